@@ -1,0 +1,93 @@
+"""The `deadpool` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from deadpool_megatron import __version__, launch
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.link import Spoke
+from deadpool_megatron.observe import JOB, STATUS
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="deadpool", description="Megatron-LM training that survives lost nodes.")
+    parser.add_argument("--version", action="version", version=f"deadpool {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    launch.add_launch_arguments(
+        commands.add_parser("launch", help="run a training script on nodes of this machine, with warm spares")
+    )
+    status = commands.add_parser("status", help="what a job is doing")
+    status.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
+    inject = commands.add_parser("inject", help="make a node of a running job fail, to see it recover")
+    inject.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
+    inject.add_argument("--node", type=int, required=True, metavar="N", help="the node")
+    inject.add_argument(
+        "--fault",
+        choices=("kill", "kill-worker"),
+        default="kill",
+        help="kill: SIGKILL for the agent and all its workers; kill-worker: for one worker (default: kill)",
+    )
+    inject.add_argument("--local", type=int, default=0, metavar="I", help="local index of the worker (default: 0)")
+    inject.add_argument("--at-iteration", type=int, default=None, metavar="K", help="in iteration K (from 0; default: now)")
+    inject.add_argument(
+        "--at-tick",
+        type=int,
+        default=1,
+        metavar="T",
+        help="at the T-th forward or backward pass of that iteration (default: 1, the first)",
+    )
+    options = parser.parse_args(argv)
+    if options.command == "launch":
+        return launch.run(options)
+    if options.command == "status":
+        return _status(options.run_dir)
+    return _inject(options)
+
+
+def _fail(message: str) -> int:
+    print(f"deadpool: {message}", file=sys.stderr)
+    return Exit.USAGE
+
+
+def _status(run_dir: str) -> int:
+    path = Path(run_dir) / STATUS
+    try:
+        print(path.read_text(), end="")
+    except OSError as err:
+        return _fail(f"no status at {path}: {err.strerror}")
+    return 0
+
+
+def _inject(options: argparse.Namespace) -> int:
+    path = Path(options.run_dir) / JOB
+    try:
+        job = json.loads(path.read_text())
+    except OSError as err:
+        return _fail(f"no job at {path}: {err.strerror}")
+    spoke = Spoke(job["coordinator"], f"inject-{os.getpid()}", bytes.fromhex(job["secret"]), float(job["lease"]))
+    fault = r.Fault(options.fault, options.node, options.local, options.at_iteration, options.at_tick)
+    spoke.send(r.encode(r.Inject(fault)))
+    packet = spoke.receive(10.0)
+    spoke.close()
+    if packet is None:
+        return _fail(f"the job of {options.run_dir} does not answer: it is over, or not on this machine")
+    reply = r.decode_from_coordinator(packet)
+    if isinstance(reply, r.InjectReply) and reply.error:
+        return _fail(reply.error)
+    when = "now" if options.at_iteration is None else f"in iteration {options.at_iteration}"
+    print(f"deadpool: {options.fault} on node {options.node}, {when}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

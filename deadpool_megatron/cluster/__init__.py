@@ -1,0 +1,20 @@
+"""Who is where: the agent of each node, the coordinator, and the records they exchange."""
+
+from deadpool_megatron.cluster.agent import Agent, AgentSettings
+from deadpool_megatron.cluster.coordinator import Coordinator, CoordinatorSettings
+from deadpool_megatron.cluster.core import Core, Deadlines, JobSpec, Phase
+from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.link import Spoke
+
+__all__ = [
+    "Agent",
+    "AgentSettings",
+    "Coordinator",
+    "CoordinatorSettings",
+    "Core",
+    "Deadlines",
+    "Exit",
+    "JobSpec",
+    "Phase",
+    "Spoke",
+]

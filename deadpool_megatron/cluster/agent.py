@@ -1,0 +1,406 @@
+"""The agent: one process a node. Starts and watches the workers, owns the vault, speaks with the coordinator.
+
+One thread runs the loop; the vault's threads report through a queue. Nothing here trains, and nothing here imports
+torch, so an agent starts in a fraction of a second and wakes in milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from deadpool_megatron.cluster import assignment as placing
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.link import Spoke
+from deadpool_megatron.cluster.shards import FetchDone, RankCommitted, Shards
+from deadpool_megatron.cluster.workers import Worker, end_group, start_worker
+from deadpool_megatron.vault import VaultError
+
+__all__ = ["Agent", "AgentSettings"]
+
+_TERM_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """What one agent has to know. ``environment`` is the workers' (without ranks)."""
+
+    job_id: str
+    node: int
+    slots_per_node: int
+    active_nodes: int
+    host: str
+    coordinator: str
+    secret: bytes
+    lease: float
+    log_dir: str
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    deadpool: bool = True
+    shm_directory: str = "/dev/shm"
+
+    @property
+    def world_size(self) -> int:
+        """Number of coordinates."""
+        return self.active_nodes * self.slots_per_node
+
+
+class Agent:
+    """Runs one node to the end of the job. `run` returns the exit code."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self._s = settings
+        self._active = settings.node < settings.active_nodes
+        self._epoch = 0
+        self._assignment = placing.initial(settings.active_nodes, settings.slots_per_node)
+        self._vaults: dict[int, r.Address] = {}
+        self._peers: dict[int, int] = {}
+        self._declared: r.Declare | None = None
+        self._offered = -1
+        self._agreed: r.Agree | None = None
+        self._workers: dict[int, Worker] = {}
+        self._committed: dict[int, set[tuple[int, int]]] = {}
+        self._told: dict[tuple[str, int], bool] = {}
+        self._code: int | None = None
+        self._terminated = False
+        self._spoke = Spoke(settings.coordinator, f"node-{settings.node}", settings.secret, settings.lease)
+        self._shards = (
+            Shards(settings.job_id, settings.node, settings.secret, settings.host, settings.shm_directory)
+            if settings.deadpool
+            else None
+        )
+        self._poller = zmq.Poller()
+        self._poller.register(self._spoke.socket, zmq.POLLIN)
+        if self._shards is not None:
+            self._poller.register(self._shards.wake_fd, zmq.POLLIN)
+
+    # ---- the loop
+
+    def run(self) -> int:
+        """Start the workers, serve until told to stop, end everything."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
+        for local in range(self._s.slots_per_node):
+            self._start(local, self._s.node * self._s.slots_per_node + local if self._active else None)
+        self._send(
+            r.Join(
+                self._s.node,
+                os.getpid(),
+                self._s.host,
+                self._shards.server.port if self._shards else 0,
+                [self._workers[i].pid for i in sorted(self._workers)],
+            )
+        )
+        try:
+            while self._code is None and not self._terminated:
+                self._step(self._poller.poll(1000))
+        finally:
+            self._end_workers(at_once=self._code == Exit.FENCED)
+            if self._shards is not None:
+                self._shards.close()
+            self._spoke.close()
+        return 128 + signal.SIGTERM if self._code is None else self._code
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        self._terminated = True
+
+    def _step(self, ready: list[tuple[object, int]]) -> None:
+        fds = {fd for fd, _ in ready}
+        if self._spoke.socket in fds:
+            while (packet := self._spoke.receive()) is not None:
+                self._from_coordinator(r.decode_from_coordinator(packet))
+        for worker in list(self._workers.values()):
+            if worker.doorbell in fds and worker.rank is not None and self._shards is not None:
+                os.eventfd_read(worker.doorbell)
+                self._shards.rang(worker.rank)
+            if worker.control.fileno() in fds or worker.pidfd in fds:
+                for record in worker.hear():
+                    self._from_worker(worker, record)
+            if worker.pidfd in fds:
+                self._reap(worker)
+        if self._shards is not None and self._shards.wake_fd in fds:
+            os.eventfd_read(self._shards.wake_fd)
+            while not self._shards.events.empty():
+                self._from_shards(self._shards.events.get())
+
+    def _send(self, record: r.AgentRecord) -> None:
+        self._spoke.send(r.encode(record))
+
+    # ---- workers
+
+    def _start(self, local: int, rank: int | None) -> None:
+        env = dict(self._s.environment)
+        env["LOCAL_RANK"] = str(local)
+        env["LOCAL_WORLD_SIZE"] = str(self._s.slots_per_node)
+        env["WORLD_SIZE"] = str(self._s.world_size)
+        env["GROUP_RANK"] = str(self._s.node)
+        env["GROUP_WORLD_SIZE"] = str(self._s.active_nodes)
+        env["DEADPOOL_NODE"] = str(self._s.node)
+        if rank is not None:
+            env["RANK"] = str(rank)
+            name = f"rank-{rank}.log"
+        else:
+            name = f"spare-node{self._s.node}-{local}.log"
+        worker = start_worker(self._s.command, env, local, rank, Path(self._s.log_dir) / name)
+        self._workers[local] = worker
+        self._poller.register(worker.pidfd, zmq.POLLIN)
+        self._poller.register(worker.control.fileno(), zmq.POLLIN)
+        self._poller.register(worker.doorbell, zmq.POLLIN)
+
+    def _reap(self, worker: Worker) -> None:
+        if worker.exited:
+            return
+        code = worker.process.wait()
+        worker.exited = True
+        end_group(worker.pid, signal.SIGKILL)  # its forked children hold its sockets open
+        self._send(r.WorkerExited(self._s.node, worker.local, worker.rank, worker.pid, code))
+        for fd in (worker.pidfd, worker.control.fileno(), worker.doorbell):
+            self._poller.unregister(fd)
+
+    def _end_workers(self, at_once: bool) -> None:
+        alive = [w for w in self._workers.values() if not w.exited]
+        if not at_once:
+            for worker in alive:
+                end_group(worker.pid, signal.SIGTERM)
+            end = time.monotonic() + _TERM_GRACE_S
+            poller = zmq.Poller()
+            for worker in alive:
+                poller.register(worker.pidfd, zmq.POLLIN)
+            while (left := end - time.monotonic()) > 0 and any(w.process.poll() is None for w in alive):
+                poller.poll(min(100, int(left * 1000) + 1))
+        for worker in alive:
+            end_group(worker.pid, signal.SIGKILL)
+            worker.process.wait()
+        for worker in self._workers.values():
+            worker.close()
+
+    def _mine(self) -> dict[int, Worker]:
+        """By rank, the workers of this node that hold a coordinate of the current assignment."""
+        out: dict[int, Worker] = {}
+        for local, rank in placing.ranks_of(self._assignment, self._s.node).items():
+            worker = self._workers.get(local)
+            if worker is not None and not worker.exited:
+                out[rank] = worker
+        return out
+
+    # ---- records from workers
+
+    def _from_worker(self, worker: Worker, record: r.WorkerRecord) -> None:
+        match record:
+            case r.WorkerStep():
+                self._worker_step(worker, record)
+            case r.ArenaRequest():
+                self._arena(worker, record)
+            case r.Arrived():
+                worker.arrived = record
+                self._maybe_offer()
+            case r.Registered():
+                worker.in_loop = True
+                self._send(msgspec.structs.replace(record, node=self._s.node, local=worker.local))
+            case r.ShardReady():
+                self._reached(worker, "saved", record.epoch)
+                if self._all_reached("saved"):
+                    self._send(r.Saved(record.epoch, self._s.node, record.iteration, record.directory))
+            case r.WorkerFailed():
+                self._send(msgspec.structs.replace(record, node=self._s.node, local=worker.local, rank=worker.rank))
+            case _:
+                # Who it is about the agent knows best: a worker cannot speak for another node.
+                self._send(msgspec.structs.replace(record, node=self._s.node))
+
+    def _worker_step(self, worker: Worker, record: r.WorkerStep) -> None:
+        node = self._s.node
+        if record.step == "parked":
+            worker.parked = True
+            self._send(r.WorkerReady(node, worker.local, worker.pid))
+            self._take_over()
+            return
+        self._reached(worker, record.step, record.epoch)
+        if record.epoch != self._epoch or not self._all_reached(record.step):
+            return
+        match record.step:
+            case "ready":
+                self._send(r.NodeReady(self._epoch, node))
+            case "formed":
+                self._send(r.NodeFormed(self._epoch, node, record.number))
+            case "restored":
+                self._send(r.NodeRestored(self._epoch, node))
+            case "resumed":
+                self._send(r.NodeResumed(self._epoch, node, record.number))
+            case "finished":
+                self._send(r.Finished(self._epoch, node))
+
+    def _reached(self, worker: Worker, step: str, epoch: int) -> None:
+        worker.reached[step] = epoch
+
+    def _all_reached(self, step: str) -> bool:
+        ranks = placing.ranks_of(self._assignment, self._s.node)
+        return all(
+            local in self._workers and self._workers[local].reached.get(step, -1) == self._epoch for local in ranks
+        )
+
+    def _arena(self, worker: Worker, record: r.ArenaRequest) -> None:
+        assert self._shards is not None
+        try:
+            path = self._shards.allocate(record.rank, record.unique_bytes, record.small_capacity)
+        except VaultError as err:
+            worker.tell(r.ArenaRefused(str(err)))
+            return
+        worker.tell(r.ArenaGranted(record.rank, path))
+        self._aim()
+
+    def _aim(self) -> None:
+        """Tell the replicator where the second copy of each own rank goes."""
+        if self._shards is None:
+            return
+        peer = self._peers.get(self._s.node)
+        address = self._vaults.get(peer) if peer is not None else None
+        ranks = placing.ranks_of(self._assignment, self._s.node).values()
+        self._shards.set_peers(self._epoch, {rank: address for rank in ranks if self._shards.path_of(rank)})
+
+    # ---- events of the vault
+
+    def _from_shards(self, event: RankCommitted | FetchDone) -> None:
+        assert self._shards is not None
+        if isinstance(event, RankCommitted):
+            if event.epoch != self._epoch:
+                return
+            done = self._committed.setdefault(event.rank, set())
+            done.add((event.epoch, event.generation))
+            ranks = placing.ranks_of(self._assignment, self._s.node).values()
+            if all((event.epoch, event.generation) in self._committed.get(rank, ()) for rank in ranks):
+                for rank in ranks:
+                    self._committed[rank] = {v for v in self._committed[rank] if v > (event.epoch, event.generation)}
+                self._send(r.Committed(event.epoch, self._s.node, event.generation))
+        elif event.epoch == self._epoch:
+            if event.version is None:
+                self._send(
+                    r.FetchFailed(
+                        event.epoch, self._s.node, event.rank, event.source, event.generation, event.error
+                    )
+                )
+            else:
+                self._hand_out(event.rank, event.generation)
+
+    # ---- records from the coordinator
+
+    def _from_coordinator(self, record: r.CoordinatorRecord) -> None:
+        match record:
+            case r.Declare():
+                self._declare(record)
+            case r.Agree():
+                self._agree(record)
+            case r.Form():
+                for worker in self._mine().values():
+                    worker.tell(record)
+            case r.Roster():
+                self._vaults, self._peers = record.vaults, record.peers
+                self._aim()
+            case r.CommittedTo():
+                if record.epoch == self._epoch and self._shards is not None:
+                    self._shards.set_kept(record.epoch, record.kept, record.floor)
+            case r.AllFinished():
+                for worker in self._mine().values():
+                    worker.tell(record)
+            case r.Arm():
+                self._arm(record)
+            case r.Stop():
+                if record.code not in (Exit.OK, Exit.INTERRUPTED):
+                    print(f"deadpool: node {self._s.node}: {record.message.splitlines()[0]}", file=sys.stderr)
+                self._code = record.code
+            case r.InjectReply():
+                pass
+
+    def _declare(self, record: r.Declare) -> None:
+        if record.epoch <= self._epoch:
+            return
+        self._epoch = record.epoch
+        self._assignment = record.assignment
+        self._vaults, self._peers = record.vaults, record.peers
+        self._declared, self._agreed = record, None
+        self._committed.clear()
+        for worker in self._mine().values():
+            worker.tell(record)
+        if not self._mine() and self._s.node not in placing.nodes_of(self._assignment):
+            return
+        assert self._shards is not None
+        self._shards.set_epoch(record.epoch)
+        self._shards.set_peers(record.epoch, dict.fromkeys(placing.ranks_of(self._assignment, self._s.node).values()))
+        for local in placing.ranks_of(self._assignment, self._s.node):
+            if local not in self._workers:
+                self._start(local, None)
+        self._take_over()
+        self._maybe_offer()
+
+    def _take_over(self) -> None:
+        """Give parked workers the coordinates the assignment has for them."""
+        for local, rank in placing.ranks_of(self._assignment, self._s.node).items():
+            worker = self._workers.get(local)
+            if worker is not None and worker.parked and worker.rank is None:
+                worker.rank = rank
+                link = Path(self._s.log_dir) / f"rank-{rank}.epoch-{self._epoch}.log"
+                link.unlink(missing_ok=True)
+                link.symlink_to(f"spare-node{self._s.node}-{local}.log")
+                worker.tell(r.TakeOver(self._epoch, rank))
+
+    def _maybe_offer(self) -> None:
+        """Tell the coordinator what this node can give once every worker here has left its step."""
+        if self._declared is None or self._offered == self._epoch or self._shards is None:
+            return
+        live: dict[int, int | None] = {}
+        for rank, worker in self._mine().items():
+            if not worker.in_loop:
+                live[rank] = None
+            elif worker.arrived is not None and worker.arrived.epoch == self._epoch:
+                live[rank] = worker.arrived.live
+            else:
+                return
+        self._offered = self._epoch
+        own, peer = self._shards.holdings()
+        self._send(r.Offer(self._epoch, self._s.node, live, own, peer))
+
+    def _agree(self, record: r.Agree) -> None:
+        if record.epoch != self._epoch or self._shards is None:
+            return
+        self._agreed = record
+        for rank in placing.ranks_of(self._assignment, self._s.node).values():
+            source = record.sources.get(rank)
+            if source is None:
+                self._hand_out(rank, record.generation)
+            else:
+                here = source.node == self._s.node
+                self._shards.fetch(
+                    record.epoch, rank, record.generation, source, None if here else self._vaults.get(source.node)
+                )
+
+    def _hand_out(self, rank: int, generation: int) -> None:
+        """The agreed generation is here: tell the worker, and keep that version until a newer one is committed."""
+        assert self._shards is not None
+        version = self._shards.version_of(rank, generation)
+        if version is not None:
+            self._shards.set_kept(self._epoch, version, 0)
+        worker = self._mine().get(rank)
+        if worker is not None:
+            epoch = version[0] if version is not None else -1
+            worker.tell(r.Generation(self._epoch, generation, epoch, self._shards.path_of(rank)))
+        self._aim()
+
+    def _arm(self, record: r.Arm) -> None:
+        fault = record.fault
+        if fault.iteration is not None:
+            for worker in self._workers.values():
+                worker.tell(record)
+        elif fault.kind == "kill-worker":
+            end_group(self._workers[fault.local].pid, signal.SIGKILL)
+        else:
+            for worker in self._workers.values():
+                end_group(worker.pid, signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,80 @@
+"""Which slot holds each coordinate, which node is whose peer, which spare takes over: pure functions.
+
+Example, 3 nodes of 2 slots with 1 spare: ranks 0-3 live on nodes 0 and 1. Node 0 dies, node 2 is the spare::
+
+    >>> first = initial(active_nodes=2, slots_per_node=2)
+    >>> replace_nodes(first, {0: 2})
+    [SlotAddress(node=2, local=0), SlotAddress(node=2, local=1), SlotAddress(node=1, local=0), SlotAddress(node=1, local=1)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from deadpool_megatron.cluster.records import SlotAddress
+
+__all__ = ["choose_spares", "initial", "nodes_of", "peers", "ranks_of", "replace_nodes", "rescue"]
+
+
+def initial(active_nodes: int, slots_per_node: int) -> list[SlotAddress]:
+    """The assignment of epoch 0: rank ``node * slots_per_node + local``, as torchrun numbers ranks."""
+    return [SlotAddress(node, local) for node in range(active_nodes) for local in range(slots_per_node)]
+
+
+def nodes_of(assignment: Sequence[SlotAddress]) -> list[int]:
+    """The nodes that hold a coordinate, each once, in the order of their first coordinate."""
+    return list(dict.fromkeys(slot.node for slot in assignment))
+
+
+def ranks_of(assignment: Sequence[SlotAddress], node: int) -> dict[int, int]:
+    """Local index to rank for the coordinates on ``node``."""
+    return {slot.local: rank for rank, slot in enumerate(assignment) if slot.node == node}
+
+
+def peers(assignment: Sequence[SlotAddress]) -> dict[int, int]:
+    """The node whose vault holds the second copy of each node's shards: the next one in a ring.
+
+    The ring follows the order of the coordinates, which puts data-parallel neighbours far apart in pipeline order.
+    Empty when only one node is left.
+    """
+    ring = nodes_of(assignment)
+    if len(ring) < 2:
+        return {}
+    return {node: ring[(i + 1) % len(ring)] for i, node in enumerate(ring)}
+
+
+def choose_spares(lost: Iterable[int], spares: Sequence[int]) -> dict[int, int] | None:
+    """A spare for each lost node, lowest number first; None when there are too few."""
+    lost = sorted(lost)
+    return dict(zip(lost, spares, strict=False)) if len(lost) <= len(spares) else None
+
+
+def replace_nodes(assignment: Sequence[SlotAddress], taken_by: Mapping[int, int]) -> list[SlotAddress]:
+    """The assignment with each lost node's coordinates on its spare, local index for local index."""
+    return [SlotAddress(taken_by.get(slot.node, slot.node), slot.local) for slot in assignment]
+
+
+def rescue(assignment: Sequence[SlotAddress], lost: Iterable[int], slots_per_node: int) -> list[SlotAddress] | None:
+    """The assignment with the lost coordinates on extra slots of the survivors, dealt out in turn.
+
+    Only good for saving a checkpoint: the survivors' devices hold two coordinates each. None when nobody survives.
+    """
+    gone = set(lost)
+    survivors = [node for node in nodes_of(assignment) if node not in gone]
+    if not survivors:
+        return None
+    extra = dict.fromkeys(survivors, slots_per_node)
+    for slot in assignment:
+        if slot.node in extra:
+            extra[slot.node] = max(extra[slot.node], slot.local + 1)
+    out: list[SlotAddress] = []
+    turn = 0
+    for slot in assignment:
+        if slot.node in gone:
+            node = survivors[turn % len(survivors)]
+            turn += 1
+            out.append(SlotAddress(node, extra[node]))
+            extra[node] += 1
+        else:
+            out.append(slot)
+    return out

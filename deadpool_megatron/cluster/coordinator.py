@@ -1,0 +1,210 @@
+"""The coordinator's process: sockets, clock and files around the pure `Core`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Send
+from deadpool_megatron.cluster.link import Hub
+from deadpool_megatron.observe import RunDirectory
+
+__all__ = ["Coordinator", "CoordinatorSettings"]
+
+_FAREWELL_S = 10.0
+_STATUS_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorSettings:
+    """Where the coordinator listens and writes."""
+
+    host: str
+    port: int
+    secret: bytes
+    run_dir: str
+    state_hash: str = ""
+
+
+def _identity(node: int) -> bytes:
+    return f"node-{node}".encode()
+
+
+class Coordinator:
+    """Runs one job to its end. One thread; `run` returns the exit code and the message that goes with it."""
+
+    def __init__(self, job: JobSpec, settings: CoordinatorSettings) -> None:
+        self._core = Core(job)
+        self._settings = settings
+        self._hub = Hub(settings.host, settings.port, settings.secret, job.deadlines.lease)
+        self.port = self._hub.port
+        self._run = RunDirectory(settings.run_dir)
+        self._finish: Finish | None = None
+        self._connected: set[int] = set()
+        self._interrupted = False
+        self._status_due = 0.0
+        self._status_stale = True
+
+    def interrupt(self) -> None:
+        """The user wants the end; safe in a signal handler."""
+        self._interrupted = True
+
+    def run(self, announce: Callable[[int], None]) -> tuple[int, str]:
+        """Serve the job. ``announce`` is called with the port once the coordinator listens."""
+        self._run.job(
+            {
+                "coordinator": f"{self._settings.host}:{self.port}",
+                "secret": self._settings.secret.hex(),
+                "lease": self._core.job.deadlines.lease,
+                "pid": os.getpid(),
+            }
+        )
+        self._write_status()
+        announce(self.port)
+        while self._finish is None:
+            deadline = self._core.next_deadline()
+            now = time.monotonic()
+            timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
+            if self._status_stale:
+                timeout = min(timeout, max(0.0, self._status_due - now))
+            self._hub.wait(timeout, self._packet, self._gone)
+            self._do(self._core.tick(time.monotonic()))
+            if self._interrupted and self._finish is None:
+                self._do(self._core.interrupted(time.monotonic()))
+            if self._status_stale and time.monotonic() >= self._status_due:
+                self._write_status()
+        self._say_goodbye()
+        self._write_state_hash()
+        self._write_status()
+        self._run.close()
+        self._hub.close()
+        return self._finish.code, self._finish.message
+
+    def _packet(self, identity: bytes, packet: bytes) -> None:
+        try:
+            record = r.decode_from_agent(packet)
+        except r.RecordError as err:
+            self._run.event("refused", epoch=self._core.epoch, cause=str(err))
+            return
+        now = time.monotonic()
+        if isinstance(record, r.Inject):
+            error, actions = self._core.inject(record.fault, now)
+            self._hub.send(identity, r.encode(r.InjectReply(error)))
+            if not error:
+                fault = record.fault
+                self._run.event(
+                    "inject", epoch=self._core.epoch, node=fault.node, iteration=fault.iteration, fault=fault.kind
+                )
+            self._do(actions)
+            return
+        node = record.node
+        state = self._core.nodes.get(node)
+        if identity != _identity(node):
+            self._run.event("refused", epoch=self._core.epoch, cause=f"{identity!r} speaks for node {node}")
+            return
+        if state is not None and state.role == "lost" and not isinstance(record, r.Join):
+            return  # a node that was declared lost has no say any more
+        self._connected.add(node)
+        self._do(self._core.received(record, now))
+
+    def _gone(self, identity: bytes) -> None:
+        text = identity.decode(errors="replace")
+        if not text.startswith("node-"):
+            return
+        node = int(text.removeprefix("node-"))
+        self._connected.discard(node)
+        self._do(self._core.node_lost(node, "its agent is gone or silent", time.monotonic()))
+
+    def _do(self, actions: list[Action]) -> None:
+        # Messages leave before files are written: a recovery waits for them, not for the log.
+        for action in actions:
+            if isinstance(action, Send):
+                packet = r.encode(action.record)
+                if action.node is not None:
+                    self._hub.send(_identity(action.node), packet)
+                else:
+                    for node, state in self._core.nodes.items():
+                        if state.role != "lost":
+                            self._hub.send(_identity(node), packet)
+        for action in actions:
+            if isinstance(action, Emit):
+                self._run.event(action.event, **action.fields)
+            elif isinstance(action, Finish):
+                self._finish = action
+        self._status_stale = self._status_stale or bool(actions)
+
+    def _say_goodbye(self) -> None:
+        """Wait until every agent has ended its workers and left, within a deadline."""
+        end = time.monotonic() + _FAREWELL_S
+        left = self._connected - {n for n, s in self._core.nodes.items() if s.role == "lost"}
+
+        def gone(identity: bytes) -> None:
+            left.discard(int(identity.decode().removeprefix("node-")))
+
+        def last_words(identity: bytes, packet: bytes) -> None:
+            record = r.decode_from_agent(packet)
+            if isinstance(record, r.StateHash):
+                self._core.state_hashes[record.rank] = record.digests
+
+        while left and time.monotonic() < end:
+            self._hub.wait(min(0.2, end - time.monotonic()), last_words, gone)
+
+    def _write_state_hash(self) -> None:
+        path = self._settings.state_hash
+        if path and self._core.state_hashes:
+            content = {
+                "coordinates": {str(rank): self._core.state_hashes[rank] for rank in sorted(self._core.state_hashes)}
+            }
+            temporary = f"{path}.{os.getpid()}"
+            with open(temporary, "w") as f:
+                json.dump(content, f, indent=1)
+            os.replace(temporary, path)
+
+    def _write_status(self) -> None:
+        core = self._core
+        coordinates: list[dict[str, Any]] = []
+        for rank, slot in enumerate(core.assignment):
+            info = core.coordinates.get(rank)
+            state = core.nodes[slot.node]
+            coordinates.append(
+                {
+                    "rank": rank,
+                    "tp": info.tp if info else None,
+                    "pp": info.pp if info else None,
+                    "dp": info.dp if info else None,
+                    "node": slot.node,
+                    "local_rank": slot.local,
+                    "pid": state.pids.get(slot.local),
+                    "state": "lost" if state.role == "lost" else core.phase.value,
+                }
+            )
+        self._run.status(
+            {
+                "t": time.time(),
+                "phase": core.phase.value,
+                "epoch": core.epoch,
+                "iteration": core.iteration,
+                "nodes": [
+                    {"node": n, "agent_pid": s.agent_pid, "role": s.role} for n, s in sorted(core.nodes.items())
+                ],
+                "coordinates": coordinates,
+                "spares": [
+                    {
+                        "node": n,
+                        "pids": [s.pids[i] for i in sorted(s.pids)],
+                        "state": "parked" if len(s.parked) >= core.job.slots_per_node else "starting",
+                    }
+                    for n, s in sorted(core.nodes.items())
+                    if s.role == "spare"
+                ],
+                "generation": {"committed": core.committed},
+                "coordinator_pid": os.getpid(),
+            }
+        )
+        self._status_stale = False
+        self._status_due = time.monotonic() + _STATUS_INTERVAL_S

@@ -1,0 +1,22 @@
+"""Exit codes of `deadpool launch`: which end a job came to."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+__all__ = ["Exit"]
+
+
+class Exit(IntEnum):
+    """What the exit code of the launcher says."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NO_SPARE_SAVED = 75
+    NO_SPARE = 76
+    GENERATION_LOST = 77
+    RECOVERY_FAILED = 78
+    REPEATED_ERROR = 79
+    FENCED = 80
+    INTERRUPTED = 130

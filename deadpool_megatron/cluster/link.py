@@ -1,0 +1,155 @@
+"""Authenticated message sockets between agents and the coordinator: ZeroMQ with CURVE and its own heartbeats.
+
+Every key derives from the job's secret, so a peer that completes the CURVE handshake has proved that it belongs to the
+job. A node's silence for longer than the lease, and the end of its connection, both reach the coordinator as one thing:
+the connection of that node is gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Callable
+
+import zmq
+import zmq.auth.thread
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
+__all__ = ["Hub", "Spoke", "check_secret"]
+
+SECRET_BYTES = 32
+
+
+def check_secret(secret: bytes) -> bytes:
+    """The secret itself if it has the right length. Raises ValueError."""
+    if len(secret) != SECRET_BYTES:
+        raise ValueError(f"the job secret has {len(secret)} bytes, not {SECRET_BYTES}")
+    return secret
+
+
+def _keypair(secret: bytes, role: str) -> tuple[bytes, bytes]:
+    private = z85.encode(hmac.new(check_secret(secret), b"deadpool-curve-" + role.encode(), hashlib.sha256).digest())
+    return zmq.curve_public(private), private
+
+
+def _heartbeats(socket: zmq.Socket[bytes], lease_s: float) -> None:
+    socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(lease_s * 1000 / 5)))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(200, int(lease_s * 1000)))
+    socket.setsockopt(zmq.TCP_MAXRT, max(200, int(lease_s * 1000)))
+    socket.setsockopt(zmq.LINGER, 1000)
+
+
+class _MemberProvider:
+    """Accepts the one client key of the job."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Called by the authenticator's thread for every handshake."""
+        return hmac.compare_digest(key, self._key)
+
+
+class Hub:
+    """The coordinator's end: one ROUTER socket, one connection an agent. One thread uses it."""
+
+    def __init__(self, host: str, port: int, secret: bytes, lease_s: float) -> None:
+        self._context = zmq.Context()
+        self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
+        self._auth.start()
+        client_public, _ = _keypair(secret, "client")
+        self._auth.configure_curve_callback(domain="*", credentials_provider=_MemberProvider(client_public))
+        self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        public, private = _keypair(secret, "server")
+        self.socket.curve_server = True
+        self.socket.curve_publickey = public
+        self.socket.curve_secretkey = private
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        _heartbeats(self.socket, lease_s)
+        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.socket.bind(f"tcp://{host}:{port}")
+        endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        self.port = int(endpoint.decode().rsplit(":", 1)[1])
+        self._connection: dict[int, bytes] = {}
+        self._poller = zmq.Poller()
+        self._poller.register(self.socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+
+    def wait(
+        self,
+        timeout_s: float | None,
+        on_packet: Callable[[bytes, bytes], None],
+        on_gone: Callable[[bytes], None],
+    ) -> None:
+        """Handle what arrives within ``timeout_s`` seconds (None: wait for something).
+
+        Args:
+            on_packet: called with (identity, packet) for each packet.
+            on_gone: called with the identity of each connection that ended or fell silent.
+        """
+        ready = dict(self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000) + 1)))
+        # Packets first: what a node sent before it died still counts.
+        while self.socket in ready:
+            try:
+                identity, body = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            fd = body.get(zmq.SRCFD)
+            assert isinstance(fd, int)
+            self._connection[fd] = identity.bytes
+            on_packet(identity.bytes, body.bytes)
+        while self._monitor in ready:
+            try:
+                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            gone = self._connection.pop(int(event["value"]), None)
+            if gone is not None and gone not in self._connection.values():
+                on_gone(gone)
+
+    def send(self, identity: bytes, packet: bytes) -> None:
+        """Send to one agent; silently nothing when it is not connected (ROUTER drops)."""
+        self.socket.send_multipart([identity, packet])
+
+    def close(self) -> None:
+        """Give queued packets a second to leave, then close."""
+        self.socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self.socket.close(linger=1000)
+        self._auth.stop()
+        self._context.term()
+
+
+class Spoke:
+    """An agent's end (or a tool's): one DEALER socket to the coordinator. One thread uses it."""
+
+    def __init__(self, endpoint: str, identity: str, secret: bytes, lease_s: float) -> None:
+        self._context = zmq.Context()
+        self.socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.IDENTITY, identity.encode())
+        server_public, _ = _keypair(secret, "server")
+        public, private = _keypair(secret, "client")
+        self.socket.curve_serverkey = server_public
+        self.socket.curve_publickey = public
+        self.socket.curve_secretkey = private
+        _heartbeats(self.socket, lease_s)
+        self.socket.connect(f"tcp://{endpoint}")
+
+    def send(self, packet: bytes) -> None:
+        """Queue one packet; never blocks for the network."""
+        self.socket.send(packet)
+
+    def receive(self, timeout_s: float = 0.0) -> bytes | None:
+        """One packet, or None when none came within ``timeout_s`` seconds."""
+        if not self.socket.poll(int(timeout_s * 1000)):
+            return None
+        packet = self.socket.recv()
+        assert isinstance(packet, bytes)
+        return packet
+
+    def close(self) -> None:
+        """Give queued packets a second to leave, then close."""
+        self.socket.close(linger=1000)
+        self._context.term()

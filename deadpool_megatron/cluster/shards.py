@@ -1,0 +1,144 @@
+"""The agent's side of the shards: its vault, the copies on the peer node, and bringing lost shards back."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.vault import (
+    Replicator,
+    StaleEpoch,
+    Vault,
+    VaultError,
+    VaultServer,
+    Version,
+    clean_leftovers,
+    fetch,
+    process_alive,
+)
+
+__all__ = ["FetchDone", "RankCommitted", "Shards"]
+
+
+@dataclass(frozen=True, slots=True)
+class RankCommitted:
+    """A rank's version is complete in the own vault and in the peer's."""
+
+    rank: int
+    epoch: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchDone:
+    """A shard has arrived (``error`` empty, ``version`` set) or could not be had."""
+
+    rank: int
+    epoch: int
+    generation: int
+    source: int
+    version: tuple[int, int] | None
+    error: str
+
+
+class Shards:
+    """Vault, server and replicator of one node. Its threads report through ``events``; ``wake_fd`` is an eventfd.
+
+    Everything here but `allocate` and `holdings` returns at once.
+    """
+
+    def __init__(self, job_id: str, node: int, secret: bytes, host: str, directory: str = "/dev/shm") -> None:
+        self.node = node
+        self._secret = secret
+        self.leftovers = clean_leftovers(directory, process_alive)
+        self.vault = Vault(job_id, node, directory)
+        self.server = VaultServer(self.vault, secret, host)
+        self.server.start()
+        self.events: queue.SimpleQueue[RankCommitted | FetchDone] = queue.SimpleQueue()
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._replicator = Replicator(self.vault, secret, self._committed)
+
+    def _tell(self, event: RankCommitted | FetchDone) -> None:
+        self.events.put(event)
+        os.eventfd_write(self.wake_fd, 1)
+
+    def _committed(self, rank: int, epoch: int, generation: int) -> None:
+        self._tell(RankCommitted(rank, epoch, generation))
+
+    def allocate(self, rank: int, unique_bytes: int, small_capacity: int) -> str:
+        """The path of a rank's own arena. Raises VaultError with one clear line."""
+        return self.vault.allocate_own(rank, unique_bytes, small_capacity).path
+
+    def set_epoch(self, epoch: int) -> None:
+        """Refuse whatever belongs to an older epoch from now on."""
+        self.server.set_epoch(epoch)
+
+    def set_peers(self, epoch: int, ranks: Mapping[int, r.Address | None]) -> None:
+        """Where the second copy of each own rank goes."""
+        self._replicator.set_peers(epoch, {k: (a.host, a.port) if a else None for k, a in ranks.items()})
+
+    def set_kept(self, epoch: int, kept: tuple[int, int] | None, floor: int) -> None:
+        """What the coordinator says of commits."""
+        if kept is not None:
+            self.vault.set_committed(*kept)
+        self.vault.set_floor(epoch, floor)
+
+    def rang(self, rank: int) -> None:
+        """The worker of ``rank`` has written more of its shard."""
+        self._replicator.notify(rank)
+
+    def holdings(self) -> tuple[dict[int, list[tuple[int, int]]], dict[int, list[tuple[int, int]]]]:
+        """Versions complete here, by rank: own copies and copies kept for peers.
+
+        What a dead worker has left finished but not yet checksummed is checksummed first, so this may block for that.
+        """
+        for rank in list(self.vault.holdings().ranks):
+            while self.vault.checksum(rank):
+                pass
+        own: dict[int, list[tuple[int, int]]] = {}
+        peer: dict[int, list[tuple[int, int]]] = {}
+        for rank, held in self.vault.holdings().ranks.items():
+            for one in held:
+                (own if one.kind == "own" else peer).setdefault(rank, []).append((one.epoch, one.generation))
+        return own, peer
+
+    def version_of(self, rank: int, generation: int) -> tuple[int, int] | None:
+        """The version under which the own vault holds a generation of ``rank``; the committed one first."""
+        versions = [
+            (one.epoch, one.generation)
+            for one in self.vault.holdings().ranks.get(rank, ())
+            if one.kind == "own" and one.generation == generation
+        ]
+        kept = [v for v in versions if Version(*v).pack() == self.vault.kept]
+        best = kept or versions
+        return best[-1] if best else None
+
+    def path_of(self, rank: int) -> str:
+        """The file of a rank's own arena; empty when there is none."""
+        arena = self.vault.arena(rank, "own")
+        return arena.info.path if arena is not None else ""
+
+    def fetch(self, epoch: int, rank: int, generation: int, source: r.Source, address: r.Address | None) -> None:
+        """Bring a shard into the own vault; the outcome comes as a FetchDone. ``address`` None: it is here already."""
+        version = Version(source.version_epoch, generation)
+
+        def work() -> None:
+            error = ""
+            try:
+                place: tuple[str, int] | Vault = (address.host, address.port) if address is not None else self.vault
+                fetch(self.vault, self._secret, place, rank, epoch, version)
+            except VaultError as err:
+                error = str(err)
+            self._tell(FetchDone(rank, epoch, generation, source.node, None if error else (version.epoch, version.generation), error))
+
+        threading.Thread(target=work, name=f"fetch-{rank}", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop all threads and free the memory."""
+        self._replicator.stop()
+        self.server.stop()
+        self.vault.close()

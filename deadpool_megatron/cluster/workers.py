@@ -1,0 +1,102 @@
+"""Worker processes of one node: how they are started, reached and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from deadpool_megatron.cluster import records as r
+
+__all__ = ["CONTROL_FD", "DOORBELL_FD", "PARENT_PID", "Worker", "end_group", "start_worker"]
+
+CONTROL_FD = "DEADPOOL_CONTROL_FD"
+DOORBELL_FD = "DEADPOOL_DOORBELL_FD"
+PARENT_PID = "DEADPOOL_AGENT_PID"
+_MAX_PACKET = 1 << 17
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker process as its agent sees it. ``rank`` is None while it is parked."""
+
+    local: int
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    control: socket.socket
+    doorbell: int
+    rank: int | None
+    parked: bool = False
+    in_loop: bool = False
+    exited: bool = False
+    arrived: r.Arrived | None = None
+    reached: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self.process.pid
+
+    def tell(self, record: msgspec.Struct) -> None:
+        """Send one record; a worker that is gone hears nothing."""
+        with contextlib.suppress(OSError):
+            self.control.send(r.encode(record))
+
+    def hear(self) -> list[r.WorkerRecord]:
+        """All records that are waiting. Raises RecordError."""
+        out: list[r.WorkerRecord] = []
+        while True:
+            try:
+                packet = self.control.recv(_MAX_PACKET, socket.MSG_DONTWAIT)
+            except (BlockingIOError, ConnectionResetError):
+                return out
+            if not packet:
+                return out
+            out.append(r.decode_from_worker(packet))
+
+    def close(self) -> None:
+        """Release the descriptors of a worker that has been reaped."""
+        self.control.close()
+        os.close(self.pidfd)
+        os.close(self.doorbell)
+
+
+def start_worker(
+    command: Sequence[str], environment: Mapping[str, str], local: int, rank: int | None, log: Path
+) -> Worker:
+    """Start a worker in a process group (and session) of its own, its output going to ``log``.
+
+    It inherits one end of a control socket and the doorbell, an eventfd it rings when its shard has grown; nobody else
+    can reach either.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    env = dict(environment)
+    env[CONTROL_FD] = str(theirs.fileno())
+    env[DOORBELL_FD] = str(doorbell)
+    env[PARENT_PID] = str(os.getpid())
+    with open(log, "ab", buffering=0) as out:
+        process = subprocess.Popen(
+            list(command),
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            pass_fds=(theirs.fileno(), doorbell),
+            start_new_session=True,
+        )
+    theirs.close()
+    return Worker(local, process, os.pidfd_open(process.pid), ours, doorbell, rank)
+
+
+def end_group(pid: int, signum: signal.Signals) -> None:
+    """Signal a worker's whole process group: a forked data loader worker would keep its sockets open."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signum)

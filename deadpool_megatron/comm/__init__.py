@@ -1,0 +1,26 @@
+"""Communicators that can be aborted from another thread and re-formed in place under a new epoch.
+
+Knows torch only. `Communicators.install` before `init_process_group`; then Megatron makes its groups as ever.
+"""
+
+from deadpool_megatron.comm.communicators import Communicators
+from deadpool_megatron.comm.nccl import nccl_environment
+from deadpool_megatron.comm.reports import (
+    AbortReport,
+    CommunicatorAborted,
+    CommunicatorError,
+    ReformError,
+    ReformReport,
+)
+from deadpool_megatron.comm.table import GroupRecord
+
+__all__ = [
+    "AbortReport",
+    "CommunicatorAborted",
+    "CommunicatorError",
+    "Communicators",
+    "GroupRecord",
+    "ReformError",
+    "ReformReport",
+    "nccl_environment",
+]

@@ -1,0 +1,261 @@
+"""All process groups of this process, as one thing that can be aborted and re-formed in place.
+
+    training thread            watcher thread             a standby, elsewhere
+    ---------------            --------------             --------------------
+    all_reduce(...).wait       abort()                    groups made with the fake backend
+      ... blocked ...            poison, end connections
+    <- CommunicatorAborted       force what stays blocked
+    reform(epoch, store)  <------- same epoch ------->    reform(epoch, store)
+      new backends form            (abort() here ends     (same groups, same order)
+      and move in, in place         it too)
+    all_reduce(...)                                       all_reduce(...)
+
+Ranks never renumber; every object that captured a ProcessGroup goes on working, because the ProcessGroup stays and
+only its backend changes. Nothing is added to a collective but a look at one flag when it is waited for.
+"""
+
+import logging
+import threading
+import time
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from deadpool_megatron.comm import gloo, nccl, seam
+from deadpool_megatron.comm.connections import GlooConnections
+from deadpool_megatron.comm.forming import Forming, FormingPlan
+from deadpool_megatron.comm.inplace import InPlace, Replacement, c10d
+from deadpool_megatron.comm.reports import AbortReport, CommunicatorError, ReformError, ReformReport
+from deadpool_megatron.comm.table import GroupRecord, GroupTable
+from deadpool_megatron.comm.waits import Poison, Waits
+
+_log = logging.getLogger(__name__)
+
+_ABORT_DEADLINE_S = 2.0
+_ABORT_GRACE_S = 0.1  # waits that end by themselves after their connections do so within 10 ms, more on a busy machine
+
+
+class Communicators:
+    """All process groups of this process. Made once per process by `install`, before torch.distributed starts."""
+
+    _installed: ClassVar["Communicators | None"] = None
+
+    def __init__(self, *, standby: bool, form_timeout_s: float, operation_timeout_s: float) -> None:
+        """Use `install`."""
+        self.epoch = 0
+        self._standby = standby
+        self._form_timeout_s = form_timeout_s
+        self._operation_timeout_s = operation_timeout_s
+        self._poison = Poison()
+        self._waits = Waits(self._poison)
+        self._table = GroupTable()
+        self._connections = GlooConnections()
+        self._in_place = InPlace()
+        self.strategy = "swap"
+        self._abort_lock = threading.Lock()
+        self._state_lock = threading.Lock()  # poison, forming; held for moments only
+        self._forming: Forming | None = None
+        self._forming_epoch = 0
+
+    @classmethod
+    def install(
+        cls,
+        *,
+        standby: bool,
+        strategy: Literal["auto", "swap"] = "auto",
+        form_timeout_s: float = 20.0,
+        operation_timeout_s: float = 30.0,
+    ) -> "Communicators":
+        """Take charge of every process group that this process will make.
+
+        Args:
+            standby: this process is a spare: `init_process_group` and `new_group` meet nobody and make groups with
+                torch's fake backend; `reform` gives the same objects real ones.
+            strategy: how backends change in place. "swap" is the one there is; "auto" takes it.
+            form_timeout_s: limit of one `reform`.
+            operation_timeout_s: time-out of each Gloo operation once its group is formed: the floor under what abort
+                cannot free. NCCL groups keep their own.
+
+        Raises CommunicatorError when called twice or after groups were made.
+        """
+        if cls._installed is not None:
+            raise CommunicatorError("Communicators.install was called before in this process; use that object")
+        if dist.is_initialized():
+            raise CommunicatorError("process groups exist already: call Communicators.install before init_process_group")
+        if strategy not in ("auto", "swap"):
+            raise CommunicatorError(f"unknown strategy {strategy!r}: one of 'auto', 'swap'")
+        self = cls(standby=standby, form_timeout_s=form_timeout_s, operation_timeout_s=operation_timeout_s)
+        self._waits.install()
+        seam.watch_groups(self._on_group, lambda: self._standby)
+        if standby:
+            seam.no_rendezvous(lambda: self._standby)
+        cls._installed = self
+        if not self._in_place.exact:
+            _log.warning("torch %s: backends cannot be exchanged, dead ones stay in memory", torch.__version__)
+        if not self._waits.can_force:
+            _log.warning("torch %s: waits cannot be forced, half-sent messages block until time-out", torch.__version__)
+        _log.info("communicators: strategy %s, exchange %s", self.strategy, self._in_place.exact)
+        return self
+
+    # -- what everybody may ask ------------------------------------------------------------------------------------
+
+    @property
+    def poisoned(self) -> bool:
+        """True from `abort` until a `reform` succeeds. One attribute read."""
+        return self._poison.set
+
+    @property
+    def standby(self) -> bool:
+        """True until the first `reform` of a spare."""
+        return self._standby
+
+    def table_digest(self) -> str:
+        """Hash of the table of groups. Must be equal on all ranks and on the spare before they re-form."""
+        return self._table.digest()
+
+    def groups(self) -> list[GroupRecord]:
+        """The living groups that this rank is a member of, in order of creation. For logs and tests."""
+        return self._table.members(c10d._world.pg_map)
+
+    # -- creation --------------------------------------------------------------------------------------------------
+
+    def _on_group(self, record: GroupRecord, create: seam.Create) -> Any:
+        if self._poison.set:
+            raise self._poison.error()
+        with self._connections.watching():
+            group = create()
+        self._table.add(record)
+        formed = record.real and record.group is not None and "gloo" in record.backend_of_device.values()
+        if formed and record.timeout.total_seconds() > self._operation_timeout_s:
+            # Only now, not for the forming itself: ranks may come minutes apart at start.
+            gloo.set_operation_timeout(_backend(record, "gloo"), self._operation_timeout_s)
+        return group
+
+    # -- abort -----------------------------------------------------------------------------------------------------
+
+    def abort(self, epoch: int | None = None) -> AbortReport:
+        """End all communication of this process, from any thread; also a `reform` under way.
+
+        Every operation blocked in `Work.wait`, and every later one on any group, raises CommunicatorAborted (a blocked
+        one may raise torch's own error for the lost connection instead). Idempotent. Returns after 2 s at most, nearly
+        always within milliseconds. With `epoch`, does nothing if a later epoch is current or forming.
+        """
+        begun = time.monotonic()
+        deadline = begun + _ABORT_DEADLINE_S
+        with self._state_lock:
+            if epoch is not None and max(self.epoch, self._forming_epoch) > epoch:
+                return AbortReport(self._poison.set, 0, 0, 0, 0, 0, 0, 0.0)
+            already, self._poison.set = self._poison.set, True
+            if self._forming is not None:
+                self._forming.abandoned = True
+                self._forming.settled.set()
+        if not self._abort_lock.acquire(timeout=_ABORT_DEADLINE_S):
+            return AbortReport(already, 0, 0, 0, 0, 0, 0, time.monotonic() - begun)
+        try:
+            closed = self._connections.shutdown()
+            aborted, stuck = self._abort_nccl(deadline)
+            found, forced, inside = self._waits.clear_out(_ABORT_GRACE_S, deadline)
+        finally:
+            self._abort_lock.release()
+        report = AbortReport(already, closed, found, forced, inside, aborted, stuck, time.monotonic() - begun)
+        _log.info("communicators of epoch %d aborted: %s", self.epoch, report)
+        return report
+
+    def _abort_nccl(self, deadline: float) -> tuple[int, int]:
+        backends = [
+            _backend(record, "nccl")
+            for record in list(self._table.records)
+            if record.real and record.group is not None and "nccl" in record.backend_of_device.values()
+        ]
+        return nccl.abort_all(backends, deadline) if backends else (0, 0)
+
+    # -- re-form ---------------------------------------------------------------------------------------------------
+
+    def reform(self, epoch: int, store: Store) -> ReformReport:
+        """Form all groups again, in place, for `epoch`. Every rank of WORLD calls it, on its training thread.
+
+        Args:
+            epoch: higher than any before, equal on all ranks.
+            store: TCPStore client of a server outside of the training processes. Used through a connection of its
+                own; all keys are under the epoch.
+
+        Blocks until the groups are formed, `form_timeout_s` at most. Raises ReformError when that passes, a peer is
+        lost, the tables differ or `abort` is called meanwhile; the groups stay poisoned then, and the next call needs
+        a higher epoch.
+        """
+        begun = time.monotonic()
+        if epoch <= max(self.epoch, self._forming_epoch):
+            raise ReformError(f"epoch {epoch} is not after {max(self.epoch, self._forming_epoch)}: each try needs a new one")
+        if not dist.is_initialized():
+            raise ReformError("there are no process groups: torch.distributed is not initialized")
+        if not self._poison.set and not self._standby:
+            self.abort()  # nobody may go on with the old connections
+        c10d._world.pg_coalesce_state.clear()  # an exception in a coalescing block leaves its entry behind
+        records = self.groups()
+        plan = FormingPlan(
+            epoch=epoch,
+            rank=dist.get_rank(),
+            records=records,
+            digest=self.table_digest(),
+            deadline=begun + self._form_timeout_s,
+            operation_timeout_s=self._operation_timeout_s,
+        )
+        forming = Forming(plan, store, self._connections)
+        with self._state_lock:
+            self._forming, self._forming_epoch = forming, epoch
+        donors: list[Any] = []
+        try:
+            forming.start()
+            forming.settled.wait(self._form_timeout_s)
+            formed_at = time.monotonic()
+            self._check(forming, epoch)
+            for record, new in forming.formed:
+                donors.append(self._move_in(record, new))
+            with self._state_lock:
+                self._check(forming, epoch)
+                self._forming = None
+                self.epoch = epoch
+                self._standby = False
+                self._poison.set = False
+        finally:
+            forming.abandoned = True
+            with self._state_lock:
+                self._forming = None
+            retire([*donors, *forming.formed])
+            donors, forming.formed = [], []
+        seconds, name = forming.slowest
+        report = ReformReport(epoch, len(records), time.monotonic() - begun, formed_at - begun, name, seconds)
+        _log.info("communicators re-formed: %s", report)
+        return report
+
+    def _check(self, forming: Forming, epoch: int) -> None:
+        if forming.abandoned:
+            raise ReformError(f"epoch {epoch}: aborted while forming")
+        if forming.error is not None:
+            raise ReformError(f"epoch {epoch}: forming failed: {forming.error}") from forming.error
+        if not forming.settled.is_set():
+            raise ReformError(f"epoch {epoch}: not all peers came within {self._form_timeout_s:g} s")
+
+    def _move_in(self, record: GroupRecord, new: Replacement) -> Any:
+        group = record.group
+        if not record.real:
+            group.bound_device_id = record.bound_device
+        donor = self._in_place.replace(group, new, fresh_group=not record.real)
+        record.real = True
+        seam.pretend(record, new.store)
+        group._set_group_name(record.name)  # these two live in the backend
+        group._set_group_desc(record.desc)
+        return donor
+
+
+def retire(owners: list[Any]) -> None:
+    """Drop what owns dead backends, in a thread: the end of a Gloo backend waits for its threads."""
+    if owners:
+        threading.Thread(target=owners.clear, name="deadpool-retire", daemon=True).start()
+
+
+def _backend(record: GroupRecord, kind: str) -> Any:
+    device = next(device for device, name in record.backend_of_device.items() if name == kind)
+    return record.group._get_backend(torch.device(device))

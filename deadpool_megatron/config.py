@@ -1,0 +1,214 @@
+"""One typed definition of every DeadPool setting: flags, environment, YAML and defaults all come from here.
+
+A setting is looked up as flag, then environment (``DEADPOOL_<NAME>``), then YAML file, then default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ConfigError", "DeadpoolConfig", "add_arguments", "from_namespace", "resolve"]
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, malformed or contradicts another. The message is one line for the user."""
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True)
+class DeadpoolConfig:
+    """Settings of one job. Times are seconds, sizes are bytes."""
+
+    deadpool: bool = _setting(False, "switch DeadPool on; without it the launcher is a plain launcher")
+    state_hash: str = _setting("", "file that receives, at the end, a JSON of SHA-256 per coordinate over its state")
+    comm: str = _setting(
+        "auto",
+        "how process groups are re-formed in place: torch's reconfigure API, or a swap of the inner backend",
+        ("auto", "reconfigure", "swap"),
+    )
+    lease: float = _setting(5.0, "seconds without a heartbeat after which a node counts as lost")
+    abort_deadline: float = _setting(30.0, "seconds a survivor has to leave its training step once a failure is declared")
+    form_deadline: float = _setting(20.0, "seconds that forming one process group may take")
+    build_deadline: float = _setting(600.0, "seconds a spare has to build the model of the coordinate it takes over")
+    operation_timeout: float = _setting(30.0, "seconds a single Gloo operation may take (the floor under the abort)")
+    snapshot_interval: int = _setting(1, "take a generation every this many iterations")
+    slice_bytes: int = _setting(4 << 20, "bytes copied in one slice between two microbatches")
+    transient_retries: int = _setting(
+        3, "times the communicators are re-formed with the same nodes for errors that no loss explains"
+    )
+    fail_on_setup_loss: bool = _setting(True, "end the job when a node is lost before training has begun")
+
+    def __post_init__(self) -> None:
+        for name in ("lease", "abort_deadline", "form_deadline", "build_deadline", "operation_timeout"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--deadpool-{name.replace('_', '-')} must be more than 0 seconds")
+        if self.lease >= self.abort_deadline:
+            raise ConfigError(
+                f"--deadpool-lease ({self.lease:g} s) must be shorter than --deadpool-abort-deadline "
+                f"({self.abort_deadline:g} s): detect < abort < give up"
+            )
+        if self.abort_deadline > self.build_deadline:
+            raise ConfigError(
+                f"--deadpool-abort-deadline ({self.abort_deadline:g} s) must not be longer than "
+                f"--deadpool-build-deadline ({self.build_deadline:g} s)"
+            )
+        if self.snapshot_interval < 1:
+            raise ConfigError("--deadpool-snapshot-interval must be 1 or more iterations")
+        if self.slice_bytes < 4096:
+            raise ConfigError("--deadpool-slice-bytes must be 4096 or more bytes")
+
+    def flags(self) -> list[str]:
+        """This configuration as command-line flags; only what differs from the defaults."""
+        out: list[str] = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value == f.default:
+                continue
+            out += [_flag(f)] if value is True else [_flag(f), str(value)]
+        return out
+
+
+_PREFIX = "deadpool_"
+
+
+def _flag(f: Field[Any]) -> str:
+    return "--deadpool" if f.name == "deadpool" else "--deadpool-" + f.name.replace("_", "-")
+
+
+def _dest(f: Field[Any]) -> str:
+    return "deadpool" if f.name == "deadpool" else _PREFIX + f.name
+
+
+def _type(f: Field[Any]) -> type:
+    hint = typing.get_type_hints(DeadpoolConfig)[f.name]
+    assert isinstance(hint, type) and not isinstance(hint, types.UnionType)
+    return hint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group ``deadpool`` to a parser (Megatron's own, or the launcher's).
+
+    Every default is None on the command line, so that `resolve` can tell "not given" from "given".
+    """
+    group = parser.add_argument_group(
+        title="deadpool", description="survive the loss of nodes (DeadPool for Megatron-LM)"
+    )
+    group.add_argument("--deadpool-config", default=None, metavar="FILE", help="YAML file with any of these settings")
+    for f in fields(DeadpoolConfig):
+        text = f.metadata["help"] + f" (default: {f.default if f.default not in ('', False) else 'off'})"
+        if _type(f) is bool and f.default is False:
+            group.add_argument(_flag(f), dest=_dest(f), action="store_true", default=None, help=text)
+        elif _type(f) is bool:
+            group.add_argument(_flag(f), dest=_dest(f), action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            group.add_argument(
+                _flag(f), dest=_dest(f), type=_type(f), default=None, choices=f.metadata["choices"], help=text
+            )
+    return parser
+
+
+def _coerce(f: Field[Any], value: Any, where: str) -> Any:
+    want = _type(f)
+    if want is bool:
+        if isinstance(value, bool):
+            return value
+        text = str(value).lower()
+        if text in ("1", "true", "yes", "on"):
+            return True
+        if text in ("0", "false", "no", "off", ""):
+            return False
+        raise ConfigError(f"{where}: {value!r} is not yes or no")
+    if want is int and isinstance(value, bool):
+        raise ConfigError(f"{where}: expected a whole number, not {value!r}")
+    try:
+        out = want(value)
+    except (TypeError, ValueError):
+        noun = {int: "a whole number", float: "a number", str: "text"}[want]
+        raise ConfigError(f"{where}: expected {noun}, not {value!r}") from None
+    choices = f.metadata["choices"]
+    if choices and out not in choices:
+        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(choices)}")
+    return out
+
+
+def _load_yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except OSError as err:
+        raise ConfigError(f"--deadpool-config {path}: {err.strerror}") from None
+    except yaml.YAMLError as err:
+        raise ConfigError(f"--deadpool-config {path}: not YAML: {str(err).splitlines()[0]}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"--deadpool-config {path}: expected a mapping of settings")
+    names = [f.name for f in fields(DeadpoolConfig)]
+    for key in data:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1)
+            raise ConfigError(
+                f"--deadpool-config {path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    return data
+
+
+def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> DeadpoolConfig:
+    """Combine flags, environment, YAML file and defaults.
+
+    Args:
+        flags: values by argparse destination (``deadpool``, ``deadpool_lease`` ...); None means "not given".
+        environ: the environment, ``os.environ`` when None.
+
+    Raises:
+        ConfigError: unknown key, malformed value, contradiction.
+    """
+    env = os.environ if environ is None else environ
+    path = flags.get("deadpool_config") or env.get("DEADPOOL_CONFIG")
+    file = _load_yaml(path) if path else {}
+    values: dict[str, Any] = {}
+    for f in fields(DeadpoolConfig):
+        variable = "DEADPOOL" if f.name == "deadpool" else "DEADPOOL_" + f.name.upper()
+        if flags.get(_dest(f)) is not None:
+            values[f.name] = _coerce(f, flags[_dest(f)], _flag(f))
+        elif variable in env:
+            values[f.name] = _coerce(f, env[variable], variable)
+        elif f.name in file:
+            values[f.name] = _coerce(f, file[f.name], f"--deadpool-config {path}: {f.name}")
+        else:
+            assert f.default is not MISSING
+            values[f.name] = f.default
+    return DeadpoolConfig(**values)
+
+
+def from_namespace(namespace: argparse.Namespace) -> DeadpoolConfig:
+    """`resolve` on a parsed namespace (Megatron's args)."""
+    return resolve(vars(namespace))
+
+
+class _Raising(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
+def from_script_arguments(arguments: Sequence[str]) -> DeadpoolConfig:
+    """Read DeadPool's settings out of a training script's arguments; everything else is left alone."""
+    parser = add_arguments(_Raising(add_help=False, allow_abbrev=False))
+    known, rest = parser.parse_known_args(list(arguments))
+    names = ["--deadpool-config", *(_flag(f) for f in fields(DeadpoolConfig))]
+    for token in rest:
+        flag = token.split("=", 1)[0]
+        if flag.startswith("--deadpool") and flag not in names:
+            near = difflib.get_close_matches(flag, names, 1)
+            raise ConfigError(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+    return resolve(vars(known))

@@ -1,0 +1,51 @@
+"""CUDA emulated on the CPU, so that real Megatron runs on any machine: for tests, for the demo, never by itself.
+
+`environment` imports neither torch nor Megatron; `install` imports torch, and patches Megatron when it is imported.
+"""
+
+from __future__ import annotations
+
+from deadpool_megatron.emulation.environment import environment
+
+__all__ = ["EmulationError", "environment", "install", "is_installed"]
+
+_installed = False
+
+
+class EmulationError(RuntimeError):
+    """The emulation cannot be used here; the message is one line."""
+
+
+def is_installed() -> bool:
+    """True when this process runs under the emulation."""
+    return _installed
+
+
+def install(*, force: bool = False) -> None:
+    """Emulate CUDA in this process from now on. Must come before Megatron is imported; idempotent.
+
+    Args:
+        force: also where a real GPU is visible.
+
+    Raises:
+        EmulationError: a real GPU is visible and ``force`` is not set.
+    """
+    global _installed
+    if _installed:
+        return
+    import os
+
+    os.environ.update(environment())
+    import torch
+
+    if torch.cuda.is_available() and not force:
+        raise EmulationError(
+            f"{torch.cuda.device_count()} real GPU(s) are visible here: run without CPU emulation, or hide them with "
+            "CUDA_VISIBLE_DEVICES= "
+        )
+    from deadpool_megatron.emulation import device, imports, tensors
+
+    device.install()
+    tensors.install()
+    imports.install()
+    _installed = True

@@ -1,0 +1,161 @@
+"""``torch.cuda`` on the CPU: one device, one stream that is always done, one generator."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+__all__ = ["CPU", "Event", "Stream", "install"]
+
+CPU = torch.device("cpu")
+_MEMORY = 1 << 34
+
+
+class Stream:
+    """A stream on which everything has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.device = CPU
+        self.cuda_stream = 0
+        self.priority = 0
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """All work is done."""
+        return True
+
+    def record_event(self, event: Event | None = None) -> Event:
+        """An event of now."""
+        event = event or Event()
+        event.record()
+        return event
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        return None
+
+
+class Event:
+    """A moment; `elapsed_time` in milliseconds as in torch.cuda.Event."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._t = time.perf_counter()
+
+    def record(self, stream: Any = None) -> None:
+        """Take the time."""
+        self._t = time.perf_counter()
+
+    def wait(self, stream: Any = None) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """It has happened."""
+        return True
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds from this event to ``end``."""
+        return (end._t - self._t) * 1e3
+
+
+_STREAM = Stream()
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        return value
+
+    return answer
+
+
+def _properties(*args: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        name="cpu", major=9, minor=0, total_memory=_MEMORY, multi_processor_count=1, uuid="0", warp_size=32
+    )
+
+
+def _manual_seed(seed: int) -> None:
+    torch.default_generator.manual_seed(int(seed))
+
+
+def _set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+    torch.set_rng_state(state)
+
+
+def _get_rng_state(device: Any = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _call(function: Callable[[], Any], **kwargs: Any) -> None:
+    function()
+
+
+def install() -> None:
+    """Replace the functions of torch.cuda that Megatron and its schedules call."""
+    cuda = torch.cuda
+    # One function object an entry: torch._dynamo refuses one object under two names.
+    table: dict[str, Any] = {
+        "is_available": _constant(True),
+        "is_initialized": _constant(True),
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "current_device": _constant(0),
+        "set_device": _constant(None),
+        "synchronize": _constant(None),
+        "empty_cache": _constant(None),
+        "init": _constant(None),
+        "_lazy_init": _constant(None),
+        "_lazy_call": _call,
+        "current_stream": _constant(_STREAM),
+        "default_stream": _constant(_STREAM),
+        "set_stream": _constant(None),
+        "stream": lambda stream: contextlib.nullcontext(stream),
+        "Stream": Stream,
+        "Event": Event,
+        "is_current_stream_capturing": _constant(False),
+        "get_device_properties": _properties,
+        "get_device_capability": _constant((9, 0)),
+        "get_device_name": _constant("cpu"),
+        "memory_allocated": _constant(0),
+        "max_memory_allocated": _constant(0),
+        "memory_reserved": _constant(0),
+        "max_memory_reserved": _constant(0),
+        "memory_stats": lambda *a, **k: defaultdict(int),
+        "reset_peak_memory_stats": _constant(None),
+        "mem_get_info": _constant((_MEMORY, _MEMORY)),
+        "utilization": _constant(0),
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "manual_seed": _manual_seed,
+        # The device generator and the CPU generator are one here, and `torch.manual_seed` calls this after the CPU's.
+        "manual_seed_all": _constant(None),
+        "default_generators": (torch.default_generator,),
+    }
+    for name, value in table.items():
+        setattr(cuda, name, value)
+    random: Any = cuda.random
+    random.get_rng_state, random.set_rng_state = _get_rng_state, _set_rng_state
+    cuda.nvtx.range_push = _constant(None)
+    cuda.nvtx.range_pop = _constant(None)
+    torch.accelerator.current_stream = _constant(_STREAM)
+    torch.accelerator.synchronize = _constant(None)
+    for check in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        setattr(torch.optim.Optimizer, check, _constant(None))

@@ -1,0 +1,101 @@
+"""What the emulation changes in torch.distributed, the data loader and, once they are imported, in Megatron's modules."""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+import torch.utils.data
+
+__all__ = ["install"]
+
+
+def _without_helpers(module: ModuleType) -> None:
+    # The wheel has the dataset helpers compiled, but upstream's function runs `make`, whose Makefile it lacks.
+    module.compile_helpers = lambda: None  # type: ignore[attr-defined]
+
+
+def _quiet(module: ModuleType) -> None:
+    # It warns at every fork of the tracker that device and CPU generator are one; here they are, by design.
+    logging.getLogger(module.__name__).setLevel(logging.ERROR)
+
+
+_AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
+    "megatron.core.datasets.utils": _without_helpers,
+    "megatron.core.tensor_parallel.random": _quiet,
+}
+
+
+class _Loader(importlib.abc.Loader):
+    """Runs the module's own loader, then the change."""
+
+    def __init__(self, inner: importlib.abc.Loader, change: Callable[[ModuleType], None]) -> None:
+        self._inner = inner
+        self._change = change
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._inner.exec_module(module)
+        self._change(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of `_AFTER_IMPORT` with the other finders and puts `_Loader` around theirs."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        change = _AFTER_IMPORT.get(fullname)
+        if change is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, change)
+        return spec
+
+
+def _on_gloo(name: str) -> None:
+    """``init_process_group`` / ``new_group`` with Gloo in the place of NCCL, wherever they are looked up."""
+    original = getattr(c10d, name)
+
+    @functools.wraps(original)
+    def on_gloo(*args: Any, **kwargs: Any) -> Any:
+        backend = kwargs.get("backend")
+        if isinstance(backend, str) and "nccl" in backend:
+            kwargs["backend"] = "gloo"
+        kwargs.pop("device_id", None)
+        kwargs.pop("pg_options", None)
+        return original(*args, **kwargs)
+
+    setattr(c10d, name, on_gloo)
+    setattr(dist, name, on_gloo)
+
+
+def install() -> None:
+    """Install all of it. Modules that are imported already are changed at once."""
+    for name in ("init_process_group", "new_group"):
+        _on_gloo(name)
+    loader: Any = torch.utils.data.DataLoader
+    original_init = loader.__init__
+
+    @functools.wraps(original_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs["pin_memory"] = False
+        original_init(self, *args, **kwargs)
+
+    loader.__init__ = init
+    for name, change in _AFTER_IMPORT.items():
+        if name in sys.modules:
+            change(sys.modules[name])
+    sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,312 @@
+"""The hooks in Megatron's training loop, installed at run time: an unmodified pretrain_gpt.py needs nothing more.
+
+Every hook replaces a module global that upstream looks up at call time (megatron-core 0.19):
+
+========================================  ===============================================================
+``training.arguments``                    ``add_megatron_arguments``: the group ``deadpool`` in ``--help``
+``training.training``                     ``initialize_megatron``: checks before anything is built
+                                          ``build_train_valid_test_data_iterators``: a spare's data position
+                                          ``train``: the loop that recovers and goes on
+                                          ``train_step``: a generation opens and ends
+                                          ``training_log``: printed averages survive a re-entry
+                                          ``checkpoint_and_decide_exit``: the count of operations so far
+``core.pipeline_parallel.schedules``      ``backward_step``: ticks; forward ticks wrap ``forward_step_func``
+========================================  ===============================================================
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from deadpool_megatron import config as settings
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.comm import Communicators
+from deadpool_megatron.megatron import small_state, state_hash
+from deadpool_megatron.megatron.support import UserError, check_arguments, check_version
+from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
+from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
+from deadpool_megatron.snapshot import decode
+from deadpool_megatron.vault import SlotWriter, Version
+
+__all__ = ["Hooks"]
+
+
+@dataclass(slots=True)
+class Hooks:
+    """All hooks of one worker process.
+
+    Args:
+        session: the line to the agent.
+        communicators: this process's groups.
+        config: the job's settings.
+        doorbell: the eventfd the agent listens to.
+        store: makes the client of the rendezvous store for re-forming.
+        standby: this process is a spare taking over a coordinate.
+    """
+
+    session: Session
+    communicators: Communicators
+    config: settings.DeadpoolConfig
+    doorbell: int
+    store: Callable[[], torch.distributed.Store]
+    standby: bool
+    trainer: MegatronTrainer | None = None
+    phase: str = "setup"
+    iteration: int = -1
+    _originals: dict[str, Any] = field(default_factory=dict)
+
+    def install(self) -> None:
+        """Put the hooks in place. Raises UserError for a megatron-core that is not supported."""
+        import megatron.core
+        from megatron.core.pipeline_parallel import schedules
+        from megatron.training import arguments, training
+
+        check_version(megatron.core.__version__)
+        self._replace(arguments, "add_megatron_arguments", self._add_arguments)
+        self._replace(training, "initialize_megatron", self._initialize)
+        self._replace(training, "build_train_valid_test_data_iterators", self._build_iterators)
+        self._replace(training, "train", self._train)
+        self._replace(training, "train_step", self._train_step)
+        self._replace(training, "training_log", self._training_log)
+        self._replace(training, "checkpoint_and_decide_exit", self._checkpoint_and_decide_exit)
+        self._replace(schedules, "backward_step", self._backward_step)
+
+    def _replace(self, module: Any, name: str, hook: Callable[..., Any]) -> None:
+        original = getattr(module, name)
+        self._originals[name] = original
+
+        @functools.wraps(original)
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            return hook(original, *args, **kwargs)
+
+        setattr(module, name, replaced)
+
+    # ---- set-up
+
+    def _add_arguments(self, original: Any, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return settings.add_arguments(original(parser))
+
+    def _initialize(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        check_arguments(get_args())
+        if self.standby:
+            # A checkpoint to load would be read by collectives; the spare's state comes from a vault.
+            get_args().load = None
+            get_args().pretrained_checkpoint = None
+        return original(*args, **kwargs)
+
+    def _build_iterators(self, original: Any, provider: Any) -> Any:
+        """A spare waits for the agreed generation here, so that its data begin where the job stands."""
+        if not self.standby:
+            return original(provider)
+        from megatron.training import get_args
+
+        while True:
+            epoch = self.session.declared_epoch
+            try:
+                agreed = self.session.wait_generation(epoch)
+                break
+            except Superseded:
+                continue
+        writer = SlotWriter(agreed.path)
+        small, _ = writer.read(Version(agreed.version_epoch, agreed.generation))
+        writer.close()
+        args = get_args()
+        saved = decode(small)["args"]
+        small_state.apply_args(args, saved)
+        iterators = original(provider)
+        small_state.apply_args(args, saved)
+        return iterators
+
+    # ---- the loop
+
+    def _train(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """``train`` until it has come to its end, through any number of recoveries."""
+        from megatron.training import get_args
+
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        a = bound.arguments
+        megatron_args = get_args()
+        trainer = MegatronTrainer(
+            self.session,
+            self.communicators,
+            self.config,
+            self.doorbell,
+            megatron_args,
+            a["model"],
+            a["optimizer"],
+            a["opt_param_scheduler"],
+            a["config"],
+            (a["train_data_iterator"], a["valid_data_iterator"]),
+        )
+        self.trainer = trainer
+        a["forward_step_func"] = _ticking(a["forward_step_func"], trainer)
+        can_rescue = bool(megatron_args.save) and torch.distributed.get_backend() != "nccl"
+        if self.standby:
+            trainer.adopt_iterators(megatron_args.iteration)
+            can_rescue = True
+        trainer.register(self.communicators.strategy, can_rescue)
+        self.phase = "training"
+        error: BaseException | None = None
+        rejoining = self.standby
+        while True:
+            if rejoining:
+                declared = self._rejoin(trainer, error)
+                error = None
+                if declared.purpose == "save":
+                    self._save_and_leave(bound.arguments, declared.epoch)
+            try:
+                try:
+                    result = original(*bound.args, **bound.kwargs)
+                    leaving: SystemExit | None = None
+                except SystemExit as exit_:
+                    result, leaving = None, exit_
+                epoch = self.session.joined_epoch
+                self.session.step("finished", epoch, self.iteration)
+                self.session.wait_all_finished(epoch)
+            except (EpochClosed, Superseded):
+                rejoining = True
+                continue
+            except Exception as err:  # whatever the broken step raised: _rejoin decides what it was
+                error = err
+                rejoining = True
+                continue
+            self.phase = "tail"
+            if self.config.state_hash:
+                digests = state_hash.digests(megatron_args, a["model"], a["optimizer"], a["opt_param_scheduler"])
+                self.session.tell(r.StateHash(0, trainer.rank, digests))
+            if leaving is not None:
+                raise leaving
+            return result
+
+    def _rejoin(self, trainer: MegatronTrainer, error: BaseException | None) -> r.Declare:
+        c = self.config
+        communication = error is None or _is_communication_error(error)
+        # An error of this rank's own is told soon; one that a lost peer explains waits for the lease to say so.
+        declare = c.lease + 5.0 + c.form_deadline if communication else 0.5
+        if self.standby and error is None:
+            declare = c.build_deadline
+        try:
+            if error is not None:
+                _drop_frames(error)
+            declared = rejoin(
+                self.session,
+                self.communicators,
+                trainer,
+                self.store,
+                Patience(declare, c.lease + 5.0 + c.form_deadline),
+                _is_communication_error,
+                error,
+            )
+        except UnexplainedError:
+            raise error if error is not None else UserError("the recovery was given up") from None
+        self.standby = False
+        return declared
+
+    def _save_and_leave(self, a: dict[str, Any], epoch: int) -> None:
+        """No spare is left: write Megatron's own checkpoint of the agreed generation, then end."""
+        from megatron.training import get_args, training
+
+        args = get_args()
+        training.save_checkpoint_and_time(
+            args.iteration,
+            a["model"],
+            a["optimizer"],
+            a["opt_param_scheduler"],
+            args.num_floating_point_operations_so_far,
+            {},
+            train_data_iterator=a["train_data_iterator"],
+        )
+        training.maybe_finalize_async_save(blocking=True, terminate=True)
+        self.session.tell(r.ShardReady(epoch, args.iteration, str(args.save)))
+        self.session.wait_newer(epoch, self.config.build_deadline)
+        raise SystemExit(0)
+
+    # ---- one iteration
+
+    def _train_step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer = self.trainer
+        assert trainer is not None
+        iteration = inspect.signature(original).bind(*args, **kwargs).arguments["iteration"]
+        self.iteration = iteration
+        start = time.perf_counter()
+        trainer.begin(iteration)
+        result = original(*args, **kwargs)
+        trainer.end(iteration, result[0], result[5], time.perf_counter() - start)
+        return result
+
+    def _backward_step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.trainer is not None:
+            self.trainer.tick()
+        return original(*args, **kwargs)
+
+    def _checkpoint_and_decide_exit(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """The last call of every iteration, and the one that is told ``train``'s running count of operations."""
+        bound = inspect.signature(original).bind(*args, **kwargs).arguments
+        if self.trainer is not None:
+            self.trainer.small_state.flops = bound["num_floating_point_operations_so_far"]
+        return original(*args, **kwargs)
+
+    def _training_log(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's first call after entering ``train`` starts new averages; ours go on where the generation was."""
+        trainer = self.trainer
+        if trainer is None:
+            return original(*args, **kwargs)
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        totals = bound.arguments["total_loss_dict"]
+        state = trainer.small_state
+        if bound.arguments.get("is_first_iteration") and state.logged_before:
+            totals.clear()
+            totals.update(state.log)
+            bound.arguments["is_first_iteration"] = False
+        result = original(*bound.args, **bound.kwargs)
+        state.log = dict(totals)
+        state.logged_before = True
+        return result
+
+
+def _ticking(forward_step: Any, trainer: MegatronTrainer) -> Any:
+    """``forward_step_func`` with a tick before each microbatch of training."""
+
+    @functools.wraps(forward_step)
+    def ticking(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            trainer.tick()
+        else:
+            trainer.check()
+        return forward_step(*args, **kwargs)
+
+    return ticking
+
+
+def _is_communication_error(error: BaseException) -> bool:
+    """May a lost peer have caused this? c10d raises RuntimeError and its subclasses (DistBackendError ...)."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        word in text for word in ("gloo", "Gloo", "NCCL", "nccl", "onnection", "ommunicator", "timed out", "Timed out")
+    )
+
+
+def _drop_frames(error: BaseException) -> None:
+    """Let go of the broken step's activations and pending works, which its traceback keeps alive."""
+    trace = error.__traceback__
+    if trace is not None:
+        traceback.clear_frames(trace)
+    seen: BaseException | None = error
+    while seen is not None:
+        following = seen.__cause__ or seen.__context__
+        if following is not None and following.__traceback__ is not None:
+            traceback.clear_frames(following.__traceback__)
+        seen = following

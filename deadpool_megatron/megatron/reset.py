@@ -1,0 +1,82 @@
+"""What a broken training step leaves behind in Megatron's objects, and how it is put right before train() runs again.
+
+Also clears what survivors have learned lazily and a fresh spare has not: it would make their sequences of collectives
+differ, and the job hang (megatron-core 0.19: ChainedOptimizer._has_grad_norm_group_cache, bucket groups' first batch).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from megatron.core import rerun_state_machine
+from megatron.training import get_timers, training
+
+from deadpool_megatron.megatron.unique_state import members
+
+__all__ = ["reset_after_abort", "synchronize_parameters"]
+
+
+def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
+    """Drop handles, gradients and half-done bookkeeping of the step that broke. No communication, no allocation."""
+    config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
+    for timer in get_timers()._timers.values():
+        timer._started = False
+    machine = rerun_state_machine.get_rerun_state_machine()
+    machine.state = rerun_state_machine.RerunState.NOT_RUNNING_YET
+    machine.data_iterator_checkpoints = None
+    for one in {id(o): o for o in (optimizer, *members(optimizer))}.values():
+        if hasattr(one, "_has_grad_norm_group_cache"):
+            one._has_grad_norm_group_cache = None
+        # train() wraps it again where it wraps it at all.
+        with contextlib.suppress(KeyError):
+            del one.__dict__["step"]
+    for chunk in model:
+        for group in _bucket_groups(chunk):
+            group.is_last_microbatch = True
+            group.per_param_grad_ready_counts = {}
+            group.golden_per_param_grad_ready_counts = {}
+            group.is_first_batch = True
+            group.grad_reduce_handle = None
+            group.param_gather_handle = None
+            group.param_gather_dispatched = False
+            group.grad_reduce_finished = False
+            for bucket in group.buckets:
+                if hasattr(bucket, "layerwise_gather_list"):
+                    bucket.layerwise_gather_list = None
+        chunk.force_all_reduce = False
+        for parameter in chunk.parameters():
+            parameter.grad = None
+    # train() disables the forward pre-hooks for its first iteration and asserts that they were there.
+    if training.should_disable_forward_pre_hook(training.get_args()) and not model[0].remove_forward_pre_hook_handles:
+        training.enable_forward_pre_hook(model)
+
+
+def _bucket_groups(chunk: Any) -> list[Any]:
+    return [*getattr(chunk, "bucket_groups", ()), *getattr(chunk, "expert_parallel_bucket_groups", ())]
+
+
+def synchronize_parameters(model: list[Any], optimizer: Any) -> None:
+    """Bring the model's parameters back from the master parameters: copy, then all-gather over data-parallel ranks.
+
+    Collective over every data-parallel group: each rank of the job calls it. Source: upstream's
+    DistributedOptimizer._copy_main_params_to_model_params and DistributedDataParallel.start_param_sync.
+    """
+    distributed = False
+    for member in members(optimizer):
+        if hasattr(member, "_copy_main_params_to_model_params"):
+            member._copy_main_params_to_model_params()
+        distributed = distributed or type(member).__name__ == "DistributedOptimizer"
+    if distributed or _uses_distributed_optimizer(model):
+        for chunk in model:
+            chunk.start_param_sync(force_sync=True)
+            for group in _bucket_groups(chunk):
+                group.param_gather_handle = None
+                group.param_gather_dispatched = False
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+
+
+def _uses_distributed_optimizer(model: list[Any]) -> bool:
+    return bool(getattr(getattr(model[0], "ddp_config", None), "use_distributed_optimizer", False))

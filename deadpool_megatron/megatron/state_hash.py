@@ -1,0 +1,45 @@
+"""SHA-256 over one coordinate's whole state, to prove two runs equal bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+from argparse import Namespace
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+
+from deadpool_megatron.megatron.unique_state import named_unique_tensors, read_steps
+from deadpool_megatron.snapshot import capture_host_rng, encode
+
+__all__ = ["digests"]
+
+
+def _update(sha: Any, name: str, tensor: torch.Tensor) -> None:
+    sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    sha.update(flat.view(torch.uint8).numpy().tobytes())
+
+
+def digests(args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, str]:
+    """Hex SHA-256 by part: params, main_params, moments, steps, rng, data.
+
+    ``params`` are the model's own (16-bit) parameters and buffers, ``main_params`` and ``moments`` this coordinate's
+    optimizer shard, ``data`` the sample counters and the LR schedule's position.
+    """
+    parts = {name: hashlib.sha256() for name in ("params", "main_params", "moments", "steps", "rng", "data")}
+    for c, chunk in enumerate(model):
+        for name, tensor in [*chunk.named_parameters(), *chunk.named_buffers()]:
+            _update(parts["params"], f"{c}.{name}", tensor)
+    for name, tensor in named_unique_tensors(optimizer):
+        _update(parts["main_params" if name.endswith(".main") else "moments"], name, tensor)
+    parts["steps"].update(repr(read_steps(optimizer)).encode())
+    parts["rng"].update(encode(capture_host_rng()))
+    _update(parts["rng"], "torch", torch.get_rng_state())
+    _update(parts["rng"], "device", torch.cuda.get_rng_state())
+    for name, state in sorted(tensor_parallel.get_cuda_rng_tracker().get_states().items()):
+        _update(parts["rng"], name, state.get_state() if isinstance(state, torch.Generator) else state)
+    parts["data"].update(
+        repr((args.consumed_train_samples, args.consumed_valid_samples, scheduler.num_steps)).encode()
+    )
+    return {name: sha.hexdigest() for name, sha in parts.items()}

@@ -1,0 +1,44 @@
+"""What of Megatron is supported, and the one clear line for what is not."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any, Final
+
+from deadpool_megatron.versions import SUPPORTED, UserError, check_version
+
+__all__ = ["SUPPORTED", "UserError", "check_arguments", "check_version"]
+
+# Flag, attribute of Megatron's args, and when its value is one that DeadPool cannot carry through a swap yet.
+_UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (
+    ("--use-megatron-fsdp", "use_megatron_fsdp", bool),
+    ("--use-torch-fsdp2", "use_torch_fsdp2", bool),
+    ("--cuda-graph-impl", "cuda_graph_impl", lambda v: v not in (None, "none")),
+    ("--enable-cuda-graph", "enable_cuda_graph", bool),
+    ("--external-cuda-graph", "external_cuda_graph", bool),
+    ("--optimizer-cuda-graph", "optimizer_cuda_graph", bool),
+    ("--tp-comm-overlap (Transformer Engine userbuffers)", "tp_comm_overlap", bool),
+    ("--optimizer (only adam and sgd)", "optimizer", lambda v: v not in (None, "adam", "sgd")),
+    ("--optimizer-cpu-offload", "optimizer_cpu_offload", bool),
+    ("--use-precision-aware-optimizer", "use_precision_aware_optimizer", bool),
+    ("--num-distributed-optimizer-instances above 1", "num_distributed_optimizer_instances", lambda v: (v or 1) > 1),
+    ("--fp8-param-gather", "fp8_param_gather", bool),
+    ("--fp8-format", "fp8", bool),
+    ("--fp4-format", "fp4", bool),
+    ("--nccl-ub", "nccl_ub", bool),
+    ("--use-sharp", "use_sharp", bool),
+    ("--perform-rl-step", "perform_rl_step", bool),
+    ("--inprocess-restart", "inprocess_restart", bool),
+    ("--enable-ft-package", "enable_ft_package", bool),
+    ("--vision-pretraining", "vision_pretraining", bool),
+    ("--iterations-to-skip", "iterations_to_skip", bool),
+)
+
+
+def check_arguments(args: Namespace) -> None:
+    """Raises UserError that names the flag of the first mode that is not supported."""
+    for flag, name, bad in _UNSUPPORTED:
+        value = getattr(args, name, None)
+        if bad(value):
+            shown = "" if value is True else f" (here: {value})"
+            raise UserError(f"{flag} is not supported with --deadpool yet{shown}; leave it out, or run without --deadpool")

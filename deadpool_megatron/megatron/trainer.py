@@ -1,0 +1,278 @@
+"""One coordinate of a Megatron run as DeadPool sees it: its generations, its snapshots, its way back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.rerun_state_machine import RerunDataIterator
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.comm import Communicators
+from deadpool_megatron.config import DeadpoolConfig
+from deadpool_megatron.megatron.replay import ReplayIterator
+from deadpool_megatron.megatron.reset import reset_after_abort, synchronize_parameters
+from deadpool_megatron.megatron.small_state import SmallState
+from deadpool_megatron.megatron.support import UserError
+from deadpool_megatron.megatron.unique_state import initialize_optimizer_state, named_unique_tensors
+from deadpool_megatron.recovery import Refused, Session
+from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, ShardPlan, Snapshotter
+from deadpool_megatron.vault import SlotWriter, Version
+
+__all__ = ["EpochClosed", "MegatronTrainer"]
+
+_SMALL_SLACK = 1 << 16
+
+
+class EpochClosed(BaseException):
+    """A newer epoch was declared while this rank was between two communications; unwinds to the recovery.
+
+    Derives from BaseException so that no handler of the training script takes it for an error of its own.
+    """
+
+
+class MegatronTrainer:
+    """Implements `recovery.Trainer` on Megatron's objects. Used by the training thread only.
+
+    Args:
+        model: list of model chunks (DDP), as `train` gets it.
+        iterators: the data iterators `train` gets, nested as they are.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        communicators: Communicators,
+        config: DeadpoolConfig,
+        doorbell: int,
+        args: Namespace,
+        model: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        model_config: Any,
+        iterators: Iterable[Any],
+    ) -> None:
+        self._session = session
+        self._communicators = communicators
+        self._config = config
+        self._args = args
+        self._model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._model_config = model_config
+        self.rank = torch.distributed.get_rank()
+        initialize_optimizer_state(optimizer)
+        self._plan = ShardPlan(named_unique_tensors(optimizer), config.slice_bytes)
+        self.small_state = SmallState(args, model, optimizer, scheduler)
+        self._small = self.small_state.capture(args.iteration)
+        self._small_generation = -1
+        self._replays = [_under_rerun(each) for each in _flatten(iterators)]
+        capacity = 2 * len(self._small) + _SMALL_SLACK
+        try:
+            path = session.request_arena(self.rank, self._plan.nbytes, capacity)
+        except Refused as err:
+            raise UserError(str(err)) from None
+        self._writer = SlotWriter(path, doorbell)
+        self._snapshotter = Snapshotter(self._plan, self._writer, _engine(self._plan))
+        self.live_generation: int | None = None
+        self._ticks = 0
+        self._blocked = 0.0
+        self._fault: r.Fault | None = None
+        self._resumed_epoch = session.joined_epoch
+        self._host_must_wait = args.clip_grad == 0 and not _emulated()
+        optimizer.step_with_ready_grads = self._gated(optimizer.step_with_ready_grads)
+
+    def register(self, strategy: str, can_rescue: bool) -> None:
+        """Tell who this is, once, before training."""
+        self._session.tell(
+            r.Registered(
+                0,
+                0,
+                r.CoordinateInfo(
+                    self.rank,
+                    parallel_state.get_tensor_model_parallel_rank(),
+                    parallel_state.get_pipeline_model_parallel_rank(),
+                    parallel_state.get_data_parallel_rank(),
+                    parallel_state.get_context_parallel_rank(),
+                    parallel_state.get_expert_model_parallel_rank(),
+                ),
+                self._plan.nbytes,
+                len(self._small),
+                self._communicators.table_digest(),
+                strategy,
+                can_rescue,
+            )
+        )
+
+    # ---- the training step
+
+    def begin(self, iteration: int) -> None:
+        """Generation ``iteration`` opens: nothing of it has changed yet."""
+        start = time.perf_counter()
+        self.check()
+        session = self._session
+        self._small = self.small_state.capture(iteration)
+        self._small_generation = iteration
+        keep_from = iteration - 2 * self._config.snapshot_interval
+        for replay in self._replays:
+            replay.mark(iteration, keep_from)
+        self.live_generation = iteration
+        self._ticks = 0
+        self._fault = next((f for f in session.armed if f.iteration == iteration and self._hits(f)), None)
+        if iteration % self._config.snapshot_interval == 0:
+            self._snapshotter.open(session.joined_epoch, iteration, self._small)
+        if self._resumed_epoch != session.joined_epoch:
+            self._resumed_epoch = session.joined_epoch
+            session.step("resumed", session.joined_epoch, iteration)
+        self._blocked = time.perf_counter() - start
+
+    def tick(self) -> None:
+        """A forward or backward pass begins: copy the next slices, leave if the epoch is over."""
+        start = time.perf_counter()
+        self._ticks += 1
+        if self._fault is not None and self._ticks >= self._fault.tick:
+            self._strike(self._fault)
+        self.check()
+        self._snapshotter.tick()
+        self._blocked += time.perf_counter() - start
+
+    def check(self) -> None:
+        """Raises EpochClosed when a newer epoch has been declared."""
+        if self._session.closed or self._communicators.poisoned:
+            raise EpochClosed
+
+    def _gated(self, step: Any) -> Any:
+        """The commit gate around ``optimizer.step_with_ready_grads``, the first mutation of unique state."""
+
+        def step_with_ready_grads(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            self._snapshotter.gate()
+            if self._host_must_wait:
+                # Nothing has made the host wait for the gradients yet, so an aborted collective could go unseen.
+                torch.cuda.current_stream().synchronize()
+            self.check()
+            self.live_generation = None
+            self._blocked += time.perf_counter() - start
+            return step(*args, **kwargs)
+
+        return step_with_ready_grads
+
+    def end(self, iteration: int, loss: dict[str, Any], grad_norm: float | None, seconds: float) -> None:
+        """Iteration ``iteration`` is over on this rank; tell about it if this rank knows the loss."""
+        self._snapshotter.gate()  # a skipped step (inf gradients) has not passed the gate
+        if not loss or parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+            return
+        if parallel_state.get_tensor_model_parallel_rank() != 0:
+            return
+        stats = self._snapshotter.stats
+        self._session.tell(
+            r.Iteration(
+                0,
+                self.rank,
+                self._session.joined_epoch,
+                iteration,
+                {key: float(value).hex() for key, value in loss.items()},
+                float(grad_norm).hex() if grad_norm is not None else None,
+                seconds,
+                self._blocked,
+                stats.copied_bytes,
+                stats.skipped,
+            )
+        )
+
+    # ---- recovery.Trainer
+
+    def unwind(self) -> None:
+        """Drop what the broken step left behind."""
+        self._snapshotter.give_up()
+        reset_after_abort(self._model, self._optimizer, self._model_config)
+
+    def restore(self, agreed: r.Generation) -> None:
+        """Make the live state that of the agreed generation."""
+        generation = agreed.generation
+        if self.live_generation == generation and self._small_generation == generation:
+            small = self._small
+        else:
+            self.live_generation = None
+            small = self._snapshotter.restore(Version(agreed.version_epoch, generation))
+        self.small_state.restore(small)
+        self._small, self._small_generation = small, generation
+        for replay in self._replays:
+            replay.rewind(generation)
+        for each in self._reruns():
+            each.replaying, each.saved_microbatches, each.replay_pos = False, [], 0
+        self.live_generation = generation
+
+    def synchronize(self) -> None:
+        """Bring the 16-bit parameters back by the data-parallel all-gather."""
+        synchronize_parameters(self._model, self._optimizer)
+
+    def adopt_iterators(self, generation: int) -> None:
+        """A spare's iterators begin at ``generation``: mark it, so that `restore` finds it."""
+        for replay in self._replays:
+            replay.mark(generation, generation)
+
+    def _reruns(self) -> Iterator[Any]:
+        for replay in self._replays:
+            if isinstance(replay.owner, RerunDataIterator):
+                yield replay.owner
+
+    # ---- faults
+
+    def _hits(self, fault: r.Fault) -> bool:
+        return fault.local == int(os.environ["LOCAL_RANK"])
+
+    def _strike(self, fault: r.Fault) -> None:
+        """Die as the fault says: the whole node (agent and siblings), or this worker."""
+        if fault.kind == "kill":
+            agent = os.getppid()
+            children = _children(agent)
+            os.kill(agent, signal.SIGKILL)
+            for pid in children:
+                if pid != os.getpid():
+                    os.kill(pid, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def _emulated() -> bool:
+    from deadpool_megatron import emulation
+
+    return emulation.is_installed()
+
+
+def _engine(plan: ShardPlan) -> CopyEngine:
+    return HostCopyEngine() if _emulated() or not torch.cuda.is_available() else CudaCopyEngine()
+
+
+def _flatten(iterators: Iterable[Any]) -> Iterator[Any]:
+    for each in iterators:
+        if isinstance(each, (list, tuple)):
+            yield from _flatten(each)
+        elif each is not None:
+            yield each
+
+
+def _under_rerun(iterator: Any) -> ReplayIterator:
+    """Put a ReplayIterator between Megatron's RerunDataIterator and what it draws from."""
+    if not hasattr(iterator, "iterable"):
+        raise UserError(
+            f"data iterator {type(iterator).__name__} is not supported with --deadpool: it must come from Megatron's "
+            "--dataloader-type single, cyclic or external"
+        )
+    if not isinstance(iterator.iterable, ReplayIterator):
+        iterator.iterable = ReplayIterator(iterator.iterable)
+        iterator.iterable.owner = iterator
+    replay: ReplayIterator = iterator.iterable
+    return replay

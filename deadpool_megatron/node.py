@@ -1,0 +1,63 @@
+"""``python -m deadpool_megatron.node agent|coordinator``: the processes the launcher starts. Settings come as JSON on stdin.
+
+They come on stdin and not as arguments or environment because the job's secret is among them.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+import msgspec
+
+from deadpool_megatron.cluster import (
+    Agent,
+    AgentSettings,
+    Coordinator,
+    CoordinatorSettings,
+    Deadlines,
+    Exit,
+    JobSpec,
+)
+
+__all__ = ["main"]
+
+
+def _coordinator(settings: dict[str, Any]) -> int:
+    import torch.distributed as dist
+
+    job = settings["job"]
+    spec = JobSpec(**{**job, "deadlines": Deadlines(**job["deadlines"])})
+    host = settings["host"]
+    # The rendezvous of process groups lives here, outside of all training processes.
+    store = dist.TCPStore(host, 0, None, True, wait_for_workers=False)
+    coordinator = Coordinator(
+        spec,
+        CoordinatorSettings(host, 0, bytes.fromhex(settings["secret"]), settings["run_dir"], settings["state_hash"]),
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: coordinator.interrupt())
+    code, message = coordinator.run(lambda port: print(port, store.port, flush=True))
+    print(message, flush=True)
+    return code
+
+
+def _agent(settings: dict[str, Any]) -> int:
+    settings["secret"] = bytes.fromhex(settings["secret"])
+    return Agent(AgentSettings(**settings)).run()
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    settings = msgspec.json.decode(sys.stdin.buffer.read(), type=dict[str, Any])
+    role = sys.argv[1]
+    try:
+        return _coordinator(settings) if role == "coordinator" else _agent(settings)
+    except OSError as err:  # the process boundary: a directory or address the user named cannot be used
+        print(f"deadpool: {role}: {err}", file=sys.stderr)
+        return Exit.USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What a worker does from the moment its training step breaks to the moment it trains again.
+
+::
+
+    step breaks -> declared? -> unwind -> Arrived -> Generation -> restore -> ready -> Form -> re-form -> formed
+                                                                                        -> synchronize -> restored
+
+A newer epoch at any point starts again at "unwind". The same code runs in survivors and in spares; a spare has nothing
+to unwind and no live state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch.distributed import Store
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.comm import Communicators, ReformError
+from deadpool_megatron.recovery.session import Session, Superseded
+
+__all__ = ["Patience", "Trainer", "UnexplainedError", "rejoin"]
+
+
+class UnexplainedError(Exception):
+    """The training step raised and no failure was declared in time: the error is this worker's own."""
+
+
+class Trainer(Protocol):
+    """What recovery needs of the training framework. All of it runs on the training thread."""
+
+    @property
+    def rank(self) -> int:
+        """The coordinate."""
+
+    @property
+    def live_generation(self) -> int | None:
+        """The generation the live state is, None when it is torn (or was never there)."""
+
+    def unwind(self) -> None:
+        """Drop what the broken step left behind: handles, gradients, started timers, pending works."""
+
+    def restore(self, agreed: r.Generation) -> None:
+        """Make unique state and small state those of the agreed generation. No communication."""
+
+    def synchronize(self) -> None:
+        """Bring back the reconstructible state (16-bit parameters) by collectives on the new communicators."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a worker waits for others, in seconds."""
+
+    declare: float
+    newer_epoch: float
+
+
+def rejoin(
+    session: Session,
+    communicators: Communicators,
+    trainer: Trainer,
+    store: Callable[[], Store],
+    patience: Patience,
+    is_communication_error: Callable[[BaseException], bool],
+    error: BaseException | None,
+) -> r.Declare:
+    """Take part in the recovery this worker is in, until it can train again.
+
+    Args:
+        store: makes (or returns) the client of the rendezvous store.
+        is_communication_error: tells an error a lost peer may have caused from one that is the worker's own.
+        error: what broke the step, None in a spare.
+
+    Returns:
+        The declaration of the epoch that was joined.
+
+    Raises:
+        UnexplainedError: nothing was declared within the patience.
+    """
+    if error is not None and not session.closed and is_communication_error(error):
+        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:500]
+        session.tell(r.PeerError(session.joined_epoch, 0, trainer.rank, text))
+    declared = session.wait_declared(patience.declare)
+    if declared is None:
+        raise UnexplainedError
+    while True:
+        epoch = declared.epoch
+        try:
+            if not communicators.standby:
+                communicators.abort(epoch - 1)
+            trainer.unwind()
+            session.tell(r.Arrived(epoch, trainer.rank, trainer.live_generation))
+            agreed = session.wait_generation(epoch)
+            trainer.restore(agreed)
+            session.step("ready", epoch)
+            session.wait_form(epoch)
+            report = communicators.reform(epoch, store())
+            session.step("formed", epoch, report.groups)
+            trainer.synchronize()
+            session.joined_epoch = epoch
+            session.step("restored", epoch)
+            return declared
+        except Superseded:
+            pass
+        except (ReformError, RuntimeError) as err:
+            if not session.wait_newer(epoch, 0.0):
+                session.tell(r.PeerError(epoch, 0, trainer.rank, f"{type(err).__name__}: {err}"[:500]))
+                if not session.wait_newer(epoch, patience.newer_epoch):
+                    raise UnexplainedError from err
+        newer = session.wait_declared(patience.newer_epoch)
+        assert newer is not None
+        declared = newer

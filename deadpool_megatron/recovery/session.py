@@ -1,0 +1,200 @@
+"""A worker's line to its agent: one control socket, one watcher thread, and what the training thread waits for.
+
+::
+
+    watcher thread                           training thread
+    --------------                           ---------------
+    recv Declare(e) -> on_declare(e)  ....>  blocked in a collective, comes out with an error
+                       notify                recover(): wait_generation, wait_form ...
+    recv Form(e)    -> notify         ....>  goes on
+
+The end of the control socket means that the agent is dead: this process must not train on, so it ends at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from deadpool_megatron.cluster import records as r
+
+__all__ = ["Refused", "Session", "Superseded"]
+
+_MAX_PACKET = 1 << 17
+_AGENT_LOST = 81
+
+
+class Superseded(Exception):
+    """A newer epoch has been declared; whatever was waited for will not come."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__(f"epoch {epoch} has been declared")
+        self.epoch = epoch
+
+
+class Refused(Exception):
+    """The agent refused a request; the message is one line for the user."""
+
+
+class Session:
+    """The worker's end of the protocol.
+
+    Args:
+        control_fd: the inherited SOCK_SEQPACKET socket.
+        on_declare: called from the watcher thread with each new epoch, before anybody else learns of it; it aborts the
+            communicators and must return soon.
+    """
+
+    def __init__(self, control_fd: int, on_declare: Callable[[int], None]) -> None:
+        self._socket = socket.socket(fileno=control_fd)
+        self._on_declare = on_declare
+        self._news = threading.Condition()
+        self._declared: r.Declare | None = None
+        self._generation: r.Generation | None = None
+        self._take_over: r.TakeOver | None = None
+        self._formed = -1
+        self._all_finished = -1
+        self._arena: r.ArenaGranted | r.ArenaRefused | None = None
+        self._armed: tuple[r.Fault, ...] = ()
+        self.declared_epoch = 0
+        self.joined_epoch = 0
+        threading.Thread(target=self._watch, name="deadpool-watcher", daemon=True).start()
+
+    # ---- the watcher thread
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                packet = self._socket.recv(_MAX_PACKET)
+            except OSError:
+                packet = b""
+            if not packet:
+                print("deadpool: the agent of this node is gone; this worker ends", file=sys.stderr, flush=True)
+                os._exit(_AGENT_LOST)
+            self._take(r.decode_to_worker(packet))
+
+    def _take(self, record: r.WorkerTold) -> None:
+        if isinstance(record, r.Declare) and record.epoch > self.declared_epoch:
+            self.declared_epoch = record.epoch
+            self._on_declare(record.epoch)
+        with self._news:
+            match record:
+                case r.Declare():
+                    if self._declared is None or record.epoch > self._declared.epoch:
+                        self._declared = record
+                case r.Generation():
+                    self._generation = record
+                case r.Form():
+                    self._formed = record.epoch
+                case r.TakeOver():
+                    self._take_over = record
+                case r.AllFinished():
+                    self._all_finished = record.epoch
+                case r.ArenaGranted() | r.ArenaRefused():
+                    self._arena = record
+                case r.Arm():
+                    self._armed = (*self._armed, record.fault)
+                case r.Stop():
+                    pass
+            self._news.notify_all()
+
+    # ---- the training thread
+
+    @property
+    def closed(self) -> bool:
+        """True once an epoch newer than the one this worker takes part in has been declared. Cheap."""
+        return self.declared_epoch > self.joined_epoch
+
+    @property
+    def armed(self) -> tuple[r.Fault, ...]:
+        """Faults to be injected in this worker's iterations."""
+        return self._armed
+
+    def tell(self, record: msgspec.Struct) -> None:
+        """Send one record to the agent; it is in the kernel when this returns."""
+        with contextlib.suppress(BrokenPipeError, ConnectionError):
+            self._socket.send(r.encode(record))
+
+    def step(self, step: r.Step, epoch: int, number: int = 0) -> None:
+        """Tell the agent that this worker has reached a step."""
+        self.tell(r.WorkerStep(step, epoch, number))
+
+    def wait_take_over(self) -> r.TakeOver:
+        """Park until this worker is given a coordinate."""
+        with self._news:
+            while self._take_over is None:
+                self._news.wait()
+            return self._take_over
+
+    def wait_declared(self, deadline_s: float) -> r.Declare | None:
+        """The newest epoch this worker has not joined; None when none was declared within ``deadline_s`` seconds."""
+        end = time.monotonic() + deadline_s
+        with self._news:
+            while self._declared is None or self._declared.epoch <= self.joined_epoch:
+                left = end - time.monotonic()
+                if left <= 0:
+                    return None
+                self._news.wait(left)
+            return self._declared
+
+    def wait_generation(self, epoch: int) -> r.Generation:
+        """The generation agreed in ``epoch``. Raises Superseded."""
+        with self._news:
+            while True:
+                self._check(epoch)
+                if self._generation is not None and self._generation.epoch == epoch:
+                    return self._generation
+                self._news.wait()
+
+    def wait_form(self, epoch: int) -> None:
+        """Until every rank is ready to form the groups of ``epoch``. Raises Superseded."""
+        with self._news:
+            while self._formed != epoch:
+                self._check(epoch)
+                self._news.wait()
+
+    def wait_all_finished(self, epoch: int) -> None:
+        """Until every coordinate has finished training. Raises Superseded."""
+        with self._news:
+            while self._all_finished < epoch:
+                self._check(epoch)
+                self._news.wait()
+
+    def wait_newer(self, epoch: int, deadline_s: float) -> bool:
+        """Until an epoch newer than ``epoch`` is declared; False when the deadline passes."""
+        end = time.monotonic() + deadline_s
+        with self._news:
+            while self.declared_epoch <= epoch:
+                left = end - time.monotonic()
+                if left <= 0:
+                    return False
+                self._news.wait(left)
+            return True
+
+    def request_arena(self, rank: int, unique_bytes: int, small_capacity: int, deadline_s: float = 120.0) -> str:
+        """The path of this rank's arena in the vault. Raises Refused with one clear line."""
+        with self._news:
+            self._arena = None
+        self.tell(r.ArenaRequest(rank, unique_bytes, small_capacity))
+        end = time.monotonic() + deadline_s
+        with self._news:
+            while self._arena is None:
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise Refused(f"the agent did not give rank {rank} its memory within {deadline_s:g} s")
+                self._news.wait(left)
+            answer = self._arena
+        if isinstance(answer, r.ArenaRefused):
+            raise Refused(answer.message)
+        return answer.path
+
+    def _check(self, epoch: int) -> None:
+        if self.declared_epoch > epoch:
+            raise Superseded(self.declared_epoch)

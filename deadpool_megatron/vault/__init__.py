@@ -1,0 +1,55 @@
+"""The vault: shards in node-owned host memory that outlives the workers, kept in two copies on two nodes.
+
+The agent makes a `Vault`, serves it with a `VaultServer` and sends with a `Replicator`; a worker writes and reads its
+own arena with a `SlotWriter`; `fetch` brings a lost shard back; `CommitLedger` is the coordinator's part.
+"""
+
+from .arena import Arena, ArenaInfo, Kind, Slot
+from .discipline import CommitLedger, Told
+from .errors import (
+    ChecksumMismatch,
+    DeadlinePassed,
+    NotHeld,
+    Refused,
+    StaleEpoch,
+    TransferFailed,
+    VaultError,
+    VaultFull,
+)
+from .leftovers import clean_leftovers, process_alive, process_start
+from .replicator import Replicator
+from .server import VaultServer
+from .transfer import fetch
+from .vault import Holding, Holdings, Vault
+from .version import Version
+from .wire import Deadlines
+from .writer import SlotWriter
+
+__all__ = [
+    "Arena",
+    "ArenaInfo",
+    "ChecksumMismatch",
+    "CommitLedger",
+    "DeadlinePassed",
+    "Deadlines",
+    "Holding",
+    "Holdings",
+    "Kind",
+    "NotHeld",
+    "Refused",
+    "Replicator",
+    "Slot",
+    "SlotWriter",
+    "StaleEpoch",
+    "Told",
+    "TransferFailed",
+    "Vault",
+    "VaultError",
+    "VaultFull",
+    "VaultServer",
+    "Version",
+    "clean_leftovers",
+    "fetch",
+    "process_alive",
+    "process_start",
+]

@@ -1,0 +1,358 @@
+"""The shared memory of one rank in one vault: a file with a header and two slots.
+
+Created by the agent, mapped by agent and worker. Layout (64-bit little-endian words, native order; all offsets
+are multiples of a page):
+
+    page 0        header: identity and sizes | words the agent tells | the two slots' words
+    then          checksum table of slot 0, of slot 1 (one xxh3_64 word for the small state and one per chunk)
+    then          slot 0: small-state capacity | unique bytes      then slot 1 likewise
+
+Every word has one writer, is aligned and is stored whole, so no lock is shared between processes: a process that dies
+at any point leaves nothing locked. A slot's data belong to the version in ``begin`` when ``end`` says the same; while
+it is written, ``end`` is EMPTY. ``turn`` counts how often the slot was opened; the agent says "complete" by storing
+the turn it has checked, so a slot that has been opened again is incomplete with no further store.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import xxhash
+
+from .errors import ChecksumMismatch, VaultError, VaultFull
+from .leftovers import MAGIC, PAGE, PID_WORD, START_WORD, process_alive, process_start
+from .version import EMPTY, Version, unpack
+
+__all__ = ["Arena", "ArenaInfo", "Kind", "Slot"]
+
+Kind = Literal["own", "peer"]
+_KINDS: Final[tuple[Kind, Kind]] = ("own", "peer")
+_LAYOUT: Final = 1
+# header words
+_W_RANK, _W_KIND, _W_UNIQUE, _W_SMALL, _W_CHUNK, _W_TOTAL = range(2, 8)
+_W_KEPT, _W_FLOOR, _W_EPOCH = 16, 17, 18
+# slot words: one cache line the writer stores to, one the agent stores to
+_W_SLOTS: Final = 32
+_SLOT_WORDS: Final = 16
+_S_TURN, _S_BEGIN, _S_END, _S_PUBLISHED, _S_SMALL = range(5)
+_S_OWN_TURN, _S_PEER_TURN, _S_CHECKED, _S_CHECKED_TURN = range(8, 12)
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaInfo:
+    """What a worker needs to map its arena."""
+
+    path: str
+    rank: int
+    kind: Kind
+    unique_bytes: int
+    small_capacity: int
+    total_bytes: int
+
+
+def _round(size: int) -> int:
+    return -(-size // PAGE) * PAGE
+
+
+def _free_bytes(directory: str) -> int:
+    """Bytes that can really be had there: what the file system allows, and what the machine's memory does."""
+    stat = os.statvfs(directory)
+    free = stat.f_bavail * stat.f_frsize
+    with open("/proc/meminfo") as meminfo:
+        for line in meminfo:
+            if line.startswith("MemAvailable:"):
+                free = min(free, int(line.split()[1]) * 1024)
+    return free
+
+
+class _Word:
+    """One 64-bit word of a slot, by its index."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __get__(self, slot: Slot, owner: type[Slot] | None = None) -> int:
+        value: int = slot.words[self._index]
+        return value
+
+    def __set__(self, slot: Slot, value: int) -> None:
+        slot.words[self._index] = value
+
+
+class Slot:
+    """One of an arena's two slots. ``small`` and ``unique`` are writable views that live as long as the arena."""
+
+    # stored by whoever writes the data: the worker (own arena) or the agent (peer arena, fetch)
+    turn = _Word(_S_TURN)
+    begin = _Word(_S_BEGIN)
+    end = _Word(_S_END)
+    published = _Word(_S_PUBLISHED)
+    small_bytes = _Word(_S_SMALL)
+    # stored by the agent
+    own_turn = _Word(_S_OWN_TURN)
+    peer_turn = _Word(_S_PEER_TURN)
+    checked = _Word(_S_CHECKED)
+    checked_turn = _Word(_S_CHECKED_TURN)
+
+    def __init__(
+        self,
+        index: int,
+        words: memoryview[Any],
+        sums: memoryview[Any],
+        small: memoryview,
+        unique: memoryview,
+        chunk: int,
+    ) -> None:
+        self.index = index
+        self.words = words
+        self.sums = sums
+        self.small = small
+        self.unique = unique
+        self.chunk_bytes = chunk
+        self.chunks = -(-len(unique) // chunk)
+
+    def reopen(self, version: int) -> None:
+        """Begin to write packed ``version``: from here on the slot is incomplete, whatever happens."""
+        self.end = EMPTY
+        self.small_bytes = EMPTY
+        self.published = 0
+        self.begin = version
+        self.turn += 1  # last: a reader that sees the new turn sees the new version
+
+    def put_small(self, small: bytes) -> None:
+        """Store the small state. Raises VaultError when it is larger than the arena's capacity for it."""
+        if len(small) > len(self.small):
+            raise VaultError(
+                f"small state of {len(small)} bytes does not fit the {len(self.small)} bytes of the arena; "
+                "ask for a larger small_capacity"
+            )
+        self.small[: len(small)] = small
+        self.small_bytes = len(small)
+
+    def seal(self) -> None:
+        """The writer's last word: all bytes of the version are there."""
+        self.end = self.begin
+
+    @property
+    def sealed(self) -> bool:
+        """The writer has finished; the checksums may not be there yet."""
+        begin: int = self.begin
+        return begin != EMPTY and begin == self.end
+
+    @property
+    def complete(self) -> bool:
+        """Written to the end and checksummed: this version can be given back."""
+        turn = self.turn
+        return self.sealed and self.own_turn == turn and self.turn == turn
+
+    @property
+    def at_peer(self) -> bool:
+        """The peer has acknowledged this version, all bytes verified."""
+        return self.peer_turn == self.turn and self.complete
+
+    @property
+    def version(self) -> Version | None:
+        """The version in the slot, complete or not."""
+        return unpack(self.begin)
+
+    def chunk(self, index: int) -> memoryview:
+        """Bytes of chunk ``index`` of the unique state."""
+        start = index * self.chunk_bytes
+        return self.unique[start : start + self.chunk_bytes]
+
+    def published_chunks(self) -> int:
+        """How many chunks the writer has finished."""
+        published = min(self.published, len(self.unique))
+        return self.chunks if published == len(self.unique) else published // self.chunk_bytes
+
+    def mark_complete(self) -> None:
+        """The agent has a verified checksum of everything in this turn."""
+        self.own_turn = self.turn
+
+    def verify(self) -> None:
+        """Compare all bytes with their checksums. Raises ChecksumMismatch. Blocks for the time of reading them."""
+        version = self.version
+        if self.sums[0] != xxhash.xxh3_64_intdigest(self.small[: self.small_bytes]):
+            raise ChecksumMismatch(f"small state of version {version} in slot {self.index} has changed in memory")
+        for index in range(self.chunks):
+            if self.sums[1 + index] != xxhash.xxh3_64_intdigest(self.chunk(index)):
+                raise ChecksumMismatch(f"chunk {index} of {version} in slot {self.index} has changed in memory")
+
+
+class Arena:
+    """A mapped arena file. Make one with `create` (agent) or `attach` (worker)."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self.path = path
+        size = os.fstat(fd).st_size
+        # populated now, so that the hot path takes no page faults
+        self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._view = memoryview(self._map)
+        self.words: memoryview[Any] = self._view[:PAGE].cast("Q")
+        words = self.words
+        if size < PAGE or words[0] != MAGIC or words[1] != _LAYOUT or words[_W_TOTAL] != size:
+            raise VaultError(f"{path} is not an arena of this DeadPool version")
+        self.info = ArenaInfo(path, words[_W_RANK], _KINDS[words[_W_KIND]], words[_W_UNIQUE], words[_W_SMALL], size)
+        self.chunk_bytes: int = words[_W_CHUNK]
+        self.slots = (self._slot(0), self._slot(1))
+
+    @staticmethod
+    def size(unique_bytes: int, small_capacity: int, chunk_bytes: int) -> int:
+        """Bytes of the file of an arena."""
+        table = _round(8 * (1 + -(-unique_bytes // chunk_bytes)))
+        return PAGE + 2 * (table + _round(small_capacity) + _round(unique_bytes))
+
+    @classmethod
+    def create(
+        cls, path: str, rank: int, kind: Kind, unique_bytes: int, small_capacity: int, chunk_bytes: int = 1 << 20
+    ) -> Arena:
+        """Make the file, all of its memory taken now so that no later store can fail.
+
+        It appears under its name only when it is whole. Blocks for the time of clearing the memory (0.3 s a GiB).
+        Raises VaultFull, or VaultError when a living job has an arena of that name.
+        """
+        if unique_bytes < 0 or small_capacity < 1 or chunk_bytes < PAGE:
+            raise VaultError(
+                f"cannot make an arena of {unique_bytes} + {small_capacity} bytes in chunks of {chunk_bytes}"
+            )
+        directory = os.path.dirname(path)
+        total = cls.size(unique_bytes, small_capacity, chunk_bytes)
+        hint = "give the node more shared memory (mount -o remount,size=... /dev/shm, or --shm-size of the container)"
+        what = f"arena of rank {rank} ({kind}) needs {total} bytes in {directory}"
+        free = _free_bytes(directory)
+        if total > free:
+            raise VaultFull(f"{what} but {free} are there; {hint}")
+        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                os.posix_fallocate(fd, 0, total)
+            except OSError as err:
+                free = _free_bytes(directory)
+                raise VaultFull(f"{what} but {free} are there ({err}); {hint}") from None
+            words = memoryview(bytearray(PAGE)).cast("Q")
+            words[0], words[1] = MAGIC, _LAYOUT
+            words[_W_RANK], words[_W_KIND] = rank, _KINDS.index(kind)
+            words[_W_UNIQUE], words[_W_SMALL], words[_W_CHUNK] = unique_bytes, small_capacity, chunk_bytes
+            words[PID_WORD], words[START_WORD], words[_W_TOTAL] = os.getpid(), process_start(os.getpid()) or 0, total
+            words[_W_KEPT] = EMPTY
+            for slot in range(2):
+                base = _W_SLOTS + slot * _SLOT_WORDS
+                words[base + _S_BEGIN] = words[base + _S_END] = words[base + _S_SMALL] = EMPTY
+            os.pwrite(fd, words, 0)
+            _link(fd, path)
+            return cls(path, fd)
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def attach(cls, path: str) -> Arena:
+        """Map an arena that the agent made. Raises VaultError when there is none."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise VaultError(f"there is no arena {path}: the agent that owned it is gone") from None
+        try:
+            return cls(path, fd)
+        finally:
+            os.close(fd)
+
+    def _slot(self, index: int) -> Slot:
+        info, chunk = self.info, self.chunk_bytes
+        sums_words = 1 + -(-info.unique_bytes // chunk)
+        table = _round(8 * sums_words)
+        data = PAGE + 2 * table + index * (_round(info.small_capacity) + _round(info.unique_bytes))
+        unique = data + _round(info.small_capacity)
+        base = _W_SLOTS + index * _SLOT_WORDS
+        return Slot(
+            index,
+            self.words[base : base + _SLOT_WORDS],
+            self._view[PAGE + index * table :][: 8 * sums_words].cast("Q"),
+            self._view[data : data + info.small_capacity],
+            self._view[unique : unique + info.unique_bytes],
+            chunk,
+        )
+
+    @property
+    def kept(self) -> int:
+        """The newest globally committed version, packed; EMPTY when there is none. Stored by the agent."""
+        value: int = self.words[_W_KEPT]
+        return value
+
+    @kept.setter
+    def kept(self, word: int) -> None:
+        self.words[_W_KEPT] = word
+
+    @property
+    def floor(self) -> int:
+        """Nothing below this packed version, except ``kept``, will ever be committed. Stored by the agent."""
+        value: int = self.words[_W_FLOOR]
+        return value
+
+    @floor.setter
+    def floor(self, word: int) -> None:
+        self.words[_W_FLOOR] = word
+
+    @property
+    def epoch(self) -> int:
+        """The job's epoch; who opens a slot for an older one is refused. Stored by the agent."""
+        value: int = self.words[_W_EPOCH]
+        return value
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self.words[_W_EPOCH] = value
+
+    @property
+    def address(self) -> int:
+        """Where the mapping starts in this process (for registering it with a device). Page aligned."""
+        import numpy as np
+
+        return int(np.frombuffer(self._view, dtype=np.uint8).ctypes.data)
+
+    @property
+    def view(self) -> memoryview:
+        """All bytes of the arena."""
+        return self._view
+
+    def find(self, version: Version) -> Slot | None:
+        """The slot that holds ``version`` completely."""
+        word = version.pack()
+        return next((slot for slot in self.slots if slot.begin == word and slot.complete), None)
+
+    def close(self) -> None:
+        """Unmap. While somebody still has a view (a tensor over a slot), the mapping lives on until that is gone."""
+        for slot in self.slots:
+            for view in (slot.words, slot.sums, slot.small, slot.unique):
+                view.release()
+        self.words.release()
+        try:
+            self._view.release()
+            self._map.close()
+        except BufferError:
+            return
+
+    def unlink(self) -> None:
+        """Remove the file; mappings of it stay valid."""
+        Path(self.path).unlink(missing_ok=True)
+
+
+def _link(fd: int, path: str) -> None:
+    """Give the nameless file its name, in the place of a dead agent's one."""
+    # os.link follows the link of /proc only when it is given a directory (it calls link, not linkat, otherwise).
+    directory = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            os.link(str(fd), path, src_dir_fd=directory, follow_symlinks=True)
+        except FileExistsError:
+            with open(path, "rb") as file:
+                words = memoryview(file.read(PAGE)).cast("Q")
+            if words[0] == MAGIC and process_alive(words[PID_WORD], words[START_WORD]):
+                raise VaultError(f"{path} belongs to a living agent ({words[PID_WORD]}); use another job id") from None
+            os.unlink(path)
+            os.link(str(fd), path, src_dir_fd=directory, follow_symlinks=True)
+    finally:
+        os.close(directory)

@@ -1,0 +1,53 @@
+"""Everything that can go wrong with a vault, by name."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ChecksumMismatch",
+    "DeadlinePassed",
+    "NotHeld",
+    "Refused",
+    "StaleEpoch",
+    "TransferFailed",
+    "VaultError",
+    "VaultFull",
+]
+
+
+class VaultError(RuntimeError):
+    """A vault cannot do what was asked. The message is one line: what is wrong, where, what to do."""
+
+
+class VaultFull(VaultError):
+    """There is no room for an arena; the message has the bytes needed and the bytes there."""
+
+
+class NotHeld(VaultError):
+    """The vault asked does not hold that version of that rank's shard, or not completely."""
+
+
+class ChecksumMismatch(VaultError):
+    """Bytes of a shard are not those that were written; they must not be used."""
+
+
+class Refused(VaultError):
+    """The other agent refused: not a member of this job, a stale epoch, or no room. `code` says which."""
+
+    def __init__(self, message: str, code: str = "refused") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StaleEpoch(Refused):
+    """The caller is of an older epoch than the vault: it has been replaced and may not write any more."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "stale-epoch")
+
+
+class DeadlinePassed(VaultError):
+    """The other agent did not answer, or sent nothing more, within the deadline."""
+
+
+class TransferFailed(VaultError):
+    """The connection to the other agent was lost or carried something that is not our protocol."""

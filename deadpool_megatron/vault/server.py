@@ -1,0 +1,266 @@
+"""The server of a vault: keeps shards for peers, gives shards back."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from contextlib import suppress
+
+from .arena import Slot
+from .discipline import choose
+from .errors import ChecksumMismatch, NotHeld, Refused, StaleEpoch, TransferFailed, VaultError, VaultFull
+from .transfer import part_entries, take_entry
+from .vault import Vault
+from .version import Version
+from .wire import (
+    Begin,
+    Begun,
+    Bytes,
+    Channel,
+    Complete,
+    Deadlines,
+    Fetch,
+    Found,
+    Refusal,
+    Sent,
+    Stored,
+    accept,
+    check_secret,
+)
+
+__all__ = ["VaultServer"]
+
+_log = logging.getLogger(__name__)
+
+
+class VaultServer:
+    """Serves one vault to the other agents of the job; a thread per connection.
+
+    Args:
+        vault: what is served.
+        secret: the job's 32 bytes; who cannot prove to have them gets nothing and writes nothing.
+        host: address to listen on (the node's own).
+        port: 0 for any.
+    """
+
+    def __init__(
+        self, vault: Vault, secret: bytes, host: str, port: int = 0, deadlines: Deadlines | None = None
+    ) -> None:
+        self._vault = vault
+        self._secret = check_secret(secret)
+        self._deadlines = deadlines or Deadlines()
+        self._lock = threading.Lock()
+        self._channels: dict[Channel, int] = {}  # with the epoch of what is being written, -1 when nothing is
+        self._writers: dict[int, tuple[Channel, threading.Event]] = {}
+        self._threads: set[threading.Thread] = set()
+        self._pending: set[socket.socket] = set()
+        self._stopping = False
+        self.refused_members = 0
+        self.refused_epochs = 0
+        self.mismatches = 0
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=128)
+        self.host = host
+        self.port: int = self._listener.getsockname()[1]
+        self._accepting = threading.Thread(target=self._accept, name="vault-accept", daemon=True)
+
+    def start(self) -> None:
+        """Begin to accept connections."""
+        self._accepting.start()
+
+    def stop(self) -> None:
+        """Close everything and wait for the threads (well under a second)."""
+        with self._lock:
+            self._stopping = True
+            for sock in self._pending:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            for channel in self._channels:
+                channel.shut()
+            threads = list(self._threads)
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        if self._accepting.ident is not None:
+            self._accepting.join()
+        self._listener.close()
+        for thread in threads:
+            thread.join()
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on writes of older epochs are refused; those under way are cut off."""
+        self._vault.set_epoch(epoch)
+        with self._lock:
+            for channel, writing in self._channels.items():
+                if 0 <= writing < epoch:
+                    channel.shut()
+
+    # ---- connections
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return  # stop()
+            with self._lock:
+                if self._stopping:
+                    sock.close()
+                    return
+                thread = threading.Thread(target=self._serve, args=(sock,), name="vault-serve", daemon=True)
+                self._threads.add(thread)
+                self._pending.add(sock)
+            thread.start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        channel: Channel | None = None
+        try:
+            channel = accept(sock, self._secret, self._deadlines)
+            with self._lock:
+                self._pending.discard(sock)
+                if self._stopping:
+                    return
+                self._channels[channel] = -1
+            self._requests(channel)
+        except Refused as err:
+            if err.code == "not-a-member":
+                self.refused_members += 1
+                _log.warning("a connection to the vault of node %d was refused: %s", self._vault.node, err)
+        except VaultError as err:
+            # the other side is gone, or talks nonsense: it will connect again, or not
+            _log.debug("a connection to the vault of node %d ended: %s", self._vault.node, err)
+        finally:
+            with self._lock:
+                self._pending.discard(sock)
+                if channel is not None:
+                    self._channels.pop(channel, None)
+                self._threads.discard(threading.current_thread())
+            sock.close()
+
+    def _requests(self, channel: Channel) -> None:
+        while True:
+            frame = channel.receive(wait=True)
+            try:
+                if isinstance(frame, Begin):
+                    self._keep(channel, frame)
+                elif isinstance(frame, Fetch):
+                    self._give(channel, frame)
+                else:
+                    raise TransferFailed(f"unexpected {type(frame).__name__} frame")
+            except (Refused, NotHeld, VaultFull, ChecksumMismatch) as err:
+                code = {NotHeld: "not-held", VaultFull: "no-room", ChecksumMismatch: "checksum"}.get(type(err))
+                code = code or (err.code if isinstance(err, Refused) else "refused")
+                _log.warning("vault of node %d: %s", self._vault.node, err)
+                channel.send(Refusal(self._vault.epoch, code, str(err)[:1000]))
+                if isinstance(frame, Begin):
+                    return  # what follows is payload nobody wants
+
+    def _check_epoch(self, epoch: int, what: str) -> None:
+        if epoch < self._vault.epoch:
+            self.refused_epochs += 1
+            raise StaleEpoch(
+                f"{what} of epoch {epoch} refused: the vault of node {self._vault.node} is in epoch {self._vault.epoch}"
+            )
+
+    # ---- keeping a shard for its owner
+
+    def _keep(self, channel: Channel, begin: Begin) -> None:
+        self._check_epoch(begin.epoch, f"shard of rank {begin.rank}")
+        vault, version = self._vault, Version(begin.version_epoch, begin.generation)
+        if begin.chunk_bytes != vault.chunk_bytes:
+            raise Refused(f"chunks of {begin.chunk_bytes} bytes, but this vault has {vault.chunk_bytes}", "wrong-size")
+        vault.learn(begin.kept, begin.floor)
+        left = self._take_over(channel, begin)
+        try:
+            vault.allocate_peer(begin.rank, begin.unique_bytes, begin.small_capacity)
+            arena = vault.arena(begin.rank, "peer")
+            if arena is None:
+                raise Refused(f"the memory of rank {begin.rank} was dropped here just now", "no-room")
+            if arena.find(version) is not None:
+                channel.send(Begun(vault.epoch, True))
+                return
+            pairs = [(slot.begin, slot.end) for slot in arena.slots]
+            index = choose(pairs, version.pack(), vault.kept, vault.floor)
+            if index is None or begin.small_bytes > len(arena.slots[index].small):
+                raise Refused(f"no slot for {tuple(version)} of rank {begin.rank} may be overwritten here", "no-slot")
+            slot = arena.slots[index]
+            slot.reopen(version.pack())
+            slot.small_bytes = begin.small_bytes
+            channel.send(Begun(vault.epoch, False))
+            self._receive(channel, begin.rank, slot)
+        finally:
+            with self._lock:
+                if channel in self._channels:
+                    self._channels[channel] = -1
+                if self._writers.get(begin.rank, (None,))[0] is channel:
+                    del self._writers[begin.rank]
+            left.set()
+
+    def _take_over(self, channel: Channel, begin: Begin) -> threading.Event:
+        """Only one connection writes a rank's shard: the newest. The one before it is cut off and waited for."""
+        left = threading.Event()
+        with self._lock:
+            before = self._writers.get(begin.rank)
+            self._writers[begin.rank] = (channel, left)
+            self._channels[channel] = begin.epoch
+        if before is not None:
+            before[0].shut()
+            if not before[1].wait(self._deadlines.idle):
+                left.set()
+                raise Refused(f"another transfer of rank {begin.rank} does not end", "busy")
+        # set_epoch may have come between the first check and our entry in the table
+        try:
+            self._check_epoch(begin.epoch, f"shard of rank {begin.rank}")
+        except StaleEpoch:
+            left.set()
+            raise
+        return left
+
+    def _receive(self, channel: Channel, rank: int, slot: Slot) -> None:
+        done, table = 0, 1 + slot.chunks
+        while True:
+            frame = channel.receive(wait=True)
+            self._check_epoch(frame.epoch, f"shard of rank {rank}")
+            if isinstance(frame, Begin):
+                raise Refused("the transfer before was not ended", "protocol")
+            if isinstance(frame, Complete):
+                if done != table:
+                    raise Refused(f"shard of rank {rank} ended after {done} of {table} parts", "protocol")
+                self._check_epoch(frame.epoch, f"shard of rank {rank}")
+                slot.mark_complete()
+                slot.seal()
+                channel.send(Stored(self._vault.epoch))
+                return
+            if not isinstance(frame, Bytes) or frame.first != done or done + len(frame.sums) > table:
+                raise TransferFailed(f"unexpected {type(frame).__name__} frame in a shard")
+            for entry, expected in enumerate(frame.sums, frame.first):
+                try:
+                    take_entry(channel, slot, entry, expected)
+                except ChecksumMismatch as err:
+                    self.mismatches += 1
+                    raise ChecksumMismatch(f"shard of rank {rank}: {err}") from None
+                done += 1
+
+    # ---- giving a shard back
+
+    def _give(self, channel: Channel, wanted: Fetch) -> None:
+        self._check_epoch(wanted.epoch, f"fetch of rank {wanted.rank}")
+        vault = self._vault
+        arena, slot = vault.find(wanted.rank, Version(wanted.version_epoch, wanted.generation))
+        turn = slot.turn
+        entries = part_entries(slot.chunks, wanted.part, wanted.parts)
+        sums = [int(slot.sums[entry]) for entry in entries]
+        info = arena.info
+        channel.send(
+            Found(vault.epoch, info.unique_bytes, info.small_capacity, slot.small_bytes, arena.chunk_bytes, sums)
+        )
+        batch = []
+        if wanted.part == 0:
+            batch.append(slot.small[: slot.small_bytes])
+            entries = entries[1:]
+        if entries:
+            start = (entries[0] - 1) * arena.chunk_bytes
+            batch.append(slot.unique[start : (entries[-1]) * arena.chunk_bytes])
+        for view in batch:
+            channel.send_raw(view)
+        channel.send(Sent(vault.epoch, slot.turn == turn))

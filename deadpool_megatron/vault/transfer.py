@@ -1,0 +1,156 @@
+"""Bringing a shard into a vault: `fetch`, and what it shares with the server."""
+
+from __future__ import annotations
+
+import threading
+
+import xxhash
+
+from .arena import Slot
+from .errors import ChecksumMismatch, NotHeld, StaleEpoch, TransferFailed, VaultError
+from .vault import Vault
+from .version import EMPTY, Version
+from .wire import Channel, Deadlines, Fetch, Found, Sent, check_secret, connect, raise_refusal
+
+__all__ = ["fetch", "part_entries", "take_entry"]
+
+
+def part_entries(chunks: int, part: int, parts: int) -> range:
+    """The table entries of one part of a shard; part 0 begins with the small state (entry 0)."""
+    first, last = 1 + chunks * part // parts, 1 + chunks * (part + 1) // parts
+    return range(0 if part == 0 else first, last)
+
+
+def take_entry(channel: Channel, slot: Slot, entry: int, expected: int) -> None:
+    """Receive one entry of the table into its place and verify it. Raises ChecksumMismatch."""
+    view = slot.small[: slot.small_bytes] if entry == 0 else slot.chunk(entry - 1)
+    channel.fill(view)
+    if xxhash.xxh3_64_intdigest(view) != expected:
+        raise ChecksumMismatch(f"part {entry} of {slot.version} arrived changed")
+    slot.sums[entry] = expected
+
+
+def fetch(
+    vault: Vault,
+    secret: bytes,
+    source: tuple[str, int] | Vault,
+    rank: int,
+    epoch: int,
+    version: Version,
+    deadlines: Deadlines | None = None,
+    streams: int = 2,
+) -> int:
+    """Bring a version of ``rank``'s shard into this vault's own arena, every chunk verified; returns its bytes.
+
+    ``source`` is another node's vault (host, port), or this vault itself when it keeps the peer copy. The arena is made
+    when there is none. The worker of ``rank`` must not be writing. Blocks for the transfer; to fail, some deadline
+    without progress must have passed. Raises NotHeld, ChecksumMismatch, Refused, StaleEpoch, DeadlinePassed,
+    TransferFailed, VaultFull.
+    """
+    version = Version(*version)
+    if epoch < vault.epoch:
+        raise StaleEpoch(f"fetch of rank {rank} in epoch {epoch}, but node {vault.node} is in epoch {vault.epoch}")
+    own = vault.arena(rank, "own")
+    held = own.find(version) if own is not None else None
+    if held is not None:
+        held.verify()
+        return len(held.unique) + held.small_bytes
+    if isinstance(source, Vault):
+        return _copy(vault, source, rank, version)
+    deadlines = deadlines or Deadlines()
+    channels = [connect(*source, check_secret(secret), deadlines)]
+    try:
+        first = _ask(channels[0], Fetch(epoch, rank, *version, 0, streams))
+        if first.chunk_bytes != vault.chunk_bytes:
+            raise VaultError(
+                f"rank {rank}'s shard has chunks of {first.chunk_bytes} bytes, this vault {vault.chunk_bytes}"
+            )
+        slot = _own_slot(vault, rank, version, first.unique_bytes, first.small_capacity)
+        slot.reopen(version.pack())
+        slot.small_bytes = first.small_bytes
+        failures: list[VaultError] = []
+
+        def rest(part: int) -> None:
+            try:
+                channel = connect(*source, secret, deadlines)
+                with lock:
+                    channels.append(channel)
+                _fetch_part(channel, slot, part, streams, _ask(channel, Fetch(epoch, rank, *version, part, streams)))
+            except VaultError as err:
+                failures.append(err)
+                for channel in channels:
+                    channel.shut()
+
+        lock = threading.Lock()
+        threads = [
+            threading.Thread(target=rest, args=(part,), name="vault-fetch", daemon=True) for part in range(1, streams)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            _fetch_part(channels[0], slot, 0, streams, first)
+        except VaultError as err:
+            failures.append(err)
+            with lock:
+                for channel in channels:
+                    channel.shut()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+    finally:
+        for channel in channels:
+            channel.close()
+    _finish(slot)
+    return len(slot.unique) + slot.small_bytes
+
+
+def _ask(channel: Channel, wanted: Fetch) -> Found:
+    channel.send(wanted)
+    answer = channel.receive()
+    raise_refusal(answer)
+    if not isinstance(answer, Found):
+        raise TransferFailed(f"unexpected {type(answer).__name__} frame instead of a shard")
+    return answer
+
+
+def _fetch_part(channel: Channel, slot: Slot, part: int, parts: int, found: Found) -> None:
+    entries = part_entries(slot.chunks, part, parts)
+    if len(found.sums) != len(entries) or found.unique_bytes != len(slot.unique) or found.small_bytes > len(slot.small):
+        raise TransferFailed("the shard that was sent is not of the size that was announced")
+    for entry, expected in zip(entries, found.sums, strict=True):
+        take_entry(channel, slot, entry, expected)
+    end = channel.receive()
+    if not isinstance(end, Sent) or not end.intact:
+        raise NotHeld(f"{slot.version} was overwritten at its holder while it was sent")
+
+
+def _own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, small_capacity: int) -> Slot:
+    """A slot of the own arena to restore into. Only ``kept`` must stay."""
+    vault.allocate_own(rank, unique_bytes, small_capacity)
+    arena = vault.arena(rank, "own")
+    if arena is None:
+        raise VaultError(f"the memory of rank {rank} was dropped while its shard was fetched")
+    candidates = [slot for slot in arena.slots if slot.begin != vault.kept or not slot.sealed]
+    return min(candidates, key=lambda slot: (slot.begin != EMPTY, slot.sealed, slot.begin))
+
+
+def _finish(slot: Slot) -> None:
+    slot.published = len(slot.unique)
+    slot.checked = 1 + slot.chunks
+    slot.checked_turn = slot.turn
+    slot.mark_complete()
+    slot.seal()
+
+
+def _copy(vault: Vault, source: Vault, rank: int, version: Version) -> int:
+    arena, origin = source.find(rank, version, ("peer", "own") if source is vault else ("own", "peer"))
+    origin.verify()
+    slot = _own_slot(vault, rank, version, arena.info.unique_bytes, arena.info.small_capacity)
+    slot.reopen(version.pack())
+    slot.put_small(bytes(origin.small[: origin.small_bytes]))
+    slot.unique[:] = origin.unique
+    slot.sums[:] = origin.sums
+    slot.verify()
+    _finish(slot)
+    return len(slot.unique) + slot.small_bytes

@@ -1,0 +1,229 @@
+"""One node's vault: all arenas its agent owns. Thread-safe inside the agent; no network here."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import msgspec
+import xxhash
+
+from .arena import Arena, ArenaInfo, Kind, Slot
+from .errors import NotHeld, StaleEpoch, VaultError
+from .leftovers import PREFIX
+from .version import EMPTY, Version
+
+__all__ = ["Holding", "Holdings", "Vault"]
+
+
+class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One complete version of one rank's shard."""
+
+    epoch: int
+    generation: int
+    kind: Kind
+
+
+class Holdings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a vault can give back, by rank, oldest first."""
+
+    ranks: dict[int, tuple[Holding, ...]]
+
+
+class Vault:
+    """The shards of one node: its own ranks' and those it keeps for others.
+
+    Args:
+        job_id: part of the file names; letters, digits, ``_``, ``.``, ``-``.
+        node: number of the node, part of the file names (several agents may share a machine).
+        directory: where the arenas are, a tmpfs.
+        chunk_bytes: bytes per checksum.
+    """
+
+    def __init__(self, job_id: str, node: int, directory: str = "/dev/shm", chunk_bytes: int = 1 << 20) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", job_id):
+            raise VaultError(f"job id {job_id!r} may have only letters, digits, '_', '.', '-' (at most 100)")
+        self.job_id = job_id
+        self.node = node
+        self.directory = directory
+        self.chunk_bytes = chunk_bytes
+        self._arenas: dict[tuple[int, Kind], Arena] = {}
+        self._lock = threading.RLock()
+        self._checking: dict[int, threading.Lock] = {}
+        self._epoch = 0
+        self._kept = EMPTY
+        self._floor = 0
+
+    # ---- memory
+
+    def allocate_own(self, rank: int, unique_bytes: int, small_capacity: int) -> ArenaInfo:
+        """The arena of a rank that runs here; made unless it is there with these sizes.
+
+        Blocks for the clearing of the memory (0.3 s a GiB). Raises VaultFull; VaultError when the sizes differ.
+        """
+        return self._allocate(rank, "own", unique_bytes, small_capacity).info
+
+    def allocate_peer(self, rank: int, unique_bytes: int, small_capacity: int) -> ArenaInfo:
+        """The arena in which this node keeps the shard of a rank that runs elsewhere; as `allocate_own`."""
+        return self._allocate(rank, "peer", unique_bytes, small_capacity).info
+
+    def _allocate(self, rank: int, kind: Kind, unique_bytes: int, small_capacity: int) -> Arena:
+        with self._lock:
+            arena = self._arenas.get((rank, kind))
+            if arena is not None:
+                have = (arena.info.unique_bytes, arena.info.small_capacity)
+                if have != (unique_bytes, small_capacity):
+                    raise VaultError(
+                        f"rank {rank} has {kind} memory of {have[0]} + {have[1]} bytes here, not {unique_bytes} + "
+                        f"{small_capacity}; drop it first if its shard has really changed"
+                    )
+                return arena
+            path = f"{self.directory}/{PREFIX}{self.job_id}-{self.node}-{rank}-{kind}"
+            arena = Arena.create(path, rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
+            arena.epoch, arena.kept, arena.floor = self._epoch, self._kept, self._floor
+            self._arenas[rank, kind] = arena
+            return arena
+
+    def arena(self, rank: int, kind: Kind) -> Arena | None:
+        """The arena of a rank, if there is one."""
+        with self._lock:
+            return self._arenas.get((rank, kind))
+
+    def drop(self, rank: int, kind: Kind | None = None) -> None:
+        """Give up the memory of a rank (both kinds unless one is named).
+
+        The file is gone at once, the memory as soon as no transfer and no worker uses it any more.
+        """
+        with self._lock:
+            for each in ("own", "peer") if kind is None else (kind,):
+                arena = self._arenas.pop((rank, each), None)
+                if arena is not None:
+                    arena.unlink()
+
+    @property
+    def bytes_allocated(self) -> int:
+        """Bytes of shared memory of all arenas."""
+        with self._lock:
+            return sum(arena.info.total_bytes for arena in self._arenas.values())
+
+    def close(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            for rank, kind in list(self._arenas):
+                self.drop(rank, kind)
+
+    # ---- what the coordinator tells
+
+    @property
+    def epoch(self) -> int:
+        """The epoch this vault is in; writes of older ones are refused."""
+        return self._epoch
+
+    @property
+    def kept(self) -> int:
+        """The newest globally committed version known here, packed; EMPTY when there is none."""
+        return self._kept
+
+    @property
+    def floor(self) -> int:
+        """Nothing below this packed version, except `kept`, will ever be committed."""
+        return self._floor
+
+    def set_epoch(self, epoch: int) -> None:
+        """The job is in ``epoch`` now: only the newest globally committed version of older ones is still kept."""
+        with self._lock:
+            if epoch < self._epoch:
+                raise StaleEpoch(f"the vault of node {self.node} is in epoch {self._epoch}, not {epoch}")
+            self._epoch = epoch
+            for arena in self._arenas.values():
+                arena.epoch = epoch
+            self.learn(self._kept, Version(epoch, 0).pack())
+
+    def set_committed(self, epoch: int, generation: int) -> None:
+        """The whole job has committed this version. Older news is without effect."""
+        word = Version(epoch, generation).pack()
+        self.learn(word, word)
+
+    def set_floor(self, epoch: int, generation: int) -> None:
+        """Nothing below this version, except the newest committed one, will ever be committed. Never goes back."""
+        self.learn(EMPTY, Version(epoch, generation).pack())
+
+    def learn(self, kept: int, floor: int) -> None:
+        """Take packed ``kept`` and ``floor`` from who may know better; both only ever go forward."""
+        with self._lock:
+            if kept != EMPTY and (self._kept == EMPTY or kept > self._kept):
+                self._kept = kept
+            self._floor = max(self._floor, floor)
+            for arena in self._arenas.values():
+                arena.kept = self._kept  # before the floor, so that no worker sees the old one unprotected
+                arena.floor = self._floor
+
+    # ---- what there is
+
+    def holdings(self) -> Holdings:
+        """All complete versions, by rank. Does not read the data: restore and fetch verify them."""
+        with self._lock:
+            ranks: dict[int, list[Holding]] = {}
+            for (rank, kind), arena in self._arenas.items():
+                held = ranks.setdefault(rank, [])
+                for slot in arena.slots:
+                    version = slot.version
+                    if version is not None and slot.complete:
+                        held.append(Holding(version.epoch, version.generation, kind))
+        order = lambda one: (one.epoch, one.generation, one.kind)  # noqa: E731
+        return Holdings({rank: tuple(sorted(held, key=order)) for rank, held in ranks.items()})
+
+    def find(self, rank: int, version: Version, kinds: tuple[Kind, ...] = ("own", "peer")) -> tuple[Arena, Slot]:
+        """The arena and slot with a complete copy. Raises NotHeld."""
+        with self._lock:
+            for kind in kinds:
+                arena = self._arenas.get((rank, kind))
+                slot = arena.find(version) if arena is not None else None
+                if arena is not None and slot is not None:
+                    return arena, slot
+        raise NotHeld(f"the vault of node {self.node} does not hold version {tuple(version)} of rank {rank} completely")
+
+    def verify(self, rank: int, kind: Kind, version: Version) -> None:
+        """Read a copy and compare it with its checksums. Raises NotHeld, ChecksumMismatch."""
+        self.find(rank, version, (kind,))[1].verify()
+
+    def checksum(self, rank: int, limit: int | None = None) -> bool:
+        """Checksum what the worker of ``rank`` has published since the last call; True when there was something new.
+
+        Marks a slot complete when the worker has finished it and all of it is summed. Blocks for reading the new
+        bytes (some 10 GB/s), at most ``limit`` chunks of each slot. Call it before `holdings` to have everything
+        a dead worker left counted. Any thread.
+        """
+        arena = self.arena(rank, "own")
+        if arena is None:
+            return False
+        with self._lock:
+            lock = self._checking.setdefault(rank, threading.Lock())
+        with lock:
+            return any([_checksum(slot, limit) for slot in arena.slots])
+
+
+def _checksum(slot: Slot, limit: int | None) -> bool:
+    """One slot's part of `Vault.checksum`. ``checked`` counts entries of the table: the small state, then chunks."""
+    turn = slot.turn
+    if slot.small_bytes == EMPTY or slot.begin == EMPTY or slot.own_turn == turn:
+        return False
+    if slot.checked_turn != turn:
+        slot.checked = 0
+        slot.checked_turn = turn
+    before = slot.checked
+    if before == 0:
+        slot.sums[0] = xxhash.xxh3_64_intdigest(slot.small[: slot.small_bytes])
+        slot.checked = 1
+    last = slot.published_chunks()
+    if limit is not None:
+        last = min(last, slot.checked - 1 + limit)
+    for index in range(slot.checked - 1, last):
+        slot.sums[1 + index] = xxhash.xxh3_64_intdigest(slot.chunk(index))
+        if slot.turn != turn:
+            return True  # opened again under our hands: what was summed is void
+        slot.checked = 2 + index
+    if slot.checked == 1 + slot.chunks and slot.sealed and slot.turn == turn:
+        slot.own_turn = turn
+        return True
+    return slot.checked > before

@@ -1,0 +1,352 @@
+"""How two agents talk about shards: proof of membership, then typed frames, with raw payload between them.
+
+    server                                   client
+      | -- magic, nonce_s (32) ------------->  |
+      | <- nonce_c (32), HMAC(client, both) -- |      nothing is read or written before both proofs hold
+      | -- HMAC(server, both) ------------->   |
+      | <-- frame [payload] -----------------> |      frame = u32 length, msgpack of one record below
+
+Proofs are HMAC-SHA256 with the job's 32-byte secret over the role and both nonces. Frames are bounded, unknown tags,
+unknown fields and values out of range are refused, and nothing is ever unpickled. Payload is covered by the checksums
+in the frames, not by the HMAC: the links between the nodes of a job are trusted not to be hijacked after the proof.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+import msgspec
+
+from .errors import DeadlinePassed, NotHeld, Refused, StaleEpoch, TransferFailed, VaultError
+from .version import MAX_EPOCH, MAX_GENERATION
+
+__all__ = [
+    "Begin",
+    "Begun",
+    "Bytes",
+    "Channel",
+    "Complete",
+    "Deadlines",
+    "Fetch",
+    "Found",
+    "Refusal",
+    "Sent",
+    "Stored",
+    "accept",
+    "connect",
+]
+
+_MAGIC: Final = b"DPVAULT1"
+_NONCE: Final = 32
+MAX_FRAME: Final = 64 << 20  # the checksum table of a shard of 7 TB
+_SEND: Final = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """All of the transfers' times, in seconds.
+
+    Attributes:
+        connect: to reach the other agent and prove membership.
+        idle: without a byte, while something is due, after which the other side counts as gone.
+        backoff: first pause before a failed peer is tried again; doubles up to ``backoff_limit``.
+        backoff_limit: longest pause between two tries.
+    """
+
+    connect: float = 5.0
+    idle: float = 10.0
+    backoff: float = 0.1
+    backoff_limit: float = 2.0
+
+
+Unsigned = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Word = Annotated[int, msgspec.Meta(ge=0)]  # msgpack integers end at 64 bits
+Epoch = Annotated[int, msgspec.Meta(ge=0, le=MAX_EPOCH)]
+Generation = Annotated[int, msgspec.Meta(ge=0, le=MAX_GENERATION)]
+Text = Annotated[str, msgspec.Meta(max_length=1000)]
+
+
+class _Frame(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    epoch: Epoch  # the sender's
+
+
+class Begin(_Frame, frozen=True):
+    """Owner to peer: keep this shard. ``kept`` and ``floor`` are the packed words the owner acts on."""
+
+    rank: Unsigned
+    version_epoch: Epoch
+    generation: Generation
+    unique_bytes: Unsigned
+    small_capacity: Unsigned
+    small_bytes: Unsigned
+    chunk_bytes: Unsigned
+    kept: Word
+    floor: Word
+
+
+class Begun(_Frame, frozen=True):
+    """Peer to owner: go on; or, ``held``, that version is here and complete."""
+
+    held: bool
+
+
+class Bytes(_Frame, frozen=True):
+    """Owner to peer: payload follows, entries ``first``... of the checksum table (0 is the small state)."""
+
+    first: Unsigned
+    sums: Annotated[list[Word], msgspec.Meta(min_length=1, max_length=1024)]
+
+
+class Complete(_Frame, frozen=True):
+    """Owner to peer: that was all, and the slot has not been opened again meanwhile."""
+
+
+class Stored(_Frame, frozen=True):
+    """Peer to owner: the version is complete and verified here."""
+
+
+class Fetch(_Frame, frozen=True):
+    """Restorer to holder: send this version. Part ``part`` of ``parts`` of its chunks; part 0 has the small state."""
+
+    rank: Unsigned
+    version_epoch: Epoch
+    generation: Generation
+    part: Annotated[int, msgspec.Meta(ge=0, le=63)]
+    parts: Annotated[int, msgspec.Meta(ge=1, le=64)]
+
+
+class Found(_Frame, frozen=True):
+    """Holder to restorer: sizes and checksums of the part; its payload follows."""
+
+    unique_bytes: Unsigned
+    small_capacity: Unsigned
+    small_bytes: Unsigned
+    chunk_bytes: Unsigned
+    sums: list[Word]
+
+
+class Sent(_Frame, frozen=True):
+    """Holder to restorer: that was all; ``intact`` unless the slot was opened again while it was sent."""
+
+    intact: bool
+
+
+class Refusal(_Frame, frozen=True):
+    """The other side will not: ``code`` for programs, ``message`` for people."""
+
+    code: Text
+    message: Text
+
+
+Frame = Begin | Begun | Bytes | Complete | Stored | Fetch | Found | Sent | Refusal
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Frame)
+_length = struct.Struct("!I")
+
+
+class Channel:
+    """One proven connection. One thread reads, one writes; `shut` may come from any thread and wakes both."""
+
+    def __init__(self, sock: socket.socket, deadlines: Deadlines) -> None:
+        self.sock = sock
+        self._idle = deadlines.idle
+
+    def send(self, frame: Frame, *payload: memoryview) -> None:
+        """Send a frame and its payload. Blocks; raises DeadlinePassed or TransferFailed."""
+        body = _encoder.encode(frame)
+        try:
+            self.sock.settimeout(self._idle)
+            more = socket.MSG_MORE if payload else 0
+            self.sock.sendall(_length.pack(len(body)) + body, more)
+        except TimeoutError:
+            raise DeadlinePassed(f"the other agent took nothing for {self._idle:g} s") from None
+        except OSError as err:
+            raise TransferFailed(f"connection to the other agent lost: {err}") from None
+        for view in payload:
+            self.send_raw(view)
+
+    def _send_all(self, view: memoryview) -> None:
+        # not sendall: its time-out is for everything, ours is for no progress
+        while view:
+            view = view[self.sock.send(view[:_SEND]) :]
+
+    def send_raw(self, view: memoryview) -> None:
+        """Send payload that a frame has announced."""
+        try:
+            self.sock.settimeout(self._idle)
+            self._send_all(view)
+        except TimeoutError:
+            raise DeadlinePassed(f"the other agent took nothing for {self._idle:g} s") from None
+        except OSError as err:
+            raise TransferFailed(f"connection to the other agent lost: {err}") from None
+
+    def receive(self, wait: bool = False) -> Frame:
+        """The next frame. With ``wait`` it may take as long as the other side likes to begin one."""
+        try:
+            self.sock.settimeout(None if wait else self._idle)
+            head = self.sock.recv(_length.size)
+        except TimeoutError:
+            raise DeadlinePassed(f"the other agent said nothing for {self._idle:g} s") from None
+        except OSError as err:
+            raise TransferFailed(f"connection to the other agent lost: {err}") from None
+        if not head:
+            raise TransferFailed("the other agent closed the connection")
+        rest = bytearray(_length.size - len(head))
+        self.fill(memoryview(rest))
+        (length,) = _length.unpack(head + rest)
+        if length > MAX_FRAME:
+            raise TransferFailed(f"a frame of {length} bytes is larger than any of this protocol")
+        body = bytearray(length)
+        self.fill(memoryview(body))
+        try:
+            frame: Frame = _decoder.decode(body)
+        except msgspec.MsgspecError as err:
+            raise TransferFailed(f"malformed frame: {err}") from None
+        return frame
+
+    def fill(self, view: memoryview) -> None:
+        """Receive exactly ``len(view)`` bytes of payload into ``view``."""
+        try:
+            self.sock.settimeout(self._idle)
+            while view:
+                got = self.sock.recv_into(view)
+                if not got:
+                    raise TransferFailed("the other agent closed the connection in the middle of a shard")
+                view = view[got:]
+        except TimeoutError:
+            raise DeadlinePassed(
+                f"the other agent sent nothing for {self._idle:g} s in the middle of a shard"
+            ) from None
+        except OSError as err:
+            raise TransferFailed(f"connection to the other agent lost: {err}") from None
+
+    def shut(self) -> None:
+        """Wake whoever reads or writes, with TransferFailed. Any thread."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # not connected any more
+
+    def close(self) -> None:
+        """Shut and give back the descriptor; by the thread that uses the channel."""
+        self.shut()
+        self.sock.close()
+
+
+def raise_refusal(frame: Frame) -> None:
+    """Raise what a Refusal says; any other frame passes."""
+    if isinstance(frame, Refusal):
+        if frame.code == "stale-epoch":
+            raise StaleEpoch(frame.message)
+        if frame.code == "not-held":
+            raise NotHeld(frame.message)
+        raise Refused(frame.message, frame.code)
+
+
+def _tune(sock: socket.socket, deadlines: Deadlines) -> None:
+    """A vanished peer is noticed in either role: the sender by TCP_USER_TIMEOUT, the receiver by keep-alives."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(deadlines.idle / 4)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(deadlines.idle / 4)))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(deadlines.idle * 1000))
+
+
+def _proof(secret: bytes, role: bytes, nonces: bytes) -> bytes:
+    return hmac.new(secret, b"deadpool vault " + role + nonces, hashlib.sha256).digest()
+
+
+def check_secret(secret: bytes) -> bytes:
+    """The secret itself if it is one. Raises VaultError."""
+    if len(secret) != 32:
+        raise VaultError(f"the job secret must be 32 bytes, not {len(secret)}")
+    return secret
+
+
+def _exactly(sock: socket.socket, count: int, end: float) -> bytes:
+    data = b""
+    while len(data) < count:
+        sock.settimeout(max(0.001, end - time.monotonic()))
+        got = sock.recv(count - len(data))
+        if not got:
+            raise ConnectionResetError("closed before membership was proven")
+        data += got
+    return data
+
+
+def accept(sock: socket.socket, secret: bytes, deadlines: Deadlines) -> Channel:
+    """Server side of the proof. Raises Refused (not a member) or TransferFailed; the caller closes then."""
+    try:
+        _tune(sock, deadlines)
+        end = time.monotonic() + deadlines.connect
+        nonce = os.urandom(_NONCE)
+        sock.settimeout(deadlines.connect)
+        sock.sendall(_MAGIC + nonce)
+        answer = _exactly(sock, _NONCE + 32, end)
+        nonces = nonce + answer[:_NONCE]
+        if not hmac.compare_digest(answer[_NONCE:], _proof(secret, b"client", nonces)):
+            raise Refused("who connected does not know the job secret", "not-a-member")
+        sock.sendall(_proof(secret, b"server", nonces))
+    except OSError as err:
+        raise TransferFailed(f"who connected did not prove membership: {err}") from None
+    return Channel(sock, deadlines)
+
+
+def connect(
+    host: str, port: int, secret: bytes, deadlines: Deadlines, stopped: Callable[[], bool] = lambda: False
+) -> Channel:
+    """Reach an agent's vault and prove each other's membership.
+
+    Looks at ``stopped`` five times a second. Raises DeadlinePassed, TransferFailed, or Refused (code "not-a-member").
+    """
+    end = time.monotonic() + deadlines.connect
+    where = f"vault at {host}:{port}"
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        _tune(sock, deadlines)
+        sock.setblocking(False)
+        sock.connect_ex((host, port))
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT)
+        while not poll.poll(200):
+            if stopped():
+                raise TransferFailed(f"gave up connecting to the {where}: stopping")
+            if time.monotonic() > end:
+                raise DeadlinePassed(f"{where} cannot be reached within {deadlines.connect:g} s")
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise TransferFailed(f"{where} cannot be reached: {os.strerror(error)}")
+        hello = _exactly(sock, len(_MAGIC) + _NONCE, end)
+        if not hello.startswith(_MAGIC):
+            raise TransferFailed(f"{where} is not a DeadPool vault of this version")
+        mine = os.urandom(_NONCE)
+        nonces = hello[len(_MAGIC) :] + mine
+        sock.sendall(mine + _proof(secret, b"client", nonces))
+        try:
+            proof = _exactly(sock, 32, end)
+        except ConnectionResetError:
+            raise Refused(
+                f"{where} does not accept our job secret: it belongs to another job", "not-a-member"
+            ) from None
+        if not hmac.compare_digest(proof, _proof(secret, b"server", nonces)):
+            raise Refused(f"{where} does not know our job secret: it belongs to another job", "not-a-member")
+    except TimeoutError:
+        sock.close()
+        raise DeadlinePassed(f"{where} did not prove its membership within {deadlines.connect:g} s") from None
+    except OSError as err:
+        sock.close()
+        raise TransferFailed(f"{where} cannot be reached: {err}") from None
+    except VaultError:
+        sock.close()
+        raise
+    return Channel(sock, deadlines)

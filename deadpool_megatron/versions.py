@@ -1,0 +1,23 @@
+"""Which megatron-core lines are supported; imports neither torch nor Megatron."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["SUPPORTED", "UserError", "check_version"]
+
+SUPPORTED: Final = ("0.19",)
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done; the message is one line: what, where, what to do."""
+
+
+def check_version(version: str) -> None:
+    """Raises UserError for a megatron-core outside of the supported lines."""
+    if not any(version == line or version.startswith(line + ".") for line in SUPPORTED):
+        raise UserError(
+            f"megatron-core {version} is not supported: DeadPool runs with "
+            + ", ".join(f"{line}.x" for line in SUPPORTED)
+            + "; install one of those"
+        )

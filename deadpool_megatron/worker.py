@@ -1,0 +1,176 @@
+"""``python -m deadpool_megatron.worker SCRIPT [ARGS]``: one worker process, started by its agent.
+
+Active workers run the script at once. A spare's worker imports everything the script will need, brings up the device,
+parks, and runs the same script as the coordinate it is given, under torch's ``fake`` backend until it joins the rest.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import ctypes
+import importlib
+import os
+import runpy
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.workers import CONTROL_FD, DOORBELL_FD, PARENT_PID
+
+if TYPE_CHECKING:
+    from deadpool_megatron.megatron import Hooks
+
+__all__ = ["CONFIG", "EMULATE", "MODE", "main"]
+
+MODE = "DEADPOOL_MODE"  # "plain" or "deadpool"
+EMULATE = "DEADPOOL_EMULATE_CPU"
+CONFIG = "DEADPOOL_SETTINGS"  # the resolved settings, as flags separated by newlines
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_agent() -> None:
+    """Ask the kernel to end this process when its agent ends: an agent's death fences its node."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[PARENT_PID]):
+        sys.exit(81)
+
+
+def _run_script(script: str, arguments: list[str]) -> None:
+    """Run ``script`` as ``python script`` would."""
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def _imports_of(script: str) -> list[str]:
+    """Modules the script imports at its top level."""
+    names: list[str] = []
+    for node in ast.parse(Path(script).read_text()).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    return names
+
+
+def _warm_up(script: str) -> None:
+    """Everything a spare can have ready: modules, device context, the optimizer's lazy imports, a first backward."""
+    import torch
+
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    for name in _imports_of(script):
+        with contextlib.suppress(ImportError):  # the script may import it only under a condition
+            importlib.import_module(name)
+    sys.path.pop(0)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    weight = torch.nn.Parameter(torch.zeros(8, 8, device="cuda" if torch.cuda.is_available() else "cpu"))
+    optimizer = torch.optim.AdamW([weight])
+    (weight @ weight).sum().backward()
+    optimizer.step()
+
+
+def _install(standby: bool) -> Hooks:
+    """Import torch and Megatron, wrap process groups, connect to the agent, install the hooks."""
+    import torch.distributed as dist
+
+    from deadpool_megatron import config as settings
+    from deadpool_megatron.comm import Communicators, nccl_environment
+    from deadpool_megatron.megatron import Hooks
+    from deadpool_megatron.recovery import Session
+
+    for name, value in nccl_environment().items():
+        os.environ.setdefault(name, value)  # read when the first NCCL communicator is made
+    flags = os.environ[CONFIG].split("\n") if os.environ[CONFIG] else []
+    config = settings.from_script_arguments(flags)
+    communicators = Communicators.install(
+        standby=standby,
+        strategy=config.comm,  # type: ignore[arg-type]
+        form_timeout_s=config.form_deadline,
+        operation_timeout_s=config.operation_timeout,
+    )
+
+    def end_epochs_before(epoch: int) -> None:
+        if not communicators.standby:  # a spare's groups are not real yet, and it may be building its model on them
+            communicators.abort(epoch - 1)
+
+    session = Session(int(os.environ[CONTROL_FD]), end_epochs_before)
+    client: list[dist.Store] = []
+
+    def store() -> dist.Store:
+        if not client:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            client.append(dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=config.form_deadline)))
+        return client[0]
+
+    if standby:
+        store()
+    hooks = Hooks(session, communicators, config, int(os.environ[DOORBELL_FD]), store, standby)
+    hooks.install()
+    return hooks
+
+
+def _failed(hooks: Hooks | None, error: BaseException, tell: Callable[[r.WorkerFailed], None]) -> None:
+    from deadpool_megatron.config import ConfigError
+    from deadpool_megatron.megatron import UserError
+
+    lines = str(error).strip().splitlines() or [""]
+    user_error = isinstance(error, (UserError, ConfigError))
+    message = lines[0] if user_error else f"{type(error).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}"
+    trace = "".join(traceback.format_exception(error))
+    phase: Any = hooks.phase if hooks is not None else "setup"
+    iteration = hooks.iteration if hooks is not None else -1
+    tell(r.WorkerFailed(0, 0, None, phase, iteration, user_error, message[:2000], trace[-12000:]))
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    _die_with_agent()
+    script, arguments = sys.argv[1], sys.argv[2:]
+    standby = "RANK" not in os.environ
+    if os.environ.get(EMULATE):
+        from deadpool_megatron import emulation
+
+        emulation.install()
+    if os.environ.get(MODE) != "deadpool":
+        _run_script(script, arguments)
+        return 0
+    hooks: Hooks | None = None
+    import socket
+
+    def tell(record: r.WorkerFailed) -> None:
+        if hooks is not None:
+            hooks.session.tell(record)
+        else:
+            socket.socket(fileno=os.dup(int(os.environ[CONTROL_FD]))).send(r.encode(record))
+
+    try:
+        hooks = _install(standby)
+        if standby:
+            _warm_up(script)
+            hooks.session.step("parked", 0)
+            taken = hooks.session.wait_take_over()
+            os.environ["RANK"] = str(taken.rank)
+        _run_script(script, arguments)
+    except SystemExit as exit_:
+        if exit_.code not in (None, 0) and hooks is not None and hooks.phase == "setup":
+            _failed(hooks, exit_, tell)
+        raise
+    except BaseException as error:  # the process boundary: tell the agent why, then end
+        _failed(hooks, error, tell)
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        return 2 if type(error).__name__ in ("UserError", "ConfigError") else 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.exit(code)

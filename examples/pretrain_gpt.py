@@ -1,0 +1,122 @@
+"""GPT pre-training on the public megatron-core wheel: dense or MoE, any schedule, mock or real data.
+
+Plain Megatron: nothing here knows DeadPool. Run it under torchrun, or under `deadpool launch` with --deadpool to
+survive lost nodes. The wheel carries `megatron.training`, but not upstream's top-level pretrain_gpt.py; this script is
+a small one of our own in its place, and upstream's works just as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_timers, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+
+def load_microbatch(data_iterator: Iterator[dict[str, Any]], vp_stage: int | None) -> dict[str, torch.Tensor | None]:
+    """One microbatch on every rank that needs it: int64 [micro_batch, sequence] tokens, labels and positions."""
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(FIELDS)
+    args = get_args()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    if tp_rank == 0:
+        drawn = next(data_iterator)
+        batch = {name: None if drawn.get(name) is None else drawn[name].cuda(non_blocking=True) for name in FIELDS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        mtp_on_this_rank=False,
+    )
+    on_this_rank: dict[str, torch.Tensor | None] = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+    )
+    return on_this_rank
+
+
+def language_model_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Sum of the token losses, number of tokens, and what Megatron's log averages."""
+    mask = loss_mask.reshape(-1).float()
+    total = (losses.reshape(-1).float() * mask).sum()
+    tokens = mask.sum().detach().to(torch.int)
+    return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
+
+
+def forward_step(data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """One forward pass, as Megatron's schedules call it."""
+    timer = get_timers()("batch-generator", log_level=2)
+    timer.start()
+    batch = load_microbatch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timer.stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(language_model_loss, batch["loss_mask"])
+
+
+def build_datasets(samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Train, validation and test datasets, built on the ranks that read data."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+
+    def reads_data() -> bool:
+        return parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    train, valid, test = BlendedMegatronDatasetBuilder(kind, samples, reads_data, config).build()
+    return train, valid, test
+
+
+def main() -> None:
+    """Parse Megatron's flags and train."""
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    build_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank builds its own
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
+
+
+if __name__ == "__main__":
+    main()
