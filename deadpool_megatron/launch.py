@@ -31,6 +31,7 @@ import msgspec
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.config import ConfigError, DeadpoolConfig, from_script_arguments
 from deadpool_megatron.observe import LOGS
+from deadpool_megatron.vault import clean_leftovers, process_alive
 from deadpool_megatron.versions import UserError, check_version
 
 __all__ = ["LaunchError", "LaunchPlan", "check", "launch"]
@@ -302,6 +303,7 @@ def launch(plan: LaunchPlan) -> int:
         return Exit.INTERRUPTED if interrupted[0] else code
     finally:
         processes.end(12.0)
+        clean_leftovers(plan.shm_directory, process_alive)  # a killed agent could not free its vault
 
 
 class _Tee(threading.Thread):

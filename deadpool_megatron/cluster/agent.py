@@ -250,7 +250,7 @@ class Agent:
     def _arena(self, worker: Worker, record: r.ArenaRequest) -> None:
         assert self._shards is not None
         try:
-            path = self._shards.allocate(record.rank, record.unique_bytes, record.small_capacity)
+            path = self._shards.allocate(record.rank, record.unique_bytes, record.small_bytes)
         except VaultError as err:
             worker.tell(r.ArenaRefused(str(err)))
             return
@@ -313,8 +313,8 @@ class Agent:
             case r.Arm():
                 self._arm(record)
             case r.Stop():
-                if record.code not in (Exit.OK, Exit.INTERRUPTED):
-                    print(f"deadpool: node {self._s.node}: {record.message.splitlines()[0]}", file=sys.stderr)
+                if record.code == Exit.FENCED:
+                    print(f"deadpool: {record.message}", file=sys.stderr)
                 self._code = record.code
             case r.InjectReply():
                 pass
@@ -349,6 +349,8 @@ class Agent:
                 link = Path(self._s.log_dir) / f"rank-{rank}.epoch-{self._epoch}.log"
                 link.unlink(missing_ok=True)
                 link.symlink_to(f"spare-node{self._s.node}-{local}.log")
+                if self._declared is not None:
+                    worker.tell(self._declared)  # one started since then has not heard of it
                 worker.tell(r.TakeOver(self._epoch, rank))
 
     def _maybe_offer(self) -> None:

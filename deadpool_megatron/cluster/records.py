@@ -422,7 +422,7 @@ class ArenaRequest(_Record, frozen=True):
 
     rank: int
     unique_bytes: int
-    small_capacity: int
+    small_bytes: int
 
 
 class Arrived(_Record, frozen=True):

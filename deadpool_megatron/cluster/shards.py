@@ -21,6 +21,8 @@ from deadpool_megatron.vault import (
     process_alive,
 )
 
+_SMALL_UNIT = 1 << 16
+
 __all__ = ["FetchDone", "RankCommitted", "Shards"]
 
 
@@ -69,9 +71,16 @@ class Shards:
     def _committed(self, rank: int, epoch: int, generation: int) -> None:
         self._tell(RankCommitted(rank, epoch, generation))
 
-    def allocate(self, rank: int, unique_bytes: int, small_capacity: int) -> str:
-        """The path of a rank's own arena. Raises VaultError with one clear line."""
-        return self.vault.allocate_own(rank, unique_bytes, small_capacity).path
+    def allocate(self, rank: int, unique_bytes: int, small_bytes: int) -> str:
+        """The path of a rank's own arena, with room for the small state to grow. Raises VaultError in one clear line.
+
+        An arena that a fetch has made already is used when it fits.
+        """
+        arena = self.vault.arena(rank, "own")
+        if arena is not None and arena.info.unique_bytes == unique_bytes and arena.info.small_capacity > small_bytes:
+            return arena.info.path
+        capacity = -(-2 * small_bytes // _SMALL_UNIT) * _SMALL_UNIT
+        return self.vault.allocate_own(rank, unique_bytes, capacity).path
 
     def set_epoch(self, epoch: int) -> None:
         """Refuse whatever belongs to an older epoch from now on."""

@@ -83,7 +83,7 @@ class Communicators:
         if cls._installed is not None:
             raise CommunicatorError("Communicators.install was called before in this process; use that object")
         if dist.is_initialized():
-            raise CommunicatorError("process groups exist already: call Communicators.install before init_process_group")
+            raise CommunicatorError("process groups exist: call Communicators.install before init_process_group")
         if strategy not in ("auto", "swap"):
             raise CommunicatorError(f"unknown strategy {strategy!r}: one of 'auto', 'swap'")
         self = cls(standby=standby, form_timeout_s=form_timeout_s, operation_timeout_s=operation_timeout_s)
@@ -187,7 +187,9 @@ class Communicators:
         """
         begun = time.monotonic()
         if epoch <= max(self.epoch, self._forming_epoch):
-            raise ReformError(f"epoch {epoch} is not after {max(self.epoch, self._forming_epoch)}: each try needs a new one")
+            raise ReformError(
+                f"epoch {epoch}: not after {max(self.epoch, self._forming_epoch)}; each try needs a new one"
+            )
         if not dist.is_initialized():
             raise ReformError("there are no process groups: torch.distributed is not initialized")
         if not self._poison.set and not self._standby:
@@ -206,6 +208,7 @@ class Communicators:
         with self._state_lock:
             self._forming, self._forming_epoch = forming, epoch
         donors: list[Any] = []
+        dead = [_backend(record, kind) for record in records for kind in set(record.backend_of_device.values())]
         try:
             forming.start()
             forming.settled.wait(self._form_timeout_s)
@@ -223,8 +226,10 @@ class Communicators:
             forming.abandoned = True
             with self._state_lock:
                 self._forming = None
-            retire([*donors, *forming.formed])
-            donors, forming.formed = [], []
+            dead += [backend for _, new in forming.formed for _, _, backend in new.backends]
+            donors.clear()  # only now, and not as the last owner: see retire
+            forming.formed = []
+            retire(dead)
         seconds, name = forming.slowest
         report = ReformReport(epoch, len(records), time.monotonic() - begun, formed_at - begun, name, seconds)
         _log.info("communicators re-formed: %s", report)
@@ -250,10 +255,16 @@ class Communicators:
         return donor
 
 
-def retire(owners: list[Any]) -> None:
-    """Drop what owns dead backends, in a thread: the end of a Gloo backend waits for its threads."""
-    if owners:
-        threading.Thread(target=owners.clear, name="deadpool-retire", daemon=True).start()
+def retire(backends: list[Any]) -> None:
+    """Let go of backends, in a thread. Dead ones end here: a Gloo backend's end waits for its threads, and one of
+    those may wait for the operation time-out. As the last owner, the Python object of a *backend* ends it without
+    the GIL; the Python object of a *group* would hold the GIL all that time."""
+
+    def drop() -> None:
+        while backends:
+            backends.pop()
+
+    threading.Thread(target=drop, name="deadpool-retire", daemon=True).start()
 
 
 def _backend(record: GroupRecord, kind: str) -> Any:

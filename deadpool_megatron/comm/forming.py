@@ -109,4 +109,6 @@ class Forming(threading.Thread):
             if device is not None:
                 torch.cuda.set_device(device)
             return types.NCCL, nccl.build(record, store, group_rank, device)
-        raise ReformError(f"group {record.desc} {record.name}: backend {kind!r} cannot be re-formed (gloo and nccl can)")
+        raise ReformError(
+            f"group {record.desc} {record.name}: backend {kind!r} cannot be re-formed (gloo and nccl can)"
+        )

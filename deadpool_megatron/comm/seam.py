@@ -75,7 +75,9 @@ def no_rendezvous(is_standby: Callable[[], bool]) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     @functools.wraps(native)
-    def init_process_group(backend: str | None = None, init_method: str | None = None, *args: Any, **kwargs: Any) -> Any:
+    def init_process_group(
+        backend: str | None = None, init_method: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         if not is_standby():
             return native(backend, init_method, *args, **kwargs)
         bound = inspect.signature(native).bind(backend, None, *args, **kwargs)

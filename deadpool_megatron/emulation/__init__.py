@@ -35,13 +35,19 @@ def install(*, force: bool = False) -> None:
         return
     import os
 
-    os.environ.update(environment())
+    before = {name: os.environ.get(name) for name in environment()}
+    os.environ.update(environment())  # before torch is imported: it reads some of them only then
     import torch
 
     if torch.cuda.is_available() and not force:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
         raise EmulationError(
             f"{torch.cuda.device_count()} real GPU(s) are visible here: run without CPU emulation, or hide them with "
-            "CUDA_VISIBLE_DEVICES= "
+            "CUDA_VISIBLE_DEVICES="
         )
     from deadpool_megatron.emulation import device, imports, tensors
 

@@ -13,11 +13,13 @@ def main() -> None:
     """Entry point."""
     if len(sys.argv) < 2:
         sys.exit("usage: python -m deadpool_megatron.emulation SCRIPT [ARGS]")
+    script = sys.argv[1]
+    if not Path(script).is_file():
+        sys.exit(f"deadpool: {script}: no such script")
     try:
         install()
     except EmulationError as err:
         sys.exit(f"deadpool: {err}")
-    script = sys.argv[1]
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(script).resolve().parent)
     runpy.run_path(script, run_name="__main__")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.machinery
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -68,12 +69,17 @@ class _Finder(importlib.abc.MetaPathFinder):
 def _on_gloo(name: str) -> None:
     """``init_process_group`` / ``new_group`` with Gloo in the place of NCCL, wherever they are looked up."""
     original = getattr(c10d, name)
+    place = list(inspect.signature(original).parameters).index("backend")
 
     @functools.wraps(original)
     def on_gloo(*args: Any, **kwargs: Any) -> Any:
-        backend = kwargs.get("backend")
-        if isinstance(backend, str) and "nccl" in backend:
-            kwargs["backend"] = "gloo"
+        backend = args[place] if len(args) > place else kwargs.get("backend")
+        # WORLD without a backend would get one for every device type; a subgroup without one gets that of WORLD.
+        if backend is None and name == "init_process_group" or isinstance(backend, str) and "nccl" in backend.lower():
+            if len(args) > place:
+                args = (*args[:place], "gloo", *args[place + 1 :])
+            else:
+                kwargs["backend"] = "gloo"
         kwargs.pop("device_id", None)
         kwargs.pop("pg_options", None)
         return original(*args, **kwargs)

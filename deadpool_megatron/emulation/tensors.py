@@ -12,11 +12,12 @@ from deadpool_megatron.emulation.device import CPU
 __all__ = ["install"]
 
 _FACTORIES = (
-    "zeros ones empty full tensor arange rand randn randint randperm zeros_like ones_like empty_like full_like rand_like "
-    "randn_like eye linspace as_tensor empty_strided scalar_tensor triu_indices tril_indices"
-).split()
-_METHODS = "new_empty new_zeros new_ones new_full new_tensor".split()
-_TYPES = "Float Half BFloat16 Double Int Long Short Byte Char Bool".split()
+    *("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "randperm", "eye", "linspace"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "as_tensor", "empty_strided"),
+    *("scalar_tensor", "triu_indices", "tril_indices"),
+)
+_METHODS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+_TYPES = ("Float", "Half", "BFloat16", "Double", "Int", "Long", "Short", "Byte", "Char", "Bool")
 
 
 def _on_cpu(device: Any) -> Any:
@@ -56,7 +57,7 @@ def install() -> None:
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if "device" in kwargs:
             kwargs["device"] = _on_cpu(kwargs["device"])
-        return original_to(self, *(_on_cpu(a) for a in args), **kwargs)  # type: ignore[no-any-return]
+        return original_to(self, *(_on_cpu(a) for a in args), **kwargs)
 
     def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
@@ -74,6 +75,6 @@ def install() -> None:
     tensor.pin_memory = same
     tensor.is_cuda = property(lambda self: True)
     tensor.record_stream = lambda self, stream: None
-    torch.nn.Module.cuda = same  # type: ignore[method-assign]
+    torch.nn.Module.cuda = same
     for name in _TYPES:
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))

@@ -215,9 +215,10 @@ class Hooks:
 
     def _save_and_leave(self, a: dict[str, Any], epoch: int) -> None:
         """No spare is left: write Megatron's own checkpoint of the agreed generation, then end."""
-        from megatron.training import get_args, training
+        from megatron.training import get_args, get_timers, training
 
         args = get_args()
+        get_timers()("interval-time", log_level=0).start()  # saving pauses it
         training.save_checkpoint_and_time(
             args.iteration,
             a["model"],

@@ -27,8 +27,6 @@ from deadpool_megatron.vault import SlotWriter, Version
 
 __all__ = ["EpochClosed", "MegatronTrainer"]
 
-_SMALL_SLACK = 1 << 16
-
 
 class EpochClosed(BaseException):
     """A newer epoch was declared while this rank was between two communications; unwinds to the recovery.
@@ -73,9 +71,8 @@ class MegatronTrainer:
         self._small = self.small_state.capture(args.iteration)
         self._small_generation = -1
         self._replays = [_under_rerun(each) for each in _flatten(iterators)]
-        capacity = 2 * len(self._small) + _SMALL_SLACK
         try:
-            path = session.request_arena(self.rank, self._plan.nbytes, capacity)
+            path = session.request_arena(self.rank, self._plan.nbytes, len(self._small))
         except Refused as err:
             raise UserError(str(err)) from None
         self._writer = SlotWriter(path, doorbell)

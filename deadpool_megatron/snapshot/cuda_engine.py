@@ -1,8 +1,8 @@
 """Copies from a CUDA device, on a side stream, with no wait of the host.
 
-    training thread     | begin: side waits for compute | copy: memcpyAsync..., event | ... | gate: compute waits for side
-    side stream         |                               |  slices                     | ... |
-    publisher thread    |                               |  event.synchronize() (no GIL) -> publish / complete
+    training thread  | begin: side waits for compute | copy: memcpyAsync, event | gate: compute waits for side
+    side stream      |                               |  slices                  |
+    publisher thread |                               |  event.synchronize() (no GIL) -> publish, complete
 
 Written for a machine with a GPU; has not been run on one yet.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,6 +24,10 @@ from .plan import ShardPlan
 __all__ = ["CudaCopyEngine", "CudaCopyError"]
 
 _REGISTER_PORTABLE = 1
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()
 
 
 class CudaCopyError(RuntimeError):
@@ -51,8 +56,7 @@ class CudaCopyEngine:
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device or torch.device("cuda", torch.cuda.current_device())
         with torch.cuda.device(self._device):
-            lowest, _ = torch.cuda.Stream.priority_range()
-            self._stream = torch.cuda.Stream(priority=lowest)
+            self._stream = torch.cuda.Stream(priority=0)  # 0 is CUDA's lowest
         self._writer: SlotWriter | None = None
         self._pairs: list[list[tuple[torch.Tensor, torch.Tensor, int]]] = []
         self._current: list[tuple[torch.Tensor, torch.Tensor, int]] = []
@@ -69,7 +73,7 @@ class CudaCopyEngine:
         self._writer = writer
         address, size = writer.arena.address, len(writer.arena.view)
         with torch.cuda.device(self._device):
-            error = torch.cuda.cudart().cudaHostRegister(address, size, _REGISTER_PORTABLE)
+            error = _runtime().cudaHostRegister(address, size, _REGISTER_PORTABLE)
         if int(error) != 0:
             raise CudaCopyError(
                 f"cannot page-lock the {size} bytes of {writer.arena.path} (cudaHostRegister: {error}); "
@@ -104,11 +108,10 @@ class CudaCopyEngine:
         """See `CopyEngine.copy`. Returns once the copies are queued."""
         if first >= last:
             return
-        end = 0
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            for place, source, end in self._current[first:last]:
+            for place, source, _ in self._current[first:last]:
                 place.copy_(source, non_blocking=True)
-        self._landed(end)
+        self._landed(self._current[last - 1][2])
 
     def gate(self) -> None:
         """See `CopyEngine.gate`. The caller's stream waits for the copies, on the device."""
@@ -159,7 +162,7 @@ class CudaCopyEngine:
         self._pairs.clear()
         self._current = []
         if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._registered)
+            _runtime().cudaHostUnregister(self._registered)
             self._registered = 0
 
     def _raise_failure(self) -> None:

@@ -88,12 +88,13 @@ class HostCopyEngine:
 
     def copy(self, first: int, last: int) -> None:
         """See `CopyEngine.copy`. Blocks for the copy."""
-        end = 0
+        if first >= last:
+            return
         with torch.no_grad():
-            for place, source, end in self._current[first:last]:
+            for place, source, _ in self._current[first:last]:
                 place.copy_(source)
-        if end and self._writer is not None:
-            self._writer.publish(end)
+        if self._writer is not None:
+            self._writer.publish(self._current[last - 1][2])
 
     def gate(self) -> None:
         """See `CopyEngine.gate`."""

@@ -102,7 +102,8 @@ def _segments(items: Sequence[_Item], slice_bytes: int) -> list[Segment]:
 
 
 def _start(tensor: torch.Tensor) -> int:
-    return tensor.storage_offset() * tensor.element_size()
+    offset: int = tensor.storage_offset() * tensor.element_size()
+    return offset
 
 
 def _follows(before: _Item, item: _Item) -> bool:
@@ -121,7 +122,7 @@ def _run(run: Sequence[_Item], slice_bytes: int) -> list[Segment]:
     first = run[0]
     nbytes = run[-1].offset + run[-1].nbytes - first.offset
     flat = torch.empty(0, dtype=torch.uint8, device=first.tensor.device)
-    flat.set_(first.tensor.untyped_storage(), _start(first.tensor), (nbytes,), (1,))  # type: ignore[call-overload]
+    flat.set_(first.tensor.untyped_storage(), _start(first.tensor), (nbytes,), (1,))
     return [
         Segment(first.offset + at, min(slice_bytes, nbytes - at), flat[at : at + slice_bytes])
         for at in range(0, nbytes, slice_bytes)

@@ -1,7 +1,8 @@
 """The small state as bytes: typed msgpack, no pickle, so that bytes from another node can do nothing but be data.
 
-Kept exactly: None, bool, int of any size, float, str, bytes, list, tuple, dict with str keys, torch tensors (dtype, shape,
-bytes; they come back on the host), numpy arrays and numpy scalars. Anything else is refused by the name of its place.
+Kept exactly: None, bool, int of any size, float, str, bytes, list, tuple, dict with str keys, torch tensors (dtype,
+shape, bytes; they come back on the host), numpy arrays and numpy scalars. Anything else is refused by the name of its
+place.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def encode(state: dict[str, Any]) -> bytes:
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """The state that `encode` was given; tensors and arrays are new, writable and on the host. Raises SmallStateError."""
+    """The state that `encode` was given; tensors and arrays are new and on the host. Raises SmallStateError."""
     if data[:1] != _VERSION:
         raise SmallStateError(f"small state of format {data[:1].hex() or 'none'}, not {_VERSION.hex()}")
     try:
@@ -53,17 +54,17 @@ def decode(data: bytes) -> dict[str, Any]:
 
 def capture_host_rng() -> dict[str, Any]:
     """The generators of python, numpy (the legacy global one) and torch's CPU, as a part of a small state."""
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}  # noqa: NPY002
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
 
 
 def restore_host_rng(state: dict[str, Any]) -> None:
     """Bring the three generators back to what `capture_host_rng` returned."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
 
 
-def _plain(value: Any, path: str) -> Any:  # noqa: ANN401
+def _plain(value: Any, path: str) -> Any:
     """``value`` in terms of what msgpack has, tuples and the like as extensions."""
     kind = type(value)
     if kind in _PLAIN:
@@ -81,7 +82,7 @@ def _plain(value: Any, path: str) -> Any:  # noqa: ANN401
         return [_plain(each, f"{path}[{index}]") for index, each in enumerate(value)]
     if kind is tuple:
         # Python's generator state is a tuple of 625 of these: as one block
-        if len(value) > 16 and set(map(type, value)) == _ONLY_INTS and 0 <= min(value) and max(value) < 1 << 32:
+        if len(value) > 16 and set(map(type, value)) == _ONLY_INTS and min(value) >= 0 and max(value) < 1 << 32:
             return _ext(_UINT32S, array.array("I", value).tobytes())
         return _ext(_TUPLE, _encoder.encode([_plain(each, f"{path}[{index}]") for index, each in enumerate(value)]))
     if isinstance(value, torch.Tensor):
@@ -92,7 +93,8 @@ def _plain(value: Any, path: str) -> Any:  # noqa: ANN401
         code = _ARRAY if isinstance(value, np.ndarray) else _SCALAR
         return _ext(code, _encoder.encode((value.dtype.str, value.shape, value.tobytes())))
     raise SmallStateError(
-        f"{path}: a {kind.__module__}.{kind.__qualname__} cannot be part of the small state; use plain values, tensors or arrays"
+        f"{path}: a {kind.__module__}.{kind.__qualname__} cannot be part of the small state; "
+        "use plain values, tensors or arrays"
     )
 
 
@@ -109,7 +111,7 @@ def _ext(code: int, data: bytes) -> msgspec.msgpack.Ext:
     return msgspec.msgpack.Ext(code, data)
 
 
-def _from_ext(code: int, data: memoryview) -> Any:  # noqa: ANN401
+def _from_ext(code: int, data: memoryview) -> Any:
     if code == _TUPLE:
         return tuple(_list_decoder.decode(data))
     if code == _UINT32S:

@@ -144,7 +144,7 @@ class Snapshotter:
         stats.stall_s += self._clock() - start
 
     def give_up(self) -> None:
-        """Leave the open generation unfinished (an abort); it can never be given back. Blocks until copies have ended."""
+        """Leave the open generation unfinished (an abort). Blocks until no copy is under way."""
         if self._open:
             self._open = False
             self._next = self._last

@@ -173,10 +173,11 @@ class Slot:
         """The agent has a verified checksum of everything in this turn."""
         self.own_turn = self.turn
 
-    def verify(self) -> None:
+    def verify(self, small_bytes: int | None = None) -> None:
         """Compare all bytes with their checksums. Raises ChecksumMismatch. Blocks for the time of reading them."""
         version = self.version
-        if self.sums[0] != xxhash.xxh3_64_intdigest(self.small[: self.small_bytes]):
+        small = self.small[: self.small_bytes if small_bytes is None else small_bytes]
+        if self.sums[0] != xxhash.xxh3_64_intdigest(small):
             raise ChecksumMismatch(f"small state of version {version} in slot {self.index} has changed in memory")
         for index in range(self.chunks):
             if self.sums[1 + index] != xxhash.xxh3_64_intdigest(self.chunk(index)):
@@ -244,9 +245,9 @@ class Arena:
                 words[base + _S_BEGIN] = words[base + _S_END] = words[base + _S_SMALL] = EMPTY
             os.pwrite(fd, words, 0)
             _link(fd, path)
-            return cls(path, fd)
         finally:
             os.close(fd)
+        return cls.attach(path)  # by its name, which tools then show for the mapping
 
     @classmethod
     def attach(cls, path: str) -> Arena:

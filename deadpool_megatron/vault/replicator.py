@@ -287,16 +287,19 @@ class _Sender:
 
 
 def _next(arena: Arena) -> Slot | None:
-    """The slot most worth sending: the kept version (a new peer lacks it), then the newest from the floor up."""
-    kept, floor = arena.kept, arena.floor
-    best: Slot | None = None
+    """The slot to send next, or None.
+
+    The kept version first (a new peer lacks it), then in the order they were written, so that commits are reported in
+    order; one that is still being written last (an unfinished one beside a newer one was given up by the worker).
+    """
+    wanted = []
     for slot in arena.slots:
         word = slot.begin
         if word == EMPTY or slot.peer_turn == slot.turn or slot.small_bytes == EMPTY:
             continue
-        if word == kept:
-            if slot.sealed:
-                return slot
-        elif word >= floor and (best is None or word > best.begin):
-            best = slot
-    return best
+        if word == arena.kept and slot.sealed:
+            return slot
+        if word >= arena.floor:
+            sealed = slot.sealed
+            wanted.append((not sealed, word if sealed else -word, slot.index))
+    return arena.slots[min(wanted)[2]] if wanted else None

@@ -7,8 +7,8 @@ import socket
 import threading
 from contextlib import suppress
 
-from .arena import Slot
-from .discipline import choose
+from .arena import Arena, Slot
+from .discipline import choose, is_free
 from .errors import ChecksumMismatch, NotHeld, Refused, StaleEpoch, TransferFailed, VaultError, VaultFull
 from .transfer import part_entries, take_entry
 from .vault import Vault
@@ -172,10 +172,7 @@ class VaultServer:
         vault.learn(begin.kept, begin.floor)
         left = self._take_over(channel, begin)
         try:
-            vault.allocate_peer(begin.rank, begin.unique_bytes, begin.small_capacity)
-            arena = vault.arena(begin.rank, "peer")
-            if arena is None:
-                raise Refused(f"the memory of rank {begin.rank} was dropped here just now", "no-room")
+            arena = self._memory(begin)
             if arena.find(version) is not None:
                 channel.send(Begun(vault.epoch, True))
                 return
@@ -195,6 +192,21 @@ class VaultServer:
                 if self._writers.get(begin.rank, (None,))[0] is channel:
                     del self._writers[begin.rank]
             left.set()
+
+    def _memory(self, begin: Begin) -> Arena:
+        """The peer arena for the shard. One of another size gives way unless it holds something that must stay."""
+        vault = self._vault
+        sizes = (begin.unique_bytes, begin.small_capacity)
+        arena = vault.arena(begin.rank, "peer")
+        if arena is not None and (arena.info.unique_bytes, arena.info.small_capacity) != sizes:
+            if not all(is_free(slot.begin, slot.end, vault.kept, vault.floor) for slot in arena.slots):
+                raise Refused(f"rank {begin.rank} has a shard of another size here that must be kept", "wrong-size")
+            vault.drop(begin.rank, "peer")
+        vault.allocate_peer(begin.rank, *sizes)
+        arena = vault.arena(begin.rank, "peer")
+        if arena is None:
+            raise Refused(f"the memory of rank {begin.rank} was dropped here just now", "no-room")
+        return arena
 
     def _take_over(self, channel: Channel, begin: Begin) -> threading.Event:
         """Only one connection writes a rank's shard: the newest. The one before it is cut off and waited for."""
@@ -235,7 +247,7 @@ class VaultServer:
                 raise TransferFailed(f"unexpected {type(frame).__name__} frame in a shard")
             for entry, expected in enumerate(frame.sums, frame.first):
                 try:
-                    take_entry(channel, slot, entry, expected)
+                    take_entry(channel, slot, slot.small_bytes, entry, expected)
                 except ChecksumMismatch as err:
                     self.mismatches += 1
                     raise ChecksumMismatch(f"shard of rank {rank}: {err}") from None

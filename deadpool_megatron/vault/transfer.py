@@ -21,9 +21,9 @@ def part_entries(chunks: int, part: int, parts: int) -> range:
     return range(0 if part == 0 else first, last)
 
 
-def take_entry(channel: Channel, slot: Slot, entry: int, expected: int) -> None:
+def take_entry(channel: Channel, slot: Slot, small_bytes: int, entry: int, expected: int) -> None:
     """Receive one entry of the table into its place and verify it. Raises ChecksumMismatch."""
-    view = slot.small[: slot.small_bytes] if entry == 0 else slot.chunk(entry - 1)
+    view = slot.small[:small_bytes] if entry == 0 else slot.chunk(entry - 1)
     channel.fill(view)
     if xxhash.xxh3_64_intdigest(view) != expected:
         raise ChecksumMismatch(f"part {entry} of {slot.version} arrived changed")
@@ -66,8 +66,6 @@ def fetch(
                 f"rank {rank}'s shard has chunks of {first.chunk_bytes} bytes, this vault {vault.chunk_bytes}"
             )
         slot = _own_slot(vault, rank, version, first.unique_bytes, first.small_capacity)
-        slot.reopen(version.pack())
-        slot.small_bytes = first.small_bytes
         failures: list[VaultError] = []
 
         def rest(part: int) -> None:
@@ -101,7 +99,7 @@ def fetch(
     finally:
         for channel in channels:
             channel.close()
-    _finish(slot)
+    _finish(slot, first.small_bytes)
     return len(slot.unique) + slot.small_bytes
 
 
@@ -119,26 +117,31 @@ def _fetch_part(channel: Channel, slot: Slot, part: int, parts: int, found: Foun
     if len(found.sums) != len(entries) or found.unique_bytes != len(slot.unique) or found.small_bytes > len(slot.small):
         raise TransferFailed("the shard that was sent is not of the size that was announced")
     for entry, expected in zip(entries, found.sums, strict=True):
-        take_entry(channel, slot, entry, expected)
+        take_entry(channel, slot, found.small_bytes, entry, expected)
     end = channel.receive()
     if not isinstance(end, Sent) or not end.intact:
         raise NotHeld(f"{slot.version} was overwritten at its holder while it was sent")
 
 
 def _own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, small_capacity: int) -> Slot:
-    """A slot of the own arena to restore into. Only ``kept`` must stay."""
+    """A slot of the own arena, opened to restore into. Only ``kept`` must stay."""
     vault.allocate_own(rank, unique_bytes, small_capacity)
     arena = vault.arena(rank, "own")
     if arena is None:
         raise VaultError(f"the memory of rank {rank} was dropped while its shard was fetched")
     candidates = [slot for slot in arena.slots if slot.begin != vault.kept or not slot.sealed]
-    return min(candidates, key=lambda slot: (slot.begin != EMPTY, slot.sealed, slot.begin))
+    slot = min(candidates, key=lambda slot: (slot.begin != EMPTY, slot.sealed, slot.begin))
+    with vault.checking(rank):
+        slot.reopen(version.pack())
+    return slot
 
 
-def _finish(slot: Slot) -> None:
+def _finish(slot: Slot, small_bytes: int) -> None:
+    """All is there and verified. The size of the small state comes last: until then nobody checksums the slot."""
     slot.published = len(slot.unique)
     slot.checked = 1 + slot.chunks
     slot.checked_turn = slot.turn
+    slot.small_bytes = small_bytes
     slot.mark_complete()
     slot.seal()
 
@@ -147,10 +150,10 @@ def _copy(vault: Vault, source: Vault, rank: int, version: Version) -> int:
     arena, origin = source.find(rank, version, ("peer", "own") if source is vault else ("own", "peer"))
     origin.verify()
     slot = _own_slot(vault, rank, version, arena.info.unique_bytes, arena.info.small_capacity)
-    slot.reopen(version.pack())
-    slot.put_small(bytes(origin.small[: origin.small_bytes]))
+    small_bytes = origin.small_bytes
+    slot.small[:small_bytes] = origin.small[:small_bytes]
     slot.unique[:] = origin.unique
     slot.sums[:] = origin.sums
-    slot.verify()
-    _finish(slot)
+    slot.verify(small_bytes)
+    _finish(slot, small_bytes)
     return len(slot.unique) + slot.small_bytes

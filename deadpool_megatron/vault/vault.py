@@ -187,6 +187,11 @@ class Vault:
         """Read a copy and compare it with its checksums. Raises NotHeld, ChecksumMismatch."""
         self.find(rank, version, (kind,))[1].verify()
 
+    def checking(self, rank: int) -> threading.Lock:
+        """Held while the own arena of ``rank`` is checksummed; who opens one of its slots in the agent takes it too."""
+        with self._lock:
+            return self._checking.setdefault(rank, threading.Lock())
+
     def checksum(self, rank: int, limit: int | None = None) -> bool:
         """Checksum what the worker of ``rank`` has published since the last call; True when there was something new.
 
@@ -197,9 +202,7 @@ class Vault:
         arena = self.arena(rank, "own")
         if arena is None:
             return False
-        with self._lock:
-            lock = self._checking.setdefault(rank, threading.Lock())
-        with lock:
+        with self.checking(rank):
             return any([_checksum(slot, limit) for slot in arena.slots])
 
 

@@ -49,6 +49,7 @@ _MAGIC: Final = b"DPVAULT1"
 _NONCE: Final = 32
 MAX_FRAME: Final = 64 << 20  # the checksum table of a shard of 7 TB
 _SEND: Final = 4 << 20
+_LOOK: Final = 0.2  # seconds between two looks at whether we are to stop, while a connection is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,11 +274,17 @@ def check_secret(secret: bytes) -> bytes:
     return secret
 
 
-def _exactly(sock: socket.socket, count: int, end: float) -> bytes:
+def _exactly(sock: socket.socket, count: int, end: float, stopped: Callable[[], bool] = lambda: False) -> bytes:
+    """``count`` bytes of the proof; TimeoutError at ``end``, or soon after ``stopped``."""
     data = b""
     while len(data) < count:
-        sock.settimeout(max(0.001, end - time.monotonic()))
-        got = sock.recv(count - len(data))
+        sock.settimeout(_LOOK)
+        try:
+            got = sock.recv(count - len(data))
+        except TimeoutError:
+            if stopped() or time.monotonic() > end:
+                raise
+            continue
         if not got:
             raise ConnectionResetError("closed before membership was proven")
         data += got
@@ -318,7 +325,7 @@ def connect(
         sock.connect_ex((host, port))
         poll = select.poll()
         poll.register(sock, select.POLLOUT)
-        while not poll.poll(200):
+        while not poll.poll(int(_LOOK * 1000)):
             if stopped():
                 raise TransferFailed(f"gave up connecting to the {where}: stopping")
             if time.monotonic() > end:
@@ -326,14 +333,14 @@ def connect(
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise TransferFailed(f"{where} cannot be reached: {os.strerror(error)}")
-        hello = _exactly(sock, len(_MAGIC) + _NONCE, end)
+        hello = _exactly(sock, len(_MAGIC) + _NONCE, end, stopped)
         if not hello.startswith(_MAGIC):
             raise TransferFailed(f"{where} is not a DeadPool vault of this version")
         mine = os.urandom(_NONCE)
         nonces = hello[len(_MAGIC) :] + mine
         sock.sendall(mine + _proof(secret, b"client", nonces))
         try:
-            proof = _exactly(sock, 32, end)
+            proof = _exactly(sock, 32, end, stopped)
         except ConnectionResetError:
             raise Refused(
                 f"{where} does not accept our job secret: it belongs to another job", "not-a-member"

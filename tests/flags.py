@@ -1,0 +1,75 @@
+"""Megatron's flags for a GPT so small that eight processes train it on two CPU cores, in every layout that is tested."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+__all__ = ["Schedule", "tiny_gpt", "world_size"]
+
+Schedule = Literal["1f1b", "interleaved", "none"]
+
+_MODEL = {
+    "--num-layers": 4,
+    "--hidden-size": 64,
+    "--num-attention-heads": 4,
+    "--seq-length": 64,
+    "--max-position-embeddings": 64,
+}
+_TRAINING = {
+    "--micro-batch-size": 1,
+    "--global-batch-size": 8,
+    "--lr": "1e-3",
+    "--min-lr": "1e-4",
+    "--lr-warmup-iters": 2,
+    "--lr-decay-iters": 20,
+    "--log-interval": 1,
+    "--eval-interval": 1000,
+    "--eval-iters": 0,
+    "--num-workers": 0,
+}
+# What real runs use and DeadPool hooks into.
+_REAL = ["--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+_DATA = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "255"]
+# What a machine without a GPU cannot do: fused kernels, Transformer Engine, NCCL.
+_ON_CPU = [
+    *["--transformer-impl", "local", "--distributed-backend", "gloo", "--attention-backend", "unfused"],
+    *["--no-persist-layer-norm", "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"],
+    *["--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion", "--no-rope-fusion"],
+]
+_MOE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall", "--disable-bias-linear"]
+_SIZES = {
+    "tensor": "--tensor-model-parallel-size",
+    "pipeline": "--pipeline-model-parallel-size",
+    "expert": "--expert-model-parallel-size",
+}
+
+
+def tiny_gpt(schedule: Schedule = "1f1b", moe: bool = False, iters: int = 6) -> list[str]:
+    """Flags of one training run, parallel sizes included; dropout stays at Megatron's 0.1, so that RNG states matter.
+
+    Args:
+        schedule: ``"1f1b"`` is TP2 PP2; ``"interleaved"`` the same with two model chunks a stage; ``"none"`` is TP2
+            without a pipeline.
+        moe: four experts over EP2 and no tensor parallelism: Megatron wants sequence parallelism for both together,
+            which needs a GPU.
+        iters: training iterations.
+    """
+    tensor = 1 if moe else 2
+    pipeline = 1 if schedule == "none" else 2
+    out = [text for name, value in (_MODEL | _TRAINING | {"--train-iters": iters}).items() for text in (name, str(value))]
+    out += [*_REAL, *_DATA, *_ON_CPU]
+    out += [_SIZES["tensor"], str(tensor), _SIZES["pipeline"], str(pipeline)]
+    if schedule == "interleaved":
+        out += ["--num-layers-per-virtual-pipeline-stage", "1"]
+    if moe:
+        out += [*_MOE, _SIZES["expert"], "2"]
+    return out
+
+
+def world_size(flags: list[str]) -> int:
+    """The fewest processes with two replicas of everything, experts included: 8, or 4 without a pipeline."""
+    size = 2
+    for name in _SIZES.values():
+        if name in flags:
+            size *= int(flags[flags.index(name) + 1])
+    return size

@@ -1,0 +1,195 @@
+"""Swap after swap: no limit on their number, nothing left behind, failures while forming lead to the next epoch."""
+
+from comm_processes import Worker, kill_self, run, worker_main
+
+import os
+import statistics
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from deadpool_megatron.comm import ReformError
+
+SWAPS = 320  # more than torch's one-byte backend types
+MANY = 20
+
+
+def footprint() -> dict[str, float]:
+    """Threads, descriptors and resident MB, once the background has let go of what the last swaps retired."""
+    process = psutil.Process()
+    end = time.monotonic() + 10
+    while any(t.name == "deadpool-retire" for t in threading.enumerate()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return {"threads": process.num_threads(), "fds": process.num_fds(), "mb": process.memory_info().rss / 2**20}
+
+
+def swap_for_ever(worker: Worker) -> dict[str, dict[str, float]]:
+    worker.init()
+    pair = dist.new_group([0, 1], group_desc="pair")
+    seen: dict[str, dict[str, float]] = {}
+    for epoch in range(1, SWAPS + 1):
+        worker.meet(f"swap/{epoch}")  # an abort while a peer still reads is a failure for that peer
+        worker.comm.abort()
+        worker.comm.reform(epoch, worker.store)
+        for group in (None, pair):
+            dist.all_reduce(x := torch.ones(4), group=group)
+            assert x.eq(2).all()
+        if epoch in (20, SWAPS):
+            seen[str(epoch)] = footprint()
+    return seen
+
+
+def assert_bounded(first: dict[str, float], last: dict[str, float], mb: float) -> None:
+    assert last["threads"] <= first["threads"] + 3, (first, last)
+    assert last["fds"] <= first["fds"] + 4, (first, last)
+    assert last["mb"] <= first["mb"] + mb, (first, last)
+
+
+def test_swaps_have_no_limit_and_leave_nothing_behind() -> None:
+    results = run(__file__, "swap_for_ever", world=2, limit_s=120)
+    for seen in results.values():
+        print(f"after 20 swaps {seen['20']}, after {SWAPS} {seen[str(SWAPS)]}")
+        assert_bounded(seen["20"], seen[str(SWAPS)], mb=10)
+
+
+def layout(world: int) -> list[list[list[int]]]:
+    """24 groups a rank: what TP2 x PP2 x DP2 makes, several times over."""
+    half, quarter = world // 2, world // 4
+    families = [
+        [[i, i + 1] for i in range(0, world, 2)],
+        [[i, i + half] for i in range(half)],
+        [[i, i + quarter] for b in range(0, world, half) for i in range(b, b + quarter)],
+        [list(range(b, b + half)) for b in (0, half)],
+        [[i] for i in range(world)],
+        [list(range(k, world, 2)) for k in range(2)],
+    ]
+    return (families * 4)[:23]  # and WORLD
+
+
+def twenty_four_groups(worker: Worker) -> dict[str, object]:
+    worker.init()
+    groups = [dist.group.WORLD]
+    for family in layout(worker.world):
+        for row in family:
+            group = dist.new_group(row)
+            if worker.rank in row:
+                groups.append(group)
+    assert len(groups) == 24
+    seconds, seen = [], {}
+    for epoch in range(1, MANY + 1):
+        for group in groups:
+            dist.all_reduce(torch.ones(4), group=group)
+        worker.meet(f"swap/{epoch}")
+        worker.comm.abort()
+        report = worker.comm.reform(epoch, worker.store)
+        seconds.append(report.seconds)
+        if report.seconds > 1:
+            print(worker.rank, report, flush=True)
+        if epoch in (2, MANY):
+            seen[str(epoch)] = footprint()
+    return {"seconds": seconds, "seen": seen}
+
+
+def test_twenty_four_groups_of_eight_ranks_re_form_fast_and_leave_nothing() -> None:
+    results = run(__file__, "twenty_four_groups", world=8, limit_s=150)
+    slowest = [max(column) for column in zip(*(r["seconds"] for r in results.values()), strict=True)]
+    print(
+        f"24 groups, 8 ranks, {os.cpu_count()} cores: slowest rank of each swap, median {statistics.median(slowest):.3f} s, "
+        f"min {min(slowest):.3f}, max {max(slowest):.3f}"
+    )
+    print("footprint", results[0]["seen"])
+    for result in results.values():
+        assert_bounded(result["seen"]["2"], result["seen"][str(MANY)], mb=40)
+    assert statistics.median(slowest) < 2.0
+
+
+def failing_to_form(worker: Worker) -> str:
+    """Epoch 1: rank 1 never comes and rank 0 is aborted. Epoch 2: rank 1 dies half-way. Epoch 3: the spare is in.
+    Epoch 4: a rank comes late, with an old epoch: it must not get in, nor disturb the others."""
+    if worker.spare:
+        worker.store.wait(["fault/0"])
+        worker.become(1)
+        worker.init()
+        pair = dist.new_group([0, 1])
+        worker.comm.reform(3, worker.store)
+    else:
+        worker.init()
+        pair = dist.new_group([0, 1])
+        worker.comm.abort()
+        if worker.rank == 0:
+            threading.Timer(0.5, worker.comm.abort).start()
+            begun = time.monotonic()
+            with pytest.raises(ReformError, match="aborted while forming"):
+                worker.comm.reform(1, worker.store)
+            assert 0.3 < time.monotonic() - begun < 1.5
+            assert worker.comm.poisoned
+            with pytest.raises(ReformError, match="not after"):
+                worker.comm.reform(1, worker.store)
+            worker.watch()
+            worker.store.set("first try over", b"1")
+            with pytest.raises(ReformError):  # its peer dies while forming
+                worker.comm.reform(2, worker.store)
+            worker.await_abort(1)
+            with pytest.raises(RuntimeError):
+                dist.barrier()
+            worker.comm.reform(3, worker.store)
+        else:
+            worker.store.wait(["first try over"])
+            worker.comm._connections.watching = kill_self  # dies when it opens its device, its key set, no peer met
+            worker.comm.reform(2, worker.store)
+    for group in (None, pair):
+        dist.all_reduce(x := torch.ones(4), group=group)
+        assert x.eq(2).all()
+    worker.meet("before the late one")
+    worker.comm.abort()
+    if worker.rank == 1:
+        with pytest.raises(ReformError):
+            worker.comm.reform(4, worker.store)  # the others went to 5 meanwhile
+    else:
+        time.sleep(0.3)
+    worker.comm.reform(5, worker.store)
+    for group in (None, pair):
+        dist.all_reduce(x := torch.ones(4), group=group)
+        assert x.eq(2).all()
+    return "done"
+
+
+def test_a_failure_while_forming_leads_to_the_next_epoch() -> None:
+    results = run(__file__, "failing_to_form", world=2, spares=1, limit_s=90, install={"form_timeout_s": 5.0})
+    assert sorted(results) == [0, 2]
+
+
+def other_groups(worker: Worker) -> str:
+    worker.init()
+    dist.new_group([0, 1], group_desc="a" if worker.rank == 0 else "b")
+    worker.comm.abort()
+    worker.store.set(f"digest/{worker.rank}", worker.comm.table_digest())
+    assert worker.store.get("digest/0") != worker.store.get("digest/1")
+    begun = time.monotonic()
+    try:
+        worker.comm.reform(1, worker.store)
+    except ReformError as error:
+        return f"{time.monotonic() - begun:.3f} {error}"
+    return "formed"
+
+
+def test_ranks_that_made_other_groups_are_told_so_at_once() -> None:
+    results = run(__file__, "other_groups", world=2, install={"form_timeout_s": 8.0})
+    told = [text for text in results.values() if "made other process groups" in text]
+    assert len(told) == 1, results
+    assert float(told[0].split()[0]) < 2
+
+
+if __name__ == "__main__":
+    worker_main(
+        {
+            "swap_for_ever": swap_for_ever,
+            "twenty_four_groups": twenty_four_groups,
+            "failing_to_form": failing_to_form,
+            "other_groups": other_groups,
+        }
+    )

@@ -1,0 +1,577 @@
+"""The promise: shards reach the peer and come back unchanged, only between members, only in the current epoch."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from deadpool_megatron.vault import (
+    ChecksumMismatch,
+    DeadlinePassed,
+    Deadlines,
+    NotHeld,
+    Refused,
+    Replicator,
+    SlotWriter,
+    StaleEpoch,
+    TransferFailed,
+    Vault,
+    VaultError,
+    VaultServer,
+    Version,
+    fetch,
+)
+from deadpool_megatron.vault.wire import Begin, Begun, Bytes, Refusal, connect
+
+SECRET = bytes(range(32))
+CHUNK = 1 << 16
+UNIQUE = 3 * (1 << 20) + 777
+SHORT = Deadlines(connect=1.0, idle=1.0, backoff=0.02, backoff_limit=0.1)
+
+
+@dataclass
+class Node:
+    """One node's vault with its server and replicator, as an agent has them."""
+
+    number: int
+    deadlines: Deadlines = SHORT
+    secret: bytes = SECRET
+    chunk_bytes: int = CHUNK
+    commits: queue.Queue[tuple[int, int, int]] = field(default_factory=queue.Queue)
+
+    def __post_init__(self) -> None:
+        self.vault = Vault(f"x{os.getpid()}", self.number, chunk_bytes=self.chunk_bytes)
+        self.server = VaultServer(self.vault, self.secret, "127.0.0.1", deadlines=self.deadlines)
+        self.server.start()
+        self.replicator = Replicator(self.vault, self.secret, lambda *c: self.commits.put(c), self.deadlines)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self.server.host, self.server.port
+
+    def writer(self, rank: int = 0, unique: int = UNIQUE) -> SlotWriter:
+        return SlotWriter(self.vault.allocate_own(rank, unique, 4096).path)
+
+    def write(self, writer: SlotWriter, epoch: int, generation: int, seed: int | None = None) -> bool:
+        if writer.open(epoch, generation, b"small state of %d" % generation) is None:
+            return False
+        writer.buffer[:] = content(generation if seed is None else seed, writer.unique_bytes)
+        writer.complete()
+        self.replicator.notify(writer.arena.info.rank)
+        return True
+
+    def close(self) -> None:
+        self.replicator.stop()
+        self.server.stop()
+        self.vault.close()
+
+
+def content(seed: int, size: int = UNIQUE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def nodes() -> Iterator[Callable[..., Node]]:
+    made: list[Node] = []
+
+    def make(**settings: object) -> Node:
+        made.append(Node(len(made), **settings))
+        return made[-1]
+
+    yield make
+    for node in made:
+        node.close()
+
+
+def test_a_shard_reaches_the_peer_and_a_spare_gets_it_back_after_the_owner_is_gone(nodes: Callable[..., Node]) -> None:
+    owner, peer, spare = nodes(), nodes(), nodes()
+    writer = owner.writer()
+    owner.replicator.set_peers(0, {0: peer.address})
+    assert owner.write(writer, 0, 7)
+    assert owner.commits.get(timeout=10) == (0, 0, 7)
+    owner.close()
+    for node in (peer, spare):
+        node.server.set_epoch(1)
+    assert fetch(spare.vault, SECRET, peer.address, 0, 1, Version(0, 7), SHORT) == UNIQUE + len(b"small state of 7")
+    arena = spare.vault.arena(0, "own")
+    assert arena is not None
+    small, unique = SlotWriter(arena.path).read(Version(0, 7))
+    assert small == b"small state of 7"
+    assert np.array_equal(np.frombuffer(unique, np.uint8), content(7))
+
+
+def test_the_first_bytes_travel_while_the_worker_still_writes(nodes: Callable[..., Node]) -> None:
+    owner, peer = nodes(), nodes()
+    writer = owner.writer()
+    owner.replicator.set_peers(0, {0: peer.address})
+    assert writer.open(0, 1, b"s") is not None
+    writer.buffer[:] = content(1)
+    writer.publish(20 * CHUNK)
+    owner.replicator.notify(0)
+    eventually(lambda: peer.vault.arena(0, "peer") is not None)
+    arena = peer.vault.arena(0, "peer")
+    assert arena is not None
+    eventually(
+        lambda: bytes(arena.slots[0].unique[19 * CHUNK : 20 * CHUNK]) == content(1)[19 * CHUNK : 20 * CHUNK].tobytes()
+    )
+    assert owner.commits.empty()
+    assert peer.vault.holdings().ranks[0] == ()
+    writer.complete()
+    owner.replicator.notify(0)
+    assert owner.commits.get(timeout=10) == (0, 0, 1)
+
+
+def test_many_generations_in_a_row_commit_in_order_and_the_peer_holds_what_the_owner_does(
+    nodes: Callable[..., Node],
+) -> None:
+    owner, peer = nodes(), nodes()
+    writers = [owner.writer(rank) for rank in range(3)]
+    owner.replicator.set_peers(0, {rank: peer.address for rank in range(3)})
+    for generation in range(20):
+        for writer in writers:
+            assert owner.write(writer, 0, generation)
+        done = {owner.commits.get(timeout=10) for _ in writers}
+        assert done == {(rank, 0, generation) for rank in range(3)}
+        owner.vault.set_committed(0, generation)
+        peer.vault.set_committed(0, generation)
+    versions = lambda node: {r: [h.generation for h in held] for r, held in node.vault.holdings().ranks.items()}  # noqa: E731
+    assert versions(peer) == versions(owner) == {rank: [18, 19] for rank in range(3)}
+    for rank in range(3):
+        peer.vault.verify(rank, "peer", Version(0, 19))
+
+
+def test_a_slot_opened_again_while_it_is_sent_is_abandoned_and_never_committed(nodes: Callable[..., Node]) -> None:
+    owner, peer = nodes(), nodes()
+    writer = owner.writer()
+    owner.replicator.set_peers(0, {0: peer.address})
+    for generation in range(5):
+        assert writer.open(0, generation, b"x") is not None
+        writer.buffer[:] = generation
+        writer.publish(10 * CHUNK)
+        owner.replicator.notify(0)
+        time.sleep(0.03)
+    writer.complete()
+    owner.replicator.notify(0)
+    assert owner.commits.get(timeout=10) == (0, 0, 4)
+    assert owner.commits.empty()
+    assert [h.generation for h in peer.vault.holdings().ranks[0]] == [4]
+    arena = peer.vault.arena(0, "peer")
+    assert arena is not None
+    slot = arena.find(Version(0, 4))
+    assert slot is not None
+    assert np.all(np.frombuffer(slot.unique, np.uint8) == 4)
+
+
+def test_the_wrong_secret_gets_nothing_and_writes_nothing(nodes: Callable[..., Node]) -> None:
+    owner, stranger = nodes(), nodes(secret=bytes(32))
+    writer = owner.writer()
+    owner.write(writer, 0, 1)
+    eventually(lambda: bool(owner.vault.holdings().ranks[0]))
+    with pytest.raises(Refused, match="another job") as refused:
+        fetch(stranger.vault, stranger.secret, owner.address, 0, 0, Version(0, 1), SHORT)
+    assert refused.value.code == "not-a-member"
+    theirs = stranger.writer(5)
+    stranger.replicator.set_peers(0, {5: owner.address})
+    stranger.write(theirs, 0, 1)
+    eventually(lambda: 5 in stranger.replicator.failures())
+    assert 5 not in owner.vault.holdings().ranks
+    assert owner.server.refused_members >= 2
+
+
+def test_a_server_that_does_not_know_the_secret_is_not_believed() -> None:
+    """A client must not take a shard from, or give one to, something that only listens on the right port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def imposter() -> None:
+        sock, _ = listener.accept()
+        sock.sendall(b"DPVAULT1" + bytes(32))
+        sock.recv(64, socket.MSG_WAITALL)
+        sock.sendall(bytes(32))
+        sock.close()
+
+    thread = threading.Thread(target=imposter)
+    thread.start()
+    with pytest.raises(Refused, match="does not know our job secret"):
+        connect("127.0.0.1", listener.getsockname()[1], SECRET, SHORT)
+    thread.join()
+    listener.close()
+
+
+def test_garbage_on_the_wire_changes_nothing_and_kills_nothing(nodes: Callable[..., Node]) -> None:
+    node = nodes()
+    for junk in (b"GET / HTTP/1.0\r\n\r\n", os.urandom(500), b""):
+        with socket.create_connection(node.address) as sock:
+            sock.sendall(junk)
+    for body in (b"\xff\xff\xff\xff", b"\x00\x00\x00\x02\x93\xc0", b"\x00\x00\x00\x00"):
+        channel = connect(*node.address, SECRET, SHORT)
+        channel.sock.sendall(body)
+        with pytest.raises(TransferFailed):
+            channel.receive()
+        channel.close()
+    writer = node.writer()
+    node.write(writer, 0, 1)
+    eventually(lambda: bool(node.vault.holdings().ranks[0]))
+
+
+def test_a_zombie_of_an_older_epoch_is_refused_and_cut_off(nodes: Callable[..., Node]) -> None:
+    zombie, peer = nodes(), nodes()
+    writer = zombie.writer()
+    zombie.replicator.set_peers(0, {0: peer.address})
+    assert writer.open(0, 1, b"x") is not None
+    writer.publish(10 * CHUNK)
+    zombie.replicator.notify(0)  # in the middle of a shard when the job goes on without it
+    eventually(lambda: peer.vault.arena(0, "peer") is not None)
+    peer.server.set_epoch(1)
+    writer.complete()
+    zombie.replicator.notify(0)
+    eventually(lambda: "epoch 1" in zombie.replicator.failures().get(0, ""))
+    assert zombie.commits.empty()
+    assert peer.vault.holdings().ranks[0] == ()
+    assert peer.server.refused_epochs > 0
+    with pytest.raises(StaleEpoch):
+        fetch(Vault("zombie", 9), SECRET, peer.address, 0, 0, Version(0, 1), SHORT)
+
+
+def test_a_changed_byte_in_flight_is_never_accepted(nodes: Callable[..., Node]) -> None:
+    owner, peer = nodes(), nodes()
+    proxy = FlippingProxy(peer.address, flip_at=UNIQUE // 2)
+    writer = owner.writer()
+    owner.replicator.set_peers(0, {0: proxy.address})
+    owner.write(writer, 0, 1)
+    # the first passage is damaged and refused, the next one is clean
+    assert owner.commits.get(timeout=10) == (0, 0, 1)
+    assert peer.server.mismatches == 1
+    peer.vault.verify(0, "peer", Version(0, 1))
+    proxy.close()
+
+
+def test_a_changed_byte_in_the_source_vault_is_never_restored(nodes: Callable[..., Node]) -> None:
+    owner, peer, spare = nodes(), nodes(), nodes()
+    writer = owner.writer()
+    owner.replicator.set_peers(0, {0: peer.address})
+    owner.write(writer, 0, 1)
+    owner.commits.get(timeout=10)
+    arena = peer.vault.arena(0, "peer")
+    assert arena is not None
+    slot = arena.find(Version(0, 1))
+    assert slot is not None
+    slot.unique[UNIQUE - 5] ^= 1
+    for source, into in ((peer.address, spare.vault), (peer.vault, peer.vault)):
+        with pytest.raises(ChecksumMismatch):
+            fetch(into, SECRET, source, 0, 0, Version(0, 1), SHORT)
+        restored = into.arena(0, "own")
+        assert restored is None or restored.find(Version(0, 1)) is None
+
+
+def test_a_peer_that_dies_and_comes_back_elsewhere_gets_the_committed_version_again(nodes: Callable[..., Node]) -> None:
+    owner, first, second = nodes(), nodes(), nodes()
+    writer = owner.writer()
+    owner.replicator.set_peers(0, {0: first.address})
+    owner.write(writer, 0, 1)
+    owner.commits.get(timeout=10)
+    owner.vault.set_committed(0, 1)
+    first.close()
+    assert owner.write(writer, 0, 2)  # the worker is not disturbed
+    eventually(lambda: 0 in owner.replicator.failures())
+    owner.server.set_epoch(1)
+    owner.replicator.set_peers(1, {0: second.address})
+    eventually(lambda: [h.generation for h in second.vault.holdings().ranks.get(0, ())] == [1])
+    assert owner.commits.empty()  # nothing of the old epoch is reported in the new one
+    assert owner.write(writer, 1, 1)
+    assert owner.commits.get(timeout=10) == (0, 1, 1)
+    held = [(h.epoch, h.generation) for h in second.vault.holdings().ranks[0]]
+    assert held == [(0, 1), (1, 1)]
+
+
+def test_a_peer_that_accepts_and_then_says_nothing_costs_the_worker_nothing(nodes: Callable[..., Node]) -> None:
+    silent = socket.create_server(("127.0.0.1", 0))
+    owner = nodes()
+    writer = owner.writer()
+    owner.replicator.set_peers(0, {0: silent.getsockname()[:2]})
+    start = time.perf_counter()
+    owner.write(writer, 0, 1)
+    assert time.perf_counter() - start < 0.5
+    eventually(lambda: bool(owner.vault.holdings().ranks[0]))
+    eventually(lambda: "1 s" in owner.replicator.failures().get(0, ""))
+    with pytest.raises(DeadlinePassed):
+        fetch(Vault("unused", 9), SECRET, silent.getsockname()[:2], 0, 0, Version(0, 1), SHORT)
+    silent.close()
+
+
+def test_everything_stops_within_a_second_whatever_it_is_doing(nodes: Callable[..., Node]) -> None:
+    owner, peer = nodes(deadlines=Deadlines()), nodes(deadlines=Deadlines())
+    silent = socket.create_server(("127.0.0.1", 0))
+    # connected and idle; in the middle of a shard; waiting for a proof; connecting into the void; nothing to do
+    peers = {0: peer.address, 1: peer.address, 2: silent.getsockname()[:2], 3: ("10.255.255.1", 9), 4: None}
+    writers = [owner.writer(rank) for rank in peers]
+    owner.replicator.set_peers(0, peers)
+    for writer in writers:
+        if writer.arena.info.rank == 1:
+            writer.open(0, 1, b"")
+            writer.publish(5 * CHUNK)
+            owner.replicator.notify(1)
+        else:
+            owner.write(writer, 0, 1)
+    assert owner.commits.get(timeout=10) == (0, 0, 1)
+    pending = socket.create_connection(peer.address)  # never proves anything
+    time.sleep(0.2)
+    for stop in (owner.replicator.stop, peer.server.stop, owner.server.stop, peer.replicator.stop):
+        start = time.perf_counter()
+        stop()
+        assert time.perf_counter() - start < 1.0
+    pending.close()
+    silent.close()
+    names = {thread.name for thread in threading.enumerate()}
+    assert not any(name.startswith("vault-") for name in names)
+
+
+def test_a_local_copy_needs_no_network(nodes: Callable[..., Node]) -> None:
+    owner, peer = nodes(), nodes()
+    writer = owner.writer()
+    owner.replicator.set_peers(0, {0: peer.address})
+    owner.write(writer, 0, 1)
+    owner.commits.get(timeout=10)
+    peer.server.stop()
+    fetch(peer.vault, SECRET, peer.vault, 0, 0, Version(0, 1))
+    peer.vault.verify(0, "own", Version(0, 1))
+
+
+def test_what_is_not_held_is_said_so(nodes: Callable[..., Node]) -> None:
+    owner, spare = nodes(), nodes()
+    with pytest.raises(NotHeld, match=r"version \(0, 9\) of rank 0"):
+        fetch(spare.vault, SECRET, owner.address, 0, 0, Version(0, 9), SHORT)
+    with pytest.raises(NotHeld):
+        fetch(spare.vault, SECRET, owner.vault, 0, 0, Version(0, 9), SHORT)
+
+
+def test_a_peer_without_room_says_so_and_the_owner_goes_on(nodes: Callable[..., Node]) -> None:
+    owner, peer = nodes(), nodes()
+    channel = connect(*peer.address, SECRET, SHORT)
+    channel.send(Begin(0, 0, 0, 1, 1 << 50, 100, 5, CHUNK, (1 << 64) - 1, 0))
+    answer = channel.receive()
+    assert isinstance(answer, Refusal)
+    assert answer.code == "no-room"
+    assert "bytes in /dev/shm" in answer.message
+    channel.close()
+    writer = owner.writer()
+    owner.replicator.set_peers(0, {0: peer.address})
+    owner.write(writer, 0, 1)
+    assert owner.commits.get(timeout=10) == (0, 0, 1)
+
+
+def test_a_shard_of_another_size_takes_the_place_of_one_nobody_needs_only(nodes: Callable[..., Node]) -> None:
+    owner, peer = nodes(), nodes()
+    owner.replicator.set_peers(0, {0: peer.address})
+    owner.write(owner.writer(), 0, 1)
+    owner.commits.get(timeout=10)
+    owner.vault.drop(0)
+    assert owner.write(owner.writer(unique=5000), 0, 2)
+    eventually(lambda: "another size" in owner.replicator.failures().get(0, ""))
+    peer.vault.set_committed(0, 2)  # now (0, 1) is no longer needed
+    assert owner.commits.get(timeout=10) == (0, 0, 2)
+
+
+def test_a_transfer_cut_in_the_middle_is_not_held(nodes: Callable[..., Node]) -> None:
+    peer = nodes()
+    channel = connect(*peer.address, SECRET, SHORT)
+    channel.send(Begin(0, 0, 0, 1, UNIQUE, 100, 5, CHUNK, (1 << 64) - 1, 0))
+    assert channel.receive() == Begun(0, False)
+    channel.send(Bytes(0, 0, [123]))
+    channel.sock.sendall(b"ab")
+    channel.close()
+    eventually(lambda: not peer.server._writers)
+    assert peer.vault.holdings().ranks[0] == ()
+    arena = peer.vault.arena(0, "peer")
+    assert arena is not None
+    assert not arena.slots[0].sealed
+
+
+WRITER = """
+import sys, time
+from deadpool_megatron.vault import SlotWriter
+writer = SlotWriter(sys.argv[1])
+generation = int(sys.argv[2])
+while True:
+    if writer.open(0, generation, b"g%d" % generation) is None:
+        continue
+    step = writer.unique_bytes // 16
+    for at in range(0, writer.unique_bytes, step):
+        writer.buffer[at : at + step] = generation % 251
+        writer.publish(min(at + step, writer.unique_bytes))
+        time.sleep(0.0005)
+    writer.complete()
+    print(generation, flush=True)
+    generation += 1
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_only_whole_versions(nodes: Callable[..., Node]) -> None:
+    owner, peer = nodes(), nodes()
+    path = owner.vault.allocate_own(0, UNIQUE, 100).path
+    owner.replicator.set_peers(0, {0: peer.address})
+    generator = np.random.default_rng(5)
+    generation, torn = 0, 0
+    for _ in range(12):
+        child = subprocess.Popen(
+            [sys.executable, "-c", WRITER, path, str(generation)], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        end = None
+        while end is None or time.monotonic() < end:
+            owner.replicator.notify(0)
+            try:
+                _, _, done = owner.commits.get(timeout=0.002)
+            except queue.Empty:
+                continue
+            owner.vault.set_committed(0, done)
+            peer.vault.set_committed(0, done)
+            end = end or time.monotonic() + float(generator.uniform(0, 0.02))
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        while owner.vault.checksum(0):
+            pass
+        arena = owner.vault.arena(0, "own")
+        assert arena is not None
+        torn += sum(not slot.sealed for slot in arena.slots)
+        held = owner.vault.holdings().ranks[0]
+        assert held
+        for one in held:
+            slot = arena.find(Version(one.epoch, one.generation))
+            assert slot is not None
+            assert np.all(np.frombuffer(slot.unique, np.uint8) == one.generation % 251)
+            owner.vault.verify(0, "own", Version(one.epoch, one.generation))
+        for one in peer.vault.holdings().ranks[0]:
+            peer.vault.verify(0, "peer", Version(one.epoch, one.generation))
+        generation = max((slot.version or Version(0, 0)).generation for slot in arena.slots) + 1
+        owner.vault.set_floor(0, generation)  # a killed worker's last version is never committed by the others
+    print(f"{generation} generations, {torn} torn slots seen, none offered")
+    assert torn > 0
+
+
+def test_transfer_speed_against_a_raw_socket(nodes: Callable[..., Node]) -> None:
+    size = 128 << 20
+    owner, peer, spare = (nodes(deadlines=Deadlines(), chunk_bytes=1 << 20) for _ in range(3))
+    writer = owner.writer(unique=size)
+    writer.open(0, 1, b"x")
+    writer.buffer[:] = 5
+    writer.complete()
+    while owner.vault.checksum(0):
+        pass
+    times: dict[str, list[float]] = {
+        "raw socket": [],
+        "replicated": [],
+        "fetched, 1 stream": [],
+        "fetched, 2 streams": [],
+    }
+    for _ in range(3):
+        peer.vault.drop(0)
+        peer.vault.allocate_peer(0, size, 4096)
+        times["raw socket"].append(_raw_seconds(owner.vault, size))
+        start = time.perf_counter()
+        owner.replicator.set_peers(0, {0: peer.address})
+        owner.commits.get(timeout=60)
+        times["replicated"].append(time.perf_counter() - start)
+        for streams, name in ((1, "fetched, 1 stream"), (2, "fetched, 2 streams")):
+            spare.vault.drop(0)
+            spare.vault.allocate_own(0, size, 4096)
+            start = time.perf_counter()
+            fetch(spare.vault, SECRET, peer.address, 0, 0, Version(0, 1), Deadlines(), streams)
+            times[name].append(time.perf_counter() - start)
+    best = {name: min(each) for name, each in times.items()}
+    rates = ", ".join(f"{name} {size / seconds / 1e9:.2f}" for name, seconds in best.items())
+    print(f"GB/s, best of 3, one process: {rates}; all verified (load {os.getloadavg()[0]:.0f})")
+    # a machine that runs other things too makes single ratios wild; this only finds a path that has become slow
+    assert best["replicated"] < 10 * best["raw socket"]
+    assert best["fetched, 2 streams"] < 10 * best["raw socket"]
+
+
+def _raw_seconds(vault: Vault, size: int) -> float:
+    """The same bytes from shared memory to memory over one loopback socket, with nothing around it."""
+    arena = vault.arena(0, "own")
+    assert arena is not None
+    view, target = arena.slots[0].unique, memoryview(bytearray(size))
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        sock.sendall(view)
+        sock.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with socket.create_connection(listener.getsockname()) as sock:
+        start = time.perf_counter()
+        while target:
+            target = target[sock.recv_into(target) :]
+        seconds = time.perf_counter() - start
+    thread.join()
+    listener.close()
+    return seconds
+
+
+class FlippingProxy:
+    """Passes bytes on both ways and changes one bit of the first connection, once."""
+
+    def __init__(self, target: tuple[str, int], flip_at: int) -> None:
+        self._target, self._flip_at = target, flip_at
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        flip = self._flip_at
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._target)
+            threading.Thread(target=self._pass, args=(far, near, -1), daemon=True).start()
+            threading.Thread(target=self._pass, args=(near, far, flip), daemon=True).start()
+            flip = -1
+
+    @staticmethod
+    def _pass(source: socket.socket, target: socket.socket, flip: int) -> None:
+        at = 0
+        try:
+            while data := source.recv(1 << 16):
+                if at <= flip < at + len(data):
+                    changed = bytearray(data)
+                    changed[flip - at] ^= 1
+                    data = bytes(changed)
+                at += len(data)
+                target.sendall(data)
+        except OSError:
+            pass
+        for sock in (source, target):
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def test_the_secret_must_be_32_bytes() -> None:
+    with pytest.raises(VaultError, match="32 bytes"):
+        VaultServer(Vault("a", 0), b"short", "127.0.0.1")
