@@ -6,11 +6,9 @@ parks, and runs the same script as the coordinate it is given, under torch's ``f
 
 from __future__ import annotations
 
-import ast
 import atexit
-import contextlib
 import ctypes
-import importlib
+import functools
 import os
 import runpy
 import signal
@@ -50,41 +48,13 @@ def _run_script(script: str, arguments: list[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def _imports_of(script: str) -> list[str]:
-    """Modules the script imports at its top level."""
-    names: list[str] = []
-    for node in ast.parse(Path(script).read_text()).body:
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.append(node.module)
-    return names
-
-
-def _warm_up(script: str) -> None:
-    """Everything a spare can have ready: modules, device context, the optimizer's lazy imports, a first backward."""
-    import torch
-
-    sys.path.insert(0, str(Path(script).resolve().parent))
-    for name in _imports_of(script):
-        with contextlib.suppress(ImportError):  # the script may import it only under a condition
-            importlib.import_module(name)
-    sys.path.pop(0)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    weight = torch.nn.Parameter(torch.zeros(8, 8, device="cuda" if torch.cuda.is_available() else "cpu"))
-    optimizer = torch.optim.AdamW([weight])
-    (weight @ weight).sum().backward()
-    optimizer.step()
-
-
 def _install(standby: bool) -> Hooks:
     """Import torch and Megatron, wrap process groups, connect to the agent, install the hooks."""
     import torch.distributed as dist
 
     from deadpool_megatron import config as settings
     from deadpool_megatron.comm import Communicators, nccl_environment
-    from deadpool_megatron.megatron import Hooks
+    from deadpool_megatron.megatron import Hooks, follow_imports
     from deadpool_megatron.recovery import Session
 
     for name, value in nccl_environment().items():
@@ -103,16 +73,15 @@ def _install(standby: bool) -> Hooks:
             communicators.abort(epoch - 1)
 
     session = Session(int(os.environ[CONTROL_FD]), end_epochs_before)
-    client: list[dist.Store] = []
 
-    def store() -> dist.Store:
-        if not client:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            client.append(dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=config.form_deadline)))
-        return client[0]
+    def connect() -> dist.Store:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=config.form_deadline))
 
+    store = functools.cache(connect)
     if standby:
-        store()
+        store()  # one connection less to make later
+        follow_imports(connect)  # of its own: a blocked wait blocks every user of a client
     hooks = Hooks(session, communicators, config, int(os.environ[DOORBELL_FD]), store, standby)
     hooks.install()
     return hooks
@@ -155,7 +124,9 @@ def main() -> int:
     try:
         hooks = _install(standby)
         if standby:
-            _warm_up(script)
+            from deadpool_megatron.megatron import warm_up
+
+            warm_up(script)
             hooks.session.step("parked", 0)
             taken = hooks.session.wait_take_over()
             os.environ["RANK"] = str(taken.rank)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -53,7 +52,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     limit = limit_of(item)
 
     def too_long(number: int, frame: FrameType | None) -> None:
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)  # captured: shown with the failure
+        faulthandler.dump_traceback(2, all_threads=True)  # captured: shown with the failure
         pytest.fail(f"took more than its {limit:g} seconds; the stacks of all threads are in its stderr", pytrace=True)
 
     before = signal.signal(signal.SIGALRM, too_long)

@@ -1,4 +1,4 @@
-"""Megatron's flags for a GPT so small that eight processes train it on two CPU cores, in every layout that is tested."""
+"""Megatron's flags for a GPT so small that eight processes train it on two CPU cores, in every layout under test."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ _ON_CPU = [
     *["--no-persist-layer-norm", "--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"],
     *["--no-bias-swiglu-fusion", "--no-bias-gelu-fusion", "--no-bias-dropout-fusion", "--no-rope-fusion"],
 ]
-_MOE = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall", "--disable-bias-linear"]
+_MOE = [
+    *["--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"],
+    "--disable-bias-linear",
+]
 _SIZES = {
     "tensor": "--tensor-model-parallel-size",
     "pipeline": "--pipeline-model-parallel-size",
@@ -56,7 +59,8 @@ def tiny_gpt(schedule: Schedule = "1f1b", moe: bool = False, iters: int = 6) -> 
     """
     tensor = 1 if moe else 2
     pipeline = 1 if schedule == "none" else 2
-    out = [text for name, value in (_MODEL | _TRAINING | {"--train-iters": iters}).items() for text in (name, str(value))]
+    valued = _MODEL | _TRAINING | {"--train-iters": iters}
+    out = [text for name, value in valued.items() for text in (name, str(value))]
     out += [*_REAL, *_DATA, *_ON_CPU]
     out += [_SIZES["tensor"], str(tensor), _SIZES["pipeline"], str(pipeline)]
     if schedule == "interleaved":

@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import Store
 
 from deadpool_megatron.comm import gloo, nccl, seam
 from deadpool_megatron.comm.connections import GlooConnections
-from deadpool_megatron.comm.forming import Forming, FormingPlan
+from deadpool_megatron.comm.forming import Forming, FormingPlan, own_client
 from deadpool_megatron.comm.inplace import InPlace, Replacement, c10d
 from deadpool_megatron.comm.reports import AbortReport, CommunicatorError, ReformError, ReformReport
 from deadpool_megatron.comm.table import GroupRecord, GroupTable
@@ -58,6 +58,7 @@ class Communicators:
         self._state_lock = threading.Lock()  # poison, forming; held for moments only
         self._forming: Forming | None = None
         self._forming_epoch = 0
+        self._prepared: tuple[Store, Store] | None = None  # the caller's store, our own connection to the same server
 
     @classmethod
     def install(
@@ -171,6 +172,11 @@ class Communicators:
         ]
         return nccl.abort_all(backends, deadline) if backends else (0, 0)
 
+    def prepare(self, store: Store) -> None:
+        """Connect to the store's server now, so that a later `reform` with this store need not. Optional; call it
+        once at start (any thread; may block for seconds on a slow name server). `reform` keeps it up from then on."""
+        self._prepared = (store, own_client(store))
+
     # -- re-form ---------------------------------------------------------------------------------------------------
 
     def reform(self, epoch: int, store: Store) -> ReformReport:
@@ -179,7 +185,7 @@ class Communicators:
         Args:
             epoch: higher than any before, equal on all ranks.
             store: TCPStore client of a server outside of the training processes. Used through a connection of its
-                own; all keys are under the epoch.
+                own (see `prepare`); all keys are under the epoch.
 
         Blocks until the groups are formed, `form_timeout_s` at most. Raises ReformError when that passes, a peer is
         lost, the tables differ or `abort` is called meanwhile; the groups stay poisoned then, and the next call needs
@@ -204,7 +210,9 @@ class Communicators:
             deadline=begun + self._form_timeout_s,
             operation_timeout_s=self._operation_timeout_s,
         )
-        forming = Forming(plan, store, self._connections)
+        prepared, self._prepared = self._prepared, None
+        client = prepared[1] if prepared is not None and prepared[0] is store else None
+        forming = Forming(plan, store, client, self._connections)
         with self._state_lock:
             self._forming, self._forming_epoch = forming, epoch
         donors: list[Any] = []
@@ -230,6 +238,10 @@ class Communicators:
             donors.clear()  # only now, and not as the last owner: see retire
             forming.formed = []
             retire(dead)
+            if self._poison.set:  # the connection may be blocked in a wait of the thread left behind
+                threading.Thread(target=self.prepare, args=(store,), name="deadpool-store", daemon=True).start()
+            else:
+                self._prepared = (store, forming.client)
         seconds, name = forming.slowest
         report = ReformReport(epoch, len(records), time.monotonic() - begun, formed_at - begun, name, seconds)
         _log.info("communicators re-formed: %s", report)

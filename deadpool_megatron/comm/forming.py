@@ -28,6 +28,15 @@ class FormingPlan:
     operation_timeout_s: float
 
 
+def own_client(store: Any) -> Any:
+    """Another connection to the same server. Takes a millisecond, or seconds: TCPStore looks up names for each new
+    connection, and a lost packet to the name server costs its time-out (5 s seen)."""
+    try:
+        return store.clone()
+    except (NotImplementedError, AttributeError, RuntimeError):
+        return store  # stores without connections (HashStore) have no clone
+
+
 class Forming(threading.Thread):
     """Forms one epoch. The training thread waits on `settled`; when an abort comes it just leaves this thread behind.
 
@@ -36,16 +45,17 @@ class Forming(threading.Thread):
     deadline at the latest.
     """
 
-    def __init__(self, plan: FormingPlan, store: Any, connections: GlooConnections) -> None:
+    def __init__(self, plan: FormingPlan, store: Any, client: Any, connections: GlooConnections) -> None:
+        """`client`: a connection to the store's server that is used by nobody else, or None to make one."""
         super().__init__(name=f"deadpool-forming-{plan.epoch}", daemon=True)
         self.settled = threading.Event()
         self.abandoned = False
         self.error: BaseException | None = None
         self.formed: list[tuple[GroupRecord, Replacement]] = []
-        self.store: Any = None
         self.slowest: tuple[float, str] = (0.0, "")
         self._plan = plan
-        self._given_store = store
+        self._store = store
+        self.client = client
         self._connections = connections
         self._cuda_device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
@@ -65,14 +75,11 @@ class Forming(threading.Thread):
 
     def _form(self) -> None:
         plan = self._plan
-        try:
-            client = self._given_store.clone()
-        except (RuntimeError, NotImplementedError, AttributeError):
-            client = self._given_store  # stores without connections (HashStore) have no clone
+        client = self.client = self.client or own_client(self._store)
         usual_timeout = client.timeout
         client.set_timeout(timedelta(seconds=self._left()))
-        self.store = c10d.PrefixStore(f"deadpool/epoch/{plan.epoch}", client)
-        agreed = self.store.compare_set("table", "", plan.digest).decode()
+        store = c10d.PrefixStore(f"deadpool/epoch/{plan.epoch}", client)
+        agreed = store.compare_set("table", "", plan.digest).decode()
         if agreed != plan.digest:
             raise ReformError(
                 f"epoch {plan.epoch}: this rank ({plan.rank}) made other process groups than its peers (table digest "
@@ -84,7 +91,7 @@ class Forming(threading.Thread):
             kinds = record.backend_of_device
             if "gloo" in kinds.values() and not devices:
                 devices = gloo.create_devices(self._connections)
-            prefix = c10d.PrefixStore(f"{record.name}/", self.store)
+            prefix = c10d.PrefixStore(f"{record.name}/", store)
             backends: list[tuple[list[str], Any, Any]] = []
             for kind in dict.fromkeys(kinds.values()):
                 on = [device for device, name in kinds.items() if name == kind]

@@ -1,4 +1,4 @@
-"""What the emulation changes in torch.distributed, the data loader and, once they are imported, in Megatron's modules."""
+"""What the emulation changes in torch.distributed, the data loader and, once imported, in Megatron's modules."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def _on_gloo(name: str) -> None:
     def on_gloo(*args: Any, **kwargs: Any) -> Any:
         backend = args[place] if len(args) > place else kwargs.get("backend")
         # WORLD without a backend would get one for every device type; a subgroup without one gets that of WORLD.
-        if backend is None and name == "init_process_group" or isinstance(backend, str) and "nccl" in backend.lower():
+        chosen_by_device = backend is None and name == "init_process_group"
+        if chosen_by_device or (isinstance(backend, str) and "nccl" in backend.lower()):
             if len(args) > place:
                 args = (*args[:place], "gloo", *args[place + 1 :])
             else:

@@ -1,6 +1,7 @@
 """Everything that knows Megatron: the hooks, what its state is, how it is captured and put back."""
 
 from deadpool_megatron.megatron.hooks import Hooks
+from deadpool_megatron.megatron.standby import follow_imports, warm_up
 from deadpool_megatron.megatron.support import SUPPORTED, UserError, check_version
 
-__all__ = ["SUPPORTED", "Hooks", "UserError", "check_version"]
+__all__ = ["SUPPORTED", "Hooks", "UserError", "check_version", "follow_imports", "warm_up"]

@@ -31,6 +31,7 @@ from deadpool_megatron import config as settings
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.megatron import small_state, state_hash
+from deadpool_megatron.megatron.standby import publish_imports
 from deadpool_megatron.megatron.support import UserError, check_arguments, check_version
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
@@ -156,6 +157,8 @@ class Hooks:
             trainer.adopt_iterators(megatron_args.iteration)
             can_rescue = True
         trainer.register(self.communicators.strategy, can_rescue)
+        if trainer.rank == 0 and not self.standby:
+            publish_imports(self.store())
         self.phase = "training"
         error: BaseException | None = None
         rejoining = self.standby

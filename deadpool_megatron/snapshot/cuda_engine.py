@@ -64,6 +64,7 @@ class CudaCopyEngine:
         self._used = 0
         self._turn = 0  # of the slot being copied; what the publisher finds of an older turn is void
         self._queue: queue.SimpleQueue[_Landed | threading.Event | None] = queue.SimpleQueue()
+        self._last: torch.cuda.Event | None = None
         self._publisher: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._registered = 0
@@ -113,10 +114,14 @@ class CudaCopyEngine:
                 place.copy_(source, non_blocking=True)
         self._landed(self._current[last - 1][2])
 
+    def finish(self) -> None:
+        """See `CopyEngine.finish`. Returns at once; the publisher completes the slot when the last copy has landed."""
+        self._last = self._landed(None)
+
     def gate(self) -> None:
         """See `CopyEngine.gate`. The caller's stream waits for the copies, on the device."""
-        event = self._landed(None)
-        torch.cuda.current_stream(self._device).wait_event(event)
+        if self._last is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._last)
 
     def _landed(self, end: int | None) -> torch.cuda.Event:
         event = self._events[self._used]

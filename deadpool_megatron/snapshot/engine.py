@@ -28,17 +28,17 @@ class CopyEngine(Protocol):
     def copy(self, first: int, last: int) -> None:
         """Copy segments [first, last) and publish them when they are there. Asynchronous engines return at once."""
 
-    def gate(self) -> None:
-        """After the last copy: whatever the caller's stream does from now on happens after the copies.
+    def finish(self) -> None:
+        """The last copy has been queued: complete the slot when it is there. Returns at once."""
 
-        The slot is completed when the last copy is there. Blocks the host only where copies are synchronous.
-        """
+    def gate(self) -> None:
+        """After `finish`: whatever the caller's stream does from now on happens after the copies. Blocks no host."""
 
     def give_up(self) -> None:
         """Leave the slot unfinished. Blocks until no copy writes to it any more."""
 
     def settle(self) -> None:
-        """Block until every gated slot is complete."""
+        """Block until every finished slot is complete."""
 
     def restore(self, slot: Slot) -> None:
         """Copy a whole shard from ``slot`` into the tensors. Blocks until it is done."""
@@ -96,10 +96,13 @@ class HostCopyEngine:
         if self._writer is not None:
             self._writer.publish(self._current[last - 1][2])
 
-    def gate(self) -> None:
-        """See `CopyEngine.gate`."""
+    def finish(self) -> None:
+        """See `CopyEngine.finish`."""
         if self._writer is not None:
             self._writer.complete()
+
+    def gate(self) -> None:
+        """Nothing is ever outstanding."""
 
     def give_up(self) -> None:
         """See `CopyEngine.give_up`."""

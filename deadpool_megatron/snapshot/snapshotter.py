@@ -28,15 +28,17 @@ class Pacing:
         share: the part of an iteration's ticks in which all should be copied: early, since a failure before the commit
             costs an iteration more, and since the optimizer step must not wait.
         expected_ticks: ticks of an iteration; learned from the iteration before, 0 when not known yet.
+        least: bytes copied at a tick at least, if that many are left: spreading less gains nothing and commits later.
     """
 
     share: float = 0.5
     expected_ticks: int = 0
+    least: int = 4 << 20
 
     def budget(self, remaining: int, tick: int) -> int:
         """Bytes to copy at tick ``tick`` (from 0) when ``remaining`` are left; everything while ticks are unknown."""
         left = int(self.expected_ticks * self.share) - tick
-        return remaining if left <= 1 else -(-remaining // left)
+        return remaining if left <= 1 else max(min(self.least, remaining), -(-remaining // left))
 
 
 @dataclass(slots=True)
@@ -115,6 +117,8 @@ class Snapshotter:
             self._open = True
             self._next = 0
             stats.copied_bytes = len(small)
+            if not self._last:
+                self._engine.finish()
         stats.open_s = self._clock() - start
         self._stats = stats
         return slot is not None
@@ -179,3 +183,5 @@ class Snapshotter:
         before = self._ends[first - 1] if first else 0
         self._stats.copied_bytes += self._ends[last - 1] - before
         self._next = last
+        if last == self._last:
+            self._engine.finish()  # at once, not at the gate: the commit begins when the last byte is there

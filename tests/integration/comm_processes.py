@@ -37,6 +37,7 @@ class Worker:
         self._watch = self._client()
         options = json.loads(os.environ["INSTALL"])
         self.comm = Communicators.install(standby=self.spare, **options)
+        self.comm.prepare(self.store)
         self.aborted_at: dict[int, float] = {}
         self.reports: list[Any] = []
 

@@ -1,7 +1,5 @@
 """Swap after swap: no limit on their number, nothing left behind, failures while forming lead to the next epoch."""
 
-from comm_processes import Worker, kill_self, run, worker_main
-
 import os
 import statistics
 import threading
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from comm_processes import Worker, kill_self, run, worker_main
 from deadpool_megatron.comm import ReformError
 
 SWAPS = 320  # more than torch's one-byte backend types
@@ -98,8 +97,8 @@ def test_twenty_four_groups_of_eight_ranks_re_form_fast_and_leave_nothing() -> N
     results = run(__file__, "twenty_four_groups", world=8, limit_s=150)
     slowest = [max(column) for column in zip(*(r["seconds"] for r in results.values()), strict=True)]
     print(
-        f"24 groups, 8 ranks, {os.cpu_count()} cores: slowest rank of each swap, median {statistics.median(slowest):.3f} s, "
-        f"min {min(slowest):.3f}, max {max(slowest):.3f}"
+        f"24 groups, 8 ranks, {os.cpu_count()} cores: slowest rank of each swap, "
+        f"median {statistics.median(slowest):.3f} s, min {min(slowest):.3f}, max {max(slowest):.3f}"
     )
     print("footprint", results[0]["seen"])
     for result in results.values():
@@ -119,6 +118,7 @@ def failing_to_form(worker: Worker) -> str:
     else:
         worker.init()
         pair = dist.new_group([0, 1])
+        worker.meet("made")
         worker.comm.abort()
         if worker.rank == 0:
             threading.Timer(0.5, worker.comm.abort).start()
@@ -166,6 +166,7 @@ def test_a_failure_while_forming_leads_to_the_next_epoch() -> None:
 def other_groups(worker: Worker) -> str:
     worker.init()
     dist.new_group([0, 1], group_desc="a" if worker.rank == 0 else "b")
+    worker.meet("made")
     worker.comm.abort()
     worker.store.set(f"digest/{worker.rank}", worker.comm.table_digest())
     assert worker.store.get("digest/0") != worker.store.get("digest/1")

@@ -1,7 +1,5 @@
 """A rank is killed, a standby takes its coordinate: every group and every kind of operation works again, in place."""
 
-from comm_processes import Worker, kill_self, run, worker_main
-
 import hashlib
 import os
 
@@ -11,6 +9,8 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.distributed.distributed_c10d as c10d
 from torch.nn.parallel import DistributedDataParallel
+
+from comm_processes import Worker, kill_self, run, worker_main
 
 VICTIM = 2
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from flags import Schedule, tiny_gpt, world_size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +37,8 @@ def train(script: Path, flags: list[str]) -> list[tuple[float, float]]:
         output, _ = process.communicate(timeout=LIMIT_S)
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)  # torchrun ends its workers then, which have process groups of their own
+            # torchrun ends its workers then, which have process groups of their own.
+            process.send_signal(signal.SIGTERM)
             try:
                 process.communicate(timeout=30)
             except subprocess.TimeoutExpired:

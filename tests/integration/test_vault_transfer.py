@@ -249,6 +249,19 @@ def test_a_zombie_of_an_older_epoch_is_refused_and_cut_off(nodes: Callable[..., 
         fetch(Vault("zombie", 9), SECRET, peer.address, 0, 0, Version(0, 1), SHORT)
 
 
+def test_a_new_epoch_cuts_off_a_shard_that_is_being_received(nodes: Callable[..., Node]) -> None:
+    peer = nodes()
+    channel = connect(*peer.address, SECRET, Deadlines())
+    channel.send(Begin(0, 0, 0, 1, UNIQUE, 100, 5, CHUNK, (1 << 64) - 1, 0))
+    assert channel.receive() == Begun(0, False)
+    start = time.perf_counter()
+    peer.server.set_epoch(1)
+    with pytest.raises(TransferFailed):
+        channel.receive()
+    assert time.perf_counter() - start < 1.0
+    channel.close()
+
+
 def test_a_changed_byte_in_flight_is_never_accepted(nodes: Callable[..., Node]) -> None:
     owner, peer = nodes(), nodes()
     proxy = FlippingProxy(peer.address, flip_at=UNIQUE // 2)

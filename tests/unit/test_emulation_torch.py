@@ -301,7 +301,11 @@ class _Squares(torch.utils.data.Dataset[torch.Tensor]):
 
 
 def _load_with_workers() -> tuple[list[int], int]:
-    loader = torch.utils.data.DataLoader(_Squares(), batch_size=4, num_workers=2, pin_memory=True, multiprocessing_context="fork")
+    # In a process that a fork server made, workers would come from a fork server too, and know no emulation.
+    context = multiprocessing.get_context("fork")
+    loader = torch.utils.data.DataLoader(
+        _Squares(), batch_size=4, num_workers=2, pin_memory=True, multiprocessing_context=context
+    )
     batches = [batch.cuda(non_blocking=True) for batch in loader]
     return [int(value) for batch in batches for value in batch[:, 0]], len(batches)
 

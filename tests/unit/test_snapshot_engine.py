@@ -80,6 +80,8 @@ def test_neighbours_in_one_storage_are_copied_as_one_and_large_ones_in_slices() 
     views = [(str(index), flat[index * 1024 : (index + 1) * 1024]) for index in range(64)]
     assert len(ShardPlan(views).segments) == 1
     assert len(ShardPlan(views[::2]).segments) == 32
+    one, two = torch.zeros(32), torch.zeros(32)
+    assert len(ShardPlan([("one", one[:16]), ("two", two[16:])]).segments) == 2  # neighbours in number only
     big = ShardPlan([("big", torch.zeros(5 * MIB))], slice_bytes=8 * MIB)
     assert [segment.nbytes for segment in big.segments] == [8 * MIB, 8 * MIB, 4 * MIB]
     assert ShardPlan([("tiny slices", torch.zeros(5 * MIB))], slice_bytes=1).slice_bytes == 4 * MIB

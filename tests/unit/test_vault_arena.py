@@ -112,6 +112,16 @@ def test_the_two_slots_alternate_and_the_committed_one_is_never_touched(vault: V
         writer.read(Version(0, 0))
 
 
+def test_a_slot_is_incomplete_from_the_moment_it_is_opened_even_for_the_same_version(vault: Vault) -> None:
+    writer = SlotWriter(vault.allocate_own(0, UNIQUE, 100).path)
+    assert write(vault, writer, 0, 1, 1)
+    slot = writer.arena.find(Version(0, 1))
+    assert slot is not None
+    slot.reopen(Version(0, 1).pack())
+    assert not slot.sealed
+    assert vault.holdings().ranks[0] == ()
+
+
 def test_a_worker_of_an_older_epoch_cannot_write(vault: Vault) -> None:
     writer = SlotWriter(vault.allocate_own(0, UNIQUE, 100).path)
     assert write(vault, writer, 0, 0, 1)

@@ -1,0 +1,99 @@
+"""What a parked spare can have warm, so that taking over a coordinate costs only what depends on the coordinate."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import Store
+
+__all__ = ["follow_imports", "publish_imports", "warm_up"]
+
+_KEY = "deadpool/modules"
+_PACKAGES = ("megatron", "torch", "transformer_engine", "apex", "numpy")
+_PARKED = timedelta(days=365)
+
+
+def warm_up(script: str) -> None:
+    """Import what the script imports, bring up the device, and run once what is slow the first time.
+
+    That is the optimizer's lazy import of torch._dynamo (3 s), a first backward pass, and Megatron's flag parser,
+    which reads the source of its dataclasses for their docstrings at each parse (1 s; remembered from here on).
+    """
+    from megatron.training import arguments
+
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    for name in _imports_of(script):
+        with contextlib.suppress(ImportError):  # the script may import it only under a condition
+            importlib.import_module(name)
+    sys.path.pop(0)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    weight = torch.nn.Parameter(torch.zeros(8, 8, device="cuda" if torch.cuda.is_available() else "cpu"))
+    optimizer = torch.optim.AdamW([weight])
+    (weight @ weight).sum().backward()
+    optimizer.step()
+    _remember_docstrings()
+    arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+
+def _imports_of(script: str) -> list[str]:
+    """Modules the script imports at its top level."""
+    names: list[str] = []
+    for node in ast.parse(Path(script).read_text()).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.append(node.module)
+    return names
+
+
+def _remember_docstrings() -> None:
+    from megatron.training import argument_utils
+
+    factory = argument_utils.ArgumentGroupFactory
+    original = factory._get_field_docstrings
+    known: dict[type, dict[str, str]] = {}
+
+    def remembered(self: Any, source: type) -> dict[str, str]:
+        if source not in known:
+            known[source] = original(self, source)
+        return dict(known[source])
+
+    factory._get_field_docstrings = remembered
+
+
+def publish_imports(store: Store) -> None:
+    """Tell the spares which modules a worker that trains has imported by now."""
+    names = sorted(n for n, m in sys.modules.items() if m is not None and n.split(".")[0] in _PACKAGES)
+    store.set(_KEY, json.dumps(names))
+
+
+def follow_imports(store: Callable[[], Store]) -> None:
+    """Import what the others have imported, in a thread, as soon as it is known. ``store`` makes a client of its own."""
+
+    def work() -> None:
+        client = store()
+        try:
+            client.wait([_KEY], _PARKED)
+            names = json.loads(client.get(_KEY))
+        except RuntimeError:
+            return  # the store is gone: so is the job
+        for name in names:
+            if name not in sys.modules:
+                # A module may refuse here what it accepted there (another platform, an option): then it stays cold.
+                with contextlib.suppress(ImportError, RuntimeError, AttributeError):
+                    importlib.import_module(name)
+
+    threading.Thread(target=work, name="deadpool-warm", daemon=True).start()
