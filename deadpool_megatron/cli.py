@@ -13,6 +13,7 @@ from deadpool_megatron import __version__, launch
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
+from deadpool_megatron.evaluate import add_recovery_arguments, run_recovery
 from deadpool_megatron.observe import JOB, STATUS
 
 __all__ = ["main"]
@@ -46,9 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="T",
         help="at the T-th forward or backward pass of that iteration (default: 1, the first)",
     )
+    benches = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
+    add_recovery_arguments(benches.add_parser("recovery", help="kill nodes and time the way back, against a restart"))
     options = parser.parse_args(argv)
     if options.command == "launch":
         return launch.run(options)
+    if options.command == "bench":
+        return run_recovery(options)
     if options.command == "status":
         return _status(options.run_dir)
     return _inject(options)

@@ -85,6 +85,9 @@ def check(options: argparse.Namespace) -> LaunchPlan:
     nodes, spares, slots = options.local_nodes, options.spare_nodes, options.nproc_per_node
     script, arguments = options.script, list(options.arguments)
     config = from_script_arguments(arguments)
+    stray = next((a for a in arguments if a.startswith("--deadpool-")), None)
+    if stray and not config.deadpool:
+        raise LaunchError(f"{stray.split('=')[0]} has no effect without --deadpool; add it, or leave this flag out")
     if nodes < 1:
         raise LaunchError(f"--local-nodes {nodes}: at least 1 node is needed")
     if slots < 1:

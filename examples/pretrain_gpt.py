@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.datasets import utils as dataset_utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, pretrain
@@ -62,6 +65,11 @@ def language_model_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[
     """Sum of the token losses, number of tokens, and what Megatron's log averages."""
     mask = loss_mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * mask).sum()
+    if get_args().check_for_nan_in_loss_and_grad:
+        for wrong, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=total, rejection_func=wrong, message=f"found {name} in the local loss", tolerance=0.0, fatal=True
+            )
     tokens = mask.sum().detach().to(torch.int)
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
 
@@ -110,8 +118,15 @@ def build_datasets(samples: list[int], vp_stage: int | None = None) -> tuple[Any
     return train, valid, test
 
 
+def use_compiled_helpers() -> None:
+    """The wheel has the dataset helpers compiled, but upstream runs `make` for them, whose Makefile it lacks."""
+    if not (Path(dataset_utils.__file__).parent / "Makefile").exists():
+        dataset_utils.compile_helpers = lambda: None
+
+
 def main() -> None:
     """Parse Megatron's flags and train."""
+    use_compiled_helpers()
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     build_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank builds its own
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))

@@ -66,6 +66,7 @@ class Agent:
         self._peers: dict[int, int] = {}
         self._declared: r.Declare | None = None
         self._offered = -1
+        self._tidied = 0
         self._agreed: r.Agree | None = None
         self._workers: dict[int, Worker] = {}
         self._committed: dict[int, set[tuple[int, int]]] = {}
@@ -307,6 +308,9 @@ class Agent:
             case r.CommittedTo():
                 if record.epoch == self._epoch and self._shards is not None:
                     self._shards.set_kept(record.epoch, record.kept, record.floor)
+                    if record.kept is not None and record.kept[0] == self._epoch != self._tidied:
+                        self._tidied = self._epoch
+                        self._tidy()
             case r.AllFinished():
                 for worker in self._mine().values():
                     worker.tell(record)
@@ -318,6 +322,13 @@ class Agent:
                 self._code = record.code
             case r.InjectReply():
                 pass
+
+    def _tidy(self) -> None:
+        """The first commit of an epoch: copies that an older placement left here are of no use any more."""
+        assert self._shards is not None
+        wards = [node for node, peer in self._peers.items() if peer == self._s.node]
+        kept = {rank for node in wards for rank in placing.ranks_of(self._assignment, node).values()}
+        self._shards.keep_only(set(placing.ranks_of(self._assignment, self._s.node).values()), kept)
 
     def _declare(self, record: r.Declare) -> None:
         if record.epoch <= self._epoch:

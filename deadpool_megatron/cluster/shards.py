@@ -96,6 +96,14 @@ class Shards:
             self.vault.set_committed(*kept)
         self.vault.set_floor(epoch, floor)
 
+    def keep_only(self, own: set[int], peer: set[int]) -> None:
+        """Free what this node neither runs nor keeps for others any more; call once newer copies are committed."""
+        for rank in list(self.vault.holdings().ranks):
+            if rank not in own:
+                self.vault.drop(rank, "own")
+            if rank not in peer:
+                self.vault.drop(rank, "peer")
+
     def rang(self, rank: int) -> None:
         """The worker of ``rank`` has written more of its shard."""
         self._replicator.notify(rank)

@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,10 +69,14 @@ class Hooks:
     def install(self) -> None:
         """Put the hooks in place. Raises UserError for a megatron-core that is not supported."""
         import megatron.core
+        from megatron.core.datasets import utils as dataset_utils
         from megatron.core.pipeline_parallel import schedules
         from megatron.training import arguments, training
 
         check_version(megatron.core.__version__)
+        if not (Path(str(dataset_utils.__file__)).parent / "Makefile").exists():
+            # The wheel has the dataset helpers compiled, but upstream runs `make` for them and exits when it fails.
+            dataset_utils.compile_helpers = lambda: None
         self._replace(arguments, "add_megatron_arguments", self._add_arguments)
         self._replace(training, "initialize_megatron", self._initialize)
         self._replace(training, "build_train_valid_test_data_iterators", self._build_iterators)
