@@ -29,14 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     status = commands.add_parser("status", help="what a job is doing")
     status.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
+    status.add_argument("--json", action="store_true", help="print the content of status.json as it is")
     inject = commands.add_parser("inject", help="make a node of a running job fail, to see it recover")
     inject.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
-    inject.add_argument("--node", type=int, required=True, metavar="N", help="the node")
+    inject.add_argument("--node", type=int, metavar="N", help="the node (not for abort)")
     inject.add_argument(
         "--fault",
-        choices=("kill", "kill-worker"),
+        choices=("kill", "kill-worker", "abort"),
         default="kill",
-        help="kill: SIGKILL for the agent and all its workers; kill-worker: for one worker (default: kill)",
+        help="kill: SIGKILL for the agent and all its workers; kill-worker: for one worker; abort: nobody dies, all "
+        "communicators are aborted and re-formed (default: kill)",
     )
     inject.add_argument("--local", type=int, default=0, metavar="I", help="local index of the worker (default: 0)")
     inject.add_argument("--at-iteration", type=int, default=None, metavar="K", help="in iteration K (from 0; default: now)")
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "bench":
         return run_recovery(options)
     if options.command == "status":
-        return _status(options.run_dir)
+        return _status(options.run_dir, options.json)
     return _inject(options)
 
 
@@ -64,12 +66,20 @@ def _fail(message: str) -> int:
     return Exit.USAGE
 
 
-def _status(run_dir: str) -> int:
+def _status(run_dir: str, as_json: bool) -> int:
     path = Path(run_dir) / STATUS
     try:
-        print(path.read_text(), end="")
+        text = path.read_text()
     except OSError as err:
         return _fail(f"no status at {path}: {err.strerror}")
+    if as_json:
+        print(text, end="")
+        return 0
+    from deadpool_megatron.observe import read_events
+    from deadpool_megatron.observe.tables import job_tables, make_console
+
+    console = make_console()
+    console.print(job_tables(console, json.loads(text), read_events(run_dir)))
     return 0
 
 
@@ -80,7 +90,9 @@ def _inject(options: argparse.Namespace) -> int:
     except OSError as err:
         return _fail(f"no job at {path}: {err.strerror}")
     spoke = Spoke(job["coordinator"], f"inject-{os.getpid()}", bytes.fromhex(job["secret"]), float(job["lease"]))
-    fault = r.Fault(options.fault, options.node, options.local, options.at_iteration, options.at_tick)
+    if options.node is None and options.fault != "abort":
+        return _fail(f"--fault {options.fault} needs --node")
+    fault = r.Fault(options.fault, -1 if options.node is None else options.node, options.local, options.at_iteration, options.at_tick)
     spoke.send(r.encode(r.Inject(fault)))
     packet = spoke.receive(10.0)
     spoke.close()
@@ -90,7 +102,8 @@ def _inject(options: argparse.Namespace) -> int:
     if isinstance(reply, r.InjectReply) and reply.error:
         return _fail(reply.error)
     when = "now" if options.at_iteration is None else f"in iteration {options.at_iteration}"
-    print(f"deadpool: {options.fault} on node {options.node}, {when}")
+    where = "" if options.node is None else f" on node {options.node}"
+    print(f"deadpool: {options.fault}{where}, {when}")
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import types
 import typing
@@ -38,7 +39,9 @@ class DeadpoolConfig:
         ("auto", "reconfigure", "swap"),
     )
     lease: float = _setting(5.0, "seconds without a heartbeat after which a node counts as lost")
-    abort_deadline: float = _setting(30.0, "seconds a survivor has to leave its training step once a failure is declared")
+    abort_deadline: float = _setting(
+        30.0, "seconds a survivor has to leave its training step once a failure is declared"
+    )
     form_deadline: float = _setting(20.0, "seconds that forming one process group may take")
     build_deadline: float = _setting(600.0, "seconds a spare has to build the model of the coordinate it takes over")
     operation_timeout: float = _setting(30.0, "seconds a single Gloo operation may take (the floor under the abort)")
@@ -51,8 +54,11 @@ class DeadpoolConfig:
 
     def __post_init__(self) -> None:
         for name in ("lease", "abort_deadline", "form_deadline", "build_deadline", "operation_timeout"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"--deadpool-{name.replace('_', '-')} must be more than 0 seconds")
+            seconds = getattr(self, name)
+            if not 0 < seconds < math.inf:
+                raise ConfigError(
+                    f"--deadpool-{name.replace('_', '-')} must be more than 0 seconds and finite, not {seconds:g}"
+                )
         if self.lease >= self.abort_deadline:
             raise ConfigError(
                 f"--deadpool-lease ({self.lease:g} s) must be shorter than --deadpool-abort-deadline "
@@ -75,7 +81,12 @@ class DeadpoolConfig:
             value = getattr(self, f.name)
             if value == f.default:
                 continue
-            out += [_flag(f)] if value is True else [_flag(f), str(value)]
+            if value is True:
+                out.append(_flag(f))
+            elif value is False:
+                out.append(_flag(f).replace("--", "--no-", 1))
+            else:
+                out += [_flag(f), str(value)]
         return out
 
 
@@ -129,11 +140,11 @@ def _coerce(f: Field[Any], value: Any, where: str) -> Any:
         if text in ("0", "false", "no", "off", ""):
             return False
         raise ConfigError(f"{where}: {value!r} is not yes or no")
-    if want is int and isinstance(value, bool):
-        raise ConfigError(f"{where}: expected a whole number, not {value!r}")
     try:
+        if isinstance(value, bool) or (want is int and isinstance(value, float) and not value.is_integer()):
+            raise ValueError(value)
         out = want(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         noun = {int: "a whole number", float: "a number", str: "text"}[want]
         raise ConfigError(f"{where}: expected {noun}, not {value!r}") from None
     choices = f.metadata["choices"]
@@ -149,6 +160,8 @@ def _load_yaml(path: str) -> dict[str, Any]:
         data = yaml.safe_load(Path(path).read_text())
     except OSError as err:
         raise ConfigError(f"--deadpool-config {path}: {err.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--deadpool-config {path}: not a text file") from None
     except yaml.YAMLError as err:
         raise ConfigError(f"--deadpool-config {path}: not YAML: {str(err).splitlines()[0]}") from None
     if not isinstance(data, dict):

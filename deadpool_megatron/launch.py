@@ -66,6 +66,7 @@ _SIZES = (
 
 
 def _value_of(arguments: Sequence[str], flag: str, default: int) -> int:
+    value = default
     for i, token in enumerate(arguments):
         text = None
         if token == flag and i + 1 < len(arguments):
@@ -74,10 +75,10 @@ def _value_of(arguments: Sequence[str], flag: str, default: int) -> int:
             text = token.split("=", 1)[1]
         if text is not None:
             try:
-                return int(text)
+                value = int(text)  # of several the last one counts, as for argparse
             except ValueError:
                 raise LaunchError(f"{flag} {text}: not a whole number") from None
-    return default
+    return value
 
 
 def check(options: argparse.Namespace) -> LaunchPlan:
@@ -185,8 +186,8 @@ def _devices(plan: LaunchPlan) -> list[str | None]:
     need = plan.nodes * plan.slots_per_node
     if len(devices) < need:
         raise LaunchError(
-            f"--local-nodes {plan.nodes} x --nproc-per-node {plan.slots_per_node} needs {need} GPUs, {len(devices)} are "
-            "visible; use fewer, or --emulate-cpu"
+            f"--local-nodes {plan.nodes} x --nproc-per-node {plan.slots_per_node} needs {need} GPUs, {len(devices)} "
+            "are visible; use fewer, or --emulate-cpu"
         )
     s = plan.slots_per_node
     return [",".join(devices[n * s : (n + 1) * s]) for n in range(plan.nodes)]
@@ -348,14 +349,17 @@ class _Tee(threading.Thread):
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `deadpool launch`."""
-    parser.add_argument("--local-nodes", type=int, default=1, metavar="N", help="nodes on this machine, spares included (default: 1)")
-    parser.add_argument("--spare-nodes", type=int, default=0, metavar="S", help="how many of them are warm spares (default: 0)")
-    parser.add_argument("--nproc-per-node", type=int, default=1, metavar="P", help="workers (devices) a node (default: 1)")
-    parser.add_argument("--emulate-cpu", action="store_true", help="emulate CUDA on the CPU, Gloo in the place of NCCL")
-    parser.add_argument("--run-dir", default="runs/latest", metavar="DIR", help="status, events and logs (default: runs/latest)")
-    parser.add_argument("--tee", default="all", metavar="all|none|RANK", help="whose output is shown here (default: all)")
-    parser.add_argument("--shm-directory", default="/dev/shm", metavar="DIR", help="shared memory for the vaults (default: /dev/shm)")
-    parser.add_argument("script", help="training script, for instance examples/pretrain_gpt.py")
+    add = parser.add_argument
+    add("--local-nodes", type=int, default=1, metavar="N", help="nodes on this machine, spares included (default: 1)")
+    add("--spare-nodes", type=int, default=0, metavar="S", help="how many of them are warm spares (default: 0)")
+    add("--nproc-per-node", type=int, default=1, metavar="P", help="workers (devices) a node (default: 1)")
+    add("--emulate-cpu", action="store_true", help="emulate CUDA on the CPU, Gloo in the place of NCCL")
+    add("--run-dir", default="runs/latest", metavar="DIR", help="status, events and logs (default: runs/latest)")
+    add("--tee", default="all", metavar="all|none|RANK", help="whose output is shown here (default: all)")
+    add(
+        "--shm-directory", default="/dev/shm", metavar="DIR", help="shared memory for the vaults (default: /dev/shm)"
+    )
+    add("script", help="training script, for instance examples/pretrain_gpt.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments; --deadpool switches DeadPool on")
 
 

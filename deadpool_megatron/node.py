@@ -1,6 +1,6 @@
-"""``python -m deadpool_megatron.node agent|coordinator``: the processes the launcher starts. Settings come as JSON on stdin.
+"""``python -m deadpool_megatron.node agent|coordinator``: the processes the launcher starts.
 
-They come on stdin and not as arguments or environment because the job's secret is among them.
+Their settings come as JSON on stdin and not as arguments or environment because the job's secret is among them.
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ def load_microbatch(data_iterator: Iterator[dict[str, Any]], vp_stage: int | Non
     return on_this_rank
 
 
-def language_model_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def language_model_loss(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Sum of the token losses, number of tokens, and what Megatron's log averages."""
     mask = loss_mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * mask).sum()

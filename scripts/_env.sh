@@ -25,7 +25,7 @@ _deadpool_trouble() {
 # names there that only print an error.
 _deadpool_python() {
     local candidate version best=""
-    for candidate in python3.12 python3.13 python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/python3; do
+    for candidate in python3.12 python3.13 python3 "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/*/bin/python3; do
         version="$("$candidate" -c 'import sys; print("%d.%02d" % sys.version_info[:2])' 2>/dev/null)" || continue
         if [[ "$version" == 3.12 ]]; then
             echo "$candidate"

@@ -3,8 +3,9 @@
 Example, 3 nodes of 2 slots with 1 spare: ranks 0-3 live on nodes 0 and 1. Node 0 dies, node 2 is the spare::
 
     >>> first = initial(active_nodes=2, slots_per_node=2)
-    >>> replace_nodes(first, {0: 2})
-    [SlotAddress(node=2, local=0), SlotAddress(node=2, local=1), SlotAddress(node=1, local=0), SlotAddress(node=1, local=1)]
+    >>> replace_nodes(first, {0: 2})  # doctest: +NORMALIZE_WHITESPACE
+    [SlotAddress(node=2, local=0), SlotAddress(node=2, local=1),
+     SlotAddress(node=1, local=0), SlotAddress(node=1, local=1)]
 """
 
 from __future__ import annotations

@@ -173,6 +173,9 @@ class Core:
 
     def received(self, record: r.AgentRecord, now: float) -> list[Action]:
         """A record came from an agent. ``now`` is a monotonic time in seconds."""
+        state = self.nodes.get(getattr(record, "node", -1))
+        if (state is None or state.role == "lost") and not isinstance(record, r.Join):
+            return []  # a node that was declared lost has no say any more
         return self._run(lambda: self._handlers[type(record)](record), now)
 
     def node_lost(self, node: int, cause: str, now: float) -> list[Action]:
@@ -189,6 +192,10 @@ class Core:
 
     def inject(self, fault: r.Fault, now: float) -> tuple[str, list[Action]]:
         """A fault was asked for. Returns the reason it is refused, or an empty string."""
+        if fault.kind == "abort":
+            if self.phase is not Phase.RUNNING:
+                return f"the job is not training now: {self.phase.value}", []
+            return "", self._run(lambda: self._declare("abort injected"), now)
         state = self.nodes.get(fault.node)
         if state is None:
             return f"there is no node {fault.node}: the job has nodes 0 to {self.job.nodes - 1}", []
@@ -251,6 +258,10 @@ class Core:
         state.agent_pid = record.pid
         state.vault = r.Address(record.host, record.vault_port)
         state.pids = dict(enumerate(record.worker_pids))
+        self._tell_roster()
+
+    def _tell_roster(self) -> None:
+        """Once everybody who is not lost has joined."""
         if all(s.agent_pid for s in self.nodes.values() if s.role != "lost"):
             self._send(
                 None, r.Roster(self.epoch, self.assignment, self._vaults(), placing.peers(self.assignment))
@@ -285,7 +296,9 @@ class Core:
     def _iterated(self, record: r.Iteration) -> None:
         if record.epoch != self.epoch:
             return
-        self.iteration = max(self.iteration, record.iteration)
+        if record.iteration > self.iteration:
+            self.iteration = record.iteration
+            self._transients = 0  # it gets on: errors far apart do not add up over the life of a job
         self._ledger.progress(record.iteration + 1)
         self._emit(
             "iteration",
@@ -394,6 +407,8 @@ class Core:
             self._emit("detected", node=node, cause=cause, ranks=ranks)
             self._send(node, r.Stop(Exit.FENCED, f"node {node} is out of the job: {cause}"))
         if not was_active:
+            if any(not self.nodes[node].agent_pid for node in fresh):
+                self._tell_roster()  # it was the one the others waited for
             return
         if self._exited and self.phase is Phase.FINISHING and not self.job.deadpool:
             return

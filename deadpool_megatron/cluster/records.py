@@ -118,10 +118,11 @@ class Fault(_Value, frozen=True):
     """A fault to be injected on a node.
 
     With ``iteration`` None it fires at once. ``tick`` counts the forward and backward passes begun within the
-    iteration (1 is the first forward) on local worker ``local``.
+    iteration (1 is the first forward) on local worker ``local``. "abort" ends the epoch with every node alive: the
+    communicators are aborted and re-formed with the same assignment.
     """
 
-    kind: Literal["kill", "kill-worker"]
+    kind: Literal["kill", "kill-worker", "abort"]
     node: int
     local: int = 0
     iteration: int | None = None

@@ -144,7 +144,7 @@ class InPlace:
         except OSError:
             pass  # no /proc/self/mem here
         self.exact = self._layout is not None
-        self._next_type: dict[str, int] = {}  # by group, only without the exchange
+        self._next_type: dict[int, int] = {}  # by group's address, only without the exchange
 
     def replace(self, group: Any, new: Replacement, *, fresh_group: bool) -> Any:
         """Give `group` its new backends and store. Returns the donor: it owns what the group had; drop it to destroy
@@ -155,24 +155,29 @@ class InPlace:
         """
         donor = c10d.ProcessGroup(new.store, group.rank(), group.size())
         donor.bound_device_id = group.bound_device_id
+        default_type = new.default_type
         for devices, kind, backend in new.backends:
             if self._layout is not None and not fresh_group:
                 self._exchange_backend(self._layout, group, donor, devices, kind, backend)
                 continue
             if not fresh_group:
-                kind = self._fresh_type(group.group_name)
+                fresh = self._fresh_type(group)
+                default_type = fresh if kind == new.default_type else default_type
+                kind = fresh
             for device in devices:
                 group._register_backend(torch.device(device), kind, backend)
-        group._set_default_backend(new.default_type)
+        group._set_default_backend(default_type)
         if self._layout is not None:
             self._exchange_store(self._layout, group, donor)
         return donor
 
-    def _fresh_type(self, name: str) -> Any:
-        number = self._next_type.get(name, _FIRST_FREE_TYPE)
+    def _fresh_type(self, group: Any) -> Any:
+        number = self._next_type.get(pointee(group), _FIRST_FREE_TYPE)
         if number > _LAST_TYPE:
-            raise ReformError(f"group {name!r} has used up torch's backend types; this worker must be restarted")
-        self._next_type[name] = number + 1
+            raise ReformError(
+                f"group {group.group_name!r} has used up torch's backend types; this worker must be restarted"
+            )
+        self._next_type[pointee(group)] = number + 1
         return c10d.ProcessGroup.BackendType(number)
 
     def _exchange_backend(

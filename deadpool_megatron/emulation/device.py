@@ -145,8 +145,8 @@ def install() -> None:
         "get_rng_state": _get_rng_state,
         "set_rng_state": _set_rng_state,
         "manual_seed": _manual_seed,
-        # The device generator and the CPU generator are one here, and `torch.manual_seed` calls this after the CPU's.
-        "manual_seed_all": _constant(None),
+        # Device and CPU generator are one here; `torch.manual_seed` calls this, then seeds the CPU's with the same.
+        "manual_seed_all": lambda seed: _manual_seed(seed),
         "default_generators": (torch.default_generator,),
     }
     for name, value in table.items():

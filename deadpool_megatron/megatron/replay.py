@@ -15,7 +15,7 @@ class ReplayIterator:
 
     Sits under Megatron's `RerunDataIterator`, whose own replay ends with the iteration; a recovery may go back further.
     What was drawn before the oldest mark is forgotten. Items are remembered as shallow copies, since Megatron's batch
-    functions may take entries out of the dictionaries they are given. ``owner`` is the iterator that draws from this one.
+    functions may take entries out of the dictionaries they are given. ``owner`` is the iterator that draws from this.
     """
 
     def __init__(self, source: Iterator[Any]) -> None:

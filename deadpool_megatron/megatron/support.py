@@ -41,4 +41,6 @@ def check_arguments(args: Namespace) -> None:
         value = getattr(args, name, None)
         if bad(value):
             shown = "" if value is True else f" (here: {value})"
-            raise UserError(f"{flag} is not supported with --deadpool yet{shown}; leave it out, or run without --deadpool")
+            raise UserError(
+                f"{flag} is not supported with --deadpool yet{shown}; leave it out, or run without --deadpool"
+            )

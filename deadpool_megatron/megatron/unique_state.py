@@ -14,7 +14,14 @@ import torch
 
 from deadpool_megatron.megatron.support import UserError
 
-__all__ = ["initialize_optimizer_state", "main_parameters", "members", "named_unique_tensors", "read_steps", "write_steps"]
+__all__ = [
+    "initialize_optimizer_state",
+    "main_parameters",
+    "members",
+    "named_unique_tensors",
+    "read_steps",
+    "write_steps",
+]
 
 
 def members(optimizer: Any) -> list[Any]:

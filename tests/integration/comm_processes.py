@@ -4,6 +4,7 @@ A test module is its own worker program: `run(__file__, scenario, ...)` starts `
 (and once per spare), hosts the store, reports deaths through it, and collects each worker's result.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -87,6 +88,8 @@ class Worker:
 def worker_main(scenarios: dict[str, Callable[[Worker], Any]]) -> None:
     """Entry of a worker process."""
     torch.set_num_threads(1)
+    if after := os.environ.get("DUMP_AFTER_S"):
+        faulthandler.dump_traceback_later(float(after), exit=False)  # for a person looking for a hang
     worker = Worker()
     try:
         result = {"ok": scenarios[sys.argv[1]](worker)}

@@ -232,6 +232,8 @@ def _rng() -> None:
     assert torch.equal(torch.rand(4, device="cuda"), second)
     torch.cuda.manual_seed(5)
     assert torch.equal(torch.rand(4, device="cuda"), first)
+    torch.cuda.manual_seed_all(5)
+    assert torch.equal(torch.rand(4, device="cuda"), first)
     # It seeds the devices too; device and CPU are one generator here, and it must not be seeded anew in between.
     torch.manual_seed(7)
     drawn = torch.rand(4)

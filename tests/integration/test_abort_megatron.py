@@ -1,0 +1,77 @@
+"""A survivor never stays blocked: communicators aborted again and again at random moments of real Megatron iterations."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+from flags import tiny_gpt
+
+from deadpool_megatron.cluster import Spoke
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.evaluate.jobs import Job
+from deadpool_megatron.observe import JOB
+
+ABORTS = int(os.environ.get("DEADPOOL_TEST_ABORTS", "200"))
+LAUNCH = ["--local-nodes", "4", "--nproc-per-node", "2", "--emulate-cpu"]
+SCRIPT = "examples/pretrain_gpt.py"
+
+
+def _footprint(pid: int) -> tuple[int, int]:
+    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+
+
+def _abort(spoke: Spoke) -> bool:
+    """Ask for one abort; False when the job is still busy with the last."""
+    spoke.send(r.encode(r.Inject(r.Fault("abort", -1))))
+    packet = spoke.receive(10.0)
+    assert packet is not None, "the coordinator does not answer"
+    reply = r.decode_from_coordinator(packet)
+    assert isinstance(reply, r.InjectReply)
+    return not reply.error
+
+
+@pytest.mark.timeout(900)
+def test_every_abort_unblocks_every_rank_within_a_second_and_nothing_of_the_run_changes(tmp_path: Path) -> None:
+    # Enough iterations that the run outlasts the aborts, few enough that it ends soon after them.
+    flags = [*tiny_gpt("1f1b", iters=12 + 3 * ABORTS // 4), "--deadpool"]
+    with Job(tmp_path / "calm", LAUNCH, [SCRIPT, *flags, "--deadpool-state-hash", str(tmp_path / "calm.json")]) as job:
+        assert job.wait() == 0
+
+    rng = random.Random(20261121)
+    footprints: list[tuple[int, int]] = []
+    with Job(tmp_path / "run", LAUNCH, [SCRIPT, *flags, "--deadpool-state-hash", str(tmp_path / "run.json")]) as job:
+        job.until("first iteration", lambda: job.events("iteration"), 300.0)
+        address = json.loads((tmp_path / "run" / JOB).read_text())
+        spoke = Spoke(address["coordinator"], "inject-test", bytes.fromhex(address["secret"]), 5.0)
+        pids = {c["rank"]: c["pid"] for c in job.status()["coordinates"]}
+        done = 0
+        while done < ABORTS and len(job.events("resumed")) >= done - 1:
+            time.sleep(rng.uniform(0.0, 0.45))
+            if not _abort(spoke):
+                time.sleep(0.02)
+                continue
+            done += 1
+            if done % 20 == 0:
+                footprints.append(_footprint(pids[0]))
+        spoke.close()
+        assert job.wait() == 0
+
+    declared = {e["epoch"]: e["t"] for e in job.events("declared")}
+    aborted = {e["epoch"]: e["t"] for e in job.events("aborted")}
+    assert len(declared) == ABORTS
+    assert set(aborted) == set(declared)
+    slowest = max(aborted[epoch] - declared[epoch] for epoch in declared)
+    assert slowest < 1.0, f"the slowest rank took {slowest:.2f} s to leave its step"
+    assert {c["rank"]: c["pid"] for c in job.status()["coordinates"]} == pids
+    assert not job.events("detected")
+    if len(footprints) > 3:  # dead backends must not pile up: 24 groups of 3 threads each would show at once
+        first, last = footprints[1], footprints[-1]
+        assert last[0] < first[0] + 40, f"descriptors grew: {footprints}"
+        assert last[1] < first[1] + 60, f"threads grew: {footprints}"
+    calm = json.loads((tmp_path / "calm.json").read_text())
+    assert json.loads((tmp_path / "run.json").read_text()) == calm

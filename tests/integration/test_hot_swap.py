@@ -1,0 +1,178 @@
+"""Nodes are killed for real at exact moments of real Megatron training; the run ends bit for bit as if nothing had been.
+
+Kills go through `deadpool inject`: the agent and all workers of the node get SIGKILL at the given forward or backward
+pass (tick). A job takes half a minute to start on two cores, so several kills share one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flags import tiny_gpt
+from jobs import Job, Jobs, assert_same_training, launch_flags, torchrun
+
+from deadpool_megatron.cluster import Exit
+
+# 4 microbatches a rank: 4 forward and 4 backward passes an iteration.
+FIRST_TICK, STEADY_TICK, LAST_TICK = 1, 4, 8
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    all_jobs = Jobs(tmp_path_factory.mktemp("hot-swap"))
+    yield all_jobs
+    all_jobs.end()
+
+
+def _armed_kills(job: Job, *kills: tuple[int, int, int]) -> dict[int, int]:
+    """Arm (node, iteration, tick) before training begins; returns the pids that train."""
+    job.until_event("started")
+    for node, iteration, tick in kills:
+        job.inject(node, iteration, tick)
+    job.until_event("training")
+    return job.pids()
+
+
+def _kept_their_processes(job: Job, before: dict[int, int], ranks: list[int]) -> bool:
+    after = job.pids()
+    return {r: before[r] for r in ranks} == {r: after[r] for r in ranks}
+
+
+# ---- 1F1B: TP2 x PP2 x DP2 on 4 nodes; stage 0 on nodes 0 and 1, stage 1 on nodes 2 and 3
+
+ITERATIONS = 9
+
+
+@pytest.fixture(scope="module")
+def undisturbed(jobs: Jobs) -> Job:
+    return jobs.start("undisturbed", launch_flags(4), tiny_gpt(iters=ITERATIONS)).finished()
+
+
+@pytest.mark.timeout(400)
+def test_1f1b_survives_first_stage_last_stage_and_former_spare_killed_in_one_run(jobs: Jobs, undisturbed: Job) -> None:
+    job = jobs.start("killed", launch_flags(7, 3), tiny_gpt(iters=ITERATIONS))
+    before = _armed_kills(job, (0, 3, FIRST_TICK), (2, 5, STEADY_TICK))
+    former_spare = job.until_event("declared", epoch=1)["nodes"][0]
+    assert former_spare in (4, 5, 6)
+    job.inject(former_spare, 7, LAST_TICK)
+    job.finished()
+    assert [e["lost"] for e in job.events("declared")] == [[0], [2], [former_spare]]
+    assert [e["iteration"] for e in job.events("resumed")] == [3, 5, 7]
+    assert _kept_their_processes(job, before, [2, 3, 6, 7])
+    # Node 2 reports the losses and dies in iteration 5.
+    assert_same_training(job, undisturbed, ITERATIONS, rank=7, mute=frozenset({4}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_under_deadpool_prints_what_torchrun_without_it_prints(undisturbed: Job, tmp_path: Path) -> None:
+    assert torchrun(tmp_path, 8, tiny_gpt(iters=ITERATIONS)) == undisturbed.printed(7)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_averages_over_two_iterations_go_on_through_a_swap(jobs: Jobs) -> None:
+    flags = [*tiny_gpt(iters=6), "--log-interval", "2"]
+    want = jobs.start("interval-undisturbed", launch_flags(4), flags).finished()
+    job = jobs.start("interval-killed", launch_flags(5, 1), flags)
+    _armed_kills(job, (0, 3, STEADY_TICK))
+    job.finished()
+    assert sorted(want.printed(7)) == [2, 4, 6]
+    assert_same_training(job, want, 6, rank=7)
+
+
+# ---- no pipeline: TP2 x DP2 on 2 nodes
+
+
+@pytest.fixture(scope="module")
+def undisturbed_flat(jobs: Jobs) -> Job:
+    return jobs.start("flat-undisturbed", launch_flags(2), tiny_gpt("none", iters=6)).finished()
+
+
+@pytest.mark.timeout(300)
+def test_a_single_worker_killed_under_a_living_agent_is_replaced_with_its_node(jobs: Jobs, undisturbed_flat: Job) -> None:
+    job = jobs.start("flat-killed", launch_flags(3, 1), tiny_gpt("none", iters=6))
+    job.until_event("started")
+    job.inject(1, 3, 2, "--fault", "kill-worker", "--local", "1")
+    job.until_event("training")
+    before = job.pids()
+    job.finished()
+    assert "rank 3 ended (signal 9)" in job.events("detected")[0]["cause"]
+    assert _kept_their_processes(job, before, [0, 1])
+    assert_same_training(job, undisturbed_flat, 6, rank=3)
+
+
+@pytest.mark.timeout(300)
+def test_without_a_spare_the_checkpoint_saved_at_the_loss_trains_on_to_the_same_losses(
+    jobs: Jobs, undisturbed_flat: Job
+) -> None:
+    checkpoint = jobs.directory / "checkpoint"
+    save = ["--save", str(checkpoint), "--save-interval", "100", "--ckpt-format", "torch_dist"]
+    job = jobs.start("flat-rescued", launch_flags(2), [*tiny_gpt("none", iters=6), *save])
+    _armed_kills(job, (0, 3, 2))
+    assert job.wait() == Exit.NO_SPARE_SAVED
+    (said,) = [line for line in job.output.splitlines() if line.startswith("deadpool: ")]
+    assert "iteration 3" in said and f"--load {checkpoint}" in said
+    assert (checkpoint / "latest_checkpointed_iteration.txt").read_text() == "3"
+    again = jobs.start(
+        "flat-loaded", launch_flags(2), [*tiny_gpt("none", iters=6), "--load", str(checkpoint)], deadpool=False
+    ).finished()
+    want = undisturbed_flat.printed(3)
+    assert again.printed(3) == {k: want[k] for k in (4, 5, 6)}
+
+
+@pytest.mark.timeout(200)
+def test_without_a_spare_and_without_save_the_job_says_so_and_ends_with_its_own_code(jobs: Jobs) -> None:
+    job = jobs.start("flat-lost", launch_flags(2), tiny_gpt("none", iters=6))
+    _armed_kills(job, (1, 2, 2))
+    assert job.wait() == Exit.NO_SPARE
+    (said,) = [line for line in job.output.splitlines() if line.startswith("deadpool: ")]
+    assert "no spare is left for node 1" in said and "--save" in said
+
+
+# ---- interleaved, MoE, upstream's script
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_the_interleaved_schedule_survives_two_kills(jobs: Jobs) -> None:
+    flags = tiny_gpt("interleaved", iters=7)
+    want = jobs.start("interleaved-undisturbed", launch_flags(4), flags).finished()
+    job = jobs.start("interleaved-killed", launch_flags(6, 2), flags)
+    before = _armed_kills(job, (1, 2, 3), (2, 5, 14))
+    job.finished()
+    assert [e["lost"] for e in job.events("declared")] == [[1], [2]]
+    assert _kept_their_processes(job, before, [0, 1, 6, 7])
+    assert_same_training(job, want, 7, rank=7, mute=frozenset({4}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_mixture_of_experts_survives_kills_on_its_first_and_last_stage(jobs: Jobs) -> None:
+    flags = tiny_gpt(moe=True, iters=6)
+    want = jobs.start("moe-undisturbed", launch_flags(4), flags).finished()
+    job = jobs.start("moe-killed", launch_flags(6, 2), flags)
+    before = _armed_kills(job, (0, 2, STEADY_TICK), (2, 4, 2))
+    job.finished()
+    assert [e["lost"] for e in job.events("declared")] == [[0], [2]]
+    assert _kept_their_processes(job, before, [2, 3, 6, 7])
+    assert_same_training(job, want, 6, rank=7, mute=frozenset({3}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_upstreams_unmodified_pretrain_gpt_survives_a_kill(jobs: Jobs) -> None:
+    where = os.environ.get("DEADPOOL_UPSTREAM")
+    if not where:
+        pytest.skip("set DEADPOOL_UPSTREAM to a directory with upstream's pretrain_gpt.py")
+    script = Path(where) / "pretrain_gpt.py"
+    flags = tiny_gpt(iters=6)
+    want = jobs.start("upstream-undisturbed", launch_flags(4), flags, script).finished()
+    job = jobs.start("upstream-killed", launch_flags(5, 1), flags, script)
+    before = _armed_kills(job, (0, 3, STEADY_TICK))
+    job.finished()
+    assert _kept_their_processes(job, before, [2, 3, 4, 5, 6, 7])
+    assert_same_training(job, want, 6, rank=7)

@@ -1,0 +1,304 @@
+"""Whole jobs through the real command line: started in a subprocess, watched from outside, ended by process id.
+
+Every wait has a deadline. Whatever a test does, `Jobs.end` leaves none of the processes of its jobs behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from deadpool_megatron.observe import LOGS, STATUS, read_events
+
+__all__ = ["EXAMPLE", "ROOT", "Job", "Jobs", "assert_same_training", "launch_flags", "leftovers", "torchrun"]
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "pretrain_gpt.py"
+# Ten processes that import torch on two cores that others use too.
+START_S = 180.0
+
+_LINE = re.compile(r"iteration +(\d+)/ +\d+ \|(.*)")
+_EXACT = ("consumed samples", "learning rate", "lm loss", "grad norm", "loss scale", "number of skipped iterations")
+
+
+def launch_flags(nodes: int, spares: int = 0, slots: int = 2) -> list[str]:
+    """Options of `deadpool launch` for emulated nodes on this machine."""
+    return [
+        *["--local-nodes", str(nodes), "--spare-nodes", str(spares), "--nproc-per-node", str(slots)],
+        "--emulate-cpu",
+    ]
+
+
+def _environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)} | (extra or {})
+
+
+class Job:
+    """One `deadpool launch`. ``output`` is what it and its children wrote to the terminal."""
+
+    def __init__(
+        self, run_dir: Path, launch: Sequence[str], script: Sequence[str], extra: dict[str, str] | None = None
+    ) -> None:
+        self.run_dir = run_dir
+        self.hash_file = Path(f"{run_dir}.hash.json")
+        self._out = Path(f"{run_dir}.out")
+        command = [sys.executable, "-m", "deadpool_megatron.cli", "launch", "--run-dir", str(run_dir)]
+        with open(self._out, "wb") as out:
+            self.process = subprocess.Popen(
+                [*command, "--tee", "none", *launch, *script],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=_environment(extra),
+                cwd=run_dir.parent,
+                start_new_session=True,
+            )
+        self._seen: dict[int, psutil.Process] = {}
+
+    # ---- what can be seen
+
+    @property
+    def output(self) -> str:
+        """Everything the launcher, the coordinator and the agents wrote."""
+        return self._out.read_text(errors="replace")
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Events so far, oldest first."""
+        return [e for e in read_events(self.run_dir) if name is None or e["event"] == name]
+
+    def status(self) -> dict[str, Any]:
+        """The content of ``status.json``."""
+        status: dict[str, Any] = json.loads((self.run_dir / STATUS).read_text())
+        return status
+
+    def pids(self) -> dict[int, int]:
+        """Process ids of the coordinates, by rank."""
+        return {c["rank"]: c["pid"] for c in self.status()["coordinates"]}
+
+    def exact(self) -> dict[int, tuple[dict[str, str], str | None]]:
+        """By iteration, losses and grad norm as hexadecimal floats; of a repeated one the last."""
+        return {e["iteration"]: (e["losses_hex"], e["grad_norm_hex"]) for e in self.events("iteration")}
+
+    def hashes(self) -> dict[str, dict[str, str]]:
+        """State hashes at the end, by rank and part."""
+        hashes: dict[str, dict[str, str]] = json.loads(self.hash_file.read_text())["coordinates"]
+        return hashes
+
+    def printed(self, rank: int) -> dict[int, dict[str, str]]:
+        """By iteration (from 1, as Megatron prints it) the exact parts of the lines of one coordinate; the last counts.
+
+        A coordinate that moved goes on in the log of each spare that took it over, in the order of the epochs.
+        """
+        logs = self.run_dir / LOGS
+        later = sorted(logs.glob(f"rank-{rank}.epoch-*.log"), key=lambda p: int(p.stem.rsplit("-", 1)[1]))
+        paths = [logs / f"rank-{rank}.log", *later]
+        return _printed("\n".join(p.read_text(errors="replace") for p in paths))
+
+    def log_tails(self, count: int = 12) -> str:
+        """The ends of all logs, for a failure's message."""
+        parts = [f"launcher:\n{self.output[-3000:]}"]
+        for path in sorted((self.run_dir / LOGS).glob("*.log")):
+            if not path.is_symlink():
+                parts.append(f"{path.name}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-count:]))
+        return "\n".join(parts)[-12000:]
+
+    def processes(self) -> list[psutil.Process]:
+        """The launcher and everything under it that lives; remembered for the end."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(self.process.pid)
+            for each in [launcher, *launcher.children(recursive=True)]:
+                self._seen[each.pid] = each
+        return [p for p in self._seen.values() if _lives(p)]
+
+    # ---- what can be done
+
+    def until(self, what: str, find: Callable[[], Any], deadline_s: float = START_S) -> Any:
+        """Poll until ``find`` gives something; fails when the job ends first or the deadline passes."""
+        end = time.monotonic() + deadline_s
+        while True:
+            ended = self.process.poll() is not None
+            found = find()
+            if found:
+                self.processes()
+                return found
+            assert not ended, f"the job ended ({self.process.returncode}) before {what}\n{self.log_tails()}"
+            assert time.monotonic() < end, f"no {what} within {deadline_s:g} s\n{self.log_tails()}"
+            time.sleep(0.05)
+
+    def until_event(self, name: str, epoch: int | None = None, deadline_s: float = START_S) -> dict[str, Any]:
+        """The first event of a name (and epoch)."""
+
+        def find() -> list[dict[str, Any]]:
+            return [e for e in self.events(name) if epoch is None or e["epoch"] == epoch]
+
+        return self.until(f"event {name} of epoch {epoch}", find, deadline_s)[0]  # type: ignore[no-any-return]
+
+    def inject(self, node: int, iteration: int, tick: int, *more: str) -> None:
+        """Arm a fault with the real `deadpool inject`."""
+        at = ["--at-iteration", str(iteration), "--at-tick", str(tick)]
+        done = subprocess.run(
+            [sys.executable, "-m", "deadpool_megatron.cli", "inject", "--run-dir", str(self.run_dir)]
+            + ["--node", str(node), *at, *more],
+            capture_output=True,
+            text=True,
+            env=_environment(),
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def wait(self, deadline_s: float = START_S) -> int:
+        """The exit code of the job."""
+        end = time.monotonic() + deadline_s
+        while self.process.poll() is None:
+            assert time.monotonic() < end, f"the job does not end within {deadline_s:g} s\n{self.log_tails()}"
+            self.processes()
+            time.sleep(0.2)
+        return self.process.returncode
+
+    def finished(self, deadline_s: float = START_S) -> Job:
+        """Wait for an end without error."""
+        code = self.wait(deadline_s)
+        assert code == 0, f"exit code {code}\n{self.log_tails()}"
+        return self
+
+    def until_gone(self, deadline_s: float) -> None:
+        """Until no process that was ever seen under this job lives."""
+        end = time.monotonic() + deadline_s
+        while True:
+            # A zombie has ended; that nobody reaped it is not the job's business.
+            left = [p for p in self._seen.values() if _lives(p)]
+            if not left:
+                return
+            assert time.monotonic() < end, f"still alive after {deadline_s:g} s: {[_describe(p) for p in left]}"
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        """End whatever is left, each process by its id."""
+        self.processes()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
+        for each in self._seen.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()  # psutil compares the creation time, so a reused id is safe
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} {' '.join(process.cmdline()[:5])}"
+    except psutil.NoSuchProcess:
+        return str(process.pid)
+
+
+def _printed(text: str) -> dict[int, dict[str, str]]:
+    out: dict[int, dict[str, str]] = {}
+    for number, rest in _LINE.findall(text):
+        fields = dict(part.split(":", 1) for part in rest.split("|") if ":" in part)
+        out[int(number)] = {k.strip(): v.strip() for k, v in fields.items() if k.strip() in _EXACT}
+    return out
+
+
+class Jobs:
+    """All jobs of a test or a module."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._jobs: list[Job] = []
+
+    def start(
+        self,
+        name: str,
+        launch: Sequence[str],
+        flags: Sequence[str],
+        script: Path = EXAMPLE,
+        deadpool: bool = True,
+        extra: dict[str, str] | None = None,
+    ) -> Job:
+        """Start a job; with ``deadpool`` its state hashes are written at the end."""
+        run_dir = self.directory / name
+        ours = ["--deadpool", "--deadpool-state-hash", f"{run_dir}.hash.json"] if deadpool else []
+        job = Job(run_dir, launch, [str(script), *flags, *ours], extra)
+        self._jobs.append(job)
+        return job
+
+    def end(self) -> None:
+        """End all of them."""
+        for job in self._jobs:
+            job.end()
+
+
+def torchrun(directory: Path, processes: int, flags: Sequence[str], script: Path = EXAMPLE) -> dict[int, dict[str, str]]:
+    """The same script without us, under torchrun: what `Job.printed` gives, of the rank that prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["--no-python", sys.executable, "-m", "deadpool_megatron.emulation", str(script), *flags]
+    process = subprocess.Popen(
+        command,
+        env=_environment({"OMP_NUM_THREADS": "1"}),
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        out, _ = process.communicate(timeout=START_S)
+    finally:
+        if process.poll() is None:
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            for child in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+    assert process.returncode == 0, out[-6000:]
+    return _printed(out)
+
+
+def leftovers() -> set[str]:
+    """Files of vaults in shared memory whose job is not alive any more, or is."""
+    return {p.name for p in Path("/dev/shm").glob("deadpool-*")}
+
+
+def assert_same_training(got: Job, want: Job, iterations: int, rank: int, mute: frozenset[int] = frozenset()) -> None:
+    """Losses, grad norms, printed lines and all state hashes equal, bit for bit.
+
+    Args:
+        rank: the coordinate whose log has Megatron's lines.
+        mute: iterations (from 0) whose report may have died with the node that made it.
+    """
+    expected, seen = want.exact(), got.exact()
+    assert sorted(expected) == list(range(iterations)), "the undisturbed run is not complete"
+    assert set(range(iterations)) - mute <= set(seen), f"iterations reported: {sorted(seen)}"
+    for iteration in seen:
+        assert seen[iteration] == expected[iteration], f"iteration {iteration} differs"
+    lines, wanted = got.printed(rank), want.printed(rank)
+    assert wanted and all("lm loss" in v and "grad norm" in v and "learning rate" in v for v in wanted.values())
+    assert lines == wanted
+    hashes = got.hashes()
+    assert hashes and hashes == want.hashes(), [
+        (coordinate, part)
+        for coordinate, parts in want.hashes().items()
+        for part, digest in parts.items()
+        if hashes.get(coordinate, {}).get(part) != digest
+    ]

@@ -1,0 +1,63 @@
+"""NCCL's side as far as it goes without a GPU: aborts run side by side under one deadline, options are carried over."""
+
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from deadpool_megatron.comm import nccl_environment
+from deadpool_megatron.comm.nccl import abort_all, options_for
+from deadpool_megatron.comm.table import GroupRecord
+
+
+class Abortable:
+    """A backend whose abort returns only when all of `together` have begun theirs (as ranks' aborts can)."""
+
+    def __init__(self, together: threading.Barrier | None = None, for_ever: threading.Event | None = None) -> None:
+        self.together, self.for_ever, self.done = together, for_ever, False
+
+    def abort(self) -> None:
+        if self.together is not None:
+            self.together.wait(5)
+        if self.for_ever is not None:
+            self.for_ever.wait()
+        self.done = True
+
+
+def test_aborts_that_wait_for_one_another_all_finish() -> None:
+    together = threading.Barrier(3)
+    backends = [Abortable(together) for _ in range(3)]
+    assert abort_all(backends, time.monotonic() + 2) == (3, 0)
+    assert all(backend.done for backend in backends)
+
+
+def test_an_abort_that_hangs_costs_the_deadline_and_no_more() -> None:
+    release = threading.Event()
+    begun = time.monotonic()
+    assert abort_all([Abortable(), Abortable(for_ever=release)], begun + 0.2) == (1, 1)
+    assert time.monotonic() - begun < 1
+    release.set()
+
+
+def test_environment_keeps_the_watchdog_from_killing_survivors() -> None:
+    environment = nccl_environment()
+    assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    environment.clear()
+    assert nccl_environment()  # a copy each time
+
+
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="torch without NCCL")
+def test_new_options_carry_what_the_creator_asked_for() -> None:
+    asked = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    asked.config.cga_cluster_size = 2
+    asked.config.max_ctas = 16
+    record = GroupRecord("7", (3, 5), "tp", "nccl", {"cuda": "nccl"}, timedelta(seconds=77), options=asked)
+    options = options_for(record)
+    assert options is not asked  # torch writes into the ones it is given
+    assert options.is_high_priority_stream
+    assert (options.config.cga_cluster_size, options.config.max_ctas) == (2, 16)
+    assert options._timeout == timedelta(seconds=77)
+    assert list(options.global_ranks_in_group) == [3, 5]
+    assert options.group_name == "7"

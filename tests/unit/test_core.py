@@ -1,0 +1,639 @@
+"""The coordinator's decisions from start to end, with and without a spare: the pure Core, driven by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from simulated import DEADLINES, SimulatedJob
+
+from deadpool_megatron.cluster import Exit, Phase
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.records import SlotAddress
+
+
+def failed(node: int = 1, rank: int = 2, iteration: int = 5, phase: str = "training", text: str = "ValueError: x"):  # noqa: ANN201
+    return r.WorkerFailed(node, 0, rank, phase, iteration, False, text, "Traceback ...")  # type: ignore[arg-type]
+
+
+# ---- failure-free
+
+
+def test_a_job_trains_once_every_agent_has_joined_and_every_coordinate_has_registered() -> None:
+    job = SimulatedJob()
+    job.join([0, 1, 2])
+    assert not job.told(r.Roster)
+    job.join([3])
+    (roster,) = job.told(r.Roster)
+    assert roster.peers == {0: 1, 1: 2, 2: 0} and set(roster.vaults) == {0, 1, 2, 3}
+    for rank in range(5):
+        job.register(rank)
+    assert job.core.phase is Phase.STARTING
+    job.register(5)
+    assert job.core.phase is Phase.RUNNING
+
+
+def test_ranks_that_made_other_process_groups_end_the_job_before_it_trains() -> None:
+    job = SimulatedJob()
+    job.join()
+    job.register(0)
+    job.register(1, digest="other groups")
+    code, message = job.end
+    assert code == Exit.FAILED and "rank 1 on node 0" in message and "same flags" in message
+
+
+def test_a_generation_is_committed_only_when_every_active_node_has_committed_it() -> None:
+    job = SimulatedJob().train()
+    job.commit(0, [0, 1])
+    assert job.core.committed == -1 and not job.told(r.CommittedTo)
+    job.commit(0, [2])
+    assert job.core.committed == 0
+    assert job.told(r.CommittedTo)[-1] == r.CommittedTo(0, (0, 0), 0)
+    job.commit(1)
+    assert [e["iteration"] for e in job.events("committed")] == [0, 1]
+
+
+def test_a_spare_has_no_say_in_commits() -> None:
+    job = SimulatedJob().train()
+    job.commit(0, [0, 1, 3])
+    assert job.core.committed == -1
+
+
+def test_nodes_that_skip_different_generations_are_given_a_floor_to_meet_at() -> None:
+    job = SimulatedJob().train()
+    job.commit(0)
+    job.commit(1, [0])
+    job.commit(2, [1])
+    assert job.told(r.CommittedTo)[-1].kept == (0, 0)
+    assert job.told(r.CommittedTo)[-1].floor > 2
+
+
+def test_the_end_is_told_when_all_have_finished_and_the_job_is_done_when_all_have_left() -> None:
+    job = SimulatedJob().train()
+    for node in (0, 1, 2):
+        assert not job.told(r.AllFinished)
+        job.feed(r.Finished(0, node))
+    assert job.told(r.AllFinished) == [r.AllFinished(0)]
+    for rank, slot in enumerate(job.core.assignment):
+        assert job.finish is None
+        job.feed(r.WorkerExited(slot.node, slot.local, rank, 1, 0))
+    assert job.end == (Exit.OK, "")
+
+
+def test_a_script_that_never_trains_ends_well_too() -> None:
+    job = SimulatedJob()
+    job.join()
+    for rank, slot in enumerate(job.core.assignment):
+        job.feed(r.WorkerExited(slot.node, slot.local, rank, 1, 0))
+    assert job.end == (Exit.OK, "")
+
+
+def test_after_the_end_nothing_is_decided_any_more() -> None:
+    job = SimulatedJob().train()
+    job.take(job.core.interrupted(job.now))
+    assert job.end[0] == Exit.INTERRUPTED
+    assert job.core.node_lost(0, "gone", job.now) == [] and job.core.received(r.Finished(0, 1), job.now) == []
+    assert job.core.inject(r.Fault("kill", 0), job.now)[0] == "the job has ended"
+
+
+# ---- one loss
+
+
+def test_a_lost_node_is_replaced_by_the_spare_and_training_goes_on() -> None:
+    job = SimulatedJob().train()
+    job.lose(1)
+    (declared,) = job.told(r.Declare)
+    assert declared.epoch == 1 and declared.purpose == "resume" and declared.replaced == [2, 3]
+    assert declared.lost_nodes == [1] and declared.assignment[2:4] == [SlotAddress(3, 0), SlotAddress(3, 1)]
+    assert declared.peers == {0: 3, 3: 2, 2: 0} and 1 not in declared.vaults
+    job.arrive(5)
+    (agreed,) = job.told(r.Agree)
+    assert agreed.generation == 5 and {rank: s.node for rank, s in agreed.sources.items()} == {2: 2, 3: 2}
+    job.prepare()
+    assert job.told(r.Form) == [r.Form(1)]
+    job.form()
+    job.restore()
+    assert job.core.phase is Phase.RESTORING
+    job.resume()
+    assert job.core.phase is Phase.RUNNING and job.core.next_deadline() is None
+    names = [e.event for e in job.emitted if e.event in PHASES]
+    assert names == list(PHASES)
+
+
+PHASES = ("detected", "declared", "aborted", "agreed", "prepared", "reformed", "restored", "resumed")
+
+
+def test_nothing_goes_on_before_the_last_node_is_through() -> None:
+    job = SimulatedJob().train()
+    job.lose(0)
+    last = job.active[-1]
+    first = job.active[:-1]
+    for node in first:
+        job.offer(node)
+    assert not job.told(r.Agree)
+    job.offer(last)
+    for node in first:
+        job.feed(r.NodeReady(1, node))
+    assert not job.told(r.Form)
+    job.feed(r.NodeReady(1, last))
+    for node in first:
+        job.feed(r.NodeFormed(1, node, 1))
+    assert not job.events("reformed")
+
+
+def test_a_fast_node_may_resume_before_the_slowest_has_told_that_it_formed() -> None:
+    job = SimulatedJob().train()
+    job.lose(1)
+    job.arrive()
+    job.prepare()
+    for node in job.active[:-1]:
+        job.feed(r.NodeFormed(1, node, 1))
+        job.feed(r.NodeRestored(1, node))
+        job.feed(r.NodeResumed(1, node, 5))
+    slow = job.active[-1]
+    job.feed(r.NodeFormed(1, slow, 1))
+    job.feed(r.NodeRestored(1, slow))
+    job.feed(r.NodeResumed(1, slow, 5))
+    assert job.core.phase is Phase.RUNNING
+
+
+@pytest.mark.parametrize("node", [0, 1, 2])
+def test_every_node_can_be_lost_one_after_the_other_the_former_spares_included(node: int) -> None:
+    job = SimulatedJob(nodes=6, spares=3).train()
+    victim = node
+    for epoch in (1, 2, 3):
+        job.lose(victim)
+        assert job.core.epoch == epoch
+        job.recover(generation=4 + epoch)
+        assert job.core.phase is Phase.RUNNING
+        job.commit(4 + epoch)
+        victim = job.core.assignment[2 * node].node
+    assert victim == 5
+
+
+def test_a_worker_that_dies_takes_its_node_out_of_the_job() -> None:
+    job = SimulatedJob().train()
+    job.feed(r.WorkerExited(2, 1, 5, 77, -9))
+    assert job.core.nodes[2].role == "lost" and "rank 5 ended (signal 9)" in job.events("detected")[0]["cause"]
+    assert job.told(r.Stop, node=2)[0].code == Exit.FENCED
+    job.recover()
+    assert job.core.phase is Phase.RUNNING
+
+
+def test_a_loss_told_twice_is_one_loss() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.lose(1)
+    job.feed(r.WorkerExited(1, 0, 2, 77, -9))
+    job.lose(1)
+    assert job.core.epoch == 1
+
+
+def test_a_spare_whose_workers_are_warm_is_taken_before_one_that_still_imports() -> None:
+    job = SimulatedJob(nodes=5, spares=2)
+    job.join()
+    job.park([4])
+    for rank in range(6):
+        job.register(rank)
+    job.lose(0)
+    assert job.active == [4, 1, 2]
+    job.lose(1)
+    assert job.active == [4, 3, 2]
+
+
+def test_a_node_that_comes_back_after_its_loss_is_told_to_go() -> None:
+    job = SimulatedJob().train()
+    job.lose(1)
+    before = len(job.sent)
+    job.join([1])
+    assert [(s.node, type(s.record).__name__) for s in job.sent[before:]] == [(1, "Stop")]
+    assert job.told(r.Stop, node=1)[-1].code == Exit.FENCED
+    job.join([9])
+    assert job.told(r.Stop, node=9)[-1].code == Exit.FENCED
+
+
+# ---- a loss in the middle of a recovery
+
+Step = Callable[[SimulatedJob], None]
+_MIDDLE: dict[str, list[Step]] = {
+    "aborting": [lambda job: job.offer(job.active[0])],
+    "restoring": [SimulatedJob.arrive, lambda job: job.feed(r.NodeReady(job.core.epoch, job.active[0]))],
+    "re-forming": [
+        SimulatedJob.arrive,
+        SimulatedJob.prepare,
+        lambda job: job.feed(r.NodeFormed(job.core.epoch, job.active[0], 1)),
+    ],
+    "gathering parameters": [
+        SimulatedJob.arrive,
+        SimulatedJob.prepare,
+        SimulatedJob.form,
+        lambda job: job.feed(r.NodeRestored(job.core.epoch, job.active[0])),
+    ],
+}
+
+
+def _in_the_middle(phase: str, nodes: int = 6, spares: int = 2) -> SimulatedJob:
+    job = SimulatedJob(nodes=nodes, spares=spares).train()
+    job.commit(4)
+    job.lose(1)
+    for step in _MIDDLE[phase]:
+        step(job)
+    assert job.core.phase.value == phase
+    return job
+
+
+@pytest.mark.parametrize("victim", [3, 4], ids=["a survivor", "the spare that took over"])
+@pytest.mark.parametrize("phase", _MIDDLE)
+def test_a_second_loss_in_any_phase_declares_the_next_epoch_and_recovers(phase: str, victim: int) -> None:
+    job = _in_the_middle(phase)
+    job.lose(victim)
+    assert job.core.phase is Phase.ARRIVING and job.core.epoch == 2 and 5 in job.active
+    assert job.core.next_deadline() == job.now + DEADLINES.abort
+    job.recover()
+    assert job.core.phase is Phase.RUNNING and job.events("resumed")[-1]["epoch"] == 2
+
+
+@pytest.mark.parametrize("phase", _MIDDLE)
+def test_answers_of_the_epoch_before_count_for_nothing_in_the_next(phase: str) -> None:
+    job = _in_the_middle(phase)
+    job.lose(3)
+    for node in job.active:
+        job.feed(r.Offer(1, node, {}, {}, {}))
+        job.feed(r.NodeReady(1, node))
+        job.feed(r.NodeFormed(1, node, 1))
+        job.feed(r.NodeRestored(1, node))
+        job.feed(r.NodeResumed(1, node, 5))
+        job.feed(r.Committed(1, node, 6))
+        job.feed(r.Iteration(node, 7, 1, 9, {}, None, 0.1, 0.0, 0, 0))
+        job.feed(r.FetchFailed(1, node, 0, 2, 5, "torn"))
+        job.feed(r.PeerError(1, node, 0, "connection closed"))
+        job.feed(r.Finished(1, node))
+        job.feed(r.Saved(1, node, 5, "/ckpt"))
+    assert job.core.phase is Phase.ARRIVING and job.core.epoch == 2 and job.core.iteration == -1
+    assert job.core.next_deadline() == job.now + DEADLINES.abort
+    job.recover()
+    assert job.core.phase is Phase.RUNNING
+
+
+@pytest.mark.parametrize("phase", _MIDDLE)
+def test_what_a_lost_node_still_says_counts_for_nothing(phase: str) -> None:
+    job = _in_the_middle(phase)
+    state = (job.core.phase, job.core.epoch, job.core.next_deadline(), len(job.sent), len(job.emitted))
+    epoch = job.core.epoch
+    for record in (
+        r.Offer(epoch, 1, {}, {2: [(1, 99)]}, {}),
+        r.NodeReady(epoch, 1),
+        r.NodeFormed(epoch, 1, 1),
+        r.NodeRestored(epoch, 1),
+        r.NodeResumed(epoch, 1, 5),
+        r.Committed(epoch, 1, 6),
+        r.PeerError(epoch, 1, 2, "connection closed"),
+        r.FetchFailed(epoch, 1, 2, 2, 5, "torn"),
+        r.Iteration(1, 2, epoch, 50, {}, None, 0.1, 0.0, 0, 0),
+        r.WorkerExited(1, 0, 2, 7, -9),
+        failed(1),
+        r.Registered(1, 0, r.CoordinateInfo(2, 0, 0, 0), 1, 1, "other groups", "swap", False),
+    ):
+        job.feed(record)
+    assert state == (job.core.phase, job.core.epoch, job.core.next_deadline(), len(job.sent), len(job.emitted))
+    assert job.core.iteration == -1
+
+
+@pytest.mark.parametrize("phase", _MIDDLE)
+def test_whoever_misses_the_deadline_of_a_phase_is_lost_and_only_they(phase: str) -> None:
+    job = _in_the_middle(phase, nodes=8, spares=4)
+    slow = job.active[1]
+    # Everybody but one goes on; the step of this phase that all but one take:
+    for node in job.active:
+        if node == slow:
+            continue
+        match phase:
+            case "aborting":
+                job.offer(node)
+            case "restoring":
+                job.feed(r.NodeReady(1, node))
+            case "re-forming":
+                job.feed(r.NodeFormed(1, node, 1))
+            case "gathering parameters":
+                job.feed(r.NodeRestored(1, node))
+                job.feed(r.NodeResumed(1, node, 5))
+    due = job.core.next_deadline()
+    assert due is not None
+    job.wait(due - job.now - 0.001)
+    assert job.core.epoch == 1
+    job.wait(0.001)
+    assert job.core.nodes[slow].role == "lost" and job.core.epoch == 2
+    assert [n for n, s in job.core.nodes.items() if s.role == "lost"] == [1, slow]
+    assert f"missed the deadline of phase '{phase}'" in job.events("detected")[-1]["cause"]
+    job.recover()
+    assert job.core.phase is Phase.RUNNING
+
+
+def test_a_parked_spare_that_is_lost_disturbs_nobody_and_is_never_chosen() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.feed(r.WorkerExited(3, 0, None, 30, -9))
+    assert job.core.phase is Phase.RUNNING and job.core.epoch == 0 and not job.told(r.Declare)
+    job.lose(0)
+    assert job.active == [4, 1, 2]
+
+
+def test_a_spare_lost_before_the_job_is_complete_does_not_keep_the_others_waiting() -> None:
+    job = SimulatedJob()
+    job.join([0, 1, 2])
+    job.lose(3)
+    assert len(job.told(r.Roster)) == 1
+
+
+# ---- copies that cannot be had
+
+
+def test_a_copy_that_turns_out_unreadable_is_not_asked_for_again() -> None:
+    job = SimulatedJob().train()
+    job.lose(1)
+    version = [(0, 5)]
+    old = [(0, 4)]
+
+    def offers() -> None:
+        job.feed(r.Offer(job.core.epoch, 0, {0: 5, 1: 5}, {0: old + version, 1: old + version}, {4: old, 5: old}))
+        job.feed(r.Offer(job.core.epoch, 2, {4: 5, 5: 5}, {4: old, 5: old}, {2: old + version, 3: old + version}))
+        job.feed(r.Offer(job.core.epoch, 3, {2: None, 3: None}, {}, {}))
+
+    offers()
+    assert job.told(r.Agree)[-1].generation == 5
+    job.feed(r.FetchFailed(1, 3, 2, 2, 5, "checksum of slice 3 differs"))
+    assert job.core.epoch == 2 and job.events("refused")[0]["cause"] == "checksum of slice 3 differs"
+    offers()
+    assert job.told(r.Agree)[-1].generation == 4
+    job.feed(r.FetchFailed(2, 3, 2, 2, 4, "checksum of slice 1 differs"))
+    offers()
+    code, message = job.end
+    assert code == Exit.GENERATION_LOST and "of ranks 2" in message and "--load" in message
+
+
+def test_two_neighbours_lost_at_once_are_more_than_the_redundancy_covers() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.lose(1)
+    job.lose(2)
+    job.arrive()
+    code, message = job.end
+    assert code == Exit.GENERATION_LOST and "ranks 2, 3" in message and "more nodes were lost" in message
+    assert job.told(r.Stop)[-1].code == Exit.GENERATION_LOST
+
+
+# ---- no spare
+
+
+def _rescued() -> SimulatedJob:
+    job = SimulatedJob().train()
+    job.lose(1)
+    job.recover()
+    job.lose(0)
+    return job
+
+
+def test_without_a_spare_the_survivors_save_what_would_be_lost() -> None:
+    job = _rescued()
+    declared = job.told(r.Declare)[-1]
+    assert declared.purpose == "save" and declared.replaced == [0, 1]
+    assert declared.assignment[0].node in (2, 3) and declared.assignment[0].local == 2
+    assert len(set(declared.assignment)) == 6
+    job.arrive(7)
+    job.prepare()
+    job.form()
+    job.restore()
+    assert job.core.phase is Phase.RESTORING
+    for node in job.active:
+        assert job.finish is None
+        job.feed(r.Saved(job.core.epoch, node, 7, "/ckpt"))
+    code, message = job.end
+    assert code == Exit.NO_SPARE_SAVED and "iteration 7" in message and "--load /ckpt" in message
+
+
+def test_a_loss_while_saving_begins_the_rescue_again_with_who_is_left() -> None:
+    job = SimulatedJob(nodes=5, spares=1).train()
+    job.lose(1)
+    job.recover()
+    job.commit(5)
+    job.lose(0)
+    assert job.core.epoch == 2
+    job.lose(3)
+    declared = job.told(r.Declare)[-1]
+    assert declared.epoch == 3 and declared.purpose == "save" and {s.node for s in declared.assignment} == {2, 4}
+    assert len(set(declared.assignment)) == 8
+
+
+def test_a_checkpoint_that_is_not_saved_in_time_ends_the_job() -> None:
+    job = _rescued()
+    job.arrive(7)
+    job.prepare()
+    job.form()
+    job.restore()
+    job.feed(r.Saved(job.core.epoch, job.active[0], 7, "/ckpt"))
+    for _ in range(4):
+        job.wait(DEADLINES.build + 1)
+    assert job.end[0] == Exit.NO_SPARE
+
+
+def test_without_a_spare_and_without_a_way_to_save_the_job_says_what_is_missing() -> None:
+    job = SimulatedJob(nodes=3, spares=0, can_rescue=False).train()
+    job.lose(2, "rank 4 ended (signal 9)")
+    code, message = job.end
+    assert code == Exit.NO_SPARE and "no spare is left for node 2" in message and "--save" in message
+
+
+def test_when_nobody_survives_the_job_ends() -> None:
+    job = SimulatedJob(nodes=2, spares=0, slots=1).train()
+    job.lose(0)
+    job.lose(1)
+    code, message = job.end
+    assert code == Exit.NO_SPARE and "nobody survives" in message
+
+
+# ---- errors that no loss explains
+
+
+def test_a_communication_error_that_a_loss_explains_is_forgotten() -> None:
+    job = SimulatedJob().train()
+    job.feed(r.PeerError(0, 0, 0, "connection reset"))
+    assert job.core.epoch == 0 and job.core.phase is Phase.RUNNING
+    job.wait(DEADLINES.lease / 2)
+    job.lose(1)
+    job.recover()
+    job.wait(10 * DEADLINES.lease)
+    assert job.core.epoch == 1
+
+
+def test_a_communication_error_with_every_node_alive_re_forms_with_the_same_nodes() -> None:
+    job = SimulatedJob().train()
+    job.feed(r.PeerError(0, 0, 0, "connection reset"))
+    job.feed(r.PeerError(0, 1, 2, "connection reset"))
+    job.wait(DEADLINES.lease + 1)
+    (declared,) = job.told(r.Declare)
+    assert declared.epoch == 1 and declared.replaced == [] and declared.lost_nodes == [] and job.active == [0, 1, 2]
+    job.recover()
+    assert job.core.phase is Phase.RUNNING and job.core.nodes[3].role == "spare"
+
+
+def _transient(job: SimulatedJob) -> None:
+    job.feed(r.PeerError(job.core.epoch, 0, 0, "link flap"))
+    job.wait(DEADLINES.lease + 1)
+
+
+def test_communication_errors_without_end_are_given_up_after_the_retries() -> None:
+    job = SimulatedJob(retries=2).train()
+    for epoch in (1, 2):
+        _transient(job)
+        assert job.core.epoch == epoch
+        job.recover()
+    _transient(job)
+    code, message = job.end
+    assert code == Exit.RECOVERY_FAILED and "3 times" in message and "link flap" in message
+
+
+def test_communication_errors_far_apart_do_not_add_up_over_the_life_of_a_job() -> None:
+    job = SimulatedJob(retries=2).train()
+    for epoch in range(1, 7):
+        _transient(job)
+        assert job.core.epoch == epoch and job.finish is None
+        job.recover(generation=10 * epoch)
+        job.iterate(10 * epoch)
+        job.iterate(10 * epoch + 1)
+
+
+def test_a_communication_error_at_the_same_iteration_again_and_again_is_given_up() -> None:
+    job = SimulatedJob(retries=2).train()
+    job.iterate(8)
+    for _ in range(2):
+        _transient(job)
+        job.recover(generation=8)
+        job.iterate(8)
+    _transient(job)
+    assert job.end[0] == Exit.RECOVERY_FAILED
+
+
+def test_a_communication_error_in_the_middle_of_a_recovery_starts_it_again() -> None:
+    job = _in_the_middle("re-forming")
+    _transient(job)
+    assert job.core.epoch == 2 and job.core.phase is Phase.ARRIVING and job.core.nodes[5].role == "spare"
+    job.recover()
+    assert job.core.phase is Phase.RUNNING
+
+
+# ---- errors of the worker's own
+
+
+def test_an_error_of_a_worker_costs_one_spare_and_the_same_error_again_ends_the_job() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.feed(failed(1, 2))
+    job.feed(r.WorkerExited(1, 0, 2, 11, 1))
+    assert job.core.epoch == 1
+    job.recover()
+    job.feed(failed(3, 2))
+    code, message = job.end
+    assert code == Exit.REPEATED_ERROR and "rank 2" in message and "iteration 5" in message and "ValueError: x" in message
+    assert job.core.nodes[4].role == "spare"
+
+
+def test_another_error_at_another_iteration_is_not_the_same_error() -> None:
+    job = SimulatedJob(nodes=6, spares=3).train()
+    for iteration, text in ((5, "ValueError: x"), (6, "ValueError: x"), (6, "OSError: y")):
+        node = job.core.assignment[2].node
+        job.feed(failed(node, 2, iteration, text=text))
+        job.feed(r.WorkerExited(node, 0, 2, 11, 1))
+        job.recover()
+    assert job.core.phase is Phase.RUNNING
+
+
+def test_what_the_user_did_wrong_ends_the_job_with_the_users_line() -> None:
+    job = SimulatedJob()
+    job.join()
+    job.feed(r.WorkerFailed(0, 0, 0, "setup", -1, True, "--fp8-format is not supported", "Traceback ..."))
+    assert job.end == (Exit.USAGE, "--fp8-format is not supported")
+
+
+def test_an_exception_before_training_ends_the_job_and_is_named() -> None:
+    job = SimulatedJob()
+    job.join()
+    job.feed(failed(1, 2, -1, "setup", "FileNotFoundError: vocab.json"))
+    job.feed(r.WorkerExited(1, 0, 2, 11, 1))
+    code, message = job.end
+    assert code == 1 and message == "rank 2 on node 1: FileNotFoundError: vocab.json"
+
+
+@pytest.mark.parametrize(("status", "code", "how"), [(3, 3, "exit code 3"), (-9, 1, "signal 9")])
+def test_a_process_that_ends_before_training_ends_the_job(status: int, code: int, how: str) -> None:
+    job = SimulatedJob()
+    job.join()
+    job.feed(r.WorkerExited(1, 0, 2, 11, status))
+    assert job.end[0] == code and how in job.end[1] and "before training began" in job.end[1]
+
+
+def test_a_node_lost_before_training_ends_the_job() -> None:
+    job = SimulatedJob()
+    job.join()
+    job.lose(0)
+    code, message = job.end
+    assert code == Exit.FAILED and "node 0 was lost before training began" in message
+
+
+def test_a_node_lost_after_training_had_finished_ends_the_job() -> None:
+    job = SimulatedJob().train()
+    for node in (0, 1, 2):
+        job.feed(r.Finished(0, node))
+    job.lose(0)
+    assert job.end[0] == Exit.FAILED and "after training had finished" in job.end[1]
+
+
+# ---- plain mode
+
+
+def test_in_plain_mode_the_first_failure_ends_the_job_with_its_exit_code() -> None:
+    job = SimulatedJob(nodes=2, spares=0, deadpool=False)
+    job.join()
+    job.feed(r.WorkerExited(1, 0, 2, 11, 3))
+    code, message = job.end
+    assert code == 3 and message == "rank 2 on node 1 failed (exit code 3); see its log"
+
+
+def test_in_plain_mode_a_lost_node_ends_the_job() -> None:
+    job = SimulatedJob(nodes=2, spares=0, deadpool=False)
+    job.join()
+    job.lose(1)
+    assert job.end[0] == Exit.FAILED and "DeadPool is off" in job.end[1]
+
+
+def test_in_plain_mode_the_job_is_done_when_all_have_left() -> None:
+    job = SimulatedJob(nodes=2, spares=0, deadpool=False)
+    job.join()
+    for rank, slot in enumerate(job.core.assignment):
+        job.feed(r.WorkerExited(slot.node, slot.local, rank, 1, 0))
+    assert job.end == (0, "")
+
+
+# ---- faults on demand
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        (r.Fault("kill", 9), "there is no node 9: the job has nodes 0 to 3"),
+        (r.Fault("kill", 1), "node 1 is lost already"),
+        (r.Fault("kill", 0, iteration=6), "iteration 6 is over: the job is past iteration 6"),
+    ],
+)
+def test_a_fault_that_cannot_strike_is_refused_with_the_reason(fault: r.Fault, why: str) -> None:
+    job = SimulatedJob().train()
+    job.lose(1)
+    job.recover()
+    job.iterate(6)
+    assert job.core.inject(fault, job.now) == (why, [])
+
+
+def test_a_fault_goes_to_its_node_and_an_abort_re_forms_with_everybody() -> None:
+    job = SimulatedJob().train()
+    error, actions = job.core.inject(r.Fault("kill-worker", 2, 1, 7, 3), job.now)
+    job.take(actions)
+    assert not error and job.told(r.Arm, node=2) == [r.Arm(r.Fault("kill-worker", 2, 1, 7, 3))]
+    error, actions = job.core.inject(r.Fault("abort", -1), job.now)
+    job.take(actions)
+    assert not error and job.core.epoch == 1 and job.told(r.Declare)[-1].replaced == []
+    assert "not training" in job.core.inject(r.Fault("abort", -1), job.now)[0]
