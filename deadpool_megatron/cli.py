@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "communicators are aborted and re-formed (default: kill)",
     )
     inject.add_argument("--local", type=int, default=0, metavar="I", help="local index of the worker (default: 0)")
-    inject.add_argument("--at-iteration", type=int, default=None, metavar="K", help="in iteration K (from 0; default: now)")
+    inject.add_argument("--at-iteration", type=int, metavar="K", help="in iteration K (from 0; default: now)")
     inject.add_argument(
         "--at-tick",
         type=int,
@@ -92,7 +92,8 @@ def _inject(options: argparse.Namespace) -> int:
     spoke = Spoke(job["coordinator"], f"inject-{os.getpid()}", bytes.fromhex(job["secret"]), float(job["lease"]))
     if options.node is None and options.fault != "abort":
         return _fail(f"--fault {options.fault} needs --node")
-    fault = r.Fault(options.fault, -1 if options.node is None else options.node, options.local, options.at_iteration, options.at_tick)
+    node = -1 if options.node is None else options.node
+    fault = r.Fault(options.fault, node, options.local, options.at_iteration, options.at_tick)
     spoke.send(r.encode(r.Inject(fault)))
     packet = spoke.receive(10.0)
     spoke.close()

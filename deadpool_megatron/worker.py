@@ -135,7 +135,7 @@ def main() -> int:
         if exit_.code not in (None, 0) and hooks is not None and hooks.phase == "setup":
             _failed(hooks, exit_, tell)
         raise
-    except BaseException as error:  # the process boundary: tell the agent why, then end
+    except BaseException as error:  # noqa: BLE001 - the process boundary: tell the agent why, then end
         _failed(hooks, error, tell)
         traceback.print_exception(error)
         sys.stderr.flush()

@@ -87,9 +87,9 @@ class Job:
         """Process ids of the coordinates, by rank."""
         return {c["rank"]: c["pid"] for c in self.status()["coordinates"]}
 
-    def exact(self) -> dict[int, tuple[dict[str, str], str | None]]:
-        """By iteration, losses and grad norm as hexadecimal floats; of a repeated one the last."""
-        return {e["iteration"]: (e["losses_hex"], e["grad_norm_hex"]) for e in self.events("iteration")}
+    def exact(self) -> list[tuple[int, dict[str, str], str | None]]:
+        """Iteration, losses and grad norm as hexadecimal floats; a repeated iteration is there each time."""
+        return [(e["iteration"], e["losses_hex"], e["grad_norm_hex"]) for e in self.events("iteration")]
 
     def hashes(self) -> dict[str, dict[str, str]]:
         """State hashes at the end, by rank and part."""
@@ -287,11 +287,12 @@ def assert_same_training(got: Job, want: Job, iterations: int, rank: int, mute: 
         rank: the coordinate whose log has Megatron's lines.
         mute: iterations (from 0) whose report may have died with the node that made it.
     """
-    expected, seen = want.exact(), got.exact()
+    expected = {iteration: exact for iteration, *exact in want.exact()}
     assert sorted(expected) == list(range(iterations)), "the undisturbed run is not complete"
-    assert set(range(iterations)) - mute <= set(seen), f"iterations reported: {sorted(seen)}"
-    for iteration in seen:
-        assert seen[iteration] == expected[iteration], f"iteration {iteration} differs"
+    seen = {iteration for iteration, *_ in got.exact()}
+    assert set(range(iterations)) - mute <= seen, f"iterations reported: {sorted(seen)}"
+    for iteration, *exact in got.exact():
+        assert exact == expected[iteration], f"iteration {iteration} differs"
     lines, wanted = got.printed(rank), want.printed(rank)
     assert wanted and all("lm loss" in v and "grad norm" in v and "learning rate" in v for v in wanted.values())
     assert lines == wanted

@@ -12,8 +12,8 @@ import msgspec
 
 __all__ = [
     "Address",
-    "Agree",
     "AgentRecord",
+    "Agree",
     "AllFinished",
     "ArenaGranted",
     "ArenaRefused",

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.vault import (
     Replicator,
-    StaleEpoch,
     Vault,
     VaultError,
     VaultServer,
@@ -150,7 +149,8 @@ class Shards:
                 fetch(self.vault, self._secret, place, rank, epoch, version)
             except VaultError as err:
                 error = str(err)
-            self._tell(FetchDone(rank, epoch, generation, source.node, None if error else (version.epoch, version.generation), error))
+            got = None if error else (version.epoch, version.generation)
+            self._tell(FetchDone(rank, epoch, generation, source.node, got, error))
 
         threading.Thread(target=work, name=f"fetch-{rank}", daemon=True).start()
 

@@ -156,21 +156,23 @@ class Communicators:
             return AbortReport(already, 0, 0, 0, 0, 0, 0, time.monotonic() - begun)
         try:
             closed = self._connections.shutdown()
-            aborted, stuck = self._abort_nccl(deadline)
-            found, forced, inside = self._waits.clear_out(_ABORT_GRACE_S, deadline)
+            aborted, stuck = nccl.abort_all(self._backends("nccl"), deadline)
+            found, forced, inside = self._waits.clear_out(self._backends("gloo"), _ABORT_GRACE_S, deadline)
         finally:
             self._abort_lock.release()
         report = AbortReport(already, closed, found, forced, inside, aborted, stuck, time.monotonic() - begun)
         _log.info("communicators of epoch %d aborted: %s", self.epoch, report)
         return report
 
-    def _abort_nccl(self, deadline: float) -> tuple[int, int]:
-        backends = [
-            _backend(record, "nccl")
-            for record in list(self._table.records)
-            if record.real and record.group is not None and "nccl" in record.backend_of_device.values()
+    def _backends(self, kind: str) -> list[Any]:
+        """The real backends of this kind; from any thread."""
+        records = list(self._table.records)
+        alive = dict(c10d._world.pg_map)
+        return [
+            _backend(record, kind)
+            for record in records
+            if record.real and record.group in alive and kind in record.backend_of_device.values()
         ]
-        return nccl.abort_all(backends, deadline) if backends else (0, 0)
 
     def prepare(self, store: Store) -> None:
         """Connect to the store's server now, so that a later `reform` with this store need not. Optional; call it

@@ -26,7 +26,7 @@ class AbortReport:
     waits_interrupted: int
     """Threads found inside `Work.wait`."""
     waits_forced: int
-    """Those of them that the end of their connections had not freed, and that were taken out by force."""
+    """Operations that the end of their connections had not ended, and that were taken out by force."""
     waits_stuck: int
     """Those still inside when the deadline passed. Zero, or the operation time-out is what frees them."""
     nccl_aborted: int

@@ -125,7 +125,7 @@ def _disturbed(console: Console, options: argparse.Namespace, reference: list[St
     usual = usual_seconds([s.seconds for s in evidence.disturbed if s.epoch == 0] or [s.seconds for s in reference])
     disturbance = show_recovery(console, recovery, died, (first["iteration"], first["t"]), usual)
     show_evidence(console, evidence, generation)
-    return show_verdict(console, evidence, recovery, disturbance)
+    return show_verdict(console, evidence, recovery, options.iteration, disturbance)
 
 
 def _ended(signum: int, frame: object) -> NoReturn:

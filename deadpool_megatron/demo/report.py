@@ -124,14 +124,14 @@ def show_evidence(console: Console, evidence: Evidence, redone: int | None) -> N
     _hashes(console, evidence)
 
 
-def show_verdict(console: Console, evidence: Evidence, recovery: Recovery, disturbance_s: float) -> bool:
-    """One line, after a line for each difference; True when nothing differs."""
+def show_verdict(console: Console, evidence: Evidence, recovery: Recovery, killed_in: int, disturbance_s: float) -> bool:
+    """One line, after a line for each difference; True when nothing differs. ``killed_in`` is the iteration."""
     differences = compare(evidence)
     for line in differences[:_MOST_DIFFERENCES]:
         _line(console, line, "red")
     if len(differences) > _MOST_DIFFERENCES:
         _line(console, f"... and {len(differences) - _MOST_DIFFERENCES} differences more", "red")
-    lost = f"node {ranks_text(recovery.lost)} lost in iteration {recovery.generation}"
+    lost = f"node {ranks_text(recovery.lost)} lost in iteration {killed_in}, resumed from {recovery.generation}"
     if differences:
         _line(console, f"DIFFERENT: {lost}; {len(differences)} things are not as undisturbed", "bold red")
         return False

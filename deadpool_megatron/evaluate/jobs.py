@@ -31,8 +31,11 @@ class Job:
         self.run_dir = run_dir
         self._log = open(f"{run_dir}.out", "ab")  # noqa: SIM115 - closed with the job
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "deadpool_megatron.cli", "launch", "--run-dir", str(run_dir), "--tee", "none"]
-            + [*launch, *script],
+            [
+                *[sys.executable, "-m", "deadpool_megatron.cli", "launch", "--run-dir", str(run_dir), "--tee", "none"],
+                *launch,
+                *script,
+            ],
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
@@ -62,7 +65,8 @@ class Job:
             if found:
                 return found
             if self._process.poll() is not None:
-                raise JobError(f"the job of {self.run_dir} ended ({self._process.returncode}) before {what}; see its logs")
+                code = self._process.returncode
+                raise JobError(f"the job of {self.run_dir} ended ({code}) before {what}; see its logs")
             if time.monotonic() > end:
                 raise JobError(f"the job of {self.run_dir}: no {what} within {deadline_s:g} s; see its logs")
             time.sleep(0.02)

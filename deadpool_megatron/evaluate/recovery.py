@@ -50,10 +50,10 @@ class Recovery:
 def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `deadpool bench recovery`."""
     parser.add_argument("--kills", type=int, default=10, metavar="K", help="kills to measure (default: 10)")
-    parser.add_argument("--restarts", type=int, default=3, metavar="R", help="restarts to measure (default: 3; 0: none)")
+    parser.add_argument("--restarts", type=int, default=3, metavar="R", help="restarts to measure (default: 3)")
     parser.add_argument("--active-nodes", type=int, default=4, metavar="N", help="nodes that train (default: 4)")
     parser.add_argument("--nproc-per-node", type=int, default=2, metavar="P", help="workers a node (default: 2)")
-    parser.add_argument("--spares-per-job", type=int, default=1, metavar="S", help="spares, hence kills, a job (default: 1)")
+    parser.add_argument("--spares-per-job", type=int, default=1, metavar="S", help="spares and kills a job (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims (default: 0)")
     parser.add_argument("--emulate-cpu", action="store_true", help="emulate CUDA on the CPU")
     parser.add_argument("--out", metavar="FILE", help="write all figures as JSON")

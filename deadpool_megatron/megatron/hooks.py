@@ -185,7 +185,7 @@ class Hooks:
             except (EpochClosed, Superseded):
                 rejoining = True
                 continue
-            except Exception as err:  # whatever the broken step raised: _rejoin decides what it was
+            except Exception as err:  # noqa: BLE001 - whatever the broken step raised: _rejoin decides what it was
                 error = err
                 rejoining = True
                 continue

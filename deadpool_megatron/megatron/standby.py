@@ -81,7 +81,7 @@ def publish_imports(store: Store) -> None:
 
 
 def follow_imports(store: Callable[[], Store]) -> None:
-    """Import what the others have imported, in a thread, as soon as it is known. ``store`` makes a client of its own."""
+    """Import what the others have imported, in a thread, once it is known. ``store`` makes a client of its own."""
 
     def work() -> None:
         client = store()

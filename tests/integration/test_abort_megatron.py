@@ -1,4 +1,4 @@
-"""A survivor never stays blocked: communicators aborted again and again at random moments of real Megatron iterations."""
+"""A survivor never stays blocked: communicators aborted again and again at random moments of real iterations."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from flags import tiny_gpt
 
 from deadpool_megatron.cluster import Spoke
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.evaluate.jobs import Job
 from deadpool_megatron.observe import JOB
+from flags import tiny_gpt
 
 ABORTS = int(os.environ.get("DEADPOOL_TEST_ABORTS", "200"))
 LAUNCH = ["--local-nodes", "4", "--nproc-per-node", "2", "--emulate-cpu"]

@@ -109,6 +109,13 @@ def barrier(group: dist.ProcessGroup, me: int) -> Any:
     return None if me == VICTIM else dist.barrier(group=group, async_op=True)
 
 
+def functional_broadcast(group: dist.ProcessGroup, me: int) -> None:
+    """The wait is in C++: no Python code of ours sees it."""
+    result = funcol.broadcast(data(LARGE), 0, group)
+    if me != VICTIM:
+        funcol.wait_tensor(result)
+
+
 def absent(operation: Callable[[dist.ProcessGroup], Any]) -> Start:
     """The victim does not come; the operation blocks inside of its call."""
     return lambda group, me: None if me == VICTIM else operation(group)
@@ -134,6 +141,7 @@ OPERATIONS: dict[str, Start] = {
     "barrier": barrier,
     "objects": absent(lambda group: dist.all_gather_object([None] * WORLD, {"a": 1}, group=group)),
     "monitored_barrier": absent(lambda group: dist.monitored_barrier(group=group)),
+    "functional_large": functional_broadcast,
     "functional": absent(lambda group: funcol.all_reduce(torch.ones(4), "sum", group).sum().item()),
 }
 

@@ -60,7 +60,9 @@ def test_1f1b_survives_first_stage_last_stage_and_former_spare_killed_in_one_run
     job.inject(former_spare, 7, LAST_TICK)
     job.finished()
     assert [e["lost"] for e in job.events("declared")] == [[0], [2], [former_spare]]
-    assert [e["iteration"] for e in job.events("resumed")] == [3, 5, 7]
+    first, *later = [e["iteration"] for e in job.events("resumed")]
+    # At the first forward pass of iteration 3 the other stage may still be in iteration 2.
+    assert first in (2, 3) and later == [5, 7]
     assert _kept_their_processes(job, before, [2, 3, 6, 7])
     # Node 2 reports the losses and dies in iteration 5.
     assert_same_training(job, undisturbed, ITERATIONS, rank=7, mute=frozenset({4}))
@@ -80,7 +82,7 @@ def test_averages_over_two_iterations_go_on_through_a_swap(jobs: Jobs) -> None:
     job = jobs.start("interval-killed", launch_flags(5, 1), flags)
     _armed_kills(job, (0, 3, STEADY_TICK))
     job.finished()
-    assert sorted(want.printed(7)) == [2, 4, 6]
+    assert sorted(want.printed(7)) == [1, 2, 4, 6]
     assert_same_training(job, want, 6, rank=7)
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from deadpool_megatron.demo.evidence import Evidence, ProcessIdentity, Step, compare, steps_of
+from deadpool_megatron.demo.report import show_evidence, show_verdict
+from deadpool_megatron.observe.recoveries import Recovery
 
 
 def _step(iteration: int, loss: float, epoch: int = 0, grad_norm: float = 1.5) -> Step:
@@ -107,3 +110,30 @@ def test_steps_keep_every_digit_of_the_event_log() -> None:
     (step,) = steps_of([{"event": "committed"}, event])
     assert step.exact == {"lm loss": "0x1.0000000000001p+2"}
     assert step.loss == "4.000000000000001" and step.epoch == 1
+
+
+def _shown(evidence: Evidence) -> tuple[bool, str]:
+    console = Console(width=200, no_color=True)
+    with console.capture() as shown:
+        show_evidence(console, evidence, 1)
+        equal = show_verdict(console, evidence, Recovery(lost=[0], generation=1), 1, 0.8)
+    return equal, shown.get()
+
+
+def test_verdict_of_equal_runs_is_one_line() -> None:
+    equal, text = _shown(_equal())
+    assert equal and "DIFFER" not in text
+    assert text.splitlines()[-1].startswith("EQUAL: node 0 lost in iteration 1, resumed from 1; 3 losses, 4 SHA-256")
+
+
+def test_every_kind_of_difference_is_seen_in_its_table_and_in_the_verdict() -> None:
+    other = {"0": {"params": "aa", "rng": "xx"}, "1": {"params": "cc", "rng": "dd"}}
+    for changed in (
+        {"disturbed_hashes": other},
+        {"disturbed": [_step(0, 5.0), _step(1, 4.25), _step(2, 3.0)]},
+        {"after": {1: None, 2: ProcessIdentity(101, 1.5)}},
+    ):
+        equal, text = _shown(replace(_equal(), **changed))
+        assert not equal
+        assert text.splitlines()[-1].startswith("DIFFERENT: node 0 lost in iteration 1")
+        assert "DIFFERS" in text or "3 of 4 digests equal" in text

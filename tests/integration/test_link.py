@@ -1,0 +1,156 @@
+"""Hub and Spoke over real sockets and processes: strangers are never heard, the dead and the silent are soon noticed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from deadpool_megatron.cluster.link import Hub, Spoke, check_secret
+
+SECRET = bytes(range(32))
+LEASE_S = 1.0
+ROOT = Path(__file__).resolve().parents[2]
+
+_AGENT = """
+    import sys
+    from deadpool_megatron.cluster.link import Spoke
+    spoke = Spoke(sys.argv[1], sys.argv[2], bytes(range(32)), float(sys.argv[3]))
+    spoke.send(b"hello")
+    while (packet := spoke.receive(60)) is not None:
+        spoke.send(packet)
+"""
+
+
+class Room:
+    """A hub and what it has heard."""
+
+    def __init__(self) -> None:
+        self.hub = Hub("127.0.0.1", 0, SECRET, LEASE_S)
+        self.endpoint = f"127.0.0.1:{self.hub.port}"
+        self.heard: list[tuple[bytes, bytes]] = []
+        self.gone: list[bytes] = []
+        self._agents: list[subprocess.Popen[bytes]] = []
+
+    def serve(self, seconds: float, until: Callable[[], object] = lambda: False) -> float:
+        """Serve until something is so, at most ``seconds``; returns how long it took."""
+        start = time.monotonic()
+        while not until() and (left := start + seconds - time.monotonic()) > 0:
+            self.hub.wait(min(left, 0.05), lambda who, what: self.heard.append((who, what)), self.gone.append)
+        return time.monotonic() - start
+
+    def agent(self, name: str) -> subprocess.Popen[bytes]:
+        """An agent's end in a process of its own, connected."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(_AGENT), self.endpoint, name, str(LEASE_S)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        self._agents.append(process)
+        self.serve(60, lambda: (name.encode(), b"hello") in self.heard)
+        assert (name.encode(), b"hello") in self.heard
+        return process
+
+    def close(self) -> None:
+        """End the agents by their ids."""
+        for process in self._agents:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait()
+        self.hub.close()
+
+
+@pytest.fixture
+def room() -> Iterator[Room]:
+    each = Room()
+    yield each
+    each.close()
+
+
+def test_packets_go_both_ways_in_order(room: Room) -> None:
+    spoke = Spoke(room.endpoint, "node-3", SECRET, LEASE_S)
+    for i in range(50):
+        spoke.send(bytes([i]))
+    room.serve(10, lambda: len(room.heard) == 50)
+    assert room.heard == [(b"node-3", bytes([i])) for i in range(50)]
+    room.hub.send(b"node-3", b"answer")
+    assert spoke.receive(10) == b"answer" and spoke.receive(0) is None
+    spoke.close()
+
+
+def test_who_does_not_know_the_secret_is_never_heard(room: Room) -> None:
+    stranger = Spoke(room.endpoint, "node-0", bytes(32), LEASE_S)
+    stranger.send(b"let me in")
+    # The client key alone (of the right job) with a wrong server key, and no encryption at all:
+    plain: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    plain.setsockopt(zmq.LINGER, 0)
+    plain.setsockopt(zmq.IDENTITY, b"node-0")
+    plain.connect(f"tcp://{room.endpoint}")
+    plain.send(b"let me in")
+    friend = Spoke(room.endpoint, "node-1", SECRET, LEASE_S)
+    friend.send(b"hello")
+    room.serve(2)
+    assert room.heard == [(b"node-1", b"hello")]
+    room.hub.send(b"node-0", b"secret plan")
+    assert stranger.receive(0.5) is None and not plain.poll(100)
+    friend.close()
+    plain.close()
+    stranger.socket.setsockopt(zmq.LINGER, 0)
+    stranger.socket.close()
+
+
+def test_a_stranger_with_the_hubs_public_key_but_not_the_jobs_client_key_is_refused(room: Room) -> None:
+    from deadpool_megatron.cluster import link
+
+    server_public, _ = link._keypair(SECRET, "server")
+    public, private = zmq.curve_keypair()
+    stranger: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    stranger.setsockopt(zmq.LINGER, 0)
+    stranger.curve_serverkey, stranger.curve_publickey, stranger.curve_secretkey = server_public, public, private
+    stranger.connect(f"tcp://{room.endpoint}")
+    stranger.send(b"let me in")
+    room.serve(2)
+    assert room.heard == []
+    stranger.close()
+
+
+def test_a_killed_agent_is_noticed_in_less_than_half_a_second(room: Room) -> None:
+    victim, _ = room.agent("node-0"), room.agent("node-1")
+    victim.kill()
+    took = room.serve(5, lambda: room.gone)
+    assert room.gone == [b"node-0"] and took < 0.5
+
+
+def test_a_frozen_agent_is_noticed_within_the_lease_and_a_healthy_one_is_not(room: Room) -> None:
+    frozen, _ = room.agent("node-0"), room.agent("node-1")
+    frozen.send_signal(signal.SIGSTOP)
+    took = room.serve(10, lambda: room.gone)
+    # A heartbeat goes out every fifth of the lease; its answer may take the lease.
+    assert room.gone == [b"node-0"] and took < 1.5 * LEASE_S + 0.5
+    room.serve(2 * LEASE_S)
+    assert room.gone == [b"node-0"]
+
+
+def test_an_agent_that_leaves_in_order_is_gone_once_its_words_are_heard(room: Room) -> None:
+    spoke = Spoke(room.endpoint, "node-7", SECRET, LEASE_S)
+    spoke.send(b"last words")
+    room.serve(10, lambda: room.heard)
+    spoke.close()
+    room.serve(5, lambda: room.gone)
+    assert room.heard == [(b"node-7", b"last words")] and room.gone == [b"node-7"]
+
+
+def test_a_record_for_who_is_not_there_is_dropped(room: Room) -> None:
+    room.hub.send(b"node-9", b"anybody")
+
+
+def test_a_secret_of_the_wrong_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="has 5 bytes, not 32"):
+        check_secret(b"short")

@@ -1,0 +1,171 @@
+"""Everything the launcher and the workers can refuse before anything is built, each with one line that says what to do."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from deadpool_megatron import launch
+from deadpool_megatron.config import ConfigError
+from deadpool_megatron.launch import LaunchError, LaunchPlan
+from deadpool_megatron.versions import SUPPORTED, UserError, check_version
+
+
+def plan(tmp_path: Path, options: str, script: str = "") -> LaunchPlan:
+    (tmp_path / "train.py").write_text("")
+    parser = argparse.ArgumentParser()
+    launch.add_launch_arguments(parser)
+    return launch.check(parser.parse_args([*options.split(), str(tmp_path / "train.py"), *script.split()]))
+
+
+REFUSED = {
+    "no node": ("--local-nodes 0", "", "--local-nodes 0: at least 1 node"),
+    "no worker": ("--nproc-per-node 0", "", "--nproc-per-node 0: at least 1 worker"),
+    "fewer than no spares": ("--local-nodes 3 --spare-nodes -1", "--deadpool", "--spare-nodes -1: must be 0 or more"),
+    "only spares": ("--local-nodes 3 --spare-nodes 3", "--deadpool", "--spare-nodes 3 leaves no node to train"),
+    "spares for nothing": ("--local-nodes 3 --spare-nodes 1", "", "--spare-nodes 1 needs --deadpool"),
+    "one active node": ("--local-nodes 2 --spare-nodes 1", "--deadpool", "one active node has no peer"),
+    "indivisible": (
+        "--local-nodes 3 --nproc-per-node 2",
+        "--deadpool --tensor-model-parallel-size 4",
+        "6 active ranks (3 nodes of 2) are not a multiple of --tensor-model-parallel-size 4",
+    ),
+    "indivisible, with equals sign": (
+        "--local-nodes 3",
+        "--pipeline-model-parallel-size=2 --tensor-model-parallel-size=1",
+        "--pipeline-model-parallel-size 2",
+    ),
+    "size zero": ("--local-nodes 2", "--tensor-model-parallel-size 0", "are not a multiple"),
+    "size in words": ("--local-nodes 2", "--tensor-model-parallel-size two", "two: not a whole number"),
+    "settings without the switch": ("--local-nodes 2", "--deadpool-lease 3", "--deadpool-lease has no effect without"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_with_the_reason(case: str, tmp_path: Path) -> None:
+    options, script, why = REFUSED[case]
+    with pytest.raises(LaunchError) as refused:
+        plan(tmp_path, options, script)
+    assert why in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_script_that_is_not_there_is_named(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    launch.add_launch_arguments(parser)
+    with pytest.raises(LaunchError, match=r"script nowhere\.py does not exist"):
+        launch.check(parser.parse_args(["nowhere.py"]))
+
+
+def test_what_can_work_becomes_a_plan(tmp_path: Path) -> None:
+    made = plan(
+        tmp_path,
+        "--local-nodes 5 --spare-nodes 1 --nproc-per-node 2 --emulate-cpu",
+        "--deadpool --deadpool-lease 3 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --bf16",
+    )
+    assert (made.nodes, made.spare_nodes, made.slots_per_node, made.emulate_cpu) == (5, 1, 2, True)
+    assert made.config.deadpool and made.config.lease == 3.0
+    assert Path(made.script).is_absolute() and made.arguments[-1] == "--bf16"
+
+
+def test_of_a_size_given_twice_the_last_one_counts_as_it_does_for_megatron(tmp_path: Path) -> None:
+    sizes = "--tensor-model-parallel-size 4 --tensor-model-parallel-size 2"
+    assert plan(tmp_path, "--local-nodes 2", sizes).nodes == 2
+    with pytest.raises(LaunchError):
+        plan(tmp_path, "--local-nodes 2", "--tensor-model-parallel-size 2 --tensor-model-parallel-size=4")
+
+
+def test_an_unknown_deadpool_flag_is_refused_and_the_nearest_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown flag --deadpool-leese; did you mean --deadpool-lease\?"):
+        plan(tmp_path, "--local-nodes 2", "--deadpool --deadpool-leese 3")
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "0"])
+def test_a_bad_value_is_refused_by_its_flag(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match="--deadpool-lease"):
+        plan(tmp_path, "--local-nodes 2", f"--deadpool --deadpool-lease={value}")
+
+
+def test_a_megatron_that_is_not_supported_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "0.12.1")
+    with pytest.raises(UserError, match=r"megatron-core 0\.12\.1 is not supported.*0\.19\.x.*install"):
+        plan(tmp_path, "--local-nodes 2", "--deadpool")
+    assert plan(tmp_path, "--local-nodes 2").nodes == 2, "without DeadPool any version will do"
+
+
+def test_a_megatron_checkout_without_a_wheel_is_left_to_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert plan(tmp_path, "--local-nodes 2", "--deadpool").config.deadpool
+
+
+@pytest.mark.parametrize("version", ["0.18.0", "0.190.0", "0.1", "1.19.0", ""])
+def test_versions_outside_of_the_supported_lines_are_refused(version: str) -> None:
+    with pytest.raises(UserError):
+        check_version(version)
+
+
+@pytest.mark.parametrize("line", SUPPORTED)
+def test_every_release_of_a_supported_line_is_taken(line: str) -> None:
+    for version in (line, f"{line}.0", f"{line}.2", f"{line}.0rc1"):
+        check_version(version)
+
+
+# ---- flags of Megatron that no swap can carry
+
+
+def _unsupported() -> list[tuple[str, str]]:
+    pytest.importorskip("megatron.core")
+    from deadpool_megatron.megatron import support
+
+    return [(flag, name) for flag, name, _ in support._UNSUPPORTED]
+
+
+BAD_VALUES: dict[str, list[object]] = {
+    "cuda_graph_impl": ["local", "transformer_engine"],
+    "optimizer": ["muon", "dist_muon"],
+    "num_distributed_optimizer_instances": [2],
+    "fp8": ["hybrid"],
+    "fp4": ["e2m1"],
+    "iterations_to_skip": [[3]],
+}
+GOOD_VALUES: dict[str, list[object]] = {
+    "cuda_graph_impl": [None, "none"],
+    "optimizer": ["adam", "sgd"],
+    "num_distributed_optimizer_instances": [1, None],
+    "fp8": [None],
+    "fp4": [None],
+    "iterations_to_skip": [[], None],
+}
+
+
+@pytest.mark.parametrize(("flag", "name"), _unsupported())
+def test_a_mode_that_is_not_supported_is_refused_by_its_flag(flag: str, name: str) -> None:
+    from deadpool_megatron.megatron.support import check_arguments
+
+    for value in BAD_VALUES.get(name, [True]):
+        with pytest.raises(UserError) as refused:
+            check_arguments(argparse.Namespace(**{name: value}))
+        said = str(refused.value)
+        assert said.startswith(flag) and "not supported with --deadpool" in said and "\n" not in said
+        assert value is True or str(value) in said
+    for value in GOOD_VALUES.get(name, [False, None]):
+        check_arguments(argparse.Namespace(**{name: value}))
+
+
+def test_every_refused_flag_is_one_that_megatron_knows() -> None:
+    """A misspelt attribute would never refuse anything."""
+    training = pytest.importorskip("megatron.training.arguments")
+    known = {action.dest for action in training.add_megatron_arguments(argparse.ArgumentParser())._actions}
+    # Flags of other releases are kept; they must at least be spelt like flags.
+    older = {"enable_cuda_graph", "external_cuda_graph"}
+    unknown = {name for _, name in _unsupported()} - known - older
+    assert not unknown

@@ -1,0 +1,84 @@
+"""The run directory: readers never see half of anything, and the secret is for its owner."""
+
+from __future__ import annotations
+
+import json
+import stat
+import threading
+from pathlib import Path
+
+from deadpool_megatron.observe import EVENTS, JOB, LOGS, STATUS, RunDirectory, follow_events, read_events
+
+
+def test_events_are_read_in_order_with_their_time(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.event("started", nodes=4)
+    run.event("stopped", code=0)
+    events = read_events(tmp_path / "run")
+    assert [(e["event"], e.get("nodes"), e.get("code")) for e in events] == [("started", 4, None), ("stopped", None, 0)]
+    assert events[0]["t"] <= events[1]["t"]
+
+
+def test_a_line_that_is_still_being_written_is_left_out(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.event("started")
+    with open(tmp_path / EVENTS, "a") as f:
+        f.write('{"event": "half')
+    assert [e["event"] for e in read_events(tmp_path)] == ["started"]
+
+
+def test_no_events_yet_are_no_events(tmp_path: Path) -> None:
+    assert read_events(tmp_path / "nothing") == []
+
+
+def test_the_status_is_replaced_in_one_step(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.status({"iteration": 0, "filler": "x" * 10000})
+    done = threading.Event()
+    broken: list[str] = []
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                json.loads((tmp_path / STATUS).read_text())
+            except ValueError as err:
+                broken.append(str(err))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for iteration in range(300):
+        run.status({"iteration": iteration, "filler": "x" * (iteration * 50)})
+    done.set()
+    reader.join()
+    assert not broken and json.loads((tmp_path / STATUS).read_text())["iteration"] == 299
+
+
+def test_the_jobs_secret_is_for_the_owners_eyes_only(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.job({"secret": "00"})
+    assert stat.S_IMODE((tmp_path / JOB).stat().st_mode) == 0o600
+
+
+def test_a_new_run_takes_nothing_of_an_older_one_for_its_own(tmp_path: Path) -> None:
+    old = RunDirectory(tmp_path)
+    old.event("stopped")
+    old.status({})
+    old.job({})
+    (tmp_path / LOGS / "rank-0.log").write_text("old")
+    (tmp_path / LOGS / "rank-0.epoch-1.log").symlink_to("spare-node4-0.log")
+    (tmp_path / "mine.txt").write_text("not ours")
+    RunDirectory(tmp_path)
+    assert read_events(tmp_path) == [] and not list((tmp_path / LOGS).iterdir())
+    assert not (tmp_path / STATUS).exists() and not (tmp_path / JOB).exists()
+    assert (tmp_path / "mine.txt").read_text() == "not ours"
+
+
+def test_events_are_followed_to_the_last_one(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    alive = [True, True, True]
+
+    def still() -> bool:
+        run.event("iteration", iteration=len(alive))
+        return bool(alive and alive.pop())
+
+    assert [e["iteration"] for e in follow_events(tmp_path, still, 0.001)] == [3, 2, 1, 0]

@@ -1,0 +1,222 @@
+"""A worker's line to its agent, over a real socket pair: declarations first, one wait for each step, no life without it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.recovery import Refused, Session, Superseded
+
+SLOTS = [r.SlotAddress(0, 0)]
+
+
+def declare(epoch: int) -> r.Declare:
+    return r.Declare(epoch, "resume", "why", [1], [], SLOTS, {}, {})
+
+
+@dataclass
+class Line:
+    """A session and the agent's end of it."""
+
+    agent: socket.socket
+    session: Session
+    heard: list[int] = field(default_factory=list)
+
+    def tell(self, record: Any) -> None:
+        self.agent.send(r.encode(record))
+
+    def hear(self) -> Any:
+        return r.decode_from_worker(self.agent.recv(1 << 17))
+
+    def in_background(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """Run ``call`` in a thread; what is returned waits for its result (an exception is the result too)."""
+        result: list[Any] = []
+
+        def work() -> None:
+            try:
+                result.append(call())
+            except (Superseded, Refused) as err:
+                result.append(err)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+
+        def outcome() -> Any:
+            thread.join(10)
+            assert result, "still waiting"
+            return result[0]
+
+        return outcome
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Iterator[list[socket.socket]]:
+    """The agents' ends stay open: a session that loses its agent ends the process, which is the test run's here."""
+    ends: list[socket.socket] = []
+    yield ends
+    _keep.extend(ends)
+
+
+_keep: list[socket.socket] = []
+
+
+@pytest.fixture
+def line(pairs: list[socket.socket]) -> Line:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pairs.append(ours)
+    ours.settimeout(10)
+    heard: list[int] = []
+    return Line(ours, Session(theirs.detach(), heard.append), heard)
+
+
+def test_what_a_worker_tells_reaches_the_agent_in_order(line: Line) -> None:
+    line.session.step("parked", 0)
+    line.session.step("formed", 2, 11)
+    assert [line.hear(), line.hear()] == [r.WorkerStep("parked", 0), r.WorkerStep("formed", 2, 11)]
+
+
+def test_a_declaration_closes_the_epoch_and_aborts_before_anybody_waits_for_it(line: Line) -> None:
+    assert not line.session.closed
+    line.tell(declare(1))
+    declared = line.session.wait_declared(10)
+    assert declared is not None and declared.epoch == 1
+    assert line.heard == [1] and line.session.closed
+    line.session.joined_epoch = 1
+    assert not line.session.closed and line.session.wait_declared(0.05) is None
+
+
+def test_an_older_declaration_changes_nothing(line: Line) -> None:
+    line.tell(declare(2))
+    assert line.session.wait_newer(1, 10)
+    line.tell(declare(1))
+    line.tell(r.Arm(r.Fault("kill", 0)))
+    while not line.session.armed:
+        time.sleep(0.01)
+    assert line.heard == [2] and line.session.declared_epoch == 2
+
+
+WAITS: dict[str, tuple[Callable[[Session], Any], Any, Any]] = {
+    "generation": (lambda s: s.wait_generation(1), r.Generation(1, 5, 0, "/arena"), r.Generation(1, 5, 0, "/arena")),
+    "form": (lambda s: s.wait_form(1), r.Form(1), None),
+    "all finished": (lambda s: s.wait_all_finished(1), r.AllFinished(1), None),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_ends_with_its_record(line: Line, name: str) -> None:
+    call, record, result = WAITS[name]
+    line.tell(declare(1))
+    assert line.session.wait_newer(0, 10)
+    outcome = line.in_background(lambda: call(line.session))
+    line.tell(record)
+    assert outcome() == result
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_a_wait_ends_when_a_newer_epoch_is_declared(line: Line, name: str) -> None:
+    call, _, _ = WAITS[name]
+    line.tell(declare(1))
+    outcome = line.in_background(lambda: call(line.session))
+    line.tell(declare(2))
+    superseded = outcome()
+    assert isinstance(superseded, Superseded) and superseded.epoch == 2
+
+
+def test_records_of_an_older_epoch_end_no_wait(line: Line) -> None:
+    line.tell(declare(2))
+    assert line.session.wait_newer(1, 10)
+    outcome = line.in_background(lambda: line.session.wait_generation(2))
+    formed = line.in_background(lambda: line.session.wait_form(2))
+    line.tell(r.Generation(1, 4, 0, "/old"))
+    line.tell(r.Form(1))
+    line.tell(r.Generation(2, 5, 0, "/new"))
+    assert outcome() == r.Generation(2, 5, 0, "/new")
+    with pytest.raises(AssertionError, match="still waiting"):
+        _soon(formed)
+    line.tell(r.Form(2))
+    assert formed() is None
+
+
+def _soon(outcome: Callable[[], Any]) -> Any:
+    thread_join = threading.Thread.join
+    with contextlib.ExitStack() as stack:
+        threading.Thread.join = lambda self, timeout=None: thread_join(self, 0.1)  # type: ignore[method-assign]
+        stack.callback(setattr, threading.Thread, "join", thread_join)
+        return outcome()
+
+
+def test_waits_with_a_deadline_come_back_without_news(line: Line) -> None:
+    start = time.monotonic()
+    assert line.session.wait_declared(0.1) is None and not line.session.wait_newer(0, 0.1)
+    with pytest.raises(Refused, match=r"did not give rank 3 its memory within 0.1 s"):
+        line.session.request_arena(3, 1, 1, deadline_s=0.1)
+    assert time.monotonic() - start < 5
+
+
+def test_a_parked_worker_waits_until_it_is_given_a_coordinate(line: Line) -> None:
+    outcome = line.in_background(line.session.wait_take_over)
+    line.tell(declare(1))
+    line.tell(r.TakeOver(1, 6))
+    assert outcome() == r.TakeOver(1, 6)
+
+
+def test_memory_is_granted_or_refused_with_the_agents_line(line: Line) -> None:
+    outcome = line.in_background(lambda: line.session.request_arena(2, 100, 10))
+    assert line.hear() == r.ArenaRequest(2, 100, 10)
+    line.tell(r.ArenaGranted(2, "/dev/shm/x"))
+    assert outcome() == "/dev/shm/x"
+    outcome = line.in_background(lambda: line.session.request_arena(2, 100, 10))
+    line.hear()
+    line.tell(r.ArenaRefused("no room: 100 bytes needed, 5 are there"))
+    assert str(outcome()) == "no room: 100 bytes needed, 5 are there"
+
+
+def test_faults_add_up(line: Line) -> None:
+    faults = (r.Fault("kill", 0, 0, 3), r.Fault("kill-worker", 0, 1, 5))
+    for fault in faults:
+        line.tell(r.Arm(fault))
+    end = time.monotonic() + 10
+    while len(line.session.armed) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert line.session.armed == faults
+
+
+@pytest.mark.parametrize("busy", ["waiting for a record", "computing"])
+def test_a_worker_does_not_outlive_its_agent(busy: str) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    work = "session.wait_form(0)" if busy == "waiting for a record" else "while True: sum(range(1000))"
+    program = f"""
+        import sys
+        from deadpool_megatron.recovery import Session
+        session = Session(int(sys.argv[1]), lambda epoch: None)
+        session.step("parked", 0)
+        {work}
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), str(theirs.fileno())],
+        pass_fds=(theirs.fileno(),),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        theirs.close()
+        ours.settimeout(60)
+        assert r.decode_from_worker(ours.recv(1 << 17)) == r.WorkerStep("parked", 0)
+        assert process.poll() is None
+        ours.close()
+        _, said = process.communicate(timeout=10)
+        assert process.returncode == 81 and "the agent of this node is gone" in said
+    finally:
+        process.kill()
+        process.wait()
