@@ -485,6 +485,13 @@ class Core:
         try:
             agreement = agree(self.assignment, self._offers, frozenset(self._refused))
         except NoCommonGeneration as err:
+            if self.committed < 0:
+                self._stop(
+                    Exit.GENERATION_LOST,
+                    f"node {min(n for n, s in self.nodes.items() if s.role == 'lost')} was lost before the first "
+                    "generation was committed, so there is nothing to go on from; start the job again",
+                )
+                return
             held = "of ranks " + ", ".join(map(str, err.missing)) if err.missing else "of every rank"
             self._stop(
                 Exit.GENERATION_LOST,

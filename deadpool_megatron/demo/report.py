@@ -124,7 +124,9 @@ def show_evidence(console: Console, evidence: Evidence, redone: int | None) -> N
     _hashes(console, evidence)
 
 
-def show_verdict(console: Console, evidence: Evidence, recovery: Recovery, killed_in: int, disturbance_s: float) -> bool:
+def show_verdict(
+    console: Console, evidence: Evidence, recovery: Recovery, killed_in: int, disturbance_s: float
+) -> bool:
     """One line, after a line for each difference; True when nothing differs. ``killed_in`` is the iteration."""
     differences = compare(evidence)
     for line in differences[:_MOST_DIFFERENCES]:

@@ -53,7 +53,7 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--restarts", type=int, default=3, metavar="R", help="restarts to measure (default: 3)")
     parser.add_argument("--active-nodes", type=int, default=4, metavar="N", help="nodes that train (default: 4)")
     parser.add_argument("--nproc-per-node", type=int, default=2, metavar="P", help="workers a node (default: 2)")
-    parser.add_argument("--spares-per-job", type=int, default=1, metavar="S", help="spares and kills a job (default: 1)")
+    parser.add_argument("--spares-per-job", type=int, default=1, metavar="S", help="spares, kills a job (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims (default: 0)")
     parser.add_argument("--emulate-cpu", action="store_true", help="emulate CUDA on the CPU")
     parser.add_argument("--out", metavar="FILE", help="write all figures as JSON")

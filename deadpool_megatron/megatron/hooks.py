@@ -167,6 +167,11 @@ class Hooks:
         self.phase = "training"
         error: BaseException | None = None
         rejoining = self.standby
+        if not self.standby:
+            try:
+                trainer.take_first_generation(self.config.abort_deadline)
+            except EpochClosed:
+                rejoining = True
         while True:
             if rejoining:
                 declared = self._rejoin(trainer, error)

@@ -23,7 +23,7 @@ from deadpool_megatron.megatron.support import UserError
 from deadpool_megatron.megatron.unique_state import initialize_optimizer_state, named_unique_tensors
 from deadpool_megatron.recovery import Refused, Session
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, ShardPlan, Snapshotter
-from deadpool_megatron.vault import SlotWriter, Version
+from deadpool_megatron.vault import EMPTY, SlotWriter, Version
 
 __all__ = ["EpochClosed", "MegatronTrainer"]
 
@@ -82,6 +82,7 @@ class MegatronTrainer:
         self._blocked = 0.0
         self._fault: r.Fault | None = None
         self._resumed_epoch = session.joined_epoch
+        self._first = (-1, -1)
         self._host_must_wait = args.clip_grad == 0 and not _emulated()
         optimizer.step_with_ready_grads = self._gated(optimizer.step_with_ready_grads)
 
@@ -107,6 +108,22 @@ class MegatronTrainer:
             )
         )
 
+    def take_first_generation(self, deadline_s: float) -> None:
+        """Commit the state training begins with, so that there is a generation to go back to from the first step on.
+
+        Blocks, once, until every coordinate has committed it or the deadline passes (then a loss before the first
+        commit ends the job). Raises EpochClosed.
+        """
+        iteration = self._args.iteration
+        self._first = (self._session.joined_epoch, iteration)
+        self._snapshotter.open(*self._first, self._small)
+        self._snapshotter.gate()
+        end = time.monotonic() + deadline_s
+        # A word in shared memory that the agent writes; this is start-up, so looking at it now and then will do.
+        while self._writer.arena.kept == EMPTY and time.monotonic() < end:
+            self.check()
+            time.sleep(0.005)
+
     # ---- the training step
 
     def begin(self, iteration: int) -> None:
@@ -122,7 +139,7 @@ class MegatronTrainer:
         self.live_generation = iteration
         self._ticks = 0
         self._fault = next((f for f in session.armed if f.iteration == iteration and self._hits(f)), None)
-        if iteration % self._config.snapshot_interval == 0:
+        if iteration % self._config.snapshot_interval == 0 and self._first != (session.joined_epoch, iteration):
             self._snapshotter.open(session.joined_epoch, iteration, self._small)
         if self._resumed_epoch != session.joined_epoch:
             self._resumed_epoch = session.joined_epoch

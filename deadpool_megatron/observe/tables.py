@@ -170,7 +170,7 @@ def _summary(status: Mapping[str, Any]) -> Text:
     out.append(f", committed generation {committed}" if committed >= 0 else ", nothing committed yet")
     age = time.time() - status["t"]
     if status["phase"] != "ended" and age > 5.0:
-        out.append(f" (written {age:.0f} s ago)", "yellow")
+        out.append(f" (last change {age:.0f} s ago)", "yellow")
     return out
 
 

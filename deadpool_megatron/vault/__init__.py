@@ -21,11 +21,12 @@ from .replicator import Replicator
 from .server import VaultServer
 from .transfer import fetch
 from .vault import Holding, Holdings, Vault
-from .version import Version
+from .version import EMPTY, Version
 from .wire import Deadlines
 from .writer import SlotWriter
 
 __all__ = [
+    "EMPTY",
     "Arena",
     "ArenaInfo",
     "ChecksumMismatch",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ class Line:
     def hear(self) -> Any:
         return r.decode_from_worker(self.agent.recv(1 << 17))
 
-    def in_background(self, call: Callable[[], Any]) -> Callable[[], Any]:
+    def in_background(self, call: Callable[[], Any]) -> Callable[..., Any]:
         """Run ``call`` in a thread; what is returned waits for its result (an exception is the result too)."""
         result: list[Any] = []
 
@@ -52,29 +52,18 @@ class Line:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
 
-        def outcome() -> Any:
-            thread.join(10)
+        def outcome(patience_s: float = 10.0) -> Any:
+            thread.join(patience_s)
             assert result, "still waiting"
             return result[0]
 
         return outcome
 
 
-@pytest.fixture(scope="module")
-def pairs() -> Iterator[list[socket.socket]]:
-    """The agents' ends stay open: a session that loses its agent ends the process, which is the test run's here."""
-    ends: list[socket.socket] = []
-    yield ends
-    _keep.extend(ends)
-
-
-_keep: list[socket.socket] = []
-
-
 @pytest.fixture
-def line(pairs: list[socket.socket]) -> Line:
+def line() -> Line:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pairs.append(ours)
+    os.dup(ours.fileno())  # stays open for ever: a session that loses its agent ends the process, here the test run
     ours.settimeout(10)
     heard: list[int] = []
     return Line(ours, Session(theirs.detach(), heard.append), heard)
@@ -143,17 +132,9 @@ def test_records_of_an_older_epoch_end_no_wait(line: Line) -> None:
     line.tell(r.Generation(2, 5, 0, "/new"))
     assert outcome() == r.Generation(2, 5, 0, "/new")
     with pytest.raises(AssertionError, match="still waiting"):
-        _soon(formed)
+        formed(0.1)
     line.tell(r.Form(2))
     assert formed() is None
-
-
-def _soon(outcome: Callable[[], Any]) -> Any:
-    thread_join = threading.Thread.join
-    with contextlib.ExitStack() as stack:
-        threading.Thread.join = lambda self, timeout=None: thread_join(self, 0.1)  # type: ignore[method-assign]
-        stack.callback(setattr, threading.Thread, "join", thread_join)
-        return outcome()
 
 
 def test_waits_with_a_deadline_come_back_without_news(line: Line) -> None:
