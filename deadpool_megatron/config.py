@@ -50,7 +50,6 @@ class DeadpoolConfig:
     transient_retries: int = _setting(
         3, "times the communicators are re-formed with the same nodes for errors that no loss explains"
     )
-    fail_on_setup_loss: bool = _setting(True, "end the job when a node is lost before training has begun")
 
     def __post_init__(self) -> None:
         for name in ("lease", "abort_deadline", "form_deadline", "build_deadline", "operation_timeout"):

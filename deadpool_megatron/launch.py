@@ -117,6 +117,8 @@ def check(options: argparse.Namespace) -> LaunchPlan:
         sizes = " x ".join(f"{flag} {_value_of(arguments, flag, default)}" for flag, default in _SIZES)
         raise LaunchError(f"{world} active ranks ({active} nodes of {slots}) are not a multiple of {sizes} = {model}")
     if config.deadpool:
+        if not os.access(options.shm_directory, os.W_OK | os.X_OK):
+            raise LaunchError(f"--shm-directory {options.shm_directory} does not exist or cannot be written to")
         _check_megatron()
     return LaunchPlan(
         nodes,

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "pretrain_gpt.py"
 # Ten processes that import torch on two cores that others use too.
 START_S = 180.0
+_CLI = [sys.executable, "-m", "deadpool_megatron.cli"]
 
 _LINE = re.compile(r"iteration +(\d+)/ +\d+ \|(.*)")
 _EXACT = ("consumed samples", "learning rate", "lm loss", "grad norm", "loss scale", "number of skipped iterations")
@@ -54,7 +55,7 @@ class Job:
         self.run_dir = run_dir
         self.hash_file = Path(f"{run_dir}.hash.json")
         self._out = Path(f"{run_dir}.out")
-        command = [sys.executable, "-m", "deadpool_megatron.cli", "launch", "--run-dir", str(run_dir)]
+        command = [*_CLI, "launch", "--run-dir", str(run_dir)]
         with open(self._out, "wb") as out:
             self.process = subprocess.Popen(
                 [*command, "--tee", "none", *launch, *script],
@@ -149,8 +150,7 @@ class Job:
         """Arm a fault with the real `deadpool inject`."""
         at = ["--at-iteration", str(iteration), "--at-tick", str(tick)]
         done = subprocess.run(
-            [sys.executable, "-m", "deadpool_megatron.cli", "inject", "--run-dir", str(self.run_dir)]
-            + ["--node", str(node), *at, *more],
+            [*_CLI, "inject", "--run-dir", str(self.run_dir), "--node", str(node), *at, *more],
             capture_output=True,
             text=True,
             env=_environment(),
@@ -250,7 +250,9 @@ class Jobs:
             job.end()
 
 
-def torchrun(directory: Path, processes: int, flags: Sequence[str], script: Path = EXAMPLE) -> dict[int, dict[str, str]]:
+def torchrun(
+    directory: Path, processes: int, flags: Sequence[str], script: Path = EXAMPLE
+) -> dict[int, dict[str, str]]:
     """The same script without us, under torchrun: what `Job.printed` gives, of the rank that prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["--no-python", sys.executable, "-m", "deadpool_megatron.emulation", str(script), *flags]

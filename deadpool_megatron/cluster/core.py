@@ -52,6 +52,7 @@ class Deadlines:
     abort: float
     build: float
     form: float
+    join: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,11 +263,16 @@ class Core:
 
     def _tell_roster(self) -> None:
         """Once everybody who is not lost has joined."""
-        if all(s.agent_pid for s in self.nodes.values() if s.role != "lost"):
+        if not self._missing():
+            self._deadline = None
             self._send(
                 None, r.Roster(self.epoch, self.assignment, self._vaults(), placing.peers(self.assignment))
             )
             self._emit("started", nodes=self.job.nodes, spares=self.job.spare_nodes, world_size=self.job.world_size)
+
+    def _missing(self) -> set[int]:
+        """Nodes whose agent has not joined yet."""
+        return {n for n, s in self.nodes.items() if s.role != "lost" and not s.agent_pid}
 
     def _worker_ready(self, record: r.WorkerReady) -> None:
         state = self.nodes[record.node]
@@ -486,10 +492,12 @@ class Core:
             agreement = agree(self.assignment, self._offers, frozenset(self._refused))
         except NoCommonGeneration as err:
             if self.committed < 0:
+                lost = [n for n, s in self.nodes.items() if s.role == "lost"]
+                what = f"node {min(lost)} was lost" if lost else "communication failed"
                 self._stop(
                     Exit.GENERATION_LOST,
-                    f"node {min(n for n, s in self.nodes.items() if s.role == 'lost')} was lost before the first "
-                    "generation was committed, so there is nothing to go on from; start the job again",
+                    f"{what} before the first generation was committed, so there is nothing to go on from; start the "
+                    "job again",
                 )
                 return
             held = "of ranks " + ", ".join(map(str, err.missing)) if err.missing else "of every rank"
@@ -587,6 +595,13 @@ class Core:
         self._hint = (self._now + self.job.deadlines.lease + 1.0, record.text)
 
     def _check_deadlines(self) -> None:
+        if self.phase is Phase.STARTING and self._missing():
+            if self._deadline is None:
+                self._deadline = self._now + self.job.deadlines.join
+            elif self._now >= self._deadline:
+                self._deadline = None
+                self._lose(self._missing(), f"its agent has not joined within {self.job.deadlines.join:g} s")
+            return
         if self._hint is not None and self._now >= self._hint[0]:
             text = self._hint[1]
             self._hint = None

@@ -65,7 +65,7 @@ class Communicators:
         cls,
         *,
         standby: bool,
-        strategy: Literal["auto", "swap"] = "auto",
+        strategy: Literal["auto", "reconfigure", "swap"] = "auto",
         form_timeout_s: float = 20.0,
         operation_timeout_s: float = 30.0,
     ) -> "Communicators":
@@ -74,7 +74,9 @@ class Communicators:
         Args:
             standby: this process is a spare: `init_process_group` and `new_group` meet nobody and make groups with
                 torch's fake backend; `reform` gives the same objects real ones.
-            strategy: how backends change in place. "swap" is the one there is; "auto" takes it.
+            strategy: how backends change in place. "auto" takes "swap", on every torch. "reconfigure" (torch >= 2.14)
+                is refused: it keeps pool threads that a half-sent message blocks, cannot be abandoned half-way, has
+                one store for ever and no groups with two backends (docs/measurements/comm-reconfigure.md).
             form_timeout_s: limit of one `reform`.
             operation_timeout_s: time-out of each Gloo operation once its group is formed: the floor under what abort
                 cannot free. NCCL groups keep their own.
@@ -86,7 +88,7 @@ class Communicators:
         if dist.is_initialized():
             raise CommunicatorError("process groups exist: call Communicators.install before init_process_group")
         if strategy not in ("auto", "swap"):
-            raise CommunicatorError(f"unknown strategy {strategy!r}: one of 'auto', 'swap'")
+            raise CommunicatorError(f"communicator strategy {strategy!r} is not offered: use 'auto' or 'swap'")
         self = cls(standby=standby, form_timeout_s=form_timeout_s, operation_timeout_s=operation_timeout_s)
         self._waits.install()
         seam.watch_groups(self._on_group, lambda: self._standby)

@@ -106,7 +106,7 @@ def run(
     *,
     world: int,
     spares: int = 0,
-    limit_s: float = 90.0,
+    limit_s: float = 240.0,
     deaths_are_faults: bool = True,
     python: str = sys.executable,
     install: dict[str, Any] | None = None,

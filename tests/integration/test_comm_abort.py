@@ -21,6 +21,7 @@ LARGE = 16 * 1024 * 1024  # floats: 64 MB, far more than socket buffers hold
 VICTIM = 2
 WORLD = 3
 WITHIN_S = 1.0
+AT_ONCE_S = 8.0  # copies of 64 MB on a busy machine; a blocked one would take the time-out, 30 s
 
 _DATA = torch.ones(
     WORLD * LARGE if __name__ == "__main__" else 1
@@ -146,6 +147,9 @@ OPERATIONS: dict[str, Start] = {
 }
 
 
+HALF_SENT = ["isend_large", "batch_large", "recv_half", "broadcast", "gather", "all_to_all", "functional_large"]
+
+
 def finish(works: Any) -> None:
     for work in works if isinstance(works, list) else [works]:
         if work is not None:
@@ -176,25 +180,27 @@ def blocked_and_freed(worker: Worker, start: Start, fault: int, victim_pid: int)
 def nothing_works(worker: Worker) -> None:
     """Poisoned: every operation raises at once, on every group, and no group can be made."""
     assert worker.comm.poisoned
-    begun = time.monotonic()
-    for start in OPERATIONS.values():
+    for name, start in OPERATIONS.items():
+        begun = time.monotonic()
         with pytest.raises(RuntimeError):
             finish(start(dist.group.WORLD, worker.rank))
+        assert time.monotonic() - begun < AT_ONCE_S, name
     with pytest.raises(CommunicatorAborted):
         dist.new_group([0, 1])
-    assert time.monotonic() - begun < 8
 
 
 def stopped_peer(worker: Worker) -> dict[str, list[float]]:
     """Round after round: the victim joins an operation, is stopped in it, the others must come out on abort."""
     worker.init()
+    funcol.wait_tensor(funcol.broadcast(torch.ones(1), 0, dist.group.WORLD))  # the first one imports for seconds
     worker.watch()
     worker.store.set(f"pid/{worker.rank}", str(os.getpid()))
     victim_pid = int(worker.store.get(f"pid/{VICTIM}"))
     times: dict[str, list[float]] = {}
     fault = 0
-    for _ in range(2):
-        for name, start in OPERATIONS.items():
+    for names in (list(OPERATIONS), HALF_SENT):
+        for name in names:
+            start = OPERATIONS[name]
             dist.all_reduce(torch.ones(4))
             worker.meet(f"round/{fault}")
             if worker.rank == VICTIM:
@@ -222,7 +228,7 @@ def stopped_peer(worker: Worker) -> dict[str, list[float]]:
 
 
 def test_abort_frees_a_rank_blocked_on_a_stopped_peer_within_a_second() -> None:
-    results = run(__file__, "stopped_peer", world=WORLD, limit_s=150)
+    results = run(__file__, "stopped_peer", world=WORLD, limit_s=400)
     worst = {name: max(max(results[r][name]) for r in (0, 1)) for name in OPERATIONS}
     for name, seconds in worst.items():
         print(f"seconds from abort to exception, worst: {name:24s} {seconds:.4f}")
@@ -274,7 +280,7 @@ def dead_peer(worker: Worker) -> dict[str, float]:
 
 
 def test_abort_frees_a_rank_whose_peer_died_in_the_middle_of_a_message() -> None:
-    results = run(__file__, "dead_peer", world=WORLD, spares=len(KILLED_IN), limit_s=120)
+    results = run(__file__, "dead_peer", world=WORLD, spares=len(KILLED_IN), limit_s=300)
     worst = {name: max(results[r][name] for r in (0, 1)) for name in KILLED_IN}
     for name, seconds in worst.items():
         print(f"seconds from abort to exception, worst: {name:24s} {seconds:.4f}")

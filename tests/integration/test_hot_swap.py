@@ -1,4 +1,4 @@
-"""Nodes are killed for real at exact moments of real Megatron training; the run ends bit for bit as if nothing had been.
+"""Nodes are killed for real at exact moments of real Megatron training; the run ends bit for bit as if nothing was.
 
 Kills go through `deadpool inject`: the agent and all workers of the node get SIGKILL at the given forward or backward
 pass (tick). A job takes half a minute to start on two cores, so several kills share one.
@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flags import tiny_gpt
-from jobs import Job, Jobs, assert_same_training, launch_flags, torchrun
 
 from deadpool_megatron.cluster import Exit
+from flags import tiny_gpt
+from jobs import ROOT, Job, Jobs, assert_same_training, launch_flags, torchrun
 
 # 4 microbatches a rank: 4 forward and 4 backward passes an iteration.
 FIRST_TICK, STEADY_TICK, LAST_TICK = 1, 4, 8
@@ -95,7 +95,7 @@ def undisturbed_flat(jobs: Jobs) -> Job:
 
 
 @pytest.mark.timeout(300)
-def test_a_single_worker_killed_under_a_living_agent_is_replaced_with_its_node(jobs: Jobs, undisturbed_flat: Job) -> None:
+def test_a_worker_killed_under_a_living_agent_is_replaced_with_its_node(jobs: Jobs, undisturbed_flat: Job) -> None:
     job = jobs.start("flat-killed", launch_flags(3, 1), tiny_gpt("none", iters=6))
     job.until_event("started")
     job.inject(1, 3, 2, "--fault", "kill-worker", "--local", "1")
@@ -119,9 +119,9 @@ def test_without_a_spare_the_checkpoint_saved_at_the_loss_trains_on_to_the_same_
     (said,) = [line for line in job.output.splitlines() if line.startswith("deadpool: ")]
     assert "iteration 3" in said and f"--load {checkpoint}" in said
     assert (checkpoint / "latest_checkpointed_iteration.txt").read_text() == "3"
-    again = jobs.start(
-        "flat-loaded", launch_flags(2), [*tiny_gpt("none", iters=6), "--load", str(checkpoint)], deadpool=False
-    ).finished()
+    load = [*tiny_gpt("none", iters=6), "--load", str(checkpoint), "--ckpt-format", "torch_dist"]
+    again = jobs.start("flat-loaded", launch_flags(2), load, ROOT / "tests" / "pretrain_loading.py", deadpool=False)
+    again.finished()
     want = undisturbed_flat.printed(3)
     assert again.printed(3) == {k: want[k] for k in (4, 5, 6)}
 

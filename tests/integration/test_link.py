@@ -1,4 +1,4 @@
-"""Hub and Spoke over real sockets and processes: strangers are never heard, the dead and the silent are soon noticed."""
+"""Hub and Spoke over real sockets and processes: strangers are never heard, the dead and silent are soon noticed."""
 
 from __future__ import annotations
 

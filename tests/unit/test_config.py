@@ -62,10 +62,8 @@ def test_flag_beats_environment_beats_yaml_beats_default(tmp_path: Path) -> None
 
 
 def test_a_flag_that_equals_the_default_still_beats_the_rest(tmp_path: Path) -> None:
-    path = yaml_file(tmp_path, "fail_on_setup_loss: false\nlease: 2\n")
-    config = from_script_arguments(
-        ["--deadpool-config", path, "--deadpool-lease", str(DeadpoolConfig().lease), "--deadpool-fail-on-setup-loss"]
-    )
+    path = yaml_file(tmp_path, "lease: 2\n")
+    config = from_script_arguments(["--deadpool-config", path, "--deadpool-lease", str(DeadpoolConfig().lease)])
     assert config == DeadpoolConfig()
 
 
@@ -122,13 +120,6 @@ def configurations(draw: st.DrawFn) -> DeadpoolConfig:
 @given(configurations())
 def test_a_configuration_written_as_flags_is_read_back_equal(config: DeadpoolConfig) -> None:
     assert from_script_arguments(["--num-layers", "4", *config.flags()]) == config
-
-
-def test_a_switch_that_is_off_against_its_default_is_read_back_off() -> None:
-    config = DeadpoolConfig(fail_on_setup_loss=False)
-    assert from_script_arguments(config.flags()) == config
-    # Megatron's parser refuses what it does not know, so nothing may be left over.
-    assert from_namespace(add_arguments(argparse.ArgumentParser()).parse_args(config.flags())) == config
 
 
 def test_flags_hold_only_what_differs_from_the_defaults() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from simulated import DEADLINES, SimulatedJob
 
 from deadpool_megatron.cluster import Exit, Phase
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.records import SlotAddress
+from simulated import DEADLINES, SimulatedJob
 
 
 def failed(node: int = 1, rank: int = 2, iteration: int = 5, phase: str = "training", text: str = "ValueError: x"):  # noqa: ANN201
@@ -343,6 +343,21 @@ def test_a_spare_lost_before_the_job_is_complete_does_not_keep_the_others_waitin
     assert len(job.told(r.Roster)) == 1
 
 
+@pytest.mark.parametrize(("missing", "goes_on"), [(3, True), (1, False)], ids=["a spare", "an active node"])
+def test_nobody_waits_for_ever_for_an_agent_that_never_joins(missing: int, goes_on: bool) -> None:
+    job = SimulatedJob()
+    job.join([n for n in range(4) if n != missing])
+    job.wait(0.5)
+    assert job.core.next_deadline() is not None
+    job.wait(DEADLINES.join - 1)
+    assert job.core.nodes[missing].role != "lost"
+    job.wait(2)
+    if goes_on:
+        assert len(job.told(r.Roster)) == 1 and job.finish is None and job.core.next_deadline() is None
+    else:
+        assert job.end[0] == Exit.FAILED and "node 1 was lost before training began" in job.end[1]
+
+
 # ---- copies that cannot be had
 
 
@@ -371,12 +386,35 @@ def test_a_copy_that_turns_out_unreadable_is_not_asked_for_again() -> None:
 
 def test_two_neighbours_lost_at_once_are_more_than_the_redundancy_covers() -> None:
     job = SimulatedJob(nodes=5, spares=2).train()
+    job.commit(5)
     job.lose(1)
     job.lose(2)
     job.arrive()
     code, message = job.end
     assert code == Exit.GENERATION_LOST and "ranks 2, 3" in message and "more nodes were lost" in message
     assert job.told(r.Stop)[-1].code == Exit.GENERATION_LOST
+
+
+def _nothing_to_give(job: SimulatedJob) -> None:
+    for node in job.active:
+        ranks = [rank for rank, slot in enumerate(job.core.assignment) if slot.node == node]
+        job.feed(r.Offer(job.core.epoch, node, dict.fromkeys(ranks), {}, {}))
+
+
+def test_before_the_first_commit_there_is_nothing_to_go_on_from_and_that_is_said() -> None:
+    job = SimulatedJob().train()
+    job.lose(1)
+    _nothing_to_give(job)
+    code, message = job.end
+    assert code == Exit.GENERATION_LOST and "node 1 was lost before the first generation was committed" in message
+
+
+def test_a_communication_error_before_the_first_commit_ends_the_job_with_a_line_too() -> None:
+    job = SimulatedJob().train()
+    _transient(job)
+    _nothing_to_give(job)
+    code, message = job.end
+    assert code == Exit.GENERATION_LOST and "communication failed before the first generation" in message
 
 
 # ---- no spare
@@ -529,7 +567,8 @@ def test_an_error_of_a_worker_costs_one_spare_and_the_same_error_again_ends_the_
     job.recover()
     job.feed(failed(3, 2))
     code, message = job.end
-    assert code == Exit.REPEATED_ERROR and "rank 2" in message and "iteration 5" in message and "ValueError: x" in message
+    assert code == Exit.REPEATED_ERROR
+    assert "rank 2" in message and "iteration 5" in message and "ValueError: x" in message
     assert job.core.nodes[4].role == "spare"
 
 

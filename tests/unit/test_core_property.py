@@ -224,7 +224,7 @@ class Cluster:
 EVENTS = ("hear", "read", "die", "notice", "wait", "iterate", "complain", "refuse")
 # Losses are rare beside messages, or every example would end before anything happens.
 choices = st.tuples(
-    st.sampled_from(("hear", "read") * 8 + ("iterate",) * 3 + ("die", "notice", "notice", "wait", "complain", "refuse")),
+    st.sampled_from(("hear", "read") * 8 + ("iterate",) * 3 + ("die", "notice", "wait", "complain", "refuse")),
     st.integers(0, 6),
 )
 

@@ -1,4 +1,4 @@
-"""Everything the launcher and the workers can refuse before anything is built, each with one line that says what to do."""
+"""What the launcher and the workers refuse before anything is built, each with one line that says what to do."""
 
 from __future__ import annotations
 

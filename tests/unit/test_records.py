@@ -16,7 +16,9 @@ DECODERS: list[tuple[str, Callable[[bytes], Any], msgspec.Struct]] = [
     ("worker", r.decode_from_worker, r.Arrived(3, 1, None)),
     ("agent", r.decode_to_worker, r.TakeOver(3, 1)),
 ]
-each_decoder = pytest.mark.parametrize(("sender", "decode", "record"), DECODERS, ids=lambda v: getattr(v, "__name__", ""))
+each_decoder = pytest.mark.parametrize(
+    ("sender", "decode", "record"), DECODERS, ids=[decode.__name__ for _, decode, _ in DECODERS]
+)
 
 EVERY: list[msgspec.Struct] = [
     r.Join(1, 2, "127.0.0.1", 3, [4, 5]),
@@ -42,7 +44,9 @@ def test_a_declaration_comes_out_as_it_went_in() -> None:
 
 
 @each_decoder
-def test_another_protocol_version_is_refused(sender: str, decode: Callable[[bytes], Any], record: msgspec.Struct) -> None:
+def test_another_protocol_version_is_refused(
+    sender: str, decode: Callable[[bytes], Any], record: msgspec.Struct
+) -> None:
     packet = r.encode(record)
     assert decode(packet) == record
     with pytest.raises(r.RecordError, match=f"packet from {sender} is of protocol version 02, not 01"):

@@ -1,4 +1,4 @@
-"""A worker's line to its agent, over a real socket pair: declarations first, one wait for each step, no life without it."""
+"""A worker's line to its agent, over a real socket pair: declarations first, one wait a step, no life without it."""
 
 from __future__ import annotations
 

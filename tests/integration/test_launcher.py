@@ -1,0 +1,153 @@
+"""The launcher as a plain one, and every way to end it: exit codes as the scripts', and nothing stays behind.
+
+Most of these run a few lines of Python instead of Megatron: what is tested is the launcher, its agents and workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deadpool_megatron.cluster import Exit
+from flags import tiny_gpt
+from jobs import Job, Jobs
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    all_jobs = Jobs(tmp_path)
+    yield all_jobs
+    all_jobs.end()
+
+
+def _plain(jobs: Jobs, program: str, nodes: int = 2, slots: int = 2) -> Job:
+    script = jobs.directory / "script.py"
+    script.write_text(program)
+    launch = ["--local-nodes", str(nodes), "--nproc-per-node", str(slots)]
+    return jobs.start("run", launch, ["--some-flag", "7"], script, deadpool=False)
+
+
+def _said(job: Job) -> list[str]:
+    return [line for line in job.output.splitlines() if line.startswith("deadpool: ")]
+
+
+# ---- plain mode
+
+
+def test_every_worker_finds_the_environment_and_arguments_torchrun_would_give(jobs: Jobs) -> None:
+    job = _plain(
+        jobs,
+        "import json, os, sys, pathlib\n"
+        "e = {k: os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')}\n"
+        "pathlib.Path(__file__).with_name('env-' + e['RANK']).write_text(json.dumps([e, sys.argv[1:], __name__]))\n",
+    ).finished()
+    for rank in range(4):
+        env, argv, name = json.loads((jobs.directory / f"env-{rank}").read_text())
+        assert (env["RANK"], env["LOCAL_RANK"]) == (str(rank), str(rank % 2))
+        assert (env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"], env["MASTER_ADDR"]) == ("4", "2", "127.0.0.1")
+        assert argv == ["--some-flag", "7"] and name == "__main__"
+    assert not _said(job)
+
+
+def test_the_workers_can_rendezvous_as_under_torchrun(jobs: Jobs) -> None:
+    _plain(
+        jobs,
+        "import torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "x = torch.ones(1); dist.all_reduce(x)\n"
+        "assert x.item() == dist.get_world_size() == 4\n"
+        "dist.destroy_process_group()\n",
+    ).finished()
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "how"),
+    [
+        ("sys.exit(3)", 3, "exit code 3"),
+        ("raise ValueError('no such thing')", 1, "exit code 1"),
+        ("os.kill(os.getpid(), 9)", 1, "signal 9"),
+    ],
+)
+def test_the_first_worker_that_fails_ends_the_job_with_its_code(jobs: Jobs, end: str, code: int, how: str) -> None:
+    job = _plain(jobs, f"import os, sys, time\nif os.environ['RANK'] == '3':\n    {end}\ntime.sleep(600)\n")
+    assert job.wait(60) == code
+    assert _said(job) == [f"deadpool: rank 3 on node 1 failed ({how}); see its log"]
+    job.until_gone(10)
+    if "raise" in end:
+        assert "ValueError: no such thing" in (job.run_dir / "logs" / "rank-3.log").read_text()
+
+
+# ---- ends
+
+
+_SLEEP = (
+    "import os, pathlib, time\n"
+    "pathlib.Path(__file__).with_name('up-' + os.environ['RANK']).touch()\n"
+    "time.sleep(600)\n"
+)
+_CHILD = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+
+
+def _sleeping(jobs: Jobs, children: bool) -> Job:
+    job = _plain(jobs, _CHILD + _SLEEP if children else _SLEEP)
+    job.until("four sleeping workers", lambda: len(list(jobs.directory.glob("up-*"))) == 4)
+    # launcher, coordinator, 2 agents, 4 workers, and a child of each worker
+    assert len(job.processes()) == (12 if children else 8)
+    return job
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_every_process_the_workers_children_included(jobs: Jobs, signum: signal.Signals) -> None:
+    job = _sleeping(jobs, children=True)
+    job.process.send_signal(signum)
+    assert job.wait(30) == Exit.INTERRUPTED
+    job.until_gone(2)
+    (said,) = _said(job)
+    assert "interrupted" in said
+
+
+def test_when_the_launcher_is_killed_its_agents_and_workers_end_by_themselves(jobs: Jobs) -> None:
+    job = _sleeping(jobs, children=True)
+    job.process.kill()
+    job.process.wait()
+    job.until_gone(30)
+
+
+def test_when_the_coordinator_is_killed_the_job_ends_and_says_so(jobs: Jobs) -> None:
+    job = _sleeping(jobs, children=True)
+    os.kill(job.status()["coordinator_pid"], signal.SIGKILL)
+    assert job.wait(30) != 0
+    assert _said(job) == ["deadpool: the coordinator was ended by signal 9; the job is over"]
+    job.until_gone(10)
+
+
+def test_an_agent_that_dies_in_plain_mode_ends_the_job(jobs: Jobs) -> None:
+    job = _sleeping(jobs, children=False)
+    os.kill(job.status()["nodes"][1]["agent_pid"], signal.SIGKILL)
+    assert job.wait(30) == Exit.FAILED
+    (said,) = _said(job)
+    assert "node 1 was lost" in said
+    job.until_gone(10)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "SIGKILL"])
+def test_a_training_job_leaves_neither_process_nor_shared_memory_however_it_is_ended(
+    jobs: Jobs, signum: signal.Signals
+) -> None:
+    vaults = jobs.directory / "shm"
+    vaults.mkdir()
+    launch = ["--local-nodes", "3", "--spare-nodes", "1", "--emulate-cpu", "--shm-directory", str(vaults)]
+    flags = [*tiny_gpt("none", iters=100000), "--tensor-model-parallel-size", "1"]
+    job = jobs.start("run", launch, flags)
+    job.until_event("iteration")
+    assert list(vaults.glob("deadpool-*"))
+    job.process.send_signal(signum)
+    assert job.wait(30) == (Exit.INTERRUPTED if signum == signal.SIGINT else -signal.SIGKILL)
+    job.until_gone(30)
+    assert not list(vaults.iterdir())
