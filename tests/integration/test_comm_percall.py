@@ -78,9 +78,10 @@ def test_a_call_costs_what_it_cost_before() -> None:
             f"| {b - a:+.2f} | {b / a:.3f} |"
         )
     finished = results[0]["wait of a finished work"]
-    assert statistics.median(finished["ours"]) - statistics.median(finished["native"]) < 2.0  # us, all there is
+    assert min(finished["ours"]) - min(finished["native"]) < 1.0  # us; all there is
     pair = results[0]["all_reduce of 1 KB, 2 ranks"]
-    assert statistics.median(pair["ours"]) < 1.25 * statistics.median(pair["native"])
+    low = BLOCKS // 4  # quartiles: the machine may be busy
+    assert sorted(pair["ours"])[low] < 1.25 * sorted(pair["native"])[low]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_the_newest_generation_that_every_rank_has_is_taken_not_the_newest_there
     offers = {
         0: offer(0, {0: 8}, {0: [(0, 6), (0, 7)]}),
         1: offer(1, {1: None}, {1: [(0, 6), (0, 7)]}),
-        2: offer(2, {2: 8}, {2: [(0, 7), (0, 8)]}),
+        2: offer(2, {2: 8}, {2: [(0, 6), (0, 7)]}),
     }
     assert agree(THREE, offers).generation == 7
 

@@ -252,10 +252,8 @@ def test_a_second_loss_in_any_phase_declares_the_next_epoch_and_recovers(phase: 
     assert job.core.phase is Phase.RUNNING and job.events("resumed")[-1]["epoch"] == 2
 
 
-@pytest.mark.parametrize("phase", _MIDDLE)
-def test_answers_of_the_epoch_before_count_for_nothing_in_the_next(phase: str) -> None:
-    job = _in_the_middle(phase)
-    job.lose(3)
+def _stale(job: SimulatedJob) -> None:
+    """Everything an older epoch could still have to say."""
     for node in job.active:
         job.feed(r.Offer(1, node, {}, {}, {}))
         job.feed(r.NodeReady(1, node))
@@ -268,10 +266,40 @@ def test_answers_of_the_epoch_before_count_for_nothing_in_the_next(phase: str) -
         job.feed(r.PeerError(1, node, 0, "connection closed"))
         job.feed(r.Finished(1, node))
         job.feed(r.Saved(1, node, 5, "/ckpt"))
-    assert job.core.phase is Phase.ARRIVING and job.core.epoch == 2 and job.core.iteration == -1
-    assert job.core.next_deadline() == job.now + DEADLINES.abort
-    job.recover()
+
+
+@pytest.mark.parametrize("phase", _MIDDLE)
+def test_answers_of_the_epoch_before_count_for_nothing_in_any_phase_of_the_next(phase: str) -> None:
+    job = _in_the_middle(phase)
+    job.lose(3)
+    for expected, step in (
+        (Phase.ARRIVING, SimulatedJob.arrive),
+        (Phase.PREPARING, SimulatedJob.prepare),
+        (Phase.FORMING, SimulatedJob.form),
+        (Phase.RESTORING, SimulatedJob.restore),
+        (Phase.RESTORING, SimulatedJob.resume),
+    ):
+        before = (job.core.next_deadline(), len(job.sent), len(job.emitted))
+        _stale(job)
+        assert job.core.phase is expected and job.core.epoch == 2 and job.core.iteration == -1
+        assert before == (job.core.next_deadline(), len(job.sent), len(job.emitted))
+        step(job)
     assert job.core.phase is Phase.RUNNING
+
+
+def test_a_recovery_counts_nobody_as_through_who_was_through_the_one_before() -> None:
+    job = SimulatedJob().train()
+    for generation in (5, 8):
+        _transient(job)
+        job.arrive(generation)
+        assert job.core.phase is Phase.PREPARING
+        job.prepare()
+        job.form()
+        assert not job.told(r.AllFinished) and job.core.phase is Phase.RESTORING
+        job.restore()
+        assert job.core.phase is Phase.RESTORING
+        job.resume(generation)
+        assert job.core.phase is Phase.RUNNING
 
 
 @pytest.mark.parametrize("phase", _MIDDLE)
