@@ -35,8 +35,8 @@ class DeadpoolConfig:
     state_hash: str = _setting("", "file that receives, at the end, a JSON of SHA-256 per coordinate over its state")
     comm: str = _setting(
         "auto",
-        "how process groups are re-formed in place: torch's reconfigure API, or a swap of the inner backend",
-        ("auto", "reconfigure", "swap"),
+        "how process groups are re-formed in place; a swap of the inner backend is the one way there is",
+        ("auto", "swap"),
     )
     lease: float = _setting(5.0, "seconds without a heartbeat after which a node counts as lost")
     abort_deadline: float = _setting(
@@ -44,7 +44,7 @@ class DeadpoolConfig:
     )
     form_deadline: float = _setting(20.0, "seconds that forming one process group may take")
     build_deadline: float = _setting(600.0, "seconds a spare has to build the model of the coordinate it takes over")
-    operation_timeout: float = _setting(30.0, "seconds a single Gloo operation may take (the floor under the abort)")
+    operation_timeout: float = _setting(600.0, "seconds a single Gloo operation may take")
     snapshot_interval: int = _setting(1, "take a generation every this many iterations")
     slice_bytes: int = _setting(4 << 20, "bytes copied in one slice between two microbatches")
     transient_retries: int = _setting(

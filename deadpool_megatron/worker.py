@@ -80,7 +80,7 @@ def _install(standby: bool) -> Hooks:
 
     store = functools.cache(connect)
     if standby:
-        store()  # one connection less to make later
+        communicators.prepare(store())  # connections now and then take seconds: not in a recovery
         follow_imports(connect)  # of its own: a blocked wait blocks every user of a client
     hooks = Hooks(session, communicators, config, int(os.environ[DOORBELL_FD]), store, standby)
     hooks.install()

@@ -164,6 +164,8 @@ class Hooks:
         trainer.register(self.communicators.strategy, can_rescue)
         if trainer.rank == 0 and not self.standby:
             publish_imports(self.store())
+        if not self.standby:
+            self.communicators.prepare(self.store())  # connecting takes seconds now and then: not in a recovery
         self.phase = "training"
         error: BaseException | None = None
         rejoining = self.standby

@@ -105,7 +105,7 @@ def configurations(draw: st.DrawFn) -> DeadpoolConfig:
     return DeadpoolConfig(
         deadpool=draw(st.booleans()),
         state_hash=draw(st.sampled_from(["", "hash.json", "/a b/hash.json"])),
-        comm=draw(st.sampled_from(["auto", "reconfigure", "swap"])),
+        comm=draw(st.sampled_from(["auto", "swap"])),
         lease=lease,
         abort_deadline=abort,
         build_deadline=build,
@@ -153,7 +153,7 @@ def test_an_unknown_key_in_the_file_names_the_file_and_the_nearest_right_one(tmp
     [
         (["--deadpool-lease", "soon"], "--deadpool-lease"),
         (["--deadpool-snapshot-interval", "2.5"], "--deadpool-snapshot-interval"),
-        (["--deadpool-comm", "mpi"], "reconfigure"),
+        (["--deadpool-comm", "mpi"], "swap"),
         (["--deadpool-lease"], "--deadpool-lease"),
         (["--deadpool-lease", "0"], "more than 0 seconds"),
         (["--deadpool-lease", "-1"], "more than 0 seconds"),
@@ -173,7 +173,7 @@ def test_a_bad_flag_is_named_in_one_line(arguments: list[str], said: str) -> Non
         ("DEADPOOL", "maybe", "'maybe' is not yes or no"),
         ("DEADPOOL_LEASE", "soon", "expected a number"),
         ("DEADPOOL_SLICE_BYTES", "4M", "expected a whole number"),
-        ("DEADPOOL_COMM", "mpi", "auto, reconfigure, swap"),
+        ("DEADPOOL_COMM", "mpi", "auto, swap"),
     ],
 )
 def test_a_bad_variable_is_named_in_one_line(
