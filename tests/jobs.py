@@ -6,14 +6,16 @@ Every wait has a deadline. Whatever a test does, `Jobs.end` leaves none of the p
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import psutil
 
 from deadpool_megatron.observe import LOGS, STATUS, read_events
 
-__all__ = ["EXAMPLE", "ROOT", "Job", "Jobs", "assert_same_training", "launch_flags", "leftovers", "torchrun"]
+__all__ = ["EXAMPLE", "ROOT", "Job", "Jobs", "assert_same_checkpoint", "assert_same_training", "launch_flags", "torchrun"]
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "pretrain_gpt.py"
@@ -277,9 +279,37 @@ def torchrun(
     return _printed(out)
 
 
-def leftovers() -> set[str]:
-    """Files of vaults in shared memory whose job is not alive any more, or is."""
-    return {p.name for p in Path("/dev/shm").glob("deadpool-*")}
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, bytes]]:
+    import torch
+
+    if isinstance(value, dict):
+        for key in value:
+            yield from _leaves(value[key], f"{name}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, each in enumerate(value):
+            yield from _leaves(each, f"{name}/{i}")
+    elif isinstance(value, io.BytesIO):
+        yield from _leaves(torch.load(value, weights_only=False), name)
+    elif isinstance(value, torch.Tensor):
+        yield name, f"{value.dtype} {tuple(value.shape)} ".encode() + bytes(value.contiguous().view(-1).view(torch.uint8))
+    else:
+        yield name, pickle.dumps(value)
+
+
+def assert_same_checkpoint(got: Path, want: Path) -> None:
+    """Two of Megatron's ``torch_dist`` checkpoints hold the same, bit for bit; the runs' flags alone may differ."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    contents = []
+    for directory in (got, want):
+        whole = Path(f"{directory}.pt")
+        dcp_to_torch_save(directory, whole)
+        leaves = _leaves(torch.load(whole, weights_only=False))
+        contents.append({name: value for name, value in leaves if "args" not in name.split("/")})
+    assert any("exp_avg" in name for name in contents[1]) and any("rng" in name for name in contents[1])
+    assert set(contents[0]) == set(contents[1])
+    assert not [name for name in contents[1] if contents[0][name] != contents[1][name]]
 
 
 def assert_same_training(got: Job, want: Job, iterations: int, rank: int, mute: frozenset[int] = frozenset()) -> None:
