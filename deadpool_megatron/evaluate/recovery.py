@@ -2,7 +2,8 @@
 
 A disturbance is the time from the kill to the end of the first iteration completed after it, less the normal time of
 one iteration. The baseline is the same job without DeadPool: the same kill, then the same command again with
-``--load`` of a checkpoint that the job saved the iteration before, which is the best case for it.
+``--load`` of a checkpoint that the job saved the iteration before. That is the best case for it, and it loads weights
+only: upstream cannot load Adam's state back without apex or Transformer Engine (DistributedOptimizer.load_state_dict).
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def _restarts(options: argparse.Namespace, base: Path) -> list[float]:
             job.until("iteration after it", partial(job.has_printed, saved + 1), _RECOVER_S)
             moment = job.kill_node(rng.randrange(options.active_nodes))
             job.wait()
-        with Job(base / f"restart-{number}-b", _launch(options, 0), [*script, "--load", str(checkpoint)]) as job:
+        load = ["--load", str(checkpoint), "--no-load-optim", "--no-load-rng"]
+        with Job(base / f"restart-{number}-b", _launch(options, 0), [*script, *load]) as job:
             job.until("first iteration", job.printed_iterations, _START_S)
             out.append(time.time() - moment)
         _say(f"restart {number}: {out[-1]:.1f} s")
@@ -147,10 +149,15 @@ def run_recovery(options: argparse.Namespace) -> int:
     base = Path(tempfile.mkdtemp(prefix="deadpool-bench-"))
     try:
         kills = _recoveries(options, base)
-        restarts = _restarts(options, base)
     except JobError as err:
         _say(f"deadpool: {err}")
         return 1
+    failed = ""
+    restarts: list[float] = []
+    try:
+        restarts = _restarts(options, base)
+    except JobError as err:  # what was measured of the kills still counts
+        failed = str(err)
     print(f"disturbance per kill (s): {_spread([k.disturbance_s for k in kills])}")
     print(f"kill to first completed iteration (s): {_spread([k.first_iteration_s for k in kills])}")
     print(f"one iteration (s): {_spread([k.iteration_s for k in kills])}")
@@ -169,4 +176,6 @@ def run_recovery(options: argparse.Namespace) -> int:
         Path(options.out).write_text(
             json.dumps({"kills": [asdict(k) for k in kills], "restarts_s": restarts, "seed": options.seed}, indent=1)
         )
-    return 0
+    if failed:
+        _say(f"deadpool: {failed}")
+    return int(bool(failed))
