@@ -252,7 +252,7 @@ class Agent:
         assert self._shards is not None
         try:
             path = self._shards.allocate(record.rank, record.unique_bytes, record.small_bytes)
-        except VaultError as err:
+        except (VaultError, OSError) as err:
             worker.tell(r.ArenaRefused(str(err)))
             return
         worker.tell(r.ArenaGranted(record.rank, path))
