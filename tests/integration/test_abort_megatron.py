@@ -25,6 +25,10 @@ def _footprint(pid: int) -> tuple[int, int]:
     return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
 
 
+def _floor(footprints: list[tuple[int, int]]) -> tuple[int, int]:
+    return min(f[0] for f in footprints), min(f[1] for f in footprints)
+
+
 def _abort(spoke: Spoke) -> bool:
     """Ask for one abort; False when the job is still busy with the last."""
     spoke.send(r.encode(r.Inject(r.Fault("abort", -1))))
@@ -70,9 +74,10 @@ def test_every_abort_unblocks_every_rank_within_a_second_and_nothing_of_the_run_
     assert slowest < 1.0, f"the slowest rank took {slowest:.2f} s to leave its step"
     assert {c["rank"]: c["pid"] for c in job.status()["coordinates"]} == pids
     assert not job.events("detected")
-    if len(footprints) > 3:  # dead backends must not pile up: 24 groups of 3 threads each would show at once
-        first, last = footprints[1], footprints[-1]
-        assert last[0] < first[0] + 40, f"descriptors grew: {footprints}"
-        assert last[1] < first[1] + 60, f"threads grew: {footprints}"
+    if len(footprints) > 5:
+        # A message taken out by force keeps its backend until the operation time-out, so the count goes up and down;
+        # what piles up raises the floor. 24 groups of 3 threads each would show at once.
+        for what, early, late in zip(("descriptors", "threads"), footprints[1], _floor(footprints[-4:]), strict=True):
+            assert late < early + 40, f"{what} grew: {footprints}"
     calm = json.loads((tmp_path / "calm.json").read_text())
     assert json.loads((tmp_path / "run.json").read_text()) == calm
