@@ -1,0 +1,175 @@
+"""The typed records that agents, coordinator and workers exchange.
+
+Every record is a frozen msgspec struct with a tag; unknown tags, unknown fields and malformed values are refused when
+decoded, and nothing is ever unpickled. `VERSION` leads every packet, so that two releases never misread each other.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from deadpool_megatron.cluster.records.agents import (
+    AgentRecord,
+    Committed,
+    FetchFailed,
+    Finished,
+    Inject,
+    Iteration,
+    Join,
+    NodeFormed,
+    NodeReady,
+    NodeRestored,
+    NodeResumed,
+    Offer,
+    PeerError,
+    Registered,
+    Saved,
+    StateHash,
+    WorkerExited,
+    WorkerFailed,
+    WorkerReady,
+)
+from deadpool_megatron.cluster.records.coordinators import (
+    Agree,
+    AllFinished,
+    Arm,
+    CommittedTo,
+    CoordinatorRecord,
+    Declare,
+    Form,
+    InjectReply,
+    Roster,
+    Stop,
+)
+from deadpool_megatron.cluster.records.values import (
+    Address,
+    CoordinateInfo,
+    Fault,
+    Purpose,
+    SlotAddress,
+    Source,
+    Step,
+)
+from deadpool_megatron.cluster.records.workers import (
+    ArenaGranted,
+    ArenaRefused,
+    ArenaRequest,
+    Arrived,
+    Generation,
+    ShardReady,
+    TakeOver,
+    WorkerRecord,
+    WorkerStep,
+    WorkerTold,
+)
+
+__all__ = [
+    "Address",
+    "AgentRecord",
+    "Agree",
+    "AllFinished",
+    "ArenaGranted",
+    "ArenaRefused",
+    "ArenaRequest",
+    "Arm",
+    "Arrived",
+    "Committed",
+    "CommittedTo",
+    "CoordinateInfo",
+    "CoordinatorRecord",
+    "Declare",
+    "Fault",
+    "FetchFailed",
+    "Finished",
+    "Form",
+    "Generation",
+    "Inject",
+    "InjectReply",
+    "Iteration",
+    "Join",
+    "NodeFormed",
+    "NodeReady",
+    "NodeRestored",
+    "NodeResumed",
+    "Offer",
+    "PeerError",
+    "Purpose",
+    "RecordError",
+    "Registered",
+    "Roster",
+    "Saved",
+    "ShardReady",
+    "SlotAddress",
+    "Source",
+    "StateHash",
+    "Step",
+    "Stop",
+    "TakeOver",
+    "WorkerExited",
+    "WorkerFailed",
+    "WorkerReady",
+    "WorkerRecord",
+    "WorkerStep",
+    "WorkerTold",
+    "decode_from_agent",
+    "decode_from_coordinator",
+    "decode_from_worker",
+    "decode_to_worker",
+    "encode",
+]
+
+VERSION = b"\x01"
+
+
+class RecordError(ValueError):
+    """Bytes that are not a record of this protocol version."""
+
+
+_encoder = msgspec.msgpack.Encoder()
+_from_agent: msgspec.msgpack.Decoder[AgentRecord] = msgspec.msgpack.Decoder(AgentRecord)
+_from_coordinator: msgspec.msgpack.Decoder[CoordinatorRecord] = msgspec.msgpack.Decoder(CoordinatorRecord)
+_from_worker: msgspec.msgpack.Decoder[WorkerRecord] = msgspec.msgpack.Decoder(WorkerRecord)
+_to_worker: msgspec.msgpack.Decoder[WorkerTold] = msgspec.msgpack.Decoder(WorkerTold)
+
+
+def encode(record: msgspec.Struct) -> bytes:
+    """One packet: the protocol version, then the record as msgpack."""
+    return VERSION + _encoder.encode(record)
+
+
+def _body(packet: bytes, sender: str) -> bytes:
+    if packet[:1] != VERSION:
+        raise RecordError(f"packet from {sender} is of protocol version {packet[:1].hex() or '?'}, not {VERSION.hex()}")
+    return packet[1:]
+
+
+def decode_from_agent(packet: bytes) -> AgentRecord:
+    """Decode what an agent (or `deadpool inject`) sent. Raises RecordError."""
+    try:
+        return _from_agent.decode(_body(packet, "agent"))
+    except msgspec.MsgspecError as err:
+        raise RecordError(f"malformed record from agent: {err}") from None
+
+
+def decode_from_coordinator(packet: bytes) -> CoordinatorRecord:
+    """Decode what the coordinator sent. Raises RecordError."""
+    try:
+        return _from_coordinator.decode(_body(packet, "coordinator"))
+    except msgspec.MsgspecError as err:
+        raise RecordError(f"malformed record from coordinator: {err}") from None
+
+
+def decode_from_worker(packet: bytes) -> WorkerRecord:
+    """Decode what a worker sent. Raises RecordError."""
+    try:
+        return _from_worker.decode(_body(packet, "worker"))
+    except msgspec.MsgspecError as err:
+        raise RecordError(f"malformed record from worker: {err}") from None
+
+
+def decode_to_worker(packet: bytes) -> WorkerTold:
+    """Decode what the agent told this worker. Raises RecordError."""
+    try:
+        return _to_worker.decode(_body(packet, "agent"))
+    except msgspec.MsgspecError as err:
+        raise RecordError(f"malformed record from agent: {err}") from None

@@ -1,0 +1,203 @@
+"""What agents (and the command-line tools) tell the coordinator."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from deadpool_megatron.cluster.records.values import CoordinateInfo, Fault, Record
+
+
+class Join(Record, frozen=True):
+    """An agent is up, its vault listens and its workers are started."""
+
+    node: int
+    pid: int
+    host: str
+    vault_port: int
+    worker_pids: list[int]
+
+
+class WorkerReady(Record, frozen=True):
+    """A worker has imported everything; on a spare node it is parked now."""
+
+    node: int
+    local: int
+    pid: int
+
+
+class Registered(Record, frozen=True):
+    """A coordinate has built its model and is about to train."""
+
+    node: int
+    local: int
+    coordinate: CoordinateInfo
+    unique_bytes: int
+    small_bytes: int
+    table_digest: str
+    strategy: str
+    can_rescue: bool
+
+
+class WorkerExited(Record, frozen=True):
+    """A worker process ended: ``code`` as from waitpid, negative for a signal."""
+
+    node: int
+    local: int
+    rank: int | None
+    pid: int
+    code: int
+
+
+class WorkerFailed(Record, frozen=True):
+    """A worker ends because of an exception of its own (not of a lost peer)."""
+
+    node: int
+    local: int
+    rank: int | None
+    phase: Literal["setup", "training", "tail"]
+    iteration: int
+    user_error: bool
+    message: str
+    traceback: str
+
+
+class PeerError(Record, frozen=True):
+    """A survivor saw a communication error: a hint that a peer is gone, never proof."""
+
+    epoch: int
+    node: int
+    rank: int
+    text: str
+
+
+class Offer(Record, frozen=True):
+    """All workers of a node have left their step; what the node can give, by rank.
+
+    ``live`` are generations, ``own`` and ``peer`` versions (epoch, generation) complete in the node's vault.
+    """
+
+    epoch: int
+    node: int
+    live: dict[int, int | None]
+    own: dict[int, list[tuple[int, int]]]
+    peer: dict[int, list[tuple[int, int]]]
+
+
+class NodeReady(Record, frozen=True):
+    """All workers of a node hold the agreed generation and wait to form the groups of the epoch."""
+
+    epoch: int
+    node: int
+
+
+class NodeFormed(Record, frozen=True):
+    """All workers of a node have re-formed their groups."""
+
+    epoch: int
+    node: int
+    groups: int
+
+
+class NodeRestored(Record, frozen=True):
+    """All workers of a node have the complete state of the agreed generation, 16-bit parameters included."""
+
+    epoch: int
+    node: int
+
+
+class NodeResumed(Record, frozen=True):
+    """All workers of a node run again."""
+
+    epoch: int
+    node: int
+    iteration: int
+
+
+class Committed(Record, frozen=True):
+    """Every coordinate of the node has committed this generation (own vault and peer vault complete)."""
+
+    epoch: int
+    node: int
+    generation: int
+
+
+class Iteration(Record, frozen=True):
+    """The coordinate that knows the loss has finished an iteration.
+
+    ``losses`` are hexadecimal floats (exact); ``blocked_s`` is the time this rank's training thread spent in
+    DeadPool in this iteration, ``seconds`` the whole iteration.
+    """
+
+    node: int
+    rank: int
+    epoch: int
+    iteration: int
+    losses: dict[str, str]
+    grad_norm: str | None
+    seconds: float
+    blocked_s: float
+    copied_bytes: int
+    skipped_generations: int
+
+
+class FetchFailed(Record, frozen=True):
+    """The shard of a lost coordinate could not be had from the source that was named."""
+
+    epoch: int
+    node: int
+    rank: int
+    source: int
+    generation: int
+    why: str
+
+
+class Finished(Record, frozen=True):
+    """All workers of a node have finished training."""
+
+    epoch: int
+    node: int
+
+
+class StateHash(Record, frozen=True):
+    """SHA-256 digests of one coordinate's state at the end, by part."""
+
+    node: int
+    rank: int
+    digests: dict[str, str]
+
+
+class Saved(Record, frozen=True):
+    """All workers of a node have written Megatron's checkpoint of the agreed generation."""
+
+    epoch: int
+    node: int
+    iteration: int
+    directory: str
+
+
+class Inject(Record, frozen=True):
+    """`deadpool inject` asks the coordinator for a fault."""
+
+    fault: Fault
+
+
+AgentRecord = (
+    Join
+    | WorkerReady
+    | Registered
+    | WorkerExited
+    | WorkerFailed
+    | PeerError
+    | Offer
+    | NodeReady
+    | NodeFormed
+    | NodeRestored
+    | NodeResumed
+    | Committed
+    | Iteration
+    | FetchFailed
+    | Finished
+    | StateHash
+    | Saved
+    | Inject
+)

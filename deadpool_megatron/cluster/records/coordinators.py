@@ -1,0 +1,81 @@
+"""What the coordinator tells the agents."""
+
+from __future__ import annotations
+
+from deadpool_megatron.cluster.records.values import Address, Fault, Purpose, Record, SlotAddress, Source
+
+
+class Roster(Record, frozen=True):
+    """The job is complete: the assignment by rank, the vault addresses and the peer of every node."""
+
+    epoch: int
+    assignment: list[SlotAddress]
+    vaults: dict[int, Address]
+    peers: dict[int, int]
+
+
+class Declare(Record, frozen=True):
+    """Epoch ``epoch`` begins; every communicator of an older one is dead."""
+
+    epoch: int
+    purpose: Purpose
+    reason: str
+    lost_nodes: list[int]
+    replaced: list[int]
+    assignment: list[SlotAddress]
+    vaults: dict[int, Address]
+    peers: dict[int, int]
+
+
+class Agree(Record, frozen=True):
+    """The generation to go on from and, by rank that does not hold it, where its shard comes from."""
+
+    epoch: int
+    generation: int
+    sources: dict[int, Source]
+
+
+class Form(Record, frozen=True):
+    """Every rank is ready: form the groups of this epoch."""
+
+    epoch: int
+
+
+class CommittedTo(Record, frozen=True):
+    """What the vaults keep: the newest version the whole job has committed, and the floor of the current epoch.
+
+    ``kept`` is (epoch, generation), None before the first commit; nothing below generation ``floor`` but ``kept``
+    will ever be committed in this epoch (see `vault.discipline`).
+    """
+
+    epoch: int
+    kept: tuple[int, int] | None
+    floor: int
+
+
+class AllFinished(Record, frozen=True):
+    """Every coordinate has finished training; what follows in the script may run."""
+
+    epoch: int
+
+
+class Stop(Record, frozen=True):
+    """The job ends: workers are terminated, then the agent leaves with ``code``."""
+
+    code: int
+    message: str
+
+
+class Arm(Record, frozen=True):
+    """A fault for this node."""
+
+    fault: Fault
+
+
+class InjectReply(Record, frozen=True):
+    """What became of an `Inject`: ``error`` is empty when it was accepted."""
+
+    error: str
+
+
+CoordinatorRecord = Roster | Declare | Agree | Form | CommittedTo | AllFinished | Stop | Arm | InjectReply

@@ -1,0 +1,87 @@
+"""What a worker and its agent tell each other."""
+
+from __future__ import annotations
+
+from deadpool_megatron.cluster.records.agents import Iteration, PeerError, Registered, StateHash, WorkerFailed
+from deadpool_megatron.cluster.records.coordinators import AllFinished, Arm, Declare, Form, Stop
+from deadpool_megatron.cluster.records.values import Record, Step
+
+
+class WorkerStep(Record, frozen=True):
+    """A worker reached a step of the protocol."""
+
+    step: Step
+    epoch: int
+    number: int = 0
+
+
+class ArenaRequest(Record, frozen=True):
+    """A worker asks for the memory of its shard in the vault."""
+
+    rank: int
+    unique_bytes: int
+    small_bytes: int
+
+
+class Arrived(Record, frozen=True):
+    """A worker's training thread has left its step. ``live`` is the generation its live state is, None when torn."""
+
+    epoch: int
+    rank: int
+    live: int | None
+
+
+class ShardReady(Record, frozen=True):
+    """A worker has saved the checkpoint of the agreed generation."""
+
+    epoch: int
+    iteration: int
+    directory: str
+
+
+WorkerRecord = (
+    WorkerStep
+    | ArenaRequest
+    | Arrived
+    | ShardReady
+    | Registered
+    | WorkerFailed
+    | PeerError
+    | Iteration
+    | StateHash
+)
+
+
+class ArenaGranted(Record, frozen=True):
+    """The arena file of a rank."""
+
+    rank: int
+    path: str
+
+
+class ArenaRefused(Record, frozen=True):
+    """The vault has no room, in one line."""
+
+    message: str
+
+
+class TakeOver(Record, frozen=True):
+    """A parked worker becomes a coordinate."""
+
+    epoch: int
+    rank: int
+
+
+class Generation(Record, frozen=True):
+    """The agreed generation is in the arena at ``path`` as version (``version_epoch``, ``generation``).
+
+    ``version_epoch`` is -1 when this rank's vault does not hold it (its live state does).
+    """
+
+    epoch: int
+    generation: int
+    version_epoch: int
+    path: str
+
+
+WorkerTold = ArenaGranted | ArenaRefused | TakeOver | Generation | Declare | Form | AllFinished | Stop | Arm
