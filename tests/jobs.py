@@ -1,4 +1,4 @@
-"""Whole jobs through the real command line: started in a subprocess, watched from outside, ended by process id.
+"""Jobs under test: `deadpool_megatron.evaluate.jobs` with what only tests look at, and training runs compared.
 
 Every wait has a deadline. Whatever a test does, `Jobs.end` leaves none of the processes of its jobs behind.
 """
@@ -11,17 +11,16 @@ import json
 import os
 import pickle
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
-from deadpool_megatron.observe import LOGS, STATUS, read_events
+from deadpool_megatron.evaluate import jobs
+from deadpool_megatron.observe import LOGS
 
 __all__ = [
     "EXAMPLE",
@@ -38,7 +37,6 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "pretrain_gpt.py"
 # Ten processes that import torch on two cores that others use too.
 START_S = 180.0
-_CLI = [sys.executable, "-m", "deadpool_megatron.cli"]
 
 _LINE = re.compile(r"iteration +(\d+)/ +\d+ \|(.*)")
 _EXACT = ("consumed samples", "learning rate", "lm loss", "grad norm", "loss scale", "number of skipped iterations")
@@ -57,47 +55,18 @@ def _environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)} | (extra or {})
 
 
-class Job:
-    """One `deadpool launch`. ``output`` is what it and its children wrote to the terminal."""
+class Job(jobs.Job):
+    """One `deadpool launch` under test: a failure shows the ends of its logs."""
 
     def __init__(
         self, run_dir: Path, launch: Sequence[str], script: Sequence[str], extra: dict[str, str] | None = None
     ) -> None:
-        self.run_dir = run_dir
         self.hash_file = Path(f"{run_dir}.hash.json")
-        self._out = Path(f"{run_dir}.out")
-        command = [*_CLI, "launch", "--run-dir", str(run_dir)]
-        with open(self._out, "wb") as out:
-            self.process = subprocess.Popen(
-                [*command, "--tee", "none", *launch, *script],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=_environment(extra),
-                cwd=run_dir.parent,
-                start_new_session=True,
-            )
-        self._seen: dict[int, psutil.Process] = {}
+        super().__init__(run_dir, launch, script, _environment(extra), run_dir.parent)
 
-    # ---- what can be seen
-
-    @property
-    def output(self) -> str:
-        """Everything the launcher, the coordinator and the agents wrote."""
-        return self._out.read_text(errors="replace")
-
-    def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        """Events so far, oldest first."""
-        return [e for e in read_events(self.run_dir) if name is None or e["event"] == name]
-
-    def status(self) -> dict[str, Any]:
-        """The content of ``status.json``."""
-        status: dict[str, Any] = json.loads((self.run_dir / STATUS).read_text())
-        return status
-
-    def pids(self) -> dict[int, int]:
-        """Process ids of the coordinates, by rank."""
-        return {c["rank"]: c["pid"] for c in self.status()["coordinates"]}
+    def failed(self, what: str) -> NoReturn:
+        """Fail the test."""
+        raise AssertionError(f"the job of {self.run_dir}: {what}\n{self.log_tails()}")
 
     def exact(self) -> list[tuple[int, dict[str, str], str | None]]:
         """Iteration, losses and grad norm as hexadecimal floats; a repeated iteration is there each time."""
@@ -126,28 +95,9 @@ class Job:
                 parts.append(f"{path.name}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-count:]))
         return "\n".join(parts)[-12000:]
 
-    def processes(self) -> list[psutil.Process]:
-        """The launcher and everything under it that lives; remembered for the end."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            launcher = psutil.Process(self.process.pid)
-            for each in [launcher, *launcher.children(recursive=True)]:
-                self._seen[each.pid] = each
-        return [p for p in self._seen.values() if _lives(p)]
-
-    # ---- what can be done
-
     def until(self, what: str, find: Callable[[], Any], deadline_s: float = START_S) -> Any:
         """Poll until ``find`` gives something; fails when the job ends first or the deadline passes."""
-        end = time.monotonic() + deadline_s
-        while True:
-            ended = self.process.poll() is not None
-            found = find()
-            if found:
-                self.processes()
-                return found
-            assert not ended, f"the job ended ({self.process.returncode}) before {what}\n{self.log_tails()}"
-            assert time.monotonic() < end, f"no {what} within {deadline_s:g} s\n{self.log_tails()}"
-            time.sleep(0.05)
+        return super().until(what, find, deadline_s)
 
     def until_event(self, name: str, epoch: int | None = None, deadline_s: float = START_S) -> dict[str, Any]:
         """The first event of a name (and epoch)."""
@@ -157,71 +107,15 @@ class Job:
 
         return self.until(f"event {name} of epoch {epoch}", find, deadline_s)[0]  # type: ignore[no-any-return]
 
-    def inject(self, node: int, iteration: int, tick: int, *more: str) -> None:
-        """Arm a fault with the real `deadpool inject`."""
-        at = ["--at-iteration", str(iteration), "--at-tick", str(tick)]
-        done = subprocess.run(
-            [*_CLI, "inject", "--run-dir", str(self.run_dir), "--node", str(node), *at, *more],
-            capture_output=True,
-            text=True,
-            env=_environment(),
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-
     def wait(self, deadline_s: float = START_S) -> int:
         """The exit code of the job."""
-        end = time.monotonic() + deadline_s
-        while self.process.poll() is None:
-            assert time.monotonic() < end, f"the job does not end within {deadline_s:g} s\n{self.log_tails()}"
-            self.processes()
-            time.sleep(0.2)
-        return self.process.returncode
+        return super().wait(deadline_s)
 
     def finished(self, deadline_s: float = START_S) -> Job:
         """Wait for an end without error."""
         code = self.wait(deadline_s)
         assert code == 0, f"exit code {code}\n{self.log_tails()}"
         return self
-
-    def until_gone(self, deadline_s: float) -> None:
-        """Until no process that was ever seen under this job lives."""
-        end = time.monotonic() + deadline_s
-        while True:
-            # A zombie has ended; that nobody reaped it is not the job's business.
-            left = [p for p in self._seen.values() if _lives(p)]
-            if not left:
-                return
-            assert time.monotonic() < end, f"still alive after {deadline_s:g} s: {[_describe(p) for p in left]}"
-            time.sleep(0.05)
-
-    def end(self) -> None:
-        """End whatever is left, each process by its id."""
-        self.processes()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(20)
-        for each in self._seen.values():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()  # psutil compares the creation time, so a reused id is safe
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _describe(process: psutil.Process) -> str:
-    try:
-        return f"{process.pid} {' '.join(process.cmdline()[:5])}"
-    except psutil.NoSuchProcess:
-        return str(process.pid)
 
 
 def _printed(text: str) -> dict[int, dict[str, str]]:

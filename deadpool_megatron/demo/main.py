@@ -16,8 +16,9 @@ from rich.console import Console
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.demo.evidence import Evidence, Step, steps_of
 from deadpool_megatron.demo.report import show_evidence, show_recovery, show_verdict, usual_seconds
-from deadpool_megatron.demo.runs import DeathWatch, DemoError, DemoRun, identities
+from deadpool_megatron.demo.runs import DeathWatch, DemoRun, identities
 from deadpool_megatron.demo.screen import Screen
+from deadpool_megatron.evaluate import JobError
 from deadpool_megatron.observe.recoveries import recoveries
 from deadpool_megatron.observe.tables import make_console
 
@@ -53,20 +54,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _command(options: argparse.Namespace, run_dir: Path) -> list[str]:
-    """`deadpool launch` with one spare, two workers a node."""
+def _run(options: argparse.Namespace, name: str) -> DemoRun:
+    """Start `deadpool launch` with one spare, two workers a node."""
     flags = shlex.split(Path(options.flags).read_text(), comments=True)
     launch = ["--local-nodes", str(options.active_nodes + 1), "--spare-nodes", "1", "--nproc-per-node", "2"]
-    launch += ["--emulate-cpu", "--tee", "none", "--run-dir", str(run_dir)]
     script = [options.script, *flags, "--train-iters", str(options.iterations), "--deadpool"]
-    return [sys.executable, "-m", "deadpool_megatron.cli", "launch", *launch, *script]
+    return DemoRun(Path(options.run_dir) / name, [*launch, "--emulate-cpu"], script)
 
 
 def _undisturbed(console: Console, options: argparse.Namespace) -> tuple[list[Step], DemoRun, float]:
-    run_dir = Path(options.run_dir) / "undisturbed"
     events: list[dict[str, Any]] = []
     title = f"1 of 2: {options.iterations} iterations, nothing happens"
-    with DemoRun(run_dir, _command(options, run_dir)) as run, Screen(console, title, options.iterations) as screen:
+    with _run(options, "undisturbed") as run, Screen(console, title, options.iterations) as screen:
         for event in run.follow():
             events.append(event)
             screen.take(event, run.status())
@@ -75,7 +74,6 @@ def _undisturbed(console: Console, options: argparse.Namespace) -> tuple[list[St
 
 def _disturbed(console: Console, options: argparse.Namespace, reference: list[Step], hashes: Any) -> bool:
     """The run with the kill; True when it is equal to the reference."""
-    run_dir = Path(options.run_dir) / "killed"
     events: list[dict[str, Any]] = []
     watch: DeathWatch | None = None
     before: dict[int, Any] = {}
@@ -83,7 +81,7 @@ def _disturbed(console: Console, options: argparse.Namespace, reference: list[St
     reporter: int | None = None
     by_iteration = {step.iteration: step for step in reference}
     title = f"2 of 2: the same run, node {options.node} is killed in iteration {options.iteration}"
-    run = DemoRun(run_dir, _command(options, run_dir))
+    run = _run(options, "killed")
     with run, Screen(console, title, options.iterations, by_iteration) as screen:
         for event in run.follow():
             events.append(event)
@@ -102,14 +100,14 @@ def _disturbed(console: Console, options: argparse.Namespace, reference: list[St
                     after = identities(c for c in status["coordinates"] if c["rank"] in before)
     known = recoveries(events)
     if not known or watch is None:
-        raise DemoError(
+        raise JobError(
             f"node {options.node} was never killed: its part of iteration {options.iteration} has fewer than "
             f"{options.tick} forward and backward passes; try a smaller --tick"
         )
     recovery = known[0]
     first = next((e for e in events if e["event"] == "iteration" and e["epoch"] > 0), None)
     if recovery.end != "resumed" or first is None:
-        raise DemoError(f"the job did not come back from the kill ({recovery.end}); see {run_dir}")
+        raise JobError(f"the job did not come back from the kill ({recovery.end}); see {run.run_dir}")
     died = min(recovery.began, watch.died or recovery.began)
     generation = recovery.generation or 0
     evidence = Evidence(
@@ -142,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         reference, run, blocked = _undisturbed(console, options)
         equal = _disturbed(console, options, reference, run.hashes())
-    except DemoError as err:
+    except JobError as err:
         print(f"deadpool: {err}", file=sys.stderr)
         return Exit.FAILED
     except KeyboardInterrupt:

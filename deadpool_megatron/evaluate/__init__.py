@@ -1,5 +1,6 @@
 """Measurements of what DeadPool costs and gains, against baselines in the same harness."""
 
+from deadpool_megatron.evaluate.jobs import CLI, Job, JobError
 from deadpool_megatron.evaluate.recovery import add_recovery_arguments, run_recovery
 
-__all__ = ["add_recovery_arguments", "run_recovery"]
+__all__ = ["CLI", "Job", "JobError", "add_recovery_arguments", "run_recovery"]

@@ -1,7 +1,12 @@
-"""Jobs under measurement: started through the `deadpool` command, watched through their run directory."""
+"""Whole jobs, started through the real `deadpool` command, watched through their run directory, ended by process id.
+
+Used by `deadpool bench`, the demo and the tests: there is one way to start a job from a program. Every wait has a
+deadline, and whatever its user does, `Job.end` leaves none of the job's processes behind.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,89 +14,125 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Self
 
-from deadpool_megatron.observe import LOGS, STATUS, read_events
+import psutil
 
-__all__ = ["Job", "JobError"]
+from deadpool_megatron.observe import EVENTS, LOGS, STATUS, follow_events, read_events
 
+__all__ = ["CLI", "Job", "JobError"]
+
+CLI = (sys.executable, "-m", "deadpool_megatron.cli")
 _ITERATION = re.compile(r" iteration +(\d+)/")
+_END_S = 40.0
+_POLL_S = 0.02
 
 
 class JobError(RuntimeError):
-    """A job under measurement did not do what it should; the message is one line."""
+    """A job did not do what it should; the message is one line."""
 
 
 class Job:
-    """One `deadpool launch` in a subprocess. A context manager: whatever happens, the job is ended."""
+    """One `deadpool launch` in a subprocess. A context manager: whatever happens, the job is ended.
 
-    def __init__(self, run_dir: Path, launch: Sequence[str], script: Sequence[str]) -> None:
+    Args:
+        run_dir: its run directory; what the launcher and all below it write goes to a file beside it, ``.out``.
+        launch: options of `deadpool launch`, without ``--run-dir`` and ``--tee``.
+        script: the training script and its arguments.
+        environment: the launcher's, this process's own when None.
+        directory: where the launcher runs, here when None.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        launch: Sequence[str],
+        script: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        directory: Path | None = None,
+    ) -> None:
         self.run_dir = run_dir
-        self._log = open(f"{run_dir}.out", "ab")  # noqa: SIM115 - closed with the job
-        self._process = subprocess.Popen(
-            [
-                *[sys.executable, "-m", "deadpool_megatron.cli", "launch", "--run-dir", str(run_dir), "--tee", "none"],
-                *launch,
-                *script,
-            ],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        self._out = Path(f"{run_dir}.out")
+        self._environment = None if environment is None else dict(environment)
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        for name in (EVENTS, STATUS):  # of an older run; they would be taken for this one's
+            (run_dir / name).unlink(missing_ok=True)
+        with open(self._out, "wb") as out:
+            # A session of its own: Ctrl-C reaches only the caller, which then ends the launcher in order.
+            self.process = subprocess.Popen(
+                [*CLI, "launch", "--run-dir", str(run_dir), "--tee", "none", *launch, *script],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                cwd=directory,
+                start_new_session=True,
+            )
+        self._seen: dict[int, psutil.Process] = {}
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *args: object) -> None:
         self.end()
 
-    def end(self) -> None:
-        """Interrupt the job and wait until it has ended."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-        self._process.wait()
-        self._log.close()
+    def failed(self, what: str) -> NoReturn:
+        """Say that the job has not done what it should. Raises JobError."""
+        raise JobError(f"the job of {self.run_dir}: {what}; see its logs")
 
-    def wait(self) -> int:
-        """The exit code."""
-        return self._process.wait()
+    # ---- what can be seen
 
-    def until(self, what: str, find: Callable[[], Any], deadline_s: float) -> Any:
-        """Poll ``find`` until it gives something. Raises JobError when the job ends or the deadline passes."""
-        end = time.monotonic() + deadline_s
-        while True:
-            found = find()
-            if found:
-                return found
-            if self._process.poll() is not None:
-                code = self._process.returncode
-                raise JobError(f"the job of {self.run_dir} ended ({code}) before {what}; see its logs")
-            if time.monotonic() > end:
-                raise JobError(f"the job of {self.run_dir}: no {what} within {deadline_s:g} s; see its logs")
-            time.sleep(0.02)
+    @property
+    def output(self) -> str:
+        """Everything the launcher, the coordinator and the agents wrote."""
+        return self._out.read_text(errors="replace")
 
-    def events(self, event: str | None = None) -> list[dict[str, Any]]:
-        """Events so far."""
-        return [e for e in read_events(self.run_dir) if event is None or e["event"] == event]
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Events so far, oldest first."""
+        return [e for e in read_events(self.run_dir) if name is None or e["event"] == name]
 
     def status(self) -> dict[str, Any]:
-        """The status now."""
+        """The content of ``status.json``. Raises FileNotFoundError before it is there."""
         status: dict[str, Any] = json.loads((self.run_dir / STATUS).read_text())
         return status
 
-    def kill_node(self, node: int) -> float:
-        """SIGKILL for a node's agent and all its workers, as one blow; returns the wall-clock time of it."""
+    def pids(self) -> dict[int, int]:
+        """Process ids of the coordinates, by rank."""
+        return {c["rank"]: c["pid"] for c in self.status()["coordinates"]}
+
+    def node_pids(self, node: int) -> list[int]:
+        """Process ids of a node's agent and all its workers."""
         status = self.status()
         pids = [n["agent_pid"] for n in status["nodes"] if n["node"] == node]
         pids += [c["pid"] for c in status["coordinates"] if c["node"] == node]
-        moment = time.time()
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        return moment
+        pids += [pid for s in status["spares"] if s["node"] == node for pid in s["pids"]]
+        return [pid for pid in pids if pid]
+
+    def processes(self) -> list[psutil.Process]:
+        """The launcher and everything under it that lives; remembered for the end."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(self.process.pid)
+            for each in [launcher, *launcher.children(recursive=True)]:
+                self._seen[each.pid] = each
+        return [p for p in self._seen.values() if _lives(p)]
+
+    def follow(self, silence_s: float) -> Iterator[dict[str, Any]]:
+        """Events as they come, until the job has ended. Raises JobError after a long silence."""
+        heard = [time.monotonic()]
+
+        def alive() -> bool:
+            if time.monotonic() - heard[0] > silence_s:
+                self.failed(f"no event within {silence_s:g} s")
+            return self.process.poll() is None
+
+        for event in follow_events(self.run_dir, alive, _POLL_S):
+            heard[0] = time.monotonic()
+            yield event
 
     def printed_iterations(self) -> list[int]:
-        """Iterations Megatron has printed, of the log that has them (that of the last rank)."""
+        """Iterations Megatron has printed (from 1), of the log that has them (that of the last rank)."""
         out: list[int] = []
         for path in (self.run_dir / LOGS).glob("rank-*.log"):
             if not path.is_symlink():
@@ -101,3 +142,93 @@ class Job:
     def has_printed(self, iteration: int) -> bool:
         """Megatron has printed the line of ``iteration``."""
         return iteration in self.printed_iterations()
+
+    # ---- what can be done
+
+    def until(self, what: str, find: Callable[[], Any], deadline_s: float) -> Any:
+        """Poll until ``find`` gives something; `failed` when the job ends first or the deadline passes."""
+        end = time.monotonic() + deadline_s
+        while True:
+            ended = self.process.poll() is not None  # before looking: what came with the end is found
+            found = find()
+            if found:
+                return found
+            if ended:
+                self.failed(f"ended ({self.process.returncode}) before {what}")
+            if time.monotonic() > end:
+                self.failed(f"no {what} within {deadline_s:g} s")
+            time.sleep(_POLL_S)
+
+    def inject(self, node: int, iteration: int, tick: int, *more: str) -> list[str]:
+        """Arm a fault with the real `deadpool inject`; returns the command. `failed` when it is refused."""
+        at = ["--at-iteration", str(iteration), "--at-tick", str(tick)]
+        command = ["inject", "--run-dir", str(self.run_dir), "--node", str(node), *at, *more]
+        done = subprocess.run(
+            [*CLI, *command], capture_output=True, text=True, env=self._environment, timeout=60, check=False
+        )
+        if done.returncode:
+            self.failed(f"the fault was refused: {done.stderr.strip()}")
+        return ["deadpool", *command]
+
+    def kill_node(self, *nodes: int) -> float:
+        """SIGKILL for the agents and all workers of nodes, as one blow; returns the wall-clock time of it."""
+        return self.signal_nodes(signal.SIGKILL, *nodes)
+
+    def signal_nodes(self, signum: signal.Signals, *nodes: int) -> float:
+        """Send a signal to the agents and all workers of nodes, as one blow; returns the wall-clock time of it."""
+        self.processes()  # a stopped or orphaned process is ended with the job
+        pids = [pid for node in nodes for pid in self.node_pids(node)]
+        moment = time.time()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+        return moment
+
+    def wait(self, deadline_s: float = 3600.0) -> int:
+        """The exit code of the job; `failed` when it does not end in time."""
+        end = time.monotonic() + deadline_s
+        while self.process.poll() is None:
+            if time.monotonic() > end:
+                self.failed(f"it does not end within {deadline_s:g} s")
+            self.processes()
+            time.sleep(0.2)
+        return self.process.returncode
+
+    def until_gone(self, deadline_s: float) -> None:
+        """Until no process that was ever seen under this job lives; `failed` when the deadline passes."""
+        end = time.monotonic() + deadline_s
+        while True:
+            # A zombie has ended; that nobody reaped it is not the job's business.
+            left = [p for p in self._seen.values() if _lives(p)]
+            if not left:
+                return
+            if time.monotonic() > end:
+                self.failed(f"still alive after {deadline_s:g} s: {[_describe(p) for p in left]}")
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        """Interrupt the job, wait until it has ended, and end whatever is left, each process by its id."""
+        self.processes()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_END_S)
+        for each in self._seen.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()  # psutil compares the creation time, so a reused id is safe
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _describe(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} {' '.join(process.cmdline()[:5])}"
+    except psutil.NoSuchProcess:
+        return str(process.pid)
