@@ -13,6 +13,7 @@ from deadpool_megatron import __version__, launch
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
+from deadpool_megatron.config import schema
 from deadpool_megatron.evaluate import add_recovery_arguments, run_recovery
 from deadpool_megatron.observe import JOB, STATUS
 
@@ -51,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     benches = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
     add_recovery_arguments(benches.add_parser("recovery", help="kill nodes and time the way back, against a restart"))
+    commands.add_parser("schema", help="print the JSON schema of the YAML file of --deadpool-config")
     options = parser.parse_args(argv)
+    if options.command == "schema":
+        print(json.dumps(schema(), indent=2))
+        return 0
     if options.command == "launch":
         return launch.run(options)
     if options.command == "bench":

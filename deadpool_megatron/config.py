@@ -1,6 +1,7 @@
-"""One typed definition of every DeadPool setting: flags, environment, YAML and defaults all come from here.
+"""One typed definition of every DeadPool setting: flags, environment, YAML, its schema and defaults come from here.
 
-A setting is looked up as flag, then environment (``DEADPOOL_<NAME>``), then YAML file, then default.
+A setting is looked up as flag, then environment (``DEADPOOL_<NAME>``), then YAML file, then default. The YAML file is
+that of ``--deadpool-config``, or else the section ``deadpool`` of the file of Megatron's own ``--yaml-cfg``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,19 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ConfigError", "DeadpoolConfig", "add_arguments", "from_namespace", "resolve"]
+__all__ = [
+    "ConfigError",
+    "DeadpoolConfig",
+    "add_arguments",
+    "carry_over",
+    "from_flags",
+    "from_namespace",
+    "from_script_arguments",
+    "resolve",
+    "schema",
+    "unit",
+    "variable",
+]
 
 
 class ConfigError(ValueError):
@@ -90,6 +103,24 @@ class DeadpoolConfig:
 
 
 _PREFIX = "deadpool_"
+# Variables of our name that are no settings: what agents tell their workers, what scripts and tests are told.
+OTHER_VARIABLES: typing.Final = (
+    "DEADPOOL_CONFIG",
+    "DEADPOOL_EMULATE_CPU",
+    "DEADPOOL_MODE",
+    "DEADPOOL_SETTINGS",
+    "DEADPOOL_CONTROL_FD",
+    "DEADPOOL_DOORBELL_FD",
+    "DEADPOOL_AGENT_PID",
+    "DEADPOOL_NODE",
+    "DEADPOOL_SECRET_FILE",
+    "DEADPOOL_ROOT",
+    "DEADPOOL_FREE_GB",
+    "DEADPOOL_UPSTREAM",
+    "DEADPOOL_UPSTREAM_GIT",
+    "DEADPOOL_TEST_ABORTS",
+)
+_UNITS = ("seconds", "bytes", "iterations", "times", "nodes")
 
 
 def _flag(f: Field[Any]) -> str:
@@ -98,6 +129,22 @@ def _flag(f: Field[Any]) -> str:
 
 def _dest(f: Field[Any]) -> str:
     return "deadpool" if f.name == "deadpool" else _PREFIX + f.name
+
+
+def variable(f: Field[Any]) -> str:
+    """The environment variable of a setting."""
+    return "DEADPOOL" if f.name == "deadpool" else "DEADPOOL_" + f.name.upper()
+
+
+def unit(f: Field[Any]) -> str:
+    """The unit of a number, the first one its help names; empty for anything else."""
+    words = f.metadata["help"].replace(",", " ").split()
+    return next((w for w in words if w in _UNITS), "") if _type(f) in (int, float) else ""
+
+
+def _nearest(name: str, names: Sequence[str], quote: str = "") -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {quote}{near[0]}{quote}?" if near else ""
 
 
 def _type(f: Field[Any]) -> type:
@@ -109,8 +156,11 @@ def _type(f: Field[Any]) -> type:
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group ``deadpool`` to a parser (Megatron's own, or the launcher's).
 
-    Every default is None on the command line, so that `resolve` can tell "not given" from "given".
+    Every default is None on the command line, so that `resolve` can tell "not given" from "given". A parser that has
+    the group already (a patched Megatron under `deadpool launch`) stays as it is.
     """
+    if "--deadpool" in parser._option_string_actions:
+        return parser
     group = parser.add_argument_group(
         title="deadpool", description="survive the loss of nodes (DeadPool for Megatron-LM)"
     )
@@ -123,7 +173,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             group.add_argument(_flag(f), dest=_dest(f), action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             group.add_argument(
-                _flag(f), dest=_dest(f), type=_type(f), default=None, choices=f.metadata["choices"], help=text
+                _flag(f),
+                dest=_dest(f),
+                type=_type(f),
+                default=None,
+                choices=f.metadata["choices"],
+                metavar=None if f.metadata["choices"] else (unit(f) or _type(f).__name__).upper(),
+                help=text.replace("%", "%%"),
             )
     return parser
 
@@ -148,31 +204,49 @@ def _coerce(f: Field[Any], value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: expected {noun}, not {value!r}") from None
     choices = f.metadata["choices"]
     if choices and out not in choices:
-        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(choices)}")
+        near = _nearest(str(value), choices, "'")
+        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(choices)}{near}")
     return out
 
 
-def _load_yaml(path: str) -> dict[str, Any]:
+def _load_yaml(where: str, path: str) -> Any:
     import yaml
 
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        return yaml.safe_load(Path(path).read_text())
     except OSError as err:
-        raise ConfigError(f"--deadpool-config {path}: {err.strerror}") from None
+        raise ConfigError(f"{where}: {err.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"--deadpool-config {path}: not a text file") from None
+        raise ConfigError(f"{where}: not a text file") from None
     except yaml.YAMLError as err:
-        raise ConfigError(f"--deadpool-config {path}: not YAML: {str(err).splitlines()[0]}") from None
+        raise ConfigError(f"{where}: not YAML: {str(err).splitlines()[0]}") from None
+
+
+def _file_settings(path: str | None, megatron: str | None) -> tuple[str, dict[str, Any]]:
+    """What the YAML file says, and what to call it in a message: our own file, or a section of Megatron's."""
+    if path:
+        where = f"--deadpool-config {path}"
+        data = _load_yaml(where, path)
+    elif megatron:
+        where = f"--yaml-cfg {megatron}: deadpool"
+        whole = _load_yaml(f"--yaml-cfg {megatron}", megatron)
+        data = whole.get("deadpool", {}) if isinstance(whole, dict) else {}
+    else:
+        return "", {}
     if not isinstance(data, dict):
-        raise ConfigError(f"--deadpool-config {path}: expected a mapping of settings")
+        raise ConfigError(f"{where}: expected a mapping of settings")
     names = [f.name for f in fields(DeadpoolConfig)]
     for key in data:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1)
-            raise ConfigError(
-                f"--deadpool-config {path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    return data
+            raise ConfigError(f"{where}: unknown setting {key!r}{_nearest(str(key), names, chr(39))}")
+    return where, data
+
+
+def _check_variables(env: Mapping[str, str]) -> None:
+    known = [*(variable(f) for f in fields(DeadpoolConfig)), *OTHER_VARIABLES]
+    for name in env:
+        if (name == "DEADPOOL" or name.startswith("DEADPOOL_")) and name not in known:
+            raise ConfigError(f"unknown environment variable {name}{_nearest(name, known)}")
 
 
 def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> DeadpoolConfig:
@@ -180,23 +254,23 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) 
 
     Args:
         flags: values by argparse destination (``deadpool``, ``deadpool_lease`` ...); None means "not given".
+            ``yaml_cfg`` is Megatron's own YAML file, whose section ``deadpool`` counts without ``deadpool_config``.
         environ: the environment, ``os.environ`` when None.
 
     Raises:
-        ConfigError: unknown key, malformed value, contradiction.
+        ConfigError: unknown key or variable, malformed value, contradiction.
     """
     env = os.environ if environ is None else environ
-    path = flags.get("deadpool_config") or env.get("DEADPOOL_CONFIG")
-    file = _load_yaml(path) if path else {}
+    _check_variables(env)
+    where, file = _file_settings(flags.get("deadpool_config") or env.get("DEADPOOL_CONFIG"), flags.get("yaml_cfg"))
     values: dict[str, Any] = {}
     for f in fields(DeadpoolConfig):
-        variable = "DEADPOOL" if f.name == "deadpool" else "DEADPOOL_" + f.name.upper()
         if flags.get(_dest(f)) is not None:
             values[f.name] = _coerce(f, flags[_dest(f)], _flag(f))
-        elif variable in env:
-            values[f.name] = _coerce(f, env[variable], variable)
+        elif variable(f) in env:
+            values[f.name] = _coerce(f, env[variable(f)], variable(f))
         elif f.name in file:
-            values[f.name] = _coerce(f, file[f.name], f"--deadpool-config {path}: {f.name}")
+            values[f.name] = _coerce(f, file[f.name], f"{where}: {f.name}")
         else:
             assert f.default is not MISSING
             values[f.name] = f.default
@@ -215,12 +289,48 @@ class _Raising(argparse.ArgumentParser):
 
 def from_script_arguments(arguments: Sequence[str]) -> DeadpoolConfig:
     """Read DeadPool's settings out of a training script's arguments; everything else is left alone."""
+    return resolve(vars(_parsed(arguments)))
+
+
+def from_flags(flags: Sequence[str]) -> DeadpoolConfig:
+    """Read back what `DeadpoolConfig.flags` wrote; environment and files were looked at when it was resolved."""
+    return resolve(vars(_parsed(flags)), {})
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = add_arguments(_Raising(add_help=False, allow_abbrev=False))
+    parser.add_argument("--yaml-cfg", default=None)
     known, rest = parser.parse_known_args(list(arguments))
     names = ["--deadpool-config", *(_flag(f) for f in fields(DeadpoolConfig))]
     for token in rest:
         flag = token.split("=", 1)[0]
-        if flag.startswith("--deadpool") and flag not in names:
-            near = difflib.get_close_matches(flag, names, 1)
-            raise ConfigError(f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else ""))
-    return resolve(vars(known))
+        if flag.startswith(("--deadpool", "--no-deadpool")) and flag not in names:
+            raise ConfigError(f"unknown flag {flag}{_nearest(flag, names)}")
+    return known
+
+
+def carry_over(config: DeadpoolConfig, namespace: typing.Any) -> None:
+    """Set the settings on a namespace under their argparse destinations.
+
+    Megatron's ``load_yaml`` (``--yaml-cfg``) puts a namespace of its own in the place of the parsed one.
+    """
+    for f in fields(DeadpoolConfig):
+        setattr(namespace, _dest(f), getattr(config, f.name))
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the YAML file of ``--deadpool-config``, for editors and for checks before a job."""
+    types_ = {bool: "boolean", int: "integer", float: "number", str: "string"}
+    properties: dict[str, Any] = {}
+    for f in fields(DeadpoolConfig):
+        entry: dict[str, Any] = {"type": types_[_type(f)], "default": f.default, "description": f.metadata["help"]}
+        if f.metadata["choices"]:
+            entry["enum"] = list(f.metadata["choices"])
+        properties[f.name] = entry
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "DeadPool for Megatron-LM: settings",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+    }

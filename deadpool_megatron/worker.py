@@ -60,7 +60,7 @@ def _install(standby: bool) -> Hooks:
     for name, value in nccl_environment().items():
         os.environ.setdefault(name, value)  # read when the first NCCL communicator is made
     flags = os.environ[CONFIG].split("\n") if os.environ[CONFIG] else []
-    config = settings.from_script_arguments(flags)
+    config = settings.from_flags(flags)
     communicators = Communicators.install(
         standby=standby,
         strategy=config.comm,  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ Every hook replaces a module global that upstream looks up at call time (megatro
 
 ========================================  ===============================================================
 ``training.arguments``                    ``add_megatron_arguments``: the group ``deadpool`` in ``--help``
+``training.yaml_arguments``               ``load_yaml``: our settings in the namespace of ``--yaml-cfg`` too
 ``training.training``                     ``initialize_megatron``: checks before anything is built
                                           ``build_train_valid_test_data_iterators``: a spare's data position
                                           ``train``: the loop that recovers and goes on
@@ -71,13 +72,14 @@ class Hooks:
         import megatron.core
         from megatron.core.datasets import utils as dataset_utils
         from megatron.core.pipeline_parallel import schedules
-        from megatron.training import arguments, training
+        from megatron.training import arguments, training, yaml_arguments
 
         check_version(megatron.core.__version__)
         if not (Path(str(dataset_utils.__file__)).parent / "Makefile").exists():
             # The wheel has the dataset helpers compiled, but upstream runs `make` for them and exits when it fails.
             dataset_utils.compile_helpers = lambda: None
         self._replace(arguments, "add_megatron_arguments", self._add_arguments)
+        self._replace(yaml_arguments, "load_yaml", self._load_yaml)
         self._replace(training, "initialize_megatron", self._initialize)
         self._replace(training, "build_train_valid_test_data_iterators", self._build_iterators)
         self._replace(training, "train", self._train)
@@ -100,6 +102,12 @@ class Hooks:
 
     def _add_arguments(self, original: Any, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return settings.add_arguments(original(parser))
+
+    def _load_yaml(self, original: Any, path: str) -> Any:
+        """``--yaml-cfg``: upstream drops the namespace of the command line for the file's."""
+        namespace = original(path)
+        settings.carry_over(self.config, namespace)
+        return namespace
 
     def _initialize(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args

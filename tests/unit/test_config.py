@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -11,12 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deadpool_megatron.config import (
+    OTHER_VARIABLES,
     ConfigError,
     DeadpoolConfig,
     add_arguments,
+    carry_over,
+    from_flags,
     from_namespace,
     from_script_arguments,
     resolve,
+    schema,
+    unit,
+    variable,
 )
 
 
@@ -93,6 +100,57 @@ def test_settings_are_found_among_the_scripts_own_arguments() -> None:
     assert from_script_arguments(arguments) == DeadpoolConfig(deadpool=True, comm="swap")
 
 
+def test_every_number_says_its_unit_and_every_setting_its_default_in_the_help() -> None:
+    helped = " ".join(add_arguments(argparse.ArgumentParser()).format_help().split())
+    for f in fields(DeadpoolConfig):
+        if type(f.default) in (int, float):
+            assert unit(f), f"the help of {f.name} names no unit"
+            assert f"--deadpool-{f.name.replace('_', '-')} {unit(f).upper()}" in helped
+        assert f.metadata["help"] in helped and "(default: " in helped
+
+
+def test_a_parser_that_has_the_group_already_is_left_alone() -> None:
+    # A patched Megatron under `deadpool launch` asks twice.
+    parser = add_arguments(add_arguments(argparse.ArgumentParser()))
+    assert parser.parse_args(["--deadpool"]).deadpool is True
+
+
+# Megatron's own --yaml-cfg
+
+
+def test_the_section_of_megatrons_yaml_file_counts_where_no_file_of_ours_is_named(tmp_path: Path) -> None:
+    megatron = tmp_path / "model.yaml"
+    megatron.write_text("micro_batch_size: 1\ndeadpool:\n  deadpool: yes\n  lease: 2\n")
+    arguments = ["--yaml-cfg", str(megatron), "--deadpool-snapshot-interval", "3"]
+    assert from_script_arguments(arguments) == DeadpoolConfig(deadpool=True, lease=2.0, snapshot_interval=3)
+    ours = yaml_file(tmp_path, "lease: 4\n")
+    assert from_script_arguments([*arguments, "--deadpool-config", ours]).lease == 4.0
+    megatron.write_text("micro_batch_size: 1\n")
+    assert from_script_arguments(arguments) == DeadpoolConfig(snapshot_interval=3)
+    megatron.write_text("deadpool:\n  leese: 2\n")
+    assert refusal(*arguments) == (
+        f"--yaml-cfg {megatron}: deadpool: unknown setting 'leese'; did you mean 'lease'?"
+    )
+
+
+def test_settings_survive_a_namespace_that_replaces_the_parsed_one() -> None:
+    namespace = argparse.Namespace(micro_batch_size=1, deadpool=argparse.Namespace(lease=2.0))
+    config = DeadpoolConfig(deadpool=True, lease=2.0)
+    carry_over(config, namespace)
+    assert from_namespace(namespace) == config and namespace.micro_batch_size == 1
+
+
+# The schema
+
+
+def test_the_schema_knows_every_setting_with_type_default_and_choices() -> None:
+    properties = schema()["properties"]
+    assert list(properties) == [f.name for f in fields(DeadpoolConfig)]
+    assert properties["lease"] == {"type": "number", "default": 5.0, "description": properties["lease"]["description"]}
+    assert properties["comm"]["enum"] == ["auto", "swap"]
+    assert schema()["additionalProperties"] is False
+
+
 # Round trip
 
 _seconds = st.floats(0.001, 1e6, allow_nan=False)
@@ -122,6 +180,12 @@ def test_a_configuration_written_as_flags_is_read_back_equal(config: DeadpoolCon
     assert from_script_arguments(["--num-layers", "4", *config.flags()]) == config
 
 
+def test_what_is_read_back_from_flags_is_not_changed_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEADPOOL_LEASE", "3")
+    config = from_script_arguments(["--deadpool-lease", str(DeadpoolConfig().lease)])
+    assert from_flags(config.flags()) == config == DeadpoolConfig()
+
+
 def test_flags_hold_only_what_differs_from_the_defaults() -> None:
     assert DeadpoolConfig().flags() == []
     assert DeadpoolConfig(deadpool=True, lease=2.0).flags() == ["--deadpool", "--deadpool-lease", "2.0"]
@@ -138,6 +202,19 @@ def test_an_unknown_flag_names_the_nearest_right_one() -> None:
 def test_a_flag_is_never_abbreviated() -> None:
     # What is short today may be ambiguous with the next setting.
     assert "--deadpool-snap" in refusal("--deadpool-snap", "2")
+
+
+def test_an_unknown_variable_names_the_nearest_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEADPOOL_LEESE", "3")
+    assert refusal() == "unknown environment variable DEADPOOL_LEESE; did you mean DEADPOOL_LEASE?"
+
+
+def test_every_variable_of_the_package_is_a_known_one() -> None:
+    written: set[str] = set()
+    for path in (Path(__file__).parents[2] / "deadpool_megatron").rglob("*.py"):
+        written |= set(re.findall(r'"(DEADPOOL(?:_[A-Z]+)*)"', path.read_text()))
+    known = {variable(f) for f in fields(DeadpoolConfig)} | set(OTHER_VARIABLES)
+    assert written and written <= known, f"not in config.OTHER_VARIABLES: {sorted(written - known)}"
 
 
 def test_an_unknown_key_in_the_file_names_the_file_and_the_nearest_right_one(tmp_path: Path) -> None:

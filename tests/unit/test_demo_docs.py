@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from deadpool_megatron.cluster.exits import Exit
-from deadpool_megatron.config import DeadpoolConfig
+from deadpool_megatron.config import DeadpoolConfig, unit, variable
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 BEGIN = "<!-- settings: written by tests/unit/test_demo_docs.py out of deadpool_megatron/config.py -->\n"
@@ -15,13 +15,13 @@ END = "<!-- end of settings -->\n"
 
 def settings_table() -> str:
     """The settings as a Markdown table."""
-    lines = ["| flag | default | meaning |", "|---|---|---|"]
+    lines = ["| flag | environment | default | meaning |", "|---|---|---|---|"]
     for f in fields(DeadpoolConfig):
         flag = "--deadpool" if f.name == "deadpool" else "--deadpool-" + f.name.replace("_", "-")
         choices = f.metadata["choices"]
         meaning = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-        default = {"": "off", "False": "off", "True": "on"}.get(str(f.default), f"{f.default}")
-        lines.append(f"| `{flag}` | {default} | {meaning} |")
+        default = {"": "off", "False": "off", "True": "on"}.get(str(f.default), f"{f.default} {unit(f)}".strip())
+        lines.append(f"| `{flag}` | `{variable(f)}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
