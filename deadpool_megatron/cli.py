@@ -15,6 +15,7 @@ from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.config import schema
 from deadpool_megatron.evaluate import add_recovery_arguments, run_recovery
+from deadpool_megatron.multinode import add_agent_arguments, run_agent, run_coordinator
 from deadpool_megatron.observe import JOB, STATUS
 
 __all__ = ["main"]
@@ -28,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch.add_launch_arguments(
         commands.add_parser("launch", help="run a training script on nodes of this machine, with warm spares")
     )
+    agent = "run this machine's part of a job over several machines: in the place of torchrun on each"
+    add_agent_arguments(commands.add_parser("agent", help=agent))
+    alone = "run the coordinator alone, with the same options as the agents (which get --no-coordinator)"
+    add_agent_arguments(commands.add_parser("coordinator", help=alone))
     status = commands.add_parser("status", help="what a job is doing")
     status.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
     status.add_argument("--json", action="store_true", help="print the content of status.json as it is")
@@ -59,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "launch":
         return launch.run(options)
+    if options.command == "agent":
+        return run_agent(options)
+    if options.command == "coordinator":
+        return run_coordinator(options)
     if options.command == "bench":
         return run_recovery(options)
     if options.command == "status":

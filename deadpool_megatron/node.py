@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import msgspec
+import zmq
 
 from deadpool_megatron.cluster import (
     Agent,
@@ -17,6 +18,7 @@ from deadpool_megatron.cluster import (
     Coordinator,
     CoordinatorSettings,
     Deadlines,
+    Enlistment,
     Exit,
     JobSpec,
 )
@@ -29,13 +31,25 @@ def _coordinator(settings: dict[str, Any]) -> int:
 
     job = settings["job"]
     spec = JobSpec(**{**job, "deadlines": Deadlines(**job["deadlines"])})
-    host = settings["host"]
-    # The rendezvous of process groups lives here, outside of all training processes.
-    store = dist.TCPStore(host, 0, None, True, wait_for_workers=False)
-    coordinator = Coordinator(
-        spec,
-        CoordinatorSettings(host, 0, bytes.fromhex(settings["secret"]), settings["run_dir"], settings["state_hash"]),
-    )
+    # The rendezvous of process groups lives here, outside of all training processes; it listens on every address.
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    try:
+        coordinator = Coordinator(
+            spec,
+            CoordinatorSettings(
+                settings["host"],
+                settings["bind"],
+                settings["port"],
+                bytes.fromhex(settings["secret"]),
+                settings["run_dir"],
+                settings["state_hash"],
+            ),
+            Enlistment(spec, settings["flags"], settings["job_id"], store.port),
+        )
+    except zmq.ZMQError as err:
+        where = f"{settings['bind']}:{settings['port']}"
+        print(f"deadpool: coordinator: cannot listen on {where}: {err.strerror}; is a job there?", file=sys.stderr)
+        return Exit.USAGE
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: coordinator.interrupt())
     code, message = coordinator.run(lambda port: print(port, store.port, flush=True))

@@ -3,6 +3,7 @@
 from deadpool_megatron.cluster.agent import Agent, AgentSettings
 from deadpool_megatron.cluster.coordinator import Coordinator, CoordinatorSettings
 from deadpool_megatron.cluster.core import Core, Deadlines, JobSpec, Phase
+from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
 
@@ -13,6 +14,7 @@ __all__ = [
     "CoordinatorSettings",
     "Core",
     "Deadlines",
+    "Enlistment",
     "Exit",
     "JobSpec",
     "Phase",

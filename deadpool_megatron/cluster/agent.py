@@ -32,7 +32,10 @@ _TERM_GRACE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
-    """What one agent has to know. ``environment`` is the workers' (without ranks)."""
+    """What one agent has to know. ``environment`` is the workers' (without ranks).
+
+    ``tells_end``: print why the job ended, since no launcher beside the agent does.
+    """
 
     job_id: str
     node: int
@@ -47,6 +50,7 @@ class AgentSettings:
     environment: Mapping[str, str] = field(default_factory=dict)
     deadpool: bool = True
     shm_directory: str = "/dev/shm"
+    tells_end: bool = False
 
     @property
     def world_size(self) -> int:
@@ -317,7 +321,7 @@ class Agent:
             case r.Arm():
                 self._arm(record)
             case r.Stop():
-                if record.code == Exit.FENCED:
+                if record.code == Exit.FENCED or (self._s.tells_end and record.message):
                     print(f"deadpool: {record.message}", file=sys.stderr)
                 self._code = record.code
             case r.InjectReply():

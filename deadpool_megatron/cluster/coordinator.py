@@ -11,6 +11,7 @@ from typing import Any
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Send
+from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.link import Hub
 from deadpool_megatron.observe import RunDirectory
 
@@ -22,9 +23,10 @@ _STATUS_INTERVAL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorSettings:
-    """Where the coordinator listens and writes."""
+    """Where the coordinator listens and writes. ``host`` is the address others reach it at, ``bind`` its own."""
 
     host: str
+    bind: str
     port: int
     secret: bytes
     run_dir: str
@@ -38,10 +40,11 @@ def _identity(node: int) -> bytes:
 class Coordinator:
     """Runs one job to its end. One thread; `run` returns the exit code and the message that goes with it."""
 
-    def __init__(self, job: JobSpec, settings: CoordinatorSettings) -> None:
+    def __init__(self, job: JobSpec, settings: CoordinatorSettings, enlistment: Enlistment) -> None:
         self._core = Core(job)
         self._settings = settings
-        self._hub = Hub(settings.host, settings.port, settings.secret, job.deadlines.lease)
+        self._enlistment = enlistment
+        self._hub = Hub(settings.bind, settings.port, settings.secret, job.deadlines.lease)
         self.port = self._hub.port
         self._run = RunDirectory(settings.run_dir)
         self._finish: Finish | None = None
@@ -101,6 +104,10 @@ class Coordinator:
                     "inject", epoch=self._core.epoch, node=fault.node, iteration=fault.iteration, fault=fault.kind
                 )
             self._do(actions)
+            return
+        if isinstance(record, r.Enlist):
+            joined = {n for n, s in self._core.nodes.items() if s.agent_pid}
+            self._hub.send(identity, r.encode(self._enlistment.answer(record, joined)))
             return
         node = record.node
         state = self._core.nodes.get(node)

@@ -8,17 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron import launch
+from deadpool_megatron import checks, launch
+from deadpool_megatron.checks import LaunchError, LaunchPlan
 from deadpool_megatron.config import ConfigError
-from deadpool_megatron.launch import LaunchError, LaunchPlan
 from deadpool_megatron.versions import SUPPORTED, UserError, check_version
+
+
+def check(options: argparse.Namespace) -> LaunchPlan:
+    return checks.check(options, options.local_nodes, "--local-nodes", launch.LOCALHOST)
 
 
 def plan(tmp_path: Path, options: str, script: str = "") -> LaunchPlan:
     (tmp_path / "train.py").write_text("")
     parser = argparse.ArgumentParser()
     launch.add_launch_arguments(parser)
-    return launch.check(parser.parse_args([*options.split(), str(tmp_path / "train.py"), *script.split()]))
+    return check(parser.parse_args([*options.split(), str(tmp_path / "train.py"), *script.split()]))
 
 
 REFUSED = {
@@ -56,7 +60,7 @@ def test_a_script_that_is_not_there_is_named(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     launch.add_launch_arguments(parser)
     with pytest.raises(LaunchError, match=r"script nowhere\.py does not exist"):
-        launch.check(parser.parse_args(["nowhere.py"]))
+        check(parser.parse_args(["nowhere.py"]))
 
 
 def test_what_can_work_becomes_a_plan(tmp_path: Path) -> None:

@@ -181,6 +181,21 @@ class Inject(Record, frozen=True):
     fault: Fault
 
 
+class Enlist(Record, frozen=True):
+    """`deadpool agent` asks for a place in the job, before its agent joins. ``token`` names this request.
+
+    ``node`` is None where the coordinator shall choose. The rest must be what the coordinator was started with.
+    """
+
+    token: str
+    host: str
+    node: int | None
+    nodes: int
+    spare_nodes: int
+    slots_per_node: int
+    flags: list[str]
+
+
 AgentRecord = (
     Join
     | WorkerReady
@@ -200,4 +215,5 @@ AgentRecord = (
     | StateHash
     | Saved
     | Inject
+    | Enlist
 )

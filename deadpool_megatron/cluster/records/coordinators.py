@@ -78,4 +78,16 @@ class InjectReply(Record, frozen=True):
     error: str
 
 
-CoordinatorRecord = Roster | Declare | Agree | Form | CommittedTo | AllFinished | Stop | Arm | InjectReply
+class Enlisted(Record, frozen=True):
+    """The answer to `Enlist`: the node's number, the job's name, the port of the rendezvous store.
+
+    ``error`` is empty, or says in one line why there is no place for this agent.
+    """
+
+    node: int
+    job_id: str
+    store_port: int
+    error: str
+
+
+CoordinatorRecord = Roster | Declare | Agree | Form | CommittedTo | AllFinished | Stop | Arm | InjectReply | Enlisted

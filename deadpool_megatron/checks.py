@@ -1,0 +1,135 @@
+"""What a launch is, and everything about it that can be checked before anything is started."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deadpool_megatron.config import DeadpoolConfig, from_script_arguments
+from deadpool_megatron.observe import LOGS
+from deadpool_megatron.versions import check_version
+
+__all__ = ["LaunchError", "LaunchPlan", "check"]
+
+
+class LaunchError(Exception):
+    """The job cannot be started as asked; the message is one line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """What `deadpool launch` or `deadpool agent` was asked for, checked. ``nodes`` counts the spares too."""
+
+    nodes: int
+    spare_nodes: int
+    slots_per_node: int
+    emulate_cpu: bool
+    run_dir: str
+    log_dir: str
+    host: str
+    script: str
+    arguments: list[str]
+    config: DeadpoolConfig
+    tee: str
+    shm_directory: str
+
+
+_SIZES = (
+    ("--tensor-model-parallel-size", 1),
+    ("--pipeline-model-parallel-size", 1),
+    ("--context-parallel-size", 1),
+)
+
+
+def _value_of(arguments: Sequence[str], flag: str, default: int) -> int:
+    value = default
+    for i, token in enumerate(arguments):
+        text = None
+        if token == flag and i + 1 < len(arguments):
+            text = arguments[i + 1]
+        elif token.startswith(flag + "="):
+            text = token.split("=", 1)[1]
+        if text is not None:
+            try:
+                value = int(text)  # of several the last one counts, as for argparse
+            except ValueError:
+                raise LaunchError(f"{flag} {text}: not a whole number") from None
+    return value
+
+
+def check(
+    options: argparse.Namespace, nodes: int, nodes_flag: str, host: str, log_dir: str | None = None
+) -> LaunchPlan:
+    """Turn the command line into a plan. Raises LaunchError or ConfigError with one clear line.
+
+    Args:
+        nodes: all nodes, spares included, as asked for with ``nodes_flag``.
+        host: where the coordinator can be reached.
+        log_dir: where the workers' logs go; None: into the run directory.
+    """
+    spares, slots = options.spare_nodes, options.nproc_per_node
+    script, arguments = options.script, list(options.arguments)
+    config = from_script_arguments(arguments)
+    stray = next((a for a in arguments if a.startswith("--deadpool-")), None)
+    if stray and not config.deadpool:
+        raise LaunchError(f"{stray.split('=')[0]} has no effect without --deadpool; add it, or leave this flag out")
+    if nodes < 1:
+        raise LaunchError(f"{nodes_flag} {nodes}: at least 1 node is needed")
+    if slots < 1:
+        raise LaunchError(f"--nproc-per-node {slots}: at least 1 worker a node is needed")
+    if spares < 0:
+        raise LaunchError(f"--spare-nodes {spares}: must be 0 or more")
+    if spares >= nodes:
+        raise LaunchError(
+            f"--spare-nodes {spares} leaves no node to train: {nodes_flag} {nodes} counts all nodes, spares included"
+        )
+    if spares and not config.deadpool:
+        raise LaunchError(f"--spare-nodes {spares} needs --deadpool among the script's flags")
+    if not Path(script).is_file():
+        raise LaunchError(f"script {script} does not exist")
+    active = nodes - spares
+    if config.deadpool and active < 2:
+        raise LaunchError(
+            f"one active node has no peer to keep its shards ({nodes_flag} {nodes}, --spare-nodes {spares}): "
+            "DeadPool needs 2 active nodes or more"
+        )
+    world = active * slots
+    model = 1
+    for flag, default in _SIZES:
+        model *= _value_of(arguments, flag, default)
+    if model < 1 or world % model:
+        sizes = " x ".join(f"{flag} {_value_of(arguments, flag, default)}" for flag, default in _SIZES)
+        raise LaunchError(f"{world} active ranks ({active} nodes of {slots}) are not a multiple of {sizes} = {model}")
+    if config.deadpool:
+        if not os.access(options.shm_directory, os.W_OK | os.X_OK):
+            raise LaunchError(f"--shm-directory {options.shm_directory} does not exist or cannot be written to")
+        _check_megatron()
+    run_dir = Path(options.run_dir).absolute()
+    return LaunchPlan(
+        nodes,
+        spares,
+        slots,
+        options.emulate_cpu,
+        str(run_dir),
+        str(Path(log_dir).absolute() if log_dir else run_dir / LOGS),
+        host,
+        str(Path(script).absolute()),
+        arguments,
+        config,
+        options.tee,
+        options.shm_directory,
+    )
+
+
+def _check_megatron() -> None:
+    """Check the installed wheel's version without importing it; a checkout on the path is checked by the workers."""
+    from importlib import metadata
+
+    try:
+        version = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        return
+    check_version(version)

@@ -1,0 +1,160 @@
+"""How coordinator and agents are started: their settings, their processes, and the end of both.
+
+`deadpool launch` starts all of a job here; `deadpool agent` one agent and, on one node, the coordinator. The settings
+go through stdin, since the job's secret is among them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from deadpool_megatron.checks import LaunchPlan
+from deadpool_megatron.cluster import Deadlines, JobSpec
+
+__all__ = ["SECRET_VARIABLES", "Processes", "agent_settings", "coordinator_settings"]
+
+# Not for workers: the job's secret, and the file that holds it.
+SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE")
+
+
+def coordinator_settings(
+    plan: LaunchPlan, job_id: str, secret: bytes, bind: str = "127.0.0.1", port: int = 0, join_s: float = 120.0
+) -> dict[str, Any]:
+    """What the coordinator reads from stdin.
+
+    Args:
+        bind: the address it listens on; ``plan.host`` is the one that is told to others.
+        port: 0 for any.
+        join_s: seconds that agents have to join.
+    """
+    c = plan.config
+    deadlines = Deadlines(c.lease, c.abort_deadline, c.build_deadline, c.form_deadline, join_s)
+    job = JobSpec(plan.nodes, plan.spare_nodes, plan.slots_per_node, c.deadpool, deadlines, c.transient_retries)
+    return {
+        "job": asdict(job),
+        "job_id": job_id,
+        "flags": c.flags(),
+        "host": plan.host,
+        "bind": bind,
+        "port": port,
+        "secret": secret.hex(),
+        "run_dir": plan.run_dir,
+        "state_hash": str(Path(c.state_hash).absolute()) if c.state_hash else "",
+    }
+
+
+def agent_settings(
+    plan: LaunchPlan,
+    node: int,
+    job_id: str,
+    secret: bytes,
+    coordinator: tuple[str, int],
+    store_port: int,
+    host: str,
+    devices: str | None = None,
+) -> dict[str, Any]:
+    """What the agent of ``node`` reads from stdin.
+
+    Args:
+        coordinator: address and port.
+        store_port: where the rendezvous store of the process groups listens, beside the coordinator.
+        host: the node's own address, for its vault.
+        devices: CUDA devices of this node; None: all that are visible.
+    """
+    return {
+        "job_id": job_id,
+        "node": node,
+        "slots_per_node": plan.slots_per_node,
+        "active_nodes": plan.nodes - plan.spare_nodes,
+        "host": host,
+        "coordinator": f"{coordinator[0]}:{coordinator[1]}",
+        "secret": secret.hex(),
+        "lease": plan.config.lease,
+        "log_dir": plan.log_dir,
+        "command": [sys.executable, "-m", "deadpool_megatron.worker", plan.script, *plan.arguments],
+        "environment": _environment(plan, coordinator[0], store_port, job_id, devices),
+        "deadpool": plan.config.deadpool,
+        "shm_directory": plan.shm_directory,
+    }
+
+
+def _environment(
+    plan: LaunchPlan, store_host: str, store_port: int, job_id: str, local_devices: str | None
+) -> dict[str, str]:
+    """What every worker of the job finds in its environment, as under torchrun."""
+    env = dict(os.environ)
+    env.update(
+        {
+            "MASTER_ADDR": store_host,
+            "MASTER_PORT": str(store_port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RUN_ID": job_id,
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "0",
+            "PYTHONUNBUFFERED": "1",
+            "DEADPOOL_MODE": "deadpool" if plan.config.deadpool else "plain",
+            "DEADPOOL_SETTINGS": "\n".join(plan.config.flags()),
+        }
+    )
+    for name in ("RANK", *SECRET_VARIABLES):
+        env.pop(name, None)
+    env.setdefault("OMP_NUM_THREADS", "1")
+    env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if plan.emulate_cpu:
+        from deadpool_megatron.emulation import environment
+
+        env.update(environment())
+        env["DEADPOOL_EMULATE_CPU"] = "1"
+    if local_devices is not None:
+        env["CUDA_VISIBLE_DEVICES"] = local_devices
+    return env
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+class Processes:
+    """The children of a command, ended by their ids. They end by themselves when it is killed."""
+
+    def __init__(self) -> None:
+        self.all: list[subprocess.Popen[Any]] = []
+
+    def start(self, role: str, settings: Mapping[str, Any], **extra: Any) -> subprocess.Popen[Any]:
+        """Start ``coordinator`` or ``agent``. From the main thread: the child ends with the thread that made it."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deadpool_megatron.node", role],
+            stdin=subprocess.PIPE,
+            preexec_fn=_end_with_parent,
+            start_new_session=True,
+            **extra,
+        )
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(settings))
+        process.stdin.close()
+        self.all.append(process)
+        return process
+
+    def end(self, grace_s: float) -> None:
+        """SIGTERM for those that live, SIGKILL after ``grace_s`` seconds; returns when all are reaped."""
+        for process in self.all:
+            if process.poll() is None:
+                process.terminate()
+        end = time.monotonic() + grace_s
+        for process in self.all:
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

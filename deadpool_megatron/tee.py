@@ -1,0 +1,49 @@
+"""Shows the workers' logs on the terminal, each line behind the name of its log."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["Tee"]
+
+
+class Tee(threading.Thread):
+    """Follows the logs of a directory from its construction until `stop`.
+
+    Args:
+        directory: where the logs are; files that appear later are followed from their beginning.
+        wanted: whether the log of this name (without ``.log``) is shown.
+    """
+
+    def __init__(self, directory: Path, wanted: Callable[[str], bool]) -> None:
+        super().__init__(name="tee", daemon=True)
+        self._directory = directory
+        self._wanted = wanted
+        self._positions: dict[str, int] = {}
+        self._ended = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        """Follow the files until stopped; once more after that."""
+        while not self._ended.wait(0.1):
+            self._show()
+        self._show()
+
+    def stop(self) -> None:
+        """Show what is left."""
+        self._ended.set()
+        self.join()
+
+    def _show(self) -> None:
+        for path in sorted(self._directory.glob("*.log")):
+            if path.is_symlink() or not self._wanted(path.stem):
+                continue
+            with open(path, "rb") as f:
+                f.seek(self._positions.get(path.name, 0))
+                data = f.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            self._positions[path.name] = self._positions.get(path.name, 0) + len(whole)
+            for line in whole.decode(errors="replace").splitlines():
+                print(f"[{path.stem}] {line}", flush=True)
