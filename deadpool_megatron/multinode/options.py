@@ -16,6 +16,7 @@ __all__ = ["AgentPlan", "add_agent_arguments", "check_agent"]
 
 DEFAULT_PORT = 29500
 _JOIN_S = 300.0
+_COORDINATOR_GONE_S = 60.0
 # What has no place here, and what to do about it.
 _REFUSED = {
     "module": "--module: name the script's file",
@@ -29,7 +30,8 @@ class AgentPlan:
     """One `deadpool agent`, checked.
 
     ``endpoint`` is (host, port) as given; ``node`` None lets the coordinator choose; ``hosts`` says whether the
-    coordinator is started here: None for "if the endpoint is an address of this machine".
+    coordinator is started here: None for "if the endpoint is an address of this machine". ``join_s`` is how long to
+    wait for the coordinator and for the other nodes, ``gone_s`` for a coordinator that is gone to come back.
     """
 
     launch: LaunchPlan
@@ -38,6 +40,7 @@ class AgentPlan:
     hosts: bool | None
     job_name: str
     join_s: float
+    gone_s: float
     local_addr: str | None
     secret_file: str | None
     local_ranks: frozenset[int] | None
@@ -65,7 +68,14 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     add("--master-port", "--master_port", metavar="PORT", help="the same in torchrun's other words")
     add("--rdzv-id", "--rdzv_id", metavar="NAME", help="the job's name (default: none)")
     add("--rdzv-backend", "--rdzv_backend", metavar="static|c10d", help="no difference: the coordinator is the one")
-    add("--rdzv-conf", "--rdzv_conf", default="", metavar="K=V,...", help=f"join_timeout=S (default: {_JOIN_S:g})")
+    add(
+        "--rdzv-conf",
+        "--rdzv_conf",
+        default="",
+        metavar="K=V,...",
+        help=f"seconds to wait: join_timeout for the coordinator and all nodes (default: {_JOIN_S:g}), "
+        f"coordinator_timeout for a coordinator that is gone (default: {_COORDINATOR_GONE_S:g})",
+    )
     add("--standalone", action="store_true", help="this node alone, on any free port")
     add("--local-addr", "--local_addr", metavar="ADDR", help="this node's address for the others (default: found)")
     add("--run-dir", metavar="DIR", help="shared by all nodes: status, events (default: --log-dir, else runs/latest)")
@@ -149,18 +159,19 @@ def _endpoint(options: argparse.Namespace, environ: Mapping[str, str], nodes: in
     return host.strip("[]"), number
 
 
-def _join_seconds(text: str) -> float:
-    for pair in filter(None, text.split(",")):
-        key, _, value = pair.partition("=")
-        if key.strip() in ("join_timeout", "timeout"):
+def _seconds(conf: str) -> dict[str, float]:
+    """The waits of ``--rdzv-conf``; torchrun's other keys have no meaning here."""
+    waits = {"join_timeout": _JOIN_S, "coordinator_timeout": _COORDINATOR_GONE_S}
+    for pair in filter(None, conf.split(",")):
+        key, _, value = (x.strip() for x in pair.partition("="))
+        if key in waits:
             try:
-                seconds = float(value)
+                waits[key] = float(value)
             except ValueError:
-                seconds = 0.0
-            if not 0 < seconds < float("inf"):
+                waits[key] = 0.0
+            if not 0 < waits[key] < float("inf"):
                 raise LaunchError(f"--rdzv-conf {pair}: expected a number of seconds above 0")
-            return seconds
-    return _JOIN_S
+    return waits
 
 
 def check_agent(options: argparse.Namespace, environ: Mapping[str, str]) -> AgentPlan:
@@ -186,6 +197,7 @@ def check_agent(options: argparse.Namespace, environ: Mapping[str, str]) -> Agen
     shown = None
     if options.local_ranks_filter:
         shown = frozenset(_whole(x, "--local-ranks-filter") for x in options.local_ranks_filter.split(","))
+    waits = _seconds(options.rdzv_conf or environ.get("PET_RDZV_CONF", ""))
     launch = check(options, nodes, "--nnodes", host, log_dir)
     return AgentPlan(
         launch,
@@ -193,7 +205,8 @@ def check_agent(options: argparse.Namespace, environ: Mapping[str, str]) -> Agen
         node,
         False if options.no_coordinator else None if node is None else node == 0,
         options.rdzv_id or environ.get("PET_RDZV_ID", "none"),
-        _join_seconds(options.rdzv_conf or environ.get("PET_RDZV_CONF", "")),
+        waits["join_timeout"],
+        waits["coordinator_timeout"],
         options.local_addr or environ.get("PET_LOCAL_ADDR"),
         options.secret_file,
         shown,

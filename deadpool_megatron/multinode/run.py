@@ -43,8 +43,6 @@ from deadpool_megatron.versions import UserError
 
 __all__ = ["run_agent", "run_coordinator"]
 
-# An agent whose coordinator does not come back within this many seconds ends itself.
-_COORDINATOR_GONE_S = 60.0
 _END_GRACE_S = 12.0
 
 
@@ -137,7 +135,7 @@ def _coordinate(plan: AgentPlan) -> int:
         hosted, code = _start_coordinator(plan, address, processes, source)
         if hosted is None:
             return code
-        code, message = _serve(hosted, None, None, signals)
+        code, message = _serve(plan, hosted, None, None, signals)
         if message:
             print(f"deadpool: {message}", file=sys.stderr)
         return code
@@ -189,7 +187,7 @@ def _agent(plan: AgentPlan) -> int:
         )
         agent = processes.start("agent", settings | {"tells_end": hosted is None}, stdout=subprocess.DEVNULL)
         tee = _tee(plan, answer.node)
-        code, message = _serve(hosted, agent, lifeline, signals)
+        code, message = _serve(plan, hosted, agent, lifeline, signals)
         if tee is not None:
             tee.stop()
         if message:
@@ -206,14 +204,18 @@ def _stop(hosted: _Hosted) -> int:
 
 
 def _serve(
-    hosted: _Hosted | None, agent: subprocess.Popen[Any] | None, lifeline: Lifeline | None, signals: _Signals
+    plan: AgentPlan,
+    hosted: _Hosted | None,
+    agent: subprocess.Popen[Any] | None,
+    lifeline: Lifeline | None,
+    signals: _Signals,
 ) -> tuple[int, str]:
     """Wait for the end of what matters here: the coordinator if it is ours, else the agent."""
     main = hosted.process if hosted is not None else agent
     assert main is not None
     poller = zmq.Poller()
     ends = {os.pidfd_open(p.pid): p for p in (main, agent) if p is not None}
-    for fd in [*ends, signals.socket]:
+    for fd in [*ends, signals.socket.fileno()]:
         poller.register(fd, zmq.POLLIN)
     if lifeline is not None and hosted is None:
         poller.register(lifeline.fd, zmq.POLLIN)
@@ -223,7 +225,7 @@ def _serve(
         for fd, _ in poller.poll(1000):
             if lifeline is not None and fd is lifeline.fd:
                 lifeline.look()
-            elif fd is signals.socket:
+            elif fd == signals.socket.fileno():
                 signals.socket.recv(64)
             elif isinstance(fd, int) and ends[fd] is agent:
                 poller.unregister(fd)
@@ -234,8 +236,8 @@ def _serve(
             passed_on = len(signals.caught)
             main.terminate()
         gone_since = lifeline.gone_since if lifeline is not None and hosted is None else None
-        if gone_since is not None and not why and time.monotonic() - gone_since > _COORDINATOR_GONE_S:
-            why = f"the coordinator has been gone for {_COORDINATOR_GONE_S:g} s; the job is over"
+        if gone_since is not None and not why and time.monotonic() - gone_since > plan.gone_s:
+            why = f"the coordinator has been gone for {plan.gone_s:g} s; the job is over"
             main.terminate()
     for fd in ends:
         os.close(fd)

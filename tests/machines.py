@@ -1,0 +1,172 @@
+"""Several `deadpool agent` commands, each as if on a machine of its own; the run directory is shared.
+
+Every wait has a deadline, and `Machines.end` leaves none of their processes behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from deadpool_megatron.evaluate.jobs import CLI
+from jobs import Job, _environment
+
+__all__ = ["Machines", "MachinesJob", "free_port", "torchrun_environments"]
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Machines:
+    """The commands of one job, numbered as they were started."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.run_dir = directory / "runs" / "latest"
+        self.port = free_port()
+        self.started: list[subprocess.Popen[bytes]] = []
+        self._seen: dict[int, psutil.Process] = {}
+
+    def start(
+        self, options: Sequence[str], script: Sequence[str], env: dict[str, str] | None = None, command: str = "agent"
+    ) -> None:
+        """Start the next one."""
+        with open(self.directory / f"machine-{len(self.started)}.out", "wb") as out:
+            process = subprocess.Popen(
+                [*CLI, command, *options, *script],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=_environment(env),
+                cwd=self.directory,
+                start_new_session=True,
+            )
+        self.started.append(process)
+
+    def output(self, number: int) -> str:
+        """Everything a command and what it started wrote to the terminal."""
+        return (self.directory / f"machine-{number}.out").read_text(errors="replace")
+
+    def until(self, what: str, find: Callable[[], Any], deadline_s: float = 60.0) -> Any:
+        """Poll until ``find`` gives something."""
+        end = time.monotonic() + deadline_s
+        while not (found := find()):
+            assert time.monotonic() < end, f"no {what} within {deadline_s:g} s\n{self.outputs()}"
+            time.sleep(0.05)
+        return found
+
+    def outputs(self) -> str:
+        """All outputs, for a failure's message."""
+        return "\n".join(f"machine {n}:\n{self.output(n)[-3000:]}" for n in range(len(self.started)))
+
+    def code(self, number: int, deadline_s: float) -> int:
+        """The exit code of one of them."""
+        process = self.started[number]
+        self.until(f"end of machine {number}", lambda: process.poll() is not None, deadline_s)
+        assert process.returncode is not None
+        return process.returncode
+
+    def codes(self, deadline_s: float) -> list[int]:
+        """The exit codes of all."""
+        return [self.code(number, deadline_s) for number in range(len(self.started))]
+
+    def processes(self) -> list[psutil.Process]:
+        """All commands and everything under them that lives; remembered for the end."""
+        for command in self.started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(command.pid)
+                for each in [process, *process.children(recursive=True)]:
+                    self._seen[each.pid] = each
+        return [p for p in self._seen.values() if _lives(p)]
+
+    def kill_tree(self, number: int) -> None:
+        """A machine is gone: SIGKILL for the command and everything under it, as one blow."""
+        self.processes()
+        process = psutil.Process(self.started[number].pid)
+        everyone = [process, *process.children(recursive=True)]
+        for blow in (psutil.Process.suspend, psutil.Process.kill):  # nobody hears of another's end
+            for each in everyone:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    blow(each)
+
+    def until_gone(self, deadline_s: float) -> None:
+        """Until no process that was ever seen lives."""
+        end = time.monotonic() + deadline_s
+        while left := [p for p in self._seen.values() if _lives(p)]:
+            assert time.monotonic() < end, f"still alive after {deadline_s:g} s: {left}"
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        """End whatever is left, each process by its id."""
+        self.processes()
+        for command in self.started:
+            if command.poll() is None:
+                command.send_signal(signal.SIGTERM)
+        for command in self.started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                command.wait(20)
+        for each in self._seen.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        for command in self.started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                command.wait(10)
+
+
+class MachinesJob(Job):
+    """The job of some machines, to be looked at like any other; they start and end it."""
+
+    def __init__(self, machines: Machines) -> None:
+        self.run_dir = machines.run_dir
+        self.hash_file = Path(f"{machines.run_dir}.hash.json")
+        self.process = machines.started[0]
+        self._out = machines.directory / "machine-0.out"
+        self._environment = _environment()
+        self._seen = {}
+
+
+def torchrun_environments(
+    directory: Path, lines: Sequence[Sequence[str]], script: Sequence[str], count: int
+) -> list[dict[str, object]]:
+    """What the workers of real torchruns found (``env-RANK`` beside the script), which are then removed."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *line, *script],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=directory,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for line in lines
+    ]
+    try:
+        assert [p.wait(90) for p in processes] == [0] * len(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    files = [directory / f"env-{rank}" for rank in range(count)]
+    out = [json.loads(file.read_text()) for file in files]
+    for file in files:
+        file.unlink()
+    return out
