@@ -34,11 +34,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["deadpool_megatron", "deadpool_megatron.*"]),
-    package_data={"deadpool_megatron": ["py.typed"]},
+    package_data={"deadpool_megatron": ["py.typed", "patches/*.patch"]},
     python_requires=">=3.12",
     install_requires=[
         "torch>=2.11",
-        "megatron-core>=0.19,<0.20",
+        "megatron-core>=0.18,<0.21",
         "pyzmq",
         "msgspec",
         "xxhash",

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deadpool_megatron import __version__, launch
+from deadpool_megatron import __version__, launch, patching
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
@@ -57,8 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     benches = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
     add_recovery_arguments(benches.add_parser("recovery", help="kill nodes and time the way back, against a restart"))
+    patching.add_patch_arguments(commands.add_parser("patch", help="put DeadPool's lines into a Megatron-LM checkout"))
     commands.add_parser("schema", help="print the JSON schema of the YAML file of --deadpool-config")
     options = parser.parse_args(argv)
+    if options.command == "patch":
+        return patching.run(options)
     if options.command == "schema":
         print(json.dumps(schema(), indent=2))
         return 0

@@ -6,7 +6,7 @@ from typing import Final
 
 __all__ = ["SUPPORTED", "UserError", "check_version"]
 
-SUPPORTED: Final = ("0.19",)
+SUPPORTED: Final = ("0.18", "0.19", "0.20")
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""GPT pre-training on the public megatron-core wheel: dense or MoE, any schedule, mock or real data.
+"""GPT pre-training on the public megatron-core wheel (0.18 or later): dense or MoE, any schedule, mock or real data.
 
 Plain Megatron: nothing here knows DeadPool. Run it under torchrun, or under `deadpool launch` with --deadpool to
 survive lost nodes. The wheel carries `megatron.training`, but not upstream's top-level pretrain_gpt.py; this script is
@@ -7,6 +7,7 @@ a small one of our own in its place, and upstream's works just as well.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,15 +19,23 @@ from megatron.core.datasets import utils as dataset_utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training import get_args, get_timers, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training import argument_utils, get_args, get_timers, pretrain
+from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+# "No packed sequences", as 0.18 and as later versions want to be told.
+_packing = {"is_sft", "has_cu_seqlens"} & set(inspect.signature(get_batch_on_this_tp_rank).parameters)
+NO_PACKING = dict.fromkeys(_packing, False)
 
 
 def load_microbatch(data_iterator: Iterator[dict[str, Any]], vp_stage: int | None) -> dict[str, torch.Tensor | None]:
@@ -51,9 +60,9 @@ def load_microbatch(data_iterator: Iterator[dict[str, Any]], vp_stage: int | Non
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
-        has_cu_seqlens=False,
         is_hybrid_cp=False,
         mtp_on_this_rank=False,
+        **NO_PACKING,
     )
     on_this_rank: dict[str, torch.Tensor | None] = get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
@@ -126,13 +135,52 @@ def use_compiled_helpers() -> None:
         dataset_utils.compile_helpers = lambda: None
 
 
+def build_model(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
+) -> GPTModel:
+    """The model chunk of one pipeline stage, for 0.18, which does not build it from a configuration yet."""
+    args = get_args()
+    config = config or core_transformer_config_from_args(args)
+    te = args.transformer_impl == "transformer_engine"
+    if args.num_experts:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=te, vp_stage=vp_stage)
+    elif te:
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec(normalization=args.normalization)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
 def main() -> None:
     """Parse Megatron's flags and train."""
     use_compiled_helpers()
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     build_datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank builds its own
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
+    if hasattr(argument_utils, "gpt_config_from_args"):
+        config = argument_utils.pretrain_cfg_container_from_args(args, argument_utils.gpt_config_from_args(args))
+        pretrain(config, build_datasets, ModelType.encoder_or_decoder, forward_step)
+    else:
+        config = argument_utils.pretrain_cfg_container_from_args(args)
+        pretrain(config, build_datasets, build_model, ModelType.encoder_or_decoder, forward_step)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""Checkouts of upstream Megatron-LM for tests, made from a git repository the user names; upstream is never committed.
+
+``DEADPOOL_UPSTREAM_GIT`` is a clone (bare or not) of https://github.com/NVIDIA/Megatron-LM with the tags. Where it is
+not set, or lacks a version, tests skip and say so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+__all__ = ["VERSIONS", "checkout", "git"]
+
+# Name of the patch set -> what git calls that version.
+VERSIONS = {
+    "core_v0.18.0": "core_v0.18.0",
+    "core_v0.18.2": "core_v0.18.2",
+    "core_v0.19.0": "core_v0.19.0",
+    "main_d98e8a64": "d98e8a64ddf34856e74b24714e3bedb2f5a39553",
+}
+_FILES = ("megatron", "pretrain_gpt.py", "gpt_builders.py", "model_provider.py", "hybrid_builders.py")
+
+
+def git(*arguments: str) -> bytes:
+    """Output of git in the named repository; skips the test where there is none or it lacks what is asked for."""
+    where = os.environ.get("DEADPOOL_UPSTREAM_GIT")
+    if not where:
+        pytest.skip("set DEADPOOL_UPSTREAM_GIT to a clone of Megatron-LM with its tags")
+    repository = Path(where) / ".git" if (Path(where) / ".git").exists() else Path(where)
+    done = subprocess.run(["git", f"--git-dir={repository}", *arguments], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"DEADPOOL_UPSTREAM_GIT {where}: git {arguments[0]}: {done.stderr.decode().strip()}")
+    return done.stdout
+
+
+def checkout(name: str, directory: Path) -> Path:
+    """The files of one version that a GPT run needs, with the dataset helpers of the installed wheel.
+
+    Upstream compiles them with make at the first start, which needs a compiler and pybind11.
+    """
+    tree = directory / name
+    tree.mkdir(parents=True)
+    present = [f for f in _FILES if git("ls-tree", "--name-only", VERSIONS[name], "--", f)]
+    archive = git("archive", VERSIONS[name], *present)
+    subprocess.run(["tar", "x", "-C", str(tree)], input=archive, check=True)
+    wheel = metadata.distribution("megatron-core").locate_file("megatron/core/datasets")
+    for library in Path(str(wheel)).glob("helpers_cpp*.so"):
+        shutil.copy(library, tree / "megatron" / "core" / "datasets")
+    return tree
