@@ -1,6 +1,6 @@
 """The hooks in Megatron's training loop, installed at run time: an unmodified pretrain_gpt.py needs nothing more.
 
-Every hook replaces a module global that upstream looks up at call time (megatron-core 0.19):
+Every hook replaces a module global that upstream looks up at call time:
 
 ========================================  ===============================================================
 ``training.arguments``                    ``add_megatron_arguments``: the group ``deadpool`` in ``--help``
@@ -33,8 +33,9 @@ from deadpool_megatron import config as settings
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.megatron import small_state, state_hash
+from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.standby import publish_imports
-from deadpool_megatron.megatron.support import UserError, check_arguments, check_version
+from deadpool_megatron.megatron.support import UserError, check_arguments
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
 from deadpool_megatron.snapshot import decode
@@ -74,7 +75,7 @@ class Hooks:
         from megatron.core.pipeline_parallel import schedules
         from megatron.training import arguments, training, yaml_arguments
 
-        check_version(megatron.core.__version__)
+        current().check_seams(str(megatron.core.__version__))
         if not (Path(str(dataset_utils.__file__)).parent / "Makefile").exists():
             # The wheel has the dataset helpers compiled, but upstream runs `make` for them and exits when it fails.
             dataset_utils.compile_helpers = lambda: None
@@ -266,7 +267,8 @@ class Hooks:
         start = time.perf_counter()
         trainer.begin(iteration)
         result = original(*args, **kwargs)
-        trainer.end(iteration, result[0], result[5], time.perf_counter() - start)
+        losses, grad_norm = current().outcome(result)
+        trainer.end(iteration, losses, grad_norm, time.perf_counter() - start)
         return result
 
     def _backward_step(self, original: Any, *args: Any, **kwargs: Any) -> Any:

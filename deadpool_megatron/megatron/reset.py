@@ -1,7 +1,7 @@
 """What a broken training step leaves behind in Megatron's objects, and how it is put right before train() runs again.
 
 Also clears what survivors have learned lazily and a fresh spare has not: it would make their sequences of collectives
-differ, and the job hang (megatron-core 0.19: ChainedOptimizer._has_grad_norm_group_cache, bucket groups' first batch).
+differ, and the job hang (`Adapter.learned`, bucket groups' first batch).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from megatron.core import rerun_state_machine
 from megatron.training import get_timers, training
 
+from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.unique_state import members
 
 __all__ = ["reset_after_abort", "synchronize_parameters"]
@@ -20,6 +21,7 @@ __all__ = ["reset_after_abort", "synchronize_parameters"]
 
 def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
     """Drop handles, gradients and half-done bookkeeping of the step that broke. No communication, no allocation."""
+    adapter = current()
     config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
     for timer in get_timers()._timers.values():
         timer._started = False
@@ -27,24 +29,13 @@ def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
     machine.state = rerun_state_machine.RerunState.NOT_RUNNING_YET
     machine.data_iterator_checkpoints = None
     for one in {id(o): o for o in (optimizer, *members(optimizer))}.values():
-        if hasattr(one, "_has_grad_norm_group_cache"):
-            one._has_grad_norm_group_cache = None
+        adapter.forget_learned(one)
         # train() wraps it again where it wraps it at all.
         with contextlib.suppress(KeyError):
             del one.__dict__["step"]
     for chunk in model:
         for group in _bucket_groups(chunk):
-            group.is_last_microbatch = True
-            group.per_param_grad_ready_counts = {}
-            group.golden_per_param_grad_ready_counts = {}
-            group.is_first_batch = True
-            group.grad_reduce_handle = None
-            group.param_gather_handle = None
-            group.param_gather_dispatched = False
-            group.grad_reduce_finished = False
-            for bucket in group.buckets:
-                if hasattr(bucket, "layerwise_gather_list"):
-                    bucket.layerwise_gather_list = None
+            adapter.refresh_bucket_group(group)
         chunk.force_all_reduce = False
         for parameter in chunk.parameters():
             parameter.grad = None
