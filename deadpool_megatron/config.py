@@ -46,6 +46,13 @@ class DeadpoolConfig:
 
     deadpool: bool = _setting(False, "switch DeadPool on; without it the launcher is a plain launcher")
     state_hash: str = _setting("", "file that receives, at the end, a JSON of SHA-256 per coordinate over its state")
+    spare_nodes: int = _setting(
+        0, "nodes, the last ones, that are warm spares; for a patched Megatron, whose launcher counts them in its world"
+    )
+    run_dir: str = _setting("runs/latest", "directory for status and events; for a patched Megatron, shared by all nodes")
+    rendezvous: str = _setting(
+        "", "HOST:PORT of the coordinator; for a patched Megatron (without it: MASTER_ADDR, MASTER_PORT + 1)"
+    )
     comm: str = _setting(
         "auto",
         "how process groups are re-formed in place; a swap of the inner backend is the one way there is",
@@ -81,6 +88,8 @@ class DeadpoolConfig:
                 f"--deadpool-abort-deadline ({self.abort_deadline:g} s) must not be longer than "
                 f"--deadpool-build-deadline ({self.build_deadline:g} s)"
             )
+        if self.spare_nodes < 0:
+            raise ConfigError("--deadpool-spare-nodes must be 0 or more nodes")
         if self.snapshot_interval < 1:
             raise ConfigError("--deadpool-snapshot-interval must be 1 or more iterations")
         if self.slice_bytes < 4096:
@@ -112,6 +121,7 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_CONTROL_FD",
     "DEADPOOL_DOORBELL_FD",
     "DEADPOOL_AGENT_PID",
+    "DEADPOOL_ADOPTED",
     "DEADPOOL_NODE",
     "DEADPOOL_SECRET",
     "DEADPOOL_SECRET_FILE",

@@ -63,6 +63,7 @@ def agent_settings(
     store_port: int,
     host: str,
     devices: str | None = None,
+    adopt: str = "",
 ) -> dict[str, Any]:
     """What the agent of ``node`` reads from stdin.
 
@@ -71,6 +72,7 @@ def agent_settings(
         store_port: where the rendezvous store of the process groups listens, beside the coordinator.
         host: the node's own address, for its vault.
         devices: CUDA devices of this node; None: all that are visible.
+        adopt: the socket at which workers come to the agent; empty: it starts them.
     """
     return {
         "job_id": job_id,
@@ -86,6 +88,7 @@ def agent_settings(
         "environment": _environment(plan, coordinator[0], store_port, job_id, devices),
         "deadpool": plan.config.deadpool,
         "shm_directory": plan.shm_directory,
+        "adopt": adopt,
     }
 
 

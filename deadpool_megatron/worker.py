@@ -7,11 +7,13 @@ parks, and runs the same script as the coordinate it is given, under torch's ``f
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import os
 import runpy
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.workers import CONTROL_FD, DOORBELL_FD, PARENT_PID
+from deadpool_megatron.cluster.workers import ADOPTED, CONTROL_FD, DOORBELL_FD, PARENT_PID
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
@@ -35,7 +37,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _die_with_agent() -> None:
-    """Ask the kernel to end this process when its agent ends: an agent's death fences its node."""
+    """Ask the kernel to end this process when its agent ends: an agent's death fences its node.
+
+    The kernel does that for children; an adopted worker leaves when its control socket ends.
+    """
+    if ADOPTED in os.environ:
+        return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[PARENT_PID]):
         sys.exit(81)
@@ -113,7 +120,6 @@ def main() -> int:
         _run_script(script, arguments)
         return 0
     hooks: Hooks | None = None
-    import socket
 
     def tell(record: r.WorkerFailed) -> None:
         if hooks is not None:
@@ -148,6 +154,9 @@ def _leave(code: int) -> None:
 
     The end of a Gloo backend waits for its threads, which for some dozens of groups on busy cores takes seconds.
     """
+    if ADOPTED in os.environ:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(os.environ[CONTROL_FD]))) as control:
+            control.send(r.encode(r.Leaving(code)))
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()

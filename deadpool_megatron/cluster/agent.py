@@ -19,6 +19,7 @@ import zmq
 
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.adoption import AdoptedProcess, Adoption
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.cluster.shards import FetchDone, RankCommitted, Shards
@@ -34,7 +35,8 @@ _TERM_GRACE_S = 5.0
 class AgentSettings:
     """What one agent has to know. ``environment`` is the workers' (without ranks).
 
-    ``tells_end``: print why the job ended, since no launcher beside the agent does.
+    ``tells_end``: print why the job ended, since no launcher beside the agent does. ``adopt``: name of the socket at
+    which workers that somebody else has started come to this agent; empty where it starts them itself.
     """
 
     job_id: str
@@ -51,6 +53,7 @@ class AgentSettings:
     deadpool: bool = True
     shm_directory: str = "/dev/shm"
     tells_end: bool = False
+    adopt: str = ""
 
     @property
     def world_size(self) -> int:
@@ -83,6 +86,7 @@ class Agent:
             if settings.deadpool
             else None
         )
+        self._adoption = Adoption(settings.adopt) if settings.adopt else None
         self._poller = zmq.Poller()
         self._poller.register(self._spoke.socket, zmq.POLLIN)
         if self._shards is not None:
@@ -155,7 +159,11 @@ class Agent:
             name = f"rank-{rank}.log"
         else:
             name = f"spare-node{self._s.node}-{local}.log"
-        worker = start_worker(self._s.command, env, local, rank, Path(self._s.log_dir) / name)
+        if self._adoption is not None and local < self._s.slots_per_node:
+            ours = {k: v for k, v in env.items() if os.environ.get(k) != v}
+            worker = self._adoption.take(local, rank, ours, lambda: self._terminated)
+        else:
+            worker = start_worker(self._s.command, env, local, rank, Path(self._s.log_dir) / name)
         self._workers[local] = worker
         self._poller.register(worker.pidfd, zmq.POLLIN)
         self._poller.register(worker.control.fileno(), zmq.POLLIN)
@@ -215,6 +223,9 @@ class Agent:
                 self._reached(worker, "saved", record.epoch)
                 if self._all_reached("saved"):
                     self._send(r.Saved(record.epoch, self._s.node, record.iteration, record.directory))
+            case r.Leaving():
+                if isinstance(worker.process, AdoptedProcess):
+                    worker.process.said = record.code
             case r.WorkerFailed():
                 self._send(msgspec.structs.replace(record, node=self._s.node, local=worker.local, rank=worker.rank))
             case _:
@@ -324,6 +335,9 @@ class Agent:
                 if record.code == Exit.FENCED or (self._s.tells_end and record.message):
                     print(f"deadpool: {record.message}", file=sys.stderr)
                 self._code = record.code
+                for worker in self._workers.values():
+                    if isinstance(worker.process, AdoptedProcess):
+                        worker.tell(record)  # its launcher is to see this job's exit code, not a signal
             case r.InjectReply():
                 pass
 

@@ -10,17 +10,31 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from deadpool_megatron.cluster import records as r
 
-__all__ = ["CONTROL_FD", "DOORBELL_FD", "PARENT_PID", "Worker", "end_group", "start_worker"]
+__all__ = ["ADOPTED", "CONTROL_FD", "DOORBELL_FD", "PARENT_PID", "Worker", "end_group", "start_worker"]
 
 CONTROL_FD = "DEADPOOL_CONTROL_FD"
 DOORBELL_FD = "DEADPOOL_DOORBELL_FD"
 PARENT_PID = "DEADPOOL_AGENT_PID"
+ADOPTED = "DEADPOOL_ADOPTED"  # set in a worker that its agent has not started
 _MAX_PACKET = 1 << 17
+
+
+class Process(Protocol):
+    """A worker's process: our child (a Popen), or adopted."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it lives."""
+
+    def wait(self) -> int:
+        """Block until it has ended; the exit code."""
 
 
 @dataclass(slots=True)
@@ -28,7 +42,7 @@ class Worker:
     """One worker process as its agent sees it. ``rank`` is None while it is parked."""
 
     local: int
-    process: subprocess.Popen[bytes]
+    process: Process
     pidfd: int
     control: socket.socket
     doorbell: int

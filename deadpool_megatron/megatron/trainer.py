@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.workers import PARENT_PID
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.megatron.replay import ReplayIterator
@@ -245,7 +246,7 @@ class MegatronTrainer:
     def _strike(self, fault: r.Fault) -> None:
         """Die as the fault says: the whole node (agent and siblings), or this worker."""
         if fault.kind == "kill":
-            agent = os.getppid()
+            agent = int(os.environ[PARENT_PID])
             children = _children(agent)
             os.kill(agent, signal.SIGKILL)
             for pid in children:

@@ -102,7 +102,9 @@ class Session:
                 case r.Arm():
                     self._armed = (*self._armed, record.fault)
                 case r.Stop():
-                    pass
+                    # Only a worker that its agent has not started is told; the others are ended by signal.
+                    sys.stdout.flush()
+                    os._exit(record.code)
             self._news.notify_all()
 
     # ---- the training thread

@@ -39,11 +39,18 @@ class ShardReady(Record, frozen=True):
     directory: str
 
 
+class Leaving(Record, frozen=True):
+    """The last word of a worker that its agent has not started, and so cannot wait for: its exit code."""
+
+    code: int
+
+
 WorkerRecord = (
     WorkerStep
     | ArenaRequest
     | Arrived
     | ShardReady
+    | Leaving
     | Registered
     | WorkerFailed
     | PeerError
