@@ -88,6 +88,8 @@ def check(
         )
     if spares and not config.deadpool:
         raise LaunchError(f"--spare-nodes {spares} needs --deadpool among the script's flags")
+    if config.spare_nodes not in (0, spares):
+        raise LaunchError(f"--deadpool-spare-nodes {config.spare_nodes} is for other launchers: here --spare-nodes")
     if not Path(script).is_file():
         raise LaunchError(f"script {script} does not exist")
     active = nodes - spares

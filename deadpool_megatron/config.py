@@ -49,7 +49,7 @@ class DeadpoolConfig:
     spare_nodes: int = _setting(
         0, "nodes, the last ones, that are warm spares; for a patched Megatron, whose launcher counts them in its world"
     )
-    run_dir: str = _setting("runs/latest", "directory for status and events; for a patched Megatron, shared by all nodes")
+    run_dir: str = _setting("runs/latest", "directory for status and events that nodes share; for a patched Megatron")
     rendezvous: str = _setting(
         "", "HOST:PORT of the coordinator; for a patched Megatron (without it: MASTER_ADDR, MASTER_PORT + 1)"
     )

@@ -128,8 +128,8 @@ def attach() -> None:
     """Become a worker of this node's agent if ``--deadpool`` is among the flags; the first thing a script does.
 
     Does not return then: the process execs `deadpool_megatron.worker`, which runs the script. Without ``--deadpool``,
-    and in a process that is a worker already (`deadpool launch` on a patched tree), it returns at once. Ends the process
-    with one line and code 2 where something is wrong.
+    and in a process that is a worker already (`deadpool launch` on a patched tree), it returns at once. Where something
+    is wrong it ends the process with one line and code 2.
     """
     if "DEADPOOL_MODE" in os.environ:
         return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["Schedule", "tiny_gpt", "world_size"]
+__all__ = ["Layout", "Schedule", "duo_gpt", "tiny_gpt", "with_value", "world_size"]
 
 Schedule = Literal["1f1b", "interleaved", "none"]
+Layout = Literal["pipeline", "data"]
 
 _MODEL = {
     "--num-layers": 4,
@@ -68,6 +69,22 @@ def tiny_gpt(schedule: Schedule = "1f1b", moe: bool = False, iters: int = 6) -> 
     if moe:
         out += [*_MOE, _SIZES["expert"], "2"]
     return out
+
+
+def with_value(flags: list[str], flag: str, value: object) -> list[str]:
+    """The flags with another value for one that is among them."""
+    place = flags.index(flag) + 1
+    return [*flags[:place], str(value), *flags[place + 1 :]]
+
+
+def duo_gpt(layout: Layout = "pipeline", iters: int = 6) -> list[str]:
+    """Flags of a run on two processes: two pipeline stages, or two replicas; four microbatches each."""
+    out = tiny_gpt("1f1b", iters=iters)
+    out = with_value(out, _SIZES["tensor"], 1)
+    out = with_value(out, "--num-layers", 2)
+    if layout == "pipeline":
+        return with_value(out, "--global-batch-size", 4)
+    return with_value(out, _SIZES["pipeline"], 1)
 
 
 def world_size(flags: list[str]) -> int:

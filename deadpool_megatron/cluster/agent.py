@@ -375,9 +375,11 @@ class Agent:
             worker = self._workers.get(local)
             if worker is not None and worker.parked and worker.rank is None:
                 worker.rank = rank
-                link = Path(self._s.log_dir) / f"rank-{rank}.epoch-{self._epoch}.log"
-                link.unlink(missing_ok=True)
-                link.symlink_to(f"spare-node{self._s.node}-{local}.log")
+                target = Path(self._s.log_dir) / f"spare-node{self._s.node}-{local}.log"
+                if target.exists():  # an adopted worker writes where its launcher wants it
+                    link = Path(self._s.log_dir) / f"rank-{rank}.epoch-{self._epoch}.log"
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(target.name)
                 if self._declared is not None:
                     worker.tell(self._declared)  # one started since then has not heard of it
                 worker.tell(r.TakeOver(self._epoch, rank))

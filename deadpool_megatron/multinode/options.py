@@ -31,7 +31,8 @@ class AgentPlan:
 
     ``endpoint`` is (host, port) as given; ``node`` None lets the coordinator choose; ``hosts`` says whether the
     coordinator is started here: None for "if the endpoint is an address of this machine". ``join_s`` is how long to
-    wait for the coordinator and for the other nodes, ``gone_s`` for a coordinator that is gone to come back.
+    wait for the coordinator and for the other nodes, ``gone_s`` for a coordinator that is gone to come back. ``adopt``
+    is the socket at which the ranks of a patched Megatron come to be this node's workers.
     """
 
     launch: LaunchPlan
@@ -44,6 +45,7 @@ class AgentPlan:
     local_addr: str | None
     secret_file: str | None
     local_ranks: frozenset[int] | None
+    adopt: str = ""
 
 
 def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +96,7 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     add("-m", "--module", action="store_true", help=argparse.SUPPRESS)
     add("--no-python", "--no_python", action="store_true", help=argparse.SUPPRESS)
     add("--run-path", "--run_path", action="store_true", help=argparse.SUPPRESS)
+    add("--adopt", default="", help=argparse.SUPPRESS)  # given by `intree.attach`
     add_common_arguments(parser)
 
 
@@ -210,4 +213,5 @@ def check_agent(options: argparse.Namespace, environ: Mapping[str, str]) -> Agen
         options.local_addr or environ.get("PET_LOCAL_ADDR"),
         options.secret_file,
         shown,
+        options.adopt,
     )

@@ -184,6 +184,7 @@ def _agent(plan: AgentPlan) -> int:
             (address, port),
             answer.store_port,
             plan.local_addr or address_towards(address),
+            adopt=plan.adopt,
         )
         agent = processes.start("agent", settings | {"tells_end": hosted is None}, stdout=subprocess.DEVNULL)
         tee = _tee(plan, answer.node)

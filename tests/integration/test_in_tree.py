@@ -1,0 +1,151 @@
+"""A patched script under any per-rank launcher: its ranks become workers of agents they start themselves."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deadpool_megatron.cluster import Exit
+from deadpool_megatron.patching import State, change, load_sets
+from flags import duo_gpt, tiny_gpt
+from jobs import EXAMPLE, Job, Jobs, assert_same_training, launch_flags
+from machines import MachinesJob
+from ranks import Ranks, attached
+from upstream import VERSIONS, checkout
+
+ITERATIONS = 6
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Ranks]:
+    all_ranks = Ranks(tmp_path)
+    yield all_ranks
+    all_ranks.end()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    all_jobs = Jobs(tmp_path)
+    yield all_jobs
+    all_jobs.end()
+
+
+def _kill(ranks: Ranks, node: int, iteration: int, tick: int) -> MachinesJob:
+    """Arm a kill before training begins."""
+    job = MachinesJob(ranks)
+    ranks.until("start of the job", lambda: (ranks.run_dir / "events.jsonl").exists() and job.events("started"))
+    job.inject(node, iteration, tick)
+    ranks.processes()
+    return job
+
+
+def _assert_same_end(job: MachinesJob, want: Job, mute: int) -> None:
+    expected = {iteration: exact for iteration, *exact in want.exact()}
+    seen = dict((iteration, exact) for iteration, *exact in job.exact())
+    assert set(expected) - {mute} <= set(seen) and all(expected[i] == exact for i, exact in seen.items())
+    assert job.hashes() == want.hashes()
+
+
+@pytest.mark.timeout(300)
+def test_ranks_of_another_launcher_survive_the_loss_of_the_node_of_rank_0(ranks: Ranks, jobs: Jobs) -> None:
+    want = jobs.start("undisturbed", launch_flags(2, slots=1), duo_gpt()).finished()
+    script = [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(), *ranks.deadpool(spares=1)]
+    for rank in range(3):
+        ranks.start_rank(rank, 3, script)
+    pids = [process.pid for process in ranks.started]
+    job = _kill(ranks, 0, 3, 2)
+    ranks.until("training", lambda: job.events("training"), 90)
+    assert job.pids() == {0: pids[0], 1: pids[1]}, "the launcher's processes are the workers"
+    assert ranks.codes(120) == [-9, 0, 0]
+    assert job.events("resumed") and job.pids() == {0: pids[2], 1: pids[1]}
+    _assert_same_end(job, want, mute=2)
+    assert "iteration        6/" in ranks.output(1), "a worker's output goes where its launcher wants it"
+    ranks.until_gone(20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_without_a_spare_every_launcher_sees_the_exit_code_of_the_job(ranks: Ranks) -> None:
+    script = [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(), *ranks.deadpool()]
+    for rank in range(2):
+        ranks.start_rank(rank, 2, script)
+    _kill(ranks, 1, 3, 2)
+    assert ranks.codes(120) == [Exit.NO_SPARE, -9]
+    assert "deadpool: no spare is left for node 1" in ranks.output(0)
+    ranks.until_gone(20)
+
+
+def test_an_agent_that_cannot_start_ends_its_ranks_with_one_line(ranks: Ranks) -> None:
+    with socket.create_server(("127.0.0.1", ranks.port + 1)):
+        ranks.start_rank(0, 2, [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(), *ranks.deadpool()])
+        assert ranks.codes(60) == [Exit.USAGE]
+    assert "cannot listen on" in ranks.output(0)
+    last = ranks.output(0).splitlines()[-1]
+    assert last == "deadpool: the agent of this node could not start; the line above says why"
+
+
+def test_what_the_launcher_did_not_say_is_asked_for_in_one_line(ranks: Ranks) -> None:
+    script = [str(attached(ranks.directory, EXAMPLE)), "--deadpool"]
+    ranks.start_command([sys.executable, *script], {"RANK": "", "SLURM_PROCID": ""})
+    ranks.start_command([sys.executable, *script, "--deadpool-leese", "2"], {})
+    assert ranks.codes(30) == [Exit.USAGE, Exit.USAGE]
+    assert ranks.output(0).startswith("deadpool: --deadpool: RANK (or SLURM_PROCID) is not set: start one process")
+    assert ranks.output(1) == "deadpool: unknown flag --deadpool-leese; did you mean --deadpool-lease?\n"
+
+
+def test_without_deadpool_a_patched_script_is_the_script(ranks: Ranks) -> None:
+    plain = ranks.directory / "plain.py"
+    plain.write_text("import os, sys\nprint('plain', sys.argv[1:], 'DEADPOOL_MODE' in os.environ)\n")
+    ranks.start_command([sys.executable, str(attached(ranks.directory, plain)), "--lr", "1"], {})
+    assert ranks.codes(30) == [0] and ranks.output(0) == "plain ['--lr', '1'] False\n"
+
+
+# ---- upstream's own script
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("name", VERSIONS)
+def test_upstreams_pretrain_gpt_survives_a_kill_through_hooks_and_through_patches(
+    name: str, ranks: Ranks, jobs: Jobs
+) -> None:
+    tree = checkout(name, ranks.directory)
+    extra = {"PYTHONPATH": os.pathsep.join([str(EXAMPLE.parents[1]), str(tree)])}
+    script = tree / "pretrain_gpt.py"
+    want = jobs.start("undisturbed", launch_flags(2, slots=1), duo_gpt(), script, extra=extra).finished()
+    hooked = jobs.start("hooked", launch_flags(3, 1, slots=1), duo_gpt(), script, extra=extra)
+    hooked.until_event("started")
+    hooked.inject(0, 3, 2)
+    hooked.finished()
+    assert hooked.events("resumed")
+    assert_same_training(hooked, want, ITERATIONS, rank=1, mute=frozenset({2}))
+
+    assert change(tree, load_sets(), State.APPLIED)[0].name == name
+    for rank in range(3):
+        ranks.start_rank(rank, 3, [str(script), *duo_gpt(), *ranks.deadpool(spares=1)])
+    patched = _kill(ranks, 0, 3, 2)
+    assert ranks.codes(180) == [-9, 0, 0] and patched.events("resumed")
+    _assert_same_end(patched, want, mute=2)
+    assert change(tree, load_sets(), State.CLEAN)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_torchrun_a_node_works_like_any_launcher(ranks: Ranks, jobs: Jobs) -> None:
+    flags = tiny_gpt("none", iters=ITERATIONS)
+    want = jobs.start("undisturbed", launch_flags(2), flags).finished()
+    script = [str(attached(ranks.directory, EXAMPLE)), *flags, *ranks.deadpool(spares=1)]
+    for node in range(3):
+        options = ["--nnodes", "3", "--node-rank", str(node), "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+        options += ["--master-port", str(ranks.port)]
+        command = [sys.executable, "-m", "torch.distributed.run", *options, *script]
+        ranks.start_command(command, {"DEADPOOL_EMULATE_CPU": "1", "OMP_NUM_THREADS": "1"})
+    job = _kill(ranks, 1, 3, 2)
+    ranks.until("end of the job", lambda: job.events("finished"), 150)
+    assert job.events("resumed")
+    _assert_same_end(job, want, mute=2)
