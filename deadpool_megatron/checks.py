@@ -108,7 +108,7 @@ def check(
     if config.deadpool:
         if not os.access(options.shm_directory, os.W_OK | os.X_OK):
             raise LaunchError(f"--shm-directory {options.shm_directory} does not exist or cannot be written to")
-        _check_megatron()
+        _check_megatron(Path(script).resolve().parent)
     run_dir = Path(options.run_dir).absolute()
     return LaunchPlan(
         nodes,
@@ -126,8 +126,10 @@ def check(
     )
 
 
-def _check_megatron() -> None:
-    """Check the installed wheel's version without importing it; a checkout on the path is checked by the workers."""
+def _check_megatron(beside: Path) -> None:
+    """Check the installed wheel's version without importing it; a checkout, as beside the script, workers check."""
+    if (beside / "megatron" / "core").is_dir():
+        return
     from importlib import metadata
 
     try:

@@ -130,6 +130,7 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_UPSTREAM",
     "DEADPOOL_UPSTREAM_GIT",
     "DEADPOOL_TEST_ABORTS",
+    "DEADPOOL_TEST_MEGATRON",
 )
 _UNITS = ("seconds", "bytes", "iterations", "times", "nodes")
 

@@ -51,7 +51,6 @@ def _die_with_agent() -> None:
 def _run_script(script: str, arguments: list[str]) -> None:
     """Run ``script`` as ``python script`` would."""
     sys.argv = [script, *arguments]
-    sys.path.insert(0, str(Path(script).resolve().parent))
     runpy.run_path(script, run_name="__main__")
 
 
@@ -111,6 +110,10 @@ def main() -> int:
     """Entry point; returns the exit code."""
     _die_with_agent()
     script, arguments = sys.argv[1], sys.argv[2:]
+    # As `python script` has it, and from now on: a checkout's megatron comes before an installed one.
+    if sys.flags.safe_path:
+        sys.path.insert(0, "")
+    sys.path[0] = str(Path(script).resolve().parent)
     standby = "RANK" not in os.environ
     if os.environ.get(EMULATE):
         from deadpool_megatron import emulation

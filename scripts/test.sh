@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Lint, types, tests: scripts/test.sh [--all-torch] [pytest arguments]
 #
-#   --all-torch   also the tests of what differs between torch versions, in a second environment with torch 2.14
+#   --all-torch   also the tests of what differs between versions: torch 2.14 in a second environment, and
+#                 megatron-core 0.18 over the first
 #
 # Everything is run even if something before it failed; the exit code is 0 only if nothing failed.
 set -euo pipefail
@@ -10,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 all_torch=no
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
-    sed -n '2,6s/^# \{0,1\}//p' scripts/test.sh
+    sed -n '2,7s/^# \{0,1\}//p' scripts/test.sh
     exit 0
 fi
 if [[ "${1:-}" == --all-torch ]]; then
@@ -23,6 +24,9 @@ shopt -s nullglob
 torch214_tests=(tests/unit/test_comm_*.py tests/integration/test_comm_*.py tests/unit/test_emulation_*.py)
 # The part of the whole sequence that is run there too: pytest arguments.
 torch214_hot_swap=(tests/integration/test_hot_swap.py -k 1f1b)
+
+# The adapter, and one swap under another launcher, on the older line of megatron-core.
+megatron018_tests=(tests/unit/test_adapters.py tests/integration/test_in_tree.py -k "adapter or seams or node_of_rank_0")
 
 failed=()
 stage() {
@@ -50,6 +54,10 @@ stage "mypy" mypy
 stage "pytest" python -m pytest "$@"
 
 if [[ $all_torch == yes ]]; then
+    megatron018() { # in a subshell: the path is changed for this stage alone
+        (deadpool_env_megatron018 && DEADPOOL_TEST_MEGATRON=0.18. python -m pytest "${megatron018_tests[@]}")
+    }
+    stage "hot swap on megatron-core 0.18" megatron018
     if deadpool_env_torch214; then
         stage "pytest on torch 2.14" pytest_some "${torch214_tests[@]}"
         if [[ -f "${torch214_hot_swap[0]}" ]]; then

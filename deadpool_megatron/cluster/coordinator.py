@@ -151,7 +151,9 @@ class Coordinator:
         left = self._connected - {n for n, s in self._core.nodes.items() if s.role == "lost"}
 
         def gone(identity: bytes) -> None:
-            left.discard(int(identity.decode().removeprefix("node-")))
+            name = identity.decode(errors="replace")
+            if name.startswith("node-"):  # commands that asked for a place leave too
+                left.discard(int(name.removeprefix("node-")))
 
         def last_words(identity: bytes, packet: bytes) -> None:
             record = r.decode_from_agent(packet)

@@ -33,11 +33,9 @@ def warm_up(script: str) -> None:
     """
     from megatron.training import arguments
 
-    sys.path.insert(0, str(Path(script).resolve().parent))
     for name in _imports_of(script):
         with contextlib.suppress(ImportError):  # the script may import it only under a condition
             importlib.import_module(name)
-    sys.path.pop(0)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     weight = torch.nn.Parameter(torch.zeros(8, 8, device="cuda" if torch.cuda.is_available() else "cpu"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -115,10 +114,9 @@ def test_upstreams_pretrain_gpt_survives_a_kill_through_hooks_and_through_patche
     name: str, ranks: Ranks, jobs: Jobs
 ) -> None:
     tree = checkout(name, ranks.directory)
-    extra = {"PYTHONPATH": os.pathsep.join([str(EXAMPLE.parents[1]), str(tree)])}
     script = tree / "pretrain_gpt.py"
-    want = jobs.start("undisturbed", launch_flags(2, slots=1), duo_gpt(), script, extra=extra).finished()
-    hooked = jobs.start("hooked", launch_flags(3, 1, slots=1), duo_gpt(), script, extra=extra)
+    want = jobs.start("undisturbed", launch_flags(2, slots=1), duo_gpt(), script).finished()
+    hooked = jobs.start("hooked", launch_flags(3, 1, slots=1), duo_gpt(), script)
     hooked.until_event("started")
     hooked.inject(0, 3, 2)
     hooked.finished()

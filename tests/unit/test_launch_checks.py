@@ -111,7 +111,15 @@ def test_a_megatron_checkout_without_a_wheel_is_left_to_the_workers(
     assert plan(tmp_path, "--local-nodes 2", "--deadpool").config.deadpool
 
 
-@pytest.mark.parametrize("version", ["0.18.0", "0.190.0", "0.1", "1.19.0", ""])
+def test_a_checkout_beside_the_script_comes_before_an_unsupported_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "0.12.1")
+    (tmp_path / "megatron" / "core").mkdir(parents=True)
+    assert plan(tmp_path, "--local-nodes 2", "--deadpool").config.deadpool
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.190.0", "0.1", "1.19.0", ""])
 def test_versions_outside_of_the_supported_lines_are_refused(version: str) -> None:
     with pytest.raises(UserError):
         check_version(version)
