@@ -183,7 +183,8 @@ class Agent:
         alive = [w for w in self._workers.values() if not w.exited]
         if not at_once:
             for worker in alive:
-                end_group(worker.pid, signal.SIGTERM)
+                if self._code is None or not isinstance(worker.process, AdoptedProcess):  # those were told to leave
+                    end_group(worker.pid, signal.SIGTERM)
             end = time.monotonic() + _TERM_GRACE_S
             poller = zmq.Poller()
             for worker in alive:
