@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deadpool_megatron.cluster.domains import Labels, parse_domains
+from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.config import DeadpoolConfig, from_script_arguments
 from deadpool_megatron.observe import LOGS
 from deadpool_megatron.versions import check_version
@@ -35,6 +37,7 @@ class LaunchPlan:
     config: DeadpoolConfig
     tee: str
     shm_directory: str
+    domains: Labels
 
 
 _SIZES = (
@@ -98,6 +101,12 @@ def check(
             f"one active node has no peer to keep its shards ({nodes_flag} {nodes}, --spare-nodes {spares}): "
             "DeadPool needs 2 active nodes or more"
         )
+    scheme = Scheme.parse(config.redundancy)
+    if config.deadpool and active < scheme.size:
+        raise LaunchError(
+            f"--deadpool-redundancy {scheme} needs {scheme.size} active nodes or more, and {active} are there "
+            f"({nodes_flag} {nodes}, --spare-nodes {spares})"
+        )
     world = active * slots
     model = 1
     for flag, default in _SIZES:
@@ -109,6 +118,7 @@ def check(
         if not os.access(options.shm_directory, os.W_OK | os.X_OK):
             raise LaunchError(f"--shm-directory {options.shm_directory} does not exist or cannot be written to")
         _check_megatron(Path(script).resolve().parent)
+    domains = _domains(config.domains, nodes)
     run_dir = Path(options.run_dir).absolute()
     return LaunchPlan(
         nodes,
@@ -123,7 +133,19 @@ def check(
         config,
         options.tee,
         options.shm_directory,
+        domains,
     )
+
+
+def _domains(text: str, nodes: int) -> Labels:
+    try:
+        labels = parse_domains(text)
+    except ValueError as err:
+        raise LaunchError(f"--deadpool-domains: {err}") from None
+    stray = [node for node in labels if node >= nodes]
+    if stray:
+        raise LaunchError(f"--deadpool-domains: there is no node {min(stray)}: the job has nodes 0 to {nodes - 1}")
+    return labels
 
 
 def _check_megatron(beside: Path) -> None:

@@ -17,6 +17,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from deadpool_megatron.cluster.redundancy import Scheme
+
 __all__ = [
     "ConfigError",
     "DeadpoolConfig",
@@ -71,7 +73,21 @@ class DeadpoolConfig:
         3, "times the communicators are re-formed with the same nodes for errors that no loss explains"
     )
 
+    redundancy: str = _setting(
+        "1",
+        "copies of each shard on other nodes, as 1 or 2, or k+m: Reed-Solomon with m parity shares for k nodes",
+    )
+    domains: str = _setting(
+        "",
+        "failure domains of the nodes, so that no copy is in the domain of its owner: racks as 0-3=r1,4-7=r2, or a "
+        "YAML file with any kinds; without it Slurm's switches, where its topology is known",
+    )
+
     def __post_init__(self) -> None:
+        try:
+            Scheme.parse(self.redundancy)
+        except ValueError as err:
+            raise ConfigError(f"--deadpool-redundancy: {err}") from None
         for name in ("lease", "abort_deadline", "form_deadline", "build_deadline", "operation_timeout"):
             seconds = getattr(self, name)
             if not 0 < seconds < math.inf:

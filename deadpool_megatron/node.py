@@ -30,7 +30,8 @@ def _coordinator(settings: dict[str, Any]) -> int:
     import torch.distributed as dist
 
     job = settings["job"]
-    spec = JobSpec(**{**job, "deadlines": Deadlines(**job["deadlines"])})
+    domains = {int(node): labels for node, labels in job["domains"].items()}  # JSON knows text keys only
+    spec = JobSpec(**{**job, "deadlines": Deadlines(**job["deadlines"]), "domains": domains})
     # The rendezvous of process groups lives here, outside of all training processes; it listens on every address.
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     try:

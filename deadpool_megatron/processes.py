@@ -40,7 +40,16 @@ def coordinator_settings(
     """
     c = plan.config
     deadlines = Deadlines(c.lease, c.abort_deadline, c.build_deadline, c.form_deadline, join_s)
-    job = JobSpec(plan.nodes, plan.spare_nodes, plan.slots_per_node, c.deadpool, deadlines, c.transient_retries)
+    job = JobSpec(
+        plan.nodes,
+        plan.spare_nodes,
+        plan.slots_per_node,
+        c.deadpool,
+        deadlines,
+        c.transient_retries,
+        c.redundancy,
+        plan.domains,
+    )
     return {
         "job": asdict(job),
         "job_id": job_id,
@@ -89,6 +98,7 @@ def agent_settings(
         "deadpool": plan.config.deadpool,
         "shm_directory": plan.shm_directory,
         "adopt": adopt,
+        "redundancy": plan.config.redundancy,
     }
 
 

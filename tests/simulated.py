@@ -11,6 +11,7 @@ from deadpool_megatron.cluster import Core, Deadlines, JobSpec
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core import Action, Emit, Finish, Send
+from deadpool_megatron.cluster.redundancy import holders
 
 __all__ = ["DEADLINES", "SimulatedJob"]
 
@@ -20,8 +21,7 @@ DEADLINES = Deadlines(lease=5.0, abort=30.0, build=600.0, form=20.0)
 class SimulatedJob:
     """Feeds a Core and remembers. Every node is healthy; a test says what goes wrong.
 
-    The vaults it offers from hold ``generation`` of every rank twice, where `placing.peers` of the assignment before
-    the loss puts it.
+    The vaults it offers from hold ``generation`` of every rank wherever the protection groups before the loss put it.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class SimulatedJob:
         self.emitted: list[Emit] = []
         self.finish: Finish | None = None
         self._held = list(self.core.assignment)
+        self._groups = self.core.protection.groups
 
     # ---- in and out
 
@@ -121,6 +122,7 @@ class SimulatedJob:
         self.park()
         for rank in range(self.core.job.world_size):
             self.register(rank)
+        self._groups = self.core.protection.groups
         return self
 
     def iterate(self, iteration: int) -> None:
@@ -141,7 +143,8 @@ class SimulatedJob:
         """What ``node`` gives: live state and own copy of what it held before the loss, and its ward's copy."""
         before, after = self._held, self.core.assignment
         old = set(placing.ranks_of(before, node).values())
-        wards = [ward for ward, peer in placing.peers(before).items() if peer == node]
+        keepers = holders(self._groups, self.core.protection.scheme)
+        wards = [ward for ward, nodes in keepers.items() if node in nodes]
         peer = {rank for ward in wards for rank in placing.ranks_of(before, ward).values()}
         version = [(0, generation)]
         self.feed(
@@ -182,6 +185,7 @@ class SimulatedJob:
         for node in self.active:
             self.feed(r.NodeResumed(self.core.epoch, node, generation))
         self._held = list(self.core.assignment)
+        self._groups = self.core.protection.groups
 
     def recover(self, generation: int = 5) -> None:
         """The whole way back to training."""

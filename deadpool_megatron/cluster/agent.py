@@ -20,11 +20,13 @@ import zmq
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.adoption import AdoptedProcess, Adoption
+from deadpool_megatron.cluster.domains import slurm_labels
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
-from deadpool_megatron.cluster.shards import FetchDone, RankCommitted, Shards
+from deadpool_megatron.cluster.redundancy import Scheme, holders
+from deadpool_megatron.cluster.shards import RankCommitted, ReserveFailed, Shards, ShardsEvent
 from deadpool_megatron.cluster.workers import Worker, end_group, start_worker
-from deadpool_megatron.vault import VaultError
+from deadpool_megatron.vault import Target, VaultError
 
 __all__ = ["Agent", "AgentSettings"]
 
@@ -54,6 +56,7 @@ class AgentSettings:
     shm_directory: str = "/dev/shm"
     tells_end: bool = False
     adopt: str = ""
+    redundancy: str = "1"
 
     @property
     def world_size(self) -> int:
@@ -70,7 +73,9 @@ class Agent:
         self._epoch = 0
         self._assignment = placing.initial(settings.active_nodes, settings.slots_per_node)
         self._vaults: dict[int, r.Address] = {}
-        self._peers: dict[int, int] = {}
+        self._scheme = Scheme.parse(settings.redundancy)
+        self._groups: list[list[int]] = []
+        self._covered: set[int] = set()
         self._declared: r.Declare | None = None
         self._offered = -1
         self._tidied = 0
@@ -107,6 +112,7 @@ class Agent:
                 self._s.host,
                 self._shards.server.port if self._shards else 0,
                 [self._workers[i].pid for i in sorted(self._workers)],
+                slurm_labels(os.environ),
             )
         )
         try:
@@ -275,19 +281,40 @@ class Agent:
         self._aim()
 
     def _aim(self) -> None:
-        """Tell the replicator where the second copy of each own rank goes."""
-        if self._shards is None:
+        """Tell the replicator where the shards of each own rank go."""
+        if self._shards is None or not self._groups:
             return
-        peer = self._peers.get(self._s.node)
-        address = self._vaults.get(peer) if peer is not None else None
+        keepers = holders(self._groups, self._scheme).get(self._s.node, ())
+        addresses = [self._vaults[node] for node in keepers if node in self._vaults]
+        targets = [Target(address.host, address.port) for address in addresses]
+        if len(targets) < len(keepers):
+            targets = []  # one of them is gone already, and the next epoch will say who comes instead
         ranks = placing.ranks_of(self._assignment, self._s.node).values()
-        self._shards.set_peers(self._epoch, {rank: address for rank in ranks if self._shards.path_of(rank)})
+        self._shards.set_targets(self._epoch, {rank: targets for rank in ranks if self._shards.path_of(rank)})
+
+    def _kept_here(self) -> set[int]:
+        """The ranks whose copies this node keeps."""
+        wards = [node for node, keepers in holders(self._groups, self._scheme).items() if self._s.node in keepers]
+        return {rank for node in wards for rank in placing.ranks_of(self._assignment, node).values()}
+
+    def _place(self, record: r.Placement) -> None:
+        """The first placement: take the memory for what this node keeps, then send."""
+        if record.epoch != self._epoch or self._shards is None:
+            return
+        self._groups = record.groups
+        self._shards.reserve(
+            {rank: (record.unique_bytes[rank], record.small_capacity[rank]) for rank in sorted(self._kept_here())}
+        )
+        self._aim()
 
     # ---- events of the vault
 
-    def _from_shards(self, event: RankCommitted | FetchDone) -> None:
+    def _from_shards(self, event: ShardsEvent) -> None:
         assert self._shards is not None
-        if isinstance(event, RankCommitted):
+        if isinstance(event, ReserveFailed):
+            self._send(r.NoRoom(self._s.node, event.message))
+        elif isinstance(event, RankCommitted):
+            self._rank_covered(event)
             if event.epoch != self._epoch:
                 return
             done = self._committed.setdefault(event.rank, set())
@@ -307,6 +334,18 @@ class Agent:
             else:
                 self._hand_out(event.rank, event.generation)
 
+    def _rank_covered(self, event: RankCommitted) -> None:
+        """Once all ranks here have the agreed generation wherever it belongs, this node is redundant again."""
+        agreed = self._agreed
+        if agreed is None or agreed.epoch != self._epoch or event.generation != agreed.generation:
+            return
+        ranks = set(placing.ranks_of(self._assignment, self._s.node).values())
+        if ranks <= self._covered:
+            return
+        self._covered.add(event.rank)
+        if ranks <= self._covered:
+            self._send(r.Covered(self._epoch, self._s.node, event.generation))
+
     # ---- records from the coordinator
 
     def _from_coordinator(self, record: r.CoordinatorRecord) -> None:
@@ -319,8 +358,9 @@ class Agent:
                 for worker in self._mine().values():
                     worker.tell(record)
             case r.Roster():
-                self._vaults, self._peers = record.vaults, record.peers
-                self._aim()
+                self._vaults = record.vaults
+            case r.Placement():
+                self._place(record)
             case r.CommittedTo():
                 if record.epoch == self._epoch and self._shards is not None:
                     self._shards.set_kept(record.epoch, record.kept, record.floor)
@@ -345,16 +385,15 @@ class Agent:
     def _tidy(self) -> None:
         """The first commit of an epoch: copies that an older placement left here are of no use any more."""
         assert self._shards is not None
-        wards = [node for node, peer in self._peers.items() if peer == self._s.node]
-        kept = {rank for node in wards for rank in placing.ranks_of(self._assignment, node).values()}
-        self._shards.keep_only(set(placing.ranks_of(self._assignment, self._s.node).values()), kept)
+        self._shards.keep_only(set(placing.ranks_of(self._assignment, self._s.node).values()), self._kept_here())
 
     def _declare(self, record: r.Declare) -> None:
         if record.epoch <= self._epoch:
             return
         self._epoch = record.epoch
         self._assignment = record.assignment
-        self._vaults, self._peers = record.vaults, record.peers
+        self._vaults, self._groups = record.vaults, record.groups
+        self._covered.clear()
         self._declared, self._agreed = record, None
         self._committed.clear()
         for worker in self._mine().values():
@@ -363,7 +402,7 @@ class Agent:
             return
         assert self._shards is not None
         self._shards.set_epoch(record.epoch)
-        self._shards.set_peers(record.epoch, dict.fromkeys(placing.ranks_of(self._assignment, self._s.node).values()))
+        self._shards.set_targets(record.epoch, {})
         for local in placing.ranks_of(self._assignment, self._s.node):
             if local not in self._workers:
                 self._start(local, None)

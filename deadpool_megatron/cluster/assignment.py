@@ -1,4 +1,4 @@
-"""Which slot holds each coordinate, which node is whose peer, which spare takes over: pure functions.
+"""Which slot holds each coordinate, which spare takes over: pure functions.
 
 Example, 3 nodes of 2 slots with 1 spare: ranks 0-3 live on nodes 0 and 1. Node 0 dies, node 2 is the spare::
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from deadpool_megatron.cluster.records import SlotAddress
 
-__all__ = ["choose_spares", "initial", "nodes_of", "peers", "ranks_of", "replace_nodes", "rescue"]
+__all__ = ["choose_spares", "initial", "nodes_of", "ranks_of", "replace_nodes", "rescue"]
 
 
 def initial(active_nodes: int, slots_per_node: int) -> list[SlotAddress]:
@@ -30,18 +30,6 @@ def nodes_of(assignment: Sequence[SlotAddress]) -> list[int]:
 def ranks_of(assignment: Sequence[SlotAddress], node: int) -> dict[int, int]:
     """Local index to rank for the coordinates on ``node``."""
     return {slot.local: rank for rank, slot in enumerate(assignment) if slot.node == node}
-
-
-def peers(assignment: Sequence[SlotAddress]) -> dict[int, int]:
-    """The node whose vault holds the second copy of each node's shards: the next one in a ring.
-
-    The ring follows the order of the coordinates, which puts data-parallel neighbours far apart in pipeline order.
-    Empty when only one node is left.
-    """
-    ring = nodes_of(assignment)
-    if len(ring) < 2:
-        return {}
-    return {node: ring[(i + 1) % len(ring)] for i, node in enumerate(ring)}
 
 
 def choose_spares(lost: Iterable[int], spares: Sequence[int]) -> dict[int, int] | None:

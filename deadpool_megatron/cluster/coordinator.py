@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Send
 from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.link import Hub
+from deadpool_megatron.cluster.protection import in_words
 from deadpool_megatron.observe import RunDirectory
 
 __all__ = ["Coordinator", "CoordinatorSettings"]
@@ -141,6 +143,9 @@ class Coordinator:
         for action in actions:
             if isinstance(action, Emit):
                 self._run.event(action.event, **action.fields)
+                if action.event == "placed":
+                    for line in in_words(action.fields):
+                        print(f"[deadpool] {line}", file=sys.stderr, flush=True)
             elif isinstance(action, Finish):
                 self._finish = action
         self._status_stale = self._status_stale or bool(actions)
@@ -212,6 +217,7 @@ class Coordinator:
                     if s.role == "spare"
                 ],
                 "generation": {"committed": core.committed},
+                "protection": core.protection.status(),
                 "coordinator_pid": os.getpid(),
             }
         )

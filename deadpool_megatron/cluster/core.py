@@ -12,7 +12,7 @@ misses it counts as lost. Records of an epoch other than the current one are ign
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -23,7 +23,8 @@ from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agreement import NoCommonGeneration, agree
 from deadpool_megatron.cluster.exits import Exit
-from deadpool_megatron.vault import CommitLedger, Version
+from deadpool_megatron.cluster.protection import Protection
+from deadpool_megatron.vault import CommitLedger, Version, small_capacity
 
 __all__ = ["Action", "Core", "Deadlines", "Emit", "Finish", "JobSpec", "NodeState", "Phase", "Send"]
 
@@ -65,6 +66,8 @@ class JobSpec:
     deadpool: bool
     deadlines: Deadlines
     transient_retries: int = 3
+    redundancy: str = "1"
+    domains: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def active_nodes(self) -> int:
@@ -126,6 +129,7 @@ class Core:
         self.assignment = placing.initial(job.active_nodes, job.slots_per_node)
         self.nodes = {n: NodeState(n, "active" if n < job.active_nodes else "spare") for n in range(job.nodes)}
         self.coordinates: dict[int, r.CoordinateInfo] = {}
+        self.protection = Protection(job.redundancy, job.domains)
         self.committed = -1
         self.iteration = -1
         self.state_hashes: dict[int, dict[str, str]] = {}
@@ -163,6 +167,8 @@ class Core:
             r.NodeRestored: self._node_restored,
             r.NodeResumed: self._node_resumed,
             r.Committed: self._node_commit,
+            r.Covered: self._node_covered,
+            r.NoRoom: self._no_room,
             r.Iteration: self._iterated,
             r.FetchFailed: self._fetch_failed,
             r.Finished: self._node_finished,
@@ -259,15 +265,14 @@ class Core:
         state.agent_pid = record.pid
         state.vault = r.Address(record.host, record.vault_port)
         state.pids = dict(enumerate(record.worker_pids))
+        self.protection.label(record.node, record.domains)
         self._tell_roster()
 
     def _tell_roster(self) -> None:
         """Once everybody who is not lost has joined."""
         if not self._missing():
             self._deadline = None
-            self._send(
-                None, r.Roster(self.epoch, self.assignment, self._vaults(), placing.peers(self.assignment))
-            )
+            self._send(None, r.Roster(self.epoch, self.assignment, self._vaults()))
             self._emit("started", nodes=self.job.nodes, spares=self.job.spare_nodes, world_size=self.job.world_size)
 
     def _missing(self) -> set[int]:
@@ -296,6 +301,26 @@ class Core:
         elif self.phase is Phase.STARTING and len(self._registered) == self.job.world_size:
             self.phase = Phase.RUNNING
             self._emit("training", strategy=record.strategy, unique_bytes=record.unique_bytes)
+            self._protect()
+
+    def _protect(self) -> None:
+        """Every coordinate is known: say who keeps whose shards, and what may be lost from then on."""
+        known = [self._registered[rank] for rank in range(self.job.world_size)]
+        sizes = [x.unique_bytes for x in known]
+        rooms = [small_capacity(x.small_bytes) for x in known]
+        largest = max(unique + room for unique, room in zip(sizes, rooms, strict=True))
+        groups = self.protection.begin(self.assignment, self.coordinates, largest, self.job.slots_per_node)
+        if self.job.deadpool:
+            self._send(None, r.Placement(self.epoch, [list(group) for group in groups], sizes, rooms))
+            self._emit("placed", costs=self.protection.costs(), **self.protection.status())
+
+    def _no_room(self, record: r.NoRoom) -> None:
+        self._stop(Exit.USAGE, f"node {record.node}: {record.message}")
+
+    def _node_covered(self, record: r.Covered) -> None:
+        here = record.epoch == self.epoch and record.generation == self._generation
+        if here and self.protection.covered(record.node):
+            self._emit("protected", survives=self.protection.degree, iteration=record.generation)
 
     # ---- failure-free
 
@@ -332,6 +357,8 @@ class Core:
             self._kept = told.kept
             self.committed = told.kept.generation
             self._emit("committed", iteration=told.kept.generation)
+            if self.protection.committed():
+                self._emit("protected", survives=self.protection.degree, iteration=told.kept.generation)
 
     def _node_finished(self, record: r.Finished) -> None:
         if record.epoch != self.epoch or self.phase not in (Phase.RUNNING, Phase.RESTORING):
@@ -446,6 +473,7 @@ class Core:
             self._purpose = "save"
             self.assignment = plan
         self.epoch += 1
+        groups = self.protection.moved(self.assignment, self.coordinates, self._purpose == "resume")
         replaced = [rank for rank, slot in enumerate(self.assignment) if slot != old[rank]]
         self._emit(
             "declared",
@@ -475,7 +503,7 @@ class Core:
                 replaced,
                 self.assignment,
                 self._vaults(),
-                placing.peers(self.assignment),
+                [list(group) for group in groups],
             ),
         )
 

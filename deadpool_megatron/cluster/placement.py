@@ -26,9 +26,10 @@ Groups = tuple[tuple[int, ...], ...]
 Labels = Mapping[int, Mapping[str, str]]
 _EXCEEDED = 1_000_000  # one node more of a stripe in one domain than the stripe can lose
 _TOGETHER = 1_000  # two nodes of a stripe in one domain
-_OTHER_BEGINNINGS = 40
+_OTHER_BEGINNINGS = 10
 _SEED = 20261121
 _MOST_JUDGED = 20_000  # groups looked at; bounds the search to about a second
+_ENOUGH_JUDGED = 3_000  # no other beginning is tried after that
 
 
 def parallel_groups(
@@ -67,7 +68,7 @@ def place(
     best, least = _improved([list(nodes[first::count]) for first in range(count)], judge)
     shuffle = random.Random(_SEED)
     for _ in range(0 if count == 1 and len(nodes) == scheme.size else _OTHER_BEGINNINGS):
-        if not least or judge.judged > _MOST_JUDGED:
+        if not least or judge.judged > _ENOUGH_JUDGED:
             break
         order = list(nodes)
         shuffle.shuffle(order)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.vault import (
     Replicator,
+    Target,
     Vault,
     VaultError,
     VaultServer,
@@ -18,16 +19,15 @@ from deadpool_megatron.vault import (
     clean_leftovers,
     fetch,
     process_alive,
+    small_capacity,
 )
 
-_SMALL_UNIT = 1 << 16
-
-__all__ = ["FetchDone", "RankCommitted", "Shards"]
+__all__ = ["FetchDone", "RankCommitted", "ReserveFailed", "Shards", "ShardsEvent"]
 
 
 @dataclass(frozen=True, slots=True)
 class RankCommitted:
-    """A rank's version is complete in the own vault and in the peer's."""
+    """A rank's version is complete in the own vault and wherever else it belongs."""
 
     rank: int
     epoch: int
@@ -46,6 +46,16 @@ class FetchDone:
     error: str
 
 
+@dataclass(frozen=True, slots=True)
+class ReserveFailed:
+    """The memory for what this node is to keep for others is not there; one line for the user."""
+
+    message: str
+
+
+ShardsEvent = RankCommitted | FetchDone | ReserveFailed
+
+
 class Shards:
     """Vault, server and replicator of one node. Its threads report through ``events``; ``wake_fd`` is an eventfd.
 
@@ -59,11 +69,11 @@ class Shards:
         self.vault = Vault(job_id, node, directory)
         self.server = VaultServer(self.vault, secret, host)
         self.server.start()
-        self.events: queue.SimpleQueue[RankCommitted | FetchDone] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[ShardsEvent] = queue.SimpleQueue()
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._replicator = Replicator(self.vault, secret, self._committed)
 
-    def _tell(self, event: RankCommitted | FetchDone) -> None:
+    def _tell(self, event: ShardsEvent) -> None:
         self.events.put(event)
         os.eventfd_write(self.wake_fd, 1)
 
@@ -78,16 +88,30 @@ class Shards:
         arena = self.vault.arena(rank, "own")
         if arena is not None and arena.info.unique_bytes == unique_bytes and arena.info.small_capacity > small_bytes:
             return arena.info.path
-        capacity = -(-2 * small_bytes // _SMALL_UNIT) * _SMALL_UNIT
-        return self.vault.allocate_own(rank, unique_bytes, capacity).path
+        return self.vault.allocate_own(rank, unique_bytes, small_capacity(small_bytes)).path
 
     def set_epoch(self, epoch: int) -> None:
         """Refuse whatever belongs to an older epoch from now on."""
         self.server.set_epoch(epoch)
 
-    def set_peers(self, epoch: int, ranks: Mapping[int, r.Address | None]) -> None:
-        """Where the second copy of each own rank goes."""
-        self._replicator.set_peers(epoch, {k: (a.host, a.port) if a else None for k, a in ranks.items()})
+    def set_targets(self, epoch: int, targets: Mapping[int, Sequence[Target]]) -> None:
+        """Where each own rank's shards go."""
+        self._replicator.set_targets(epoch, targets)
+
+    def reserve(self, shards: Mapping[int, tuple[int, int]]) -> None:
+        """Take the memory for shards kept for others, in a thread: by rank the bytes of unique and of small state.
+
+        A failure comes as a `ReserveFailed`.
+        """
+
+        def work() -> None:
+            try:
+                for rank, (unique_bytes, capacity) in shards.items():
+                    self.vault.allocate_peer(rank, unique_bytes, capacity)
+            except VaultError as err:
+                self._tell(ReserveFailed(str(err)))
+
+        threading.Thread(target=work, name="vault-reserve", daemon=True).start()
 
     def set_kept(self, epoch: int, kept: tuple[int, int] | None, floor: int) -> None:
         """What the coordinator says of commits."""

@@ -168,6 +168,14 @@ def _summary(status: Mapping[str, Any]) -> Text:
     out.append(f", epoch {status['epoch']}")
     out.append(f", last iteration {iteration}" if iteration >= 0 else ", no iteration yet")
     out.append(f", committed generation {committed}" if committed >= 0 else ", nothing committed yet")
+    protection = status.get("protection")
+    if protection and protection["groups"]:
+        now, full = protection["survives_now"], protection["survives_when_full"]
+        out.append(f"\nprotected against the loss of any {now} node{'s' * (now != 1)} now", "" if now else "yellow")
+        if not protection["full"]:
+            waits = ranks_text(protection["not_covered_yet"])
+            out.append(f" (any {full} once node {waits} has its copies back)", "yellow")
+        out.append(f"; when fully redundant: {protection['tolerated']}\n")
     age = time.time() - status["t"]
     if status["phase"] != "ended" and age > 5.0:
         out.append(f" (last change {age:.0f} s ago)", "yellow")

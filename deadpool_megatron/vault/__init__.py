@@ -1,4 +1,4 @@
-"""The vault: shards in node-owned host memory that outlives the workers, kept in two copies on two nodes.
+"""The vault: shards in node-owned host memory that outlives the workers, kept on several nodes.
 
 The agent makes a `Vault`, serves it with a `VaultServer` and sends with a `Replicator`; a worker writes and reads its
 own arena with a `SlotWriter`; `fetch` brings a lost shard back; `CommitLedger` is the coordinator's part.
@@ -17,10 +17,10 @@ from .errors import (
     VaultFull,
 )
 from .leftovers import clean_leftovers, process_alive, process_start
-from .replicator import Replicator
+from .replicator import Replicator, Target
 from .server import VaultServer
 from .transfer import fetch
-from .vault import Holding, Holdings, Vault
+from .vault import Holding, Holdings, Vault, small_capacity
 from .version import EMPTY, Version
 from .wire import Deadlines
 from .writer import SlotWriter
@@ -42,6 +42,7 @@ __all__ = [
     "Slot",
     "SlotWriter",
     "StaleEpoch",
+    "Target",
     "Told",
     "TransferFailed",
     "Vault",
@@ -53,4 +54,5 @@ __all__ = [
     "fetch",
     "process_alive",
     "process_start",
+    "small_capacity",
 ]

@@ -2,8 +2,8 @@
 
     worker          | writes slices, publishes, rings
     "sums" thread   | checksums what is new in every own arena (own vault complete)
-    one sender      | for each own rank: begin, small state, chunks as they are summed, complete; the peer
-      thread a rank | verifies and answers (peer vault complete) -> on_commit
+    one sender      | for each own rank and target: begin, small state, chunks as they are summed, complete; the
+      thread each   | peer verifies and answers. When all targets of a rank have answered -> on_safe
 
 A peer that is slow, gone or refuses costs the worker nothing: the sender backs off and tries again, from the start of
 the version. A slot that the worker opens again meanwhile is abandoned.
@@ -13,19 +13,28 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from .arena import Arena, Slot
 from .errors import Refused, VaultError
 from .vault import Vault
-from .version import EMPTY, unpack
+from .version import EMPTY, Version, unpack
 from .wire import Begin, Begun, Bytes, Channel, Complete, Deadlines, Stored, check_secret, connect, raise_refusal
 
-__all__ = ["Replicator"]
+__all__ = ["Replicator", "Target"]
 
 _log = logging.getLogger(__name__)
 _BATCH = 16  # chunks in one frame
 _SUM_CHUNKS = 64  # chunks summed for one rank before the next rank has its turn
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A vault that keeps a copy of a shard."""
+
+    host: str
+    port: int
 
 
 class Replicator:
@@ -34,44 +43,60 @@ class Replicator:
     Args:
         vault: the vault with the own arenas.
         secret: the job's 32 bytes.
-        on_commit: called with (rank, epoch, generation) when a version of the current epoch is complete here and at
-            the peer; from a sender thread, must not block.
+        on_safe: called with (rank, epoch, generation) when a version is complete here and at every target; from a
+            sender thread, must not block.
     """
 
     def __init__(
         self,
         vault: Vault,
         secret: bytes,
-        on_commit: Callable[[int, int, int], None],
+        on_safe: Callable[[int, int, int], None],
         deadlines: Deadlines | None = None,
     ) -> None:
         self._vault = vault
         self._secret = check_secret(secret)
-        self._on_commit = on_commit
+        self._on_safe = on_safe
         self._deadlines = deadlines or Deadlines()
         self._changed = threading.Condition()
         self._rung: set[int] = set()
-        self._senders: dict[int, _Sender] = {}
+        self._senders: dict[int, list[_Sender]] = {}
         self._stopping = False
         self._sums = threading.Thread(target=self._sum, name="vault-sums", daemon=True)
         self._sums.start()
 
-    def set_peers(self, epoch: int, peers: Mapping[int, tuple[str, int] | None]) -> None:
-        """Who keeps the shards of the own ranks, from now on, by rank; None (or no entry) for nobody.
+    def set_targets(self, epoch: int, targets: Mapping[int, Sequence[Target]]) -> None:
+        """Who keeps the shards of the own ranks, from now on, by rank; no target (or no entry) for nobody.
 
-        Everything under way is cut off, and what is worth it is offered to the (new) peers again. Returns at once.
+        Everything under way is cut off, and what is worth it is offered to the (new) targets again. Returns at once.
         """
         with self._changed:
-            for sender in self._senders.values():
-                sender.aim(epoch, peers.get(sender.rank))
-            for rank, peer in peers.items():
-                if rank not in self._senders and not self._stopping:
-                    sender = _Sender(rank, self._vault, self._secret, self._on_commit, self._deadlines)
-                    sender.aim(epoch, peer)
-                    sender.thread.start()
-                    self._senders[rank] = sender
-            self._rung.update(peers)
+            if self._stopping:
+                return
+            for rank in {*self._senders, *targets}:
+                wanted = targets.get(rank, ())
+                senders = self._senders.setdefault(rank, [])
+                while len(senders) < len(wanted):
+                    senders.append(_Sender(rank, self._vault, self._secret, self._safe, self._deadlines))
+                    senders[-1].thread.start()
+                for index, sender in enumerate(senders):
+                    sender.aim(epoch, wanted[index] if index < len(wanted) else None)
+                arena = self._vault.arena(rank, "own")
+                for slot in arena.slots if arena is not None else ():
+                    slot.peer_turn = 0
+            self._rung.update(targets)
             self._changed.notify_all()
+
+    def _safe(self, rank: int, slot: Slot, turn: int, version: Version) -> None:
+        """A target of ``rank`` has ``version``, opened as ``turn``: if it was the last one, the version is safe."""
+        with self._changed:
+            aimed = [sender for sender in self._senders.get(rank, ()) if sender.aimed]
+            if not aimed or slot.turn != turn or slot.peer_turn == turn:
+                return
+            if any(sender.done(slot) != turn for sender in aimed):
+                return
+            slot.peer_turn = turn
+            self._on_safe(rank, *version)  # with the lock held: versions are told in the order they became safe
 
     def notify(self, rank: int) -> None:
         """The worker of ``rank`` has rung. Returns at once."""
@@ -82,14 +107,14 @@ class Replicator:
     def failures(self) -> dict[int, str]:
         """Why the last attempt to send failed, by rank; ranks whose last attempt went well have no entry."""
         with self._changed:
-            return {rank: sender.failure for rank, sender in self._senders.items() if sender.failure}
+            return {s.rank: s.failure for senders in self._senders.values() for s in senders if s.failure}
 
     def stop(self) -> None:
         """Cut everything off and wait for the threads (well under a second)."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-            senders = list(self._senders.values())
+            senders = [sender for each in self._senders.values() for sender in each]
         for sender in senders:
             sender.stop()
         self._sums.join()
@@ -103,13 +128,13 @@ class Replicator:
                 if self._stopping:
                     return
                 ranks, self._rung = self._rung, set()
-                senders = dict(self._senders)
+                senders = {rank: list(each) for rank, each in self._senders.items()}
             for rank in ranks:
                 if self._vault.checksum(rank, _SUM_CHUNKS):
                     with self._changed:
                         self._rung.add(rank)  # perhaps there is more
-                if rank in senders:
-                    senders[rank].wake()
+                for sender in senders.get(rank, ()):
+                    sender.wake()
 
 
 class _Aborted(Exception):
@@ -117,36 +142,46 @@ class _Aborted(Exception):
 
 
 class _Sender:
-    """Sends one rank's shards to its peer; a thread of its own."""
+    """Sends one rank's shards to one target; a thread of its own."""
 
     def __init__(
         self,
         rank: int,
         vault: Vault,
         secret: bytes,
-        on_commit: Callable[[int, int, int], None],
+        on_stored: Callable[[int, Slot, int, Version], None],
         deadlines: Deadlines,
     ) -> None:
         self.rank = rank
         self.failure = ""
         self._vault = vault
         self._secret = secret
-        self._on_commit = on_commit
+        self._on_stored = on_stored
         self._deadlines = deadlines
         self._changed = threading.Condition()
+        self._done = [0, 0]  # by slot, the turn the target has
         self._pulse = 0  # counts wake-ups
-        self._aim = 0  # counts set_peers
+        self._aim = 0  # counts set_targets
         self._epoch = 0
-        self._peer: tuple[str, int] | None = None
+        self._target: Target | None = None
         self._channel: Channel | None = None
         self._stopping = False
         self.thread = threading.Thread(target=self._run, name=f"vault-send-{rank}", daemon=True)
 
     # ---- from other threads
 
-    def aim(self, epoch: int, peer: tuple[str, int] | None) -> None:
+    @property
+    def aimed(self) -> bool:
+        return self._target is not None
+
+    def done(self, slot: Slot) -> int:
+        """The turn of ``slot`` that the target has."""
+        return self._done[slot.index]
+
+    def aim(self, epoch: int, target: Target | None) -> None:
         with self._changed:
-            self._epoch, self._peer = epoch, peer
+            self._epoch, self._target = epoch, target
+            self._done = [0, 0]  # a new target may hold nothing: offer everything again; it says what it has
             self._aim += 1
             if self._channel is not None:
                 self._channel.shut()
@@ -173,16 +208,16 @@ class _Sender:
                 pulse = self._pulse
                 if aim != self._aim:
                     aim, pause = self._aim, self._deadlines.backoff
-                    self._forget()
-                peer, epoch = self._peer, self._epoch
+                    self._disconnect()
+                target, epoch = self._target, self._epoch
             arena = self._vault.arena(self.rank, "own")
-            slot = _next(arena) if arena is not None and peer is not None else None
-            if arena is None or slot is None or peer is None:
+            slot = _next(arena, self._done) if arena is not None and target is not None else None
+            if arena is None or slot is None or target is None:
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping or self._aim != aim or self._pulse != pulse)  # noqa: B023
                 continue
             try:
-                self._send(arena, slot, peer, epoch, aim)
+                self._send(arena, slot, target, epoch, aim)
                 self.failure, pause = "", self._deadlines.backoff
             except _Aborted:
                 self._disconnect()
@@ -191,20 +226,12 @@ class _Sender:
                 if self._aim != aim or self._stopping:
                     continue
                 if str(err) != self.failure:
-                    _log.warning("rank %d: shard not at its peer %s:%d: %s", self.rank, *peer, err)
+                    _log.warning("rank %d: shard not at its peer %s:%d: %s", self.rank, target.host, target.port, err)
                 self.failure = str(err)
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping or self._aim != aim, timeout=pause)  # noqa: B023
                 pause = min(2 * pause, self._deadlines.backoff_limit)
         self._disconnect()
-
-    def _forget(self) -> None:
-        """A new peer may hold nothing: offer everything again. It says so when it holds a version already."""
-        self._disconnect()
-        arena = self._vault.arena(self.rank, "own")
-        if arena is not None:
-            for slot in arena.slots:
-                slot.peer_turn = 0
 
     def _disconnect(self) -> None:
         with self._changed:
@@ -212,21 +239,27 @@ class _Sender:
         if channel is not None:
             channel.close()
 
-    def _connected(self, peer: tuple[str, int], aim: int) -> Channel:
+    def _connected(self, target: Target, aim: int) -> Channel:
         if self._channel is None:
-            channel = connect(*peer, self._secret, self._deadlines, lambda: self._stopping or self._aim != aim)
+            channel = connect(
+                target.host,
+                target.port,
+                self._secret,
+                self._deadlines,
+                lambda: self._stopping or self._aim != aim,
+            )
             with self._changed:
                 self._channel = channel
                 if self._stopping or self._aim != aim:
                     channel.shut()
         return self._channel
 
-    def _send(self, arena: Arena, slot: Slot, peer: tuple[str, int], epoch: int, aim: int) -> None:
+    def _send(self, arena: Arena, slot: Slot, target: Target, epoch: int, aim: int) -> None:
         turn, word = slot.turn, slot.begin
         version, small_bytes = unpack(word), slot.small_bytes
         if version is None or small_bytes == EMPTY or slot.turn != turn:
             return  # just being opened; the ring that follows brings us back
-        channel = self._connected(peer, aim)
+        channel = self._connected(target, aim)
         info, vault = arena.info, self._vault
         channel.send(
             Begin(
@@ -243,9 +276,11 @@ class _Sender:
         if slot.turn != turn:
             return
         self._await(slot, turn, aim, lambda: slot.own_turn == turn)
-        slot.peer_turn = turn
-        if slot.turn == turn and version.epoch == epoch:
-            self._on_commit(self.rank, *version)
+        with self._changed:
+            if self._aim != aim:
+                return
+            self._done[slot.index] = turn
+        self._on_stored(self.rank, slot, turn, version)
 
     def _stream(self, channel: Channel, slot: Slot, turn: int, epoch: int, aim: int) -> None:
         sent, table = 0, 1 + slot.chunks
@@ -286,8 +321,8 @@ class _Sender:
                 )
 
 
-def _next(arena: Arena) -> Slot | None:
-    """The slot to send next, or None.
+def _next(arena: Arena, done: Sequence[int]) -> Slot | None:
+    """The slot to send next, or None. ``done``: by slot, the turn that the target has.
 
     The kept version first (a new peer lacks it), then in the order they were written, so that commits are reported in
     order; one that is still being written last (an unfinished one beside a newer one was given up by the worker).
@@ -295,7 +330,7 @@ def _next(arena: Arena) -> Slot | None:
     wanted = []
     for slot in arena.slots:
         word = slot.begin
-        if word == EMPTY or slot.peer_turn == slot.turn or slot.small_bytes == EMPTY:
+        if word == EMPTY or done[slot.index] == slot.turn or slot.small_bytes == EMPTY:
             continue
         if word == arena.kept and slot.sealed:
             return slot

@@ -13,7 +13,14 @@ from .errors import NotHeld, StaleEpoch, VaultError
 from .leftovers import PREFIX
 from .version import EMPTY, Version
 
-__all__ = ["Holding", "Holdings", "Vault"]
+__all__ = ["Holding", "Holdings", "Vault", "small_capacity"]
+
+_SMALL_UNIT = 1 << 16
+
+
+def small_capacity(small_bytes: int) -> int:
+    """Room for a small state that has this size now and may grow."""
+    return max(1, -(-2 * small_bytes // _SMALL_UNIT)) * _SMALL_UNIT
 
 
 class Holding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

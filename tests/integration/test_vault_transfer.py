@@ -24,6 +24,7 @@ from deadpool_megatron.vault import (
     Replicator,
     SlotWriter,
     StaleEpoch,
+    Target,
     TransferFailed,
     Vault,
     VaultError,
@@ -103,7 +104,7 @@ def nodes() -> Iterator[Callable[..., Node]]:
 def test_a_shard_reaches_the_peer_and_a_spare_gets_it_back_after_the_owner_is_gone(nodes: Callable[..., Node]) -> None:
     owner, peer, spare = nodes(), nodes(), nodes()
     writer = owner.writer()
-    owner.replicator.set_peers(0, {0: peer.address})
+    owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     assert owner.write(writer, 0, 7)
     assert owner.commits.get(timeout=10) == (0, 0, 7)
     owner.close()
@@ -117,10 +118,30 @@ def test_a_shard_reaches_the_peer_and_a_spare_gets_it_back_after_the_owner_is_go
     assert np.array_equal(np.frombuffer(unique, np.uint8), content(7))
 
 
+def test_with_two_copies_a_version_is_safe_only_when_both_peers_have_it_and_either_gives_it_back(
+    nodes: Callable[..., Node],
+) -> None:
+    owner, first, second, spare = nodes(), nodes(), nodes(), nodes()
+    silent = socket.create_server(("127.0.0.1", 0))
+    writer = owner.writer()
+    owner.replicator.set_targets(0, {0: [Target(*first.address), Target(*silent.getsockname()[:2])]})
+    owner.write(writer, 0, 7)
+    eventually(lambda: bool(first.vault.holdings().ranks.get(0)))
+    assert owner.commits.empty(), "one of two copies is not enough"
+    owner.replicator.set_targets(0, {0: [Target(*first.address), Target(*second.address)]})
+    assert owner.commits.get(timeout=10) == (0, 0, 7)
+    owner.close()
+    for peer in (first, second):
+        spare.vault.drop(0)
+        fetch(spare.vault, SECRET, peer.address, 0, 0, Version(0, 7), SHORT)
+    assert owner.commits.empty()
+    silent.close()
+
+
 def test_the_first_bytes_travel_while_the_worker_still_writes(nodes: Callable[..., Node]) -> None:
     owner, peer = nodes(), nodes()
     writer = owner.writer()
-    owner.replicator.set_peers(0, {0: peer.address})
+    owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     assert writer.open(0, 1, b"s") is not None
     writer.buffer[:] = content(1)
     writer.publish(20 * CHUNK)
@@ -143,7 +164,7 @@ def test_many_generations_in_a_row_commit_in_order_and_the_peer_holds_what_the_o
 ) -> None:
     owner, peer = nodes(), nodes()
     writers = [owner.writer(rank) for rank in range(3)]
-    owner.replicator.set_peers(0, {rank: peer.address for rank in range(3)})
+    owner.replicator.set_targets(0, {rank: [Target(*peer.address)] for rank in range(3)})
     for generation in range(20):
         for writer in writers:
             assert owner.write(writer, 0, generation)
@@ -160,7 +181,7 @@ def test_many_generations_in_a_row_commit_in_order_and_the_peer_holds_what_the_o
 def test_a_slot_opened_again_while_it_is_sent_is_abandoned_and_never_committed(nodes: Callable[..., Node]) -> None:
     owner, peer = nodes(), nodes()
     writer = owner.writer()
-    owner.replicator.set_peers(0, {0: peer.address})
+    owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     for generation in range(5):
         assert writer.open(0, generation, b"x") is not None
         writer.buffer[:] = generation
@@ -188,7 +209,7 @@ def test_the_wrong_secret_gets_nothing_and_writes_nothing(nodes: Callable[..., N
         fetch(stranger.vault, stranger.secret, owner.address, 0, 0, Version(0, 1), SHORT)
     assert refused.value.code == "not-a-member"
     theirs = stranger.writer(5)
-    stranger.replicator.set_peers(0, {5: owner.address})
+    stranger.replicator.set_targets(0, {5: [Target(*owner.address)]})
     stranger.write(theirs, 0, 1)
     eventually(lambda: 5 in stranger.replicator.failures())
     assert 5 not in owner.vault.holdings().ranks
@@ -233,7 +254,7 @@ def test_garbage_on_the_wire_changes_nothing_and_kills_nothing(nodes: Callable[.
 def test_a_zombie_of_an_older_epoch_is_refused_and_cut_off(nodes: Callable[..., Node]) -> None:
     zombie, peer = nodes(), nodes()
     writer = zombie.writer()
-    zombie.replicator.set_peers(0, {0: peer.address})
+    zombie.replicator.set_targets(0, {0: [Target(*peer.address)]})
     assert writer.open(0, 1, b"x") is not None
     writer.publish(10 * CHUNK)
     zombie.replicator.notify(0)  # in the middle of a shard when the job goes on without it
@@ -266,7 +287,7 @@ def test_a_changed_byte_in_flight_is_never_accepted(nodes: Callable[..., Node]) 
     owner, peer = nodes(), nodes()
     proxy = FlippingProxy(peer.address, flip_at=UNIQUE // 2)
     writer = owner.writer()
-    owner.replicator.set_peers(0, {0: proxy.address})
+    owner.replicator.set_targets(0, {0: [Target(*proxy.address)]})
     owner.write(writer, 0, 1)
     # the first passage is damaged and refused, the next one is clean
     assert owner.commits.get(timeout=10) == (0, 0, 1)
@@ -278,7 +299,7 @@ def test_a_changed_byte_in_flight_is_never_accepted(nodes: Callable[..., Node]) 
 def test_a_changed_byte_in_the_source_vault_is_never_restored(nodes: Callable[..., Node]) -> None:
     owner, peer, spare = nodes(), nodes(), nodes()
     writer = owner.writer()
-    owner.replicator.set_peers(0, {0: peer.address})
+    owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     owner.write(writer, 0, 1)
     owner.commits.get(timeout=10)
     arena = peer.vault.arena(0, "peer")
@@ -296,7 +317,7 @@ def test_a_changed_byte_in_the_source_vault_is_never_restored(nodes: Callable[..
 def test_a_peer_that_dies_and_comes_back_elsewhere_gets_the_committed_version_again(nodes: Callable[..., Node]) -> None:
     owner, first, second = nodes(), nodes(), nodes()
     writer = owner.writer()
-    owner.replicator.set_peers(0, {0: first.address})
+    owner.replicator.set_targets(0, {0: [Target(*first.address)]})
     owner.write(writer, 0, 1)
     owner.commits.get(timeout=10)
     owner.vault.set_committed(0, 1)
@@ -304,7 +325,7 @@ def test_a_peer_that_dies_and_comes_back_elsewhere_gets_the_committed_version_ag
     assert owner.write(writer, 0, 2)  # the worker is not disturbed
     eventually(lambda: 0 in owner.replicator.failures())
     owner.server.set_epoch(1)
-    owner.replicator.set_peers(1, {0: second.address})
+    owner.replicator.set_targets(1, {0: [Target(*second.address)]})
     eventually(lambda: [h.generation for h in second.vault.holdings().ranks.get(0, ())] == [1])
     assert owner.commits.empty()  # nothing of the old epoch is reported in the new one
     assert owner.write(writer, 1, 1)
@@ -317,7 +338,7 @@ def test_a_peer_that_accepts_and_then_says_nothing_costs_the_worker_nothing(node
     silent = socket.create_server(("127.0.0.1", 0))
     owner = nodes()
     writer = owner.writer()
-    owner.replicator.set_peers(0, {0: silent.getsockname()[:2]})
+    owner.replicator.set_targets(0, {0: [Target(*silent.getsockname()[:2])]})
     start = time.perf_counter()
     owner.write(writer, 0, 1)
     assert time.perf_counter() - start < 0.5
@@ -334,7 +355,7 @@ def test_everything_stops_within_a_second_whatever_it_is_doing(nodes: Callable[.
     # connected and idle; in the middle of a shard; waiting for a proof; connecting into the void; nothing to do
     peers = {0: peer.address, 1: peer.address, 2: silent.getsockname()[:2], 3: ("10.255.255.1", 9), 4: None}
     writers = [owner.writer(rank) for rank in peers]
-    owner.replicator.set_peers(0, peers)
+    owner.replicator.set_targets(0, {rank: [Target(*a)] if a else [] for rank, a in peers.items()})
     for writer in writers:
         if writer.arena.info.rank == 1:
             writer.open(0, 1, b"")
@@ -358,7 +379,7 @@ def test_everything_stops_within_a_second_whatever_it_is_doing(nodes: Callable[.
 def test_a_local_copy_needs_no_network(nodes: Callable[..., Node]) -> None:
     owner, peer = nodes(), nodes()
     writer = owner.writer()
-    owner.replicator.set_peers(0, {0: peer.address})
+    owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     owner.write(writer, 0, 1)
     owner.commits.get(timeout=10)
     peer.server.stop()
@@ -384,14 +405,14 @@ def test_a_peer_without_room_says_so_and_the_owner_goes_on(nodes: Callable[..., 
     assert "bytes in /dev/shm" in answer.message
     channel.close()
     writer = owner.writer()
-    owner.replicator.set_peers(0, {0: peer.address})
+    owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     owner.write(writer, 0, 1)
     assert owner.commits.get(timeout=10) == (0, 0, 1)
 
 
 def test_a_shard_of_another_size_takes_the_place_of_one_nobody_needs_only(nodes: Callable[..., Node]) -> None:
     owner, peer = nodes(), nodes()
-    owner.replicator.set_peers(0, {0: peer.address})
+    owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     owner.write(owner.writer(), 0, 1)
     owner.commits.get(timeout=10)
     owner.vault.drop(0)
@@ -438,7 +459,7 @@ while True:
 def test_a_writer_killed_at_any_moment_leaves_only_whole_versions(nodes: Callable[..., Node]) -> None:
     owner, peer = nodes(), nodes()
     path = owner.vault.allocate_own(0, UNIQUE, 100).path
-    owner.replicator.set_peers(0, {0: peer.address})
+    owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     generator = np.random.default_rng(5)
     generation, torn = 0, 0
     for _ in range(12):
@@ -499,7 +520,7 @@ def test_transfer_speed_against_a_raw_socket(nodes: Callable[..., Node]) -> None
         peer.vault.allocate_peer(0, size, 4096)
         times["raw socket"].append(_raw_seconds(owner.vault, size))
         start = time.perf_counter()
-        owner.replicator.set_peers(0, {0: peer.address})
+        owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
         owner.commits.get(timeout=60)
         times["replicated"].append(time.perf_counter() - start)
         for streams, name in ((1, "fetched, 1 stream"), (2, "fetched, 2 streams")):

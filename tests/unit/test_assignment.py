@@ -1,10 +1,8 @@
-"""Who sits where: every placement is a bijection, and spares and peers are chosen as said."""
+"""Who sits where: every assignment is a bijection, and spares are chosen as said."""
 
 from __future__ import annotations
 
 import doctest
-
-import pytest
 
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster.records import SlotAddress
@@ -25,17 +23,6 @@ def test_a_replacement_changes_the_lost_nodes_slots_and_no_other() -> None:
     assert [s.local for s in after] == [s.local for s in before] and len(set(after)) == 8
     assert placing.nodes_of(after) == [0, 4, 2, 5]
     assert placing.ranks_of(after, 4) == {0: 2, 1: 3} and placing.ranks_of(after, 1) == {}
-
-
-@pytest.mark.parametrize("nodes", [2, 3, 8])
-def test_every_node_has_one_peer_and_is_one_peer(nodes: int) -> None:
-    ring = placing.peers(placing.replace_nodes(placing.initial(nodes, 2), {0: nodes}))
-    assert set(ring) == set(ring.values()) == set(range(1, nodes + 1))
-    assert all(node != peer for node, peer in ring.items())
-
-
-def test_one_node_alone_has_no_peer() -> None:
-    assert placing.peers(placing.initial(1, 4)) == {}
 
 
 def test_spares_are_taken_in_the_order_given_and_only_when_there_are_enough() -> None:

@@ -18,6 +18,7 @@ from deadpool_megatron.cluster import Core, Deadlines, JobSpec, Phase
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core import RECOVERING, Action, Emit, Finish, Send
+from deadpool_megatron.cluster.redundancy import holders
 
 ITERATIONS = 12
 
@@ -165,13 +166,13 @@ class Cluster:
         here = active[0].live[active[0].ranks[0]]
         if here is None or any(n.live[rank] != here for n in active for rank in n.ranks) or here >= ITERATIONS:
             return
-        ring = placing.peers(self.core.assignment)
+        keepers = holders(self.core.protection.groups, self.core.protection.scheme)
         for node in active:
             version = (node.epoch, here)
             for rank in node.ranks:
                 node.own[rank] = [*node.own.get(rank, [])[-1:], version]
-                if node.number in ring:
-                    kept = self.nodes[ring[node.number]].peer
+                for keeper in keepers.get(node.number, ()):
+                    kept = self.nodes[keeper].peer
                     kept[rank] = [*kept.get(rank, [])[-1:], version]
                 node.live[rank] = here + 1
             node.outbox.append(r.Committed(node.epoch, node.number, here))

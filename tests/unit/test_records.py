@@ -38,7 +38,7 @@ def test_a_record_comes_out_as_it_went_in(record: msgspec.Struct) -> None:
 
 def test_a_declaration_comes_out_as_it_went_in() -> None:
     slots = [r.SlotAddress(0, 0), r.SlotAddress(3, 1)]
-    record = r.Declare(2, "save", "why", [1], [1], slots, {0: r.Address("h", 1)}, {0: 3, 3: 0})
+    record = r.Declare(2, "save", "why", [1], [1], slots, {0: r.Address("h", 1)}, [[0, 3]])
     assert r.decode_from_coordinator(r.encode(record)) == record
     assert r.decode_to_worker(r.encode(record)) == record
 

@@ -22,7 +22,7 @@ SLOTS = [r.SlotAddress(0, 0)]
 
 
 def declare(epoch: int) -> r.Declare:
-    return r.Declare(epoch, "resume", "why", [1], [], SLOTS, {}, {})
+    return r.Declare(epoch, "resume", "why", [1], [], SLOTS, {}, [])
 
 
 @dataclass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from deadpool_megatron.cluster.records.values import CoordinateInfo, Fault, Record
 
 
@@ -15,6 +17,7 @@ class Join(Record, frozen=True):
     host: str
     vault_port: int
     worker_pids: list[int]
+    domains: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class WorkerReady(Record, frozen=True):
@@ -121,6 +124,21 @@ class Committed(Record, frozen=True):
     generation: int
 
 
+class Covered(Record, frozen=True):
+    """The shards of a node's coordinates of the generation that is kept are complete wherever they belong."""
+
+    epoch: int
+    node: int
+    generation: int
+
+
+class NoRoom(Record, frozen=True):
+    """The memory that the placement wants on this node is not there; one line for the user."""
+
+    node: int
+    message: str
+
+
 class Iteration(Record, frozen=True):
     """The coordinate that knows the loss has finished an iteration.
 
@@ -209,6 +227,8 @@ AgentRecord = (
     | NodeRestored
     | NodeResumed
     | Committed
+    | Covered
+    | NoRoom
     | Iteration
     | FetchFailed
     | Finished

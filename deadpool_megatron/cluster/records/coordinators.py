@@ -6,12 +6,21 @@ from deadpool_megatron.cluster.records.values import Address, Fault, Purpose, Re
 
 
 class Roster(Record, frozen=True):
-    """The job is complete: the assignment by rank, the vault addresses and the peer of every node."""
+    """The job is complete: the assignment by rank and the vault addresses."""
 
     epoch: int
     assignment: list[SlotAddress]
     vaults: dict[int, Address]
-    peers: dict[int, int]
+
+
+class Placement(Record, frozen=True):
+    """Every coordinate has built its model: the protection groups of nodes (see `cluster.redundancy`), and by rank the
+    bytes of unique state and the room for small state of its shard."""
+
+    epoch: int
+    groups: list[list[int]]
+    unique_bytes: list[int]
+    small_capacity: list[int]
 
 
 class Declare(Record, frozen=True):
@@ -24,7 +33,7 @@ class Declare(Record, frozen=True):
     replaced: list[int]
     assignment: list[SlotAddress]
     vaults: dict[int, Address]
-    peers: dict[int, int]
+    groups: list[list[int]]
 
 
 class Agree(Record, frozen=True):
@@ -90,4 +99,6 @@ class Enlisted(Record, frozen=True):
     error: str
 
 
-CoordinatorRecord = Roster | Declare | Agree | Form | CommittedTo | AllFinished | Stop | Arm | InjectReply | Enlisted
+CoordinatorRecord = (
+    Roster | Placement | Declare | Agree | Form | CommittedTo | AllFinished | Stop | Arm | InjectReply | Enlisted
+)

@@ -1,0 +1,95 @@
+"""Failure domains: which rack, switch or power supply each node hangs on, from a flag, a file or Slurm.
+
+On the command line ``0-3=r1,4-7=r2`` names racks. A YAML file may name any kinds::
+
+    rack:   {r1: 0-3, r2: 4-7}
+    power:  {p1: "0,1,4,5", p2: [2, 3, 6, 7]}
+
+Nodes are numbered as everywhere, spares included; a node that is not named is in no domain.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Labels", "parse_domains", "slurm_labels"]
+
+Labels = dict[int, dict[str, str]]
+_KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
+
+
+def parse_domains(text: str) -> Labels:
+    """By node its labels by kind. ``text`` is what ``--deadpool-domains`` got. Raises ValueError in one clear line."""
+    if not text:
+        return {}
+    if "=" in text:
+        return _inline(text)
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(text).read_text())
+    except OSError as err:
+        raise ValueError(f"failure domains {text}: {err.strerror}; give a YAML file, or 0-3=rack1,4-7=rack2") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ValueError(f"failure domains {text}: not YAML: {str(err).splitlines()[0]}") from None
+    if not isinstance(data, dict) or not all(isinstance(labels, dict) for labels in data.values()):
+        raise ValueError(
+            f"failure domains {text}: expected kinds, each with labels and their nodes, as in rack: {{r1: 0-3}}"
+        )
+    out: Labels = {}
+    for kind, labels in data.items():
+        if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+            raise ValueError(f"failure domains {text}: {kind!r} is not the name of a kind, as rack or power")
+        for label, nodes in labels.items():
+            for node in _nodes(nodes, f"failure domains {text}: {kind}: {label}"):
+                _put(out, node, kind, str(label), text)
+    return out
+
+
+def _inline(text: str) -> Labels:
+    out: Labels = {}
+    for part in text.split(","):
+        nodes, _, label = part.partition("=")
+        if not label.strip():
+            raise ValueError(f"failure domains: {part!r} is not of the form NODES=RACK, as in 0-3=r1")
+        for node in _nodes(nodes, "failure domains"):
+            _put(out, node, "rack", label.strip(), part)
+    return out
+
+
+def _put(out: Labels, node: int, kind: str, label: str, where: str) -> None:
+    if out.setdefault(node, {}).setdefault(kind, label) != label:
+        raise ValueError(f"failure domains {where}: node {node} is in {kind} {out[node][kind]} and in {kind} {label}")
+
+
+def _nodes(value: Any, where: str) -> list[int]:
+    """``3``, ``0-3``, ``0-3,8`` or a list of those."""
+    items = value if isinstance(value, list) else str(value).split(",")
+    out: list[int] = []
+    for item in items:
+        found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(item).strip())
+        if found is None or (found[2] and int(found[2]) < int(found[1])):
+            raise ValueError(f"{where}: {item!r} is not a node or a range of nodes, as in 0-3")
+        out += range(int(found[1]), int(found[2] or found[1]) + 1)
+    return out
+
+
+def slurm_labels(environ: Mapping[str, str]) -> dict[str, str]:
+    """The labels of the node this runs on, from Slurm's topology plugin (topology/tree); empty without one.
+
+    ``SLURM_TOPOLOGY_ADDR`` has the names of the switches from the top of the network down to the node, separated by
+    dots, and ``SLURM_TOPOLOGY_ADDR_PATTERN`` says what each is. The switch next to the node is ``switch``, those above
+    it are ``switch2``, ``switch3`` and so on; names hold from the top down, since two switches may share one.
+    """
+    names = environ.get("SLURM_TOPOLOGY_ADDR", "").split(".")
+    kinds = environ.get("SLURM_TOPOLOGY_ADDR_PATTERN", "").split(".")
+    if len(names) != len(kinds):
+        return {}
+    switches = [i for i, kind in enumerate(kinds) if kind == "switch" and names[i]]
+    return {
+        "switch" if up == 0 else f"switch{up + 1}": ".".join(names[: i + 1])
+        for up, i in enumerate(reversed(switches))
+    }
