@@ -159,7 +159,7 @@ class _Sender:
         self._on_stored = on_stored
         self._deadlines = deadlines
         self._changed = threading.Condition()
-        self._done = [0, 0]  # by slot, the turn the target has
+        self._done: dict[Slot, int] = {}  # the turn of each slot that the target has
         self._pulse = 0  # counts wake-ups
         self._aim = 0  # counts set_targets
         self._epoch = 0
@@ -176,12 +176,12 @@ class _Sender:
 
     def done(self, slot: Slot) -> int:
         """The turn of ``slot`` that the target has."""
-        return self._done[slot.index]
+        return self._done.get(slot, 0)
 
     def aim(self, epoch: int, target: Target | None) -> None:
         with self._changed:
             self._epoch, self._target = epoch, target
-            self._done = [0, 0]  # a new target may hold nothing: offer everything again; it says what it has
+            self._done = {}  # a new target may hold nothing: offer everything again; it says what it has
             self._aim += 1
             if self._channel is not None:
                 self._channel.shut()
@@ -279,7 +279,7 @@ class _Sender:
         with self._changed:
             if self._aim != aim:
                 return
-            self._done[slot.index] = turn
+            self._done[slot] = turn
         self._on_stored(self.rank, slot, turn, version)
 
     def _stream(self, channel: Channel, slot: Slot, turn: int, epoch: int, aim: int) -> None:
@@ -321,8 +321,8 @@ class _Sender:
                 )
 
 
-def _next(arena: Arena, done: Sequence[int]) -> Slot | None:
-    """The slot to send next, or None. ``done``: by slot, the turn that the target has.
+def _next(arena: Arena, done: Mapping[Slot, int]) -> Slot | None:
+    """The slot to send next, or None. ``done``: the turn of each slot that the target has.
 
     The kept version first (a new peer lacks it), then in the order they were written, so that commits are reported in
     order; one that is still being written last (an unfinished one beside a newer one was given up by the worker).
@@ -330,7 +330,7 @@ def _next(arena: Arena, done: Sequence[int]) -> Slot | None:
     wanted = []
     for slot in arena.slots:
         word = slot.begin
-        if word == EMPTY or done[slot.index] == slot.turn or slot.small_bytes == EMPTY:
+        if word == EMPTY or done.get(slot) == slot.turn or slot.small_bytes == EMPTY:
             continue
         if word == arena.kept and slot.sealed:
             return slot

@@ -327,7 +327,7 @@ def test_a_peer_that_dies_and_comes_back_elsewhere_gets_the_committed_version_ag
     owner.server.set_epoch(1)
     owner.replicator.set_targets(1, {0: [Target(*second.address)]})
     eventually(lambda: [h.generation for h in second.vault.holdings().ranks.get(0, ())] == [1])
-    assert owner.commits.empty()  # nothing of the old epoch is reported in the new one
+    assert owner.commits.get(timeout=10) == (0, 0, 1)  # safe again, under the version it had
     assert owner.write(writer, 1, 1)
     assert owner.commits.get(timeout=10) == (0, 1, 1)
     held = [(h.epoch, h.generation) for h in second.vault.holdings().ranks[0]]
