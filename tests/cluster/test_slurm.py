@@ -1,0 +1,171 @@
+"""The batch scripts on a real Slurm of several nodes: a node that Slurm marks down costs the job nothing."""
+
+from __future__ import annotations
+
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import slurm
+from jobs import ROOT, Job, Jobs, assert_same_training, launch_flags
+
+pytestmark = pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not())
+
+_UNDER_WAY = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[slurm.Slurm]:
+    made = slurm.Slurm(4)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+@pytest.fixture
+def checkout(cluster: slurm.Slurm, request: pytest.FixtureRequest) -> Path:
+    """A directory that looks like a checkout, where `sbatch` is called."""
+    directory = cluster.directory / request.node.name[:60]
+    tools = directory / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    for name in ("scripts", "examples"):
+        (directory / name).symlink_to(ROOT / name)
+    deadpool = tools / "deadpool"
+    deadpool.write_text(
+        f'#!/usr/bin/env bash\nPYTHONPATH={ROOT} exec {sys.executable} -m deadpool_megatron.cli "$@"\n'
+    )
+    deadpool.chmod(deadpool.stat().st_mode | stat.S_IXUSR)
+    return directory
+
+
+def _state(cluster: slurm.Slurm, number: str) -> str:
+    return cluster.job(number)["JobState"]
+
+
+def _ended(cluster: slurm.Slurm, number: str, deadline_s: float) -> dict[str, str]:
+    cluster.until("end of the job", lambda: _state(cluster, number) not in _UNDER_WAY, deadline_s)
+    return cluster.job(number)
+
+
+# ---- training, and the loss of a node
+
+
+class SlurmJob(Job):
+    """A job that a batch script has started."""
+
+    def __init__(self, cluster: slurm.Slurm, number: str, directory: Path) -> None:
+        self.cluster, self.number = cluster, number
+        self.run_dir = directory / "runs" / f"{number}.0"
+        self.hash_file = directory / "hash.json"
+        self._out = directory / f"deadpool-tiny-{number}.out"
+        self._environment = None
+        self._seen = {}
+
+    def until(self, what: str, find: Callable[[], Any], deadline_s: float = 180.0) -> Any:
+        """Poll until ``find`` gives something; fails when the job ends first or the deadline passes."""
+
+        def found() -> Any:
+            ended = _state(self.cluster, self.number) not in _UNDER_WAY
+            value = find()
+            assert value or not ended, f"the job ended before {what}\n{self.log_tails()}\n{self.cluster.logs()}"
+            return value
+
+        return self.cluster.until(what, found, deadline_s)
+
+
+@pytest.mark.timeout(400)
+def test_a_node_that_slurm_marks_down_is_replaced_and_the_run_ends_bitwise_equal(
+    cluster: slurm.Slurm, checkout: Path, tmp_path: Path
+) -> None:
+    # Three nodes train and one waits; node 1 (n2) dies, node 2 prints, the batch script is on node 0 (n1).
+    iterations = 24
+    more = ["--train-iters", str(iterations), "--global-batch-size", "6"]
+    number = cluster.command(
+        *["sbatch", "--parsable", "--nodes=4", "scripts/slurm/pretrain_tiny.sbatch", *more],
+        *["--deadpool-state-hash", str(checkout / "hash.json")],
+        directory=checkout,
+    )
+    job = SlurmJob(cluster, number, checkout)
+    job.until_event("parked")
+    job.until("iteration 3", lambda: [e for e in job.events("iteration") if e["iteration"] >= 3])
+    before = job.pids()
+    cluster.kill_node("n2")
+    job.until_event("resumed")
+    ended = _ended(cluster, number, 200)
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), job.log_tails()
+    cluster.until("n2 marked down by Slurm", lambda: cluster.states()["n2"] == "down")
+    assert [e["lost"] for e in job.events("declared")] == [[1]]
+    after = job.pids()
+    assert {r: after[r] for r in (0, 2)} == {r: before[r] for r in (0, 2)}
+
+    flags = (ROOT / "examples" / "cpu_tiny.args").read_text().split()
+    one = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+    jobs = Jobs(tmp_path)
+    try:
+        want = jobs.start("undisturbed", launch_flags(3, slots=1), [*flags, *one, *more]).finished()
+    finally:
+        jobs.end()
+    assert_same_training(job, want, iterations, rank=2)
+    cluster.restart_node("n2")
+
+
+# ---- exit codes, the queue, and the end; the training script is a few lines of Python
+
+
+def _submit(cluster: slurm.Slurm, checkout: Path, program: str, *options: str) -> str:
+    (checkout / "script.py").write_text(program)
+    return cluster.command(
+        *["sbatch", "--parsable", "--nodes=2", "--output=out", "--open-mode=append", *options],
+        *["scripts/slurm/run.sh", "0", "1", "script.py"],
+        directory=checkout,
+        PATH=f"{checkout}/.venv/bin:{cluster.environment['PATH']}",
+    )
+
+
+_SLEEP = (
+    "import os, pathlib, time\n"
+    "start = os.environ.get('SLURM_RESTART_COUNT', '0')\n"
+    "pathlib.Path(f\"up-{start}-{os.environ['RANK']}\").touch()\n"
+    "time.sleep(600 * (start == '0'))\n"
+)
+
+
+def _asleep(cluster: slurm.Slurm, checkout: Path, *options: str) -> str:
+    number = _submit(cluster, checkout, _SLEEP, *options)
+    cluster.until("two sleeping workers", lambda: len(list(checkout.glob("up-0-*"))) == 2)
+    return number
+
+
+def test_the_exit_code_of_the_job_is_that_of_the_script_and_its_reason_is_in_the_output(
+    cluster: slurm.Slurm, checkout: Path
+) -> None:
+    number = _submit(cluster, checkout, "import os, sys\nsys.exit(5 if os.environ['RANK'] == '1' else 0)\n")
+    ended = _ended(cluster, number, 60)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "5:0"), (checkout / "out").read_text()
+    assert "deadpool: rank 1 on node 1 failed (exit code 5)" in (checkout / "out").read_text()
+
+
+@pytest.mark.slow
+def test_the_signal_before_the_time_limit_ends_the_job_in_order_and_puts_it_back_into_the_queue(
+    cluster: slurm.Slurm, checkout: Path
+) -> None:
+    number = _asleep(cluster, checkout, "--requeue", "--export=ALL,MAX_REQUEUES=1")
+    cluster.command("scancel", "--batch", "--signal=USR1", number)  # what #SBATCH --signal=B:USR1@600 asks for
+    cluster.until("the second start", lambda: len(list(checkout.glob("up-1-*"))) == 2, 120)
+    assert _ended(cluster, number, 60)["JobState"] == "COMPLETED"
+    out = (checkout / "out").read_text()
+    assert "goes back into the queue" in out and out.count("2 nodes, 0 of them spares") == 2
+    assert (checkout / "runs" / f"{number}.0").is_dir() and (checkout / "runs" / f"{number}.1").is_dir()
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_leaves_no_process_and_does_not_come_back(cluster: slurm.Slurm, checkout: Path) -> None:
+    number = _asleep(cluster, checkout, "--requeue", "--export=ALL,MAX_REQUEUES=1")
+    cluster.command("scancel", number)
+    assert _ended(cluster, number, 60)["JobState"] == "CANCELLED"
+    cluster.until("no process of the job", lambda: not cluster.processes_of(number), 60)
