@@ -45,11 +45,13 @@ setup(
         "psutil",
         "rich",
         "numpy",
+        "prometheus-client",
         "PyYAML",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis"],
+        "plots": ["matplotlib"],
+        "dev": ["matplotlib", "tensorboard", "pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis"],
     },
     entry_points={"console_scripts": ["deadpool = deadpool_megatron.cli:main"]},
 )

@@ -16,7 +16,8 @@ from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.config import schema
 from deadpool_megatron.evaluate import add_recovery_arguments, run_recovery
 from deadpool_megatron.multinode import add_agent_arguments, run_agent, run_coordinator
-from deadpool_megatron.observe import JOB, STATUS
+from deadpool_megatron.observe import JOB
+from deadpool_megatron.observe import commands as observe_commands
 
 __all__ = ["main"]
 
@@ -33,9 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_agent_arguments(commands.add_parser("agent", help=agent))
     alone = "run the coordinator alone, with the same options as the agents (which get --no-coordinator)"
     add_agent_arguments(commands.add_parser("coordinator", help=alone))
-    status = commands.add_parser("status", help="what a job is doing")
-    status.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
-    status.add_argument("--json", action="store_true", help="print the content of status.json as it is")
+    observe_commands.add_commands(commands)
     inject = commands.add_parser("inject", help="make a node of a running job fail, to see it recover")
     inject.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
     inject.add_argument("--node", type=int, metavar="N", help="the node (not for abort)")
@@ -73,31 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_coordinator(options)
     if options.command == "bench":
         return run_recovery(options)
-    if options.command == "status":
-        return _status(options.run_dir, options.json)
+    if options.command in observe_commands.COMMANDS:
+        return observe_commands.run_command(options)
     return _inject(options)
 
 
 def _fail(message: str) -> int:
     print(f"deadpool: {message}", file=sys.stderr)
     return Exit.USAGE
-
-
-def _status(run_dir: str, as_json: bool) -> int:
-    path = Path(run_dir) / STATUS
-    try:
-        text = path.read_text()
-    except OSError as err:
-        return _fail(f"no status at {path}: {err.strerror}")
-    if as_json:
-        print(text, end="")
-        return 0
-    from deadpool_megatron.observe import read_events
-    from deadpool_megatron.observe.tables import job_tables, make_console
-
-    console = make_console()
-    console.print(job_tables(console, json.loads(text), read_events(run_dir)))
-    return 0
 
 
 def _inject(options: argparse.Namespace) -> int:

@@ -72,6 +72,9 @@ class DeadpoolConfig:
     transient_retries: int = _setting(
         3, "times the communicators are re-formed with the same nodes for errors that no loss explains"
     )
+    metrics_port: int = _setting(
+        0, "TCP port of each agent's Prometheus endpoint, 0 for none; node N of several on a machine takes this plus N"
+    )
 
     redundancy: str = _setting(
         "1",
@@ -108,6 +111,8 @@ class DeadpoolConfig:
             raise ConfigError("--deadpool-spare-nodes must be 0 or more nodes")
         if self.snapshot_interval < 1:
             raise ConfigError("--deadpool-snapshot-interval must be 1 or more iterations")
+        if not 0 <= self.metrics_port < 65536:
+            raise ConfigError(f"--deadpool-metrics-port must be 0 (none) to 65535, not {self.metrics_port}")
         if self.slice_bytes < 4096:
             raise ConfigError("--deadpool-slice-bytes must be 4096 or more bytes")
 
@@ -148,7 +153,7 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_TEST_ABORTS",
     "DEADPOOL_TEST_MEGATRON",
 )
-_UNITS = ("seconds", "bytes", "iterations", "times", "nodes")
+_UNITS = ("seconds", "bytes", "iterations", "times", "nodes", "port")
 
 
 def _flag(f: Field[Any]) -> str:

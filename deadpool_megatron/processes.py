@@ -83,6 +83,9 @@ def agent_settings(
         devices: CUDA devices of this node; None: all that are visible.
         adopt: the socket at which workers come to the agent; empty: it starts them.
     """
+    metrics_port = plan.config.metrics_port
+    if metrics_port and host.startswith("127."):
+        metrics_port += node  # the nodes share this machine's ports
     return {
         "job_id": job_id,
         "node": node,
@@ -99,6 +102,7 @@ def agent_settings(
         "shm_directory": plan.shm_directory,
         "adopt": adopt,
         "redundancy": plan.config.redundancy,
+        "metrics_port": metrics_port,
     }
 
 

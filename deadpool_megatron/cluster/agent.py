@@ -25,6 +25,7 @@ from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.cluster.redundancy import Scheme, holders
 from deadpool_megatron.cluster.shards import RankCommitted, ReserveFailed, Shards, ShardsEvent
+from deadpool_megatron.cluster.watch import Watch
 from deadpool_megatron.cluster.workers import Worker, end_group, start_worker
 from deadpool_megatron.vault import Target, VaultError
 
@@ -57,6 +58,7 @@ class AgentSettings:
     tells_end: bool = False
     adopt: str = ""
     redundancy: str = "1"
+    metrics_port: int = 0
 
     @property
     def world_size(self) -> int:
@@ -92,6 +94,13 @@ class Agent:
             else None
         )
         self._adoption = Adoption(settings.adopt) if settings.adopt else None
+        self._watch = Watch(
+            settings.node,
+            settings.job_id,
+            settings.log_dir,
+            self._shards.vault if self._shards else None,
+            settings.metrics_port,
+        )
         self._poller = zmq.Poller()
         self._poller.register(self._spoke.socket, zmq.POLLIN)
         if self._shards is not None:
@@ -123,6 +132,7 @@ class Agent:
             if self._shards is not None:
                 self._shards.close()
             self._spoke.close()
+            self._watch.close()
         return 128 + signal.SIGTERM if self._code is None else self._code
 
     def _on_signal(self, signum: int, frame: object) -> None:
@@ -132,11 +142,14 @@ class Agent:
         fds = {fd for fd, _ in ready}
         if self._spoke.socket in fds:
             while (packet := self._spoke.receive()) is not None:
-                self._from_coordinator(r.decode_from_coordinator(packet))
+                told = r.decode_from_coordinator(packet)
+                self._from_coordinator(told)
+                self._watch.heard(told, len(placing.ranks_of(self._assignment, self._s.node)))
         for worker in list(self._workers.values()):
             if worker.doorbell in fds and worker.rank is not None and self._shards is not None:
                 os.eventfd_read(worker.doorbell)
                 self._shards.rang(worker.rank)
+                self._watch.rang(worker.rank)
             if worker.control.fileno() in fds or worker.pidfd in fds:
                 for record in worker.hear():
                     self._from_worker(worker, record)
@@ -149,6 +162,7 @@ class Agent:
 
     def _send(self, record: r.AgentRecord) -> None:
         self._spoke.send(r.encode(record))
+        self._watch.sent(record)
 
     # ---- workers
 
@@ -317,6 +331,7 @@ class Agent:
             self._rank_covered(event)
             if event.epoch != self._epoch:
                 return
+            self._watch.committed(event.rank, event.epoch, event.generation)
             done = self._committed.setdefault(event.rank, set())
             done.add((event.epoch, event.generation))
             ranks = placing.ranks_of(self._assignment, self._s.node).values()

@@ -14,6 +14,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Send
 from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.link import Hub
+from deadpool_megatron.cluster.progress import Progress
 from deadpool_megatron.cluster.protection import in_words
 from deadpool_megatron.observe import RunDirectory
 
@@ -44,6 +45,7 @@ class Coordinator:
 
     def __init__(self, job: JobSpec, settings: CoordinatorSettings, enlistment: Enlistment) -> None:
         self._core = Core(job)
+        self._progress = Progress()
         self._settings = settings
         self._enlistment = enlistment
         self._hub = Hub(settings.bind, settings.port, settings.secret, job.deadlines.lease)
@@ -119,7 +121,8 @@ class Coordinator:
         if state is not None and state.role == "lost" and not isinstance(record, r.Join):
             return  # a node that was declared lost has no say any more
         self._connected.add(node)
-        self._do(self._core.received(record, now))
+        step = self._progress.took(record)
+        self._do(self._core.received(record, now), step)
 
     def _gone(self, identity: bytes) -> None:
         text = identity.decode(errors="replace")
@@ -129,7 +132,7 @@ class Coordinator:
         self._connected.discard(node)
         self._do(self._core.node_lost(node, "its agent is gone or silent", time.monotonic()))
 
-    def _do(self, actions: list[Action]) -> None:
+    def _do(self, actions: list[Action], step: dict[str, Any] | None = None) -> None:
         # Messages leave before files are written: a recovery waits for them, not for the log.
         for action in actions:
             if isinstance(action, Send):
@@ -140,6 +143,8 @@ class Coordinator:
                     for node, state in self._core.nodes.items():
                         if state.role != "lost":
                             self._hub.send(_identity(node), packet)
+        if step is not None:
+            self._run.event("step", **step)
         for action in actions:
             if isinstance(action, Emit):
                 self._run.event(action.event, **action.fields)
@@ -148,7 +153,7 @@ class Coordinator:
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
             elif isinstance(action, Finish):
                 self._finish = action
-        self._status_stale = self._status_stale or bool(actions)
+        self._status_stale = self._status_stale or bool(actions) or step is not None
 
     def _say_goodbye(self) -> None:
         """Wait until every agent has ended its workers and left, within a deadline."""
@@ -195,6 +200,8 @@ class Coordinator:
                     "local_rank": slot.local,
                     "pid": state.pids.get(slot.local),
                     "state": "lost" if state.role == "lost" else core.phase.value,
+                    "step": self._progress.step(slot.node, core.epoch),
+                    "generation": self._progress.generation(slot.node),
                 }
             )
         self._run.status(

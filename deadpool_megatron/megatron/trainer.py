@@ -245,6 +245,9 @@ class MegatronTrainer:
 
     def _strike(self, fault: r.Fault) -> None:
         """Die as the fault says: the whole node (agent and siblings), or this worker."""
+        # For `deadpool timeline`: the moment from which detection counts.
+        node = os.environ["DEADPOOL_NODE"]
+        print(f"deadpool: fault {fault.kind} strikes node {node} at {time.time():.6f}", flush=True)
         if fault.kind == "kill":
             agent = int(os.environ[PARENT_PID])
             children = _children(agent)

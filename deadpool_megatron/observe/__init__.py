@@ -1,5 +1,28 @@
-"""What a person or a program sees of a job: events, status and logs in the run directory. Calls nobody."""
+"""What a person or a program sees of a job: events, status, metrics, logs and pictures. Calls nobody."""
 
-from deadpool_megatron.observe.rundir import EVENTS, JOB, LOGS, STATUS, RunDirectory, follow_events, read_events
+from deadpool_megatron.observe.nodelog import NodeLog, read_node_logs
+from deadpool_megatron.observe.rundir import (
+    EVENTS,
+    JOB,
+    LOGS,
+    RECOVERIES,
+    STATUS,
+    EventTail,
+    RunDirectory,
+    follow_events,
+    read_events,
+)
 
-__all__ = ["EVENTS", "JOB", "LOGS", "STATUS", "RunDirectory", "follow_events", "read_events"]
+__all__ = [
+    "EVENTS",
+    "JOB",
+    "LOGS",
+    "RECOVERIES",
+    "STATUS",
+    "EventTail",
+    "NodeLog",
+    "RunDirectory",
+    "follow_events",
+    "read_events",
+    "read_node_logs",
+]

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["EVENTS", "JOB", "LOGS", "STATUS", "RunDirectory", "follow_events", "read_events"]
+from deadpool_megatron.observe.narrative import paragraph
+from deadpool_megatron.observe.recoveries import Story
+
+__all__ = ["EVENTS", "JOB", "LOGS", "RECOVERIES", "STATUS", "EventTail", "RunDirectory", "follow_events", "read_events"]
 
 STATUS: Final = "status.json"
 EVENTS: Final = "events.jsonl"
 JOB: Final = "job.json"
 LOGS: Final = "logs"
+RECOVERIES: Final = "recoveries.log"
+_COLUMNS: Final = 80
 
 
 class RunDirectory:
@@ -27,13 +34,26 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         (self.path / LOGS).mkdir(parents=True, exist_ok=True)
-        for old in [*(self.path / LOGS).iterdir(), self.path / STATUS, self.path / EVENTS, self.path / JOB]:
+        ours = [self.path / name for name in (STATUS, EVENTS, JOB, RECOVERIES)]
+        for old in [*(self.path / LOGS).iterdir(), *ours]:
             old.unlink(missing_ok=True)
         self._events = open(self.path / EVENTS, "a", buffering=1)  # noqa: SIM115 - open for the life of the run
+        self._story = Story()
 
     def event(self, event: str, **fields: Any) -> None:
-        """Append one event with the wall-clock time ``t`` in unix seconds."""
-        self._events.write(json.dumps({"t": time.time(), "event": event, **fields}) + "\n")
+        """Append one event with the wall-clock time ``t`` in unix seconds.
+
+        After each recovery a paragraph on it goes to ``recoveries.log`` and to stderr.
+        """
+        record = {"t": time.time(), "event": event, **fields}
+        self._events.write(json.dumps(record) + "\n")
+        done = self._story.take(record)
+        if done is not None:
+            text = paragraph(done, len(self._story.recoveries), self._story)
+            wrapped = textwrap.fill(text, _COLUMNS, break_long_words=False, break_on_hyphens=False)
+            with open(self.path / RECOVERIES, "a") as f:
+                f.write(wrapped + "\n\n")
+            print(wrapped, file=sys.stderr, flush=True)
 
     def status(self, status: dict[str, Any]) -> None:
         """Replace ``status.json`` in one step: a reader sees the old or the new one, never a part."""
@@ -64,21 +84,37 @@ def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
+class EventTail:
+    """Reads the events of a run as they are written, each once; starts anew when a new run takes the directory."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._path = Path(run_dir) / EVENTS
+        self._inode = 0
+        self._position = 0
+        self._rest = b""
+
+    def read(self) -> list[dict[str, Any]]:
+        """What has come since the last call; a last line that is still being written comes with the next one."""
+        try:
+            with open(self._path, "rb") as f:
+                inode = os.fstat(f.fileno()).st_ino
+                if inode != self._inode:
+                    self._inode, self._position, self._rest = inode, 0, b""
+                f.seek(self._position)
+                self._rest += f.read()
+                self._position = f.tell()
+        except FileNotFoundError:
+            return []
+        *lines, self._rest = self._rest.split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
 def follow_events(run_dir: str | Path, alive: Any, poll_s: float = 0.05) -> Iterator[dict[str, Any]]:
     """Events as they are written, until ``alive()`` is false and no more are there. For displays."""
-    path = Path(run_dir) / EVENTS
-    rest = ""
-    position = 0
+    tail = EventTail(run_dir)
     while True:
         last = not alive()
-        if path.exists():
-            with open(path) as f:
-                f.seek(position)
-                rest += f.read()
-                position = f.tell()
-            *lines, rest = rest.split("\n")
-            for line in lines:
-                yield json.loads(line)
+        yield from tail.read()
         if last:
             return
         time.sleep(poll_s)

@@ -21,7 +21,7 @@ from .replicator import Replicator, Target
 from .server import VaultServer
 from .transfer import fetch
 from .vault import Holding, Holdings, Vault, small_capacity
-from .version import EMPTY, Version
+from .version import EMPTY, Version, unpack
 from .wire import Deadlines
 from .writer import SlotWriter
 
@@ -55,4 +55,5 @@ __all__ = [
     "process_alive",
     "process_start",
     "small_capacity",
+    "unpack",
 ]

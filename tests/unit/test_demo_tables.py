@@ -11,8 +11,9 @@ from rich.console import Console
 
 from deadpool_megatron import cli
 from deadpool_megatron.observe import EVENTS, STATUS
+from deadpool_megatron.observe.narrative import ranks_text
 from deadpool_megatron.observe.recoveries import PHASES, recoveries
-from deadpool_megatron.observe.tables import grid_table, phases_table, ranks_text
+from deadpool_megatron.observe.tables import grid_table, phases_table
 
 
 def _event(name: str, t: float, **fields: Any) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def _text(table: Any) -> str:
 def test_phase_times_are_relative_to_the_moment_given() -> None:
     (one,) = recoveries(STORY)
     text = _text(phases_table(Console(), one, 9.9, [("redone", "iteration 6 is complete", 11.4)]))
-    lines = {line.split()[1]: line for line in text.splitlines() if len(line.split()) > 2}
+    lines = {line.split()[0]: line for line in text.splitlines() if len(line.split()) > 2}
     assert "+100 ms" in lines["detected"] and "+700 ms" in lines["resumed"] and "+1.50 s" in lines["redone"]
     assert "800 ms" in lines["redone"]
 
@@ -112,8 +113,8 @@ def _status(**changed: Any) -> dict[str, Any]:
 def test_grid_puts_each_coordinate_at_its_place_with_its_node() -> None:
     table = grid_table(Console(), _status(), moved=[0])
     lines = _text(table).splitlines()
-    assert any("pp 0" in line and "rank 0" in line and "node 2 (took over)" in line for line in lines)
-    assert any("pp 1" in line and "rank 1" in line and "node 1" in line and "took" not in line for line in lines)
+    assert any("pp 0" in line and "rank 0" in line and "node 2+" in line for line in lines)
+    assert any("pp 1" in line and "rank 1" in line and "node 1 " in line for line in lines)
 
 
 def test_no_grid_before_the_coordinates_are_known() -> None:
@@ -141,10 +142,29 @@ def test_status_shows_roles_progress_and_the_last_recovery(tmp_path: Path, capsy
     assert "\x1b" not in out
 
 
-def test_status_as_json_is_the_file_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_as_json_is_the_file_with_what_the_events_add(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _write(tmp_path)
     assert cli.main(["status", "--run-dir", str(tmp_path), "--json"]) == 0
-    assert capsys.readouterr().out == (tmp_path / STATUS).read_text()
+    said = json.loads(capsys.readouterr().out)
+    assert {k: said[k] for k in _status()} == _status()
+    assert said["recoveries"][0]["generation"] == 6 and said["last_events"][-1]["event"] == "resumed"
+
+
+def test_status_fits_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = [
+        {"rank": 8 * dp + pp, "tp": 0, "pp": pp, "dp": dp, "node": dp, "local_rank": pp, "pid": 1234567, "state": "t"}
+        for dp in range(5)
+        for pp in range(8)
+    ]
+    nodes = [{"node": n, "agent_pid": 1234567, "role": "active"} for n in range(5)]
+    (tmp_path / STATUS).write_text(json.dumps(_status(coordinates=wide, nodes=nodes)))
+    (tmp_path / EVENTS).write_text("".join(json.dumps(e) + "\n" for e in STORY))
+    assert cli.main(["status", "--run-dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("39@4" in line for line in lines), "the grid is there"
 
 
 def test_status_of_no_job_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,137 @@
+"""A recovery in one paragraph that a tired person understands. Pure text, from what the events say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from deadpool_megatron.observe.recoveries import Recovery, Story
+
+__all__ = ["count_text", "paragraph", "ranks_text", "seconds_text"]
+
+_PHASE: Final = {
+    "declared": "declaring the next epoch",
+    "aborted": "getting every survivor out of its step",
+    "agreed": "agreeing on a generation",
+    "prepared": "building the spare's model and fetching shards",
+    "reformed": "re-forming process groups",
+    "restored": "gathering 16-bit parameters",
+    "resumed": "starting again",
+    "redone": "the first iteration",
+}
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds with a unit that keeps three digits or so."""
+    if abs(seconds) < 1:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.2f} s" if abs(seconds) < 100 else f"{seconds:.0f} s"
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Ranks as ranges: ``0-3, 6``."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def count_text(number: int, noun: str) -> str:
+    """``1 node``, ``2 nodes``, ``no node``."""
+    return f"no {noun}" if number == 0 else f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _several(noun: str, numbers: Sequence[int]) -> str:
+    return f"{noun}{'' if len(numbers) == 1 else 's'} {ranks_text(numbers)}"
+
+
+def _what_failed(r: Recovery) -> str:
+    causes = [f"{_several('node', [node])}: {cause}" for node, cause in r.causes.items() if cause]
+    seen = "; ".join(causes) or r.reason
+    if r.lost:
+        text = f"{_several('node', r.lost)} failed"
+        held = f" and {_several('rank', r.ranks)} with {'it' if len(r.lost) == 1 else 'them'}" if r.ranks else ""
+        return f"{text}{held}. Seen by this: {seen}."
+    if r.ranks:
+        return f"{_several('rank', r.ranks)} failed, the node stays. Seen by this: {seen}."
+    return f"no node failed, but the communicators had to be formed again. The reason: {seen}."
+
+
+def _who_took_over(r: Recovery) -> str:
+    if not r.replaced:
+        return "Nobody had to take over. "
+    sources = sorted(set(r.sources.values()))
+    came = f", with the shards out of the vault{'s' if len(sources) > 1 else ''} of {_several('node', sources)}"
+    who = f"{_several('node', r.new_nodes)}, until then spare," if r.new_nodes else "Other slots"
+    if who.startswith("node"):
+        who = who.capitalize()
+    return f"{who} took over {_several('rank', r.replaced)}{came if sources else ''}. "
+
+
+def _what_was_lost(r: Recovery) -> str:
+    if r.generation is None:
+        return ""
+    repeated = r.repeated or 0
+    what = f"Training went on from the start of iteration {r.generation}"
+    if repeated == 0:
+        return f"{what}; only the interrupted iteration was begun again, no completed one is lost. "
+    return f"{what}; {count_text(repeated, 'completed iteration')} had to be done again, bit for bit the same. "
+
+
+def _how_long(r: Recovery) -> str:
+    phases = {name: s for name, s in r.durations.items() if name in _PHASE}
+    text = ", ".join(f"{seconds_text(s)} {_PHASE[name]}" for name, s in phases.items() if s >= 0.0005)
+    total = seconds_text(r.ended - r.began)
+    if r.redone is not None and r.pace_s is not None:
+        extra = max(0.0, r.redone - r.began - r.pace_s)
+        total += f", {seconds_text(extra)} more than the iteration takes anyway"
+    return f"From the first sign to the first completed iteration it took {total}: {text}. "
+
+
+def _what_is_left(r: Recovery, story: Story) -> str:
+    again = story.committed_epoch >= r.epoch and story.committed >= (r.generation or 0)
+    shards = (
+        f"generation {story.committed} is committed again, every shard in more than one vault"
+        if again
+        else "until the next generation is committed, the loss of another node may lose shards"
+    )
+    spares = "" if r.spares_left is None else f"; {count_text(r.spares_left, 'spare node')} left"
+    return f"Protection now: {shards}{spares}. "
+
+
+def _what_next(r: Recovery) -> str:
+    todo: list[str] = []
+    if r.lost:
+        todo.append(f"look at {_several('node', r.lost)} (its kernel log and its agent's) before using it again")
+    elif r.ranks:
+        todo.append(f"look at the log of {_several('rank', r.ranks)}")
+    else:
+        todo.append("look at the network; the peer_error events say who saw what")
+    if r.spares_left == 0:
+        todo.append("bring a spare node soon: the next loss ends the job (with a checkpoint, where one can be saved)")
+    return f"What to do: {'; '.join(todo)}."
+
+
+def paragraph(r: Recovery, number: int, story: Story) -> str:
+    """The paragraph on one recovery, unwrapped.
+
+    Args:
+        r: the recovery, complete.
+        number: which one of the run it is, from 1.
+        story: the run at the moment the recovery was complete.
+    """
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(r.began))
+    during = f"in iteration {r.progress + 1}" if r.progress >= 0 else "before the first iteration was complete"
+    head = f"Recovery {number}, {when}, {during} (epoch {r.epoch}): {_what_failed(r)} "
+    if r.end == "stopped":
+        return f"{head}The job could not go on: {r.end_message}"
+    if r.end == "saved":
+        return (
+            f"{head}No spare was left, so the survivors saved Megatron's checkpoint of iteration {r.generation} to "
+            f"{r.directory} and the job ended. What to do: restart with --load {r.directory}, on sound nodes."
+        )
+    return head + _who_took_over(r) + _what_was_lost(r) + _how_long(r) + _what_is_left(r, story) + _what_next(r)

@@ -1,0 +1,202 @@
+"""`deadpool timeline` and `deadpool report`: the pictures, the trace and the pages of a run."""
+
+from __future__ import annotations
+
+import base64
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from deadpool_megatron.observe import figures
+from deadpool_megatron.observe.narrative import count_text, paragraph, seconds_text
+from deadpool_megatron.observe.nodelog import read_node_logs
+from deadpool_megatron.observe.page import Page
+from deadpool_megatron.observe.recoveries import MEANING, Recovery, Story
+from deadpool_megatron.observe.rundir import read_events
+from deadpool_megatron.observe.status import JobView, NoStatus, event_line
+from deadpool_megatron.observe.timeline import deaths, timeline
+from deadpool_megatron.observe.trace import chrome_trace
+
+__all__ = ["NoRun", "write_report", "write_timeline"]
+
+
+class NoRun(Exception):
+    """There is nothing to draw; the message is one line."""
+
+
+def _told(events: Sequence[Mapping[str, Any]]) -> tuple[Story, list[tuple[Recovery, str]]]:
+    """The whole story, and each recovery with its paragraph as it was written when it was complete."""
+    story = Story()
+    out: list[tuple[Recovery, str]] = []
+    for event in events:
+        done = story.take(event)
+        if done is not None:
+            out.append((done, paragraph(done, len(out) + 1, story)))
+    if story.under_way is not None:
+        out.append((story.under_way, "under way"))
+    return story, out
+
+
+def _load(run_dir: Path) -> list[dict[str, Any]]:
+    events = read_events(run_dir)
+    if not events:
+        raise NoRun(f"no events in {run_dir}: name the run directory of a job (--run-dir of deadpool launch)")
+    return events
+
+
+def _add_recovery(page: Page, number: int, recovery: Recovery, text: str, moments: Any) -> None:
+    line = timeline(recovery, moments)
+    page.raw(figures.as_image(figures.timeline_figure(line, number), f"recovery {number}"))
+    if not line.exact and line.zero < recovery.began:
+        page.paragraph("The moment of the failure is not known; detection took at most what is shown.", note=True)
+    page.paragraph(text)
+    rows = [("detection", seconds_text(recovery.began - line.zero), "from the failure to the coordinator's knowing")]
+    rows += [(name, seconds_text(s), MEANING[name]) for name, s in recovery.durations.items() if name != "detected"]
+    page.table(("phase", "took", "what is true then"), rows, numbers=(1,))
+
+
+def write_timeline(run_dir: Path, out: Path) -> list[Path]:
+    """Write ``recovery-N.png`` for each recovery, ``timeline.html`` and ``trace.json``; returns what was written.
+
+    Raises NoRun, MissingPlots (after the trace is written, which needs no pictures) and OSError.
+    """
+    events = _load(run_dir)
+    moments = deaths(run_dir, events)
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / "trace.json"]
+    written[0].write_text(json.dumps(chrome_trace(events, read_node_logs(run_dir), moments)))
+    _, told = _told(events)
+    page = Page(f"Recoveries of {run_dir.name}")
+    if not told:
+        page.paragraph("There was none: no node was lost in this run.")
+    for number, (recovery, text) in enumerate(told, 1):
+        path = out / f"recovery-{number}.png"
+        figures.save(figures.timeline_figure(timeline(recovery, moments), number), path)
+        written.append(path)
+        page.heading(f"Recovery {number}")
+        _add_recovery(page, number, recovery, text, moments)
+    written.append(out / "timeline.html")
+    written[-1].write_text(page.text)
+    return written
+
+
+def _marks(told: Sequence[tuple[Recovery, str]], zero: float) -> Any:
+    def draw(axes: Any) -> None:
+        for number, (r, _) in enumerate(told):
+            label = "recovery" if number == 0 else None
+            axes.axvspan(r.began - zero, r.ended - zero, color=figures.COLOURS[1], alpha=0.35, lw=0, label=label)
+
+    return draw
+
+
+def _pace_pictures(page: Page, events: Sequence[Mapping[str, Any]], told: Sequence[tuple[Recovery, str]]) -> None:
+    steps = [e for e in events if e["event"] == "iteration"]
+    if not steps:
+        return
+    zero = events[0]["t"]
+    marks = _marks(told, zero)
+    at = [e["t"] - zero for e in steps]
+    x = "time since the start of the job (s)"
+    page.heading("Loss")
+    name = next(iter(steps[0]["losses"]), "loss")
+    loss = [next(iter(e["losses"].values()), float("nan")) for e in steps]
+    page.raw(figures.as_image(figures.line_figure([(name, at, loss)], x, name, "Loss", marks, from_zero=False), "loss"))
+    page.heading("Pace")
+    pace = [("one iteration", at, [e["seconds"] for e in steps])]
+    picture = figures.line_figure(pace, x, "seconds", "Length of an iteration", marks)
+    page.raw(figures.as_image(picture, "length of an iteration"))
+    blocked = [100 * e.get("blocked_s", 0.0) / e["seconds"] if e["seconds"] else 0.0 for e in steps]
+    picture = figures.line_figure(
+        [("blocked", at, blocked)], x, "percent", "Share of an iteration that training was blocked on DeadPool", marks
+    )
+    page.raw(figures.as_image(picture, "share of an iteration blocked"))
+    quiet = [b for b, e in zip(blocked, steps, strict=True) if e["iteration"] > 0]
+    if quiet:
+        page.paragraph(
+            f"{len(steps)} iterations reported; median {seconds_text(statistics.median(e['seconds'] for e in steps))}; "
+            f"blocked on DeadPool: mean {statistics.mean(quiet):.2f} %, median {statistics.median(quiet):.2f} %, "
+            f"most {max(quiet):.2f} % (all iterations but the very first, nothing trimmed)."
+        )
+
+
+def _commit_picture(page: Page, lines: Sequence[Mapping[str, Any]], zero: float, marks: Any) -> None:
+    shards = [x for x in lines if x["event"] == "shard"]
+    if not shards:
+        return
+    page.heading("Snapshots and commits")
+    series = []
+    for node in sorted({x["node"] for x in shards})[: len(figures.COLOURS)]:
+        mine = sorted((x for x in shards if x["node"] == node), key=lambda x: x["stored"])
+        xs = [x["stored"] - zero for x in mine]
+        series.append((f"node {node}", xs, [1e3 * (x["stored"] - x["opened"]) for x in mine]))
+    picture = figures.line_figure(
+        series, "time since the start of the job (s)", "milliseconds",
+        "From a snapshot's first byte until its shard is in two vaults", marks, height=3.0, line="",
+    )  # fmt: skip
+    page.raw(figures.as_image(picture, "time to commit"))
+    times = [x["stored"] - x["opened"] for x in shards]
+    page.paragraph(
+        f"{len(shards)} shards of {min(x['bytes'] for x in shards):,} to {max(x['bytes'] for x in shards):,} bytes; "
+        f"median {seconds_text(statistics.median(times))}, most {seconds_text(max(times))}."
+    )
+
+
+def write_report(run_dir: Path, out: Path) -> Path:
+    """Write the one page of a run. Raises NoRun, MissingPlots and OSError."""
+    events = _load(run_dir)
+    lines = list(read_node_logs(run_dir))
+    moments = deaths(run_dir, events)
+    story, told = _told(events)
+    page = Page(f"DeadPool run {run_dir.name}")
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(events[0]["t"]))
+    ended = story.ended
+    how = "still running, or ended without a word" if ended is None else ended["event"]
+    if ended is not None and ended.get("message"):
+        how += f": {ended['message']}"
+    page.table(
+        ("", ""),
+        [
+            ("started", when),
+            ("length", seconds_text(events[-1]["t"] - events[0]["t"])),
+            ("end", how),
+            ("last iteration", str(story.iteration)),
+            ("newest committed generation", str(story.committed)),
+            ("recoveries", str(len(told))),
+        ],
+    )
+    try:
+        view = JobView(run_dir)
+        console = Console(width=100, no_color=True, highlight=False)
+        with console.capture() as shown:
+            console.print(view.render(console))
+        page.heading("Status")
+        page.plain(shown.get())
+    except NoStatus:
+        pass
+    page.heading(f"Recoveries: {count_text(len(told), 'recovery').replace('recoverys', 'recoveries')}")
+    if not told:
+        page.paragraph("No node was lost in this run.")
+    for number, (recovery, text) in enumerate(told, 1):
+        _add_recovery(page, number, recovery, text, moments)
+    _pace_pictures(page, events, told)
+    _commit_picture(page, lines, events[0]["t"], _marks(told, events[0]["t"]))
+    doctor = run_dir / "doctor.txt"
+    if doctor.exists():
+        page.heading("Doctor")
+        page.plain(doctor.read_text(errors="replace"))
+    page.heading("Events")
+    notable = [e for e in events if e["event"] not in ("iteration", "committed", "step")]
+    page.plain("\n".join(event_line(e, 120) for e in notable))
+    trace = base64.b64encode(json.dumps(chrome_trace(events, lines, moments)).encode()).decode()
+    page.raw(
+        f'<p><a download="trace.json" href="data:application/json;base64,{trace}">trace.json</a> '
+        "opens in ui.perfetto.dev or chrome://tracing.</p>"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page.text)
+    return out
