@@ -32,8 +32,7 @@ class Progress:
         step = _STEPS.get(type(record))
         if step is None:
             return None
-        epoch: int = record.epoch  # type: ignore[union-attr]
-        node: int = record.node  # type: ignore[union-attr]
+        epoch, node = int(getattr(record, "epoch", 0)), int(getattr(record, "node", -1))
         if self._steps.get(node, (-1, ""))[0] > epoch:
             return None
         self._steps[node] = (epoch, step)

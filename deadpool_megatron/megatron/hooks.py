@@ -37,6 +37,7 @@ from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.standby import publish_imports
 from deadpool_megatron.megatron.support import UserError, check_arguments
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
+from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
 from deadpool_megatron.snapshot import decode
 from deadpool_megatron.vault import SlotWriter, Version
@@ -67,6 +68,7 @@ class Hooks:
     phase: str = "setup"
     iteration: int = -1
     _originals: dict[str, Any] = field(default_factory=dict)
+    _series: Series = field(default_factory=Series)
 
     def install(self) -> None:
         """Put the hooks in place. Raises UserError for a megatron-core that is not supported."""
@@ -185,7 +187,9 @@ class Hooks:
                 rejoining = True
         while True:
             if rejoining:
+                away = time.perf_counter()
                 declared = self._rejoin(trainer, error)
+                self._series.recovered(time.perf_counter() - away)
                 error = None
                 if declared.purpose == "save":
                     self._save_and_leave(bound.arguments, declared.epoch)
@@ -298,6 +302,7 @@ class Hooks:
         result = original(*bound.args, **bound.kwargs)
         state.log = dict(totals)
         state.logged_before = True
+        self._series.write(trainer, bound.arguments["iteration"])
         return result
 
 

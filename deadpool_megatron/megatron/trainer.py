@@ -201,6 +201,16 @@ class MegatronTrainer:
             )
         )
 
+    def figures(self) -> dict[str, float]:
+        """Of the last iteration on this rank: seconds blocked; so far: bytes copied, generations skipped; the epoch."""
+        stats = self._snapshotter.stats
+        return {
+            "epoch": self._session.joined_epoch,
+            "blocked-seconds": self._blocked,
+            "snapshot-bytes": stats.copied_bytes,
+            "skipped-generations": stats.skipped,
+        }
+
     # ---- recovery.Trainer
 
     def unwind(self) -> None:

@@ -1,0 +1,38 @@
+"""DeadPool's series reach Megatron's own writers: TensorBoard's event files of a real run hold them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flags import tiny_gpt
+from jobs import Jobs, launch_flags
+
+
+@pytest.mark.timeout(170)
+def test_tensorboard_gets_our_series_also_from_the_spare_that_took_the_writer_over(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    jobs = Jobs(tmp_path)
+    board = tmp_path / "board"
+    flags = [*tiny_gpt("none", iters=8), "--tensor-model-parallel-size", "1", "--tensorboard-dir", str(board)]
+    try:
+        job = jobs.start("run", launch_flags(3, 1, slots=1), [*flags, "--tensorboard-log-interval", "1"])
+        job.until_event("started")
+        job.inject(1, 4, 1)  # the node of the last rank, which has Megatron's writer
+        job.finished()
+    finally:
+        jobs.end()
+    series: dict[str, dict[int, float]] = {}
+    for path in board.glob("events.out.*"):
+        data = EventAccumulator(str(path))
+        data.Reload()
+        for tag in data.Tags()["scalars"]:
+            series.setdefault(tag, {}).update({e.step: e.value for e in data.Scalars(tag)})
+    assert set(series["deadpool/blocked-seconds"]) == set(range(1, 9)) == set(series["lm loss"])
+    assert all(0 <= value < 5 for value in series["deadpool/blocked-seconds"].values())
+    assert series["deadpool/epoch"][2] == 0 and series["deadpool/epoch"][8] == 1
+    assert series["deadpool/recoveries"][8] == 1 and series["deadpool/last-recovery-seconds"][8] > 0
+    assert series["deadpool/snapshot-bytes"][8] > series["deadpool/snapshot-bytes"][7]
