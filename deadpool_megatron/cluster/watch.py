@@ -39,7 +39,7 @@ class Watch:
         self._vault = vault
         self._opened: dict[tuple[int, int, int], float] = {}  # rank, epoch, generation: first byte seen
         self._copied: dict[tuple[int, int, int], float] = {}
-        self._counted: dict[int, tuple[int, int]] = {}
+        self._skipped: dict[int, int] = {}
         self._declared: tuple[int, float] | None = None
         self._metrics: NodeMetrics | None = None
         if metrics_port:
@@ -138,10 +138,10 @@ class Watch:
                 m.iteration.set(record.iteration)
                 m.iteration_seconds.observe(record.seconds)
                 m.blocked.inc(record.blocked_s)
-                copied, skipped = self._counted.get(record.rank, (0, 0))  # counts since its worker began
-                m.copied.inc(max(0, record.copied_bytes - copied))
-                m.skipped.inc(max(0, record.skipped_generations - skipped))
-                self._counted[record.rank] = (record.copied_bytes, record.skipped_generations)
+                m.copied.inc(record.copied_bytes)
+                skipped = record.skipped_generations  # since its worker began
+                m.skipped.inc(max(0, skipped - self._skipped.get(record.rank, 0)))
+                self._skipped[record.rank] = skipped
             case _:
                 pass
 

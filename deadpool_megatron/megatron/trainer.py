@@ -202,7 +202,7 @@ class MegatronTrainer:
         )
 
     def figures(self) -> dict[str, float]:
-        """Of the last iteration on this rank: seconds blocked; so far: bytes copied, generations skipped; the epoch."""
+        """Of the last iteration on this rank: seconds blocked, bytes copied; generations skipped so far; the epoch."""
         stats = self._snapshotter.stats
         return {
             "epoch": self._session.joined_epoch,

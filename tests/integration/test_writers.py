@@ -35,4 +35,4 @@ def test_tensorboard_gets_our_series_also_from_the_spare_that_took_the_writer_ov
     assert all(0 <= value < 5 for value in series["deadpool/blocked-seconds"].values())
     assert series["deadpool/epoch"][2] == 0 and series["deadpool/epoch"][8] == 1
     assert series["deadpool/recoveries"][8] == 1 and series["deadpool/last-recovery-seconds"][8] > 0
-    assert series["deadpool/snapshot-bytes"][8] > series["deadpool/snapshot-bytes"][7]
+    assert series["deadpool/snapshot-bytes"][8] > 1_000_000

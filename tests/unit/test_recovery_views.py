@@ -272,7 +272,7 @@ def test_the_endpoint_serves_what_the_agent_said_and_heard(watch: Callable[..., 
     one.heard(r.Declare(3, "resume", "gone", [0], [0], [], {}, {}), 2)
     one.sent(r.NodeResumed(3, 1, 7))
     one.heard(r.CommittedTo(3, (3, 7), 8), 2)
-    for blocked, copied in ((0.25, 100), (0.5, 150)):
+    for blocked, copied in ((0.25, 100), (0.5, 50)):
         one.sent(r.Iteration(1, 0, 3, 7, {}, None, 0.5, blocked, copied, 0))
     text = _scrape(port)
     for line in (
