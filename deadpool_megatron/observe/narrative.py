@@ -99,6 +99,8 @@ def _what_is_left(r: Recovery, story: Story) -> str:
         if again
         else "until the next generation is committed, the loss of another node may lose shards"
     )
+    if again and story.survives is not None and story.survives[0] >= r.epoch:
+        shards += f", and any {count_text(story.survives[1], 'node')} may be lost"
     spares = "" if r.spares_left is None else f"; {count_text(r.spares_left, 'spare node')} left"
     return f"Protection now: {shards}{spares}. "
 

@@ -127,6 +127,7 @@ class Story:
         self.iteration = -1
         self.committed = -1
         self.committed_epoch = 0
+        self.survives: tuple[int, int] | None = None  # epoch, how many nodes may be lost in it
         self.ended: Mapping[str, Any] | None = None
         self._paces: deque[float] = deque(maxlen=_PACE_WINDOW)
         self._now: Recovery | None = None
@@ -160,6 +161,8 @@ class Story:
         elif name == "committed":
             self.committed = event.get("iteration", self.committed)
             self.committed_epoch = event.get("epoch", 0)
+        elif name == "protected":
+            self.survives = (event.get("epoch", 0), event.get("survives", 0))
         elif name == "iteration":
             done = self._iteration(event)
         done = self._recovery(name, event) or done
