@@ -14,7 +14,8 @@ from megatron.core import rerun_state_machine
 from megatron.training import get_timers, training
 
 from deadpool_megatron.megatron.adapters import current
-from deadpool_megatron.megatron.unique_state import members
+from deadpool_megatron.megatron.optimizer_state import derive_parameters, members
+from deadpool_megatron.megatron.unique_state import UniqueState
 
 __all__ = ["reset_after_abort", "synchronize_parameters"]
 
@@ -28,7 +29,7 @@ def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
     machine = rerun_state_machine.get_rerun_state_machine()
     machine.state = rerun_state_machine.RerunState.NOT_RUNNING_YET
     machine.data_iterator_checkpoints = None
-    for one in {id(o): o for o in (optimizer, *members(optimizer))}.values():
+    for one in _all_optimizers(optimizer):
         adapter.forget_learned(one)
         # train() wraps it again where it wraps it at all.
         with contextlib.suppress(KeyError):
@@ -48,26 +49,32 @@ def _bucket_groups(chunk: Any) -> list[Any]:
     return [*getattr(chunk, "bucket_groups", ()), *getattr(chunk, "expert_parallel_bucket_groups", ())]
 
 
-def synchronize_parameters(model: list[Any], optimizer: Any) -> None:
-    """Bring the model's parameters back from the master parameters: copy, then all-gather over data-parallel ranks.
+def _all_optimizers(optimizer: Any) -> list[Any]:
+    """The optimizer and those it consists of, at any depth."""
+    return [optimizer, *(each for one in getattr(optimizer, "chained_optimizers", ()) for each in _all_optimizers(one))]
+
+
+def synchronize_parameters(model: list[Any], optimizer: Any, unique: UniqueState) -> None:
+    """Bring back what others hold: replicated state from its owners, then the model's parameters.
 
     Collective over every data-parallel group: each rank of the job calls it. Source: upstream's
-    DistributedOptimizer._copy_main_params_to_model_params and DistributedDataParallel.start_param_sync.
+    DistributedOptimizer._copy_main_params_to_model_params, DistributedDataParallel.start_param_sync and
+    LayerWiseDistributedOptimizer.step_with_ready_grads.
     """
-    distributed = False
+    unique.gather()
+    derive_parameters(optimizer)
     for member in members(optimizer):
-        if hasattr(member, "_copy_main_params_to_model_params"):
-            member._copy_main_params_to_model_params()
-        distributed = distributed or type(member).__name__ == "DistributedOptimizer"
-    if distributed or _uses_distributed_optimizer(model):
+        if hasattr(member.optimizer, "_copy_main_params_to_model_params"):
+            member.optimizer._copy_main_params_to_model_params()
+    if model[0].ddp_config.use_distributed_optimizer:
         for chunk in model:
             chunk.start_param_sync(force_sync=True)
             for group in _bucket_groups(chunk):
                 group.param_gather_handle = None
                 group.param_gather_dispatched = False
+    else:
+        for one in _all_optimizers(optimizer):
+            if hasattr(one, "allgather_params"):  # layer-wise, each parameter of one owner
+                one.allgather_params()
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
-
-
-def _uses_distributed_optimizer(model: list[Any]) -> bool:
-    return bool(getattr(getattr(model[0], "ddp_config", None), "use_distributed_optimizer", False))

@@ -3,6 +3,10 @@
 The reference list is upstream's checkpoint (megatron/training/checkpointing.py, get_rng_state and
 generate_state_dict) plus what a checkpoint does not need and a bitwise retry does: the log's accumulators, module
 buffers that forward passes change, and the run's mutable ``args``.
+
+Two halves. What the host holds is encoded at once, some KB. What a device holds (buffers, the loss scale, sums of
+losses) is copied on the device into tensors of ours by one batched call, and those travel with the unique state: so
+nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.num_microbatches_calculator import update_num_microbatches
 
-from deadpool_megatron.megatron.unique_state import members, read_steps, write_steps
+from deadpool_megatron.megatron.optimizer_state import Numbers, members
 from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng
 
 __all__ = ["MUTABLE_ARGS", "SmallState", "apply_args"]
@@ -32,6 +36,7 @@ MUTABLE_ARGS: Final = (
     "do_test",
     "eval_iters",
 )
+_LOGGED: Final = 256  # sums of losses that are staged; Megatron has a handful
 
 
 def apply_args(args: Namespace, saved: dict[str, Any]) -> None:
@@ -40,74 +45,132 @@ def apply_args(args: Namespace, saved: dict[str, Any]) -> None:
         setattr(args, name, value)
 
 
+class _Staged:
+    """Copies of device tensors that change before the commit gate, taken at the start of an iteration.
+
+    The live ones are looked up each time: Megatron replaces some instead of changing them.
+    """
+
+    def __init__(self, model: list[Any], scalers: list[Any]) -> None:
+        self._places: list[tuple[dict[str, Any], str]] = []
+        names = []
+        for c, chunk in enumerate(model):
+            for prefix, module in chunk.named_modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        self._places.append((module._buffers, name))
+                        names.append(f"small.chunk{c}.{prefix}.{name}")
+        for s, scaler in enumerate(scalers):
+            self._places.append((vars(scaler), "_scale"))
+            names.append(f"small.scaler{s}")
+        with torch.no_grad():
+            self._copies = [place[name].detach().clone().contiguous() for place, name in self._places]
+            device = torch.device("cuda", torch.cuda.current_device())
+            self._sums = torch.zeros(_LOGGED, dtype=torch.float32, device=device)
+        self._slots = [self._sums[i] for i in range(_LOGGED)]
+        self.items = [*zip(names, self._copies, strict=True), ("small.log", self._sums)]
+
+    def take(self, log: dict[str, Any]) -> dict[str, Any]:
+        """Copy all; returns ``log`` with each device tensor replaced by where its value is. Waits for nothing."""
+        live = [place[name] for place, name in self._places]
+        copies = list(self._copies)
+        described: dict[str, Any] = {}
+        used = 0
+        for key, value in log.items():
+            staged = torch.is_tensor(value) and value.numel() == 1 and value.dtype == torch.float32
+            if staged and used < _LOGGED:
+                described[key] = {"slot": used, "shape": list(value.shape)}
+                live.append(value.detach().reshape(()))
+                copies.append(self._slots[used])
+                used += 1
+            else:
+                described[key] = value
+        if live:
+            with torch.no_grad():
+                torch._foreach_copy_(copies, live)
+        return described
+
+    def put_back(self, described: dict[str, Any]) -> dict[str, Any]:
+        """The reverse of `take`; returns the log."""
+        log: dict[str, Any] = {}
+        with torch.no_grad():
+            for (place, name), copy in zip(self._places, self._copies, strict=True):
+                place[name].copy_(copy)
+            for key, value in described.items():
+                if isinstance(value, dict):
+                    log[key] = self._slots[value["slot"]].clone().reshape(value["shape"])
+                else:
+                    log[key] = value
+        return log
+
+
 class SmallState:
     """Captures and restores the small state of one coordinate.
 
     Args:
-        args, model, optimizer, scheduler: Megatron's own; ``model`` is the list of model chunks.
+        args, model, optimizer, scheduler: Megatron's own; ``model`` is the list of model chunks. The optimizer's state
+            must have been made (`UniqueState`).
     """
 
     def __init__(self, args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         self._args = args
-        self._model = model
-        self._optimizer = optimizer
         self._scheduler = scheduler
-        self._buffers = [
-            (f"chunk{c}.{name}", buffer)
-            for c, chunk in enumerate(model)
-            for name, buffer in chunk.named_buffers()
-            if buffer is not None
-        ]
+        self._numbers = Numbers(optimizer)
         self._scalers = [
-            m.grad_scaler for m in members(optimizer) if getattr(m, "grad_scaler", None) is not None
+            m.optimizer.grad_scaler for m in members(optimizer) if getattr(m.optimizer, "grad_scaler", None) is not None
         ]
+        self._scalers = list({id(scaler): scaler for scaler in self._scalers}.values())
+        self._staged = _Staged(model, self._scalers)
         self.log: dict[str, Any] = {}
         self.logged_before = False
         self.flops: float = args.num_floating_point_operations_so_far
 
+    def items(self) -> list[tuple[str, torch.Tensor]]:
+        """The tensors of the half that travels with the unique state; they hold still until the next `capture`."""
+        return self._staged.items
+
     def capture(self, iteration: int) -> bytes:
-        """The state at the start of ``iteration``, some tens of KB. Allocates nothing on the device."""
+        """The host's half of the state at the start of ``iteration``, and the staging of the device's half.
+
+        Waits for no device, and allocates nothing on one.
+        """
         args = self._args
         fields = {name: getattr(args, name) for name in MUTABLE_ARGS if hasattr(args, name)}
         # train() keeps these two in local variables; args has the values train() began with.
         fields["iteration"] = iteration
         fields["num_floating_point_operations_so_far"] = self.flops
+        trackers = tensor_parallel.get_cuda_rng_tracker().get_states()
         return encode(
             {
                 "args": fields,
                 "host_rng": capture_host_rng(),
-                "torch_rng": torch.get_rng_state(),
-                "device_rng": torch.cuda.get_rng_state(),
-                "tracker": {
-                    name: _as_tensor(state)
-                    for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()
-                },
+                "device_rng": torch.cuda.get_rng_state().numpy().tobytes(),
+                "tracker": {name: _as_tensor(state).numpy().tobytes() for name, state in trackers.items()},
                 "num_steps": self._scheduler.num_steps,
-                "steps": read_steps(self._optimizer),
-                "scalers": [scaler.state_dict() for scaler in self._scalers],
-                "buffers": {name: buffer for name, buffer in self._buffers},
-                "log": {k: v for k, v in self.log.items()},
+                "numbers": self._numbers.read(),
+                "scalers": [
+                    {k: v for k, v in scaler.state_dict().items() if not torch.is_tensor(v)} for scaler in self._scalers
+                ],
+                "log": self._staged.take(self.log),
                 "logged_before": self.logged_before,
             }
         )
 
     def restore(self, data: bytes) -> int:
-        """Make the live small state that of ``data``; returns its iteration."""
+        """Make the live small state that of ``data`` and of `items`; returns its iteration."""
         state = decode(data)
         apply_args(self._args, state["args"])
         restore_host_rng(state["host_rng"])
-        torch.set_rng_state(state["torch_rng"])
-        torch.cuda.set_rng_state(state["device_rng"])
+        torch.cuda.set_rng_state(_as_state(state["device_rng"]))
         _restore_tracker(state["tracker"])
         # The scheduler's own load_state_dict adds to num_steps instead of setting it.
         self._scheduler.num_steps = 0
         self._scheduler.step(increment=state["num_steps"])
-        write_steps(self._optimizer, state["steps"])
+        self._numbers.write(state["numbers"])
+        self.log = self._staged.put_back(state["log"])
         for scaler, saved in zip(self._scalers, state["scalers"], strict=True):
-            scaler.load_state_dict(saved)
-        for name, buffer in self._buffers:
-            buffer.copy_(state["buffers"][name])
-        self.log = state["log"]
+            if saved:  # a constant one has nothing to load
+                scaler.load_state_dict({**saved, "scale": scaler.scale.clone()})
         self.logged_before = state["logged_before"]
         self.flops = state["args"]["num_floating_point_operations_so_far"]
         update_num_microbatches(self._args.consumed_train_samples, consistency_check=False)
@@ -120,15 +183,19 @@ def _as_tensor(state: Any) -> torch.Tensor:
     return state.get_state() if isinstance(state, torch.Generator) else state
 
 
-def _restore_tracker(saved: dict[str, torch.Tensor]) -> None:
+def _as_state(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _restore_tracker(saved: dict[str, bytes]) -> None:
     tracker = tensor_parallel.get_cuda_rng_tracker()
     states = tracker.get_states()
     for name, value in saved.items():
         current = states.get(name)
         if isinstance(current, torch.Generator):
-            current.set_state(value)
+            current.set_state(_as_state(value))
         else:
-            states[name] = value
+            states[name] = _as_state(value)
     tracker.set_states(states)
     if hasattr(tracker, "_current_state_name"):
         tracker._current_state_name = "default-rng"

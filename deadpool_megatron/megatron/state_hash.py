@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 
-from deadpool_megatron.megatron.unique_state import named_unique_tensors, read_steps
+from deadpool_megatron.megatron.optimizer_state import Numbers, state_tensors, step_counters
 from deadpool_megatron.snapshot import capture_host_rng, encode
 
 __all__ = ["digests"]
@@ -31,9 +31,9 @@ def digests(args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -
     for c, chunk in enumerate(model):
         for name, tensor in [*chunk.named_parameters(), *chunk.named_buffers()]:
             _update(parts["params"], f"{c}.{name}", tensor)
-    for name, tensor in named_unique_tensors(optimizer):
-        _update(parts["main_params" if name.endswith(".main") else "moments"], name, tensor)
-    parts["steps"].update(repr(read_steps(optimizer)).encode())
+    for each in state_tensors(optimizer):
+        _update(parts["main_params" if each.main else "moments"], each.name, each.tensor)
+    parts["steps"].update(repr((step_counters(optimizer), Numbers(optimizer).read())).encode())
     parts["rng"].update(encode(capture_host_rng()))
     _update(parts["rng"], "torch", torch.get_rng_state())
     _update(parts["rng"], "device", torch.cuda.get_rng_state())

@@ -21,7 +21,7 @@ from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import reset_after_abort, synchronize_parameters
 from deadpool_megatron.megatron.small_state import SmallState
 from deadpool_megatron.megatron.support import UserError
-from deadpool_megatron.megatron.unique_state import initialize_optimizer_state, named_unique_tensors
+from deadpool_megatron.megatron.unique_state import UniqueState
 from deadpool_megatron.recovery import Refused, Session
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, ShardPlan, Snapshotter
 from deadpool_megatron.vault import EMPTY, SlotWriter, Version
@@ -66,9 +66,9 @@ class MegatronTrainer:
         self._scheduler = scheduler
         self._model_config = model_config
         self.rank = torch.distributed.get_rank()
-        initialize_optimizer_state(optimizer)
-        self._plan = ShardPlan(named_unique_tensors(optimizer), config.slice_bytes)
+        self._unique = UniqueState(optimizer)
         self.small_state = SmallState(args, model, optimizer, scheduler)
+        self._plan = ShardPlan([*self._unique.items(), *self.small_state.items()], config.slice_bytes)
         self._small = self.small_state.capture(args.iteration)
         self._small_generation = -1
         self._replays = [_under_rerun(each) for each in _flatten(iterators)]
@@ -235,8 +235,8 @@ class MegatronTrainer:
         self.live_generation = generation
 
     def synchronize(self) -> None:
-        """Bring the 16-bit parameters back by the data-parallel all-gather."""
-        synchronize_parameters(self._model, self._optimizer)
+        """Bring back what other ranks hold: replicated state, 16-bit parameters. Collective."""
+        synchronize_parameters(self._model, self._optimizer, self._unique)
 
     def adopt_iterators(self, generation: int) -> None:
         """A spare's iterators begin at ``generation``: mark it, so that `restore` finds it."""

@@ -1,137 +1,143 @@
-"""Unique state: what no other coordinate can give back, as a list of named tensors.
+"""Unique state: what of a coordinate's state no other coordinate can give back, and how the rest is had from others.
 
-Under the distributed optimizer (megatron/core/optimizer/distrib_optimizer.py) that is this rank's shard of the fp32
-main parameters and of Adam's moments; 16-bit parameters come back by the data-parallel all-gather. Without it every
-replica has the whole state, and each keeps its own copy.
+A tensor that is this rank's alone is copied whole. Tensors that R ranks hold alike are laid end to end, and rank r of
+them copies the r-th of R equal ranges of bytes; after a restore each range goes from its owner to the others
+(`UniqueState.gather`). 16-bit model parameters are never copied: they follow from the main parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 
+from deadpool_megatron.megatron.optimizer_state import StateTensor, bytes_a_parameter, prepare, state_tensors
 from deadpool_megatron.megatron.support import UserError
 
-__all__ = [
-    "initialize_optimizer_state",
-    "main_parameters",
-    "members",
-    "named_unique_tensors",
-    "read_steps",
-    "write_steps",
-]
+__all__ = ["UniqueState", "expected_bytes"]
+
+_ALIGN: Final = 64
+_GATHER_BYTES: Final = 32 << 20  # of one rank at a time, so that a restore needs little memory
 
 
-def members(optimizer: Any) -> list[Any]:
-    """The optimizers a (Chained)Optimizer consists of, those without parameters left out."""
-    each = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [one for one in each if not getattr(one, "is_stub_optimizer", False)]
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes of one tensor, as a flat uint8 view of it."""
+
+    name: str
+    view: torch.Tensor
 
 
-def _inner(member: Any) -> Any:
-    """The torch (or fused) optimizer inside."""
-    return member.optimizer
+class _Shared:
+    """The tensors that the ranks of one group hold alike, as one range of bytes cut into a part a rank."""
+
+    def __init__(self, group: torch.distributed.ProcessGroup, tensors: list[StateTensor]) -> None:
+        self.group = group
+        self._bytes = [(each.name, _as_bytes(each)) for each in tensors]
+        total = sum(view.numel() for _, view in self._bytes)
+        size = group.size()
+        self._ends = [total * (r + 1) // size // _ALIGN * _ALIGN for r in range(size - 1)] + [total]
+
+    def part(self, rank: int, first: int = 0, count: int | None = None) -> list[_Piece]:
+        """Pieces of the part of a rank of the group; ``first`` and ``count`` choose bytes of it."""
+        begin = (self._ends[rank - 1] if rank else 0) + first
+        end = self._ends[rank] if count is None else min(self._ends[rank], begin + count)
+        return list(self._between(begin, end))
+
+    def _between(self, begin: int, end: int) -> Iterator[_Piece]:
+        at = 0
+        for name, view in self._bytes:
+            low, high = max(begin - at, 0), min(end - at, view.numel())
+            if low < high:
+                yield _Piece(f"{name}[{low}:{high}]", view[low:high])
+            at += view.numel()
+
+    def gather(self) -> None:
+        """Each rank's part to all ranks. Collective over the group; what the others hold is overwritten."""
+        rank, size = self.group.rank(), self.group.size()
+        lengths = [b - a for a, b in zip([0, *self._ends], self._ends, strict=False)]
+        width = min(max(lengths), _GATHER_BYTES)
+        if not width:
+            return
+        device = self._bytes[0][1].device
+        mine = torch.zeros(width, dtype=torch.uint8, device=device)
+        all_parts = [torch.zeros(width, dtype=torch.uint8, device=device) for _ in range(size)]
+        for first in range(0, max(lengths), width):
+            at = 0
+            for piece in self.part(rank, first, width) if first < lengths[rank] else ():
+                mine[at : at + piece.view.numel()].copy_(piece.view)
+                at += piece.view.numel()
+            torch.distributed.all_gather(all_parts, mine, group=self.group)
+            for other in range(size):
+                if other == rank or first >= lengths[other]:
+                    continue
+                at = 0
+                for piece in self.part(other, first, width):
+                    piece.view.copy_(all_parts[other][at : at + piece.view.numel()])
+                    at += piece.view.numel()
 
 
-def main_parameters(member: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and fp32 master tensor of every parameter the member steps, in the order of its parameter groups."""
-    for g, group in enumerate(_inner(member).param_groups):
-        for i, parameter in enumerate(group["params"]):
-            yield f"group{g}.{i}", parameter
+def _as_bytes(each: StateTensor) -> torch.Tensor:
+    if not each.tensor.is_contiguous():
+        raise UserError(
+            f"{each.name} is not contiguous, which is not supported with --deadpool without --use-distributed-optimizer"
+        )
+    return each.tensor.detach().view(-1).view(torch.uint8)
 
 
-def initialize_optimizer_state(optimizer: Any) -> None:
-    """Give every parameter the state its first step would make, so that all tensors exist before training.
+class UniqueState:
+    """The unique state of one coordinate's optimizer. Makes what the first step would make lazily.
 
-    torch makes Adam's state lazily, with zeros (torch.optim.Adam._init_group); zeros made earlier are the same bits.
-    Fused optimizers of Transformer Engine and apex do the same through ``initialize_state`` or at their first step.
-
-    Raises:
-        UserError: an optimizer whose state is not known.
+    Raises UserError, by name, for what is not supported.
     """
-    for member in members(optimizer):
-        inner = _inner(member)
-        if isinstance(inner, torch.optim.Adam):  # AdamW too
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    state = inner.state[parameter]
-                    if state:
-                        continue
-                    on_device = group.get("capturable") or group.get("fused")
-                    state["step"] = torch.zeros(
-                        (), dtype=torch.float32, device=parameter.device if on_device else torch.device("cpu")
-                    )
-                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                    if group.get("amsgrad"):
-                        state["max_exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        elif isinstance(inner, torch.optim.SGD):
-            for group in inner.param_groups:
-                if group.get("momentum"):
-                    # SGD's first step copies the gradient instead of adding to zeros: there is nothing to make early.
-                    raise UserError("--optimizer sgd with --sgd-momentum above 0 is not supported with --deadpool yet")
-        elif hasattr(inner, "initialize_state"):
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    if not inner.state[parameter]:
-                        inner.initialize_state(parameter, False)
-        elif type(inner).__name__ == "FusedAdam":
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    state = inner.state[parameter]
-                    if not state:
-                        state["exp_avg"] = torch.zeros_like(parameter)
-                        state["exp_avg_sq"] = torch.zeros_like(parameter)
-        else:
-            raise UserError(f"optimizer {type(inner).__name__} is not supported with --deadpool yet")
+
+    def __init__(self, optimizer: Any) -> None:
+        counters = prepare(optimizer)
+        self._alone: list[tuple[str, torch.Tensor]] = []
+        shared: dict[torch.distributed.ProcessGroup, list[StateTensor]] = {}
+        for each in state_tensors(optimizer):
+            if each.replicas is None:
+                self._alone.append((each.name, each.tensor))
+            else:
+                shared.setdefault(each.replicas, []).append(each)
+        self._alone += counters  # a few bytes a parameter tensor, so everybody keeps them
+        self._shared = [_Shared(group, tensors) for group, tensors in shared.items()]
+
+    def items(self) -> list[tuple[str, torch.Tensor]]:
+        """Name and live tensor of everything to be copied, in an order that is the same wherever it is restored."""
+        pieces = [piece for one in self._shared for piece in one.part(one.group.rank())]
+        return [*self._alone, *((piece.name, piece.view) for piece in pieces)]
+
+    def gather(self) -> None:
+        """Bring back what others have copied. Collective: every rank of the job calls it after a restore.
+
+        A rank whose live state was kept gives and takes the same bits it has.
+        """
+        with torch.no_grad():
+            for one in self._shared:
+                one.gather()
 
 
-def named_unique_tensors(optimizer: Any) -> list[tuple[str, torch.Tensor]]:
-    """All tensors of the unique state in a fixed order: master parameters, then moments, member by member.
+def expected_bytes(model: list[Any], optimizer: Any) -> int:
+    """What the arithmetic says this coordinate must copy: bytes a parameter, over the ranks that share it.
 
-    The tensors are the live ones, fp32 mostly, on the device of the optimizer; step counters are small state.
+    12 bytes over the data-parallel size for Adam in mixed precision. Shards of the distributed optimizer differ from
+    rank to rank by the padding of buckets, so compare sums over all coordinates.
     """
-    out: list[tuple[str, torch.Tensor]] = []
-    for m, member in enumerate(members(optimizer)):
-        state = _inner(member).state
-        for name, parameter in main_parameters(member):
-            out.append((f"optimizer{m}.{name}.main", parameter.data))
-        for name, parameter in main_parameters(member):
-            for key in sorted(k for k, v in state[parameter].items() if k != "step" and torch.is_tensor(v)):
-                out.append((f"optimizer{m}.{name}.{key}", state[parameter][key]))
-    return out
+    from megatron.core import parallel_state
 
-
-def read_steps(optimizer: Any) -> list[list[float]]:
-    """Adam's step counters, by member: per parameter (torch) or per group (fused optimizers)."""
-    out: list[list[float]] = []
-    for member in members(optimizer):
-        inner = _inner(member)
-        steps = [float(s["step"]) for s in (inner.state[p] for _, p in main_parameters(member)) if "step" in s]
-        out.append(steps or [float(group["step"]) for group in inner.param_groups if "step" in group])
-    return out
-
-
-def write_steps(optimizer: Any, steps: list[list[float]]) -> None:
-    """The reverse of `read_steps`; each parameter keeps a counter of its own."""
-    for member, values in zip(members(optimizer), steps, strict=True):
-        inner = _inner(member)
-        states = [s for s in (inner.state[p] for _, p in main_parameters(member)) if "step" in s]
-        if states:
-            for state, value in zip(states, values, strict=True):
-                if torch.is_tensor(state["step"]):
-                    state["step"].fill_(value)
-                else:
-                    state["step"] = type(state["step"])(value)
-        else:
-            groups = [group for group in inner.param_groups if "step" in group]
-            if not groups and values:
-                groups = list(inner.param_groups)  # a fused optimizer sets the counter at its first step
-            for group, value in zip(groups, values, strict=False):
-                old = group.get("step", 0)
-                if torch.is_tensor(old):
-                    old.fill_(value)
-                else:
-                    group["step"] = int(value)
+    dense = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    expert = parallel_state.get_expert_data_parallel_world_size()
+    known: dict[tuple[int, bool], float] = {}
+    total = 0.0
+    for chunk in model:
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                key = (parameter.dim(), getattr(parameter, "is_embedding_or_output_parameter", False))
+                if key not in known:
+                    known[key] = bytes_a_parameter(optimizer, parameter)
+                shared_by = dense if getattr(parameter, "allreduce", True) else expert
+                total += known[key] * parameter.numel() / shared_by
+    return round(total)

@@ -53,15 +53,26 @@ def decode(data: bytes) -> dict[str, Any]:
 
 
 def capture_host_rng() -> dict[str, Any]:
-    """The generators of python, numpy (the legacy global one) and torch's CPU, as a part of a small state."""
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    """The generators of python, numpy (the legacy global one) and torch's CPU, as a part of a small state.
+
+    Large states are given as bytes: encoding them number by number would be half the cost of a small state.
+    """
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, array.array("I", words).tobytes(), gauss],
+        "numpy": [name, keys.tobytes(), *rest],
+        "torch": torch.get_rng_state().numpy().tobytes(),
+    }
 
 
 def restore_host_rng(state: dict[str, Any]) -> None:
     """Bring the three generators back to what `capture_host_rng` returned."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(array.array("I", words)), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.frombuffer(bytearray(state["torch"]), dtype=torch.uint8))
 
 
 def _plain(value: Any, path: str) -> Any:

@@ -1,0 +1,302 @@
+"""What the optimizers of a run keep: every tensor by name, made before the first step, and who else has the same.
+
+Megatron's optimizers (megatron/core/optimizer): a `DistributedOptimizer` holds this rank's shard of the main parameters
+and of the inner optimizer's state; `Float16OptimizerWithFloat16Params` and `FP32Optimizer` hold everything, the same on
+every data-parallel rank; a `LayerWiseDistributedOptimizer` (Muon) gives whole parameters to ranks; a
+`ChainedOptimizer` is several of them. Inside each is a torch optimizer, or a fused one of Transformer Engine or apex.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from megatron.core import parallel_state
+
+from deadpool_megatron.megatron.support import UserError
+
+__all__ = [
+    "Member",
+    "Numbers",
+    "StateTensor",
+    "bytes_a_parameter",
+    "derive_parameters",
+    "members",
+    "prepare",
+    "state_tensors",
+    "step_counters",
+]
+
+# Inner optimizers whose state is updated in place, by the name of their class. SOAP replaces its tensors.
+_IN_PLACE: Final = frozenset(
+    ("Adam", "AdamW", "SGD", "FusedAdam", "Lion", "TensorParallelMuon", "TensorParallelAdaptiveMuon")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One live tensor of an optimizer's state.
+
+    ``replicas`` is the process group over which all hold the same bits, None for a tensor that is this rank's alone.
+    ``main`` says that it is a main parameter; else it is the inner optimizer's state of one.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    main: bool
+    replicas: torch.distributed.ProcessGroup | None
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One Megatron optimizer with parameters, and the layer-wise optimizer it is part of, if any."""
+
+    optimizer: Any
+    layer_wise: Any = None
+
+    @property
+    def inner(self) -> Any:
+        """The torch (or fused) optimizer inside."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+
+def members(optimizer: Any, layer_wise: Any = None) -> list[Member]:
+    """The optimizers a (Chained)Optimizer consists of, at any depth; those without parameters are left out."""
+    if type(optimizer).__name__ == "LayerWiseDistributedOptimizer":
+        layer_wise = optimizer
+    chained = getattr(optimizer, "chained_optimizers", None)
+    if chained is not None:
+        return [member for one in chained for member in members(one, layer_wise)]
+    return [] if getattr(optimizer, "is_stub_optimizer", False) else [Member(optimizer, layer_wise)]
+
+
+def prepare(optimizer: Any) -> list[tuple[str, torch.Tensor]]:
+    """Make every tensor that the first step would make, so that all exist before training; returns step counters.
+
+    torch and the fused optimizers make their state lazily, with zeros; zeros made earlier are the same bits. Counters
+    of steps that are tensors (torch's Adam has one a parameter) become views of one tensor a device and dtype, which is
+    what is returned: one copy instead of thousands, and no look at a device's value from the host.
+
+    Raises UserError, by name, for an optimizer whose state is not known.
+    """
+    counters: list[tuple[str, torch.Tensor]] = []
+    for m, member in enumerate(members(optimizer)):
+        inner, name = member.inner, type(member.inner).__name__
+        if name not in _IN_PLACE:
+            raise UserError(f"optimizer {name} is not supported with --deadpool yet; use adam, sgd, lion or muon")
+        if isinstance(inner, torch.optim.Adam):  # AdamW too
+            _prepare_adam(inner)
+        elif isinstance(inner, torch.optim.SGD):
+            _prepare_sgd(inner)
+        elif name == "SGD":
+            raise UserError("--optimizer sgd of apex is not supported with --deadpool yet; torch's own is")
+        elif name == "FusedAdam" and hasattr(inner, "initialize_state"):
+            _prepare_fused_adam(inner)
+        else:
+            member.optimizer.init_state_fn(inner, getattr(member.optimizer, "config", None))
+        counters += [(f"optimizer{m}.{key}", flat) for key, flat in _one_tensor_of_steps(inner)]
+    return counters
+
+
+def _parameters(inner: Any) -> Iterator[tuple[str, dict[str, Any], torch.Tensor]]:
+    for g, group in enumerate(inner.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            yield f"group{g}.{i}", group, parameter
+
+
+def _prepare_adam(inner: Any) -> None:
+    """As torch.optim.Adam._init_group does."""
+    for _, group, parameter in _parameters(inner):
+        state = inner.state[parameter]
+        if state:
+            continue
+        on_device = group.get("capturable") or group.get("fused")
+        state["step"] = torch.zeros((), device=parameter.device if on_device else torch.device("cpu"))
+        for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group.get("amsgrad") else [])):
+            state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def _prepare_sgd(inner: Any) -> None:
+    """torch's first step copies the gradient where later ones multiply and add. -0.0 is the one start that is the same.
+
+    -0.0 * momentum + g is g for every g, the two zeros included; +0.0 would turn a gradient of -0.0 into +0.0.
+    """
+    for _, group, parameter in _parameters(inner):
+        state = inner.state[parameter]
+        if group["momentum"] and state.get("momentum_buffer") is None:
+            if group["dampening"]:
+                raise UserError("--optimizer sgd with dampening is not supported with --deadpool yet")
+            state["momentum_buffer"] = torch.full_like(parameter, -0.0, memory_format=torch.preserve_format)
+
+
+def _prepare_fused_adam(inner: Any) -> None:
+    """Transformer Engine's; its second argument is there since 2.1."""
+    more = (getattr(inner, "store_param_remainders", False),)
+    wanted = len(inspect.signature(inner.initialize_state).parameters) - 1
+    for _, _, parameter in _parameters(inner):
+        if not inner.state[parameter]:
+            inner.initialize_state(parameter, *more[:wanted])
+
+
+def _one_tensor_of_steps(inner: Any) -> list[tuple[str, torch.Tensor]]:
+    found: dict[tuple[torch.device, torch.dtype], list[dict[str, Any]]] = {}
+    for _, _, parameter in _parameters(inner):
+        state = inner.state.get(parameter, {})
+        if torch.is_tensor(state.get("step")):
+            found.setdefault((state["step"].device, state["step"].dtype), []).append(state)
+    out = []
+    for (device, dtype), states in found.items():
+        flat = torch.stack([state["step"].reshape(()) for state in states]).clone()
+        for i, state in enumerate(states):
+            state["step"] = flat[i].view(state["step"].shape)
+        out.append((f"steps.{device.type}.{str(dtype).removeprefix('torch.')}", flat))
+    return out
+
+
+def step_counters(optimizer: Any) -> list[float]:
+    """Steps that are counted in tensors, parameter by parameter. Waits for a device that holds them."""
+    return [
+        float(state["step"])
+        for member in members(optimizer)
+        for state in (member.inner.state.get(parameter, {}) for _, _, parameter in _parameters(member.inner))
+        if torch.is_tensor(state.get("step"))
+    ]
+
+
+def _replicas(member: Member, group: dict[str, Any]) -> torch.distributed.ProcessGroup | None:
+    """The process group over which the state of a parameter group is the same on every rank; None for none."""
+    one = member.optimizer
+    if type(one).__name__ == "DistributedOptimizer":
+        instances = one.ddp_config.num_distributed_optimizer_instances
+        over = parallel_state.get_inter_distributed_optimizer_instance_group() if instances > 1 else None
+    elif member.layer_wise is not None and member.layer_wise.dp_cp.size() > 1:
+        return None  # every parameter has one owner
+    elif group.get("is_expert_parallel"):
+        over = parallel_state.get_expert_data_parallel_group()
+    else:
+        over = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return over if over is not None and over.size() > 1 else None
+
+
+def state_tensors(optimizer: Any) -> list[StateTensor]:
+    """Every tensor of the optimizers' state but step counters: main parameters, then the rest, member by member.
+
+    The order and the names are the same wherever this coordinate's state is restored. Raises UserError for state that
+    is neither a tensor nor a number.
+    """
+    out: list[StateTensor] = []
+    for m, member in enumerate(members(optimizer)):
+        inner = member.inner
+        rest: list[StateTensor] = []
+        for name, group, parameter in _parameters(inner):
+            over = _replicas(member, group)
+            state = inner.state.get(parameter, {})
+            name = f"optimizer{m}.{name}"
+            if _main_copy(state) is None:
+                out.append(StateTensor(f"{name}.main", parameter.data, True, over))
+            for key in sorted(state):
+                value = state[key]
+                if torch.is_tensor(value):
+                    if key != "step":
+                        _check_plain(inner, key, value)
+                        rest.append(StateTensor(f"{name}.{key}", value, value is _main_copy(state), over))
+                elif value is not None and not isinstance(value, (int, float)):
+                    raise UserError(
+                        f"optimizer {type(inner).__name__}: its state {key!r} is a {type(value).__name__}, which is not "
+                        "supported with --deadpool yet"
+                    )
+            # Transformer Engine's FusedAdam: the scales of 8- and 16-bit states
+            for key, scale in sorted(getattr(inner, "_scales", {}).get(parameter, {}).items()):
+                rest.append(StateTensor(f"{name}.{key}.scale", scale, False, over))
+        out += rest
+    return out
+
+
+def _main_copy(state: dict[str, Any]) -> torch.Tensor | None:
+    """The fp32 main parameter where the inner optimizer keeps it (precision-aware): the 16-bit one follows from it.
+
+    In another dtype it does not: fp16 has a scale, int16 is only the remainder (`store_param_remainders`).
+    """
+    main = state.get("master_param")
+    return main if isinstance(main, torch.Tensor) and main.dtype == torch.float32 else None
+
+
+def derive_parameters(optimizer: Any) -> None:
+    """Bring back the 16-bit parameters that only follow from main parameters inside the inner optimizer."""
+    for member in members(optimizer):
+        for _, _, parameter in _parameters(member.inner):
+            main = _main_copy(member.inner.state.get(parameter, {}))
+            if main is not None:
+                parameter.data.copy_(main.view(parameter.shape))
+
+
+def _check_plain(inner: Any, key: str, value: torch.Tensor) -> None:
+    if type(value) is not torch.Tensor and not isinstance(value, torch.nn.Parameter):
+        raise UserError(
+            f"optimizer {type(inner).__name__}: its state {key!r} is a {type(value).__name__}, which is not supported "
+            "with --deadpool yet; use 16- or 32-bit states (--exp-avg-dtype, --exp-avg-sq-dtype)"
+        )
+
+
+def bytes_a_parameter(optimizer: Any, parameter: torch.Tensor) -> float:
+    """What the arithmetic says of one parameter, in bytes: 12 for Adam in mixed precision, 8 for Muon and so on.
+
+    By dtypes of the inner optimizers' states, not by their sizes.
+    """
+    kinds = {type(member.inner).__name__: member for member in members(optimizer)}
+    matrix = parameter.dim() == 2 and not getattr(parameter, "is_embedding_or_output_parameter", False)
+    muon = next((m for name, m in kinds.items() if "Muon" in name), None)
+    if muon is not None and len(kinds) > 1:
+        kinds = {name: m for name, m in kinds.items() if ("Muon" in name) == matrix}
+    for member in kinds.values():
+        inner = member.inner
+        for _, _, one in _parameters(inner):
+            state = inner.state.get(one, {})
+            same = [v for k, v in state.items() if k != "step" and torch.is_tensor(v) and v.numel() == one.numel()]
+            main = 0 if _main_copy(state) is not None else one.element_size()
+            return float(main + sum(v.element_size() for v in same))
+    return 0.0
+
+
+class Numbers:
+    """Numbers in the optimizers' state: steps counted by parameter group (fused ones), or a parameter's own.
+
+    Made once, after `prepare`; reading then looks at nothing but them.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._groups = [list(member.inner.param_groups) for member in members(optimizer)]
+        self._own: list[list[tuple[dict[str, Any], str]]] = []
+        for member in members(optimizer):
+            states = [member.inner.state.get(parameter, {}) for _, _, parameter in _parameters(member.inner)]
+            self._own.append([(s, key) for s in states for key in sorted(s) if isinstance(s[key], (int, float))])
+
+    def read(self) -> list[list[float]]:
+        """All of them, by member."""
+        return [
+            [float(group["step"]) for group in groups if "step" in group] + [float(state[key]) for state, key in own]
+            for groups, own in zip(self._groups, self._own, strict=True)
+        ]
+
+    def write(self, values: list[list[float]]) -> None:
+        """Make them those of `read`. A fused optimizer has no counter before its first step: it is made or removed."""
+        for groups, own, saved in zip(self._groups, self._own, values, strict=True):
+            steps, numbers = saved[: len(saved) - len(own)], saved[len(saved) - len(own) :]
+            if not steps:
+                for group in groups:
+                    group.pop("step", None)
+            for group, step in zip(groups, steps, strict=False):
+                _put(group, "step", step)
+            for (state, key), number in zip(own, numbers, strict=True):
+                _put(state, key, number)
+
+
+def _put(holder: dict[str, Any], key: str, value: float) -> None:
+    old = holder.get(key, 0)
+    if torch.is_tensor(old):
+        old.fill_(value)
+    else:
+        holder[key] = type(old)(value)
