@@ -205,8 +205,8 @@ def state_tensors(optimizer: Any) -> list[StateTensor]:
                         rest.append(StateTensor(f"{name}.{key}", value, value is _main_copy(state), over))
                 elif value is not None and not isinstance(value, (int, float)):
                     raise UserError(
-                        f"optimizer {type(inner).__name__}: its state {key!r} is a {type(value).__name__}, which is not "
-                        "supported with --deadpool yet"
+                        f"optimizer {type(inner).__name__}: its state {key!r} is a {type(value).__name__}, which is "
+                        "not supported with --deadpool yet"
                     )
             # Transformer Engine's FusedAdam: the scales of 8- and 16-bit states
             for key, scale in sorted(getattr(inner, "_scales", {}).get(parameter, {}).items()):

@@ -11,14 +11,15 @@ from jobs import Jobs, assert_same_training, launch_flags
 
 ITERATIONS = 6
 _SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+_HALF = ["--fp16", "--initial-loss-scale", "1024", "--loss-scale-window", "2"]
 _EXPERTS = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"]
 _EXPERTS += ["--disable-bias-linear", "--expert-model-parallel-size", "2"]
 # DP2 on two nodes of one worker, or DP4 on four, and a spare. Adam unless it says otherwise.
 _KINDS = {
     "bf16-replicated": (2, ["--bf16"]),
     "fp32-replicated": (2, []),
-    "fp16-replicated-clipping-off": (2, ["--fp16", "--clip-grad", "0"]),
-    "fp16-sharded": (2, ["--fp16", *_SHARDED]),
+    "fp16-replicated-clipping-off": (2, [*_HALF, "--clip-grad", "0"]),
+    "fp16-sharded": (2, [*_HALF, *_SHARDED]),
     "fp32-sharded": (2, _SHARDED),
     "bf16-sharded-without-overlap": (2, ["--bf16", "--use-distributed-optimizer"]),
     "bf16-sharded-in-two-instances": (4, ["--bf16", *_SHARDED, "--num-distributed-optimizer-instances", "2"]),
