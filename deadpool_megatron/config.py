@@ -69,6 +69,9 @@ class DeadpoolConfig:
     operation_timeout: float = _setting(600.0, "seconds a single Gloo operation may take")
     snapshot_interval: int = _setting(1, "take a generation every this many iterations")
     slice_bytes: int = _setting(4 << 20, "bytes copied in one slice between two microbatches")
+    copy_bandwidth: float = _setting(
+        0.0, "bytes a second that copying a worker's shard into the vault may take at most; 0 for no limit"
+    )
     transient_retries: int = _setting(
         3, "times the communicators are re-formed with the same nodes for errors that no loss explains"
     )
@@ -113,6 +116,8 @@ class DeadpoolConfig:
             raise ConfigError("--deadpool-snapshot-interval must be 1 or more iterations")
         if not 0 <= self.metrics_port < 65536:
             raise ConfigError(f"--deadpool-metrics-port must be 0 (none) to 65535, not {self.metrics_port}")
+        if not 0 <= self.copy_bandwidth < math.inf:
+            raise ConfigError("--deadpool-copy-bandwidth must be 0 (no limit) or more bytes a second, and finite")
         if self.slice_bytes < 4096:
             raise ConfigError("--deadpool-slice-bytes must be 4096 or more bytes")
 

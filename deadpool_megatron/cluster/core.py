@@ -344,6 +344,10 @@ class Core:
             blocked_s=record.blocked_s,
             copied_bytes=record.copied_bytes,
             skipped_generations=record.skipped_generations,
+            stall_s=record.stall_s,
+            device_stall_s=record.device_stall_s,
+            copied_s=record.copied_s,
+            copy_bandwidth=record.copy_bandwidth,
         )
 
     def _node_commit(self, record: r.Committed) -> None:

@@ -49,9 +49,10 @@ def install(*, force: bool = False) -> None:
             f"{torch.cuda.device_count()} real GPU(s) are visible here: run without CPU emulation, or hide them with "
             "CUDA_VISIBLE_DEVICES="
         )
-    from deadpool_megatron.emulation import device, imports, tensors
+    from deadpool_megatron.emulation import collectives, device, imports, tensors
 
     device.install()
     tensors.install()
     imports.install()
+    collectives.install()
     _installed = True

@@ -277,7 +277,7 @@ class Hooks:
 
     def _backward_step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         if self.trainer is not None:
-            self.trainer.tick()
+            self.trainer.tick(backward=True)
         return original(*args, **kwargs)
 
     def _checkpoint_and_decide_exit(self, original: Any, *args: Any, **kwargs: Any) -> Any:

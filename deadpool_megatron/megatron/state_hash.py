@@ -39,7 +39,5 @@ def digests(args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -
     _update(parts["rng"], "device", torch.cuda.get_rng_state())
     for name, state in sorted(tensor_parallel.get_cuda_rng_tracker().get_states().items()):
         _update(parts["rng"], name, state.get_state() if isinstance(state, torch.Generator) else state)
-    parts["data"].update(
-        repr((args.consumed_train_samples, args.consumed_valid_samples, scheduler.num_steps)).encode()
-    )
+    parts["data"].update(repr((args.consumed_train_samples, args.consumed_valid_samples, scheduler.num_steps)).encode())
     return {name: sha.hexdigest() for name, sha in parts.items()}

@@ -17,13 +17,14 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.workers import PARENT_PID
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.config import DeadpoolConfig
+from deadpool_megatron.megatron.links import Links
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import reset_after_abort, synchronize_parameters
 from deadpool_megatron.megatron.small_state import SmallState
 from deadpool_megatron.megatron.support import UserError
-from deadpool_megatron.megatron.unique_state import UniqueState
+from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
 from deadpool_megatron.recovery import Refused, Session
-from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, ShardPlan, Snapshotter
+from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
 from deadpool_megatron.vault import EMPTY, SlotWriter, Version
 
 __all__ = ["EpochClosed", "MegatronTrainer"]
@@ -72,12 +73,19 @@ class MegatronTrainer:
         self._small = self.small_state.capture(args.iteration)
         self._small_generation = -1
         self._replays = [_under_rerun(each) for each in _flatten(iterators)]
+        self._expected = expected_bytes(model, optimizer)
+        print(
+            f"deadpool: rank {self.rank} copies {self._plan.nbytes:,} bytes of unique state a generation, in "
+            f"{len(self._plan.segments)} pieces; {self._expected:,} by the arithmetic",
+            flush=True,
+        )
         try:
             path = session.request_arena(self.rank, self._plan.nbytes, len(self._small))
         except Refused as err:
             raise UserError(str(err)) from None
         self._writer = SlotWriter(path, doorbell)
-        self._snapshotter = Snapshotter(self._plan, self._writer, _engine(self._plan))
+        self._snapshotter = Snapshotter(self._plan, self._writer, _engine(), Pacing(config.copy_bandwidth))
+        self._links = Links(args, model)
         self.live_generation: int | None = None
         self._ticks = 0
         self._blocked = 0.0
@@ -141,20 +149,20 @@ class MegatronTrainer:
         self._ticks = 0
         self._fault = next((f for f in session.armed if f.iteration == iteration and self._hits(f)), None)
         if iteration % self._config.snapshot_interval == 0 and self._first != (session.joined_epoch, iteration):
-            self._snapshotter.open(session.joined_epoch, iteration, self._small)
+            self._snapshotter.open(session.joined_epoch, iteration, self._small, self._links.opened())
         if self._resumed_epoch != session.joined_epoch:
             self._resumed_epoch = session.joined_epoch
             session.step("resumed", session.joined_epoch, iteration)
         self._blocked = time.perf_counter() - start
 
-    def tick(self) -> None:
+    def tick(self, backward: bool = False) -> None:
         """A forward or backward pass begins: copy the next slices, leave if the epoch is over."""
         start = time.perf_counter()
         self._ticks += 1
         if self._fault is not None and self._ticks >= self._fault.tick:
             self._strike(self._fault)
         self.check()
-        self._snapshotter.tick()
+        self._snapshotter.tick(self._links.busy(backward))
         self._blocked += time.perf_counter() - start
 
     def check(self) -> None:
@@ -185,7 +193,7 @@ class MegatronTrainer:
             return
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             return
-        stats = self._snapshotter.stats
+        stats = self._snapshotter.account()
         self._session.tell(
             r.Iteration(
                 0,
@@ -198,6 +206,10 @@ class MegatronTrainer:
                 self._blocked,
                 stats.copied_bytes,
                 stats.skipped,
+                stats.gate_s,
+                stats.device_stall_s,
+                stats.copied_s,
+                stats.bandwidth,
             )
         )
 
@@ -280,8 +292,10 @@ def _emulated() -> bool:
     return emulation.is_installed()
 
 
-def _engine(plan: ShardPlan) -> CopyEngine:
-    return HostCopyEngine() if _emulated() or not torch.cuda.is_available() else CudaCopyEngine()
+def _engine() -> CopyEngine:
+    if _emulated() or not torch.cuda.is_available():
+        return HostCopyEngine()
+    return CudaCopyEngine()
 
 
 def _flatten(iterators: Iterable[Any]) -> Iterator[Any]:

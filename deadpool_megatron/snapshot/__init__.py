@@ -1,15 +1,16 @@
 """The snapshot: what of a coordinate's state is copied, when, and how it gets into the vault."""
 
-from .cuda_engine import CudaCopyEngine, CudaCopyError
-from .engine import CopyEngine, HostCopyEngine
+from .cuda_engine import CudaCopyEngine
+from .engine import CopyEngine, CopyError, HostCopyEngine
+from .pacing import Pacing
 from .plan import Segment, ShardPlan
 from .small import SmallStateError, capture_host_rng, decode, encode, restore_host_rng
-from .snapshotter import Pacing, SnapshotStats, Snapshotter
+from .snapshotter import SnapshotStats, Snapshotter
 
 __all__ = [
     "CopyEngine",
+    "CopyError",
     "CudaCopyEngine",
-    "CudaCopyError",
     "HostCopyEngine",
     "Pacing",
     "Segment",

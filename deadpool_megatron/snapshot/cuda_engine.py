@@ -1,50 +1,55 @@
-"""Copies from a CUDA device, on a side stream, with no wait of the host.
+"""Copies from a CUDA device, on a side stream of the lowest priority, with no wait of the host.
 
     training thread  | begin: side waits for compute | copy: memcpyAsync, event | gate: compute waits for side
     side stream      |                               |  slices                  |
     publisher thread |                               |  event.synchronize() (no GIL) -> publish, complete
 
-Written for a machine with a GPU; has not been run on one yet.
+The gate is on the device: an event that the caller's stream waits for, before the first kernel that changes the state.
+What that wait costs is measured on the device too, with a pair of timed events around it.
+
+Written from the sources of torch and the CUDA runtime; tests/gpu runs it where there is a GPU.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from deadpool_megatron.vault import Slot, SlotWriter
+from deadpool_megatron.vault import Slot, SlotWriter, VaultError
 
-from .engine import slot_views
+from .engine import CopyError, CopyTotals, slot_views
 from .plan import ShardPlan
 
-__all__ = ["CudaCopyEngine", "CudaCopyError"]
+__all__ = ["CudaCopyEngine"]
 
-_REGISTER_PORTABLE = 1
+_REGISTER_PORTABLE: Final = 1
+_GATES: Final = 4  # gates whose device stall has not been read yet; read an iteration later, when they are long over
 
 
 def _runtime() -> Any:
     return torch.cuda.cudart()
 
 
-class CudaCopyError(RuntimeError):
-    """The CUDA runtime refused something the copy engine needs."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Landed:
-    """What the publisher does once ``event`` has happened: publish ``end`` bytes, or with None complete the slot."""
+    """What the publisher does once ``event`` has happened: publish ``end`` bytes, or complete the slot."""
 
     turn: int
     event: torch.cuda.Event
-    end: int | None
+    end: int
+    nbytes: int
+    asked_at: float
+    completes: bool
 
 
 class CudaCopyEngine:
-    """A `CopyEngine` for tensors on one CUDA device.
+    """A `CopyEngine` for tensors on one CUDA device, and some on the host beside them.
 
     The arena is page-locked in place (cudaHostRegister), so that the copy engine of the device writes into the
     agent's shared memory directly and asynchronously. The memory is the agent's: it stays when this process dies.
@@ -53,16 +58,23 @@ class CudaCopyEngine:
         device: the device of the tensors; None for the current one.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.totals = CopyTotals()
+        self._clock = clock
         self._device = device or torch.device("cuda", torch.cuda.current_device())
         with torch.cuda.device(self._device):
-            self._stream = torch.cuda.Stream(priority=0)  # 0 is CUDA's lowest
+            self._stream = torch.cuda.Stream(priority=torch.cuda.Stream.priority_range()[0])
         self._writer: SlotWriter | None = None
-        self._pairs: list[list[tuple[torch.Tensor, torch.Tensor, int]]] = []
-        self._current: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self._sources: list[torch.Tensor] = []
+        self._places: list[list[torch.Tensor]] = []
+        self._ends: list[int] = []
+        self._slot = 0
+        self._turn = -1  # of the slot being copied; what the publisher finds of an older turn is void
+        self._asked: tuple[int, int] = (0, 0)  # the last segments: `finish` follows, and one event serves both
         self._events: list[torch.cuda.Event] = []
         self._used = 0
-        self._turn = 0  # of the slot being copied; what the publisher finds of an older turn is void
+        self._gates: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._gated = 0  # gates passed so far
         self._queue: queue.SimpleQueue[_Landed | threading.Event | None] = queue.SimpleQueue()
         self._last: torch.cuda.Event | None = None
         self._publisher: threading.Thread | None = None
@@ -70,64 +82,72 @@ class CudaCopyEngine:
         self._registered = 0
 
     def bind(self, plan: ShardPlan, writer: SlotWriter) -> None:
-        """Page-lock the arena, make the views of the slots and start the publisher. Raises CudaCopyError."""
+        """Page-lock the arena, make views and events, and start the publisher. Raises CopyError."""
         self._writer = writer
         address, size = writer.arena.address, len(writer.arena.view)
         with torch.cuda.device(self._device):
             error = _runtime().cudaHostRegister(address, size, _REGISTER_PORTABLE)
         if int(error) != 0:
-            raise CudaCopyError(
+            raise CopyError(
                 f"cannot page-lock the {size} bytes of {writer.arena.path} (cudaHostRegister: {error}); "
                 "raise the locked-memory limit (ulimit -l unlimited) on this node"
             )
         self._registered = address
-        self._pairs = [
-            [
-                (place, segment.tensor, segment.end)
-                for place, segment in zip(slot_views(plan, slot), plan.segments, strict=True)
-            ]
-            for slot in writer.arena.slots
+        self._sources = [segment.tensor for segment in plan.segments]
+        self._ends = [segment.end for segment in plan.segments]
+        self._places = [slot_views(plan, slot) for slot in writer.arena.slots]
+        # one event a copy call at most, and one for the end; made now, used again every generation
+        self._events = [torch.cuda.Event(blocking=True) for _ in range(len(plan.segments) + 2)]
+        self._gates = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(_GATES)
         ]
-        # one event a copy call at most, and one for the gate; made now, used again every generation
-        self._events = [torch.cuda.Event(blocking=True) for _ in range(len(plan.segments) + 1)]
         self._publisher = threading.Thread(target=self._publish, name="deadpool-publisher", daemon=True)
         self._publisher.start()
 
     def begin(self, slot: Slot) -> None:
-        """See `CopyEngine.begin`. The side stream waits (on the device) for the last update of the tensors.
-
-        Waits on the host for the generation before only if its copies have not landed yet, which the gate has made
-        the compute stream wait for already.
-        """
-        self._raise_failure()
-        self._current = self._pairs[slot.index]
-        self._turn = slot.turn
-        self._used = 0
+        """See `CopyEngine.begin`. The side stream waits (on the device) for the last update of the tensors."""
+        self._slot, self._turn = slot.index, slot.turn
+        self._asked, self._used, self._last = (0, 0), 0, None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def copy(self, first: int, last: int) -> None:
-        """See `CopyEngine.copy`. Returns once the copies are queued."""
+        """See `CopyEngine.copy`. One call for all segments; returns once they are queued."""
         if first >= last:
             return
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            for place, source, _ in self._current[first:last]:
-                place.copy_(source, non_blocking=True)
-        self._landed(self._current[last - 1][2])
+            torch._foreach_copy_(self._places[self._slot][first:last], self._sources[first:last], non_blocking=True)
+        if last == len(self._sources):
+            self._asked = (first, last)
+        else:
+            self._record(first, last, False)
 
     def finish(self) -> None:
         """See `CopyEngine.finish`. Returns at once; the publisher completes the slot when the last copy has landed."""
-        self._last = self._landed(None)
+        self._last = self._record(*self._asked, True)
 
     def gate(self) -> None:
         """See `CopyEngine.gate`. The caller's stream waits for the copies, on the device."""
-        if self._last is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._last)
+        if self._last is None:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._last.query():
+            self.totals.device_stall_s = 0.0
+            return  # all has landed already: there is nothing to wait for
+        before, after = self._gates[self._gated % _GATES]
+        if self._gated >= _GATES and after.query():
+            self.totals.device_stall_s = before.elapsed_time(after) / 1000.0
+        before.record(stream)
+        stream.wait_event(self._last)
+        after.record(stream)
+        self._gated += 1
 
-    def _landed(self, end: int | None) -> torch.cuda.Event:
+    def _record(self, first: int, last: int, completes: bool) -> torch.cuda.Event:
         event = self._events[self._used]
         self._used += 1
         event.record(self._stream)
-        self._queue.put(_Landed(self._turn, event, end))
+        before = self._ends[first - 1] if first else 0
+        end = self._ends[last - 1] if last else 0
+        self._queue.put(_Landed(self._turn, event, end, end - before, self._clock(), completes))
         return event
 
     def give_up(self) -> None:
@@ -139,9 +159,15 @@ class CudaCopyEngine:
             self._writer.abandon()
 
     def settle(self) -> None:
-        """See `CopyEngine.settle`. Raises what the publisher met."""
-        self._drain()
-        self._raise_failure()
+        """See `CopyEngine.settle`.
+
+        Waits on the host only where the host has run ahead of copies that the compute stream waits for already.
+        """
+        if self._writer is not None and self._writer.slot is not None:
+            self._drain()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise CopyError(f"copying a shard to the vault failed: {failure}") from failure
 
     def _drain(self) -> None:
         if self._publisher is not None and self._publisher.is_alive():
@@ -153,8 +179,8 @@ class CudaCopyEngine:
         """See `CopyEngine.restore`."""
         with torch.no_grad(), torch.cuda.stream(self._stream):
             self._stream.wait_stream(torch.cuda.default_stream(self._device))
-            for place, target, _ in self._pairs[slot.index]:
-                target.copy_(place, non_blocking=True)
+            if self._sources:
+                torch._foreach_copy_(self._sources, self._places[slot.index], non_blocking=True)
         self._stream.synchronize()
 
     def close(self) -> None:
@@ -164,19 +190,17 @@ class CudaCopyEngine:
             self._publisher.join()
             self._publisher = None
         self._stream.synchronize()
-        self._pairs.clear()
-        self._current = []
+        self._places.clear()
+        self._sources = []
         if self._registered:
             _runtime().cudaHostUnregister(self._registered)
             self._registered = 0
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise CudaCopyError(f"copying a shard to the vault failed: {failure}") from failure
+    # ---- the publisher thread
 
     def _publish(self) -> None:
-        """The publisher thread. `event.synchronize` releases the GIL, so training is not held up."""
+        """`event.synchronize` releases the GIL, so training is not held up."""
+        landed_at = 0.0
         while True:
             landed = self._queue.get()
             if landed is None:
@@ -186,12 +210,18 @@ class CudaCopyEngine:
                 continue
             try:
                 landed.event.synchronize()
+                now = self._clock()
+                self.totals.landed_bytes += landed.nbytes
+                self.totals.busy_s += now - max(landed_at, landed.asked_at)
+                self.totals.cpu_s = time.thread_time()
+                landed_at = now
                 writer = self._writer
                 if writer is None or landed.turn != self._turn or writer.slot is None:
                     continue
-                if landed.end is None:
+                if landed.completes:
                     writer.complete()
+                    self.totals.complete_at = now
                 else:
                     writer.publish(landed.end)
-            except RuntimeError as err:  # CUDA and vault errors alike: told to the training thread, which ends the slot
+            except (RuntimeError, VaultError) as err:  # told to the training thread, which raises it in `settle`
                 self._failure = err

@@ -1,8 +1,21 @@
-"""How bytes get from tensors into the open slot of the vault, and back."""
+"""How bytes get from tensors into the open slot of the vault, and back.
+
+    training thread  | begin | copy copy ... | finish | ...           | gate: waits for what is left
+    copier thread    |       |  slices, publish, ...  | complete      |
+
+The host's engine copies a little at once where it stands, since waking a thread would cost more; larger slices go to
+the copier thread, which runs while training waits for a peer. Copying releases the GIL. The copier has the priority of
+training: a lesser one would be put aside while it holds the GIL.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 import torch
 
@@ -10,7 +23,29 @@ from deadpool_megatron.vault import Slot, SlotWriter
 
 from .plan import Segment, ShardPlan
 
-__all__ = ["CopyEngine", "HostCopyEngine", "slot_views"]
+__all__ = ["CopyEngine", "CopyError", "CopyTotals", "HostCopyEngine", "slot_views"]
+
+_INLINE: Final = 1 << 20  # bytes that are copied sooner than a thread is woken
+
+
+class CopyError(RuntimeError):
+    """Copying a shard into the vault failed in the background; the generation is not complete."""
+
+
+@dataclass(slots=True)
+class CopyTotals:
+    """What an engine has done since it was made. Written by its background thread, read by anybody.
+
+    ``busy_s`` is the time something was under way, ``complete_at`` the clock when the last slot was complete,
+    ``device_stall_s`` what a device's stream waited at the last gate (0 for the host's), ``cpu_s`` CPU seconds of the
+    background thread.
+    """
+
+    landed_bytes: int = 0
+    busy_s: float = 0.0
+    complete_at: float = 0.0
+    device_stall_s: float = 0.0
+    cpu_s: float = 0.0
 
 
 class CopyEngine(Protocol):
@@ -19,6 +54,8 @@ class CopyEngine(Protocol):
     One thread calls. Between `begin` and the end of `gate` the tensors must change only after the gate.
     """
 
+    totals: CopyTotals
+
     def bind(self, plan: ShardPlan, writer: SlotWriter) -> None:
         """Make everything that is made once: views of both slots, registrations. May block and allocate."""
 
@@ -26,19 +63,22 @@ class CopyEngine(Protocol):
         """The writer has just opened ``slot``. Work on an earlier slot that was not gated is given up first."""
 
     def copy(self, first: int, last: int) -> None:
-        """Copy segments [first, last) and publish them when they are there. Asynchronous engines return at once."""
+        """Copy segments [first, last) and publish them when they are there. Returns at once."""
 
     def finish(self) -> None:
-        """The last copy has been queued: complete the slot when it is there. Returns at once."""
+        """The last copy has been asked for: complete the slot when it is there. Returns at once."""
 
     def gate(self) -> None:
-        """After `finish`: whatever the caller's stream does from now on happens after the copies. Blocks no host."""
+        """After `finish`: whatever the caller's stream does from now on happens after the copies.
+
+        An engine for a device blocks no host; the host's waits until its copies have landed.
+        """
 
     def give_up(self) -> None:
         """Leave the slot unfinished. Blocks until no copy writes to it any more."""
 
     def settle(self) -> None:
-        """Block until every finished slot is complete."""
+        """Block until every finished slot is complete. Raises CopyError for what the background thread met."""
 
     def restore(self, slot: Slot) -> None:
         """Copy a whole shard from ``slot`` into the tensors. Blocks until it is done."""
@@ -62,63 +102,145 @@ def _place(flat: torch.Tensor, segment: Segment) -> torch.Tensor:
     return place.view(segment.tensor.dtype).view(segment.tensor.shape)
 
 
-class HostCopyEngine:
-    """For tensors in host memory: copies are synchronous and published at once."""
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Segments [first, last) of the slot opened in ``turn``; the last one of a shard completes it."""
 
-    def __init__(self) -> None:
-        self._plan: ShardPlan | None = None
+    turn: int
+    index: int
+    first: int
+    last: int
+    completes: bool
+
+
+class HostCopyEngine:
+    """For tensors in host memory. `totals.busy_s` is time of copying, on either thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.totals = CopyTotals()
+        self._clock = clock
         self._writer: SlotWriter | None = None
-        self._pairs: list[list[tuple[torch.Tensor, torch.Tensor, int]]] = []
-        self._current: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self._sources: list[torch.Tensor] = []
+        self._places: list[list[torch.Tensor]] = []
+        self._ends: list[int] = []
+        self._queue: queue.SimpleQueue[_Slice | threading.Event | None] = queue.SimpleQueue()
+        self._queued = 0  # slices given to the copier; written by the training thread
+        self._done = 0  # slices it is through with; written by the copier thread
+        self._index = 0
+        self._turn = -1  # of the slot being copied; slices of an older turn are void
+        self._rest: tuple[int, int] = (0, 0)  # the last segments: `finish` follows, and both go at once
+        self._drained = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
 
     def bind(self, plan: ShardPlan, writer: SlotWriter) -> None:
-        """See `CopyEngine.bind`."""
-        self._plan, self._writer = plan, writer
-        self._pairs = [
-            [
-                (place, segment.tensor, segment.end)
-                for place, segment in zip(slot_views(plan, slot), plan.segments, strict=True)
-            ]
-            for slot in writer.arena.slots
-        ]
+        """See `CopyEngine.bind`. Starts the copier thread."""
+        self._writer = writer
+        self._sources = [segment.tensor for segment in plan.segments]
+        self._ends = [segment.end for segment in plan.segments]
+        self._places = [slot_views(plan, slot) for slot in writer.arena.slots]
+        self._thread = threading.Thread(target=self._run, name="deadpool-copier", daemon=True)
+        self._thread.start()
 
     def begin(self, slot: Slot) -> None:
         """See `CopyEngine.begin`."""
-        self._current = self._pairs[slot.index]
+        self._index, self._turn, self._rest = slot.index, slot.turn, (0, 0)
 
     def copy(self, first: int, last: int) -> None:
-        """See `CopyEngine.copy`. Blocks for the copy."""
-        if first >= last:
-            return
-        with torch.no_grad():
-            for place, source, _ in self._current[first:last]:
-                place.copy_(source)
-        if self._writer is not None:
-            self._writer.publish(self._current[last - 1][2])
+        """See `CopyEngine.copy`. Less than a MiB is there when this returns, if nothing is under way."""
+        if last == len(self._sources):
+            self._rest = (first, last)
+        elif first < last:
+            self._hand(_Slice(self._turn, self._index, first, last, False))
 
     def finish(self) -> None:
         """See `CopyEngine.finish`."""
-        if self._writer is not None:
-            self._writer.complete()
+        self._hand(_Slice(self._turn, self._index, *self._rest, True))
+        self._rest = (0, 0)
 
     def gate(self) -> None:
-        """Nothing is ever outstanding."""
+        """See `CopyEngine.gate`. Waits for the copier thread."""
+        self._drain()
 
     def give_up(self) -> None:
         """See `CopyEngine.give_up`."""
+        self._turn = -1
+        self._drain()
         if self._writer is not None:
             self._writer.abandon()
 
     def settle(self) -> None:
-        """Nothing is ever outstanding."""
+        """See `CopyEngine.settle`."""
+        self._drain()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise CopyError(f"copying a shard into the vault failed: {failure}") from failure
 
     def restore(self, slot: Slot) -> None:
         """See `CopyEngine.restore`."""
-        with torch.no_grad():
-            for place, target, _ in self._pairs[slot.index]:
-                target.copy_(place)
+        if self._sources:
+            with torch.no_grad():
+                torch._foreach_copy_(self._sources, self._places[slot.index])
 
     def close(self) -> None:
-        """Let go of the views of the slots."""
-        self._pairs.clear()
-        self._current = []
+        """End the copier thread and let go of the views of the slots."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+        self._places.clear()
+        self._sources = []
+
+    def _hand(self, work: _Slice) -> None:
+        before = self._ends[work.first - 1] if work.first else 0
+        small = work.first == work.last or self._ends[work.last - 1] - before < _INLINE
+        if small and self._queued == self._done:
+            self._do(work)
+        else:
+            self._queued += 1
+            self._queue.put(work)
+
+    def _drain(self) -> None:
+        if self._queued != self._done and self._thread is not None and self._thread.is_alive():
+            self._drained.clear()
+            self._queue.put(self._drained)
+            self._drained.wait()
+
+    def _do(self, work: _Slice) -> None:
+        writer, start = self._writer, self._clock()
+        if writer is None or work.turn != self._turn:
+            return
+        before = self._ends[work.first - 1] if work.first else 0
+        if work.first < work.last:
+            with torch.no_grad():
+                torch._foreach_copy_(
+                    self._places[work.index][work.first : work.last], self._sources[work.first : work.last]
+                )
+            if work.turn != self._turn:
+                return
+        totals, now = self.totals, self._clock()
+        if work.first < work.last:
+            totals.landed_bytes += self._ends[work.last - 1] - before
+            totals.busy_s += now - start
+        if work.completes:
+            writer.complete()
+            totals.complete_at = now
+        else:
+            writer.publish(self._ends[work.last - 1])
+
+    # ---- the copier thread
+
+    def _run(self) -> None:
+        while True:
+            work = self._queue.get()
+            if work is None:
+                return
+            if isinstance(work, threading.Event):
+                work.set()
+                continue
+            try:
+                self._do(work)
+            except (RuntimeError, ValueError) as err:  # told to the training thread, which raises it in `settle`
+                self._failure = err
+            self._done += 1
+            self.totals.cpu_s = time.thread_time()

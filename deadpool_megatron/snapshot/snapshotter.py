@@ -1,7 +1,7 @@
 """When to copy: opens a generation, spends a share of the copying at each tick, and closes before the first mutation.
 
-open(epoch, g, small)   start of iteration g: small state captured, slot opened
-tick() tick() tick()    between microbatches: some slices each, so that all is copied in the first half of the ticks
+open(epoch, g, small)   start of iteration g: small state captured, slot opened, the first slices
+tick() tick() tick()    between microbatches: further slices, as `Pacing` says
 gate()                  before optimizer.step: the rest; nothing may change the tensors before it returns (on a
                         device: before the caller's stream gets past it)
 """
@@ -9,44 +9,27 @@ gate()                  before optimizer.step: the rest; nothing may change the 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from deadpool_megatron.vault import NotHeld, SlotWriter, VaultError, Version
 
 from .engine import CopyEngine
+from .pacing import Pacing
 from .plan import ShardPlan
 
-__all__ = ["Pacing", "SnapshotStats", "Snapshotter"]
-
-
-@dataclass(slots=True)
-class Pacing:
-    """How the copying of a shard is spread over the ticks of an iteration.
-
-    Attributes:
-        share: the part of an iteration's ticks in which all should be copied: early, since a failure before the commit
-            costs an iteration more, and since the optimizer step must not wait.
-        expected_ticks: ticks of an iteration; learned from the iteration before, 0 when not known yet.
-        least: bytes copied at a tick at least, if that many are left: spreading less gains nothing and commits later.
-    """
-
-    share: float = 0.5
-    expected_ticks: int = 0
-    least: int = 4 << 20
-
-    def budget(self, remaining: int, tick: int) -> int:
-        """Bytes to copy at tick ``tick`` (from 0) when ``remaining`` are left; everything while ticks are unknown."""
-        left = int(self.expected_ticks * self.share) - tick
-        return remaining if left <= 1 else max(min(self.least, remaining), -(-remaining // left))
+__all__ = ["SnapshotStats", "Snapshotter"]
 
 
 @dataclass(slots=True)
 class SnapshotStats:
-    """One iteration's account. Times are seconds of the training thread.
+    """One iteration's account. Times are seconds.
 
-    ``tick_s`` is spent in ticks, ``stall_s`` in the gate, ``open_s`` in opening; ``skipped`` counts all generations
-    skipped so far because no slot was free.
+    ``open_s``, ``tick_s`` and ``gate_s`` are spent by the training thread, in opening, in ticks and at the gate. The
+    gate's is the host's stall; ``device_stall_s`` is what a device's stream waited there. ``copied_s`` is from the
+    opening until the shard was complete in the own slot (0 while it is not), ``bandwidth`` bytes a second while copies
+    were under way. ``skipped`` counts all generations skipped so far because no slot was free.
     """
 
     generation: int = -1
@@ -54,7 +37,10 @@ class SnapshotStats:
     ticks: int = 0
     open_s: float = 0.0
     tick_s: float = 0.0
-    stall_s: float = 0.0
+    gate_s: float = 0.0
+    device_stall_s: float = 0.0
+    copied_s: float = 0.0
+    bandwidth: float = 0.0
     skipped: int = 0
 
 
@@ -86,8 +72,11 @@ class Snapshotter:
         self._pacing = pacing or Pacing()
         self._clock = clock
         self._ends = [segment.end for segment in plan.segments]
-        self._next = self._last = len(self._ends)  # segments still to be copied: [next, last)
+        self._next = self._last = len(self._ends)  # segments still to be asked for: [next, last)
+        self._asked = 0  # bytes of this generation asked for
         self._open = False
+        self._opened_at = 0.0
+        self._landed_before = self._busy_before = 0.0
         self._stats = SnapshotStats()
         engine.bind(plan, writer)
 
@@ -101,37 +90,46 @@ class Snapshotter:
         """A generation is being taken."""
         return self._open
 
-    def open(self, epoch: int, generation: int, small: bytes) -> bool:
+    def open(self, epoch: int, generation: int, small: bytes, busy: bool = False) -> bool:
         """Begin generation ``generation``; False when it is skipped (no slot is free), which costs nothing.
 
-        A generation that was not gated is given up. Raises StaleEpoch, VaultError (small state too large).
+        ``busy`` is that of `tick`. A generation that was not gated is given up. Raises StaleEpoch, VaultError (small
+        state too large), CopyError.
         """
         start = self._clock()
         if self._open:
             self.give_up()
         self._engine.settle()
+        self._note_bandwidth()
         slot = self._writer.open(epoch, generation, small)
-        stats = SnapshotStats(generation, skipped=self._writer.skipped)
+        stats = self._stats = SnapshotStats(generation, skipped=self._writer.skipped)
         if slot is not None:
             self._engine.begin(slot)
             self._open = True
-            self._next = 0
+            self._next = self._asked = 0
+            self._opened_at = start
+            totals = self._engine.totals
+            self._landed_before, self._busy_before = totals.landed_bytes, totals.busy_s
             stats.copied_bytes = len(small)
+            self._pacing.begin(start)
             if not self._last:
                 self._engine.finish()
+            else:
+                self._ask(start, busy)
         stats.open_s = self._clock() - start
-        self._stats = stats
         return slot is not None
 
-    def tick(self) -> None:
-        """Copy the next slices, if any. Between two microbatches; the tensors hold still."""
+    def tick(self, busy: bool = False) -> None:
+        """Copy the next slices, if any. Between two microbatches; the tensors hold still.
+
+        ``busy``: training will use the links that copies go over until the next tick.
+        """
         stats = self._stats
         stats.ticks += 1
-        if self._next == self._last:
+        if not self._open:
             return
         start = self._clock()
-        done = self._ends[self._next - 1] if self._next else 0
-        self._copy(done + self._pacing.budget(self._plan.nbytes - done, stats.ticks - 1))
+        self._ask(start, busy)
         stats.tick_s += self._clock() - start
 
     def gate(self) -> None:
@@ -140,12 +138,22 @@ class Snapshotter:
         if not self._open:
             return
         start = self._clock()
+        self._pacing.close(start)
         if self._next < self._last:
             self._copy(self._plan.nbytes)
         self._engine.gate()
         self._open = False
-        self._pacing.expected_ticks = stats.ticks
-        stats.stall_s += self._clock() - start
+        stats.gate_s = self._clock() - start
+
+    def account(self) -> SnapshotStats:
+        """`stats` with what is known of the copies by now."""
+        stats, totals = self._stats, self._engine.totals
+        if totals.complete_at > self._opened_at:
+            stats.copied_s = totals.complete_at - self._opened_at
+        busy = totals.busy_s - self._busy_before
+        stats.bandwidth = (totals.landed_bytes - self._landed_before) / busy if busy > 0 else 0.0
+        stats.device_stall_s = totals.device_stall_s
+        return stats
 
     def give_up(self) -> None:
         """Leave the open generation unfinished (an abort). Blocks until no copy is under way."""
@@ -173,15 +181,26 @@ class Snapshotter:
         self.give_up()
         self._engine.close()
 
+    def _note_bandwidth(self) -> None:
+        totals = self._engine.totals
+        self._pacing.landed(int(totals.landed_bytes - self._landed_before), totals.busy_s - self._busy_before)
+        self._landed_before, self._busy_before = totals.landed_bytes, totals.busy_s
+
+    def _ask(self, now: float, busy: bool) -> None:
+        remaining = self._plan.nbytes - (self._ends[self._next - 1] if self._next else 0)
+        backlog = max(0, self._asked - int(self._engine.totals.landed_bytes - self._landed_before))
+        wanted = self._pacing.ask(now, remaining if self._next < self._last else 0, backlog, busy)
+        if wanted:
+            self._copy(self._plan.nbytes - remaining + wanted)
+
     def _copy(self, until: int) -> None:
         """Copy whole segments until byte ``until`` of the shard is reached; one segment at least."""
         first = self._next
-        last = first + 1
-        while last < self._last and self._ends[last - 1] < until:
-            last += 1
+        last = min(self._last, 1 + max(first, bisect_left(self._ends, until)))
+        self._next = last
         self._engine.copy(first, last)
         before = self._ends[first - 1] if first else 0
+        self._asked += self._ends[last - 1] - before
         self._stats.copied_bytes += self._ends[last - 1] - before
-        self._next = last
         if last == self._last:
             self._engine.finish()  # at once, not at the gate: the commit begins when the last byte is there

@@ -143,8 +143,7 @@ def _unsupported() -> list[tuple[str, str]]:
 
 BAD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": ["local", "transformer_engine"],
-    "optimizer": ["muon", "dist_muon"],
-    "num_distributed_optimizer_instances": [2],
+    "optimizer": ["soap"],
     "fp8": ["hybrid"],
     "fp4": ["e2m1"],
     "iterations_to_skip": [[3]],

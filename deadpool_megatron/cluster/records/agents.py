@@ -143,7 +143,7 @@ class Iteration(Record, frozen=True):
     """The coordinate that knows the loss has finished an iteration.
 
     ``losses`` are hexadecimal floats (exact); ``blocked_s`` is the time this rank's training thread spent in
-    DeadPool in this iteration, ``seconds`` the whole iteration.
+    DeadPool in this iteration, ``seconds`` the whole iteration. The rest is `snapshot.SnapshotStats` of this rank.
     """
 
     node: int
@@ -156,6 +156,10 @@ class Iteration(Record, frozen=True):
     blocked_s: float
     copied_bytes: int
     skipped_generations: int
+    stall_s: float = 0.0
+    device_stall_s: float = 0.0
+    copied_s: float = 0.0
+    copy_bandwidth: float = 0.0
 
 
 class FetchFailed(Record, frozen=True):
