@@ -151,7 +151,6 @@ BAD_VALUES: dict[str, list[object]] = {
 GOOD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": [None, "none"],
     "optimizer": ["adam", "sgd"],
-    "num_distributed_optimizer_instances": [1, None],
     "fp8": [None],
     "fp4": [None],
     "iterations_to_skip": [[], None],

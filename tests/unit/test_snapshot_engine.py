@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from deadpool_megatron.snapshot import CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
+from deadpool_megatron.snapshot import HostCopyEngine, Pacing, ShardPlan, Snapshotter
 from deadpool_megatron.vault import ChecksumMismatch, NotHeld, SlotWriter, Vault, VaultError, Version
 
 MIB = 1 << 20
@@ -183,24 +183,3 @@ def test_an_idle_tick_costs_less_than_a_few_microseconds(vault: Vault) -> None:
         rounds.append((time.perf_counter() - start) / 1000)
     print(f"idle tick: {statistics.median(rounds) * 1e9:.0f} ns")
     assert min(rounds) < 5e-6
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_cuda_engine_restores_bitwise(vault: Vault) -> None:
-    tensors = [(name, tensor.cuda()) for name, tensor in items()]
-    plan = ShardPlan(tensors)
-    writer = SlotWriter(vault.allocate_own(0, plan.nbytes, 1000).path)
-    engine = CudaCopyEngine()
-    snapshotter = Snapshotter(plan, writer, engine)
-    before = [tensor.clone() for _, tensor in tensors]
-    assert snapshotter.open(0, 5, b"small")
-    snapshotter.tick()
-    snapshotter.gate()
-    for _, tensor in tensors:
-        tensor.zero_()  # ordered after the copies by the gate
-    engine.settle()
-    settle(vault)
-    snapshotter.restore(Version(0, 5))
-    for (name, tensor), kept in zip(tensors, before, strict=True):
-        assert torch.equal(tensor, kept), name
-    snapshotter.close()
