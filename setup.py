@@ -51,7 +51,11 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]"],
         "plots": ["matplotlib"],
-        "dev": ["matplotlib", "tensorboard", "pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis"],
+        "muon": ["emerging-optimizers>=0.2"],
+        "dev": [
+            *["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis"],
+            *["matplotlib", "tensorboard", "einops", "emerging-optimizers"],
+        ],
     },
     entry_points={"console_scripts": ["deadpool = deadpool_megatron.cli:main"]},
 )
