@@ -225,6 +225,7 @@ class Coordinator:
                 ],
                 "generation": {"committed": core.committed},
                 "protection": core.protection.status(),
+                "snapshot": core.snapshots.summary(),
                 "coordinator_pid": os.getpid(),
             }
         )

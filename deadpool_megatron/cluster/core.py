@@ -21,6 +21,7 @@ import msgspec
 
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.accounting import SnapshotAccount
 from deadpool_megatron.cluster.agreement import NoCommonGeneration, agree
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.protection import Protection
@@ -132,6 +133,7 @@ class Core:
         self.protection = Protection(job.redundancy, job.domains)
         self.committed = -1
         self.iteration = -1
+        self.snapshots = SnapshotAccount()
         self.state_hashes: dict[int, dict[str, str]] = {}
         self._registered: dict[int, r.Registered] = {}
         self._kept: Version | None = None
@@ -300,7 +302,15 @@ class Core:
             )
         elif self.phase is Phase.STARTING and len(self._registered) == self.job.world_size:
             self.phase = Phase.RUNNING
-            self._emit("training", strategy=record.strategy, unique_bytes=record.unique_bytes)
+            for each in self._registered.values():
+                self.snapshots.registered(each)
+            self._emit(
+                "training",
+                strategy=record.strategy,
+                unique_bytes=record.unique_bytes,
+                planned_bytes=self.snapshots.planned_bytes,
+                expected_bytes=self.snapshots.expected_bytes,
+            )
             self._protect()
 
     def _protect(self) -> None:
@@ -348,6 +358,9 @@ class Core:
             device_stall_s=record.device_stall_s,
             copied_s=record.copied_s,
             copy_bandwidth=record.copy_bandwidth,
+            sent_bytes=record.sent_bytes,
+            send_bandwidth=record.send_bandwidth,
+            commit_s=self.snapshots.iterated(record, self._now),
         )
 
     def _node_commit(self, record: r.Committed) -> None:
@@ -360,7 +373,8 @@ class Core:
         if told.kept is not None and told.kept != self._kept:
             self._kept = told.kept
             self.committed = told.kept.generation
-            self._emit("committed", iteration=told.kept.generation)
+            seconds = self.snapshots.committed(told.kept.generation, self._now)
+            self._emit("committed", iteration=told.kept.generation, seconds=seconds)
             if self.protection.committed():
                 self._emit("protected", survives=self.protection.degree, iteration=told.kept.generation)
 
@@ -477,6 +491,7 @@ class Core:
             self._purpose = "save"
             self.assignment = plan
         self.epoch += 1
+        self.snapshots.forget()
         groups = self.protection.moved(self.assignment, self.coordinates, self._purpose == "resume")
         replaced = [rank for rank, slot in enumerate(self.assignment) if slot != old[rank]]
         self._emit(

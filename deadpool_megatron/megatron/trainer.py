@@ -7,7 +7,8 @@ import signal
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import asdict
+from typing import Any, ClassVar
 
 import torch
 from megatron.core import parallel_state
@@ -44,6 +45,8 @@ class MegatronTrainer:
         model: list of model chunks (DDP), as `train` gets it.
         iterators: the data iterators `train` gets, nested as they are.
     """
+
+    latest: ClassVar[MegatronTrainer | None] = None  # for measurements
 
     def __init__(
         self,
@@ -84,7 +87,8 @@ class MegatronTrainer:
         except Refused as err:
             raise UserError(str(err)) from None
         self._writer = SlotWriter(path, doorbell)
-        self._snapshotter = Snapshotter(self._plan, self._writer, _engine(), Pacing(config.copy_bandwidth))
+        self._engine = _engine()
+        self._snapshotter = Snapshotter(self._plan, self._writer, self._engine, Pacing(config.copy_bandwidth))
         self._links = Links(args, model)
         self.live_generation: int | None = None
         self._ticks = 0
@@ -93,6 +97,9 @@ class MegatronTrainer:
         self._resumed_epoch = session.joined_epoch
         self._first = (-1, -1)
         self._host_must_wait = args.clip_grad == 0 and not _emulated()
+        self.paused = False
+        self._trace: list[tuple[float, str]] | None = None
+        MegatronTrainer.latest = self
         optimizer.step_with_ready_grads = self._gated(optimizer.step_with_ready_grads)
 
     def register(self, strategy: str, can_rescue: bool) -> None:
@@ -114,6 +121,7 @@ class MegatronTrainer:
                 self._communicators.table_digest(),
                 strategy,
                 can_rescue,
+                self._expected,
             )
         )
 
@@ -139,7 +147,11 @@ class MegatronTrainer:
         """Generation ``iteration`` opens: nothing of it has changed yet."""
         start = time.perf_counter()
         self.check()
+        if self.paused:
+            self._blocked = 0.0
+            return
         session = self._session
+        self._mark("begin")
         self._small = self.small_state.capture(iteration)
         self._small_generation = iteration
         keep_from = iteration - 2 * self._config.snapshot_interval
@@ -157,7 +169,10 @@ class MegatronTrainer:
 
     def tick(self, backward: bool = False) -> None:
         """A forward or backward pass begins: copy the next slices, leave if the epoch is over."""
+        if self.paused:
+            return
         start = time.perf_counter()
+        self._mark("backward" if backward else "forward")
         self._ticks += 1
         if self._fault is not None and self._ticks >= self._fault.tick:
             self._strike(self._fault)
@@ -175,6 +190,7 @@ class MegatronTrainer:
 
         def step_with_ready_grads(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
+            self._mark("gate")
             self._snapshotter.gate()
             if self._host_must_wait:
                 # Nothing has made the host wait for the gradients yet, so an aborted collective could go unseen.
@@ -188,6 +204,9 @@ class MegatronTrainer:
 
     def end(self, iteration: int, loss: dict[str, Any], grad_norm: float | None, seconds: float) -> None:
         """Iteration ``iteration`` is over on this rank; tell about it if this rank knows the loss."""
+        self._mark("end")
+        if self.paused:
+            return
         self._snapshotter.gate()  # a skipped step (inf gradients) has not passed the gate
         if not loss or parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
             return
@@ -214,14 +233,38 @@ class MegatronTrainer:
         )
 
     def figures(self) -> dict[str, float]:
-        """Of the last iteration on this rank: seconds blocked, bytes copied; generations skipped so far; the epoch."""
-        stats = self._snapshotter.stats
+        """Of the last iteration on this rank, for the run's writers; seconds, bytes, bytes a second.
+
+        Skipped generations are counted from the start, ``copied-seconds`` from the opening of the generation.
+        """
+        stats = self._snapshotter.account()
         return {
             "epoch": self._session.joined_epoch,
             "blocked-seconds": self._blocked,
+            "stall-seconds": stats.gate_s,
+            "device-stall-seconds": stats.device_stall_s,
             "snapshot-bytes": stats.copied_bytes,
+            "copied-seconds": stats.copied_s,
+            "copy-bandwidth": stats.bandwidth,
             "skipped-generations": stats.skipped,
         }
+
+    def account(self) -> dict[str, Any]:
+        """What this rank's last iteration has cost and copied so far, `SnapshotStats` and ``blocked_s``."""
+        return {**asdict(self._snapshotter.account()), "blocked_s": self._blocked}
+
+    def trace(self) -> None:
+        """Note when passes begin and slices land in the next iteration, for `traced`."""
+        self._trace = []
+        self._engine.trace = []
+
+    def traced(self) -> dict[str, Any]:
+        """Times in seconds: (moment, what begins) of the training thread, (begin, end, bytes) of each slice copied."""
+        return {"marks": self._trace or [], "copies": self._engine.trace or []}
+
+    def _mark(self, what: str) -> None:
+        if self._trace is not None:
+            self._trace.append((time.perf_counter(), what))
 
     # ---- recovery.Trainer
 

@@ -60,6 +60,7 @@ class CudaCopyEngine:
 
     def __init__(self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.totals = CopyTotals()
+        self.trace: list[tuple[float, float, int]] | None = None
         self._clock = clock
         self._device = device or torch.device("cuda", torch.cuda.current_device())
         with torch.cuda.device(self._device):
@@ -213,6 +214,8 @@ class CudaCopyEngine:
                 now = self._clock()
                 self.totals.landed_bytes += landed.nbytes
                 self.totals.busy_s += now - max(landed_at, landed.asked_at)
+                if self.trace is not None:
+                    self.trace.append((max(landed_at, landed.asked_at), now, landed.nbytes))
                 self.totals.cpu_s = time.thread_time()
                 landed_at = now
                 writer = self._writer

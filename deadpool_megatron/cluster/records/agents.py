@@ -39,6 +39,7 @@ class Registered(Record, frozen=True):
     table_digest: str
     strategy: str
     can_rescue: bool
+    expected_bytes: int = 0
 
 
 class WorkerExited(Record, frozen=True):
@@ -143,7 +144,9 @@ class Iteration(Record, frozen=True):
     """The coordinate that knows the loss has finished an iteration.
 
     ``losses`` are hexadecimal floats (exact); ``blocked_s`` is the time this rank's training thread spent in
-    DeadPool in this iteration, ``seconds`` the whole iteration. The rest is `snapshot.SnapshotStats` of this rank.
+    DeadPool in this iteration, ``seconds`` the whole iteration. The rest is
+    `snapshot.SnapshotStats` of this rank; what its agent has sent to the peer since the record before, and the bytes a
+    second while it was sending, the agent adds.
     """
 
     node: int
@@ -160,6 +163,8 @@ class Iteration(Record, frozen=True):
     device_stall_s: float = 0.0
     copied_s: float = 0.0
     copy_bandwidth: float = 0.0
+    sent_bytes: int = 0
+    send_bandwidth: float = 0.0
 
 
 class FetchFailed(Record, frozen=True):
