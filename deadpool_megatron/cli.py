@@ -18,6 +18,7 @@ from deadpool_megatron.evaluate import add_overhead_arguments, add_recovery_argu
 from deadpool_megatron.multinode import add_agent_arguments, run_agent, run_coordinator
 from deadpool_megatron.observe import JOB
 from deadpool_megatron.observe import commands as observe_commands
+from deadpool_megatron.planning import add_plan_arguments, run_plan
 
 __all__ = ["main"]
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_agent_arguments(commands.add_parser("agent", help=agent))
     alone = "run the coordinator alone, with the same options as the agents (which get --no-coordinator)"
     add_agent_arguments(commands.add_parser("coordinator", help=alone))
+    add_plan_arguments(commands.add_parser("plan", help="what a run needs and survives, and why it cannot work"))
     observe_commands.add_commands(commands)
     inject = commands.add_parser("inject", help="make a node of a running job fail, to see it recover")
     inject.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
@@ -69,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "launch":
         return launch.run(options)
+    if options.command == "plan":
+        return run_plan(options)
     if options.command == "agent":
         return run_agent(options)
     if options.command == "coordinator":

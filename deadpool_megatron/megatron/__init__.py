@@ -2,6 +2,6 @@
 
 from deadpool_megatron.megatron.hooks import Hooks
 from deadpool_megatron.megatron.standby import follow_imports, warm_up
-from deadpool_megatron.megatron.support import SUPPORTED, UserError, check_version
+from deadpool_megatron.support import SUPPORTED, UserError, check_version
 
 __all__ = ["SUPPORTED", "Hooks", "UserError", "check_version", "follow_imports", "warm_up"]

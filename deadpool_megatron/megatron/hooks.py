@@ -35,11 +35,11 @@ from deadpool_megatron.comm import Communicators
 from deadpool_megatron.megatron import small_state, state_hash
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.standby import publish_imports
-from deadpool_megatron.megatron.support import UserError, check_arguments
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
 from deadpool_megatron.snapshot import decode
+from deadpool_megatron.support import UserError, check_arguments
 from deadpool_megatron.vault import SlotWriter, Version
 
 __all__ = ["Hooks"]

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from megatron.core import parallel_state
 
-from deadpool_megatron.megatron.support import UserError
+from deadpool_megatron.support import UserError
 
 __all__ = [
     "Member",

@@ -22,10 +22,10 @@ from deadpool_megatron.megatron.links import Links
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import reset_after_abort, synchronize_parameters
 from deadpool_megatron.megatron.small_state import SmallState
-from deadpool_megatron.megatron.support import UserError
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
 from deadpool_megatron.recovery import Refused, Session
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
+from deadpool_megatron.support import UserError
 from deadpool_megatron.vault import EMPTY, SlotWriter, Version
 
 __all__ = ["EpochClosed", "MegatronTrainer"]

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 
 from deadpool_megatron.megatron.optimizer_state import StateTensor, bytes_a_parameter, prepare, state_tensors
-from deadpool_megatron.megatron.support import UserError
+from deadpool_megatron.support import UserError
 
 __all__ = ["UniqueState", "expected_bytes"]
 

@@ -169,3 +169,31 @@ def test_a_cancelled_job_leaves_no_process_and_does_not_come_back(cluster: slurm
     cluster.command("scancel", number)
     assert _ended(cluster, number, 60)["JobState"] == "CANCELLED"
     cluster.until("no process of the job", lambda: not cluster.processes_of(number), 60)
+
+
+def test_the_large_batch_script_is_accepted_by_slurm_and_starts_what_its_config_says(
+    cluster: slurm.Slurm, checkout: Path
+) -> None:
+    """With the demo's model in the place of 65B, and a script that only shows its arguments."""
+    program = "import os, sys\nopen('args-' + os.environ['RANK'], 'w').write(' '.join(sys.argv))\n"
+    (checkout / "script.py").write_text(program)
+    tiny = (ROOT / "configs" / "cpu_tiny.yaml").read_text()
+    (checkout / "tiny.yaml").write_text(tiny.replace("deadpool: true", "deadpool: false"))
+    number = cluster.command(
+        *["sbatch", "--parsable", "--nodes=4", "--gpus-per-node=0", "--output=out", "--time=20"],
+        *["scripts/slurm/pretrain_65b.sbatch", "--train-iters", "7"],
+        directory=checkout,
+        CONFIG="tiny.yaml",
+        SPARES="0",
+        GPUS="2",
+        SAVE=f"{checkout}/save",
+        SCRIPT="script.py",
+        AGENT_FLAGS="--emulate-cpu",
+    )
+    ended = _ended(cluster, number, 90)
+    assert ended["JobState"] == "COMPLETED", (checkout / "out").read_text()
+    assert ended["Requeue"] == "1"
+    arguments = [(checkout / f"args-{rank}").read_text().split() for rank in range(8)]
+    assert all(a == arguments[0] for a in arguments)
+    assert arguments[0][:3] == [str(checkout / "script.py"), "--num-layers", "4"]
+    assert arguments[0][-2:] == ["--train-iters", "7"] and f"{checkout}/save" in arguments[0]

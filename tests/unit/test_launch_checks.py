@@ -136,7 +136,7 @@ def test_every_release_of_a_supported_line_is_taken(line: str) -> None:
 
 def _unsupported() -> list[tuple[str, str]]:
     pytest.importorskip("megatron.core")
-    from deadpool_megatron.megatron import support
+    from deadpool_megatron import support
 
     return [(flag, name) for flag, name, _ in support._UNSUPPORTED]
 
@@ -159,7 +159,7 @@ GOOD_VALUES: dict[str, list[object]] = {
 
 @pytest.mark.parametrize(("flag", "name"), _unsupported())
 def test_a_mode_that_is_not_supported_is_refused_by_its_flag(flag: str, name: str) -> None:
-    from deadpool_megatron.megatron.support import check_arguments
+    from deadpool_megatron.support import check_arguments
 
     for value in BAD_VALUES.get(name, [True]):
         with pytest.raises(UserError) as refused:

@@ -1,4 +1,4 @@
-"""What of Megatron is supported, and the one clear line for what is not."""
+"""What of Megatron is supported, by its flags, and the one clear line for what is not. Imports nothing of it."""
 
 from __future__ import annotations
 

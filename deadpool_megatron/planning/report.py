@@ -1,0 +1,141 @@
+"""`deadpool plan`: the arithmetic of a run as text, JSON, or the flags it stands for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.planning.budget import Budget, budget
+from deadpool_megatron.planning.errors import PlanError
+from deadpool_megatron.planning.files import RunFile, load
+from deadpool_megatron.planning.spares import Spares, spares
+
+__all__ = ["add_plan_arguments", "run_plan"]
+
+# Abort, agreement, groups and warm-up of a recovery at some hundreds of devices: assumed, not measured.
+_CONTROL_S = 10.0
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `deadpool plan`."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="file of a run: see configs/")
+    parser.add_argument("--nodes", type=int, metavar="N", help="another number of nodes that train than in the file")
+    parser.add_argument("--spare-nodes", type=int, metavar="S", help="another number of spares than in the file")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="the numbers, for programs: bytes and seconds")
+    how.add_argument("--flags", action="store_true", help="check, then print the flags of the training script instead")
+
+
+def recovery_s(run: RunFile, plan: Budget) -> float:
+    """What a swap is expected to cost: detection, control, the spare's shards, and one and a half iterations again."""
+    transfer = plan.spare_device * run.cluster.gpus_per_node / (run.cluster.network * 1e9)
+    return run.deadpool.lease + _CONTROL_S + transfer + 1.5 * plan.iteration_s
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """`deadpool plan` after parsing."""
+    try:
+        changed = {"nodes": options.nodes, "spare_nodes": options.spare_nodes}
+        run = load(options.config, {k: v for k, v in changed.items() if v is not None})
+        plan = budget(run)
+    except PlanError as err:
+        print(f"deadpool: {err}", file=sys.stderr)
+        return Exit.USAGE
+    worth = spares(run.cluster, recovery_s(run, plan))
+    if options.flags:
+        print("\n".join(shlex.quote(flag) for flag in run.flags()))
+    elif options.json:
+        print(json.dumps(_numbers(run, plan, worth), indent=1))
+    else:
+        print("\n".join(_text(run, plan, worth)))
+    return 0
+
+
+def _numbers(run: RunFile, plan: Budget, worth: Spares) -> dict[str, Any]:
+    sizes = plan.sizes
+    return {
+        **asdict(plan),
+        "model": {**asdict(plan.model), "parameters": plan.model.total, "active_parameters": plan.model.active},
+        "sizes": {**asdict(sizes), "dp": sizes.dp},
+        "spares": asdict(worth),
+        "recovery_s": recovery_s(run, plan),
+    }
+
+
+def _text(run: RunFile, plan: Budget, worth: Spares) -> list[str]:
+    c, s, m = run.cluster, plan.sizes, plan.model
+    layout = [f"TP{s.tp}", f"PP{s.pp}", f"DP{s.dp}"]
+    layout += [f"CP{s.cp}"] * (s.cp > 1) + [f"EP{s.ep}"] * (s.ep > 1)
+    active = f" ({_count(m.active)} a token)" if m.active != m.total else ""
+    interval = run.deadpool.snapshot_interval
+    span = plan.iteration_s * interval
+    each = "an iteration" if interval == 1 else f"every {interval} iterations"
+    saved = "shared by DP" if "use-distributed-optimizer" in run.megatron else "not shared"
+    rate = f"{c.utilisation:.0%} of {c.tflops:g} TFLOP/s"
+    return [
+        f"{run.name}: {_count(m.total)} parameters{active} on {c.nodes} nodes of {c.gpus_per_node}, "
+        f"{' x '.join(layout)}; {c.spare_nodes} spare",
+        "",
+        f"a device, the fullest stage          {_gb(plan.device)} of {c.gpu_memory:g} GB",
+        f"  weights                            {_gb(plan.weights)}",
+        f"  gradients                          {_gb(plan.gradients)}",
+        f"  optimizer                          {_gb(plan.optimizer)}",
+        f"  activations                        {_gb(plan.activations)}",
+        f"  context, communicators (assumed)   {_gb(plan.device - _parts(plan))}",
+        f"unique state a device                {_gb(plan.unique_mean)} = 12 bytes a parameter, "
+        f"{saved} (most: {_gb(plan.unique)})",
+        f"weights, gathered and not copied     {_gb(plan.weights_mean)} a device",
+        f"an iteration                         {_time(plan.iteration_s)} at {rate}",
+        f"copy to host memory, hidden          {_time(plan.copy_s)} {each} at {c.pcie:g} GB/s: "
+        f"{plan.copy_s / span:.1%} of the time",
+        f"vault of a node                      {_gb(plan.vault_node)} of {_gb(c.shm_bytes)} shared memory "
+        f"(redundancy {run.deadpool.redundancy})",
+        f"sent by a node                       {_gb(plan.sent_node)} {each}: {plan.network_share:.1%} of its "
+        f"{c.network:g} GB/s",
+        f"a spare receives                     {_gb(plan.spare_device)} a device, "
+        f"{_time(plan.spare_device * c.gpus_per_node / (c.network * 1e9))} a node",
+        f"the loss of a node                   changes {plan.groups_changed[0]} of {plan.groups_changed[1]} groups, "
+        f"touches {plan.ranks_touched} of {s.world} ranks",
+        f"tolerated at once                    {plan.tolerated}",
+        *_spares_text(run, plan, worth),
+        *(f"note: {warning}" for warning in plan.warnings),
+    ]
+
+
+def _spares_text(run: RunFile, plan: Budget, worth: Spares) -> list[str]:
+    c = run.cluster
+    if not c.failures:
+        return ["spares                               no failures are expected, so none pays"]
+    rows = ", ".join(f"{n}: {share:.1%}" for n, share in enumerate(worth.goodput))
+    return [
+        f"a node fails every                   {worth.hours_between:.1f} h ({c.failures:g} in 1,000 node-days); with a "
+        f"spare it costs about {_time(recovery_s(run, plan))}, without {worth.cost_without_hours:.1f} h",
+        f"the first spare pays for itself      if a failure without one costs more than {worth.break_even_hours:.2f} h",
+        f"training a node paid for, by spares  {rows}: best {worth.best}",
+    ]
+
+
+def _parts(plan: Budget) -> float:
+    return plan.weights + plan.gradients + plan.optimizer + plan.activations
+
+
+def _gb(size: float) -> str:
+    for unit, scale, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if size >= scale:
+            return f"{size / scale:.{digits}f} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.1f}e9" if number >= 1e9 else f"{number / 1e6:.1f}e6" if number >= 1e6 else f"{number}"

@@ -1,0 +1,238 @@
+"""`deadpool plan`: its arithmetic is that of Megatron's real models, its files work, what cannot work is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deadpool_megatron import cli
+from deadpool_megatron.cluster import Exit
+from deadpool_megatron.config import from_script_arguments
+from deadpool_megatron.planning.budget import Budget, budget
+from deadpool_megatron.planning.errors import PlanError
+from deadpool_megatron.planning.files import RunFile, load
+from deadpool_megatron.planning.model import layout, model
+from deadpool_megatron.planning.spares import spares
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+LARGE = ROOT / "configs" / "65b_a100_64x8.yaml"
+
+
+def _changed(tmp_path: Path, cluster: dict[str, Any] | None = None, deadpool: dict[str, Any] | None = None,
+             **megatron: Any) -> RunFile:  # fmt: skip
+    data = yaml.safe_load(LARGE.read_text())
+    data["cluster"].update(cluster or {})
+    data["deadpool"].update(deadpool or {})
+    for name, value in megatron.items():
+        data["megatron"][name.replace("_", "-")] = value
+        if value is None:
+            del data["megatron"][name.replace("_", "-")]
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return load(str(path))
+
+
+# ---- the files in configs/
+
+
+def test_there_is_a_file_for_each_kind_of_run() -> None:
+    names = {path.stem for path in CONFIGS}
+    wanted = {"65b_a100_64x8", "65b_a100_128x4", "65b_h100_32x8", "65b_h200_16x8", "7b_64", "moe_8x7b", "cpu_tiny"}
+    assert names == wanted
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_file_works_and_its_flags_are_flags_of_megatron_and_deadpool(path: Path) -> None:
+    run = load(str(path))
+    budget(run)
+    assert from_script_arguments(run.flags()) == run.deadpool and run.deadpool.deadpool
+    arguments = pytest.importorskip("megatron.training.arguments")
+    import argparse
+
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    known, unknown = parser.parse_known_args(run.flags())
+    assert [flag for flag in unknown if flag.startswith("--") and not flag.startswith("--deadpool")] == []
+    assert known.num_layers == run.megatron["num-layers"] and isinstance(known.lr, float)
+
+
+def test_the_small_file_is_the_demos_job() -> None:
+    run = load(str(ROOT / "configs" / "cpu_tiny.yaml"))
+    tiny = (ROOT / "examples" / "cpu_tiny.args").read_text().split()
+    assert run.flags() == [*tiny, "--train-iters", "20", "--deadpool"]
+    assert (run.cluster.nodes, run.cluster.spare_nodes, run.cluster.gpus_per_node) == (4, 1, 2)
+
+
+# ---- the arithmetic
+
+
+def test_65b_on_512_devices_is_the_arithmetic_it_was_designed_by() -> None:
+    plan = budget(load(str(LARGE)))
+    assert plan.model.total == pytest.approx(65e9, rel=0.01)
+    assert plan.unique_mean == pytest.approx(12 * plan.model.total / 512, rel=0.001) == pytest.approx(1.52e9, rel=0.01)
+    assert plan.weights_mean == pytest.approx(2.03e9, rel=0.01)
+    assert plan.unique_mean / 25e9 == pytest.approx(0.061, rel=0.01)
+    assert plan.iteration_s == pytest.approx(11, rel=0.1)
+    assert (plan.groups_changed, plan.ranks_touched) == ((17, 192), 120)
+    assert plan.spare_device == pytest.approx(3.6e9, rel=0.02)
+    assert plan.vault_node == pytest.approx(2 * 2 * 8 * plan.unique, rel=0.01)
+    assert plan.network_share == pytest.approx(8 * plan.unique / (200e9 * plan.iteration_s), rel=0.01)
+    assert plan.tolerated.startswith("any 1 node; any 2 nodes but these 32 pairs")
+
+
+def test_without_the_distributed_optimizer_every_replica_is_copied_whole(tmp_path: Path) -> None:
+    plan = budget(_changed(tmp_path, use_distributed_optimizer=None))
+    assert plan.unique_mean == pytest.approx(12 * 65.3e9 / 64, rel=0.01)
+    assert any("use-distributed-optimizer" in warning for warning in plan.warnings)
+
+
+REAL = """
+import json, sys
+import torch, torch.distributed as dist
+torch.Tensor.cuda = lambda tensor, *args, **more: tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from megatron.core import parallel_state as ps
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+out = []
+for case in json.loads(sys.argv[1]):
+    tp, pp, stage = case["tp"], case["pp"], case["stage"]
+    dist.init_process_group("fake", store=FakeStore(), rank=stage * tp, world_size=tp * pp)
+    ps.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
+    config = TransformerConfig(
+        num_layers=case["layers"], hidden_size=64, num_attention_heads=8, ffn_hidden_size=case["ffn"],
+        num_query_groups=case["groups"], gated_linear_unit=case["gated"], add_bias_linear=case["bias"],
+        normalization=case["norm"], num_moe_experts=case["experts"], use_cpu_initialization=True,
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32)
+    spec = get_gpt_layer_local_spec(num_experts=case["experts"], moe_grouped_gemm=False, normalization=case["norm"])
+    model = GPTModel(config, spec, case["vocab"], 32, pre_process=stage == 0, post_process=stage == pp - 1,
+                     share_embeddings_and_output_weights=case["tied"], position_embedding_type=case["positions"])
+    out.append(sum(p.numel() for p in model.parameters()))
+    ps.destroy_model_parallel()
+    dist.destroy_process_group()
+print(json.dumps(out))
+"""
+
+
+def _case(tp: int = 1, pp: int = 1, stage: int = 0, **more: Any) -> dict[str, Any]:
+    plain = {"layers": 4, "ffn": 256, "groups": 8, "gated": False, "bias": True, "norm": "LayerNorm", "experts": None}
+    plain |= {"vocab": 1024, "tied": True, "positions": "learned_absolute"}
+    return plain | {"tp": tp, "pp": pp, "stage": stage} | more
+
+
+LLAMA = {"gated": True, "bias": False, "tied": False, "positions": "rope", "groups": 2, "ffn": 192}
+CASES = [
+    _case(),
+    _case(tp=2),
+    _case(tp=2, pp=2, stage=0),
+    _case(tp=2, pp=2, stage=1),
+    _case(pp=4, stage=1),
+    _case(**LLAMA),
+    _case(tp=2, pp=2, stage=1, **LLAMA),
+    _case(**(LLAMA | {"experts": 4})),
+]
+
+
+@pytest.mark.timeout(120)
+def test_parameters_are_counted_as_megatron_builds_them() -> None:
+    pytest.importorskip("megatron.core")
+    done = subprocess.run(
+        [sys.executable, "-c", REAL, json.dumps(CASES)],
+        capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, real in zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        flags: dict[str, Any] = {
+            "num-layers": case["layers"], "hidden-size": 64, "num-attention-heads": 8, "seq-length": 32,
+            "ffn-hidden-size": case["ffn"], "group-query-attention": True, "num-query-groups": case["groups"],
+            "max-position-embeddings": 32, "vocab-size": case["vocab"], "normalization": case["norm"],
+            "tensor-model-parallel-size": case["tp"], "pipeline-model-parallel-size": case["pp"],
+            "position-embedding-type": case["positions"],
+        }  # fmt: skip
+        if case["experts"]:
+            flags["num-experts"] = case["experts"]
+        switches = {
+            "swiglu": case["gated"],
+            "disable-bias-linear": not case["bias"],
+            "untie-embeddings-and-output-weights": not case["tied"],
+        }
+        flags |= {name: True for name, on in switches.items() if on}
+        sizes = layout("test", flags, case["tp"] * case["pp"])
+        shard = model("test", flags, sizes).stage(case["stage"], sizes)
+        assert shard.dense + shard.expert == real, case
+
+
+def test_more_spares_pay_the_more_often_nodes_fail_and_none_pays_where_none_fails(tmp_path: Path) -> None:
+    def best(failures: float) -> int:
+        return spares(_changed(tmp_path, {"failures": failures}).cluster, 30.0).best
+
+    assert best(0.0) == 0
+    assert 0 < best(6.5) < best(65.0)
+    worth = spares(_changed(tmp_path, {"failures": 6.5}).cluster, 0.0)
+    assert worth.hours_between == pytest.approx(1000 * 24 / 6.5 / 64)
+    assert worth.break_even_hours == pytest.approx(worth.hours_between / 64)
+
+
+def test_the_first_spare_pays_exactly_beyond_the_printed_cost(tmp_path: Path) -> None:
+    limit = spares(_changed(tmp_path).cluster, 0.0).break_even_hours
+    rare = {"checkpoint_minutes": 1e-6, "restart_minutes": 0.0}
+    below = spares(_changed(tmp_path, {**rare, "replace_hours": limit * 0.99}).cluster, 0.0).goodput
+    above = spares(_changed(tmp_path, {**rare, "replace_hours": limit * 1.05}).cluster, 0.0).goodput
+    # The pool of one may be empty too, which the short formula leaves out.
+    assert below[1] < below[0] and above[1] > above[0] * 0.999
+
+
+# ---- refusals
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "one node": ({"cluster": {"nodes": 1}}, "one node that trains has no peer"),
+    "layout": ({"cluster": {"nodes": 63}}, "504 GPUs that train are not a multiple of TP 8 x PP 8"),
+    "layers": ({"num_layers": 81}, "81 layers cannot be dealt out evenly"),
+    "heads": ({"num_attention_heads": 60, "kv_channels": 128}, "num-attention-heads 60 is not a multiple of TP 8"),
+    "batch": ({"global_batch_size": 1020}, "global-batch-size 1020 is not a multiple of micro-batch-size 1 x DP 8"),
+    "device memory": ({"cluster": {"gpu_memory": 16}}, "needs 17.6 GB"),
+    "activations": ({"micro_batch_size": 16}, "activations 91."),
+    "vault": ({"cluster": {"host_memory": 64}}, "/dev/shm has 32.0"),
+    "network": ({"cluster": {"network": 0.5}}, "sending to the peers takes"),
+    "redundancy": ({"deadpool": {"redundancy": "4+70"}}, "redundancy"),
+    "unsupported": ({"fp8_format": "hybrid"}, "--fp8-format is not supported"),
+    "cluster's spelling": ({"cluster": {"gpu_memry": 80}}, "unknown field 'gpu_memry'; did you mean 'gpu_memory'?"),
+    "setting's spelling": ({"deadpool": {"leese": 3}}, "unknown setting 'leese'; did you mean 'lease'?"),
+    "words for numbers": ({"cluster": {"nodes": "many"}}, "nodes: expected a whole number, not 'many'"),
+    "underscore": ({"cluster": {"utilisation": 45}}, "utilisation is a share"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_run_that_cannot_work_is_refused_with_the_reason_in_one_line(case: str, tmp_path: Path) -> None:
+    changes, why = REFUSED[case]
+    with pytest.raises(PlanError) as refused:
+        budget(_changed(tmp_path, **changes))
+    assert why in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_no_run_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    for text, why in (("[1", "not YAML"), ("a: 1", "expected the sections"), ("cluster: {}\nmodel: {}", "'model'")):
+        path.write_text(text)
+        assert cli.main(["plan", "--config", str(path)]) == Exit.USAGE
+        assert why in capsys.readouterr().err
+    assert cli.main(["plan", "--config", str(tmp_path / "nowhere")]) == Exit.USAGE
+
+
+def test_the_command_prints_text_json_or_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--config", str(LARGE)]) == 0
+    text = capsys.readouterr().out
+    assert "65.3e9 parameters on 64 nodes of 8" in text and "pays for itself" in text and "tolerated at once" in text
+    assert cli.main(["plan", "--config", str(LARGE), "--json", "--spare-nodes", "3"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert set(Budget.__slots__) <= set(numbers) and numbers["model"]["parameters"] > 65e9
+    assert cli.main(["plan", "--config", str(LARGE), "--flags"]) == 0
+    assert capsys.readouterr().out.split() == load(str(LARGE)).flags()
