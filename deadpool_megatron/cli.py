@@ -14,7 +14,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.config import schema
-from deadpool_megatron.evaluate import add_overhead_arguments, add_recovery_arguments, run_overhead, run_recovery
+from deadpool_megatron.evaluate import commands as evaluate_commands
 from deadpool_megatron.multinode import add_agent_arguments, run_agent, run_coordinator
 from deadpool_megatron.observe import JOB
 from deadpool_megatron.observe import commands as observe_commands
@@ -56,12 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="T",
         help="at the T-th forward or backward pass of that iteration (default: 1, the first)",
     )
-    benches = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
-    add_recovery_arguments(benches.add_parser("recovery", help="kill nodes and time the way back, against a restart"))
+    evaluate_commands.add_commands(commands)
     patching.add_patch_arguments(commands.add_parser("patch", help="put DeadPool's lines into a Megatron-LM checkout"))
-    add_overhead_arguments(
-        benches.add_parser("overhead", help="time iterations with and without snapshots, and Megatron's checkpoints")
-    )
     commands.add_parser("schema", help="print the JSON schema of the YAML file of --deadpool-config")
     options = parser.parse_args(argv)
     if options.command == "patch":
@@ -77,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_agent(options)
     if options.command == "coordinator":
         return run_coordinator(options)
-    if options.command == "bench":
-        return run_overhead(options) if options.bench == "overhead" else run_recovery(options)
+    if options.command in evaluate_commands.COMMANDS:
+        return evaluate_commands.run_command(options)
     if options.command in observe_commands.COMMANDS:
         return observe_commands.run_command(options)
     return _inject(options)

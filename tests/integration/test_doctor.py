@@ -1,0 +1,116 @@
+"""`deadpool doctor` finds what would spoil a run, names the line that mends it, and measures between nodes."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deadpool_megatron.comm import nccl_environment
+from deadpool_megatron.evaluate.doctor import check_environment, check_machine
+
+DOCTOR = [sys.executable, "-m", "deadpool_megatron.cli", "doctor"]
+ROOT = Path(__file__).parents[2]
+
+
+def _start(*options: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*DOCTOR, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def _port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_each_setting_that_breaks_abort_is_named_with_the_line_that_mends_it() -> None:
+    bad = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "NCCL_NVLS_ENABLE": "2", "TORCH_NCCL_BLOCKING_WAIT": "1"}
+    found = {f.what: f for f in check_environment(bad)}
+    assert set(found) == {f"{k}={v}" for k, v in bad.items()}
+    assert all(f.state == "fail" for f in found.values())
+    assert found["NCCL_NVLS_ENABLE=2"].mend == "export NCCL_NVLS_ENABLE=0"
+    assert found["TORCH_NCCL_BLOCKING_WAIT=1"].mend == "unset TORCH_NCCL_BLOCKING_WAIT"
+
+
+def test_the_settings_deadpool_makes_itself_are_fine() -> None:
+    assert [f.state for f in check_environment(nccl_environment())] == ["ok"]
+
+
+def test_too_little_shared_memory_and_a_taken_port_are_found(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        found = {f.what: f for f in check_machine("/dev/shm", 1 << 50, range(port, port + 1))}
+    memory = found["shared memory /dev/shm"]
+    assert memory.state == "fail" and re.match(r"mount -o remount,size=\d+G /dev/shm", memory.mend)
+    assert found["ports"].state == "fail" and str(port) in found["ports"].found
+    missing = {f.what: f for f in check_machine(str(tmp_path / "none"), 0)}
+    assert missing[f"shared memory {tmp_path / 'none'}"].state == "fail"
+
+
+def test_the_output_is_aligned_at_80_columns_and_the_exit_code_says_whether_to_start() -> None:
+    done = _start(NCCL_NVLS_ENABLE="1")
+    out, err = done.communicate(timeout=60)
+    assert done.returncode == 1, err
+    assert max(map(len, out.splitlines())) <= 90
+    assert re.search(r"^fail  NCCL_NVLS_ENABLE=1 +NVLink", out, re.MULTILINE)
+    assert re.search(r"^ {33}mend: export NCCL_NVLS_ENABLE=0$", out, re.MULTILINE)
+    assert re.search(r"^not fit for a run: 1 to mend", out, re.MULTILINE)
+
+
+def test_nodes_meet_and_every_link_is_measured(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("ab" * 32)
+    meet = ["--meet", f"127.0.0.1:{_port()}", "--nnodes", "3", "--mib", "8", "--secret-file", str(secret)]
+    nodes = [_start(*meet, "--node-rank", str(i)) for i in range(3)]
+    for node in nodes:
+        out, err = node.communicate(timeout=90)
+        assert node.returncode == 0, out + err
+        assert "3 have met" in out and "within" in out
+        assert re.search(r"3 links, each node sending at once: median [\d.]+", " ".join(out.split()))
+
+
+def test_a_node_that_stays_away_is_named(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("ab" * 32)
+    meet = ["--meet", f"127.0.0.1:{_port()}", "--nnodes", "2", "--deadline", "3", "--secret-file", str(secret)]
+    _, err = (node := _start(*meet, "--node-rank", "0")).communicate(timeout=60)
+    assert node.returncode == 2 and err.count("\n") == 1
+    assert "no word from node 1 within 3 s" in err
+
+
+def test_a_node_with_another_secret_is_not_heard(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.write_text("ab" * 32)
+    theirs.write_text("cd" * 32)
+    meet = ["--meet", f"127.0.0.1:{_port()}", "--nnodes", "2", "--deadline", "4", "--secret-file"]
+    host = _start(*meet, str(ours), "--node-rank", "0")
+    stranger = _start(*meet, str(theirs), "--node-rank", "1")
+    assert "no word from node 1" in host.communicate(timeout=60)[1]
+    assert "with the same secret?" in stranger.communicate(timeout=60)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--meet", "nonsense"], "expected HOST:PORT"),
+        (["--meet", "127.0.0.1:1", "--nnodes", "2", "--node-rank", "2"], "--node-rank 2 is not one of 2 nodes"),
+        (["--meet", "127.0.0.1:1", "--nnodes", "2", "--node-rank", "0"], "a secret is needed"),
+    ],
+)
+def test_a_bad_option_is_one_clear_line(options: list[str], says: str) -> None:
+    done = _start(*options, DEADPOOL_SECRET="", DEADPOOL_SECRET_FILE="")
+    _, err = done.communicate(timeout=60)
+    assert done.returncode == 2 and err.count("\n") == 1 and says in err

@@ -1,0 +1,144 @@
+"""The simulated goodput is what can be worked out by hand, and every input is shown with its source."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deadpool_megatron import cli
+from deadpool_megatron.evaluate.goodput import Cluster, Costs, best_interval, poisson, simulate
+from deadpool_megatron.evaluate.simulate import read_trace
+from deadpool_megatron.evaluate.validation import Disturbed, _account, predicted
+
+NEVER = iter(())
+WEEK = 7 * 86400.0
+
+
+def test_without_failures_goodput_is_what_spares_and_overhead_leave() -> None:
+    cluster = Cluster(nodes=90, spares=10, iteration_s=10.0, repair_s=3600.0)
+    out = simulate("deadpool", cluster, Costs(overhead=0.25), iter(()), WEEK)
+    assert out.goodput == pytest.approx(0.9 / 1.25) and out.failures == 0
+    assert simulate("shrink", cluster, Costs(), iter(()), WEEK).goodput == pytest.approx(1.0)
+
+
+def test_one_failure_costs_deadpool_its_recovery_and_the_iteration_begun() -> None:
+    cluster = Cluster(nodes=4, spares=0, iteration_s=10.0, repair_s=1e9)
+    late = simulate("deadpool", Cluster(4, 1, 10.0, 1e9), Costs(recovery_s=30.0), iter([107.0]), 1000.0)
+    assert late.useful_s == pytest.approx(1000 - 30 - 7), "past the commit: only the iteration begun"
+    early = simulate("deadpool", Cluster(4, 1, 10.0, 1e9), Costs(recovery_s=30.0), iter([103.0]), 1000.0)
+    assert early.useful_s == pytest.approx(1000 - 30 - 3 - 10), "before the commit: the one before it, too"
+    starved = simulate("deadpool", cluster, Costs(recovery_s=30.0), iter([107.0]), 1000.0)
+    assert starved.starved == 1 and starved.useful_s == pytest.approx(100)
+
+
+def test_one_failure_costs_a_restart_everything_since_the_last_checkpoint() -> None:
+    costs = Costs(restart_s=50.0, interval_s=90.0, save_s=10.0)
+    out = simulate("checkpoint", Cluster(4, 1, 1.0, 1e9), costs, iter([250.0]), 1000.0)
+    assert out.useful_s == pytest.approx((1000 - 50 - 50) * 0.9)
+
+
+def test_shrinking_loses_the_replica_until_the_repair() -> None:
+    out = simulate("shrink", Cluster(8, 0, 1.0, 200.0, replica_nodes=2), Costs(commit_share=0), iter([100.0]), 1000.0)
+    assert out.useful_s == pytest.approx(1000 - 200 / 4)
+
+
+def test_a_failure_during_a_recovery_begins_it_anew_and_takes_another_spare() -> None:
+    costs = Costs(recovery_s=30.0)
+    twice = simulate("deadpool", Cluster(4, 2, 10.0, 1e9), costs, iter([107.0, 20.0]), 1000.0)
+    assert twice.failures == 2 and twice.down_s == pytest.approx(50.0) and twice.starved == 0
+    assert simulate("deadpool", Cluster(4, 1, 10.0, 1e9), costs, iter([107.0, 20.0]), 1000.0).starved == 1
+
+
+def test_a_repaired_node_is_a_spare_again() -> None:
+    out = simulate("deadpool", Cluster(4, 1, 10.0, 50.0), Costs(), iter([100.0, 100.0, 100.0]), 1000.0)
+    assert out.failures == 3 and out.starved == 0
+
+
+def test_youngs_interval_is_the_best_of_those_near_it() -> None:
+    rate, costs = 1 / 3600.0, Costs(restart_s=60.0, save_s=20.0)
+    best = best_interval(costs, rate)
+    assert best.interval_s == pytest.approx(math.sqrt(2 * 20 * 3600))
+
+    def goodput(interval: float) -> float:
+        gaps = poisson(rate * 86400 / 100, 100, random.Random(1))
+        return simulate("checkpoint", Cluster(100, 10**6, 1.0, 1.0), Costs(restart_s=60.0, save_s=20.0,
+                        interval_s=interval), gaps, 3e7).useful_s  # fmt: skip
+
+    assert goodput(best.interval_s) > max(goodput(best.interval_s / 3), goodput(best.interval_s * 3))
+
+
+def test_failures_come_at_the_rate_asked_for() -> None:
+    gaps = poisson(0.0065, 1000, random.Random(0))
+    mean = sum(next(gaps) for _ in range(4000)) / 4000
+    assert mean == pytest.approx(86400 / 6.5, rel=0.05)
+
+
+def test_a_trace_is_read_in_hours_and_a_bad_line_is_named(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("# hours, node\n2.0, n7\n0.5\n")
+    assert read_trace(trace) == [1800.0, 7200.0]
+    trace.write_text("1.0\nsoon\n")
+    with pytest.raises(ValueError, match="line 2: 'soon' is not a number of hours"):
+        read_trace(trace)
+
+
+def _run(*options: str) -> int:
+    return cli.main(["simulate", "--runs", "2", *options])
+
+
+def test_every_input_has_a_source_and_a_flag_replaces_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    assert _run("--gpus", "512", "16384", "--recovery", "3", "--out", str(out)) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    inputs = {i["meaning"]: i for i in json.loads(out.read_text())["inputs"]}
+    assert inputs["DeadPool: failure to training again"] == {
+        "meaning": "DeadPool: failure to training again", "value": "3 s", "source": "--recovery",
+    }  # fmt: skip
+    assert all(i["source"] for i in inputs.values()) and len(inputs) > 10
+    small, large = json.loads(out.read_text())["results"]
+    assert large["deadpool"]["goodput"] > large["checkpoint"]["goodput"]
+    assert large["failures_a_day"] == pytest.approx(32 * small["failures_a_day"])
+
+
+def test_measured_figures_come_from_the_bench_and_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = Path(__file__).parents[2] / "docs" / "measurements" / "recovery.json"
+    assert _run("--gpus", "1024", "--measured", str(measured), "--picture", str(tmp_path / "p.png")) == 0
+    assert f"measured: {measured}, median of 10" in capsys.readouterr().out
+    assert (tmp_path / "p.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--iteration", "0"], "--iteration 0: must be more than 0"),
+        (["--trace", "nowhere.csv"], "--trace nowhere.csv"),
+        (["--measured", "nowhere.json"], "--measured nowhere.json"),
+        (["--failures-per-1000-node-days", "-1"], "must be more than 0"),
+    ],
+)
+def test_a_bad_input_is_one_clear_line(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("--gpus", "512", *options) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and says in err
+
+
+def _reports() -> tuple[list[dict[str, Any]], float]:
+    """Iterations of one second; a fault at 5.7 (in iteration 5), back with iteration 5 complete at 9.0."""
+    done = [{"epoch": 0, "iteration": i, "t": 1.0 + i, "seconds": 1.0} for i in range(5)]
+    later = [{"epoch": 1, "iteration": 5 + i, "t": 9.0 + i, "seconds": 3.0 if i == 0 else 1.0} for i in range(4)]
+    return [*done, *later], 5.7
+
+
+def test_a_disturbed_job_is_accounted_for_and_predicted_by_the_model() -> None:
+    reports, moment = _reports()
+    job = _account(reports, [moment], 1.0)
+    assert job == Disturbed([pytest.approx(4.7)], 11.0, 8, 1.0, [pytest.approx(2.3)])  # type: ignore[list-item]
+    assert job.goodput == pytest.approx(8 / 11)
+    assert predicted(job, 2.3) == pytest.approx(8 / 11, rel=0.01)
+    assert predicted(job, 6.0) < 0.9 * job.goodput, "a wrong recovery time shows"
