@@ -53,7 +53,7 @@ setup(
         "plots": ["matplotlib"],
         "muon": ["emerging-optimizers>=0.2"],
         "dev": [
-            *["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis"],
+            *["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis", "jsonschema"],
             *["matplotlib", "tensorboard", "einops", "emerging-optimizers"],
         ],
     },
