@@ -50,10 +50,11 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
+        "parity": ["pyeclib"],
         "plots": ["matplotlib"],
         "muon": ["emerging-optimizers>=0.2"],
         "dev": [
-            *["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis", "jsonschema"],
+            *["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis", "jsonschema", "pyeclib"],
             *["matplotlib", "tensorboard", "einops", "emerging-optimizers"],
         ],
     },

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from deadpool_megatron.cluster.domains import Labels, parse_domains
@@ -107,6 +108,8 @@ def check(
             f"--deadpool-redundancy {scheme} needs {scheme.size} active nodes or more, and {active} are there "
             f"({nodes_flag} {nodes}, --spare-nodes {spares})"
         )
+    if config.deadpool and not scheme.mirror and find_spec("pyeclib") is None:
+        raise LaunchError(f"--deadpool-redundancy {scheme} needs pyeclib: pip install deadpool-megatron[parity]")
     world = active * slots
     model = 1
     for flag, default in _SIZES:

@@ -22,12 +22,13 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.adoption import AdoptedProcess, Adoption
 from deadpool_megatron.cluster.domains import slurm_labels
 from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.keeping import kept_for_others, targets
 from deadpool_megatron.cluster.link import Spoke
-from deadpool_megatron.cluster.redundancy import Scheme, holders
+from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.cluster.shards import RankCommitted, ReserveFailed, Shards, ShardsEvent
 from deadpool_megatron.cluster.watch import Watch
 from deadpool_megatron.cluster.workers import Worker, end_group, start_worker
-from deadpool_megatron.vault import Target, VaultError
+from deadpool_megatron.vault import VaultError, WordPlan
 
 __all__ = ["Agent", "AgentSettings"]
 
@@ -77,6 +78,7 @@ class Agent:
         self._vaults: dict[int, r.Address] = {}
         self._scheme = Scheme.parse(settings.redundancy)
         self._groups: list[list[int]] = []
+        self._kept: tuple[dict[int, tuple[int, int]], dict[int, WordPlan]] = ({}, {})
         self._covered: set[int] = set()
         self._declared: r.Declare | None = None
         self._offered = -1
@@ -89,7 +91,14 @@ class Agent:
         self._terminated = False
         self._spoke = Spoke(settings.coordinator, f"node-{settings.node}", settings.secret, settings.lease)
         self._shards = (
-            Shards(settings.job_id, settings.node, settings.secret, settings.host, settings.shm_directory)
+            Shards(
+                settings.job_id,
+                settings.node,
+                settings.secret,
+                settings.host,
+                settings.shm_directory,
+                Scheme.parse(settings.redundancy),
+            )
             if settings.deadpool
             else None
         )
@@ -298,27 +307,27 @@ class Agent:
         """Tell the replicator where the shards of each own rank go."""
         if self._shards is None or not self._groups:
             return
-        keepers = holders(self._groups, self._scheme).get(self._s.node, ())
-        addresses = [self._vaults[node] for node in keepers if node in self._vaults]
-        targets = [Target(address.host, address.port) for address in addresses]
-        if len(targets) < len(keepers):
-            targets = []  # one of them is gone already, and the next epoch will say who comes instead
         ranks = placing.ranks_of(self._assignment, self._s.node).values()
-        self._shards.set_targets(self._epoch, {rank: targets for rank in ranks if self._shards.path_of(rank)})
+        aims = targets(self._s.node, self._groups, self._scheme, self._assignment, self._vaults)
+        self._shards.set_targets(
+            self._epoch, {rank: aims.get(rank, ()) for rank in ranks if self._shards.path_of(rank)}
+        )
 
-    def _kept_here(self) -> set[int]:
-        """The ranks whose copies this node keeps."""
-        wards = [node for node, keepers in holders(self._groups, self._scheme).items() if self._s.node in keepers]
-        return {rank for node in wards for rank in placing.ranks_of(self._assignment, node).values()}
+    def _plan(self, unique_bytes: Sequence[int], small_capacity: Sequence[int]) -> None:
+        """What this node is to keep for others."""
+        assert self._shards is not None
+        self._kept = kept_for_others(
+            self._s.node, self._groups, self._scheme, self._assignment, unique_bytes, small_capacity
+        )
+        self._shards.plan(*self._kept)
 
     def _place(self, record: r.Placement) -> None:
         """The first placement: take the memory for what this node keeps, then send."""
         if record.epoch != self._epoch or self._shards is None:
             return
         self._groups = record.groups
-        self._shards.reserve(
-            {rank: (record.unique_bytes[rank], record.small_capacity[rank]) for rank in sorted(self._kept_here())}
-        )
+        self._plan(record.unique_bytes, record.small_capacity)
+        self._shards.reserve()
         self._aim()
 
     # ---- events of the vault
@@ -400,7 +409,10 @@ class Agent:
     def _tidy(self) -> None:
         """The first commit of an epoch: copies that an older placement left here are of no use any more."""
         assert self._shards is not None
-        self._shards.keep_only(set(placing.ranks_of(self._assignment, self._s.node).values()), self._kept_here())
+        peers, words = self._kept
+        self._shards.keep_only(
+            set(placing.ranks_of(self._assignment, self._s.node).values()), set(peers), set(words)
+        )
 
     def _declare(self, record: r.Declare) -> None:
         if record.epoch <= self._epoch:
@@ -418,6 +430,8 @@ class Agent:
         assert self._shards is not None
         self._shards.set_epoch(record.epoch)
         self._shards.set_targets(record.epoch, {})
+        if record.unique_bytes:
+            self._plan(record.unique_bytes, record.small_capacity)
         for local in placing.ranks_of(self._assignment, self._s.node):
             if local not in self._workers:
                 self._start(local, None)
@@ -452,8 +466,7 @@ class Agent:
             else:
                 return
         self._offered = self._epoch
-        own, peer = self._shards.holdings()
-        self._send(r.Offer(self._epoch, self._s.node, live, own, peer))
+        self._send(r.Offer(self._epoch, self._s.node, live, *self._shards.holdings()))
 
     def _agree(self, record: r.Agree) -> None:
         if record.epoch != self._epoch or self._shards is None:
@@ -461,7 +474,11 @@ class Agent:
         self._agreed = record
         for rank in placing.ranks_of(self._assignment, self._s.node).values():
             source = record.sources.get(rank)
-            if source is None:
+            if rank in record.rebuilds:
+                self._shards.rebuild(
+                    record.epoch, rank, record.generation, record.rebuilds[rank], self._vaults
+                )
+            elif source is None:
                 self._hand_out(rank, record.generation)
             else:
                 here = source.node == self._s.node

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from deadpool_megatron.cluster.records import Offer, SlotAddress, Source
+from deadpool_megatron.cluster.records import Offer, Share, SlotAddress, Source
+from deadpool_megatron.cluster.redundancy import Word
 
 __all__ = ["Agreement", "NoCommonGeneration", "agree"]
 
@@ -20,16 +21,21 @@ class NoCommonGeneration(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """The newest generation every coordinate can have, and who gives the shard to the ranks that do not hold it."""
+    """The newest generation every coordinate can have, and who gives the shard to the ranks that do not hold it.
+
+    ``rebuilds``: by rank that nobody holds whole, by part of its shard, k shares to rebuild it from.
+    """
 
     generation: int
     sources: dict[int, Source]
+    rebuilds: dict[int, list[list[Share]]] = field(default_factory=dict)
 
 
 def agree(
     assignment: Sequence[SlotAddress],
     offers: Mapping[int, Offer],
     refused: frozenset[tuple[int, int, int]] = frozenset(),
+    words: Iterable[Word] = (),
 ) -> Agreement:
     """Pick the newest generation in the intersection over all coordinates.
 
@@ -40,6 +46,7 @@ def agree(
         assignment: the new assignment, by rank.
         offers: what each node can give, by node.
         refused: (rank, source node, generation) triples that turned out to be unreadable.
+        words: with parity, all words under which something may be kept.
 
     Raises:
         NoCommonGeneration: redundancy is exceeded.
@@ -65,14 +72,76 @@ def agree(
                 if (rank, node, g) not in refused:
                     givers.setdefault(g, []).append(Source(node, epoch))
         remote.append(givers)
-    available = [held | set(givers) for held, givers in zip(local, remote, strict=True)]
+    shares = _Shares(offers, refused, words)
+    rebuilt = [shares.generations(rank) for rank in range(len(assignment))]
+    available = [held | set(givers) | also for held, givers, also in zip(local, remote, rebuilt, strict=True)]
     common = set.intersection(*available) if available else set()
     if not common:
         raise NoCommonGeneration([rank for rank, gens in enumerate(available) if not gens])
     generation = max(common)
     sources: dict[int, Source] = {}
+    rebuilds: dict[int, list[list[Share]]] = {}
     for rank, givers in enumerate(remote):
-        if generation not in local[rank]:
+        if generation not in local[rank] and generation not in givers:
+            rebuilds[rank] = shares.parts(rank, generation)
+        elif generation not in local[rank]:
             # Several sources share the load by rank.
             sources[rank] = givers[generation][rank % len(givers[generation])]
-    return Agreement(generation, sources)
+    return Agreement(generation, sources, rebuilds)
+
+
+class _Shares:
+    """What the vaults hold of each word."""
+
+    def __init__(
+        self, offers: Mapping[int, Offer], refused: frozenset[tuple[int, int, int]], words: Iterable[Word]
+    ) -> None:
+        self._refused = refused
+        self._words: dict[int, dict[int, list[Word]]] = {}  # by rank and part
+        for word in words:
+            for part, rank in enumerate(word.ranks):
+                self._words.setdefault(rank, {}).setdefault(part, []).append(word)
+        # by (is parity, rank or word) and generation: node and the newest epoch it was written in
+        self._held: dict[tuple[bool, int], dict[int, dict[int, int]]] = {}
+        for node in sorted(offers) if self._words else ():
+            for parity, versions in ((False, offers[node].own), (True, offers[node].parity)):
+                for holder, held in versions.items():
+                    for epoch, generation in held:
+                        nodes = self._held.setdefault((parity, holder), {}).setdefault(generation, {})
+                        nodes[node] = max(epoch, nodes.get(node, -1))
+
+    def generations(self, rank: int) -> set[int]:
+        """Generations of which all parts of ``rank``'s shard can be rebuilt."""
+        known = {
+            generation
+            for of_part in self._words.get(rank, {}).values()
+            for word in of_part
+            for id_ in word.ids
+            for generation in self._held.get((True, id_), ())
+        }
+        return {generation for generation in known if self.parts(rank, generation)}
+
+    def parts(self, rank: int, generation: int) -> list[list[Share]]:
+        """For each part k shares; empty when one part cannot be rebuilt."""
+        of_rank = self._words.get(rank, {})
+        out: list[list[Share]] = []
+        for part in range(max(of_rank, default=-1) + 1):
+            known = (self._of(word, part, rank, generation) for word in of_rank.get(part, ()))
+            best = next((shares for shares in known if shares), None)
+            if best is None:
+                return []
+            out.append(best)
+        return out
+
+    def _of(self, word: Word, part: int, rank: int, generation: int) -> list[Share]:
+        """Shares of a word that give back ``part``: parts of other ranks first, then parity."""
+        k = len(word.ranks)
+        wanted = [(i, False, other) for i, other in enumerate(word.ranks) if i != part]
+        wanted += [(k + row, True, id_) for row, id_ in enumerate(word.ids)]
+        out: list[Share] = []
+        for share, parity, holder in wanted:
+            for node, epoch in self._held.get((parity, holder), {}).get(generation, {}).items():
+                if (rank, node, generation) not in self._refused and len(out) < k:
+                    out.append(Share(share, holder, node, epoch))
+                    break
+        return out if len(out) == k else []

@@ -315,14 +315,17 @@ class Core:
 
     def _protect(self) -> None:
         """Every coordinate is known: say who keeps whose shards, and what may be lost from then on."""
-        known = [self._registered[rank] for rank in range(self.job.world_size)]
-        sizes = [x.unique_bytes for x in known]
-        rooms = [small_capacity(x.small_bytes) for x in known]
+        sizes, rooms = self._shapes()
         largest = max(unique + room for unique, room in zip(sizes, rooms, strict=True))
         groups = self.protection.begin(self.assignment, self.coordinates, largest, self.job.slots_per_node)
         if self.job.deadpool:
             self._send(None, r.Placement(self.epoch, [list(group) for group in groups], sizes, rooms))
             self._emit("placed", costs=self.protection.costs(), **self.protection.status())
+
+    def _shapes(self) -> tuple[list[int], list[int]]:
+        """By rank, bytes of unique state and room for small state."""
+        known = [self._registered[rank] for rank in range(self.job.world_size)]
+        return [x.unique_bytes for x in known], [small_capacity(x.small_bytes) for x in known]
 
     def _no_room(self, record: r.NoRoom) -> None:
         self._stop(Exit.USAGE, f"node {record.node}: {record.message}")
@@ -523,6 +526,7 @@ class Core:
                 self.assignment,
                 self._vaults(),
                 [list(group) for group in groups],
+                *self._shapes(),
             ),
         )
 
@@ -536,7 +540,9 @@ class Core:
 
     def _agree(self) -> None:
         try:
-            agreement = agree(self.assignment, self._offers, frozenset(self._refused))
+            agreement = agree(
+                self.assignment, self._offers, frozenset(self._refused), self.protection.words
+            )
         except NoCommonGeneration as err:
             if self.committed < 0:
                 lost = [n for n, s in self.nodes.items() if s.role == "lost"]
@@ -562,11 +568,15 @@ class Core:
             "agreed",
             iteration=agreement.generation,
             sources={str(rank): source.node for rank, source in agreement.sources.items()},
+            rebuilds={
+                str(rank): sorted({share.node for part in parts for share in part})
+                for rank, parts in agreement.rebuilds.items()
+            },
         )
         self.phase = Phase.PREPARING
         self._deadline = self._now + self.job.deadlines.build
         self._reached.clear()
-        self._send(None, r.Agree(self.epoch, agreement.generation, agreement.sources))
+        self._send(None, r.Agree(self.epoch, agreement.generation, agreement.sources, agreement.rebuilds))
 
     def _node_ready(self, record: r.NodeReady) -> None:
         if record.epoch != self.epoch or self.phase is not Phase.PREPARING:

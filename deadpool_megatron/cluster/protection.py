@@ -13,7 +13,7 @@ from typing import Any
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster.placement import Groups, parallel_groups, place, replace
 from deadpool_megatron.cluster.records import CoordinateInfo, SlotAddress
-from deadpool_megatron.cluster.redundancy import Scheme, cost, degree, tolerated
+from deadpool_megatron.cluster.redundancy import Scheme, Word, cost, degree, tolerated, words
 
 __all__ = ["Protection", "in_words"]
 
@@ -53,6 +53,7 @@ class Protection:
         self.groups: Groups = ()
         self.exact = tolerated((), self.scheme)
         self._labels = {node: dict(of_node) for node, of_node in (labels or {}).items()}
+        self._words: dict[tuple[int, ...], Word] = {}
         self._nodes: list[int] = []
         self._bare: set[int] = set()
         self._covered: set[int] = set()
@@ -75,7 +76,7 @@ class Protection:
         self._nodes = placing.nodes_of(assignment)
         self._shard_bytes, self._slots_per_node = shard_bytes, slots_per_node
         self.groups = place(self._nodes, self.scheme, parallel_groups(assignment, coordinates), self._labels)
-        self.exact = tolerated(self.groups, self.scheme, self._labels)
+        self._decided(assignment)
         self._bare, self._covered = set(self._nodes), set()
         return self.groups
 
@@ -96,8 +97,17 @@ class Protection:
         self._bare = (self._bare | (set(nodes) - set(self._nodes))) & set(nodes)
         self._nodes = nodes
         self._covered = set()
-        self.exact = tolerated(self.groups, self.scheme, self._labels)
+        self._decided(assignment)
         return self.groups
+
+    def _decided(self, assignment: Sequence[SlotAddress]) -> None:
+        self.exact = tolerated(self.groups, self.scheme, self._labels)
+        self._words |= {word.ranks: word for word in words(self.groups, self.scheme, assignment)}
+
+    @property
+    def words(self) -> list[Word]:
+        """Every word under which something may be kept, those of older placements included."""
+        return list(self._words.values())
 
     def covered(self, node: int) -> bool:
         """A node's shards of the generation that is kept are where they belong; True when that was the last one."""

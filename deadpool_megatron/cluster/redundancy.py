@@ -15,13 +15,29 @@ where a ring through all nodes would have N.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-__all__ = ["Cost", "Scheme", "Stripe", "Tolerated", "cost", "degree", "holders", "stripes", "survives", "tolerated"]
+from deadpool_megatron.cluster.records import SlotAddress
+
+__all__ = [
+    "Cost",
+    "Scheme",
+    "Stripe",
+    "Tolerated",
+    "Word",
+    "cost",
+    "degree",
+    "holders",
+    "stripes",
+    "survives",
+    "tolerated",
+    "words",
+]
 
 _MOST_LISTED = 12
 _MOST_NODES_OF_A_STRIPE = 32
@@ -87,6 +103,39 @@ def stripes(groups: Iterable[Sequence[int]], scheme: Scheme) -> Iterator[Stripe]
 def holders(groups: Iterable[Sequence[int]], scheme: Scheme) -> dict[int, tuple[int, ...]]:
     """For a mirror: the nodes that keep the copies of each node's shards."""
     return {stripe.data[0]: stripe.keepers for stripe in stripes(groups, scheme)} if scheme.mirror else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A stripe's share of one local index: rank ``ranks[i]`` gives part i, ``keepers[j]`` keeps row j of the parity.
+
+    ``ids[j]`` names that row wherever it is kept. It follows from the ranks alone, so it stays through swaps.
+    """
+
+    ranks: tuple[int, ...]
+    keepers: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """By row."""
+        return tuple(
+            int.from_bytes(hashlib.blake2b(repr((self.ranks, row)).encode(), digest_size=8).digest()) >> 2
+            for row in range(len(self.keepers))
+        )
+
+
+def words(groups: Iterable[Sequence[int]], scheme: Scheme, assignment: Sequence[SlotAddress]) -> list[Word]:
+    """With parity, every word: for each stripe one for each local index that all of its data nodes have."""
+    if scheme.mirror:
+        return []
+    ranks: dict[int, dict[int, int]] = {}
+    for rank, slot in enumerate(assignment):
+        ranks.setdefault(slot.node, {})[slot.local] = rank
+    out = []
+    for stripe in stripes(groups, scheme):
+        locals_ = set.intersection(*(set(ranks.get(node, ())) for node in stripe.data))
+        out += [Word(tuple(ranks[node][local] for node in stripe.data), stripe.keepers) for local in sorted(locals_)]
+    return out
 
 
 def survives(lost: Collection[int], groups: Iterable[Sequence[int]], scheme: Scheme) -> bool:

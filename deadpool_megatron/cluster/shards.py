@@ -9,16 +9,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.vault import (
+    Kind,
+    Piece,
+    RebuildFailed,
     Replicator,
+    Stripes,
     Target,
     Vault,
     VaultError,
     VaultServer,
     Version,
+    WordPlan,
     clean_leftovers,
     fetch,
     process_alive,
+    rebuild,
     small_capacity,
 )
 
@@ -62,15 +69,26 @@ class Shards:
     Everything here but `allocate` and `holdings` returns at once.
     """
 
-    def __init__(self, job_id: str, node: int, secret: bytes, host: str, directory: str = "/dev/shm") -> None:
+    def __init__(
+        self,
+        job_id: str,
+        node: int,
+        secret: bytes,
+        host: str,
+        directory: str = "/dev/shm",
+        scheme: Scheme | None = None,
+    ) -> None:
         self.node = node
         self._secret = secret
         self.leftovers = clean_leftovers(directory, process_alive)
         self.vault = Vault(job_id, node, directory)
-        self.server = VaultServer(self.vault, secret, host)
+        parity = scheme is not None and not scheme.mirror
+        self.stripes = Stripes(scheme.k, scheme.m, self.vault.chunk_bytes) if scheme is not None and parity else None
+        self.server = VaultServer(self.vault, secret, host, stripes=self.stripes)
         self.server.start()
         self.events: queue.SimpleQueue[ShardsEvent] = queue.SimpleQueue()
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._peers: dict[int, tuple[int, int]] = {}
         self._replicator = Replicator(self.vault, secret, self._committed)
 
     def _tell(self, event: ShardsEvent) -> None:
@@ -98,16 +116,28 @@ class Shards:
         """Where each own rank's shards go."""
         self._replicator.set_targets(epoch, targets)
 
-    def reserve(self, shards: Mapping[int, tuple[int, int]]) -> None:
-        """Take the memory for shards kept for others, in a thread: by rank the bytes of unique and of small state.
+    def plan(self, peers: Mapping[int, tuple[int, int]], words: Mapping[int, WordPlan]) -> None:
+        """What this node keeps for others from now on; the server refuses everything else.
 
-        A failure comes as a `ReserveFailed`.
+        Args:
+            peers: by rank, the bytes of its unique state and the room for its small state.
+            words: by word, a row of parity.
         """
+        self._peers = dict(peers)
+        self.server.set_plan({rank: unique_bytes for rank, (unique_bytes, _) in peers.items()})
+        if self.stripes is not None:
+            self.stripes.plan(dict(words))
+
+    def reserve(self) -> None:
+        """Take the memory for what is planned, in a thread. A failure comes as a `ReserveFailed`."""
 
         def work() -> None:
+            size = self.vault.chunk_bytes
             try:
-                for rank, (unique_bytes, capacity) in shards.items():
+                for rank, (unique_bytes, capacity) in self._peers.items():
                     self.vault.allocate_peer(rank, unique_bytes, capacity)
+                for word, plan in self.stripes.plans.items() if self.stripes is not None else ():
+                    self.vault.allocate_parity(word, plan.chunks(size) * size, plan.records_bytes(size))
             except VaultError as err:
                 self._tell(ReserveFailed(str(err)))
 
@@ -119,32 +149,33 @@ class Shards:
             self.vault.set_committed(*kept)
         self.vault.set_floor(epoch, floor)
 
-    def keep_only(self, own: set[int], peer: set[int]) -> None:
+    def keep_only(self, own: set[int], peer: set[int], parity: set[int]) -> None:
         """Free what this node neither runs nor keeps for others any more; call once newer copies are committed."""
         for rank in list(self.vault.holdings().ranks):
             if rank not in own:
                 self.vault.drop(rank, "own")
             if rank not in peer:
                 self.vault.drop(rank, "peer")
+            if rank not in parity:
+                self.vault.drop(rank, "parity")
 
     def rang(self, rank: int) -> None:
         """The worker of ``rank`` has written more of its shard."""
         self._replicator.notify(rank)
 
-    def holdings(self) -> tuple[dict[int, list[tuple[int, int]]], dict[int, list[tuple[int, int]]]]:
-        """Versions complete here, by rank: own copies and copies kept for peers.
+    def holdings(self) -> tuple[dict[int, list[tuple[int, int]]], ...]:
+        """Versions complete here: own copies and copies kept for peers, by rank, and parity, by word.
 
         What a dead worker has left finished but not yet checksummed is checksummed first, so this may block for that.
         """
         for rank in list(self.vault.holdings().ranks):
             while self.vault.checksum(rank):
                 pass
-        own: dict[int, list[tuple[int, int]]] = {}
-        peer: dict[int, list[tuple[int, int]]] = {}
+        by_kind: dict[Kind, dict[int, list[tuple[int, int]]]] = {"own": {}, "peer": {}, "parity": {}}
         for rank, held in self.vault.holdings().ranks.items():
             for one in held:
-                (own if one.kind == "own" else peer).setdefault(rank, []).append((one.epoch, one.generation))
-        return own, peer
+                by_kind[one.kind].setdefault(rank, []).append((one.epoch, one.generation))
+        return by_kind["own"], by_kind["peer"], by_kind["parity"]
 
     def version_of(self, rank: int, generation: int) -> tuple[int, int] | None:
         """The version under which the own vault holds a generation of ``rank``; the committed one first."""
@@ -178,8 +209,45 @@ class Shards:
 
         threading.Thread(target=work, name=f"fetch-{rank}", daemon=True).start()
 
+    def rebuild(
+        self,
+        epoch: int,
+        rank: int,
+        generation: int,
+        parts: Sequence[Sequence[r.Share]],
+        vaults: Mapping[int, r.Address],
+    ) -> None:
+        """Rebuild a shard that nobody holds whole, in the own vault; the outcome comes as a FetchDone."""
+        first = parts[0][0].node
+        # Under the newest of the versions its shares have: the bytes are the same in all of them.
+        version = Version(max(share.version_epoch for part in parts for share in part), generation)
+
+        def work() -> None:
+            error, node = "", first
+            try:
+                if self.stripes is None:
+                    raise VaultError("parity is not kept in this job")
+                gone = next((s.node for part in parts for s in part if s.node not in vaults), None)
+                if gone is not None:
+                    raise RebuildFailed(f"node {gone} has no vault", gone)
+                pieces = [[_piece(share, generation, vaults[share.node]) for share in part] for part in parts]
+                rebuild(self.vault, self._secret, rank, epoch, version, pieces, self.stripes.coder)
+            except RebuildFailed as err:
+                error, node = str(err), err.node
+            except VaultError as err:
+                error = str(err)
+            got = None if error else (version.epoch, version.generation)
+            self._tell(FetchDone(rank, epoch, generation, node, got, error))
+
+        threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()
+
     def close(self) -> None:
         """Stop all threads and free the memory."""
         self._replicator.stop()
         self.server.stop()
         self.vault.close()
+
+
+def _piece(share: r.Share, generation: int, at: r.Address) -> Piece:
+    version = Version(share.version_epoch, generation)
+    return Piece(share.share, share.holder, version, share.node, at.host, at.port)

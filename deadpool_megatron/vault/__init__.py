@@ -17,8 +17,10 @@ from .errors import (
     VaultFull,
 )
 from .leftovers import clean_leftovers, process_alive, process_start
-from .replicator import Replicator, Target
+from .rebuild import Piece, RebuildFailed, rebuild
+from .replicator import PartTo, Replicator, Target
 from .server import VaultServer
+from .stripes import Stripes, WordPlan
 from .transfer import fetch
 from .vault import Holding, Holdings, Vault, small_capacity
 from .version import EMPTY, Version, unpack
@@ -37,11 +39,15 @@ __all__ = [
     "Holdings",
     "Kind",
     "NotHeld",
+    "PartTo",
+    "Piece",
+    "RebuildFailed",
     "Refused",
     "Replicator",
     "Slot",
     "SlotWriter",
     "StaleEpoch",
+    "Stripes",
     "Target",
     "Told",
     "TransferFailed",
@@ -50,10 +56,12 @@ __all__ = [
     "VaultFull",
     "VaultServer",
     "Version",
+    "WordPlan",
     "clean_leftovers",
     "fetch",
     "process_alive",
     "process_start",
+    "rebuild",
     "small_capacity",
     "unpack",
 ]

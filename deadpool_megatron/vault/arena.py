@@ -27,10 +27,10 @@ from .errors import ChecksumMismatch, VaultError, VaultFull
 from .leftovers import MAGIC, PAGE, PID_WORD, START_WORD, process_alive, process_start
 from .version import EMPTY, Version, unpack
 
-__all__ = ["Arena", "ArenaInfo", "Kind", "Slot"]
+__all__ = ["KINDS", "Arena", "ArenaInfo", "Kind", "Slot"]
 
-Kind = Literal["own", "peer"]
-_KINDS: Final[tuple[Kind, Kind]] = ("own", "peer")
+Kind = Literal["own", "peer", "parity"]
+KINDS: Final[tuple[Kind, ...]] = ("own", "peer", "parity")
 _LAYOUT: Final = 1
 # header words
 _W_RANK, _W_KIND, _W_UNIQUE, _W_SMALL, _W_CHUNK, _W_TOTAL = range(2, 8)
@@ -44,7 +44,7 @@ _S_OWN_TURN, _S_PEER_TURN, _S_CHECKED, _S_CHECKED_TURN = range(8, 12)
 
 @dataclass(frozen=True, slots=True)
 class ArenaInfo:
-    """What a worker needs to map its arena."""
+    """What a worker needs to map its arena. For parity, ``rank`` is the word (see `stripes`)."""
 
     path: str
     rank: int
@@ -197,7 +197,7 @@ class Arena:
         words = self.words
         if size < PAGE or words[0] != MAGIC or words[1] != _LAYOUT or words[_W_TOTAL] != size:
             raise VaultError(f"{path} is not an arena of this DeadPool version")
-        self.info = ArenaInfo(path, words[_W_RANK], _KINDS[words[_W_KIND]], words[_W_UNIQUE], words[_W_SMALL], size)
+        self.info = ArenaInfo(path, words[_W_RANK], KINDS[words[_W_KIND]], words[_W_UNIQUE], words[_W_SMALL], size)
         self.chunk_bytes: int = words[_W_CHUNK]
         self.slots = (self._slot(0), self._slot(1))
 
@@ -236,7 +236,7 @@ class Arena:
                 raise VaultFull(f"{what} but {free} are there ({err}); {hint}") from None
             words = memoryview(bytearray(PAGE)).cast("Q")
             words[0], words[1] = MAGIC, _LAYOUT
-            words[_W_RANK], words[_W_KIND] = rank, _KINDS.index(kind)
+            words[_W_RANK], words[_W_KIND] = rank, KINDS.index(kind)
             words[_W_UNIQUE], words[_W_SMALL], words[_W_CHUNK] = unique_bytes, small_capacity, chunk_bytes
             words[PID_WORD], words[START_WORD], words[_W_TOTAL] = os.getpid(), process_start(os.getpid()) or 0, total
             words[_W_KEPT] = EMPTY

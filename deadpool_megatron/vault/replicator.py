@@ -18,11 +18,12 @@ from dataclasses import dataclass
 
 from .arena import Arena, Slot
 from .errors import Refused, VaultError
+from .stripes import cut
 from .vault import Vault
 from .version import EMPTY, Version, unpack
-from .wire import Begin, Begun, Bytes, Channel, Complete, Deadlines, Stored, check_secret, connect, raise_refusal
+from .wire import Begin, Begun, Bytes, Channel, Complete, Deadlines, Share, Stored, check_secret, connect, raise_refusal
 
-__all__ = ["Replicator", "Target"]
+__all__ = ["PartTo", "Replicator", "Target"]
 
 _log = logging.getLogger(__name__)
 _BATCH = 16  # chunks in one frame
@@ -30,11 +31,21 @@ _SUM_CHUNKS = 64  # chunks summed for one rank before the next rank has its turn
 
 
 @dataclass(frozen=True, slots=True)
+class PartTo:
+    """One part of a shard, for one row of parity: part ``part`` of ``parts``, to word ``word``."""
+
+    word: int
+    part: int
+    parts: int
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
-    """A vault that keeps a copy of a shard."""
+    """A vault that keeps a copy of a shard, or the parity of a part of it."""
 
     host: str
     port: int
+    part: PartTo | None = None
 
 
 class Replicator:
@@ -261,18 +272,30 @@ class _Sender:
             return  # just being opened; the ring that follows brings us back
         channel = self._connected(target, aim)
         info, vault = arena.info, self._vault
-        channel.send(
-            Begin(
-                epoch, self.rank, *version, info.unique_bytes, info.small_capacity, small_bytes, arena.chunk_bytes,
-                vault.kept, vault.floor,
-            )
-        )  # fmt: skip
+        part = target.part
+        if part is None:
+            entries = range(1 + slot.chunks)
+            channel.send(
+                Begin(
+                    epoch, self.rank, *version, info.unique_bytes, info.small_capacity, small_bytes, arena.chunk_bytes,
+                    vault.kept, vault.floor,
+                )
+            )  # fmt: skip
+        else:
+            those = cut(slot.chunks, part.part, part.parts)
+            entries = range(those.start, 1 + those.stop)  # its first one stands for the small state
+            channel.send(
+                Share(
+                    epoch, part.word, part.part, self.rank, *version, info.unique_bytes, small_bytes,
+                    arena.chunk_bytes, vault.kept, vault.floor,
+                )
+            )  # fmt: skip
         answer = channel.receive()
         raise_refusal(answer)
         if not isinstance(answer, Begun):
             raise Refused(f"unexpected {type(answer).__name__} frame", "protocol")
         if not answer.held:
-            self._stream(channel, slot, turn, epoch, aim)
+            self._stream(channel, slot, turn, epoch, aim, entries, answer.done)
         if slot.turn != turn:
             return
         self._await(slot, turn, aim, lambda: slot.own_turn == turn)
@@ -282,20 +305,31 @@ class _Sender:
             self._done[slot] = turn
         self._on_stored(self.rank, slot, turn, version)
 
-    def _stream(self, channel: Channel, slot: Slot, turn: int, epoch: int, aim: int) -> None:
-        sent, table = 0, 1 + slot.chunks
-        while sent < table:
-            ready = slot.checked if slot.checked_turn == turn else 0
+    def _stream(
+        self, channel: Channel, slot: Slot, turn: int, epoch: int, aim: int, entries: range, done: int
+    ) -> None:
+        """Send ``entries`` (the first stands for the small state, the others are chunks + 1) but the first ``done``."""
+        shift = entries.start  # what a chunk's entry is less in the part than in the shard
+        sent = done
+        if done > len(entries):
+            raise Refused(f"the keeper has {done} of {len(entries)} entries", "protocol")
+        while sent < len(entries):
+            ready = (slot.checked if slot.checked_turn == turn else 0) - (shift if sent else 0)
             if ready <= sent:
-                self._await(slot, turn, aim, lambda: slot.checked_turn == turn and slot.checked > sent)  # noqa: B023
+                self._await(
+                    slot,
+                    turn,
+                    aim,
+                    lambda: slot.checked_turn == turn and slot.checked > (sent + shift if sent else 0),  # noqa: B023
+                )
                 continue
             # the small state goes alone: its payload is not next to the chunks'
-            last = 1 if sent == 0 else min(ready, sent + _BATCH)
-            sums = [int(value) for value in slot.sums[sent:last]]
             if sent == 0:
-                payload = slot.small[: slot.small_bytes]
+                last, sums, payload = 1, [int(slot.sums[0])], slot.small[: slot.small_bytes]
             else:
-                payload = slot.unique[(sent - 1) * slot.chunk_bytes : (last - 1) * slot.chunk_bytes]
+                last = min(ready, sent + _BATCH, len(entries))
+                sums = [int(value) for value in slot.sums[sent + shift : last + shift]]
+                payload = slot.unique[(sent + shift - 1) * slot.chunk_bytes : (last + shift - 1) * slot.chunk_bytes]
             if slot.turn != turn:
                 raise _Aborted
             channel.send(Bytes(epoch, sent, sums), payload)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 
-from .arena import Arena, Slot
+from .arena import Arena, Kind, Slot
 from .discipline import choose, is_free
 from .errors import ChecksumMismatch, NotHeld, Refused, StaleEpoch, TransferFailed, VaultError, VaultFull
+from .stripes import Filling, Stripes
 from .transfer import part_entries, take_entry
 from .vault import Vault
 from .version import Version
@@ -24,6 +26,7 @@ from .wire import (
     Found,
     Refusal,
     Sent,
+    Share,
     Stored,
     accept,
     check_secret,
@@ -42,17 +45,26 @@ class VaultServer:
         secret: the job's 32 bytes; who cannot prove to have them gets nothing and writes nothing.
         host: address to listen on (the node's own).
         port: 0 for any.
+        stripes: the parity this node keeps, with a k+m redundancy.
     """
 
     def __init__(
-        self, vault: Vault, secret: bytes, host: str, port: int = 0, deadlines: Deadlines | None = None
+        self,
+        vault: Vault,
+        secret: bytes,
+        host: str,
+        port: int = 0,
+        deadlines: Deadlines | None = None,
+        stripes: Stripes | None = None,
     ) -> None:
         self._vault = vault
         self._secret = check_secret(secret)
         self._deadlines = deadlines or Deadlines()
         self._lock = threading.Lock()
         self._channels: dict[Channel, int] = {}  # with the epoch of what is being written, -1 when nothing is
-        self._writers: dict[int, tuple[Channel, threading.Event]] = {}
+        self._stripes = stripes
+        self._plan: Mapping[int, int] | None = None
+        self._writers: dict[tuple[int, ...], tuple[Channel, threading.Event]] = {}
         self._threads: set[threading.Thread] = set()
         self._pending: set[socket.socket] = set()
         self._stopping = False
@@ -94,6 +106,10 @@ class VaultServer:
             for channel, writing in self._channels.items():
                 if 0 <= writing < epoch:
                     channel.shut()
+
+    def set_plan(self, unique_bytes: Mapping[int, int]) -> None:
+        """Which ranks' shards are kept here for others from now on, and of what size; any other is refused."""
+        self._plan = dict(unique_bytes)
 
     # ---- connections
 
@@ -143,6 +159,8 @@ class VaultServer:
             try:
                 if isinstance(frame, Begin):
                     self._keep(channel, frame)
+                elif isinstance(frame, Share):
+                    self._keep_share(channel, frame)
                 elif isinstance(frame, Fetch):
                     self._give(channel, frame)
                 else:
@@ -152,7 +170,7 @@ class VaultServer:
                 code = code or (err.code if isinstance(err, Refused) else "refused")
                 _log.warning("vault of node %d: %s", self._vault.node, err)
                 channel.send(Refusal(self._vault.epoch, code, str(err)[:1000]))
-                if isinstance(frame, Begin):
+                if isinstance(frame, Begin | Share):
                     return  # what follows is payload nobody wants
 
     def _check_epoch(self, epoch: int, what: str) -> None:
@@ -169,8 +187,10 @@ class VaultServer:
         vault, version = self._vault, Version(begin.version_epoch, begin.generation)
         if begin.chunk_bytes != vault.chunk_bytes:
             raise Refused(f"chunks of {begin.chunk_bytes} bytes, but this vault has {vault.chunk_bytes}", "wrong-size")
+        if self._plan is not None and self._plan.get(begin.rank) != begin.unique_bytes:
+            raise Refused(f"rank {begin.rank}'s {begin.unique_bytes} bytes are not planned here", "not-planned")
         vault.learn(begin.kept, begin.floor)
-        left = self._take_over(channel, begin)
+        left = self._take_over(channel, (begin.rank,), begin.epoch)
         try:
             arena = self._memory(begin)
             if arena.find(version) is not None:
@@ -186,12 +206,7 @@ class VaultServer:
             channel.send(Begun(vault.epoch, False))
             self._receive(channel, begin.rank, slot)
         finally:
-            with self._lock:
-                if channel in self._channels:
-                    self._channels[channel] = -1
-                if self._writers.get(begin.rank, (None,))[0] is channel:
-                    del self._writers[begin.rank]
-            left.set()
+            self._leave(channel, (begin.rank,), left)
 
     def _memory(self, begin: Begin) -> Arena:
         """The peer arena for the shard. One of another size gives way unless it holds something that must stay."""
@@ -208,25 +223,33 @@ class VaultServer:
             raise Refused(f"the memory of rank {begin.rank} was dropped here just now", "no-room")
         return arena
 
-    def _take_over(self, channel: Channel, begin: Begin) -> threading.Event:
+    def _take_over(self, channel: Channel, what: tuple[int, ...], epoch: int) -> threading.Event:
         """Only one connection writes a rank's shard: the newest. The one before it is cut off and waited for."""
         left = threading.Event()
         with self._lock:
-            before = self._writers.get(begin.rank)
-            self._writers[begin.rank] = (channel, left)
-            self._channels[channel] = begin.epoch
+            before = self._writers.get(what)
+            self._writers[what] = (channel, left)
+            self._channels[channel] = epoch
         if before is not None:
             before[0].shut()
             if not before[1].wait(self._deadlines.idle):
                 left.set()
-                raise Refused(f"another transfer of rank {begin.rank} does not end", "busy")
+                raise Refused(f"another transfer of rank {what[-1]} does not end", "busy")
         # set_epoch may have come between the first check and our entry in the table
         try:
-            self._check_epoch(begin.epoch, f"shard of rank {begin.rank}")
+            self._check_epoch(epoch, f"shard of rank {what[-1]}")
         except StaleEpoch:
             left.set()
             raise
         return left
+
+    def _leave(self, channel: Channel, what: tuple[int, ...], left: threading.Event) -> None:
+        with self._lock:
+            if channel in self._channels:
+                self._channels[channel] = -1
+            if self._writers.get(what, (None,))[0] is channel:
+                del self._writers[what]
+        left.set()
 
     def _receive(self, channel: Channel, rank: int, slot: Slot) -> None:
         done, table = 0, 1 + slot.chunks
@@ -253,12 +276,67 @@ class VaultServer:
                     raise ChecksumMismatch(f"shard of rank {rank}: {err}") from None
                 done += 1
 
+    # ---- keeping parity
+
+    def _keep_share(self, channel: Channel, share: Share) -> None:
+        what = f"part {share.part} of rank {share.rank}"
+        self._check_epoch(share.epoch, what)
+        vault, version = self._vault, Version(share.version_epoch, share.generation)
+        if self._stripes is None:
+            raise Refused("parity is not kept in this job", "not-planned")
+        plan = self._stripes.planned(share.word)
+        wanted = (share.rank, share.unique_bytes, share.chunk_bytes)
+        if share.part >= len(plan.ranks) or wanted != (
+            plan.ranks[share.part], plan.unique_bytes[share.part], vault.chunk_bytes,
+        ):  # fmt: skip
+            raise Refused(f"{what} of {share.unique_bytes} bytes is not what word {share.word:x} has", "not-planned")
+        if share.small_bytes > plan.small_capacity[share.part]:
+            raise Refused(f"{what}: a small state of {share.small_bytes} bytes is larger than planned", "wrong-size")
+        vault.learn(share.kept, share.floor)
+        left = self._take_over(channel, (share.word, share.part, share.rank), share.epoch)
+        try:
+            size = vault.chunk_bytes
+            vault.allocate_parity(share.word, plan.chunks(size) * size, plan.records_bytes(size))
+            arena = vault.arena(share.word, "parity")
+            if arena is None:
+                raise Refused(f"the memory of word {share.word:x} was dropped here just now", "no-room")
+            filling = self._stripes.filling(arena, share.word, version, vault.kept, vault.floor)
+            if filling is None:
+                channel.send(Begun(vault.epoch, True))
+                return
+            channel.send(Begun(vault.epoch, False, filling.done(share.part)))
+            self._receive_share(channel, share, filling, what)
+        finally:
+            self._leave(channel, (share.word, share.part, share.rank), left)
+
+    def _receive_share(self, channel: Channel, share: Share, filling: Filling, what: str) -> None:
+        scratch = memoryview(bytearray(max(self._vault.chunk_bytes, share.small_bytes)))
+        while True:
+            frame = channel.receive(wait=True)
+            self._check_epoch(frame.epoch, what)
+            if isinstance(frame, Complete):
+                filling.complete(share.part)
+                channel.send(Stored(self._vault.epoch))
+                return
+            done, table = filling.done(share.part), filling.entries(share.part)
+            if not isinstance(frame, Bytes) or frame.first != done or done + len(frame.sums) > table:
+                raise TransferFailed(f"unexpected {type(frame).__name__} frame in a shard")
+            for entry, expected in enumerate(frame.sums, frame.first):
+                view = scratch[: filling.entry_bytes(share.part, entry, share.small_bytes)]
+                channel.fill(view)
+                try:
+                    filling.add(share.part, entry, view, expected)
+                except ChecksumMismatch:
+                    self.mismatches += 1
+                    raise
+
     # ---- giving a shard back
 
     def _give(self, channel: Channel, wanted: Fetch) -> None:
         self._check_epoch(wanted.epoch, f"fetch of rank {wanted.rank}")
         vault = self._vault
-        arena, slot = vault.find(wanted.rank, Version(wanted.version_epoch, wanted.generation))
+        kinds: tuple[Kind, ...] = ("parity",) if wanted.parity else ("own", "peer")
+        arena, slot = vault.find(wanted.rank, Version(wanted.version_epoch, wanted.generation), kinds)
         turn = slot.turn
         entries = part_entries(slot.chunks, wanted.part, wanted.parts)
         sums = [int(slot.sums[entry]) for entry in entries]

@@ -8,17 +8,18 @@ import xxhash
 
 from .arena import Slot
 from .errors import ChecksumMismatch, NotHeld, StaleEpoch, TransferFailed, VaultError
+from .stripes import cut
 from .vault import Vault
 from .version import EMPTY, Version
 from .wire import Channel, Deadlines, Fetch, Found, Sent, check_secret, connect, raise_refusal
 
-__all__ = ["fetch", "part_entries", "take_entry"]
+__all__ = ["ask", "fetch", "finish", "own_slot", "part_entries", "take_entry"]
 
 
 def part_entries(chunks: int, part: int, parts: int) -> range:
     """The table entries of one part of a shard; part 0 begins with the small state (entry 0)."""
-    first, last = 1 + chunks * part // parts, 1 + chunks * (part + 1) // parts
-    return range(0 if part == 0 else first, last)
+    those = cut(chunks, part, parts)
+    return range(0 if part == 0 else 1 + those.start, 1 + those.stop)
 
 
 def take_entry(channel: Channel, slot: Slot, small_bytes: int, entry: int, expected: int) -> None:
@@ -60,12 +61,12 @@ def fetch(
     deadlines = deadlines or Deadlines()
     channels = [connect(*source, check_secret(secret), deadlines)]
     try:
-        first = _ask(channels[0], Fetch(epoch, rank, *version, 0, streams))
+        first = ask(channels[0], Fetch(epoch, rank, *version, 0, streams))
         if first.chunk_bytes != vault.chunk_bytes:
             raise VaultError(
                 f"rank {rank}'s shard has chunks of {first.chunk_bytes} bytes, this vault {vault.chunk_bytes}"
             )
-        slot = _own_slot(vault, rank, version, first.unique_bytes, first.small_capacity)
+        slot = own_slot(vault, rank, version, first.unique_bytes, first.small_capacity)
         failures: list[VaultError] = []
 
         def rest(part: int) -> None:
@@ -73,7 +74,7 @@ def fetch(
                 channel = connect(*source, secret, deadlines)
                 with lock:
                     channels.append(channel)
-                _fetch_part(channel, slot, part, streams, _ask(channel, Fetch(epoch, rank, *version, part, streams)))
+                _fetch_part(channel, slot, part, streams, ask(channel, Fetch(epoch, rank, *version, part, streams)))
             except VaultError as err:
                 failures.append(err)
                 for channel in channels:
@@ -99,11 +100,12 @@ def fetch(
     finally:
         for channel in channels:
             channel.close()
-    _finish(slot, first.small_bytes)
+    finish(slot, first.small_bytes)
     return len(slot.unique) + slot.small_bytes
 
 
-def _ask(channel: Channel, wanted: Fetch) -> Found:
+def ask(channel: Channel, wanted: Fetch) -> Found:
+    """Ask for (a part of) a shard; its payload follows. Raises what the holder refuses with."""
     channel.send(wanted)
     answer = channel.receive()
     raise_refusal(answer)
@@ -123,7 +125,7 @@ def _fetch_part(channel: Channel, slot: Slot, part: int, parts: int, found: Foun
         raise NotHeld(f"{slot.version} was overwritten at its holder while it was sent")
 
 
-def _own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, small_capacity: int) -> Slot:
+def own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, small_capacity: int) -> Slot:
     """A slot of the own arena, opened to restore into. Only ``kept`` must stay."""
     vault.allocate_own(rank, unique_bytes, small_capacity)
     arena = vault.arena(rank, "own")
@@ -136,7 +138,7 @@ def _own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, smal
     return slot
 
 
-def _finish(slot: Slot, small_bytes: int) -> None:
+def finish(slot: Slot, small_bytes: int) -> None:
     """All is there and verified. The size of the small state comes last: until then nobody checksums the slot."""
     slot.published = len(slot.unique)
     slot.checked = 1 + slot.chunks
@@ -149,11 +151,11 @@ def _finish(slot: Slot, small_bytes: int) -> None:
 def _copy(vault: Vault, source: Vault, rank: int, version: Version) -> int:
     arena, origin = source.find(rank, version, ("peer", "own") if source is vault else ("own", "peer"))
     origin.verify()
-    slot = _own_slot(vault, rank, version, arena.info.unique_bytes, arena.info.small_capacity)
+    slot = own_slot(vault, rank, version, arena.info.unique_bytes, arena.info.small_capacity)
     small_bytes = origin.small_bytes
     slot.small[:small_bytes] = origin.small[:small_bytes]
     slot.unique[:] = origin.unique
     slot.sums[:] = origin.sums
     slot.verify(small_bytes)
-    _finish(slot, small_bytes)
+    finish(slot, small_bytes)
     return len(slot.unique) + slot.small_bytes

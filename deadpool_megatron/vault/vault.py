@@ -8,7 +8,7 @@ import threading
 import msgspec
 import xxhash
 
-from .arena import Arena, ArenaInfo, Kind, Slot
+from .arena import KINDS, Arena, ArenaInfo, Kind, Slot
 from .errors import NotHeld, StaleEpoch, VaultError
 from .leftovers import PREFIX
 from .version import EMPTY, Version
@@ -74,6 +74,10 @@ class Vault:
         """The arena in which this node keeps the shard of a rank that runs elsewhere; as `allocate_own`."""
         return self._allocate(rank, "peer", unique_bytes, small_capacity).info
 
+    def allocate_parity(self, word: int, parity_bytes: int, records_bytes: int) -> ArenaInfo:
+        """The arena of one row of parity; as `allocate_own`. ``records_bytes``: room for what belongs to its parts."""
+        return self._allocate(word, "parity", parity_bytes, records_bytes).info
+
     def _allocate(self, rank: int, kind: Kind, unique_bytes: int, small_capacity: int) -> Arena:
         with self._lock:
             arena = self._arenas.get((rank, kind))
@@ -97,12 +101,12 @@ class Vault:
             return self._arenas.get((rank, kind))
 
     def drop(self, rank: int, kind: Kind | None = None) -> None:
-        """Give up the memory of a rank (both kinds unless one is named).
+        """Give up the memory of a rank (of all kinds unless one is named).
 
         The file is gone at once, the memory as soon as no transfer and no worker uses it any more.
         """
         with self._lock:
-            for each in ("own", "peer") if kind is None else (kind,):
+            for each in KINDS if kind is None else (kind,):
                 arena = self._arenas.pop((rank, each), None)
                 if arena is not None:
                     arena.unlink()

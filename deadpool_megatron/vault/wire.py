@@ -40,6 +40,7 @@ __all__ = [
     "Found",
     "Refusal",
     "Sent",
+    "Share",
     "Stored",
     "accept",
     "connect",
@@ -94,10 +95,30 @@ class Begin(_Frame, frozen=True):
     floor: Word
 
 
+class Share(_Frame, frozen=True):
+    """Owner to keeper of parity: add this part. ``part`` is the rank's place among the ranks of ``word``.
+
+    The payload that follows is entry 0, the small state, then the chunks of the part; ``Begun.done`` says where the
+    keeper stands already.
+    """
+
+    word: Word
+    part: Annotated[int, msgspec.Meta(ge=0, le=63)]
+    rank: Unsigned
+    version_epoch: Epoch
+    generation: Generation
+    unique_bytes: Unsigned
+    small_bytes: Unsigned
+    chunk_bytes: Unsigned
+    kept: Word
+    floor: Word
+
+
 class Begun(_Frame, frozen=True):
-    """Peer to owner: go on; or, ``held``, that version is here and complete."""
+    """Peer to owner: go on, from entry ``done``; or, ``held``, that version is here and complete."""
 
     held: bool
+    done: Unsigned = 0
 
 
 class Bytes(_Frame, frozen=True):
@@ -116,13 +137,17 @@ class Stored(_Frame, frozen=True):
 
 
 class Fetch(_Frame, frozen=True):
-    """Restorer to holder: send this version. Part ``part`` of ``parts`` of its chunks; part 0 has the small state."""
+    """Restorer to holder: send this version. Part ``part`` of ``parts`` of its chunks; part 0 has the small state.
+
+    With ``parity`` it is the parity of the word ``rank`` that is wanted, and its records in the place of a small state.
+    """
 
     rank: Unsigned
     version_epoch: Epoch
     generation: Generation
     part: Annotated[int, msgspec.Meta(ge=0, le=63)]
     parts: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    parity: bool = False
 
 
 class Found(_Frame, frozen=True):
@@ -148,7 +173,7 @@ class Refusal(_Frame, frozen=True):
     message: Text
 
 
-Frame = Begin | Begun | Bytes | Complete | Stored | Fetch | Found | Sent | Refusal
+Frame = Begin | Share | Begun | Bytes | Complete | Stored | Fetch | Found | Sent | Refusal
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Frame)
 _length = struct.Struct("!I")

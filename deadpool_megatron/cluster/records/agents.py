@@ -77,7 +77,8 @@ class PeerError(Record, frozen=True):
 class Offer(Record, frozen=True):
     """All workers of a node have left their step; what the node can give, by rank.
 
-    ``live`` are generations, ``own`` and ``peer`` versions (epoch, generation) complete in the node's vault.
+    ``live`` are generations, ``own`` and ``peer`` versions (epoch, generation) complete in the node's vault; so are
+    those of ``parity``, by word (see `cluster.redundancy.Word`).
     """
 
     epoch: int
@@ -85,6 +86,7 @@ class Offer(Record, frozen=True):
     live: dict[int, int | None]
     own: dict[int, list[tuple[int, int]]]
     peer: dict[int, list[tuple[int, int]]]
+    parity: dict[int, list[tuple[int, int]]] = msgspec.field(default_factory=dict)
 
 
 class NodeReady(Record, frozen=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from deadpool_megatron.cluster.records.values import Address, Fault, Purpose, Record, SlotAddress, Source
+import msgspec
+
+from deadpool_megatron.cluster.records.values import Address, Fault, Purpose, Record, Share, SlotAddress, Source
 
 
 class Roster(Record, frozen=True):
@@ -34,14 +36,20 @@ class Declare(Record, frozen=True):
     assignment: list[SlotAddress]
     vaults: dict[int, Address]
     groups: list[list[int]]
+    unique_bytes: list[int] = msgspec.field(default_factory=list)
+    small_capacity: list[int] = msgspec.field(default_factory=list)
 
 
 class Agree(Record, frozen=True):
-    """The generation to go on from and, by rank that does not hold it, where its shard comes from."""
+    """The generation to go on from and, by rank that does not hold it, where its shard comes from.
+
+    ``rebuilds``: by rank of which no whole copy is left, for each part of its shard the shares to rebuild it from.
+    """
 
     epoch: int
     generation: int
     sources: dict[int, Source]
+    rebuilds: dict[int, list[list[Share]]] = msgspec.field(default_factory=dict)
 
 
 class Form(Record, frozen=True):

@@ -39,6 +39,15 @@ class Source(Value, frozen=True):
     version_epoch: int
 
 
+class Share(Value, frozen=True):
+    """One share of a word (see `vault.rebuild.Piece`): ``holder`` is a rank, or for parity a word."""
+
+    share: int
+    holder: int
+    node: int
+    version_epoch: int
+
+
 class CoordinateInfo(Value, frozen=True):
     """The parallel indices of one coordinate."""
 

@@ -1,0 +1,206 @@
+"""Rebuilding a lost shard from shares of other nodes, with a k+m redundancy.
+
+Each part of the shard belongs to a word of its own. For each, k shares are streamed at the same time, parts of other
+ranks' shards and rows of parity, decoded chunk by chunk into the own arena, and compared with the checksums that the
+lost owner took when the bytes were captured. Parts are rebuilt in parallel.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from .arena import Slot
+from .coder import Coder
+from .errors import ChecksumMismatch, StaleEpoch, TransferFailed, VaultError
+from .stripes import PartOf, cut, parts_of
+from .transfer import ask, finish, own_slot
+from .vault import Vault
+from .version import Version
+from .wire import Channel, Deadlines, Fetch, Found, connect
+
+__all__ = ["Piece", "RebuildFailed", "rebuild"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One share of a word, and where it is.
+
+    Attributes:
+        share: below k a part of rank ``holder``'s shard; from k on row share - k of the parity of word ``holder``.
+        version: under which the node has it.
+    """
+
+    share: int
+    holder: int
+    version: Version
+    node: int
+    host: str
+    port: int
+
+
+class RebuildFailed(VaultError):
+    """A share could not be had; ``node`` is the one that should have given it."""
+
+    def __init__(self, message: str, node: int) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A share on its way: its chunks come one after the other."""
+
+    piece: Piece
+    channel: Channel
+    found: Found
+    chunks: int
+    last_bytes: int
+    records: list[PartOf]
+    at: int = 0
+
+    def next(self, size: int) -> memoryview:
+        """The next chunk, verified; empty when the part has no more."""
+        if self.at >= self.chunks:
+            return memoryview(b"")
+        view = memoryview(bytearray(size if self.at < self.chunks - 1 else self.last_bytes))
+        self.channel.fill(view)
+        expected = self.found.sums[len(self.found.sums) - self.chunks + self.at]
+        if xxhash.xxh3_64_intdigest(view) != expected:
+            raise ChecksumMismatch(f"chunk {self.at} of a share of node {self.piece.node} arrived changed")
+        self.at += 1
+        return view
+
+
+def rebuild(
+    vault: Vault,
+    secret: bytes,
+    rank: int,
+    epoch: int,
+    version: Version,
+    parts: Sequence[Sequence[Piece]],
+    coder: Coder,
+    deadlines: Deadlines | None = None,
+) -> int:
+    """Rebuild ``version`` of ``rank``'s shard in its own arena here; returns its bytes.
+
+    ``parts[i]`` are k shares of the word of part i, at least one of them parity. Blocks for the transfer; to fail, some
+    deadline without progress must have passed. Raises RebuildFailed, StaleEpoch, VaultFull.
+    """
+    if epoch < vault.epoch:
+        raise StaleEpoch(f"rebuild of rank {rank} in epoch {epoch}, but node {vault.node} is in epoch {vault.epoch}")
+    work = _Rebuild(vault, secret, rank, epoch, coder, deadlines or Deadlines())
+    try:
+        first = work.open(parts[0])
+        mine = _mine(first, rank)
+        slot = own_slot(vault, rank, version, mine.unique_bytes, mine.small_capacity)
+        slot.small[: len(mine.small)] = mine.small
+        slot.sums[0] = xxhash.xxh3_64_intdigest(mine.small)
+        threads = [
+            threading.Thread(target=work.part, args=(slot, i, parts[i], None), name="vault-rebuild", daemon=True)
+            for i in range(1, len(parts))
+        ]
+        for thread in threads:
+            thread.start()
+        work.part(slot, 0, parts[0], first)
+        for thread in threads:
+            thread.join()
+        if work.failures:
+            raise work.failures[0]
+    finally:
+        work.close()
+    finish(slot, len(mine.small))
+    return len(slot.unique) + len(mine.small)
+
+
+def _mine(streams: Sequence[_Stream], rank: int) -> PartOf:
+    """What a keeper of parity knows of the lost shard."""
+    for stream in streams:
+        for record in stream.records:
+            if record.rank == rank:
+                return record
+    raise RebuildFailed(f"no share of node {streams[0].piece.node} and others knows rank {rank}", streams[0].piece.node)
+
+
+class _Rebuild:
+    def __init__(
+        self, vault: Vault, secret: bytes, rank: int, epoch: int, coder: Coder, deadlines: Deadlines
+    ) -> None:
+        self._vault, self._secret, self._rank, self._epoch = vault, secret, rank, epoch
+        self._coder, self._deadlines = coder, deadlines
+        self._lock = threading.Lock()
+        self._channels: list[Channel] = []
+        self.failures: list[VaultError] = []
+
+    def open(self, pieces: Sequence[Piece]) -> list[_Stream]:
+        """Ask for all shares of a word. Raises RebuildFailed."""
+        return [self._opened(piece) for piece in pieces]
+
+    def part(self, slot: Slot, part: int, pieces: Sequence[Piece], streams: list[_Stream] | None) -> None:
+        """Rebuild one part of the shard into ``slot``; what goes wrong is noted in ``failures`` and ends the others."""
+        try:
+            self._part(slot, part, streams if streams is not None else self.open(pieces))
+        except VaultError as err:
+            with self._lock:
+                self.failures.append(err)
+                for channel in self._channels:
+                    channel.shut()
+
+    def close(self) -> None:
+        """Give all connections back."""
+        with self._lock:
+            for channel in self._channels:
+                channel.close()
+
+    def _opened(self, piece: Piece) -> _Stream:
+        try:
+            return self._open(piece)
+        except VaultError as err:
+            raise RebuildFailed(f"share {piece.share} of node {piece.node}: {err}", piece.node) from None
+
+    def _open(self, piece: Piece) -> _Stream:
+        channel = connect(piece.host, piece.port, self._secret, self._deadlines)
+        with self._lock:
+            self._channels.append(channel)
+        k, parity = self._coder.k, piece.share >= self._coder.k
+        part, parts = (0, 1) if parity else (piece.share, k)
+        found = ask(channel, Fetch(self._epoch, piece.holder, *piece.version, part, parts, parity))
+        size = self._coder.chunk_bytes
+        chunks = cut(-(-found.unique_bytes // size), part, parts)
+        extra = 1 if part == 0 else 0
+        if found.chunk_bytes != size or len(found.sums) != len(chunks) + extra:
+            raise TransferFailed("the share that was sent is not of the size that was announced")
+        records: list[PartOf] = []
+        if extra:
+            small = memoryview(bytearray(found.small_bytes))
+            channel.fill(small)
+            if xxhash.xxh3_64_intdigest(small) != found.sums[0]:
+                raise ChecksumMismatch("the records of a share arrived changed")
+            records = parts_of(bytes(small)) if parity else []
+        last = min(size, found.unique_bytes - (chunks.stop - 1) * size) if chunks else 0
+        return _Stream(piece, channel, found, len(chunks), last, records)
+
+    def _part(self, slot: Slot, part: int, streams: Sequence[_Stream]) -> None:
+        coder, mine = self._coder, _mine(streams, self._rank)
+        chunks = cut(slot.chunks, part, coder.k)
+        if mine.unique_bytes != len(slot.unique) or len(mine.sums) != len(chunks):
+            raise RebuildFailed(f"the parity of part {part} is of another shard", streams[0].piece.node)
+        for index, expected in zip(chunks, mine.sums, strict=True):
+            shares: dict[int, memoryview] = {}
+            for stream in streams:
+                try:
+                    shares[stream.piece.share] = stream.next(coder.chunk_bytes)
+                except VaultError as err:
+                    node = stream.piece.node
+                    raise RebuildFailed(f"share {stream.piece.share} of node {node}: {err}", node) from None
+            into = slot.chunk(index)
+            into[:] = coder.rebuild(part, shares)[: len(into)]
+            if xxhash.xxh3_64_intdigest(into) != expected:
+                raise RebuildFailed(
+                    f"chunk {index} of rank {self._rank} was rebuilt wrong: its shares are not of one generation",
+                    streams[-1].piece.node,
+                )
+            slot.sums[1 + index] = expected

@@ -1,0 +1,264 @@
+"""The promise: a lost shard is rebuilt bit for bit from any k of k + m shares, and from nothing that is not whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from deadpool_megatron.cluster import assignment as placing
+from deadpool_megatron.cluster.agreement import NoCommonGeneration, agree
+from deadpool_megatron.cluster.keeping import kept_for_others, targets
+from deadpool_megatron.cluster.placement import place, replace
+from deadpool_megatron.cluster.records import Address, Offer, SlotAddress
+from deadpool_megatron.cluster.redundancy import Scheme, survives, words
+from deadpool_megatron.cluster.shards import FetchDone, RankCommitted, Shards
+from deadpool_megatron.vault import SlotWriter, Version
+from deadpool_megatron.vault.coder import Coder
+
+SECRET = bytes(range(32))
+
+
+@pytest.mark.parametrize(("k", "m"), [(2, 1), (4, 2), (3, 3), (10, 4)])
+def test_any_k_shares_give_every_other_back(k: int, m: int) -> None:
+    size = 1 << 12
+    coder = Coder(k, m, size)
+    random = np.random.default_rng(k)
+    data = [random.integers(0, 256, size - 7 * share, dtype=np.uint8).tobytes() for share in range(k)]
+    shares = dict(enumerate(memoryview(each) for each in data))
+    for row in range(m):
+        parity = np.zeros(size, np.uint8)
+        for share in reversed(range(k)):  # in any order
+            coder.add(parity, row, share, shares[share])
+        shares[k + row] = memoryview(parity.tobytes())
+    sets = list(combinations(range(k + m), k))
+    for those in sets[:: max(1, len(sets) // 60)]:
+        for wanted in set(range(k)) - set(those):
+            back = coder.rebuild(wanted, {share: shares[share] for share in those})
+            assert back[: len(data[wanted])] == data[wanted] and not any(back[len(data[wanted]) :])
+
+
+class Job:
+    """The vaults of a whole job in one process: real agents' shards, real sockets, the real placement and agreement."""
+
+    def __init__(self, redundancy: str, active: int, slots: int = 1, nodes: int = 0) -> None:
+        self.scheme = Scheme.parse(redundancy)
+        self.shards = {
+            node: Shards(f"p{os.getpid()}", node, SECRET, "127.0.0.1", scheme=self.scheme)
+            for node in range(max(active, nodes))
+        }
+        self.assignment = placing.initial(active, slots)
+        self.groups = place(range(active), self.scheme)
+        # every rank another size, some parts one chunk longer than others, the last chunk never full
+        self.unique = [(2 + rank % 3) * (1 << 20) + 4321 * (rank + 1) for rank in range(active * slots)]
+        self.room = [1 << 16] * len(self.unique)
+        self.words = words(self.groups, self.scheme, self.assignment)
+        self.epoch = 0
+        self.writers: dict[int, SlotWriter] = {}
+        for rank in range(len(self.unique)):
+            node = self.shards[self.assignment[rank].node]
+            self.writers[rank] = SlotWriter(node.allocate(rank, self.unique[rank], 4096))
+
+    def aim(self, nodes: list[int] | None = None) -> None:
+        vaults = {node: Address("127.0.0.1", each.server.port) for node, each in self.shards.items()}
+        for node in placing.nodes_of(self.assignment) if nodes is None else nodes:
+            shards = self.shards[node]
+            shards.plan(
+                *kept_for_others(node, self.groups, self.scheme, self.assignment, self.unique, self.room)
+            )
+        for node in placing.nodes_of(self.assignment) if nodes is None else nodes:
+            self.shards[node].set_targets(
+                self.epoch, targets(node, self.groups, self.scheme, self.assignment, vaults)
+            )
+
+    def content(self, rank: int, generation: int) -> np.ndarray:
+        return np.random.default_rng(1000 * generation + rank).integers(0, 256, self.unique[rank], dtype=np.uint8)
+
+    def write(self, generation: int) -> None:
+        for rank, writer in self.writers.items():
+            assert writer.open(self.epoch, generation, b"small state %d of %d" % (generation, rank)) is not None
+            writer.buffer[:] = self.content(rank, generation)
+            writer.complete()
+            self.shards[self.assignment[rank].node].rang(rank)
+
+    def committed(self, generation: int) -> None:
+        """Wait until every rank is safe, then tell everybody."""
+        for node in placing.nodes_of(self.assignment):
+            missing = set(placing.ranks_of(self.assignment, node).values())
+            while missing:
+                event = self.shards[node].events.get(timeout=30)
+                if isinstance(event, RankCommitted) and (event.epoch, event.generation) == (self.epoch, generation):
+                    missing.discard(event.rank)
+        for shards in self.shards.values():
+            shards.set_kept(self.epoch, (self.epoch, generation), generation)
+
+    def offers(self, lost: tuple[int, ...]) -> dict[int, Offer]:
+        return {
+            node: Offer(self.epoch, node, {}, *shards.holdings())
+            for node, shards in self.shards.items()
+            if node not in lost
+        }
+
+    def restored(self, rank: int, node: int, generation: int, lost: tuple[int, ...]) -> None:
+        """The shard of ``rank`` is brought to ``node`` and is what it was."""
+        agreed = agree(self.assignment_without(lost, node), self.offers(lost), words=self.words)
+        assert agreed.generation == generation
+        shards = self.shards[node]
+        vaults = {n: Address("127.0.0.1", s.server.port) for n, s in self.shards.items() if n not in lost}
+        shards.rebuild(self.epoch, rank, generation, agreed.rebuilds[rank], vaults)
+        event = shards.events.get(timeout=30)
+        while not isinstance(event, FetchDone):
+            event = shards.events.get(timeout=30)
+        assert not event.error, event.error
+        assert event.version is not None
+        reader = SlotWriter(shards.path_of(rank))
+        small, unique = reader.read(Version(*event.version))
+        assert small == b"small state %d of %d" % (generation, rank)
+        assert np.array_equal(np.frombuffer(unique, np.uint8), self.content(rank, generation))
+
+    def assignment_without(self, lost: tuple[int, ...], spare: int) -> list[SlotAddress]:
+        return [SlotAddress(spare, i) if s.node in lost else s for i, s in enumerate(self.assignment)]
+
+    def close(self) -> None:
+        for shards in self.shards.values():
+            shards.close()
+
+
+@pytest.fixture
+def jobs() -> Iterator[Callable[..., Job]]:
+    made: list[Job] = []
+
+    def make(*args: object, **kwargs: object) -> Job:
+        made.append(Job(*args, **kwargs))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.close()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("redundancy", "active"), [("2+1", 3), ("2+2", 4), ("3+2", 6), ("2+1", 7)])
+def test_exactly_the_losses_that_are_said_to_be_survivable_are(
+    jobs: Callable[..., Job], redundancy: str, active: int
+) -> None:
+    """Every set of up to m + 1 nodes, against the real vaults; one of each size is really rebuilt."""
+    job = jobs(redundancy, active, nodes=active + 1)
+    job.aim()
+    job.write(3)
+    job.committed(3)
+    m = job.scheme.m
+    for size in range(1, m + 2):
+        rebuilt = False
+        for lost in combinations(range(active), size):
+            after = job.assignment_without(lost, active)
+            if survives(lost, job.groups, job.scheme):
+                agreed = agree(after, job.offers(lost), words=job.words)
+                assert agreed.generation == 3 and set(agreed.rebuilds) == set(lost)
+                for parts in agreed.rebuilds.values():
+                    assert all(len({s.node for s in part}) == job.scheme.k for part in parts)
+                    assert not {share.node for part in parts for share in part} & set(lost)
+                if not rebuilt:
+                    rebuilt = True
+                    for rank in lost:
+                        job.restored(rank, active, 3, lost)
+                    for rank in lost:
+                        job.shards[active].vault.drop(rank)
+            else:
+                with pytest.raises(NoCommonGeneration) as beyond:
+                    agree(after, job.offers(lost), words=job.words)
+                assert beyond.value.missing and set(beyond.value.missing) <= set(lost)
+        assert rebuilt == (size <= m or active > job.scheme.size)
+
+
+@pytest.mark.timeout(120)
+def test_after_a_swap_the_spare_and_its_parity_are_whole_again_and_the_next_node_may_go(
+    jobs: Callable[..., Job],
+) -> None:
+    job = jobs("2+1", 3, nodes=5)
+    job.aim()
+    for generation in (1, 2):
+        job.write(generation)
+        job.committed(generation)
+    job.restored(1, 3, 2, lost=(1,))
+    job.shards[1].close()
+    gone = job.shards.pop(1)
+    job.epoch = 1
+    for shards in job.shards.values():
+        shards.set_epoch(1)
+    before = {word.ids for word in job.words}
+    job.groups = replace(job.groups, {1: 3}, job.scheme)
+    job.assignment = placing.replace_nodes(job.assignment, {1: 3})
+    job.words = words(job.groups, job.scheme, job.assignment)
+    assert {word.ids for word in job.words} == before, "nobody else's parity is made anew"
+    job.aim()
+    # the spare offers the kept version, and the parity that went with node 1 is made again on it
+    seen: set[int] = set()
+    for node in placing.nodes_of(job.assignment):
+        while True:
+            event = job.shards[node].events.get(timeout=30)
+            if isinstance(event, RankCommitted) and (event.epoch, event.generation) == (0, 2):
+                seen.add(event.rank)
+                break
+    assert seen == {0, 1, 2}
+    for next_lost in (0, 2, 3):
+        rank = next(r for r, slot in enumerate(job.assignment) if slot.node == next_lost)
+        job.restored(rank, 4, 2, lost=(next_lost,))
+        job.shards[4].vault.drop(rank)
+    # and training goes on in the new epoch
+    job.writers[1] = SlotWriter(job.shards[3].path_of(1))
+    job.write(3)
+    job.committed(3)
+    assert gone is not None
+
+
+@pytest.mark.timeout(60)
+def test_a_shard_that_was_changed_in_memory_is_never_built_into_another(jobs: Callable[..., Job]) -> None:
+    job = jobs("2+1", 3, nodes=4)
+    job.aim()
+    job.write(1)
+    job.committed(1)
+    agreed = agree(job.assignment_without((0,), 3), job.offers((0,)), words=job.words)
+    share = agreed.rebuilds[0][0][0]
+    arena = job.shards[share.node].vault.arena(share.holder, "own")
+    assert arena is not None
+    slot = arena.find(Version(0, 1))
+    assert slot is not None
+    slot.unique[(slot.chunks * share.share // 2) * slot.chunk_bytes + 5] ^= 1
+    vaults = {n: Address("127.0.0.1", s.server.port) for n, s in job.shards.items()}
+    job.shards[3].rebuild(0, 0, 1, agreed.rebuilds[0], vaults)
+    event = job.shards[3].events.get(timeout=30)
+    assert isinstance(event, FetchDone) and event.version is None
+    assert event.source == share.node and "arrived changed" in event.error
+    assert not job.shards[3].vault.holdings().ranks.get(0)
+
+
+@pytest.mark.timeout(60)
+def test_parity_is_complete_only_when_every_part_is_in_and_a_sender_goes_on_where_it_was(
+    jobs: Callable[..., Job],
+) -> None:
+    job = jobs("2+1", 3)
+    job.aim()
+    for rank in (0, 1):  # not rank 2
+        writer = job.writers[rank]
+        writer.open(0, 1, b"small state 1 of %d" % rank)
+        writer.buffer[:] = job.content(rank, 1)
+        writer.complete()
+        job.shards[rank].rang(rank)
+    for rank in (0, 1):
+        job.shards[rank].events.get(timeout=30)  # its parts are in
+    complete = {node: sum(map(len, shards.holdings()[2].values())) for node, shards in job.shards.items()}
+    assert sum(complete.values()) == 1  # of three words one has both its parts
+    job.aim()  # everything is cut off and offered again
+    writer = job.writers[2]
+    writer.open(0, 1, b"small state 1 of 2")
+    writer.buffer[:] = job.content(2, 1)
+    writer.complete()
+    job.shards[2].rang(2)
+    job.committed(1)
+    job2 = {node: sum(map(len, shards.holdings()[2].values())) for node, shards in job.shards.items()}
+    assert set(job2.values()) == {1}
+    assert set(agree(job.assignment_without((1,), 3), job.offers((1,)), words=job.words).rebuilds) == {1}
