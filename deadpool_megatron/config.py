@@ -89,6 +89,11 @@ class DeadpoolConfig:
         "YAML file with any kinds; without it Slurm's switches, where its topology is known",
     )
 
+    scrub_rate: int = _setting(
+        64 << 20,
+        "bytes a second that each agent reads of its vault to find copies that changed in memory; 0 switches it off",
+    )
+
     def __post_init__(self) -> None:
         try:
             Scheme.parse(self.redundancy)
@@ -118,6 +123,8 @@ class DeadpoolConfig:
             raise ConfigError(f"--deadpool-metrics-port must be 0 (none) to 65535, not {self.metrics_port}")
         if not 0 <= self.copy_bandwidth < math.inf:
             raise ConfigError("--deadpool-copy-bandwidth must be 0 (no limit) or more bytes a second, and finite")
+        if self.scrub_rate < 0:
+            raise ConfigError("--deadpool-scrub-rate must be 0 or more bytes a second")
         if self.slice_bytes < 4096:
             raise ConfigError("--deadpool-slice-bytes must be 4096 or more bytes")
 

@@ -103,6 +103,7 @@ def agent_settings(
         "adopt": adopt,
         "redundancy": plan.config.redundancy,
         "metrics_port": metrics_port,
+        "scrub_rate": plan.config.scrub_rate,
     }
 
 

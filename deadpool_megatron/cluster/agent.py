@@ -25,7 +25,7 @@ from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.keeping import kept_for_others, targets
 from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.cluster.redundancy import Scheme
-from deadpool_megatron.cluster.shards import RankCommitted, ReserveFailed, Shards, ShardsEvent
+from deadpool_megatron.cluster.shards import Damaged, RankCommitted, Reserved, ReserveFailed, Shards, ShardsEvent
 from deadpool_megatron.cluster.watch import Watch
 from deadpool_megatron.cluster.workers import Worker, end_group, start_worker
 from deadpool_megatron.vault import VaultError, WordPlan
@@ -60,6 +60,7 @@ class AgentSettings:
     adopt: str = ""
     redundancy: str = "1"
     metrics_port: int = 0
+    scrub_rate: int = 0
 
     @property
     def world_size(self) -> int:
@@ -98,6 +99,7 @@ class Agent:
                 settings.host,
                 settings.shm_directory,
                 Scheme.parse(settings.redundancy),
+                settings.scrub_rate,
             )
             if settings.deadpool
             else None
@@ -296,7 +298,7 @@ class Agent:
     def _arena(self, worker: Worker, record: r.ArenaRequest) -> None:
         assert self._shards is not None
         try:
-            path = self._shards.allocate(record.rank, record.unique_bytes, record.small_bytes)
+            path = self._shards.allocate(record.rank, record.unique_bytes, record.small_bytes, record.numa)
         except (VaultError, OSError) as err:
             worker.tell(r.ArenaRefused(str(err)))
             return
@@ -336,6 +338,10 @@ class Agent:
         assert self._shards is not None
         if isinstance(event, ReserveFailed):
             self._send(r.NoRoom(self._s.node, event.message))
+        elif isinstance(event, Reserved):
+            self._send(r.VaultMemory(self._s.node, event.nbytes, event.huge_bytes))
+        elif isinstance(event, Damaged):
+            self._send(r.DamagedCopy(self._epoch, self._s.node, event.holder, event.kind, event.generation))
         elif isinstance(event, RankCommitted):
             self._rank_covered(event)
             if event.epoch != self._epoch:

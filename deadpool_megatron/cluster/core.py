@@ -171,6 +171,8 @@ class Core:
             r.Committed: self._node_commit,
             r.Covered: self._node_covered,
             r.NoRoom: self._no_room,
+            r.VaultMemory: self._vault_memory,
+            r.DamagedCopy: self._damaged_copy,
             r.Iteration: self._iterated,
             r.FetchFailed: self._fetch_failed,
             r.Finished: self._node_finished,
@@ -329,6 +331,16 @@ class Core:
 
     def _no_room(self, record: r.NoRoom) -> None:
         self._stop(Exit.USAGE, f"node {record.node}: {record.message}")
+
+    def _vault_memory(self, record: r.VaultMemory) -> None:
+        self._emit("memory", node=record.node, bytes=record.nbytes, huge_bytes=record.huge_bytes)
+
+    def _damaged_copy(self, record: r.DamagedCopy) -> None:
+        if record.epoch == self.epoch:
+            self.protection.damaged(record.node)
+        self._emit(
+            "damaged", node=record.node, kind=record.kind, holder=record.holder, iteration=record.generation
+        )
 
     def _node_covered(self, record: r.Covered) -> None:
         here = record.epoch == self.epoch and record.generation == self._generation

@@ -117,6 +117,12 @@ class Protection:
             return True
         return False
 
+    def damaged(self, node: int) -> None:
+        """Something in a node's vault has changed in memory: until the next commit it counts as lost."""
+        if node in self._nodes:
+            self._bare.add(node)
+            self._covered.discard(node)
+
     def committed(self) -> bool:
         """A generation of this epoch is committed; True when that ends a time of less protection."""
         was, self._bare = bool(self._bare), set()

@@ -15,6 +15,7 @@ from deadpool_megatron.vault import (
     Piece,
     RebuildFailed,
     Replicator,
+    Scrubber,
     Stripes,
     Target,
     Vault,
@@ -24,12 +25,13 @@ from deadpool_megatron.vault import (
     WordPlan,
     clean_leftovers,
     fetch,
+    huge_bytes,
     process_alive,
     rebuild,
     small_capacity,
 )
 
-__all__ = ["FetchDone", "RankCommitted", "ReserveFailed", "Shards", "ShardsEvent"]
+__all__ = ["Damaged", "FetchDone", "RankCommitted", "ReserveFailed", "Reserved", "Shards", "ShardsEvent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,24 @@ class ReserveFailed:
     message: str
 
 
-ShardsEvent = RankCommitted | FetchDone | ReserveFailed
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """All memory of the plan is taken: bytes of all arenas, and how many of them are in huge pages."""
+
+    nbytes: int
+    huge_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A copy (of a rank, or parity of a word) has changed in memory and is not used any more."""
+
+    holder: int
+    kind: Kind
+    generation: int
+
+
+ShardsEvent = RankCommitted | FetchDone | ReserveFailed | Reserved | Damaged
 
 
 class Shards:
@@ -77,6 +96,7 @@ class Shards:
         host: str,
         directory: str = "/dev/shm",
         scheme: Scheme | None = None,
+        scrub_rate: int = 0,
     ) -> None:
         self.node = node
         self._secret = secret
@@ -90,6 +110,7 @@ class Shards:
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._peers: dict[int, tuple[int, int]] = {}
         self._replicator = Replicator(self.vault, secret, self._committed)
+        self._scrubber = Scrubber(self.vault, scrub_rate, self._damaged) if scrub_rate else None
 
     def _tell(self, event: ShardsEvent) -> None:
         self.events.put(event)
@@ -98,15 +119,18 @@ class Shards:
     def _committed(self, rank: int, epoch: int, generation: int) -> None:
         self._tell(RankCommitted(rank, epoch, generation))
 
-    def allocate(self, rank: int, unique_bytes: int, small_bytes: int) -> str:
+    def _damaged(self, holder: int, kind: Kind, version: Version) -> None:
+        self._tell(Damaged(holder, kind, version.generation))
+
+    def allocate(self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1) -> str:
         """The path of a rank's own arena, with room for the small state to grow. Raises VaultError in one clear line.
 
-        An arena that a fetch has made already is used when it fits.
+        An arena that a fetch has made already is used when it fits. ``numa``: NUMA node of who writes it, -1 for any.
         """
         arena = self.vault.arena(rank, "own")
         if arena is not None and arena.info.unique_bytes == unique_bytes and arena.info.small_capacity > small_bytes:
             return arena.info.path
-        return self.vault.allocate_own(rank, unique_bytes, small_capacity(small_bytes)).path
+        return self.vault.allocate_own(rank, unique_bytes, small_capacity(small_bytes), numa).path
 
     def set_epoch(self, epoch: int) -> None:
         """Refuse whatever belongs to an older epoch from now on."""
@@ -140,6 +164,9 @@ class Shards:
                     self.vault.allocate_parity(word, plan.chunks(size) * size, plan.records_bytes(size))
             except VaultError as err:
                 self._tell(ReserveFailed(str(err)))
+                return
+            huge = sum(huge_bytes(arena.path) for arena in self.vault.arenas())
+            self._tell(Reserved(self.vault.bytes_allocated, huge))
 
         threading.Thread(target=work, name="vault-reserve", daemon=True).start()
 
@@ -243,6 +270,8 @@ class Shards:
 
     def close(self) -> None:
         """Stop all threads and free the memory."""
+        if self._scrubber is not None:
+            self._scrubber.stop()
         self._replicator.stop()
         self.server.stop()
         self.vault.close()

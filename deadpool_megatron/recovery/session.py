@@ -180,11 +180,13 @@ class Session:
                 self._news.wait(left)
             return True
 
-    def request_arena(self, rank: int, unique_bytes: int, small_bytes: int, deadline_s: float = 120.0) -> str:
+    def request_arena(
+        self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1, deadline_s: float = 120.0
+    ) -> str:
         """The path of this rank's arena in the vault. Raises Refused with one clear line."""
         with self._news:
             self._arena = None
-        self.tell(r.ArenaRequest(rank, unique_bytes, small_bytes))
+        self.tell(r.ArenaRequest(rank, unique_bytes, small_bytes, numa))
         end = time.monotonic() + deadline_s
         with self._news:
             while self._arena is None:

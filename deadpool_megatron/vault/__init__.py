@@ -17,8 +17,10 @@ from .errors import (
     VaultFull,
 )
 from .leftovers import clean_leftovers, process_alive, process_start
+from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_nodes
 from .rebuild import Piece, RebuildFailed, rebuild
 from .replicator import PartTo, Replicator, Target
+from .scrub import Scrubber
 from .server import VaultServer
 from .stripes import Stripes, WordPlan
 from .transfer import fetch
@@ -44,6 +46,7 @@ __all__ = [
     "RebuildFailed",
     "Refused",
     "Replicator",
+    "Scrubber",
     "Slot",
     "SlotWriter",
     "StaleEpoch",
@@ -59,6 +62,10 @@ __all__ = [
     "WordPlan",
     "clean_leftovers",
     "fetch",
+    "huge_bytes",
+    "numa_node_of_device",
+    "numa_node_of_process",
+    "numa_nodes",
     "process_alive",
     "process_start",
     "rebuild",

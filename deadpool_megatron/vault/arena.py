@@ -15,7 +15,6 @@ the turn it has checked, so a slot that has been opened again is incomplete with
 
 from __future__ import annotations
 
-import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import xxhash
 
 from .errors import ChecksumMismatch, VaultError, VaultFull
 from .leftovers import MAGIC, PAGE, PID_WORD, START_WORD, process_alive, process_start
+from .memory import populated
 from .version import EMPTY, Version, unpack
 
 __all__ = ["KINDS", "Arena", "ArenaInfo", "Kind", "Slot"]
@@ -114,6 +114,7 @@ class Slot:
         self.unique = unique
         self.chunk_bytes = chunk
         self.chunks = -(-len(unique) // chunk)
+        self.damaged_turn = 0  # known to the agent's process alone
 
     def reopen(self, version: int) -> None:
         """Begin to write packed ``version``: from here on the slot is incomplete, whatever happens."""
@@ -173,6 +174,12 @@ class Slot:
         """The agent has a verified checksum of everything in this turn."""
         self.own_turn = self.turn
 
+    def give_up(self, turn: int) -> None:
+        """What was written as ``turn`` has changed in memory: it is not held any more. By the agent."""
+        self.damaged_turn = turn
+        if self.turn == turn:
+            self.own_turn = 0
+
     def verify(self, small_bytes: int | None = None) -> None:
         """Compare all bytes with their checksums. Raises ChecksumMismatch. Blocks for the time of reading them."""
         version = self.version
@@ -191,7 +198,7 @@ class Arena:
         self.path = path
         size = os.fstat(fd).st_size
         # populated now, so that the hot path takes no page faults
-        self._map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._map = populated(fd, size)
         self._view = memoryview(self._map)
         self.words: memoryview[Any] = self._view[:PAGE].cast("Q")
         words = self.words
@@ -229,6 +236,8 @@ class Arena:
             raise VaultFull(f"{what} but {free} are there; {hint}")
         fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
+            os.ftruncate(fd, total)
+            populated(fd, total).close()  # first through a mapping: only that can ask for huge pages
             try:
                 os.posix_fallocate(fd, 0, total)
             except OSError as err:

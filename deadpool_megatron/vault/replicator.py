@@ -26,6 +26,7 @@ from .wire import Begin, Begun, Bytes, Channel, Complete, Deadlines, Share, Stor
 __all__ = ["PartTo", "Replicator", "Target"]
 
 _log = logging.getLogger(__name__)
+_PATIENCE = 1.0  # seconds of back-off before a refusal that may be early is worth a warning
 _BATCH = 16  # chunks in one frame
 _SUM_CHUNKS = 64  # chunks summed for one rank before the next rank has its turn
 
@@ -236,9 +237,11 @@ class _Sender:
                 self._disconnect()
                 if self._aim != aim or self._stopping:
                     continue
-                if str(err) != self.failure:
+                # a keeper that has not heard of the epoch yet does not know its part; it will in a moment
+                early = isinstance(err, Refused) and err.code == "not-planned" and pause < _PATIENCE
+                if str(err) != self.failure and not early:
                     _log.warning("rank %d: shard not at its peer %s:%d: %s", self.rank, target.host, target.port, err)
-                self.failure = str(err)
+                self.failure = "" if early else str(err)
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping or self._aim != aim, timeout=pause)  # noqa: B023
                 pause = min(2 * pause, self._deadlines.backoff_limit)

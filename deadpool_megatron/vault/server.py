@@ -35,6 +35,7 @@ from .wire import (
 __all__ = ["VaultServer"]
 
 _log = logging.getLogger(__name__)
+_LEVELS = {"not-planned": logging.DEBUG}  # the sender warns if it lasts
 
 
 class VaultServer:
@@ -168,7 +169,7 @@ class VaultServer:
             except (Refused, NotHeld, VaultFull, ChecksumMismatch) as err:
                 code = {NotHeld: "not-held", VaultFull: "no-room", ChecksumMismatch: "checksum"}.get(type(err))
                 code = code or (err.code if isinstance(err, Refused) else "refused")
-                _log.warning("vault of node %d: %s", self._vault.node, err)
+                _log.log(_LEVELS.get(code, logging.WARNING), "vault of node %d: %s", self._vault.node, err)
                 channel.send(Refusal(self._vault.epoch, code, str(err)[:1000]))
                 if isinstance(frame, Begin | Share):
                     return  # what follows is payload nobody wants

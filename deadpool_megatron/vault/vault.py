@@ -11,6 +11,7 @@ import xxhash
 from .arena import KINDS, Arena, ArenaInfo, Kind, Slot
 from .errors import NotHeld, StaleEpoch, VaultError
 from .leftovers import PREFIX
+from .memory import on_numa_node
 from .version import EMPTY, Version
 
 __all__ = ["Holding", "Holdings", "Vault", "small_capacity"]
@@ -63,12 +64,12 @@ class Vault:
 
     # ---- memory
 
-    def allocate_own(self, rank: int, unique_bytes: int, small_capacity: int) -> ArenaInfo:
-        """The arena of a rank that runs here; made unless it is there with these sizes.
+    def allocate_own(self, rank: int, unique_bytes: int, small_capacity: int, numa: int = -1) -> ArenaInfo:
+        """The arena of a rank that runs here; made unless it is there with these sizes, on NUMA node ``numa``.
 
         Blocks for the clearing of the memory (0.3 s a GiB). Raises VaultFull; VaultError when the sizes differ.
         """
-        return self._allocate(rank, "own", unique_bytes, small_capacity).info
+        return self._allocate(rank, "own", unique_bytes, small_capacity, numa).info
 
     def allocate_peer(self, rank: int, unique_bytes: int, small_capacity: int) -> ArenaInfo:
         """The arena in which this node keeps the shard of a rank that runs elsewhere; as `allocate_own`."""
@@ -78,7 +79,9 @@ class Vault:
         """The arena of one row of parity; as `allocate_own`. ``records_bytes``: room for what belongs to its parts."""
         return self._allocate(word, "parity", parity_bytes, records_bytes).info
 
-    def _allocate(self, rank: int, kind: Kind, unique_bytes: int, small_capacity: int) -> Arena:
+    def _allocate(
+        self, rank: int, kind: Kind, unique_bytes: int, small_capacity: int, numa: int = -1
+    ) -> Arena:
         with self._lock:
             arena = self._arenas.get((rank, kind))
             if arena is not None:
@@ -90,7 +93,8 @@ class Vault:
                     )
                 return arena
             path = f"{self.directory}/{PREFIX}{self.job_id}-{self.node}-{rank}-{kind}"
-            arena = Arena.create(path, rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
+            with on_numa_node(numa):
+                arena = Arena.create(path, rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
             arena.epoch, arena.kept, arena.floor = self._epoch, self._kept, self._floor
             self._arenas[rank, kind] = arena
             return arena
@@ -110,6 +114,11 @@ class Vault:
                 arena = self._arenas.pop((rank, each), None)
                 if arena is not None:
                     arena.unlink()
+
+    def arenas(self) -> list[Arena]:
+        """All that there are now."""
+        with self._lock:
+            return list(self._arenas.values())
 
     @property
     def bytes_allocated(self) -> int:
@@ -220,7 +229,7 @@ class Vault:
 def _checksum(slot: Slot, limit: int | None) -> bool:
     """One slot's part of `Vault.checksum`. ``checked`` counts entries of the table: the small state, then chunks."""
     turn = slot.turn
-    if slot.small_bytes == EMPTY or slot.begin == EMPTY or slot.own_turn == turn:
+    if slot.small_bytes == EMPTY or slot.begin == EMPTY or turn in (slot.own_turn, slot.damaged_turn):
         return False
     if slot.checked_turn != turn:
         slot.checked = 0

@@ -142,6 +142,24 @@ class NoRoom(Record, frozen=True):
     message: str
 
 
+class VaultMemory(Record, frozen=True):
+    """All memory of the node's vault is taken: its bytes, and how many of them are in huge pages."""
+
+    node: int
+    nbytes: int
+    huge_bytes: int
+
+
+class DamagedCopy(Record, frozen=True):
+    """A copy in the node's vault has changed in memory. ``holder`` is a rank, or for parity a word."""
+
+    epoch: int
+    node: int
+    holder: int
+    kind: Literal["own", "peer", "parity"]
+    generation: int
+
+
 class Iteration(Record, frozen=True):
     """The coordinate that knows the loss has finished an iteration.
 
@@ -239,7 +257,9 @@ AgentRecord = (
     | NodeResumed
     | Committed
     | Covered
+    | DamagedCopy
     | NoRoom
+    | VaultMemory
     | Iteration
     | FetchFailed
     | Finished

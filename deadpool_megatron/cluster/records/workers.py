@@ -16,11 +16,12 @@ class WorkerStep(Record, frozen=True):
 
 
 class ArenaRequest(Record, frozen=True):
-    """A worker asks for the memory of its shard in the vault."""
+    """A worker asks for the memory of its shard in the vault, on the NUMA node of its device (-1: any)."""
 
     rank: int
     unique_bytes: int
     small_bytes: int
+    numa: int = -1
 
 
 class Arrived(Record, frozen=True):

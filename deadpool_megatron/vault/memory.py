@@ -1,0 +1,103 @@
+"""Where an arena's pages are: huge ones where the kernel gives them, on the NUMA node of who writes them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+__all__ = ["huge_bytes", "numa_node_of_device", "numa_node_of_process", "numa_nodes", "on_numa_node", "populated"]
+
+_POPULATE_WRITE: Final = 23  # madvise(2), from Linux 5.14
+_SET_MEMPOLICY: Final = {"x86_64": 238, "aarch64": 237}
+_DEFAULT, _PREFERRED, _INTERLEAVE = 0, 1, 3
+_NODES: Final = Path("/sys/devices/system/node")
+
+
+def populated(fd: int, size: int) -> mmap.mmap:
+    """Map a file and take all page faults now; in huge pages where shared memory allows them.
+
+    They are there when ``/sys/kernel/mm/transparent_hugepage/shmem_enabled`` says ``advise`` (or more), or when the
+    file system was mounted with ``huge=advise``. Memory that is not there is no error here, but one on first use.
+    """
+    mapped = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
+    with suppress(OSError):  # a kernel without huge pages
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        mapped.madvise(_POPULATE_WRITE)
+    except OSError:
+        mapped.close()
+        return mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    return mapped
+
+
+def huge_bytes(path: str) -> int:
+    """How many bytes of this process's mappings of ``path`` are in huge pages."""
+    total, inside = 0, False
+    with open("/proc/self/smaps") as smaps:
+        for line in smaps:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                inside = line.rstrip().endswith(path)
+            elif inside and line.startswith(("ShmemPmdMapped:", "FilePmdMapped:")):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def numa_nodes() -> dict[int, set[int]]:
+    """The processors of each NUMA node; empty where the kernel does not say."""
+    out: dict[int, set[int]] = {}
+    for path in _NODES.glob("node[0-9]*/cpulist"):
+        cpus: set[int] = set()
+        for part in filter(None, path.read_text().strip().split(",")):
+            first, _, last = part.partition("-")
+            cpus |= set(range(int(first), int(last or first) + 1))
+        out[int(path.parent.name.removeprefix("node"))] = cpus
+    return out
+
+
+def numa_node_of_process() -> int:
+    """The NUMA node that has all processors this process may run on; -1 without one, or where there is only one."""
+    nodes = numa_nodes()
+    mine = os.sched_getaffinity(0)
+    inside = [node for node, cpus in nodes.items() if mine <= cpus]
+    return inside[0] if len(inside) == 1 and len(nodes) > 1 else -1
+
+
+def numa_node_of_device(bus_id: str) -> int:
+    """The NUMA node a PCI device (``0000:3b:00.0``) hangs on; -1 when it is not known."""
+    try:
+        return int(Path(f"/sys/bus/pci/devices/{bus_id.lower()}/numa_node").read_text())
+    except (OSError, ValueError):
+        return -1
+
+
+@contextmanager
+def on_numa_node(node: int) -> Iterator[bool]:
+    """Memory that this thread takes inside comes from ``node`` first, or from all in turn when it is negative.
+
+    Yields whether that could be asked for; a machine with one node has nothing to ask.
+    """
+    nodes = sorted(numa_nodes())
+    wanted = [node] if node in nodes else nodes
+    asked = len(nodes) > 1 and _policy(_PREFERRED if node in nodes else _INTERLEAVE, wanted)
+    try:
+        yield asked
+    finally:
+        if asked:
+            _policy(_DEFAULT, [])
+
+
+def _policy(mode: int, nodes: list[int]) -> bool:
+    number = _SET_MEMPOLICY.get(platform.machine())
+    if number is None:
+        return False
+    mask = ctypes.c_ulong(sum(1 << node for node in nodes))
+    bits = 8 * ctypes.sizeof(mask) if nodes else 0
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    return bool(call(ctypes.c_long(number), mode, ctypes.byref(mask) if nodes else None, ctypes.c_ulong(bits)) == 0)
