@@ -32,7 +32,7 @@ import torch
 from deadpool_megatron import config as settings
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.comm import Communicators
-from deadpool_megatron.megatron import small_state, state_hash
+from deadpool_megatron.megatron import saving, small_state, state_hash
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.standby import publish_imports
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
@@ -191,6 +191,7 @@ class Hooks:
                 declared = self._rejoin(trainer, error)
                 self._series.recovered(time.perf_counter() - away)
                 error = None
+                saving.forget_strategies(a["checkpointing_context"])
                 if declared.purpose == "save":
                     self._save_and_leave(bound.arguments, declared.epoch)
             try:

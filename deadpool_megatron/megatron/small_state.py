@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.num_microbatches_calculator import update_num_microbatches
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 from deadpool_megatron.megatron.optimizer_state import Numbers, members
 from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng
@@ -37,6 +38,8 @@ MUTABLE_ARGS: Final = (
     "eval_iters",
 )
 _LOGGED: Final = 256  # sums of losses that are staged; Megatron has a handful
+# What the rerun state machine counts from iteration to iteration; its reports are collectives at every Nth.
+_RERUN: Final = ("current_iteration", "large_value_counts", "max_values")
 
 
 def apply_args(args: Namespace, saved: dict[str, Any]) -> None:
@@ -153,6 +156,7 @@ class SmallState:
                 ],
                 "log": self._staged.take(self.log),
                 "logged_before": self.logged_before,
+                "rerun": {name: getattr(get_rerun_state_machine(), name) for name in _RERUN},
             }
         )
 
@@ -173,6 +177,8 @@ class SmallState:
                 scaler.load_state_dict({**saved, "scale": scaler.scale.clone()})
         self.logged_before = state["logged_before"]
         self.flops = state["args"]["num_floating_point_operations_so_far"]
+        for name, value in state["rerun"].items():
+            setattr(get_rerun_state_machine(), name, value)
         update_num_microbatches(self._args.consumed_train_samples, consistency_check=False)
         iteration: int = state["args"]["iteration"]
         return iteration

@@ -21,6 +21,7 @@ from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.megatron.links import Links
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import reset_after_abort, synchronize_parameters
+from deadpool_megatron.megatron.saving import drop_unfinished_saves
 from deadpool_megatron.megatron.small_state import SmallState
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
 from deadpool_megatron.recovery import Refused, Session
@@ -271,6 +272,7 @@ class MegatronTrainer:
     def unwind(self) -> None:
         """Drop what the broken step left behind."""
         self._snapshotter.give_up()
+        drop_unfinished_saves(self.rank)
         reset_after_abort(self._model, self._optimizer, self._model_config)
 
     def restore(self, agreed: r.Generation) -> None:

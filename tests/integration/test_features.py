@@ -1,0 +1,165 @@
+"""Megatron's features and a lost node in one run: every one ends bit for bit as it would have without the loss.
+
+Small jobs, two processes and a spare; the node of rank 0 is killed in the middle of iteration 3 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from flags import Layout, duo_gpt, with_value
+from jobs import EXAMPLE, ROOT, Job, Jobs, assert_same_checkpoint, assert_same_training, launch_flags
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+ITERATIONS = 6
+EXTERNAL = ROOT / "tests" / "pretrain_external.py"
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    all_jobs = Jobs(tmp_path)
+    yield all_jobs
+    all_jobs.end()
+
+
+def _same_checkpoints(job: Job, want: Job) -> None:
+    mine, theirs = (Path(f"{j.run_dir}.ckpt") for j in (job, want))
+    for directory in (mine, theirs):
+        assert (directory / "latest_checkpointed_iteration.txt").read_text() == "6"
+    for iteration in (2, 4, 6):
+        assert_same_checkpoint(mine / f"iter_{iteration:07d}", theirs / f"iter_{iteration:07d}")
+
+
+def _same_last_checkpoint(job: Job, want: Job) -> None:
+    mine, theirs = (Path(f"{j.run_dir}.ckpt") for j in (job, want))
+    assert (mine / "latest_checkpointed_iteration.txt").read_text() == "6"
+    assert_same_checkpoint(mine / "iter_0000006", theirs / "iter_0000006")
+
+
+def _wrote_scalars(job: Job, want: Job) -> None:
+    """The rank that writes them (the last stage) lived on: each step is there, with the undisturbed run's values."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    series = []
+    for each in (job, want):
+        events = EventAccumulator(f"{each.run_dir}.tensorboard")
+        events.Reload()
+        series.append({e.step: e.value for e in events.Scalars("lm loss")})
+    assert series[0] == series[1] and sorted(series[1]) == list(range(1, ITERATIONS + 1))
+
+
+def _evaluated(job: Job, want: Job) -> None:
+    def lines(each: Job) -> list[str]:
+        text = (each.run_dir / "logs" / "rank-1.log").read_text()
+        return [x.split("validation loss", 1)[1] for x in text.splitlines() if "validation loss at iteration" in x]
+
+    assert lines(want) and set(lines(job)) == set(lines(want))
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Flags that switch a feature on; ``@`` stands for the path of the run directory."""
+
+    flags: str
+    layout: Layout = "pipeline"
+    script: Path = EXAMPLE
+    node: int = 0
+    at: tuple[int, int] = (3, 2)
+    also: Callable[[Job, Job], None] | None = None
+
+
+FEATURES = {
+    "checkpoints": Feature(
+        "--save @.ckpt --save-interval 2 --ckpt-format torch_dist", at=(4, 1), also=_same_checkpoints
+    ),
+    "asynchronous checkpoints": Feature(
+        "--save @.ckpt --save-interval 2 --ckpt-format torch_dist --async-save", at=(3, 2), also=_same_last_checkpoint
+    ),
+    "an asynchronous checkpoint in flight": Feature(
+        "--save @.ckpt --save-interval 2 --ckpt-format torch_dist --async-save --use-persistent-ckpt-worker",
+        at=(4, 1),
+        also=_same_last_checkpoint,
+    ),
+    "evaluation": Feature("--eval-interval 2 --eval-iters 2", also=_evaluated),
+    "batch-size ramp-up": Feature(
+        "--rampup-batch-size 2 2 12 --train-samples 32 --lr-decay-samples 80 --lr-warmup-samples 8", at=(4, 2)
+    ),
+    "gradient accumulation over 8 microbatches": Feature("--global-batch-size 16", "data"),
+    "full activation recompute": Feature(
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    ),
+    "selective activation recompute": Feature("--recompute-granularity selective"),
+    "tied embeddings": Feature(""),
+    "untied embeddings": Feature("--untie-embeddings-and-output-weights"),
+    "uneven pipeline stages": Feature("--num-layers 3 --decoder-first-pipeline-num-layers 1"),
+    "virtual pipeline": Feature("--num-layers 4 --num-layers-per-virtual-pipeline-stage 1"),
+    "rerun mode validate_results": Feature("--rerun-mode validate_results"),
+    "rerun mode report_determinism_stats": Feature("--rerun-mode report_determinism_stats"),
+    "log interval 3": Feature("--log-interval 3"),
+    "TensorBoard": Feature(
+        "--tensorboard-dir @.tensorboard --log-timers-to-tensorboard --log-memory-to-tensorboard", also=_wrote_scalars
+    ),
+    "exit-signal handler": Feature("--exit-signal-handler"),
+    "external data loader": Feature("--dataloader-type external", "data", EXTERNAL),
+    "cyclic data loader": Feature("--dataloader-type cyclic", "data"),
+}
+
+
+def _flags(feature: Feature, run_dir: Path) -> list[str]:
+    flags = duo_gpt(feature.layout, iters=ITERATIONS)
+    new = feature.flags.replace("@", str(run_dir)).split()
+    if "--train-samples" in new:  # Megatron counts in samples or in iterations, never in both
+        for gone in ("--train-iters", "--lr-decay-iters", "--lr-warmup-iters"):
+            place = flags.index(gone)
+            del flags[place : place + 2]
+    return [*flags, *new]  # of a flag given twice the last one counts
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_run_with_this_feature_survives_a_kill(name: str, jobs: Jobs) -> None:
+    feature = FEATURES[name]
+    want = jobs.start(
+        "undisturbed", launch_flags(2, slots=1), _flags(feature, jobs.directory / "undisturbed"), feature.script
+    ).finished()
+    job = jobs.start("killed", launch_flags(3, 1, slots=1), _flags(feature, jobs.directory / "killed"), feature.script)
+    job.until_event("started")
+    job.inject(feature.node, *feature.at)
+    job.finished()
+    assert len(job.events("resumed")) == 1
+    count = 1 + max(e["iteration"] for e in want.events("iteration"))
+    assert_same_training(job, want, count, rank=1, mute=frozenset({feature.at[0] - 1}))
+    if feature.also is not None:
+        feature.also(job, want)
+
+
+def test_a_node_that_dies_during_an_evaluation_is_replaced(jobs: Jobs) -> None:
+    flags = with_value(with_value(duo_gpt(iters=4), "--eval-interval", 2), "--eval-iters", 60)
+    want = jobs.start("undisturbed", launch_flags(2, slots=1), flags).finished()
+    job = jobs.start("killed", launch_flags(3, 1, slots=1), flags)
+    job.until("iteration 1", lambda: [e for e in job.events("iteration") if e["iteration"] == 1])
+    job.kill_node(0)  # the evaluation after that iteration has just begun
+    job.finished()
+    assert [e["iteration"] for e in job.events("resumed")] == [1]
+    assert_same_training(job, want, 4, rank=1)
+    _evaluated(job, want)
+
+
+def test_the_exit_signal_saves_a_checkpoint_after_a_swap_as_before(jobs: Jobs) -> None:
+    save = jobs.directory / "ckpt"
+    flags = [*duo_gpt(iters=2000), "--exit-signal-handler", "--save", str(save), "--ckpt-format", "torch_dist"]
+    job = jobs.start("signalled", launch_flags(3, 1, slots=1), flags)
+    job.until_event("started")
+    job.inject(0, 3, 2)
+    job.until_event("resumed")
+    for pid in job.pids().values():
+        os.kill(pid, signal.SIGTERM)
+    job.finished()
+    latest = int((save / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 < latest < 2000 and "exiting program after receiving SIGTERM" in job.log_tails(60)
