@@ -125,6 +125,8 @@ class Agent:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
         for local in range(self._s.slots_per_node):
             self._start(local, self._s.node * self._s.slots_per_node + local if self._active else None)
+        if self._adoption is not None:
+            self._adoption.close()
         self._send(
             r.Join(
                 self._s.node,

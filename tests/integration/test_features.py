@@ -89,7 +89,7 @@ FEATURES = {
     ),
     "evaluation": Feature("--eval-interval 2 --eval-iters 2", also=_evaluated),
     "batch-size ramp-up": Feature(
-        "--rampup-batch-size 2 2 12 --train-samples 32 --lr-decay-samples 80 --lr-warmup-samples 8", at=(4, 2)
+        "--rampup-batch-size 2 2 12 --train-samples 32 --lr-decay-samples 80 --lr-warmup-samples 8", at=(6, 2)
     ),
     "gradient accumulation over 8 microbatches": Feature("--global-batch-size 16", "data"),
     "full activation recompute": Feature(
@@ -149,6 +149,20 @@ def test_a_node_that_dies_during_an_evaluation_is_replaced(jobs: Jobs) -> None:
     assert [e["iteration"] for e in job.events("resumed")] == [1]
     assert_same_training(job, want, 4, rank=1)
     _evaluated(job, want)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_node_that_dies_while_a_checkpoint_is_written_is_replaced(asynchronous: bool, jobs: Jobs) -> None:
+    feature = FEATURES["asynchronous checkpoints" if asynchronous else "checkpoints"]
+    runs = {name: jobs.directory / name for name in ("undisturbed", "killed")}
+    want = jobs.start("undisturbed", launch_flags(2, slots=1), _flags(feature, runs["undisturbed"])).finished()
+    job = jobs.start("killed", launch_flags(3, 1, slots=1), _flags(feature, runs["killed"]))
+    job.until("checkpoint", (Path(f"{runs['killed']}.ckpt") / "iter_0000004").exists)
+    job.kill_node(0)
+    job.finished()
+    assert len(job.events("resumed")) == 1
+    assert_same_training(job, want, ITERATIONS, rank=1)
+    (_same_last_checkpoint if asynchronous else _same_checkpoints)(job, want)
 
 
 def test_the_exit_signal_saves_a_checkpoint_after_a_swap_as_before(jobs: Jobs) -> None:
