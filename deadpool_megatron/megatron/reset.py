@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core import rerun_state_machine
-from megatron.training import get_timers, training
+from megatron.training import get_args, get_timers, training
 
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.optimizer_state import derive_parameters, members
@@ -29,6 +29,8 @@ def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
     machine = rerun_state_machine.get_rerun_state_machine()
     machine.state = rerun_state_machine.RerunState.NOT_RUNNING_YET
     machine.data_iterator_checkpoints = None
+    # evaluate() switches it off while it runs, and a machine that is off leaves out an all-reduce of each iteration.
+    machine.mode = rerun_state_machine.RerunMode(get_args().rerun_mode)
     for one in _all_optimizers(optimizer):
         adapter.forget_learned(one)
         # train() wraps it again where it wraps it at all.

@@ -83,7 +83,7 @@ FEATURES = {
         "--save @.ckpt --save-interval 2 --ckpt-format torch_dist --async-save", at=(3, 2), also=_same_last_checkpoint
     ),
     "an asynchronous checkpoint in flight": Feature(
-        "--save @.ckpt --save-interval 2 --ckpt-format torch_dist --async-save --use-persistent-ckpt-worker",
+        "--save @.ckpt --save-interval 2 --ckpt-format torch_dist --async-save --async-strategy mcore",
         at=(4, 1),
         also=_same_last_checkpoint,
     ),
@@ -101,7 +101,7 @@ FEATURES = {
     "uneven pipeline stages": Feature("--num-layers 3 --decoder-first-pipeline-num-layers 1"),
     "virtual pipeline": Feature("--num-layers 4 --num-layers-per-virtual-pipeline-stage 1"),
     "rerun mode validate_results": Feature("--rerun-mode validate_results"),
-    "rerun mode report_determinism_stats": Feature("--rerun-mode report_determinism_stats"),
+    "rerun mode disabled": Feature("--rerun-mode disabled"),
     "log interval 3": Feature("--log-interval 3"),
     "TensorBoard": Feature(
         "--tensorboard-dir @.tensorboard --log-timers-to-tensorboard --log-memory-to-tensorboard", also=_wrote_scalars
