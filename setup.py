@@ -42,6 +42,7 @@ setup(
         "pyzmq",
         "msgspec",
         "xxhash",
+        "fsspec",
         "psutil",
         "rich",
         "numpy",
@@ -55,7 +56,7 @@ setup(
         "muon": ["emerging-optimizers>=0.2"],
         "dev": [
             *["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis", "jsonschema", "pyeclib"],
-            *["matplotlib", "tensorboard", "einops", "emerging-optimizers"],
+            *["matplotlib", "safetensors", "tensorboard", "einops", "emerging-optimizers"],
         ],
     },
     entry_points={"console_scripts": ["deadpool = deadpool_megatron.cli:main"]},

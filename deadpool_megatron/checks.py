@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ def check(
     spares, slots = options.spare_nodes, options.nproc_per_node
     script, arguments = options.script, list(options.arguments)
     config = from_script_arguments(arguments)
+    if config.durable_dir and "://" not in config.durable_dir:
+        config = dataclasses.replace(config, durable_dir=str(Path(config.durable_dir).absolute()))
     stray = next((a for a in arguments if a.startswith("--deadpool-")), None)
     if stray and not config.deadpool:
         raise LaunchError(f"{stray.split('=')[0]} has no effect without --deadpool; add it, or leave this flag out")

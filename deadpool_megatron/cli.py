@@ -15,6 +15,7 @@ from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.config import schema
 from deadpool_megatron.evaluate import commands as evaluate_commands
+from deadpool_megatron.export import add_export_arguments, run_export
 from deadpool_megatron.multinode import add_agent_arguments, run_agent, run_coordinator
 from deadpool_megatron.observe import JOB
 from deadpool_megatron.observe import commands as observe_commands
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_agent_arguments(commands.add_parser("coordinator", help=alone))
     add_plan_arguments(commands.add_parser("plan", help="what a run needs and survives, and why it cannot work"))
     observe_commands.add_commands(commands)
+    export = "turn a durable generation into one of Megatron's own checkpoints"
+    add_export_arguments(commands.add_parser("export", help=export))
     inject = commands.add_parser("inject", help="make a node of a running job fail, to see it recover")
     inject.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
     inject.add_argument("--node", type=int, metavar="N", help="the node (not for abort)")
@@ -73,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_agent(options)
     if options.command == "coordinator":
         return run_coordinator(options)
+    if options.command == "export":
+        return run_export(options)
     if options.command in evaluate_commands.COMMANDS:
         return evaluate_commands.run_command(options)
     if options.command in observe_commands.COMMANDS:

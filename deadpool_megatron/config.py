@@ -78,6 +78,23 @@ class DeadpoolConfig:
     metrics_port: int = _setting(
         0, "TCP port of each agent's Prometheus endpoint, 0 for none; node N of several on a machine takes this plus N"
     )
+    durable_dir: str = _setting(
+        "", "directory, or fsspec URL, that committed generations are drained to, for when memory cannot answer"
+    )
+    durable_interval: int = _setting(100, "generations from one drain to the next; 0: drain only when preempted")
+    durable_keep: int = _setting(2, "how many durable generations are kept; older ones are removed")
+    durable_deadline: float = _setting(1800.0, "seconds that draining one generation may take before it is given up")
+    resume: str = _setting(
+        "none",
+        "what a new job begins with: auto (the newest durable generation, if there is one), none, or the number of one",
+    )
+    on_preempt: bool = _setting(
+        False, "when told to end (SIGTERM), drain the newest committed generation first, then leave"
+    )
+    preempt_deadline: float = _setting(60.0, "seconds that drain may take; then the job leaves without")
+    export: str = _setting(
+        "", "write Megatron's checkpoint of the durable generation to this directory, then end (deadpool export)"
+    )
 
     redundancy: str = _setting(
         "1",
@@ -99,7 +116,15 @@ class DeadpoolConfig:
             Scheme.parse(self.redundancy)
         except ValueError as err:
             raise ConfigError(f"--deadpool-redundancy: {err}") from None
-        for name in ("lease", "abort_deadline", "form_deadline", "build_deadline", "operation_timeout"):
+        for name in (
+            "lease",
+            "abort_deadline",
+            "form_deadline",
+            "build_deadline",
+            "operation_timeout",
+            "durable_deadline",
+            "preempt_deadline",
+        ):
             seconds = getattr(self, name)
             if not 0 < seconds < math.inf:
                 raise ConfigError(
@@ -127,6 +152,21 @@ class DeadpoolConfig:
             raise ConfigError("--deadpool-scrub-rate must be 0 or more bytes a second")
         if self.slice_bytes < 4096:
             raise ConfigError("--deadpool-slice-bytes must be 4096 or more bytes")
+        self._check_durable()
+
+    def _check_durable(self) -> None:
+        if self.durable_interval < 0:
+            raise ConfigError("--deadpool-durable-interval must be 0 or more generations")
+        if self.durable_keep < 1:
+            raise ConfigError("--deadpool-durable-keep must be 1 or more generations")
+        if self.resume not in ("auto", "none") and not self.resume.isdecimal():
+            raise ConfigError(f"--deadpool-resume {self.resume}: must be auto, none, or the number of a generation")
+        if not self.durable_dir:
+            for name, value in (("resume", self.resume != "none"), ("on-preempt", self.on_preempt)):
+                if value:
+                    raise ConfigError(f"--deadpool-{name} needs --deadpool-durable-dir")
+        if self.export and self.resume == "none":
+            raise ConfigError("--deadpool-export needs --deadpool-resume: auto, or the number of a generation")
 
     def flags(self) -> list[str]:
         """This configuration as command-line flags; only what differs from the defaults."""
@@ -165,7 +205,7 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_TEST_ABORTS",
     "DEADPOOL_TEST_MEGATRON",
 )
-_UNITS = ("seconds", "bytes", "iterations", "times", "nodes", "port")
+_UNITS = ("seconds", "bytes", "iterations", "generations", "times", "nodes", "port")
 
 
 def _flag(f: Field[Any]) -> str:

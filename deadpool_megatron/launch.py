@@ -23,7 +23,7 @@ from pathlib import Path
 from deadpool_megatron.checks import LaunchError, LaunchPlan, check
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.config import ConfigError
-from deadpool_megatron.processes import Processes, agent_settings, coordinator_settings
+from deadpool_megatron.processes import INTERRUPT, PREEMPT, Processes, agent_settings, coordinator_settings
 from deadpool_megatron.tee import Tee
 from deadpool_megatron.vault import clean_leftovers, process_alive
 from deadpool_megatron.versions import UserError
@@ -64,10 +64,17 @@ def launch(plan: LaunchPlan) -> int:
     )
     interrupted = [False]
 
+    preempted = [False]
+
     def on_signal(signum: int, frame: object) -> None:
+        if signum == signal.SIGTERM and plan.config.on_preempt and not preempted[0]:
+            preempted[0] = True  # a second one ends the job at once
+            if coordinator.poll() is None:
+                coordinator.send_signal(PREEMPT)
+            return
         interrupted[0] = True
         if coordinator.poll() is None:
-            coordinator.send_signal(signal.SIGTERM)
+            coordinator.send_signal(INTERRUPT)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, on_signal)

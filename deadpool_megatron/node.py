@@ -5,6 +5,7 @@ Their settings come as JSON on stdin and not as arguments or environment because
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 from typing import Any
@@ -18,10 +19,13 @@ from deadpool_megatron.cluster import (
     Coordinator,
     CoordinatorSettings,
     Deadlines,
+    DurableSpec,
     Enlistment,
     Exit,
     JobSpec,
 )
+from deadpool_megatron.durable import DurableError, survey
+from deadpool_megatron.processes import INTERRUPT, PREEMPT
 
 __all__ = ["main"]
 
@@ -30,8 +34,11 @@ def _coordinator(settings: dict[str, Any]) -> int:
     import torch.distributed as dist
 
     job = settings["job"]
+    durable = job.pop("durable", None)
     domains = {int(node): labels for node, labels in job["domains"].items()}  # JSON knows text keys only
     spec = JobSpec(**{**job, "deadlines": Deadlines(**job["deadlines"]), "domains": domains})
+    if durable is not None:
+        spec = dataclasses.replace(spec, durable=_durable(durable, spec.world_size))
     # The rendezvous of process groups lives here, outside of all training processes; it listens on every address.
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     try:
@@ -52,10 +59,23 @@ def _coordinator(settings: dict[str, Any]) -> int:
         print(f"deadpool: coordinator: cannot listen on {where}: {err.strerror}; is a job there?", file=sys.stderr)
         return Exit.USAGE
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, frame: coordinator.interrupt())
+    # A batch system may send its SIGTERM to every process of the job; what the launcher means it says with the others.
+    on_term = coordinator.preempt if settings["on_preempt"] else coordinator.interrupt
+    signal.signal(signal.SIGTERM, lambda signum, frame: on_term())
+    signal.signal(PREEMPT, lambda signum, frame: coordinator.preempt())
+    signal.signal(INTERRUPT, lambda signum, frame: coordinator.interrupt())
     code, message = coordinator.run(lambda port: print(port, store.port, flush=True))
     print(message, flush=True)
     return code
+
+
+def _durable(settings: dict[str, Any], world_size: int) -> DurableSpec:
+    """Look into the durable directory once, before anybody waits for this process. Raises DurableError."""
+    resume, newer_than = settings.pop("resume"), settings.pop("newer_than")
+    usable, remarks = survey(settings["directory"], resume, world_size, newer_than, settings.pop("writes"))
+    for remark in remarks:
+        print(f"deadpool: {remark}", file=sys.stderr, flush=True)
+    return DurableSpec(**settings, complete=usable, resume=resume != "none")
 
 
 def _agent(settings: dict[str, Any]) -> int:
@@ -69,6 +89,9 @@ def main() -> int:
     role = sys.argv[1]
     try:
         return _coordinator(settings) if role == "coordinator" else _agent(settings)
+    except DurableError as err:
+        print(f"deadpool: {err}", file=sys.stderr)
+        return Exit.USAGE
     except OSError as err:  # the process boundary: a directory or address the user named cannot be used
         print(f"deadpool: {role}: {err}", file=sys.stderr)
         return Exit.USAGE

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ import msgspec
 from deadpool_megatron.checks import LaunchPlan
 from deadpool_megatron.cluster import Deadlines, JobSpec
 
-__all__ = ["SECRET_VARIABLES", "Processes", "agent_settings", "coordinator_settings"]
+__all__ = ["INTERRUPT", "PREEMPT", "SECRET_VARIABLES", "Processes", "agent_settings", "coordinator_settings"]
 
+# To the coordinator: end the job; drain what is committed, then end it (to an agent: pass that on).
+INTERRUPT = signal.SIGUSR2
+PREEMPT = signal.SIGUSR1
 # Not for workers: the job's secret, and the file that holds it.
 SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE")
 
@@ -51,7 +55,7 @@ def coordinator_settings(
         plan.domains,
     )
     return {
-        "job": asdict(job),
+        "job": asdict(job) | {"durable": _durable_settings(plan, job_id)},
         "job_id": job_id,
         "flags": c.flags(),
         "host": plan.host,
@@ -59,6 +63,7 @@ def coordinator_settings(
         "port": port,
         "secret": secret.hex(),
         "run_dir": plan.run_dir,
+        "on_preempt": c.on_preempt,
         "state_hash": str(Path(c.state_hash).absolute()) if c.state_hash else "",
     }
 
@@ -104,7 +109,42 @@ def agent_settings(
         "redundancy": plan.config.redundancy,
         "metrics_port": metrics_port,
         "scrub_rate": plan.config.scrub_rate,
+        "durable_dir": plan.config.durable_dir if plan.config.deadpool else "",
+        "on_preempt": plan.config.deadpool and plan.config.on_preempt,
     }
+
+
+def _durable_settings(plan: LaunchPlan, job_id: str) -> dict[str, Any] | None:
+    """What the coordinator is told of the durable tier; None when there is none."""
+    c = plan.config
+    if not (c.deadpool and c.durable_dir):
+        return None
+    return {
+        "directory": c.durable_dir,
+        "job": re.sub("[^A-Za-z0-9]", "", job_id),
+        "interval": 0 if c.export else c.durable_interval,
+        "keep": c.durable_keep,
+        "deadline": c.durable_deadline,
+        "preempt_deadline": c.preempt_deadline,
+        "resume": c.resume,
+        "writes": not c.export,
+        "newer_than": _checkpoint_to_load(plan.arguments),
+    }
+
+
+def _checkpoint_to_load(arguments: Sequence[str]) -> int:
+    """The iteration of Megatron's checkpoint that --load names; -1 when there is none."""
+    directory = ""
+    for i, token in enumerate(arguments):
+        if token == "--load" and i + 1 < len(arguments):
+            directory = arguments[i + 1]
+        elif token.startswith("--load="):
+            directory = token.split("=", 1)[1]
+    try:
+        text = (Path(directory) / "latest_checkpointed_iteration.txt").read_text().strip() if directory else ""
+    except OSError:
+        return -1
+    return int(text) if text.isdecimal() else -1
 
 
 def _environment(

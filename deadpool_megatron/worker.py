@@ -67,6 +67,8 @@ def _install(standby: bool) -> Hooks:
         os.environ.setdefault(name, value)  # read when the first NCCL communicator is made
     flags = os.environ[CONFIG].split("\n") if os.environ[CONFIG] else []
     config = settings.from_flags(flags)
+    if config.on_preempt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent says when it is time to go
     communicators = Communicators.install(
         standby=standby,
         strategy=config.comm,  # type: ignore[arg-type]

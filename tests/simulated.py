@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from deadpool_megatron.cluster import Core, Deadlines, JobSpec
+from deadpool_megatron.cluster import Core, Deadlines, DurableSpec, JobSpec
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core import Action, Emit, Finish, Send
@@ -32,8 +32,9 @@ class SimulatedJob:
         deadpool: bool = True,
         retries: int = 3,
         can_rescue: bool = True,
+        durable: DurableSpec | None = None,
     ) -> None:
-        self.core = Core(JobSpec(nodes, spares, slots, deadpool, DEADLINES, retries))
+        self.core = Core(JobSpec(nodes, spares, slots, deadpool, DEADLINES, retries, durable=durable))
         self.now = 100.0
         self.can_rescue = can_rescue
         self.sent: list[Send] = []

@@ -3,6 +3,7 @@
 from deadpool_megatron.cluster.agent import Agent, AgentSettings
 from deadpool_megatron.cluster.coordinator import Coordinator, CoordinatorSettings
 from deadpool_megatron.cluster.core import Core, Deadlines, JobSpec, Phase
+from deadpool_megatron.cluster.durability import DurableSpec
 from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
@@ -14,6 +15,7 @@ __all__ = [
     "CoordinatorSettings",
     "Core",
     "Deadlines",
+    "DurableSpec",
     "Enlistment",
     "Exit",
     "JobSpec",

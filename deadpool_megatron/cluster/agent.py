@@ -6,6 +6,7 @@ torch, so an agent starts in a fraction of a second and wakes in milliseconds.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.adoption import AdoptedProcess, Adoption
 from deadpool_megatron.cluster.domains import slurm_labels
+from deadpool_megatron.cluster.draining import DurableNews, Loaded, NodeDurability
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.keeping import kept_for_others, targets
 from deadpool_megatron.cluster.link import Spoke
@@ -28,11 +30,13 @@ from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.cluster.shards import Damaged, RankCommitted, Reserved, ReserveFailed, Shards, ShardsEvent
 from deadpool_megatron.cluster.watch import Watch
 from deadpool_megatron.cluster.workers import Worker, end_group, start_worker
-from deadpool_megatron.vault import VaultError, WordPlan
+from deadpool_megatron.durable import Done, Staged
+from deadpool_megatron.vault import VaultError, WordPlan, small_capacity
 
 __all__ = ["Agent", "AgentSettings"]
 
 _TERM_GRACE_S = 5.0
+_SAME_NOTICE_S = 5.0  # the batch system tells every process, and they tell each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class AgentSettings:
     redundancy: str = "1"
     metrics_port: int = 0
     scrub_rate: int = 0
+    durable_dir: str = ""
+    on_preempt: bool = False
 
     @property
     def world_size(self) -> int:
@@ -90,6 +96,7 @@ class Agent:
         self._told: dict[tuple[str, int], bool] = {}
         self._code: int | None = None
         self._terminated = False
+        self._preempted = math.inf  # when the first notice came
         self._spoke = Spoke(settings.coordinator, f"node-{settings.node}", settings.secret, settings.lease)
         self._shards = (
             Shards(
@@ -112,6 +119,11 @@ class Agent:
             self._shards.vault if self._shards else None,
             settings.metrics_port,
         )
+        self._durable = (
+            NodeDurability(settings.node, settings.durable_dir, self._shards, self._send)
+            if self._shards is not None and settings.durable_dir
+            else None
+        )
         self._poller = zmq.Poller()
         self._poller.register(self._spoke.socket, zmq.POLLIN)
         if self._shards is not None:
@@ -122,6 +134,7 @@ class Agent:
     def run(self) -> int:
         """Start the workers, serve until told to stop, end everything."""
         signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGUSR1, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
         for local in range(self._s.slots_per_node):
             self._start(local, self._s.node * self._s.slots_per_node + local if self._active else None)
@@ -137,11 +150,17 @@ class Agent:
                 slurm_labels(os.environ),
             )
         )
+        told = False
         try:
             while self._code is None and not self._terminated:
+                if self._preempted < math.inf and not told:
+                    told = True
+                    self._send(r.PreemptionNotice(self._s.node))
                 self._step(self._poller.poll(1000))
         finally:
-            self._end_workers(at_once=self._code == Exit.FENCED)
+            self._end_workers(at_once=self._code in (Exit.FENCED, Exit.PREEMPTED))
+            if self._durable is not None:
+                self._durable.close()
             if self._shards is not None:
                 self._shards.close()
             self._spoke.close()
@@ -149,7 +168,10 @@ class Agent:
         return 128 + signal.SIGTERM if self._code is None else self._code
 
     def _on_signal(self, signum: int, frame: object) -> None:
-        self._terminated = True
+        if self._s.on_preempt and time.monotonic() < self._preempted + _SAME_NOTICE_S:
+            self._preempted = min(self._preempted, time.monotonic())  # told in the loop; a later one ends this node
+        else:
+            self._terminated = True
 
     def _step(self, ready: list[tuple[object, int]]) -> None:
         fds = {fd for fd, _ in ready}
@@ -262,6 +284,10 @@ class Agent:
                     worker.process.said = record.code
             case r.WorkerFailed():
                 self._send(msgspec.structs.replace(record, node=self._s.node, local=worker.local, rank=worker.rank))
+            case r.Described():
+                if self._durable is not None and worker.rank is not None:
+                    self._durable.described(record, worker.rank)
+                    self._begin(worker)
             case _:
                 # Who it is about the agent knows best: a worker cannot speak for another node.
                 self._send(msgspec.structs.replace(record, node=self._s.node))
@@ -299,12 +325,17 @@ class Agent:
 
     def _arena(self, worker: Worker, record: r.ArenaRequest) -> None:
         assert self._shards is not None
+        if self._durable is not None and (refusal := self._durable.refusal(record.rank)):
+            worker.tell(r.ArenaRefused(refusal))
+            return
         try:
             path = self._shards.allocate(record.rank, record.unique_bytes, record.small_bytes, record.numa)
         except (VaultError, OSError) as err:
             worker.tell(r.ArenaRefused(str(err)))
             return
         worker.tell(r.ArenaGranted(record.rank, path))
+        if self._durable is not None:
+            self._durable.granted(record.rank, small_capacity(record.small_bytes))
         self._aim()
 
     def _aim(self) -> None:
@@ -336,9 +367,12 @@ class Agent:
 
     # ---- events of the vault
 
-    def _from_shards(self, event: ShardsEvent) -> None:
+    def _from_shards(self, event: ShardsEvent | DurableNews) -> None:
         assert self._shards is not None
-        if isinstance(event, ReserveFailed):
+        if isinstance(event, Staged | Done | Loaded):
+            if self._durable is not None:
+                self._durable.heard(event)
+        elif isinstance(event, ReserveFailed):
             self._send(r.NoRoom(self._s.node, event.message))
         elif isinstance(event, Reserved):
             self._send(r.VaultMemory(self._s.node, event.nbytes, event.huge_bytes))
@@ -413,6 +447,37 @@ class Agent:
                         worker.tell(record)  # its launcher is to see this job's exit code, not a signal
             case r.InjectReply():
                 pass
+            case _:
+                self._from_coordinator_durable(record)
+
+    def _from_coordinator_durable(self, record: r.CoordinatorRecord) -> None:
+        ranks = placing.ranks_of(self._assignment, self._s.node)
+        if self._durable is None or not ranks:
+            return
+        match record:
+            case r.DrainShards():
+                self._durable.drain(record, ranks.values())
+            case r.SealGeneration():
+                self._durable.seal(record)
+            case r.GiveUpDrain():
+                self._durable.give_up(record)
+            case r.LoadShards():
+                self._durable.load(record, ranks.values())
+            case r.ResumeAt():
+                self._durable.resume_at(record.generation)
+                for worker in self._mine().values():
+                    self._begin(worker)
+
+    def _begin(self, worker: Worker) -> None:
+        """Tell a worker what durable generation it begins with, once that is known; a spare learns it in a recovery."""
+        if self._durable is None or worker.rank is None or worker.began or self._epoch:
+            return
+        what = self._durable.begin(worker.rank)
+        if isinstance(what, r.Generation):
+            worker.began = True
+            worker.tell(what)
+        elif what is not None:
+            self._send(r.WorkerFailed(self._s.node, worker.local, worker.rank, "setup", -1, True, what, ""))
 
     def _tidy(self) -> None:
         """The first commit of an epoch: copies that an older placement left here are of no use any more."""
@@ -480,6 +545,10 @@ class Agent:
         if record.epoch != self._epoch or self._shards is None:
             return
         self._agreed = record
+        if record.durable:
+            if self._durable is not None:
+                self._durable.fetch(record, placing.ranks_of(self._assignment, self._s.node))
+            return
         for rank in placing.ranks_of(self._assignment, self._s.node).values():
             source = record.sources.get(rank)
             if rank in record.rebuilds:

@@ -54,12 +54,17 @@ class Coordinator:
         self._finish: Finish | None = None
         self._connected: set[int] = set()
         self._interrupted = False
+        self._preempted = False
         self._status_due = 0.0
         self._status_stale = True
 
     def interrupt(self) -> None:
         """The user wants the end; safe in a signal handler."""
         self._interrupted = True
+
+    def preempt(self) -> None:
+        """The job has to leave soon, with what is committed made durable; safe in a signal handler."""
+        self._preempted = True
 
     def run(self, announce: Callable[[int], None]) -> tuple[int, str]:
         """Serve the job. ``announce`` is called with the port once the coordinator listens."""
@@ -81,6 +86,9 @@ class Coordinator:
                 timeout = min(timeout, max(0.0, self._status_due - now))
             self._hub.wait(timeout, self._packet, self._gone)
             self._do(self._core.tick(time.monotonic()))
+            if self._preempted and self._finish is None:
+                self._preempted = False
+                self._do(self._core.preempted(time.monotonic()))
             if self._interrupted and self._finish is None:
                 self._do(self._core.interrupted(time.monotonic()))
             if self._status_stale and time.monotonic() >= self._status_due:
@@ -151,6 +159,8 @@ class Coordinator:
                 if action.event == "placed":
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
+                if action.event.startswith("durable") and "message" in action.fields:
+                    print(f"deadpool: {action.fields['message']}", file=sys.stderr, flush=True)
             elif isinstance(action, Finish):
                 self._finish = action
         self._status_stale = self._status_stale or bool(actions) or step is not None
@@ -223,7 +233,7 @@ class Coordinator:
                     for n, s in sorted(core.nodes.items())
                     if s.role == "spare"
                 ],
-                "generation": {"committed": core.committed},
+                "generation": {"committed": core.committed, "durable": core.durable},
                 "protection": core.protection.status(),
                 "snapshot": core.snapshots.summary(),
                 "coordinator_pid": os.getpid(),

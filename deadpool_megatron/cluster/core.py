@@ -22,7 +22,8 @@ import msgspec
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.accounting import SnapshotAccount
-from deadpool_megatron.cluster.agreement import NoCommonGeneration, agree
+from deadpool_megatron.cluster.agreement import Agreement, NoCommonGeneration, agree
+from deadpool_megatron.cluster.durability import Durability, DurableSpec
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.protection import Protection
 from deadpool_megatron.vault import CommitLedger, Version, small_capacity
@@ -69,6 +70,7 @@ class JobSpec:
     transient_retries: int = 3
     redundancy: str = "1"
     domains: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    durable: DurableSpec | None = None
 
     @property
     def active_nodes(self) -> int:
@@ -154,6 +156,8 @@ class Core:
         self._deadline: float | None = None
         self._hint: tuple[float, str] | None = None
         self._last_failure: r.WorkerFailed | None = None
+        self._durability = Durability(job.durable, self._send, self._emit)
+        self._durable_name = ""  # of the durable generation this recovery goes back to
         self._out: list[Action] = []
         self._now = 0.0
         self._handlers: dict[type, Callable[[Any], None]] = {
@@ -178,6 +182,10 @@ class Core:
             r.Finished: self._node_finished,
             r.StateHash: self._state_hash,
             r.Saved: self._node_saved,
+            r.ShardsLoaded: self._shards_loaded,
+            r.ShardsDrained: self._shards_drained,
+            r.GenerationSealed: self._generation_sealed,
+            r.PreemptionNotice: lambda record: self._preempt(),
         }
 
     # ---- events
@@ -201,6 +209,10 @@ class Core:
         """The user asked for the end."""
         return self._run(lambda: self._stop(Exit.INTERRUPTED, "interrupted: every process of the job is ended"), now)
 
+    def preempted(self, now: float) -> list[Action]:
+        """The job has to leave its machines soon: what is committed becomes durable, then it ends."""
+        return self._run(self._preempt, now)
+
     def inject(self, fault: r.Fault, now: float) -> tuple[str, list[Action]]:
         """A fault was asked for. Returns the reason it is refused, or an empty string."""
         if fault.kind == "abort":
@@ -220,8 +232,15 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """When `tick` has to be called at the latest, in the clock of ``now``."""
-        times = [t for t in (self._deadline, self._hint[0] if self._hint else None) if t is not None]
+        soon = (self._deadline, self._hint[0] if self._hint else None, self._durability.next_deadline())
+        times = [t for t in soon if t is not None]
         return min(times) if times else None
+
+    @property
+    def durable(self) -> int:
+        """The newest durable generation; -1 when there is none."""
+        newest = self._durability.newest
+        return -1 if newest is None else newest
 
     # ---- helpers
 
@@ -239,6 +258,8 @@ class Core:
         self._out.append(Emit(event, {"epoch": self.epoch, **fields}))
 
     def _stop(self, code: Exit | int, message: str) -> None:
+        if code in (Exit.NO_SPARE, Exit.GENERATION_LOST, Exit.RECOVERY_FAILED, Exit.FAILED):
+            message += self._durability.hint
         self._emit("stopped", code=int(code), message=message)
         self._send(None, r.Stop(int(code), message))
         self._out.append(Finish(int(code), message))
@@ -278,6 +299,7 @@ class Core:
             self._deadline = None
             self._send(None, r.Roster(self.epoch, self.assignment, self._vaults()))
             self._emit("started", nodes=self.job.nodes, spares=self.job.spare_nodes, world_size=self.job.world_size)
+            self._durability.start(self._active())
 
     def _missing(self) -> set[int]:
         """Nodes whose agent has not joined yet."""
@@ -392,6 +414,7 @@ class Core:
             self._emit("committed", iteration=told.kept.generation, seconds=seconds)
             if self.protection.committed():
                 self._emit("protected", survives=self.protection.degree, iteration=told.kept.generation)
+            self._durability.committed(told.kept, self._active(), self._now)
 
     def _node_finished(self, record: r.Finished) -> None:
         if record.epoch != self.epoch or self.phase not in (Phase.RUNNING, Phase.RESTORING):
@@ -404,6 +427,28 @@ class Core:
 
     def _state_hash(self, record: r.StateHash) -> None:
         self.state_hashes[record.rank] = record.digests
+
+    # ---- the durable tier
+
+    def _shards_loaded(self, record: r.ShardsLoaded) -> None:
+        why = self._durability.loaded(record, self._active())
+        if why:
+            self._stop(Exit.GENERATION_LOST, why)
+
+    def _shards_drained(self, record: r.ShardsDrained) -> None:
+        self._durability.drained(record, self.assignment, self.coordinates, self.epoch)
+
+    def _generation_sealed(self, record: r.GenerationSealed) -> None:
+        self._durability.sealed(record, self.assignment, self._now)
+        self._leave_if_preempted()
+
+    def _preempt(self) -> None:
+        self._durability.preempt(self._active(), self.assignment, self._now)
+        self._leave_if_preempted()
+
+    def _leave_if_preempted(self) -> None:
+        if self._durability.leave is not None:
+            self._stop(Exit.PREEMPTED, self._durability.leave)
 
     # ---- ends of processes
 
@@ -517,6 +562,7 @@ class Core:
             reason=reason,
             purpose=self._purpose,
         )
+        self._durability.epoch_ended(lost, self.assignment)
         self._offers.clear()
         self._reached.clear()
         self._restored.clear()
@@ -550,28 +596,41 @@ class Core:
             self._emit("aborted")
             self._agree()
 
+    def _nothing_left(self, err: NoCommonGeneration) -> str:
+        if self.committed < 0:
+            lost = [n for n, s in self.nodes.items() if s.role == "lost"]
+            what = f"node {min(lost)} was lost" if lost else "communication failed"
+            return (
+                f"{what} before the first generation was committed, so there is nothing to go on from; start the "
+                "job again"
+            )
+        held = "of ranks " + ", ".join(map(str, err.missing)) if err.missing else "of every rank"
+        return (
+            f"more nodes were lost than the redundancy covers: no vault holds the shards {held} of one generation; "
+            "restart the job from Megatron's last checkpoint (--load)"
+        )
+
     def _agree(self) -> None:
+        self._durable_name = ""
         try:
             agreement = agree(
                 self.assignment, self._offers, frozenset(self._refused), self.protection.words
             )
         except NoCommonGeneration as err:
-            if self.committed < 0:
-                lost = [n for n, s in self.nodes.items() if s.role == "lost"]
-                what = f"node {min(lost)} was lost" if lost else "communication failed"
-                self._stop(
-                    Exit.GENERATION_LOST,
-                    f"{what} before the first generation was committed, so there is nothing to go on from; start the "
-                    "job again",
-                )
+            fallback = self._durability.fallback()
+            if fallback is None:
+                self._stop(Exit.GENERATION_LOST, self._nothing_left(err))
                 return
+            agreement, self._durable_name = Agreement(fallback[0], {}), fallback[1]
+            self.iteration = agreement.generation - 1
             held = "of ranks " + ", ".join(map(str, err.missing)) if err.missing else "of every rank"
-            self._stop(
-                Exit.GENERATION_LOST,
-                f"more nodes were lost than the redundancy covers: no vault holds the shards {held} of one generation; "
-                "restart the job from Megatron's last checkpoint (--load)",
+            self._emit(
+                "durable_fallback",
+                iteration=agreement.generation,
+                name=self._durable_name,
+                message=f"no vault holds the shards {held} of one generation: training goes back to durable generation "
+                f"{agreement.generation}",
             )
-            return
         self._generation = agreement.generation
         self.committed = agreement.generation
         self._kept = None
@@ -588,7 +647,8 @@ class Core:
         self.phase = Phase.PREPARING
         self._deadline = self._now + self.job.deadlines.build
         self._reached.clear()
-        self._send(None, r.Agree(self.epoch, agreement.generation, agreement.sources, agreement.rebuilds))
+        a = agreement
+        self._send(None, r.Agree(self.epoch, a.generation, a.sources, a.rebuilds, self._durable_name))
 
     def _node_ready(self, record: r.NodeReady) -> None:
         if record.epoch != self.epoch or self.phase is not Phase.PREPARING:
@@ -650,6 +710,10 @@ class Core:
     def _fetch_failed(self, record: r.FetchFailed) -> None:
         if record.epoch != self.epoch or self.phase not in RECOVERING:
             return
+        if self._durable_name:
+            self._durability.bad(self._durable_name, record.why)
+            self._declare(f"rank {record.rank} of durable generation {record.generation} could not be read")
+            return
         self._refused.add((record.rank, record.source, record.generation))
         self._emit(
             "refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why
@@ -664,6 +728,10 @@ class Core:
         self._hint = (self._now + self.job.deadlines.lease + 1.0, record.text)
 
     def _check_deadlines(self) -> None:
+        self._durability.tick(self.assignment, self._now)
+        self._leave_if_preempted()
+        if self.phase is Phase.ENDED:
+            return
         if self.phase is Phase.STARTING and self._missing():
             if self._deadline is None:
                 self._deadline = self._now + self.job.deadlines.join

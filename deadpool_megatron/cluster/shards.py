@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.redundancy import Scheme
@@ -106,21 +107,22 @@ class Shards:
         self.stripes = Stripes(scheme.k, scheme.m, self.vault.chunk_bytes) if scheme is not None and parity else None
         self.server = VaultServer(self.vault, secret, host, stripes=self.stripes)
         self.server.start()
-        self.events: queue.SimpleQueue[ShardsEvent] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # ShardsEvent, and what others tell
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._peers: dict[int, tuple[int, int]] = {}
         self._replicator = Replicator(self.vault, secret, self._committed)
         self._scrubber = Scrubber(self.vault, scrub_rate, self._damaged) if scrub_rate else None
 
-    def _tell(self, event: ShardsEvent) -> None:
+    def tell(self, event: Any) -> None:
+        """Put an event into the queue and wake who listens. Any thread."""
         self.events.put(event)
         os.eventfd_write(self.wake_fd, 1)
 
     def _committed(self, rank: int, epoch: int, generation: int) -> None:
-        self._tell(RankCommitted(rank, epoch, generation))
+        self.tell(RankCommitted(rank, epoch, generation))
 
     def _damaged(self, holder: int, kind: Kind, version: Version) -> None:
-        self._tell(Damaged(holder, kind, version.generation))
+        self.tell(Damaged(holder, kind, version.generation))
 
     def allocate(self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1) -> str:
         """The path of a rank's own arena, with room for the small state to grow. Raises VaultError in one clear line.
@@ -163,10 +165,10 @@ class Shards:
                 for word, plan in self.stripes.plans.items() if self.stripes is not None else ():
                     self.vault.allocate_parity(word, plan.chunks(size) * size, plan.records_bytes(size))
             except VaultError as err:
-                self._tell(ReserveFailed(str(err)))
+                self.tell(ReserveFailed(str(err)))
                 return
             huge = sum(huge_bytes(arena.path) for arena in self.vault.arenas())
-            self._tell(Reserved(self.vault.bytes_allocated, huge))
+            self.tell(Reserved(self.vault.bytes_allocated, huge))
 
         threading.Thread(target=work, name="vault-reserve", daemon=True).start()
 
@@ -232,7 +234,7 @@ class Shards:
             except VaultError as err:
                 error = str(err)
             got = None if error else (version.epoch, version.generation)
-            self._tell(FetchDone(rank, epoch, generation, source.node, got, error))
+            self.tell(FetchDone(rank, epoch, generation, source.node, got, error))
 
         threading.Thread(target=work, name=f"fetch-{rank}", daemon=True).start()
 
@@ -264,7 +266,7 @@ class Shards:
             except VaultError as err:
                 error = str(err)
             got = None if error else (version.epoch, version.generation)
-            self._tell(FetchDone(rank, epoch, generation, node, got, error))
+            self.tell(FetchDone(rank, epoch, generation, node, got, error))
 
         threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()
 

@@ -49,6 +49,7 @@ class Worker:
     rank: int | None
     parked: bool = False
     in_loop: bool = False
+    began: bool = False
     exited: bool = False
     arrived: r.Arrived | None = None
     reached: dict[str, int] = field(default_factory=dict)

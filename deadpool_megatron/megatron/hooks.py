@@ -32,15 +32,15 @@ import torch
 from deadpool_megatron import config as settings
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.comm import Communicators
-from deadpool_megatron.megatron import saving, small_state, state_hash
+from deadpool_megatron.megatron import saving, state_hash
 from deadpool_megatron.megatron.adapters import current
+from deadpool_megatron.megatron.data_position import DataPosition
+from deadpool_megatron.megatron.description import describe_job
 from deadpool_megatron.megatron.standby import publish_imports
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
-from deadpool_megatron.snapshot import decode
 from deadpool_megatron.support import UserError, check_arguments
-from deadpool_megatron.vault import SlotWriter, Version
 
 __all__ = ["Hooks"]
 
@@ -67,6 +67,8 @@ class Hooks:
     trainer: MegatronTrainer | None = None
     phase: str = "setup"
     iteration: int = -1
+    durable: r.Generation | None = None
+    _data: DataPosition = field(default_factory=DataPosition)
     _originals: dict[str, Any] = field(default_factory=dict)
     _series: Series = field(default_factory=Series)
 
@@ -118,32 +120,41 @@ class Hooks:
         check_arguments(get_args())
         if self.standby:
             # A checkpoint to load would be read by collectives; the spare's state comes from a vault.
-            get_args().load = None
-            get_args().pretrained_checkpoint = None
-        return original(*args, **kwargs)
+            _load_nothing(get_args())
+        result = original(*args, **kwargs)
+        if self.config.durable_dir:
+            self.session.describe("job", torch.distributed.get_rank(), describe_job(get_args()))
+        if self.config.resume != "none" and not self.standby:
+            self._resumes(get_args())
+        return result
+
+    def _resumes(self, megatron_args: Any) -> None:
+        """The agent says which durable generation there is, once it has brought this rank's shard into its vault."""
+        agreed = self.session.wait_generation(0)
+        if agreed.generation >= 0:
+            self.durable = agreed
+            _load_nothing(megatron_args)
+        elif self.config.export:
+            raise UserError(f"--deadpool-export: there is no durable generation in {self.config.durable_dir}")
+        if self.config.export:
+            megatron_args.save, megatron_args.async_save = self.config.export, False
 
     def _build_iterators(self, original: Any, provider: Any) -> Any:
-        """A spare waits for the agreed generation here, so that its data begin where the job stands."""
-        if not self.standby:
-            return original(provider)
+        """Data begin where the job stands: a spare waits here for the agreed generation."""
         from megatron.training import get_args
 
+        if self.config.export:
+            get_args().do_train, get_args().do_valid, get_args().do_test = True, False, False
+            return None, None, None  # nothing is trained, so no data are needed
+        return self._data.build(original, provider, get_args(), self._agreed() if self.standby else self.durable)
+
+    def _agreed(self) -> r.Generation:
         while True:
             epoch = self.session.declared_epoch
             try:
-                agreed = self.session.wait_generation(epoch)
-                break
+                return self.session.wait_generation(epoch)
             except Superseded:
                 continue
-        writer = SlotWriter(agreed.path)
-        small, _ = writer.read(Version(agreed.version_epoch, agreed.generation))
-        writer.close()
-        args = get_args()
-        saved = decode(small)["args"]
-        small_state.apply_args(args, saved)
-        iterators = original(provider)
-        small_state.apply_args(args, saved)
-        return iterators
 
     # ---- the loop
 
@@ -165,6 +176,7 @@ class Hooks:
             a["opt_param_scheduler"],
             a["config"],
             (a["train_data_iterator"], a["valid_data_iterator"]),
+            functools.partial(self._data.rebuild, megatron_args),
         )
         self.trainer = trainer
         a["forward_step_func"] = _ticking(a["forward_step_func"], trainer)
@@ -172,6 +184,8 @@ class Hooks:
         if self.standby:
             trainer.adopt_iterators(megatron_args.iteration)
             can_rescue = True
+        if self.durable is not None:
+            trainer.resume(self.durable)
         trainer.register(self.communicators.strategy, can_rescue)
         if trainer.rank == 0 and not self.standby:
             publish_imports(self.store())
@@ -185,6 +199,8 @@ class Hooks:
                 trainer.take_first_generation(self.config.abort_deadline)
             except EpochClosed:
                 rejoining = True
+        if self.config.export and not rejoining:
+            self._export(bound.arguments)
         while True:
             if rejoining:
                 away = time.perf_counter()
@@ -242,8 +258,24 @@ class Hooks:
         self.standby = False
         return declared
 
+    def _export(self, a: dict[str, Any]) -> None:
+        """`deadpool export`: write Megatron's own checkpoint of the durable generation, then end."""
+        try:
+            self._save(a)
+        except (OSError, RuntimeError) as err:
+            raise UserError(f"--deadpool-export {self.config.export}: the checkpoint cannot be written: {err}") from err
+        self.session.step("finished", self.session.joined_epoch, self.iteration)
+        self.session.wait_all_finished(self.session.joined_epoch)
+        raise SystemExit(0)
+
     def _save_and_leave(self, a: dict[str, Any], epoch: int) -> None:
         """No spare is left: write Megatron's own checkpoint of the agreed generation, then end."""
+        args = self._save(a)
+        self.session.tell(r.ShardReady(epoch, args.iteration, str(args.save)))
+        self.session.wait_newer(epoch, self.config.build_deadline)
+        raise SystemExit(0)
+
+    def _save(self, a: dict[str, Any]) -> Any:
         from megatron.training import get_args, get_timers, training
 
         args = get_args()
@@ -258,9 +290,7 @@ class Hooks:
             train_data_iterator=a["train_data_iterator"],
         )
         training.maybe_finalize_async_save(blocking=True, terminate=True)
-        self.session.tell(r.ShardReady(epoch, args.iteration, str(args.save)))
-        self.session.wait_newer(epoch, self.config.build_deadline)
-        raise SystemExit(0)
+        return args
 
     # ---- one iteration
 
@@ -305,6 +335,11 @@ class Hooks:
         state.logged_before = True
         self._series.write(trainer, bound.arguments["iteration"])
         return result
+
+
+def _load_nothing(megatron_args: Any) -> None:
+    megatron_args.load = None
+    megatron_args.pretrained_checkpoint = None
 
 
 def _ticking(forward_step: Any, trainer: MegatronTrainer) -> Any:

@@ -48,6 +48,17 @@ class ReplayIterator:
             self._drawn.popleft()
             self._first += 1
 
+    def remembers(self, generation: int) -> bool:
+        """Whether `rewind` can go back to where ``generation`` began."""
+        return generation in self._marks
+
+    def renew(self, source: Iterator[Any], generation: int) -> None:
+        """Draw from ``source`` from now on, which stands where ``generation`` begins; forget all that was drawn."""
+        self.source = source
+        self._drawn.clear()
+        self._first = self._next = 0
+        self._marks = {generation: 0}
+
     def rewind(self, generation: int) -> None:
         """Go back to where ``generation`` began. Raises KeyError when that mark has been dropped."""
         self._next = self._marks[generation]

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.workers import PARENT_PID
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.config import DeadpoolConfig
+from deadpool_megatron.megatron.description import describe_layout
 from deadpool_megatron.megatron.links import Links
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import reset_after_abort, synchronize_parameters
@@ -45,6 +46,7 @@ class MegatronTrainer:
     Args:
         model: list of model chunks (DDP), as `train` gets it.
         iterators: the data iterators `train` gets, nested as they are.
+        rebuild: makes those iterators anew at a generation in the own vault, nested the same, without communication.
     """
 
     latest: ClassVar[MegatronTrainer | None] = None  # for measurements
@@ -61,7 +63,9 @@ class MegatronTrainer:
         scheduler: Any,
         model_config: Any,
         iterators: Iterable[Any],
+        rebuild: Callable[[r.Generation], Iterable[Any]],
     ) -> None:
+        self._rebuild = rebuild
         self._session = session
         self._communicators = communicators
         self._config = config
@@ -83,6 +87,8 @@ class MegatronTrainer:
             f"{len(self._plan.segments)} pieces; {self._expected:,} by the arithmetic",
             flush=True,
         )
+        if config.durable_dir:
+            session.describe("layout", self.rank, describe_layout(self._plan))
         try:
             path = session.request_arena(self.rank, self._plan.nbytes, len(self._small), _numa_node())
         except Refused as err:
@@ -126,6 +132,12 @@ class MegatronTrainer:
             )
         )
 
+    def resume(self, at: r.Generation) -> None:
+        """Begin with a durable generation that is in the own vault. Collective; raises what a broken one raises."""
+        self.adopt_iterators(at.generation)
+        self.restore(at)
+        self.synchronize()
+
     def take_first_generation(self, deadline_s: float) -> None:
         """Commit the state training begins with, so that there is a generation to go back to from the first step on.
 
@@ -134,8 +146,9 @@ class MegatronTrainer:
         """
         iteration = self._args.iteration
         self._first = (self._session.joined_epoch, iteration)
-        self._snapshotter.open(*self._first, self._small)
-        self._snapshotter.gate()
+        if self._writer.arena.find(Version(*self._first)) is None:  # a durable one is there already
+            self._snapshotter.open(*self._first, self._small)
+            self._snapshotter.gate()
         end = time.monotonic() + deadline_s
         # A word in shared memory that the agent writes; this is start-up, so looking at it now and then will do.
         while self._writer.arena.kept == EMPTY and time.monotonic() < end:
@@ -285,6 +298,10 @@ class MegatronTrainer:
             small = self._snapshotter.restore(Version(agreed.version_epoch, generation))
         self.small_state.restore(small)
         self._small, self._small_generation = small, generation
+        if not all(replay.remembers(generation) for replay in self._replays):
+            fresh = list(_flatten(self._rebuild(agreed)))
+            for replay, each in zip(self._replays, fresh, strict=True):
+                replay.renew(each.iterable, generation)
         for replay in self._replays:
             replay.rewind(generation)
         for each in self._reruns():

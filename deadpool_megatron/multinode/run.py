@@ -36,7 +36,7 @@ from deadpool_megatron.config import ConfigError
 from deadpool_megatron.multinode.enlisting import Interrupted, Lifeline, address_towards, enlist, is_ours, resolve
 from deadpool_megatron.multinode.options import AgentPlan, check_agent
 from deadpool_megatron.multinode.secret import SecretSource
-from deadpool_megatron.processes import Processes, agent_settings, coordinator_settings
+from deadpool_megatron.processes import INTERRUPT, PREEMPT, Processes, agent_settings, coordinator_settings
 from deadpool_megatron.tee import Tee
 from deadpool_megatron.vault import clean_leftovers, process_alive
 from deadpool_megatron.versions import UserError
@@ -51,13 +51,21 @@ class _Signals:
 
     def __init__(self) -> None:
         self.caught: list[int] = []
+        self.preempt: Callable[[], None] | None = None  # takes the first SIGTERM, if it is set
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         self.socket = ours
         self._theirs = theirs
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda number, frame: self.caught.append(number))
+            signal.signal(signum, lambda number, frame: self._take(number))
+
+    def _take(self, signum: int) -> None:
+        preempt, self.preempt = (self.preempt, None) if signum == signal.SIGTERM else (None, self.preempt)
+        if preempt is not None:
+            preempt()
+        else:
+            self.caught.append(signum)
 
     def interrupted(self) -> bool:
         """Whether one has come."""
@@ -198,7 +206,7 @@ def _agent(plan: AgentPlan) -> int:
 
 
 def _stop(hosted: _Hosted) -> int:
-    hosted.process.send_signal(signal.SIGTERM)
+    hosted.process.send_signal(INTERRUPT)
     _, message = hosted.end()
     print(f"deadpool: {message}", file=sys.stderr)
     return Exit.INTERRUPTED
@@ -222,6 +230,8 @@ def _serve(
         poller.register(lifeline.fd, zmq.POLLIN)
     passed_on = 0
     why = ""
+    if plan.launch.config.on_preempt:
+        signals.preempt = lambda: main.send_signal(PREEMPT)
     while main.poll() is None:
         for fd, _ in poller.poll(1000):
             if lifeline is not None and fd is lifeline.fd:
@@ -235,11 +245,12 @@ def _serve(
                     main.terminate()
         if len(signals.caught) > passed_on:
             passed_on = len(signals.caught)
-            main.terminate()
+            main.send_signal(INTERRUPT if hosted is not None else signal.SIGTERM)
         gone_since = lifeline.gone_since if lifeline is not None and hosted is None else None
         if gone_since is not None and not why and time.monotonic() - gone_since > plan.gone_s:
             why = f"the coordinator has been gone for {plan.gone_s:g} s; the job is over"
             main.terminate()
+    signals.preempt = None
     for fd in ends:
         os.close(fd)
     if hosted is not None:

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
@@ -28,6 +29,7 @@ from deadpool_megatron.cluster import records as r
 __all__ = ["Refused", "Session", "Superseded"]
 
 _MAX_PACKET = 1 << 17
+_PART = 1 << 16
 _AGENT_LOST = 81
 
 
@@ -179,6 +181,12 @@ class Session:
                     return False
                 self._news.wait(left)
             return True
+
+    def describe(self, kind: Literal["job", "layout"], rank: int, data: bytes) -> None:
+        """Tell the agent something long of this worker, in parts that a packet can hold."""
+        parts = max(1, -(-len(data) // _PART))
+        for part in range(parts):
+            self.tell(r.Described(kind, rank, part, parts, data[part * _PART : (part + 1) * _PART]))
 
     def request_arena(
         self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1, deadline_s: float = 120.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -77,6 +77,11 @@ class ShardPlan:
             shape = "x".join(map(str, item.tensor.shape))
             told.update(f"{item.name}\0{shape}\0{item.tensor.dtype}\0{item.offset}\n".encode())
         return told.hexdigest()
+
+    def items(self) -> Iterator[tuple[str, torch.Tensor, int, int]]:
+        """Name, tensor, offset in the shard and bytes of every item, in the order of the shard."""
+        for item in self._items:
+            yield item.name, item.tensor, item.offset, item.nbytes
 
     def __len__(self) -> int:
         return len(self._items)

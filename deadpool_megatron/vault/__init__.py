@@ -23,7 +23,7 @@ from .replicator import PartTo, Replicator, Target
 from .scrub import Scrubber
 from .server import VaultServer
 from .stripes import Stripes, WordPlan
-from .transfer import fetch
+from .transfer import fetch, store_shard
 from .vault import Holding, Holdings, Vault, small_capacity
 from .version import EMPTY, Version, unpack
 from .wire import Deadlines
@@ -70,5 +70,6 @@ __all__ = [
     "process_start",
     "rebuild",
     "small_capacity",
+    "store_shard",
     "unpack",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import xxhash
 
@@ -13,7 +14,7 @@ from .vault import Vault
 from .version import EMPTY, Version
 from .wire import Channel, Deadlines, Fetch, Found, Sent, check_secret, connect, raise_refusal
 
-__all__ = ["ask", "fetch", "finish", "own_slot", "part_entries", "take_entry"]
+__all__ = ["ask", "fetch", "finish", "own_slot", "part_entries", "store_shard", "take_entry"]
 
 
 def part_entries(chunks: int, part: int, parts: int) -> range:
@@ -159,3 +160,31 @@ def _copy(vault: Vault, source: Vault, rank: int, version: Version) -> int:
     slot.verify(small_bytes)
     finish(slot, small_bytes)
     return len(slot.unique) + slot.small_bytes
+
+
+def store_shard(
+    vault: Vault, rank: int, version: Version, fill: Callable[[Callable[[int, int], Slot]], int]
+) -> None:
+    """Put a shard that does not come from a vault (but from a disk) into the own arena.
+
+    Args:
+        fill: given a function that opens the slot for (unique bytes, small capacity), fills the slot's views, and
+            returns how many bytes of small state there are. When it raises, the slot stays incomplete.
+
+    The worker of ``rank`` must not be writing. Raises VaultFull, VaultError, and what ``fill`` raises.
+    """
+    opened: list[Slot] = []
+
+    def open_slot(unique_bytes: int, small_capacity: int) -> Slot:
+        arena = vault.arena(rank, "own")
+        if arena is not None and arena.info.unique_bytes == unique_bytes:
+            small_capacity = arena.info.small_capacity
+        opened.append(own_slot(vault, rank, version, unique_bytes, small_capacity))
+        return opened[0]
+
+    small_bytes = fill(open_slot)
+    slot = opened[0]
+    slot.sums[0] = xxhash.xxh3_64_intdigest(slot.small[:small_bytes])
+    for index in range(slot.chunks):
+        slot.sums[1 + index] = xxhash.xxh3_64_intdigest(slot.chunk(index))
+    finish(slot, small_bytes)

@@ -61,6 +61,7 @@ class Vault:
         self._epoch = 0
         self._kept = EMPTY
         self._floor = 0
+        self._pinned = False
 
     # ---- memory
 
@@ -155,6 +156,7 @@ class Vault:
             if epoch < self._epoch:
                 raise StaleEpoch(f"the vault of node {self.node} is in epoch {self._epoch}, not {epoch}")
             self._epoch = epoch
+            self._pinned = False
             for arena in self._arenas.values():
                 arena.epoch = epoch
             self.learn(self._kept, Version(epoch, 0).pack())
@@ -174,9 +176,25 @@ class Vault:
             if kept != EMPTY and (self._kept == EMPTY or kept > self._kept):
                 self._kept = kept
             self._floor = max(self._floor, floor)
-            for arena in self._arenas.values():
+            for (_, kind), arena in self._arenas.items():
+                if self._pinned and kind == "own":
+                    continue
                 arena.kept = self._kept  # before the floor, so that no worker sees the old one unprotected
                 arena.floor = self._floor
+
+    def pin(self) -> None:
+        """Own slots that hold something now stay until `unpin` (or the next epoch), whatever is committed meanwhile.
+
+        What the workers are told of commits is held back, so they skip generations rather than overwrite.
+        """
+        with self._lock:
+            self._pinned = True
+
+    def unpin(self) -> None:
+        """Commits count again, those of the meantime at once."""
+        with self._lock:
+            self._pinned = False
+            self.learn(EMPTY, 0)
 
     # ---- what there is
 

@@ -104,3 +104,15 @@ def test_the_end_of_the_data_is_the_end_of_the_replay_and_can_be_replayed() -> N
     assert list(replay) == [{"n": 0}]
     replay.rewind(0)
     assert list(replay) == [{"n": 0}]
+
+
+def test_a_renewed_iterator_draws_from_its_new_source_and_can_go_back_to_its_beginning_only() -> None:
+    replay = ReplayIterator(iter(range(100)))
+    replay.mark(5, 5)
+    assert [next(replay) for _ in range(3)] == [0, 1, 2]
+    assert replay.remembers(5) and not replay.remembers(2)
+    replay.renew(iter("abc"), 2)
+    assert replay.remembers(2) and not replay.remembers(5)
+    assert [next(replay), next(replay)] == ["a", "b"]
+    replay.rewind(2)
+    assert [next(replay) for _ in range(3)] == ["a", "b", "c"]

@@ -6,6 +6,12 @@ from typing import Literal
 
 import msgspec
 
+from deadpool_megatron.cluster.records.durability import (
+    GenerationSealed,
+    PreemptionNotice,
+    ShardsDrained,
+    ShardsLoaded,
+)
 from deadpool_megatron.cluster.records.values import CoordinateInfo, Fault, Record
 
 
@@ -267,4 +273,8 @@ AgentRecord = (
     | Saved
     | Inject
     | Enlist
+    | ShardsDrained
+    | GenerationSealed
+    | ShardsLoaded
+    | PreemptionNotice
 )

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
+from deadpool_megatron.cluster.records.durability import (
+    DrainShards,
+    GiveUpDrain,
+    LoadShards,
+    ResumeAt,
+    SealGeneration,
+)
 from deadpool_megatron.cluster.records.values import Address, Fault, Purpose, Record, Share, SlotAddress, Source
 
 
@@ -44,12 +51,14 @@ class Agree(Record, frozen=True):
     """The generation to go on from and, by rank that does not hold it, where its shard comes from.
 
     ``rebuilds``: by rank of which no whole copy is left, for each part of its shard the shares to rebuild it from.
+    ``durable`` names the durable generation that every rank is read from, when no vaults hold one.
     """
 
     epoch: int
     generation: int
     sources: dict[int, Source]
     rebuilds: dict[int, list[list[Share]]] = msgspec.field(default_factory=dict)
+    durable: str = ""
 
 
 class Form(Record, frozen=True):
@@ -108,5 +117,20 @@ class Enlisted(Record, frozen=True):
 
 
 CoordinatorRecord = (
-    Roster | Placement | Declare | Agree | Form | CommittedTo | AllFinished | Stop | Arm | InjectReply | Enlisted
+    Roster
+    | Placement
+    | Declare
+    | Agree
+    | Form
+    | CommittedTo
+    | AllFinished
+    | Stop
+    | Arm
+    | InjectReply
+    | Enlisted
+    | DrainShards
+    | SealGeneration
+    | GiveUpDrain
+    | LoadShards
+    | ResumeAt
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deadpool_megatron.cluster.records.agents import Iteration, PeerError, Registered, StateHash, WorkerFailed
 from deadpool_megatron.cluster.records.coordinators import AllFinished, Arm, Declare, Form, Stop
+from deadpool_megatron.cluster.records.durability import Described
 from deadpool_megatron.cluster.records.values import Record, Step
 
 
@@ -57,6 +58,7 @@ WorkerRecord = (
     | PeerError
     | Iteration
     | StateHash
+    | Described
 )
 
 

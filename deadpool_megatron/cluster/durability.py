@@ -1,0 +1,345 @@
+"""Which generation is durable, which is being drained, which to fall back to: the coordinator's bookkeeping, pure.
+
+::
+
+    commit of g, g due      DrainShards -> every agent        copies its shards out, writes them
+    all ShardsDrained       SealGeneration -> one agent       writes the manifest: g is durable now
+    GenerationSealed        event `durable`
+
+One attempt at a time, each under a name of its own. What fails costs that attempt and nothing else: training goes on,
+the user is told, and the durable generations there are stay. `Core` owns one of these and calls it; what is to be sent
+goes out through the functions it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.durable import ShardFile, directory_name
+from deadpool_megatron.vault import Version
+
+__all__ = ["Durability", "DurableSpec"]
+
+# A drain is spread over this part of the time there is until the next one.
+_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class DurableSpec:
+    """What the job does about durable generations.
+
+    Args:
+        directory: where they lie; for messages.
+        job: letters and digits that no other job has; part of the names.
+        interval: generations from one drain to the next; 0: only when preempted.
+        keep: how many durable generations stay.
+        deadline: seconds an attempt may take.
+        preempt_deadline: seconds the last drain may take when the job is preempted.
+        complete: (generation, name) of those that are there at the start, newest first.
+        resume: training begins with the newest of them.
+    """
+
+    directory: str
+    job: str
+    interval: int = 0
+    keep: int = 2
+    deadline: float = 1800.0
+    preempt_deadline: float = 60.0
+    complete: Sequence[tuple[int, str]] = ()
+    resume: bool = False
+
+
+@dataclass(slots=True)
+class _Attempt:
+    name: str
+    version: Version
+    started: float
+    deadline: float
+    waiting: set[int]
+    shards: dict[int, ShardFile] = field(default_factory=dict)
+    sealing: int | None = None  # the node that writes the manifest
+
+
+class Durability:
+    """Not thread-safe: one caller. Times are seconds of a monotonic clock.
+
+    Args:
+        spec: None when there is no durable directory; then nothing here does anything.
+        send: sends a record to a node, or to all that are not lost (None).
+        emit: writes an event; one with a ``message`` is shown to the user too.
+    """
+
+    def __init__(
+        self,
+        spec: DurableSpec | None,
+        send: Callable[[int | None, msgspec.Struct], None],
+        emit: Callable[..., None],
+    ) -> None:
+        self._spec = spec
+        self._send = send
+        self._emit = emit
+        self._complete: list[tuple[int, str]] = list(spec.complete) if spec is not None else []
+        self._attempt: _Attempt | None = None
+        self._attempts = 0
+        self._first: tuple[float, int] | None = None  # when the first generation was committed, and which
+        self._last = 0  # the generation of the last drain, whatever became of it
+        self._retry = False
+        self._kept: Version | None = None
+        self._loading: tuple[str, set[int]] | None = None
+        self._begun = False
+        self._preempted: float | None = None  # until when the job may stay
+        self.leave: str | None = None
+
+    # ---- what there is
+
+    @property
+    def newest(self) -> int | None:
+        """The newest durable generation; None when there is none."""
+        return self._complete[0][0] if self._complete else None
+
+    @property
+    def draining(self) -> int | None:
+        """The generation that is being drained."""
+        return self._attempt.version.generation if self._attempt is not None else None
+
+    @property
+    def hint(self) -> str:
+        """What to do with the durable generation when the job ends, as the end of a sentence; may be empty."""
+        if self._spec is None or not self._complete:
+            return ""
+        return (
+            f"; generation {self.newest} is durable in {self._spec.directory}: start the job again with "
+            "--deadpool-resume auto"
+        )
+
+    def fallback(self) -> tuple[int, str] | None:
+        """The durable generation to go on from when memory cannot answer."""
+        return self._complete[0] if self._complete else None
+
+    def bad(self, name: str, why: str) -> None:
+        """A durable generation could not be read: it does not count any more."""
+        for generation, known in self._complete:
+            if known == name:
+                self._failed(generation, f"durable generation {generation} cannot be used: {why}")
+        self._complete = [one for one in self._complete if one[1] != name]
+
+    # ---- the start
+
+    def start(self, active: Iterable[int]) -> None:
+        """All agents are there: bring the newest durable generation into the vaults, or say that there is none."""
+        if self._spec is None or not self._spec.resume or self._begun:
+            return
+        self._begun = True
+        self._load(active)
+
+    def _load(self, active: Iterable[int]) -> None:
+        if self._complete:
+            generation, name = self._complete[0]
+            self._loading = (name, set(active))
+            self._send(None, r.LoadShards(name, generation))
+        else:
+            self._loading = None
+            self._send(None, r.ResumeAt(-1))
+
+    def loaded(self, record: r.ShardsLoaded, active: Iterable[int]) -> str:
+        """A node has its shards, or not. Returns why the job cannot start, or an empty string."""
+        if self._spec is None or self._loading is None or self._loading[0] != record.name:
+            return ""
+        name, waiting = self._loading
+        if record.error:
+            self.bad(name, record.error)
+            if not self._complete:
+                return (
+                    f"no durable generation in {self._spec.directory} can be read ({record.error}); start with "
+                    "Megatron's last checkpoint (--load) and another --deadpool-durable-dir, or none"
+                )
+            self._load(active)
+            return ""
+        waiting.discard(record.node)
+        if not waiting:
+            generation = self._complete[0][0]
+            self._loading = None
+            self._last = generation
+            self._send(None, r.ResumeAt(generation))
+            self._emit(
+                "durable_resumed",
+                iteration=generation,
+                name=name,
+                message=f"training goes on from durable generation {generation} in {self._spec.directory}",
+            )
+        return ""
+
+    # ---- draining
+
+    def committed(self, kept: Version, active: Sequence[int], now: float) -> None:
+        """The whole job has committed ``kept``; drain it when it is due."""
+        self._kept = kept
+        spec = self._spec
+        if spec is None:
+            return
+        if self._first is None:
+            self._first = (now, kept.generation)
+            if self._last == 0:
+                self._last = kept.generation
+        if self._attempt is not None:
+            return
+        if self._preempted is not None:
+            self._begin(kept, active, now, 0.0)
+        elif spec.interval and (self._retry or kept.generation // spec.interval > self._last // spec.interval):
+            since, generation = self._first
+            pace = (now - since) / max(1, kept.generation - generation)
+            self._begin(kept, active, now, _SHARE * spec.interval * max(0.0, pace))
+
+    def _begin(self, version: Version, active: Sequence[int], now: float, seconds: float) -> None:
+        assert self._spec is not None
+        self._attempts += 1
+        name = directory_name(version.generation, self._spec.job, self._attempts)
+        self._attempt = _Attempt(name, version, now, now + self._spec.deadline, set(active))
+        self._last = version.generation
+        self._retry = False
+        self._send(None, r.DrainShards(name, version.epoch, version.generation, seconds))
+        self._emit("draining", iteration=version.generation, name=name, spread_s=round(seconds, 3))
+
+    def drained(
+        self,
+        record: r.ShardsDrained,
+        assignment: Sequence[r.SlotAddress],
+        coordinates: Mapping[int, r.CoordinateInfo],
+        epoch: int,
+    ) -> None:
+        """A node's shards are written, or are not."""
+        attempt = self._attempt
+        if attempt is None or attempt.name != record.name or attempt.sealing is not None or self._spec is None:
+            return
+        if record.error:
+            self._fail(f"node {record.node}: {record.error}", assignment)
+            return
+        attempt.waiting.discard(record.node)
+        attempt.shards.update((shard.rank, shard) for shard in record.shards)
+        if attempt.waiting:
+            return
+        missing = [rank for rank in range(len(assignment)) if rank not in attempt.shards or rank not in coordinates]
+        if missing:
+            self._fail(f"nobody has written the shard of rank {missing[0]}", assignment)
+            return
+        attempt.sealing = assignment[0].node
+        keep = [name for _, name in self._complete[: self._spec.keep - 1]]
+        self._send(
+            attempt.sealing,
+            r.SealGeneration(
+                attempt.name,
+                epoch,
+                attempt.version.generation,
+                [coordinates[rank] for rank in range(len(assignment))],
+                [attempt.shards[rank] for rank in range(len(assignment))],
+                keep,
+            ),
+        )
+
+    def sealed(self, record: r.GenerationSealed, assignment: Sequence[r.SlotAddress], now: float) -> None:
+        """The manifest is written, or is not."""
+        attempt = self._attempt
+        if attempt is None or attempt.name != record.name or self._spec is None:
+            return
+        if record.error:
+            self._fail(f"node {record.node}: {record.error}", assignment)
+            return
+        generation = attempt.version.generation
+        self._complete = [(generation, attempt.name), *self._complete[: self._spec.keep - 1]]
+        self._attempt = None
+        fields: dict[str, Any] = {"problems": record.problems} if record.problems else {}
+        if record.problems:
+            fields["message"] = f"generation {generation} is durable, but {record.problems[0]}"
+        self._emit(
+            "durable",
+            iteration=generation,
+            name=attempt.name,
+            bytes=sum(shard.nbytes for shard in attempt.shards.values()),
+            seconds=round(now - attempt.started, 3),
+            **fields,
+        )
+        if self._preempted is not None:
+            self._drained_last(assignment, now)
+
+    def _fail(self, cause: str, assignment: Sequence[r.SlotAddress], retry: bool = False) -> None:
+        attempt = self._attempt
+        assert attempt is not None and self._spec is not None
+        self._attempt = None
+        self._retry = retry
+        self._send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
+        generation = attempt.version.generation
+        newest = self.newest
+        stays = "there is no durable generation yet" if newest is None else f"generation {newest} stays durable"
+        self._failed(
+            generation,
+            f"generation {generation} could not be drained to {self._spec.directory}: {cause}; training goes on, "
+            f"{stays}",
+            name=attempt.name,
+            cause=cause,
+        )
+
+    def _failed(self, generation: int, message: str, **fields: Any) -> None:
+        self._emit("durable_failed", iteration=generation, message=message, **fields)
+
+    def epoch_ended(self, lost: Iterable[int], assignment: Sequence[r.SlotAddress]) -> None:
+        """A new epoch: a drain that a lost node had a part in is over, and tried again at the next commit.
+
+        So is one whose shards are not all written yet: survivors may have to use their slots now.
+        """
+        attempt = self._attempt
+        if attempt is None or attempt.sealing not in (None, *lost):
+            return
+        self._fail("the epoch ended before all of it was written", assignment, retry=True)
+
+    # ---- leaving
+
+    def preempt(self, active: Sequence[int], assignment: Sequence[r.SlotAddress], now: float) -> None:
+        """The job has to leave soon: drain the newest committed generation at once. `leave` says when, and what to say.
+
+        A second call changes nothing.
+        """
+        if self._spec is None or self._preempted is not None:
+            return
+        self._preempted = now + self._spec.preempt_deadline
+        attempt = self._attempt
+        if attempt is not None and attempt.sealing is None:
+            self._send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
+            self._attempt = attempt = None
+        if attempt is None and self._kept is not None:
+            if self._kept.generation == self.newest:
+                self._drained_last(assignment, now)
+            else:
+                self._begin(self._kept, active, now, 0.0)
+
+    def _drained_last(self, assignment: Sequence[r.SlotAddress], now: float) -> None:
+        if self._kept is not None and self.newest is not None and self._kept.generation > self.newest:
+            return  # it was under way when the order to leave came; the next commit drains a newer one
+        assert self._spec is not None
+        self.leave = f"preempted: generation {self.newest} is durable in {self._spec.directory}, and the job has left"
+
+    # ---- time
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has to be called at the latest."""
+        times = [self._attempt.deadline] if self._attempt is not None else []
+        if self._preempted is not None and self.leave is None:
+            times.append(self._preempted)
+        return min(times, default=None)
+
+    def tick(self, assignment: Sequence[r.SlotAddress], now: float) -> None:
+        """Time has passed."""
+        if self._spec is None:
+            return
+        if self._attempt is not None and now >= self._attempt.deadline:
+            self._fail(f"it took longer than --deadpool-durable-deadline ({self._spec.deadline:g} s)", assignment)
+        if self._preempted is not None and self.leave is None and now >= self._preempted:
+            newest = "there is none" if self.newest is None else f"the newest is generation {self.newest}"
+            self.leave = (
+                f"preempted: draining took longer than --deadpool-preempt-deadline ({self._spec.preempt_deadline:g} s) "
+                f"and no newer generation is durable in {self._spec.directory}; {newest}"
+            )

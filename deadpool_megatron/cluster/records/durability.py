@@ -1,0 +1,98 @@
+"""What coordinator, agents and workers say about the durable tier."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from deadpool_megatron.cluster.records.values import CoordinateInfo, Record
+from deadpool_megatron.durable import ShardFile
+
+# ---- coordinator -> agents
+
+
+class DrainShards(Record, frozen=True):
+    """Write this node's shards of a committed version to the durable directory, over ``seconds`` (0: at once)."""
+
+    name: str
+    version_epoch: int
+    generation: int
+    seconds: float
+
+
+class SealGeneration(Record, frozen=True):
+    """Every shard is written: write the manifest, then remove older generations except those in ``keep``."""
+
+    name: str
+    epoch: int
+    generation: int
+    coordinates: list[CoordinateInfo]
+    shards: list[ShardFile]
+    keep: list[str]
+
+
+class GiveUpDrain(Record, frozen=True):
+    """An attempt to drain a generation is over; the node ``remover`` removes what there is of it."""
+
+    name: str
+    remover: int
+
+
+class LoadShards(Record, frozen=True):
+    """Before training: bring this node's shards of a durable generation into its vault."""
+
+    name: str
+    generation: int
+
+
+class ResumeAt(Record, frozen=True):
+    """Training begins with this durable generation, which every vault holds; -1: with none."""
+
+    generation: int
+
+
+# ---- agent -> coordinator
+
+
+class ShardsDrained(Record, frozen=True):
+    """A node's part of a drain has ended; ``error`` is empty when all of its shards are written."""
+
+    node: int
+    name: str
+    shards: list[ShardFile]
+    error: str
+
+
+class GenerationSealed(Record, frozen=True):
+    """The manifest is written, or is not (``error``); ``problems`` are lesser ones."""
+
+    node: int
+    name: str
+    error: str
+    problems: list[str]
+
+
+class ShardsLoaded(Record, frozen=True):
+    """A node has its shards of a durable generation in its vault, or could not read them (``error``)."""
+
+    node: int
+    name: str
+    error: str
+
+
+class PreemptionNotice(Record, frozen=True):
+    """This node was told (SIGTERM) that the job has to leave the machine soon."""
+
+    node: int
+
+
+# ---- worker -> agent
+
+
+class Described(Record, frozen=True):
+    """Part ``part`` of ``parts`` of what a worker tells of itself, as JSON: its job, or the layout of its shard."""
+
+    kind: Literal["job", "layout"]
+    rank: int
+    part: int
+    parts: int
+    data: bytes

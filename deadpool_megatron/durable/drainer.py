@@ -1,0 +1,165 @@
+"""``python -m deadpool_megatron.durable.drainer``: the process that writes to the durable directory, one a node.
+
+A process of its own, at low priority: a disk that hangs, a driver that eats memory or an interpreter lock cannot hold
+up the agent, whose heartbeat decides over the node. It ends with its agent. One thread reads orders, one carries them
+out; a `Cancel` and a `Drain` without pacing take effect in the middle of what is under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import queue
+import signal
+import sys
+import threading
+from typing import BinaryIO
+
+import msgspec
+
+from deadpool_megatron.vault import VaultError, Version
+
+from .errors import Cancelled, DurableError
+from .files import prune, remove_attempt, seal, write_shard
+from .format import Layout, ShardFile, generation_of
+from .orders import Answer, Cancel, Done, Drain, Order, Seal, Stage, Staged, Take
+from .pace import Pace
+from .staging import Staging
+from .store import open_store
+
+__all__ = ["main"]
+
+_PR_SET_PDEATHSIG = 1
+_NICE = 10
+
+
+class _Drainer:
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._staging: dict[int, tuple[Staging, Layout]] = {}
+        self._unstaged: dict[int, str] = {}
+        self._cancelled: set[str] = set()
+
+    # ---- the thread that reads
+
+    def read(self, lines: BinaryIO) -> None:
+        decoder: msgspec.json.Decoder[Order] = msgspec.json.Decoder(Order)
+        for line in lines:
+            order = decoder.decode(line)
+            if isinstance(order, Cancel):
+                self._cancelled.add(order.name)
+            self._orders.put(order)
+        self._orders.put(None)
+
+    # ---- the thread that works
+
+    def work(self) -> None:
+        while (order := self._orders.get()) is not None:
+            match order:
+                case Stage():
+                    self._stage(order)
+                case Drain():
+                    self._drain(order)
+                case Seal():
+                    self._seal(order)
+                case Cancel():
+                    self._cancelled.discard(order.name)
+                    if order.remove:
+                        with contextlib.suppress(OSError, DurableError):  # what is left has no manifest
+                            remove_attempt(open_store(order.directory), order.name)
+
+    def _tell(self, answer: Answer) -> None:
+        self._out.write(msgspec.json.encode(answer) + b"\n")
+        self._out.flush()
+
+    def _stage(self, order: Stage) -> None:
+        have = self._staging.get(order.rank)
+        try:
+            enough = have is not None and have[0].capacity >= order.nbytes
+            staging = have[0] if have is not None and enough else Staging(order.rank, order.nbytes)
+        except VaultError as err:
+            self._unstaged[order.rank] = _one_line(err)
+            return
+        self._staging[order.rank] = (staging, order.layout)
+
+    def _drain(self, order: Drain) -> None:
+        error = ""
+        shards: list[ShardFile] = []
+        try:
+            store = open_store(order.directory)
+            try:
+                store.check()
+                ready = [self._take(each) for each in order.shards]
+            finally:
+                self._tell(Staged(order.name))
+            total = sum(len(staging.unique) + len(staging.small) for staging, _ in ready)
+            pace = Pace(total, order.seconds, lambda: order.name not in self._cancelled and self._orders.empty())
+
+            def moved(nbytes: int) -> None:
+                if order.name in self._cancelled:
+                    raise Cancelled(f"{order.name} is not wanted any more")
+                pace.moved(nbytes)
+
+            generation = generation_of(order.name)
+            if generation is None:
+                raise DurableError(f"{order.name} is no name of a generation")
+            for staging, layout in ready:
+                shards.append(
+                    write_shard(
+                        store, order.name, staging.rank, generation, layout, staging.unique, staging.small, moved
+                    )
+                )
+        except (OSError, VaultError, DurableError) as err:
+            error = _one_line(err)
+        self._tell(Done(order.name, False, tuple(shards), error))
+
+    def _take(self, take: Take) -> tuple[Staging, Layout]:
+        if take.rank not in self._staging:
+            unknown = f"rank {take.rank} has not told what its shard consists of"
+            raise DurableError(self._unstaged.get(take.rank, unknown))
+        staging, layout = self._staging[take.rank]
+        staging.take(take.path, Version(take.epoch, take.generation))
+        return staging, layout
+
+    def _seal(self, order: Seal) -> None:
+        name = order.manifest.name
+        try:
+            store = open_store(order.directory)
+            store.check()
+            seal(store, order.manifest)
+        except (OSError, DurableError) as err:
+            self._tell(Done(name, True, (), _one_line(err)))
+            return
+        try:
+            problems = prune(store, name, order.keep)
+        except OSError as err:
+            problems = [f"old generations in {store.root} could not be removed: {err}"]
+        self._tell(Done(name, True, problems=tuple(problems)))
+
+
+def _one_line(err: Exception) -> str:
+    return (str(err).splitlines() or [type(err).__name__])[0]
+
+
+def main() -> int:
+    """Entry point; ends when stdin does."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(_NICE)
+    # The first to go when memory runs out: training and vaults matter more.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+        f.write("1000")
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a driver prints does not get between the answers
+    drainer = _Drainer(out)
+    worker = threading.Thread(target=drainer.work, name="drain", daemon=True)
+    worker.start()
+    drainer.read(sys.stdin.buffer)
+    worker.join()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

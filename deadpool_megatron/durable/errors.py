@@ -1,0 +1,21 @@
+"""What can go wrong with the durable tier, by name. Every message is one line for the user."""
+
+from __future__ import annotations
+
+__all__ = ["Cancelled", "Damaged", "DurableError", "NotFit"]
+
+
+class DurableError(RuntimeError):
+    """The durable tier cannot do what was asked: what is wrong, where, what to do."""
+
+
+class Damaged(DurableError):
+    """A manifest or a file of a durable generation is missing, cut off or changed."""
+
+
+class NotFit(DurableError):
+    """A durable generation is of another model or layout than this job."""
+
+
+class Cancelled(DurableError):
+    """The generation that is being drained is not wanted any more."""

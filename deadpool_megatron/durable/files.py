@@ -1,0 +1,191 @@
+"""Durable generations on a store: write a shard, seal a generation, find the newest, read a shard back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from .errors import Damaged, DurableError
+from .format import (
+    MANIFEST,
+    Layout,
+    Manifest,
+    ShardFile,
+    ShardHeader,
+    decode_manifest,
+    encode_header,
+    encode_manifest,
+    generation_of,
+    header_length,
+    parse_header,
+    shard_name,
+)
+from .store import Store
+
+__all__ = ["Found", "find", "prune", "read_manifest", "read_shard", "remove_attempt", "seal", "write_shard"]
+
+_BLOCK = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies in a durable directory: complete generations, newest first, and why others do not count."""
+
+    complete: tuple[Manifest, ...]
+    damaged: tuple[str, ...]
+
+
+def write_shard(
+    store: Store,
+    directory: str,
+    rank: int,
+    generation: int,
+    layout: Layout,
+    unique: memoryview,
+    small: bytes,
+    moved: Callable[[int], None] = lambda nbytes: None,
+) -> ShardFile:
+    """Write one coordinate's file.
+
+    Args:
+        unique: the unique state as it lies in the vault, ``layout.unique_bytes`` bytes.
+        moved: called with the bytes of each block that was written; what it raises ends the file.
+
+    Raises OSError, and nothing is left of the file then.
+    """
+    if len(unique) != layout.unique_bytes:
+        raise DurableError(f"rank {rank}'s shard has {len(unique)} bytes, its layout says {layout.unique_bytes}")
+    told = xxhash.xxh3_128()
+    nbytes = 0
+    name = shard_name(rank)
+    writing = store.create(f"{directory}/{name}")
+    try:
+        for block in _blocks(encode_header(rank, generation, layout, len(small)), layout, unique, small):
+            writing.write(block)
+            told.update(block)
+            nbytes += len(block)
+            moved(len(block))
+        writing.commit()
+    except BaseException:
+        writing.abort()
+        raise
+    return ShardFile(rank, name, nbytes, told.hexdigest(), layout.digest)
+
+
+def _blocks(header: bytes, layout: Layout, unique: memoryview, small: bytes) -> Iterable[memoryview | bytes]:
+    yield header
+    for item in layout.items:
+        for at in range(item.offset, item.offset + item.nbytes, _BLOCK):
+            yield unique[at : min(at + _BLOCK, item.offset + item.nbytes)]
+    yield small
+
+
+def seal(store: Store, manifest: Manifest) -> None:
+    """Write the manifest: from its rename on the generation is there. Raises OSError."""
+    writing = store.create(f"{manifest.name}/{MANIFEST}")
+    try:
+        writing.write(encode_manifest(manifest))
+        writing.commit()
+    except BaseException:
+        writing.abort()
+        raise
+
+
+def remove_attempt(store: Store, directory: str) -> None:
+    """Remove a generation, its manifest first, so that at no moment a part of it looks whole. Raises OSError."""
+    store.remove_file(f"{directory}/{MANIFEST}")
+    store.remove(directory)
+
+
+def prune(store: Store, newest: str, keep: Sequence[str]) -> list[str]:
+    """Remove what is older than ``newest`` and not to be kept: old generations, and attempts that never were sealed.
+
+    Returns what could not be removed and why; that is no reason to stop.
+    """
+    limit = generation_of(newest)
+    problems: list[str] = []
+    for name in store.directories():
+        generation = generation_of(name)
+        if generation is None or limit is None or name == newest or name in keep or generation > limit:
+            continue
+        try:
+            remove_attempt(store, name)
+        except OSError as err:
+            problems.append(f"{store.root}/{name} could not be removed: {err}")
+    return problems
+
+
+def read_manifest(store: Store, directory: str) -> Manifest:
+    """The manifest of one directory; its files must be there with their sizes. Raises Damaged, OSError."""
+    where = f"{store.root}/{directory}/{MANIFEST}"
+    with store.open(f"{directory}/{MANIFEST}") as file:
+        manifest = decode_manifest(file.read(), where)
+    if manifest.name != directory or manifest.generation != generation_of(directory):
+        raise Damaged(f"{where} belongs to {manifest.name}")
+    for shard in manifest.shards:
+        size = store.size(f"{directory}/{shard.file}")
+        if size != shard.nbytes:
+            there = "missing" if size is None else f"{size} bytes instead of {shard.nbytes}"
+            raise Damaged(f"{store.root}/{directory}/{shard.file}: {there}")
+    return manifest
+
+
+def find(store: Store) -> Found:
+    """All complete generations. What has no manifest was never finished and is passed over. Raises OSError."""
+    complete: list[Manifest] = []
+    damaged: list[str] = []
+    for name in store.directories():
+        if generation_of(name) is None:
+            continue
+        try:
+            complete.append(read_manifest(store, name))
+        except FileNotFoundError:
+            continue
+        except DurableError as err:
+            damaged.append(str(err))
+    complete.sort(key=lambda m: (m.generation, m.written), reverse=True)
+    return Found(tuple(complete), tuple(damaged))
+
+
+def read_shard(
+    store: Store, directory: str, shard: ShardFile, place: Callable[[ShardHeader], tuple[memoryview, memoryview]]
+) -> ShardHeader:
+    """Read one coordinate's file into memory, and compare all of it with its digest.
+
+    Args:
+        place: given the header, returns where to put things: the unique state (``layout.unique_bytes`` bytes, every
+            item at its offset) and the small state (``small_bytes`` bytes).
+
+    Raises Damaged (the memory holds garbage then), OSError.
+    """
+    where = f"{store.root}/{directory}/{shard.file}"
+    told = xxhash.xxh3_128()
+    with contextlib.closing(store.open(f"{directory}/{shard.file}")) as file:
+
+        def fill(view: memoryview) -> None:
+            done = 0
+            while done < len(view):
+                block = file.read(min(_BLOCK, len(view) - done))
+                if not block:
+                    raise Damaged(f"{where} ends {len(view) - done} bytes early")
+                view[done : done + len(block)] = block
+                done += len(block)
+            told.update(view)
+
+        start = bytearray(8)
+        fill(memoryview(start))
+        rest = bytearray(header_length(bytes(start), where))
+        fill(memoryview(rest))
+        header = parse_header(bytes(start), bytes(rest), where)
+        if header.rank != shard.rank or header.layout.digest != shard.layout or header.nbytes != shard.nbytes:
+            raise Damaged(f"{where} is not the file its manifest describes")
+        unique, small = place(header)
+        for item in header.layout.items:
+            fill(unique[item.offset : item.offset + item.nbytes])
+        fill(small)
+    if told.hexdigest() != shard.xxh3_128:
+        raise Damaged(f"{where} has changed since it was written: its checksum does not fit")
+    return header

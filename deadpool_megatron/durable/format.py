@@ -1,0 +1,231 @@
+"""The format of a durable generation, without any I/O: a manifest, and one safetensors file a coordinate.
+
+A generation is a directory of its own below the durable directory::
+
+    generation-000000000040-1f0c2ab4-0/        generation, job, epoch: no two attempts share a name
+        rank-00000.safetensors                 one a coordinate: its unique state by name, then its small state
+        rank-00001.safetensors
+        manifest.json                          written last: with it the generation is there, without it is nothing
+
+``docs/durable.md`` describes every field.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+import xxhash
+
+from .errors import Damaged
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "SMALL",
+    "Coordinate",
+    "Item",
+    "Layout",
+    "Manifest",
+    "ShardFile",
+    "ShardHeader",
+    "decode_manifest",
+    "directory_name",
+    "encode_header",
+    "encode_manifest",
+    "generation_of",
+    "parse_header",
+    "shard_name",
+]
+
+FORMAT: Final = "deadpool-durable/1"
+MANIFEST: Final = "manifest.json"
+SMALL: Final = "deadpool.small_state"
+_MAX_HEADER: Final = 100_000_000  # as the safetensors library has it
+_NAME: Final = re.compile(r"generation-(\d{12})-[A-Za-z0-9]+-\d+")
+
+
+class _Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class Item(_Value, frozen=True):
+    """One tensor of a shard: ``nbytes`` bytes at ``offset`` of the unique state. ``dtype`` as safetensors names it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Layout(_Value, frozen=True):
+    """What the unique state of one coordinate consists of; ``digest`` is that of `snapshot.ShardPlan`."""
+
+    unique_bytes: int
+    digest: str
+    items: tuple[Item, ...]
+
+
+class ShardFile(_Value, frozen=True):
+    """One coordinate's file: its size in bytes, its XXH3-128 in hexadecimal, and the digest of its layout."""
+
+    rank: int
+    file: str
+    nbytes: int
+    xxh3_128: str
+    layout: str
+
+
+class Coordinate(_Value, frozen=True):
+    """The parallel indices of one coordinate."""
+
+    rank: int
+    tp: int
+    pp: int
+    dp: int
+    cp: int = 0
+    ep: int = 0
+
+
+class Manifest(_Value, frozen=True):
+    """What a durable generation is, and what its files must be.
+
+    ``job`` is what the training process told of itself: ``model`` (the arguments that decide what a shard is),
+    ``command`` (script, arguments and processes a node, for `deadpool export`) and ``versions``.
+    """
+
+    format: str
+    generation: int
+    epoch: int
+    name: str
+    written: str
+    world_size: int
+    coordinates: tuple[Coordinate, ...]
+    shards: tuple[ShardFile, ...]
+    job: dict[str, Any]
+    digest: str = ""
+
+
+def directory_name(generation: int, job: str, epoch: int) -> str:
+    """The directory of one attempt to drain a generation; ``job`` are letters and digits."""
+    return f"generation-{generation:012d}-{job}-{epoch}"
+
+
+def generation_of(name: str) -> int | None:
+    """The generation of a directory's name; None for other names."""
+    found = _NAME.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def shard_name(rank: int) -> str:
+    """The file of one coordinate."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+# ---- manifest
+
+
+def _digest(manifest: Manifest) -> str:
+    plain = msgspec.json.encode(msgspec.structs.replace(manifest, digest=""), order="sorted")
+    return xxhash.xxh3_128_hexdigest(plain)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest as readable JSON, its own digest in it."""
+    sealed = msgspec.structs.replace(manifest, digest=_digest(manifest))
+    return msgspec.json.format(msgspec.json.encode(sealed), indent=1) + b"\n"
+
+
+def decode_manifest(data: bytes, where: str) -> Manifest:
+    """Read and check a manifest. Raises Damaged; ``where`` is for its message."""
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as err:
+        raise Damaged(f"{where} is not a manifest of {FORMAT}: {err}") from None
+    if manifest.format != FORMAT:
+        raise Damaged(f"{where} is of format {manifest.format!r}, this version reads {FORMAT!r}")
+    if manifest.digest != _digest(manifest):
+        raise Damaged(f"{where} has changed since it was written: its digest does not fit")
+    ranks = [shard.rank for shard in manifest.shards]
+    if ranks != list(range(manifest.world_size)) or [c.rank for c in manifest.coordinates] != ranks:
+        raise Damaged(f"{where} does not list every rank from 0 to {manifest.world_size - 1} once")
+    if any(shard.file != shard_name(shard.rank) for shard in manifest.shards):
+        raise Damaged(f"{where} names files that no shard has")
+    return manifest
+
+
+# ---- one shard's file
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHeader:
+    """The head of a shard's file. ``data`` is where its bytes begin in the file, ``nbytes`` the size of the file."""
+
+    rank: int
+    generation: int
+    layout: Layout
+    small_bytes: int
+    data: int
+    nbytes: int
+
+
+def encode_header(rank: int, generation: int, layout: Layout, small_bytes: int) -> bytes:
+    """The first bytes of a safetensors file: length, JSON header, spaces up to a multiple of 8.
+
+    The tensors follow without gaps in the order of ``layout.items``, the small state last, as bytes (U8).
+    """
+    told = {
+        "format": FORMAT,
+        "rank": rank,
+        "generation": generation,
+        "unique_bytes": layout.unique_bytes,
+        "layout": layout.digest,
+        "offsets": [item.offset for item in layout.items],
+    }
+    header: dict[str, Any] = {"__metadata__": {"deadpool": json.dumps(told)}}
+    at = 0
+    for item in layout.items:
+        header[item.name] = {"dtype": item.dtype, "shape": item.shape, "data_offsets": [at, at + item.nbytes]}
+        at += item.nbytes
+    header[SMALL] = {"dtype": "U8", "shape": [small_bytes], "data_offsets": [at, at + small_bytes]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def parse_header(start: bytes, rest: bytes, where: str) -> ShardHeader:
+    """The reverse: ``start`` are the first 8 bytes, ``rest`` as many as those say. Raises Damaged."""
+    try:
+        header = json.loads(rest)
+        told = json.loads(header.pop("__metadata__")["deadpool"])
+        small = header.pop(SMALL)
+        offsets: Sequence[int] = told["offsets"]
+        items: list[Item] = []
+        at = 0
+        for (name, entry), offset in zip(header.items(), offsets, strict=True):
+            begin, end = entry["data_offsets"]
+            if begin != at or end < begin or offset < 0 or offset + end - begin > told["unique_bytes"]:
+                raise ValueError(f"tensor {name} is out of place")
+            items.append(Item(name, entry["dtype"], tuple(entry["shape"]), offset, end - begin))
+            at = end
+        begin, end = small["data_offsets"]
+        if begin != at or end < begin:
+            raise ValueError("the small state is out of place")
+        layout = Layout(told["unique_bytes"], told["layout"], tuple(items))
+        data = 8 + header_length(start, where)
+        return ShardHeader(told["rank"], told["generation"], layout, end - begin, data, data + end)
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise Damaged(f"{where} has no readable header: {err}") from None
+
+
+def header_length(start: bytes, where: str) -> int:
+    """How many bytes of header follow the first 8. Raises Damaged."""
+    length = int.from_bytes(start, "little")
+    if len(start) != 8 or length > _MAX_HEADER:
+        raise Damaged(f"{where} is not a safetensors file")
+    return length

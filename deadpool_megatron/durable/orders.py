@@ -1,0 +1,84 @@
+"""What an agent and its drainer say to each other: typed, one JSON object a line, over the drainer's stdin, stdout."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .format import Layout, Manifest, ShardFile
+
+__all__ = ["Answer", "Cancel", "Done", "Drain", "Order", "Seal", "Stage", "Staged", "Take", "decode_answer"]
+
+
+class _Record(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    pass
+
+
+class Stage(_Record, frozen=True):
+    """A coordinate lives on this node: make its staging memory (``nbytes``) and remember its layout."""
+
+    rank: int
+    nbytes: int
+    layout: Layout
+
+
+class Take(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One coordinate to be drained: the arena file, and the version in it."""
+
+    rank: int
+    path: str
+    epoch: int
+    generation: int
+
+
+class Drain(_Record, frozen=True):
+    """Write the shards of one generation into ``directory/name``, over ``seconds`` (0: as fast as it goes)."""
+
+    directory: str
+    name: str
+    seconds: float
+    shards: tuple[Take, ...]
+
+
+class Seal(_Record, frozen=True):
+    """All shards are written: write the manifest, then remove what is older and not to be kept."""
+
+    directory: str
+    manifest: Manifest
+    keep: tuple[str, ...]
+
+
+class Cancel(_Record, frozen=True):
+    """Whatever belongs to ``name`` is not wanted any more; with ``remove`` its directory goes too."""
+
+    directory: str
+    name: str
+    remove: bool
+
+
+Order = Stage | Drain | Seal | Cancel
+
+
+class Staged(_Record, frozen=True):
+    """All shards of ``name`` are copied out: their slots may be overwritten (also sent when the copy failed)."""
+
+    name: str
+
+
+class Done(_Record, frozen=True):
+    """A `Drain` (``sealed`` False) or a `Seal` has ended. ``error`` is one line, empty when all went well."""
+
+    name: str
+    sealed: bool
+    shards: tuple[ShardFile, ...] = ()
+    error: str = ""
+    problems: tuple[str, ...] = ()
+
+
+Answer = Staged | Done
+
+_answers: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
+
+
+def decode_answer(line: bytes) -> Answer:
+    """One line of the drainer. Raises msgspec.MsgspecError."""
+    return _answers.decode(line)

@@ -1,0 +1,78 @@
+"""What a new job finds in its durable directory, and what it makes of it."""
+
+from __future__ import annotations
+
+import os
+
+from .errors import DurableError, NotFit
+from .files import find
+from .store import LocalStore, open_store
+
+__all__ = ["survey"]
+
+
+def survey(
+    url: str, resume: str, world_size: int, newer_than: int, writes: bool
+) -> tuple[tuple[tuple[int, str], ...], tuple[str, ...]]:
+    """Look once at the durable directory, before training. Blocks for the disk.
+
+    Args:
+        resume: ``auto``, ``none``, or the number of a generation.
+        world_size: ranks of this job.
+        newer_than: iteration of Megatron's checkpoint that the job would load otherwise, -1 for none.
+        writes: the job will drain generations of its own there.
+
+    Returns:
+        (generation, name) of those to begin with, newest first, and lines for the user.
+
+    Raises:
+        DurableError: the directory cannot be used, or what is in it contradicts ``resume``; NotFit when it is another
+            layout's.
+    """
+    store = open_store(url)
+    if isinstance(store, LocalStore) and not os.path.exists(store.root):
+        try:
+            os.mkdir(store.root)
+        except OSError as err:
+            raise DurableError(f"--deadpool-durable-dir {store.root} cannot be made: {err.strerror}") from None
+    store.check()
+    try:
+        found = find(store)
+    except OSError as err:
+        raise DurableError(f"--deadpool-durable-dir {store.root} cannot be read: {err}") from None
+    remarks = [f"passed over: {line}" for line in found.damaged]
+    complete = list(found.complete)
+    numbers = ", ".join(str(m.generation) for m in complete)
+    if resume == "none":
+        if complete:
+            raise DurableError(
+                f"{store.root} holds the durable generations {numbers} of an earlier job: give --deadpool-resume auto "
+                "to go on from there, or another --deadpool-durable-dir to start anew"
+            )
+        return (), tuple(remarks)
+    if resume != "auto":
+        wanted = [m for m in complete if m.generation == int(resume)]
+        if not wanted:
+            raise DurableError(f"{store.root} has no durable generation {resume}; it has {numbers or 'none'}")
+        if writes and wanted[0].generation < complete[0].generation:
+            raise DurableError(
+                f"{store.root} has generation {complete[0].generation} besides {resume}: the next job would go on from "
+                "that one; move what is newer than the one you want out of the directory"
+            )
+        complete = wanted
+    if complete and complete[0].generation < newer_than:
+        remarks.append(
+            f"durable generation {complete[0].generation} in {store.root} is older than the checkpoint of iteration "
+            f"{newer_than} that --load names, so it is not used"
+        )
+        return (), tuple(remarks)
+    if not complete:
+        remarks.append(f"no durable generation in {store.root} yet: training begins as without it")
+    elif complete[0].world_size != world_size:
+        raise NotFit(
+            f"durable generation {complete[0].generation} in {store.root} is of {complete[0].world_size} ranks, this "
+            f"job has {world_size}: start with as many, or turn it into a Megatron checkpoint (deadpool export) and "
+            "--load that"
+        )
+    fitting = [m for m in complete if m.world_size == world_size]
+    return tuple((m.generation, m.name) for m in fitting), tuple(remarks)

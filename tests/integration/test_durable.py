@@ -1,0 +1,209 @@
+"""All is killed, preempted or lost beyond what memory covers, for real; the durable tier brings it back bitwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from deadpool_megatron.cluster import Exit
+from flags import tiny_gpt
+from jobs import ROOT, Job, Jobs, assert_same_checkpoint, launch_flags, torchrun
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    all_jobs = Jobs(tmp_path_factory.mktemp("durable"))
+    yield all_jobs
+    all_jobs.end()
+
+
+ITERATIONS = 24
+SMALL = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+
+
+def flags(iterations: int = ITERATIONS) -> list[str]:
+    """Data parallel alone, one process a node, and a learning-rate schedule that goes on to the end."""
+    return [*tiny_gpt(iters=iterations), *SMALL, "--global-batch-size", "16", "--lr-decay-iters", str(iterations)]
+
+
+def durable(directory: Path, interval: int, *more: str) -> list[str]:
+    return ["--deadpool-durable-dir", str(directory), "--deadpool-durable-interval", str(interval), *more]
+
+
+def until_durable(job: Job, generation: int) -> None:
+    job.until(f"generation {generation} durable", lambda: [
+        e for e in job.events("durable") if e["iteration"] >= generation
+    ])  # fmt: skip
+
+
+def kill_everything(job: Job) -> None:
+    """SIGKILL for every process of the job at once: the machines are gone."""
+    processes = job.processes()
+    for each in processes:
+        each.send_signal(signal.SIGSTOP)  # nobody gets to do anything between the first and the last
+    for each in processes:
+        each.kill()
+    job.process.wait(20)
+    job.until_gone(20)
+
+
+def assert_goes_on_like(job: Job, want: Job, first: int) -> None:
+    """Every iteration from ``first`` on is the undisturbed run's, and so is all state at the end."""
+    expected = {iteration: exact for iteration, *exact in want.exact()}
+    seen = {iteration: exact for iteration, *exact in job.exact()}
+    assert min(seen) == first and max(seen) == max(expected)
+    assert all(expected[iteration] == exact for iteration, exact in seen.items())
+    assert job.hashes() == want.hashes()
+
+
+SAVED = 4
+
+
+@pytest.fixture(scope="module")
+def undisturbed(jobs: Jobs) -> Job:
+    """Saves Megatron's own checkpoints too, so that an exported one can be compared."""
+    save = ["--save", str(jobs.directory / "own"), "--save-interval", str(SAVED), "--ckpt-format", "torch_dist"]
+    return jobs.start("undisturbed", launch_flags(2, 0, 1), [*flags(), *save]).finished(300)
+
+
+@pytest.fixture(scope="module")
+def killed(jobs: Jobs) -> Path:
+    """The durable directory of a job of which nothing is left."""
+    store = jobs.directory / "store"
+    job = jobs.start("killed", launch_flags(2, 0, 1), [*flags(), *durable(store, SAVED)])
+    until_durable(job, SAVED)
+    kill_everything(job)
+    return store
+
+
+@pytest.mark.timeout(400)
+def test_a_job_killed_whole_and_then_preempted_goes_on_bitwise_both_times(
+    jobs: Jobs, undisturbed: Job, killed: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(killed, tmp_path / "store"))
+    generations = sorted(int(p.parent.name.split("-")[1]) for p in store.glob("*/manifest.json"))
+    assert generations and len(generations) <= 2
+    newest = generations[-1]
+
+    more = durable(store, 1000, "--deadpool-resume", "auto", "--deadpool-on-preempt")
+    preempted = jobs.start("preempted", launch_flags(2, 0, 1), [*flags(), *more])
+    preempted.until("a newer commit", lambda: [e for e in preempted.events("committed") if e["iteration"] > newest])
+    os.kill(preempted.process.pid, signal.SIGTERM)
+    assert preempted.wait() == Exit.PREEMPTED, preempted.log_tails()
+    last = preempted.events("durable")[-1]["iteration"]
+    assert f"training goes on from durable generation {newest}" in preempted.output
+    assert f"preempted: generation {last} is durable in {store}" in preempted.output
+    assert preempted.exact()[0][0] == newest and last > newest
+
+    resumed = jobs.start("resumed", launch_flags(2, 0, 1), [*flags(), *more]).finished(300)
+    assert resumed.events("durable_resumed")[0]["iteration"] == last
+    assert_goes_on_like(resumed, undisturbed, last)
+
+
+@pytest.mark.timeout(200)
+def test_a_job_of_another_model_or_with_nothing_said_is_refused_with_the_way_out(
+    jobs: Jobs, killed: Path
+) -> None:
+    store = killed
+    anew = jobs.start("anew", launch_flags(2, 0, 1), [*flags(), *durable(store, 5)])
+    assert anew.wait() == Exit.USAGE
+    assert "of an earlier job: give --deadpool-resume auto to go on from there" in anew.output
+    more = durable(store, 5, "--deadpool-resume", "auto")
+    wider = jobs.start("wider", launch_flags(2, 0, 1), [*flags(), "--hidden-size", "128", *more])
+    assert wider.wait() == Exit.USAGE, wider.log_tails()
+    assert "is not of this job: " in wider.output and "hidden_size is 64 in it and 128 here" in wider.output
+    assert len(wider.output.splitlines()) <= 2
+    ranks = jobs.start("ranks", launch_flags(4, 0, 1), [*flags(), *more])
+    assert ranks.wait() == Exit.USAGE
+    assert "is of 2 ranks, this job has 4" in ranks.output
+
+
+def _global_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """A ``torch_dist`` checkpoint's model parameters, whole, by name."""
+    whole = Path(f"{checkpoint}.pt")
+    dcp_to_torch_save(checkpoint, whole)
+    content = torch.load(whole, weights_only=False)
+    return {k: v for k, v in content.items() if isinstance(v, torch.Tensor) and not k.startswith("optimizer")}
+
+
+@pytest.mark.timeout(400)
+def test_an_exported_generation_is_the_checkpoint_megatron_itself_saves_and_loads_at_another_layout(
+    jobs: Jobs, undisturbed: Job, killed: Path, tmp_path: Path
+) -> None:
+    exported, own = tmp_path / "exported", jobs.directory / "own"
+    command = [sys.executable, "-m", "deadpool_megatron.cli", "export", "--durable-dir", str(killed)]
+    command += ["--output", str(exported), "--generation", str(SAVED), "--emulate-cpu"]
+    command += ["--run-dir", str(tmp_path / "run")]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert f"--load {exported}" in done.stdout
+    assert_same_checkpoint(exported / f"iter_{SAVED:07d}", own / f"iter_{SAVED:07d}")
+
+    # Plain Megatron, without us, with tensors split over two ranks; it saves what it has loaded.
+    again = tmp_path / "again"
+    load = ["--load", str(exported), "--no-load-optim", "--no-load-rng", "--no-save-optim", "--no-save-rng"]
+    load += ["--save", str(again), "--save-interval", "3", "--ckpt-format", "torch_dist", "--train-iters", str(SAVED)]
+    torchrun(tmp_path, 2, [*flags(), *load, "--tensor-model-parallel-size", "2"])
+    loaded, wanted = _global_tensors(again / f"iter_{SAVED:07d}"), _global_tensors(own / f"iter_{SAVED:07d}")
+    assert len(wanted) > 10 and set(loaded) == set(wanted)
+    assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_more_nodes_lost_than_memory_covers_go_back_to_the_durable_generation_bitwise(
+    jobs: Jobs, tmp_path: Path, schedule: str
+) -> None:
+    script = [*tiny_gpt(schedule, iters=40), "--lr-decay-iters", "40"]  # type: ignore[arg-type]
+    want = jobs.start(f"{schedule}-undisturbed", launch_flags(4), script).finished()
+    job = jobs.start(f"{schedule}-beyond", launch_flags(6, 2), [*script, *durable(tmp_path, 6)])
+    until_durable(job, 6)
+    before = job.pids()
+    agents = {n["node"]: n["agent_pid"] for n in job.status()["nodes"]}
+    for node in (0, 1):  # a node and its peer, together: their shards are nowhere any more
+        os.kill(agents[node], signal.SIGSTOP)
+    for node in (0, 1):
+        os.kill(agents[node], signal.SIGKILL)
+    job.finished(300)
+    (fallback,) = job.events("durable_fallback")
+    assert "training goes back to durable generation" in job.output
+    back = fallback["iteration"]
+    assert back in [e["iteration"] for e in job.events("durable")]
+    after = job.pids()
+    assert [before[r] for r in (4, 5, 6, 7)] == [after[r] for r in (4, 5, 6, 7)]  # survivors kept their processes
+    expected = {iteration: exact for iteration, *exact in want.exact()}
+    again = [iteration for iteration, *_ in job.exact()].count(back)
+    assert again >= 1
+    for iteration, *exact in job.exact():
+        assert exact == expected[iteration], f"iteration {iteration} differs"
+    assert job.hashes() == want.hashes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_training_goes_on_and_the_user_is_told_while_the_directory_is_away(jobs: Jobs, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    job = jobs.start("away", launch_flags(2, 0, 1), [*flags(400), *durable(store, 5)])
+    until_durable(job, 5)
+    store.rename(tmp_path / "away")
+    failed = job.until_event("durable_failed")
+    assert "is not there (any more); training goes on, generation" in failed["message"]
+    (tmp_path / "away").rename(store)
+    at = job.events("durable")[-1]["iteration"]
+    until_durable(job, at + 1)
+    assert failed["message"] in job.output
+    kill_everything(job)
+    manifest = max(store.glob("*/manifest.json"))
+    assert json.loads(manifest.read_text())["generation"] > at

@@ -1,0 +1,311 @@
+"""The promise: what is durable is decided by commits alone, a failed drain costs that drain, and memory comes first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deadpool_megatron.cluster import DurableSpec, Exit, Phase
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.durable import ShardFile, generation_of
+from simulated import SimulatedJob
+
+
+def spec(**more: Any) -> DurableSpec:
+    return DurableSpec("/durable", "job", **{"interval": 4, **more})
+
+
+def job(spares: int = 1, **more: Any) -> SimulatedJob:
+    """Three nodes of two ranks train."""
+    return SimulatedJob(nodes=3 + spares, spares=spares, durable=spec(**more)).train()
+
+
+def run(job: SimulatedJob, generations: range) -> None:
+    for generation in generations:
+        job.now += 1.0
+        job.commit(generation)
+
+
+def drained(job: SimulatedJob, name: str, node: int, error: str = "") -> None:
+    ranks = [rank for rank, slot in enumerate(job.core.assignment) if slot.node == node]
+    shards = [ShardFile(rank, f"rank-{rank:05d}.safetensors", 100, "0", "layout") for rank in ranks]
+    job.feed(r.ShardsDrained(node, name, [] if error else shards, error))
+
+
+def names(job: SimulatedJob) -> list[str]:
+    return [record.name for record in job.told(r.DrainShards)]
+
+
+def make_durable(job: SimulatedJob, error: str = "") -> str:
+    """The drain under way comes to its end."""
+    name = names(job)[-1]
+    for node in job.active:
+        drained(job, name, node)
+    seal = job.told(r.SealGeneration)[-1]
+    assert seal.name == name and [shard.rank for shard in seal.shards] == list(range(6))
+    job.feed(r.GenerationSealed(job.core.assignment[0].node, name, error, []))
+    return name
+
+
+# ---- draining
+
+
+def test_every_kth_generation_is_drained_after_its_commit_one_at_a_time() -> None:
+    it = job()
+    run(it, range(5))
+    (order,) = it.told(r.DrainShards)
+    assert (order.generation, generation_of(order.name)) == (4, 4)
+    run(it, range(5, 10))
+    assert len(names(it)) == 1  # the first is not through yet
+    make_durable(it)
+    assert it.core.durable == 4
+    run(it, range(10, 12))
+    assert [order.generation for order in it.told(r.DrainShards)] == [4, 10]  # what was due is caught up with
+
+
+def test_a_drain_is_spread_over_half_the_time_until_the_next_one() -> None:
+    it = job()
+    run(it, range(5))  # a second a generation
+    assert it.told(r.DrainShards)[0].seconds == 2.0
+
+
+def test_nothing_is_durable_before_the_manifest_is_and_every_shard_is_in_it() -> None:
+    it = job()
+    run(it, range(5))
+    name = names(it)[0]
+    for node in (0, 1):
+        drained(it, name, node)
+    assert not it.told(r.SealGeneration)
+    drained(it, name, 2)
+    assert it.told(r.SealGeneration) and it.core.durable == -1
+    it.feed(r.GenerationSealed(0, name, "", []))
+    assert it.core.durable == 4
+    assert it.events("durable")[0]["bytes"] == 600
+
+
+def test_only_as_many_as_asked_for_are_kept() -> None:
+    it = job(keep=2)
+    run(it, range(5))
+    first = make_durable(it)
+    run(it, range(5, 9))
+    second = make_durable(it)
+    run(it, range(9, 13))
+    make_durable(it)
+    assert [seal.keep for seal in it.told(r.SealGeneration)] == [[], [first], [second]]
+
+
+def test_a_failed_drain_is_told_and_training_and_the_durable_generation_stay() -> None:
+    it = job()
+    run(it, range(5))
+    make_durable(it)
+    run(it, range(5, 9))
+    name = names(it)[-1]
+    drained(it, name, 1, "[Errno 28] No space left on device")
+    (failed,) = it.events("durable_failed")
+    assert "generation 8 could not be drained to /durable: node 1: [Errno 28]" in failed["message"]
+    assert "generation 4 stays durable" in failed["message"]
+    assert it.told(r.GiveUpDrain)[-1] == r.GiveUpDrain(name, 0)
+    assert it.core.phase is Phase.RUNNING and it.core.durable == 4
+    drained(it, name, 0)  # too late: means nothing
+    run(it, range(9, 12))
+    assert len(names(it)) == 2  # not tried again at every commit
+    run(it, range(12, 13))
+    make_durable(it)
+    assert it.core.durable == 12
+
+
+def test_a_manifest_that_cannot_be_written_makes_nothing_durable() -> None:
+    it = job()
+    run(it, range(5))
+    make_durable(it, "[Errno 5] Input/output error")
+    assert it.core.durable == -1 and it.events("durable_failed")
+
+
+def test_a_drain_that_takes_too_long_is_given_up_and_told() -> None:
+    it = job(deadline=30.0)
+    run(it, range(5))
+    it.wait(31.0)
+    assert "--deadpool-durable-deadline (30 s)" in it.events("durable_failed")[0]["message"]
+    assert it.core.phase is Phase.RUNNING
+    run(it, range(5, 9))
+    assert len(names(it)) == 2
+
+
+def test_a_node_lost_while_its_shard_is_drained_costs_that_attempt_which_is_made_again() -> None:
+    it = job()
+    run(it, range(5))
+    name = names(it)[0]
+    drained(it, name, 0)
+    it.lose(1)
+    assert it.told(r.GiveUpDrain)[-1].name == name
+    it.recover(4)
+    run(it, range(5, 6))
+    assert [order.generation for order in it.told(r.DrainShards)] == [4, 5]
+    assert len(set(names(it))) == 2
+    make_durable(it)
+    assert it.core.durable == 5
+
+
+def test_a_loss_after_the_last_shard_does_not_undo_the_drain() -> None:
+    it = job()
+    run(it, range(5))
+    for node in it.active:
+        drained(it, names(it)[0], node)
+    it.lose(1)
+    it.feed(r.GenerationSealed(0, names(it)[0], "", []))
+    assert it.core.durable == 4
+
+
+def test_without_a_durable_directory_nothing_is_drained() -> None:
+    it = SimulatedJob().train()
+    run(it, range(300))
+    assert not it.told(r.DrainShards) and it.core.durable == -1
+
+
+# ---- when memory cannot answer
+
+
+def lose_two_neighbours(it: SimulatedJob) -> None:
+    """A node and its peer: ranks 0 and 1 are nowhere any more."""
+    it.lose(0)
+    it.lose(1)
+
+
+def test_memory_that_can_answer_is_asked_first() -> None:
+    it = job(complete=((3, "generation-000000000003-x-1"),))
+    run(it, range(4, 6))
+    it.lose(0)
+    it.arrive(5)
+    assert it.told(r.Agree)[-1].generation == 5 and it.told(r.Agree)[-1].durable == ""
+
+
+def test_more_losses_than_memory_covers_go_back_to_the_durable_generation_with_the_sentence_that_says_so() -> None:
+    it = job(spares=2)
+    run(it, range(7))
+    name = make_durable(it)
+    run(it, range(7, 8))
+    lose_two_neighbours(it)
+    it.arrive(6)
+    agree = it.told(r.Agree)[-1]
+    assert (agree.generation, agree.sources, agree.durable) == (4, {}, name)
+    (told,) = it.events("durable_fallback")
+    assert told["message"] == (
+        "no vault holds the shards of ranks 0, 1 of one generation: training goes back to durable generation 4"
+    )
+    it.prepare()
+    it.form()
+    it.restore()
+    it.resume(4)
+    assert it.core.phase is Phase.RUNNING and it.core.committed == 4
+
+
+def test_a_durable_generation_that_cannot_be_read_gives_way_to_the_one_before() -> None:
+    it = job(spares=2, complete=((8, "newer"), (4, "older")))
+    run(it, range(9, 10))
+    lose_two_neighbours(it)
+    it.arrive(9)
+    assert it.told(r.Agree)[-1].durable == "newer"
+    it.feed(r.FetchFailed(it.core.epoch, 2, 4, -1, 8, "its checksum does not fit"))
+    it.arrive(9)
+    assert it.told(r.Agree)[-1].durable == "older"
+    it.feed(r.FetchFailed(it.core.epoch, 2, 4, -1, 4, "gone"))
+    it.arrive(9)
+    code, message = it.end
+    assert code == Exit.GENERATION_LOST and "more nodes were lost than the redundancy covers" in message
+
+
+def test_a_job_that_must_end_says_what_is_durable() -> None:
+    it = SimulatedJob(nodes=2, spares=0, can_rescue=False, durable=spec(complete=((4, "older"),))).train()
+    it.lose(0)
+    code, message = it.end
+    assert code == Exit.NO_SPARE
+    assert message.endswith("generation 4 is durable in /durable: start the job again with --deadpool-resume auto")
+
+
+# ---- the start of a new job
+
+
+def loading(complete: tuple[tuple[int, str], ...]) -> SimulatedJob:
+    it = SimulatedJob(nodes=3, spares=0, durable=spec(complete=complete, resume=True))
+    it.join()
+    return it
+
+
+def test_a_new_job_begins_with_the_newest_generation_once_every_vault_holds_it() -> None:
+    it = loading(((8, "newer"), (4, "older")))
+    assert it.told(r.LoadShards) == [r.LoadShards("newer", 8)]
+    for node in (0, 1):
+        it.feed(r.ShardsLoaded(node, "newer", ""))
+    assert not it.told(r.ResumeAt)
+    it.feed(r.ShardsLoaded(2, "newer", ""))
+    assert it.told(r.ResumeAt) == [r.ResumeAt(8)]
+    for rank in range(6):
+        it.register(rank)
+    run(it, range(8, 12))
+    assert not it.told(r.DrainShards)
+    run(it, range(12, 13))
+    assert it.told(r.DrainShards)[0].generation == 12
+
+
+def test_a_generation_that_one_node_cannot_read_is_told_and_the_one_before_is_taken_by_all() -> None:
+    it = loading(((8, "newer"), (4, "older")))
+    it.feed(r.ShardsLoaded(0, "newer", ""))
+    it.feed(r.ShardsLoaded(1, "newer", "its checksum does not fit"))
+    it.feed(r.ShardsLoaded(2, "newer", ""))
+    assert [record.name for record in it.told(r.LoadShards)] == ["newer", "older"]
+    assert "its checksum does not fit" in it.events("durable_failed")[0]["message"]
+    for node in range(3):
+        it.feed(r.ShardsLoaded(node, "older", ""))
+    assert it.told(r.ResumeAt) == [r.ResumeAt(4)]
+
+
+def test_a_job_never_starts_from_zero_because_nothing_can_be_read() -> None:
+    it = loading(((8, "newer"),))
+    it.feed(r.ShardsLoaded(1, "newer", "its checksum does not fit"))
+    code, message = it.end
+    assert code == Exit.GENERATION_LOST and "no durable generation in /durable can be read" in message
+    assert not it.told(r.ResumeAt)
+
+
+def test_the_first_job_of_all_begins_without() -> None:
+    assert loading(()).told(r.ResumeAt) == [r.ResumeAt(-1)]
+
+
+# ---- preemption
+
+
+def test_a_preempted_job_drains_what_is_committed_at_once_and_leaves() -> None:
+    it = job()
+    run(it, range(7))
+    assert [order.generation for order in it.told(r.DrainShards)] == [4]
+    it.take(it.core.preempted(it.now))
+    last = it.told(r.DrainShards)[-1]
+    assert (last.generation, last.seconds) == (6, 0.0)  # the one that was under way is given up for it
+    assert it.told(r.GiveUpDrain)[0].name == names(it)[0]
+    make_durable(it)
+    assert it.end == (Exit.PREEMPTED, "preempted: generation 6 is durable in /durable, and the job has left")
+
+
+def test_a_second_notice_changes_nothing() -> None:
+    it = job()
+    run(it, range(3))
+    for _ in range(2):
+        it.take(it.core.preempted(it.now))
+    assert len(names(it)) == 1
+
+
+def test_a_preempted_job_that_cannot_drain_leaves_in_time_and_says_what_there_is() -> None:
+    it = job(preempt_deadline=20.0, complete=((4, "older"),))
+    run(it, range(5, 7))
+    it.take(it.core.preempted(it.now))
+    it.wait(21.0)
+    code, message = it.end
+    assert code == Exit.PREEMPTED
+    assert "--deadpool-preempt-deadline (20 s)" in message and "the newest is generation 4" in message
+
+
+def test_a_preempted_job_whose_newest_generation_is_durable_leaves_at_once() -> None:
+    it = job()
+    run(it, range(5))
+    make_durable(it)
+    it.take(it.core.preempted(it.now))
+    assert it.end[0] == Exit.PREEMPTED and "generation 4 is durable" in it.end[1]

@@ -1,0 +1,319 @@
+"""The promise: draining never costs training or an older durable generation anything, whatever the disk does.
+
+Real vaults, the real drainer process, real files; faults through the kernel's own means.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from deadpool_megatron.durable import (
+    FORMAT,
+    Answer,
+    Cancel,
+    Coordinate,
+    Done,
+    Drain,
+    DrainerProcess,
+    DurableError,
+    Item,
+    Layout,
+    LocalStore,
+    Manifest,
+    Seal,
+    Stage,
+    Staged,
+    Take,
+    directory_name,
+    find,
+    load_shards,
+)
+from deadpool_megatron.vault import SlotWriter, Vault, Version
+
+UNIQUE = 5 * (1 << 20) + 64
+LAYOUT = Layout(UNIQUE, "digest", (Item("all", "U8", (UNIQUE,), 0, UNIQUE),))
+SMALL = b"small"
+
+
+class Node:
+    """One rank's vault, the worker's end of it, and a drainer."""
+
+    def __init__(self, directory: Path) -> None:
+        self.vault = Vault(f"d{os.getpid()}", 0)
+        self.directory = str(directory)
+        self.path = self.vault.allocate_own(0, UNIQUE, 1 << 12).path
+        self.writer = SlotWriter(self.path)
+        self.answers: queue.Queue[Answer] = queue.Queue()
+        self.drainer = DrainerProcess(self.answers.put)
+
+    def stage(self) -> None:
+        self.drainer.stage(Stage(0, UNIQUE + (1 << 12), LAYOUT))
+
+    def capture(self, generation: int, epoch: int = 0) -> bool:
+        """The worker takes a generation; False when no slot is free."""
+        if self.writer.open(epoch, generation, SMALL) is None:
+            return False
+        self.writer.buffer[:] = generation % 251
+        self.writer.publish(UNIQUE)
+        self.writer.complete()
+        while self.vault.checksum(0):
+            pass
+        return True
+
+    def commit(self, generation: int) -> None:
+        self.vault.set_committed(0, generation)
+
+    def drain(self, generation: int, attempt: int = 1, seconds: float = 0.0) -> str:
+        name = directory_name(generation, "job", attempt)
+        self.drainer.give(Drain(self.directory, name, seconds, (Take(0, self.path, 0, generation),)))
+        return name
+
+    def answer(self, kind: type, deadline_s: float = 20.0) -> Answer:
+        while True:
+            answer = self.answers.get(timeout=deadline_s)
+            if isinstance(answer, kind):
+                return answer
+
+    def done(self) -> Done:
+        answer = self.answer(Done)
+        assert isinstance(answer, Done)
+        return answer
+
+    def seal(self, drained: Done, keep: tuple[str, ...] = ()) -> Done:
+        generation = int(drained.name.split("-")[1])
+        manifest = Manifest(
+            FORMAT, generation, 0, drained.name, "now", 1, (Coordinate(0, 0, 0, 0),), drained.shards, {}
+        )
+        self.drainer.give(Seal(self.directory, manifest, keep))
+        return self.done()
+
+    def durable(self, generation: int, attempt: int = 1, keep: tuple[str, ...] = ()) -> str:
+        """Capture, commit, drain and seal one generation."""
+        assert self.capture(generation)
+        self.commit(generation)
+        self.drain(generation, attempt)
+        drained = self.done()
+        assert not drained.error, drained.error
+        sealed = self.seal(drained, keep)
+        assert not sealed.error, sealed.error
+        return sealed.name
+
+    def complete(self) -> list[int]:
+        return [m.generation for m in find(LocalStore(self.directory)).complete]
+
+    def close(self) -> None:
+        self.drainer.close()
+        self.writer.close()
+        self.vault.close()
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    made = Node(tmp_path)
+    yield made
+    made.close()
+
+
+def load(node: Node, name: str, generation: int) -> bytes:
+    other = Vault(f"o{os.getpid()}", 1)
+    try:
+        versions = {0: Version(3, generation)}
+        load_shards(other, node.directory, name, versions, lambda small: 1 << 12, lambda *told: None)
+        small, unique = SlotWriter(other.allocate_own(0, UNIQUE, 1 << 12).path).read(Version(3, generation))
+        assert small == SMALL
+        return bytes(unique)
+    finally:
+        other.close()
+
+
+def test_a_drained_generation_comes_back_into_another_vault_bit_for_bit(node: Node) -> None:
+    node.stage()
+    name = node.durable(40)
+    assert node.complete() == [40]
+    assert load(node, name, 40) == bytes([40]) * UNIQUE
+
+
+def test_a_slot_that_is_being_copied_out_is_not_overwritten_and_counts_again_afterwards(node: Node) -> None:
+    assert node.capture(1)
+    node.commit(1)
+    node.vault.pin()
+    assert node.capture(2)
+    node.commit(2)
+    assert not node.capture(3)  # both slots stay: 1 is being copied, 2 is the newest committed one
+    assert node.vault.find(0, Version(0, 1))
+    node.vault.unpin()
+    assert node.capture(3)
+    assert node.vault.find(0, Version(0, 2)) and node.vault.find(0, Version(0, 3))
+
+
+def test_a_new_epoch_ends_a_pin(node: Node) -> None:
+    assert node.capture(1)
+    node.commit(1)
+    node.vault.pin()
+    node.vault.set_epoch(1)
+    node.vault.set_committed(1, 2)
+    assert node.capture(3, epoch=1)
+
+
+def test_a_version_that_was_overwritten_is_never_written_as_another(node: Node) -> None:
+    node.stage()
+    for generation in (1, 2, 3):
+        assert node.capture(generation)
+        node.commit(generation)
+    node.drain(1)
+    done = node.done()
+    assert not done.shards and "does not hold version (0, 1)" in done.error
+
+
+def test_bytes_that_changed_in_memory_are_not_made_durable(node: Node) -> None:
+    node.stage()
+    assert node.capture(1)
+    node.vault.find(0, Version(0, 1))[1].unique[12345] ^= 1
+    node.drain(1)
+    assert "has changed in memory" in node.done().error
+
+
+def test_slots_are_free_again_long_before_a_slow_disk_has_all(node: Node) -> None:
+    node.stage()
+    assert node.capture(1)
+    node.commit(1)
+    start = time.monotonic()
+    name = node.drain(1, seconds=600.0)
+    node.answer(Staged)
+    assert time.monotonic() - start < 30
+    assert node.capture(2)
+    node.commit(2)
+    assert node.capture(3)  # over the slot of generation 1
+    node.drainer.cancel(Cancel(node.directory, name, True))
+    assert "not wanted" in node.done().error
+    deadline = time.monotonic() + 20
+    while os.listdir(node.directory) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert os.listdir(node.directory) == []
+
+
+def test_an_older_generation_stays_when_the_disk_is_full(node: Node) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # inherited by the drainer: no file may grow beyond what one generation's small files need
+        node.stage()
+        name = node.durable(40)
+        node.drainer.close()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (UNIQUE // 2, before[1]))
+        node.drainer = DrainerProcess(node.answers.put)
+        node.stage()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert node.capture(60)
+    node.drain(60)
+    assert "File too large" in node.done().error
+    assert node.complete() == [40] and load(node, name, 40) == bytes([40]) * UNIQUE
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one generation and a half."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    size = UNIQUE * 3 // 2
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(where)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no right to mount a file system here: {done.stderr.strip()}")
+    yield where
+    subprocess.run(["umount", str(where)], check=True)
+
+
+def test_no_space_left_is_told_and_leaves_the_generation_before_and_room_for_the_next(tiny_disk: Path) -> None:
+    node = Node(tiny_disk)
+    try:
+        node.stage()
+        first = node.durable(40)
+        assert node.capture(60)
+        node.commit(60)
+        second = node.drain(60)
+        assert "No space left on device" in node.done().error
+        node.drainer.cancel(Cancel(node.directory, second, True))
+        assert node.complete() == [40] and load(node, first, 40) == bytes([40]) * UNIQUE
+        shutil.rmtree(tiny_disk / first)
+        node.drain(60, 2)
+        assert not node.done().error
+    finally:
+        node.close()
+
+
+def test_a_directory_that_went_away_is_told_and_not_made_again(node: Node) -> None:
+    node.stage()
+    gone = Path(node.directory)
+    node.durable(40)
+    away = gone.with_name("away")
+    gone.rename(away)
+    assert node.capture(60)
+    node.commit(60)
+    node.drain(60)
+    assert "is not there (any more)" in node.done().error
+    assert not gone.exists()
+    away.rename(gone)
+    node.drain(60, 2)
+    drained = node.done()
+    assert not drained.error and not node.seal(drained).error
+    assert node.complete() == [60]
+
+
+def test_a_drainer_that_dies_fails_its_drain_and_the_next_one_has_a_new_one(node: Node) -> None:
+    node.stage()
+    assert node.capture(1)
+    node.drain(1, seconds=600.0)
+    node.answer(Staged)
+    process = node.drainer._process
+    assert process is not None
+    process.kill()
+    assert "the drainer of this node ended" in node.done().error
+    node.drain(1, 2)
+    drained = node.done()
+    assert not drained.error and not node.seal(drained).error
+    assert node.complete() == [1]
+
+
+def test_a_damaged_file_is_never_taken_for_a_shard(node: Node) -> None:
+    node.stage()
+    name = node.durable(40)
+    path = Path(node.directory) / name / "rank-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    vault = Vault(f"o{os.getpid()}", 1)
+    try:
+        with pytest.raises(DurableError, match="has changed since it was written"):
+            load_shards(vault, node.directory, name, {0: Version(0, 40)}, lambda small: 1 << 12, lambda *told: None)
+        assert not vault.holdings().ranks.get(0)
+    finally:
+        vault.close()
+
+
+def test_a_durable_generation_and_a_fetched_one_fill_a_slot_alike(node: Node) -> None:
+    node.stage()
+    name = node.durable(7)
+    load_shards(node.vault, node.directory, name, {0: Version(2, 7)}, lambda small: 1 << 12, lambda *told: None)
+    node.vault.set_epoch(2)
+    small, unique = node.writer.read(Version(2, 7))
+    assert small == SMALL and np.all(np.frombuffer(unique, dtype=np.uint8) == 7)
+    assert (2, 7) in [(h.epoch, h.generation) for h in node.vault.holdings().ranks[0]]
+
+
+def test_an_answer_that_is_none_of_ours_is_refused() -> None:
+    from deadpool_megatron.durable.orders import decode_answer
+
+    with pytest.raises(msgspec.MsgspecError):
+        decode_answer(b'{"type": "Done", "name": "x", "sealed": false, "secret": 1}')

@@ -1,0 +1,226 @@
+"""The promise: a durable generation is either whole and what was written, or it does not count."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from deadpool_megatron.durable import (
+    FORMAT,
+    MANIFEST,
+    SMALL,
+    Coordinate,
+    Damaged,
+    DurableError,
+    Item,
+    Layout,
+    LocalStore,
+    Manifest,
+    NotFit,
+    ObjectStore,
+    Store,
+    directory_name,
+    find,
+    open_store,
+    prune,
+    read_manifest,
+    read_shard,
+    remove_attempt,
+    seal,
+    shard_name,
+    survey,
+    write_shard,
+)
+
+WEIGHT = torch.arange(35, dtype=torch.float32).reshape(5, 7)
+HALF = torch.arange(9, dtype=torch.bfloat16) / 3
+# 64-byte steps, as snapshot.ShardPlan lays a shard out, with gaps after both tensors.
+LAYOUT = Layout(256, "digest", (Item("main.weight", "F32", (5, 7), 0, 140), Item("half", "BF16", (9,), 192, 18)))
+SMALL_STATE = b"small state of rank %d"
+
+
+def unique_bytes() -> bytes:
+    flat = bytearray(256)
+    flat[:140] = WEIGHT.reshape(-1).view(torch.uint8).numpy().tobytes()
+    flat[192:210] = HALF.view(torch.uint8).numpy().tobytes()
+    return bytes(flat)
+
+
+def write(store: Store, generation: int, ranks: int = 2, attempt: int = 1, sealed: bool = True) -> str:
+    name = directory_name(generation, "job", attempt)
+    view = memoryview(unique_bytes())
+    shards = [write_shard(store, name, rank, generation, LAYOUT, view, SMALL_STATE % rank) for rank in range(ranks)]
+    manifest = Manifest(
+        FORMAT,
+        generation,
+        0,
+        name,
+        "2026-11-21T12:00:00Z",
+        ranks,
+        tuple(Coordinate(rank, 0, 0, rank) for rank in range(ranks)),
+        tuple(shards),
+        {"model": {"hidden_size": 64}},
+    )
+    if sealed:
+        seal(store, manifest)
+    return name
+
+
+@pytest.fixture(params=["directory", "memory://durable"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "directory":
+        return LocalStore(str(tmp_path))
+    made = open_store(f"memory://durable-{tmp_path.name}")
+    assert isinstance(made, ObjectStore)
+    return made
+
+
+def read(store: Store, name: str, rank: int = 0) -> tuple[bytes, bytes]:
+    unique, small = bytearray(256), bytearray(100)
+    shard = read_manifest(store, name).shards[rank]
+    header = read_shard(store, name, shard, lambda h: (memoryview(unique), memoryview(small)[: h.small_bytes]))
+    return bytes(unique), bytes(small[: header.small_bytes])
+
+
+def test_a_shard_is_read_back_bit_for_bit(store: Store) -> None:
+    name = write(store, 40)
+    assert read(store, name, 1) == (unique_bytes(), SMALL_STATE % 1)
+
+
+def test_anybody_can_read_a_shard_with_the_safetensors_library(tmp_path: Path) -> None:
+    name = write(LocalStore(str(tmp_path)), 40)
+    with safe_open(tmp_path / name / shard_name(0), "pt") as file:
+        assert set(file.keys()) == {"main.weight", "half", SMALL}
+        assert torch.equal(file.get_tensor("main.weight"), WEIGHT)
+        assert torch.equal(file.get_tensor("half"), HALF)
+        assert bytes(file.get_tensor(SMALL).numpy()) == SMALL_STATE % 0
+        told = json.loads(file.metadata()["deadpool"])
+    assert (told["format"], told["generation"], told["offsets"]) == (FORMAT, 40, [0, 192])
+
+
+def test_without_its_manifest_a_generation_is_not_there(store: Store) -> None:
+    write(store, 40)
+    write(store, 60, sealed=False)
+    found = find(store)
+    assert [m.generation for m in found.complete] == [40]
+    assert not found.damaged  # never finished is not damaged
+
+
+def test_the_newest_generation_comes_first(store: Store) -> None:
+    for generation in (40, 100, 60):
+        write(store, generation)
+    assert [m.generation for m in find(store).complete] == [100, 60, 40]
+
+
+@pytest.mark.parametrize("place", ["header", "tensor", "small state"])
+def test_a_file_with_one_changed_bit_is_refused(tmp_path: Path, place: str) -> None:
+    store = LocalStore(str(tmp_path))
+    name = write(store, 40)
+    path = tmp_path / name / shard_name(0)
+    data = bytearray(path.read_bytes())
+    data[{"header": 9, "tensor": -60, "small state": -1}[place]] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Damaged):
+        read(store, name)
+    assert read(store, name, 1)[0] == unique_bytes()
+
+
+@pytest.mark.parametrize("cut", [1, 30, 10_000])
+def test_a_generation_with_a_file_cut_off_does_not_count(tmp_path: Path, cut: int) -> None:
+    store = LocalStore(str(tmp_path))
+    name = write(store, 40)
+    path = tmp_path / name / shard_name(1)
+    size = path.stat().st_size
+    os.truncate(path, max(0, size - cut))
+    found = find(store)
+    assert not found.complete
+    assert "bytes instead of" in found.damaged[0] and shard_name(1) in found.damaged[0]
+
+
+def test_a_generation_with_a_file_missing_or_its_manifest_changed_does_not_count(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    (tmp_path / write(store, 40) / shard_name(1)).unlink()
+    changed = tmp_path / write(store, 60) / MANIFEST
+    changed.write_text(changed.read_text().replace('"hidden_size": 64', '"hidden_size": 65'))
+    cut = tmp_path / write(store, 80) / MANIFEST
+    cut.write_bytes(cut.read_bytes()[:-20])
+    found = find(store)
+    assert not found.complete and len(found.damaged) == 3
+
+
+def test_what_fails_while_it_is_written_leaves_no_file(store: Store) -> None:
+    def stop(nbytes: int) -> None:
+        raise OSError("disk on fire")
+
+    with pytest.raises(OSError, match="on fire"):
+        write_shard(store, directory_name(40, "job", 1), 0, 40, LAYOUT, memoryview(unique_bytes()), b"", stop)
+    assert store.size(f"{directory_name(40, 'job', 1)}/{shard_name(0)}") is None
+
+
+def test_old_generations_and_unfinished_attempts_are_removed_but_none_that_is_kept_or_newer(store: Store) -> None:
+    names = {g: write(store, g) for g in (20, 40, 60, 80)}
+    half = write(store, 50, sealed=False)
+    under_way = write(store, 100, sealed=False)
+    assert prune(store, names[80], [names[60]]) == []
+    assert [m.generation for m in find(store).complete] == [80, 60]
+    assert half not in store.directories() and under_way in store.directories()
+
+
+def test_a_generation_that_is_being_removed_never_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(str(tmp_path))
+    name = write(store, 40)
+    monkeypatch.setattr(LocalStore, "remove", lambda self, directory: None)  # dies before it gets to the files
+    remove_attempt(store, name)
+    assert not find(store).complete and (tmp_path / name / shard_name(0)).exists()
+
+
+# ---- what a new job makes of it
+
+
+def test_auto_begins_with_the_newest_and_says_so_when_there_is_none(tmp_path: Path) -> None:
+    usable, remarks = survey(str(tmp_path / "new"), "auto", 2, -1, True)
+    assert usable == () and "no durable generation" in remarks[0]
+    store = LocalStore(str(tmp_path / "new"))
+    names = [write(store, g) for g in (40, 60)]
+    assert survey(store.root, "auto", 2, -1, True) == (((60, names[1]), (40, names[0])), ())
+
+
+def test_a_generation_of_another_number_of_ranks_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    write(LocalStore(str(tmp_path)), 40, ranks=2)
+    with pytest.raises(NotFit, match=r"generation 40 .* of 2 ranks, this job has 4: .*deadpool export"):
+        survey(str(tmp_path), "auto", 4, -1, True)
+
+
+def test_a_job_that_would_start_anew_beside_old_generations_is_refused(tmp_path: Path) -> None:
+    write(LocalStore(str(tmp_path)), 40)
+    with pytest.raises(DurableError, match=r"generations 40 of an earlier job: give --deadpool-resume auto"):
+        survey(str(tmp_path), "none", 2, -1, True)
+
+
+def test_one_generation_can_be_asked_for_by_its_number(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    names = [write(store, g) for g in (40, 60)]
+    assert survey(store.root, "40", 2, -1, False)[0] == ((40, names[0]),)
+    with pytest.raises(DurableError, match="no durable generation 50; it has 60, 40"):
+        survey(store.root, "50", 2, -1, False)
+    with pytest.raises(DurableError, match="has generation 60 besides 40"):
+        survey(store.root, "40", 2, -1, True)
+
+
+def test_a_newer_checkpoint_of_megatrons_goes_before_an_older_durable_generation(tmp_path: Path) -> None:
+    write(LocalStore(str(tmp_path)), 40)
+    usable, remarks = survey(str(tmp_path), "auto", 2, 50, True)
+    assert usable == () and "older than the checkpoint of iteration 50" in remarks[0]
+    assert survey(str(tmp_path), "auto", 2, 40, True)[0]
+
+
+def test_a_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(DurableError, match=r"durable-dir .*/no/where cannot be made: No such file"):
+        survey(str(tmp_path / "no" / "where"), "none", 2, -1, True)
+    with pytest.raises(DurableError, match="durable-dir nowhere://x"):
+        survey("nowhere://x", "none", 2, -1, True)

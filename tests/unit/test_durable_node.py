@@ -1,0 +1,182 @@
+"""The promise: an agent drains and reads back exactly its own shards, and no worker begins with another model's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.draining import Loaded, NodeDurability
+from deadpool_megatron.cluster.shards import FetchDone, Shards
+from deadpool_megatron.durable import Done, Item, Layout, Staged
+from deadpool_megatron.vault import SlotWriter, Version
+
+UNIQUE = 1 << 20
+LAYOUT = Layout(UNIQUE, "digest", (Item("all", "U8", (UNIQUE,), 0, UNIQUE),))
+JOB = {"model": {"hidden_size": 64, "ffn_hidden_size": 256}, "command": {}, "versions": {}}
+
+
+class Node:
+    """The agent's side of one node that runs ranks 0 and 1."""
+
+    def __init__(self, directory: Path, number: int = 0) -> None:
+        self.shards = Shards(f"n{os.getpid()}", number, bytes(32), "127.0.0.1")
+        self.sent: list[Any] = []
+        self.durability = NodeDurability(number, str(directory), self.shards, self.sent.append)
+        self.writers: dict[int, SlotWriter] = {}
+
+    def begin(self, job: dict[str, Any] = JOB, layout: Layout = LAYOUT) -> None:
+        """Its workers tell of themselves and get their memory."""
+        for rank in (0, 1):
+            for kind, what in (("job", job), ("layout", layout)):
+                data = msgspec.json.encode(what)
+                half = len(data) // 2
+                for part, piece in enumerate((data[:half], data[half:])):
+                    self.durability.described(r.Described(kind, rank, part, 2, piece), rank)  # type: ignore[arg-type]
+            self.writers[rank] = SlotWriter(self.shards.allocate(rank, UNIQUE, 100))
+            self.durability.granted(rank, 1 << 16)
+
+    def capture(self, generation: int) -> list[bool]:
+        """Both workers take a generation; whether they had a slot for it."""
+        taken = []
+        for rank, writer in self.writers.items():
+            taken.append(writer.open(0, generation, b"small %d" % rank) is not None)
+            if taken[-1]:
+                writer.buffer[:] = generation + rank
+                writer.publish(UNIQUE)
+                writer.complete()
+            while self.shards.vault.checksum(rank):
+                pass
+        return taken
+
+    def news(self, kind: type) -> Any:
+        """The next piece of news of one kind, handled as the agent handles it."""
+        while True:
+            event = self.shards.events.get(timeout=30)
+            if not isinstance(event, FetchDone):
+                self.durability.heard(event)
+            if isinstance(event, kind):
+                return event
+
+    def durable(self, generation: int, name: str) -> None:
+        """Drain and seal what is committed."""
+        self.durability.drain(r.DrainShards(name, 0, generation, 0.0), [0, 1])
+        assert not self.news(Done).error
+        drained = self.sent[-1]
+        assert isinstance(drained, r.ShardsDrained) and [s.rank for s in drained.shards] == [0, 1]
+        places = [r.CoordinateInfo(rank, 0, 0, rank) for rank in (0, 1)]
+        self.durability.seal(r.SealGeneration(name, 0, generation, places, drained.shards, []))
+        assert not self.news(Done).error
+
+    def close(self) -> None:
+        self.durability.close()
+        for writer in self.writers.values():
+            writer.close()
+        self.shards.close()
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[list[Node]]:
+    made = [Node(tmp_path, 0), Node(tmp_path, 1)]
+    yield made
+    for node in made:
+        node.close()
+
+
+NAME = "generation-000000000005-job-1"
+
+
+@pytest.fixture
+def drained(nodes: list[Node]) -> list[Node]:
+    """The first node's generation 5 is durable; the second node is of a new job."""
+    nodes[0].begin()
+    assert nodes[0].capture(5) == [True, True]
+    nodes[0].shards.vault.set_committed(0, 5)
+    nodes[0].durable(5, NAME)
+    return nodes
+
+
+def test_slots_stay_from_the_order_to_drain_until_they_are_copied_out(nodes: list[Node]) -> None:
+    node = nodes[0]
+    node.begin()
+    assert node.capture(5) == [True, True]
+    node.shards.vault.set_committed(0, 5)
+    node.durability.drain(r.DrainShards(NAME, 0, 5, 0.0), [0, 1])
+    assert node.capture(6) == [True, True]
+    node.shards.vault.set_committed(0, 6)
+    assert node.capture(7) == [False, False]  # the drainer's answer has not been heard yet
+    node.news(Staged)
+    assert node.capture(7) == [True, True]
+    assert not node.news(Done).error
+
+
+def test_an_attempt_that_is_given_up_frees_the_slots(nodes: list[Node]) -> None:
+    node = nodes[0]
+    node.begin()
+    node.capture(5)
+    node.shards.vault.set_committed(0, 5)
+    node.durability.drain(r.DrainShards(NAME, 0, 5, 600.0), [0, 1])
+    node.durability.give_up(r.GiveUpDrain(NAME, 0))
+    node.capture(6)
+    node.shards.vault.set_committed(0, 6)
+    assert node.capture(7) == [True, True]
+
+
+def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[Node]) -> None:
+    node = drained[1]
+    node.durability.load(r.LoadShards(NAME, 5), [0, 1])
+    assert node.news(Loaded) == Loaded(NAME, "")
+    assert node.sent[-1] == r.ShardsLoaded(1, NAME, "")
+    node.begin()
+    assert node.durability.begin(0) is None  # until the coordinator says that all have it
+    node.durability.resume_at(5)
+    for rank in (0, 1):
+        at = node.durability.begin(rank)
+        assert isinstance(at, r.Generation) and (at.generation, at.version_epoch) == (5, 0)
+        small, unique = SlotWriter(at.path).read(Version(0, 5))
+        assert small == b"small %d" % rank and bytes(unique) == bytes([5 + rank]) * UNIQUE
+        assert not node.durability.refusal(rank)
+
+
+def test_a_job_with_other_arguments_is_told_the_first_that_differs(drained: list[Node]) -> None:
+    node = drained[1]
+    node.durability.load(r.LoadShards(NAME, 5), [0, 1])
+    node.news(Loaded)
+    node.begin({"model": {"hidden_size": 128, "ffn_hidden_size": 512}})
+    node.durability.resume_at(5)
+    why = node.durability.begin(0)
+    assert isinstance(why, str) and "hidden_size is 64 in it and 128 here" in why and "deadpool export" in why
+
+
+def test_a_shard_of_other_tensors_is_refused_even_if_all_arguments_agree(drained: list[Node]) -> None:
+    node = drained[1]
+    node.durability.load(r.LoadShards(NAME, 5), [0, 1])
+    node.news(Loaded)
+    node.begin(layout=msgspec.structs.replace(LAYOUT, digest="another"))
+    assert "consists of other tensors" in node.durability.refusal(0)
+
+
+def test_when_memory_cannot_answer_each_rank_is_read_as_a_version_of_the_new_epoch(drained: list[Node]) -> None:
+    node = drained[0]
+    node.capture(6)
+    node.shards.vault.set_committed(0, 6)
+    node.shards.vault.set_epoch(3)
+    node.durability.fetch(r.Agree(3, 5, {}, NAME), {0: 0, 1: 1})
+    done = [node.news(FetchDone) for _ in range(2)]
+    assert done == [FetchDone(rank, 3, 5, -1, (3, 5), "") for rank in (0, 1)]
+    assert bytes(node.writers[1].read(Version(3, 5))[1]) == bytes([6]) * UNIQUE
+    assert node.shards.vault.find(0, Version(0, 6))  # what was committed last is not given up for it
+
+
+def test_a_durable_generation_that_cannot_be_read_is_answered_with_the_reason(drained: list[Node]) -> None:
+    node = drained[1]
+    (Path(node.durability._directory) / NAME / "rank-00001.safetensors").write_bytes(b"cut")
+    node.durability.load(r.LoadShards(NAME, 5), [0, 1])
+    assert "3 bytes instead of" in node.news(Loaded).error
+    node.durability.fetch(r.Agree(3, 5, {}, NAME), {0: 0, 1: 1})
+    assert "3 bytes instead of" in node.news(FetchDone).error
