@@ -29,6 +29,7 @@ __all__ = [
     "Jobs",
     "assert_same_checkpoint",
     "assert_same_training",
+    "environment",
     "launch_flags",
     "torchrun",
 ]
@@ -50,7 +51,7 @@ def launch_flags(nodes: int, spares: int = 0, slots: int = 2) -> list[str]:
     ]
 
 
-def _environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)} | (extra or {})
 
@@ -62,7 +63,7 @@ class Job(jobs.Job):
         self, run_dir: Path, launch: Sequence[str], script: Sequence[str], extra: dict[str, str] | None = None
     ) -> None:
         self.hash_file = Path(f"{run_dir}.hash.json")
-        super().__init__(run_dir, launch, script, _environment(extra), run_dir.parent)
+        super().__init__(run_dir, launch, script, environment(extra), run_dir.parent)
 
     def failed(self, what: str) -> NoReturn:
         """Fail the test."""
@@ -163,7 +164,7 @@ def torchrun(
     command += ["--no-python", sys.executable, "-m", "deadpool_megatron.emulation", str(script), *flags]
     process = subprocess.Popen(
         command,
-        env=_environment({"OMP_NUM_THREADS": "1"}),
+        env=environment({"OMP_NUM_THREADS": "1"}),
         cwd=directory,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

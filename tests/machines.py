@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from deadpool_megatron.evaluate.jobs import CLI
-from jobs import Job, _environment
+from jobs import Job, environment
 
 __all__ = ["Machines", "MachinesJob", "free_port", "torchrun_environments"]
 
@@ -58,7 +58,7 @@ class Machines:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=_environment(env),
+                env=environment(env),
                 cwd=self.directory,
                 start_new_session=True,
             )
@@ -142,7 +142,7 @@ class MachinesJob(Job):
         self.hash_file = Path(f"{machines.run_dir}.hash.json")
         self.process = machines.started[0]
         self._out = machines.directory / "machine-0.out"
-        self._environment = _environment()
+        self._environment = environment()
         self._seen = {}
 
 

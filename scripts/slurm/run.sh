@@ -38,7 +38,7 @@ coordinator=$!
 requeue=no trapped=no
 # Sent by Slurm ahead of the time limit (#SBATCH --signal=B:USR1@600): end in good order, and go on in the next start.
 trap 'trapped=yes requeue=time; kill -TERM "$coordinator" 2>/dev/null' USR1
-# scancel: end in good order, and stay away.
+# scancel, or Slurm's own preemption: end in good order, and leave it to Slurm whether to start again.
 trap 'trapped=yes requeue=never; kill -TERM "$coordinator" 2>/dev/null' TERM INT
 
 # --no-kill            the step survives the failure of a node (as #SBATCH --no-kill lets the allocation do)
@@ -64,12 +64,12 @@ done
 kill -TERM "$agents" 2>/dev/null || true
 wait "$agents" || true
 
-# 75: no spare left, checkpoint saved; 76: not saved; 77: more nodes lost than the redundancy covers; 78: network. The
-# next start gets a whole allocation again and goes on from what is on disk.
+# 74: left in good order, state drained; 75: no spare left, checkpoint saved; 76: not saved; 77: more nodes lost than the
+# redundancy covers; 78: network. The next start gets a whole allocation again and goes on from what is on disk.
 case $requeue:$code in
     never:*) ;;
     time:0) ;;
-    time:* | no:75 | no:76 | no:77 | no:78)
+    time:* | no:74 | no:75 | no:76 | no:77 | no:78)
         if (( restart < ${MAX_REQUEUES:-0} )); then
             echo "deadpool: exit code $code; job $SLURM_JOB_ID goes back into the queue"
             exec scontrol requeue "$SLURM_JOB_ID"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import slurm
+from docs_commands import commands
 from jobs import ROOT, Job, Jobs, assert_same_training, launch_flags
 
 pytestmark = pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not())
@@ -114,6 +115,30 @@ def test_a_node_that_slurm_marks_down_is_replaced_and_the_run_ends_bitwise_equal
     cluster.restart_node("n2")
 
 
+TINY, LARGE = "sbatch scripts/slurm/pretrain_tiny.sbatch", "sbatch scripts/slurm/pretrain_65b.sbatch"
+STATUS, INJECT = "deadpool status --run-dir runs/JOBID.0", "deadpool inject --run-dir runs/JOBID.0 --node 1"
+
+
+def test_every_command_of_the_page_is_run_here() -> None:
+    assert commands(ROOT / "docs" / "slurm.md", "sbatch", "deadpool") == [TINY, STATUS, INJECT, LARGE]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_commands_of_the_page_do_what_it_says(cluster: slurm.Slurm, checkout: Path) -> None:
+    tools = f"{checkout}/.venv/bin:{cluster.environment['PATH']}"
+    submitted = cluster.command(*TINY.split(), directory=checkout)
+    job = SlurmJob(cluster, submitted.split()[-1], checkout)
+    job.until_event("parked")
+    job.until_event("iteration")
+    inject, status = (text.replace("JOBID", job.number).split() for text in (INJECT, STATUS))
+    cluster.command(*inject, directory=checkout, PATH=tools)
+    job.until_event("resumed")
+    assert "node" in cluster.command(*status, directory=checkout, PATH=tools)
+    assert _ended(cluster, job.number, 200)["JobState"] == "COMPLETED"
+    assert [e["lost"] for e in job.events("declared")] == [[1]]
+
+
 # ---- exit codes, the queue, and the end; the training script is a few lines of Python
 
 
@@ -178,14 +203,15 @@ def test_the_large_batch_script_is_accepted_by_slurm_and_starts_what_its_config_
     program = "import os, sys\nopen('args-' + os.environ['RANK'], 'w').write(' '.join(sys.argv))\n"
     (checkout / "script.py").write_text(program)
     tiny = (ROOT / "configs" / "cpu_tiny.yaml").read_text()
-    (checkout / "tiny.yaml").write_text(tiny.replace("deadpool: true", "deadpool: false"))
+    one = tiny.replace("parallel-size: 2", "parallel-size: 1").replace("gpus_per_node: 2", "gpus_per_node: 1")
+    (checkout / "tiny.yaml").write_text(one)
     number = cluster.command(
-        *["sbatch", "--parsable", "--nodes=4", "--gpus-per-node=0", "--output=out", "--time=20"],
-        *["scripts/slurm/pretrain_65b.sbatch", "--train-iters", "7"],
+        *["sbatch", "--parsable", "--nodes=2", "--gpus-per-node=0", "--output=out", "--time=20"],
+        *[*LARGE.split()[1:], "--train-iters", "7"],
         directory=checkout,
         CONFIG="tiny.yaml",
         SPARES="0",
-        GPUS="2",
+        GPUS="1",
         SAVE=f"{checkout}/save",
         SCRIPT="script.py",
         AGENT_FLAGS="--emulate-cpu",
@@ -193,7 +219,7 @@ def test_the_large_batch_script_is_accepted_by_slurm_and_starts_what_its_config_
     ended = _ended(cluster, number, 90)
     assert ended["JobState"] == "COMPLETED", (checkout / "out").read_text()
     assert ended["Requeue"] == "1"
-    arguments = [(checkout / f"args-{rank}").read_text().split() for rank in range(8)]
-    assert all(a == arguments[0] for a in arguments)
+    arguments = [(checkout / f"args-{rank}").read_text().split() for rank in range(2)]
+    assert arguments[0] == arguments[1]
     assert arguments[0][:3] == [str(checkout / "script.py"), "--num-layers", "4"]
     assert arguments[0][-2:] == ["--train-iters", "7"] and f"{checkout}/save" in arguments[0]

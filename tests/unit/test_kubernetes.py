@@ -114,7 +114,7 @@ def test_a_node_has_the_devices_and_the_memory_its_plan_needs(manifest: dict[str
 
 def test_the_jobset_begins_again_for_the_codes_that_say_so_and_for_no_other(manifest: dict[str, Any]) -> None:
     (rule,) = _job(manifest, "coordinator")["podFailurePolicy"]["rules"]
-    again = [Exit.NO_SPARE_SAVED, Exit.NO_SPARE, Exit.GENERATION_LOST, Exit.RECOVERY_FAILED]
+    again = [Exit.PREEMPTED, Exit.NO_SPARE_SAVED, Exit.NO_SPARE, Exit.GENERATION_LOST, Exit.RECOVERY_FAILED]
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["operator"] == "NotIn"
     assert rule["onExitCodes"]["values"] == [int(code) for code in again]
     (policy,) = manifest["spec"]["failurePolicy"]["rules"]
