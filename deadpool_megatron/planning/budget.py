@@ -23,7 +23,9 @@ __all__ = ["Budget", "budget"]
 # Device context, communicators, fragmentation: what a device of 80 GB has been seen to lose, and no model has.
 _RESERVE = 4e9
 _SMALL = 1 << 20  # small state of a coordinate, well rounded up
-_STATE = 12  # bytes a parameter: fp32 main parameter and two moments
+# Bytes a parameter: fp32 main parameter and two moments, or one.
+_STATE = {"adam": 12}
+_STATE_OTHERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Budget:
     optimizer: float
     activations: float
     device: float
+    state_bytes: int
     unique: float
     unique_mean: float
     weights_mean: float
@@ -71,10 +74,13 @@ def budget(run: RunFile) -> Budget:
     each_gradient = 2 if "fp16" in flags or "grad-reduce-in-bf16" in flags else 4
     divided = "use-distributed-optimizer" in flags
     shards = [gpt.stage(i, sizes) for i in range(sizes.pp)]
-    unique = [_STATE * (s.unique(sizes) if divided else s.dense + s.expert) for s in shards]
+    each_state = _STATE.get(str(flags.get("optimizer", "adam")), _STATE_OTHERS)
+    # State that all replicas hold is copied a part a replica.
+    unique = [each_state * s.unique(sizes) for s in shards]
     held = [s.dense + s.expert for s in shards]
     # In fp32 the main parameter is the model's own.
-    state = [u if half else u * 2 / 3 for u in unique]
+    own_state = each_state if half else each_state - 4
+    state = [own_state * (s.unique(sizes) if divided else s.dense + s.expert) for s in shards]
     acting = [_activations(run, gpt, sizes, i, micro, microbatches) for i in range(sizes.pp)]
     totals = [h * (each_weight + each_gradient) + s + a for h, s, a in zip(held, state, acting, strict=True)]
     worst = max(range(sizes.pp), key=totals.__getitem__)
@@ -102,6 +108,7 @@ def budget(run: RunFile) -> Budget:
         optimizer=state[worst],
         activations=acting[worst],
         device=device,
+        state_bytes=each_state,
         unique=max(unique),
         unique_mean=sum(unique) / sizes.pp,
         weights_mean=sum(held) * each_weight / sizes.pp,
@@ -114,7 +121,7 @@ def budget(run: RunFile) -> Budget:
         groups_changed=changed,
         ranks_touched=touched,
         tolerated=_tolerated(run, sizes, scheme),
-        warnings=_warnings(share, copy_s / (iteration_s * interval), divided),
+        warnings=_warnings(share, copy_s / (iteration_s * interval)),
     )
     _refuse(run, out, scheme)
     return out
@@ -125,8 +132,8 @@ def _refuse(run: RunFile, out: Budget, scheme: Scheme) -> None:
     if out.vault_node > cluster.shm_bytes:
         raise PlanError(
             f"{where}: the vault of a node needs {out.vault_node / 1e9:.1f} GB of shared memory and /dev/shm has "
-            f"{cluster.shm_bytes / 1e9:.1f}: use more data parallelism with --use-distributed-optimizer, enlarge "
-            "/dev/shm, or name a larger --shm-directory"
+            f"{cluster.shm_bytes / 1e9:.1f}: use more data parallelism, enlarge /dev/shm, or name a "
+            "larger --shm-directory"
         )
     if cluster.nodes < scheme.size:
         raise PlanError(f"{where}: redundancy {scheme} needs {scheme.size} nodes that train, not {cluster.nodes}")
@@ -137,14 +144,12 @@ def _refuse(run: RunFile, out: Budget, scheme: Scheme) -> None:
         takes = max(out.copy_s, out.network_share * available)
         raise PlanError(
             f"{where}: {slow} takes {takes:.2f} s of {available:.2f} s between two generations, so most would be "
-            "skipped: raise snapshot_interval, or use more data parallelism with --use-distributed-optimizer"
+            "skipped: raise snapshot_interval, or use more data parallelism"
         )
 
 
-def _warnings(share: float, copy_share: float, divided: bool) -> tuple[str, ...]:
+def _warnings(share: float, copy_share: float) -> tuple[str, ...]:
     out = []
-    if not divided:
-        out.append("without --use-distributed-optimizer every replica's state is copied whole")
     if copy_share > 0.5:
         out.append("copying takes more than half of an iteration: it is to be done in its first half")
     if share > 0.3:

@@ -75,7 +75,6 @@ def _text(run: RunFile, plan: Budget, worth: Spares) -> list[str]:
     interval = run.deadpool.snapshot_interval
     span = plan.iteration_s * interval
     each = "an iteration" if interval == 1 else f"every {interval} iterations"
-    saved = "shared by DP" if "use-distributed-optimizer" in run.megatron else "not shared"
     rate = f"{c.utilisation:.0%} of {c.tflops:g} TFLOP/s"
     return [
         f"{run.name}: {_count(m.total)} parameters{active} on {c.nodes} nodes of {c.gpus_per_node}, "
@@ -87,8 +86,8 @@ def _text(run: RunFile, plan: Budget, worth: Spares) -> list[str]:
         f"  optimizer                          {_gb(plan.optimizer)}",
         f"  activations                        {_gb(plan.activations)}",
         f"  context, communicators (assumed)   {_gb(plan.device - _parts(plan))}",
-        f"unique state a device                {_gb(plan.unique_mean)} = 12 bytes a parameter, "
-        f"{saved} (most: {_gb(plan.unique)})",
+        f"unique state a device                {_gb(plan.unique_mean)} = {plan.state_bytes} bytes a parameter, "
+        f"a replica's part (most: {_gb(plan.unique)})",
         f"weights, gathered and not copied     {_gb(plan.weights_mean)} a device",
         f"an iteration                         {_time(plan.iteration_s)} at {rate}",
         f"copy to host memory, hidden          {_time(plan.copy_s)} {each} at {c.pcie:g} GB/s: "
