@@ -129,7 +129,7 @@ class Slurm:
         text = self.command("scontrol", "-o", "show", "job", number)
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
 
-    def until(self, what: str, find: Callable[[], Any], deadline_s: float = 60.0) -> Any:
+    def until(self, what: str, find: Callable[[], Any], deadline_s: float = 180.0) -> Any:
         """Poll until ``find`` gives something."""
         end = time.monotonic() + deadline_s
         while not (found := find()):

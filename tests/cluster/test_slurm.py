@@ -14,7 +14,7 @@ import slurm
 from docs_commands import commands
 from jobs import ROOT, Job, Jobs, assert_same_training, launch_flags
 
-pytestmark = pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not())
+pytestmark = [pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not()), pytest.mark.timeout(600)]
 
 _UNDER_WAY = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
 
@@ -48,7 +48,7 @@ def _state(cluster: slurm.Slurm, number: str) -> str:
     return cluster.job(number)["JobState"]
 
 
-def _ended(cluster: slurm.Slurm, number: str, deadline_s: float) -> dict[str, str]:
+def _ended(cluster: slurm.Slurm, number: str, deadline_s: float = 240.0) -> dict[str, str]:
     cluster.until("end of the job", lambda: _state(cluster, number) not in _UNDER_WAY, deadline_s)
     return cluster.job(number)
 
@@ -79,7 +79,6 @@ class SlurmJob(Job):
         return self.cluster.until(what, found, deadline_s)
 
 
-@pytest.mark.timeout(400)
 def test_a_node_that_slurm_marks_down_is_replaced_and_the_run_ends_bitwise_equal(
     cluster: slurm.Slurm, checkout: Path, tmp_path: Path
 ) -> None:
@@ -97,7 +96,7 @@ def test_a_node_that_slurm_marks_down_is_replaced_and_the_run_ends_bitwise_equal
     before = job.pids()
     cluster.kill_node("n2")
     job.until_event("resumed")
-    ended = _ended(cluster, number, 200)
+    ended = _ended(cluster, number)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), job.log_tails()
     cluster.until("n2 marked down by Slurm", lambda: cluster.states()["n2"] == "down")
     assert [e["lost"] for e in job.events("declared")] == [[1]]
@@ -124,7 +123,6 @@ def test_every_command_of_the_page_is_run_here() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_the_commands_of_the_page_do_what_it_says(cluster: slurm.Slurm, checkout: Path) -> None:
     tools = f"{checkout}/.venv/bin:{cluster.environment['PATH']}"
     submitted = cluster.command(*TINY.split(), directory=checkout)
@@ -135,7 +133,7 @@ def test_the_commands_of_the_page_do_what_it_says(cluster: slurm.Slurm, checkout
     cluster.command(*inject, directory=checkout, PATH=tools)
     job.until_event("resumed")
     assert "node" in cluster.command(*status, directory=checkout, PATH=tools)
-    assert _ended(cluster, job.number, 200)["JobState"] == "COMPLETED"
+    assert _ended(cluster, job.number)["JobState"] == "COMPLETED"
     assert [e["lost"] for e in job.events("declared")] == [[1]]
 
 
@@ -170,7 +168,7 @@ def test_the_exit_code_of_the_job_is_that_of_the_script_and_its_reason_is_in_the
     cluster: slurm.Slurm, checkout: Path
 ) -> None:
     number = _submit(cluster, checkout, "import os, sys\nsys.exit(5 if os.environ['RANK'] == '1' else 0)\n")
-    ended = _ended(cluster, number, 60)
+    ended = _ended(cluster, number)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "5:0"), (checkout / "out").read_text()
     assert "deadpool: rank 1 on node 1 failed (exit code 5)" in (checkout / "out").read_text()
 
@@ -182,7 +180,7 @@ def test_the_signal_before_the_time_limit_ends_the_job_in_order_and_puts_it_back
     number = _asleep(cluster, checkout, "--requeue", "--export=ALL,MAX_REQUEUES=1")
     cluster.command("scancel", "--batch", "--signal=USR1", number)  # what #SBATCH --signal=B:USR1@600 asks for
     cluster.until("the second start", lambda: len(list(checkout.glob("up-1-*"))) == 2, 120)
-    assert _ended(cluster, number, 60)["JobState"] == "COMPLETED"
+    assert _ended(cluster, number)["JobState"] == "COMPLETED"
     out = (checkout / "out").read_text()
     assert "goes back into the queue" in out and out.count("2 nodes, 0 of them spares") == 2
     assert (checkout / "runs" / f"{number}.0").is_dir() and (checkout / "runs" / f"{number}.1").is_dir()
@@ -192,7 +190,7 @@ def test_the_signal_before_the_time_limit_ends_the_job_in_order_and_puts_it_back
 def test_a_cancelled_job_leaves_no_process_and_does_not_come_back(cluster: slurm.Slurm, checkout: Path) -> None:
     number = _asleep(cluster, checkout, "--requeue", "--export=ALL,MAX_REQUEUES=1")
     cluster.command("scancel", number)
-    assert _ended(cluster, number, 60)["JobState"] == "CANCELLED"
+    assert _ended(cluster, number)["JobState"] == "CANCELLED"
     cluster.until("no process of the job", lambda: not cluster.processes_of(number), 60)
 
 
@@ -216,7 +214,7 @@ def test_the_large_batch_script_is_accepted_by_slurm_and_starts_what_its_config_
         SCRIPT="script.py",
         AGENT_FLAGS="--emulate-cpu",
     )
-    ended = _ended(cluster, number, 90)
+    ended = _ended(cluster, number)
     assert ended["JobState"] == "COMPLETED", (checkout / "out").read_text()
     assert ended["Requeue"] == "1"
     arguments = [(checkout / f"args-{rank}").read_text().split() for rank in range(2)]
