@@ -216,6 +216,7 @@ class Hooks:
                     leaving: SystemExit | None = None
                 except SystemExit as exit_:
                     result, leaving = None, exit_
+                trainer.report_all()
                 epoch = self.session.joined_epoch
                 self.session.step("finished", epoch, self.iteration)
                 self.session.wait_all_finished(epoch)

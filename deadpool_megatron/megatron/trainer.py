@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, ClassVar
 
+import msgspec
 import torch
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
@@ -20,6 +21,7 @@ from deadpool_megatron.comm import Communicators
 from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.megatron.description import describe_layout
 from deadpool_megatron.megatron.links import Links
+from deadpool_megatron.megatron.loss_report import LossReport
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import reset_after_abort, synchronize_parameters
 from deadpool_megatron.megatron.saving import drop_unfinished_saves
@@ -104,6 +106,11 @@ class MegatronTrainer:
         self._resumed_epoch = session.joined_epoch
         self._first = (-1, -1)
         self._host_must_wait = args.clip_grad == 0 and not _emulated()
+        self._losses = LossReport()
+        self._tells_losses = (
+            parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
         self.paused = False
         self._trace: list[tuple[float, str]] | None = None
         MegatronTrainer.latest = self
@@ -191,6 +198,7 @@ class MegatronTrainer:
         if self._fault is not None and self._ticks >= self._fault.tick:
             self._strike(self._fault)
         self.check()
+        self._losses.poll()
         self._snapshotter.tick(self._links.busy(backward))
         self._blocked += time.perf_counter() - start
 
@@ -221,19 +229,16 @@ class MegatronTrainer:
         self._mark("end")
         if self.paused:
             return
+        start = time.perf_counter()
         self._snapshotter.gate()  # a skipped step (inf gradients) has not passed the gate
-        if not loss or parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
-            return
-        if parallel_state.get_tensor_model_parallel_rank() != 0:
-            return
-        stats = self._snapshotter.account()
-        self._session.tell(
-            r.Iteration(
+        if loss and self._tells_losses:
+            stats = self._snapshotter.account()
+            record = r.Iteration(
                 0,
                 self.rank,
                 self._session.joined_epoch,
                 iteration,
-                {key: float(value).hex() for key, value in loss.items()},
+                {},
                 float(grad_norm).hex() if grad_norm is not None else None,
                 seconds,
                 self._blocked,
@@ -244,7 +249,17 @@ class MegatronTrainer:
                 stats.copied_s,
                 stats.bandwidth,
             )
-        )
+
+            def tell(losses: dict[str, float]) -> None:
+                exact = {name: value.hex() for name, value in losses.items()}
+                self._session.tell(msgspec.structs.replace(record, losses=exact))
+
+            self._losses.add(loss, tell)
+        self._blocked += time.perf_counter() - start
+
+    def report_all(self) -> None:
+        """Training is over: tell what is still on its way."""
+        self._losses.flush()
 
     def figures(self) -> dict[str, float]:
         """Of the last iteration on this rank, for the run's writers; seconds, bytes, bytes a second.

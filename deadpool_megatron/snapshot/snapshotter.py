@@ -187,9 +187,12 @@ class Snapshotter:
         self._landed_before, self._busy_before = totals.landed_bytes, totals.busy_s
 
     def _ask(self, now: float, busy: bool) -> None:
+        if self._next == self._last:
+            self._pacing.ask(now, 0, 0, busy)  # it learns how long the ticks are
+            return
         remaining = self._plan.nbytes - (self._ends[self._next - 1] if self._next else 0)
         backlog = max(0, self._asked - int(self._engine.totals.landed_bytes - self._landed_before))
-        wanted = self._pacing.ask(now, remaining if self._next < self._last else 0, backlog, busy)
+        wanted = self._pacing.ask(now, remaining, backlog, busy)
         if wanted:
             self._copy(self._plan.nbytes - remaining + wanted)
 

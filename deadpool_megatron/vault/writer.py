@@ -76,8 +76,7 @@ class SlotWriter:
         slot.reopen(word)
         slot.put_small(small)
         self._slot = slot
-        self._ring()
-        return slot
+        return slot  # the agent is rung with the first bytes: waking it twice would cost training a switch
 
     def publish(self, nbytes: int) -> None:
         """The first ``nbytes`` of the unique area are final; the agent may read them from now on."""

@@ -244,15 +244,16 @@ def test_a_shard_without_unique_bytes_works(vault: Vault) -> None:
     assert writer.read(Version(0, 0))[0] == b"only small"
 
 
-def test_the_doorbell_rings_at_every_step_and_never_blocks(vault: Vault) -> None:
+def test_the_doorbell_rings_when_there_is_more_to_send_and_never_blocks(vault: Vault) -> None:
     bell = os.eventfd(0, os.EFD_NONBLOCK)
     try:
         writer = SlotWriter(vault.allocate_own(0, UNIQUE, 100).path, bell)
         writer.open(0, 0, b"")
         writer.publish(CHUNK)
         writer.complete()
-        assert os.eventfd_read(bell) == 3
+        assert os.eventfd_read(bell) == 2  # the opening is heard of with the first bytes
         os.eventfd_write(bell, (1 << 64) - 2)
         writer.open(0, 1, b"")
+        writer.publish(CHUNK)
     finally:
         os.close(bell)
