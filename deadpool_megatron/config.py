@@ -72,6 +72,12 @@ class DeadpoolConfig:
     copy_bandwidth: float = _setting(
         0.0, "bytes a second that copying a worker's shard into the vault may take at most; 0 for no limit"
     )
+    send_bandwidth: float = _setting(
+        0.0, "bytes a second that a node may send of its shards to those that keep them; 0 for no limit"
+    )
+    host_memory: int = _setting(
+        0, "bytes of memory that shards, own and kept for others, may take on a node; 0 for what the machine has"
+    )
     transient_retries: int = _setting(
         3, "times the communicators are re-formed with the same nodes for errors that no loss explains"
     )
@@ -146,8 +152,12 @@ class DeadpoolConfig:
             raise ConfigError("--deadpool-snapshot-interval must be 1 or more iterations")
         if not 0 <= self.metrics_port < 65536:
             raise ConfigError(f"--deadpool-metrics-port must be 0 (none) to 65535, not {self.metrics_port}")
-        if not 0 <= self.copy_bandwidth < math.inf:
-            raise ConfigError("--deadpool-copy-bandwidth must be 0 (no limit) or more bytes a second, and finite")
+        for name in ("copy_bandwidth", "send_bandwidth"):
+            if not 0 <= getattr(self, name) < math.inf:
+                flag = f"--deadpool-{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} must be 0 (no limit) or more bytes a second, and finite")
+        if self.host_memory < 0:
+            raise ConfigError("--deadpool-host-memory must be 0 (no limit) or more bytes")
         if self.scrub_rate < 0:
             raise ConfigError("--deadpool-scrub-rate must be 0 or more bytes a second")
         if self.slice_bytes < 4096:

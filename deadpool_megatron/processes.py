@@ -107,6 +107,8 @@ def agent_settings(
         "shm_directory": plan.shm_directory,
         "adopt": adopt,
         "redundancy": plan.config.redundancy,
+        "send_bandwidth": plan.config.send_bandwidth,
+        "host_memory": plan.config.host_memory,
         "metrics_port": metrics_port,
         "scrub_rate": plan.config.scrub_rate,
         "durable_dir": plan.config.durable_dir if plan.config.deadpool else "",

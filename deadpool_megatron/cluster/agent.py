@@ -63,6 +63,8 @@ class AgentSettings:
     tells_end: bool = False
     adopt: str = ""
     redundancy: str = "1"
+    send_bandwidth: float = 0.0
+    host_memory: int = 0
     metrics_port: int = 0
     scrub_rate: int = 0
     durable_dir: str = ""
@@ -107,6 +109,8 @@ class Agent:
                 settings.shm_directory,
                 Scheme.parse(settings.redundancy),
                 settings.scrub_rate,
+                settings.send_bandwidth,
+                settings.host_memory,
             )
             if settings.deadpool
             else None
@@ -288,6 +292,11 @@ class Agent:
                 if self._durable is not None and worker.rank is not None:
                     self._durable.described(record, worker.rank)
                     self._begin(worker)
+            case r.Iteration() if self._shards is not None:
+                sent, bandwidth = self._shards.sent(record.rank)
+                self._send(
+                    msgspec.structs.replace(record, node=self._s.node, sent_bytes=sent, send_bandwidth=bandwidth)
+                )
             case _:
                 # Who it is about the agent knows best: a worker cannot speak for another node.
                 self._send(msgspec.structs.replace(record, node=self._s.node))

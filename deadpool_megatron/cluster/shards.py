@@ -17,6 +17,7 @@ from deadpool_megatron.vault import (
     RebuildFailed,
     Replicator,
     Scrubber,
+    SendPace,
     Stripes,
     Target,
     Vault,
@@ -98,11 +99,13 @@ class Shards:
         directory: str = "/dev/shm",
         scheme: Scheme | None = None,
         scrub_rate: int = 0,
+        send_bandwidth: float = 0.0,
+        host_memory: int = 0,
     ) -> None:
         self.node = node
         self._secret = secret
         self.leftovers = clean_leftovers(directory, process_alive)
-        self.vault = Vault(job_id, node, directory)
+        self.vault = Vault(job_id, node, directory, limit_bytes=host_memory)
         parity = scheme is not None and not scheme.mirror
         self.stripes = Stripes(scheme.k, scheme.m, self.vault.chunk_bytes) if scheme is not None and parity else None
         self.server = VaultServer(self.vault, secret, host, stripes=self.stripes)
@@ -110,8 +113,9 @@ class Shards:
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # ShardsEvent, and what others tell
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._peers: dict[int, tuple[int, int]] = {}
-        self._replicator = Replicator(self.vault, secret, self._committed)
+        self._replicator = Replicator(self.vault, secret, self._committed, pace=SendPace(send_bandwidth))
         self._scrubber = Scrubber(self.vault, scrub_rate, self._damaged) if scrub_rate else None
+        self._told_sent: dict[int, tuple[int, float]] = {}
 
     def tell(self, event: Any) -> None:
         """Put an event into the queue and wake who listens. Any thread."""
@@ -171,6 +175,13 @@ class Shards:
             self.tell(Reserved(self.vault.bytes_allocated, huge))
 
         threading.Thread(target=work, name="vault-reserve", daemon=True).start()
+
+    def sent(self, rank: int) -> tuple[int, float]:
+        """Bytes of a rank's shards sent since the last call, and the bytes a second while they were."""
+        nbytes, seconds = self._replicator.pace.sent(rank)
+        before, before_s = self._told_sent.get(rank, (0, 0.0))
+        self._told_sent[rank] = (nbytes, seconds)
+        return nbytes - before, (nbytes - before) / (seconds - before_s) if seconds > before_s else 0.0
 
     def set_kept(self, epoch: int, kept: tuple[int, int] | None, floor: int) -> None:
         """What the coordinator says of commits."""

@@ -49,6 +49,12 @@ class Pacing:
     _last: float = 0.0
     _number: int = -1
     _asked: int = 0
+    _avoids: bool = False
+
+    @property
+    def avoids(self) -> bool:
+        """Busy links can be avoided: quiet ticks make up most of an iteration."""
+        return self._avoids
 
     def begin(self, now: float) -> None:
         """A generation opens at ``now`` (seconds). `ask` for tick 0 follows."""
@@ -87,6 +93,8 @@ class Pacing:
         """The gate: no tick comes after it in this iteration."""
         self._measure_gap(now)
         del self._known[self._number + 1 :]
+        quiet = sum(tick.gap_s for tick in self._known if not tick.busy)
+        self._avoids = 2 * quiet > sum(tick.gap_s for tick in self._known)
 
     def landed(self, nbytes: int, seconds: float) -> None:
         """``nbytes`` took ``seconds`` from the moment the engine could begin with them."""

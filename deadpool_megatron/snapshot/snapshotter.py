@@ -75,6 +75,7 @@ class Snapshotter:
         self._next = self._last = len(self._ends)  # segments still to be asked for: [next, last)
         self._asked = 0  # bytes of this generation asked for
         self._open = False
+        self._said_busy = False
         self._opened_at = 0.0
         self._landed_before = self._busy_before = 0.0
         self._stats = SnapshotStats()
@@ -126,15 +127,17 @@ class Snapshotter:
         """
         stats = self._stats
         stats.ticks += 1
+        start = self._clock()
+        self._say_busy(busy and self._pacing.avoids)
         if not self._open:
             return
-        start = self._clock()
         self._ask(start, busy)
         stats.tick_s += self._clock() - start
 
     def gate(self) -> None:
         """Copy the rest. After it the tensors may change. Without effect when no generation is open."""
         stats = self._stats
+        self._say_busy(False)
         if not self._open:
             return
         start = self._clock()
@@ -180,6 +183,11 @@ class Snapshotter:
         """Give up what is open and let go of the arena's memory; the writer may be closed afterwards."""
         self.give_up()
         self._engine.close()
+
+    def _say_busy(self, busy: bool) -> None:
+        """Tell the agent's senders, when it has changed."""
+        if busy != self._said_busy:
+            self._said_busy = self._writer.arena.links_busy = busy
 
     def _note_bandwidth(self) -> None:
         totals = self._engine.totals

@@ -18,6 +18,7 @@ from .errors import (
 )
 from .leftovers import clean_leftovers, process_alive, process_start
 from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_nodes
+from .pace import SendPace
 from .rebuild import Piece, RebuildFailed, rebuild
 from .replicator import PartTo, Replicator, Target
 from .scrub import Scrubber
@@ -47,6 +48,7 @@ __all__ = [
     "Refused",
     "Replicator",
     "Scrubber",
+    "SendPace",
     "Slot",
     "SlotWriter",
     "StaleEpoch",

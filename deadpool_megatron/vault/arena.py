@@ -35,6 +35,7 @@ _LAYOUT: Final = 1
 # header words
 _W_RANK, _W_KIND, _W_UNIQUE, _W_SMALL, _W_CHUNK, _W_TOTAL = range(2, 8)
 _W_KEPT, _W_FLOOR, _W_EPOCH = 16, 17, 18
+_W_BUSY: Final = 24  # on a cache line of its own: the worker's word
 # slot words: one cache line the writer stores to, one the agent stores to
 _W_SLOTS: Final = 32
 _SLOT_WORDS: Final = 16
@@ -315,6 +316,15 @@ class Arena:
     @epoch.setter
     def epoch(self, value: int) -> None:
         self.words[_W_EPOCH] = value
+
+    @property
+    def links_busy(self) -> bool:
+        """Training uses the links between the nodes right now. Stored by the worker; senders stay out of the way."""
+        return bool(self.words[_W_BUSY])
+
+    @links_busy.setter
+    def links_busy(self, value: bool) -> None:
+        self.words[_W_BUSY] = int(value)
 
     @property
     def address(self) -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from .arena import Arena, Slot
 from .errors import Refused, VaultError
+from .pace import SendPace
 from .stripes import cut
 from .vault import Vault
 from .version import EMPTY, Version, unpack
@@ -65,11 +66,13 @@ class Replicator:
         secret: bytes,
         on_safe: Callable[[int, int, int], None],
         deadlines: Deadlines | None = None,
+        pace: SendPace | None = None,
     ) -> None:
         self._vault = vault
         self._secret = check_secret(secret)
         self._on_safe = on_safe
         self._deadlines = deadlines or Deadlines()
+        self.pace = pace or SendPace()
         self._changed = threading.Condition()
         self._rung: set[int] = set()
         self._senders: dict[int, list[_Sender]] = {}
@@ -89,7 +92,7 @@ class Replicator:
                 wanted = targets.get(rank, ())
                 senders = self._senders.setdefault(rank, [])
                 while len(senders) < len(wanted):
-                    senders.append(_Sender(rank, self._vault, self._secret, self._safe, self._deadlines))
+                    senders.append(_Sender(rank, self._vault, self._secret, self._safe, self._deadlines, self.pace))
                     senders[-1].thread.start()
                 for index, sender in enumerate(senders):
                     sender.aim(epoch, wanted[index] if index < len(wanted) else None)
@@ -163,6 +166,7 @@ class _Sender:
         secret: bytes,
         on_stored: Callable[[int, Slot, int, Version], None],
         deadlines: Deadlines,
+        pace: SendPace,
     ) -> None:
         self.rank = rank
         self.failure = ""
@@ -170,6 +174,7 @@ class _Sender:
         self._secret = secret
         self._on_stored = on_stored
         self._deadlines = deadlines
+        self._pace = pace
         self._changed = threading.Condition()
         self._done: dict[Slot, int] = {}  # the turn of each slot that the target has
         self._pulse = 0  # counts wake-ups
@@ -298,7 +303,7 @@ class _Sender:
         if not isinstance(answer, Begun):
             raise Refused(f"unexpected {type(answer).__name__} frame", "protocol")
         if not answer.held:
-            self._stream(channel, slot, turn, epoch, aim, entries, answer.done)
+            self._stream(channel, arena, slot, turn, epoch, aim, entries, answer.done)
         if slot.turn != turn:
             return
         self._await(slot, turn, aim, lambda: slot.own_turn == turn)
@@ -309,7 +314,7 @@ class _Sender:
         self._on_stored(self.rank, slot, turn, version)
 
     def _stream(
-        self, channel: Channel, slot: Slot, turn: int, epoch: int, aim: int, entries: range, done: int
+        self, channel: Channel, arena: Arena, slot: Slot, turn: int, epoch: int, aim: int, entries: range, done: int
     ) -> None:
         """Send ``entries`` (the first stands for the small state, the others are chunks + 1) but the first ``done``."""
         shift = entries.start  # what a chunk's entry is less in the part than in the shard
@@ -335,7 +340,8 @@ class _Sender:
                 payload = slot.unique[(sent + shift - 1) * slot.chunk_bytes : (last + shift - 1) * slot.chunk_bytes]
             if slot.turn != turn:
                 raise _Aborted
-            channel.send(Bytes(epoch, sent, sums), payload)
+            with self._pace.sending(arena, len(payload)):
+                channel.send(Bytes(epoch, sent, sums), payload)
             sent = last
         self._await(slot, turn, aim, lambda: slot.own_turn == turn)
         if slot.turn != turn:  # read after the last of the data: what was sent is of this turn

@@ -9,7 +9,7 @@ import msgspec
 import xxhash
 
 from .arena import KINDS, Arena, ArenaInfo, Kind, Slot
-from .errors import NotHeld, StaleEpoch, VaultError
+from .errors import NotHeld, StaleEpoch, VaultError, VaultFull
 from .leftovers import PREFIX
 from .memory import on_numa_node
 from .version import EMPTY, Version
@@ -46,15 +46,24 @@ class Vault:
         node: number of the node, part of the file names (several agents may share a machine).
         directory: where the arenas are, a tmpfs.
         chunk_bytes: bytes per checksum.
+        limit_bytes: of memory that all arenas together may take; 0 for what the machine has.
     """
 
-    def __init__(self, job_id: str, node: int, directory: str = "/dev/shm", chunk_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        node: int,
+        directory: str = "/dev/shm",
+        chunk_bytes: int = 1 << 20,
+        limit_bytes: int = 0,
+    ) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", job_id):
             raise VaultError(f"job id {job_id!r} may have only letters, digits, '_', '.', '-' (at most 100)")
         self.job_id = job_id
         self.node = node
         self.directory = directory
         self.chunk_bytes = chunk_bytes
+        self.limit_bytes = limit_bytes
         self._arenas: dict[tuple[int, Kind], Arena] = {}
         self._lock = threading.RLock()
         self._checking: dict[int, threading.Lock] = {}
@@ -93,6 +102,13 @@ class Vault:
                         f"{small_capacity}; drop it first if its shard has really changed"
                     )
                 return arena
+            total = Arena.size(unique_bytes, small_capacity, self.chunk_bytes)
+            taken = sum(each.info.total_bytes for each in self._arenas.values())
+            if self.limit_bytes and taken + total > self.limit_bytes:
+                raise VaultFull(
+                    f"rank {rank} ({kind}) needs {total} bytes of node {self.node}'s memory, which has {taken} of the "
+                    f"{self.limit_bytes} in use that --deadpool-host-memory allows"
+                )
             path = f"{self.directory}/{PREFIX}{self.job_id}-{self.node}-{rank}-{kind}"
             with on_numa_node(numa):
                 arena = Arena.create(path, rank, kind, unique_bytes, small_capacity, self.chunk_bytes)

@@ -61,4 +61,6 @@ def test_a_killed_node_comes_back_bit_for_bit_under(jobs: Jobs, kind: str) -> No
     job.inject(0, 3, 2)
     job.finished()
     assert [event["lost"] for event in job.events("declared")] == [[0]]
+    (training,) = job.events("training")
+    assert training["planned_bytes"] == pytest.approx(training["expected_bytes"], rel=0.01)
     assert_same_training(job, want, ITERATIONS, rank=nodes - 1)
