@@ -100,13 +100,14 @@ def check(
     if not Path(script).is_file():
         raise LaunchError(f"script {script} does not exist")
     active = nodes - spares
-    if config.deadpool and active < 2:
+    alone = active == 1 and getattr(options, "alone", False)
+    if config.deadpool and active < 2 and not alone:
         raise LaunchError(
             f"one active node has no peer to keep its shards ({nodes_flag} {nodes}, --spare-nodes {spares}): "
             "DeadPool needs 2 active nodes or more"
         )
     scheme = Scheme.parse(config.redundancy)
-    if config.deadpool and active < scheme.size:
+    if config.deadpool and active < scheme.size and not alone:
         raise LaunchError(
             f"--deadpool-redundancy {scheme} needs {scheme.size} active nodes or more, and {active} are there "
             f"({nodes_flag} {nodes}, --spare-nodes {spares})"

@@ -131,6 +131,11 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     add("--nproc-per-node", type=int, default=1, metavar="P", help="workers (devices) a node (default: 1)")
     add("--run-dir", default="runs/latest", metavar="DIR", help="status, events and logs (default: runs/latest)")
     add("--tee", default="all", metavar="all|none|RANK", help="whose output is shown here (default: all)")
+    add(
+        "--alone",
+        action="store_true",
+        help="for measurements: a single node keeps the second copy of its shards itself, which protects from nothing",
+    )
     add_common_arguments(parser)
 
 

@@ -341,6 +341,9 @@ class Core:
         """Every coordinate is known: say who keeps whose shards, and what may be lost from then on."""
         sizes, rooms = self._shapes()
         largest = max(unique + room for unique, room in zip(sizes, rooms, strict=True))
+        if self.job.active_nodes == 1:  # for measurements: nothing is protected
+            self._send(None, r.Placement(self.epoch, [[0, 0]], sizes, rooms))
+            return
         groups = self.protection.begin(self.assignment, self.coordinates, largest, self.job.slots_per_node)
         if self.job.deadpool:
             self._send(None, r.Placement(self.epoch, [list(group) for group in groups], sizes, rooms))

@@ -74,6 +74,7 @@ class _Bench:
         o = self.o
         launch = ["--local-nodes", str(o.active_nodes), "--nproc-per-node", str(o.nproc_per_node)]
         launch += ["--emulate-cpu"] if o.emulate_cpu else []
+        launch += ["--alone"] if o.active_nodes == 1 else []
         script = [_timed_script(), str(Path(o.script).resolve()), *self._arguments(precision), *flags]
         environment = os.environ | {
             "BENCH_TIMED_OUT": str(times),
