@@ -18,6 +18,7 @@ from rich.text import Text
 from deadpool_megatron.observe.narrative import count_text, ranks_text, seconds_text
 from deadpool_megatron.observe.recoveries import PHASES, Recovery, Story
 from deadpool_megatron.observe.rundir import STATUS, EventTail
+from deadpool_megatron.observe.snapshots import snapshot_lines
 from deadpool_megatron.observe.tables import grid_table, make_console, nodes_table, phases_table
 
 __all__ = ["JobView", "NoStatus", "event_line", "show_status"]
@@ -127,6 +128,7 @@ class JobView:
         if self.story.pace_s is not None:
             out.append(Text(f"pace: {seconds_text(self.story.pace_s)} an iteration"))
         out.append(Text(f"protection: {self.protection()}"))
+        out += [Text(line) for line in snapshot_lines(status.get("snapshot"))]
         ready = [s["node"] for s in status["spares"] if s["state"] == "parked"]
         cold = [s["node"] for s in status["spares"] if s["state"] != "parked"]
         words = [f"{count_text(len(ready), 'spare')} parked warm"] if ready else []

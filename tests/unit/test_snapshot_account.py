@@ -9,6 +9,7 @@ import pytest
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.accounting import SnapshotAccount
 from deadpool_megatron.evaluate.ratio import compare, spread
+from deadpool_megatron.observe.snapshots import snapshot_lines
 
 
 def iteration(number: int, seconds: float) -> r.Iteration:
@@ -22,6 +23,12 @@ def test_time_to_commit_counts_from_the_opening_whichever_is_heard_of_first() ->
     assert account.iterated(iteration(6, 1.0), 12.0) is None
     assert account.committed(6, 12.2) == pytest.approx(1.2)  # in the iteration after
     summary = account.summary()
+    sized = {**summary, "planned_bytes": 1_000_000, "expected_bytes": 999_000}
+    (planned,) = snapshot_lines({**sized, "copied_bytes": None})
+    assert planned == "snapshots: 1 MB a generation over all coordinates (+0.10 % of the arithmetic)"
+    lines = snapshot_lines(sized)
+    assert "committed after 0.80 of an iteration, so a loss costs 1.30 iterations" in lines[1]
+    assert snapshot_lines(SnapshotAccount().summary()) == []
     assert summary["commit_share"] == pytest.approx(0.8)
     assert summary["expected_lost_iterations"] == pytest.approx(0.5 + 0.8)
 
