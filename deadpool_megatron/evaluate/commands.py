@@ -20,6 +20,12 @@ def add_commands(commands: Any) -> None:
     """Add the parsers to the subparsers of `deadpool`. Each parser knows what runs it."""
     from deadpool_megatron.evaluate.overhead import add_overhead_arguments, run_overhead
     from deadpool_megatron.evaluate.recovery import add_recovery_arguments, run_recovery
+    from deadpool_megatron.evaluate.scale import (
+        add_ablation_arguments,
+        add_scale_arguments,
+        run_ablation,
+        run_scale,
+    )
     from deadpool_megatron.evaluate.simulate import add_simulate_arguments, run_simulate
     from deadpool_megatron.evaluate.validation import add_model_arguments, run_model
 
@@ -33,6 +39,10 @@ def add_commands(commands: Any) -> None:
     bench("recovery", "kill nodes and time the way back, against a restart", add_recovery_arguments, run_recovery)
     text = "time iterations with and without snapshots, and Megatron's checkpoints"
     bench("overhead", text, add_overhead_arguments, run_overhead)
+    text = "recovery time against ranks, model bytes or nodes lost at once"
+    bench("scale", text, add_scale_arguments, run_scale)
+    text = "recovery time without warm spares, and with time-outs alone"
+    bench("ablation", text, add_ablation_arguments, run_ablation)
     bench("model", "hold the simulation against real, disturbed jobs", add_model_arguments, run_model)
     simulate = commands.add_parser("simulate", help="goodput of a cluster under failures, simulated")
     add_simulate_arguments(simulate)

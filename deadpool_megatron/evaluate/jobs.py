@@ -184,6 +184,12 @@ class Job:
                 os.kill(pid, signum)
         return moment
 
+    def signal_process(self, pid: int, signum: signal.Signals) -> None:
+        """Send a signal to one process of the job; it is ended with the job, too, whatever the signal did to it."""
+        self.processes()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
     def wait(self, deadline_s: float = 3600.0) -> int:
         """The exit code of the job; `failed` when it does not end in time."""
         end = time.monotonic() + deadline_s

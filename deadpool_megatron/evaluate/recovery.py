@@ -2,180 +2,179 @@
 
 A disturbance is the time from the kill to the end of the first iteration completed after it, less the normal time of
 one iteration. The baseline is the same job without DeadPool: the same kill, then the same command again with
-``--load`` of a checkpoint that the job saved the iteration before. That is the best case for it, and it loads weights
-only: upstream cannot load Adam's state back without apex or Transformer Engine (DistributedOptimizer.load_state_dict).
+``--load``, synchronous and asynchronous saving at several intervals, each with a warm standby (`evaluate.restarts`).
+Kills and restarts alternate, so that both see the same machine. The best interval for ``--mtbf`` is chosen.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deadpool_megatron.evaluate.jobs import Job, JobError
+from deadpool_megatron.evaluate.jobs import JobError
+from deadpool_megatron.evaluate.kills import Recovery, medians, recoveries, say, spread
+from deadpool_megatron.evaluate.restarts import Restart, choose_interval, restarts
 
 __all__ = ["Recovery", "add_recovery_arguments", "run_recovery"]
-
-_PHASES = ("detected", "declared", "aborted", "agreed", "prepared", "reformed", "restored", "resumed")
-_START_S = 600.0
-_RECOVER_S = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """One kill. Times are seconds from the kill; ``iteration_s`` is the run's own median."""
-
-    node: int
-    iteration: int
-    resumed_from: int
-    phases: dict[str, float]
-    first_iteration_s: float
-    iteration_s: float
-    blocked_share: float
-
-    @property
-    def disturbance_s(self) -> float:
-        """Kill to first completed iteration, beyond the normal time of that iteration."""
-        return self.first_iteration_s - self.iteration_s
 
 
 def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `deadpool bench recovery`."""
-    parser.add_argument("--kills", type=int, default=10, metavar="K", help="kills to measure (default: 10)")
-    parser.add_argument("--restarts", type=int, default=3, metavar="R", help="restarts to measure (default: 3)")
-    parser.add_argument("--active-nodes", type=int, default=4, metavar="N", help="nodes that train (default: 4)")
-    parser.add_argument("--nproc-per-node", type=int, default=2, metavar="P", help="workers a node (default: 2)")
-    parser.add_argument("--spares-per-job", type=int, default=1, metavar="S", help="spares, kills a job (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims (default: 0)")
-    parser.add_argument("--emulate-cpu", action="store_true", help="emulate CUDA on the CPU")
-    parser.add_argument("--out", metavar="FILE", help="write all figures as JSON")
-    parser.add_argument("script", help="training script")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments, without --deadpool and --save")
+    add = parser.add_argument
+    add("--kills", type=int, default=10, metavar="K", help="kills to measure (default: 10)")
+    add("--restarts", type=int, default=1, metavar="R", help="restarts of each mode and interval (default: 1)")
+    add("--modes", default="sync,async", metavar="LIST", help="checkpoints to restart from (default: sync,async)")
+    add("--intervals", default="2,5,20", metavar="LIST", help="iterations between checkpoints (default: 2,5,20)")
+    add("--cold-restarts", type=int, default=1, metavar="R", help="restarts without a warm standby (default: 1)")
+    add("--mtbf", type=float, default=4.0, metavar="H", help="hours between failures, to choose the best (default: 4)")
+    add("--active-nodes", type=int, default=4, metavar="N", help="nodes that train (default: 4)")
+    add("--nproc-per-node", type=int, default=2, metavar="P", help="workers a node (default: 2)")
+    add("--spares-per-job", type=int, default=1, metavar="S", help="spares, kills a job (default: 1)")
+    add("--seed", type=int, default=0, help="of the moments and victims (default: 0)")
+    add("--emulate-cpu", action="store_true", help="emulate CUDA on the CPU")
+    add("--out", metavar="FILE", help="write all figures as JSON")
+    add("--picture", metavar="FILE", help="draw the breakdown (PNG, SVG or PDF by suffix)")
+    add("script", help="training script")
+    add("arguments", nargs=argparse.REMAINDER, help="its arguments, without --deadpool and --save")
 
 
-def _launch(options: argparse.Namespace, spares: int) -> list[str]:
-    flags = ["--local-nodes", str(options.active_nodes + spares), "--spare-nodes", str(spares)]
-    flags += ["--nproc-per-node", str(options.nproc_per_node)]
-    return [*flags, "--emulate-cpu"] if options.emulate_cpu else flags
-
-
-def _one_recovery(job: Job, rng: random.Random) -> Recovery:
-    """Kill a random active node at a random moment of an iteration, once the job runs steadily."""
-    before = job.events("iteration")
-    job.until("three iterations", lambda: len(job.events("iteration")) >= len(before) + 3, _RECOVER_S)
-    job.until("warm spare", lambda: any(s["state"] == "parked" for s in job.status()["spares"]), _START_S)
-    epoch = job.status()["epoch"]
-    usual = statistics.median(e["seconds"] for e in job.events("iteration")[-3:])
-    blocked = statistics.mean(e["blocked_s"] / e["seconds"] for e in job.events("iteration")[1:])
-    victim = rng.choice([n["node"] for n in job.status()["nodes"] if n["role"] == "active"])
-    time.sleep(rng.uniform(0.0, usual))
-    at = job.events("iteration")[-1]["iteration"] + 1
-    moment = job.kill_node(victim)
-
-    def first_after() -> Any:
-        return [e for e in job.events("iteration") if e["epoch"] > epoch][:1]
-
-    first = job.until("iteration after the kill", first_after, _RECOVER_S)[0]
-    phases = {e["event"]: e["t"] - moment for e in job.events() if e["epoch"] > epoch or e["t"] >= moment}
-    resumed = next(e["iteration"] for e in job.events("resumed") if e["epoch"] > epoch)
-    return Recovery(
-        victim,
-        at,
-        resumed,
-        {name: phases[name] for name in _PHASES},
-        first["t"] - moment,
-        usual,
-        blocked,
-    )
-
-
-def _recoveries(options: argparse.Namespace, base: Path) -> list[Recovery]:
-    rng = random.Random(options.seed)
-    out: list[Recovery] = []
-    number = 0
-    while len(out) < options.kills:
-        number += 1
-        script = [options.script, *options.arguments, "--deadpool"]
-        with Job(base / f"deadpool-{number}", _launch(options, options.spares_per_job), script) as job:
-            job.until("first iteration", partial(job.events, "iteration"), _START_S)
-            for _ in range(min(options.spares_per_job, options.kills - len(out))):
-                out.append(_one_recovery(job, rng))
-                _say(f"kill {len(out)}: node {out[-1].node}, disturbance {out[-1].disturbance_s:.3f} s")
+def _plan(options: argparse.Namespace) -> list[tuple[str, int, bool]]:
+    """(mode, interval, warm) of every restart, the cold ones with the first mode and interval. Raises ValueError."""
+    modes = [m for m in options.modes.split(",") if m]
+    if any(m not in ("sync", "async") for m in modes):
+        raise ValueError(f"--modes {options.modes}: of sync and async")
+    try:
+        intervals = [int(i) for i in options.intervals.split(",") if i]
+    except ValueError:
+        raise ValueError(f"--intervals {options.intervals}: whole numbers of iterations, as in 2,5,20") from None
+    if any(i < 1 for i in intervals):
+        raise ValueError(f"--intervals {options.intervals}: 1 or more")
+    out = [(m, i, True) for _ in range(options.restarts) for m in modes for i in intervals]
+    if modes and intervals:
+        out += [(modes[0], intervals[0], False)] * options.cold_restarts
     return out
-
-
-def _restarts(options: argparse.Namespace, base: Path) -> list[float]:
-    """Seconds from the kill to the first iteration completed after the restart."""
-    rng = random.Random(options.seed)
-    out: list[float] = []
-    for number in range(1, options.restarts + 1):
-        checkpoint = base / f"checkpoint-{number}"
-        save = ["--save", str(checkpoint), "--save-interval", "3", "--ckpt-format", "torch_dist"]
-        script = [options.script, *options.arguments, *save]
-        with Job(base / f"restart-{number}-a", _launch(options, 0), script) as job:
-            latest = checkpoint / "latest_checkpointed_iteration.txt"
-            job.until("checkpoint", latest.exists, _START_S)
-            saved = int(latest.read_text())
-            job.until("iteration after it", partial(job.has_printed, saved + 1), _RECOVER_S)
-            moment = job.kill_node(rng.randrange(options.active_nodes))
-            job.wait()
-        load = ["--load", str(checkpoint), "--no-load-optim", "--no-load-rng"]
-        with Job(base / f"restart-{number}-b", _launch(options, 0), [*script, *load]) as job:
-            job.until("first iteration", job.printed_iterations, _START_S)
-            out.append(time.time() - moment)
-        _say(f"restart {number}: {out[-1]:.1f} s")
-    return out
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"median {statistics.median(values):.3f}, min {min(values):.3f}, max {max(values):.3f} (n={len(values)})"
 
 
 def run_recovery(options: argparse.Namespace) -> int:
     """Measure and print; returns the exit code."""
     base = Path(tempfile.mkdtemp(prefix="deadpool-bench-"))
-    try:
-        kills = _recoveries(options, base)
-    except JobError as err:
-        _say(f"deadpool: {err}")
-        return 1
+    kills: list[Recovery] = []
+    found: list[Restart] = []
     failed = ""
-    restarts: list[float] = []
     try:
-        restarts = _restarts(options, base)
-    except JobError as err:  # what was measured of the kills still counts
+        plan = _plan(options)
+    except ValueError as err:
+        say(f"deadpool: {err}")
+        return 2
+    rounds = max(1, len(plan))
+    try:
+        for turn in range(rounds):
+            # Alternated: some kills, a restart, some kills ...
+            share = options.kills * (turn + 1) // rounds - options.kills * turn // rounds
+            kills += recoveries(options, base, f"deadpool-{turn}", share)
+            if turn < len(plan):
+                mode, interval, warm = plan[turn]
+                found += restarts(options, base, mode, interval, warm, 1)  # type: ignore[arg-type]
+    except JobError as err:  # what was measured before still counts
         failed = str(err)
-    print(f"disturbance per kill (s): {_spread([k.disturbance_s for k in kills])}")
-    print(f"kill to first completed iteration (s): {_spread([k.first_iteration_s for k in kills])}")
-    print(f"one iteration (s): {_spread([k.iteration_s for k in kills])}")
-    last = dict.fromkeys(range(len(kills)), 0.0)
-    for name in _PHASES:
-        print(f"  {name:<10} +{statistics.median(k.phases[name] - last[i] for i, k in enumerate(kills)):.3f} s")
-        last = {i: k.phases[name] for i, k in enumerate(kills)}
-    redo = [k.first_iteration_s - k.phases["resumed"] for k in kills]
-    print(f"  {'redo':<10} +{statistics.median(redo):.3f} s")
-    print(f"blocked on DeadPool, failure-free: {_spread([100 * k.blocked_share for k in kills])} % of an iteration")
-    if restarts:
-        print(f"restart from a checkpoint, kill to first completed iteration (s): {_spread(restarts)}")
-        ratio = statistics.median(restarts) / statistics.median(k.first_iteration_s for k in kills)
-        print(f"restart / DeadPool: {ratio:.1f}")
+    if kills:
+        _show_kills(kills)
+    if found:
+        _show_restarts(found, kills, options.mtbf * 3600.0)
     if options.out:
-        Path(options.out).write_text(
-            json.dumps({"kills": [asdict(k) for k in kills], "restarts_s": restarts, "seed": options.seed}, indent=1)
-        )
+        content = {"kills": [asdict(k) for k in kills], "restarts": [asdict(r) for r in found], "seed": options.seed}
+        Path(options.out).write_text(json.dumps(content, indent=1) + "\n")
     if failed:
-        _say(f"deadpool: {failed}")
+        say(f"deadpool: {failed}")
+    if options.picture and kills:
+        return _draw(kills, found, options.picture) or int(bool(failed))
     return int(bool(failed))
+
+
+def _show_kills(kills: list[Recovery]) -> None:
+    print(f"disturbance per kill (s): {spread([k.disturbance_s for k in kills])}")
+    print(f"kill to first iteration (s): {spread([k.first_iteration_s for k in kills])}")
+    print(f"one iteration (s): {spread([k.iteration_s for k in kills])}")
+    again = statistics.mean(k.lost_iterations for k in kills)
+    print(f"completed iterations done again: mean {again:.2f}, most {max(k.lost_iterations for k in kills)}")
+    for name, seconds in medians(kills).items():
+        print(f"  {name:<10} +{seconds:.3f} s")
+    print(f"blocked on DeadPool (%): {spread([100 * k.blocked_share for k in kills])}")
+
+
+def _show_restarts(found: list[Restart], kills: list[Recovery], mtbf_s: float) -> None:
+    print("\nrestarts (s): medians; cost is what a failure costs in all, saving included")
+    columns = ("ended", 7), ("first", 8), ("lost it.", 9), ("stall", 7), ("cost", 9), ("n", 4)
+    print(f"{'saving':<7}{'every':>6} {'standby':<8}" + "".join(f"{name:>{width}}" for name, width in columns))
+    for key in dict.fromkeys((r.mode, r.interval, r.warm) for r in found):
+        rows = [r for r in found if (r.mode, r.interval, r.warm) == key]
+
+        def middle(name: str, rows: list[Restart] = rows) -> float:
+            return float(statistics.median(getattr(r, name) for r in rows))
+
+        cost = statistics.median(r.cost(mtbf_s) for r in rows)
+        print(
+            f"{key[0]:<7}{key[1]:>6} {'warm' if key[2] else 'cold':<8}{middle('ended_s'):>7.2f}"
+            f"{middle('first_iteration_s'):>8.2f}{middle('lost_iterations'):>9.1f}{middle('stall_s'):>7.2f}{cost:>9.1f}"
+            f"{len(rows):>4}"
+        )
+    warm = [r for r in found if r.warm] or found
+    mode, interval, cost = choose_interval(warm, mtbf_s)
+    print(f"best at {mtbf_s / 3600:g} h between failures: {mode}, every {interval}: {cost:.1f} s a failure")
+    if kills:
+        ours = statistics.median(k.first_iteration_s + k.lost_iterations * k.iteration_s for k in kills)
+        ours += statistics.median(k.blocked_share for k in kills) * mtbf_s
+        print(f"DeadPool, the same sum: {ours:.1f} s a failure")
+        ratio = statistics.median(r.first_iteration_s for r in warm) / statistics.median(
+            k.first_iteration_s for k in kills
+        )
+        print(f"kill to first iteration, restart / DeadPool: {ratio:.1f}")
+
+
+def _draw(kills: list[Recovery], found: list[Restart], path: str) -> int:
+    from deadpool_megatron.observe.figures import COLOURS, MissingPlots, new_figure, save
+
+    rows: list[tuple[str, dict[str, float]]] = [("DeadPool", medians(kills))]
+    for key in dict.fromkeys((r.mode, r.interval, r.warm) for r in found):
+        same = [r for r in found if (r.mode, r.interval, r.warm) == key]
+        ended = statistics.median(r.ended_s for r in same)
+        first = statistics.median(r.first_iteration_s for r in same)
+        again = statistics.median(r.lost_iterations * r.iteration_s for r in same)
+        label = f"restart, {key[0]}, every {key[1]}" + ("" if key[2] else ", cold")
+        parts = {"job ended": ended, "start, load, first iteration": first - ended, "lost iterations": again}
+        rows.append((label, parts))
+    try:
+        figure, axes = new_figure(1.6 + 0.3 * len(rows))
+    except MissingPlots as err:
+        say(f"deadpool: {err}")
+        return 1
+    names: dict[str, Any] = {}
+    for y, (_, parts) in enumerate(rows):
+        left = 0.0
+        for name, seconds in parts.items():
+            if seconds <= 0.0005:
+                continue
+            colour = names.setdefault(name, ([*COLOURS, "#999999", "#7F3C8D", "#11A579"])[len(names) % 11])
+            axes.barh(y, seconds, left=left, height=0.6, color=colour, linewidth=0)
+            left += seconds
+        axes.text(left, y, f" {left:.2f} s", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("seconds from the kill (medians)")
+    axes.set_title("From a kill to the first iteration after it, and what is lost", loc="left")
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=colour, label=name) for name, colour in names.items()]
+    figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=8)
+    save(figure, path)
+    return 0
+
+
