@@ -1,4 +1,4 @@
-"""``nvrx_pretrain.py SCRIPT [ARGS]``: run SCRIPT with Megatron's ``--inprocess-restart``, as upstream's own script does.
+"""``nvrx_pretrain.py SCRIPT [ARGS]``: run SCRIPT with Megatron's ``--inprocess-restart``, as upstream's script does.
 
 For `deadpool bench nvrx`: upstream's pretrain_gpt.py wraps ``pretrain`` before it calls it
 (`megatron.training.inprocess_restart.maybe_wrap_for_inprocess_restart`); scripts that do not are wrapped here.
