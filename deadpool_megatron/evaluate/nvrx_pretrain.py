@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import runpy
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,6 @@ def main() -> None:
     script, *arguments = sys.argv[1:]
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    import nvidia_resiliency_ext
-
-    if not hasattr(nvidia_resiliency_ext, "__version__"):  # 0.4.1 has none, and megatron-core 0.19 asks for it
-        nvidia_resiliency_ext.__version__ = metadata.version("nvidia-resiliency-ext")
     import megatron.training as package
     from megatron.training import training
     from megatron.training.inprocess_restart import maybe_wrap_for_inprocess_restart
