@@ -172,7 +172,7 @@ def _replicas(member: Member, group: dict[str, Any]) -> torch.distributed.Proces
     if type(one).__name__ == "DistributedOptimizer":
         instances = one.ddp_config.num_distributed_optimizer_instances
         over = parallel_state.get_inter_distributed_optimizer_instance_group() if instances > 1 else None
-    elif member.layer_wise is not None and member.layer_wise.dp_cp.size() > 1:
+    elif member.layer_wise is not None and member.layer_wise.pg_collection.dp_cp.size() > 1:
         return None  # every parameter has one owner
     elif group.get("is_expert_parallel"):
         over = parallel_state.get_expert_data_parallel_group()
