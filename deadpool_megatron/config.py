@@ -78,6 +78,13 @@ class DeadpoolConfig:
     host_memory: int = _setting(
         0, "bytes of memory that shards, own and kept for others, may take on a node; 0 for what the machine has"
     )
+    hang_factor: float = _setting(
+        10.0, "a worker is stuck when it makes no progress for this many times the longest gap of its own pace"
+    )
+    hang_floor: float = _setting(20.0, "seconds without progress that never mean stuck; 0 switches the search off")
+    hang_outside: float = _setting(
+        600.0, "seconds without progress outside of training steps (first step, evaluation, checkpoint) that mean stuck"
+    )
     transient_retries: int = _setting(
         3, "times the communicators are re-formed with the same nodes for errors that no loss explains"
     )
@@ -136,6 +143,12 @@ class DeadpoolConfig:
                 raise ConfigError(
                     f"--deadpool-{name.replace('_', '-')} must be more than 0 seconds and finite, not {seconds:g}"
                 )
+        if not (1 <= self.hang_factor < math.inf and 0 <= self.hang_floor < math.inf):
+            raise ConfigError(
+                "--deadpool-hang-factor must be 1 or more and --deadpool-hang-floor 0 or more, both finite"
+            )
+        if not 0 < self.hang_outside < math.inf:
+            raise ConfigError("--deadpool-hang-outside must be more than 0 seconds and finite")
         if self.lease >= self.abort_deadline:
             raise ConfigError(
                 f"--deadpool-lease ({self.lease:g} s) must be shorter than --deadpool-abort-deadline "
@@ -203,6 +216,8 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_SETTINGS",
     "DEADPOOL_CONTROL_FD",
     "DEADPOOL_DOORBELL_FD",
+    "DEADPOOL_PULSE_FD",
+    "DEADPOOL_STACKS_FILE",
     "DEADPOOL_AGENT_PID",
     "DEADPOOL_ADOPTED",
     "DEADPOOL_NODE",

@@ -144,6 +144,7 @@ def attach() -> None:
 
 def _become_worker(config: DeadpoolConfig) -> None:
     from deadpool_megatron.cluster.adoption import present
+    from deadpool_megatron.cluster.pulse import PULSE_FD
     from deadpool_megatron.cluster.workers import ADOPTED, CONTROL_FD, DOORBELL_FD
     from deadpool_megatron.processes import SECRET_VARIABLES
 
@@ -162,7 +163,7 @@ def _become_worker(config: DeadpoolConfig) -> None:
     for name in ("RANK", *_ROLES, *SECRET_VARIABLES):
         os.environ.pop(name, None)
     os.environ.update(environ | {CONTROL_FD: str(control), ADOPTED: "1"})
-    for descriptor in (control, int(environ[DOORBELL_FD])):
+    for descriptor in (control, int(environ[DOORBELL_FD]), int(environ[PULSE_FD])):
         os.set_inheritable(descriptor, True)
     for descriptor in agent:
         os.close(descriptor)

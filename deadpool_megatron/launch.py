@@ -23,7 +23,7 @@ from pathlib import Path
 from deadpool_megatron.checks import LaunchError, LaunchPlan, check
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.config import ConfigError
-from deadpool_megatron.processes import INTERRUPT, PREEMPT, Processes, agent_settings, coordinator_settings
+from deadpool_megatron.processes import CoordinatorProcess, Processes, agent_settings, coordinator_settings
 from deadpool_megatron.tee import Tee
 from deadpool_megatron.vault import clean_leftovers, process_alive
 from deadpool_megatron.versions import UserError
@@ -59,47 +59,38 @@ def launch(plan: LaunchPlan) -> int:
     secret = secrets.token_bytes(32)
     job_id = f"{os.getpid()}-{secrets.token_hex(4)}"
     devices = _devices(plan)
-    coordinator = processes.start(
-        "coordinator", coordinator_settings(plan, job_id, secret), stdout=subprocess.PIPE
-    )
-    interrupted = [False]
-
-    preempted = [False]
-
-    def on_signal(signum: int, frame: object) -> None:
-        if signum == signal.SIGTERM and plan.config.on_preempt and not preempted[0]:
-            preempted[0] = True  # a second one ends the job at once
-            if coordinator.poll() is None:
-                coordinator.send_signal(PREEMPT)
-            return
-        interrupted[0] = True
-        if coordinator.poll() is None:
-            coordinator.send_signal(INTERRUPT)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, on_signal)
     try:
-        assert coordinator.stdout is not None
-        line = coordinator.stdout.readline()
-        if not line.strip():
-            return coordinator.wait() or Exit.FAILED
-        port, store_port = (int(x) for x in line.split())
+        coordinator = CoordinatorProcess(processes, coordinator_settings(plan, job_id, secret))
+        interrupted = [False]
+        preempted = [False]
+
+        def on_signal(signum: int, frame: object) -> None:
+            if signum == signal.SIGTERM and plan.config.on_preempt and not preempted[0]:
+                preempted[0] = True  # a second one ends the job at once
+                coordinator.preempt()
+                return
+            interrupted[0] = True
+            coordinator.interrupt()
+
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, on_signal)
+        if not coordinator.port:
+            return coordinator.wait()[0] or Exit.FAILED
         for node in range(plan.nodes):
+            address = (LOCALHOST, coordinator.port)
             processes.start(
                 "agent",
-                agent_settings(plan, node, job_id, secret, (LOCALHOST, port), store_port, LOCALHOST, devices[node]),
+                agent_settings(
+                    plan, node, job_id, secret, address, coordinator.store_port, LOCALHOST, devices[node]
+                ),
                 stdout=subprocess.DEVNULL,
             )
         tee = _tee(plan)
-        message = coordinator.stdout.read().decode()
-        code = coordinator.wait()
+        code, message = coordinator.wait()
         if tee is not None:
             tee.stop()
-        if message.strip():
-            print(f"deadpool: {message.strip()}", file=sys.stderr)
-        if code < 0:
-            print(f"deadpool: the coordinator was ended by signal {-code}; the job is over", file=sys.stderr)
-            code = Exit.FAILED
+        if message:
+            print(f"deadpool: {message}", file=sys.stderr)
         return Exit.INTERRUPTED if interrupted[0] else code
     finally:
         processes.end(12.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
+import threading
 from typing import Any
 
 import msgspec
@@ -31,16 +32,28 @@ __all__ = ["main"]
 
 
 def _coordinator(settings: dict[str, Any]) -> int:
-    import torch.distributed as dist
-
     job = settings["job"]
     durable = job.pop("durable", None)
     domains = {int(node): labels for node, labels in job["domains"].items()}  # JSON knows text keys only
     spec = JobSpec(**{**job, "deadlines": Deadlines(**job["deadlines"]), "domains": domains})
     if durable is not None:
         spec = dataclasses.replace(spec, durable=_durable(durable, spec.world_size))
-    # The rendezvous of process groups lives here, outside of all training processes; it listens on every address.
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    agent = settings["agent"]
+    # The rendezvous of process groups lives here, outside of all training processes; it listens on every address. A
+    # coordinator that is started again listens where the first one did, so nobody has to be told; it decides before
+    # torch is even imported.
+    stores: list[Any] = []
+
+    def open_store() -> None:
+        import torch.distributed as dist
+
+        stores.append(dist.TCPStore("127.0.0.1", settings["store_port"], None, True, wait_for_workers=False))
+
+    if settings["resume"]:
+        threading.Thread(target=open_store, name="store", daemon=True).start()
+    else:
+        open_store()
+        settings["store_port"] = stores[0].port
     try:
         coordinator = Coordinator(
             spec,
@@ -51,8 +64,10 @@ def _coordinator(settings: dict[str, Any]) -> int:
                 bytes.fromhex(settings["secret"]),
                 settings["run_dir"],
                 settings["state_hash"],
+                settings["resume"],
+                {**agent, "environment": {**agent["environment"], "MASTER_PORT": str(settings["store_port"])}},
             ),
-            Enlistment(spec, settings["flags"], settings["job_id"], store.port),
+            Enlistment(spec, settings["flags"], settings["job_id"], settings["store_port"]),
         )
     except zmq.ZMQError as err:
         where = f"{settings['bind']}:{settings['port']}"
@@ -64,7 +79,7 @@ def _coordinator(settings: dict[str, Any]) -> int:
     signal.signal(signal.SIGTERM, lambda signum, frame: on_term())
     signal.signal(PREEMPT, lambda signum, frame: coordinator.preempt())
     signal.signal(INTERRUPT, lambda signum, frame: coordinator.interrupt())
-    code, message = coordinator.run(lambda port: print(port, store.port, flush=True))
+    code, message = coordinator.run(lambda port: print(port, settings["store_port"], flush=True))
     print(message, flush=True)
     return code
 

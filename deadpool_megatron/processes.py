@@ -21,9 +21,18 @@ from typing import Any
 import msgspec
 
 from deadpool_megatron.checks import LaunchPlan
-from deadpool_megatron.cluster import Deadlines, JobSpec
+from deadpool_megatron.cluster import Deadlines, Exit, JobSpec
 
-__all__ = ["INTERRUPT", "PREEMPT", "SECRET_VARIABLES", "Processes", "agent_settings", "coordinator_settings"]
+__all__ = [
+    "INTERRUPT",
+    "PREEMPT",
+    "SECRET_VARIABLES",
+    "CoordinatorProcess",
+    "Processes",
+    "agent_settings",
+    "coordinator_settings",
+    "end_with_parent",
+]
 
 # To the coordinator: end the job; drain what is committed, then end it (to an agent: pass that on).
 INTERRUPT = signal.SIGUSR2
@@ -61,9 +70,12 @@ def coordinator_settings(
         "host": plan.host,
         "bind": bind,
         "port": port,
+        "store_port": 0,
+        "resume": False,
         "secret": secret.hex(),
         "run_dir": plan.run_dir,
         "on_preempt": c.on_preempt,
+        "agent": agent_settings(plan, -1, job_id, secret, (plan.host, 0), 0, plan.host),
         "state_hash": str(Path(c.state_hash).absolute()) if c.state_hash else "",
     }
 
@@ -104,6 +116,9 @@ def agent_settings(
         "command": [sys.executable, "-m", "deadpool_megatron.worker", plan.script, *plan.arguments],
         "environment": _environment(plan, coordinator[0], store_port, job_id, devices),
         "deadpool": plan.config.deadpool,
+        "hang_factor": plan.config.hang_factor,
+        "hang_floor": plan.config.hang_floor,
+        "hang_outside": plan.config.hang_outside,
         "shm_directory": plan.shm_directory,
         "adopt": adopt,
         "redundancy": plan.config.redundancy,
@@ -181,7 +196,8 @@ def _environment(
     return env
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Run in a child before exec: the kernel ends it when its parent ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
@@ -196,7 +212,7 @@ class Processes:
         process = subprocess.Popen(
             [sys.executable, "-m", "deadpool_megatron.node", role],
             stdin=subprocess.PIPE,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
             start_new_session=True,
             **extra,
         )
@@ -218,3 +234,63 @@ class Processes:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+class CoordinatorProcess:
+    """The coordinator as a child; started again, where it listened, when a signal has ended it.
+
+    Its state lies in the run directory and with the agents, so training does not notice. More than ``_RESTARTS`` times
+    within ``_RESTARTS_S`` seconds is no accident: then the job ends. ``port`` is 0 when it could not start.
+    """
+
+    _RESTARTS = 5
+    _RESTARTS_S = 120.0
+
+    def __init__(self, processes: Processes, settings: dict[str, Any]) -> None:
+        self._processes = processes
+        self._settings = settings
+        self._died: list[float] = []
+        self._interrupted = False
+        self.port = self.store_port = 0
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[Any]:
+        process = self._processes.start("coordinator", self._settings, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if line.strip():
+            self.port, self.store_port = (int(x) for x in line.split())
+            self._settings.update(port=self.port, store_port=self.store_port, resume=True)
+        return process
+
+    def interrupt(self) -> None:
+        """The user wants the end; safe in a signal handler."""
+        self._interrupted = True
+        if self.process.poll() is None:
+            self.process.send_signal(INTERRUPT)
+
+    def preempt(self) -> None:
+        """The machines are wanted: what is committed becomes durable, then the job ends. Safe in a signal handler."""
+        if self.process.poll() is None:
+            self.process.send_signal(PREEMPT)
+
+    def revive(self) -> tuple[int, str] | None:
+        """The process has ended: start it again (None), or say its exit code and message. Blocks for its last words."""
+        assert self.process.stdout is not None
+        message = self.process.stdout.read().decode().strip()
+        code = self.process.wait()
+        if code >= 0 or self._interrupted:
+            return code, message
+        now = time.monotonic()
+        self._died = [t for t in self._died if now - t < self._RESTARTS_S] + [now]
+        if len(self._died) > self._RESTARTS:
+            return Exit.FAILED, f"the coordinator was ended by signal {-code} again and again; the job is over"
+        print(f"deadpool: the coordinator was ended by signal {-code}; it is started again", file=sys.stderr)
+        self.process = self._start()
+        return None
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit code and message, once the job is over."""
+        while (end := self.revive()) is None:
+            pass
+        return end

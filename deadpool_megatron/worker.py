@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import functools
+import faulthandler
 import os
 import runpy
 import signal
@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.workers import ADOPTED, CONTROL_FD, DOORBELL_FD, PARENT_PID
+from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
+from deadpool_megatron.cluster.workers import (
+    ADOPTED,
+    CONTROL_FD,
+    DOORBELL_FD,
+    PARENT_PID,
+    STACKS_FILE,
+    STACKS_SIGNAL,
+)
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
@@ -39,13 +47,31 @@ _PR_SET_PDEATHSIG = 1
 def _die_with_agent() -> None:
     """Ask the kernel to end this process when its agent ends: an agent's death fences its node.
 
-    The kernel does that for children; an adopted worker leaves when its control socket ends.
+    The kernel does that for children; an adopted worker leaves when its control socket ends. The same for what it forks
+    (data loaders, checkpoint writers): they hold its sockets, and they write.
     """
+    libc = ctypes.CDLL(None, use_errno=True)
+    by_main_thread = [True]
+
+    def before_fork() -> None:
+        by_main_thread[0] = threading.current_thread() is threading.main_thread()
+
+    def in_child() -> None:
+        if by_main_thread[0]:  # the signal comes with the end of the *thread* that forked
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    os.register_at_fork(before=before_fork, after_in_child=in_child)
     if ADOPTED in os.environ:
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[PARENT_PID]):
         sys.exit(81)
+
+
+def _show_stacks_when_asked() -> None:
+    """The agent asks a stuck worker for the stacks of all its threads; this works in any state but a dead one."""
+    file = open(os.environ[STACKS_FILE], "a")  # noqa: SIM115 - the signal handler writes to it as long as we live
+    faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
 
 
 def _run_script(script: str, arguments: list[str]) -> None:
@@ -60,7 +86,7 @@ def _install(standby: bool) -> Hooks:
 
     from deadpool_megatron import config as settings
     from deadpool_megatron.comm import Communicators, nccl_environment
-    from deadpool_megatron.megatron import Hooks, follow_imports
+    from deadpool_megatron.megatron import Hooks, arm, follow_imports
     from deadpool_megatron.recovery import Session
 
     for name, value in nccl_environment().items():
@@ -86,12 +112,28 @@ def _install(standby: bool) -> Hooks:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=config.form_deadline))
 
-    store = functools.cache(connect)
+    clients: list[Any] = []
+
+    def store() -> dist.Store:
+        """The client of the rendezvous store; a new one when the server has been started again."""
+        if clients:
+            try:
+                clients[0].check(["deadpool/alive"])
+            except RuntimeError:  # the connection is gone with the server
+                clients.clear()
+        if not clients:
+            clients.append(connect())
+        client: dist.Store = clients[0]
+        return client
+
     if standby:
         communicators.prepare(store())  # connections now and then take seconds: not in a recovery
         follow_imports(connect)  # of its own: a blocked wait blocks every user of a client
-    hooks = Hooks(session, communicators, config, int(os.environ[DOORBELL_FD]), store, standby)
+    page = PulsePage(int(os.environ[PULSE_FD]))
+    hooks = Hooks(session, communicators, config, int(os.environ[DOORBELL_FD]), store, standby, page)
     hooks.install()
+    session.on_arm = arm
+    session.is_waiting = communicators.is_waiting
     return hooks
 
 
@@ -111,6 +153,7 @@ def _failed(hooks: Hooks | None, error: BaseException, tell: Callable[[r.WorkerF
 def main() -> int:
     """Entry point; returns the exit code."""
     _die_with_agent()
+    _show_stacks_when_asked()
     script, arguments = sys.argv[1], sys.argv[2:]
     # As `python script` has it, and from now on: a checkout's megatron comes before an installed one.
     if sys.flags.safe_path:

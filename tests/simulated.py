@@ -163,7 +163,8 @@ class SimulatedJob:
 
     def arrive(self, generation: int = 5) -> None:
         """Every active node has left its step."""
-        for node in self.active:
+        recovery = self.core.recovery
+        for node in sorted(recovery.givers) if recovery is not None else self.active:
             self.offer(node, generation)
 
     def prepare(self) -> None:

@@ -22,6 +22,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping
 
+from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
 from deadpool_megatron.cluster.workers import DOORBELL_FD, PARENT_PID, Worker
 
 __all__ = ["COME_S", "AdoptedProcess", "Adoption", "AdoptionError", "present"]
@@ -101,11 +102,12 @@ class Adoption:
         doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
             pidfd = os.pidfd_open(pid)
+            page = PulsePage.create()
             told = dict(environment) | {PARENT_PID: str(os.getpid())}
-            socket.send_fds(connection, [json.dumps(told).encode()], [doorbell])
+            socket.send_fds(connection, [json.dumps(told).encode()], [doorbell, page.fd])
         except OSError as err:
             raise AdoptionError(f"local rank {local} (process {pid}) ended before it was adopted: {err}") from None
-        return Worker(local, AdoptedProcess(pid, pidfd), pidfd, connection, doorbell, rank)
+        return Worker(local, AdoptedProcess(pid, pidfd), pidfd, connection, doorbell, rank, page)
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
@@ -134,7 +136,8 @@ def present(name: str, local: int, alive: Callable[[], str | None]) -> tuple[int
         alive: tells why the agent will never be there, None while it may.
 
     Returns:
-        The control socket's descriptor (not inheritable yet) and the environment the agent wants, `DOORBELL_FD` in it.
+        The control socket's descriptor (not inheritable yet) and the environment the agent wants, `DOORBELL_FD` and
+        `PULSE_FD` in it.
 
     Raises:
         AdoptionError: no agent, or one of another user.
@@ -156,9 +159,9 @@ def present(name: str, local: int, alive: Callable[[], str | None]) -> tuple[int
     if uid != os.getuid():
         raise AdoptionError(f"another user (uid {uid}) listens in the place of this node's agent")
     connection.send(str(local).encode())
-    packet, descriptors, _, _ = socket.recv_fds(connection, _MAX_PACKET, 1)
-    if not packet or len(descriptors) != 1:
+    packet, descriptors, _, _ = socket.recv_fds(connection, _MAX_PACKET, 2)
+    if not packet or len(descriptors) != 2:
         raise AdoptionError("the agent of this node ended before the job began; see what local rank 0 says")
     environment: dict[str, str] = json.loads(packet)
-    environment[DOORBELL_FD] = str(descriptors[0])
+    environment[DOORBELL_FD], environment[PULSE_FD] = map(str, descriptors)
     return connection.detach(), environment

@@ -18,18 +18,22 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from deadpool_megatron import points
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.adoption import AdoptedProcess, Adoption
 from deadpool_megatron.cluster.domains import slurm_labels
 from deadpool_megatron.cluster.draining import DurableNews, Loaded, NodeDurability
 from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.fence import Fence
 from deadpool_megatron.cluster.keeping import kept_for_others, targets
 from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.cluster.shards import Damaged, RankCommitted, Reserved, ReserveFailed, Shards, ShardsEvent
+from deadpool_megatron.cluster.stalls import StallRule
+from deadpool_megatron.cluster.stuck import StuckWatch
 from deadpool_megatron.cluster.watch import Watch
-from deadpool_megatron.cluster.workers import Worker, end_group, start_worker
+from deadpool_megatron.cluster.workers import STACKS_FILE, Worker, end_group, start_worker
 from deadpool_megatron.durable import Done, Staged
 from deadpool_megatron.vault import VaultError, WordPlan, small_capacity
 
@@ -37,6 +41,8 @@ __all__ = ["Agent", "AgentSettings"]
 
 _TERM_GRACE_S = 5.0
 _SAME_NOTICE_S = 5.0  # the batch system tells every process, and they tell each other
+_LOOK_S = 0.25
+_PACE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,9 @@ class AgentSettings:
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     deadpool: bool = True
+    hang_factor: float = 10.0
+    hang_floor: float = 20.0
+    hang_outside: float = 600.0
     shm_directory: str = "/dev/shm"
     tells_end: bool = False
     adopt: str = ""
@@ -128,7 +137,18 @@ class Agent:
             if self._shards is not None and settings.durable_dir
             else None
         )
+        self._hashes: list[r.StateHash] = []
+        self._holding = False
+        self._armed: list[r.Arm] = []
+        self._last_commit: r.Committed | None = None
+        self._fence = Fence(settings.node, settings.lease)
+        self._stuck: StuckWatch | None = None
+        if settings.deadpool and settings.hang_floor > 0:
+            rule = StallRule(settings.hang_factor, settings.hang_floor, settings.hang_outside)
+            self._stuck = StuckWatch(rule, settings.lease, self._stalled)
+        self._look_due = self._pace_due = 0.0
         self._poller = zmq.Poller()
+        self._poller.register(self._spoke.monitor, zmq.POLLIN)
         self._poller.register(self._spoke.socket, zmq.POLLIN)
         if self._shards is not None:
             self._poller.register(self._shards.wake_fd, zmq.POLLIN)
@@ -144,23 +164,13 @@ class Agent:
             self._start(local, self._s.node * self._s.slots_per_node + local if self._active else None)
         if self._adoption is not None:
             self._adoption.close()
-        self._send(
-            r.Join(
-                self._s.node,
-                os.getpid(),
-                self._s.host,
-                self._shards.server.port if self._shards else 0,
-                [self._workers[i].pid for i in sorted(self._workers)],
-                slurm_labels(os.environ),
-            )
-        )
         told = False
         try:
             while self._code is None and not self._terminated:
-                if self._preempted < math.inf and not told:
+                if self._preempted < math.inf and not told and self._spoke.connected:
                     told = True
                     self._send(r.PreemptionNotice(self._s.node))
-                self._step(self._poller.poll(1000))
+                self._step(self._poller.poll(int(_LOOK_S * 1000) if self._s.deadpool else 1000))
         finally:
             self._end_workers(at_once=self._code in (Exit.FENCED, Exit.PREEMPTED))
             if self._durable is not None:
@@ -179,6 +189,8 @@ class Agent:
 
     def _step(self, ready: list[tuple[object, int]]) -> None:
         fds = {fd for fd, _ in ready}
+        if self._spoke.monitor in fds and self._spoke.changed() and self._spoke.connected:
+            self._introduce()
         if self._spoke.socket in fds:
             while (packet := self._spoke.receive()) is not None:
                 told = r.decode_from_coordinator(packet)
@@ -198,10 +210,76 @@ class Agent:
             os.eventfd_read(self._shards.wake_fd)
             while not self._shards.events.empty():
                 self._from_shards(self._shards.events.get())
+        if self._s.deadpool and (now := time.monotonic()) >= self._look_due:
+            self._look_due = now + _LOOK_S
+            self._look_around(now)
+
+    def _look_around(self, now: float) -> None:
+        if self._spoke.connected:
+            self._fence.connected()
+        elif self._fence.cut_off(self._vaults, now):
+            print(f"deadpool: node {self._s.node} is cut off from the others and ends its workers", file=sys.stderr)
+            self._code = Exit.FENCED
+            return
+        if self._stuck is None:
+            return
+        mine = self._mine()
+        if self._declared is None or self._settled():
+            self._stuck.look(mine, now)
+        if self._stuck.finish(now):
+            print(f"deadpool: a stuck worker of node {self._s.node} cannot be killed", file=sys.stderr)
+            self._code = Exit.FENCED
+        if now >= self._pace_due:
+            self._pace_due = now + _PACE_S
+            paces = self._stuck.paces(mine)
+            if paces:
+                self._send(r.Pace(self._s.node, max(w.page.iteration for w in mine.values()), paces))
+
+    def _stalled(self, worker: Worker, record: r.Stalled) -> None:
+        self._send(msgspec.structs.replace(record, epoch=self._epoch, node=self._s.node))
 
     def _send(self, record: r.AgentRecord) -> None:
-        self._spoke.send(r.encode(record))
+        points.reach_record("agent", record)
+        self._spoke.post(r.encode(record))
         self._watch.sent(record)
+
+    def _introduce(self) -> None:
+        """The connection to the coordinator is up, for the first time or again: tell all that it may not know."""
+        node = self._s.node
+        self._send(
+            r.Join(
+                node,
+                os.getpid(),
+                self._s.host,
+                self._shards.server.port if self._shards else 0,
+                [self._workers[i].pid for i in sorted(self._workers)],
+                slurm_labels(os.environ),
+                self._epoch,
+                self._settled(),
+                self._adoption is None,
+            )
+        )
+        for worker in self._workers.values():
+            if worker.parked and worker.rank is None and not worker.exited:
+                self._send(r.WorkerReady(node, worker.local, worker.pid))
+            if worker.registered is not None:
+                self._send(worker.registered)
+            if worker.exited and worker.exit_code is not None:
+                self._send(r.WorkerExited(node, worker.local, worker.rank, worker.pid, worker.exit_code))
+        if self._last_commit is not None:
+            self._send(self._last_commit)  # without it nobody could ever overwrite a slot again
+        for record in self._hashes:
+            self._send(record)
+        if self._mine() and self._all_reached("finished"):
+            self._send(r.Finished(self._epoch, node))
+
+    def _settled(self) -> bool:
+        """Every worker of this node trains in the current epoch (or there is none that should)."""
+        if self._holding:
+            return False
+        if self._declared is None:
+            return True
+        return not placing.ranks_of(self._assignment, self._s.node) or self._all_reached("resumed")
 
     # ---- workers
 
@@ -213,6 +291,7 @@ class Agent:
         env["GROUP_RANK"] = str(self._s.node)
         env["GROUP_WORLD_SIZE"] = str(self._s.active_nodes)
         env["DEADPOOL_NODE"] = str(self._s.node)
+        env[STACKS_FILE] = str(self._stacks_file(local))
         if rank is not None:
             env["RANK"] = str(rank)
             name = f"rank-{rank}.log"
@@ -228,15 +307,36 @@ class Agent:
         self._poller.register(worker.control.fileno(), zmq.POLLIN)
         self._poller.register(worker.doorbell, zmq.POLLIN)
 
+    def _stacks_file(self, local: int) -> Path:
+        return Path(self._s.log_dir) / f"stacks-node{self._s.node}-{local}.txt"
+
+    def _start_parked(self, local: int) -> None:
+        """A fresh parked process in a slot, once the one that is there has ended (it is ended now)."""
+        old = self._workers.get(local)
+        if old is not None and not old.exited:
+            old.retired = True
+            end_group(old.pid, signal.SIGKILL)  # its end is seen by `_reap`: device memory may take a while to go
+            return
+        if old is not None:
+            old.close()
+        self._start(local, None)
+
+    def _forget_descriptors(self, worker: Worker) -> None:
+        for fd in (worker.pidfd, worker.control.fileno(), worker.doorbell):
+            self._poller.unregister(fd)
+
     def _reap(self, worker: Worker) -> None:
         if worker.exited:
             return
         code = worker.process.wait()
-        worker.exited = True
+        worker.exited, worker.exit_code = True, code
         end_group(worker.pid, signal.SIGKILL)  # its forked children hold its sockets open
-        self._send(r.WorkerExited(self._s.node, worker.local, worker.rank, worker.pid, code))
-        for fd in (worker.pidfd, worker.control.fileno(), worker.doorbell):
-            self._poller.unregister(fd)
+        self._forget_descriptors(worker)
+        if worker.retired:
+            self._start_parked(worker.local)
+            self._take_over()
+        else:
+            self._send(r.WorkerExited(self._s.node, worker.local, worker.rank, worker.pid, code))
 
     def _end_workers(self, at_once: bool) -> None:
         alive = [w for w in self._workers.values() if not w.exited]
@@ -261,7 +361,7 @@ class Agent:
         out: dict[int, Worker] = {}
         for local, rank in placing.ranks_of(self._assignment, self._s.node).items():
             worker = self._workers.get(local)
-            if worker is not None and not worker.exited:
+            if worker is not None and not worker.exited and not worker.retired:
                 out[rank] = worker
         return out
 
@@ -278,7 +378,8 @@ class Agent:
                 self._maybe_offer()
             case r.Registered():
                 worker.in_loop = True
-                self._send(msgspec.structs.replace(record, node=self._s.node, local=worker.local))
+                worker.registered = msgspec.structs.replace(record, node=self._s.node, local=worker.local)
+                self._send(worker.registered)
             case r.ShardReady():
                 self._reached(worker, "saved", record.epoch)
                 if self._all_reached("saved"):
@@ -297,9 +398,36 @@ class Agent:
                 self._send(
                     msgspec.structs.replace(record, node=self._s.node, sent_bytes=sent, send_bandwidth=bandwidth)
                 )
+            case r.Whereabouts():
+                if self._stuck is not None:
+                    self._stuck.answered(worker, record, time.monotonic())
+            case r.Held():
+                self._held(worker, record)
+            case r.Unreadable():
+                if record.epoch == self._epoch and worker.rank is not None:
+                    self._send(
+                        r.FetchFailed(
+                            record.epoch, self._s.node, worker.rank, self._s.node, record.generation, record.why
+                        )
+                    )
+            case r.StateHash():
+                self._hashes.append(msgspec.structs.replace(record, node=self._s.node))
+                self._send(self._hashes[-1])
             case _:
                 # Who it is about the agent knows best: a worker cannot speak for another node.
                 self._send(msgspec.structs.replace(record, node=self._s.node))
+
+    def _held(self, worker: Worker, record: r.Held) -> None:
+        if record.epoch != self._epoch:
+            return
+        self._holding = True
+        if record.missed:
+            self._send(r.NodeHeld(self._epoch, self._s.node, record.iteration, True))
+            return
+        worker.reached["held"] = record.iteration
+        held = [w.reached.get("held", -1) for w in self._mine().values()]
+        if all(iteration == record.iteration for iteration in held):
+            self._send(r.NodeHeld(self._epoch, self._s.node, record.iteration, False))
 
     def _worker_step(self, worker: Worker, record: r.WorkerStep) -> None:
         node = self._s.node
@@ -398,7 +526,8 @@ class Agent:
             if all((event.epoch, event.generation) in self._committed.get(rank, ()) for rank in ranks):
                 for rank in ranks:
                     self._committed[rank] = {v for v in self._committed[rank] if v > (event.epoch, event.generation)}
-                self._send(r.Committed(event.epoch, self._s.node, event.generation))
+                self._last_commit = r.Committed(event.epoch, self._s.node, event.generation)
+                self._send(self._last_commit)
         elif event.epoch == self._epoch:
             if event.version is None:
                 self._send(
@@ -434,8 +563,22 @@ class Agent:
                     worker.tell(record)
             case r.Roster():
                 self._vaults = record.vaults
+                if record.epoch > self._epoch:  # joined a job that has a history
+                    self._epoch, self._assignment = record.epoch, record.assignment
+                    if self._shards is not None:
+                        self._shards.set_epoch(record.epoch)
             case r.Placement():
                 self._place(record)
+            case r.Respawn():
+                if self._workers[record.local].exited:
+                    self._start_parked(record.local)
+            case r.Hold():
+                for worker in self._mine().values():
+                    worker.tell(record)
+            case r.EndStuck():
+                stuck = self._mine().get(record.rank) if record.epoch == self._epoch else None
+                if stuck is not None and self._stuck is not None:
+                    self._stuck.end(stuck, self._stacks_file(stuck.local), time.monotonic())
             case r.CommittedTo():
                 if record.epoch == self._epoch and self._shards is not None:
                     self._shards.set_kept(record.epoch, record.kept, record.floor)
@@ -454,7 +597,7 @@ class Agent:
                 for worker in self._workers.values():
                     if isinstance(worker.process, AdoptedProcess):
                         worker.tell(record)  # its launcher is to see this job's exit code, not a signal
-            case r.InjectReply():
+            case r.InjectReply() | r.Enlisted() | r.SpareAdded():
                 pass
             case _:
                 self._from_coordinator_durable(record)
@@ -505,18 +648,24 @@ class Agent:
         self._covered.clear()
         self._declared, self._agreed = record, None
         self._committed.clear()
-        for worker in self._mine().values():
-            worker.tell(record)
-        if not self._mine() and self._s.node not in placing.nodes_of(self._assignment):
-            return
+        self._holding = False
+        if self._stuck is not None:
+            self._stuck.restart(time.monotonic())
         assert self._shards is not None
         self._shards.set_epoch(record.epoch)
+        here = placing.ranks_of(self._assignment, self._s.node)
+        for worker in list(self._workers.values()):
+            if worker.rank is not None and here.get(worker.local) != worker.rank and not worker.retired:
+                # The coordinate is somebody else's now; the node is healthy and parks fresh workers.
+                self._start_parked(worker.local)
+        for worker in self._mine().values():
+            worker.tell(record)
         self._shards.set_targets(record.epoch, {})
         if record.unique_bytes:
             self._plan(record.unique_bytes, record.small_capacity)
-        for local in placing.ranks_of(self._assignment, self._s.node):
-            if local not in self._workers:
-                self._start(local, None)
+        for local in here:
+            if local not in self._workers or self._workers[local].exited:
+                self._start_parked(local)
         self._take_over()
         self._maybe_offer()
 
@@ -524,7 +673,7 @@ class Agent:
         """Give parked workers the coordinates the assignment has for them."""
         for local, rank in placing.ranks_of(self._assignment, self._s.node).items():
             worker = self._workers.get(local)
-            if worker is not None and worker.parked and worker.rank is None:
+            if worker is not None and worker.parked and worker.rank is None and not worker.retired:
                 worker.rank = rank
                 target = Path(self._s.log_dir) / f"spare-node{self._s.node}-{local}.log"
                 if target.exists():  # an adopted worker writes where its launcher wants it
@@ -533,6 +682,9 @@ class Agent:
                     link.symlink_to(target.name)
                 if self._declared is not None:
                     worker.tell(self._declared)  # one started since then has not heard of it
+                for armed in self._armed:
+                    if armed.fault.kind == "raise":  # a bug is there in every process that runs the code
+                        worker.tell(armed)
                 worker.tell(r.TakeOver(self._epoch, rank))
 
     def _maybe_offer(self) -> None:
@@ -547,8 +699,11 @@ class Agent:
                 live[rank] = worker.arrived.live
             else:
                 return
+        holdings = self._shards.holdings()
+        if not live and not any(holdings):
+            return  # a spare has nothing to give
         self._offered = self._epoch
-        self._send(r.Offer(self._epoch, self._s.node, live, *self._shards.holdings()))
+        self._send(r.Offer(self._epoch, self._s.node, live, *holdings))
 
     def _agree(self, record: r.Agree) -> None:
         if record.epoch != self._epoch or self._shards is None:
@@ -581,17 +736,46 @@ class Agent:
         worker = self._mine().get(rank)
         if worker is not None:
             epoch = version[0] if version is not None else -1
-            worker.tell(r.Generation(self._epoch, generation, epoch, self._shards.path_of(rank)))
+            done = dict(self._agreed.done) if self._agreed is not None else {}
+            worker.tell(r.Generation(self._epoch, generation, epoch, self._shards.path_of(rank), done))
         self._aim()
 
     def _arm(self, record: r.Arm) -> None:
         fault = record.fault
-        if fault.iteration is not None:
+        if fault.point:
+            where = points.POINTS[fault.point][0]
+            if where == "agent":
+                points.arm(fault.point, -1, lambda: self._strike(fault))
+                return
+        if fault.point or fault.iteration is not None:
+            self._armed.append(record)
             for worker in self._workers.values():
                 worker.tell(record)
-        elif fault.kind == "kill-worker":
-            end_group(self._workers[fault.local].pid, signal.SIGKILL)
-        else:
-            for worker in self._workers.values():
+            return
+        self._strike(fault)
+
+    def _strike(self, fault: r.Fault) -> None:
+        """Do what the fault says, now."""
+        worker = self._workers.get(fault.local)
+        match fault.kind:
+            case "kill":
+                for each in self._workers.values():
+                    end_group(each.pid, signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "kill-agent":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop-agent":
+                for each in self._workers.values():
+                    end_group(each.pid, signal.SIGSTOP)
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "kill-worker" if worker is not None:
                 end_group(worker.pid, signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGKILL)
+            case "crash" if worker is not None:
+                end_group(worker.pid, signal.SIGSEGV)
+            case "stop" if worker is not None:
+                end_group(worker.pid, signal.SIGSTOP)
+            case "corrupt" if worker is not None and worker.rank is not None and self._shards is not None:
+                self._shards.corrupt(worker.rank)
+            case _:
+                if worker is not None:
+                    worker.tell(r.Arm(fault))

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from deadpool_megatron.cluster.records import SlotAddress
 
-__all__ = ["choose_spares", "initial", "nodes_of", "ranks_of", "replace_nodes", "rescue"]
+__all__ = ["choose_spares", "initial", "nodes_of", "ranks_of", "refill", "replace_nodes", "rescue"]
 
 
 def initial(active_nodes: int, slots_per_node: int) -> list[SlotAddress]:
@@ -36,6 +36,35 @@ def choose_spares(lost: Iterable[int], spares: Sequence[int]) -> dict[int, int] 
     """A spare for each lost node, lowest number first; None when there are too few."""
     lost = sorted(lost)
     return dict(zip(lost, spares, strict=False)) if len(lost) <= len(spares) else None
+
+
+def refill(
+    assignment: Sequence[SlotAddress],
+    lost: Iterable[int],
+    vacant: Iterable[int],
+    ready: Sequence[int],
+    cold: Sequence[int],
+) -> dict[int, int] | None:
+    """Which node takes over which: by node that gives up its coordinates the spare that gets them.
+
+    Lost nodes come first and take any spare, a parked one before one that still starts. A healthy node with a vacant
+    slot (a worker of it died) gives way to a parked spare, which has the model within a second, and becomes a spare
+    itself; without one it is not in the answer: it starts a process in the vacant slot, which takes a cold start.
+    None when there are fewer spares than lost nodes.
+
+    Example, node 1 is lost and a worker of node 0 has died, spares 4 (parked) and 5 (starting)::
+
+        >>> refill(initial(2, 1), [1], [0], [4], [5])
+        {1: 4}
+    """
+    active = set(nodes_of(assignment))
+    gone = sorted(set(lost) & active)
+    taken = choose_spares(gone, [*ready, *cold])
+    if taken is None:
+        return None
+    left = [spare for spare in ready if spare not in taken.values()]
+    half = sorted((set(vacant) & active) - set(gone))
+    return taken | dict(zip(half, left, strict=False))
 
 
 def replace_nodes(assignment: Sequence[SlotAddress], taken_by: Mapping[int, int]) -> list[SlotAddress]:

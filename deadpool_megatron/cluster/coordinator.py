@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Send
+from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Keep, Send
 from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.link import Hub
 from deadpool_megatron.cluster.progress import Progress
@@ -26,7 +29,11 @@ _STATUS_INTERVAL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorSettings:
-    """Where the coordinator listens and writes. ``host`` is the address others reach it at, ``bind`` its own."""
+    """Where the coordinator listens and writes. ``host`` is the address others reach it at, ``bind`` its own.
+
+    ``resume``: go on where a coordinator that is gone left off (`observe.KEPT` in the run directory).
+    ``agent``: settings of an agent of this job but for its node, for `deadpool join`.
+    """
 
     host: str
     bind: str
@@ -34,6 +41,8 @@ class CoordinatorSettings:
     secret: bytes
     run_dir: str
     state_hash: str = ""
+    resume: bool = False
+    agent: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _identity(node: int) -> bytes:
@@ -50,7 +59,7 @@ class Coordinator:
         self._enlistment = enlistment
         self._hub = Hub(settings.bind, settings.port, settings.secret, job.deadlines.lease)
         self.port = self._hub.port
-        self._run = RunDirectory(settings.run_dir)
+        self._run = RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
         self._connected: set[int] = set()
         self._interrupted = False
@@ -74,8 +83,13 @@ class Coordinator:
                 "secret": self._settings.secret.hex(),
                 "lease": self._core.job.deadlines.lease,
                 "pid": os.getpid(),
+                "agent": dict(self._settings.agent),
             }
         )
+        if self._settings.resume:
+            kept = self._run.kept()
+            if kept is not None:
+                self._do(self._core.restored(kept, time.monotonic()))
         self._write_status()
         announce(self.port)
         while self._finish is None:
@@ -107,15 +121,8 @@ class Coordinator:
             self._run.event("refused", epoch=self._core.epoch, cause=str(err))
             return
         now = time.monotonic()
-        if isinstance(record, r.Inject):
-            error, actions = self._core.inject(record.fault, now)
-            self._hub.send(identity, r.encode(r.InjectReply(error)))
-            if not error:
-                fault = record.fault
-                self._run.event(
-                    "inject", epoch=self._core.epoch, node=fault.node, iteration=fault.iteration, fault=fault.kind
-                )
-            self._do(actions)
+        if isinstance(record, r.Inject | r.Drain | r.AddSpare):
+            self._request(identity, record, now)
             return
         if isinstance(record, r.Enlist):
             joined = {n for n, s in self._core.nodes.items() if s.agent_pid}
@@ -126,11 +133,51 @@ class Coordinator:
         if identity != _identity(node):
             self._run.event("refused", epoch=self._core.epoch, cause=f"{identity!r} speaks for node {node}")
             return
-        if state is not None and state.role == "lost" and not isinstance(record, r.Join):
+        if state is not None and state.gone and not isinstance(record, r.Join):
             return  # a node that was declared lost has no say any more
         self._connected.add(node)
         step = self._progress.took(record)
         self._do(self._core.received(record, now), step)
+
+    def _request(self, identity: bytes, record: r.Inject | r.Drain | r.AddSpare, now: float) -> None:
+        """What a command-line tool asks for."""
+        core = self._core
+        reply: r.InjectReply | r.SpareAdded
+        match record:
+            case r.Inject():
+                fault = record.fault
+                error, actions = self._inject(fault, now)
+                reply = r.InjectReply(error)
+                if not error:
+                    self._run.event(
+                        "inject",
+                        epoch=core.epoch,
+                        node=fault.node,
+                        iteration=fault.iteration,
+                        fault=fault.kind,
+                        point=fault.point,
+                    )
+            case r.Drain():
+                error, actions = core.drain(record.node, now)
+                reply = r.InjectReply(error)
+            case r.AddSpare():
+                error, node, actions = core.add_spare(record.host, now)
+                reply = r.SpareAdded(error, node)
+        self._hub.send(identity, r.encode(reply))
+        self._do(actions)
+
+    def _inject(self, fault: r.Fault, now: float) -> tuple[str, list[Action]]:
+        if fault.point:
+            if fault.point not in points.POINTS:
+                near = difflib.get_close_matches(fault.point, points.names(), 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                return f"there is no crash point {fault.point}{hint} (deadpool inject --list shows all)", []
+            if points.POINTS[fault.point][0] == "coordinator":
+                points.arm(fault.point, -1, _die)
+                return "", []
+        if fault.kind == "kill-coordinator":
+            _die()
+        return self._core.inject(fault, now)
 
     def _gone(self, identity: bytes) -> None:
         text = identity.decode(errors="replace")
@@ -141,15 +188,21 @@ class Coordinator:
         self._do(self._core.node_lost(node, "its agent is gone or silent", time.monotonic()))
 
     def _do(self, actions: list[Action], step: dict[str, Any] | None = None) -> None:
-        # Messages leave before files are written: a recovery waits for them, not for the log.
+        # What a coordinator that starts again must know comes first, then messages, then the log: a recovery does not
+        # wait for that.
+        kept = [action for action in actions if isinstance(action, Keep)]
+        if kept:
+            self._run.keep(kept[-1].state)
+            points.reach("coordinator.persisted")
         for action in actions:
             if isinstance(action, Send):
+                points.reach_record("coordinator", action.record)
                 packet = r.encode(action.record)
                 if action.node is not None:
                     self._hub.send(_identity(action.node), packet)
                 else:
                     for node, state in self._core.nodes.items():
-                        if state.role != "lost":
+                        if not state.gone:
                             self._hub.send(_identity(node), packet)
         if step is not None:
             self._run.event("step", **step)
@@ -168,7 +221,7 @@ class Coordinator:
     def _say_goodbye(self) -> None:
         """Wait until every agent has ended its workers and left, within a deadline."""
         end = time.monotonic() + _FAREWELL_S
-        left = self._connected - {n for n, s in self._core.nodes.items() if s.role == "lost"}
+        left = self._connected - {n for n, s in self._core.nodes.items() if s.gone}
 
         def gone(identity: bytes) -> None:
             name = identity.decode(errors="replace")
@@ -209,7 +262,7 @@ class Coordinator:
                     "node": slot.node,
                     "local_rank": slot.local,
                     "pid": state.pids.get(slot.local),
-                    "state": "lost" if state.role == "lost" else core.phase.value,
+                    "state": "lost" if state.gone else core.phase.value,
                     "step": self._progress.step(slot.node, core.epoch),
                     "generation": self._progress.generation(slot.node),
                 }
@@ -241,3 +294,7 @@ class Coordinator:
         )
         self._status_stale = False
         self._status_due = time.monotonic() + _STATUS_INTERVAL_S
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,20 +1,22 @@
 """The coordinator's decisions, pure: events in, actions out, no sockets, no clock of its own.
 
-Failure-free a job goes STARTING -> RUNNING -> FINISHING -> ENDED. A lost node takes it through one recovery::
+Failure-free a job goes STARTING -> RUNNING -> FINISHING -> ENDED. What takes it out of RUNNING and back is one recovery
+(`cluster.recovering`), each in an epoch of its own::
 
-    RUNNING --node lost--> ARRIVING --all offers--> PREPARING --all ready--> FORMING --all formed--> RESTORING
-       ^                     declare(e+1)   agree(g)                form(e+1)                            |
-       +------------------------------- all resumed ----------------------------------------------------+
+    RUNNING --node lost, worker dead, drain--> declare(e+1) -> ... agree(g) ... form(e+1) ... -> RUNNING
 
-A loss in any of those phases declares the next epoch and starts again at ARRIVING. Every phase has a deadline; who
-misses it counts as lost. Records of an epoch other than the current one are ignored.
+A loss in any phase of a recovery declares the next epoch and starts again. Every phase has a deadline; who misses it
+counts as lost. Records of an epoch other than the current one are ignored.
+
+What has been decided is kept (`Keep`) before anybody is told, so a coordinator that is started again goes on:
+`restored` waits for the agents to come back, and if any was in the middle of something, declares a new epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -23,103 +25,33 @@ from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.accounting import SnapshotAccount
 from deadpool_megatron.cluster.agreement import Agreement, NoCommonGeneration, agree
-from deadpool_megatron.cluster.durability import Durability, DurableSpec
+from deadpool_megatron.cluster.durability import Durability
 from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.job import RECOVERING, Action, Deadlines, Emit, Finish, JobSpec, Keep, Out, Phase, Send
+from deadpool_megatron.cluster.members import Members, NodeState
 from deadpool_megatron.cluster.protection import Protection
+from deadpool_megatron.cluster.recovering import Recovery
+from deadpool_megatron.cluster.stalls import StallJudge, StragglerJudge
 from deadpool_megatron.vault import CommitLedger, Version, small_capacity
 
-__all__ = ["Action", "Core", "Deadlines", "Emit", "Finish", "JobSpec", "NodeState", "Phase", "Send"]
+__all__ = [
+    "RECOVERING",
+    "Action",
+    "Core",
+    "Deadlines",
+    "Emit",
+    "Finish",
+    "JobSpec",
+    "Keep",
+    "NodeState",
+    "Phase",
+    "Send",
+]
 
-
-class Phase(Enum):
-    """Where the job stands."""
-
-    STARTING = "starting"
-    RUNNING = "training"
-    ARRIVING = "aborting"
-    PREPARING = "restoring"
-    FORMING = "re-forming"
-    RESTORING = "gathering parameters"
-    FINISHING = "finishing"
-    ENDED = "ended"
-
-
-RECOVERING = frozenset({Phase.ARRIVING, Phase.PREPARING, Phase.FORMING, Phase.RESTORING})
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """Every deadline of the protocol, in seconds; detect < abort <= give up."""
-
-    lease: float
-    abort: float
-    build: float
-    form: float
-    join: float = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class JobSpec:
-    """What the job is. ``nodes`` counts all nodes, spares included."""
-
-    nodes: int
-    spare_nodes: int
-    slots_per_node: int
-    deadpool: bool
-    deadlines: Deadlines
-    transient_retries: int = 3
-    redundancy: str = "1"
-    domains: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
-    durable: DurableSpec | None = None
-
-    @property
-    def active_nodes(self) -> int:
-        """Nodes that train at first."""
-        return self.nodes - self.spare_nodes
-
-    @property
-    def world_size(self) -> int:
-        """Number of coordinates."""
-        return self.active_nodes * self.slots_per_node
-
-
-@dataclass(slots=True)
-class NodeState:
-    """What is known of one node."""
-
-    node: int
-    role: str
-    agent_pid: int = 0
-    vault: r.Address | None = None
-    pids: dict[int, int] = field(default_factory=dict)
-    parked: set[int] = field(default_factory=set)
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send a record to one node, or to all that are not lost when ``node`` is None."""
-
-    node: int | None
-    record: msgspec.Struct
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """Write an event."""
-
-    event: str
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """The job is over."""
-
-    code: int
-    message: str
-
-
-Action = Send | Emit | Finish
+_COARSE = {Phase.STARTING: "starting", Phase.FINISHING: "finishing"}
+_HOLD_NOTICE_S = 0.5  # what a message to the slowest worker may take
+# A worker that dies of these does so by its own doing; SIGKILL (out of memory, an operator) and SIGTERM are not.
+_CRASHES = frozenset({4, 6, 7, 8, 11})
 
 
 class Core:
@@ -127,38 +59,45 @@ class Core:
 
     def __init__(self, job: JobSpec) -> None:
         self.job = job
-        self.phase = Phase.STARTING
-        self.epoch = 0
-        self.assignment = placing.initial(job.active_nodes, job.slots_per_node)
-        self.nodes = {n: NodeState(n, "active" if n < job.active_nodes else "spare") for n in range(job.nodes)}
+        self.members = Members(job)
         self.coordinates: dict[int, r.CoordinateInfo] = {}
         self.protection = Protection(job.redundancy, job.domains)
         self.committed = -1
         self.iteration = -1
         self.snapshots = SnapshotAccount()
         self.state_hashes: dict[int, dict[str, str]] = {}
+        self.drained: set[int] = set()
+        self._phase = Phase.STARTING
+        self._recovery: Recovery | None = None
         self._registered: dict[int, r.Registered] = {}
+        self._can_rescue = True
         self._kept: Version | None = None
-        self._ledger = CommitLedger(placing.nodes_of(self.assignment), 0)
-        self._offers: dict[int, r.Offer] = {}
-        self._reached: set[int] = set()
-        self._resumed: set[int] = set()
-        self._restored: set[int] = set()
+        self._ledger = CommitLedger(self.members.active(), 0)
         self._finished: set[int] = set()
         self._exited: set[tuple[int, int]] = set()
-        self._saved: set[int] = set()
-        self._told_restored = False
+        self._vacant: set[tuple[int, int]] = set()
+        self._helpers: set[int] = set()
         self._refused: set[tuple[int, int, int]] = set()
         self._errors: set[tuple[int, str]] = set()
+        self._done: dict[r.Act, int] = {}
+        self._stalls = StallJudge(job.world_size)
+        self._stall_texts: dict[int, str] = {}
+        self._stragglers = StragglerJudge()
+        self._pace = 0.0
+        self._drain: tuple[int, int, set[int]] | None = None  # node, iteration, nodes that hold still
         self._transients = 0
         self._purpose: r.Purpose = "resume"
         self._generation = -1
+        self._sizes: tuple[list[int], list[int]] = ([], [])
         self._deadline: float | None = None
+        self._awaited: dict[int, float] = {}
+        self._returning: set[int] = set()
+        self._unsettled = ""
         self._hint: tuple[float, str] | None = None
         self._last_failure: r.WorkerFailed | None = None
         self._durability = Durability(job.durable, self._send, self._emit)
         self._durable_name = ""  # of the durable generation this recovery goes back to
-        self._out: list[Action] = []
+        self._out = Out()
         self._now = 0.0
         self._handlers: dict[type, Callable[[Any], None]] = {
             r.Join: self._join,
@@ -167,6 +106,10 @@ class Core:
             r.WorkerExited: self._worker_exited,
             r.WorkerFailed: self._worker_failed,
             r.PeerError: self._peer_error,
+            r.Stalled: self._stalled,
+            r.Pace: self._paced,
+            r.NodeHeld: self._node_held,
+            r.Did: self._did,
             r.Offer: self._offer,
             r.NodeReady: self._node_ready,
             r.NodeFormed: self._node_formed,
@@ -188,12 +131,47 @@ class Core:
             r.PreemptionNotice: lambda record: self._preempt(),
         }
 
+    # ---- what can be seen
+
+    @property
+    def phase(self) -> Phase:
+        """Where the job stands."""
+        return self._recovery.phase if self._recovery is not None else self._phase
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch."""
+        return self.members.epoch
+
+    @property
+    def assignment(self) -> list[r.SlotAddress]:
+        """The slot of each coordinate, by rank."""
+        return self.members.assignment
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """The recovery under way, if any."""
+        return self._recovery
+
+    @property
+    def nodes(self) -> dict[int, NodeState]:
+        """Every node that is or was in the job."""
+        return self.members.nodes
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has to be called at the latest, in the clock of ``now``."""
+        times = [self._deadline, self._hint[0] if self._hint else None, self._stalls.due, *self._awaited.values()]
+        times.append(self._durability.next_deadline())
+        if self._recovery is not None:
+            times.append(self._recovery.deadline)
+        known = [t for t in times if t is not None]
+        return min(known) if known else None
+
     # ---- events
 
     def received(self, record: r.AgentRecord, now: float) -> list[Action]:
         """A record came from an agent. ``now`` is a monotonic time in seconds."""
-        state = self.nodes.get(getattr(record, "node", -1))
-        if (state is None or state.role == "lost") and not isinstance(record, r.Join):
+        if self.members.gone(getattr(record, "node", -1)) and not isinstance(record, r.Join):
             return []  # a node that was declared lost has no say any more
         return self._run(lambda: self._handlers[type(record)](record), now)
 
@@ -219,22 +197,37 @@ class Core:
             if self.phase is not Phase.RUNNING:
                 return f"the job is not training now: {self.phase.value}", []
             return "", self._run(lambda: self._declare("abort injected"), now)
-        state = self.nodes.get(fault.node)
-        if state is None:
-            return f"there is no node {fault.node}: the job has nodes 0 to {self.job.nodes - 1}", []
-        if state.role == "lost":
-            return f"node {fault.node} is lost already", []
-        if self.phase is Phase.ENDED:
-            return "the job has ended", []
+        error = self._no_such_node(fault.node)
+        if error:
+            return error, []
         if fault.iteration is not None and fault.iteration <= self.iteration:
             return f"iteration {fault.iteration} is over: the job is past iteration {self.iteration}", []
-        return "", self._run(lambda: self._send(fault.node, r.Arm(fault)), now)
+        return "", self._run(lambda: self._out.send(fault.node, r.Arm(fault)), now)
 
-    def next_deadline(self) -> float | None:
-        """When `tick` has to be called at the latest, in the clock of ``now``."""
-        soon = (self._deadline, self._hint[0] if self._hint else None, self._durability.next_deadline())
-        times = [t for t in soon if t is not None]
-        return min(times) if times else None
+    def drain(self, node: int, now: float) -> tuple[str, list[Action]]:
+        """A node is to be taken away. Returns the reason it cannot, or an empty string."""
+        error = self._no_such_node(node)
+        if error:
+            return error, []
+        role = self.nodes[node].role
+        if role == "leaving" or (self._drain is not None and self._drain[0] == node):
+            return f"node {node} is being drained already", []
+        if self.phase is not Phase.RUNNING or self._drain is not None:
+            what = f"node {self._drain[0]} is being drained" if self._drain else self.phase.value
+            return f"not now, the job is busy: {what}; try again in a moment", []
+        if role == "active" and not self.members.ready_spares():
+            return f"no parked spare is there to take over node {node}: add one with deadpool join", []
+        return "", self._run(lambda: self._begin_drain(node), now)
+
+    def add_spare(self, host: str, now: float) -> tuple[str, int, list[Action]]:
+        """A new node wants to come as a spare. Returns (why not, its number, actions)."""
+        if not self.job.deadpool:
+            return "the job runs without --deadpool, so it has no use for a spare", -1, []
+        if self._phase is not Phase.RUNNING:
+            return f"not now, the job is {self.phase.value}; try again in a moment", -1, []
+        node = self.members.add_spare()
+        self._awaited[node] = now + self.job.deadlines.join
+        return "", node, self._run(lambda: self._keep(), now)
 
     @property
     def durable(self) -> int:
@@ -246,64 +239,145 @@ class Core:
 
     def _run(self, step: Callable[[], None], now: float) -> list[Action]:
         self._now = now
-        if self.phase is not Phase.ENDED:
+        if self._phase is not Phase.ENDED:
             step()
-        out, self._out = self._out, []
-        return out
+        return self._out.take()
 
     def _send(self, node: int | None, record: msgspec.Struct) -> None:
-        self._out.append(Send(node, record))
+        self._out.send(node, record)
 
     def _emit(self, event: str, **fields: Any) -> None:
-        self._out.append(Emit(event, {"epoch": self.epoch, **fields}))
+        self._out.add(Emit(event, {"epoch": self.epoch, **fields}))
 
     def _stop(self, code: Exit | int, message: str) -> None:
         if code in (Exit.NO_SPARE, Exit.GENERATION_LOST, Exit.RECOVERY_FAILED, Exit.FAILED):
             message += self._durability.hint
         self._emit("stopped", code=int(code), message=message)
         self._send(None, r.Stop(int(code), message))
-        self._out.append(Finish(int(code), message))
-        self.phase = Phase.ENDED
+        self._finish(int(code), message)
 
-    def _active(self) -> list[int]:
-        return placing.nodes_of(self.assignment)
+    def _finish(self, code: int, message: str) -> None:
+        self._out.add(Finish(code, message))
+        self._phase, self._recovery = Phase.ENDED, None
+        self._deadline, self._hint = None, None
+        self._awaited.clear()
 
-    def _spares(self) -> list[int]:
-        # A spare whose workers still import is worth waiting for: it is the last resort, so it comes last.
-        ready = {n: len(s.parked) >= self.job.slots_per_node for n, s in self.nodes.items() if s.role == "spare"}
-        return sorted(ready, key=lambda n: (not ready[n], n))
+    def _no_such_node(self, node: int) -> str:
+        if self._phase is Phase.ENDED:
+            return "the job has ended"
+        state = self.nodes.get(node)
+        if state is None:
+            return f"there is no node {node}: the job has nodes 0 to {max(self.nodes)}"
+        if state.gone:
+            return f"node {node} is lost already" if state.role == "lost" else f"node {node} has left already"
+        return ""
 
-    def _vaults(self) -> dict[int, r.Address]:
-        return {n: s.vault for n, s in self.nodes.items() if s.vault is not None and s.role != "lost"}
+    # ---- a coordinator that starts again
 
-    def _all_reached(self, node: int) -> bool:
-        self._reached.add(node)
-        return self._reached >= set(self._active())
+    def _keep(self) -> None:
+        self._out.add(Keep(self.dump()))
+
+    def dump(self) -> dict[str, Any]:
+        """What a coordinator that starts again has to know, as JSON types."""
+        return {
+            **self.members.dump(),
+            "phase": _COARSE.get(self.phase, "running"),
+            "recovering": self._recovery is not None,
+            "purpose": self._purpose,
+            "coordinates": [msgspec.to_builtins(c) for c in self.coordinates.values()],
+            "can_rescue": self._can_rescue,
+            "committed": self.committed,
+            "iteration": self.iteration,
+            "refused": sorted(self._refused),
+            "errors": sorted(self._errors),
+            "vacant": sorted(self._vacant),
+            "helpers": sorted(self._helpers),
+            "done": self._done,
+            "groups": self.protection.groups,
+            "sizes": self._sizes,
+        }
+
+    def restored(self, kept: dict[str, Any], now: float) -> list[Action]:
+        """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit."""
+        self.members.load(kept)
+        self._phase = {"starting": Phase.STARTING, "finishing": Phase.FINISHING}.get(kept["phase"], Phase.RUNNING)
+        self._purpose = kept["purpose"]
+        self.coordinates = {c["rank"]: msgspec.convert(c, r.CoordinateInfo) for c in kept["coordinates"]}
+        self._can_rescue = kept["can_rescue"]
+        self.committed, self.iteration = kept["committed"], kept["iteration"]
+        self._refused = {(rank, node, g) for rank, node, g in kept["refused"]}
+        self._errors = {(iteration, text) for iteration, text in kept["errors"]}
+        self._vacant = {(node, local) for node, local in kept["vacant"]}
+        self._helpers = set(kept["helpers"])
+        self._done = kept["done"]
+        sizes, rooms = self._sizes = kept["sizes"]
+        if sizes:
+            largest = max(unique + room for unique, room in zip(sizes, rooms, strict=True))
+            groups = tuple(tuple(group) for group in kept["groups"])
+            self.protection.begin(self.assignment, self.coordinates, largest, self.job.slots_per_node, groups)
+        self._ledger = CommitLedger(self.members.active(), self.epoch)
+        self._returning = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
+        self._unsettled = "a recovery was under way" if kept["recovering"] else ""
+        self._deadline = now + self.job.deadlines.lease + 5.0
+        return self._run(lambda: self._emit("coordinator_back", nodes=sorted(self._returning)), now)
+
+    def _returned(self, record: r.Join) -> None:
+        """An agent is back after the coordinator was away."""
+        self._returning.discard(record.node)
+        active = record.node in self.members.active() or record.node in self._helpers
+        if active and (not record.settled or record.epoch != self.epoch):
+            self._unsettled = self._unsettled or f"node {record.node} was in the middle of epoch {record.epoch}"
+        if not self._returning:
+            self._all_returned()
+
+    def _all_returned(self) -> None:
+        missing, self._returning = self._returning, set()
+        self._deadline = None
+        unsettled, self._unsettled = self._unsettled, ""
+        if missing:
+            self._lose(missing, "its agent has not come back to the coordinator")
+        if self._phase is Phase.FINISHING:
+            self._send(None, r.AllFinished(self.epoch))
+        if self._recovery is not None or self._phase is not Phase.RUNNING:
+            return
+        lost = [n for n in self.members.active() if self.members.gone(n)]
+        if unsettled or lost or self._vacant:
+            why = unsettled or (f"node {lost[0]} was lost" if lost else "a worker died")
+            self._declare(f"the coordinator was away and {why}")
 
     # ---- start
 
     def _join(self, record: r.Join) -> None:
         state = self.nodes.get(record.node)
-        if state is None or state.role == "lost":
+        if state is None or state.gone:
             self._send(record.node, r.Stop(Exit.FENCED, f"node {record.node} is not part of this job (any more)"))
             return
+        first = not state.agent_pid
         state.agent_pid = record.pid
         state.vault = r.Address(record.host, record.vault_port)
         state.pids = dict(enumerate(record.worker_pids))
+        state.respawns = record.respawns
         self.protection.label(record.node, record.domains)
-        self._tell_roster()
+        if record.node in self._returning:
+            self._returned(record)
+        elif self._awaited.pop(record.node, None) is not None:
+            self._send(record.node, self._roster())
+            self._emit("joined", node=record.node, host=record.host)
+            self._keep()
+        elif first:
+            self._tell_roster()
+
+    def _roster(self) -> r.Roster:
+        return r.Roster(self.epoch, self.assignment, self.members.vaults())
 
     def _tell_roster(self) -> None:
         """Once everybody who is not lost has joined."""
-        if not self._missing():
+        if not self.members.missing():
             self._deadline = None
-            self._send(None, r.Roster(self.epoch, self.assignment, self._vaults()))
+            self._send(None, self._roster())
             self._emit("started", nodes=self.job.nodes, spares=self.job.spare_nodes, world_size=self.job.world_size)
-            self._durability.start(self._active())
-
-    def _missing(self) -> set[int]:
-        """Nodes whose agent has not joined yet."""
-        return {n for n, s in self.nodes.items() if s.role != "lost" and not s.agent_pid}
+            self._durability.start(self.members.active())
+            self._keep()
 
     def _worker_ready(self, record: r.WorkerReady) -> None:
         state = self.nodes[record.node]
@@ -317,6 +391,7 @@ class Core:
         rank = record.coordinate.rank
         self.coordinates[rank] = record.coordinate
         self._registered[rank] = record
+        self._can_rescue = all(x.can_rescue for x in self._registered.values())
         others = {x.table_digest for x in self._registered.values()}
         if len(others) > 1:
             self._stop(
@@ -324,8 +399,8 @@ class Core:
                 f"rank {rank} on node {record.node} made other process groups than the rest: the ranks do not run "
                 "the same script with the same flags",
             )
-        elif self.phase is Phase.STARTING and len(self._registered) == self.job.world_size:
-            self.phase = Phase.RUNNING
+        elif self._phase is Phase.STARTING and len(self._registered) == self.job.world_size:
+            self._phase = Phase.RUNNING
             for each in self._registered.values():
                 self.snapshots.registered(each)
             self._emit(
@@ -336,6 +411,7 @@ class Core:
                 expected_bytes=self.snapshots.expected_bytes,
             )
             self._protect()
+            self._keep()
 
     def _protect(self) -> None:
         """Every coordinate is known: say who keeps whose shards, and what may be lost from then on."""
@@ -350,9 +426,11 @@ class Core:
             self._emit("placed", costs=self.protection.costs(), **self.protection.status())
 
     def _shapes(self) -> tuple[list[int], list[int]]:
-        """By rank, bytes of unique state and room for small state."""
-        known = [self._registered[rank] for rank in range(self.job.world_size)]
-        return [x.unique_bytes for x in known], [small_capacity(x.small_bytes) for x in known]
+        """By rank, bytes of unique state and room for small state; they stay as they are for the life of the job."""
+        if not self._sizes[0]:
+            known = [self._registered[rank] for rank in range(self.job.world_size)]
+            self._sizes = ([x.unique_bytes for x in known], [small_capacity(x.small_bytes) for x in known])
+        return self._sizes
 
     def _no_room(self, record: r.NoRoom) -> None:
         self._stop(Exit.USAGE, f"node {record.node}: {record.message}")
@@ -380,6 +458,7 @@ class Core:
         if record.iteration > self.iteration:
             self.iteration = record.iteration
             self._transients = 0  # it gets on: errors far apart do not add up over the life of a job
+        self._pace = record.seconds
         self._ledger.progress(record.iteration + 1)
         self._emit(
             "iteration",
@@ -417,15 +496,21 @@ class Core:
             self._emit("committed", iteration=told.kept.generation, seconds=seconds)
             if self.protection.committed():
                 self._emit("protected", survives=self.protection.degree, iteration=told.kept.generation)
-            self._durability.committed(told.kept, self._active(), self._now)
+            self._durability.committed(told.kept, self.members.active(), self._now)
+
+    def _did(self, record: r.Did) -> None:
+        self._done[record.act] = max(record.iteration, self._done.get(record.act, -1))
+        if record.act != "log":
+            self._emit(record.act, iteration=record.iteration, rank=record.rank, node=record.node)
 
     def _node_finished(self, record: r.Finished) -> None:
         if record.epoch != self.epoch or self.phase not in (Phase.RUNNING, Phase.RESTORING):
             return
         self._finished.add(record.node)
-        if self._finished >= set(self._active()):
-            self.phase = Phase.FINISHING
+        if self._finished >= set(self.members.active()):
+            self._phase, self._recovery = Phase.FINISHING, None
             self._deadline = self._hint = None
+            self._keep()
             self._send(None, r.AllFinished(self.epoch))
 
     def _state_hash(self, record: r.StateHash) -> None:
@@ -434,7 +519,7 @@ class Core:
     # ---- the durable tier
 
     def _shards_loaded(self, record: r.ShardsLoaded) -> None:
-        why = self._durability.loaded(record, self._active())
+        why = self._durability.loaded(record, self.members.active())
         if why:
             self._stop(Exit.GENERATION_LOST, why)
 
@@ -446,42 +531,109 @@ class Core:
         self._leave_if_preempted()
 
     def _preempt(self) -> None:
-        self._durability.preempt(self._active(), self.assignment, self._now)
+        self._durability.preempt(self.members.active(), self.assignment, self._now)
         self._leave_if_preempted()
 
     def _leave_if_preempted(self) -> None:
         if self._durability.leave is not None:
             self._stop(Exit.PREEMPTED, self._durability.leave)
 
+    def _paced(self, record: r.Pace) -> None:
+        stages = {rank: info.pp for rank, info in self.coordinates.items()}
+        ratio = self._stragglers.report(record.node, record.forward_s, stages)
+        if ratio is not None:
+            self._emit(
+                "straggler",
+                node=record.node,
+                iteration=record.iteration,
+                ratio=round(ratio, 2),
+                advice=f"deadpool drain --node {record.node}",
+            )
+
+    # ---- planned moves
+
+    def _begin_drain(self, node: int) -> None:
+        if self.nodes[node].role == "spare":
+            self._emit("drained", node=node, spare=None)
+            self._let_go(node)
+            return
+        ahead = 2 + math.ceil(_HOLD_NOTICE_S / self._pace) if self._pace > 0 else 3
+        self._drain = (node, self.iteration + ahead, set())
+        self._deadline = self._now + self.job.deadlines.abort + ahead * self._pace
+        self._emit("draining", node=node, iteration=self._drain[1])
+        self._send(None, r.Hold(self.epoch, self._drain[1]))
+
+    def _node_held(self, record: r.NodeHeld) -> None:
+        if record.epoch != self.epoch or self._drain is None:
+            return
+        node, _, held = self._drain
+        held.add(record.node)
+        # Who was past the boundary already is brought back by an ordinary recovery, at the cost of an iteration.
+        if record.missed or held >= set(self.members.active()):
+            self._move_out(node)
+
+    def _move_out(self, node: int) -> None:
+        self._drain, self._deadline = None, None
+        self.nodes[node].role = "leaving"
+        self._helpers.add(node)
+        self._declare(f"node {node} is drained")
+
+    def _let_go(self, node: int) -> None:
+        self._send(node, r.Stop(Exit.OK, f"node {node} is drained and may be taken away"))
+        self.nodes[node].role = "left"
+        self._keep()
+
     # ---- ends of processes
 
     def _worker_exited(self, record: r.WorkerExited) -> None:
         state = self.nodes[record.node]
-        if state.role == "lost":
-            return
         how = f"signal {-record.code}" if record.code < 0 else f"exit code {record.code}"
         who = f"rank {record.rank}" if record.rank is not None else f"spare worker {record.local}"
-        if record.code == 0 and self.phase in (Phase.STARTING, Phase.FINISHING):
+        if record.code == 0 and self._phase in (Phase.STARTING, Phase.FINISHING):
             self._exited.add((record.node, record.local))
             if {(s.node, s.local) for s in self.assignment} <= self._exited:
-                self._done()
-        elif state.role == "spare":
-            self._lose({record.node}, f"worker {record.local} ended ({how})")
-        elif not self.job.deadpool or self.phase in (Phase.STARTING, Phase.FINISHING):
+                self._end_well()
+        elif state.role == "spare" and self.job.deadpool:
+            self._spare_worker_exited(state, record.local, how)
+        elif not self.job.deadpool or self._phase in (Phase.STARTING, Phase.FINISHING):
             when = {Phase.STARTING: "before training began", Phase.FINISHING: "after training had finished"}
             code = record.code if 0 < record.code < 126 else Exit.FAILED
             failure = self._last_failure
             if failure is not None and failure.node == record.node and failure.local == record.local:
                 self._stop(code, f"{who} on node {record.node}: {failure.message}")
             else:
-                where = when.get(self.phase, "") if self.job.deadpool else ""
+                where = when.get(self._phase, "") if self.job.deadpool else ""
                 self._stop(code, f"{who} on node {record.node} failed {where} ({how}); see its log".replace("  ", " "))
-        else:
-            self._lose({record.node}, f"{who} ended ({how})")
+        elif state.role == "active":
+            self._refill(state, record, f"{who} ended ({how})")
+
+    def _spare_worker_exited(self, state: NodeState, local: int, how: str) -> None:
+        state.parked.discard(local)
+        state.deaths += 1
+        if state.deaths > self.job.worker_deaths or not state.respawns:
+            self._lose({state.node}, f"{state.deaths} of its workers ended, the last with {how}")
+            return
+        self._emit("detected", node=state.node, cause=f"spare worker {local} ended ({how})", ranks=[])
+        self._send(state.node, r.Respawn(local))
+
+    def _refill(self, state: NodeState, record: r.WorkerExited, cause: str) -> None:
+        """A worker died, its node is healthy: a spare takes over, or a new process in the same slot."""
+        if record.rank is None or self.assignment[record.rank] != r.SlotAddress(record.node, record.local):
+            return  # it has been replaced already
+        state.deaths += 1
+        if -record.code in _CRASHES and self._repeats(self.iteration, f"rank {record.rank}: {cause}"):
+            again = f"after iteration {self.iteration} again, so no spare is spent on it; see its log"
+            self._stop(Exit.REPEATED_ERROR, f"{cause} {again}")
+            return
+        if state.deaths > self.job.worker_deaths or not state.respawns:
+            again = f"{state.deaths} of its workers ended, the last one: " if state.deaths > 1 else ""
+            self._lose({state.node}, again + cause)
+            return
+        self._emit("detected", node=record.node, rank=record.rank, cause=cause, ranks=[record.rank])
+        self._vacant.add((record.node, record.local))
+        self._declare(cause)
 
     def _worker_failed(self, record: r.WorkerFailed) -> None:
-        if self.nodes[record.node].role == "lost":
-            return
         who = f"rank {record.rank}" if record.rank is not None else f"spare worker {record.local}"
         self._last_failure = record
         self._emit(
@@ -489,119 +641,136 @@ class Core:
         )
         if record.user_error:
             self._stop(Exit.USAGE, record.message)
-        elif record.phase == "training" and self.job.deadpool:
-            signature = (record.iteration, record.message)
-            if signature in self._errors:
-                self._stop(
-                    Exit.REPEATED_ERROR,
-                    f"{who} raised the same error at iteration {record.iteration} again, so no spare is spent on it: "
-                    f"{record.message}\n{record.traceback}",
-                )
-            self._errors.add(signature)
+        elif self.job.deadpool and self._phase is Phase.RUNNING and self._repeats(record.iteration, record.message):
+            self._stop(
+                Exit.REPEATED_ERROR,
+                f"{who} raised the same error at iteration {record.iteration} again, so no spare is spent on it: "
+                f"{record.message}\n{record.traceback}",
+            )
 
-    def _done(self) -> None:
-        if self.phase is Phase.FINISHING and self.job.deadpool:
+    def _repeats(self, iteration: int, text: str) -> bool:
+        signature = (iteration, re.sub(r"0x[0-9a-fA-F]+", "0x", text))  # addresses differ from process to process
+        known = signature in self._errors
+        self._errors.add(signature)
+        return known
+
+    def _end_well(self) -> None:
+        if self._phase is Phase.FINISHING and self.job.deadpool:
             self._emit("finished", iteration=self.iteration)
         else:
             self._emit("finished")
         self._send(None, r.Stop(Exit.OK, ""))
-        self._out.append(Finish(Exit.OK, ""))
-        self.phase = Phase.ENDED
+        self._finish(Exit.OK, "")
 
     # ---- recovery
 
     def _lose(self, nodes: set[int], cause: str) -> None:
-        fresh = {n for n in nodes if n in self.nodes and self.nodes[n].role != "lost"}
+        fresh = {n for n in nodes if not self.members.gone(n)}
         if not fresh:
             return
-        was_active = fresh & set(self._active())
+        involved = set(self.members.active()) | (self._recovery.givers if self._recovery is not None else frozenset())
+        hit = fresh & involved
+        awaited = {node for node in fresh if not self.nodes[node].agent_pid}
         for node in sorted(fresh):
-            self.nodes[node].role = "lost"
-            ranks = list(placing.ranks_of(self.assignment, node).values())
-            self._emit("detected", node=node, cause=cause, ranks=ranks)
+            self._emit("detected", node=node, cause=cause, ranks=self.members.ranks_of(node))
             self._send(node, r.Stop(Exit.FENCED, f"node {node} is out of the job: {cause}"))
-        if not was_active:
-            if any(not self.nodes[node].agent_pid for node in fresh):
+            self.nodes[node].role = "lost"
+            self._awaited.pop(node, None)
+            self._helpers.discard(node)
+        if not hit:
+            if awaited and self._phase is Phase.STARTING:
                 self._tell_roster()  # it was the one the others waited for
+            self._keep()
             return
-        if self._exited and self.phase is Phase.FINISHING and not self.job.deadpool:
+        if self._exited and self._phase is Phase.FINISHING and not self.job.deadpool:
             return
-        if not self.job.deadpool or self.phase in (Phase.STARTING, Phase.FINISHING):
-            when = "before training began" if self.phase is Phase.STARTING else "after training had finished"
+        if not self.job.deadpool or self._phase in (Phase.STARTING, Phase.FINISHING):
+            when = "before training began" if self._phase is Phase.STARTING else "after training had finished"
             where = when if self.job.deadpool else "and DeadPool is off"
-            self._stop(Exit.FAILED, f"node {sorted(was_active)[0]} was lost {where}: {cause}")
+            self._stop(Exit.FAILED, f"node {sorted(hit)[0]} was lost {where}: {cause}")
             return
-        self._declare(cause)
+        if not self._returning:
+            self._declare(cause)
+        else:
+            self._returning -= fresh
+            if not self._returning:
+                self._all_returned()
 
     def _declare(self, reason: str) -> None:
-        lost = {n for n in self._active() if self.nodes[n].role == "lost"}
+        members = self.members
+        out_of_use = {n for n in members.active() if self.nodes[n].role in ("lost", "leaving")}
         old = list(self.assignment)
-        taken_by = placing.choose_spares(lost, self._spares())
+        vacant = {node for node, _ in self._vacant}
+        taken_by = placing.refill(
+            self.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares()
+        )
         if taken_by is not None and self._purpose == "resume":
-            self.assignment = placing.replace_nodes(self.assignment, taken_by)
-            for spare in taken_by.values():
-                self.nodes[spare].role = "active"
-        elif lost or self._purpose == "save":
-            plan = placing.rescue(self.assignment, lost, self.job.slots_per_node)
-            able = all(x.can_rescue for x in self._registered.values())
-            if plan is None or not able:
+            members.hand_over(taken_by)
+            self._helpers |= {node for node in taken_by if not members.gone(node)}
+        elif out_of_use or self._purpose == "save":
+            plan = placing.rescue(self.assignment, out_of_use, self.job.slots_per_node)
+            if plan is None or not self._can_rescue:
                 self._stop(
                     Exit.NO_SPARE,
-                    f"no spare is left for node {sorted(lost)[0]} ({reason}) and no checkpoint could be saved: "
+                    f"no spare is left for node {min(out_of_use | vacant)} ({reason}) and no checkpoint could be "
+                    "saved: "
                     + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices"),
                 )
                 return
             self._purpose = "save"
-            self.assignment = plan
-        self.epoch += 1
+            members.assignment = plan
+        members.epoch += 1
         self.snapshots.forget()
         groups = self.protection.moved(self.assignment, self.coordinates, self._purpose == "resume")
-        replaced = [rank for rank, slot in enumerate(self.assignment) if slot != old[rank]]
+        self._vacant = {(node, local) for node, local in self._vacant if node in members.active()}
+        replaced = [
+            rank
+            for rank, slot in enumerate(self.assignment)
+            if slot != old[rank] or (slot.node, slot.local) in self._vacant
+        ]
+        self._recovery = Recovery(self._purpose, members.active(), self._helpers, self.job.deadlines, self._now)
+        self._finished.clear()
+        self._stragglers.forget(replaced)
+        self._stalls = StallJudge(self.job.world_size)
+        self._hint = self._drain = self._deadline = None
+        self._durability.epoch_ended(out_of_use, self.assignment)
+        self._keep()
         self._emit(
             "declared",
-            lost=sorted(lost),
+            lost=sorted(out_of_use),
             replaced=replaced,
-            nodes=self._active(),
+            nodes=members.active(),
             reason=reason,
             purpose=self._purpose,
         )
-        self._durability.epoch_ended(lost, self.assignment)
-        self._offers.clear()
-        self._reached.clear()
-        self._restored.clear()
-        self._resumed.clear()
-        self._finished.clear()
-        self._saved.clear()
-        self._told_restored = False
-        self._hint = None
-        self.phase = Phase.ARRIVING
-        self._deadline = self._now + self.job.deadlines.abort
         self._send(
             None,
             r.Declare(
                 self.epoch,
                 self._purpose,
                 reason,
-                sorted(n for n, s in self.nodes.items() if s.role == "lost"),
+                members.lost(),
                 replaced,
                 self.assignment,
-                self._vaults(),
+                members.vaults(),
                 [list(group) for group in groups],
                 *self._shapes(),
             ),
         )
 
+    def _current(self, epoch: int) -> Recovery | None:
+        """The recovery under way, if it is that of ``epoch``."""
+        return self._recovery if epoch == self.epoch else None
+
     def _offer(self, record: r.Offer) -> None:
-        if record.epoch != self.epoch or self.phase is not Phase.ARRIVING:
-            return
-        self._offers[record.node] = record
-        if set(self._offers) >= set(self._active()):
+        recovery = self._current(record.epoch)
+        if recovery is not None and recovery.offered(record):
             self._emit("aborted")
-            self._agree()
+            self._agree(recovery)
 
     def _nothing_left(self, err: NoCommonGeneration) -> str:
         if self.committed < 0:
-            lost = [n for n, s in self.nodes.items() if s.role == "lost"]
+            lost = self.members.lost()
             what = f"node {min(lost)} was lost" if lost else "communication failed"
             return (
                 f"{what} before the first generation was committed, so there is nothing to go on from; start the "
@@ -613,11 +782,11 @@ class Core:
             "restart the job from Megatron's last checkpoint (--load)"
         )
 
-    def _agree(self) -> None:
+    def _agree(self, recovery: Recovery) -> None:
         self._durable_name = ""
         try:
             agreement = agree(
-                self.assignment, self._offers, frozenset(self._refused), self.protection.words
+                self.assignment, recovery.offers, frozenset(self._refused), self.protection.words
             )
         except NoCommonGeneration as err:
             fallback = self._durability.fallback()
@@ -634,10 +803,11 @@ class Core:
                 message=f"no vault holds the shards {held} of one generation: training goes back to durable generation "
                 f"{agreement.generation}",
             )
+        recovery.agreed(agreement.generation, self._now)
         self._generation = agreement.generation
         self.committed = agreement.generation
         self._kept = None
-        self._ledger = CommitLedger(self._active(), self.epoch)
+        self._ledger = CommitLedger(self.members.active(), self.epoch)
         self._emit(
             "agreed",
             iteration=agreement.generation,
@@ -647,71 +817,63 @@ class Core:
                 for rank, parts in agreement.rebuilds.items()
             },
         )
-        self.phase = Phase.PREPARING
-        self._deadline = self._now + self.job.deadlines.build
-        self._reached.clear()
         a = agreement
-        self._send(None, r.Agree(self.epoch, a.generation, a.sources, a.rebuilds, self._durable_name))
+        self._send(
+            None,
+            r.Agree(self.epoch, a.generation, a.sources, dict(self._done), a.rebuilds, self._durable_name),
+        )
 
     def _node_ready(self, record: r.NodeReady) -> None:
-        if record.epoch != self.epoch or self.phase is not Phase.PREPARING:
-            return
-        if self._all_reached(record.node):
-            self._emit("prepared", iteration=self._generation)
-            self.phase = Phase.FORMING
-            self._deadline = self._now + 3 * self.job.deadlines.form
-            self._reached.clear()
+        recovery = self._current(record.epoch)
+        if recovery is not None and recovery.ready(record.node, self._now):
+            self._emit("prepared", iteration=recovery.generation)
             self._send(None, r.Form(self.epoch))
 
     def _node_formed(self, record: r.NodeFormed) -> None:
-        if record.epoch != self.epoch or self.phase is not Phase.FORMING:
-            return
-        if self._all_reached(record.node):
+        recovery = self._current(record.epoch)
+        if recovery is not None and recovery.formed(record.node, self._now):
             self._emit("reformed", groups=record.groups)
-            self.phase = Phase.RESTORING
-            self._deadline = self._now + self.job.deadlines.abort + self.job.deadlines.form
-            self._check_restored()
+            self._check_restored(recovery)
 
     def _node_restored(self, record: r.NodeRestored) -> None:
-        if record.epoch == self.epoch and self.phase in (Phase.FORMING, Phase.RESTORING):
-            # A fast node may be through its parameter gather before the slowest has told that it formed.
-            self._restored.add(record.node)
-            self._check_restored()
+        recovery = self._current(record.epoch)
+        if recovery is not None:
+            recovery.restored(record.node)
+            self._check_restored(recovery)
 
     def _node_resumed(self, record: r.NodeResumed) -> None:
-        if record.epoch == self.epoch and self.phase in (Phase.FORMING, Phase.RESTORING):
-            self._resumed.add(record.node)
-            self._check_restored()
+        recovery = self._current(record.epoch)
+        if recovery is not None:
+            recovery.resumed(record.node)
+            self._check_restored(recovery)
 
-    def _check_restored(self) -> None:
-        active = set(self._active())
-        if self.phase is not Phase.RESTORING or not self._restored >= active:
-            return
-        if not self._told_restored:
-            self._told_restored = True
-            self._emit("restored", iteration=self._generation)
-            if self._purpose == "save":
-                self._deadline = self._now + self.job.deadlines.build
-        if self._purpose == "resume" and self._resumed >= active:
-            self._emit("resumed", iteration=self._generation)
-            self.phase = Phase.RUNNING
-            self._deadline = None
+    def _check_restored(self, recovery: Recovery) -> None:
+        if recovery.all_restored(self._now):
+            self._emit("restored", iteration=recovery.generation)
+        if recovery.over:
+            self._recovery = None
+            self._vacant.clear()
+            self._emit("resumed", iteration=recovery.generation)
+            for node in sorted(self._helpers):
+                if self.nodes[node].role == "leaving":
+                    self._emit("drained", node=node)
+                    self._let_go(node)
+            self._helpers.clear()
+            self._keep()
 
     def _node_saved(self, record: r.Saved) -> None:
-        if record.epoch != self.epoch:
-            return
-        self._saved.add(record.node)
-        if self._saved >= set(self._active()):
+        recovery = self._current(record.epoch)
+        if recovery is not None and recovery.saved(record.node):
             self._emit("saved", iteration=record.iteration, directory=record.directory)
-            lost = sorted(n for n, s in self.nodes.items() if s.role == "lost")
             self._stop(
                 Exit.NO_SPARE_SAVED,
-                f"no spare is left (nodes lost: {', '.join(map(str, lost))}); Megatron's checkpoint of iteration "
-                f"{record.iteration} was saved to {record.directory}: restart the job with --load {record.directory}",
+                f"no spare is left (nodes lost: {', '.join(map(str, self.members.lost()))}); Megatron's checkpoint of "
+                f"iteration {record.iteration} was saved to {record.directory}: restart the job with --load "
+                f"{record.directory}",
             )
 
     def _fetch_failed(self, record: r.FetchFailed) -> None:
-        if record.epoch != self.epoch or self.phase not in RECOVERING:
+        if self._current(record.epoch) is None:
             return
         if self._durable_name:
             self._durability.bad(self._durable_name, record.why)
@@ -730,37 +892,68 @@ class Core:
         # The lease decides whether a node is gone; only when it is over is the error one that no loss explains.
         self._hint = (self._now + self.job.deadlines.lease + 1.0, record.text)
 
+    def _stalled(self, record: r.Stalled) -> None:
+        if record.epoch != self.epoch or self.phase is not Phase.RUNNING:
+            return
+        self._stall_texts[record.rank] = f"no progress for {record.seconds:.1f} s ({record.state})"
+        self._stalls.report(record, self._now)
+        self._judge_stalls()
+
+    def _judge_stalls(self) -> None:
+        if self._stalls.due is None or self._now < self._stalls.due or self.phase is not Phase.RUNNING:
+            return
+        stuck, all_of_them = self._stalls.verdict(self._now)
+        for rank in stuck:
+            node = self.assignment[rank].node
+            cause = f"rank {rank} is stuck: {self._stall_texts[rank]}"
+            self._emit("stuck", node=node, rank=rank, cause=cause)
+            self._send(node, r.EndStuck(self.epoch, rank))
+        if all_of_them:
+            self._transient("every rank waits in a communication and none gets on")
+
+    def _transient(self, text: str) -> None:
+        self._transients += 1
+        if self._transients > self.job.transient_retries:
+            self._stop(
+                Exit.RECOVERY_FAILED,
+                f"communication failed {self._transients} times with every node alive, the last time with: {text}",
+            )
+            return
+        self._declare(f"communication error with every node alive: {text}")
+
+    # ---- time
+
     def _check_deadlines(self) -> None:
         self._durability.tick(self.assignment, self._now)
         self._leave_if_preempted()
-        if self.phase is Phase.ENDED:
+        if self._phase is Phase.ENDED:
             return
-        if self.phase is Phase.STARTING and self._missing():
+        if self._phase is Phase.STARTING and self.members.missing() and not self._returning:
             if self._deadline is None:
                 self._deadline = self._now + self.job.deadlines.join
             elif self._now >= self._deadline:
                 self._deadline = None
-                self._lose(self._missing(), f"its agent has not joined within {self.job.deadlines.join:g} s")
+                late = f"its agent has not joined within {self.job.deadlines.join:g} s"
+                self._lose(self.members.missing(), late)
             return
+        for node, due in list(self._awaited.items()):
+            if self._now >= due:
+                self._lose({node}, f"its agent has not joined within {self.job.deadlines.join:g} s")
         if self._hint is not None and self._now >= self._hint[0]:
             text = self._hint[1]
             self._hint = None
-            self._transients += 1
-            if self._transients > self.job.transient_retries:
-                self._stop(
-                    Exit.RECOVERY_FAILED,
-                    f"communication failed {self._transients} times with every node alive, the last time with: {text}",
-                )
-                return
-            self._declare(f"communication error with every node alive: {text}")
+            self._transient(text)
         if self._deadline is not None and self._now >= self._deadline:
-            done = {
-                Phase.ARRIVING: set(self._offers),
-                Phase.PREPARING: self._reached,
-                Phase.FORMING: self._reached,
-                Phase.RESTORING: self._saved if self._purpose == "save" and self._restored else self._resumed,
-            }.get(self.phase, set())
-            late = set(self._active()) - done
             self._deadline = None
-            if late:
-                self._lose(late, f"missed the deadline of phase '{self.phase.value}'")
+            if self._returning:
+                self._all_returned()
+            elif self._drain is not None:
+                self._move_out(self._drain[0])
+        self._judge_stalls()
+        recovery = self._recovery
+        if recovery is not None and recovery.deadline is not None and self._now >= recovery.deadline:
+            recovery.deadline = None
+            late_nodes = recovery.late()
+            if late_nodes:
+                self._lose(late_nodes, f"missed the deadline of phase '{recovery.phase.value}'")
+

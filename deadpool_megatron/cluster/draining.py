@@ -147,14 +147,14 @@ class NodeDurability:
         if self._resume is None or rank not in self._jobs:
             return None
         if self._resume < 0:
-            return r.Generation(0, -1, -1, "")
+            return r.Generation(0, -1, -1, "", {})
         if self._manifest is not None:
             here, there = self._jobs[rank].get("model", {}), self._manifest.job.get("model", {})
             differing = [name for name in [*here, *there] if here.get(name) != there.get(name)]
             if differing:
                 name = differing[0]
                 return self._not_fit(f"{name} is {there.get(name)} in it and {here.get(name)} here")
-        return r.Generation(0, self._resume, 0, self._shards.path_of(rank))
+        return r.Generation(0, self._resume, 0, self._shards.path_of(rank), {})
 
     # ---- draining
 

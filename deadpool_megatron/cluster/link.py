@@ -73,6 +73,7 @@ class Hub:
         assert isinstance(endpoint, bytes)
         self.port = int(endpoint.decode().rsplit(":", 1)[1])
         self._connection: dict[int, bytes] = {}
+        self._replaced: dict[int, list[bytes]] = {}
         self._poller = zmq.Poller()
         self._poller.register(self.socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -98,6 +99,10 @@ class Hub:
                 break
             fd = body.get(zmq.SRCFD)
             assert isinstance(fd, int)
+            before = self._connection.get(fd)
+            if before is not None and before != identity.bytes:
+                # The kernel gives a closed descriptor's number to the next connection before we hear of the end.
+                self._replaced.setdefault(fd, []).append(before)
             self._connection[fd] = identity.bytes
             on_packet(identity.bytes, body.bytes)
         while self._monitor in ready:
@@ -105,7 +110,9 @@ class Hub:
                 event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
             except zmq.Again:
                 break
-            gone = self._connection.pop(int(event["value"]), None)
+            fd = int(event["value"])
+            older = self._replaced.get(fd)
+            gone = older.pop(0) if older else self._connection.pop(fd, None)
             if gone is not None and gone not in self._connection.values():
                 on_gone(gone)
 
@@ -135,11 +142,38 @@ class Spoke:
         self.socket.curve_publickey = public
         self.socket.curve_secretkey = private
         _heartbeats(self.socket, lease_s)
+        self.socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing waits for a connection: the other end may have a new state
+        self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self.connected = False
         self.socket.connect(f"tcp://{endpoint}")
 
-    def send(self, packet: bytes) -> None:
-        """Queue one packet; never blocks for the network."""
-        self.socket.send(packet)
+    def changed(self) -> bool:
+        """Look at the ``monitor`` socket: True when the connection has come up or gone since the last look."""
+        before = self.connected
+        news = False
+        while True:
+            try:
+                event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
+            except zmq.Again:
+                return news or before != self.connected
+            news = True
+            self.connected = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+
+    def send(self, packet: bytes, timeout_s: float = 10.0) -> bool:
+        """Send one packet once the connection is up; False when it did not come up in time."""
+        if not self.socket.poll(int(timeout_s * 1000), zmq.POLLOUT):
+            return False
+        return self.post(packet)
+
+    def post(self, packet: bytes) -> bool:
+        """Send one packet if the connection is up, else drop it: what counts is told again when it comes up."""
+        try:
+            self.socket.send(packet, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def receive(self, timeout_s: float = 0.0) -> bytes | None:
         """One packet, or None when none came within ``timeout_s`` seconds."""
@@ -151,5 +185,7 @@ class Spoke:
 
     def close(self) -> None:
         """Give queued packets a second to leave, then close."""
+        self.socket.disable_monitor()
+        self.monitor.close(linger=0)
         self.socket.close(linger=1000)
         self._context.term()

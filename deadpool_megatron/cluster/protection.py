@@ -71,11 +71,19 @@ class Protection:
         coordinates: Mapping[int, CoordinateInfo],
         shard_bytes: int,
         slots_per_node: int,
+        groups: Groups | None = None,
     ) -> Groups:
-        """Training is about to begin: place everything. ``shard_bytes``: of the largest shard, small state included."""
+        """Training is about to begin: place everything.
+
+        Args:
+            shard_bytes: of the largest shard, small state included.
+            groups: as they were placed already (a coordinator that starts again).
+        """
         self._nodes = placing.nodes_of(assignment)
         self._shard_bytes, self._slots_per_node = shard_bytes, slots_per_node
-        self.groups = place(self._nodes, self.scheme, parallel_groups(assignment, coordinates), self._labels)
+        if groups is None:
+            groups = place(self._nodes, self.scheme, parallel_groups(assignment, coordinates), self._labels)
+        self.groups = groups
         self._decided(assignment)
         self._bare, self._covered = set(self._nodes), set()
         return self.groups

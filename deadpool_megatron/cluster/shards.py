@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.vault import (
@@ -228,6 +229,15 @@ class Shards:
         best = kept or versions
         return best[-1] if best else None
 
+    def corrupt(self, rank: int) -> None:
+        """A fault for tests: overwrite some bytes of the newest complete own copy, as failing memory would."""
+        arena = self.vault.arena(rank, "own")
+        if arena is not None:
+            complete = [slot for slot in arena.slots if slot.complete]
+            if complete:
+                newest = max(complete, key=lambda slot: slot.begin)
+                newest.unique[:64] = bytes(64 - i for i in range(64))
+
     def path_of(self, rank: int) -> str:
         """The file of a rank's own arena; empty when there is none."""
         arena = self.vault.arena(rank, "own")
@@ -239,11 +249,13 @@ class Shards:
 
         def work() -> None:
             error = ""
+            points.reach("fetch.before")
             try:
                 place: tuple[str, int] | Vault = (address.host, address.port) if address is not None else self.vault
                 fetch(self.vault, self._secret, place, rank, epoch, version)
             except VaultError as err:
                 error = str(err)
+            points.reach("fetch.after")
             got = None if error else (version.epoch, version.generation)
             self.tell(FetchDone(rank, epoch, generation, source.node, got, error))
 

@@ -15,13 +15,28 @@ from typing import Protocol
 import msgspec
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
 
-__all__ = ["ADOPTED", "CONTROL_FD", "DOORBELL_FD", "PARENT_PID", "Worker", "end_group", "start_worker"]
+__all__ = [
+    "ADOPTED",
+    "CONTROL_FD",
+    "DOORBELL_FD",
+    "PARENT_PID",
+    "STACKS_FILE",
+    "STACKS_SIGNAL",
+    "Worker",
+    "ask_for_stacks",
+    "end_group",
+    "is_stopped",
+    "start_worker",
+]
 
 CONTROL_FD = "DEADPOOL_CONTROL_FD"
 DOORBELL_FD = "DEADPOOL_DOORBELL_FD"
 PARENT_PID = "DEADPOOL_AGENT_PID"
 ADOPTED = "DEADPOOL_ADOPTED"  # set in a worker that its agent has not started
+STACKS_FILE = "DEADPOOL_STACKS_FILE"
+STACKS_SIGNAL = signal.SIGRTMIN + 5  # Megatron and its users may have handlers for the ones with names
 _MAX_PACKET = 1 << 17
 
 
@@ -47,11 +62,15 @@ class Worker:
     control: socket.socket
     doorbell: int
     rank: int | None
+    page: PulsePage
     parked: bool = False
     in_loop: bool = False
     began: bool = False
     exited: bool = False
+    retired: bool = False
     arrived: r.Arrived | None = None
+    registered: r.Registered | None = None
+    exit_code: int | None = None
     reached: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -79,6 +98,7 @@ class Worker:
     def close(self) -> None:
         """Release the descriptors of a worker that has been reaped."""
         self.control.close()
+        self.page.close()
         os.close(self.pidfd)
         os.close(self.doorbell)
 
@@ -88,12 +108,14 @@ def start_worker(
 ) -> Worker:
     """Start a worker in a process group (and session) of its own, its output going to ``log``.
 
-    It inherits one end of a control socket and the doorbell, an eventfd it rings when its shard has grown; nobody else
-    can reach either.
+    It inherits one end of a control socket, the doorbell, an eventfd it rings when its shard has grown, and the page of
+    its progress; nobody else can reach them.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    page = PulsePage.create()
     env = dict(environment)
+    env[PULSE_FD] = str(page.fd)
     env[CONTROL_FD] = str(theirs.fileno())
     env[DOORBELL_FD] = str(doorbell)
     env[PARENT_PID] = str(os.getpid())
@@ -104,14 +126,38 @@ def start_worker(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            pass_fds=(theirs.fileno(), doorbell),
+            pass_fds=(theirs.fileno(), doorbell, page.fd),
             start_new_session=True,
         )
     theirs.close()
-    return Worker(local, process, os.pidfd_open(process.pid), ours, doorbell, rank)
+    return Worker(local, process, os.pidfd_open(process.pid), ours, doorbell, rank, page)
 
 
 def end_group(pid: int, signum: signal.Signals) -> None:
     """Signal a worker's whole process group: a forked data loader worker would keep its sockets open."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signum)
+
+
+def is_stopped(pid: int) -> bool:
+    """The process is stopped by a signal (state T of proc(5))."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
+
+
+def ask_for_stacks(pid: int, file: Path) -> None:
+    """Write what the kernel says of a stuck worker to ``file``, and have the worker add the stacks of its threads.
+
+    A stopped worker is let run for that: its epoch is over for it, so nothing it does can count any more.
+    """
+    with open(file, "a") as f:
+        for name in ("status", "wchan", "syscall"):
+            with contextlib.suppress(OSError):
+                f.write(f"--- /proc/{pid}/{name}\n{Path(f'/proc/{pid}/{name}').read_text().rstrip()}\n")
+        f.write("--- Python stacks, innermost call first\n")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, STACKS_SIGNAL)
+        os.kill(pid, signal.SIGCONT)

@@ -114,6 +114,10 @@ class Communicators:
         """True until the first `reform` of a spare."""
         return self._standby
 
+    def is_waiting(self) -> bool:
+        """A thread of this process is inside `Work.wait`. From any thread."""
+        return self._waits.anybody
+
     def table_digest(self) -> str:
         """Hash of the table of groups. Must be equal on all ranks and on the spare before they re-form."""
         return self._table.digest()

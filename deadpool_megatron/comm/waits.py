@@ -65,6 +65,11 @@ class Waits:
         wait.__wrapped__ = native  # type: ignore[attr-defined]
         bindings.Work.wait = wait
 
+    @property
+    def anybody(self) -> bool:
+        """A thread is inside a wait now."""
+        return bool(self._inside)
+
     def clear_out(self, gloo_backends: list[Any], grace: float, deadline: float) -> tuple[int, int, int]:
         """With the flag set and the connections ended, get every thread out. Blocks until `deadline` at most.
 

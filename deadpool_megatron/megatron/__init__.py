@@ -1,7 +1,8 @@
 """Everything that knows Megatron: the hooks, what its state is, how it is captured and put back."""
 
+from deadpool_megatron.megatron.faults import arm
 from deadpool_megatron.megatron.hooks import Hooks
 from deadpool_megatron.megatron.standby import follow_imports, warm_up
 from deadpool_megatron.support import SUPPORTED, UserError, check_version
 
-__all__ = ["SUPPORTED", "Hooks", "UserError", "check_version", "follow_imports", "warm_up"]
+__all__ = ["SUPPORTED", "Hooks", "UserError", "arm", "check_version", "follow_imports", "warm_up"]

@@ -11,6 +11,8 @@ Every hook replaces a module global that upstream looks up at call time:
                                           ``train_step``: a generation opens and ends
                                           ``training_log``: printed averages survive a re-entry
                                           ``checkpoint_and_decide_exit``: the count of operations so far
+                                          ``evaluate_and_print_results``, ``save_checkpoint_and_time``,
+                                          ``maybe_finalize_async_save``: done once for an iteration
 ``core.pipeline_parallel.schedules``      ``backward_step``: ticks; forward ticks wrap ``forward_step_func``
 ========================================  ===============================================================
 """
@@ -30,7 +32,9 @@ from typing import Any
 import torch
 
 from deadpool_megatron import config as settings
+from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.pulse import PulsePage
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.megatron import saving, state_hash
 from deadpool_megatron.megatron.adapters import current
@@ -56,6 +60,7 @@ class Hooks:
         doorbell: the eventfd the agent listens to.
         store: makes the client of the rendezvous store for re-forming.
         standby: this process is a spare taking over a coordinate.
+        page: where the agent sees the progress.
     """
 
     session: Session
@@ -64,11 +69,13 @@ class Hooks:
     doorbell: int
     store: Callable[[], torch.distributed.Store]
     standby: bool
+    page: PulsePage
     trainer: MegatronTrainer | None = None
     phase: str = "setup"
     iteration: int = -1
     durable: r.Generation | None = None
     _data: DataPosition = field(default_factory=DataPosition)
+    _rejoined: bool = False
     _originals: dict[str, Any] = field(default_factory=dict)
     _series: Series = field(default_factory=Series)
 
@@ -90,6 +97,9 @@ class Hooks:
         self._replace(training, "train", self._train)
         self._replace(training, "train_step", self._train_step)
         self._replace(training, "training_log", self._training_log)
+        self._replace(training, "evaluate_and_print_results", self._evaluate)
+        self._replace(training, "save_checkpoint_and_time", self._save_once)
+        self._replace(training, "maybe_finalize_async_save", self._finalize_async_save)
         self._replace(training, "checkpoint_and_decide_exit", self._checkpoint_and_decide_exit)
         self._replace(schedules, "backward_step", self._backward_step)
 
@@ -117,6 +127,8 @@ class Hooks:
     def _initialize(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args
 
+        if self.standby:
+            points.reach("take-over.building")
         check_arguments(get_args())
         if self.standby:
             # A checkpoint to load would be read by collectives; the spare's state comes from a vault.
@@ -177,11 +189,13 @@ class Hooks:
             a["config"],
             (a["train_data_iterator"], a["valid_data_iterator"]),
             functools.partial(self._data.rebuild, megatron_args),
+            self.page,
         )
         self.trainer = trainer
         a["forward_step_func"] = _ticking(a["forward_step_func"], trainer)
         can_rescue = bool(megatron_args.save) and torch.distributed.get_backend() != "nccl"
         if self.standby:
+            points.reach("take-over.built")
             trainer.adopt_iterators(megatron_args.iteration)
             can_rescue = True
         if self.durable is not None:
@@ -257,6 +271,7 @@ class Hooks:
         except UnexplainedError:
             raise error if error is not None else UserError("the recovery was given up") from None
         self.standby = False
+        self._rejoined = True
         return declared
 
     def _export(self, a: dict[str, Any]) -> None:
@@ -315,9 +330,66 @@ class Hooks:
     def _checkpoint_and_decide_exit(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """The last call of every iteration, and the one that is told ``train``'s running count of operations."""
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
-        if self.trainer is not None:
-            self.trainer.small_state.flops = bound["num_floating_point_operations_so_far"]
+        trainer = self.trainer
+        if trainer is None:
+            return original(*args, **kwargs)
+        trainer.small_state.flops = bound["num_floating_point_operations_so_far"]
+        if self._rejoined:
+            self._rejoined = False
+            self._pay_what_is_owed(bound)
         return original(*args, **kwargs)
+
+    def _pay_what_is_owed(self, a: dict[str, Any]) -> None:
+        """An asynchronous checkpoint went down with the lost node: save the state of now in its place."""
+        from megatron.training import get_args, training
+
+        assert self.trainer is not None
+        args = get_args()
+        if args.save and self.trainer.once.owed(a["iteration"], args.save_interval):
+            training.save_checkpoint_and_time(
+                a["iteration"],
+                a["model"],
+                a["optimizer"],
+                a["opt_param_scheduler"],
+                a["num_floating_point_operations_so_far"],
+                a["checkpointing_context"],
+                train_data_iterator=a["train_data_iterator"],
+            )
+
+    def _evaluate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer = self.trainer
+        if trainer is None:
+            return original(*args, **kwargs)
+        iteration = inspect.signature(original).bind(*args, **kwargs).arguments["iteration"]
+        points.reach("evaluation.before")
+        with trainer.once.quiet_if(trainer.once.done("evaluation", iteration)):
+            result = original(*args, **kwargs)
+        trainer.once.tell("evaluation", iteration)
+        points.reach("evaluation.after")
+        return result
+
+    def _save_once(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer = self.trainer
+        if trainer is None:
+            return original(*args, **kwargs)
+        from megatron.training import get_args
+
+        iteration = inspect.signature(original).bind(*args, **kwargs).arguments["iteration"]
+        if trainer.once.done("save", iteration):
+            return None
+        points.reach("save.before")
+        trainer.once.save_begins(iteration)
+        result = original(*args, **kwargs)
+        points.reach("save.after")
+        if not get_args().async_save:
+            trainer.once.save_ends()
+        return result
+
+    def _finalize_async_save(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if self.trainer is not None:
+            self.trainer.once.save_ends()
+        return result
 
     def _training_log(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Upstream's first call after entering ``train`` starts new averages; ours go on where the generation was."""
@@ -331,7 +403,12 @@ class Hooks:
             totals.clear()
             totals.update(state.log)
             bound.arguments["is_first_iteration"] = False
-        result = original(*bound.args, **bound.kwargs)
+        iteration = bound.arguments["iteration"]
+        points.reach("log.before")
+        with trainer.once.quiet_if(trainer.once.done("log", iteration)):
+            result = original(*bound.args, **bound.kwargs)
+        trainer.once.tell("log", iteration)
+        points.reach("log.after")
         state.log = dict(totals)
         state.logged_before = True
         self._series.write(trainer, bound.arguments["iteration"])
@@ -350,8 +427,11 @@ def _ticking(forward_step: Any, trainer: MegatronTrainer) -> Any:
     def ticking(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             trainer.tick()
-        else:
-            trainer.check()
+            start = time.perf_counter_ns()
+            result = forward_step(*args, **kwargs)
+            trainer.forward_took(time.perf_counter_ns() - start)
+            return result
+        trainer.evaluate()
         return forward_step(*args, **kwargs)
 
     return ticking

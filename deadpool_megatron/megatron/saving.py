@@ -33,7 +33,7 @@ def drop_unfinished_saves(rank: int) -> int:
     if dropped:
         print(
             f"deadpool: rank {rank}: {len(dropped)} asynchronous checkpoint(s) were being written when the node was "
-            "lost, and are dropped; the one before stays the latest until the next save",
+            "lost, and are dropped; the state after the next iteration is saved in their place",
             file=sys.stderr,
             flush=True,
         )

@@ -36,6 +36,7 @@ MUTABLE_ARGS: Final = (
     "do_valid",
     "do_test",
     "eval_iters",
+    "deadpool_first_iteration",
 )
 _LOGGED: Final = 256  # sums of losses that are staged; Megatron has a handful
 # What the rerun state machine counts from iteration to iteration; its reports are collectives at every Nth.

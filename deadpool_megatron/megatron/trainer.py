@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -15,13 +14,16 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
 
+from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.workers import PARENT_PID
+from deadpool_megatron.cluster.pulse import PulsePage
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.megatron.description import describe_layout
+from deadpool_megatron.megatron.faults import strike
 from deadpool_megatron.megatron.links import Links
 from deadpool_megatron.megatron.loss_report import LossReport
+from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import reset_after_abort, synchronize_parameters
 from deadpool_megatron.megatron.saving import drop_unfinished_saves
@@ -30,9 +32,11 @@ from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
 from deadpool_megatron.recovery import Refused, Session
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
 from deadpool_megatron.support import UserError
-from deadpool_megatron.vault import EMPTY, SlotWriter, Version, numa_node_of_device, numa_node_of_process
+from deadpool_megatron.vault import SlotWriter, Version, numa_node_of_device, numa_node_of_process
 
 __all__ = ["EpochClosed", "MegatronTrainer"]
+
+_FOR_EVER_S = 365 * 86400.0  # the coordinator declares the next epoch, or the job ends
 
 
 class EpochClosed(BaseException):
@@ -49,6 +53,7 @@ class MegatronTrainer:
         model: list of model chunks (DDP), as `train` gets it.
         iterators: the data iterators `train` gets, nested as they are.
         rebuild: makes those iterators anew at a generation in the own vault, nested the same, without communication.
+        page: where the agent sees the progress.
     """
 
     latest: ClassVar[MegatronTrainer | None] = None  # for measurements
@@ -66,6 +71,7 @@ class MegatronTrainer:
         model_config: Any,
         iterators: Iterable[Any],
         rebuild: Callable[[r.Generation], Iterable[Any]],
+        page: PulsePage,
     ) -> None:
         self._rebuild = rebuild
         self._session = session
@@ -76,7 +82,13 @@ class MegatronTrainer:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._model_config = model_config
+        self._page = page
+        if not hasattr(args, "deadpool_first_iteration"):  # a spare has it from the small state
+            args.deadpool_first_iteration = args.iteration
         self.rank = torch.distributed.get_rank()
+        self.once = Once(
+            session, self.rank, torch.distributed.get_world_size(), args.log_interval, args.deadpool_first_iteration
+        )
         self._unique = UniqueState(optimizer)
         self.small_state = SmallState(args, model, optimizer, scheduler)
         self._plan = ShardPlan([*self._unique.items(), *self.small_state.items()], config.slice_bytes)
@@ -103,6 +115,7 @@ class MegatronTrainer:
         self._ticks = 0
         self._blocked = 0.0
         self._fault: r.Fault | None = None
+        self._slow_s = 0.0
         self._resumed_epoch = session.joined_epoch
         self._first = (-1, -1)
         self._host_must_wait = args.clip_grad == 0 and not _emulated()
@@ -158,7 +171,7 @@ class MegatronTrainer:
             self._snapshotter.gate()
         end = time.monotonic() + deadline_s
         # A word in shared memory that the agent writes; this is start-up, so looking at it now and then will do.
-        while self._writer.arena.kept == EMPTY and time.monotonic() < end:
+        while self._writer.kept is None and time.monotonic() < end:
             self.check()
             time.sleep(0.005)
 
@@ -167,7 +180,10 @@ class MegatronTrainer:
     def begin(self, iteration: int) -> None:
         """Generation ``iteration`` opens: nothing of it has changed yet."""
         start = time.perf_counter()
+        points.iteration_is(iteration)
+        points.reach("small-state.before")
         self.check()
+        self._page.enter(iteration)
         if self.paused:
             self._blocked = 0.0
             return
@@ -175,18 +191,41 @@ class MegatronTrainer:
         self._mark("begin")
         self._small = self.small_state.capture(iteration)
         self._small_generation = iteration
+        # As far back as a recovery may go: to the committed generation, which grows old while the coordinator is away.
         keep_from = iteration - 2 * self._config.snapshot_interval
+        kept = self._writer.kept
+        if kept is not None:
+            keep_from = min(keep_from, kept.generation)
         for replay in self._replays:
             replay.mark(iteration, keep_from)
         self.live_generation = iteration
         self._ticks = 0
-        self._fault = next((f for f in session.armed if f.iteration == iteration and self._hits(f)), None)
+        points.reach("small-state.after")
+        self._fault = next(
+            (f for f in session.armed if f.iteration == iteration and not f.point and self._hits(f)), None
+        )
+        hold = session.hold
+        if hold is not None and hold.epoch == session.joined_epoch and iteration >= hold.iteration:
+            self._hold_still(hold, iteration)
         if iteration % self._config.snapshot_interval == 0 and self._first != (session.joined_epoch, iteration):
             self._snapshotter.open(session.joined_epoch, iteration, self._small, self._links.opened())
         if self._resumed_epoch != session.joined_epoch:
             self._resumed_epoch = session.joined_epoch
             session.step("resumed", session.joined_epoch, iteration)
         self._blocked = time.perf_counter() - start
+
+    def _hold_still(self, hold: r.Hold, iteration: int) -> None:
+        """A planned move: the generation goes to the vault at once; then wait. Raises EpochClosed."""
+        session = self._session
+        missed = iteration != hold.iteration
+        if not missed:
+            if self._first != (session.joined_epoch, iteration):
+                self._snapshotter.open(session.joined_epoch, iteration, self._small)
+                self._first = (session.joined_epoch, iteration)
+            self._snapshotter.gate()
+        session.tell(r.Held(session.joined_epoch, iteration, missed))
+        session.wait_newer(session.joined_epoch, _FOR_EVER_S)
+        raise EpochClosed
 
     def tick(self, backward: bool = False) -> None:
         """A forward or backward pass begins: copy the next slices, leave if the epoch is over."""
@@ -195,12 +234,26 @@ class MegatronTrainer:
         start = time.perf_counter()
         self._mark("backward" if backward else "forward")
         self._ticks += 1
+        self._page.beat()
         if self._fault is not None and self._ticks >= self._fault.tick:
-            self._strike(self._fault)
+            self._suffer(self._fault)
         self.check()
         self._losses.poll()
         self._snapshotter.tick(self._links.busy(backward))
         self._blocked += time.perf_counter() - start
+
+    def forward_took(self, nanoseconds: int) -> None:
+        """A forward pass of training is over."""
+        if self._slow_s:
+            time.sleep(self._slow_s)
+            nanoseconds += int(self._slow_s * 1e9)
+        self._page.forward(nanoseconds)
+
+    def evaluate(self) -> None:
+        """A forward pass of an evaluation begins."""
+        self._page.beat()
+        points.reach("evaluation.during")
+        self.check()
 
     def check(self) -> None:
         """Raises EpochClosed when a newer epoch has been declared."""
@@ -220,12 +273,17 @@ class MegatronTrainer:
             self.check()
             self.live_generation = None
             self._blocked += time.perf_counter() - start
-            return step(*args, **kwargs)
+            points.reach("optimizer-step.before")
+            result = step(*args, **kwargs)
+            points.reach("optimizer-step.after")
+            return result
 
         return step_with_ready_grads
 
     def end(self, iteration: int, loss: dict[str, Any], grad_norm: float | None, seconds: float) -> None:
         """Iteration ``iteration`` is over on this rank; tell about it if this rank knows the loss."""
+        points.reach("iteration.after")
+        self._page.leave()
         self._mark("end")
         if self.paused:
             return
@@ -300,17 +358,18 @@ class MegatronTrainer:
     def unwind(self) -> None:
         """Drop what the broken step left behind."""
         self._snapshotter.give_up()
+        self._page.leave()
         drop_unfinished_saves(self.rank)
         reset_after_abort(self._model, self._optimizer, self._model_config)
 
     def restore(self, agreed: r.Generation) -> None:
-        """Make the live state that of the agreed generation."""
+        """Make the live state that of the agreed generation. Raises VaultError, and has changed nothing then."""
         generation = agreed.generation
         if self.live_generation == generation and self._small_generation == generation:
             small = self._small
         else:
-            self.live_generation = None
             small = self._snapshotter.restore(Version(agreed.version_epoch, generation))
+        self.live_generation = None
         self.small_state.restore(small)
         self._small, self._small_generation = small, generation
         if not all(replay.remembers(generation) for replay in self._replays):
@@ -321,6 +380,7 @@ class MegatronTrainer:
             replay.rewind(generation)
         for each in self._reruns():
             each.replaying, each.saved_microbatches, each.replay_pos = False, [], 0
+        self.once.agreed(agreed.done)
         self.live_generation = generation
 
     def synchronize(self) -> None:
@@ -342,25 +402,12 @@ class MegatronTrainer:
     def _hits(self, fault: r.Fault) -> bool:
         return fault.local == int(os.environ["LOCAL_RANK"])
 
-    def _strike(self, fault: r.Fault) -> None:
-        """Die as the fault says: the whole node (agent and siblings), or this worker."""
-        # For `deadpool timeline`: the moment from which detection counts.
-        node = os.environ["DEADPOOL_NODE"]
-        print(f"deadpool: fault {fault.kind} strikes node {node} at {time.time():.6f}", flush=True)
-        if fault.kind == "kill":
-            agent = int(os.environ[PARENT_PID])
-            children = _children(agent)
-            os.kill(agent, signal.SIGKILL)
-            for pid in children:
-                if pid != os.getpid():
-                    os.kill(pid, signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _children(pid: int) -> list[int]:
-    import psutil
-
-    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    def _suffer(self, fault: r.Fault) -> None:
+        self._fault = None
+        if fault.kind == "slow":
+            self._slow_s = fault.seconds
+        else:
+            strike(fault)
 
 
 def _emulated() -> bool:

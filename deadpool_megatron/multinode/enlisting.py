@@ -91,8 +91,7 @@ def enlist(
                 secret, asked = found, 0.0
             assert spoke is not None and secret is not None
             if time.monotonic() - asked > _ASK_AGAIN_S:
-                spoke.send(request)
-                asked = time.monotonic()
+                asked = time.monotonic() if spoke.send(request, _LOOK_S) else 0.0
             packet = spoke.receive(_LOOK_S)
             if packet is None:
                 continue
@@ -133,7 +132,7 @@ class Lifeline:
 
     def __init__(self, spoke: Spoke) -> None:
         self._spoke = spoke
-        self.fd = spoke.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self.fd = spoke.monitor
         self.gone_since: float | None = None
 
     def look(self) -> None:
@@ -150,6 +149,4 @@ class Lifeline:
 
     def close(self) -> None:
         """Close the connection."""
-        self._spoke.socket.disable_monitor()
-        self.fd.close(linger=0)
         self._spoke.close()

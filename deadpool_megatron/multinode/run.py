@@ -36,7 +36,14 @@ from deadpool_megatron.config import ConfigError
 from deadpool_megatron.multinode.enlisting import Interrupted, Lifeline, address_towards, enlist, is_ours, resolve
 from deadpool_megatron.multinode.options import AgentPlan, check_agent
 from deadpool_megatron.multinode.secret import SecretSource
-from deadpool_megatron.processes import INTERRUPT, PREEMPT, Processes, agent_settings, coordinator_settings
+from deadpool_megatron.processes import (
+    INTERRUPT,
+    PREEMPT,
+    CoordinatorProcess,
+    Processes,
+    agent_settings,
+    coordinator_settings,
+)
 from deadpool_megatron.tee import Tee
 from deadpool_megatron.vault import clean_leftovers, process_alive
 from deadpool_megatron.versions import UserError
@@ -72,38 +79,19 @@ class _Signals:
         return bool(self.caught)
 
 
-@dataclasses.dataclass(slots=True)
-class _Hosted:
-    """The coordinator as a child of this command."""
-
-    process: subprocess.Popen[Any]
-    port: int
-
-    def end(self) -> tuple[int, str]:
-        """The exit code and the message, once it has ended. Blocks until then."""
-        assert self.process.stdout is not None
-        message = self.process.stdout.read().decode().strip()
-        code = self.process.wait()
-        if code < 0:
-            return Exit.FAILED, f"the coordinator was ended by signal {-code}; the job is over"
-        return code, message
-
-
 def _start_coordinator(
     plan: AgentPlan, address: str, processes: Processes, source: SecretSource
-) -> tuple[_Hosted | None, int]:
+) -> tuple[CoordinatorProcess | None, int]:
     """The coordinator, listening; or None and the exit code it ended with."""
     job_id = f"{os.getpid()}-{secrets.token_hex(4)}"
     bind = address if is_ours(address) else "0.0.0.0"  # a service's address is nobody's
     settings = coordinator_settings(
         dataclasses.replace(plan.launch, host=address), job_id, source.make(), bind, plan.endpoint[1], plan.join_s
     )
-    process = processes.start("coordinator", settings, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line.strip():
-        return None, process.wait() or Exit.FAILED
-    return _Hosted(process, int(line.split()[0])), 0
+    hosted = CoordinatorProcess(processes, settings)
+    if not hosted.port:
+        return None, hosted.wait()[0] or Exit.FAILED
+    return hosted, 0
 
 
 @contextlib.contextmanager
@@ -169,7 +157,7 @@ def _agent(plan: AgentPlan) -> int:
         hosts = plan.hosts
         if hosts is None:
             hosts = is_ours(address) and stack.enter_context(_only_one_here(port))
-        hosted: _Hosted | None = None
+        hosted: CoordinatorProcess | None = None
         if hosts:
             hosted, code = _start_coordinator(plan, address, processes, source)
             if hosted is None:
@@ -205,25 +193,57 @@ def _agent(plan: AgentPlan) -> int:
         return code
 
 
-def _stop(hosted: _Hosted) -> int:
-    hosted.process.send_signal(INTERRUPT)
-    _, message = hosted.end()
+def _stop(hosted: CoordinatorProcess) -> int:
+    hosted.interrupt()
+    _, message = hosted.wait()
     print(f"deadpool: {message}", file=sys.stderr)
     return Exit.INTERRUPTED
 
 
 def _serve(
     plan: AgentPlan,
-    hosted: _Hosted | None,
+    hosted: CoordinatorProcess | None,
     agent: subprocess.Popen[Any] | None,
     lifeline: Lifeline | None,
     signals: _Signals,
 ) -> tuple[int, str]:
     """Wait for the end of what matters here: the coordinator if it is ours, else the agent."""
-    main = hosted.process if hosted is not None else agent
-    assert main is not None
+    why = ""
+    while True:
+        main = hosted.process if hosted is not None else agent
+        assert main is not None
+        why = _until_end(plan, main, agent, hosted, lifeline, signals) or why
+        if hosted is None:
+            break
+        if why or signals.caught:
+            hosted.interrupt()
+        end = hosted.revive()
+        if end is not None:
+            code, message = end
+            if why:
+                return Exit.USAGE, why
+            return (Exit.INTERRUPTED if signals.caught else code), message
+    code = main.wait()
+    if why:
+        return Exit.FAILED, why
+    if signals.caught:
+        return Exit.INTERRUPTED, "interrupted; the job goes on without this node while there are spares"
+    if code < 0:
+        return 128 - code, f"its agent was ended by signal {-code}"
+    return code, ""
+
+
+def _until_end(
+    plan: AgentPlan,
+    main: subprocess.Popen[Any],
+    agent: subprocess.Popen[Any] | None,
+    hosted: CoordinatorProcess | None,
+    lifeline: Lifeline | None,
+    signals: _Signals,
+) -> str:
+    """Until ``main`` has ended. Returns why this command made it end, if it did for a reason of its own."""
     poller = zmq.Poller()
-    ends = {os.pidfd_open(p.pid): p for p in (main, agent) if p is not None}
+    ends = {os.pidfd_open(p.pid): p for p in (main, agent) if p is not None and p.poll() is None}
     for fd in [*ends, signals.socket.fileno()]:
         poller.register(fd, zmq.POLLIN)
     if lifeline is not None and hosted is None:
@@ -253,19 +273,7 @@ def _serve(
     signals.preempt = None
     for fd in ends:
         os.close(fd)
-    if hosted is not None:
-        code, message = hosted.end()
-        if why:
-            return Exit.USAGE, why
-        return (Exit.INTERRUPTED if signals.caught else code), message
-    code = main.wait()
-    if why:
-        return Exit.FAILED, why
-    if signals.caught:
-        return Exit.INTERRUPTED, "interrupted; the job goes on without this node while there are spares"
-    if code < 0:
-        return 128 - code, f"its agent was ended by signal {-code}"
-    return code, ""
+    return why
 
 
 def _tee(plan: AgentPlan, node: int) -> Tee | None:

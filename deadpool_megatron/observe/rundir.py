@@ -18,25 +18,42 @@ from typing import Any, Final
 from deadpool_megatron.observe.narrative import paragraph
 from deadpool_megatron.observe.recoveries import Story
 
-__all__ = ["EVENTS", "JOB", "LOGS", "RECOVERIES", "STATUS", "EventTail", "RunDirectory", "follow_events", "read_events"]
+__all__ = [
+    "EVENTS",
+    "JOB",
+    "KEPT",
+    "LOGS",
+    "RECOVERIES",
+    "STATUS",
+    "EventTail",
+    "RunDirectory",
+    "follow_events",
+    "read_events",
+]
 
 STATUS: Final = "status.json"
 EVENTS: Final = "events.jsonl"
 JOB: Final = "job.json"
 LOGS: Final = "logs"
+KEPT: Final = "coordinator.json"
 RECOVERIES: Final = "recoveries.log"
 _COLUMNS: Final = 80
 
 
 class RunDirectory:
-    """Writer of a run directory. Made empty of an older run's files. Raises OSError when it cannot be made."""
+    """Writer of a run directory. Raises OSError when it cannot be made.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        fresh: make it empty of an older run's files; else go on with what is there.
+    """
+
+    def __init__(self, path: str | Path, fresh: bool = True) -> None:
         self.path = Path(path).absolute()
         (self.path / LOGS).mkdir(parents=True, exist_ok=True)
-        ours = [self.path / name for name in (STATUS, EVENTS, JOB, RECOVERIES)]
-        for old in [*(self.path / LOGS).iterdir(), *ours]:
-            old.unlink(missing_ok=True)
+        if fresh:
+            files = [self.path / name for name in (STATUS, EVENTS, JOB, KEPT, RECOVERIES)]
+            for old in [*(self.path / LOGS).iterdir(), *files]:
+                old.unlink(missing_ok=True)
         self._events = open(self.path / EVENTS, "a", buffering=1)  # noqa: SIM115 - open for the life of the run
         self._story = Story()
 
@@ -62,6 +79,18 @@ class RunDirectory:
     def job(self, job: dict[str, Any]) -> None:
         """Write ``job.json``, for the owner's eyes only."""
         self._replace(JOB, job, 0o600)
+
+    def keep(self, state: dict[str, Any]) -> None:
+        """Write what a coordinator that starts again has to know."""
+        self._replace(KEPT, state, 0o644)
+
+    def kept(self) -> dict[str, Any] | None:
+        """What `keep` wrote last; None when there is nothing."""
+        try:
+            kept: dict[str, Any] = json.loads((self.path / KEPT).read_text())
+        except FileNotFoundError:
+            return None
+        return kept
 
     def _replace(self, name: str, content: dict[str, Any], mode: int) -> None:
         temporary = self.path / f".{name}.{os.getpid()}"

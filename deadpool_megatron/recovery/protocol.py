@@ -17,9 +17,11 @@ from typing import Protocol
 
 from torch.distributed import Store
 
+from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.comm import Communicators, ReformError
 from deadpool_megatron.recovery.session import Session, Superseded
+from deadpool_megatron.vault import VaultError
 
 __all__ = ["Patience", "Trainer", "UnexplainedError", "rejoin"]
 
@@ -90,15 +92,27 @@ def rejoin(
         try:
             if not communicators.standby:
                 communicators.abort(epoch - 1)
+            points.reach("recovery.aborted")
             trainer.unwind()
+            points.reach("recovery.unwound")
             session.tell(r.Arrived(epoch, trainer.rank, trainer.live_generation))
             agreed = session.wait_generation(epoch)
-            trainer.restore(agreed)
+            points.reach("recovery.agreed")
+            try:
+                trainer.restore(agreed)
+            except VaultError as err:
+                # Bytes that are not those that were written are never trained on: another copy, or an older generation.
+                session.tell(r.Unreadable(epoch, agreed.generation, str(err)[:500]))
+                session.wait_form(epoch)
+            points.reach("recovery.restored-local")
             session.step("ready", epoch)
             session.wait_form(epoch)
+            points.reach("recovery.re-forming")
             report = communicators.reform(epoch, store())
             session.step("formed", epoch, report.groups)
+            points.reach("recovery.re-formed")
             trainer.synchronize()
+            points.reach("recovery.synchronized")
             session.joined_epoch = epoch
             session.step("restored", epoch)
             return declared

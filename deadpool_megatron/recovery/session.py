@@ -24,6 +24,7 @@ from typing import Literal
 
 import msgspec
 
+from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 
 __all__ = ["Refused", "Session", "Superseded"]
@@ -65,6 +66,9 @@ class Session:
         self._all_finished = -1
         self._arena: r.ArenaGranted | r.ArenaRefused | None = None
         self._armed: tuple[r.Fault, ...] = ()
+        self._hold: r.Hold | None = None
+        self.on_arm: Callable[[r.Fault], None] = lambda fault: None
+        self.is_waiting: Callable[[], bool] = lambda: False
         self.declared_epoch = 0
         self.joined_epoch = 0
         threading.Thread(target=self._watch, name="deadpool-watcher", daemon=True).start()
@@ -83,6 +87,9 @@ class Session:
             self._take(r.decode_to_worker(packet))
 
     def _take(self, record: r.WorkerTold) -> None:
+        if isinstance(record, r.Where):
+            self.tell(r.Whereabouts(record.query, self.is_waiting()))
+            return
         if isinstance(record, r.Declare) and record.epoch > self.declared_epoch:
             self.declared_epoch = record.epoch
             self._on_declare(record.epoch)
@@ -103,6 +110,9 @@ class Session:
                     self._arena = record
                 case r.Arm():
                     self._armed = (*self._armed, record.fault)
+                    self.on_arm(record.fault)
+                case r.Hold():
+                    self._hold = record
                 case r.Stop():
                     # Only a worker that its agent has not started is told; the others are ended by signal.
                     sys.stdout.flush()
@@ -121,13 +131,20 @@ class Session:
         """Faults to be injected in this worker's iterations."""
         return self._armed
 
+    @property
+    def hold(self) -> r.Hold | None:
+        """Where everybody is to wait for the next epoch (a planned move), if anywhere. Cheap."""
+        return self._hold
+
     def tell(self, record: msgspec.Struct) -> None:
         """Send one record to the agent; it is in the kernel when this returns."""
+        points.reach_record("worker", record)
         with contextlib.suppress(BrokenPipeError, ConnectionError):
             self._socket.send(r.encode(record))
 
     def step(self, step: r.Step, epoch: int, number: int = 0) -> None:
         """Tell the agent that this worker has reached a step."""
+        points.reach(f"step.{step}")
         self.tell(r.WorkerStep(step, epoch, number))
 
     def wait_take_over(self) -> r.TakeOver:

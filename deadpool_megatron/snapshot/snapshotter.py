@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from deadpool_megatron import points
 from deadpool_megatron.vault import NotHeld, SlotWriter, VaultError, Version
 
 from .engine import CopyEngine
@@ -105,6 +106,7 @@ class Snapshotter:
         slot = self._writer.open(epoch, generation, small)
         stats = self._stats = SnapshotStats(generation, skipped=self._writer.skipped)
         if slot is not None:
+            points.reach("slot.opened")
             self._engine.begin(slot)
             self._open = True
             self._next = self._asked = 0
@@ -209,9 +211,12 @@ class Snapshotter:
         first = self._next
         last = min(self._last, 1 + max(first, bisect_left(self._ends, until)))
         self._next = last
+        points.reach("slice.before")
         self._engine.copy(first, last)
+        points.reach("slice.after")
         before = self._ends[first - 1] if first else 0
         self._asked += self._ends[last - 1] - before
         self._stats.copied_bytes += self._ends[last - 1] - before
         if last == self._last:
+            points.reach("local.complete")
             self._engine.finish()  # at once, not at the gate: the commit begins when the last byte is there

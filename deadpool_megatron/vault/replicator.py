@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from deadpool_megatron import points
+
 from .arena import Arena, Slot
 from .errors import Refused, VaultError
 from .pace import SendPace
@@ -145,6 +147,7 @@ class Replicator:
                 ranks, self._rung = self._rung, set()
                 senders = {rank: list(each) for rank, each in self._senders.items()}
             for rank in ranks:
+                points.reach("checksum.chunk")
                 if self._vault.checksum(rank, _SUM_CHUNKS):
                     with self._changed:
                         self._rung.add(rank)  # perhaps there is more
@@ -278,6 +281,7 @@ class _Sender:
         version, small_bytes = unpack(word), slot.small_bytes
         if version is None or small_bytes == EMPTY or slot.turn != turn:
             return  # just being opened; the ring that follows brings us back
+        points.reach("peer-send.before")
         channel = self._connected(target, aim)
         info, vault = arena.info, self._vault
         part = target.part
@@ -340,6 +344,7 @@ class _Sender:
                 payload = slot.unique[(sent + shift - 1) * slot.chunk_bytes : (last + shift - 1) * slot.chunk_bytes]
             if slot.turn != turn:
                 raise _Aborted
+            points.reach("peer-send.chunk")
             with self._pace.sending(arena, len(payload)):
                 channel.send(Bytes(epoch, sent, sums), payload)
             sent = last

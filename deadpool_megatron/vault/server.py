@@ -8,6 +8,8 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 
+from deadpool_megatron import points
+
 from .arena import Arena, Kind, Slot
 from .discipline import choose, is_free
 from .errors import ChecksumMismatch, NotHeld, Refused, StaleEpoch, TransferFailed, VaultError, VaultFull
@@ -265,6 +267,7 @@ class VaultServer:
                 self._check_epoch(frame.epoch, f"shard of rank {rank}")
                 slot.mark_complete()
                 slot.seal()
+                points.reach("peer-receive.complete")
                 channel.send(Stored(self._vault.epoch))
                 return
             if not isinstance(frame, Bytes) or frame.first != done or done + len(frame.sums) > table:
@@ -276,6 +279,7 @@ class VaultServer:
                     self.mismatches += 1
                     raise ChecksumMismatch(f"shard of rank {rank}: {err}") from None
                 done += 1
+            points.reach("peer-receive.chunk")
 
     # ---- keeping parity
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from .arena import Arena, Slot
 from .discipline import choose
 from .errors import NotHeld, StaleEpoch, VaultError
-from .version import EMPTY, Version
+from .version import EMPTY, Version, unpack
 
 __all__ = ["SlotWriter"]
 
@@ -77,6 +77,11 @@ class SlotWriter:
         slot.put_small(small)
         self._slot = slot
         return slot  # the agent is rung with the first bytes: waking it twice would cost training a switch
+
+    @property
+    def kept(self) -> Version | None:
+        """The newest version the whole job has committed; None before the first."""
+        return unpack(self.arena.kept)
 
     def publish(self, nbytes: int) -> None:
         """The first ``nbytes`` of the unique area are final; the agent may read them from now on."""

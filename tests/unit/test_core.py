@@ -173,13 +173,52 @@ def test_every_node_can_be_lost_one_after_the_other_the_former_spares_included(n
     assert victim == 5
 
 
-def test_a_worker_that_dies_takes_its_node_out_of_the_job() -> None:
+def test_a_worker_that_dies_is_made_good_by_a_parked_spare_and_its_healthy_node_becomes_a_spare() -> None:
     job = SimulatedJob().train()
     job.feed(r.WorkerExited(2, 1, 5, 77, -9))
-    assert job.core.nodes[2].role == "lost" and "rank 5 ended (signal 9)" in job.events("detected")[0]["cause"]
-    assert job.told(r.Stop, node=2)[0].code == Exit.FENCED
+    assert job.core.nodes[2].role == "spare" and "rank 5 ended (signal 9)" in job.events("detected")[0]["cause"]
+    assert job.told(r.Declare)[-1].replaced == [4, 5] and not job.told(r.Stop)
     job.recover()
-    assert job.core.phase is Phase.RUNNING
+    assert job.core.phase is Phase.RUNNING and job.active == [0, 1, 3]
+    job.park([2])
+    job.lose(3)
+    job.recover()
+    assert job.core.phase is Phase.RUNNING and job.active == [0, 1, 2]
+
+
+def test_without_a_parked_spare_the_worker_is_started_again_in_its_own_slot() -> None:
+    job = SimulatedJob(nodes=3, spares=0).train()
+    job.feed(r.WorkerExited(2, 1, 5, 77, -9))
+    declared = job.told(r.Declare)[-1]
+    assert declared.replaced == [5] and declared.assignment[5] == SlotAddress(2, 1)
+    job.recover()
+    assert job.core.phase is Phase.RUNNING and job.core.nodes[2].role == "active"
+
+
+def test_a_node_whose_workers_die_again_and_again_is_a_bad_node() -> None:
+    job = SimulatedJob(nodes=4, spares=0).train()
+    for _ in range(job.core.job.worker_deaths):
+        job.feed(r.WorkerExited(2, 1, 5, 77, -9))
+        job.recover()
+    job.feed(r.WorkerExited(2, 1, 5, 77, -9))
+    assert job.core.nodes[2].role == "lost" and "4 of its workers ended" in job.events("detected")[-1]["cause"]
+
+
+def test_a_worker_that_crashes_in_the_same_iteration_again_is_not_made_good_a_second_time() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.iterate(4)
+    for expected in (None, Exit.REPEATED_ERROR):
+        slot = job.core.assignment[5]
+        job.feed(r.WorkerExited(slot.node, slot.local, 5, 77, -11))
+        if expected is None:
+            job.recover()
+    assert job.end[0] == Exit.REPEATED_ERROR and "rank 5 ended (signal 11)" in job.end[1]
+
+
+def test_a_parked_worker_that_dies_is_started_again() -> None:
+    job = SimulatedJob().train()
+    job.feed(r.WorkerExited(3, 1, None, 77, -9))
+    assert job.told(r.Respawn, node=3) == [r.Respawn(1)] and job.core.nodes[3].role == "spare"
 
 
 def test_a_loss_told_twice_is_one_loss() -> None:

@@ -166,7 +166,7 @@ def test_when_memory_cannot_answer_each_rank_is_read_as_a_version_of_the_new_epo
     node.capture(6)
     node.shards.vault.set_committed(0, 6)
     node.shards.vault.set_epoch(3)
-    node.durability.fetch(r.Agree(3, 5, {}, durable=NAME), {0: 0, 1: 1})
+    node.durability.fetch(r.Agree(3, 5, {}, {}, durable=NAME), {0: 0, 1: 1})
     done = [node.news(FetchDone) for _ in range(2)]
     assert done == [FetchDone(rank, 3, 5, -1, (3, 5), "") for rank in (0, 1)]
     assert bytes(node.writers[1].read(Version(3, 5))[1]) == bytes([6]) * UNIQUE
@@ -178,5 +178,5 @@ def test_a_durable_generation_that_cannot_be_read_is_answered_with_the_reason(dr
     (Path(node.durability._directory) / NAME / "rank-00001.safetensors").write_bytes(b"cut")
     node.durability.load(r.LoadShards(NAME, 5), [0, 1])
     assert "3 bytes instead of" in node.news(Loaded).error
-    node.durability.fetch(r.Agree(3, 5, {}, durable=NAME), {0: 0, 1: 1})
+    node.durability.fetch(r.Agree(3, 5, {}, {}, durable=NAME), {0: 0, 1: 1})
     assert "3 bytes instead of" in node.news(FetchDone).error

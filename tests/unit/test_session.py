@@ -95,8 +95,9 @@ def test_an_older_declaration_changes_nothing(line: Line) -> None:
     assert line.heard == [2] and line.session.declared_epoch == 2
 
 
+AGREED = r.Generation(1, 5, 0, "/arena", {})
 WAITS: dict[str, tuple[Callable[[Session], Any], Any, Any]] = {
-    "generation": (lambda s: s.wait_generation(1), r.Generation(1, 5, 0, "/arena"), r.Generation(1, 5, 0, "/arena")),
+    "generation": (lambda s: s.wait_generation(1), AGREED, AGREED),
     "form": (lambda s: s.wait_form(1), r.Form(1), None),
     "all finished": (lambda s: s.wait_all_finished(1), r.AllFinished(1), None),
 }
@@ -127,10 +128,10 @@ def test_records_of_an_older_epoch_end_no_wait(line: Line) -> None:
     assert line.session.wait_newer(1, 10)
     outcome = line.in_background(lambda: line.session.wait_generation(2))
     formed = line.in_background(lambda: line.session.wait_form(2))
-    line.tell(r.Generation(1, 4, 0, "/old"))
+    line.tell(r.Generation(1, 4, 0, "/old", {}))
     line.tell(r.Form(1))
-    line.tell(r.Generation(2, 5, 0, "/new"))
-    assert outcome() == r.Generation(2, 5, 0, "/new")
+    line.tell(r.Generation(2, 5, 0, "/new", {}))
+    assert outcome() == r.Generation(2, 5, 0, "/new", {})
     with pytest.raises(AssertionError, match="still waiting"):
         formed(0.1)
     line.tell(r.Form(2))

@@ -6,13 +6,20 @@ decoded, and nothing is ever unpickled. `VERSION` leads every packet, so that tw
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Collection
+
 import msgspec
 
+from deadpool_megatron import points
 from deadpool_megatron.cluster.records.agents import (
+    AddSpare,
     AgentRecord,
     Committed,
     Covered,
     DamagedCopy,
+    Did,
+    Drain,
     Enlist,
     FetchFailed,
     Finished,
@@ -20,14 +27,17 @@ from deadpool_megatron.cluster.records.agents import (
     Iteration,
     Join,
     NodeFormed,
+    NodeHeld,
     NodeReady,
     NodeRestored,
     NodeResumed,
     NoRoom,
     Offer,
+    Pace,
     PeerError,
     Registered,
     Saved,
+    Stalled,
     StateHash,
     VaultMemory,
     WorkerExited,
@@ -41,11 +51,15 @@ from deadpool_megatron.cluster.records.coordinators import (
     CommittedTo,
     CoordinatorRecord,
     Declare,
+    EndStuck,
     Enlisted,
     Form,
+    Hold,
     InjectReply,
     Placement,
+    Respawn,
     Roster,
+    SpareAdded,
     Stop,
 )
 from deadpool_megatron.cluster.records.durability import (
@@ -61,13 +75,16 @@ from deadpool_megatron.cluster.records.durability import (
     ShardsLoaded,
 )
 from deadpool_megatron.cluster.records.values import (
+    Act,
     Address,
     CoordinateInfo,
     Fault,
+    FaultKind,
     Purpose,
     Share,
     SlotAddress,
     Source,
+    Stall,
     Step,
 )
 from deadpool_megatron.cluster.records.workers import (
@@ -76,15 +93,21 @@ from deadpool_megatron.cluster.records.workers import (
     ArenaRequest,
     Arrived,
     Generation,
+    Held,
     Leaving,
     ShardReady,
     TakeOver,
+    Unreadable,
+    Where,
+    Whereabouts,
     WorkerRecord,
     WorkerStep,
     WorkerTold,
 )
 
 __all__ = [
+    "Act",
+    "AddSpare",
     "Address",
     "AgentRecord",
     "Agree",
@@ -102,16 +125,22 @@ __all__ = [
     "DamagedCopy",
     "Declare",
     "Described",
+    "Did",
+    "Drain",
     "DrainShards",
+    "EndStuck",
     "Enlist",
     "Enlisted",
     "Fault",
+    "FaultKind",
     "FetchFailed",
     "Finished",
     "Form",
     "Generation",
     "GenerationSealed",
     "GiveUpDrain",
+    "Held",
+    "Hold",
     "Inject",
     "InjectReply",
     "Iteration",
@@ -120,16 +149,19 @@ __all__ = [
     "LoadShards",
     "NoRoom",
     "NodeFormed",
+    "NodeHeld",
     "NodeReady",
     "NodeRestored",
     "NodeResumed",
     "Offer",
+    "Pace",
     "PeerError",
     "Placement",
     "PreemptionNotice",
     "Purpose",
     "RecordError",
     "Registered",
+    "Respawn",
     "ResumeAt",
     "Roster",
     "Saved",
@@ -140,11 +172,17 @@ __all__ = [
     "Share",
     "SlotAddress",
     "Source",
+    "SpareAdded",
+    "Stall",
+    "Stalled",
     "StateHash",
     "Step",
     "Stop",
     "TakeOver",
+    "Unreadable",
     "VaultMemory",
+    "Where",
+    "Whereabouts",
     "WorkerExited",
     "WorkerFailed",
     "WorkerReady",
@@ -158,7 +196,7 @@ __all__ = [
     "encode",
 ]
 
-VERSION = b"\x01"
+VERSION = b"\x02"
 
 
 class RecordError(ValueError):
@@ -213,3 +251,15 @@ def decode_to_worker(packet: bytes) -> WorkerTold:
         return _to_worker.decode(_body(packet, "agent"))
     except msgspec.MsgspecError as err:
         raise RecordError(f"malformed record from agent: {err}") from None
+
+
+def _names(union: object, without: Collection[str] = ()) -> list[str]:
+    return [name for record in typing.get_args(union) if (name := points.kebab(record.__name__)) not in without]
+
+
+# Every message and every step is a crash point. Tools are not in the job; a worker's steps have points of their own.
+points.add("worker", "step", typing.get_args(Step), "a worker is about to tell that it is {}")
+points.add("worker", "worker", _names(WorkerRecord, ["worker-step"]), "a worker is about to send {}")
+_TOOLS = ("inject", "drain", "enlist", "add-spare")
+points.add("agent", "agent", _names(AgentRecord, _TOOLS), "an agent is about to send {}")
+points.add("coordinator", "coordinator", _names(CoordinatorRecord), "the coordinator is about to send {}")

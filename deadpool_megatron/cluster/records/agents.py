@@ -12,11 +12,16 @@ from deadpool_megatron.cluster.records.durability import (
     ShardsDrained,
     ShardsLoaded,
 )
-from deadpool_megatron.cluster.records.values import CoordinateInfo, Fault, Record
+from deadpool_megatron.cluster.records.values import Act, CoordinateInfo, Fault, Record, Stall
 
 
 class Join(Record, frozen=True):
-    """An agent is up, its vault listens and its workers are started."""
+    """An agent is up, its vault listens and its workers are started.
+
+    Told again whenever the connection to the coordinator comes back: ``epoch`` is the one the agent stands in and
+    ``settled`` says that all its workers train in it, or wait parked. ``respawns``: the agent can start a worker again
+    (not one that another launcher has started).
+    """
 
     node: int
     pid: int
@@ -24,6 +29,9 @@ class Join(Record, frozen=True):
     vault_port: int
     worker_pids: list[int]
     domains: dict[str, str] = msgspec.field(default_factory=dict)
+    epoch: int = 0
+    settled: bool = True
+    respawns: bool = True
 
 
 class WorkerReady(Record, frozen=True):
@@ -228,6 +236,51 @@ class Saved(Record, frozen=True):
     directory: str
 
 
+class Stalled(Record, frozen=True):
+    """A worker has made no progress for ``seconds``, far longer than its own pace explains.
+
+    ``state``: "waiting" inside a communication, for somebody else; "busy" in code of its own; "silent" when not even
+    its watcher thread answers (stopped, or stuck in a call that holds the interpreter).
+    """
+
+    epoch: int
+    node: int
+    rank: int
+    iteration: int
+    seconds: float
+    state: Stall
+
+
+class Pace(Record, frozen=True):
+    """Seconds a microbatch's forward pass took of late, mean by rank of the node."""
+
+    node: int
+    iteration: int
+    forward_s: dict[int, float]
+
+
+class NodeHeld(Record, frozen=True):
+    """All workers of a node wait at the start of ``iteration`` with its generation in the own vault.
+
+    ``missed``: at least one was past it already.
+    """
+
+    epoch: int
+    node: int
+    iteration: int
+    missed: bool
+
+
+class Did(Record, frozen=True):
+    """What is to be done once for an iteration has been done: a line of the log, an evaluation, a checkpoint."""
+
+    node: int
+    rank: int
+    epoch: int
+    iteration: int
+    act: Act
+
+
 class Inject(Record, frozen=True):
     """`deadpool inject` asks the coordinator for a fault."""
 
@@ -247,6 +300,18 @@ class Enlist(Record, frozen=True):
     spare_nodes: int
     slots_per_node: int
     flags: list[str]
+
+
+class Drain(Record, frozen=True):
+    """`deadpool drain` asks that a node's coordinates move to a spare at the next step boundary."""
+
+    node: int
+
+
+class AddSpare(Record, frozen=True):
+    """`deadpool join` asks for a number for a node that comes as a new spare."""
+
+    host: str
 
 
 AgentRecord = (
@@ -277,4 +342,10 @@ AgentRecord = (
     | GenerationSealed
     | ShardsLoaded
     | PreemptionNotice
+    | Drain
+    | AddSpare
+    | Stalled
+    | Pace
+    | NodeHeld
+    | Did
 )

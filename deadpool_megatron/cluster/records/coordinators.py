@@ -11,7 +11,7 @@ from deadpool_megatron.cluster.records.durability import (
     ResumeAt,
     SealGeneration,
 )
-from deadpool_megatron.cluster.records.values import Address, Fault, Purpose, Record, Share, SlotAddress, Source
+from deadpool_megatron.cluster.records.values import Act, Address, Fault, Purpose, Record, Share, SlotAddress, Source
 
 
 class Roster(Record, frozen=True):
@@ -52,11 +52,13 @@ class Agree(Record, frozen=True):
 
     ``rebuilds``: by rank of which no whole copy is left, for each part of its shard the shares to rebuild it from.
     ``durable`` names the durable generation that every rank is read from, when no vaults hold one.
+    ``done`` has, by act, the last iteration it was done for: what is repeated is not done a second time.
     """
 
     epoch: int
     generation: int
     sources: dict[int, Source]
+    done: dict[Act, int]
     rebuilds: dict[int, list[list[Share]]] = msgspec.field(default_factory=dict)
     durable: str = ""
 
@@ -98,8 +100,28 @@ class Arm(Record, frozen=True):
     fault: Fault
 
 
+class Respawn(Record, frozen=True):
+    """Start the parked worker of this slot again."""
+
+    local: int
+
+
+class Hold(Record, frozen=True):
+    """Every worker waits at the start of ``iteration`` for the next epoch: a planned move."""
+
+    epoch: int
+    iteration: int
+
+
+class EndStuck(Record, frozen=True):
+    """A worker is stuck: keep its stack traces, then end it."""
+
+    epoch: int
+    rank: int
+
+
 class InjectReply(Record, frozen=True):
-    """What became of an `Inject`: ``error`` is empty when it was accepted."""
+    """What became of an `Inject` or a `Drain`: ``error`` is empty when it was accepted."""
 
     error: str
 
@@ -114,6 +136,13 @@ class Enlisted(Record, frozen=True):
     job_id: str
     store_port: int
     error: str
+
+
+class SpareAdded(Record, frozen=True):
+    """The answer to `AddSpare`: the number the new node has, or why it cannot come."""
+
+    error: str
+    node: int
 
 
 CoordinatorRecord = (
@@ -133,4 +162,8 @@ CoordinatorRecord = (
     | GiveUpDrain
     | LoadShards
     | ResumeAt
+    | Respawn
+    | Hold
+    | EndStuck
+    | SpareAdded
 )

@@ -7,6 +7,8 @@ from typing import Literal
 import msgspec
 
 Purpose = Literal["resume", "save"]
+Act = Literal["log", "evaluation", "save"]
+Stall = Literal["waiting", "busy", "silent"]
 Step = Literal["parked", "ready", "formed", "restored", "resumed", "finished"]
 
 
@@ -59,16 +61,48 @@ class CoordinateInfo(Value, frozen=True):
     ep: int = 0
 
 
+FaultKind = Literal[
+    "kill",
+    "kill-worker",
+    "kill-agent",
+    "kill-coordinator",
+    "stop",
+    "stop-agent",
+    "hang",
+    "raise",
+    "crash",
+    "slow",
+    "corrupt",
+    "abort",
+]
+
+
 class Fault(Value, frozen=True):
     """A fault to be injected on a node.
 
-    With ``iteration`` None it fires at once. ``tick`` counts the forward and backward passes begun within the
-    iteration (1 is the first forward) on local worker ``local``. "abort" ends the epoch with every node alive: the
-    communicators are aborted and re-formed with the same assignment.
+    ==================  =========================================================================================
+    kill                SIGKILL for the agent and all its workers: the node is gone
+    kill-worker         SIGKILL for one worker
+    kill-agent          SIGKILL for the agent alone
+    kill-coordinator    SIGKILL for the coordinator (``node`` is not looked at)
+    stop, stop-agent    SIGSTOP: the worker, or the agent and its workers, hang and never answer
+    hang                the worker's training thread sleeps for ever in its own code
+    raise               the training thread raises an error, as a bug in user code would
+    crash               the worker dies of SIGSEGV
+    slow                every microbatch of the worker takes ``seconds`` longer from now on
+    corrupt             bytes of the worker's newest complete own copy are overwritten in the vault
+    abort               nobody dies: the communicators are aborted and re-formed with the same assignment
+    ==================  =========================================================================================
+
+    With ``iteration`` None it fires at once, else in that iteration, at the ``tick``-th forward or backward pass begun
+    within it (1 is the first forward) on local worker ``local``. With ``point`` it fires when the process passes that
+    crash point (`cluster.points`) in that iteration or later.
     """
 
-    kind: Literal["kill", "kill-worker", "abort"]
+    kind: FaultKind
     node: int
     local: int = 0
     iteration: int | None = None
     tick: int = 1
+    point: str = ""
+    seconds: float = 0.0

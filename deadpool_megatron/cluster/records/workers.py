@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from deadpool_megatron.cluster.records.agents import Iteration, PeerError, Registered, StateHash, WorkerFailed
-from deadpool_megatron.cluster.records.coordinators import AllFinished, Arm, Declare, Form, Stop
+from deadpool_megatron.cluster.records.agents import Did, Iteration, PeerError, Registered, StateHash, WorkerFailed
+from deadpool_megatron.cluster.records.coordinators import AllFinished, Arm, Declare, Form, Hold, Stop
 from deadpool_megatron.cluster.records.durability import Described
-from deadpool_megatron.cluster.records.values import Record, Step
+from deadpool_megatron.cluster.records.values import Act, Record, Step
 
 
 class WorkerStep(Record, frozen=True):
@@ -47,6 +47,29 @@ class Leaving(Record, frozen=True):
     code: int
 
 
+class Held(Record, frozen=True):
+    """A worker waits at the start of ``iteration``, its generation in the vault; ``missed``: it was past it."""
+
+    epoch: int
+    iteration: int
+    missed: bool
+
+
+class Whereabouts(Record, frozen=True):
+    """The answer to `Where`, by the watcher thread: is the training thread inside a communication?"""
+
+    query: int
+    waiting: bool
+
+
+class Unreadable(Record, frozen=True):
+    """The copy of the agreed generation in the own vault could not be used."""
+
+    epoch: int
+    generation: int
+    why: str
+
+
 WorkerRecord = (
     WorkerStep
     | ArenaRequest
@@ -59,6 +82,10 @@ WorkerRecord = (
     | Iteration
     | StateHash
     | Described
+    | Held
+    | Whereabouts
+    | Did
+    | Unreadable
 )
 
 
@@ -92,6 +119,15 @@ class Generation(Record, frozen=True):
     generation: int
     version_epoch: int
     path: str
+    done: dict[Act, int]
 
 
-WorkerTold = ArenaGranted | ArenaRefused | TakeOver | Generation | Declare | Form | AllFinished | Stop | Arm
+class Where(Record, frozen=True):
+    """Where is your training thread? To be answered at once by the watcher thread."""
+
+    query: int
+
+
+WorkerTold = (
+    Where | Hold | ArenaGranted | ArenaRefused | TakeOver | Generation | Declare | Form | AllFinished | Stop | Arm
+)

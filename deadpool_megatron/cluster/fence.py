@@ -1,0 +1,68 @@
+"""Is the coordinator gone, or are we? An agent that lost the coordinator asks the other agents.
+
+A node that reaches more than half of the nodes (itself counted) is on the side that goes on: then it is the coordinator
+that is away, and training must not notice. A node that does not is cut off: it fences itself, because the others have
+gone on, or will, without it.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Mapping
+
+from deadpool_megatron.cluster import records as r
+
+__all__ = ["Fence"]
+
+_CONNECT_S = 1.0
+
+
+class Fence:
+    """One agent's doubt. ``check`` is called a few times a second; connecting is done in a thread."""
+
+    def __init__(self, node: int, lease: float) -> None:
+        self._node = node
+        self._lease = lease
+        self._since: float | None = None
+        self._reached: int | None = None
+        self._asked: float | None = None
+        self._others = 0
+
+    def connected(self) -> None:
+        """The coordinator is there."""
+        self._since = None
+
+    def cut_off(self, vaults: Mapping[int, r.Address], now: float) -> bool:
+        """The connection to the coordinator is down. True when this node is on the smaller side."""
+        if self._since is None:
+            self._since, self._asked, self._reached = now, None, None
+        if now - self._since < self._lease:
+            return False
+        if self._reached is not None:
+            alone = (self._reached + 1) * 2 <= self._others + 1
+            self._reached = None
+            return alone
+        if self._asked is None or now - self._asked > self._lease + _CONNECT_S:
+            self._asked = now
+            others = [a for node, a in vaults.items() if node != self._node]
+            self._others = len(others)
+            threading.Thread(target=self._ask, args=(others,), name="deadpool-fence", daemon=True).start()
+        return False
+
+    def _ask(self, others: list[r.Address]) -> None:
+        answers: list[bool] = []
+
+        def one(address: r.Address) -> None:
+            try:
+                socket.create_connection((address.host, address.port), _CONNECT_S).close()
+            except OSError:
+                return
+            answers.append(True)
+
+        threads = [threading.Thread(target=one, args=(a,), daemon=True) for a in others]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(2 * _CONNECT_S)
+        self._reached = len(answers)

@@ -1,0 +1,144 @@
+"""Who is in the job: nodes and their roles, the epoch, the assignment. Pure; survives the coordinator as a dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from deadpool_megatron.cluster import assignment as placing
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.job import JobSpec
+
+__all__ = ["Members", "NodeState"]
+
+GONE = ("lost", "left")
+
+
+@dataclass(slots=True)
+class NodeState:
+    """What is known of one node. Roles: active, spare, leaving (drained, still giving its shards), lost, left."""
+
+    node: int
+    role: str
+    agent_pid: int = 0
+    vault: r.Address | None = None
+    pids: dict[int, int] = field(default_factory=dict)
+    parked: set[int] = field(default_factory=set)
+    deaths: int = 0
+    respawns: bool = True
+
+    @property
+    def gone(self) -> bool:
+        """It has no say any more."""
+        return self.role in GONE
+
+
+class Members:
+    """All nodes that are or were in the job."""
+
+    def __init__(self, job: JobSpec) -> None:
+        self.job = job
+        self.epoch = 0
+        self.assignment = placing.initial(job.active_nodes, job.slots_per_node)
+        self.nodes = {n: NodeState(n, "active" if n < job.active_nodes else "spare") for n in range(job.nodes)}
+
+    # ---- questions
+
+    def active(self) -> list[int]:
+        """Nodes that hold a coordinate."""
+        return placing.nodes_of(self.assignment)
+
+    def ready_spares(self) -> list[int]:
+        """Spares all of whose workers are parked, lowest number first."""
+        return [n for n, s in sorted(self.nodes.items()) if s.role == "spare" and self.parked(n)]
+
+    def cold_spares(self) -> list[int]:
+        """Spares whose workers still start: worth waiting for, but the last resort."""
+        return [
+            n for n, s in sorted(self.nodes.items()) if s.role == "spare" and s.agent_pid and not self.parked(n)
+        ]
+
+    def parked(self, node: int) -> bool:
+        """Every worker of the node is parked."""
+        return len(self.nodes[node].parked) >= self.job.slots_per_node
+
+    def missing(self) -> set[int]:
+        """Nodes whose agent has not joined yet."""
+        return {n for n, s in self.nodes.items() if not s.gone and not s.agent_pid}
+
+    def gone(self, node: int) -> bool:
+        """Not in the job, or not any more."""
+        state = self.nodes.get(node)
+        return state is None or state.gone
+
+    def lost(self) -> list[int]:
+        """Nodes that were lost, in order of their numbers."""
+        return sorted(n for n, s in self.nodes.items() if s.role == "lost")
+
+    def vaults(self) -> dict[int, r.Address]:
+        """Where the vaults of the job listen, by node."""
+        return {n: s.vault for n, s in self.nodes.items() if s.vault is not None and not s.gone}
+
+    def ranks_of(self, node: int) -> list[int]:
+        """Coordinates on a node."""
+        return list(placing.ranks_of(self.assignment, node).values())
+
+    # ---- changes
+
+    def hand_over(self, taken_by: dict[int, int]) -> None:
+        """Spares take over the coordinates of other nodes; a healthy node that gave way becomes a spare itself."""
+        self.assignment = placing.replace_nodes(self.assignment, taken_by)
+        for node, spare in taken_by.items():
+            self.nodes[spare].role = "active"
+            if self.nodes[node].role == "active":
+                self.nodes[node].role = "spare"
+                self.nodes[node].parked.clear()
+
+    def add_spare(self) -> int:
+        """A new spare, whose agent is still to come. Numbers are never used again, so that nobody can be mixed up."""
+        node = max(self.nodes) + 1
+        self.nodes[node] = NodeState(node, "spare")
+        return node
+
+    # ---- a coordinator that starts again
+
+    def dump(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return {
+            "epoch": self.epoch,
+            "assignment": [[s.node, s.local] for s in self.assignment],
+            "nodes": [
+                {
+                    "node": s.node,
+                    "role": s.role,
+                    "agent_pid": s.agent_pid,
+                    "vault": [s.vault.host, s.vault.port] if s.vault else None,
+                    "pids": sorted(s.pids.items()),
+                    "deaths": s.deaths,
+                }
+                for s in self.nodes.values()
+            ],
+        }
+
+    def load(self, kept: dict[str, Any]) -> None:
+        """The opposite of `dump`. Who is parked is told again by the agents."""
+        self.epoch = kept["epoch"]
+        self.assignment = [r.SlotAddress(node, local) for node, local in kept["assignment"]]
+        self.nodes = {
+            n["node"]: NodeState(
+                n["node"],
+                n["role"],
+                n["agent_pid"],
+                r.Address(*n["vault"]) if n["vault"] else None,
+                {local: pid for local, pid in n["pids"]},
+                set(),
+                n["deaths"],
+            )
+            for n in kept["nodes"]
+        }
+
+
+def among(nodes: Iterable[int], members: Members) -> set[int]:
+    """Those of ``nodes`` that are in the job."""
+    return {n for n in nodes if not members.gone(n)}

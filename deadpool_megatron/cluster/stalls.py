@@ -1,0 +1,140 @@
+"""Who is stuck and who only waits for it; who is slow. Pure judgements on what agents and workers report."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from deadpool_megatron.cluster import records as r
+
+__all__ = ["Pulse", "StallJudge", "StallRule", "StragglerJudge"]
+
+_GAPS = 256
+SETTLE_S = 3.0
+FRESH_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class StallRule:
+    """When no progress is too long: ``factor`` times the longest gap of late, ``floor`` seconds at least.
+
+    Outside of training steps (an evaluation's end, a checkpoint, the first iteration) gaps have no pace: ``outside``
+    seconds then.
+    """
+
+    factor: float
+    floor: float
+    outside: float
+
+
+@dataclass(slots=True)
+class Pulse:
+    """One worker's progress as its agent sees it: a mark that grows, looked at now and then."""
+
+    rule: StallRule
+    mark: int = -1
+    since: float = 0.0
+    in_step: bool = False
+    _gaps: deque[float] = field(default_factory=lambda: deque(maxlen=_GAPS))
+
+    def look(self, mark: int, in_step: bool, now: float) -> float:
+        """The worker's mark is this now. Returns the seconds it has been over its limit; negative while it is not."""
+        if mark != self.mark:
+            if self.mark >= 0 and self.in_step and in_step:
+                self._gaps.append(now - self.since)
+            self.mark, self.since, self.in_step = mark, now, in_step
+        return now - self.since - self.limit()
+
+    def limit(self) -> float:
+        """How long the current gap may last, in seconds."""
+        if not self.in_step or len(self._gaps) < 8:
+            return self.rule.outside
+        return max(self.rule.floor, self.rule.factor * max(self._gaps))
+
+    def restart(self, now: float) -> None:
+        """A recovery has gone by: the gap that it made says nothing."""
+        self.since, self.in_step = now, False
+
+
+class StallJudge:
+    """One epoch's account of ranks without progress.
+
+    Who waits inside a communication waits for somebody else; the one that does not is stuck. What looks "busy" may wait
+    on a device, so it is judged only when others had time to report: when more than half of all ranks are busy, it is
+    the communication that is stuck. The same holds when every rank waits.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._reports: dict[int, tuple[r.Stall, float]] = {}
+        self._judged: set[int] = set()
+        self.due: float | None = None
+
+    def report(self, record: r.Stalled, now: float) -> None:
+        """A rank makes no progress; repeated every few seconds while that is so."""
+        self._reports[record.rank] = (record.state, now)
+        if record.rank not in self._judged and self.due is None and record.state != "waiting":
+            self.due = now if record.state == "silent" else now + SETTLE_S
+        elif len(self._fresh(now)) == self._world_size:
+            self.due = now
+
+    def verdict(self, now: float) -> tuple[list[int], bool]:
+        """(ranks that are stuck and not yet named, whether the communication itself is stuck)."""
+        self.due = None
+        fresh = self._fresh(now)
+        guilty = sorted(rank for rank, state in fresh.items() if state != "waiting")
+        if len(guilty) > self._world_size // 2 or (not guilty and len(fresh) == self._world_size):
+            return [], True
+        named = [rank for rank in guilty if rank not in self._judged]
+        self._judged.update(named)
+        return named, False
+
+    def _fresh(self, now: float) -> dict[int, r.Stall]:
+        return {rank: state for rank, (state, at) in self._reports.items() if now - at < FRESH_S}
+
+
+class StragglerJudge:
+    """Finds nodes that are slower than those that do the same work: their peers of the same pipeline stage.
+
+    A node is a straggler when the forward pass of one of its ranks takes ``factor`` times the fastest of its stage in
+    ``times`` reports in a row.
+    """
+
+    def __init__(self, factor: float = 1.5, times: int = 5) -> None:
+        self._factor = factor
+        self._times = times
+        self._latest: dict[int, float] = {}
+        self._streak: dict[int, int] = {}
+        self.named: dict[int, float] = {}
+
+    def report(
+        self, node: int, forward_s: Mapping[int, float], stage_of: Mapping[int, int]
+    ) -> float | None:
+        """A node's seconds a microbatch, by rank. Returns how many times slower it is when it becomes a straggler."""
+        self._latest.update(forward_s)
+        ratio = max((self._ratio(rank, stage_of) for rank in forward_s), default=1.0)
+        if ratio < self._factor:
+            self._streak[node] = 0
+            self.named.pop(node, None)
+            return None
+        self._streak[node] = self._streak.get(node, 0) + 1
+        if self._streak[node] < self._times or node in self.named:
+            return None
+        self.named[node] = ratio
+        return ratio
+
+    def forget(self, ranks: Iterable[int]) -> None:
+        """These coordinates have moved."""
+        for rank in ranks:
+            self._latest.pop(rank, None)
+        self._streak.clear()
+        self.named.clear()
+
+    def _ratio(self, rank: int, stage_of: Mapping[int, int]) -> float:
+        stage = stage_of.get(rank)
+        others = [s for other, s in self._latest.items() if other != rank and stage_of.get(other) == stage and s > 0]
+        if stage is None or not others:
+            return 1.0
+        return self._latest[rank] / statistics.median_low(others)

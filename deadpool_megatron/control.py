@@ -1,0 +1,209 @@
+"""`deadpool inject`, `deadpool drain`, `deadpool join`: commands that speak to a running job."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from deadpool_megatron import points
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.link import Spoke
+from deadpool_megatron.observe import EVENTS, JOB, read_events
+from deadpool_megatron.processes import end_with_parent
+
+__all__ = ["add_commands", "drain", "inject", "join"]
+
+_ANSWER_S = 10.0
+_POLL_S = 0.05
+
+
+class _NoJob(Exception):
+    """The job cannot be reached; the message is one line."""
+
+
+def _job(run_dir: str) -> dict[str, Any]:
+    path = Path(run_dir) / JOB
+    try:
+        job: dict[str, Any] = json.loads(path.read_text())
+    except OSError as err:
+        raise _NoJob(f"no job at {path}: {err.strerror}") from None
+    return job
+
+
+def _ask(job: dict[str, Any], run_dir: str, record: msgspec.Struct) -> r.InjectReply | r.SpareAdded:
+    spoke = Spoke(job["coordinator"], f"tool-{os.getpid()}", bytes.fromhex(job["secret"]), float(job["lease"]))
+    try:
+        packet = spoke.receive(_ANSWER_S) if spoke.send(r.encode(record), _ANSWER_S) else None
+    finally:
+        spoke.close()
+    if packet is None:
+        raise _NoJob(f"the job of {run_dir} does not answer: it is over, or not on this machine")
+    reply = r.decode_from_coordinator(packet)
+    assert isinstance(reply, r.InjectReply | r.SpareAdded)
+    if reply.error:
+        raise _NoJob(reply.error)
+    return reply
+
+
+def _fail(message: str) -> int:
+    print(f"deadpool: {message}", file=sys.stderr)
+    return Exit.USAGE
+
+
+# ---- inject
+
+
+def inject(options: argparse.Namespace) -> int:
+    """`deadpool inject` after parsing."""
+    if options.list:
+        width = max(map(len, points.POINTS))
+        for name, (where, what) in points.POINTS.items():
+            print(f"{name:{width}}  {where:11}  {what}")
+        return Exit.OK
+    if not options.run_dir:
+        return _fail("deadpool inject needs --run-dir")
+    if options.node is None and options.fault not in ("abort", "kill-coordinator"):
+        return _fail(f"--fault {options.fault} needs --node")
+    node = -1 if options.node is None else options.node
+    fault = r.Fault(
+        options.fault, node, options.local, options.at_iteration, options.at_tick, options.at or "", options.seconds
+    )
+    if fault.kind == "slow" and fault.seconds <= 0:
+        return _fail("--fault slow needs --seconds, how much longer a microbatch takes from then on")
+    if fault.kind in ("raise", "hang", "slow") and fault.iteration is None and not fault.point:
+        return _fail(f"--fault {fault.kind} happens on the training thread: say where with --at-iteration or --at")
+    try:
+        _ask(_job(options.run_dir), options.run_dir, r.Inject(fault))
+    except _NoJob as err:
+        if fault.kind == "kill-coordinator" and "does not answer" in str(err):
+            print("deadpool: kill-coordinator, now")
+            return Exit.OK
+        return _fail(str(err))
+    when = "now" if fault.iteration is None else f"in iteration {fault.iteration}"
+    if fault.point:
+        when = f"at {fault.point}" + ("" if fault.iteration is None else f", iteration {fault.iteration} or later")
+    place = "" if options.node is None else f" on node {options.node}"
+    print(f"deadpool: {options.fault}{place}, {when}")
+    return Exit.OK
+
+
+# ---- drain
+
+
+def drain(options: argparse.Namespace) -> int:
+    """`deadpool drain` after parsing: returns when the node may be taken away."""
+    begun = time.time()
+    try:
+        _ask(_job(options.run_dir), options.run_dir, r.Drain(options.node))
+    except _NoJob as err:
+        return _fail(str(err))
+    end = time.monotonic() + options.timeout
+    while time.monotonic() < end:
+        for event in read_events(options.run_dir):
+            if event["t"] < begun - 1.0:
+                continue
+            if event["event"] == "drained" and event["node"] == options.node:
+                print(f"deadpool: node {options.node} is drained and may be taken away")
+                return Exit.OK
+            if event["event"] == "detected" and event["node"] == options.node:
+                return _fail(f"node {options.node} was lost while it was drained: {event['cause']}")
+            if event["event"] in ("stopped", "finished"):
+                return _fail(f"the job ended before node {options.node} was drained")
+        time.sleep(_POLL_S)
+    return _fail(f"node {options.node} is not drained after {options.timeout:g} s; see {options.run_dir}/{EVENTS}")
+
+
+# ---- join
+
+
+def join(options: argparse.Namespace) -> int:
+    """`deadpool join` after parsing: runs an agent as a new spare of the job, to its end."""
+    try:
+        job = _job(options.run_dir)
+        reply = _ask(job, options.run_dir, r.AddSpare(options.host))
+    except _NoJob as err:
+        return _fail(str(err))
+    assert isinstance(reply, r.SpareAdded)
+    settings = {**job["agent"], "node": reply.node, "coordinator": job["coordinator"], "secret": job["secret"]}
+    if options.host:
+        settings["host"] = options.host
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deadpool_megatron.node", "agent"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=None if options.detach else end_with_parent,
+    )
+    assert process.stdin is not None
+    process.stdin.write(msgspec.json.encode(settings))
+    process.stdin.close()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, frame: process.terminate())
+    print(f"deadpool: node {reply.node} joins the job of {options.run_dir} as a spare", flush=True)
+    if options.detach:
+        return Exit.OK
+    code = process.wait()
+    return code if code >= 0 else Exit.FAILED
+
+
+def add_commands(commands: Any) -> None:
+    """Add the three commands to the parser of `deadpool`."""
+    command = commands.add_parser("inject", help="make a part of a running job fail, to see it recover")
+    command.set_defaults(run=inject)
+    add = command.add_argument
+    add("--run-dir", metavar="DIR", help="the job's run directory")
+    add("--node", type=int, metavar="N", help="the node (not for abort and kill-coordinator)")
+    add(
+        "--fault",
+        choices=typing.get_args(r.FaultKind),
+        default="kill",
+        help="kill: SIGKILL for the agent and all its workers (default); kill-worker, kill-agent, kill-coordinator: "
+        "for one process; stop, stop-agent: SIGSTOP for a worker or the whole node; hang: a worker's training thread "
+        "sleeps; raise: an error in its code; crash: SIGSEGV; slow: every microbatch takes --seconds longer; corrupt: "
+        "bytes of its newest copy in the vault are overwritten; abort: nobody dies, all communicators are aborted and "
+        "re-formed",
+    )
+    add("--local", type=int, default=0, metavar="I", help="local index of the worker (default: 0)")
+    add("--at-iteration", type=int, metavar="K", help="in iteration K (from 0; default: now)")
+    add(
+        "--at-tick",
+        type=int,
+        default=1,
+        metavar="T",
+        help="at the T-th forward or backward pass of that iteration (default: 1, the first)",
+    )
+    add("--at", metavar="POINT", help="when the process passes this crash point (see --list)")
+    add("--seconds", type=float, default=0.0, metavar="S", help="for slow")
+    add("--list", action="store_true", help="show all crash points")
+
+    command = commands.add_parser(
+        "drain", help="move a node's coordinates to a spare at the next step boundary, so that it can be taken away"
+    )
+    command.set_defaults(run=drain)
+    command.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
+    command.add_argument("--node", type=int, required=True, metavar="N", help="the node")
+    command.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="seconds to wait for it (default: 600)"
+    )
+
+    command = commands.add_parser("join", help="add this machine to a running job as a new spare node")
+    command.set_defaults(run=join)
+    command.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
+    command.add_argument(
+        "--host",
+        default="",
+        metavar="ADDRESS",
+        help="address at which the other nodes reach this one (default: the job's)",
+    )
+    command.add_argument("--detach", action="store_true", help="return at once; the node goes on in the background")

@@ -1,0 +1,149 @@
+"""Injected faults as a worker suffers them, and the crash points that lie inside of Megatron's and torch's own code.
+
+Nothing here is in place until a fault is armed: then, and only then, the function that holds the point is wrapped.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from deadpool_megatron import points
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.workers import PARENT_PID
+
+__all__ = ["InjectedError", "arm", "strike"]
+
+_DAY_S = 86400.0
+
+
+class InjectedError(Exception):
+    """What `deadpool inject --fault raise` raises, as a bug in user code would."""
+
+
+def strike(fault: r.Fault) -> None:
+    """Suffer the fault, on the thread and at the place of the call. Most of them do not return."""
+    # For `deadpool timeline`: the moment from which detection counts.
+    print(f"deadpool: fault {fault.kind} strikes node {os.environ['DEADPOOL_NODE']} at {time.time():.6f}", flush=True)
+    match fault.kind:
+        case "hang":
+            time.sleep(_DAY_S)
+        case "raise":
+            raise InjectedError("an error injected by deadpool inject")
+        case "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "kill-agent":
+            os.kill(int(os.environ[PARENT_PID]), signal.SIGKILL)
+            time.sleep(_DAY_S)  # the kernel ends this process, too
+        case "kill" | "stop-agent":
+            _whole_node(signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+        case _:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _whole_node(signum: signal.Signals) -> None:
+    import psutil
+
+    agent = int(os.environ[PARENT_PID])
+    others = [child.pid for child in psutil.Process(agent).children(recursive=True) if child.pid != os.getpid()]
+    for pid in [agent, *others, os.getpid()]:
+        os.kill(pid, signum)
+
+
+def arm(fault: r.Fault) -> None:
+    """A fault has been armed in this process (told by the agent); for a crash point put it where it will be passed."""
+    if not fault.point or fault.local != int(os.environ["LOCAL_RANK"]):
+        return
+    if points.POINTS[fault.point][0] != "worker":
+        return
+    instrument = _INSIDE.get(fault.point.split(".")[0])
+    if instrument is not None:
+        instrument()
+    points.arm(fault.point, -1 if fault.iteration is None else fault.iteration, lambda: strike(fault))
+
+
+def _around(owner: Any, name: str, before: str = "", after: str = "") -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        if before:
+            points.reach(before)
+        result = original(*args, **kwargs)
+        if after:
+            points.reach(after)
+        return result
+
+    setattr(owner, name, passing)
+
+
+def _gradient_sync() -> None:
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+    _around(_ParamAndGradBucketGroup, "start_grad_sync", before="gradient-sync.before")
+    _around(_ParamAndGradBucketGroup, "finish_grad_sync", after="gradient-sync.after")
+
+
+def _param_gather() -> None:
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+    _around(_ParamAndGradBucketGroup, "start_param_sync", before="param-gather.before")
+    _around(_ParamAndGradBucketGroup, "finish_param_sync", after="param-gather.after")
+
+
+def _grad_norm() -> None:
+    from megatron.core.optimizer import optimizer
+
+    native = optimizer.get_grad_norm_fp32
+
+    def get_grad_norm_fp32(*args: Any, **kwargs: Any) -> Any:
+        reduce = torch.distributed.all_reduce
+
+        def all_reduce(*a: Any, **k: Any) -> Any:
+            points.reach("grad-norm.during")
+            return reduce(*a, **k)
+
+        torch.distributed.all_reduce = all_reduce
+        try:
+            return native(*args, **kwargs)
+        finally:
+            torch.distributed.all_reduce = reduce
+
+    optimizer.get_grad_norm_fp32 = get_grad_norm_fp32
+
+
+def _optimizer_step() -> None:
+    # One call a parameter group; torch.optim.AdamW steps through it as well.
+    from torch.optim import adam
+
+    _around(adam, "adam", after="optimizer-step.during")
+
+
+def _lr_step() -> None:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    _around(OptimizerParamScheduler, "step", before="lr-step.before", after="lr-step.after")
+
+
+def _save() -> None:
+    from megatron.training import checkpointing
+
+    _around(checkpointing.dist_checkpointing, "save", after="save.during")
+
+
+_INSIDE: dict[str, Callable[[], None]] = {
+    "gradient-sync": _gradient_sync,
+    "param-gather": _param_gather,
+    "grad-norm": _grad_norm,
+    "optimizer-step": _optimizer_step,
+    "lr-step": _lr_step,
+    "save": _save,
+}

@@ -1,0 +1,88 @@
+"""What Megatron does for an iteration besides training it, done once although the iteration may be repeated.
+
+A recovery goes back to the start of an iteration, perhaps of one whose line is printed, whose evaluation is over or
+whose checkpoint is written. What has been done is told to the coordinator (`Did`) and comes back with the agreed
+generation: repeated lines and evaluations are computed again, since averages and data positions depend on them, but not
+printed or written again; a checkpoint that is there is not written again. An asynchronous checkpoint that the failure
+caught before it was complete cannot be finished without the lost node: the survivors drop it, and the next iteration's
+state is saved in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from megatron.training import async_utils, training
+
+from deadpool_megatron import points
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.recovery import Session
+
+__all__ = ["Once"]
+
+
+class Once:
+    """One rank's account. Iterations are Megatron's: 1 is the first."""
+
+    def __init__(self, session: Session, rank: int, world_size: int, log_interval: int, first: int) -> None:
+        """``first``: the iteration the job started with, the same on every rank and on a spare."""
+        self._session = session
+        self._rank = rank
+        self._tells = rank == world_size - 1  # the rank whose lines Megatron prints
+        self._log_interval = log_interval
+        self._first = first
+        self._done: dict[r.Act, int] = {}
+        self._saving: int | None = None
+
+    def agreed(self, done: dict[r.Act, int]) -> None:
+        """A recovery: what had been done before it, the same on every rank."""
+        self._done = dict(done)
+        self._saving = None
+
+    def done(self, act: r.Act, iteration: int) -> bool:
+        """It has been done, before the last recovery."""
+        return iteration <= self._done.get(act, -1)
+
+    def tell(self, act: r.Act, iteration: int) -> None:
+        """It is done now."""
+        if act == "log" and iteration % self._log_interval:
+            return
+        if self._tells and not self.done(act, iteration):
+            self._session.tell(r.Did(0, self._rank, self._session.joined_epoch, iteration, act))
+
+    @contextlib.contextmanager
+    def quiet_if(self, done: bool) -> Iterator[None]:
+        """With ``done``, upstream prints and writes nothing: its print and its writers are out of reach meanwhile."""
+        if not done:
+            yield
+            return
+        names = ("print_rank_last", "get_tensorboard_writer", "get_wandb_writer", "get_one_logger")
+        before = {name: getattr(training, name) for name in names if hasattr(training, name)}
+        for name in before:
+            setattr(training, name, lambda *args, **kwargs: None)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(training, name, value)
+
+    # ---- checkpoints
+
+    def save_begins(self, iteration: int) -> None:
+        """A checkpoint is being written, in the background perhaps."""
+        self._saving = iteration
+
+    def save_ends(self) -> None:
+        """No checkpoint is being written any more."""
+        if self._saving is not None and async_utils.is_empty_async_queue():
+            points.reach("save.finalized")
+            self.tell("save", self._saving)
+            self._saving = None
+
+    def owed(self, iteration: int, interval: int | None) -> bool:
+        """A checkpoint was due before ``iteration``, the first after a recovery, and is not there."""
+        if not interval or not self._session.joined_epoch:
+            return False
+        due = iteration // interval * interval
+        return due > max(self._first, self._done.get("save", -1)) and due != iteration
