@@ -113,8 +113,8 @@ def _cluster(where: str, data: Mapping[str, Any], changed: Mapping[str, Any]) ->
         raise PlanError(f"{where}: {err}") from None
 
 
-def load(path: str, changed: Mapping[str, Any] | None = None) -> RunFile:
-    """Read a file; ``changed`` are fields of the cluster that count more. Raises PlanError with one line."""
+def load(path: str, cluster: Mapping[str, Any] | None = None, deadpool: Mapping[str, Any] | None = None) -> RunFile:
+    """Read a file; fields of ``cluster`` and settings in ``deadpool`` count more. Raises PlanError with one line."""
     import yaml
 
     try:
@@ -123,10 +123,10 @@ def load(path: str, changed: Mapping[str, Any] | None = None) -> RunFile:
         raise PlanError(f"{path}: {err.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as err:
         raise PlanError(f"{path}: not YAML: {str(err).splitlines()[0]}") from None
-    return _run_file(path, data, changed or {})
+    return _run_file(path, data, cluster or {}, deadpool or {})
 
 
-def _run_file(path: str, data: Any, changed: Mapping[str, Any]) -> RunFile:
+def _run_file(path: str, data: Any, changed: Mapping[str, Any], more: Mapping[str, Any]) -> RunFile:
     sections = ["cluster", "megatron", "deadpool"]
     if not isinstance(data, dict) or not isinstance(data.get("cluster"), dict):
         raise PlanError(f"{path}: expected the sections {', '.join(sections)}")
@@ -143,7 +143,7 @@ def _run_file(path: str, data: Any, changed: Mapping[str, Any]) -> RunFile:
         if value is None or value is False:
             raise PlanError(f"{path}: megatron: {name}: give a value, or true for a switch (or leave it out)")
         megatron[name] = value
-    ours = data.get("deadpool", {})
+    ours = {**data.get("deadpool", {}), **more}
     names = [f.name for f in fields(DeadpoolConfig)]
     for key in ours:
         if key not in names:

@@ -26,6 +26,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="file of a run: see configs/")
     parser.add_argument("--nodes", type=int, metavar="N", help="another number of nodes that train than in the file")
     parser.add_argument("--spare-nodes", type=int, metavar="S", help="another number of spares than in the file")
+    parser.add_argument("--redundancy", metavar="R", help="another --deadpool-redundancy than in the file")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="the numbers, for programs: bytes and seconds")
     how.add_argument("--flags", action="store_true", help="check, then print the flags of the training script instead")
@@ -41,7 +42,8 @@ def run_plan(options: argparse.Namespace) -> int:
     """`deadpool plan` after parsing."""
     try:
         changed = {"nodes": options.nodes, "spare_nodes": options.spare_nodes}
-        run = load(options.config, {k: v for k, v in changed.items() if v is not None})
+        ours = {"redundancy": options.redundancy} if options.redundancy else {}
+        run = load(options.config, {k: v for k, v in changed.items() if v is not None}, ours)
         plan = budget(run)
     except PlanError as err:
         print(f"deadpool: {err}", file=sys.stderr)

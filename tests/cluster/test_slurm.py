@@ -79,6 +79,17 @@ class SlurmJob(Job):
         return self.cluster.until(what, found, deadline_s)
 
 
+def _undisturbed(directory: Path, nodes: int, more: list[str]) -> Job:
+    """The batch script's training, without Slurm and without a failure."""
+    flags = (ROOT / "examples" / "cpu_tiny.args").read_text().split()
+    one = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+    jobs = Jobs(directory)
+    try:
+        return jobs.start("undisturbed", launch_flags(nodes, slots=1), [*flags, *one, *more]).finished()
+    finally:
+        jobs.end()
+
+
 def test_a_node_that_slurm_marks_down_is_replaced_and_the_run_ends_bitwise_equal(
     cluster: slurm.Slurm, checkout: Path, tmp_path: Path
 ) -> None:
@@ -103,15 +114,32 @@ def test_a_node_that_slurm_marks_down_is_replaced_and_the_run_ends_bitwise_equal
     after = job.pids()
     assert {r: after[r] for r in (0, 2)} == {r: before[r] for r in (0, 2)}
 
-    flags = (ROOT / "examples" / "cpu_tiny.args").read_text().split()
-    one = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
-    jobs = Jobs(tmp_path)
-    try:
-        want = jobs.start("undisturbed", launch_flags(3, slots=1), [*flags, *one, *more]).finished()
-    finally:
-        jobs.end()
-    assert_same_training(job, want, iterations, rank=2)
+    assert_same_training(job, _undisturbed(tmp_path, 3, more), iterations, rank=2)
     cluster.restart_node("n2")
+
+
+@pytest.mark.slow
+def test_a_job_at_its_time_limit_goes_on_from_the_durable_tier_in_its_next_start_bitwise(
+    cluster: slurm.Slurm, checkout: Path, tmp_path: Path
+) -> None:
+    more = ["--train-iters", "30"]
+    durable = ["--deadpool-durable-dir", f"{checkout}/generations", "--deadpool-durable-interval", "0"]
+    durable += ["--deadpool-resume", "auto", "--deadpool-on-preempt", "--deadpool-state-hash", f"{checkout}/hash.json"]
+    number = cluster.command(
+        *["sbatch", "--parsable", "--requeue", "--export=ALL,MAX_REQUEUES=1", *TINY.split()[1:], *more, *durable],
+        directory=checkout,
+    )
+    job = SlurmJob(cluster, number, checkout)
+    job.until("iteration 5", lambda: [e for e in job.events("iteration") if e["iteration"] >= 5])
+    cluster.command("scancel", "--batch", "--signal=USR1", number)  # what #SBATCH --signal=B:USR1@600 asks for
+    cluster.until("the second start", lambda: (checkout / "runs" / f"{number}.1" / "events.jsonl").exists())
+    assert _ended(cluster, number)["JobState"] == "COMPLETED", job.output
+    assert "exit code 74; job" in job.output
+    first = max(e["iteration"] for e in job.events("iteration"))
+    job.run_dir = checkout / "runs" / f"{number}.1"
+    again = [e["iteration"] for e in job.events("iteration")]
+    assert 0 < again[0] <= first + 1 < 29 and again[-1] == 29
+    assert job.hashes() == _undisturbed(tmp_path, 2, more).hashes()
 
 
 TINY, LARGE = "sbatch scripts/slurm/pretrain_tiny.sbatch", "sbatch scripts/slurm/pretrain_65b.sbatch"
