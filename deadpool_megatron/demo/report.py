@@ -15,6 +15,7 @@ from deadpool_megatron.observe.tables import new_table, phases_table, ranks_text
 __all__ = ["show_evidence", "show_recovery", "show_verdict", "usual_seconds"]
 
 _MOST_DIFFERENCES = 10
+_DIGITS = 8  # of a digest: six parts of them fit into 80 columns
 
 
 def show_recovery(
@@ -41,8 +42,8 @@ def show_recovery(
     _line(console, f"{recovery.groups} process groups a rank re-formed in place")
     _line(
         console,
-        f"death to first completed iteration: {seconds_text(when - died)}, {seconds_text(disturbance)} beyond the "
-        f"normal time of one ({seconds_text(usual_s)})",
+        f"death to first iteration: {seconds_text(when - died)}, {seconds_text(disturbance)} beyond a normal one "
+        f"({seconds_text(usual_s)})",
     )
     return disturbance
 
@@ -76,7 +77,7 @@ def _processes(console: Console, evidence: Evidence) -> None:
 def _losses(console: Console, evidence: Evidence, redone: int | None) -> None:
     _caption(console, "loss by iteration, all digits")
     table = new_table(console)
-    for name in ("iteration", "undisturbed", "node killed", "loss and grad norm"):
+    for name in ("iteration", "undisturbed", "node killed", "same?"):
         table.add_column(name, justify="right" if name == "iteration" else "left", no_wrap=True)
     table.add_column("")
     reference = {step.iteration: step for step in evidence.undisturbed}
@@ -84,9 +85,9 @@ def _losses(console: Console, evidence: Evidence, redone: int | None) -> None:
         want = reference.get(iteration)
         done: list[Step | None] = [s for s in evidence.disturbed if s.iteration == iteration]
         for step in done or [None]:
-            note = f"redone in epoch {step.epoch}" if step and step.epoch and iteration == redone else ""
+            note = f"redone, epoch {step.epoch}" if step and step.epoch and iteration == redone else ""
             if step is None and iteration in evidence.mute:
-                table.add_row(str(iteration), want.loss if want else "-", "-", "", "its report died with the node")
+                table.add_row(str(iteration), want.loss if want else "-", "-", "", "report lost")
                 continue
             same = want is not None and step is not None and want.exact == step.exact
             table.add_row(str(iteration), want.loss if want else "-", step.loss if step else "-", _mark(same), note)
@@ -96,7 +97,7 @@ def _losses(console: Console, evidence: Evidence, redone: int | None) -> None:
 def _hashes(console: Console, evidence: Evidence) -> None:
     pairs = hash_pairs(evidence)
     parts = list(dict.fromkeys(part for _, part, _, _ in pairs))
-    _caption(console, "SHA-256 of the state at the end (its first digits; one where both runs' are equal, else both)")
+    _caption(console, "SHA-256 of the state at the end, first digits (of both where they differ)")
     table = new_table(console)
     table.add_column("rank", justify="right")
     for part in parts:
@@ -107,9 +108,9 @@ def _hashes(console: Console, evidence: Evidence) -> None:
         for part in parts:
             left, right = cells.get(part, (None, None))
             if left is not None and left == right:
-                row.append(Text(left[:12], "green"))
+                row.append(Text(left[:_DIGITS], "green"))
             else:
-                row.append(Text(f"{(left or 'none')[:12]}\n{(right or 'none')[:12]}", "bold red"))
+                row.append(Text(f"{(left or 'none')[:_DIGITS]}\n{(right or 'none')[:_DIGITS]}", "bold red"))
         table.add_row(rank, *row)
     equal = sum(left is not None and left == right for _, _, left, right in pairs)
     console.print(table)

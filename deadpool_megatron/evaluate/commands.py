@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
+
+from deadpool_megatron.cluster.exits import Exit
 
 __all__ = ["COMMANDS", "add_commands", "run_command"]
 
@@ -53,9 +56,20 @@ def add_commands(commands: Any) -> None:
 
 
 def run_command(options: argparse.Namespace) -> int:
-    """Run one of them; returns the exit code."""
-    code: int = options.run(options)
+    """Run one of them; returns the exit code. Interrupted in any way, it ends the jobs it has started."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code: int = options.run(options)
+    except KeyboardInterrupt:
+        print("deadpool: interrupted: every process of the measurement is ended", file=sys.stderr)
+        return Exit.INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return code
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,9 @@ from deadpool_megatron.observe import LOGS
 __all__ = ["Restart", "choose_interval", "restarts"]
 
 Mode = Literal["sync", "async"]
-_MODES: Final[dict[str, list[str]]] = {"sync": [], "async": ["--async-save"]}
+# Without the persistent worker megatron-core 0.19 saves synchronously, with a warning.
+_ASYNC: Final = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+_MODES: Final[dict[str, list[str]]] = {"sync": [], "async": _ASYNC}
 _LINE: Final = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+)\] iteration +(\d+)/")
 
 
@@ -114,6 +116,8 @@ def restarts(
                 saved = int(latest.read_text())
                 past = saved + rng.randint(1, max(1, interval - 1)) + interval
                 job.until("iterations after it", partial(_has_reached, job, past), RECOVER_S)
+                if any("Disabling --async-save" in p.read_text() for p in (job.run_dir / LOGS).glob("rank-*.log")):
+                    job.failed("this Megatron does not save asynchronously here; leave async out of --modes")
                 moment = job.kill_node(rng.randrange(options.active_nodes))
                 job.wait()
                 ended = time.time()
