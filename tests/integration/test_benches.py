@@ -1,0 +1,74 @@
+"""The benches measure real jobs: kills, restarts with a warm standby, frozen nodes; and end them when interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flags import tiny_gpt
+from jobs import EXAMPLE, ROOT
+
+BENCH = [sys.executable, "-m", "deadpool_megatron.cli", "bench"]
+ONE = ["--active-nodes", "2", "--nproc-per-node", "1", "--emulate-cpu"]
+SCRIPT = [str(EXAMPLE), *tiny_gpt("none", iters=4000), "--tensor-model-parallel-size", "1"]
+
+
+def _run(*options: str, out: Path) -> dict[str, object]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*BENCH, *options, "--out", str(out), *SCRIPT], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    said: dict[str, object] = json.loads(out.read_text())
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_kill_and_a_restart_with_a_warm_standby_are_measured_in_one_run(tmp_path: Path) -> None:
+    said = _run(
+        *["recovery", "--kills", "1", "--restarts", "1", "--modes", "sync", "--intervals", "3", "--cold-restarts", "0"],
+        *ONE,
+        out=tmp_path / "out.json",
+    )
+    (kill,), (restart,) = said["kills"], said["restarts"]  # type: ignore[misc]
+    assert kill["phases"]["detected"] < kill["phases"]["resumed"] < kill["first_iteration_s"]
+    assert restart["warm"] and 0 < restart["ended_s"] < restart["first_iteration_s"]
+    assert 0 <= restart["lost_iterations"] <= 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_frozen_node_is_seen_by_the_lease_and_a_cold_spare_takes_longer_than_a_warm_one(tmp_path: Path) -> None:
+    said = _run("ablation", "--kills", "1", *ONE, out=tmp_path / "out.json")
+    found = {name: rows[0] for name, rows in said["recoveries"].items()}  # type: ignore[attr-defined]
+    assert found["timeout"]["phases"]["detected"] > 1.0 > found["deadpool"]["phases"]["detected"]
+    assert found["cold-spare"]["phases"]["prepared"] > found["deadpool"]["phases"]["prepared"]
+
+
+@pytest.mark.timeout(120)
+def test_an_interrupted_bench_leaves_no_process(tmp_path: Path) -> None:
+    bench = subprocess.Popen(
+        [*BENCH, "scale", "--by", "ranks", "--points", "2", *ONE, *SCRIPT],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+    )
+    end = time.monotonic() + 60
+    while len(psutil.Process(bench.pid).children(recursive=True)) < 5 and time.monotonic() < end:
+        time.sleep(0.1)
+    children = psutil.Process(bench.pid).children(recursive=True)
+    assert len(children) >= 5
+    bench.send_signal(signal.SIGTERM)
+    _, err = bench.communicate(timeout=60)
+    assert bench.returncode == 130 and "every process of the measurement is ended" in err
+    _, left = psutil.wait_procs(children, timeout=10)
+    assert not left
