@@ -98,6 +98,9 @@ class Agent:
         self._groups: list[list[int]] = []
         self._kept: tuple[dict[int, tuple[int, int]], dict[int, WordPlan]] = ({}, {})
         self._covered: set[int] = set()
+        self._malformed = 0
+        self._refusals: dict[str, int] = {}
+        self._refusals_due = 0.0
         self._declared: r.Declare | None = None
         self._offered = -1
         self._tidied = 0
@@ -171,6 +174,7 @@ class Agent:
                     told = True
                     self._send(r.PreemptionNotice(self._s.node))
                 self._step(self._poller.poll(int(_LOOK_S * 1000) if self._s.deadpool else 1000))
+                self._tell_refusals()
         finally:
             self._end_workers(at_once=self._code in (Exit.FENCED, Exit.PREEMPTED))
             if self._durable is not None:
@@ -193,7 +197,11 @@ class Agent:
             self._introduce()
         if self._spoke.socket in fds:
             while (packet := self._spoke.receive()) is not None:
-                told = r.decode_from_coordinator(packet)
+                try:
+                    told = r.decode_from_coordinator(packet)
+                except r.RecordError:
+                    self._malformed += 1
+                    continue
                 self._from_coordinator(told)
                 self._watch.heard(told, len(placing.ranks_of(self._assignment, self._s.node)))
         for worker in list(self._workers.values()):
@@ -237,6 +245,18 @@ class Agent:
 
     def _stalled(self, worker: Worker, record: r.Stalled) -> None:
         self._send(msgspec.structs.replace(record, epoch=self._epoch, node=self._s.node))
+
+    def _tell_refusals(self) -> None:
+        """Once a second, if anything was refused since."""
+        if time.monotonic() < self._refusals_due:
+            return
+        self._refusals_due = time.monotonic() + 1.0
+        counts = dict(self._shards.server.refusals) if self._shards is not None else {}
+        counts["unsealed"] = self._spoke.seal.refused
+        counts["malformed"] = self._malformed + sum(worker.refused for worker in self._workers.values())
+        if counts != self._refusals and any(counts.values()):
+            self._send(r.Refusals(self._s.node, counts))
+        self._refusals = counts
 
     def _send(self, record: r.AgentRecord) -> None:
         points.reach_record("agent", record)
@@ -723,9 +743,9 @@ class Agent:
                 self._hand_out(rank, record.generation)
             else:
                 here = source.node == self._s.node
-                self._shards.fetch(
-                    record.epoch, rank, record.generation, source, None if here else self._vaults.get(source.node)
-                )
+                others = [self._vaults[node] for node in source.others if node in self._vaults]
+                address = None if here else self._vaults.get(source.node)
+                self._shards.fetch(record.epoch, rank, record.generation, source, address, others)
 
     def _hand_out(self, rank: int, generation: int) -> None:
         """The agreed generation is here: tell the worker, and keep that version until a newer one is committed."""

@@ -85,8 +85,10 @@ def agree(
         if generation not in local[rank] and generation not in givers:
             rebuilds[rank] = shares.parts(rank, generation)
         elif generation not in local[rank]:
-            # Several sources share the load by rank.
-            sources[rank] = givers[generation][rank % len(givers[generation])]
+            # Several sources share the load: each rank begins with another one, and fetches from all at once.
+            first = givers[generation][rank % len(givers[generation])]
+            same = [s.node for s in givers[generation] if s != first and s.version_epoch == first.version_epoch]
+            sources[rank] = Source(first.node, first.version_epoch, same)
     return Agreement(generation, sources, rebuilds)
 
 

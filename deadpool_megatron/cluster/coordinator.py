@@ -17,6 +17,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Keep, Send
 from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.link import Hub
+from deadpool_megatron.cluster.plan_check import misfit
 from deadpool_megatron.cluster.progress import Progress
 from deadpool_megatron.cluster.protection import in_words
 from deadpool_megatron.observe import RunDirectory
@@ -24,6 +25,7 @@ from deadpool_megatron.observe import RunDirectory
 __all__ = ["Coordinator", "CoordinatorSettings"]
 
 _FAREWELL_S = 10.0
+_MOST_REFUSALS_TOLD = 100
 _STATUS_INTERVAL_S = 0.2
 
 
@@ -61,6 +63,7 @@ class Coordinator:
         self.port = self._hub.port
         self._run = RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
+        self._refused = 0
         self._connected: set[int] = set()
         self._interrupted = False
         self._preempted = False
@@ -118,7 +121,7 @@ class Coordinator:
         try:
             record = r.decode_from_agent(packet)
         except r.RecordError as err:
-            self._run.event("refused", epoch=self._core.epoch, cause=str(err))
+            self._refuse(str(err))
             return
         now = time.monotonic()
         if isinstance(record, r.Inject | r.Drain | r.AddSpare):
@@ -131,7 +134,11 @@ class Coordinator:
         node = record.node
         state = self._core.nodes.get(node)
         if identity != _identity(node):
-            self._run.event("refused", epoch=self._core.epoch, cause=f"{identity!r} speaks for node {node}")
+            self._refuse(f"{identity!r} speaks for node {node}")
+            return
+        cause = misfit(record, self._core.job.world_size, self._core.epoch)
+        if cause:
+            self._refuse(f"node {node}: {cause}")
             return
         if state is not None and state.gone and not isinstance(record, r.Join):
             return  # a node that was declared lost has no say any more
@@ -179,9 +186,15 @@ class Coordinator:
             _die()
         return self._core.inject(fault, now)
 
+    def _refuse(self, cause: str) -> None:
+        self._refused += 1
+        if self._refused <= _MOST_REFUSALS_TOLD:  # the rest is only counted, in status.json
+            self._run.event("refused", epoch=self._core.epoch, cause=cause)
+        self._status_stale = True
+
     def _gone(self, identity: bytes) -> None:
         text = identity.decode(errors="replace")
-        if not text.startswith("node-"):
+        if not text.startswith("node-") or not text.removeprefix("node-").isdecimal():
             return
         node = int(text.removeprefix("node-"))
         self._connected.discard(node)
@@ -229,7 +242,11 @@ class Coordinator:
                 left.discard(int(name.removeprefix("node-")))
 
         def last_words(identity: bytes, packet: bytes) -> None:
-            record = r.decode_from_agent(packet)
+            try:
+                record = r.decode_from_agent(packet)
+            except r.RecordError as err:
+                self._refuse(str(err))
+                return
             if isinstance(record, r.StateHash):
                 self._core.state_hashes[record.rank] = record.digests
 
@@ -288,6 +305,7 @@ class Coordinator:
                 ],
                 "generation": {"committed": core.committed, "durable": core.durable},
                 "protection": core.protection.status(),
+                "refused": {"unsealed": self._hub.seal.refused, "malformed": self._refused, "vaults": core.refusals},
                 "snapshot": core.snapshots.summary(),
                 "coordinator_pid": os.getpid(),
             }

@@ -62,6 +62,7 @@ class Core:
         self.members = Members(job)
         self.coordinates: dict[int, r.CoordinateInfo] = {}
         self.protection = Protection(job.redundancy, job.domains)
+        self.refusals: dict[int, dict[str, int]] = {}
         self.committed = -1
         self.iteration = -1
         self.snapshots = SnapshotAccount()
@@ -118,6 +119,7 @@ class Core:
             r.Committed: self._node_commit,
             r.Covered: self._node_covered,
             r.NoRoom: self._no_room,
+            r.Refusals: self._vault_refused,
             r.VaultMemory: self._vault_memory,
             r.DamagedCopy: self._damaged_copy,
             r.Iteration: self._iterated,
@@ -434,6 +436,9 @@ class Core:
 
     def _no_room(self, record: r.NoRoom) -> None:
         self._stop(Exit.USAGE, f"node {record.node}: {record.message}")
+
+    def _vault_refused(self, record: r.Refusals) -> None:
+        self.refusals[record.node] = record.counts
 
     def _vault_memory(self, record: r.VaultMemory) -> None:
         self._emit("memory", node=record.node, bytes=record.nbytes, huge_bytes=record.huge_bytes)

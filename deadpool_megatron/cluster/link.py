@@ -16,6 +16,8 @@ import zmq.auth.thread
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
+from deadpool_megatron.cluster.seal import Seal, SealBroken
+
 __all__ = ["Hub", "Spoke", "check_secret"]
 
 SECRET_BYTES = 32
@@ -72,6 +74,7 @@ class Hub:
         endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         self.port = int(endpoint.decode().rsplit(":", 1)[1])
+        self.seal = Seal(secret, "coordinator")
         self._connection: dict[int, bytes] = {}
         self._replaced: dict[int, list[bytes]] = {}
         self._poller = zmq.Poller()
@@ -94,17 +97,25 @@ class Hub:
         # Packets first: what a node sent before it died still counts.
         while self.socket in ready:
             try:
-                identity, body = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
+            if len(parts) != 2:
+                self.seal.refused += 1
+                continue
+            identity, body = parts
             fd = body.get(zmq.SRCFD)
             assert isinstance(fd, int)
+            try:
+                packet = self.seal.open(identity.bytes, body.bytes)
+            except SealBroken:
+                continue  # counted
             before = self._connection.get(fd)
             if before is not None and before != identity.bytes:
                 # The kernel gives a closed descriptor's number to the next connection before we hear of the end.
                 self._replaced.setdefault(fd, []).append(before)
             self._connection[fd] = identity.bytes
-            on_packet(identity.bytes, body.bytes)
+            on_packet(identity.bytes, packet)
         while self._monitor in ready:
             try:
                 event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
@@ -118,7 +129,7 @@ class Hub:
 
     def send(self, identity: bytes, packet: bytes) -> None:
         """Send to one agent; silently nothing when it is not connected (ROUTER drops)."""
-        self.socket.send_multipart([identity, packet])
+        self.socket.send_multipart([identity, self.seal.close(identity, packet)])
 
     def close(self) -> None:
         """Give queued packets a second to leave, then close."""
@@ -136,6 +147,8 @@ class Spoke:
         self._context = zmq.Context()
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.IDENTITY, identity.encode())
+        self.seal = Seal(secret, "agent")
+        self._name = identity.encode()
         server_public, _ = _keypair(secret, "server")
         public, private = _keypair(secret, "client")
         self.socket.curve_serverkey = server_public
@@ -170,18 +183,20 @@ class Spoke:
     def post(self, packet: bytes) -> bool:
         """Send one packet if the connection is up, else drop it: what counts is told again when it comes up."""
         try:
-            self.socket.send(packet, zmq.NOBLOCK)
+            self.socket.send(self.seal.close(self._name, packet), zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
 
     def receive(self, timeout_s: float = 0.0) -> bytes | None:
         """One packet, or None when none came within ``timeout_s`` seconds."""
-        if not self.socket.poll(int(timeout_s * 1000)):
-            return None
-        packet = self.socket.recv()
-        assert isinstance(packet, bytes)
-        return packet
+        while self.socket.poll(int(timeout_s * 1000)):
+            packet = self.socket.recv_multipart()[0]
+            try:
+                return self.seal.open(self._name, packet)
+            except SealBroken:
+                continue  # counted
+        return None
 
     def close(self) -> None:
         """Give queued packets a second to leave, then close."""

@@ -243,8 +243,19 @@ class Shards:
         arena = self.vault.arena(rank, "own")
         return arena.info.path if arena is not None else ""
 
-    def fetch(self, epoch: int, rank: int, generation: int, source: r.Source, address: r.Address | None) -> None:
-        """Bring a shard into the own vault; the outcome comes as a FetchDone. ``address`` None: it is here already."""
+    def fetch(
+        self,
+        epoch: int,
+        rank: int,
+        generation: int,
+        source: r.Source,
+        address: r.Address | None,
+        others: Sequence[r.Address] = (),
+    ) -> None:
+        """Bring a shard into the own vault; the outcome comes as a FetchDone. ``address`` None: it is here already.
+
+        ``others`` hold the same version: all give a part at once, and if that fails the first one gives all of it.
+        """
         version = Version(source.version_epoch, generation)
 
         def work() -> None:
@@ -252,7 +263,13 @@ class Shards:
             points.reach("fetch.before")
             try:
                 place: tuple[str, int] | Vault = (address.host, address.port) if address is not None else self.vault
-                fetch(self.vault, self._secret, place, rank, epoch, version)
+                more = [(other.host, other.port) for other in others]
+                try:
+                    fetch(self.vault, self._secret, place, rank, epoch, version, others=more)
+                except VaultError:
+                    if not more:
+                        raise
+                    fetch(self.vault, self._secret, place, rank, epoch, version)
             except VaultError as err:
                 error = str(err)
             points.reach("fetch.after")

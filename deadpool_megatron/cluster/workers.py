@@ -68,6 +68,7 @@ class Worker:
     began: bool = False
     exited: bool = False
     retired: bool = False
+    refused: int = 0
     arrived: r.Arrived | None = None
     registered: r.Registered | None = None
     exit_code: int | None = None
@@ -84,7 +85,7 @@ class Worker:
             self.control.send(r.encode(record))
 
     def hear(self) -> list[r.WorkerRecord]:
-        """All records that are waiting. Raises RecordError."""
+        """All records that are waiting. What is none is counted in ``refused``."""
         out: list[r.WorkerRecord] = []
         while True:
             try:
@@ -93,7 +94,10 @@ class Worker:
                 return out
             if not packet:
                 return out
-            out.append(r.decode_from_worker(packet))
+            try:
+                out.append(r.decode_from_worker(packet))
+            except r.RecordError:
+                self.refused += 1
 
     def close(self) -> None:
         """Release the descriptors of a worker that has been reaped."""

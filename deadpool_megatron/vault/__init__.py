@@ -9,6 +9,7 @@ from .discipline import CommitLedger, Told
 from .errors import (
     ChecksumMismatch,
     DeadlinePassed,
+    Malformed,
     NotHeld,
     Refused,
     StaleEpoch,
@@ -26,12 +27,13 @@ from .server import VaultServer
 from .stripes import Stripes, WordPlan
 from .transfer import fetch, store_shard
 from .vault import Holding, Holdings, Vault, small_capacity
-from .version import EMPTY, Version, unpack
+from .version import EMPTY, MAX_GENERATION, Version, unpack
 from .wire import Deadlines
 from .writer import SlotWriter
 
 __all__ = [
     "EMPTY",
+    "MAX_GENERATION",
     "Arena",
     "ArenaInfo",
     "ChecksumMismatch",
@@ -41,6 +43,7 @@ __all__ = [
     "Holding",
     "Holdings",
     "Kind",
+    "Malformed",
     "NotHeld",
     "PartTo",
     "Piece",

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ChecksumMismatch",
     "DeadlinePassed",
+    "Malformed",
     "NotHeld",
     "Refused",
     "StaleEpoch",
@@ -51,3 +52,7 @@ class DeadlinePassed(VaultError):
 
 class TransferFailed(VaultError):
     """The connection to the other agent was lost or carried something that is not our protocol."""
+
+
+class Malformed(TransferFailed):
+    """A frame was changed on its way, repeated, out of place or no frame at all. The connection is given up."""

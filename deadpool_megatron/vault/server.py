@@ -12,7 +12,7 @@ from deadpool_megatron import points
 
 from .arena import Arena, Kind, Slot
 from .discipline import choose, is_free
-from .errors import ChecksumMismatch, NotHeld, Refused, StaleEpoch, TransferFailed, VaultError, VaultFull
+from .errors import ChecksumMismatch, Malformed, NotHeld, Refused, StaleEpoch, VaultError, VaultFull
 from .stripes import Filling, Stripes
 from .transfer import part_entries, take_entry
 from .vault import Vault
@@ -74,6 +74,8 @@ class VaultServer:
         self.refused_members = 0
         self.refused_epochs = 0
         self.mismatches = 0
+        self.malformed = 0
+        self.misfits = 0
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=128)
         self.host = host
@@ -109,6 +111,17 @@ class VaultServer:
             for channel, writing in self._channels.items():
                 if 0 <= writing < epoch:
                     channel.shut()
+
+    @property
+    def refusals(self) -> dict[str, int]:
+        """How much was refused so far, by reason."""
+        return {
+            "not a member": self.refused_members,
+            "stale epoch": self.refused_epochs,
+            "changed or no frame": self.malformed,
+            "not as planned": self.misfits,
+            "checksum": self.mismatches,
+        }
 
     def set_plan(self, unique_bytes: Mapping[int, int]) -> None:
         """Which ranks' shards are kept here for others from now on, and of what size; any other is refused."""
@@ -147,6 +160,7 @@ class VaultServer:
                 _log.warning("a connection to the vault of node %d was refused: %s", self._vault.node, err)
         except VaultError as err:
             # the other side is gone, or talks nonsense: it will connect again, or not
+            self.malformed += isinstance(err, Malformed)
             _log.debug("a connection to the vault of node %d ended: %s", self._vault.node, err)
         finally:
             with self._lock:
@@ -167,10 +181,11 @@ class VaultServer:
                 elif isinstance(frame, Fetch):
                     self._give(channel, frame)
                 else:
-                    raise TransferFailed(f"unexpected {type(frame).__name__} frame")
+                    raise Malformed(f"unexpected {type(frame).__name__} frame")
             except (Refused, NotHeld, VaultFull, ChecksumMismatch) as err:
                 code = {NotHeld: "not-held", VaultFull: "no-room", ChecksumMismatch: "checksum"}.get(type(err))
                 code = code or (err.code if isinstance(err, Refused) else "refused")
+                self.misfits += code in ("not-planned", "wrong-size", "protocol")
                 _log.log(_LEVELS.get(code, logging.WARNING), "vault of node %d: %s", self._vault.node, err)
                 channel.send(Refusal(self._vault.epoch, code, str(err)[:1000]))
                 if isinstance(frame, Begin | Share):
@@ -271,7 +286,7 @@ class VaultServer:
                 channel.send(Stored(self._vault.epoch))
                 return
             if not isinstance(frame, Bytes) or frame.first != done or done + len(frame.sums) > table:
-                raise TransferFailed(f"unexpected {type(frame).__name__} frame in a shard")
+                raise Malformed(f"unexpected {type(frame).__name__} frame in a shard")
             for entry, expected in enumerate(frame.sums, frame.first):
                 try:
                     take_entry(channel, slot, slot.small_bytes, entry, expected)
@@ -325,7 +340,7 @@ class VaultServer:
                 return
             done, table = filling.done(share.part), filling.entries(share.part)
             if not isinstance(frame, Bytes) or frame.first != done or done + len(frame.sums) > table:
-                raise TransferFailed(f"unexpected {type(frame).__name__} frame in a shard")
+                raise Malformed(f"unexpected {type(frame).__name__} frame in a shard")
             for entry, expected in enumerate(frame.sums, frame.first):
                 view = scratch[: filling.entry_bytes(share.part, entry, share.small_bytes)]
                 channel.fill(view)
@@ -339,6 +354,8 @@ class VaultServer:
 
     def _give(self, channel: Channel, wanted: Fetch) -> None:
         self._check_epoch(wanted.epoch, f"fetch of rank {wanted.rank}")
+        if wanted.part >= wanted.parts:
+            raise Refused(f"there is no part {wanted.part} of {wanted.parts}", "protocol")
         vault = self._vault
         kinds: tuple[Kind, ...] = ("parity",) if wanted.parity else ("own", "peer")
         arena, slot = vault.find(wanted.rank, Version(wanted.version_epoch, wanted.generation), kinds)

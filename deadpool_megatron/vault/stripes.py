@@ -75,7 +75,7 @@ def parts_of(small: bytes) -> list[PartOf]:
     """The records of a parity slot, in the order of the word's ranks. Raises VaultError."""
     try:
         return _decoder.decode(small)
-    except msgspec.MsgspecError as err:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         raise VaultError(f"the records of a parity share cannot be read: {err}") from None
 
 

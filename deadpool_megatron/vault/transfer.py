@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import xxhash
 
@@ -41,10 +41,12 @@ def fetch(
     version: Version,
     deadlines: Deadlines | None = None,
     streams: int = 2,
+    others: Sequence[tuple[str, int]] = (),
 ) -> int:
     """Bring a version of ``rank``'s shard into this vault's own arena, every chunk verified; returns its bytes.
 
-    ``source`` is another node's vault (host, port), or this vault itself when it keeps the peer copy. The arena is made
+    ``source`` is another node's vault (host, port), or this vault itself when it keeps the peer copy. ``others`` hold
+    the very same version; all send a part at the same time, over ``streams`` connections or more. The arena is made
     when there is none. The worker of ``rank`` must not be writing. Blocks for the transfer; to fail, some deadline
     without progress must have passed. Raises NotHeld, ChecksumMismatch, Refused, StaleEpoch, DeadlinePassed,
     TransferFailed, VaultFull.
@@ -60,6 +62,8 @@ def fetch(
     if isinstance(source, Vault):
         return _copy(vault, source, rank, version)
     deadlines = deadlines or Deadlines()
+    places = [source, *others]
+    streams = max(streams, len(places))
     channels = [connect(*source, check_secret(secret), deadlines)]
     try:
         first = ask(channels[0], Fetch(epoch, rank, *version, 0, streams))
@@ -72,7 +76,7 @@ def fetch(
 
         def rest(part: int) -> None:
             try:
-                channel = connect(*source, secret, deadlines)
+                channel = connect(*places[part % len(places)], secret, deadlines)
                 with lock:
                     channels.append(channel)
                 _fetch_part(channel, slot, part, streams, ask(channel, Fetch(epoch, rank, *version, part, streams)))

@@ -4,11 +4,12 @@
       | -- magic, nonce_s (32) ------------->  |
       | <- nonce_c (32), HMAC(client, both) -- |      nothing is read or written before both proofs hold
       | -- HMAC(server, both) ------------->   |
-      | <-- frame [payload] -----------------> |      frame = u32 length, msgpack of one record below
+      | <-- frame [payload] -----------------> |      frame = u32 length, msgpack of one record below, tag (16)
 
-Proofs are HMAC-SHA256 with the job's 32-byte secret over the role and both nonces. Frames are bounded, unknown tags,
-unknown fields and values out of range are refused, and nothing is ever unpickled. Payload is covered by the checksums
-in the frames, not by the HMAC: the links between the nodes of a job are trusted not to be hijacked after the proof.
+Proofs are HMAC-SHA256 with the job's 32-byte secret over the role and both nonces. From them follows a key of the
+connection, under which every frame has a tag over its direction, its number and its bytes: a frame that was changed,
+left out, repeated or taken from elsewhere ends the connection. Frames are bounded, unknown tags, unknown fields and
+values out of range are refused, and nothing is ever unpickled. Payload is covered by the checksums in the frames.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from .errors import DeadlinePassed, NotHeld, Refused, StaleEpoch, TransferFailed, VaultError
+from .errors import DeadlinePassed, Malformed, NotHeld, Refused, StaleEpoch, TransferFailed, VaultError
 from .version import MAX_EPOCH, MAX_GENERATION
 
 __all__ = [
@@ -46,8 +47,9 @@ __all__ = [
     "connect",
 ]
 
-_MAGIC: Final = b"DPVAULT1"
+_MAGIC: Final = b"DPVAULT2"
 _NONCE: Final = 32
+_TAG: Final = 16
 MAX_FRAME: Final = 64 << 20  # the checksum table of a shard of 7 TB
 _SEND: Final = 4 << 20
 _LOOK: Final = 0.2  # seconds between two looks at whether we are to stop, while a connection is made
@@ -180,19 +182,33 @@ _length = struct.Struct("!I")
 
 
 class Channel:
-    """One proven connection. One thread reads, one writes; `shut` may come from any thread and wakes both."""
+    """One proven connection. One thread reads, one writes; `shut` may come from any thread and wakes both.
 
-    def __init__(self, sock: socket.socket, deadlines: Deadlines) -> None:
+    Args:
+        key: of this connection, the same at both ends.
+        server: which end this is.
+    """
+
+    def __init__(self, sock: socket.socket, deadlines: Deadlines, key: bytes, server: bool) -> None:
         self.sock = sock
         self._idle = deadlines.idle
+        self._key = key
+        self._out, self._in = (b"s", b"c") if server else (b"c", b"s")
+        self._sent = self._received = 0
+
+    def _tag(self, direction: bytes, number: int, body: bytes | bytearray) -> bytes:
+        head = direction + number.to_bytes(8, "big")
+        return hashlib.blake2b(head + body, key=self._key, digest_size=_TAG).digest()
 
     def send(self, frame: Frame, *payload: memoryview) -> None:
         """Send a frame and its payload. Blocks; raises DeadlinePassed or TransferFailed."""
         body = _encoder.encode(frame)
+        tag = self._tag(self._out, self._sent, body)
+        self._sent += 1
         try:
             self.sock.settimeout(self._idle)
             more = socket.MSG_MORE if payload else 0
-            self.sock.sendall(_length.pack(len(body)) + body, more)
+            self.sock.sendall(_length.pack(len(body)) + body + tag, more)
         except TimeoutError:
             raise DeadlinePassed(f"the other agent took nothing for {self._idle:g} s") from None
         except OSError as err:
@@ -230,13 +246,18 @@ class Channel:
         self.fill(memoryview(rest))
         (length,) = _length.unpack(head + rest)
         if length > MAX_FRAME:
-            raise TransferFailed(f"a frame of {length} bytes is larger than any of this protocol")
+            raise Malformed(f"a frame of {length} bytes is larger than any of this protocol")
         body = bytearray(length)
         self.fill(memoryview(body))
+        tag = bytearray(_TAG)
+        self.fill(memoryview(tag))
+        if not hmac.compare_digest(tag, self._tag(self._in, self._received, body)):
+            raise Malformed(f"frame {self._received} was changed on its way, or is not the one that was due")
+        self._received += 1
         try:
             frame: Frame = _decoder.decode(body)
-        except msgspec.MsgspecError as err:
-            raise TransferFailed(f"malformed frame: {err}") from None
+        except (msgspec.MsgspecError, UnicodeDecodeError) as err:
+            raise Malformed(f"malformed frame: {err}") from None
         return frame
 
     def fill(self, view: memoryview) -> None:
@@ -292,6 +313,10 @@ def _proof(secret: bytes, role: bytes, nonces: bytes) -> bytes:
     return hmac.new(secret, b"deadpool vault " + role + nonces, hashlib.sha256).digest()
 
 
+def _connection_key(secret: bytes, nonces: bytes) -> bytes:
+    return hmac.new(secret, b"deadpool vault connection" + nonces, hashlib.sha256).digest()
+
+
 def check_secret(secret: bytes) -> bytes:
     """The secret itself if it is one. Raises VaultError."""
     if len(secret) != 32:
@@ -331,7 +356,7 @@ def accept(sock: socket.socket, secret: bytes, deadlines: Deadlines) -> Channel:
         sock.sendall(_proof(secret, b"server", nonces))
     except OSError as err:
         raise TransferFailed(f"who connected did not prove membership: {err}") from None
-    return Channel(sock, deadlines)
+    return Channel(sock, deadlines, _connection_key(secret, nonces), True)
 
 
 def connect(
@@ -381,4 +406,4 @@ def connect(
     except VaultError:
         sock.close()
         raise
-    return Channel(sock, deadlines)
+    return Channel(sock, deadlines, _connection_key(secret, nonces), False)

@@ -222,7 +222,7 @@ def test_a_server_that_does_not_know_the_secret_is_not_believed() -> None:
 
     def imposter() -> None:
         sock, _ = listener.accept()
-        sock.sendall(b"DPVAULT1" + bytes(32))
+        sock.sendall(b"DPVAULT2" + bytes(32))
         sock.recv(64, socket.MSG_WAITALL)
         sock.sendall(bytes(32))
         sock.close()
@@ -242,7 +242,7 @@ def test_garbage_on_the_wire_changes_nothing_and_kills_nothing(nodes: Callable[.
             sock.sendall(junk)
     for body in (b"\xff\xff\xff\xff", b"\x00\x00\x00\x02\x93\xc0", b"\x00\x00\x00\x00"):
         channel = connect(*node.address, SECRET, SHORT)
-        channel.sock.sendall(body)
+        channel.sock.sendall(body + bytes(16))
         with pytest.raises(TransferFailed):
             channel.receive()
         channel.close()

@@ -35,6 +35,7 @@ from deadpool_megatron.cluster.records.agents import (
     Offer,
     Pace,
     PeerError,
+    Refusals,
     Registered,
     Saved,
     Stalled,
@@ -160,6 +161,7 @@ __all__ = [
     "PreemptionNotice",
     "Purpose",
     "RecordError",
+    "Refusals",
     "Registered",
     "Respawn",
     "ResumeAt",
@@ -225,7 +227,7 @@ def decode_from_agent(packet: bytes) -> AgentRecord:
     """Decode what an agent (or `deadpool inject`) sent. Raises RecordError."""
     try:
         return _from_agent.decode(_body(packet, "agent"))
-    except msgspec.MsgspecError as err:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         raise RecordError(f"malformed record from agent: {err}") from None
 
 
@@ -233,7 +235,7 @@ def decode_from_coordinator(packet: bytes) -> CoordinatorRecord:
     """Decode what the coordinator sent. Raises RecordError."""
     try:
         return _from_coordinator.decode(_body(packet, "coordinator"))
-    except msgspec.MsgspecError as err:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         raise RecordError(f"malformed record from coordinator: {err}") from None
 
 
@@ -241,7 +243,7 @@ def decode_from_worker(packet: bytes) -> WorkerRecord:
     """Decode what a worker sent. Raises RecordError."""
     try:
         return _from_worker.decode(_body(packet, "worker"))
-    except msgspec.MsgspecError as err:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         raise RecordError(f"malformed record from worker: {err}") from None
 
 
@@ -249,7 +251,7 @@ def decode_to_worker(packet: bytes) -> WorkerTold:
     """Decode what the agent told this worker. Raises RecordError."""
     try:
         return _to_worker.decode(_body(packet, "agent"))
-    except msgspec.MsgspecError as err:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         raise RecordError(f"malformed record from agent: {err}") from None
 
 

@@ -156,6 +156,13 @@ class NoRoom(Record, frozen=True):
     message: str
 
 
+class Refusals(Record, frozen=True):
+    """How much the node's vault and agent have refused so far, by reason."""
+
+    node: int
+    counts: dict[str, int]
+
+
 class VaultMemory(Record, frozen=True):
     """All memory of the node's vault is taken: its bytes, and how many of them are in huge pages."""
 
@@ -330,6 +337,7 @@ AgentRecord = (
     | Covered
     | DamagedCopy
     | NoRoom
+    | Refusals
     | VaultMemory
     | Iteration
     | FetchFailed

@@ -35,10 +35,11 @@ class SlotAddress(Value, frozen=True):
 
 
 class Source(Value, frozen=True):
-    """A node whose vault holds a shard, and the epoch it was written in."""
+    """A node whose vault holds a shard, the epoch it was written in, and others that hold the very same version."""
 
     node: int
     version_epoch: int
+    others: list[int] = msgspec.field(default_factory=list)
 
 
 class Share(Value, frozen=True):

@@ -1,0 +1,435 @@
+"""The promise: whatever bytes reach agent, vault or coordinator, none of them crashes and none changes their state.
+
+Three layers, each below the one before it: bytes of somebody outside the job; packets of the job that were changed,
+cut, repeated or kept from an older life; and records with a perfect seal whose values are nonsense. All in one process,
+through the real seals, decoders, checks and handlers, 100,000 and more; some thousands through real sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import random
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.link import Hub, Spoke
+from deadpool_megatron.cluster.plan_check import misfit
+from deadpool_megatron.cluster.seal import Seal, SealBroken
+from deadpool_megatron.vault import Deadlines, Malformed, SlotWriter, Vault, VaultError, VaultServer, Version, wire
+from simulated import SimulatedJob
+
+SECRET = bytes(range(32))
+OTHER = bytes(range(1, 33))
+
+
+def mutated(chance: random.Random, data: bytes, others: list[bytes]) -> bytes:
+    """Bits flipped, pieces cut out, repeated, overwritten or taken from another message."""
+    out = bytearray(data)
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
+        at = chance.randrange(len(out) + 1)
+        match chance.randrange(7):
+            case 0 if out:
+                out[at % len(out)] ^= 1 << chance.randrange(8)
+            case 1:
+                del out[at:]
+            case 2:
+                del out[at : at + chance.randrange(1, 9)]
+            case 3:
+                out[at:at] = chance.randbytes(chance.randrange(1, 9))
+            case 4:
+                out[at:at] = out[max(0, at - 8) : at]
+            case 5:
+                other = chance.choice(others)
+                out[at:] = other[min(at, len(other)) :]
+            case _ if out:
+                out[at % len(out)] = chance.choice((0, 1, 0x7F, 0x80, 0xC0, 0xCF, 0xD3, 0xFF))
+    return bytes(out)
+
+
+_NUMBERS = (-(1 << 62), -1, 0, 1, 2, 3, 4, 5, 7, 8, 9, 1 << 16, 1 << 47, (1 << 63) - 1)
+
+
+def bent(chance: random.Random, packet: bytes) -> bytes:
+    """A well-formed record with some of its numbers, however deep inside, exchanged for others."""
+
+    def bend(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {bend(key) if isinstance(key, int) else key: bend(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [bend(each) for each in value]
+        bends = isinstance(value, int) and not isinstance(value, bool) and chance.random() < 0.2
+        return chance.choice(_NUMBERS) if bends else value
+
+    return packet[:1] + msgspec.msgpack.encode(bend(msgspec.msgpack.decode(packet[1:])))
+
+
+def _said_by_agents() -> list[r.AgentRecord]:
+    """One of each record an agent sends, as in a job of 4 nodes of 2."""
+    info = r.CoordinateInfo(2, 0, 0, 2)
+    held = {2: [(0, 4), (0, 5)]}
+    return [
+        r.Join(1, 1001, "127.0.0.1", 2001, [10, 11], {"switch": "s1"}),
+        r.WorkerReady(3, 0, 30),
+        r.Registered(1, 0, info, 1 << 20, 1 << 10, "groups", "swap", True),
+        r.WorkerExited(1, 0, 2, 10, -9),
+        r.PeerError(0, 1, 2, "connection closed"),
+        r.Offer(0, 1, {2: 5, 3: None}, held, held, {77: [(0, 5)]}),
+        r.NodeReady(0, 1),
+        r.NodeFormed(0, 1, 12),
+        r.NodeRestored(0, 1),
+        r.NodeResumed(0, 1, 5),
+        r.Committed(0, 1, 6),
+        r.Covered(0, 1, 5),
+        r.FetchFailed(0, 1, 2, 2, 5, "torn"),
+        r.Finished(0, 1),
+        r.StateHash(1, 2, {"params": "00"}),
+        r.Saved(0, 1, 5, "/ckpt"),
+        r.DamagedCopy(0, 1, 2, "own", 5),
+        r.VaultMemory(1, 1 << 30, 0),
+        r.Refusals(1, {"malformed": 1}),
+    ]
+
+
+def _told_to_agents() -> list[r.CoordinatorRecord]:
+    slots = [r.SlotAddress(node, local) for node in range(4) for local in range(2)]
+    vaults = {node: r.Address("127.0.0.1", 2000 + node) for node in range(4)}
+    return [
+        r.Roster(0, slots, vaults),
+        r.Placement(0, [[0, 2], [1, 3]], [1 << 20] * 8, [1 << 16] * 8),
+        r.Declare(1, "resume", "why", [1], [2, 3], slots, vaults, [[0, 2], [1, 3]], [1 << 20] * 8, [1 << 16] * 8),
+        r.Agree(1, 5, {2: r.Source(0, 0)}, {3: [[r.Share(0, 2, 1, 0)]]}),
+        r.Form(1),
+        r.CommittedTo(1, (0, 5), 6),
+        r.AllFinished(1),
+        r.Stop(0, ""),
+    ]
+
+
+def _state(job: SimulatedJob) -> bytes:
+    core = job.core
+    decided = (core.phase, core.epoch, core.assignment, core.nodes, core.committed, core.iteration)
+    return repr((*decided, core.coordinates, core.protection.status(), len(job.sent), len(job.emitted))).encode()
+
+
+@pytest.mark.timeout(150)
+def test_no_changed_cut_repeated_or_old_packet_gets_through_a_seal() -> None:
+    """60,000 at the coordinator's end, 20,000 at an agent's; the Core behind it stays as it is."""
+    job = SimulatedJob(nodes=5, spares=1).train()
+    job.commit(4)
+    before = _state(job)
+    chance = random.Random(1)
+    agent, coordinator = Seal(SECRET, "agent"), Seal(SECRET, "coordinator")
+    for name, mine, theirs, packets, count in (
+        (b"node-1", coordinator, agent, [r.encode(x) for x in _said_by_agents()], 60_000),
+        (b"node-1", agent, coordinator, [r.encode(x) for x in _told_to_agents()], 20_000),
+    ):
+        older_life = Seal(SECRET, "agent" if theirs is agent else "coordinator")
+        old = [older_life.close(name, packet) for packet in packets]
+        mine.open(name, old[0])
+        sent = [theirs.close(name, packet) for packet in packets]
+        for sealed, packet in zip(sent, packets, strict=True):
+            assert mine.open(name, sealed) == packet, "what is well is taken, once"
+        stranger = Seal(OTHER, "agent" if theirs is agent else "coordinator")
+        echo = [mine.close(name, packet) for packet in packets]
+        for _ in range(count):
+            kind = chance.randrange(12)
+            fresh = theirs.close(name, chance.choice(packets))
+            to = name
+            if kind == 0:
+                bad = chance.choice(sent)  # again
+            elif kind == 1:
+                bad = chance.choice(old)  # of an older life
+            elif kind == 2:
+                bad = stranger.close(name, chance.choice(packets))
+            elif kind == 3:
+                bad = chance.choice(echo)  # our own, sent back
+            elif kind == 4:
+                bad, to = fresh, b"node-2"  # meant for somebody else
+            else:
+                bad = mutated(chance, fresh, sent)
+                if bad == fresh:
+                    continue
+            refused = mine.refused
+            with pytest.raises(SealBroken):
+                mine.open(to, bad)
+            assert mine.refused == refused + 1, "refused, and counted"
+        assert mine.open(name, theirs.close(name, packets[0])) == packets[0], "the end still works"
+    assert _state(job) == before
+
+
+@pytest.mark.timeout(150)
+def test_nonsense_under_a_perfect_seal_crashes_nobody_and_what_does_not_fit_the_job_changes_nothing() -> None:
+    """25,000 records of a member gone mad, into a Core in every phase."""
+    chance = random.Random(2)
+    packets = [r.encode(x) for x in _said_by_agents()]
+    job = SimulatedJob(nodes=5, spares=1).train()
+    job.commit(4)
+    jobs = [copy.deepcopy(job)]
+    job.lose(1)
+    for step in (SimulatedJob.arrive, SimulatedJob.prepare, SimulatedJob.form):
+        jobs.append(copy.deepcopy(job))
+        step(job)
+    jobs.append(job)
+    decoded = fitted = 0
+    fresh = [copy.deepcopy(j) for j in jobs]
+    for turn in range(25_000):
+        which = turn % len(jobs)
+        if jobs[which].finish is not None:
+            jobs[which] = copy.deepcopy(fresh[which])
+        job = jobs[which]
+        packet = chance.choice(packets)
+        try:
+            record = r.decode_from_agent(bent(chance, packet) if turn % 2 else mutated(chance, packet, packets))
+        except r.RecordError:
+            continue
+        decoded += 1
+        node = getattr(record, "node", -1)
+        if isinstance(record, r.Inject | r.Enlist) or node not in job.core.nodes:
+            continue  # the coordinator answers those itself, or the name of the sender does not fit
+        before = (job.core.phase, job.core.epoch, list(job.core.assignment))
+        cause = misfit(record, job.core.job.world_size, job.core.epoch)
+        if cause:
+            assert "\n" not in cause and len(cause) < 400
+            assert before == (job.core.phase, job.core.epoch, list(job.core.assignment))
+            continue
+        fitted += 1
+        job.feed(record)
+        for rank in job.core.coordinates:
+            assert 0 <= rank < job.core.job.world_size
+        assert len(set(job.core.assignment)) == job.core.job.world_size
+    assert decoded > 10_000 and 1_000 < fitted < decoded - 1_000, (decoded, fitted)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        r.Registered(1, 0, r.CoordinateInfo(8, 0, 0, 0), 1, 1, "x", "swap", True),
+        r.Registered(1, 0, r.CoordinateInfo(2, 0, -1, 0), 1, 1, "x", "swap", True),
+        r.Registered(1, 0, r.CoordinateInfo(2, 0, 0, 0), -1, 1, "x", "swap", True),
+        r.Registered(1, 0, r.CoordinateInfo(2, 0, 0, 0), 1 << 60, 1, "x", "swap", True),
+        r.Offer(0, 1, {8: 1}, {}, {}),
+        r.Offer(0, 1, {2: -5}, {}, {}),
+        r.Offer(0, 1, {}, {2: [(1, 5)]}, {}),
+        r.Offer(0, 1, {}, {}, {2: [(0, -1)]}),
+        r.Offer(0, 1, {}, {}, {}, {5: [(7, 0)]}),
+        r.Committed(1, 1, 5),
+        r.Committed(-1, 1, 5),
+        r.Committed(0, 1, 1 << 62),
+        r.FetchFailed(0, 1, 8, 1, 5, "why"),
+        r.StateHash(1, -1, {}),
+        r.WorkerReady(1, -1, 5),
+        r.Join(1, 1, "h", 70000, []),
+    ],
+)
+def test_sizes_ranks_and_epochs_are_checked_against_the_job(record: r.AgentRecord) -> None:
+    assert misfit(record, 8, 0)
+    assert all(not misfit(good, 8, 0) for good in _said_by_agents())
+
+
+# ---- the vault
+
+
+class Vaults:
+    """One vault that holds a committed copy for a peer, and its server."""
+
+    def __init__(self) -> None:
+        self.vault = Vault(f"f{os.getpid()}", 0, chunk_bytes=1 << 12)
+        self.server = VaultServer(self.vault, SECRET, "127.0.0.1", deadlines=Deadlines(connect=2.0, idle=2.0))
+        self.server.set_plan({3: 20_000})
+        self.vault.allocate_own(0, 20_000, 4096)
+        arena = self.vault.arena(0, "own")
+        assert arena is not None
+        writer = SlotWriter(arena.path)
+        writer.open(0, 5, b"small")
+        writer.buffer[:] = 7
+        writer.complete()
+        writer.close()
+        self.vault.checksum(0)
+        self.vault.set_committed(0, 5)
+        self.server.start()
+
+    def state(self) -> Any:
+        arena = self.vault.arena(0, "own")
+        assert arena is not None
+        slot = arena.find(Version(0, 5))
+        assert slot is not None, "the committed copy is gone"
+        slot.verify()
+        return self.vault.holdings(), self.vault.epoch, self.vault.kept, self.vault.floor
+
+    def close(self) -> None:
+        self.server.stop()
+        self.vault.close()
+
+
+@pytest.fixture
+def vaults() -> Iterator[Vaults]:
+    made = Vaults()
+    yield made
+    made.close()
+
+
+def _frames() -> list[wire.Frame]:
+    return [
+        wire.Begin(0, 3, 0, 6, 20_000, 4096, 5, 1 << 12, Version(0, 5).pack(), Version(0, 5).pack()),
+        wire.Share(0, 9, 0, 3, 0, 6, 20_000, 5, 1 << 12, Version(0, 5).pack(), Version(0, 5).pack()),
+        wire.Bytes(0, 0, [1, 2, 3]),
+        wire.Complete(0),
+        wire.Fetch(0, 0, 0, 5, 0, 1),
+        wire.Begun(0, False),
+        wire.Stored(0),
+        wire.Sent(0, True),
+        wire.Refusal(0, "code", "message"),
+    ]
+
+
+def _in_process(vaults: Vaults, data: bytes) -> bool:
+    """``data`` as what a proven client sends, into the server's own handler; True when it was refused as no frame."""
+    ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    ours.sendall(data)
+    ours.shutdown(socket.SHUT_WR)
+    channel = wire.Channel(theirs, Deadlines(idle=2.0), bytes(32), True)
+    try:
+        vaults.server._requests(channel)
+    except VaultError as err:
+        return isinstance(err, Malformed)
+    finally:
+        ours.close()
+        theirs.close()
+    return False
+
+
+@pytest.mark.timeout(150)
+def test_no_changed_frame_gets_past_the_tag_of_its_connection(vaults: Vaults) -> None:
+    """20,000 frames into the server's handler."""
+    chance = random.Random(3)
+    before = vaults.state()
+    encoded, refused = [], 0
+    for frame in _frames():
+        ours, theirs = socket.socketpair()
+        wire.Channel(ours, Deadlines(), bytes(32), False).send(frame)
+        encoded.append(theirs.recv(1 << 16))
+        ours.close()
+        theirs.close()
+    for _ in range(20_000):
+        good = chance.choice(encoded)
+        bad = mutated(chance, good, encoded)
+        if bad in encoded or any(bad.startswith(each) for each in encoded):
+            continue  # whole frames, well sealed, by chance
+        refused += _in_process(vaults, bad)
+    assert vaults.state() == before
+    assert refused > 1_000  # the others were cut off, which is an end and not a frame
+
+
+@pytest.mark.timeout(150)
+def test_nonsense_in_well_sealed_frames_never_touches_what_is_committed(vaults: Vaults) -> None:
+    """8,000 sequences of frames with wrong sizes, offsets, epochs and orders, of a member gone mad."""
+    chance = random.Random(4)
+    vaults.server.set_epoch(1)
+    before = vaults.state()
+    words = [0, 1, 5, 20_000, 1 << 12, (1 << 63) - 1, Version(1, 6).pack(), Version(0, 4).pack()]
+    for _ in range(8_000):
+        ours, theirs = socket.socketpair()
+        sender = wire.Channel(ours, Deadlines(), bytes(32), False)
+        for _ in range(chance.randrange(1, 4)):
+            frame = chance.choice(_frames())
+            changed = {
+                name: chance.choice(words)
+                for name in frame.__struct_fields__
+                if name not in ("kept", "floor") and chance.random() < 0.3 and isinstance(getattr(frame, name), int)
+            }
+            try:
+                sender.send(msgspec.structs.replace(frame, **changed))
+            except (OverflowError, msgspec.MsgspecError):
+                continue
+            if isinstance(frame, wire.Bytes) and chance.random() < 0.5:
+                sender.send_raw(memoryview(chance.randbytes(4096)))
+        ours.shutdown(socket.SHUT_WR)
+        try:
+            vaults.server._requests(wire.Channel(theirs, Deadlines(idle=2.0), bytes(32), True))
+        except VaultError:
+            pass
+        finally:
+            ours.close()
+            theirs.close()
+    after = vaults.state()
+    assert after[0].ranks[0] == before[0].ranks[0] and after[1:] == before[1:]
+    assert vaults.server.refused_epochs > 100 and vaults.server.misfits > 100
+    assert not vaults.vault.holdings().ranks.get(3), "nothing was ever completed for anybody"
+
+
+@pytest.mark.timeout(120)
+def test_thousands_of_strangers_at_the_real_sockets_get_nowhere(vaults: Vaults) -> None:
+    """2,500 connections to the vault and 700 to the coordinator's socket; both still serve a member afterwards."""
+    chance = random.Random(5)
+    before = vaults.state()
+    threads = threading.active_count()
+    hello = wire._MAGIC + bytes(32)
+    for turn in range(2_500):
+        with socket.create_connection(("127.0.0.1", vaults.server.port), 5) as sock:
+            kind = turn % 5
+            if kind == 0:
+                continue
+            with contextlib.suppress(OSError):  # the vault may hang up before we are done
+                sock.sendall(chance.randbytes(64) if kind < 3 else mutated(chance, hello, [hello])[:64])
+                if kind == 4:
+                    sock.sendall(chance.randbytes(200))
+    with pytest.raises(VaultError):
+        wire.connect("127.0.0.1", vaults.server.port, OTHER, Deadlines(connect=2.0))
+    channel = wire.connect("127.0.0.1", vaults.server.port, SECRET, Deadlines())
+    channel.send(wire.Fetch(0, 0, 0, 5, 0, 1))
+    found = channel.receive()
+    assert isinstance(found, wire.Found) and found.unique_bytes == 20_000
+    channel.close()
+    assert vaults.state() == before and vaults.server.refused_members > 500
+    heard: list[bytes] = []
+    hub = Hub("127.0.0.1", 0, SECRET, 5.0)
+    try:
+        greeting = b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f\x03\x00CURVE".ljust(64, b"\x00")
+        for turn in range(700):
+            with socket.create_connection(("127.0.0.1", hub.port), 5) as sock, contextlib.suppress(OSError):
+                sock.sendall(greeting if turn % 3 == 0 else mutated(chance, greeting, [greeting]))
+                sock.sendall(chance.randbytes(chance.randrange(1, 200)))
+            hub.wait(0.0, lambda identity, packet: heard.append(packet), lambda identity: None)
+        # a member of the links that knows no seal: through CURVE, and no further
+        spoke = Spoke(f"127.0.0.1:{hub.port}", "node-1", SECRET, 5.0)
+        for packet in (b"", b"\x01", chance.randbytes(40), r.encode(_said_by_agents()[0])):
+            spoke.socket.send(packet)
+        spoke.socket.send_multipart([b"two", b"parts"])
+        spoke.send(b"hello")
+        for _ in range(200):
+            hub.wait(0.1, lambda identity, packet: heard.append(packet), lambda identity: None)
+            if heard:
+                break
+        assert heard == [b"hello"] and hub.seal.refused == 5
+        spoke.close()
+    finally:
+        hub.close()
+    assert threading.active_count() < threads + 50
+
+
+def test_a_bad_answer_from_the_coordinator_is_counted_by_the_agent_and_no_more() -> None:
+    hub = Hub("127.0.0.1", 0, SECRET, 5.0)
+    spoke = Spoke(f"127.0.0.1:{hub.port}", "node-1", SECRET, 5.0)
+    try:
+        spoke.send(b"here")
+        heard: list[bytes] = []
+        while not heard:
+            hub.wait(1.0, lambda identity, packet: heard.append(packet), lambda identity: None)
+        for _ in range(3_000):
+            hub.socket.send_multipart([b"node-1", np.random.default_rng(1).bytes(40)], zmq.NOBLOCK)
+        hub.send(b"node-1", b"well")
+        assert spoke.receive(20.0) == b"well" and spoke.seal.refused >= 1
+    finally:
+        spoke.close()
+        hub.close()
