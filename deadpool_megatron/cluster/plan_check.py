@@ -26,7 +26,7 @@ def misfit(record: r.AgentRecord, world_size: int, epoch: int) -> str:
     name = type(record).__name__
     told = getattr(record, "epoch", None)
     # (what an agent that comes back says of its own epoch is for the core to judge)
-    if told is not None and not isinstance(record, r.Join) and not -1 <= told <= epoch:
+    if told is not None and not isinstance(record, r.Join) and not 0 <= told <= epoch:
         return f"{name} of epoch {told}, and the job is in epoch {epoch}"
     for field in ("rank", "source", "holder"):
         rank = getattr(record, field, None)
