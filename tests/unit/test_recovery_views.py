@@ -129,6 +129,7 @@ def test_every_node_has_its_bars_and_detection_begins_at_the_strike(tmp_path: Pa
     bars = {(b.row, b.act): (round(b.start, 3), round(b.end, 3)) for b in line.bars}
     assert bars["job", "detect"] == (0.0, 0.25) == bars["node 0 (lost)", "detect"]
     assert bars["node 1", "abort"] == (0.35, 0.45)
+    assert bars["node 1", "re-form"] == (1.15, 1.2)
     assert bars["node 2 (spare)", "gather"] == (1.2, 1.3)
     assert bars["job", "redo"] == (1.45, 2.25)
     assert {b.row for b in line.bars} == {"job", "node 0 (lost)", "node 1", "node 2 (spare)"}
