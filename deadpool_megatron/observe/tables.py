@@ -35,7 +35,7 @@ def make_console() -> Console:
 def new_table(console: Console, **options: Any) -> Table:
     """A table in the style of all of ours: lines on a wide terminal, blanks between columns elsewhere."""
     lines = console.is_terminal and console.width >= _WIDE
-    options.update(title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    options.update(title_justify="left", title_style="bold", header_style="bold", pad_edge=lines)
     if not lines:
         options |= {"padding": (0, 1, 0, 0), "show_edge": False, "show_lines": False}
     return Table(box=box.ROUNDED if lines else _PLAIN, **options)
