@@ -247,10 +247,10 @@ def bytes_a_parameter(optimizer: Any, parameter: torch.Tensor) -> float:
     By dtypes of the inner optimizers' states, not by their sizes.
     """
     kinds = {type(member.inner).__name__: member for member in members(optimizer)}
-    matrix = parameter.dim() == 2 and not getattr(parameter, "is_embedding_or_output_parameter", False)
-    muon = next((m for name, m in kinds.items() if "Muon" in name), None)
-    if muon is not None and len(kinds) > 1:
-        kinds = {name: m for name, m in kinds.items() if ("Muon" in name) == matrix}
+    if len(kinds) > 1:  # upstream's default: matrices to the one that was asked for, all else to its scalar optimizer
+        matrix = parameter.dim() == 2 and not getattr(parameter, "is_embedding_or_output_parameter", False)
+        asked = min(kinds, key=lambda name: ("Muon" not in name, name != "Lion", name))
+        kinds = {name: member for name, member in kinds.items() if (name == asked) == matrix}
     for member in kinds.values():
         inner = member.inner
         for _, _, one in _parameters(inner):
