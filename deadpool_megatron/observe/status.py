@@ -124,6 +124,9 @@ class JobView:
         first.append(f", epoch {status['epoch']}")
         first.append(f", last iteration {iteration}" if iteration >= 0 else ", no iteration yet")
         first.append(f", committed generation {committed}" if committed >= 0 else ", nothing committed yet")
+        durable = status["generation"].get("durable", -1)
+        if durable >= 0:
+            first.append(f", durable generation {durable}")
         out = [first]
         if self.story.pace_s is not None:
             out.append(Text(f"pace: {seconds_text(self.story.pace_s)} an iteration"))

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from deadpool_megatron.cluster import Exit
 from flags import tiny_gpt
-from jobs import ROOT, Job, Jobs, assert_same_checkpoint, launch_flags, torchrun
+from jobs import EXAMPLE, ROOT, Job, Jobs, assert_same_checkpoint, launch_flags, torchrun
+from machines import Machines, MachinesJob
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,8 @@ def test_a_job_killed_whole_and_then_preempted_goes_on_bitwise_both_times(
     more = durable(store, 1000, "--deadpool-resume", "auto", "--deadpool-on-preempt")
     preempted = jobs.start("preempted", launch_flags(2, 0, 1), [*flags(), *more])
     preempted.until("a newer commit", lambda: [e for e in preempted.events("committed") if e["iteration"] > newest])
-    os.kill(preempted.process.pid, signal.SIGTERM)
+    for each in preempted.processes():  # as a batch system does it: every process is told
+        each.send_signal(signal.SIGTERM)
     assert preempted.wait() == Exit.PREEMPTED, preempted.log_tails()
     last = preempted.events("durable")[-1]["iteration"]
     assert f"training goes on from durable generation {newest}" in preempted.output
@@ -158,6 +160,30 @@ def test_an_exported_generation_is_the_checkpoint_megatron_itself_saves_and_load
     loaded, wanted = _global_tensors(again / f"iter_{SAVED:07d}"), _global_tensors(own / f"iter_{SAVED:07d}")
     assert len(wanted) > 10 and set(loaded) == set(wanted)
     assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("told", [0, 1])
+def test_one_machine_that_is_told_to_leave_makes_all_leave_with_what_is_committed(
+    jobs: Jobs, tmp_path: Path, told: int
+) -> None:
+    machines = Machines(tmp_path)
+    try:
+        line = ["--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{machines.port}", "--emulate-cpu"]
+        store = tmp_path / "store"
+        script = [str(EXAMPLE), *flags(400), "--deadpool", *durable(store, 1000, "--deadpool-resume", "auto")]
+        for n in (0, 1):
+            machines.start([*line, "--node-rank", str(n)], [*script, "--deadpool-on-preempt"])
+        job = MachinesJob(machines)
+        job.until("a commit", lambda: [e for e in job.events("committed") if e["iteration"] > 2])
+        machines.started[told].send_signal(signal.SIGTERM)
+        assert machines.codes(60) == [Exit.PREEMPTED, Exit.PREEMPTED], machines.outputs()
+        last = job.events("durable")[-1]["iteration"]
+        assert f"preempted: generation {last} is durable" in machines.output(0)
+        machines.until_gone(10)
+    finally:
+        machines.end()
 
 
 @pytest.mark.slow

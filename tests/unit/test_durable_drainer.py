@@ -38,6 +38,7 @@ from deadpool_megatron.durable import (
     directory_name,
     find,
     load_shards,
+    open_store,
 )
 from deadpool_megatron.vault import SlotWriter, Vault, Version
 
@@ -142,6 +143,18 @@ def test_a_drained_generation_comes_back_into_another_vault_bit_for_bit(node: No
     name = node.durable(40)
     assert node.complete() == [40]
     assert load(node, name, 40) == bytes([40]) * UNIQUE
+
+
+def test_a_store_behind_fsspec_takes_a_drain_of_another_process_and_gives_it_back(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    node.directory = f"dir::file://{tmp_path}"
+    try:
+        node.stage()
+        names = [node.durable(40), node.durable(60, keep=())]
+        assert [m.name for m in find(open_store(node.directory)).complete] == names[1:]  # 40 is removed
+        assert load(node, names[1], 60) == bytes([60]) * UNIQUE
+    finally:
+        node.close()
 
 
 def test_a_slot_that_is_being_copied_out_is_not_overwritten_and_counts_again_afterwards(node: Node) -> None:
