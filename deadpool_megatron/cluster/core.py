@@ -501,7 +501,7 @@ class Core:
             self._emit("committed", iteration=told.kept.generation, seconds=seconds)
             if self.protection.committed():
                 self._emit("protected", survives=self.protection.degree, iteration=told.kept.generation)
-            self._durability.committed(told.kept, self.members.active(), self._now)
+            self._durability.committed(told.kept, self.members.active(), self._now, self.phase is Phase.RUNNING)
 
     def _did(self, record: r.Did) -> None:
         self._done[record.act] = max(record.iteration, self._done.get(record.act, -1))
@@ -800,13 +800,15 @@ class Core:
                 return
             agreement, self._durable_name = Agreement(fallback[0], {}), fallback[1]
             self.iteration = agreement.generation - 1
-            held = "of ranks " + ", ".join(map(str, err.missing)) if err.missing else "of every rank"
+            held = "no generation is complete in the vaults any more"
+            if err.missing:
+                held = f"no vault holds the shards of ranks {', '.join(map(str, err.missing))} any more"
             self._emit(
                 "durable_fallback",
                 iteration=agreement.generation,
                 name=self._durable_name,
-                message=f"no vault holds the shards {held} of one generation: training goes back to durable generation "
-                f"{agreement.generation}",
+                message=f"more nodes were lost than the redundancy covers: {held}; training goes back to durable "
+                f"generation {agreement.generation}",
             )
         recovery.agreed(agreement.generation, self._now)
         self._generation = agreement.generation

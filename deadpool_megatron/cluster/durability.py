@@ -176,8 +176,11 @@ class Durability:
 
     # ---- draining
 
-    def committed(self, kept: Version, active: Sequence[int], now: float) -> None:
-        """The whole job has committed ``kept``; drain it when it is due."""
+    def committed(self, kept: Version, active: Sequence[int], now: float, training: bool = True) -> None:
+        """The whole job has committed ``kept``; drain it when it is due.
+
+        Not while ``training`` is False: vaults commit what a spare fetches before its worker has said what that is.
+        """
         self._kept = kept
         spec = self._spec
         if spec is None:
@@ -186,7 +189,8 @@ class Durability:
             self._first = (now, kept.generation)
             if self._last == 0:
                 self._last = kept.generation
-        if self._attempt is not None:
+        newest = self.newest
+        if self._attempt is not None or not training or (newest is not None and kept.generation <= newest):
             return
         if self._preempted is not None:
             self._begin(kept, active, now, 0.0)

@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from deadpool_megatron.cluster import Exit
+from deadpool_megatron.vault import Arena
 from flags import tiny_gpt
 from jobs import EXAMPLE, ROOT, Job, Jobs, assert_same_checkpoint, launch_flags, torchrun
 from machines import Machines, MachinesJob
@@ -160,6 +161,42 @@ def test_an_exported_generation_is_the_checkpoint_megatron_itself_saves_and_load
     loaded, wanted = _global_tensors(again / f"iter_{SAVED:07d}"), _global_tensors(own / f"iter_{SAVED:07d}")
     assert len(wanted) > 10 and set(loaded) == set(wanted)
     assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
+
+
+def lose_with_its_copy(job: Job, node: int, holder: int, rank: int) -> None:
+    """A node is gone, and what ``holder`` keeps of its rank is not what was written: memory has nothing left of it."""
+    agents = {n["node"]: n["agent_pid"] for n in job.status()["nodes"]}
+    os.kill(agents[node], signal.SIGSTOP)  # sends nothing more
+    (path,) = Path("/dev/shm").glob(f"deadpool-{job.process.pid}-*-{holder}-{rank}-peer")
+    arena = Arena.attach(str(path))
+    for slot in arena.slots:
+        slot.unique[:1] = bytes([slot.unique[0] ^ 1])
+    arena.close()
+    os.kill(agents[node], signal.SIGKILL)
+
+
+@pytest.mark.timeout(400)
+def test_when_memory_cannot_answer_a_survivor_and_a_spare_go_back_to_the_durable_generation_bitwise(
+    jobs: Jobs, undisturbed: Job, tmp_path: Path
+) -> None:
+    job = jobs.start("beyond", launch_flags(3, 1, 1), [*flags(), *durable(tmp_path, SAVED)])
+    until_durable(job, SAVED)
+    newest = job.events("durable")[-1]["iteration"]
+    # So far on that nobody remembers the microbatches of then.
+    job.until("some iterations more", lambda: job.exact() and job.exact()[-1][0] >= newest + 4)
+    before = job.pids()
+    lose_with_its_copy(job, 0, 1, 0)
+    job.finished(300)
+    (fallback,) = job.events("durable_fallback")
+    assert "more nodes were lost than the redundancy covers: no " in job.output
+    assert f"training goes back to durable generation {fallback['iteration']}" in job.output
+    back = fallback["iteration"]
+    assert back in [e["iteration"] for e in job.events("durable")] and back >= newest
+    assert job.pids()[1] == before[1]  # the survivor kept its process
+    expected = {iteration: exact for iteration, *exact in undisturbed.exact()}
+    assert [iteration for iteration, *_ in job.exact()].count(back + 1) == 2  # it was done again
+    assert all(expected[iteration] == exact for iteration, *exact in job.exact())
+    assert job.hashes() == undisturbed.hashes()
 
 
 @pytest.mark.slow

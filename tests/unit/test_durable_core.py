@@ -189,13 +189,34 @@ def test_more_losses_than_memory_covers_go_back_to_the_durable_generation_with_t
     assert (agree.generation, agree.sources, agree.durable) == (4, {}, name)
     (told,) = it.events("durable_fallback")
     assert told["message"] == (
-        "no vault holds the shards of ranks 0, 1 of one generation: training goes back to durable generation 4"
+        "more nodes were lost than the redundancy covers: no vault holds the shards of ranks 0, 1 any more; "
+        "training goes back to durable generation 4"
     )
     it.prepare()
     it.form()
+    run(it, range(4, 5))  # the vaults have it in two places again before training goes on
     it.restore()
     it.resume(4)
     assert it.core.phase is Phase.RUNNING and it.core.committed == 4
+    run(it, range(5, 6))
+    assert [order.generation for order in it.told(r.DrainShards)] == [4]  # it is durable: not once more
+    run(it, range(6, 9))
+    assert [order.generation for order in it.told(r.DrainShards)] == [4, 8]
+
+
+def test_nothing_is_drained_before_a_spares_worker_has_said_what_its_shard_is() -> None:
+    it = job()
+    run(it, range(4))
+    it.lose(1)
+    it.arrive(3)
+    it.prepare()
+    it.form()
+    run(it, range(4, 5))  # committed by the vaults alone
+    it.restore()
+    it.resume(4)
+    assert not it.told(r.DrainShards)
+    run(it, range(5, 6))
+    assert [order.generation for order in it.told(r.DrainShards)] == [5]
 
 
 def test_a_durable_generation_that_cannot_be_read_gives_way_to_the_one_before() -> None:
