@@ -6,6 +6,7 @@ Their settings come as JSON on stdin and not as arguments or environment because
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 import threading
@@ -37,7 +38,7 @@ def _coordinator(settings: dict[str, Any]) -> int:
     domains = {int(node): labels for node, labels in job["domains"].items()}  # JSON knows text keys only
     spec = JobSpec(**{**job, "deadlines": Deadlines(**job["deadlines"]), "domains": domains})
     if durable is not None:
-        spec = dataclasses.replace(spec, durable=_durable(durable, spec.world_size))
+        spec = dataclasses.replace(spec, durable=_durable(durable, spec.world_size, settings["resume"]))
     agent = settings["agent"]
     # The rendezvous of process groups lives here, outside of all training processes; it listens on every address. A
     # coordinator that is started again listens where the first one did, so nobody has to be told; it decides before
@@ -84,10 +85,17 @@ def _coordinator(settings: dict[str, Any]) -> int:
     return code
 
 
-def _durable(settings: dict[str, Any], world_size: int) -> DurableSpec:
-    """Look into the durable directory once, before anybody waits for this process. Raises DurableError."""
-    resume, newer_than = settings.pop("resume"), settings.pop("newer_than")
-    usable, remarks = survey(settings["directory"], resume, world_size, newer_than, settings.pop("writes"))
+def _durable(settings: dict[str, Any], world_size: int, again: bool) -> DurableSpec:
+    """Look into the durable directory once, before anybody waits for this process. Raises DurableError.
+
+    ``again``: this coordinator takes the place of one that is gone; what lies there is this job's own.
+    """
+    resume, newer_than, writes = (settings.pop(key) for key in ("resume", "newer_than", "writes"))
+    if again:
+        settings["job"] += f"r{os.getpid()}"  # its attempts are others than those of the one before
+        usable, remarks = survey(settings["directory"], "auto", world_size, -1, False)
+    else:
+        usable, remarks = survey(settings["directory"], resume, world_size, newer_than, writes)
     for remark in remarks:
         print(f"deadpool: {remark}", file=sys.stderr, flush=True)
     return DurableSpec(**settings, complete=usable, resume=resume != "none")

@@ -317,6 +317,7 @@ class Core:
             largest = max(unique + room for unique, room in zip(sizes, rooms, strict=True))
             groups = tuple(tuple(group) for group in kept["groups"])
             self.protection.begin(self.assignment, self.coordinates, largest, self.job.slots_per_node, groups)
+        self._durability.restored(self._phase is Phase.STARTING)
         self._ledger = CommitLedger(self.members.active(), self.epoch)
         self._returning = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
         self._unsettled = "a recovery was under way" if kept["recovering"] else ""
@@ -340,6 +341,8 @@ class Core:
             self._lose(missing, "its agent has not come back to the coordinator")
         if self._phase is Phase.FINISHING:
             self._send(None, r.AllFinished(self.epoch))
+        elif self._phase is Phase.STARTING and not self.members.missing():
+            self._durability.start(self.members.active())
         if self._recovery is not None or self._phase is not Phase.RUNNING:
             return
         lost = [n for n in self.members.active() if self.members.gone(n)]

@@ -137,6 +137,14 @@ class Durability:
         self._begun = True
         self._load(active)
 
+    def restored(self, starting: bool) -> None:
+        """A coordinator takes the place of one that is gone: what was under way is not known any more.
+
+        While the job is ``starting``, `start` says once more where it begins; later it has begun.
+        """
+        self._begun = not starting
+        self._last = self.newest or 0
+
     def _load(self, active: Iterable[int]) -> None:
         if self._complete:
             generation, name = self._complete[0]

@@ -40,6 +40,10 @@ def load_shards(
             if rank >= manifest.world_size:
                 raise DurableError(f"{name} has {manifest.world_size} ranks, none with number {rank}")
             shard = manifest.shards[rank]
+            arena = vault.arena(rank, "own")
+            if arena is not None and arena.find(version) is not None:
+                loaded(rank, manifest, shard.layout)
+                continue
 
             def fill(open_slot: Callable[[int, int], Slot]) -> int:
                 slot: Slot | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from deadpool_megatron.cluster import DurableSpec, Exit, Phase
@@ -330,3 +331,32 @@ def test_a_preempted_job_whose_newest_generation_is_durable_leaves_at_once() -> 
     make_durable(it)
     it.take(it.core.preempted(it.now))
     assert it.end[0] == Exit.PREEMPTED and "generation 4 is durable" in it.end[1]
+
+
+# ---- a coordinator that starts again
+
+
+def again(before: SimulatedJob, complete: tuple[tuple[int, str], ...]) -> SimulatedJob:
+    """Another coordinator in the place of the one of ``before``."""
+    it = SimulatedJob(nodes=4, spares=1, durable=spec(complete=complete, resume=True))
+    it.take(it.core.restored(json.loads(json.dumps(before.core.dump())), it.now))
+    for node, state in it.core.nodes.items():
+        it.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, list(state.pids.values())))
+    return it
+
+
+def test_a_coordinator_that_starts_again_loads_nothing_into_vaults_that_train_and_goes_on_draining() -> None:
+    before = job()
+    run(before, range(9))
+    it = again(before, ((4, "older"),))
+    assert it.core.phase is Phase.RUNNING and it.core.durable == 4
+    assert not it.told(r.LoadShards) and not it.told(r.ResumeAt)
+    run(it, range(9, 10))
+    assert [order.generation for order in it.told(r.DrainShards)] == [9]
+
+
+def test_a_coordinator_that_starts_again_before_training_says_once_more_where_it_begins() -> None:
+    before = SimulatedJob(nodes=4, spares=1, durable=spec(complete=((4, "older"),), resume=True))
+    before.join()
+    it = again(before, ((4, "older"),))
+    assert it.told(r.LoadShards) == [r.LoadShards("older", 4)]
