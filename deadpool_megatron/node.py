@@ -93,7 +93,7 @@ def _durable(settings: dict[str, Any], world_size: int, again: bool) -> DurableS
     resume, newer_than, writes = (settings.pop(key) for key in ("resume", "newer_than", "writes"))
     if again:
         settings["job"] += f"r{os.getpid()}"  # its attempts are others than those of the one before
-        usable, remarks = survey(settings["directory"], "auto", world_size, -1, False)
+        usable, remarks = survey(settings["directory"], "auto", world_size, -1, False)[0], ()
     else:
         usable, remarks = survey(settings["directory"], resume, world_size, newer_than, writes)
     for remark in remarks:
