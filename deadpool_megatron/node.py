@@ -93,10 +93,11 @@ def _durable(settings: dict[str, Any], world_size: int, again: bool) -> DurableS
     resume, newer_than, writes = (settings.pop(key) for key in ("resume", "newer_than", "writes"))
     if again:
         settings["job"] += f"r{os.getpid()}"  # its attempts are others than those of the one before
-        usable, remarks = survey(settings["directory"], "auto", world_size, -1, False)[0], ()
+        resume_now, newer_than, writes = "auto", -1, False
     else:
-        usable, remarks = survey(settings["directory"], resume, world_size, newer_than, writes)
-    for remark in remarks:
+        resume_now = resume
+    usable, remarks = survey(settings["directory"], resume_now, world_size, newer_than, writes)
+    for remark in remarks if not again else ():
         print(f"deadpool: {remark}", file=sys.stderr, flush=True)
     return DurableSpec(**settings, complete=usable, resume=resume != "none")
 
