@@ -57,8 +57,9 @@ class DeadpoolConfig:
     )
     comm: str = _setting(
         "auto",
-        "how process groups are re-formed in place; a swap of the inner backend is the one way there is",
-        ("auto", "swap"),
+        "how process groups that changed are re-formed in place: by a swap of the inner backend, or by torch's own "
+        "reconfigure (torch 2.14 or newer) with the swap for groups it cannot help; auto: reconfigure if it is there",
+        ("auto", "swap", "reconfigure"),
     )
     lease: float = _setting(5.0, "seconds without a heartbeat after which a node counts as lost")
     abort_deadline: float = _setting(

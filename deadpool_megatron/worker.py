@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import logging
 import os
 import runpy
 import signal
@@ -32,6 +33,7 @@ from deadpool_megatron.cluster.workers import (
     STACKS_FILE,
     STACKS_SIGNAL,
 )
+from deadpool_megatron.versions import check_strategy
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
@@ -82,6 +84,7 @@ def _run_script(script: str, arguments: list[str]) -> None:
 
 def _install(standby: bool) -> Hooks:
     """Import torch and Megatron, wrap process groups, connect to the agent, install the hooks."""
+    import torch
     import torch.distributed as dist
 
     from deadpool_megatron import config as settings
@@ -95,6 +98,8 @@ def _install(standby: bool) -> Hooks:
     config = settings.from_flags(flags)
     if config.on_preempt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent says when it is time to go
+    check_strategy(config.comm, torch.__version__)
+    _log_to_stderr()
     communicators = Communicators.install(
         standby=standby,
         strategy=config.comm,  # type: ignore[arg-type]
@@ -135,6 +140,15 @@ def _install(standby: bool) -> Hooks:
     session.on_arm = arm
     session.is_waiting = communicators.is_waiting
     return hooks
+
+
+def _log_to_stderr() -> None:
+    """What our packages have to tell goes into the rank's log, whatever Megatron does to the root logger."""
+    log, handler = logging.getLogger("deadpool_megatron"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("[deadpool] %(asctime)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def _failed(hooks: Hooks | None, error: BaseException, tell: Callable[[r.WorkerFailed], None]) -> None:

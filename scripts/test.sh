@@ -20,7 +20,8 @@ if [[ "${1:-}" == --all-torch ]]; then
 fi
 
 shopt -s nullglob
-# Re-forming groups in place reaches into torch, and the emulation patches it.
+# Re-forming groups in place reaches into torch, and the emulation patches it. There, groups that changed are re-formed by
+# torch's own reconfigure where it can help (--deadpool-comm auto); on the first environment's torch by the swap.
 torch214_tests=(tests/unit/test_comm_*.py tests/integration/test_comm_*.py tests/unit/test_emulation_*.py)
 # The part of the whole sequence that is run there too: pytest arguments.
 torch214_hot_swap=(tests/integration/test_hot_swap.py -k 1f1b)

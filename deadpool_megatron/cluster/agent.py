@@ -457,13 +457,17 @@ class Agent:
             self._take_over()
             return
         self._reached(worker, record.step, record.epoch)
+        if record.step == "formed":
+            worker.formed = (record.changed, record.number)
         if record.epoch != self._epoch or not self._all_reached(record.step):
             return
         match record.step:
             case "ready":
                 self._send(r.NodeReady(self._epoch, node))
             case "formed":
-                self._send(r.NodeFormed(self._epoch, node, record.number))
+                formed = [self._workers[local].formed for local in placing.ranks_of(self._assignment, node)]
+                changed, of = (sum(each) for each in zip(*formed, strict=True))
+                self._send(r.NodeFormed(self._epoch, node, record.number, changed, of))
             case "restored":
                 self._send(r.NodeRestored(self._epoch, node))
             case "resumed":

@@ -841,8 +841,9 @@ class Core:
 
     def _node_formed(self, record: r.NodeFormed) -> None:
         recovery = self._current(record.epoch)
-        if recovery is not None and recovery.formed(record.node, self._now):
-            self._emit("reformed", groups=record.groups)
+        if recovery is not None and recovery.formed(record.node, self._now, record.changed, record.of):
+            changed, of = recovery.groups
+            self._emit("reformed", groups=record.groups, changed=changed, of=of)
             self._check_restored(recovery)
 
     def _node_restored(self, record: r.NodeRestored) -> None:

@@ -46,6 +46,7 @@ class Recovery:
         self._resumed: set[int] = set()
         self._saved: set[int] = set()
         self._told_restored = False
+        self._groups: dict[int, tuple[int, int]] = {}
 
     def offered(self, record: r.Offer) -> bool:
         """A node has left its step and says what it can give."""
@@ -66,8 +67,14 @@ class Recovery:
             return True
         return False
 
-    def formed(self, node: int, now: float) -> bool:
-        """A node has re-formed its groups."""
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Groups re-formed, and all: summed over the ranks that have told so far."""
+        return sum(changed for changed, _ in self._groups.values()), sum(of for _, of in self._groups.values())
+
+    def formed(self, node: int, now: float, changed: int = 0, of: int = 0) -> bool:
+        """A node has its groups: `changed` re-formed, `of` in all, summed over its ranks."""
+        self._groups[node] = (changed, of)
         if self.phase is Phase.FORMING and self._all(self._reached, node):
             self._enter(Phase.RESTORING, now + self._deadlines.abort + self._deadlines.form)
             return True

@@ -73,6 +73,7 @@ class Worker:
     registered: r.Registered | None = None
     exit_code: int | None = None
     reached: dict[str, int] = field(default_factory=dict)
+    formed: tuple[int, int] = (0, 0)  # groups re-formed in the last epoch, and all
 
     @property
     def pid(self) -> int:

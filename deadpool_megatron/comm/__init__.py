@@ -9,6 +9,7 @@ from deadpool_megatron.comm.reports import (
     AbortReport,
     CommunicatorAborted,
     CommunicatorError,
+    GroupReport,
     ReformError,
     ReformReport,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "CommunicatorError",
     "Communicators",
     "GroupRecord",
+    "GroupReport",
     "ReformError",
     "ReformReport",
     "nccl_environment",

@@ -23,17 +23,19 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from deadpool_megatron.comm import gloo, nccl, seam
+from deadpool_megatron.comm import gloo, nccl, reconfigure, seam
 from deadpool_megatron.comm.connections import GlooConnections
 from deadpool_megatron.comm.forming import Forming, FormingPlan, own_client
 from deadpool_megatron.comm.inplace import InPlace, Replacement, c10d
-from deadpool_megatron.comm.reports import AbortReport, CommunicatorError, ReformError, ReformReport
-from deadpool_megatron.comm.table import GroupRecord, GroupTable
+from deadpool_megatron.comm.quiet import Quiet
+from deadpool_megatron.comm.reports import AbortReport, CommunicatorError, GroupReport, ReformError, ReformReport
+from deadpool_megatron.comm.table import GroupRecord, GroupTable, backend_of
 from deadpool_megatron.comm.waits import Poison, Waits
 
 _log = logging.getLogger(__name__)
 
 _ABORT_DEADLINE_S = 2.0
+_QUIET_S = 0.25  # how long quiet groups are left alone while the training thread is still at work
 _ABORT_GRACE_S = 0.1  # waits that end by themselves after their connections do so within 10 ms, more on a busy machine
 
 
@@ -42,7 +44,7 @@ class Communicators:
 
     _installed: ClassVar["Communicators | None"] = None
 
-    def __init__(self, *, standby: bool, form_timeout_s: float, operation_timeout_s: float) -> None:
+    def __init__(self, *, standby: bool, reconfigures: bool, form_timeout_s: float, operation_timeout_s: float) -> None:
         """Use `install`."""
         self.epoch = 0
         self._standby = standby
@@ -52,12 +54,15 @@ class Communicators:
         self._waits = Waits(self._poison)
         self._table = GroupTable()
         self._connections = GlooConnections()
+        self._quiet = Quiet(self._waits.release, self._connections)
         self._in_place = InPlace()
-        self.strategy = "swap"
+        self.strategy: Literal["swap", "reconfigure"] = "reconfigure" if reconfigures else "swap"
         self._abort_lock = threading.Lock()
         self._state_lock = threading.Lock()  # poison, forming; held for moments only
         self._forming: Forming | None = None
         self._forming_epoch = 0
+        self._left_behind: list[Forming] = []
+        self._left = threading.Event()  # the training thread is out of the broken epoch
         self._prepared: tuple[Store, Store] | None = None  # the caller's store, our own connection to the same server
 
     @classmethod
@@ -74,9 +79,9 @@ class Communicators:
         Args:
             standby: this process is a spare: `init_process_group` and `new_group` meet nobody and make groups with
                 torch's fake backend; `reform` gives the same objects real ones.
-            strategy: how backends change in place. "auto" takes "swap", on every torch. "reconfigure" (torch >= 2.14)
-                is refused: it keeps pool threads that a half-sent message blocks, cannot be abandoned half-way, has
-                one store for ever and no groups with two backends (docs/measurements/comm-reconfigure.md).
+            strategy: how the groups that changed get their connections. "swap": a new backend moves in. "reconfigure"
+                (torch >= 2.14): torch's own way, and the swap for groups it cannot help. "auto": "reconfigure" where
+                torch has it, else "swap".
             form_timeout_s: limit of one `reform`.
             operation_timeout_s: time-out of each Gloo operation once its group is formed: the floor under what abort
                 cannot free. NCCL groups keep their own.
@@ -87,9 +92,16 @@ class Communicators:
             raise CommunicatorError("Communicators.install was called before in this process; use that object")
         if dist.is_initialized():
             raise CommunicatorError("process groups exist: call Communicators.install before init_process_group")
-        if strategy not in ("auto", "swap"):
-            raise CommunicatorError(f"communicator strategy {strategy!r} is not offered: use 'auto' or 'swap'")
-        self = cls(standby=standby, form_timeout_s=form_timeout_s, operation_timeout_s=operation_timeout_s)
+        if strategy not in ("auto", "swap", "reconfigure"):
+            raise CommunicatorError(f"communicator strategy {strategy!r} is unknown: use 'auto', 'swap', 'reconfigure'")
+        if strategy == "reconfigure" and not reconfigure.offered():
+            raise CommunicatorError(reconfigure.refusal())
+        self = cls(
+            standby=standby,
+            reconfigures=strategy != "swap" and reconfigure.offered(),
+            form_timeout_s=form_timeout_s,
+            operation_timeout_s=operation_timeout_s,
+        )
         self._waits.install()
         seam.watch_groups(self._on_group, lambda: self._standby)
         if standby:
@@ -99,7 +111,13 @@ class Communicators:
             _log.warning("torch %s: backends cannot be exchanged, dead ones stay in memory", torch.__version__)
         if not self._waits.can_force:
             _log.warning("torch %s: waits cannot be forced, half-sent messages block until time-out", torch.__version__)
-        _log.info("communicators: strategy %s, exchange %s", self.strategy, self._in_place.exact)
+        _log.info(
+            "communicators: strategy %s on torch %s, exchange %s, quiet groups are kept: %s",
+            self.strategy,
+            torch.__version__,
+            self._in_place.exact,
+            self._quiet.available,
+        )
         return self
 
     # -- what everybody may ask ------------------------------------------------------------------------------------
@@ -131,53 +149,86 @@ class Communicators:
     def _on_group(self, record: GroupRecord, create: seam.Create) -> Any:
         if self._poison.set:
             raise self._poison.error()
-        with self._connections.watching():
+        with self._connections.watching() as devices:
             group = create()
+        record.devices, record.connections = frozenset(devices), frozenset(self._connections.of(devices))
+        record.made = record.connected = self.epoch
         self._table.add(record)
         formed = record.real and record.group is not None and "gloo" in record.backend_of_device.values()
         if formed and record.timeout.total_seconds() > self._operation_timeout_s:
             # Only now, not for the forming itself: ranks may come minutes apart at start.
-            gloo.set_operation_timeout(_backend(record, "gloo"), self._operation_timeout_s)
+            gloo.set_operation_timeout(backend_of(record, "gloo"), self._operation_timeout_s)
         return group
 
     # -- abort -----------------------------------------------------------------------------------------------------
 
-    def abort(self, epoch: int | None = None) -> AbortReport:
+    def abort(self, epoch: int | None = None, *, left: bool = False) -> AbortReport:
         """End all communication of this process, from any thread; also a `reform` under way.
 
         Every operation blocked in `Work.wait`, and every later one on any group, raises CommunicatorAborted (a blocked
         one may raise torch's own error for the lost connection instead). Idempotent. Returns after 2 s at most, nearly
         always within milliseconds. With `epoch`, does nothing if a later epoch is current or forming.
+
+        Groups in which nothing is under way keep their connections, so that `reform` may keep them, unless the
+        training thread does not come out: then they are ended too, 0.25 s later.
+
+        Args:
+            left: the training thread says that it is out of the broken epoch: it begins no operation before `reform`.
         """
         begun = time.monotonic()
         deadline = begun + _ABORT_DEADLINE_S
         with self._state_lock:
             if epoch is not None and max(self.epoch, self._forming_epoch) > epoch:
-                return AbortReport(self._poison.set, 0, 0, 0, 0, 0, 0, 0.0)
+                return AbortReport(self._poison.set, 0, 0, 0, 0, 0, 0, 0, 0.0)
             already, self._poison.set = self._poison.set, True
+            if left:
+                self._left.set()
             if self._forming is not None:
-                self._forming.abandoned = True
-                self._forming.settled.set()
+                self._forming.abandon()
         if not self._abort_lock.acquire(timeout=_ABORT_DEADLINE_S):
-            return AbortReport(already, 0, 0, 0, 0, 0, 0, time.monotonic() - begun)
+            return AbortReport(already, 0, 0, 0, 0, 0, 0, 0, time.monotonic() - begun)
         try:
-            closed = self._connections.shutdown()
+            established = self._connections.established()
+            quiet = [record for record in self._records() if not self._quiet.against(record, established)]
+            if quiet and not already and not self._left.is_set():
+                threading.Thread(target=self._end_quiet_too, name="deadpool-abort", daemon=True).start()
+            closed = self._connections.shutdown(frozenset().union(*(record.connections for record in quiet)))
             aborted, stuck = nccl.abort_all(self._backends("nccl"), deadline)
             found, forced, inside = self._waits.clear_out(self._backends("gloo"), _ABORT_GRACE_S, deadline)
         finally:
             self._abort_lock.release()
-        report = AbortReport(already, closed, found, forced, inside, aborted, stuck, time.monotonic() - begun)
+        report = AbortReport(
+            already, closed, len(quiet), found, forced, inside, aborted, stuck, time.monotonic() - begun
+        )
         _log.info("communicators of epoch %d aborted: %s", self.epoch, report)
         return report
 
+    def _end_quiet_too(self) -> None:
+        """The training thread may begin operations on a quiet group and wait for them in C++, where it cannot see
+        that the epoch is over."""
+        if self._left.wait(_QUIET_S):
+            return
+        with self._abort_lock:  # `reform` waits for it
+            with self._state_lock:
+                if self._left.is_set():
+                    return
+            closed = self._connections.shutdown()
+            deadline = time.monotonic() + _ABORT_DEADLINE_S
+            found, forced, stuck = self._waits.clear_out(self._backends("gloo"), _ABORT_GRACE_S, deadline)
+        text = "still at work: quiet groups ended too (%d connections, %d waits, %d forced, %d stuck)"
+        _log.info(text, closed, found, forced, stuck)
+
+    def _records(self) -> list[GroupRecord]:
+        """`groups`, from any thread."""
+        alive = dict(c10d._world.pg_map)
+        return [record for record in list(self._table.records) if record.group in alive]
+
     def _backends(self, kind: str) -> list[Any]:
         """The real backends of this kind; from any thread."""
-        records = list(self._table.records)
-        alive = dict(c10d._world.pg_map)
         return [
-            _backend(record, kind)
-            for record in records
-            if record.real and record.group in alive and kind in record.backend_of_device.values()
+            backend_of(record, kind)
+            for record in self._records()
+            if record.real and kind in record.backend_of_device.values()
         ]
 
     def prepare(self, store: Store) -> None:
@@ -206,8 +257,14 @@ class Communicators:
             )
         if not dist.is_initialized():
             raise ReformError("there are no process groups: torch.distributed is not initialized")
+        with self._state_lock:
+            self._left.set()
         if not self._poison.set and not self._standby:
             self.abort()  # nobody may go on with the old connections
+        # An abort still at work looks for operations to end, and must not find those of the new epoch.
+        if not self._abort_lock.acquire(timeout=2 * _ABORT_DEADLINE_S):
+            raise ReformError(f"epoch {epoch}: an abort has been at work for {2 * _ABORT_DEADLINE_S:g} s")
+        self._abort_lock.release()
         c10d._world.pg_coalesce_state.clear()  # an exception in a coalescing block leaves its entry behind
         records = self.groups()
         plan = FormingPlan(
@@ -217,29 +274,38 @@ class Communicators:
             digest=self.table_digest(),
             deadline=begun + self._form_timeout_s,
             operation_timeout_s=self._operation_timeout_s,
+            reconfigures=self.strategy == "reconfigure",
+            occupied=[store for left in self._left_behind for store in left.occupied()],
         )
         prepared, self._prepared = self._prepared, None
         client = prepared[1] if prepared is not None and prepared[0] is store else None
-        forming = Forming(plan, store, client, self._connections)
+        forming = Forming(plan, store, client, self._connections, self._quiet)
         with self._state_lock:
             self._forming, self._forming_epoch = forming, epoch
         donors: list[Any] = []
-        dead = [_backend(record, kind) for record in records for kind in set(record.backend_of_device.values())]
+        dead: list[Any] = []
         try:
             forming.start()
             forming.settled.wait(self._form_timeout_s)
             formed_at = time.monotonic()
             self._check(forming, epoch)
             for record, new in forming.formed:
+                dead += [backend_of(record, kind) for kind in set(record.backend_of_device.values())]
                 donors.append(self._move_in(record, new))
+                record.made = record.connected = epoch
+                record.devices, record.connections = forming.devices, forming.connections[record.name]
+                record.spoilt = False
+            for record in forming.reconfigured:
+                record.connected, record.connections = epoch, forming.connections[record.name]
             with self._state_lock:
                 self._check(forming, epoch)
                 self._forming = None
                 self.epoch = epoch
                 self._standby = False
+                self._left.clear()
                 self._poison.set = False
         finally:
-            forming.abandoned = True
+            forming.abandon()
             with self._state_lock:
                 self._forming = None
             dead += [backend for _, new in forming.formed for _, _, backend in new.backends]
@@ -247,12 +313,26 @@ class Communicators:
             forming.formed = []
             retire(dead)
             if self._poison.set:  # the connection may be blocked in a wait of the thread left behind
+                for record in forming.reconfigured:
+                    record.spoilt = True
+                self._left_behind = [each for each in (*self._left_behind, forming) if each.is_alive()]
                 threading.Thread(target=self.prepare, args=(store,), name="deadpool-store", daemon=True).start()
             else:
                 self._prepared = (store, forming.client)
         seconds, name = forming.slowest
-        report = ReformReport(epoch, len(records), time.monotonic() - begun, formed_at - begun, name, seconds)
-        _log.info("communicators re-formed: %s", report)
+        report = ReformReport(
+            epoch,
+            tuple(
+                GroupReport(f"{record.desc} {record.name}", decision.method, decision.why)
+                for record in records
+                for decision in (forming.decisions[record.name],)
+            ),
+            time.monotonic() - begun,
+            formed_at - begun,
+            name,
+            seconds,
+        )
+        _log.info("communicators: %s", report)
         return report
 
     def _check(self, forming: Forming, epoch: int) -> None:
@@ -285,8 +365,3 @@ def retire(backends: list[Any]) -> None:
             backends.pop()
 
     threading.Thread(target=drop, name="deadpool-retire", daemon=True).start()
-
-
-def _backend(record: GroupRecord, kind: str) -> Any:
-    device = next(device for device, name in record.backend_of_device.items() if name == kind)
-    return record.group._get_backend(torch.device(device))

@@ -9,9 +9,13 @@ descriptor number. Listening sockets are left alone: shutting one down ends the 
 
 import contextlib
 import os
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+
+_TCP_ESTABLISHED = 1
+_TARGET = re.compile(r"^tfd: *(\d+) .* ino:([0-9a-f]+)", re.MULTILINE)  # "tfd: 7 events: 19 data: 55d0 pos:0 ino:1f2e"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +30,11 @@ def _watched(epoll_fd: int) -> Iterator[tuple[int, int]]:
     """(descriptor, inode) of everything an epoll descriptor watches; nothing if it is closed by now."""
     try:
         with open(f"/proc/self/fdinfo/{epoll_fd}", encoding="ascii") as info:
-            lines = info.readlines()
+            text = info.read()
     except OSError:
         return
-    for line in lines:
-        fields = line.replace(":", " ").split()  # "tfd: 7 events: 19 data: 55d0 pos:0 ino:1f2e sdev:8"
-        if fields[:1] == ["tfd"] and "ino" in fields:
-            yield int(fields[1]), int(fields[fields.index("ino") + 1], 16)
+    for fd, inode in _TARGET.findall(text):
+        yield int(fd), int(inode, 16)
 
 
 def _open_socket(fd: int, inode: int) -> socket.socket | None:
@@ -72,24 +74,73 @@ def _devices() -> set[GlooDevice]:
 
 
 class GlooConnections:
-    """The Gloo devices of this process, and the end of their connections."""
+    """The Gloo devices of this process, and the end of their connections. A connection is known by its inode."""
 
     def __init__(self) -> None:
         self._known: set[GlooDevice] = set()
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Devices that appear inside the block are Gloo's: put it around whatever creates a Gloo backend or device."""
+    def watching(self) -> Iterator[set[GlooDevice]]:
+        """Devices that appear inside the block are Gloo's: put it around whatever creates a Gloo backend or device.
+        Yields a set that holds them after the block."""
+        fresh: set[GlooDevice] = set()
         before = _devices()
         try:
-            yield
+            yield fresh
         finally:
-            self._known |= _devices() - before
+            fresh |= _devices() - before
+            self._known |= fresh
 
-    def shutdown(self) -> int:
-        """Shut down all connections of all devices, from any thread. Never blocks. Returns how many."""
+    def of(self, devices: Collection[GlooDevice]) -> set[int]:
+        """The connections of these devices, ended ones that are still open included."""
+        found: set[int] = set()
+        for inode, sock in self._connections(devices):
+            sock.close()
+            found.add(inode)
+        return found
+
+    def fresh(self, devices: Collection[GlooDevice], seen: set[tuple[int, int]]) -> set[int]:
+        """The connections of these devices that are not in `seen`, which this adds to: (descriptor, inode)."""
+        new = {each for device in devices for each in _watched(device.epoll_fd)} - seen
+        seen |= new
+        found: set[int] = set()
+        for fd, inode in new:
+            if (sock := _open_socket(fd, inode)) is not None:
+                with sock:
+                    if not _is_listener(sock):
+                        found.add(inode)
+        return found
+
+    def shutdown(self, spare: Collection[int] = frozenset()) -> int:
+        """Shut down all connections of all devices but those to spare, from any thread. Never blocks. Returns how
+        many."""
+        return self._end(lambda inode: inode not in spare)
+
+    def shutdown_only(self, these: Collection[int]) -> int:
+        """Shut down these connections, where they are still there."""
+        return self._end(lambda inode: inode in these) if these else 0
+
+    def established(self) -> set[int]:
+        """The connections that neither end has ended."""
+        found: set[int] = set()
+        for inode, sock in self._connections():
+            with sock, contextlib.suppress(OSError):  # not TCP
+                if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_ESTABLISHED:
+                    found.add(inode)
+        return found
+
+    def _end(self, chosen: Callable[[int], bool]) -> int:
         count = 0
-        for device in list(self._known):
+        for inode, sock in self._connections():
+            with sock, contextlib.suppress(OSError):  # not connected (yet, or any more)
+                if chosen(inode):
+                    sock.shutdown(socket.SHUT_RDWR)
+                    count += 1
+        return count
+
+    def _connections(self, devices: Collection[GlooDevice] | None = None) -> Iterator[tuple[int, socket.socket]]:
+        """Inode and a duplicate, to be closed by the caller, of each connection of these (or all) devices."""
+        for device in list(self._known if devices is None else devices):
             watched = list(_watched(device.epoll_fd))
             if device.listener_inode not in {inode for _, inode in watched}:
                 self._known.discard(device)  # destroyed; the number may be another epoll by now
@@ -97,11 +148,7 @@ class GlooConnections:
             for fd, inode in watched:
                 if (sock := _open_socket(fd, inode)) is None:
                     continue
-                with sock:
-                    try:
-                        if not _is_listener(sock):
-                            sock.shutdown(socket.SHUT_RDWR)
-                            count += 1
-                    except OSError:
-                        pass  # not connected (yet, or any more)
-        return count
+                if _is_listener(sock):
+                    sock.close()
+                else:
+                    yield inode, sock

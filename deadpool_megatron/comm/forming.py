@@ -2,17 +2,30 @@
 
 import threading
 import time
+from collections.abc import Collection
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 
-from deadpool_megatron.comm import gloo, nccl
-from deadpool_megatron.comm.connections import GlooConnections
-from deadpool_megatron.comm.inplace import Replacement, c10d
+from deadpool_megatron.comm import gloo, nccl, reconfigure
+from deadpool_megatron.comm.connections import GlooConnections, GlooDevice
+from deadpool_megatron.comm.inplace import Replacement, c10d, pointee
+from deadpool_megatron.comm.methods import (
+    NOT_USED,
+    Decision,
+    Word,
+    decide,
+    pack_decision,
+    pack_words,
+    unpack_decision,
+    unpack_words,
+)
+from deadpool_megatron.comm.quiet import Quiet
 from deadpool_megatron.comm.reports import ReformError
-from deadpool_megatron.comm.table import GroupRecord
+from deadpool_megatron.comm.table import GroupRecord, backend_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +39,10 @@ class FormingPlan:
     deadline: float
     """On time.monotonic."""
     operation_timeout_s: float
+    reconfigures: bool
+    """Whether torch's reconfigure is used where it can be."""
+    occupied: list[Any]
+    """Connections to the store that threads of earlier epochs may be blocked in."""
 
 
 def own_client(store: Any) -> Any:
@@ -45,19 +62,36 @@ class Forming(threading.Thread):
     deadline at the latest.
     """
 
-    def __init__(self, plan: FormingPlan, store: Any, client: Any, connections: GlooConnections) -> None:
+    def __init__(self, plan: FormingPlan, store: Any, client: Any, connections: GlooConnections, quiet: Quiet) -> None:
         """`client`: a connection to the store's server that is used by nobody else, or None to make one."""
         super().__init__(name=f"deadpool-forming-{plan.epoch}", daemon=True)
         self.settled = threading.Event()
         self.abandoned = False
+        self._abandoning = threading.Lock()
         self.error: BaseException | None = None
         self.formed: list[tuple[GroupRecord, Replacement]] = []
+        """Groups with new backends, yet to be moved in."""
+        self.reconfigured: list[GroupRecord] = []
+        """Groups whose backends were told to reconfigure, the last of them perhaps without an answer yet."""
+        self._meeting: Any = None  # the store that one meets in
+        self.connections: dict[str, frozenset[int]] = {}
+        """New connections, by name of the group."""
+        self.devices: frozenset[GlooDevice] = frozenset()
+        """The Gloo devices of the new backends."""
+        self.decisions: dict[str, Decision] = {}
         self.slowest: tuple[float, str] = (0.0, "")
         self._plan = plan
         self._store = store
         self.client = client
         self._connections = connections
+        self._quiet = quiet
         self._cuda_device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def abandon(self) -> None:
+        """Leave this thread behind. No further backend is told to reconfigure once this has returned."""
+        with self._abandoning:
+            self.abandoned = True
+        self.settled.set()
 
     def run(self) -> None:
         try:
@@ -85,22 +119,120 @@ class Forming(threading.Thread):
                 f"epoch {plan.epoch}: this rank ({plan.rank}) made other process groups than its peers (table digest "
                 f"{plan.digest}, theirs {agreed}); start all ranks with the same flags"
             )
-        devices: list[Any] = []
-        for record in plan.records:
+        self.decisions = self._agree(store)
+        ended = [record for record in plan.records if self.decisions[record.name].method != "kept"]
+        # Those that were left alone so far. Only these: an abandoned thread must not end what a later epoch made.
+        self._connections.shutdown_only(frozenset().union(*(record.connections for record in ended)))
+        devices: list[Any] = []  # torch's, for self.devices
+        seen: set[tuple[int, int]] = set()  # connections on them
+        for record in ended:
             begun = time.monotonic()
-            kinds = record.backend_of_device
-            if "gloo" in kinds.values() and not devices:
-                devices = gloo.create_devices(self._connections)
-            prefix = c10d.PrefixStore(f"{record.name}/", store)
-            backends: list[tuple[list[str], Any, Any]] = []
-            for kind in dict.fromkeys(kinds.values()):
-                on = [device for device, name in kinds.items() if name == kind]
-                backends.append((on, *self._build(record, kind, c10d.PrefixStore(f"{on[0]}/", prefix), devices)))
-            default = "NCCL" if "nccl" in kinds.values() else "GLOO"
-            default_type = getattr(c10d.ProcessGroup.BackendType, default)
-            self.formed.append((record, Replacement(backends, prefix, default_type)))
+            decision = self.decisions[record.name]
+            if decision.method == "reconfigured":
+                before: set[tuple[int, int]] = set()
+                self._connections.fresh(record.devices, before)
+                self._reconfigure(record, decision.handles)
+                connections = self._connections.fresh(record.devices, before)
+            else:
+                if not devices and "gloo" in record.backend_of_device.values():
+                    devices, self.devices = gloo.create_devices(self._connections)
+                self.formed.append((record, self._replacement(record, store, devices)))
+                connections = self._connections.fresh(self.devices, seen)
+            self.connections[record.name] = frozenset(connections)
             self.slowest = max(self.slowest, (time.monotonic() - begun, f"{record.desc} {record.name}"))
         client.set_timeout(usual_timeout)
+
+    def _reconfigure(self, record: GroupRecord, handles: tuple[str, ...]) -> None:
+        timeout_s = self._left()
+        with self._abandoning:  # past this, a later epoch takes the backend for spoilt and swaps it
+            self._left()
+            self.reconfigured.append(record)
+            self._meeting = reconfigure.store_of(record.group)
+            backend = backend_of(record, "gloo")
+        reconfigure.reconfigure(backend, self._plan.epoch, handles, timeout_s)
+        self._meeting = None
+
+    def _agree(self, store: Any) -> dict[str, Decision]:
+        """The method of each group of this rank, the same on all its members. Blocks until all members have come."""
+        records, rank = self._plan.records, self._plan.rank
+        established = self._connections.established()
+        asked = self._stores_that_answer() if self._plan.reconfigures else set()
+        words = {record.name: self._word(record, established, asked) for record in records}
+        store.set(f"words/{rank}", pack_words(words))
+        mine = [record for record in records if record.ranks[0] == rank]
+        if others := sorted({member for record in mine for member in record.ranks} - {rank}):
+            told = dict(zip(others, map(unpack_words, self._get(store, [f"words/{r}" for r in others])), strict=True))
+        else:
+            told = {}
+        told[rank] = words
+        for record in mine:
+            if missing := [member for member in record.ranks if record.name not in told[member]]:
+                raise ReformError(f"group {record.desc} {record.name}: rank {missing[0]} has destroyed it, others not")
+        decisions = {record.name: decide([told[member][record.name] for member in record.ranks]) for record in mine}
+        for name, decision in decisions.items():
+            store.set(f"how/{name}", pack_decision(decision))
+        names = [record.name for record in records if record.name not in decisions]
+        decisions |= zip(names, map(unpack_decision, self._get(store, [f"how/{name}" for name in names])), strict=True)
+        return decisions
+
+    def _get(self, store: Any, keys: list[str]) -> list[bytes]:
+        store.set_timeout(timedelta(seconds=self._left()))
+        return list(store.multi_get(keys)) if keys else []
+
+    def _word(self, record: GroupRecord, established: AbstractSet[int], stores: Collection[int]) -> Word:
+        keeping = self._quiet.against(record, established)
+        operations = self._quiet.operations(record) if not keeping else -1
+        handle, reconfiguring = "", self._against_reconfiguring(record, stores)
+        if not reconfiguring:
+            handle = reconfigure.handle(backend_of(record, "gloo"))
+        return Word(record.made, record.connected, operations, keeping, reconfiguring, handle)
+
+    def _against_reconfiguring(self, record: GroupRecord, stores: Collection[int]) -> str:
+        if not self._plan.reconfigures:
+            return NOT_USED
+        if not record.real:
+            return "spare"
+        if list(record.backend_of_device.values()) != ["gloo"] * len(record.backend_of_device):
+            return "not Gloo alone"
+        if record.spoilt:
+            return "spoilt"
+        if pointee(reconfigure.store_of(record.group)) not in stores:
+            return "store gone"
+        if self._quiet.busy(record):
+            return "busy"  # its pool threads may stay blocked until the operation time-out, and it has no others
+        return ""
+
+    def _stores_that_answer(self) -> set[int]:
+        """Addresses of the connections that this rank's groups meet through and that lead to this epoch's server."""
+        occupied = {pointee(store) for store in self._plan.occupied}
+        answering: set[int] = set()
+        for record in self._plan.records:
+            base = reconfigure.store_of(record.group)
+            if not record.real or pointee(base) in answering | occupied:
+                continue
+            if reconfigure.same_server(base, reconfigure.base_store(self.client)):
+                try:
+                    base.add("deadpool/answering", 0)
+                except RuntimeError:
+                    continue
+                answering.add(pointee(base))
+        return answering
+
+    def occupied(self) -> list[Any]:
+        """Connections to the store that this thread may be blocked in."""
+        if not self.is_alive():
+            return []
+        return [reconfigure.base_store(each) for each in (self.client, self._meeting) if each is not None]
+
+    def _replacement(self, record: GroupRecord, store: Any, devices: list[Any]) -> Replacement:
+        kinds = record.backend_of_device
+        prefix = c10d.PrefixStore(f"{record.name}/", store)
+        backends: list[tuple[list[str], Any, Any]] = []
+        for kind in dict.fromkeys(kinds.values()):
+            on = [device for device, name in kinds.items() if name == kind]
+            backends.append((on, *self._build(record, kind, c10d.PrefixStore(f"{on[0]}/", prefix), devices)))
+        default = "NCCL" if "nccl" in kinds.values() else "GLOO"
+        return Replacement(backends, prefix, getattr(c10d.ProcessGroup.BackendType, default))
 
     def _build(self, record: GroupRecord, kind: str, store: Any, devices: list[Any]) -> tuple[Any, Any]:
         group_rank = record.ranks.index(self._plan.rank)

@@ -4,18 +4,21 @@ import os
 from datetime import timedelta
 from typing import Any
 
-from deadpool_megatron.comm.connections import GlooConnections
+from deadpool_megatron.comm.connections import GlooConnections, GlooDevice
 from deadpool_megatron.comm.inplace import bindings
 from deadpool_megatron.comm.table import GroupRecord
 
 
-def create_devices(connections: GlooConnections) -> list[Any]:
-    """Gloo devices as torch itself would choose them (GLOO_SOCKET_IFNAME, else the address of the host name)."""
+def create_devices(connections: GlooConnections) -> tuple[list[Any], frozenset[GlooDevice]]:
+    """Gloo devices as torch itself would choose them (GLOO_SOCKET_IFNAME, else the address of the host name), and what
+    they are to `connections`."""
     gloo = bindings.ProcessGroupGloo
-    with connections.watching():
+    with connections.watching() as fresh:
         if names := os.environ.get("GLOO_SOCKET_IFNAME"):
-            return [gloo.create_device(interface=name) for name in names.split(",") if name]
-        return [gloo.create_default_device()]
+            devices = [gloo.create_device(interface=name) for name in names.split(",") if name]
+        else:
+            devices = [gloo.create_default_device()]
+    return devices, frozenset(fresh)
 
 
 def build(

@@ -101,6 +101,15 @@ class Release:
                 return found
         return set()
 
+    def operations(self, backend: Any) -> tuple[int, int] | None:
+        """(operations begun, collectives among them) of this ProcessGroupGloo since its connections were made. The
+        second number is the tag counter, which stands right before the work queue. None where it cannot be seen."""
+        self.busy(backend)  # finds the queue
+        if self._queue_at is None:
+            return None
+        words = self._memory.words(pointee(backend) + 8 * (self._queue_at - 1), 1)
+        return (backend._get_sequence_number_for_group(), words[0] >> 32) if words else None
+
     def _deque(self, words: tuple[int, ...]) -> list[int] | None:
         """Elements of the std::deque of pointers with these words; None if that is no such deque."""
         if len(words) < _DEQUE_WORDS:

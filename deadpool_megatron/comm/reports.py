@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from deadpool_megatron.comm.methods import Method
+
 
 class CommunicatorError(RuntimeError):
     """Base of every error of this package."""
@@ -23,6 +25,8 @@ class AbortReport:
     already_poisoned: bool
     connections_closed: int
     """Gloo connections shut down."""
+    groups_quiet: int
+    """Groups left alone, because nothing is under way in them on this rank."""
     waits_interrupted: int
     """Threads found inside `Work.wait`."""
     waits_forced: int
@@ -36,14 +40,49 @@ class AbortReport:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupReport:
+    """What became of one group."""
+
+    group: str
+    """Description and name."""
+    method: Method
+    why: str
+    """What stood against a cheaper method."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReformReport:
     """What one `Communicators.reform` did. Times in seconds."""
 
     epoch: int
-    groups: int
-    """Groups of this rank that were re-formed."""
+    each: tuple[GroupReport, ...]
+    """All groups of this rank, in order of creation."""
     seconds: float
     forming_seconds: float
-    """The part spent on rendezvous and connections."""
+    """The part spent on agreement, rendezvous and connections."""
     slowest_group: str
     slowest_seconds: float
+
+    @property
+    def groups(self) -> int:
+        """Groups of this rank."""
+        return len(self.each)
+
+    @property
+    def reformed(self) -> int:
+        """Those that were not kept as they were."""
+        return sum(group.method != "kept" for group in self.each)
+
+    def __str__(self) -> str:
+        """The line of the log: how many, and which groups by which method, by what stood against the one before."""
+        text = f"epoch {self.epoch}: {self.reformed} of {self.groups} groups re-formed in {self.seconds:.3f} s"
+        if self.reformed:
+            text += f" (slowest: {self.slowest_group}, {self.slowest_seconds:.3f} s)"
+        for method in ("reconfigured", "swapped", "kept"):
+            mine = [group for group in self.each if group.method == method]
+            reasons = dict.fromkeys(group.why for group in mine)
+            parts = [
+                (why and f"{why}: ") + ", ".join(group.group for group in mine if group.why == why) for why in reasons
+            ]
+            text += f"; {len(mine)} {method}" + (f" ({'; '.join(parts)})" if mine else "")
+        return text

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from deadpool_megatron.comm.connections import GlooDevice
+
 
 @dataclass(slots=True)
 class GroupRecord:
@@ -29,6 +31,16 @@ class GroupRecord:
     group: Any = None
     real: bool = True
     """False while a standby's group still carries the fake backend."""
+    made: int = 0
+    """Epoch whose store the backend was made with."""
+    connected: int = 0
+    """Epoch of the backend's connections."""
+    connections: frozenset[int] = frozenset()
+    """Inodes of its Gloo connections; perhaps of others that came up at the same time too."""
+    devices: frozenset[GlooDevice] = frozenset()
+    """The Gloo devices those belong to."""
+    spoilt: bool = False
+    """A `reconfigure` of this backend did not come to its end: of no use any more, but to be swapped."""
 
     @property
     def local(self) -> bool:
@@ -55,3 +67,9 @@ class GroupTable:
         """Hash over names, ranks, descriptions and backends. Equal on all ranks that made the same groups."""
         rows = [[r.name, r.ranks, r.desc, sorted(r.backend_of_device.items())] for r in self.records if not r.local]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
+
+
+def backend_of(record: GroupRecord, kind: str) -> Any:
+    """The backend of this kind that is in the group now."""
+    device = next(device for device, name in record.backend_of_device.items() if name == kind)
+    return record.group._get_backend(torch.device(device))

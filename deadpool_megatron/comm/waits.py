@@ -36,8 +36,8 @@ class Waits:
     def __init__(self, poison: Poison) -> None:
         self._poison = poison
         self._inside: dict[int, Any] = {}
-        self._release = Release()
-        self.can_force = self._release.available
+        self.release = Release()
+        self.can_force = self.release.available
 
     def install(self) -> None:
         """Wrap torch's `Work.wait`, once per process."""
@@ -79,21 +79,21 @@ class Waits:
         """
         found = dict(self._inside)
         force_at = time.monotonic() + grace
-        if not self._release.available:
+        if not self.release.available:
             gloo_backends = []
         busy: dict[int, Any] = {}
         forced: dict[int, Any] = {}
         while (now := time.monotonic()) < deadline:
-            before, busy = busy, {this: backend for backend in gloo_backends for this in self._release.busy(backend)}
+            before, busy = busy, {this: backend for backend in gloo_backends for this in self.release.busy(backend)}
             found.update(inside := dict(self._inside))
             if not inside and busy.keys() <= forced.keys():
                 break
-            if now >= force_at and self._release.available:
+            if now >= force_at and self.release.available:
                 for this in busy.keys() & before.keys() - forced.keys():  # seen twice: not just about to end
-                    self._release.end_collective(busy[this], this)
+                    self.release.end_collective(busy[this], this)
                     forced[this] = None
                 for thread, work in inside.items():
-                    if forced.get(thread) is not work and self._release.end_wait(work):
+                    if forced.get(thread) is not work and self.release.end_wait(work):
                         forced[thread] = work
             time.sleep(_LOOK_EVERY_S)
         return len(found), len(forced), len(self._inside)

@@ -39,13 +39,20 @@ def show_recovery(
     generation = recovery.generation or 0
     _line(console, f"resumed from iteration {generation} (Megatron's log counts from 1 and prints {generation + 1})")
     _line(console, f"lost shards came from peers' vaults: {sources or 'none were needed'}")
-    _line(console, f"{recovery.groups} process groups a rank re-formed in place")
+    _line(console, f"{recovery.groups} process groups a rank; re-formed in place: {_formed(recovery)}")
     _line(
         console,
         f"death to first iteration: {seconds_text(when - died)}, {seconds_text(disturbance)} beyond a normal one "
         f"({seconds_text(usual_s)})",
     )
     return disturbance
+
+
+def _formed(recovery: Recovery) -> str:
+    if recovery.formed is None:
+        return "all"
+    changed, of = recovery.formed
+    return f"{changed} of all ranks' {of}, the others had not changed"
 
 
 def _line(console: Console, text: str, style: str = "") -> None:

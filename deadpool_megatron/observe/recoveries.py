@@ -49,6 +49,8 @@ class Recovery:
     generation: int | None = None
     sources: dict[int, int] = field(default_factory=dict)
     groups: int | None = None
+    formed: tuple[int, int] | None = None
+    """Groups re-formed, and all: summed over the ranks."""
     times: dict[str, float] = field(default_factory=dict)
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
     active: list[int] = field(default_factory=list)
@@ -111,6 +113,7 @@ class Recovery:
             self.sources = {int(rank): node for rank, node in event.get("sources", {}).items()}
         elif name == "reformed":
             self.groups = event.get("groups")
+            self.formed = (event["changed"], event["of"]) if event.get("of") else None
         if name != "detected" or name not in self.times:
             self.times[name] = event["t"]
 

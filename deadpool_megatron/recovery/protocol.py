@@ -91,7 +91,7 @@ def rejoin(
         epoch = declared.epoch
         try:
             if not communicators.standby:
-                communicators.abort(epoch - 1)
+                communicators.abort(epoch - 1, left=True)
             points.reach("recovery.aborted")
             trainer.unwind()
             points.reach("recovery.unwound")
@@ -109,7 +109,7 @@ def rejoin(
             session.wait_form(epoch)
             points.reach("recovery.re-forming")
             report = communicators.reform(epoch, store())
-            session.step("formed", epoch, report.groups)
+            session.step("formed", epoch, report.groups, report.reformed)
             points.reach("recovery.re-formed")
             trainer.synchronize()
             points.reach("recovery.synchronized")

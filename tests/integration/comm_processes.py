@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from deadpool_megatron.comm import Communicators
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
+STRATEGY = os.environ.get("DEADPOOL_TEST_COMM", "auto")
 
 
 class Worker:
@@ -77,12 +78,35 @@ class Worker:
         while len(self.reports) < count:
             time.sleep(0.001)
 
+    def idle(self) -> None:
+        """Until Gloo's threads have put down what is finished: that takes a moment longer than the wait for it."""
+        while any(self.comm._quiet.busy(record) for record in self.comm.groups()):
+            time.sleep(0.001)
+
     def meet(self, name: str, count: int | None = None) -> None:
         """Barrier over the store, for the tests' own order; not a communicator."""
         want = count or self.world
         if self.store.add(f"meet/{name}", 1) == want:
             self.store.set(f"met/{name}", b"1")
         self.store.wait([f"met/{name}"], timedelta(seconds=60))
+
+
+def exchange(groups: Iterable[dist.ProcessGroup | None]) -> None:
+    """Point-to-point traffic (alone: a monitored barrier) in each group, so that no epoch can keep it as it is."""
+    for group in groups:
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        if len(ranks) == 1:
+            dist.monitored_barrier(group=group)
+            continue
+        me = ranks.index(dist.get_rank())
+        sent, got = torch.full((2,), float(me)), torch.empty(2)
+        ring = [
+            dist.P2POp(dist.isend, sent, ranks[(me + 1) % len(ranks)], group),
+            dist.P2POp(dist.irecv, got, ranks[(me - 1) % len(ranks)], group),
+        ]
+        for work in dist.batch_isend_irecv(ring):
+            work.wait()
+        assert got.eq((me - 1) % len(ranks)).all()
 
 
 def worker_main(scenarios: dict[str, Callable[[Worker], Any]]) -> None:
@@ -127,7 +151,7 @@ def run(
         PYTHONWARNINGS="ignore",
         TORCH_CPP_LOG_LEVEL="ERROR",
         PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'integration'}",
-        INSTALL=json.dumps(install or {}),
+        INSTALL=json.dumps({"strategy": STRATEGY} | (install or {})),
         **(env or {}),
     )
     processes: dict[int, subprocess.Popen[bytes]] = {}

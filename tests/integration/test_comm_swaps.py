@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from comm_processes import Worker, kill_self, run, worker_main
+from comm_processes import Worker, exchange, kill_self, run, worker_main
 from deadpool_megatron.comm import ReformError
 
 SWAPS = 320  # more than torch's one-byte backend types
 MANY = 20
+KEPT = 10
 
 
 def footprint() -> dict[str, float]:
@@ -31,9 +32,10 @@ def swap_for_ever(worker: Worker) -> dict[str, dict[str, float]]:
     pair = dist.new_group([0, 1], group_desc="pair")
     seen: dict[str, dict[str, float]] = {}
     for epoch in range(1, SWAPS + 1):
+        exchange([None, pair])
         worker.meet(f"swap/{epoch}")  # an abort while a peer still reads is a failure for that peer
         worker.comm.abort()
-        worker.comm.reform(epoch, worker.store)
+        assert worker.comm.reform(epoch, worker.store).reformed == 2
         for group in (None, pair):
             dist.all_reduce(x := torch.ones(4), group=group)
             assert x.eq(2).all()
@@ -82,15 +84,27 @@ def twenty_four_groups(worker: Worker) -> dict[str, object]:
     for epoch in range(1, MANY + 1):
         for group in groups:
             dist.all_reduce(torch.ones(4), group=group)
+        exchange(groups)
         worker.meet(f"swap/{epoch}")
         worker.comm.abort()
         report = worker.comm.reform(epoch, worker.store)
+        assert report.reformed == 24
         seconds.append(report.seconds)
         if report.seconds > 1:
-            print(worker.rank, report, flush=True)
+            print(worker.rank, report.epoch, report.seconds, report.slowest_group, flush=True)
         if epoch in (2, MANY):
             seen[str(epoch)] = footprint()
-    return {"seconds": seconds, "seen": seen}
+    kept = []
+    for epoch in range(MANY + 1, MANY + KEPT + 1):
+        for group in groups:
+            dist.all_reduce(torch.ones(4), group=group)
+        worker.idle()
+        worker.meet(f"keep/{epoch}")
+        worker.comm.abort()
+        report = worker.comm.reform(epoch, worker.store)
+        assert report.reformed == 0
+        kept.append(report.seconds)
+    return {"seconds": seconds, "seen": seen, "kept": kept}
 
 
 def test_twenty_four_groups_of_eight_ranks_re_form_fast_and_leave_nothing() -> None:
@@ -100,6 +114,8 @@ def test_twenty_four_groups_of_eight_ranks_re_form_fast_and_leave_nothing() -> N
         f"24 groups, 8 ranks, {os.cpu_count()} cores: slowest rank of each swap, "
         f"median {statistics.median(slowest):.3f} s, min {min(slowest):.3f}, max {max(slowest):.3f}"
     )
+    kept = [max(column) for column in zip(*(r["kept"] for r in results.values()), strict=True)]
+    print(f"all of them kept: median {statistics.median(kept):.3f} s, min {min(kept):.3f}, max {max(kept):.3f}")
     print("footprint", results[0]["seen"])
     for result in results.values():
         assert_bounded(result["seen"]["2"], result["seen"][str(MANY)], mb=40)
@@ -118,6 +134,7 @@ def failing_to_form(worker: Worker) -> str:
     else:
         worker.init()
         pair = dist.new_group([0, 1])
+        exchange([None, pair])
         worker.meet("made")
         worker.comm.abort()
         if worker.rank == 0:
@@ -139,7 +156,7 @@ def failing_to_form(worker: Worker) -> str:
             worker.comm.reform(3, worker.store)
         else:
             worker.store.wait(["first try over"])
-            worker.comm._connections.watching = kill_self  # dies when it opens its device, its key set, no peer met
+            worker.comm._connections.connecting = kill_self  # dies when it begins to connect, the method agreed on
             worker.comm.reform(2, worker.store)
     for group in (None, pair):
         dist.all_reduce(x := torch.ones(4), group=group)

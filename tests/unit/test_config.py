@@ -147,7 +147,7 @@ def test_the_schema_knows_every_setting_with_type_default_and_choices() -> None:
     properties = schema()["properties"]
     assert list(properties) == [f.name for f in fields(DeadpoolConfig)]
     assert properties["lease"] == {"type": "number", "default": 5.0, "description": properties["lease"]["description"]}
-    assert properties["comm"]["enum"] == ["auto", "swap"]
+    assert properties["comm"]["enum"] == ["auto", "swap", "reconfigure"]
     assert schema()["additionalProperties"] is False
 
 
@@ -163,7 +163,7 @@ def configurations(draw: st.DrawFn) -> DeadpoolConfig:
     return DeadpoolConfig(
         deadpool=draw(st.booleans()),
         state_hash=draw(st.sampled_from(["", "hash.json", "/a b/hash.json"])),
-        comm=draw(st.sampled_from(["auto", "swap"])),
+        comm=draw(st.sampled_from(["auto", "swap", "reconfigure"])),
         lease=lease,
         abort_deadline=abort,
         build_deadline=build,

@@ -35,7 +35,7 @@ def _rest(t: float) -> list[dict[str, Any]]:
         _event("aborted", t + 0.1),
         _event("agreed", t + 0.2, iteration=6, sources={"0": 1, "1": 1}),
         _event("prepared", t + 0.3),
-        _event("reformed", t + 0.4, groups=24),
+        _event("reformed", t + 0.4, groups=24, changed=130, of=192),
         _event("restored", t + 0.5),
         _event("resumed", t + 0.6, iteration=6),
     ]

@@ -116,6 +116,11 @@ class NodeFormed(Record, frozen=True):
     epoch: int
     node: int
     groups: int
+    """Of one rank."""
+    changed: int = 0
+    """Re-formed, not kept: summed over the node's ranks."""
+    of: int = 0
+    """All groups, summed over the node's ranks."""
 
 
 class NodeRestored(Record, frozen=True):

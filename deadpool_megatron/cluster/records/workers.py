@@ -14,6 +14,8 @@ class WorkerStep(Record, frozen=True):
     step: Step
     epoch: int
     number: int = 0
+    changed: int = 0
+    """With "formed": how many of the rank's `number` groups were re-formed, not kept."""
 
 
 class ArenaRequest(Record, frozen=True):
