@@ -128,8 +128,7 @@ class Coordinator:
             self._request(identity, record, now)
             return
         if isinstance(record, r.Enlist):
-            joined = {n for n, s in self._core.nodes.items() if s.agent_pid}
-            self._hub.send(identity, r.encode(self._enlistment.answer(record, joined)))
+            self._enlist(identity, record, now)
             return
         node = record.node
         state = self._core.nodes.get(node)
@@ -145,6 +144,18 @@ class Coordinator:
         self._connected.add(node)
         step = self._progress.took(record)
         self._do(self._core.received(record, now), step)
+
+    def _enlist(self, identity: bytes, record: r.Enlist, now: float) -> None:
+        nodes = self._core.nodes.items()
+        joined = {n for n, s in nodes if s.agent_pid}
+        answer = self._enlistment.answer(record, joined, {n for n, s in nodes if s.gone})
+        if answer is None:
+            error, node, actions = self._core.add_spare(record.host, now)
+            if error:
+                return  # not in the middle of a recovery: it asks again
+            answer = self._enlistment.comes_back(record, node)
+            self._do(actions)
+        self._hub.send(identity, r.encode(answer))
 
     def _request(self, identity: bytes, record: r.Inject | r.Drain | r.AddSpare, now: float) -> None:
         """What a command-line tool asks for."""

@@ -1,7 +1,8 @@
 """Which agent becomes which node, decided before it joins: pure.
 
 `deadpool launch` numbers its agents itself. Agents that were started one by one, each on its machine, ask first. An
-agent may name its node or leave the choice to the coordinator; all of a job do the one or the other.
+agent may name its node or leave the choice to the coordinator; all of a job do the one or the other. Who comes for the
+place of a lost node (a machine that is back, a pod that was made again) becomes a spare of a new number.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ class Enlistment:
         self._by_token: dict[str, int] = {}
         self._hosts: dict[int, str] = {}
 
-    def answer(self, request: r.Enlist, joined: Collection[int]) -> r.Enlisted:
+    def answer(self, request: r.Enlist, joined: Collection[int], gone: Collection[int] = ()) -> r.Enlisted | None:
         """The place of this agent, or why it gets none. A request that was answered before gets the same answer.
 
         Args:
             joined: nodes whose agent has joined, however it got its number.
+            gone: of them, those that have left the job.
+
+        Returns:
+            None when it comes for the place of one that is gone: see `comes_back`.
         """
         if request.token in self._by_token:
             return self._place(self._by_token[request.token])
@@ -55,16 +60,26 @@ class Enlistment:
         node = request.node
         if node is None:
             free = [n for n in range(job.nodes) if n not in taken]
+            if not free and gone:
+                return None
             if not free:
                 return self._no(f"all {job.nodes} nodes of the job are there already; {request.host} is one too many")
             node = free[0]
         elif not 0 <= node < job.nodes:
             return self._no(f"--node-rank {node}: the job has nodes 0 to {job.nodes - 1}")
+        elif node in gone:
+            return None
         elif node in taken:
             return self._no(
                 f"--node-rank {node} of {request.host} is taken by {self._hosts.get(node, 'another agent')}: give "
                 "every node a rank of its own, or none of them one"
             )
+        self._by_token[request.token] = node
+        self._hosts[node] = request.host
+        return self._place(node)
+
+    def comes_back(self, request: r.Enlist, node: int) -> r.Enlisted:
+        """The answer to an agent that has become the spare ``node``."""
         self._by_token[request.token] = node
         self._hosts[node] = request.host
         return self._place(node)

@@ -203,8 +203,11 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 
 
 @pytest.mark.timeout(300)
-def test_training_under_agents_loses_a_machine_and_ends_bitwise_equal(machines: Machines, jobs: Jobs) -> None:
-    flags = [*tiny_gpt("none", iters=6), "--tensor-model-parallel-size", "1"]
+def test_training_under_agents_loses_a_machine_takes_it_back_as_a_spare_and_ends_bitwise_equal(
+    machines: Machines, jobs: Jobs
+) -> None:
+    iterations = 60
+    flags = [*tiny_gpt("none", iters=iterations), "--tensor-model-parallel-size", "1"]
     want = jobs.start("undisturbed", launch_flags(2, slots=1), flags)
     want.finished()
     hash_file = Path(f"{machines.run_dir}.hash.json")
@@ -218,9 +221,12 @@ def test_training_under_agents_loses_a_machine_and_ends_bitwise_equal(machines: 
     job.inject(1, 3, 1)
     job.until_event("training")
     survivor = job.pids()[0]
-    assert [machines.code(n, 150) for n in range(3)] == [0, 128 + signal.SIGKILL, 0], job.log_tails()
+    assert machines.code(1, 150) == 128 + signal.SIGKILL
+    machines.start([*line, "--node-rank", "1"], script)  # the same command again, as a batch system would give it
+    assert job.until_event("joined")["node"] == 3
+    assert [machines.code(n, 150) for n in (0, 2, 3)] == [0, 0, 0], job.log_tails()
     assert "its agent was ended by signal 9" in machines.output(1)
     assert [e["lost"] for e in job.events("declared")] == [[1]]
     assert job.pids()[0] == survivor
     machines.until_gone(10)
-    assert_same_training(job, want, 6, rank=1)
+    assert_same_training(job, want, iterations, rank=1)

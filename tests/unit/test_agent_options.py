@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -119,29 +120,46 @@ def _enlistment(nodes: int = 3) -> Enlistment:
     return Enlistment(JobSpec(nodes, 1, 2, True, Deadlines(5, 30, 600, 20)), ["--deadpool"], "job", 77)
 
 
+def _told(office: Enlistment, request: r.Enlist, joined: Collection[int] = ()) -> r.Enlisted:
+    answer = office.answer(request, joined)
+    assert answer is not None
+    return answer
+
+
 def _ask(token: str, node: int | None = None, nodes: int = 3, flags: str = "--deadpool") -> r.Enlist:
     return r.Enlist(token, f"host-{token}", node, nodes, 1, 2, flags.split())
 
 
 def test_agents_get_the_lowest_free_number_and_a_repeated_question_the_same_answer() -> None:
     office = _enlistment()
-    assert [office.answer(_ask(t), ()).node for t in "aba"] == [0, 1, 0]
-    assert office.answer(_ask("c"), ()) == r.Enlisted(2, "job", 77, "")
-    assert "one too many" in office.answer(_ask("d"), ()).error
-    assert office.answer(_ask("b"), ()).node == 1
+    assert [_told(office, _ask(t)).node for t in "aba"] == [0, 1, 0]
+    assert _told(office, _ask("c")) == r.Enlisted(2, "job", 77, "")
+    assert "one too many" in _told(office, _ask("d")).error
+    assert _told(office, _ask("b")).node == 1
 
 
 def test_a_number_is_given_once_even_when_its_holder_joined_before_this_coordinator_lived() -> None:
     office = _enlistment()
-    assert office.answer(_ask("a", 1), ()).node == 1
-    assert "taken by host-a" in office.answer(_ask("b", 1), ()).error
-    assert "taken by another agent" in office.answer(_ask("b", 2), {2}).error
-    assert office.answer(_ask("b"), {2}).node == 0
-    assert "nodes 0 to 2" in office.answer(_ask("c", 3), ()).error
+    assert _told(office, _ask("a", 1)).node == 1
+    assert "taken by host-a" in _told(office, _ask("b", 1)).error
+    assert "taken by another agent" in _told(office, _ask("b", 2), {2}).error
+    assert _told(office, _ask("b"), {2}).node == 0
+    assert "nodes 0 to 2" in _told(office, _ask("c", 3)).error
 
 
 def test_agents_that_were_started_otherwise_get_no_place() -> None:
     office = _enlistment()
-    assert "--nnodes 4, the coordinator with 3" in office.answer(_ask("a", nodes=4), ()).error
-    assert "DeadPool settings none, the coordinator with --deadpool" in office.answer(_ask("a", flags=""), ()).error
-    assert office.answer(_ask("a"), ()).node == 0, "and nothing is remembered of the attempts"
+    assert "--nnodes 4, the coordinator with 3" in _told(office, _ask("a", nodes=4)).error
+    assert "DeadPool settings none, the coordinator with --deadpool" in _told(office, _ask("a", flags="")).error
+    assert _told(office, _ask("a")).node == 0, "and nothing is remembered of the attempts"
+
+
+def test_who_comes_for_the_place_of_a_lost_node_becomes_a_new_spare_and_keeps_that_place() -> None:
+    office = _enlistment()
+    for node in range(3):
+        _told(office, _ask(f"first-{node}", node))
+    assert "taken by" in _told(office, _ask("again", 1), {0, 1, 2}).error, "it is not lost yet"
+    assert office.answer(_ask("again", 1), {0, 1, 2}, gone={1}) is None
+    assert office.answer(_ask("any"), {0, 1, 2}, gone={1}) is None
+    assert office.comes_back(_ask("again", 1), 3).node == 3
+    assert _told(office, _ask("again", 1), {0, 1, 2, 3}).node == 3, "asked again, answered the same"
