@@ -786,7 +786,8 @@ class Core:
             )
         held = "of ranks " + ", ".join(map(str, err.missing)) if err.missing else "of every rank"
         return (
-            f"more nodes were lost than the redundancy covers: no vault holds the shards {held} of one generation; "
+            f"more nodes were lost than the redundancy covers, which is {self.protection.covers}: no vault holds the "
+            f"shards {held} of one generation; "
             "restart the job from Megatron's last checkpoint (--load)"
         )
 
@@ -810,8 +811,8 @@ class Core:
                 "durable_fallback",
                 iteration=agreement.generation,
                 name=self._durable_name,
-                message=f"more nodes were lost than the redundancy covers: {held}; training goes back to durable "
-                f"generation {agreement.generation}",
+                message=f"more nodes were lost than the redundancy covers, which is {self.protection.covers}: {held}; "
+                f"training goes back to durable generation {agreement.generation}",
             )
         recovery.agreed(agreement.generation, self._now)
         self._generation = agreement.generation

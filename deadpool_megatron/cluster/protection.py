@@ -53,6 +53,7 @@ class Protection:
         self.groups: Groups = ()
         self.exact = tolerated((), self.scheme)
         self._labels = {node: dict(of_node) for node, of_node in (labels or {}).items()}
+        self.covers = "no node"
         self._words: dict[tuple[int, ...], Word] = {}
         self._nodes: list[int] = []
         self._bare: set[int] = set()
@@ -121,8 +122,7 @@ class Protection:
         """A node's shards of the generation that is kept are where they belong; True when that was the last one."""
         self._covered.add(node)
         if self._bare and self._covered >= set(self._nodes):
-            self._bare = set()
-            return True
+            return self.committed()
         return False
 
     def damaged(self, node: int) -> None:
@@ -134,6 +134,7 @@ class Protection:
     def committed(self) -> bool:
         """A generation of this epoch is committed; True when that ends a time of less protection."""
         was, self._bare = bool(self._bare), set()
+        self.covers = self.exact.sentence  # what could be lost from here on, for who has lost more
         return was
 
     @property

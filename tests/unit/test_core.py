@@ -461,6 +461,7 @@ def test_two_nodes_that_keep_each_others_shards_lost_at_once_are_more_than_the_r
     job.arrive()
     code, message = job.end
     assert code == Exit.GENERATION_LOST and "ranks 2, 3" in message and "more nodes were lost" in message
+    assert "covers, which is any 1 node: no vault" in message
     assert job.told(r.Stop)[-1].code == Exit.GENERATION_LOST
 
 

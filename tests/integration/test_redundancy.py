@@ -1,0 +1,77 @@
+"""Real jobs lose exactly the nodes that the printed sentence says may be lost, and one set that it says may not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from deadpool_megatron.cluster import Exit
+from flags import tiny_gpt
+from jobs import Job, Jobs, launch_flags
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+ITERATIONS = 7
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    all_jobs = Jobs(tmp_path_factory.mktemp("redundancy"))
+    yield all_jobs
+    all_jobs.end()
+
+
+def _flags(nodes: int, redundancy: str, *more: str) -> list[str]:
+    """One rank a node, data-parallel."""
+    flags = tiny_gpt("none", iters=ITERATIONS)
+    flags[flags.index("--tensor-model-parallel-size") + 1] = "1"
+    flags[flags.index("--global-batch-size") + 1] = str(2 * nodes)
+    return [*flags, "--deadpool-redundancy", redundancy, *more]
+
+
+def _lost_at_once(job: Job, nodes: tuple[int, ...], iteration: int = 3) -> None:
+    job.until_event("started")
+    for node in nodes:
+        job.inject(node, iteration, 1)
+
+
+@pytest.mark.parametrize(
+    ("redundancy", "active", "lost"),
+    [("1", 4, (0, 1)), ("2", 4, (1, 2)), ("2+1", 3, (1,)), ("2+2", 4, (0, 3))],
+)
+def test_nodes_that_may_be_lost_at_once_are_lost_and_the_run_ends_bit_for_bit_the_same(
+    jobs: Jobs, redundancy: str, active: int, lost: tuple[int, ...]
+) -> None:
+    name = f"{redundancy}-{len(lost)}"
+    want = jobs.start(f"want-{name}", launch_flags(active, 0, 1), _flags(active, redundancy)).finished()
+    job = jobs.start(f"lost-{name}", launch_flags(active + len(lost), len(lost), 1), _flags(active, redundancy))
+    _lost_at_once(job, lost)
+    job.until_event("training")
+    fatal = job.until_event("placed")["fatal"]
+    assert not any(set(each) <= set(lost) for each in fatal), "the sentence says these may be lost"
+    job.finished()
+    gone = {node for each in job.events("declared") for node in each["lost"]}
+    assert gone == set(lost) and job.hashes() == want.hashes()
+    assert job.status()["protection"]["full"] and job.events("protected")[-1]["epoch"] > 0
+    if "+" in redundancy:
+        assert job.events("agreed")[-1]["rebuilds"]
+
+
+def test_one_node_more_than_may_be_lost_ends_the_job_with_the_sentence(jobs: Jobs) -> None:
+    job = jobs.start("beyond", launch_flags(6, 2, 1), _flags(4, "1"))
+    job.until_event("started")
+    fatal = job.until_event("placed")["fatal"][0]
+    for node in fatal:
+        job.inject(node, 3, 1)
+    assert job.wait() == Exit.GENERATION_LOST
+    said = job.output
+    assert "more nodes were lost than the redundancy covers, which is any 1 node; any 2 nodes but these" in said
+
+
+def test_pairs_are_split_over_the_racks_that_the_user_names(jobs: Jobs) -> None:
+    job = jobs.start("racks", launch_flags(4, 0, 1), _flags(4, "1", "--deadpool-domains", "0-1=r1,2-3=r2")).finished()
+    (placed,) = job.events("placed")
+    assert placed["tolerated"].endswith("; any 1 rack")
+    assert all({node // 2 for node in group} == {0, 1} for group in placed["groups"])
+    assert "[deadpool] a committed generation survives the loss of any 1 node" in job.output
+    assert {event["node"] for event in job.events("memory")} == {0, 1, 2, 3}
