@@ -190,8 +190,8 @@ def test_more_losses_than_memory_covers_go_back_to_the_durable_generation_with_t
     assert (agree.generation, agree.sources, agree.durable) == (4, {}, name)
     (told,) = it.events("durable_fallback")
     assert told["message"] == (
-        "more nodes were lost than the redundancy covers: no vault holds the shards of ranks 0, 1 any more; "
-        "training goes back to durable generation 4"
+        "more nodes were lost than the redundancy covers, which is any 1 node: no vault holds the shards of ranks 0, 1 "
+        "any more; training goes back to durable generation 4"
     )
     it.prepare()
     it.form()
