@@ -167,7 +167,8 @@ def test_a_node_that_dies_while_a_checkpoint_is_written_is_replaced(asynchronous
 
 def test_the_exit_signal_saves_a_checkpoint_after_a_swap_as_before(jobs: Jobs) -> None:
     save = jobs.directory / "ckpt"
-    flags = [*duo_gpt(iters=2000), "--exit-signal-handler", "--save", str(save), "--ckpt-format", "torch_dist"]
+    flags = [*duo_gpt(iters=2000), "--exit-signal-handler", "--save", str(save), "--save-interval", "1000"]
+    flags += ["--ckpt-format", "torch_dist"]
     job = jobs.start("signalled", launch_flags(3, 1, slots=1), flags)
     job.until_event("started")
     job.inject(0, 3, 2)

@@ -75,8 +75,8 @@ def test_without_a_spare_every_launcher_sees_the_exit_code_of_the_job(ranks: Ran
         ranks.start_rank(rank, 2, script)
     _kill(ranks, 1, 3, 2)
     assert ranks.codes(120) == [Exit.NO_SPARE, -9]
-    assert "deadpool: no spare is left for node 1" in ranks.output(0)
-    ranks.until_gone(20)
+    ranks.until("the reason", lambda: "deadpool: no spare is left for node 1" in ranks.output(0), 30)
+    ranks.until_gone(30)
 
 
 def test_an_agent_that_cannot_start_ends_its_ranks_with_one_line(ranks: Ranks) -> None:
