@@ -54,6 +54,7 @@ def test_a_frozen_node_is_seen_by_the_lease_and_a_cold_spare_takes_longer_than_a
     assert found["cold-spare"]["phases"]["prepared"] > found["deadpool"]["phases"]["prepared"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_an_interrupted_bench_leaves_no_process(tmp_path: Path) -> None:
     bench = subprocess.Popen(
