@@ -155,16 +155,24 @@ class Slurm:
 
     def _is_of(self, process: psutil.Process, name: str) -> bool:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if process.pid == self._daemons[name].pid:
+            if process.pid == self._daemons[name].pid or self._logs_to(process) == f"slurmd-{name}.log":
                 return True
             return process.environ().get("SLURMD_NODENAME") == name
         return False
+
+    def _logs_to(self, process: psutil.Process) -> str:
+        """The daemon's log that a slurmstepd has open; it has written its title over its environment."""
+        if not process.name().startswith("slurmstepd"):
+            return ""
+        logs = (Path(file.path) for file in process.open_files())
+        return next((log.name for log in logs if log.parent == self.directory / "log"), "")
 
     def _look(self) -> None:
         """Remember every process of the cluster: what a daemon has started is nobody's child soon."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                ours = process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                if ours or self._logs_to(process):
                     self._seen[process.pid] = process
 
     def processes_of(self, number: str) -> list[psutil.Process]:
