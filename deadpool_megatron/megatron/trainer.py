@@ -370,12 +370,13 @@ class MegatronTrainer:
         else:
             small = self._snapshotter.restore(Version(agreed.version_epoch, generation))
         self.live_generation = None
-        self.small_state.restore(small)
-        self._small, self._small_generation = small, generation
         if not all(replay.remembers(generation) for replay in self._replays):
+            # Before the small state: a data loader draws its seed from torch's generator when it begins.
             fresh = list(_flatten(self._rebuild(agreed)))
             for replay, each in zip(self._replays, fresh, strict=True):
                 replay.renew(each.iterable, generation)
+        self.small_state.restore(small)
+        self._small, self._small_generation = small, generation
         for replay in self._replays:
             replay.rewind(generation)
         for each in self._reruns():
