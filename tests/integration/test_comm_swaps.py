@@ -156,7 +156,9 @@ def failing_to_form(worker: Worker) -> str:
             worker.comm.reform(3, worker.store)
         else:
             worker.store.wait(["first try over"])
-            worker.comm._connections.connecting = kill_self  # dies when it begins to connect, the method agreed on
+            # Dies when it begins to connect, the method agreed on: a swap opens a device, a reconfigure looks around.
+            worker.comm._connections.watching = kill_self
+            worker.comm._connections.fresh = lambda *_: kill_self()
             worker.comm.reform(2, worker.store)
     for group in (None, pair):
         dist.all_reduce(x := torch.ones(4), group=group)
