@@ -118,12 +118,23 @@ def test_when_the_launcher_is_killed_its_agents_and_workers_end_by_themselves(jo
     job.until_gone(30)
 
 
-def test_when_the_coordinator_is_killed_the_job_ends_and_says_so(jobs: Jobs) -> None:
+def test_a_coordinator_that_is_killed_is_started_again_but_not_for_ever(jobs: Jobs) -> None:
     job = _sleeping(jobs, children=True)
-    os.kill(job.status()["coordinator_pid"], signal.SIGKILL)
-    assert job.wait(30) != 0
-    assert _said(job) == ["deadpool: the coordinator was ended by signal 9; the job is over"]
+    workers = job.pids()
+    for _ in range(6):
+        killed = job.status()["coordinator_pid"]
+        assert job.pids() == workers
+        os.kill(killed, signal.SIGKILL)
+        job.until("another coordinator", lambda: job.process.poll() is not None or _coordinator(job) != killed, 30)
+    assert job.wait(30) == Exit.FAILED
+    again = "deadpool: the coordinator was ended by signal 9; it is started again"
+    assert _said(job) == [again] * 5 + ["deadpool: the coordinator was ended by signal 9 again and again; the job is over"]
     job.until_gone(10)
+
+
+def _coordinator(job: Job) -> int:
+    pid: int = job.status()["coordinator_pid"]
+    return pid
 
 
 def test_an_agent_that_dies_in_plain_mode_ends_the_job(jobs: Jobs) -> None:

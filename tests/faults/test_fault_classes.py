@@ -1,0 +1,207 @@
+"""Every class of failure, one after the other in one run that ends bitwise equal to the undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deadpool_megatron.cluster import Exit
+from deadpool_megatron.evaluate.jobs import CLI
+from flags import tiny_gpt
+from jobs import Job, Jobs, environment, launch_flags
+
+ITERATIONS = 260
+
+
+def small(iterations: int) -> list[str]:
+    """Four coordinates, PP2 x DP2, on four nodes of one slot."""
+    flags = tiny_gpt("1f1b", iters=iterations)
+    flags[flags.index("--tensor-model-parallel-size") + 1] = "1"
+    return [*flags, "--deadpool-hang-floor", "4", "--deadpool-lease", "2"]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """All jobs of this module."""
+    jobs = Jobs(tmp_path_factory.mktemp("faults"))
+    yield jobs
+    jobs.end()
+
+
+class Drama:
+    """A job with parked spares, and the faults that are done to it."""
+
+    def __init__(self, job: Job, spares: int) -> None:
+        self.job = job
+        self.joined: list[subprocess.Popen[bytes]] = []
+        self.parked(spares)
+
+    def command(self, *command: str) -> str:
+        """Run a `deadpool` command on the job; its output."""
+        done = subprocess.run(
+            [*CLI, command[0], "--run-dir", str(self.job.run_dir), *command[1:]],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            timeout=120,
+            check=False,
+        )
+        if done.returncode:
+            self.job.failed(f"{command}: {done.stderr}")
+        return done.stdout
+
+    def join(self) -> None:
+        """A new node, in the background."""
+        command = [*CLI, "join", "--run-dir", str(self.job.run_dir)]
+        self.joined.append(subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL))
+
+    def parked(self, spares: int) -> None:
+        """Until so many spares are parked."""
+        self.job.until(f"{spares} parked spares", lambda: self._parked() >= spares)
+
+    def _parked(self) -> int:
+        if not self.job.events("training"):
+            return 0
+        return sum(s["state"] == "parked" for s in self.job.status()["spares"])
+
+    def node_of(self, rank: int) -> int:
+        """Where a coordinate is now."""
+        node: int = self.job.status()["coordinates"][rank]["node"]
+        return node
+
+    def recovers(self, fault: Callable[[], Any]) -> dict[str, Any]:
+        """A fault, and the event with which the job has come through it."""
+        before = len(self.job.events("resumed"))
+        fault()
+        self.job.until("the recovery", lambda: len(self.job.events("resumed")) > before)
+        return self.job.events("resumed")[before]
+
+    def end(self) -> None:
+        """Wait for the nodes that have joined: they leave with the job."""
+        for process in self.joined:
+            process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(jobs: Jobs) -> Job:
+    """The run in which nothing happens."""
+    return jobs.start("undisturbed", launch_flags(4, 0, 1), small(ITERATIONS)).finished()
+
+
+@pytest.mark.timeout(400)
+def test_a_run_comes_through_every_class_of_failure_and_ends_as_if_nothing_had_happened(
+    jobs: Jobs, undisturbed: Job
+) -> None:
+    job = jobs.start("drama", launch_flags(5, 1, 1), small(ITERATIONS))
+    drama = Drama(job, 1)
+    drama.join()
+    # A worker dies: a spare takes over, the healthy node becomes a spare.
+    victim = drama.node_of(1)
+    drama.recovers(lambda: drama.command("inject", "--node", str(victim), "--fault", "kill-worker"))
+    assert drama.node_of(1) != victim and victim in {s["node"] for s in job.status()["spares"]}
+    # The coordinator dies: training does not notice.
+    epoch, coordinator = job.status()["epoch"], job.status()["coordinator_pid"]
+    drama.command("inject", "--fault", "kill-coordinator")
+    job.until("another coordinator", lambda: job.status()["coordinator_pid"] != coordinator)
+    committed = job.status()["generation"]["committed"]
+    job.until("commits", lambda: job.status()["generation"]["committed"] > committed)
+    assert job.status()["epoch"] == epoch
+    drama.parked(1)
+    # A node is drained at a step boundary: no iteration is begun twice.
+    leaving = drama.node_of(0)
+    begun = max(e["iteration"] for e in job.events("iteration"))
+    resumed = drama.recovers(lambda: drama.command("drain", "--node", str(leaving)))
+    assert resumed["iteration"] > begun and drama.node_of(0) != leaving
+    drama.parked(1)
+    # A worker stops without a word: found by the lease, its stacks kept.
+    stopped = drama.node_of(2)
+    drama.recovers(lambda: drama.command("inject", "--node", str(stopped), "--fault", "stop"))
+    assert [e["rank"] for e in job.events("stuck")] == [2]
+    assert "Python stacks" in (job.run_dir / "logs" / f"stacks-node{stopped}-0.txt").read_text()
+    # The agent dies, its worker lives: the node is lost and its worker ends at once.
+    lost, orphan = drama.node_of(3), job.pids()[3]
+    drama.parked(1)
+    drama.recovers(lambda: drama.command("inject", "--node", str(lost), "--fault", "kill-agent"))
+    assert not Path(f"/proc/{orphan}").exists() or "zombie" in Path(f"/proc/{orphan}/status").read_text()
+    job.finished()
+    drama.end()
+    assert job.hashes() == undisturbed.hashes()
+    expected = {iteration: exact for iteration, *exact in undisturbed.exact()}
+    for iteration, *exact in job.exact():
+        assert exact == expected[iteration], f"iteration {iteration} differs"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_hangs_damaged_copies_and_slow_nodes(jobs: Jobs, undisturbed: Job) -> None:
+    job = jobs.start("more-drama", launch_flags(6, 2, 1), small(ITERATIONS))
+    drama = Drama(job, 2)
+    # A deadlock in the worker's own code: the rank that waits for nobody.
+    at = max((e["iteration"] for e in job.events("iteration")), default=0) + 60
+    drama.recovers(lambda: job.inject(drama.node_of(3), at, 3, "--fault", "hang"))
+    assert [e["rank"] for e in job.events("stuck")] == [3]
+    # Bytes of a copy are damaged, then its owner's worker dies: the other copy is used.
+    damaged = drama.node_of(0)
+    drama.command("inject", "--node", str(damaged), "--fault", "corrupt")
+    drama.recovers(lambda: drama.command("inject", "--node", str(damaged), "--fault", "kill-worker"))
+    # A node that is slower than its peers is named.
+    slow = drama.node_of(1)
+    at = max(e["iteration"] for e in job.events("iteration")) + 60
+    job.inject(slow, at, 1, "--fault", "slow", "--seconds", "0.3")
+    named = job.until("the straggler", lambda: job.events("straggler"))[0]
+    assert named["node"] == slow and f"--node {slow}" in named["advice"]
+    drama.parked(1)
+    drama.command("drain", "--node", str(slow))
+    job.finished()
+    assert job.hashes() == undisturbed.hashes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_bug_ends_the_job_with_its_traceback_and_spends_one_spare_on_it(jobs: Jobs) -> None:
+    job = jobs.start("bug", launch_flags(4, 0, 1), small(200))
+    job.until("the first iteration", lambda: job.events("iteration"))
+    job.inject(3, 60, 2, "--fault", "raise")
+    assert job.wait() == Exit.REPEATED_ERROR
+    assert "raised the same error at iteration 60 again" in job.output and "InjectedError" in job.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_soak_of_random_faults_with_nodes_that_come_back(jobs: Jobs) -> None:
+    seed = int(os.environ.get("DEADPOOL_TEST_SEED", random.SystemRandom().randrange(1 << 30)))
+    faults = int(os.environ.get("DEADPOOL_TEST_FAULTS", "30"))
+    print(f"seed {seed}, {faults} faults")
+    rng = random.Random(seed)
+    iterations = 100 * faults
+    calm = jobs.start("soak-calm", launch_flags(4, 0, 1), small(iterations)).finished(1500)
+    job = jobs.start("soak", launch_flags(6, 2, 1), small(iterations))
+    drama = Drama(job, 2)
+    for number in range(faults):
+        rank = rng.randrange(4)
+        node = str(drama.node_of(rank))
+        kind = rng.choice(["kill", "kill-worker", "kill-agent", "stop", "stop-agent", "kill-coordinator", "drain", "abort"])
+        print(f"{number}: {kind} on node {node}")
+        match kind:
+            case "kill-coordinator":
+                old = job.status()["coordinator_pid"]
+                drama.command("inject", "--fault", kind)
+                job.until("another coordinator", lambda: job.status()["coordinator_pid"] != old)  # noqa: B023
+            case "drain":
+                drama.recovers(lambda: drama.command("drain", "--node", node))  # noqa: B023
+            case "abort":
+                drama.recovers(lambda: drama.command("inject", "--fault", "abort"))
+            case _:
+                drama.recovers(lambda: drama.command("inject", "--node", node, "--fault", kind))  # noqa: B023
+        if kind in ("kill", "kill-agent", "stop-agent", "drain"):
+            drama.join()
+        drama.parked(2)
+    job.finished(1500)
+    drama.end()
+    assert job.hashes() == calm.hashes()

@@ -1,0 +1,216 @@
+"""Planned moves, stuck workers and a coordinator that starts again: the pure Core, driven by hand."""
+
+from __future__ import annotations
+
+import json
+
+from deadpool_megatron.cluster import Core, Exit, Phase
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core import Emit, Keep, Send
+from deadpool_megatron.cluster.records import SlotAddress
+from simulated import SimulatedJob
+
+
+def hold(job: SimulatedJob, missed: bool = False) -> int:
+    """Every active node waits where it was told to."""
+    iteration: int = job.told(r.Hold)[-1].iteration
+    for node in job.active:
+        job.feed(r.NodeHeld(job.core.epoch, node, iteration, missed))
+    return iteration
+
+
+# ---- drain
+
+
+def test_a_drained_node_gives_its_coordinates_to_a_spare_at_a_step_boundary_and_then_leaves() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    error, actions = job.core.drain(1, job.now)
+    job.take(actions)
+    assert error == "" and job.told(r.Hold)[-1].iteration > 5
+    at = hold(job)
+    declared = job.told(r.Declare)[-1]
+    assert declared.lost_nodes == [] and declared.assignment[2:4] == [SlotAddress(3, 0), SlotAddress(3, 1)]
+    assert job.core.nodes[1].role == "leaving" and not job.told(r.Stop, node=1)
+    job.recover(at)
+    assert job.core.phase is Phase.RUNNING and job.core.nodes[1].role == "left"
+    assert job.told(r.Stop, node=1)[0].code == Exit.OK and job.events("drained")[0]["node"] == 1
+    assert job.events("agreed")[-1]["iteration"] == at
+
+
+def test_the_drained_nodes_own_vault_is_a_source_until_it_leaves() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    job.take(job.core.drain(1, job.now)[1])
+    at = hold(job)
+    for node in (0, 2, 3):
+        job.offer(node, at)
+    assert not job.told(r.Agree)
+    job.offer(1, at)
+    assert job.told(r.Agree)[-1].generation == at
+
+
+def test_a_drained_node_that_dies_on_the_way_out_is_an_ordinary_loss() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    job.take(job.core.drain(1, job.now)[1])
+    at = hold(job)
+    job.lose(1)
+    assert job.core.epoch == 2
+    job.recover(at)
+    assert job.core.phase is Phase.RUNNING and job.core.nodes[1].role == "lost"
+
+
+def test_a_rank_past_the_boundary_costs_a_drain_an_iteration_but_not_the_job() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    job.take(job.core.drain(1, job.now)[1])
+    job.feed(r.NodeHeld(0, 0, 9, True))
+    assert job.told(r.Declare)[-1].replaced == [2, 3]
+
+
+def test_a_drain_that_nobody_heeds_ends_in_an_ordinary_recovery() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    job.take(job.core.drain(1, job.now)[1])
+    job.wait(120.0)
+    assert job.told(r.Declare)[-1].replaced == [2, 3]
+
+
+def test_what_cannot_be_drained_is_refused_with_the_reason() -> None:
+    job = SimulatedJob(nodes=3, spares=0).train()
+    assert "deadpool join" in job.core.drain(1, job.now)[0]
+    assert "there is no node 9" in job.core.drain(9, job.now)[0]
+    job = SimulatedJob().train()
+    job.lose(1)
+    assert "not now" in job.core.drain(0, job.now)[0] and "lost already" in job.core.drain(1, job.now)[0]
+
+
+def test_a_spare_is_drained_at_once() -> None:
+    job = SimulatedJob().train()
+    job.take(job.core.drain(3, job.now)[1])
+    assert job.core.nodes[3].role == "left" and job.told(r.Stop, node=3)[0].code == Exit.OK
+    assert not job.told(r.Declare)
+
+
+# ---- join
+
+
+def test_a_node_that_joins_gets_a_number_nobody_had_and_is_a_spare_once_it_is_parked() -> None:
+    job = SimulatedJob().train()
+    job.lose(1)
+    job.recover()
+    error, node, actions = job.core.add_spare("", job.now)
+    job.take(actions)
+    assert (error, node) == ("", 4)
+    job.join([4])
+    assert job.told(r.Roster, node=4)[0].epoch == 1
+    job.park([4])
+    job.lose(2)
+    assert job.told(r.Declare)[-1].assignment[4:6] == [SlotAddress(4, 0), SlotAddress(4, 1)]
+
+
+def test_a_node_that_said_it_would_join_and_does_not_is_forgotten() -> None:
+    job = SimulatedJob().train()
+    _, node, actions = job.core.add_spare("", job.now)
+    job.take(actions)
+    job.wait(200.0)
+    assert job.core.nodes[node].role == "lost" and job.core.phase is Phase.RUNNING and not job.told(r.Declare)
+
+
+# ---- stuck
+
+
+def test_a_stuck_rank_is_ended_and_made_good_and_those_that_wait_for_it_are_left_alone() -> None:
+    job = SimulatedJob().train()
+    for rank in (0, 1, 3, 4, 5):
+        node = job.core.assignment[rank].node
+        job.feed(r.Stalled(0, node, rank, 5, 30.0, "waiting"))
+    job.feed(r.Stalled(0, 1, 2, 5, 30.0, "busy"))
+    assert not job.told(r.EndStuck)
+    job.wait(5.0)
+    assert job.told(r.EndStuck) == [r.EndStuck(0, 2)] and job.sent[-1].node == 1
+    job.feed(r.WorkerExited(1, 0, 2, 9, -9))
+    job.recover()
+    assert job.core.phase is Phase.RUNNING
+
+
+def test_a_communication_nobody_gets_out_of_is_formed_again_with_everybody() -> None:
+    job = SimulatedJob().train()
+    for rank in range(6):
+        job.feed(r.Stalled(0, job.core.assignment[rank].node, rank, 5, 30.0, "waiting"))
+    job.wait(1.0)
+    assert job.told(r.Declare)[-1].replaced == [] and not job.told(r.EndStuck)
+
+
+# ---- a coordinator that starts again
+
+
+def restarted(job: SimulatedJob, settled: bool = True, come_back: bool = True) -> SimulatedJob:
+    """A new coordinator that knows what the old one kept, and the agents that come back to it."""
+    kept = json.loads(json.dumps(job.core.dump()))
+    core = Core(job.core.job)
+    job.core = core
+    job.take(core.restored(kept, job.now))
+    if come_back:
+        for node, state in core.nodes.items():
+            if not state.gone:
+                slots = range(core.job.slots_per_node)
+                pids = [10 * node + i for i in slots]
+                job.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, pids, {}, core.epoch, settled))
+        job.park()
+    return job
+
+
+def test_training_does_not_notice_that_the_coordinator_was_away() -> None:
+    job = SimulatedJob().train()
+    job.commit(3)
+    restarted(job)
+    assert job.core.phase is Phase.RUNNING and job.core.epoch == 0 and not job.told(r.Declare)
+    job.lose(1)
+    job.recover()
+    assert job.core.phase is Phase.RUNNING and job.core.epoch == 1
+
+
+def test_a_recovery_the_coordinator_died_in_begins_again_under_a_new_epoch() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.lose(1)
+    job.arrive()
+    restarted(job, settled=False)
+    assert job.core.epoch == 2 and job.core.phase is Phase.ARRIVING
+    job.recover()
+    assert job.core.phase is Phase.RUNNING and job.active == [0, 3, 2]
+
+
+def test_a_node_that_died_while_the_coordinator_was_away_is_found_out() -> None:
+    job = restarted(SimulatedJob().train(), come_back=False)
+    for node in (0, 2, 3):
+        job.feed(r.Join(node, 1, "h", 1, [1, 2], {}, 0, True))
+    job.park([3])
+    job.wait(30.0)
+    assert job.core.nodes[1].role == "lost" and job.told(r.Declare)[-1].replaced == [2, 3]
+
+
+def test_no_epoch_is_told_before_it_is_kept() -> None:
+    job = SimulatedJob().train()
+    actions = job.core.node_lost(1, "gone", job.now)
+    order = [a for a in actions if isinstance(a, Keep) or (isinstance(a, Send) and isinstance(a.record, r.Declare))]
+    assert isinstance(order[0], Keep) and order[0].state["epoch"] == 1 and isinstance(order[-1], Send)
+
+
+def test_a_job_that_was_finishing_finishes() -> None:
+    job = SimulatedJob().train()
+    for node in (0, 1, 2):
+        job.feed(r.Finished(0, node))
+    restarted(job)
+    assert job.told(r.AllFinished)[-1] == r.AllFinished(0) and len(job.told(r.AllFinished)) == 2
+
+
+def test_what_was_done_once_is_told_with_the_agreed_generation_even_by_a_new_coordinator() -> None:
+    job = SimulatedJob().train()
+    job.feed(r.Did(2, 5, 0, 4, "evaluation"))
+    restarted(job)
+    job.lose(1)
+    job.arrive()
+    assert job.told(r.Agree)[-1].done == {"evaluation": 4}
+    assert [e for e in job.emitted if isinstance(e, Emit) and e.event == "evaluation"]
