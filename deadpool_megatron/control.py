@@ -113,7 +113,7 @@ def drain(options: argparse.Namespace) -> int:
         for event in read_events(options.run_dir):
             if event["t"] < begun - 1.0:
                 continue
-            if event["event"] == "drained" and event["node"] == options.node:
+            if event["event"] == "left" and event["node"] == options.node:
                 print(f"deadpool: node {options.node} is drained and may be taken away")
                 return Exit.OK
             if event["event"] == "detected" and event["node"] == options.node:

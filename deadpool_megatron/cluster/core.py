@@ -562,13 +562,13 @@ class Core:
 
     def _begin_drain(self, node: int) -> None:
         if self.nodes[node].role == "spare":
-            self._emit("drained", node=node, spare=None)
+            self._emit("left", node=node)
             self._let_go(node)
             return
         ahead = 2 + math.ceil(_HOLD_NOTICE_S / self._pace) if self._pace > 0 else 3
         self._drain = (node, self.iteration + ahead, set())
         self._deadline = self._now + self.job.deadlines.abort + ahead * self._pace
-        self._emit("draining", node=node, iteration=self._drain[1])
+        self._emit("leaving", node=node, iteration=self._drain[1])
         self._send(None, r.Hold(self.epoch, self._drain[1]))
 
     def _node_held(self, record: r.NodeHeld) -> None:
@@ -868,7 +868,7 @@ class Core:
             self._emit("resumed", iteration=recovery.generation)
             for node in sorted(self._helpers):
                 if self.nodes[node].role == "leaving":
-                    self._emit("drained", node=node)
+                    self._emit("left", node=node)
                     self._let_go(node)
             self._helpers.clear()
             self._keep()

@@ -17,6 +17,7 @@ from flags import tiny_gpt
 from jobs import Job, Jobs, environment, launch_flags
 
 ITERATIONS = 260
+KINDS = ("kill", "kill-worker", "kill-agent", "stop", "stop-agent", "kill-coordinator", "drain", "abort")
 
 
 def small(iterations: int) -> list[str]:
@@ -186,7 +187,7 @@ def test_a_soak_of_random_faults_with_nodes_that_come_back(jobs: Jobs) -> None:
     for number in range(faults):
         rank = rng.randrange(4)
         node = str(drama.node_of(rank))
-        kind = rng.choice(["kill", "kill-worker", "kill-agent", "stop", "stop-agent", "kill-coordinator", "drain", "abort"])
+        kind = rng.choice(KINDS)
         print(f"{number}: {kind} on node {node}")
         match kind:
             case "kill-coordinator":

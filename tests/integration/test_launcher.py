@@ -125,10 +125,11 @@ def test_a_coordinator_that_is_killed_is_started_again_but_not_for_ever(jobs: Jo
         killed = job.status()["coordinator_pid"]
         assert job.pids() == workers
         os.kill(killed, signal.SIGKILL)
-        job.until("another coordinator", lambda: job.process.poll() is not None or _coordinator(job) != killed, 30)
+        job.until("another coordinator", lambda k=killed: job.process.poll() is not None or _coordinator(job) != k, 30)
     assert job.wait(30) == Exit.FAILED
     again = "deadpool: the coordinator was ended by signal 9; it is started again"
-    assert _said(job) == [again] * 5 + ["deadpool: the coordinator was ended by signal 9 again and again; the job is over"]
+    over = "deadpool: the coordinator was ended by signal 9 again and again; the job is over"
+    assert _said(job) == [again] * 5 + [over]
     job.until_gone(10)
 
 

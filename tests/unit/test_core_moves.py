@@ -34,7 +34,7 @@ def test_a_drained_node_gives_its_coordinates_to_a_spare_at_a_step_boundary_and_
     assert job.core.nodes[1].role == "leaving" and not job.told(r.Stop, node=1)
     job.recover(at)
     assert job.core.phase is Phase.RUNNING and job.core.nodes[1].role == "left"
-    assert job.told(r.Stop, node=1)[0].code == Exit.OK and job.events("drained")[0]["node"] == 1
+    assert job.told(r.Stop, node=1)[0].code == Exit.OK and job.events("left")[0]["node"] == 1
     assert job.events("agreed")[-1]["iteration"] == at
 
 
