@@ -59,10 +59,8 @@ def test_nodes_that_may_be_lost_at_once_are_lost_and_the_run_ends_bit_for_bit_th
 
 def test_one_node_more_than_may_be_lost_ends_the_job_with_the_sentence(jobs: Jobs) -> None:
     job = jobs.start("beyond", launch_flags(6, 2, 1), _flags(4, "1"))
-    job.until_event("started")
-    fatal = job.until_event("placed")["fatal"][0]
-    for node in fatal:
-        job.inject(node, 3, 1)
+    _lost_at_once(job, (0, 2))
+    assert [0, 2] in job.until_event("placed")["fatal"], "the sentence says that these may not be lost together"
     assert job.wait() == Exit.GENERATION_LOST
     said = job.output
     assert "more nodes were lost than the redundancy covers, which is any 1 node; any 2 nodes but these" in said
