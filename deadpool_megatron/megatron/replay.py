@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 __all__ = ["ReplayIterator"]
 
 
@@ -16,6 +18,9 @@ class ReplayIterator:
     Sits under Megatron's `RerunDataIterator`, whose own replay ends with the iteration; a recovery may go back further.
     What was drawn before the oldest mark is forgotten. Items are remembered as shallow copies, since Megatron's batch
     functions may take entries out of the dictionaries they are given. ``owner`` is the iterator that draws from this.
+
+    Drawing may move torch's random numbers on, so where they stood after a draw is remembered too: torch's DataLoader
+    takes a seed when it begins to iterate, which with ``--dataloader-type cyclic`` is at the first draw of every epoch.
     """
 
     def __init__(self, source: Iterator[Any]) -> None:
@@ -25,6 +30,12 @@ class ReplayIterator:
         self._first = 0  # position of _drawn[0]
         self._next = 0  # position of the next item to be handed out
         self._marks: dict[int, int] = {}
+        self._primed = False
+
+    @property
+    def started(self) -> bool:
+        """Whether anything has been drawn before the present position, in this process or in those it stands for."""
+        return self._primed or self._next > 0
 
     def __iter__(self) -> ReplayIterator:
         return self
@@ -32,12 +43,30 @@ class ReplayIterator:
     def __next__(self) -> Any:
         index = self._next - self._first
         if index < len(self._drawn):
-            item = self._drawn[index]
+            item, random = self._drawn[index]
+            if random is not None:
+                torch.set_rng_state(random)
         else:
+            before = torch.get_rng_state()
             item = next(self.source)
-            self._drawn.append(copy.copy(item))
+            after = torch.get_rng_state()
+            self._drawn.append((copy.copy(item), None if torch.equal(before, after) else after))
         self._next += 1
         return copy.copy(item)
+
+    def prime(self) -> None:
+        """Draw the next item ahead, leaving the random numbers alone.
+
+        For a spare that begins where others have drawn before: what its source does at its first draw, they did then.
+        """
+        before = torch.get_rng_state()
+        try:
+            self._drawn.append((copy.copy(next(self.source)), None))
+        except StopIteration:
+            return  # validation data may be at their end
+        finally:
+            torch.set_rng_state(before)
+        self._primed = True
 
     def mark(self, generation: int, keep_from: int) -> None:
         """Generation ``generation`` begins here; marks before generation ``keep_from`` are no longer needed."""
@@ -58,6 +87,7 @@ class ReplayIterator:
         self._drawn.clear()
         self._first = self._next = 0
         self._marks = {generation: 0}
+        self._primed = False
 
     def rewind(self, generation: int) -> None:
         """Go back to where ``generation`` began. Raises KeyError when that mark has been dropped."""

@@ -22,7 +22,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from deadpool_megatron.megatron.optimizer_state import Numbers, members
 from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng
 
-__all__ = ["MUTABLE_ARGS", "SmallState", "apply_args"]
+__all__ = ["MUTABLE_ARGS", "SmallState", "apply_args", "started_iterators"]
 
 # Fields of Megatron's args that change while it trains.
 MUTABLE_ARGS: Final = (
@@ -108,6 +108,12 @@ class _Staged:
         return log
 
 
+def started_iterators(data: bytes) -> list[bool]:
+    """By data iterator, whether anything had been drawn from it when the small state was captured."""
+    started: list[bool] = decode(data)["started"]
+    return started
+
+
 class SmallState:
     """Captures and restores the small state of one coordinate.
 
@@ -127,6 +133,7 @@ class SmallState:
         self._staged = _Staged(model, self._scalers)
         self.log: dict[str, Any] = {}
         self.logged_before = False
+        self.started: list[bool] = []  # by data iterator, whether anything has been drawn from it
         self.flops: float = args.num_floating_point_operations_so_far
 
     def items(self) -> list[tuple[str, torch.Tensor]]:
@@ -157,6 +164,7 @@ class SmallState:
                 ],
                 "log": self._staged.take(self.log),
                 "logged_before": self.logged_before,
+                "started": self.started,
                 "rerun": {name: getattr(get_rerun_state_machine(), name) for name in _RERUN},
             }
         )

@@ -27,7 +27,7 @@ from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import reset_after_abort, synchronize_parameters
 from deadpool_megatron.megatron.saving import drop_unfinished_saves
-from deadpool_megatron.megatron.small_state import SmallState
+from deadpool_megatron.megatron.small_state import SmallState, started_iterators
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
 from deadpool_megatron.recovery import Refused, Session
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
@@ -92,9 +92,10 @@ class MegatronTrainer:
         self._unique = UniqueState(optimizer)
         self.small_state = SmallState(args, model, optimizer, scheduler)
         self._plan = ShardPlan([*self._unique.items(), *self.small_state.items()], config.slice_bytes)
+        self._replays = [_under_rerun(each) for each in _flatten(iterators)]
+        self.small_state.started = [replay.started for replay in self._replays]
         self._small = self.small_state.capture(args.iteration)
         self._small_generation = -1
-        self._replays = [_under_rerun(each) for each in _flatten(iterators)]
         self._expected = expected_bytes(model, optimizer)
         print(
             f"deadpool: rank {self.rank} copies {self._plan.nbytes:,} bytes of unique state a generation, in "
@@ -189,6 +190,7 @@ class MegatronTrainer:
             return
         session = self._session
         self._mark("begin")
+        self.small_state.started = [replay.started for replay in self._replays]
         self._small = self.small_state.capture(iteration)
         self._small_generation = iteration
         # As far back as a recovery may go: to the committed generation, which grows old while the coordinator is away.
@@ -370,15 +372,17 @@ class MegatronTrainer:
         else:
             small = self._snapshotter.restore(Version(agreed.version_epoch, generation))
         self.live_generation = None
+        # Data first: building iterators and drawing from them moves random numbers, which the small state puts back.
         if not all(replay.remembers(generation) for replay in self._replays):
-            # Before the small state: a data loader draws its seed from torch's generator when it begins.
             fresh = list(_flatten(self._rebuild(agreed)))
             for replay, each in zip(self._replays, fresh, strict=True):
                 replay.renew(each.iterable, generation)
+        for replay, started in zip(self._replays, started_iterators(small), strict=True):
+            replay.rewind(generation)
+            if started and not replay.started:
+                replay.prime()
         self.small_state.restore(small)
         self._small, self._small_generation = small, generation
-        for replay in self._replays:
-            replay.rewind(generation)
         for each in self._reruns():
             each.replaying, each.saved_microbatches, each.replay_pos = False, [], 0
         self.once.agreed(agreed.done)

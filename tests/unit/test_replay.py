@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 pytest.importorskip("megatron.core")
 
@@ -116,3 +117,37 @@ def test_a_renewed_iterator_draws_from_its_new_source_and_can_go_back_to_its_beg
     assert [next(replay), next(replay)] == ["a", "b"]
     replay.rewind(2)
     assert [next(replay) for _ in range(3)] == ["a", "b", "c"]
+
+
+def _seeding() -> Iterator[int]:
+    """As torch's DataLoader: a seed is taken when the iteration begins, which a generator does at its first draw."""
+    yield int(torch.randint(0, 1 << 30, ()))
+    yield from range(1, 100)
+
+
+def test_what_a_draw_does_to_the_random_numbers_is_done_again() -> None:
+    torch.manual_seed(7)
+    replay = ReplayIterator(_seeding())
+    replay.mark(0, 0)
+    begin = torch.get_rng_state()
+    drawn = [next(replay), next(replay)]
+    after = torch.rand(3)
+    replay.rewind(0)
+    torch.set_rng_state(begin)
+    assert [next(replay), next(replay)] == drawn
+    assert torch.equal(torch.rand(3), after)
+
+
+def test_what_a_spare_draws_ahead_leaves_the_random_numbers_alone() -> None:
+    # Those it stands for drew for the first time long ago.
+    replay = ReplayIterator(_seeding())
+    replay.mark(5, 5)
+    assert not replay.started
+    torch.manual_seed(7)
+    begin = torch.get_rng_state()
+    replay.prime()
+    assert replay.started and torch.equal(torch.get_rng_state(), begin)
+    replay.rewind(5)
+    next(replay)
+    assert torch.equal(torch.get_rng_state(), begin)
+    assert next(replay) == 1
