@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from jobs import _environment
+from jobs import environment
 from machines import Machines
 
 __all__ = ["IN_TREE", "Ranks", "attached"]
@@ -62,7 +62,7 @@ class Ranks(Machines):
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=_environment(env),
+                env=environment(env),
                 cwd=self.directory,
                 start_new_session=True,
             )
