@@ -377,7 +377,9 @@ class MegatronTrainer:
             fresh = list(_flatten(self._rebuild(agreed)))
             for replay, each in zip(self._replays, fresh, strict=True):
                 replay.renew(each.iterable, generation)
-        for replay, started in zip(self._replays, started_iterators(small), strict=True):
+        # An export draws no data, and has no iterators.
+        started_then = started_iterators(small) if self._replays else []
+        for replay, started in zip(self._replays, started_then, strict=True):
             replay.rewind(generation)
             if started and not replay.started:
                 replay.prime()
