@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +16,13 @@ from pathlib import Path
 import pytest
 
 from flags import Layout, duo_gpt, with_value
-from jobs import EXAMPLE, ROOT, Job, Jobs, assert_same_checkpoint, assert_same_training, launch_flags
+from jobs import EXAMPLE, ROOT, Job, Jobs, assert_same_checkpoint, assert_same_training, environment, launch_flags
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 ITERATIONS = 6
 EXTERNAL = ROOT / "tests" / "pretrain_external.py"
+YAML = ROOT / "tests" / "pretrain_yaml.py"
 
 
 @pytest.fixture
@@ -137,6 +140,23 @@ def test_a_run_with_this_feature_survives_a_kill(name: str, jobs: Jobs) -> None:
     assert_same_training(job, want, count, rank=1, mute=frozenset({feature.at[0] - 1}))
     if feature.also is not None:
         feature.also(job, want)
+
+
+def test_a_run_from_megatrons_own_yaml_file_survives_a_kill(jobs: Jobs) -> None:
+    file = jobs.directory / "model.yaml"
+    command = [sys.executable, "-m", "deadpool_megatron.emulation", str(YAML), "--write-yaml", str(file)]
+    env = environment({"RANK": "0", "WORLD_SIZE": "2"})
+    subprocess.run([*command, *duo_gpt(iters=ITERATIONS)], env=env, check=True, capture_output=True, timeout=100)
+    with file.open("a") as lines:
+        lines.write("deadpool: {lease: 4}\n")
+    flags = ["--yaml-cfg", str(file)]
+    want = jobs.start("undisturbed", launch_flags(2, slots=1), flags, YAML).finished()
+    job = jobs.start("killed", launch_flags(3, 1, slots=1), flags, YAML)
+    job.until_event("started")
+    job.inject(0, 3, 2)
+    job.finished()
+    assert len(job.events("resumed")) == 1
+    assert_same_training(job, want, ITERATIONS, rank=1, mute=frozenset({2}))
 
 
 def test_a_node_that_dies_during_an_evaluation_is_replaced(jobs: Jobs) -> None:
