@@ -23,8 +23,11 @@ _real_stderr = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the real stderr: while a test runs, descriptor 2 is pytest's."""
+    """Keep the real stderr: while a test runs, descriptor 2 is pytest's. Take Ctrl-C as from a terminal."""
     config.stash[_real_stderr] = os.dup(2)
+    # A shell that starts pytest in the background makes it ignore Ctrl-C, and the commands under test after it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
