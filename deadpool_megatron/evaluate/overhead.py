@@ -20,13 +20,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deadpool_megatron.evaluate.checkpoints import CHECKPOINTS, check_kind
 from deadpool_megatron.evaluate.jobs import Job, JobError
 from deadpool_megatron.evaluate.ratio import Comparison, compare
 
 __all__ = ["add_overhead_arguments", "run_overhead"]
 
 _PRECISIONS = ("bf16", "fp16", "fp32")
-_CHECKPOINTS = {"sync": [], "async": ["--async-save"]}
 _RUN_S = 3600.0
 
 
@@ -87,6 +87,7 @@ class _Bench:
             code = job.wait(_RUN_S)
             if code:
                 job.failed(f"ended with {code}: {job.output.strip()[-300:]}")
+            check_kind(job)
             ranks = [json.loads(path.read_text()) for path in sorted(times.glob("rank-*.json"))]
             if not ranks:
                 job.failed("no rank has written its times")
@@ -222,7 +223,7 @@ def _checkpoints(bench: _Bench, precision: str, snapshot: Comparison | dict[str,
     found: dict[str, Any] = {}
     for kind in [k for k in bench.o.checkpoints.split(",") if k and k != "none"]:
         with tempfile.TemporaryDirectory(prefix="deadpool-bench-save-", dir=bench.base) as directory:
-            flags = ["--save", directory, "--save-interval", "1", "--ckpt-format", "torch_dist", *_CHECKPOINTS[kind]]
+            flags = ["--save", directory, "--save-interval", "1", "--ckpt-format", "torch_dist", *CHECKPOINTS[kind]]
             try:
                 result = compare(bench.blocks(bench.run("checkpoint", precision, flags, deadpool=False)))
             except JobError as err:  # what was measured before still counts
@@ -281,7 +282,7 @@ def run_overhead(options: argparse.Namespace) -> int:
     """Measure, print, write; returns the exit code."""
     precisions = options.precisions.split(",")
     wrong = [p for p in precisions if p not in _PRECISIONS]
-    wrong += [k for k in options.checkpoints.split(",") if k not in (*_CHECKPOINTS, "none", "")]
+    wrong += [k for k in options.checkpoints.split(",") if k not in (*CHECKPOINTS, "none", "")]
     if wrong:
         _say(f"deadpool: bench overhead: {wrong[0]!r} is not one of its choices")
         return 2

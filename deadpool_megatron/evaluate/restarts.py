@@ -19,18 +19,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
+from deadpool_megatron.evaluate.checkpoints import CHECKPOINTS, CheckpointKind, check_kind
 from deadpool_megatron.evaluate.jobs import Job
 from deadpool_megatron.evaluate.kills import RECOVER_S, START_S, launch_options, say
 from deadpool_megatron.observe import LOGS
 
 __all__ = ["Restart", "choose_interval", "restarts"]
 
-Mode = Literal["sync", "async"]
-# Without the persistent worker megatron-core 0.19 saves synchronously, with a warning.
-_ASYNC: Final = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
-_MODES: Final[dict[str, list[str]]] = {"sync": [], "async": _ASYNC}
 _LINE: Final = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+)\] iteration +(\d+)/")
 
 
@@ -91,7 +88,7 @@ def _stall(moments: dict[int, float], interval: int) -> tuple[float, float]:
 
 
 def restarts(
-    options: argparse.Namespace, base: Path, mode: Mode, interval: int, warm: bool, count: int
+    options: argparse.Namespace, base: Path, mode: CheckpointKind, interval: int, warm: bool, count: int
 ) -> list[Restart]:
     """``count`` restarts with a checkpoint every ``interval`` iterations."""
     rng = random.Random(f"{options.seed}-{mode}-{interval}")
@@ -100,7 +97,7 @@ def restarts(
         name = f"{mode}-{interval}-{'warm' if warm else 'cold'}-{number}"
         checkpoint = base / f"checkpoint-{name}"
         save = ["--save", str(checkpoint), "--save-interval", str(interval), "--ckpt-format", "torch_dist"]
-        script = [*options.arguments, *save, *_MODES[mode]]
+        script = [*options.arguments, *save, *CHECKPOINTS[mode]]
         again = [*script, "--load", str(checkpoint), "--no-load-optim", "--no-load-rng"]
         launch = launch_options(options, 0)
         go = base / f"go-{name}"
@@ -116,8 +113,7 @@ def restarts(
                 saved = int(latest.read_text())
                 past = saved + rng.randint(1, max(1, interval - 1)) + interval
                 job.until("iterations after it", partial(_has_reached, job, past), RECOVER_S)
-                if any("Disabling --async-save" in p.read_text() for p in (job.run_dir / LOGS).glob("rank-*.log")):
-                    job.failed("this Megatron does not save asynchronously here; leave async out of --modes")
+                check_kind(job)
                 moment = job.kill_node(rng.randrange(options.active_nodes))
                 job.wait()
                 ended = time.time()
