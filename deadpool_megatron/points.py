@@ -11,10 +11,22 @@ A leaf: everybody may pass a point, so this module knows nobody.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
-from typing import Final, Literal
+from typing import IO, Final, Literal
 
-__all__ = ["POINTS", "Where", "add", "arm", "disarm", "iteration_is", "names", "reach", "reach_record"]
+__all__ = [
+    "POINTS",
+    "Where",
+    "add",
+    "announce",
+    "arm",
+    "disarm",
+    "iteration_is",
+    "names",
+    "reach",
+    "reach_record",
+]
 
 Where = Literal["worker", "agent", "coordinator"]
 
@@ -102,6 +114,11 @@ def iteration_is(iteration: int) -> None:
     """The process is in this iteration now."""
     global _iteration
     _iteration = iteration
+
+
+def announce(kind: str, victim: str, log: IO[str]) -> None:
+    """Write the moment of an injected fault, from which detection counts (`deadpool timeline` reads it)."""
+    print(f"deadpool: fault {kind} strikes {victim} at {time.time():.6f}", file=log, flush=True)
 
 
 def reach(point: str) -> None:

@@ -23,6 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
 from deadpool_megatron.cluster.workers import (
@@ -137,7 +138,7 @@ def _install(standby: bool) -> Hooks:
     page = PulsePage(int(os.environ[PULSE_FD]))
     hooks = Hooks(session, communicators, config, int(os.environ[DOORBELL_FD]), store, standby, page)
     hooks.install()
-    session.on_arm = arm
+    session.call_on_arm(arm)
     session.is_waiting = communicators.is_waiting
     return hooks
 
@@ -218,7 +219,9 @@ def _leave(code: int) -> None:
     """
     if ADOPTED in os.environ:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(os.environ[CONTROL_FD]))) as control:
-            control.send(r.encode(r.Leaving(code)))
+            leaving = r.Leaving(code)
+            points.reach_record("worker", leaving)
+            control.send(r.encode(leaving))
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()

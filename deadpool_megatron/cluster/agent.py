@@ -555,9 +555,7 @@ class Agent:
         elif event.epoch == self._epoch:
             if event.version is None:
                 self._send(
-                    r.FetchFailed(
-                        event.epoch, self._s.node, event.rank, event.source, event.generation, event.error
-                    )
+                    r.FetchFailed(event.epoch, self._s.node, event.rank, event.source, event.generation, event.error)
                 )
             else:
                 self._hand_out(event.rank, event.generation)
@@ -659,9 +657,7 @@ class Agent:
         """The first commit of an epoch: copies that an older placement left here are of no use any more."""
         assert self._shards is not None
         peers, words = self._kept
-        self._shards.keep_only(
-            set(placing.ranks_of(self._assignment, self._s.node).values()), set(peers), set(words)
-        )
+        self._shards.keep_only(set(placing.ranks_of(self._assignment, self._s.node).values()), set(peers), set(words))
 
     def _declare(self, record: r.Declare) -> None:
         if record.epoch <= self._epoch:
@@ -740,9 +736,7 @@ class Agent:
         for rank in placing.ranks_of(self._assignment, self._s.node).values():
             source = record.sources.get(rank)
             if rank in record.rebuilds:
-                self._shards.rebuild(
-                    record.epoch, rank, record.generation, record.rebuilds[rank], self._vaults
-                )
+                self._shards.rebuild(record.epoch, rank, record.generation, record.rebuilds[rank], self._vaults)
             elif source is None:
                 self._hand_out(rank, record.generation)
             else:
@@ -781,6 +775,7 @@ class Agent:
     def _strike(self, fault: r.Fault) -> None:
         """Do what the fault says, now."""
         worker = self._workers.get(fault.local)
+        points.announce(fault.kind, f"node {self._s.node}", sys.stderr)
         match fault.kind:
             case "kill":
                 for each in self._workers.values():

@@ -155,7 +155,12 @@ class Coordinator:
                 return  # not in the middle of a recovery: it asks again
             answer = self._enlistment.comes_back(record, node)
             self._do(actions)
-        self._hub.send(identity, r.encode(answer))
+        self._reply(identity, answer)
+
+    def _reply(self, identity: bytes, record: r.CoordinatorRecord) -> None:
+        """To one who is in no assignment: a tool, or a node that asks for a place."""
+        points.reach_record("coordinator", record)
+        self._hub.send(identity, r.encode(record))
 
     def _request(self, identity: bytes, record: r.Inject | r.Drain | r.AddSpare, now: float) -> None:
         """What a command-line tool asks for."""
@@ -181,7 +186,7 @@ class Coordinator:
             case r.AddSpare():
                 error, node, actions = core.add_spare(record.host, now)
                 reply = r.SpareAdded(error, node)
-        self._hub.send(identity, r.encode(reply))
+        self._reply(identity, reply)
         self._do(actions)
 
     def _inject(self, fault: r.Fault, now: float) -> tuple[str, list[Action]]:
@@ -301,9 +306,7 @@ class Coordinator:
                 "phase": core.phase.value,
                 "epoch": core.epoch,
                 "iteration": core.iteration,
-                "nodes": [
-                    {"node": n, "agent_pid": s.agent_pid, "role": s.role} for n, s in sorted(core.nodes.items())
-                ],
+                "nodes": [{"node": n, "agent_pid": s.agent_pid, "role": s.role} for n, s in sorted(core.nodes.items())],
                 "coordinates": coordinates,
                 "spares": [
                     {
@@ -326,4 +329,5 @@ class Coordinator:
 
 
 def _die() -> None:
+    points.announce("kill-coordinator", "the coordinator", sys.stderr)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +30,7 @@ class InjectedError(Exception):
 
 def strike(fault: r.Fault) -> None:
     """Suffer the fault, on the thread and at the place of the call. Most of them do not return."""
-    # For `deadpool timeline`: the moment from which detection counts.
-    print(f"deadpool: fault {fault.kind} strikes node {os.environ['DEADPOOL_NODE']} at {time.time():.6f}", flush=True)
+    points.announce(fault.kind, f"node {os.environ['DEADPOOL_NODE']}", sys.stdout)
     match fault.kind:
         case "hang":
             time.sleep(_DAY_S)

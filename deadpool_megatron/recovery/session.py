@@ -67,7 +67,7 @@ class Session:
         self._arena: r.ArenaGranted | r.ArenaRefused | None = None
         self._armed: tuple[r.Fault, ...] = ()
         self._hold: r.Hold | None = None
-        self.on_arm: Callable[[r.Fault], None] = lambda fault: None
+        self._on_arm: Callable[[r.Fault], None] = lambda fault: None
         self.is_waiting: Callable[[], bool] = lambda: False
         self.declared_epoch = 0
         self.joined_epoch = 0
@@ -110,7 +110,7 @@ class Session:
                     self._arena = record
                 case r.Arm():
                     self._armed = (*self._armed, record.fault)
-                    self.on_arm(record.fault)
+                    self._on_arm(record.fault)
                 case r.Hold():
                     self._hold = record
                 case r.Stop():
@@ -130,6 +130,13 @@ class Session:
     def armed(self) -> tuple[r.Fault, ...]:
         """Faults to be injected in this worker's iterations."""
         return self._armed
+
+    def call_on_arm(self, on_arm: Callable[[r.Fault], None]) -> None:
+        """``on_arm`` is called with each fault that is armed, those that came before this call included."""
+        with self._news:
+            self._on_arm = on_arm
+            for fault in self._armed:
+                on_arm(fault)
 
     @property
     def hold(self) -> r.Hold | None:

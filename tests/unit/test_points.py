@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import typing
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import deadpool_megatron
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core import RECOVERING
 from deadpool_megatron.megatron import faults
 
 PACKAGE = Path(deadpool_megatron.__file__).parent
@@ -49,20 +51,83 @@ def test_every_point_of_the_registry_is_passed_in_the_sources_or_with_every_mess
 def test_no_message_can_be_sent_without_a_point() -> None:
     tools = {"agent.inject", "agent.drain", "agent.enlist", "agent.add-spare"}
     assert by_construction() - set(points.POINTS) == tools | {"worker.worker-step"}
-    senders = {"cluster/agent.py": '"agent", record', "recovery/session.py": '"worker", record'}
-    senders["cluster/coordinator.py"] = '"coordinator", action.record'
-    for path, what in senders.items():
-        assert f"points.reach_record({what})" in (PACKAGE / path).read_text()
+    # Whoever encodes a record passes the point of its name in the same function. Tools are in no assignment; what an
+    # agent tells its workers is lost with the one or the other, each of which has points of its own.
+    free = {"control.py:_ask", "multinode/enlisting.py:enlist", "cluster/workers.py:tell"}
+    free |= {"worker.py:tell", "worker.py:main"}  # before there is a session nothing can be armed
+    assert _encoders(passing=False) == free
+    assert {"cluster/agent.py:_send", "cluster/coordinator.py:_do", "recovery/session.py:tell"} <= _encoders(True)
 
 
-def test_every_phase_of_a_recovery_has_points_of_the_worker_and_of_the_agent() -> None:
-    for step, record in (
-        ("ready", r.NodeReady),
-        ("formed", r.NodeFormed),
-        ("restored", r.NodeRestored),
-        ("resumed", r.NodeResumed),
-    ):
-        assert f"step.{step}" in points.POINTS and f"agent.{points.kebab(record.__name__)}" in points.POINTS
+def _encoders(passing: bool) -> set[str]:
+    """The functions that encode a record, and pass its point or do not."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                calls = {ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)}
+                if "r.encode" in calls and ("points.reach_record" in calls) == passing:
+                    found.add(f"{path.relative_to(PACKAGE)}:{node.name}")
+    return found
+
+
+# By phase of a recovery: the points of what ends it, on a worker and on an agent.
+_ENDS_OF_PHASES = {
+    "ARRIVING": ["worker.arrived", "agent.offer"],
+    "PREPARING": ["step.ready", "agent.node-ready"],
+    "FORMING": ["step.formed", "agent.node-formed"],
+    "RESTORING": ["step.restored", "agent.node-restored", "step.resumed", "agent.node-resumed"],
+}
+
+
+def test_every_phase_of_a_recovery_ends_in_points_of_the_worker_and_of_the_agent() -> None:
+    assert set(_ENDS_OF_PHASES) == {phase.name for phase in RECOVERING}
+    assert {name for names in _ENDS_OF_PHASES.values() for name in names} <= set(points.POINTS)
+
+
+def test_everything_a_worker_does_in_a_recovery_is_followed_by_a_point() -> None:
+    source = (PACKAGE / "recovery" / "protocol.py").read_text()
+    (rejoin,) = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "rejoin"]
+    (loop,) = [n for n in rejoin.body if isinstance(n, ast.While)]
+    (attempt,) = [n for n in loop.body if isinstance(n, ast.Try)]
+    acts = ("trainer.", "communicators.", "session.wait_generation")
+    done = False
+    for statement in attempt.body:
+        text = ast.unparse(statement)
+        if "points.reach(" in text:
+            done = False
+        elif any(act + name in text for act in acts for name in _calls(statement, act)):
+            assert not done, f"no crash point before {text}"
+            done = True
+    assert not done
+
+
+def _calls(statement: ast.stmt, prefix: str) -> list[str]:
+    names = [ast.unparse(n.func) for n in ast.walk(statement) if isinstance(n, ast.Call)]
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+# By function of Megatron's that the hooks replace, a point in it; none where nothing of a job's state changes.
+_HOOKED = {
+    "initialize_megatron": "take-over.building",
+    "train": "take-over.built",
+    "train_step": "small-state.before",
+    "training_log": "log.before",
+    "evaluate_and_print_results": "evaluation.before",
+    "save_checkpoint_and_time": "save.before",
+    "maybe_finalize_async_save": "save.finalized",
+    "backward_step": "slice.before",
+    "add_megatron_arguments": "",
+    "load_yaml": "",
+    "build_train_valid_test_data_iterators": "",
+    "checkpoint_and_decide_exit": "",
+}
+
+
+def test_every_hook_in_megatron_has_a_point() -> None:
+    source = (PACKAGE / "megatron" / "hooks.py").read_text()
+    assert set(re.findall(r'self\._replace\(\w+, "(\w+)"', source)) == set(_HOOKED)
+    assert {name for name in _HOOKED.values() if name} <= passed_by_name()
 
 
 def test_points_inside_of_other_peoples_code_have_a_place_that_is_wrapped_when_armed() -> None:

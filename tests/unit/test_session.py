@@ -202,3 +202,14 @@ def test_a_worker_does_not_outlive_its_agent(busy: str) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_fault_armed_before_anybody_asked_is_told_when_somebody_does(line: Line) -> None:
+    fault = r.Fault("kill", 0, point="step.parked")
+    line.tell(r.Arm(fault))
+    end = time.monotonic() + 10
+    while not line.session.armed and time.monotonic() < end:
+        time.sleep(0.01)
+    heard: list[r.Fault] = []
+    line.session.call_on_arm(heard.append)
+    assert heard == [fault]
