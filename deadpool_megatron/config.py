@@ -229,6 +229,9 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_UPSTREAM",
     "DEADPOOL_UPSTREAM_GIT",
     "DEADPOOL_TEST_ABORTS",
+    "DEADPOOL_TEST_FAULTS",
+    "DEADPOOL_TEST_SEED",
+    "DEADPOOL_TEST_RESULTS",
     "DEADPOOL_TEST_MEGATRON",
 )
 _UNITS = ("seconds", "bytes", "iterations", "generations", "times", "nodes", "port")
