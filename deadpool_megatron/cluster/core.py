@@ -214,8 +214,9 @@ class Core:
         role = self.nodes[node].role
         if role == "leaving" or (self._drain is not None and self._drain[0] == node):
             return f"node {node} is being drained already", []
-        if self.phase is not Phase.RUNNING or self._drain is not None:
+        if self.phase is not Phase.RUNNING or self._drain is not None or self._returning:
             what = f"node {self._drain[0]} is being drained" if self._drain else self.phase.value
+            what = "the coordinator has just come back" if self._returning else what
             return f"not now, the job is busy: {what}; try again in a moment", []
         if role == "active" and not self.members.ready_spares():
             return f"no parked spare is there to take over node {node}: add one with deadpool join", []
@@ -705,6 +706,9 @@ class Core:
                 self._all_returned()
 
     def _declare(self, reason: str) -> None:
+        if self._returning:  # whoever is not back yet would not hear of it: when all are (`_all_returned`)
+            self._unsettled = self._unsettled or reason
+            return
         members = self.members
         out_of_use = {n for n in members.active() if self.nodes[n].role in ("lost", "leaving")}
         old = list(self.assignment)

@@ -214,3 +214,23 @@ def test_what_was_done_once_is_told_with_the_agreed_generation_even_by_a_new_coo
     job.arrive()
     assert job.told(r.Agree)[-1].done == {"evaluation": 4}
     assert [e for e in job.emitted if isinstance(e, Emit) and e.event == "evaluation"]
+
+
+def test_a_failure_seen_while_agents_come_back_is_declared_when_all_of_them_can_hear_it() -> None:
+    job = restarted(SimulatedJob().train(), come_back=False)
+    job.feed(r.Join(0, 1, "h", 1, [1, 2], {}, 0, True))
+    job.feed(r.WorkerExited(0, 0, 0, 1, -9))
+    assert not job.told(r.Declare) and job.core.phase is Phase.RUNNING
+    for node in (1, 2, 3):
+        job.feed(r.Join(node, 1, "h", 1, [1, 2], {}, 0, True))
+    (declared,) = job.told(r.Declare)
+    assert declared.epoch == 1 and "rank 0 ended" in declared.reason
+
+
+def test_a_node_is_not_drained_while_agents_come_back_it_may_have_shards_to_give() -> None:
+    job = SimulatedJob().train()
+    job.park()
+    job.feed(r.WorkerExited(0, 0, 0, 1, -9))  # node 0 gives way to the spare: healthy, with shards of its coordinates
+    restarted(job, come_back=False)
+    error, actions = job.core.drain(0, job.now)
+    assert "the coordinator has just come back" in error and not actions
