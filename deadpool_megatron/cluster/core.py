@@ -590,6 +590,7 @@ class Core:
     def _let_go(self, node: int) -> None:
         self._send(node, r.Stop(Exit.OK, f"node {node} is drained and may be taken away"))
         self.nodes[node].role = "left"
+        self._awaited.pop(node, None)
         self._keep()
 
     # ---- ends of processes

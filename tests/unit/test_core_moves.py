@@ -143,6 +143,14 @@ def test_a_communication_nobody_gets_out_of_is_formed_again_with_everybody() -> 
     assert job.told(r.Declare)[-1].replaced == [] and not job.told(r.EndStuck)
 
 
+def test_a_node_that_is_drained_before_it_has_joined_is_not_waited_for() -> None:
+    job = SimulatedJob().train()
+    _, number, actions = job.core.add_spare("", job.now)
+    job.take(actions)
+    job.take(job.core.drain(number, job.now)[1])
+    assert job.core.nodes[number].role == "left" and job.core.next_deadline() is None
+
+
 # ---- a coordinator that starts again
 
 
