@@ -906,6 +906,8 @@ class Core:
         if record.epoch != self.epoch or self._hint is not None:
             return
         self._emit("peer_error", node=record.node, rank=record.rank, cause=record.text)
+        if self._phase is not Phase.RUNNING:
+            return  # nothing to go back to: the worker ends with its error, and that ends the job
         # The lease decides whether a node is gone; only when it is over is the error one that no loss explains.
         self._hint = (self._now + self.job.deadlines.lease + 1.0, record.text)
 
