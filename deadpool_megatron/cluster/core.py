@@ -321,6 +321,8 @@ class Core:
         self._durability.restored(self._phase is Phase.STARTING)
         self._ledger = CommitLedger(self.members.active(), self.epoch)
         self._returning = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
+        if self._phase is not Phase.STARTING:
+            self._awaited = dict.fromkeys(self.members.missing(), now + self.job.deadlines.join)
         self._unsettled = "a recovery was under way" if kept["recovering"] else ""
         self._deadline = now + self.job.deadlines.lease + 5.0
         return self._run(lambda: self._emit("coordinator_back", nodes=sorted(self._returning)), now)

@@ -242,3 +242,17 @@ def test_a_node_is_not_drained_while_agents_come_back_it_may_have_shards_to_give
     restarted(job, come_back=False)
     error, actions = job.core.drain(0, job.now)
     assert "the coordinator has just come back" in error and not actions
+
+
+def test_a_node_that_was_about_to_join_joins_the_new_coordinator_and_hides_no_loss() -> None:
+    job = SimulatedJob().train()
+    _, number, actions = job.core.add_spare("", job.now)
+    job.take(actions)
+    restarted(job, come_back=False)
+    job.feed(r.Join(number, 1, "h", 1, [1, 2], {}, 0, True))
+    assert len(job.events("started")) == 1 and job.events("joined")[-1]["node"] == number
+    for node in (0, 2, 3):
+        job.feed(r.Join(node, 1, "h", 1, [1, 2], {}, 0, True))
+    job.park([3])
+    job.wait(30.0)
+    assert job.core.nodes[1].role == "lost" and job.told(r.Declare)[-1].replaced == [2, 3]
