@@ -214,8 +214,9 @@ class Core:
         role = self.nodes[node].role
         if role == "leaving" or (self._drain is not None and self._drain[0] == node):
             return f"node {node} is being drained already", []
-        if self.phase is not Phase.RUNNING or self._drain is not None:
+        if self.phase is not Phase.RUNNING or self._drain is not None or self._returning:
             what = f"node {self._drain[0]} is being drained" if self._drain else self.phase.value
+            what = "the coordinator has just come back" if self._returning else what
             return f"not now, the job is busy: {what}; try again in a moment", []
         if role == "active" and not self.members.ready_spares():
             return f"no parked spare is there to take over node {node}: add one with deadpool join", []
@@ -320,6 +321,8 @@ class Core:
         self._durability.restored(self._phase is Phase.STARTING)
         self._ledger = CommitLedger(self.members.active(), self.epoch)
         self._returning = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
+        if self._phase is not Phase.STARTING:
+            self._awaited = dict.fromkeys(self.members.missing(), now + self.job.deadlines.join)
         self._unsettled = "a recovery was under way" if kept["recovering"] else ""
         self._deadline = now + self.job.deadlines.lease + 5.0
         return self._run(lambda: self._emit("coordinator_back", nodes=sorted(self._returning)), now)
@@ -589,6 +592,7 @@ class Core:
     def _let_go(self, node: int) -> None:
         self._send(node, r.Stop(Exit.OK, f"node {node} is drained and may be taken away"))
         self.nodes[node].role = "left"
+        self._awaited.pop(node, None)
         self._keep()
 
     # ---- ends of processes
@@ -705,6 +709,9 @@ class Core:
                 self._all_returned()
 
     def _declare(self, reason: str) -> None:
+        if self._returning:  # whoever is not back yet would not hear of it: when all are (`_all_returned`)
+            self._unsettled = self._unsettled or reason
+            return
         members = self.members
         out_of_use = {n for n in members.active() if self.nodes[n].role in ("lost", "leaving")}
         old = list(self.assignment)
@@ -901,6 +908,8 @@ class Core:
         if record.epoch != self.epoch or self._hint is not None:
             return
         self._emit("peer_error", node=record.node, rank=record.rank, cause=record.text)
+        if self._phase is not Phase.RUNNING:
+            return  # nothing to go back to: the worker ends with its error, and that ends the job
         # The lease decides whether a node is gone; only when it is over is the error one that no loss explains.
         self._hint = (self._now + self.job.deadlines.lease + 1.0, record.text)
 

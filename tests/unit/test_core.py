@@ -746,3 +746,11 @@ def test_a_fault_goes_to_its_node_and_an_abort_re_forms_with_everybody() -> None
     job.take(actions)
     assert not error and job.core.epoch == 1 and job.told(r.Declare)[-1].replaced == []
     assert "not training" in job.core.inject(r.Fault("abort", -1), job.now)[0]
+
+
+def test_a_communication_error_before_training_is_the_workers_own_and_ends_nothing_by_itself() -> None:
+    job = SimulatedJob()
+    for node in range(4):
+        job.feed(r.Join(node, 1, "h", 1, [1, 2]))
+    job.feed(r.PeerError(0, 0, 0, "connection closed by peer"))
+    assert job.core.phase is Phase.STARTING and job.core.next_deadline() is None

@@ -143,6 +143,14 @@ def test_a_communication_nobody_gets_out_of_is_formed_again_with_everybody() -> 
     assert job.told(r.Declare)[-1].replaced == [] and not job.told(r.EndStuck)
 
 
+def test_a_node_that_is_drained_before_it_has_joined_is_not_waited_for() -> None:
+    job = SimulatedJob().train()
+    _, number, actions = job.core.add_spare("", job.now)
+    job.take(actions)
+    job.take(job.core.drain(number, job.now)[1])
+    assert job.core.nodes[number].role == "left" and job.core.next_deadline() is None
+
+
 # ---- a coordinator that starts again
 
 
@@ -214,3 +222,37 @@ def test_what_was_done_once_is_told_with_the_agreed_generation_even_by_a_new_coo
     job.arrive()
     assert job.told(r.Agree)[-1].done == {"evaluation": 4}
     assert [e for e in job.emitted if isinstance(e, Emit) and e.event == "evaluation"]
+
+
+def test_a_failure_seen_while_agents_come_back_is_declared_when_all_of_them_can_hear_it() -> None:
+    job = restarted(SimulatedJob().train(), come_back=False)
+    job.feed(r.Join(0, 1, "h", 1, [1, 2], {}, 0, True))
+    job.feed(r.WorkerExited(0, 0, 0, 1, -9))
+    assert not job.told(r.Declare) and job.core.phase is Phase.RUNNING
+    for node in (1, 2, 3):
+        job.feed(r.Join(node, 1, "h", 1, [1, 2], {}, 0, True))
+    (declared,) = job.told(r.Declare)
+    assert declared.epoch == 1 and "rank 0 ended" in declared.reason
+
+
+def test_a_node_is_not_drained_while_agents_come_back_it_may_have_shards_to_give() -> None:
+    job = SimulatedJob().train()
+    job.park()
+    job.feed(r.WorkerExited(0, 0, 0, 1, -9))  # node 0 gives way to the spare: healthy, with shards of its coordinates
+    restarted(job, come_back=False)
+    error, actions = job.core.drain(0, job.now)
+    assert "the coordinator has just come back" in error and not actions
+
+
+def test_a_node_that_was_about_to_join_joins_the_new_coordinator_and_hides_no_loss() -> None:
+    job = SimulatedJob().train()
+    _, number, actions = job.core.add_spare("", job.now)
+    job.take(actions)
+    restarted(job, come_back=False)
+    job.feed(r.Join(number, 1, "h", 1, [1, 2], {}, 0, True))
+    assert len(job.events("started")) == 1 and job.events("joined")[-1]["node"] == number
+    for node in (0, 2, 3):
+        job.feed(r.Join(node, 1, "h", 1, [1, 2], {}, 0, True))
+    job.park([3])
+    job.wait(30.0)
+    assert job.core.nodes[1].role == "lost" and job.told(r.Declare)[-1].replaced == [2, 3]
