@@ -52,6 +52,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]"],
         "parity": ["pyeclib"],
+        "rdma": ["nixl>=1.3"],
         "plots": ["matplotlib"],
         "muon": ["emerging-optimizers>=0.2"],
         "dev": [

@@ -9,6 +9,7 @@ from .discipline import CommitLedger, Told
 from .errors import (
     ChecksumMismatch,
     DeadlinePassed,
+    DirectFailed,
     Malformed,
     NotHeld,
     Refused,
@@ -26,6 +27,7 @@ from .scrub import Scrubber
 from .server import VaultServer
 from .stripes import Stripes, WordPlan
 from .transfer import fetch, store_shard
+from .transport import Transport, choose_transport, make_transport
 from .vault import Holding, Holdings, Vault, small_capacity
 from .version import EMPTY, MAX_GENERATION, Version, unpack
 from .wire import Deadlines
@@ -40,6 +42,7 @@ __all__ = [
     "CommitLedger",
     "DeadlinePassed",
     "Deadlines",
+    "DirectFailed",
     "Holding",
     "Holdings",
     "Kind",
@@ -59,15 +62,18 @@ __all__ = [
     "Target",
     "Told",
     "TransferFailed",
+    "Transport",
     "Vault",
     "VaultError",
     "VaultFull",
     "VaultServer",
     "Version",
     "WordPlan",
+    "choose_transport",
     "clean_leftovers",
     "fetch",
     "huge_bytes",
+    "make_transport",
     "numa_node_of_device",
     "numa_node_of_process",
     "numa_nodes",

@@ -32,7 +32,8 @@ from deadpool_megatron.vault import (
     Version,
     fetch,
 )
-from deadpool_megatron.vault.wire import Begin, Begun, Bytes, Refusal, connect
+from deadpool_megatron.vault.frames import Begin, Begun, Bytes, Refusal
+from deadpool_megatron.vault.wire import connect
 
 SECRET = bytes(range(32))
 CHUNK = 1 << 16
@@ -222,7 +223,7 @@ def test_a_server_that_does_not_know_the_secret_is_not_believed() -> None:
 
     def imposter() -> None:
         sock, _ = listener.accept()
-        sock.sendall(b"DPVAULT2" + bytes(32))
+        sock.sendall(b"DPVAULT3" + bytes(32))
         sock.recv(64, socket.MSG_WAITALL)
         sock.sendall(bytes(32))
         sock.close()
