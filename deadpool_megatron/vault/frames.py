@@ -115,12 +115,13 @@ class Bytes(_Frame, frozen=True):
 
 
 class Taken(_Frame, frozen=True):
-    """Who reads by itself to whom it reads from: the first ``done`` entries are in and verified.
+    """Who reads by itself to whom it reads from: the first ``done`` entries are in and verified; told now and then.
 
-    Fewer than were due: the next one is not what its checksum says; the answer is a `Sent`.
+    ``changed``: the next one is not what its checksum says. The owner answers with a `Sent`, or leaves.
     """
 
     done: Unsigned
+    changed: bool = False
 
 
 class Complete(_Frame, frozen=True):

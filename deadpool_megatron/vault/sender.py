@@ -261,15 +261,17 @@ class Sender:
 
     def _await_read(self, channel: Channel, slot: Slot, turn: int, epoch: int, last: int) -> None:
         """Wait until the peer has read the entries before ``last``."""
-        answer = self._direct.receive(channel) if self._direct is not None else channel.receive()
-        if isinstance(answer, Taken) and answer.done < last:
-            if slot.turn != turn:
-                raise _Aborted  # what it read was half of the next generation
-            channel.send(Sent(epoch, True))
-            answer = channel.receive()
-        raise_refusal(answer)
-        if not isinstance(answer, Taken) or answer.done != last:
-            raise Refused(f"unexpected {type(answer).__name__} frame", "protocol")
+        while True:
+            answer = self._direct.receive(channel) if self._direct is not None else channel.receive()
+            raise_refusal(answer)
+            if not isinstance(answer, Taken) or answer.done > last:
+                raise Refused(f"unexpected {type(answer).__name__} frame", "protocol")
+            if answer.changed:
+                if slot.turn != turn:
+                    raise _Aborted  # what it read was half of the next generation
+                channel.send(Sent(epoch, True))  # so its memory or the link is bad: it refuses
+            elif answer.done == last:
+                return
 
     def _await(self, slot: Slot, turn: int, aim: int, ready: Callable[[], bool]) -> None:
         """Wait for the worker and the sums thread. Raises _Aborted when the slot or the aim changed."""

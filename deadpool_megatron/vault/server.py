@@ -26,7 +26,7 @@ from .errors import (
 )
 from .frames import NO_DIRECT, Begin, Begun, Bytes, Complete, Fetch, Refusal, Sent, Share, Stored, Taken
 from .stripes import Filling, Stripes
-from .transfer import give, read_entries, take_entry
+from .transfer import give, read_entries, take_entry, telling
 from .vault import Vault
 from .version import Version
 from .wire import Channel, Deadlines, accept, check_secret
@@ -309,15 +309,19 @@ class VaultServer:
 
     def _read(self, channel: Channel, slot: Slot, reader: Reader, frame: Bytes) -> None:
         entries = range(frame.first, frame.first + len(frame.sums))
+        epoch = self._vault.epoch
         try:
-            read_entries(reader, slot, slot.small_bytes, entries, frame.sums, lambda done: None)
+            read_entries(
+                reader, slot, slot.small_bytes, entries, frame.sums,
+                telling(channel, lambda done: Taken(epoch, frame.first + done)),
+            )  # fmt: skip
         except ChecksumMismatch:
             # the owner may have opened its slot again; then it does not answer but leaves
-            channel.send(Taken(self._vault.epoch, frame.first))
+            channel.send(Taken(epoch, frame.first, changed=True))
             if not isinstance(channel.receive(), Sent):
                 raise Malformed("no answer whether the slot that was read is still the same") from None
             raise
-        channel.send(Taken(self._vault.epoch, entries.stop))
+        channel.send(Taken(epoch, entries.stop))
 
     # ---- keeping parity
 

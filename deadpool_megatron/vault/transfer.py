@@ -28,7 +28,18 @@ from .vault import Vault
 from .version import EMPTY, Version
 from .wire import Channel, Deadlines, check_secret, connect, raise_refusal
 
-__all__ = ["ask", "fetch", "finish", "give", "own_slot", "part_entries", "read_entries", "store_shard", "take_entry"]
+__all__ = [
+    "ask",
+    "fetch",
+    "finish",
+    "give",
+    "own_slot",
+    "part_entries",
+    "read_entries",
+    "store_shard",
+    "take_entry",
+    "telling",
+]
 
 _log = logging.getLogger(__name__)
 _READ = 8 << 20  # bytes of one direct read
@@ -81,6 +92,19 @@ def read_entries(
         checked(runs[index].stop - entries.start)
 
     reader.read([place(run) for run in runs], took)
+
+
+def telling(channel: Channel, taken: Callable[[int], Taken]) -> Callable[[int], None]:
+    """For `read_entries`: tells whom is read from, which waits as long as there is progress, ten times a deadline."""
+    told = time.monotonic()
+
+    def checked(done: int) -> None:
+        nonlocal told
+        if time.monotonic() > told + channel.idle / 10:
+            told = time.monotonic()
+            channel.send(taken(done))
+
+    return checked
 
 
 def fetch(
@@ -140,6 +164,12 @@ def _fetch(
             raise VaultError(
                 f"rank {rank}'s shard has chunks of {first.chunk_bytes} bytes, this vault {vault.chunk_bytes}"
             )
+        if vault.arena(rank, "own") is None:
+            # taking the memory may last longer than the holder waits: ask again once it is there
+            channels.pop().close()
+            vault.allocate_own(rank, first.unique_bytes, first.small_capacity)
+            channels.append(connect(*places[0], secret, deadlines))
+            first = ask(channels[0], wanted)
         slot = own_slot(vault, rank, version, first.unique_bytes, first.small_capacity)
         into = vault.arena(rank, "own") if direct is not None else None
         failures: list[VaultError] = []
@@ -228,18 +258,11 @@ def _fetch_part(
         for entry, expected in zip(entries, found.sums, strict=True):
             take_entry(channel, slot, found.small_bytes, entry, expected)
     else:
-        told = time.monotonic()
-
-        def checked(done: int) -> None:
-            nonlocal told
-            if done < len(entries) and time.monotonic() > told + channel.idle / 10:
-                told = time.monotonic()
-                channel.send(Taken(found.epoch, done))  # the holder waits as long as there is progress
-
         try:
             read_entries(
-                Reader(direct, channel, found.window, into), slot, found.small_bytes, entries, found.sums, checked
-            )
+                Reader(direct, channel, found.window, into), slot, found.small_bytes, entries, found.sums,
+                telling(channel, lambda done: Taken(found.epoch, done)),
+            )  # fmt: skip
         except ChecksumMismatch as err:
             changed = err  # perhaps only because the holder has opened its slot again: it says so now
         channel.send(Taken(found.epoch, len(entries)))

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import importlib.util
 import signal
+import socket
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from deadpool_megatron.observe import LOGS
 from deadpool_megatron.vault import clean_leftovers, process_alive
+from flags import duo_gpt
+from jobs import Jobs, launch_flags
 from vault_processes import NodeProcess
 
 if importlib.util.find_spec("nixl") is None:
@@ -126,7 +134,8 @@ def test_bytes_that_come_too_late_never_land_in_memory_that_is_used_again(nodes:
         node("write", 0, UNIQUE, seed)
         eventually(lambda node=node: node("held", 0) != [])
     holder("stop_when_read")
-    answer = spare("fetch", holder.port, 0, 0, 0, 1)
+    spare.tell("fetch", holder.port, 0, 0, 0, 1)
+    answer = spare.answer()
     assert "did not prove its membership" in answer["error"], "the hung one was asked again, for TCP"
     assert spare("held", 0) == [] and spare("arenas") == []
     assert spare("fetch", other.port, 0, 0, 0, 2) > UNIQUE
@@ -175,3 +184,65 @@ def test_what_is_not_planned_or_of_an_older_epoch_is_not_even_read(nodes: Make) 
     owner("write", 0, UNIQUE, 2)
     eventually(lambda: "epoch 1" in owner("failures", 0))
     assert peer("refusals")["stale epoch"] > 0 and peer("bytes_read") == read
+
+
+def _raw_seconds(size: int) -> float:
+    """The same number of bytes through one loopback socket between two processes."""
+    code = "import socket, sys; s = socket.create_connection(('127.0.0.1', int(sys.argv[1]))); s.sendall(bytes(%d))"
+    into = memoryview(bytearray(size))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = subprocess.Popen([sys.executable, "-c", code % size, str(listener.getsockname()[1])])
+        with listener.accept()[0] as sock:
+            start = time.perf_counter()
+            while into:
+                into = into[sock.recv_into(into) :]
+            seconds = time.perf_counter() - start
+        sender.wait()
+    return seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ucx", ["tcp", "tcp,sm"])
+def test_speed_of_direct_reads_against_a_raw_socket(nodes: Make, ucx: str) -> None:
+    """No bound but a loose one: UCX over TCP copies more than a socket does. On RDMA, look at what this prints."""
+    size = 256 << 20
+    owner, peer, spare = (nodes(ucx=ucx, chunk_bytes=1 << 20) for _ in range(3))
+    owner("write", 0, size, 1)
+    eventually(lambda: owner("held", 0) != [], 60)
+    rates: dict[str, list[float]] = {"raw socket": [], "kept by the peer": [], "restored": []}
+    for _ in range(5):
+        peer("reserve", 0, size, True)
+        spare("reserve", 0, size, False)
+        rates["raw socket"].append(size / _raw_seconds(size) / 1e9)
+        start = time.perf_counter()
+        owner("targets", 0, 0, peer.port)
+        assert owner("committed", 60) == [0, 0, 1]
+        rates["kept by the peer"].append(size / (time.perf_counter() - start) / 1e9)
+        start = time.perf_counter()
+        assert spare("fetch", peer.port, 0, 0, 0, 1) > size
+        rates["restored"].append(size / (time.perf_counter() - start) / 1e9)
+    for name, each in rates.items():
+        print(f"UCX_TLS={ucx}: {name}: {statistics.median(each):.2f} GB/s ({min(each):.2f} to {max(each):.2f})")
+    assert statistics.median(rates["kept by the peer"]) > statistics.median(rates["raw socket"]) / 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_node_lost_in_training_is_replaced_bitwise_with_shards_read_directly(tmp_path: Path) -> None:
+    """Shards are read for their copies and for the spare; two replicas on two nodes, one spare."""
+    jobs = Jobs(tmp_path)
+    flags = duo_gpt("replicas")
+    try:
+        undisturbed = jobs.start("undisturbed", launch_flags(2, slots=1), flags).finished()
+        extra = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
+        ours = ["--deadpool-transport", "nixl"]
+        job = jobs.start("killed", launch_flags(3, 1, slots=1), [*flags, *ours], extra=extra)
+        job.until_event("started")
+        job.inject(0, 3, 2)
+        job.finished()
+        assert [e["lost"] for e in job.events("declared")] == [[0]]
+        assert {e["transport"] for e in job.events("memory")} == {"nixl"}
+        assert not any("over TCP instead" in path.read_text() for path in (job.run_dir / LOGS).glob("*"))
+        assert job.hashes() == undisturbed.hashes()
+    finally:
+        jobs.end()

@@ -377,6 +377,25 @@ def test_everything_stops_within_a_second_whatever_it_is_doing(nodes: Callable[.
     assert not any(name.startswith("vault-") for name in names)
 
 
+def test_taking_the_memory_for_a_big_shard_may_last_longer_than_its_holder_waits(
+    nodes: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 32 << 20  # more than a socket takes unread
+    owner, spare = nodes(), nodes()
+    owner.write(owner.writer(unique=size), 0, 1)
+    eventually(lambda: bool(owner.vault.holdings().ranks[0]))
+    allocate = spare.vault.allocate_own
+
+    def slowly(rank: int, *sizes: int) -> object:
+        if spare.vault.arena(rank, "own") is None:
+            time.sleep(2 * SHORT.idle)
+        return allocate(rank, *sizes)
+
+    monkeypatch.setattr(spare.vault, "allocate_own", slowly)
+    assert fetch(spare.vault, SECRET, owner.address, 0, 0, Version(0, 1), SHORT) > size
+    spare.vault.verify(0, "own", Version(0, 1))
+
+
 def test_a_local_copy_needs_no_network(nodes: Callable[..., Node]) -> None:
     owner, peer = nodes(), nodes()
     writer = owner.writer()

@@ -102,6 +102,14 @@ class _Node:
     def drop(self, rank: int) -> None:
         self.vault.drop(rank)
 
+    def reserve(self, rank: int, unique: int, peer: bool) -> None:
+        """Take the memory ahead."""
+        self.vault.drop(rank)
+        if peer:
+            self.vault.allocate_peer(rank, unique, 4096)
+        else:
+            self.vault.allocate_own(rank, unique, 4096)
+
     def forget(self, rank: int) -> None:
         """The worker of ``rank`` is gone."""
         self.writers.pop(rank).close()
@@ -202,7 +210,9 @@ class NodeProcess:
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         self.tell(name, *arguments)
-        return self._answer()
+        answer = self._answer()
+        assert not (isinstance(answer, dict) and "error" in answer), answer
+        return answer
 
     def kill(self) -> None:
         self.process.kill()
