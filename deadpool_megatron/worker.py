@@ -192,10 +192,10 @@ def main() -> int:
     try:
         hooks = _install(standby)
         if standby:
-            from deadpool_megatron.megatron import warm_up
+            from deadpool_megatron.megatron import numa_node, warm_up
 
             warm_up(script)
-            hooks.session.step("parked", 0)
+            hooks.session.step("parked", 0, numa=numa_node())
             taken = hooks.session.wait_take_over()
             os.environ["RANK"] = str(taken.rank)
         _run_script(script, arguments)

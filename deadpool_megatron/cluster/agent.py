@@ -454,7 +454,7 @@ class Agent:
     def _worker_step(self, worker: Worker, record: r.WorkerStep) -> None:
         node = self._s.node
         if record.step == "parked":
-            worker.parked = True
+            worker.parked, worker.numa = True, record.numa
             self._send(r.WorkerReady(node, worker.local, worker.pid))
             self._take_over()
             return
@@ -741,7 +741,9 @@ class Agent:
             if self._durable is not None:
                 self._durable.fetch(record, placing.ranks_of(self._assignment, self._s.node))
             return
-        for rank in placing.ranks_of(self._assignment, self._s.node).values():
+        for local, rank in placing.ranks_of(self._assignment, self._s.node).items():
+            if local in self._workers:
+                self._shards.set_near(rank, self._workers[local].numa)
             source = record.sources.get(rank)
             if rank in record.rebuilds:
                 self._shards.rebuild(

@@ -145,6 +145,13 @@ class Shards:
             return arena.info.path
         return self.vault.allocate_own(rank, unique_bytes, small_capacity(small_bytes), numa).path
 
+    def set_near(self, rank: int, numa: int) -> None:
+        """The NUMA node of the worker that has, or takes over, ``rank``; memory for its shard is made there.
+
+        A spare's memory is made when its shard is fetched, before its worker can ask for any.
+        """
+        self.vault.set_near(rank, numa)
+
     def set_epoch(self, epoch: int) -> None:
         """Refuse whatever belongs to an older epoch from now on."""
         self.server.set_epoch(epoch)
