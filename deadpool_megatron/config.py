@@ -62,6 +62,9 @@ class DeadpoolConfig:
         "reconfigure (torch 2.14 or newer) with the swap for groups it cannot help; auto: reconfigure if it is there",
         ("auto", "swap", "reconfigure"),
     )
+    keep_groups: bool = _setting(
+        True, "process groups that lost nobody and have nothing under way keep their connections through a recovery"
+    )
     lease: float = _setting(5.0, "seconds without a heartbeat after which a node counts as lost")
     abort_deadline: float = _setting(
         30.0, "seconds a survivor has to leave its training step once a failure is declared"

@@ -103,6 +103,7 @@ def _install(standby: bool) -> Hooks:
     communicators = Communicators.install(
         standby=standby,
         strategy=config.comm,  # type: ignore[arg-type]
+        keep=config.keep_groups,
         form_timeout_s=config.form_deadline,
         operation_timeout_s=config.operation_timeout,
     )

@@ -18,7 +18,7 @@ from .errors import (
     VaultError,
     VaultFull,
 )
-from .leftovers import clean_leftovers, process_alive, process_start
+from .leftovers import PREFIX, clean_leftovers, process_alive, process_start
 from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_nodes
 from .pace import SendPace
 from .rebuild import Piece, RebuildFailed, rebuild
@@ -36,6 +36,7 @@ from .writer import SlotWriter
 __all__ = [
     "EMPTY",
     "MAX_GENERATION",
+    "PREFIX",
     "Arena",
     "ArenaInfo",
     "ChecksumMismatch",
