@@ -14,9 +14,10 @@ from deadpool_megatron.cluster.domains import Labels, parse_domains
 from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.config import DeadpoolConfig, from_script_arguments
 from deadpool_megatron.observe import LOGS
+from deadpool_megatron.vault import VaultError, choose_transport
 from deadpool_megatron.versions import check_strategy, check_version
 
-__all__ = ["LaunchError", "LaunchPlan", "check"]
+__all__ = ["LaunchError", "LaunchPlan", "check", "check_transport"]
 
 
 class LaunchError(Exception):
@@ -143,6 +144,15 @@ def check(
         options.shm_directory,
         domains,
     )
+
+
+def check_transport(config: DeadpoolConfig) -> None:
+    """For a machine that keeps shards: whether they can go the way that was asked for. Raises LaunchError."""
+    if config.deadpool:
+        try:
+            choose_transport(config.transport)
+        except VaultError as err:
+            raise LaunchError(str(err)) from None
 
 
 def _domains(text: str, nodes: int) -> Labels:

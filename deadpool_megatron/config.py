@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deadpool_megatron.cluster.redundancy import Scheme
+from deadpool_megatron.vault.transport import TRANSPORTS
 
 __all__ = [
     "ConfigError",
@@ -61,6 +62,9 @@ class DeadpoolConfig:
         "reconfigure (torch 2.14 or newer) with the swap for groups it cannot help; auto: reconfigure if it is there",
         ("auto", "swap", "reconfigure"),
     )
+    keep_groups: bool = _setting(
+        True, "process groups that lost nobody and have nothing under way keep their connections through a recovery"
+    )
     lease: float = _setting(5.0, "seconds without a heartbeat after which a node counts as lost")
     abort_deadline: float = _setting(
         30.0, "seconds a survivor has to leave its training step once a failure is declared"
@@ -75,6 +79,12 @@ class DeadpoolConfig:
     )
     send_bandwidth: float = _setting(
         0.0, "bytes a second that a node may send of its shards to those that keep them; 0 for no limit"
+    )
+    transport: str = _setting(
+        "auto",
+        "how shards go from node to node: sent over tcp, or read from the other node's memory by nixl (RDMA; needs "
+        "deadpool-megatron[rdma]); auto: nixl if it is there and an RDMA device has an active port",
+        TRANSPORTS,
     )
     host_memory: int = _setting(
         0, "bytes of memory that shards, own and kept for others, may take on a node; 0 for what the machine has"

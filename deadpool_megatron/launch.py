@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deadpool_megatron.checks import LaunchError, LaunchPlan, check
+from deadpool_megatron.checks import LaunchError, LaunchPlan, check, check_transport
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.config import ConfigError
 from deadpool_megatron.processes import CoordinatorProcess, Processes, agent_settings, coordinator_settings
@@ -133,7 +133,9 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """`deadpool launch` after parsing."""
     try:
-        return launch(check(options, options.local_nodes, "--local-nodes", LOCALHOST))
+        plan = check(options, options.local_nodes, "--local-nodes", LOCALHOST)
+        check_transport(plan.config)
+        return launch(plan)
     except (LaunchError, ConfigError, UserError, OSError) as err:
         print(f"deadpool: {err}", file=sys.stderr)
         return Exit.USAGE

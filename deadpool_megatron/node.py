@@ -28,6 +28,7 @@ from deadpool_megatron.cluster import (
 )
 from deadpool_megatron.durable import DurableError, survey
 from deadpool_megatron.processes import INTERRUPT, PREEMPT
+from deadpool_megatron.vault import VaultError
 
 __all__ = ["main"]
 
@@ -104,7 +105,12 @@ def _durable(settings: dict[str, Any], world_size: int, again: bool) -> DurableS
 
 def _agent(settings: dict[str, Any]) -> int:
     settings["secret"] = bytes.fromhex(settings["secret"])
-    return Agent(AgentSettings(**settings)).run()
+    try:
+        agent = Agent(AgentSettings(**settings))
+    except VaultError as err:  # what the user asked for cannot be had here
+        print(f"deadpool: node {settings['node']}: {err}", file=sys.stderr)
+        return Exit.USAGE
+    return agent.run()
 
 
 def main() -> int:

@@ -123,6 +123,7 @@ def agent_settings(
         "adopt": adopt,
         "redundancy": plan.config.redundancy,
         "send_bandwidth": plan.config.send_bandwidth,
+        "transport": plan.config.transport,
         "host_memory": plan.config.host_memory,
         "metrics_port": metrics_port,
         "scrub_rate": plan.config.scrub_rate,

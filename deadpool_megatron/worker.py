@@ -104,6 +104,7 @@ def _install(standby: bool) -> Hooks:
     communicators = Communicators.install(
         standby=standby,
         strategy=config.comm,  # type: ignore[arg-type]
+        keep=config.keep_groups,
         form_timeout_s=config.form_deadline,
         operation_timeout_s=config.operation_timeout,
     )
@@ -193,10 +194,10 @@ def main() -> int:
     try:
         hooks = _install(standby)
         if standby:
-            from deadpool_megatron.megatron import warm_up
+            from deadpool_megatron.megatron import numa_node, warm_up
 
             warm_up(script)
-            hooks.session.step("parked", 0)
+            hooks.session.step("parked", 0, numa=numa_node())
             taken = hooks.session.wait_take_over()
             os.environ["RANK"] = str(taken.rank)
         _run_script(script, arguments)

@@ -35,7 +35,7 @@ from deadpool_megatron.cluster.stuck import StuckWatch
 from deadpool_megatron.cluster.watch import Watch
 from deadpool_megatron.cluster.workers import STACKS_FILE, Worker, end_group, start_worker
 from deadpool_megatron.durable import Done, Staged
-from deadpool_megatron.vault import VaultError, WordPlan, small_capacity
+from deadpool_megatron.vault import VaultError, WordPlan, numa_nodes, small_capacity
 
 __all__ = ["Agent", "AgentSettings"]
 
@@ -73,6 +73,7 @@ class AgentSettings:
     adopt: str = ""
     redundancy: str = "1"
     send_bandwidth: float = 0.0
+    transport: str = "tcp"
     host_memory: int = 0
     metrics_port: int = 0
     scrub_rate: int = 0
@@ -123,6 +124,7 @@ class Agent:
                 settings.scrub_rate,
                 settings.send_bandwidth,
                 settings.host_memory,
+                settings.transport,
             )
             if settings.deadpool
             else None
@@ -452,7 +454,7 @@ class Agent:
     def _worker_step(self, worker: Worker, record: r.WorkerStep) -> None:
         node = self._s.node
         if record.step == "parked":
-            worker.parked = True
+            worker.parked, worker.numa = True, record.numa
             self._send(r.WorkerReady(node, worker.local, worker.pid))
             self._take_over()
             return
@@ -536,7 +538,9 @@ class Agent:
         elif isinstance(event, ReserveFailed):
             self._send(r.NoRoom(self._s.node, event.message))
         elif isinstance(event, Reserved):
-            self._send(r.VaultMemory(self._s.node, event.nbytes, event.huge_bytes))
+            way = self._shards.transport
+            nodes = max(1, len(numa_nodes()))
+            self._send(r.VaultMemory(self._s.node, event.nbytes, event.huge_bytes, nodes, way.name, way.why))
         elif isinstance(event, Damaged):
             self._send(r.DamagedCopy(self._epoch, self._s.node, event.holder, event.kind, event.generation))
         elif isinstance(event, RankCommitted):
@@ -733,7 +737,9 @@ class Agent:
             if self._durable is not None:
                 self._durable.fetch(record, placing.ranks_of(self._assignment, self._s.node))
             return
-        for rank in placing.ranks_of(self._assignment, self._s.node).values():
+        for local, rank in placing.ranks_of(self._assignment, self._s.node).items():
+            if local in self._workers:
+                self._shards.set_near(rank, self._workers[local].numa)
             source = record.sources.get(rank)
             if rank in record.rebuilds:
                 self._shards.rebuild(record.epoch, rank, record.generation, record.rebuilds[rank], self._vaults)

@@ -447,7 +447,8 @@ class Core:
         self.refusals[record.node] = record.counts
 
     def _vault_memory(self, record: r.VaultMemory) -> None:
-        self._emit("memory", node=record.node, bytes=record.nbytes, huge_bytes=record.huge_bytes)
+        told = {"numa_nodes": record.numa_nodes, "transport": record.transport, "why": record.why}
+        self._emit("memory", node=record.node, bytes=record.nbytes, huge_bytes=record.huge_bytes, **told)
 
     def _damaged_copy(self, record: r.DamagedCopy) -> None:
         if record.epoch == self.epoch:

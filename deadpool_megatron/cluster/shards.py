@@ -29,6 +29,7 @@ from deadpool_megatron.vault import (
     clean_leftovers,
     fetch,
     huge_bytes,
+    make_transport,
     process_alive,
     rebuild,
     small_capacity,
@@ -102,6 +103,7 @@ class Shards:
         scrub_rate: int = 0,
         send_bandwidth: float = 0.0,
         host_memory: int = 0,
+        transport: str = "tcp",
     ) -> None:
         self.node = node
         self._secret = secret
@@ -109,12 +111,16 @@ class Shards:
         self.vault = Vault(job_id, node, directory, limit_bytes=host_memory)
         parity = scheme is not None and not scheme.mirror
         self.stripes = Stripes(scheme.k, scheme.m, self.vault.chunk_bytes) if scheme is not None and parity else None
-        self.server = VaultServer(self.vault, secret, host, stripes=self.stripes)
+        name = f"{job_id}-{node}-{os.getpid()}-{os.urandom(4).hex()}"
+        self._direct, self.transport = make_transport(transport, name)
+        self.server = VaultServer(self.vault, secret, host, stripes=self.stripes, direct=self._direct)
         self.server.start()
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # ShardsEvent, and what others tell
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._peers: dict[int, tuple[int, int]] = {}
-        self._replicator = Replicator(self.vault, secret, self._committed, pace=SendPace(send_bandwidth))
+        self._replicator = Replicator(
+            self.vault, secret, self._committed, pace=SendPace(send_bandwidth), direct=self._direct
+        )
         self._scrubber = Scrubber(self.vault, scrub_rate, self._damaged) if scrub_rate else None
         self._told_sent: dict[int, tuple[int, float]] = {}
 
@@ -138,6 +144,13 @@ class Shards:
         if arena is not None and arena.info.unique_bytes == unique_bytes and arena.info.small_capacity > small_bytes:
             return arena.info.path
         return self.vault.allocate_own(rank, unique_bytes, small_capacity(small_bytes), numa).path
+
+    def set_near(self, rank: int, numa: int) -> None:
+        """The NUMA node of the worker that has, or takes over, ``rank``; memory for its shard is made there.
+
+        A spare's memory is made when its shard is fetched, before its worker can ask for any.
+        """
+        self.vault.set_near(rank, numa)
 
     def set_epoch(self, epoch: int) -> None:
         """Refuse whatever belongs to an older epoch from now on."""
@@ -265,11 +278,11 @@ class Shards:
                 place: tuple[str, int] | Vault = (address.host, address.port) if address is not None else self.vault
                 more = [(other.host, other.port) for other in others]
                 try:
-                    fetch(self.vault, self._secret, place, rank, epoch, version, others=more)
+                    fetch(self.vault, self._secret, place, rank, epoch, version, others=more, direct=self._direct)
                 except VaultError:
                     if not more:
                         raise
-                    fetch(self.vault, self._secret, place, rank, epoch, version)
+                    fetch(self.vault, self._secret, place, rank, epoch, version, direct=self._direct)
             except VaultError as err:
                 error = str(err)
             points.reach("fetch.after")

@@ -54,7 +54,7 @@ class Process(Protocol):
 
 @dataclass(slots=True)
 class Worker:
-    """One worker process as its agent sees it. ``rank`` is None while it is parked."""
+    """One worker process as its agent sees it. ``rank`` is None while it is parked; ``numa``: node of its device."""
 
     local: int
     process: Process
@@ -64,6 +64,7 @@ class Worker:
     rank: int | None
     page: PulsePage
     parked: bool = False
+    numa: int = -1
     in_loop: bool = False
     began: bool = False
     exited: bool = False

@@ -44,7 +44,9 @@ class Communicators:
 
     _installed: ClassVar["Communicators | None"] = None
 
-    def __init__(self, *, standby: bool, reconfigures: bool, form_timeout_s: float, operation_timeout_s: float) -> None:
+    def __init__(
+        self, *, standby: bool, reconfigures: bool, keep: bool, form_timeout_s: float, operation_timeout_s: float
+    ) -> None:
         """Use `install`."""
         self.epoch = 0
         self._standby = standby
@@ -54,7 +56,7 @@ class Communicators:
         self._waits = Waits(self._poison)
         self._table = GroupTable()
         self._connections = GlooConnections()
-        self._quiet = Quiet(self._waits.release, self._connections)
+        self._quiet = Quiet(self._waits.release, self._connections, keep)
         self._in_place = InPlace()
         self.strategy: Literal["swap", "reconfigure"] = "reconfigure" if reconfigures else "swap"
         self._abort_lock = threading.Lock()
@@ -71,6 +73,7 @@ class Communicators:
         *,
         standby: bool,
         strategy: Literal["auto", "reconfigure", "swap"] = "auto",
+        keep: bool = True,
         form_timeout_s: float = 20.0,
         operation_timeout_s: float = 30.0,
     ) -> "Communicators":
@@ -82,6 +85,7 @@ class Communicators:
             strategy: how the groups that changed get their connections. "swap": a new backend moves in. "reconfigure"
                 (torch >= 2.14): torch's own way, and the swap for groups it cannot help. "auto": "reconfigure" where
                 torch has it, else "swap".
+            keep: leave groups as they are that lost nobody and have nothing under way; else every epoch re-forms all.
             form_timeout_s: limit of one `reform`.
             operation_timeout_s: time-out of each Gloo operation once its group is formed: the floor under what abort
                 cannot free. NCCL groups keep their own.
@@ -98,6 +102,7 @@ class Communicators:
             raise CommunicatorError(reconfigure.refusal())
         self = cls(
             standby=standby,
+            keep=keep,
             reconfigures=strategy != "swap" and reconfigure.offered(),
             form_timeout_s=form_timeout_s,
             operation_timeout_s=operation_timeout_s,

@@ -23,12 +23,16 @@ _PROOF = 3  # collectives of the self-test
 
 
 class Quiet:
-    """Looks at groups from any thread, without a lock. `available` is False where torch's counters cannot be read."""
+    """Looks at groups from any thread, without a lock.
 
-    def __init__(self, release: Release, connections: GlooConnections) -> None:
+    `available` is False where torch's counters cannot be read, or keeping groups is not ``wanted``.
+    """
+
+    def __init__(self, release: Release, connections: GlooConnections, wanted: bool = True) -> None:
+        self._wanted = wanted
         self._release = release
         self._connections = connections
-        self.available = release.available and self._counters_are_understood()
+        self.available = wanted and release.available and self._counters_are_understood()
 
     def _counters_are_understood(self) -> bool:
         """Self-test on a throw-away backend."""
@@ -54,7 +58,7 @@ class Quiet:
         if set(record.backend_of_device.values()) != {"gloo"}:
             return "not Gloo"
         if not self.available:
-            return "counters unknown"
+            return "counters unknown" if self._wanted else "not wanted"
         if record.spoilt:
             return "spoilt"
         backend = backend_of(record, "gloo")

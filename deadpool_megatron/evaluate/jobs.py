@@ -21,6 +21,7 @@ from typing import Any, NoReturn, Self
 import psutil
 
 from deadpool_megatron.observe import EVENTS, LOGS, STATUS, follow_events, read_events
+from deadpool_megatron.vault import PREFIX, Arena
 
 __all__ = ["CLI", "Job", "JobError"]
 
@@ -28,6 +29,8 @@ CLI = (sys.executable, "-m", "deadpool_megatron.cli")
 _ITERATION = re.compile(r" iteration +(\d+)/")
 _END_S = 40.0
 _POLL_S = 0.02
+_SHM = "/dev/shm"  # where the launcher puts arenas unless it is told otherwise
+_SPOILT = 64  # bytes of a copy that are overwritten
 
 
 class JobError(RuntimeError):
@@ -183,6 +186,18 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
         return moment
+
+    def spoil_copies(self, *ranks: int) -> int:
+        """Overwrite bytes of every copy of these coordinates that another node keeps; returns how many there were."""
+        spoilt = 0
+        for rank in ranks:
+            for path in Path(_SHM).glob(f"{PREFIX}{self.process.pid}-*-{rank}-peer"):
+                arena = Arena.attach(str(path))
+                for slot in arena.slots:
+                    slot.unique[:_SPOILT] = bytes(255 - byte for byte in slot.unique[:_SPOILT])
+                    spoilt += 1
+                arena.close()
+        return spoilt
 
     def signal_process(self, pid: int, signum: signal.Signals) -> None:
         """Send a signal to one process of the job; it is ended with the job, too, whatever the signal did to it."""

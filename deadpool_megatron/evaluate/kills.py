@@ -21,14 +21,16 @@ __all__ = ["Fault", "Recovery", "launch_options", "medians", "recoveries", "say"
 
 START_S: Final = 600.0
 RECOVER_S: Final = 180.0
-Fault = Literal["kill", "stop"]
+Fault = Literal["kill", "stop", "kill-and-copies"]
+_DURABLE_INTERVAL: Final = 5  # generations; as many iterations are lost at most, and what was committed meanwhile
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """One blow. Times are seconds from it; ``iteration_s`` is the run's own median.
 
-    ``lost_iterations`` are completed ones that had to be done again, ``missing`` phases the events did not have.
+    ``lost_iterations`` are completed ones that had to be done again. ``groups``: process groups re-formed, and
+    all, once for each member. ``durable``: memory could not answer, the durable generation did.
     """
 
     node: int
@@ -41,6 +43,8 @@ class Recovery:
     nodes: tuple[int, ...] = ()
     lost_iterations: int = 0
     unique_bytes: int = 0
+    groups: tuple[int, int] = (0, 0)
+    durable: bool = False
 
     @property
     def disturbance_s(self) -> float:
@@ -105,8 +109,9 @@ def _victims(job: Job, rng: random.Random, count: int) -> list[int]:
 def one(job: Job, rng: random.Random, count: int = 1, fault: Fault = "kill", frozen: Sequence[int] = ()) -> Recovery:
     """Strike ``count`` random active nodes at a random moment of an iteration, once the job runs steadily.
 
-    ``stop`` freezes a node in the place of killing it, so that only its silence tells. ``frozen`` are processes to be
-    let go at the same moment (a spare's, that had been kept from getting warm).
+    ``stop`` freezes a node in the place of killing it, so that only its silence tells. ``kill-and-copies`` spoils all
+    copies of its shards in other nodes' memory first, which restoring finds by the checksums. ``frozen`` are processes
+    to be let go at the same moment (a spare's, that had been kept from getting warm).
     """
     steady = len(job.events("iteration")) + 3
     job.until("three iterations", lambda: len(job.events("iteration")) >= steady, RECOVER_S)
@@ -120,7 +125,12 @@ def one(job: Job, rng: random.Random, count: int = 1, fault: Fault = "kill", fro
     victims = _victims(job, rng, count)
     time.sleep(rng.uniform(0.0, usual))
     at = job.events("iteration")[-1]["iteration"] + 1
-    moment = job.signal_nodes(signal.SIGKILL if fault == "kill" else signal.SIGSTOP, *victims)
+    if fault == "kill-and-copies":
+        ranks = [c["rank"] for c in before["coordinates"] if c["node"] in victims]
+        job.signal_nodes(signal.SIGSTOP, *victims)  # nothing newer arrives while the copies are spoilt
+        if not job.spoil_copies(*ranks):
+            job.failed(f"no copies of ranks {ranks} to spoil")
+    moment = job.signal_nodes(signal.SIGSTOP if fault == "stop" else signal.SIGKILL, *victims)
     for pid in frozen:
         job.signal_process(pid, signal.SIGCONT)
     epoch = before["epoch"]
@@ -128,6 +138,8 @@ def one(job: Job, rng: random.Random, count: int = 1, fault: Fault = "kill", fro
     phases = {e["event"]: e["t"] - moment for e in job.events() if e["epoch"] > epoch or e["t"] >= moment}
     resumed = [e["iteration"] for e in job.events("resumed") if epoch < e["epoch"] <= first["epoch"]][-1]
     training = job.events("training")
+    after = [e for e in job.events() if e["t"] >= moment]
+    reformed = [(e["changed"], e["of"]) for e in after if e["event"] == "reformed"]
     return Recovery(
         victims[0],
         at,
@@ -139,6 +151,8 @@ def one(job: Job, rng: random.Random, count: int = 1, fault: Fault = "kill", fro
         tuple(victims),
         max(0, at - resumed),
         int(training[-1].get("unique_bytes", 0)) if training else 0,
+        reformed[-1] if reformed else (0, 0),
+        any(e["event"] == "durable_fallback" for e in after),
     )
 
 
@@ -161,6 +175,7 @@ def recoveries(
     count: int = 1,
     fault: Fault = "kill",
     cold: bool = False,
+    durable: bool = False,
 ) -> list[Recovery]:
     """``kills`` recoveries, over as many jobs as their spares allow.
 
@@ -169,6 +184,7 @@ def recoveries(
         active: nodes that train, those of the options when None.
         arguments: of the script, after those of the options.
         count: nodes struck at once.
+        durable: committed generations are drained to a directory beside the job's; struck once there is one.
         cold: the spare's workers are kept from importing anything until the blow. One recovery a job.
     """
     rng = random.Random(f"{options.seed}-{name}")
@@ -178,10 +194,15 @@ def recoveries(
     while len(out) < kills:
         number += 1
         script = [options.script, *options.arguments, *arguments, "--deadpool"]
+        if durable:
+            script += ["--deadpool-durable-dir", str(base / f"{name}-{number}-durable")]
+            script += ["--deadpool-durable-interval", str(_DURABLE_INTERVAL)]
         spares = count * min(a_job, kills - len(out))
         with Job(base / f"{name}-{number}", launch_options(options, spares, active), script) as job:
             frozen = _freeze_spares(job) if cold else []
             job.until("first iteration", partial(job.events, "iteration"), START_S)
+            if durable:
+                job.until("durable generation", partial(job.events, "durable"), RECOVER_S)
             for _ in range(min(a_job, kills - len(out))):
                 out.append(one(job, rng, count, fault, frozen))
                 say(f"{name} {len(out)}: node {out[-1].nodes}, disturbance {out[-1].disturbance_s:.3f} s")

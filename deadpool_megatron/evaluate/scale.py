@@ -28,6 +28,8 @@ _ABLATIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "deadpool": ("as it is", {}),
     "cold-spare": ("the spare's workers have imported nothing", {"cold": True}),
     "timeout": ("nothing but the lease tells that a node is gone", {"fault": "stop"}),
+    "no-peer": ("no copy in another node's memory: back to disk", {"fault": "kill-and-copies", "durable": True}),
+    "all-groups": ("every process group re-formed, none kept", {"arguments": ["--no-deadpool-keep-groups"]}),
 }
 
 
@@ -148,6 +150,12 @@ def _show(found: dict[str, list[Recovery]]) -> None:
         middle = medians(rows)
         cells = "".join(f"{middle[n]:>8.3f}" for n in names)
         print(f"{name:<11}{len(rows):>3}{statistics.median(r.disturbance_s for r in rows):>9.3f}{cells}")
+    print(f"{'':<11}{'iterations lost':>16}{'groups re-formed':>18}  from")
+    for name, rows in found.items():
+        lost = f"{min(r.lost_iterations for r in rows)} to {max(r.lost_iterations for r in rows)}"
+        changed, of = rows[-1].groups
+        source = "the durable generation" if all(r.durable for r in rows) else "memory"
+        print(f"{name:<11}{lost:>16}{f'{changed} of {of}':>18}  {source}")
 
 
 def _draw(found: dict[str, list[Recovery]], xs: dict[str, float] | None, label: str, path: str) -> None:

@@ -23,6 +23,7 @@ from deadpool_megatron.megatron.description import describe_layout
 from deadpool_megatron.megatron.faults import strike
 from deadpool_megatron.megatron.links import Links
 from deadpool_megatron.megatron.loss_report import LossReport
+from deadpool_megatron.megatron.near import numa_node
 from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import reset_after_abort, synchronize_parameters
@@ -32,7 +33,7 @@ from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
 from deadpool_megatron.recovery import Refused, Session
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
 from deadpool_megatron.support import UserError
-from deadpool_megatron.vault import SlotWriter, Version, numa_node_of_device, numa_node_of_process
+from deadpool_megatron.vault import SlotWriter, Version
 
 __all__ = ["EpochClosed", "MegatronTrainer"]
 
@@ -105,7 +106,7 @@ class MegatronTrainer:
         if config.durable_dir:
             session.describe("layout", self.rank, describe_layout(self._plan))
         try:
-            path = session.request_arena(self.rank, self._plan.nbytes, len(self._small), _numa_node())
+            path = session.request_arena(self.rank, self._plan.nbytes, len(self._small), numa_node())
         except Refused as err:
             raise UserError(str(err)) from None
         self._writer = SlotWriter(path, doorbell)
@@ -449,14 +450,3 @@ def _under_rerun(iterator: Any) -> ReplayIterator:
         iterator.iterable.owner = iterator
     replay: ReplayIterator = iterator.iterable
     return replay
-
-
-def _numa_node() -> int:
-    """The NUMA node of this rank's device, or of the processors this process is bound to; -1 when neither says one."""
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    at = [int(getattr(device, name, -1)) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
-    if min(at) >= 0 and not _emulated():
-        node = numa_node_of_device(f"{at[0]:04x}:{at[1]:02x}:{at[2]:02x}.0")
-        if node >= 0:
-            return node
-    return numa_node_of_process()

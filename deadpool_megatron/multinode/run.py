@@ -30,7 +30,7 @@ from typing import Any
 
 import zmq
 
-from deadpool_megatron.checks import LaunchError
+from deadpool_megatron.checks import LaunchError, check_transport
 from deadpool_megatron.cluster import Exit
 from deadpool_megatron.config import ConfigError
 from deadpool_megatron.multinode.enlisting import Interrupted, Lifeline, address_towards, enlist, is_ours, resolve
@@ -145,6 +145,7 @@ def run_agent(options: argparse.Namespace) -> int:
 
 
 def _agent(plan: AgentPlan) -> int:
+    check_transport(plan.launch.config)
     signals = _Signals()
     processes = Processes()
     source = SecretSource(plan.secret_file, os.environ, plan.launch.run_dir, plan.job_name)

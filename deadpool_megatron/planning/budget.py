@@ -30,7 +30,10 @@ _STATE_OTHERS = 8
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The arithmetic of a run. Per device: the most any of them needs; "mean" over all."""
+    """The arithmetic of a run. Per device: the most any of them needs; "mean" over all.
+
+    ``drainer_node``: a copy of a node's own shards beside its vault, on their way to the durable directory.
+    """
 
     sizes: Layout
     model: Model
@@ -46,6 +49,7 @@ class Budget:
     iteration_s: float
     copy_s: float
     vault_node: float
+    drainer_node: float
     sent_node: float
     network_share: float
     spare_device: float
@@ -115,6 +119,7 @@ def budget(run: RunFile) -> Budget:
         iteration_s=iteration_s,
         copy_s=copy_s,
         vault_node=price.memory_bytes,
+        drainer_node=(int(max(unique)) + _SMALL) * cluster.gpus_per_node if run.deadpool.durable_dir else 0.0,
         sent_node=price.network_bytes,
         network_share=share,
         spare_device=max(u + h * each_weight for u, h in zip(unique, held, strict=True)),
@@ -134,6 +139,12 @@ def _refuse(run: RunFile, out: Budget, scheme: Scheme) -> None:
             f"{where}: the vault of a node needs {out.vault_node / 1e9:.1f} GB of shared memory and /dev/shm has "
             f"{cluster.shm_bytes / 1e9:.1f}: use more data parallelism, enlarge /dev/shm, or name a "
             "larger --shm-directory"
+        )
+    if out.vault_node + out.drainer_node > cluster.host_memory * 1e9:
+        drainer = f" and its drainer (durable_dir) {out.drainer_node / 1e9:.1f}" if out.drainer_node else ""
+        raise PlanError(
+            f"{where}: the vault of a node needs {out.vault_node / 1e9:.1f} GB{drainer}, and the node has "
+            f"{cluster.host_memory:g}: use more data parallelism or nodes with more memory"
         )
     if cluster.nodes < scheme.size:
         raise PlanError(f"{where}: redundancy {scheme} needs {scheme.size} nodes that train, not {cluster.nodes}")

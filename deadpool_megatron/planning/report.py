@@ -96,6 +96,7 @@ def _text(run: RunFile, plan: Budget, worth: Spares) -> list[str]:
         f"{plan.copy_s / span:.1%} of the time",
         f"vault of a node                      {_gb(plan.vault_node)} of {_gb(c.shm_bytes)} shared memory "
         f"(redundancy {run.deadpool.redundancy})",
+        *_drainer(run, plan),
         f"sent by a node                       {_gb(plan.sent_node)} {each}: {plan.network_share:.1%} of its "
         f"{c.network:g} GB/s",
         f"a spare receives                     {_gb(plan.spare_device)} a device, "
@@ -105,6 +106,16 @@ def _text(run: RunFile, plan: Budget, worth: Spares) -> list[str]:
         f"tolerated at once                    {plan.tolerated}",
         *_spares_text(run, plan, worth),
         *(f"note: {warning}" for warning in plan.warnings),
+    ]
+
+
+def _drainer(run: RunFile, plan: Budget) -> list[str]:
+    if not plan.drainer_node:
+        return []
+    whole = plan.vault_node + plan.drainer_node
+    return [
+        f"its drainer to the durable directory {_gb(plan.drainer_node)} more, a copy of its own shards: "
+        f"{_gb(whole)} of {run.cluster.host_memory:g} GB host memory"
     ]
 
 

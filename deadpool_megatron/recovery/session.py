@@ -149,10 +149,10 @@ class Session:
         with contextlib.suppress(BrokenPipeError, ConnectionError):
             self._socket.send(r.encode(record))
 
-    def step(self, step: r.Step, epoch: int, number: int = 0, changed: int = 0) -> None:
+    def step(self, step: r.Step, epoch: int, number: int = 0, changed: int = 0, numa: int = -1) -> None:
         """Tell the agent that this worker has reached a step."""
         points.reach(f"step.{step}")
-        self.tell(r.WorkerStep(step, epoch, number, changed))
+        self.tell(r.WorkerStep(step, epoch, number, changed, numa))
 
     def wait_take_over(self) -> r.TakeOver:
         """Park until this worker is given a coordinate."""

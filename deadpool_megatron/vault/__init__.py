@@ -9,6 +9,7 @@ from .discipline import CommitLedger, Told
 from .errors import (
     ChecksumMismatch,
     DeadlinePassed,
+    DirectFailed,
     Malformed,
     NotHeld,
     Refused,
@@ -17,7 +18,7 @@ from .errors import (
     VaultError,
     VaultFull,
 )
-from .leftovers import clean_leftovers, process_alive, process_start
+from .leftovers import PREFIX, clean_leftovers, process_alive, process_start
 from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_nodes
 from .pace import SendPace
 from .rebuild import Piece, RebuildFailed, rebuild
@@ -26,6 +27,7 @@ from .scrub import Scrubber
 from .server import VaultServer
 from .stripes import Stripes, WordPlan
 from .transfer import fetch, store_shard
+from .transport import Transport, choose_transport, make_transport
 from .vault import Holding, Holdings, Vault, small_capacity
 from .version import EMPTY, MAX_GENERATION, Version, unpack
 from .wire import Deadlines
@@ -34,12 +36,14 @@ from .writer import SlotWriter
 __all__ = [
     "EMPTY",
     "MAX_GENERATION",
+    "PREFIX",
     "Arena",
     "ArenaInfo",
     "ChecksumMismatch",
     "CommitLedger",
     "DeadlinePassed",
     "Deadlines",
+    "DirectFailed",
     "Holding",
     "Holdings",
     "Kind",
@@ -59,15 +63,18 @@ __all__ = [
     "Target",
     "Told",
     "TransferFailed",
+    "Transport",
     "Vault",
     "VaultError",
     "VaultFull",
     "VaultServer",
     "Version",
     "WordPlan",
+    "choose_transport",
     "clean_leftovers",
     "fetch",
     "huge_bytes",
+    "make_transport",
     "numa_node_of_device",
     "numa_node_of_process",
     "numa_nodes",

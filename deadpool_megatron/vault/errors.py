@@ -5,6 +5,8 @@ from __future__ import annotations
 __all__ = [
     "ChecksumMismatch",
     "DeadlinePassed",
+    "DirectFailed",
+    "LandingLost",
     "Malformed",
     "NotHeld",
     "Refused",
@@ -56,3 +58,11 @@ class TransferFailed(VaultError):
 
 class Malformed(TransferFailed):
     """A frame was changed on its way, repeated, out of place or no frame at all. The connection is given up."""
+
+
+class DirectFailed(TransferFailed):
+    """The other agent's memory could not be read directly; its control connection may still be good."""
+
+
+class LandingLost(DirectFailed):
+    """A direct read did not end in time and may still land: the memory it goes to must not be used again."""

@@ -18,6 +18,7 @@ _POPULATE_WRITE: Final = 23  # madvise(2), from Linux 5.14
 _SET_MEMPOLICY: Final = {"x86_64": 238, "aarch64": 237}
 _DEFAULT, _PREFERRED, _INTERLEAVE = 0, 1, 3
 _NODES: Final = Path("/sys/devices/system/node")
+_DEVICES: Final = Path("/sys/bus/pci/devices")
 
 
 def populated(fd: int, size: int) -> mmap.mmap:
@@ -49,15 +50,27 @@ def huge_bytes(path: str) -> int:
     return total
 
 
-def numa_nodes() -> dict[int, set[int]]:
-    """The processors of each NUMA node; empty where the kernel does not say."""
+def numa_nodes(directory: Path = _NODES) -> dict[int, set[int]]:
+    """The processors of each NUMA node that has memory; empty where the kernel does not say."""
     out: dict[int, set[int]] = {}
-    for path in _NODES.glob("node[0-9]*/cpulist"):
-        cpus: set[int] = set()
-        for part in filter(None, path.read_text().strip().split(",")):
-            first, _, last = part.partition("-")
-            cpus |= set(range(int(first), int(last or first) + 1))
-        out[int(path.parent.name.removeprefix("node"))] = cpus
+    with_memory = _numbers(directory / "has_memory")
+    for path in directory.glob("node[0-9]*/cpulist"):
+        node = int(path.parent.name.removeprefix("node"))
+        if with_memory is None or node in with_memory:
+            out[node] = _numbers(path) or set()
+    return out
+
+
+def _numbers(path: Path) -> set[int] | None:
+    """A list of the kernel's, as in ``0-3,8``; None when there is no such file."""
+    try:
+        text = path.read_text()
+    except OSError:
+        return None
+    out: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        out |= set(range(int(first), int(last or first) + 1))
     return out
 
 
@@ -69,10 +82,10 @@ def numa_node_of_process() -> int:
     return inside[0] if len(inside) == 1 and len(nodes) > 1 else -1
 
 
-def numa_node_of_device(bus_id: str) -> int:
-    """The NUMA node a PCI device (``0000:3b:00.0``) hangs on; -1 when it is not known."""
+def numa_node_of_device(bus_id: str, directory: Path = _DEVICES) -> int:
+    """The NUMA node a PCI device (``0000:3b:00.0``) hangs on; -1 when it is not known, as on machines with one node."""
     try:
-        return int(Path(f"/sys/bus/pci/devices/{bus_id.lower()}/numa_node").read_text())
+        return int((directory / bus_id.lower() / "numa_node").read_text())
     except (OSError, ValueError):
         return -1
 

@@ -16,11 +16,12 @@ import xxhash
 from .arena import Slot
 from .coder import Coder
 from .errors import ChecksumMismatch, StaleEpoch, TransferFailed, VaultError
+from .frames import Fetch, Found
 from .stripes import PartOf, cut, parts_of
 from .transfer import ask, finish, own_slot
 from .vault import Vault
 from .version import Version
-from .wire import Channel, Deadlines, Fetch, Found, connect
+from .wire import Channel, Deadlines, connect
 
 __all__ = ["Piece", "RebuildFailed", "rebuild"]
 
@@ -126,9 +127,7 @@ def _mine(streams: Sequence[_Stream], rank: int) -> PartOf:
 
 
 class _Rebuild:
-    def __init__(
-        self, vault: Vault, secret: bytes, rank: int, epoch: int, coder: Coder, deadlines: Deadlines
-    ) -> None:
+    def __init__(self, vault: Vault, secret: bytes, rank: int, epoch: int, coder: Coder, deadlines: Deadlines) -> None:
         self._vault, self._secret, self._rank, self._epoch = vault, secret, rank, epoch
         self._coder, self._deadlines = coder, deadlines
         self._lock = threading.Lock()

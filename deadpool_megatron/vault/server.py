@@ -11,32 +11,30 @@ from contextlib import suppress
 from deadpool_megatron import points
 
 from .arena import Arena, Kind, Slot
+from .direct import Direct, Reader
 from .discipline import choose, is_free
-from .errors import ChecksumMismatch, Malformed, NotHeld, Refused, StaleEpoch, VaultError, VaultFull
+from .errors import (
+    ChecksumMismatch,
+    DirectFailed,
+    LandingLost,
+    Malformed,
+    NotHeld,
+    Refused,
+    StaleEpoch,
+    VaultError,
+    VaultFull,
+)
+from .frames import NO_DIRECT, Begin, Begun, Bytes, Complete, Fetch, Refusal, Sent, Share, Stored, Taken
 from .stripes import Filling, Stripes
-from .transfer import part_entries, take_entry
+from .transfer import give, read_entries, take_entry, telling
 from .vault import Vault
 from .version import Version
-from .wire import (
-    Begin,
-    Begun,
-    Bytes,
-    Channel,
-    Complete,
-    Deadlines,
-    Fetch,
-    Found,
-    Refusal,
-    Sent,
-    Share,
-    Stored,
-    accept,
-    check_secret,
-)
+from .wire import Channel, Deadlines, accept, check_secret
 
 __all__ = ["VaultServer"]
 
 _log = logging.getLogger(__name__)
+_CODES = {NotHeld: "not-held", VaultFull: "no-room", ChecksumMismatch: "checksum", DirectFailed: NO_DIRECT}
 _LEVELS = {"not-planned": logging.DEBUG}  # the sender warns if it lasts
 
 
@@ -49,6 +47,7 @@ class VaultServer:
         host: address to listen on (the node's own).
         port: 0 for any.
         stripes: the parity this node keeps, with a k+m redundancy.
+        direct: to read what peers offer, and let them read, without a copy through the connection.
     """
 
     def __init__(
@@ -59,6 +58,7 @@ class VaultServer:
         port: int = 0,
         deadlines: Deadlines | None = None,
         stripes: Stripes | None = None,
+        direct: Direct | None = None,
     ) -> None:
         self._vault = vault
         self._secret = check_secret(secret)
@@ -66,6 +66,7 @@ class VaultServer:
         self._lock = threading.Lock()
         self._channels: dict[Channel, int] = {}  # with the epoch of what is being written, -1 when nothing is
         self._stripes = stripes
+        self._direct = direct
         self._plan: Mapping[int, int] | None = None
         self._writers: dict[tuple[int, ...], tuple[Channel, threading.Event]] = {}
         self._threads: set[threading.Thread] = set()
@@ -182,9 +183,9 @@ class VaultServer:
                     self._give(channel, frame)
                 else:
                     raise Malformed(f"unexpected {type(frame).__name__} frame")
-            except (Refused, NotHeld, VaultFull, ChecksumMismatch) as err:
-                code = {NotHeld: "not-held", VaultFull: "no-room", ChecksumMismatch: "checksum"}.get(type(err))
-                code = code or (err.code if isinstance(err, Refused) else "refused")
+            except (Refused, NotHeld, VaultFull, ChecksumMismatch, DirectFailed) as err:
+                code = next((code for kind, code in _CODES.items() if isinstance(err, kind)), "refused")
+                code = err.code if isinstance(err, Refused) else code
                 self.misfits += code in ("not-planned", "wrong-size", "protocol")
                 _log.log(_LEVELS.get(code, logging.WARNING), "vault of node %d: %s", self._vault.node, err)
                 channel.send(Refusal(self._vault.epoch, code, str(err)[:1000]))
@@ -221,8 +222,15 @@ class VaultServer:
             slot = arena.slots[index]
             slot.reopen(version.pack())
             slot.small_bytes = begin.small_bytes
-            channel.send(Begun(vault.epoch, False))
-            self._receive(channel, begin.rank, slot)
+            reader = None
+            if self._direct is not None and begin.window is not None:
+                reader = Reader(self._direct, channel, begin.window, arena)
+            channel.send(Begun(vault.epoch, False, direct=reader is not None))
+            try:
+                self._receive(channel, begin.rank, slot, reader)
+            except LandingLost:
+                vault.drop(begin.rank, "peer")
+                raise
         finally:
             self._leave(channel, (begin.rank,), left)
 
@@ -269,7 +277,7 @@ class VaultServer:
                 del self._writers[what]
         left.set()
 
-    def _receive(self, channel: Channel, rank: int, slot: Slot) -> None:
+    def _receive(self, channel: Channel, rank: int, slot: Slot, reader: Reader | None) -> None:
         done, table = 0, 1 + slot.chunks
         while True:
             frame = channel.receive(wait=True)
@@ -287,14 +295,33 @@ class VaultServer:
                 return
             if not isinstance(frame, Bytes) or frame.first != done or done + len(frame.sums) > table:
                 raise Malformed(f"unexpected {type(frame).__name__} frame in a shard")
-            for entry, expected in enumerate(frame.sums, frame.first):
-                try:
-                    take_entry(channel, slot, slot.small_bytes, entry, expected)
-                except ChecksumMismatch as err:
-                    self.mismatches += 1
-                    raise ChecksumMismatch(f"shard of rank {rank}: {err}") from None
-                done += 1
+            try:
+                if reader is not None:
+                    self._read(channel, slot, reader, frame)
+                else:
+                    for entry, expected in enumerate(frame.sums, frame.first):
+                        take_entry(channel, slot, slot.small_bytes, entry, expected)
+            except ChecksumMismatch as err:
+                self.mismatches += 1
+                raise ChecksumMismatch(f"shard of rank {rank}: {err}") from None
+            done += len(frame.sums)
             points.reach("peer-receive.chunk")
+
+    def _read(self, channel: Channel, slot: Slot, reader: Reader, frame: Bytes) -> None:
+        entries = range(frame.first, frame.first + len(frame.sums))
+        epoch = self._vault.epoch
+        try:
+            read_entries(
+                reader, slot, slot.small_bytes, entries, frame.sums,
+                telling(channel, lambda done: Taken(epoch, frame.first + done)),
+            )  # fmt: skip
+        except ChecksumMismatch:
+            # the owner may have opened its slot again; then it does not answer but leaves
+            channel.send(Taken(epoch, frame.first, changed=True))
+            if not isinstance(channel.receive(), Sent):
+                raise Malformed("no answer whether the slot that was read is still the same") from None
+            raise
+        channel.send(Taken(epoch, entries.stop))
 
     # ---- keeping parity
 
@@ -359,20 +386,4 @@ class VaultServer:
         vault = self._vault
         kinds: tuple[Kind, ...] = ("parity",) if wanted.parity else ("own", "peer")
         arena, slot = vault.find(wanted.rank, Version(wanted.version_epoch, wanted.generation), kinds)
-        turn = slot.turn
-        entries = part_entries(slot.chunks, wanted.part, wanted.parts)
-        sums = [int(slot.sums[entry]) for entry in entries]
-        info = arena.info
-        channel.send(
-            Found(vault.epoch, info.unique_bytes, info.small_capacity, slot.small_bytes, arena.chunk_bytes, sums)
-        )
-        batch = []
-        if wanted.part == 0:
-            batch.append(slot.small[: slot.small_bytes])
-            entries = entries[1:]
-        if entries:
-            start = (entries[0] - 1) * arena.chunk_bytes
-            batch.append(slot.unique[start : (entries[-1]) * arena.chunk_bytes])
-        for view in batch:
-            channel.send_raw(view)
-        channel.send(Sent(vault.epoch, slot.turn == turn))
+        give(channel, vault, wanted, arena, slot, self._direct)

@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 
+import msgspec
 import xxhash
 
-from .arena import Slot
-from .errors import ChecksumMismatch, NotHeld, StaleEpoch, TransferFailed, VaultError
+from .arena import Arena, Slot
+from .direct import Direct, Reader
+from .errors import (
+    ChecksumMismatch,
+    DirectFailed,
+    LandingLost,
+    Malformed,
+    NotHeld,
+    StaleEpoch,
+    TransferFailed,
+    VaultError,
+)
+from .frames import Fetch, Found, Sent, Taken
 from .stripes import cut
 from .vault import Vault
 from .version import EMPTY, Version
-from .wire import Channel, Deadlines, Fetch, Found, Sent, check_secret, connect, raise_refusal
+from .wire import Channel, Deadlines, check_secret, connect, raise_refusal
 
-__all__ = ["ask", "fetch", "finish", "own_slot", "part_entries", "store_shard", "take_entry"]
+__all__ = [
+    "ask",
+    "fetch",
+    "finish",
+    "give",
+    "own_slot",
+    "part_entries",
+    "read_entries",
+    "store_shard",
+    "take_entry",
+    "telling",
+]
+
+_log = logging.getLogger(__name__)
+_READ = 8 << 20  # bytes of one direct read
 
 
 def part_entries(chunks: int, part: int, parts: int) -> range:
@@ -25,11 +53,58 @@ def part_entries(chunks: int, part: int, parts: int) -> range:
 
 def take_entry(channel: Channel, slot: Slot, small_bytes: int, entry: int, expected: int) -> None:
     """Receive one entry of the table into its place and verify it. Raises ChecksumMismatch."""
-    view = slot.small[:small_bytes] if entry == 0 else slot.chunk(entry - 1)
-    channel.fill(view)
-    if xxhash.xxh3_64_intdigest(view) != expected:
+    channel.fill(_place(slot, small_bytes, entry))
+    _verify(slot, small_bytes, entry, expected)
+
+
+def _place(slot: Slot, small_bytes: int, entry: int) -> memoryview:
+    return slot.small[:small_bytes] if entry == 0 else slot.chunk(entry - 1)
+
+
+def _verify(slot: Slot, small_bytes: int, entry: int, expected: int) -> None:
+    if xxhash.xxh3_64_intdigest(_place(slot, small_bytes, entry)) != expected:
         raise ChecksumMismatch(f"part {entry} of {slot.version} arrived changed")
     slot.sums[entry] = expected
+
+
+def read_entries(
+    reader: Reader, slot: Slot, small_bytes: int, entries: range, sums: Sequence[int], checked: Callable[[int], None]
+) -> None:
+    """Read entries of the table through a window into their places, and verify them; no step in ``entries``.
+
+    ``checked`` is told how many of them are in, now and then. Raises ChecksumMismatch (also when the owner writes its
+    slot anew meanwhile), DirectFailed, LandingLost.
+    """
+    window, size = reader.window, slot.chunk_bytes
+    runs = [range(0, 1)] if entries.start == 0 < entries.stop else []
+    step = max(1, _READ // size)
+    runs += [range(at, min(at + step, entries.stop)) for at in range(max(1, entries.start), max(1, entries.stop), step)]
+
+    def place(run: range) -> tuple[int, memoryview]:
+        if run.start == 0:
+            return window.small, slot.small[:small_bytes]
+        start = (run.start - 1) * size
+        return window.unique + start, slot.unique[start : (run.stop - 1) * size]
+
+    def took(index: int) -> None:
+        for entry in runs[index]:
+            _verify(slot, small_bytes, entry, sums[entry - entries.start])
+        checked(runs[index].stop - entries.start)
+
+    reader.read([place(run) for run in runs], took)
+
+
+def telling(channel: Channel, taken: Callable[[int], Taken]) -> Callable[[int], None]:
+    """For `read_entries`: tells whom is read from, which waits as long as there is progress, ten times a deadline."""
+    told = time.monotonic()
+
+    def checked(done: int) -> None:
+        nonlocal told
+        if time.monotonic() > told + channel.idle / 10:
+            told = time.monotonic()
+            channel.send(taken(done))
+
+    return checked
 
 
 def fetch(
@@ -42,14 +117,15 @@ def fetch(
     deadlines: Deadlines | None = None,
     streams: int = 2,
     others: Sequence[tuple[str, int]] = (),
+    direct: Direct | None = None,
 ) -> int:
     """Bring a version of ``rank``'s shard into this vault's own arena, every chunk verified; returns its bytes.
 
     ``source`` is another node's vault (host, port), or this vault itself when it keeps the peer copy. ``others`` hold
-    the very same version; all send a part at the same time, over ``streams`` connections or more. The arena is made
-    when there is none. The worker of ``rank`` must not be writing. Blocks for the transfer; to fail, some deadline
-    without progress must have passed. Raises NotHeld, ChecksumMismatch, Refused, StaleEpoch, DeadlinePassed,
-    TransferFailed, VaultFull.
+    the very same version; all send a part at the same time, over ``streams`` connections or more. With ``direct`` the
+    bytes are read where the holder allows it, and sent as without it when that fails. The arena is made when there is
+    none. The worker of ``rank`` must not be writing. Blocks for the transfer; to fail, some deadline without progress
+    must have passed. Raises NotHeld, ChecksumMismatch, Refused, StaleEpoch, DeadlinePassed, TransferFailed, VaultFull.
     """
     version = Version(*version)
     if epoch < vault.epoch:
@@ -61,17 +137,41 @@ def fetch(
         return len(held.unique) + held.small_bytes
     if isinstance(source, Vault):
         return _copy(vault, source, rank, version)
-    deadlines = deadlines or Deadlines()
     places = [source, *others]
-    streams = max(streams, len(places))
-    channels = [connect(*source, check_secret(secret), deadlines)]
+    wanted = Fetch(epoch, rank, *version, 0, max(streams, len(places)), direct=direct is not None)
     try:
-        first = ask(channels[0], Fetch(epoch, rank, *version, 0, streams))
+        return _fetch(vault, secret, places, wanted, deadlines or Deadlines(), direct)
+    except DirectFailed as err:
+        _log.warning("rank %d: %s; its shard is fetched over TCP instead", rank, err)
+        if isinstance(err, LandingLost):
+            vault.drop(rank, "own")
+    return _fetch(vault, secret, places, msgspec.structs.replace(wanted, direct=False), deadlines or Deadlines(), None)
+
+
+def _fetch(
+    vault: Vault,
+    secret: bytes,
+    places: Sequence[tuple[str, int]],
+    wanted: Fetch,
+    deadlines: Deadlines,
+    direct: Direct | None,
+) -> int:
+    rank, version, streams = wanted.rank, Version(wanted.version_epoch, wanted.generation), wanted.parts
+    channels = [connect(*places[0], check_secret(secret), deadlines)]
+    try:
+        first = ask(channels[0], wanted)
         if first.chunk_bytes != vault.chunk_bytes:
             raise VaultError(
                 f"rank {rank}'s shard has chunks of {first.chunk_bytes} bytes, this vault {vault.chunk_bytes}"
             )
+        if vault.arena(rank, "own") is None:
+            # taking the memory may last longer than the holder waits: ask again once it is there
+            channels.pop().close()
+            vault.allocate_own(rank, first.unique_bytes, first.small_capacity)
+            channels.append(connect(*places[0], secret, deadlines))
+            first = ask(channels[0], wanted)
         slot = own_slot(vault, rank, version, first.unique_bytes, first.small_capacity)
+        into = vault.arena(rank, "own") if direct is not None else None
         failures: list[VaultError] = []
 
         def rest(part: int) -> None:
@@ -79,7 +179,8 @@ def fetch(
                 channel = connect(*places[part % len(places)], secret, deadlines)
                 with lock:
                     channels.append(channel)
-                _fetch_part(channel, slot, part, streams, ask(channel, Fetch(epoch, rank, *version, part, streams)))
+                found = ask(channel, msgspec.structs.replace(wanted, part=part))
+                _fetch_part(channel, slot, part, streams, found, direct, into)
             except VaultError as err:
                 failures.append(err)
                 for channel in channels:
@@ -92,7 +193,7 @@ def fetch(
         for thread in threads:
             thread.start()
         try:
-            _fetch_part(channels[0], slot, 0, streams, first)
+            _fetch_part(channels[0], slot, 0, streams, first, direct, into)
         except VaultError as err:
             failures.append(err)
             with lock:
@@ -101,12 +202,39 @@ def fetch(
         for thread in threads:
             thread.join()
         if failures:
-            raise failures[0]
+            raise next((err for err in failures if isinstance(err, LandingLost)), failures[0])
     finally:
         for channel in channels:
             channel.close()
     finish(slot, first.small_bytes)
     return len(slot.unique) + slot.small_bytes
+
+
+def give(channel: Channel, vault: Vault, wanted: Fetch, arena: Arena, slot: Slot, direct: Direct | None = None) -> None:
+    """Answer a `Fetch` with (a part of) the shard in ``slot``: sent, or left to be read if both sides can."""
+    turn, info, chunk = slot.turn, arena.info, arena.chunk_bytes
+    entries = part_entries(slot.chunks, wanted.part, wanted.parts)
+    window = direct.window(arena, slot) if direct is not None and wanted.direct else None
+    channel.send(
+        Found(
+            vault.epoch, info.unique_bytes, info.small_capacity, slot.small_bytes, chunk,
+            [int(slot.sums[entry]) for entry in entries], window,
+        )
+    )  # fmt: skip
+    if direct is not None and window is not None:
+        taken = -1
+        while taken != len(entries):
+            frame = direct.receive(channel)
+            if not isinstance(frame, Taken) or not taken <= frame.done <= len(entries):
+                raise Malformed(f"unexpected {type(frame).__name__} frame while a shard is read")
+            taken = frame.done
+    else:
+        if wanted.part == 0:
+            channel.send_raw(slot.small[: slot.small_bytes])
+            entries = entries[1:]
+        if entries:
+            channel.send_raw(slot.unique[(entries[0] - 1) * chunk : entries[-1] * chunk])
+    channel.send(Sent(vault.epoch, slot.turn == turn))
 
 
 def ask(channel: Channel, wanted: Fetch) -> Found:
@@ -119,15 +247,30 @@ def ask(channel: Channel, wanted: Fetch) -> Found:
     return answer
 
 
-def _fetch_part(channel: Channel, slot: Slot, part: int, parts: int, found: Found) -> None:
+def _fetch_part(
+    channel: Channel, slot: Slot, part: int, parts: int, found: Found, direct: Direct | None, into: Arena | None
+) -> None:
     entries = part_entries(slot.chunks, part, parts)
     if len(found.sums) != len(entries) or found.unique_bytes != len(slot.unique) or found.small_bytes > len(slot.small):
         raise TransferFailed("the shard that was sent is not of the size that was announced")
-    for entry, expected in zip(entries, found.sums, strict=True):
-        take_entry(channel, slot, found.small_bytes, entry, expected)
+    changed: ChecksumMismatch | None = None
+    if found.window is None or direct is None or into is None:
+        for entry, expected in zip(entries, found.sums, strict=True):
+            take_entry(channel, slot, found.small_bytes, entry, expected)
+    else:
+        try:
+            read_entries(
+                Reader(direct, channel, found.window, into), slot, found.small_bytes, entries, found.sums,
+                telling(channel, lambda done: Taken(found.epoch, done)),
+            )  # fmt: skip
+        except ChecksumMismatch as err:
+            changed = err  # perhaps only because the holder has opened its slot again: it says so now
+        channel.send(Taken(found.epoch, len(entries)))
     end = channel.receive()
     if not isinstance(end, Sent) or not end.intact:
         raise NotHeld(f"{slot.version} was overwritten at its holder while it was sent")
+    if changed is not None:
+        raise changed
 
 
 def own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, small_capacity: int) -> Slot:
@@ -166,9 +309,7 @@ def _copy(vault: Vault, source: Vault, rank: int, version: Version) -> int:
     return len(slot.unique) + slot.small_bytes
 
 
-def store_shard(
-    vault: Vault, rank: int, version: Version, fill: Callable[[Callable[[int, int], Slot]], int]
-) -> None:
+def store_shard(vault: Vault, rank: int, version: Version, fill: Callable[[Callable[[int, int], Slot]], int]) -> None:
     """Put a shard that does not come from a vault (but from a disk) into the own arena.
 
     Args:

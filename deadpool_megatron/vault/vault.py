@@ -71,15 +71,23 @@ class Vault:
         self._kept = EMPTY
         self._floor = 0
         self._pinned = False
+        self._near: dict[int, int] = {}
 
     # ---- memory
+
+    def set_near(self, rank: int, numa: int) -> None:
+        """NUMA node for the own memory of ``rank`` that is made without naming one; -1 for any."""
+        self._near[rank] = numa
 
     def allocate_own(self, rank: int, unique_bytes: int, small_capacity: int, numa: int = -1) -> ArenaInfo:
         """The arena of a rank that runs here; made unless it is there with these sizes, on NUMA node ``numa``.
 
+        Without one it is that of `set_near`.
+
         Blocks for the clearing of the memory (0.3 s a GiB). Raises VaultFull; VaultError when the sizes differ.
         """
-        return self._allocate(rank, "own", unique_bytes, small_capacity, numa).info
+        near = numa if numa >= 0 else self._near.get(rank, -1)
+        return self._allocate(rank, "own", unique_bytes, small_capacity, near).info
 
     def allocate_peer(self, rank: int, unique_bytes: int, small_capacity: int) -> ArenaInfo:
         """The arena in which this node keeps the shard of a rank that runs elsewhere; as `allocate_own`."""

@@ -4,7 +4,7 @@
       | -- magic, nonce_s (32) ------------->  |
       | <- nonce_c (32), HMAC(client, both) -- |      nothing is read or written before both proofs hold
       | -- HMAC(server, both) ------------->   |
-      | <-- frame [payload] -----------------> |      frame = u32 length, msgpack of one record below, tag (16)
+      | <-- frame [payload] -----------------> |      frame = u32 length, msgpack of one of `frames`, tag (16)
 
 Proofs are HMAC-SHA256 with the job's 32-byte secret over the role and both nonces. From them follows a key of the
 connection, under which every frame has a tag over its direction, its number and its bytes: a frame that was changed,
@@ -23,31 +23,16 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
 
 from .errors import DeadlinePassed, Malformed, NotHeld, Refused, StaleEpoch, TransferFailed, VaultError
-from .version import MAX_EPOCH, MAX_GENERATION
+from .frames import Frame, Refusal
 
-__all__ = [
-    "Begin",
-    "Begun",
-    "Bytes",
-    "Channel",
-    "Complete",
-    "Deadlines",
-    "Fetch",
-    "Found",
-    "Refusal",
-    "Sent",
-    "Share",
-    "Stored",
-    "accept",
-    "connect",
-]
+__all__ = ["Channel", "Deadlines", "accept", "connect"]
 
-_MAGIC: Final = b"DPVAULT2"
+_MAGIC: Final = b"DPVAULT3"
 _NONCE: Final = 32
 _TAG: Final = 16
 MAX_FRAME: Final = 64 << 20  # the checksum table of a shard of 7 TB
@@ -72,112 +57,8 @@ class Deadlines:
     backoff_limit: float = 2.0
 
 
-Unsigned = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-Word = Annotated[int, msgspec.Meta(ge=0)]  # msgpack integers end at 64 bits
-Epoch = Annotated[int, msgspec.Meta(ge=0, le=MAX_EPOCH)]
-Generation = Annotated[int, msgspec.Meta(ge=0, le=MAX_GENERATION)]
-Text = Annotated[str, msgspec.Meta(max_length=1000)]
-
-
-class _Frame(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    epoch: Epoch  # the sender's
-
-
-class Begin(_Frame, frozen=True):
-    """Owner to peer: keep this shard. ``kept`` and ``floor`` are the packed words the owner acts on."""
-
-    rank: Unsigned
-    version_epoch: Epoch
-    generation: Generation
-    unique_bytes: Unsigned
-    small_capacity: Unsigned
-    small_bytes: Unsigned
-    chunk_bytes: Unsigned
-    kept: Word
-    floor: Word
-
-
-class Share(_Frame, frozen=True):
-    """Owner to keeper of parity: add this part. ``part`` is the rank's place among the ranks of ``word``.
-
-    The payload that follows is entry 0, the small state, then the chunks of the part; ``Begun.done`` says where the
-    keeper stands already.
-    """
-
-    word: Word
-    part: Annotated[int, msgspec.Meta(ge=0, le=63)]
-    rank: Unsigned
-    version_epoch: Epoch
-    generation: Generation
-    unique_bytes: Unsigned
-    small_bytes: Unsigned
-    chunk_bytes: Unsigned
-    kept: Word
-    floor: Word
-
-
-class Begun(_Frame, frozen=True):
-    """Peer to owner: go on, from entry ``done``; or, ``held``, that version is here and complete."""
-
-    held: bool
-    done: Unsigned = 0
-
-
-class Bytes(_Frame, frozen=True):
-    """Owner to peer: payload follows, entries ``first``... of the checksum table (0 is the small state)."""
-
-    first: Unsigned
-    sums: Annotated[list[Word], msgspec.Meta(min_length=1, max_length=1024)]
-
-
-class Complete(_Frame, frozen=True):
-    """Owner to peer: that was all, and the slot has not been opened again meanwhile."""
-
-
-class Stored(_Frame, frozen=True):
-    """Peer to owner: the version is complete and verified here."""
-
-
-class Fetch(_Frame, frozen=True):
-    """Restorer to holder: send this version. Part ``part`` of ``parts`` of its chunks; part 0 has the small state.
-
-    With ``parity`` it is the parity of the word ``rank`` that is wanted, and its records in the place of a small state.
-    """
-
-    rank: Unsigned
-    version_epoch: Epoch
-    generation: Generation
-    part: Annotated[int, msgspec.Meta(ge=0, le=63)]
-    parts: Annotated[int, msgspec.Meta(ge=1, le=64)]
-    parity: bool = False
-
-
-class Found(_Frame, frozen=True):
-    """Holder to restorer: sizes and checksums of the part; its payload follows."""
-
-    unique_bytes: Unsigned
-    small_capacity: Unsigned
-    small_bytes: Unsigned
-    chunk_bytes: Unsigned
-    sums: list[Word]
-
-
-class Sent(_Frame, frozen=True):
-    """Holder to restorer: that was all; ``intact`` unless the slot was opened again while it was sent."""
-
-    intact: bool
-
-
-class Refusal(_Frame, frozen=True):
-    """The other side will not: ``code`` for programs, ``message`` for people."""
-
-    code: Text
-    message: Text
-
-
-Frame = Begin | Share | Begun | Bytes | Complete | Stored | Fetch | Found | Sent | Refusal
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Frame)
+_decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
 _length = struct.Struct("!I")
 
 
@@ -191,7 +72,8 @@ class Channel:
 
     def __init__(self, sock: socket.socket, deadlines: Deadlines, key: bytes, server: bool) -> None:
         self.sock = sock
-        self._idle = deadlines.idle
+        self.ended = False  # shut by this side
+        self.idle = deadlines.idle
         self._key = key
         self._out, self._in = (b"s", b"c") if server else (b"c", b"s")
         self._sent = self._received = 0
@@ -206,11 +88,11 @@ class Channel:
         tag = self._tag(self._out, self._sent, body)
         self._sent += 1
         try:
-            self.sock.settimeout(self._idle)
+            self.sock.settimeout(self.idle)
             more = socket.MSG_MORE if payload else 0
             self.sock.sendall(_length.pack(len(body)) + body + tag, more)
         except TimeoutError:
-            raise DeadlinePassed(f"the other agent took nothing for {self._idle:g} s") from None
+            raise DeadlinePassed(f"the other agent took nothing for {self.idle:g} s") from None
         except OSError as err:
             raise TransferFailed(f"connection to the other agent lost: {err}") from None
         for view in payload:
@@ -224,20 +106,20 @@ class Channel:
     def send_raw(self, view: memoryview) -> None:
         """Send payload that a frame has announced."""
         try:
-            self.sock.settimeout(self._idle)
+            self.sock.settimeout(self.idle)
             self._send_all(view)
         except TimeoutError:
-            raise DeadlinePassed(f"the other agent took nothing for {self._idle:g} s") from None
+            raise DeadlinePassed(f"the other agent took nothing for {self.idle:g} s") from None
         except OSError as err:
             raise TransferFailed(f"connection to the other agent lost: {err}") from None
 
     def receive(self, wait: bool = False) -> Frame:
         """The next frame. With ``wait`` it may take as long as the other side likes to begin one."""
         try:
-            self.sock.settimeout(None if wait else self._idle)
+            self.sock.settimeout(None if wait else self.idle)
             head = self.sock.recv(_length.size)
         except TimeoutError:
-            raise DeadlinePassed(f"the other agent said nothing for {self._idle:g} s") from None
+            raise DeadlinePassed(f"the other agent said nothing for {self.idle:g} s") from None
         except OSError as err:
             raise TransferFailed(f"connection to the other agent lost: {err}") from None
         if not head:
@@ -263,21 +145,26 @@ class Channel:
     def fill(self, view: memoryview) -> None:
         """Receive exactly ``len(view)`` bytes of payload into ``view``."""
         try:
-            self.sock.settimeout(self._idle)
+            self.sock.settimeout(self.idle)
             while view:
                 got = self.sock.recv_into(view)
                 if not got:
                     raise TransferFailed("the other agent closed the connection in the middle of a shard")
                 view = view[got:]
         except TimeoutError:
-            raise DeadlinePassed(
-                f"the other agent sent nothing for {self._idle:g} s in the middle of a shard"
-            ) from None
+            raise DeadlinePassed(f"the other agent sent nothing for {self.idle:g} s in the middle of a shard") from None
         except OSError as err:
             raise TransferFailed(f"connection to the other agent lost: {err}") from None
 
+    def readable(self, seconds: float) -> bool:
+        """Wait for something to read (or for the end of the connection) for a while, to the millisecond."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
     def shut(self) -> None:
         """Wake whoever reads or writes, with TransferFailed. Any thread."""
+        self.ended = True
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:

@@ -48,10 +48,25 @@ def test_a_kill_and_a_restart_with_a_warm_standby_are_measured_in_one_run(tmp_pa
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_frozen_node_is_seen_by_the_lease_and_a_cold_spare_takes_longer_than_a_warm_one(tmp_path: Path) -> None:
-    said = _run("ablation", "--kills", "1", *ONE, out=tmp_path / "out.json")
+    said = _run("ablation", "--without", "deadpool,cold-spare,timeout", "--kills", "1", *ONE, out=tmp_path / "out.json")
     found = {name: rows[0] for name, rows in said["recoveries"].items()}  # type: ignore[attr-defined]
     assert found["timeout"]["phases"]["detected"] > 1.0 > found["deadpool"]["phases"]["detected"]
     assert found["cold-spare"]["phases"]["prepared"] > found["deadpool"]["phases"]["prepared"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_without_a_peers_copy_a_loss_goes_back_to_the_disk_and_without_keeping_all_groups_are_re_formed(
+    tmp_path: Path,
+) -> None:
+    names = "deadpool,no-peer,all-groups"
+    said = _run("ablation", "--without", names, "--kills", "1", *ONE, out=tmp_path / "out.json")
+    found = {name: rows[0] for name, rows in said["recoveries"].items()}  # type: ignore[attr-defined]
+    assert not found["deadpool"]["durable"] and found["no-peer"]["durable"]
+    assert found["no-peer"]["resumed_from"] % 5 == 0 and found["no-peer"]["lost_iterations"] > 0
+    assert found["deadpool"]["lost_iterations"] <= 1 and found["all-groups"]["lost_iterations"] <= 1
+    kept, all_of_them = found["deadpool"]["groups"], found["all-groups"]["groups"]
+    assert 0 < kept[0] < kept[1] == all_of_them[0] == all_of_them[1]
 
 
 @pytest.mark.slow

@@ -32,7 +32,8 @@ from deadpool_megatron.vault import (
     Version,
     fetch,
 )
-from deadpool_megatron.vault.wire import Begin, Begun, Bytes, Refusal, connect
+from deadpool_megatron.vault.frames import Begin, Begun, Bytes, Refusal
+from deadpool_megatron.vault.wire import connect
 
 SECRET = bytes(range(32))
 CHUNK = 1 << 16
@@ -222,7 +223,7 @@ def test_a_server_that_does_not_know_the_secret_is_not_believed() -> None:
 
     def imposter() -> None:
         sock, _ = listener.accept()
-        sock.sendall(b"DPVAULT2" + bytes(32))
+        sock.sendall(b"DPVAULT3" + bytes(32))
         sock.recv(64, socket.MSG_WAITALL)
         sock.sendall(bytes(32))
         sock.close()
@@ -374,6 +375,25 @@ def test_everything_stops_within_a_second_whatever_it_is_doing(nodes: Callable[.
     silent.close()
     names = {thread.name for thread in threading.enumerate()}
     assert not any(name.startswith("vault-") for name in names)
+
+
+def test_taking_the_memory_for_a_big_shard_may_last_longer_than_its_holder_waits(
+    nodes: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 32 << 20  # more than a socket takes unread
+    owner, spare = nodes(), nodes()
+    owner.write(owner.writer(unique=size), 0, 1)
+    eventually(lambda: bool(owner.vault.holdings().ranks[0]))
+    allocate = spare.vault.allocate_own
+
+    def slowly(rank: int, *sizes: int) -> object:
+        if spare.vault.arena(rank, "own") is None:
+            time.sleep(2 * SHORT.idle)
+        return allocate(rank, *sizes)
+
+    monkeypatch.setattr(spare.vault, "allocate_own", slowly)
+    assert fetch(spare.vault, SECRET, owner.address, 0, 0, Version(0, 1), SHORT) > size
+    spare.vault.verify(0, "own", Version(0, 1))
 
 
 def test_a_local_copy_needs_no_network(nodes: Callable[..., Node]) -> None:

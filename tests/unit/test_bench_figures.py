@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,17 @@ def test_the_table_of_points_has_every_phase_that_matters(capsys: pytest.Capture
     _show({"2": [_kill()], "cold-spare": [_kill(9.0)]})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[-1].split()[:3] == ["cold-spare", "1", "8.500"]
+    assert next(line for line in lines if "cold-spare" in line).split()[:3] == ["cold-spare", "1", "8.500"]
+
+
+def test_what_was_lost_and_re_formed_stands_below_the_times(capsys: pytest.CaptureFixture[str]) -> None:
+    far = dataclasses.replace(_kill(3.0, 7), groups=(48, 48), durable=True)
+    _show({"deadpool": [dataclasses.replace(_kill(), groups=(34, 48))], "no-peer": [far, _kill(3.0, 4)]})
+    near, back = capsys.readouterr().out.splitlines()[-2:]
+    assert near.split() == ["deadpool", "0", "to", "0", "34", "of", "48", "memory"]
+    assert back.split()[:4] == ["no-peer", "4", "to", "7"] and back.endswith("memory"), "one came from memory"
+    _show({"no-peer": [far]})
+    assert capsys.readouterr().out.splitlines()[-1].endswith("48 of 48  the durable generation")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +90,7 @@ def test_the_table_of_points_has_every_phase_that_matters(capsys: pytest.Capture
         (["recovery", "--modes", "magic"], "--modes magic: of sync and async"),
         (["recovery", "--intervals", "0"], "--intervals 0: 1 or more"),
         (["scale", "--by", "ranks", "--points", "two"], "--points two: whole numbers above 0"),
-        (["ablation", "--without", "luck"], "--without luck: of deadpool, cold-spare, timeout"),
+        (["ablation", "--without", "luck"], "--without luck: of deadpool, cold-spare, timeout, no-peer, all-groups"),
         (["model", "--jobs", "1"], "--jobs must be 2 or more"),
     ],
 )

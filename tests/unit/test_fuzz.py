@@ -25,7 +25,17 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.link import Hub, Spoke
 from deadpool_megatron.cluster.plan_check import misfit
 from deadpool_megatron.cluster.seal import Seal, SealBroken
-from deadpool_megatron.vault import Deadlines, Malformed, SlotWriter, Vault, VaultError, VaultServer, Version, wire
+from deadpool_megatron.vault import (
+    Deadlines,
+    Malformed,
+    SlotWriter,
+    Vault,
+    VaultError,
+    VaultServer,
+    Version,
+    frames,
+    wire,
+)
 from simulated import SimulatedJob
 
 SECRET = bytes(range(32))
@@ -95,7 +105,7 @@ def _said_by_agents() -> list[r.AgentRecord]:
         r.StateHash(1, 2, {"params": "00"}),
         r.Saved(0, 1, 5, "/ckpt"),
         r.DamagedCopy(0, 1, 2, "own", 5),
-        r.VaultMemory(1, 1 << 30, 0),
+        r.VaultMemory(1, 1 << 30, 0, 2, "nixl", "RDMA device mlx5_0"),
         r.Refusals(1, {"malformed": 1}),
     ]
 
@@ -278,17 +288,20 @@ def vaults() -> Iterator[Vaults]:
     made.close()
 
 
-def _frames() -> list[wire.Frame]:
+def _frames() -> list[frames.Frame]:
     return [
-        wire.Begin(0, 3, 0, 6, 20_000, 4096, 5, 1 << 12, Version(0, 5).pack(), Version(0, 5).pack()),
-        wire.Share(0, 9, 0, 3, 0, 6, 20_000, 5, 1 << 12, Version(0, 5).pack(), Version(0, 5).pack()),
-        wire.Bytes(0, 0, [1, 2, 3]),
-        wire.Complete(0),
-        wire.Fetch(0, 0, 0, 5, 0, 1),
-        wire.Begun(0, False),
-        wire.Stored(0),
-        wire.Sent(0, True),
-        wire.Refusal(0, "code", "message"),
+        frames.Begin(0, 3, 0, 6, 20_000, 4096, 5, 1 << 12, Version(0, 5).pack(), Version(0, 5).pack()),
+        frames.Share(0, 9, 0, 3, 0, 6, 20_000, 5, 1 << 12, Version(0, 5).pack(), Version(0, 5).pack()),
+        frames.Begin(0, 3, 0, 6, 20_000, 4096, 5, 1 << 12, 0, 0, frames.Window(b"nixl", 1, 4096, 8192)),
+        frames.Bytes(0, 0, [1, 2, 3]),
+        frames.Taken(0, 3),
+        frames.Complete(0),
+        frames.Fetch(0, 0, 0, 5, 0, 1),
+        frames.Fetch(0, 0, 0, 5, 0, 1, direct=True),
+        frames.Begun(0, False, direct=True),
+        frames.Stored(0),
+        frames.Sent(0, True),
+        frames.Refusal(0, "code", "message"),
     ]
 
 
@@ -352,7 +365,7 @@ def test_nonsense_in_well_sealed_frames_never_touches_what_is_committed(vaults: 
                 sender.send(msgspec.structs.replace(frame, **changed))
             except (OverflowError, msgspec.MsgspecError):
                 continue
-            if isinstance(frame, wire.Bytes) and chance.random() < 0.5:
+            if isinstance(frame, frames.Bytes) and chance.random() < 0.5:
                 sender.send_raw(memoryview(chance.randbytes(4096)))
         ours.shutdown(socket.SHUT_WR)
         try:
@@ -387,9 +400,9 @@ def test_thousands_of_strangers_at_the_real_sockets_get_nowhere(vaults: Vaults) 
     with pytest.raises(VaultError):
         wire.connect("127.0.0.1", vaults.server.port, OTHER, Deadlines(connect=2.0))
     channel = wire.connect("127.0.0.1", vaults.server.port, SECRET, Deadlines())
-    channel.send(wire.Fetch(0, 0, 0, 5, 0, 1))
+    channel.send(frames.Fetch(0, 0, 0, 5, 0, 1))
     found = channel.receive()
-    assert isinstance(found, wire.Found) and found.unique_bytes == 20_000
+    assert isinstance(found, frames.Found) and found.unique_bytes == 20_000
     channel.close()
     assert vaults.state() == before and vaults.server.refused_members > 500
     heard: list[bytes] = []

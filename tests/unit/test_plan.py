@@ -236,3 +236,30 @@ def test_the_command_prints_text_json_or_flags(capsys: pytest.CaptureFixture[str
     assert set(Budget.__slots__) <= set(numbers) and numbers["model"]["parameters"] > 65e9
     assert cli.main(["plan", "--config", str(LARGE), "--flags"]) == 0
     assert capsys.readouterr().out.split() == load(str(LARGE)).flags()
+
+
+# ---- the durable tier
+
+
+def test_a_durable_directory_costs_a_copy_of_the_nodes_own_shards_beside_the_vault(tmp_path: Path) -> None:
+    without = budget(_changed(tmp_path))
+    with_it = budget(_changed(tmp_path, deadpool={"durable_dir": "/durable"}))
+    assert without.drainer_node == 0 and with_it.vault_node == without.vault_node
+    # mirrored: the vault has two slots of the own shards and two of the peer's
+    assert with_it.drainer_node == pytest.approx(with_it.vault_node / 4)
+
+
+def test_a_node_with_room_for_the_vault_alone_is_refused_with_the_durable_directory(tmp_path: Path) -> None:
+    vault = budget(_changed(tmp_path)).vault_node / 1e9
+    tight = {"host_memory": 1.1 * vault, "shared_memory": 1.05 * vault}
+    budget(_changed(tmp_path, tight))
+    with pytest.raises(PlanError, match=r"and its drainer \(durable_dir\) .* and the node has") as refused:
+        budget(_changed(tmp_path, tight, {"durable_dir": "/durable"}))
+    assert "\n" not in str(refused.value)
+
+
+def test_the_report_names_what_the_drainer_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = _changed(tmp_path, deadpool={"durable_dir": "/durable"})
+    for path, said in ((run.name, True), (str(LARGE), False)):
+        assert cli.main(["plan", "--config", path]) == 0
+        assert ("its drainer to the durable directory" in capsys.readouterr().out) is said

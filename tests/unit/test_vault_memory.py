@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import queue
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.vault import Scrubber, SlotWriter, Vault, Version, huge_bytes, numa_nodes
+from deadpool_megatron.vault import Scrubber, SlotWriter, Vault, Version, fetch, huge_bytes, numa_nodes
 from deadpool_megatron.vault import memory as placed
 
 SIZE = 3 << 20
@@ -139,3 +140,57 @@ def test_memory_is_asked_from_a_numa_node_only_while_an_arena_is_made(monkeypatc
         assert asked and _policy_now() == 1
     assert _policy_now() == 0
     assert placed.numa_node_of_process() in (-1, 0, 1)
+
+
+def _fake_nodes(root: Path, cpus: dict[int, str], has_memory: str | None) -> Path:
+    """A tree as /sys/devices/system/node has it."""
+    for node, text in cpus.items():
+        (root / f"node{node}").mkdir(parents=True)
+        (root / f"node{node}" / "cpulist").write_text(text + "\n")
+    if has_memory is not None:
+        (root / "has_memory").write_text(has_memory + "\n")
+    return root
+
+
+def test_nodes_are_read_as_the_kernel_writes_them_and_those_without_memory_are_none(tmp_path: Path) -> None:
+    tree = _fake_nodes(tmp_path / "a", {0: "0-3,8", 1: "4-7,9-11", 2: "", 16: "12"}, "0-1,16")
+    assert numa_nodes(tree) == {0: {0, 1, 2, 3, 8}, 1: {4, 5, 6, 7, 9, 10, 11}, 16: {12}}
+    # memory without processors (of an accelerator, or CXL) is a node; an older kernel says nothing of memory
+    assert numa_nodes(_fake_nodes(tmp_path / "b", {0: "0-1", 1: ""}, "0-1")) == {0: {0, 1}, 1: set()}
+    assert numa_nodes(_fake_nodes(tmp_path / "c", {0: "0-1"}, None)) == {0: {0, 1}}
+    assert numa_nodes(tmp_path / "none") == {}
+
+
+def test_the_node_of_a_device_is_that_of_its_pci_address(tmp_path: Path) -> None:
+    for name, node in (("0000:3b:00.0", "1"), ("0000:86:00.0", "-1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "numa_node").write_text(node + "\n")
+    assert placed.numa_node_of_device("0000:3B:00.0", tmp_path) == 1
+    assert placed.numa_node_of_device("0000:86:00.0", tmp_path) == -1
+    assert placed.numa_node_of_device("0000:ff:00.0", tmp_path) == -1
+
+
+def test_memory_a_spare_takes_for_a_shard_it_fetches_is_near_its_own_device(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arena is made by the fetch, in the agent, which has no device: it goes by what the parked worker has said."""
+    asked: list[int] = []
+
+    @contextlib.contextmanager
+    def noting(node: int) -> Iterator[bool]:
+        asked.append(node)
+        yield False
+
+    monkeypatch.setattr("deadpool_megatron.vault.vault.on_numa_node", noting)
+    holder = Vault(f"n{os.getpid()}", 1, chunk_bytes=1 << 16)
+    try:
+        _written(holder, 3).close()
+        vault.set_near(3, 1)
+        fetch(vault, bytes(32), holder, 3, 0, Version(0, 1))
+        vault.allocate_peer(3, SIZE, 4096)
+        _written(vault, 4).close()
+        vault.drop(4)
+        vault.allocate_own(4, SIZE, 4096, 5)
+    finally:
+        holder.close()
+    assert asked[1:] == [1, -1, -1, 5], "the shard near the device; what is kept for others, and unnamed, anywhere"

@@ -169,11 +169,17 @@ class Refusals(Record, frozen=True):
 
 
 class VaultMemory(Record, frozen=True):
-    """All memory of the node's vault is taken: its bytes, and how many of them are in huge pages."""
+    """All memory of the node's vault is taken: its bytes, and how many of them are in huge pages.
+
+    ``numa_nodes``: of the machine; with one there is nothing to choose. ``transport``: tcp or nixl, ``why`` for people.
+    """
 
     node: int
     nbytes: int
     huge_bytes: int
+    numa_nodes: int = 1
+    transport: str = "tcp"
+    why: str = ""
 
 
 class DamagedCopy(Record, frozen=True):

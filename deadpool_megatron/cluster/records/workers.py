@@ -9,13 +9,14 @@ from deadpool_megatron.cluster.records.values import Act, Record, Step
 
 
 class WorkerStep(Record, frozen=True):
-    """A worker reached a step of the protocol."""
+    """A worker reached a step of the protocol. With "parked": ``numa`` is the NUMA node of its device, -1 for any."""
 
     step: Step
     epoch: int
     number: int = 0
     changed: int = 0
     """With "formed": how many of the rank's `number` groups were re-formed, not kept."""
+    numa: int = -1
 
 
 class ArenaRequest(Record, frozen=True):
