@@ -52,11 +52,12 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]"],
         "parity": ["pyeclib"],
+        "etcd": ["urllib3>=2"],
         "plots": ["matplotlib"],
         "muon": ["emerging-optimizers>=0.2"],
         "dev": [
             *["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis", "jsonschema", "pyeclib"],
-            *["matplotlib", "safetensors", "tensorboard", "einops", "emerging-optimizers"],
+            *["urllib3", "matplotlib", "safetensors", "tensorboard", "einops", "emerging-optimizers"],
         ],
     },
     entry_points={"console_scripts": ["deadpool = deadpool_megatron.cli:main"]},
