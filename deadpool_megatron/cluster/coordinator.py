@@ -17,9 +17,11 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Keep, Send
 from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.link import Hub
+from deadpool_megatron.cluster.memory import Memory
 from deadpool_megatron.cluster.plan_check import misfit
 from deadpool_megatron.cluster.progress import Progress
 from deadpool_megatron.cluster.protection import in_words
+from deadpool_megatron.cluster.store import Guard, Store
 from deadpool_megatron.observe import RunDirectory
 
 __all__ = ["Coordinator", "CoordinatorSettings"]
@@ -33,8 +35,8 @@ _STATUS_INTERVAL_S = 0.2
 class CoordinatorSettings:
     """Where the coordinator listens and writes. ``host`` is the address others reach it at, ``bind`` its own.
 
-    ``resume``: go on where a coordinator that is gone left off (`observe.KEPT` in the run directory).
-    ``agent``: settings of an agent of this job but for its node, for `deadpool join`.
+    ``store_port`` is that of the rendezvous store beside it. ``resume``: go on where a coordinator that is gone left
+    off. ``agent``: settings of an agent of this job but for its node, for `deadpool join`.
     """
 
     host: str
@@ -42,6 +44,8 @@ class CoordinatorSettings:
     port: int
     secret: bytes
     run_dir: str
+    store_port: int = 0
+    job_id: str = ""
     state_hash: str = ""
     resume: bool = False
     agent: Mapping[str, Any] = field(default_factory=dict)
@@ -54,8 +58,12 @@ def _identity(node: int) -> bytes:
 class Coordinator:
     """Runs one job to its end. One thread; `run` returns the exit code and the message that goes with it."""
 
-    def __init__(self, job: JobSpec, settings: CoordinatorSettings, enlistment: Enlistment) -> None:
-        self._core = Core(job)
+    def __init__(
+        self, job: JobSpec, settings: CoordinatorSettings, enlistment: Enlistment, store: Store, guard: Guard
+    ) -> None:
+        """``guard``: of the leadership in this term; without it ``store`` takes no write."""
+        self._core = Core(job, r.Address(settings.host, settings.store_port))
+        self._memory = Memory(store, guard)
         self._progress = Progress()
         self._settings = settings
         self._enlistment = enlistment
@@ -64,6 +72,7 @@ class Coordinator:
         self._run = RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
         self._refused = 0
+        self._no_places_until = time.monotonic() + job.deadlines.lease if settings.resume else 0.0
         self._connected: set[int] = set()
         self._interrupted = False
         self._preempted = False
@@ -90,10 +99,14 @@ class Coordinator:
             }
         )
         if self._settings.resume:
-            kept = self._run.kept()
+            kept = self._memory.read()
             if kept is not None:
                 self._do(self._core.restored(kept, time.monotonic()))
+        else:
+            self._memory.clear()
         self._write_status()
+        host, store_port = self._settings.host, self._settings.store_port
+        self._memory.tell_place(host, self.port, store_port, self._settings.job_id)
         announce(self.port)
         while self._finish is None:
             deadline = self._core.next_deadline()
@@ -110,6 +123,7 @@ class Coordinator:
                 self._do(self._core.interrupted(time.monotonic()))
             if self._status_stale and time.monotonic() >= self._status_due:
                 self._write_status()
+        self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
         self._say_goodbye()
         self._write_state_hash()
         self._write_status()
@@ -146,6 +160,8 @@ class Coordinator:
         self._do(self._core.received(record, now), step)
 
     def _enlist(self, identity: bytes, record: r.Enlist, now: float) -> None:
+        if now < self._no_places_until:
+            return  # whoever got a place from the coordinator before this one tells it first; it asks again
         nodes = self._core.nodes.items()
         joined = {n for n, s in nodes if s.agent_pid}
         answer = self._enlistment.answer(record, joined, {n for n, s in nodes if s.gone})
@@ -216,7 +232,7 @@ class Coordinator:
         # wait for that.
         kept = [action for action in actions if isinstance(action, Keep)]
         if kept:
-            self._run.keep(kept[-1].state)
+            self._memory.write({name: part for action in kept for name, part in action.parts.items()})
             points.reach("coordinator.persisted")
         for action in actions:
             if isinstance(action, Send):

@@ -198,9 +198,9 @@ class Spoke:
                 continue  # counted
         return None
 
-    def close(self) -> None:
+    def close(self, linger_ms: int = 1000) -> None:
         """Give queued packets a second to leave, then close."""
         self.socket.disable_monitor()
         self.monitor.close(linger=0)
-        self.socket.close(linger=1000)
+        self.socket.close(linger=linger_ms)
         self._context.term()

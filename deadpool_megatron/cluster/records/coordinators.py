@@ -45,6 +45,8 @@ class Declare(Record, frozen=True):
     groups: list[list[int]]
     unique_bytes: list[int] = msgspec.field(default_factory=list)
     small_capacity: list[int] = msgspec.field(default_factory=list)
+    rendezvous: Address | None = None
+    """Where the store of this epoch's process groups listens; None: where it did."""
 
 
 class Agree(Record, frozen=True):

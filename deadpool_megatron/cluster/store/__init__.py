@@ -24,6 +24,7 @@ __all__ = [
     "Watch",
     "check_address",
     "open_store",
+    "towards",
 ]
 
 EMBEDDED = "embedded"
@@ -34,6 +35,11 @@ def check_address(url: str) -> None:
     """Raises ValueError with one line when ``--deadpool-store`` is malformed."""
     if url != EMBEDDED:
         StoreAddress.parse(url)
+
+
+def towards(url: str) -> str:
+    """A host of the store's, for finding out which address of ours leads to it."""
+    return StoreAddress.parse(url).endpoints[0].split("//", 1)[1].rsplit(":", 1)[0].strip("[]")
 
 
 def open_store(url: str, run_dir: str | Path, job: str) -> Store:
