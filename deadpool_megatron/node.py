@@ -27,7 +27,7 @@ from deadpool_megatron.cluster import (
     Exit,
     JobSpec,
 )
-from deadpool_megatron.cluster.store import Deposed, Guard, open_store
+from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, open_store
 from deadpool_megatron.durable import DurableError, survey
 from deadpool_megatron.processes import INTERRUPT, PREEMPT
 
@@ -74,6 +74,7 @@ def _coordinator(settings: dict[str, Any]) -> int:
                 settings["job_id"],
                 settings["state_hash"],
                 settings["resume"],
+                url != EMBEDDED,
                 {**agent, "environment": {**agent["environment"], "MASTER_PORT": str(settings["store_port"])}},
             ),
             Enlistment(spec, settings["flags"], settings["job_id"], settings["store_port"]),

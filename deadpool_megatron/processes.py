@@ -271,7 +271,7 @@ class CoordinatorProcess:
     def __init__(
         self, processes: Processes, settings: dict[str, Any], leadership: Leadership, others_lead: bool = False
     ) -> None:
-        self._signal = signal.SIGKILL if others_lead else signal.SIGTERM
+        self._others_lead = others_lead
         self._processes = processes
         self._settings = settings
         self._leadership = leadership
@@ -284,11 +284,12 @@ class CoordinatorProcess:
         guard = self._leadership.guard
         assert guard is not None, "who does not lead starts no coordinator"
         self._settings["guard"] = list(guard)
-        process = self._processes.start("coordinator", self._settings, self._signal, stdout=subprocess.PIPE)
+        signum = signal.SIGKILL if self._others_lead else signal.SIGTERM
+        process = self._processes.start("coordinator", self._settings, signum, stdout=subprocess.PIPE)
         assert process.stdout is not None
-        line = process.stdout.readline()
-        if line.strip():
-            self.port, self.store_port = (int(x) for x in line.split())
+        told = process.stdout.readline().split()
+        if len(told) == 2 and all(each.isdigit() for each in told):  # else it has ended, with its last words
+            self.port, self.store_port = map(int, told)
             self._settings.update(port=self.port, store_port=self.store_port, resume=True)
         return process
 
@@ -330,7 +331,7 @@ class CoordinatorProcess:
             end = self.revive()
             if end is None:
                 continue
-            if end[0] != Exit.DEPOSED or self._interrupted:
+            if end[0] != Exit.DEPOSED or self._interrupted or self._others_lead:
                 return end
             if self._leadership.campaign(1, lambda: self._interrupted) is None:
                 return Exit.INTERRUPTED, "interrupted while the store did not answer"

@@ -34,6 +34,7 @@ from deadpool_megatron.cluster.shards import Damaged, RankCommitted, Reserved, R
 from deadpool_megatron.cluster.stalls import StallRule
 from deadpool_megatron.cluster.store import open_store
 from deadpool_megatron.cluster.stuck import StuckWatch
+from deadpool_megatron.cluster.tables import Tables, apply
 from deadpool_megatron.cluster.watch import Watch
 from deadpool_megatron.cluster.workers import STACKS_FILE, Worker, end_group, start_worker
 from deadpool_megatron.durable import Done, Staged
@@ -100,6 +101,8 @@ class Agent:
         self._vaults: dict[int, r.Address] = {}
         self._scheme = Scheme.parse(settings.redundancy)
         self._groups: list[list[int]] = []
+        self._sizes: tuple[list[int], list[int]] = ([], [])
+        self._version = 0  # of the tables these are
         self._kept: tuple[dict[int, tuple[int, int]], dict[int, WordPlan]] = ({}, {})
         self._covered: set[int] = set()
         self._malformed = 0
@@ -231,17 +234,16 @@ class Agent:
             os.eventfd_read(self._shards.wake_fd)
             while not self._shards.events.empty():
                 self._from_shards(self._shards.events.get())
+        if self._follower is not None and self._spoke.connected:
+            self._follower.rest()
+        elif self._follower is not None:
+            host, port = self._coordinator.rsplit(":", 1)
+            self._follower.look((host, int(port)))
         if self._s.deadpool and (now := time.monotonic()) >= self._look_due:
             self._look_due = now + _LOOK_S
             self._look_around(now)
 
     def _look_around(self, now: float) -> None:
-        if self._follower is not None:
-            if self._spoke.connected:
-                self._follower.rest()
-            else:
-                host, port = self._coordinator.rsplit(":", 1)
-                self._follower.look((host, int(port)))
         if self._spoke.connected:
             self._fence.connected()
         elif self._fence.cut_off(self._vaults, now):
@@ -553,7 +555,8 @@ class Agent:
         """The first placement: take the memory for what this node keeps, then send."""
         if record.epoch != self._epoch or self._shards is None:
             return
-        self._groups = record.groups
+        self._groups, self._version = record.groups, record.version
+        self._sizes = record.unique_bytes, record.small_capacity
         self._plan(record.unique_bytes, record.small_capacity)
         self._shards.reserve()
         self._aim()
@@ -612,13 +615,19 @@ class Agent:
         match record:
             case r.Declare():
                 self._declare(record)
+            case r.Changed():
+                whole = apply(record, self._tables())
+                if whole is not None:
+                    self._declare(whole)
+                elif record.epoch > self._epoch:
+                    self._send(r.Behind(record.epoch, self._s.node))
             case r.Agree():
                 self._agree(record)
             case r.Form():
                 for worker in self._mine().values():
                     worker.tell(record)
             case r.Roster():
-                self._vaults = record.vaults
+                self._vaults, self._version = record.vaults, record.version
                 if record.epoch > self._epoch:  # joined a job that has a history
                     self._epoch, self._assignment = record.epoch, record.assignment
                     if self._shards is not None:
@@ -687,6 +696,9 @@ class Agent:
         elif what is not None:
             self._send(r.WorkerFailed(self._s.node, worker.local, worker.rank, "setup", -1, True, what, ""))
 
+    def _tables(self) -> Tables:
+        return Tables(self._version, self._assignment, self._vaults, self._groups, *self._sizes)
+
     def _tidy(self) -> None:
         """The first commit of an epoch: copies that an older placement left here are of no use any more."""
         assert self._shards is not None
@@ -698,9 +710,10 @@ class Agent:
     def _declare(self, record: r.Declare) -> None:
         if record.epoch <= self._epoch:
             return
-        self._epoch = record.epoch
+        self._epoch, self._version = record.epoch, record.version
         self._assignment = record.assignment
         self._vaults, self._groups = record.vaults, record.groups
+        self._sizes = record.unique_bytes, record.small_capacity
         self._covered.clear()
         # Workers need no tables, which grow with the job and a worker's socket takes whole packets only.
         self._declared = msgspec.structs.replace(

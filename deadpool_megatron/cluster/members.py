@@ -76,6 +76,10 @@ class Members:
         """Nodes that were lost, in order of their numbers."""
         return sorted(n for n, s in self.nodes.items() if s.role == "lost")
 
+    def present(self) -> list[int]:
+        """Nodes that are in the job."""
+        return [n for n, s in self.nodes.items() if not s.gone]
+
     def vaults(self) -> dict[int, r.Address]:
         """Where the vaults of the job listen, by node."""
         return {n: s.vault for n, s in self.nodes.items() if s.vault is not None and not s.gone}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Mapping
@@ -39,6 +40,26 @@ class Memory:
         self._guard = guard
         self._written: dict[str, bytes] = {}
         self.writes = self.written_bytes = 0
+        self._deposed = False
+
+    def watch(self) -> None:
+        """Look out for the end of this leadership, in the background: whoever holds its lease may have hung."""
+        watch = self._store.watch(self._guard.key)
+
+        def look() -> None:
+            while not self._deposed:
+                try:
+                    entry = watch.next(60.0)
+                except TimeoutError:
+                    continue
+                self._deposed = entry is None or entry.revision != self._guard.revision
+
+        threading.Thread(target=look, name="deadpool-leadership", daemon=True).start()
+
+    def check(self) -> None:
+        """Raises Deposed once `watch` has seen the end."""
+        if self._deposed:
+            raise Deposed("the leadership is over")
 
     def write(self, parts: Mapping[str, Any]) -> None:
         """Put those parts that have changed, all at once. Values are JSON types."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from deadpool_megatron.cluster.store import EtcdStore, StoreError
 
-__all__ = ["EtcdMembers", "free_ports"]
+__all__ = ["EtcdMembers", "cpu_s", "free_ports"]
 
 _UP_S = 30.0
 
@@ -106,7 +106,7 @@ class EtcdMembers:
 
     def cpu_s(self) -> float:
         """Processor seconds that all members have used."""
-        return sum(_cpu_s(p.pid) for p in self.processes if p is not None and p.poll() is None)
+        return sum(cpu_s(p.pid) for p in self.processes if p is not None and p.poll() is None)
 
     def end(self) -> None:
         """End all of them."""
@@ -117,6 +117,7 @@ class EtcdMembers:
                 process.wait()
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
+    """Processor seconds that a process has used, in user and in kernel mode."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
