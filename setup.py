@@ -53,11 +53,12 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "parity": ["pyeclib"],
         "rdma": ["nixl>=1.3"],
+        "etcd": ["urllib3>=2"],
         "plots": ["matplotlib"],
         "muon": ["emerging-optimizers>=0.2"],
         "dev": [
             *["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis", "jsonschema", "pyeclib"],
-            *["matplotlib", "nixl", "safetensors", "tensorboard", "einops", "emerging-optimizers"],
+            *["matplotlib", "nixl", "safetensors", "tensorboard", "einops", "emerging-optimizers", "urllib3"],
         ],
     },
     entry_points={"console_scripts": ["deadpool = deadpool_megatron.cli:main"]},

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deadpool_megatron.cluster.redundancy import Scheme
+from deadpool_megatron.cluster.store import check_address
 from deadpool_megatron.vault.transport import TRANSPORTS
 
 __all__ = [
@@ -55,6 +56,10 @@ class DeadpoolConfig:
     run_dir: str = _setting("runs/latest", "directory for status and events that nodes share; for a patched Megatron")
     rendezvous: str = _setting(
         "", "HOST:PORT of the coordinator; for a patched Megatron (without it: MASTER_ADDR, MASTER_PORT + 1)"
+    )
+    store: str = _setting(
+        "embedded",
+        "where the coordinator's state is kept: embedded (in the run directory), or etcd://[USER@]HOST:PORT,HOST:PORT...",
     )
     comm: str = _setting(
         "auto",
@@ -140,6 +145,10 @@ class DeadpoolConfig:
             Scheme.parse(self.redundancy)
         except ValueError as err:
             raise ConfigError(f"--deadpool-redundancy: {err}") from None
+        try:
+            check_address(self.store)
+        except ValueError as err:
+            raise ConfigError(f"--deadpool-store: {err}") from None
         for name in (
             "lease",
             "abort_deadline",
@@ -234,6 +243,7 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_NODE",
     "DEADPOOL_SECRET",
     "DEADPOOL_SECRET_FILE",
+    "DEADPOOL_STORE_PASSWORD",
     "DEADPOOL_ROOT",
     "DEADPOOL_FREE_GB",
     "DEADPOOL_UPSTREAM",

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from deadpool_megatron.checks import LaunchError, LaunchPlan, check, check_transport
 from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.leadership import Leadership
+from deadpool_megatron.cluster.store import open_store
 from deadpool_megatron.config import ConfigError
 from deadpool_megatron.processes import CoordinatorProcess, Processes, agent_settings, coordinator_settings
 from deadpool_megatron.tee import Tee
@@ -59,8 +61,12 @@ def launch(plan: LaunchPlan) -> int:
     secret = secrets.token_bytes(32)
     job_id = f"{os.getpid()}-{secrets.token_hex(4)}"
     devices = _devices(plan)
+    store = open_store(plan.config.store, plan.run_dir, job_id)
+    leadership = Leadership(store, plan.config.lease)
     try:
-        coordinator = CoordinatorProcess(processes, coordinator_settings(plan, job_id, secret))
+        if leadership.take() is None:
+            raise LaunchError(f"--run-dir {plan.run_dir}: another job runs there; give each its own")
+        coordinator = CoordinatorProcess(processes, coordinator_settings(plan, job_id, secret), leadership)
         interrupted = [False]
         preempted = [False]
 
@@ -94,6 +100,8 @@ def launch(plan: LaunchPlan) -> int:
         return Exit.INTERRUPTED if interrupted[0] else code
     finally:
         processes.end(12.0)
+        leadership.resign()
+        store.close()
         clean_leftovers(plan.shm_directory, process_alive)  # a killed agent could not free its vault
 
 

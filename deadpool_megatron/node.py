@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import sys
 import threading
 from typing import Any
@@ -26,6 +27,7 @@ from deadpool_megatron.cluster import (
     Exit,
     JobSpec,
 )
+from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, open_store
 from deadpool_megatron.durable import DurableError, survey
 from deadpool_megatron.processes import INTERRUPT, PREEMPT
 from deadpool_megatron.vault import VaultError
@@ -42,20 +44,24 @@ def _coordinator(settings: dict[str, Any]) -> int:
         spec = dataclasses.replace(spec, durable=_durable(durable, spec.world_size, settings["resume"]))
     agent = settings["agent"]
     # The rendezvous of process groups lives here, outside of all training processes; it listens on every address. A
-    # coordinator that is started again listens where the first one did, so nobody has to be told; it decides before
-    # torch is even imported.
+    # coordinator that is started again listens where the first one did, so nobody has to be told. Who connects before
+    # torch is imported waits in the socket's queue: the coordinator decides at once.
+    listener = _listen(settings["store_port"])
+    settings["store_port"] = listener.getsockname()[1]
     stores: list[Any] = []
 
-    def open_store() -> None:
+    def open_store_of_groups() -> None:
         import torch.distributed as dist
 
-        stores.append(dist.TCPStore("127.0.0.1", settings["store_port"], None, True, wait_for_workers=False))
+        port, fd = settings["store_port"], listener.detach()
+        stores.append(dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=fd))
 
     if settings["resume"]:
-        threading.Thread(target=open_store, name="store", daemon=True).start()
+        threading.Thread(target=open_store_of_groups, name="store", daemon=True).start()
     else:
-        open_store()
-        settings["store_port"] = stores[0].port
+        open_store_of_groups()
+    url, name = settings["store"]
+    store = open_store(url, settings["run_dir"], name)
     try:
         coordinator = Coordinator(
             spec,
@@ -65,11 +71,16 @@ def _coordinator(settings: dict[str, Any]) -> int:
                 settings["port"],
                 bytes.fromhex(settings["secret"]),
                 settings["run_dir"],
+                settings["store_port"],
+                settings["job_id"],
                 settings["state_hash"],
                 settings["resume"],
+                url != EMBEDDED,
                 {**agent, "environment": {**agent["environment"], "MASTER_PORT": str(settings["store_port"])}},
             ),
             Enlistment(spec, settings["flags"], settings["job_id"], settings["store_port"]),
+            store,
+            Guard(*settings["guard"]),
         )
     except zmq.ZMQError as err:
         where = f"{settings['bind']}:{settings['port']}"
@@ -81,9 +92,20 @@ def _coordinator(settings: dict[str, Any]) -> int:
     signal.signal(signal.SIGTERM, lambda signum, frame: on_term())
     signal.signal(PREEMPT, lambda signum, frame: coordinator.preempt())
     signal.signal(INTERRUPT, lambda signum, frame: coordinator.interrupt())
-    code, message = coordinator.run(lambda port: print(port, settings["store_port"], flush=True))
+    try:
+        code, message = coordinator.run(lambda port: print(port, settings["store_port"], flush=True))
+    except Deposed:
+        print("another node leads the job now", flush=True)
+        return Exit.DEPOSED
     print(message, flush=True)
     return code
+
+
+def _listen(port: int) -> socket.socket:
+    """A socket on every address, IPv6 too where there is one, as torch's own."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, backlog=4096, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=4096)
 
 
 def _durable(settings: dict[str, Any], world_size: int, again: bool) -> DurableSpec:

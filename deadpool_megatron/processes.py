@@ -22,6 +22,8 @@ import msgspec
 
 from deadpool_megatron.checks import LaunchPlan
 from deadpool_megatron.cluster import Deadlines, Exit, JobSpec
+from deadpool_megatron.cluster.leadership import Leadership
+from deadpool_megatron.cluster.store import PASSWORD
 
 __all__ = [
     "INTERRUPT",
@@ -38,15 +40,22 @@ __all__ = [
 INTERRUPT = signal.SIGUSR2
 PREEMPT = signal.SIGUSR1
 # Not for workers: the job's secret, and the file that holds it.
-SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE")
+SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE", PASSWORD)
 
 
 def coordinator_settings(
-    plan: LaunchPlan, job_id: str, secret: bytes, bind: str = "127.0.0.1", port: int = 0, join_s: float = 120.0
+    plan: LaunchPlan,
+    job_id: str,
+    secret: bytes,
+    bind: str = "127.0.0.1",
+    port: int = 0,
+    join_s: float = 120.0,
+    store_name: str = "",
 ) -> dict[str, Any]:
     """What the coordinator reads from stdin.
 
     Args:
+        store_name: of the job in the store; its id where nobody else has to find it there.
         bind: the address it listens on; ``plan.host`` is the one that is told to others.
         port: 0 for any.
         join_s: seconds that agents have to join.
@@ -71,11 +80,12 @@ def coordinator_settings(
         "bind": bind,
         "port": port,
         "store_port": 0,
+        "store": [c.store, store_name or job_id],
         "resume": False,
         "secret": secret.hex(),
         "run_dir": plan.run_dir,
         "on_preempt": c.on_preempt,
-        "agent": agent_settings(plan, -1, job_id, secret, (plan.host, 0), 0, plan.host),
+        "agent": agent_settings(plan, -1, job_id, secret, (plan.host, 0), 0, plan.host, store_name=store_name),
         "state_hash": str(Path(c.state_hash).absolute()) if c.state_hash else "",
     }
 
@@ -90,10 +100,12 @@ def agent_settings(
     host: str,
     devices: str | None = None,
     adopt: str = "",
+    store_name: str = "",
 ) -> dict[str, Any]:
     """What the agent of ``node`` reads from stdin.
 
     Args:
+        store_name: of the job in the store, where the coordinator may move; else empty.
         coordinator: address and port.
         store_port: where the rendezvous store of the process groups listens, beside the coordinator.
         host: the node's own address, for its vault.
@@ -126,6 +138,7 @@ def agent_settings(
         "transport": plan.config.transport,
         "host_memory": plan.config.host_memory,
         "metrics_port": metrics_port,
+        "store": [plan.config.store, plan.run_dir, store_name] if store_name else [],
         "scrub_rate": plan.config.scrub_rate,
         "durable_dir": plan.config.durable_dir if plan.config.deadpool else "",
         "on_preempt": plan.config.deadpool and plan.config.on_preempt,
@@ -197,9 +210,9 @@ def _environment(
     return env
 
 
-def end_with_parent() -> None:
+def end_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:
     """Run in a child before exec: the kernel ends it when its parent ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(1, signum)
 
 
 class Processes:
@@ -208,12 +221,17 @@ class Processes:
     def __init__(self) -> None:
         self.all: list[subprocess.Popen[Any]] = []
 
-    def start(self, role: str, settings: Mapping[str, Any], **extra: Any) -> subprocess.Popen[Any]:
-        """Start ``coordinator`` or ``agent``. From the main thread: the child ends with the thread that made it."""
+    def start(
+        self, role: str, settings: Mapping[str, Any], signum: signal.Signals = signal.SIGTERM, **extra: Any
+    ) -> subprocess.Popen[Any]:
+        """Start ``coordinator`` or ``agent``. From the main thread: the child ends with the thread that made it.
+
+        ``signum`` is what it gets then.
+        """
         process = subprocess.Popen(
             [sys.executable, "-m", "deadpool_megatron.node", role],
             stdin=subprocess.PIPE,
-            preexec_fn=end_with_parent,
+            preexec_fn=lambda: end_with_parent(signum),
             start_new_session=True,
             **extra,
         )
@@ -240,27 +258,39 @@ class Processes:
 class CoordinatorProcess:
     """The coordinator as a child; started again, where it listened, when a signal has ended it.
 
-    Its state lies in the run directory and with the agents, so training does not notice. More than ``_RESTARTS`` times
+    Its state lies in the store and with the agents, so training does not notice. More than ``_RESTARTS`` times
     within ``_RESTARTS_S`` seconds is no accident: then the job ends. ``port`` is 0 when it could not start.
+
+    Args:
+        leadership: taken already; its guard goes with every write of the coordinator's.
+        others_lead: when this process dies another node leads: the child must not end the job then.
     """
 
     _RESTARTS = 5
     _RESTARTS_S = 120.0
 
-    def __init__(self, processes: Processes, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, processes: Processes, settings: dict[str, Any], leadership: Leadership, others_lead: bool = False
+    ) -> None:
+        self._others_lead = others_lead
         self._processes = processes
         self._settings = settings
+        self._leadership = leadership
         self._died: list[float] = []
         self._interrupted = False
         self.port = self.store_port = 0
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[Any]:
-        process = self._processes.start("coordinator", self._settings, stdout=subprocess.PIPE)
+        guard = self._leadership.guard
+        assert guard is not None, "who does not lead starts no coordinator"
+        self._settings["guard"] = list(guard)
+        signum = signal.SIGKILL if self._others_lead else signal.SIGTERM
+        process = self._processes.start("coordinator", self._settings, signum, stdout=subprocess.PIPE)
         assert process.stdout is not None
-        line = process.stdout.readline()
-        if line.strip():
-            self.port, self.store_port = (int(x) for x in line.split())
+        told = process.stdout.readline().split()
+        if len(told) == 2 and all(each.isdigit() for each in told):  # else it has ended, with its last words
+            self.port, self.store_port = map(int, told)
             self._settings.update(port=self.port, store_port=self.store_port, resume=True)
         return process
 
@@ -274,6 +304,12 @@ class CoordinatorProcess:
         """The machines are wanted: what is committed becomes durable, then the job ends. Safe in a signal handler."""
         if self.process.poll() is None:
             self.process.send_signal(PREEMPT)
+
+    def kill(self) -> None:
+        """End the process at once, for good: somebody else leads, or is to."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
 
     def revive(self) -> tuple[int, str] | None:
         """The process has ended: start it again (None), or say its exit code and message. Blocks for its last words."""
@@ -291,7 +327,13 @@ class CoordinatorProcess:
         return None
 
     def wait(self) -> tuple[int, str]:
-        """Its exit code and message, once the job is over."""
-        while (end := self.revive()) is None:
-            pass
-        return end
+        """Its exit code and message, once the job is over. Where nobody else can lead, it leads again if deposed."""
+        while True:
+            end = self.revive()
+            if end is None:
+                continue
+            if end[0] != Exit.DEPOSED or self._interrupted or self._others_lead:
+                return end
+            if self._leadership.campaign(1, lambda: self._interrupted) is None:
+                return Exit.INTERRUPTED, "interrupted while the store did not answer"
+            self.process = self._start()

@@ -115,22 +115,26 @@ def _install(standby: bool) -> Hooks:
 
     session = Session(int(os.environ[CONTROL_FD]), end_epochs_before)
 
+    def place() -> tuple[str, int]:
+        return session.rendezvous or (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+
     def connect() -> dist.Store:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host, port = place()
         return dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=config.form_deadline))
 
-    clients: list[Any] = []
+    clients: dict[tuple[str, int], Any] = {}
 
     def store() -> dist.Store:
-        """The client of the rendezvous store; a new one when the server has been started again."""
-        if clients:
+        """The client of the rendezvous store; a new one when the server has been started again, or has moved."""
+        here = place()
+        if here in clients:
             try:
-                clients[0].check(["deadpool/alive"])
+                clients[here].check(["deadpool/alive"])
             except RuntimeError:  # the connection is gone with the server
                 clients.clear()
-        if not clients:
-            clients.append(connect())
-        client: dist.Store = clients[0]
+        if here not in clients:
+            clients[here] = connect()
+        client: dist.Store = clients[here]
         return client
 
     if standby:

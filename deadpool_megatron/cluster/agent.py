@@ -27,11 +27,14 @@ from deadpool_megatron.cluster.draining import DurableNews, Loaded, NodeDurabili
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.fence import Fence
 from deadpool_megatron.cluster.keeping import kept_for_others, targets
+from deadpool_megatron.cluster.leadership import Follower, Place
 from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.cluster.shards import Damaged, RankCommitted, Reserved, ReserveFailed, Shards, ShardsEvent
 from deadpool_megatron.cluster.stalls import StallRule
+from deadpool_megatron.cluster.store import open_store
 from deadpool_megatron.cluster.stuck import StuckWatch
+from deadpool_megatron.cluster.tables import Tables, apply
 from deadpool_megatron.cluster.watch import Watch
 from deadpool_megatron.cluster.workers import STACKS_FILE, Worker, end_group, start_worker
 from deadpool_megatron.durable import Done, Staged
@@ -50,7 +53,8 @@ class AgentSettings:
     """What one agent has to know. ``environment`` is the workers' (without ranks).
 
     ``tells_end``: print why the job ended, since no launcher beside the agent does. ``adopt``: name of the socket at
-    which workers that somebody else has started come to this agent; empty where it starts them itself.
+    which workers that somebody else has started come to this agent; empty where it starts them itself. ``store``: what
+    `open_store` takes, where the coordinator may move to another node; else empty.
     """
 
     job_id: str
@@ -79,6 +83,7 @@ class AgentSettings:
     scrub_rate: int = 0
     durable_dir: str = ""
     on_preempt: bool = False
+    store: Sequence[str] = ()
 
     @property
     def world_size(self) -> int:
@@ -97,6 +102,8 @@ class Agent:
         self._vaults: dict[int, r.Address] = {}
         self._scheme = Scheme.parse(settings.redundancy)
         self._groups: list[list[int]] = []
+        self._sizes: tuple[list[int], list[int]] = ([], [])
+        self._version = 0  # of the tables these are
         self._kept: tuple[dict[int, tuple[int, int]], dict[int, WordPlan]] = ({}, {})
         self._covered: set[int] = set()
         self._malformed = 0
@@ -112,7 +119,10 @@ class Agent:
         self._code: int | None = None
         self._terminated = False
         self._preempted = math.inf  # when the first notice came
+        self._coordinator = settings.coordinator
         self._spoke = Spoke(settings.coordinator, f"node-{settings.node}", settings.secret, settings.lease)
+        self._follower = Follower(lambda: open_store(*settings.store)) if settings.store else None
+        self._rendezvous: r.Address | None = None
         self._shards = (
             Shards(
                 settings.job_id,
@@ -155,6 +165,8 @@ class Agent:
         self._poller = zmq.Poller()
         self._poller.register(self._spoke.monitor, zmq.POLLIN)
         self._poller.register(self._spoke.socket, zmq.POLLIN)
+        if self._follower is not None:
+            self._poller.register(self._follower.fd, zmq.POLLIN)
         if self._shards is not None:
             self._poller.register(self._shards.wake_fd, zmq.POLLIN)
 
@@ -183,6 +195,8 @@ class Agent:
                 self._durable.close()
             if self._shards is not None:
                 self._shards.close()
+            if self._follower is not None:
+                self._follower.rest()
             self._spoke.close()
             self._watch.close()
         return 128 + signal.SIGTERM if self._code is None else self._code
@@ -197,6 +211,8 @@ class Agent:
         fds = {fd for fd, _ in ready}
         if self._spoke.monitor in fds and self._spoke.changed() and self._spoke.connected:
             self._introduce()
+        if self._follower is not None and self._follower.fd in fds and (place := self._follower.found()) is not None:
+            self._go_to(place)
         if self._spoke.socket in fds:
             while (packet := self._spoke.receive()) is not None:
                 try:
@@ -220,6 +236,11 @@ class Agent:
             os.eventfd_read(self._shards.wake_fd)
             while not self._shards.events.empty():
                 self._from_shards(self._shards.events.get())
+        if self._follower is not None and self._spoke.connected:
+            self._follower.rest()
+        elif self._follower is not None:
+            host, port = self._coordinator.rsplit(":", 1)
+            self._follower.look((host, int(port)))
         if self._s.deadpool and (now := time.monotonic()) >= self._look_due:
             self._look_due = now + _LOOK_S
             self._look_around(now)
@@ -244,6 +265,17 @@ class Agent:
             paces = self._stuck.paces(mine)
             if paces:
                 self._send(r.Pace(self._s.node, max(w.page.iteration for w in mine.values()), paces))
+
+    def _go_to(self, place: Place) -> None:
+        """The coordinator has moved. The new connection is introduced like the first; the old one is not heard."""
+        self._poller.unregister(self._spoke.monitor)
+        self._poller.unregister(self._spoke.socket)
+        self._spoke.close(linger_ms=0)
+        self._coordinator = f"{place.host}:{place.port}"
+        self._rendezvous = r.Address(place.host, place.store_port)
+        self._spoke = Spoke(self._coordinator, f"node-{self._s.node}", self._s.secret, self._s.lease)
+        self._poller.register(self._spoke.monitor, zmq.POLLIN)
+        self._poller.register(self._spoke.socket, zmq.POLLIN)
 
     def _stalled(self, worker: Worker, record: r.Stalled) -> None:
         self._send(msgspec.structs.replace(record, epoch=self._epoch, node=self._s.node))
@@ -313,6 +345,8 @@ class Agent:
         env["GROUP_RANK"] = str(self._s.node)
         env["GROUP_WORLD_SIZE"] = str(self._s.active_nodes)
         env["DEADPOOL_NODE"] = str(self._s.node)
+        if self._rendezvous is not None:
+            env["MASTER_ADDR"], env["MASTER_PORT"] = self._rendezvous.host, str(self._rendezvous.port)
         env[STACKS_FILE] = str(self._stacks_file(local))
         if rank is not None:
             env["RANK"] = str(rank)
@@ -523,7 +557,8 @@ class Agent:
         """The first placement: take the memory for what this node keeps, then send."""
         if record.epoch != self._epoch or self._shards is None:
             return
-        self._groups = record.groups
+        self._groups, self._version = record.groups, record.version
+        self._sizes = record.unique_bytes, record.small_capacity
         self._plan(record.unique_bytes, record.small_capacity)
         self._shards.reserve()
         self._aim()
@@ -582,13 +617,19 @@ class Agent:
         match record:
             case r.Declare():
                 self._declare(record)
+            case r.Changed():
+                whole = apply(record, self._tables())
+                if whole is not None:
+                    self._declare(whole)
+                elif record.epoch > self._epoch:
+                    self._send(r.Behind(record.epoch, self._s.node))
             case r.Agree():
                 self._agree(record)
             case r.Form():
                 for worker in self._mine().values():
                     worker.tell(record)
             case r.Roster():
-                self._vaults = record.vaults
+                self._vaults, self._version = record.vaults, record.version
                 if record.epoch > self._epoch:  # joined a job that has a history
                     self._epoch, self._assignment = record.epoch, record.assignment
                     if self._shards is not None:
@@ -657,6 +698,9 @@ class Agent:
         elif what is not None:
             self._send(r.WorkerFailed(self._s.node, worker.local, worker.rank, "setup", -1, True, what, ""))
 
+    def _tables(self) -> Tables:
+        return Tables(self._version, self._assignment, self._vaults, self._groups, *self._sizes)
+
     def _tidy(self) -> None:
         """The first commit of an epoch: copies that an older placement left here are of no use any more."""
         assert self._shards is not None
@@ -666,11 +710,17 @@ class Agent:
     def _declare(self, record: r.Declare) -> None:
         if record.epoch <= self._epoch:
             return
-        self._epoch = record.epoch
+        self._epoch, self._version = record.epoch, record.version
         self._assignment = record.assignment
         self._vaults, self._groups = record.vaults, record.groups
+        self._sizes = record.unique_bytes, record.small_capacity
         self._covered.clear()
-        self._declared, self._agreed = record, None
+        # Workers need no tables, which grow with the job and a worker's socket takes whole packets only.
+        self._declared = msgspec.structs.replace(
+            record, assignment=[], vaults={}, groups=[], unique_bytes=[], small_capacity=[]
+        )
+        self._agreed = None
+        self._rendezvous = record.rendezvous or self._rendezvous
         self._committed.clear()
         self._holding = False
         if self._stuck is not None:
@@ -683,7 +733,7 @@ class Agent:
                 # The coordinate is somebody else's now; the node is healthy and parks fresh workers.
                 self._start_parked(worker.local)
         for worker in self._mine().values():
-            worker.tell(record)
+            worker.tell(self._declared)
         self._shards.set_targets(record.epoch, {})
         if record.unique_bytes:
             self._plan(record.unique_bytes, record.small_capacity)

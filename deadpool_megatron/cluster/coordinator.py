@@ -17,9 +17,12 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Keep, Send
 from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.link import Hub
+from deadpool_megatron.cluster.memory import Memory
 from deadpool_megatron.cluster.plan_check import misfit
 from deadpool_megatron.cluster.progress import Progress
 from deadpool_megatron.cluster.protection import in_words
+from deadpool_megatron.cluster.store import Guard, Store
+from deadpool_megatron.cluster.tables import Teller
 from deadpool_megatron.observe import RunDirectory
 
 __all__ = ["Coordinator", "CoordinatorSettings"]
@@ -33,8 +36,9 @@ _STATUS_INTERVAL_S = 0.2
 class CoordinatorSettings:
     """Where the coordinator listens and writes. ``host`` is the address others reach it at, ``bind`` its own.
 
-    ``resume``: go on where a coordinator that is gone left off (`observe.KEPT` in the run directory).
-    ``agent``: settings of an agent of this job but for its node, for `deadpool join`.
+    ``store_port`` is that of the rendezvous store beside it. ``resume``: go on where a coordinator that is gone left
+    off. ``elected``: another node may lead one day. ``agent``: settings of an agent of this job but for its node, for
+    `deadpool join`.
     """
 
     host: str
@@ -42,8 +46,11 @@ class CoordinatorSettings:
     port: int
     secret: bytes
     run_dir: str
+    store_port: int = 0
+    job_id: str = ""
     state_hash: str = ""
     resume: bool = False
+    elected: bool = False
     agent: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -54,8 +61,12 @@ def _identity(node: int) -> bytes:
 class Coordinator:
     """Runs one job to its end. One thread; `run` returns the exit code and the message that goes with it."""
 
-    def __init__(self, job: JobSpec, settings: CoordinatorSettings, enlistment: Enlistment) -> None:
-        self._core = Core(job)
+    def __init__(
+        self, job: JobSpec, settings: CoordinatorSettings, enlistment: Enlistment, store: Store, guard: Guard
+    ) -> None:
+        """``guard``: of the leadership in this term; without it ``store`` takes no write."""
+        self._core = Core(job, r.Address(settings.host, settings.store_port))
+        self._memory = Memory(store, guard)
         self._progress = Progress()
         self._settings = settings
         self._enlistment = enlistment
@@ -64,6 +75,8 @@ class Coordinator:
         self._run = RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
         self._refused = 0
+        self._teller = Teller()
+        self._no_places_until = time.monotonic() + job.deadlines.lease if settings.resume else 0.0
         self._connected: set[int] = set()
         self._interrupted = False
         self._preempted = False
@@ -90,11 +103,17 @@ class Coordinator:
             }
         )
         if self._settings.resume:
-            kept = self._run.kept()
+            kept = self._memory.read()
             if kept is not None:
                 self._do(self._core.restored(kept, time.monotonic()))
+        else:
+            self._memory.clear()
         self._write_status()
+        host, store_port = self._settings.host, self._settings.store_port
+        self._memory.tell_place(host, self.port, store_port, self._settings.job_id)
         announce(self.port)
+        if self._settings.elected:
+            self._memory.watch()
         while self._finish is None:
             deadline = self._core.next_deadline()
             now = time.monotonic()
@@ -102,6 +121,7 @@ class Coordinator:
             if self._status_stale:
                 timeout = min(timeout, max(0.0, self._status_due - now))
             self._hub.wait(timeout, self._packet, self._gone)
+            self._memory.check()
             self._do(self._core.tick(time.monotonic()))
             if self._preempted and self._finish is None:
                 self._preempted = False
@@ -110,6 +130,7 @@ class Coordinator:
                 self._do(self._core.interrupted(time.monotonic()))
             if self._status_stale and time.monotonic() >= self._status_due:
                 self._write_status()
+        self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
         self._say_goodbye()
         self._write_state_hash()
         self._write_status()
@@ -142,10 +163,18 @@ class Coordinator:
         if state is not None and state.gone and not isinstance(record, r.Join):
             return  # a node that was declared lost has no say any more
         self._connected.add(node)
+        if isinstance(record, r.Join):
+            self._teller.joined(node)
+        elif isinstance(record, r.Behind):
+            if whole := self._teller.behind(node):
+                self._hub.send(identity, whole)
+            return
         step = self._progress.took(record)
         self._do(self._core.received(record, now), step)
 
     def _enlist(self, identity: bytes, record: r.Enlist, now: float) -> None:
+        if now < self._no_places_until:
+            return  # whoever got a place from the coordinator before this one tells it first; it asks again
         nodes = self._core.nodes.items()
         joined = {n for n, s in nodes if s.agent_pid}
         answer = self._enlistment.answer(record, joined, {n for n, s in nodes if s.gone})
@@ -218,26 +247,23 @@ class Coordinator:
 
     def _do(self, actions: list[Action], step: dict[str, Any] | None = None) -> None:
         # What a coordinator that starts again must know comes first, then messages, then the log: a recovery does not
-        # wait for that.
+        # wait for that. Events bear the time of the decision.
+        decided = time.time()
         kept = [action for action in actions if isinstance(action, Keep)]
         if kept:
-            self._run.keep(kept[-1].state)
+            self._memory.write({name: part for action in kept for name, part in action.parts.items()})
             points.reach("coordinator.persisted")
         for action in actions:
             if isinstance(action, Send):
                 points.reach_record("coordinator", action.record)
-                packet = r.encode(action.record)
-                if action.node is not None:
-                    self._hub.send(_identity(action.node), packet)
-                else:
-                    for node, state in self._core.nodes.items():
-                        if not state.gone:
-                            self._hub.send(_identity(node), packet)
+                nodes = [action.node] if action.node is not None else self._core.members.present()
+                for node, packet in self._teller.packets(action.record, nodes):
+                    self._hub.send(_identity(node), packet)
         if step is not None:
             self._run.event("step", **step)
         for action in actions:
             if isinstance(action, Emit):
-                self._run.event(action.event, **action.fields)
+                self._run.event(action.event, t=decided, **action.fields)
                 if action.event == "placed":
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
@@ -322,6 +348,7 @@ class Coordinator:
                 "refused": {"unsealed": self._hub.seal.refused, "malformed": self._refused, "vaults": core.refusals},
                 "snapshot": core.snapshots.summary(),
                 "coordinator_pid": os.getpid(),
+                "control": {"store_writes": self._memory.writes, "store_bytes": self._memory.written_bytes},
             }
         )
         self._status_stale = False

@@ -49,6 +49,8 @@ __all__ = [
 ]
 
 _COARSE = {Phase.STARTING: "starting", Phase.FINISHING: "finishing"}
+# A job that had ended when its coordinator did: somebody may not have been told.
+_RESTORED = {"starting": Phase.STARTING, "finishing": Phase.FINISHING, "ended": Phase.FINISHING}
 _HOLD_NOTICE_S = 0.5  # what a message to the slowest worker may take
 # A worker that dies of these does so by its own doing; SIGKILL (out of memory, an operator) and SIGTERM are not.
 _CRASHES = frozenset({4, 6, 7, 8, 11})
@@ -57,8 +59,11 @@ _CRASHES = frozenset({4, 6, 7, 8, 11})
 class Core:
     """Membership, epochs, agreement and the end of one job. Not thread-safe: one caller."""
 
-    def __init__(self, job: JobSpec) -> None:
+    def __init__(self, job: JobSpec, rendezvous: r.Address | None = None) -> None:
+        """``rendezvous``: where the store listens that process groups are re-formed over."""
         self.job = job
+        self._rendezvous = rendezvous
+        self._end: tuple[int, str] | None = None
         self.members = Members(job)
         self.coordinates: dict[int, r.CoordinateInfo] = {}
         self.protection = Protection(job.redundancy, job.domains)
@@ -261,7 +266,8 @@ class Core:
 
     def _finish(self, code: int, message: str) -> None:
         self._out.add(Finish(code, message))
-        self._phase, self._recovery = Phase.ENDED, None
+        self._phase, self._recovery, self._end = Phase.ENDED, None, (code, message)
+        self._keep("now")  # refused to a coordinator that was deposed: it must not end the job
         self._deadline, self._hint = None, None
         self._awaited.clear()
 
@@ -277,17 +283,27 @@ class Core:
 
     # ---- a coordinator that starts again
 
-    def _keep(self) -> None:
-        self._out.add(Keep(self.dump()))
+    def _keep(self, *parts: str) -> None:
+        """Keep what may have changed: the parts named; without any, what changes in a job's life."""
+        self._out.add(Keep({name: self._part(name) for name in parts or ("now", "members")}))
 
     def dump(self) -> dict[str, Any]:
-        """What a coordinator that starts again has to know, as JSON types."""
+        """What a coordinator that starts again has to know, by part, as JSON types."""
+        return {name: self._part(name) for name in ("now", "members", "layout")}
+
+    def _part(self, name: str) -> dict[str, Any]:
+        if name == "layout":  # large, and the same from the first step to the last
+            return {
+                "coordinates": [[c.tp, c.pp, c.dp, c.cp, c.ep, c.rank] for c in self.coordinates.values()],
+                "sizes": self._sizes,
+            }
+        if name == "members":
+            return {**self.members.dump(), "groups": self.protection.groups}
         return {
-            **self.members.dump(),
-            "phase": _COARSE.get(self.phase, "running"),
+            "epoch": self.epoch,
+            "phase": "ended" if self._phase is Phase.ENDED else _COARSE.get(self.phase, "running"),
             "recovering": self._recovery is not None,
             "purpose": self._purpose,
-            "coordinates": [msgspec.to_builtins(c) for c in self.coordinates.values()],
             "can_rescue": self._can_rescue,
             "committed": self.committed,
             "iteration": self.iteration,
@@ -296,16 +312,19 @@ class Core:
             "vacant": sorted(self._vacant),
             "helpers": sorted(self._helpers),
             "done": self._done,
-            "groups": self.protection.groups,
-            "sizes": self._sizes,
+            "end": self._end,
         }
 
-    def restored(self, kept: dict[str, Any], now: float) -> list[Action]:
+    def restored(self, parts: dict[str, Any], now: float) -> list[Action]:
         """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit."""
-        self.members.load(kept)
-        self._phase = {"starting": Phase.STARTING, "finishing": Phase.FINISHING}.get(kept["phase"], Phase.RUNNING)
+        kept, layout = parts["now"], parts.get("layout", {"coordinates": [], "sizes": ([], [])})
+        self.members.load(parts["members"])
+        self._phase = _RESTORED.get(kept["phase"], Phase.RUNNING)
+        self._end = tuple(kept["end"]) if kept["end"] else None
         self._purpose = kept["purpose"]
-        self.coordinates = {c["rank"]: msgspec.convert(c, r.CoordinateInfo) for c in kept["coordinates"]}
+        self.coordinates = {
+            rank: r.CoordinateInfo(rank, tp, pp, dp, cp, ep) for tp, pp, dp, cp, ep, rank in layout["coordinates"]
+        }
         self._can_rescue = kept["can_rescue"]
         self.committed, self.iteration = kept["committed"], kept["iteration"]
         self._refused = {(rank, node, g) for rank, node, g in kept["refused"]}
@@ -313,10 +332,10 @@ class Core:
         self._vacant = {(node, local) for node, local in kept["vacant"]}
         self._helpers = set(kept["helpers"])
         self._done = kept["done"]
-        sizes, rooms = self._sizes = kept["sizes"]
+        sizes, rooms = self._sizes = layout["sizes"]
         if sizes:
             largest = max(unique + room for unique, room in zip(sizes, rooms, strict=True))
-            groups = tuple(tuple(group) for group in kept["groups"])
+            groups = tuple(tuple(group) for group in parts["members"]["groups"])
             self.protection.begin(self.assignment, self.coordinates, largest, self.job.slots_per_node, groups)
         self._durability.restored(self._phase is Phase.STARTING)
         self._ledger = CommitLedger(self.members.active(), self.epoch)
@@ -339,6 +358,9 @@ class Core:
     def _all_returned(self) -> None:
         missing, self._returning = self._returning, set()
         self._deadline = None
+        if self._end is not None:
+            self._stop(*self._end) if self._end[0] else self._end_well()
+            return
         unsettled, self._unsettled = self._unsettled, ""
         if missing:
             self._lose(missing, "its agent has not come back to the coordinator")
@@ -419,7 +441,7 @@ class Core:
                 expected_bytes=self.snapshots.expected_bytes,
             )
             self._protect()
-            self._keep()
+            self._keep("now", "members", "layout")
 
     def _protect(self) -> None:
         """Every coordinate is known: say who keeps whose shards, and what may be lost from then on."""
@@ -771,6 +793,7 @@ class Core:
                 members.vaults(),
                 [list(group) for group in groups],
                 *self._shapes(),
+                self._rendezvous,
             ),
         )
 

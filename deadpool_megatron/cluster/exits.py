@@ -20,4 +20,5 @@ class Exit(IntEnum):
     RECOVERY_FAILED = 78
     REPEATED_ERROR = 79
     FENCED = 80
+    DEPOSED = 82  # of a coordinator's process: somebody else leads now
     INTERRUPTED = 130

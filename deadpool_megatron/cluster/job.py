@@ -88,9 +88,9 @@ class Emit:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Put ``state`` where a coordinator that starts again finds it, before anything that follows is sent."""
+    """Put these parts of the state where a coordinator that starts again finds them, before anything is sent."""
 
-    state: dict[str, Any]
+    parts: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

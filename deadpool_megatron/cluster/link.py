@@ -141,10 +141,23 @@ class Hub:
 
 
 class Spoke:
-    """An agent's end (or a tool's): one DEALER socket to the coordinator. One thread uses it."""
+    """An agent's end (or a tool's): one DEALER socket to the coordinator. One thread uses it.
 
-    def __init__(self, endpoint: str, identity: str, secret: bytes, lease_s: float) -> None:
-        self._context = zmq.Context()
+    Args:
+        endpoint: HOST:PORT.
+        context: shared with other ends, where one process has many; it stays when this one is closed.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        identity: str,
+        secret: bytes,
+        lease_s: float,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        self._own_context = context is None
+        self._context = context or zmq.Context()
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.IDENTITY, identity.encode())
         self.seal = Seal(secret, "agent")
@@ -190,17 +203,21 @@ class Spoke:
 
     def receive(self, timeout_s: float = 0.0) -> bytes | None:
         """One packet, or None when none came within ``timeout_s`` seconds."""
-        while self.socket.poll(int(timeout_s * 1000)):
-            packet = self.socket.recv_multipart()[0]
+        while timeout_s <= 0 or self.socket.poll(int(timeout_s * 1000)):
+            try:
+                packet = self.socket.recv_multipart(zmq.NOBLOCK)[0]
+            except zmq.Again:
+                return None
             try:
                 return self.seal.open(self._name, packet)
             except SealBroken:
                 continue  # counted
         return None
 
-    def close(self) -> None:
+    def close(self, linger_ms: int = 1000) -> None:
         """Give queued packets a second to leave, then close."""
         self.socket.disable_monitor()
         self.monitor.close(linger=0)
-        self.socket.close(linger=1000)
-        self._context.term()
+        self.socket.close(linger=linger_ms)
+        if self._own_context:
+            self._context.term()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +39,8 @@ class Members:
     def __init__(self, job: JobSpec) -> None:
         self.job = job
         self.epoch = 0
-        self.assignment = placing.initial(job.active_nodes, job.slots_per_node)
+        self._first = placing.initial(job.active_nodes, job.slots_per_node)
+        self.assignment = self._first
         self.nodes = {n: NodeState(n, "active" if n < job.active_nodes else "spare") for n in range(job.nodes)}
 
     # ---- questions
@@ -76,6 +76,10 @@ class Members:
         """Nodes that were lost, in order of their numbers."""
         return sorted(n for n, s in self.nodes.items() if s.role == "lost")
 
+    def present(self) -> list[int]:
+        """Nodes that are in the job."""
+        return [n for n, s in self.nodes.items() if not s.gone]
+
     def vaults(self) -> dict[int, r.Address]:
         """Where the vaults of the job listen, by node."""
         return {n: s.vault for n, s in self.nodes.items() if s.vault is not None and not s.gone}
@@ -104,19 +108,23 @@ class Members:
     # ---- a coordinator that starts again
 
     def dump(self) -> dict[str, Any]:
-        """Everything, as JSON types."""
+        """Everything, as JSON types. Of the assignment what differs from that of epoch 0."""
         return {
             "epoch": self.epoch,
-            "assignment": [[s.node, s.local] for s in self.assignment],
+            "moved": [
+                [rank, slot.node, slot.local]
+                for rank, (slot, first) in enumerate(zip(self.assignment, self._first, strict=True))
+                if slot != first
+            ],
             "nodes": [
-                {
-                    "node": s.node,
-                    "role": s.role,
-                    "agent_pid": s.agent_pid,
-                    "vault": [s.vault.host, s.vault.port] if s.vault else None,
-                    "pids": sorted(s.pids.items()),
-                    "deaths": s.deaths,
-                }
+                [
+                    s.node,
+                    s.role,
+                    s.agent_pid,
+                    [s.vault.host, s.vault.port] if s.vault else None,
+                    list(s.pids.items()),
+                    s.deaths,
+                ]
                 for s in self.nodes.values()
             ],
         }
@@ -124,21 +132,13 @@ class Members:
     def load(self, kept: dict[str, Any]) -> None:
         """The opposite of `dump`. Who is parked is told again by the agents."""
         self.epoch = kept["epoch"]
-        self.assignment = [r.SlotAddress(node, local) for node, local in kept["assignment"]]
+        assignment = list(self._first)
+        for rank, node, local in kept["moved"]:
+            assignment[rank] = r.SlotAddress(node, local)
+        self.assignment = assignment
         self.nodes = {
-            n["node"]: NodeState(
-                n["node"],
-                n["role"],
-                n["agent_pid"],
-                r.Address(*n["vault"]) if n["vault"] else None,
-                {local: pid for local, pid in n["pids"]},
-                set(),
-                n["deaths"],
+            node: NodeState(
+                node, role, agent_pid, r.Address(*vault) if vault else None, dict(map(tuple, pids)), set(), deaths
             )
-            for n in kept["nodes"]
+            for node, role, agent_pid, vault, pids, deaths in kept["nodes"]
         }
-
-
-def among(nodes: Iterable[int], members: Members) -> set[int]:
-    """Those of ``nodes`` that are in the job."""
-    return {n for n in nodes if not members.gone(n)}

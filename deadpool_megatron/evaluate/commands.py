@@ -21,6 +21,7 @@ _USAGE = 2
 
 def add_commands(commands: Any) -> None:
     """Add the parsers to the subparsers of `deadpool`. Each parser knows what runs it."""
+    from deadpool_megatron.evaluate.control import add_control_arguments, run_control
     from deadpool_megatron.evaluate.overhead import add_overhead_arguments, run_overhead
     from deadpool_megatron.evaluate.recovery import add_recovery_arguments, run_recovery
     from deadpool_megatron.evaluate.scale import (
@@ -46,6 +47,8 @@ def add_commands(commands: Any) -> None:
     bench("scale", text, add_scale_arguments, run_scale)
     text = "recovery time without warm spares, and with time-outs alone"
     bench("ablation", text, add_ablation_arguments, run_ablation)
+    text = "the control part of a recovery, with thousands of simulated agents"
+    bench("control", text, add_control_arguments, run_control)
     bench("model", "hold the simulation against real, disturbed jobs", add_model_arguments, run_model)
     simulate = commands.add_parser("simulate", help="goodput of a cluster under failures, simulated")
     add_simulate_arguments(simulate)

@@ -13,7 +13,7 @@ import itertools
 
 from matplotlib import pyplot
 
-__all__ = ["draw_overhead"]
+__all__ = ["draw_control", "draw_overhead"]
 
 _COLOURS = {"forward": "#7aa6d8", "backward": "#4c72b0", "gate": "#c44e52", "begin": "#8c8c8c", "end": "#ffffff"}
 
@@ -68,3 +68,47 @@ def _draw_timeline(path: Path, timeline: dict[str, Any], precision: str) -> None
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def draw_control(directory: Path, results: list[dict[str, Any]]) -> Path:
+    """``control.png``: the phases of the control part of a recovery, and the coordinator's CPU, against agents."""
+    out = directory / "control.png"
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4))
+    styles = {"embedded": "-o", "etcd": "--s"}
+    for store in dict.fromkeys(each["store"] for each in results):
+        mine = [each for each in results if each["store"] == store]
+        agents = [each["agents"] for each in mine]
+        for what, colour in (
+            ("detect_s", "#8c8c8c"),
+            ("notify_s", "#4c72b0"),
+            ("agree_s", "#55a868"),
+            ("total_s", "#c44e52"),
+        ):
+            values = [[1e3 * kill[what] for kill in each["kills"]] for each in mine]
+            middle = [float(np.median(v)) for v in values]
+            spread = [
+                [m - min(v) for m, v in zip(middle, values, strict=True)],
+                [max(v) - m for m, v in zip(middle, values, strict=True)],
+            ]
+            label = f"{what.removesuffix('_s')}, {store}"
+            axes[0].errorbar(agents, middle, yerr=spread, fmt=styles[store], color=colour, label=label, capsize=3)
+        cpu = [float(np.median([kill["coordinator_cpu_s"] for kill in each["kills"]])) for each in mine]
+        axes[1].plot(agents, cpu, styles[store], color="#4c72b0", label=f"coordinator, {store}")
+        stored = [float(np.median([kill["store_cpu_s"] for kill in each["kills"]])) for each in mine]
+        if any(stored):
+            axes[1].plot(agents, stored, styles[store], color="#dd8452", label=store)
+        steady = [(each["agents"], 100 * each["steady"]["coordinator_cpu"]) for each in mine if each["steady"]]
+        if steady:
+            axes[2].plot(*zip(*steady, strict=True), styles[store], color="#4c72b0", label=f"coordinator, {store}")
+    axes[0].set(title="the control part of a recovery", ylabel="ms (median, least and most)")
+    axes[1].set(title="CPU seconds of one recovery", ylabel="s")
+    axes[2].set(title="CPU in failure-free time", ylabel="% of a core")
+    for axis in axes:
+        axis.set(xscale="log", xlabel="agents (8 ranks each)")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    axes[0].set(yscale="log")
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+    return out

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deadpool_megatron.checks import LaunchError, LaunchPlan, check
+from deadpool_megatron.cluster.store import EMBEDDED
+from deadpool_megatron.config import from_script_arguments
 from deadpool_megatron.launch import add_common_arguments
 
 __all__ = ["AgentPlan", "add_agent_arguments", "check_agent"]
@@ -143,7 +145,9 @@ def _node_rank(given: str | None, environ: Mapping[str, str], nodes: int) -> int
     return 0 if nodes == 1 else None
 
 
-def _endpoint(options: argparse.Namespace, environ: Mapping[str, str], nodes: int) -> tuple[str, int]:
+def _endpoint(
+    options: argparse.Namespace, environ: Mapping[str, str], nodes: int, elected: bool = False
+) -> tuple[str, int]:
     if options.standalone:
         return "127.0.0.1", 0
     text = options.rdzv_endpoint or environ.get("PET_RDZV_ENDPOINT", "")
@@ -154,6 +158,8 @@ def _endpoint(options: argparse.Namespace, environ: Mapping[str, str], nodes: in
     port = port or options.master_port or environ.get("PET_MASTER_PORT") or environ.get("MASTER_PORT", "")
     if not host and nodes == 1:
         return "127.0.0.1", 0
+    if not host and elected:
+        return "", _whole(port, "--rdzv-endpoint port") if port else 0
     if not host:
         raise LaunchError(f"--nnodes {nodes} needs --rdzv-endpoint HOST:PORT, the same on every node")
     number = _whole(port, "--rdzv-endpoint port") if port else DEFAULT_PORT
@@ -193,7 +199,13 @@ def check_agent(options: argparse.Namespace, environ: Mapping[str, str]) -> Agen
     options.nproc_per_node = _slots(options.nproc_per_node or environ.get("PET_NPROC_PER_NODE", "1"))
     log_dir = options.log_dir or environ.get("PET_LOG_DIR")
     options.run_dir = options.run_dir or log_dir or "runs/latest"
-    host, port = _endpoint(options, environ, nodes)
+    elected = from_script_arguments(list(options.arguments)).store != EMBEDDED
+    job_name = options.rdzv_id or environ.get("PET_RDZV_ID", "none")
+    if elected and job_name == "none":
+        raise LaunchError("--deadpool-store etcd needs --rdzv-id NAME: it tells this job from others in the same etcd")
+    if elected and options.no_coordinator:
+        raise LaunchError("--no-coordinator: with --deadpool-store etcd every agent may be elected; leave it out")
+    host, port = _endpoint(options, environ, nodes, elected)
     node = 0 if options.standalone else _node_rank(options.node_rank, environ, nodes)
     if node is not None and not 0 <= node < nodes:
         raise LaunchError(f"--node-rank {node}: with --nnodes {nodes} there are nodes 0 to {nodes - 1}")
@@ -207,7 +219,7 @@ def check_agent(options: argparse.Namespace, environ: Mapping[str, str]) -> Agen
         (host, port),
         node,
         False if options.no_coordinator else None if node is None else node == 0,
-        options.rdzv_id or environ.get("PET_RDZV_ID", "none"),
+        job_name,
         waits["join_timeout"],
         waits["coordinator_timeout"],
         options.local_addr or environ.get("PET_LOCAL_ADDR"),

@@ -19,31 +19,25 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import zmq
 
 from deadpool_megatron.checks import LaunchError, check_transport
 from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.leadership import known_place
+from deadpool_megatron.cluster.store import EMBEDDED, open_store, towards
 from deadpool_megatron.config import ConfigError
 from deadpool_megatron.multinode.enlisting import Interrupted, Lifeline, address_towards, enlist, is_ours, resolve
 from deadpool_megatron.multinode.options import AgentPlan, check_agent
+from deadpool_megatron.multinode.seat import Seat, job_lives
 from deadpool_megatron.multinode.secret import SecretSource
-from deadpool_megatron.processes import (
-    INTERRUPT,
-    PREEMPT,
-    CoordinatorProcess,
-    Processes,
-    agent_settings,
-    coordinator_settings,
-)
+from deadpool_megatron.multinode.serving import Serving, Signals
+from deadpool_megatron.processes import CoordinatorProcess, Processes, agent_settings, coordinator_settings
 from deadpool_megatron.tee import Tee
 from deadpool_megatron.vault import clean_leftovers, process_alive
 from deadpool_megatron.versions import UserError
@@ -53,45 +47,36 @@ __all__ = ["run_agent", "run_coordinator"]
 _END_GRACE_S = 12.0
 
 
-class _Signals:
-    """SIGINT and SIGTERM as something to poll."""
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """What it takes to start the coordinator on this machine."""
 
-    def __init__(self) -> None:
-        self.caught: list[int] = []
-        self.preempt: Callable[[], None] | None = None  # takes the first SIGTERM, if it is set
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self.socket = ours
-        self._theirs = theirs
-        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda number, frame: self._take(number))
+    plan: AgentPlan
+    address: str
+    processes: Processes
+    source: SecretSource
+    seat: Seat
 
-    def _take(self, signum: int) -> None:
-        preempt, self.preempt = (self.preempt, None) if signum == signal.SIGTERM else (None, self.preempt)
-        if preempt is not None:
-            preempt()
-        else:
-            self.caught.append(signum)
+    def start(self, port: int, going_on: bool = False) -> tuple[CoordinatorProcess | None, int]:
+        """The coordinator, listening; or None and the exit code it ended with. The seat is ours.
 
-    def interrupted(self) -> bool:
-        """Whether one has come."""
-        return bool(self.caught)
-
-
-def _start_coordinator(
-    plan: AgentPlan, address: str, processes: Processes, source: SecretSource
-) -> tuple[CoordinatorProcess | None, int]:
-    """The coordinator, listening; or None and the exit code it ended with."""
-    job_id = f"{os.getpid()}-{secrets.token_hex(4)}"
-    bind = address if is_ours(address) else "0.0.0.0"  # a service's address is nobody's
-    settings = coordinator_settings(
-        dataclasses.replace(plan.launch, host=address), job_id, source.make(), bind, plan.endpoint[1], plan.join_s
-    )
-    hosted = CoordinatorProcess(processes, settings)
-    if not hosted.port:
-        return None, hosted.wait()[0] or Exit.FAILED
-    return hosted, 0
+        It goes on with the job that the store knows of, if that lives (or is known to: ``going_on``).
+        """
+        plan, seat = self.plan, self.seat
+        place = known_place(seat.store)
+        resume = place is not None and (going_on or job_lives(seat.store))
+        secret = (self.source.find() if resume else None) or self.source.make()
+        job_id = place.job_id if resume and place is not None else f"{os.getpid()}-{secrets.token_hex(4)}"
+        bind = self.address if is_ours(self.address) else "0.0.0.0"  # a service's address is nobody's
+        launch = dataclasses.replace(plan.launch, host=self.address)
+        settings = coordinator_settings(launch, job_id, secret, bind, port, plan.join_s, plan.job_name)
+        if resume and place is not None:
+            settings["resume"] = True
+            if place.host == self.address:
+                settings["store_port"] = place.store_port
+            print(f"deadpool: the coordinator goes on here, at {self.address}", file=sys.stderr, flush=True)
+        hosted = CoordinatorProcess(self.processes, settings, seat.leadership, seat.moves)
+        return (hosted, 0) if hosted.port else (None, hosted.wait()[0] or Exit.FAILED)
 
 
 @contextlib.contextmanager
@@ -123,20 +108,30 @@ def run_coordinator(options: argparse.Namespace) -> int:
 
 
 def _coordinate(plan: AgentPlan) -> int:
-    signals = _Signals()
+    signals = Signals()
     processes = Processes()
     source = SecretSource(plan.secret_file, os.environ, plan.launch.run_dir, plan.job_name)
+    if plan.launch.config.store != EMBEDDED:
+        raise LaunchError("with --deadpool-store etcd the agents elect the coordinator; leave this command out")
     address = resolve(plan.endpoint[0], time.monotonic() + plan.join_s, signals.interrupted)
+    seat = Seat(plan, open_store(EMBEDDED, plan.launch.run_dir, plan.job_name))
     try:
-        hosted, code = _start_coordinator(plan, address, processes, source)
+        _take(plan, seat)
+        hosted, code = _Host(plan, address, processes, source, seat).start(plan.endpoint[1])
         if hosted is None:
             return code
-        code, message = _serve(plan, hosted, None, None, signals)
+        code, message = Serving(plan, signals, hosted).run()
         if message:
             print(f"deadpool: {message}", file=sys.stderr)
         return code
     finally:
         processes.end(_END_GRACE_S)
+        seat.close()
+
+
+def _take(plan: AgentPlan, seat: Seat) -> None:
+    if not seat.take():
+        raise LaunchError(f"--run-dir {plan.launch.run_dir}: another job's coordinator runs there; give each its own")
 
 
 def run_agent(options: argparse.Namespace) -> int:
@@ -146,24 +141,39 @@ def run_agent(options: argparse.Namespace) -> int:
 
 def _agent(plan: AgentPlan) -> int:
     check_transport(plan.launch.config)
-    signals = _Signals()
+    signals = Signals()
     processes = Processes()
     source = SecretSource(plan.secret_file, os.environ, plan.launch.run_dir, plan.job_name)
     until = time.monotonic() + plan.join_s
-    address = resolve(plan.endpoint[0], until, signals.interrupted)
+    moves = plan.launch.config.store != EMBEDDED
+    own = plan.local_addr or (address_towards(towards(plan.launch.config.store)) if moves else "")
+    address = own if moves else resolve(plan.endpoint[0], until, signals.interrupted)
     port = plan.endpoint[1]
     with contextlib.ExitStack() as stack:
         stack.callback(clean_leftovers, plan.launch.shm_directory, process_alive)  # what a killed agent could not free
         stack.callback(processes.end, _END_GRACE_S)
-        hosts = plan.hosts
+        hosts = False if moves else plan.hosts
         if hosts is None:
             hosts = is_ours(address) and stack.enter_context(_only_one_here(port))
+        seat: Seat | None = None
+        host: _Host | None = None
         hosted: CoordinatorProcess | None = None
-        if hosts:
-            hosted, code = _start_coordinator(plan, address, processes, source)
-            if hosted is None:
-                return code
-            port = hosted.port
+        if hosts or moves:
+            seat = Seat(plan, open_store(plan.launch.config.store, plan.launch.run_dir, plan.job_name))
+            stack.callback(seat.close)
+            host = _Host(plan, address, processes, source, seat)
+            place = None
+            if moves:
+                place = seat.find_or_take(until, signals.interrupted)
+            else:
+                _take(plan, seat)
+            if place is not None:
+                address, port = place.host, place.port
+            else:
+                hosted, code = host.start(port)
+                if hosted is None:
+                    return code
+                port = hosted.port
         try:
             answer, secret, spoke = enlist(plan, address, port, source, until, signals.interrupted)
         except Interrupted:
@@ -171,7 +181,6 @@ def _agent(plan: AgentPlan) -> int:
                 return _stop(hosted)
             raise
         lifeline = Lifeline(spoke)
-        stack.callback(lifeline.close)
         Path(plan.launch.log_dir).mkdir(parents=True, exist_ok=True)
         settings = agent_settings(
             plan.launch,
@@ -182,14 +191,22 @@ def _agent(plan: AgentPlan) -> int:
             answer.store_port,
             plan.local_addr or address_towards(address),
             adopt=plan.adopt,
+            store_name=plan.job_name if moves else "",
         )
         agent = processes.start("agent", settings | {"tells_end": hosted is None}, stdout=subprocess.DEVNULL)
         tee = _tee(plan, answer.node)
-        code, message = _serve(plan, hosted, agent, lifeline, signals)
+        serving = Serving(plan, signals, hosted, agent, lifeline)
+        stack.callback(serving.close)
+        if moves and seat is not None and host is not None:
+            the_host = host
+            serving.may_lead(
+                seat, (address, port), secret, lambda: the_host.start(plan.endpoint[1], going_on=True)[0]
+            )
+        code, message = serving.run()
         if tee is not None:
             tee.stop()
         if message:
-            where = "" if hosted is not None else f"node {answer.node}: "
+            where = "" if serving.hosts else f"node {answer.node}: "
             print(f"deadpool: {where}{message}", file=sys.stderr)
         return code
 
@@ -199,82 +216,6 @@ def _stop(hosted: CoordinatorProcess) -> int:
     _, message = hosted.wait()
     print(f"deadpool: {message}", file=sys.stderr)
     return Exit.INTERRUPTED
-
-
-def _serve(
-    plan: AgentPlan,
-    hosted: CoordinatorProcess | None,
-    agent: subprocess.Popen[Any] | None,
-    lifeline: Lifeline | None,
-    signals: _Signals,
-) -> tuple[int, str]:
-    """Wait for the end of what matters here: the coordinator if it is ours, else the agent."""
-    why = ""
-    while True:
-        main = hosted.process if hosted is not None else agent
-        assert main is not None
-        why = _until_end(plan, main, agent, hosted, lifeline, signals) or why
-        if hosted is None:
-            break
-        if why or signals.caught:
-            hosted.interrupt()
-        end = hosted.revive()
-        if end is not None:
-            code, message = end
-            if why:
-                return Exit.USAGE, why
-            return (Exit.INTERRUPTED if signals.caught else code), message
-    code = main.wait()
-    if why:
-        return Exit.FAILED, why
-    if signals.caught:
-        return Exit.INTERRUPTED, "interrupted; the job goes on without this node while there are spares"
-    if code < 0:
-        return 128 - code, f"its agent was ended by signal {-code}"
-    return code, ""
-
-
-def _until_end(
-    plan: AgentPlan,
-    main: subprocess.Popen[Any],
-    agent: subprocess.Popen[Any] | None,
-    hosted: CoordinatorProcess | None,
-    lifeline: Lifeline | None,
-    signals: _Signals,
-) -> str:
-    """Until ``main`` has ended. Returns why this command made it end, if it did for a reason of its own."""
-    poller = zmq.Poller()
-    ends = {os.pidfd_open(p.pid): p for p in (main, agent) if p is not None and p.poll() is None}
-    for fd in [*ends, signals.socket.fileno()]:
-        poller.register(fd, zmq.POLLIN)
-    if lifeline is not None and hosted is None:
-        poller.register(lifeline.fd, zmq.POLLIN)
-    passed_on = 0
-    why = ""
-    if plan.launch.config.on_preempt:
-        signals.preempt = lambda: main.send_signal(PREEMPT)
-    while main.poll() is None:
-        for fd, _ in poller.poll(1000):
-            if lifeline is not None and fd is lifeline.fd:
-                lifeline.look()
-            elif fd == signals.socket.fileno():
-                signals.socket.recv(64)
-            elif isinstance(fd, int) and ends[fd] is agent:
-                poller.unregister(fd)
-                if agent.poll() == Exit.USAGE and hosted is not None and not why:
-                    why = "this machine's agent could not start, so there is no job"
-                    main.terminate()
-        if len(signals.caught) > passed_on:
-            passed_on = len(signals.caught)
-            main.send_signal(INTERRUPT if hosted is not None else signal.SIGTERM)
-        gone_since = lifeline.gone_since if lifeline is not None and hosted is None else None
-        if gone_since is not None and not why and time.monotonic() - gone_since > plan.gone_s:
-            why = f"the coordinator has been gone for {plan.gone_s:g} s; the job is over"
-            main.terminate()
-    signals.preempt = None
-    for fd in ends:
-        os.close(fd)
-    return why
 
 
 def _tee(plan: AgentPlan, node: int) -> Tee | None:

@@ -21,7 +21,7 @@ from deadpool_megatron.processes import SECRET_VARIABLES
 
 __all__ = ["SECRET", "SECRET_FILE", "SecretSource"]
 
-SECRET, SECRET_FILE = SECRET_VARIABLES
+SECRET, SECRET_FILE = SECRET_VARIABLES[:2]
 _MAKE_ONE = "make one with: (umask 077; openssl rand -hex 32 > FILE)"
 
 

@@ -4,7 +4,6 @@ from deadpool_megatron.observe.nodelog import NodeLog, read_node_logs
 from deadpool_megatron.observe.rundir import (
     EVENTS,
     JOB,
-    KEPT,
     LOGS,
     RECOVERIES,
     STATUS,
@@ -17,7 +16,6 @@ from deadpool_megatron.observe.rundir import (
 __all__ = [
     "EVENTS",
     "JOB",
-    "KEPT",
     "LOGS",
     "RECOVERIES",
     "STATUS",

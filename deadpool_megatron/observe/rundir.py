@@ -21,7 +21,6 @@ from deadpool_megatron.observe.recoveries import Story
 __all__ = [
     "EVENTS",
     "JOB",
-    "KEPT",
     "LOGS",
     "RECOVERIES",
     "STATUS",
@@ -35,7 +34,6 @@ STATUS: Final = "status.json"
 EVENTS: Final = "events.jsonl"
 JOB: Final = "job.json"
 LOGS: Final = "logs"
-KEPT: Final = "coordinator.json"
 RECOVERIES: Final = "recoveries.log"
 _COLUMNS: Final = 80
 
@@ -51,7 +49,7 @@ class RunDirectory:
         self.path = Path(path).absolute()
         (self.path / LOGS).mkdir(parents=True, exist_ok=True)
         if fresh:
-            files = [self.path / name for name in (STATUS, EVENTS, JOB, KEPT, RECOVERIES)]
+            files = [self.path / name for name in (STATUS, EVENTS, JOB, RECOVERIES)]
             for old in [*(self.path / LOGS).iterdir(), *files]:
                 old.unlink(missing_ok=True)
         self._events = open(self.path / EVENTS, "a", buffering=1)  # noqa: SIM115 - open for the life of the run
@@ -79,18 +77,6 @@ class RunDirectory:
     def job(self, job: dict[str, Any]) -> None:
         """Write ``job.json``, for the owner's eyes only."""
         self._replace(JOB, job, 0o600)
-
-    def keep(self, state: dict[str, Any]) -> None:
-        """Write what a coordinator that starts again has to know."""
-        self._replace(KEPT, state, 0o644)
-
-    def kept(self) -> dict[str, Any] | None:
-        """What `keep` wrote last; None when there is nothing."""
-        try:
-            kept: dict[str, Any] = json.loads((self.path / KEPT).read_text())
-        except FileNotFoundError:
-            return None
-        return kept
 
     def _replace(self, name: str, content: dict[str, Any], mode: int) -> None:
         temporary = self.path / f".{name}.{os.getpid()}"

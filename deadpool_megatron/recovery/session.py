@@ -60,6 +60,7 @@ class Session:
         self._on_declare = on_declare
         self._news = threading.Condition()
         self._declared: r.Declare | None = None
+        self._rendezvous: r.Address | None = None
         self._generation: r.Generation | None = None
         self._take_over: r.TakeOver | None = None
         self._formed = -1
@@ -92,6 +93,7 @@ class Session:
             return
         if isinstance(record, r.Declare) and record.epoch > self.declared_epoch:
             self.declared_epoch = record.epoch
+            self._rendezvous = record.rendezvous or self._rendezvous
             self._on_declare(record.epoch)
         with self._news:
             match record:
@@ -125,6 +127,12 @@ class Session:
     def closed(self) -> bool:
         """True once an epoch newer than the one this worker takes part in has been declared. Cheap."""
         return self.declared_epoch > self.joined_epoch
+
+    @property
+    def rendezvous(self) -> tuple[str, int] | None:
+        """Where the store of the newest epoch's process groups listens, if it is another place than at the start."""
+        where = self._rendezvous
+        return (where.host, where.port) if where is not None else None
 
     @property
     def armed(self) -> tuple[r.Fault, ...]:

@@ -203,7 +203,7 @@ def test_no_epoch_is_told_before_it_is_kept() -> None:
     job = SimulatedJob().train()
     actions = job.core.node_lost(1, "gone", job.now)
     order = [a for a in actions if isinstance(a, Keep) or (isinstance(a, Send) and isinstance(a.record, r.Declare))]
-    assert isinstance(order[0], Keep) and order[0].state["epoch"] == 1 and isinstance(order[-1], Send)
+    assert isinstance(order[0], Keep) and order[0].parts["members"]["epoch"] == 1 and isinstance(order[-1], Send)
 
 
 def test_a_job_that_was_finishing_finishes() -> None:

@@ -103,6 +103,13 @@ class Offer(Record, frozen=True):
     parity: dict[int, list[tuple[int, int]]] = msgspec.field(default_factory=dict)
 
 
+class Behind(Record, frozen=True):
+    """The agent does not hold what a `Changed` was a change of: it needs the whole."""
+
+    epoch: int
+    node: int
+
+
 class NodeReady(Record, frozen=True):
     """All workers of a node hold the agreed generation and wait to form the groups of the epoch."""
 
@@ -340,6 +347,7 @@ AgentRecord = (
     | WorkerFailed
     | PeerError
     | Offer
+    | Behind
     | NodeReady
     | NodeFormed
     | NodeRestored

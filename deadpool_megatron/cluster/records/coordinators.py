@@ -20,6 +20,7 @@ class Roster(Record, frozen=True):
     epoch: int
     assignment: list[SlotAddress]
     vaults: dict[int, Address]
+    version: int = 0
 
 
 class Placement(Record, frozen=True):
@@ -30,6 +31,7 @@ class Placement(Record, frozen=True):
     groups: list[list[int]]
     unique_bytes: list[int]
     small_capacity: list[int]
+    version: int = 0
 
 
 class Declare(Record, frozen=True):
@@ -45,6 +47,30 @@ class Declare(Record, frozen=True):
     groups: list[list[int]]
     unique_bytes: list[int] = msgspec.field(default_factory=list)
     small_capacity: list[int] = msgspec.field(default_factory=list)
+    rendezvous: Address | None = None
+    """Where the store of this epoch's process groups listens; None: where it did."""
+    version: int = 0
+    """Of the tables (see `cluster.tables`)."""
+
+
+class Changed(Record, frozen=True):
+    """`Declare` for who holds the tables of version ``base``: what is different in those of ``version``.
+
+    ``moved`` and ``vaults`` by rank and node, ``gone`` nodes without a vault now, ``groups`` by index.
+    """
+
+    epoch: int
+    purpose: Purpose
+    reason: str
+    lost_nodes: list[int]
+    replaced: list[int]
+    base: int
+    version: int
+    moved: dict[int, SlotAddress]
+    vaults: dict[int, Address]
+    gone: list[int]
+    groups: dict[int, list[int]]
+    rendezvous: Address | None = None
 
 
 class Agree(Record, frozen=True):
@@ -149,6 +175,7 @@ CoordinatorRecord = (
     Roster
     | Placement
     | Declare
+    | Changed
     | Agree
     | Form
     | CommittedTo

@@ -1,0 +1,139 @@
+"""An elected coordinator: real agents, a real etcd, and machines and members that go."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.leadership import known_place
+from deadpool_megatron.cluster.store import EtcdStore
+from deadpool_megatron.evaluate.etcd import EtcdMembers
+from deadpool_megatron.observe import read_events
+from etcds import need_etcd
+from machines import Machines
+
+SCRIPT = (
+    "import os, pathlib, time\n"
+    "here = pathlib.Path(__file__).parent\n"
+    "(here / ('up-' + os.environ['RANK'])).touch()\n"
+    "while not (here / 'finish').exists():\n"
+    "    time.sleep(0.05)\n"
+)
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Machines]:
+    all_machines = Machines(tmp_path)
+    yield all_machines
+    all_machines.end()
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[EtcdMembers]:
+    need_etcd()
+    (tmp_path / "etcd").mkdir()
+    members = EtcdMembers(tmp_path / "etcd", 3)
+    try:
+        members.until_up()
+        yield members
+    finally:
+        members.end()
+
+
+class ElectedJob:
+    """A job without training, which shows who leads and who is connected."""
+
+    def __init__(self, machines: Machines, etcd: EtcdMembers, nodes: int = 3) -> None:
+        self.machines = machines
+        self.store = EtcdStore(etcd.url, "/deadpool/job/", 20.0)
+        script = machines.directory / "script.py"
+        script.write_text(SCRIPT)
+        line = ["--nnodes", str(nodes), "--rdzv-id", "job"]
+        env = {"DEADPOOL_STORE": etcd.url, "DEADPOOL_LEASE": "2"}
+        for n in range(nodes):
+            machines.start([*line, "--node-rank", str(n), "--local-addr", f"127.0.0.{n + 1}"], [str(script)], env)
+        machines.until("workers", lambda: len(list(machines.directory.glob("up-*"))) == nodes)
+
+    def leader(self) -> int:
+        """The machine that has the coordinator."""
+        place = known_place(self.store)
+        assert place is not None
+        return int(place.host.rsplit(".", 1)[1]) - 1
+
+    def status(self) -> dict[str, Any]:
+        """What the coordinator says."""
+        status: dict[str, Any] = json.loads((self.machines.run_dir / "status.json").read_text())
+        return status
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """All of one name."""
+        return [e for e in read_events(self.machines.run_dir) if e["event"] == name]
+
+    def finish(self, machines: list[int]) -> None:
+        """The script ends well on these machines, and so does the job."""
+        (self.machines.directory / "finish").touch()
+        assert [self.machines.code(n, 40) for n in machines] == [0] * len(machines), self.machines.outputs()
+
+
+def test_the_coordinators_machine_is_killed_and_another_one_leads_without_anybody_restarting(
+    machines: Machines, etcd: EtcdMembers
+) -> None:
+    job = ElectedJob(machines, etcd)
+    first = job.leader()
+    left = [n for n in range(3) if n != first]
+    begun = time.monotonic()
+    machines.kill_tree(first)
+    machines.until("another leader", lambda: (p := known_place(job.store)) and int(p.host[-1]) - 1 != first, 30)
+    took = time.monotonic() - begun
+    assert took < 15, "the lease, a turn of the election, a start: seconds, on a busy machine a few more"
+    # DeadPool is off in this job, so the loss of a node ends it, by the word of the new coordinator.
+    assert [machines.code(n, 40) for n in left] == [Exit.FAILED] * 2
+    assert job.events("coordinator_back")[0]["nodes"] == [0, 1, 2]
+    assert all(f"node {first} was lost" in machines.output(n) for n in left)
+
+
+def test_an_etcd_member_is_killed_another_cut_off_and_all_are_restarted_and_the_job_does_not_notice(
+    machines: Machines, etcd: EtcdMembers
+) -> None:
+    job = ElectedJob(machines, etcd)
+    for member in range(3):
+        etcd.kill(member, signal.SIGSTOP if member == 1 else signal.SIGKILL)
+        time.sleep(3.0)  # longer than the lease
+        if member == 1:
+            etcd.kill(member, signal.SIGCONT)
+        else:
+            etcd.start(member)
+        etcd.until_up(f"etcd://{etcd.endpoints[member]}")
+    for member in range(3):
+        etcd.kill(member)
+    time.sleep(4.0)  # the leader cannot know any more that it leads, and steps down
+    for member in range(3):
+        etcd.start(member)
+    etcd.until_up()
+    job.machines.until("a coordinator again", lambda: (p := known_place(job.store)) and p.term > 0, 30)
+    job.finish([0, 1, 2])
+    assert not job.events("detected"), "nobody was lost"
+
+
+def test_a_leader_that_etcd_does_not_hear_steps_down_and_its_late_writes_are_refused(
+    machines: Machines, etcd: EtcdMembers
+) -> None:
+    job = ElectedJob(machines, etcd)
+    first, place = job.leader(), known_place(job.store)
+    assert place is not None
+    # The command holds the lease: stopped, it cannot keep it alive, while its coordinator goes on.
+    machines.started[first].send_signal(signal.SIGSTOP)
+    try:
+        machines.until("another leader", lambda: (p := known_place(job.store)) and p.term != place.term, 30)
+    finally:
+        machines.started[first].send_signal(signal.SIGCONT)
+    machines.until("the agents' return", lambda: job.status()["coordinator_pid"] and job.events("coordinator_back"), 30)
+    job.finish([0, 1, 2])
+    assert not job.events("detected")

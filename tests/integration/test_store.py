@@ -1,0 +1,329 @@
+"""One contract for both stores, on real files and a real etcd; and what only etcd has: members, TLS, passwords."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deadpool_megatron.cluster.store import Deposed, EmbeddedStore, EtcdStore, Guard, Store, StoreError
+from deadpool_megatron.evaluate.etcd import EtcdMembers
+from etcds import need_etcd
+
+ROOT = Path(__file__).resolve().parents[2]
+Opener = Callable[[], Store]
+
+
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdMembers]:
+    need_etcd()
+    members = EtcdMembers(tmp_path_factory.mktemp("etcd"))
+    try:
+        members.until_up()
+        yield members
+    finally:
+        members.end()
+
+
+@pytest.fixture(params=["embedded", "etcd"])
+def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
+    """Opens the same store again and again, as different processes would."""
+    opened: list[Store] = []
+    url = ""
+    if request.param == "etcd":
+        url = request.getfixturevalue("etcd").url
+
+    def open_one() -> Store:
+        store: Store = EtcdStore(url, f"/test{tmp_path}/", 5.0) if url else EmbeddedStore(tmp_path / "store")
+        opened.append(store)
+        return store
+
+    open_one.source = (  # type: ignore[attr-defined]
+        f"EtcdStore({url!r}, '/test{tmp_path}/')" if url else f"EmbeddedStore({str(tmp_path / 'store')!r})"
+    )
+    yield open_one
+    for store in opened:
+        store.close()
+
+
+def _child(opener: Opener, program: str) -> subprocess.Popen[bytes]:
+    """Another process with ``store`` open; says something on stdout when it has done its part."""
+    text = "from deadpool_megatron.cluster.store import EmbeddedStore, EtcdStore, Guard\nimport sys, time\n"
+    text += f"store = {opener.source}\n" + textwrap.dedent(program)  # type: ignore[attr-defined]
+    return subprocess.Popen(
+        [sys.executable, "-c", text], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+
+
+# ---- the contract
+
+
+def test_what_was_put_is_there_for_everybody_with_a_growing_revision(opener: Opener) -> None:
+    one, other = opener(), opener()
+    assert one.get("a") is None
+    first = one.put({"a": b"1", "b": bytes(range(256))})
+    second = other.put({"a": b"2"})
+    assert second > first > 0
+    got = one.get("a")
+    assert got is not None and got == (b"2", second)
+    assert other.get("b") == (bytes(range(256)), first), "one put, one revision"
+
+
+def test_values_of_a_megabyte_come_back_whole(opener: Opener) -> None:
+    value = os.urandom(1 << 20)
+    opener().put({"large": value})
+    got = opener().get("large")
+    assert got is not None and got.value == value
+
+
+def test_of_many_that_compare_and_set_at_once_one_wins(opener: Opener) -> None:
+    stores = [opener() for _ in range(8)]
+    won: list[int] = []
+
+    def run(i: int) -> None:
+        if stores[i].compare_and_set("election", 0, b"%d" % i):
+            won.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    got = opener().get("election")
+    assert len(won) == 1 and got is not None and got.value == b"%d" % won[0]
+    assert not stores[0].compare_and_set("election", 0, b"late")
+    assert stores[0].compare_and_set("election", got.revision, b"next")
+
+
+def test_a_guarded_write_is_refused_whole_once_the_leadership_has_changed(opener: Opener) -> None:
+    store = opener()
+    guard = Guard("leader", store.compare_and_set("leader", 0, b"one"))
+    store.put({"state": b"1", "more": b"1"}, guard=guard)
+    opener().put({"leader": b"two"})
+    with pytest.raises(Deposed):
+        store.put({"state": b"2", "more": b"2"}, guard=guard)
+    with pytest.raises(Deposed):
+        store.delete("st", guard=guard)
+    assert [e.value for e in map(store.get, ("state", "more")) if e] == [b"1", b"1"]
+
+
+def test_a_guard_of_a_key_that_is_gone_is_refused(opener: Opener) -> None:
+    store = opener()
+    guard = Guard("leader", store.compare_and_set("leader", 0, b"one"))
+    store.delete("leader")
+    with pytest.raises(Deposed):
+        store.put({"state": b"2"}, guard=guard)
+
+
+def test_delete_takes_all_keys_that_begin_so_and_no_other(opener: Opener) -> None:
+    store = opener()
+    store.put({"core/a": b"1", "core/b": b"1", "corf": b"1"})
+    store.delete("core/")
+    assert [store.get(k) is None for k in ("core/a", "core/b", "corf")] == [True, True, False]
+
+
+def test_a_lease_given_back_takes_its_keys_along_and_a_watch_tells(opener: Opener) -> None:
+    holder, other = opener(), opener()
+    watch = other.watch("leader")
+    assert watch.next(5) is None
+    lease = holder.lease(2.0)
+    revision = holder.compare_and_set("leader", 0, b"me", lease)
+    assert watch.next(5) == (b"me", revision)
+    lease.close()
+    assert watch.next(10) is None and other.get("leader") is None
+    watch.close()
+
+
+def test_a_lease_that_is_kept_alive_stays(opener: Opener) -> None:
+    lease = opener().lease(2.0)
+    store = opener()
+    store.put({"leader": b"me"}, lease)
+    time.sleep(3.5)  # a TTL, and what etcd may be late
+    assert store.get("leader") is not None and not lease.lost.is_set()
+
+
+def test_a_killed_holders_lease_ends_and_a_guarded_write_of_it_comes_too_late(opener: Opener) -> None:
+    child = _child(
+        opener,
+        """
+        revision = store.compare_and_set("leader", 0, b"child", store.lease(2.0))
+        print(revision, flush=True)
+        time.sleep(60)
+        """,
+    )
+    try:
+        assert child.stdout is not None
+        guard = Guard("leader", int(child.stdout.readline()))
+        store = opener()
+        watch = store.watch("leader")
+        assert watch.next(5) == (b"child", guard.revision)
+        store.put({"state": b"1"}, guard=guard)
+        child.kill()
+        assert watch.next(10) is None
+        with pytest.raises(Deposed):
+            store.put({"state": b"2"}, guard=guard)
+        watch.close()
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_watch_tells_changes_in_order_and_never_misses_the_last(opener: Opener) -> None:
+    watch = opener().watch("k")
+    assert watch.next(5) is None
+    store = opener()
+    for i in range(20):
+        store.put({"k": b"%d" % i})
+    seen: list[bytes] = []
+    while not seen or seen[-1] != b"19":
+        entry = watch.next(5)
+        assert entry is not None
+        seen.append(entry.value)
+    assert seen == sorted(seen, key=int)
+    watch.close()
+
+
+def test_a_writer_that_is_killed_in_the_middle_loses_nothing_it_was_told_of(opener: Opener) -> None:
+    child = _child(
+        opener,
+        """
+        i = 0
+        while True:
+            i += 1
+            store.put({"a": b"%d" % i + b"x" * 100000, "b": b"%d" % i})
+            print(i, flush=True)
+        """,
+    )
+    assert child.stdout is not None
+    for _ in range(10):
+        last = int(child.stdout.readline())
+    child.kill()
+    last = max([last, *map(int, child.stdout.read().split())])
+    child.wait()
+    a, b = map(opener().get, "ab")
+    assert a is not None and b is not None
+    assert int(a.value.rstrip(b"x")) == int(b.value) >= last, "both keys of one put, and nothing acknowledged is lost"
+
+
+# ---- embedded: the journal
+
+
+def test_a_torn_journal_is_cut_where_it_is_torn(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path)
+    store.put({"a": b"1"})
+    store.put({"a": b"2"})
+    journal = tmp_path / "journal"
+    whole = journal.read_bytes()
+    for cut in range(len(whole) // 2 + 1, len(whole)):
+        journal.write_bytes(whole[:cut])
+        got = EmbeddedStore(tmp_path).get("a")
+        assert got is not None and got.value == b"1"
+    again = EmbeddedStore(tmp_path)
+    assert again.put({"b": b"3"}) == 2
+    assert EmbeddedStore(tmp_path).get("b") == (b"3", 2)
+
+
+def test_a_long_journal_is_compacted_and_nobody_notices(tmp_path: Path) -> None:
+    one, other = EmbeddedStore(tmp_path), EmbeddedStore(tmp_path)
+    kept = other.put({"kept": b"k"})
+    for i in range(12):
+        last = one.put({"a": os.urandom(1 << 20) + b"%d" % i})
+    assert (tmp_path / "journal").stat().st_size < 8 << 20
+    got = other.get("a")
+    assert got is not None and got.value.endswith(b"11") and got.revision == last
+    assert other.get("kept") == (b"k", kept) and other.put({"b": b""}) == last + 1
+
+
+# ---- etcd: members, TLS, users
+
+
+def test_one_member_of_three_may_be_killed_or_stopped_and_all_may_be_restarted(tmp_path: Path) -> None:
+    need_etcd()
+    members = EtcdMembers(tmp_path, 3)
+    try:
+        members.until_up()
+        store = EtcdStore(members.url, "/x/", 10.0)
+        lease = store.lease(10.0)
+        guard = Guard("leader", store.compare_and_set("leader", 0, b"me", lease))
+        watch = EtcdStore(members.url, "/x/").watch("leader")
+        assert watch.next(5) is not None
+        for member in range(3):
+            signum = signal.SIGSTOP if member == 1 else signal.SIGKILL  # a member that hangs is as bad as one that died
+            members.kill(member, signum)
+            begun = time.monotonic()
+            for i in range(3):
+                store.put({"state": b"%d%d" % (member, i)}, guard=guard)
+            assert time.monotonic() - begun < 8.0
+            if signum == signal.SIGSTOP:
+                members.kill(member, signal.SIGCONT)
+            else:
+                members.start(member)
+            members.until_up(f"etcd://{members.endpoints[member]}")
+        for member in range(3):
+            members.kill(member)
+        with pytest.raises(StoreError, match="does not answer"):
+            EtcdStore(members.url, "/x/", 1.0).get("state")
+        for member in range(3):
+            members.start(member)
+        store.put({"state": b"end"}, guard=guard)
+        got = store.get("state")
+        assert got is not None and got.value == b"end" and not lease.lost.is_set()
+        lease.close()
+        while watch.next(20) is not None:
+            pass
+        watch.close()
+    finally:
+        members.end()
+
+
+def _openssl(*arguments: object) -> None:
+    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
+
+
+def test_tls_and_a_password_are_asked_for_and_wrong_ones_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_etcd()
+    ca, key, cert, other = (tmp_path / name for name in ("ca.pem", "key.pem", "cert.pem", "other.pem"))
+    for out, out_key in ((ca, tmp_path / "ca.key"), (other, tmp_path / "other.key")):
+        _openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", out_key, "-out", out, "-days", 2,
+                 "-subj", "/CN=test")  # fmt: skip
+    _openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", tmp_path / "csr", "-subj", "/CN=etcd")
+    (tmp_path / "san").write_text("subjectAltName=IP:127.0.0.1\n")
+    _openssl("x509", "-req", "-in", tmp_path / "csr", "-CA", ca, "-CAkey", tmp_path / "ca.key", "-CAcreateserial",
+             "-out", cert, "-days", 2, "-extfile", tmp_path / "san")  # fmt: skip
+    members = EtcdMembers(tmp_path, client_tls=(cert, key))
+    try:
+        url = f"etcd://{members.endpoints[0]}?ca={ca}"
+        members.until_up(url)
+        admin = EtcdStore(url, "", 5.0).gateway
+        admin.call("/v3/auth/user/add", {"name": "root", "password": "right"})
+        admin.call("/v3/auth/role/add", {"name": "root"})
+        admin.call("/v3/auth/user/grant", {"user": "root", "role": "root"})
+        admin.call("/v3/auth/enable", {})
+        known = url.replace("etcd://", "etcd://root@")
+        monkeypatch.setenv("DEADPOOL_STORE_PASSWORD", "right")
+        store = EtcdStore(known, "/x/", 5.0)
+        assert store.put({"a": b"1"}) > 0
+        store.gateway._token = "1.2"  # one that has run out
+        got = store.get("a")
+        assert got is not None and got.value == b"1"
+        for password, with_url, why in (
+            ("wrong", known, "authentication failed"),
+            ("right", url, "user name is empty"),
+            ("right", known.replace(str(ca), str(other)), "certificate verify failed"),
+        ):
+            monkeypatch.setenv("DEADPOOL_STORE_PASSWORD", password)
+            with pytest.raises(StoreError, match=why) as caught:
+                EtcdStore(with_url, "/x/", 1.0).put({"a": b"2"})
+            assert "\n" not in str(caught.value) and "right" not in str(caught.value)
+    finally:
+        members.end()
