@@ -52,7 +52,7 @@ def agree(
         NoCommonGeneration: redundancy is exceeded.
     """
     local: list[set[int]] = []
-    remote: list[dict[int, list[Source]]] = []
+    remote = _givers(len(assignment), offers, refused)
     for rank, slot in enumerate(assignment):
         here = offers.get(slot.node)
         held: set[int] = set()
@@ -62,16 +62,6 @@ def agree(
             if live is not None:
                 held.add(live)
         local.append({g for g in held if (rank, slot.node, g) not in refused})
-        givers: dict[int, list[Source]] = {}
-        for node in sorted(offers):
-            offer = offers[node]
-            newest: dict[int, int] = {}
-            for epoch, g in (*offer.own.get(rank, ()), *offer.peer.get(rank, ())):
-                newest[g] = max(epoch, newest.get(g, -1))
-            for g, epoch in newest.items():
-                if (rank, node, g) not in refused:
-                    givers.setdefault(g, []).append(Source(node, epoch))
-        remote.append(givers)
     shares = _Shares(offers, refused, words)
     rebuilt = [shares.generations(rank) for rank in range(len(assignment))]
     available = [held | set(givers) | also for held, givers, also in zip(local, remote, rebuilt, strict=True)]
@@ -90,6 +80,24 @@ def agree(
             same = [s.node for s in givers[generation] if s != first and s.version_epoch == first.version_epoch]
             sources[rank] = Source(first.node, first.version_epoch, same)
     return Agreement(generation, sources, rebuilds)
+
+
+def _givers(
+    ranks: int, offers: Mapping[int, Offer], refused: frozenset[tuple[int, int, int]]
+) -> list[dict[int, list[Source]]]:
+    """By rank and generation, the nodes whose vaults hold it, lowest number first. One pass over the offers."""
+    out: list[dict[int, list[Source]]] = [{} for _ in range(ranks)]
+    for node in sorted(offers):
+        offer = offers[node]
+        newest: dict[tuple[int, int], int] = {}
+        for held in (offer.own, offer.peer):
+            for rank, versions in held.items():
+                for epoch, g in versions:
+                    newest[rank, g] = max(epoch, newest.get((rank, g), -1))
+        for (rank, g), epoch in newest.items():
+            if (rank, node, g) not in refused and rank < ranks:
+                out[rank].setdefault(g, []).append(Source(node, epoch))
+    return out
 
 
 class _Shares:

@@ -59,28 +59,28 @@ def test_another_protocol_version_is_refused(
 def test_an_unknown_field_is_refused(sender: str, decode: Callable[[bytes], Any], record: msgspec.Struct) -> None:
     fields = {"type": type(record).__name__, **msgspec.structs.asdict(record), "extra": 1}
     with pytest.raises(r.RecordError, match=f"malformed record from {sender}.*extra"):
-        decode(r.VERSION + msgspec.msgpack.encode(fields))
+        decode(r.VERSION + b"\0" + msgspec.msgpack.encode(fields))
 
 
 @each_decoder
 def test_an_unknown_tag_is_refused(sender: str, decode: Callable[[bytes], Any], record: msgspec.Struct) -> None:
     fields = {**msgspec.structs.asdict(record), "type": "Pickle"}
     with pytest.raises(r.RecordError, match="Pickle"):
-        decode(r.VERSION + msgspec.msgpack.encode(fields))
+        decode(r.VERSION + b"\0" + msgspec.msgpack.encode(fields))
 
 
 @each_decoder
 @pytest.mark.parametrize("junk", [b"", b"\xff", b"\x80\x04\x95", b"\x81\xa4type"])
 def test_junk_is_refused(sender: str, decode: Callable[[bytes], Any], record: msgspec.Struct, junk: bytes) -> None:
     with pytest.raises(r.RecordError):
-        decode(r.VERSION + junk)
+        decode(r.VERSION + b"\0" + junk)
 
 
 def test_a_missing_field_and_a_wrong_type_are_refused_by_name() -> None:
     with pytest.raises(r.RecordError, match="node"):
-        r.decode_from_agent(r.VERSION + msgspec.msgpack.encode({"type": "NodeReady", "epoch": 1}))
+        r.decode_from_agent(r.VERSION + b"\0" + msgspec.msgpack.encode({"type": "NodeReady", "epoch": 1}))
     with pytest.raises(r.RecordError, match="epoch"):
-        r.decode_from_agent(r.VERSION + msgspec.msgpack.encode({"type": "NodeReady", "epoch": "1", "node": 0}))
+        r.decode_from_agent(r.VERSION + b"\0" + msgspec.msgpack.encode({"type": "NodeReady", "epoch": "1", "node": 0}))
 
 
 def test_a_worker_cannot_say_what_only_an_agent_may() -> None:
