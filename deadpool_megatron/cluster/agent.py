@@ -46,6 +46,7 @@ _TERM_GRACE_S = 5.0
 _SAME_NOTICE_S = 5.0  # the batch system tells every process, and they tell each other
 _LOOK_S = 0.25
 _PACE_S = 2.0
+_MANY_NODES = 512  # more tell their pace less often, so that the coordinator hears as many a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +262,7 @@ class Agent:
             print(f"deadpool: a stuck worker of node {self._s.node} cannot be killed", file=sys.stderr)
             self._code = Exit.FENCED
         if now >= self._pace_due:
-            self._pace_due = now + _PACE_S
+            self._pace_due = now + _PACE_S * max(1.0, self._s.active_nodes / _MANY_NODES)
             paces = self._stuck.paces(mine)
             if paces:
                 self._send(r.Pace(self._s.node, max(w.page.iteration for w in mine.values()), paces))

@@ -52,7 +52,7 @@ def agree(
         NoCommonGeneration: redundancy is exceeded.
     """
     local: list[set[int]] = []
-    remote: list[dict[int, list[Source]]] = []
+    remote = _givers(len(assignment), offers, refused)
     for rank, slot in enumerate(assignment):
         here = offers.get(slot.node)
         held: set[int] = set()
@@ -62,22 +62,19 @@ def agree(
             if live is not None:
                 held.add(live)
         local.append({g for g in held if (rank, slot.node, g) not in refused})
-        givers: dict[int, list[Source]] = {}
-        for node in sorted(offers):
-            offer = offers[node]
-            newest: dict[int, int] = {}
-            for epoch, g in (*offer.own.get(rank, ()), *offer.peer.get(rank, ())):
-                newest[g] = max(epoch, newest.get(g, -1))
-            for g, epoch in newest.items():
-                if (rank, node, g) not in refused:
-                    givers.setdefault(g, []).append(Source(node, epoch))
-        remote.append(givers)
     shares = _Shares(offers, refused, words)
-    rebuilt = [shares.generations(rank) for rank in range(len(assignment))]
-    available = [held | set(givers) | also for held, givers, also in zip(local, remote, rebuilt, strict=True)]
-    common = set.intersection(*available) if available else set()
+    common: set[int] | None = None
+    missing: list[int] = []
+    for rank, (held, givers) in enumerate(zip(local, remote, strict=True)):
+        available = held | givers.keys() | shares.generations(rank)
+        if not available:
+            missing.append(rank)
+        if common is None:
+            common = available
+        else:
+            common &= available
     if not common:
-        raise NoCommonGeneration([rank for rank, gens in enumerate(available) if not gens])
+        raise NoCommonGeneration(missing)
     generation = max(common)
     sources: dict[int, Source] = {}
     rebuilds: dict[int, list[list[Share]]] = {}
@@ -86,10 +83,28 @@ def agree(
             rebuilds[rank] = shares.parts(rank, generation)
         elif generation not in local[rank]:
             # Several sources share the load: each rank begins with another one, and fetches from all at once.
-            first = givers[generation][rank % len(givers[generation])]
-            same = [s.node for s in givers[generation] if s != first and s.version_epoch == first.version_epoch]
-            sources[rank] = Source(first.node, first.version_epoch, same)
+            node, epoch = first = givers[generation][rank % len(givers[generation])]
+            same = [other for other, written in givers[generation] if (other, written) != first and written == epoch]
+            sources[rank] = Source(node, epoch, same)
     return Agreement(generation, sources, rebuilds)
+
+
+def _givers(
+    ranks: int, offers: Mapping[int, Offer], refused: frozenset[tuple[int, int, int]]
+) -> list[dict[int, list[tuple[int, int]]]]:
+    """By rank and generation, the nodes whose vaults hold it and the epoch it was written in, lowest number first."""
+    out: list[dict[int, list[tuple[int, int]]]] = [{} for _ in range(ranks)]
+    for node in sorted(offers):
+        offer = offers[node]
+        newest: dict[tuple[int, int], int] = {}
+        for held in (offer.own, offer.peer):
+            for rank, versions in held.items():
+                for epoch, g in versions:
+                    newest[rank, g] = max(epoch, newest.get((rank, g), -1))
+        for (rank, g), epoch in newest.items():
+            if (rank, node, g) not in refused and rank < ranks:
+                out[rank].setdefault(g, []).append((node, epoch))
+    return out
 
 
 class _Shares:
@@ -114,6 +129,8 @@ class _Shares:
 
     def generations(self, rank: int) -> set[int]:
         """Generations of which all parts of ``rank``'s shard can be rebuilt."""
+        if rank not in self._words:
+            return set()
         known = {
             generation
             for of_part in self._words.get(rank, {}).values()

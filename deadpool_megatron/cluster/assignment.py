@@ -69,7 +69,7 @@ def refill(
 
 def replace_nodes(assignment: Sequence[SlotAddress], taken_by: Mapping[int, int]) -> list[SlotAddress]:
     """The assignment with each lost node's coordinates on its spare, local index for local index."""
-    return [SlotAddress(taken_by.get(slot.node, slot.node), slot.local) for slot in assignment]
+    return [SlotAddress(taken_by[s.node], s.local) if s.node in taken_by else s for s in assignment]
 
 
 def rescue(assignment: Sequence[SlotAddress], lost: Iterable[int], slots_per_node: int) -> list[SlotAddress] | None:

@@ -30,6 +30,7 @@ __all__ = ["Coordinator", "CoordinatorSettings"]
 _FAREWELL_S = 10.0
 _MOST_REFUSALS_TOLD = 100
 _STATUS_INTERVAL_S = 0.2
+_STATUS_SHARE = 0.02  # of the coordinator's time that writing it may take, in large jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ class Coordinator:
                 timeout = min(timeout, max(0.0, self._status_due - now))
             self._hub.wait(timeout, self._packet, self._gone)
             self._memory.check()
+            self._run.flush()
             self._do(self._core.tick(time.monotonic()))
             if self._preempted and self._finish is None:
                 self._preempted = False
@@ -260,7 +262,7 @@ class Coordinator:
                 for node, packet in self._teller.packets(action.record, nodes):
                     self._hub.send(_identity(node), packet)
         if step is not None:
-            self._run.event("step", **step)
+            self._run.note("step", t=decided, **step)
         for action in actions:
             if isinstance(action, Emit):
                 self._run.event(action.event, t=decided, **action.fields)
@@ -307,6 +309,7 @@ class Coordinator:
             os.replace(temporary, path)
 
     def _write_status(self) -> None:
+        begun = time.monotonic()
         core = self._core
         coordinates: list[dict[str, Any]] = []
         for rank, slot in enumerate(core.assignment):
@@ -352,7 +355,9 @@ class Coordinator:
             }
         )
         self._status_stale = False
-        self._status_due = time.monotonic() + _STATUS_INTERVAL_S
+        now = time.monotonic()
+        share = _STATUS_SHARE / 4 if core.recovery is not None else _STATUS_SHARE
+        self._status_due = now + max(_STATUS_INTERVAL_S, (now - begun) / share)
 
 
 def _die() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,9 @@ class Core:
         self._recovery: Recovery | None = None
         self._registered: dict[int, r.Registered] = {}
         self._can_rescue = True
+        self._cannot_rescue: set[int] = set()
+        self._digests: Counter[str] = Counter()
+        self._stages: dict[int, int] = {}
         self._kept: Version | None = None
         self._ledger = CommitLedger(self.members.active(), 0)
         self._finished: set[int] = set()
@@ -325,6 +329,7 @@ class Core:
         self.coordinates = {
             rank: r.CoordinateInfo(rank, tp, pp, dp, cp, ep) for tp, pp, dp, cp, ep, rank in layout["coordinates"]
         }
+        self._stages = {rank: c.pp for rank, c in self.coordinates.items()}
         self._can_rescue = kept["can_rescue"]
         self.committed, self.iteration = kept["committed"], kept["iteration"]
         self._refused = {(rank, node, g) for rank, node, g in kept["refused"]}
@@ -349,7 +354,7 @@ class Core:
     def _returned(self, record: r.Join) -> None:
         """An agent is back after the coordinator was away."""
         self._returning.discard(record.node)
-        active = record.node in self.members.active() or record.node in self._helpers
+        active = self.members.holds(record.node) or record.node in self._helpers
         if active and (not record.settled or record.epoch != self.epoch):
             self._unsettled = self._unsettled or f"node {record.node} was in the middle of epoch {record.epoch}"
         if not self._returning:
@@ -366,7 +371,7 @@ class Core:
             self._lose(missing, "its agent has not come back to the coordinator")
         if self._phase is Phase.FINISHING:
             self._send(None, r.AllFinished(self.epoch))
-        elif self._phase is Phase.STARTING and not self.members.missing():
+        elif self._phase is Phase.STARTING and self.members.complete():
             self._durability.start(self.members.active())
         if self._recovery is not None or self._phase is not Phase.RUNNING:
             return
@@ -402,7 +407,7 @@ class Core:
 
     def _tell_roster(self) -> None:
         """Once everybody who is not lost has joined."""
-        if not self.members.missing():
+        if self.members.complete():
             self._deadline = None
             self._send(None, self._roster())
             self._emit("started", nodes=self.job.nodes, spares=self.job.spare_nodes, world_size=self.job.world_size)
@@ -420,10 +425,16 @@ class Core:
     def _register(self, record: r.Registered) -> None:
         rank = record.coordinate.rank
         self.coordinates[rank] = record.coordinate
+        self._stages[rank] = record.coordinate.pp
+        before = self._registered.get(rank)
         self._registered[rank] = record
-        self._can_rescue = all(x.can_rescue for x in self._registered.values())
-        others = {x.table_digest for x in self._registered.values()}
-        if len(others) > 1:
+        (self._cannot_rescue.discard if record.can_rescue else self._cannot_rescue.add)(rank)
+        self._can_rescue = not self._cannot_rescue
+        self._digests[record.table_digest] += 1
+        if before is not None:
+            self._digests[before.table_digest] -= 1
+            self._digests = +self._digests
+        if len(self._digests) > 1:
             self._stop(
                 Exit.FAILED,
                 f"rank {rank} on node {record.node} made other process groups than the rest: the ranks do not run "
@@ -541,7 +552,7 @@ class Core:
         if record.epoch != self.epoch or self.phase not in (Phase.RUNNING, Phase.RESTORING):
             return
         self._finished.add(record.node)
-        if self._finished >= set(self.members.active()):
+        if all(map(self._finished.__contains__, self.members.active())):
             self._phase, self._recovery = Phase.FINISHING, None
             self._deadline = self._hint = None
             self._keep()
@@ -573,8 +584,7 @@ class Core:
             self._stop(Exit.PREEMPTED, self._durability.leave)
 
     def _paced(self, record: r.Pace) -> None:
-        stages = {rank: info.pp for rank, info in self.coordinates.items()}
-        ratio = self._stragglers.report(record.node, record.forward_s, stages)
+        ratio = self._stragglers.report(record.node, record.forward_s, self._stages)
         if ratio is not None:
             self._emit(
                 "straggler",
@@ -973,7 +983,7 @@ class Core:
         self._leave_if_preempted()
         if self._phase is Phase.ENDED:
             return
-        if self._phase is Phase.STARTING and self.members.missing() and not self._returning:
+        if self._phase is Phase.STARTING and not self.members.complete() and not self._returning:
             if self._deadline is None:
                 self._deadline = self._now + self.job.deadlines.join
             elif self._now >= self._deadline:

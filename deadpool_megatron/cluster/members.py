@@ -41,13 +41,26 @@ class Members:
         self.epoch = 0
         self._first = placing.initial(job.active_nodes, job.slots_per_node)
         self.assignment = self._first
+        self._active: tuple[list[r.SlotAddress], list[int], frozenset[int]] = ([], [], frozenset())
         self.nodes = {n: NodeState(n, "active" if n < job.active_nodes else "spare") for n in range(job.nodes)}
+        self._absent = set(self.nodes)  # and perhaps some who are not any more
 
     # ---- questions
 
     def active(self) -> list[int]:
         """Nodes that hold a coordinate."""
-        return placing.nodes_of(self.assignment)
+        self._look()
+        return list(self._active[1])
+
+    def holds(self, node: int) -> bool:
+        """The node holds a coordinate."""
+        self._look()
+        return node in self._active[2]
+
+    def _look(self) -> None:
+        if self._active[0] is not self.assignment:  # an assignment is never changed, but replaced
+            nodes = placing.nodes_of(self.assignment)
+            self._active = self.assignment, nodes, frozenset(nodes)
 
     def ready_spares(self) -> list[int]:
         """Spares all of whose workers are parked, lowest number first."""
@@ -65,7 +78,17 @@ class Members:
 
     def missing(self) -> set[int]:
         """Nodes whose agent has not joined yet."""
-        return {n for n, s in self.nodes.items() if not s.gone and not s.agent_pid}
+        self._absent = {n for n in self._absent if n in self.nodes and not self.nodes[n].agent_pid}
+        return {n for n in self._absent if not self.nodes[n].gone}
+
+    def complete(self) -> bool:
+        """The agent of everybody has joined."""
+        while self._absent:
+            node = self._absent.pop()
+            if not self.nodes[node].gone and not self.nodes[node].agent_pid:
+                self._absent.add(node)
+                return False
+        return True
 
     def gone(self, node: int) -> bool:
         """Not in the job, or not any more."""
@@ -103,6 +126,7 @@ class Members:
         """A new spare, whose agent is still to come. Numbers are never used again, so that nobody can be mixed up."""
         node = max(self.nodes) + 1
         self.nodes[node] = NodeState(node, "spare")
+        self._absent.add(node)
         return node
 
     # ---- a coordinator that starts again
@@ -142,3 +166,4 @@ class Members:
             )
             for node, role, agent_pid, vault, pids, deaths in kept["nodes"]
         }
+        self._absent = set(self.nodes)

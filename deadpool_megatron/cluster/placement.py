@@ -91,6 +91,8 @@ def replace(
     if any exchange helps; what is exchanged has to be copied anew, so nothing less is a reason to.
     """
     after = [[taken_by.get(node, node) for node in group] for group in groups]
+    if not labels:
+        return tuple(tuple(group) for group in after)
     judge = _Judge(scheme, shared or {}, labels or {})
     if sum(judge.group(group) for group in after) >= _EXCEEDED:
         before = [list(group) for group in after]

@@ -13,7 +13,7 @@ from typing import Any
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster.placement import Groups, parallel_groups, place, replace
 from deadpool_megatron.cluster.records import CoordinateInfo, SlotAddress
-from deadpool_megatron.cluster.redundancy import Scheme, Word, cost, degree, tolerated, words
+from deadpool_megatron.cluster.redundancy import Scheme, Tolerated, Word, cost, degree, tolerated, words
 
 __all__ = ["Protection", "in_words"]
 
@@ -51,7 +51,7 @@ class Protection:
     def __init__(self, redundancy: str = "1", labels: Mapping[int, Mapping[str, str]] | None = None) -> None:
         self.scheme = Scheme.parse(redundancy)
         self.groups: Groups = ()
-        self.exact = tolerated((), self.scheme)
+        self._exact: Tolerated | None = tolerated((), self.scheme)
         self._labels = {node: dict(of_node) for node, of_node in (labels or {}).items()}
         self.covers = "no node"
         self._words: dict[tuple[int, ...], Word] = {}
@@ -94,12 +94,14 @@ class Protection:
     ) -> Groups:
         """A new epoch: spares took lost nodes' places. Not ``one_to_one``: survivors hold lost coordinates too."""
         nodes = placing.nodes_of(assignment)
-        shared = parallel_groups(assignment, coordinates)
+        one_to_one = one_to_one and len(nodes) == len(self._nodes) and bool(self.groups)
+        # (not in the way of a recovery where nothing depends on it)
+        shared = parallel_groups(assignment, coordinates) if self._labels or not one_to_one else {}
         before = self.groups
-        if one_to_one and len(nodes) == len(self._nodes) and before:
+        if one_to_one:
             taken_by = {old: new for old, new in zip(self._nodes, nodes, strict=True) if old != new}
             self.groups = replace(before, taken_by, self.scheme, shared, self._labels)
-            stayed = [tuple(taken_by.get(node, node) for node in group) for group in before]
+            stayed = {tuple(taken_by.get(node, node) for node in group) for group in before}
             self._bare |= {node for group in self.groups if group not in stayed for node in group}
         else:
             self.groups = place(nodes, self.scheme, shared, self._labels) if self.scheme.mirror else ()
@@ -110,8 +112,15 @@ class Protection:
         return self.groups
 
     def _decided(self, assignment: Sequence[SlotAddress]) -> None:
-        self.exact = tolerated(self.groups, self.scheme, self._labels)
+        self._exact = None
         self._words |= {word.ranks: word for word in words(self.groups, self.scheme, assignment)}
+
+    @property
+    def exact(self) -> Tolerated:
+        """What may be lost at once when everything is in its place; looked up when somebody asks."""
+        if self._exact is None:
+            self._exact = tolerated(self.groups, self.scheme, self._labels)
+        return self._exact
 
     @property
     def words(self) -> list[Word]:

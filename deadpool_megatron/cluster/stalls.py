@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -105,7 +105,8 @@ class StragglerJudge:
     def __init__(self, factor: float = 1.5, times: int = 5) -> None:
         self._factor = factor
         self._times = times
-        self._latest: dict[int, float] = {}
+        self._latest: dict[int, tuple[int, float]] = {}  # by rank, its stage and seconds
+        self._sorted: dict[int, list[float]] = {}  # by stage
         self._streak: dict[int, int] = {}
         self.named: dict[int, float] = {}
 
@@ -113,8 +114,12 @@ class StragglerJudge:
         self, node: int, forward_s: Mapping[int, float], stage_of: Mapping[int, int]
     ) -> float | None:
         """A node's seconds a microbatch, by rank. Returns how many times slower it is when it becomes a straggler."""
-        self._latest.update(forward_s)
-        ratio = max((self._ratio(rank, stage_of) for rank in forward_s), default=1.0)
+        for rank, seconds in forward_s.items():
+            self._take_out(rank)
+            if (stage := stage_of.get(rank)) is not None and seconds > 0:
+                self._latest[rank] = stage, seconds
+                insort(self._sorted.setdefault(stage, []), seconds)
+        ratio = max((self._ratio(rank) for rank in forward_s), default=1.0)
         if ratio < self._factor:
             self._streak[node] = 0
             self.named.pop(node, None)
@@ -128,13 +133,24 @@ class StragglerJudge:
     def forget(self, ranks: Iterable[int]) -> None:
         """These coordinates have moved."""
         for rank in ranks:
-            self._latest.pop(rank, None)
+            self._take_out(rank)
         self._streak.clear()
         self.named.clear()
 
-    def _ratio(self, rank: int, stage_of: Mapping[int, int]) -> float:
-        stage = stage_of.get(rank)
-        others = [s for other, s in self._latest.items() if other != rank and stage_of.get(other) == stage and s > 0]
-        if stage is None or not others:
+    def _take_out(self, rank: int) -> None:
+        known = self._latest.pop(rank, None)
+        if known is not None:
+            of_stage = self._sorted[known[0]]
+            del of_stage[bisect_left(of_stage, known[1])]
+
+    def _ratio(self, rank: int) -> float:
+        """How many times slower than the lower median of the others of its stage."""
+        known = self._latest.get(rank)
+        if known is None:
             return 1.0
-        return self._latest[rank] / statistics.median_low(others)
+        stage, seconds = known
+        of_stage = self._sorted[stage]
+        if len(of_stage) < 2:
+            return 1.0
+        middle = (len(of_stage) - 2) // 2
+        return seconds / of_stage[middle if middle < bisect_left(of_stage, seconds) else middle + 1]

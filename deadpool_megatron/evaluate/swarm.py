@@ -32,7 +32,8 @@ from deadpool_megatron.cluster.tables import Tables, apply
 
 __all__ = ["Swarm", "SwarmSettings", "main"]
 
-_PACE_S: Final = 2.0
+_PACE_S: Final = 2.0  # as an agent's
+_MANY_NODES: Final = 512
 _TCP_INFO_BYTES: Final = 136  # up to tcpi_bytes_received
 
 
@@ -89,6 +90,7 @@ class Swarm:
         self.agents: dict[int, _Agent] = {}
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._order = 0
+        self._touched: set[int] = set()
         self._random = random.Random(settings.seed)
         self._tables = Tables()
         self._keeps: dict[int, list[int]] = {}  # by node, whose copies it keeps
@@ -114,6 +116,10 @@ class Swarm:
         now = time.monotonic()
         while self._later and self._later[0][0] <= now:
             heapq.heappop(self._later)[2]()
+        touched, self._touched = self._touched, set()
+        for node in touched:
+            if (agent := self.agents.get(node)) is not None:
+                self._serve(agent)  # sending takes what the descriptor has to tell
         return others
 
     def also(self, fd: int) -> None:
@@ -170,6 +176,7 @@ class Swarm:
         if not agent.alive or (self._s.loss and self._random.random() < self._s.loss):
             return
         self.sent += 1
+        self._touched.add(agent.node)
         agent.spoke.post(r.encode(record))
 
     def _note(self, what: str) -> None:
@@ -308,7 +315,7 @@ class Swarm:
     def _pace(self, agent: _Agent) -> None:
         if not agent.alive:
             return
-        self._after(_PACE_S, lambda: self._pace(agent))
+        self._after(_PACE_S * max(1.0, self._s.active / _MANY_NODES), lambda: self._pace(agent))
         if agent.ranks:
             paces = {rank: 0.01 + 0.001 * self._random.random() for rank in agent.ranks}
             self._send(agent, r.Pace(agent.node, max(0, self._iteration), paces))

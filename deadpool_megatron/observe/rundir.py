@@ -36,6 +36,7 @@ JOB: Final = "job.json"
 LOGS: Final = "logs"
 RECOVERIES: Final = "recoveries.log"
 _COLUMNS: Final = 80
+_MOST_INDENTED: Final = 1024  # coordinates; json's fast path knows no indentation
 
 
 class RunDirectory:
@@ -52,11 +53,16 @@ class RunDirectory:
             files = [self.path / name for name in (STATUS, EVENTS, JOB, RECOVERIES)]
             for old in [*(self.path / LOGS).iterdir(), *files]:
                 old.unlink(missing_ok=True)
-        self._events = open(self.path / EVENTS, "a", buffering=1)  # noqa: SIM115 - open for the life of the run
+        self._events = open(self.path / EVENTS, "a")  # noqa: SIM115 - open for the life of the run
         self._story = Story()
 
     def event(self, event: str, **fields: Any) -> None:
-        """Append one event with the wall-clock time ``t`` in unix seconds.
+        """Append one event with the wall-clock time ``t`` in unix seconds, to be read at once."""
+        self.note(event, **fields)
+        self._events.flush()
+
+    def note(self, event: str, **fields: Any) -> None:
+        """The same, to be read from the next `flush` on: thousands of nodes tell the same step within a second.
 
         After each recovery a paragraph on it goes to ``recoveries.log`` and to stderr.
         """
@@ -70,6 +76,10 @@ class RunDirectory:
                 f.write(wrapped + "\n\n")
             print(wrapped, file=sys.stderr, flush=True)
 
+    def flush(self) -> None:
+        """Write out all events so far."""
+        self._events.flush()
+
     def status(self, status: dict[str, Any]) -> None:
         """Replace ``status.json`` in one step: a reader sees the old or the new one, never a part."""
         self._replace(STATUS, status, 0o644)
@@ -81,7 +91,8 @@ class RunDirectory:
     def _replace(self, name: str, content: dict[str, Any], mode: int) -> None:
         temporary = self.path / f".{name}.{os.getpid()}"
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as f:
-            json.dump(content, f, indent=1)
+            large = len(content.get("coordinates", ())) > _MOST_INDENTED
+            f.write(json.dumps(content, indent=None if large else 1))
             f.write("\n")
         os.replace(temporary, self.path / name)
 

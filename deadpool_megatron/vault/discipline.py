@@ -29,6 +29,7 @@ A new epoch raises the floor to (epoch, 0): of all older versions only ``kept`` 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -88,8 +89,9 @@ class CommitLedger:
     """
 
     def __init__(self, members: Iterable[Hashable], epoch: int, kept: Version | None = None, margin: int = 2) -> None:
-        self._local: dict[Hashable, set[Version]] = {member: set() for member in members}
-        self._last: dict[Hashable, Version] = {}
+        self._local: dict[Hashable, frozenset[Version]] = {member: frozenset() for member in members}
+        # How many members hold just these: they are always a few different sets, however many members there are.
+        self._alike: Counter[frozenset[Version]] = Counter(self._local.values())
         self._margin = margin
         self._newest = 0
         self._told = Told(kept, Version(epoch, 0))
@@ -112,21 +114,26 @@ class CommitLedger:
         if member not in self._local or version.epoch != floor.epoch or version < floor or version == kept:
             return None
         self.progress(version.generation)
-        self._local[member].add(version)
-        self._last[member] = max(version, self._last.get(member, version))
-        if all(version in done for done in self._local.values()):
+        before = self._local[member]
+        self._local[member] = after = before | {version}
+        self._alike[before] -= 1
+        if not self._alike[before]:
+            del self._alike[before]
+        self._alike[after] += 1
+        if all(version in done for done in self._alike):
             return self._tell(Told(version, version))
-        newest = max(self._last.values())
-        ahead = [self._local[member] for member, last in self._last.items() if last == newest]
-        if any(last < newest and last not in done for last in self._last.values() for done in ahead):
+        lasts = {max(done) for done in self._alike if done}
+        newest = max(lasts)
+        ahead = [done for done in self._alike if newest in done]
+        if any(last < newest and last not in done for last in lasts for done in ahead):
             return self._tell(Told(kept, Version(floor.epoch, self._newest + self._margin)))
         return None
 
     def _tell(self, told: Told) -> Told:
         floor = told.floor
-        for member, done in self._local.items():
-            # the kept version is behind us, and what is below the floor can no longer be committed
-            self._local[member] = {version for version in done if version >= floor and version != told.kept}
-        self._last = {member: max(done) for member, done in self._local.items() if done}
+        # the kept version is behind us, and what is below the floor can no longer be committed
+        left = {done: frozenset(v for v in done if v >= floor and v != told.kept) for done in self._alike}
+        self._local = {member: left[done] for member, done in self._local.items()}
+        self._alike = Counter(self._local.values())
         self._told = told
         return told

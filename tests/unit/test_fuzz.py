@@ -80,7 +80,8 @@ def bent(chance: random.Random, packet: bytes) -> bytes:
         bends = isinstance(value, int) and not isinstance(value, bool) and chance.random() < 0.2
         return chance.choice(_NUMBERS) if bends else value
 
-    return packet[:1] + msgspec.msgpack.encode(bend(msgspec.msgpack.decode(packet[1:])))
+    assert packet[1:2] == b"\0", "too short to be compressed"
+    return packet[:2] + msgspec.msgpack.encode(bend(msgspec.msgpack.decode(packet[2:])))
 
 
 def _said_by_agents() -> list[r.AgentRecord]:

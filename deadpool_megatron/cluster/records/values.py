@@ -17,17 +17,17 @@ class Record(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 
 
 class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of a message."""
+    """A part of a message. Those of which there is one for each rank are not looked at by the collector."""
 
 
-class Address(Value, frozen=True):
+class Address(Value, frozen=True, gc=False):
     """Where a node's vault listens."""
 
     host: str
     port: int
 
 
-class SlotAddress(Value, frozen=True):
+class SlotAddress(Value, frozen=True, gc=False):
     """A physical place a worker runs: (node, local index)."""
 
     node: int
@@ -51,7 +51,7 @@ class Share(Value, frozen=True):
     version_epoch: int
 
 
-class CoordinateInfo(Value, frozen=True):
+class CoordinateInfo(Value, frozen=True, gc=False):
     """The parallel indices of one coordinate."""
 
     rank: int
