@@ -88,6 +88,7 @@ def test_arenas_that_go_and_come_again_are_never_mixed_up(nodes: Make) -> None:
         for node in (owner, peer):
             node("drop", 0)
         owner("forget", 0)
+    assert peer("bytes_read") == 3 * (UNIQUE + UNIQUE // 2) + 6 * len(b"small state of 0"), "none had to be sent"
 
 
 def test_a_peer_without_nixl_is_sent_the_bytes_and_gives_them_back(nodes: Make) -> None:
