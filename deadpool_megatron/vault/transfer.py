@@ -214,7 +214,12 @@ def give(channel: Channel, vault: Vault, wanted: Fetch, arena: Arena, slot: Slot
     """Answer a `Fetch` with (a part of) the shard in ``slot``: sent, or left to be read if both sides can."""
     turn, info, chunk = slot.turn, arena.info, arena.chunk_bytes
     entries = part_entries(slot.chunks, wanted.part, wanted.parts)
-    window = direct.window(arena, slot) if direct is not None and wanted.direct else None
+    window = None
+    if direct is not None and wanted.direct:
+        try:
+            window = direct.window(arena, slot)
+        except DirectFailed as err:
+            _log.warning("a shard is sent and not read: %s", err)
     channel.send(
         Found(
             vault.epoch, info.unique_bytes, info.small_capacity, slot.small_bytes, chunk,

@@ -128,6 +128,7 @@ def test_a_peer_that_dies_while_it_reads_costs_the_owner_nothing(nodes: Make) ->
     assert second("equal", 0, "peer", 0, 2)
 
 
+@pytest.mark.slow
 def test_bytes_that_come_too_late_never_land_in_memory_that_is_used_again(nodes: Make) -> None:
     """A holder that hangs in the middle of a read, and goes on when the shard has long come from somebody else."""
     holder, other, spare = nodes(), nodes(), nodes()
@@ -154,6 +155,18 @@ def test_a_slot_opened_again_while_it_is_read_is_abandoned_without_a_false_alarm
     assert owner("rewrite", 0, UNIQUE, 40)[-1] == 39
     assert [generation for _, generation, _ in peer("held", 0)][-1:] == [39]
     assert peer("refusals")["checksum"] == 0, "a generation that was given up is no damage"
+
+
+@pytest.mark.parametrize("where", ["owner", "peer", "spare"])
+def test_memory_that_cannot_be_registered_costs_speed_and_nothing_else(nodes: Make, where: str) -> None:
+    made = {name: nodes() for name in ("owner", "peer", "spare")}
+    made[where]("break_registration")
+    owner, peer, spare = made.values()
+    owner("targets", 0, 0, peer.port)
+    owner("write", 0, UNIQUE, 1)
+    assert owner("committed") == [0, 0, 1] and peer("equal", 0, "peer", 0, 1)
+    assert spare("fetch", peer.port, 0, 0, 0, 1) > UNIQUE and spare("equal", 0, "own", 0, 1)
+    assert (peer("bytes_read") > 0) is (where == "spare") and (spare("bytes_read") > 0) is (where == "owner")
 
 
 @pytest.mark.parametrize("by", [1, 1 << 40])

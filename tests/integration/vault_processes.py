@@ -17,7 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from deadpool_megatron.vault import Deadlines, Replicator, SlotWriter, Target, Vault, VaultError, VaultServer, Version
+from deadpool_megatron.vault import (
+    Deadlines,
+    DirectFailed,
+    Replicator,
+    SlotWriter,
+    Target,
+    Vault,
+    VaultError,
+    VaultServer,
+    Version,
+)
 from deadpool_megatron.vault.direct import Direct
 from deadpool_megatron.vault.transfer import fetch
 
@@ -147,6 +157,15 @@ class _Node:
             return type(window)(window.agent, window.number, window.small, window.unique + by)
 
         self.direct.window = bad  # type: ignore[method-assign]
+
+    def break_registration(self) -> None:
+        """From now on no memory of this node can be registered, as when the limit of locked memory is too low."""
+        assert self.direct is not None
+
+        def fails(arena: Any) -> Any:
+            raise DirectFailed(f"{arena.path} cannot be registered")
+
+        self.direct.region = fails  # type: ignore[method-assign]
 
     def stop_when_read(self) -> None:
         """This process stops (SIGSTOP) as soon as somebody has its window."""
