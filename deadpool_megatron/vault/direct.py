@@ -32,7 +32,7 @@ from typing import Any, Final
 import numpy as np
 
 from .arena import Arena, Slot
-from .errors import DeadlinePassed, DirectFailed, LandingLost, VaultError
+from .errors import DeadlinePassed, DirectFailed, LandingLost, TransferFailed, VaultError
 from .frames import Frame, Window
 from .wire import Channel
 
@@ -182,6 +182,8 @@ class Reader:
         begun = done = 0
         try:
             while done < len(wanted):
+                if self._channel.ended:
+                    raise TransferFailed("the connection was shut while the other agent's memory was read")
                 while begun < len(wanted) and len(running) < _AHEAD:
                     running.append(self._begin(*wanted[begun]))
                     begun += 1

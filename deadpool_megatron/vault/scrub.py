@@ -32,9 +32,7 @@ class Scrubber:
         on_damage: called with (rank or word, kind, version) for each slot found changed; must not block.
     """
 
-    def __init__(
-        self, vault: Vault, bytes_per_second: int, on_damage: Callable[[int, Kind, Version], None]
-    ) -> None:
+    def __init__(self, vault: Vault, bytes_per_second: int, on_damage: Callable[[int, Kind, Version], None]) -> None:
         self._vault = vault
         self._rate = bytes_per_second
         self._on_damage = on_damage

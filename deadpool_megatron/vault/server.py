@@ -8,9 +8,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 
-from deadpool_megatron import points
-
-from .arena import Arena, Kind, Slot
+from .arena import Arena, Kind
 from .direct import Direct, Reader
 from .discipline import choose, is_free
 from .errors import (
@@ -24,9 +22,10 @@ from .errors import (
     VaultError,
     VaultFull,
 )
-from .frames import NO_DIRECT, Begin, Begun, Bytes, Complete, Fetch, Refusal, Sent, Share, Stored, Taken
-from .stripes import Filling, Stripes
-from .transfer import give, read_entries, take_entry, telling
+from .frames import NO_DIRECT, Begin, Begun, Fetch, Refusal, Share
+from .receiving import receive_shard, receive_share
+from .stripes import Stripes
+from .transfer import give
 from .vault import Vault
 from .version import Version
 from .wire import Channel, Deadlines, accept, check_secret
@@ -186,6 +185,7 @@ class VaultServer:
             except (Refused, NotHeld, VaultFull, ChecksumMismatch, DirectFailed) as err:
                 code = next((code for kind, code in _CODES.items() if isinstance(err, kind)), "refused")
                 code = err.code if isinstance(err, Refused) else code
+                self.mismatches += isinstance(err, ChecksumMismatch)
                 self.misfits += code in ("not-planned", "wrong-size", "protocol")
                 _log.log(_LEVELS.get(code, logging.WARNING), "vault of node %d: %s", self._vault.node, err)
                 channel.send(Refusal(self._vault.epoch, code, str(err)[:1000]))
@@ -227,7 +227,8 @@ class VaultServer:
                 reader = Reader(self._direct, channel, begin.window, arena)
             channel.send(Begun(vault.epoch, False, direct=reader is not None))
             try:
-                self._receive(channel, begin.rank, slot, reader)
+                what = f"shard of rank {begin.rank}"
+                receive_shard(channel, vault, slot, reader, what, lambda epoch: self._check_epoch(epoch, what))
             except LandingLost:
                 vault.drop(begin.rank, "peer")
                 raise
@@ -277,52 +278,6 @@ class VaultServer:
                 del self._writers[what]
         left.set()
 
-    def _receive(self, channel: Channel, rank: int, slot: Slot, reader: Reader | None) -> None:
-        done, table = 0, 1 + slot.chunks
-        while True:
-            frame = channel.receive(wait=True)
-            self._check_epoch(frame.epoch, f"shard of rank {rank}")
-            if isinstance(frame, Begin):
-                raise Refused("the transfer before was not ended", "protocol")
-            if isinstance(frame, Complete):
-                if done != table:
-                    raise Refused(f"shard of rank {rank} ended after {done} of {table} parts", "protocol")
-                self._check_epoch(frame.epoch, f"shard of rank {rank}")
-                slot.mark_complete()
-                slot.seal()
-                points.reach("peer-receive.complete")
-                channel.send(Stored(self._vault.epoch))
-                return
-            if not isinstance(frame, Bytes) or frame.first != done or done + len(frame.sums) > table:
-                raise Malformed(f"unexpected {type(frame).__name__} frame in a shard")
-            try:
-                if reader is not None:
-                    self._read(channel, slot, reader, frame)
-                else:
-                    for entry, expected in enumerate(frame.sums, frame.first):
-                        take_entry(channel, slot, slot.small_bytes, entry, expected)
-            except ChecksumMismatch as err:
-                self.mismatches += 1
-                raise ChecksumMismatch(f"shard of rank {rank}: {err}") from None
-            done += len(frame.sums)
-            points.reach("peer-receive.chunk")
-
-    def _read(self, channel: Channel, slot: Slot, reader: Reader, frame: Bytes) -> None:
-        entries = range(frame.first, frame.first + len(frame.sums))
-        epoch = self._vault.epoch
-        try:
-            read_entries(
-                reader, slot, slot.small_bytes, entries, frame.sums,
-                telling(channel, lambda done: Taken(epoch, frame.first + done)),
-            )  # fmt: skip
-        except ChecksumMismatch:
-            # the owner may have opened its slot again; then it does not answer but leaves
-            channel.send(Taken(epoch, frame.first, changed=True))
-            if not isinstance(channel.receive(), Sent):
-                raise Malformed("no answer whether the slot that was read is still the same") from None
-            raise
-        channel.send(Taken(epoch, entries.stop))
-
     # ---- keeping parity
 
     def _keep_share(self, channel: Channel, share: Share) -> None:
@@ -352,30 +307,9 @@ class VaultServer:
                 channel.send(Begun(vault.epoch, True))
                 return
             channel.send(Begun(vault.epoch, False, filling.done(share.part)))
-            self._receive_share(channel, share, filling, what)
+            receive_share(channel, vault, share, filling, what, lambda epoch: self._check_epoch(epoch, what))
         finally:
             self._leave(channel, (share.word, share.part, share.rank), left)
-
-    def _receive_share(self, channel: Channel, share: Share, filling: Filling, what: str) -> None:
-        scratch = memoryview(bytearray(max(self._vault.chunk_bytes, share.small_bytes)))
-        while True:
-            frame = channel.receive(wait=True)
-            self._check_epoch(frame.epoch, what)
-            if isinstance(frame, Complete):
-                filling.complete(share.part)
-                channel.send(Stored(self._vault.epoch))
-                return
-            done, table = filling.done(share.part), filling.entries(share.part)
-            if not isinstance(frame, Bytes) or frame.first != done or done + len(frame.sums) > table:
-                raise Malformed(f"unexpected {type(frame).__name__} frame in a shard")
-            for entry, expected in enumerate(frame.sums, frame.first):
-                view = scratch[: filling.entry_bytes(share.part, entry, share.small_bytes)]
-                channel.fill(view)
-                try:
-                    filling.add(share.part, entry, view, expected)
-                except ChecksumMismatch:
-                    self.mismatches += 1
-                    raise
 
     # ---- giving a shard back
 

@@ -97,9 +97,7 @@ class Vault:
         """The arena of one row of parity; as `allocate_own`. ``records_bytes``: room for what belongs to its parts."""
         return self._allocate(word, "parity", parity_bytes, records_bytes).info
 
-    def _allocate(
-        self, rank: int, kind: Kind, unique_bytes: int, small_capacity: int, numa: int = -1
-    ) -> Arena:
+    def _allocate(self, rank: int, kind: Kind, unique_bytes: int, small_capacity: int, numa: int = -1) -> Arena:
         with self._lock:
             arena = self._arenas.get((rank, kind))
             if arena is not None:

@@ -63,7 +63,7 @@ def test_without_a_peers_copy_a_loss_goes_back_to_the_disk_and_without_keeping_a
     said = _run("ablation", "--without", names, "--kills", "1", *ONE, out=tmp_path / "out.json")
     found = {name: rows[0] for name, rows in said["recoveries"].items()}  # type: ignore[attr-defined]
     assert not found["deadpool"]["durable"] and found["no-peer"]["durable"]
-    assert found["no-peer"]["resumed_from"] % 5 == 0 and found["no-peer"]["lost_iterations"] > 0
+    assert found["no-peer"]["lost_iterations"] > 0
     assert found["deadpool"]["lost_iterations"] <= 1 and found["all-groups"]["lost_iterations"] <= 1
     kept, all_of_them = found["deadpool"]["groups"], found["all-groups"]["groups"]
     assert 0 < kept[0] < kept[1] == all_of_them[0] == all_of_them[1]

@@ -56,7 +56,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("ucx", ["tcp", "tcp,sm"])
+@pytest.mark.parametrize("ucx", ["tcp", pytest.param("tcp,sm", marks=pytest.mark.slow)])
 def test_a_shard_is_read_by_the_peer_and_by_the_spare_and_every_byte_is_the_same(nodes: Make, ucx: str) -> None:
     owner, peer, spare = (nodes(ucx=ucx) for _ in range(3))
     owner("targets", 0, 0, peer.port)
@@ -100,6 +100,7 @@ def test_a_peer_without_nixl_is_sent_the_bytes_and_gives_them_back(nodes: Make) 
     assert spare("bytes_read") == 0
 
 
+@pytest.mark.slow
 def test_an_owner_that_dies_while_it_is_read_leaves_nothing_half_and_its_successor_is_read(nodes: Make) -> None:
     first, peer, second = nodes(), nodes(), nodes()
     first("targets", 0, 0, peer.port)
@@ -116,6 +117,7 @@ def test_an_owner_that_dies_while_it_is_read_leaves_nothing_half_and_its_success
     assert peer("equal", 0, "peer", 1, 1)
 
 
+@pytest.mark.slow
 def test_a_peer_that_dies_while_it_reads_costs_the_owner_nothing(nodes: Make) -> None:
     owner, first, second = nodes(), nodes(), nodes()
     owner("targets", 0, 0, first.port)
@@ -157,7 +159,9 @@ def test_a_slot_opened_again_while_it_is_read_is_abandoned_without_a_false_alarm
     assert peer("refusals")["checksum"] == 0, "a generation that was given up is no damage"
 
 
-@pytest.mark.parametrize("where", ["owner", "peer", "spare"])
+@pytest.mark.parametrize(
+    "where", ["owner", *(pytest.param(each, marks=pytest.mark.slow) for each in ("peer", "spare"))]
+)
 def test_memory_that_cannot_be_registered_costs_speed_and_nothing_else(nodes: Make, where: str) -> None:
     made = {name: nodes() for name in ("owner", "peer", "spare")}
     made[where]("break_registration")
