@@ -137,6 +137,7 @@ def test_bytes_that_come_too_late_never_land_in_memory_that_is_used_again(nodes:
     for node, seed in ((holder, 1), (other, 2)):
         node("write", 0, UNIQUE, seed)
         eventually(lambda node=node: node("held", 0) != [])
+    spare("reserve", 0, UNIQUE, False)  # else the holder is asked twice, and stops before anything is read
     holder("stop_when_read")
     spare.tell("fetch", holder.port, 0, 0, 0, 1)
     answer = spare.answer()
