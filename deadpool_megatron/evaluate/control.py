@@ -25,7 +25,8 @@ from typing import Any, Final
 
 import msgspec
 
-from deadpool_megatron.cluster import Deadlines, JobSpec
+from deadpool_megatron.cluster import Deadlines, JobSpec, Spoke
+from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.leadership import Leadership
 from deadpool_megatron.cluster.store import EMBEDDED, StoreError, open_store
 from deadpool_megatron.evaluate.etcd import EtcdMembers, cpu_s
@@ -47,6 +48,7 @@ class SimulatedCluster:
     Args:
         active: nodes that train; ``spares`` more are parked.
         processes: among which the agents are dealt out.
+        abort: seconds, as --deadpool-abort-deadline; those of the later phases follow from it.
         more: other fields of `SwarmSettings`.
     """
 
@@ -59,6 +61,7 @@ class SimulatedCluster:
         lease: float = 5.0,
         store: str = EMBEDDED,
         processes: int = _PROCESSES,
+        abort: float = 60.0,
         **more: Any,
     ) -> None:
         self.directory = directory
@@ -73,7 +76,7 @@ class SimulatedCluster:
         self.leadership = Leadership(self.store, lease)
         if self.leadership.take() is None:
             raise StoreError("somebody else leads this job")
-        deadlines = Deadlines(lease, 60.0, 120.0, 60.0, _START_S)
+        deadlines = Deadlines(lease, abort, 2 * abort, abort, _START_S)
         job = JobSpec(active + spares, spares, slots, True, deadlines)
         settings = {
             "job": asdict(job) | {"durable": None},
@@ -148,6 +151,8 @@ class SimulatedCluster:
         """The ``count``-th event of that name. Raises TimeoutError."""
         end = time.monotonic() + timeout_s
         while True:
+            if self.coordinator.process.poll() is not None and not self.of("stopped"):
+                self.coordinator.revive()
             self._seen += self.events.read()
             found = self.of(event)
             if len(found) >= count:
@@ -163,6 +168,16 @@ class SimulatedCluster:
     def of(self, event: str) -> list[dict[str, Any]]:
         """Events seen so far of one name."""
         return [e for e in self._seen if e["event"] == event]
+
+    def inject(self, point: str) -> None:
+        """The coordinator dies at this crash point, once."""
+        spoke = Spoke(f"127.0.0.1:{self.coordinator.port}", "tool-0", bytes.fromhex(self._secret), 5.0)
+        try:
+            spoke.send(r.encode(r.Inject(r.Fault("kill-coordinator", -1, point=point))))
+            if spoke.receive(10.0) is None:
+                raise TimeoutError("the coordinator does not answer")
+        finally:
+            spoke.close()
 
     def seen(self) -> dict[str, tuple[float, float, int]]:
         """By what agents were told: when the first and the last of them were, in unix seconds, and how many."""

@@ -65,7 +65,9 @@ def _decode(packet: bytes) -> r.CoordinatorRecord:
 class _Agent:
     """One node. Its ranks follow from the assignment, as a real agent's do."""
 
-    __slots__ = ("alive", "epoch", "generation", "introduced", "node", "ranks", "spoke", "version")
+    __slots__ = (
+        "alive", "epoch", "generation", "held", "introduced", "keeps", "node", "ranks", "settled", "spoke", "version",
+    )  # fmt: skip
 
     def __init__(self, node: int, ranks: list[int], spoke: Spoke) -> None:
         self.node = node
@@ -75,6 +77,9 @@ class _Agent:
         self.version = 0
         self.generation = 5
         self.introduced = 0
+        self.held: list[int] = []  # ranks whose shards it has, own and kept for others
+        self.keeps: list[int] = []
+        self.settled = True
         self.alive = True
 
 
@@ -90,6 +95,7 @@ class Swarm:
         self.agents: dict[int, _Agent] = {}
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._order = 0
+        self.loss = settings.loss
         self._touched: set[int] = set()
         self._random = random.Random(settings.seed)
         self._tables = Tables()
@@ -173,7 +179,7 @@ class Swarm:
         heapq.heappush(self._later, (time.monotonic() + seconds, self._order, do))
 
     def _send(self, agent: _Agent, record: r.AgentRecord) -> None:
-        if not agent.alive or (self._s.loss and self._random.random() < self._s.loss):
+        if not agent.alive or (self.loss and self._random.random() < self.loss):
             return
         self.sent += 1
         self._touched.add(agent.node)
@@ -190,7 +196,8 @@ class Swarm:
         pids = [1 + agent.node * self._s.slots + i for i in range(self._s.slots)]
         # Their vaults have one address each, though nothing listens there.
         host = f"10.{agent.node >> 16 & 255}.{agent.node >> 8 & 255}.{agent.node & 255}"
-        self._send(agent, r.Join(agent.node, 1 + agent.node, host, 40000 + agent.node % 20000, pids, {}, agent.epoch))
+        port = 40000 + agent.node % 20000
+        self._send(agent, r.Join(agent.node, 1 + agent.node, host, port, pids, {}, agent.epoch, agent.settled))
         agent.introduced += 1
         if not agent.ranks:
             for local, pid in enumerate(pids):
@@ -230,6 +237,7 @@ class Swarm:
                         )
                     )
                 self._note("placement")
+                self._has_shards(agent)
                 self._live(agent)
             case r.Declare() | r.Changed():
                 self._declared(agent, record)
@@ -271,8 +279,6 @@ class Swarm:
         if self._tables.version != record.version:
             whole = apply(record, self._tables) if isinstance(record, r.Changed) else record
             assert whole is not None
-            self._kept_before = self._keeps
-            self._held_before = getattr(self, "_ranks", {})
             self._place(
                 Tables(
                     record.version,
@@ -285,15 +291,16 @@ class Swarm:
             )
         self._note(f"declare-{record.epoch}")
         agent.epoch, agent.version = record.epoch, record.version
-        held = agent.ranks
+        held = agent.held
         agent.ranks = self._ranks.get(agent.node, [])
+        agent.settled = not agent.ranks
         version = [(0, agent.generation)]
         offer = r.Offer(
             record.epoch,
             agent.node,
             {rank: agent.generation if rank in held else None for rank in agent.ranks},
             dict.fromkeys(held, version),
-            dict.fromkeys(self._kept_before.get(agent.node, ()), version),
+            dict.fromkeys(agent.keeps, version),
         )
         if agent.ranks or held:
             self._does(agent, lambda: self._send(agent, offer), record.epoch)
@@ -303,7 +310,13 @@ class Swarm:
         self._send(agent, r.NodeFormed(epoch, agent.node, 24, 24 if agent.node < world // 8 else 2, 24))
         self._send(agent, r.NodeRestored(epoch, agent.node))
         self._send(agent, r.NodeResumed(epoch, agent.node, agent.generation))
+        self._has_shards(agent)
+        agent.settled = True
         self._note(f"resumed-{epoch}")
+
+    def _has_shards(self, agent: _Agent) -> None:
+        """It has what this placement gives it."""
+        agent.held, agent.keeps = agent.ranks, self._keeps.get(agent.node, [])
 
     # ---- failure-free
 
@@ -346,7 +359,7 @@ class Swarm:
     # ---- commands
 
     def command(self, line: str) -> dict[str, Any] | None:
-        """``start``, ``kill N``, ``iterate S`` (for S seconds), ``report``, ``end``; None: it is the end."""
+        """``start``, ``kill N``, ``iterate S`` (seconds), ``lose SHARE``, ``report``, ``end``; None: it is the end."""
         word, *arguments = line.split()
         match word:
             case "start":
@@ -356,6 +369,8 @@ class Swarm:
             case "iterate":
                 self._until = time.monotonic() + float(arguments[0])
                 self._tick()
+            case "lose":
+                self.loss = float(arguments[0])
             case "report":
                 return {
                     "seen": self._seen,

@@ -19,6 +19,8 @@ from deadpool_megatron.observe import read_events
 from etcds import need_etcd
 from machines import Machines
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = (
     "import os, pathlib, time\n"
     "here = pathlib.Path(__file__).parent\n"
@@ -137,3 +139,26 @@ def test_a_leader_that_etcd_does_not_hear_steps_down_and_its_late_writes_are_ref
     machines.until("the agents' return", lambda: job.status()["coordinator_pid"] and job.events("coordinator_back"), 30)
     job.finish([0, 1, 2])
     assert not job.events("detected")
+
+
+@pytest.mark.timeout(240)
+def test_the_embedded_stores_host_is_killed_and_comes_back_and_the_job_goes_on(machines: Machines) -> None:
+    script = machines.directory / "script.py"
+    script.write_text(SCRIPT)
+    line = ["--nnodes", "2", "--emulate-cpu", "--rdzv-endpoint", f"127.0.0.1:{machines.port}"]
+    command = [str(script), "--deadpool"]  # for its vaults: by them a job is seen to live
+    machines.start(line, command, command="coordinator")
+    for n in (0, 1):
+        machines.start([*line, "--node-rank", str(n), "--no-coordinator"], command)
+    machines.until("workers", lambda: len(list(machines.directory.glob("up-*"))) == 2, 120)
+    job = (machines.run_dir / "job.json").read_text()
+    machines.kill_tree(0)
+    time.sleep(2.0)
+    machines.start(line, command, command="coordinator")
+    machines.until("its return", lambda: "goes on here" in machines.output(3), 60)
+    machines.until("a coordinator", lambda: (machines.run_dir / "job.json").read_text() != job, 60)
+    assert json.loads((machines.run_dir / "job.json").read_text())["secret"] == json.loads(job)["secret"]
+    (machines.directory / "finish").touch()
+    assert [machines.code(n, 60) for n in (1, 2, 3)] == [0, 0, 0], machines.outputs()
+    events = [e["event"] for e in read_events(machines.run_dir)]
+    assert "coordinator_back" in events and "detected" not in events

@@ -279,9 +279,10 @@ def _names(union: object, without: Collection[str] = ()) -> list[str]:
     return [name for record in typing.get_args(union) if (name := points.kebab(record.__name__)) not in without]
 
 
-# Every message and every step is a crash point. Tools are not in the job; a worker's steps have points of their own.
+# Every message and every step is a crash point. Tools are not in the job; a worker's steps have points of their own; a
+# `Changed` is how a `Declare` goes out.
 points.add("worker", "step", typing.get_args(Step), "a worker is about to tell that it is {}")
 points.add("worker", "worker", _names(WorkerRecord, ["worker-step"]), "a worker is about to send {}")
 _TOOLS = ("inject", "drain", "enlist", "add-spare")
 points.add("agent", "agent", _names(AgentRecord, _TOOLS), "an agent is about to send {}")
-points.add("coordinator", "coordinator", _names(CoordinatorRecord), "the coordinator is about to send {}")
+points.add("coordinator", "coordinator", _names(CoordinatorRecord, ["changed"]), "the coordinator is about to send {}")
