@@ -608,7 +608,10 @@ class Core:
         self._send(None, r.Hold(self.epoch, self._drain[1]))
 
     def _node_held(self, record: r.NodeHeld) -> None:
-        if record.epoch != self.epoch or self._drain is None:
+        if record.epoch != self.epoch or self.phase is not Phase.RUNNING:
+            return
+        if self._drain is None:  # the coordinator that told everybody to hold still is gone, and nobody else would
+            self._declare(f"node {record.node} holds still for a drain that was begun by another coordinator")
             return
         node, _, held = self._drain
         held.add(record.node)
