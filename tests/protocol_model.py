@@ -296,8 +296,12 @@ class Cluster:
     def hear(self, node: Node) -> None:
         """The coordinator reads one record of a node."""
         record = node.outbox.popleft()
-        if not misfit(record, self.job.world_size, self.core.epoch):
-            self.act(self.core.received(record, self.now))
+        core = self.core
+        stale = core.members.gone(node.number) or getattr(record, "epoch", core.epoch) < core.epoch
+        if not misfit(record, self.job.world_size, core.epoch):
+            actions = core.received(record, self.now)
+            assert not (stale and actions) or isinstance(record, r.Join), f"{record} acts in epoch {core.epoch}"
+            self.act(actions)
 
     def die(self, node: Node) -> None:
         """A node stops; what it has said may still be heard. The coordinator learns it later or at once."""

@@ -81,6 +81,7 @@ class Node:
                 self.agreed, self.ready = record, set()
             case r.Form() if record.epoch == self.epoch and self.ranks:
                 assert self.agreed is not None and self.agreed.epoch == self.epoch
+                assert self.ready >= set(self.ranks), "told to go on before the agreed generation is here"
                 self.live = dict.fromkeys(self.ranks, self.agreed.generation)
                 self.at, self.stepping, self.training = self.agreed.generation, False, True
                 self.outbox.append(r.NodeFormed(self.epoch, self.number, 1))
