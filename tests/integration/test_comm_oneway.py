@@ -1,4 +1,4 @@
-"""A one-way operation in a group that was formed anew waits as long as operations may take, not as long as forming may."""
+"""A one-way operation in a group formed anew waits as long as operations may take, not as long as forming may."""
 
 from __future__ import annotations
 
