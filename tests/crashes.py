@@ -48,6 +48,7 @@ class Result:
     recovered_s: float | None
     lost_iterations: int
     epochs: int
+    nodes: int = COORDINATES
     bitwise_equal: bool = False
 
 

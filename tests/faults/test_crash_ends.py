@@ -60,7 +60,8 @@ def _durable(directory: Path) -> list[str]:
 
 def _row(point: str, role: str, outcome: str, equal: bool) -> dict[str, Any]:
     nothing = {"fault": "", "trigger": "", "detected_s": None, "recovered_s": None, "lost_iterations": None}
-    return {"point": point, "role": role, "outcome": outcome, "bitwise_equal": equal, "epochs": 0, **nothing}
+    row = {"point": point, "role": role, "outcome": outcome, "bitwise_equal": equal, "epochs": 0, "nodes": 2}
+    return {**row, **nothing}
 
 
 def _start(point: str, jobs: Jobs, directory: Path) -> Job:
