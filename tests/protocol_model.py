@@ -44,7 +44,7 @@ class Cluster:
             node.joins()
         self.ended: Finish | None = None
         self.declared: list[int] = []
-        self.kept: str | None = None
+        self.kept: dict[str, str] = {}
         self.crash_after: int | None = None
         self._settling = False
         self.safe: tuple[int, dict[int, list[Node]]] | None = None  # committed: generation, and by rank who held it
@@ -66,7 +66,7 @@ class Cluster:
             self.crash_after = None  # its launcher does not start one again whose job is over
         for action in actions:
             if isinstance(action, Keep):
-                self.kept = json.dumps(action.state)
+                self.kept |= {name: json.dumps(part) for name, part in action.parts.items()}
         for action in actions:
             if isinstance(action, Send):
                 for node in self.nodes:
@@ -109,8 +109,9 @@ class Cluster:
             node.connected = False
             if not node.alive:
                 node.outbox.clear()
-        if self.kept is not None:
-            self.act(self.core.restored(json.loads(self.kept), self.now))
+        if self.kept:
+            parts = {name: json.loads(part) for name, part in self.kept.items()}
+            self.act(self.core.restored(parts, self.now))
 
     def reconnect(self, node: Node) -> None:
         """A node finds the coordinator that was started again; what it said in between is gone."""

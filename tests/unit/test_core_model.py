@@ -86,7 +86,7 @@ def _happen(cluster: Cluster, what: str, node: Node, which: int) -> None:
         "heal": (node.cut, lambda: cluster.heal(node)),
         "drain": (True, lambda: cluster.drain(node)),
         "join": (len(cluster.nodes) < 10, cluster.join),
-        "crash": (cluster.kept is not None, lambda: setattr(cluster, "crash_after", which)),
+        "crash": (bool(cluster.kept), lambda: setattr(cluster, "crash_after", which)),
         "reconnect": (True, lambda: cluster.reconnect(node)),
         "wait": (True, cluster.wait),
         "complain": (node.alive, lambda: cluster.complain(node)),
