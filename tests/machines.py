@@ -49,12 +49,17 @@ class Machines:
         self._seen: dict[int, psutil.Process] = {}
 
     def start(
-        self, options: Sequence[str], script: Sequence[str], env: dict[str, str] | None = None, command: str = "agent"
+        self,
+        options: Sequence[str],
+        script: Sequence[str],
+        env: dict[str, str] | None = None,
+        command: str = "agent",
+        prefix: Sequence[str] = (),
     ) -> None:
-        """Start the next one."""
+        """Start the next one; ``prefix`` makes it run somewhere else."""
         with open(self.directory / f"machine-{len(self.started)}.out", "wb") as out:
             process = subprocess.Popen(
-                [*CLI, command, *options, *script],
+                [*prefix, *CLI, command, *options, *script],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -774,11 +774,9 @@ class Agent:
                 live[rank] = worker.arrived.live
             else:
                 return
-        holdings = self._shards.holdings()
-        if not live and not any(holdings):
-            return  # a spare has nothing to give
+        # A spare tells that it has nothing: it may be one that the coordinator waits for, having just given way.
         self._offered = self._epoch
-        self._send(r.Offer(self._epoch, self._s.node, live, *holdings))
+        self._send(r.Offer(self._epoch, self._s.node, live, *self._shards.holdings()))
 
     def _agree(self, record: r.Agree) -> None:
         if record.epoch != self._epoch or self._shards is None:

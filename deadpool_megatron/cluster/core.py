@@ -379,6 +379,8 @@ class Core:
         if unsettled or lost or self._vacant:
             why = unsettled or (f"node {lost[0]} was lost" if lost else "a worker died")
             self._declare(f"the coordinator was away and {why}")
+        elif not self.epoch and self._sizes[0]:
+            self._send_placement()  # later ones come with a declaration; who heard the first one hears the same again
 
     # ---- start
 
@@ -461,10 +463,14 @@ class Core:
         if self.job.active_nodes == 1:  # for measurements: nothing is protected
             self._send(None, r.Placement(self.epoch, [[0, 0]], sizes, rooms))
             return
-        groups = self.protection.begin(self.assignment, self.coordinates, largest, self.job.slots_per_node)
+        self.protection.begin(self.assignment, self.coordinates, largest, self.job.slots_per_node)
         if self.job.deadpool:
-            self._send(None, r.Placement(self.epoch, [list(group) for group in groups], sizes, rooms))
+            self._send_placement()
             self._emit("placed", costs=self.protection.costs(), **self.protection.status())
+
+    def _send_placement(self) -> None:
+        groups = [list(group) for group in self.protection.groups]
+        self._send(None, r.Placement(self.epoch, groups, *self._shapes()))
 
     def _shapes(self) -> tuple[list[int], list[int]]:
         """By rank, bytes of unique state and room for small state; they stay as they are for the life of the job."""
@@ -608,7 +614,10 @@ class Core:
         self._send(None, r.Hold(self.epoch, self._drain[1]))
 
     def _node_held(self, record: r.NodeHeld) -> None:
-        if record.epoch != self.epoch or self._drain is None:
+        if record.epoch != self.epoch or self.phase is not Phase.RUNNING:
+            return
+        if self._drain is None:  # the coordinator that told everybody to hold still is gone, and nobody else would
+            self._declare(f"node {record.node} holds still for a drain that was begun by another coordinator")
             return
         node, _, held = self._drain
         held.add(record.node)

@@ -17,10 +17,15 @@ from collections.abc import Mapping
 
 from deadpool_megatron.cluster import records as r
 
-__all__ = ["Fence"]
+__all__ = ["Fence", "on_smaller_side"]
 
 _CONNECT_S = 1.0
 _MOST_ASKED = 64  # of a job cut one to three, a node of the larger part finds itself cut off once in 100,000 times
+
+
+def on_smaller_side(reached: int, others: int) -> bool:
+    """Does a node that has lost the coordinator, and reaches ``reached`` of the ``others``, have to fence itself?"""
+    return (reached + 1) * 2 <= others + 1
 
 
 class Fence:
@@ -45,7 +50,7 @@ class Fence:
         if now - self._since < self._lease:
             return False
         if self._reached is not None:
-            alone = (self._reached + 1) * 2 <= self._others + 1
+            alone = on_smaller_side(self._reached, self._others)
             self._reached = None
             return alone
         if self._asked is None or now - self._asked > self._lease + _CONNECT_S:

@@ -272,6 +272,8 @@ class Communicators:
         self._abort_lock.release()
         c10d._world.pg_coalesce_state.clear()  # an exception in a coalescing block leaves its entry behind
         records = self.groups()
+        if all(set(record.backend_of_device.values()) == {"gloo"} for record in records):
+            self._waits.at_most(self._operation_timeout_s)
         plan = FormingPlan(
             epoch=epoch,
             rank=dist.get_rank(),

@@ -38,11 +38,12 @@ class Waits:
         self._inside: dict[int, Any] = {}
         self.release = Release()
         self.can_force = self.release.available
+        self._longest = _NO_TIMEOUT
 
     def install(self) -> None:
         """Wrap torch's `Work.wait`, once per process."""
         native: Callable[[Any, timedelta], bool] = bindings.Work.wait
-        inside, poison, ident = self._inside, self._poison, threading.get_ident
+        inside, poison, ident, waits = self._inside, self._poison, threading.get_ident, self
 
         def wait(self: Any, timeout: timedelta = _NO_TIMEOUT) -> bool:
             """torch's Work.wait; raises CommunicatorAborted when the communicators are aborted."""
@@ -51,7 +52,7 @@ class Waits:
             try:
                 if poison.set:
                     raise poison.error()
-                done = native(self, timeout)
+                done = native(self, timeout or waits._longest)
             except RuntimeError as error:
                 if poison.set and not isinstance(error, CommunicatorAborted):
                     raise poison.error() from error
@@ -64,6 +65,14 @@ class Waits:
 
         wait.__wrapped__ = native  # type: ignore[attr-defined]
         bindings.Work.wait = wait
+
+    def at_most(self, seconds: float) -> None:
+        """A wait that names no time-out of its own ends after so long. Only where all works are Gloo's.
+
+        Left to itself torch waits for a one-way Gloo operation as long as its group was given to *form*, whatever
+        time-out operations have. (Works of NCCL are not for the host to wait for: a time-out would make it.)
+        """
+        self._longest = timedelta(seconds=seconds)
 
     @property
     def anybody(self) -> bool:

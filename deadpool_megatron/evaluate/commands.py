@@ -31,6 +31,7 @@ def add_commands(commands: Any) -> None:
         run_scale,
     )
     from deadpool_megatron.evaluate.simulate import add_simulate_arguments, run_simulate
+    from deadpool_megatron.evaluate.survival import add_faults_arguments, run_faults
     from deadpool_megatron.evaluate.validation import add_model_arguments, run_model
 
     benches = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)
@@ -50,6 +51,7 @@ def add_commands(commands: Any) -> None:
     text = "the control part of a recovery, with thousands of simulated agents"
     bench("control", text, add_control_arguments, run_control)
     bench("model", "hold the simulation against real, disturbed jobs", add_model_arguments, run_model)
+    bench("faults", "the table of what it survives, from the results of tests", add_faults_arguments, run_faults)
     simulate = commands.add_parser("simulate", help="goodput of a cluster under failures, simulated")
     add_simulate_arguments(simulate)
     simulate.set_defaults(run=run_simulate)

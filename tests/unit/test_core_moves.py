@@ -256,3 +256,26 @@ def test_a_node_that_was_about_to_join_joins_the_new_coordinator_and_hides_no_lo
     job.park([3])
     job.wait(30.0)
     assert job.core.nodes[1].role == "lost" and job.told(r.Declare)[-1].replaced == [2, 3]
+
+
+def test_nodes_that_hold_still_for_a_drain_the_coordinator_died_in_are_set_free() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    job.take(job.core.drain(1, job.now)[1])
+    restarted(job)
+    assert not job.told(r.Declare)
+    at = hold(job)
+    assert len(job.told(r.Declare)) == 1 and job.told(r.Declare)[-1].replaced == []
+    job.recover(at)
+    assert job.core.phase is Phase.RUNNING and job.core.nodes[1].role == "active"
+
+
+def test_a_placement_nobody_heard_since_the_coordinator_died_is_told_again() -> None:
+    job = SimulatedJob().train()
+    before = job.told(r.Placement)
+    restarted(job)
+    assert len(before) == 1 and job.told(r.Placement) == before * 2
+    job.lose(1)
+    job.recover()
+    restarted(job)
+    assert len(job.told(r.Placement)) == 2, "an epoch's declaration has it"

@@ -1,0 +1,133 @@
+"""How soon each class of failure is seen at the default settings, and that nothing is seen where nothing fails.
+
+Minutes each, results as JSON for the documentation::
+
+    DEADPOOL_TEST_RESULTS=DIR python -m pytest -m slow -s tests/faults/test_detection.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crashes import Gauntlet, write_results
+from deadpool_megatron.config import DeadpoolConfig
+from jobs import Jobs
+
+DEFAULTS = DeadpoolConfig()
+# By class: the fault, the event that tells of it, the longest it may take from the fault until then, and how often.
+CLASSES: dict[str, tuple[list[str], str, float, int]] = {
+    "a worker is killed": (["kill-worker"], "detected", 1.0, 3),
+    "a worker crashes (SIGSEGV)": (["crash"], "detected", 1.0, 1),
+    "a node dies, its connections end": (["kill"], "detected", 1.0, 3),
+    "the agent alone dies": (["kill-agent"], "detected", 1.0, 3),
+    "a node falls silent": (["stop-agent"], "detected", DEFAULTS.lease + 2.0, 2),
+    "a worker is stopped (SIGSTOP)": (["stop"], "stuck", DEFAULTS.lease + 4.0, 2),
+    "a worker hangs in its own code": (["hang", "--at", "slice.before"], "stuck", 3 * DEFAULTS.hang_floor, 2),
+    "the coordinator dies": (["kill-coordinator"], "coordinator_back", 5.0, 3),
+}
+# At the default settings: no deadline is shorter than a user's.
+LENIENT = ["--deadpool-lease", str(DEFAULTS.lease), "--deadpool-hang-floor", str(DEFAULTS.hang_floor)]
+UNDER_LOAD_S = 300.0
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    jobs = Jobs(tmp_path)
+    yield jobs
+    jobs.end()
+
+
+def befall(gauntlet: Gauntlet, fault: list[str], event: str, rank: int) -> dict[str, Any]:
+    """One fault; what it took until it was seen and until the job trained again."""
+    gauntlet.settle()
+    begun, node = time.time(), gauntlet.node_of(rank)
+    pid = gauntlet.job.status()["coordinator_pid"]
+    victim = "the coordinator" if fault[0] == "kill-coordinator" else f"node {node}"
+    strikes = len(gauntlet.strikes(victim))
+    gauntlet.command("inject", *([] if victim == "the coordinator" else ["--node", str(node)]), "--fault", *fault)
+    struck = gauntlet.job.until(f"strike of {fault}", lambda: gauntlet.strikes(victim)[strikes:])[0]
+
+    def seen() -> list[dict[str, Any]]:
+        events = gauntlet.events(event, begun)
+        return events if event == "coordinator_back" else [e for e in events if e["node"] == node]
+
+    first = gauntlet.job.until(f"{event} of {fault}", seen)[0]
+    resumed: list[dict[str, Any]] = []
+    if event == "coordinator_back":
+        gauntlet.job.until("another coordinator", lambda: gauntlet.status()["coordinator_pid"] != pid)
+    else:
+        resumed = gauntlet.job.until(f"recovery from {fault}", lambda: gauntlet.events("resumed", first["t"]))
+    agreed = [e["iteration"] for e in gauntlet.events("agreed", begun)]
+    done = [e["iteration"] for e in gauntlet.events("iteration") if e["t"] < first["t"]]
+    return {
+        "detected_s": round(max(0.0, first["t"] - struck), 3),
+        "recovered_s": round(resumed[0]["t"] - struck, 3) if resumed else None,
+        "lost_iterations": max([0, *(max(done) + 1 - g for g in agreed)]) if done else 0,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_class_of_failure_is_seen_in_its_time_at_the_default_settings(jobs: Jobs) -> None:
+    gauntlet = Gauntlet(jobs, "detection", 5000, more=LENIENT)
+    rows: list[dict[str, Any]] = []
+    try:
+        for number, (name, (fault, event, _, times)) in enumerate(CLASSES.items()):
+            found = [befall(gauntlet, fault, event, (number + i) % 4) for i in range(times)]
+            rows.append(
+                {
+                    "class": name,
+                    "times": times,
+                    "detected_s": [each["detected_s"] for each in found],
+                    "recovered_s": [each["recovered_s"] for each in found if each["recovered_s"] is not None],
+                    "lost_iterations": max(each["lost_iterations"] for each in found),
+                }
+            )
+            print(rows[-1], flush=True)
+    finally:
+        jobs.end()
+        gauntlet.end()
+        write_results("detection", rows)
+    for row in rows:
+        limit = CLASSES[row["class"]][2]
+        assert max(row["detected_s"]) < limit, f"{row['class']}: seen after {row['detected_s']}, not {limit} s"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_with_every_processor_busy_nobody_is_taken_for_lost_or_stuck_or_slow(jobs: Jobs) -> None:
+    gauntlet = Gauntlet(jobs, "busy", 100000, 1, more=LENIENT)
+    load: list[subprocess.Popen[bytes]] = []
+    try:
+        gauntlet.settle()
+        gauntlet.pace("0")
+        for _ in range(2 * (os.cpu_count() or 1)):
+            load.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+        end = time.monotonic() + UNDER_LOAD_S
+        before = gauntlet.status()["iteration"]
+        while time.monotonic() < end:
+            assert gauntlet.job.process.poll() is None, gauntlet.job.log_tails()
+            time.sleep(1.0)
+        done = gauntlet.status()["iteration"] - before
+        alarms = ("detected", "declared", "stuck", "straggler", "peer_error")
+        wrong = [e for name in alarms for e in gauntlet.events(name)]
+        print(f"{done} iterations in {UNDER_LOAD_S:g} s with {len(load)} busy processes beside; {len(wrong)} alarms")
+        row = {"class": "nothing, every processor busy", "times": done, "detected_s": [], "recovered_s": []}
+        write_results("busy", [row | {"lost_iterations": 0}] if not wrong else [])
+        assert not wrong and done > 0
+    finally:
+        for process in load:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+        jobs.end()
+        gauntlet.end()
