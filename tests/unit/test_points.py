@@ -50,13 +50,13 @@ def test_every_point_of_the_registry_is_passed_in_the_sources_or_with_every_mess
 
 def test_no_message_can_be_sent_without_a_point() -> None:
     tools = {"agent.inject", "agent.drain", "agent.enlist", "agent.add-spare"}
-    assert by_construction() - set(points.POINTS) == tools | {"worker.worker-step"}
+    assert by_construction() - set(points.POINTS) == tools | {"worker.worker-step", "coordinator.changed"}
     # Whoever encodes a record passes the point of its name in the same function. Tools are in no assignment; what an
     # agent tells its workers is lost with the one or the other, each of which has points of its own.
     free = {"control.py:_ask", "multinode/enlisting.py:enlist", "cluster/workers.py:tell"}
     free |= {"worker.py:tell", "worker.py:main"}  # before there is a session nothing can be armed
     free |= {"cluster/tables.py:packets", "cluster/tables.py:_declare"}  # for the coordinator, which passes the point
-    free |= {"evaluate/swarm.py:_send"}  # simulated agents have failures of their own
+    free |= {"evaluate/swarm.py:_send", "evaluate/control.py:inject"}  # simulated agents have failures of their own
     assert _encoders(passing=False) == free
     assert {"cluster/agent.py:_send", "cluster/coordinator.py:_reply", "recovery/session.py:tell"} <= _encoders(True)
 
