@@ -24,7 +24,7 @@ from deadpool_megatron.observe import LOGS, EventTail
 from flags import duo_gpt, tiny_gpt, with_value
 from jobs import ROOT, Job, Jobs, environment, launch_flags
 
-__all__ = ["Gauntlet", "Result", "gauntlet_flags", "results", "write_results"]
+__all__ = ["Gauntlet", "Result", "differences", "gauntlet_flags", "results", "write_results"]
 
 PACED = ROOT / "tests" / "pretrain_paced.py"
 CALM_S, WAITING_S = "0", "0.5"  # seconds that a forward pass sleeps
@@ -195,6 +195,41 @@ class Gauntlet:
               f"lost {result.lost_iterations}", flush=True)  # fmt: skip
         return result
 
+    def suffer(self, fault: Sequence[str], event: str, rank: int) -> dict[str, Any]:
+        """One fault of those that strike at once: what it took until ``event`` told of it and the job trained again."""
+        self.settle()
+        begun, node = time.time(), self.node_of(rank)
+        pid = self.job.status()["coordinator_pid"]
+        victim = "the coordinator" if fault[0] == "kill-coordinator" else f"node {node}"
+        strikes = len(self.strikes(victim))
+        self.command("inject", *([] if victim == "the coordinator" else ["--node", str(node)]), "--fault", *fault)
+        struck = self.job.until(f"strike of {fault}", lambda: self.strikes(victim)[strikes:], STRIKE_S)[0]
+
+        def seen() -> list[dict[str, Any]]:
+            events = self.events(event, begun)
+            return events if event == "coordinator_back" else [e for e in events if e["node"] == node]
+
+        first = self.job.until(f"{event} of {fault}", seen, STRIKE_S)[0]
+        resumed: list[dict[str, Any]] = []
+        if event == "coordinator_back":
+            self.job.until("another coordinator", lambda: self.status()["coordinator_pid"] != pid, RECOVERY_S)
+        else:
+            resumed = self.job.until(f"recovery from {fault}", lambda: self.events("resumed", first["t"]), RECOVERY_S)
+        agreed = [e["iteration"] for e in self.events("agreed", begun)]
+        done = [e["iteration"] for e in self.events("iteration") if e["t"] < first["t"]]
+        return {
+            "detected_s": round(max(0.0, first["t"] - struck), 3),
+            "recovered_s": round(resumed[0]["t"] - struck, 3) if resumed else None,
+            "lost_iterations": max([0, *(max(done) + 1 - g for g in agreed)]) if done else 0,
+        }
+
+    def recovers(self, fault: Callable[[], Any]) -> None:
+        """Something that makes the job form its groups anew, and that it has come through that."""
+        self.settle()
+        before = len(self.events("resumed"))
+        fault()
+        self.job.until("the recovery", lambda: len(self.events("resumed")) > before, RECOVERY_S)
+
     def _trains(self, since: float) -> bool:
         status = self.status()
         if status.get("phase") != "training" or status["t"] <= since:
@@ -344,6 +379,15 @@ class Gauntlet:
                 process.kill()
                 process.wait()
         self._errors.close()
+
+
+def differences(got: Job, want: Job) -> list[str]:
+    """In losses, grad norms and final state, bit for bit; a repeated iteration counts each time."""
+    expected = {iteration: exact for iteration, *exact in want.exact()}
+    wrong = [f"iteration {i}" for i, *exact in got.exact() if exact != expected[i]]
+    hashes, wanted = got.hashes(), want.hashes()
+    wrong += [f"{part} of rank {rank}" for rank in wanted for part in wanted[rank] if hashes[rank] != wanted[rank]]
+    return wrong
 
 
 def results(gauntlet: Gauntlet, equal: bool) -> list[dict[str, Any]]:

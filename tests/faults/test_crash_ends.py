@@ -73,8 +73,9 @@ def _start(point: str, jobs: Jobs, directory: Path) -> Job:
     if point == "agent.preemption-notice":
         flags += [*_durable(directory / "durable"), "--deadpool-on-preempt"]
     if point in SAVED:
-        flags, spares = [*flags, "--save", str(directory / "save"), "--train-iters", "1000"], 0
-    return jobs.start(point, launch_flags(2, spares, 1), flags)
+        save = ["--save", str(directory / "save"), "--save-interval", "10000"]
+        flags, spares = [*flags, *save, "--train-iters", "1000"], 0
+    return jobs.start(point, launch_flags(2 + spares, spares, 1), flags)
 
 
 def _arm(point: str, job: Job) -> None:

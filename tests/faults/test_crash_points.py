@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from crash_cases import GROUPS, REPRESENTATIVE, Case
-from crashes import CALM_S, COORDINATES, PACED, Gauntlet, gauntlet_flags, results, write_results
+from crashes import CALM_S, COORDINATES, PACED, Gauntlet, differences, gauntlet_flags, results, write_results
 from deadpool_megatron.observe import LOGS
 from jobs import Job, Jobs, launch_flags
 
@@ -64,15 +64,6 @@ class Calm:
 def calm(jobs: Jobs) -> Calm:
     """What to compare with."""
     return Calm(jobs)
-
-
-def differences(got: Job, want: Job) -> list[str]:
-    """In losses, grad norms and final state, bit for bit; a repeated iteration counts each time."""
-    expected = {iteration: exact for iteration, *exact in want.exact()}
-    wrong = [f"iteration {i}" for i, *exact in got.exact() if exact != expected[i]]
-    hashes, wanted = got.hashes(), want.hashes()
-    wrong += [f"{part} of rank {rank}" for rank in wanted for part in wanted[rank] if hashes[rank] != wanted[rank]]
-    return wrong
 
 
 def run(name: str, cases: Sequence[Case], jobs: Jobs, calm: Calm, iterations: int, more: Sequence[str]) -> Job:

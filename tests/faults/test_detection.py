@@ -46,35 +46,6 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
     jobs.end()
 
 
-def befall(gauntlet: Gauntlet, fault: list[str], event: str, rank: int) -> dict[str, Any]:
-    """One fault; what it took until it was seen and until the job trained again."""
-    gauntlet.settle()
-    begun, node = time.time(), gauntlet.node_of(rank)
-    pid = gauntlet.job.status()["coordinator_pid"]
-    victim = "the coordinator" if fault[0] == "kill-coordinator" else f"node {node}"
-    strikes = len(gauntlet.strikes(victim))
-    gauntlet.command("inject", *([] if victim == "the coordinator" else ["--node", str(node)]), "--fault", *fault)
-    struck = gauntlet.job.until(f"strike of {fault}", lambda: gauntlet.strikes(victim)[strikes:])[0]
-
-    def seen() -> list[dict[str, Any]]:
-        events = gauntlet.events(event, begun)
-        return events if event == "coordinator_back" else [e for e in events if e["node"] == node]
-
-    first = gauntlet.job.until(f"{event} of {fault}", seen)[0]
-    resumed: list[dict[str, Any]] = []
-    if event == "coordinator_back":
-        gauntlet.job.until("another coordinator", lambda: gauntlet.status()["coordinator_pid"] != pid)
-    else:
-        resumed = gauntlet.job.until(f"recovery from {fault}", lambda: gauntlet.events("resumed", first["t"]))
-    agreed = [e["iteration"] for e in gauntlet.events("agreed", begun)]
-    done = [e["iteration"] for e in gauntlet.events("iteration") if e["t"] < first["t"]]
-    return {
-        "detected_s": round(max(0.0, first["t"] - struck), 3),
-        "recovered_s": round(resumed[0]["t"] - struck, 3) if resumed else None,
-        "lost_iterations": max([0, *(max(done) + 1 - g for g in agreed)]) if done else 0,
-    }
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_class_of_failure_is_seen_in_its_time_at_the_default_settings(jobs: Jobs) -> None:
@@ -82,7 +53,7 @@ def test_every_class_of_failure_is_seen_in_its_time_at_the_default_settings(jobs
     rows: list[dict[str, Any]] = []
     try:
         for number, (name, (fault, event, _, times)) in enumerate(CLASSES.items()):
-            found = [befall(gauntlet, fault, event, (number + i) % 4) for i in range(times)]
+            found = [gauntlet.suffer(fault, event, (number + i) % 4) for i in range(times)]
             rows.append(
                 {
                     "class": name,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +15,6 @@ from flags import tiny_gpt
 from jobs import Job, Jobs, environment, launch_flags
 
 ITERATIONS = 260
-KINDS = ("kill", "kill-worker", "kill-agent", "stop", "stop-agent", "kill-coordinator", "drain", "abort")
 
 
 def small(iterations: int) -> list[str]:
@@ -172,38 +169,3 @@ def test_a_bug_ends_the_job_with_its_traceback_and_spends_one_spare_on_it(jobs: 
     job.inject(3, 60, 2, "--fault", "raise")
     assert job.wait() == Exit.REPEATED_ERROR
     assert "raised the same error at iteration 60 again" in job.output and "InjectedError" in job.output
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_a_soak_of_random_faults_with_nodes_that_come_back(jobs: Jobs) -> None:
-    seed = int(os.environ.get("DEADPOOL_TEST_SEED", random.SystemRandom().randrange(1 << 30)))
-    faults = int(os.environ.get("DEADPOOL_TEST_FAULTS", "30"))
-    print(f"seed {seed}, {faults} faults")
-    rng = random.Random(seed)
-    iterations = 100 * faults
-    calm = jobs.start("soak-calm", launch_flags(4, 0, 1), small(iterations)).finished(1500)
-    job = jobs.start("soak", launch_flags(6, 2, 1), small(iterations))
-    drama = Drama(job, 2)
-    for number in range(faults):
-        rank = rng.randrange(4)
-        node = str(drama.node_of(rank))
-        kind = rng.choice(KINDS)
-        print(f"{number}: {kind} on node {node}")
-        match kind:
-            case "kill-coordinator":
-                old = job.status()["coordinator_pid"]
-                drama.command("inject", "--fault", kind)
-                job.until("another coordinator", lambda: job.status()["coordinator_pid"] != old)  # noqa: B023
-            case "drain":
-                drama.recovers(lambda: drama.command("drain", "--node", node))  # noqa: B023
-            case "abort":
-                drama.recovers(lambda: drama.command("inject", "--fault", "abort"))
-            case _:
-                drama.recovers(lambda: drama.command("inject", "--node", node, "--fault", kind))  # noqa: B023
-        if kind in ("kill", "kill-agent", "stop-agent", "drain"):
-            drama.join()
-        drama.parked(2)
-    job.finished(1500)
-    drama.end()
-    assert job.hashes() == calm.hashes()
