@@ -170,7 +170,6 @@ ENDS: Final[dict[str, str]] = {
 ELSEWHERE: Final[dict[str, str]] = {
     "worker.leaving": "only where another launcher has started the workers, as their last message",
     "coordinator.enlisted": "only while `deadpool agent` nodes come, and those ask again",
-    "coordinator.changed": "the short form of a declaration, whose point is passed before either",
     "agent.behind": "only an agent that has missed an epoch's declaration asks for the whole of it",
     "coordinator.give-up-drain": "after a drain that failed, when nothing waits for the answer",
 }
