@@ -148,11 +148,11 @@ GROUPS: Final[dict[str, list[Case]]] = {
     ),
 }
 
-# At the start or the end of a job, where it cannot go on: what the launcher says then, or nothing for a good end.
+# At the start or the end of a job: what the launcher says where it cannot go on, nothing where it has to.
 ENDS: Final[dict[str, str]] = {
     "coordinator.placement": "",
     "agent.vault-memory": "before the first generation was committed",
-    "agent.no-room": "before training began",
+    "agent.no-room": "--deadpool-host-memory allows",
     "step.finished": "",
     "agent.finished": "",
     "coordinator.all-finished": "",
