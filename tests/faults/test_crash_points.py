@@ -115,7 +115,8 @@ def test_what_is_due_around_training_is_done_exactly_once(group: str, jobs: Jobs
     text = "\n".join(p.read_text(errors="replace") for p in logs)
     evaluations = Counter(re.findall(r"validation loss at iteration (\d+) ", text))
     due = [str(i) for i in range(5, iterations, 5)]
-    assert {n: evaluations[n] for n in due} == dict.fromkeys(due, 1)
+    # Whose node dies at "evaluation.after" has printed it, and may not have told anybody outside.
+    assert min(evaluations[n] for n in due) == 1 and sum(evaluations[n] - 1 for n in due) <= 1, evaluations
     saves = Counter(int(n) for n in re.findall(r"successfully saved checkpoint from iteration +(\d+)", text))
     assert max(saves.values()) == 1, f"written twice: {saves}"
     # One that a failure caught unfinished in the background is made good by the next iteration's.
