@@ -118,7 +118,9 @@ def test_what_is_due_around_training_is_done_exactly_once(group: str, jobs: Jobs
     # Whose node dies at "evaluation.after" has printed it, and may not have told anybody outside.
     assert min(evaluations[n] for n in due) == 1 and sum(evaluations[n] - 1 for n in due) <= 1, evaluations
     saves = Counter(int(n) for n in re.findall(r"successfully saved checkpoint from iteration +(\d+)", text))
-    assert max(saves.values()) == 1, f"written twice: {saves}"
+    # Who dies at "save.finalized" has not told anybody that it is: the same checkpoint is written once more.
+    untold = sum(case.point == "save.finalized" for case in GROUPS[group])
+    assert sum(count - 1 for count in saves.values()) <= untold, f"written twice: {saves}"
     # One that a failure caught unfinished in the background is made good by the next iteration's.
     late = 1 if group.endswith("async") else 0
     for due_at in range(10, iterations + 1, 10):
