@@ -35,8 +35,14 @@ def _keypair(secret: bytes, role: str) -> tuple[bytes, bytes]:
     return zmq.curve_public(private), private
 
 
-def _heartbeats(socket: zmq.Socket[bytes], lease_s: float) -> None:
-    socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(lease_s * 1000 / 5)))
+def _heartbeats(socket: zmq.Socket[bytes], lease_s: float, a_lease: float) -> None:
+    """Ask the other end for a sign of life so many times a lease; no answer for a lease ends the connection.
+
+    Each end asks for itself: what ZeroMQ has for one end to vouch for itself (HEARTBEAT_TTL) is cancelled by any packet
+    that follows, and a peer that freezes right after one would never be missed. The coordinator asks more often, since a
+    node that is gone costs time, and a frozen coordinator none as long as nothing else fails.
+    """
+    socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(lease_s * 1000 / a_lease)))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(200, int(lease_s * 1000)))
     socket.setsockopt(zmq.TCP_MAXRT, max(200, int(lease_s * 1000)))
     socket.setsockopt(zmq.LINGER, 1000)
@@ -68,7 +74,7 @@ class Hub:
         self.socket.curve_publickey = public
         self.socket.curve_secretkey = private
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        _heartbeats(self.socket, lease_s)
+        _heartbeats(self.socket, lease_s, 3)
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.bind(f"tcp://{host}:{port}")
         endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
@@ -167,7 +173,7 @@ class Spoke:
         self.socket.curve_serverkey = server_public
         self.socket.curve_publickey = public
         self.socket.curve_secretkey = private
-        _heartbeats(self.socket, lease_s)
+        _heartbeats(self.socket, lease_s, 1)
         self.socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing waits for a connection: the other end may have a new state
         self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
