@@ -14,7 +14,7 @@ from typing import Any
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Keep, Send
+from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Keep, Phase, Send
 from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.link import Hub
 from deadpool_megatron.cluster.memory import Memory
@@ -29,6 +29,7 @@ __all__ = ["Coordinator", "CoordinatorSettings"]
 
 _FAREWELL_S = 10.0
 _MOST_REFUSALS_TOLD = 100
+_GATHER_S = 0.003
 _STATUS_INTERVAL_S = 0.2
 _STATUS_SHARE = 0.02  # of the coordinator's time that writing it may take, in large jobs
 
@@ -115,12 +116,16 @@ class Coordinator:
         announce(self.port)
         if self._settings.elected:
             self._memory.watch()
+        core, woke = self._core, 0.0
         while self._finish is None:
             deadline = self._core.next_deadline()
             now = time.monotonic()
             timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
             if self._status_stale:
                 timeout = min(timeout, max(0.0, self._status_due - now))
+            if core.phase is Phase.RUNNING and now - woke < _GATHER_S:
+                time.sleep(_GATHER_S)  # thousands of agents: their news are taken some at a time, not one by one
+            woke = time.monotonic()
             self._hub.wait(timeout, self._packet, self._gone)
             self._memory.check()
             self._run.flush()

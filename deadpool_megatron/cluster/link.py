@@ -38,9 +38,9 @@ def _keypair(secret: bytes, role: str) -> tuple[bytes, bytes]:
 def _heartbeats(socket: zmq.Socket[bytes], lease_s: float, a_lease: float) -> None:
     """Ask the other end for a sign of life so many times a lease; no answer for a lease ends the connection.
 
-    Each end asks for itself: what ZeroMQ has for one end to vouch for itself (HEARTBEAT_TTL) is cancelled by any packet
-    that follows, and a peer that freezes right after one would never be missed. The coordinator asks more often, since a
-    node that is gone costs time, and a frozen coordinator none as long as nothing else fails.
+    Each end asks for itself: what ZeroMQ has for one end to vouch for itself (HEARTBEAT_TTL) is ended by any packet
+    that follows, and a peer that freezes right after one would never be missed. The coordinator asks more often: a node
+    that is gone costs time, and a frozen coordinator none as long as nothing else fails.
     """
     socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(lease_s * 1000 / a_lease)))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(200, int(lease_s * 1000)))
