@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -21,7 +22,7 @@ from deadpool_megatron.cluster.memory import Memory
 from deadpool_megatron.cluster.plan_check import misfit
 from deadpool_megatron.cluster.progress import Progress
 from deadpool_megatron.cluster.protection import in_words
-from deadpool_megatron.cluster.store import Guard, Store
+from deadpool_megatron.cluster.store import Guard, Store, StoreError
 from deadpool_megatron.cluster.tables import Teller
 from deadpool_megatron.observe import RunDirectory
 
@@ -137,7 +138,8 @@ class Coordinator:
                 self._do(self._core.interrupted(time.monotonic()))
             if self._status_stale and time.monotonic() >= self._status_due:
                 self._write_status()
-        self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
+        with contextlib.suppress(StoreError):  # that it has ended is kept already
+            self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
         self._say_goodbye()
         self._write_state_hash()
         self._write_status()
@@ -253,6 +255,8 @@ class Coordinator:
         self._do(self._core.node_lost(node, "its agent is gone or silent", time.monotonic()))
 
     def _do(self, actions: list[Action], step: dict[str, Any] | None = None) -> None:
+        if not actions and step is None:
+            return
         # What a coordinator that starts again must know comes first, then messages, then the log: a recovery does not
         # wait for that. Events bear the time of the decision.
         decided = time.time()
