@@ -201,11 +201,16 @@ class Spoke:
 
     def post(self, packet: bytes) -> bool:
         """Send one packet if the connection is up, else drop it: what counts is told again when it comes up."""
-        try:
-            self.socket.send(self.seal.close(self._name, packet), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
+        sealed = self.seal.close(self._name, packet)
+        for _ in range(2):
+            try:
+                self.socket.send(sealed, zmq.NOBLOCK)
+                return True
+            except zmq.Again:
+                # Sending looks for news of connections once a millisecond only: one that has just come up, as the
+                # monitor says, may not be known yet. Asking for the events always looks.
+                self.socket.getsockopt(zmq.EVENTS)
+        return False
 
     def receive(self, timeout_s: float = 0.0) -> bytes | None:
         """One packet, or None when none came within ``timeout_s`` seconds."""

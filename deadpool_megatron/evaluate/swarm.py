@@ -102,7 +102,7 @@ class Swarm:
         self._keeps: dict[int, list[int]] = {}  # by node, whose copies it keeps
         self._scheme = Scheme.parse("1")
         self._seen: dict[str, list[float]] = {}  # by record and epoch: first and last time, and how many
-        self.sent = self.received = 0
+        self.sent = self.received = self.dropped = 0
         self._iteration = -1
 
     # ---- the loop
@@ -183,7 +183,8 @@ class Swarm:
             return
         self.sent += 1
         self._touched.add(agent.node)
-        agent.spoke.post(r.encode(record))
+        if not agent.spoke.post(r.encode(record)):
+            self.dropped += 1  # there was no connection
 
     def _note(self, what: str) -> None:
         now = time.time()
@@ -376,6 +377,7 @@ class Swarm:
                     "seen": self._seen,
                     "sent": self.sent,
                     "received": self.received,
+                    "dropped": self.dropped,
                     "introduced": sum(agent.introduced for agent in self.agents.values()),
                     "wire": _wire_bytes(),
                 }
