@@ -25,6 +25,7 @@ from typing import Any, Final
 import msgspec
 import zmq
 
+from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.cluster.redundancy import Scheme, holders
@@ -220,7 +221,8 @@ class Swarm:
             case r.Roster():
                 agent.version = record.version
                 if self._tables.version != record.version:
-                    self._tables = Tables(record.version, record.assignment, record.vaults)
+                    first = placing.initial(self._s.active, self._s.slots)
+                    self._tables = Tables(record.version, record.assignment or first, record.vaults)
                 self._note("roster")
                 self._register(agent)
             case r.Placement():
