@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -14,14 +15,14 @@ from typing import Any
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Keep, Send
+from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Keep, Phase, Send
 from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.link import Hub
 from deadpool_megatron.cluster.memory import Memory
 from deadpool_megatron.cluster.plan_check import misfit
 from deadpool_megatron.cluster.progress import Progress
 from deadpool_megatron.cluster.protection import in_words
-from deadpool_megatron.cluster.store import Guard, Store
+from deadpool_megatron.cluster.store import Guard, Store, StoreError
 from deadpool_megatron.cluster.tables import Teller
 from deadpool_megatron.observe import RunDirectory
 
@@ -29,6 +30,7 @@ __all__ = ["Coordinator", "CoordinatorSettings"]
 
 _FAREWELL_S = 10.0
 _MOST_REFUSALS_TOLD = 100
+_GATHER_S = 0.003
 _STATUS_INTERVAL_S = 0.2
 _STATUS_SHARE = 0.02  # of the coordinator's time that writing it may take, in large jobs
 
@@ -115,12 +117,16 @@ class Coordinator:
         announce(self.port)
         if self._settings.elected:
             self._memory.watch()
+        core, woke = self._core, 0.0
         while self._finish is None:
             deadline = self._core.next_deadline()
             now = time.monotonic()
             timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
             if self._status_stale:
                 timeout = min(timeout, max(0.0, self._status_due - now))
+            if core.phase is Phase.RUNNING and now - woke < _GATHER_S:
+                time.sleep(_GATHER_S)  # thousands of agents: their news are taken some at a time, not one by one
+            woke = time.monotonic()
             self._hub.wait(timeout, self._packet, self._gone)
             self._memory.check()
             self._run.flush()
@@ -132,7 +138,8 @@ class Coordinator:
                 self._do(self._core.interrupted(time.monotonic()))
             if self._status_stale and time.monotonic() >= self._status_due:
                 self._write_status()
-        self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
+        with contextlib.suppress(StoreError):  # that it has ended is kept already
+            self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
         self._say_goodbye()
         self._write_state_hash()
         self._write_status()
@@ -248,6 +255,8 @@ class Coordinator:
         self._do(self._core.node_lost(node, "its agent is gone or silent", time.monotonic()))
 
     def _do(self, actions: list[Action], step: dict[str, Any] | None = None) -> None:
+        if not actions and step is None:
+            return
         # What a coordinator that starts again must know comes first, then messages, then the log: a recovery does not
         # wait for that. Events bear the time of the decision.
         decided = time.time()

@@ -35,8 +35,14 @@ def _keypair(secret: bytes, role: str) -> tuple[bytes, bytes]:
     return zmq.curve_public(private), private
 
 
-def _heartbeats(socket: zmq.Socket[bytes], lease_s: float) -> None:
-    socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(lease_s * 1000 / 5)))
+def _heartbeats(socket: zmq.Socket[bytes], lease_s: float, a_lease: float) -> None:
+    """Ask the other end for a sign of life so many times a lease; no answer for a lease ends the connection.
+
+    Each end asks for itself: what ZeroMQ has for one end to vouch for itself (HEARTBEAT_TTL) is ended by any packet
+    that follows, and a peer that freezes right after one would never be missed. The coordinator asks more often: a node
+    that is gone costs time, and a frozen coordinator none as long as nothing else fails.
+    """
+    socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(lease_s * 1000 / a_lease)))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(200, int(lease_s * 1000)))
     socket.setsockopt(zmq.TCP_MAXRT, max(200, int(lease_s * 1000)))
     socket.setsockopt(zmq.LINGER, 1000)
@@ -68,7 +74,7 @@ class Hub:
         self.socket.curve_publickey = public
         self.socket.curve_secretkey = private
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        _heartbeats(self.socket, lease_s)
+        _heartbeats(self.socket, lease_s, 3)
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.bind(f"tcp://{host}:{port}")
         endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
@@ -167,7 +173,7 @@ class Spoke:
         self.socket.curve_serverkey = server_public
         self.socket.curve_publickey = public
         self.socket.curve_secretkey = private
-        _heartbeats(self.socket, lease_s)
+        _heartbeats(self.socket, lease_s, 1)
         self.socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing waits for a connection: the other end may have a new state
         self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
@@ -195,11 +201,16 @@ class Spoke:
 
     def post(self, packet: bytes) -> bool:
         """Send one packet if the connection is up, else drop it: what counts is told again when it comes up."""
-        try:
-            self.socket.send(self.seal.close(self._name, packet), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
+        sealed = self.seal.close(self._name, packet)
+        for _ in range(2):
+            try:
+                self.socket.send(sealed, zmq.NOBLOCK)
+                return True
+            except zmq.Again:
+                # Sending looks for news of connections once a millisecond only: one that has just come up, as the
+                # monitor says, may not be known yet. Asking for the events always looks.
+                self.socket.getsockopt(zmq.EVENTS)
+        return False
 
     def receive(self, timeout_s: float = 0.0) -> bytes | None:
         """One packet, or None when none came within ``timeout_s`` seconds."""

@@ -6,6 +6,7 @@ refused here is counted and has no effect.
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 from deadpool_megatron.cluster import records as r
@@ -15,6 +16,13 @@ __all__ = ["MAX_SHARD_BYTES", "misfit"]
 
 MAX_SHARD_BYTES: Final = 1 << 46
 _MOST_LOCALS: Final = 4096  # a node's slots and those it has rescued
+
+
+@functools.cache
+def _numbers(kind: type) -> tuple[str, ...]:
+    """Those fields of a record that count something."""
+    known = getattr(kind, "__struct_fields__", ())
+    return tuple(f for f in ("generation", "iteration", "pid", "groups", "nbytes", "huge_bytes") if f in known)
 
 
 def misfit(record: r.AgentRecord, world_size: int, epoch: int) -> str:
@@ -35,8 +43,8 @@ def misfit(record: r.AgentRecord, world_size: int, epoch: int) -> str:
     local = getattr(record, "local", 0)
     if not 0 <= local < _MOST_LOCALS:
         return f"{name} of local worker {local}"
-    for field in ("generation", "iteration", "pid", "groups", "nbytes", "huge_bytes"):
-        number = getattr(record, field, 0)
+    for field in _numbers(type(record)):
+        number = getattr(record, field)
         if not -1 <= number <= MAX_GENERATION * 64:
             return f"{name} with {field} {number}"
     match record:

@@ -97,6 +97,8 @@ class Teller:
             record = msgspec.structs.replace(record, version=self._fresh())
             self._told = Tables(record.version, record.assignment, record.vaults)
             self._has = dict.fromkeys(nodes, record.version)
+            if record.epoch == 0:  # everybody knows the first assignment without being told
+                record = msgspec.structs.replace(record, assignment=[])
         elif isinstance(record, r.Placement):
             old = self._told
             record = msgspec.structs.replace(record, version=self._fresh())

@@ -25,6 +25,7 @@ from typing import Any, Final
 import msgspec
 import zmq
 
+from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.cluster.redundancy import Scheme, holders
@@ -102,7 +103,7 @@ class Swarm:
         self._keeps: dict[int, list[int]] = {}  # by node, whose copies it keeps
         self._scheme = Scheme.parse("1")
         self._seen: dict[str, list[float]] = {}  # by record and epoch: first and last time, and how many
-        self.sent = self.received = 0
+        self.sent = self.received = self.dropped = 0
         self._iteration = -1
 
     # ---- the loop
@@ -183,7 +184,8 @@ class Swarm:
             return
         self.sent += 1
         self._touched.add(agent.node)
-        agent.spoke.post(r.encode(record))
+        if not agent.spoke.post(r.encode(record)):
+            self.dropped += 1  # there was no connection
 
     def _note(self, what: str) -> None:
         now = time.time()
@@ -219,7 +221,8 @@ class Swarm:
             case r.Roster():
                 agent.version = record.version
                 if self._tables.version != record.version:
-                    self._tables = Tables(record.version, record.assignment, record.vaults)
+                    first = placing.initial(self._s.active, self._s.slots)
+                    self._tables = Tables(record.version, record.assignment or first, record.vaults)
                 self._note("roster")
                 self._register(agent)
             case r.Placement():
@@ -376,6 +379,7 @@ class Swarm:
                     "seen": self._seen,
                     "sent": self.sent,
                     "received": self.received,
+                    "dropped": self.dropped,
                     "introduced": sum(agent.introduced for agent in self.agents.values()),
                     "wire": _wire_bytes(),
                 }

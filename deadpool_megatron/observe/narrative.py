@@ -50,7 +50,11 @@ def _several(noun: str, numbers: Sequence[int]) -> str:
 
 
 def _what_failed(r: Recovery) -> str:
-    causes = [f"{_several('node', [node])}: {cause}" for node, cause in r.causes.items() if cause]
+    by_cause: dict[str, list[int]] = {}
+    for node, cause in r.causes.items():
+        if cause:
+            by_cause.setdefault(cause, []).append(node)
+    causes = [f"{_several('node', nodes)}: {cause}" for cause, nodes in by_cause.items()]
     seen = "; ".join(causes) or r.reason
     if r.lost:
         text = f"{_several('node', r.lost)} failed"

@@ -154,3 +154,18 @@ def test_a_record_for_who_is_not_there_is_dropped(room: Room) -> None:
 def test_a_secret_of_the_wrong_length_is_refused() -> None:
     with pytest.raises(ValueError, match="has 5 bytes, not 32"):
         check_secret(b"short")
+
+
+def test_what_is_sent_the_moment_the_connection_is_up_is_not_lost(room: Room) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    refused = 0
+    end = time.monotonic() + 60
+    for i in range(100):
+        spoke = Spoke(room.endpoint, f"node-{i}", SECRET, 5.0, context)
+        while not (spoke.changed() and spoke.connected):
+            spoke.receive()  # ZeroMQ has just looked for news, and does not again for a while
+            assert time.monotonic() < end
+        refused += not spoke.post(b"join")
+        spoke.close(linger_ms=0)
+    context.term()
+    assert not refused

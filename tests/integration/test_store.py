@@ -226,9 +226,22 @@ def test_a_torn_journal_is_cut_where_it_is_torn(tmp_path: Path) -> None:
         journal.write_bytes(whole[:cut])
         got = EmbeddedStore(tmp_path).get("a")
         assert got is not None and got.value == b"1"
+    journal.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # the length was written, the last page was not
     again = EmbeddedStore(tmp_path)
     assert again.put({"b": b"3"}) == 2
     assert EmbeddedStore(tmp_path).get("b") == (b"3", 2)
+
+
+def test_a_journal_damaged_where_nobody_was_writing_is_not_believed(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path)
+    store.put({"a": b"1"})
+    size = (tmp_path / "journal").stat().st_size
+    store.put({"a": b"2"})
+    damaged = bytearray((tmp_path / "journal").read_bytes())
+    damaged[size - 1] ^= 1
+    (tmp_path / "journal").write_bytes(damaged)
+    with pytest.raises(StoreError, match="is damaged 0 bytes"):
+        EmbeddedStore(tmp_path).get("a")
 
 
 def test_a_long_journal_is_compacted_and_nobody_notices(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from deadpool_megatron.cluster.records.values import Act, Address, Fault, Purpos
 
 
 class Roster(Record, frozen=True):
-    """The job is complete: the assignment by rank and the vault addresses."""
+    """The job is complete: the assignment by rank (left out of the first one, of epoch 0) and the vault addresses."""
 
     epoch: int
     assignment: list[SlotAddress]

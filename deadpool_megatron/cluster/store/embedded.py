@@ -154,8 +154,10 @@ class EmbeddedStore(Store):
         while at + _HEAD <= len(data):
             length, check = (int.from_bytes(data[at + i : at + i + 4], "big") for i in (0, 4))
             body = data[at + _HEAD : at + _HEAD + length]
-            if len(body) < length or zlib.crc32(body) != check:
+            if len(body) < length or (zlib.crc32(body) != check and at + _HEAD + length == len(data)):
                 break
+            if zlib.crc32(body) != check:
+                raise StoreError(f"{self._journal} is damaged {self._position + at} bytes from its begin")
             self._apply(*_decoder.decode(body))
             at += _HEAD + length
         self._position += at
