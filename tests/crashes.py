@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from crash_cases import Case
 from deadpool_megatron.evaluate.jobs import CLI
 from deadpool_megatron.observe import LOGS, EventTail
@@ -331,8 +333,6 @@ class Gauntlet:
 
     def _garbage(self, node: int) -> None:
         """Bytes that are no message, to every port a node listens at."""
-        import psutil
-
         agent = next(n["agent_pid"] for n in self.job.status()["nodes"] if n["node"] == node)
         for connection in psutil.Process(agent).net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN:
@@ -372,12 +372,19 @@ class Gauntlet:
 
     def end(self) -> None:
         """Nodes that joined leave with the job; none is left behind."""
+        below: list[psutil.Process] = []
+        for process in self._joined:  # a node that was stopped does not end by itself
+            with contextlib.suppress(psutil.NoSuchProcess):
+                below += psutil.Process(process.pid).children(recursive=True)
         for process in self._joined:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        for each in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
         self._errors.close()
 
 
