@@ -172,6 +172,4 @@ def _become_worker(config: DeadpoolConfig) -> None:
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(
-        sys.executable, [sys.executable, *flags, "-m", "deadpool_megatron.worker", script, *sys.argv[1:]]
-    )
+    os.execv(sys.executable, [sys.executable, *flags, "-m", "deadpool_megatron.worker", script, *sys.argv[1:]])

@@ -86,9 +86,7 @@ def launch(plan: LaunchPlan) -> int:
             address = (LOCALHOST, coordinator.port)
             processes.start(
                 "agent",
-                agent_settings(
-                    plan, node, job_id, secret, address, coordinator.store_port, LOCALHOST, devices[node]
-                ),
+                agent_settings(plan, node, job_id, secret, address, coordinator.store_port, LOCALHOST, devices[node]),
                 stdout=subprocess.DEVNULL,
             )
         tee = _tee(plan)
@@ -115,9 +113,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """What `deadpool launch` and `deadpool agent` have in common; the script comes last."""
     add = parser.add_argument
     add("--emulate-cpu", action="store_true", help="emulate CUDA on the CPU, Gloo in the place of NCCL")
-    add(
-        "--shm-directory", default="/dev/shm", metavar="DIR", help="shared memory for the vaults (default: /dev/shm)"
-    )
+    add("--shm-directory", default="/dev/shm", metavar="DIR", help="shared memory for the vaults (default: /dev/shm)")
     add("script", help="training script, for instance examples/pretrain_gpt.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments; --deadpool switches DeadPool on")
 

@@ -152,10 +152,7 @@ class SimulatedJob:
             r.Offer(
                 self.core.epoch,
                 node,
-                {
-                    rank: generation if live and rank in old else None
-                    for rank in placing.ranks_of(after, node).values()
-                },
+                {rank: generation if live and rank in old else None for rank in placing.ranks_of(after, node).values()},
                 dict.fromkeys(sorted(old), version),
                 dict.fromkeys(sorted(peer), version),
             )

@@ -492,9 +492,7 @@ class Core:
     def _damaged_copy(self, record: r.DamagedCopy) -> None:
         if record.epoch == self.epoch:
             self.protection.damaged(record.node)
-        self._emit(
-            "damaged", node=record.node, kind=record.kind, holder=record.holder, iteration=record.generation
-        )
+        self._emit("damaged", node=record.node, kind=record.kind, holder=record.holder, iteration=record.generation)
 
     def _node_covered(self, record: r.Covered) -> None:
         here = record.epoch == self.epoch and record.generation == self._generation
@@ -758,9 +756,7 @@ class Core:
         out_of_use = {n for n in members.active() if self.nodes[n].role in ("lost", "leaving")}
         old = list(self.assignment)
         vacant = {node for node, _ in self._vacant}
-        taken_by = placing.refill(
-            self.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares()
-        )
+        taken_by = placing.refill(self.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares())
         if taken_by is not None and self._purpose == "resume":
             members.hand_over(taken_by)
             self._helpers |= {node for node in taken_by if not members.gone(node)}
@@ -844,9 +840,7 @@ class Core:
     def _agree(self, recovery: Recovery) -> None:
         self._durable_name = ""
         try:
-            agreement = agree(
-                self.assignment, recovery.offers, frozenset(self._refused), self.protection.words
-            )
+            agreement = agree(self.assignment, recovery.offers, frozenset(self._refused), self.protection.words)
         except NoCommonGeneration as err:
             fallback = self._durability.fallback()
             if fallback is None:
@@ -942,9 +936,7 @@ class Core:
             self._declare(f"rank {record.rank} of durable generation {record.generation} could not be read")
             return
         self._refused.add((record.rank, record.source, record.generation))
-        self._emit(
-            "refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why
-        )
+        self._emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
         self._declare(f"the copy of rank {record.rank} on node {record.source} could not be used: {record.why}")
 
     def _peer_error(self, record: r.PeerError) -> None:
@@ -1020,4 +1012,3 @@ class Core:
             late_nodes = recovery.late()
             if late_nodes:
                 self._lose(late_nodes, f"missed the deadline of phase '{recovery.phase.value}'")
-

@@ -90,6 +90,5 @@ def slurm_labels(environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     switches = [i for i, kind in enumerate(kinds) if kind == "switch" and names[i]]
     return {
-        "switch" if up == 0 else f"switch{up + 1}": ".".join(names[: i + 1])
-        for up, i in enumerate(reversed(switches))
+        "switch" if up == 0 else f"switch{up + 1}": ".".join(names[: i + 1]) for up, i in enumerate(reversed(switches))
     }

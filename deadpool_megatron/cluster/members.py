@@ -68,9 +68,7 @@ class Members:
 
     def cold_spares(self) -> list[int]:
         """Spares whose workers still start: worth waiting for, but the last resort."""
-        return [
-            n for n, s in sorted(self.nodes.items()) if s.role == "spare" and s.agent_pid and not self.parked(n)
-        ]
+        return [n for n, s in sorted(self.nodes.items()) if s.role == "spare" and s.agent_pid and not self.parked(n)]
 
     def parked(self, node: int) -> bool:
         """Every worker of the node is parked."""

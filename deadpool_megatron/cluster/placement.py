@@ -138,9 +138,7 @@ class _Judge:
         for node in nodes:
             for domain in self._labels.get(node, ()):
                 inside[domain] = inside.get(domain, 0) + 1
-        bad = sum(
-            _EXCEEDED * max(0, count - self._scheme.m) + _TOGETHER * (count - 1) for count in inside.values()
-        )
+        bad = sum(_EXCEEDED * max(0, count - self._scheme.m) + _TOGETHER * (count - 1) for count in inside.values())
         for i, a in enumerate(nodes):
             bad += sum(self._pair(a, b) for b in nodes[i + 1 :])
         return bad

@@ -159,9 +159,7 @@ class Protection:
             scheme = Scheme.parse(text)
             if scheme.size <= len(self._nodes):
                 one = cost(scheme, self._shard_bytes, self._slots_per_node)
-                out.append(
-                    {"redundancy": text, "memory_bytes": one.memory_bytes, "network_bytes": one.network_bytes}
-                )
+                out.append({"redundancy": text, "memory_bytes": one.memory_bytes, "network_bytes": one.network_bytes})
         return out
 
     def status(self) -> dict[str, Any]:

@@ -213,9 +213,7 @@ def tolerated(
     nodes = sorted({node for group in groups for node in group})
     if not every:
         return Tolerated(0, (), 0, {})
-    fatal = sorted(
-        {tuple(sorted(those)) for stripe in every for those in combinations(stripe.nodes, scheme.m + 1)}
-    )
+    fatal = sorted({tuple(sorted(those)) for stripe in every for those in combinations(stripe.nodes, scheme.m + 1)})
     domains = {}
     for kind, members in _domains(nodes, labels or {}).items():
         bad = tuple(label for label, inside in members.items() if not survives(inside, groups, scheme))

@@ -110,9 +110,7 @@ class StragglerJudge:
         self._streak: dict[int, int] = {}
         self.named: dict[int, float] = {}
 
-    def report(
-        self, node: int, forward_s: Mapping[int, float], stage_of: Mapping[int, int]
-    ) -> float | None:
+    def report(self, node: int, forward_s: Mapping[int, float], stage_of: Mapping[int, int]) -> float | None:
         """A node's seconds a microbatch, by rank. Returns how many times slower it is when it becomes a straggler."""
         for rank, seconds in forward_s.items():
             self._take_out(rank)

@@ -122,9 +122,7 @@ class Watch:
             case r.WorkerReady():
                 self._log.write("worker_ready", local=record.local, pid=record.pid)
             case r.WorkerExited():
-                self._log.write(
-                    "worker_exited", local=record.local, rank=record.rank, pid=record.pid, code=record.code
-                )
+                self._log.write("worker_exited", local=record.local, rank=record.rank, pid=record.pid, code=record.code)
                 if m is not None:
                     how = "signal" if record.code < 0 else "error" if record.code else "done"
                     m.worker_exits.labels(how).inc()
@@ -171,4 +169,3 @@ class Watch:
         if m is not None:
             m.coordinates.set(coordinates)
             m.spare.set(0 if coordinates else 1)
-

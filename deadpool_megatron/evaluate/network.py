@@ -134,9 +134,7 @@ def host_meeting(
         hub.close()
 
 
-def _clocks(
-    nodes: int, tell: Callable[[int, _Message], None], collect: Callable[[dict[int, object]], None]
-) -> Finding:
+def _clocks(nodes: int, tell: Callable[[int, _Message], None], collect: Callable[[dict[int, object]], None]) -> Finding:
     """Compare every node's wall clock with the meeting point's: right to half a round trip."""
     asked = time.time()
     for node in range(nodes):

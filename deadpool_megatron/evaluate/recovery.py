@@ -176,5 +176,3 @@ def _draw(kills: list[Recovery], found: list[Restart], path: str) -> int:
     figure.legend(handles=handles, loc="outside lower left", ncols=3, fontsize=8)
     save(figure, path)
     return 0
-
-

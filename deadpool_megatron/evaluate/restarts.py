@@ -129,9 +129,7 @@ def restarts(
                 standby.end()
         last = max(n for n, t in done.items() if t <= moment)
         stall, usual = _stall(done, interval)
-        out.append(
-            Restart(mode, interval, warm, ended - moment, first - moment, max(0, last - saved), stall, usual)
-        )
+        out.append(Restart(mode, interval, warm, ended - moment, first - moment, max(0, last - saved), stall, usual))
         say(f"{name}: {out[-1].first_iteration_s:.1f} s, {out[-1].lost_iterations} iterations lost")
     return out
 
@@ -142,5 +140,3 @@ def _ready(go: Path, count: int) -> bool:
 
 def _has_reached(job: Job, iteration: int) -> bool:
     return max(job.printed_iterations(), default=0) >= iteration
-
-

@@ -199,9 +199,7 @@ def _agent(plan: AgentPlan) -> int:
         stack.callback(serving.close)
         if moves and seat is not None and host is not None:
             the_host = host
-            serving.may_lead(
-                seat, (address, port), secret, lambda: the_host.start(plan.endpoint[1], going_on=True)[0]
-            )
+            serving.may_lead(seat, (address, port), secret, lambda: the_host.start(plan.endpoint[1], going_on=True)[0])
         code, message = serving.run()
         if tee is not None:
             tee.stop()

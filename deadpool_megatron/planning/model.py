@@ -142,8 +142,7 @@ def layout(where: str, flags: Mapping[str, Any], world: int) -> Layout:
     """The parallel sizes. Raises PlanError where they do not fit together."""
     f = _Flags(where, flags)
     tp, pp, cp, ep = (
-        f.number(f"{kind}-parallel-size", 1)
-        for kind in ("tensor-model", "pipeline-model", "context", "expert-model")
+        f.number(f"{kind}-parallel-size", 1) for kind in ("tensor-model", "pipeline-model", "context", "expert-model")
     )
     whole = tp * pp * cp
     if world % whole:

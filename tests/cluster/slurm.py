@@ -113,9 +113,7 @@ class Slurm:
     def command(self, *command: str, check: bool = True, directory: Path | None = None, **extra: str) -> str:
         """Run one of Slurm's commands, with more environment; returns its output."""
         env = self.environment | extra
-        done = subprocess.run(
-            command, env=env, cwd=directory, capture_output=True, text=True, timeout=60, check=False
-        )
+        done = subprocess.run(command, env=env, cwd=directory, capture_output=True, text=True, timeout=60, check=False)
         assert not check or done.returncode == 0, f"{command}: {done.stderr}\n{self.logs()}"
         return done.stdout.strip()
 

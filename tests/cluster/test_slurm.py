@@ -37,9 +37,7 @@ def checkout(cluster: slurm.Slurm, request: pytest.FixtureRequest) -> Path:
     for name in ("scripts", "examples"):
         (directory / name).symlink_to(ROOT / name)
     deadpool = tools / "deadpool"
-    deadpool.write_text(
-        f'#!/usr/bin/env bash\nPYTHONPATH={ROOT} exec {sys.executable} -m deadpool_megatron.cli "$@"\n'
-    )
+    deadpool.write_text(f'#!/usr/bin/env bash\nPYTHONPATH={ROOT} exec {sys.executable} -m deadpool_megatron.cli "$@"\n')
     deadpool.chmod(deadpool.stat().st_mode | stat.S_IXUSR)
     return directory
 

@@ -114,9 +114,7 @@ def test_a_job_killed_whole_and_then_preempted_goes_on_bitwise_both_times(
 
 
 @pytest.mark.timeout(200)
-def test_a_job_of_another_model_or_with_nothing_said_is_refused_with_the_way_out(
-    jobs: Jobs, killed: Path
-) -> None:
+def test_a_job_of_another_model_or_with_nothing_said_is_refused_with_the_way_out(jobs: Jobs, killed: Path) -> None:
     store = killed
     anew = jobs.start("anew", launch_flags(2, 0, 1), [*flags(), *durable(store, 5)])
     assert anew.wait() == Exit.USAGE

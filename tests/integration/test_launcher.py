@@ -86,9 +86,7 @@ def test_the_first_worker_that_fails_ends_the_job_with_its_code(jobs: Jobs, end:
 
 
 _SLEEP = (
-    "import os, pathlib, time\n"
-    "pathlib.Path(__file__).with_name('up-' + os.environ['RANK']).touch()\n"
-    "time.sleep(600)\n"
+    "import os, pathlib, time\npathlib.Path(__file__).with_name('up-' + os.environ['RANK']).touch()\ntime.sleep(600)\n"
 )
 _CHILD = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
 

@@ -128,9 +128,7 @@ def test_the_section_of_megatrons_yaml_file_counts_where_no_file_of_ours_is_name
     megatron.write_text("micro_batch_size: 1\n")
     assert from_script_arguments(arguments) == DeadpoolConfig(snapshot_interval=3)
     megatron.write_text("deadpool:\n  leese: 2\n")
-    assert refusal(*arguments) == (
-        f"--yaml-cfg {megatron}: deadpool: unknown setting 'leese'; did you mean 'lease'?"
-    )
+    assert refusal(*arguments) == (f"--yaml-cfg {megatron}: deadpool: unknown setting 'leese'; did you mean 'lease'?")
 
 
 def test_settings_survive_a_namespace_that_replaces_the_parsed_one() -> None:

@@ -130,9 +130,7 @@ class Cluster:
         """Every coordinate is trained by exactly one node that has a say."""
         for rank in range(self.core.job.world_size):
             holders = [
-                node.number
-                for node in self.nodes
-                if node.training and node.epoch == epoch and rank in node.ranks
+                node.number for node in self.nodes if node.training and node.epoch == epoch and rank in node.ranks
             ]
             assert holders == [self.core.assignment[rank].node], f"rank {rank} is on nodes {holders}"
 
@@ -178,9 +176,7 @@ class Cluster:
             node.outbox.append(r.Committed(node.epoch, node.number, here))
         last = active[-1]
         loss = {"lm loss": (0.5).hex()}
-        last.outbox.append(
-            r.Iteration(last.number, last.ranks[-1], last.epoch, here, loss, None, 0.1, 0.0, 0, 0)
-        )
+        last.outbox.append(r.Iteration(last.number, last.ranks[-1], last.epoch, here, loss, None, 0.1, 0.0, 0, 0))
 
     def complain(self, node: Node) -> None:
         """A node's worker sees a communication error."""

@@ -122,9 +122,7 @@ def test_where_the_layout_allows_no_two_of_a_pair_share_a_tp_pp_or_dp_group(
 
 @pytest.mark.parametrize(("nodes", "slots"), [(64, 8), (128, 4)])
 @pytest.mark.parametrize("redundancy", ["1", "2", "4+2"])
-def test_the_layouts_of_large_runs_share_no_group_and_survive_any_rack(
-    nodes: int, slots: int, redundancy: str
-) -> None:
+def test_the_layouts_of_large_runs_share_no_group_and_survive_any_rack(nodes: int, slots: int, redundancy: str) -> None:
     scheme = Scheme.parse(redundancy)
     groups_of = parallel_groups(*layout(nodes, slots, 8, 8))
     racks = {node: {"rack": f"r{node // 8}"} for node in range(nodes)}

@@ -66,13 +66,9 @@ class Job:
         vaults = {node: Address("127.0.0.1", each.server.port) for node, each in self.shards.items()}
         for node in placing.nodes_of(self.assignment) if nodes is None else nodes:
             shards = self.shards[node]
-            shards.plan(
-                *kept_for_others(node, self.groups, self.scheme, self.assignment, self.unique, self.room)
-            )
+            shards.plan(*kept_for_others(node, self.groups, self.scheme, self.assignment, self.unique, self.room))
         for node in placing.nodes_of(self.assignment) if nodes is None else nodes:
-            self.shards[node].set_targets(
-                self.epoch, targets(node, self.groups, self.scheme, self.assignment, vaults)
-            )
+            self.shards[node].set_targets(self.epoch, targets(node, self.groups, self.scheme, self.assignment, vaults))
 
     def content(self, rank: int, generation: int) -> np.ndarray:
         return np.random.default_rng(1000 * generation + rank).integers(0, 256, self.unique[rank], dtype=np.uint8)
