@@ -51,6 +51,7 @@ pytest_some() {
 
 deadpool_env || exit 1
 stage "ruff" ruff check .
+stage "ruff format" ruff format --check --quiet .
 stage "mypy" mypy
 stage "pytest" python -m pytest "$@"
 
