@@ -80,8 +80,8 @@ def test_a_call_costs_what_it_cost_before() -> None:
     finished = results[0]["wait of a finished work"]
     assert min(finished["ours"]) - min(finished["native"]) < 1.0  # us; all there is
     pair = results[0]["all_reduce of 1 KB, 2 ranks"]
-    low = BLOCKS // 4  # quartiles: the machine may be busy
-    assert sorted(pair["ours"])[low] < 1.25 * sorted(pair["native"])[low]
+    # Of each way the block that was disturbed least: the machine may be busy, and two ranks wait for one another.
+    assert min(pair["ours"]) < 1.25 * min(pair["native"])
 
 
 if __name__ == "__main__":
