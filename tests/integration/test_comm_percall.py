@@ -11,8 +11,10 @@ from torch._C import _distributed_c10d as bindings
 
 from comm_processes import Worker, run, worker_main
 
-BLOCKS = 40
-CALLS = 100
+# Many short blocks, not few long ones: what else the machine does then falls on both ways alike, and their medians stay
+# comparable on a busy one.
+BLOCKS = 1000
+CALLS = 3
 
 
 def blocks_of(operation: Callable[[], None], calls: int) -> dict[str, list[float]]:
@@ -79,9 +81,10 @@ def test_a_call_costs_what_it_cost_before() -> None:
         )
     finished = results[0]["wait of a finished work"]
     assert min(finished["ours"]) - min(finished["native"]) < 1.0  # us; all there is
-    pair = results[0]["all_reduce of 1 KB, 2 ranks"]
-    # Of each way the block that was disturbed least: the machine may be busy, and two ranks wait for one another.
-    assert min(pair["ours"]) < 1.25 * min(pair["native"])
+    # Nor does a wait that has to wait take longer to see its end. Two ranks wait for one another's turn on the cores:
+    # their times tell nothing when the machine is busy.
+    alone = results[0]["all_reduce of 1 KB, alone"]
+    assert statistics.median(alone["ours"]) < 1.25 * statistics.median(alone["native"])
 
 
 if __name__ == "__main__":
