@@ -1,4 +1,4 @@
-"""What all tests share: a limit on the time of each, at which every thread's stack is shown.
+"""What all tests share: jobs, and a limit on the time of each test, at which every thread's stack is shown.
 
 A test is limited to 180 seconds, or to its marker ``@pytest.mark.timeout(seconds)``; set-up and tear-down count. At the
 limit it fails through an alarm. If the main thread does not come back to Python even then (it is blocked in C), the
@@ -11,9 +11,12 @@ import faulthandler
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import pytest
+
+from jobs import Jobs
 
 LIMIT_S = 180.0
 # From the alarm to the end of the whole test run: time for the tear-down to end processes.
@@ -35,6 +38,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if _real_stderr in config.stash:
         os.close(config.stash[_real_stderr])
         del config.stash[_real_stderr]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Jobs]:
+    """Jobs of one test, ended with it."""
+    all_jobs = Jobs(tmp_path)
+    yield all_jobs
+    all_jobs.end()
 
 
 def limit_of(item: pytest.Item) -> float:

@@ -128,14 +128,7 @@ class Gauntlet:
 
     def command(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a `deadpool` command on the job."""
-        done = subprocess.run(
-            [*CLI, command[0], "--run-dir", str(self.job.run_dir), *command[1:]],
-            capture_output=True,
-            text=True,
-            env=environment(),
-            timeout=120,
-            check=False,
-        )
+        done = self.job.command(*command)
         if check and done.returncode:
             self.job.failed(f"{command}: {done.stderr}")
         return done

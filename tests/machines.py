@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from deadpool_megatron.evaluate.etcd import free_ports
 from deadpool_megatron.evaluate.jobs import CLI
 from jobs import Job, environment
 
@@ -27,8 +27,8 @@ __all__ = ["Machines", "MachinesJob", "free_port", "torchrun_environments"]
 
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    (port,) = free_ports(1)
+    return port
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -103,11 +103,6 @@ class Durability:
         return self._complete[0][0] if self._complete else None
 
     @property
-    def draining(self) -> int | None:
-        """The generation that is being drained."""
-        return self._attempt.version.generation if self._attempt is not None else None
-
-    @property
     def hint(self) -> str:
         """What to do with the durable generation when the job ends, as the end of a sentence; may be empty."""
         if self._spec is None or not self._complete:

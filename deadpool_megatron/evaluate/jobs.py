@@ -142,10 +142,6 @@ class Job:
                 out += [int(n) for n in _ITERATION.findall(path.read_text(errors="replace"))]
         return out
 
-    def has_printed(self, iteration: int) -> bool:
-        """Megatron has printed the line of ``iteration``."""
-        return iteration in self.printed_iterations()
-
     # ---- what can be done
 
     def until(self, what: str, find: Callable[[], Any], deadline_s: float) -> Any:
@@ -162,16 +158,20 @@ class Job:
                 self.failed(f"no {what} within {deadline_s:g} s")
             time.sleep(_POLL_S)
 
+    def command(self, name: str, *options: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """Run a real `deadpool` command on the job, to its end, whatever that is."""
+        line = [*CLI, name, "--run-dir", str(self.run_dir), *options]
+        return subprocess.run(
+            line, capture_output=True, text=True, env=self._environment, timeout=timeout_s, check=False
+        )
+
     def inject(self, node: int, iteration: int, tick: int, *more: str) -> list[str]:
         """Arm a fault with the real `deadpool inject`; returns the command. `failed` when it is refused."""
         at = ["--at-iteration", str(iteration), "--at-tick", str(tick)]
-        command = ["inject", "--run-dir", str(self.run_dir), "--node", str(node), *at, *more]
-        done = subprocess.run(
-            [*CLI, *command], capture_output=True, text=True, env=self._environment, timeout=60, check=False
-        )
+        done = self.command("inject", "--node", str(node), *at, *more, timeout_s=60.0)
         if done.returncode:
             self.failed(f"the fault was refused: {done.stderr.strip()}")
-        return ["deadpool", *command]
+        return ["deadpool", *done.args[len(CLI) :]]
 
     def kill_node(self, *nodes: int) -> float:
         """SIGKILL for the agents and all workers of nodes, as one blow; returns the wall-clock time of it."""

@@ -75,6 +75,7 @@ class Serving:
         self._seat: Seat | None = None
         self._follower: Follower | None = None
         self._passed_on = 0
+        self._won = False  # the election, and the coordinator is still to be started
         self._agent_ended: float | None = None
         self._why = ""
 
@@ -143,8 +144,6 @@ class Serving:
             self._agent_ended = time.monotonic()
         late = self._agent_ended is not None and time.monotonic() - self._agent_ended > _HAND_OVER_S
         return self._seat.leadership.lost or late
-
-    _won = False
 
     def _change_seats(self) -> None:
         assert self._seat is not None

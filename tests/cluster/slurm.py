@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from deadpool_megatron.evaluate.etcd import free_ports
+
 __all__ = ["Slurm", "why_not"]
 
 _NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -34,14 +36,6 @@ def why_not() -> str:
     return ""
 
 
-def _free_ports(count: int) -> list[int]:
-    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in servers]
-    for server in servers:
-        server.close()
-    return ports
-
-
 class Slurm:
     """A cluster of nodes n1 to n``nodes``; `end` ends all of it, whatever has happened."""
 
@@ -53,7 +47,7 @@ class Slurm:
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._seen: dict[int, psutil.Process] = {}
         host = socket.gethostname().split(".")[0]
-        ctld, *ports = _free_ports(nodes + 1)
+        ctld, *ports = free_ports(nodes + 1)
         for name in ("state", "log", "spool", "munge"):
             (directory / name).mkdir()
         lines = [

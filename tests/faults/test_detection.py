@@ -12,8 +12,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,13 +35,6 @@ CLASSES: dict[str, tuple[list[str], str, float, int]] = {
 # At the default settings: no deadline is shorter than a user's.
 LENIENT = ["--deadpool-lease", str(DEFAULTS.lease), "--deadpool-hang-floor", str(DEFAULTS.hang_floor)]
 UNDER_LOAD_S = 300.0
-
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    jobs = Jobs(tmp_path)
-    yield jobs
-    jobs.end()
 
 
 @pytest.mark.slow

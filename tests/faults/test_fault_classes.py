@@ -42,14 +42,7 @@ class Drama:
 
     def command(self, *command: str) -> str:
         """Run a `deadpool` command on the job; its output."""
-        done = subprocess.run(
-            [*CLI, command[0], "--run-dir", str(self.job.run_dir), *command[1:]],
-            capture_output=True,
-            text=True,
-            env=environment(),
-            timeout=120,
-            check=False,
-        )
+        done = self.job.command(*command)
         if done.returncode:
             self.job.failed(f"{command}: {done.stderr}")
         return done.stdout

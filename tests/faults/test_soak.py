@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -35,13 +33,6 @@ POINTS = [
     for case in GROUPS[group]
     if case.role != "coordinator" and case.trigger in ("", "abort", "swap")
 ]
-
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    jobs = Jobs(tmp_path)
-    yield jobs
-    jobs.end()
 
 
 @pytest.mark.slow

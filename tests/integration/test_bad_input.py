@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ import pytest
 from deadpool_megatron.cluster import Exit
 from flags import tiny_gpt
 from jobs import EXAMPLE, ROOT, Job, Jobs, launch_flags
-
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path)
-    yield all_jobs
-    all_jobs.end()
 
 
 def _cli(*arguments: str) -> tuple[int, str, float]:

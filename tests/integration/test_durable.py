@@ -16,7 +16,6 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from deadpool_megatron.cluster import Exit
-from deadpool_megatron.vault import Arena
 from flags import tiny_gpt
 from jobs import EXAMPLE, ROOT, Job, Jobs, assert_same_checkpoint, launch_flags, torchrun
 from machines import Machines, MachinesJob
@@ -164,15 +163,11 @@ def test_an_exported_generation_is_the_checkpoint_megatron_itself_saves_and_load
     assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
 
 
-def lose_with_its_copy(job: Job, node: int, holder: int, rank: int) -> None:
-    """A node is gone, and what ``holder`` keeps of its rank is not what was written: memory has nothing left of it."""
+def lose_with_its_copy(job: Job, node: int, rank: int) -> None:
+    """A node is gone, and what its peer keeps of its rank is not what was written: memory has nothing left of it."""
     agents = {n["node"]: n["agent_pid"] for n in job.status()["nodes"]}
     os.kill(agents[node], signal.SIGSTOP)  # sends nothing more
-    (path,) = Path("/dev/shm").glob(f"deadpool-{job.process.pid}-*-{holder}-{rank}-peer")
-    arena = Arena.attach(str(path))
-    for slot in arena.slots:
-        slot.unique[:1] = bytes([slot.unique[0] ^ 1])
-    arena.close()
+    assert job.spoil_copies(rank) == 2  # both slots of one copy
     os.kill(agents[node], signal.SIGKILL)
 
 
@@ -186,7 +181,7 @@ def test_when_memory_cannot_answer_a_survivor_and_a_spare_go_back_to_the_durable
     # So far on that nobody remembers the microbatches of then.
     job.until("some iterations more", lambda: job.exact() and job.exact()[-1][0] >= newest + 4)
     before = job.pids()
-    lose_with_its_copy(job, 0, 1, 0)
+    lose_with_its_copy(job, 0, 0)
     job.finished(300)
     (fallback,) = job.events("durable_fallback")
     assert "more nodes were lost than the redundancy covers" in job.output and ": no " in fallback["message"]

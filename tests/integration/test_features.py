@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 ITERATIONS = 6
 EXTERNAL = ROOT / "tests" / "pretrain_external.py"
 YAML = ROOT / "tests" / "pretrain_yaml.py"
-
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path)
-    yield all_jobs
-    all_jobs.end()
 
 
 def _same_checkpoints(job: Job, want: Job) -> None:

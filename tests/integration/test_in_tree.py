@@ -27,13 +27,6 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
     all_ranks.end()
 
 
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path)
-    yield all_jobs
-    all_jobs.end()
-
-
 def _kill(ranks: Ranks, node: int, iteration: int, tick: int) -> MachinesJob:
     """Arm a kill before training begins."""
     job = MachinesJob(ranks)

@@ -8,21 +8,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from deadpool_megatron.cluster import Exit
 from flags import tiny_gpt
 from jobs import Job, Jobs
-
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path)
-    yield all_jobs
-    all_jobs.end()
 
 
 def _plain(jobs: Jobs, program: str, nodes: int = 2, slots: int = 2) -> Job:

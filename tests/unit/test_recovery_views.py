@@ -20,6 +20,7 @@ from deadpool_megatron.observe.narrative import paragraph
 from deadpool_megatron.observe.recoveries import Story, recoveries
 from deadpool_megatron.observe.timeline import deaths, timeline
 from deadpool_megatron.observe.trace import chrome_trace
+from machines import free_port
 
 STEPS = {"aborted": 12.2, "prepared": 12.6, "reformed": 12.95, "restored": 13.05, "resumed": 13.15}
 
@@ -253,14 +254,6 @@ def watch(tmp_path: Path) -> Callable[..., Watch]:
         each.close()
 
 
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def _scrape(port: int) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         text: str = answer.read().decode()
@@ -268,7 +261,7 @@ def _scrape(port: int) -> str:
 
 
 def test_the_endpoint_serves_what_the_agent_said_and_heard(watch: Callable[..., Watch]) -> None:
-    port = _free_port()
+    port = free_port()
     one = watch(port)
     one.heard(r.Declare(3, "resume", "gone", [0], [0], [], {}, {}), 2)
     one.sent(r.NodeResumed(3, 1, 7))
@@ -292,7 +285,7 @@ def test_the_endpoint_serves_what_the_agent_said_and_heard(watch: Callable[..., 
 def test_names_and_help_follow_the_conventions_of_prometheus(watch: Callable[..., Watch]) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
-    port = _free_port()
+    port = free_port()
     watch(port)
     families = list(text_string_to_metric_families(_scrape(port)))
     assert len(families) > 15
@@ -304,7 +297,7 @@ def test_names_and_help_follow_the_conventions_of_prometheus(watch: Callable[...
 
 
 def test_the_dashboard_asks_only_for_metrics_there_are(watch: Callable[..., Watch]) -> None:
-    port = _free_port()
+    port = free_port()
     watch(port)
     served = set(re.findall(r"^# HELP (\S+)", _scrape(port), re.MULTILINE))
     dashboard = json.loads((Path(__file__).parents[2] / "configs" / "grafana" / "deadpool.json").read_text())
@@ -318,7 +311,7 @@ def test_the_dashboard_asks_only_for_metrics_there_are(watch: Callable[..., Watc
 def test_a_taken_port_costs_a_line_and_not_the_node(
     watch: Callable[..., Watch], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    port = _free_port()
+    port = free_port()
     watch(port)
     second = watch(port)
     assert f"--deadpool-metrics-port {port}" in capsys.readouterr().err

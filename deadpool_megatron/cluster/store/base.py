@@ -84,6 +84,10 @@ class Store(ABC):
     Any thread may call.
     """
 
+    def __init__(self) -> None:
+        self._leases: list[Lease] = []
+        self._closed = threading.Event()
+
     @abstractmethod
     def get(self, key: str) -> Entry | None:
         """The key's entry, as of now (never of an older time); None: it is not there."""
@@ -103,14 +107,28 @@ class Store(ABC):
     def delete(self, prefix: str, guard: Guard | None = None) -> None:
         """Remove every key that begins so. Raises Deposed."""
 
-    @abstractmethod
     def lease(self, ttl_s: float) -> Lease:
         """A new lease, which ends at most about ``ttl_s`` seconds after its holder."""
+        lease = self._grant(ttl_s)
+        self._leases.append(lease)
+        return lease
 
-    @abstractmethod
     def watch(self, key: str) -> Watch:
         """Follow one key."""
+        watch = Watch()
+        threading.Thread(target=self._follow, args=(key, watch), name=f"watch-{key}", daemon=True).start()
+        return watch
 
-    @abstractmethod
     def close(self) -> None:
         """End what runs in the background; leases that are still held are given back."""
+        self._closed.set()
+        for lease in self._leases:
+            lease.close()
+
+    @abstractmethod
+    def _grant(self, ttl_s: float) -> Lease:
+        """One lease more."""
+
+    @abstractmethod
+    def _follow(self, key: str, watch: Watch) -> None:
+        """Tell ``watch`` the key's states until it, or the store, is closed."""

@@ -53,6 +53,7 @@ class EmbeddedStore(Store):
     """A store in a directory, made where it is missing. Raises StoreError when it cannot be."""
 
     def __init__(self, directory: str | Path, timeout_s: float = 10.0) -> None:
+        super().__init__()
         self._directory = Path(directory)
         self._journal = self._directory / "journal"
         self._timeout_s = timeout_s
@@ -60,8 +61,6 @@ class EmbeddedStore(Store):
         self._entries: dict[str, tuple[Entry, str]] = {}
         self._revision = 0
         self._position = self._inode = self._live = 0
-        self._leases: list[_FileLease] = []
-        self._closed = threading.Event()
         try:
             (self._directory / "leases").mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as err:
@@ -93,20 +92,10 @@ class EmbeddedStore(Store):
             self._check(fd, guard)
             self._write(fd, [(key, None, "") for key in self._entries if key.startswith(prefix)])
 
-    def lease(self, ttl_s: float) -> Lease:
-        lease = _FileLease(self._directory / "leases" / f"{os.getpid()}-{os.urandom(6).hex()}")
-        self._leases.append(lease)
-        return lease
+    # ---- for the base
 
-    def watch(self, key: str) -> Watch:
-        watch = Watch()
-        threading.Thread(target=self._follow, args=(key, watch), name=f"watch-{key}", daemon=True).start()
-        return watch
-
-    def close(self) -> None:
-        self._closed.set()
-        for lease in self._leases:
-            lease.close()
+    def _grant(self, ttl_s: float) -> Lease:
+        return _FileLease(self._directory / "leases" / f"{os.getpid()}-{os.urandom(6).hex()}")
 
     # ---- the journal
 

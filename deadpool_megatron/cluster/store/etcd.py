@@ -68,10 +68,9 @@ class EtcdStore(Store):
     """
 
     def __init__(self, url: str, prefix: str, timeout_s: float = 10.0, password: str | None = None) -> None:
+        super().__init__()
         self.gateway = Gateway(StoreAddress.parse(url), timeout_s, password)
         self._prefix = prefix
-        self._leases: list[_EtcdLease] = []
-        self._closed = threading.Event()
 
     # ---- the interface
 
@@ -102,22 +101,10 @@ class EtcdStore(Store):
         end = begin[:-1] + bytes([begin[-1] + 1])
         self._guarded([{"requestDeleteRange": {"key": b64(begin), "range_end": b64(end)}}], guard)
 
-    def lease(self, ttl_s: float) -> Lease:
-        lease = _EtcdLease(self.gateway, ttl_s)
-        self._leases.append(lease)
-        return lease
-
-    def watch(self, key: str) -> Watch:
-        watch = Watch()
-        threading.Thread(target=self._follow, args=(key, watch), name=f"watch-{key}", daemon=True).start()
-        return watch
-
-    def close(self) -> None:
-        self._closed.set()
-        for lease in self._leases:
-            lease.close()
-
     # ---- how
+
+    def _grant(self, ttl_s: float) -> Lease:
+        return _EtcdLease(self.gateway, ttl_s)
 
     def _key(self, key: str) -> str:
         return b64((self._prefix + key).encode())
