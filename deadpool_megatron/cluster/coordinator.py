@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import os
 import signal
@@ -30,7 +31,8 @@ __all__ = ["Coordinator", "CoordinatorSettings"]
 
 _FAREWELL_S = 10.0
 _MOST_REFUSALS_TOLD = 100
-_GATHER_S = 0.003
+_GATHER_S = (0.003, 0.02)
+_GATHER_S_A_NODE = 1e-5  # about what a packet costs
 _STATUS_INTERVAL_S = 0.2
 _STATUS_SHARE = 0.02  # of the coordinator's time that writing it may take, in large jobs
 
@@ -57,6 +59,7 @@ class CoordinatorSettings:
     agent: Mapping[str, Any] = field(default_factory=dict)
 
 
+@functools.cache
 def _identity(node: int) -> bytes:
     return f"node-{node}".encode()
 
@@ -118,14 +121,15 @@ class Coordinator:
         if self._settings.elected:
             self._memory.watch()
         core, woke = self._core, 0.0
+        gather = min(max(_GATHER_S[0], _GATHER_S_A_NODE * core.job.nodes), _GATHER_S[1])
         while self._finish is None:
             deadline = self._core.next_deadline()
             now = time.monotonic()
             timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
             if self._status_stale:
                 timeout = min(timeout, max(0.0, self._status_due - now))
-            if core.phase is Phase.RUNNING and now - woke < _GATHER_S:
-                time.sleep(_GATHER_S)  # thousands of agents: their news are taken some at a time, not one by one
+            if core.phase is Phase.RUNNING and now - woke < gather:
+                time.sleep(gather)  # thousands of agents: their news are taken some at a time, not one by one
             woke = time.monotonic()
             self._hub.wait(timeout, self._packet, self._gone)
             self._memory.check()

@@ -16,13 +16,16 @@ __all__ = ["MAX_SHARD_BYTES", "misfit"]
 
 MAX_SHARD_BYTES: Final = 1 << 46
 _MOST_LOCALS: Final = 4096  # a node's slots and those it has rescued
+_RANKS: Final = ("rank", "source", "holder")
+_COUNTS: Final = ("generation", "iteration", "pid", "groups", "nbytes", "huge_bytes")
 
 
 @functools.cache
-def _numbers(kind: type) -> tuple[str, ...]:
-    """Those fields of a record that count something."""
-    known = getattr(kind, "__struct_fields__", ())
-    return tuple(f for f in ("generation", "iteration", "pid", "groups", "nbytes", "huge_bytes") if f in known)
+def _fields(kind: type) -> list[tuple[str, ...]]:
+    """Of a record's kind, those fields that are an epoch to be checked, a rank, a slot, a count."""
+    # (what an agent that comes back says of its own epoch is for the core to judge)
+    known = frozenset(getattr(kind, "__struct_fields__", ())) - ({"epoch"} if kind is r.Join else frozenset())
+    return [tuple(f for f in each if f in known) for each in (("epoch",), _RANKS, ("local",), _COUNTS)]
 
 
 def misfit(record: r.AgentRecord, world_size: int, epoch: int) -> str:
@@ -32,18 +35,19 @@ def misfit(record: r.AgentRecord, world_size: int, epoch: int) -> str:
         epoch: the current one; nobody can speak of a later one.
     """
     name = type(record).__name__
-    told = getattr(record, "epoch", None)
-    # (what an agent that comes back says of its own epoch is for the core to judge)
-    if told is not None and not isinstance(record, r.Join) and not 0 <= told <= epoch:
-        return f"{name} of epoch {told}, and the job is in epoch {epoch}"
-    for field in ("rank", "source", "holder"):
-        rank = getattr(record, field, None)
+    epochs, ranks, locals_, counts = _fields(type(record))
+    for field in epochs:
+        told = getattr(record, field)
+        if told is not None and not 0 <= told <= epoch:
+            return f"{name} of epoch {told}, and the job is in epoch {epoch}"
+    for field in ranks:
+        rank = getattr(record, field)
         if rank is not None and (rank < 0 or (field == "rank" and rank >= world_size)):
             return f"{name} of {field} {rank}, and the job has ranks 0 to {world_size - 1}"
-    local = getattr(record, "local", 0)
-    if not 0 <= local < _MOST_LOCALS:
-        return f"{name} of local worker {local}"
-    for field in _numbers(type(record)):
+    for field in locals_:
+        if not 0 <= (local := getattr(record, field)) < _MOST_LOCALS:
+            return f"{name} of local worker {local}"
+    for field in counts:
         number = getattr(record, field)
         if not -1 <= number <= MAX_GENERATION * 64:
             return f"{name} with {field} {number}"
