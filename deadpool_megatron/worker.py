@@ -89,8 +89,8 @@ def _install(standby: bool) -> Hooks:
     import torch.distributed as dist
 
     from deadpool_megatron import config as settings
-    from deadpool_megatron.comm import Communicators, nccl_environment
-    from deadpool_megatron.megatron import Hooks, arm, follow_imports
+    from deadpool_megatron.comm import Communicators, ReformError, nccl_environment
+    from deadpool_megatron.megatron import Hooks, arm, follow_job
     from deadpool_megatron.recovery import Session
 
     for name, value in nccl_environment().items():
@@ -110,10 +110,13 @@ def _install(standby: bool) -> Hooks:
     )
 
     def end_epochs_before(epoch: int) -> None:
-        if not communicators.standby:  # a spare's groups are not real yet, and it may be building its model on them
-            communicators.abort(epoch - 1)
+        communicators.abort(epoch - 1)
 
-    session = Session(int(os.environ[CONTROL_FD]), end_epochs_before)
+    def begin_to_form(epoch: int) -> None:
+        with contextlib.suppress(ReformError):  # the training thread will see for itself
+            communicators.begin_reform(epoch, store)
+
+    session = Session(int(os.environ[CONTROL_FD]), end_epochs_before, begin_to_form)
 
     def place() -> tuple[str, int]:
         return session.rendezvous or (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -139,12 +142,13 @@ def _install(standby: bool) -> Hooks:
 
     if standby:
         communicators.prepare(store())  # connections now and then take seconds: not in a recovery
-        follow_imports(connect)  # of its own: a blocked wait blocks every user of a client
     page = PulsePage(int(os.environ[PULSE_FD]))
     hooks = Hooks(session, communicators, config, int(os.environ[DOORBELL_FD]), store, standby, page)
     hooks.install()
     session.call_on_arm(arm)
     session.is_waiting = communicators.is_waiting
+    if standby:
+        follow_job(connect, hooks.learn_groups)  # of its own: a blocked wait blocks every user of a client
     return hooks
 
 

@@ -89,6 +89,7 @@ GROUPS: Final[dict[str, list[Case]]] = {
     ],
     "spare-node": [
         Case("agent.registered", "spare", "swap"),
+        Case("agent.node-arrived", "spare", "swap"),
         *_each(_NODE, "spare", "swap"),
         Case("agent.covered", "spare", "swap", 1),
         Case("fetch.before", "spare", "swap", 2),

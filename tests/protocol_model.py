@@ -233,8 +233,7 @@ class Cluster:
                     node.take(rank, (kept or own)[-1])
                 else:
                     node.ready.add(rank)
-                    if node.ready >= set(node.ranks):
-                        node.outbox.append(r.NodeReady(node.epoch, node.number))
+                    node.prepare()
                 return
             version = Version(source.version_epoch, agreed.generation)
             giver = self.nodes[source.node]

@@ -36,6 +36,7 @@ class Node:
     stepping: bool = False  # in the optimizer's step
     ready: set[int] = field(default_factory=set)
     agreed: r.Agree | None = None
+    forming: bool = False
     training: bool = False
     parked: bool = False
     saves: bool = False
@@ -81,16 +82,8 @@ class Node:
                 self.agreed, self.ready = record, set()
             case r.Form() if record.epoch == self.epoch and self.ranks:
                 assert self.agreed is not None and self.agreed.epoch == self.epoch
-                assert self.ready >= set(self.ranks), "told to go on before the agreed generation is here"
-                self.live = dict.fromkeys(self.ranks, self.agreed.generation)
-                self.at, self.stepping, self.training = self.agreed.generation, False, True
-                self.outbox.append(r.NodeFormed(self.epoch, self.number, 1))
-                self.outbox.append(r.NodeRestored(self.epoch, self.number))
-                if self.saves:
-                    self.outbox.append(r.Saved(self.epoch, self.number, self.at, "dir"))
-                else:
-                    self.begin()
-                    self.outbox.append(r.NodeResumed(self.epoch, self.number, self.at))
+                self.forming = True
+                self.resume()
             case r.CommittedTo() if record.epoch == self.epoch:
                 if record.kept is not None:
                     self.vault.set_committed(*record.kept)
@@ -122,6 +115,7 @@ class Node:
         self.saves = record.purpose == "save"
         self.agreed = self.hold = None
         self.ready = set()
+        self.forming = False
         self.exited.clear()  # a new process is in the slot
         self.vault.set_epoch(record.epoch)
         for writer in self._writers.values():
@@ -134,7 +128,10 @@ class Node:
         if self.ranks:
             self.parked = False
         live = {rank: self.live.get(rank) for rank in self.ranks}
-        self.outbox.append(r.Offer(self.epoch, self.number, live, *self._held()))
+        arrived = had >= set(self.ranks)  # who takes over a coordinate has to build its model first
+        self.outbox.append(r.Offer(self.epoch, self.number, live, *self._held(), arrived=arrived))
+        if not arrived:
+            self.outbox.append(r.NodeArrived(self.epoch, self.number))
 
     def _held(self) -> tuple[dict[int, list[tuple[int, int]]], dict[int, list[tuple[int, int]]]]:
         own: dict[int, list[tuple[int, int]]] = {}
@@ -152,8 +149,27 @@ class Node:
         """The agreed version is here: keep it until a newer one is committed (`Agent._hand_out`)."""
         self.vault.set_committed(*version)
         self.ready.add(rank)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Once every rank here has the agreed generation."""
         if self.agreed is not None and self.ready >= set(self.ranks):
             self.outbox.append(r.NodeReady(self.epoch, self.number))
+            self.resume()
+
+    def resume(self) -> None:
+        """Once it has the agreed generation and its groups: train on."""
+        if self.agreed is None or not self.forming or not self.ready >= set(self.ranks) or self.training:
+            return
+        self.live = dict.fromkeys(self.ranks, self.agreed.generation)
+        self.at, self.stepping, self.training = self.agreed.generation, False, True
+        self.outbox.append(r.NodeFormed(self.epoch, self.number, 1))
+        self.outbox.append(r.NodeRestored(self.epoch, self.number))
+        if self.saves:
+            self.outbox.append(r.Saved(self.epoch, self.number, self.at, "dir"))
+        else:
+            self.begin()
+            self.outbox.append(r.NodeResumed(self.epoch, self.number, self.at))
 
     # ---- training
 

@@ -140,7 +140,7 @@ class SimulatedJob:
 
     # ---- a recovery
 
-    def offer(self, node: int, generation: int = 5, live: bool = True) -> None:
+    def offer(self, node: int, generation: int = 5, live: bool = True, arrived: bool = True) -> None:
         """What ``node`` gives: live state and own copy of what it held before the loss, and its ward's copy."""
         before, after = self._held, self.core.assignment
         old = set(placing.ranks_of(before, node).values())
@@ -155,6 +155,7 @@ class SimulatedJob:
                 {rank: generation if live and rank in old else None for rank in placing.ranks_of(after, node).values()},
                 dict.fromkeys(sorted(old), version),
                 dict.fromkeys(sorted(peer), version),
+                arrived=arrived,
             )
         )
 

@@ -112,6 +112,7 @@ class Agent:
         self._refusals_due = 0.0
         self._declared: r.Declare | None = None
         self._offered = -1
+        self._arrived = False  # every worker here, in the epoch of the offer
         self._tidied = 0
         self._agreed: r.Agree | None = None
         self._workers: dict[int, Worker] = {}
@@ -432,6 +433,9 @@ class Agent:
                 self._arena(worker, record)
             case r.Arrived():
                 worker.arrived = record
+                if self._offered == self._epoch and not self._arrived and self._all_arrived():
+                    self._arrived = True
+                    self._send(r.NodeArrived(self._epoch, self._s.node))
                 self._maybe_offer()
             case r.Registered():
                 worker.in_loop = True
@@ -775,8 +779,15 @@ class Agent:
             else:
                 return
         # A spare tells that it has nothing: it may be one that the coordinator waits for, having just given way.
-        self._offered = self._epoch
-        self._send(r.Offer(self._epoch, self._s.node, live, *self._shards.holdings()))
+        self._offered, self._arrived = self._epoch, self._all_arrived()
+        self._send(r.Offer(self._epoch, self._s.node, live, *self._shards.holdings(), arrived=self._arrived))
+
+    def _all_arrived(self) -> bool:
+        """Every coordinate here has a worker that can form its groups."""
+        mine = self._mine()
+        ranks = placing.ranks_of(self._assignment, self._s.node).values()
+        told = [mine[rank].arrived for rank in ranks if rank in mine]
+        return len(told) == len(ranks) and all(each is not None and each.epoch == self._epoch for each in told)
 
     def _agree(self, record: r.Agree) -> None:
         if record.epoch != self._epoch or self._shards is None:

@@ -121,6 +121,7 @@ class Core:
             r.NodeHeld: self._node_held,
             r.Did: self._did,
             r.Offer: self._offer,
+            r.NodeArrived: self._node_arrived,
             r.NodeReady: self._node_ready,
             r.NodeFormed: self._node_formed,
             r.NodeRestored: self._node_restored,
@@ -877,18 +878,34 @@ class Core:
             None,
             r.Agree(self.epoch, a.generation, a.sources, dict(self._done), a.rebuilds, self._durable_name),
         )
+        self._check_arrived(recovery)
+
+    def _node_arrived(self, record: r.NodeArrived) -> None:
+        recovery = self._current(record.epoch)
+        if recovery is not None:
+            recovery.arrived(record.node)
+            self._check_arrived(recovery)
+
+    def _check_arrived(self, recovery: Recovery) -> None:
+        if recovery.may_form():
+            self._send(None, r.Form(self.epoch))
 
     def _node_ready(self, record: r.NodeReady) -> None:
         recovery = self._current(record.epoch)
         if recovery is not None and recovery.ready(record.node, self._now):
             self._emit("prepared", iteration=recovery.generation)
-            self._send(None, r.Form(self.epoch))
+            self._check_formed(recovery)
 
     def _node_formed(self, record: r.NodeFormed) -> None:
         recovery = self._current(record.epoch)
-        if recovery is not None and recovery.formed(record.node, self._now, record.changed, record.of):
-            changed, of = recovery.groups
-            self._emit("reformed", groups=record.groups, changed=changed, of=of)
+        if recovery is not None:
+            recovery.formed(record.node, record.groups, record.changed, record.of)
+            self._check_formed(recovery)
+
+    def _check_formed(self, recovery: Recovery) -> None:
+        if recovery.all_formed(self._now):
+            groups, changed, of = recovery.groups
+            self._emit("reformed", groups=groups, changed=changed, of=of)
             self._check_restored(recovery)
 
     def _node_restored(self, record: r.NodeRestored) -> None:

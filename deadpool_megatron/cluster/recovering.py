@@ -3,8 +3,11 @@
 ::
 
     ARRIVING --all offers--> PREPARING --all ready--> FORMING --all formed--> RESTORING --all resumed--> (training)
+                                  '--all arrived: groups form meanwhile--^
 
-A new epoch gets a new object, so nothing of an old one can be mistaken for news.
+So groups form beside the transfer of shards, and whoever has both goes on at once: from the agreement on, news of any
+later phase may come before the slowest has told that it is through an earlier one. A new epoch gets a new object, so
+nothing of an old one can be mistaken for news.
 """
 
 from __future__ import annotations
@@ -41,18 +44,23 @@ class Recovery:
         self.givers = self.active | set(helpers)
         self._deadlines = deadlines
         self.deadline: float | None = now + deadlines.abort
-        self._reached: set[int] = set()
+        self._arrived: set[int] = set()
+        self._told_to_form = False
+        self._ready: set[int] = set()
+        self._formed: set[int] = set()
         self._restored: set[int] = set()
         self._resumed: set[int] = set()
         self._saved: set[int] = set()
         self._told_restored = False
-        self._groups: dict[int, tuple[int, int]] = {}
+        self._groups: dict[int, tuple[int, int, int]] = {}
 
     def offered(self, record: r.Offer) -> bool:
         """A node has left its step and says what it can give."""
         if self.phase is not Phase.ARRIVING:
             return False
         self.offers[record.node] = record
+        if record.arrived:
+            self._arrived.add(record.node)
         return self.offers.keys() >= self.givers
 
     def agreed(self, generation: int, now: float) -> None:
@@ -60,35 +68,50 @@ class Recovery:
         self.generation = generation
         self._enter(Phase.PREPARING, now + self._deadlines.build)
 
+    def arrived(self, node: int) -> None:
+        """A node can form its groups."""
+        self._arrived.add(node)
+
+    def may_form(self) -> bool:
+        """True once, when it is agreed what to go on from and every node can form its groups."""
+        if self.phase is Phase.ARRIVING or self._told_to_form or not self._arrived >= self.active:
+            return False
+        self._told_to_form = True
+        return True
+
     def ready(self, node: int, now: float) -> bool:
         """A node holds the agreed generation."""
-        if self.phase is Phase.PREPARING and self._all(self._reached, node):
+        self._ready.add(node)
+        if self.phase is Phase.PREPARING and self._ready >= self.active:
             self._enter(Phase.FORMING, now + 3 * self._deadlines.form)
             return True
         return False
 
-    @property
-    def groups(self) -> tuple[int, int]:
-        """Groups re-formed, and all: summed over the ranks that have told so far."""
-        return sum(changed for changed, _ in self._groups.values()), sum(of for _, of in self._groups.values())
+    def formed(self, node: int, groups: int, changed: int = 0, of: int = 0) -> None:
+        """A node has its groups: so many of one rank; `changed` re-formed, `of` in all, summed over its ranks."""
+        self._groups[node] = (groups, changed, of)
+        self._formed.add(node)
 
-    def formed(self, node: int, now: float, changed: int = 0, of: int = 0) -> bool:
-        """A node has its groups: `changed` re-formed, `of` in all, summed over its ranks."""
-        self._groups[node] = (changed, of)
-        if self.phase is Phase.FORMING and self._all(self._reached, node):
+    @property
+    def groups(self) -> tuple[int, int, int]:
+        """Groups of one rank; re-formed, and all, summed over all ranks that have told so far."""
+        a_rank, changed, of = zip(*self._groups.values(), strict=True)
+        return max(a_rank), sum(changed), sum(of)
+
+    def all_formed(self, now: float) -> bool:
+        """True once, when every node has its groups."""
+        if self.phase is Phase.FORMING and self._formed >= self.active:
             self._enter(Phase.RESTORING, now + self._deadlines.abort + self._deadlines.form)
             return True
         return False
 
     def restored(self, node: int) -> None:
-        """A node has its parameters back; a fast one may say so before the slowest has told that it formed."""
-        if self.phase in (Phase.FORMING, Phase.RESTORING):
-            self._restored.add(node)
+        """A node has its parameters back."""
+        self._restored.add(node)
 
     def resumed(self, node: int) -> None:
         """A node trains again."""
-        if self.phase in (Phase.FORMING, Phase.RESTORING):
-            self._resumed.add(node)
+        self._resumed.add(node)
 
     def all_restored(self, now: float) -> bool:
         """True once, when every node has its parameters back."""
@@ -106,22 +129,18 @@ class Recovery:
 
     def saved(self, node: int) -> bool:
         """A node has written Megatron's checkpoint."""
-        return self._all(self._saved, node)
+        self._saved.add(node)
+        return self._saved >= self.active
 
     def late(self) -> set[int]:
         """Who has not come to the end of the current phase."""
         if self.phase is Phase.ARRIVING:
             return set(self.givers) - self.offers.keys()
-        if self.phase is Phase.RESTORING:
-            done = self._saved if self.purpose == "save" and self._told_restored else self._resumed
-            return set(self.active) - done
-        return set(self.active) - self._reached
-
-    def _all(self, reached: set[int], node: int) -> bool:
-        reached.add(node)
-        return reached >= self.active
+        through = {Phase.PREPARING: self._ready, Phase.FORMING: self._formed}.get(self.phase, self._resumed)
+        if self.phase is Phase.RESTORING and self.purpose == "save" and self._told_restored:
+            through = self._saved
+        return set(self.active) - through
 
     def _enter(self, phase: Phase, deadline: float) -> None:
         self.phase = phase
         self.deadline = deadline
-        self._reached.clear()

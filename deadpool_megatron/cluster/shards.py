@@ -38,6 +38,9 @@ from deadpool_megatron.vault import (
 __all__ = ["Damaged", "FetchDone", "RankCommitted", "ReserveFailed", "Reserved", "Shards", "ShardsEvent"]
 
 
+_Held = dict[int, list[tuple[int, int]]]  # versions (epoch, generation), by rank or word
+
+
 @dataclass(frozen=True, slots=True)
 class RankCommitted:
     """A rank's version is complete in the own vault and wherever else it belongs."""
@@ -217,7 +220,7 @@ class Shards:
         """The worker of ``rank`` has written more of its shard."""
         self._replicator.notify(rank)
 
-    def holdings(self) -> tuple[dict[int, list[tuple[int, int]]], ...]:
+    def holdings(self) -> tuple[_Held, _Held, _Held]:
         """Versions complete here: own copies and copies kept for peers, by rank, and parity, by word.
 
         What a dead worker has left finished but not yet checksummed is checksummed first, so this may block for that.
@@ -225,7 +228,7 @@ class Shards:
         for rank in list(self.vault.holdings().ranks):
             while self.vault.checksum(rank):
                 pass
-        by_kind: dict[Kind, dict[int, list[tuple[int, int]]]] = {"own": {}, "peer": {}, "parity": {}}
+        by_kind: dict[Kind, _Held] = {"own": {}, "peer": {}, "parity": {}}
         for rank, held in self.vault.holdings().ranks.items():
             for one in held:
                 by_kind[one.kind].setdefault(rank, []).append((one.epoch, one.generation))

@@ -5,9 +5,11 @@
     all_reduce(...).wait       abort()                    groups made with the fake backend
       ... blocked ...            poison, end connections
     <- CommunicatorAborted       force what stays blocked
+                          begin_reform(epoch, store)      begin_reform(epoch, store)
+    (restores its state)    new backends form             (builds its model)
     reform(epoch, store)  <------- same epoch ------->    reform(epoch, store)
-      new backends form            (abort() here ends     (same groups, same order)
-      and move in, in place         it too)
+      they move in, in place       (abort() here ends     (same groups, same order)
+                                    it too)
     all_reduce(...)                                       all_reduce(...)
 
 Ranks never renumber; every object that captured a ProcessGroup goes on working, because the ProcessGroup stays and
@@ -17,6 +19,7 @@ only its backend changes. Nothing is added to a collective but a look at one fla
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -66,6 +69,7 @@ class Communicators:
         self._left_behind: list[Forming] = []
         self._left = threading.Event()  # the training thread is out of the broken epoch
         self._prepared: tuple[Store, Store] | None = None  # the caller's store, our own connection to the same server
+        self._cuda_device: int | None = None
 
     @classmethod
     def install(
@@ -154,6 +158,8 @@ class Communicators:
     def _on_group(self, record: GroupRecord, create: seam.Create) -> Any:
         if self._poison.set:
             raise self._poison.error()
+        if torch.cuda.is_available():
+            self._cuda_device = torch.cuda.current_device()  # the training thread's: forming may begin in another
         with self._connections.watching() as devices:
             group = create()
         record.devices, record.connections = frozenset(devices), frozenset(self._connections.of(devices))
@@ -185,6 +191,10 @@ class Communicators:
         with self._state_lock:
             if epoch is not None and max(self.epoch, self._forming_epoch) > epoch:
                 return AbortReport(self._poison.set, 0, 0, 0, 0, 0, 0, 0, 0.0)
+            if self._standby:  # its groups are not real yet, and it may be building its model on them
+                if self._forming is not None:
+                    self._forming.abandon()
+                return AbortReport(False, 0, 0, 0, 0, 0, 0, 0, 0.0)
             already, self._poison.set = self._poison.set, True
             if left:
                 self._left.set()
@@ -243,59 +253,99 @@ class Communicators:
 
     # -- re-form ---------------------------------------------------------------------------------------------------
 
-    def reform(self, epoch: int, store: Store) -> ReformReport:
-        """Form all groups again, in place, for `epoch`. Every rank of WORLD calls it, on its training thread.
+    def begin_reform(self, epoch: int, store: Store | Callable[[], Store]) -> None:
+        """Begin to form all groups for `epoch`, in a thread of its own; `reform` with this epoch goes on from there.
 
-        Args:
-            epoch: higher than any before, equal on all ranks.
-            store: TCPStore client of a server outside of the training processes. Used through a connection of its
-                own (see `prepare`); all keys are under the epoch.
+        Any thread may call, on every rank, once the training threads of all ranks are out of the broken epoch. Returns
+        at once. The training thread may do what needs no communication meanwhile: restore its state, or (a spare)
+        build its model on groups that are not real yet.
 
-        Blocks until the groups are formed, `form_timeout_s` at most. Raises ReformError when that passes, a peer is
-        lost, the tables differ or `abort` is called meanwhile; the groups stay poisoned then, and the next call needs
-        a higher epoch.
+        Raises ReformError when there are no groups, or the epoch is not a new one.
         """
-        begun = time.monotonic()
         if epoch <= max(self.epoch, self._forming_epoch):
             raise ReformError(
                 f"epoch {epoch}: not after {max(self.epoch, self._forming_epoch)}; each try needs a new one"
             )
         if not dist.is_initialized():
             raise ReformError("there are no process groups: torch.distributed is not initialized")
+        if self._forming is not None:
+            self._clear_away(self._forming)  # of an epoch that was over before its groups were needed
         with self._state_lock:
             self._left.set()
         if not self._poison.set and not self._standby:
             self.abort()  # nobody may go on with the old connections
-        # An abort still at work looks for operations to end, and must not find those of the new epoch.
-        if not self._abort_lock.acquire(timeout=2 * _ABORT_DEADLINE_S):
-            raise ReformError(f"epoch {epoch}: an abort has been at work for {2 * _ABORT_DEADLINE_S:g} s")
-        self._abort_lock.release()
-        c10d._world.pg_coalesce_state.clear()  # an exception in a coalescing block leaves its entry behind
         records = self.groups()
         if all(set(record.backend_of_device.values()) == {"gloo"} for record in records):
             self._waits.at_most(self._operation_timeout_s)
+        begun = time.monotonic()
         plan = FormingPlan(
             epoch=epoch,
             rank=dist.get_rank(),
             records=records,
             digest=self.table_digest(),
+            begun=begun,
             deadline=begun + self._form_timeout_s,
             operation_timeout_s=self._operation_timeout_s,
             reconfigures=self.strategy == "reconfigure",
             occupied=[store for left in self._left_behind for store in left.occupied()],
+            cuda_device=self._cuda_device,
         )
         prepared, self._prepared = self._prepared, None
-        client = prepared[1] if prepared is not None and prepared[0] is store else None
-        forming = Forming(plan, store, client, self._connections, self._quiet)
+        make = store if callable(store) else lambda: store
+        forming = Forming(plan, make, prepared, self._connections, self._quiet, self._abort_lock)
         with self._state_lock:
             self._forming, self._forming_epoch = forming, epoch
+        forming.start()
+
+    def reform(self, epoch: int, store: Store | Callable[[], Store]) -> ReformReport:
+        """Form all groups again, in place, for `epoch`. Every rank of WORLD calls it, on its training thread.
+
+        Args:
+            epoch: higher than any before, equal on all ranks.
+            store: TCPStore client of a server outside of the training processes, or what makes one (called in a thread
+                of its own). Used through a connection of its own (see `prepare`); all keys are under the epoch.
+
+        Blocks until the groups are formed, `form_timeout_s` from its beginning (`begin_reform`) at most. Raises
+        ReformError when that passes, a peer is lost, the tables differ or `abort` is called meanwhile; the groups stay
+        poisoned then, and the next call needs a higher epoch.
+        """
+        if self._forming is None or self._forming.plan.epoch != epoch:
+            self.begin_reform(epoch, store)
+        forming = self._forming
+        assert forming is not None
+        plan = forming.plan
+        try:
+            forming.settled.wait(max(0.0, plan.deadline - time.monotonic()))
+            needed = time.monotonic()
+            self._check(forming, epoch)
+            c10d._world.pg_coalesce_state.clear()  # an exception in a coalescing block leaves its entry behind
+            self._move_all_in(forming)
+        except BaseException:
+            self._clear_away(forming)
+            raise
+        self._prepared = (forming.store, forming.client)
+        seconds, name = forming.slowest
+        report = ReformReport(
+            epoch,
+            tuple(
+                GroupReport(f"{record.desc} {record.name}", decision.method, decision.why)
+                for record in plan.records
+                for decision in (forming.decisions[record.name],)
+            ),
+            forming.ended - plan.begun + time.monotonic() - needed,
+            forming.ended - plan.begun,
+            name,
+            seconds,
+        )
+        _log.info("communicators: %s", report)
+        return report
+
+    def _move_all_in(self, forming: Forming) -> None:
+        """The new epoch begins. Raises ReformError when it is over already."""
+        epoch = forming.plan.epoch
         donors: list[Any] = []
         dead: list[Any] = []
         try:
-            forming.start()
-            forming.settled.wait(self._form_timeout_s)
-            formed_at = time.monotonic()
-            self._check(forming, epoch)
             for record, new in forming.formed:
                 dead += [backend_of(record, kind) for kind in set(record.backend_of_device.values())]
                 donors.append(self._move_in(record, new))
@@ -312,35 +362,25 @@ class Communicators:
                 self._left.clear()
                 self._poison.set = False
         finally:
-            forming.abandon()
-            with self._state_lock:
-                self._forming = None
             dead += [backend for _, new in forming.formed for _, _, backend in new.backends]
             donors.clear()  # only now, and not as the last owner: see retire
             forming.formed = []
             retire(dead)
-            if self._poison.set:  # the connection may be blocked in a wait of the thread left behind
-                for record in forming.reconfigured:
-                    record.spoilt = True
-                self._left_behind = [each for each in (*self._left_behind, forming) if each.is_alive()]
-                threading.Thread(target=self.prepare, args=(store,), name="deadpool-store", daemon=True).start()
-            else:
-                self._prepared = (store, forming.client)
-        seconds, name = forming.slowest
-        report = ReformReport(
-            epoch,
-            tuple(
-                GroupReport(f"{record.desc} {record.name}", decision.method, decision.why)
-                for record in records
-                for decision in (forming.decisions[record.name],)
-            ),
-            time.monotonic() - begun,
-            formed_at - begun,
-            name,
-            seconds,
-        )
-        _log.info("communicators: %s", report)
-        return report
+
+    def _clear_away(self, forming: Forming) -> None:
+        """What came to nothing: whatever it has built is dropped, and nobody uses its connection again."""
+        forming.abandon()
+        with self._state_lock:
+            if self._forming is forming:
+                self._forming = None
+        retire([backend for _, new in forming.formed for _, _, backend in new.backends])
+        forming.formed = []
+        for record in forming.reconfigured:
+            record.spoilt = True
+        # The connection may be blocked in a wait of the thread left behind.
+        self._left_behind = [each for each in (*self._left_behind, forming) if each.is_alive()]
+        if forming.store is not None:
+            threading.Thread(target=self.prepare, args=(forming.store,), name="deadpool-store", daemon=True).start()
 
     def _check(self, forming: Forming, epoch: int) -> None:
         if forming.abandoned:
@@ -349,6 +389,8 @@ class Communicators:
             raise ReformError(f"epoch {epoch}: forming failed: {forming.error}") from forming.error
         if not forming.settled.is_set():
             raise ReformError(f"epoch {epoch}: not all peers came within {self._form_timeout_s:g} s")
+        if self.table_digest() != forming.plan.digest:
+            raise ReformError(f"epoch {epoch}: this rank made other process groups while they were formed")
 
     def _move_in(self, record: GroupRecord, new: Replacement) -> Any:
         group = record.group

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,13 +36,16 @@ class FormingPlan:
     rank: int
     records: list[GroupRecord]
     digest: str
+    begun: float
+    """On time.monotonic, as is the deadline."""
     deadline: float
-    """On time.monotonic."""
     operation_timeout_s: float
     reconfigures: bool
     """Whether torch's reconfigure is used where it can be."""
     occupied: list[Any]
     """Connections to the store that threads of earlier epochs may be blocked in."""
+    cuda_device: int | None
+    """The training thread's."""
 
 
 def own_client(store: Any) -> Any:
@@ -55,17 +58,29 @@ def own_client(store: Any) -> Any:
 
 
 class Forming(threading.Thread):
-    """Forms one epoch. The training thread waits on `settled`; when an abort comes it just leaves this thread behind.
+    """Forms one epoch. The training thread does other work meanwhile (it restores its state), then waits on `settled`;
+    when an abort comes it just leaves this thread behind.
 
     An abandoned thread harms nobody: what it builds is under its own epoch's keys and dropped with it, it has its
     own connection to the store (a TCPStore client whose wait is blocked blocks all its users), and it ends at the
     deadline at the latest.
     """
 
-    def __init__(self, plan: FormingPlan, store: Any, client: Any, connections: GlooConnections, quiet: Quiet) -> None:
-        """`client`: a connection to the store's server that is used by nobody else, or None to make one."""
+    def __init__(
+        self,
+        plan: FormingPlan,
+        store: Callable[[], Any],
+        prepared: tuple[Any, Any] | None,
+        connections: GlooConnections,
+        quiet: Quiet,
+        abort_lock: threading.Lock,
+    ) -> None:
+        """`prepared`: a store, and a connection to its server that is used by nobody else. `abort_lock` is held by an
+        abort that is at work: it looks for operations to end, and must not find those of the new epoch."""
         super().__init__(name=f"deadpool-forming-{plan.epoch}", daemon=True)
         self.settled = threading.Event()
+        self.ended = 0.0
+        """When it settled, on time.monotonic."""
         self.abandoned = False
         self._abandoning = threading.Lock()
         self.error: BaseException | None = None
@@ -80,12 +95,14 @@ class Forming(threading.Thread):
         """The Gloo devices of the new backends."""
         self.decisions: dict[str, Decision] = {}
         self.slowest: tuple[float, str] = (0.0, "")
-        self._plan = plan
-        self._store = store
-        self.client = client
+        self.plan = plan
+        self.store: Any = None
+        self.client: Any = None
+        self._make_store = store
+        self._prepared = prepared
         self._connections = connections
         self._quiet = quiet
-        self._cuda_device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._abort_lock = abort_lock
 
     def abandon(self) -> None:
         """Leave this thread behind. No further backend is told to reconfigure once this has returned."""
@@ -99,17 +116,23 @@ class Forming(threading.Thread):
         except Exception as error:  # noqa: BLE001 - thread boundary: handed to the training thread, whatever it is
             self.error = error
         finally:
+            self.ended = time.monotonic()
             self.settled.set()
 
     def _left(self) -> float:
-        left = self._plan.deadline - time.monotonic()
+        left = self.plan.deadline - time.monotonic()
         if left <= 0 or self.abandoned:
-            raise ReformError(f"epoch {self._plan.epoch}: deadline passed while forming")
+            raise ReformError(f"epoch {self.plan.epoch}: deadline passed while forming")
         return left
 
     def _form(self) -> None:
-        plan = self._plan
-        client = self.client = self.client or own_client(self._store)
+        plan = self.plan
+        if not self._abort_lock.acquire(timeout=self._left()):
+            raise ReformError(f"epoch {plan.epoch}: an abort is at work all the time")
+        self._abort_lock.release()
+        store, prepared = self._make_store(), self._prepared
+        self.store = store
+        client = self.client = prepared[1] if prepared is not None and prepared[0] is store else own_client(store)
         usual_timeout = client.timeout
         client.set_timeout(timedelta(seconds=self._left()))
         store = c10d.PrefixStore(f"deadpool/epoch/{plan.epoch}", client)
@@ -149,14 +172,14 @@ class Forming(threading.Thread):
             self.reconfigured.append(record)
             self._meeting = reconfigure.store_of(record.group)
             backend = backend_of(record, "gloo")
-        reconfigure.reconfigure(backend, self._plan.epoch, handles, timeout_s)
+        reconfigure.reconfigure(backend, self.plan.epoch, handles, timeout_s)
         self._meeting = None
 
     def _agree(self, store: Any) -> dict[str, Decision]:
         """The method of each group of this rank, the same on all its members. Blocks until all members have come."""
-        records, rank = self._plan.records, self._plan.rank
+        records, rank = self.plan.records, self.plan.rank
         established = self._connections.established()
-        asked = self._stores_that_answer() if self._plan.reconfigures else set()
+        asked = self._stores_that_answer() if self.plan.reconfigures else set()
         words = {record.name: self._word(record, established, asked) for record in records}
         store.set(f"words/{rank}", pack_words(words))
         mine = [record for record in records if record.ranks[0] == rank]
@@ -188,7 +211,7 @@ class Forming(threading.Thread):
         return Word(record.made, record.connected, operations, keeping, reconfiguring, handle)
 
     def _against_reconfiguring(self, record: GroupRecord, stores: Collection[int]) -> str:
-        if not self._plan.reconfigures:
+        if not self.plan.reconfigures:
             return NOT_USED
         if not record.real:
             return "spare"
@@ -204,9 +227,9 @@ class Forming(threading.Thread):
 
     def _stores_that_answer(self) -> set[int]:
         """Addresses of the connections that this rank's groups meet through and that lead to this epoch's server."""
-        occupied = {pointee(store) for store in self._plan.occupied}
+        occupied = {pointee(store) for store in self.plan.occupied}
         answering: set[int] = set()
-        for record in self._plan.records:
+        for record in self.plan.records:
             base = reconfigure.store_of(record.group)
             if not record.real or pointee(base) in answering | occupied:
                 continue
@@ -235,16 +258,16 @@ class Forming(threading.Thread):
         return Replacement(backends, prefix, getattr(c10d.ProcessGroup.BackendType, default))
 
     def _build(self, record: GroupRecord, kind: str, store: Any, devices: list[Any]) -> tuple[Any, Any]:
-        group_rank = record.ranks.index(self._plan.rank)
+        group_rank = record.ranks.index(self.plan.rank)
         types = c10d.ProcessGroup.BackendType
         if kind == "gloo":
             return types.GLOO, gloo.build(
-                record, store, group_rank, devices, self._left(), self._plan.operation_timeout_s
+                record, store, group_rank, devices, self._left(), self.plan.operation_timeout_s
             )
         if kind == "nccl":
             device = record.bound_device
-            if device is None and self._cuda_device is not None:
-                device = torch.device("cuda", self._cuda_device)
+            if device is None and self.plan.cuda_device is not None:
+                device = torch.device("cuda", self.plan.cuda_device)
             if device is not None:
                 torch.cuda.set_device(device)
             return types.NCCL, nccl.build(record, store, group_rank, device)

@@ -67,7 +67,8 @@ class _Agent:
     """One node. Its ranks follow from the assignment, as a real agent's do."""
 
     __slots__ = (
-        "alive", "epoch", "generation", "held", "introduced", "keeps", "node", "ranks", "settled", "spoke", "version",
+        "alive", "epoch", "forming", "generation", "held", "introduced", "keeps", "node", "ranks", "ready", "settled",
+        "spoke", "version",
     )  # fmt: skip
 
     def __init__(self, node: int, ranks: list[int], spoke: Spoke) -> None:
@@ -81,6 +82,7 @@ class _Agent:
         self.held: list[int] = []  # ranks whose shards it has, own and kept for others
         self.keeps: list[int] = []
         self.settled = True
+        self.ready = self.forming = 0  # the newest epochs in which it holds its shards, and forms its groups
         self.alive = True
 
 
@@ -246,7 +248,7 @@ class Swarm:
                 self._declared(agent, record)
             case r.Agree():
                 self._note(f"agree-{record.epoch}")
-                self._does(agent, lambda: self._send(agent, r.NodeReady(record.epoch, agent.node)), record.epoch)
+                self._does(agent, lambda: self._prepare(agent, record.epoch), record.epoch)
             case r.Form():
                 self._note(f"form-{record.epoch}")
                 self._does(agent, lambda: self._form(agent, record.epoch), record.epoch)
@@ -308,7 +310,19 @@ class Swarm:
         if agent.ranks or held:
             self._does(agent, lambda: self._send(agent, offer), record.epoch)
 
+    def _prepare(self, agent: _Agent, epoch: int) -> None:
+        agent.ready = epoch
+        self._send(agent, r.NodeReady(epoch, agent.node))
+        self._resume(agent, epoch)
+
     def _form(self, agent: _Agent, epoch: int) -> None:
+        agent.forming = epoch
+        self._resume(agent, epoch)
+
+    def _resume(self, agent: _Agent, epoch: int) -> None:
+        """Once it has both its shards and its groups."""
+        if agent.ready != epoch or agent.forming != epoch:
+            return
         world = self._s.active
         self._send(agent, r.NodeFormed(epoch, agent.node, 24, 24 if agent.node < world // 8 else 2, 24))
         self._send(agent, r.NodeRestored(epoch, agent.node))

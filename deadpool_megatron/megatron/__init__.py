@@ -3,7 +3,7 @@
 from deadpool_megatron.megatron.faults import arm
 from deadpool_megatron.megatron.hooks import Hooks
 from deadpool_megatron.megatron.near import numa_node
-from deadpool_megatron.megatron.standby import follow_imports, warm_up
+from deadpool_megatron.megatron.standby import follow_job, warm_up
 from deadpool_megatron.support import SUPPORTED, UserError, check_version
 
-__all__ = ["SUPPORTED", "Hooks", "UserError", "arm", "check_version", "follow_imports", "numa_node", "warm_up"]
+__all__ = ["SUPPORTED", "Hooks", "UserError", "arm", "check_version", "follow_job", "numa_node", "warm_up"]

@@ -40,7 +40,7 @@ from deadpool_megatron.megatron import saving, state_hash
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.data_position import DataPosition
 from deadpool_megatron.megatron.description import describe_job
-from deadpool_megatron.megatron.standby import publish_imports
+from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
@@ -76,6 +76,7 @@ class Hooks:
     durable: r.Generation | None = None
     _data: DataPosition = field(default_factory=DataPosition)
     _rejoined: bool = False
+    _groups: str = ""
     _originals: dict[str, Any] = field(default_factory=dict)
     _series: Series = field(default_factory=Series)
 
@@ -113,6 +114,10 @@ class Hooks:
 
         setattr(module, name, replaced)
 
+    def learn_groups(self, table_digest: str) -> None:
+        """For a spare: the digest of the table of groups of those that train."""
+        self._groups = table_digest
+
     # ---- set-up
 
     def _add_arguments(self, original: Any, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -134,6 +139,9 @@ class Hooks:
             # A checkpoint to load would be read by collectives; the spare's state comes from a vault.
             _load_nothing(get_args())
         result = original(*args, **kwargs)
+        if self.standby and self.communicators.table_digest() == self._groups:
+            # All groups of the job are there: they can form while the model is built and the lost shard comes.
+            self.session.stand_by(torch.distributed.get_rank())
         if self.config.durable_dir:
             self.session.describe("job", torch.distributed.get_rank(), describe_job(get_args()))
         if self.config.resume != "none" and not self.standby:
@@ -202,7 +210,7 @@ class Hooks:
             trainer.resume(self.durable)
         trainer.register(self.communicators.strategy, can_rescue)
         if trainer.rank == 0 and not self.standby:
-            publish_imports(self.store())
+            publish_job(self.store(), self.communicators.table_digest())
         if not self.standby:
             self.communicators.prepare(self.store())  # connecting takes seconds now and then: not in a recovery
         self.phase = "training"

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
-__all__ = ["follow_imports", "publish_imports", "warm_up"]
+__all__ = ["follow_job", "publish_job", "warm_up"]
 
-_KEY = "deadpool/modules"
+_KEY = "deadpool/job"
 _PACKAGES = ("megatron", "torch", "transformer_engine", "apex", "numpy")
 _PARKED = timedelta(days=365)
 
@@ -72,23 +72,27 @@ def _remember_docstrings() -> None:
     factory._get_field_docstrings = remembered
 
 
-def publish_imports(store: Store) -> None:
-    """Tell the spares which modules a worker that trains has imported by now."""
+def publish_job(store: Store, table_digest: str) -> None:
+    """Tell the spares which modules a worker that trains has imported by now, and which groups it has made."""
     names = sorted(n for n, m in sys.modules.items() if m is not None and n.split(".")[0] in _PACKAGES)
-    store.set(_KEY, json.dumps(names))
+    store.set(_KEY, json.dumps({"modules": names, "groups": table_digest}))
 
 
-def follow_imports(store: Callable[[], Store]) -> None:
-    """Import what the others have imported, in a thread, once it is known. ``store`` makes a client of its own."""
+def follow_job(store: Callable[[], Store], learn_groups: Callable[[str], None]) -> None:
+    """Import what the others have imported, in a thread, once it is known. ``store`` makes a client of its own.
+
+    ``learn_groups`` is told the digest of their table of groups.
+    """
 
     def work() -> None:
         client = store()
         try:
             client.wait([_KEY], _PARKED)
-            names = json.loads(client.get(_KEY))
+            job = json.loads(client.get(_KEY))
         except RuntimeError:
             return  # the store is gone: so is the job
-        for name in names:
+        learn_groups(job["groups"])
+        for name in job["modules"]:
             if name not in sys.modules:
                 # A module may refuse here what it accepted there (another platform, an option): then it stays cold.
                 with contextlib.suppress(ImportError, RuntimeError, AttributeError):

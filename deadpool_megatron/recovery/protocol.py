@@ -2,11 +2,13 @@
 
 ::
 
-    step breaks -> declared? -> unwind -> Arrived -> Generation -> restore -> ready -> Form -> re-form -> formed
-                                                                                        -> synchronize -> restored
+    step breaks -> declared? -> unwind -> Arrived -> Generation -> restore, ready -+-> formed -> synchronize, restored
+                                             |                                     |
+                                             '---> Form -> groups form, in a thread '
 
-A newer epoch at any point starts again at "unwind". The same code runs in survivors and in spares; a spare has nothing
-to unwind and no live state.
+Groups form beside the transfer and the restoring of state, since they need only that every rank is out of the broken
+epoch. A newer epoch at any point starts again at "unwind". The same code runs in survivors and in spares; a spare has
+nothing to unwind and no live state, and may have arrived before (`Session.stand_by`).
 """
 
 from __future__ import annotations
@@ -90,12 +92,11 @@ def rejoin(
     while True:
         epoch = declared.epoch
         try:
-            if not communicators.standby:
-                communicators.abort(epoch - 1, left=True)
+            communicators.abort(epoch - 1, left=True)
             points.reach("recovery.aborted")
             trainer.unwind()
             points.reach("recovery.unwound")
-            session.tell(r.Arrived(epoch, trainer.rank, trainer.live_generation))
+            session.arrive(epoch, trainer.rank, trainer.live_generation)
             agreed = session.wait_generation(epoch)
             points.reach("recovery.agreed")
             try:
@@ -103,12 +104,14 @@ def rejoin(
             except VaultError as err:
                 # Bytes that are not those that were written are never trained on: another copy, or an older generation.
                 session.tell(r.Unreadable(epoch, agreed.generation, str(err)[:500]))
-                session.wait_form(epoch)
+                if session.wait_newer(epoch, patience.newer_epoch):
+                    raise Superseded(session.declared_epoch) from None
+                raise UnexplainedError from err
             points.reach("recovery.restored-local")
             session.step("ready", epoch)
             session.wait_form(epoch)
             points.reach("recovery.re-forming")
-            report = communicators.reform(epoch, store())
+            report = communicators.reform(epoch, store)
             session.step("formed", epoch, report.groups, report.reformed)
             points.reach("recovery.re-formed")
             trainer.synchronize()

@@ -5,8 +5,9 @@
     watcher thread                           training thread
     --------------                           ---------------
     recv Declare(e) -> on_declare(e)  ....>  blocked in a collective, comes out with an error
-                       notify                recover(): wait_generation, wait_form ...
-    recv Form(e)    -> notify         ....>  goes on
+                       notify                recover(): arrive, wait_generation, restore ...
+    recv Form(e)    -> on_form(e)            (groups form beside it)
+                       notify         ....>  goes on
 
 The end of the control socket means that the agent is dead: this process must not train on, so it ends at once.
 """
@@ -53,11 +54,17 @@ class Session:
         control_fd: the inherited SOCK_SEQPACKET socket.
         on_declare: called from the watcher thread with each new epoch, before anybody else learns of it; it aborts the
             communicators and must return soon.
+        on_form: called from the watcher thread with the newest epoch when every rank has arrived in it; it begins to
+            form the groups and must return soon.
     """
 
-    def __init__(self, control_fd: int, on_declare: Callable[[int], None]) -> None:
+    def __init__(
+        self, control_fd: int, on_declare: Callable[[int], None], on_form: Callable[[int], None] = lambda epoch: None
+    ) -> None:
         self._socket = socket.socket(fileno=control_fd)
         self._on_declare = on_declare
+        self._on_form = on_form
+        self._standing_by: int | None = None
         self._news = threading.Condition()
         self._declared: r.Declare | None = None
         self._rendezvous: r.Address | None = None
@@ -95,6 +102,10 @@ class Session:
             self.declared_epoch = record.epoch
             self._rendezvous = record.rendezvous or self._rendezvous
             self._on_declare(record.epoch)
+            if (rank := self._standing_by) is not None:
+                self.tell(r.Arrived(record.epoch, rank, None))
+        elif isinstance(record, r.Form) and record.epoch == self.declared_epoch:
+            self._on_form(record.epoch)
         with self._news:
             match record:
                 case r.Declare():
@@ -189,8 +200,22 @@ class Session:
                     return self._generation
                 self._news.wait()
 
+    def stand_by(self, rank: int) -> None:
+        """This worker, a spare, has arrived in every epoch from now on, whatever its training thread does.
+
+        Its groups are not real yet, so there is nothing to come out of, and they may be formed beside that thread's
+        work. Until `arrive`.
+        """
+        self._standing_by = rank
+        self.tell(r.Arrived(self.declared_epoch, rank, None))
+
+    def arrive(self, epoch: int, rank: int, live: int | None) -> None:
+        """Tell the agent that the training thread is out of its step; ``live`` as in `records.Arrived`."""
+        self._standing_by = None
+        self.tell(r.Arrived(epoch, rank, live))
+
     def wait_form(self, epoch: int) -> None:
-        """Until every rank is ready to form the groups of ``epoch``. Raises Superseded."""
+        """Until every rank has arrived in ``epoch``, so that its groups form. Raises Superseded."""
         with self._news:
             while self._formed != epoch:
                 self._check(epoch)

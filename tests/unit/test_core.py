@@ -111,9 +111,10 @@ def test_a_lost_node_is_replaced_by_the_spare_and_training_goes_on() -> None:
     job.arrive(5)
     (agreed,) = job.told(r.Agree)
     assert agreed.generation == 5 and {rank: s.node for rank, s in agreed.sources.items()} == {2: 2, 3: 2}
+    assert job.told(r.Form) == [r.Form(1)], "groups form beside the transfer"
     job.prepare()
-    assert job.told(r.Form) == [r.Form(1)]
     job.form()
+    assert job.told(r.Form) == [r.Form(1)]
     job.restore()
     assert job.core.phase is Phase.RESTORING
     job.resume()
@@ -136,11 +137,68 @@ def test_nothing_goes_on_before_the_last_node_is_through() -> None:
     job.offer(last)
     for node in first:
         job.feed(r.NodeReady(1, node))
-    assert not job.told(r.Form)
+    assert not job.events("prepared")
     job.feed(r.NodeReady(1, last))
     for node in first:
         job.feed(r.NodeFormed(1, node, 1))
     assert not job.events("reformed")
+
+
+def test_groups_form_once_everybody_who_took_over_has_arrived_and_a_generation_is_agreed() -> None:
+    job = SimulatedJob().train()
+    job.lose(1)
+    spare = next(node for node in job.active if node >= job.core.job.active_nodes)
+    for node in job.active:
+        job.offer(node, arrived=node != spare)
+    assert job.told(r.Agree) and not job.told(r.Form)
+    for node in job.active:
+        if node != spare:
+            job.feed(r.NodeReady(1, node))
+    job.feed(r.NodeArrived(0, spare))
+    assert not job.told(r.Form), "of another epoch"
+    job.feed(r.NodeArrived(1, spare))
+    assert job.told(r.Form) == [r.Form(1)]
+    job.feed(r.NodeArrived(1, spare))
+    assert job.told(r.Form) == [r.Form(1)]
+    # Its shard is still on the way: groups are there first, on every node.
+    job.form()
+    assert job.core.phase is Phase.PREPARING and not job.events("reformed")
+    job.feed(r.NodeReady(1, spare))
+    assert job.events("prepared") and job.events("reformed") and job.core.phase is Phase.RESTORING
+    job.restore()
+    job.resume()
+    assert job.core.phase is Phase.RUNNING
+
+
+def test_a_spare_that_arrives_before_the_others_have_left_their_step_waits_for_them() -> None:
+    job = SimulatedJob().train()
+    job.lose(1)
+    *others, spare = sorted(job.active)
+    job.offer(spare)
+    job.feed(r.NodeArrived(1, spare))
+    assert not job.told(r.Form)
+    for node in others:
+        job.offer(node)
+    assert job.told(r.Form) == [r.Form(1)]
+
+
+@pytest.mark.parametrize("late", ["arrives", "has its shard"])
+def test_a_spare_that_never_arrives_or_never_has_its_shard_is_lost_alone(late: str) -> None:
+    job = SimulatedJob(nodes=6, spares=2).train()
+    job.lose(1)
+    spare = next(node for node in job.active if node >= job.core.job.active_nodes)
+    for node in job.active:
+        job.offer(node, arrived=node != spare)
+    if late == "has its shard":
+        job.feed(r.NodeArrived(1, spare))
+        job.form()
+    for node in job.active:
+        if node != spare:
+            job.feed(r.NodeReady(1, node))
+    job.wait(DEADLINES.build + 0.001)
+    assert [n for n, s in job.core.nodes.items() if s.role == "lost"] == [1, spare] and job.core.epoch == 2
+    job.recover()
+    assert job.core.phase is Phase.RUNNING
 
 
 def test_a_fast_node_may_resume_before_the_slowest_has_told_that_it_formed() -> None:

@@ -95,6 +95,7 @@ def _said_by_agents() -> list[r.AgentRecord]:
         r.WorkerExited(1, 0, 2, 10, -9),
         r.PeerError(0, 1, 2, "connection closed"),
         r.Offer(0, 1, {2: 5, 3: None}, held, held, {77: [(0, 5)]}),
+        r.NodeArrived(0, 1),
         r.NodeReady(0, 1),
         r.NodeFormed(0, 1, 12),
         r.NodeRestored(0, 1),

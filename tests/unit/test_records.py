@@ -11,6 +11,7 @@ import pytest
 from deadpool_megatron.cluster import records as r
 
 DECODERS: list[tuple[str, Callable[[bytes], Any], msgspec.Struct]] = [
+    ("agent", r.decode_from_agent, r.NodeArrived(3, 1)),
     ("agent", r.decode_from_agent, r.NodeReady(3, 1)),
     ("coordinator", r.decode_from_coordinator, r.Form(3)),
     ("worker", r.decode_from_worker, r.Arrived(3, 1, None)),
@@ -49,7 +50,7 @@ def test_another_protocol_version_is_refused(
 ) -> None:
     packet = r.encode(record)
     assert decode(packet) == record
-    with pytest.raises(r.RecordError, match=f"packet from {sender} is of protocol version 01, not 03"):
+    with pytest.raises(r.RecordError, match=f"packet from {sender} is of protocol version 01, not 04"):
         decode(b"\x01" + packet[1:])
     with pytest.raises(r.RecordError, match=r"protocol version \?"):
         decode(b"")

@@ -28,6 +28,7 @@ from deadpool_megatron.cluster.records.agents import (
     Inject,
     Iteration,
     Join,
+    NodeArrived,
     NodeFormed,
     NodeHeld,
     NodeReady,
@@ -154,6 +155,7 @@ __all__ = [
     "Leaving",
     "LoadShards",
     "NoRoom",
+    "NodeArrived",
     "NodeFormed",
     "NodeHeld",
     "NodeReady",
@@ -203,7 +205,7 @@ __all__ = [
     "encode",
 ]
 
-VERSION = b"\x03"
+VERSION = b"\x04"
 # What grows with the job is mostly alike from node to node: it shrinks to a tenth, once for all that it is sent to.
 _COMPRESS_BYTES = 4096
 _MOST_BYTES = 1 << 28

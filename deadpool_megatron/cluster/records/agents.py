@@ -92,7 +92,8 @@ class Offer(Record, frozen=True):
     """All workers of a node have left their step; what the node can give, by rank.
 
     ``live`` are generations, ``own`` and ``peer`` versions (epoch, generation) complete in the node's vault; so are
-    those of ``parity``, by word (see `cluster.redundancy.Word`).
+    those of ``parity``, by word (see `cluster.redundancy.Word`). ``arrived``: every coordinate here has a worker that
+    can form its groups now; if not, a `NodeArrived` follows.
     """
 
     epoch: int
@@ -101,6 +102,14 @@ class Offer(Record, frozen=True):
     own: dict[int, list[tuple[int, int]]]
     peer: dict[int, list[tuple[int, int]]]
     parity: dict[int, list[tuple[int, int]]] = msgspec.field(default_factory=dict)
+    arrived: bool = True
+
+
+class NodeArrived(Record, frozen=True):
+    """The workers that took over coordinates on this node can form their groups now."""
+
+    epoch: int
+    node: int
 
 
 class Behind(Record, frozen=True):
@@ -111,7 +120,7 @@ class Behind(Record, frozen=True):
 
 
 class NodeReady(Record, frozen=True):
-    """All workers of a node hold the agreed generation and wait to form the groups of the epoch."""
+    """All workers of a node hold the agreed generation and wait for the groups of the epoch."""
 
     epoch: int
     node: int
@@ -348,6 +357,7 @@ AgentRecord = (
     | PeerError
     | Offer
     | Behind
+    | NodeArrived
     | NodeReady
     | NodeFormed
     | NodeRestored

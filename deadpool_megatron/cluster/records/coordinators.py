@@ -90,7 +90,7 @@ class Agree(Record, frozen=True):
 
 
 class Form(Record, frozen=True):
-    """Every rank is ready: form the groups of this epoch."""
+    """Every rank has arrived: form the groups of this epoch, while state is brought and restored."""
 
     epoch: int
 
