@@ -32,6 +32,7 @@ class Line:
     agent: socket.socket
     session: Session
     heard: list[int] = field(default_factory=list)
+    formed: list[int] = field(default_factory=list)
 
     def tell(self, record: Any) -> None:
         self.agent.send(r.encode(record))
@@ -66,7 +67,8 @@ def line() -> Line:
     os.dup(ours.fileno())  # stays open for ever: a session that loses its agent ends the process, here the test run
     ours.settimeout(10)
     heard: list[int] = []
-    return Line(ours, Session(theirs.detach(), heard.append), heard)
+    formed: list[int] = []
+    return Line(ours, Session(theirs.detach(), heard.append, formed.append), heard, formed)
 
 
 def test_what_a_worker_tells_reaches_the_agent_in_order(line: Line) -> None:
@@ -83,6 +85,33 @@ def test_a_declaration_closes_the_epoch_and_aborts_before_anybody_waits_for_it(l
     assert line.heard == [1] and line.session.closed
     line.session.joined_epoch = 1
     assert not line.session.closed and line.session.wait_declared(0.05) is None
+
+
+def test_a_spare_that_stands_by_has_arrived_in_every_epoch_until_its_training_thread_says_so(line: Line) -> None:
+    line.tell(declare(1))
+    assert line.session.wait_newer(0, 10)
+    line.session.stand_by(3)
+    assert line.hear() == r.Arrived(1, 3, None)
+    line.tell(declare(2))
+    assert line.hear() == r.Arrived(2, 3, None)
+    line.session.arrive(2, 3, None)
+    assert line.hear() == r.Arrived(2, 3, None)
+    line.tell(declare(3))
+    assert line.session.wait_newer(2, 10)
+    line.session.arrive(3, 3, 7)
+    assert line.hear() == r.Arrived(3, 3, 7)
+
+
+def test_groups_begin_to_form_before_anybody_waits_for_them_and_only_in_the_newest_epoch(line: Line) -> None:
+    line.tell(declare(1))
+    line.tell(r.Form(1))
+    line.session.wait_form(1)
+    assert line.formed == [1]
+    line.tell(declare(2))
+    line.tell(r.Form(1))
+    line.tell(r.Form(2))
+    line.session.wait_form(2)
+    assert line.formed == [1, 2]
 
 
 def test_an_older_declaration_changes_nothing(line: Line) -> None:
