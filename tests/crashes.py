@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -306,7 +307,7 @@ class Gauntlet:
             case "starting-worker":
                 pass  # done before it was armed
             case "damaged-source":
-                self._damaged_source()
+                self._damaged_source(case.rank)
             case "damaged-own":
                 self.command("inject", "--node", mine, "--fault", "corrupt", "--at", "agent.offer")
                 self.command("inject", "--node", across, "--fault", "kill-worker", "--at", "optimizer-step.after")
@@ -326,32 +327,32 @@ class Gauntlet:
 
     def _garbage(self, node: int) -> None:
         """Bytes that are no message, to every port a node listens at."""
-        agent = next(n["agent_pid"] for n in self.job.status()["nodes"] if n["node"] == node)
-        for connection in psutil.Process(agent).net_connections("tcp"):
+        for connection in psutil.Process(self._agent(node)).net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN:
                 with socket.create_connection((connection.laddr.ip, connection.laddr.port), 5) as s:
                     s.sendall(os.urandom(4096))
 
-    def _damaged_source(self) -> None:
-        """The copy that a spare will ask for first is damaged as its owner's worker dies."""
-        rank = next(r for r in range(COORDINATES) if self._first_source_is_own(r))
-        node = str(self.node_of(rank))
-        self.command("inject", "--node", node, "--fault", "corrupt", "--at", "agent.worker-exited")
-        self.command("inject", "--node", node, "--fault", "kill-worker")
+    def _damaged_source(self, rank: int) -> None:
+        """The last copy of a shard is damaged: its owner's worker dies while the node of the other copy is silent.
 
-    def _first_source_is_own(self, rank: int) -> bool:
+        (Of several copies the next one is taken, and nobody hears of the damage.)
+        """
+        self.background("join")  # three nodes are used up
+        self.job.until("one more spare", lambda: len(self.parked()) > self._spares)
         own = self.node_of(rank)
         (group,) = [g for g in self.job.status()["protection"]["groups"] if own in g]
-        return bool(sorted(group)[rank % len(group)] == own)
+        (other,) = set(group) - {own}
+        self.command("inject", "--node", str(own), "--fault", "corrupt", "--at", "agent.worker-exited")
+        self.job.signal_process(self._agent(other), signal.SIGSTOP)
+        self.command("inject", "--node", str(own), "--fault", "kill-worker")
+
+    def _agent(self, node: int) -> int:
+        return int(next(n["agent_pid"] for n in self.job.status()["nodes"] if n["node"] == node))
 
     def _silent(self, node: int) -> None:
         """A worker dies whose agent cannot tell: its peers see the error first."""
-        import signal
-
-        status = self.job.status()
-        agent = next(n["agent_pid"] for n in status["nodes"] if n["node"] == node)
-        worker = next(c["pid"] for c in status["coordinates"] if c["node"] == node)
-        self.job.signal_process(agent, signal.SIGSTOP)
+        worker = next(c["pid"] for c in self.job.status()["coordinates"] if c["node"] == node)
+        self.job.signal_process(self._agent(node), signal.SIGSTOP)
         self.job.signal_process(worker, signal.SIGKILL)
 
     # ---- the end

@@ -15,25 +15,37 @@ What has been decided is kept (`Keep`) before anybody is told, so a coordinator 
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.accounting import SnapshotAccount
-from deadpool_megatron.cluster.agreement import Agreement, NoCommonGeneration, agree
+from deadpool_megatron.cluster.blame import Blame, how_it_ended
 from deadpool_megatron.cluster.durability import Durability
 from deadpool_megatron.cluster.exits import Exit
-from deadpool_megatron.cluster.job import RECOVERING, Action, Deadlines, Emit, Finish, JobSpec, Keep, Out, Phase, Send
+from deadpool_megatron.cluster.headway import Headway
+from deadpool_megatron.cluster.job import (
+    RECOVERING,
+    Action,
+    Deadlines,
+    Emit,
+    Finish,
+    JobSpec,
+    Keep,
+    Out,
+    Phase,
+    Send,
+    Voice,
+)
+from deadpool_megatron.cluster.layout import Layout
 from deadpool_megatron.cluster.members import Members, NodeState
 from deadpool_megatron.cluster.protection import Protection
+from deadpool_megatron.cluster.recoveries import Recoveries
 from deadpool_megatron.cluster.recovering import Recovery
+from deadpool_megatron.cluster.reunion import Reunion
 from deadpool_megatron.cluster.stalls import StallJudge, StragglerJudge
-from deadpool_megatron.vault import CommitLedger, Version, small_capacity
 
 __all__ = [
     "RECOVERING",
@@ -53,8 +65,6 @@ _COARSE = {Phase.STARTING: "starting", Phase.FINISHING: "finishing"}
 # A job that had ended when its coordinator did: somebody may not have been told.
 _RESTORED = {"starting": Phase.STARTING, "finishing": Phase.FINISHING, "ended": Phase.FINISHING}
 _HOLD_NOTICE_S = 0.5  # what a message to the slowest worker may take
-# A worker that dies of these does so by its own doing; SIGKILL (out of memory, an operator) and SIGTERM are not.
-_CRASHES = frozenset({4, 6, 7, 8, 11})
 
 
 class Core:
@@ -63,52 +73,42 @@ class Core:
     def __init__(self, job: JobSpec, rendezvous: r.Address | None = None) -> None:
         """``rendezvous``: where the store listens that process groups are re-formed over."""
         self.job = job
-        self._rendezvous = rendezvous
-        self._end: tuple[int, str] | None = None
-        self.members = Members(job)
-        self.coordinates: dict[int, r.CoordinateInfo] = {}
-        self.protection = Protection(job.redundancy, job.domains)
-        self.refusals: dict[int, dict[str, int]] = {}
-        self.committed = -1
-        self.iteration = -1
-        self.snapshots = SnapshotAccount()
-        self.state_hashes: dict[int, dict[str, str]] = {}
-        self.drained: set[int] = set()
         self._phase = Phase.STARTING
-        self._recovery: Recovery | None = None
-        self._registered: dict[int, r.Registered] = {}
-        self._can_rescue = True
-        self._cannot_rescue: set[int] = set()
-        self._digests: Counter[str] = Counter()
-        self._stages: dict[int, int] = {}
-        self._kept: Version | None = None
-        self._ledger = CommitLedger(self.members.active(), 0)
-        self._finished: set[int] = set()
-        self._exited: set[tuple[int, int]] = set()
-        self._vacant: set[tuple[int, int]] = set()
-        self._helpers: set[int] = set()
-        self._refused: set[tuple[int, int, int]] = set()
-        self._errors: set[tuple[int, str]] = set()
-        self._done: dict[r.Act, int] = {}
+        self._end: tuple[int, str] | None = None
+        self._out = Out()
+        self._now = 0.0
+        voice = Voice(self._send, self._emit, self._keep, self._stop)
+        self.members = Members(job)
+        self.protection = Protection(job.redundancy, job.domains)
+        self._layout = Layout(job.world_size)
+        self._headway = Headway(self.members.active())
+        self._durability = Durability(job.durable, self._send, self._emit)
+        self._recoveries = Recoveries(
+            job,
+            self.members,
+            self._layout,
+            self._headway,
+            self.protection,
+            self._durability,
+            rendezvous,
+            voice,
+            self._let_go,
+        )
+        self._reunion = Reunion()
+        self._blame = Blame(job.worker_deaths)
         self._stalls = StallJudge(job.world_size)
         self._stall_texts: dict[int, str] = {}
         self._stragglers = StragglerJudge()
-        self._pace = 0.0
+        self.snapshots = SnapshotAccount()
+        self.refusals: dict[int, dict[str, int]] = {}
+        self.state_hashes: dict[int, dict[str, str]] = {}
+        self._finished: set[int] = set()
+        self._exited: set[tuple[int, int]] = set()
         self._drain: tuple[int, int, set[int]] | None = None  # node, iteration, nodes that hold still
         self._transients = 0
-        self._purpose: r.Purpose = "resume"
-        self._generation = -1
-        self._sizes: tuple[list[int], list[int]] = ([], [])
         self._deadline: float | None = None
         self._awaited: dict[int, float] = {}
-        self._returning: set[int] = set()
-        self._unsettled = ""
         self._hint: tuple[float, str] | None = None
-        self._last_failure: r.WorkerFailed | None = None
-        self._durability = Durability(job.durable, self._send, self._emit)
-        self._durable_name = ""  # of the durable generation this recovery goes back to
-        self._out = Out()
-        self._now = 0.0
         self._handlers: dict[type, Callable[[Any], None]] = {
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
@@ -120,14 +120,14 @@ class Core:
             r.Pace: self._paced,
             r.NodeHeld: self._node_held,
             r.Did: self._did,
-            r.Offer: self._offer,
-            r.NodeArrived: self._node_arrived,
-            r.NodeReady: self._node_ready,
-            r.NodeFormed: self._node_formed,
-            r.NodeRestored: self._node_restored,
-            r.NodeResumed: self._node_resumed,
+            r.Offer: lambda record: self._recoveries.offer(record, self._now),
+            r.NodeArrived: self._recoveries.arrived,
+            r.NodeReady: lambda record: self._recoveries.ready(record, self._now),
+            r.NodeFormed: lambda record: self._recoveries.formed(record, self._now),
+            r.NodeRestored: lambda record: self._recoveries.restored(record, self._now),
+            r.NodeResumed: lambda record: self._recoveries.resumed(record, self._now),
             r.Committed: self._node_commit,
-            r.Covered: self._node_covered,
+            r.Covered: self._recoveries.covered,
             r.NoRoom: self._no_room,
             r.Refusals: self._vault_refused,
             r.VaultMemory: self._vault_memory,
@@ -136,7 +136,7 @@ class Core:
             r.FetchFailed: self._fetch_failed,
             r.Finished: self._node_finished,
             r.StateHash: self._state_hash,
-            r.Saved: self._node_saved,
+            r.Saved: self._recoveries.saved,
             r.ShardsLoaded: self._shards_loaded,
             r.ShardsDrained: self._shards_drained,
             r.GenerationSealed: self._generation_sealed,
@@ -148,7 +148,8 @@ class Core:
     @property
     def phase(self) -> Phase:
         """Where the job stands."""
-        return self._recovery.phase if self._recovery is not None else self._phase
+        current = self._recoveries.current
+        return current.phase if current is not None else self._phase
 
     @property
     def epoch(self) -> int:
@@ -163,7 +164,22 @@ class Core:
     @property
     def recovery(self) -> Recovery | None:
         """The recovery under way, if any."""
-        return self._recovery
+        return self._recoveries.current
+
+    @property
+    def coordinates(self) -> dict[int, r.CoordinateInfo]:
+        """By rank, of all that have registered."""
+        return self._layout.coordinates
+
+    @property
+    def iteration(self) -> int:
+        """The newest iteration that has ended; -1 before the first."""
+        return self._headway.iteration
+
+    @property
+    def committed(self) -> int:
+        """The newest generation that all have committed; -1 before the first."""
+        return self._headway.committed
 
     @property
     def nodes(self) -> dict[int, NodeState]:
@@ -174,8 +190,8 @@ class Core:
         """When `tick` has to be called at the latest, in the clock of ``now``."""
         times = [self._deadline, self._hint[0] if self._hint else None, self._stalls.due, *self._awaited.values()]
         times.append(self._durability.next_deadline())
-        if self._recovery is not None:
-            times.append(self._recovery.deadline)
+        if self.recovery is not None:
+            times.append(self.recovery.deadline)
         known = [t for t in times if t is not None]
         return min(known) if known else None
 
@@ -224,9 +240,9 @@ class Core:
         role = self.nodes[node].role
         if role == "leaving" or (self._drain is not None and self._drain[0] == node):
             return f"node {node} is being drained already", []
-        if self.phase is not Phase.RUNNING or self._drain is not None or self._returning:
+        if self.phase is not Phase.RUNNING or self._drain is not None or self._reunion.waits:
             what = f"node {self._drain[0]} is being drained" if self._drain else self.phase.value
-            what = "the coordinator has just come back" if self._returning else what
+            what = "the coordinator has just come back" if self._reunion.waits else what
             return f"not now, the job is busy: {what}; try again in a moment", []
         if role == "active" and not self.members.ready_spares():
             return f"no parked spare is there to take over node {node}: add one with deadpool join", []
@@ -271,7 +287,7 @@ class Core:
 
     def _finish(self, code: int, message: str) -> None:
         self._out.add(Finish(code, message))
-        self._phase, self._recovery, self._end = Phase.ENDED, None, (code, message)
+        self._phase, self._recoveries.current, self._end = Phase.ENDED, None, (code, message)
         self._keep("now")  # refused to a coordinator that was deposed: it must not end the job
         self._deadline, self._hint = None, None
         self._awaited.clear()
@@ -298,89 +314,74 @@ class Core:
 
     def _part(self, name: str) -> dict[str, Any]:
         if name == "layout":  # large, and the same from the first step to the last
-            return {
-                "coordinates": [[c.tp, c.pp, c.dp, c.cp, c.ep, c.rank] for c in self.coordinates.values()],
-                "sizes": self._sizes,
-            }
+            return self._layout.dump()
         if name == "members":
             return {**self.members.dump(), "groups": self.protection.groups}
         return {
             "epoch": self.epoch,
             "phase": "ended" if self._phase is Phase.ENDED else _COARSE.get(self.phase, "running"),
-            "recovering": self._recovery is not None,
-            "purpose": self._purpose,
-            "can_rescue": self._can_rescue,
+            "can_rescue": self._layout.can_rescue,
             "committed": self.committed,
             "iteration": self.iteration,
-            "refused": sorted(self._refused),
-            "errors": sorted(self._errors),
-            "vacant": sorted(self._vacant),
-            "helpers": sorted(self._helpers),
-            "done": self._done,
+            "errors": self._blame.dump(),
+            "done": self._headway.done,
             "end": self._end,
+            **self._recoveries.dump(),
         }
 
     def restored(self, parts: dict[str, Any], now: float) -> list[Action]:
         """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit."""
-        kept, layout = parts["now"], parts.get("layout", {"coordinates": [], "sizes": ([], [])})
+        kept = parts["now"]
         self.members.load(parts["members"])
         self._phase = _RESTORED.get(kept["phase"], Phase.RUNNING)
         self._end = tuple(kept["end"]) if kept["end"] else None
-        self._purpose = kept["purpose"]
-        self.coordinates = {
-            rank: r.CoordinateInfo(rank, tp, pp, dp, cp, ep) for tp, pp, dp, cp, ep, rank in layout["coordinates"]
-        }
-        self._stages = {rank: c.pp for rank, c in self.coordinates.items()}
-        self._can_rescue = kept["can_rescue"]
-        self.committed, self.iteration = kept["committed"], kept["iteration"]
-        self._refused = {(rank, node, g) for rank, node, g in kept["refused"]}
-        self._errors = {(iteration, text) for iteration, text in kept["errors"]}
-        self._vacant = {(node, local) for node, local in kept["vacant"]}
-        self._helpers = set(kept["helpers"])
-        self._done = kept["done"]
-        sizes, rooms = self._sizes = layout["sizes"]
-        if sizes:
-            largest = max(unique + room for unique, room in zip(sizes, rooms, strict=True))
+        self._layout.load(parts.get("layout"), kept["can_rescue"])
+        self._recoveries.load(kept)
+        self._blame.load(kept["errors"])
+        head = self._headway
+        head.committed, head.iteration, head.done = kept["committed"], kept["iteration"], kept["done"]
+        head.count_anew(self.members.active(), self.epoch)
+        if self._layout.known:
             groups = tuple(tuple(group) for group in parts["members"]["groups"])
-            self.protection.begin(self.assignment, self.coordinates, largest, self.job.slots_per_node, groups)
+            self.protection.begin(
+                self.assignment, self.coordinates, self._layout.largest, self.job.slots_per_node, groups
+            )
         self._durability.restored(self._phase is Phase.STARTING)
-        self._ledger = CommitLedger(self.members.active(), self.epoch)
-        self._returning = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
+        there = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
+        self._reunion.begin(there, "a recovery was under way" if kept["recovering"] else "")
         if self._phase is not Phase.STARTING:
             self._awaited = dict.fromkeys(self.members.missing(), now + self.job.deadlines.join)
-        self._unsettled = "a recovery was under way" if kept["recovering"] else ""
         self._deadline = now + self.job.deadlines.lease + 5.0
-        return self._run(lambda: self._emit("coordinator_back", nodes=sorted(self._returning)), now)
+        return self._run(lambda: self._emit("coordinator_back", nodes=sorted(there)), now)
 
     def _returned(self, record: r.Join) -> None:
         """An agent is back after the coordinator was away."""
-        self._returning.discard(record.node)
-        active = self.members.holds(record.node) or record.node in self._helpers
+        self._reunion.without({record.node})
+        active = self.members.holds(record.node) or record.node in self._recoveries.helpers
         if active and (not record.settled or record.epoch != self.epoch):
-            self._unsettled = self._unsettled or f"node {record.node} was in the middle of epoch {record.epoch}"
-        if not self._returning:
+            self._reunion.remember(f"node {record.node} was in the middle of epoch {record.epoch}")
+        if not self._reunion.waits:
             self._all_returned()
 
     def _all_returned(self) -> None:
-        missing, self._returning = self._returning, set()
+        missing, unsettled = self._reunion.end()
         self._deadline = None
         if self._end is not None:
             self._stop(*self._end) if self._end[0] else self._end_well()
             return
-        unsettled, self._unsettled = self._unsettled, ""
         if missing:
             self._lose(missing, "its agent has not come back to the coordinator")
         if self._phase is Phase.FINISHING:
             self._send(None, r.AllFinished(self.epoch))
         elif self._phase is Phase.STARTING and self.members.complete():
             self._durability.start(self.members.active())
-        if self._recovery is not None or self._phase is not Phase.RUNNING:
+        if self.recovery is not None or self._phase is not Phase.RUNNING:
             return
         lost = [n for n in self.members.active() if self.members.gone(n)]
-        if unsettled or lost or self._vacant:
+        if unsettled or lost or self._recoveries.vacant:
             why = unsettled or (f"node {lost[0]} was lost" if lost else "a worker died")
             self._declare(f"the coordinator was away and {why}")
-        elif not self.epoch and self._sizes[0]:
+        elif not self.epoch and self._layout.known:
             self._send_placement()  # later ones come with a declaration; who heard the first one hears the same again
 
     # ---- start
@@ -396,7 +397,7 @@ class Core:
         state.pids = dict(enumerate(record.worker_pids))
         state.respawns = record.respawns
         self.protection.label(record.node, record.domains)
-        if record.node in self._returning:
+        if record.node in self._reunion.expected:
             self._returned(record)
         elif self._awaited.pop(record.node, None) is not None:
             self._send(record.node, self._roster())
@@ -426,26 +427,17 @@ class Core:
                 self._emit("parked", node=record.node)
 
     def _register(self, record: r.Registered) -> None:
-        rank = record.coordinate.rank
-        self.coordinates[rank] = record.coordinate
-        self._stages[rank] = record.coordinate.pp
-        before = self._registered.get(rank)
-        self._registered[rank] = record
-        (self._cannot_rescue.discard if record.can_rescue else self._cannot_rescue.add)(rank)
-        self._can_rescue = not self._cannot_rescue
-        self._digests[record.table_digest] += 1
-        if before is not None:
-            self._digests[before.table_digest] -= 1
-            self._digests = +self._digests
-        if len(self._digests) > 1:
+        layout = self._layout
+        layout.register(record)
+        if layout.differs:
             self._stop(
                 Exit.FAILED,
-                f"rank {rank} on node {record.node} made other process groups than the rest: the ranks do not run "
-                "the same script with the same flags",
+                f"rank {record.coordinate.rank} on node {record.node} made other process groups than the rest: the "
+                "ranks do not run the same script with the same flags",
             )
-        elif self._phase is Phase.STARTING and len(self._registered) == self.job.world_size:
+        elif self._phase is Phase.STARTING and layout.complete:
             self._phase = Phase.RUNNING
-            for each in self._registered.values():
+            for each in layout.registered():
                 self.snapshots.registered(each)
             self._emit(
                 "training",
@@ -459,26 +451,17 @@ class Core:
 
     def _protect(self) -> None:
         """Every coordinate is known: say who keeps whose shards, and what may be lost from then on."""
-        sizes, rooms = self._shapes()
-        largest = max(unique + room for unique, room in zip(sizes, rooms, strict=True))
         if self.job.active_nodes == 1:  # for measurements: nothing is protected
-            self._send(None, r.Placement(self.epoch, [[0, 0]], sizes, rooms))
+            self._send(None, r.Placement(self.epoch, [[0, 0]], *self._layout.sizes))
             return
-        self.protection.begin(self.assignment, self.coordinates, largest, self.job.slots_per_node)
+        self.protection.begin(self.assignment, self.coordinates, self._layout.largest, self.job.slots_per_node)
         if self.job.deadpool:
             self._send_placement()
             self._emit("placed", costs=self.protection.costs(), **self.protection.status())
 
     def _send_placement(self) -> None:
         groups = [list(group) for group in self.protection.groups]
-        self._send(None, r.Placement(self.epoch, groups, *self._shapes()))
-
-    def _shapes(self) -> tuple[list[int], list[int]]:
-        """By rank, bytes of unique state and room for small state; they stay as they are for the life of the job."""
-        if not self._sizes[0]:
-            known = [self._registered[rank] for rank in range(self.job.world_size)]
-            self._sizes = ([x.unique_bytes for x in known], [small_capacity(x.small_bytes) for x in known])
-        return self._sizes
+        self._send(None, r.Placement(self.epoch, groups, *self._layout.sizes))
 
     def _no_room(self, record: r.NoRoom) -> None:
         self._stop(Exit.USAGE, f"node {record.node}: {record.message}")
@@ -495,21 +478,13 @@ class Core:
             self.protection.damaged(record.node)
         self._emit("damaged", node=record.node, kind=record.kind, holder=record.holder, iteration=record.generation)
 
-    def _node_covered(self, record: r.Covered) -> None:
-        here = record.epoch == self.epoch and record.generation == self._generation
-        if here and self.protection.covered(record.node):
-            self._emit("protected", survives=self.protection.degree, iteration=record.generation)
-
     # ---- failure-free
 
     def _iterated(self, record: r.Iteration) -> None:
         if record.epoch != self.epoch:
             return
-        if record.iteration > self.iteration:
-            self.iteration = record.iteration
+        if self._headway.iterated(record):
             self._transients = 0  # it gets on: errors far apart do not add up over the life of a job
-        self._pace = record.seconds
-        self._ledger.progress(record.iteration + 1)
         self._emit(
             "iteration",
             node=record.node,
@@ -535,13 +510,11 @@ class Core:
     def _node_commit(self, record: r.Committed) -> None:
         if record.epoch != self.epoch:
             return
-        told = self._ledger.committed(record.node, Version(record.epoch, record.generation))
+        told, by_all = self._headway.node_committed(record)
         if told is None:
             return
         self._send(None, r.CommittedTo(self.epoch, told.kept, told.floor.generation))
-        if told.kept is not None and told.kept != self._kept:
-            self._kept = told.kept
-            self.committed = told.kept.generation
+        if by_all and told.kept is not None:
             seconds = self.snapshots.committed(told.kept.generation, self._now)
             self._emit("committed", iteration=told.kept.generation, seconds=seconds)
             if self.protection.committed():
@@ -549,7 +522,7 @@ class Core:
             self._durability.committed(told.kept, self.members.active(), self._now, self.phase is Phase.RUNNING)
 
     def _did(self, record: r.Did) -> None:
-        self._done[record.act] = max(record.iteration, self._done.get(record.act, -1))
+        self._headway.did(record)
         if record.act != "log":
             self._emit(record.act, iteration=record.iteration, rank=record.rank, node=record.node)
 
@@ -558,7 +531,7 @@ class Core:
             return
         self._finished.add(record.node)
         if all(map(self._finished.__contains__, self.members.active())):
-            self._phase, self._recovery = Phase.FINISHING, None
+            self._phase, self._recoveries.current = Phase.FINISHING, None
             self._deadline = self._hint = None
             self._keep()
             self._send(None, r.AllFinished(self.epoch))
@@ -589,7 +562,7 @@ class Core:
             self._stop(Exit.PREEMPTED, self._durability.leave)
 
     def _paced(self, record: r.Pace) -> None:
-        ratio = self._stragglers.report(record.node, record.forward_s, self._stages)
+        ratio = self._stragglers.report(record.node, record.forward_s, self._layout.stages)
         if ratio is not None:
             self._emit(
                 "straggler",
@@ -606,9 +579,10 @@ class Core:
             self._emit("left", node=node)
             self._let_go(node)
             return
-        ahead = 2 + math.ceil(_HOLD_NOTICE_S / self._pace) if self._pace > 0 else 3
+        pace = self._headway.pace
+        ahead = 2 + math.ceil(_HOLD_NOTICE_S / pace) if pace > 0 else 3
         self._drain = (node, self.iteration + ahead, set())
-        self._deadline = self._now + self.job.deadlines.abort + ahead * self._pace
+        self._deadline = self._now + self.job.deadlines.abort + ahead * pace
         self._emit("leaving", node=node, iteration=self._drain[1])
         self._send(None, r.Hold(self.epoch, self._drain[1]))
 
@@ -627,7 +601,7 @@ class Core:
     def _move_out(self, node: int) -> None:
         self._drain, self._deadline = None, None
         self.nodes[node].role = "leaving"
-        self._helpers.add(node)
+        self._recoveries.helpers.add(node)
         self._declare(f"node {node} is drained")
 
     def _let_go(self, node: int) -> None:
@@ -640,8 +614,7 @@ class Core:
 
     def _worker_exited(self, record: r.WorkerExited) -> None:
         state = self.nodes[record.node]
-        how = f"signal {-record.code}" if record.code < 0 else f"exit code {record.code}"
-        who = f"rank {record.rank}" if record.rank is not None else f"spare worker {record.local}"
+        who, how = how_it_ended(record)
         if record.code == 0 and self._phase in (Phase.STARTING, Phase.FINISHING):
             self._exited.add((record.node, record.local))
             if {(s.node, s.local) for s in self.assignment} <= self._exited:
@@ -649,21 +622,14 @@ class Core:
         elif state.role == "spare" and self.job.deadpool:
             self._spare_worker_exited(state, record.local, how)
         elif not self.job.deadpool or self._phase in (Phase.STARTING, Phase.FINISHING):
-            when = {Phase.STARTING: "before training began", Phase.FINISHING: "after training had finished"}
             code = record.code if 0 < record.code < 126 else Exit.FAILED
-            failure = self._last_failure
-            if failure is not None and failure.node == record.node and failure.local == record.local:
-                self._stop(code, f"{who} on node {record.node}: {failure.message}")
-            else:
-                where = when.get(self._phase, "") if self.job.deadpool else ""
-                self._stop(code, f"{who} on node {record.node} failed {where} ({how}); see its log".replace("  ", " "))
+            self._stop(code, self._blame.fatal(record, self._phase, self.job.deadpool))
         elif state.role == "active":
             self._refill(state, record, f"{who} ended ({how})")
 
     def _spare_worker_exited(self, state: NodeState, local: int, how: str) -> None:
         state.parked.discard(local)
-        state.deaths += 1
-        if state.deaths > self.job.worker_deaths or not state.respawns:
+        if self._blame.died(state):
             self._lose({state.node}, f"{state.deaths} of its workers ended, the last with {how}")
             return
         self._emit("detected", node=state.node, cause=f"spare worker {local} ended ({how})", ranks=[])
@@ -673,39 +639,32 @@ class Core:
         """A worker died, its node is healthy: a spare takes over, or a new process in the same slot."""
         if record.rank is None or self.assignment[record.rank] != r.SlotAddress(record.node, record.local):
             return  # it has been replaced already
-        state.deaths += 1
-        if -record.code in _CRASHES and self._repeats(self.iteration, f"rank {record.rank}: {cause}"):
+        to_blame = self._blame.died(state)
+        if self._blame.crashed_again(record, self.iteration, cause):
             again = f"after iteration {self.iteration} again, so no spare is spent on it; see its log"
             self._stop(Exit.REPEATED_ERROR, f"{cause} {again}")
             return
-        if state.deaths > self.job.worker_deaths or not state.respawns:
+        if to_blame:
             again = f"{state.deaths} of its workers ended, the last one: " if state.deaths > 1 else ""
             self._lose({state.node}, again + cause)
             return
         self._emit("detected", node=record.node, rank=record.rank, cause=cause, ranks=[record.rank])
-        self._vacant.add((record.node, record.local))
+        self._recoveries.vacant.add((record.node, record.local))
         self._declare(cause)
 
     def _worker_failed(self, record: r.WorkerFailed) -> None:
-        who = f"rank {record.rank}" if record.rank is not None else f"spare worker {record.local}"
-        self._last_failure = record
+        who = self._blame.failed(record)
         self._emit(
             "worker_error", node=record.node, rank=record.rank, iteration=record.iteration, message=record.message
         )
         if record.user_error:
             self._stop(Exit.USAGE, record.message)
-        elif self.job.deadpool and self._phase is Phase.RUNNING and self._repeats(record.iteration, record.message):
+        elif self.job.deadpool and self._phase is Phase.RUNNING and self._blame.failed_again(record):
             self._stop(
                 Exit.REPEATED_ERROR,
                 f"{who} raised the same error at iteration {record.iteration} again, so no spare is spent on it: "
                 f"{record.message}\n{record.traceback}",
             )
-
-    def _repeats(self, iteration: int, text: str) -> bool:
-        signature = (iteration, re.sub(r"0x[0-9a-fA-F]+", "0x", text))  # addresses differ from process to process
-        known = signature in self._errors
-        self._errors.add(signature)
-        return known
 
     def _end_well(self) -> None:
         if self._phase is Phase.FINISHING and self.job.deadpool:
@@ -715,13 +674,13 @@ class Core:
         self._send(None, r.Stop(Exit.OK, ""))
         self._finish(Exit.OK, "")
 
-    # ---- recovery
+    # ---- losses
 
     def _lose(self, nodes: set[int], cause: str) -> None:
         fresh = {n for n in nodes if not self.members.gone(n)}
         if not fresh:
             return
-        involved = set(self.members.active()) | (self._recovery.givers if self._recovery is not None else frozenset())
+        involved = set(self.members.active()) | (self.recovery.givers if self.recovery is not None else frozenset())
         hit = fresh & involved
         awaited = {node for node in fresh if not self.nodes[node].agent_pid}
         for node in sorted(fresh):
@@ -729,7 +688,7 @@ class Core:
             self._send(node, r.Stop(Exit.FENCED, f"node {node} is out of the job: {cause}"))
             self.nodes[node].role = "lost"
             self._awaited.pop(node, None)
-            self._helpers.discard(node)
+            self._recoveries.helpers.discard(node)
         if not hit:
             if awaited and self._phase is Phase.STARTING:
                 self._tell_roster()  # it was the one the others waited for
@@ -742,219 +701,29 @@ class Core:
             where = when if self.job.deadpool else "and DeadPool is off"
             self._stop(Exit.FAILED, f"node {sorted(hit)[0]} was lost {where}: {cause}")
             return
-        if not self._returning:
+        if not self._reunion.waits:
             self._declare(cause)
-        else:
-            self._returning -= fresh
-            if not self._returning:
-                self._all_returned()
+            return
+        self._reunion.without(fresh)
+        if not self._reunion.waits:
+            self._all_returned()
 
     def _declare(self, reason: str) -> None:
-        if self._returning:  # whoever is not back yet would not hear of it: when all are (`_all_returned`)
-            self._unsettled = self._unsettled or reason
+        if self._reunion.waits:  # whoever is not back yet would not hear of it: when all are (`_all_returned`)
+            self._reunion.remember(reason)
             return
-        members = self.members
-        out_of_use = {n for n in members.active() if self.nodes[n].role in ("lost", "leaving")}
-        old = list(self.assignment)
-        vacant = {node for node, _ in self._vacant}
-        taken_by = placing.refill(self.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares())
-        if taken_by is not None and self._purpose == "resume":
-            members.hand_over(taken_by)
-            self._helpers |= {node for node in taken_by if not members.gone(node)}
-        elif out_of_use or self._purpose == "save":
-            plan = placing.rescue(self.assignment, out_of_use, self.job.slots_per_node)
-            if plan is None or not self._can_rescue:
-                self._stop(
-                    Exit.NO_SPARE,
-                    f"no spare is left for node {min(out_of_use | vacant)} ({reason}) and no checkpoint could be "
-                    "saved: "
-                    + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices"),
-                )
-                return
-            self._purpose = "save"
-            members.assignment = plan
-        members.epoch += 1
+        replaced = self._recoveries.declare(reason, self._now)
+        if replaced is None:
+            return
         self.snapshots.forget()
-        groups = self.protection.moved(self.assignment, self.coordinates, self._purpose == "resume")
-        self._vacant = {(node, local) for node, local in self._vacant if node in members.active()}
-        replaced = [
-            rank
-            for rank, slot in enumerate(self.assignment)
-            if slot != old[rank] or (slot.node, slot.local) in self._vacant
-        ]
-        self._recovery = Recovery(self._purpose, members.active(), self._helpers, self.job.deadlines, self._now)
         self._finished.clear()
         self._stragglers.forget(replaced)
         self._stalls = StallJudge(self.job.world_size)
         self._hint = self._drain = self._deadline = None
-        self._durability.epoch_ended(out_of_use, self.assignment)
-        self._keep()
-        self._emit(
-            "declared",
-            lost=sorted(out_of_use),
-            replaced=replaced,
-            nodes=members.active(),
-            reason=reason,
-            purpose=self._purpose,
-        )
-        self._send(
-            None,
-            r.Declare(
-                self.epoch,
-                self._purpose,
-                reason,
-                members.lost(),
-                replaced,
-                self.assignment,
-                members.vaults(),
-                [list(group) for group in groups],
-                *self._shapes(),
-                self._rendezvous,
-            ),
-        )
-
-    def _current(self, epoch: int) -> Recovery | None:
-        """The recovery under way, if it is that of ``epoch``."""
-        return self._recovery if epoch == self.epoch else None
-
-    def _offer(self, record: r.Offer) -> None:
-        recovery = self._current(record.epoch)
-        if recovery is not None and recovery.offered(record):
-            self._emit("aborted")
-            self._agree(recovery)
-
-    def _nothing_left(self, err: NoCommonGeneration) -> str:
-        if self.committed < 0:
-            lost = self.members.lost()
-            what = f"node {min(lost)} was lost" if lost else "communication failed"
-            return (
-                f"{what} before the first generation was committed, so there is nothing to go on from; start the "
-                "job again"
-            )
-        held = "of ranks " + ", ".join(map(str, err.missing)) if err.missing else "of every rank"
-        return (
-            f"more nodes were lost than the redundancy covers, which is {self.protection.covers}: no vault holds the "
-            f"shards {held} of one generation; "
-            "restart the job from Megatron's last checkpoint (--load)"
-        )
-
-    def _agree(self, recovery: Recovery) -> None:
-        self._durable_name = ""
-        try:
-            agreement = agree(self.assignment, recovery.offers, frozenset(self._refused), self.protection.words)
-        except NoCommonGeneration as err:
-            fallback = self._durability.fallback()
-            if fallback is None:
-                self._stop(Exit.GENERATION_LOST, self._nothing_left(err))
-                return
-            agreement, self._durable_name = Agreement(fallback[0], {}), fallback[1]
-            self.iteration = agreement.generation - 1
-            held = "no generation is complete in the vaults any more"
-            if err.missing:
-                held = f"no vault holds the shards of ranks {', '.join(map(str, err.missing))} any more"
-            self._emit(
-                "durable_fallback",
-                iteration=agreement.generation,
-                name=self._durable_name,
-                message=f"more nodes were lost than the redundancy covers, which is {self.protection.covers}: {held}; "
-                f"training goes back to durable generation {agreement.generation}",
-            )
-        recovery.agreed(agreement.generation, self._now)
-        self._generation = agreement.generation
-        self.committed = agreement.generation
-        self._kept = None
-        self._ledger = CommitLedger(self.members.active(), self.epoch)
-        self._emit(
-            "agreed",
-            iteration=agreement.generation,
-            sources={str(rank): source.node for rank, source in agreement.sources.items()},
-            rebuilds={
-                str(rank): sorted({share.node for part in parts for share in part})
-                for rank, parts in agreement.rebuilds.items()
-            },
-        )
-        a = agreement
-        self._send(
-            None,
-            r.Agree(self.epoch, a.generation, a.sources, dict(self._done), a.rebuilds, self._durable_name),
-        )
-        self._check_arrived(recovery)
-
-    def _node_arrived(self, record: r.NodeArrived) -> None:
-        recovery = self._current(record.epoch)
-        if recovery is not None:
-            recovery.arrived(record.node)
-            self._check_arrived(recovery)
-
-    def _check_arrived(self, recovery: Recovery) -> None:
-        if recovery.may_form():
-            self._send(None, r.Form(self.epoch))
-
-    def _node_ready(self, record: r.NodeReady) -> None:
-        recovery = self._current(record.epoch)
-        if recovery is not None and recovery.ready(record.node, self._now):
-            self._emit("prepared", iteration=recovery.generation)
-            self._check_formed(recovery)
-
-    def _node_formed(self, record: r.NodeFormed) -> None:
-        recovery = self._current(record.epoch)
-        if recovery is not None:
-            recovery.formed(record.node, record.groups, record.changed, record.of)
-            self._check_formed(recovery)
-
-    def _check_formed(self, recovery: Recovery) -> None:
-        if recovery.all_formed(self._now):
-            groups, changed, of = recovery.groups
-            self._emit("reformed", groups=groups, changed=changed, of=of)
-            self._check_restored(recovery)
-
-    def _node_restored(self, record: r.NodeRestored) -> None:
-        recovery = self._current(record.epoch)
-        if recovery is not None:
-            recovery.restored(record.node)
-            self._check_restored(recovery)
-
-    def _node_resumed(self, record: r.NodeResumed) -> None:
-        recovery = self._current(record.epoch)
-        if recovery is not None:
-            recovery.resumed(record.node)
-            self._check_restored(recovery)
-
-    def _check_restored(self, recovery: Recovery) -> None:
-        if recovery.all_restored(self._now):
-            self._emit("restored", iteration=recovery.generation)
-        if recovery.over:
-            self._recovery = None
-            self._vacant.clear()
-            self._emit("resumed", iteration=recovery.generation)
-            for node in sorted(self._helpers):
-                if self.nodes[node].role == "leaving":
-                    self._emit("left", node=node)
-                    self._let_go(node)
-            self._helpers.clear()
-            self._keep()
-
-    def _node_saved(self, record: r.Saved) -> None:
-        recovery = self._current(record.epoch)
-        if recovery is not None and recovery.saved(record.node):
-            self._emit("saved", iteration=record.iteration, directory=record.directory)
-            self._stop(
-                Exit.NO_SPARE_SAVED,
-                f"no spare is left (nodes lost: {', '.join(map(str, self.members.lost()))}); Megatron's checkpoint of "
-                f"iteration {record.iteration} was saved to {record.directory}: restart the job with --load "
-                f"{record.directory}",
-            )
 
     def _fetch_failed(self, record: r.FetchFailed) -> None:
-        if self._current(record.epoch) is None:
-            return
-        if self._durable_name:
-            self._durability.bad(self._durable_name, record.why)
-            self._declare(f"rank {record.rank} of durable generation {record.generation} could not be read")
-            return
-        self._refused.add((record.rank, record.source, record.generation))
-        self._emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
-        self._declare(f"the copy of rank {record.rank} on node {record.source} could not be used: {record.why}")
+        if why := self._recoveries.fetch_failed(record):
+            self._declare(why)
 
     def _peer_error(self, record: r.PeerError) -> None:
         if record.epoch != self.epoch or self._hint is not None:
@@ -1001,7 +770,7 @@ class Core:
         self._leave_if_preempted()
         if self._phase is Phase.ENDED:
             return
-        if self._phase is Phase.STARTING and not self.members.complete() and not self._returning:
+        if self._phase is Phase.STARTING and not self.members.complete() and not self._reunion.waits:
             if self._deadline is None:
                 self._deadline = self._now + self.job.deadlines.join
             elif self._now >= self._deadline:
@@ -1018,12 +787,12 @@ class Core:
             self._transient(text)
         if self._deadline is not None and self._now >= self._deadline:
             self._deadline = None
-            if self._returning:
+            if self._reunion.waits:
                 self._all_returned()
             elif self._drain is not None:
                 self._move_out(self._drain[0])
         self._judge_stalls()
-        recovery = self._recovery
+        recovery = self.recovery
         if recovery is not None and recovery.deadline is not None and self._now >= recovery.deadline:
             recovery.deadline = None
             late_nodes = recovery.late()

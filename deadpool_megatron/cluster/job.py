@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -11,7 +11,7 @@ import msgspec
 
 from deadpool_megatron.cluster.durability import DurableSpec
 
-__all__ = ["RECOVERING", "Action", "Deadlines", "Emit", "Finish", "JobSpec", "Keep", "Out", "Phase", "Send"]
+__all__ = ["RECOVERING", "Action", "Deadlines", "Emit", "Finish", "JobSpec", "Keep", "Out", "Phase", "Send", "Voice"]
 
 
 class Phase(Enum):
@@ -102,6 +102,20 @@ class Finish:
 
 
 Action = Send | Emit | Keep | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """How the parts of the coordinator's decisions say what is to be done, in order.
+
+    ``send``: a record to a node, or to all that are in the job (None). ``emit``: an event. ``keep``: parts of the state
+    (none named: what changes in a job's life), before anything is sent. ``stop``: the job ends.
+    """
+
+    send: Callable[[int | None, msgspec.Struct], None]
+    emit: Callable[..., None]
+    keep: Callable[..., None]
+    stop: Callable[[int, str], None]
 
 
 class Out:

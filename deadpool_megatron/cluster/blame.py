@@ -1,0 +1,83 @@
+"""Whose fault the end of a worker is: its node's, its own code's, or nobody's that another process could not make good.
+
+An error that comes back at the same iteration after a swap is a bug or bad data: no spare is spent on it. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.job import Phase
+from deadpool_megatron.cluster.members import NodeState
+
+__all__ = ["Blame", "how_it_ended"]
+
+# A worker that dies of these does so by its own doing; SIGKILL (out of memory, an operator) and SIGTERM are not.
+_CRASHES = frozenset({4, 6, 7, 8, 11})
+_WHEN = {Phase.STARTING: "before training began", Phase.FINISHING: "after training had finished"}
+
+
+def how_it_ended(record: r.WorkerExited) -> tuple[str, str]:
+    """Who has ended, and how, in words."""
+    how = f"signal {-record.code}" if record.code < 0 else f"exit code {record.code}"
+    return _who(record.rank, record.local), how
+
+
+def _who(rank: int | None, local: int) -> str:
+    return f"rank {rank}" if rank is not None else f"spare worker {local}"
+
+
+class Blame:
+    """Remembers errors, and how often the workers of a healthy node have died.
+
+    Args:
+        worker_deaths: workers a node may lose before it counts as bad itself.
+    """
+
+    def __init__(self, worker_deaths: int) -> None:
+        self._worker_deaths = worker_deaths
+        self._errors: set[tuple[int, str]] = set()
+        self._last: r.WorkerFailed | None = None
+
+    def died(self, node: NodeState) -> bool:
+        """One worker more of a node has died. True when the node is to blame, or has nobody to make it good."""
+        node.deaths += 1
+        return node.deaths > self._worker_deaths or not node.respawns
+
+    def crashed_again(self, record: r.WorkerExited, iteration: int, cause: str) -> bool:
+        """It died of its own doing, and did so after the same iteration before."""
+        return -record.code in _CRASHES and self._repeats(iteration, f"rank {record.rank}: {cause}")
+
+    def failed(self, record: r.WorkerFailed) -> str:
+        """A worker tells its error; who that is."""
+        self._last = record
+        return _who(record.rank, record.local)
+
+    def failed_again(self, record: r.WorkerFailed) -> bool:
+        """The same error at the same iteration was told before."""
+        return self._repeats(record.iteration, record.message)
+
+    def fatal(self, record: r.WorkerExited, phase: Phase, deadpool: bool) -> str:
+        """Why the job ends with the end of this worker, which nothing makes good."""
+        who, how = how_it_ended(record)
+        last = self._last
+        if last is not None and (last.node, last.local) == (record.node, record.local):
+            return f"{who} on node {record.node}: {last.message}"
+        when = f" {_WHEN[phase]}" if deadpool and phase in _WHEN else ""
+        return f"{who} on node {record.node} failed{when} ({how}); see its log"
+
+    def _repeats(self, iteration: int, text: str) -> bool:
+        signature = (iteration, re.sub(r"0x[0-9a-fA-F]+", "0x", text))  # addresses differ from process to process
+        known = signature in self._errors
+        self._errors.add(signature)
+        return known
+
+    def dump(self) -> list[Any]:
+        """The errors, for a coordinator that starts again, as JSON types."""
+        return sorted(self._errors)
+
+    def load(self, errors: list[Any]) -> None:
+        """The opposite."""
+        self._errors = {(iteration, text) for iteration, text in errors}

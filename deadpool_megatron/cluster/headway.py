@@ -1,0 +1,60 @@
+"""How far the job is: iterations that have ended, generations that everybody has committed. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.vault import CommitLedger, Told, Version
+
+__all__ = ["Headway"]
+
+
+class Headway:
+    """Of one job, through all its epochs.
+
+    Args:
+        active: nodes that hold a coordinate.
+    """
+
+    def __init__(self, active: Iterable[int]) -> None:
+        self.iteration = -1
+        self.committed = -1
+        self.pace = 0.0
+        """Seconds the last iteration took."""
+        self.done: dict[r.Act, int] = {}
+        """Of what happens once an iteration, and not in training itself, the last iteration it was done for."""
+        self._kept: Version | None = None
+        self._ledger = CommitLedger(active, 0)
+
+    def iterated(self, record: r.Iteration) -> bool:
+        """An iteration has ended; True when it is the first time that this one has."""
+        self.pace = record.seconds
+        self._ledger.progress(record.iteration + 1)
+        if record.iteration <= self.iteration:
+            return False
+        self.iteration = record.iteration
+        return True
+
+    def did(self, record: r.Did) -> None:
+        """Something was done that must not be done again."""
+        self.done[record.act] = max(record.iteration, self.done.get(record.act, -1))
+
+    def node_committed(self, record: r.Committed) -> tuple[Told | None, bool]:
+        """A node has committed a generation. What everybody is to be told, if anything; whether all have it now."""
+        told = self._ledger.committed(record.node, Version(record.epoch, record.generation))
+        if told is None or told.kept is None or told.kept == self._kept:
+            return told, False
+        self._kept = told.kept
+        self.committed = told.kept.generation
+        return told, True
+
+    def go_on(self, active: Iterable[int], epoch: int, generation: int) -> None:
+        """In this epoch the job goes on from a generation that is committed."""
+        self.committed = generation
+        self.count_anew(active, epoch)
+
+    def count_anew(self, active: Iterable[int], epoch: int) -> None:
+        """Nothing is known of what the nodes have committed in this epoch."""
+        self._kept = None
+        self._ledger = CommitLedger(active, epoch)

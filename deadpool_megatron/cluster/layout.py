@@ -1,0 +1,89 @@
+"""What the ranks have told of themselves as they registered: coordinates, bytes of their shards, their groups. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.vault import small_capacity
+
+__all__ = ["Layout"]
+
+
+class Layout:
+    """Grows until all ranks are known, then stays as it is for the life of the job."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self.coordinates: dict[int, r.CoordinateInfo] = {}
+        self.stages: dict[int, int] = {}
+        """By rank, its pipeline stage."""
+        self.can_rescue = True
+        """Every rank could save a checkpoint beside others on its device."""
+        self._cannot_rescue: set[int] = set()
+        self._registered: dict[int, r.Registered] = {}
+        self._digests: Counter[str] = Counter()
+        self._sizes: tuple[list[int], list[int]] = ([], [])
+
+    def register(self, record: r.Registered) -> None:
+        """A rank is about to train, for the first time or after it has taken over a coordinate."""
+        rank = record.coordinate.rank
+        self.coordinates[rank] = record.coordinate
+        self.stages[rank] = record.coordinate.pp
+        before = self._registered.get(rank)
+        self._registered[rank] = record
+        (self._cannot_rescue.discard if record.can_rescue else self._cannot_rescue.add)(rank)
+        self.can_rescue = not self._cannot_rescue
+        self._digests[record.table_digest] += 1
+        if before is not None:
+            self._digests[before.table_digest] -= 1
+            self._digests = +self._digests
+
+    @property
+    def differs(self) -> bool:
+        """Not all have made the same process groups."""
+        return len(self._digests) > 1
+
+    @property
+    def complete(self) -> bool:
+        """All ranks have registered with this coordinator."""
+        return len(self._registered) == self._world_size
+
+    def registered(self) -> Iterable[r.Registered]:
+        """The newest record of each rank."""
+        return self._registered.values()
+
+    @property
+    def known(self) -> bool:
+        """The sizes of all shards are known."""
+        return bool(self._sizes[0])
+
+    @property
+    def sizes(self) -> tuple[list[int], list[int]]:
+        """By rank, bytes of unique state and room for small state."""
+        if not self._sizes[0]:
+            known = [self._registered[rank] for rank in range(self._world_size)]
+            self._sizes = ([x.unique_bytes for x in known], [small_capacity(x.small_bytes) for x in known])
+        return self._sizes
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest shard."""
+        return max(unique + room for unique, room in zip(*self.sizes, strict=True))
+
+    def dump(self) -> dict[str, Any]:
+        """For a coordinator that starts again, as JSON types. Large."""
+        return {
+            "coordinates": [[c.tp, c.pp, c.dp, c.cp, c.ep, c.rank] for c in self.coordinates.values()],
+            "sizes": self._sizes,
+        }
+
+    def load(self, kept: dict[str, Any] | None, can_rescue: bool) -> None:
+        """The opposite; None when no layout was known yet."""
+        for tp, pp, dp, cp, ep, rank in kept["coordinates"] if kept else ():
+            self.coordinates[rank] = r.CoordinateInfo(rank, tp, pp, dp, cp, ep)
+            self.stages[rank] = pp
+        self._sizes = kept["sizes"] if kept else ([], [])
+        self.can_rescue = can_rescue

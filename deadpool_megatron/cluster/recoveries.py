@@ -1,0 +1,310 @@
+"""From a declaration to training again: who takes over, what all go on from, when groups form. Pure.
+
+`cluster.recovering.Recovery` knows where one epoch stands; here is what is decided and told at each of its steps::
+
+    declare(reason) -> Declare .. all Offers -> Agree .. all arrived -> Form .. all ready, formed, restored, resumed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from deadpool_megatron.cluster import assignment as placing
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agreement import Agreement, NoCommonGeneration, agree
+from deadpool_megatron.cluster.durability import Durability
+from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.headway import Headway
+from deadpool_megatron.cluster.job import JobSpec, Voice
+from deadpool_megatron.cluster.layout import Layout
+from deadpool_megatron.cluster.members import Members
+from deadpool_megatron.cluster.protection import Protection
+from deadpool_megatron.cluster.recovering import Recovery
+
+__all__ = ["Recoveries"]
+
+
+class Recoveries:
+    """The recoveries of one job, one after the other.
+
+    Args:
+        rendezvous: where the store listens that process groups are re-formed over.
+        let_go: called with a drained node that has given its shards and may be taken away.
+    """
+
+    def __init__(
+        self,
+        job: JobSpec,
+        members: Members,
+        layout: Layout,
+        headway: Headway,
+        protection: Protection,
+        durability: Durability,
+        rendezvous: r.Address | None,
+        voice: Voice,
+        let_go: Callable[[int], None],
+    ) -> None:
+        self._job = job
+        self._members = members
+        self._layout = layout
+        self._headway = headway
+        self._protection = protection
+        self._durability = durability
+        self._rendezvous = rendezvous
+        self._voice = voice
+        self._let_go = let_go
+        self.current: Recovery | None = None
+        self.helpers: set[int] = set()
+        """Nodes that hold no coordinate and have shards to give."""
+        self.vacant: set[tuple[int, int]] = set()
+        """Slots (node, local) of healthy nodes whose worker has died."""
+        self._purpose: r.Purpose = "resume"
+        self._refused: set[tuple[int, int, int]] = set()
+        self._generation = -1
+        self._durable_name = ""  # of the durable generation this recovery goes back to
+
+    def of(self, epoch: int) -> Recovery | None:
+        """The recovery under way, if it is that of ``epoch``."""
+        return self.current if epoch == self._members.epoch else None
+
+    # ---- the declaration
+
+    def declare(self, reason: str, now: float) -> list[int] | None:
+        """A new epoch begins. The ranks that have new workers in it; None: the job has been stopped instead."""
+        members = self._members
+        out_of_use = {n for n in members.active() if members.nodes[n].role in ("lost", "leaving")}
+        old = list(members.assignment)
+        if not self._place(out_of_use, reason):
+            return None
+        members.epoch += 1
+        groups = self._protection.moved(members.assignment, self._layout.coordinates, self._purpose == "resume")
+        self.vacant = {(node, local) for node, local in self.vacant if node in members.active()}
+        replaced = [
+            rank
+            for rank, slot in enumerate(members.assignment)
+            if slot != old[rank] or (slot.node, slot.local) in self.vacant
+        ]
+        self.current = Recovery(self._purpose, members.active(), self.helpers, self._job.deadlines, now)
+        self._durability.epoch_ended(out_of_use, members.assignment)
+        self._voice.keep()
+        self._voice.emit(
+            "declared",
+            lost=sorted(out_of_use),
+            replaced=replaced,
+            nodes=members.active(),
+            reason=reason,
+            purpose=self._purpose,
+        )
+        self._voice.send(
+            None,
+            r.Declare(
+                members.epoch,
+                self._purpose,
+                reason,
+                members.lost(),
+                replaced,
+                members.assignment,
+                members.vaults(),
+                [list(group) for group in groups],
+                *self._layout.sizes,
+                self._rendezvous,
+            ),
+        )
+        return replaced
+
+    def _place(self, out_of_use: set[int], reason: str) -> bool:
+        """Give away the coordinates of these nodes and of vacant slots. False: nobody could take them."""
+        members = self._members
+        vacant = {node for node, _ in self.vacant}
+        taken_by = placing.refill(members.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares())
+        if taken_by is not None and self._purpose == "resume":
+            members.hand_over(taken_by)
+            self.helpers |= {node for node in taken_by if not members.gone(node)}
+        elif out_of_use or self._purpose == "save":
+            plan = placing.rescue(members.assignment, out_of_use, self._job.slots_per_node)
+            if plan is None or not self._layout.can_rescue:
+                self._voice.stop(
+                    Exit.NO_SPARE,
+                    f"no spare is left for node {min(out_of_use | vacant)} ({reason}) and no checkpoint could be "
+                    "saved: "
+                    + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices"),
+                )
+                return False
+            self._purpose = "save"
+            members.assignment = plan
+        return True
+
+    # ---- what all go on from
+
+    def offer(self, record: r.Offer, now: float) -> None:
+        """A node has left its step, and says what it can give."""
+        recovery = self.of(record.epoch)
+        if recovery is not None and recovery.offered(record):
+            self._voice.emit("aborted")
+            self._agree(recovery, now)
+
+    def _agree(self, recovery: Recovery, now: float) -> None:
+        members, emit = self._members, self._voice.emit
+        self._durable_name = ""
+        try:
+            agreement = agree(members.assignment, recovery.offers, frozenset(self._refused), self._protection.words)
+        except NoCommonGeneration as err:
+            fallback = self._durability.fallback()
+            if fallback is None:
+                self._voice.stop(Exit.GENERATION_LOST, self._nothing_left(err))
+                return
+            agreement, self._durable_name = Agreement(fallback[0], {}), fallback[1]
+            self._headway.iteration = agreement.generation - 1
+            held = "no generation is complete in the vaults any more"
+            if err.missing:
+                held = f"no vault holds the shards of ranks {', '.join(map(str, err.missing))} any more"
+            emit(
+                "durable_fallback",
+                iteration=agreement.generation,
+                name=self._durable_name,
+                message=f"more nodes were lost than the redundancy covers, which is {self._protection.covers}: {held}; "
+                f"training goes back to durable generation {agreement.generation}",
+            )
+        recovery.agreed(agreement.generation, now)
+        self._generation = agreement.generation
+        self._headway.go_on(members.active(), members.epoch, agreement.generation)
+        emit(
+            "agreed",
+            iteration=agreement.generation,
+            sources={str(rank): source.node for rank, source in agreement.sources.items()},
+            rebuilds={
+                str(rank): sorted({share.node for part in parts for share in part})
+                for rank, parts in agreement.rebuilds.items()
+            },
+        )
+        a = agreement
+        self._voice.send(
+            None,
+            r.Agree(members.epoch, a.generation, a.sources, dict(self._headway.done), a.rebuilds, self._durable_name),
+        )
+        self._check_arrived(recovery)
+
+    def _nothing_left(self, err: NoCommonGeneration) -> str:
+        if self._headway.committed < 0:
+            lost = self._members.lost()
+            what = f"node {min(lost)} was lost" if lost else "communication failed"
+            return (
+                f"{what} before the first generation was committed, so there is nothing to go on from; start the "
+                "job again"
+            )
+        held = "of ranks " + ", ".join(map(str, err.missing)) if err.missing else "of every rank"
+        return (
+            f"more nodes were lost than the redundancy covers, which is {self._protection.covers}: no vault holds the "
+            f"shards {held} of one generation; "
+            "restart the job from Megatron's last checkpoint (--load)"
+        )
+
+    def fetch_failed(self, record: r.FetchFailed) -> str:
+        """A shard could not be had from where it was to come from. Why another epoch has to begin; may be empty."""
+        if self.of(record.epoch) is None:
+            return ""
+        if self._durable_name:
+            self._durability.bad(self._durable_name, record.why)
+            return f"rank {record.rank} of durable generation {record.generation} could not be read"
+        self._refused.add((record.rank, record.source, record.generation))
+        self._voice.emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
+        return f"the copy of rank {record.rank} on node {record.source} could not be used: {record.why}"
+
+    # ---- and then
+
+    def arrived(self, record: r.NodeArrived) -> None:
+        """The workers that took over coordinates on a node can form their groups."""
+        recovery = self.of(record.epoch)
+        if recovery is not None:
+            recovery.arrived(record.node)
+            self._check_arrived(recovery)
+
+    def _check_arrived(self, recovery: Recovery) -> None:
+        if recovery.may_form():
+            self._voice.send(None, r.Form(self._members.epoch))
+
+    def ready(self, record: r.NodeReady, now: float) -> None:
+        """A node holds the agreed generation."""
+        recovery = self.of(record.epoch)
+        if recovery is not None and recovery.ready(record.node, now):
+            self._voice.emit("prepared", iteration=recovery.generation)
+            self._check_formed(recovery, now)
+
+    def formed(self, record: r.NodeFormed, now: float) -> None:
+        """A node has its groups."""
+        recovery = self.of(record.epoch)
+        if recovery is not None:
+            recovery.formed(record.node, record.groups, record.changed, record.of)
+            self._check_formed(recovery, now)
+
+    def _check_formed(self, recovery: Recovery, now: float) -> None:
+        if recovery.all_formed(now):
+            groups, changed, of = recovery.groups
+            self._voice.emit("reformed", groups=groups, changed=changed, of=of)
+            self._check_restored(recovery, now)
+
+    def restored(self, record: r.NodeRestored, now: float) -> None:
+        """A node has its parameters back."""
+        recovery = self.of(record.epoch)
+        if recovery is not None:
+            recovery.restored(record.node)
+            self._check_restored(recovery, now)
+
+    def resumed(self, record: r.NodeResumed, now: float) -> None:
+        """A node trains again."""
+        recovery = self.of(record.epoch)
+        if recovery is not None:
+            recovery.resumed(record.node)
+            self._check_restored(recovery, now)
+
+    def _check_restored(self, recovery: Recovery, now: float) -> None:
+        if recovery.all_restored(now):
+            self._voice.emit("restored", iteration=recovery.generation)
+        if recovery.over:
+            self.current = None
+            self.vacant.clear()
+            self._voice.emit("resumed", iteration=recovery.generation)
+            for node in sorted(self.helpers):
+                if self._members.nodes[node].role == "leaving":
+                    self._voice.emit("left", node=node)
+                    self._let_go(node)
+            self.helpers.clear()
+            self._voice.keep()
+
+    def covered(self, record: r.Covered) -> None:
+        """What a node's ranks go on from has all its copies again."""
+        here = record.epoch == self._members.epoch and record.generation == self._generation
+        if here and self._protection.covered(record.node):
+            self._voice.emit("protected", survives=self._protection.degree, iteration=record.generation)
+
+    def saved(self, record: r.Saved) -> None:
+        """A node has written Megatron's checkpoint, since no spare was left."""
+        recovery = self.of(record.epoch)
+        if recovery is not None and recovery.saved(record.node):
+            self._voice.emit("saved", iteration=record.iteration, directory=record.directory)
+            self._voice.stop(
+                Exit.NO_SPARE_SAVED,
+                f"no spare is left (nodes lost: {', '.join(map(str, self._members.lost()))}); Megatron's checkpoint of "
+                f"iteration {record.iteration} was saved to {record.directory}: restart the job with --load "
+                f"{record.directory}",
+            )
+
+    # ---- a coordinator that starts again
+
+    def dump(self) -> dict[str, Any]:
+        """What it has to know, as JSON types."""
+        return {
+            "recovering": self.current is not None,
+            "purpose": self._purpose,
+            "refused": sorted(self._refused),
+            "vacant": sorted(self.vacant),
+            "helpers": sorted(self.helpers),
+        }
+
+    def load(self, kept: dict[str, Any]) -> None:
+        """The opposite; a recovery that was under way is not gone on with."""
+        self._purpose = kept["purpose"]
+        self._refused = {(rank, node, g) for rank, node, g in kept["refused"]}
+        self.vacant = {(node, local) for node, local in kept["vacant"]}
+        self.helpers = set(kept["helpers"])

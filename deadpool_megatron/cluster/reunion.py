@@ -1,0 +1,44 @@
+"""A coordinator that starts again waits for its agents to come back, and learns what each was in the midst of. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["Reunion"]
+
+
+class Reunion:
+    """Who is expected back. Over, and without effect, from the moment all are there or given up."""
+
+    def __init__(self) -> None:
+        self._expected: set[int] = set()
+        self._unsettled = ""
+
+    def begin(self, nodes: Iterable[int], unsettled: str) -> None:
+        """These agents were there; ``unsettled``: what was under way already, or an empty string."""
+        self._expected = set(nodes)
+        self._unsettled = unsettled
+
+    @property
+    def waits(self) -> bool:
+        """Somebody is not back."""
+        return bool(self._expected)
+
+    @property
+    def expected(self) -> set[int]:
+        """Who is not back."""
+        return self._expected
+
+    def without(self, nodes: Iterable[int]) -> None:
+        """Back, or lost."""
+        self._expected -= set(nodes)
+
+    def remember(self, unsettled: str) -> None:
+        """Something that an epoch has to settle when all are back. The first is what is told."""
+        self._unsettled = self._unsettled or unsettled
+
+    def end(self) -> tuple[set[int], str]:
+        """Nobody is waited for any more. Who has not come back, and what an epoch has to settle."""
+        missing, self._expected = self._expected, set()
+        unsettled, self._unsettled = self._unsettled, ""
+        return missing, unsettled
