@@ -126,19 +126,21 @@ def _install(standby: bool) -> Hooks:
         return dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=config.form_deadline))
 
     clients: dict[tuple[str, int], Any] = {}
+    one_at_a_time = threading.Lock()
 
     def store() -> dist.Store:
         """The client of the rendezvous store; a new one when the server has been started again, or has moved."""
-        here = place()
-        if here in clients:
-            try:
-                clients[here].check(["deadpool/alive"])
-            except RuntimeError:  # the connection is gone with the server
-                clients.clear()
-        if here not in clients:
-            clients[here] = connect()
-        client: dist.Store = clients[here]
-        return client
+        with one_at_a_time:  # the training thread, and one that forms groups
+            here = place()
+            if here in clients:
+                try:
+                    clients[here].check(["deadpool/alive"])
+                except RuntimeError:  # the connection is gone with the server
+                    clients.clear()
+            if here not in clients:
+                clients[here] = connect()
+            client: dist.Store = clients[here]
+            return client
 
     if standby:
         communicators.prepare(store())  # connections now and then take seconds: not in a recovery
