@@ -145,7 +145,7 @@ def _install(standby: bool) -> Hooks:
     if standby:
         communicators.prepare(store())  # connections now and then take seconds: not in a recovery
     page = PulsePage(int(os.environ[PULSE_FD]))
-    hooks = Hooks(session, communicators, config, int(os.environ[DOORBELL_FD]), store, standby, page)
+    hooks = Hooks(session, communicators, config, int(os.environ[DOORBELL_FD]), store, connect, standby, page)
     hooks.install()
     session.call_on_arm(arm)
     session.is_waiting = communicators.is_waiting

@@ -58,7 +58,8 @@ class Hooks:
         communicators: this process's groups.
         config: the job's settings.
         doorbell: the eventfd the agent listens to.
-        store: makes the client of the rendezvous store for re-forming.
+        store: makes (or returns) the client of the rendezvous store for re-forming.
+        connect: makes another one.
         standby: this process is a spare taking over a coordinate.
         page: where the agent sees the progress.
     """
@@ -68,6 +69,7 @@ class Hooks:
     config: settings.DeadpoolConfig
     doorbell: int
     store: Callable[[], torch.distributed.Store]
+    connect: Callable[[], torch.distributed.Store]
     standby: bool
     page: PulsePage
     trainer: MegatronTrainer | None = None
@@ -209,8 +211,8 @@ class Hooks:
         if self.durable is not None:
             trainer.resume(self.durable)
         trainer.register(self.communicators.strategy, can_rescue)
-        if trainer.rank == 0 and not self.standby:
-            publish_job(self.store(), self.communicators.table_digest())
+        if trainer.rank == 0:
+            publish_job(self.connect, self.communicators.table_digest())
         if not self.standby:
             self.communicators.prepare(self.store())  # connecting takes seconds now and then: not in a recovery
         self.phase = "training"

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = ["follow_job", "publish_job", "warm_up"]
 _KEY = "deadpool/job"
 _PACKAGES = ("megatron", "torch", "transformer_engine", "apex", "numpy")
 _PARKED = timedelta(days=365)
+_LOOK_S, _AGAIN_S = 5.0, 1.0  # between looks whether it is still there; until another try
 
 
 def warm_up(script: str) -> None:
@@ -72,10 +74,27 @@ def _remember_docstrings() -> None:
     factory._get_field_docstrings = remembered
 
 
-def publish_job(store: Store, table_digest: str) -> None:
-    """Tell the spares which modules a worker that trains has imported by now, and which groups it has made."""
+def publish_job(store: Callable[[], Store], table_digest: str) -> None:
+    """Tell the spares which modules a worker that trains has imported by now, and which groups it has made.
+
+    A thread keeps it told, since the store forgets it when it is started again. ``store`` makes a client of its own.
+    """
     names = sorted(n for n, m in sys.modules.items() if m is not None and n.split(".")[0] in _PACKAGES)
-    store.set(_KEY, json.dumps({"modules": names, "groups": table_digest}))
+    text = json.dumps({"modules": names, "groups": table_digest})
+
+    def work() -> None:
+        client: Store | None = None
+        while True:
+            with contextlib.suppress(RuntimeError):  # the server is away, or has moved
+                if client is not None and client.check([_KEY]):
+                    time.sleep(_LOOK_S)
+                    continue
+            with contextlib.suppress(RuntimeError):
+                client = store()
+                client.set(_KEY, text)
+            time.sleep(_AGAIN_S)
+
+    threading.Thread(target=work, name="deadpool-publish", daemon=True).start()
 
 
 def follow_job(store: Callable[[], Store], learn_groups: Callable[[str], None]) -> None:
@@ -85,12 +104,13 @@ def follow_job(store: Callable[[], Store], learn_groups: Callable[[str], None]) 
     """
 
     def work() -> None:
-        client = store()
-        try:
-            client.wait([_KEY], _PARKED)
-            job = json.loads(client.get(_KEY))
-        except RuntimeError:
-            return  # the store is gone: so is the job
+        while True:
+            with contextlib.suppress(RuntimeError):  # the server is away, or has moved
+                client = store()
+                client.wait([_KEY], _PARKED)
+                job = json.loads(client.get(_KEY))
+                break
+            time.sleep(_AGAIN_S)
         learn_groups(job["groups"])
         for name in job["modules"]:
             if name not in sys.modules:

@@ -25,7 +25,7 @@ def test_upstreams_parser_gives_our_settings_with_a_yaml_file_of_its_own(
     config = from_script_arguments(flags)
     assert config == DeadpoolConfig(deadpool=True, lease=3.0, comm="swap")
     nothing: Any = None
-    hooks = Hooks(nothing, nothing, config, -1, nothing, False, nothing)
+    hooks = Hooks(nothing, nothing, config, -1, nothing, nothing, False, nothing)
     for module, name, hook in (
         (arguments, "add_megatron_arguments", hooks._add_arguments),
         (yaml_arguments, "load_yaml", hooks._load_yaml),
