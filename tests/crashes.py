@@ -24,6 +24,7 @@ import psutil
 from crash_cases import Case
 from deadpool_megatron.evaluate.jobs import CLI
 from deadpool_megatron.observe import LOGS, EventTail
+from deadpool_megatron.vault import PREFIX, Arena
 from flags import duo_gpt, tiny_gpt, with_value
 from jobs import ROOT, Job, Jobs, environment, launch_flags
 
@@ -333,25 +334,29 @@ class Gauntlet:
                     s.sendall(os.urandom(4096))
 
     def _damaged_source(self, rank: int) -> None:
-        """The last copy of a shard is damaged: its owner's worker dies while the node of the other copy is silent.
+        """Every copy of a shard's newest generation is damaged just before a spare fetches it; of the one before, one.
 
-        (Of several copies the next one is taken, and nobody hears of the damage.)
+        (Of several copies the next one is taken, and nobody hears of it. The job must not scrub, or it would find it.)
         """
-        self.background("join")  # three nodes are used up
-        self.job.until("one more spare", lambda: len(self.parked()) > self._spares)
-        own = self.node_of(rank)
-        (group,) = [g for g in self.job.status()["protection"]["groups"] if own in g]
-        (other,) = set(group) - {own}
-        self.command("inject", "--node", str(own), "--fault", "corrupt", "--at", "agent.worker-exited")
-        self.job.signal_process(self._agent(other), signal.SIGSTOP)
-        self.command("inject", "--node", str(own), "--fault", "kill-worker")
+        worker = self._worker(self.node_of(rank))
+        (own,) = Path("/dev/shm").glob(f"{PREFIX}{self.job.process.pid}-*-{rank}-own")
+        arena = Arena.attach(str(own))
+        self.job.until("two generations", lambda: all(slot.complete for slot in arena.slots))
+        newest = max(arena.slots, key=lambda slot: slot.begin)
+        assert self.job.spoil_copies(rank) == 2, "both slots of the copy"
+        newest.unique[:64] = bytes(255 - byte for byte in newest.unique[:64])
+        arena.close()
+        self.job.signal_process(worker, signal.SIGKILL)
+
+    def _worker(self, node: int) -> int:
+        return int(next(c["pid"] for c in self.job.status()["coordinates"] if c["node"] == node))
 
     def _agent(self, node: int) -> int:
         return int(next(n["agent_pid"] for n in self.job.status()["nodes"] if n["node"] == node))
 
     def _silent(self, node: int) -> None:
         """A worker dies whose agent cannot tell: its peers see the error first."""
-        worker = next(c["pid"] for c in self.job.status()["coordinates"] if c["node"] == node)
+        worker = self._worker(node)
         self.job.signal_process(self._agent(node), signal.SIGSTOP)
         self.job.signal_process(worker, signal.SIGKILL)
 

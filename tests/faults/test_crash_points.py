@@ -26,6 +26,7 @@ BUDGET_S = 600.0  # for the cases of a group; what is left then is not begun
 # An evaluation every 5 iterations, a checkpoint every 10.
 AROUND = ["--eval-interval", "5", "--eval-iters", "2"]
 SETTINGS = {
+    "moves": (MANY, ["--deadpool-scrub-rate", "0"]),
     "durable": (MANY, ["--deadpool-durable-interval", "5"]),
     "around": (SOME, AROUND),
     "around-async": (SOME, [*AROUND, "--async-save"]),
