@@ -98,8 +98,9 @@ class StallJudge:
 class StragglerJudge:
     """Finds nodes that are slower than those that do the same work: their peers of the same pipeline stage.
 
-    A node is a straggler when the forward pass of one of its ranks takes ``factor`` times the lower median of the others
-    of its stage in ``times`` reports in a row: half a minute, since an alarm about a moment's load is a false one.
+    A node is a straggler when the forward pass of one of its ranks takes ``factor`` times the lower median of the
+    others of its stage in ``times`` reports in a row: half a minute, since an alarm about a moment's load is a false
+    one.
     """
 
     def __init__(self, factor: float = 1.5, times: int = 15) -> None:
