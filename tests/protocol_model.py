@@ -216,7 +216,7 @@ class Cluster:
                 node.outbox.append(node.committed)
 
     def fetch(self, node: Node) -> None:
-        """The agreed generation comes to one rank of a node, from where it was told (`Agent._agree`)."""
+        """The agreed generation comes to one rank of a node, from where it was told (`NodeRecovery.agree`)."""
         agreed = node.agreed
         if agreed is None or agreed.epoch != node.epoch or node.training:
             return

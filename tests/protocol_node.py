@@ -146,7 +146,7 @@ class Node:
         return any(one.generation == generation for one in self.vault.holdings().ranks.get(rank, ()))
 
     def take(self, rank: int, version: Version) -> None:
-        """The agreed version is here: keep it until a newer one is committed (`Agent._hand_out`)."""
+        """The agreed version is here: keep it until a newer one is committed (`NodeRecovery._hand_out`)."""
         self.vault.set_committed(*version)
         self.ready.add(rank)
         self.prepare()

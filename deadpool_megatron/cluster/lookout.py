@@ -1,0 +1,94 @@
+"""A node's look around: is it cut off from the others, are its workers stuck, what is their pace?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.crew import Crew
+from deadpool_megatron.cluster.fence import Fence
+from deadpool_megatron.cluster.known import KnownJob
+from deadpool_megatron.cluster.node_recovery import NodeRecovery
+from deadpool_megatron.cluster.settings import AgentSettings
+from deadpool_megatron.cluster.stalls import StallRule
+from deadpool_megatron.cluster.stuck import StuckWatch
+from deadpool_megatron.cluster.workers import Worker
+
+__all__ = ["LOOK_S", "Lookout"]
+
+LOOK_S = 0.25
+_PACE_S = 2.0
+_MANY_NODES = 512  # more tell their pace less often, so that the coordinator hears as many a second
+
+
+class Lookout:
+    """Used by the agent's thread only.
+
+    Args:
+        send: sends a record to the coordinator.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        job: KnownJob,
+        crew: Crew,
+        recovery: NodeRecovery,
+        send: Callable[[r.AgentRecord], None],
+    ) -> None:
+        self._job = job
+        self._crew = crew
+        self._recovery = recovery
+        self._send = send
+        self._fence = Fence(settings.node, settings.lease)
+        self._stuck: StuckWatch | None = None
+        if settings.hang_floor > 0:
+            rule = StallRule(settings.hang_factor, settings.hang_floor, settings.hang_outside)
+            self._stuck = StuckWatch(rule, settings.lease, self._stalled)
+        self._pace_s = _PACE_S * max(1.0, settings.active_nodes / _MANY_NODES)
+        self._due = self._pace_due = 0.0
+
+    def look(self, connected: bool) -> str:
+        """Call often. Why this node has to fence itself; empty when it has not. ``connected``: to the coordinator."""
+        now = time.monotonic()
+        if now < self._due:
+            return ""
+        self._due = now + LOOK_S
+        if connected:
+            self._fence.connected()
+        elif self._fence.cut_off(self._job.vaults, now):
+            return f"node {self._job.node} is cut off from the others and ends its workers"
+        if self._stuck is None:
+            return ""
+        mine = self._crew.mine()
+        if self._job.declared is None or self._recovery.settled:  # a recovery's pace is another
+            self._stuck.look(mine, now)
+        unkillable = self._stuck.finish(now)
+        if now >= self._pace_due:
+            self._pace_due = now + self._pace_s
+            paces = self._stuck.paces(mine)
+            if paces:
+                self._send(r.Pace(self._job.node, max(w.page.iteration for w in mine.values()), paces))
+        return f"a stuck worker of node {self._job.node} cannot be killed" if unkillable else ""
+
+    def _stalled(self, worker: Worker, record: r.Stalled) -> None:
+        self._send(msgspec.structs.replace(record, epoch=self._job.epoch, node=self._job.node))
+
+    def restart(self) -> None:
+        """A recovery begins: its gap is nobody's fault."""
+        if self._stuck is not None:
+            self._stuck.restart(time.monotonic())
+
+    def answered(self, worker: Worker, record: r.Whereabouts) -> None:
+        """A worker that was asked says where its training thread is."""
+        if self._stuck is not None:
+            self._stuck.answered(worker, record, time.monotonic())
+
+    def end_stuck(self, record: r.EndStuck) -> None:
+        """The coordinator has judged a worker: keep its stacks, then end it."""
+        stuck = self._crew.mine().get(record.rank) if record.epoch == self._job.epoch else None
+        if stuck is not None and self._stuck is not None:
+            self._stuck.end(stuck, self._crew.stacks_file(stuck.local), time.monotonic())

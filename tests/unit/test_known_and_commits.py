@@ -1,0 +1,83 @@
+"""What one node knows of the job follows what it is told, and it tells of a generation once all its ranks have it."""
+
+from __future__ import annotations
+
+import pytest
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.commits import Commits
+from deadpool_megatron.cluster.known import KnownJob
+from deadpool_megatron.cluster.redundancy import Scheme
+
+VAULTS = {node: r.Address("host", 9000 + node) for node in range(3)}
+MOVED = [r.SlotAddress(0, 0), r.SlotAddress(0, 1), r.SlotAddress(2, 0), r.SlotAddress(2, 1)]
+
+
+@pytest.fixture
+def job() -> KnownJob:
+    """Node 0 of two active ones with two slots each; node 2 is the spare."""
+    job = KnownJob(0, 2, 2, Scheme.parse("1"))
+    job.roster(r.Roster(0, [], VAULTS, 1))
+    return job
+
+
+def _declare(epoch: int = 1) -> r.Declare:
+    return r.Declare(epoch, "resume", "test", [1], [1], MOVED, VAULTS, [[0, 2]], [8] * 4, [4] * 4, None, 3)
+
+
+def test_a_first_roster_leaves_the_first_assignment_and_a_later_one_brings_its_own(job: KnownJob) -> None:
+    assert (job.epoch, job.ranks, job.targets()) == (0, {0: 0, 1: 1}, None)
+    spare = KnownJob(2, 2, 2, Scheme.parse("1"))
+    assert spare.ranks == {}
+    assert spare.roster(r.Roster(4, MOVED, VAULTS, 7))
+    assert (spare.epoch, spare.ranks, spare.vaults) == (4, {0: 2, 1: 3}, VAULTS)
+
+
+def test_an_epoch_moves_coordinates_and_what_is_kept_for_whom(job: KnownJob) -> None:
+    job.place(r.Placement(0, [[0, 1]], [8] * 4, [4] * 4, 2))
+    before = job.targets()
+    assert before is not None and {t.port for each in before.values() for t in each} == {9001}
+    job.declare(_declare())
+    after = job.targets()
+    assert after is not None and {t.port for each in after.values() for t in each} == {9002}
+    assert job.kept_for_others() == ({2: (8, 4), 3: (8, 4)}, {})
+    assert job.declared is not None and job.declared.epoch == 1 and job.declared.assignment == []
+
+
+def test_a_change_is_understood_by_who_holds_what_it_was_made_from(job: KnownJob) -> None:
+    job.place(r.Placement(0, [[0, 1]], [8] * 4, [4] * 4, 2))
+    moved, groups = {2: MOVED[2], 3: MOVED[3]}, {0: [0, 2]}
+    change = r.Changed(1, "resume", "test", [1], [1], 2, 3, moved, {}, [], groups)
+    assert job.whole(change) == _declare()
+    assert job.whole(r.Changed(1, "resume", "test", [1], [1], 5, 3, moved, {}, [], groups)) is None
+
+
+def test_a_generation_is_told_once_when_all_ranks_have_it(job: KnownJob) -> None:
+    commits = Commits(job)
+    assert commits.committed(0, 5) is None
+    assert commits.committed(0, 6) is None
+    assert commits.committed(1, 5) == commits.last == r.Committed(0, 0, 5)
+    assert commits.committed(1, 6) == commits.last == r.Committed(0, 0, 6)
+
+
+def test_what_ranks_had_of_an_older_epoch_does_not_count_in_the_next(job: KnownJob) -> None:
+    commits = Commits(job)
+    commits.committed(0, 5)
+    job.declare(_declare())
+    commits.restart()
+    assert commits.committed(1, 5) is None
+    assert commits.committed(0, 5) == r.Committed(1, 0, 5)
+
+
+def test_a_node_is_redundant_again_once_all_its_ranks_have_the_agreed_generation_everywhere(
+    job: KnownJob,
+) -> None:
+    commits = Commits(job)
+    job.declare(_declare())
+    commits.restart()
+    assert commits.covered(0, 5) is None  # nothing is agreed
+    commits.agreed(r.Agree(1, 5, {}, {}))
+    assert [commits.covered(rank, 5) for rank in (0, 0)] == [None, None]
+    assert commits.covered(1, 6) is None
+    assert commits.covered(1, 5) == r.Covered(1, 0, 5)
+    assert commits.covered(1, 5) is None, "told once"
