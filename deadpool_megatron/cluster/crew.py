@@ -81,6 +81,11 @@ class Crew:
     def start_parked(self, local: int) -> None:
         """A fresh parked process in a slot, once the one that is there has ended (it is ended now)."""
         old = self.workers.get(local)
+        if self._adoption is not None and local < self._s.slots_per_node:
+            # Who has started it starts no other one: this node is drained, and its workers leave when it is let go.
+            if old is not None:
+                old.retired = True
+            return
         if old is not None and not old.exited:
             old.retired = True
             end_group(old.pid, signal.SIGKILL)  # its end is seen by `reap`: device memory may take a while to go

@@ -72,6 +72,23 @@ def test_without_a_spare_every_launcher_sees_the_exit_code_of_the_job(ranks: Ran
     ranks.until_gone(30)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_drained_node_leaves_its_launcher_with_code_0(ranks: Ranks, jobs: Jobs) -> None:
+    want = jobs.start("undisturbed", launch_flags(2, slots=1), duo_gpt(iters=40)).finished()
+    script = [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(iters=40), *ranks.deadpool(spares=1)]
+    for rank in range(3):
+        ranks.start_rank(rank, 3, script)
+    job = MachinesJob(ranks)
+    ranks.until("training", lambda: (ranks.run_dir / "events.jsonl").exists() and job.events("training"), 120)
+    done = job.command("drain", "--node", "0")
+    assert done.returncode == 0, done.stderr
+    assert ranks.codes(150) == [0, 0, 0]
+    ranks.until_gone(30)
+    assert job.events("left")[0]["node"] == 0 and not job.events("detected")
+    assert job.hashes() == want.hashes()
+
+
 def test_an_agent_that_cannot_start_ends_its_ranks_with_one_line(ranks: Ranks) -> None:
     with socket.create_server(("127.0.0.1", ranks.port + 1)):
         ranks.start_rank(0, 2, [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(), *ranks.deadpool()])
