@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from crash_cases import ELSEWHERE, ENDS
-from crashes import write_results
+from crashes import PACED, write_results
 from deadpool_megatron import points
 from deadpool_megatron.cli import main
 from deadpool_megatron.cluster import records as r  # noqa: F401 - adds the points of messages
@@ -50,8 +50,13 @@ def rows() -> Iterator[list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def calm(jobs: Jobs) -> Job:
-    """The undisturbed run; it leaves durable generations behind."""
-    return jobs.start("calm", launch_flags(2, 0, 1), [*FLAGS, *_durable(jobs.directory / "durable")]).finished()
+    """The undisturbed run; it leaves durable generations behind, and so takes its time."""
+    pace = jobs.directory / "pace"
+    pace.write_text("0.3")
+    flags = [*FLAGS, *_durable(jobs.directory / "durable")]
+    job = jobs.start("calm", launch_flags(2, 0, 1), flags, PACED, extra={"PACE_FILE": str(pace)}).finished()
+    assert job.events("durable"), "no generation was drained before the end"
+    return job
 
 
 def _durable(directory: Path) -> list[str]:
