@@ -163,7 +163,6 @@ ENDS: Final[dict[str, str]] = {
     "agent.saved": "no checkpoint could be saved",
     "coordinator.load-shards": "",
     "coordinator.resume-at": "",
-    "agent.shards-loaded": "before training began",
     "agent.preemption-notice": "",
 }
 
@@ -171,6 +170,7 @@ ENDS: Final[dict[str, str]] = {
 ELSEWHERE: Final[dict[str, str]] = {
     "worker.leaving": "only where another launcher has started the workers, as their last message",
     "coordinator.enlisted": "only while `deadpool agent` nodes come, and those ask again",
+    "agent.shards-loaded": "a moment after the start, before a command can arm it (test_durable_core loses a node)",
     "agent.behind": "only an agent that has missed an epoch's declaration asks for the whole of it",
     "coordinator.give-up-drain": "after a drain that failed, when nothing waits for the answer",
 }

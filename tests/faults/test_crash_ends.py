@@ -28,7 +28,7 @@ from jobs import Job, Jobs, launch_flags
 ITERATIONS = 12
 FLAGS = [*duo_gpt("data", iters=ITERATIONS), "--deadpool-lease", "3", "--deadpool-abort-deadline", "15"]
 ENDS_S = 120.0
-RESUMED = ("coordinator.load-shards", "coordinator.resume-at", "agent.shards-loaded")
+RESUMED = ("coordinator.load-shards", "coordinator.resume-at")
 EARLY = (*RESUMED, "coordinator.placement", "agent.vault-memory", "agent.no-room")
 SAVED = ("worker.shard-ready", "agent.saved")
 

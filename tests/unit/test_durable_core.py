@@ -345,6 +345,15 @@ def again(before: SimulatedJob, complete: tuple[tuple[int, str], ...]) -> Simula
     return it
 
 
+def test_a_node_lost_while_it_loads_its_shards_ends_the_job_before_training_began() -> None:
+    it = loading(((8, "newer"), (4, "older")))
+    it.feed(r.ShardsLoaded(0, "newer", ""))
+    it.lose(1)
+    code, message = it.end
+    assert code == Exit.FAILED and "node 1 was lost before training began" in message
+    assert not it.told(r.ResumeAt)
+
+
 def test_a_coordinator_that_starts_again_loads_nothing_into_vaults_that_train_and_goes_on_draining() -> None:
     before = job()
     run(before, range(9))
