@@ -1,7 +1,7 @@
 """Authenticated message sockets between agents and the coordinator: ZeroMQ with CURVE and its own heartbeats.
 
 Every key derives from the job's secret, so a peer that completes the CURVE handshake has proved that it belongs to the
-job. A node's silence for longer than the lease, and the end of its connection, both reach the coordinator as one thing:
+job. A node's silence, noticed within the lease, and the end of its connection both reach the coordinator as one thing:
 the connection of that node is gone.
 """
 
@@ -24,6 +24,7 @@ __all__ = ["Hub", "Spoke", "check_secret"]
 SECRET_BYTES = 32
 _NOBLOCK, _SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)  # (as enumerations they cost more than the calls)
 _SRCFD = int(zmq.SRCFD)
+_LEAST_PATIENCE_S = 1.5
 
 
 def check_secret(secret: bytes) -> bytes:
@@ -38,16 +39,15 @@ def _keypair(secret: bytes, role: str) -> tuple[bytes, bytes]:
     return zmq.curve_public(private), private
 
 
-def _heartbeats(socket: zmq.Socket[bytes], lease_s: float, a_lease: float) -> None:
-    """Ask the other end for a sign of life so many times a lease; no answer for a lease ends the connection.
+def _heartbeats(socket: zmq.Socket[bytes], every_s: float, within_s: float) -> None:
+    """Ask the other end for a sign of life; no answer in time ends the connection.
 
     Each end asks for itself: what ZeroMQ has for one end to vouch for itself (HEARTBEAT_TTL) is ended by any packet
-    that follows, and a peer that freezes right after one would never be missed. The coordinator asks more often: a node
-    that is gone costs time, and a frozen coordinator none as long as nothing else fails.
+    that follows, and a peer that freezes right after one would never be missed.
     """
-    socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(lease_s * 1000 / a_lease)))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(200, int(lease_s * 1000)))
-    socket.setsockopt(zmq.TCP_MAXRT, max(200, int(lease_s * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(every_s * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(200, int(within_s * 1000)))
+    socket.setsockopt(zmq.TCP_MAXRT, max(200, int(within_s * 1000)))
     socket.setsockopt(zmq.LINGER, 1000)
 
 
@@ -77,7 +77,9 @@ class Hub:
         self.socket.curve_publickey = public
         self.socket.curve_secretkey = private
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        _heartbeats(self.socket, lease_s, 3)
+        # Often, and so that a node that falls silent at any moment is known of within the lease: it costs time. A very
+        # short lease may be passed, for a busy machine's sake.
+        _heartbeats(self.socket, lease_s / 3, max(2 / 3 * lease_s, min(lease_s, _LEAST_PATIENCE_S)))
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self.socket.bind(f"tcp://{host}:{port}")
         endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
@@ -181,7 +183,7 @@ class Spoke:
         self.socket.curve_serverkey = server_public
         self.socket.curve_publickey = public
         self.socket.curve_secretkey = private
-        _heartbeats(self.socket, lease_s, 1)
+        _heartbeats(self.socket, lease_s, lease_s)  # a frozen coordinator costs nothing as long as nothing else fails
         self.socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing waits for a connection: the other end may have a new state
         self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)

@@ -27,7 +27,7 @@ CLASSES: dict[str, tuple[list[str], str, float, int]] = {
     "a worker crashes (SIGSEGV)": (["crash"], "detected", 1.0, 1),
     "a node dies, its connections end": (["kill"], "detected", 1.0, 3),
     "the agent alone dies": (["kill-agent"], "detected", 1.0, 3),
-    "a node falls silent": (["stop-agent"], "detected", DEFAULTS.lease + 2.0, 2),
+    "a node falls silent": (["stop-agent"], "detected", DEFAULTS.lease + 0.3, 2),
     "a worker is stopped (SIGSTOP)": (["stop"], "stuck", DEFAULTS.lease + 4.0, 2),
     "a worker hangs in its own code": (["hang", "--at", "slice.before"], "stuck", 3 * DEFAULTS.hang_floor, 2),
     "the coordinator dies": (["kill-coordinator"], "coordinator_back", 5.0, 3),
