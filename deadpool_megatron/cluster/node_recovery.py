@@ -179,9 +179,8 @@ class NodeRecovery:
     def _all_arrived(self) -> bool:
         """Every coordinate here has a worker that can form its groups."""
         mine = self._crew.mine()
-        ranks = self._job.ranks.values()
-        told = [mine[rank].arrived for rank in ranks if rank in mine]
-        return len(told) == len(ranks) and all(each is not None and each.epoch == self._job.epoch for each in told)
+        told = [mine[rank].arrived if rank in mine else None for rank in self._job.ranks.values()]
+        return all(each is not None and each.epoch == self._job.epoch for each in told)
 
     def step(self, worker: Worker, record: r.WorkerStep) -> None:
         """A worker has come to a step; the coordinator hears of it when all here have."""

@@ -318,6 +318,8 @@ class Communicators:
             forming.settled.wait(max(0.0, plan.deadline - time.monotonic()))
             needed = time.monotonic()
             self._check(forming, epoch)
+            if self.table_digest() != plan.digest:
+                raise ReformError(f"epoch {epoch}: this rank made other process groups while they were formed")
             c10d._world.pg_coalesce_state.clear()  # an exception in a coalescing block leaves its entry behind
             self._move_all_in(forming)
         except BaseException:
@@ -389,8 +391,6 @@ class Communicators:
             raise ReformError(f"epoch {epoch}: forming failed: {forming.error}") from forming.error
         if not forming.settled.is_set():
             raise ReformError(f"epoch {epoch}: not all peers came within {self._form_timeout_s:g} s")
-        if self.table_digest() != forming.plan.digest:
-            raise ReformError(f"epoch {epoch}: this rank made other process groups while they were formed")
 
     def _move_in(self, record: GroupRecord, new: Replacement) -> Any:
         group = record.group

@@ -58,9 +58,7 @@ class Session:
             form the groups and must return soon.
     """
 
-    def __init__(
-        self, control_fd: int, on_declare: Callable[[int], None], on_form: Callable[[int], None] = lambda epoch: None
-    ) -> None:
+    def __init__(self, control_fd: int, on_declare: Callable[[int], None], on_form: Callable[[int], None]) -> None:
         self._socket = socket.socket(fileno=control_fd)
         self._on_declare = on_declare
         self._on_form = on_form

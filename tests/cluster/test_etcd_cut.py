@@ -131,9 +131,9 @@ def main() -> int:
                 try:
                     resumed = cluster.until("resumed", times, patience)
                     declared = cluster.until("declared", times, patience)
-                    answer = {"resumed": True, "took": resumed["t"] - at, "lost": declared["lost"]}
                     nodes = [n["node"] for n in cluster.status()["nodes"] if n["role"] == "lost"]
-                    answer["lost"] = sorted({*nodes, *declared["lost"]})
+                    lost = sorted({*nodes, *declared["lost"]})
+                    answer = {"resumed": True, "took": resumed["t"] - at, "lost": lost}
                 except TimeoutError:
                     answer = {"resumed": False}
             print(json.dumps(answer), flush=True)

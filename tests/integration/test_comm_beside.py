@@ -1,6 +1,7 @@
 """Groups form in a thread beside the training thread's work; an abort in the middle costs that epoch and no more."""
 
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,9 @@ def _all_reduce_is_right(worker: Worker) -> bool:
     return bool(x.eq(worker.world * (worker.world + 1) / 2).all())
 
 
-def _until(what: str, is_so: object, limit_s: float = 20.0) -> None:
+def _until(what: str, is_so: Callable[[], bool], limit_s: float = 20.0) -> None:
     end = time.monotonic() + limit_s
-    while not is_so():  # type: ignore[operator]
+    while not is_so():
         assert time.monotonic() < end, what
         time.sleep(0.002)
 

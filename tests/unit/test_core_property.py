@@ -37,22 +37,11 @@ class Node:
     own: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     peer: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     agreed: r.Agree | None = None
-    forming: bool = False
     training: bool = False
 
     @property
     def ranks(self) -> list[int]:
         return list(placing.ranks_of(self.assignment, self.number).values())
-
-    def resume(self) -> None:
-        """Once it has the agreed generation and its groups."""
-        if self.agreed is None or not self.forming:
-            return
-        self.live = dict.fromkeys(self.ranks, self.agreed.generation)
-        self.outbox.append(r.NodeFormed(self.epoch, self.number, 1))
-        self.outbox.append(r.NodeRestored(self.epoch, self.number))
-        self.training = True
-        self.outbox.append(r.NodeResumed(self.epoch, self.number, self.agreed.generation))
 
     def read(self) -> None:
         """Act on one record of the coordinator."""
@@ -68,7 +57,6 @@ class Node:
             case r.Declare() if record.epoch > self.epoch:
                 had = set(self.ranks)
                 self.epoch, self.assignment, self.training = record.epoch, record.assignment, False
-                self.agreed, self.forming = None, False
                 if self.ranks:
                     live = {rank: self.live.get(rank) for rank in self.ranks}
                     arrived = had >= set(self.ranks)
@@ -84,10 +72,13 @@ class Node:
                     )
                     assert held or rank in record.sources, "a rank is asked to go on from what it has not got"
                 self.outbox.append(r.NodeReady(self.epoch, self.number))
-                self.resume()
             case r.Form() if record.epoch == self.epoch and self.ranks:
-                self.forming = True
-                self.resume()
+                assert self.agreed is not None and self.agreed.epoch == self.epoch
+                self.live = dict.fromkeys(self.ranks, self.agreed.generation)
+                self.outbox.append(r.NodeFormed(self.epoch, self.number, 1))
+                self.outbox.append(r.NodeRestored(self.epoch, self.number))
+                self.training = True
+                self.outbox.append(r.NodeResumed(self.epoch, self.number, self.agreed.generation))
             case r.Stop():
                 self.alive = False
 

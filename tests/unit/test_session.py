@@ -210,7 +210,7 @@ def test_a_worker_does_not_outlive_its_agent(busy: str) -> None:
     program = f"""
         import sys
         from deadpool_megatron.recovery import Session
-        session = Session(int(sys.argv[1]), lambda epoch: None)
+        session = Session(int(sys.argv[1]), lambda epoch: None, lambda epoch: None)
         session.step("parked", 0)
         {work}
     """
