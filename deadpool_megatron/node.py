@@ -27,6 +27,7 @@ from deadpool_megatron.cluster import (
     Exit,
     JobSpec,
 )
+from deadpool_megatron.cluster.ports import once_free, patience_s
 from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, open_store
 from deadpool_megatron.durable import DurableError, survey
 from deadpool_megatron.processes import INTERRUPT, PREEMPT
@@ -46,7 +47,11 @@ def _coordinator(settings: dict[str, Any]) -> int:
     # The rendezvous of process groups lives here, outside of all training processes; it listens on every address. A
     # coordinator that is started again listens where the first one did, so nobody has to be told. Who connects before
     # torch is imported waits in the socket's queue: the coordinator decides at once.
-    listener = _listen(settings["store_port"])
+    try:
+        listener = once_free(lambda: _listen(settings["store_port"]), patience_s(settings["resume"]))
+    except OSError as err:
+        print(f"deadpool: coordinator: cannot listen on port {settings['store_port']}: {err.strerror}", file=sys.stderr)
+        return Exit.USAGE
     settings["store_port"] = listener.getsockname()[1]
     stores: list[Any] = []
 

@@ -21,6 +21,7 @@ from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.link import Hub
 from deadpool_megatron.cluster.memory import Memory
 from deadpool_megatron.cluster.plan_check import misfit
+from deadpool_megatron.cluster.ports import patience_s
 from deadpool_megatron.cluster.progress import Progress
 from deadpool_megatron.cluster.protection import in_words
 from deadpool_megatron.cluster.store import Guard, Store, StoreError
@@ -34,6 +35,7 @@ _MOST_REFUSALS_TOLD = 100
 _GATHER_S = (0.003, 0.02)
 _GATHER_S_A_NODE = 1e-5  # about what a packet costs
 _STATUS_INTERVAL_S = 0.2
+_STATUS_FIRST = frozenset({"training", "resumed"})  # who reads of these finds in status.json who holds what now
 _STATUS_SHARE = 0.02  # of the coordinator's time that writing it may take, in large jobs
 
 
@@ -76,7 +78,8 @@ class Coordinator:
         self._progress = Progress()
         self._settings = settings
         self._enlistment = enlistment
-        self._hub = Hub(settings.bind, settings.port, settings.secret, job.deadlines.lease)
+        patience = patience_s(again=settings.resume)
+        self._hub = Hub(settings.bind, settings.port, settings.secret, job.deadlines.lease, patience)
         self.port = self._hub.port
         self._run = RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
@@ -274,6 +277,8 @@ class Coordinator:
                 nodes = [action.node] if action.node is not None else self._core.members.present()
                 for node, packet in self._teller.packets(action.record, nodes):
                     self._hub.send(_identity(node), packet)
+        if any(isinstance(action, Emit) and action.event in _STATUS_FIRST for action in actions):
+            self._write_status()
         if step is not None:
             self._run.note("step", t=decided, **step)
         for action in actions:

@@ -17,6 +17,7 @@ from zmq.backend import Frame
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
+from deadpool_megatron.cluster.ports import once_free
 from deadpool_megatron.cluster.seal import Seal, SealBroken
 
 __all__ = ["Hub", "Spoke", "check_secret"]
@@ -65,7 +66,8 @@ class _MemberProvider:
 class Hub:
     """The coordinator's end: one ROUTER socket, one connection an agent. One thread uses it."""
 
-    def __init__(self, host: str, port: int, secret: bytes, lease_s: float) -> None:
+    def __init__(self, host: str, port: int, secret: bytes, lease_s: float, patience_s: float = 0.0) -> None:
+        """``patience_s``: how long to wait for the port while it is in use. Raises zmq.ZMQError."""
         self._context = zmq.Context()
         self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
         self._auth.start()
@@ -81,7 +83,7 @@ class Hub:
         # short lease may be passed, for a busy machine's sake.
         _heartbeats(self.socket, lease_s / 3, max(2 / 3 * lease_s, min(lease_s, _LEAST_PATIENCE_S)))
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self.socket.bind(f"tcp://{host}:{port}")
+        once_free(lambda: self.socket.bind(f"tcp://{host}:{port}"), patience_s)
         endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         self.port = int(endpoint.decode().rsplit(":", 1)[1])

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deadpool_megatron.cluster.ports import free_ports
 from deadpool_megatron.cluster.store import EtcdStore, StoreError
 
-__all__ = ["EtcdMembers", "cpu_s", "free_ports"]
+__all__ = ["EtcdMembers", "cpu_s"]
 
 _UP_S = 30.0
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on now, all different."""
-    with contextlib.ExitStack() as stack:
-        return [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
 
 
 class EtcdMembers:

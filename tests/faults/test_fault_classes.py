@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import signal
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from deadpool_megatron.cluster import Exit
@@ -71,7 +77,25 @@ class Drama:
         before = len(self.job.events("resumed"))
         fault()
         self.job.until("the recovery", lambda: len(self.job.events("resumed")) > before)
-        return self.job.events("resumed")[before]
+        resumed = self.job.events("resumed")[before]
+        told = self.job.status()
+        assert (told["t"], told["epoch"]) >= (resumed["t"], resumed["epoch"]), "status.json is older than the log"
+        return resumed
+
+    @contextlib.contextmanager
+    def its_port_is_taken(self, seconds: float) -> Iterator[None]:
+        """What ends the coordinator goes in here; it cannot listen where it did for so long, and is started again."""
+        host, port = json.loads((self.job.run_dir / "job.json").read_text())["coordinator"].split(":")
+        self.job.process.send_signal(signal.SIGSTOP)  # it would start it again at once
+        try:
+            coordinator = psutil.Process(self.job.status()["coordinator_pid"])
+            yield
+            self.job.until("its end", lambda: coordinator.status() == psutil.STATUS_ZOMBIE)
+            other = socket.create_server((host, int(port)))
+        finally:
+            self.job.process.send_signal(signal.SIGCONT)
+        with other:
+            time.sleep(seconds)
 
     def end(self) -> None:
         """Wait for the nodes that have joined: they leave with the job."""
@@ -96,9 +120,10 @@ def test_a_run_comes_through_every_class_of_failure_and_ends_as_if_nothing_had_h
     victim = drama.node_of(1)
     drama.recovers(lambda: drama.command("inject", "--node", str(victim), "--fault", "kill-worker"))
     assert drama.node_of(1) != victim and victim in {s["node"] for s in job.status()["spares"]}
-    # The coordinator dies: training does not notice.
+    # The coordinator dies, and its port is taken for a moment: training does not notice.
     epoch, coordinator = job.status()["epoch"], job.status()["coordinator_pid"]
-    drama.command("inject", "--fault", "kill-coordinator")
+    with drama.its_port_is_taken(1.0):
+        drama.command("inject", "--fault", "kill-coordinator")
     job.until("another coordinator", lambda: job.status()["coordinator_pid"] != coordinator)
     committed = job.status()["generation"]["committed"]
     job.until("commits", lambda: job.status()["generation"]["committed"] > committed)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import zmq
 
 from deadpool_megatron.cluster.link import Hub, Spoke, check_secret
+from deadpool_megatron.cluster.ports import free_ports
 
 SECRET = bytes(range(32))
 LEASE_S = 1.0
@@ -179,3 +182,21 @@ def test_what_is_sent_the_moment_the_connection_is_up_is_not_lost(room: Room) ->
         spoke.close(linger_ms=0)
     context.term()
     assert not refused
+
+
+def test_a_port_that_is_taken_for_a_moment_is_waited_for() -> None:
+    (port,) = free_ports(1)
+    other = socket.create_server(("127.0.0.1", port))
+    threading.Timer(0.5, other.close).start()
+    start = time.monotonic()
+    Hub("127.0.0.1", port, SECRET, LEASE_S, patience_s=30.0).close()
+    assert 0.4 < time.monotonic() - start < 20
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(zmq.ZMQError, match="in use"):
+        Hub("127.0.0.1", port, SECRET, LEASE_S, patience_s=0.1)
+
+
+def test_free_ports_are_none_that_an_outgoing_connection_takes() -> None:
+    ports = free_ports(20)
+    taken = {port + more for port in ports for more in (0, 1)}
+    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert len(taken) == 40 and (first_outgoing < 20_100 or max(taken) < first_outgoing)
