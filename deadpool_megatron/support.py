@@ -13,7 +13,7 @@ __all__ = ["SUPPORTED", "UserError", "check_arguments", "check_version"]
 _UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (
     ("--use-megatron-fsdp", "use_megatron_fsdp", bool),
     ("--use-torch-fsdp2", "use_torch_fsdp2", bool),
-    ("--cuda-graph-impl", "cuda_graph_impl", lambda v: v not in (None, "none")),
+    ("--cuda-graph-impl", "cuda_graph_impl", lambda v: v not in (None, "none", "full_iteration")),
     ("--enable-cuda-graph", "enable_cuda_graph", bool),
     ("--external-cuda-graph", "external_cuda_graph", bool),
     ("--optimizer-cuda-graph", "optimizer_cuda_graph", bool),

@@ -49,10 +49,11 @@ def install(*, force: bool = False) -> None:
             f"{torch.cuda.device_count()} real GPU(s) are visible here: run without CPU emulation, or hide them with "
             "CUDA_VISIBLE_DEVICES="
         )
-    from deadpool_megatron.emulation import collectives, device, imports, tensors
+    from deadpool_megatron.emulation import collectives, device, graphs, imports, tensors
 
     device.install()
     tensors.install()
     imports.install()
     collectives.install()
+    graphs.install()
     _installed = True

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from deadpool_megatron.emulation import graphs
+
 __all__ = ["CPU", "Event", "Stream", "install"]
 
 CPU = torch.device("cpu")
@@ -130,7 +132,10 @@ def install() -> None:
         "stream": lambda stream: contextlib.nullcontext(stream),
         "Stream": Stream,
         "Event": Event,
-        "is_current_stream_capturing": _constant(False),
+        "is_current_stream_capturing": graphs.is_capturing,
+        "CUDAGraph": graphs.CUDAGraph,
+        "graph": graphs.Capture,
+        "graph_pool_handle": _constant((0, 0)),
         "get_device_properties": _properties,
         "get_device_capability": _constant((9, 0)),
         "get_device_name": _constant("cpu"),
@@ -147,7 +152,7 @@ def install() -> None:
         "manual_seed": _manual_seed,
         # Device and CPU generator are one here; `torch.manual_seed` calls this, then seeds the CPU's with the same.
         "manual_seed_all": lambda seed: _manual_seed(seed),
-        "default_generators": (torch.default_generator,),
+        "default_generators": (graphs.DefaultGenerator(),),
     }
     for name, value in table.items():
         setattr(cuda, name, value)

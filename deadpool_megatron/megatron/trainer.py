@@ -26,7 +26,7 @@ from deadpool_megatron.megatron.loss_report import LossReport
 from deadpool_megatron.megatron.near import numa_node
 from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
-from deadpool_megatron.megatron.reset import reset_after_abort, synchronize_parameters
+from deadpool_megatron.megatron.reset import full_iteration_graphs, reset_after_abort, synchronize_parameters
 from deadpool_megatron.megatron.saving import drop_unfinished_saves
 from deadpool_megatron.megatron.small_state import SmallState, started_iterators
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
@@ -113,6 +113,8 @@ class MegatronTrainer:
         self._engine = _engine()
         self._snapshotter = Snapshotter(self._plan, self._writer, self._engine, Pacing(config.copy_bandwidth))
         self._links = Links(args, model)
+        # No Python runs inside of a replayed iteration: slices are asked for before it, and the gate comes after it.
+        self.graphed = full_iteration_graphs(args)
         self.live_generation: int | None = None
         self._ticks = 0
         self._blocked = 0.0
@@ -215,6 +217,8 @@ class MegatronTrainer:
         if self._resumed_epoch != session.joined_epoch:
             self._resumed_epoch = session.joined_epoch
             session.step("resumed", session.joined_epoch, iteration)
+        if self.graphed and self._fault is not None:
+            self._suffer(self._fault)
         self._blocked = time.perf_counter() - start
 
     def _hold_still(self, hold: r.Hold, iteration: int) -> None:
@@ -231,8 +235,11 @@ class MegatronTrainer:
         raise EpochClosed
 
     def tick(self, backward: bool = False) -> None:
-        """A forward or backward pass begins: copy the next slices, leave if the epoch is over."""
-        if self.paused:
+        """A forward or backward pass begins: copy the next slices, leave if the epoch is over.
+
+        Without effect where the whole iteration is a graph: these passes are its warm-up or its capture.
+        """
+        if self.paused or self.graphed:
             return
         start = time.perf_counter()
         self._mark("backward" if backward else "forward")
@@ -255,6 +262,8 @@ class MegatronTrainer:
     def evaluate(self) -> None:
         """A forward pass of an evaluation begins."""
         self._page.beat()
+        if self.graphed:  # a capture is not to be left
+            return
         points.reach("evaluation.during")
         self.check()
 
@@ -269,6 +278,8 @@ class MegatronTrainer:
         def step_with_ready_grads(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             self._mark("gate")
+            if self.graphed:
+                self._page.beat()
             self._snapshotter.gate()
             if self._host_must_wait:
                 # Nothing has made the host wait for the gradients yet, so an aborted collective could go unseen.

@@ -161,7 +161,7 @@ BAD_VALUES: dict[str, list[object]] = {
     "iterations_to_skip": [[3]],
 }
 GOOD_VALUES: dict[str, list[object]] = {
-    "cuda_graph_impl": [None, "none"],
+    "cuda_graph_impl": [None, "none", "full_iteration"],
     "optimizer": ["adam", "sgd"],
     "fp8": [None],
     "fp4": [None],
