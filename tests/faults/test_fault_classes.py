@@ -18,9 +18,11 @@ import pytest
 from deadpool_megatron.cluster import Exit
 from deadpool_megatron.evaluate.jobs import CLI
 from flags import tiny_gpt
-from jobs import Job, Jobs, environment, launch_flags
+from jobs import ROOT, Job, Jobs, environment, launch_flags
 
 ITERATIONS = 260
+PACED = ROOT / "tests" / "pretrain_paced.py"
+WAITING_S = "0.1"  # that a forward pass sleeps: half a second an iteration
 
 
 def small(iterations: int) -> list[str]:
@@ -39,10 +41,16 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 
 
 class Drama:
-    """A job with parked spares, and the faults that are done to it."""
+    """A job with parked spares, and the faults that are done to it.
 
-    def __init__(self, job: Job, spares: int) -> None:
-        self.job = job
+    It is slow until `finished` is called: new spares take as long as the machine is busy, and the job has to be there.
+    """
+
+    def __init__(self, jobs: Jobs, name: str, nodes: int, spares: int) -> None:
+        self._pace = jobs.directory / f"{name}.pace"
+        self._pace.write_text(WAITING_S)
+        paced = {"PACE_FILE": str(self._pace)}
+        self.job = jobs.start(name, launch_flags(nodes, spares, 1), small(ITERATIONS), PACED, extra=paced)
         self.joined: list[subprocess.Popen[bytes]] = []
         self.parked(spares)
 
@@ -97,8 +105,12 @@ class Drama:
         with other:
             time.sleep(seconds)
 
-    def end(self) -> None:
-        """Wait for the nodes that have joined: they leave with the job."""
+    def finished(self) -> None:
+        """Wait for the end, at full pace, of the job and of the nodes that have joined: they leave with it."""
+        new = self._pace.with_suffix(".new")
+        new.write_text("0")
+        new.replace(self._pace)
+        self.job.finished()
         for process in self.joined:
             process.wait(30)
 
@@ -113,8 +125,8 @@ def undisturbed(jobs: Jobs) -> Job:
 def test_a_run_comes_through_every_class_of_failure_and_ends_as_if_nothing_had_happened(
     jobs: Jobs, undisturbed: Job
 ) -> None:
-    job = jobs.start("drama", launch_flags(5, 1, 1), small(ITERATIONS))
-    drama = Drama(job, 1)
+    drama = Drama(jobs, "drama", 5, 1)
+    job = drama.job
     drama.join()
     # A worker dies: a spare takes over, the healthy node becomes a spare.
     victim = drama.node_of(1)
@@ -145,8 +157,7 @@ def test_a_run_comes_through_every_class_of_failure_and_ends_as_if_nothing_had_h
     drama.parked(1)
     drama.recovers(lambda: drama.command("inject", "--node", str(lost), "--fault", "kill-agent"))
     assert not Path(f"/proc/{orphan}").exists() or "zombie" in Path(f"/proc/{orphan}/status").read_text()
-    job.finished()
-    drama.end()
+    drama.finished()
     assert job.hashes() == undisturbed.hashes()
     expected = {iteration: exact for iteration, *exact in undisturbed.exact()}
     for iteration, *exact in job.exact():
@@ -156,10 +167,10 @@ def test_a_run_comes_through_every_class_of_failure_and_ends_as_if_nothing_had_h
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_hangs_damaged_copies_and_slow_nodes(jobs: Jobs, undisturbed: Job) -> None:
-    job = jobs.start("more-drama", launch_flags(6, 2, 1), small(ITERATIONS))
-    drama = Drama(job, 2)
+    drama = Drama(jobs, "more-drama", 6, 2)
+    job = drama.job
     # A deadlock in the worker's own code: the rank that waits for nobody.
-    at = max((e["iteration"] for e in job.events("iteration")), default=0) + 60
+    at = max((e["iteration"] for e in job.events("iteration")), default=0) + 10
     drama.recovers(lambda: job.inject(drama.node_of(3), at, 3, "--fault", "hang"))
     assert [e["rank"] for e in job.events("stuck")] == [3]
     # Bytes of a copy are damaged, then its owner's worker dies: the other copy is used.
@@ -168,14 +179,14 @@ def test_hangs_damaged_copies_and_slow_nodes(jobs: Jobs, undisturbed: Job) -> No
     drama.recovers(lambda: drama.command("inject", "--node", str(damaged), "--fault", "kill-worker"))
     # A node that is slower than its peers is named.
     slow = drama.node_of(1)
-    at = max(e["iteration"] for e in job.events("iteration")) + 60
+    at = max(e["iteration"] for e in job.events("iteration")) + 10
     job.inject(slow, at, 1, "--fault", "slow", "--seconds", "0.3")
     # (Where processes outnumber the processors others may be slow as well, for a while.)
     named = job.until("the straggler", lambda: [e for e in job.events("straggler") if e["node"] == slow])[0]
     assert f"--node {slow}" in named["advice"]
     drama.parked(1)
     drama.command("drain", "--node", str(slow))
-    job.finished()
+    drama.finished()
     assert job.hashes() == undisturbed.hashes()
 
 
