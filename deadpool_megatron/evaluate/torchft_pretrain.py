@@ -90,9 +90,7 @@ class Replica:
                 self._batch = first
             return self._attempts(forward_backward, data_iterator, num_microbatches, rest)
 
-        done = self._megatron_step(
-            forward_step, data, model, optimizer, scheduler, config, until_committed, **more
-        )
+        done = self._megatron_step(forward_step, data, model, optimizer, scheduler, config, until_committed, **more)
         self._write(committed=True)
         return done
 
