@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -66,8 +67,8 @@ class Outage:
     """One replica killed. Times are seconds from it; ``iteration_s`` is the run's own median.
 
     ``quorum_s``: until the last replica had its first quorum without the dead one. ``first_iteration_s``: until all
-    that train had completed the first iteration in it. ``lost_iterations``: iterations whose work was thrown away.
-    ``participants``: replicas that train afterwards.
+    that train had completed the first iteration in it. ``lost_iterations``: iterations whose work no
+    replica kept. ``participants``: replicas that train afterwards.
     """
 
     settings: str
@@ -159,19 +160,31 @@ def measured(rows: Sequence[Row], moment: float, victim: int, settings: str, ver
     if not moments:
         return None
     step, end = next(iter(moments.items()))
-    first = [row for row in after if row["committed"] and row["step"] == step]
-    thrown = [row["replica"] for row in rows if not row["committed"] and moment < row["t"] <= end]
+    participants = next(row["participants"] for row in after if row["committed"] and row["step"] == step)
+    joined: dict[int, float] = {}
+    for row in after:
+        joined.setdefault(row["replica"], row["quorum"])
     return Outage(
         settings,
         version,
         victim,
         max(row["step"] for row in before) + 1,
-        max(row["quorum"] for row in first) - moment,
+        max(joined.values()) - moment,
         end - moment,
         usual_seconds(before),
-        max((thrown.count(replica) for replica in set(thrown)), default=0),
-        first[0]["participants"],
+        _thrown_away([row for row in rows if moment < row["t"] <= end and row["replica"] != victim], size),
+        participants,
     )
+
+
+def _thrown_away(rows: Sequence[Row], size: int) -> int:
+    """Iterations whose work no survivor kept. One that only some could commit is given to the others by torchft."""
+    kept = {row["step"] for row in rows if row["committed"] and row["replicas"] == size}
+    thrown = Counter((row["step"], row["replica"]) for row in rows if not row["committed"] and row["step"] not in kept)
+    most: dict[int, int] = {}
+    for (step, _), count in thrown.items():
+        most[step] = max(count, most.get(step, 0))
+    return sum(most.values())
 
 
 # ---- the job
