@@ -85,7 +85,7 @@ def run_recovery(options: argparse.Namespace) -> int:
             kills += recoveries(options, base, f"deadpool-{turn}", share)
             if turn < options.torchft:
                 for settings in SETTINGS:
-                    name = f"torchft-{settings.name.replace(' ', '-')}-{turn}"
+                    name = "-".join(["torchft", *settings.name.replace(",", "").split(), str(turn)])
                     others.append(outage(options, base, name, settings))
             if turn < len(plan):
                 mode, interval, warm = plan[turn]
@@ -154,9 +154,10 @@ def _show_ratios(others: list[Outage], kills: list[Recovery]) -> None:
     if not kills:
         return
     ours = statistics.median(k.disturbance_s for k in kills)
+    print("disturbance, torchft / DeadPool (s):")
     for name in dict.fromkeys(o.settings for o in others):
         theirs = statistics.median(o.disturbance_s for o in others if o.settings == name)
-        print(f"disturbance, torchft, {name} / DeadPool: {theirs:.3f} / {ours:.3f} s = {theirs / ours:.1f}")
+        print(f"  {name}: {theirs:.3f} / {ours:.3f} = {theirs / ours:.1f}")
 
 
 def _draw(kills: list[Recovery], found: list[Restart], path: str, others: Sequence[Outage] = ()) -> int:

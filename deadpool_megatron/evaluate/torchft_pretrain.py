@@ -19,6 +19,7 @@ import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +45,7 @@ def replica_arguments(text: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--replicas", type=int, required=True, help="replica groups at the start, spares included")
     parser.add_argument("--active", type=int, required=True, help="replica groups that train")
     parser.add_argument("--lighthouse", required=True, metavar="URL", help="address of torchft's lighthouse")
+    parser.add_argument("--gloo-timeout", type=int, required=True, metavar="S", help="seconds an operation may take")
     parser.add_argument("--directory", type=Path, required=True, help="where the rows go")
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -150,7 +152,7 @@ class Replica:
 
         options = self._options
         self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
-        self._group = ProcessGroupGloo()
+        self._group = ProcessGroupGloo(timeout=timedelta(seconds=options.gloo_timeout))
         self._manager = Manager(
             pg=self._group,
             load_state_dict=load,

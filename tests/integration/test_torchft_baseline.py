@@ -45,7 +45,7 @@ def test_a_kill_under_torchft_is_measured_beside_ours_on_the_same_training(tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(out.read_text())
     defaults, tuned = said["torchft"]
-    assert (defaults["settings"], tuned["settings"]) == ("defaults", "heartbeat 1 s")
+    assert (defaults["settings"], tuned["settings"]) == ("defaults", "heartbeat 1 s, gloo 2 s")
     for each, heartbeat_s in ((defaults, 5.0), (tuned, 1.0)):
         # The last heartbeat may be as old as the interval between two (100 ms) when the replica dies.
         assert heartbeat_s - 0.3 < each["quorum_s"] < each["first_iteration_s"]

@@ -106,14 +106,16 @@ def test_the_normal_time_of_an_iteration_needs_four_of_them() -> None:
 
 def test_a_replica_runs_the_same_arguments_without_what_one_process_cannot_shard() -> None:
     common = ["--replica", "1", "--replicas", "3", "--active", "2", "--lighthouse", "http://x:1", "--directory", "d"]
+    common += ["--gloo-timeout", "60"]
     said = replica_arguments([*common, "script.py", "--bf16", "--use-distributed-optimizer", "--lr", "1e-3"])
     assert (said.replica, said.replicas, said.active, said.script) == (1, 3, 2, "script.py")
     assert without_sharding(said.arguments) == ["--bf16", "--lr", "1e-3"]
 
 
-def test_the_two_settings_differ_in_nothing_but_the_heartbeat() -> None:
+def test_the_two_settings_differ_in_what_the_name_says() -> None:
     defaults, tuned = (settings.flags() for settings in SETTINGS)
     assert [(a, b) for a, b in zip(defaults, tuned, strict=True) if a != b] == [("5000", "1000")]
+    assert [settings.gloo_s for settings in SETTINGS] == [60, 2]
 
 
 def test_the_table_of_torchft_fits_80_columns_and_its_bars_are_drawn(
@@ -126,8 +128,8 @@ def test_the_table_of_torchft_fits_80_columns_and_its_bars_are_drawn(
     _show_ratios([found], [kill])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[-2].split() == ["defaults", "5.386", "5.830", "5.039", "0.444", "1.00", "2", "1"]
-    assert lines[-1].endswith("5.386 / 0.600 s = 9.0")
+    assert lines[-3].split() == ["defaults", "5.386", "5.386", "5.830", "5.039", "0.444", "1.00", "2", "1"]
+    assert lines[-1].endswith("defaults: 5.386 / 0.600 = 9.0")
     pytest.importorskip("matplotlib")
     assert _draw([kill], [], str(tmp_path / "p.png"), [found]) == 0
     assert (tmp_path / "p.png").stat().st_size > 10000
