@@ -55,6 +55,7 @@ setup(
         "rdma": ["nixl>=1.3"],
         "etcd": ["urllib3>=2"],
         "plots": ["matplotlib"],
+        "baselines": ["torchft>=0.2"],
         "muon": ["emerging-optimizers>=0.2"],
         "dev": [
             *["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis", "jsonschema", "pyeclib"],

@@ -3,7 +3,8 @@
 A disturbance is the time from the kill to the end of the first iteration completed after it, less the normal time of
 one iteration. The baseline is the same job without DeadPool: the same kill, then the same command again with
 ``--load``, synchronous and asynchronous saving at several intervals, each with a warm standby (`evaluate.restarts`).
-Kills and restarts alternate, so that both see the same machine. The best interval for ``--mtbf`` is chosen.
+The best interval for ``--mtbf`` is chosen. ``--torchft`` kills replicas of the same model under torchft as well
+(`evaluate.torchft_kills`). All of them alternate, so that they see the same machine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 from deadpool_megatron.evaluate.jobs import JobError
 from deadpool_megatron.evaluate.kills import Recovery, medians, recoveries, say, spread
 from deadpool_megatron.evaluate.restarts import Restart, choose_interval, restarts
+from deadpool_megatron.evaluate.torchft_kills import SETTINGS, Outage, check_torchft, outage, show_outages
 
 __all__ = ["Recovery", "add_recovery_arguments", "run_recovery"]
 
@@ -31,6 +34,7 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     add("--modes", default="sync,async", metavar="LIST", help="checkpoints to restart from (default: sync,async)")
     add("--intervals", default="2,5,20", metavar="LIST", help="iterations between checkpoints (default: 2,5,20)")
     add("--cold-restarts", type=int, default=1, metavar="R", help="restarts without a warm standby (default: 1)")
+    add("--torchft", type=int, default=0, metavar="K", help="kills under torchft, of each settings (default: 0)")
     add("--mtbf", type=float, default=4.0, metavar="H", help="hours between failures, to choose the best (default: 4)")
     add("--active-nodes", type=int, default=4, metavar="N", help="nodes that train (default: 4)")
     add("--nproc-per-node", type=int, default=2, metavar="P", help="workers a node (default: 2)")
@@ -65,18 +69,24 @@ def run_recovery(options: argparse.Namespace) -> int:
     base = Path(tempfile.mkdtemp(prefix="deadpool-bench-"))
     kills: list[Recovery] = []
     found: list[Restart] = []
+    others: list[Outage] = []
     failed = ""
     try:
         plan = _plan(options)
+        check_torchft(options)
     except ValueError as err:
         say(f"deadpool: {err}")
         return 2
-    rounds = max(1, len(plan))
+    rounds = max(1, len(plan), options.torchft)
     try:
         for turn in range(rounds):
             # Alternated: some kills, a restart, some kills ...
             share = options.kills * (turn + 1) // rounds - options.kills * turn // rounds
             kills += recoveries(options, base, f"deadpool-{turn}", share)
+            if turn < options.torchft:
+                for settings in SETTINGS:
+                    name = "-".join(["torchft", *settings.name.replace(",", "").split(), str(turn)])
+                    others.append(outage(options, base, name, settings))
             if turn < len(plan):
                 mode, interval, warm = plan[turn]
                 found += restarts(options, base, mode, interval, warm, 1)  # type: ignore[arg-type]
@@ -86,13 +96,17 @@ def run_recovery(options: argparse.Namespace) -> int:
         _show_kills(kills)
     if found:
         _show_restarts(found, kills, options.mtbf * 3600.0)
+    if others:
+        show_outages(others)
+        _show_ratios(others, kills)
     if options.out:
-        content = {"kills": [asdict(k) for k in kills], "restarts": [asdict(r) for r in found], "seed": options.seed}
+        measured: dict[str, Any] = {"kills": kills, "restarts": found, "torchft": others}
+        content = {name: [asdict(each) for each in rows] for name, rows in measured.items()} | {"seed": options.seed}
         Path(options.out).write_text(json.dumps(content, indent=1) + "\n")
     if failed:
         say(f"deadpool: {failed}")
     if options.picture and kills:
-        return _draw(kills, found, options.picture) or int(bool(failed))
+        return _draw(kills, found, options.picture, others) or int(bool(failed))
     return int(bool(failed))
 
 
@@ -136,7 +150,17 @@ def _show_restarts(found: list[Restart], kills: list[Recovery], mtbf_s: float) -
         print(f"kill to first iteration, restart / DeadPool: {ratio:.1f}")
 
 
-def _draw(kills: list[Recovery], found: list[Restart], path: str) -> int:
+def _show_ratios(others: list[Outage], kills: list[Recovery]) -> None:
+    if not kills:
+        return
+    ours = statistics.median(k.disturbance_s for k in kills)
+    print("disturbance, torchft / DeadPool (s):")
+    for name in dict.fromkeys(o.settings for o in others):
+        theirs = statistics.median(o.disturbance_s for o in others if o.settings == name)
+        print(f"  {name}: {theirs:.3f} / {ours:.3f} = {theirs / ours:.1f}")
+
+
+def _draw(kills: list[Recovery], found: list[Restart], path: str, others: Sequence[Outage] = ()) -> int:
     from deadpool_megatron.observe.figures import COLOURS, MissingPlots, new_figure, save
 
     rows: list[tuple[str, dict[str, float]]] = [("DeadPool", medians(kills))]
@@ -148,18 +172,23 @@ def _draw(kills: list[Recovery], found: list[Restart], path: str) -> int:
         label = f"restart, {key[0]}, every {key[1]}" + ("" if key[2] else ", cold")
         parts = {"job ended": ended, "start, load, first iteration": first - ended, "lost iterations": again}
         rows.append((label, parts))
+    for settings in dict.fromkeys(o.settings for o in others):
+        each = [o.breakdown() for o in others if o.settings == settings]
+        parts = {f"torchft: {name}": statistics.median(row[name] for row in each) for name in each[0]}
+        rows.append((f"torchft, {settings}", parts))
     try:
         figure, axes = new_figure(1.6 + 0.3 * len(rows))
     except MissingPlots as err:
         say(f"deadpool: {err}")
         return 1
+    colours = [*COLOURS, "#999999", "#7F3C8D", "#11A579", "#A5AA99", "#80BA5A", "#E68310"]
     names: dict[str, Any] = {}
     for y, (_, parts) in enumerate(rows):
         left = 0.0
         for name, seconds in parts.items():
             if seconds <= 0.0005:
                 continue
-            colour = names.setdefault(name, ([*COLOURS, "#999999", "#7F3C8D", "#11A579"])[len(names) % 11])
+            colour = names.setdefault(name, colours[len(names) % len(colours)])
             axes.barh(y, seconds, left=left, height=0.6, color=colour, linewidth=0)
             left += seconds
         axes.text(left, y, f" {left:.2f} s", va="center", fontsize=8)
