@@ -7,6 +7,8 @@ import importlib.abc
 import importlib.machinery
 import inspect
 import logging
+import multiprocessing.forkserver
+import multiprocessing.spawn
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -18,6 +20,8 @@ import torch.distributed.distributed_c10d as c10d
 import torch.utils.data
 
 __all__ = ["install"]
+
+_CHILD = "deadpool_megatron.emulation.child"
 
 
 def _without_helpers(module: ModuleType) -> None:
@@ -34,6 +38,25 @@ _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "megatron.core.datasets.utils": _without_helpers,
     "megatron.core.tensor_parallel.random": _quiet,
 }
+
+
+def _emulate_children() -> None:
+    """Processes that multiprocessing starts are emulated too; forked ones are so already.
+
+    Megatron's persistent checkpoint worker comes out of a fork server.
+    """
+    multiprocessing.forkserver.set_forkserver_preload([_CHILD, "__main__"])
+    native = multiprocessing.spawn.get_command_line
+
+    @functools.wraps(native)
+    def get_command_line(**kwargs: Any) -> list[str]:
+        line = list(native(**kwargs))
+        if "-c" in line:  # else a frozen program, which has no such line
+            code = line.index("-c") + 1
+            line[code] = f"import {_CHILD}; {line[code]}"
+        return line
+
+    multiprocessing.spawn.get_command_line = get_command_line
 
 
 class _Loader(importlib.abc.Loader):
@@ -93,6 +116,7 @@ def install() -> None:
     """Install all of it. Modules that are imported already are changed at once."""
     for name in ("init_process_group", "new_group"):
         _on_gloo(name)
+    _emulate_children()
     loader: Any = torch.utils.data.DataLoader
     original_init = loader.__init__
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from deadpool_megatron.emulation import environment
 
 
@@ -72,3 +74,18 @@ def test_a_script_that_is_not_there_is_named_in_one_line() -> None:
     done = _python("-m", "deadpool_megatron.emulation", "/nowhere/train.py")
     assert done.returncode == 1
     assert done.stderr == "deadpool: /nowhere/train.py: no such script\n"
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_processes_of_multiprocessing_are_emulated_too(tmp_path: Path, method: str) -> None:
+    (tmp_path / "beside.py").write_text("import torch\n\ndef devices():\n    return torch.cuda.device_count()\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "from beside import devices\n"
+        "if __name__ == '__main__':\n"
+        f"    with multiprocessing.get_context('{method}').Pool(1) as pool:\n"
+        "        print(pool.apply(devices))\n"
+    )
+    done = _python("-m", "deadpool_megatron.emulation", str(script))
+    assert done.returncode == 0 and done.stdout == "1\n", done.stderr
