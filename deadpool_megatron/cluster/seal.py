@@ -37,7 +37,8 @@ class Seal:
     """
 
     def __init__(self, secret: bytes, end: Literal["coordinator", "agent"]) -> None:
-        self._key = hmac.new(secret, b"deadpool control seal", hashlib.sha256).digest()
+        key = hmac.new(secret, b"deadpool control seal", hashlib.sha256).digest()
+        self._keyed = hashlib.blake2b(key=key, digest_size=_TAG)  # copied for each packet: the key is taken in once
         self._out, self._in = (b"c", b"a") if end == "coordinator" else (b"a", b"c")
         self._session = os.urandom(8)
         self._sent = 0
@@ -78,5 +79,6 @@ class Seal:
         return packet
 
     def _tag(self, direction: bytes, name: bytes, head: bytes, packet: bytes) -> bytes:
-        text = b"".join((direction, len(name).to_bytes(2, "big"), name, head, packet))
-        return hashlib.blake2b(text, key=self._key, digest_size=_TAG).digest()
+        tag = self._keyed.copy()
+        tag.update(b"".join((direction, len(name).to_bytes(2, "big"), name, head, packet)))
+        return tag.digest()

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from deadpool_megatron.observe.narrative import paragraph
 from deadpool_megatron.observe.recoveries import Story
 
@@ -36,7 +38,6 @@ JOB: Final = "job.json"
 LOGS: Final = "logs"
 RECOVERIES: Final = "recoveries.log"
 _COLUMNS: Final = 80
-_MOST_INDENTED: Final = 1024  # coordinates; json's fast path knows no indentation
 
 
 class RunDirectory:
@@ -90,10 +91,9 @@ class RunDirectory:
 
     def _replace(self, name: str, content: dict[str, Any], mode: int) -> None:
         temporary = self.path / f".{name}.{os.getpid()}"
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as f:
-            large = len(content.get("coordinates", ())) > _MOST_INDENTED
-            f.write(json.dumps(content, indent=None if large else 1))
-            f.write("\n")
+        text = msgspec.json.format(msgspec.json.encode(content), indent=1)  # (twenty times as fast as json's)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as f:
+            f.write(text + b"\n")
         os.replace(temporary, self.path / name)
 
     def close(self) -> None:
