@@ -299,7 +299,8 @@ class Swarm:
         held = agent.held
         agent.ranks = self._ranks.get(agent.node, [])
         agent.settled = not agent.ranks
-        version = [(0, agent.generation)]
+        # (a vault has two slots: others may not have committed this node's newest generation yet)
+        version = [(0, agent.generation - 1), (0, agent.generation)]
         offer = r.Offer(
             record.epoch,
             agent.node,
