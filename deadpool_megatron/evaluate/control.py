@@ -30,8 +30,10 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.leadership import Leadership
 from deadpool_megatron.cluster.store import EMBEDDED, StoreError, open_store
 from deadpool_megatron.evaluate.etcd import EtcdMembers, cpu_s
+from deadpool_megatron.evaluate.pictures import draw_control
 from deadpool_megatron.evaluate.swarm import SwarmSettings
 from deadpool_megatron.observe import STATUS, EventTail
+from deadpool_megatron.observe.figures import MissingPlots
 from deadpool_megatron.processes import INTERRUPT, CoordinatorProcess, Processes
 
 __all__ = ["SimulatedCluster", "add_control_arguments", "run_control"]
@@ -344,9 +346,10 @@ def run_control(options: argparse.Namespace) -> int:
         print(f"deadpool: bench control: {err}", file=sys.stderr)
         return 2
     print(table(results))
-    from deadpool_megatron.evaluate.pictures import draw_control
-
-    print(draw_control(out, results))
+    try:
+        print(draw_control(out, results))
+    except MissingPlots as err:
+        print(f"deadpool: {err}", file=sys.stderr)
     return 0
 
 

@@ -22,7 +22,9 @@ from typing import Any
 
 from deadpool_megatron.evaluate.checkpoints import CHECKPOINTS, check_kind
 from deadpool_megatron.evaluate.jobs import Job, JobError
+from deadpool_megatron.evaluate.pictures import draw_overhead
 from deadpool_megatron.evaluate.ratio import Comparison, compare
+from deadpool_megatron.observe.figures import MissingPlots
 
 __all__ = ["add_overhead_arguments", "run_overhead"]
 
@@ -317,9 +319,7 @@ def _write(directory: Path, options: argparse.Namespace, found: dict[str, Any]) 
     }
     (directory / "overhead.json").write_text(json.dumps({"conditions": conditions, "results": found}, indent=1))
     try:
-        from deadpool_megatron.evaluate.pictures import draw_overhead
-    except ImportError:
-        _say("deadpool: no pictures: matplotlib is not installed (pip install 'deadpool-megatron[bench]')")
-        return
-    for path in draw_overhead(directory, found):
-        _say(f"deadpool: {path}")
+        for path in draw_overhead(directory, found):
+            _say(f"deadpool: {path}")
+    except MissingPlots as err:
+        _say(f"deadpool: {err}")

@@ -181,7 +181,7 @@ def _draw(kills: list[Recovery], found: list[Restart], path: str, others: Sequen
     except MissingPlots as err:
         say(f"deadpool: {err}")
         return 1
-    colours = [*COLOURS, "#999999", "#7F3C8D", "#11A579", "#A5AA99", "#80BA5A", "#E68310"]
+    colours = [*COLOURS, "#999999", "#7F3C8D", "#8C564B", "#D7B5A6", "#2E4A1E", "#FF9DA7"]
     names: dict[str, Any] = {}
     for y, (_, parts) in enumerate(rows):
         left = 0.0
