@@ -143,6 +143,7 @@ def _run(
 
 def _show(found: dict[str, list[Recovery]]) -> None:
     short = {"detected": "detect", "declared": "decl.", "aborted": "abort", "prepared": "prep.", "reformed": "reform"}
+    short |= {"restored": "restore", "resumed": "resume"}
     names = [n for n in (*PHASES, "redo") if n not in ("declared", "agreed")]
     print("seconds, medians; disturbance: kill to first iteration, less a normal one")
     print(f"{'':<11}{'n':>3}{'disturb.':>9}" + "".join(f"{short.get(n, n):>8}" for n in names))
