@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from flags import tiny_gpt, with_value
-from jobs import Job, Jobs, assert_same_training, launch_flags
+from jobs import Jobs, assert_same_training, launch_flags
 
 ITERATIONS = 12
 GRAPHS = ["--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps", "1", "--logging-level", "20"]
@@ -19,21 +17,9 @@ def _gpt() -> list[str]:
     return [*flags, "--no-check-for-nan-in-loss-and-grad"]
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("graphs"))
-    yield all_jobs
-    all_jobs.end()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(jobs: Jobs) -> Job:
-    """Without graphs: they compute the same."""
-    return jobs.start("undisturbed", launch_flags(4, slots=1), _gpt()).finished()
-
-
 @pytest.mark.timeout(300)
-def test_nodes_lost_while_a_graph_is_replayed_and_after_it_was_captured_anew(jobs: Jobs, undisturbed: Job) -> None:
+def test_nodes_lost_while_a_graph_is_replayed_and_after_it_was_captured_anew(jobs: Jobs) -> None:
+    undisturbed = jobs.start("undisturbed", launch_flags(4, slots=1), _gpt()).finished()  # graphs compute the same
     job = jobs.start("killed", launch_flags(6, 2, slots=1), [*_gpt(), *GRAPHS])
     job.until_event("started")
     job.inject(0, 5, 1)  # the others wait for it inside of the graph
