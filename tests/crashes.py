@@ -26,11 +26,10 @@ from deadpool_megatron.evaluate.jobs import CLI
 from deadpool_megatron.observe import LOGS, EventTail
 from deadpool_megatron.vault import PREFIX, Arena
 from flags import duo_gpt, tiny_gpt, with_value
-from jobs import ROOT, Job, Jobs, environment, launch_flags
+from jobs import PACED, Job, Jobs, environment, launch_flags, set_pace
 
 __all__ = ["Gauntlet", "Result", "differences", "gauntlet_flags", "results", "write_results"]
 
-PACED = ROOT / "tests" / "pretrain_paced.py"
 CALM_S, WAITING_S = "0", "0.5"  # seconds that a forward pass sleeps
 STRIKE_S = 120.0
 RECOVERY_S = 150.0
@@ -124,9 +123,7 @@ class Gauntlet:
 
     def pace(self, seconds: str) -> None:
         """What a forward pass sleeps from now on. The file is there and whole at any time."""
-        new = self._pace.with_suffix(".new")
-        new.write_text(seconds)
-        new.replace(self._pace)
+        set_pace(self._pace, seconds)
 
     def command(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a `deadpool` command on the job."""

@@ -114,7 +114,7 @@ class MegatronTrainer:
         self._snapshotter = Snapshotter(self._plan, self._writer, self._engine, Pacing(config.copy_bandwidth))
         self._links = Links(args, model)
         # No Python runs inside of a replayed iteration: slices are asked for before it, and the gate comes after it.
-        self.graphed = full_iteration_graphs(args)
+        self._graphed = full_iteration_graphs(args)
         self.live_generation: int | None = None
         self._ticks = 0
         self._blocked = 0.0
@@ -217,7 +217,7 @@ class MegatronTrainer:
         if self._resumed_epoch != session.joined_epoch:
             self._resumed_epoch = session.joined_epoch
             session.step("resumed", session.joined_epoch, iteration)
-        if self.graphed and self._fault is not None:
+        if self._graphed and self._fault is not None:
             self._suffer(self._fault)
         self._blocked = time.perf_counter() - start
 
@@ -239,7 +239,7 @@ class MegatronTrainer:
 
         Without effect where the whole iteration is a graph: these passes are its warm-up or its capture.
         """
-        if self.paused or self.graphed:
+        if self.paused or self._graphed:
             return
         start = time.perf_counter()
         self._mark("backward" if backward else "forward")
@@ -262,7 +262,7 @@ class MegatronTrainer:
     def evaluate(self) -> None:
         """A forward pass of an evaluation begins."""
         self._page.beat()
-        if self.graphed:  # a capture is not to be left
+        if self._graphed:  # a capture is not to be left
             return
         points.reach("evaluation.during")
         self.check()
@@ -278,7 +278,7 @@ class MegatronTrainer:
         def step_with_ready_grads(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             self._mark("gate")
-            if self.graphed:
+            if self._graphed:
                 self._page.beat()
             self._snapshotter.gate()
             if self._host_must_wait:

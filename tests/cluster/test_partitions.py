@@ -23,13 +23,12 @@ import pytest
 
 from deadpool_megatron.cluster import Exit
 from flags import duo_gpt
-from jobs import ROOT, Job, Jobs, launch_flags
+from jobs import PACED, Job, Jobs, launch_flags, set_pace
 from machines import Machines, MachinesJob
 from namespaces import Network, why_not
 
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
-PACED = ROOT / "tests" / "pretrain_paced.py"
 ITERATIONS, LEASE_S = 100, 3.0
 FLAGS = [*duo_gpt("pipeline", iters=ITERATIONS), "--deadpool-lease", str(LEASE_S)]
 # Until a node that is cut off has fenced itself: its lease, then asking the others.
@@ -65,9 +64,7 @@ class Nodes:
 
     def pace(self, seconds: float) -> None:
         """What a forward pass sleeps."""
-        new = self._pace.with_suffix(".new")  # read at any time: it must be whole
-        new.write_text(str(seconds))
-        new.replace(self._pace)
+        set_pace(self._pace, seconds)
 
     def node_of(self, rank: int) -> int:
         node: int = self.job.status()["coordinates"][rank]["node"]

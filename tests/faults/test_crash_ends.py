@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from crash_cases import ELSEWHERE, ENDS
-from crashes import PACED, write_results
+from crashes import write_results
 from deadpool_megatron import points
 from deadpool_megatron.cli import main
 from deadpool_megatron.cluster import records as r  # noqa: F401 - adds the points of messages
 from deadpool_megatron.observe import JOB, LOGS
 from flags import duo_gpt
-from jobs import Job, Jobs, launch_flags
+from jobs import PACED, Job, Jobs, launch_flags
 
 ITERATIONS = 12
 FLAGS = [*duo_gpt("data", iters=ITERATIONS), "--deadpool-lease", "3", "--deadpool-abort-deadline", "15"]

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from crash_cases import GROUPS, REPRESENTATIVE, Case
-from crashes import CALM_S, COORDINATES, PACED, Gauntlet, differences, gauntlet_flags, results, write_results
+from crashes import CALM_S, COORDINATES, Gauntlet, differences, gauntlet_flags, results, write_results
 from deadpool_megatron.observe import LOGS
-from jobs import Job, Jobs, launch_flags
+from jobs import PACED, Job, Jobs, launch_flags
 
 FEW, MANY, SOME = 60, 320, 200
 BUDGET_S = 600.0  # for the cases of a group; what is left then is not begun

@@ -18,10 +18,9 @@ import pytest
 from deadpool_megatron.cluster import Exit
 from deadpool_megatron.evaluate.jobs import CLI
 from flags import tiny_gpt
-from jobs import ROOT, Job, Jobs, environment, launch_flags
+from jobs import PACED, Job, Jobs, environment, launch_flags, set_pace
 
 ITERATIONS = 260
-PACED = ROOT / "tests" / "pretrain_paced.py"
 WAITING_S = "0.1"  # that a forward pass sleeps: half a second an iteration
 
 
@@ -48,7 +47,7 @@ class Drama:
 
     def __init__(self, jobs: Jobs, name: str, nodes: int, spares: int) -> None:
         self._pace = jobs.directory / f"{name}.pace"
-        self._pace.write_text(WAITING_S)
+        set_pace(self._pace, WAITING_S)
         paced = {"PACE_FILE": str(self._pace)}
         self.job = jobs.start(name, launch_flags(nodes, spares, 1), small(ITERATIONS), PACED, extra=paced)
         self.joined: list[subprocess.Popen[bytes]] = []
@@ -107,9 +106,7 @@ class Drama:
 
     def finished(self) -> None:
         """Wait for the end, at full pace, of the job and of the nodes that have joined: they leave with it."""
-        new = self._pace.with_suffix(".new")
-        new.write_text("0")
-        new.replace(self._pace)
+        set_pace(self._pace, "0")
         self.job.finished()
         for process in self.joined:
             process.wait(30)

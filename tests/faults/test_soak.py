@@ -13,8 +13,8 @@ import random
 import pytest
 
 from crash_cases import GROUPS
-from crashes import CALM_S, COORDINATES, PACED, Gauntlet, differences, gauntlet_flags, write_results
-from jobs import Jobs, launch_flags
+from crashes import CALM_S, COORDINATES, Gauntlet, differences, gauntlet_flags, write_results
+from jobs import PACED, Jobs, launch_flags
 
 # What `deadpool inject` does at once, and the event that tells of it.
 AT_ONCE = {
