@@ -150,7 +150,11 @@ class Hub:
         self.socket.send(self.seal.close(identity, packet))
 
     def close(self) -> None:
-        """Give queued packets a second to leave, then close."""
+        """Give queued packets a second to leave, then close.
+
+        What has left may still be lost: a spoke that finds its connection gone drops the packets it has not read yet
+        (libzmq, session_base_t::reconnect of a ZMQ_IMMEDIATE socket). Who says last words closes after the spokes.
+        """
         self.socket.disable_monitor()
         self._monitor.close(linger=0)
         self.socket.close(linger=1000)

@@ -82,6 +82,10 @@ _to_hub = msgspec.msgpack.Decoder(Here | Clock | Speed)
 _to_node = msgspec.msgpack.Decoder(Ask | Round | Result)
 
 
+def _name(node: int) -> bytes:
+    return f"doctor-{node}".encode()
+
+
 def _token(secret: bytes, shift: int, sender: int) -> bytes:
     return hmac.new(secret, f"deadpool-doctor-{shift}-{sender}".encode(), hashlib.sha256).digest()
 
@@ -113,7 +117,7 @@ def host_meeting(
                 inbox[:] = [m for m in inbox if not isinstance(m, kind)]
 
         def tell(node: int, message: _Message) -> None:
-            hub.send(f"doctor-{node}".encode(), msgspec.msgpack.encode(message))
+            hub.send(_name(node), msgspec.msgpack.encode(message))
 
         here: dict[int, Here] = {}
         collect("word", Here, here)  # type: ignore[arg-type]
@@ -130,6 +134,9 @@ def host_meeting(
         lines += _links(speeds)
         for node in range(nodes):
             tell(node, Result([(f.what, f.state, f.found, f.mend) for f in lines]))
+        left = {_name(node) for node in range(nodes)}
+        while left and time.monotonic() < end:  # who has the result leaves
+            hub.wait(0.5, lambda identity, packet: None, left.discard)
     finally:
         hub.close()
 
@@ -179,7 +186,7 @@ def join_meeting(endpoint: str, node: int, address: str, secret: bytes, deadline
         address: where the other nodes reach this one.
     """
     with socket.create_server((address, 0), backlog=64) as server:
-        spoke = Spoke(endpoint, f"doctor-{node}", secret, _LEASE_S)
+        spoke = Spoke(endpoint, _name(node).decode(), secret, _LEASE_S)
         try:
             spoke.send(msgspec.msgpack.encode(Here(node, address, server.getsockname()[1])))
             end = time.monotonic() + deadline_s

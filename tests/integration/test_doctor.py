@@ -7,12 +7,18 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from queue import Queue
 
 import pytest
 
+from deadpool_megatron.cluster.link import Spoke
+from deadpool_megatron.cluster.ports import free_ports
 from deadpool_megatron.comm import nccl_environment
-from deadpool_megatron.evaluate.doctor import check_environment, check_machine
+from deadpool_megatron.evaluate.doctor import Finding, check_environment, check_machine
+from deadpool_megatron.evaluate.network import host_meeting, join_meeting
 
 DOCTOR = [sys.executable, "-m", "deadpool_megatron.cli", "doctor"]
 ROOT = Path(__file__).parents[2]
@@ -26,12 +32,6 @@ def _start(*options: str, **environment: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
-
-
-def _port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def test_each_setting_that_breaks_abort_is_named_with_the_line_that_mends_it() -> None:
@@ -73,7 +73,7 @@ def test_the_output_is_aligned_at_80_columns_and_the_exit_code_says_whether_to_s
 def test_nodes_meet_and_every_link_is_measured(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("ab" * 32)
-    meet = ["--meet", f"127.0.0.1:{_port()}", "--nnodes", "3", "--mib", "8", "--secret-file", str(secret)]
+    meet = ["--meet", f"127.0.0.1:{free_ports(1)[0]}", "--nnodes", "3", "--mib", "8", "--secret-file", str(secret)]
     nodes = [_start(*meet, "--node-rank", str(i)) for i in range(3)]
     for node in nodes:
         out, err = node.communicate(timeout=90)
@@ -82,10 +82,34 @@ def test_nodes_meet_and_every_link_is_measured(tmp_path: Path) -> None:
         assert re.search(r"3 links, each node sending at once: median [\d.]+", " ".join(out.split()))
 
 
+def test_a_node_that_is_slow_to_read_gets_the_result_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    receive, secret, ports = Spoke.receive, bytes(32), Queue[int]()
+    found: dict[int, list[Finding]] = {}
+
+    def slow(spoke: Spoke, timeout_s: float = 0.0) -> bytes | None:
+        if threading.current_thread().name == "1":
+            time.sleep(1.5)  # longer than the meeting point gives its last packets to leave
+        return receive(spoke, timeout_s)
+
+    def join(node: int) -> None:
+        found[node] = join_meeting(f"127.0.0.1:{port}", node, "127.0.0.1", secret, 20.0)
+
+    monkeypatch.setattr(Spoke, "receive", slow)
+    host = threading.Thread(target=host_meeting, args=("127.0.0.1", 0, 2, secret, 1 << 20, 20.0, ports.put))
+    host.start()
+    port = ports.get()
+    nodes = [threading.Thread(target=join, args=(node,), name=str(node)) for node in range(2)]
+    for node in nodes:
+        node.start()
+    for thread in (*nodes, host):
+        thread.join(30)
+    assert found[0] == found[1] and found[0][0].found == "2 have met"
+
+
 def test_a_node_that_stays_away_is_named(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("ab" * 32)
-    meet = ["--meet", f"127.0.0.1:{_port()}", "--nnodes", "2", "--deadline", "3", "--secret-file", str(secret)]
+    meet = ["--meet", f"127.0.0.1:{free_ports(1)[0]}", "--nnodes", "2", "--deadline", "3", "--secret-file", str(secret)]
     _, err = (node := _start(*meet, "--node-rank", "0")).communicate(timeout=60)
     assert node.returncode == 2 and err.count("\n") == 1
     assert "no word from node 1 within 3 s" in err
@@ -95,7 +119,7 @@ def test_a_node_with_another_secret_is_not_heard(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.write_text("ab" * 32)
     theirs.write_text("cd" * 32)
-    meet = ["--meet", f"127.0.0.1:{_port()}", "--nnodes", "2", "--deadline", "4", "--secret-file"]
+    meet = ["--meet", f"127.0.0.1:{free_ports(1)[0]}", "--nnodes", "2", "--deadline", "4", "--secret-file"]
     host = _start(*meet, str(ours), "--node-rank", "0")
     stranger = _start(*meet, str(theirs), "--node-rank", "1")
     assert "no word from node 1" in host.communicate(timeout=60)[1]
