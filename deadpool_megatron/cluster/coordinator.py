@@ -33,10 +33,10 @@ __all__ = ["Coordinator", "CoordinatorSettings"]
 _FAREWELL_S = 10.0
 _MOST_REFUSALS_TOLD = 100
 _GATHER_S = (0.003, 0.02)
-_GATHER_S_A_NODE = 1e-5  # about what a packet costs
+_GATHER_S_A_NODE = 2e-5  # about what a packet costs
 _STATUS_INTERVAL_S = 0.2
 _STATUS_FIRST = frozenset({"training", "resumed"})  # who reads of these finds in status.json who holds what now
-_STATUS_SHARE = 0.01  # of the coordinator's time that writing it may take, in large jobs
+_STATUS_SHARE = 0.005  # of the coordinator's time that writing it may take, in large jobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -562,7 +562,7 @@ class Core:
             self._stop(Exit.PREEMPTED, self._durability.leave)
 
     def _paced(self, record: r.Pace) -> None:
-        ratio = self._stragglers.report(record.node, record.forward_s, self._layout.stages)
+        ratio = self._stragglers.report(record.node, record.forward_s, self._layout.stages, self._now)
         if ratio is not None:
             self._emit(
                 "straggler",

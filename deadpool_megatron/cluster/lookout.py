@@ -17,11 +17,16 @@ from deadpool_megatron.cluster.stalls import StallRule
 from deadpool_megatron.cluster.stuck import StuckWatch
 from deadpool_megatron.cluster.workers import Worker
 
-__all__ = ["LOOK_S", "Lookout"]
+__all__ = ["LOOK_S", "Lookout", "pace_every_s"]
 
 LOOK_S = 0.25
 _PACE_S = 2.0
-_MANY_NODES = 512  # more tell their pace less often, so that the coordinator hears as many a second
+_MANY_NODES = 128  # more tell their pace less often, so that the coordinator hears as many a second
+
+
+def pace_every_s(active_nodes: int) -> float:
+    """How often a node tells its pace, in seconds."""
+    return _PACE_S * max(1.0, active_nodes / _MANY_NODES)
 
 
 class Lookout:
@@ -48,7 +53,7 @@ class Lookout:
         if settings.hang_floor > 0:
             rule = StallRule(settings.hang_factor, settings.hang_floor, settings.hang_outside)
             self._stuck = StuckWatch(rule, settings.lease, self._stalled)
-        self._pace_s = _PACE_S * max(1.0, settings.active_nodes / _MANY_NODES)
+        self._pace_s = pace_every_s(settings.active_nodes)
         self._due = self._pace_due = 0.0
 
     def look(self, connected: bool) -> str:

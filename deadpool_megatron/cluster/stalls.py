@@ -99,18 +99,20 @@ class StragglerJudge:
     """Finds nodes that are slower than those that do the same work: their peers of the same pipeline stage.
 
     A node is a straggler when the forward pass of one of its ranks takes ``factor`` times the lower median of the
-    others of its stage in ``times`` reports in a row: half a minute, since an alarm about a moment's load is false.
+    others of its stage in every report of ``lasting_s`` seconds: an alarm about a moment's load is false.
     """
 
-    def __init__(self, factor: float = 1.5, times: int = 15) -> None:
+    def __init__(self, factor: float = 1.5, lasting_s: float = 28.0) -> None:
         self._factor = factor
-        self._times = times
+        self._lasting_s = lasting_s
         self._latest: dict[int, tuple[int, float]] = {}  # by rank, its stage and seconds
         self._sorted: dict[int, list[float]] = {}  # by stage
-        self._streak: dict[int, int] = {}
+        self._slow_since: dict[int, float] = {}
         self.named: dict[int, float] = {}
 
-    def report(self, node: int, forward_s: Mapping[int, float], stage_of: Mapping[int, int]) -> float | None:
+    def report(
+        self, node: int, forward_s: Mapping[int, float], stage_of: Mapping[int, int], now: float
+    ) -> float | None:
         """A node's seconds a microbatch, by rank. Returns how many times slower it is when it becomes a straggler."""
         for rank, seconds in forward_s.items():
             self._take_out(rank)
@@ -119,11 +121,10 @@ class StragglerJudge:
                 insort(self._sorted.setdefault(stage, []), seconds)
         ratio = max((self._ratio(rank) for rank in forward_s), default=1.0)
         if ratio < self._factor:
-            self._streak[node] = 0
+            self._slow_since.pop(node, None)
             self.named.pop(node, None)
             return None
-        self._streak[node] = self._streak.get(node, 0) + 1
-        if self._streak[node] < self._times or node in self.named:
+        if now - self._slow_since.setdefault(node, now) < self._lasting_s or node in self.named:
             return None
         self.named[node] = ratio
         return ratio
@@ -132,7 +133,7 @@ class StragglerJudge:
         """These coordinates have moved."""
         for rank in ranks:
             self._take_out(rank)
-        self._streak.clear()
+        self._slow_since.clear()
         self.named.clear()
 
     def _take_out(self, rank: int) -> None:

@@ -28,13 +28,12 @@ import zmq
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.link import Spoke
+from deadpool_megatron.cluster.lookout import pace_every_s
 from deadpool_megatron.cluster.redundancy import Scheme, holders
 from deadpool_megatron.cluster.tables import Tables, apply
 
 __all__ = ["Swarm", "SwarmSettings", "main"]
 
-_PACE_S: Final = 2.0  # as an agent's
-_MANY_NODES: Final = 512
 _TCP_INFO_BYTES: Final = 136  # up to tcpi_bytes_received
 
 
@@ -339,14 +338,14 @@ class Swarm:
     # ---- failure-free
 
     def _live(self, agent: _Agent) -> None:
-        """From the first step on: its pace every two seconds, each at another moment."""
+        """From the first step on: its pace now and then, each at another moment."""
         if self._s.iteration_s and agent.ranks:
-            self._after(self._random.random() * _PACE_S, lambda: self._pace(agent))
+            self._after(self._random.random() * pace_every_s(self._s.active), lambda: self._pace(agent))
 
     def _pace(self, agent: _Agent) -> None:
         if not agent.alive:
             return
-        self._after(_PACE_S * max(1.0, self._s.active / _MANY_NODES), lambda: self._pace(agent))
+        self._after(pace_every_s(self._s.active), lambda: self._pace(agent))
         if agent.ranks:
             paces = {rank: 0.01 + 0.001 * self._random.random() for rank in agent.ranks}
             self._send(agent, r.Pace(agent.node, max(0, self._iteration), paces))

@@ -115,11 +115,15 @@ class CommitLedger:
             return None
         self.progress(version.generation)
         before = self._local[member]
+        if version in before:
+            return None
         self._local[member] = after = before | {version}
         self._alike[before] -= 1
+        self._alike[after] += 1
+        if self._alike[before] and self._alike[after] > 1:
+            return None  # the same sets as before: nothing follows from them that has not already
         if not self._alike[before]:
             del self._alike[before]
-        self._alike[after] += 1
         if all(version in done for done in self._alike):
             return self._tell(Told(version, version))
         lasts = {max(done) for done in self._alike if done}

@@ -83,17 +83,18 @@ def test_old_reports_count_for_nothing() -> None:
     assert judge.due is None
 
 
-def test_a_straggler_is_named_against_its_own_stage_after_some_reports_in_a_row() -> None:
-    judge, stages = StragglerJudge(factor=1.5, times=3), {0: 0, 1: 0, 2: 1, 3: 1}
+@pytest.mark.parametrize("every", [2.0, 16.0])
+def test_a_straggler_is_named_against_its_own_stage_when_it_has_lasted(every: float) -> None:
+    judge, stages = StragglerJudge(factor=1.5, lasting_s=every * 2), {0: 0, 1: 0, 2: 1, 3: 1}
     named = []
-    for _ in range(5):
+    for i in range(5):
         for rank, seconds in ((0, 0.1), (1, 0.3), (2, 0.9), (3, 0.9)):
-            named.append((rank, judge.report(rank, {rank: seconds}, stages)))
-    assert [(rank, round(x, 1)) for rank, x in named if x] == [(1, 3.0)]
+            named.append((i, rank, judge.report(rank, {rank: seconds}, stages, now=i * every)))
+    assert [(i, rank, round(x, 1)) for i, rank, x in named if x] == [(2, 1, 3.0)]
 
 
 def test_a_short_hiccup_is_no_straggler() -> None:
-    judge, stages = StragglerJudge(factor=1.5, times=3), {0: 0, 1: 0}
-    judge.report(0, {0: 0.1}, stages)
-    for seconds in (0.3, 0.3, 0.1, 0.3, 0.3, 0.1):
-        assert judge.report(1, {1: seconds}, stages) is None
+    judge, stages = StragglerJudge(factor=1.5, lasting_s=4.0), {0: 0, 1: 0}
+    judge.report(0, {0: 0.1}, stages, now=0.0)
+    for i, seconds in enumerate((0.3, 0.3, 0.1, 0.3, 0.3, 0.1)):
+        assert judge.report(1, {1: seconds}, stages, now=2.0 * i) is None
