@@ -88,7 +88,7 @@ def test_a_slow_agent_is_waited_for_and_not_taken_for_dead(build: Build) -> None
     cluster = build(lease=1.0, step_s={5: 2.5})
     at = cluster.kill(3)
     resumed = _recovered(cluster, [3])
-    assert resumed["t"] - at > 7.0, "three steps of it"
+    assert 4.9 < resumed["t"] - at < 7.0, "two steps of it: its groups form beside the transfer of its shards"
 
 
 @pytest.mark.slow
