@@ -33,7 +33,7 @@ __all__ = ["Coordinator", "CoordinatorSettings"]
 _FAREWELL_S = 10.0
 _MOST_REFUSALS_TOLD = 100
 _GATHER_S = (0.003, 0.02)
-_GATHER_S_A_NODE = 2e-5  # about what a packet costs
+_GATHER_S_A_NODE = 2e-5  # about what a packet and its answer cost
 _STATUS_INTERVAL_S = 0.2
 _STATUS_FIRST = frozenset({"training", "resumed"})  # who reads of these finds in status.json who holds what now
 _STATUS_SHARE = 0.005  # of the coordinator's time that writing it may take, in large jobs
@@ -295,13 +295,7 @@ class Coordinator:
 
     def _say_goodbye(self) -> None:
         """Wait until every agent has ended its workers and left, within a deadline."""
-        end = time.monotonic() + _FAREWELL_S
         left = self._connected - {n for n, s in self._core.nodes.items() if s.gone}
-
-        def gone(identity: bytes) -> None:
-            name = identity.decode(errors="replace")
-            if name.startswith("node-"):  # commands that asked for a place leave too
-                left.discard(int(name.removeprefix("node-")))
 
         def last_words(identity: bytes, packet: bytes) -> None:
             try:
@@ -312,8 +306,7 @@ class Coordinator:
             if isinstance(record, r.StateHash):
                 self._core.state_hashes[record.rank] = record.digests
 
-        while left and time.monotonic() < end:
-            self._hub.wait(min(0.2, end - time.monotonic()), last_words, gone)
+        self._hub.farewell(map(_identity, left), _FAREWELL_S, last_words)
 
     def _write_state_hash(self) -> None:
         path = self._settings.state_hash

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 import zmq
 import zmq.auth.thread
@@ -149,11 +150,17 @@ class Hub:
         self.socket.send(identity, _SNDMORE)
         self.socket.send(self.seal.close(identity, packet))
 
+    def farewell(self, to: Iterable[bytes], within_s: float, on_packet: Callable[[bytes, bytes], None]) -> None:
+        """Last words are sent: handle what still comes until all of ``to`` have left, ``within_s`` seconds at most."""
+        left, end = set(to), time.monotonic() + within_s
+        while left and (rest := end - time.monotonic()) > 0:
+            self.wait(min(0.2, rest), on_packet, left.discard)
+
     def close(self) -> None:
         """Give queued packets a second to leave, then close.
 
         What has left may still be lost: a spoke that finds its connection gone drops the packets it has not read yet
-        (libzmq, session_base_t::reconnect of a ZMQ_IMMEDIATE socket). Who says last words closes after the spokes.
+        (libzmq, session_base_t::reconnect of a ZMQ_IMMEDIATE socket). After last words comes `farewell`.
         """
         self.socket.disable_monitor()
         self._monitor.close(linger=0)

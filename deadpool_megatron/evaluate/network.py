@@ -134,9 +134,8 @@ def host_meeting(
         lines += _links(speeds)
         for node in range(nodes):
             tell(node, Result([(f.what, f.state, f.found, f.mend) for f in lines]))
-        left = {_name(node) for node in range(nodes)}
-        while left and time.monotonic() < end:  # who has the result leaves
-            hub.wait(0.5, lambda identity, packet: None, left.discard)
+        # who has the result leaves
+        hub.farewell(map(_name, range(nodes)), end - time.monotonic(), lambda identity, packet: None)
     finally:
         hub.close()
 

@@ -144,7 +144,7 @@ def test_a_frozen_agent_is_noticed_within_the_lease_and_a_healthy_one_is_not() -
         assert not room.gone, "a pause that a busy machine may make costs nothing"
         frozen.send_signal(signal.SIGSTOP)
         took = room.serve(10, lambda: room.gone)
-        assert room.gone == [b"node-0"] and lease_s / 2 < took < lease_s + 0.8
+        assert room.gone == [b"node-0"] and lease_s / 2 < took < lease_s + 0.3
         room.serve(2 * lease_s)
         assert room.gone == [b"node-0"]
     finally:
