@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from deadpool_megatron.cluster.ports import free_ports
+from deadpool_megatron.evaluate.descendants import Descendants, describe
 from deadpool_megatron.evaluate.jobs import CLI
 from jobs import Job, environment
 
@@ -31,13 +32,6 @@ def free_port() -> int:
     return port
 
 
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 class Machines:
     """The commands of one job, numbered as they were started."""
 
@@ -46,7 +40,7 @@ class Machines:
         self.run_dir = directory / "runs" / "latest"
         self.port = free_port()
         self.started: list[subprocess.Popen[bytes]] = []
-        self._seen: dict[int, psutil.Process] = {}
+        self.descendants = Descendants()
 
     def start(
         self,
@@ -63,7 +57,7 @@ class Machines:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=environment(env),
+                env=environment(env) | self.descendants.environment,
                 cwd=self.directory,
                 start_new_session=True,
             )
@@ -97,17 +91,11 @@ class Machines:
         return [self.code(number, deadline_s) for number in range(len(self.started))]
 
     def processes(self) -> list[psutil.Process]:
-        """All commands and everything under them that lives; remembered for the end."""
-        for command in self.started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(command.pid)
-                for each in [process, *process.children(recursive=True)]:
-                    self._seen[each.pid] = each
-        return [p for p in self._seen.values() if _lives(p)]
+        """All commands and everything they have started that lives."""
+        return self.descendants.living()
 
     def kill_tree(self, number: int) -> None:
         """A machine is gone: SIGKILL for the command and everything under it, as one blow."""
-        self.processes()
         process = psutil.Process(self.started[number].pid)
         everyone = [process, *process.children(recursive=True)]
         for blow in (psutil.Process.suspend, psutil.Process.kill):  # nobody hears of another's end
@@ -116,24 +104,19 @@ class Machines:
                     blow(each)
 
     def until_gone(self, deadline_s: float) -> None:
-        """Until no process that was ever seen lives."""
-        end = time.monotonic() + deadline_s
-        while left := [p for p in self._seen.values() if _lives(p)]:
-            assert time.monotonic() < end, f"still alive after {deadline_s:g} s: {left}"
-            time.sleep(0.05)
+        """Until none of their processes lives."""
+        left = self.descendants.until_gone(deadline_s)
+        assert not left, f"still alive after {deadline_s:g} s: {[describe(p) for p in left]}"
 
     def end(self) -> None:
         """End whatever is left, each process by its id."""
-        self.processes()
         for command in self.started:
             if command.poll() is None:
                 command.send_signal(signal.SIGTERM)
         for command in self.started:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 command.wait(20)
-        for each in self._seen.values():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+        self.descendants.kill(10)
         for command in self.started:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 command.wait(10)
@@ -148,7 +131,7 @@ class MachinesJob(Job):
         self.process = machines.started[0]
         self._out = machines.directory / "machine-0.out"
         self._environment = environment()
-        self._seen = {}
+        self._descendants = machines.descendants
 
 
 def torchrun_environments(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import psutil
 
 from jobs import environment
 from machines import Machines
@@ -62,7 +58,7 @@ class Ranks(Machines):
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=environment(env),
+                env=environment(env) | self.descendants.environment,
                 cwd=self.directory,
                 start_new_session=True,
             )
@@ -74,13 +70,3 @@ class Ranks(Machines):
             *["--deadpool", "--deadpool-spare-nodes", str(spares), "--deadpool-run-dir", str(self.run_dir)],
             *["--deadpool-state-hash", f"{self.run_dir}.hash.json"],
         ]
-
-    def processes(self) -> list[psutil.Process]:
-        """Also the detached agents, which carry the name of this job's socket."""
-        mine = f"deadpool-{os.getuid()}-127.0.0.1:{self.port + 1}-"
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if any(word.startswith(mine) for word in process.cmdline()):
-                    for each in [process, *process.children(recursive=True)]:
-                        self._seen[each.pid] = each
-        return super().processes()

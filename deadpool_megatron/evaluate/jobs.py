@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Self
 
 import psutil
 
+from deadpool_megatron.evaluate.descendants import Descendants, describe
 from deadpool_megatron.observe import EVENTS, LOGS, STATUS, follow_events, read_events
 from deadpool_megatron.vault import PREFIX, Arena
 
@@ -28,6 +29,7 @@ __all__ = ["CLI", "Job", "JobError"]
 CLI = (sys.executable, "-m", "deadpool_megatron.cli")
 _ITERATION = re.compile(r" iteration +(\d+)/")
 _END_S = 40.0
+_KILL_S = 10.0
 _POLL_S = 0.02
 _SHM = "/dev/shm"  # where the launcher puts arenas unless it is told otherwise
 _SPOILT = 64  # bytes of a copy that are overwritten
@@ -58,7 +60,8 @@ class Job:
     ) -> None:
         self.run_dir = run_dir
         self._out = Path(f"{run_dir}.out")
-        self._environment = None if environment is None else dict(environment)
+        self._descendants = Descendants()
+        self._environment = dict(os.environ if environment is None else environment) | self._descendants.environment
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         for name in (EVENTS, STATUS):  # of an older run; they would be taken for this one's
             (run_dir / name).unlink(missing_ok=True)
@@ -73,7 +76,6 @@ class Job:
                 cwd=directory,
                 start_new_session=True,
             )
-        self._seen: dict[int, psutil.Process] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -114,12 +116,8 @@ class Job:
         return [pid for pid in pids if pid]
 
     def processes(self) -> list[psutil.Process]:
-        """The launcher and everything under it that lives; remembered for the end."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            launcher = psutil.Process(self.process.pid)
-            for each in [launcher, *launcher.children(recursive=True)]:
-                self._seen[each.pid] = each
-        return [p for p in self._seen.values() if _lives(p)]
+        """The launcher and everything started under it that lives, whoever its parent is now."""
+        return self._descendants.living()
 
     def follow(self, silence_s: float) -> Iterator[dict[str, Any]]:
         """Events as they come, until the job has ended. Raises JobError after a long silence."""
@@ -179,7 +177,6 @@ class Job:
 
     def signal_nodes(self, signum: signal.Signals, *nodes: int) -> float:
         """Send a signal to the agents and all workers of nodes, as one blow; returns the wall-clock time of it."""
-        self.processes()  # a stopped or orphaned process is ended with the job
         pids = [pid for node in nodes for pid in self.node_pids(node)]
         moment = time.time()
         for pid in pids:
@@ -200,8 +197,7 @@ class Job:
         return spoilt
 
     def signal_process(self, pid: int, signum: signal.Signals) -> None:
-        """Send a signal to one process of the job; it is ended with the job, too, whatever the signal did to it."""
-        self.processes()
+        """Send a signal to one process of the job."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signum)
 
@@ -211,45 +207,20 @@ class Job:
         while self.process.poll() is None:
             if time.monotonic() > end:
                 self.failed(f"it does not end within {deadline_s:g} s")
-            self.processes()
             time.sleep(0.2)
         return self.process.returncode
 
     def until_gone(self, deadline_s: float) -> None:
-        """Until no process that was ever seen under this job lives; `failed` when the deadline passes."""
-        end = time.monotonic() + deadline_s
-        while True:
-            # A zombie has ended; that nobody reaped it is not the job's business.
-            left = [p for p in self._seen.values() if _lives(p)]
-            if not left:
-                return
-            if time.monotonic() > end:
-                self.failed(f"still alive after {deadline_s:g} s: {[_describe(p) for p in left]}")
-            time.sleep(0.05)
+        """Until no process of this job lives; `failed` when the deadline passes."""
+        if left := self._descendants.until_gone(deadline_s):
+            self.failed(f"still alive after {deadline_s:g} s: {[describe(p) for p in left]}")
 
     def end(self) -> None:
         """Interrupt the job, wait until it has ended, and end whatever is left, each process by its id."""
-        self.processes()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_END_S)
-        for each in self._seen.values():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()  # psutil compares the creation time, so a reused id is safe
+        self._descendants.kill(_KILL_S)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _describe(process: psutil.Process) -> str:
-    try:
-        return f"{process.pid} {' '.join(process.cmdline()[:5])}"
-    except psutil.NoSuchProcess:
-        return str(process.pid)
+            self.process.wait(_KILL_S)

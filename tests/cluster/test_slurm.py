@@ -63,7 +63,6 @@ class SlurmJob(Job):
         self.hash_file = directory / "hash.json"
         self._out = directory / f"deadpool-tiny-{number}.out"
         self._environment = None
-        self._seen = {}
 
     def until(self, what: str, find: Callable[[], Any], deadline_s: float = 180.0) -> Any:
         """Poll until ``find`` gives something; fails when the job ends first or the deadline passes."""

@@ -32,7 +32,6 @@ def _kill(ranks: Ranks, node: int, iteration: int, tick: int) -> MachinesJob:
     job = MachinesJob(ranks)
     ranks.until("start of the job", lambda: (ranks.run_dir / "events.jsonl").exists() and job.events("started"))
     job.inject(node, iteration, tick)
-    ranks.processes()
     return job
 
 

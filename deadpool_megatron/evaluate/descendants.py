@@ -1,0 +1,75 @@
+"""Everything a command has started, found by a word in its environment.
+
+Not by parents and children: the children of a process that was killed belong to nobody, and who is nobody's child a
+moment later was never there for those who look at children. An environment is inherited, and it stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from pathlib import Path
+
+import psutil
+
+__all__ = ["Descendants", "describe"]
+
+# Not DEADPOOL_...: it is none of the product's settings.
+_VARIABLE = "DESCENDANTS_OF"
+
+
+class Descendants:
+    """The processes that were started with `environment`, directly or not, whoever their parents are by now.
+
+    Attributes:
+        environment: goes with that of whatever is started.
+    """
+
+    def __init__(self) -> None:
+        self.environment = {_VARIABLE: secrets.token_hex(8)}
+        self._word = f"{_VARIABLE}={self.environment[_VARIABLE]}".encode()
+        # Who ends has no environment for a moment before it is gone.
+        self._seen: dict[int, psutil.Process] = {}
+
+    def living(self) -> list[psutil.Process]:
+        """Those that live now; one that has ended and was not waited for does not."""
+        for pid in psutil.pids():
+            # another user's process, or one that has just ended
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):
+                if pid != os.getpid() and self._word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    self._seen[pid] = psutil.Process(pid)
+        self._seen = {pid: process for pid, process in self._seen.items() if _lives(process)}
+        return list(self._seen.values())
+
+    def until_gone(self, deadline_s: float) -> list[psutil.Process]:
+        """Wait until none lives; those that do after ``deadline_s`` seconds."""
+        end = time.monotonic() + deadline_s
+        while (left := self.living()) and time.monotonic() < end:
+            time.sleep(0.05)
+        return left
+
+    def kill(self, deadline_s: float) -> None:
+        """SIGKILL for all, by their ids, until none lives or ``deadline_s`` seconds have passed."""
+        end = time.monotonic() + deadline_s
+        while (left := self.living()) and time.monotonic() < end:
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()  # psutil compares the creation time, so a reused id is safe
+            time.sleep(0.02)
+
+
+def describe(process: psutil.Process) -> str:
+    """Its id and the first words of its command."""
+    try:
+        return f"{process.pid} {' '.join(process.cmdline()[:5])}"
+    except psutil.NoSuchProcess:
+        return str(process.pid)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
