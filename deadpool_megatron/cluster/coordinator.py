@@ -304,15 +304,17 @@ class Coordinator:
                 self._refuse(str(err))
                 return
             if isinstance(record, r.StateHash):
-                self._core.state_hashes[record.rank] = record.digests
+                self._core.seen.state_hashes[record.rank] = record.digests
 
         self._hub.farewell(map(_identity, left), _FAREWELL_S, last_words)
 
     def _write_state_hash(self) -> None:
         path = self._settings.state_hash
-        if path and self._core.state_hashes:
+        if path and self._core.seen.state_hashes:
             content = {
-                "coordinates": {str(rank): self._core.state_hashes[rank] for rank in sorted(self._core.state_hashes)}
+                "coordinates": {
+                    str(rank): self._core.seen.state_hashes[rank] for rank in sorted(self._core.seen.state_hashes)
+                }
             }
             temporary = f"{path}.{os.getpid()}"
             with open(temporary, "w") as f:
@@ -359,8 +361,12 @@ class Coordinator:
                 ],
                 "generation": {"committed": core.committed, "durable": core.durable},
                 "protection": core.protection.status(),
-                "refused": {"unsealed": self._hub.seal.refused, "malformed": self._refused, "vaults": core.refusals},
-                "snapshot": core.snapshots.summary(),
+                "refused": {
+                    "unsealed": self._hub.seal.refused,
+                    "malformed": self._refused,
+                    "vaults": core.seen.refusals,
+                },
+                "snapshot": core.seen.snapshots.summary(),
                 "coordinator_pid": os.getpid(),
                 "control": {"store_writes": self._memory.writes, "store_bytes": self._memory.written_bytes},
             }

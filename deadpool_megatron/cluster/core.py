@@ -14,15 +14,14 @@ What has been decided is kept (`Keep`) before anybody is told, so a coordinator 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.accounting import SnapshotAccount
-from deadpool_megatron.cluster.blame import Blame, how_it_ended
+from deadpool_megatron.cluster.arrivals import Arrivals
+from deadpool_megatron.cluster.drains import Drains
 from deadpool_megatron.cluster.durability import Durability
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.headway import Headway
@@ -41,11 +40,14 @@ from deadpool_megatron.cluster.job import (
 )
 from deadpool_megatron.cluster.layout import Layout
 from deadpool_megatron.cluster.members import Members, NodeState
+from deadpool_megatron.cluster.observations import Observations
 from deadpool_megatron.cluster.protection import Protection
 from deadpool_megatron.cluster.recoveries import Recoveries
 from deadpool_megatron.cluster.recovering import Recovery
 from deadpool_megatron.cluster.reunion import Reunion
-from deadpool_megatron.cluster.stalls import StallJudge, StragglerJudge
+from deadpool_megatron.cluster.start import Start
+from deadpool_megatron.cluster.suspicions import Suspicions
+from deadpool_megatron.cluster.worker_ends import WorkerEnds
 
 __all__ = [
     "RECOVERING",
@@ -64,7 +66,7 @@ __all__ = [
 _COARSE = {Phase.STARTING: "starting", Phase.FINISHING: "finishing"}
 # A job that had ended when its coordinator did: somebody may not have been told.
 _RESTORED = {"starting": Phase.STARTING, "finishing": Phase.FINISHING, "ended": Phase.FINISHING}
-_HOLD_NOTICE_S = 0.5  # what a message to the slowest worker may take
+_RETURN_S = 5.0  # beyond the lease, for agents to find a coordinator that starts again
 
 
 class Core:
@@ -77,7 +79,7 @@ class Core:
         self._end: tuple[int, str] | None = None
         self._out = Out()
         self._now = 0.0
-        voice = Voice(self._send, self._emit, self._keep, self._stop)
+        voice = Voice(self._send, self._emit, self._keep, self._declare, self._lose, self._stop)
         self.members = Members(job)
         self.protection = Protection(job.redundancy, job.domains)
         self._layout = Layout(job.world_size)
@@ -95,31 +97,26 @@ class Core:
             self._let_go,
         )
         self._reunion = Reunion()
-        self._blame = Blame(job.worker_deaths)
-        self._stalls = StallJudge(job.world_size)
-        self._stall_texts: dict[int, str] = {}
-        self._stragglers = StragglerJudge()
-        self.snapshots = SnapshotAccount()
-        self.refusals: dict[int, dict[str, int]] = {}
-        self.state_hashes: dict[int, dict[str, str]] = {}
+        self._arrivals = Arrivals(job.deadlines.join)
+        self._drains = Drains(self.members, self._headway, self._recoveries, voice, self._let_go, job.deadlines.abort)
+        self._suspicions = Suspicions(job.world_size, self.members, voice, job.deadlines.lease, job.transient_retries)
+        self._ends = WorkerEnds(job, self.members, self._headway, self._recoveries, voice)
+        self.seen = seen = Observations(
+            self.members, self._layout, self._headway, self.protection, self._durability, voice
+        )
+        self._start = Start(job, self.members, self._layout, self.protection, self._durability, seen.snapshots, voice)
         self._finished: set[int] = set()
-        self._exited: set[tuple[int, int]] = set()
-        self._drain: tuple[int, int, set[int]] | None = None  # node, iteration, nodes that hold still
-        self._transients = 0
-        self._deadline: float | None = None
-        self._awaited: dict[int, float] = {}
-        self._hint: tuple[float, str] | None = None
         self._handlers: dict[type, Callable[[Any], None]] = {
             r.Join: self._join,
-            r.WorkerReady: self._worker_ready,
+            r.WorkerReady: self._start.worker_ready,
             r.Registered: self._register,
             r.WorkerExited: self._worker_exited,
-            r.WorkerFailed: self._worker_failed,
+            r.WorkerFailed: lambda record: self._ends.failed(record, self._phase),
             r.PeerError: self._peer_error,
             r.Stalled: self._stalled,
-            r.Pace: self._paced,
+            r.Pace: lambda record: seen.paced(record, self._now),
             r.NodeHeld: self._node_held,
-            r.Did: self._did,
+            r.Did: seen.did,
             r.Offer: lambda record: self._recoveries.offer(record, self._now),
             r.NodeArrived: self._recoveries.arrived,
             r.NodeReady: lambda record: self._recoveries.ready(record, self._now),
@@ -128,14 +125,14 @@ class Core:
             r.NodeResumed: lambda record: self._recoveries.resumed(record, self._now),
             r.Committed: self._node_commit,
             r.Covered: self._recoveries.covered,
-            r.NoRoom: self._no_room,
-            r.Refusals: self._vault_refused,
-            r.VaultMemory: self._vault_memory,
-            r.DamagedCopy: self._damaged_copy,
+            r.NoRoom: seen.no_room,
+            r.Refusals: seen.refused,
+            r.VaultMemory: seen.memory,
+            r.DamagedCopy: seen.damaged,
             r.Iteration: self._iterated,
             r.FetchFailed: self._fetch_failed,
             r.Finished: self._node_finished,
-            r.StateHash: self._state_hash,
+            r.StateHash: seen.state_hash,
             r.Saved: self._recoveries.saved,
             r.ShardsLoaded: self._shards_loaded,
             r.ShardsDrained: self._shards_drained,
@@ -188,8 +185,8 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """When `tick` has to be called at the latest, in the clock of ``now``."""
-        times = [self._deadline, self._hint[0] if self._hint else None, self._stalls.due, *self._awaited.values()]
-        times.append(self._durability.next_deadline())
+        parts = (self._arrivals, self._reunion, self._suspicions, self._drains)
+        times = [self._durability.next_deadline(), *(part.due for part in parts)]
         if self.recovery is not None:
             times.append(self.recovery.deadline)
         known = [t for t in times if t is not None]
@@ -238,15 +235,16 @@ class Core:
         if error:
             return error, []
         role = self.nodes[node].role
-        if role == "leaving" or (self._drain is not None and self._drain[0] == node):
+        under_way = self._drains.node
+        if role == "leaving" or under_way == node:
             return f"node {node} is being drained already", []
-        if self.phase is not Phase.RUNNING or self._drain is not None or self._reunion.waits:
-            what = f"node {self._drain[0]} is being drained" if self._drain else self.phase.value
+        if self.phase is not Phase.RUNNING or under_way is not None or self._reunion.waits:
+            what = f"node {under_way} is being drained" if under_way is not None else self.phase.value
             what = "the coordinator has just come back" if self._reunion.waits else what
             return f"not now, the job is busy: {what}; try again in a moment", []
         if role == "active" and not self.members.ready_spares():
             return f"no parked spare is there to take over node {node}: add one with deadpool join", []
-        return "", self._run(lambda: self._begin_drain(node), now)
+        return "", self._run(lambda: self._drains.begin(node, now), now)
 
     def add_spare(self, host: str, now: float) -> tuple[str, int, list[Action]]:
         """A new node wants to come as a spare. Returns (why not, its number, actions)."""
@@ -255,7 +253,7 @@ class Core:
         if self._phase is not Phase.RUNNING:
             return f"not now, the job is {self.phase.value}; try again in a moment", -1, []
         node = self.members.add_spare()
-        self._awaited[node] = now + self.job.deadlines.join
+        self._arrivals.expect({node}, now)
         return "", node, self._run(lambda: self._keep(), now)
 
     @property
@@ -289,8 +287,10 @@ class Core:
         self._out.add(Finish(code, message))
         self._phase, self._recoveries.current, self._end = Phase.ENDED, None, (code, message)
         self._keep("now")  # refused to a coordinator that was deposed: it must not end the job
-        self._deadline, self._hint = None, None
-        self._awaited.clear()
+        self._suspicions.ended()
+        self._drains.forget()
+        self._arrivals.clear()
+        self._reunion.end()
 
     def _no_such_node(self, node: int) -> str:
         if self._phase is Phase.ENDED:
@@ -323,7 +323,7 @@ class Core:
             "can_rescue": self._layout.can_rescue,
             "committed": self.committed,
             "iteration": self.iteration,
-            "errors": self._blame.dump(),
+            "errors": self._ends.dump(),
             "done": self._headway.done,
             "end": self._end,
             **self._recoveries.dump(),
@@ -337,7 +337,7 @@ class Core:
         self._end = tuple(kept["end"]) if kept["end"] else None
         self._layout.load(parts.get("layout"), kept["can_rescue"])
         self._recoveries.load(kept)
-        self._blame.load(kept["errors"])
+        self._ends.load(kept["errors"])
         head = self._headway
         head.committed, head.iteration, head.done = kept["committed"], kept["iteration"], kept["done"]
         head.count_anew(self.members.active(), self.epoch)
@@ -348,10 +348,9 @@ class Core:
             )
         self._durability.restored(self._phase is Phase.STARTING)
         there = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
-        self._reunion.begin(there, "a recovery was under way" if kept["recovering"] else "")
-        if self._phase is not Phase.STARTING:
-            self._awaited = dict.fromkeys(self.members.missing(), now + self.job.deadlines.join)
-        self._deadline = now + self.job.deadlines.lease + 5.0
+        until = now + self.job.deadlines.lease + _RETURN_S
+        self._reunion.begin(there, "a recovery was under way" if kept["recovering"] else "", until)
+        self._arrivals.expect(self.members.missing(), now)
         return self._run(lambda: self._emit("coordinator_back", nodes=sorted(there)), now)
 
     def _returned(self, record: r.Join) -> None:
@@ -365,7 +364,6 @@ class Core:
 
     def _all_returned(self) -> None:
         missing, unsettled = self._reunion.end()
-        self._deadline = None
         if self._end is not None:
             self._stop(*self._end) if self._end[0] else self._end_well()
             return
@@ -382,7 +380,7 @@ class Core:
             why = unsettled or (f"node {lost[0]} was lost" if lost else "a worker died")
             self._declare(f"the coordinator was away and {why}")
         elif not self.epoch and self._layout.known:
-            self._send_placement()  # later ones come with a declaration; who heard the first one hears the same again
+            self._start.tell_placement()  # who heard it hears the same again
 
     # ---- start
 
@@ -391,140 +389,30 @@ class Core:
         if state is None or state.gone:
             self._send(record.node, r.Stop(Exit.FENCED, f"node {record.node} is not part of this job (any more)"))
             return
-        first = not state.agent_pid
-        state.agent_pid = record.pid
-        state.vault = r.Address(record.host, record.vault_port)
-        state.pids = dict(enumerate(record.worker_pids))
-        state.respawns = record.respawns
-        self.protection.label(record.node, record.domains)
+        first = self._start.joined(state, record)
+        awaited = self._arrivals.without({record.node})
         if record.node in self._reunion.expected:
             self._returned(record)
-        elif self._awaited.pop(record.node, None) is not None:
-            self._send(record.node, self._roster())
-            self._emit("joined", node=record.node, host=record.host)
-            self._keep()
-        elif first:
-            self._tell_roster()
-
-    def _roster(self) -> r.Roster:
-        return r.Roster(self.epoch, self.assignment, self.members.vaults())
-
-    def _tell_roster(self) -> None:
-        """Once everybody who is not lost has joined."""
-        if self.members.complete():
-            self._deadline = None
-            self._send(None, self._roster())
-            self._emit("started", nodes=self.job.nodes, spares=self.job.spare_nodes, world_size=self.job.world_size)
-            self._durability.start(self.members.active())
-            self._keep()
-
-    def _worker_ready(self, record: r.WorkerReady) -> None:
-        state = self.nodes[record.node]
-        state.pids[record.local] = record.pid
-        if state.role == "spare":
-            state.parked.add(record.local)
-            if len(state.parked) == self.job.slots_per_node:
-                self._emit("parked", node=record.node)
+        elif self._phase is Phase.STARTING:
+            if first:
+                self._start.tell_roster()
+        elif awaited:
+            self._start.came_later(record)
 
     def _register(self, record: r.Registered) -> None:
-        layout = self._layout
-        layout.register(record)
-        if layout.differs:
-            self._stop(
-                Exit.FAILED,
-                f"rank {record.coordinate.rank} on node {record.node} made other process groups than the rest: the "
-                "ranks do not run the same script with the same flags",
-            )
-        elif self._phase is Phase.STARTING and layout.complete:
+        if self._start.registered(record) and self._phase is Phase.STARTING:
             self._phase = Phase.RUNNING
-            for each in layout.registered():
-                self.snapshots.registered(each)
-            self._emit(
-                "training",
-                strategy=record.strategy,
-                unique_bytes=record.unique_bytes,
-                planned_bytes=self.snapshots.planned_bytes,
-                expected_bytes=self.snapshots.expected_bytes,
-            )
-            self._protect()
-            self._keep("now", "members", "layout")
-
-    def _protect(self) -> None:
-        """Every coordinate is known: say who keeps whose shards, and what may be lost from then on."""
-        if self.job.active_nodes == 1:  # for measurements: nothing is protected
-            self._send(None, r.Placement(self.epoch, [[0, 0]], *self._layout.sizes))
-            return
-        self.protection.begin(self.assignment, self.coordinates, self._layout.largest, self.job.slots_per_node)
-        if self.job.deadpool:
-            self._send_placement()
-            self._emit("placed", costs=self.protection.costs(), **self.protection.status())
-
-    def _send_placement(self) -> None:
-        groups = [list(group) for group in self.protection.groups]
-        self._send(None, r.Placement(self.epoch, groups, *self._layout.sizes))
-
-    def _no_room(self, record: r.NoRoom) -> None:
-        self._stop(Exit.USAGE, f"node {record.node}: {record.message}")
-
-    def _vault_refused(self, record: r.Refusals) -> None:
-        self.refusals[record.node] = record.counts
-
-    def _vault_memory(self, record: r.VaultMemory) -> None:
-        told = {"numa_nodes": record.numa_nodes, "transport": record.transport, "why": record.why}
-        self._emit("memory", node=record.node, bytes=record.nbytes, huge_bytes=record.huge_bytes, **told)
-
-    def _damaged_copy(self, record: r.DamagedCopy) -> None:
-        if record.epoch == self.epoch:
-            self.protection.damaged(record.node)
-        self._emit("damaged", node=record.node, kind=record.kind, holder=record.holder, iteration=record.generation)
+            self._start.train(record.strategy, record.unique_bytes)
 
     # ---- failure-free
 
     def _iterated(self, record: r.Iteration) -> None:
-        if record.epoch != self.epoch:
-            return
-        if self._headway.iterated(record):
-            self._transients = 0  # it gets on: errors far apart do not add up over the life of a job
-        self._emit(
-            "iteration",
-            node=record.node,
-            rank=record.rank,
-            iteration=record.iteration,
-            losses={k: float.fromhex(v) for k, v in record.losses.items()},
-            losses_hex=record.losses,
-            grad_norm=float.fromhex(record.grad_norm) if record.grad_norm is not None else None,
-            grad_norm_hex=record.grad_norm,
-            seconds=record.seconds,
-            blocked_s=record.blocked_s,
-            copied_bytes=record.copied_bytes,
-            skipped_generations=record.skipped_generations,
-            stall_s=record.stall_s,
-            device_stall_s=record.device_stall_s,
-            copied_s=record.copied_s,
-            copy_bandwidth=record.copy_bandwidth,
-            sent_bytes=record.sent_bytes,
-            send_bandwidth=record.send_bandwidth,
-            commit_s=self.snapshots.iterated(record, self._now),
-        )
+        if record.epoch == self.epoch and self.seen.iterated(record, self._now):
+            self._suspicions.got_on()
 
     def _node_commit(self, record: r.Committed) -> None:
-        if record.epoch != self.epoch:
-            return
-        told, by_all = self._headway.node_committed(record)
-        if told is None:
-            return
-        self._send(None, r.CommittedTo(self.epoch, told.kept, told.floor.generation))
-        if by_all and told.kept is not None:
-            seconds = self.snapshots.committed(told.kept.generation, self._now)
-            self._emit("committed", iteration=told.kept.generation, seconds=seconds)
-            if self.protection.committed():
-                self._emit("protected", survives=self.protection.degree, iteration=told.kept.generation)
-            self._durability.committed(told.kept, self.members.active(), self._now, self.phase is Phase.RUNNING)
-
-    def _did(self, record: r.Did) -> None:
-        self._headway.did(record)
-        if record.act != "log":
-            self._emit(record.act, iteration=record.iteration, rank=record.rank, node=record.node)
+        if record.epoch == self.epoch:
+            self.seen.committed(record, self._now, self.phase is Phase.RUNNING)
 
     def _node_finished(self, record: r.Finished) -> None:
         if record.epoch != self.epoch or self.phase not in (Phase.RUNNING, Phase.RESTORING):
@@ -532,12 +420,10 @@ class Core:
         self._finished.add(record.node)
         if all(map(self._finished.__contains__, self.members.active())):
             self._phase, self._recoveries.current = Phase.FINISHING, None
-            self._deadline = self._hint = None
+            self._suspicions.ended()
+            self._drains.forget()
             self._keep()
             self._send(None, r.AllFinished(self.epoch))
-
-    def _state_hash(self, record: r.StateHash) -> None:
-        self.state_hashes[record.rank] = record.digests
 
     # ---- the durable tier
 
@@ -561,110 +447,23 @@ class Core:
         if self._durability.leave is not None:
             self._stop(Exit.PREEMPTED, self._durability.leave)
 
-    def _paced(self, record: r.Pace) -> None:
-        ratio = self._stragglers.report(record.node, record.forward_s, self._layout.stages, self._now)
-        if ratio is not None:
-            self._emit(
-                "straggler",
-                node=record.node,
-                iteration=record.iteration,
-                ratio=round(ratio, 2),
-                advice=f"deadpool drain --node {record.node}",
-            )
-
     # ---- planned moves
 
-    def _begin_drain(self, node: int) -> None:
-        if self.nodes[node].role == "spare":
-            self._emit("left", node=node)
-            self._let_go(node)
-            return
-        pace = self._headway.pace
-        ahead = 2 + math.ceil(_HOLD_NOTICE_S / pace) if pace > 0 else 3
-        self._drain = (node, self.iteration + ahead, set())
-        self._deadline = self._now + self.job.deadlines.abort + ahead * pace
-        self._emit("leaving", node=node, iteration=self._drain[1])
-        self._send(None, r.Hold(self.epoch, self._drain[1]))
-
     def _node_held(self, record: r.NodeHeld) -> None:
-        if record.epoch != self.epoch or self.phase is not Phase.RUNNING:
-            return
-        if self._drain is None:  # the coordinator that told everybody to hold still is gone, and nobody else would
-            self._declare(f"node {record.node} holds still for a drain that was begun by another coordinator")
-            return
-        node, _, held = self._drain
-        held.add(record.node)
-        # Who was past the boundary already is brought back by an ordinary recovery, at the cost of an iteration.
-        if record.missed or held >= set(self.members.active()):
-            self._move_out(node)
-
-    def _move_out(self, node: int) -> None:
-        self._drain, self._deadline = None, None
-        self.nodes[node].role = "leaving"
-        self._recoveries.helpers.add(node)
-        self._declare(f"node {node} is drained")
+        if record.epoch == self.epoch and self.phase is Phase.RUNNING:
+            self._drains.held(record)
 
     def _let_go(self, node: int) -> None:
         self._send(node, r.Stop(Exit.OK, f"node {node} is drained and may be taken away"))
         self.nodes[node].role = "left"
-        self._awaited.pop(node, None)
+        self._arrivals.without({node})
         self._keep()
 
     # ---- ends of processes
 
     def _worker_exited(self, record: r.WorkerExited) -> None:
-        state = self.nodes[record.node]
-        who, how = how_it_ended(record)
-        if record.code == 0 and self._phase in (Phase.STARTING, Phase.FINISHING):
-            self._exited.add((record.node, record.local))
-            if {(s.node, s.local) for s in self.assignment} <= self._exited:
-                self._end_well()
-        elif state.role == "spare" and self.job.deadpool:
-            self._spare_worker_exited(state, record.local, how)
-        elif not self.job.deadpool or self._phase in (Phase.STARTING, Phase.FINISHING):
-            code = record.code if 0 < record.code < 126 else Exit.FAILED
-            self._stop(code, self._blame.fatal(record, self._phase, self.job.deadpool))
-        elif state.role == "active":
-            self._refill(state, record, f"{who} ended ({how})")
-
-    def _spare_worker_exited(self, state: NodeState, local: int, how: str) -> None:
-        state.parked.discard(local)
-        if self._blame.died(state):
-            self._lose({state.node}, f"{state.deaths} of its workers ended, the last with {how}")
-            return
-        self._emit("detected", node=state.node, cause=f"spare worker {local} ended ({how})", ranks=[])
-        self._send(state.node, r.Respawn(local))
-
-    def _refill(self, state: NodeState, record: r.WorkerExited, cause: str) -> None:
-        """A worker died, its node is healthy: a spare takes over, or a new process in the same slot."""
-        if record.rank is None or self.assignment[record.rank] != r.SlotAddress(record.node, record.local):
-            return  # it has been replaced already
-        to_blame = self._blame.died(state)
-        if self._blame.crashed_again(record, self.iteration, cause):
-            again = f"after iteration {self.iteration} again, so no spare is spent on it; see its log"
-            self._stop(Exit.REPEATED_ERROR, f"{cause} {again}")
-            return
-        if to_blame:
-            again = f"{state.deaths} of its workers ended, the last one: " if state.deaths > 1 else ""
-            self._lose({state.node}, again + cause)
-            return
-        self._emit("detected", node=record.node, rank=record.rank, cause=cause, ranks=[record.rank])
-        self._recoveries.vacant.add((record.node, record.local))
-        self._declare(cause)
-
-    def _worker_failed(self, record: r.WorkerFailed) -> None:
-        who = self._blame.failed(record)
-        self._emit(
-            "worker_error", node=record.node, rank=record.rank, iteration=record.iteration, message=record.message
-        )
-        if record.user_error:
-            self._stop(Exit.USAGE, record.message)
-        elif self.job.deadpool and self._phase is Phase.RUNNING and self._blame.failed_again(record):
-            self._stop(
-                Exit.REPEATED_ERROR,
-                f"{who} raised the same error at iteration {record.iteration} again, so no spare is spent on it: "
-                f"{record.message}\n{record.traceback}",
-            )
+        if self._ends.exited(record, self._phase):
+            self._end_well()
 
     def _end_well(self) -> None:
         if self._phase is Phase.FINISHING and self.job.deadpool:
@@ -683,18 +482,18 @@ class Core:
         involved = set(self.members.active()) | (self.recovery.givers if self.recovery is not None else frozenset())
         hit = fresh & involved
         awaited = {node for node in fresh if not self.nodes[node].agent_pid}
+        self._arrivals.without(fresh)
         for node in sorted(fresh):
             self._emit("detected", node=node, cause=cause, ranks=self.members.ranks_of(node))
             self._send(node, r.Stop(Exit.FENCED, f"node {node} is out of the job: {cause}"))
             self.nodes[node].role = "lost"
-            self._awaited.pop(node, None)
             self._recoveries.helpers.discard(node)
         if not hit:
             if awaited and self._phase is Phase.STARTING:
-                self._tell_roster()  # it was the one the others waited for
+                self._start.tell_roster()  # it was the one the others waited for
             self._keep()
             return
-        if self._exited and self._phase is Phase.FINISHING and not self.job.deadpool:
+        if self._ends.begun and self._phase is Phase.FINISHING and not self.job.deadpool:
             return
         if not self.job.deadpool or self._phase in (Phase.STARTING, Phase.FINISHING):
             when = "before training began" if self._phase is Phase.STARTING else "after training had finished"
@@ -715,53 +514,22 @@ class Core:
         replaced = self._recoveries.declare(reason, self._now)
         if replaced is None:
             return
-        self.snapshots.forget()
+        self.seen.moved(replaced)
         self._finished.clear()
-        self._stragglers.forget(replaced)
-        self._stalls = StallJudge(self.job.world_size)
-        self._hint = self._drain = self._deadline = None
+        self._suspicions.explained()
+        self._drains.forget()
 
     def _fetch_failed(self, record: r.FetchFailed) -> None:
         if why := self._recoveries.fetch_failed(record):
             self._declare(why)
 
     def _peer_error(self, record: r.PeerError) -> None:
-        if record.epoch != self.epoch or self._hint is not None:
-            return
-        self._emit("peer_error", node=record.node, rank=record.rank, cause=record.text)
-        if self._phase is not Phase.RUNNING:
-            return  # nothing to go back to: the worker ends with its error, and that ends the job
-        # The lease decides whether a node is gone; only when it is over is the error one that no loss explains.
-        self._hint = (self._now + self.job.deadlines.lease + 1.0, record.text)
+        if record.epoch == self.epoch:
+            self._suspicions.peer_error(record, self._now, self._phase is Phase.RUNNING)
 
     def _stalled(self, record: r.Stalled) -> None:
-        if record.epoch != self.epoch or self.phase is not Phase.RUNNING:
-            return
-        self._stall_texts[record.rank] = f"no progress for {record.seconds:.1f} s ({record.state})"
-        self._stalls.report(record, self._now)
-        self._judge_stalls()
-
-    def _judge_stalls(self) -> None:
-        if self._stalls.due is None or self._now < self._stalls.due or self.phase is not Phase.RUNNING:
-            return
-        stuck, all_of_them = self._stalls.verdict(self._now)
-        for rank in stuck:
-            node = self.assignment[rank].node
-            cause = f"rank {rank} is stuck: {self._stall_texts[rank]}"
-            self._emit("stuck", node=node, rank=rank, cause=cause)
-            self._send(node, r.EndStuck(self.epoch, rank))
-        if all_of_them:
-            self._transient("every rank waits in a communication and none gets on")
-
-    def _transient(self, text: str) -> None:
-        self._transients += 1
-        if self._transients > self.job.transient_retries:
-            self._stop(
-                Exit.RECOVERY_FAILED,
-                f"communication failed {self._transients} times with every node alive, the last time with: {text}",
-            )
-            return
-        self._declare(f"communication error with every node alive: {text}")
+        if record.epoch == self.epoch and self.phase is Phase.RUNNING:
+            self._suspicions.stalled(record, self._now)
 
     # ---- time
 
@@ -770,28 +538,18 @@ class Core:
         self._leave_if_preempted()
         if self._phase is Phase.ENDED:
             return
-        if self._phase is Phase.STARTING and not self.members.complete() and not self._reunion.waits:
-            if self._deadline is None:
-                self._deadline = self._now + self.job.deadlines.join
-            elif self._now >= self._deadline:
-                self._deadline = None
-                late = f"its agent has not joined within {self.job.deadlines.join:g} s"
-                self._lose(self.members.missing(), late)
-            return
-        for node, due in list(self._awaited.items()):
-            if self._now >= due:
-                self._lose({node}, f"its agent has not joined within {self.job.deadlines.join:g} s")
-        if self._hint is not None and self._now >= self._hint[0]:
-            text = self._hint[1]
-            self._hint = None
-            self._transient(text)
-        if self._deadline is not None and self._now >= self._deadline:
-            self._deadline = None
-            if self._reunion.waits:
-                self._all_returned()
-            elif self._drain is not None:
-                self._move_out(self._drain[0])
-        self._judge_stalls()
+        if self._phase is Phase.STARTING and not self._arrivals.begun:
+            self._arrivals.expect(self.members.missing(), self._now)
+        if late := self._arrivals.late(self._now):
+            self._arrivals.without(late)
+            self._lose(late, self._arrivals.why_late)
+        self._suspicions.judge_errors(self._now)
+        if self._reunion.due is not None and self._now >= self._reunion.due:
+            self._all_returned()
+        if self._drains.due is not None and self._now >= self._drains.due:
+            self._drains.move_out()
+        if self.phase is Phase.RUNNING:
+            self._suspicions.judge_stalls(self._now)
         recovery = self.recovery
         if recovery is not None and recovery.deadline is not None and self._now >= recovery.deadline:
             recovery.deadline = None

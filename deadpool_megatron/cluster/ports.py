@@ -51,11 +51,12 @@ def free_ports(count: int) -> list[int]:
     candidates = list(range(_LOWEST, above - 1, 2))
     random.SystemRandom().shuffle(candidates)
     found: list[int] = []
-    for port in candidates:
-        if len(found) == count:
-            return found
+    while len(found) < count and candidates:
+        port = candidates.pop()
         with contextlib.suppress(OSError):
             for each in (port, port + 1):
                 socket.create_server(("127.0.0.1", each)).close()
             found.append(port)
+    if len(found) == count:
+        return found
     raise OSError(errno.EADDRINUSE, f"there are no {count} free ports from {_LOWEST} to {above}")

@@ -13,16 +13,23 @@ class Reunion:
     def __init__(self) -> None:
         self._expected: set[int] = set()
         self._unsettled = ""
+        self._until = 0.0
 
-    def begin(self, nodes: Iterable[int], unsettled: str) -> None:
-        """These agents were there; ``unsettled``: what was under way already, or an empty string."""
+    def begin(self, nodes: Iterable[int], unsettled: str, until: float) -> None:
+        """These agents were there, and have until then; ``unsettled``: what was under way already, may be empty."""
         self._expected = set(nodes)
         self._unsettled = unsettled
+        self._until = until
 
     @property
     def waits(self) -> bool:
         """Somebody is not back."""
         return bool(self._expected)
+
+    @property
+    def due(self) -> float | None:
+        """When those who are not back are given up; None when all are."""
+        return self._until if self._expected else None
 
     @property
     def expected(self) -> set[int]:

@@ -1,0 +1,105 @@
+"""A worker has ended and its node lives: who takes its place, or why the job ends with it. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.blame import Blame, how_it_ended
+from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.headway import Headway
+from deadpool_megatron.cluster.job import JobSpec, Phase, Voice
+from deadpool_megatron.cluster.members import Members, NodeState
+from deadpool_megatron.cluster.recoveries import Recoveries
+
+__all__ = ["WorkerEnds"]
+
+_BESIDE_TRAINING = (Phase.STARTING, Phase.FINISHING)
+
+
+class WorkerEnds:
+    """Of one job, through all its epochs."""
+
+    def __init__(self, job: JobSpec, members: Members, headway: Headway, recoveries: Recoveries, voice: Voice) -> None:
+        self._job = job
+        self._members = members
+        self._headway = headway
+        self._recoveries = recoveries
+        self._voice = voice
+        self._blame = Blame(job.worker_deaths)
+        self._left: set[tuple[int, int]] = set()
+
+    @property
+    def begun(self) -> bool:
+        """Workers have begun to leave in order."""
+        return bool(self._left)
+
+    def exited(self, record: r.WorkerExited, phase: Phase) -> bool:
+        """A worker process has ended; True when it was the last one, and all have left in order.
+
+        Args:
+            phase: of the job, that it trains while it recovers.
+        """
+        state = self._members.nodes[record.node]
+        who, how = how_it_ended(record)
+        if record.code == 0 and phase in _BESIDE_TRAINING:
+            self._left.add((record.node, record.local))
+            return {(s.node, s.local) for s in self._members.assignment} <= self._left
+        if state.role == "spare" and self._job.deadpool:
+            self._spare_exited(state, record.local, how)
+        elif not self._job.deadpool or phase in _BESIDE_TRAINING:
+            code = record.code if 0 < record.code < 126 else Exit.FAILED
+            self._voice.stop(code, self._blame.fatal(record, phase, self._job.deadpool))
+        elif state.role == "active":
+            self._refill(state, record, f"{who} ended ({how})")
+        return False
+
+    def _spare_exited(self, state: NodeState, local: int, how: str) -> None:
+        state.parked.discard(local)
+        if self._blame.died(state):
+            self._voice.lose({state.node}, f"{state.deaths} of its workers ended, the last with {how}")
+            return
+        self._voice.emit("detected", node=state.node, cause=f"spare worker {local} ended ({how})", ranks=[])
+        self._voice.send(state.node, r.Respawn(local))
+
+    def _refill(self, state: NodeState, record: r.WorkerExited, cause: str) -> None:
+        """A worker died, its node is healthy: a spare takes over, or a new process in the same slot."""
+        here = r.SlotAddress(record.node, record.local)
+        if record.rank is None or self._members.assignment[record.rank] != here:
+            return  # it has been replaced already
+        to_blame = self._blame.died(state)
+        iteration = self._headway.iteration
+        if self._blame.crashed_again(record, iteration, cause):
+            again = f"after iteration {iteration} again, so no spare is spent on it; see its log"
+            self._voice.stop(Exit.REPEATED_ERROR, f"{cause} {again}")
+            return
+        if to_blame:
+            again = f"{state.deaths} of its workers ended, the last one: " if state.deaths > 1 else ""
+            self._voice.lose({state.node}, again + cause)
+            return
+        self._voice.emit("detected", node=record.node, rank=record.rank, cause=cause, ranks=[record.rank])
+        self._recoveries.vacant.add((record.node, record.local))
+        self._voice.declare(cause)
+
+    def failed(self, record: r.WorkerFailed, phase: Phase) -> None:
+        """A worker tells the error that it will end with."""
+        who = self._blame.failed(record)
+        self._voice.emit(
+            "worker_error", node=record.node, rank=record.rank, iteration=record.iteration, message=record.message
+        )
+        if record.user_error:
+            self._voice.stop(Exit.USAGE, record.message)
+        elif self._job.deadpool and phase is Phase.RUNNING and self._blame.failed_again(record):
+            self._voice.stop(
+                Exit.REPEATED_ERROR,
+                f"{who} raised the same error at iteration {record.iteration} again, so no spare is spent on it: "
+                f"{record.message}\n{record.traceback}",
+            )
+
+    def dump(self) -> list[Any]:
+        """The errors, for a coordinator that starts again, as JSON types."""
+        return self._blame.dump()
+
+    def load(self, errors: list[Any]) -> None:
+        """The opposite."""
+        self._blame.load(errors)
