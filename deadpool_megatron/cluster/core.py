@@ -24,6 +24,7 @@ from deadpool_megatron.cluster.arrivals import Arrivals
 from deadpool_megatron.cluster.drains import Drains
 from deadpool_megatron.cluster.durability import Durability
 from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.facts import Facts
 from deadpool_megatron.cluster.headway import Headway
 from deadpool_megatron.cluster.job import (
     RECOVERING,
@@ -85,26 +86,15 @@ class Core:
         self._layout = Layout(job.world_size)
         self._headway = Headway(self.members.active())
         self._durability = Durability(job.durable, self._send, self._emit)
-        self._recoveries = Recoveries(
-            job,
-            self.members,
-            self._layout,
-            self._headway,
-            self.protection,
-            self._durability,
-            rendezvous,
-            voice,
-            self._let_go,
-        )
+        facts = Facts(job, self.members, self._layout, self._headway, self.protection, self._durability)
+        self._recoveries = Recoveries(facts, voice, rendezvous, self._let_go)
         self._reunion = Reunion()
         self._arrivals = Arrivals(job.deadlines.join)
-        self._drains = Drains(self.members, self._headway, self._recoveries, voice, self._let_go, job.deadlines.abort)
-        self._suspicions = Suspicions(job.world_size, self.members, voice, job.deadlines.lease, job.transient_retries)
-        self._ends = WorkerEnds(job, self.members, self._headway, self._recoveries, voice)
-        self.seen = seen = Observations(
-            self.members, self._layout, self._headway, self.protection, self._durability, voice
-        )
-        self._start = Start(job, self.members, self._layout, self.protection, self._durability, seen.snapshots, voice)
+        self._drains = Drains(facts, voice, self._recoveries, self._let_go)
+        self._suspicions = Suspicions(facts, voice)
+        self._ends = WorkerEnds(facts, voice, self._recoveries)
+        self.seen = seen = Observations(facts, voice)
+        self._start = Start(facts, voice, seen.snapshots)
         self._finished: set[int] = set()
         self._handlers: dict[type, Callable[[Any], None]] = {
             r.Join: self._join,

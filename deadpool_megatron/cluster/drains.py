@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.headway import Headway
+from deadpool_megatron.cluster.facts import Facts
 from deadpool_megatron.cluster.job import Voice
-from deadpool_megatron.cluster.members import Members
 from deadpool_megatron.cluster.recoveries import Recoveries
 
 __all__ = ["Drains"]
@@ -33,25 +32,14 @@ class Drains:
     """The drains of one job, one after the other.
 
     Args:
-        abort_s: seconds that a node has to come out of its step.
         let_go: called with a spare, which has nothing to give and may be taken away at once.
     """
 
-    def __init__(
-        self,
-        members: Members,
-        headway: Headway,
-        recoveries: Recoveries,
-        voice: Voice,
-        let_go: Callable[[int], None],
-        abort_s: float,
-    ) -> None:
-        self._members = members
-        self._headway = headway
+    def __init__(self, facts: Facts, voice: Voice, recoveries: Recoveries, let_go: Callable[[int], None]) -> None:
+        self._facts = facts
         self._recoveries = recoveries
         self._voice = voice
         self._let_go = let_go
-        self._abort_s = abort_s
         self._drain: _Drain | None = None
 
     @property
@@ -66,16 +54,16 @@ class Drains:
 
     def begin(self, node: int, now: float) -> None:
         """A node is to be taken away. A spare may go at once."""
-        if self._members.nodes[node].role == "spare":
+        if self._facts.members.nodes[node].role == "spare":
             self._voice.emit("left", node=node)
             self._let_go(node)
             return
-        pace = self._headway.pace
+        pace = self._facts.headway.pace
         ahead = 2 + math.ceil(_HOLD_NOTICE_S / pace) if pace > 0 else 3
-        iteration = self._headway.iteration + ahead
-        self._drain = _Drain(node, now + self._abort_s + ahead * pace)
+        iteration = self._facts.headway.iteration + ahead
+        self._drain = _Drain(node, now + self._facts.job.deadlines.abort + ahead * pace)
         self._voice.emit("leaving", node=node, iteration=iteration)
-        self._voice.send(None, r.Hold(self._members.epoch, iteration))
+        self._voice.send(None, r.Hold(self._facts.members.epoch, iteration))
 
     def held(self, record: r.NodeHeld) -> None:
         """A node of this epoch holds still."""
@@ -85,7 +73,7 @@ class Drains:
             return
         drain.held.add(record.node)
         # Who was past the boundary already is brought back by an ordinary recovery, at the cost of an iteration.
-        if record.missed or drain.held >= set(self._members.active()):
+        if record.missed or drain.held >= set(self._facts.members.active()):
             self.move_out()
 
     def move_out(self) -> None:
@@ -93,7 +81,7 @@ class Drains:
         if (drain := self._drain) is None:
             return
         self._drain = None
-        self._members.nodes[drain.node].role = "leaving"
+        self._facts.members.nodes[drain.node].role = "leaving"
         self._recoveries.helpers.add(drain.node)
         self._voice.declare(f"node {drain.node} is drained")
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.accounting import SnapshotAccount
-from deadpool_megatron.cluster.durability import Durability
 from deadpool_megatron.cluster.exits import Exit
-from deadpool_megatron.cluster.headway import Headway
+from deadpool_megatron.cluster.facts import Facts
 from deadpool_megatron.cluster.job import Voice
-from deadpool_megatron.cluster.layout import Layout
-from deadpool_megatron.cluster.members import Members
-from deadpool_megatron.cluster.protection import Protection
 from deadpool_megatron.cluster.stalls import StragglerJudge
 
 __all__ = ["Observations"]
@@ -25,20 +21,8 @@ class Observations:
         state_hashes: at the end of the job, by rank and part.
     """
 
-    def __init__(
-        self,
-        members: Members,
-        layout: Layout,
-        headway: Headway,
-        protection: Protection,
-        durability: Durability,
-        voice: Voice,
-    ) -> None:
-        self._members = members
-        self._layout = layout
-        self._headway = headway
-        self._protection = protection
-        self._durability = durability
+    def __init__(self, facts: Facts, voice: Voice) -> None:
+        self._facts = facts
         self._voice = voice
         self._stragglers = StragglerJudge()
         self.snapshots = SnapshotAccount()
@@ -54,7 +38,7 @@ class Observations:
 
     def iterated(self, record: r.Iteration, now: float) -> bool:
         """An iteration of this epoch has ended; True when it is the first time that this one has."""
-        first = self._headway.iterated(record)
+        first = self._facts.headway.iterated(record)
         self._voice.emit(
             "iteration",
             node=record.node,
@@ -80,26 +64,26 @@ class Observations:
 
     def committed(self, record: r.Committed, now: float, training: bool) -> None:
         """A node has committed a generation in this epoch."""
-        told, by_all = self._headway.node_committed(record)
+        told, by_all = self._facts.headway.node_committed(record)
         if told is None:
             return
-        self._voice.send(None, r.CommittedTo(self._members.epoch, told.kept, told.floor.generation))
+        self._voice.send(None, r.CommittedTo(self._facts.members.epoch, told.kept, told.floor.generation))
         if by_all and told.kept is not None:
             seconds = self.snapshots.committed(told.kept.generation, now)
             self._voice.emit("committed", iteration=told.kept.generation, seconds=seconds)
-            if self._protection.committed():
-                self._voice.emit("protected", survives=self._protection.degree, iteration=told.kept.generation)
-            self._durability.committed(told.kept, self._members.active(), now, training)
+            if self._facts.protection.committed():
+                self._voice.emit("protected", survives=self._facts.protection.degree, iteration=told.kept.generation)
+            self._facts.durability.committed(told.kept, self._facts.members.active(), now, training)
 
     def did(self, record: r.Did) -> None:
         """Something was done that must not be done again."""
-        self._headway.did(record)
+        self._facts.headway.did(record)
         if record.act != "log":
             self._voice.emit(record.act, iteration=record.iteration, rank=record.rank, node=record.node)
 
     def paced(self, record: r.Pace, now: float) -> None:
         """A node tells how fast its ranks are."""
-        ratio = self._stragglers.report(record.node, record.forward_s, self._layout.stages, now)
+        ratio = self._stragglers.report(record.node, record.forward_s, self._facts.layout.stages, now)
         if ratio is not None:
             self._voice.emit(
                 "straggler",
@@ -130,8 +114,8 @@ class Observations:
 
     def damaged(self, record: r.DamagedCopy) -> None:
         """A copy does not have the checksums it had."""
-        if record.epoch == self._members.epoch:
-            self._protection.damaged(record.node)
+        if record.epoch == self._facts.members.epoch:
+            self._facts.protection.damaged(record.node)
         self._voice.emit(
             "damaged", node=record.node, kind=record.kind, holder=record.holder, iteration=record.generation
         )

@@ -13,13 +13,9 @@ from typing import Any
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agreement import Agreement, NoCommonGeneration, agree
-from deadpool_megatron.cluster.durability import Durability
 from deadpool_megatron.cluster.exits import Exit
-from deadpool_megatron.cluster.headway import Headway
-from deadpool_megatron.cluster.job import JobSpec, Voice
-from deadpool_megatron.cluster.layout import Layout
-from deadpool_megatron.cluster.members import Members
-from deadpool_megatron.cluster.protection import Protection
+from deadpool_megatron.cluster.facts import Facts
+from deadpool_megatron.cluster.job import Voice
 from deadpool_megatron.cluster.recovering import Recovery
 
 __all__ = ["Recoveries"]
@@ -33,24 +29,8 @@ class Recoveries:
         let_go: called with a drained node that has given its shards and may be taken away.
     """
 
-    def __init__(
-        self,
-        job: JobSpec,
-        members: Members,
-        layout: Layout,
-        headway: Headway,
-        protection: Protection,
-        durability: Durability,
-        rendezvous: r.Address | None,
-        voice: Voice,
-        let_go: Callable[[int], None],
-    ) -> None:
-        self._job = job
-        self._members = members
-        self._layout = layout
-        self._headway = headway
-        self._protection = protection
-        self._durability = durability
+    def __init__(self, facts: Facts, voice: Voice, rendezvous: r.Address | None, let_go: Callable[[int], None]) -> None:
+        self._facts = facts
         self._rendezvous = rendezvous
         self._voice = voice
         self._let_go = let_go
@@ -66,27 +46,27 @@ class Recoveries:
 
     def of(self, epoch: int) -> Recovery | None:
         """The recovery under way, if it is that of ``epoch``."""
-        return self.current if epoch == self._members.epoch else None
+        return self.current if epoch == self._facts.members.epoch else None
 
     # ---- the declaration
 
     def declare(self, reason: str, now: float) -> list[int] | None:
         """A new epoch begins. The ranks that have new workers in it; None: the job has been stopped instead."""
-        members = self._members
+        facts, members = self._facts, self._facts.members
         out_of_use = {n for n in members.active() if members.nodes[n].role in ("lost", "leaving")}
         old = list(members.assignment)
         if not self._place(out_of_use, reason):
             return None
         members.epoch += 1
-        groups = self._protection.moved(members.assignment, self._layout.coordinates, self._purpose == "resume")
+        groups = facts.protection.moved(members.assignment, facts.layout.coordinates, self._purpose == "resume")
         self.vacant = {(node, local) for node, local in self.vacant if node in members.active()}
         replaced = [
             rank
             for rank, slot in enumerate(members.assignment)
             if slot != old[rank] or (slot.node, slot.local) in self.vacant
         ]
-        self.current = Recovery(self._purpose, members.active(), self.helpers, self._job.deadlines, now)
-        self._durability.epoch_ended(out_of_use, members.assignment)
+        self.current = Recovery(self._purpose, members.active(), self.helpers, facts.job.deadlines, now)
+        facts.durability.epoch_ended(out_of_use, members.assignment)
         self._voice.keep()
         self._voice.emit(
             "declared",
@@ -107,7 +87,7 @@ class Recoveries:
                 members.assignment,
                 members.vaults(),
                 [list(group) for group in groups],
-                *self._layout.sizes,
+                *facts.layout.sizes,
                 self._rendezvous,
             ),
         )
@@ -115,15 +95,15 @@ class Recoveries:
 
     def _place(self, out_of_use: set[int], reason: str) -> bool:
         """Give away the coordinates of these nodes and of vacant slots. False: nobody could take them."""
-        members = self._members
+        facts, members = self._facts, self._facts.members
         vacant = {node for node, _ in self.vacant}
         taken_by = placing.refill(members.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares())
         if taken_by is not None and self._purpose == "resume":
             members.hand_over(taken_by)
             self.helpers |= {node for node in taken_by if not members.gone(node)}
         elif out_of_use or self._purpose == "save":
-            plan = placing.rescue(members.assignment, out_of_use, self._job.slots_per_node)
-            if plan is None or not self._layout.can_rescue:
+            plan = placing.rescue(members.assignment, out_of_use, facts.job.slots_per_node)
+            if plan is None or not facts.layout.can_rescue:
                 self._voice.stop(
                     Exit.NO_SPARE,
                     f"no spare is left for node {min(out_of_use | vacant)} ({reason}) and no checkpoint could be "
@@ -145,17 +125,17 @@ class Recoveries:
             self._agree(recovery, now)
 
     def _agree(self, recovery: Recovery, now: float) -> None:
-        members, emit = self._members, self._voice.emit
+        facts, members, emit = self._facts, self._facts.members, self._voice.emit
         self._durable_name = ""
         try:
-            agreement = agree(members.assignment, recovery.offers, frozenset(self._refused), self._protection.words)
+            agreement = agree(members.assignment, recovery.offers, frozenset(self._refused), facts.protection.words)
         except NoCommonGeneration as err:
-            fallback = self._durability.fallback()
+            fallback = facts.durability.fallback()
             if fallback is None:
                 self._voice.stop(Exit.GENERATION_LOST, self._nothing_left(err))
                 return
             agreement, self._durable_name = Agreement(fallback[0], {}), fallback[1]
-            self._headway.iteration = agreement.generation - 1
+            facts.headway.iteration = agreement.generation - 1
             held = "no generation is complete in the vaults any more"
             if err.missing:
                 held = f"no vault holds the shards of ranks {', '.join(map(str, err.missing))} any more"
@@ -163,12 +143,12 @@ class Recoveries:
                 "durable_fallback",
                 iteration=agreement.generation,
                 name=self._durable_name,
-                message=f"more nodes were lost than the redundancy covers, which is {self._protection.covers}: {held}; "
+                message=f"more nodes were lost than the redundancy covers, which is {facts.protection.covers}: {held}; "
                 f"training goes back to durable generation {agreement.generation}",
             )
         recovery.agreed(agreement.generation, now)
         self._generation = agreement.generation
-        self._headway.go_on(members.active(), members.epoch, agreement.generation)
+        facts.headway.go_on(members.active(), members.epoch, agreement.generation)
         emit(
             "agreed",
             iteration=agreement.generation,
@@ -181,13 +161,14 @@ class Recoveries:
         a = agreement
         self._voice.send(
             None,
-            r.Agree(members.epoch, a.generation, a.sources, dict(self._headway.done), a.rebuilds, self._durable_name),
+            r.Agree(members.epoch, a.generation, a.sources, dict(facts.headway.done), a.rebuilds, self._durable_name),
         )
         self._check_arrived(recovery)
 
     def _nothing_left(self, err: NoCommonGeneration) -> str:
-        if self._headway.committed < 0:
-            lost = self._members.lost()
+        facts = self._facts
+        if facts.headway.committed < 0:
+            lost = facts.members.lost()
             what = f"node {min(lost)} was lost" if lost else "communication failed"
             return (
                 f"{what} before the first generation was committed, so there is nothing to go on from; start the "
@@ -195,9 +176,8 @@ class Recoveries:
             )
         held = "of ranks " + ", ".join(map(str, err.missing)) if err.missing else "of every rank"
         return (
-            f"more nodes were lost than the redundancy covers, which is {self._protection.covers}: no vault holds the "
-            f"shards {held} of one generation; "
-            "restart the job from Megatron's last checkpoint (--load)"
+            f"more nodes were lost than the redundancy covers, which is {facts.protection.covers}: no vault holds the "
+            f"shards {held} of one generation; restart the job from Megatron's last checkpoint (--load)"
         )
 
     def fetch_failed(self, record: r.FetchFailed) -> str:
@@ -205,7 +185,7 @@ class Recoveries:
         if self.of(record.epoch) is None:
             return ""
         if self._durable_name:
-            self._durability.bad(self._durable_name, record.why)
+            self._facts.durability.bad(self._durable_name, record.why)
             return f"rank {record.rank} of durable generation {record.generation} could not be read"
         self._refused.add((record.rank, record.source, record.generation))
         self._voice.emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
@@ -222,7 +202,7 @@ class Recoveries:
 
     def _check_arrived(self, recovery: Recovery) -> None:
         if recovery.may_form():
-            self._voice.send(None, r.Form(self._members.epoch))
+            self._voice.send(None, r.Form(self._facts.members.epoch))
 
     def ready(self, record: r.NodeReady, now: float) -> None:
         """A node holds the agreed generation."""
@@ -266,7 +246,7 @@ class Recoveries:
             self.vacant.clear()
             self._voice.emit("resumed", iteration=recovery.generation)
             for node in sorted(self.helpers):
-                if self._members.nodes[node].role == "leaving":
+                if self._facts.members.nodes[node].role == "leaving":
                     self._voice.emit("left", node=node)
                     self._let_go(node)
             self.helpers.clear()
@@ -274,18 +254,20 @@ class Recoveries:
 
     def covered(self, record: r.Covered) -> None:
         """What a node's ranks go on from has all its copies again."""
-        here = record.epoch == self._members.epoch and record.generation == self._generation
-        if here and self._protection.covered(record.node):
-            self._voice.emit("protected", survives=self._protection.degree, iteration=record.generation)
+        facts = self._facts
+        here = record.epoch == facts.members.epoch and record.generation == self._generation
+        if here and facts.protection.covered(record.node):
+            self._voice.emit("protected", survives=facts.protection.degree, iteration=record.generation)
 
     def saved(self, record: r.Saved) -> None:
         """A node has written Megatron's checkpoint, since no spare was left."""
         recovery = self.of(record.epoch)
         if recovery is not None and recovery.saved(record.node):
+            members = self._facts.members
             self._voice.emit("saved", iteration=record.iteration, directory=record.directory)
             self._voice.stop(
                 Exit.NO_SPARE_SAVED,
-                f"no spare is left (nodes lost: {', '.join(map(str, self._members.lost()))}); Megatron's checkpoint of "
+                f"no spare is left (nodes lost: {', '.join(map(str, members.lost()))}); Megatron's checkpoint of "
                 f"iteration {record.iteration} was saved to {record.directory}: restart the job with --load "
                 f"{record.directory}",
             )

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.accounting import SnapshotAccount
-from deadpool_megatron.cluster.durability import Durability
 from deadpool_megatron.cluster.exits import Exit
-from deadpool_megatron.cluster.job import JobSpec, Voice
-from deadpool_megatron.cluster.layout import Layout
-from deadpool_megatron.cluster.members import Members, NodeState
-from deadpool_megatron.cluster.protection import Protection
+from deadpool_megatron.cluster.facts import Facts
+from deadpool_megatron.cluster.job import Voice
+from deadpool_megatron.cluster.members import NodeState
 
 __all__ = ["Start"]
 
@@ -22,21 +20,8 @@ __all__ = ["Start"]
 class Start:
     """Of one job; agents and workers that come later come the same way."""
 
-    def __init__(
-        self,
-        job: JobSpec,
-        members: Members,
-        layout: Layout,
-        protection: Protection,
-        durability: Durability,
-        snapshots: SnapshotAccount,
-        voice: Voice,
-    ) -> None:
-        self._job = job
-        self._members = members
-        self._layout = layout
-        self._protection = protection
-        self._durability = durability
+    def __init__(self, facts: Facts, voice: Voice, snapshots: SnapshotAccount) -> None:
+        self._facts = facts
         self._snapshots = snapshots
         self._voice = voice
 
@@ -49,16 +34,16 @@ class Start:
         state.vault = r.Address(record.host, record.vault_port)
         state.pids = dict(enumerate(record.worker_pids))
         state.respawns = record.respawns
-        self._protection.label(record.node, record.domains)
+        self._facts.protection.label(record.node, record.domains)
         return first
 
     def tell_roster(self) -> None:
         """To all, once everybody who is not lost has joined."""
-        if self._members.complete():
-            job = self._job
+        if self._facts.members.complete():
+            job = self._facts.job
             self._voice.send(None, self._roster())
             self._voice.emit("started", nodes=job.nodes, spares=job.spare_nodes, world_size=job.world_size)
-            self._durability.start(self._members.active())
+            self._facts.durability.start(self._facts.members.active())
             self._voice.keep()
 
     def came_later(self, record: r.Join) -> None:
@@ -68,34 +53,34 @@ class Start:
         self._voice.keep()
 
     def _roster(self) -> r.Roster:
-        return r.Roster(self._members.epoch, self._members.assignment, self._members.vaults())
+        return r.Roster(self._facts.members.epoch, self._facts.members.assignment, self._facts.members.vaults())
 
     # ---- workers
 
     def worker_ready(self, record: r.WorkerReady) -> None:
         """A worker without a coordinate is parked, or one with a coordinate is there again."""
-        state = self._members.nodes[record.node]
+        state = self._facts.members.nodes[record.node]
         state.pids[record.local] = record.pid
         if state.role == "spare":
             state.parked.add(record.local)
-            if len(state.parked) == self._job.slots_per_node:
+            if len(state.parked) == self._facts.job.slots_per_node:
                 self._voice.emit("parked", node=record.node)
 
     def registered(self, record: r.Registered) -> bool:
         """A rank is about to train; True when all are, and are the same job."""
-        self._layout.register(record)
-        if self._layout.differs:
+        self._facts.layout.register(record)
+        if self._facts.layout.differs:
             self._voice.stop(
                 Exit.FAILED,
                 f"rank {record.coordinate.rank} on node {record.node} made other process groups than the rest: the "
                 "ranks do not run the same script with the same flags",
             )
             return False
-        return self._layout.complete
+        return self._facts.layout.complete
 
     def train(self, strategy: str, unique_bytes: int) -> None:
         """All ranks are about to train for the first time, the last to say so with this plan."""
-        for each in self._layout.registered():
+        for each in self._facts.layout.registered():
             self._snapshots.registered(each)
         self._voice.emit(
             "training",
@@ -109,16 +94,16 @@ class Start:
 
     def _protect(self) -> None:
         """Every coordinate is known: say who keeps whose shards, and what may be lost from then on."""
-        members, layout, protection = self._members, self._layout, self._protection
-        if self._job.active_nodes == 1:  # for measurements: nothing is protected
+        members, layout, protection = self._facts.members, self._facts.layout, self._facts.protection
+        if self._facts.job.active_nodes == 1:  # for measurements: nothing is protected
             self._voice.send(None, r.Placement(members.epoch, [[0, 0]], *layout.sizes))
             return
-        protection.begin(members.assignment, layout.coordinates, layout.largest, self._job.slots_per_node)
-        if self._job.deadpool:
+        protection.begin(members.assignment, layout.coordinates, layout.largest, self._facts.job.slots_per_node)
+        if self._facts.job.deadpool:
             self.tell_placement()
             self._voice.emit("placed", costs=protection.costs(), **protection.status())
 
     def tell_placement(self) -> None:
         """Who keeps whose shards, in the first epoch; in later ones that comes with the declaration."""
-        groups = [list(group) for group in self._protection.groups]
-        self._voice.send(None, r.Placement(self._members.epoch, groups, *self._layout.sizes))
+        groups = [list(group) for group in self._facts.protection.groups]
+        self._voice.send(None, r.Placement(self._facts.members.epoch, groups, *self._facts.layout.sizes))

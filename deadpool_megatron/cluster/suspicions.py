@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.facts import Facts
 from deadpool_megatron.cluster.job import Voice
-from deadpool_megatron.cluster.members import Members
 from deadpool_megatron.cluster.stalls import StallJudge
 
 __all__ = ["Suspicions"]
@@ -18,22 +18,14 @@ _BEYOND_LEASE_S = 1.0
 
 
 class Suspicions:
-    """What the ranks of the current epoch say of each other.
+    """What the ranks of the current epoch say of each other."""
 
-    Args:
-        lease_s: seconds after which a node that is silent is lost.
-        retries: how often in a row communication may fail with every node alive.
-    """
-
-    def __init__(self, world_size: int, members: Members, voice: Voice, lease_s: float, retries: int) -> None:
-        self._world_size = world_size
-        self._members = members
+    def __init__(self, facts: Facts, voice: Voice) -> None:
+        self._facts = facts
         self._voice = voice
-        self._lease_s = lease_s
-        self._retries = retries
         self._failures = 0
         self._error: tuple[float, str] | None = None  # when it counts, and its text
-        self._stalls = StallJudge(world_size)
+        self._stalls = StallJudge(facts.job.world_size)
         self._texts: dict[int, str] = {}
 
     @property
@@ -48,7 +40,7 @@ class Suspicions:
             return
         self._voice.emit("peer_error", node=record.node, rank=record.rank, cause=record.text)
         if training:  # else the worker ends with its error, and that ends the job
-            self._error = (now + self._lease_s + _BEYOND_LEASE_S, record.text)
+            self._error = (now + self._facts.job.deadlines.lease + _BEYOND_LEASE_S, record.text)
 
     def stalled(self, record: r.Stalled, now: float) -> None:
         """A rank of this epoch makes no progress."""
@@ -69,15 +61,15 @@ class Suspicions:
             return
         stuck, all_of_them = self._stalls.verdict(now)
         for rank in stuck:
-            node = self._members.assignment[rank].node
+            node = self._facts.members.assignment[rank].node
             self._voice.emit("stuck", node=node, rank=rank, cause=f"rank {rank} is stuck: {self._texts[rank]}")
-            self._voice.send(node, r.EndStuck(self._members.epoch, rank))
+            self._voice.send(node, r.EndStuck(self._facts.members.epoch, rank))
         if all_of_them:
             self._failed("every rank waits in a communication and none gets on")
 
     def _failed(self, text: str) -> None:
         self._failures += 1
-        if self._failures > self._retries:
+        if self._failures > self._facts.job.transient_retries:
             self._voice.stop(
                 Exit.RECOVERY_FAILED,
                 f"communication failed {self._failures} times with every node alive, the last time with: {text}",
@@ -92,7 +84,7 @@ class Suspicions:
     def explained(self) -> None:
         """A new epoch: its ranks are judged by what they say in it."""
         self.ended()
-        self._stalls = StallJudge(self._world_size)
+        self._stalls = StallJudge(self._facts.job.world_size)
 
     def ended(self) -> None:
         """Training is over: who still waits for a peer waits for one that has left."""

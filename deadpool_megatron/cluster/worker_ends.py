@@ -7,9 +7,9 @@ from typing import Any
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.blame import Blame, how_it_ended
 from deadpool_megatron.cluster.exits import Exit
-from deadpool_megatron.cluster.headway import Headway
-from deadpool_megatron.cluster.job import JobSpec, Phase, Voice
-from deadpool_megatron.cluster.members import Members, NodeState
+from deadpool_megatron.cluster.facts import Facts
+from deadpool_megatron.cluster.job import Phase, Voice
+from deadpool_megatron.cluster.members import NodeState
 from deadpool_megatron.cluster.recoveries import Recoveries
 
 __all__ = ["WorkerEnds"]
@@ -20,13 +20,11 @@ _BESIDE_TRAINING = (Phase.STARTING, Phase.FINISHING)
 class WorkerEnds:
     """Of one job, through all its epochs."""
 
-    def __init__(self, job: JobSpec, members: Members, headway: Headway, recoveries: Recoveries, voice: Voice) -> None:
-        self._job = job
-        self._members = members
-        self._headway = headway
+    def __init__(self, facts: Facts, voice: Voice, recoveries: Recoveries) -> None:
+        self._facts = facts
         self._recoveries = recoveries
         self._voice = voice
-        self._blame = Blame(job.worker_deaths)
+        self._blame = Blame(facts.job.worker_deaths)
         self._left: set[tuple[int, int]] = set()
 
     @property
@@ -40,16 +38,16 @@ class WorkerEnds:
         Args:
             phase: of the job, that it trains while it recovers.
         """
-        state = self._members.nodes[record.node]
+        state = self._facts.members.nodes[record.node]
         who, how = how_it_ended(record)
         if record.code == 0 and phase in _BESIDE_TRAINING:
             self._left.add((record.node, record.local))
-            return {(s.node, s.local) for s in self._members.assignment} <= self._left
-        if state.role == "spare" and self._job.deadpool:
+            return {(s.node, s.local) for s in self._facts.members.assignment} <= self._left
+        if state.role == "spare" and self._facts.job.deadpool:
             self._spare_exited(state, record.local, how)
-        elif not self._job.deadpool or phase in _BESIDE_TRAINING:
+        elif not self._facts.job.deadpool or phase in _BESIDE_TRAINING:
             code = record.code if 0 < record.code < 126 else Exit.FAILED
-            self._voice.stop(code, self._blame.fatal(record, phase, self._job.deadpool))
+            self._voice.stop(code, self._blame.fatal(record, phase, self._facts.job.deadpool))
         elif state.role == "active":
             self._refill(state, record, f"{who} ended ({how})")
         return False
@@ -65,10 +63,10 @@ class WorkerEnds:
     def _refill(self, state: NodeState, record: r.WorkerExited, cause: str) -> None:
         """A worker died, its node is healthy: a spare takes over, or a new process in the same slot."""
         here = r.SlotAddress(record.node, record.local)
-        if record.rank is None or self._members.assignment[record.rank] != here:
+        if record.rank is None or self._facts.members.assignment[record.rank] != here:
             return  # it has been replaced already
         to_blame = self._blame.died(state)
-        iteration = self._headway.iteration
+        iteration = self._facts.headway.iteration
         if self._blame.crashed_again(record, iteration, cause):
             again = f"after iteration {iteration} again, so no spare is spent on it; see its log"
             self._voice.stop(Exit.REPEATED_ERROR, f"{cause} {again}")
@@ -89,7 +87,7 @@ class WorkerEnds:
         )
         if record.user_error:
             self._voice.stop(Exit.USAGE, record.message)
-        elif self._job.deadpool and phase is Phase.RUNNING and self._blame.failed_again(record):
+        elif self._facts.job.deadpool and phase is Phase.RUNNING and self._blame.failed_again(record):
             self._voice.stop(
                 Exit.REPEATED_ERROR,
                 f"{who} raised the same error at iteration {record.iteration} again, so no spare is spent on it: "
