@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
+
+import pytest
 
 from deadpool_megatron.evaluate.descendants import Descendants, describe
 
@@ -12,13 +15,15 @@ def _started(family: Descendants, script: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(["bash", "-c", script], env=os.environ | family.environment, start_new_session=True)
 
 
+@pytest.mark.timeout(30)
 def test_the_orphan_of_a_command_that_has_ended_is_found_and_killed() -> None:
     mine, other = Descendants(), Descendants()
     beside = _started(other, "exec sleep 600")
     try:
         assert _started(mine, "setsid sleep 601 & disown").wait(10) == 0
         (orphan,) = mine.living()
-        assert describe(orphan) == f"{orphan.pid} sleep 601"
+        while describe(orphan) != f"{orphan.pid} sleep 601":  # it has the environment before it has the command
+            time.sleep(0.01)
         assert mine.until_gone(0.1) == [orphan], "it lives on"
         mine.kill(10)
         assert mine.living() == []
