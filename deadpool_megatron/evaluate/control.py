@@ -314,7 +314,7 @@ def add_control_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slots", type=int, default=8, metavar="P", help="ranks a node (default: 8)")
     add("--runs", type=int, default=5, metavar="K", help="nodes killed, one after the other, a size (default: 5)")
     add("--steady", type=float, default=20.0, metavar="S", help="seconds of failure-free time measured (default: 20)")
-    add("--iteration", type=float, default=1.0, metavar="S", help="seconds an iteration takes then (default: 1)")
+    add("--iteration", type=float, default=5.0, metavar="S", help="seconds an iteration takes then (default: 5)")
     add("--lease", type=float, default=5.0, metavar="S", help="as --deadpool-lease (default: 5)")
     add("--out", default="runs/bench-control", metavar="DIR", help="results and the picture")
 

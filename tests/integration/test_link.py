@@ -151,6 +151,22 @@ def test_a_frozen_agent_is_noticed_within_the_lease_and_a_healthy_one_is_not() -
         room.close()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="the kernel shows other threads' timer slack to root only")
+def test_the_thread_that_has_all_connections_is_woken_for_many_timers_at_once_and_no_other_thread_is_late() -> None:
+    before = set(os.listdir("/proc/self/task"))
+    lease_s = 5.0
+    room = Room(lease_s)
+    try:
+        slack = {
+            Path(f"/proc/self/task/{tid}/comm").read_text().strip(): int(Path(f"/proc/{tid}/timerslack_ns").read_text())
+            for tid in set(os.listdir("/proc/self/task")) - before
+        }
+        assert slack["ZMQbg/IO/0"] == lease_s * 1e9 / 100
+        assert int(Path("/proc/self/timerslack_ns").read_text()) < 1e6, "this one takes packets"
+    finally:
+        room.close()
+
+
 def test_an_agent_that_leaves_in_order_is_gone_once_its_words_are_heard(room: Room) -> None:
     spoke = Spoke(room.endpoint, "node-7", SECRET, LEASE_S)
     spoke.send(b"last words")
