@@ -70,7 +70,7 @@ def _late_timers(slack_s: float) -> Iterator[None]:
     try:
         yield
     finally:
-        prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(before))
+        prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(max(0, before)))  # 0: the default, for kernels that do not tell
 
 
 class _MemberProvider:
