@@ -39,7 +39,7 @@ def _abort(spoke: Spoke) -> bool:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("aborts", [60, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("aborts", [30, pytest.param(200, marks=pytest.mark.slow)])
 def test_every_abort_unblocks_every_rank_within_a_second_and_nothing_of_the_run_changes(
     tmp_path: Path, aborts: int
 ) -> None:
