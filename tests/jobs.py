@@ -5,7 +5,6 @@ Every wait has a deadline. Whatever a test does, `Jobs.end` leaves none of the p
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -17,9 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-
 from deadpool_megatron.evaluate import jobs
+from deadpool_megatron.evaluate.descendants import Descendants
 from deadpool_megatron.observe import LOGS
 
 __all__ = [
@@ -172,9 +170,10 @@ def torchrun(
     """The same script without us, under torchrun: what `Job.printed` gives, of the rank that prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["--no-python", sys.executable, "-m", "deadpool_megatron.emulation", str(script), *flags]
+    descendants = Descendants()
     process = subprocess.Popen(
         command,
-        env=environment({"OMP_NUM_THREADS": "1"}),
+        env=environment({"OMP_NUM_THREADS": "1"}) | descendants.environment,
         cwd=directory,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -183,12 +182,7 @@ def torchrun(
     try:
         out, _ = process.communicate(timeout=START_S)
     finally:
-        if process.poll() is None:
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            for child in children:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
+        descendants.kill(10)
     assert process.returncode == 0, out[-6000:]
     return _printed(out)
 

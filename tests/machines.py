@@ -51,9 +51,13 @@ class Machines:
         prefix: Sequence[str] = (),
     ) -> None:
         """Start the next one; ``prefix`` makes it run somewhere else."""
+        self.start_command([*prefix, *CLI, command, *options, *script], env)
+
+    def start_command(self, command: Sequence[str], env: dict[str, str] | None = None) -> None:
+        """Start any command as the next one."""
         with open(self.directory / f"machine-{len(self.started)}.out", "wb") as out:
             process = subprocess.Popen(
-                [*prefix, *CLI, command, *options, *script],
+                list(command),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs import environment
 from machines import Machines
 
 __all__ = ["IN_TREE", "Ranks", "attached"]
@@ -49,20 +47,6 @@ class Ranks(Machines):
             "DEADPOOL_EMULATE_CPU": "1",
         }
         self.start_command([sys.executable, *script], told | (env or {}))
-
-    def start_command(self, command: Sequence[str], env: dict[str, str]) -> None:
-        """Start any command."""
-        with open(self.directory / f"machine-{len(self.started)}.out", "wb") as out:
-            process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=environment(env) | self.descendants.environment,
-                cwd=self.directory,
-                start_new_session=True,
-            )
-        self.started.append(process)
 
     def deadpool(self, spares: int = 0) -> list[str]:
         """Our flags for this job."""

@@ -304,18 +304,14 @@ class Coordinator:
                 self._refuse(str(err))
                 return
             if isinstance(record, r.StateHash):
-                self._core.seen.state_hashes[record.rank] = record.digests
+                self._core.seen.state_hash(record)
 
         self._hub.farewell(map(_identity, left), _FAREWELL_S, last_words)
 
     def _write_state_hash(self) -> None:
-        path = self._settings.state_hash
-        if path and self._core.seen.state_hashes:
-            content = {
-                "coordinates": {
-                    str(rank): self._core.seen.state_hashes[rank] for rank in sorted(self._core.seen.state_hashes)
-                }
-            }
+        path, hashes = self._settings.state_hash, self._core.seen.state_hashes
+        if path and hashes:
+            content = {"coordinates": {str(rank): hashes[rank] for rank in sorted(hashes)}}
             temporary = f"{path}.{os.getpid()}"
             with open(temporary, "w") as f:
                 json.dump(content, f, indent=1)

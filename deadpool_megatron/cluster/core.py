@@ -531,13 +531,11 @@ class Core:
         if self._phase is Phase.STARTING and not self._arrivals.begun:
             self._arrivals.expect(self.members.missing(), self._now)
         if late := self._arrivals.late(self._now):
-            self._arrivals.without(late)
             self._lose(late, self._arrivals.why_late)
         self._suspicions.judge_errors(self._now)
         if self._reunion.due is not None and self._now >= self._reunion.due:
             self._all_returned()
-        if self._drains.due is not None and self._now >= self._drains.due:
-            self._drains.move_out()
+        self._drains.tick(self._now)
         if self.phase is Phase.RUNNING:
             self._suspicions.judge_stalls(self._now)
         recovery = self.recovery

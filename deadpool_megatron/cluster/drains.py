@@ -49,7 +49,7 @@ class Drains:
 
     @property
     def due(self) -> float | None:
-        """When the nodes that do not hold still have had time enough; None when nothing is under way."""
+        """When `tick` has something to do; None when nothing is under way."""
         return self._drain.deadline if self._drain is not None else None
 
     def begin(self, node: int, now: float) -> None:
@@ -74,12 +74,14 @@ class Drains:
         drain.held.add(record.node)
         # Who was past the boundary already is brought back by an ordinary recovery, at the cost of an iteration.
         if record.missed or drain.held >= set(self._facts.members.active()):
-            self.move_out()
+            self._move_out(drain)
 
-    def move_out(self) -> None:
-        """Every node holds still, or has had time enough: the spare takes over."""
-        if (drain := self._drain) is None:
-            return
+    def tick(self, now: float) -> None:
+        """Who does not hold still has had time enough by `due`."""
+        if self._drain is not None and now >= self._drain.deadline:
+            self._move_out(self._drain)
+
+    def _move_out(self, drain: _Drain) -> None:
         self._drain = None
         self._facts.members.nodes[drain.node].role = "leaving"
         self._recoveries.helpers.add(drain.node)

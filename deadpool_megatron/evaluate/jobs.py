@@ -180,8 +180,7 @@ class Job:
         pids = [pid for node in nodes for pid in self.node_pids(node)]
         moment = time.time()
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signum)
+            self.signal_process(pid, signum)
         return moment
 
     def spoil_copies(self, *ranks: int) -> int:

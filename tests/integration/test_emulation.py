@@ -77,6 +77,7 @@ def test_the_same_run_gives_the_same_numbers_again(reference: list[tuple[float, 
     ("schedule", "moe"),
     [
         pytest.param("interleaved", False, id="interleaved", marks=pytest.mark.slow),
+        pytest.param("none", False, id="no pipeline", marks=pytest.mark.slow),
         pytest.param("1f1b", True, id="experts"),
     ],
 )
