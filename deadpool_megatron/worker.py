@@ -21,10 +21,11 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.forking import FORK_SERVER
 from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
 from deadpool_megatron.cluster.workers import (
     ADOPTED,
@@ -39,7 +40,7 @@ from deadpool_megatron.versions import check_strategy
 if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
 
-__all__ = ["CONFIG", "EMULATE", "MODE", "main"]
+__all__ = ["CONFIG", "EMULATE", "MODE", "main", "run"]
 
 MODE = "DEADPOOL_MODE"  # "plain" or "deadpool"
 EMULATE = "DEADPOOL_EMULATE_CPU"
@@ -50,8 +51,8 @@ _PR_SET_PDEATHSIG = 1
 def _die_with_agent() -> None:
     """Ask the kernel to end this process when its agent ends: an agent's death fences its node.
 
-    The kernel does that for children; an adopted worker leaves when its control socket ends. The same for what it forks
-    (data loaders, checkpoint writers): they hold its sockets, and they write.
+    The kernel does that for children; an adopted worker leaves when its control socket ends, and a fork server ends its
+    own. The same for what it forks (data loaders, checkpoint writers): they hold its sockets, and they write.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     by_main_thread = [True]
@@ -64,7 +65,7 @@ def _die_with_agent() -> None:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     os.register_at_fork(before=before_fork, after_in_child=in_child)
-    if ADOPTED in os.environ:
+    if ADOPTED in os.environ or FORK_SERVER in os.environ:
         return
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[PARENT_PID]):
@@ -240,7 +241,8 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Be a worker, and end."""
     if os.environ.get(MODE) != "deadpool":
         sys.exit(main())
     try:
@@ -249,3 +251,7 @@ if __name__ == "__main__":
         if leaving.code is not None and not isinstance(leaving.code, int):
             print(leaving.code, file=sys.stderr)
         _leave(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
+
+
+if __name__ == "__main__":
+    run()

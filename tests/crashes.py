@@ -135,7 +135,7 @@ class Gauntlet:
     def background(self, *command: str) -> subprocess.Popen[bytes]:
         """The same without waiting."""
         line = [*CLI, command[0], "--run-dir", str(self.job.run_dir), *command[1:]]
-        process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=self._errors)
+        process = subprocess.Popen(line, env=environment(forked=True), stdout=subprocess.DEVNULL, stderr=self._errors)
         self._joined.append(process)
         return process
 

@@ -5,19 +5,26 @@ Every wait has a deadline. Whatever a test does, `Jobs.end` leaves none of the p
 
 from __future__ import annotations
 
+import atexit
+import functools
 import io
 import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from deadpool_megatron.cluster.forking import FORK_SERVER
+from deadpool_megatron.emulation import environment as emulated
 from deadpool_megatron.evaluate import jobs
 from deadpool_megatron.evaluate.descendants import Descendants
+from deadpool_megatron.evaluate.fork_server import ForkServer
 from deadpool_megatron.observe import LOGS
 
 __all__ = [
@@ -59,9 +66,27 @@ def launch_flags(nodes: int, spares: int = 0, slots: int = 2) -> list[str]:
     ]
 
 
-def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+@functools.cache
+def _fork_server() -> ForkServer:
+    """One for all jobs of this test run; it ends with it."""
+    directory = Path(tempfile.mkdtemp(prefix="deadpool-"))
+    server = ForkServer(directory / "fork-server", EXAMPLE, environment(emulated()))
+    atexit.register(shutil.rmtree, directory)
+    atexit.register(server.end)
+    return server
+
+
+def environment(extra: dict[str, str] | None = None, forked: bool = False) -> dict[str, str]:
+    """Of a command under test.
+
+    Args:
+        forked: emulated workers below it come from a fork server, where ``extra`` lets them. Not for what runs another
+            Megatron, or in another network.
+    """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)} | (extra or {})
+    extra = extra or {}
+    server = {FORK_SERVER: str(_fork_server().address)} if forked and "PYTHONPATH" not in extra else {}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)} | server | extra
 
 
 class Job(jobs.Job):
@@ -71,7 +96,8 @@ class Job(jobs.Job):
         self, run_dir: Path, launch: Sequence[str], script: Sequence[str], extra: dict[str, str] | None = None
     ) -> None:
         self.hash_file = Path(f"{run_dir}.hash.json")
-        super().__init__(run_dir, launch, script, environment(extra), run_dir.parent)
+        forked = "--emulate-cpu" in launch and ROOT in Path(script[0]).parents
+        super().__init__(run_dir, launch, script, environment(extra, forked), run_dir.parent)
 
     def failed(self, what: str) -> NoReturn:
         """Fail the test."""

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Descendants", "describe"]
+__all__ = ["VARIABLE", "WORD_LENGTH", "Descendants", "describe"]
 
 # Not DEADPOOL_...: it is none of the product's settings.
-_VARIABLE = "DESCENDANTS_OF"
+VARIABLE = "DESCENDANTS_OF"
+WORD_LENGTH = 16
 
 
 class Descendants:
@@ -28,8 +29,8 @@ class Descendants:
     """
 
     def __init__(self) -> None:
-        self.environment = {_VARIABLE: secrets.token_hex(8)}
-        self._word = f"{_VARIABLE}={self.environment[_VARIABLE]}".encode()
+        self.environment = {VARIABLE: secrets.token_hex(WORD_LENGTH // 2)}
+        self._word = f"{VARIABLE}={self.environment[VARIABLE]}".encode()
         # Who ends has no environment for a moment before it is gone.
         self._seen: dict[int, psutil.Process] = {}
 

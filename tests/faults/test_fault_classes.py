@@ -63,7 +63,7 @@ class Drama:
     def join(self) -> None:
         """A new node, in the background."""
         command = [*CLI, "join", "--run-dir", str(self.job.run_dir)]
-        self.joined.append(subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL))
+        self.joined.append(subprocess.Popen(command, env=environment(forked=True), stdout=subprocess.DEVNULL))
 
     def parked(self, spares: int) -> None:
         """Until so many spares are parked."""
