@@ -224,7 +224,7 @@ def main() -> int:
     return 0
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     """End the process as the interpreter would, but without destructing the process groups.
 
     The end of a Gloo backend waits for its threads, which for some dozens of groups on busy cores takes seconds.
