@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.forking import FORK_SERVER
 from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
 from deadpool_megatron.cluster.workers import (
     ADOPTED,
@@ -35,12 +34,13 @@ from deadpool_megatron.cluster.workers import (
     STACKS_FILE,
     STACKS_SIGNAL,
 )
+from deadpool_megatron.forking import FORK_SERVER
 from deadpool_megatron.versions import check_strategy
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
 
-__all__ = ["CONFIG", "EMULATE", "MODE", "main", "run"]
+__all__ = ["CONFIG", "EMULATE", "MODE", "main"]
 
 MODE = "DEADPOOL_MODE"  # "plain" or "deadpool"
 EMULATE = "DEADPOOL_EMULATE_CPU"
@@ -241,8 +241,7 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def run() -> NoReturn:
-    """Be a worker, and end."""
+if __name__ == "__main__":
     if os.environ.get(MODE) != "deadpool":
         sys.exit(main())
     try:
@@ -251,7 +250,3 @@ def run() -> NoReturn:
         if leaving.code is not None and not isinstance(leaving.code, int):
             print(leaving.code, file=sys.stderr)
         _leave(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
-
-
-if __name__ == "__main__":
-    run()

@@ -22,7 +22,8 @@ from typing import Any
 import psutil
 
 from crash_cases import Case
-from deadpool_megatron.evaluate.jobs import CLI
+from deadpool_megatron.evaluate.jobs import start_cli
+from deadpool_megatron.forking import Process
 from deadpool_megatron.observe import LOGS, EventTail
 from deadpool_megatron.vault import PREFIX, Arena
 from flags import duo_gpt, tiny_gpt, with_value
@@ -86,7 +87,7 @@ class Gauntlet:
         )
         self.results: list[Result] = []
         self._spares = spares
-        self._joined: list[subprocess.Popen[bytes]] = []
+        self._joined: list[Process] = []
         self._errors = open(jobs.directory / f"{name}.joined.out", "wb")  # noqa: SIM115 - closed in `end`
         self._tail = EventTail(self.job.run_dir)
         self._events: list[dict[str, Any]] = []
@@ -132,10 +133,10 @@ class Gauntlet:
             self.job.failed(f"{command}: {done.stderr}")
         return done
 
-    def background(self, *command: str) -> subprocess.Popen[bytes]:
+    def background(self, *command: str) -> Process:
         """The same without waiting."""
-        line = [*CLI, command[0], "--run-dir", str(self.job.run_dir), *command[1:]]
-        process = subprocess.Popen(line, env=environment(forked=True), stdout=subprocess.DEVNULL, stderr=self._errors)
+        line = [command[0], "--run-dir", str(self.job.run_dir), *command[1:]]
+        process = start_cli(line, environment(forked=True), stdout=subprocess.DEVNULL, stderr=self._errors)
         self._joined.append(process)
         return process
 

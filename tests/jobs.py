@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deadpool_megatron.cluster.forking import FORK_SERVER
 from deadpool_megatron.emulation import environment as emulated
 from deadpool_megatron.evaluate import jobs
 from deadpool_megatron.evaluate.descendants import Descendants
 from deadpool_megatron.evaluate.fork_server import ForkServer
+from deadpool_megatron.forking import FORK_SERVER
 from deadpool_megatron.observe import LOGS
+from fair_clock import CLOCK
 
 __all__ = [
     "EXAMPLE",
@@ -90,7 +91,9 @@ def environment(extra: dict[str, str] | None = None, forked: bool = False) -> di
 
 
 class Job(jobs.Job):
-    """One `deadpool launch` under test: a failure shows the ends of its logs."""
+    """One `deadpool launch` under test: a failure shows the ends of its logs; `fair_clock` has its deadlines."""
+
+    clock = staticmethod(CLOCK.seconds)
 
     def __init__(
         self, run_dir: Path, launch: Sequence[str], script: Sequence[str], extra: dict[str, str] | None = None

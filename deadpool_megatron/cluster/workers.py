@@ -15,8 +15,8 @@ from typing import Protocol
 import msgspec
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.forking import FORK_SERVER, fork_worker
 from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
+from deadpool_megatron.forking import FORK_SERVER, fork_module
 
 __all__ = [
     "ADOPTED",
@@ -130,7 +130,16 @@ def start_worker(
     with open(log, "ab", buffering=0) as out:
         if server := env.get(FORK_SERVER):
             arguments = command[command.index(WORKER_MODULE) + 1 :]
-            process, pidfd = fork_worker(server, arguments, env, os.getcwd(), out.fileno(), descriptors)
+            process = fork_module(
+                server,
+                WORKER_MODULE,
+                arguments,
+                env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                descriptors=descriptors,
+                death_signal=signal.SIGKILL,
+            )
         else:
             process = subprocess.Popen(
                 list(command),
@@ -141,9 +150,8 @@ def start_worker(
                 pass_fds=tuple(descriptors.values()),
                 start_new_session=True,
             )
-            pidfd = os.pidfd_open(process.pid)
     theirs.close()
-    return Worker(local, process, pidfd, ours, doorbell, rank, page)
+    return Worker(local, process, os.pidfd_open(process.pid), ours, doorbell, rank, page)
 
 
 def end_group(pid: int, signum: signal.Signals) -> None:

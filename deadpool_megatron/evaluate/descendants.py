@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["VARIABLE", "WORD_LENGTH", "Descendants", "describe"]
+__all__ = ["VARIABLE", "WORD_LENGTH", "Descendants", "describe", "has_ended"]
 
 # Not DEADPOOL_...: it is none of the product's settings.
 VARIABLE = "DESCENDANTS_OF"
@@ -41,7 +41,7 @@ class Descendants:
             with contextlib.suppress(OSError, psutil.NoSuchProcess):
                 if pid != os.getpid() and self._word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     self._seen[pid] = psutil.Process(pid)
-        self._seen = {pid: process for pid, process in self._seen.items() if _lives(process)}
+        self._seen = {pid: process for pid, process in self._seen.items() if not has_ended(process)}
         return list(self._seen.values())
 
     def until_gone(self, deadline_s: float) -> list[psutil.Process]:
@@ -69,8 +69,9 @@ def describe(process: psutil.Process) -> str:
         return str(process.pid)
 
 
-def _lives(process: psutil.Process) -> bool:
+def has_ended(process: psutil.Process) -> bool:
+    """It is gone, or nobody has waited for it yet."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
-        return False
+        return True

@@ -1,19 +1,21 @@
-"""``python -m deadpool_megatron.evaluate.fork_server SOCKET``: workers of emulated jobs without their imports.
+"""``python -m deadpool_megatron.evaluate.fork_server SOCKET SCRIPT``: emulated jobs without their imports.
 
 To import torch and Megatron costs a process more than all it does in a short job. This process imports them once, warms
-what is slow the first time, and forks workers from then on (`cluster.forking` is the other side). It ends with the
-process that started it, and its children with it.
+what is slow the first time, and forks all processes of jobs from then on (`forking` is the other side). It ends with
+the process that started it, and its children with it.
 
-A worker that needs other modules than this process has (a checkout of Megatron, other versions, no emulation) or
-another network or control group must be started as ever.
+What needs other modules than this process has (a checkout of Megatron, other versions, no emulation) or another network
+or control group must be started as ever.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import gc
 import os
+import runpy
 import selectors
 import signal
 import socket
@@ -25,8 +27,8 @@ from pathlib import Path
 
 import msgspec
 
-from deadpool_megatron.cluster.forking import MAX_REQUEST, Forked, ForkRequest
 from deadpool_megatron.evaluate.descendants import VARIABLE, WORD_LENGTH
+from deadpool_megatron.forking import MAX_REQUEST, Forked, ForkRequest
 
 __all__ = ["ForkServer", "main"]
 
@@ -88,75 +90,94 @@ class _EnvironmentWord:
             ctypes.memmove(self._address, word.encode(), WORD_LENGTH)
 
 
+class _Child:
+    """A process, and the connection of the one that wanted it."""
+
+    def __init__(self, pid: int, connection: socket.socket, death_signal: int) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self.connection = connection
+        self.death_signal = death_signal
+        self.reaped = False
+
+
 class _Children:
-    """Connections of agents, and the children forked for them."""
+    """All children that live."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
-        self._pids: dict[int, tuple[int, socket.socket]] = {}  # by pidfd
+        self._living: set[_Child] = set()
 
     def serve(self) -> tuple[ForkRequest, list[int]]:
-        """Fork workers for ever. Returns in the child only: what it was started with, and its descriptors."""
+        """Fork for ever. Returns in a child only: what it was started with, and its descriptors."""
         while True:
             for key, _ in self._selector.select():
-                if key.fileobj is self._listener:
-                    connection, _ = self._listener.accept()
-                    packet, fds, _, _ = socket.recv_fds(connection, MAX_REQUEST, 8)
-                    if not packet:
-                        connection.close()
-                        continue
-                    request = msgspec.json.decode(packet, type=ForkRequest)
-                    pid = os.fork()
-                    if not pid:
-                        connection.close()
-                        self._forget()
-                        return request, fds
-                    for fd in fds:
-                        os.close(fd)
-                    self._born(pid, connection)
-                elif key.data is None:
-                    self._ended(key.fd)
-                elif self._pids.get(key.data, (0, None))[1] is key.fileobj:  # else its worker has ended a moment ago
-                    signal.pidfd_send_signal(key.data, signal.SIGKILL)  # its agent has ended
-                    self._selector.unregister(key.fileobj)
+                child: _Child | None = key.data
+                if child is None:
+                    request = self._accept()
+                    if request is not None:
+                        return request
+                elif key.fd == child.pidfd and not child.reaped:
+                    self._ended(child)
+                elif not child.reaped:  # its parent has ended
+                    self._selector.unregister(child.connection)
+                    if child.death_signal:
+                        signal.pidfd_send_signal(child.pidfd, child.death_signal)
 
-    def _born(self, pid: int, connection: socket.socket) -> None:
-        pidfd = os.pidfd_open(pid)
-        self._pids[pidfd] = pid, connection
-        self._selector.register(pidfd, selectors.EVENT_READ)
-        self._selector.register(connection, selectors.EVENT_READ, pidfd)
-        with contextlib.suppress(OSError):  # the agent has ended: that is seen at the connection
-            socket.send_fds(connection, [msgspec.json.encode(Forked(pid))], [pidfd])
+    def _accept(self) -> tuple[ForkRequest, list[int]] | None:
+        connection, _ = self._listener.accept()
+        packet, fds, _, _ = socket.recv_fds(connection, MAX_REQUEST, 16)
+        if not packet:
+            connection.close()
+            return None
+        request = msgspec.json.decode(packet, type=ForkRequest)
+        pid = os.fork()
+        if not pid:
+            connection.close()
+            self._forget()
+            return request, fds
+        for fd in fds:
+            os.close(fd)
+        child = _Child(pid, connection, request.death_signal)
+        self._living.add(child)
+        self._selector.register(child.pidfd, selectors.EVENT_READ, child)
+        self._selector.register(connection, selectors.EVENT_READ, child)
+        with contextlib.suppress(OSError):  # its parent has ended: that is seen at the connection
+            socket.send_fds(connection, [msgspec.json.encode(Forked(pid))], [child.pidfd])
+        return None
 
-    def _ended(self, pidfd: int) -> None:
-        pid, connection = self._pids.pop(pidfd)
-        self._selector.unregister(pidfd)
-        if connection in self._selector.get_map():
-            self._selector.unregister(connection)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        with contextlib.suppress(OSError):  # the agent has ended before
-            connection.send(str(code).encode())
-        connection.close()
-        os.close(pidfd)
+    def _ended(self, child: _Child) -> None:
+        child.reaped = True
+        self._living.remove(child)
+        self._selector.unregister(child.pidfd)
+        if child.connection in self._selector.get_map():
+            self._selector.unregister(child.connection)
+        code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+        with contextlib.suppress(OSError):  # its parent has ended before
+            child.connection.send(str(code).encode())
+        child.connection.close()
+        os.close(child.pidfd)
 
     def _forget(self) -> None:
         """In a child: it must hold nothing of its siblings' open."""
         self._selector.close()
         self._listener.close()
-        for pidfd, (_, connection) in self._pids.items():
-            connection.close()
-            os.close(pidfd)
+        for child in self._living:
+            child.connection.close()
+            os.close(child.pidfd)
 
 
 def _import_all(script: str) -> None:
     from deadpool_megatron import emulation
 
     emulation.install()
+    import deadpool_megatron.checks
+    import deadpool_megatron.cluster
     import deadpool_megatron.comm
-    import deadpool_megatron.recovery
-    import deadpool_megatron.worker  # noqa: F401
+    import deadpool_megatron.processes
+    import deadpool_megatron.recovery  # noqa: F401
     from deadpool_megatron.megatron import warm_up
 
     os.environ["LOCAL_RANK"] = "0"  # of the device that it brings up; each child has its own
@@ -166,26 +187,24 @@ def _import_all(script: str) -> None:
 
 
 def _become(request: ForkRequest, descriptors: Sequence[int], word: _EnvironmentWord) -> None:
-    """Make this child what an agent's Popen would have made."""
+    """Make this child what Popen would have made."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
-    log, *inherited = descriptors
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
+    # Above all numbers that will be written over.
+    descriptors = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in descriptors]
+    for number in range(3):
+        os.dup2(descriptors[number], number)
+        os.close(descriptors[number])
     os.chdir(request.directory)
     word.become(request.environment.get(VARIABLE, ""))
     os.environ.clear()
     os.environ.update(request.environment)
-    os.environ.update({name: str(fd) for name, fd in zip(request.descriptors, inherited, strict=True)})
-    from deadpool_megatron import worker
-
-    sys.modules["__main__"] = worker  # what multiprocessing imports in the processes that a worker starts
-    sys.argv = [str(worker.__file__), *request.arguments]
+    os.environ.update({name: str(fd) for name, fd in zip(request.descriptors, descriptors[3:], strict=True)})
+    sys.argv[1:] = request.arguments
 
 
-def main() -> None:
-    """Entry point."""
+def main() -> str:
+    """Serve, to the end. Returns in children only: the module that this one is to run."""
     address, script = sys.argv[1:]
     parent = os.getppid()
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -200,10 +219,8 @@ def main() -> None:
     os.rename(unnamed, address)  # it is there when it can be connected to
     request, descriptors = _Children(listener).serve()
     _become(request, descriptors, word)
+    return request.module
 
 
 if __name__ == "__main__":
-    main()
-    from deadpool_megatron.worker import run
-
-    run()
+    runpy.run_module(main(), run_name="__main__", alter_sys=True)
