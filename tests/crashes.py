@@ -22,10 +22,12 @@ from typing import Any
 import psutil
 
 from crash_cases import Case
+from deadpool_megatron.evaluate.descendants import Descendants
 from deadpool_megatron.evaluate.jobs import start_cli
 from deadpool_megatron.forking import Process
 from deadpool_megatron.observe import LOGS, EventTail
 from deadpool_megatron.vault import PREFIX, Arena
+from fair_clock import CLOCK
 from flags import duo_gpt, tiny_gpt, with_value
 from jobs import PACED, Job, Jobs, environment, launch_flags, set_pace
 
@@ -88,6 +90,7 @@ class Gauntlet:
         self.results: list[Result] = []
         self._spares = spares
         self._joined: list[Process] = []
+        self._family = Descendants()
         self._errors = open(jobs.directory / f"{name}.joined.out", "wb")  # noqa: SIM115 - closed in `end`
         self._tail = EventTail(self.job.run_dir)
         self._events: list[dict[str, Any]] = []
@@ -136,7 +139,9 @@ class Gauntlet:
     def background(self, *command: str) -> Process:
         """The same without waiting."""
         line = [command[0], "--run-dir", str(self.job.run_dir), *command[1:]]
-        process = start_cli(line, environment(forked=True), stdout=subprocess.DEVNULL, stderr=self._errors)
+        process = start_cli(
+            line, environment(self._family.environment, forked=True), stdout=subprocess.DEVNULL, stderr=self._errors
+        )
         self._joined.append(process)
         return process
 
@@ -370,19 +375,10 @@ class Gauntlet:
 
     def end(self) -> None:
         """Nodes that joined leave with the job; none is left behind."""
-        below: list[psutil.Process] = []
-        for process in self._joined:  # a node that was stopped does not end by itself
-            with contextlib.suppress(psutil.NoSuchProcess):
-                below += psutil.Process(process.pid).children(recursive=True)
         for process in self._joined:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a node that was stopped does not end by itself
                 process.wait(20)
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        for each in below:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+        self._family.kill(20)
         self._errors.close()
 
 
@@ -410,8 +406,8 @@ def write_results(name: str, cases: Sequence[dict[str, Any]]) -> None:
 
 def wait_for(find: Callable[[], Any], deadline_s: float = 30.0) -> Any:
     """Poll until ``find`` gives something, without a job to look at."""
-    end = time.monotonic() + deadline_s
+    end = CLOCK.seconds() + deadline_s
     while not (found := find()):
-        assert time.monotonic() < end, "not in time"
+        assert CLOCK.seconds() < end, "not in time"
         time.sleep(0.05)
     return found

@@ -21,6 +21,7 @@ import psutil
 from deadpool_megatron.cluster.ports import free_ports
 from deadpool_megatron.evaluate.descendants import Descendants, describe
 from deadpool_megatron.evaluate.jobs import CLI
+from fair_clock import CLOCK
 from jobs import Job, environment
 
 __all__ = ["Machines", "MachinesJob", "free_port", "torchrun_environments"]
@@ -41,6 +42,7 @@ class Machines:
         self.port = free_port()
         self.started: list[subprocess.Popen[bytes]] = []
         self.descendants = Descendants()
+        self._of_each: list[Descendants] = []
 
     def start(
         self,
@@ -51,17 +53,19 @@ class Machines:
         prefix: Sequence[str] = (),
     ) -> None:
         """Start the next one; ``prefix`` makes it run somewhere else."""
-        self.start_command([*prefix, *CLI, command, *options, *script], env)
+        # A fork server is in the network of the tests.
+        self.start_command([*prefix, *CLI, command, *options, *script], env, forked=not prefix)
 
-    def start_command(self, command: Sequence[str], env: dict[str, str] | None = None) -> None:
-        """Start any command as the next one."""
+    def start_command(self, command: Sequence[str], env: dict[str, str] | None = None, forked: bool = False) -> None:
+        """Start any command as the next one; ``forked``: as of `jobs.environment`."""
+        self._of_each.append(mine := Descendants(self.descendants))
         with open(self.directory / f"machine-{len(self.started)}.out", "wb") as out:
             process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=environment(env) | self.descendants.environment,
+                env=environment(env, forked) | mine.environment,
                 cwd=self.directory,
                 start_new_session=True,
             )
@@ -73,9 +77,9 @@ class Machines:
 
     def until(self, what: str, find: Callable[[], Any], deadline_s: float = 60.0) -> Any:
         """Poll until ``find`` gives something."""
-        end = time.monotonic() + deadline_s
+        end = CLOCK.seconds() + deadline_s
         while not (found := find()):
-            assert time.monotonic() < end, f"no {what} within {deadline_s:g} s\n{self.outputs()}"
+            assert CLOCK.seconds() < end, f"no {what} within {deadline_s:g} s\n{self.outputs()}"
             time.sleep(0.05)
         return found
 
@@ -100,8 +104,7 @@ class Machines:
 
     def kill_tree(self, number: int) -> None:
         """A machine is gone: SIGKILL for the command and everything under it, as one blow."""
-        process = psutil.Process(self.started[number].pid)
-        everyone = [process, *process.children(recursive=True)]
+        everyone = self._of_each[number].living()
         for blow in (psutil.Process.suspend, psutil.Process.kill):  # nobody hears of another's end
             for each in everyone:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -109,8 +112,7 @@ class Machines:
 
     def until_gone(self, deadline_s: float) -> None:
         """Until none of their processes lives."""
-        left = self.descendants.until_gone(deadline_s)
-        assert not left, f"still alive after {deadline_s:g} s: {[describe(p) for p in left]}"
+        self.until(f"end of all {list(map(describe, self.processes()))}", lambda: not self.processes(), deadline_s)
 
     def end(self) -> None:
         """End whatever is left, each process by its id."""

@@ -24,13 +24,19 @@ WORD_LENGTH = 16
 class Descendants:
     """The processes that were started with `environment`, directly or not, whoever their parents are by now.
 
+    Args:
+        family: whose they are, too.
+
     Attributes:
         environment: goes with that of whatever is started.
     """
 
-    def __init__(self) -> None:
-        self.environment = {VARIABLE: secrets.token_hex(WORD_LENGTH // 2)}
-        self._word = f"{VARIABLE}={self.environment[VARIABLE]}".encode()
+    def __init__(self, family: Descendants | None = None) -> None:
+        word = secrets.token_hex(WORD_LENGTH // 4)
+        if family is not None:
+            word = family.environment[VARIABLE][: WORD_LENGTH // 2] + word
+        self.environment = {VARIABLE: word.ljust(WORD_LENGTH, "0")}
+        self._word = f"\0{VARIABLE}={word}".encode()
         # Who ends has no environment for a moment before it is gone.
         self._seen: dict[int, psutil.Process] = {}
 
@@ -39,17 +45,10 @@ class Descendants:
         for pid in psutil.pids():
             # another user's process, or one that has just ended
             with contextlib.suppress(OSError, psutil.NoSuchProcess):
-                if pid != os.getpid() and self._word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if pid != os.getpid() and self._word in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
                     self._seen[pid] = psutil.Process(pid)
         self._seen = {pid: process for pid, process in self._seen.items() if not has_ended(process)}
         return list(self._seen.values())
-
-    def until_gone(self, deadline_s: float) -> list[psutil.Process]:
-        """Wait until none lives; those that do after ``deadline_s`` seconds."""
-        end = time.monotonic() + deadline_s
-        while (left := self.living()) and time.monotonic() < end:
-            time.sleep(0.05)
-        return left
 
     def kill(self, deadline_s: float) -> None:
         """SIGKILL for all, by their ids, until none lives or ``deadline_s`` seconds have passed."""

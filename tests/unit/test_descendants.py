@@ -24,12 +24,26 @@ def test_the_orphan_of_a_command_that_has_ended_is_found_and_killed() -> None:
         (orphan,) = mine.living()
         while describe(orphan) != f"{orphan.pid} sleep 601":  # it has the environment before it has the command
             time.sleep(0.01)
-        assert mine.until_gone(0.1) == [orphan], "it lives on"
+        assert mine.living() == [orphan], "it lives on"
         mine.kill(10)
         assert mine.living() == []
         assert [process.pid for process in other.living()] == [beside.pid], "another command's is left alone"
     finally:
         mine.kill(10)
         beside.kill()
-    assert other.until_gone(10) == [], "a zombie has ended; that nobody waited for it yet is its parent's business"
+    while other.living():  # a zombie has ended; that nobody waited for it yet is its parent's business
+        time.sleep(0.01)
     beside.wait(10)
+
+
+def test_what_one_member_of_a_family_started_is_told_from_what_another_did() -> None:
+    family = Descendants()
+    one, other = Descendants(family), Descendants(family)
+    processes = [_started(each, "exec sleep 600") for each in (one, other)]
+    try:
+        assert [p.pid for p in one.living()] == [processes[0].pid]
+        assert {p.pid for p in family.living()} == {p.pid for p in processes}
+    finally:
+        family.kill(10)
+        for process in processes:
+            process.wait()
