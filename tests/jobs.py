@@ -40,6 +40,7 @@ __all__ = [
     "launch_flags",
     "set_pace",
     "torchrun",
+    "undisturbed",
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,11 +69,17 @@ def launch_flags(nodes: int, spares: int = 0, slots: int = 2) -> list[str]:
 
 
 @functools.cache
+def _directory() -> Path:
+    """Of what a whole test run shares; it ends with it."""
+    directory = Path(tempfile.mkdtemp(prefix="deadpool-"))
+    atexit.register(shutil.rmtree, directory)
+    return directory
+
+
+@functools.cache
 def _fork_server() -> ForkServer:
     """One for all jobs of this test run; it ends with it."""
-    directory = Path(tempfile.mkdtemp(prefix="deadpool-"))
-    server = ForkServer(directory / "fork-server", EXAMPLE, environment(emulated()))
-    atexit.register(shutil.rmtree, directory)
+    server = ForkServer(_directory() / "fork-server", EXAMPLE, environment(emulated()))
     atexit.register(server.end)
     return server
 
@@ -191,6 +198,20 @@ class Jobs:
         """End all of them."""
         for job in self._jobs:
             job.end()
+
+
+def undisturbed(launch: Sequence[str], flags: Sequence[str], script: Path = EXAMPLE) -> Job:
+    """The run in which nothing happens, to compare with: made once in a test run for each set of flags."""
+    return _undisturbed(tuple(launch), tuple(flags), script)
+
+
+@functools.cache
+def _undisturbed(launch: tuple[str, ...], flags: tuple[str, ...], script: Path) -> Job:
+    jobs = Jobs(_directory())
+    try:
+        return jobs.start(f"undisturbed-{_undisturbed.cache_info().misses}", launch, flags, script).finished()
+    finally:
+        jobs.end()
 
 
 def torchrun(

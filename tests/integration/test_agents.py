@@ -15,7 +15,7 @@ import pytest
 
 from deadpool_megatron.cluster import Exit
 from flags import tiny_gpt
-from jobs import EXAMPLE, Jobs, assert_same_training, launch_flags
+from jobs import EXAMPLE, Jobs, assert_same_training, launch_flags, undisturbed
 from machines import Machines, MachinesJob, torchrun_environments
 
 DUMP = (
@@ -208,8 +208,7 @@ def test_training_under_agents_loses_a_machine_takes_it_back_as_a_spare_and_ends
 ) -> None:
     iterations = 60
     flags = [*tiny_gpt("none", iters=iterations), "--tensor-model-parallel-size", "1"]
-    want = jobs.start("undisturbed", launch_flags(2, slots=1), flags)
-    want.finished()
+    want = undisturbed(launch_flags(2, slots=1), flags)
     hash_file = Path(f"{machines.run_dir}.hash.json")
     script = [str(EXAMPLE), *flags, "--deadpool", "--deadpool-state-hash", str(hash_file)]
     line = ["--nnodes", "3", "--spare-nodes", "1", "--emulate-cpu", "--tee", "none"]

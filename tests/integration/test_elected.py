@@ -18,7 +18,7 @@ from deadpool_megatron.evaluate.etcd import EtcdMembers
 from deadpool_megatron.observe import read_events
 from etcds import need_etcd
 from flags import tiny_gpt
-from jobs import EXAMPLE, Jobs, assert_same_training, launch_flags
+from jobs import EXAMPLE, assert_same_training, launch_flags, undisturbed
 from machines import Machines, MachinesJob
 
 pytestmark = pytest.mark.slow
@@ -168,34 +168,29 @@ def test_the_embedded_stores_host_is_killed_and_comes_back_and_the_job_goes_on(m
 
 @pytest.mark.timeout(400)
 def test_training_loses_the_machine_of_node_0_which_leads_and_ends_bitwise_equal(
-    machines: Machines, etcd: EtcdMembers, tmp_path_factory: pytest.TempPathFactory
+    machines: Machines, etcd: EtcdMembers
 ) -> None:
     iterations = 60
     flags = [*tiny_gpt("none", iters=iterations), "--tensor-model-parallel-size", "1"]
-    jobs = Jobs(tmp_path_factory.mktemp("undisturbed"))
-    try:
-        want = jobs.start("undisturbed", launch_flags(2, slots=1), flags)
-        want.finished()
-        hash_file = Path(f"{machines.run_dir}.hash.json")
-        script = [str(EXAMPLE), *flags, "--deadpool", "--deadpool-state-hash", str(hash_file)]
-        line = ["--nnodes", "3", "--spare-nodes", "1", "--emulate-cpu", "--tee", "none", "--rdzv-id", "train"]
-        env = {"DEADPOOL_STORE": etcd.url}
-        store = EtcdStore(etcd.url, "/deadpool/train/", 20.0)
-        for n in range(3):
-            machines.start([*line, "--node-rank", str(n), "--local-addr", f"127.0.0.{n + 1}"], script, env)
-            machines.until("the first leader", lambda: known_place(store), 60)
-        place = known_place(store)
-        assert place is not None and place.host == "127.0.0.1"
-        job = MachinesJob(machines)
-        job.process = machines.started[1]
-        job.until_event("training")
-        job.until("a commit", lambda: job.status()["generation"]["committed"] >= 5)
-        survivor = job.pids()[1]
-        machines.kill_tree(0)
-        assert [machines.code(n, 200) for n in (1, 2)] == [0, 0], job.log_tails()
-        assert [e["lost"] for e in job.events("declared")] == [[0]]
-        assert job.events("coordinator_back") and job.pids()[1] == survivor
-        machines.until_gone(10)
-        assert_same_training(job, want, iterations, rank=1)
-    finally:
-        jobs.end()
+    want = undisturbed(launch_flags(2, slots=1), flags)
+    hash_file = Path(f"{machines.run_dir}.hash.json")
+    script = [str(EXAMPLE), *flags, "--deadpool", "--deadpool-state-hash", str(hash_file)]
+    line = ["--nnodes", "3", "--spare-nodes", "1", "--emulate-cpu", "--tee", "none", "--rdzv-id", "train"]
+    env = {"DEADPOOL_STORE": etcd.url}
+    store = EtcdStore(etcd.url, "/deadpool/train/", 20.0)
+    for n in range(3):
+        machines.start([*line, "--node-rank", str(n), "--local-addr", f"127.0.0.{n + 1}"], script, env)
+        machines.until("the first leader", lambda: known_place(store), 60)
+    place = known_place(store)
+    assert place is not None and place.host == "127.0.0.1"
+    job = MachinesJob(machines)
+    job.process = machines.started[1]
+    job.until_event("training")
+    job.until("a commit", lambda: job.status()["generation"]["committed"] >= 5)
+    survivor = job.pids()[1]
+    machines.kill_tree(0)
+    assert [machines.code(n, 200) for n in (1, 2)] == [0, 0], job.log_tails()
+    assert [e["lost"] for e in job.events("declared")] == [[0]]
+    assert job.events("coordinator_back") and job.pids()[1] == survivor
+    machines.until_gone(10)
+    assert_same_training(job, want, iterations, rank=1)

@@ -16,7 +16,17 @@ from pathlib import Path
 import pytest
 
 from flags import Layout, duo_gpt, with_value
-from jobs import EXAMPLE, ROOT, Job, Jobs, assert_same_checkpoint, assert_same_training, environment, launch_flags
+from jobs import (
+    EXAMPLE,
+    ROOT,
+    Job,
+    Jobs,
+    assert_same_checkpoint,
+    assert_same_training,
+    environment,
+    launch_flags,
+    undisturbed,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -143,7 +153,7 @@ def test_a_run_from_megatrons_own_yaml_file_survives_a_kill(jobs: Jobs) -> None:
     with file.open("a") as lines:
         lines.write("deadpool: {lease: 4}\n")
     flags = ["--yaml-cfg", str(file)]
-    want = jobs.start("undisturbed", launch_flags(2, slots=1), flags, YAML).finished()
+    want = undisturbed(launch_flags(2, slots=1), flags, YAML)
     job = jobs.start("killed", launch_flags(3, 1, slots=1), flags, YAML)
     job.until_event("started")
     job.inject(0, 3, 2)
@@ -154,7 +164,7 @@ def test_a_run_from_megatrons_own_yaml_file_survives_a_kill(jobs: Jobs) -> None:
 
 def test_a_node_that_dies_during_an_evaluation_is_replaced(jobs: Jobs) -> None:
     flags = with_value(with_value(duo_gpt(iters=4), "--eval-interval", 2), "--eval-iters", 60)
-    want = jobs.start("undisturbed", launch_flags(2, slots=1), flags).finished()
+    want = undisturbed(launch_flags(2, slots=1), flags)
     job = jobs.start("killed", launch_flags(3, 1, slots=1), flags)
     job.until("iteration 1", lambda: [e for e in job.events("iteration") if e["iteration"] == 1])
     job.kill_node(0)  # the evaluation after that iteration has just begun

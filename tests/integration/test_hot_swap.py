@@ -14,7 +14,7 @@ import pytest
 
 from deadpool_megatron.cluster import Exit
 from flags import tiny_gpt
-from jobs import ROOT, Job, Jobs, assert_same_checkpoint, assert_same_training, launch_flags, torchrun
+from jobs import ROOT, Job, Jobs, assert_same_checkpoint, assert_same_training, launch_flags, torchrun, undisturbed
 
 # 4 microbatches a rank: 4 forward and 4 backward passes an iteration.
 FIRST_TICK, STEADY_TICK, LAST_TICK = 1, 4, 8
@@ -46,13 +46,12 @@ def _kept_their_processes(job: Job, before: dict[int, int], ranks: list[int]) ->
 ITERATIONS = 9
 
 
-@pytest.fixture(scope="module")
-def undisturbed(jobs: Jobs) -> Job:
-    return jobs.start("undisturbed", launch_flags(4), tiny_gpt(iters=ITERATIONS)).finished()
+def _calm() -> Job:
+    return undisturbed(launch_flags(4), tiny_gpt(iters=ITERATIONS))
 
 
 @pytest.mark.timeout(400)
-def test_1f1b_survives_first_stage_last_stage_and_former_spare_killed_in_one_run(jobs: Jobs, undisturbed: Job) -> None:
+def test_1f1b_survives_first_stage_last_stage_and_former_spare_killed_in_one_run(jobs: Jobs) -> None:
     job = jobs.start("killed", launch_flags(7, 3), tiny_gpt(iters=ITERATIONS))
     before = _armed_kills(job, (0, 3, FIRST_TICK), (2, 5, STEADY_TICK))
     former_spare = job.until_event("declared", epoch=1)["nodes"][0]
@@ -65,20 +64,20 @@ def test_1f1b_survives_first_stage_last_stage_and_former_spare_killed_in_one_run
     assert first in (2, 3) and later == [5, 7]
     assert _kept_their_processes(job, before, [2, 3, 6, 7])
     # Node 2 reports the losses and dies in iteration 5.
-    assert_same_training(job, undisturbed, ITERATIONS, rank=7, mute=frozenset({4}))
+    assert_same_training(job, _calm(), ITERATIONS, rank=7, mute=frozenset({4}))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_under_deadpool_prints_what_torchrun_without_it_prints(undisturbed: Job, tmp_path: Path) -> None:
-    assert torchrun(tmp_path, 8, tiny_gpt(iters=ITERATIONS)) == undisturbed.printed(7)
+def test_a_run_under_deadpool_prints_what_torchrun_without_it_prints(tmp_path: Path) -> None:
+    assert torchrun(tmp_path, 8, tiny_gpt(iters=ITERATIONS)) == _calm().printed(7)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_averages_over_two_iterations_go_on_through_a_swap(jobs: Jobs) -> None:
     flags = [*tiny_gpt(iters=6), "--log-interval", "2"]
-    want = jobs.start("interval-undisturbed", launch_flags(4), flags).finished()
+    want = undisturbed(launch_flags(4), flags)
     job = jobs.start("interval-killed", launch_flags(5, 1), flags)
     _armed_kills(job, (0, 3, STEADY_TICK))
     job.finished()
@@ -87,11 +86,6 @@ def test_averages_over_two_iterations_go_on_through_a_swap(jobs: Jobs) -> None:
 
 
 # ---- no pipeline: TP2 x DP2 on 2 nodes
-
-
-@pytest.fixture(scope="module")
-def undisturbed_flat(jobs: Jobs) -> Job:
-    return jobs.start("flat-undisturbed", launch_flags(2), tiny_gpt("none", iters=6)).finished()
 
 
 @pytest.mark.timeout(300)
@@ -104,7 +98,7 @@ def test_a_worker_killed_under_a_living_agent_is_replaced_with_its_node(jobs: Jo
     job.finished()
     assert "rank 3 ended (signal 9)" in job.events("detected")[0]["cause"]
     assert _kept_their_processes(job, before, [0, 1])
-    assert_same_training(job, undisturbed_flat, 6, rank=3)
+    assert_same_training(job, undisturbed(launch_flags(2), tiny_gpt("none", iters=6)), 6, rank=3)
 
 
 @pytest.mark.timeout(300)
@@ -114,7 +108,7 @@ def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would
     flags += ["--ckpt-format", "torch_dist"]
     own, rescued = jobs.directory / "own", jobs.directory / "rescued"
     save = ["--save", str(own), "--save-interval", "3"]
-    undisturbed = jobs.start("dry-undisturbed", launch_flags(2), [*flags, *save], deadpool=False).finished()
+    want = jobs.start("dry-undisturbed", launch_flags(2), [*flags, *save], deadpool=False).finished()
     job = jobs.start("dry-rescued", launch_flags(2), [*flags, "--save", str(rescued), "--save-interval", "100"])
     _armed_kills(job, (0, 3, 7))  # late in the iteration: its generation is committed
     assert job.wait() == Exit.NO_SPARE_SAVED
@@ -125,7 +119,7 @@ def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would
     load = [*flags, "--load", str(rescued)]
     again = jobs.start("dry-loaded", launch_flags(2), load, ROOT / "tests" / "pretrain_loading.py", deadpool=False)
     lines = again.finished().printed(3)
-    assert sorted(lines) == [4, 5, 6] and lines[4] == undisturbed.printed(3)[4]
+    assert sorted(lines) == [4, 5, 6] and lines[4] == want.printed(3)[4]
 
 
 @pytest.mark.timeout(200)
@@ -144,7 +138,7 @@ def test_without_a_spare_and_without_save_the_job_says_so_and_ends_with_its_own_
 @pytest.mark.timeout(500)
 def test_the_interleaved_schedule_survives_two_kills(jobs: Jobs) -> None:
     flags = tiny_gpt("interleaved", iters=7)
-    want = jobs.start("interleaved-undisturbed", launch_flags(4), flags).finished()
+    want = undisturbed(launch_flags(4), flags)
     job = jobs.start("interleaved-killed", launch_flags(6, 2), flags)
     before = _armed_kills(job, (1, 2, 3), (2, 5, 14))
     job.finished()
@@ -157,7 +151,7 @@ def test_the_interleaved_schedule_survives_two_kills(jobs: Jobs) -> None:
 @pytest.mark.timeout(500)
 def test_a_mixture_of_experts_survives_kills_on_its_first_and_last_stage(jobs: Jobs) -> None:
     flags = tiny_gpt(moe=True, iters=6)
-    want = jobs.start("moe-undisturbed", launch_flags(4), flags).finished()
+    want = undisturbed(launch_flags(4), flags)
     job = jobs.start("moe-killed", launch_flags(6, 2), flags)
     before = _armed_kills(job, (0, 2, STEADY_TICK), (2, 4, 2))
     job.finished()

@@ -12,7 +12,7 @@ import pytest
 from deadpool_megatron.cluster import Exit
 from deadpool_megatron.patching import State, change, load_sets
 from flags import duo_gpt, tiny_gpt
-from jobs import EXAMPLE, Job, Jobs, assert_same_training, launch_flags
+from jobs import EXAMPLE, Job, Jobs, assert_same_training, launch_flags, undisturbed
 from machines import MachinesJob
 from ranks import Ranks, attached
 from upstream import VERSIONS, checkout
@@ -44,7 +44,7 @@ def _assert_same_end(job: MachinesJob, want: Job, mute: int) -> None:
 
 @pytest.mark.timeout(300)
 def test_ranks_of_another_launcher_survive_the_loss_of_the_node_of_rank_0(ranks: Ranks, jobs: Jobs) -> None:
-    want = jobs.start("undisturbed", launch_flags(2, slots=1), duo_gpt()).finished()
+    want = undisturbed(launch_flags(2, slots=1), duo_gpt())
     script = [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(), *ranks.deadpool(spares=1)]
     for rank in range(3):
         ranks.start_rank(rank, 3, script)
@@ -74,7 +74,7 @@ def test_without_a_spare_every_launcher_sees_the_exit_code_of_the_job(ranks: Ran
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_drained_node_leaves_its_launcher_with_code_0(ranks: Ranks, jobs: Jobs) -> None:
-    want = jobs.start("undisturbed", launch_flags(2, slots=1), duo_gpt(iters=40)).finished()
+    want = undisturbed(launch_flags(2, slots=1), duo_gpt(iters=40))
     script = [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(iters=40), *ranks.deadpool(spares=1)]
     for rank in range(3):
         ranks.start_rank(rank, 3, script)
@@ -146,7 +146,7 @@ def test_upstreams_pretrain_gpt_survives_a_kill_through_hooks_and_through_patche
 @pytest.mark.timeout(300)
 def test_one_torchrun_a_node_works_like_any_launcher(ranks: Ranks, jobs: Jobs) -> None:
     flags = tiny_gpt("none", iters=ITERATIONS)
-    want = jobs.start("undisturbed", launch_flags(2), flags).finished()
+    want = undisturbed(launch_flags(2), flags)
     script = [str(attached(ranks.directory, EXAMPLE)), *flags, *ranks.deadpool(spares=1)]
     for node in range(3):
         options = ["--nnodes", "3", "--node-rank", str(node), "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from flags import tiny_gpt
-from jobs import Jobs, assert_same_training, launch_flags
+from jobs import Jobs, assert_same_training, launch_flags, undisturbed
 
 ITERATIONS = 6
 _SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
@@ -55,7 +55,7 @@ def _flags(own: list[str]) -> list[str]:
 )
 def test_a_killed_node_comes_back_bit_for_bit_under(jobs: Jobs, kind: str) -> None:
     nodes, own = _KINDS[kind]
-    want = jobs.start(f"{kind}-undisturbed", launch_flags(nodes, slots=1), _flags(own)).finished()
+    want = undisturbed(launch_flags(nodes, slots=1), _flags(own))
     job = jobs.start(f"{kind}-killed", launch_flags(nodes + 1, 1, slots=1), _flags(own))
     job.until_event("started")
     job.inject(0, 3, 2)

@@ -8,7 +8,7 @@ import pytest
 
 from deadpool_megatron.cluster import Exit
 from flags import tiny_gpt
-from jobs import Job, Jobs, launch_flags
+from jobs import Job, Jobs, launch_flags, undisturbed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 ITERATIONS = 7
@@ -43,7 +43,7 @@ def test_nodes_that_may_be_lost_at_once_are_lost_and_the_run_ends_bit_for_bit_th
     jobs: Jobs, redundancy: str, active: int, lost: tuple[int, ...]
 ) -> None:
     name = f"{redundancy}-{len(lost)}"
-    want = jobs.start(f"want-{name}", launch_flags(active, 0, 1), _flags(active, redundancy)).finished()
+    want = undisturbed(launch_flags(active, 0, 1), _flags(active, redundancy))
     job = jobs.start(f"lost-{name}", launch_flags(active + len(lost), len(lost), 1), _flags(active, redundancy))
     _lost_at_once(job, lost)
     job.until_event("training")
