@@ -36,6 +36,7 @@ class ForkRequest(msgspec.Struct):
     """What a child is started with.
 
     Attributes:
+        module: to be run, or a file that ends with ``.py``.
         arguments: of ``python -m module``.
         descriptors: the variables that name its descriptors, in the order in which these come along after stdin, stdout
             and stderr.
@@ -122,7 +123,7 @@ def fork_module(
     descriptors: Mapping[str, int] | None = None,
     death_signal: int = 0,
 ) -> ForkedProcess:
-    """Have ``server`` run ``python -m module``, in a session of its own. Other arguments: as of Popen.
+    """Have ``server`` run ``python -m module``, or a file, in a session of its own. Other arguments: as of Popen.
 
     Args:
         descriptors: what it inherits, by the environment variable that tells it the number.

@@ -39,6 +39,7 @@ __all__ = [
     "environment",
     "launch_flags",
     "set_pace",
+    "torch_server",
     "torchrun",
     "undisturbed",
 ]
@@ -77,9 +78,18 @@ def _directory() -> Path:
 
 
 @functools.cache
+def torch_server() -> ForkServer:
+    """A fork server with torch and without the emulation, for processes that are no job's."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "integration"), str(ROOT / "tests")])
+    server = ForkServer(_directory() / "torch", os.environ | emulated() | {"PYTHONPATH": paths})
+    atexit.register(server.end)
+    return server
+
+
+@functools.cache
 def _fork_server() -> ForkServer:
     """One for all jobs of this test run; it ends with it."""
-    server = ForkServer(_directory() / "fork-server", EXAMPLE, environment(emulated()))
+    server = ForkServer(_directory() / "jobs", environment(emulated()), EXAMPLE)
     atexit.register(server.end)
     return server
 

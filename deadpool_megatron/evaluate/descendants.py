@@ -35,7 +35,7 @@ class Descendants:
         word = secrets.token_hex(WORD_LENGTH // 4)
         if family is not None:
             word = family.environment[VARIABLE][: WORD_LENGTH // 2] + word
-        self.environment = {VARIABLE: word.ljust(WORD_LENGTH, "0")}
+        self.environment: dict[str, str] = {VARIABLE: word.ljust(WORD_LENGTH, "0")}
         self._word = f"\0{VARIABLE}={word}".encode()
         # Who ends has no environment for a moment before it is gone.
         self._seen: dict[int, psutil.Process] = {}

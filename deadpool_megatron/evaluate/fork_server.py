@@ -1,8 +1,9 @@
-"""``python -m deadpool_megatron.evaluate.fork_server SOCKET SCRIPT``: emulated jobs without their imports.
+"""``python -m deadpool_megatron.evaluate.fork_server SOCKET [SCRIPT]``: processes under test without their imports.
 
 To import torch and Megatron costs a process more than all it does in a short job. This process imports them once, warms
-what is slow the first time, and forks all processes of jobs from then on (`forking` is the other side). It ends with
-the process that started it, and its children with it.
+what is slow the first time, and forks all processes of emulated jobs from then on (`forking` is the other side).
+Without a script it has torch and our packages alone, and no emulation. It ends with the process that started it, and
+its children with it.
 
 What needs other modules than this process has (a checkout of Megatron, other versions, no emulation) or another network
 or control group must be started as ever.
@@ -41,19 +42,20 @@ class ForkServer:
 
     Args:
         address: path of its socket, at most 107 characters.
-        script: what most workers will run; what it imports is imported.
-        environment: as the workers will find it, in what modules read when they are imported.
+        environment: as the children will find it, in what modules read when they are imported.
+        script: what most workers of emulated jobs will run; what it imports is imported. None: no emulated jobs.
 
     Raises:
         RuntimeError: it has ended; the message has its last words.
     """
 
-    def __init__(self, address: Path, script: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, address: Path, environment: Mapping[str, str], script: Path | None = None) -> None:
         self.address = address
         log = address.with_suffix(".log")
+        arguments = [address] if script is None else [address, script]
         with open(log, "wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "deadpool_megatron.evaluate.fork_server", str(address), str(script)],
+                [sys.executable, "-m", "deadpool_megatron.evaluate.fork_server", *map(str, arguments)],
                 env=dict(environment) | {VARIABLE: "-" * WORD_LENGTH, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -169,6 +171,14 @@ class _Children:
             os.close(child.pidfd)
 
 
+def _import_torch() -> None:
+    import torch
+
+    import deadpool_megatron.comm  # noqa: F401
+
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+
+
 def _import_all(script: str) -> None:
     from deadpool_megatron import emulation
 
@@ -182,8 +192,6 @@ def _import_all(script: str) -> None:
 
     os.environ["LOCAL_RANK"] = "0"  # of the device that it brings up; each child has its own
     warm_up(script)
-    gc.collect()
-    gc.freeze()  # a collection in a child would write to, and so copy, every page with objects
 
 
 def _become(request: ForkRequest, descriptors: Sequence[int], word: _EnvironmentWord) -> None:
@@ -204,14 +212,19 @@ def _become(request: ForkRequest, descriptors: Sequence[int], word: _Environment
 
 
 def main() -> str:
-    """Serve, to the end. Returns in children only: the module that this one is to run."""
-    address, script = sys.argv[1:]
+    """Serve, to the end. Returns in children only: the module, or the file, that this one is to run."""
+    address, *script = sys.argv[1:]
     parent = os.getppid()
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
     word = _EnvironmentWord()
-    _import_all(script)
+    if script:
+        _import_all(*script)
+    else:
+        _import_torch()
+    gc.collect()
+    gc.freeze()  # a collection in a child would write to, and so copy, every page with objects
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     unnamed = f"{address}.new"
     listener.bind(unnamed)
@@ -223,4 +236,8 @@ def main() -> str:
 
 
 if __name__ == "__main__":
-    runpy.run_module(main(), run_name="__main__", alter_sys=True)
+    what = main()
+    if what.endswith(".py"):
+        runpy.run_path(what, run_name="__main__")
+    else:
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
