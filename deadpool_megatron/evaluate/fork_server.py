@@ -183,10 +183,10 @@ def _import_all(script: str) -> None:
     from deadpool_megatron import emulation
 
     emulation.install()
-    import deadpool_megatron.checks
-    import deadpool_megatron.cluster
     import deadpool_megatron.comm
-    import deadpool_megatron.processes
+    import deadpool_megatron.control
+    import deadpool_megatron.multinode
+    import deadpool_megatron.planning
     import deadpool_megatron.recovery  # noqa: F401
     from deadpool_megatron.megatron import warm_up
 
