@@ -150,7 +150,7 @@ _deadpool_make() {
         _deadpool_install "$venv" "$lock" "$python" ||
             { _deadpool_trouble "$name could not be made: uv says why, above" || return; }
     else
-        (set -o pipefail && _deadpool_install "$venv" "$lock" "$python" 2>&1 | tee "$log" | { grep -v '^ + ' >&2 || :; }) ||
+        (set -o pipefail && _deadpool_install "$venv" "$lock" "$python" 2>&1 | tee "$log" | { grep --line-buffered -v '^ + ' >&2 || :; }) ||
             { _deadpool_trouble "$name could not be made: $(_deadpool_error "$log")" || return; }
     fi
     echo "$stamp" >"$venv/.stamp"
@@ -158,7 +158,8 @@ _deadpool_make() {
 
 _deadpool_install() {
     local into=(pip install --python "$1/bin/python" --no-deps)
+    # Compiled here, or ten processes of a run would compile the same files at the same time.
     deadpool_uv venv --quiet --no-python-downloads --python "$3" "$1" &&
-        deadpool_uv "${into[@]}" -r "$2" &&
+        deadpool_uv "${into[@]}" --compile-bytecode -r "$2" &&
         deadpool_uv "${into[@]}" --quiet --no-build-isolation -e "$DEADPOOL_ROOT"
 }
