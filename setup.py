@@ -58,7 +58,7 @@ setup(
         "baselines": ["torchft>=0.2"],
         "muon": ["emerging-optimizers>=0.2"],
         "dev": [
-            *["pytest", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis", "jsonschema", "pyeclib"],
+            *["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis", "jsonschema", "pyeclib"],
             *["matplotlib", "nixl", "safetensors", "tensorboard", "einops", "emerging-optimizers", "urllib3"],
         ],
     },

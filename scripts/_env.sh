@@ -1,13 +1,15 @@
 # shellcheck shell=bash
 # Python environments of this repository; to be sourced. Offers
+#     deadpool_uv ARGS...   runs uv: the one on PATH, else one of our own in .venv-uv
 #     deadpool_env          makes .venv from requirements.lock where it is missing or out of date, and activates it
 #     deadpool_env_torch214 the same for .venv-torch214 from requirements-torch214.lock
 #     deadpool_env_megatron018  lays megatron-core 0.18 (requirements-megatron018.lock) over the active environment
-# Both return 1 after one line on stderr that says what is wrong. An environment that is up to date costs no time: a
+# All return 1 after one line on stderr that says what is wrong. An environment that is up to date costs no time: a
 # stamp in it holds the hash of what it was made from.
 
 DEADPOOL_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
-DEADPOOL_FREE_GB=8 # one environment is 5 GB, its downloads 3 GB
+DEADPOOL_FREE_GB=8 # one environment is 5 GB, which it shares with uv's cache where both are on one file system
+_deadpool_uv_version=0.13.9
 
 deadpool_env() {
     _deadpool_environment .venv requirements.lock
@@ -36,22 +38,83 @@ _deadpool_trouble() {
 }
 
 # Prints the first Python that really runs as 3.12 or later, 3.12 preferred. A name on PATH proves nothing: pyenv puts
-# names there that only print an error.
+# names there that only print an error. Of a virtual environment, the Python it was made with.
 _deadpool_python() {
     local candidate version best=""
     for candidate in python3.12 python3.13 python3 "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/*/bin/python3; do
-        version="$("$candidate" -c 'import sys; print("%d.%02d" % sys.version_info[:2])' 2>/dev/null)" || continue
-        if [[ "$version" == 3.12 ]]; then
-            echo "$candidate"
-            return 0
+        version="$("$candidate" -c 'import sys; print("%d.%02d" % sys.version_info[:2], sys._base_executable)' \
+            2>/dev/null)" || continue
+        if [[ "$version" == "3.12 "* ]]; then
+            best="$version"
+            break
         fi
         # Upper bound: the locked versions have no wheels for later ones.
-        if [[ -z "$best" && "$version" == 3.1[34] ]]; then
-            best="$candidate"
+        if [[ -z "$best" && "$version" == 3.1[34]" "* ]]; then
+            best="$version"
         fi
     done
-    [[ -n "$best" ]] && echo "$best"
+    [[ -n "$best" ]] || { _deadpool_trouble "no Python 3.12 or later on PATH or under" \
+        "${PYENV_ROOT:-~/.pyenv}/versions: install one (for example: pyenv install 3.12)" || return; }
+    echo "${best#* }"
 }
+
+# In a subshell: what it sets is uv's alone.
+deadpool_uv() (
+    local python uv tools="$DEADPOOL_ROOT/.venv-uv"
+    python="$(_deadpool_python)" || return
+    if uv --version >/dev/null 2>&1; then
+        uv=uv
+    else
+        uv="$tools/bin/uv"
+        _deadpool_locked "$tools" _deadpool_make_uv "$tools" "$python" || return
+    fi
+    # What pip is told of an index, a certificate or a proxy counts for uv too. The first line is the strongest.
+    while IFS= read -r line; do
+        value="${line#*=\'}"
+        value="${value%\'}"
+        case "${line%%=*}" in
+            global.index-url | install.index-url | :env:.index-url) : "${UV_DEFAULT_INDEX:=$value}" ;;
+            global.cert | install.cert | :env:.cert) : "${SSL_CERT_FILE:=$value}" ;;
+            global.proxy | install.proxy | :env:.proxy) : "${ALL_PROXY:=$value}" ;;
+        esac
+    done < <("$python" -m pip config list 2>/dev/null)
+    for name in UV_DEFAULT_INDEX SSL_CERT_FILE ALL_PROXY; do
+        [[ -z "${!name:-}" ]] || export "${name?}"
+    done
+    # Without this, uv warns when it cannot link from its cache.
+    cache="$("$uv" cache dir)" && mkdir -p "$cache"
+    [[ "$(stat -c %d "$cache")" == "$(stat -c %d "$DEADPOOL_ROOT")" ]] || export UV_LINK_MODE="${UV_LINK_MODE:-copy}"
+    exec "$uv" "$@"
+)
+
+_deadpool_make_uv() {
+    local tools="$1" python="$2" log="$1.log"
+    [[ "$("$tools/bin/uv" --version 2>/dev/null)" == "uv $_deadpool_uv_version "* ]] && return
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || { _deadpool_trouble "$python has no venv module:" \
+        "install it (on Debian and Ubuntu: apt install python3-venv), or uv" || return; }
+    {
+        "$python" -m venv --clear "$tools" &&
+            "$tools/bin/python" -m pip --disable-pip-version-check --no-input install "uv==$_deadpool_uv_version"
+    } >"$log" 2>&1 || _deadpool_trouble "uv could not be installed: $(_deadpool_error "$log")"
+}
+
+# The line of a log that says what went wrong, and where the log is.
+_deadpool_error() {
+    local error
+    error="$(grep -E -i 'error|caused by|×' "$1" | tail -n 1)"
+    [[ -n "$error" ]] || error="$(tail -n 1 "$1")"
+    echo "$error (all of it: $1)"
+}
+
+# Two scripts at the same time: the second waits for the first, then finds everything there.
+_deadpool_locked() (
+    if command -v flock >/dev/null; then
+        exec 9>"$1.lock"
+        flock 9
+    fi
+    shift
+    "$@"
+)
 
 _deadpool_environment() {
     local venv="$DEADPOOL_ROOT/$1" lock="$DEADPOOL_ROOT/$2" stamp
@@ -59,15 +122,7 @@ _deadpool_environment() {
     # The place counts too: a virtual environment does not survive being moved.
     stamp="$({ echo "$DEADPOOL_ROOT"; cat "$lock" "$DEADPOOL_ROOT/setup.py"; } | sha256sum)"
     if ! _deadpool_fresh "$venv" "$stamp"; then
-        # Two scripts at the same time: the second waits for the first, then finds everything there.
-        (
-            if command -v flock >/dev/null; then
-                exec 9>"$venv.lock"
-                flock 9
-                _deadpool_fresh "$venv" "$stamp" && exit 0
-            fi
-            _deadpool_make "$venv" "$lock" "$stamp"
-        ) || return 1
+        _deadpool_locked "$venv" _deadpool_make "$venv" "$lock" "$stamp" || return 1
     fi
     export VIRTUAL_ENV="$venv"
     export PATH="$venv/bin:$PATH"
@@ -81,26 +136,30 @@ _deadpool_fresh() {
 
 _deadpool_make() {
     local venv="$1" lock="$2" stamp="$3" name="${1##*/}" log="$1.log" python free_kb
-    python="$(_deadpool_python)" || { _deadpool_trouble "no Python 3.12 or later on PATH or under" \
-        "${PYENV_ROOT:-~/.pyenv}/versions: install one (for example: pyenv install 3.12)" || return; }
-    "$python" -c 'import ensurepip, venv' 2>/dev/null || { _deadpool_trouble "$python has no venv module:" \
-        "install it (on Debian and Ubuntu: apt install python3-venv)" || return; }
+    _deadpool_fresh "$venv" "$stamp" && return
+    python="$(_deadpool_python)" || return
     free_kb="$(df -Pk "$DEADPOOL_ROOT" | awk 'NR == 2 {print $4}')"
     if (( free_kb < DEADPOOL_FREE_GB * 1024 * 1024 )); then
         _deadpool_trouble "$DEADPOOL_ROOT: $(( free_kb / 1024 / 1024 )) GB of disk free, $name needs" \
             "$DEADPOOL_FREE_GB GB: make room" || return
     fi
-    echo "deadpool: making $name with $("$python" --version) from ${lock##*/} (once, some minutes)" >&2
-    local pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input install --no-deps)
-    {
-        "$python" -m venv --clear "$venv" &&
-            "${pip[@]}" -r "$lock" &&
-            "${pip[@]}" --no-build-isolation -e "$DEADPOOL_ROOT"
-    } >"$log" 2>&1 || {
-        local error
-        error="$(grep -E -i 'error' "$log" | tail -n 1)"
-        [[ -n "$error" ]] || error="$(tail -n 1 "$log")"
-        _deadpool_trouble "$name could not be made: $error (all of it: $log)" || return
-    }
+    echo "deadpool: making $name with $("$python" --version) from ${lock##*/}, once: 3 GB to download, 5 GB on disk" >&2
+    rm -rf "$venv"
+    # On a terminal uv shows its progress there. Elsewhere it writes lines: all into the log, on stderr without the list.
+    if [[ -t 2 ]]; then
+        _deadpool_install "$venv" "$lock" "$python" ||
+            { _deadpool_trouble "$name could not be made: uv says why, above" || return; }
+    else
+        (set -o pipefail && _deadpool_install "$venv" "$lock" "$python" 2>&1 | tee "$log" | { grep --line-buffered -v '^ + ' >&2 || :; }) ||
+            { _deadpool_trouble "$name could not be made: $(_deadpool_error "$log")" || return; }
+    fi
     echo "$stamp" >"$venv/.stamp"
+}
+
+_deadpool_install() {
+    local into=(pip install --python "$1/bin/python" --no-deps)
+    # Compiled here, or ten processes of a run would compile the same files at the same time.
+    deadpool_uv venv --quiet --no-python-downloads --python "$3" "$1" &&
+        deadpool_uv "${into[@]}" --compile-bytecode -r "$2" &&
+        deadpool_uv "${into[@]}" --quiet --no-build-isolation -e "$DEADPOOL_ROOT"
 }
