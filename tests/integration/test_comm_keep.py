@@ -10,6 +10,8 @@ import torch.distributed as dist
 from comm_processes import Worker, exchange, kill_self, run, worker_main
 from deadpool_megatron.comm.inplace import pointee
 
+pytestmark = pytest.mark.versions(torch=True)
+
 VICTIM = 2
 LAYOUT = {
     "tp": [[0, 1], [2, 3]],

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from comm_processes import Worker, exchange, kill_self, run, worker_main
 from deadpool_megatron.comm import ReformError, gloo
 
+pytestmark = pytest.mark.versions(torch=True)
+
 SWAPS = 320  # more than torch's one-byte backend types
 MANY = 20
 KEPT = 10
