@@ -34,8 +34,11 @@ from deadpool_megatron.cluster.workers import (
     STACKS_FILE,
     STACKS_SIGNAL,
 )
+<<<<<<< HEAD
 from deadpool_megatron.forking import FORK_SERVER
 from deadpool_megatron.versions import check_strategy
+=======
+>>>>>>> wt-a
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
@@ -86,7 +89,6 @@ def _run_script(script: str, arguments: list[str]) -> None:
 
 def _install(standby: bool) -> Hooks:
     """Import torch and Megatron, wrap process groups, connect to the agent, install the hooks."""
-    import torch
     import torch.distributed as dist
 
     from deadpool_megatron import config as settings
@@ -100,11 +102,9 @@ def _install(standby: bool) -> Hooks:
     config = settings.from_flags(flags)
     if config.on_preempt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent says when it is time to go
-    check_strategy(config.comm, torch.__version__)
     _log_to_stderr()
     communicators = Communicators.install(
         standby=standby,
-        strategy=config.comm,  # type: ignore[arg-type]
         keep=config.keep_groups,
         form_timeout_s=config.form_deadline,
         operation_timeout_s=config.operation_timeout,

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 
 from deadpool_megatron.comm import Communicators
+from deadpool_megatron.comm.table import backend_of
 from deadpool_megatron.forking import Process, fork_module
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
-STRATEGY = os.environ.get("DEADPOOL_TEST_COMM", "auto")
 
 
 class Worker:
@@ -81,7 +81,7 @@ class Worker:
 
     def idle(self) -> None:
         """Until Gloo's threads have put down what is finished: that takes a moment longer than the wait for it."""
-        while any(self.comm._quiet.busy(record) for record in self.comm.groups()):
+        while any(self.comm._waits.release.busy(backend_of(record, "gloo")) for record in self.comm.groups()):
             time.sleep(0.001)
 
     def meet(self, name: str, count: int | None = None) -> None:
@@ -153,7 +153,7 @@ def run(
         PYTHONWARNINGS="ignore",
         TORCH_CPP_LOG_LEVEL="ERROR",
         PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'integration'}",
-        INSTALL=json.dumps({"strategy": STRATEGY} | (install or {})),
+        INSTALL=json.dumps(install or {}),
         **(env or {}),
     )
     processes: dict[int, Process] = {}

@@ -17,6 +17,8 @@ import pytest
 
 from flags import Schedule, tiny_gpt, world_size
 
+pytestmark = pytest.mark.versions(torch=True, megatron=True)
+
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ROOT / "examples" / "pretrain_gpt.py"
 _LINE = re.compile(r"iteration +(\d+)/ .*?lm loss: (\S+) .*?grad norm: (\S+) ")
@@ -29,7 +31,7 @@ def train(script: Path, flags: list[str]) -> list[tuple[float, float]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
     command += ["--nproc-per-node", str(world_size(flags))]
     command += [sys.executable, "-m", "deadpool_megatron.emulation", str(script), *flags]
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    environ = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -50,6 +50,7 @@ def _calm() -> Job:
     return undisturbed(launch_flags(4), tiny_gpt(iters=ITERATIONS))
 
 
+@pytest.mark.versions(torch=True, megatron=True)
 @pytest.mark.timeout(400)
 def test_1f1b_survives_first_stage_last_stage_and_former_spare_killed_in_one_run(jobs: Jobs) -> None:
     job = jobs.start("killed", launch_flags(7, 3), tiny_gpt(iters=ITERATIONS))

@@ -42,6 +42,7 @@ def _assert_same_end(job: MachinesJob, want: Job, mute: int) -> None:
     assert job.hashes() == want.hashes()
 
 
+@pytest.mark.versions(torch=True, megatron=True)
 @pytest.mark.timeout(300)
 def test_ranks_of_another_launcher_survive_the_loss_of_the_node_of_rank_0(ranks: Ranks, jobs: Jobs) -> None:
     want = undisturbed(launch_flags(2, slots=1), duo_gpt())

@@ -11,6 +11,8 @@ from deadpool_megatron.comm import nccl_environment
 from deadpool_megatron.comm.nccl import abort_all, options_for
 from deadpool_megatron.comm.table import GroupRecord
 
+pytestmark = pytest.mark.versions(torch=True)
+
 
 class Abortable:
     """A backend whose abort returns only when all of `together` have begun theirs (as ranks' aborts can)."""

@@ -19,6 +19,8 @@ import torch
 
 from deadpool_megatron.emulation import EmulationError, install, is_installed
 
+pytestmark = pytest.mark.versions(torch=True)
+
 
 class InOwnProcess(Protocol):
     """Runs a function in a new process; raises here what it raises there."""

@@ -91,7 +91,7 @@ def _said_by_agents() -> list[r.AgentRecord]:
     return [
         r.Join(1, 1001, "127.0.0.1", 2001, [10, 11], {"switch": "s1"}),
         r.WorkerReady(3, 0, 30),
-        r.Registered(1, 0, info, 1 << 20, 1 << 10, "groups", "swap", True),
+        r.Registered(1, 0, info, 1 << 20, 1 << 10, "groups", True),
         r.WorkerExited(1, 0, 2, 10, -9),
         r.PeerError(0, 1, 2, "connection closed"),
         r.Offer(0, 1, {2: 5, 3: None}, held, held, {77: [(0, 5)]}),
@@ -225,10 +225,10 @@ def test_nonsense_under_a_perfect_seal_crashes_nobody_and_what_does_not_fit_the_
 @pytest.mark.parametrize(
     "record",
     [
-        r.Registered(1, 0, r.CoordinateInfo(8, 0, 0, 0), 1, 1, "x", "swap", True),
-        r.Registered(1, 0, r.CoordinateInfo(2, 0, -1, 0), 1, 1, "x", "swap", True),
-        r.Registered(1, 0, r.CoordinateInfo(2, 0, 0, 0), -1, 1, "x", "swap", True),
-        r.Registered(1, 0, r.CoordinateInfo(2, 0, 0, 0), 1 << 60, 1, "x", "swap", True),
+        r.Registered(1, 0, r.CoordinateInfo(8, 0, 0, 0), 1, 1, "x", True),
+        r.Registered(1, 0, r.CoordinateInfo(2, 0, -1, 0), 1, 1, "x", True),
+        r.Registered(1, 0, r.CoordinateInfo(2, 0, 0, 0), -1, 1, "x", True),
+        r.Registered(1, 0, r.CoordinateInfo(2, 0, 0, 0), 1 << 60, 1, "x", True),
         r.Offer(0, 1, {8: 1}, {}, {}),
         r.Offer(0, 1, {2: -5}, {}, {}),
         r.Offer(0, 1, {}, {2: [(1, 5)]}, {}),
