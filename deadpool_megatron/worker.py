@@ -34,11 +34,7 @@ from deadpool_megatron.cluster.workers import (
     STACKS_FILE,
     STACKS_SIGNAL,
 )
-<<<<<<< HEAD
 from deadpool_megatron.forking import FORK_SERVER
-from deadpool_megatron.versions import check_strategy
-=======
->>>>>>> wt-a
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
