@@ -123,6 +123,17 @@ class Job(jobs.Job):
         """Fail the test."""
         raise AssertionError(f"the job of {self.run_dir}: {what}\n{self.log_tails()}")
 
+    def hold(self, iteration: int | None) -> None:
+        """Let a job that was started held go on, up to the begin of an iteration (from 0), or to its end."""
+        set_pace(Path(self._environment["PACE_FILE"]), 0 if iteration is None else f"hold {iteration}")
+
+    def arm(self, *faults: Sequence[Any], until: int | None = None) -> None:
+        """Arm faults, each as of `inject`, in a job that was started held, and let it go on ``until`` an iteration."""
+        self.until_event("started")
+        for node, iteration, tick, *more in faults:
+            self.inject(node, iteration, tick, *more)
+        self.hold(until)
+
     def exact(self) -> list[tuple[int, dict[str, str], str | None]]:
         """Iteration, losses and grad norm as hexadecimal floats; a repeated iteration is there each time."""
         return [(e["iteration"], e["losses_hex"], e["grad_norm_hex"]) for e in self.events("iteration")]
@@ -196,9 +207,17 @@ class Jobs:
         script: Path = EXAMPLE,
         deadpool: bool = True,
         extra: dict[str, str] | None = None,
+        held: bool = False,
     ) -> Job:
-        """Start a job; with ``deadpool`` its state hashes are written at the end."""
+        """Start a job; with ``deadpool`` its state hashes are written at the end.
+
+        ``held``: it does not begin iteration 0 before `Job.arm` or `Job.hold` lets it.
+        """
         run_dir = self.directory / name
+        if held:
+            extra = {"PACE_FILE": f"{run_dir}.pace", "SCRIPT": str(script)} | (extra or {})
+            script = PACED
+            set_pace(Path(extra["PACE_FILE"]), "hold 0")
         ours = ["--deadpool", "--deadpool-state-hash", f"{run_dir}.hash.json"] if deadpool else []
         job = Job(run_dir, launch, [str(script), *flags, *ours], extra)
         self._jobs.append(job)

@@ -22,7 +22,7 @@ from deadpool_megatron.cluster.ports import free_ports
 from deadpool_megatron.evaluate.descendants import Descendants, describe
 from deadpool_megatron.evaluate.jobs import CLI
 from fair_clock import CLOCK
-from jobs import Job, environment
+from jobs import Job, environment, set_pace
 
 __all__ = ["Machines", "MachinesJob", "free_port", "torchrun_environments"]
 
@@ -42,6 +42,8 @@ class Machines:
         self.port = free_port()
         self.started: list[subprocess.Popen[bytes]] = []
         self.descendants = Descendants()
+        self.pace = directory / "pace"  # of `PACED`
+        set_pace(self.pace, 0)
         self._of_each: list[Descendants] = []
 
     def start(
@@ -65,7 +67,7 @@ class Machines:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=environment(env, forked) | mine.environment,
+                env=environment(env, forked) | {"PACE_FILE": str(self.pace)} | mine.environment,
                 cwd=self.directory,
                 start_new_session=True,
             )
@@ -136,7 +138,7 @@ class MachinesJob(Job):
         self.hash_file = Path(f"{machines.run_dir}.hash.json")
         self.process = machines.started[0]
         self._out = machines.directory / "machine-0.out"
-        self._environment = environment()
+        self._environment = environment({"PACE_FILE": str(machines.pace)}, forked=True)
         self._descendants = machines.descendants
 
 

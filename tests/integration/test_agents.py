@@ -15,7 +15,7 @@ import pytest
 
 from deadpool_megatron.cluster import Exit
 from flags import tiny_gpt
-from jobs import EXAMPLE, Jobs, assert_same_training, launch_flags, undisturbed
+from jobs import PACED, Jobs, assert_same_training, launch_flags, set_pace, undisturbed
 from machines import Machines, MachinesJob, torchrun_environments
 
 DUMP = (
@@ -210,14 +210,14 @@ def test_training_under_agents_loses_a_machine_takes_it_back_as_a_spare_and_ends
     flags = [*tiny_gpt("none", iters=iterations), "--tensor-model-parallel-size", "1"]
     want = undisturbed(launch_flags(2, slots=1), flags)
     hash_file = Path(f"{machines.run_dir}.hash.json")
-    script = [str(EXAMPLE), *flags, "--deadpool", "--deadpool-state-hash", str(hash_file)]
+    script = [str(PACED), *flags, "--deadpool", "--deadpool-state-hash", str(hash_file)]
     line = ["--nnodes", "3", "--spare-nodes", "1", "--emulate-cpu", "--tee", "none"]
     line += ["--rdzv-endpoint", f"127.0.0.1:{machines.port}"]
+    set_pace(machines.pace, "hold 0")
     for n in range(3):
         machines.start([*line, "--node-rank", str(n), "--local-addr", f"127.0.0.{n + 1}"], script)
     job = MachinesJob(machines)
-    job.until_event("started")
-    job.inject(1, 3, 1)
+    job.arm((1, 3, 1))
     job.until_event("training")
     survivor = job.pids()[0]
     assert machines.code(1, 150) == 128 + signal.SIGKILL

@@ -20,11 +20,8 @@ def _gpt() -> list[str]:
 @pytest.mark.timeout(300)
 def test_nodes_lost_while_a_graph_is_replayed_and_after_it_was_captured_anew(jobs: Jobs) -> None:
     want = undisturbed(launch_flags(4, slots=1), _gpt())  # graphs compute the same
-    job = jobs.start("killed", launch_flags(6, 2, slots=1), [*_gpt(), *GRAPHS])
-    job.until_event("started")
-    job.inject(0, 5, 1)  # the others wait for it inside of the graph
-    job.until_event("declared", epoch=1)
-    job.inject(1, 9, 1)
+    job = jobs.start("killed", launch_flags(6, 2, slots=1), [*_gpt(), *GRAPHS], held=True)
+    job.arm((0, 5, 1), (1, 9, 1))  # the others wait for it inside of the graph
     job.finished()
     assert [event["epoch"] for event in job.events("resumed")] == [1, 2]
     # Warmed up and captured at the start and after each recovery.

@@ -27,11 +27,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     all_jobs.end()
 
 
-def _armed_kills(job: Job, *kills: tuple[int, int, int]) -> dict[int, int]:
+def _armed_kills(job: Job, *kills: tuple[int, int, int], until: int | None = None) -> dict[int, int]:
     """Arm (node, iteration, tick) before training begins; returns the pids that train."""
-    job.until_event("started")
-    for node, iteration, tick in kills:
-        job.inject(node, iteration, tick)
+    job.arm(*kills, until=until)
     job.until_event("training")
     return job.pids()
 
@@ -53,11 +51,12 @@ def _calm() -> Job:
 @pytest.mark.versions(torch=True, megatron=True)
 @pytest.mark.timeout(400)
 def test_1f1b_survives_first_stage_last_stage_and_former_spare_killed_in_one_run(jobs: Jobs) -> None:
-    job = jobs.start("killed", launch_flags(7, 3), tiny_gpt(iters=ITERATIONS))
-    before = _armed_kills(job, (0, 3, FIRST_TICK), (2, 5, STEADY_TICK))
+    job = jobs.start("killed", launch_flags(7, 3), tiny_gpt(iters=ITERATIONS), held=True)
+    before = _armed_kills(job, (0, 3, FIRST_TICK), (2, 5, STEADY_TICK), until=6)
     former_spare = job.until_event("declared", epoch=1)["nodes"][0]
     assert former_spare in (4, 5, 6)
     job.inject(former_spare, 7, LAST_TICK)
+    job.hold(None)
     job.finished()
     assert [e["lost"] for e in job.events("declared")] == [[0], [2], [former_spare]]
     first, *later = [e["iteration"] for e in job.events("resumed")]
@@ -79,7 +78,7 @@ def test_a_run_under_deadpool_prints_what_torchrun_without_it_prints(tmp_path: P
 def test_averages_over_two_iterations_go_on_through_a_swap(jobs: Jobs) -> None:
     flags = [*tiny_gpt(iters=6), "--log-interval", "2"]
     want = undisturbed(launch_flags(4), flags)
-    job = jobs.start("interval-killed", launch_flags(5, 1), flags)
+    job = jobs.start("interval-killed", launch_flags(5, 1), flags, held=True)
     _armed_kills(job, (0, 3, STEADY_TICK))
     job.finished()
     assert sorted(want.printed(7)) == [1, 2, 4, 6]
@@ -91,9 +90,8 @@ def test_averages_over_two_iterations_go_on_through_a_swap(jobs: Jobs) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_worker_killed_under_a_living_agent_is_replaced_with_its_node(jobs: Jobs, undisturbed_flat: Job) -> None:
-    job = jobs.start("flat-killed", launch_flags(3, 1), tiny_gpt("none", iters=6))
-    job.until_event("started")
-    job.inject(1, 3, 2, "--fault", "kill-worker", "--local", "1")
+    job = jobs.start("flat-killed", launch_flags(3, 1), tiny_gpt("none", iters=6), held=True)
+    job.arm((1, 3, 2, "--fault", "kill-worker", "--local", "1"))
     job.until_event("training")
     before = job.pids()
     job.finished()
@@ -110,7 +108,9 @@ def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would
     own, rescued = jobs.directory / "own", jobs.directory / "rescued"
     save = ["--save", str(own), "--save-interval", "3"]
     want = jobs.start("dry-undisturbed", launch_flags(2), [*flags, *save], deadpool=False).finished()
-    job = jobs.start("dry-rescued", launch_flags(2), [*flags, "--save", str(rescued), "--save-interval", "100"])
+    job = jobs.start(
+        "dry-rescued", launch_flags(2), [*flags, "--save", str(rescued), "--save-interval", "100"], held=True
+    )
     _armed_kills(job, (0, 3, 7))  # late in the iteration: its generation is committed
     assert job.wait() == Exit.NO_SPARE_SAVED
     (said,) = [line for line in job.output.splitlines() if line.startswith("deadpool: ")]
@@ -125,7 +125,7 @@ def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would
 
 @pytest.mark.timeout(200)
 def test_without_a_spare_and_without_save_the_job_says_so_and_ends_with_its_own_code(jobs: Jobs) -> None:
-    job = jobs.start("flat-lost", launch_flags(2), tiny_gpt("none", iters=6))
+    job = jobs.start("flat-lost", launch_flags(2), tiny_gpt("none", iters=6), held=True)
     _armed_kills(job, (1, 2, 2))
     assert job.wait() == Exit.NO_SPARE
     (said,) = [line for line in job.output.splitlines() if line.startswith("deadpool: ")]
@@ -140,7 +140,7 @@ def test_without_a_spare_and_without_save_the_job_says_so_and_ends_with_its_own_
 def test_the_interleaved_schedule_survives_two_kills(jobs: Jobs) -> None:
     flags = tiny_gpt("interleaved", iters=7)
     want = undisturbed(launch_flags(4), flags)
-    job = jobs.start("interleaved-killed", launch_flags(6, 2), flags)
+    job = jobs.start("interleaved-killed", launch_flags(6, 2), flags, held=True)
     before = _armed_kills(job, (1, 2, 3), (2, 5, 14))
     job.finished()
     assert [e["lost"] for e in job.events("declared")] == [[1], [2]]
@@ -153,7 +153,7 @@ def test_the_interleaved_schedule_survives_two_kills(jobs: Jobs) -> None:
 def test_a_mixture_of_experts_survives_kills_on_its_first_and_last_stage(jobs: Jobs) -> None:
     flags = tiny_gpt(moe=True, iters=6)
     want = undisturbed(launch_flags(4), flags)
-    job = jobs.start("moe-killed", launch_flags(6, 2), flags)
+    job = jobs.start("moe-killed", launch_flags(6, 2), flags, held=True)
     before = _armed_kills(job, (0, 2, STEADY_TICK), (2, 4, 2))
     job.finished()
     assert [e["lost"] for e in job.events("declared")] == [[0], [2]]
@@ -170,7 +170,7 @@ def test_upstreams_unmodified_pretrain_gpt_survives_a_kill(jobs: Jobs) -> None:
     script = Path(where) / "pretrain_gpt.py"
     flags = tiny_gpt(iters=6)
     want = jobs.start("upstream-undisturbed", launch_flags(4), flags, script).finished()
-    job = jobs.start("upstream-killed", launch_flags(5, 1), flags, script)
+    job = jobs.start("upstream-killed", launch_flags(5, 1), flags, script, held=True)
     before = _armed_kills(job, (0, 3, STEADY_TICK))
     job.finished()
     assert _kept_their_processes(job, before, [2, 3, 4, 5, 6, 7])

@@ -12,7 +12,7 @@ import pytest
 from deadpool_megatron.cluster import Exit
 from deadpool_megatron.patching import State, change, load_sets
 from flags import duo_gpt, tiny_gpt
-from jobs import EXAMPLE, Job, Jobs, assert_same_training, launch_flags, undisturbed
+from jobs import EXAMPLE, PACED, Job, Jobs, assert_same_training, launch_flags, undisturbed
 from machines import MachinesJob
 from ranks import Ranks, attached
 from upstream import VERSIONS, checkout
@@ -23,6 +23,7 @@ ITERATIONS = 6
 @pytest.fixture
 def ranks(tmp_path: Path) -> Iterator[Ranks]:
     all_ranks = Ranks(tmp_path)
+    set_pace(all_ranks.pace, "hold 0")  # `_kill` lets them go on
     yield all_ranks
     all_ranks.end()
 
@@ -31,7 +32,7 @@ def _kill(ranks: Ranks, node: int, iteration: int, tick: int) -> MachinesJob:
     """Arm a kill before training begins."""
     job = MachinesJob(ranks)
     ranks.until("start of the job", lambda: (ranks.run_dir / "events.jsonl").exists() and job.events("started"))
-    job.inject(node, iteration, tick)
+    job.arm((node, iteration, tick))
     return job
 
 
@@ -46,7 +47,7 @@ def _assert_same_end(job: MachinesJob, want: Job, mute: int) -> None:
 @pytest.mark.timeout(300)
 def test_ranks_of_another_launcher_survive_the_loss_of_the_node_of_rank_0(ranks: Ranks, jobs: Jobs) -> None:
     want = undisturbed(launch_flags(2, slots=1), duo_gpt())
-    script = [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(), *ranks.deadpool(spares=1)]
+    script = [str(attached(ranks.directory, PACED)), *duo_gpt(), *ranks.deadpool(spares=1)]
     for rank in range(3):
         ranks.start_rank(rank, 3, script)
     pids = [process.pid for process in ranks.started]
@@ -63,7 +64,7 @@ def test_ranks_of_another_launcher_survive_the_loss_of_the_node_of_rank_0(ranks:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_without_a_spare_every_launcher_sees_the_exit_code_of_the_job(ranks: Ranks) -> None:
-    script = [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(), *ranks.deadpool()]
+    script = [str(attached(ranks.directory, PACED)), *duo_gpt(), *ranks.deadpool()]
     for rank in range(2):
         ranks.start_rank(rank, 2, script)
     _kill(ranks, 1, 3, 2)
@@ -148,7 +149,7 @@ def test_upstreams_pretrain_gpt_survives_a_kill_through_hooks_and_through_patche
 def test_one_torchrun_a_node_works_like_any_launcher(ranks: Ranks, jobs: Jobs) -> None:
     flags = tiny_gpt("none", iters=ITERATIONS)
     want = undisturbed(launch_flags(2), flags)
-    script = [str(attached(ranks.directory, EXAMPLE)), *flags, *ranks.deadpool(spares=1)]
+    script = [str(attached(ranks.directory, PACED)), *flags, *ranks.deadpool(spares=1)]
     for node in range(3):
         options = ["--nnodes", "3", "--node-rank", str(node), "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
         options += ["--master-port", str(ranks.port)]

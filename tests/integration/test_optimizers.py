@@ -56,9 +56,8 @@ def _flags(own: list[str]) -> list[str]:
 def test_a_killed_node_comes_back_bit_for_bit_under(jobs: Jobs, kind: str) -> None:
     nodes, own = _KINDS[kind]
     want = undisturbed(launch_flags(nodes, slots=1), _flags(own))
-    job = jobs.start(f"{kind}-killed", launch_flags(nodes + 1, 1, slots=1), _flags(own))
-    job.until_event("started")
-    job.inject(0, 3, 2)
+    job = jobs.start(f"{kind}-killed", launch_flags(nodes + 1, 1, slots=1), _flags(own), held=True)
+    job.arm((0, 3, 2))
     job.finished()
     assert [event["lost"] for event in job.events("declared")] == [[0]]
     (training,) = job.events("training")
