@@ -89,7 +89,7 @@ def test_averages_over_two_iterations_go_on_through_a_swap(jobs: Jobs) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_worker_killed_under_a_living_agent_is_replaced_with_its_node(jobs: Jobs, undisturbed_flat: Job) -> None:
+def test_a_worker_killed_under_a_living_agent_is_replaced_with_its_node(jobs: Jobs) -> None:
     job = jobs.start("flat-killed", launch_flags(3, 1), tiny_gpt("none", iters=6), held=True)
     job.arm((1, 3, 2, "--fault", "kill-worker", "--local", "1"))
     job.until_event("training")

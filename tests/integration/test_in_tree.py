@@ -12,7 +12,7 @@ import pytest
 from deadpool_megatron.cluster import Exit
 from deadpool_megatron.patching import State, change, load_sets
 from flags import duo_gpt, tiny_gpt
-from jobs import EXAMPLE, PACED, Job, Jobs, assert_same_training, launch_flags, undisturbed
+from jobs import EXAMPLE, PACED, Job, Jobs, assert_same_training, launch_flags, set_pace, undisturbed
 from machines import MachinesJob
 from ranks import Ranks, attached
 from upstream import VERSIONS, checkout
