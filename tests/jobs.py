@@ -14,17 +14,18 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from deadpool_megatron.cluster.ports import free_ports
 from deadpool_megatron.emulation import environment as emulated
 from deadpool_megatron.evaluate import jobs
 from deadpool_megatron.evaluate.descendants import Descendants
 from deadpool_megatron.evaluate.fork_server import ForkServer
-from deadpool_megatron.forking import FORK_SERVER
+from deadpool_megatron.forking import FORK_SERVER, fork_module
 from deadpool_megatron.observe import LOGS
 from fair_clock import CLOCK
 
@@ -34,13 +35,13 @@ __all__ = [
     "ROOT",
     "Job",
     "Jobs",
+    "alone",
     "assert_same_checkpoint",
     "assert_same_training",
     "environment",
     "launch_flags",
     "set_pace",
     "torch_server",
-    "torchrun",
     "undisturbed",
 ]
 
@@ -243,27 +244,32 @@ def _undisturbed(launch: tuple[str, ...], flags: tuple[str, ...], script: Path) 
         jobs.end()
 
 
-def torchrun(
-    directory: Path, processes: int, flags: Sequence[str], script: Path = EXAMPLE
-) -> dict[int, dict[str, str]]:
-    """The same script without us, under torchrun: what `Job.printed` gives, of the rank that prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["--no-python", sys.executable, "-m", "deadpool_megatron.emulation", str(script), *flags]
+def alone(directory: Path, processes: int, flags: Sequence[str], script: Path = EXAMPLE) -> dict[int, dict[str, str]]:
+    """The same script under the emulation and without us: what `Job.printed` gives, of the rank that prints."""
     descendants = Descendants()
-    process = subprocess.Popen(
-        command,
-        env=environment({"OMP_NUM_THREADS": "1"}) | descendants.environment,
-        cwd=directory,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    env = environment(emulated() | descendants.environment | {"WORLD_SIZE": str(processes)}, forked=True)
+    env |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    server, out = env.pop(FORK_SERVER), directory / "alone.out"
     try:
-        out, _ = process.communicate(timeout=START_S)
+        with out.open("wb") as file:
+            ranks = [
+                fork_module(
+                    server,
+                    "deadpool_megatron.emulation",
+                    [str(script), *flags],
+                    env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    directory=directory,
+                )
+                for rank in range(processes)
+            ]
+        while (codes := [rank.poll() for rank in ranks]) != [0] * processes:
+            assert not any(codes), f"exit codes {codes}\n{out.read_text()[-6000:]}"
+            time.sleep(0.02)
     finally:
         descendants.kill(10)
-    assert process.returncode == 0, out[-6000:]
-    return _printed(out)
+    return _printed(out.read_text())
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

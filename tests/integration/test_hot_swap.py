@@ -14,7 +14,7 @@ import pytest
 
 from deadpool_megatron.cluster import Exit
 from flags import tiny_gpt
-from jobs import ROOT, Job, Jobs, assert_same_checkpoint, assert_same_training, launch_flags, torchrun, undisturbed
+from jobs import ROOT, Job, Jobs, alone, assert_same_checkpoint, assert_same_training, launch_flags, undisturbed
 
 # 4 microbatches a rank: 4 forward and 4 backward passes an iteration.
 FIRST_TICK, STEADY_TICK, LAST_TICK = 1, 4, 8
@@ -69,8 +69,8 @@ def test_1f1b_survives_first_stage_last_stage_and_former_spare_killed_in_one_run
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_under_deadpool_prints_what_torchrun_without_it_prints(tmp_path: Path) -> None:
-    assert torchrun(tmp_path, 8, tiny_gpt(iters=ITERATIONS)) == _calm().printed(7)
+def test_a_run_under_deadpool_prints_what_megatron_prints_without_it(tmp_path: Path) -> None:
+    assert alone(tmp_path, 8, tiny_gpt(iters=ITERATIONS)) == _calm().printed(7)
 
 
 @pytest.mark.slow
