@@ -405,12 +405,3 @@ def write_results(name: str, cases: Sequence[dict[str, Any]]) -> None:
     if directory:
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / f"{name}.json").write_text(json.dumps(list(cases), indent=1) + "\n")
-
-
-def wait_for(find: Callable[[], Any], deadline_s: float = 30.0) -> Any:
-    """Poll until ``find`` gives something, without a job to look at."""
-    end = time.monotonic() + deadline_s
-    while not (found := find()):
-        assert time.monotonic() < end, "not in time"
-        time.sleep(0.05)
-    return found
