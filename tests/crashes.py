@@ -27,7 +27,6 @@ from deadpool_megatron.evaluate.jobs import start_cli
 from deadpool_megatron.forking import Process
 from deadpool_megatron.observe import LOGS, EventTail
 from deadpool_megatron.vault import PREFIX, Arena
-from fair_clock import CLOCK
 from flags import duo_gpt, tiny_gpt, with_value
 from jobs import PACED, Job, Jobs, environment, launch_flags, set_pace
 
@@ -402,12 +401,3 @@ def write_results(name: str, cases: Sequence[dict[str, Any]]) -> None:
     if directory:
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / f"{name}.json").write_text(json.dumps(list(cases), indent=1) + "\n")
-
-
-def wait_for(find: Callable[[], Any], deadline_s: float = 30.0) -> Any:
-    """Poll until ``find`` gives something, without a job to look at."""
-    end = CLOCK.seconds() + deadline_s
-    while not (found := find()):
-        assert CLOCK.seconds() < end, "not in time"
-        time.sleep(0.05)
-    return found

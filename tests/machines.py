@@ -1,6 +1,6 @@
 """Several `deadpool agent` commands, each as if on a machine of its own; the run directory is shared.
 
-Every wait has a deadline, and `Machines.end` leaves none of their processes behind.
+Waits end with the test's own limit, and `Machines.end` leaves none of their processes behind.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ import psutil
 from deadpool_megatron.cluster.ports import free_ports
 from deadpool_megatron.evaluate.descendants import Descendants, describe
 from deadpool_megatron.evaluate.jobs import CLI
-from fair_clock import CLOCK
 from jobs import Job, environment, set_pace
+from waiting import until
 
 __all__ = ["Machines", "MachinesJob", "free_port", "torchrun_environments"]
 
@@ -77,28 +76,24 @@ class Machines:
         """Everything a command and what it started wrote to the terminal."""
         return (self.directory / f"machine-{number}.out").read_text(errors="replace")
 
-    def until(self, what: str, find: Callable[[], Any], deadline_s: float = 60.0) -> Any:
+    def until(self, what: str, find: Callable[[], Any]) -> Any:
         """Poll until ``find`` gives something."""
-        end = CLOCK.seconds() + deadline_s
-        while not (found := find()):
-            assert CLOCK.seconds() < end, f"no {what} within {deadline_s:g} s\n{self.outputs()}"
-            time.sleep(0.05)
-        return found
+        return until(find, lambda: f"{what}\n{self.outputs()}", 0.05)
 
     def outputs(self) -> str:
         """All outputs, for a failure's message."""
         return "\n".join(f"machine {n}:\n{self.output(n)[-3000:]}" for n in range(len(self.started)))
 
-    def code(self, number: int, deadline_s: float) -> int:
+    def code(self, number: int) -> int:
         """The exit code of one of them."""
         process = self.started[number]
-        self.until(f"end of machine {number}", lambda: process.poll() is not None, deadline_s)
+        self.until(f"end of machine {number}", lambda: process.poll() is not None)
         assert process.returncode is not None
         return process.returncode
 
-    def codes(self, deadline_s: float) -> list[int]:
+    def codes(self) -> list[int]:
         """The exit codes of all."""
-        return [self.code(number, deadline_s) for number in range(len(self.started))]
+        return [self.code(number) for number in range(len(self.started))]
 
     def processes(self) -> list[psutil.Process]:
         """All commands and everything they have started that lives."""
@@ -112,9 +107,10 @@ class Machines:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     blow(each)
 
-    def until_gone(self, deadline_s: float) -> None:
+    def until_gone(self) -> None:
         """Until none of their processes lives."""
-        self.until(f"end of all {list(map(describe, self.processes()))}", lambda: not self.processes(), deadline_s)
+        alive = self.descendants.living
+        until(lambda: not alive(), lambda: f"the end of {[describe(p) for p in alive()]}", 0.05)
 
     def end(self) -> None:
         """End whatever is left, each process by its id."""
@@ -157,7 +153,7 @@ def torchrun_environments(
         for line in lines
     ]
     try:
-        assert [p.wait(90) for p in processes] == [0] * len(processes)
+        assert [p.wait() for p in processes] == [0] * len(processes)
     finally:
         for process in processes:
             process.kill()

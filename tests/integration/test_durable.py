@@ -211,10 +211,10 @@ def test_one_machine_that_is_told_to_leave_makes_all_leave_with_what_is_committe
         job = MachinesJob(machines)
         job.until("a commit", lambda: [e for e in job.events("committed") if e["iteration"] > 2])
         machines.started[told].send_signal(signal.SIGTERM)
-        assert machines.codes(60) == [Exit.PREEMPTED, Exit.PREEMPTED], machines.outputs()
+        assert machines.codes() == [Exit.PREEMPTED, Exit.PREEMPTED], machines.outputs()
         last = job.events("durable")[-1]["iteration"]
         assert f"preempted: generation {last} is durable" in machines.output(0)
-        machines.until_gone(10)
+        machines.until_gone()
     finally:
         machines.end()
 
