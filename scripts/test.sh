@@ -27,7 +27,13 @@ deadpool_env || exit 1
 stage "ruff" ruff check .
 stage "ruff format" ruff format --check --quiet .
 stage "mypy" mypy
-stage "pytest" python -m pytest "$@"
+if (( $# )); then
+    stage "pytest" python -m pytest "$@"
+else
+    # Real jobs use all processors themselves: those tests run one after the other.
+    stage "unit tests" python -m pytest --numprocesses 2 --dist loadfile tests/unit
+    stage "tests with real processes" python -m pytest tests/integration tests/faults tests/cluster tests/gpu
+fi
 
 if (( ${#failed[@]} )); then
     echo "== failed: $(IFS=,; echo "${failed[*]}" | sed 's/,/, /g')"
