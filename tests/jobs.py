@@ -117,7 +117,7 @@ class Job(jobs.Job):
         self, run_dir: Path, launch: Sequence[str], script: Sequence[str], extra: dict[str, str] | None = None
     ) -> None:
         self.hash_file = Path(f"{run_dir}.hash.json")
-        forked = "--emulate-cpu" in launch and ROOT in Path(script[0]).parents
+        forked = "--emulate-cpu" in launch and not (Path(script[0]).parent / "megatron").exists()
         super().__init__(run_dir, launch, script, environment(extra, forked), run_dir.parent)
 
     def failed(self, what: str) -> NoReturn:
