@@ -55,7 +55,14 @@ deadpool_env || exit 1
 stage "ruff" ruff check .
 stage "ruff format" ruff format --check --quiet .
 stage "mypy" mypy
-stage "pytest" python -m pytest "$@"
+# In parallel only what measures no time and starts no jobs; a file stays in one process, for its fixtures.
+unit=(python -m pytest -n logical --maxprocesses 8 --dist loadfile tests/unit)
+if (( $# )); then
+    stage "pytest" python -m pytest "$@"
+else
+    stage "unit tests" "${unit[@]}"
+    stage "other tests" python -m pytest --ignore tests/unit
+fi
 
 if [[ $all_torch == yes ]]; then
     megatron018() { # in a subshell: the path is changed for this stage alone
