@@ -30,9 +30,9 @@ stage "mypy" mypy
 if (( $# )); then
     stage "pytest" python -m pytest "$@"
 else
-    # Real jobs use all processors themselves: those tests run one after the other.
-    stage "unit tests" python -m pytest --numprocesses 2 --dist loadfile tests/unit
-    stage "tests with real processes" python -m pytest tests/integration tests/faults tests/cluster tests/gpu
+    # In parallel only what starts no jobs; a file stays in one process, for its fixtures.
+    stage "unit tests" python -m pytest -n logical --maxprocesses 8 --dist loadfile tests/unit
+    stage "other tests" python -m pytest --ignore tests/unit
 fi
 
 if (( ${#failed[@]} )); then

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -16,6 +18,9 @@ from deadpool_megatron.observe.recoveries import PHASES
 from deadpool_megatron.observe.tables import grid_table, ranks_text
 
 __all__ = ["Screen"]
+
+_STARTING = "starting: every process imports torch and Megatron"
+_SIGN_OF_LIFE_S = 10.0  # off a terminal, until the first iteration
 
 
 class Screen:
@@ -34,7 +39,7 @@ class Screen:
         self._progress = Progress(
             SpinnerColumn(), BarColumn(30), TextColumn("{task.description}"), TimeElapsedColumn(), console=console
         )
-        self._task = self._progress.add_task("starting: every process imports torch and Megatron", total=iterations)
+        self._task = self._progress.add_task(_STARTING, total=iterations)
         self._grid: RenderableType | None = None
         self._notes: list[Text] = []
         self._committed: int | None = None
@@ -42,16 +47,26 @@ class Screen:
         self._moved: set[int] = set()
         self._lost: set[int] = set()
         self._live = Live(self._frame(), console=console, refresh_per_second=8) if console.is_terminal else None
+        self._going = threading.Event()  # the first iteration is done, or the run has ended
         console.rule(f"[bold]{title}") if console.is_terminal else console.print(f"== {title}", markup=False)
 
     def __enter__(self) -> Screen:
         if self._live is not None:
             self._live.start()
+        else:
+            self._console.print(_STARTING)
+            threading.Thread(target=self._say_how_long, name="demo-starting", daemon=True).start()
         return self
+
+    def _say_how_long(self) -> None:
+        start = time.monotonic()
+        while not self._going.wait(_SIGN_OF_LIFE_S):
+            self._console.print(f"{time.monotonic() - start:.0f} s, no iteration yet")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._going.set()
         self._progress.stop_task(self._task)
         if self._live is not None:
             self._live.update(self._frame())
@@ -101,6 +116,7 @@ class Screen:
             self._live.update(self._frame())
 
     def _iteration(self, event: Mapping[str, Any]) -> None:
+        self._going.set()
         (step,) = steps_of([event])
         if step.iteration > 0:
             self._seconds += step.seconds

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from deadpool_megatron.megatron import standby
 from deadpool_megatron.megatron.standby import follow_job, publish_job
 from machines import free_port
 
@@ -28,6 +29,7 @@ def _learn(connect: Callable[[], dist.Store]) -> str:
 
 def main() -> None:
     port = free_port()
+    standby._LOOK_S, standby._AGAIN_S = 0.5, 0.1
 
     def connect() -> dist.Store:
         return dist.TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=60))

@@ -22,7 +22,8 @@ SIZE = 3 << 20
 
 
 @pytest.fixture
-def vault() -> Iterator[Vault]:
+def vault(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vault]:
+    monkeypatch.setattr("deadpool_megatron.vault.scrub._REST_S", 0.05)
     made = Vault(f"m{os.getpid()}", 0, chunk_bytes=1 << 16)
     yield made
     made.close()
