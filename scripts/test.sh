@@ -55,12 +55,11 @@ deadpool_env || exit 1
 stage "ruff" ruff check .
 stage "ruff format" ruff format --check --quiet .
 stage "mypy" mypy
-# In parallel only what measures no time and starts no jobs; a file stays in one process, for its fixtures.
-unit=(python -m pytest -n logical --maxprocesses 8 --dist loadfile tests/unit)
 if (( $# )); then
     stage "pytest" python -m pytest "$@"
 else
-    stage "unit tests" "${unit[@]}"
+    # In parallel only what starts no jobs; a file stays in one process, for its fixtures.
+    stage "unit tests" python -m pytest -n logical --maxprocesses 8 --dist loadfile tests/unit
     stage "other tests" python -m pytest --ignore tests/unit
 fi
 

@@ -384,9 +384,7 @@ def test_nonsense_in_well_sealed_frames_never_touches_what_is_committed(vaults: 
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    ("to_vault", "to_coordinator"), [(250, 70), pytest.param(2_500, 700, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("to_vault", "to_coordinator"), [(250, 70), pytest.param(2_500, 700, marks=pytest.mark.slow)])
 def test_strangers_at_the_real_sockets_get_nowhere(vaults: Vaults, to_vault: int, to_coordinator: int) -> None:
     """The vault's and the coordinator's socket still serve a member after all these connections."""
     chance = random.Random(5)
