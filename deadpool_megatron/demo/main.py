@@ -137,10 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _ended)
     start = time.monotonic()
-    nodes = f"{options.active_nodes} nodes of 2 processes, and a spare"
-    console.print(
-        f"training a tiny GPT twice, {options.iterations} iterations, on {nodes}", markup=False, soft_wrap=True
-    )
+    what = f"training a tiny GPT twice, {options.iterations} iterations, on {options.active_nodes} nodes and a spare"
+    console.print(what, markup=False, soft_wrap=True)
     try:
         reference, run, blocked = _undisturbed(console, options)
         equal = _disturbed(console, options, reference, run.hashes())
