@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.cluster import Exit
-from flags import tiny_gpt
+from flags import tiny_gpt, with_value
 from jobs import ROOT, Job, Jobs, alone, assert_same_checkpoint, assert_same_training, launch_flags, undisturbed
 
 # 4 microbatches a rank: 4 forward and 4 backward passes an iteration.
@@ -101,15 +101,24 @@ def test_a_worker_killed_under_a_living_agent_is_replaced_with_its_node(jobs: Jo
 
 
 @pytest.mark.timeout(300)
-def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would_have_saved(jobs: Jobs) -> None:
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would_have_saved(
+    jobs: Jobs, tensor: int, tmp_path: Path
+) -> None:
     # Without dropout: with it, even Megatron's restart from its own checkpoint differs from the run that went on.
-    flags = [*tiny_gpt("none", iters=6), "--hidden-dropout", "0", "--attention-dropout", "0"]
+    flags = with_value(tiny_gpt("none", iters=6), "--tensor-model-parallel-size", tensor)
+    flags += ["--hidden-dropout", "0", "--attention-dropout", "0"]
     flags += ["--ckpt-format", "torch_dist"]
-    own, rescued = jobs.directory / "own", jobs.directory / "rescued"
+    own, rescued = tmp_path / "own", tmp_path / "rescued"
     save = ["--save", str(own), "--save-interval", "3"]
-    want = jobs.start("dry-undisturbed", launch_flags(2), [*flags, *save], deadpool=False).finished()
+    want = jobs.start(
+        f"dry-undisturbed-{tensor}", launch_flags(2, slots=tensor), [*flags, *save], deadpool=False
+    ).finished()
     job = jobs.start(
-        "dry-rescued", launch_flags(2), [*flags, "--save", str(rescued), "--save-interval", "100"], held=True
+        f"dry-rescued-{tensor}",
+        launch_flags(2, slots=tensor),
+        [*flags, "--save", str(rescued), "--save-interval", "100"],
+        held=True,
     )
     _armed_kills(job, (0, 3, 7))  # late in the iteration: its generation is committed
     assert job.wait() == Exit.NO_SPARE_SAVED
@@ -118,9 +127,10 @@ def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would
     assert (rescued / "latest_checkpointed_iteration.txt").read_text() == "3"
     assert_same_checkpoint(rescued / "iter_0000003", own / "iter_0000003")
     load = [*flags, "--load", str(rescued)]
-    again = jobs.start("dry-loaded", launch_flags(2), load, ROOT / "tests" / "pretrain_loading.py", deadpool=False)
-    lines = again.finished().printed(3)
-    assert sorted(lines) == [4, 5, 6] and lines[4] == want.printed(3)[4]
+    script = ROOT / "tests" / "pretrain_loading.py"
+    again = jobs.start(f"dry-loaded-{tensor}", launch_flags(2, slots=tensor), load, script, deadpool=False)
+    lines = again.finished().printed(2 * tensor - 1)
+    assert sorted(lines) == [4, 5, 6] and lines[4] == want.printed(2 * tensor - 1)[4]
 
 
 @pytest.mark.timeout(200)
