@@ -20,10 +20,10 @@ from deadpool_megatron.evaluate.descendants import has_ended
 from deadpool_megatron.evaluate.jobs import start_cli
 from deadpool_megatron.forking import Process
 from flags import tiny_gpt
-from jobs import PACED, Job, Jobs, environment, launch_flags, set_pace
+from jobs import PACED, Jobs, environment, launch_flags, set_pace, undisturbed
 
-ITERATIONS = 260
-WAITING_S = "0.1"  # that a forward pass sleeps: half a second an iteration
+FEW, MANY = 140, 260
+WAITING_S = "0.2"  # that a forward pass sleeps: a second an iteration
 
 
 def small(iterations: int) -> list[str]:
@@ -47,11 +47,11 @@ class Drama:
     It is slow until `finished` is called: new spares take as long as the machine is busy, and the job has to be there.
     """
 
-    def __init__(self, jobs: Jobs, name: str, nodes: int, spares: int) -> None:
+    def __init__(self, jobs: Jobs, name: str, nodes: int, spares: int, iterations: int) -> None:
         self._pace = jobs.directory / f"{name}.pace"
         set_pace(self._pace, WAITING_S)
         paced = {"PACE_FILE": str(self._pace)}
-        self.job = jobs.start(name, launch_flags(nodes, spares, 1), small(ITERATIONS), PACED, extra=paced)
+        self.job = jobs.start(name, launch_flags(nodes, spares, 1), small(iterations), PACED, extra=paced)
         self.joined: list[Process] = []
         self.parked(spares)
 
@@ -114,17 +114,12 @@ class Drama:
             process.wait(30)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(jobs: Jobs) -> Job:
-    """The run in which nothing happens."""
-    return jobs.start("undisturbed", launch_flags(4, 0, 1), small(ITERATIONS)).finished()
-
-
 @pytest.mark.timeout(400)
 def test_a_run_comes_through_every_class_of_failure_and_ends_as_if_nothing_had_happened(
-    jobs: Jobs, undisturbed: Job
+    jobs: Jobs,
 ) -> None:
-    drama = Drama(jobs, "drama", 5, 1)
+    want = undisturbed(launch_flags(4, 0, 1), small(FEW))
+    drama = Drama(jobs, "drama", 5, 1, FEW)
     job = drama.job
     drama.join()
     # A worker dies: a spare takes over, the healthy node becomes a spare.
@@ -157,16 +152,17 @@ def test_a_run_comes_through_every_class_of_failure_and_ends_as_if_nothing_had_h
     drama.recovers(lambda: drama.command("inject", "--node", str(lost), "--fault", "kill-agent"))
     assert not Path(f"/proc/{orphan}").exists() or "zombie" in Path(f"/proc/{orphan}/status").read_text()
     drama.finished()
-    assert job.hashes() == undisturbed.hashes()
-    expected = {iteration: exact for iteration, *exact in undisturbed.exact()}
+    assert job.hashes() == want.hashes()
+    expected = {iteration: exact for iteration, *exact in want.exact()}
     for iteration, *exact in job.exact():
         assert exact == expected[iteration], f"iteration {iteration} differs"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_hangs_damaged_copies_and_slow_nodes(jobs: Jobs, undisturbed: Job) -> None:
-    drama = Drama(jobs, "more-drama", 6, 2)
+def test_hangs_damaged_copies_and_slow_nodes(jobs: Jobs) -> None:
+    want = undisturbed(launch_flags(4, 0, 1), small(MANY))
+    drama = Drama(jobs, "more-drama", 6, 2, MANY)
     job = drama.job
     # A deadlock in the worker's own code: the rank that waits for nobody.
     at = max((e["iteration"] for e in job.events("iteration")), default=0) + 10
@@ -186,7 +182,7 @@ def test_hangs_damaged_copies_and_slow_nodes(jobs: Jobs, undisturbed: Job) -> No
     drama.parked(1)
     drama.command("drain", "--node", str(slow))
     drama.finished()
-    assert job.hashes() == undisturbed.hashes()
+    assert job.hashes() == want.hashes()
 
 
 @pytest.mark.slow
