@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
 
 __all__ = ["until"]
 
-T = TypeVar("T")
 
-
-def until(find: Callable[[], T], what: str | Callable[[], str] = "", look_every_s: float = 0.01) -> T:
+def until[T](find: Callable[[], T], what: str | Callable[[], str] = "", look_every_s: float = 0.01) -> T:
     """Poll until ``find`` gives something, and give it back.
 
     Args:

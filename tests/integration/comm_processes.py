@@ -22,10 +22,13 @@ import torch
 import torch.distributed as dist
 
 from deadpool_megatron.comm import Communicators
+from waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
+NEVER_S = 3600.0  # longer than any test: what would end only with this deadline is ended by the test's limit, and fails
 STRATEGY = os.environ.get("DEADPOOL_TEST_COMM", "auto")
+NO_DEADLINES = {"form_timeout_s": NEVER_S, "operation_timeout_s": NEVER_S}
 
 
 class Worker:
@@ -45,7 +48,7 @@ class Worker:
 
     @staticmethod
     def _client() -> dist.TCPStore:
-        return dist.TCPStore(LOOPBACK, int(os.environ["STORE"]), None, False, timeout=timedelta(seconds=120))
+        return dist.TCPStore(LOOPBACK, int(os.environ["STORE"]), None, False, timeout=timedelta(seconds=NEVER_S))
 
     def become(self, rank: int) -> None:
         """A spare takes a coordinate."""
@@ -66,7 +69,7 @@ class Worker:
         def loop() -> None:
             n = start
             while True:
-                self._watch.wait([f"fault/{n}"], timedelta(seconds=600))
+                self._watch.wait([f"fault/{n}"], timedelta(seconds=NEVER_S))
                 self.aborted_at[n] = time.monotonic()
                 self.reports.append(self.comm.abort())
                 n += 1
@@ -75,20 +78,18 @@ class Worker:
 
     def await_abort(self, count: int) -> None:
         """Until the watcher's abort number `count` (from 1) has returned."""
-        while len(self.reports) < count:
-            time.sleep(0.001)
+        until(lambda: len(self.reports) >= count, f"abort {count}", 0.001)
 
     def idle(self) -> None:
         """Until Gloo's threads have put down what is finished: that takes a moment longer than the wait for it."""
-        while any(self.comm._quiet.busy(record) for record in self.comm.groups()):
-            time.sleep(0.001)
+        until(lambda: not any(map(self.comm._quiet.busy, self.comm.groups())), "idle threads", 0.001)
 
     def meet(self, name: str, count: int | None = None) -> None:
         """Barrier over the store, for the tests' own order; not a communicator."""
         want = count or self.world
         if self.store.add(f"meet/{name}", 1) == want:
             self.store.set(f"met/{name}", b"1")
-        self.store.wait([f"met/{name}"], timedelta(seconds=60))
+        self.store.wait([f"met/{name}"], timedelta(seconds=NEVER_S))
 
 
 def exchange(groups: Iterable[dist.ProcessGroup | None]) -> None:
@@ -130,7 +131,6 @@ def run(
     *,
     world: int,
     spares: int = 0,
-    limit_s: float = 240.0,
     deaths_are_faults: bool = True,
     python: str = sys.executable,
     install: dict[str, Any] | None = None,
@@ -139,7 +139,7 @@ def run(
     """Run one scenario. Returns results by process number (ranks first, then spares); a killed one has none.
 
     The first death sets key fault/0 (second fault/1 ...), with the dead rank under victim/<n>. Fails on any worker's
-    error and when `limit_s` passes.
+    error. The communicators' own deadlines do not end anything, unless ``install`` says so.
     """
     server = dist.TCPStore(LOOPBACK, 0, None, True, wait_for_workers=False, timeout=timedelta(seconds=30))
     base = dict(
@@ -150,8 +150,8 @@ def run(
         TORCHDYNAMO_DISABLE="1",
         PYTHONWARNINGS="ignore",
         TORCH_CPP_LOG_LEVEL="ERROR",
-        PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'integration'}",
-        INSTALL=json.dumps({"strategy": STRATEGY} | (install or {})),
+        PYTHONPATH=os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "integration"))),
+        INSTALL=json.dumps({"strategy": STRATEGY, **NO_DEADLINES, **(install or {})}),
         **(env or {}),
     )
     processes: dict[int, subprocess.Popen[bytes]] = {}
@@ -162,31 +162,32 @@ def run(
         processes[i] = subprocess.Popen([python, file, scenario], env=mine)
     results: dict[int, Any] = {}
     errors: list[str] = []
-    end = time.monotonic() + limit_s
-    try:
-        deaths = 0
-        pending = set(processes)
-        while pending and time.monotonic() < end and not errors:
-            for i in sorted(pending):
-                code = processes[i].poll()
-                if code is None:
-                    continue
-                pending.discard(i)
-                if server.check([f"result/{i}"]):
-                    result = json.loads(server.get(f"result/{i}"))
-                    if "error" in result:
-                        errors.append(f"process {i}:\n{result['error']}")
-                    else:
-                        results[i] = result["ok"]
-                elif code == -signal.SIGKILL and deaths_are_faults:
-                    server.set(f"victim/{deaths}", str(i))
-                    server.set(f"fault/{deaths}", b"1")
-                    deaths += 1
+    pending = set(processes)
+    deaths = 0
+
+    def over() -> bool:
+        nonlocal deaths
+        for i in sorted(pending):
+            code = processes[i].poll()
+            if code is None:
+                continue
+            pending.discard(i)
+            if server.check([f"result/{i}"]):
+                result = json.loads(server.get(f"result/{i}"))
+                if "error" in result:
+                    errors.append(f"process {i}:\n{result['error']}")
                 else:
-                    errors.append(f"process {i} ended with {code} and no result")
-            time.sleep(0.002)
-        if pending and not errors:
-            errors.append(f"processes {sorted(pending)} not finished after {limit_s:g} s")
+                    results[i] = result["ok"]
+            elif code == -signal.SIGKILL and deaths_are_faults:
+                server.set(f"victim/{deaths}", str(i))
+                server.set(f"fault/{deaths}", b"1")
+                deaths += 1
+            else:
+                errors.append(f"process {i} ended with {code} and no result")
+        return not pending or bool(errors)
+
+    try:
+        until(over, lambda: f"the end of processes {sorted(pending)}", 0.002)
     finally:
         for process in processes.values():
             if process.poll() is None:

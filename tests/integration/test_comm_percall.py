@@ -70,7 +70,7 @@ def percall(worker: Worker) -> dict[str, dict[str, list[float]]]:
 
 
 def test_a_call_costs_what_it_cost_before() -> None:
-    results = run(__file__, "percall", world=2, limit_s=400)
+    results = run(__file__, "percall", world=2)
     for name, seen in results[0].items():
         native, ours = (sorted(seen[way]) for way in ("native", "ours"))
         a, b = statistics.median(native), statistics.median(ours)

@@ -51,7 +51,7 @@ def assert_bounded(first: dict[str, float], last: dict[str, float], mb: float) -
 
 
 def test_swaps_have_no_limit_and_leave_nothing_behind() -> None:
-    results = run(__file__, "swap_for_ever", world=2, limit_s=400)
+    results = run(__file__, "swap_for_ever", world=2)
     for seen in results.values():
         print(f"after 20 swaps {seen['20']}, after {SWAPS} {seen[str(SWAPS)]}")
         assert_bounded(seen["20"], seen[str(SWAPS)], mb=10)
@@ -108,7 +108,7 @@ def twenty_four_groups(worker: Worker) -> dict[str, object]:
 
 
 def test_twenty_four_groups_of_eight_ranks_re_form_fast_and_leave_nothing() -> None:
-    results = run(__file__, "twenty_four_groups", world=8, limit_s=400)
+    results = run(__file__, "twenty_four_groups", world=8)
     slowest = [max(column) for column in zip(*(r["seconds"] for r in results.values()), strict=True)]
     print(
         f"24 groups, 8 ranks, {os.cpu_count()} cores: slowest rank of each swap, "
@@ -178,7 +178,7 @@ def failing_to_form(worker: Worker) -> str:
 
 
 def test_a_failure_while_forming_leads_to_the_next_epoch() -> None:
-    results = run(__file__, "failing_to_form", world=2, spares=1, limit_s=400, install={"form_timeout_s": 5.0})
+    results = run(__file__, "failing_to_form", world=2, spares=1, install={"form_timeout_s": 5.0})
     assert sorted(results) == [0, 2]
 
 
