@@ -22,9 +22,9 @@ fi
 shopt -s nullglob
 # Re-forming groups in place reaches into torch, and the emulation patches it. There, groups that changed are re-formed by
 # torch's own reconfigure where it can help (--deadpool-comm auto); on the first environment's torch by the swap.
-# (What a call costs, how long a receive waits and how processes are started are the first environment's business.)
+# (How long a receive waits and how processes are started are the first environment's business.)
 torch214_tests=(tests/unit/test_comm_*.py tests/integration/test_comm_*.py tests/unit/test_emulation_*.py
-    -k "not test_comm_percall and not test_comm_oneway and not test_emulation_entry")
+    -k "not test_comm_oneway and not test_emulation_entry")
 # The part of the whole sequence that is run there too: pytest arguments.
 torch214_hot_swap=(tests/integration/test_hot_swap.py -k 1f1b)
 

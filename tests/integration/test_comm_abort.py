@@ -252,7 +252,7 @@ def test_abort_frees_a_rank_blocked_on_a_stopped_peer_sooner_than_a_large_operat
     worst = {name: max(max(results[r][name]) for r in (0, 1)) for name in OPERATIONS}
     whole = max(min(results[r]["healthy"]) for r in range(WORLD))
     shown(worst, whole)
-    assert max(worst.values()) < 5 * whole, worst
+    assert max(worst.values()) < 10 * whole, worst
 
 
 KILLED_IN = ["isend_large", "recv_half", "broadcast", "gather"]
@@ -309,7 +309,7 @@ def test_abort_frees_a_rank_whose_peer_died_sooner_than_a_large_operation_takes_
     worst = {name: max(results[r][name] for r in (0, 1)) for name in KILLED_IN}
     whole = max(results[r]["healthy"] for r in (0, 1))
     shown(worst, whole)
-    assert max(worst.values()) < 5 * whole, worst
+    assert max(worst.values()) < 10 * whole, worst
 
 
 if __name__ == "__main__":

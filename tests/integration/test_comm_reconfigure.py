@@ -19,10 +19,11 @@ from comm_processes import Worker, exchange, run, worker_main
 from deadpool_megatron.comm import CommunicatorError, Communicators, ReformError
 from deadpool_megatron.comm import reconfigure as native
 from deadpool_megatron.comm.table import backend_of
+from waiting import until
 
 LARGE = 16 * 1024 * 1024
-TIMEOUT_S = 8.0
-INSTALL = {"operation_timeout_s": TIMEOUT_S, "strategy": "reconfigure"}
+INSTALL = {"strategy": "reconfigure"}
+ALONE_S = 8.0
 needs_reconfigure = pytest.mark.skipif(not native.offered(), reason=f"torch {torch.__version__} has no reconfigure")
 
 
@@ -49,8 +50,7 @@ def two_half_sent_broadcasts(worker: Worker, group: dist.ProcessGroup | None) ->
         worker.comm.abort()
         assert works
         return
-    while Path(f"/proc/{peer}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
-        time.sleep(0.01)
+    until(lambda: Path(f"/proc/{peer}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T", "the peer's stop")
     works = [dist.broadcast(x, src=0, group=group, async_op=True) for x in data]
     time.sleep(0.5)
     worker.comm.abort()
@@ -58,15 +58,13 @@ def two_half_sent_broadcasts(worker: Worker, group: dist.ProcessGroup | None) ->
 
 
 def half_sent(worker: Worker) -> dict[str, object]:
-    """One group has pool threads that nothing can free, the other has not."""
+    """One group has pool threads that nothing frees in a test's time, the other has not."""
     worker.init()
     other = dist.new_group([0, 1], group_desc="other")
     exchange([None, other])
     two_half_sent_broadcasts(worker, None)
-    begun = time.monotonic()
     report = worker.comm.reform(1, worker.store)
     sums_are_right(None, other)
-    seconds = time.monotonic() - begun
     # The backends are different now: one made for this epoch, one from the beginning. Both are reconfigured from here.
     for epoch in (2, 3):
         exchange([None, other])
@@ -76,7 +74,7 @@ def half_sent(worker: Worker) -> dict[str, object]:
         assert {what.split()[0] for what in again.values()} == {"reconfigured"}, again
         sums_are_right(None, other)
     worker.meet("end")
-    return {"seconds": seconds, "methods": methods(report)}
+    return {"methods": methods(report)}
 
 
 @needs_reconfigure
@@ -85,7 +83,6 @@ def test_a_group_with_blocked_pool_threads_is_swapped_the_others_reconfigured() 
     print(results)
     for seen in results.values():
         assert seen["methods"] == {"default_pg": "swapped point-to-point, busy", "other": "reconfigured point-to-point"}
-        assert seen["seconds"] < 2
 
 
 def left_behind(worker: Worker) -> dict[str, object]:
@@ -113,20 +110,16 @@ def left_behind(worker: Worker) -> dict[str, object]:
         threading.Thread(
             target=lambda: (worker.store.clone().wait(["absent"]), time.sleep(0.5), worker.comm.abort())
         ).start()
-        begun = time.monotonic()
         with pytest.raises(ReformError, match="aborted while forming"):
             worker.comm.reform(1, worker.store)
-        assert time.monotonic() - begun < 3
         worker.store.set("given up", b"1")
-    begun = time.monotonic()
     report = worker.comm.reform(2, worker.store)
     sums_are_right(None, pair)
-    seconds = time.monotonic() - begun
     if worker.rank == 0:
         assert any(thread.name == "deadpool-forming-1" for thread in threading.enumerate()), "it was to be left behind"
-    for thread in threading.enumerate():  # its time-out passes, and nobody notices
+    for thread in threading.enumerate():  # the limit of forming passes, and nobody notices
         if thread.name == "deadpool-forming-1" and worker.rank == 0:
-            thread.join(20)
+            thread.join()
     worker.meet("its end")
     sums_are_right(None, pair)
     worker.meet("used")
@@ -134,16 +127,15 @@ def left_behind(worker: Worker) -> dict[str, object]:
     worker.comm.reform(3, worker.store)
     sums_are_right(None, pair)
     worker.meet("end")
-    return {"seconds": seconds, "methods": methods(report)}
+    return {"methods": methods(report)}
 
 
 @needs_reconfigure
 def test_a_reconfigure_that_waits_for_nobody_is_left_behind_and_its_group_swapped() -> None:
-    results = run(__file__, "left_behind", world=2, install=INSTALL | {"form_timeout_s": 10.0})
+    results = run(__file__, "left_behind", world=2, install=INSTALL | {"form_timeout_s": 30.0})
     print(results)
     for seen in results.values():
         assert seen["methods"]["default_pg"].startswith("swapped")
-        assert seen["seconds"] < 3
     assert "spoilt" in results[0]["methods"]["default_pg"]
 
 
@@ -191,12 +183,13 @@ def alone(worker: Worker) -> dict[str, float]:
 
 
 @needs_reconfigure
-@pytest.mark.slow
+@pytest.mark.perf
 def test_alone_it_is_held_up_by_the_pool_threads_it_keeps() -> None:
     """When this fails because upstream got better, the objection "busy" can go."""
-    results = run(__file__, "alone", world=2, install=INSTALL)
+    install = INSTALL | {"operation_timeout_s": ALONE_S}
+    results = run(__file__, "alone", world=2, install=install)
     print(results)
-    assert max(sum(r.values()) for r in results.values()) > 3
+    assert max(sum(r.values()) for r in results.values()) > 0.4 * ALONE_S
 
 
 @pytest.mark.skipif(native.offered(), reason="this torch has reconfigure")
