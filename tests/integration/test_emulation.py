@@ -21,8 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = ROOT / "examples" / "pretrain_gpt.py"
 _LINE = re.compile(r"iteration +(\d+)/ .*?lm loss: (\S+) .*?grad norm: (\S+) ")
 
-LIMIT_S = 170.0
-
 
 def train(script: Path, flags: list[str]) -> list[tuple[float, float]]:
     """Train under torchrun with the emulation; loss and gradient norm of each iteration, as Megatron prints them."""
@@ -34,7 +32,7 @@ def train(script: Path, flags: list[str]) -> list[tuple[float, float]]:
         command, cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
-        output, _ = process.communicate(timeout=LIMIT_S)
+        output, _ = process.communicate()
     finally:
         if process.poll() is None:
             # torchrun ends its workers then, which have process groups of their own.
