@@ -47,7 +47,10 @@ def _seconds(job: Job) -> list[float]:
 
 
 def _aborted(tmp_path: Path, aborts: int) -> tuple[list[float], list[float]]:
-    """Abort so often; nothing of the run changes. Seconds until every rank had left its step, and of calm iterations."""
+    """Abort so often; nothing of the run changes.
+
+    Returns the seconds until every rank had left its step, of each abort, and those of calm iterations.
+    """
     # Enough iterations that the run outlasts the aborts, few enough that it ends soon after them.
     # A message taken out by force leaves its backend's threads until the operation time-out, so that one is short.
     flags = [*tiny_gpt("1f1b", iters=12 + 3 * aborts // 4), "--deadpool", "--deadpool-operation-timeout", "30"]
