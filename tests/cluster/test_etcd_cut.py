@@ -80,7 +80,6 @@ def driven(tmp_path: Path) -> Iterator[tuple[Network, Driven]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(170)
 def test_whichever_etcd_member_is_cut_off_a_recovery_goes_through_and_one_without_a_majority_waits(
     driven: tuple[Network, Driven],
 ) -> None:

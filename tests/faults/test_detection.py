@@ -22,8 +22,8 @@ from jobs import Jobs
 
 DEFAULTS = DeadpoolConfig()
 SILENCE = "a node falls silent"
-# By class: the fault, the event that tells of it, the longest it may take from the fault until then (in parts of what the
-# quickest silence of this run took: from two thirds of a lease to a lease), and how often.
+# By class: the fault, the event that tells of it, the longest it may take from the fault until then, and how often. The
+# measure is what the quickest silence of the same run took: from two thirds of a lease to a lease.
 CLASSES: dict[str, tuple[list[str], str, float, int]] = {
     "a worker is killed": (["kill-worker"], "detected", 0.3, 3),
     "a worker crashes (SIGSEGV)": (["crash"], "detected", 0.3, 1),
