@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import psutil
 
 from deadpool_megatron.cluster.ports import free_ports
+from waiting import until
 
 __all__ = ["Slurm", "why_not"]
 
@@ -121,14 +121,15 @@ class Slurm:
         text = self.command("scontrol", "-o", "show", "job", number)
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
 
-    def until(self, what: str, find: Callable[[], Any], deadline_s: float = 180.0) -> Any:
+    def until(self, what: str, find: Callable[[], Any]) -> Any:
         """Poll until ``find`` gives something."""
-        end = time.monotonic() + deadline_s
-        while not (found := find()):
-            assert time.monotonic() < end, f"no {what} within {deadline_s:g} s\n{self.logs()}"
-            self._look()
-            time.sleep(0.25)
-        return found
+
+        def found() -> Any:
+            if not (value := find()):
+                self._look()
+            return value
+
+        return until(found, lambda: f"{what}\n{self.logs()}", 0.25)
 
     def kill_node(self, name: str) -> None:
         """The machine is gone: SIGKILL, as one blow, for its slurmd and every process of its tasks."""

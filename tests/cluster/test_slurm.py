@@ -46,8 +46,8 @@ def _state(cluster: slurm.Slurm, number: str) -> str:
     return cluster.job(number)["JobState"]
 
 
-def _ended(cluster: slurm.Slurm, number: str, deadline_s: float = 240.0) -> dict[str, str]:
-    cluster.until("end of the job", lambda: _state(cluster, number) not in _UNDER_WAY, deadline_s)
+def _ended(cluster: slurm.Slurm, number: str) -> dict[str, str]:
+    cluster.until("end of the job", lambda: _state(cluster, number) not in _UNDER_WAY)
     return cluster.job(number)
 
 
@@ -65,7 +65,7 @@ class SlurmJob(Job):
         self._environment = None
 
     def until(self, what: str, find: Callable[[], Any], deadline_s: float = 180.0) -> Any:
-        """Poll until ``find`` gives something; fails when the job ends first or the deadline passes."""
+        """Poll until ``find`` gives something; fails when the job ends first."""
 
         def found() -> Any:
             ended = _state(self.cluster, self.number) not in _UNDER_WAY
@@ -73,7 +73,7 @@ class SlurmJob(Job):
             assert value or not ended, f"the job ended before {what}\n{self.log_tails()}\n{self.cluster.logs()}"
             return value
 
-        return self.cluster.until(what, found, deadline_s)
+        return self.cluster.until(what, found)
 
 
 def _undisturbed(directory: Path, nodes: int, more: list[str]) -> Job:
@@ -204,7 +204,7 @@ def test_the_signal_before_the_time_limit_ends_the_job_in_order_and_puts_it_back
 ) -> None:
     number = _asleep(cluster, checkout, "--requeue", "--export=ALL,MAX_REQUEUES=1")
     cluster.command("scancel", "--batch", "--signal=USR1", number)  # what #SBATCH --signal=B:USR1@600 asks for
-    cluster.until("the second start", lambda: len(list(checkout.glob("up-1-*"))) == 2, 120)
+    cluster.until("the second start", lambda: len(list(checkout.glob("up-1-*"))) == 2)
     assert _ended(cluster, number)["JobState"] == "COMPLETED"
     out = (checkout / "out").read_text()
     assert "goes back into the queue" in out and out.count("2 nodes, 0 of them spares") == 2
@@ -216,7 +216,7 @@ def test_a_cancelled_job_leaves_no_process_and_does_not_come_back(cluster: slurm
     number = _asleep(cluster, checkout, "--requeue", "--export=ALL,MAX_REQUEUES=1")
     cluster.command("scancel", number)
     assert _ended(cluster, number)["JobState"] == "CANCELLED"
-    cluster.until("no process of the job", lambda: not cluster.processes_of(number), 60)
+    cluster.until("no process of the job", lambda: not cluster.processes_of(number))
 
 
 def test_the_large_batch_script_is_accepted_by_slurm_and_starts_what_its_config_says(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from deadpool_megatron.cluster import records as r  # noqa: F401 - adds the poin
 from deadpool_megatron.observe import JOB, LOGS
 from flags import duo_gpt
 from jobs import PACED, Job, Jobs, launch_flags
+from waiting import until
 
 ITERATIONS = 12
 FLAGS = [*duo_gpt("data", iters=ITERATIONS), "--deadpool-lease", "3", "--deadpool-abort-deadline", "15"]
@@ -94,10 +94,7 @@ def _arm(point: str, job: Job) -> None:
     victim = [] if where == "coordinator" else ["--node", "0"]
     fault = "kill-coordinator" if where == "coordinator" else "kill"
     command = ["inject", "--run-dir", str(job.run_dir), *victim, "--fault", fault, "--at", point]
-    end = time.monotonic() + 20
-    while main(command):  # not everybody is there yet
-        assert time.monotonic() < end, job.log_tails()
-        time.sleep(0.1)
+    until(lambda: main(command) == 0, lambda: f"everybody to be there\n{job.log_tails()}", 0.1)
 
 
 @pytest.mark.slow

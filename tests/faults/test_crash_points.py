@@ -90,7 +90,6 @@ def run(name: str, cases: Sequence[Case], jobs: Jobs, calm: Calm, iterations: in
     return got
 
 
-@pytest.mark.timeout(150)
 def test_a_survivor_a_spare_and_the_coordinator_die_at_a_point_each(jobs: Jobs, calm: Calm) -> None:
     run("representative", REPRESENTATIVE, jobs, calm, FEW, [])
 

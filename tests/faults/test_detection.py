@@ -2,7 +2,7 @@
 
 Minutes each, results as JSON for the documentation::
 
-    DEADPOOL_TEST_RESULTS=DIR python -m pytest -m slow -s tests/faults/test_detection.py
+    DEADPOOL_TEST_RESULTS=DIR python -m pytest -m "perf or slow" -s tests/faults/test_detection.py
 """
 
 from __future__ import annotations
@@ -21,23 +21,30 @@ from deadpool_megatron.config import DeadpoolConfig
 from jobs import Jobs
 
 DEFAULTS = DeadpoolConfig()
-# By class: the fault, the event that tells of it, the longest it may take from the fault until then, and how often.
+SILENCE = "a node falls silent"
+# By class: the fault, the event that tells of it, the longest it may take from the fault until then, and how often. The
+# measure is what the quickest silence of the same run took: from two thirds of a lease to a lease.
 CLASSES: dict[str, tuple[list[str], str, float, int]] = {
-    "a worker is killed": (["kill-worker"], "detected", 1.0, 3),
-    "a worker crashes (SIGSEGV)": (["crash"], "detected", 1.0, 1),
-    "a node dies, its connections end": (["kill"], "detected", 1.0, 3),
-    "the agent alone dies": (["kill-agent"], "detected", 1.0, 3),
-    "a node falls silent": (["stop-agent"], "detected", DEFAULTS.lease + 0.3, 2),
-    "a worker is stopped (SIGSTOP)": (["stop"], "stuck", DEFAULTS.lease + 4.0, 2),
-    "a worker hangs in its own code": (["hang", "--at", "slice.before"], "stuck", 3 * DEFAULTS.hang_floor, 2),
-    "the coordinator dies": (["kill-coordinator"], "coordinator_back", 5.0, 3),
+    "a worker is killed": (["kill-worker"], "detected", 0.3, 3),
+    "a worker crashes (SIGSEGV)": (["crash"], "detected", 0.3, 1),
+    "a node dies, its connections end": (["kill"], "detected", 0.3, 3),
+    "the agent alone dies": (["kill-agent"], "detected", 0.3, 3),
+    SILENCE: (["stop-agent"], "detected", 1.7, 2),
+    "a worker is stopped (SIGSTOP)": (["stop"], "stuck", 2.8, 2),
+    "a worker hangs in its own code": (
+        ["hang", "--at", "slice.before"],
+        "stuck",
+        4.5 * DEFAULTS.hang_floor / DEFAULTS.lease,
+        2,
+    ),
+    "the coordinator dies": (["kill-coordinator"], "coordinator_back", 1.5, 3),
 }
 # At the default settings: no deadline is shorter than a user's.
 LENIENT = ["--deadpool-lease", str(DEFAULTS.lease), "--deadpool-hang-floor", str(DEFAULTS.hang_floor)]
 UNDER_LOAD_S = 300.0
 
 
-@pytest.mark.slow
+@pytest.mark.perf
 @pytest.mark.timeout(900)
 def test_every_class_of_failure_is_seen_in_its_time_at_the_default_settings(jobs: Jobs) -> None:
     gauntlet = Gauntlet(jobs, "detection", 5000, more=LENIENT)
@@ -59,9 +66,10 @@ def test_every_class_of_failure_is_seen_in_its_time_at_the_default_settings(jobs
         jobs.end()
         gauntlet.end()
         write_results("detection", rows)
+    silence = min(next(row["detected_s"] for row in rows if row["class"] == SILENCE))
     for row in rows:
-        limit = CLASSES[row["class"]][2]
-        assert max(row["detected_s"]) < limit, f"{row['class']}: seen after {row['detected_s']}, not {limit} s"
+        limit = CLASSES[row["class"]][2] * silence
+        assert max(row["detected_s"]) < limit, f"{row['class']}: seen after {row['detected_s']}, not {limit:.1f} s"
 
 
 @pytest.mark.slow

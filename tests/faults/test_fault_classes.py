@@ -111,7 +111,7 @@ class Drama:
         set_pace(self._pace, "0")
         self.job.finished()
         for process in self.joined:
-            process.wait(30)
+            process.wait()
 
 
 @pytest.mark.timeout(400)

@@ -5,6 +5,7 @@ so what blocked peers do is not here.
 """
 
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -15,16 +16,16 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
-from comm_processes import Worker, run, worker_main
-from deadpool_megatron.comm import nccl_environment
+from comm_processes import NEVER_S, Worker, run, worker_main
+from deadpool_megatron.comm import communicators, nccl_environment
 from deadpool_megatron.comm.inplace import pointee
+from waiting import until
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available() or not dist.is_nccl_available(), reason="needs a CUDA device"),
 ]
 ROUNDS = 30
-WITHIN_S = 1.0
 Groups = dict[str, dist.ProcessGroup]
 
 
@@ -72,6 +73,7 @@ def nccl_backend(group: dist.ProcessGroup) -> object:
 
 
 def rounds(worker: Worker) -> dict[str, object]:
+    communicators._ABORT_DEADLINE_S = NEVER_S  # an abort that leaves something stuck does not come back
     groups = make(worker)
     use(groups)
     kept = torch.arange(1 << 20, device="cuda")  # the device context lives through it all
@@ -100,17 +102,24 @@ def rounds(worker: Worker) -> dict[str, object]:
         use(groups)
         assert torch.equal(kept, torch.arange(1 << 20, device="cuda"))
         if epoch in (5, ROUNDS):
-            time.sleep(2)  # dead backends end in the background
+            until(
+                lambda: not any(t.name == "deadpool-retire" for t in threading.enumerate()), "the end of dead backends"
+            )
             free.append(torch.cuda.mem_get_info()[0])
     return {"aborts": aborts, "reforms": reforms, "lost": free[0] - free[1]}
 
 
 def test_nccl_groups_are_aborted_and_re_formed_again_and_again() -> None:
     (seen,) = run(__file__, "rounds", world=1, env=nccl_environment()).values()
+    assert seen["lost"] < 256 << 20, f"{seen['lost']} bytes of the device lost"
+
+
+@pytest.mark.perf
+def test_nccl_groups_are_aborted_sooner_than_some_re_forms_take() -> None:
+    (seen,) = run(__file__, "rounds", world=1, env=nccl_environment()).values()
     aborts, reforms = max(seen["aborts"]), max(seen["reforms"])
-    print(f"slowest abort {aborts:.3f} s, slowest re-form {reforms:.3f} s, {seen['lost']} bytes of the device lost")
-    assert max(seen["aborts"]) < WITHIN_S
-    assert seen["lost"] < 256 << 20
+    print(f"slowest abort {aborts:.3f} s, slowest re-form {reforms:.3f} s")
+    assert aborts < 5 * reforms
 
 
 def standby(worker: Worker) -> str:

@@ -24,9 +24,13 @@ import torch.distributed as dist
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.comm.table import backend_of
 from deadpool_megatron.forking import Process, fork_module
+from jobs import torch_server
+from waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
+NEVER_S = 3600.0  # longer than any test: what would end only with this deadline is ended by the test's limit, and fails
+NO_DEADLINES = {"form_timeout_s": NEVER_S, "operation_timeout_s": NEVER_S}
 
 
 class Worker:
@@ -46,7 +50,7 @@ class Worker:
 
     @staticmethod
     def _client() -> dist.TCPStore:
-        return dist.TCPStore(LOOPBACK, int(os.environ["STORE"]), None, False, timeout=timedelta(seconds=120))
+        return dist.TCPStore(LOOPBACK, int(os.environ["STORE"]), None, False, timeout=timedelta(seconds=NEVER_S))
 
     def become(self, rank: int) -> None:
         """A spare takes a coordinate."""
@@ -67,7 +71,7 @@ class Worker:
         def loop() -> None:
             n = start
             while True:
-                self._watch.wait([f"fault/{n}"], timedelta(seconds=600))
+                self._watch.wait([f"fault/{n}"], timedelta(seconds=NEVER_S))
                 self.aborted_at[n] = time.monotonic()
                 self.reports.append(self.comm.abort())
                 n += 1
@@ -76,20 +80,19 @@ class Worker:
 
     def await_abort(self, count: int) -> None:
         """Until the watcher's abort number `count` (from 1) has returned."""
-        while len(self.reports) < count:
-            time.sleep(0.001)
+        until(lambda: len(self.reports) >= count, f"abort {count}", 0.001)
 
     def idle(self) -> None:
         """Until Gloo's threads have put down what is finished: that takes a moment longer than the wait for it."""
-        while any(self.comm._waits.release.busy(backend_of(record, "gloo")) for record in self.comm.groups()):
-            time.sleep(0.001)
+        busy = self.comm._waits.release.busy
+        until(lambda: not any(busy(backend_of(r, "gloo")) for r in self.comm.groups()), "idle threads", 0.001)
 
     def meet(self, name: str, count: int | None = None) -> None:
         """Barrier over the store, for the tests' own order; not a communicator."""
         want = count or self.world
         if self.store.add(f"meet/{name}", 1) == want:
             self.store.set(f"met/{name}", b"1")
-        self.store.wait([f"met/{name}"], timedelta(seconds=60))
+        self.store.wait([f"met/{name}"], timedelta(seconds=NEVER_S))
 
 
 def exchange(groups: Iterable[dist.ProcessGroup | None]) -> None:
@@ -131,7 +134,6 @@ def run(
     *,
     world: int,
     spares: int = 0,
-    limit_s: float = 240.0,
     deaths_are_faults: bool = True,
     install: dict[str, Any] | None = None,
     env: dict[str, str] | None = None,
@@ -139,10 +141,8 @@ def run(
     """Run one scenario. Returns results by process number (ranks first, then spares); a killed one has none.
 
     The first death sets key fault/0 (second fault/1 ...), with the dead rank under victim/<n>. Fails on any worker's
-    error and when `limit_s` passes.
+    error. The communicators' own deadlines do not end anything, unless ``install`` says so.
     """
-    from jobs import torch_server  # not found by the processes themselves
-
     server = dist.TCPStore(LOOPBACK, 0, None, True, wait_for_workers=False, timeout=timedelta(seconds=30))
     base = dict(
         os.environ,
@@ -152,8 +152,8 @@ def run(
         TORCHDYNAMO_DISABLE="1",
         PYTHONWARNINGS="ignore",
         TORCH_CPP_LOG_LEVEL="ERROR",
-        PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'integration'}",
-        INSTALL=json.dumps(install or {}),
+        PYTHONPATH=os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "integration"))),
+        INSTALL=json.dumps(NO_DEADLINES | (install or {})),
         **(env or {}),
     )
     processes: dict[int, Process] = {}
@@ -167,31 +167,32 @@ def run(
             processes[i] = subprocess.Popen([sys.executable, file, scenario], env=mine)
     results: dict[int, Any] = {}
     errors: list[str] = []
-    end = time.monotonic() + limit_s
-    try:
-        deaths = 0
-        pending = set(processes)
-        while pending and time.monotonic() < end and not errors:
-            for i in sorted(pending):
-                code = processes[i].poll()
-                if code is None:
-                    continue
-                pending.discard(i)
-                if server.check([f"result/{i}"]):
-                    result = json.loads(server.get(f"result/{i}"))
-                    if "error" in result:
-                        errors.append(f"process {i}:\n{result['error']}")
-                    else:
-                        results[i] = result["ok"]
-                elif code == -signal.SIGKILL and deaths_are_faults:
-                    server.set(f"victim/{deaths}", str(i))
-                    server.set(f"fault/{deaths}", b"1")
-                    deaths += 1
+    pending = set(processes)
+    deaths = 0
+
+    def over() -> bool:
+        nonlocal deaths
+        for i in sorted(pending):
+            code = processes[i].poll()
+            if code is None:
+                continue
+            pending.discard(i)
+            if server.check([f"result/{i}"]):
+                result = json.loads(server.get(f"result/{i}"))
+                if "error" in result:
+                    errors.append(f"process {i}:\n{result['error']}")
                 else:
-                    errors.append(f"process {i} ended with {code} and no result")
-            time.sleep(0.002)
-        if pending and not errors:
-            errors.append(f"processes {sorted(pending)} not finished after {limit_s:g} s")
+                    results[i] = result["ok"]
+            elif code == -signal.SIGKILL and deaths_are_faults:
+                server.set(f"victim/{deaths}", str(i))
+                server.set(f"fault/{deaths}", b"1")
+                deaths += 1
+            else:
+                errors.append(f"process {i} ended with {code} and no result")
+        return not pending or bool(errors)
+
+    try:
+        until(over, lambda: f"the end of processes {sorted(pending)}", 0.002)
     finally:
         for process in processes.values():
             if process.poll() is None:

@@ -60,11 +60,11 @@ class AbortStorm:
         for epoch in self._epochs:
             time.sleep(self._random.uniform(*self._pause))
             self._decide.set(f"storm/{epoch}", b"1")
-            self._decide.wait([f"storm/{epoch}/recovered"], timedelta(seconds=120))
+            self._decide.wait([f"storm/{epoch}/recovered"], timedelta(seconds=3600))
 
     def _watcher(self) -> None:
         for epoch in self._epochs:
-            self._watch.wait([f"storm/{epoch}"], timedelta(seconds=600))
+            self._watch.wait([f"storm/{epoch}"], timedelta(seconds=3600))
             self._aborted_at[epoch] = time.monotonic()
             self.aborts.append(self._comm.abort())
             self._aborted[epoch].set()

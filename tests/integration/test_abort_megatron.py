@@ -29,7 +29,7 @@ def _floor(footprints: list[tuple[int, int]]) -> tuple[int, int]:
 def _abort(spoke: Spoke) -> bool:
     """Ask for one abort; False when the job is still busy with the last."""
     spoke.send(r.encode(r.Inject(r.Fault("abort", -1))))
-    packet = spoke.receive(10.0)
+    packet = spoke.receive(600.0)
     assert packet is not None, "the coordinator does not answer"
     reply = r.decode_from_coordinator(packet)
     assert isinstance(reply, r.InjectReply)
@@ -51,7 +51,7 @@ def _aborted_again_and_again(jobs: Jobs, aborts: int, tensor: int) -> Job:
     job = jobs.start(f"aborted-{aborts}", launch_flags(4, slots=tensor), flags)
     job.until("first iteration", lambda: job.events("iteration"))
     address = json.loads((job.run_dir / JOB).read_text())
-    spoke = Spoke(address["coordinator"], "inject-test", bytes.fromhex(address["secret"]), 5.0)
+    spoke = Spoke(address["coordinator"], "inject-test", bytes.fromhex(address["secret"]), 600.0)
     pids = job.pids()
     for done in range(aborts):
         time.sleep(rng.uniform(0.0, iteration_s))

@@ -1,5 +1,6 @@
-"""Abort frees a blocked rank within a second, whatever it is blocked in, also when its peer is stopped or dead with a
-message half transmitted; and after abort nothing of the old epoch works."""
+"""Abort frees a blocked rank, whatever it is blocked in, also when its peer is stopped or dead with a message half
+transmitted; and after abort nothing of the old epoch works. No time-out ends anything here: without the abort, a rank
+would stay where it is."""
 
 import os
 import signal
@@ -16,14 +17,13 @@ import torch.distributed._functional_collectives as funcol
 
 from comm_processes import Worker, run, worker_main
 from deadpool_megatron.comm import CommunicatorAborted
+from waiting import until
 
 pytestmark = pytest.mark.versions(torch=True)
 
 LARGE = 16 * 1024 * 1024  # floats: 64 MB, far more than socket buffers hold
 VICTIM = 2
 WORLD = 3
-WITHIN_S = 1.0
-AT_ONCE_S = 8.0  # copies of 64 MB on a busy machine; a blocked one would take the time-out, 30 s
 
 _DATA = torch.ones(
     WORLD * LARGE if __name__ == "__main__" else 1
@@ -164,41 +164,49 @@ def state_of(pid: int) -> str:
 
 def blocked_and_freed(worker: Worker, start: Start, fault: int, victim_pid: int) -> float:
     """On a survivor: block with the victim out, have the fault declared, return seconds from abort to exception."""
-    while state_of(victim_pid) not in "TZ":
-        time.sleep(0.002)
+    until(lambda: state_of(victim_pid) in "TZ", "the victim's stop", 0.002)
     worker.meet(f"start/{fault}", WORLD - 1)
     if worker.rank == 0:
         threading.Timer(0.4, lambda: worker.store.clone().set(f"fault/{fault}", b"1")).start()
-    begun = time.monotonic()
     with pytest.raises(RuntimeError):
         finish(start(dist.group.WORLD, worker.rank))
         dist.barrier()  # who had nothing to do with the victim meets it here
     freed = time.monotonic()
+    assert worker.store.check([f"fault/{fault}"]), "it was not blocked"
     worker.await_abort(fault + 1)
-    assert freed - begun > 0.2, "it was not blocked"
     return freed - worker.aborted_at[fault]
 
 
 def nothing_works(worker: Worker) -> None:
     """Poisoned: every operation raises at once, on every group, and no group can be made."""
     assert worker.comm.poisoned
-    for name, start in OPERATIONS.items():
-        begun = time.monotonic()
+    for start in OPERATIONS.values():
         with pytest.raises(RuntimeError):
             finish(start(dist.group.WORLD, worker.rank))
-        assert time.monotonic() - begun < AT_ONCE_S, name
     with pytest.raises(CommunicatorAborted):
         dist.new_group([0, 1])
 
 
+def healthy(worker: Worker) -> list[float]:
+    """What the large all-reduce takes."""
+    seconds = []
+    for _ in range(3):
+        begun = time.monotonic()
+        dist.all_reduce(data(LARGE).clone())
+        seconds.append(time.monotonic() - begun)
+    return seconds
+
+
 def stopped_peer(worker: Worker) -> dict[str, list[float]]:
-    """Round after round: the victim joins an operation, is stopped in it, the others must come out on abort."""
+    """Round after round: the victim joins an operation, is stopped in it, the others must come out on abort.
+
+    Seconds until they did, by operation; under "healthy" what the large all-reduce takes between ranks that run."""
     worker.init()
     funcol.wait_tensor(funcol.broadcast(torch.ones(1), 0, dist.group.WORLD))  # the first one imports for seconds
     worker.watch()
     worker.store.set(f"pid/{worker.rank}", str(os.getpid()))
     victim_pid = int(worker.store.get(f"pid/{VICTIM}"))
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {"healthy": healthy(worker)}
     fault = 0
     for names in (list(OPERATIONS), HALF_SENT):
         for name in names:
@@ -224,17 +232,29 @@ def stopped_peer(worker: Worker) -> dict[str, list[float]]:
                 nothing_works(worker)
             fault += 1
             # The end of a dead backend waits for its stuck pool thread; that must not hold up anybody (nor the GIL).
-            assert worker.comm.reform(fault, worker.store).seconds < 5
+            worker.comm.reform(fault, worker.store)
     dist.all_reduce(torch.ones(4))
     return times
 
 
-def test_abort_frees_a_rank_blocked_on_a_stopped_peer_within_a_second() -> None:
-    results = run(__file__, "stopped_peer", world=WORLD, limit_s=400)
-    worst = {name: max(max(results[r][name]) for r in (0, 1)) for name in OPERATIONS}
+def shown(worst: dict[str, float], whole: float) -> None:
     for name, seconds in worst.items():
         print(f"seconds from abort to exception, worst: {name:24s} {seconds:.4f}")
-    assert all(seconds < WITHIN_S for seconds in worst.values()), worst
+    print(f"an all-reduce of 64 MB between ranks that run: {whole:.4f}")
+
+
+def test_abort_frees_a_rank_blocked_on_a_stopped_peer() -> None:
+    results = run(__file__, "stopped_peer", world=WORLD)
+    assert all(results[rank].keys() == {"healthy", *OPERATIONS} for rank in range(WORLD))
+
+
+@pytest.mark.perf
+def test_abort_frees_a_rank_blocked_on_a_stopped_peer_sooner_than_a_large_operation_takes_some_times() -> None:
+    results = run(__file__, "stopped_peer", world=WORLD)
+    worst = {name: max(max(results[r][name]) for r in (0, 1)) for name in OPERATIONS}
+    whole = max(min(results[r]["healthy"]) for r in range(WORLD))
+    shown(worst, whole)
+    assert max(worst.values()) < 10 * whole, worst
 
 
 KILLED_IN = ["isend_large", "recv_half", "broadcast", "gather"]
@@ -252,7 +272,7 @@ def dead_peer(worker: Worker) -> dict[str, float]:
     worker.reports = [None] * turn
     if worker.spare:
         worker.comm.reform(turn, worker.store)
-    times: dict[str, float] = {}
+    times = {} if worker.spare else {"healthy": min(healthy(worker))}
     for fault in range(turn, len(KILLED_IN)):
         worker.store.set(f"pid/{fault}/{worker.rank}", str(os.getpid()))
         dist.all_reduce(torch.ones(4))
@@ -261,10 +281,9 @@ def dead_peer(worker: Worker) -> dict[str, float]:
             worker.works = start(dist.group.WORLD, worker.rank)
             time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(100)
+            raise AssertionError("it was to be killed")
         victim_pid = int(worker.store.get(f"pid/{fault}/{VICTIM}"))
-        while state_of(victim_pid) != "T":
-            time.sleep(0.002)
+        until(lambda p=victim_pid: state_of(p) == "T", "the victim's stop", 0.002)
         worker.meet(f"start/{fault}", WORLD - 1)
         if worker.rank == 0:
             threading.Timer(0.3, os.kill, (victim_pid, signal.SIGKILL)).start()  # the driver declares it
@@ -282,12 +301,17 @@ def dead_peer(worker: Worker) -> dict[str, float]:
 
 
 def test_abort_frees_a_rank_whose_peer_died_in_the_middle_of_a_message() -> None:
-    results = run(__file__, "dead_peer", world=WORLD, spares=len(KILLED_IN), limit_s=300)
-    worst = {name: max(results[r][name] for r in (0, 1)) for name in KILLED_IN}
-    for name, seconds in worst.items():
-        print(f"seconds from abort to exception, worst: {name:24s} {seconds:.4f}")
+    results = run(__file__, "dead_peer", world=WORLD, spares=len(KILLED_IN))
     assert sorted(results) == [0, 1, WORLD + len(KILLED_IN) - 1]
-    assert all(seconds < WITHIN_S for seconds in worst.values()), worst
+
+
+@pytest.mark.perf
+def test_abort_frees_a_rank_whose_peer_died_sooner_than_a_large_operation_takes_some_times() -> None:
+    results = run(__file__, "dead_peer", world=WORLD, spares=len(KILLED_IN))
+    worst = {name: max(results[r][name] for r in (0, 1)) for name in KILLED_IN}
+    whole = max(results[r]["healthy"] for r in (0, 1))
+    shown(worst, whole)
+    assert max(worst.values()) < 10 * whole, worst
 
 
 if __name__ == "__main__":

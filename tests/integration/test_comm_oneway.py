@@ -11,7 +11,7 @@ import pytest
 from jobs import environment
 
 SCRIPT = """
-    import sys, threading, time
+    import sys, threading
     import torch
     import torch.distributed as dist
     from deadpool_megatron.comm import gloo
@@ -27,32 +27,30 @@ SCRIPT = """
     def form(rank):
         record = GroupRecord("1", (0, 1), "", "gloo", {"cpu": "gloo"}, timedelta(seconds=60))
         devices, _ = gloo.create_devices(GlooConnections())
-        groups[rank] = gloo.build(record, store, rank, devices, 1.5, 6.0)
+        groups[rank] = gloo.build(record, store, rank, devices, float(sys.argv[1]), float(sys.argv[2]))
 
     threads = [threading.Thread(target=form, args=(rank,)) for rank in (0, 1)]
     [t.start() for t in threads]
-    [t.join(20) for t in threads]
-    if sys.argv[1] == "limited":
-        waits.at_most(6.0)
-    begun = time.monotonic()
+    [t.join() for t in threads]
+    if sys.argv[3] == "limited":
+        waits.at_most(float(sys.argv[2]))
     try:
         groups[0].recv([torch.zeros(4)], 1, 0).wait()
     except RuntimeError as err:
-        print(time.monotonic() - begun, err)
+        print(err)
 """
 
 
-@pytest.mark.timeout(90)
-@pytest.mark.parametrize(("how", "low", "high"), [("limited", 5.5, 30.0), ("left to torch", 1.0, 5.0)])
-def test_a_receive_waits_for_the_operations_time_out(how: str, low: float, high: float) -> None:
+@pytest.mark.parametrize(
+    ("forming", "operations", "how", "waits"), [("60", "2", "limited", 2000), ("10", "60", "left to torch", 10000)]
+)
+def test_a_receive_waits_for_the_operations_time_out(forming: str, operations: str, how: str, waits: int) -> None:
     """The second case is torch's own behaviour: should it change, `Waits.at_most` can go."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), how],
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), forming, operations, how],
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=80,
         check=False,
     )
-    assert done.stdout, done.stderr
-    assert low < float(done.stdout.split()[0]) < high, done.stdout
+    assert f"Timed out waiting {waits}ms" in done.stdout, done.stdout + done.stderr

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d as bindings
@@ -69,8 +70,9 @@ def percall(worker: Worker) -> dict[str, dict[str, list[float]]]:
     }
 
 
+@pytest.mark.perf
 def test_a_call_costs_what_it_cost_before() -> None:
-    results = run(__file__, "percall", world=2, limit_s=400)
+    results = run(__file__, "percall", world=2)
     for name, seen in results[0].items():
         native, ours = (sorted(seen[way]) for way in ("native", "ours"))
         a, b = statistics.median(native), statistics.median(ours)
@@ -80,7 +82,7 @@ def test_a_call_costs_what_it_cost_before() -> None:
             f"| {b - a:+.2f} | {b / a:.3f} |"
         )
     finished = results[0]["wait of a finished work"]
-    assert min(finished["ours"]) - min(finished["native"]) < 1.0  # us; all there is
+    assert min(finished["ours"]) < 4 * min(finished["native"])  # some tenths of a microsecond more; all there is
     # Nor does a wait that has to wait take longer to see its end. Two ranks wait for one another's turn on the cores:
     # their times tell nothing when the machine is busy.
     alone = results[0]["all_reduce of 1 KB, alone"]

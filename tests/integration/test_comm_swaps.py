@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from comm_processes import Worker, exchange, kill_self, run, worker_main
 from deadpool_megatron.comm import ReformError, gloo
+from waiting import until
 
 pytestmark = pytest.mark.versions(torch=True)
 
@@ -26,9 +27,7 @@ LARGE = 16 * 1024 * 1024  # floats: 64 MB, far more than socket buffers hold
 def footprint() -> dict[str, float]:
     """Threads, descriptors and resident MB, once the background has let go of what the last swaps retired."""
     process = psutil.Process()
-    end = time.monotonic() + 10
-    while any(t.name == "deadpool-retire" for t in threading.enumerate()) and time.monotonic() < end:
-        time.sleep(0.01)
+    until(lambda: not any(t.name == "deadpool-retire" for t in threading.enumerate()), "the end of what was retired")
     return {"threads": process.num_threads(), "fds": process.num_fds(), "mb": process.memory_info().rss / 2**20}
 
 
@@ -56,7 +55,7 @@ def assert_bounded(first: dict[str, float], last: dict[str, float], mb: float) -
 
 
 def test_swaps_have_no_limit_and_leave_nothing_behind() -> None:
-    results = run(__file__, "swap_for_ever", world=2, limit_s=400)
+    results = run(__file__, "swap_for_ever", world=2)
     for seen in results.values():
         print(f"after 20 swaps {seen['20']}, after {SWAPS} {seen[str(SWAPS)]}")
         assert_bounded(seen["20"], seen[str(SWAPS)], mb=10)
@@ -78,6 +77,7 @@ def layout(world: int) -> list[list[list[int]]]:
 
 def twenty_four_groups(worker: Worker) -> dict[str, object]:
     worker.init()
+    begun = time.monotonic()
     groups = [dist.group.WORLD]
     for family in layout(worker.world):
         for row in family:
@@ -85,6 +85,9 @@ def twenty_four_groups(worker: Worker) -> dict[str, object]:
             if worker.rank in row:
                 groups.append(group)
     assert len(groups) == 24
+    for group in groups:
+        dist.all_reduce(torch.ones(4), group=group)
+    made = time.monotonic() - begun
     seconds, seen = [], {}
     for epoch in range(1, MANY + 1):
         for group in groups:
@@ -95,8 +98,6 @@ def twenty_four_groups(worker: Worker) -> dict[str, object]:
         report = worker.comm.reform(epoch, worker.store)
         assert report.reformed == 24
         seconds.append(report.seconds)
-        if report.seconds > 1:
-            print(worker.rank, report.epoch, report.seconds, report.slowest_group, flush=True)
         if epoch in (2, MANY):
             seen[str(epoch)] = footprint()
     kept = []
@@ -109,11 +110,18 @@ def twenty_four_groups(worker: Worker) -> dict[str, object]:
         report = worker.comm.reform(epoch, worker.store)
         assert report.reformed == 0
         kept.append(report.seconds)
-    return {"seconds": seconds, "seen": seen, "kept": kept}
+    return {"made": made, "seconds": seconds, "seen": seen, "kept": kept}
 
 
-def test_twenty_four_groups_of_eight_ranks_re_form_fast_and_leave_nothing() -> None:
-    results = run(__file__, "twenty_four_groups", world=8, limit_s=400)
+def test_twenty_four_groups_of_eight_ranks_re_form_and_leave_nothing() -> None:
+    for result in run(__file__, "twenty_four_groups", world=8).values():
+        assert_bounded(result["seen"]["2"], result["seen"][str(MANY)], mb=40)
+
+
+@pytest.mark.perf
+def test_twenty_four_groups_re_form_as_fast_as_they_are_made_and_are_kept_in_less() -> None:
+    results = run(__file__, "twenty_four_groups", world=8)
+    made = max(result["made"] for result in results.values())
     slowest = [max(column) for column in zip(*(r["seconds"] for r in results.values()), strict=True)]
     print(
         f"24 groups, 8 ranks, {os.cpu_count()} cores: slowest rank of each swap, "
@@ -121,10 +129,15 @@ def test_twenty_four_groups_of_eight_ranks_re_form_fast_and_leave_nothing() -> N
     )
     kept = [max(column) for column in zip(*(r["kept"] for r in results.values()), strict=True)]
     print(f"all of them kept: median {statistics.median(kept):.3f} s, min {min(kept):.3f}, max {max(kept):.3f}")
-    print("footprint", results[0]["seen"])
-    for result in results.values():
-        assert_bounded(result["seen"]["2"], result["seen"][str(MANY)], mb=40)
-    assert statistics.median(slowest) < 2.0
+    print(f"made, with one operation each, in {made:.3f} s; footprint {results[0]['seen']}")
+    assert statistics.median(slowest) < 2 * made
+    assert statistics.median(kept) < statistics.median(slowest)
+
+
+def aborting_when(worker: Worker, key: str) -> None:
+    """Abort once there is such a key in the store."""
+    store = worker.store.clone()
+    threading.Thread(target=lambda: (store.wait([key]), worker.comm.abort()), daemon=True).start()
 
 
 def failing_to_form(worker: Worker) -> str:
@@ -144,10 +157,8 @@ def failing_to_form(worker: Worker) -> str:
         worker.comm.abort()
         if worker.rank == 0:
             threading.Timer(0.5, worker.comm.abort).start()
-            begun = time.monotonic()
             with pytest.raises(ReformError, match="aborted while forming"):
                 worker.comm.reform(1, worker.store)
-            assert 0.3 < time.monotonic() - begun < 1.5
             assert worker.comm.poisoned
             with pytest.raises(ReformError, match="not after"):
                 worker.comm.reform(1, worker.store)
@@ -169,10 +180,12 @@ def failing_to_form(worker: Worker) -> str:
     worker.meet("before the late one")
     worker.comm.abort()
     if worker.rank == 1:
-        with pytest.raises(ReformError):
-            worker.comm.reform(4, worker.store)  # the others went to 5 meanwhile
+        aborting_when(worker, "others went to 5")
+        with pytest.raises(ReformError, match="aborted while forming"):
+            worker.comm.reform(4, worker.store)
     else:
-        time.sleep(0.3)
+        worker.comm.begin_reform(5, worker.store)
+        worker.store.set("others went to 5", b"1")
     worker.comm.reform(5, worker.store)
     for group in (None, pair):
         dist.all_reduce(x := torch.ones(4), group=group)
@@ -181,7 +194,7 @@ def failing_to_form(worker: Worker) -> str:
 
 
 def test_a_failure_while_forming_leads_to_the_next_epoch() -> None:
-    results = run(__file__, "failing_to_form", world=2, spares=1, limit_s=400, install={"form_timeout_s": 5.0})
+    results = run(__file__, "failing_to_form", world=2, spares=1)
     assert sorted(results) == [0, 2]
 
 
@@ -307,19 +320,19 @@ def other_groups(worker: Worker) -> str:
     worker.comm.abort()
     worker.store.set(f"digest/{worker.rank}", worker.comm.table_digest())
     assert worker.store.get("digest/0") != worker.store.get("digest/1")
-    begun = time.monotonic()
+    aborting_when(worker, "told")
     try:
         worker.comm.reform(1, worker.store)
     except ReformError as error:
-        return f"{time.monotonic() - begun:.3f} {error}"
+        worker.store.set("told", b"1")
+        return str(error)
     return "formed"
 
 
 def test_ranks_that_made_other_groups_are_told_so_at_once() -> None:
-    results = run(__file__, "other_groups", world=2, install={"form_timeout_s": 8.0})
-    told = [text for text in results.values() if "made other process groups" in text]
-    assert len(told) == 1, results
-    assert float(told[0].split()[0]) < 2
+    """Whose groups differ from those of the first is told so; the first one would wait for it for ever."""
+    told, waited = sorted(run(__file__, "other_groups", world=2).values(), key=lambda text: "aborted" in text)
+    assert "made other process groups" in told and "aborted while forming" in waited
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from comm_processes import Worker, kill_self, run, worker_main
 pytestmark = pytest.mark.versions(torch=True)
 
 VICTIM = 2
+OPERATION_S = 600.0
 
 
 def make_groups(worker: Worker) -> dict[str, dist.ProcessGroup]:
@@ -110,7 +111,7 @@ def check_books(worker: Worker, groups: dict[str, dist.ProcessGroup]) -> None:
         assert type(group) is dist.ProcessGroup
         assert dist.get_backend(group) == "gloo"
         assert isinstance(group._get_backend(torch.device("cpu")), dist.ProcessGroupGloo)
-        assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 30
+        assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == OPERATION_S
     assert groups["tp"].group_desc == "tp"
     assert c10d._resolve_process_group(groups["tp"].group_name) is groups["tp"]
     assert dist.get_rank() == worker.rank
@@ -176,7 +177,7 @@ def take_over(worker: Worker) -> dict[str, object]:
 
 
 def test_a_standby_takes_a_killed_ranks_place_in_all_groups() -> None:
-    results = run(__file__, "take_over", world=4, spares=1)
+    results = run(__file__, "take_over", world=4, spares=1, install={"operation_timeout_s": OPERATION_S})
     print(results[4]["report"])
     assert sorted(results) == [0, 1, 3, 4]
     assert len({r["digest"] for r in results.values()}) == 1

@@ -54,8 +54,8 @@ def kill_everything(job: Job) -> None:
         each.send_signal(signal.SIGSTOP)  # nobody gets to do anything between the first and the last
     for each in processes:
         each.kill()
-    job.process.wait(20)
-    job.until_gone(20)
+    job.process.wait()
+    job.until_gone(60)
 
 
 def assert_goes_on_like(job: Job, want: Job, first: int) -> None:
@@ -147,7 +147,7 @@ def test_an_exported_generation_is_the_checkpoint_megatron_itself_saves_and_load
     command += ["--output", str(exported), "--generation", str(generation), "--emulate-cpu"]
     command += ["--run-dir", str(tmp_path / "run")]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     assert f"--load {exported}" in done.stdout
     assert_same_checkpoint(exported / f"iter_{generation:07d}", own / f"iter_{generation:07d}")

@@ -92,11 +92,8 @@ def test_the_coordinators_machine_is_killed_and_another_one_leads_without_anybod
     job = ElectedJob(machines, etcd)
     first = job.leader()
     left = [n for n in range(3) if n != first]
-    begun = time.monotonic()
     machines.kill_tree(first)
     machines.until("another leader", lambda: (p := known_place(job.store)) and int(p.host[-1]) - 1 != first)
-    took = time.monotonic() - begun
-    assert took < 15, "the lease, a turn of the election, a start: seconds, on a busy machine a few more"
     # DeadPool is off in this job, so the loss of a node ends it, by the word of the new coordinator.
     assert [machines.code(n) for n in left] == [Exit.FAILED] * 2
     assert job.events("coordinator_back")[0]["nodes"] == [0, 1, 2]

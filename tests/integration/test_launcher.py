@@ -66,9 +66,9 @@ def test_the_workers_can_rendezvous_as_under_torchrun(jobs: Jobs) -> None:
 )
 def test_the_first_worker_that_fails_ends_the_job_with_its_code(jobs: Jobs, end: str, code: int, how: str) -> None:
     job = _plain(jobs, f"import os, sys, time\nif os.environ['RANK'] == '3':\n    {end}\ntime.sleep(600)\n")
-    assert job.wait(60) == code
+    assert job.wait() == code
     assert _said(job) == [f"deadpool: rank 3 on node 1 failed ({how}); see its log"]
-    job.until_gone(10)
+    job.until_gone(60)
     if "raise" in end:
         assert "ValueError: no such thing" in (job.run_dir / "logs" / "rank-3.log").read_text()
 
@@ -94,8 +94,8 @@ def _sleeping(jobs: Jobs, children: bool) -> Job:
 def test_an_interrupt_ends_every_process_the_workers_children_included(jobs: Jobs, signum: signal.Signals) -> None:
     job = _sleeping(jobs, children=True)
     job.process.send_signal(signum)
-    assert job.wait(30) == Exit.INTERRUPTED
-    job.until_gone(2)
+    assert job.wait() == Exit.INTERRUPTED
+    job.until_gone(60)
     (said,) = _said(job)
     assert "interrupted" in said
 
@@ -104,7 +104,7 @@ def test_when_the_launcher_is_killed_its_agents_and_workers_end_by_themselves(jo
     job = _sleeping(jobs, children=True)
     job.process.kill()
     job.process.wait()
-    job.until_gone(30)
+    job.until_gone(60)
 
 
 def test_a_coordinator_that_is_killed_is_started_again_but_not_for_ever(jobs: Jobs) -> None:
@@ -115,11 +115,11 @@ def test_a_coordinator_that_is_killed_is_started_again_but_not_for_ever(jobs: Jo
         assert job.pids() == workers
         os.kill(killed, signal.SIGKILL)
         job.until("another coordinator", lambda k=killed: job.process.poll() is not None or _coordinator(job) != k, 30)
-    assert job.wait(30) == Exit.FAILED
+    assert job.wait() == Exit.FAILED
     again = "deadpool: the coordinator was ended by signal 9; it is started again"
     over = "deadpool: the coordinator was ended by signal 9 again and again; the job is over"
     assert _said(job) == [again] * 5 + [over]
-    job.until_gone(10)
+    job.until_gone(60)
 
 
 def _coordinator(job: Job) -> int:
@@ -130,10 +130,10 @@ def _coordinator(job: Job) -> int:
 def test_an_agent_that_dies_in_plain_mode_ends_the_job(jobs: Jobs) -> None:
     job = _sleeping(jobs, children=False)
     os.kill(job.status()["nodes"][1]["agent_pid"], signal.SIGKILL)
-    assert job.wait(30) == Exit.FAILED
+    assert job.wait() == Exit.FAILED
     (said,) = _said(job)
     assert "node 1 was lost" in said
-    job.until_gone(10)
+    job.until_gone(60)
 
 
 @pytest.mark.timeout(300)
@@ -149,6 +149,6 @@ def test_a_training_job_leaves_neither_process_nor_shared_memory_however_it_is_e
     job.until_event("iteration")
     assert list(vaults.glob("deadpool-*"))
     job.process.send_signal(signum)
-    assert job.wait(30) == (Exit.INTERRUPTED if signum == signal.SIGINT else -signal.SIGKILL)
-    job.until_gone(30)
+    assert job.wait() == (Exit.INTERRUPTED if signum == signal.SIGINT else -signal.SIGKILL)
+    job.until_gone(60)
     assert not list(vaults.iterdir())

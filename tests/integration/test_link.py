@@ -20,7 +20,7 @@ from deadpool_megatron.cluster.link import Hub, Spoke, check_secret
 from deadpool_megatron.cluster.ports import free_ports
 
 SECRET = bytes(range(32))
-LEASE_S = 1.0
+LEASE_S = 60.0  # silence is not noticed in these tests, but in the one that is about it
 ROOT = Path(__file__).resolve().parents[2]
 
 _AGENT = """
@@ -28,7 +28,7 @@ _AGENT = """
     from deadpool_megatron.cluster.link import Spoke
     spoke = Spoke(sys.argv[1], sys.argv[2], bytes(range(32)), float(sys.argv[3]))
     spoke.send(b"hello")
-    while (packet := spoke.receive(60)) is not None:
+    while (packet := spoke.receive(600)) is not None:
         spoke.send(packet)
 """
 
@@ -44,12 +44,20 @@ class Room:
         self.gone: list[bytes] = []
         self._agents: list[subprocess.Popen[bytes]] = []
 
-    def serve(self, seconds: float, until: Callable[[], object] = lambda: False) -> float:
-        """Serve until something is so, at most ``seconds``; returns how long it took."""
-        start = time.monotonic()
-        while not until() and (left := start + seconds - time.monotonic()) > 0:
-            self.hub.wait(min(left, 0.05), lambda who, what: self.heard.append((who, what)), self.gone.append)
-        return time.monotonic() - start
+    def serve(self, until: Callable[[], object]) -> None:
+        """Serve until something is so."""
+        while not until():
+            self.hub.wait(0.05, lambda who, what: self.heard.append((who, what)), self.gone.append)
+
+    def serve_for(self, seconds: float) -> None:
+        """Serve so long, to see that something does not happen."""
+        end = time.monotonic() + seconds
+        self.serve(lambda: time.monotonic() > end)
+
+    def answers(self, name: str, word: bytes) -> None:
+        """Until an agent has heard a word and said it."""
+        self.hub.send(name.encode(), word)
+        self.serve(lambda: (name.encode(), word) in self.heard)
 
     def agent(self, name: str) -> subprocess.Popen[bytes]:
         """An agent's end in a process of its own, connected."""
@@ -58,8 +66,7 @@ class Room:
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         self._agents.append(process)
-        self.serve(60, lambda: (name.encode(), b"hello") in self.heard)
-        assert (name.encode(), b"hello") in self.heard
+        self.serve(lambda: (name.encode(), b"hello") in self.heard)
         return process
 
     def close(self) -> None:
@@ -82,10 +89,10 @@ def test_packets_go_both_ways_in_order(room: Room) -> None:
     spoke = Spoke(room.endpoint, "node-3", SECRET, LEASE_S)
     for i in range(50):
         spoke.send(bytes([i]))
-    room.serve(10, lambda: len(room.heard) == 50)
+    room.serve(lambda: len(room.heard) >= 50)
     assert room.heard == [(b"node-3", bytes([i])) for i in range(50)]
     room.hub.send(b"node-3", b"answer")
-    assert spoke.receive(10) == b"answer" and spoke.receive(0) is None
+    assert spoke.receive(60) == b"answer" and spoke.receive(0) is None
     spoke.close()
 
 
@@ -99,8 +106,9 @@ def test_who_does_not_know_the_secret_is_never_heard(room: Room) -> None:
     plain.connect(f"tcp://{room.endpoint}")
     plain.send(b"let me in")
     friend = Spoke(room.endpoint, "node-1", SECRET, LEASE_S)
-    friend.send(b"hello")
-    room.serve(2)
+    friend.send(b"hello", 60)
+    room.serve(lambda: room.heard)
+    room.serve_for(1)
     assert room.heard == [(b"node-1", b"hello")]
     room.hub.send(b"node-0", b"secret plan")
     assert stranger.receive(0.5) is None and not plain.poll(100)
@@ -120,32 +128,49 @@ def test_a_stranger_with_the_hubs_public_key_but_not_the_jobs_client_key_is_refu
     stranger.curve_serverkey, stranger.curve_publickey, stranger.curve_secretkey = server_public, public, private
     stranger.connect(f"tcp://{room.endpoint}")
     stranger.send(b"let me in")
-    room.serve(2)
+    room.serve_for(2)
     assert room.heard == []
     stranger.close()
 
 
-def test_a_killed_agent_is_noticed_in_less_than_half_a_second(room: Room) -> None:
-    victim, _ = room.agent("node-0"), room.agent("node-1")
-    victim.kill()
-    took = room.serve(5, lambda: room.gone)
-    assert room.gone == [b"node-0"] and took < 0.5
+def test_a_killed_agent_is_noticed_by_the_end_of_its_connection_and_not_by_its_silence() -> None:
+    room = Room(3600.0)
+    try:
+        victim, _ = room.agent("node-0"), room.agent("node-1")
+        victim.kill()
+        room.serve(lambda: room.gone)
+        room.answers("node-1", b"well")
+        assert room.gone == [b"node-0"]
+    finally:
+        room.close()
 
 
-def test_a_frozen_agent_is_noticed_within_the_lease_and_a_healthy_one_is_not() -> None:
-    lease_s = 3.0
+@pytest.mark.parametrize("lease_s", [5.0, 10.0, 60.0])
+def test_a_node_that_falls_silent_at_any_moment_is_missed_within_the_lease_and_not_in_a_tenth_of_it(
+    lease_s: float,
+) -> None:
+    """By what ZeroMQ is told: it asks for a sign of life, and waits for one. Both timers may be late."""
+    hub = Hub("127.0.0.1", 0, SECRET, lease_s)
+    try:
+        every, within = (hub.socket.getsockopt(name) / 1e3 for name in (zmq.HEARTBEAT_IVL, zmq.HEARTBEAT_TIMEOUT))
+    finally:
+        hub.close()
+    assert lease_s / 2 < within and every + within + 2 * lease_s / 100 <= lease_s + 0.002  # (whole milliseconds)
+
+
+def test_a_frozen_agent_is_noticed_and_one_that_only_paused_or_is_healthy_is_not() -> None:
+    lease_s = 6.0
     room = Room(lease_s)
     try:
         frozen, _ = room.agent("node-0"), room.agent("node-1")
         frozen.send_signal(signal.SIGSTOP)
-        room.serve(0.4)
+        room.serve_for(0.4)
         frozen.send_signal(signal.SIGCONT)
-        room.serve(lease_s)
+        room.answers("node-0", b"back")
         assert not room.gone, "a pause that a busy machine may make costs nothing"
         frozen.send_signal(signal.SIGSTOP)
-        took = room.serve(10, lambda: room.gone)
-        assert room.gone == [b"node-0"] and lease_s / 2 < took < lease_s + 0.3
-        room.serve(2 * lease_s)
+        room.serve(lambda: room.gone)
+        room.answers("node-1", b"well")
         assert room.gone == [b"node-0"]
     finally:
         room.close()
@@ -173,9 +198,9 @@ def test_the_thread_that_has_all_connections_is_woken_for_many_timers_at_once_an
 def test_an_agent_that_leaves_in_order_is_gone_once_its_words_are_heard(room: Room) -> None:
     spoke = Spoke(room.endpoint, "node-7", SECRET, LEASE_S)
     spoke.send(b"last words")
-    room.serve(10, lambda: room.heard)
+    room.serve(lambda: room.heard)
     spoke.close()
-    room.serve(5, lambda: room.gone)
+    room.serve(lambda: room.gone)
     assert room.heard == [(b"node-7", b"last words")] and room.gone == [b"node-7"]
 
 
@@ -191,12 +216,10 @@ def test_a_secret_of_the_wrong_length_is_refused() -> None:
 def test_what_is_sent_the_moment_the_connection_is_up_is_not_lost(room: Room) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     refused = 0
-    end = time.monotonic() + 60
     for i in range(100):
-        spoke = Spoke(room.endpoint, f"node-{i}", SECRET, 5.0, context)
+        spoke = Spoke(room.endpoint, f"node-{i}", SECRET, LEASE_S, context)
         while not (spoke.changed() and spoke.connected):
             spoke.receive()  # ZeroMQ has just looked for news, and does not again for a while
-            assert time.monotonic() < end
         refused += not spoke.post(b"join")
         spoke.close(linger_ms=0)
     context.term()
@@ -207,9 +230,8 @@ def test_a_port_that_is_taken_for_a_moment_is_waited_for() -> None:
     (port,) = free_ports(1)
     other = socket.create_server(("127.0.0.1", port))
     threading.Timer(0.5, other.close).start()
-    start = time.monotonic()
-    Hub("127.0.0.1", port, SECRET, LEASE_S, patience_s=30.0).close()
-    assert 0.4 < time.monotonic() - start < 20
+    Hub("127.0.0.1", port, SECRET, LEASE_S, patience_s=3600.0).close()
+    assert other.fileno() == -1
     with socket.create_server(("127.0.0.1", port)), pytest.raises(zmq.ZMQError, match="in use"):
         Hub("127.0.0.1", port, SECRET, LEASE_S, patience_s=0.1)
 

@@ -16,6 +16,7 @@ from deadpool_megatron.vault import Deadlines, SlotWriter, Vault, VaultServer, V
 
 SECRET = bytes(range(32))
 SIZE = 256 << 20
+PATIENT = Deadlines(connect=60.0, idle=60.0)
 
 
 def _serve() -> None:
@@ -67,7 +68,7 @@ def _bare_seconds(port: int, into: memoryview, streams: int) -> float:
     return time.perf_counter() - start
 
 
-@pytest.mark.slow
+@pytest.mark.perf
 @pytest.mark.timeout(240)
 def test_a_verified_restore_comes_near_the_loopbacks_throughput() -> None:
     command = [sys.executable, "-c", "import test_restore_speed as t; t._serve()"]
@@ -89,7 +90,7 @@ def test_a_verified_restore_comes_near_the_loopbacks_throughput() -> None:
                     raw = _bare_seconds(bare, arena.slots[1].unique, streams)
                     arena.slots[0].reopen(0)
                     start = time.perf_counter()
-                    fetch(vault, SECRET, ("127.0.0.1", port), 0, 0, Version(0, 1), Deadlines(), streams)
+                    fetch(vault, SECRET, ("127.0.0.1", port), 0, 0, Version(0, 1), PATIENT, streams)
                     share.append(raw / (time.perf_counter() - start))
                     arena.slots[0].give_up(arena.slots[0].turn)
                     arena.slots[1].give_up(arena.slots[1].turn)
@@ -101,7 +102,7 @@ def test_a_verified_restore_comes_near_the_loopbacks_throughput() -> None:
         # What a restore uses. The aim is 0.8; medians of single runs on two cores lie between 0.79 and 0.96.
         assert statistics.median(shares[2]) >= 0.7
         holder.stdin.close()
-        holder.wait(20)
+        holder.wait()
     finally:
         holder.kill()
         vault.close()

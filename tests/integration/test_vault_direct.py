@@ -22,6 +22,7 @@ from deadpool_megatron.vault import clean_leftovers, process_alive
 from flags import duo_gpt
 from jobs import Jobs, launch_flags
 from vault_processes import NodeProcess
+from waiting import until
 
 if importlib.util.find_spec("nixl") is None:
     pytest.skip("nixl is not installed: pip install deadpool-megatron[rdma]", allow_module_level=True)
@@ -47,13 +48,6 @@ def nodes() -> Iterator[Make]:
             node.process.send_signal(signal.SIGCONT)
         node.end()
     clean_leftovers("/dev/shm", process_alive)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("ucx", ["tcp", pytest.param("tcp,sm", marks=pytest.mark.slow)])
@@ -105,15 +99,13 @@ def test_an_owner_that_dies_while_it_is_read_leaves_nothing_half_and_its_success
     first, peer, second = nodes(), nodes(), nodes()
     first("targets", 0, 0, peer.port)
     first("write", 0, BIG, 1, 0.9)
-    eventually(lambda: peer("bytes_read") > 0)
+    until(lambda: peer("bytes_read") > 0)
     first.kill()
-    start = time.monotonic()
     assert peer("held", 0) == []
     second("set_epoch", 1)
     peer("set_epoch", 1)
     second("targets", 1, 0, peer.port)
-    assert second("write", 0, BIG, 1, 1.0, 1) and second("committed", 60) == [0, 1, 1]
-    print(f"read again from another node {time.monotonic() - start:.1f} s after the first one was killed")
+    assert second("write", 0, BIG, 1, 1.0, 1) and second("committed") == [0, 1, 1]
     assert peer("equal", 0, "peer", 1, 1)
 
 
@@ -122,21 +114,21 @@ def test_a_peer_that_dies_while_it_reads_costs_the_owner_nothing(nodes: Make) ->
     owner, first, second = nodes(), nodes(), nodes()
     owner("targets", 0, 0, first.port)
     owner("write", 0, BIG, 1, 0.9)
-    eventually(lambda: first("bytes_read") > 0)
+    until(lambda: first("bytes_read") > 0)
     first.kill()
-    eventually(lambda: owner("failures", 0) != "")
+    until(lambda: owner("failures", 0) != "")
     owner("targets", 0, 0, second.port)
-    assert owner("write", 0, BIG, 2) and owner("committed", 60) == [0, 0, 2]
+    assert owner("write", 0, BIG, 2) and owner("committed") == [0, 0, 2]
     assert second("equal", 0, "peer", 0, 2)
 
 
 @pytest.mark.slow
 def test_bytes_that_come_too_late_never_land_in_memory_that_is_used_again(nodes: Make) -> None:
     """A holder that hangs in the middle of a read, and goes on when the shard has long come from somebody else."""
-    holder, other, spare = nodes(), nodes(), nodes()
+    holder, other, spare = nodes(), nodes(), nodes(patience_s=10.0)
     for node, seed in ((holder, 1), (other, 2)):
         node("write", 0, UNIQUE, seed)
-        eventually(lambda node=node: node("held", 0) != [])
+        until(lambda node=node: node("held", 0) != [])
     spare("reserve", 0, UNIQUE, False)  # else the holder is asked twice, and stops before anything is read
     holder("stop_when_read")
     spare.tell("fetch", holder.port, 0, 0, 0, 1)
@@ -145,7 +137,7 @@ def test_bytes_that_come_too_late_never_land_in_memory_that_is_used_again(nodes:
     assert spare("held", 0) == [] and spare("arenas") == []
     assert spare("fetch", other.port, 0, 0, 0, 2) > UNIQUE
     holder.process.send_signal(signal.SIGCONT)
-    eventually(lambda: holder("bytes_read") == 0)  # it lives again
+    until(lambda: holder("bytes_read") == 0)  # it lives again
     for _ in range(20):
         assert spare("fetch", other.port, 0, 0, 0, 2) > UNIQUE  # it is there: this verifies it
         time.sleep(0.05)
@@ -182,7 +174,7 @@ def test_a_window_that_is_wrong_gives_nothing_to_anybody_and_the_bytes_are_sent_
     owner("targets", 0, 0, peer.port)
     owner("write", 0, UNIQUE, 1)
     if by == 1:
-        eventually(lambda: "arrived changed" in owner("failures", 0))
+        until(lambda: "arrived changed" in owner("failures", 0))
         assert peer("held", 0) == [] and peer("refusals")["checksum"] > 0
     else:
         assert owner("committed") == [0, 0, 1] and peer("equal", 0, "peer", 0, 1)
@@ -194,14 +186,14 @@ def test_what_is_not_planned_or_of_an_older_epoch_is_not_even_read(nodes: Make) 
     peer("plan", 0, UNIQUE + 1)
     owner("targets", 0, 0, peer.port)
     owner("write", 0, UNIQUE, 1)
-    eventually(lambda: peer("refusals")["not as planned"] > 0)
+    until(lambda: peer("refusals")["not as planned"] > 0)
     assert peer("bytes_read") == 0
     peer("plan", 0, UNIQUE)
     assert owner("committed") == [0, 0, 1]
     read = peer("bytes_read")
     peer("set_epoch", 1)
     owner("write", 0, UNIQUE, 2)
-    eventually(lambda: "epoch 1" in owner("failures", 0))
+    until(lambda: "epoch 1" in owner("failures", 0))
     assert peer("refusals")["stale epoch"] > 0 and peer("bytes_read") == read
 
 
@@ -220,14 +212,14 @@ def _raw_seconds(size: int) -> float:
     return seconds
 
 
-@pytest.mark.slow
+@pytest.mark.perf
 @pytest.mark.parametrize("ucx", ["tcp", "tcp,sm"])
 def test_speed_of_direct_reads_against_a_raw_socket(nodes: Make, ucx: str) -> None:
     """No bound but a loose one: UCX over TCP copies more than a socket does. On RDMA, look at what this prints."""
     size = 256 << 20
     owner, peer, spare = (nodes(ucx=ucx, chunk_bytes=1 << 20) for _ in range(3))
     owner("write", 0, size, 1)
-    eventually(lambda: owner("held", 0) != [], 60)
+    until(lambda: owner("held", 0) != [])
     rates: dict[str, list[float]] = {"raw socket": [], "kept by the peer": [], "restored": []}
     for _ in range(5):
         peer("reserve", 0, size, True)
@@ -235,7 +227,7 @@ def test_speed_of_direct_reads_against_a_raw_socket(nodes: Make, ucx: str) -> No
         rates["raw socket"].append(size / _raw_seconds(size) / 1e9)
         start = time.perf_counter()
         owner("targets", 0, 0, peer.port)
-        assert owner("committed", 60) == [0, 0, 1]
+        assert owner("committed") == [0, 0, 1]
         rates["kept by the peer"].append(size / (time.perf_counter() - start) / 1e9)
         start = time.perf_counter()
         assert spare("fetch", peer.port, 0, 0, 0, 1) > size

@@ -34,11 +34,14 @@ from deadpool_megatron.vault import (
 )
 from deadpool_megatron.vault.frames import Begin, Begun, Bytes, Refusal
 from deadpool_megatron.vault.wire import connect
+from waiting import until
 
 SECRET = bytes(range(32))
 CHUNK = 1 << 16
 UNIQUE = 3 * (1 << 20) + 777
-SHORT = Deadlines(connect=1.0, idle=1.0, backoff=0.02, backoff_limit=0.1)
+PATIENT = Deadlines(connect=3600.0, idle=3600.0, backoff=0.02, backoff_limit=0.1)  # none passes in a test
+SHORT = Deadlines(connect=1.0, idle=1.0, backoff=0.02, backoff_limit=0.1)  # for who really says nothing
+HOLDER = Deadlines(connect=3600.0, idle=3.0, backoff=0.02, backoff_limit=0.1)
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Node:
     """One node's vault with its server and replicator, as an agent has them."""
 
     number: int
-    deadlines: Deadlines = SHORT
+    deadlines: Deadlines = PATIENT
     secret: bytes = SECRET
     chunk_bytes: int = CHUNK
     commits: queue.Queue[tuple[int, int, int]] = field(default_factory=queue.Queue)
@@ -82,13 +85,6 @@ def content(seed: int, size: int = UNIQUE) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.005)
-
-
 @pytest.fixture
 def nodes() -> Iterator[Callable[..., Node]]:
     made: list[Node] = []
@@ -107,11 +103,11 @@ def test_a_shard_reaches_the_peer_and_a_spare_gets_it_back_after_the_owner_is_go
     writer = owner.writer()
     owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     assert owner.write(writer, 0, 7)
-    assert owner.commits.get(timeout=10) == (0, 0, 7)
+    assert owner.commits.get() == (0, 0, 7)
     owner.close()
     for node in (peer, spare):
         node.server.set_epoch(1)
-    assert fetch(spare.vault, SECRET, peer.address, 0, 1, Version(0, 7), SHORT) == UNIQUE + len(b"small state of 7")
+    assert fetch(spare.vault, SECRET, peer.address, 0, 1, Version(0, 7), PATIENT) == UNIQUE + len(b"small state of 7")
     arena = spare.vault.arena(0, "own")
     assert arena is not None
     small, unique = SlotWriter(arena.path).read(Version(0, 7))
@@ -127,14 +123,14 @@ def test_with_two_copies_a_version_is_safe_only_when_both_peers_have_it_and_eith
     writer = owner.writer()
     owner.replicator.set_targets(0, {0: [Target(*first.address), Target(*silent.getsockname()[:2])]})
     owner.write(writer, 0, 7)
-    eventually(lambda: bool(first.vault.holdings().ranks.get(0)))
+    until(lambda: bool(first.vault.holdings().ranks.get(0)))
     assert owner.commits.empty(), "one of two copies is not enough"
     owner.replicator.set_targets(0, {0: [Target(*first.address), Target(*second.address)]})
-    assert owner.commits.get(timeout=10) == (0, 0, 7)
+    assert owner.commits.get() == (0, 0, 7)
     owner.close()
     for peer in (first, second):
         spare.vault.drop(0)
-        fetch(spare.vault, SECRET, peer.address, 0, 0, Version(0, 7), SHORT)
+        fetch(spare.vault, SECRET, peer.address, 0, 0, Version(0, 7), PATIENT)
     assert owner.commits.empty()
     silent.close()
 
@@ -147,17 +143,17 @@ def test_the_first_bytes_travel_while_the_worker_still_writes(nodes: Callable[..
     writer.buffer[:] = content(1)
     writer.publish(20 * CHUNK)
     owner.replicator.notify(0)
-    eventually(lambda: peer.vault.arena(0, "peer") is not None)
+    until(lambda: peer.vault.arena(0, "peer") is not None)
     arena = peer.vault.arena(0, "peer")
     assert arena is not None
-    eventually(
+    until(
         lambda: bytes(arena.slots[0].unique[19 * CHUNK : 20 * CHUNK]) == content(1)[19 * CHUNK : 20 * CHUNK].tobytes()
     )
     assert owner.commits.empty()
     assert peer.vault.holdings().ranks[0] == ()
     writer.complete()
     owner.replicator.notify(0)
-    assert owner.commits.get(timeout=10) == (0, 0, 1)
+    assert owner.commits.get() == (0, 0, 1)
 
 
 def test_many_generations_in_a_row_commit_in_order_and_the_peer_holds_what_the_owner_does(
@@ -169,7 +165,7 @@ def test_many_generations_in_a_row_commit_in_order_and_the_peer_holds_what_the_o
     for generation in range(20):
         for writer in writers:
             assert owner.write(writer, 0, generation)
-        done = {owner.commits.get(timeout=10) for _ in writers}
+        done = {owner.commits.get() for _ in writers}
         assert done == {(rank, 0, generation) for rank in range(3)}
         owner.vault.set_committed(0, generation)
         peer.vault.set_committed(0, generation)
@@ -191,7 +187,7 @@ def test_a_slot_opened_again_while_it_is_sent_is_abandoned_and_never_committed(n
         time.sleep(0.03)
     writer.complete()
     owner.replicator.notify(0)
-    assert owner.commits.get(timeout=10) == (0, 0, 4)
+    assert owner.commits.get() == (0, 0, 4)
     assert owner.commits.empty()
     assert [h.generation for h in peer.vault.holdings().ranks[0]] == [4]
     arena = peer.vault.arena(0, "peer")
@@ -205,14 +201,14 @@ def test_the_wrong_secret_gets_nothing_and_writes_nothing(nodes: Callable[..., N
     owner, stranger = nodes(), nodes(secret=bytes(32))
     writer = owner.writer()
     owner.write(writer, 0, 1)
-    eventually(lambda: bool(owner.vault.holdings().ranks[0]))
+    until(lambda: bool(owner.vault.holdings().ranks[0]))
     with pytest.raises(Refused, match="another job") as refused:
-        fetch(stranger.vault, stranger.secret, owner.address, 0, 0, Version(0, 1), SHORT)
+        fetch(stranger.vault, stranger.secret, owner.address, 0, 0, Version(0, 1), PATIENT)
     assert refused.value.code == "not-a-member"
     theirs = stranger.writer(5)
     stranger.replicator.set_targets(0, {5: [Target(*owner.address)]})
     stranger.write(theirs, 0, 1)
-    eventually(lambda: 5 in stranger.replicator.failures())
+    until(lambda: 5 in stranger.replicator.failures())
     assert 5 not in owner.vault.holdings().ranks
     assert owner.server.refused_members >= 2
 
@@ -231,7 +227,7 @@ def test_a_server_that_does_not_know_the_secret_is_not_believed() -> None:
     thread = threading.Thread(target=imposter)
     thread.start()
     with pytest.raises(Refused, match="does not know our job secret"):
-        connect("127.0.0.1", listener.getsockname()[1], SECRET, SHORT)
+        connect("127.0.0.1", listener.getsockname()[1], SECRET, PATIENT)
     thread.join()
     listener.close()
 
@@ -242,14 +238,14 @@ def test_garbage_on_the_wire_changes_nothing_and_kills_nothing(nodes: Callable[.
         with socket.create_connection(node.address) as sock:
             sock.sendall(junk)
     for body in (b"\xff\xff\xff\xff", b"\x00\x00\x00\x02\x93\xc0", b"\x00\x00\x00\x00"):
-        channel = connect(*node.address, SECRET, SHORT)
+        channel = connect(*node.address, SECRET, PATIENT)
         channel.sock.sendall(body + bytes(16))
         with pytest.raises(TransferFailed):
             channel.receive()
         channel.close()
     writer = node.writer()
     node.write(writer, 0, 1)
-    eventually(lambda: bool(node.vault.holdings().ranks[0]))
+    until(lambda: bool(node.vault.holdings().ranks[0]))
 
 
 def test_a_zombie_of_an_older_epoch_is_refused_and_cut_off(nodes: Callable[..., Node]) -> None:
@@ -259,28 +255,26 @@ def test_a_zombie_of_an_older_epoch_is_refused_and_cut_off(nodes: Callable[..., 
     assert writer.open(0, 1, b"x") is not None
     writer.publish(10 * CHUNK)
     zombie.replicator.notify(0)  # in the middle of a shard when the job goes on without it
-    eventually(lambda: peer.vault.arena(0, "peer") is not None)
+    until(lambda: peer.vault.arena(0, "peer") is not None)
     peer.server.set_epoch(1)
     writer.complete()
     zombie.replicator.notify(0)
-    eventually(lambda: "epoch 1" in zombie.replicator.failures().get(0, ""))
+    until(lambda: "epoch 1" in zombie.replicator.failures().get(0, ""))
     assert zombie.commits.empty()
     assert peer.vault.holdings().ranks[0] == ()
     assert peer.server.refused_epochs > 0
     with pytest.raises(StaleEpoch):
-        fetch(Vault("zombie", 9), SECRET, peer.address, 0, 0, Version(0, 1), SHORT)
+        fetch(Vault("zombie", 9), SECRET, peer.address, 0, 0, Version(0, 1), PATIENT)
 
 
 def test_a_new_epoch_cuts_off_a_shard_that_is_being_received(nodes: Callable[..., Node]) -> None:
     peer = nodes()
-    channel = connect(*peer.address, SECRET, Deadlines())
+    channel = connect(*peer.address, SECRET, PATIENT)
     channel.send(Begin(0, 0, 0, 1, UNIQUE, 100, 5, CHUNK, (1 << 64) - 1, 0))
     assert channel.receive() == Begun(0, False)
-    start = time.perf_counter()
     peer.server.set_epoch(1)
     with pytest.raises(TransferFailed):
         channel.receive()
-    assert time.perf_counter() - start < 1.0
     channel.close()
 
 
@@ -291,7 +285,7 @@ def test_a_changed_byte_in_flight_is_never_accepted(nodes: Callable[..., Node]) 
     owner.replicator.set_targets(0, {0: [Target(*proxy.address)]})
     owner.write(writer, 0, 1)
     # the first passage is damaged and refused, the next one is clean
-    assert owner.commits.get(timeout=10) == (0, 0, 1)
+    assert owner.commits.get() == (0, 0, 1)
     assert peer.server.mismatches == 1
     peer.vault.verify(0, "peer", Version(0, 1))
     proxy.close()
@@ -302,7 +296,7 @@ def test_a_changed_byte_in_the_source_vault_is_never_restored(nodes: Callable[..
     writer = owner.writer()
     owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     owner.write(writer, 0, 1)
-    owner.commits.get(timeout=10)
+    owner.commits.get()
     arena = peer.vault.arena(0, "peer")
     assert arena is not None
     slot = arena.find(Version(0, 1))
@@ -310,7 +304,7 @@ def test_a_changed_byte_in_the_source_vault_is_never_restored(nodes: Callable[..
     slot.unique[UNIQUE - 5] ^= 1
     for source, into in ((peer.address, spare.vault), (peer.vault, peer.vault)):
         with pytest.raises(ChecksumMismatch):
-            fetch(into, SECRET, source, 0, 0, Version(0, 1), SHORT)
+            fetch(into, SECRET, source, 0, 0, Version(0, 1), PATIENT)
         restored = into.arena(0, "own")
         assert restored is None or restored.find(Version(0, 1)) is None
 
@@ -320,38 +314,38 @@ def test_a_peer_that_dies_and_comes_back_elsewhere_gets_the_committed_version_ag
     writer = owner.writer()
     owner.replicator.set_targets(0, {0: [Target(*first.address)]})
     owner.write(writer, 0, 1)
-    owner.commits.get(timeout=10)
+    owner.commits.get()
     owner.vault.set_committed(0, 1)
     first.close()
     assert owner.write(writer, 0, 2)  # the worker is not disturbed
-    eventually(lambda: 0 in owner.replicator.failures())
+    until(lambda: 0 in owner.replicator.failures())
     owner.server.set_epoch(1)
     owner.replicator.set_targets(1, {0: [Target(*second.address)]})
-    eventually(lambda: [h.generation for h in second.vault.holdings().ranks.get(0, ())] == [1])
-    assert owner.commits.get(timeout=10) == (0, 0, 1)  # safe again, under the version it had
+    until(lambda: [h.generation for h in second.vault.holdings().ranks.get(0, ())] == [1])
+    assert owner.commits.get() == (0, 0, 1)  # safe again, under the version it had
     assert owner.write(writer, 1, 1)
-    assert owner.commits.get(timeout=10) == (0, 1, 1)
+    assert owner.commits.get() == (0, 1, 1)
     held = [(h.epoch, h.generation) for h in second.vault.holdings().ranks[0]]
     assert held == [(0, 1), (1, 1)]
 
 
 def test_a_peer_that_accepts_and_then_says_nothing_costs_the_worker_nothing(nodes: Callable[..., Node]) -> None:
     silent = socket.create_server(("127.0.0.1", 0))
-    owner = nodes()
-    writer = owner.writer()
-    owner.replicator.set_targets(0, {0: [Target(*silent.getsockname()[:2])]})
-    start = time.perf_counter()
-    owner.write(writer, 0, 1)
-    assert time.perf_counter() - start < 0.5
-    eventually(lambda: bool(owner.vault.holdings().ranks[0]))
-    eventually(lambda: "1 s" in owner.replicator.failures().get(0, ""))
+    for deadlines in (PATIENT, SHORT):
+        owner = nodes(deadlines=deadlines)
+        writer = owner.writer()
+        owner.replicator.set_targets(0, {0: [Target(*silent.getsockname()[:2])]})
+        for generation in (0, 1):
+            assert owner.write(writer, 0, generation)
+            until(lambda owner=owner: bool(owner.vault.holdings().ranks[0]))
+    until(lambda: "1 s" in owner.replicator.failures().get(0, ""))
     with pytest.raises(DeadlinePassed):
         fetch(Vault("unused", 9), SECRET, silent.getsockname()[:2], 0, 0, Version(0, 1), SHORT)
     silent.close()
 
 
-def test_everything_stops_within_a_second_whatever_it_is_doing(nodes: Callable[..., Node]) -> None:
-    owner, peer = nodes(deadlines=Deadlines()), nodes(deadlines=Deadlines())
+def test_everything_stops_whatever_it_is_doing_and_no_deadline_is_waited_for(nodes: Callable[..., Node]) -> None:
+    owner, peer = nodes(), nodes()
     silent = socket.create_server(("127.0.0.1", 0))
     # connected and idle; in the middle of a shard; waiting for a proof; connecting into the void; nothing to do
     peers = {0: peer.address, 1: peer.address, 2: silent.getsockname()[:2], 3: ("10.255.255.1", 9), 4: None}
@@ -364,13 +358,11 @@ def test_everything_stops_within_a_second_whatever_it_is_doing(nodes: Callable[.
             owner.replicator.notify(1)
         else:
             owner.write(writer, 0, 1)
-    assert owner.commits.get(timeout=10) == (0, 0, 1)
+    assert owner.commits.get() == (0, 0, 1)
     pending = socket.create_connection(peer.address)  # never proves anything
     time.sleep(0.2)
     for stop in (owner.replicator.stop, peer.server.stop, owner.server.stop, peer.replicator.stop):
-        start = time.perf_counter()
         stop()
-        assert time.perf_counter() - start < 1.0
     pending.close()
     silent.close()
     names = {thread.name for thread in threading.enumerate()}
@@ -381,18 +373,18 @@ def test_taking_the_memory_for_a_big_shard_may_last_longer_than_its_holder_waits
     nodes: Callable[..., Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = 32 << 20  # more than a socket takes unread
-    owner, spare = nodes(), nodes()
+    owner, spare = nodes(deadlines=HOLDER), nodes()
     owner.write(owner.writer(unique=size), 0, 1)
-    eventually(lambda: bool(owner.vault.holdings().ranks[0]))
+    until(lambda: bool(owner.vault.holdings().ranks[0]))
     allocate = spare.vault.allocate_own
 
     def slowly(rank: int, *sizes: int) -> object:
         if spare.vault.arena(rank, "own") is None:
-            time.sleep(2 * SHORT.idle)
+            time.sleep(2 * HOLDER.idle)
         return allocate(rank, *sizes)
 
     monkeypatch.setattr(spare.vault, "allocate_own", slowly)
-    assert fetch(spare.vault, SECRET, owner.address, 0, 0, Version(0, 1), SHORT) > size
+    assert fetch(spare.vault, SECRET, owner.address, 0, 0, Version(0, 1), PATIENT) > size
     spare.vault.verify(0, "own", Version(0, 1))
 
 
@@ -401,7 +393,7 @@ def test_a_local_copy_needs_no_network(nodes: Callable[..., Node]) -> None:
     writer = owner.writer()
     owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     owner.write(writer, 0, 1)
-    owner.commits.get(timeout=10)
+    owner.commits.get()
     peer.server.stop()
     fetch(peer.vault, SECRET, peer.vault, 0, 0, Version(0, 1))
     peer.vault.verify(0, "own", Version(0, 1))
@@ -410,14 +402,14 @@ def test_a_local_copy_needs_no_network(nodes: Callable[..., Node]) -> None:
 def test_what_is_not_held_is_said_so(nodes: Callable[..., Node]) -> None:
     owner, spare = nodes(), nodes()
     with pytest.raises(NotHeld, match=r"version \(0, 9\) of rank 0"):
-        fetch(spare.vault, SECRET, owner.address, 0, 0, Version(0, 9), SHORT)
+        fetch(spare.vault, SECRET, owner.address, 0, 0, Version(0, 9), PATIENT)
     with pytest.raises(NotHeld):
-        fetch(spare.vault, SECRET, owner.vault, 0, 0, Version(0, 9), SHORT)
+        fetch(spare.vault, SECRET, owner.vault, 0, 0, Version(0, 9), PATIENT)
 
 
 def test_a_peer_without_room_says_so_and_the_owner_goes_on(nodes: Callable[..., Node]) -> None:
     owner, peer = nodes(), nodes()
-    channel = connect(*peer.address, SECRET, SHORT)
+    channel = connect(*peer.address, SECRET, PATIENT)
     channel.send(Begin(0, 0, 0, 1, 1 << 50, 100, 5, CHUNK, (1 << 64) - 1, 0))
     answer = channel.receive()
     assert isinstance(answer, Refusal)
@@ -427,30 +419,30 @@ def test_a_peer_without_room_says_so_and_the_owner_goes_on(nodes: Callable[..., 
     writer = owner.writer()
     owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     owner.write(writer, 0, 1)
-    assert owner.commits.get(timeout=10) == (0, 0, 1)
+    assert owner.commits.get() == (0, 0, 1)
 
 
 def test_a_shard_of_another_size_takes_the_place_of_one_nobody_needs_only(nodes: Callable[..., Node]) -> None:
     owner, peer = nodes(), nodes()
     owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
     owner.write(owner.writer(), 0, 1)
-    owner.commits.get(timeout=10)
+    owner.commits.get()
     owner.vault.drop(0)
     assert owner.write(owner.writer(unique=5000), 0, 2)
-    eventually(lambda: "another size" in owner.replicator.failures().get(0, ""))
+    until(lambda: "another size" in owner.replicator.failures().get(0, ""))
     peer.vault.set_committed(0, 2)  # now (0, 1) is no longer needed
-    assert owner.commits.get(timeout=10) == (0, 0, 2)
+    assert owner.commits.get() == (0, 0, 2)
 
 
 def test_a_transfer_cut_in_the_middle_is_not_held(nodes: Callable[..., Node]) -> None:
     peer = nodes()
-    channel = connect(*peer.address, SECRET, SHORT)
+    channel = connect(*peer.address, SECRET, PATIENT)
     channel.send(Begin(0, 0, 0, 1, UNIQUE, 100, 5, CHUNK, (1 << 64) - 1, 0))
     assert channel.receive() == Begun(0, False)
     channel.send(Bytes(0, 0, [123]))
     channel.sock.sendall(b"ab")
     channel.close()
-    eventually(lambda: not peer.server._writers)
+    until(lambda: not peer.server._writers)
     assert peer.vault.holdings().ranks[0] == ()
     arena = peer.vault.arena(0, "peer")
     assert arena is not None
@@ -520,9 +512,10 @@ def test_a_writer_killed_at_any_moment_leaves_only_whole_versions(nodes: Callabl
     assert torn > 0
 
 
+@pytest.mark.perf
 def test_transfer_speed_against_a_raw_socket(nodes: Callable[..., Node]) -> None:
     size = 128 << 20
-    owner, peer, spare = (nodes(deadlines=Deadlines(), chunk_bytes=1 << 20) for _ in range(3))
+    owner, peer, spare = (nodes(chunk_bytes=1 << 20) for _ in range(3))
     writer = owner.writer(unique=size)
     writer.open(0, 1, b"x")
     writer.buffer[:] = 5
@@ -541,13 +534,13 @@ def test_transfer_speed_against_a_raw_socket(nodes: Callable[..., Node]) -> None
         times["raw socket"].append(_raw_seconds(owner.vault, size))
         start = time.perf_counter()
         owner.replicator.set_targets(0, {0: [Target(*peer.address)]})
-        owner.commits.get(timeout=60)
+        owner.commits.get()
         times["replicated"].append(time.perf_counter() - start)
         for streams, name in ((1, "fetched, 1 stream"), (2, "fetched, 2 streams")):
             spare.vault.drop(0)
             spare.vault.allocate_own(0, size, 4096)
             start = time.perf_counter()
-            fetch(spare.vault, SECRET, peer.address, 0, 0, Version(0, 1), Deadlines(), streams)
+            fetch(spare.vault, SECRET, peer.address, 0, 0, Version(0, 1), PATIENT, streams)
             times[name].append(time.perf_counter() - start)
     best = {name: min(each) for name, each in times.items()}
     rates = ", ".join(f"{name} {size / seconds / 1e9:.2f}" for name, seconds in best.items())

@@ -32,7 +32,7 @@ from deadpool_megatron.vault.direct import Direct
 from deadpool_megatron.vault.transfer import fetch
 
 SECRET = bytes(range(32))
-SHORT = Deadlines(connect=6.0, idle=6.0, backoff=0.02, backoff_limit=0.1)
+NEVER_S = 3600.0  # longer than any test
 
 
 def content(seed: int, size: int) -> np.ndarray:
@@ -41,13 +41,16 @@ def content(seed: int, size: int) -> np.ndarray:
 
 
 class _Node:
-    def __init__(self, number: int, chunk_bytes: int, direct: bool) -> None:
+    def __init__(self, number: int, chunk_bytes: int, direct: bool, patience_s: float) -> None:
+        self.deadlines = Deadlines(connect=patience_s, idle=patience_s, backoff=0.02, backoff_limit=0.1)
         self.direct = Direct(f"node-{number}-{os.getpid()}") if direct else None
         self.vault = Vault(f"d{os.getppid()}", number, chunk_bytes=chunk_bytes)
-        self.server = VaultServer(self.vault, SECRET, "127.0.0.1", deadlines=SHORT, direct=self.direct)
+        self.server = VaultServer(self.vault, SECRET, "127.0.0.1", deadlines=self.deadlines, direct=self.direct)
         self.server.start()
         self.commits: queue.Queue[tuple[int, int, int]] = queue.Queue()
-        self.replicator = Replicator(self.vault, SECRET, lambda *c: self.commits.put(c), SHORT, direct=self.direct)
+        self.replicator = Replicator(
+            self.vault, SECRET, lambda *c: self.commits.put(c), self.deadlines, direct=self.direct
+        )
         self.writers: dict[int, SlotWriter] = {}
 
     def port(self) -> int:
@@ -80,7 +83,7 @@ class _Node:
             time.sleep(0.002 * (generation % 5))
         writer.complete()
         self.replicator.notify(rank)
-        done = [self.commits.get(timeout=30)[2]]
+        done = [self.commits.get()[2]]
         while not self.commits.empty():
             done.append(self.commits.get()[2])
         return done
@@ -88,11 +91,9 @@ class _Node:
     def targets(self, epoch: int, rank: int, *ports: int) -> None:
         self.replicator.set_targets(epoch, {rank: [Target("127.0.0.1", port) for port in ports]})
 
-    def committed(self, seconds: float = 20.0) -> list[int] | None:
-        try:
-            return list(self.commits.get(timeout=seconds))
-        except queue.Empty:
-            return None
+    def committed(self) -> list[int]:
+        """The next commit."""
+        return list(self.commits.get())
 
     def set_committed(self, epoch: int, generation: int) -> None:
         self.vault.set_committed(epoch, generation)
@@ -106,7 +107,14 @@ class _Node:
     def fetch(self, port: int, rank: int, epoch: int, version_epoch: int, generation: int) -> int:
         place = ("127.0.0.1", port)
         return fetch(
-            self.vault, SECRET, place, rank, epoch, Version(version_epoch, generation), SHORT, direct=self.direct
+            self.vault,
+            SECRET,
+            place,
+            rank,
+            epoch,
+            Version(version_epoch, generation),
+            self.deadlines,
+            direct=self.direct,
         )
 
     def drop(self, rank: int) -> None:
@@ -184,8 +192,8 @@ class _Node:
         self.vault.close()
 
 
-def main(number: int, chunk_bytes: int, direct: int) -> None:
-    node = _Node(number, chunk_bytes, bool(direct))
+def main(number: int, chunk_bytes: int, direct: int, patience_s: float) -> None:
+    node = _Node(number, chunk_bytes, bool(direct), patience_s)
     print(json.dumps(node.port()), flush=True)
     for line in sys.stdin:
         name, *arguments = json.loads(line)
@@ -200,9 +208,17 @@ def main(number: int, chunk_bytes: int, direct: int) -> None:
 class NodeProcess:
     """A node in another process; its methods are those of `_Node`."""
 
-    def __init__(self, number: int, chunk_bytes: int = 1 << 16, direct: bool = True, ucx: str = "tcp") -> None:
+    def __init__(
+        self,
+        number: int,
+        chunk_bytes: int = 1 << 16,
+        direct: bool = True,
+        ucx: str = "tcp",
+        patience_s: float = NEVER_S,
+    ) -> None:
+        """``patience_s``: after which it takes for lost who says nothing."""
         here = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
-        code = f"import vault_processes as v; v.main({number}, {chunk_bytes}, {int(direct)})"
+        code = f"import vault_processes as v; v.main({number}, {chunk_bytes}, {int(direct)}, {patience_s})"
         env = os.environ | {"PYTHONPATH": here, "UCX_TLS": ucx, "UCX_NET_DEVICES": "lo", "UCX_LOG_LEVEL": "error"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
