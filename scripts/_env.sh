@@ -92,6 +92,7 @@ _deadpool_make_uv() {
     [[ "$("$tools/bin/uv" --version 2>/dev/null)" == "uv $_deadpool_uv_version "* ]] && return
     "$python" -c 'import ensurepip, venv' 2>/dev/null || { _deadpool_trouble "$python has no venv module:" \
         "install it (on Debian and Ubuntu: apt install python3-venv), or uv" || return; }
+    echo "deadpool: no uv on PATH: installing uv $_deadpool_uv_version into ${tools##*/}" >&2
     {
         "$python" -m venv --clear "$tools" &&
             "$tools/bin/python" -m pip --disable-pip-version-check --no-input install "uv==$_deadpool_uv_version"
