@@ -147,7 +147,7 @@ _deadpool_make() {
     echo "deadpool: making $name with $("$python" --version) from ${lock##*/}, once: 3 GB to download, 5 GB on disk" >&2
     deadpool_uv --version >/dev/null || return
     rm -rf "$venv"
-    # On a terminal uv shows its progress there. Elsewhere it writes lines: all of them into the log, progress to stderr.
+    # On a terminal uv shows its progress there. Elsewhere its lines go into the log, progress to stderr too.
     if [[ -t 2 ]]; then
         _deadpool_install "$venv" "$lock" "$python" ||
             { _deadpool_trouble "$name could not be made: uv says why, above" || return; }
