@@ -58,7 +58,7 @@ setup(
         "baselines": ["torchft>=0.2"],
         "muon": ["emerging-optimizers>=0.2"],
         "dev": [
-            *["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-psutil", "hypothesis", "jsonschema"],
+            *["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil", "jsonschema"],
             *["pyeclib", "matplotlib", "nixl", "safetensors", "tensorboard", "einops", "emerging-optimizers"],
             "urllib3",
         ],

@@ -15,7 +15,7 @@ from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.config import DeadpoolConfig, from_script_arguments
 from deadpool_megatron.observe import LOGS
 from deadpool_megatron.vault import VaultError, choose_transport
-from deadpool_megatron.versions import check_strategy, check_version
+from deadpool_megatron.versions import check_version
 
 __all__ = ["LaunchError", "LaunchPlan", "check", "check_transport"]
 
@@ -126,7 +126,6 @@ def check(
         if not os.access(options.shm_directory, os.W_OK | os.X_OK):
             raise LaunchError(f"--shm-directory {options.shm_directory} does not exist or cannot be written to")
         _check_megatron(Path(script).resolve().parent)
-        _check_torch(config.comm)
     domains = _domains(config.domains, nodes)
     run_dir = Path(options.run_dir).absolute()
     return LaunchPlan(
@@ -177,13 +176,3 @@ def _check_megatron(beside: Path) -> None:
     except metadata.PackageNotFoundError:
         return
     check_version(version)
-
-
-def _check_torch(comm: str) -> None:
-    from importlib import metadata
-
-    try:
-        version = metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return
-    check_strategy(comm, version)

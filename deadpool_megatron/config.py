@@ -61,12 +61,6 @@ class DeadpoolConfig:
         "embedded",
         "where the coordinator's state is kept: embedded (in the run directory), or etcd://[USER@]HOST:PORT,HOST:PORT...",
     )
-    comm: str = _setting(
-        "auto",
-        "how process groups that changed are re-formed in place: by a swap of the inner backend, or by torch's own "
-        "reconfigure (torch 2.14 or newer) with the swap for groups it cannot help; auto: reconfigure if it is there",
-        ("auto", "swap", "reconfigure"),
-    )
     keep_groups: bool = _setting(
         True, "process groups that lost nobody and have nothing under way keep their connections through a recovery"
     )

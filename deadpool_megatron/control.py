@@ -20,7 +20,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.observe import EVENTS, JOB, read_events
-from deadpool_megatron.processes import end_with_parent
+from deadpool_megatron.processes import Processes
 
 __all__ = ["add_commands", "drain", "inject", "join"]
 
@@ -138,16 +138,7 @@ def join(options: argparse.Namespace) -> int:
     settings = {**job["agent"], "node": reply.node, "coordinator": job["coordinator"], "secret": job["secret"]}
     if options.host:
         settings["host"] = options.host
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deadpool_megatron.node", "agent"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=None if options.detach else end_with_parent,
-    )
-    assert process.stdin is not None
-    process.stdin.write(msgspec.json.encode(settings))
-    process.stdin.close()
+    process = Processes().start("agent", settings, 0 if options.detach else signal.SIGTERM, stdout=subprocess.DEVNULL)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, frame: process.terminate())
     print(f"deadpool: node {reply.node} joins the job of {options.run_dir} as a spare", flush=True)

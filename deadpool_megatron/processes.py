@@ -24,6 +24,7 @@ from deadpool_megatron.checks import LaunchPlan
 from deadpool_megatron.cluster import Deadlines, Exit, JobSpec
 from deadpool_megatron.cluster.leadership import Leadership
 from deadpool_megatron.cluster.store import PASSWORD
+from deadpool_megatron.forking import FORK_SERVER, Process, fork_module
 
 __all__ = [
     "INTERRUPT",
@@ -36,6 +37,7 @@ __all__ = [
     "end_with_parent",
 ]
 
+_NODE = "deadpool_megatron.node"
 # To the coordinator: end the job; drain what is committed, then end it (to an agent: pass that on).
 INTERRUPT = signal.SIGUSR2
 PREEMPT = signal.SIGUSR1
@@ -210,7 +212,7 @@ def _environment(
     return env
 
 
-def end_with_parent(signum: signal.Signals = signal.SIGTERM) -> None:
+def end_with_parent(signum: int = signal.SIGTERM) -> None:
     """Run in a child before exec: the kernel ends it when its parent ends."""
     ctypes.CDLL(None).prctl(1, signum)
 
@@ -219,22 +221,26 @@ class Processes:
     """The children of a command, ended by their ids. They end by themselves when it is killed."""
 
     def __init__(self) -> None:
-        self.all: list[subprocess.Popen[Any]] = []
+        self.all: list[Process] = []
 
-    def start(
-        self, role: str, settings: Mapping[str, Any], signum: signal.Signals = signal.SIGTERM, **extra: Any
-    ) -> subprocess.Popen[Any]:
+    def start(self, role: str, settings: Mapping[str, Any], signum: int = signal.SIGTERM, **extra: Any) -> Process:
         """Start ``coordinator`` or ``agent``. From the main thread: the child ends with the thread that made it.
 
-        ``signum`` is what it gets then.
+        ``signum`` is what it gets then; 0: it lives on.
         """
-        process = subprocess.Popen(
-            [sys.executable, "-m", "deadpool_megatron.node", role],
-            stdin=subprocess.PIPE,
-            preexec_fn=lambda: end_with_parent(signum),
-            start_new_session=True,
-            **extra,
-        )
+        process: Process
+        if server := os.environ.get(FORK_SERVER):
+            process = fork_module(
+                server, _NODE, [role], os.environ, stdin=subprocess.PIPE, death_signal=signum, **extra
+            )
+        else:
+            process = subprocess.Popen(
+                [sys.executable, "-m", _NODE, role],
+                stdin=subprocess.PIPE,
+                preexec_fn=(lambda: end_with_parent(signum)) if signum else None,
+                start_new_session=True,
+                **extra,
+            )
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(settings))
         process.stdin.close()
@@ -281,7 +287,7 @@ class CoordinatorProcess:
         self.port = self.store_port = 0
         self.process = self._start()
 
-    def _start(self) -> subprocess.Popen[Any]:
+    def _start(self) -> Process:
         guard = self._leadership.guard
         assert guard is not None, "who does not lead starts no coordinator"
         self._settings["guard"] = list(guard)

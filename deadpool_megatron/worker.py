@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
@@ -34,7 +34,7 @@ from deadpool_megatron.cluster.workers import (
     STACKS_FILE,
     STACKS_SIGNAL,
 )
-from deadpool_megatron.versions import check_strategy
+from deadpool_megatron.forking import FORK_SERVER
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
@@ -50,8 +50,8 @@ _PR_SET_PDEATHSIG = 1
 def _die_with_agent() -> None:
     """Ask the kernel to end this process when its agent ends: an agent's death fences its node.
 
-    The kernel does that for children; an adopted worker leaves when its control socket ends. The same for what it forks
-    (data loaders, checkpoint writers): they hold its sockets, and they write.
+    The kernel does that for children; an adopted worker leaves when its control socket ends, and a fork server ends its
+    own. The same for what it forks (data loaders, checkpoint writers): they hold its sockets, and they write.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     by_main_thread = [True]
@@ -64,7 +64,7 @@ def _die_with_agent() -> None:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     os.register_at_fork(before=before_fork, after_in_child=in_child)
-    if ADOPTED in os.environ:
+    if ADOPTED in os.environ or FORK_SERVER in os.environ:
         return
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[PARENT_PID]):
@@ -85,7 +85,6 @@ def _run_script(script: str, arguments: list[str]) -> None:
 
 def _install(standby: bool) -> Hooks:
     """Import torch and Megatron, wrap process groups, connect to the agent, install the hooks."""
-    import torch
     import torch.distributed as dist
 
     from deadpool_megatron import config as settings
@@ -99,11 +98,9 @@ def _install(standby: bool) -> Hooks:
     config = settings.from_flags(flags)
     if config.on_preempt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent says when it is time to go
-    check_strategy(config.comm, torch.__version__)
     _log_to_stderr()
     communicators = Communicators.install(
         standby=standby,
-        strategy=config.comm,  # type: ignore[arg-type]
         keep=config.keep_groups,
         form_timeout_s=config.form_deadline,
         operation_timeout_s=config.operation_timeout,
@@ -223,7 +220,7 @@ def main() -> int:
     return 0
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     """End the process as the interpreter would, but without destructing the process groups.
 
     The end of a Gloo backend waits for its threads, which for some dozens of groups on busy cores takes seconds.

@@ -2,9 +2,7 @@
 # Python environments of this repository; to be sourced. Offers
 #     deadpool_uv ARGS...   runs uv: the one on PATH, else one of our own in .venv-uv
 #     deadpool_env          makes .venv from requirements.lock where it is missing or out of date, and activates it
-#     deadpool_env_torch214 the same for .venv-torch214 from requirements-torch214.lock
-#     deadpool_env_megatron018  lays megatron-core 0.18 (requirements-megatron018.lock) over the active environment
-# All return 1 after one line on stderr that says what is wrong. An environment that is up to date costs no time: a
+# Both return 1 after one line on stderr that says what is wrong. An environment that is up to date costs no time: a
 # stamp in it holds the hash of what it was made from.
 
 DEADPOOL_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -13,23 +11,6 @@ _deadpool_uv_version=0.13.9
 
 deadpool_env() {
     _deadpool_environment .venv requirements.lock
-}
-
-deadpool_env_torch214() {
-    _deadpool_environment .venv-torch214 requirements-torch214.lock
-}
-
-# Only the package itself, put before site-packages on the path: a whole second environment would be 5 GB of the same.
-deadpool_env_megatron018() {
-    local target="$DEADPOOL_ROOT/.venv-megatron018" lock="$DEADPOOL_ROOT/requirements-megatron018.lock" stamp
-    stamp="$(sha256sum <"$lock")"
-    if [[ ! -f "$target/.stamp" || "$(<"$target/.stamp")" != "$stamp" ]]; then
-        rm -rf "$target"
-        python -m pip --disable-pip-version-check --no-input install --no-deps --target "$target" -r "$lock" \
-            >"$target.log" 2>&1 || { _deadpool_trouble "$target could not be made: see $target.log" || return; }
-        echo "$stamp" >"$target/.stamp"
-    fi
-    export PYTHONPATH="$target${PYTHONPATH:+:$PYTHONPATH}"
 }
 
 _deadpool_trouble() {

@@ -1,8 +1,8 @@
-"""What all tests share: jobs, and a limit on the time of each test, at which every thread's stack is shown.
+"""What all tests share: jobs, and a limit for each test, at which every thread's stack is shown.
 
-A test is limited to 180 seconds, or to its marker ``@pytest.mark.timeout(seconds)``; set-up and tear-down count. At the
-limit it fails through an alarm. If the main thread does not come back to Python even then (it is blocked in C), the
-whole test run is ended, since nothing else can free it.
+A test is limited to 180 seconds of `fair_clock`, or to its marker ``@pytest.mark.timeout(seconds)``; set-up and
+tear-down count. At the limit it fails through an alarm. If the main thread does not come back to Python even then (it
+is blocked in C), the whole test run is ended, since nothing else can free it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
+from fair_clock import CLOCK
 from jobs import Jobs
 
 LIMIT_S = 180.0
 # From the alarm to the end of the whole test run: time for the tear-down to end processes.
 GRACE_S = 60.0
+LOOK_S = 0.5
 
 _real_stderr = pytest.StashKey[int]()
 
@@ -58,6 +61,37 @@ def limit_of(item: pytest.Item) -> float:
     return float(marker.args[0])
 
 
+class Watchdog(threading.Thread):
+    """Watches one test of the main thread."""
+
+    def __init__(self, limit: float, stderr: int) -> None:
+        super().__init__(name="test-limit", daemon=True)
+        self._limit = limit
+        self._stderr = stderr
+        self._over = threading.Event()
+        self._end = CLOCK.seconds() + limit
+        self.start()
+
+    def run(self) -> None:
+        """Alarm the main thread at the limit, and end the test run if that does not help."""
+        for limit in (self._end, self._end + GRACE_S):
+            while CLOCK.seconds() < limit:
+                # Fires only if this thread cannot run for so long: the main thread keeps the interpreter's lock in C.
+                faulthandler.dump_traceback_later(self._limit + 10 * GRACE_S, exit=True, file=self._stderr)
+                if self._over.wait(LOOK_S):
+                    return
+            if limit == self._end:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+        faulthandler.dump_traceback(self._stderr, all_threads=True)
+        os._exit(1)
+
+    def end(self) -> None:
+        """The test is over."""
+        self._over.set()
+        self.join()
+        faulthandler.cancel_dump_traceback_later()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Run one test under its limit."""
@@ -70,11 +104,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         pytest.fail(f"took more than its {limit:g} seconds; the stacks of all threads are in its stderr", pytrace=True)
 
     before = signal.signal(signal.SIGALRM, too_long)
-    signal.setitimer(signal.ITIMER_REAL, limit)
-    faulthandler.dump_traceback_later(limit + GRACE_S, exit=True, file=item.config.stash[_real_stderr])
+    watchdog = Watchdog(limit, item.config.stash[_real_stderr])
     try:
         return (yield)
     finally:
-        faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        watchdog.end()
         signal.signal(signal.SIGALRM, before)

@@ -22,7 +22,9 @@ from typing import Any
 import psutil
 
 from crash_cases import Case
-from deadpool_megatron.evaluate.jobs import CLI
+from deadpool_megatron.evaluate.descendants import Descendants
+from deadpool_megatron.evaluate.jobs import start_cli
+from deadpool_megatron.forking import Process
 from deadpool_megatron.observe import LOGS, EventTail
 from deadpool_megatron.vault import PREFIX, Arena
 from flags import duo_gpt, tiny_gpt, with_value
@@ -86,7 +88,8 @@ class Gauntlet:
         )
         self.results: list[Result] = []
         self._spares = spares
-        self._joined: list[subprocess.Popen[bytes]] = []
+        self._joined: list[Process] = []
+        self._family = Descendants()
         self._errors = open(jobs.directory / f"{name}.joined.out", "wb")  # noqa: SIM115 - closed in `end`
         self._tail = EventTail(self.job.run_dir)
         self._events: list[dict[str, Any]] = []
@@ -132,10 +135,12 @@ class Gauntlet:
             self.job.failed(f"{command}: {done.stderr}")
         return done
 
-    def background(self, *command: str) -> subprocess.Popen[bytes]:
+    def background(self, *command: str) -> Process:
         """The same without waiting."""
-        line = [*CLI, command[0], "--run-dir", str(self.job.run_dir), *command[1:]]
-        process = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=self._errors)
+        line = [command[0], "--run-dir", str(self.job.run_dir), *command[1:]]
+        process = start_cli(
+            line, environment(self._family.environment, forked=True), stdout=subprocess.DEVNULL, stderr=self._errors
+        )
         self._joined.append(process)
         return process
 
@@ -369,19 +374,10 @@ class Gauntlet:
 
     def end(self) -> None:
         """Nodes that joined leave with the job; none is left behind."""
-        below: list[psutil.Process] = []
-        for process in self._joined:  # a node that was stopped does not end by itself
-            with contextlib.suppress(psutil.NoSuchProcess):
-                below += psutil.Process(process.pid).children(recursive=True)
         for process in self._joined:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a node that was stopped does not end by itself
                 process.wait(20)
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        for each in below:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+        self._family.kill(20)
         self._errors.close()
 
 
@@ -405,12 +401,3 @@ def write_results(name: str, cases: Sequence[dict[str, Any]]) -> None:
     if directory:
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / f"{name}.json").write_text(json.dumps(list(cases), indent=1) + "\n")
-
-
-def wait_for(find: Callable[[], Any], deadline_s: float = 30.0) -> Any:
-    """Poll until ``find`` gives something, without a job to look at."""
-    end = time.monotonic() + deadline_s
-    while not (found := find()):
-        assert time.monotonic() < end, "not in time"
-        time.sleep(0.05)
-    return found

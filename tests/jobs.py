@@ -5,20 +5,29 @@ Every wait has a deadline. Whatever a test does, `Jobs.end` leaves none of the p
 
 from __future__ import annotations
 
+import atexit
+import functools
 import io
 import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
-import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from deadpool_megatron.cluster.ports import free_ports
+from deadpool_megatron.emulation import environment as emulated
 from deadpool_megatron.evaluate import jobs
 from deadpool_megatron.evaluate.descendants import Descendants
+from deadpool_megatron.evaluate.fork_server import ForkServer
+from deadpool_megatron.forking import FORK_SERVER, fork_module
 from deadpool_megatron.observe import LOGS
+from fair_clock import CLOCK
 
 __all__ = [
     "EXAMPLE",
@@ -26,12 +35,14 @@ __all__ = [
     "ROOT",
     "Job",
     "Jobs",
+    "alone",
     "assert_same_checkpoint",
     "assert_same_training",
     "environment",
     "launch_flags",
     "set_pace",
-    "torchrun",
+    "torch_server",
+    "undisturbed",
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,23 +70,70 @@ def launch_flags(nodes: int, spares: int = 0, slots: int = 2) -> list[str]:
     ]
 
 
-def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+@functools.cache
+def _directory() -> Path:
+    """Of what a whole test run shares; it ends with it."""
+    directory = Path(tempfile.mkdtemp(prefix="deadpool-"))
+    atexit.register(shutil.rmtree, directory)
+    return directory
+
+
+@functools.cache
+def torch_server() -> ForkServer:
+    """A fork server with torch and without the emulation, for processes that are no job's."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "integration"), str(ROOT / "tests")])
+    server = ForkServer(_directory() / "torch", os.environ | emulated() | {"PYTHONPATH": paths})
+    atexit.register(server.end)
+    return server
+
+
+@functools.cache
+def _fork_server() -> ForkServer:
+    """One for all jobs of this test run; it ends with it."""
+    server = ForkServer(_directory() / "jobs", environment(emulated()), EXAMPLE)
+    atexit.register(server.end)
+    return server
+
+
+def environment(extra: dict[str, str] | None = None, forked: bool = False) -> dict[str, str]:
+    """Of a command under test.
+
+    Args:
+        forked: emulated workers below it come from a fork server, where ``extra`` lets them. Not for what runs another
+            Megatron, or in another network.
+    """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)} | (extra or {})
+    extra = extra or {}
+    server = {FORK_SERVER: str(_fork_server().address)} if forked and "PYTHONPATH" not in extra else {}
+    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)} | server | extra
 
 
 class Job(jobs.Job):
-    """One `deadpool launch` under test: a failure shows the ends of its logs."""
+    """One `deadpool launch` under test: a failure shows the ends of its logs; `fair_clock` has its deadlines."""
+
+    clock = staticmethod(CLOCK.seconds)
 
     def __init__(
         self, run_dir: Path, launch: Sequence[str], script: Sequence[str], extra: dict[str, str] | None = None
     ) -> None:
         self.hash_file = Path(f"{run_dir}.hash.json")
-        super().__init__(run_dir, launch, script, environment(extra), run_dir.parent)
+        forked = "--emulate-cpu" in launch and not (Path(script[0]).parent / "megatron").exists()
+        super().__init__(run_dir, launch, script, environment(extra, forked), run_dir.parent)
 
     def failed(self, what: str) -> NoReturn:
         """Fail the test."""
         raise AssertionError(f"the job of {self.run_dir}: {what}\n{self.log_tails()}")
+
+    def hold(self, iteration: int | None) -> None:
+        """Let a job that was started held go on, up to the begin of an iteration (from 0), or to its end."""
+        set_pace(Path(self._environment["PACE_FILE"]), 0 if iteration is None else f"hold {iteration}")
+
+    def arm(self, *faults: Sequence[Any], until: int | None = None) -> None:
+        """Arm faults, each as of `inject`, in a job that was started held, and let it go on ``until`` an iteration."""
+        self.until_event("started")
+        for node, iteration, tick, *more in faults:
+            self.inject(node, iteration, tick, *more)
+        self.hold(until)
 
     def exact(self) -> list[tuple[int, dict[str, str], str | None]]:
         """Iteration, losses and grad norm as hexadecimal floats; a repeated iteration is there each time."""
@@ -150,9 +208,17 @@ class Jobs:
         script: Path = EXAMPLE,
         deadpool: bool = True,
         extra: dict[str, str] | None = None,
+        held: bool = False,
     ) -> Job:
-        """Start a job; with ``deadpool`` its state hashes are written at the end."""
+        """Start a job; with ``deadpool`` its state hashes are written at the end.
+
+        ``held``: it does not begin iteration 0 before `Job.arm` or `Job.hold` lets it.
+        """
         run_dir = self.directory / name
+        if held:
+            extra = {"PACE_FILE": f"{run_dir}.pace", "SCRIPT": str(script)} | (extra or {})
+            script = PACED
+            set_pace(Path(extra["PACE_FILE"]), "hold 0")
         ours = ["--deadpool", "--deadpool-state-hash", f"{run_dir}.hash.json"] if deadpool else []
         job = Job(run_dir, launch, [str(script), *flags, *ours], extra)
         self._jobs.append(job)
@@ -164,27 +230,46 @@ class Jobs:
             job.end()
 
 
-def torchrun(
-    directory: Path, processes: int, flags: Sequence[str], script: Path = EXAMPLE
-) -> dict[int, dict[str, str]]:
-    """The same script without us, under torchrun: what `Job.printed` gives, of the rank that prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["--no-python", sys.executable, "-m", "deadpool_megatron.emulation", str(script), *flags]
-    descendants = Descendants()
-    process = subprocess.Popen(
-        command,
-        env=environment({"OMP_NUM_THREADS": "1"}) | descendants.environment,
-        cwd=directory,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def undisturbed(launch: Sequence[str], flags: Sequence[str], script: Path = EXAMPLE) -> Job:
+    """The run in which nothing happens, to compare with: made once in a test run for each set of flags."""
+    return _undisturbed(tuple(launch), tuple(flags), script)
+
+
+@functools.cache
+def _undisturbed(launch: tuple[str, ...], flags: tuple[str, ...], script: Path) -> Job:
+    jobs = Jobs(_directory())
     try:
-        out, _ = process.communicate(timeout=START_S)
+        return jobs.start(f"undisturbed-{_undisturbed.cache_info().misses}", launch, flags, script).finished()
+    finally:
+        jobs.end()
+
+
+def alone(directory: Path, processes: int, flags: Sequence[str], script: Path = EXAMPLE) -> dict[int, dict[str, str]]:
+    """The same script under the emulation and without us: what `Job.printed` gives, of the rank that prints."""
+    descendants = Descendants()
+    env = environment(emulated() | descendants.environment | {"WORLD_SIZE": str(processes)}, forked=True)
+    env |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    server, out = env.pop(FORK_SERVER), directory / "alone.out"
+    try:
+        with out.open("wb") as file:
+            ranks = [
+                fork_module(
+                    server,
+                    "deadpool_megatron.emulation",
+                    [str(script), *flags],
+                    env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    directory=directory,
+                )
+                for rank in range(processes)
+            ]
+        while (codes := [rank.poll() for rank in ranks]) != [0] * processes:
+            assert not any(codes), f"exit codes {codes}\n{out.read_text()[-6000:]}"
+            time.sleep(0.02)
     finally:
         descendants.kill(10)
-    assert process.returncode == 0, out[-6000:]
-    return _printed(out)
+    return _printed(out.read_text())
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

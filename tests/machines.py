@@ -1,6 +1,6 @@
 """Several `deadpool agent` commands, each as if on a machine of its own; the run directory is shared.
 
-Every wait has a deadline, and `Machines.end` leaves none of their processes behind.
+Waits end with the test's own limit, and `Machines.end` leaves none of their processes behind.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ import psutil
 from deadpool_megatron.cluster.ports import free_ports
 from deadpool_megatron.evaluate.descendants import Descendants, describe
 from deadpool_megatron.evaluate.jobs import CLI
-from jobs import Job, environment
+from jobs import Job, environment, set_pace
+from waiting import until
 
 __all__ = ["Machines", "MachinesJob", "free_port", "torchrun_environments"]
 
@@ -41,6 +41,9 @@ class Machines:
         self.port = free_port()
         self.started: list[subprocess.Popen[bytes]] = []
         self.descendants = Descendants()
+        self.pace = directory / "pace"  # of `PACED`
+        set_pace(self.pace, 0)
+        self._of_each: list[Descendants] = []
 
     def start(
         self,
@@ -51,17 +54,19 @@ class Machines:
         prefix: Sequence[str] = (),
     ) -> None:
         """Start the next one; ``prefix`` makes it run somewhere else."""
-        self.start_command([*prefix, *CLI, command, *options, *script], env)
+        # A fork server is in the network of the tests.
+        self.start_command([*prefix, *CLI, command, *options, *script], env, forked=not prefix)
 
-    def start_command(self, command: Sequence[str], env: dict[str, str] | None = None) -> None:
-        """Start any command as the next one."""
+    def start_command(self, command: Sequence[str], env: dict[str, str] | None = None, forked: bool = False) -> None:
+        """Start any command as the next one; ``forked``: as of `jobs.environment`."""
+        self._of_each.append(mine := Descendants(self.descendants))
         with open(self.directory / f"machine-{len(self.started)}.out", "wb") as out:
             process = subprocess.Popen(
                 list(command),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=environment(env) | self.descendants.environment,
+                env=environment(env, forked) | {"PACE_FILE": str(self.pace)} | mine.environment,
                 cwd=self.directory,
                 start_new_session=True,
             )
@@ -71,28 +76,24 @@ class Machines:
         """Everything a command and what it started wrote to the terminal."""
         return (self.directory / f"machine-{number}.out").read_text(errors="replace")
 
-    def until(self, what: str, find: Callable[[], Any], deadline_s: float = 60.0) -> Any:
+    def until(self, what: str, find: Callable[[], Any]) -> Any:
         """Poll until ``find`` gives something."""
-        end = time.monotonic() + deadline_s
-        while not (found := find()):
-            assert time.monotonic() < end, f"no {what} within {deadline_s:g} s\n{self.outputs()}"
-            time.sleep(0.05)
-        return found
+        return until(find, lambda: f"{what}\n{self.outputs()}", 0.05)
 
     def outputs(self) -> str:
         """All outputs, for a failure's message."""
         return "\n".join(f"machine {n}:\n{self.output(n)[-3000:]}" for n in range(len(self.started)))
 
-    def code(self, number: int, deadline_s: float) -> int:
+    def code(self, number: int) -> int:
         """The exit code of one of them."""
         process = self.started[number]
-        self.until(f"end of machine {number}", lambda: process.poll() is not None, deadline_s)
+        self.until(f"end of machine {number}", lambda: process.poll() is not None)
         assert process.returncode is not None
         return process.returncode
 
-    def codes(self, deadline_s: float) -> list[int]:
+    def codes(self) -> list[int]:
         """The exit codes of all."""
-        return [self.code(number, deadline_s) for number in range(len(self.started))]
+        return [self.code(number) for number in range(len(self.started))]
 
     def processes(self) -> list[psutil.Process]:
         """All commands and everything they have started that lives."""
@@ -100,17 +101,16 @@ class Machines:
 
     def kill_tree(self, number: int) -> None:
         """A machine is gone: SIGKILL for the command and everything under it, as one blow."""
-        process = psutil.Process(self.started[number].pid)
-        everyone = [process, *process.children(recursive=True)]
+        everyone = self._of_each[number].living()
         for blow in (psutil.Process.suspend, psutil.Process.kill):  # nobody hears of another's end
             for each in everyone:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     blow(each)
 
-    def until_gone(self, deadline_s: float) -> None:
+    def until_gone(self) -> None:
         """Until none of their processes lives."""
-        left = self.descendants.until_gone(deadline_s)
-        assert not left, f"still alive after {deadline_s:g} s: {[describe(p) for p in left]}"
+        alive = self.descendants.living
+        until(lambda: not alive(), lambda: f"the end of {[describe(p) for p in alive()]}", 0.05)
 
     def end(self) -> None:
         """End whatever is left, each process by its id."""
@@ -134,7 +134,7 @@ class MachinesJob(Job):
         self.hash_file = Path(f"{machines.run_dir}.hash.json")
         self.process = machines.started[0]
         self._out = machines.directory / "machine-0.out"
-        self._environment = environment()
+        self._environment = environment({"PACE_FILE": str(machines.pace)}, forked=True)
         self._descendants = machines.descendants
 
 
@@ -153,7 +153,7 @@ def torchrun_environments(
         for line in lines
     ]
     try:
-        assert [p.wait(90) for p in processes] == [0] * len(processes)
+        assert [p.wait() for p in processes] == [0] * len(processes)
     finally:
         for process in processes:
             process.kill()

@@ -1,28 +1,37 @@
-"""examples/pretrain_gpt.py at a pace that a file sets: seconds that every forward pass sleeps.
+"""A pre-training script at a pace that a file sets: seconds that every forward pass sleeps, or ``hold N``.
 
-So that processors are idle while a test waits for new spares, and no iterations are spent on it. Sleeping changes no
-number.
+Sleeping leaves processors to others while a test waits for new spares, and spends no iterations on it. At ``hold N`` a
+rank waits before it begins iteration N (from 0), until the file says otherwise: so a test can arm a fault for an
+iteration that cannot be over. Neither changes a number. The environment has the file, and the script (`SCRIPT`).
 """
 
 from __future__ import annotations
 
 import os
 import runpy
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
+from megatron.training import get_args
 
 _forward = GPTModel.forward
 _pace = Path(os.environ["PACE_FILE"])
+_script = os.environ.get("SCRIPT") or str(Path(__file__).resolve().parents[1] / "examples" / "pretrain_gpt.py")
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Upstream's, later."""
-    time.sleep(float(_pace.read_text()))
+    while (pace := _pace.read_text()).startswith("hold ") and get_args().curr_iteration >= int(pace.split()[1]):
+        time.sleep(0.01)
+    if not pace.startswith("hold "):
+        time.sleep(float(pace))
     return _forward(self, *args, **kwargs)
 
 
 GPTModel.forward = forward
-runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "pretrain_gpt.py"), run_name="__main__")
+sys.argv[0] = _script
+sys.path.insert(0, str(Path(_script).parent))
+runpy.run_path(_script, run_name="__main__")

@@ -102,7 +102,7 @@ class Node:
             for local, rank in placing.ranks_of(self.assignment, self.number).items():
                 self.live[rank] = 0
                 info = r.CoordinateInfo(rank, 0, 0, 0)
-                self.registered.append(r.Registered(self.number, local, info, SHARD_BYTES, 1, "same", "swap", True))
+                self.registered.append(r.Registered(self.number, local, info, SHARD_BYTES, 1, "same", True))
             self.outbox.extend(self.registered)
             self.begin()
         else:

@@ -392,7 +392,7 @@ class Core:
     def _register(self, record: r.Registered) -> None:
         if self._start.registered(record) and self._phase is Phase.STARTING:
             self._phase = Phase.RUNNING
-            self._start.train(record.strategy, record.unique_bytes)
+            self._start.train(record.unique_bytes)
 
     # ---- failure-free
 

@@ -91,6 +91,7 @@ class Crew:
             end_group(old.pid, signal.SIGKILL)  # its end is seen by `reap`: device memory may take a while to go
             return
         if old is not None:
+            del self.workers[local]  # it is closed even if no other one can be started
             old.close()
         self._start(local, None)
 

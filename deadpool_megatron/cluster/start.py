@@ -78,13 +78,12 @@ class Start:
             return False
         return self._facts.layout.complete
 
-    def train(self, strategy: str, unique_bytes: int) -> None:
+    def train(self, unique_bytes: int) -> None:
         """All ranks are about to train for the first time, the last to say so with this plan."""
         for each in self._facts.layout.registered():
             self._snapshots.registered(each)
         self._voice.emit(
             "training",
-            strategy=strategy,
             unique_bytes=unique_bytes,
             planned_bytes=self._snapshots.planned_bytes,
             expected_bytes=self._snapshots.expected_bytes,

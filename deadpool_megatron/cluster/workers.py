@@ -16,6 +16,7 @@ import msgspec
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
+from deadpool_megatron.forking import FORK_SERVER, fork_module
 
 __all__ = [
     "ADOPTED",
@@ -24,6 +25,7 @@ __all__ = [
     "PARENT_PID",
     "STACKS_FILE",
     "STACKS_SIGNAL",
+    "WORKER_MODULE",
     "Worker",
     "ask_for_stacks",
     "end_group",
@@ -31,6 +33,7 @@ __all__ = [
     "start_worker",
 ]
 
+WORKER_MODULE = "deadpool_megatron.worker"  # python -m
 CONTROL_FD = "DEADPOOL_CONTROL_FD"
 DOORBELL_FD = "DEADPOOL_DOORBELL_FD"
 PARENT_PID = "DEADPOOL_AGENT_PID"
@@ -121,20 +124,32 @@ def start_worker(
     doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     page = PulsePage.create()
     env = dict(environment)
-    env[PULSE_FD] = str(page.fd)
-    env[CONTROL_FD] = str(theirs.fileno())
-    env[DOORBELL_FD] = str(doorbell)
     env[PARENT_PID] = str(os.getpid())
+    descriptors = {PULSE_FD: page.fd, CONTROL_FD: theirs.fileno(), DOORBELL_FD: doorbell}
+    process: Process
     with open(log, "ab", buffering=0) as out:
-        process = subprocess.Popen(
-            list(command),
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            pass_fds=(theirs.fileno(), doorbell, page.fd),
-            start_new_session=True,
-        )
+        if server := env.get(FORK_SERVER):
+            arguments = command[command.index(WORKER_MODULE) + 1 :]
+            process = fork_module(
+                server,
+                WORKER_MODULE,
+                arguments,
+                env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                descriptors=descriptors,
+                death_signal=signal.SIGKILL,
+            )
+        else:
+            process = subprocess.Popen(
+                list(command),
+                env=env | {name: str(fd) for name, fd in descriptors.items()},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                pass_fds=tuple(descriptors.values()),
+                start_new_session=True,
+            )
     theirs.close()
     return Worker(local, process, os.pidfd_open(process.pid), ours, doorbell, rank, page)
 

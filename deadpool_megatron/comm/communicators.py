@@ -20,13 +20,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from deadpool_megatron.comm import gloo, nccl, reconfigure, seam
+from deadpool_megatron.comm import gloo, nccl, seam
 from deadpool_megatron.comm.connections import GlooConnections
 from deadpool_megatron.comm.forming import Forming, FormingPlan, own_client
 from deadpool_megatron.comm.inplace import InPlace, Replacement, c10d
@@ -47,9 +47,7 @@ class Communicators:
 
     _installed: ClassVar["Communicators | None"] = None
 
-    def __init__(
-        self, *, standby: bool, reconfigures: bool, keep: bool, form_timeout_s: float, operation_timeout_s: float
-    ) -> None:
+    def __init__(self, *, standby: bool, keep: bool, form_timeout_s: float, operation_timeout_s: float) -> None:
         """Use `install`."""
         self.epoch = 0
         self._standby = standby
@@ -61,12 +59,10 @@ class Communicators:
         self._connections = GlooConnections()
         self._quiet = Quiet(self._waits.release, self._connections, keep)
         self._in_place = InPlace()
-        self.strategy: Literal["swap", "reconfigure"] = "reconfigure" if reconfigures else "swap"
         self._abort_lock = threading.Lock()
         self._state_lock = threading.Lock()  # poison, forming; held for moments only
         self._forming: Forming | None = None
         self._forming_epoch = 0
-        self._left_behind: list[Forming] = []
         self._left = threading.Event()  # the training thread is out of the broken epoch
         self._prepared: tuple[Store, Store] | None = None  # the caller's store, our own connection to the same server
         self._cuda_device: int | None = None
@@ -76,7 +72,6 @@ class Communicators:
         cls,
         *,
         standby: bool,
-        strategy: Literal["auto", "reconfigure", "swap"] = "auto",
         keep: bool = True,
         form_timeout_s: float = 20.0,
         operation_timeout_s: float = 30.0,
@@ -86,9 +81,6 @@ class Communicators:
         Args:
             standby: this process is a spare: `init_process_group` and `new_group` meet nobody and make groups with
                 torch's fake backend; `reform` gives the same objects real ones.
-            strategy: how the groups that changed get their connections. "swap": a new backend moves in. "reconfigure"
-                (torch >= 2.14): torch's own way, and the swap for groups it cannot help. "auto": "reconfigure" where
-                torch has it, else "swap".
             keep: leave groups as they are that lost nobody and have nothing under way; else every epoch re-forms all.
             form_timeout_s: limit of one `reform`.
             operation_timeout_s: time-out of each Gloo operation once its group is formed: the floor under what abort
@@ -100,17 +92,7 @@ class Communicators:
             raise CommunicatorError("Communicators.install was called before in this process; use that object")
         if dist.is_initialized():
             raise CommunicatorError("process groups exist: call Communicators.install before init_process_group")
-        if strategy not in ("auto", "swap", "reconfigure"):
-            raise CommunicatorError(f"communicator strategy {strategy!r} is unknown: use 'auto', 'swap', 'reconfigure'")
-        if strategy == "reconfigure" and not reconfigure.offered():
-            raise CommunicatorError(reconfigure.refusal())
-        self = cls(
-            standby=standby,
-            keep=keep,
-            reconfigures=strategy != "swap" and reconfigure.offered(),
-            form_timeout_s=form_timeout_s,
-            operation_timeout_s=operation_timeout_s,
-        )
+        self = cls(standby=standby, keep=keep, form_timeout_s=form_timeout_s, operation_timeout_s=operation_timeout_s)
         self._waits.install()
         seam.watch_groups(self._on_group, lambda: self._standby)
         if standby:
@@ -121,8 +103,7 @@ class Communicators:
         if not self._waits.can_force:
             _log.warning("torch %s: waits cannot be forced, half-sent messages block until time-out", torch.__version__)
         _log.info(
-            "communicators: strategy %s on torch %s, exchange %s, quiet groups are kept: %s",
-            self.strategy,
+            "communicators: torch %s, exchange %s, quiet groups are kept: %s",
             torch.__version__,
             self._in_place.exact,
             self._quiet.available,
@@ -163,7 +144,7 @@ class Communicators:
         with self._connections.watching() as devices:
             group = create()
         record.devices, record.connections = frozenset(devices), frozenset(self._connections.of(devices))
-        record.made = record.connected = self.epoch
+        record.connected = self.epoch
         self._table.add(record)
         formed = record.real and record.group is not None and "gloo" in record.backend_of_device.values()
         if formed and record.timeout.total_seconds() > self._operation_timeout_s:
@@ -286,8 +267,6 @@ class Communicators:
             begun=begun,
             deadline=begun + self._form_timeout_s,
             operation_timeout_s=self._operation_timeout_s,
-            reconfigures=self.strategy == "reconfigure",
-            occupied=[store for left in self._left_behind for store in left.occupied()],
             cuda_device=self._cuda_device,
         )
         prepared, self._prepared = self._prepared, None
@@ -329,11 +308,7 @@ class Communicators:
         seconds, name = forming.slowest
         report = ReformReport(
             epoch,
-            tuple(
-                GroupReport(f"{record.desc} {record.name}", decision.method, decision.why)
-                for record in plan.records
-                for decision in (forming.decisions[record.name],)
-            ),
+            tuple(GroupReport(f"{record.desc} {record.name}", forming.why[record.name]) for record in plan.records),
             forming.ended - plan.begun + time.monotonic() - needed,
             forming.ended - plan.begun,
             name,
@@ -351,11 +326,8 @@ class Communicators:
             for record, new in forming.formed:
                 dead += [backend_of(record, kind) for kind in set(record.backend_of_device.values())]
                 donors.append(self._move_in(record, new))
-                record.made = record.connected = epoch
-                record.devices, record.connections = forming.devices, forming.connections[record.name]
-                record.spoilt = False
-            for record in forming.reconfigured:
                 record.connected, record.connections = epoch, forming.connections[record.name]
+                record.devices = forming.devices
             with self._state_lock:
                 self._check(forming, epoch)
                 self._forming = None
@@ -377,11 +349,7 @@ class Communicators:
                 self._forming = None
         retire([backend for _, new in forming.formed for _, _, backend in new.backends])
         forming.formed = []
-        for record in forming.reconfigured:
-            record.spoilt = True
-        # The connection may be blocked in a wait of the thread left behind.
-        self._left_behind = [each for each in (*self._left_behind, forming) if each.is_alive()]
-        if forming.store is not None:
+        if forming.store is not None:  # the connection may be blocked in a wait of the thread left behind
             threading.Thread(target=self.prepare, args=(forming.store,), name="deadpool-store", daemon=True).start()
 
     def _check(self, forming: Forming, epoch: int) -> None:

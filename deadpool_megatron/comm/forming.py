@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,22 +10,13 @@ from typing import Any
 
 import torch
 
-from deadpool_megatron.comm import gloo, nccl, reconfigure
+from deadpool_megatron.comm import gloo, nccl
 from deadpool_megatron.comm.connections import GlooConnections, GlooDevice
-from deadpool_megatron.comm.inplace import Replacement, c10d, pointee
-from deadpool_megatron.comm.methods import (
-    NOT_USED,
-    Decision,
-    Word,
-    decide,
-    pack_decision,
-    pack_words,
-    unpack_decision,
-    unpack_words,
-)
+from deadpool_megatron.comm.inplace import Replacement, c10d
+from deadpool_megatron.comm.methods import Word, against_keeping, pack_words, unpack_words
 from deadpool_megatron.comm.quiet import Quiet
 from deadpool_megatron.comm.reports import ReformError
-from deadpool_megatron.comm.table import GroupRecord, backend_of
+from deadpool_megatron.comm.table import GroupRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +31,6 @@ class FormingPlan:
     """On time.monotonic, as is the deadline."""
     deadline: float
     operation_timeout_s: float
-    reconfigures: bool
-    """Whether torch's reconfigure is used where it can be."""
-    occupied: list[Any]
-    """Connections to the store that threads of earlier epochs may be blocked in."""
     cuda_device: int | None
     """The training thread's."""
 
@@ -82,18 +69,15 @@ class Forming(threading.Thread):
         self.ended = 0.0
         """When it settled, on time.monotonic."""
         self.abandoned = False
-        self._abandoning = threading.Lock()
         self.error: BaseException | None = None
         self.formed: list[tuple[GroupRecord, Replacement]] = []
         """Groups with new backends, yet to be moved in."""
-        self.reconfigured: list[GroupRecord] = []
-        """Groups whose backends were told to reconfigure, the last of them perhaps without an answer yet."""
-        self._meeting: Any = None  # the store that one meets in
         self.connections: dict[str, frozenset[int]] = {}
         """New connections, by name of the group."""
         self.devices: frozenset[GlooDevice] = frozenset()
         """The Gloo devices of the new backends."""
-        self.decisions: dict[str, Decision] = {}
+        self.why: dict[str, str] = {}
+        """What stood against keeping each group, by its name; empty for those that are kept."""
         self.slowest: tuple[float, str] = (0.0, "")
         self.plan = plan
         self.store: Any = None
@@ -105,9 +89,8 @@ class Forming(threading.Thread):
         self._abort_lock = abort_lock
 
     def abandon(self) -> None:
-        """Leave this thread behind. No further backend is told to reconfigure once this has returned."""
-        with self._abandoning:
-            self.abandoned = True
+        """Leave this thread behind."""
+        self.abandoned = True
         self.settled.set()
 
     def run(self) -> None:
@@ -142,45 +125,26 @@ class Forming(threading.Thread):
                 f"epoch {plan.epoch}: this rank ({plan.rank}) made other process groups than its peers (table digest "
                 f"{plan.digest}, theirs {agreed}); start all ranks with the same flags"
             )
-        self.decisions = self._agree(store)
-        ended = [record for record in plan.records if self.decisions[record.name].method != "kept"]
+        self.why = self._agree(store)
+        ended = [record for record in plan.records if self.why[record.name]]
         # Those that were left alone so far. Only these: an abandoned thread must not end what a later epoch made.
         self._connections.shutdown_only(frozenset().union(*(record.connections for record in ended)))
         devices: list[Any] = []  # torch's, for self.devices
         seen: set[tuple[int, int]] = set()  # connections on them
         for record in ended:
             begun = time.monotonic()
-            decision = self.decisions[record.name]
-            if decision.method == "reconfigured":
-                before: set[tuple[int, int]] = set()
-                self._connections.fresh(record.devices, before)
-                self._reconfigure(record, decision.handles)
-                connections = self._connections.fresh(record.devices, before)
-            else:
-                if not devices and "gloo" in record.backend_of_device.values():
-                    devices, self.devices = gloo.create_devices(self._connections)
-                self.formed.append((record, self._replacement(record, store, devices)))
-                connections = self._connections.fresh(self.devices, seen)
-            self.connections[record.name] = frozenset(connections)
+            if not devices and "gloo" in record.backend_of_device.values():
+                devices, self.devices = gloo.create_devices(self._connections)
+            self.formed.append((record, self._replacement(record, store, devices)))
+            self.connections[record.name] = frozenset(self._connections.fresh(self.devices, seen))
             self.slowest = max(self.slowest, (time.monotonic() - begun, f"{record.desc} {record.name}"))
         client.set_timeout(usual_timeout)
 
-    def _reconfigure(self, record: GroupRecord, handles: tuple[str, ...]) -> None:
-        timeout_s = self._left()
-        with self._abandoning:  # past this, a later epoch takes the backend for spoilt and swaps it
-            self._left()
-            self.reconfigured.append(record)
-            self._meeting = reconfigure.store_of(record.group)
-            backend = backend_of(record, "gloo")
-        reconfigure.reconfigure(backend, self.plan.epoch, handles, timeout_s)
-        self._meeting = None
-
-    def _agree(self, store: Any) -> dict[str, Decision]:
-        """The method of each group of this rank, the same on all its members. Blocks until all members have come."""
+    def _agree(self, store: Any) -> dict[str, str]:
+        """What stands against keeping each group of this rank, the same on all members. Blocks until all have come."""
         records, rank = self.plan.records, self.plan.rank
         established = self._connections.established()
-        asked = self._stores_that_answer() if self.plan.reconfigures else set()
-        words = {record.name: self._word(record, established, asked) for record in records}
+        words = {record.name: self._word(record, established) for record in records}
         store.set(f"words/{rank}", pack_words(words))
         mine = [record for record in records if record.ranks[0] == rank]
         if others := sorted({member for record in mine for member in record.ranks} - {rank}):
@@ -191,61 +155,20 @@ class Forming(threading.Thread):
         for record in mine:
             if missing := [member for member in record.ranks if record.name not in told[member]]:
                 raise ReformError(f"group {record.desc} {record.name}: rank {missing[0]} has destroyed it, others not")
-        decisions = {record.name: decide([told[member][record.name] for member in record.ranks]) for record in mine}
-        for name, decision in decisions.items():
-            store.set(f"how/{name}", pack_decision(decision))
-        names = [record.name for record in records if record.name not in decisions]
-        decisions |= zip(names, map(unpack_decision, self._get(store, [f"how/{name}" for name in names])), strict=True)
-        return decisions
+        why = {record.name: against_keeping([told[member][record.name] for member in record.ranks]) for record in mine}
+        for name, reason in why.items():
+            store.set(f"why/{name}", reason)
+        names = [record.name for record in records if record.name not in why]
+        why |= zip(names, map(bytes.decode, self._get(store, [f"why/{name}" for name in names])), strict=True)
+        return why
 
     def _get(self, store: Any, keys: list[str]) -> list[bytes]:
         store.set_timeout(timedelta(seconds=self._left()))
         return list(store.multi_get(keys)) if keys else []
 
-    def _word(self, record: GroupRecord, established: AbstractSet[int], stores: Collection[int]) -> Word:
-        keeping = self._quiet.against(record, established)
-        operations = self._quiet.operations(record) if not keeping else -1
-        handle, reconfiguring = "", self._against_reconfiguring(record, stores)
-        if not reconfiguring:
-            handle = reconfigure.handle(backend_of(record, "gloo"))
-        return Word(record.made, record.connected, operations, keeping, reconfiguring, handle)
-
-    def _against_reconfiguring(self, record: GroupRecord, stores: Collection[int]) -> str:
-        if not self.plan.reconfigures:
-            return NOT_USED
-        if not record.real:
-            return "spare"
-        if list(record.backend_of_device.values()) != ["gloo"] * len(record.backend_of_device):
-            return "not Gloo alone"
-        if record.spoilt:
-            return "spoilt"
-        if pointee(reconfigure.store_of(record.group)) not in stores:
-            return "store gone"
-        if self._quiet.busy(record):
-            return "busy"  # its pool threads may stay blocked until the operation time-out, and it has no others
-        return ""
-
-    def _stores_that_answer(self) -> set[int]:
-        """Addresses of the connections that this rank's groups meet through and that lead to this epoch's server."""
-        occupied = {pointee(store) for store in self.plan.occupied}
-        answering: set[int] = set()
-        for record in self.plan.records:
-            base = reconfigure.store_of(record.group)
-            if not record.real or pointee(base) in answering | occupied:
-                continue
-            if reconfigure.same_server(base, reconfigure.base_store(self.client)):
-                try:
-                    base.add("deadpool/answering", 0)
-                except RuntimeError:
-                    continue
-                answering.add(pointee(base))
-        return answering
-
-    def occupied(self) -> list[Any]:
-        """Connections to the store that this thread may be blocked in."""
-        if not self.is_alive():
-            return []
-        return [reconfigure.base_store(each) for each in (self.client, self._meeting) if each is not None]
+    def _word(self, record: GroupRecord, established: AbstractSet[int]) -> Word:
+        objection = self._quiet.against(record, established)
+        return Word(record.connected, -1 if objection else self._quiet.operations(record), objection)
 
     def _replacement(self, record: GroupRecord, store: Any, devices: list[Any]) -> Replacement:
         kinds = record.backend_of_device

@@ -1,6 +1,6 @@
 """Put another backend into a living ProcessGroup, and let the old one go.
 
-torch (2.11-2.14) offers `_register_backend`, which adds: a backend that is in a group once is never released, and
+torch (2.11-2.15) offers `_register_backend`, which adds: a backend that is in a group once is never released, and
 under a backend type already taken the old one silently stays. So the old backend's threads, descriptors and
 connections would stay for ever, and the one-byte backend types run out after 249 swaps.
 

@@ -59,8 +59,6 @@ class Quiet:
             return "not Gloo"
         if not self.available:
             return "counters unknown" if self._wanted else "not wanted"
-        if record.spoilt:
-            return "spoilt"
         backend = backend_of(record, "gloo")
         counts = self._release.operations(backend)
         if counts is None or counts[0] != counts[1]:
@@ -76,7 +74,3 @@ class Quiet:
         """Operations begun on a group that nothing stands against."""
         counts = self._release.operations(backend_of(record, "gloo"))
         return counts[0] if counts else -1
-
-    def busy(self, record: GroupRecord) -> bool:
-        """Whether the pool threads of a Gloo group are at work, or may be."""
-        return not self._release.available or bool(self._release.busy(backend_of(record, "gloo")))

@@ -45,9 +45,13 @@ class GroupReport:
 
     group: str
     """Description and name."""
-    method: Method
     why: str
-    """What stood against a cheaper method."""
+    """What stood against keeping it; empty when it was kept."""
+
+    @property
+    def method(self) -> Method:
+        """What was done with it."""
+        return "swapped" if self.why else "kept"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +78,11 @@ class ReformReport:
         return sum(group.method != "kept" for group in self.each)
 
     def __str__(self) -> str:
-        """The line of the log: how many, and which groups by which method, by what stood against the one before."""
+        """The line of the log: how many, and which groups by which method, by what stood against keeping them."""
         text = f"epoch {self.epoch}: {self.reformed} of {self.groups} groups re-formed in {self.seconds:.3f} s"
         if self.reformed:
             text += f" (slowest: {self.slowest_group}, {self.slowest_seconds:.3f} s)"
-        for method in ("reconfigured", "swapped", "kept"):
+        for method in ("swapped", "kept"):
             mine = [group for group in self.each if group.method == method]
             reasons = dict.fromkeys(group.why for group in mine)
             parts = [

@@ -31,16 +31,12 @@ class GroupRecord:
     group: Any = None
     real: bool = True
     """False while a standby's group still carries the fake backend."""
-    made: int = 0
-    """Epoch whose store the backend was made with."""
     connected: int = 0
     """Epoch of the backend's connections."""
     connections: frozenset[int] = frozenset()
     """Inodes of its Gloo connections; perhaps of others that came up at the same time too."""
     devices: frozenset[GlooDevice] = frozenset()
     """The Gloo devices those belong to."""
-    spoilt: bool = False
-    """A `reconfigure` of this backend did not come to its end: of no use any more, but to be swapped."""
 
     @property
     def local(self) -> bool:

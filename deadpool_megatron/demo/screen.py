@@ -96,7 +96,7 @@ class Screen:
         elif name == "parked":
             self.note(f"node {event['node']} is parked as a warm spare", "cyan")
         elif name == "training":
-            self._describe(f"training ({event['strategy']} of communicators)")
+            self._describe("training")
         elif name == "committed":
             self._committed = event["iteration"]
         elif name == "iteration":

@@ -14,22 +14,29 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Descendants", "describe"]
+__all__ = ["VARIABLE", "WORD_LENGTH", "Descendants", "describe", "has_ended"]
 
 # Not DEADPOOL_...: it is none of the product's settings.
-_VARIABLE = "DESCENDANTS_OF"
+VARIABLE = "DESCENDANTS_OF"
+WORD_LENGTH = 16
 
 
 class Descendants:
     """The processes that were started with `environment`, directly or not, whoever their parents are by now.
 
+    Args:
+        family: whose they are, too.
+
     Attributes:
         environment: goes with that of whatever is started.
     """
 
-    def __init__(self) -> None:
-        self.environment = {_VARIABLE: secrets.token_hex(8)}
-        self._word = f"{_VARIABLE}={self.environment[_VARIABLE]}".encode()
+    def __init__(self, family: Descendants | None = None) -> None:
+        word = secrets.token_hex(WORD_LENGTH // 4)
+        if family is not None:
+            word = family.environment[VARIABLE][: WORD_LENGTH // 2] + word
+        self.environment: dict[str, str] = {VARIABLE: word.ljust(WORD_LENGTH, "0")}
+        self._word = f"\0{VARIABLE}={word}".encode()
         # Who ends has no environment for a moment before it is gone.
         self._seen: dict[int, psutil.Process] = {}
 
@@ -38,17 +45,10 @@ class Descendants:
         for pid in psutil.pids():
             # another user's process, or one that has just ended
             with contextlib.suppress(OSError, psutil.NoSuchProcess):
-                if pid != os.getpid() and self._word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if pid != os.getpid() and self._word in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
                     self._seen[pid] = psutil.Process(pid)
-        self._seen = {pid: process for pid, process in self._seen.items() if _lives(process)}
+        self._seen = {pid: process for pid, process in self._seen.items() if not has_ended(process)}
         return list(self._seen.values())
-
-    def until_gone(self, deadline_s: float) -> list[psutil.Process]:
-        """Wait until none lives; those that do after ``deadline_s`` seconds."""
-        end = time.monotonic() + deadline_s
-        while (left := self.living()) and time.monotonic() < end:
-            time.sleep(0.05)
-        return left
 
     def kill(self, deadline_s: float) -> None:
         """SIGKILL for all, by their ids, until none lives or ``deadline_s`` seconds have passed."""
@@ -68,8 +68,9 @@ def describe(process: psutil.Process) -> str:
         return str(process.pid)
 
 
-def _lives(process: psutil.Process) -> bool:
+def has_ended(process: psutil.Process) -> bool:
+    """It is gone, or nobody has waited for it yet."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
-        return False
+        return True

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,11 @@ from typing import Any, NoReturn, Self
 import psutil
 
 from deadpool_megatron.evaluate.descendants import Descendants, describe
+from deadpool_megatron.forking import FORK_SERVER, Process, fork_module
 from deadpool_megatron.observe import EVENTS, LOGS, STATUS, follow_events, read_events
 from deadpool_megatron.vault import PREFIX, Arena
 
-__all__ = ["CLI", "Job", "JobError"]
+__all__ = ["CLI", "Job", "JobError", "start_cli"]
 
 CLI = (sys.executable, "-m", "deadpool_megatron.cli")
 _ITERATION = re.compile(r" iteration +(\d+)/")
@@ -33,6 +35,25 @@ _KILL_S = 10.0
 _POLL_S = 0.02
 _SHM = "/dev/shm"  # where the launcher puts arenas unless it is told otherwise
 _SPOILT = 64  # bytes of a copy that are overwritten
+
+
+def start_cli(
+    arguments: Sequence[str], environment: Mapping[str, str], directory: Path | None = None, **streams: Any
+) -> Process:
+    """Start a `deadpool` command; ``streams`` as of Popen.
+
+    In a session of its own: Ctrl-C reaches only the caller, which then ends the command in order.
+    """
+    if server := environment.get(FORK_SERVER):
+        return fork_module(server, CLI[2], arguments, environment, directory=directory, **streams)
+    return subprocess.Popen(
+        [*CLI, *arguments],
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        cwd=directory,
+        start_new_session=True,
+        **streams,
+    )
 
 
 class JobError(RuntimeError):
@@ -48,7 +69,12 @@ class Job:
         script: the training script and its arguments.
         environment: the launcher's, this process's own when None.
         directory: where the launcher runs, here when None.
+
+    Attributes:
+        clock: seconds, for all deadlines; a subclass may have another one.
     """
+
+    clock: Callable[[], float] = staticmethod(time.monotonic)
 
     def __init__(
         self,
@@ -66,15 +92,12 @@ class Job:
         for name in (EVENTS, STATUS):  # of an older run; they would be taken for this one's
             (run_dir / name).unlink(missing_ok=True)
         with open(self._out, "wb") as out:
-            # A session of its own: Ctrl-C reaches only the caller, which then ends the launcher in order.
-            self.process = subprocess.Popen(
-                [*CLI, "launch", "--run-dir", str(run_dir), "--tee", "none", *launch, *script],
-                stdin=subprocess.DEVNULL,
+            self.process = start_cli(
+                ["launch", "--run-dir", str(run_dir), "--tee", "none", *launch, *script],
+                self._environment,
+                directory,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=self._environment,
-                cwd=directory,
-                start_new_session=True,
             )
 
     def __enter__(self) -> Self:
@@ -121,15 +144,15 @@ class Job:
 
     def follow(self, silence_s: float) -> Iterator[dict[str, Any]]:
         """Events as they come, until the job has ended. Raises JobError after a long silence."""
-        heard = [time.monotonic()]
+        heard = [self.clock()]
 
         def alive() -> bool:
-            if time.monotonic() - heard[0] > silence_s:
+            if self.clock() - heard[0] > silence_s:
                 self.failed(f"no event within {silence_s:g} s")
             return self.process.poll() is None
 
         for event in follow_events(self.run_dir, alive, _POLL_S):
-            heard[0] = time.monotonic()
+            heard[0] = self.clock()
             yield event
 
     def printed_iterations(self) -> list[int]:
@@ -144,7 +167,7 @@ class Job:
 
     def until(self, what: str, find: Callable[[], Any], deadline_s: float) -> Any:
         """Poll until ``find`` gives something; `failed` when the job ends first or the deadline passes."""
-        end = time.monotonic() + deadline_s
+        end = self.clock() + deadline_s
         while True:
             ended = self.process.poll() is not None  # before looking: what came with the end is found
             found = find()
@@ -152,16 +175,18 @@ class Job:
                 return found
             if ended:
                 self.failed(f"ended ({self.process.returncode}) before {what}")
-            if time.monotonic() > end:
+            if self.clock() > end:
                 self.failed(f"no {what} within {deadline_s:g} s")
             time.sleep(_POLL_S)
 
     def command(self, name: str, *options: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
         """Run a real `deadpool` command on the job, to its end, whatever that is."""
-        line = [*CLI, name, "--run-dir", str(self.run_dir), *options]
-        return subprocess.run(
-            line, capture_output=True, text=True, env=self._environment, timeout=timeout_s, check=False
-        )
+        line = [name, "--run-dir", str(self.run_dir), *options]
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+            code = start_cli(line, self._environment, stdout=out, stderr=error).wait(timeout_s)
+            out.seek(0)
+            error.seek(0)
+            return subprocess.CompletedProcess(["deadpool", *line], code, out.read(), error.read())
 
     def inject(self, node: int, iteration: int, tick: int, *more: str) -> list[str]:
         """Arm a fault with the real `deadpool inject`; returns the command. `failed` when it is refused."""
@@ -169,7 +194,7 @@ class Job:
         done = self.command("inject", "--node", str(node), *at, *more, timeout_s=60.0)
         if done.returncode:
             self.failed(f"the fault was refused: {done.stderr.strip()}")
-        return ["deadpool", *done.args[len(CLI) :]]
+        return list(done.args)
 
     def kill_node(self, *nodes: int) -> float:
         """SIGKILL for the agents and all workers of nodes, as one blow; returns the wall-clock time of it."""
@@ -202,17 +227,20 @@ class Job:
 
     def wait(self, deadline_s: float = 3600.0) -> int:
         """The exit code of the job; `failed` when it does not end in time."""
-        end = time.monotonic() + deadline_s
-        while self.process.poll() is None:
-            if time.monotonic() > end:
+        end = self.clock() + deadline_s
+        while (code := self.process.poll()) is None:
+            if self.clock() > end:
                 self.failed(f"it does not end within {deadline_s:g} s")
-            time.sleep(0.2)
-        return self.process.returncode
+            time.sleep(_POLL_S)
+        return code
 
     def until_gone(self, deadline_s: float) -> None:
         """Until no process of this job lives; `failed` when the deadline passes."""
-        if left := self._descendants.until_gone(deadline_s):
-            self.failed(f"still alive after {deadline_s:g} s: {[describe(p) for p in left]}")
+        end = self.clock() + deadline_s
+        while left := self._descendants.living():
+            if self.clock() > end:
+                self.failed(f"still alive after {deadline_s:g} s: {[describe(p) for p in left]}")
+            time.sleep(_POLL_S)
 
     def end(self) -> None:
         """Interrupt the job, wait until it has ended, and end whatever is left, each process by its id."""

@@ -215,7 +215,7 @@ class Swarm:
             dp = world // tp // pp
             info = r.CoordinateInfo(rank, rank % tp, rank // (tp * dp) if dp else 0, rank // tp % max(1, dp))
             size = (3 << 30) + (info.pp << 20)
-            self._send(agent, r.Registered(agent.node, local, info, size, 40000, "groups", "swap", False))
+            self._send(agent, r.Registered(agent.node, local, info, size, 40000, "groups", False))
 
     def _told(self, agent: _Agent, record: r.CoordinatorRecord) -> None:
         match record:

@@ -210,7 +210,7 @@ class Hooks:
             can_rescue = True
         if self.durable is not None:
             trainer.resume(self.durable)
-        trainer.register(self.communicators.strategy, can_rescue)
+        trainer.register(can_rescue)
         if trainer.rank == 0:
             publish_job(self.connect, self.communicators.table_digest())
         if not self.standby:

@@ -133,7 +133,7 @@ class MegatronTrainer:
         MegatronTrainer.latest = self
         optimizer.step_with_ready_grads = self._gated(optimizer.step_with_ready_grads)
 
-    def register(self, strategy: str, can_rescue: bool) -> None:
+    def register(self, can_rescue: bool) -> None:
         """Tell who this is, once, before training."""
         self._session.tell(
             r.Registered(
@@ -150,7 +150,6 @@ class MegatronTrainer:
                 self._plan.nbytes,
                 len(self._small),
                 self._communicators.table_digest(),
-                strategy,
                 can_rescue,
                 self._expected,
             )

@@ -10,16 +10,16 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import zmq
 
 from deadpool_megatron.cluster import Exit, Spoke
 from deadpool_megatron.cluster.leadership import Follower, Place
 from deadpool_megatron.cluster.store import open_store
+from deadpool_megatron.forking import Process
 from deadpool_megatron.multinode.enlisting import Lifeline
 from deadpool_megatron.multinode.options import AgentPlan
 from deadpool_megatron.multinode.seat import Seat
@@ -64,7 +64,7 @@ class Serving:
         plan: AgentPlan,
         signals: Signals,
         hosted: CoordinatorProcess | None,
-        agent: subprocess.Popen[Any] | None = None,
+        agent: Process | None = None,
         lifeline: Lifeline | None = None,
     ) -> None:
         self._plan = plan
@@ -190,7 +190,7 @@ class Serving:
 
     # ---- waiting
 
-    def _until_end(self, main: subprocess.Popen[Any]) -> None:
+    def _until_end(self, main: Process) -> None:
         """Until ``main`` has ended, or the seat changes. Notes why this command made it end, if it did."""
         signals, hosted, agent = self._signals, self._hosted, self._agent
         poller = zmq.Poller()
@@ -229,7 +229,7 @@ class Serving:
         for fd in ends:
             os.close(fd)
 
-    def _give_up(self, main: subprocess.Popen[Any]) -> None:
+    def _give_up(self, main: Process) -> None:
         gone_since = self._lifeline.gone_since if self._lifeline is not None and self._hosted is None else None
         if gone_since is not None and not self._why and time.monotonic() - gone_since > self._plan.gone_s:
             self._why = f"the coordinator has been gone for {self._plan.gone_s:g} s; the job is over"

@@ -30,14 +30,23 @@ class Scrubber:
         vault: what is read.
         bytes_per_second: how fast.
         on_damage: called with (rank or word, kind, version) for each slot found changed; must not block.
+        clock, wait: the time, and what waits for so many seconds unless it is to end, and says whether it is.
     """
 
-    def __init__(self, vault: Vault, bytes_per_second: int, on_damage: Callable[[int, Kind, Version], None]) -> None:
+    def __init__(
+        self,
+        vault: Vault,
+        bytes_per_second: int,
+        on_damage: Callable[[int, Kind, Version], None],
+        clock: Callable[[], float] = time.monotonic,
+        wait: Callable[[float], bool] | None = None,
+    ) -> None:
         self._vault = vault
         self._rate = bytes_per_second
         self._on_damage = on_damage
         self._stopping = threading.Event()
-        self._due = time.monotonic()
+        self._clock, self._wait = clock, wait or self._stopping.wait
+        self._due = clock()
         self.passes = 0
         self._thread = threading.Thread(target=self._run, name="vault-scrub", daemon=True)
         self._thread.start()
@@ -48,8 +57,8 @@ class Scrubber:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stopping.wait(_REST_S):
-            self._due = time.monotonic()
+        while not self._wait(_REST_S):
+            self._due = self._clock()
             for arena in self._vault.arenas():
                 for slot in arena.slots:
                     self._scrub(arena.info.rank, arena.info.kind, slot)
@@ -80,6 +89,6 @@ class Scrubber:
 
     def _pace(self, nbytes: int) -> None:
         self._due += nbytes / self._rate
-        ahead = self._due - time.monotonic()
+        ahead = self._due - self._clock()
         if ahead > _STEP_S:
-            self._stopping.wait(ahead)
+            self._wait(ahead)

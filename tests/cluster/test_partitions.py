@@ -103,7 +103,7 @@ class Nodes:
 
     def fenced(self, host: int) -> None:
         """The command of a host ends by itself, fenced, and leaves no process."""
-        assert self.machines.code(self._command[host], FENCED_S) == Exit.FENCED
+        assert self.machines.code(self._command[host]) == Exit.FENCED
         job = self.network.names[host]
         with open(f"/run/netns/{job}") as f:
             there = os.fstat(f.fileno()).st_ino
@@ -111,7 +111,7 @@ class Nodes:
         def empty() -> bool:
             return not [p for p in psutil.pids() if _namespace(p) == there]
 
-        self.machines.until(f"no process on host {host}", empty, 10.0)
+        self.machines.until(f"no process on host {host}", empty)
 
     def comes_back(self, host: int) -> None:
         """The same command again: the node becomes a spare."""
@@ -129,7 +129,7 @@ class Nodes:
     def finish(self, want: Job) -> None:
         """Train to the end; compare with the undisturbed run."""
         self.pace(0)
-        assert self.machines.code(0, 120) == 0, self.machines.outputs()
+        assert self.machines.code(0) == 0, self.machines.outputs()
         expected = {iteration: exact for iteration, *exact in want.exact()}
         assert [i for i, *exact in self.job.exact() if exact != expected[i]] == []
         assert self.job.hashes() == want.hashes()

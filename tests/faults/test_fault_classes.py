@@ -16,7 +16,9 @@ import psutil
 import pytest
 
 from deadpool_megatron.cluster import Exit
-from deadpool_megatron.evaluate.jobs import CLI
+from deadpool_megatron.evaluate.descendants import has_ended
+from deadpool_megatron.evaluate.jobs import start_cli
+from deadpool_megatron.forking import Process
 from flags import tiny_gpt
 from jobs import PACED, Job, Jobs, environment, launch_flags, set_pace
 
@@ -50,7 +52,7 @@ class Drama:
         set_pace(self._pace, WAITING_S)
         paced = {"PACE_FILE": str(self._pace)}
         self.job = jobs.start(name, launch_flags(nodes, spares, 1), small(ITERATIONS), PACED, extra=paced)
-        self.joined: list[subprocess.Popen[bytes]] = []
+        self.joined: list[Process] = []
         self.parked(spares)
 
     def command(self, *command: str) -> str:
@@ -62,8 +64,8 @@ class Drama:
 
     def join(self) -> None:
         """A new node, in the background."""
-        command = [*CLI, "join", "--run-dir", str(self.job.run_dir)]
-        self.joined.append(subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL))
+        command = ["join", "--run-dir", str(self.job.run_dir)]
+        self.joined.append(start_cli(command, environment(forked=True), stdout=subprocess.DEVNULL))
 
     def parked(self, spares: int) -> None:
         """Until so many spares are parked."""
@@ -97,7 +99,7 @@ class Drama:
         try:
             coordinator = psutil.Process(self.job.status()["coordinator_pid"])
             yield
-            self.job.until("its end", lambda: coordinator.status() == psutil.STATUS_ZOMBIE)
+            self.job.until("its end", lambda: has_ended(coordinator))
             other = socket.create_server((host, int(port)))
         finally:
             self.job.process.send_signal(signal.SIGCONT)

@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 
 from deadpool_megatron.comm import Communicators
+from deadpool_megatron.comm.table import backend_of
+from deadpool_megatron.forking import Process, fork_module
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
-STRATEGY = os.environ.get("DEADPOOL_TEST_COMM", "auto")
 
 
 class Worker:
@@ -80,7 +81,7 @@ class Worker:
 
     def idle(self) -> None:
         """Until Gloo's threads have put down what is finished: that takes a moment longer than the wait for it."""
-        while any(self.comm._quiet.busy(record) for record in self.comm.groups()):
+        while any(self.comm._waits.release.busy(backend_of(record, "gloo")) for record in self.comm.groups()):
             time.sleep(0.001)
 
     def meet(self, name: str, count: int | None = None) -> None:
@@ -132,7 +133,6 @@ def run(
     spares: int = 0,
     limit_s: float = 240.0,
     deaths_are_faults: bool = True,
-    python: str = sys.executable,
     install: dict[str, Any] | None = None,
     env: dict[str, str] | None = None,
 ) -> dict[int, Any]:
@@ -141,6 +141,8 @@ def run(
     The first death sets key fault/0 (second fault/1 ...), with the dead rank under victim/<n>. Fails on any worker's
     error and when `limit_s` passes.
     """
+    from jobs import torch_server  # not found by the processes themselves
+
     server = dist.TCPStore(LOOPBACK, 0, None, True, wait_for_workers=False, timeout=timedelta(seconds=30))
     base = dict(
         os.environ,
@@ -151,15 +153,18 @@ def run(
         PYTHONWARNINGS="ignore",
         TORCH_CPP_LOG_LEVEL="ERROR",
         PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'integration'}",
-        INSTALL=json.dumps({"strategy": STRATEGY} | (install or {})),
+        INSTALL=json.dumps(install or {}),
         **(env or {}),
     )
-    processes: dict[int, subprocess.Popen[bytes]] = {}
+    processes: dict[int, Process] = {}
     for i in range(world + spares):
         mine = dict(base, ID=str(i), RANK=str(i))
         if i >= world:
             mine["SPARE"] = "1"
-        processes[i] = subprocess.Popen([python, file, scenario], env=mine)
+        if env is None:
+            processes[i] = fork_module(str(torch_server().address), file, [scenario], mine)
+        else:
+            processes[i] = subprocess.Popen([sys.executable, file, scenario], env=mine)
     results: dict[int, Any] = {}
     errors: list[str] = []
     end = time.monotonic() + limit_s

@@ -15,7 +15,7 @@ import pytest
 
 from deadpool_megatron.cluster import Exit
 from flags import tiny_gpt
-from jobs import EXAMPLE, Jobs, assert_same_training, launch_flags
+from jobs import PACED, Jobs, assert_same_training, launch_flags, set_pace, undisturbed
 from machines import Machines, MachinesJob, torchrun_environments
 
 DUMP = (
@@ -62,7 +62,7 @@ def test_a_torchrun_command_line_gives_the_same_environments_with_one_word_chang
     want = torchrun_environments(machines.directory, [[*line, "--node_rank", str(n)] for n in (0, 1)], script, 4)
     for n in (1, 0):
         machines.start([*line, "--node_rank", str(n)], script)
-    assert machines.codes(60) == [0, 0]
+    assert machines.codes() == [0, 0]
     got = _environments(machines.directory, 4)
     assert [e["argv"] for e in got] == [["--some-flag", "7"]] * 4
     assert got == want
@@ -73,7 +73,7 @@ def test_agents_without_a_rank_get_one_each_whoever_is_first_and_share_no_secret
     line = ["--nnodes=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{machines.port}", "--rdzv-id=x"]
     for _ in range(3):
         machines.start(line, script)
-    assert machines.codes(60) == [0, 0, 0]
+    assert machines.codes() == [0, 0, 0]
     assert [e["RANK"] for e in _environments(machines.directory, 3)] == ["0", "1", "2"]
     assert (machines.run_dir / "job.json").stat().st_mode & 0o077 == 0
 
@@ -87,7 +87,7 @@ def test_slurm_and_kubernetes_number_the_nodes_and_a_secret_file_needs_no_shared
     env = {"DEADPOOL_SECRET_FILE": str(secret), "PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"127.0.0.1:{machines.port}"}
     machines.start(["--run-dir", "one"], script, env | {"JOB_COMPLETION_INDEX": "1"})
     machines.start(["--run-dir", "two"], script, env | slurm | {"SLURM_PROCID": "0"})
-    assert machines.codes(60) == [0, 0]
+    assert machines.codes() == [0, 0]
     assert len(_environments(machines.directory, 2)) == 2
     assert (machines.directory / "one" / "logs" / "rank-1.log").exists()
     assert (machines.directory / "two" / "logs" / "rank-0.log").exists()
@@ -99,7 +99,7 @@ def test_the_coordinator_may_run_on_a_machine_of_its_own_and_gives_the_jobs_code
     for n in (0, 1):
         machines.start([*line, "--node-rank", str(n), "--no-coordinator"], script)
     machines.start(line, script, command="coordinator")
-    assert machines.codes(60) == [5, 5, 5]
+    assert machines.codes() == [5, 5, 5]
     assert "deadpool: rank 1 on node 1 failed" in machines.output(2)
     assert "deadpool: rank 1 on node 1 failed" in machines.output(0), "an agent alone on its machine says why, too"
 
@@ -109,7 +109,7 @@ def test_the_coordinator_may_run_on_a_machine_of_its_own_and_gives_the_jobs_code
 
 def _refused(machines: Machines, options: Sequence[str], env: dict[str, str] | None = None) -> str:
     machines.start(options, _script(machines, DUMP), env)
-    assert machines.codes(60) == [Exit.USAGE]
+    assert machines.codes() == [Exit.USAGE]
     (said,) = [line for line in machines.output(0).splitlines() if line.startswith("deadpool: ")]
     return said
 
@@ -147,10 +147,10 @@ def test_agents_that_disagree_and_agents_too_many_are_sent_away_and_the_job_goes
     for options, _ in others[:3]:
         machines.start(options, script)
     for i, (_, why) in enumerate(others[:3], start=1):
-        assert machines.code(i, 60) == Exit.USAGE
+        assert machines.code(i) == Exit.USAGE
         assert why in machines.output(i)
     machines.start([*line, "--node-rank", "1"], script)
-    assert machines.code(0, 60) == machines.code(4, 60) == 0
+    assert machines.code(0) == machines.code(4) == 0
 
 
 # ---- ends
@@ -172,24 +172,24 @@ def test_an_interrupt_where_the_coordinator_is_ends_the_job_on_every_machine(
 ) -> None:
     _sleeping(machines)
     machines.started[0].send_signal(signum)
-    assert machines.codes(30) == [Exit.INTERRUPTED, Exit.INTERRUPTED]
-    machines.until_gone(5)
+    assert machines.codes() == [Exit.INTERRUPTED, Exit.INTERRUPTED]
+    machines.until_gone()
     assert "interrupted" in machines.output(0)
 
 
 def test_a_command_that_is_killed_takes_its_machines_processes_along(machines: Machines) -> None:
     _sleeping(machines)
     machines.started[1].kill()
-    assert machines.code(0, 30) == Exit.FAILED and "node 1 was lost" in machines.output(0)
-    machines.until_gone(15)
+    assert machines.code(0) == Exit.FAILED and "node 1 was lost" in machines.output(0)
+    machines.until_gone()
 
 
 def test_agents_whose_coordinator_is_gone_for_good_end_by_themselves_and_say_so(machines: Machines) -> None:
     _sleeping(machines, "--rdzv-conf", "coordinator_timeout=2")
     machines.kill_tree(0)
-    assert machines.code(1, 40) == Exit.FAILED
+    assert machines.code(1) == Exit.FAILED
     assert "the coordinator has been gone for 2 s" in machines.output(1)
-    machines.until_gone(15)
+    machines.until_gone()
 
 
 # ---- training
@@ -208,25 +208,24 @@ def test_training_under_agents_loses_a_machine_takes_it_back_as_a_spare_and_ends
 ) -> None:
     iterations = 60
     flags = [*tiny_gpt("none", iters=iterations), "--tensor-model-parallel-size", "1"]
-    want = jobs.start("undisturbed", launch_flags(2, slots=1), flags)
-    want.finished()
+    want = undisturbed(launch_flags(2, slots=1), flags)
     hash_file = Path(f"{machines.run_dir}.hash.json")
-    script = [str(EXAMPLE), *flags, "--deadpool", "--deadpool-state-hash", str(hash_file)]
+    script = [str(PACED), *flags, "--deadpool", "--deadpool-state-hash", str(hash_file)]
     line = ["--nnodes", "3", "--spare-nodes", "1", "--emulate-cpu", "--tee", "none"]
     line += ["--rdzv-endpoint", f"127.0.0.1:{machines.port}"]
+    set_pace(machines.pace, "hold 0")
     for n in range(3):
         machines.start([*line, "--node-rank", str(n), "--local-addr", f"127.0.0.{n + 1}"], script)
     job = MachinesJob(machines)
-    job.until_event("started")
-    job.inject(1, 3, 1)
+    job.arm((1, 3, 1))
     job.until_event("training")
     survivor = job.pids()[0]
-    assert machines.code(1, 150) == 128 + signal.SIGKILL
+    assert machines.code(1) == 128 + signal.SIGKILL
     machines.start([*line, "--node-rank", "1"], script)  # the same command again, as a batch system would give it
     assert job.until_event("joined")["node"] == 3
-    assert [machines.code(n, 150) for n in (0, 2, 3)] == [0, 0, 0], job.log_tails()
+    assert [machines.code(n) for n in (0, 2, 3)] == [0, 0, 0], job.log_tails()
     assert "its agent was ended by signal 9" in machines.output(1)
     assert [e["lost"] for e in job.events("declared")] == [[1]]
     assert job.pids()[0] == survivor
-    machines.until_gone(10)
+    machines.until_gone()
     assert_same_training(job, want, iterations, rank=1)

@@ -17,6 +17,8 @@ import torch.distributed._functional_collectives as funcol
 from comm_processes import Worker, run, worker_main
 from deadpool_megatron.comm import CommunicatorAborted
 
+pytestmark = pytest.mark.versions(torch=True)
+
 LARGE = 16 * 1024 * 1024  # floats: 64 MB, far more than socket buffers hold
 VICTIM = 2
 WORLD = 3

@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from comm_processes import Worker, kill_self, run, worker_main
 from deadpool_megatron.comm import ReformError
+
+pytestmark = pytest.mark.versions(torch=True)
 
 
 def _all_reduce_is_right(worker: Worker) -> bool:

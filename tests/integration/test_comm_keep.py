@@ -10,6 +10,8 @@ import torch.distributed as dist
 from comm_processes import Worker, exchange, kill_self, run, worker_main
 from deadpool_megatron.comm.inplace import pointee
 
+pytestmark = pytest.mark.versions(torch=True)
+
 VICTIM = 2
 LAYOUT = {
     "tp": [[0, 1], [2, 3]],
@@ -103,7 +105,7 @@ def one_lost(worker: Worker) -> dict[str, dict[str, str]]:
 
 
 def test_groups_that_lost_nobody_and_are_quiet_are_kept_and_only_those() -> None:
-    results = run(__file__, "one_lost", world=4, spares=1, install={"strategy": "swap"})
+    results = run(__file__, "one_lost", world=4, spares=1)
     lost = {rank: seen["lost"] for rank, seen in results.items()}
     for rank, seen in lost.items():
         print(rank, seen)

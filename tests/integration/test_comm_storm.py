@@ -3,11 +3,14 @@
 import threading
 
 import psutil
+import pytest
 import torch
 import torch.distributed as dist
 
 from comm_processes import Worker, run, worker_main
 from comm_storm import AbortStorm
+
+pytestmark = pytest.mark.versions(torch=True)
 
 COUNT = 60
 WORLD = 4

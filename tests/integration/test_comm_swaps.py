@@ -1,9 +1,11 @@
 """Swap after swap: no limit on their number, nothing left behind, failures while forming lead to the next epoch."""
 
 import os
+import signal
 import statistics
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,11 +13,14 @@ import torch
 import torch.distributed as dist
 
 from comm_processes import Worker, exchange, kill_self, run, worker_main
-from deadpool_megatron.comm import ReformError
+from deadpool_megatron.comm import ReformError, gloo
+
+pytestmark = pytest.mark.versions(torch=True)
 
 SWAPS = 320  # more than torch's one-byte backend types
 MANY = 20
 KEPT = 10
+LARGE = 16 * 1024 * 1024  # floats: 64 MB, far more than socket buffers hold
 
 
 def footprint() -> dict[str, float]:
@@ -156,9 +161,7 @@ def failing_to_form(worker: Worker) -> str:
             worker.comm.reform(3, worker.store)
         else:
             worker.store.wait(["first try over"])
-            # Dies when it begins to connect, the method agreed on: a swap opens a device, a reconfigure looks around.
-            worker.comm._connections.watching = kill_self
-            worker.comm._connections.fresh = lambda *_: kill_self()
+            worker.comm._connections.watching = kill_self  # when it opens a device: what is swapped is agreed on
             worker.comm.reform(2, worker.store)
     for group in (None, pair):
         dist.all_reduce(x := torch.ones(4), group=group)
@@ -180,6 +183,121 @@ def failing_to_form(worker: Worker) -> str:
 def test_a_failure_while_forming_leads_to_the_next_epoch() -> None:
     results = run(__file__, "failing_to_form", world=2, spares=1, limit_s=400, install={"form_timeout_s": 5.0})
     assert sorted(results) == [0, 2]
+
+
+def sums_are_right(*groups: dist.ProcessGroup | None) -> None:
+    for group in groups:
+        dist.all_reduce(x := torch.ones(8), group=group)
+        assert x.eq(dist.get_world_size(group)).all()
+
+
+def half_sent(worker: Worker) -> float:
+    """Rank 0 is the root of two broadcasts, one for each pool thread of the group, that rank 1 stops receiving."""
+    worker.init()
+    data = [torch.ones(LARGE) for _ in range(2)]
+    worker.store.set(f"pid/{worker.rank}", str(os.getpid()))
+    peer = int(worker.store.get("pid/1"))
+    worker.meet("ready")
+    if worker.rank == 1:
+        works = [dist.broadcast(x, src=0, async_op=True) for x in data]
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        worker.comm.abort()
+    else:
+        while Path(f"/proc/{peer}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
+            time.sleep(0.01)
+        works = [dist.broadcast(x, src=0, async_op=True) for x in data]
+        time.sleep(0.5)
+        worker.comm.abort()
+        os.kill(peer, signal.SIGCONT)
+    assert works
+    begun = time.monotonic()
+    worker.comm.reform(1, worker.store)
+    sums_are_right(None)
+    seconds = time.monotonic() - begun
+    worker.meet("end")
+    return seconds
+
+
+def test_a_group_with_blocked_pool_threads_is_of_use_at_once() -> None:
+    results = run(__file__, "half_sent", world=2, install={"operation_timeout_s": 8.0})
+    print(results)
+    assert max(results.values()) < 2
+
+
+def left_behind(worker: Worker) -> float:
+    """Rank 1 agrees to form and does not connect: rank 0 is in a call that only its time-out ends."""
+    worker.init()
+    pair = dist.new_group([0, 1], group_desc="pair")
+    exchange([None, pair])
+    worker.meet("made")
+    worker.comm.abort()
+    if worker.rank == 1:
+        build = gloo.build
+
+        def absent(*args: object) -> None:
+            worker.store.clone().set("absent", b"1")
+            threading.Event().wait()
+
+        gloo.build = absent  # type: ignore[assignment]
+        threading.Thread(target=lambda: (worker.store.clone().wait(["given up"]), worker.comm.abort())).start()
+        with pytest.raises(ReformError):
+            worker.comm.reform(1, worker.store)
+        gloo.build = build
+    else:
+        threading.Thread(
+            target=lambda: (worker.store.clone().wait(["absent"]), time.sleep(0.5), worker.comm.abort())
+        ).start()
+        begun = time.monotonic()
+        with pytest.raises(ReformError, match="aborted while forming"):
+            worker.comm.reform(1, worker.store)
+        assert time.monotonic() - begun < 3
+        worker.store.set("given up", b"1")
+    begun = time.monotonic()
+    worker.comm.reform(2, worker.store)
+    sums_are_right(None, pair)
+    seconds = time.monotonic() - begun
+    if worker.rank == 0:
+        (old,) = [each for each in threading.enumerate() if each.name == "deadpool-forming-1"]
+        old.join(20)  # its time-out passes, and nobody notices
+        assert not old.is_alive()
+    worker.meet("its end")
+    sums_are_right(None, pair)
+    worker.meet("used")
+    worker.comm.abort()
+    worker.comm.reform(3, worker.store)
+    sums_are_right(None, pair)
+    worker.meet("end")
+    return seconds
+
+
+def test_a_forming_that_waits_for_nobody_is_left_behind_and_harms_no_later_epoch() -> None:
+    results = run(__file__, "left_behind", world=2, install={"form_timeout_s": 10.0})
+    print(results)
+    assert max(results.values()) < 3
+
+
+def other_server(worker: Worker) -> str:
+    """The next epoch has another store."""
+    worker.init()
+    exchange([None])
+    worker.meet("made")
+    worker.comm.abort()
+    if worker.rank == 0:
+        server = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        worker.store.set("new server", str(server.port))
+    store = dist.TCPStore("127.0.0.1", int(worker.store.get("new server")), None, False)
+    for epoch in (1, 2):
+        assert worker.comm.reform(epoch, store).reformed == 1
+        sums_are_right(None)
+        exchange([None])
+        worker.meet(f"used/{epoch}")
+        worker.comm.abort()
+    return "done"
+
+
+def test_groups_follow_the_coordinator_to_another_store() -> None:
+    assert len(run(__file__, "other_server", world=2)) == 2
 
 
 def other_groups(worker: Worker) -> str:
@@ -210,6 +328,9 @@ if __name__ == "__main__":
             "swap_for_ever": swap_for_ever,
             "twenty_four_groups": twenty_four_groups,
             "failing_to_form": failing_to_form,
+            "half_sent": half_sent,
+            "left_behind": left_behind,
+            "other_server": other_server,
             "other_groups": other_groups,
         }
     )

@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from comm_processes import Worker, kill_self, run, worker_main
 
+pytestmark = pytest.mark.versions(torch=True)
+
 VICTIM = 2
 
 

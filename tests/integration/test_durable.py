@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from deadpool_megatron.cluster import Exit
 from flags import tiny_gpt
-from jobs import EXAMPLE, ROOT, Job, Jobs, assert_same_checkpoint, launch_flags, torchrun
+from jobs import EXAMPLE, ROOT, Job, Jobs, alone, assert_same_checkpoint, launch_flags
 from machines import Machines, MachinesJob
 
 
@@ -157,7 +157,7 @@ def test_an_exported_generation_is_the_checkpoint_megatron_itself_saves_and_load
     load = ["--load", str(exported), "--no-load-optim", "--no-load-rng", "--no-save-optim", "--no-save-rng"]
     load += ["--save", str(again), "--save-interval", "1000", "--ckpt-format", "torch_dist"]
     load += ["--train-iters", str(generation)]
-    torchrun(tmp_path, 2, [*flags(), *load, "--tensor-model-parallel-size", "2"])
+    alone(tmp_path, 2, [*flags(), *load, "--tensor-model-parallel-size", "2"])
     loaded, wanted = _global_tensors(again / f"iter_{generation:07d}"), _global_tensors(own / f"iter_{generation:07d}")
     assert len(wanted) > 10 and set(loaded) == set(wanted)
     assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
@@ -211,10 +211,10 @@ def test_one_machine_that_is_told_to_leave_makes_all_leave_with_what_is_committe
         job = MachinesJob(machines)
         job.until("a commit", lambda: [e for e in job.events("committed") if e["iteration"] > 2])
         machines.started[told].send_signal(signal.SIGTERM)
-        assert machines.codes(60) == [Exit.PREEMPTED, Exit.PREEMPTED], machines.outputs()
+        assert machines.codes() == [Exit.PREEMPTED, Exit.PREEMPTED], machines.outputs()
         last = job.events("durable")[-1]["iteration"]
         assert f"preempted: generation {last} is durable" in machines.output(0)
-        machines.until_gone(10)
+        machines.until_gone()
     finally:
         machines.end()
 

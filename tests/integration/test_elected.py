@@ -18,7 +18,7 @@ from deadpool_megatron.evaluate.etcd import EtcdMembers
 from deadpool_megatron.observe import read_events
 from etcds import need_etcd
 from flags import tiny_gpt
-from jobs import EXAMPLE, Jobs, assert_same_training, launch_flags
+from jobs import EXAMPLE, assert_same_training, launch_flags, undisturbed
 from machines import Machines, MachinesJob
 
 pytestmark = pytest.mark.slow
@@ -83,7 +83,7 @@ class ElectedJob:
     def finish(self, machines: list[int]) -> None:
         """The script ends well on these machines, and so does the job."""
         (self.machines.directory / "finish").touch()
-        assert [self.machines.code(n, 40) for n in machines] == [0] * len(machines), self.machines.outputs()
+        assert [self.machines.code(n) for n in machines] == [0] * len(machines), self.machines.outputs()
 
 
 def test_the_coordinators_machine_is_killed_and_another_one_leads_without_anybody_restarting(
@@ -94,11 +94,11 @@ def test_the_coordinators_machine_is_killed_and_another_one_leads_without_anybod
     left = [n for n in range(3) if n != first]
     begun = time.monotonic()
     machines.kill_tree(first)
-    machines.until("another leader", lambda: (p := known_place(job.store)) and int(p.host[-1]) - 1 != first, 30)
+    machines.until("another leader", lambda: (p := known_place(job.store)) and int(p.host[-1]) - 1 != first)
     took = time.monotonic() - begun
     assert took < 15, "the lease, a turn of the election, a start: seconds, on a busy machine a few more"
     # DeadPool is off in this job, so the loss of a node ends it, by the word of the new coordinator.
-    assert [machines.code(n, 40) for n in left] == [Exit.FAILED] * 2
+    assert [machines.code(n) for n in left] == [Exit.FAILED] * 2
     assert job.events("coordinator_back")[0]["nodes"] == [0, 1, 2]
     assert all(f"node {first} was lost" in machines.output(n) for n in left)
 
@@ -121,7 +121,7 @@ def test_an_etcd_member_is_killed_another_cut_off_and_all_are_restarted_and_the_
     for member in range(3):
         etcd.start(member)
     etcd.until_up()
-    job.machines.until("a coordinator again", lambda: (p := known_place(job.store)) and p.term > 0, 30)
+    job.machines.until("a coordinator again", lambda: (p := known_place(job.store)) and p.term > 0)
     job.finish([0, 1, 2])
     assert not job.events("detected"), "nobody was lost"
 
@@ -135,10 +135,10 @@ def test_a_leader_that_etcd_does_not_hear_steps_down_and_its_late_writes_are_ref
     # The command holds the lease: stopped, it cannot keep it alive, while its coordinator goes on.
     machines.started[first].send_signal(signal.SIGSTOP)
     try:
-        machines.until("another leader", lambda: (p := known_place(job.store)) and p.term != place.term, 30)
+        machines.until("another leader", lambda: (p := known_place(job.store)) and p.term != place.term)
     finally:
         machines.started[first].send_signal(signal.SIGCONT)
-    machines.until("the agents' return", lambda: job.status()["coordinator_pid"] and job.events("coordinator_back"), 30)
+    machines.until("the agents' return", lambda: job.status()["coordinator_pid"] and job.events("coordinator_back"))
     job.finish([0, 1, 2])
     assert not job.events("detected")
 
@@ -152,50 +152,45 @@ def test_the_embedded_stores_host_is_killed_and_comes_back_and_the_job_goes_on(m
     machines.start(line, command, command="coordinator")
     for n in (0, 1):
         machines.start([*line, "--node-rank", str(n), "--no-coordinator"], command)
-    machines.until("workers", lambda: len(list(machines.directory.glob("up-*"))) == 2, 120)
+    machines.until("workers", lambda: len(list(machines.directory.glob("up-*"))) == 2)
     job = (machines.run_dir / "job.json").read_text()
     machines.kill_tree(0)
     time.sleep(2.0)
     machines.start(line, command, command="coordinator")
-    machines.until("its return", lambda: "goes on here" in machines.output(3), 60)
-    machines.until("a coordinator", lambda: (machines.run_dir / "job.json").read_text() != job, 60)
+    machines.until("its return", lambda: "goes on here" in machines.output(3))
+    machines.until("a coordinator", lambda: (machines.run_dir / "job.json").read_text() != job)
     assert json.loads((machines.run_dir / "job.json").read_text())["secret"] == json.loads(job)["secret"]
     (machines.directory / "finish").touch()
-    assert [machines.code(n, 60) for n in (1, 2, 3)] == [0, 0, 0], machines.outputs()
+    assert [machines.code(n) for n in (1, 2, 3)] == [0, 0, 0], machines.outputs()
     events = [e["event"] for e in read_events(machines.run_dir)]
     assert "coordinator_back" in events and "detected" not in events
 
 
 @pytest.mark.timeout(400)
 def test_training_loses_the_machine_of_node_0_which_leads_and_ends_bitwise_equal(
-    machines: Machines, etcd: EtcdMembers, tmp_path_factory: pytest.TempPathFactory
+    machines: Machines, etcd: EtcdMembers
 ) -> None:
     iterations = 60
     flags = [*tiny_gpt("none", iters=iterations), "--tensor-model-parallel-size", "1"]
-    jobs = Jobs(tmp_path_factory.mktemp("undisturbed"))
-    try:
-        want = jobs.start("undisturbed", launch_flags(2, slots=1), flags)
-        want.finished()
-        hash_file = Path(f"{machines.run_dir}.hash.json")
-        script = [str(EXAMPLE), *flags, "--deadpool", "--deadpool-state-hash", str(hash_file)]
-        line = ["--nnodes", "3", "--spare-nodes", "1", "--emulate-cpu", "--tee", "none", "--rdzv-id", "train"]
-        env = {"DEADPOOL_STORE": etcd.url}
-        store = EtcdStore(etcd.url, "/deadpool/train/", 20.0)
-        for n in range(3):
-            machines.start([*line, "--node-rank", str(n), "--local-addr", f"127.0.0.{n + 1}"], script, env)
-            machines.until("the first leader", lambda: known_place(store), 60)
-        place = known_place(store)
-        assert place is not None and place.host == "127.0.0.1"
-        job = MachinesJob(machines)
-        job.process = machines.started[1]
-        job.until_event("training")
-        job.until("a commit", lambda: job.status()["generation"]["committed"] >= 5)
-        survivor = job.pids()[1]
-        machines.kill_tree(0)
-        assert [machines.code(n, 200) for n in (1, 2)] == [0, 0], job.log_tails()
-        assert [e["lost"] for e in job.events("declared")] == [[0]]
-        assert job.events("coordinator_back") and job.pids()[1] == survivor
-        machines.until_gone(10)
-        assert_same_training(job, want, iterations, rank=1)
-    finally:
-        jobs.end()
+    want = undisturbed(launch_flags(2, slots=1), flags)
+    hash_file = Path(f"{machines.run_dir}.hash.json")
+    script = [str(EXAMPLE), *flags, "--deadpool", "--deadpool-state-hash", str(hash_file)]
+    line = ["--nnodes", "3", "--spare-nodes", "1", "--emulate-cpu", "--tee", "none", "--rdzv-id", "train"]
+    env = {"DEADPOOL_STORE": etcd.url}
+    store = EtcdStore(etcd.url, "/deadpool/train/", 20.0)
+    for n in range(3):
+        machines.start([*line, "--node-rank", str(n), "--local-addr", f"127.0.0.{n + 1}"], script, env)
+        machines.until("the first leader", lambda: known_place(store))
+    place = known_place(store)
+    assert place is not None and place.host == "127.0.0.1"
+    job = MachinesJob(machines)
+    job.process = machines.started[1]
+    job.until_event("training")
+    job.until("a commit", lambda: job.status()["generation"]["committed"] >= 5)
+    survivor = job.pids()[1]
+    machines.kill_tree(0)
+    assert [machines.code(n) for n in (1, 2)] == [0, 0], job.log_tails()
+    assert [e["lost"] for e in job.events("declared")] == [[0]]
+    assert job.events("coordinator_back") and job.pids()[1] == survivor
+    machines.until_gone()
+    assert_same_training(job, want, iterations, rank=1)

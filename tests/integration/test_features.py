@@ -16,7 +16,17 @@ from pathlib import Path
 import pytest
 
 from flags import Layout, duo_gpt, with_value
-from jobs import EXAMPLE, ROOT, Job, Jobs, assert_same_checkpoint, assert_same_training, environment, launch_flags
+from jobs import (
+    EXAMPLE,
+    ROOT,
+    Job,
+    Jobs,
+    assert_same_checkpoint,
+    assert_same_training,
+    environment,
+    launch_flags,
+    undisturbed,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -124,9 +134,10 @@ def test_a_run_with_this_feature_survives_a_kill(name: str, jobs: Jobs) -> None:
     want = jobs.start(
         "undisturbed", launch_flags(2, slots=1), _flags(feature, jobs.directory / "undisturbed"), feature.script
     ).finished()
-    job = jobs.start("killed", launch_flags(3, 1, slots=1), _flags(feature, jobs.directory / "killed"), feature.script)
-    job.until_event("started")
-    job.inject(feature.node, *feature.at)
+    job = jobs.start(
+        "killed", launch_flags(3, 1, slots=1), _flags(feature, jobs.directory / "killed"), feature.script, held=True
+    )
+    job.arm((feature.node, *feature.at))
     job.finished()
     assert len(job.events("resumed")) == 1
     count = 1 + max(e["iteration"] for e in want.events("iteration"))
@@ -143,10 +154,9 @@ def test_a_run_from_megatrons_own_yaml_file_survives_a_kill(jobs: Jobs) -> None:
     with file.open("a") as lines:
         lines.write("deadpool: {lease: 4}\n")
     flags = ["--yaml-cfg", str(file)]
-    want = jobs.start("undisturbed", launch_flags(2, slots=1), flags, YAML).finished()
-    job = jobs.start("killed", launch_flags(3, 1, slots=1), flags, YAML)
-    job.until_event("started")
-    job.inject(0, 3, 2)
+    want = undisturbed(launch_flags(2, slots=1), flags, YAML)
+    job = jobs.start("killed", launch_flags(3, 1, slots=1), flags, YAML, held=True)
+    job.arm((0, 3, 2))
     job.finished()
     assert len(job.events("resumed")) == 1
     assert_same_training(job, want, ITERATIONS, rank=1, mute=frozenset({2}))
@@ -154,7 +164,7 @@ def test_a_run_from_megatrons_own_yaml_file_survives_a_kill(jobs: Jobs) -> None:
 
 def test_a_node_that_dies_during_an_evaluation_is_replaced(jobs: Jobs) -> None:
     flags = with_value(with_value(duo_gpt(iters=4), "--eval-interval", 2), "--eval-iters", 60)
-    want = jobs.start("undisturbed", launch_flags(2, slots=1), flags).finished()
+    want = undisturbed(launch_flags(2, slots=1), flags)
     job = jobs.start("killed", launch_flags(3, 1, slots=1), flags)
     job.until("iteration 1", lambda: [e for e in job.events("iteration") if e["iteration"] == 1])
     job.kill_node(0)  # the evaluation after that iteration has just begun
@@ -182,9 +192,8 @@ def test_the_exit_signal_saves_a_checkpoint_after_a_swap_as_before(jobs: Jobs) -
     save = jobs.directory / "ckpt"
     flags = [*duo_gpt(iters=2000), "--exit-signal-handler", "--save", str(save), "--save-interval", "1000"]
     flags += ["--ckpt-format", "torch_dist"]
-    job = jobs.start("signalled", launch_flags(3, 1, slots=1), flags)
-    job.until_event("started")
-    job.inject(0, 3, 2)
+    job = jobs.start("signalled", launch_flags(3, 1, slots=1), flags, held=True)
+    job.arm((0, 3, 2))
     resumed = job.until_event("resumed")
     for pid in job.pids().values():
         os.kill(pid, signal.SIGTERM)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.cluster import Exit
-from flags import tiny_gpt
-from jobs import ROOT, Job, Jobs, assert_same_checkpoint, assert_same_training, launch_flags, torchrun
+from flags import tiny_gpt, with_value
+from jobs import ROOT, Job, Jobs, alone, assert_same_checkpoint, assert_same_training, launch_flags, undisturbed
 
 # 4 microbatches a rank: 4 forward and 4 backward passes an iteration.
 FIRST_TICK, STEADY_TICK, LAST_TICK = 1, 4, 8
@@ -27,11 +27,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     all_jobs.end()
 
 
-def _armed_kills(job: Job, *kills: tuple[int, int, int]) -> dict[int, int]:
+def _armed_kills(job: Job, *kills: tuple[int, int, int], until: int | None = None) -> dict[int, int]:
     """Arm (node, iteration, tick) before training begins; returns the pids that train."""
-    job.until_event("started")
-    for node, iteration, tick in kills:
-        job.inject(node, iteration, tick)
+    job.arm(*kills, until=until)
     job.until_event("training")
     return job.pids()
 
@@ -46,18 +44,19 @@ def _kept_their_processes(job: Job, before: dict[int, int], ranks: list[int]) ->
 ITERATIONS = 9
 
 
-@pytest.fixture(scope="module")
-def undisturbed(jobs: Jobs) -> Job:
-    return jobs.start("undisturbed", launch_flags(4), tiny_gpt(iters=ITERATIONS)).finished()
+def _calm() -> Job:
+    return undisturbed(launch_flags(4), tiny_gpt(iters=ITERATIONS))
 
 
+@pytest.mark.versions(torch=True, megatron=True)
 @pytest.mark.timeout(400)
-def test_1f1b_survives_first_stage_last_stage_and_former_spare_killed_in_one_run(jobs: Jobs, undisturbed: Job) -> None:
-    job = jobs.start("killed", launch_flags(7, 3), tiny_gpt(iters=ITERATIONS))
-    before = _armed_kills(job, (0, 3, FIRST_TICK), (2, 5, STEADY_TICK))
+def test_1f1b_survives_first_stage_last_stage_and_former_spare_killed_in_one_run(jobs: Jobs) -> None:
+    job = jobs.start("killed", launch_flags(7, 3), tiny_gpt(iters=ITERATIONS), held=True)
+    before = _armed_kills(job, (0, 3, FIRST_TICK), (2, 5, STEADY_TICK), until=6)
     former_spare = job.until_event("declared", epoch=1)["nodes"][0]
     assert former_spare in (4, 5, 6)
     job.inject(former_spare, 7, LAST_TICK)
+    job.hold(None)
     job.finished()
     assert [e["lost"] for e in job.events("declared")] == [[0], [2], [former_spare]]
     first, *later = [e["iteration"] for e in job.events("resumed")]
@@ -65,21 +64,21 @@ def test_1f1b_survives_first_stage_last_stage_and_former_spare_killed_in_one_run
     assert first in (2, 3) and later == [5, 7]
     assert _kept_their_processes(job, before, [2, 3, 6, 7])
     # Node 2 reports the losses and dies in iteration 5.
-    assert_same_training(job, undisturbed, ITERATIONS, rank=7, mute=frozenset({4}))
+    assert_same_training(job, _calm(), ITERATIONS, rank=7, mute=frozenset({4}))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_under_deadpool_prints_what_torchrun_without_it_prints(undisturbed: Job, tmp_path: Path) -> None:
-    assert torchrun(tmp_path, 8, tiny_gpt(iters=ITERATIONS)) == undisturbed.printed(7)
+def test_a_run_under_deadpool_prints_what_megatron_prints_without_it(tmp_path: Path) -> None:
+    assert alone(tmp_path, 8, tiny_gpt(iters=ITERATIONS)) == _calm().printed(7)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_averages_over_two_iterations_go_on_through_a_swap(jobs: Jobs) -> None:
     flags = [*tiny_gpt(iters=6), "--log-interval", "2"]
-    want = jobs.start("interval-undisturbed", launch_flags(4), flags).finished()
-    job = jobs.start("interval-killed", launch_flags(5, 1), flags)
+    want = undisturbed(launch_flags(4), flags)
+    job = jobs.start("interval-killed", launch_flags(5, 1), flags, held=True)
     _armed_kills(job, (0, 3, STEADY_TICK))
     job.finished()
     assert sorted(want.printed(7)) == [1, 2, 4, 6]
@@ -89,33 +88,38 @@ def test_averages_over_two_iterations_go_on_through_a_swap(jobs: Jobs) -> None:
 # ---- no pipeline: TP2 x DP2 on 2 nodes
 
 
-@pytest.fixture(scope="module")
-def undisturbed_flat(jobs: Jobs) -> Job:
-    return jobs.start("flat-undisturbed", launch_flags(2), tiny_gpt("none", iters=6)).finished()
-
-
 @pytest.mark.timeout(300)
-def test_a_worker_killed_under_a_living_agent_is_replaced_with_its_node(jobs: Jobs, undisturbed_flat: Job) -> None:
-    job = jobs.start("flat-killed", launch_flags(3, 1), tiny_gpt("none", iters=6))
-    job.until_event("started")
-    job.inject(1, 3, 2, "--fault", "kill-worker", "--local", "1")
+def test_a_worker_killed_under_a_living_agent_is_replaced_with_its_node(jobs: Jobs) -> None:
+    job = jobs.start("flat-killed", launch_flags(3, 1), tiny_gpt("none", iters=6), held=True)
+    job.arm((1, 3, 2, "--fault", "kill-worker", "--local", "1"))
     job.until_event("training")
     before = job.pids()
     job.finished()
     assert "rank 3 ended (signal 9)" in job.events("detected")[0]["cause"]
     assert _kept_their_processes(job, before, [0, 1])
-    assert_same_training(job, undisturbed_flat, 6, rank=3)
+    assert_same_training(job, undisturbed(launch_flags(2), tiny_gpt("none", iters=6)), 6, rank=3)
 
 
 @pytest.mark.timeout(300)
-def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would_have_saved(jobs: Jobs) -> None:
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would_have_saved(
+    jobs: Jobs, tensor: int, tmp_path: Path
+) -> None:
     # Without dropout: with it, even Megatron's restart from its own checkpoint differs from the run that went on.
-    flags = [*tiny_gpt("none", iters=6), "--hidden-dropout", "0", "--attention-dropout", "0"]
+    flags = with_value(tiny_gpt("none", iters=6), "--tensor-model-parallel-size", tensor)
+    flags += ["--hidden-dropout", "0", "--attention-dropout", "0"]
     flags += ["--ckpt-format", "torch_dist"]
-    own, rescued = jobs.directory / "own", jobs.directory / "rescued"
+    own, rescued = tmp_path / "own", tmp_path / "rescued"
     save = ["--save", str(own), "--save-interval", "3"]
-    undisturbed = jobs.start("dry-undisturbed", launch_flags(2), [*flags, *save], deadpool=False).finished()
-    job = jobs.start("dry-rescued", launch_flags(2), [*flags, "--save", str(rescued), "--save-interval", "100"])
+    want = jobs.start(
+        f"dry-undisturbed-{tensor}", launch_flags(2, slots=tensor), [*flags, *save], deadpool=False
+    ).finished()
+    job = jobs.start(
+        f"dry-rescued-{tensor}",
+        launch_flags(2, slots=tensor),
+        [*flags, "--save", str(rescued), "--save-interval", "100"],
+        held=True,
+    )
     _armed_kills(job, (0, 3, 7))  # late in the iteration: its generation is committed
     assert job.wait() == Exit.NO_SPARE_SAVED
     (said,) = [line for line in job.output.splitlines() if line.startswith("deadpool: ")]
@@ -123,14 +127,15 @@ def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would
     assert (rescued / "latest_checkpointed_iteration.txt").read_text() == "3"
     assert_same_checkpoint(rescued / "iter_0000003", own / "iter_0000003")
     load = [*flags, "--load", str(rescued)]
-    again = jobs.start("dry-loaded", launch_flags(2), load, ROOT / "tests" / "pretrain_loading.py", deadpool=False)
-    lines = again.finished().printed(3)
-    assert sorted(lines) == [4, 5, 6] and lines[4] == undisturbed.printed(3)[4]
+    script = ROOT / "tests" / "pretrain_loading.py"
+    again = jobs.start(f"dry-loaded-{tensor}", launch_flags(2, slots=tensor), load, script, deadpool=False)
+    lines = again.finished().printed(2 * tensor - 1)
+    assert sorted(lines) == [4, 5, 6] and lines[4] == want.printed(2 * tensor - 1)[4]
 
 
 @pytest.mark.timeout(200)
 def test_without_a_spare_and_without_save_the_job_says_so_and_ends_with_its_own_code(jobs: Jobs) -> None:
-    job = jobs.start("flat-lost", launch_flags(2), tiny_gpt("none", iters=6))
+    job = jobs.start("flat-lost", launch_flags(2), tiny_gpt("none", iters=6), held=True)
     _armed_kills(job, (1, 2, 2))
     assert job.wait() == Exit.NO_SPARE
     (said,) = [line for line in job.output.splitlines() if line.startswith("deadpool: ")]
@@ -144,8 +149,8 @@ def test_without_a_spare_and_without_save_the_job_says_so_and_ends_with_its_own_
 @pytest.mark.timeout(500)
 def test_the_interleaved_schedule_survives_two_kills(jobs: Jobs) -> None:
     flags = tiny_gpt("interleaved", iters=7)
-    want = jobs.start("interleaved-undisturbed", launch_flags(4), flags).finished()
-    job = jobs.start("interleaved-killed", launch_flags(6, 2), flags)
+    want = undisturbed(launch_flags(4), flags)
+    job = jobs.start("interleaved-killed", launch_flags(6, 2), flags, held=True)
     before = _armed_kills(job, (1, 2, 3), (2, 5, 14))
     job.finished()
     assert [e["lost"] for e in job.events("declared")] == [[1], [2]]
@@ -157,8 +162,8 @@ def test_the_interleaved_schedule_survives_two_kills(jobs: Jobs) -> None:
 @pytest.mark.timeout(500)
 def test_a_mixture_of_experts_survives_kills_on_its_first_and_last_stage(jobs: Jobs) -> None:
     flags = tiny_gpt(moe=True, iters=6)
-    want = jobs.start("moe-undisturbed", launch_flags(4), flags).finished()
-    job = jobs.start("moe-killed", launch_flags(6, 2), flags)
+    want = undisturbed(launch_flags(4), flags)
+    job = jobs.start("moe-killed", launch_flags(6, 2), flags, held=True)
     before = _armed_kills(job, (0, 2, STEADY_TICK), (2, 4, 2))
     job.finished()
     assert [e["lost"] for e in job.events("declared")] == [[0], [2]]
@@ -175,7 +180,7 @@ def test_upstreams_unmodified_pretrain_gpt_survives_a_kill(jobs: Jobs) -> None:
     script = Path(where) / "pretrain_gpt.py"
     flags = tiny_gpt(iters=6)
     want = jobs.start("upstream-undisturbed", launch_flags(4), flags, script).finished()
-    job = jobs.start("upstream-killed", launch_flags(5, 1), flags, script)
+    job = jobs.start("upstream-killed", launch_flags(5, 1), flags, script, held=True)
     before = _armed_kills(job, (0, 3, STEADY_TICK))
     job.finished()
     assert _kept_their_processes(job, before, [2, 3, 4, 5, 6, 7])

@@ -12,7 +12,7 @@ import pytest
 from deadpool_megatron.cluster import Exit
 from deadpool_megatron.patching import State, change, load_sets
 from flags import duo_gpt, tiny_gpt
-from jobs import EXAMPLE, Job, Jobs, assert_same_training, launch_flags
+from jobs import EXAMPLE, PACED, Job, Jobs, assert_same_training, launch_flags, set_pace, undisturbed
 from machines import MachinesJob
 from ranks import Ranks, attached
 from upstream import VERSIONS, checkout
@@ -23,6 +23,7 @@ ITERATIONS = 6
 @pytest.fixture
 def ranks(tmp_path: Path) -> Iterator[Ranks]:
     all_ranks = Ranks(tmp_path)
+    set_pace(all_ranks.pace, "hold 0")  # `_kill` lets them go on
     yield all_ranks
     all_ranks.end()
 
@@ -31,7 +32,7 @@ def _kill(ranks: Ranks, node: int, iteration: int, tick: int) -> MachinesJob:
     """Arm a kill before training begins."""
     job = MachinesJob(ranks)
     ranks.until("start of the job", lambda: (ranks.run_dir / "events.jsonl").exists() and job.events("started"))
-    job.inject(node, iteration, tick)
+    job.arm((node, iteration, tick))
     return job
 
 
@@ -42,18 +43,19 @@ def _assert_same_end(job: MachinesJob, want: Job, mute: int) -> None:
     assert job.hashes() == want.hashes()
 
 
+@pytest.mark.versions(torch=True, megatron=True)
 @pytest.mark.timeout(300)
 def test_ranks_of_another_launcher_survive_the_loss_of_the_node_of_rank_0(ranks: Ranks, jobs: Jobs) -> None:
-    want = jobs.start("undisturbed", launch_flags(2, slots=1), duo_gpt()).finished()
-    script = [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(), *ranks.deadpool(spares=1)]
+    want = undisturbed(launch_flags(2, slots=1), duo_gpt())
+    script = [str(attached(ranks.directory, PACED)), *duo_gpt(), *ranks.deadpool(spares=1)]
     for rank in range(3):
         ranks.start_rank(rank, 3, script)
     pids = [process.pid for process in ranks.started]
     job = _kill(ranks, 0, 3, 2)
-    ranks.until("training", lambda: job.events("training"), 90)
+    ranks.until("training", lambda: job.events("training"))
     assert job.pids() == {0: pids[0], 1: pids[1]}, "the launcher's processes are the workers"
-    assert ranks.codes(120) == [-9, 0, 0]
-    ranks.until_gone(30)
+    assert ranks.codes() == [-9, 0, 0]
+    ranks.until_gone()
     assert job.events("resumed") and job.pids() == {0: pids[2], 1: pids[1]}
     _assert_same_end(job, want, mute=2)
     assert "iteration        6/" in ranks.output(1), "a worker's output goes where its launcher wants it"
@@ -62,28 +64,28 @@ def test_ranks_of_another_launcher_survive_the_loss_of_the_node_of_rank_0(ranks:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_without_a_spare_every_launcher_sees_the_exit_code_of_the_job(ranks: Ranks) -> None:
-    script = [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(), *ranks.deadpool()]
+    script = [str(attached(ranks.directory, PACED)), *duo_gpt(), *ranks.deadpool()]
     for rank in range(2):
         ranks.start_rank(rank, 2, script)
     _kill(ranks, 1, 3, 2)
-    assert ranks.codes(120) == [Exit.NO_SPARE, -9]
-    ranks.until("the reason", lambda: "deadpool: no spare is left for node 1" in ranks.output(0), 30)
-    ranks.until_gone(30)
+    assert ranks.codes() == [Exit.NO_SPARE, -9]
+    ranks.until("the reason", lambda: "deadpool: no spare is left for node 1" in ranks.output(0))
+    ranks.until_gone()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_drained_node_leaves_its_launcher_with_code_0(ranks: Ranks, jobs: Jobs) -> None:
-    want = jobs.start("undisturbed", launch_flags(2, slots=1), duo_gpt(iters=40)).finished()
+    want = undisturbed(launch_flags(2, slots=1), duo_gpt(iters=40))
     script = [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(iters=40), *ranks.deadpool(spares=1)]
     for rank in range(3):
         ranks.start_rank(rank, 3, script)
     job = MachinesJob(ranks)
-    ranks.until("training", lambda: (ranks.run_dir / "events.jsonl").exists() and job.events("training"), 120)
+    ranks.until("training", lambda: (ranks.run_dir / "events.jsonl").exists() and job.events("training"))
     done = job.command("drain", "--node", "0")
     assert done.returncode == 0, done.stderr
-    assert ranks.codes(150) == [0, 0, 0]
-    ranks.until_gone(30)
+    assert ranks.codes() == [0, 0, 0]
+    ranks.until_gone()
     assert job.events("left")[0]["node"] == 0 and not job.events("detected")
     assert job.hashes() == want.hashes()
 
@@ -91,7 +93,7 @@ def test_a_drained_node_leaves_its_launcher_with_code_0(ranks: Ranks, jobs: Jobs
 def test_an_agent_that_cannot_start_ends_its_ranks_with_one_line(ranks: Ranks) -> None:
     with socket.create_server(("127.0.0.1", ranks.port + 1)):
         ranks.start_rank(0, 2, [str(attached(ranks.directory, EXAMPLE)), *duo_gpt(), *ranks.deadpool()])
-        assert ranks.codes(60) == [Exit.USAGE]
+        assert ranks.codes() == [Exit.USAGE]
     assert "cannot listen on" in ranks.output(0)
     last = ranks.output(0).splitlines()[-1]
     assert last == "deadpool: the agent of this node could not start; the line above says why"
@@ -101,7 +103,7 @@ def test_what_the_launcher_did_not_say_is_asked_for_in_one_line(ranks: Ranks) ->
     script = [str(attached(ranks.directory, EXAMPLE)), "--deadpool"]
     ranks.start_command([sys.executable, *script], {"RANK": "", "SLURM_PROCID": ""})
     ranks.start_command([sys.executable, *script, "--deadpool-leese", "2"], {})
-    assert ranks.codes(30) == [Exit.USAGE, Exit.USAGE]
+    assert ranks.codes() == [Exit.USAGE, Exit.USAGE]
     assert ranks.output(0).startswith("deadpool: --deadpool: RANK (or SLURM_PROCID) is not set: start one process")
     assert ranks.output(1) == "deadpool: unknown flag --deadpool-leese; did you mean --deadpool-lease?\n"
 
@@ -110,7 +112,7 @@ def test_without_deadpool_a_patched_script_is_the_script(ranks: Ranks) -> None:
     plain = ranks.directory / "plain.py"
     plain.write_text("import os, sys\nprint('plain', sys.argv[1:], 'DEADPOOL_MODE' in os.environ)\n")
     ranks.start_command([sys.executable, str(attached(ranks.directory, plain)), "--lr", "1"], {})
-    assert ranks.codes(30) == [0] and ranks.output(0) == "plain ['--lr', '1'] False\n"
+    assert ranks.codes() == [0] and ranks.output(0) == "plain ['--lr', '1'] False\n"
 
 
 # ---- upstream's own script
@@ -136,8 +138,8 @@ def test_upstreams_pretrain_gpt_survives_a_kill_through_hooks_and_through_patche
     for rank in range(3):
         ranks.start_rank(rank, 3, [str(script), *duo_gpt(), *ranks.deadpool(spares=1)])
     patched = _kill(ranks, 0, 3, 2)
-    assert ranks.codes(180) == [-9, 0, 0] and patched.events("resumed")
-    ranks.until_gone(30)  # the coordinator writes the hashes last
+    assert ranks.codes() == [-9, 0, 0] and patched.events("resumed")
+    ranks.until_gone()  # the coordinator writes the hashes last
     _assert_same_end(patched, want, mute=2)
     assert change(tree, load_sets(), State.CLEAN)[1]
 
@@ -146,14 +148,14 @@ def test_upstreams_pretrain_gpt_survives_a_kill_through_hooks_and_through_patche
 @pytest.mark.timeout(300)
 def test_one_torchrun_a_node_works_like_any_launcher(ranks: Ranks, jobs: Jobs) -> None:
     flags = tiny_gpt("none", iters=ITERATIONS)
-    want = jobs.start("undisturbed", launch_flags(2), flags).finished()
-    script = [str(attached(ranks.directory, EXAMPLE)), *flags, *ranks.deadpool(spares=1)]
+    want = undisturbed(launch_flags(2), flags)
+    script = [str(attached(ranks.directory, PACED)), *flags, *ranks.deadpool(spares=1)]
     for node in range(3):
         options = ["--nnodes", "3", "--node-rank", str(node), "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
         options += ["--master-port", str(ranks.port)]
         command = [sys.executable, "-m", "torch.distributed.run", *options, *script]
         ranks.start_command(command, {"DEADPOOL_EMULATE_CPU": "1", "OMP_NUM_THREADS": "1"})
     job = _kill(ranks, 1, 3, 2)
-    ranks.until("end of the job", lambda: job.events("finished") and job.hash_file.exists(), 150)
+    ranks.until("end of the job", lambda: job.events("finished") and job.hash_file.exists())
     assert job.events("resumed")
     _assert_same_end(job, want, mute=2)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from flags import tiny_gpt
-from jobs import Jobs, assert_same_training, launch_flags
+from jobs import Jobs, assert_same_training, launch_flags, undisturbed
 
 ITERATIONS = 6
 _SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
@@ -55,10 +55,9 @@ def _flags(own: list[str]) -> list[str]:
 )
 def test_a_killed_node_comes_back_bit_for_bit_under(jobs: Jobs, kind: str) -> None:
     nodes, own = _KINDS[kind]
-    want = jobs.start(f"{kind}-undisturbed", launch_flags(nodes, slots=1), _flags(own)).finished()
-    job = jobs.start(f"{kind}-killed", launch_flags(nodes + 1, 1, slots=1), _flags(own))
-    job.until_event("started")
-    job.inject(0, 3, 2)
+    want = undisturbed(launch_flags(nodes, slots=1), _flags(own))
+    job = jobs.start(f"{kind}-killed", launch_flags(nodes + 1, 1, slots=1), _flags(own), held=True)
+    job.arm((0, 3, 2))
     job.finished()
     assert [event["lost"] for event in job.events("declared")] == [[0]]
     (training,) = job.events("training")

@@ -8,7 +8,7 @@ import pytest
 
 from deadpool_megatron.cluster import Exit
 from flags import tiny_gpt
-from jobs import Job, Jobs, launch_flags
+from jobs import Job, Jobs, launch_flags, undisturbed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 ITERATIONS = 7
@@ -30,9 +30,7 @@ def _flags(nodes: int, redundancy: str, *more: str) -> list[str]:
 
 
 def _lost_at_once(job: Job, nodes: tuple[int, ...], iteration: int = 3) -> None:
-    job.until_event("started")
-    for node in nodes:
-        job.inject(node, iteration, 1)
+    job.arm(*((node, iteration, 1) for node in nodes))
 
 
 @pytest.mark.parametrize(
@@ -43,8 +41,10 @@ def test_nodes_that_may_be_lost_at_once_are_lost_and_the_run_ends_bit_for_bit_th
     jobs: Jobs, redundancy: str, active: int, lost: tuple[int, ...]
 ) -> None:
     name = f"{redundancy}-{len(lost)}"
-    want = jobs.start(f"want-{name}", launch_flags(active, 0, 1), _flags(active, redundancy)).finished()
-    job = jobs.start(f"lost-{name}", launch_flags(active + len(lost), len(lost), 1), _flags(active, redundancy))
+    want = undisturbed(launch_flags(active, 0, 1), _flags(active, redundancy))
+    job = jobs.start(
+        f"lost-{name}", launch_flags(active + len(lost), len(lost), 1), _flags(active, redundancy), held=True
+    )
     _lost_at_once(job, lost)
     job.until_event("training")
     fatal = job.until_event("placed")["fatal"]

@@ -255,9 +255,8 @@ def test_a_node_lost_in_training_is_replaced_bitwise_with_shards_read_directly(t
         undisturbed = jobs.start("undisturbed", launch_flags(2, slots=1), flags).finished()
         extra = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
         ours = ["--deadpool-transport", "nixl"]
-        job = jobs.start("killed", launch_flags(3, 1, slots=1), [*flags, *ours], extra=extra)
-        job.until_event("started")
-        job.inject(0, 3, 2)
+        job = jobs.start("killed", launch_flags(3, 1, slots=1), [*flags, *ours], extra=extra, held=True)
+        job.arm((0, 3, 2))
         job.finished()
         assert [e["lost"] for e in job.events("declared")] == [[0]]
         assert {e["transport"] for e in job.events("memory")} == {"nixl"}

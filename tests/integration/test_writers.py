@@ -19,9 +19,8 @@ def test_tensorboard_gets_our_series_also_from_the_spare_that_took_the_writer_ov
     board = tmp_path / "board"
     flags = [*tiny_gpt("none", iters=8), "--tensor-model-parallel-size", "1", "--tensorboard-dir", str(board)]
     try:
-        job = jobs.start("run", launch_flags(3, 1, slots=1), [*flags, "--tensorboard-log-interval", "1"])
-        job.until_event("started")
-        job.inject(1, 4, 1)  # the node of the last rank, which has Megatron's writer
+        job = jobs.start("run", launch_flags(3, 1, slots=1), [*flags, "--tensorboard-log-interval", "1"], held=True)
+        job.arm((1, 4, 1))  # the node of the last rank, which has Megatron's writer
         job.finished()
     finally:
         jobs.end()

@@ -10,6 +10,8 @@ import pytest
 
 from deadpool_megatron.versions import SUPPORTED, UserError
 
+pytestmark = pytest.mark.versions(megatron=True)
+
 
 @pytest.fixture(scope="module")
 def adapters() -> object:

@@ -11,6 +11,8 @@ from torch.distributed import distributed_c10d as c10d
 from deadpool_megatron.comm.inplace import InPlace, Replacement
 from deadpool_megatron.comm.reports import ReformError
 
+pytestmark = pytest.mark.versions(torch=True)
+
 GLOO = dist.ProcessGroup.BackendType.GLOO
 DEVICES = ["cpu", "cuda"]
 

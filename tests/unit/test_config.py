@@ -75,8 +75,8 @@ def test_a_flag_that_equals_the_default_still_beats_the_rest(tmp_path: Path) -> 
 
 
 def test_the_yaml_file_can_be_named_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEADPOOL_CONFIG", yaml_file(tmp_path, "deadpool: yes\ncomm: swap\n"))
-    assert from_script_arguments([]) == DeadpoolConfig(deadpool=True, comm="swap")
+    monkeypatch.setenv("DEADPOOL_CONFIG", yaml_file(tmp_path, "deadpool: yes\ntransport: tcp\n"))
+    assert from_script_arguments([]) == DeadpoolConfig(deadpool=True, transport="tcp")
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", True), ("yes", True), ("ON", True), ("0", False), ("false", False)])
@@ -96,8 +96,8 @@ def test_megatrons_own_parser_takes_every_setting() -> None:
 
 
 def test_settings_are_found_among_the_scripts_own_arguments() -> None:
-    arguments = ["--lr", "1e-3", "--deadpool", "--train-iters", "6", "--deadpool-comm=swap", "positional"]
-    assert from_script_arguments(arguments) == DeadpoolConfig(deadpool=True, comm="swap")
+    arguments = ["--lr", "1e-3", "--deadpool", "--train-iters", "6", "--deadpool-transport=tcp", "positional"]
+    assert from_script_arguments(arguments) == DeadpoolConfig(deadpool=True, transport="tcp")
 
 
 def test_every_number_says_its_unit_and_every_setting_its_default_in_the_help() -> None:
@@ -145,7 +145,7 @@ def test_the_schema_knows_every_setting_with_type_default_and_choices() -> None:
     properties = schema()["properties"]
     assert list(properties) == [f.name for f in fields(DeadpoolConfig)]
     assert properties["lease"] == {"type": "number", "default": 5.0, "description": properties["lease"]["description"]}
-    assert properties["comm"]["enum"] == ["auto", "swap", "reconfigure"]
+    assert properties["transport"]["enum"] == ["auto", "tcp", "nixl"]
     assert schema()["additionalProperties"] is False
 
 
@@ -161,7 +161,7 @@ def configurations(draw: st.DrawFn) -> DeadpoolConfig:
     return DeadpoolConfig(
         deadpool=draw(st.booleans()),
         state_hash=draw(st.sampled_from(["", "hash.json", "/a b/hash.json"])),
-        comm=draw(st.sampled_from(["auto", "swap", "reconfigure"])),
+        transport=draw(st.sampled_from(["auto", "tcp", "nixl"])),
         lease=lease,
         abort_deadline=abort,
         build_deadline=build,
@@ -229,7 +229,7 @@ def test_an_unknown_key_in_the_file_names_the_file_and_the_nearest_right_one(tmp
     [
         (["--deadpool-lease", "soon"], "--deadpool-lease"),
         (["--deadpool-snapshot-interval", "2.5"], "--deadpool-snapshot-interval"),
-        (["--deadpool-comm", "mpi"], "swap"),
+        (["--deadpool-transport", "mpi"], "tcp"),
         (["--deadpool-lease"], "--deadpool-lease"),
         (["--deadpool-lease", "0"], "more than 0 seconds"),
         (["--deadpool-lease", "-1"], "more than 0 seconds"),
@@ -249,7 +249,7 @@ def test_a_bad_flag_is_named_in_one_line(arguments: list[str], said: str) -> Non
         ("DEADPOOL", "maybe", "'maybe' is not yes or no"),
         ("DEADPOOL_LEASE", "soon", "expected a number"),
         ("DEADPOOL_SLICE_BYTES", "4M", "expected a whole number"),
-        ("DEADPOOL_COMM", "mpi", "auto, swap"),
+        ("DEADPOOL_TRANSPORT", "mpi", "auto, tcp"),
     ],
 )
 def test_a_bad_variable_is_named_in_one_line(
@@ -267,7 +267,7 @@ def test_a_bad_variable_is_named_in_one_line(
         ("lease: soon\n", "lease: expected a number, not 'soon'"),
         ("lease: null\n", "lease: expected a number"),
         ("slice_bytes: true\n", "slice_bytes: expected a whole number"),
-        ("comm: mpi\n", "'mpi' is not one of auto"),
+        ("transport: mpi\n", "'mpi' is not one of auto"),
         ("- lease\n", "expected a mapping of settings"),
         ("", "expected a mapping of settings"),
         ("lease: [\n", "not YAML"),

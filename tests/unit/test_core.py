@@ -418,7 +418,7 @@ def test_what_a_lost_node_still_says_counts_for_nothing(phase: str) -> None:
         r.Iteration(1, 2, epoch, 50, {}, None, 0.1, 0.0, 0, 0),
         r.WorkerExited(1, 0, 2, 7, -9),
         failed(1),
-        r.Registered(1, 0, r.CoordinateInfo(2, 0, 0, 0), 1, 1, "other groups", "swap", False),
+        r.Registered(1, 0, r.CoordinateInfo(2, 0, 0, 0), 1, 1, "other groups", False),
     ):
         job.feed(record)
     assert state == (job.core.phase, job.core.epoch, job.core.next_deadline(), len(job.sent), len(job.emitted))

@@ -53,7 +53,7 @@ class Node:
                 for local, rank in placing.ranks_of(self.assignment, self.number).items():
                     self.live[rank] = 0
                     info = r.CoordinateInfo(rank, 0, 0, 0)
-                    self.outbox.append(r.Registered(self.number, local, info, 1, 1, "same", "swap", True))
+                    self.outbox.append(r.Registered(self.number, local, info, 1, 1, "same", True))
             case r.Declare() if record.epoch > self.epoch:
                 had = set(self.ranks)
                 self.epoch, self.assignment, self.training = record.epoch, record.assignment, False

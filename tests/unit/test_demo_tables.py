@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -179,19 +178,13 @@ def test_status_of_no_job_is_one_clear_line(tmp_path: Path, capsys: pytest.Captu
     assert err.count("\n") == 1 and "no status at" in err
 
 
-def _ends_soon(run_dir: Path, after_s: float) -> threading.Timer:
-    """The rest of the recovery and the end of the job appear ``after_s`` seconds from now."""
-
-    def end() -> None:
-        with open(run_dir / EVENTS, "a") as f:
-            f.writelines(json.dumps(e) + "\n" for e in STORY[4:])
-        fresh = run_dir / "fresh"
-        fresh.write_text(json.dumps(_status()))
-        fresh.replace(run_dir / STATUS)
-
-    timer = threading.Timer(after_s, end)
-    timer.start()
-    return timer
+def _ends(run_dir: Path) -> None:
+    """The rest of the recovery and the end of the job appear."""
+    with open(run_dir / EVENTS, "a") as f:
+        f.writelines(json.dumps(e) + "\n" for e in STORY[4:])
+    fresh = run_dir / "fresh"
+    fresh.write_text(json.dumps(_status()))
+    fresh.replace(run_dir / STATUS)
 
 
 def _under_way(run_dir: Path) -> None:
@@ -200,12 +193,19 @@ def _under_way(run_dir: Path) -> None:
 
 
 def test_watching_without_a_terminal_prints_each_event_once_and_ends_with_the_job(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _under_way(tmp_path)
-    timer = _ends_soon(tmp_path, 0.6)
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            _ends(tmp_path)
+
+    monkeypatch.setattr("time.sleep", pause)
     assert cli.main(["status", "--run-dir", str(tmp_path), "--watch"]) == 0
-    timer.join()
+    assert len(pauses) == 3
     out = capsys.readouterr().out
     assert "on the way to prepared" in out
     shown = [line.split()[1] for line in out.splitlines() if re.match(r"\d\d:\d\d:\d\d  ", line)]
@@ -220,16 +220,15 @@ def test_watching_on_a_terminal_draws_the_recovery_with_its_running_time(tmp_pat
         command = [sys.executable, "-m", "deadpool_megatron.cli", "status", "--run-dir", str(tmp_path), "--watch"]
         os.execv(sys.executable, command)
     drawn = b""
-    timer: threading.Timer | None = None
+    ended = False
     with contextlib.suppress(OSError):  # what reading says when the other end is gone
         while part := os.read(fd, 1 << 16):
             drawn += part
-            if timer is None and b"on the way to" in drawn:
-                timer = _ends_soon(tmp_path, 1.0)
+            if not ended and drawn.count(b"on the way to prepared") > 1:  # drawn again while it runs
+                _ends(tmp_path)
+                ended = True
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     os.close(fd)
-    assert timer is not None
-    timer.join()
+    assert ended
     assert b"\x1b[?1049h" in drawn and b"\x1b[?1049l" in drawn, "a screen of its own, and back"
-    assert drawn.count(b"on the way to prepared") > 1, "drawn again while it runs"
     assert b"resumed from iteration 6" in drawn

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 
 import pytest
 
 from deadpool_megatron.evaluate.descendants import Descendants, describe
+from waiting import until
 
 
 def _started(family: Descendants, script: str) -> subprocess.Popen[bytes]:
@@ -20,16 +20,30 @@ def test_the_orphan_of_a_command_that_has_ended_is_found_and_killed() -> None:
     mine, other = Descendants(), Descendants()
     beside = _started(other, "exec sleep 600")
     try:
-        assert _started(mine, "setsid sleep 601 & disown").wait(10) == 0
-        (orphan,) = mine.living()
-        while describe(orphan) != f"{orphan.pid} sleep 601":  # it has the environment before it has the command
-            time.sleep(0.01)
-        assert mine.until_gone(0.1) == [orphan], "it lives on"
+        assert _started(mine, "setsid sleep 601 & disown").wait() == 0
+        (orphan,) = until(mine.living)
+        # It has the environment before it has the command.
+        until(lambda: describe(orphan) == f"{orphan.pid} sleep 601")
+        assert mine.living() == [orphan], "it lives on"
         mine.kill(10)
         assert mine.living() == []
         assert [process.pid for process in other.living()] == [beside.pid], "another command's is left alone"
     finally:
         mine.kill(10)
         beside.kill()
-    assert other.until_gone(10) == [], "a zombie has ended; that nobody waited for it yet is its parent's business"
+    until(lambda: not other.living())  # a zombie has ended; that nobody waited for it yet is its parent's business
     beside.wait(10)
+
+
+def test_what_one_member_of_a_family_started_is_told_from_what_another_did() -> None:
+    family = Descendants()
+    one, other = Descendants(family), Descendants(family)
+    processes = [_started(each, "exec sleep 600") for each in (one, other)]
+    try:
+        until(lambda: len(family.living()) == 2)  # each has its environment from its exec on
+        assert [p.pid for p in one.living()] == [processes[0].pid]
+        assert {p.pid for p in family.living()} == {p.pid for p in processes}
+    finally:
+        family.kill(10)
+        for process in processes:
+            process.wait()

@@ -10,7 +10,6 @@ import queue
 import resource
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from deadpool_megatron.durable import (
     open_store,
 )
 from deadpool_megatron.vault import SlotWriter, Vault, Version
+from waiting import until
 
 UNIQUE = 5 * (1 << 20) + 64
 LAYOUT = Layout(UNIQUE, "digest", (Item("all", "U8", (UNIQUE,), 0, UNIQUE),))
@@ -80,9 +80,9 @@ class Node:
         self.drainer.give(Drain(self.directory, name, seconds, (Take(0, self.path, 0, generation),)))
         return name
 
-    def answer(self, kind: type, deadline_s: float = 20.0) -> Answer:
+    def answer(self, kind: type) -> Answer:
         while True:
-            answer = self.answers.get(timeout=deadline_s)
+            answer = self.answers.get()
             if isinstance(answer, kind):
                 return answer
 
@@ -201,19 +201,14 @@ def test_slots_are_free_again_long_before_a_slow_disk_has_all(node: Node) -> Non
     node.stage()
     assert node.capture(1)
     node.commit(1)
-    start = time.monotonic()
-    name = node.drain(1, seconds=600.0)
+    name = node.drain(1, seconds=1e6)  # days: this test does not see its end
     node.answer(Staged)
-    assert time.monotonic() - start < 30
     assert node.capture(2)
     node.commit(2)
     assert node.capture(3)  # over the slot of generation 1
     node.drainer.cancel(Cancel(node.directory, name, True))
     assert "not wanted" in node.done().error
-    deadline = time.monotonic() + 20
-    while os.listdir(node.directory) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert os.listdir(node.directory) == []
+    until(lambda: not os.listdir(node.directory), "an empty directory")
 
 
 def test_an_older_generation_stays_when_the_disk_is_full(node: Node) -> None:

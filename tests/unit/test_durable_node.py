@@ -57,7 +57,7 @@ class Node:
     def news(self, kind: type) -> Any:
         """The next piece of news of one kind, handled as the agent handles it."""
         while True:
-            event = self.shards.events.get(timeout=30)
+            event = self.shards.events.get()
             if not isinstance(event, FetchDone):
                 self.durability.heard(event)
             if isinstance(event, kind):

@@ -13,7 +13,7 @@ from deadpool_megatron.emulation import environment
 
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
 
 
 def test_no_other_package_installs_it() -> None:

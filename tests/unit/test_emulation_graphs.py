@@ -9,6 +9,8 @@ import torch
 
 from deadpool_megatron.emulation.graphs import Capture, CUDAGraph, DefaultGenerator, is_capturing
 
+pytestmark = pytest.mark.versions(torch=True)
+
 
 class Layer:
     """A weight whose gradient a hook adds to a main gradient, as Megatron's DDP does."""

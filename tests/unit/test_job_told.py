@@ -23,7 +23,7 @@ def _learn(connect: Callable[[], dist.Store]) -> str:
         done.set()
 
     follow_job(connect, learn)
-    assert done.wait(40), "nobody told it"
+    assert done.wait(), "nobody told it"
     return learnt[0]
 
 
@@ -32,10 +32,10 @@ def main() -> None:
     standby._LOOK_S, standby._AGAIN_S = 0.5, 0.1
 
     def connect() -> dist.Store:
-        return dist.TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=5))
+        return dist.TCPStore("127.0.0.1", port, None, False, timeout=timedelta(seconds=60))
 
     def serve() -> dist.Store:
-        return dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, timeout=timedelta(seconds=5))
+        return dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, timeout=timedelta(seconds=60))
 
     server = serve()
     publish_job(connect, "groups")
@@ -49,7 +49,7 @@ def main() -> None:
 
 def test_a_spare_that_comes_after_the_store_was_started_again_learns_of_the_job_too() -> None:
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

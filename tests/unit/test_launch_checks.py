@@ -11,7 +11,7 @@ import pytest
 from deadpool_megatron import checks, launch
 from deadpool_megatron.checks import LaunchError, LaunchPlan
 from deadpool_megatron.config import ConfigError
-from deadpool_megatron.versions import SUPPORTED, UserError, check_strategy, check_version
+from deadpool_megatron.versions import SUPPORTED, UserError, check_version
 
 
 def check(options: argparse.Namespace) -> LaunchPlan:
@@ -99,18 +99,6 @@ def test_a_megatron_that_is_not_supported_is_refused_before_anything_starts(
     with pytest.raises(UserError, match=r"megatron-core 0\.12\.1 is not supported.*0\.19\.x.*install"):
         plan(tmp_path, "--local-nodes 2", "--deadpool")
     assert plan(tmp_path, "--local-nodes 2").nodes == 2, "without DeadPool any version will do"
-
-
-def test_torchs_own_reconfigure_is_refused_where_torch_has_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    versions = {"megatron-core": "0.19.2", "torch": "2.13.0+cu130"}
-    monkeypatch.setattr(metadata, "version", versions.__getitem__)
-    with pytest.raises(UserError, match=r"^--deadpool-comm reconfigure needs torch 2\.14.*2\.13\.0.*or install.*$"):
-        plan(tmp_path, "--local-nodes 2", "--deadpool --deadpool-comm reconfigure")
-    assert plan(tmp_path, "--local-nodes 2", "--deadpool --deadpool-comm auto").config.comm == "auto"
-    for newer in ("2.14.0", "2.15.0a0+git12", "3.0"):
-        check_strategy("reconfigure", newer)
 
 
 def test_a_megatron_checkout_without_a_wheel_is_left_to_the_workers(

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,9 @@ import pytest
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.recovery import Refused, Session, Superseded
+from waiting import until
 
+PATIENT_S = 600.0  # of waits that end with what is waited for
 SLOTS = [r.SlotAddress(0, 0)]
 
 
@@ -53,7 +54,7 @@ class Line:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
 
-        def outcome(patience_s: float = 10.0) -> Any:
+        def outcome(patience_s: float | None = None) -> Any:
             thread.join(patience_s)
             assert result, "still waiting"
             return result[0]
@@ -65,7 +66,6 @@ class Line:
 def line() -> Line:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     os.dup(ours.fileno())  # stays open for ever: a session that loses its agent ends the process, here the test run
-    ours.settimeout(10)
     heard: list[int] = []
     formed: list[int] = []
     return Line(ours, Session(theirs.detach(), heard.append, formed.append), heard, formed)
@@ -80,7 +80,7 @@ def test_what_a_worker_tells_reaches_the_agent_in_order(line: Line) -> None:
 def test_a_declaration_closes_the_epoch_and_aborts_before_anybody_waits_for_it(line: Line) -> None:
     assert not line.session.closed
     line.tell(declare(1))
-    declared = line.session.wait_declared(10)
+    declared = line.session.wait_declared(PATIENT_S)
     assert declared is not None and declared.epoch == 1
     assert line.heard == [1] and line.session.closed
     line.session.joined_epoch = 1
@@ -89,7 +89,7 @@ def test_a_declaration_closes_the_epoch_and_aborts_before_anybody_waits_for_it(l
 
 def test_a_spare_that_stands_by_has_arrived_in_every_epoch_until_its_training_thread_says_so(line: Line) -> None:
     line.tell(declare(1))
-    assert line.session.wait_newer(0, 10)
+    assert line.session.wait_newer(0, PATIENT_S)
     line.session.stand_by(3)
     assert line.hear() == r.Arrived(1, 3, None)
     line.tell(declare(2))
@@ -97,7 +97,7 @@ def test_a_spare_that_stands_by_has_arrived_in_every_epoch_until_its_training_th
     line.session.arrive(2, 3, None)
     assert line.hear() == r.Arrived(2, 3, None)
     line.tell(declare(3))
-    assert line.session.wait_newer(2, 10)
+    assert line.session.wait_newer(2, PATIENT_S)
     line.session.arrive(3, 3, 7)
     assert line.hear() == r.Arrived(3, 3, 7)
 
@@ -116,11 +116,10 @@ def test_groups_begin_to_form_before_anybody_waits_for_them_and_only_in_the_newe
 
 def test_an_older_declaration_changes_nothing(line: Line) -> None:
     line.tell(declare(2))
-    assert line.session.wait_newer(1, 10)
+    assert line.session.wait_newer(1, PATIENT_S)
     line.tell(declare(1))
     line.tell(r.Arm(r.Fault("kill", 0)))
-    while not line.session.armed:
-        time.sleep(0.01)
+    until(lambda: line.session.armed, "a fault")
     assert line.heard == [2] and line.session.declared_epoch == 2
 
 
@@ -136,7 +135,7 @@ WAITS: dict[str, tuple[Callable[[Session], Any], Any, Any]] = {
 def test_a_wait_ends_with_its_record(line: Line, name: str) -> None:
     call, record, result = WAITS[name]
     line.tell(declare(1))
-    assert line.session.wait_newer(0, 10)
+    assert line.session.wait_newer(0, PATIENT_S)
     outcome = line.in_background(lambda: call(line.session))
     line.tell(record)
     assert outcome() == result
@@ -154,7 +153,7 @@ def test_a_wait_ends_when_a_newer_epoch_is_declared(line: Line, name: str) -> No
 
 def test_records_of_an_older_epoch_end_no_wait(line: Line) -> None:
     line.tell(declare(2))
-    assert line.session.wait_newer(1, 10)
+    assert line.session.wait_newer(1, PATIENT_S)
     outcome = line.in_background(lambda: line.session.wait_generation(2))
     formed = line.in_background(lambda: line.session.wait_form(2))
     line.tell(r.Generation(1, 4, 0, "/old", {}))
@@ -168,11 +167,9 @@ def test_records_of_an_older_epoch_end_no_wait(line: Line) -> None:
 
 
 def test_waits_with_a_deadline_come_back_without_news(line: Line) -> None:
-    start = time.monotonic()
     assert line.session.wait_declared(0.1) is None and not line.session.wait_newer(0, 0.1)
     with pytest.raises(Refused, match=r"did not give rank 3 its memory within 0.1 s"):
         line.session.request_arena(3, 1, 1, deadline_s=0.1)
-    assert time.monotonic() - start < 5
 
 
 def test_a_parked_worker_waits_until_it_is_given_a_coordinate(line: Line) -> None:
@@ -197,9 +194,7 @@ def test_faults_add_up(line: Line) -> None:
     faults = (r.Fault("kill", 0, 0, 3), r.Fault("kill-worker", 0, 1, 5))
     for fault in faults:
         line.tell(r.Arm(fault))
-    end = time.monotonic() + 10
-    while len(line.session.armed) < 2 and time.monotonic() < end:
-        time.sleep(0.01)
+    until(lambda: len(line.session.armed) == 2, "two faults")
     assert line.session.armed == faults
 
 
@@ -222,11 +217,10 @@ def test_a_worker_does_not_outlive_its_agent(busy: str) -> None:
     )
     try:
         theirs.close()
-        ours.settimeout(60)
         assert r.decode_from_worker(ours.recv(1 << 17)) == r.WorkerStep("parked", 0)
         assert process.poll() is None
         ours.close()
-        _, said = process.communicate(timeout=10)
+        _, said = process.communicate()
         assert process.returncode == 81 and "the agent of this node is gone" in said
     finally:
         process.kill()
@@ -236,9 +230,7 @@ def test_a_worker_does_not_outlive_its_agent(busy: str) -> None:
 def test_a_fault_armed_before_anybody_asked_is_told_when_somebody_does(line: Line) -> None:
     fault = r.Fault("kill", 0, point="step.parked")
     line.tell(r.Arm(fault))
-    end = time.monotonic() + 10
-    while not line.session.armed and time.monotonic() < end:
-        time.sleep(0.01)
+    until(lambda: line.session.armed, "a fault")
     heard: list[r.Fault] = []
     line.session.call_on_arm(heard.append)
     assert heard == [fault]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
-import statistics
+import threading
 import time
 from collections.abc import Iterator
 
@@ -110,14 +112,24 @@ def test_all_is_copied_once_whatever_the_ticks_and_what_is_left_at_the_gate(vaul
 
 
 def test_large_slices_are_copied_while_the_training_thread_goes_on(vault: Vault) -> None:
-    plan = ShardPlan([("x", torch.randn(64 * MIB))], slice_bytes=64 * MIB)
+    plan = ShardPlan([("x", torch.randn(4 * MIB))], slice_bytes=16 * MIB)
     writer = SlotWriter(vault.allocate_own(0, plan.nbytes, 10).path)
-    snapshotter = Snapshotter(plan, writer, HostCopyEngine())
-    assert snapshotter.open(0, 0, b"")
-    asked = snapshotter.stats.open_s
-    assert not writer.arena.slots[0].sealed  # it takes some 50 ms
+    training, go_on, seconds = threading.current_thread(), threading.Event(), itertools.count()
+
+    def clock() -> float:
+        """Holds up whoever looks at it but the training thread; for the others each look is a second later."""
+        if threading.current_thread() is training:
+            return 0.0
+        go_on.wait()
+        return float(next(seconds))
+
+    engine = HostCopyEngine(clock)
+    snapshotter = Snapshotter(plan, writer, engine)
+    assert snapshotter.open(0, 0, b"")  # comes back though nothing can be copied
+    assert not writer.arena.slots[0].sealed
+    go_on.set()
     snapshotter.gate()
-    assert writer.arena.slots[0].sealed and snapshotter.account().copied_s > asked
+    assert writer.arena.slots[0].sealed and engine.totals.busy_s == 1.0
     snapshotter.close()
 
 
@@ -171,15 +183,18 @@ def test_an_arena_of_another_size_is_refused(vault: Vault) -> None:
         Snapshotter(ShardPlan([("x", torch.zeros(100))]), writer, HostCopyEngine())
 
 
-def test_an_idle_tick_costs_less_than_a_few_microseconds(vault: Vault) -> None:
+@pytest.mark.perf
+def test_an_idle_tick_costs_no_more_than_some_calls_of_python(vault: Vault) -> None:
     plan = ShardPlan([("x", torch.zeros(100))])
     writer = SlotWriter(vault.allocate_own(0, plan.nbytes, 10).path)
     snapshotter = Snapshotter(plan, writer, HostCopyEngine())
-    rounds = []
+    nothing: dict[str, int] = {}
+    best: dict[str, float] = {}
     for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(1000):
-            snapshotter.tick()
-        rounds.append((time.perf_counter() - start) / 1000)
-    print(f"idle tick: {statistics.median(rounds) * 1e9:.0f} ns")
-    assert min(rounds) < 5e-6
+        for name, call in (("tick", snapshotter.tick), ("call", nothing.copy)):
+            start = time.perf_counter()
+            for _ in range(1000):
+                call()
+            best[name] = min(best.get(name, math.inf), (time.perf_counter() - start) / 1000)
+    print(f"idle tick: {best['tick'] * 1e9:.0f} ns; an empty dict's copy: {best['call'] * 1e9:.0f} ns")
+    assert best["tick"] < 20 * best["call"]

@@ -85,7 +85,7 @@ class Job:
         for node in placing.nodes_of(self.assignment):
             missing = set(placing.ranks_of(self.assignment, node).values())
             while missing:
-                event = self.shards[node].events.get(timeout=30)
+                event = self.shards[node].events.get()
                 if isinstance(event, RankCommitted) and (event.epoch, event.generation) == (self.epoch, generation):
                     missing.discard(event.rank)
         for shards in self.shards.values():
@@ -109,9 +109,9 @@ class Job:
             shards.fetch(self.epoch, rank, generation, source, vaults[source.node])
         else:
             shards.rebuild(self.epoch, rank, generation, agreed.rebuilds[rank], vaults)
-        event = shards.events.get(timeout=30)
+        event = shards.events.get()
         while not isinstance(event, FetchDone):
-            event = shards.events.get(timeout=30)
+            event = shards.events.get()
         assert not event.error, event.error
         assert event.version is not None
         reader = SlotWriter(shards.path_of(rank))
@@ -140,7 +140,6 @@ def jobs() -> Iterator[Callable[..., Job]]:
         job.close()
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("redundancy", "active"), [("1", 4), ("1", 5), ("2", 6), ("2+1", 3), ("2+2", 4), ("3+2", 6), ("2+1", 7)]
 )
@@ -178,7 +177,6 @@ def test_exactly_the_losses_that_are_said_to_be_survivable_are(
         assert rebuilt or size > m
 
 
-@pytest.mark.timeout(120)
 def test_after_a_swap_the_spare_and_its_parity_are_whole_again_and_the_next_node_may_go(
     jobs: Callable[..., Job],
 ) -> None:
@@ -203,7 +201,7 @@ def test_after_a_swap_the_spare_and_its_parity_are_whole_again_and_the_next_node
     seen: set[int] = set()
     for node in placing.nodes_of(job.assignment):
         while True:
-            event = job.shards[node].events.get(timeout=30)
+            event = job.shards[node].events.get()
             if isinstance(event, RankCommitted) and (event.epoch, event.generation) == (0, 2):
                 seen.add(event.rank)
                 break
@@ -219,7 +217,6 @@ def test_after_a_swap_the_spare_and_its_parity_are_whole_again_and_the_next_node
     assert gone is not None
 
 
-@pytest.mark.timeout(60)
 def test_a_shard_that_was_changed_in_memory_is_never_built_into_another(jobs: Callable[..., Job]) -> None:
     job = jobs("2+1", 3, nodes=4)
     job.aim()
@@ -234,13 +231,12 @@ def test_a_shard_that_was_changed_in_memory_is_never_built_into_another(jobs: Ca
     slot.unique[(slot.chunks * share.share // 2) * slot.chunk_bytes + 5] ^= 1
     vaults = {n: Address("127.0.0.1", s.server.port) for n, s in job.shards.items()}
     job.shards[3].rebuild(0, 0, 1, agreed.rebuilds[0], vaults)
-    event = job.shards[3].events.get(timeout=30)
+    event = job.shards[3].events.get()
     assert isinstance(event, FetchDone) and event.version is None
     assert event.source == share.node and "arrived changed" in event.error
     assert not job.shards[3].vault.holdings().ranks.get(0)
 
 
-@pytest.mark.timeout(60)
 def test_parity_is_complete_only_when_every_part_is_in_and_a_sender_goes_on_where_it_was(
     jobs: Callable[..., Job],
 ) -> None:
@@ -253,7 +249,7 @@ def test_parity_is_complete_only_when_every_part_is_in_and_a_sender_goes_on_wher
         writer.complete()
         job.shards[rank].rang(rank)
     for rank in (0, 1):
-        job.shards[rank].events.get(timeout=30)  # its parts are in
+        job.shards[rank].events.get()  # its parts are in
     complete = {node: sum(map(len, shards.holdings()[2].values())) for node, shards in job.shards.items()}
     assert sum(complete.values()) == 1  # of three words one has both its parts
     job.aim()  # everything is cut off and offered again

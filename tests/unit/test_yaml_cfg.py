@@ -19,11 +19,11 @@ def test_upstreams_parser_gives_our_settings_with_a_yaml_file_of_its_own(
     from deadpool_megatron.megatron import Hooks
 
     file = tmp_path / "model.yaml"
-    file.write_text("disable_msc_deprecated: no\nenable_msc: no\nnum_layers: 2\ndeadpool: {lease: 2, comm: swap}\n")
+    file.write_text("disable_msc_deprecated: no\nenable_msc: no\nnum_layers: 2\ndeadpool: {lease: 2, transport: tcp}\n")
     flags = ["--yaml-cfg", str(file), "--deadpool", "--deadpool-lease", "3"]
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags])
     config = from_script_arguments(flags)
-    assert config == DeadpoolConfig(deadpool=True, lease=3.0, comm="swap")
+    assert config == DeadpoolConfig(deadpool=True, lease=3.0, transport="tcp")
     nothing: Any = None
     hooks = Hooks(nothing, nothing, config, -1, nothing, nothing, False, nothing)
     for module, name, hook in (

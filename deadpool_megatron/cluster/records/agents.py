@@ -51,7 +51,6 @@ class Registered(Record, frozen=True):
     unique_bytes: int
     small_bytes: int
     table_digest: str
-    strategy: str
     can_rescue: bool
     expected_bytes: int = 0
 
