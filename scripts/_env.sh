@@ -73,18 +73,19 @@ _deadpool_make_uv() {
     [[ "$("$tools/bin/uv" --version 2>/dev/null)" == "uv $_deadpool_uv_version "* ]] && return
     "$python" -c 'import ensurepip, venv' 2>/dev/null || { _deadpool_trouble "$python has no venv module:" \
         "install it (on Debian and Ubuntu: apt install python3-venv), or uv" || return; }
+    echo "deadpool: no uv on PATH: installing uv $_deadpool_uv_version into ${tools##*/}" >&2
     {
         "$python" -m venv --clear "$tools" &&
             "$tools/bin/python" -m pip --disable-pip-version-check --no-input install "uv==$_deadpool_uv_version"
-    } >"$log" 2>&1 || _deadpool_trouble "uv could not be installed: $(_deadpool_error "$log")"
+    } >"$log" 2>&1 || _deadpool_trouble "uv could not be installed: $(tail -n 1 "$log") (all of it: $log)"
 }
 
-# The line of a log that says what went wrong, and where the log is.
+# What a log says went wrong, as one line, and where the log is.
 _deadpool_error() {
     local error
-    error="$(grep -E -i 'error|caused by|×' "$1" | tail -n 1)"
-    [[ -n "$error" ]] || error="$(tail -n 1 "$1")"
-    echo "$error (all of it: $1)"
+    error="$(grep -E -i '^ *(error|cause|caused by)\b' "$1" | tr -s ' \n' ' ')"
+    [[ -n "$error" ]] || error="$(tail -n 1 "$1") "
+    echo "$error(all of it: $1)"
 }
 
 # Two scripts at the same time: the second waits for the first, then finds everything there.
@@ -125,13 +126,15 @@ _deadpool_make() {
             "$DEADPOOL_FREE_GB GB: make room" || return
     fi
     echo "deadpool: making $name with $("$python" --version) from ${lock##*/}, once: 3 GB to download, 5 GB on disk" >&2
+    deadpool_uv --version >/dev/null || return
     rm -rf "$venv"
-    # On a terminal uv shows its progress there. Elsewhere it writes lines: all into the log, on stderr without the list.
+    # On a terminal uv shows its progress there. Elsewhere its lines go into the log, progress to stderr too.
     if [[ -t 2 ]]; then
         _deadpool_install "$venv" "$lock" "$python" ||
             { _deadpool_trouble "$name could not be made: uv says why, above" || return; }
     else
-        (set -o pipefail && _deadpool_install "$venv" "$lock" "$python" 2>&1 | tee "$log" | { grep --line-buffered -v '^ + ' >&2 || :; }) ||
+        (set -o pipefail && _deadpool_install "$venv" "$lock" "$python" 2>&1 | tee "$log" |
+            { grep --line-buffered -E '^ *(Resolved|Download|Prepared|Installed|Bytecode)' >&2 || :; }) ||
             { _deadpool_trouble "$name could not be made: $(_deadpool_error "$log")" || return; }
     fi
     echo "$stamp" >"$venv/.stamp"
