@@ -61,17 +61,6 @@ def test_a_coordinator_killed_in_the_middle_of_a_recovery_loses_nothing(build: B
     assert len(cluster.of("coordinator_back")) == 1, "it was killed, once"
 
 
-@pytest.mark.slow
-def test_a_coordinator_killed_while_nothing_happens_is_not_noticed(build: Build) -> None:
-    cluster = build(lease=LEASE_S)
-    cluster.coordinator.process.kill()
-    cluster.until("coordinator_back", 1, PATIENT_S)
-    time.sleep(LEASE_S + 1.0)
-    assert cluster.status()["epoch"] == 0
-    cluster.kill(3)
-    assert _recovered(cluster, [3])["epoch"] == 1
-
-
 def test_a_deposed_coordinators_decision_reaches_nobody(build: Build) -> None:
     cluster = build(lease=LEASE_S)
     cluster.store.put({"leader": b"somebody else"})  # as if its leadership had ended while it was looking elsewhere
@@ -98,17 +87,6 @@ def test_a_node_whose_records_are_lost_on_the_way_counts_as_lost_at_the_deadline
     cluster.kill(3)
     declared = cluster.until("declared", 2, PATIENT_S)
     assert {2, 6, 10} <= set(declared["lost"])
-
-
-@pytest.mark.slow
-def test_a_frozen_process_of_agents_is_noticed(build: Build) -> None:
-    cluster = build(6, 3, lease=LEASE_S, processes=9)  # one node each
-    swarm = cluster._swarms[cluster._where[4]]
-    swarm.send_signal(signal.SIGSTOP)
-    declared = cluster.until("declared", 1, PATIENT_S)
-    assert declared["lost"] == [4]
-    swarm.send_signal(signal.SIGCONT)
-    cluster.until("resumed", 1, PATIENT_S)
 
 
 # The time of day jumps by days, forth and back, in every process, many times a second.

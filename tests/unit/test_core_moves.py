@@ -8,7 +8,7 @@ from deadpool_megatron.cluster import Core, Exit, Phase
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core import Emit, Keep, Send
 from deadpool_megatron.cluster.records import SlotAddress
-from simulated import SimulatedJob
+from simulated import DEADLINES, SimulatedJob
 
 
 def hold(job: SimulatedJob, missed: bool = False) -> int:
@@ -174,6 +174,7 @@ def test_training_does_not_notice_that_the_coordinator_was_away() -> None:
     job = SimulatedJob().train()
     job.commit(3)
     restarted(job)
+    job.wait(10 * DEADLINES.lease)
     assert job.core.phase is Phase.RUNNING and job.core.epoch == 0 and not job.told(r.Declare)
     job.lose(1)
     job.recover()
