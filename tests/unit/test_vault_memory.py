@@ -69,14 +69,16 @@ def test_a_bit_that_flips_in_memory_is_found_and_the_copy_is_not_held_any_more(v
     bad.close()
 
 
-def test_a_scrub_keeps_to_its_rate(vault: Vault) -> None:
+def test_a_scrub_keeps_to_its_rate(vault: Vault, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = 1000.0  # no pause within a pass is so long
+    monkeypatch.setattr("deadpool_megatron.vault.scrub._REST_S", rest)
     _written(vault).close()
     waited: list[float] = []
     rests: list[int] = []
 
     def wait(seconds: float) -> bool:
         started.wait()
-        if seconds == 1.0:
+        if seconds == rest:
             rests.append(scrubber.passes)
         waited.append(seconds)
         return len(rests) > 1
