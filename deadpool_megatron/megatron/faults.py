@@ -53,6 +53,7 @@ def _whole_node(signum: signal.Signals) -> None:
     import psutil
 
     agent = int(os.environ[PARENT_PID])
+    # Workers out of a fork server are not among them: they are killed as their agent ends, and are not stopped.
     others = [child.pid for child in psutil.Process(agent).children(recursive=True) if child.pid != os.getpid()]
     for pid in [agent, *others, os.getpid()]:
         os.kill(pid, signum)
