@@ -21,6 +21,7 @@ pytestmark = pytest.mark.versions(torch=True)
 SWAPS = 320  # more than torch's one-byte backend types
 MANY = 20
 KEPT = 10
+HOUR_S = 3600.0  # whoever waits for it stands still
 LARGE = 16 * 1024 * 1024  # floats: 64 MB, far more than socket buffers hold
 
 
@@ -204,8 +205,9 @@ def sums_are_right(*groups: dist.ProcessGroup | None) -> None:
         assert x.eq(dist.get_world_size(group)).all()
 
 
-def half_sent(worker: Worker) -> float:
-    """Rank 0 is the root of two broadcasts, one for each pool thread of the group, that rank 1 stops receiving."""
+def half_sent(worker: Worker) -> str:
+    """Rank 0 is the root of two broadcasts, one for each pool thread of the group, that rank 1 stops receiving. Whoever
+    waited for them would stand still."""
     worker.init()
     data = [torch.ones(LARGE) for _ in range(2)]
     worker.store.set(f"pid/{worker.rank}", str(os.getpid()))
@@ -224,21 +226,17 @@ def half_sent(worker: Worker) -> float:
         worker.comm.abort()
         os.kill(peer, signal.SIGCONT)
     assert works
-    begun = time.monotonic()
     worker.comm.reform(1, worker.store)
     sums_are_right(None)
-    seconds = time.monotonic() - begun
     worker.meet("end")
-    return seconds
+    return "done"
 
 
 def test_a_group_with_blocked_pool_threads_is_of_use_at_once() -> None:
-    results = run(__file__, "half_sent", world=2, install={"operation_timeout_s": 8.0})
-    print(results)
-    assert max(results.values()) < 2
+    assert len(run(__file__, "half_sent", world=2, install={"operation_timeout_s": HOUR_S})) == 2
 
 
-def left_behind(worker: Worker) -> float:
+def left_behind(worker: Worker) -> str:
     """Rank 1 agrees to form and does not connect: rank 0 is in a call that only its time-out ends."""
     worker.init()
     pair = dist.new_group([0, 1], group_desc="pair")
@@ -261,19 +259,15 @@ def left_behind(worker: Worker) -> float:
         threading.Thread(
             target=lambda: (worker.store.clone().wait(["absent"]), time.sleep(0.5), worker.comm.abort())
         ).start()
-        begun = time.monotonic()
         with pytest.raises(ReformError, match="aborted while forming"):
             worker.comm.reform(1, worker.store)
-        assert time.monotonic() - begun < 3
         worker.store.set("given up", b"1")
-    begun = time.monotonic()
     worker.comm.reform(2, worker.store)
     sums_are_right(None, pair)
-    seconds = time.monotonic() - begun
-    if worker.rank == 0:
-        (old,) = [each for each in threading.enumerate() if each.name == "deadpool-forming-1"]
-        old.join(20)  # its time-out passes, and nobody notices
-        assert not old.is_alive()
+    if worker.rank == 0 and worker.comm._form_timeout_s != HOUR_S:
+        for old in threading.enumerate():
+            if old.name == "deadpool-forming-1":
+                old.join()  # its time-out passes, and nobody notices
     worker.meet("its end")
     sums_are_right(None, pair)
     worker.meet("used")
@@ -281,13 +275,12 @@ def left_behind(worker: Worker) -> float:
     worker.comm.reform(3, worker.store)
     sums_are_right(None, pair)
     worker.meet("end")
-    return seconds
+    return "done"
 
 
-def test_a_forming_that_waits_for_nobody_is_left_behind_and_harms_no_later_epoch() -> None:
-    results = run(__file__, "left_behind", world=2, install={"form_timeout_s": 10.0})
-    print(results)
-    assert max(results.values()) < 3
+@pytest.mark.parametrize("timeout_s", [10.0, HOUR_S])
+def test_a_forming_that_waits_for_nobody_is_left_behind_and_harms_no_later_epoch(timeout_s: float) -> None:
+    assert len(run(__file__, "left_behind", world=2, install={"form_timeout_s": timeout_s})) == 2
 
 
 def other_server(worker: Worker) -> str:
