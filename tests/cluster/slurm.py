@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -66,6 +67,8 @@ class Slurm:
             "ProctrackType=proctrack/linuxproc",
             "TaskPlugin=task/none",
             "MpiDefault=none",
+            # The batch scripts take a port from it: another test run on this machine has other jobs.
+            f"FirstJobId={random.randrange(1, 1_000_000)}",
             "SelectType=select/linear",
             "SlurmdParameters=config_overrides",
             "AccountingStorageType=accounting_storage/none",

