@@ -25,7 +25,16 @@ from typing import IO, Any
 
 import msgspec
 
-__all__ = ["FORK_SERVER", "MAX_REQUEST", "ForkRequest", "Forked", "ForkedProcess", "Process", "fork_module"]
+__all__ = [
+    "FORK_SERVER",
+    "MAX_REQUEST",
+    "ForkRequest",
+    "Forked",
+    "ForkedProcess",
+    "Process",
+    "fork_module",
+    "open_pidfd",
+]
 
 # The server's UNIX socket, in the environment of what it starts. Not DEADPOOL_...: no setting of the product.
 FORK_SERVER = "WORKER_FORK_SERVER"
@@ -108,6 +117,12 @@ class ForkedProcess:
 
 
 Process = subprocess.Popen[Any] | ForkedProcess
+
+
+def open_pidfd(process: Process) -> int:
+    """A pidfd of a process that nobody has waited for, though it may have ended; the caller's to close."""
+    # The fork server reaps its children at once, so by then the id can be nobody's.
+    return os.dup(process._pidfd) if isinstance(process, ForkedProcess) else os.pidfd_open(process.pid)
 
 
 def fork_module(

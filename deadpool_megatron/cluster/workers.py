@@ -16,7 +16,7 @@ import msgspec
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
-from deadpool_megatron.forking import FORK_SERVER, fork_module
+from deadpool_megatron.forking import FORK_SERVER, ForkedProcess, fork_module, open_pidfd
 
 __all__ = [
     "ADOPTED",
@@ -126,7 +126,7 @@ def start_worker(
     env = dict(environment)
     env[PARENT_PID] = str(os.getpid())
     descriptors = {PULSE_FD: page.fd, CONTROL_FD: theirs.fileno(), DOORBELL_FD: doorbell}
-    process: Process
+    process: subprocess.Popen[bytes] | ForkedProcess
     with open(log, "ab", buffering=0) as out:
         if server := env.get(FORK_SERVER):
             arguments = command[command.index(WORKER_MODULE) + 1 :]
@@ -151,7 +151,7 @@ def start_worker(
                 start_new_session=True,
             )
     theirs.close()
-    return Worker(local, process, os.pidfd_open(process.pid), ours, doorbell, rank, page)
+    return Worker(local, process, open_pidfd(process), ours, doorbell, rank, page)
 
 
 def end_group(pid: int, signum: signal.Signals) -> None:

@@ -19,7 +19,7 @@ import zmq
 from deadpool_megatron.cluster import Exit, Spoke
 from deadpool_megatron.cluster.leadership import Follower, Place
 from deadpool_megatron.cluster.store import open_store
-from deadpool_megatron.forking import Process
+from deadpool_megatron.forking import Process, open_pidfd
 from deadpool_megatron.multinode.enlisting import Lifeline
 from deadpool_megatron.multinode.options import AgentPlan
 from deadpool_megatron.multinode.seat import Seat
@@ -194,7 +194,7 @@ class Serving:
         """Until ``main`` has ended, or the seat changes. Notes why this command made it end, if it did."""
         signals, hosted, agent = self._signals, self._hosted, self._agent
         poller = zmq.Poller()
-        ends = {os.pidfd_open(p.pid): p for p in (main, agent) if p is not None and p.poll() is None}
+        ends = {open_pidfd(p): p for p in (main, agent) if p is not None and p.poll() is None}
         for fd in [*ends, signals.socket.fileno()]:
             poller.register(fd, zmq.POLLIN)
         if self._lifeline is not None and hosted is None:
