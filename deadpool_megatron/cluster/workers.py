@@ -14,9 +14,10 @@ from typing import Protocol
 
 import msgspec
 
+from deadpool_megatron import forking
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
-from deadpool_megatron.forking import FORK_SERVER, ForkedProcess, fork_module, open_pidfd
+from deadpool_megatron.forking import FORK_SERVER, fork_module, open_pidfd
 
 __all__ = [
     "ADOPTED",
@@ -126,7 +127,7 @@ def start_worker(
     env = dict(environment)
     env[PARENT_PID] = str(os.getpid())
     descriptors = {PULSE_FD: page.fd, CONTROL_FD: theirs.fileno(), DOORBELL_FD: doorbell}
-    process: subprocess.Popen[bytes] | ForkedProcess
+    process: forking.Process
     with open(log, "ab", buffering=0) as out:
         if server := env.get(FORK_SERVER):
             arguments = command[command.index(WORKER_MODULE) + 1 :]

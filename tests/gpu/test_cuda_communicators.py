@@ -5,7 +5,6 @@ so what blocked peers do is not here.
 """
 
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +15,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
-from comm_processes import NEVER_S, Worker, run, worker_main
+from comm_processes import NEVER_S, Worker, run, until_retired, worker_main
 from deadpool_megatron.comm import communicators, nccl_environment
 from deadpool_megatron.comm.inplace import pointee
-from waiting import until
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,9 +100,7 @@ def rounds(worker: Worker) -> dict[str, object]:
         use(groups)
         assert torch.equal(kept, torch.arange(1 << 20, device="cuda"))
         if epoch in (5, ROUNDS):
-            until(
-                lambda: not any(t.name == "deadpool-retire" for t in threading.enumerate()), "the end of dead backends"
-            )
+            until_retired()
             free.append(torch.cuda.mem_get_info()[0])
     return {"aborts": aborts, "reforms": reforms, "lost": free[0] - free[1]}
 

@@ -95,6 +95,11 @@ class Worker:
         self.store.wait([f"met/{name}"], timedelta(seconds=NEVER_S))
 
 
+def until_retired() -> None:
+    """Until the background has let go of the backends that the last epochs retired."""
+    until(lambda: not any(t.name == "deadpool-retire" for t in threading.enumerate()), "the end of what was retired")
+
+
 def exchange(groups: Iterable[dist.ProcessGroup | None]) -> None:
     """Point-to-point traffic (alone: a monitored barrier) in each group, so that no epoch can keep it as it is."""
     for group in groups:

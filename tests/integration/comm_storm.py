@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from comm_processes import NEVER_S
 from deadpool_megatron.comm import Communicators, ReformReport
 
 
@@ -60,11 +61,11 @@ class AbortStorm:
         for epoch in self._epochs:
             time.sleep(self._random.uniform(*self._pause))
             self._decide.set(f"storm/{epoch}", b"1")
-            self._decide.wait([f"storm/{epoch}/recovered"], timedelta(seconds=3600))
+            self._decide.wait([f"storm/{epoch}/recovered"], timedelta(seconds=NEVER_S))
 
     def _watcher(self) -> None:
         for epoch in self._epochs:
-            self._watch.wait([f"storm/{epoch}"], timedelta(seconds=3600))
+            self._watch.wait([f"storm/{epoch}"], timedelta(seconds=NEVER_S))
             self._aborted_at[epoch] = time.monotonic()
             self.aborts.append(self._comm.abort())
             self._aborted[epoch].set()

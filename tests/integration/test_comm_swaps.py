@@ -12,23 +12,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from comm_processes import Worker, exchange, kill_self, run, worker_main
+from comm_processes import NEVER_S, Worker, exchange, kill_self, run, until_retired, worker_main
 from deadpool_megatron.comm import ReformError, gloo
-from waiting import until
 
 pytestmark = pytest.mark.versions(torch=True)
 
 SWAPS = 320  # more than torch's one-byte backend types
 MANY = 20
 KEPT = 10
-HOUR_S = 3600.0  # whoever waits for it stands still
 LARGE = 16 * 1024 * 1024  # floats: 64 MB, far more than socket buffers hold
 
 
 def footprint() -> dict[str, float]:
     """Threads, descriptors and resident MB, once the background has let go of what the last swaps retired."""
     process = psutil.Process()
-    until(lambda: not any(t.name == "deadpool-retire" for t in threading.enumerate()), "the end of what was retired")
+    until_retired()
     return {"threads": process.num_threads(), "fds": process.num_fds(), "mb": process.memory_info().rss / 2**20}
 
 
@@ -233,7 +231,7 @@ def half_sent(worker: Worker) -> str:
 
 
 def test_a_group_with_blocked_pool_threads_is_of_use_at_once() -> None:
-    assert len(run(__file__, "half_sent", world=2, install={"operation_timeout_s": HOUR_S})) == 2
+    assert len(run(__file__, "half_sent", world=2)) == 2
 
 
 def left_behind(worker: Worker) -> str:
@@ -264,7 +262,7 @@ def left_behind(worker: Worker) -> str:
         worker.store.set("given up", b"1")
     worker.comm.reform(2, worker.store)
     sums_are_right(None, pair)
-    if worker.rank == 0 and worker.comm._form_timeout_s != HOUR_S:
+    if worker.rank == 0 and worker.comm._form_timeout_s != NEVER_S:
         for old in threading.enumerate():
             if old.name == "deadpool-forming-1":
                 old.join()  # its time-out passes, and nobody notices
@@ -278,7 +276,7 @@ def left_behind(worker: Worker) -> str:
     return "done"
 
 
-@pytest.mark.parametrize("timeout_s", [10.0, HOUR_S])
+@pytest.mark.parametrize("timeout_s", [10.0, NEVER_S])
 def test_a_forming_that_waits_for_nobody_is_left_behind_and_harms_no_later_epoch(timeout_s: float) -> None:
     assert len(run(__file__, "left_behind", world=2, install={"form_timeout_s": timeout_s})) == 2
 
