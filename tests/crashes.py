@@ -63,7 +63,9 @@ def gauntlet_flags(iterations: int) -> list[str]:
     if COORDINATES == 2:
         flags = duo_gpt("data", iters=iterations)
     deadlines = ["--deadpool-lease", "3", "--deadpool-abort-deadline", "20", "--deadpool-build-deadline", "120"]
-    return [*flags, "--deadpool-hang-floor", "6", "--deadpool-form-deadline", "10", *deadlines]
+    # A spare that has just taken over has no pace of its own yet: what counts for it is the limit outside of steps.
+    hangs = ["--deadpool-hang-floor", "6", "--deadpool-hang-outside", "60"]
+    return [*flags, *hangs, "--deadpool-form-deadline", "10", *deadlines]
 
 
 class Gauntlet:

@@ -58,7 +58,7 @@ def test_nodes_that_may_be_lost_at_once_are_lost_and_the_run_ends_bit_for_bit_th
 
 
 def test_one_node_more_than_may_be_lost_ends_the_job_with_the_sentence(jobs: Jobs) -> None:
-    job = jobs.start("beyond", launch_flags(6, 2, 1), _flags(4, "1"))
+    job = jobs.start("beyond", launch_flags(6, 2, 1), _flags(4, "1"), held=True)
     _lost_at_once(job, (0, 2))
     assert [0, 2] in job.until_event("placed")["fatal"], "the sentence says that these may not be lost together"
     assert job.wait() == Exit.GENERATION_LOST
