@@ -96,6 +96,7 @@ class Core:
         self.seen = seen = Observations(facts, voice)
         self._start = Start(facts, voice, seen.snapshots)
         self._finished: set[int] = set()
+        self._noticed = False
         self._handlers: dict[type, Callable[[Any], None]] = {
             r.Join: self._join,
             r.WorkerReady: self._start.worker_ready,
@@ -203,7 +204,10 @@ class Core:
         return self._run(lambda: self._stop(Exit.INTERRUPTED, "interrupted: every process of the job is ended"), now)
 
     def preempted(self, now: float) -> list[Action]:
-        """The job has to leave its machines soon: what is committed becomes durable, then it ends."""
+        """The machines are wanted soon: what is committed becomes durable and the job leaves, if it is set up for that.
+
+        Else Megatron decides: it handles the notice as its own exit signal (``--exit-signal-handler``).
+        """
         return self._run(self._preempt, now)
 
     def inject(self, fault: r.Fault, now: float) -> tuple[str, list[Action]]:
@@ -430,6 +434,12 @@ class Core:
         self._leave_if_preempted()
 
     def _preempt(self) -> None:
+        if not self.job.on_preempt:
+            if not self._noticed:
+                self._noticed = True
+                self._emit("exit_notice")
+                self._send(None, r.ExitNotice())
+            return
         self._durability.preempt(self.members.active(), self.assignment, self._now)
         self._leave_if_preempted()
 

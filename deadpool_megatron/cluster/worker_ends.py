@@ -67,7 +67,7 @@ class WorkerEnds:
             return  # it has been replaced already
         to_blame = self._blame.died(state)
         iteration = self._facts.headway.iteration
-        if self._blame.crashed_again(record, iteration, cause):
+        if self._blame.crashed_again(record, self._facts.members.epoch, iteration):
             again = f"after iteration {iteration} again, so no spare is spent on it; see its log"
             self._voice.stop(Exit.REPEATED_ERROR, f"{cause} {again}")
             return

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.megatron.small_state import apply_args
+from deadpool_megatron.megatron.run_args import apply_args
 from deadpool_megatron.snapshot import decode
 from deadpool_megatron.vault import SlotWriter, Version
 

@@ -7,7 +7,8 @@ differ, and the job hang (`Adapter.learned`, bucket groups' first batch).
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import sys
+from typing import Any, Final
 
 import torch
 from megatron.core import rerun_state_machine
@@ -39,6 +40,33 @@ def _drop_graphs() -> None:
         FullCudaGraphWrapper.curr_iteration[stage] = 0
 
 
+# Where upstream adds up over an iteration's microbatches, for its log: (module, name in it). Zero between iterations.
+_SUMS: Final = (
+    ("megatron.core.transformer.moe.moe_logging", "_MOE_METRICS_TRACKER"),
+    ("megatron.core.transformer.multi_token_prediction", "MTPLossLoggingHelper"),
+    ("megatron.core.transformer.experimental_attention_variant.dsa", "DSAIndexerLossLoggingHelper"),
+)
+
+
+def _clear_sums(model: list[Any]) -> None:
+    """Take back what the broken step has added to sums that the process keeps, and not the model or the optimizer."""
+    for module, name in _SUMS:
+        holder = getattr(sys.modules.get(module), name, None)
+        entries = getattr(holder, "metrics", None) or getattr(holder, "tracker", {})
+        for entry in entries.values():
+            values: Any = entry if torch.is_tensor(entry) else getattr(entry, "values", None)
+            if torch.is_tensor(values):
+                values.zero_()
+    stats = getattr(training, "_seqlen_stats_in_iteration", None)
+    if stats is not None:  # of packed sequences
+        stats.zero_()
+        training._seqlen_stats_active = False
+    for chunk in model:
+        for module_ in chunk.modules():
+            if getattr(module_, "current_max_attn_logits", None) is not None:  # for QK clipping
+                module_.current_max_attn_logits = None
+
+
 def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
     """Drop handles, gradients and half-done bookkeeping of the step that broke. No communication, no allocation."""
     adapter = current()
@@ -57,6 +85,7 @@ def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
         # train() wraps it again where it wraps it at all.
         with contextlib.suppress(KeyError):
             del one.__dict__["step"]
+    _clear_sums(model)
     for chunk in model:
         for group in _bucket_groups(chunk):
             adapter.refresh_bucket_group(group)

@@ -11,6 +11,7 @@ nothing here waits for the device.
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
 from typing import Any, Final
 
@@ -18,35 +19,17 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.num_microbatches_calculator import update_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training import get_timers
 
-from deadpool_megatron.megatron.optimizer_state import Numbers, members
+from deadpool_megatron.megatron.optimizer_state import Numbers, members, plain_fields, put_fields
+from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng
 
-__all__ = ["MUTABLE_ARGS", "SmallState", "apply_args", "started_iterators"]
+__all__ = ["SmallState", "positions"]
 
-# Fields of Megatron's args that change while it trains.
-MUTABLE_ARGS: Final = (
-    "iteration",
-    "curr_iteration",
-    "consumed_train_samples",
-    "consumed_valid_samples",
-    "skipped_train_samples",
-    "num_floating_point_operations_so_far",
-    "do_train",
-    "do_valid",
-    "do_test",
-    "eval_iters",
-    "deadpool_first_iteration",
-)
 _LOGGED: Final = 256  # sums of losses that are staged; Megatron has a handful
 # What the rerun state machine counts from iteration to iteration; its reports are collectives at every Nth.
 _RERUN: Final = ("current_iteration", "large_value_counts", "max_values")
-
-
-def apply_args(args: Namespace, saved: dict[str, Any]) -> None:
-    """Set the mutable fields of Megatron's args to those of a generation."""
-    for name, value in saved.items():
-        setattr(args, name, value)
 
 
 class _Staged:
@@ -108,10 +91,10 @@ class _Staged:
         return log
 
 
-def started_iterators(data: bytes) -> list[bool]:
-    """By data iterator, whether anything had been drawn from it when the small state was captured."""
-    started: list[bool] = decode(data)["started"]
-    return started
+def positions(data: bytes) -> list[int]:
+    """By data iterator, where it stood when the small state was captured (`ReplayIterator.position`)."""
+    found: list[int] = decode(data)["positions"]
+    return found
 
 
 class SmallState:
@@ -120,10 +103,12 @@ class SmallState:
     Args:
         args, model, optimizer, scheduler: Megatron's own; ``model`` is the list of model chunks. The optimizer's state
             must have been made (`UniqueState`).
+        run_args: which of ``args`` are state.
     """
 
-    def __init__(self, args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -> None:
+    def __init__(self, args: Namespace, run_args: RunArgs, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         self._args = args
+        self._run_args = run_args
         self._scheduler = scheduler
         self._numbers = Numbers(optimizer)
         self._scalers = [
@@ -133,7 +118,7 @@ class SmallState:
         self._staged = _Staged(model, self._scalers)
         self.log: dict[str, Any] = {}
         self.logged_before = False
-        self.started: list[bool] = []  # by data iterator, whether anything has been drawn from it
+        self.positions: list[int] = []  # by data iterator
         self.flops: float = args.num_floating_point_operations_so_far
 
     def items(self) -> list[tuple[str, torch.Tensor]]:
@@ -145,8 +130,7 @@ class SmallState:
 
         Waits for no device, and allocates nothing on one.
         """
-        args = self._args
-        fields = {name: getattr(args, name) for name in MUTABLE_ARGS if hasattr(args, name)}
+        fields = self._run_args.read()
         # train() keeps these two in local variables; args has the values train() began with.
         fields["iteration"] = iteration
         fields["num_floating_point_operations_so_far"] = self.flops
@@ -157,14 +141,15 @@ class SmallState:
                 "host_rng": capture_host_rng(),
                 "device_rng": torch.cuda.get_rng_state().numpy().tobytes(),
                 "tracker": {name: _as_tensor(state).numpy().tobytes() for name, state in trackers.items()},
-                "num_steps": self._scheduler.num_steps,
+                "scheduler": plain_fields(vars(self._scheduler)),
                 "numbers": self._numbers.read(),
                 "scalers": [
                     {k: v for k, v in scaler.state_dict().items() if not torch.is_tensor(v)} for scaler in self._scalers
                 ],
                 "log": self._staged.take(self.log),
                 "logged_before": self.logged_before,
-                "started": self.started,
+                "positions": self.positions,
+                "interval_s": _interval_s(),
                 "rerun": {name: getattr(get_rerun_state_machine(), name) for name in _RERUN},
             }
         )
@@ -172,13 +157,12 @@ class SmallState:
     def restore(self, data: bytes) -> int:
         """Make the live small state that of ``data`` and of `items`; returns its iteration."""
         state = decode(data)
-        apply_args(self._args, state["args"])
+        self._run_args.write(state["args"])
         restore_host_rng(state["host_rng"])
         torch.cuda.set_rng_state(_as_state(state["device_rng"]))
         _restore_tracker(state["tracker"])
-        # The scheduler's own load_state_dict adds to num_steps instead of setting it.
-        self._scheduler.num_steps = 0
-        self._scheduler.step(increment=state["num_steps"])
+        # What the scheduler has set in the groups is among their numbers: it does not step here.
+        put_fields(vars(self._scheduler), state["scheduler"])
         self._numbers.write(state["numbers"])
         self.log = self._staged.put_back(state["log"])
         for scaler, saved in zip(self._scalers, state["scalers"], strict=True):
@@ -186,11 +170,19 @@ class SmallState:
                 scaler.load_state_dict({**saved, "scale": scaler.scale.clone()})
         self.logged_before = state["logged_before"]
         self.flops = state["args"]["num_floating_point_operations_so_far"]
+        # train() starts it again where it was stopped: what it prints is divided by all iterations of the interval.
+        get_timers()("interval-time", log_level=0)._elapsed = state["interval_s"]
         for name, value in state["rerun"].items():
             setattr(get_rerun_state_machine(), name, value)
         update_num_microbatches(self._args.consumed_train_samples, consistency_check=False)
         iteration: int = state["args"]["iteration"]
         return iteration
+
+
+def _interval_s() -> float:
+    """Seconds since the last line of the log, of which upstream prints the mean of an iteration."""
+    timer = get_timers()("interval-time", log_level=0)
+    return float(timer._elapsed + (time.time() - timer._start_time if timer._started else 0.0))
 
 
 def _as_tensor(state: Any) -> torch.Tensor:

@@ -27,8 +27,9 @@ from deadpool_megatron.megatron.near import numa_node
 from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import full_iteration_graphs, reset_after_abort, synchronize_parameters
+from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.saving import drop_unfinished_saves
-from deadpool_megatron.megatron.small_state import SmallState, started_iterators
+from deadpool_megatron.megatron.small_state import SmallState, positions
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
 from deadpool_megatron.recovery import Refused, Session
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
@@ -66,6 +67,7 @@ class MegatronTrainer:
         config: DeadpoolConfig,
         doorbell: int,
         args: Namespace,
+        run_args: RunArgs,
         model: list[Any],
         optimizer: Any,
         scheduler: Any,
@@ -91,10 +93,11 @@ class MegatronTrainer:
             session, self.rank, torch.distributed.get_world_size(), args.log_interval, args.deadpool_first_iteration
         )
         self._unique = UniqueState(optimizer)
-        self.small_state = SmallState(args, model, optimizer, scheduler)
+        run_args.training_begins()
+        self.small_state = SmallState(args, run_args, model, optimizer, scheduler)
         self._plan = ShardPlan([*self._unique.items(), *self.small_state.items()], config.slice_bytes)
         self._replays = [_under_rerun(each) for each in _flatten(iterators)]
-        self.small_state.started = [replay.started for replay in self._replays]
+        self.small_state.positions = [replay.position for replay in self._replays]
         self._small = self.small_state.capture(args.iteration)
         self._small_generation = -1
         self._expected = expected_bytes(model, optimizer)
@@ -192,7 +195,7 @@ class MegatronTrainer:
             return
         session = self._session
         self._mark("begin")
-        self.small_state.started = [replay.started for replay in self._replays]
+        self.small_state.positions = [replay.position for replay in self._replays]
         self._small = self.small_state.capture(iteration)
         self._small_generation = iteration
         # As far back as a recovery may go: to the committed generation, which grows old while the coordinator is away.
@@ -389,11 +392,11 @@ class MegatronTrainer:
             for replay, each in zip(self._replays, fresh, strict=True):
                 replay.renew(each.iterable, generation)
         # An export draws no data, and has no iterators.
-        started_then = started_iterators(small) if self._replays else []
-        for replay, started in zip(self._replays, started_then, strict=True):
+        stood = positions(small) if self._replays else []
+        for replay, position in zip(self._replays, stood, strict=True):
             replay.rewind(generation)
-            if started and not replay.started:
-                replay.prime()
+            if replay.position != position:
+                replay.seek(position)
         self.small_state.restore(small)
         self._small, self._small_generation = small, generation
         for each in self._reruns():

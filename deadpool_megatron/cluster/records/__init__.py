@@ -58,6 +58,7 @@ from deadpool_megatron.cluster.records.coordinators import (
     Declare,
     EndStuck,
     Enlisted,
+    ExitNotice,
     Form,
     Hold,
     InjectReply,
@@ -138,6 +139,7 @@ __all__ = [
     "EndStuck",
     "Enlist",
     "Enlisted",
+    "ExitNotice",
     "Fault",
     "FaultKind",
     "FetchFailed",
@@ -205,7 +207,7 @@ __all__ = [
     "encode",
 ]
 
-VERSION = b"\x05"
+VERSION = b"\x06"
 # What grows with the job is mostly alike from node to node: it shrinks to a tenth, once for all that it is sent to.
 _COMPRESS_BYTES = 4096
 _MOST_BYTES = 1 << 28

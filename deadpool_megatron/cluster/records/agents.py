@@ -66,14 +66,20 @@ class WorkerExited(Record, frozen=True):
 
 
 class WorkerFailed(Record, frozen=True):
-    """A worker ends because of an exception of its own (not of a lost peer)."""
+    """A worker ends because of an exception of its own (not of a lost peer).
+
+    ``epoch``: the one it trained in. ``kind``: the exception's type; ``place``: the line of code that raised it.
+    """
 
     node: int
     local: int
     rank: int | None
     phase: Literal["setup", "training", "tail"]
+    epoch: int
     iteration: int
     user_error: bool
+    kind: str
+    place: str
     message: str
     traceback: str
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deadpool_megatron.cluster.records.agents import Did, Iteration, PeerError, Registered, StateHash, WorkerFailed
-from deadpool_megatron.cluster.records.coordinators import AllFinished, Arm, Declare, Form, Hold, Stop
+from deadpool_megatron.cluster.records.coordinators import AllFinished, Arm, Declare, ExitNotice, Form, Hold, Stop
 from deadpool_megatron.cluster.records.durability import Described
 from deadpool_megatron.cluster.records.values import Act, Record, Step
 
@@ -132,5 +132,16 @@ class Where(Record, frozen=True):
 
 
 WorkerTold = (
-    Where | Hold | ArenaGranted | ArenaRefused | TakeOver | Generation | Declare | Form | AllFinished | Stop | Arm
+    Where
+    | Hold
+    | ArenaGranted
+    | ArenaRefused
+    | TakeOver
+    | Generation
+    | Declare
+    | Form
+    | AllFinished
+    | ExitNotice
+    | Stop
+    | Arm
 )

@@ -1,0 +1,212 @@
+"""Whatever an iteration depends on comes back after a loss: what came out of a checkpoint, positions that no flag
+expresses, sums that a process keeps. A killed run is compared with an undisturbed one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from deadpool_megatron.cluster import Exit
+from flags import duo_gpt
+from jobs import EXAMPLE, Job, Jobs, launch_flags
+
+ITERATIONS = 8
+_MAKE_DATA = """
+import sys, numpy as np, torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+for name, docs in (("train", 60), ("valid", 12), ("other", 13)):
+    builder = IndexedDatasetBuilder(f"{sys.argv[1]}/{name}.bin", dtype=np.int32)
+    generator = torch.Generator().manual_seed(docs)
+    for _ in range(docs):
+        builder.add_item(torch.randint(0, 250, (90,), generator=generator, dtype=torch.int32))
+        builder.end_document()
+    builder.finalize(f"{sys.argv[1]}/{name}.idx")
+"""
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real ``.bin`` and ``.idx`` files: train, valid, other."""
+    directory = tmp_path_factory.mktemp("data")
+    subprocess.run([sys.executable, "-c", _MAKE_DATA, str(directory)], check=True, capture_output=True)
+    return directory
+
+
+def _without(flags: list[str], *names: str) -> list[str]:
+    """The flags without some that take no value, and without the two of a plain optimizer's opposites."""
+    return [flag for flag in flags if flag not in names]
+
+
+def _plain_optimizer(flags: list[str]) -> list[str]:
+    return _without(flags, "--use-distributed-optimizer", "--overlap-param-gather")
+
+
+def _checkpoint(jobs: Jobs, flags: list[str]) -> list[str]:
+    """The flags to load the checkpoint of iteration 4 of a run with these."""
+    save = jobs.directory / "ckpt"
+    saving = ["--train-iters", "4", "--save", str(save), "--save-interval", "4", "--ckpt-format", "torch_dist"]
+    jobs.start("first", launch_flags(2, slots=1), [*flags, *saving], deadpool=False).finished()
+    return ["--load", str(save), "--ckpt-format", "torch_dist"]
+
+
+def _killed(
+    jobs: Jobs, flags: list[str], at: tuple[int, int], first: int = 0, script: Path = EXAMPLE, node: int = 0
+) -> tuple[Job, Job]:
+    """The job whose node dies at (iteration, tick), and the undisturbed one; they have trained alike."""
+    want = jobs.start("undisturbed", launch_flags(2, slots=1), flags, script).finished()
+    job = jobs.start("killed", launch_flags(3, 1, slots=1), flags, script, held=True)
+    job.arm((node, *at))
+    job.finished()
+    assert len(job.events("resumed")) == 1
+    expected = {iteration: exact for iteration, *exact in want.exact()}
+    assert all(exact == expected[iteration] for iteration, *exact in job.exact())
+    assert job.printed(1) == want.printed(1) and len(want.printed(1)) == ITERATIONS - first
+    assert job.hashes() == want.hashes(), [
+        (rank, part)
+        for rank, parts in want.hashes().items()
+        for part in parts
+        if job.hashes()[rank][part] != parts[part]
+    ]
+    return job, want
+
+
+def _validations(job: Job) -> list[str]:
+    text = (job.run_dir / "logs" / "rank-1.log").read_text()
+    return [line.split("|")[0] + line.split("|")[1] for line in text.splitlines() if "loss at iteration" in line]
+
+
+MOE = [
+    *("--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall"),
+    "--disable-bias-linear",
+]
+LOSSES = ["--moe-aux-loss-coeff", "1e-2", "--moe-z-loss-coeff", "1e-3"]
+
+
+def _two_sets(data: Path) -> list[str]:
+    return [
+        *("--train-data-path", str(data / "train"), "--valid-data-path", str(data / "valid"), str(data / "other")),
+        *("--full-validation", "--multiple-validation-sets", "--eval-interval", "2"),
+    ]
+
+
+def _on_files(flags: list[str]) -> list[str]:
+    """Without mock data, and without the evaluation settings that full validation excludes."""
+    flags = _without(flags, "--mock-data")
+    for name in ("--eval-iters", "--eval-interval"):
+        place = flags.index(name)
+        del flags[place : place + 2]
+    return flags
+
+
+def test_a_resumed_run_of_experts_with_full_validation_ends_the_same_after_a_kill(jobs: Jobs, data: Path) -> None:
+    """One run with a member of each kind: scheduler out of a checkpoint, positions of iterators, sums for the log."""
+    flags = [*_plain_optimizer(duo_gpt("data", ITERATIONS)), *MOE, *LOSSES]
+    resume = [*_checkpoint(jobs, flags), "--lr-decay-iters", "12", "--use-checkpoint-opt_param-scheduler"]
+    job, want = _killed(jobs, [*_on_files(flags), *resume, *_two_sets(data)], (6, 3), first=4)
+    assert _validations(want) and set(_validations(job)) == set(_validations(want))
+    assert all("load_balancing_loss" in line and "z_loss" in line for line in want.printed(1).values())
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Flags on top of a data-parallel pair; ``resumes``: with a checkpoint of iteration 4 loaded."""
+
+    flags: str = ""
+    resumes: bool = False
+    at: tuple[int, int] = (6, 3)
+    base: Callable[[list[str]], list[str]] = list
+
+
+RECIPES = {
+    "checkpoint's scheduler": Recipe("--lr-decay-iters 12 --use-checkpoint-opt_param-scheduler", True),
+    "scheduler overridden": Recipe("--lr 5e-4 --min-lr 5e-5 --lr-decay-iters 12 --override-opt_param-scheduler", True),
+    "weight decay that grows": Recipe(
+        "--start-weight-decay 0.01 --end-weight-decay 0.1 --weight-decay-incr-style linear"
+    ),
+    "warmup, stable, decay": Recipe("--lr-decay-style WSD --lr-wsd-decay-iters 4 --lr-wsd-decay-style cosine"),
+    "plain resume": Recipe("", True),
+    "finetune": Recipe("--finetune", True),
+    "only the model": Recipe("--no-load-optim --no-load-rng", True),
+    "multi-token prediction": Recipe("--mtp-num-layers 1"),
+    "z loss": Recipe(" ".join([*MOE, *LOSSES])),
+    "log interval 3": Recipe("--log-interval 3"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_killed_run_of_this_recipe_ends_the_same(name: str, jobs: Jobs) -> None:
+    recipe = RECIPES[name]
+    flags = _plain_optimizer(duo_gpt("data", ITERATIONS)) if recipe.resumes else duo_gpt("data", ITERATIONS)
+    more = _checkpoint(jobs, flags) if recipe.resumes else []
+    more += recipe.flags.split()
+    want = jobs.start("undisturbed", launch_flags(2, slots=1), [*flags, *more]).finished()
+    job = jobs.start("killed", launch_flags(3, 1, slots=1), [*flags, *more], held=True)
+    job.arm((0, *recipe.at))
+    job.finished()
+    assert len(job.events("resumed")) == 1
+    expected = {iteration: exact for iteration, *exact in want.exact()}
+    assert expected and all(exact == expected[iteration] for iteration, *exact in job.exact())
+    assert want.printed(1) and job.printed(1) == want.printed(1)
+    assert job.hashes() == want.hashes()
+
+
+@pytest.mark.slow
+def test_full_validation_of_one_set_and_uneven_replicas(jobs: Jobs, data: Path) -> None:
+    flags = _on_files(duo_gpt("data", ITERATIONS))
+    flags += ["--train-data-path", str(data / "train"), "--valid-data-path", str(data / "other")]
+    job, want = _killed(jobs, [*flags, "--full-validation", "--eval-interval", "2"], (5, 2))
+    assert _validations(want) and set(_validations(job)) == set(_validations(want))
+
+
+# ---- the same error again
+
+_FAILING = """
+import errno, os, runpy
+from pathlib import Path
+from megatron.core.models.gpt import GPTModel
+from megatron.training import get_args
+
+forward_ = GPTModel.forward
+
+def forward(self, *args, **kwargs):
+    rank, at = os.environ["RANK"], get_args().consumed_train_samples >= 24 and self.training
+    BODY
+    return forward_(self, *args, **kwargs)
+
+GPTModel.forward = forward
+runpy.run_path("EXAMPLE", run_name="__main__")
+"""
+_ONCE_EACH = """flag = Path("DIRECTORY", "raised-" + rank)
+    if at and rank in ("0", "1") and not flag.exists():
+        flag.touch()
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/scratch/data_text_document.bin")"""
+_ALWAYS = """if at and rank == "0":
+        raise RuntimeError(f"DataLoader worker (pid {os.getpid()}) is killed by signal: Killed.")"""
+
+
+def _script(jobs: Jobs, body: str) -> Path:
+    path = jobs.directory / "failing.py"
+    text = _FAILING.replace("BODY", body).replace("EXAMPLE", str(EXAMPLE))
+    path.write_text(text.replace("DIRECTORY", str(jobs.directory)))
+    return path
+
+
+def test_two_ranks_of_a_node_that_fail_at_once_cost_one_spare(jobs: Jobs) -> None:
+    job = jobs.start("twins", launch_flags(3, 1, slots=2), duo_gpt("data", 6), _script(jobs, _ONCE_EACH)).finished()
+    errors = job.events("worker_error")
+    assert {e["rank"] for e in errors} <= {0, 1} and errors
+    assert len({e["node"] for e in errors}) == 1 and max(e["iteration"] for e in job.events("iteration")) == 5
+
+
+def test_an_error_with_a_process_id_in_its_text_is_the_same_again(jobs: Jobs) -> None:
+    job = jobs.start("pid", launch_flags(3, 1, slots=1), duo_gpt("data", 6), _script(jobs, _ALWAYS))
+    assert job.wait() == Exit.REPEATED_ERROR
+    assert "raised the same error at iteration 3 again" in job.output and "(pid " in job.output
