@@ -164,6 +164,7 @@ ENDS: Final[dict[str, str]] = {
     "coordinator.load-shards": "",
     "coordinator.resume-at": "",
     "agent.preemption-notice": "",
+    "coordinator.exit-notice": "",
 }
 
 # Points that no job under `deadpool launch` on this machine passes.
