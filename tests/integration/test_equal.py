@@ -50,7 +50,7 @@ def _plain_optimizer(flags: list[str]) -> list[str]:
 def _checkpoint(jobs: Jobs, flags: list[str]) -> list[str]:
     """The flags to load the checkpoint of iteration 4 of a run with these."""
     save = jobs.directory / "ckpt"
-    saving = ["--train-iters", "4", "--save", str(save), "--save-interval", "4", "--ckpt-format", "torch_dist"]
+    saving = ["--exit-interval", "4", "--save", str(save), "--save-interval", "4", "--ckpt-format", "torch_dist"]
     jobs.start("first", launch_flags(2, slots=1), [*flags, *saving], deadpool=False).finished()
     return ["--load", str(save), "--ckpt-format", "torch_dist"]
 
@@ -125,7 +125,7 @@ class Recipe:
 
 RECIPES = {
     "checkpoint's scheduler": Recipe("--lr-decay-iters 12 --use-checkpoint-opt_param-scheduler", True),
-    "scheduler overridden": Recipe("--lr 5e-4 --min-lr 5e-5 --lr-decay-iters 12 --override-opt_param-scheduler", True),
+    "scheduler overridden": Recipe("--weight-decay 0.05 --lr-decay-iters 12 --override-opt_param-scheduler", True),
     "weight decay that grows": Recipe(
         "--start-weight-decay 0.01 --end-weight-decay 0.1 --weight-decay-incr-style linear"
     ),

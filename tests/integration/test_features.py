@@ -189,15 +189,19 @@ def test_a_node_that_dies_while_a_checkpoint_is_written_is_replaced(asynchronous
     (_same_last_checkpoint if asynchronous else _same_checkpoints)(job, want)
 
 
-def test_the_exit_signal_saves_a_checkpoint_after_a_swap_as_before(jobs: Jobs) -> None:
+@pytest.mark.parametrize("told", ["workers", "launcher"])
+def test_the_exit_signal_saves_a_checkpoint_after_a_swap_as_before(told: str, jobs: Jobs) -> None:
     save = jobs.directory / "ckpt"
     flags = [*duo_gpt(iters=2000), "--exit-signal-handler", "--save", str(save), "--save-interval", "1000"]
     flags += ["--ckpt-format", "torch_dist"]
     job = jobs.start("signalled", launch_flags(3, 1, slots=1), flags, held=True)
     job.arm((0, 3, 2))
     resumed = job.until_event("resumed")
-    for pid in job.pids().values():
-        os.kill(pid, signal.SIGTERM)
+    if told == "launcher":
+        job.process.send_signal(signal.SIGUSR1)
+    else:
+        for pid in job.pids().values():
+            os.kill(pid, signal.SIGTERM)
     job.finished()
     latest = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert resumed["iteration"] < latest < 2000 and "exiting program after receiving SIGTERM" in job.log_tails(60)
