@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.notices import WARNINGS
 from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
 from deadpool_megatron.cluster.workers import (
@@ -176,16 +177,17 @@ def _log_to_stderr() -> None:
 
 def _failed(hooks: Hooks | None, error: BaseException, tell: Callable[[r.WorkerFailed], None]) -> None:
     from deadpool_megatron.config import ConfigError
-    from deadpool_megatron.megatron import UserError
+    from deadpool_megatron.megatron import Unequal, UserError
 
     lines = str(error).strip().splitlines() or [""]
-    user_error = isinstance(error, (UserError, ConfigError))
-    message = lines[0] if user_error else f"{type(error).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}"
+    code = Exit.USAGE if isinstance(error, (UserError, ConfigError)) else 0
+    code = Exit.UNEQUAL if isinstance(error, Unequal) else code
+    message = lines[0] if code else f"{type(error).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}"
     trace = "".join(traceback.format_exception(error))
     phase: Any = hooks.phase if hooks is not None else "setup"
     epoch, iteration = (hooks.session.joined_epoch, hooks.iteration) if hooks is not None else (0, -1)
     kind, place = f"{type(error).__module__}.{type(error).__qualname__}", _place(error)
-    told = r.WorkerFailed(0, 0, None, phase, epoch, iteration, user_error, kind, place, message[:2000], trace[-12000:])
+    told = r.WorkerFailed(0, 0, None, phase, epoch, iteration, code, kind, place, message[:2000], trace[-12000:])
     tell(told)
 
 
@@ -245,7 +247,9 @@ def main() -> int:
         _failed(hooks, error, tell)
         traceback.print_exception(error)
         sys.stderr.flush()
-        return 2 if type(error).__name__ in ("UserError", "ConfigError") else 1
+        return {"UserError": Exit.USAGE, "ConfigError": Exit.USAGE, "Unequal": Exit.UNEQUAL}.get(
+            type(error).__name__, Exit.FAILED
+        )
     return 0
 
 

@@ -391,4 +391,6 @@ class Agent:
             worker.began = True
             worker.tell(what)
         elif what is not None:
-            self._send(r.WorkerFailed(self._s.node, worker.local, worker.rank, "setup", 0, -1, True, "", "", what, ""))
+            self._send(
+                r.WorkerFailed(self._s.node, worker.local, worker.rank, "setup", 0, -1, Exit.USAGE, "", "", what, "")
+            )

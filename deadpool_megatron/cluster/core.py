@@ -108,6 +108,7 @@ class Core:
             r.Pace: lambda record: seen.paced(record, self._now),
             r.NodeHeld: self._node_held,
             r.Did: seen.did,
+            r.Compared: lambda record: self._recoveries.compared(record, self._now),
             r.Offer: lambda record: self._recoveries.offer(record, self._now),
             r.NodeArrived: self._recoveries.arrived,
             r.NodeReady: lambda record: self._recoveries.ready(record, self._now),

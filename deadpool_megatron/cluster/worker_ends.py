@@ -85,8 +85,8 @@ class WorkerEnds:
         self._voice.emit(
             "worker_error", node=record.node, rank=record.rank, iteration=record.iteration, message=record.message
         )
-        if record.user_error:
-            self._voice.stop(Exit.USAGE, record.message)
+        if record.code:
+            self._voice.stop(record.code, record.message)
         elif self._facts.job.deadpool and phase is Phase.RUNNING and self._blame.failed_again(record):
             self._voice.stop(
                 Exit.REPEATED_ERROR,

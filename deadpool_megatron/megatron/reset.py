@@ -15,6 +15,7 @@ from megatron.core import rerun_state_machine
 from megatron.training import get_args, get_timers, training
 
 from deadpool_megatron.megatron.adapters import current
+from deadpool_megatron.megatron.frozen import Frozen
 from deadpool_megatron.megatron.optimizer_state import derive_parameters, members
 from deadpool_megatron.megatron.unique_state import UniqueState
 
@@ -106,10 +107,10 @@ def _all_optimizers(optimizer: Any) -> list[Any]:
     return [optimizer, *(each for one in getattr(optimizer, "chained_optimizers", ()) for each in _all_optimizers(one))]
 
 
-def synchronize_parameters(model: list[Any], optimizer: Any, unique: UniqueState) -> None:
-    """Bring back what others hold: replicated state from its owners, then the model's parameters.
+def synchronize_parameters(model: list[Any], optimizer: Any, unique: UniqueState, frozen: Frozen) -> None:
+    """Bring back what others hold: replicated state from its owners, the model's parameters, those that are frozen.
 
-    Collective over every data-parallel group: each rank of the job calls it. Source: upstream's
+    Collective over every data-parallel group: each rank of the job calls it. Raises Unequal (`Frozen`). Source: upstream's
     DistributedOptimizer._copy_main_params_to_model_params, DistributedDataParallel.start_param_sync and
     LayerWiseDistributedOptimizer.step_with_ready_grads.
     """
@@ -128,5 +129,6 @@ def synchronize_parameters(model: list[Any], optimizer: Any, unique: UniqueState
         for one in _all_optimizers(optimizer):
             if hasattr(one, "allgather_params"):  # layer-wise, each parameter of one owner
                 one.allgather_params()
+    frozen.synchronize()
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()

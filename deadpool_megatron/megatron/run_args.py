@@ -42,10 +42,11 @@ def apply_args(args: Namespace, saved: dict[str, Any]) -> None:
 
 
 class RunArgs:
-    """Which fields are state, and what they are now."""
+    """Which fields are state, and what they are now. Made before a checkpoint is loaded."""
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
+        self.settings = _plain(args)  # as the command line says, the same for the whole job
         self._names = set(_ALWAYS)
         self._before: dict[str, Any] = {}
         self._objects: dict[str, Any] = {}
@@ -83,6 +84,7 @@ class RunArgs:
             else:
                 delattr(self._args, name)
         apply_args(self._args, saved)
+        self._names.update(saved)  # the next process that takes this up has not seen them change
 
 
 def _plain(args: Namespace) -> dict[str, Any]:

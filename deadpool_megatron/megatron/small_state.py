@@ -21,11 +21,12 @@ from megatron.core.num_microbatches_calculator import update_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_timers
 
+from deadpool_megatron.megatron.frozen import Frozen
 from deadpool_megatron.megatron.optimizer_state import Numbers, members, plain_fields, put_fields
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng
 
-__all__ = ["SmallState", "positions"]
+__all__ = ["SmallState", "positions", "same_state"]
 
 _LOGGED: Final = 256  # sums of losses that are staged; Megatron has a handful
 # What the rerun state machine counts from iteration to iteration; its reports are collectives at every Nth.
@@ -91,6 +92,12 @@ class _Staged:
         return log
 
 
+def same_state(one: bytes, other: bytes) -> bool:
+    """Whether two captures are of the same state; how long an interval has lasted is not part of it."""
+    states = [decode(data) | {"interval_s": 0.0} for data in (one, other)]
+    return encode(states[0]) == encode(states[1])
+
+
 def positions(data: bytes) -> list[int]:
     """By data iterator, where it stood when the small state was captured (`ReplayIterator.position`)."""
     found: list[int] = decode(data)["positions"]
@@ -104,9 +111,19 @@ class SmallState:
         args, model, optimizer, scheduler: Megatron's own; ``model`` is the list of model chunks. The optimizer's state
             must have been made (`UniqueState`).
         run_args: which of ``args`` are state.
+        frozen: parameters that are in no generation.
     """
 
-    def __init__(self, args: Namespace, run_args: RunArgs, model: list[Any], optimizer: Any, scheduler: Any) -> None:
+    def __init__(
+        self,
+        args: Namespace,
+        run_args: RunArgs,
+        model: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        frozen: Frozen,
+    ) -> None:
+        self._frozen = frozen
         self._args = args
         self._run_args = run_args
         self._scheduler = scheduler
@@ -149,6 +166,7 @@ class SmallState:
                 "log": self._staged.take(self.log),
                 "logged_before": self.logged_before,
                 "positions": self.positions,
+                "frozen": self._frozen.expected,
                 "interval_s": _interval_s(),
                 "rerun": {name: getattr(get_rerun_state_machine(), name) for name in _RERUN},
             }
@@ -164,6 +182,7 @@ class SmallState:
         # What the scheduler has set in the groups is among their numbers: it does not step here.
         put_fields(vars(self._scheduler), state["scheduler"])
         self._numbers.write(state["numbers"])
+        self._frozen.expected = state["frozen"]
         self.log = self._staged.put_back(state["log"])
         for scaler, saved in zip(self._scalers, state["scalers"], strict=True):
             if saved:  # a constant one has nothing to load

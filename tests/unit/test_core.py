@@ -22,7 +22,7 @@ def failed(  # noqa: ANN201
     place: str = "training/utils.py:17",
 ):
     kind = text.split(":")[0]
-    return r.WorkerFailed(node, 0, rank, phase, epoch, iteration, False, kind, place, text, "Traceback ...")  # type: ignore[arg-type]
+    return r.WorkerFailed(node, 0, rank, phase, epoch, iteration, 0, kind, place, text, "Traceback ...")  # type: ignore[arg-type]
 
 
 # ---- failure-free
@@ -749,7 +749,7 @@ def test_another_error_at_another_iteration_is_not_the_same_error() -> None:
 def test_what_the_user_did_wrong_ends_the_job_with_the_users_line() -> None:
     job = SimulatedJob()
     job.join()
-    job.feed(r.WorkerFailed(0, 0, 0, "setup", 0, -1, True, "UserError", "a.py:1", "--fp8-format is not supported", ""))
+    job.feed(r.WorkerFailed(0, 0, 0, "setup", 0, -1, 2, "UserError", "a.py:1", "--fp8-format is not supported", ""))
     assert job.end == (Exit.USAGE, "--fp8-format is not supported")
 
 
