@@ -45,7 +45,8 @@ class Frozen:
             )
         ]
         self._sets = [(group, parameters) for group, parameters in self._sets if parameters]
-        self.digests = self._digests()
+        self.digests: list[int] = []
+        self.look()
         self.expected = self.digests
 
     @property
@@ -53,8 +54,8 @@ class Frozen:
         """Of all of them."""
         return sum(p.numel() * p.element_size() for _, parameters in self._sets for _, p in parameters)
 
-    def _digests(self) -> list[int]:
-        """Of the dense ones and of those of experts, where there are any. Waits for the device."""
+    def look(self) -> None:
+        """Make `digests` anew: of the dense ones and of those of experts, where there are any. Waits for the device."""
         out = []
         for _, parameters in self._sets:
             state = xxhash.xxh3_64()
@@ -62,13 +63,14 @@ class Frozen:
                 state.update(name.encode())
                 state.update(parameter.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
             out.append(state.intdigest())
-        return out
+        self.digests = out
 
     def synchronize(self) -> None:
         """Make them `expected` on every rank. Collective over the replicas of each.
 
         Raises Unequal where no replica has those that training began with.
         """
+        received = False
         for i, (group, parameters) in enumerate(self._sets):
             right = self.digests[i] == self.expected[i]
             flag = torch.tensor([right], dtype=torch.int32, device=parameters[0][1].device)
@@ -77,6 +79,7 @@ class Frozen:
             have = [bool(each.item()) for each in flags]
             if all(have):
                 continue
+            received = True
             if not any(have):
                 raise Unequal(
                     f"{len(parameters)} parameters that no optimizer holds (the first one: {parameters[0][0]}) are not "
@@ -90,6 +93,7 @@ class Frozen:
                     for first in range(0, flat.numel(), _BUCKET_BYTES):
                         torch.distributed.broadcast(flat[first : first + _BUCKET_BYTES], source, group=group)
                     parameter.copy_(whole)
-        self.digests = self._digests()
+        if received:
+            self.look()
         if self.digests != self.expected:
             raise Unequal("parameters that no optimizer holds arrived changed from their replica")

@@ -6,7 +6,8 @@ Every hook replaces a module global that upstream looks up at call time:
 ``training.arguments``                    ``add_megatron_arguments``: the group ``deadpool`` in ``--help``
 ``training.yaml_arguments``               ``load_yaml``: our settings in the namespace of ``--yaml-cfg`` too
 ``training.training``                     ``initialize_megatron``: checks before anything is built
-                                          ``load_checkpoint``: fields of ``args`` that come out of one are state
+                                          ``load_checkpoint``: fields of ``args`` that come out of one are state;
+                                          left out where a durable generation has everything
                                           ``build_train_valid_test_data_iterators``: a spare's data position
                                           ``cyclic_iter``: one whose position can be told
                                           ``train``: the loop that recovers and goes on
@@ -43,6 +44,7 @@ from deadpool_megatron.megatron import saving, state_hash
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.data_position import DataPosition
 from deadpool_megatron.megatron.description import describe_job
+from deadpool_megatron.megatron.frozen import frozen_parameters
 from deadpool_megatron.megatron.passes import Passes
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.standby import publish_job
@@ -172,7 +174,6 @@ class Hooks:
         agreed = self.session.wait_generation(0)
         if agreed.generation >= 0:
             self.durable = agreed
-            _load_nothing(megatron_args)
         elif self.config.export:
             raise UserError(f"--deadpool-export: there is no durable generation in {self.config.durable_dir}")
         if self.config.export:
@@ -180,6 +181,9 @@ class Hooks:
 
     def _load_checkpoint(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         assert self._run_args is not None
+        model = next(iter(inspect.signature(original).bind(*args, **kwargs).arguments.values()))
+        if self.durable is not None and not frozen_parameters(model):
+            return 0, 0  # everything is in the durable generation
         with self._run_args.loading():
             return original(*args, **kwargs)
 

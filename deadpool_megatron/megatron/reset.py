@@ -110,8 +110,8 @@ def _all_optimizers(optimizer: Any) -> list[Any]:
 def synchronize_parameters(model: list[Any], optimizer: Any, unique: UniqueState, frozen: Frozen) -> None:
     """Bring back what others hold: replicated state from its owners, the model's parameters, those that are frozen.
 
-    Collective over every data-parallel group: each rank of the job calls it. Raises Unequal (`Frozen`). Source: upstream's
-    DistributedOptimizer._copy_main_params_to_model_params, DistributedDataParallel.start_param_sync and
+    Collective over every data-parallel group: each rank of the job calls it. Raises Unequal (`Frozen`). Source:
+    upstream's DistributedOptimizer._copy_main_params_to_model_params, DistributedDataParallel.start_param_sync and
     LayerWiseDistributedOptimizer.step_with_ready_grads.
     """
     unique.gather()

@@ -26,7 +26,7 @@ from deadpool_megatron.megatron.optimizer_state import Numbers, members, plain_f
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng
 
-__all__ = ["SmallState", "positions", "same_state"]
+__all__ = ["SmallState", "positions", "unlike"]
 
 _LOGGED: Final = 256  # sums of losses that are staged; Megatron has a handful
 # What the rerun state machine counts from iteration to iteration; its reports are collectives at every Nth.
@@ -92,10 +92,21 @@ class _Staged:
         return log
 
 
-def same_state(one: bytes, other: bytes) -> bool:
-    """Whether two captures are of the same state; how long an interval has lasted is not part of it."""
-    states = [decode(data) | {"interval_s": 0.0} for data in (one, other)]
-    return encode(states[0]) == encode(states[1])
+def unlike(one: bytes, other: bytes) -> list[str]:
+    """In what two captures differ, by name; how long an interval has lasted is not part of the state."""
+    states = [_leaves(decode(data) | {"interval_s": 0.0}) for data in (one, other)]
+    names = states[0].keys() | states[1].keys()
+    return sorted(name for name in names if states[0].get(name) != states[1].get(name))
+
+
+def _leaves(state: dict[str, Any], prefix: str = "") -> dict[str, bytes]:
+    out: dict[str, bytes] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            out |= _leaves(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = encode({"": value})
+    return out
 
 
 def positions(data: bytes) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +33,7 @@ from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import full_iteration_graphs, reset_after_abort, synchronize_parameters
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.saving import drop_unfinished_saves
-from deadpool_megatron.megatron.small_state import SmallState, positions, same_state
+from deadpool_megatron.megatron.small_state import SmallState, positions, unlike
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
 from deadpool_megatron.recovery import Refused, Session
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
@@ -423,6 +424,7 @@ class MegatronTrainer:
         found = self._compare()
         if found:
             self.small_state.restore(self._small)
+            self._frozen.look()
             self.synchronize()
         left = self._compare() if found else []
         if self.rank == 0 or any(self.rank in each.ranks for each in found):
@@ -432,7 +434,12 @@ class MegatronTrainer:
 
     def _compare(self) -> list[Difference]:
         self.small_state.positions = [replay.position for replay in self._replays]
-        return self._comparison.run(same_state(self._small, self.small_state.capture(self._small_generation)))
+        wrong = unlike(self._small, self.small_state.capture(self._small_generation))
+        if wrong:
+            print(
+                f"deadpool: rank {self.rank} has not come back right: {', '.join(wrong)}", file=sys.stderr, flush=True
+            )
+        return self._comparison.run(not wrong)
 
     def _told(self, found: list[Difference], equal: bool, seconds: float) -> None:
         told = [r.Unlike(each.part, list(each.ranks)) for each in found]

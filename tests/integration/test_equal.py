@@ -166,6 +166,152 @@ def test_full_validation_of_one_set_and_uneven_replicas(jobs: Jobs, data: Path) 
     assert _validations(want) and set(_validations(job)) == set(_validations(want))
 
 
+# ---- parameters that no optimizer holds
+
+_FROZEN = """
+import runpy
+from megatron.core.models.gpt import GPTModel
+
+init = GPTModel.__init__
+
+def __init__(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    for name, parameter in self.named_parameters():
+        if FROZEN in name:
+            parameter.requires_grad_(False)
+
+GPTModel.__init__ = __init__
+runpy.run_path("EXAMPLE", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "frozen", ["embedding", pytest.param("mlp", marks=pytest.mark.slow), pytest.param("norm", marks=pytest.mark.slow)]
+)
+def test_frozen_layers_out_of_a_checkpoint_are_a_spare_s_too(frozen: str, jobs: Jobs) -> None:
+    plain = _plain_optimizer(duo_gpt("data", ITERATIONS))
+    more = [*_checkpoint(jobs, plain), "--finetune", "--no-load-optim", "--no-load-rng"]
+    script = jobs.directory / "frozen.py"
+    script.write_text(_FROZEN.replace("EXAMPLE", str(EXAMPLE)).replace("FROZEN", repr(frozen)))
+    _killed(jobs, [*duo_gpt("data", ITERATIONS), *more], (3, 2), script=script)
+
+
+def test_frozen_layers_without_a_replica_end_the_job_rather_than_train_another_model(jobs: Jobs) -> None:
+    plain = _plain_optimizer(duo_gpt("pipeline", ITERATIONS))
+    more = [*_checkpoint(jobs, plain), "--finetune", "--no-load-optim", "--no-load-rng"]
+    script = jobs.directory / "frozen.py"
+    script.write_text(_FROZEN.replace("EXAMPLE", str(EXAMPLE)).replace("FROZEN", "'mlp'"))
+    job = jobs.start(
+        "killed", launch_flags(3, 1, slots=1), [*duo_gpt("pipeline", ITERATIONS), *more], script, held=True
+    )
+    job.arm((0, 3, 2))
+    assert job.wait() == Exit.UNEQUAL
+    assert "parameters that no optimizer holds" in job.output and "no replica of them is left" in job.output
+
+
+# ---- a recovery proves itself
+
+_SPOILT = """
+import os, runpy
+import torch
+from deadpool_megatron.megatron import trainer
+
+compare, what, left = trainer.MegatronTrainer._compare, os.environ["SPOIL"], [int(os.environ["TIMES"])]
+
+def _compare(self):
+    if self.rank == 0 and left[0]:
+        left[0] -= 1
+        with torch.no_grad():
+            if what == "parameters":
+                parameter = next(p for p in self._model[0].parameters() if p.requires_grad)
+                parameter.view(-1).view(torch.int16)[7] ^= 1
+            elif what == "frozen":
+                next(p for p in self._model[0].parameters() if not p.requires_grad).view(-1)[7] += 1
+            elif what == "hyperparameters":
+                self._optimizer.param_groups[0]["weight_decay"] += 0.125
+            elif what == "seed":
+                torch.manual_seed(4711)
+            elif what == "schedule":
+                self._scheduler.num_steps += 8
+    return compare(self)
+
+trainer.MegatronTrainer._compare = _compare
+runpy.run_path("SCRIPT", run_name="__main__")
+"""
+
+
+def _spoilt(jobs: Jobs, what: str, times: int) -> Job:
+    """A job whose spare's state is spoilt after it was restored, so many times; it is held, and its kill armed."""
+    frozen, script = jobs.directory / "frozen.py", jobs.directory / "spoilt.py"
+    frozen.write_text(_FROZEN.replace("EXAMPLE", str(EXAMPLE)).replace("FROZEN", "'embedding'"))
+    script.write_text(_SPOILT.replace("SCRIPT", str(frozen)))
+    job = jobs.start(
+        f"spoilt-{what}-{times}",
+        launch_flags(3, 1, slots=1),
+        duo_gpt("data", 5),
+        script,
+        held=True,
+        extra={"SPOIL": what, "TIMES": str(times)},
+    )
+    job.arm((0, 3, 2))
+    return job
+
+
+SPOILS = {
+    "parameters": "parameters",
+    "frozen": "parameters",
+    "hyperparameters": "hyperparameters",
+    "seed": "small state",
+    "schedule": "progress and schedule",
+}
+
+
+@pytest.mark.parametrize(
+    "what", [each if each == "parameters" else pytest.param(each, marks=pytest.mark.slow) for each in SPOILS]
+)
+def test_what_a_recovery_brought_back_wrong_is_found_and_made_right(what: str, jobs: Jobs) -> None:
+    frozen = jobs.directory / "frozen.py"
+    job = _spoilt(jobs, what, 1).finished()
+    want = jobs.start("undisturbed", launch_flags(2, slots=1), duo_gpt("data", 5), frozen).finished()
+    assert job.hashes() == want.hashes()
+    unlike = job.events("unlike")
+    assert SPOILS[what] in {each["part"] for each in unlike} and all(each["equal"] for each in unlike)
+    assert {0} <= {rank for each in unlike for rank in each["ranks"]}
+    assert len(job.events("compared")) == 1
+
+
+@pytest.mark.slow
+def test_what_cannot_be_made_right_ends_the_job_with_a_code_of_its_own(jobs: Jobs) -> None:
+    job = _spoilt(jobs, "hyperparameters", 2)
+    assert job.wait() == Exit.UNEQUAL
+    assert "after the recovery" in job.output and "hyperparameters of rank" in job.output
+
+
+@pytest.mark.slow
+def test_replicas_are_compared_every_so_many_iterations_and_what_differs_is_named(jobs: Jobs) -> None:
+    script = jobs.directory / "flipped.py"
+    script.write_text(
+        "import os, runpy, torch\n"
+        "from megatron.training import training\n"
+        "step, calls = training.train_step, [0]\n"
+        "def train_step(forward, data, model, *args, **kwargs):\n"
+        "    calls[0] += 1\n"
+        "    result = step(forward, data, model, *args, **kwargs)\n"
+        "    if calls[0] == 3 and os.environ['RANK'] == '1':\n"
+        "        with torch.no_grad():\n"
+        "            next(model[0].parameters()).view(-1).view(torch.int32)[5] ^= 1 << 20\n"
+        "    return result\n"
+        "training.train_step = train_step\n"
+        f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')\n"
+    )
+    flags = [*_without(_plain_optimizer(duo_gpt("data", 8)), "--bf16"), "--deadpool-check-replicas", "2"]
+    job = jobs.start("flipped", launch_flags(2, slots=1), flags, script).finished()
+    assert [e["iteration"] for e in job.events("compared")] == [2, 4, 6]
+    unlike = job.events("unlike")
+    assert {e["iteration"] for e in unlike} <= {4, 6} and unlike
+    assert any(e["part"].endswith("parameters") and 1 in e["ranks"] and 1 in e["nodes"] for e in unlike)
+
+
 # ---- the same error again
 
 _FAILING = """
