@@ -158,14 +158,6 @@ def test_a_killed_run_of_this_recipe_ends_the_same(name: str, jobs: Jobs) -> Non
     assert job.hashes() == want.hashes()
 
 
-@pytest.mark.slow
-def test_full_validation_of_one_set_and_uneven_replicas(jobs: Jobs, data: Path) -> None:
-    flags = _on_files(duo_gpt("data", ITERATIONS))
-    flags += ["--train-data-path", str(data / "train"), "--valid-data-path", str(data / "other")]
-    job, want = _killed(jobs, [*flags, "--full-validation", "--eval-interval", "2"], (5, 2))
-    assert _validations(want) and set(_validations(job)) == set(_validations(want))
-
-
 # ---- parameters that no optimizer holds
 
 _FROZEN = """
