@@ -4,6 +4,7 @@ expresses, sums that a process keeps. A killed run is compared with an undisturb
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -155,6 +156,22 @@ def test_a_killed_run_of_this_recipe_ends_the_same(name: str, jobs: Jobs) -> Non
     expected = {iteration: exact for iteration, *exact in want.exact()}
     assert expected and all(exact == expected[iteration] for iteration, *exact in job.exact())
     assert want.printed(1) and job.printed(1) == want.printed(1)
+    assert job.hashes() == want.hashes()
+
+
+@pytest.mark.slow
+def test_a_spare_whose_disk_lacks_the_index_of_the_data_makes_it(jobs: Jobs, data: Path) -> None:
+    flags = _on_files(duo_gpt("data", ITERATIONS))
+    flags += ["--data-path", str(data / "train"), "--split", "90,10,0", "--eval-interval", "3", "--eval-iters", "2"]
+    flags += ["--data-cache-path", str(jobs.directory / "cache")]
+    want = jobs.start("undisturbed", launch_flags(2, slots=1), flags).finished()
+    job = jobs.start("killed", launch_flags(3, 1, slots=1), flags, held=True)
+    job.arm((1, 3, 2), until=0)
+    job.until_event("committed")
+    shutil.rmtree(jobs.directory / "cache")
+    job.hold(None)
+    job.finished()
+    assert len(job.events("resumed")) == 1 and "makes the index of its data sets itself" in job.log_tails(200)
     assert job.hashes() == want.hashes()
 
 
