@@ -18,7 +18,7 @@ import torch
 import xxhash
 from megatron.core import parallel_state
 
-from deadpool_megatron.megatron.optimizer_state import Numbers, plain_fields, state_tensors
+from deadpool_megatron.megatron.optimizer_state import members, plain_fields, state_tensors
 from deadpool_megatron.snapshot import encode
 
 __all__ = ["Comparison", "Difference", "Unequal", "differences"]
@@ -80,7 +80,9 @@ class Comparison:
     ) -> None:
         self._args = args
         self._scheduler = scheduler
-        self._numbers = Numbers(optimizer)
+        # A rank without parameters of a group has not counted its steps, and layer-wise optimizers leave groups out.
+        alike = not any(member.layer_wise for member in members(optimizer))
+        self._groups = [group for member in members(optimizer) for group in member.inner.param_groups] if alike else []
         named = [(f"{c}.{name}", p) for c, chunk in enumerate(model) for name, p in chunk.named_parameters()]
         self._parameters = [p for _, p in named if getattr(p, "allreduce", True)]
         self._experts = [p for _, p in named if not getattr(p, "allreduce", True)]
@@ -96,7 +98,7 @@ class Comparison:
         """What differs. Collective over all ranks, with the same verdict on each; waits for the device."""
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         progress = {name: getattr(self._args, name, None) for name in _PROGRESS}
-        groups = [[plain_fields(group) for group in member] for member in self._numbers.groups]
+        groups = [{k: v for k, v in plain_fields(group).items() if k != "step"} for group in self._groups]
         row = [
             (0, self._constant),
             (0, _hash(encode({"progress": progress, "schedule": plain_fields(vars(self._scheduler))}))),

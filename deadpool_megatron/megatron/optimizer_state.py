@@ -274,7 +274,7 @@ class Numbers:
     """
 
     def __init__(self, optimizer: Any) -> None:
-        self.groups = [list(member.inner.param_groups) for member in members(optimizer)]
+        self._groups = [list(member.inner.param_groups) for member in members(optimizer)]
         self._own: list[list[tuple[dict[str, Any], str]]] = []
         for member in members(optimizer):
             states = [member.inner.state.get(parameter, {}) for _, _, parameter in _parameters(member.inner)]
@@ -284,12 +284,12 @@ class Numbers:
         """All of them, by member. Waits for a device that holds one."""
         return [
             {"groups": [plain_fields(group) for group in groups], "own": [state[key] for state, key in own]}
-            for groups, own in zip(self.groups, self._own, strict=True)
+            for groups, own in zip(self._groups, self._own, strict=True)
         ]
 
     def write(self, values: list[dict[str, Any]]) -> None:
         """Make them those of `read`; what a group has and had not then goes."""
-        for groups, own, saved in zip(self.groups, self._own, values, strict=True):
+        for groups, own, saved in zip(self._groups, self._own, values, strict=True):
             for group, fields in zip(groups, saved["groups"], strict=True):
                 put_fields(group, fields)
             for (state, key), number in zip(own, saved["own"], strict=True):

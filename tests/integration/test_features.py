@@ -49,6 +49,13 @@ def _same_last_checkpoint(job: Job, want: Job) -> None:
     assert_same_checkpoint(mine / "iter_0000006", theirs / "iter_0000006")
 
 
+def _same_latest(job: Job, want: Job) -> None:
+    mine, theirs = (Path(f"{j.run_dir}.ckpt") for j in (job, want))
+    latest = [(d / "latest_checkpointed_iteration.txt").read_text() for d in (mine, theirs)]
+    assert latest[0] == latest[1]
+    assert_same_checkpoint(mine / f"iter_{int(latest[0]):07d}", theirs / f"iter_{int(latest[0]):07d}")
+
+
 def _wrote_scalars(job: Job, want: Job) -> None:
     """The rank that writes them (the last stage) lived on: each step is there, with the undisturbed run's values."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -92,6 +99,12 @@ FEATURES = {
         "--save @.ckpt --save-interval 2 --ckpt-format torch_dist --async-save --async-strategy mcore",
         at=(4, 1),
         also=_same_last_checkpoint,
+    ),
+    "non-persistent checkpoints between asynchronous ones": Feature(
+        "--save @.ckpt --save-interval 4 --non-persistent-save-interval 2 --non-persistent-ckpt-type global "
+        "--ckpt-format torch_dist --async-save",
+        at=(4, 2),
+        also=_same_latest,
     ),
     "evaluation": Feature("--eval-interval 2 --eval-iters 2", also=_evaluated),
     "batch-size ramp-up": Feature(
