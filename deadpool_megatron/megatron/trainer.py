@@ -169,6 +169,8 @@ class MegatronTrainer:
         self.adopt_iterators(at.generation)
         self.restore(at)
         self.synchronize()
+        if not self._config.export:  # which has no data iterators
+            self.prove()
 
     def take_first_generation(self, deadline_s: float) -> None:
         """Commit the state training begins with, so that there is a generation to go back to from the first step on.

@@ -218,6 +218,27 @@ def test_frozen_layers_without_a_replica_end_the_job_rather_than_train_another_m
     assert "parameters that no optimizer holds" in job.output and "no replica of them is left" in job.output
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_job_that_goes_on_from_disk_has_its_frozen_layers_from_the_checkpoint(jobs: Jobs) -> None:
+    plain = _plain_optimizer(duo_gpt("data", ITERATIONS))
+    more = [*_checkpoint(jobs, plain), "--finetune", "--no-load-optim", "--no-load-rng"]
+    script = jobs.directory / "frozen.py"
+    script.write_text(_FROZEN.replace("EXAMPLE", str(EXAMPLE)).replace("FROZEN", "'embedding'"))
+    flags = [*duo_gpt("data", ITERATIONS), *more]
+    want = jobs.start("undisturbed", launch_flags(2, slots=1), flags, script).finished()
+    durable = ["--deadpool-durable-dir", str(jobs.directory / "durable"), "--deadpool-durable-interval", "2"]
+    first = jobs.start("killed", launch_flags(2, slots=1), [*flags, *durable], script, held=True)
+    first.hold(5)
+    first.until_event("durable")
+    first.end()
+    resumed = jobs.start(
+        "resumed", launch_flags(2, slots=1), [*flags, *durable, "--deadpool-resume", "auto"], script
+    ).finished()
+    assert resumed.exact()[0][0] >= 2 and len(resumed.events("compared")) == 1
+    assert resumed.hashes() == want.hashes()
+
+
 # ---- a recovery proves itself
 
 _SPOILT = """
