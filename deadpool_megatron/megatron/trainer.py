@@ -422,7 +422,6 @@ class MegatronTrainer:
     def prove(self) -> None:
         """Compare all ranks; restore what differs once more. Collective. Raises Unequal if it differs still."""
         begun = time.perf_counter()
-        points.reach("recovery.compared")
         found = self._compare()
         if found:
             self.small_state.restore(self._small)

@@ -122,6 +122,7 @@ def rejoin(
             session.joined_epoch = epoch
             session.step("restored", epoch)
             trainer.prove()
+            points.reach("recovery.compared")
             return declared
         except Superseded:
             pass
