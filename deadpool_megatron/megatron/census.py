@@ -2,11 +2,14 @@
 
 Paths are as `tests/pretrain_census.py` makes them. ``how`` says what a recovery does about each:
 
-* ``shard``: a tensor that a generation copies, or that follows from those (unique_state.py, small_state.py)
-* ``small``: carried in the small state
-* ``made``: made again from what is carried
-* ``reset``: what a step leaves there is cleared, since it is empty or of no effect between iterations (reset.py)
-* ``free``: decides no number, and may be otherwise in a process that has come later: times, counts for reports
+* ``shard``: a tensor that a generation copies, or that follows from those (`unique_state`, `optimizer_state`)
+* ``small``: carried in the small state (`small_state`, `run_args`, `replay`)
+* ``made``: made again: ``train`` does at its begin, or it follows from what is carried
+* ``reset``: of no effect between iterations; what a broken step leaves there is cleared (`reset`) or written over
+* ``free``: decides no number: scratch memory, times, counts for reports, caches that are asked before they are trusted
+
+After a recovery, what is ``made``, ``reset`` or ``free`` may be otherwise than in a run in which nothing happened; what
+a ``shard`` or the ``small`` state has may not.
 """
 
 from __future__ import annotations
@@ -31,4 +34,64 @@ class Entry:
         return re.fullmatch(self.pattern, path) is not None
 
 
-CENSUS: Final[tuple[Entry, ...]] = ()
+_MODULE: Final = r"model\[\d+\](\._modules\[\w+\])*"
+_OPTIMIZER: Final = r"optimizer(\.chained_optimizers\[\d+\])*"
+_RERUN: Final = r"megatron\.core\.rerun_state_machine:_GLOBAL_RERUN_STATE_MACHINE"
+
+CENSUS: Final[tuple[Entry, ...]] = (
+    # the model, and what DistributedDataParallel keeps
+    Entry(_MODULE + r"\._parameters\[\w+\](\.main_param)?", "shard", "main parameters, or replicas (frozen ones)"),
+    Entry(_MODULE + r"\._buffers\[\w+\]", "small", "small_state stages every buffer"),
+    Entry(r".*\.(grad|main_grad)", "reset", "gradients: zeroed at the begin of a step"),
+    Entry(r"model\[\d+\]\..*(grad_data|cached_grad_buffer_shard_list.*)", "reset", "gradients, in buffers"),
+    Entry(r"model\[\d+\]\..*(param_data|cached_param_buffer_shard_list.*)", "shard", "parameters, in buffers"),
+    Entry(
+        r"model\[\d+\]\.bucket_groups\[\d+\]\.((golden_)?per_param_grad_ready_counts.*|grad_reduce_finished|"
+        r"is_first_batch|is_last_microbatch|param_gather_dispatched)",
+        "reset",
+        "Adapter.refresh_bucket_group",
+    ),
+    Entry(_MODULE + r"\._forward_pre_hooks#", "made", "train() takes them away for its first iteration"),
+    Entry(r"model\[\d+\]\.remove_forward_pre_hook_handles#", "made", "the same"),
+    Entry(_MODULE + r"\.current_microbatch", "reset", "set at every forward pass"),
+    # the optimizer
+    Entry(_OPTIMIZER + r"\.(optimizer\.state|shard_\w+|\w*float16_groups|fp32_\w+)\b.*", "shard", "unique state"),
+    Entry(_OPTIMIZER + r"\.optimizer\.param_groups\[\d+\]\[\w+\]", "small", "Numbers: every field of every group"),
+    Entry(
+        _OPTIMIZER + r"\._has_grad_norm_group_cache.*", "reset", "Adapter.learned: what survivors know and spares ask"
+    ),
+    Entry(_OPTIMIZER + r"\.grad_norms_by_group.*", "reset", "of the last step, for its report"),
+    Entry(r"scheduler\.\w+", "small", "every field"),
+    # random numbers
+    Entry(r"rng\.\w+", "small", "python, numpy, torch, device"),
+    Entry(r"megatron\.core\.tensor_parallel\.random:_CUDA_RNG_STATE_TRACKER\.states_\[[\w-]+\]", "small", "tracker"),
+    # args
+    Entry(
+        r"args\.(iteration|num_floating_point_operations_so_far)", "made", "train() counts on in variables of its own"
+    ),
+    Entry(r"args\.(save|deadpool_state_hash)", "free", "where this run writes"),
+    Entry(
+        r"args\.(?!iteration|num_floating|save|deadpool_state_hash)\w+#?(\[\d+\])?", "small", "RunArgs, all that change"
+    ),
+    # data
+    Entry(r"data\.saved_microbatches.*", "reset", "of the iteration that is over; ReplayIterator has the next ones"),
+    # the rerun state machine
+    Entry(_RERUN + r"\.(current_iteration|large_value_counts.*|max_values.*)", "small", "what it counts on from"),
+    Entry(_RERUN + r"\.saved_state.*", "reset", "taken at the begin of each iteration"),
+    Entry(
+        _RERUN + r"\.(validation_counts.*|first_iteration_complete|injected_result|logged_sdc_enabled)",
+        "reset",
+        "of a step",
+    ),
+    # the rest
+    Entry(r"megatron\.core\.parallel_state:_GLOBAL_MEMORY_BUFFER\.buffer.*", "free", "scratch memory, by shape"),
+    Entry(
+        r"megatron\.core\.dist_checkpointing\..*(_metadata_cache|_results_queue|_logged_\w+).*",
+        "free",
+        "of checkpoints",
+    ),
+    Entry(r"megatron\.training\.ft_integration:_seen_checkpoints_cnt", "free", "counts for another tool"),
+    Entry(
+        r"megatron\.training\.training:(num_checkpoints_memory_reported|_STARTUP_TIMESTAMPS.*)", "free", "for reports"
+    ),
+)
