@@ -39,7 +39,7 @@ RUNS = {
     "evaluations and checkpoints": Run(EVALUATED),
     "experts": Run(EXPERTS),
     "pipeline": Run("", "pipeline"),
-    "multi-token prediction": Run("--mtp-num-layers 1"),
+    "multi-token prediction": Run("--mtp-num-layers 1 --position-embedding-type rope"),
     "batch-size ramp-up": Run(
         "--rampup-batch-size 2 2 12 --train-samples 32 --lr-decay-samples 80 --lr-warmup-samples 8", "pipeline"
     ),

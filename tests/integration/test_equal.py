@@ -134,7 +134,7 @@ RECIPES = {
     "plain resume": Recipe("", True),
     "finetune": Recipe("--finetune", True),
     "only the model": Recipe("--no-load-optim --no-load-rng", True),
-    "multi-token prediction": Recipe("--mtp-num-layers 1"),
+    "multi-token prediction": Recipe("--mtp-num-layers 1 --position-embedding-type rope"),
     "z loss": Recipe(" ".join([*MOE, *LOSSES])),
     "log interval 3": Recipe("--log-interval 3"),
 }
