@@ -39,6 +39,8 @@ _FROM_MAIN: Final = "follows from main parameters (now or when it is gathered); 
 _OPTIMIZER: Final = r"optimizer(\.chained_optimizers\[\d+\])*"
 _RERUN: Final = r"megatron\.core\.rerun_state_machine:_GLOBAL_RERUN_STATE_MACHINE"
 
+_MTP: Final = r"megatron\.core\.transformer\.multi_token_prediction:MTPLossLoggingHelper\.tracker"
+
 CENSUS: Final[tuple[Entry, ...]] = (
     # the model, and what DistributedDataParallel keeps
     Entry(_MODEL + r"(_parameters\[\w+\]|param_data|params_list\[\d+\]|params\[\d+\])", "made", _FROM_MAIN),
@@ -57,14 +59,19 @@ CENSUS: Final[tuple[Entry, ...]] = (
     Entry(_MODEL + r"_forward_pre_hooks#", "made", "train() takes them away for its first iteration"),
     Entry(r"model\[\d+\]\.remove_forward_pre_hook_handles#", "made", "the same"),
     Entry(_MODEL + r"current_microbatch", "reset", "set at every forward pass"),
+    Entry(_MODEL + r"input_tensor", "reset", "of the last forward pass of a pipeline stage"),
     Entry(_MODEL + r"token_dispatcher\.\w+", "reset", "of the last forward pass of experts"),
     # the optimizer
     Entry(_OPTIMIZER + r"\.(optimizer\.state|shard_\w+|fp32_\w+)\b.*", "shard", "unique state"),
     Entry(_OPTIMIZER + r"\.opt_group_ranges.*(main_param|orig_group\]\[params\]\[\d+\])", "shard", "unique state"),
-    Entry(_OPTIMIZER + r"\.(model_float16_groups.*|opt_group_ranges\[\d+\]\[params\]\[\d+\])", "made", _FROM_MAIN),
+    Entry(_OPTIMIZER + r"\.float16_groups.*\.main_param", "shard", "unique state"),
+    Entry(_OPTIMIZER + r"\.optimizer\.param_groups\[\d+\]\[params\].*", "shard", "unique state"),
+    Entry(_OPTIMIZER + r"\.(\w*float16_groups.*|opt_group_ranges\[\d+\]\[params\]\[\d+\])", "made", _FROM_MAIN),
     Entry(_OPTIMIZER + r"\.optimizer\.param_groups\[\d+\]\[\w+\]", "small", "Numbers: every field of every group"),
     Entry(_OPTIMIZER + r"\._has_grad_norm_group_cache.*", "reset", "Adapter.learned: spares do not know it"),
     Entry(_OPTIMIZER + r"\.grad_norms_by_group.*", "reset", "of the last step, for its report"),
+    Entry(_OPTIMIZER + r"\.grad_scaler\.\w+", "small", "loss scale and its counters"),
+    Entry(_OPTIMIZER + r"\.found_inf", "reset", "of a step"),
     Entry(r"scheduler\.\w+", "small", "every field"),
     # random numbers
     Entry(r"rng\.\w+", "small", "python, numpy, torch, device"),
@@ -82,6 +89,8 @@ CENSUS: Final[tuple[Entry, ...]] = (
     Entry(_RERUN + r"\.logged_sdc_enabled", "free", "a line of the log"),
     # sums for the log
     Entry(r"megatron\.core\.transformer\.moe\.moe_logging:_MOE_METRICS_TRACKER.*", "reset", "reset._clear_sums"),
+    Entry(_MTP + r"\[cumulative_\w+\]", "small", "small_state._cumulative"),
+    Entry(_MTP + r"(#|\[(?!cumulative_)\w+\])", "reset", "reset._clear_sums"),
     Entry(
         r"megatron\.core\.transformer\.(multi_token_prediction|moe\.moe_utils):\w+AutoScaler\.main_loss_backward_scale",
         "reset",

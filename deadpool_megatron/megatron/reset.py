@@ -54,7 +54,9 @@ def _clear_sums(model: list[Any]) -> None:
     for module, name in _SUMS:
         holder = getattr(sys.modules.get(module), name, None)
         entries = getattr(holder, "metrics", None) or getattr(holder, "tracker", {})
-        for entry in entries.values():
+        for name_, entry in entries.items():
+            if name_.startswith("cumulative_"):  # carried in the small state
+                continue
             values: Any = entry if torch.is_tensor(entry) else getattr(entry, "values", None)
             if torch.is_tensor(values):
                 values.zero_()
