@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from deadpool_megatron.checks import LaunchPlan
-from deadpool_megatron.cluster import Deadlines, Exit, JobSpec
+from deadpool_megatron.cluster import Deadlines, Exit, JobSpec, notices
 from deadpool_megatron.cluster.leadership import Leadership
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT
 from deadpool_megatron.cluster.store import PASSWORD
@@ -224,6 +225,13 @@ def end_with_parent(signum: int = signal.SIGTERM) -> None:
     ctypes.CDLL(None).prctl(1, signum)
 
 
+def _begin(signum: int) -> None:
+    """Of a child, before exec. What a warning means to it, it says when it is ready for one."""
+    notices.ignored()
+    if signum:
+        end_with_parent(signum)
+
+
 class Processes:
     """The children of a command, ended by their ids. They end by themselves when it is killed."""
 
@@ -244,7 +252,7 @@ class Processes:
             process = subprocess.Popen(
                 [sys.executable, "-m", _NODE, role],
                 stdin=subprocess.PIPE,
-                preexec_fn=(lambda: end_with_parent(signum)) if signum else None,
+                preexec_fn=partial(_begin, signum),
                 start_new_session=True,
                 **extra,
             )

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deadpool_megatron import points
+from deadpool_megatron.cluster import notices
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.exits import Exit
-from deadpool_megatron.cluster.notices import WARNINGS
 from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
 from deadpool_megatron.cluster.workers import (
     ADOPTED,
@@ -203,8 +203,7 @@ def main() -> int:
     """Entry point; returns the exit code."""
     _die_with_agent()
     _show_stacks_when_asked()
-    for signum in WARNINGS:  # the agent says what they mean for this process
-        signal.signal(signum, signal.SIG_IGN)
+    notices.ignored()
     module = sys.argv.pop(2) if sys.argv[1] == "-m" else ""
     script, arguments = sys.argv[1], sys.argv[2:]
     # As `python script` has it, and from now on: a checkout's megatron comes before an installed one.

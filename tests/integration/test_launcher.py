@@ -14,7 +14,7 @@ import pytest
 
 from deadpool_megatron.cluster import Exit
 from flags import duo_gpt, tiny_gpt
-from jobs import Job, Jobs
+from jobs import Job, Jobs, launch_flags
 
 
 def _plain(jobs: Jobs, program: str, nodes: int = 2, slots: int = 2) -> Job:
@@ -139,7 +139,7 @@ def test_the_warning_of_a_batch_system_reaches_what_handles_it_and_ends_nothing_
 
 
 def test_a_job_that_trains_goes_on_after_the_warning_where_nothing_handles_it(jobs: Jobs) -> None:
-    job = jobs.start("warned", ["--local-nodes", "2"], duo_gpt("data", 3), held=True)
+    job = jobs.start("warned", launch_flags(2, slots=1), duo_gpt("data", 3), held=True)
     job.until_event("started")
     for signum in (signal.SIGUSR1, signal.SIGUSR2):
         for process in job.processes():
