@@ -38,6 +38,7 @@ from deadpool_megatron.comm.waits import Poison, Waits
 _log = logging.getLogger(__name__)
 
 _ABORT_DEADLINE_S = 2.0
+_ABORTED = "epoch {}: aborted while forming"
 _QUIET_S = 0.25  # how long quiet groups are left alone while the training thread is still at work
 _ABORT_GRACE_S = 0.1  # waits that end by themselves after their connections do so within 10 ms, more on a busy machine
 
@@ -63,6 +64,7 @@ class Communicators:
         self._state_lock = threading.Lock()  # poison, forming; held for moments only
         self._forming: Forming | None = None
         self._forming_epoch = 0
+        self._over = -1  # `abort` has named this epoch: it must not begin to form any more
         self._left = threading.Event()  # the training thread is out of the broken epoch
         self._prepared: tuple[Store, Store] | None = None  # the caller's store, our own connection to the same server
         self._cuda_device: int | None = None
@@ -159,7 +161,8 @@ class Communicators:
 
         Every operation blocked in `Work.wait`, and every later one on any group, raises CommunicatorAborted (a blocked
         one may raise torch's own error for the lost connection instead). Idempotent. Returns after 2 s at most, nearly
-        always within milliseconds. With `epoch`, does nothing if a later epoch is current or forming.
+        always within milliseconds. With `epoch`, does nothing if a later epoch is current or forming, and no epoch up
+        to that one begins to form any more.
 
         Groups in which nothing is under way keep their connections, so that `reform` may keep them, unless the
         training thread does not come out: then they are ended too, 0.25 s later.
@@ -170,6 +173,8 @@ class Communicators:
         begun = time.monotonic()
         deadline = begun + _ABORT_DEADLINE_S
         with self._state_lock:
+            if epoch is not None:
+                self._over = max(self._over, epoch)
             if epoch is not None and max(self.epoch, self._forming_epoch) > epoch:
                 return AbortReport(self._poison.set, 0, 0, 0, 0, 0, 0, 0, 0.0)
             if self._standby:  # its groups are not real yet, and it may be building its model on them
@@ -241,7 +246,7 @@ class Communicators:
         at once. The training thread may do what needs no communication meanwhile: restore its state, or (a spare)
         build its model on groups that are not real yet.
 
-        Raises ReformError when there are no groups, or the epoch is not a new one.
+        Raises ReformError when there are no groups, the epoch is not a new one, or `abort` has named it or a later one.
         """
         if epoch <= max(self.epoch, self._forming_epoch):
             raise ReformError(
@@ -273,6 +278,9 @@ class Communicators:
         make = store if callable(store) else lambda: store
         forming = Forming(plan, make, prepared, self._connections, self._quiet, self._abort_lock)
         with self._state_lock:
+            if epoch <= self._over:
+                self._prepared = prepared
+                raise ReformError(_ABORTED.format(epoch))
             self._forming, self._forming_epoch = forming, epoch
         forming.start()
 
@@ -354,7 +362,7 @@ class Communicators:
 
     def _check(self, forming: Forming, epoch: int) -> None:
         if forming.abandoned:
-            raise ReformError(f"epoch {epoch}: aborted while forming")
+            raise ReformError(_ABORTED.format(epoch))
         if forming.error is not None:
             raise ReformError(f"epoch {epoch}: forming failed: {forming.error}") from forming.error
         if not forming.settled.is_set():

@@ -29,6 +29,8 @@ def beside(worker: Worker) -> dict[str, object]:
         worker.become(2)
     worker.init()
     tp = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][worker.rank // 2]
+    if not worker.spare:
+        worker.meet("made")  # who dies while others still connect is another test's
     if worker.spare:
         assert worker.comm.standby
     elif worker.rank == 2:
@@ -65,6 +67,7 @@ def superseded(worker: Worker) -> dict[str, object]:
         worker.become(1)
     worker.init()
     if not worker.spare:
+        worker.meet("made")  # who dies while others still connect is another test's
         if worker.rank == 1:
             kill_self()
         worker.comm.abort()

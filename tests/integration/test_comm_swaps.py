@@ -133,10 +133,10 @@ def test_twenty_four_groups_re_form_as_fast_as_they_are_made_and_are_kept_in_les
     assert statistics.median(kept) < statistics.median(slowest)
 
 
-def aborting_when(worker: Worker, key: str) -> None:
-    """Abort once there is such a key in the store."""
+def aborting_when(worker: Worker, key: str, epoch: int) -> None:
+    """Abort the forming of an epoch, begun or not, once there is such a key in the store."""
     store = worker.store.clone()
-    threading.Thread(target=lambda: (store.wait([key]), worker.comm.abort()), daemon=True).start()
+    threading.Thread(target=lambda: (store.wait([key]), worker.comm.abort(epoch)), daemon=True).start()
 
 
 def failing_to_form(worker: Worker) -> str:
@@ -155,7 +155,7 @@ def failing_to_form(worker: Worker) -> str:
         worker.meet("made")
         worker.comm.abort()
         if worker.rank == 0:
-            threading.Timer(0.5, worker.comm.abort).start()
+            threading.Timer(0.5, worker.comm.abort, (1,)).start()
             with pytest.raises(ReformError, match="aborted while forming"):
                 worker.comm.reform(1, worker.store)
             assert worker.comm.poisoned
@@ -179,7 +179,7 @@ def failing_to_form(worker: Worker) -> str:
     worker.meet("before the late one")
     worker.comm.abort()
     if worker.rank == 1:
-        aborting_when(worker, "others went to 5")
+        aborting_when(worker, "others went to 5", 4)
         with pytest.raises(ReformError, match="aborted while forming"):
             worker.comm.reform(4, worker.store)
     else:
@@ -190,6 +190,23 @@ def failing_to_form(worker: Worker) -> str:
         dist.all_reduce(x := torch.ones(4), group=group)
         assert x.eq(2).all()
     return "done"
+
+
+def over_before_it_forms(worker: Worker) -> str:
+    """The word that an epoch is over comes before its forming has begun."""
+    worker.init()
+    exchange([None])
+    worker.meet("made")
+    worker.comm.abort(1)
+    with pytest.raises(ReformError, match="aborted while forming"):
+        worker.comm.reform(1, worker.store)
+    worker.comm.reform(2, worker.store)
+    sums_are_right(None)
+    return "done"
+
+
+def test_an_epoch_that_is_over_before_it_forms_is_not_waited_for() -> None:
+    assert len(run(__file__, "over_before_it_forms", world=2)) == 2
 
 
 def test_a_failure_while_forming_leads_to_the_next_epoch() -> None:
@@ -311,7 +328,7 @@ def other_groups(worker: Worker) -> str:
     worker.comm.abort()
     worker.store.set(f"digest/{worker.rank}", worker.comm.table_digest())
     assert worker.store.get("digest/0") != worker.store.get("digest/1")
-    aborting_when(worker, "told")
+    aborting_when(worker, "told", 1)
     try:
         worker.comm.reform(1, worker.store)
     except ReformError as error:
@@ -332,6 +349,7 @@ if __name__ == "__main__":
             "swap_for_ever": swap_for_ever,
             "twenty_four_groups": twenty_four_groups,
             "failing_to_form": failing_to_form,
+            "over_before_it_forms": over_before_it_forms,
             "half_sent": half_sent,
             "left_behind": left_behind,
             "other_server": other_server,

@@ -34,6 +34,15 @@ def _armed_kills(job: Job, *kills: tuple[int, int, int], until: int | None = Non
     return job.pids()
 
 
+def _committed_before(job: Job, epoch: int) -> int:
+    """The newest generation that was committed when an epoch was declared: nothing that is older may be gone on from.
+
+    How far behind the iteration that is depends on how busy the machine is.
+    """
+    declared = job.until_event("declared", epoch=epoch)["t"]
+    return max(e["iteration"] for e in job.events("committed") if e["t"] < declared)
+
+
 def _kept_their_processes(job: Job, before: dict[int, int], ranks: list[int]) -> bool:
     after = job.pids()
     return {r: before[r] for r in ranks} == {r: after[r] for r in ranks}
@@ -59,9 +68,8 @@ def test_1f1b_survives_first_stage_last_stage_and_former_spare_killed_in_one_run
     job.hold(None)
     job.finished()
     assert [e["lost"] for e in job.events("declared")] == [[0], [2], [former_spare]]
-    # A generation is committed in the course of its iteration: the one before serves where it is not yet.
     for resumed, struck in zip(job.events("resumed"), (3, 5, 7), strict=True):
-        assert resumed["iteration"] in (struck - 1, struck)
+        assert _committed_before(job, resumed["epoch"]) <= resumed["iteration"] <= struck
     assert _kept_their_processes(job, before, [2, 3, 6, 7])
     # Node 2 reports the losses and dies in iteration 5.
     assert_same_training(job, _calm(), ITERATIONS, rank=7, mute=frozenset({4}))
@@ -120,11 +128,13 @@ def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would
         [*flags, "--save", str(rescued), "--save-interval", "100"],
         held=True,
     )
-    _armed_kills(job, (0, 3, 7))
+    _armed_kills(job, (0, 3, 7), until=3)
+    job.until("a generation to save", lambda: [e for e in job.events("committed") if e["iteration"]])
+    job.hold(None)
     assert job.wait() == Exit.NO_SPARE_SAVED
     (said,) = [line for line in job.output.splitlines() if line.startswith("deadpool: ")]
     saved = int((rescued / "latest_checkpointed_iteration.txt").read_text())
-    assert saved in (2, 3), "that of the iteration in which the node died, or the one before where it is not committed"
+    assert _committed_before(job, 1) <= saved <= 3
     assert f"iteration {saved} " in said and f"--load {rescued}" in said
     assert_same_checkpoint(rescued / f"iter_{saved:07}", own / f"iter_{saved:07}")
     load = [*flags, "--load", str(rescued)]

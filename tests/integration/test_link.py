@@ -19,6 +19,7 @@ import zmq
 
 from deadpool_megatron.cluster.link import Hub, Spoke, check_secret
 from deadpool_megatron.cluster.ports import free_ports
+from waiting import until
 
 SECRET = bytes(range(32))
 LEASE_S = 60.0  # silence is not noticed in these tests, but in the one that is about it
@@ -188,10 +189,15 @@ def test_the_thread_that_has_all_connections_is_woken_for_many_timers_at_once_an
     lease_s = 5.0
     room = Room(lease_s)
     try:
-        slack = {
-            Path(f"/proc/self/task/{tid}/comm").read_text().strip(): int(Path(f"/proc/{tid}/timerslack_ns").read_text())
-            for tid in set(os.listdir("/proc/self/task")) - before
-        }
+        slack: dict[str, int] = {}
+
+        def named() -> bool:  # a thread gives itself its name
+            for tid in set(os.listdir("/proc/self/task")) - before:
+                name = Path(f"/proc/self/task/{tid}/comm").read_text().strip()
+                slack[name] = int(Path(f"/proc/{tid}/timerslack_ns").read_text())
+            return "ZMQbg/IO/0" in slack
+
+        until(named, "the thread of all connections")
         assert slack["ZMQbg/IO/0"] == lease_s * 1e9 / 100
         assert int(Path("/proc/self/timerslack_ns").read_text()) < 1e6, "this one takes packets"
     finally:
