@@ -120,7 +120,7 @@ class DeadpoolConfig:
     )
 
     check_replicas: int = _setting(
-        0, "compare what replicas hold alike every this many iterations; 0: only at the end of each recovery"
+        0, "iterations after which what replicas hold alike is compared again; 0: only at the end of each recovery"
     )
 
     redundancy: str = _setting(

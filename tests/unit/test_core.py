@@ -693,6 +693,38 @@ def test_a_communication_error_in_the_middle_of_a_recovery_starts_it_again() -> 
     assert job.core.phase is Phase.RUNNING
 
 
+# ---- a recovery proves itself
+
+
+def test_what_ranks_have_otherwise_is_told_with_its_nodes_and_the_comparison_after_the_restoring() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.lose(0)
+    job.arrive(5)
+    job.prepare()
+    job.form()
+    unlike = [r.Unlike("parameters", [1, 4])]
+    job.feed(r.Compared(1, 0, job.core.epoch, 5, 0.004, unlike, True))  # before the last node has told that it restored
+    (told,) = job.events("unlike")
+    assert (told["part"], told["ranks"], told["equal"]) == ("parameters", [1, 4], True)
+    assert told["nodes"] == sorted({job.core.assignment[rank].node for rank in (1, 4)})
+    assert not job.events("compared")
+    job.restore()
+    job.resume(5)
+    names = [each.event for each in job.emitted if each.event in ("restored", "compared", "resumed")]
+    assert names == ["restored", "compared", "resumed"] and job.events("compared")[0]["seconds"] == 0.004
+    job.feed(r.Compared(1, 0, job.core.epoch, 20, 0.002, [], True))  # by --deadpool-check-replicas
+    assert job.events("compared")[-1]["iteration"] == 20
+    job.feed(r.Compared(1, 0, job.core.epoch - 1, 21, 0.002, unlike, True))  # late, of an epoch that is over
+    assert len(job.events("unlike")) == 1
+
+
+def test_state_that_cannot_be_made_equal_ends_the_job_with_its_own_code() -> None:
+    job = SimulatedJob().train()
+    text = "after the recovery hyperparameters of rank 2 differ"
+    job.feed(r.WorkerFailed(1, 0, 2, "training", 1, 5, Exit.UNEQUAL, "Unequal", "a.py:1", text, ""))
+    assert job.end == (Exit.UNEQUAL, text)
+
+
 # ---- errors of the worker's own
 
 
