@@ -441,7 +441,7 @@ class Core:
                 self._emit("exit_notice")
                 self._send(None, r.ExitNotice())
             return
-        self._durability.preempt(self.members.active(), self.assignment, self._now)
+        self._durability.preempt(self.assignment, self._now)
         self._leave_if_preempted()
 
     def _leave_if_preempted(self) -> None:
