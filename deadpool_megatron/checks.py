@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,7 +20,7 @@ from deadpool_megatron.observe import LOGS
 from deadpool_megatron.vault import VaultError, choose_transport
 from deadpool_megatron.versions import check_version
 
-__all__ = ["LaunchError", "LaunchPlan", "check", "check_transport"]
+__all__ = ["LaunchError", "LaunchPlan", "check", "check_transport", "whole"]
 
 
 class LaunchError(Exception):
@@ -26,7 +29,10 @@ class LaunchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """What `deadpool launch` or `deadpool agent` was asked for, checked. ``nodes`` counts the spares too."""
+    """What `deadpool launch` or `deadpool agent` was asked for, checked. ``nodes`` counts the spares too.
+
+    ``module``: the name that the script was given by (``-m``), or empty.
+    """
 
     nodes: int
     spare_nodes: int
@@ -41,6 +47,36 @@ class LaunchPlan:
     tee: str
     shm_directory: str
     domains: Labels
+    module: str = ""
+
+    @property
+    def command(self) -> list[str]:
+        """The script with its arguments, as `deadpool_megatron.worker` takes it."""
+        return [*(["-m", self.module] if self.module else [self.script]), *self.arguments]
+
+
+def whole(text: str, flag: str) -> int:
+    """A number of the command line. Raises LaunchError."""
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(f"{flag} {text}: not a whole number") from None
+
+
+def workers_a_node(text: str) -> int:
+    """Workers a node, as torchrun takes them: a number, gpu, cpu or auto. Raises LaunchError."""
+    if text not in ("gpu", "auto", "cpu"):
+        return whole(text, "--nproc-per-node")
+    if text == "cpu":
+        return os.cpu_count() or 1
+    found = 0
+    if shutil.which("nvidia-smi"):
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        out = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+        found = len(listed.split(",")) if listed else sum(x.startswith("GPU ") for x in out.splitlines())
+    if not found:
+        raise LaunchError(f"--nproc-per-node {text}: no GPU is visible on this node; give a number")
+    return found
 
 
 _SIZES = (
@@ -76,8 +112,11 @@ def check(
         host: where the coordinator can be reached.
         log_dir: where the workers' logs go; None: into the run directory.
     """
-    spares, slots = options.spare_nodes, options.nproc_per_node
+    spares, slots = options.spare_nodes, workers_a_node(options.nproc_per_node)
     script, arguments = options.script, list(options.arguments)
+    module = script if options.module else ""
+    if module:
+        script = _file_of(module)
     config = from_script_arguments(arguments)
     if config.durable_dir and "://" not in config.durable_dir:
         config = dataclasses.replace(config, durable_dir=str(Path(config.durable_dir).absolute()))
@@ -142,7 +181,24 @@ def check(
         options.tee,
         options.shm_directory,
         domains,
+        module,
     )
+
+
+def _file_of(module: str) -> str:
+    """The file that ``python -m module`` would run."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        spec = find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = find_spec(f"{module}.__main__")
+    except (ImportError, ValueError):
+        spec = None
+    finally:
+        sys.path.pop(0)
+    if spec is None or spec.origin is None:
+        raise LaunchError(f"-m {module}: there is no such module here; is it installed, or under this directory?")
+    return spec.origin
 
 
 def check_transport(config: DeadpoolConfig) -> None:

@@ -119,6 +119,10 @@ class DeadpoolConfig:
         "", "write Megatron's checkpoint of the durable generation to this directory, then end (deadpool export)"
     )
 
+    check_replicas: int = _setting(
+        0, "iterations after which what replicas hold alike is compared again; 0: only at the end of each recovery"
+    )
+
     redundancy: str = _setting(
         "1",
         "copies of each shard on other nodes, as 1 or 2, or k+m: Reed-Solomon with m parity shares for k nodes",

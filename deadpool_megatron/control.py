@@ -19,6 +19,7 @@ from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.link import Spoke
+from deadpool_megatron.cluster.notices import PREEMPT, WARNINGS
 from deadpool_megatron.observe import EVENTS, JOB, read_events
 from deadpool_megatron.processes import Processes
 
@@ -141,6 +142,8 @@ def join(options: argparse.Namespace) -> int:
     process = Processes().start("agent", settings, 0 if options.detach else signal.SIGTERM, stdout=subprocess.DEVNULL)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, frame: process.terminate())
+    for signum in WARNINGS:
+        signal.signal(signum, lambda number, frame: process.send_signal(PREEMPT))
     print(f"deadpool: node {reply.node} joins the job of {options.run_dir} as a spare", flush=True)
     if options.detach:
         return Exit.OK

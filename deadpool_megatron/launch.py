@@ -23,6 +23,7 @@ from pathlib import Path
 from deadpool_megatron.checks import LaunchError, LaunchPlan, check, check_transport
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.leadership import Leadership
+from deadpool_megatron.cluster.notices import WARNINGS
 from deadpool_megatron.cluster.store import open_store
 from deadpool_megatron.config import ConfigError
 from deadpool_megatron.processes import CoordinatorProcess, Processes, agent_settings, coordinator_settings
@@ -71,6 +72,9 @@ def launch(plan: LaunchPlan) -> int:
         preempted = [False]
 
         def on_signal(signum: int, frame: object) -> None:
+            if signum in WARNINGS:
+                coordinator.preempt()
+                return
             if signum == signal.SIGTERM and plan.config.on_preempt and not preempted[0]:
                 preempted[0] = True  # a second one ends the job at once
                 coordinator.preempt()
@@ -78,7 +82,7 @@ def launch(plan: LaunchPlan) -> int:
             interrupted[0] = True
             coordinator.interrupt()
 
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, *WARNINGS):
             signal.signal(signum, on_signal)
         if not coordinator.port:
             return coordinator.wait()[0] or Exit.FAILED
@@ -114,6 +118,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--emulate-cpu", action="store_true", help="emulate CUDA on the CPU, Gloo in the place of NCCL")
     add("--shm-directory", default="/dev/shm", metavar="DIR", help="shared memory for the vaults (default: /dev/shm)")
+    add("-m", "--module", action="store_true", help="the script is the name of a module, as for python -m")
     add("script", help="training script, for instance examples/pretrain_gpt.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments; --deadpool switches DeadPool on")
 
@@ -123,7 +128,14 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--local-nodes", type=int, default=1, metavar="N", help="nodes on this machine, spares included (default: 1)")
     add("--spare-nodes", type=int, default=0, metavar="S", help="how many of them are warm spares (default: 0)")
-    add("--nproc-per-node", type=int, default=1, metavar="P", help="workers (devices) a node (default: 1)")
+    add(
+        *("--nproc-per-node", "--nproc_per_node"),
+        default="1",
+        metavar="P",
+        help="workers (devices) a node: a number, or gpu (default: 1)",
+    )
+    add("--standalone", action="store_true", help="accepted and ignored: this is what it does")
+    add("--nnodes", default="1", metavar="1", help="1: this machine; see --local-nodes")
     add("--run-dir", default="runs/latest", metavar="DIR", help="status, events and logs (default: runs/latest)")
     add("--tee", default="all", metavar="all|none|RANK", help="whose output is shown here (default: all)")
     add(
@@ -137,6 +149,11 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """`deadpool launch` after parsing."""
     try:
+        if options.nnodes not in ("1", "1:1"):
+            raise LaunchError(
+                f"--nnodes {options.nnodes}: `deadpool launch` is for one machine (--local-nodes); on several run "
+                "`deadpool agent` on each"
+            )
         plan = check(options, options.local_nodes, "--local-nodes", LOCALHOST)
         check_transport(plan.config)
         return launch(plan)

@@ -27,10 +27,10 @@ from deadpool_megatron.cluster import (
     Exit,
     JobSpec,
 )
+from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
 from deadpool_megatron.cluster.ports import once_free, patience_s
 from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, open_store
 from deadpool_megatron.durable import DurableError, survey
-from deadpool_megatron.processes import INTERRUPT, PREEMPT
 from deadpool_megatron.vault import VaultError
 
 __all__ = ["main"]
@@ -95,7 +95,8 @@ def _coordinator(settings: dict[str, Any]) -> int:
     # A batch system may send its SIGTERM to every process of the job; what the launcher means it says with the others.
     on_term = coordinator.preempt if settings["on_preempt"] else coordinator.interrupt
     signal.signal(signal.SIGTERM, lambda signum, frame: on_term())
-    signal.signal(PREEMPT, lambda signum, frame: coordinator.preempt())
+    for notice in (PREEMPT, *WARNINGS):
+        signal.signal(notice, lambda signum, frame: coordinator.preempt())
     signal.signal(INTERRUPT, lambda signum, frame: coordinator.interrupt())
     try:
         code, message = coordinator.run(lambda port: print(port, settings["store_port"], flush=True))

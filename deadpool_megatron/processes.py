@@ -7,6 +7,7 @@ go through stdin, since the job's secret is among them.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import re
 import signal
@@ -15,20 +16,20 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from deadpool_megatron.checks import LaunchPlan
-from deadpool_megatron.cluster import Deadlines, Exit, JobSpec
+from deadpool_megatron.cluster import Deadlines, Exit, JobSpec, notices
 from deadpool_megatron.cluster.leadership import Leadership
+from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT
 from deadpool_megatron.cluster.store import PASSWORD
 from deadpool_megatron.forking import FORK_SERVER, Process, fork_module
 
 __all__ = [
-    "INTERRUPT",
-    "PREEMPT",
     "SECRET_VARIABLES",
     "CoordinatorProcess",
     "Processes",
@@ -38,9 +39,6 @@ __all__ = [
 ]
 
 _NODE = "deadpool_megatron.node"
-# To the coordinator: end the job; drain what is committed, then end it (to an agent: pass that on).
-INTERRUPT = signal.SIGUSR2
-PREEMPT = signal.SIGUSR1
 # Not for workers: the job's secret, and the file that holds it.
 SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE", PASSWORD)
 
@@ -73,6 +71,7 @@ def coordinator_settings(
         c.transient_retries,
         c.redundancy,
         plan.domains,
+        on_preempt=c.deadpool and c.on_preempt,
     )
     return {
         "job": asdict(job) | {"durable": _durable_settings(plan, job_id)},
@@ -127,7 +126,7 @@ def agent_settings(
         "secret": secret.hex(),
         "lease": plan.config.lease,
         "log_dir": plan.log_dir,
-        "command": [sys.executable, "-m", "deadpool_megatron.worker", plan.script, *plan.arguments],
+        "command": [sys.executable, "-m", "deadpool_megatron.worker", *plan.command],
         "environment": _environment(plan, coordinator[0], store_port, job_id, devices),
         "deadpool": plan.config.deadpool,
         "hang_factor": plan.config.hang_factor,
@@ -144,7 +143,16 @@ def agent_settings(
         "scrub_rate": plan.config.scrub_rate,
         "durable_dir": plan.config.durable_dir if plan.config.deadpool else "",
         "on_preempt": plan.config.deadpool and plan.config.on_preempt,
+        "exit_signal": _exit_signal(plan.arguments),
     }
+
+
+def _exit_signal(arguments: Sequence[str]) -> int:
+    """The signal on which Megatron saves a checkpoint and ends; 0 for none."""
+    if "--exit-signal-handler" not in arguments:
+        return 0
+    name = next((b for a, b in itertools.pairwise(arguments) if a == "--exit-signal"), "SIGTERM")
+    return int(getattr(signal, name, 0))
 
 
 def _durable_settings(plan: LaunchPlan, job_id: str) -> dict[str, Any] | None:
@@ -217,6 +225,13 @@ def end_with_parent(signum: int = signal.SIGTERM) -> None:
     ctypes.CDLL(None).prctl(1, signum)
 
 
+def _begin(signum: int) -> None:
+    """Of a child, before exec. What a warning means to it, it says when it is ready for one."""
+    notices.ignored()
+    if signum:
+        end_with_parent(signum)
+
+
 class Processes:
     """The children of a command, ended by their ids. They end by themselves when it is killed."""
 
@@ -237,7 +252,7 @@ class Processes:
             process = subprocess.Popen(
                 [sys.executable, "-m", _NODE, role],
                 stdin=subprocess.PIPE,
-                preexec_fn=(lambda: end_with_parent(signum)) if signum else None,
+                preexec_fn=partial(_begin, signum),
                 start_new_session=True,
                 **extra,
             )
@@ -307,7 +322,7 @@ class CoordinatorProcess:
             self.process.send_signal(INTERRUPT)
 
     def preempt(self) -> None:
-        """The machines are wanted: what is committed becomes durable, then the job ends. Safe in a signal handler."""
+        """The machines are wanted soon (see `Core.preempted`). Safe in a signal handler."""
         if self.process.poll() is None:
             self.process.send_signal(PREEMPT)
 

@@ -20,11 +20,14 @@ import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deadpool_megatron import points
+from deadpool_megatron.cluster import notices
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
 from deadpool_megatron.cluster.workers import (
     ADOPTED,
@@ -77,10 +80,21 @@ def _show_stacks_when_asked() -> None:
     faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
 
 
-def _run_script(script: str, arguments: list[str]) -> None:
-    """Run ``script`` as ``python script`` would."""
+def _run_script(script: str, module: str, arguments: list[str]) -> None:
+    """Run ``script`` as ``python script`` would, or ``module`` as ``python -m module``."""
     sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    if module:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(script, run_name="__main__")
+
+
+def _file_of(module: str) -> str:
+    spec = find_spec(module)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = find_spec(f"{module}.__main__")
+    assert spec is not None and spec.origin is not None, module  # the launcher has looked
+    return spec.origin
 
 
 def _install(standby: bool) -> Hooks:
@@ -146,6 +160,7 @@ def _install(standby: bool) -> Hooks:
     hooks.install()
     session.call_on_arm(arm)
     session.is_waiting = communicators.is_waiting
+    session.on_exit_notice = hooks.take_exit_notice
     if standby:
         follow_job(connect, hooks.learn_groups)  # of its own: a blocked wait blocks every user of a client
     return hooks
@@ -162,33 +177,48 @@ def _log_to_stderr() -> None:
 
 def _failed(hooks: Hooks | None, error: BaseException, tell: Callable[[r.WorkerFailed], None]) -> None:
     from deadpool_megatron.config import ConfigError
-    from deadpool_megatron.megatron import UserError
+    from deadpool_megatron.megatron import Unequal, UserError
 
     lines = str(error).strip().splitlines() or [""]
-    user_error = isinstance(error, (UserError, ConfigError))
-    message = lines[0] if user_error else f"{type(error).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}"
+    code = Exit.USAGE if isinstance(error, (UserError, ConfigError)) else 0
+    code = Exit.UNEQUAL if isinstance(error, Unequal) else code
+    message = lines[0] if code else f"{type(error).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}"
     trace = "".join(traceback.format_exception(error))
     phase: Any = hooks.phase if hooks is not None else "setup"
-    iteration = hooks.iteration if hooks is not None else -1
-    tell(r.WorkerFailed(0, 0, None, phase, iteration, user_error, message[:2000], trace[-12000:]))
+    epoch, iteration = (hooks.session.joined_epoch, hooks.iteration) if hooks is not None else (0, -1)
+    kind, place = f"{type(error).__module__}.{type(error).__qualname__}", _place(error)
+    told = r.WorkerFailed(0, 0, None, phase, epoch, iteration, code, kind, place, message[:2000], trace[-12000:])
+    tell(told)
+
+
+def _place(error: BaseException) -> str:
+    """The line of code that raised it, the same wherever the code is installed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return ""
+    return f"{'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno}"
 
 
 def main() -> int:
     """Entry point; returns the exit code."""
     _die_with_agent()
     _show_stacks_when_asked()
+    notices.ignored()
+    module = sys.argv.pop(2) if sys.argv[1] == "-m" else ""
     script, arguments = sys.argv[1], sys.argv[2:]
     # As `python script` has it, and from now on: a checkout's megatron comes before an installed one.
     if sys.flags.safe_path:
         sys.path.insert(0, "")
-    sys.path[0] = str(Path(script).resolve().parent)
+    sys.path[0] = os.getcwd() if module else str(Path(script).resolve().parent)
+    if module:
+        script = _file_of(module)
     standby = "RANK" not in os.environ
     if os.environ.get(EMULATE):
         from deadpool_megatron import emulation
 
         emulation.install()
     if os.environ.get(MODE) != "deadpool":
-        _run_script(script, arguments)
+        _run_script(script, module, arguments)
         return 0
     hooks: Hooks | None = None
 
@@ -207,7 +237,7 @@ def main() -> int:
             hooks.session.step("parked", 0, numa=numa_node())
             taken = hooks.session.wait_take_over()
             os.environ["RANK"] = str(taken.rank)
-        _run_script(script, arguments)
+        _run_script(script, module, arguments)
     except SystemExit as exit_:
         if exit_.code not in (None, 0) and hooks is not None and hooks.phase == "setup":
             _failed(hooks, exit_, tell)
@@ -216,7 +246,9 @@ def main() -> int:
         _failed(hooks, error, tell)
         traceback.print_exception(error)
         sys.stderr.flush()
-        return 2 if type(error).__name__ in ("UserError", "ConfigError") else 1
+        return {"UserError": Exit.USAGE, "ConfigError": Exit.USAGE, "Unequal": Exit.UNEQUAL}.get(
+            type(error).__name__, Exit.FAILED
+        )
     return 0
 
 

@@ -49,7 +49,8 @@ _ITERATION = (
 _AFTER = "lr-step.before lr-step.after iteration.after log.before log.after"
 _RECOVERY = (
     "recovery.aborted recovery.unwound worker.arrived recovery.agreed recovery.restored-local step.ready "
-    "recovery.re-forming recovery.re-formed step.formed recovery.synchronized step.restored step.resumed"
+    "recovery.re-forming recovery.re-formed step.formed recovery.synchronized recovery.compared step.restored "
+    "step.resumed"
 )
 _NODE = "agent.node-ready agent.node-formed agent.node-restored agent.node-resumed"
 
@@ -73,7 +74,12 @@ GROUPS: Final[dict[str, list[Case]]] = {
         _coordinator("coordinator.inject-reply"),
     ),
     "survivor": _spread(
-        [*_each(_RECOVERY, trigger="abort"), Case("agent.offer", trigger="abort")],
+        [
+            *_each(_RECOVERY, trigger="abort"),
+            Case("agent.offer", trigger="abort"),
+            Case("worker.compared", trigger="abort"),
+            Case("agent.compared", trigger="abort"),
+        ],
         _coordinator("coordinator.persisted coordinator.declare coordinator.agree", "abort"),
     ),
     "survivor-in-swap": _spread(
@@ -164,6 +170,7 @@ ENDS: Final[dict[str, str]] = {
     "coordinator.load-shards": "",
     "coordinator.resume-at": "",
     "agent.preemption-notice": "",
+    "coordinator.exit-notice": "",
 }
 
 # Points that no job under `deadpool launch` on this machine passes.

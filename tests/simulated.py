@@ -34,7 +34,9 @@ class SimulatedJob:
         can_rescue: bool = True,
         durable: DurableSpec | None = None,
     ) -> None:
-        self.core = Core(JobSpec(nodes, spares, slots, deadpool, DEADLINES, retries, durable=durable))
+        self.core = Core(
+            JobSpec(nodes, spares, slots, deadpool, DEADLINES, retries, durable=durable, on_preempt=durable is not None)
+        )
         self.now = 100.0
         self.can_rescue = can_rescue
         self.sent: list[Send] = []

@@ -37,6 +37,7 @@ from deadpool_megatron.cluster.faults import Faults
 from deadpool_megatron.cluster.known import KnownJob
 from deadpool_megatron.cluster.lookout import LOOK_S, Lookout
 from deadpool_megatron.cluster.node_recovery import NodeRecovery
+from deadpool_megatron.cluster.notices import PREEMPT, WARNINGS
 from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.cluster.settings import AgentSettings
 from deadpool_megatron.cluster.shards import (
@@ -120,7 +121,8 @@ class Agent:
     def run(self) -> int:
         """Start the workers, serve until told to stop, end everything."""
         signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGUSR1, self._on_signal)
+        for signum in (PREEMPT, *WARNINGS):
+            signal.signal(signum, self._on_notice)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
         self._crew.start()
         told = False
@@ -143,9 +145,12 @@ class Agent:
 
     def _on_signal(self, signum: int, frame: object) -> None:
         if self._s.on_preempt and time.monotonic() < self._preempted + _SAME_NOTICE_S:
-            self._preempted = min(self._preempted, time.monotonic())  # told in the loop; a later one ends this node
+            self._on_notice(signum, frame)  # a later one ends this node
         else:
             self._terminated = True
+
+    def _on_notice(self, signum: int, frame: object) -> None:
+        self._preempted = min(self._preempted, time.monotonic())  # told in the loop
 
     def _step(self, ready: list[tuple[object, int]]) -> None:
         fds = {fd for fd, _ in ready}
@@ -313,7 +318,9 @@ class Agent:
             case r.Roster():
                 if self._job.roster(record) and self._shards is not None:
                     self._shards.set_epoch(record.epoch)
-            case r.Form() | r.Hold() | r.AllFinished():
+            case r.ExitNotice() if not self._s.deadpool:
+                self._crew.signal(self._s.exit_signal)
+            case r.Form() | r.Hold() | r.AllFinished() | r.ExitNotice():
                 for worker in self._crew.mine().values():
                     worker.tell(record)
             case r.Respawn():
@@ -384,4 +391,6 @@ class Agent:
             worker.began = True
             worker.tell(what)
         elif what is not None:
-            self._send(r.WorkerFailed(self._s.node, worker.local, worker.rank, "setup", -1, True, what, ""))
+            self._send(
+                r.WorkerFailed(self._s.node, worker.local, worker.rank, "setup", 0, -1, Exit.USAGE, "", "", what, "")
+            )

@@ -1,11 +1,10 @@
 """Whose fault the end of a worker is: its node's, its own code's, or nobody's that another process could not make good.
 
-An error that comes back at the same iteration after a swap is a bug or bad data: no spare is spent on it. Pure.
+An error that comes back at the same iteration after a recovery is a bug or bad data: no spare is spent on it. Pure.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from deadpool_megatron.cluster import records as r
@@ -16,6 +15,10 @@ __all__ = ["Blame", "how_it_ended"]
 
 # A worker that dies of these does so by its own doing; SIGKILL (out of memory, an operator) and SIGTERM are not.
 _CRASHES = frozenset({4, 6, 7, 8, 11})
+_MEANINGS = {  # upstream's rerun state machine: every rank leaves with one of these on purpose
+    16: "Megatron's rerun state machine ends the job: resume from its checkpoint to tell what was wrong with a result",
+    17: "Megatron's rerun state machine ends the job: a result was wrong (NaN, Inf or a spike), and not by chance",
+}
 _WHEN = {Phase.STARTING: "before training began", Phase.FINISHING: "after training had finished"}
 
 
@@ -38,7 +41,9 @@ class Blame:
 
     def __init__(self, worker_deaths: int) -> None:
         self._worker_deaths = worker_deaths
-        self._errors: set[tuple[int, str]] = set()
+        self._errors: dict[
+            tuple[int, str, str], int
+        ] = {}  # iteration, kind, place or rank -> epoch it was first seen in
         self._last: r.WorkerFailed | None = None
 
     def died(self, node: NodeState) -> bool:
@@ -46,9 +51,10 @@ class Blame:
         node.deaths += 1
         return node.deaths > self._worker_deaths or not node.respawns
 
-    def crashed_again(self, record: r.WorkerExited, iteration: int, cause: str) -> bool:
+    def crashed_again(self, record: r.WorkerExited, epoch: int, iteration: int) -> bool:
         """It died of its own doing, and did so after the same iteration before."""
-        return -record.code in _CRASHES and self._repeats(iteration, f"rank {record.rank}: {cause}")
+        crash = f"signal {-record.code}"
+        return -record.code in _CRASHES and self._repeats(epoch, iteration, crash, f"rank {record.rank}")
 
     def failed(self, record: r.WorkerFailed) -> str:
         """A worker tells its error; who that is."""
@@ -56,8 +62,13 @@ class Blame:
         return _who(record.rank, record.local)
 
     def failed_again(self, record: r.WorkerFailed) -> bool:
-        """The same error at the same iteration was told before."""
-        return self._repeats(record.iteration, record.message)
+        """Before the last recovery such an error was raised at this iteration, here in the code or by this rank.
+
+        Its text says nothing: it may have a process id or a host name in it. What several ranks raise at once is one
+        error: the recovery that makes it good is still to come.
+        """
+        places = (record.place, f"rank {record.rank}")
+        return any([self._repeats(record.epoch, record.iteration, record.kind, place) for place in places])
 
     def fatal(self, record: r.WorkerExited, phase: Phase, deadpool: bool) -> str:
         """Why the job ends with the end of this worker, which nothing makes good."""
@@ -65,19 +76,18 @@ class Blame:
         last = self._last
         if last is not None and (last.node, last.local) == (record.node, record.local):
             return f"{who} on node {record.node}: {last.message}"
+        if record.code in _MEANINGS and deadpool and phase is Phase.FINISHING:
+            return f"{_MEANINGS[record.code]} ({how} of {who} on node {record.node}; see its log)"
         when = f" {_WHEN[phase]}" if deadpool and phase in _WHEN else ""
         return f"{who} on node {record.node} failed{when} ({how}); see its log"
 
-    def _repeats(self, iteration: int, text: str) -> bool:
-        signature = (iteration, re.sub(r"0x[0-9a-fA-F]+", "0x", text))  # addresses differ from process to process
-        known = signature in self._errors
-        self._errors.add(signature)
-        return known
+    def _repeats(self, epoch: int, iteration: int, kind: str, place: str) -> bool:
+        return self._errors.setdefault((iteration, kind, place), epoch) < epoch
 
     def dump(self) -> list[Any]:
         """The errors, for a coordinator that starts again, as JSON types."""
-        return sorted(self._errors)
+        return sorted([*error, epoch] for error, epoch in self._errors.items())
 
     def load(self, errors: list[Any]) -> None:
         """The opposite."""
-        self._errors = {(iteration, text) for iteration, text in errors}
+        self._errors = {(iteration, kind, place): epoch for iteration, kind, place, epoch in errors}

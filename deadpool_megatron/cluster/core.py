@@ -96,6 +96,7 @@ class Core:
         self.seen = seen = Observations(facts, voice)
         self._start = Start(facts, voice, seen.snapshots)
         self._finished: set[int] = set()
+        self._noticed = False
         self._handlers: dict[type, Callable[[Any], None]] = {
             r.Join: self._join,
             r.WorkerReady: self._start.worker_ready,
@@ -107,6 +108,7 @@ class Core:
             r.Pace: lambda record: seen.paced(record, self._now),
             r.NodeHeld: self._node_held,
             r.Did: seen.did,
+            r.Compared: lambda record: self._recoveries.compared(record, self._now),
             r.Offer: lambda record: self._recoveries.offer(record, self._now),
             r.NodeArrived: self._recoveries.arrived,
             r.NodeReady: lambda record: self._recoveries.ready(record, self._now),
@@ -203,7 +205,10 @@ class Core:
         return self._run(lambda: self._stop(Exit.INTERRUPTED, "interrupted: every process of the job is ended"), now)
 
     def preempted(self, now: float) -> list[Action]:
-        """The job has to leave its machines soon: what is committed becomes durable, then it ends."""
+        """The machines are wanted soon: what is committed becomes durable and the job leaves, if it is set up for that.
+
+        Else Megatron decides: it handles the notice as its own exit signal (``--exit-signal-handler``).
+        """
         return self._run(self._preempt, now)
 
     def inject(self, fault: r.Fault, now: float) -> tuple[str, list[Action]]:
@@ -430,7 +435,13 @@ class Core:
         self._leave_if_preempted()
 
     def _preempt(self) -> None:
-        self._durability.preempt(self.members.active(), self.assignment, self._now)
+        if not self.job.on_preempt:
+            if not self._noticed:
+                self._noticed = True
+                self._emit("exit_notice")
+                self._send(None, r.ExitNotice())
+            return
+        self._durability.preempt(self.assignment, self._now)
         self._leave_if_preempted()
 
     def _leave_if_preempted(self) -> None:

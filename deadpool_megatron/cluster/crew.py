@@ -104,6 +104,12 @@ class Crew:
             self._poller.unregister(fd)
         return code
 
+    def signal(self, signum: int) -> None:
+        """To every worker that trains; 0 for none."""
+        for worker in self.workers.values() if signum else ():
+            if worker.rank is not None and not worker.exited:
+                os.kill(worker.pid, signum)
+
     def end(self, at_once: bool, told: bool) -> None:
         """End all workers. Blocks until they have; ``at_once``: without time to leave.
 

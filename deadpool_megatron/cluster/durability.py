@@ -13,6 +13,7 @@ goes out through the functions it is given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -271,7 +272,7 @@ class Durability:
             **fields,
         )
         if self._preempted is not None:
-            self._drained_last(assignment, now)
+            self._drained_last(attempt.started, assignment, now)
 
     def _fail(self, cause: str, assignment: Sequence[r.SlotAddress], retry: bool = False) -> None:
         attempt = self._attempt
@@ -305,7 +306,7 @@ class Durability:
 
     # ---- leaving
 
-    def preempt(self, active: Sequence[int], assignment: Sequence[r.SlotAddress], now: float) -> None:
+    def preempt(self, assignment: Sequence[r.SlotAddress], now: float) -> None:
         """The job has to leave soon: drain the newest committed generation at once. `leave` says when, and what to say.
 
         A second call changes nothing.
@@ -318,15 +319,15 @@ class Durability:
             self._send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
             self._attempt = attempt = None
         if attempt is None and self._kept is not None:
-            if self._kept.generation == self.newest:
-                self._drained_last(assignment, now)
-            else:
-                self._begin(self._kept, active, now, 0.0)
+            self._drained_last(-math.inf, assignment, now)
 
-    def _drained_last(self, assignment: Sequence[r.SlotAddress], now: float) -> None:
-        if self._kept is not None and self.newest is not None and self._kept.generation > self.newest:
-            return  # it was under way when the order to leave came; the next commit drains a newer one
-        assert self._spec is not None
+    def _drained_last(self, begun: float, assignment: Sequence[r.SlotAddress], now: float) -> None:
+        """Leave, or drain what is newer than a drain that had ``begun`` before the order to leave came."""
+        assert self._spec is not None and self._preempted is not None
+        noticed = self._preempted - self._spec.preempt_deadline
+        if begun < noticed and self._kept is not None and self._kept.generation != self.newest:
+            self._begin(self._kept, sorted({slot.node for slot in assignment}), now, 0.0)
+            return
         self.leave = f"preempted: generation {self.newest} is durable in {self._spec.directory}, and the job has left"
 
     # ---- time

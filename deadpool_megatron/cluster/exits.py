@@ -13,6 +13,7 @@ class Exit(IntEnum):
     OK = 0
     FAILED = 1
     USAGE = 2
+    UNEQUAL = 73
     PREEMPTED = 74
     NO_SPARE_SAVED = 75
     NO_SPARE = 76

@@ -45,7 +45,8 @@ class Deadlines:
 class JobSpec:
     """What the job is as it starts. ``nodes`` counts all nodes, spares included.
 
-    ``worker_deaths``: workers a healthy node may lose before it counts as bad itself.
+    ``worker_deaths``: workers a healthy node may lose before it counts as bad itself. ``on_preempt``: when the machines
+    are wanted soon, the newest generation is made durable and the job leaves.
     """
 
     nodes: int
@@ -58,6 +59,7 @@ class JobSpec:
     domains: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     durable: DurableSpec | None = None
     worker_deaths: int = 3
+    on_preempt: bool = False
 
     @property
     def active_nodes(self) -> int:

@@ -231,6 +231,26 @@ class Recoveries:
             recovery.restored(record.node)
             self._check_restored(recovery, now)
 
+    def compared(self, record: r.Compared, now: float) -> None:
+        """All ranks have compared what they hold: at the end of a recovery, or because it was time to."""
+        members = self._facts.members
+        if record.epoch != members.epoch:
+            return
+        for each in record.unlike:
+            nodes = sorted({members.assignment[rank].node for rank in each.ranks if rank < len(members.assignment)})
+            self._voice.emit(
+                "unlike", iteration=record.iteration, part=each.part, ranks=each.ranks, nodes=nodes, equal=record.equal
+            )
+        if record.rank != 0:
+            return
+        seconds = round(record.seconds, 6)
+        recovery = self.of(record.epoch)
+        if recovery is None:
+            self._voice.emit("compared", iteration=record.iteration, seconds=seconds)
+        else:
+            recovery.compared_s = seconds
+            self._check_restored(recovery, now)
+
     def resumed(self, record: r.NodeResumed, now: float) -> None:
         """A node trains again."""
         recovery = self.of(record.epoch)
@@ -241,6 +261,9 @@ class Recoveries:
     def _check_restored(self, recovery: Recovery, now: float) -> None:
         if recovery.all_restored(now):
             self._voice.emit("restored", iteration=recovery.generation)
+        if recovery.told_restored and recovery.compared_s is not None:
+            self._voice.emit("compared", iteration=recovery.generation, seconds=recovery.compared_s)
+            recovery.compared_s = None
         if recovery.over:
             self.current = None
             self.vacant.clear()

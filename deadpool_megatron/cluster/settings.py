@@ -43,6 +43,7 @@ class AgentSettings:
     scrub_rate: int = 0
     durable_dir: str = ""
     on_preempt: bool = False
+    exit_signal: int = 0  # what workers in plain mode get when the machines are wanted soon; 0: nothing
     store: Sequence[str] = ()
 
     @property

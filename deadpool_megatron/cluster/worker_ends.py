@@ -67,7 +67,7 @@ class WorkerEnds:
             return  # it has been replaced already
         to_blame = self._blame.died(state)
         iteration = self._facts.headway.iteration
-        if self._blame.crashed_again(record, iteration, cause):
+        if self._blame.crashed_again(record, self._facts.members.epoch, iteration):
             again = f"after iteration {iteration} again, so no spare is spent on it; see its log"
             self._voice.stop(Exit.REPEATED_ERROR, f"{cause} {again}")
             return
@@ -85,8 +85,8 @@ class WorkerEnds:
         self._voice.emit(
             "worker_error", node=record.node, rank=record.rank, iteration=record.iteration, message=record.message
         )
-        if record.user_error:
-            self._voice.stop(Exit.USAGE, record.message)
+        if record.code:
+            self._voice.stop(record.code, record.message)
         elif self._facts.job.deadpool and phase is Phase.RUNNING and self._blame.failed_again(record):
             self._voice.stop(
                 Exit.REPEATED_ERROR,

@@ -15,6 +15,7 @@ from typing import Protocol
 import msgspec
 
 from deadpool_megatron import forking
+from deadpool_megatron.cluster import notices
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
 from deadpool_megatron.forking import FORK_SERVER, fork_module, open_pidfd
@@ -142,15 +143,16 @@ def start_worker(
                 death_signal=signal.SIGKILL,
             )
         else:
-            process = subprocess.Popen(
-                list(command),
-                env=env | {name: str(fd) for name, fd in descriptors.items()},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                pass_fds=tuple(descriptors.values()),
-                start_new_session=True,
-            )
+            with notices.held():
+                process = subprocess.Popen(
+                    list(command),
+                    env=env | {name: str(fd) for name, fd in descriptors.items()},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=tuple(descriptors.values()),
+                    start_new_session=True,
+                )
     theirs.close()
     return Worker(local, process, open_pidfd(process), ours, doorbell, rank, page)
 

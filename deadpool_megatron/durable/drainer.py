@@ -146,8 +146,8 @@ def _one_line(err: Exception) -> str:
 def main() -> int:
     """Entry point; ends when stdin does."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # A batch system's SIGTERM goes to every process of the job; the agent ends this one when it is time.
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    # A batch system's signals go to every process of the job; the agent ends this one when it is time.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_IGN)
     os.nice(_NICE)
     # The first to go when memory runs out: training and vaults matter more.

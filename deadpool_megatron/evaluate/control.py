@@ -28,13 +28,14 @@ import msgspec
 from deadpool_megatron.cluster import Deadlines, JobSpec, Spoke
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.leadership import Leadership
+from deadpool_megatron.cluster.notices import INTERRUPT
 from deadpool_megatron.cluster.store import EMBEDDED, StoreError, open_store
 from deadpool_megatron.evaluate.etcd import EtcdMembers, cpu_s
 from deadpool_megatron.evaluate.pictures import draw_control
 from deadpool_megatron.evaluate.swarm import SwarmSettings
 from deadpool_megatron.observe import STATUS, EventTail
 from deadpool_megatron.observe.figures import MissingPlots
-from deadpool_megatron.processes import INTERRUPT, CoordinatorProcess, Processes
+from deadpool_megatron.processes import CoordinatorProcess, Processes
 
 __all__ = ["SimulatedCluster", "add_control_arguments", "run_control"]
 

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import msgspec
 
+from deadpool_megatron.cluster import notices
 from deadpool_megatron.evaluate.descendants import VARIABLE, WORD_LENGTH
 from deadpool_megatron.forking import MAX_REQUEST, Forked, ForkRequest
 
@@ -218,6 +219,7 @@ def main() -> str:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(1)
+    notices.ignored()
     word = _EnvironmentWord()
     if script:
         _import_all(*script)

@@ -143,13 +143,13 @@ def _run(
 
 def _show(found: dict[str, list[Recovery]]) -> None:
     short = {"detected": "detect", "declared": "decl.", "aborted": "abort", "prepared": "prep.", "reformed": "reform"}
-    short |= {"restored": "restore", "resumed": "resume"}
+    short |= {"restored": "rest.", "compared": "comp.", "resumed": "resume"}
     names = [n for n in (*PHASES, "redo") if n not in ("declared", "agreed")]
     print("seconds, medians; disturbance: kill to first iteration, less a normal one")
-    print(f"{'':<11}{'n':>3}{'disturb.':>9}" + "".join(f"{short.get(n, n):>8}" for n in names))
+    print(f"{'':<11}{'n':>3}{'disturb.':>9}" + "".join(f"{short.get(n, n):>7}" for n in names))
     for name, rows in found.items():
         middle = medians(rows)
-        cells = "".join(f"{middle[n]:>8.3f}" for n in names)
+        cells = "".join(f"{middle[n]:>7.3f}" for n in names)
         print(f"{name:<11}{len(rows):>3}{statistics.median(r.disturbance_s for r in rows):>9.3f}{cells}")
     print(f"{'':<11}{'iterations lost':>16}{'groups re-formed':>18}  from")
     for name, rows in found.items():

@@ -4,14 +4,19 @@ nobody remembers the microbatches any more."""
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.megatron.small_state import apply_args
+from deadpool_megatron.megatron.run_args import apply_args
 from deadpool_megatron.snapshot import decode
 from deadpool_megatron.vault import SlotWriter, Version
 
@@ -38,7 +43,7 @@ class DataPosition:
             return original(provider)
         saved = _saved_args(at)
         apply_args(args, saved)
-        iterators = original(provider)
+        iterators = _build(original, provider)
         apply_args(args, saved)  # a spare's are not those that the others have agreed on by broadcast
         return iterators
 
@@ -52,7 +57,7 @@ class DataPosition:
         for original, provider in self._calls:
             apply_args(args, saved)
             with _alone():
-                built.append(original(provider))
+                built.append(_build(original, provider))
         apply_args(args, saved)
         return [[each[0] for each in built], [each[1] for each in built]]
 
@@ -63,6 +68,27 @@ def _saved_args(at: r.Generation) -> dict[str, Any]:
     writer.close()
     saved: dict[str, Any] = decode(small)["args"]
     return saved
+
+
+def _build(original: Callable[[Any], Any], provider: Any) -> Any:
+    """Upstream's iterators. Where this node lacks the index of a data set, it is made here.
+
+    Upstream's rank 0 makes those files when a job starts, for itself and for whoever sees its file system; a node that
+    comes later, with a disk of its own, has to make its own.
+    """
+    try:
+        return original(provider)
+    except FileNotFoundError as err:
+        print(f"deadpool: {err}: this node makes the index of its data sets itself", file=sys.stderr, flush=True)
+    lock = Path(tempfile.gettempdir()) / f"deadpool-index-{os.getuid()}.lock"
+    get_rank = torch.distributed.get_rank
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # not two workers of a node at once, as rank 0 does it before all others
+        try:
+            torch.distributed.get_rank = lambda group=None: get_rank(group) if group is not None else 0
+            return original(provider)
+        finally:
+            torch.distributed.get_rank = get_rank
 
 
 @contextlib.contextmanager

@@ -6,7 +6,10 @@ Every hook replaces a module global that upstream looks up at call time:
 ``training.arguments``                    ``add_megatron_arguments``: the group ``deadpool`` in ``--help``
 ``training.yaml_arguments``               ``load_yaml``: our settings in the namespace of ``--yaml-cfg`` too
 ``training.training``                     ``initialize_megatron``: checks before anything is built
+                                          ``load_checkpoint``: fields of ``args`` that come out of one are state;
+                                          left out where a durable generation has everything
                                           ``build_train_valid_test_data_iterators``: a spare's data position
+                                          ``cyclic_iter``: one whose position can be told
                                           ``train``: the loop that recovers and goes on
                                           ``train_step``: a generation opens and ends
                                           ``training_log``: printed averages survive a re-entry
@@ -22,6 +25,7 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -40,6 +44,9 @@ from deadpool_megatron.megatron import saving, state_hash
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.data_position import DataPosition
 from deadpool_megatron.megatron.description import describe_job
+from deadpool_megatron.megatron.frozen import frozen_parameters
+from deadpool_megatron.megatron.passes import Passes
+from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.megatron.writers import Series
@@ -77,6 +84,7 @@ class Hooks:
     iteration: int = -1
     durable: r.Generation | None = None
     _data: DataPosition = field(default_factory=DataPosition)
+    _run_args: RunArgs | None = None
     _rejoined: bool = False
     _groups: str = ""
     _originals: dict[str, Any] = field(default_factory=dict)
@@ -96,7 +104,9 @@ class Hooks:
         self._replace(arguments, "add_megatron_arguments", self._add_arguments)
         self._replace(yaml_arguments, "load_yaml", self._load_yaml)
         self._replace(training, "initialize_megatron", self._initialize)
+        self._replace(training, "load_checkpoint", self._load_checkpoint)
         self._replace(training, "build_train_valid_test_data_iterators", self._build_iterators)
+        self._replace(training, "cyclic_iter", lambda _, loader: Passes(loader))
         self._replace(training, "train", self._train)
         self._replace(training, "train_step", self._train_step)
         self._replace(training, "training_log", self._training_log)
@@ -120,6 +130,14 @@ class Hooks:
         """For a spare: the digest of the table of groups of those that train."""
         self._groups = table_digest
 
+    def take_exit_notice(self) -> None:
+        """The machines are wanted soon: what ``--exit-signal-handler`` does, if it is on. From the watcher thread."""
+        from megatron.training import global_vars
+
+        args = global_vars._GLOBAL_ARGS
+        if args is not None and args.exit_signal_handler:
+            os.kill(os.getpid(), args.exit_signal)
+
     # ---- set-up
 
     def _add_arguments(self, original: Any, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -141,6 +159,7 @@ class Hooks:
             # A checkpoint to load would be read by collectives; the spare's state comes from a vault.
             _load_nothing(get_args())
         result = original(*args, **kwargs)
+        self._run_args = RunArgs(get_args())
         if self.standby and self.communicators.table_digest() == self._groups:
             # All groups of the job are there: they can form while the model is built and the lost shard comes.
             self.session.stand_by(torch.distributed.get_rank())
@@ -155,11 +174,18 @@ class Hooks:
         agreed = self.session.wait_generation(0)
         if agreed.generation >= 0:
             self.durable = agreed
-            _load_nothing(megatron_args)
         elif self.config.export:
             raise UserError(f"--deadpool-export: there is no durable generation in {self.config.durable_dir}")
         if self.config.export:
             megatron_args.save, megatron_args.async_save = self.config.export, False
+
+    def _load_checkpoint(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        assert self._run_args is not None
+        model = next(iter(inspect.signature(original).bind(*args, **kwargs).arguments.values()))
+        if self.durable is not None and not frozen_parameters(model):
+            return 0, 0  # everything is in the durable generation
+        with self._run_args.loading():
+            return original(*args, **kwargs)
 
     def _build_iterators(self, original: Any, provider: Any) -> Any:
         """Data begin where the job stands: a spare waits here for the agreed generation."""
@@ -187,12 +213,14 @@ class Hooks:
         bound = inspect.signature(original).bind(*args, **kwargs)
         a = bound.arguments
         megatron_args = get_args()
+        assert self._run_args is not None
         trainer = MegatronTrainer(
             self.session,
             self.communicators,
             self.config,
             self.doorbell,
             megatron_args,
+            self._run_args,
             a["model"],
             a["optimizer"],
             a["opt_param_scheduler"],

@@ -9,10 +9,11 @@ every data-parallel rank; a `LayerWiseDistributedOptimizer` (Muon) gives whole p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 
@@ -24,8 +25,11 @@ __all__ = [
     "StateTensor",
     "bytes_a_parameter",
     "derive_parameters",
+    "is_plain",
     "members",
+    "plain_fields",
     "prepare",
+    "put_fields",
     "state_tensors",
     "step_counters",
 ]
@@ -262,9 +266,11 @@ def bytes_a_parameter(optimizer: Any, parameter: torch.Tensor) -> float:
 
 
 class Numbers:
-    """Numbers in the optimizers' state: steps counted by parameter group (fused ones), or a parameter's own.
+    """What the optimizers keep in numbers: everything in their parameter groups but the parameters, and numbers of
+    single parameters.
 
-    Made once, after `prepare`; reading then looks at nothing but them.
+    Groups hold hyperparameters (some out of a checkpoint, some set by the scheduler at each step) and the steps that
+    fused optimizers count. Made once, after `prepare`; reading then looks at nothing but them.
     """
 
     def __init__(self, optimizer: Any) -> None:
@@ -274,29 +280,55 @@ class Numbers:
             states = [member.inner.state.get(parameter, {}) for _, _, parameter in _parameters(member.inner)]
             self._own.append([(s, key) for s in states for key in sorted(s) if isinstance(s[key], (int, float))])
 
-    def read(self) -> list[list[float]]:
-        """All of them, by member."""
+    def read(self) -> list[dict[str, Any]]:
+        """All of them, by member. Waits for a device that holds one."""
         return [
-            [float(group["step"]) for group in groups if "step" in group] + [float(state[key]) for state, key in own]
+            {"groups": [plain_fields(group) for group in groups], "own": [state[key] for state, key in own]}
             for groups, own in zip(self._groups, self._own, strict=True)
         ]
 
-    def write(self, values: list[list[float]]) -> None:
-        """Make them those of `read`. A fused optimizer has no counter before its first step: it is made or removed."""
+    def write(self, values: list[dict[str, Any]]) -> None:
+        """Make them those of `read`; what a group has and had not then goes."""
         for groups, own, saved in zip(self._groups, self._own, values, strict=True):
-            steps, numbers = saved[: len(saved) - len(own)], saved[len(saved) - len(own) :]
-            if not steps:
-                for group in groups:
-                    group.pop("step", None)
-            for group, step in zip(groups, steps, strict=False):
-                _put(group, "step", step)
-            for (state, key), number in zip(own, numbers, strict=True):
-                _put(state, key, number)
+            for group, fields in zip(groups, saved["groups"], strict=True):
+                put_fields(group, fields)
+            for (state, key), number in zip(own, saved["own"], strict=True):
+                state[key] = number
 
 
-def _put(holder: dict[str, Any], key: str, value: float) -> None:
-    old = holder.get(key, 0)
-    if torch.is_tensor(old):
-        old.fill_(value)
-    else:
-        holder[key] = type(old)(value)
+_PLAIN: Final = frozenset((type(None), bool, int, float, str))
+
+
+def is_plain(value: Any) -> bool:
+    """A number, a string, None, a tensor of one element, or a list of such."""
+    if type(value) in (tuple, list):
+        return all(type(each) in _PLAIN for each in value)
+    if isinstance(value, torch.Tensor):
+        return bool(value.numel() == 1)
+    return type(value) in _PLAIN or bool(isinstance(value, np.generic))
+
+
+def plain_fields(holder: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parameter group (or an object's ``vars``) is numbers, strings, short tensors, or lists of such."""
+    return {key: value for key, value in holder.items() if key != "params" and is_plain(value)}
+
+
+def put_fields(holder: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Make the plain fields of ``holder`` those of ``fields``; tensors that are there stay and get the value."""
+    for key in plain_fields(holder).keys() - fields.keys():
+        del holder[key]
+    for key, value in fields.items():
+        old = holder.get(key)
+        if isinstance(old, torch.Tensor):
+            with torch.no_grad():
+                old.copy_(torch.as_tensor(value))
+        elif isinstance(value, torch.Tensor):  # a fused optimizer's counter, made on its device at the first step
+            holder[key] = value.to(_device(holder))
+        else:
+            holder[key] = value
+
+
+def _device(group: Mapping[str, Any]) -> torch.device:
+    for parameter in group.get("params", ()):
+        return torch.device(parameter.device)
+    return torch.device("cuda", torch.cuda.current_device())

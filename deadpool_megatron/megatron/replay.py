@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+from deadpool_megatron.megatron.passes import Passes
+from deadpool_megatron.snapshot import capture_host_rng, restore_host_rng
 
 __all__ = ["ReplayIterator"]
 
@@ -19,23 +20,24 @@ class ReplayIterator:
     What was drawn before the oldest mark is forgotten. Items are remembered as shallow copies, since Megatron's batch
     functions may take entries out of the dictionaries they are given. ``owner`` is the iterator that draws from this.
 
-    Drawing may move torch's random numbers on, so where they stood after a draw is remembered too: torch's DataLoader
-    takes a seed when it begins to iterate, which with ``--dataloader-type cyclic`` is at the first draw of every epoch.
+    Drawing may move random numbers on (a loader's seed at the begin of a pass, `RandomSeedDataset` at every sample), so
+    where they stood after a draw is remembered too.
     """
 
     def __init__(self, source: Iterator[Any]) -> None:
         self.source = source
         self.owner: Any = None
-        self._drawn: deque[Any] = deque()
-        self._first = 0  # position of _drawn[0]
-        self._next = 0  # position of the next item to be handed out
+        self._drawn: deque[tuple[Any, dict[str, Any] | None, int]] = deque()  # item, random numbers, position after it
+        self._first = 0  # index of _drawn[0]
+        self._next = 0  # index of the next item to be handed out
+        self._begin = 0  # position before _drawn[0]
         self._marks: dict[int, int] = {}
-        self._primed = False
 
     @property
-    def started(self) -> bool:
-        """Whether anything has been drawn before the present position, in this process or in those it stands for."""
-        return self._primed or self._next > 0
+    def position(self) -> int:
+        """Where this stands, for `seek` in another process: items drawn of the present pass (`Passes`), or of all."""
+        index = self._next - self._first
+        return self._drawn[index - 1][2] if index else self._begin
 
     def __iter__(self) -> ReplayIterator:
         return self
@@ -43,30 +45,36 @@ class ReplayIterator:
     def __next__(self) -> Any:
         index = self._next - self._first
         if index < len(self._drawn):
-            item, random = self._drawn[index]
+            item, random, _ = self._drawn[index]
             if random is not None:
-                torch.set_rng_state(random)
+                restore_host_rng(random)
         else:
-            before = torch.get_rng_state()
+            before = capture_host_rng()
             item = next(self.source)
-            after = torch.get_rng_state()
-            self._drawn.append((copy.copy(item), None if torch.equal(before, after) else after))
+            after = capture_host_rng()
+            self._drawn.append((copy.copy(item), None if before == after else after, self._after(self.position)))
         self._next += 1
         return copy.copy(item)
 
-    def prime(self) -> None:
-        """Draw the next item ahead, leaving the random numbers alone.
+    def _after(self, position: int) -> int:
+        return self.source.drawn if isinstance(self.source, Passes) else position + 1
 
-        For a spare that begins where others have drawn before: what its source does at its first draw, they did then.
+    def seek(self, position: int) -> None:
+        """Stand where the iterator of another process stood. For one that was built there and has drawn nothing.
+
+        What a source does at its first draw, the other one's did then: it is done now, and random numbers left alone.
         """
-        before = torch.get_rng_state()
+        before = capture_host_rng()
         try:
-            self._drawn.append((copy.copy(next(self.source)), None))
+            if isinstance(self.source, Passes):
+                self.source.seek(position)
+            else:
+                self._drawn.append((copy.copy(next(self.source)), None, position + 1))
         except StopIteration:
-            return  # validation data may be at their end
+            pass  # validation data may be at their end
         finally:
-            torch.set_rng_state(before)
-        self._primed = True
+            restore_host_rng(before)
+        self._begin = position
 
     def mark(self, generation: int, keep_from: int) -> None:
         """Generation ``generation`` begins here; marks before generation ``keep_from`` are no longer needed."""
@@ -74,7 +82,7 @@ class ReplayIterator:
         self._marks[generation] = self._next
         oldest = min(self._marks.values())
         while self._first < oldest:
-            self._drawn.popleft()
+            self._begin = self._drawn.popleft()[2]
             self._first += 1
 
     def remembers(self, generation: int) -> bool:
@@ -85,9 +93,8 @@ class ReplayIterator:
         """Draw from ``source`` from now on, which stands where ``generation`` begins; forget all that was drawn."""
         self.source = source
         self._drawn.clear()
-        self._first = self._next = 0
+        self._first = self._next = self._begin = 0
         self._marks = {generation: 0}
-        self._primed = False
 
     def rewind(self, generation: int) -> None:
         """Go back to where ``generation`` began. Raises KeyError when that mark has been dropped."""

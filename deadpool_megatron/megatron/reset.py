@@ -7,13 +7,15 @@ differ, and the job hang (`Adapter.learned`, bucket groups' first batch).
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import sys
+from typing import Any, Final
 
 import torch
 from megatron.core import rerun_state_machine
 from megatron.training import get_args, get_timers, training
 
 from deadpool_megatron.megatron.adapters import current
+from deadpool_megatron.megatron.frozen import Frozen
 from deadpool_megatron.megatron.optimizer_state import derive_parameters, members
 from deadpool_megatron.megatron.unique_state import UniqueState
 
@@ -39,6 +41,35 @@ def _drop_graphs() -> None:
         FullCudaGraphWrapper.curr_iteration[stage] = 0
 
 
+# Where upstream adds up over an iteration's microbatches, for its log: (module, name in it). Zero between iterations.
+_SUMS: Final = (
+    ("megatron.core.transformer.moe.moe_logging", "_MOE_METRICS_TRACKER"),
+    ("megatron.core.transformer.multi_token_prediction", "MTPLossLoggingHelper"),
+    ("megatron.core.transformer.experimental_attention_variant.dsa", "DSAIndexerLossLoggingHelper"),
+)
+
+
+def _clear_sums(model: list[Any]) -> None:
+    """Take back what the broken step has added to sums that the process keeps, and not the model or the optimizer."""
+    for module, name in _SUMS:
+        holder = getattr(sys.modules.get(module), name, None)
+        entries = getattr(holder, "metrics", None) or getattr(holder, "tracker", {})
+        for name_, entry in entries.items():
+            if name_.startswith("cumulative_"):  # carried in the small state
+                continue
+            values: Any = entry if torch.is_tensor(entry) else getattr(entry, "values", None)
+            if torch.is_tensor(values):
+                values.zero_()
+    stats = getattr(training, "_seqlen_stats_in_iteration", None)
+    if stats is not None:  # of packed sequences
+        stats.zero_()
+        training._seqlen_stats_active = False
+    for chunk in model:
+        for module_ in chunk.modules():
+            if getattr(module_, "current_max_attn_logits", None) is not None:  # for QK clipping
+                module_.current_max_attn_logits = None
+
+
 def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
     """Drop handles, gradients and half-done bookkeeping of the step that broke. No communication, no allocation."""
     adapter = current()
@@ -57,6 +88,7 @@ def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
         # train() wraps it again where it wraps it at all.
         with contextlib.suppress(KeyError):
             del one.__dict__["step"]
+    _clear_sums(model)
     for chunk in model:
         for group in _bucket_groups(chunk):
             adapter.refresh_bucket_group(group)
@@ -77,11 +109,11 @@ def _all_optimizers(optimizer: Any) -> list[Any]:
     return [optimizer, *(each for one in getattr(optimizer, "chained_optimizers", ()) for each in _all_optimizers(one))]
 
 
-def synchronize_parameters(model: list[Any], optimizer: Any, unique: UniqueState) -> None:
-    """Bring back what others hold: replicated state from its owners, then the model's parameters.
+def synchronize_parameters(model: list[Any], optimizer: Any, unique: UniqueState, frozen: Frozen) -> None:
+    """Bring back what others hold: replicated state from its owners, the model's parameters, those that are frozen.
 
-    Collective over every data-parallel group: each rank of the job calls it. Source: upstream's
-    DistributedOptimizer._copy_main_params_to_model_params, DistributedDataParallel.start_param_sync and
+    Collective over every data-parallel group: each rank of the job calls it. Raises Unequal (`Frozen`). Source:
+    upstream's DistributedOptimizer._copy_main_params_to_model_params, DistributedDataParallel.start_param_sync and
     LayerWiseDistributedOptimizer.step_with_ready_grads.
     """
     unique.gather()
@@ -99,5 +131,6 @@ def synchronize_parameters(model: list[Any], optimizer: Any, unique: UniqueState
         for one in _all_optimizers(optimizer):
             if hasattr(one, "allgather_params"):  # layer-wise, each parameter of one owner
                 one.allgather_params()
+    frozen.synchronize()
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()

@@ -11,6 +11,8 @@ nothing here waits for the device.
 
 from __future__ import annotations
 
+import sys
+import time
 from argparse import Namespace
 from typing import Any, Final
 
@@ -18,35 +20,18 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.num_microbatches_calculator import update_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training import get_timers
 
-from deadpool_megatron.megatron.optimizer_state import Numbers, members
+from deadpool_megatron.megatron.frozen import Frozen
+from deadpool_megatron.megatron.optimizer_state import Numbers, members, plain_fields, put_fields
+from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng
 
-__all__ = ["MUTABLE_ARGS", "SmallState", "apply_args", "started_iterators"]
+__all__ = ["SmallState", "positions", "unlike"]
 
-# Fields of Megatron's args that change while it trains.
-MUTABLE_ARGS: Final = (
-    "iteration",
-    "curr_iteration",
-    "consumed_train_samples",
-    "consumed_valid_samples",
-    "skipped_train_samples",
-    "num_floating_point_operations_so_far",
-    "do_train",
-    "do_valid",
-    "do_test",
-    "eval_iters",
-    "deadpool_first_iteration",
-)
 _LOGGED: Final = 256  # sums of losses that are staged; Megatron has a handful
 # What the rerun state machine counts from iteration to iteration; its reports are collectives at every Nth.
 _RERUN: Final = ("current_iteration", "large_value_counts", "max_values")
-
-
-def apply_args(args: Namespace, saved: dict[str, Any]) -> None:
-    """Set the mutable fields of Megatron's args to those of a generation."""
-    for name, value in saved.items():
-        setattr(args, name, value)
 
 
 class _Staged:
@@ -108,10 +93,27 @@ class _Staged:
         return log
 
 
-def started_iterators(data: bytes) -> list[bool]:
-    """By data iterator, whether anything had been drawn from it when the small state was captured."""
-    started: list[bool] = decode(data)["started"]
-    return started
+def unlike(one: bytes, other: bytes) -> list[str]:
+    """In what two captures differ, by name; how long an interval has lasted is not part of the state."""
+    states = [_leaves(decode(data) | {"interval_s": 0.0}) for data in (one, other)]
+    names = states[0].keys() | states[1].keys()
+    return sorted(name for name in names if states[0].get(name) != states[1].get(name))
+
+
+def _leaves(state: dict[str, Any], prefix: str = "") -> dict[str, bytes]:
+    out: dict[str, bytes] = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            out |= _leaves(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = encode({"": value})
+    return out
+
+
+def positions(data: bytes) -> list[int]:
+    """By data iterator, where it stood when the small state was captured (`ReplayIterator.position`)."""
+    found: list[int] = decode(data)["positions"]
+    return found
 
 
 class SmallState:
@@ -120,10 +122,22 @@ class SmallState:
     Args:
         args, model, optimizer, scheduler: Megatron's own; ``model`` is the list of model chunks. The optimizer's state
             must have been made (`UniqueState`).
+        run_args: which of ``args`` are state.
+        frozen: parameters that are in no generation.
     """
 
-    def __init__(self, args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -> None:
+    def __init__(
+        self,
+        args: Namespace,
+        run_args: RunArgs,
+        model: list[Any],
+        optimizer: Any,
+        scheduler: Any,
+        frozen: Frozen,
+    ) -> None:
+        self._frozen = frozen
         self._args = args
+        self._run_args = run_args
         self._scheduler = scheduler
         self._numbers = Numbers(optimizer)
         self._scalers = [
@@ -133,7 +147,7 @@ class SmallState:
         self._staged = _Staged(model, self._scalers)
         self.log: dict[str, Any] = {}
         self.logged_before = False
-        self.started: list[bool] = []  # by data iterator, whether anything has been drawn from it
+        self.positions: list[int] = []  # by data iterator
         self.flops: float = args.num_floating_point_operations_so_far
 
     def items(self) -> list[tuple[str, torch.Tensor]]:
@@ -145,8 +159,7 @@ class SmallState:
 
         Waits for no device, and allocates nothing on one.
         """
-        args = self._args
-        fields = {name: getattr(args, name) for name in MUTABLE_ARGS if hasattr(args, name)}
+        fields = self._run_args.read()
         # train() keeps these two in local variables; args has the values train() began with.
         fields["iteration"] = iteration
         fields["num_floating_point_operations_so_far"] = self.flops
@@ -157,14 +170,16 @@ class SmallState:
                 "host_rng": capture_host_rng(),
                 "device_rng": torch.cuda.get_rng_state().numpy().tobytes(),
                 "tracker": {name: _as_tensor(state).numpy().tobytes() for name, state in trackers.items()},
-                "num_steps": self._scheduler.num_steps,
+                "scheduler": plain_fields(vars(self._scheduler)),
                 "numbers": self._numbers.read(),
                 "scalers": [
                     {k: v for k, v in scaler.state_dict().items() if not torch.is_tensor(v)} for scaler in self._scalers
                 ],
-                "log": self._staged.take(self.log),
+                "log": self._staged.take(self.log | _cumulative()),
                 "logged_before": self.logged_before,
-                "started": self.started,
+                "positions": self.positions,
+                "frozen": self._frozen.expected,
+                "interval_s": _interval_s(),
                 "rerun": {name: getattr(get_rerun_state_machine(), name) for name in _RERUN},
             }
         )
@@ -172,25 +187,64 @@ class SmallState:
     def restore(self, data: bytes) -> int:
         """Make the live small state that of ``data`` and of `items`; returns its iteration."""
         state = decode(data)
-        apply_args(self._args, state["args"])
+        self._run_args.write(state["args"])
         restore_host_rng(state["host_rng"])
         torch.cuda.set_rng_state(_as_state(state["device_rng"]))
         _restore_tracker(state["tracker"])
-        # The scheduler's own load_state_dict adds to num_steps instead of setting it.
-        self._scheduler.num_steps = 0
-        self._scheduler.step(increment=state["num_steps"])
+        # What the scheduler has set in the groups is among their numbers: it does not step here.
+        put_fields(vars(self._scheduler), state["scheduler"])
         self._numbers.write(state["numbers"])
-        self.log = self._staged.put_back(state["log"])
+        self._frozen.expected = state["frozen"]
+        self.log = _put_cumulative(self._staged.put_back(state["log"]))
         for scaler, saved in zip(self._scalers, state["scalers"], strict=True):
             if saved:  # a constant one has nothing to load
                 scaler.load_state_dict({**saved, "scale": scaler.scale.clone()})
         self.logged_before = state["logged_before"]
         self.flops = state["args"]["num_floating_point_operations_so_far"]
+        # train() starts it again where it was stopped: what it prints is divided by all iterations of the interval.
+        get_timers()("interval-time", log_level=0)._elapsed = state["interval_s"]
         for name, value in state["rerun"].items():
             setattr(get_rerun_state_machine(), name, value)
         update_num_microbatches(self._args.consumed_train_samples, consistency_check=False)
         iteration: int = state["args"]["iteration"]
         return iteration
+
+
+_CUMULATIVE: Final = "mtp."
+
+
+def _tracker() -> dict[str, Any]:
+    """Multi-token prediction's sums; those named cumulative go on from iteration to iteration."""
+    module = sys.modules.get("megatron.core.transformer.multi_token_prediction")
+    found: dict[str, Any] = module.MTPLossLoggingHelper.tracker if module is not None else {}
+    return found
+
+
+def _cumulative() -> dict[str, torch.Tensor]:
+    return {
+        f"{_CUMULATIVE}{name}.{i}": value[i]
+        for name, value in _tracker().items()
+        if name.startswith("cumulative_")
+        for i in range(len(value))
+    }
+
+
+def _put_cumulative(log: dict[str, Any]) -> dict[str, Any]:
+    """The opposite; returns the rest of the log."""
+    tracker = _tracker()
+    for name in [name for name in tracker if name.startswith("cumulative_")]:
+        del tracker[name]
+    parts: dict[str, list[torch.Tensor]] = {}
+    for key in [key for key in log if key.startswith(_CUMULATIVE)]:
+        parts.setdefault(key.removeprefix(_CUMULATIVE).rsplit(".", 1)[0], []).append(log.pop(key))
+    tracker.update({name: torch.stack(values) for name, values in parts.items()})
+    return log
+
+
+def _interval_s() -> float:
+    """Seconds since the last line of the log, of which upstream prints the mean of an iteration."""
+    timer = get_timers()("interval-time", log_level=0)
+    return float(timer._elapsed + (time.time() - timer._start_time if timer._started else 0.0))
 
 
 def _as_tensor(state: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 
-from deadpool_megatron.megatron.optimizer_state import Numbers, state_tensors, step_counters
+from deadpool_megatron.megatron.optimizer_state import Numbers, plain_fields, state_tensors, step_counters
 from deadpool_megatron.snapshot import capture_host_rng, encode
 
 __all__ = ["digests"]
@@ -25,7 +25,8 @@ def digests(args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -
     """Hex SHA-256 by part: params, main_params, moments, steps, rng, data.
 
     ``params`` are the model's own (16-bit) parameters and buffers, ``main_params`` and ``moments`` this coordinate's
-    optimizer shard, ``data`` the sample counters and the LR schedule's position.
+    optimizer shard, ``steps`` the hyperparameters and steps of its parameter groups, ``data`` the sample counters and
+    the LR schedule.
     """
     parts = {name: hashlib.sha256() for name in ("params", "main_params", "moments", "steps", "rng", "data")}
     for c, chunk in enumerate(model):
@@ -39,5 +40,6 @@ def digests(args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -
     _update(parts["rng"], "device", torch.cuda.get_rng_state())
     for name, state in sorted(tensor_parallel.get_cuda_rng_tracker().get_states().items()):
         _update(parts["rng"], name, state.get_state() if isinstance(state, torch.Generator) else state)
-    parts["data"].update(repr((args.consumed_train_samples, args.consumed_valid_samples, scheduler.num_steps)).encode())
+    counters = (args.consumed_train_samples, args.consumed_valid_samples, plain_fields(vars(scheduler)))
+    parts["data"].update(repr(counters).encode())
     return {name: sha.hexdigest() for name, sha in parts.items()}

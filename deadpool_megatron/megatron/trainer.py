@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -13,22 +14,26 @@ import msgspec
 import torch
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
+from megatron.training import training
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.pulse import PulsePage
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.config import DeadpoolConfig
+from deadpool_megatron.megatron.comparison import Comparison, Difference, Unequal
 from deadpool_megatron.megatron.description import describe_layout
 from deadpool_megatron.megatron.faults import strike
+from deadpool_megatron.megatron.frozen import Frozen
 from deadpool_megatron.megatron.links import Links
 from deadpool_megatron.megatron.loss_report import LossReport
 from deadpool_megatron.megatron.near import numa_node
 from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import full_iteration_graphs, reset_after_abort, synchronize_parameters
+from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.saving import drop_unfinished_saves
-from deadpool_megatron.megatron.small_state import SmallState, started_iterators
+from deadpool_megatron.megatron.small_state import SmallState, positions, unlike
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
 from deadpool_megatron.recovery import Refused, Session
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
@@ -66,6 +71,7 @@ class MegatronTrainer:
         config: DeadpoolConfig,
         doorbell: int,
         args: Namespace,
+        run_args: RunArgs,
         model: list[Any],
         optimizer: Any,
         scheduler: Any,
@@ -91,10 +97,13 @@ class MegatronTrainer:
             session, self.rank, torch.distributed.get_world_size(), args.log_interval, args.deadpool_first_iteration
         )
         self._unique = UniqueState(optimizer)
-        self.small_state = SmallState(args, model, optimizer, scheduler)
+        self._frozen = Frozen(model)
+        self._comparison = Comparison(args, run_args.settings, model, optimizer, scheduler)
+        run_args.training_begins()
+        self.small_state = SmallState(args, run_args, model, optimizer, scheduler, self._frozen)
         self._plan = ShardPlan([*self._unique.items(), *self.small_state.items()], config.slice_bytes)
         self._replays = [_under_rerun(each) for each in _flatten(iterators)]
-        self.small_state.started = [replay.started for replay in self._replays]
+        self.small_state.positions = [replay.position for replay in self._replays]
         self._small = self.small_state.capture(args.iteration)
         self._small_generation = -1
         self._expected = expected_bytes(model, optimizer)
@@ -160,6 +169,8 @@ class MegatronTrainer:
         self.adopt_iterators(at.generation)
         self.restore(at)
         self.synchronize()
+        if not self._config.export:  # which has no data iterators
+            self.prove()
 
     def take_first_generation(self, deadline_s: float) -> None:
         """Commit the state training begins with, so that there is a generation to go back to from the first step on.
@@ -192,7 +203,10 @@ class MegatronTrainer:
             return
         session = self._session
         self._mark("begin")
-        self.small_state.started = [replay.started for replay in self._replays]
+        every = self._config.check_replicas
+        if every and iteration % every == 0 and iteration > self._args.deadpool_first_iteration:
+            self._look_at_replicas(iteration)
+        self.small_state.positions = [replay.position for replay in self._replays]
         self._small = self.small_state.capture(iteration)
         self._small_generation = iteration
         # As far back as a recovery may go: to the committed generation, which grows old while the coordinator is away.
@@ -389,11 +403,11 @@ class MegatronTrainer:
             for replay, each in zip(self._replays, fresh, strict=True):
                 replay.renew(each.iterable, generation)
         # An export draws no data, and has no iterators.
-        started_then = started_iterators(small) if self._replays else []
-        for replay, started in zip(self._replays, started_then, strict=True):
+        stood = positions(small) if self._replays else []
+        for replay, position in zip(self._replays, stood, strict=True):
             replay.rewind(generation)
-            if started and not replay.started:
-                replay.prime()
+            if replay.position != position:
+                replay.seek(position)
         self.small_state.restore(small)
         self._small, self._small_generation = small, generation
         for each in self._reruns():
@@ -403,7 +417,49 @@ class MegatronTrainer:
 
     def synchronize(self) -> None:
         """Bring back what other ranks hold: replicated state, 16-bit parameters. Collective."""
-        synchronize_parameters(self._model, self._optimizer, self._unique)
+        synchronize_parameters(self._model, self._optimizer, self._unique, self._frozen)
+
+    def prove(self) -> None:
+        """Compare all ranks; restore what differs once more. Collective. Raises Unequal if it differs still."""
+        begun = time.perf_counter()
+        found = self._compare()
+        if found:
+            self.small_state.restore(self._small)
+            self._frozen.look()
+            self.synchronize()
+        left = self._compare() if found else []
+        if self.rank == 0 or any(self.rank in each.ranks for each in found):
+            self._told(found, not left, time.perf_counter() - begun)
+        if left:
+            raise Unequal(f"after the recovery {'; '.join(map(str, left))} differ from those of the others")
+
+    def _compare(self) -> list[Difference]:
+        self.small_state.positions = [replay.position for replay in self._replays]
+        wrong = unlike(self._small, self.small_state.capture(self._small_generation))
+        if wrong:
+            print(
+                f"deadpool: rank {self.rank} has not come back right: {', '.join(wrong)}", file=sys.stderr, flush=True
+            )
+        return self._comparison.run(not wrong)
+
+    def _told(self, found: list[Difference], equal: bool, seconds: float) -> None:
+        told = [r.Unlike(each.part, list(each.ranks)) for each in found]
+        epoch, iteration = self._session.declared_epoch, self._small_generation
+        self._session.tell(r.Compared(0, self.rank, epoch, iteration, seconds, told, equal))
+
+    def _look_at_replicas(self, iteration: int) -> None:
+        """``--deadpool-check-replicas``: what differs is told, and training goes on. Collective."""
+        begun = time.perf_counter()
+        # Parameters may still be gathered lazily: upstream's way to have them all, as before a checkpoint.
+        lazily = training.should_disable_forward_pre_hook(self._args)
+        if lazily:
+            training.disable_forward_pre_hook(self._model)
+        found = self._comparison.run(True)
+        if lazily:
+            training.enable_forward_pre_hook(self._model)
+        if self.rank == 0:
+            self._small_generation = iteration
+            self._told(found, not found, time.perf_counter() - begun)
 
     def adopt_iterators(self, generation: int) -> None:
         """A spare's iterators begin at ``generation``: mark it, so that `restore` finds it."""

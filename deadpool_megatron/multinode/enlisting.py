@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -19,6 +21,7 @@ from deadpool_megatron.multinode.secret import SecretSource
 __all__ = ["Interrupted", "Lifeline", "address_towards", "enlist", "is_ours", "resolve"]
 
 _ASK_AGAIN_S = 5.0
+_SILENT_S, _SAY_AGAIN_S = 10.0, 60.0
 _LOOK_S = 0.25
 
 
@@ -31,15 +34,35 @@ def resolve(host: str, until: float, interrupted: Callable[[], bool]) -> str:
 
     Raises LaunchError or Interrupted.
     """
+    waiting = _Waiting(until)
     while True:
         try:
             return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
         except OSError as err:
+            why = f"--rdzv-endpoint {host}: {err.strerror or err}"
             if time.monotonic() >= until:
-                raise LaunchError(f"--rdzv-endpoint {host}: {err.strerror or err}") from None
+                raise LaunchError(why) from None
+            waiting.because(partial(str, why))
         if interrupted():
             raise Interrupted
         time.sleep(_LOOK_S)  # a name service cannot be waited for
+
+
+class _Waiting:
+    """Tells the user what is waited for, soon and then now and then: it may be a mistake that nothing mends."""
+
+    def __init__(self, until: float) -> None:
+        self._until = until
+        self._begun = time.monotonic()
+        self._due = self._begun + _SILENT_S
+
+    def because(self, why: Callable[[], str]) -> None:
+        """This is why nothing has come of it so far."""
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + _SAY_AGAIN_S
+            left = max(0.0, self._until - now)
+            print(f"deadpool: {why()} (tries go on for {left:.0f} s)", file=sys.stderr, flush=True)
 
 
 def is_ours(address: str) -> bool:
@@ -76,10 +99,14 @@ def enlist(
     spoke: Spoke | None = None
     secret: bytes | None = None
     asked = 0.0
+    begun = time.monotonic()
+    waiting = _Waiting(until)
     try:
         while time.monotonic() < until:
             if interrupted():
                 raise Interrupted
+            waited, unknown = time.monotonic() - begun, secret is None
+            waiting.because(partial(_why_no_answer, address, port, waited, unknown, source))
             found = source.find()
             if found is None:
                 time.sleep(_LOOK_S)  # a file on a shared file system cannot be waited for
@@ -113,7 +140,7 @@ def _why_no_answer(address: str, port: int, waited_s: float, no_secret: bool, so
         socket.create_connection((address, port), 3.0).close()
     except OSError as err:
         return (
-            f"nothing listens at {address}:{port} ({err.strerror or err}) after {waited_s:g} s: is node 0 (or "
+            f"nothing listens at {address}:{port} ({err.strerror or err}) after {waited_s:.0f} s: is node 0 (or "
             "`deadpool coordinator`) up, and --rdzv-endpoint its address?"
         )
     if no_secret:

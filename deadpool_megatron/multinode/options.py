@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deadpool_megatron.checks import LaunchError, LaunchPlan, check
+from deadpool_megatron.checks import LaunchError, LaunchPlan, check, whole
 from deadpool_megatron.cluster.store import EMBEDDED
 from deadpool_megatron.config import from_script_arguments
 from deadpool_megatron.launch import add_common_arguments
@@ -21,7 +18,6 @@ _JOIN_S = 300.0
 _COORDINATOR_GONE_S = 60.0
 # What has no place here, and what to do about it.
 _REFUSED = {
-    "module": "--module: name the script's file",
     "no_python": "--no-python: DeadPool runs Python scripts, in its own worker process; leave it out",
     "run_path": "--run-path: leave it out, scripts are always run like that",
 }
@@ -95,53 +91,30 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     add("--local-ranks-filter", "--local_ranks_filter", metavar="I,...", help="show only these workers of the node")
     add("--max-restarts", "--max_restarts", metavar="K", help="accepted and ignored: nothing is restarted")
     add("--monitor-interval", "--monitor_interval", metavar="S", help="accepted and ignored: ends are seen at once")
-    add("-m", "--module", action="store_true", help=argparse.SUPPRESS)
     add("--no-python", "--no_python", action="store_true", help=argparse.SUPPRESS)
     add("--run-path", "--run_path", action="store_true", help=argparse.SUPPRESS)
     add("--adopt", default="", help=argparse.SUPPRESS)  # given by `intree.attach`
     add_common_arguments(parser)
 
 
-def _whole(text: str, flag: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise LaunchError(f"{flag} {text}: not a whole number") from None
-
-
 def _nodes(text: str) -> int:
     low, _, high = text.partition(":")
     if high and high != low:
         raise LaunchError(f"--nnodes {text}: the number of nodes is fixed (spares count): give one number")
-    return _whole(low, "--nnodes")
-
-
-def _slots(text: str) -> int:
-    if text not in ("gpu", "auto", "cpu"):
-        return _whole(text, "--nproc-per-node")
-    if text == "cpu":
-        return os.cpu_count() or 1
-    found = 0
-    if shutil.which("nvidia-smi"):
-        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-        out = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-        found = len(listed.split(",")) if listed else sum(x.startswith("GPU ") for x in out.splitlines())
-    if not found:
-        raise LaunchError(f"--nproc-per-node {text}: no GPU is visible on this node; give a number")
-    return found
+    return whole(low, "--nnodes")
 
 
 def _node_rank(given: str | None, environ: Mapping[str, str], nodes: int) -> int | None:
     """The node's number from the command line or what the cluster says; None where nobody says it."""
     if given is not None:
-        return _whole(given, "--node-rank")
+        return whole(given, "--node-rank")
     if "PET_NODE_RANK" in environ:
-        return _whole(environ["PET_NODE_RANK"], "PET_NODE_RANK")
+        return whole(environ["PET_NODE_RANK"], "PET_NODE_RANK")
     # A batch script has these too; only in a step with one task a node do they number the agents.
     if environ.get("SLURM_STEP_NUM_TASKS") == environ.get("SLURM_STEP_NUM_NODES") == str(nodes):
-        return _whole(environ.get("SLURM_PROCID", ""), "SLURM_PROCID")
+        return whole(environ.get("SLURM_PROCID", ""), "SLURM_PROCID")
     if "JOB_COMPLETION_INDEX" in environ:
-        return _whole(environ["JOB_COMPLETION_INDEX"], "JOB_COMPLETION_INDEX")
+        return whole(environ["JOB_COMPLETION_INDEX"], "JOB_COMPLETION_INDEX")
     return 0 if nodes == 1 else None
 
 
@@ -159,10 +132,10 @@ def _endpoint(
     if not host and nodes == 1:
         return "127.0.0.1", 0
     if not host and elected:
-        return "", _whole(port, "--rdzv-endpoint port") if port else 0
+        return "", whole(port, "--rdzv-endpoint port") if port else 0
     if not host:
         raise LaunchError(f"--nnodes {nodes} needs --rdzv-endpoint HOST:PORT, the same on every node")
-    number = _whole(port, "--rdzv-endpoint port") if port else DEFAULT_PORT
+    number = whole(port, "--rdzv-endpoint port") if port else DEFAULT_PORT
     if not 0 < number < 65536:
         raise LaunchError(f"--rdzv-endpoint {host}:{number}: a port is between 1 and 65535")
     return host.strip("[]"), number
@@ -196,7 +169,7 @@ def check_agent(options: argparse.Namespace, environ: Mapping[str, str]) -> Agen
     if backend not in ("static", "c10d"):
         raise LaunchError(f"--rdzv-backend {backend}: the coordinator is the rendezvous; give static, c10d or nothing")
     nodes = _nodes(options.nnodes or environ.get("PET_NNODES", "1"))
-    options.nproc_per_node = _slots(options.nproc_per_node or environ.get("PET_NPROC_PER_NODE", "1"))
+    options.nproc_per_node = options.nproc_per_node or environ.get("PET_NPROC_PER_NODE", "1")
     log_dir = options.log_dir or environ.get("PET_LOG_DIR")
     options.run_dir = options.run_dir or log_dir or "runs/latest"
     elected = from_script_arguments(list(options.arguments)).store != EMBEDDED
@@ -211,7 +184,7 @@ def check_agent(options: argparse.Namespace, environ: Mapping[str, str]) -> Agen
         raise LaunchError(f"--node-rank {node}: with --nnodes {nodes} there are nodes 0 to {nodes - 1}")
     shown = None
     if options.local_ranks_filter:
-        shown = frozenset(_whole(x, "--local-ranks-filter") for x in options.local_ranks_filter.split(","))
+        shown = frozenset(whole(x, "--local-ranks-filter") for x in options.local_ranks_filter.split(","))
     waits = _seconds(options.rdzv_conf or environ.get("PET_RDZV_CONF", ""))
     launch = check(options, nodes, "--nnodes", host, log_dir)
     return AgentPlan(

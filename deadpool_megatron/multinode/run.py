@@ -108,7 +108,7 @@ def run_coordinator(options: argparse.Namespace) -> int:
 
 
 def _coordinate(plan: AgentPlan) -> int:
-    signals = Signals()
+    signals = Signals(plan.launch.config.on_preempt)
     processes = Processes()
     source = SecretSource(plan.secret_file, os.environ, plan.launch.run_dir, plan.job_name)
     if plan.launch.config.store != EMBEDDED:
@@ -141,7 +141,7 @@ def run_agent(options: argparse.Namespace) -> int:
 
 def _agent(plan: AgentPlan) -> int:
     check_transport(plan.launch.config)
-    signals = Signals()
+    signals = Signals(plan.launch.config.on_preempt)
     processes = Processes()
     source = SecretSource(plan.secret_file, os.environ, plan.launch.run_dir, plan.job_name)
     until = time.monotonic() + plan.join_s

@@ -18,12 +18,13 @@ import zmq
 
 from deadpool_megatron.cluster import Exit, Spoke
 from deadpool_megatron.cluster.leadership import Follower, Place
+from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
 from deadpool_megatron.cluster.store import open_store
 from deadpool_megatron.forking import Process, open_pidfd
 from deadpool_megatron.multinode.enlisting import Lifeline
 from deadpool_megatron.multinode.options import AgentPlan
 from deadpool_megatron.multinode.seat import Seat
-from deadpool_megatron.processes import INTERRUPT, PREEMPT, CoordinatorProcess
+from deadpool_megatron.processes import CoordinatorProcess
 
 __all__ = ["Serving", "Signals"]
 
@@ -31,23 +32,30 @@ _HAND_OVER_S: Final = 15.0  # longer than a coordinator's goodbye at the end of 
 
 
 class Signals:
-    """SIGINT and SIGTERM as something to poll."""
+    """SIGINT and SIGTERM as something to poll, and what takes the notices that the machines are wanted soon.
 
-    def __init__(self) -> None:
+    Args:
+        preempts: the first SIGTERM is such a notice.
+    """
+
+    def __init__(self, preempts: bool) -> None:
         self.caught: list[int] = []
-        self.preempt: Callable[[], None] | None = None  # takes the first SIGTERM, if it is set
+        self.preempt: Callable[[], None] = lambda: None
+        self._preempts = preempts
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         self.socket = ours
         self._theirs = theirs
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, *WARNINGS):
             signal.signal(signum, lambda number, frame: self._take(number))
 
     def _take(self, signum: int) -> None:
-        preempt, self.preempt = (self.preempt, None) if signum == signal.SIGTERM else (None, self.preempt)
-        if preempt is not None:
-            preempt()
+        if signum in WARNINGS:
+            self.preempt()
+        elif signum == signal.SIGTERM and self._preempts:
+            self._preempts = False
+            self.preempt()
         else:
             self.caught.append(signum)
 
@@ -202,8 +210,7 @@ class Serving:
         if self._seat is not None and self._follower is not None:
             poller.register(self._seat.fd, zmq.POLLIN)
             poller.register(self._follower.fd, zmq.POLLIN)
-        if self._plan.launch.config.on_preempt:
-            signals.preempt = lambda: main.send_signal(PREEMPT)
+        signals.preempt = lambda: main.send_signal(PREEMPT)
         while main.poll() is None and not self._seat_changes():
             for fd, _ in poller.poll(1000):
                 if self._lifeline is not None and fd is self._lifeline.fd:
@@ -225,7 +232,7 @@ class Serving:
                 self._passed_on = len(signals.caught)
                 main.send_signal(INTERRUPT if hosted is not None else signal.SIGTERM)
             self._give_up(main)
-        signals.preempt = None
+        signals.preempt = lambda: None
         for fd in ends:
             os.close(fd)
 

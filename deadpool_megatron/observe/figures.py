@@ -22,6 +22,7 @@ _ACT_COLOURS: Final = {
     "prepare": "#0072B2",
     "re-form": "#009E73",
     "gather": "#CC79A7",
+    "compare": "#999999",
     "start": "#F0E442",
     "redo": "#56B4E9",
     "wait": "#DDDDDD",

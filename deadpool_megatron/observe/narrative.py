@@ -17,6 +17,7 @@ _PHASE: Final = {
     "prepared": "building the spare's model and fetching shards",
     "reformed": "re-forming process groups",
     "restored": "gathering 16-bit parameters",
+    "compared": "comparing what all ranks hold",
     "resumed": "starting again",
     "redone": "the first iteration",
 }

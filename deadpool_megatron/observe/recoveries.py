@@ -10,7 +10,7 @@ from typing import Any, Final
 
 __all__ = ["MEANING", "PHASES", "Recovery", "Story", "recoveries"]
 
-PHASES: Final = ("detected", "declared", "aborted", "agreed", "prepared", "reformed", "restored", "resumed")
+PHASES: Final = ("detected", "declared", "aborted", "agreed", "prepared", "reformed", "restored", "compared", "resumed")
 MEANING: Final = {  # short enough for a terminal of 80 columns
     "detected": "the coordinator knows of the loss",
     "declared": "next epoch; spares hold coordinates",
@@ -19,6 +19,7 @@ MEANING: Final = {  # short enough for a terminal of 80 columns
     "prepared": "model built, lost shards fetched",
     "reformed": "all process groups exist again",
     "restored": "16-bit parameters are gathered",
+    "compared": "all ranks hold the same",
     "resumed": "every rank trains",
     "redone": "first iteration after it is done",
 }

@@ -22,10 +22,12 @@ ACTS: Final = {
     "prepare": "building the model, fetching and restoring shards",
     "re-form": "re-forming process groups",
     "gather": "gathering 16-bit parameters",
+    "compare": "comparing what all ranks hold",
     "start": "starting again",
     "redo": "first iteration",
     "wait": "waiting for others",
 }
+_ACTS: Final = ("agree", "abort", "agree", "prepare", "re-form", "gather", "compare", "start")  # after each phase
 _MOST_ROWS = 20
 _STRIKE: Final = re.compile(r"deadpool: fault \S+ strikes node (\d+) at ([\d.]+)")
 
@@ -101,7 +103,7 @@ def timeline(r: Recovery, moments: Mapping[int, list[tuple[float, bool]]] | None
     t = r.times
     out.rows.append("job")
     bar("job", "detect", zero, t.get("detected", t.get("declared")))
-    acts = dict(zip(PHASES[1:], ("agree", "abort", "agree", "prepare", "re-form", "gather", "start"), strict=True))
+    acts = dict(zip(PHASES[1:], _ACTS, strict=True))
     before = t.get("declared")
     for name in PHASES[2:]:
         bar("job", acts[name], before, t.get(name))

@@ -2,7 +2,7 @@
 
 ::
 
-    step breaks -> declared? -> unwind -> Arrived -> Generation -> restore, ready -+-> formed -> synchronize, restored
+    step breaks -> declared? -> unwind -> Arrived -> Generation -> restore, ready -+-> formed -> synchronize, prove
                                              |                                     |
                                              '---> Form -> groups form, in a thread '
 
@@ -51,6 +51,9 @@ class Trainer(Protocol):
 
     def synchronize(self) -> None:
         """Bring back the reconstructible state (16-bit parameters) by collectives on the new communicators."""
+
+    def prove(self) -> None:
+        """Compare all ranks, by collectives; raises what ends the job when their state differs and stays different."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,8 @@ def rejoin(
             points.reach("recovery.synchronized")
             session.joined_epoch = epoch
             session.step("restored", epoch)
+            trainer.prove()
+            points.reach("recovery.compared")
             return declared
         except Superseded:
             pass

@@ -75,6 +75,7 @@ class Session:
         self._hold: r.Hold | None = None
         self._on_arm: Callable[[r.Fault], None] = lambda fault: None
         self.is_waiting: Callable[[], bool] = lambda: False
+        self.on_exit_notice: Callable[[], None] = lambda: None
         self.declared_epoch = 0
         self.joined_epoch = 0
         threading.Thread(target=self._watch, name="deadpool-watcher", daemon=True).start()
@@ -95,6 +96,9 @@ class Session:
     def _take(self, record: r.WorkerTold) -> None:
         if isinstance(record, r.Where):
             self.tell(r.Whereabouts(record.query, self.is_waiting()))
+            return
+        if isinstance(record, r.ExitNotice):
+            self.on_exit_notice()
             return
         if isinstance(record, r.Declare) and record.epoch > self.declared_epoch:
             self.declared_epoch = record.epoch

@@ -109,6 +109,8 @@ def test_a_crash_at_the_start_or_the_end_ends_well_or_with_a_clear_line(
         job.kill_node(1)
     if point == "agent.preemption-notice":
         os.kill(job.status()["nodes"][0]["agent_pid"], signal.SIGTERM)
+    if point == "coordinator.exit-notice":
+        job.process.send_signal(signal.SIGUSR2)
     code = job.wait(ENDS_S)
     logs = [p.read_text(errors="replace") for p in (job.run_dir / LOGS).glob("*.log")]
     struck = any("deadpool: fault kill" in text for text in [job.output, *logs])

@@ -97,7 +97,8 @@ def test_a_job_killed_whole_and_then_preempted_goes_on_bitwise_both_times(
     newest = generations[-1]
 
     more = durable(store, 1000, "--deadpool-resume", "auto", "--deadpool-on-preempt")
-    preempted = jobs.start("preempted", launch_flags(2, 0, 1), [*flags(), *more])
+    preempted = jobs.start("preempted", launch_flags(2, 0, 1), [*flags(), *more], held=True)
+    preempted.hold(newest + 4)  # or it may have come to its end before its drain has
     preempted.until("a newer commit", lambda: [e for e in preempted.events("committed") if e["iteration"] > newest])
     for each in preempted.processes():  # as a batch system does it: every process is told
         each.send_signal(signal.SIGTERM)

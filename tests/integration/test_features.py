@@ -49,6 +49,13 @@ def _same_last_checkpoint(job: Job, want: Job) -> None:
     assert_same_checkpoint(mine / "iter_0000006", theirs / "iter_0000006")
 
 
+def _same_latest(job: Job, want: Job) -> None:
+    mine, theirs = (Path(f"{j.run_dir}.ckpt") for j in (job, want))
+    latest = [(d / "latest_checkpointed_iteration.txt").read_text() for d in (mine, theirs)]
+    assert latest[0] == latest[1]
+    assert_same_checkpoint(mine / f"iter_{int(latest[0]):07d}", theirs / f"iter_{int(latest[0]):07d}")
+
+
 def _wrote_scalars(job: Job, want: Job) -> None:
     """The rank that writes them (the last stage) lived on: each step is there, with the undisturbed run's values."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -92,6 +99,12 @@ FEATURES = {
         "--save @.ckpt --save-interval 2 --ckpt-format torch_dist --async-save --async-strategy mcore",
         at=(4, 1),
         also=_same_last_checkpoint,
+    ),
+    "non-persistent checkpoints between asynchronous ones": Feature(
+        "--save @.ckpt --save-interval 4 --non-persistent-save-interval 2 --non-persistent-ckpt-type global "
+        "--ckpt-format torch_dist --async-save",
+        at=(4, 2),
+        also=_same_latest,
     ),
     "evaluation": Feature("--eval-interval 2 --eval-iters 2", also=_evaluated),
     "batch-size ramp-up": Feature(
@@ -189,15 +202,19 @@ def test_a_node_that_dies_while_a_checkpoint_is_written_is_replaced(asynchronous
     (_same_last_checkpoint if asynchronous else _same_checkpoints)(job, want)
 
 
-def test_the_exit_signal_saves_a_checkpoint_after_a_swap_as_before(jobs: Jobs) -> None:
+@pytest.mark.parametrize("told", ["workers", "launcher"])
+def test_the_exit_signal_saves_a_checkpoint_after_a_swap_as_before(told: str, jobs: Jobs) -> None:
     save = jobs.directory / "ckpt"
     flags = [*duo_gpt(iters=2000), "--exit-signal-handler", "--save", str(save), "--save-interval", "1000"]
     flags += ["--ckpt-format", "torch_dist"]
     job = jobs.start("signalled", launch_flags(3, 1, slots=1), flags, held=True)
     job.arm((0, 3, 2))
     resumed = job.until_event("resumed")
-    for pid in job.pids().values():
-        os.kill(pid, signal.SIGTERM)
+    if told == "launcher":
+        job.process.send_signal(signal.SIGUSR1)
+    else:
+        for pid in job.pids().values():
+            os.kill(pid, signal.SIGTERM)
     job.finished()
     latest = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert resumed["iteration"] < latest < 2000 and "exiting program after receiving SIGTERM" in job.log_tails(60)

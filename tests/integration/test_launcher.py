@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from deadpool_megatron.cluster import Exit
-from flags import tiny_gpt
-from jobs import Job, Jobs
+from flags import duo_gpt, tiny_gpt
+from jobs import Job, Jobs, launch_flags
 
 
 def _plain(jobs: Jobs, program: str, nodes: int = 2, slots: int = 2) -> Job:
@@ -54,6 +55,22 @@ def test_the_workers_can_rendezvous_as_under_torchrun(jobs: Jobs) -> None:
         "assert x.item() == dist.get_world_size() == 4\n"
         "dist.destroy_process_group()\n",
     ).finished()
+
+
+def test_a_module_is_run_as_by_python_itself(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = jobs.directory / "recipes"
+    package.mkdir()
+    (package / "__init__.py").write_text("WHO = 'recipes'\n")
+    program = "import os, sys, pathlib\nfrom . import WHO\n"
+    program += (
+        "pathlib.Path('ran-' + os.environ['RANK']).write_text(f'{__name__} {__package__} {WHO} {sys.argv[1:]}')\n"
+    )
+    (package / "tiny.py").write_text(program)
+    monkeypatch.chdir(jobs.directory)
+    launch = ["--standalone", "--nnodes=1", "--local-nodes", "2", "--nproc_per_node", "1", "-m"]
+    jobs.start("run", launch, ["--lr", "1"], Path("recipes.tiny"), deadpool=False).finished()
+    for rank in range(2):
+        assert (jobs.directory / f"ran-{rank}").read_text() == "__main__ recipes recipes ['--lr', '1']"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +115,39 @@ def test_an_interrupt_ends_every_process_the_workers_children_included(jobs: Job
     job.until_gone(60)
     (said,) = _said(job)
     assert "interrupted" in said
+
+
+def test_the_warning_of_a_batch_system_reaches_what_handles_it_and_ends_nothing_else(jobs: Jobs) -> None:
+    script = jobs.directory / "script.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "here = pathlib.Path(__file__)\n"
+        "def save(signum, frame):\n"
+        "    here.with_name('saved-' + os.environ['RANK']).touch()\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "here.with_name('ready-' + os.environ['RANK']).touch()\n"
+        "time.sleep(600)\n"
+    )
+    launch = ["--local-nodes", "2", "--nproc-per-node", "2"]
+    job = jobs.start("run", launch, ["--exit-signal-handler"], script, deadpool=False)
+    job.until("all workers", lambda: len(list(jobs.directory.glob("ready-*"))) == 4)
+    for process in job.processes():  # as a batch system does it: every process is told
+        process.send_signal(signal.SIGUSR2)
+    job.finished()
+    assert len(list(jobs.directory.glob("saved-*"))) == 4 and not _said(job)
+
+
+def test_a_job_that_trains_goes_on_after_the_warning_where_nothing_handles_it(jobs: Jobs) -> None:
+    job = jobs.start("warned", launch_flags(2, slots=1), duo_gpt("data", 3), held=True)
+    job.until_event("started")
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):
+        for process in job.processes():
+            process.send_signal(signum)
+    job.until_event("exit_notice")
+    job.hold(None)
+    job.finished()
+    assert max(e["iteration"] for e in job.events("iteration")) == 2
 
 
 def test_when_the_launcher_is_killed_its_agents_and_workers_end_by_themselves(jobs: Jobs) -> None:

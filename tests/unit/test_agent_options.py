@@ -30,7 +30,7 @@ REFUSED = {
     "nodes in words": (f"--nnodes two {HERE}", "--nnodes two: not a whole number"),
     "rank beyond": (f"--nnodes 2 --node-rank 2 {HERE}", "--node-rank 2: with --nnodes 2 there are nodes 0 to 1"),
     "another rendezvous": (f"--nnodes 2 --rdzv-backend etcd {HERE}", "--rdzv-backend etcd"),
-    "module": (f"--nnodes 2 -m {HERE}", "--module: name the script's file"),
+    "module": (f"--nnodes 2 -m {HERE}", "there is no such module here"),
     "no python": (f"--nnodes 2 --no-python {HERE}", "--no-python"),
     "port": ("--nnodes 2 --rdzv-endpoint h:70000", "h:70000: a port is between"),
     "port in words": ("--nnodes 2 --rdzv-endpoint h:x", "--rdzv-endpoint port x: not a whole number"),

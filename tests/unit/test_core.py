@@ -12,8 +12,17 @@ from deadpool_megatron.cluster.records import SlotAddress
 from simulated import DEADLINES, SimulatedJob
 
 
-def failed(node: int = 1, rank: int = 2, iteration: int = 5, phase: str = "training", text: str = "ValueError: x"):  # noqa: ANN201
-    return r.WorkerFailed(node, 0, rank, phase, iteration, False, text, "Traceback ...")  # type: ignore[arg-type]
+def failed(  # noqa: ANN201
+    node: int = 1,
+    rank: int = 2,
+    iteration: int = 5,
+    phase: str = "training",
+    text: str = "ValueError: x",
+    epoch: int = 0,
+    place: str = "training/utils.py:17",
+):
+    kind = text.split(":")[0]
+    return r.WorkerFailed(node, 0, rank, phase, epoch, iteration, 0, kind, place, text, "Traceback ...")  # type: ignore[arg-type]
 
 
 # ---- failure-free
@@ -684,6 +693,38 @@ def test_a_communication_error_in_the_middle_of_a_recovery_starts_it_again() -> 
     assert job.core.phase is Phase.RUNNING
 
 
+# ---- a recovery proves itself
+
+
+def test_what_ranks_have_otherwise_is_told_with_its_nodes_and_the_comparison_after_the_restoring() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.lose(0)
+    job.arrive(5)
+    job.prepare()
+    job.form()
+    unlike = [r.Unlike("parameters", [1, 4])]
+    job.feed(r.Compared(1, 0, job.core.epoch, 5, 0.004, unlike, True))  # before the last node has told that it restored
+    (told,) = job.events("unlike")
+    assert (told["part"], told["ranks"], told["equal"]) == ("parameters", [1, 4], True)
+    assert told["nodes"] == sorted({job.core.assignment[rank].node for rank in (1, 4)})
+    assert not job.events("compared")
+    job.restore()
+    job.resume(5)
+    names = [each.event for each in job.emitted if each.event in ("restored", "compared", "resumed")]
+    assert names == ["restored", "compared", "resumed"] and job.events("compared")[0]["seconds"] == 0.004
+    job.feed(r.Compared(1, 0, job.core.epoch, 20, 0.002, [], True))  # by --deadpool-check-replicas
+    assert job.events("compared")[-1]["iteration"] == 20
+    job.feed(r.Compared(1, 0, job.core.epoch - 1, 21, 0.002, unlike, True))  # late, of an epoch that is over
+    assert len(job.events("unlike")) == 1
+
+
+def test_state_that_cannot_be_made_equal_ends_the_job_with_its_own_code() -> None:
+    job = SimulatedJob().train()
+    text = "after the recovery hyperparameters of rank 2 differ"
+    job.feed(r.WorkerFailed(1, 0, 2, "training", 1, 5, Exit.UNEQUAL, "Unequal", "a.py:1", text, ""))
+    assert job.end == (Exit.UNEQUAL, text)
+
+
 # ---- errors of the worker's own
 
 
@@ -693,18 +734,45 @@ def test_an_error_of_a_worker_costs_one_spare_and_the_same_error_again_ends_the_
     job.feed(r.WorkerExited(1, 0, 2, 11, 1))
     assert job.core.epoch == 1
     job.recover()
-    job.feed(failed(3, 2))
+    job.feed(failed(3, 2, epoch=1))
     code, message = job.end
     assert code == Exit.REPEATED_ERROR
     assert "rank 2" in message and "iteration 5" in message and "ValueError: x" in message
     assert job.core.nodes[4].role == "spare"
 
 
+def test_what_the_ranks_of_a_node_raise_at_once_is_one_error_and_the_same_again_ends_the_job() -> None:
+    job = SimulatedJob(nodes=6, spares=2).train()
+    for rank in (2, 3):
+        job.feed(failed(1, rank, text="OSError: [Errno 5] /scratch/data.bin"))
+    for local, rank in enumerate((2, 3)):
+        job.feed(r.WorkerExited(1, local, rank, 11, 1))
+    assert job.core.assignment[2].node != 1 != job.core.assignment[3].node
+    job.recover()
+    assert job.core.phase is Phase.RUNNING and job.finish is None
+    job.feed(failed(4, 3, text="OSError: [Errno 5] /scratch/data.bin", epoch=job.core.epoch))
+    assert job.end[0] == Exit.REPEATED_ERROR
+
+
+@pytest.mark.parametrize("what", ["text", "place"])
+def test_an_error_is_known_again_by_its_type_and_place_or_rank(what: str) -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    for epoch in range(2):
+        node = job.core.assignment[2].node
+        text = f"RuntimeError: DataLoader worker (pid {4711 + epoch}) is killed" if what == "text" else "OSError: y"
+        place = "utils/data.py:9" if what == "text" else f"training/utils.py:{epoch}"
+        job.feed(failed(node, 2, text=text, place=place, epoch=epoch))
+        if not epoch:
+            job.feed(r.WorkerExited(node, 0, 2, 11, 1))
+            job.recover()
+    assert job.end[0] == Exit.REPEATED_ERROR
+
+
 def test_another_error_at_another_iteration_is_not_the_same_error() -> None:
     job = SimulatedJob(nodes=6, spares=3).train()
-    for iteration, text in ((5, "ValueError: x"), (6, "ValueError: x"), (6, "OSError: y")):
+    for epoch, (iteration, text) in enumerate(((5, "ValueError: x"), (6, "ValueError: x"), (6, "OSError: y"))):
         node = job.core.assignment[2].node
-        job.feed(failed(node, 2, iteration, text=text))
+        job.feed(failed(node, 2, iteration, text=text, epoch=epoch))
         job.feed(r.WorkerExited(node, 0, 2, 11, 1))
         job.recover()
     assert job.core.phase is Phase.RUNNING
@@ -713,7 +781,7 @@ def test_another_error_at_another_iteration_is_not_the_same_error() -> None:
 def test_what_the_user_did_wrong_ends_the_job_with_the_users_line() -> None:
     job = SimulatedJob()
     job.join()
-    job.feed(r.WorkerFailed(0, 0, 0, "setup", -1, True, "--fp8-format is not supported", "Traceback ..."))
+    job.feed(r.WorkerFailed(0, 0, 0, "setup", 0, -1, 2, "UserError", "a.py:1", "--fp8-format is not supported", ""))
     assert job.end == (Exit.USAGE, "--fp8-format is not supported")
 
 
@@ -748,6 +816,15 @@ def test_a_node_lost_after_training_had_finished_ends_the_job() -> None:
         job.feed(r.Finished(0, node))
     job.lose(0)
     assert job.end[0] == Exit.FAILED and "after training had finished" in job.end[1]
+
+
+def test_the_exit_codes_of_megatrons_rerun_state_machine_keep_their_meaning() -> None:
+    job = SimulatedJob().train()
+    for node in (0, 1, 2):
+        job.feed(r.Finished(0, node))
+    job.feed(r.WorkerExited(1, 0, 2, 11, 17))
+    code, message = job.end
+    assert code == 17 and "a result was wrong" in message and "after training had finished" not in message
 
 
 # ---- plain mode

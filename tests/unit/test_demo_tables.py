@@ -36,6 +36,7 @@ def _rest(t: float) -> list[dict[str, Any]]:
         _event("prepared", t + 0.3),
         _event("reformed", t + 0.4, groups=24, changed=130, of=192),
         _event("restored", t + 0.5),
+        _event("compared", t + 0.55, seconds=0.04),
         _event("resumed", t + 0.6, iteration=6),
     ]
 

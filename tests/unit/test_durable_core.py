@@ -307,6 +307,30 @@ def test_a_preempted_job_drains_what_is_committed_at_once_and_leaves() -> None:
     assert it.end == (Exit.PREEMPTED, "preempted: generation 6 is durable in /durable, and the job has left")
 
 
+def test_a_preempted_job_leaves_although_it_has_committed_newer_generations_meanwhile() -> None:
+    it = job()
+    run(it, range(3))
+    it.now += 1.0
+    it.take(it.core.preempted(it.now))
+    run(it, range(3, 9))  # iterations are faster than a drain
+    make_durable(it)
+    assert it.end == (Exit.PREEMPTED, "preempted: generation 2 is durable in /durable, and the job has left")
+
+
+def test_a_drain_that_is_nearly_through_at_the_notice_is_followed_by_one_of_the_newest_generation() -> None:
+    it = job()
+    run(it, range(7))
+    for node in it.active:
+        drained(it, names(it)[0], node)  # its manifest is being written
+    it.now += 1.0
+    it.take(it.core.preempted(it.now))
+    it.now += 1.0
+    it.feed(r.GenerationSealed(it.core.assignment[0].node, names(it)[0], "", []))
+    assert it.told(r.DrainShards)[-1].generation == 6 and it.finish is None  # without waiting for a commit
+    make_durable(it)
+    assert it.end == (Exit.PREEMPTED, "preempted: generation 6 is durable in /durable, and the job has left")
+
+
 def test_a_second_notice_changes_nothing() -> None:
     it = job()
     run(it, range(3))

@@ -28,6 +28,8 @@ def plan(tmp_path: Path, options: str, script: str = "") -> LaunchPlan:
 REFUSED = {
     "no node": ("--local-nodes 0", "", "--local-nodes 0: at least 1 node"),
     "no worker": ("--nproc-per-node 0", "", "--nproc-per-node 0: at least 1 worker"),
+    "workers in words": ("--nproc_per_node two", "", "--nproc-per-node two: not a whole number"),
+    "no such module": ("-m", "", "there is no such module here"),
     "fewer than no spares": ("--local-nodes 3 --spare-nodes -1", "--deadpool", "--spare-nodes -1: must be 0 or more"),
     "only spares": ("--local-nodes 3 --spare-nodes 3", "--deadpool", "--spare-nodes 3 leaves no node to train"),
     "spares for nothing": ("--local-nodes 3 --spare-nodes 1", "", "--spare-nodes 1 needs --deadpool"),
@@ -54,6 +56,28 @@ def test_what_cannot_work_is_refused_with_the_reason(case: str, tmp_path: Path) 
     with pytest.raises(LaunchError) as refused:
         plan(tmp_path, options, script)
     assert why in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_spellings_of_torchrun_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan(tmp_path, "--standalone --nnodes 1 --nproc_per_node 2 --local-nodes 2")
+    assert (made.nodes, made.slots_per_node, made.module) == (2, 2, "")
+    package = tmp_path / "recipes"
+    package.mkdir()
+    for name in ("__init__", "__main__", "gpt"):
+        (package / f"{name}.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    launch.add_launch_arguments(parser)
+    for module, file in (("recipes.gpt", "gpt.py"), ("recipes", "__main__.py")):
+        made = check(parser.parse_args(["--local-nodes", "2", "-m", module, "--lr", "1"]))
+        assert made.script == str(package / file) and made.command == ["-m", module, "--lr", "1"]
+
+
+def test_several_machines_are_not_for_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    launch.add_launch_arguments(parser)
+    assert launch.run(parser.parse_args(["--nnodes", "2", "train.py"])) == 2
+    assert "on several run `deadpool agent` on each" in capsys.readouterr().err
 
 
 def test_a_script_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ _HOOKED = {
     "backward_step": "slice.before",
     "add_megatron_arguments": "",
     "load_yaml": "",
+    "load_checkpoint": "",
+    "cyclic_iter": "",
     "build_train_valid_test_data_iterators": "",
     "checkpoint_and_decide_exit": "",
 }

@@ -24,7 +24,7 @@ each_decoder = pytest.mark.parametrize(
 EVERY: list[msgspec.Struct] = [
     r.Join(1, 2, "127.0.0.1", 3, [4, 5]),
     r.Registered(0, 1, r.CoordinateInfo(1, 0, 1, 0), 10, 20, "abc", True),
-    r.WorkerFailed(0, 0, None, "setup", -1, True, "no", "trace"),
+    r.WorkerFailed(0, 0, None, "setup", 0, -1, 2, "UserError", "a.py:1", "no", "trace"),
     r.Offer(2, 1, {0: 5, 1: None}, {0: [(0, 4), (1, 5)]}, {3: [(1, 5)]}),
     r.Iteration(0, 1, 2, 3, {"lm loss": (0.1).hex()}, None, 0.5, 0.01, 7, 0),
     r.Inject(r.Fault("kill", 1, 0, 5, 3)),
@@ -50,7 +50,7 @@ def test_another_protocol_version_is_refused(
 ) -> None:
     packet = r.encode(record)
     assert decode(packet) == record
-    with pytest.raises(r.RecordError, match=f"packet from {sender} is of protocol version 01, not 05"):
+    with pytest.raises(r.RecordError, match=f"packet from {sender} is of protocol version 01, not 06"):
         decode(b"\x01" + packet[1:])
     with pytest.raises(r.RecordError, match=r"protocol version \?"):
         decode(b"")

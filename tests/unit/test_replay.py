@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("megatron.core")
 
+from megatron.training.datasets import data_samplers
+from megatron.training.training import cyclic_iter
+
+from deadpool_megatron.megatron.passes import Passes
 from deadpool_megatron.megatron.replay import ReplayIterator
+from deadpool_megatron.snapshot import capture_host_rng, restore_host_rng
 
 
 class Counting:
@@ -142,12 +149,80 @@ def test_what_a_spare_draws_ahead_leaves_the_random_numbers_alone() -> None:
     # Those it stands for drew for the first time long ago.
     replay = ReplayIterator(_seeding())
     replay.mark(5, 5)
-    assert not replay.started
+    assert replay.position == 0
     torch.manual_seed(7)
     begin = torch.get_rng_state()
-    replay.prime()
-    assert replay.started and torch.equal(torch.get_rng_state(), begin)
+    replay.seek(3)
+    assert replay.position == 3 and torch.equal(torch.get_rng_state(), begin)
     replay.rewind(5)
     next(replay)
-    assert torch.equal(torch.get_rng_state(), begin)
+    assert replay.position == 4 and torch.equal(torch.get_rng_state(), begin)
     assert next(replay) == 1
+
+
+# ---- loaders that begin again at their end
+
+
+class Numbers(Dataset[int]):
+    """Samples that say which they are, and what the random numbers were."""
+
+    def __init__(self, random: bool) -> None:
+        self._random = random
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> int:
+        return 1000 * index + (int(torch.randint(0, 1000, ())) + random.randrange(7) if self._random else 0)
+
+
+MICRO_BATCH, REPLICAS = 2, 2
+SAMPLERS = ["random", "random-sharded", "random-seeded", "full-validation-0", "full-validation-1"]
+
+
+def _loader(sampler: str, consumed: int, workers: int) -> DataLoader[int]:
+    """As upstream's ``build_pretraining_data_loader`` makes one."""
+    data: Dataset[int] = Numbers(random=sampler == "random-seeded")
+    if sampler == "random-seeded":
+        data = data_samplers.RandomSeedDataset(data, 1234)
+    rank = int(sampler[-1]) if sampler.startswith("full") else 1
+    if sampler.startswith("full"):
+        batches = data_samplers.MegatronFullValidationSampler(21, rank, REPLICAS)  # one sample more on rank 0
+    else:
+        batches = data_samplers.MegatronPretrainingRandomSampler(
+            data, 22, consumed, MICRO_BATCH, rank, REPLICAS, sampler.endswith("sharded")
+        )
+    return DataLoader(data, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_spare_takes_up_a_loader_wherever_it_stands(sampler: str, workers: int) -> None:
+    torch.manual_seed(7)
+    reference = cyclic_iter(_loader(sampler, 0, workers))
+    survivor = ReplayIterator(Passes(_loader(sampler, 0, workers)))
+    states, items = [capture_host_rng()], []
+    for _ in range(2 * 11 + 3):
+        items.append(next(reference).tolist())
+        states.append(capture_host_rng())
+    restore_host_rng(states[0])
+    for k, item in enumerate(items):
+        survivor.mark(k, k)
+        position = survivor.position
+        if not workers or k in (0, 1, 4, 5, 6, 10, 11, 12):
+            spare = ReplayIterator(Passes(_loader(sampler, k * MICRO_BATCH * REPLICAS, workers)))
+            spare.mark(k, k)
+            restore_host_rng(states[k])
+            if position:
+                spare.seek(position)
+            assert capture_host_rng() == states[k] and spare.position == position
+            for i in range(k, min(k + 12, len(items))):
+                assert next(spare).tolist() == items[i], (k, i)
+                assert capture_host_rng() == states[i + 1], (k, i)
+        restore_host_rng(states[k])
+        assert next(survivor).tolist() == item and capture_host_rng() == states[k + 1]
+
+
+def test_a_loader_without_data_says_so() -> None:
+    with pytest.raises(RuntimeError, match="has no data"):
+        next(Passes([]))

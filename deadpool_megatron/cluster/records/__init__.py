@@ -18,6 +18,7 @@ from deadpool_megatron.cluster.records.agents import (
     AgentRecord,
     Behind,
     Committed,
+    Compared,
     Covered,
     DamagedCopy,
     Did,
@@ -43,6 +44,7 @@ from deadpool_megatron.cluster.records.agents import (
     Saved,
     Stalled,
     StateHash,
+    Unlike,
     VaultMemory,
     WorkerExited,
     WorkerFailed,
@@ -58,6 +60,7 @@ from deadpool_megatron.cluster.records.coordinators import (
     Declare,
     EndStuck,
     Enlisted,
+    ExitNotice,
     Form,
     Hold,
     InjectReply,
@@ -126,6 +129,7 @@ __all__ = [
     "Changed",
     "Committed",
     "CommittedTo",
+    "Compared",
     "CoordinateInfo",
     "CoordinatorRecord",
     "Covered",
@@ -138,6 +142,7 @@ __all__ = [
     "EndStuck",
     "Enlist",
     "Enlisted",
+    "ExitNotice",
     "Fault",
     "FaultKind",
     "FetchFailed",
@@ -188,6 +193,7 @@ __all__ = [
     "Step",
     "Stop",
     "TakeOver",
+    "Unlike",
     "Unreadable",
     "VaultMemory",
     "Where",
@@ -205,7 +211,7 @@ __all__ = [
     "encode",
 ]
 
-VERSION = b"\x05"
+VERSION = b"\x06"
 # What grows with the job is mostly alike from node to node: it shrinks to a tenth, once for all that it is sent to.
 _COMPRESS_BYTES = 4096
 _MOST_BYTES = 1 << 28

@@ -66,14 +66,21 @@ class WorkerExited(Record, frozen=True):
 
 
 class WorkerFailed(Record, frozen=True):
-    """A worker ends because of an exception of its own (not of a lost peer)."""
+    """A worker ends because of an exception of its own (not of a lost peer).
+
+    ``epoch``: the one it trained in. ``code``: with which the job ends at once; 0: as recoveries decide. ``kind``: the
+    exception's type; ``place``: the line of code that raised it.
+    """
 
     node: int
     local: int
     rank: int | None
     phase: Literal["setup", "training", "tail"]
+    epoch: int
     iteration: int
-    user_error: bool
+    code: int
+    kind: str
+    place: str
     message: str
     traceback: str
 
@@ -314,6 +321,28 @@ class Did(Record, frozen=True):
     act: Act
 
 
+class Unlike(Record, frozen=True):
+    """A part of the state that some ranks have otherwise than most (all that were compared, where none has most)."""
+
+    part: str
+    ranks: list[int]
+
+
+class Compared(Record, frozen=True):
+    """All ranks have compared what they must hold alike, after a recovery or because it was time to.
+
+    ``unlike``: what differed; ``equal``: nothing does any more. Rank 0 tells, and every rank that was unlike others.
+    """
+
+    node: int
+    rank: int
+    epoch: int
+    iteration: int
+    seconds: float
+    unlike: list[Unlike]
+    equal: bool
+
+
 class Inject(Record, frozen=True):
     """`deadpool inject` asks the coordinator for a fault."""
 
@@ -384,4 +413,5 @@ AgentRecord = (
     | Pace
     | NodeHeld
     | Did
+    | Compared
 )

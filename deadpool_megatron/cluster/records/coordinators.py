@@ -139,6 +139,10 @@ class Hold(Record, frozen=True):
     iteration: int
 
 
+class ExitNotice(Record, frozen=True):
+    """The machines are wanted soon: what Megatron does on its exit signal is to be done now."""
+
+
 class EndStuck(Record, frozen=True):
     """A worker is stuck: keep its stack traces, then end it."""
 
@@ -191,6 +195,7 @@ CoordinatorRecord = (
     | ResumeAt
     | Respawn
     | Hold
+    | ExitNotice
     | EndStuck
     | SpareAdded
 )

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from deadpool_megatron.cluster.records.agents import Did, Iteration, PeerError, Registered, StateHash, WorkerFailed
-from deadpool_megatron.cluster.records.coordinators import AllFinished, Arm, Declare, Form, Hold, Stop
+from deadpool_megatron.cluster.records.agents import (
+    Compared,
+    Did,
+    Iteration,
+    PeerError,
+    Registered,
+    StateHash,
+    WorkerFailed,
+)
+from deadpool_megatron.cluster.records.coordinators import AllFinished, Arm, Declare, ExitNotice, Form, Hold, Stop
 from deadpool_megatron.cluster.records.durability import Described
 from deadpool_megatron.cluster.records.values import Act, Record, Step
 
@@ -88,6 +96,7 @@ WorkerRecord = (
     | Held
     | Whereabouts
     | Did
+    | Compared
     | Unreadable
 )
 
@@ -132,5 +141,16 @@ class Where(Record, frozen=True):
 
 
 WorkerTold = (
-    Where | Hold | ArenaGranted | ArenaRefused | TakeOver | Generation | Declare | Form | AllFinished | Stop | Arm
+    Where
+    | Hold
+    | ArenaGranted
+    | ArenaRefused
+    | TakeOver
+    | Generation
+    | Declare
+    | Form
+    | AllFinished
+    | ExitNotice
+    | Stop
+    | Arm
 )

@@ -1,0 +1,151 @@
+"""Whether coordinates hold alike what they must hold alike: before a recovered job trains on, and now and then.
+
+Every rank makes a digest of each part of its state; one all-gather brings all of them to every rank, which so comes to
+the same verdict. A part is compared over those who must agree: the replicas of a parameter, or the whole job.
+"""
+
+from __future__ import annotations
+
+import platform
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Final
+
+import torch
+import xxhash
+from megatron.core import parallel_state
+
+from deadpool_megatron.megatron.optimizer_state import members, plain_fields, state_tensors
+from deadpool_megatron.snapshot import encode
+
+__all__ = ["Comparison", "Difference", "Unequal", "differences"]
+
+PARTS: Final = (
+    "versions and arguments",
+    "progress and schedule",
+    "model structure",
+    "parameters",
+    "expert parameters",
+    "replicated optimizer state",
+    "hyperparameters",
+    "small state",
+)
+_PROGRESS: Final = ("iteration", "consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
+_OWN: Final = frozenset(("eval_iters", "do_train", "do_valid", "do_test", *_PROGRESS))  # of ranks, or not settings
+_PACKAGES: Final = ("torch", "megatron-core", "transformer-engine", "apex", "deadpool-megatron")
+
+
+class Unequal(Exception):
+    """State differs where it must not, and could not be made equal: the job ends rather than train another model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A part that is not the same everywhere: ``ranks`` have another one than most (all, where none has most)."""
+
+    part: str
+    ranks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.part} of rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
+
+
+def differences(table: Sequence[Sequence[tuple[int, int]]]) -> list[Difference]:
+    """By rank and part: (who is compared with each other, digest). What differs, part by part. Pure."""
+    found = []
+    for p, part in enumerate(PARTS):
+        sets: dict[int, list[int]] = {}
+        for rank, row in enumerate(table):
+            sets.setdefault(row[p][0], []).append(rank)
+        for ranks in sets.values():
+            counts = Counter(table[rank][p][1] for rank in ranks).most_common(2)
+            if len(counts) > 1:
+                most = counts[0][0] if counts[0][1] > counts[1][1] else None
+                found.append(Difference(part, tuple(rank for rank in ranks if table[rank][p][1] != most)))
+    return found
+
+
+class Comparison:
+    """Of one coordinate with the others. Made when model and optimizer are there.
+
+    Args:
+        settings: plain fields of ``args`` before training changed any.
+    """
+
+    def __init__(
+        self, args: Namespace, settings: Mapping[str, Any], model: list[Any], optimizer: Any, scheduler: Any
+    ) -> None:
+        self._args = args
+        self._scheduler = scheduler
+        # A rank without parameters of a group has not counted its steps, and layer-wise optimizers leave groups out.
+        alike = not any(member.layer_wise for member in members(optimizer))
+        self._groups = [group for member in members(optimizer) for group in member.inner.param_groups] if alike else []
+        named = [(f"{c}.{name}", p) for c, chunk in enumerate(model) for name, p in chunk.named_parameters()]
+        self._parameters = [p for _, p in named if getattr(p, "allreduce", True)]
+        self._experts = [p for _, p in named if not getattr(p, "allreduce", True)]
+        dense = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        experts = parallel_state.get_expert_data_parallel_group()
+        self._dense = min(torch.distributed.get_process_group_ranks(dense))
+        self._expert = min(torch.distributed.get_process_group_ranks(experts)) if self._experts else -1
+        self._replicated = [each.tensor for each in state_tensors(optimizer) if each.replicas is dense]
+        self._constant = _constant(settings)
+        self._structure = _hash(repr([(name, p.dtype, tuple(p.shape), p.requires_grad) for name, p in named]).encode())
+
+    def run(self, small_is_right: bool) -> list[Difference]:
+        """What differs. Collective over all ranks, with the same verdict on each; waits for the device."""
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        progress = {name: getattr(self._args, name, None) for name in _PROGRESS}
+        groups = [{k: v for k, v in plain_fields(group).items() if k != "step"} for group in self._groups]
+        row = [
+            (0, self._constant),
+            (0, _hash(encode({"progress": progress, "schedule": plain_fields(vars(self._scheduler))}))),
+            (self._dense, self._structure),
+            (self._dense, _digest(self._parameters)),
+            (self._expert, _digest(self._experts)),
+            (self._dense, _digest(self._replicated)),
+            (self._dense, _hash(encode({"groups": groups}))),
+            (rank, 0),
+        ]
+        if not small_is_right:
+            row[-1] = (-1 - rank, rank)  # compared with what stands for a right one, below
+        device = torch.device("cuda", torch.cuda.current_device())
+        mine = torch.tensor([value for pair in row for value in pair], dtype=torch.int64, device=device)
+        rows = [torch.empty_like(mine) for _ in range(size)]
+        torch.distributed.all_gather(rows, mine)
+        table = [list(zip(each[::2], each[1::2], strict=True)) for each in (one.tolist() for one in rows)]
+        wrong = tuple(r for r, each in enumerate(table) if each[-1][0] < 0)
+        found = differences(table)
+        return [*found, Difference(PARTS[-1], wrong)] if wrong else found
+
+
+def _constant(settings: Mapping[str, Any]) -> int:
+    """What is the same for the whole job, but for paths: nodes may have their own."""
+    same = {k: v for k, v in settings.items() if k not in _OWN and not (isinstance(v, str) and "/" in v)}
+    versions = {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    return _hash(repr((sorted(same.items()), versions)).encode())
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _hash(data: bytes) -> int:
+    return _signed(xxhash.xxh3_64_intdigest(data))
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> int:
+    state = xxhash.xxh3_64()
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().reshape(-1)
+        state.update(flat.view(torch.uint8).cpu().numpy())
+    return _signed(state.intdigest())

@@ -1,0 +1,99 @@
+"""Parameters that no optimizer holds: frozen layers, towers, the base of low-rank adapters.
+
+They never change, so no generation has them. A spare's are those it was initialised with, unless a checkpoint was
+loaded at the start of the job; then they come from a replica. Their digest is in the small state, so that nobody trains
+on with others.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import xxhash
+from megatron.core import parallel_state
+
+from deadpool_megatron.megatron.comparison import Unequal
+
+__all__ = ["Frozen", "frozen_parameters"]
+
+_BUCKET_BYTES: Final = 64 << 20
+
+
+def frozen_parameters(model: list[Any]) -> list[tuple[str, torch.nn.Parameter]]:
+    """By name, those that are in none of the buffers of `DistributedDataParallel`, which has all that are trained."""
+    buffers = [buffer for chunk in model for held in (chunk.buffers, chunk.expert_parallel_buffers) for buffer in held]
+    trained = {id(parameter) for buffer in buffers for parameter in buffer.params}
+    named = [(f"{c}.{name}", p) for c, chunk in enumerate(model) for name, p in chunk.named_parameters()]
+    return [(name, p) for name, p in named if id(p) not in trained]
+
+
+class Frozen:
+    """Those of one coordinate.
+
+    Args:
+        model: the list of model chunks, each in Megatron's `DistributedDataParallel`.
+    """
+
+    def __init__(self, model: list[Any]) -> None:
+        frozen = frozen_parameters(model)
+        self._sets = [
+            (group, [(name, p) for name, p in frozen if getattr(p, "allreduce", True) is dense])
+            for dense, group in (
+                (True, parallel_state.get_data_parallel_group(with_context_parallel=True)),
+                (False, parallel_state.get_expert_data_parallel_group()),
+            )
+        ]
+        self._sets = [(group, parameters) for group, parameters in self._sets if parameters]
+        self.digests: list[int] = []
+        self.look()
+        self.expected = self.digests
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of them."""
+        return sum(p.numel() * p.element_size() for _, parameters in self._sets for _, p in parameters)
+
+    def look(self) -> None:
+        """Make `digests` anew: of the dense ones and of those of experts, where there are any. Waits for the device."""
+        out = []
+        for _, parameters in self._sets:
+            state = xxhash.xxh3_64()
+            for name, parameter in parameters:
+                state.update(name.encode())
+                state.update(parameter.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+            out.append(state.intdigest())
+        self.digests = out
+
+    def synchronize(self) -> None:
+        """Make them `expected` on every rank. Collective over the replicas of each.
+
+        Raises Unequal where no replica has those that training began with.
+        """
+        received = False
+        for i, (group, parameters) in enumerate(self._sets):
+            right = self.digests[i] == self.expected[i]
+            flag = torch.tensor([right], dtype=torch.int32, device=parameters[0][1].device)
+            flags = [torch.empty_like(flag) for _ in range(group.size())]
+            torch.distributed.all_gather(flags, flag, group=group)
+            have = [bool(each.item()) for each in flags]
+            if all(have):
+                continue
+            received = True
+            if not any(have):
+                raise Unequal(
+                    f"{len(parameters)} parameters that no optimizer holds (the first one: {parameters[0][0]}) are not "
+                    "those that training began with, and no replica of them is left: restart from a checkpoint"
+                )
+            source = torch.distributed.get_process_group_ranks(group)[have.index(True)]
+            with torch.no_grad():
+                for _, parameter in parameters:
+                    whole = parameter.detach().contiguous()
+                    flat = whole.view(-1).view(torch.uint8)
+                    for first in range(0, flat.numel(), _BUCKET_BYTES):
+                        torch.distributed.broadcast(flat[first : first + _BUCKET_BYTES], source, group=group)
+                    parameter.copy_(whole)
+        if received:
+            self.look()
+        if self.digests != self.expected:
+            raise Unequal("parameters that no optimizer holds arrived changed from their replica")

@@ -1,0 +1,91 @@
+"""Fields of Megatron's ``args`` that are state of the run, not settings: whoever changes them.
+
+Found by looking, not by a list: a field is state once a checkpoint that is loaded has changed it, or once it differs
+from what it was when training began.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any, Final
+
+from deadpool_megatron.megatron.optimizer_state import is_plain
+
+__all__ = ["RunArgs", "apply_args"]
+
+# State from the first iteration on, although upstream's set-up may leave them as they are.
+_ALWAYS: Final = (
+    "iteration",
+    "curr_iteration",
+    "consumed_train_samples",
+    "consumed_valid_samples",
+    "skipped_train_samples",
+    "num_floating_point_operations_so_far",
+    "do_train",
+    "do_valid",
+    "do_test",
+    "eval_iters",
+    "deadpool_first_iteration",
+)
+# A spare loads no checkpoint, and a process writes where it is told to.
+_OWN: Final = frozenset(("load", "pretrained_checkpoint", "save", "async_save", "rank", "local_rank"))
+_MISSING: Final = object()
+
+
+def apply_args(args: Namespace, saved: dict[str, Any]) -> None:
+    """Set fields of Megatron's args to those of a generation."""
+    for name, value in saved.items():
+        setattr(args, name, value)
+
+
+class RunArgs:
+    """Which fields are state, and what they are now. Made before a checkpoint is loaded."""
+
+    def __init__(self, args: Namespace) -> None:
+        self._args = args
+        self.settings = _plain(args)  # as the command line says, the same for the whole job
+        self._names = set(_ALWAYS)
+        self._before: dict[str, Any] = {}
+        self._objects: dict[str, Any] = {}
+        self._lists: list[str] = []
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """A checkpoint is loaded meanwhile: what it changes is state."""
+        before = _plain(self._args)
+        yield
+        self._names.update(name for name, value in _plain(self._args).items() if before.get(name, _MISSING) != value)
+
+    def training_begins(self) -> None:
+        """What differs from now on is state."""
+        self._before = _plain(self._args)
+        self._objects = dict(vars(self._args))
+        self._lists = [name for name, value in self._before.items() if isinstance(value, list)]
+
+    def read(self) -> dict[str, Any]:
+        """All that are state, by name. Called every iteration."""
+        fields, objects = vars(self._args), self._objects
+        out = {name: fields[name] for name in self._names if name in fields}
+        replaced = [name for name, value in fields.items() if objects.get(name, _MISSING) is not value]
+        for name in (*replaced, *self._lists):
+            value = fields.get(name, _MISSING)
+            if name not in _OWN and is_plain(value) and self._before.get(name, _MISSING) != value:
+                out[name] = value
+        return out
+
+    def write(self, saved: dict[str, Any]) -> None:
+        """Make them those of `read`: what has changed since then is as it was when training began."""
+        for name in self.read().keys() - saved.keys():
+            if name in self._before:
+                setattr(self._args, name, copy.copy(self._before[name]))
+            else:
+                delattr(self._args, name)
+        apply_args(self._args, saved)
+        self._names.update(saved)  # the next process that takes this up has not seen them change
+
+
+def _plain(args: Namespace) -> dict[str, Any]:
+    return {name: copy.copy(v) for name, v in vars(args).items() if name not in _OWN and is_plain(v)}
