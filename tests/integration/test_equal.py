@@ -4,6 +4,7 @@ expresses, sums that a process keeps. A killed run is compared with an undisturb
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def _checkpoint(jobs: Jobs, flags: list[str]) -> list[str]:
 
 
 def _killed(
-    jobs: Jobs, flags: list[str], at: tuple[int, int], first: int = 0, script: Path = EXAMPLE, node: int = 0
+    jobs: Jobs, flags: list[str], at: tuple[int, int], script: Path = EXAMPLE, node: int = 0
 ) -> tuple[Job, Job]:
     """The job whose node dies at (iteration, tick), and the undisturbed one; they have trained alike."""
     want = jobs.start("undisturbed", launch_flags(2, slots=1), flags, script).finished()
@@ -66,8 +67,9 @@ def _killed(
     job.finished()
     assert len(job.events("resumed")) == 1
     expected = {iteration: exact for iteration, *exact in want.exact()}
+    assert max(expected) == ITERATIONS - 1
     assert all(exact == expected[iteration] for iteration, *exact in job.exact())
-    assert job.printed(1) == want.printed(1) and len(want.printed(1)) == ITERATIONS - first
+    assert want.printed(1) and job.printed(1) == want.printed(1)
     assert job.hashes() == want.hashes(), [
         (rank, part)
         for rank, parts in want.hashes().items()
@@ -109,7 +111,7 @@ def test_a_resumed_run_of_experts_with_full_validation_ends_the_same_after_a_kil
     """One run with a member of each kind: scheduler out of a checkpoint, positions of iterators, sums for the log."""
     flags = [*_plain_optimizer(duo_gpt("data", ITERATIONS)), *MOE, *LOSSES]
     resume = [*_checkpoint(jobs, flags), "--lr-decay-iters", "12", "--use-checkpoint-opt_param-scheduler"]
-    job, want = _killed(jobs, [*_on_files(flags), *resume, *_two_sets(data)], (6, 3), first=4)
+    job, want = _killed(jobs, [*_on_files(flags), *resume, *_two_sets(data)], (6, 3))
     assert _validations(want) and set(_validations(job)) == set(_validations(want))
     assert all("load_balancing_loss" in line and "z_loss" in line for line in want.printed(1).values())
 
@@ -136,7 +138,6 @@ RECIPES = {
     "only the model": Recipe("--no-load-optim --no-load-rng", True),
     "multi-token prediction": Recipe("--mtp-num-layers 1 --position-embedding-type rope"),
     "z loss": Recipe(" ".join([*MOE, *LOSSES])),
-    "log interval 3": Recipe("--log-interval 3"),
 }
 
 
@@ -147,16 +148,16 @@ def test_a_killed_run_of_this_recipe_ends_the_same(name: str, jobs: Jobs) -> Non
     recipe = RECIPES[name]
     flags = _plain_optimizer(duo_gpt("data", ITERATIONS)) if recipe.resumes else duo_gpt("data", ITERATIONS)
     more = _checkpoint(jobs, flags) if recipe.resumes else []
-    more += recipe.flags.split()
-    want = jobs.start("undisturbed", launch_flags(2, slots=1), [*flags, *more]).finished()
-    job = jobs.start("killed", launch_flags(3, 1, slots=1), [*flags, *more], held=True)
-    job.arm((0, *recipe.at))
-    job.finished()
-    assert len(job.events("resumed")) == 1
-    expected = {iteration: exact for iteration, *exact in want.exact()}
-    assert expected and all(exact == expected[iteration] for iteration, *exact in job.exact())
-    assert want.printed(1) and job.printed(1) == want.printed(1)
-    assert job.hashes() == want.hashes()
+    _killed(jobs, [*flags, *more, *recipe.flags.split()], recipe.at)
+
+
+@pytest.mark.slow
+def test_the_time_of_an_iteration_that_is_printed_counts_those_before_the_recovery(jobs: Jobs) -> None:
+    job, _ = _killed(jobs, [*duo_gpt("data", ITERATIONS), "--log-interval", "3"], (4, 2))
+    text = (job.run_dir / "logs" / "rank-1.log").read_text()
+    (printed,) = re.findall(r"iteration +6/ .*elapsed time per iteration \(ms\): ([\d.]+)", text)
+    seconds = {e["iteration"]: e["seconds"] for e in job.events("iteration")}
+    assert 3 * float(printed) + 1 >= 1000 * sum(seconds[i] for i in (3, 4, 5))
 
 
 @pytest.mark.slow
