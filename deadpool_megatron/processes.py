@@ -174,7 +174,12 @@ def _durable_settings(plan: LaunchPlan, job_id: str) -> dict[str, Any] | None:
 
 
 def _checkpoint_to_load(arguments: Sequence[str]) -> int:
-    """The iteration of Megatron's checkpoint that --load names; -1 when there is none."""
+    """The iteration of Megatron's checkpoint that --load names; -1 when there is none.
+
+    With --finetune a job begins at iteration 0 whatever it loads, so any durable generation of it is newer.
+    """
+    if "--finetune" in arguments:
+        return -1
     directory = ""
     for i, token in enumerate(arguments):
         if token == "--load" and i + 1 < len(arguments):

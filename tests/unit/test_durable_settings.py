@@ -44,6 +44,7 @@ def test_the_checkpoint_that_would_be_loaded_is_found(tmp_path: Path) -> None:
     assert _checkpoint_to_load(["--load", str(tmp_path)]) == -1
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("40\n")
     assert _checkpoint_to_load(["--load", "nowhere", f"--load={tmp_path}"]) == 40
+    assert _checkpoint_to_load(["--load", str(tmp_path), "--finetune"]) == -1
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     assert _checkpoint_to_load(["--load", str(tmp_path)]) == -1
     assert _checkpoint_to_load([]) == -1
