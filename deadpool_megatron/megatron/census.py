@@ -64,9 +64,9 @@ CENSUS: Final[tuple[Entry, ...]] = (
     # the optimizer
     Entry(_OPTIMIZER + r"\.(optimizer\.state|shard_\w+|fp32_\w+)\b.*", "shard", "unique state"),
     Entry(_OPTIMIZER + r"\.opt_group_ranges.*(main_param|orig_group\]\[params\]\[\d+\])", "shard", "unique state"),
-    Entry(_OPTIMIZER + r"\.float16_groups.*\.main_param", "shard", "unique state"),
+    Entry(_OPTIMIZER + r"\.\w*float16_groups.*\.main_param", "shard", "unique state"),
     Entry(_OPTIMIZER + r"\.optimizer\.param_groups\[\d+\]\[params\].*", "shard", "unique state"),
-    Entry(_OPTIMIZER + r"\.(\w*float16_groups.*|opt_group_ranges\[\d+\]\[params\]\[\d+\])", "made", _FROM_MAIN),
+    Entry(_OPTIMIZER + r"\.(\w*float16_groups(\[\d+\])+|opt_group_ranges\[\d+\]\[params\]\[\d+\])", "made", _FROM_MAIN),
     Entry(_OPTIMIZER + r"\.optimizer\.param_groups\[\d+\]\[\w+\]", "small", "Numbers: every field of every group"),
     Entry(_OPTIMIZER + r"\._has_grad_norm_group_cache.*", "reset", "Adapter.learned: spares do not know it"),
     Entry(_OPTIMIZER + r"\.grad_norms_by_group.*", "reset", "of the last step, for its report"),
