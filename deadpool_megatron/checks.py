@@ -20,7 +20,7 @@ from deadpool_megatron.observe import LOGS
 from deadpool_megatron.vault import VaultError, choose_transport
 from deadpool_megatron.versions import check_version
 
-__all__ = ["LaunchError", "LaunchPlan", "check", "check_transport", "whole"]
+__all__ = ["LaunchError", "LaunchPlan", "check", "check_transport", "module_file", "visible_gpus", "whole"]
 
 
 class LaunchError(Exception):
@@ -69,14 +69,20 @@ def workers_a_node(text: str) -> int:
         return whole(text, "--nproc-per-node")
     if text == "cpu":
         return os.cpu_count() or 1
-    found = 0
-    if shutil.which("nvidia-smi"):
-        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-        out = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-        found = len(listed.split(",")) if listed else sum(x.startswith("GPU ") for x in out.splitlines())
+    found = visible_gpus()
     if not found:
         raise LaunchError(f"--nproc-per-node {text}: no GPU is visible on this node; give a number")
-    return found
+    return len(found)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine that a process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    if listed := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return listed.split(",")
+    out = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(i) for i, line in enumerate(out.splitlines()) if line.startswith("GPU ")]
 
 
 _SIZES = (
@@ -116,7 +122,7 @@ def check(
     script, arguments = options.script, list(options.arguments)
     module = script if options.module else ""
     if module:
-        script = _file_of(module)
+        script = module_file(module)
     config = from_script_arguments(arguments)
     if config.durable_dir and "://" not in config.durable_dir:
         config = dataclasses.replace(config, durable_dir=str(Path(config.durable_dir).absolute()))
@@ -185,8 +191,8 @@ def check(
     )
 
 
-def _file_of(module: str) -> str:
-    """The file that ``python -m module`` would run."""
+def module_file(module: str) -> str:
+    """The file that ``python -m module`` would run in this directory. Raises LaunchError."""
     sys.path.insert(0, os.getcwd())
     try:
         spec = find_spec(module)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deadpool_megatron.checks import LaunchError, LaunchPlan, check, check_transport
+from deadpool_megatron.checks import LaunchError, LaunchPlan, check, check_transport, visible_gpus
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.leadership import Leadership
 from deadpool_megatron.cluster.notices import WARNINGS
@@ -40,12 +40,7 @@ def _devices(plan: LaunchPlan) -> list[str | None]:
     """CUDA devices by local node: each "node" of this machine gets devices of its own."""
     if plan.emulate_cpu or plan.nodes == 1 or not shutil.which("nvidia-smi"):
         return [None] * plan.nodes
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed:
-        devices = listed.split(",")
-    else:
-        out = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-        devices = [str(i) for i, line in enumerate(out.splitlines()) if line.startswith("GPU ")]
+    devices = visible_gpus()
     need = plan.nodes * plan.slots_per_node
     if len(devices) < need:
         raise LaunchError(

@@ -20,7 +20,6 @@ import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -87,14 +86,6 @@ def _run_script(script: str, module: str, arguments: list[str]) -> None:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(script, run_name="__main__")
-
-
-def _file_of(module: str) -> str:
-    spec = find_spec(module)
-    if spec is not None and spec.submodule_search_locations is not None:
-        spec = find_spec(f"{module}.__main__")
-    assert spec is not None and spec.origin is not None, module  # the launcher has looked
-    return spec.origin
 
 
 def _install(standby: bool) -> Hooks:
@@ -175,7 +166,8 @@ def _log_to_stderr() -> None:
     log.propagate = False
 
 
-def _failed(hooks: Hooks | None, error: BaseException, tell: Callable[[r.WorkerFailed], None]) -> None:
+def _failed(hooks: Hooks | None, error: BaseException, tell: Callable[[r.WorkerFailed], None]) -> int:
+    """Tell the agent; returns the code with which the job ends because of it, 0 where that is not known yet."""
     from deadpool_megatron.config import ConfigError
     from deadpool_megatron.megatron import Unequal, UserError
 
@@ -189,6 +181,7 @@ def _failed(hooks: Hooks | None, error: BaseException, tell: Callable[[r.WorkerF
     kind, place = f"{type(error).__module__}.{type(error).__qualname__}", _place(error)
     told = r.WorkerFailed(0, 0, None, phase, epoch, iteration, code, kind, place, message[:2000], trace[-12000:])
     tell(told)
+    return code
 
 
 def _place(error: BaseException) -> str:
@@ -211,7 +204,9 @@ def main() -> int:
         sys.path.insert(0, "")
     sys.path[0] = os.getcwd() if module else str(Path(script).resolve().parent)
     if module:
-        script = _file_of(module)
+        from deadpool_megatron.checks import module_file
+
+        script = module_file(module)
     standby = "RANK" not in os.environ
     if os.environ.get(EMULATE):
         from deadpool_megatron import emulation
@@ -243,12 +238,10 @@ def main() -> int:
             _failed(hooks, exit_, tell)
         raise
     except BaseException as error:  # noqa: BLE001 - the process boundary: tell the agent why, then end
-        _failed(hooks, error, tell)
+        code = _failed(hooks, error, tell)
         traceback.print_exception(error)
         sys.stderr.flush()
-        return {"UserError": Exit.USAGE, "ConfigError": Exit.USAGE, "Unequal": Exit.UNEQUAL}.get(
-            type(error).__name__, Exit.FAILED
-        )
+        return code or Exit.FAILED
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["Layout", "Schedule", "duo_gpt", "tiny_gpt", "with_value", "world_size"]
+__all__ = ["Layout", "Schedule", "duo_gpt", "plain_optimizer", "tiny_gpt", "with_value", "without_values", "world_size"]
 
 Schedule = Literal["1f1b", "interleaved", "none"]
 Layout = Literal["pipeline", "data"]
@@ -75,6 +75,20 @@ def with_value(flags: list[str], flag: str, value: object) -> list[str]:
     """The flags with another value for one that is among them."""
     place = flags.index(flag) + 1
     return [*flags[:place], str(value), *flags[place + 1 :]]
+
+
+def without_values(flags: list[str], *names: str) -> list[str]:
+    """The flags without some that take a value, each of which is among them."""
+    out = list(flags)
+    for name in names:
+        place = out.index(name)
+        del out[place : place + 2]
+    return out
+
+
+def plain_optimizer(flags: list[str]) -> list[str]:
+    """The flags of a run whose replicas all hold the whole state of the optimizer."""
+    return [flag for flag in flags if flag not in ("--use-distributed-optimizer", "--overlap-param-gather")]
 
 
 def duo_gpt(layout: Layout = "pipeline", iters: int = 6) -> list[str]:

@@ -41,9 +41,8 @@ class Blame:
 
     def __init__(self, worker_deaths: int) -> None:
         self._worker_deaths = worker_deaths
-        self._errors: dict[
-            tuple[int, str, str], int
-        ] = {}  # iteration, kind, place or rank -> epoch it was first seen in
+        # by iteration, kind, and place or rank: the epoch it was first seen in
+        self._errors: dict[tuple[int, str, str], int] = {}
         self._last: r.WorkerFailed | None = None
 
     def died(self, node: NodeState) -> bool:

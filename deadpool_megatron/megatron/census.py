@@ -88,9 +88,9 @@ CENSUS: Final[tuple[Entry, ...]] = (
     Entry(_RERUN + r"\.(validation_counts.*|first_iteration_complete|injected_result)", "reset", "of a step"),
     Entry(_RERUN + r"\.logged_sdc_enabled", "free", "a line of the log"),
     # sums for the log
-    Entry(r"megatron\.core\.transformer\.moe\.moe_logging:_MOE_METRICS_TRACKER.*", "reset", "reset._clear_sums"),
-    Entry(_MTP + r"\[cumulative_\w+\]", "small", "small_state._cumulative"),
-    Entry(_MTP + r"(#|\[(?!cumulative_)\w+\])", "reset", "reset._clear_sums"),
+    Entry(r"megatron\.core\.transformer\.moe\.moe_logging:_MOE_METRICS_TRACKER.*", "reset", "sums.clear_sums"),
+    Entry(_MTP + r"\[cumulative_\w+\]", "small", "sums.cumulative"),
+    Entry(_MTP + r"(#|\[(?!cumulative_)\w+\])", "reset", "sums.clear_sums"),
     Entry(
         r"megatron\.core\.transformer\.(multi_token_prediction|moe\.moe_utils):\w+AutoScaler\.main_loss_backward_scale",
         "reset",

@@ -19,7 +19,7 @@ import xxhash
 from megatron.core import parallel_state
 
 from deadpool_megatron.megatron.optimizer_state import members, plain_fields, state_tensors
-from deadpool_megatron.snapshot import encode
+from deadpool_megatron.snapshot import encode, host_bytes
 
 __all__ = ["Comparison", "Difference", "Unequal", "differences"]
 
@@ -107,16 +107,14 @@ class Comparison:
             (self._expert, _digest(self._experts)),
             (self._dense, _digest(self._replicated)),
             (self._dense, _hash(encode({"groups": groups}))),
-            (rank, 0),
+            (rank, int(not small_is_right)),  # of the rank itself: nobody else's is compared with it
         ]
-        if not small_is_right:
-            row[-1] = (-1 - rank, rank)  # compared with what stands for a right one, below
         device = torch.device("cuda", torch.cuda.current_device())
         mine = torch.tensor([value for pair in row for value in pair], dtype=torch.int64, device=device)
         rows = [torch.empty_like(mine) for _ in range(size)]
         torch.distributed.all_gather(rows, mine)
         table = [list(zip(each[::2], each[1::2], strict=True)) for each in (one.tolist() for one in rows)]
-        wrong = tuple(r for r, each in enumerate(table) if each[-1][0] < 0)
+        wrong = tuple(r for r, each in enumerate(table) if each[-1][1])
         found = differences(table)
         return [*found, Difference(PARTS[-1], wrong)] if wrong else found
 
@@ -146,6 +144,5 @@ def _signed(word: int) -> int:
 def _digest(tensors: Iterable[torch.Tensor]) -> int:
     state = xxhash.xxh3_64()
     for tensor in tensors:
-        flat = tensor.detach().contiguous().reshape(-1)
-        state.update(flat.view(torch.uint8).cpu().numpy())
+        state.update(host_bytes(tensor))
     return _signed(state.intdigest())

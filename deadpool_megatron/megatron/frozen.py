@@ -14,6 +14,7 @@ import xxhash
 from megatron.core import parallel_state
 
 from deadpool_megatron.megatron.comparison import Unequal
+from deadpool_megatron.snapshot import host_bytes
 
 __all__ = ["Frozen", "frozen_parameters"]
 
@@ -61,7 +62,7 @@ class Frozen:
             state = xxhash.xxh3_64()
             for name, parameter in parameters:
                 state.update(name.encode())
-                state.update(parameter.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+                state.update(host_bytes(parameter))
             out.append(state.intdigest())
         self.digests = out
 

@@ -7,8 +7,7 @@ differ, and the job hang (`Adapter.learned`, bucket groups' first batch).
 from __future__ import annotations
 
 import contextlib
-import sys
-from typing import Any, Final
+from typing import Any
 
 import torch
 from megatron.core import rerun_state_machine
@@ -17,6 +16,7 @@ from megatron.training import get_args, get_timers, training
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.frozen import Frozen
 from deadpool_megatron.megatron.optimizer_state import derive_parameters, members
+from deadpool_megatron.megatron.sums import clear_sums
 from deadpool_megatron.megatron.unique_state import UniqueState
 
 __all__ = ["full_iteration_graphs", "reset_after_abort", "synchronize_parameters"]
@@ -41,35 +41,6 @@ def _drop_graphs() -> None:
         FullCudaGraphWrapper.curr_iteration[stage] = 0
 
 
-# Where upstream adds up over an iteration's microbatches, for its log: (module, name in it). Zero between iterations.
-_SUMS: Final = (
-    ("megatron.core.transformer.moe.moe_logging", "_MOE_METRICS_TRACKER"),
-    ("megatron.core.transformer.multi_token_prediction", "MTPLossLoggingHelper"),
-    ("megatron.core.transformer.experimental_attention_variant.dsa", "DSAIndexerLossLoggingHelper"),
-)
-
-
-def _clear_sums(model: list[Any]) -> None:
-    """Take back what the broken step has added to sums that the process keeps, and not the model or the optimizer."""
-    for module, name in _SUMS:
-        holder = getattr(sys.modules.get(module), name, None)
-        entries = getattr(holder, "metrics", None) or getattr(holder, "tracker", {})
-        for name_, entry in entries.items():
-            if name_.startswith("cumulative_"):  # carried in the small state
-                continue
-            values: Any = entry if torch.is_tensor(entry) else getattr(entry, "values", None)
-            if torch.is_tensor(values):
-                values.zero_()
-    stats = getattr(training, "_seqlen_stats_in_iteration", None)
-    if stats is not None:  # of packed sequences
-        stats.zero_()
-        training._seqlen_stats_active = False
-    for chunk in model:
-        for module_ in chunk.modules():
-            if getattr(module_, "current_max_attn_logits", None) is not None:  # for QK clipping
-                module_.current_max_attn_logits = None
-
-
 def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
     """Drop handles, gradients and half-done bookkeeping of the step that broke. No communication, no allocation."""
     adapter = current()
@@ -88,7 +59,7 @@ def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
         # train() wraps it again where it wraps it at all.
         with contextlib.suppress(KeyError):
             del one.__dict__["step"]
-    _clear_sums(model)
+    clear_sums(model)
     for chunk in model:
         for group in _bucket_groups(chunk):
             adapter.refresh_bucket_group(group)

@@ -11,7 +11,6 @@ nothing here waits for the device.
 
 from __future__ import annotations
 
-import sys
 import time
 from argparse import Namespace
 from typing import Any, Final
@@ -25,6 +24,7 @@ from megatron.training import get_timers
 from deadpool_megatron.megatron.frozen import Frozen
 from deadpool_megatron.megatron.optimizer_state import Numbers, members, plain_fields, put_fields
 from deadpool_megatron.megatron.run_args import RunArgs
+from deadpool_megatron.megatron.sums import cumulative, put_cumulative
 from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng
 
 __all__ = ["SmallState", "positions", "unlike"]
@@ -175,7 +175,7 @@ class SmallState:
                 "scalers": [
                     {k: v for k, v in scaler.state_dict().items() if not torch.is_tensor(v)} for scaler in self._scalers
                 ],
-                "log": self._staged.take(self.log | _cumulative()),
+                "log": self._staged.take(self.log | cumulative()),
                 "logged_before": self.logged_before,
                 "positions": self.positions,
                 "frozen": self._frozen.expected,
@@ -195,7 +195,7 @@ class SmallState:
         put_fields(vars(self._scheduler), state["scheduler"])
         self._numbers.write(state["numbers"])
         self._frozen.expected = state["frozen"]
-        self.log = _put_cumulative(self._staged.put_back(state["log"]))
+        self.log = put_cumulative(self._staged.put_back(state["log"]))
         for scaler, saved in zip(self._scalers, state["scalers"], strict=True):
             if saved:  # a constant one has nothing to load
                 scaler.load_state_dict({**saved, "scale": scaler.scale.clone()})
@@ -208,37 +208,6 @@ class SmallState:
         update_num_microbatches(self._args.consumed_train_samples, consistency_check=False)
         iteration: int = state["args"]["iteration"]
         return iteration
-
-
-_CUMULATIVE: Final = "mtp."
-
-
-def _tracker() -> dict[str, Any]:
-    """Multi-token prediction's sums; those named cumulative go on from iteration to iteration."""
-    module = sys.modules.get("megatron.core.transformer.multi_token_prediction")
-    found: dict[str, Any] = module.MTPLossLoggingHelper.tracker if module is not None else {}
-    return found
-
-
-def _cumulative() -> dict[str, torch.Tensor]:
-    return {
-        f"{_CUMULATIVE}{name}.{i}": value[i]
-        for name, value in _tracker().items()
-        if name.startswith("cumulative_")
-        for i in range(len(value))
-    }
-
-
-def _put_cumulative(log: dict[str, Any]) -> dict[str, Any]:
-    """The opposite; returns the rest of the log."""
-    tracker = _tracker()
-    for name in [name for name in tracker if name.startswith("cumulative_")]:
-        del tracker[name]
-    parts: dict[str, list[torch.Tensor]] = {}
-    for key in [key for key in log if key.startswith(_CUMULATIVE)]:
-        parts.setdefault(key.removeprefix(_CUMULATIVE).rsplit(".", 1)[0], []).append(log.pop(key))
-    tracker.update({name: torch.stack(values) for name, values in parts.items()})
-    return log
 
 
 def _interval_s() -> float:

@@ -10,15 +10,14 @@ import torch
 from megatron.core import tensor_parallel
 
 from deadpool_megatron.megatron.optimizer_state import Numbers, plain_fields, state_tensors, step_counters
-from deadpool_megatron.snapshot import capture_host_rng, encode
+from deadpool_megatron.snapshot import capture_host_rng, encode, host_bytes
 
 __all__ = ["digests"]
 
 
 def _update(sha: Any, name: str, tensor: torch.Tensor) -> None:
     sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    flat = tensor.detach().contiguous().cpu().reshape(-1)
-    sha.update(flat.view(torch.uint8).numpy().tobytes())
+    sha.update(host_bytes(tensor).tobytes())
 
 
 def digests(args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, str]:

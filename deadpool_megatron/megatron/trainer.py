@@ -429,7 +429,7 @@ class MegatronTrainer:
             self.synchronize()
         left = self._compare() if found else []
         if self.rank == 0 or any(self.rank in each.ranks for each in found):
-            self._told(found, not left, time.perf_counter() - begun)
+            self._told(self._small_generation, found, not left, time.perf_counter() - begun)
         if left:
             raise Unequal(f"after the recovery {'; '.join(map(str, left))} differ from those of the others")
 
@@ -442,10 +442,9 @@ class MegatronTrainer:
             )
         return self._comparison.run(not wrong)
 
-    def _told(self, found: list[Difference], equal: bool, seconds: float) -> None:
+    def _told(self, iteration: int, found: list[Difference], equal: bool, seconds: float) -> None:
         told = [r.Unlike(each.part, list(each.ranks)) for each in found]
-        epoch, iteration = self._session.declared_epoch, self._small_generation
-        self._session.tell(r.Compared(0, self.rank, epoch, iteration, seconds, told, equal))
+        self._session.tell(r.Compared(0, self.rank, self._session.declared_epoch, iteration, seconds, told, equal))
 
     def _look_at_replicas(self, iteration: int) -> None:
         """``--deadpool-check-replicas``: what differs is told, and training goes on. Collective."""
@@ -458,8 +457,7 @@ class MegatronTrainer:
         if lazily:
             training.enable_forward_pre_hook(self._model)
         if self.rank == 0:
-            self._small_generation = iteration
-            self._told(found, not found, time.perf_counter() - begun)
+            self._told(iteration, found, not found, time.perf_counter() - begun)
 
     def adopt_iterators(self, generation: int) -> None:
         """A spare's iterators begin at ``generation``: mark it, so that `restore` finds it."""

@@ -4,7 +4,7 @@ from .cuda_engine import CudaCopyEngine
 from .engine import CopyEngine, CopyError, HostCopyEngine
 from .pacing import Pacing
 from .plan import Segment, ShardPlan
-from .small import SmallStateError, capture_host_rng, decode, encode, restore_host_rng
+from .small import SmallStateError, capture_host_rng, decode, encode, host_bytes, restore_host_rng
 from .snapshotter import SnapshotStats, Snapshotter
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "capture_host_rng",
     "decode",
     "encode",
+    "host_bytes",
     "restore_host_rng",
 ]

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import torch
 
-__all__ = ["SmallStateError", "capture_host_rng", "decode", "encode", "restore_host_rng"]
+__all__ = ["SmallStateError", "capture_host_rng", "decode", "encode", "host_bytes", "restore_host_rng"]
 
 _VERSION: Final = b"\x02"
 _TUPLE, _UINT32S, _BIGINT, _TENSOR, _ARRAY, _SCALAR = range(1, 7)
@@ -120,9 +120,13 @@ def _tensor(value: torch.Tensor, path: str) -> msgspec.msgpack.Ext:
     name = str(value.dtype).removeprefix("torch.")
     if name not in _DTYPES or value.layout != torch.strided:
         raise SmallStateError(f"{path}: a {value.layout} tensor of {value.dtype} cannot be part of the small state")
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return _ext(_TENSOR, _encoder.encode((name, tuple(value.shape), data)))
+    return _ext(_TENSOR, _encoder.encode((name, tuple(value.shape), host_bytes(value).tobytes())))
+
+
+def host_bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A tensor's elements as bytes on the host (uint8, one dimension), in order. Waits for a device."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
 
 
 def _ext(code: int, data: bytes) -> msgspec.msgpack.Ext:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.megatron.census import CENSUS, Entry
-from flags import duo_gpt
+from flags import Layout, duo_gpt, plain_optimizer, without_values
 from jobs import EXAMPLE, ROOT, Job, Jobs, launch_flags
 
 SCRIPT = ROOT / "tests" / "pretrain_census.py"
@@ -28,7 +28,7 @@ class Run:
     """``@`` stands for the path of the run directory."""
 
     flags: str
-    layout: str = "data"
+    layout: Layout = "data"
 
 
 EVALUATED = "--eval-interval 2 --eval-iters 2 --save @.ckpt --save-interval 3 --ckpt-format torch_dist"
@@ -59,16 +59,14 @@ RUNS = {
 def _job(jobs: Jobs, name: str, run: Run, spares: int) -> tuple[Job, Path]:
     directory = jobs.directory / f"{name}-census"
     directory.mkdir()
-    flags = duo_gpt(run.layout, ITERATIONS)  # type: ignore[arg-type]
+    flags = duo_gpt(run.layout, ITERATIONS)
     new = run.flags.replace("@", str(jobs.directory / name)).split()
     if "--train-samples" in new:
-        for gone in ("--train-iters", "--lr-decay-iters", "--lr-warmup-iters"):
-            place = flags.index(gone)
-            del flags[place : place + 2]
+        flags = without_values(flags, "--train-iters", "--lr-decay-iters", "--lr-warmup-iters")
     if "--fp16" in new:
         flags.remove("--bf16")
     if "muon" in new:
-        flags = [flag for flag in flags if flag not in ("--use-distributed-optimizer", "--overlap-param-gather")]
+        flags = plain_optimizer(flags)
     extra = {"CENSUS_DIR": str(directory), "CENSUS_SCRIPT": str(EXAMPLE)}
     if not spares:
         return jobs.start(name, launch_flags(2, slots=1), [*flags, *new], SCRIPT, extra=extra), directory

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.cluster import Exit
-from flags import duo_gpt
+from flags import duo_gpt, plain_optimizer, without_values
 from jobs import EXAMPLE, Job, Jobs, launch_flags
 
 ITERATIONS = 8
@@ -38,15 +38,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data")
     subprocess.run([sys.executable, "-c", _MAKE_DATA, str(directory)], check=True, capture_output=True)
     return directory
-
-
-def _without(flags: list[str], *names: str) -> list[str]:
-    """The flags without some that take no value, and without the two of a plain optimizer's opposites."""
-    return [flag for flag in flags if flag not in names]
-
-
-def _plain_optimizer(flags: list[str]) -> list[str]:
-    return _without(flags, "--use-distributed-optimizer", "--overlap-param-gather")
 
 
 def _checkpoint(jobs: Jobs, flags: list[str]) -> list[str]:
@@ -100,16 +91,12 @@ def _two_sets(data: Path) -> list[str]:
 
 def _on_files(flags: list[str]) -> list[str]:
     """Without mock data, and without the evaluation settings that full validation excludes."""
-    flags = _without(flags, "--mock-data")
-    for name in ("--eval-iters", "--eval-interval"):
-        place = flags.index(name)
-        del flags[place : place + 2]
-    return flags
+    return [f for f in without_values(flags, "--eval-iters", "--eval-interval") if f != "--mock-data"]
 
 
 def test_a_resumed_run_of_experts_with_full_validation_ends_the_same_after_a_kill(jobs: Jobs, data: Path) -> None:
     """One run with a member of each kind: scheduler out of a checkpoint, positions of iterators, sums for the log."""
-    flags = [*_plain_optimizer(duo_gpt("data", ITERATIONS)), *MOE, *LOSSES]
+    flags = [*plain_optimizer(duo_gpt("data", ITERATIONS)), *MOE, *LOSSES]
     resume = [*_checkpoint(jobs, flags), "--lr-decay-iters", "12", "--use-checkpoint-opt_param-scheduler"]
     job, want = _killed(jobs, [*_on_files(flags), *resume, *_two_sets(data)], (6, 3))
     assert _validations(want) and set(_validations(job)) == set(_validations(want))
@@ -146,12 +133,12 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_killed_run_of_this_recipe_ends_the_same(name: str, jobs: Jobs) -> None:
     recipe = RECIPES[name]
-    flags = _plain_optimizer(duo_gpt("data", ITERATIONS)) if recipe.resumes else duo_gpt("data", ITERATIONS)
+    flags = plain_optimizer(duo_gpt("data", ITERATIONS)) if recipe.resumes else duo_gpt("data", ITERATIONS)
     more = _checkpoint(jobs, flags) if recipe.resumes else []
     _killed(jobs, [*flags, *more, *recipe.flags.split()], recipe.at)
 
 
-@pytest.mark.slow
+@pytest.mark.perf
 def test_the_time_of_an_iteration_that_is_printed_counts_those_before_the_recovery(jobs: Jobs) -> None:
     job, _ = _killed(jobs, [*duo_gpt("data", ITERATIONS), "--log-interval", "3"], (4, 2))
     text = (job.run_dir / "logs" / "rank-1.log").read_text()
@@ -199,7 +186,7 @@ runpy.run_path("EXAMPLE", run_name="__main__")
     "frozen", ["embedding", pytest.param("mlp", marks=pytest.mark.slow), pytest.param("norm", marks=pytest.mark.slow)]
 )
 def test_frozen_layers_out_of_a_checkpoint_are_a_spare_s_too(frozen: str, jobs: Jobs) -> None:
-    plain = _plain_optimizer(duo_gpt("data", ITERATIONS))
+    plain = plain_optimizer(duo_gpt("data", ITERATIONS))
     more = [*_checkpoint(jobs, plain), "--finetune", "--no-load-optim", "--no-load-rng"]
     script = jobs.directory / "frozen.py"
     script.write_text(_FROZEN.replace("EXAMPLE", str(EXAMPLE)).replace("FROZEN", repr(frozen)))
@@ -207,7 +194,7 @@ def test_frozen_layers_out_of_a_checkpoint_are_a_spare_s_too(frozen: str, jobs: 
 
 
 def test_frozen_layers_without_a_replica_end_the_job_rather_than_train_another_model(jobs: Jobs) -> None:
-    plain = _plain_optimizer(duo_gpt("pipeline", ITERATIONS))
+    plain = plain_optimizer(duo_gpt("pipeline", ITERATIONS))
     more = [*_checkpoint(jobs, plain), "--finetune", "--no-load-optim", "--no-load-rng"]
     script = jobs.directory / "frozen.py"
     script.write_text(_FROZEN.replace("EXAMPLE", str(EXAMPLE)).replace("FROZEN", "'mlp'"))
@@ -222,7 +209,7 @@ def test_frozen_layers_without_a_replica_end_the_job_rather_than_train_another_m
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_job_that_goes_on_from_disk_has_its_frozen_layers_from_the_checkpoint(jobs: Jobs) -> None:
-    plain = _plain_optimizer(duo_gpt("data", ITERATIONS))
+    plain = plain_optimizer(duo_gpt("data", ITERATIONS))
     more = [*_checkpoint(jobs, plain), "--finetune", "--no-load-optim", "--no-load-rng"]
     script = jobs.directory / "frozen.py"
     script.write_text(_FROZEN.replace("EXAMPLE", str(EXAMPLE)).replace("FROZEN", "'embedding'"))
@@ -335,7 +322,11 @@ def test_replicas_are_compared_every_so_many_iterations_and_what_differs_is_name
         "training.train_step = train_step\n"
         f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')\n"
     )
-    flags = [*_without(_plain_optimizer(duo_gpt("data", 8)), "--bf16"), "--deadpool-check-replicas", "2"]
+    flags = [
+        *(flag for flag in plain_optimizer(duo_gpt("data", 8)) if flag != "--bf16"),
+        "--deadpool-check-replicas",
+        "2",
+    ]
     job = jobs.start("flipped", launch_flags(2, slots=1), flags, script).finished()
     assert [e["iteration"] for e in job.events("compared")] == [2, 4, 6]
     unlike = job.events("unlike")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from flags import Layout, duo_gpt, with_value
+from flags import Layout, duo_gpt, with_value, without_values
 from jobs import (
     EXAMPLE,
     ROOT,
@@ -135,9 +135,7 @@ def _flags(feature: Feature, run_dir: Path) -> list[str]:
     flags = duo_gpt(feature.layout, iters=ITERATIONS)
     new = feature.flags.replace("@", str(run_dir)).split()
     if "--train-samples" in new:  # Megatron counts in samples or in iterations, never in both
-        for gone in ("--train-iters", "--lr-decay-iters", "--lr-warmup-iters"):
-            place = flags.index(gone)
-            del flags[place : place + 2]
+        flags = without_values(flags, "--train-iters", "--lr-decay-iters", "--lr-warmup-iters")
     return [*flags, *new]  # of a flag given twice the last one counts
 
 
