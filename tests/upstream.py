@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["VERSIONS", "checkout", "git"]
+__all__ = ["VERSIONS", "checkout", "git", "scripts"]
 
 # Name of the patch set -> what git calls that version.
 VERSIONS = {
@@ -52,3 +52,9 @@ def checkout(name: str, directory: Path) -> Path:
     for library in Path(str(wheel)).glob("helpers_cpp*.so"):
         shutil.copy(library, tree / "megatron" / "core" / "datasets")
     return tree
+
+
+def scripts(name: str, directory: Path, *paths: str) -> None:
+    """Single files of one version, beside one another in ``directory``; they run with the installed megatron-core."""
+    for path in paths:
+        (directory / Path(path).name).write_bytes(git("show", f"{VERSIONS[name]}:{path}"))

@@ -54,7 +54,7 @@ from deadpool_megatron.cluster.uplink import Uplink
 from deadpool_megatron.cluster.watch import Watch
 from deadpool_megatron.cluster.workers import Worker
 from deadpool_megatron.durable import Done, Staged
-from deadpool_megatron.vault import numa_nodes
+from deadpool_megatron.vault import is_constants, numa_nodes
 
 __all__ = ["Agent"]
 
@@ -236,6 +236,8 @@ class Agent:
             case r.WorkerStep():
                 recovery.step(worker, record)
             case r.ArenaRequest():
+                if is_constants(record.rank):
+                    self._commits.has_constants(record.rank)
                 upkeep.grant(worker, record)
             case r.Arrived():
                 recovery.arrived(worker, record)
@@ -295,7 +297,8 @@ class Agent:
             case Damaged():
                 self._send(r.DamagedCopy(self._job.epoch, self._s.node, event.holder, event.kind, event.generation))
             case RankCommitted():
-                self._rank_committed(event)
+                for due in self._commits.due(event):
+                    self._rank_committed(due)
             case FetchDone():
                 self._recovery.fetched(event)
 

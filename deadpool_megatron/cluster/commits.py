@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.known import KnownJob
+from deadpool_megatron.cluster.shards import RankCommitted
+from deadpool_megatron.vault import constants_of, is_constants
 
 __all__ = ["Commits"]
 
 
 class Commits:
     """One node's account. The coordinator hears of a generation once, when all ranks of the node have it.
+
+    A rank has none while its constants are not wherever they belong: without them its shard is of no use.
 
     Attributes:
         last: what was told last, for a coordinator that may not know it: no slot could ever be overwritten again.
@@ -21,12 +25,32 @@ class Commits:
         self._committed: dict[int, set[tuple[int, int]]] = {}
         self._agreed: r.Agree | None = None
         self._covered: set[int] = set()
+        self._with_constants: set[int] = set()  # holders
+        self._safe: set[int] = set()  # those of them that are wherever they belong
+        self._waiting: dict[int, list[RankCommitted]] = {}
+
+    def has_constants(self, holder: int) -> None:
+        """A rank of this node has constants."""
+        self._with_constants.add(holder)
+
+    def due(self, event: RankCommitted) -> list[RankCommitted]:
+        """What counts now that ``event`` has come, in order; see above."""
+        if is_constants(event.rank):
+            self._safe.add(event.rank)
+            return self._waiting.pop(event.rank, [])
+        holder = constants_of(event.rank)
+        if holder in self._with_constants and holder not in self._safe:
+            self._waiting.setdefault(holder, []).append(event)
+            return []
+        return [event]
 
     def restart(self) -> None:
         """A new epoch begins."""
         self._committed.clear()
         self._agreed = None
         self._covered.clear()
+        self._safe.clear()
+        self._waiting.clear()
 
     def agreed(self, record: r.Agree) -> None:
         """The generation that this epoch goes on from."""

@@ -33,7 +33,7 @@ from deadpool_megatron.durable import (
     Take,
     load_shards,
 )
-from deadpool_megatron.vault import Version, small_capacity
+from deadpool_megatron.vault import Version, constants_of, is_constants, small_capacity
 
 __all__ = ["DurableNews", "Loaded", "NodeDurability"]
 
@@ -69,7 +69,7 @@ class NodeDurability:
         self._pinned = ""
         self._resume: int | None = None
         self._manifest: Manifest | None = None  # of what was loaded before training
-        self._loaded: dict[int, str] = {}  # by rank, digest of its layout
+        self._loaded: dict[int, str] = {}  # by rank, and holder of constants, digest of its layout
 
     def _tell(self, news: DurableNews | Answer) -> None:
         self._shards.tell(news)
@@ -88,19 +88,22 @@ class NodeDurability:
         if record.kind == "job":
             self._jobs[rank] = msgspec.json.decode(data)
         else:
-            self._layouts[rank] = msgspec.json.decode(data, type=Layout)
+            holder = rank if record.kind == "layout" else constants_of(rank)
+            self._layouts[holder] = msgspec.json.decode(data, type=Layout)
 
     def refusal(self, rank: int) -> str:
         """Why the shard a worker asks memory for is not the one that was loaded for it; empty when it is."""
         layout, loaded = self._layouts.get(rank), self._loaded.get(rank)
         if layout is None or loaded is None or loaded == layout.digest:
             return ""
+        if is_constants(rank):
+            return self._not_fit("it has other frozen parameters")
         return self._not_fit(f"rank {rank}'s shard in it consists of other tensors")
 
     def granted(self, rank: int, small_capacity: int) -> None:
         """The arena of ``rank`` is there: so is, from now on, the memory that draining it takes."""
         layout = self._layouts.get(rank)
-        if layout is not None:
+        if layout is not None and not is_constants(rank):  # those stay, so they are written from where they are
             self._drainer.stage(Stage(rank, layout.unique_bytes + small_capacity, layout))
 
     def _not_fit(self, why: str) -> str:
@@ -154,18 +157,24 @@ class NodeDurability:
             if differing:
                 name = differing[0]
                 return self._not_fit(f"{name} is {there.get(name)} in it and {here.get(name)} here")
-        return r.Generation(0, self._resume, 0, self._shards.path_of(rank), {})
+        with_constants = constants_of(rank) in self._loaded
+        return r.Generation(0, self._resume, 0, self._shards.path_of(rank), {}, with_constants)
 
     # ---- draining
 
     def drain(self, record: r.DrainShards, ranks: Iterable[int]) -> None:
         """Write this node's shards of a committed version. Their slots stay until they are copied out."""
         takes = tuple(
-            Take(rank, self._shards.path_of(rank), record.version_epoch, record.generation) for rank in sorted(ranks)
+            Take(rank, self._shards.path_of(rank), record.version_epoch, record.generation, self._constants(rank))
+            for rank in sorted(ranks)
         )
         self._pinned = record.name
         self._shards.vault.pin()
         self._drainer.give(Drain(self._directory, record.name, record.seconds, takes))
+
+    def _constants(self, rank: int) -> tuple[str, Layout] | None:
+        layout = self._layouts.get(constants_of(rank))
+        return None if layout is None else (self._shards.path_of(constants_of(rank)), layout)
 
     def seal(self, record: r.SealGeneration) -> None:
         """Write the manifest."""
@@ -214,6 +223,8 @@ class NodeDurability:
         left = set(versions)
 
         def loaded(rank: int, manifest: Manifest, layout: str) -> None:
+            if is_constants(rank):
+                return
             left.discard(rank)
             version = (record.epoch, record.generation)
             self._shards.tell(FetchDone(rank, record.epoch, record.generation, -1, version, ""))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster.records import Address, SlotAddress
-from deadpool_megatron.cluster.redundancy import Scheme, holders, words
-from deadpool_megatron.vault import PartTo, Target, WordPlan
+from deadpool_megatron.cluster.redundancy import Scheme, holders, stripes, words
+from deadpool_megatron.vault import PartTo, Target, WordPlan, constants_of
 
 __all__ = ["kept_for_others", "targets"]
 
@@ -19,9 +19,10 @@ def targets(
     assignment: Sequence[SlotAddress],
     vaults: Mapping[int, Address],
 ) -> dict[int, list[Target]]:
-    """By rank on ``node``, the vaults its shards go to.
+    """By rank on ``node``, and by the holder of its constants, the vaults these go to.
 
-    None for a rank with a keeper that has no vault: it is gone, and the next epoch will say who comes instead.
+    Constants are copied whole, with parity too: to the nodes that keep the stripe which begins with ``node``. No entry
+    for a holder with a keeper that has no vault: it is gone, and the next epoch will say who comes instead.
     """
     ranks = placing.ranks_of(assignment, node).values()
     wanted: dict[int, list[tuple[int, PartTo | None]]] = {rank: [] for rank in ranks}
@@ -34,11 +35,19 @@ def targets(
                 wanted[rank] += [
                     (keeper, PartTo(id_, part, scheme.k)) for keeper, id_ in zip(word.keepers, word.ids, strict=True)
                 ]
+    for ward, keepers in _first(groups, scheme):
+        if ward == node:
+            wanted |= {constants_of(rank): [(keeper, None) for keeper in keepers] for rank in ranks}
     return {
-        rank: [Target(vaults[keeper].host, vaults[keeper].port, part) for keeper, part in each]
-        for rank, each in wanted.items()
+        holder: [Target(vaults[keeper].host, vaults[keeper].port, part) for keeper, part in each]
+        for holder, each in wanted.items()
         if all(keeper in vaults for keeper, _ in each)
     }
+
+
+def _first(groups: Sequence[Sequence[int]], scheme: Scheme) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Each node, and the keepers of the stripe that begins with it."""
+    return ((stripe.data[0], stripe.keepers) for stripe in stripes(groups, scheme))
 
 
 def kept_for_others(
@@ -48,8 +57,8 @@ def kept_for_others(
     assignment: Sequence[SlotAddress],
     unique_bytes: Sequence[int],
     small_capacity: Sequence[int],
-) -> tuple[dict[int, tuple[int, int]], dict[int, WordPlan]]:
-    """What ``node`` keeps: by rank the sizes of a whole copy, and by word a row of parity.
+) -> tuple[dict[int, tuple[int, int]], dict[int, WordPlan], set[int]]:
+    """What ``node`` keeps: by rank the sizes of a whole copy, by word a row of parity, and holders of constants.
 
     Args:
         unique_bytes: by rank, of its shard.
@@ -72,4 +81,10 @@ def kept_for_others(
         for row, (keeper, id_) in enumerate(zip(word.keepers, word.ids, strict=True))
         if keeper == node
     }
-    return peers, rows
+    constants = {
+        constants_of(rank)
+        for ward, keepers in _first(groups, scheme)
+        if node in keepers
+        for rank in placing.ranks_of(assignment, ward).values()
+    }
+    return peers, rows, constants

@@ -81,12 +81,12 @@ class KnownJob:
         self._hold(Tables(record.version, record.assignment, record.vaults, record.groups, *sizes))
 
     def targets(self) -> Mapping[int, list[Target]] | None:
-        """By rank of this node, the vaults its shards go to; None before the first placement."""
+        """By rank of this node, and holder of its constants, the vaults they go to; None before the first placement."""
         t = self._tables
         return targets(self.node, t.groups, self._scheme, t.assignment, t.vaults) if t.groups else None
 
-    def kept_for_others(self) -> tuple[dict[int, tuple[int, int]], dict[int, WordPlan]]:
-        """What this node keeps of others: whole copies by rank and rows of parity by word (see `cluster.keeping`)."""
+    def kept_for_others(self) -> tuple[dict[int, tuple[int, int]], dict[int, WordPlan], set[int]]:
+        """What this node keeps of others (see `cluster.keeping`)."""
         t = self._tables
         return kept_for_others(self.node, t.groups, self._scheme, t.assignment, t.unique_bytes, t.small_capacity)
 

@@ -25,6 +25,7 @@ from deadpool_megatron.cluster.known import KnownJob
 from deadpool_megatron.cluster.shards import FetchDone, Shards
 from deadpool_megatron.cluster.upkeep import Upkeep
 from deadpool_megatron.cluster.workers import Worker
+from deadpool_megatron.vault import constants_of
 
 __all__ = ["NodeRecovery"]
 
@@ -96,19 +97,21 @@ class NodeRecovery:
         if record.durable:
             return
         job, shards = self._job, self._shards
+        aims = job.targets() or {}
         for local, rank in job.ranks.items():
             if local in self._crew.workers:
                 shards.set_near(rank, self._crew.workers[local].numa)
             source = record.sources.get(rank)
+            keepers = aims.get(constants_of(rank), ())
             if rank in record.rebuilds:
-                shards.rebuild(record.epoch, rank, record.generation, record.rebuilds[rank], job.vaults)
+                shards.rebuild(record.epoch, rank, record.generation, record.rebuilds[rank], job.vaults, keepers)
             elif source is None:
                 self._hand_out(rank, record.generation)
             else:
                 here = source.node == job.node
                 others = [job.vaults[node] for node in source.others if node in job.vaults]
                 address = None if here else job.vaults.get(source.node)
-                shards.fetch(record.epoch, rank, record.generation, source, address, others)
+                shards.fetch(record.epoch, rank, record.generation, source, address, others, keepers)
 
     # ---- what becomes of it here
 

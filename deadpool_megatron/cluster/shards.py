@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,10 @@ from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.vault import (
+    CONSTANT,
+    EMPTY,
     Kind,
+    NotHeld,
     Piece,
     RebuildFailed,
     Replicator,
@@ -27,8 +31,10 @@ from deadpool_megatron.vault import (
     Version,
     WordPlan,
     clean_leftovers,
+    constants_of,
     fetch,
     huge_bytes,
+    is_constants,
     make_transport,
     process_alive,
     rebuild,
@@ -38,6 +44,7 @@ from deadpool_megatron.vault import (
 __all__ = ["Damaged", "FetchDone", "RankCommitted", "ReserveFailed", "Reserved", "Shards", "ShardsEvent"]
 
 
+_log = logging.getLogger(__name__)
 _Held = dict[int, list[tuple[int, int]]]  # versions (epoch, generation), by rank or word
 
 
@@ -116,7 +123,9 @@ class Shards:
         self.stripes = Stripes(scheme.k, scheme.m, self.vault.chunk_bytes) if scheme is not None and parity else None
         name = f"{job_id}-{node}-{os.getpid()}-{os.urandom(4).hex()}"
         self._direct, self.transport = make_transport(transport, name)
-        self.server = VaultServer(self.vault, secret, host, stripes=self.stripes, direct=self._direct)
+        self.server = VaultServer(
+            self.vault, secret, host, stripes=self.stripes, direct=self._direct, on_full=self._no_room
+        )
         self.server.start()
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # ShardsEvent, and what others tell
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -135,8 +144,14 @@ class Shards:
     def _committed(self, rank: int, epoch: int, generation: int) -> None:
         self.tell(RankCommitted(rank, epoch, generation))
 
+    def _no_room(self, why: str) -> None:
+        """Before the first commit nothing is protected, so it is an error of the user's; later it's a copy less."""
+        if self.vault.kept == EMPTY:
+            self.tell(ReserveFailed(why))
+
     def _damaged(self, holder: int, kind: Kind, version: Version) -> None:
-        self.tell(Damaged(holder, kind, version.generation))
+        if kind == "parity" or not is_constants(holder):  # constants are written anew, or sent anew, in the next epoch
+            self.tell(Damaged(holder, kind, version.generation))
 
     def allocate(self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1) -> str:
         """The path of a rank's own arena, with room for the small state to grow. Raises VaultError in one clear line.
@@ -163,15 +178,19 @@ class Shards:
         """Where each own rank's shards go."""
         self._replicator.set_targets(epoch, targets)
 
-    def plan(self, peers: Mapping[int, tuple[int, int]], words: Mapping[int, WordPlan]) -> None:
+    def plan(
+        self, peers: Mapping[int, tuple[int, int]], words: Mapping[int, WordPlan], constants: Collection[int]
+    ) -> None:
         """What this node keeps for others from now on; the server refuses everything else.
 
         Args:
             peers: by rank, the bytes of its unique state and the room for its small state.
             words: by word, a row of parity.
+            constants: holders of them; of what size their owners say.
         """
         self._peers = dict(peers)
-        self.server.set_plan({rank: unique_bytes for rank, (unique_bytes, _) in peers.items()})
+        sizes: dict[int, int | None] = {rank: unique_bytes for rank, (unique_bytes, _) in peers.items()}
+        self.server.set_plan(sizes | dict.fromkeys(constants))
         if self.stripes is not None:
             self.stripes.plan(dict(words))
 
@@ -208,17 +227,16 @@ class Shards:
 
     def keep_only(self, own: set[int], peer: set[int], parity: set[int]) -> None:
         """Free what this node neither runs nor keeps for others any more; call once newer copies are committed."""
-        for rank in list(self.vault.holdings().ranks):
-            if rank not in own:
-                self.vault.drop(rank, "own")
-            if rank not in peer:
-                self.vault.drop(rank, "peer")
-            if rank not in parity:
-                self.vault.drop(rank, "parity")
+        keep: dict[Kind, set[int]] = {"own": own, "peer": peer, "parity": parity}
+        for arena in self.vault.arenas():
+            if arena.info.rank not in keep[arena.info.kind]:
+                self.vault.drop(arena.info.rank, arena.info.kind)
 
     def rang(self, rank: int) -> None:
-        """The worker of ``rank`` has written more of its shard."""
-        self._replicator.notify(rank)
+        """The worker of ``rank`` has written more of its shard, or of its constants."""
+        for holder in (rank, constants_of(rank)):
+            if self.vault.arena(holder, "own") is not None:
+                self._replicator.notify(holder)
 
     def holdings(self) -> tuple[_Held, _Held, _Held]:
         """Versions complete here: own copies and copies kept for peers, by rank, and parity, by word.
@@ -267,10 +285,12 @@ class Shards:
         source: r.Source,
         address: r.Address | None,
         others: Sequence[r.Address] = (),
+        keepers: Sequence[Target] = (),
     ) -> None:
         """Bring a shard into the own vault; the outcome comes as a FetchDone. ``address`` None: it is here already.
 
         ``others`` hold the same version: all give a part at once, and if that fails the first one gives all of it.
+        Constants of the rank come from any of these or of the ``keepers``, if one has them.
         """
         version = Version(source.version_epoch, generation)
 
@@ -286,6 +306,7 @@ class Shards:
                     if not more:
                         raise
                     fetch(self.vault, self._secret, place, rank, epoch, version, direct=self._direct)
+                self._fetch_constants(rank, epoch, [place, *more, *((each.host, each.port) for each in keepers)])
             except VaultError as err:
                 error = str(err)
             points.reach("fetch.after")
@@ -301,8 +322,12 @@ class Shards:
         generation: int,
         parts: Sequence[Sequence[r.Share]],
         vaults: Mapping[int, r.Address],
+        keepers: Sequence[Target] = (),
     ) -> None:
-        """Rebuild a shard that nobody holds whole, in the own vault; the outcome comes as a FetchDone."""
+        """Rebuild a shard that nobody holds whole, in the own vault; the outcome comes as a FetchDone.
+
+        Constants of the rank come from any of the ``keepers``, if one has them.
+        """
         first = parts[0][0].node
         # Under the newest of the versions its shares have: the bytes are the same in all of them.
         version = Version(max(share.version_epoch for part in parts for share in part), generation)
@@ -317,6 +342,7 @@ class Shards:
                     raise RebuildFailed(f"node {gone} has no vault", gone)
                 pieces = [[_piece(share, generation, vaults[share.node]) for share in part] for part in parts]
                 rebuild(self.vault, self._secret, rank, epoch, version, pieces, self.stripes.coder)
+                self._fetch_constants(rank, epoch, [(each.host, each.port) for each in keepers])
             except RebuildFailed as err:
                 error, node = str(err), err.node
             except VaultError as err:
@@ -325,6 +351,17 @@ class Shards:
             self.tell(FetchDone(rank, epoch, generation, node, got, error))
 
         threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()
+
+    def _fetch_constants(self, rank: int, epoch: int, places: Sequence[tuple[str, int] | Vault]) -> None:
+        """Blocks. Where nobody gives them, the rank has none, or its worker has to have them from a replica."""
+        for place in dict.fromkeys(places):
+            try:
+                fetch(self.vault, self._secret, place, constants_of(rank), epoch, CONSTANT, direct=self._direct)
+                return
+            except NotHeld:
+                continue
+            except VaultError as err:
+                _log.warning("rank %d: its constants cannot be had from %s: %s", rank, place, err)
 
     def close(self) -> None:
         """Stop all threads and free the memory."""

@@ -7,7 +7,7 @@ from deadpool_megatron.cluster.draining import NodeDurability
 from deadpool_megatron.cluster.known import KnownJob
 from deadpool_megatron.cluster.shards import Shards
 from deadpool_megatron.cluster.workers import Worker
-from deadpool_megatron.vault import VaultError, WordPlan, small_capacity
+from deadpool_megatron.vault import VaultError, WordPlan, constants_of, small_capacity
 
 __all__ = ["Upkeep"]
 
@@ -24,7 +24,7 @@ class Upkeep:
         self._job = job
         self._shards = shards
         self._durable = durable
-        self._kept: tuple[dict[int, tuple[int, int]], dict[int, WordPlan]] = ({}, {})
+        self._kept: tuple[dict[int, tuple[int, int]], dict[int, WordPlan], set[int]] = ({}, {}, set())
         self._tidied = 0  # the epoch since when nothing of an older placement is here
 
     def place(self, record: r.Placement) -> None:
@@ -61,8 +61,8 @@ class Upkeep:
         """Tell the replicator where the shards of each own rank go."""
         aims = self._job.targets()
         if aims is not None:
-            here = [rank for rank in self._job.ranks.values() if self._shards.path_of(rank)]
-            self._shards.set_targets(self._job.epoch, {rank: aims.get(rank, ()) for rank in here})
+            here = [holder for holder in self._own() if self._shards.path_of(holder)]
+            self._shards.set_targets(self._job.epoch, {holder: aims.get(holder, ()) for holder in here})
 
     def committed_to(self, record: r.CommittedTo) -> None:
         """What the whole job has committed. With the first commit of an epoch, older placements' copies are freed."""
@@ -72,8 +72,13 @@ class Upkeep:
         self._shards.set_kept(epoch, record.kept, record.floor)
         if record.kept is not None and record.kept[0] == epoch != self._tidied:
             self._tidied = epoch
-            peers, words = self._kept
-            self._shards.keep_only(set(self._job.ranks.values()), set(peers), set(words))
+            peers, words, constants = self._kept
+            self._shards.keep_only(self._own(), set(peers) | constants, set(words))
+
+    def _own(self) -> set[int]:
+        """The ranks here, and the holders of their constants."""
+        ranks = set(self._job.ranks.values())
+        return ranks | {constants_of(rank) for rank in ranks}
 
     def _plan(self) -> None:
         self._kept = self._job.kept_for_others()

@@ -14,19 +14,20 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from typing import BinaryIO
 
 import msgspec
 
-from deadpool_megatron.vault import VaultError, Version
+from deadpool_megatron.vault import CONSTANT, Arena, VaultError, Version
 
 from .errors import Cancelled, DurableError
-from .files import prune, remove_attempt, seal, write_shard
-from .format import Layout, ShardFile, generation_of
+from .files import prune, remove_attempt, seal, write_constants, write_shard
+from .format import ConstantsFile, Layout, ShardFile, generation_of
 from .orders import Answer, Cancel, Done, Drain, Order, Seal, Stage, Staged, Take
 from .pace import Pace
 from .staging import Staging
-from .store import open_store
+from .store import Store, open_store
 
 __all__ = ["main"]
 
@@ -41,6 +42,7 @@ class _Drainer:
         self._staging: dict[int, tuple[Staging, Layout]] = {}
         self._unstaged: dict[int, str] = {}
         self._cancelled: set[str] = set()
+        self._kept: dict[str, ConstantsFile] = {}  # by arena, what the store was seen to have
 
     # ---- the thread that reads
 
@@ -105,12 +107,11 @@ class _Drainer:
             generation = generation_of(order.name)
             if generation is None:
                 raise DurableError(f"{order.name} is no name of a generation")
-            for staging, layout in ready:
-                shards.append(
-                    write_shard(
-                        store, order.name, staging.rank, generation, layout, staging.unique, staging.small, moved
-                    )
+            for take, (staging, layout) in zip(order.shards, ready, strict=True):
+                shard = write_shard(
+                    store, order.name, staging.rank, generation, layout, staging.unique, staging.small, moved
                 )
+                shards.append(msgspec.structs.replace(shard, constants=self._constants(store, take, moved)))
         except (OSError, VaultError, DurableError) as err:
             error = _one_line(err)
         self._tell(Done(order.name, False, tuple(shards), error))
@@ -122,6 +123,24 @@ class _Drainer:
         staging, layout = self._staging[take.rank]
         staging.take(take.path, Version(take.epoch, take.generation))
         return staging, layout
+
+    def _constants(self, store: Store, take: Take, moved: Callable[[int], None]) -> ConstantsFile | None:
+        """Written once: what never changes need not be staged, nor looked at again."""
+        if take.constants is None:
+            return None
+        path, layout = take.constants
+        known = self._kept.get(path)
+        if known is None or store.size(known.path) != known.nbytes:
+            arena = Arena.attach(path)
+            try:
+                slot = arena.find(CONSTANT)
+                if slot is None:
+                    raise DurableError(f"the constants of rank {take.rank} are not in its vault yet")
+                slot.verify()
+                known = self._kept[path] = write_constants(store, layout, slot.unique, moved)
+            finally:
+                arena.close()
+        return known
 
     def _seal(self, order: Seal) -> None:
         name = order.manifest.name

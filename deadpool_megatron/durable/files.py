@@ -11,6 +11,7 @@ import xxhash
 from .errors import Damaged, DurableError
 from .format import (
     MANIFEST,
+    ConstantsFile,
     Layout,
     Manifest,
     ShardFile,
@@ -25,7 +26,18 @@ from .format import (
 )
 from .store import Store
 
-__all__ = ["Found", "find", "prune", "read_manifest", "read_shard", "remove_attempt", "seal", "write_shard"]
+__all__ = [
+    "Found",
+    "find",
+    "prune",
+    "read_constants",
+    "read_manifest",
+    "read_shard",
+    "remove_attempt",
+    "seal",
+    "write_constants",
+    "write_shard",
+]
 
 _BLOCK = 4 << 20
 
@@ -61,18 +73,46 @@ def write_shard(
     told = xxhash.xxh3_128()
     nbytes = 0
     name = shard_name(rank)
-    writing = store.create(f"{directory}/{name}")
-    try:
+
+    def blocks() -> Iterable[memoryview | bytes]:
+        nonlocal nbytes
         for block in _blocks(encode_header(rank, generation, layout, len(small)), layout, unique, small):
-            writing.write(block)
             told.update(block)
             nbytes += len(block)
+            yield block
+
+    _write(store, f"{directory}/{name}", blocks(), moved)
+    return ShardFile(rank, name, nbytes, told.hexdigest(), layout.digest)
+
+
+def write_constants(
+    store: Store, layout: Layout, unique: memoryview, moved: Callable[[int], None] = lambda nbytes: None
+) -> ConstantsFile:
+    """Write what never changes, unless the store has it: its file is named after its content. As `write_shard`."""
+    told = xxhash.xxh3_128()
+    nbytes = 0
+    blocks = [*_blocks(encode_header(0, 0, layout, 0), layout, unique, b"")]
+    for block in blocks:
+        told.update(block)
+        nbytes += len(block)
+    file = ConstantsFile(nbytes, told.hexdigest(), layout.digest)
+    if store.size(file.path) != nbytes:
+        _write(store, file.path, blocks, moved)
+    return file
+
+
+def _write(
+    store: Store, name: str, blocks: Iterable[memoryview | bytes], moved: Callable[[int], None] = lambda nbytes: None
+) -> None:
+    writing = store.create(name)
+    try:
+        for block in blocks:
+            writing.write(block)
             moved(len(block))
         writing.commit()
     except BaseException:
         writing.abort()
         raise
-    return ShardFile(rank, name, nbytes, told.hexdigest(), layout.digest)
 
 
 def _blocks(header: bytes, layout: Layout, unique: memoryview, small: bytes) -> Iterable[memoryview | bytes]:
@@ -85,13 +125,7 @@ def _blocks(header: bytes, layout: Layout, unique: memoryview, small: bytes) -> 
 
 def seal(store: Store, manifest: Manifest) -> None:
     """Write the manifest: from its rename on the generation is there. Raises OSError."""
-    writing = store.create(f"{manifest.name}/{MANIFEST}")
-    try:
-        writing.write(encode_manifest(manifest))
-        writing.commit()
-    except BaseException:
-        writing.abort()
-        raise
+    _write(store, f"{manifest.name}/{MANIFEST}", [encode_manifest(manifest)])
 
 
 def remove_attempt(store: Store, directory: str) -> None:
@@ -125,11 +159,13 @@ def read_manifest(store: Store, directory: str) -> Manifest:
         manifest = decode_manifest(file.read(), where)
     if manifest.name != directory or manifest.generation != generation_of(directory):
         raise Damaged(f"{where} belongs to {manifest.name}")
-    for shard in manifest.shards:
-        size = store.size(f"{directory}/{shard.file}")
-        if size != shard.nbytes:
-            there = "missing" if size is None else f"{size} bytes instead of {shard.nbytes}"
-            raise Damaged(f"{store.root}/{directory}/{shard.file}: {there}")
+    files = {f"{directory}/{shard.file}": shard.nbytes for shard in manifest.shards}
+    files |= {shard.constants.path: shard.constants.nbytes for shard in manifest.shards if shard.constants is not None}
+    for name, nbytes in files.items():
+        size = store.size(name)
+        if size != nbytes:
+            there = "missing" if size is None else f"{size} bytes instead of {nbytes}"
+            raise Damaged(f"{store.root}/{name}: {there}")
     return manifest
 
 
@@ -161,9 +197,26 @@ def read_shard(
 
     Raises Damaged (the memory holds garbage then), OSError.
     """
-    where = f"{store.root}/{directory}/{shard.file}"
+    return _read(store, f"{directory}/{shard.file}", shard.rank, shard, place)
+
+
+def read_constants(
+    store: Store, file: ConstantsFile, place: Callable[[ShardHeader], tuple[memoryview, memoryview]]
+) -> ShardHeader:
+    """Read what never changes, as `read_shard`."""
+    return _read(store, file.path, 0, file, place)
+
+
+def _read(
+    store: Store,
+    name: str,
+    rank: int,
+    told_of: ShardFile | ConstantsFile,
+    place: Callable[[ShardHeader], tuple[memoryview, memoryview]],
+) -> ShardHeader:
+    where = f"{store.root}/{name}"
     told = xxhash.xxh3_128()
-    with contextlib.closing(store.open(f"{directory}/{shard.file}")) as file:
+    with contextlib.closing(store.open(name)) as file:
 
         def fill(view: memoryview) -> None:
             done = 0
@@ -180,12 +233,12 @@ def read_shard(
         rest = bytearray(header_length(bytes(start), where))
         fill(memoryview(rest))
         header = parse_header(bytes(start), bytes(rest), where)
-        if header.rank != shard.rank or header.layout.digest != shard.layout or header.nbytes != shard.nbytes:
+        if header.rank != rank or header.layout.digest != told_of.layout or header.nbytes != told_of.nbytes:
             raise Damaged(f"{where} is not the file its manifest describes")
         unique, small = place(header)
         for item in header.layout.items:
             fill(unique[item.offset : item.offset + item.nbytes])
         fill(small)
-    if told.hexdigest() != shard.xxh3_128:
+    if told.hexdigest() != told_of.xxh3_128:
         raise Damaged(f"{where} has changed since it was written: its checksum does not fit")
     return header

@@ -6,6 +6,7 @@ A generation is a directory of its own below the durable directory::
         rank-00000.safetensors                 one a coordinate: its unique state by name, then its small state
         rank-00001.safetensors
         manifest.json                          written last: with it the generation is there, without it is nothing
+    constants/<digest>.safetensors             what never changes, as frozen parameters: one file for all generations
 
 ``docs/durable.md`` describes every field.
 """
@@ -24,9 +25,11 @@ import xxhash
 from .errors import Damaged
 
 __all__ = [
+    "CONSTANTS",
     "FORMAT",
     "MANIFEST",
     "SMALL",
+    "ConstantsFile",
     "Coordinate",
     "Item",
     "Layout",
@@ -44,6 +47,7 @@ __all__ = [
 
 FORMAT: Final = "deadpool-durable/1"
 MANIFEST: Final = "manifest.json"
+CONSTANTS: Final = "constants"
 SMALL: Final = "deadpool.small_state"
 _MAX_HEADER: Final = 100_000_000  # as the safetensors library has it
 _NAME: Final = re.compile(r"generation-(\d{12})-[A-Za-z0-9]+-\d+")
@@ -71,7 +75,21 @@ class Layout(_Value, frozen=True):
     items: tuple[Item, ...]
 
 
-class ShardFile(_Value, frozen=True):
+class ConstantsFile(_Value, frozen=True):
+    """What never changes of a coordinate; replicas, and all generations, have one file. Fields as in `ShardFile`."""
+
+    nbytes: int
+    xxh3_128: str
+    layout: str
+
+    @property
+    def path(self) -> str:
+        """Below the durable directory; named after the content."""
+        return f"{CONSTANTS}/{self.xxh3_128}.safetensors"
+
+
+# (manifests that were written before there were constants keep their digest)
+class ShardFile(_Value, frozen=True, omit_defaults=True):
     """One coordinate's file: its size in bytes, its XXH3-128 in hexadecimal, and the digest of its layout."""
 
     rank: int
@@ -79,6 +97,7 @@ class ShardFile(_Value, frozen=True):
     nbytes: int
     xxh3_128: str
     layout: str
+    constants: ConstantsFile | None = None
 
 
 class Coordinate(_Value, frozen=True):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
-from deadpool_megatron.vault import Slot, Vault, VaultError, Version, store_shard
+from deadpool_megatron.vault import CONSTANT, Slot, Vault, VaultError, Version, constants_of, store_shard
 
 from .errors import DurableError
-from .files import read_manifest, read_shard
+from .files import read_constants, read_manifest, read_shard
 from .format import Manifest, ShardHeader
 from .store import open_store
 
@@ -29,7 +30,7 @@ def load_shards(
         name: the generation's directory below it.
         versions: by rank.
         capacity: bytes of room for the small state of an arena, given the bytes it has now.
-        loaded: called after each rank with (rank, manifest, digest of its layout).
+        loaded: called after each rank, and each holder of constants, with (holder, manifest, digest of its layout).
 
     Blocks for the disk. Raises DurableError, whatever was wrong; nothing half-read counts as held.
     """
@@ -40,25 +41,34 @@ def load_shards(
             if rank >= manifest.world_size:
                 raise DurableError(f"{name} has {manifest.world_size} ranks, none with number {rank}")
             shard = manifest.shards[rank]
-            arena = vault.arena(rank, "own")
-            if arena is not None and arena.find(version) is not None:
-                loaded(rank, manifest, shard.layout)
-                continue
-
-            def fill(open_slot: Callable[[int, int], Slot]) -> int:
-                slot: Slot | None = None
-
-                def place(header: ShardHeader) -> tuple[memoryview, memoryview]:
-                    nonlocal slot
-                    room = capacity(header.small_bytes)
-                    slot = open_slot(header.layout.unique_bytes, room)
-                    if header.small_bytes > len(slot.small):
-                        raise DurableError(f"the small state of rank {rank} does not fit its arena")  # noqa: B023
-                    return slot.unique, slot.small[: header.small_bytes]
-
-                return read_shard(store, name, shard, place).small_bytes  # noqa: B023
-
-            store_shard(vault, rank, version, fill)
+            if shard.constants is not None:
+                read = functools.partial(read_constants, store, shard.constants)
+                _load(vault, constants_of(rank), CONSTANT, capacity, read)
+                loaded(constants_of(rank), manifest, shard.constants.layout)
+            _load(vault, rank, version, capacity, functools.partial(read_shard, store, name, shard))
             loaded(rank, manifest, shard.layout)
     except (OSError, VaultError) as err:
         raise DurableError(f"{directory}/{name} cannot be read: {err}") from None
+
+
+def _load(
+    vault: Vault,
+    holder: int,
+    version: Version,
+    capacity: Callable[[int], int],
+    read: Callable[[Callable[[ShardHeader], tuple[memoryview, memoryview]]], ShardHeader],
+) -> None:
+    arena = vault.arena(holder, "own")
+    if arena is not None and arena.find(version) is not None:
+        return
+
+    def fill(open_slot: Callable[[int, int], Slot]) -> int:
+        def place(header: ShardHeader) -> tuple[memoryview, memoryview]:
+            slot = open_slot(header.layout.unique_bytes, capacity(header.small_bytes))
+            if header.small_bytes > len(slot.small):
+                raise DurableError(f"the small state of rank {holder} does not fit its arena")
+            return slot.unique, slot.small[: header.small_bytes]
+
+        return read(place).small_bytes
+
+    store_shard(vault, holder, version, fill)

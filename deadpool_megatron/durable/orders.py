@@ -22,12 +22,16 @@ class Stage(_Record, frozen=True):
 
 
 class Take(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One coordinate to be drained: the arena file, and the version in it."""
+    """One coordinate to be drained: the arena file, and the version in it.
+
+    ``constants``: the arena file and the layout of what never changes; None where there is none.
+    """
 
     rank: int
     path: str
     epoch: int
     generation: int
+    constants: tuple[str, Layout] | None = None
 
 
 class Drain(_Record, frozen=True):

@@ -1,12 +1,13 @@
 """Parameters that no optimizer holds: frozen layers, towers, the base of low-rank adapters.
 
-They never change, so no generation has them. A spare's are those it was initialised with, unless a checkpoint was
-loaded at the start of the job; then they come from a replica. Their digest is in the small state, so that nobody trains
-on with others.
+They never change, so no generation has them. They are the constants of their coordinate in the vaults (and in the
+durable directory), written there once. Their digest is in the small state, so that nobody trains on with others: a
+spare's are those it was initialised with where these are the same, else they come from its vault, else from a replica.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Final
 
 import torch
@@ -14,10 +15,12 @@ import xxhash
 from megatron.core import parallel_state
 
 from deadpool_megatron.megatron.comparison import Unequal
-from deadpool_megatron.snapshot import host_bytes
+from deadpool_megatron.snapshot import ShardPlan, host_bytes, slot_views
+from deadpool_megatron.vault import CONSTANT, ConstantsWriter, VaultError
 
 __all__ = ["Frozen", "frozen_parameters"]
 
+_log = logging.getLogger(__name__)
 _BUCKET_BYTES: Final = 64 << 20
 
 
@@ -34,10 +37,16 @@ class Frozen:
 
     Args:
         model: the list of model chunks, each in Megatron's `DistributedDataParallel`.
+        slice_bytes: that of `ShardPlan`.
+
+    Attributes:
+        plan: how they lie in the vault.
     """
 
-    def __init__(self, model: list[Any]) -> None:
+    def __init__(self, model: list[Any], slice_bytes: int) -> None:
         frozen = frozen_parameters(model)
+        self.plan = ShardPlan(frozen, slice_bytes)
+        self._writer: ConstantsWriter | None = None
         self._sets = [
             (group, [(name, p) for name, p in frozen if getattr(p, "allreduce", True) is dense])
             for dense, group in (
@@ -50,10 +59,8 @@ class Frozen:
         self.look()
         self.expected = self.digests
 
-    @property
-    def nbytes(self) -> int:
-        """Of all of them."""
-        return sum(p.numel() * p.element_size() for _, parameters in self._sets for _, p in parameters)
+    def __bool__(self) -> bool:
+        return bool(self._sets)
 
     def look(self) -> None:
         """Make `digests` anew: of the dense ones and of those of experts, where there are any. Waits for the device."""
@@ -66,11 +73,44 @@ class Frozen:
             out.append(state.intdigest())
         self.digests = out
 
+    def use(self, writer: ConstantsWriter) -> None:
+        """The memory that they have in the own vault."""
+        self._writer = writer
+
+    def keep(self) -> None:
+        """Write them to the own vault, which sends them on, unless they are there. Blocks for the copying."""
+        slot = self._writer.begin() if self._writer is not None else None
+        if self._writer is None or slot is None:
+            return
+        with torch.no_grad():
+            for segment, place in zip(self.plan.segments, slot_views(self.plan, slot), strict=True):
+                place.copy_(segment.tensor)
+                self._writer.publish(segment.end)
+        self._writer.complete()
+
+    def _take(self) -> None:
+        """Make them what the own vault has, if it has any."""
+        if self._writer is None:
+            return
+        try:
+            self._writer.read(CONSTANT)
+        except VaultError as err:
+            _log.info("frozen parameters come from a replica: %s", err)
+            return
+        with torch.no_grad():
+            for segment, place in zip(
+                self.plan.segments, slot_views(self.plan, self._writer.arena.slots[0]), strict=True
+            ):
+                segment.tensor.copy_(place)
+        self.look()
+
     def synchronize(self) -> None:
         """Make them `expected` on every rank. Collective over the replicas of each.
 
-        Raises Unequal where no replica has those that training began with.
+        Raises Unequal where neither the own vault nor a replica has those that training began with.
         """
+        if self.digests != self.expected:
+            self._take()
         received = False
         for i, (group, parameters) in enumerate(self._sets):
             right = self.digests[i] == self.expected[i]
@@ -84,7 +124,8 @@ class Frozen:
             if not any(have):
                 raise Unequal(
                     f"{len(parameters)} parameters that no optimizer holds (the first one: {parameters[0][0]}) are not "
-                    "those that training began with, and no replica of them is left: restart from a checkpoint"
+                    "those that training began with, and neither a vault nor a replica has these: restart from a "
+                    "checkpoint"
                 )
             source = torch.distributed.get_process_group_ranks(group)[have.index(True)]
             with torch.no_grad():

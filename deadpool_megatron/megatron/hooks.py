@@ -182,7 +182,8 @@ class Hooks:
     def _load_checkpoint(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         assert self._run_args is not None
         model = next(iter(inspect.signature(original).bind(*args, **kwargs).arguments.values()))
-        if self.durable is not None and not frozen_parameters(model):
+        durable = self.durable
+        if durable is not None and (durable.constants or not frozen_parameters(model)):
             return 0, 0  # everything is in the durable generation
         with self._run_args.loading():
             return original(*args, **kwargs)

@@ -38,7 +38,7 @@ from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
 from deadpool_megatron.recovery import Refused, Session
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
 from deadpool_megatron.support import UserError
-from deadpool_megatron.vault import SlotWriter, Version
+from deadpool_megatron.vault import ConstantsWriter, SlotWriter, Version, constants_of
 
 __all__ = ["EpochClosed", "MegatronTrainer"]
 
@@ -97,7 +97,7 @@ class MegatronTrainer:
             session, self.rank, torch.distributed.get_world_size(), args.log_interval, args.deadpool_first_iteration
         )
         self._unique = UniqueState(optimizer)
-        self._frozen = Frozen(model)
+        self._frozen = Frozen(model, config.slice_bytes)
         self._comparison = Comparison(args, run_args.settings, model, optimizer, scheduler)
         run_args.training_begins()
         self.small_state = SmallState(args, run_args, model, optimizer, scheduler, self._frozen)
@@ -114,11 +114,12 @@ class MegatronTrainer:
         )
         if config.durable_dir:
             session.describe("layout", self.rank, describe_layout(self._plan))
-        try:
-            path = session.request_arena(self.rank, self._plan.nbytes, len(self._small), numa_node())
-        except Refused as err:
-            raise UserError(str(err)) from None
-        self._writer = SlotWriter(path, doorbell)
+            if self._frozen:
+                session.describe("constants", self.rank, describe_layout(self._frozen.plan))
+        self._writer = SlotWriter(self._memory(self.rank, self._plan.nbytes, len(self._small)), doorbell)
+        if self._frozen:
+            path = self._memory(constants_of(self.rank), self._frozen.plan.nbytes, 0)
+            self._frozen.use(ConstantsWriter(path, doorbell))
         self._engine = _engine()
         self._snapshotter = Snapshotter(self._plan, self._writer, self._engine, Pacing(config.copy_bandwidth))
         self._links = Links(args, model)
@@ -141,6 +142,12 @@ class MegatronTrainer:
         self._trace: list[tuple[float, str]] | None = None
         MegatronTrainer.latest = self
         optimizer.step_with_ready_grads = self._gated(optimizer.step_with_ready_grads)
+
+    def _memory(self, holder: int, unique_bytes: int, small_bytes: int) -> str:
+        try:
+            return self._session.request_arena(holder, unique_bytes, small_bytes, numa_node())
+        except Refused as err:
+            raise UserError(str(err)) from None
 
     def register(self, can_rescue: bool) -> None:
         """Tell who this is, once, before training."""
@@ -175,6 +182,7 @@ class MegatronTrainer:
     def take_first_generation(self, deadline_s: float) -> None:
         """Commit the state training begins with, so that there is a generation to go back to from the first step on.
 
+        What never changes goes to the vaults with it.
         Blocks, once, until every coordinate has committed it or the deadline passes (then a loss before the first
         commit ends the job). Raises EpochClosed.
         """
@@ -183,6 +191,7 @@ class MegatronTrainer:
         if self._writer.arena.find(Version(*self._first)) is None:  # a durable one is there already
             self._snapshotter.open(*self._first, self._small)
             self._snapshotter.gate()
+        self._frozen.keep()
         end = time.monotonic() + deadline_s
         # A word in shared memory that the agent writes; this is start-up, so looking at it now and then will do.
         while self._writer.kept is None and time.monotonic() < end:
@@ -418,6 +427,7 @@ class MegatronTrainer:
     def synchronize(self) -> None:
         """Bring back what other ranks hold: replicated state, 16-bit parameters. Collective."""
         synchronize_parameters(self._model, self._optimizer, self._unique, self._frozen)
+        self._frozen.keep()
 
     def prove(self) -> None:
         """Compare all ranks; restore what differs once more. Collective. Raises Unequal if it differs still."""

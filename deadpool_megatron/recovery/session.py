@@ -241,7 +241,7 @@ class Session:
                 self._news.wait(left)
             return True
 
-    def describe(self, kind: Literal["job", "layout"], rank: int, data: bytes) -> None:
+    def describe(self, kind: Literal["job", "layout", "constants"], rank: int, data: bytes) -> None:
         """Tell the agent something long of this worker, in parts that a packet can hold."""
         parts = max(1, -(-len(data) // _PART))
         for part in range(parts):

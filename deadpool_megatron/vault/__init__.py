@@ -29,11 +29,12 @@ from .stripes import Stripes, WordPlan
 from .transfer import fetch, store_shard
 from .transport import Transport, choose_transport, make_transport
 from .vault import Holding, Holdings, Vault, small_capacity
-from .version import EMPTY, MAX_GENERATION, Version, unpack
+from .version import CONSTANT, EMPTY, MAX_GENERATION, Version, constants_of, is_constants, unpack
 from .wire import Deadlines
-from .writer import SlotWriter
+from .writer import ConstantsWriter, SlotWriter
 
 __all__ = [
+    "CONSTANT",
     "EMPTY",
     "MAX_GENERATION",
     "PREFIX",
@@ -41,6 +42,7 @@ __all__ = [
     "ArenaInfo",
     "ChecksumMismatch",
     "CommitLedger",
+    "ConstantsWriter",
     "DeadlinePassed",
     "Deadlines",
     "DirectFailed",
@@ -72,8 +74,10 @@ __all__ = [
     "WordPlan",
     "choose_transport",
     "clean_leftovers",
+    "constants_of",
     "fetch",
     "huge_bytes",
+    "is_constants",
     "make_transport",
     "numa_node_of_device",
     "numa_node_of_process",

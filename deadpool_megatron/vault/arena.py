@@ -1,11 +1,11 @@
-"""The shared memory of one rank in one vault: a file with a header and two slots.
+"""The shared memory of one rank in one vault: a file with a header and two slots (one for constants).
 
 Created by the agent, mapped by agent and worker. Layout (64-bit little-endian words, native order; all offsets
 are multiples of a page):
 
     page 0        header: identity and sizes | words the agent tells | the two slots' words
-    then          checksum table of slot 0, of slot 1 (one xxh3_64 word for the small state and one per chunk)
-    then          slot 0: small-state capacity | unique bytes      then slot 1 likewise
+    then          checksum table of each slot (one xxh3_64 word for the small state and one per chunk)
+    then          each slot: small-state capacity | unique bytes
 
 Every word has one writer, is aligned and is stored whole, so no lock is shared between processes: a process that dies
 at any point leaves nothing locked. A slot's data belong to the version in ``begin`` when ``end`` says the same; while
@@ -25,7 +25,7 @@ import xxhash
 from .errors import ChecksumMismatch, VaultError, VaultFull
 from .leftovers import MAGIC, PAGE, PID_WORD, START_WORD, process_alive, process_start
 from .memory import populated
-from .version import EMPTY, Version, unpack
+from .version import CONSTANT, EMPTY, Version, is_constants, unpack
 
 __all__ = ["KINDS", "Arena", "ArenaInfo", "Kind", "Slot"]
 
@@ -53,6 +53,15 @@ class ArenaInfo:
     unique_bytes: int
     small_capacity: int
     total_bytes: int
+
+    @property
+    def constant(self) -> bool:
+        """It has one slot, for what never changes (`ConstantsWriter`)."""
+        return _constant(self.rank, self.kind)
+
+
+def _constant(rank: int, kind: Kind) -> bool:
+    return kind != "parity" and is_constants(rank)
 
 
 def _round(size: int) -> int:
@@ -85,7 +94,7 @@ class _Word:
 
 
 class Slot:
-    """One of an arena's two slots. ``small`` and ``unique`` are writable views that live as long as the arena."""
+    """One of an arena's slots. ``small`` and ``unique`` are writable views that live as long as the arena."""
 
     # stored by whoever writes the data: the worker (own arena) or the agent (peer arena, fetch)
     turn = _Word(_S_TURN)
@@ -161,6 +170,11 @@ class Slot:
         """The version in the slot, complete or not."""
         return unpack(self.begin)
 
+    @property
+    def pair(self) -> tuple[int, int]:
+        """The begin and end words as `discipline` wants them: one that has changed in memory counts as unfinished."""
+        return self.begin, EMPTY if self.damaged_turn == self.turn else self.end
+
     def chunk(self, index: int) -> memoryview:
         """Bytes of chunk ``index`` of the unique state."""
         start = index * self.chunk_bytes
@@ -207,13 +221,14 @@ class Arena:
             raise VaultError(f"{path} is not an arena of this DeadPool version")
         self.info = ArenaInfo(path, words[_W_RANK], KINDS[words[_W_KIND]], words[_W_UNIQUE], words[_W_SMALL], size)
         self.chunk_bytes: int = words[_W_CHUNK]
-        self.slots = (self._slot(0), self._slot(1))
+        self._count = 1 if self.info.constant else 2
+        self.slots = tuple(self._slot(i) for i in range(self._count))
 
     @staticmethod
-    def size(unique_bytes: int, small_capacity: int, chunk_bytes: int) -> int:
+    def size(rank: int, kind: Kind, unique_bytes: int, small_capacity: int, chunk_bytes: int) -> int:
         """Bytes of the file of an arena."""
         table = _round(8 * (1 + -(-unique_bytes // chunk_bytes)))
-        return PAGE + 2 * (table + _round(small_capacity) + _round(unique_bytes))
+        return PAGE + (1 if _constant(rank, kind) else 2) * (table + _round(small_capacity) + _round(unique_bytes))
 
     @classmethod
     def create(
@@ -229,7 +244,7 @@ class Arena:
                 f"cannot make an arena of {unique_bytes} + {small_capacity} bytes in chunks of {chunk_bytes}"
             )
         directory = os.path.dirname(path)
-        total = cls.size(unique_bytes, small_capacity, chunk_bytes)
+        total = cls.size(rank, kind, unique_bytes, small_capacity, chunk_bytes)
         hint = "give the node more shared memory (mount -o remount,size=... /dev/shm, or --shm-size of the container)"
         what = f"arena of rank {rank} ({kind}) needs {total} bytes in {directory}"
         free = _free_bytes(directory)
@@ -249,7 +264,7 @@ class Arena:
             words[_W_RANK], words[_W_KIND] = rank, KINDS.index(kind)
             words[_W_UNIQUE], words[_W_SMALL], words[_W_CHUNK] = unique_bytes, small_capacity, chunk_bytes
             words[PID_WORD], words[START_WORD], words[_W_TOTAL] = os.getpid(), process_start(os.getpid()) or 0, total
-            words[_W_KEPT] = EMPTY
+            words[_W_KEPT] = CONSTANT.pack() if _constant(rank, kind) else EMPTY
             for slot in range(2):
                 base = _W_SLOTS + slot * _SLOT_WORDS
                 words[base + _S_BEGIN] = words[base + _S_END] = words[base + _S_SMALL] = EMPTY
@@ -275,7 +290,7 @@ class Arena:
         info, chunk = self.info, self.chunk_bytes
         sums_words = 1 + -(-info.unique_bytes // chunk)
         table = _round(8 * sums_words)
-        data = PAGE + 2 * table + index * (_round(info.small_capacity) + _round(info.unique_bytes))
+        data = PAGE + self._count * table + index * (_round(info.small_capacity) + _round(info.unique_bytes))
         unique = data + _round(info.small_capacity)
         base = _W_SLOTS + index * _SLOT_WORDS
         return Slot(

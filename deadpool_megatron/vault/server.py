@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from .arena import Arena, Kind
@@ -47,6 +47,7 @@ class VaultServer:
         port: 0 for any.
         stripes: the parity this node keeps, with a k+m redundancy.
         direct: to read what peers offer, and let them read, without a copy through the connection.
+        on_full: called with one line when memory for what is to be kept here cannot be had; any thread.
     """
 
     def __init__(
@@ -58,15 +59,17 @@ class VaultServer:
         deadlines: Deadlines | None = None,
         stripes: Stripes | None = None,
         direct: Direct | None = None,
+        on_full: Callable[[str], None] = lambda why: None,
     ) -> None:
         self._vault = vault
+        self._on_full = on_full
         self._secret = check_secret(secret)
         self._deadlines = deadlines or Deadlines()
         self._lock = threading.Lock()
         self._channels: dict[Channel, int] = {}  # with the epoch of what is being written, -1 when nothing is
         self._stripes = stripes
         self._direct = direct
-        self._plan: Mapping[int, int] | None = None
+        self._plan: Mapping[int, int | None] | None = None
         self._writers: dict[tuple[int, ...], tuple[Channel, threading.Event]] = {}
         self._threads: set[threading.Thread] = set()
         self._pending: set[socket.socket] = set()
@@ -123,8 +126,8 @@ class VaultServer:
             "checksum": self.mismatches,
         }
 
-    def set_plan(self, unique_bytes: Mapping[int, int]) -> None:
-        """Which ranks' shards are kept here for others from now on, and of what size; any other is refused."""
+    def set_plan(self, unique_bytes: Mapping[int, int | None]) -> None:
+        """Whose shards are kept here for others from now on, and of what size (None: any); any other is refused."""
         self._plan = dict(unique_bytes)
 
     # ---- connections
@@ -186,6 +189,8 @@ class VaultServer:
                 code = next((code for kind, code in _CODES.items() if isinstance(err, kind)), "refused")
                 code = err.code if isinstance(err, Refused) else code
                 self.mismatches += isinstance(err, ChecksumMismatch)
+                if isinstance(err, VaultFull):
+                    self._on_full(str(err))
                 self.misfits += code in ("not-planned", "wrong-size", "protocol")
                 _log.log(_LEVELS.get(code, logging.WARNING), "vault of node %d: %s", self._vault.node, err)
                 channel.send(Refusal(self._vault.epoch, code, str(err)[:1000]))
@@ -206,7 +211,7 @@ class VaultServer:
         vault, version = self._vault, Version(begin.version_epoch, begin.generation)
         if begin.chunk_bytes != vault.chunk_bytes:
             raise Refused(f"chunks of {begin.chunk_bytes} bytes, but this vault has {vault.chunk_bytes}", "wrong-size")
-        if self._plan is not None and self._plan.get(begin.rank) != begin.unique_bytes:
+        if self._plan is not None and self._plan.get(begin.rank, -1) not in (None, begin.unique_bytes):
             raise Refused(f"rank {begin.rank}'s {begin.unique_bytes} bytes are not planned here", "not-planned")
         vault.learn(begin.kept, begin.floor)
         left = self._take_over(channel, (begin.rank,), begin.epoch)
@@ -215,8 +220,8 @@ class VaultServer:
             if arena.find(version) is not None:
                 channel.send(Begun(vault.epoch, True))
                 return
-            pairs = [(slot.begin, slot.end) for slot in arena.slots]
-            index = choose(pairs, version.pack(), vault.kept, vault.floor)
+            pairs = [slot.pair for slot in arena.slots]
+            index = choose(pairs, version.pack(), arena.kept, arena.floor)
             if index is None or begin.small_bytes > len(arena.slots[index].small):
                 raise Refused(f"no slot for {tuple(version)} of rank {begin.rank} may be overwritten here", "no-slot")
             slot = arena.slots[index]
@@ -241,7 +246,7 @@ class VaultServer:
         sizes = (begin.unique_bytes, begin.small_capacity)
         arena = vault.arena(begin.rank, "peer")
         if arena is not None and (arena.info.unique_bytes, arena.info.small_capacity) != sizes:
-            if not all(is_free(slot.begin, slot.end, vault.kept, vault.floor) for slot in arena.slots):
+            if not all(is_free(*slot.pair, arena.kept, arena.floor) for slot in arena.slots):
                 raise Refused(f"rank {begin.rank} has a shard of another size here that must be kept", "wrong-size")
             vault.drop(begin.rank, "peer")
         vault.allocate_peer(begin.rank, *sizes)

@@ -220,7 +220,7 @@ class Stripes:
 
 def _choose(arena: Arena, new: int, kept: int, floor: int) -> int | None:
     """As `discipline.choose`, but a version that other parts still come for is given up last."""
-    pairs = [(slot.begin, slot.end) for slot in arena.slots]
+    pairs = [slot.pair for slot in arena.slots]
     alive = [begin != EMPTY and begin != end and begin >= floor for begin, end in pairs]
     # to `choose` a version under way looks like a finished one above the floor: not free
     index = choose([(b, b) if a else (b, e) for (b, e), a in zip(pairs, alive, strict=True)], new, kept, floor)

@@ -284,7 +284,7 @@ def own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, small
     arena = vault.arena(rank, "own")
     if arena is None:
         raise VaultError(f"the memory of rank {rank} was dropped while its shard was fetched")
-    candidates = [slot for slot in arena.slots if slot.begin != vault.kept or not slot.sealed]
+    candidates = [slot for slot in arena.slots if slot.begin != arena.kept or not slot.complete]
     slot = min(candidates, key=lambda slot: (slot.begin != EMPTY, slot.sealed, slot.begin))
     with vault.checking(rank):
         slot.reopen(version.pack())

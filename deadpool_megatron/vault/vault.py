@@ -108,7 +108,7 @@ class Vault:
                         f"{small_capacity}; drop it first if its shard has really changed"
                     )
                 return arena
-            total = Arena.size(unique_bytes, small_capacity, self.chunk_bytes)
+            total = Arena.size(rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
             taken = sum(each.info.total_bytes for each in self._arenas.values())
             if self.limit_bytes and taken + total > self.limit_bytes:
                 raise VaultFull(
@@ -118,7 +118,9 @@ class Vault:
             path = f"{self.directory}/{PREFIX}{self.job_id}-{self.node}-{rank}-{kind}"
             with on_numa_node(numa):
                 arena = Arena.create(path, rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
-            arena.epoch, arena.kept, arena.floor = self._epoch, self._kept, self._floor
+            arena.epoch = self._epoch
+            if not arena.info.constant:
+                arena.kept, arena.floor = self._kept, self._floor
             self._arenas[rank, kind] = arena
             return arena
 
@@ -199,7 +201,7 @@ class Vault:
                 self._kept = kept
             self._floor = max(self._floor, floor)
             for (_, kind), arena in self._arenas.items():
-                if self._pinned and kind == "own":
+                if arena.info.constant or (self._pinned and kind == "own"):
                     continue
                 arena.kept = self._kept  # before the floor, so that no worker sees the old one unprotected
                 arena.floor = self._floor
@@ -221,10 +223,12 @@ class Vault:
     # ---- what there is
 
     def holdings(self) -> Holdings:
-        """All complete versions, by rank. Does not read the data: restore and fetch verify them."""
+        """All complete versions, by rank; constants are none. Does not read the data: restore and fetch verify them."""
         with self._lock:
             ranks: dict[int, list[Holding]] = {}
             for (rank, kind), arena in self._arenas.items():
+                if arena.info.constant:
+                    continue
                 held = ranks.setdefault(rank, [])
                 for slot in arena.slots:
                     version = slot.version

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-__all__ = ["EMPTY", "MAX_EPOCH", "MAX_GENERATION", "Version", "unpack"]
+__all__ = [
+    "CONSTANT",
+    "EMPTY",
+    "MAX_EPOCH",
+    "MAX_GENERATION",
+    "Version",
+    "constants_of",
+    "is_constants",
+    "unpack",
+]
 
 _GENERATION_BITS: Final = 40
 MAX_GENERATION: Final = (1 << _GENERATION_BITS) - 1
@@ -29,6 +38,20 @@ class Version(NamedTuple):
                 f"version {tuple(self)} is out of range: epoch 0..{MAX_EPOCH}, generation 0..{MAX_GENERATION}"
             )
         return self.epoch << _GENERATION_BITS | self.generation
+
+
+CONSTANT: Final = Version(0, 0)  # the one version of what never changes (`ConstantsWriter`)
+_CONSTANTS: Final = 1 << 40  # ranks are below; parity has words, which are of another kind
+
+
+def constants_of(rank: int) -> int:
+    """The holder of what never changes of a rank's state."""
+    return rank + _CONSTANTS
+
+
+def is_constants(holder: int) -> bool:
+    """Whether a holder of own or peer memory is such a one, and not a rank."""
+    return holder >= _CONSTANTS
 
 
 def unpack(word: int) -> Version | None:

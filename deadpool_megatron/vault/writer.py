@@ -10,9 +10,9 @@ import numpy.typing as npt
 from .arena import Arena, Slot
 from .discipline import choose
 from .errors import NotHeld, StaleEpoch, VaultError
-from .version import EMPTY, Version, unpack
+from .version import CONSTANT, EMPTY, Version, unpack
 
-__all__ = ["SlotWriter"]
+__all__ = ["ConstantsWriter", "SlotWriter"]
 
 
 class SlotWriter:
@@ -133,3 +133,21 @@ class SlotWriter:
                 os.eventfd_write(self._doorbell, 1)
             except BlockingIOError:
                 return  # the count is full, so the agent has been rung anyway
+
+
+class ConstantsWriter(SlotWriter):
+    """The same for what never changes of the rank's state, such as frozen parameters: written once, sent once.
+
+    Such constants are the shard of a holder of their own beside the rank (`constants_of`). Its arenas have one slot,
+    and the version in it counts as kept for ever: it is never overwritten, and a keeper that lacks it is sent it first,
+    by the rules that hold for every slot.
+    """
+
+    def begin(self) -> Slot | None:
+        """Open the slot; None when all is there already, checksummed. `publish` and `complete` follow."""
+        if self.arena.find(CONSTANT) is not None:
+            return None
+        slot = self._slot = self.arena.slots[0]
+        slot.reopen(CONSTANT.pack())
+        slot.put_small(b"")
+        return slot

@@ -206,7 +206,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 def test_training_under_agents_loses_a_machine_takes_it_back_as_a_spare_and_ends_bitwise_equal(
     machines: Machines, jobs: Jobs
 ) -> None:
-    iterations = 60
+    iterations = 20
     flags = [*tiny_gpt("none", iters=iterations), "--tensor-model-parallel-size", "1"]
     want = undisturbed(launch_flags(2, slots=1), flags)
     hash_file = Path(f"{machines.run_dir}.hash.json")
@@ -217,12 +217,13 @@ def test_training_under_agents_loses_a_machine_takes_it_back_as_a_spare_and_ends
     for n in range(3):
         machines.start([*line, "--node-rank", str(n), "--local-addr", f"127.0.0.{n + 1}"], script)
     job = MachinesJob(machines)
-    job.arm((1, 3, 1))
+    job.arm((1, 3, 1), until=10)
     job.until_event("training")
     survivor = job.pids()[0]
     assert machines.code(1) == 128 + signal.SIGKILL
     machines.start([*line, "--node-rank", "1"], script)  # the same command again, as a batch system would give it
     assert job.until_event("joined")["node"] == 3
+    job.hold(None)
     assert [machines.code(n) for n in (0, 2, 3)] == [0, 0, 0], job.log_tails()
     assert "its agent was ended by signal 9" in machines.output(1)
     assert [e["lost"] for e in job.events("declared")] == [[1]]

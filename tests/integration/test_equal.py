@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.cluster import Exit
-from flags import duo_gpt, plain_optimizer, without_values
+from flags import Layout, duo_gpt, plain_optimizer, without_values
 from jobs import EXAMPLE, Job, Jobs, launch_flags
+from upstream import scripts
 
 ITERATIONS = 8
 _MAKE_DATA = """
@@ -40,11 +41,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def _checkpoint(jobs: Jobs, flags: list[str]) -> list[str]:
+def _checkpoint(jobs: Jobs, flags: list[str], script: Path = EXAMPLE) -> list[str]:
     """The flags to load the checkpoint of iteration 4 of a run with these."""
     save = jobs.directory / "ckpt"
     saving = ["--exit-interval", "4", "--save", str(save), "--save-interval", "4", "--ckpt-format", "torch_dist"]
-    jobs.start("first", launch_flags(2, slots=1), [*flags, *saving], deadpool=False).finished()
+    jobs.start("first", launch_flags(2, slots=1), [*flags, *saving], script, deadpool=False).finished()
     return ["--load", str(save), "--ckpt-format", "torch_dist"]
 
 
@@ -125,6 +126,7 @@ RECIPES = {
     "only the model": Recipe("--no-load-optim --no-load-rng", True),
     "multi-token prediction": Recipe("--mtp-num-layers 1 --position-embedding-type rope"),
     "z loss": Recipe(" ".join([*MOE, *LOSSES])),
+    "checkpoint's arguments": Recipe("--use-checkpoint-args", True),
 }
 
 
@@ -136,6 +138,63 @@ def test_a_killed_run_of_this_recipe_ends_the_same(name: str, jobs: Jobs) -> Non
     flags = plain_optimizer(duo_gpt("data", ITERATIONS)) if recipe.resumes else duo_gpt("data", ITERATIONS)
     more = _checkpoint(jobs, flags) if recipe.resumes else []
     _killed(jobs, [*flags, *more, *recipe.flags.split()], recipe.at)
+
+
+# ---- other data, other models
+
+TESTS = Path(__file__).resolve().parents[1]
+EPOCHS = {
+    "shuffled": "--dataloader-type cyclic",
+    "shuffled, not by replica": "--dataloader-type cyclic --no-data-sharding",
+    "shuffled, in processes of their own": "--dataloader-type cyclic --num-workers 2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", EPOCHS)
+def test_several_epochs_of_data_in_another_order_each(name: str, jobs: Jobs) -> None:
+    flags = without_values(duo_gpt("data", ITERATIONS), "--eval-iters", "--eval-interval", "--num-workers")
+    more = EPOCHS[name].split()
+    more += ["--eval-interval", "3", "--eval-iters", "2"]
+    more += [] if "--num-workers" in more else ["--num-workers", "0"]
+    _killed(jobs, [*flags, *more], (6, 3), TESTS / "pretrain_epochs.py")  # an epoch is two and a half iterations
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_several_epochs_of_files(jobs: Jobs, data: Path) -> None:
+    flags = [*_on_files(duo_gpt("data", ITERATIONS)), "--eval-interval", "3", "--eval-iters", "2"]
+    flags += ["--data-path", str(data / "valid"), "--split", "90,10,0"]  # 15 samples of 64 tokens, for 64 samples
+    job, _ = _killed(jobs, flags, (6, 3))
+    assert "> total number of epochs: 5" in job.log_tails(2000) or "epochs: 5" in job.log_tails(2000)
+
+
+_SENTENCES = """
+import sys, numpy as np, torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+builder = IndexedDatasetBuilder(f"{sys.argv[1]}/sentences.bin", dtype=np.int32)
+generator = torch.Generator().manual_seed(5)
+for _ in range(60):
+    for _ in range(9):
+        builder.add_item(torch.randint(26, 320, (11,), generator=generator, dtype=torch.int32))
+    builder.end_document()
+builder.finalize(f"{sys.argv[1]}/sentences.idx")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("model", ["bert", "t5"])
+def test_upstreams_other_models(model: str, jobs: Jobs) -> None:
+    directory = jobs.directory
+    scripts("core_v0.19.0", directory, f"examples/{model}/pretrain_{model}.py")
+    scripts("core_v0.19.0", directory, "pretrain_gpt.py", "gpt_builders.py", "model_provider.py", "hybrid_builders.py")
+    subprocess.run([sys.executable, "-c", _SENTENCES, str(directory)], check=True, capture_output=True)
+    flags = without_values(_on_files(duo_gpt("data", ITERATIONS)), "--tokenizer-type", "--vocab-size")
+    flags += ["--data-path", str(directory / "sentences"), "--split", "90,10,0", "--eval-interval", "3"]
+    flags += ["--eval-iters", "2", *(["--spec", "local"] if model == "bert" else ["--decoder-seq-length", "32"])]
+    _killed(jobs, [str(directory / f"pretrain_{model}.py"), *flags], (6, 3), TESTS / "pretrain_wordpiece.py")
 
 
 @pytest.mark.perf
@@ -193,27 +252,61 @@ def test_frozen_layers_out_of_a_checkpoint_are_a_spare_s_too(frozen: str, jobs: 
     _killed(jobs, [*duo_gpt("data", ITERATIONS), *more], (3, 2), script=script)
 
 
-def test_frozen_layers_without_a_replica_end_the_job_rather_than_train_another_model(jobs: Jobs) -> None:
+def test_frozen_layers_without_a_replica_come_from_the_vault(jobs: Jobs) -> None:
     plain = plain_optimizer(duo_gpt("pipeline", ITERATIONS))
     more = [*_checkpoint(jobs, plain), "--finetune", "--no-load-optim", "--no-load-rng"]
     script = jobs.directory / "frozen.py"
     script.write_text(_FROZEN.replace("EXAMPLE", str(EXAMPLE)).replace("FROZEN", "'mlp'"))
-    job = jobs.start(
-        "killed", launch_flags(3, 1, slots=1), [*duo_gpt("pipeline", ITERATIONS), *more], script, held=True
-    )
-    job.arm((0, 3, 2))
-    assert job.wait() == Exit.UNEQUAL
-    assert "parameters that no optimizer holds" in job.output and "no replica of them is left" in job.output
+    _killed(jobs, [*duo_gpt("pipeline", ITERATIONS), *more], (3, 2), script=script)
+
+
+_ADAPTERS = """
+import runpy
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.mlp import MLP
+
+mlp_init, mlp_forward, gpt_init = MLP.__init__, MLP.forward, GPTModel.__init__
+
+def init(self, *args, **kwargs):
+    mlp_init(self, *args, **kwargs)
+    width = self.config.hidden_size
+    self.down = torch.nn.Linear(width, 4, bias=False, dtype=self.config.params_dtype)
+    self.up = torch.nn.Linear(4, width, bias=False, dtype=self.config.params_dtype)
+
+def forward(self, hidden, *args, **kwargs):
+    out, bias = mlp_forward(self, hidden, *args, **kwargs)
+    return out + self.up(self.down(hidden)), bias
+
+def gpt(self, *args, **kwargs):
+    gpt_init(self, *args, **kwargs)
+    for name, parameter in self.named_parameters():
+        parameter.requires_grad_(".down." in name or ".up." in name)
+
+MLP.__init__, MLP.forward, GPTModel.__init__ = init, forward, gpt
+runpy.run_path("EXAMPLE", run_name="__main__")
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_job_that_goes_on_from_disk_has_its_frozen_layers_from_the_checkpoint(jobs: Jobs) -> None:
-    plain = plain_optimizer(duo_gpt("data", ITERATIONS))
+@pytest.mark.parametrize("layout", ["pipeline", "data"])
+def test_low_rank_adapters_on_a_base_that_does_not_change(layout: Layout, jobs: Jobs) -> None:
+    script = jobs.directory / "adapters.py"
+    script.write_text(_ADAPTERS.replace("EXAMPLE", str(EXAMPLE)))
+    flags = plain_optimizer(duo_gpt(layout, ITERATIONS))
+    base = _checkpoint(jobs, [*flags, "--seed", "99"], script)  # a spare's own base would be another one
+    _killed(jobs, [*flags, *base, "--finetune", "--no-load-optim", "--no-load-rng"], (3, 2), script)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_job_goes_on_from_disk_with_its_frozen_layers_though_the_checkpoint_is_gone(jobs: Jobs) -> None:
+    plain = plain_optimizer(duo_gpt("pipeline", ITERATIONS))
     more = [*_checkpoint(jobs, plain), "--finetune", "--no-load-optim", "--no-load-rng"]
     script = jobs.directory / "frozen.py"
-    script.write_text(_FROZEN.replace("EXAMPLE", str(EXAMPLE)).replace("FROZEN", "'embedding'"))
-    flags = [*duo_gpt("data", ITERATIONS), *more]
+    script.write_text(_FROZEN.replace("EXAMPLE", str(EXAMPLE)).replace("FROZEN", "'mlp'"))
+    flags = [*duo_gpt("pipeline", ITERATIONS), *more]
     want = jobs.start("undisturbed", launch_flags(2, slots=1), flags, script).finished()
     durable = ["--deadpool-durable-dir", str(jobs.directory / "durable"), "--deadpool-durable-interval", "2"]
     first = jobs.start("killed", launch_flags(2, slots=1), [*flags, *durable], script, held=True)
@@ -221,7 +314,10 @@ def test_a_job_that_goes_on_from_disk_has_its_frozen_layers_from_the_checkpoint(
     first.until_event("durable")
     first.end()
     resumed = jobs.start(
-        "resumed", launch_flags(2, slots=1), [*flags, *durable, "--deadpool-resume", "auto"], script
+        "resumed",
+        launch_flags(2, slots=1),
+        [*duo_gpt("pipeline", ITERATIONS), *durable, "--deadpool-resume", "auto"],
+        script,
     ).finished()
     assert resumed.exact()[0][0] >= 2 and len(resumed.events("compared")) == 1
     assert resumed.hashes() == want.hashes()

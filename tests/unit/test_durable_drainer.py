@@ -39,7 +39,7 @@ from deadpool_megatron.durable import (
     load_shards,
     open_store,
 )
-from deadpool_megatron.vault import SlotWriter, Vault, Version
+from deadpool_megatron.vault import CONSTANT, ConstantsWriter, SlotWriter, Vault, Version, constants_of
 from waiting import until
 
 UNIQUE = 5 * (1 << 20) + 64
@@ -325,3 +325,54 @@ def test_an_answer_that_is_none_of_ours_is_refused() -> None:
 
     with pytest.raises(msgspec.MsgspecError):
         decode_answer(b'{"type": "Done", "name": "x", "sealed": false, "secret": 1}')
+
+
+# ---- what never changes
+
+
+def test_what_never_changes_is_one_file_for_all_generations_and_is_loaded_with_each(node: Node) -> None:
+    nbytes = (1 << 20) + 64
+    layout = Layout(nbytes, "constants", (Item("frozen", "U8", (nbytes,), 0, nbytes),))
+    path = node.vault.allocate_own(constants_of(0), nbytes, 1 << 12).path
+    writer = ConstantsWriter(path)
+    node.stage()
+
+    def drained(generation: int) -> Done:
+        assert node.capture(generation)
+        node.commit(generation)
+        take = Take(0, node.path, 0, generation, (path, layout))
+        node.drainer.give(Drain(node.directory, directory_name(generation, "job", 1), 0.0, (take,)))
+        return node.done()
+
+    early = drained(1)
+    assert "constants of rank 0 are not in its vault yet" in early.error
+    assert writer.begin() is not None
+    writer.buffer[:] = 7
+    writer.complete()
+    while node.vault.checksum(constants_of(0)):
+        pass
+    for generation in (2, 3):
+        done = drained(generation)
+        assert not done.error and not node.seal(done).error
+    (file,) = (Path(node.directory) / "constants").iterdir()
+    assert node.complete() == [3]
+
+    def loaded() -> tuple[list[int], bytes]:
+        other, told = Vault(f"o{os.getpid()}", 1), []
+        try:
+            load_shards(
+                other, node.directory, done.name, {0: Version(0, 3)}, lambda small: 1 << 12,
+                lambda holder, *_: told.append(holder),
+            )  # fmt: skip
+            return told, bytes(other.find(constants_of(0), CONSTANT)[1].unique)
+        finally:
+            other.close()
+
+    assert loaded() == ([constants_of(0), 0], bytes([7]) * nbytes)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DurableError, match="has changed since it was written"):
+        loaded()
+    file.unlink()
+    assert node.complete() == [] and "constants" in find(LocalStore(node.directory)).damaged[0]

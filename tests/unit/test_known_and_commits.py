@@ -8,6 +8,8 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.commits import Commits
 from deadpool_megatron.cluster.known import KnownJob
 from deadpool_megatron.cluster.redundancy import Scheme
+from deadpool_megatron.cluster.shards import RankCommitted
+from deadpool_megatron.vault import constants_of
 
 VAULTS = {node: r.Address("host", 9000 + node) for node in range(3)}
 MOVED = [r.SlotAddress(0, 0), r.SlotAddress(0, 1), r.SlotAddress(2, 0), r.SlotAddress(2, 1)]
@@ -40,7 +42,7 @@ def test_an_epoch_moves_coordinates_and_what_is_kept_for_whom(job: KnownJob) -> 
     job.declare(_declare())
     after = job.targets()
     assert after is not None and {t.port for each in after.values() for t in each} == {9002}
-    assert job.kept_for_others() == ({2: (8, 4), 3: (8, 4)}, {})
+    assert job.kept_for_others() == ({2: (8, 4), 3: (8, 4)}, {}, {constants_of(2), constants_of(3)})
     assert job.declared is not None and job.declared.epoch == 1 and job.declared.assignment == []
 
 
@@ -81,3 +83,15 @@ def test_a_node_is_redundant_again_once_all_its_ranks_have_the_agreed_generation
     assert commits.covered(1, 6) is None
     assert commits.covered(1, 5) == r.Covered(1, 0, 5)
     assert commits.covered(1, 5) is None, "told once"
+
+
+def test_a_rank_has_committed_nothing_before_its_constants_are_at_their_keepers(job: KnownJob) -> None:
+    commits = Commits(job)
+    commits.has_constants(constants_of(1))
+    of_0, of_1, again = RankCommitted(0, 0, 5), RankCommitted(1, 0, 5), RankCommitted(1, 0, 6)
+    assert commits.due(of_0) == [of_0] and commits.due(of_1) == commits.due(again) == []
+    there = RankCommitted(constants_of(1), 0, 0)
+    assert commits.due(there) == [of_1, again] and commits.due(there) == []
+    assert commits.due(of_1) == [of_1]
+    commits.restart()
+    assert commits.due(of_1) == [], "in a new epoch they may belong elsewhere"

@@ -16,7 +16,7 @@ from deadpool_megatron.cluster.placement import place, replace
 from deadpool_megatron.cluster.records import Address, Offer, SlotAddress
 from deadpool_megatron.cluster.redundancy import Scheme, survives, words
 from deadpool_megatron.cluster.shards import FetchDone, RankCommitted, Shards
-from deadpool_megatron.vault import SlotWriter, Version
+from deadpool_megatron.vault import CONSTANT, ConstantsWriter, NotHeld, SlotWriter, Version, constants_of
 from deadpool_megatron.vault.coder import Coder
 
 SECRET = bytes(range(32))
@@ -62,8 +62,11 @@ class Job:
             node = self.shards[self.assignment[rank].node]
             self.writers[rank] = SlotWriter(node.allocate(rank, self.unique[rank], 4096))
 
+    def vaults(self) -> dict[int, Address]:
+        return {node: Address("127.0.0.1", each.server.port) for node, each in self.shards.items()}
+
     def aim(self, nodes: list[int] | None = None) -> None:
-        vaults = {node: Address("127.0.0.1", each.server.port) for node, each in self.shards.items()}
+        vaults = self.vaults()
         for node in placing.nodes_of(self.assignment) if nodes is None else nodes:
             shards = self.shards[node]
             shards.plan(*kept_for_others(node, self.groups, self.scheme, self.assignment, self.unique, self.room))
@@ -104,11 +107,13 @@ class Job:
         assert agreed.generation == generation
         shards = self.shards[node]
         vaults = {n: Address("127.0.0.1", s.server.port) for n, s in self.shards.items() if n not in lost}
+        keepers = targets(self.assignment[rank].node, self.groups, self.scheme, self.assignment, self.vaults())
+        those = keepers.get(constants_of(rank), ())
         if self.scheme.mirror:
             source = agreed.sources[rank]
-            shards.fetch(self.epoch, rank, generation, source, vaults[source.node])
+            shards.fetch(self.epoch, rank, generation, source, vaults[source.node], keepers=those)
         else:
-            shards.rebuild(self.epoch, rank, generation, agreed.rebuilds[rank], vaults)
+            shards.rebuild(self.epoch, rank, generation, agreed.rebuilds[rank], vaults, those)
         event = shards.events.get()
         while not isinstance(event, FetchDone):
             event = shards.events.get()
@@ -262,3 +267,74 @@ def test_parity_is_complete_only_when_every_part_is_in_and_a_sender_goes_on_wher
     job2 = {node: sum(map(len, shards.holdings()[2].values())) for node, shards in job.shards.items()}
     assert set(job2.values()) == {1}
     assert set(agree(job.assignment_without((1,), 3), job.offers((1,)), words=job.words).rebuilds) == {1}
+
+
+# ---- what never changes
+
+
+def _write_constants(job: Job, rank: int, nbytes: int) -> bytes:
+    node = job.shards[job.assignment[rank].node]
+    writer = ConstantsWriter(node.allocate(constants_of(rank), nbytes, 0))
+    content = np.random.default_rng(rank).integers(0, 256, nbytes, dtype=np.uint8).tobytes()
+    assert writer.begin() is not None
+    writer.buffer[:] = np.frombuffer(content, np.uint8)
+    writer.complete()
+    node.rang(rank)
+    return content
+
+
+def _at_keepers(job: Job, rank: int) -> None:
+    events = job.shards[job.assignment[rank].node].events
+    while not (isinstance(event := events.get(), RankCommitted) and event.rank == constants_of(rank)):
+        pass
+
+
+@pytest.mark.parametrize(("redundancy", "active"), [("1", 2), ("2", 3), ("2+1", 3), ("4+2", 6)])
+def test_what_never_changes_is_written_once_and_comes_back_with_the_shard(
+    redundancy: str, active: int, jobs: Callable[..., Job]
+) -> None:
+    job = jobs(redundancy, active, nodes=active + 1)
+    job.aim()
+    content = _write_constants(job, 1, 3 * (1 << 20) + 77)
+    _at_keepers(job, 1)
+    for generation in range(1, 4):  # more than an arena has slots
+        job.write(generation)
+        job.committed(generation)
+    job.restored(1, active, 3, (1,))
+    spare = job.shards[active]
+    back = ConstantsWriter(spare.path_of(constants_of(1)))
+    assert back.begin() is None and bytes(back.read(CONSTANT)[1]) == content
+    assert all(1 in held or not held for held in (spare.holdings()[0],)), "they are no generation of anybody"
+    assert not spare.path_of(constants_of(0)), "and a rank without any has none"
+
+
+def test_a_keeper_that_has_lost_what_never_changes_gets_it_again_in_the_next_epoch(jobs: Callable[..., Job]) -> None:
+    job = jobs("1", 2)
+    job.aim()
+    content = _write_constants(job, 0, 1 << 20)
+    _at_keepers(job, 0)
+    kept = job.shards[1].vault
+    _, slot = kept.find(constants_of(0), CONSTANT, ("peer",))
+    slot.unique[5] ^= 1
+    slot.give_up(slot.turn)  # as the scrubber does
+    with pytest.raises(NotHeld):
+        kept.find(constants_of(0), CONSTANT)
+    job.epoch = 1
+    for shards in job.shards.values():
+        shards.set_epoch(1)
+    job.aim()
+    _at_keepers(job, 0)
+    assert bytes(kept.find(constants_of(0), CONSTANT)[1].unique) == content
+
+
+def test_memory_of_what_never_changes_is_freed_where_it_belongs_no_more(jobs: Callable[..., Job]) -> None:
+    job = jobs("1", 2)
+    job.aim()
+    _write_constants(job, 0, 1 << 20)
+    _at_keepers(job, 0)
+    owner, keeper = job.shards[0], job.shards[1]
+    owner.keep_only({0, constants_of(0)}, {1, constants_of(1)}, set())
+    keeper.keep_only({1, constants_of(1)}, {0, constants_of(0)}, set())
+    assert owner.path_of(constants_of(0)) and keeper.vault.arena(constants_of(0), "peer") is not None
+    keeper.keep_only({1, constants_of(1)}, set(), set())
+    assert keeper.vault.arena(constants_of(0), "peer") is None

@@ -89,9 +89,9 @@ class PreemptionNotice(Record, frozen=True):
 
 
 class Described(Record, frozen=True):
-    """Part ``part`` of ``parts`` of what a worker tells of itself, as JSON: its job, or the layout of its shard."""
+    """Part ``part`` of ``parts`` of what a worker tells of itself, as JSON: its job, or one of its layouts."""
 
-    kind: Literal["job", "layout"]
+    kind: Literal["job", "layout", "constants"]
     rank: int
     part: int
     parts: int

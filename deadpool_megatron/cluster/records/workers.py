@@ -124,7 +124,8 @@ class TakeOver(Record, frozen=True):
 class Generation(Record, frozen=True):
     """The agreed generation is in the arena at ``path`` as version (``version_epoch``, ``generation``).
 
-    ``version_epoch`` is -1 when this rank's vault does not hold it (its live state does).
+    ``version_epoch`` is -1 when this rank's vault does not hold it (its live state does). ``constants``: a durable
+    generation's constants are in the own vault as well.
     """
 
     epoch: int
@@ -132,6 +133,7 @@ class Generation(Record, frozen=True):
     version_epoch: int
     path: str
     done: dict[Act, int]
+    constants: bool = False
 
 
 class Where(Record, frozen=True):
