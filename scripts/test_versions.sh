@@ -74,7 +74,7 @@ run() (
             ;;
     esac
     python -c 'import megatron.core, torch; print(f"== torch {torch.__version__}, megatron-core {megatron.core.__version__}")'
-    exec python -m pytest -m "versions($differs=True) and not slow" "$@"
+    exec python -m pytest -m "versions($differs=True) and (not slow or versions(census=True))" "$@"
 )
 
 deadpool_env || exit 1

@@ -124,6 +124,7 @@ def _look(run: Run, jobs: Jobs) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.versions(megatron=True, census=True)
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", RUNS)
 def test_the_census_names_all_that_changes_and_all_that_a_recovery_leaves_otherwise(name: str, jobs: Jobs) -> None:

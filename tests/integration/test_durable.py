@@ -81,7 +81,8 @@ def undisturbed(jobs: Jobs) -> Job:
 def killed(jobs: Jobs) -> Path:
     """The durable directory of a job of which nothing is left."""
     store = jobs.directory / "store"
-    job = jobs.start("killed", launch_flags(2, 0, 1), [*flags(), *durable(store, SAVED)])
+    job = jobs.start("killed", launch_flags(2, 0, 1), [*flags(), *durable(store, SAVED)], held=True)
+    job.hold(2 * SAVED + 2)
     until_durable(job, SAVED)
     kill_everything(job)
     return store
@@ -176,13 +177,14 @@ def lose_with_its_copy(job: Job, node: int, rank: int) -> None:
 def test_when_memory_cannot_answer_a_survivor_and_a_spare_go_back_to_the_durable_generation_bitwise(
     jobs: Jobs, undisturbed: Job, tmp_path: Path
 ) -> None:
-    job = jobs.start("beyond", launch_flags(3, 1, 1), [*flags(), *durable(tmp_path, SAVED)])
-    until_durable(job, SAVED)
-    newest = job.events("durable")[-1]["iteration"]
-    # So far on that nobody remembers the microbatches of then.
-    job.until("some iterations more", lambda: job.exact() and job.exact()[-1][0] >= newest + 4)
+    newest = 10
+    job = jobs.start("beyond", launch_flags(3, 1, 1), [*flags(), *durable(tmp_path, newest)], held=True)
+    job.hold(newest + 6)  # so far on that nobody remembers the microbatches of then
+    until_durable(job, newest)
+    job.until("some iterations more", lambda: job.exact() and job.exact()[-1][0] == newest + 5)
     before = job.pids()
     lose_with_its_copy(job, 0, 0)
+    job.hold(None)
     job.finished(300)
     (fallback,) = job.events("durable_fallback")
     assert "more nodes were lost than the redundancy covers" in job.output and ": no " in fallback["message"]
