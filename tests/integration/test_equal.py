@@ -143,7 +143,6 @@ def test_a_killed_run_of_this_recipe_ends_the_same(name: str, jobs: Jobs) -> Non
 
 # ---- other data, other models
 
-TESTS = Path(__file__).resolve().parents[1]
 EPOCHS = {
     "shuffled": "--dataloader-type cyclic",
     "shuffled, not by replica": "--dataloader-type cyclic --no-data-sharding",
@@ -159,7 +158,9 @@ def test_several_epochs_of_data_in_another_order_each(name: str, jobs: Jobs) -> 
     more = EPOCHS[name].split()
     more += ["--eval-interval", "3", "--eval-iters", "2"]
     more += [] if "--num-workers" in more else ["--num-workers", "0"]
-    _killed(jobs, [*flags, *more], (6, 3), TESTS / "pretrain_epochs.py")  # an epoch is two and a half iterations
+    _killed(
+        jobs, [*flags, *more], (6, 3), ROOT / "tests" / "pretrain_epochs.py"
+    )  # an epoch is two and a half iterations
 
 
 @pytest.mark.slow
@@ -198,7 +199,7 @@ def test_upstreams_other_models(model: str, jobs: Jobs) -> None:
         flags = [*with_value(flags, "--attention-backend", "local"), "--spec", "local"]
     else:
         flags += ["--decoder-seq-length", "32"]
-    _killed(jobs, [str(directory / f"pretrain_{model}.py"), *flags], (6, 3), TESTS / "pretrain_wordpiece.py")
+    _killed(jobs, [str(directory / f"pretrain_{model}.py"), *flags], (6, 3), ROOT / "tests" / "pretrain_wordpiece.py")
 
 
 @pytest.mark.perf
@@ -325,18 +326,11 @@ def test_a_job_goes_on_from_disk_with_its_frozen_layers_though_the_checkpoint_is
     ).finished()
     assert resumed.exact()[0][0] >= 2 and len(resumed.events("compared")) == 1
     assert resumed.hashes() == want.hashes()
-    command = [
-        sys.executable,
-        "-m",
-        "deadpool_megatron.cli",
-        "export",
-        "--durable-dir",
-        str(jobs.directory / "durable"),
-    ]
-    command += ["--output", str(jobs.directory / "exported"), "--run-dir", str(jobs.directory / "run"), "--emulate-cpu"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    command = [sys.executable, "-m", "deadpool_megatron.cli", "export", "--emulate-cpu", "--durable-dir", durable[1]]
+    command += ["--output", str(jobs.directory / "exported"), "--run-dir", str(jobs.directory / "run")]
+    command += ["--script", str(script)]  # a held job has another one around it
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr  # its ranks load no checkpoint, and compare what they have
 
 
