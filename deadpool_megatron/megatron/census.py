@@ -23,11 +23,15 @@ __all__ = ["CENSUS", "Entry"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """``pattern``: a regular expression of whole paths. ``where``: in our code, or why it is of no effect."""
+    """``pattern``: a regular expression of whole paths. ``where``: in our code, or why it is of no effect.
+
+    ``since``: the version of megatron-core (major, minor) in which there is such a value first.
+    """
 
     pattern: str
     how: Literal["shard", "small", "made", "reset", "free"]
     where: str
+    since: tuple[int, int] = (0, 18)
 
     def names(self, path: str) -> bool:
         """Whether this entry is about the value at ``path``."""
@@ -35,7 +39,7 @@ class Entry:
 
 
 _MODEL: Final = r"model\[\d+\]\.(.*\.)?"
-_FROM_MAIN: Final = "follows from main parameters (now or when it is gathered); frozen ones from a replica"
+_FROM_MAIN: Final = "follows from main parameters (now or when it is gathered); frozen ones from the vault or a replica"
 _OPTIMIZER: Final = r"optimizer(\.chained_optimizers\[\d+\])*"
 _RERUN: Final = r"megatron\.core\.rerun_state_machine:_GLOBAL_RERUN_STATE_MACHINE"
 
@@ -61,6 +65,12 @@ CENSUS: Final[tuple[Entry, ...]] = (
     Entry(_MODEL + r"current_microbatch", "reset", "set at every forward pass"),
     Entry(_MODEL + r"input_tensor", "reset", "of the last forward pass of a pipeline stage"),
     Entry(_MODEL + r"token_dispatcher\.\w+", "reset", "of the last forward pass of experts"),
+    Entry(
+        _MODEL + r"(attn_norm_manager|_input_layernorm_checkpoint_active)",
+        "reset",
+        "set at every forward pass",
+        (0, 20),
+    ),
     # the optimizer
     Entry(_OPTIMIZER + r"\.(optimizer\.state|shard_\w+|fp32_\w+)\b.*", "shard", "unique state"),
     Entry(_OPTIMIZER + r"\.opt_group_ranges.*(main_param|orig_group\]\[params\]\[\d+\])", "shard", "unique state"),
@@ -101,4 +111,7 @@ CENSUS: Final[tuple[Entry, ...]] = (
     Entry(r"megatron\.core\.dist_checkpointing\..*(_metadata_cache|_results_queue|_logged_\w+).*", "free", "of saves"),
     Entry(r"megatron\.training\.ft_integration:_seen_checkpoints_cnt", "free", "counts for another tool"),
     Entry(r"megatron\.training\.training:(num_checkpoints_memory_reported|_STARTUP_TIMESTAMPS.*)", "free", "reports"),
+    Entry(
+        r"megatron\.training\.training:_otel_trace_interval_step", "free", "when to begin a span of a trace", (0, 20)
+    ),
 )

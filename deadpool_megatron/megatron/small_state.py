@@ -37,32 +37,51 @@ _RERUN: Final = ("current_iteration", "large_value_counts", "max_values")
 class _Staged:
     """Copies of device tensors that change before the commit gate, taken at the start of an iteration.
 
-    The live ones are looked up each time: Megatron replaces some instead of changing them.
+    The live ones are looked up each time: Megatron replaces some instead of changing them. One that is no more of the
+    dtype and shape that it had at the begin, or was none then, has no place in the shard: it is *loose*, and goes with
+    the host's half.
     """
 
     def __init__(self, model: list[Any], scalers: list[Any]) -> None:
         self._places: list[tuple[dict[str, Any], str]] = []
-        names = []
+        self._names: list[str] = []
+        self._absent: dict[str, tuple[dict[str, Any], str]] = {}
         for c, chunk in enumerate(model):
             for prefix, module in chunk.named_modules():
+                if hasattr(module, "_maintain_float32_expert_bias"):  # upstream does so at its first forward pass
+                    module._maintain_float32_expert_bias()
                 for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        self._places.append((module._buffers, name))
-                        names.append(f"small.chunk{c}.{prefix}.{name}")
+                    full = f"small.chunk{c}.{prefix}.{name}"
+                    if buffer is None:
+                        self._absent[full] = (module._buffers, name)
+                        continue
+                    self._places.append((module._buffers, name))
+                    self._names.append(full)
         for s, scaler in enumerate(scalers):
             self._places.append((vars(scaler), "_scale"))
-            names.append(f"small.scaler{s}")
+            self._names.append(f"small.scaler{s}")
         with torch.no_grad():
             self._copies = [place[name].detach().clone().contiguous() for place, name in self._places]
             device = torch.device("cuda", torch.cuda.current_device())
             self._sums = torch.zeros(_LOGGED, dtype=torch.float32, device=device)
         self._slots = [self._sums[i] for i in range(_LOGGED)]
-        self.items = [*zip(names, self._copies, strict=True), ("small.log", self._sums)]
+        self.items = [*zip(self._names, self._copies, strict=True), ("small.log", self._sums)]
 
-    def take(self, log: dict[str, Any]) -> dict[str, Any]:
-        """Copy all; returns ``log`` with each device tensor replaced by where its value is. Waits for nothing."""
-        live = [place[name] for place, name in self._places]
-        copies = list(self._copies)
+    def take(self, log: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Copy all; returns ``log`` with each device tensor replaced by where its value is, and loose tensors by name.
+
+        Waits for nothing.
+        """
+        live: list[torch.Tensor] = []
+        copies: list[torch.Tensor] = []
+        loose = {full: place[name] for full, (place, name) in self._absent.items() if place[name] is not None}
+        for full, (place, name), copy in zip(self._names, self._places, self._copies, strict=True):
+            tensor = place[name]
+            if tensor.dtype is copy.dtype and tensor.shape == copy.shape:
+                live.append(tensor)
+                copies.append(copy)
+            else:
+                loose[full] = tensor
         described: dict[str, Any] = {}
         used = 0
         for key, value in log.items():
@@ -77,14 +96,21 @@ class _Staged:
         if live:
             with torch.no_grad():
                 torch._foreach_copy_(copies, live)
-        return described
+        return described, loose
 
-    def put_back(self, described: dict[str, Any]) -> dict[str, Any]:
+    def put_back(self, described: dict[str, Any], loose: dict[str, torch.Tensor]) -> dict[str, Any]:
         """The reverse of `take`; returns the log."""
         log: dict[str, Any] = {}
+        device = self._sums.device
         with torch.no_grad():
-            for (place, name), copy in zip(self._places, self._copies, strict=True):
-                place[name].copy_(copy)
+            for full, (place, name), copy in zip(self._names, self._places, self._copies, strict=True):
+                tensor, right = place[name], loose.get(full, copy)
+                if tensor.dtype is right.dtype and tensor.shape == right.shape:
+                    tensor.copy_(right)
+                else:  # as upstream does it, so that whoever holds the buffer sees it
+                    tensor.data = right.to(tensor.device, copy=True)
+            for full, (place, name) in self._absent.items():
+                place[name] = loose[full].to(device, copy=True) if full in loose else None
             for key, value in described.items():
                 if isinstance(value, dict):
                     log[key] = self._slots[value["slot"]].clone().reshape(value["shape"])
@@ -157,13 +183,14 @@ class SmallState:
     def capture(self, iteration: int) -> bytes:
         """The host's half of the state at the start of ``iteration``, and the staging of the device's half.
 
-        Waits for no device, and allocates nothing on one.
+        Waits for no device, unless a buffer has become loose (`_Staged`), and allocates nothing on one.
         """
         fields = self._run_args.read()
         # train() keeps these two in local variables; args has the values train() began with.
         fields["iteration"] = iteration
         fields["num_floating_point_operations_so_far"] = self.flops
         trackers = tensor_parallel.get_cuda_rng_tracker().get_states()
+        log, loose = self._staged.take(self.log | cumulative())
         return encode(
             {
                 "args": fields,
@@ -175,7 +202,8 @@ class SmallState:
                 "scalers": [
                     {k: v for k, v in scaler.state_dict().items() if not torch.is_tensor(v)} for scaler in self._scalers
                 ],
-                "log": self._staged.take(self.log | cumulative()),
+                "log": log,
+                "loose": loose,
                 "logged_before": self.logged_before,
                 "positions": self.positions,
                 "frozen": self._frozen.expected,
@@ -195,7 +223,7 @@ class SmallState:
         put_fields(vars(self._scheduler), state["scheduler"])
         self._numbers.write(state["numbers"])
         self._frozen.expected = state["frozen"]
-        self.log = put_cumulative(self._staged.put_back(state["log"]))
+        self.log = put_cumulative(self._staged.put_back(state["log"], state["loose"]))
         for scaler, saved in zip(self._scalers, state["scalers"], strict=True):
             if saved:  # a constant one has nothing to load
                 scaler.load_state_dict({**saved, "scale": scaler.scale.clone()})

@@ -103,7 +103,7 @@ def test_what_cannot_be_kept_is_refused_by_its_place(state: dict[str, object], p
 
 def test_damaged_or_foreign_bytes_are_refused() -> None:
     good = encode({"t": torch.arange(4), "n": np.arange(3), "x": (1, 2)})
-    for bad in (b"", b"\x01" + good[1:], good[:-3], b"\x02\xc1", b"\x02\x93\x01\x02\x03", good + b"x"):
+    for bad in (b"", b"\x01" + good[1:], good[:-3], b"\x03\xc1", b"\x03\x93\x01\x03\x03", good + b"x"):
         with pytest.raises(SmallStateError):
             decode(bad)
     for at in range(1, len(good), 3):
