@@ -142,6 +142,7 @@ class NodeRecovery:
         node = self._job.node
         if record.epoch == self._job.epoch and worker.rank is not None:
             self._send(r.FetchFailed(record.epoch, node, worker.rank, node, record.generation, record.why))
+            self._shards.recheck(worker.rank)
 
     def take_over(self) -> None:
         """Have parked workers become the coordinates that the assignment has for them."""

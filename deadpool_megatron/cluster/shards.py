@@ -272,6 +272,18 @@ class Shards:
                 newest = max(complete, key=lambda slot: slot.begin)
                 newest.unique[:64] = bytes(64 - i for i in range(64))
 
+    def recheck(self, rank: int) -> None:
+        """Read the own copies of ``rank``, in a thread: those that have changed in memory are held no more."""
+
+        def work() -> None:
+            arena = self.vault.arena(rank, "own")
+            for slot in arena.slots if arena is not None else ():
+                version = slot.version
+                if version is not None and not slot.recheck():
+                    self._damaged(rank, "own", version)
+
+        threading.Thread(target=work, name=f"recheck-{rank}", daemon=True).start()
+
     def path_of(self, rank: int) -> str:
         """The file of a rank's own arena; empty when there is none."""
         arena = self.vault.arena(rank, "own")

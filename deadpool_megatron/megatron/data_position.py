@@ -37,11 +37,13 @@ class DataPosition:
 
         Args:
             at: the generation, in the own vault; None: where ``args`` stand.
+
+        Raises VaultError when the vault does not hold it as it was written; nothing has been built then.
         """
+        saved = None if at is None else _saved_args(at)
         self._calls.append((original, provider))
-        if at is None:
+        if saved is None:
             return original(provider)
-        saved = _saved_args(at)
         apply_args(args, saved)
         iterators = _build(original, provider)
         apply_args(args, saved)  # a spare's are not those that the others have agreed on by broadcast

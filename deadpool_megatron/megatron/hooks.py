@@ -52,6 +52,7 @@ from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
 from deadpool_megatron.support import UserError, check_arguments
+from deadpool_megatron.vault import VaultError
 
 __all__ = ["Hooks"]
 
@@ -195,7 +196,15 @@ class Hooks:
         if self.config.export:
             get_args().do_train, get_args().do_valid, get_args().do_test = True, False, False
             return None, None, None  # nothing is trained, so no data are needed
-        return self._data.build(original, provider, get_args(), self._agreed() if self.standby else self.durable)
+        if not self.standby:
+            return self._data.build(original, provider, get_args(), self.durable)
+        while True:
+            agreed = self._agreed()
+            try:
+                return self._data.build(original, provider, get_args(), agreed)
+            except VaultError as err:
+                if not self.session.refuse(agreed, err, self._patience):
+                    raise
 
     def _agreed(self) -> r.Generation:
         while True:
@@ -288,11 +297,16 @@ class Hooks:
                 raise leaving
             return result
 
+    @property
+    def _patience(self) -> float:
+        """Seconds until somebody that is gone must have been declared."""
+        return self.config.lease + 5.0 + self.config.form_deadline
+
     def _rejoin(self, trainer: MegatronTrainer, error: BaseException | None) -> r.Declare:
         c = self.config
         communication = error is None or _is_communication_error(error)
         # An error of this rank's own is told soon; one that a lost peer explains waits for the lease to say so.
-        declare = c.lease + 5.0 + c.form_deadline if communication else 0.5
+        declare = self._patience if communication else 0.5
         if self.standby and error is None:
             declare = c.build_deadline
         try:
@@ -303,7 +317,7 @@ class Hooks:
                 self.communicators,
                 trainer,
                 self.store,
-                Patience(declare, c.lease + 5.0 + c.form_deadline),
+                Patience(declare, self._patience),
                 _is_communication_error,
                 error,
             )

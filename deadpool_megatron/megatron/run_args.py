@@ -84,7 +84,8 @@ class RunArgs:
             else:
                 delattr(self._args, name)
         apply_args(self._args, saved)
-        self._names.update(saved)  # the next process that takes this up has not seen them change
+        # Exactly these: a process that takes this up has not seen them change, and an older generation has fewer.
+        self._names = {*_ALWAYS, *saved}
 
 
 def _plain(args: Namespace) -> dict[str, Any]:

@@ -106,8 +106,7 @@ def rejoin(
                 trainer.restore(agreed)
             except VaultError as err:
                 # Bytes that are not those that were written are never trained on: another copy, or an older generation.
-                session.tell(r.Unreadable(epoch, agreed.generation, str(err)[:500]))
-                if session.wait_newer(epoch, patience.newer_epoch):
+                if session.refuse(agreed, err, patience.newer_epoch):
                     raise Superseded(session.declared_epoch) from None
                 raise UnexplainedError from err
             points.reach("recovery.restored-local")

@@ -171,9 +171,14 @@ class Slot:
         return unpack(self.begin)
 
     @property
+    def damaged(self) -> bool:
+        """What was written last has changed in memory: see `give_up`."""
+        return self.turn == self.damaged_turn != 0
+
+    @property
     def pair(self) -> tuple[int, int]:
         """The begin and end words as `discipline` wants them: one that has changed in memory counts as unfinished."""
-        return self.begin, EMPTY if self.damaged_turn == self.turn else self.end
+        return self.begin, EMPTY if self.damaged else self.end
 
     def chunk(self, index: int) -> memoryview:
         """Bytes of chunk ``index`` of the unique state."""
@@ -194,6 +199,19 @@ class Slot:
         self.damaged_turn = turn
         if self.turn == turn:
             self.own_turn = 0
+
+    def recheck(self) -> bool:
+        """False if what is complete here is not what was written: it is given up then. By the agent; blocks."""
+        turn = self.turn
+        if not self.complete:
+            return True
+        try:
+            self.verify()
+        except ChecksumMismatch:
+            if self.turn == turn:
+                self.give_up(turn)
+                return False
+        return True
 
     def verify(self, small_bytes: int | None = None) -> None:
         """Compare all bytes with their checksums. Raises ChecksumMismatch. Blocks for the time of reading them."""

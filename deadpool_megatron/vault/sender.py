@@ -11,7 +11,7 @@ from deadpool_megatron import points
 
 from .arena import Arena, Slot
 from .direct import Direct
-from .errors import DirectFailed, Refused, VaultError
+from .errors import ChecksumMismatch, DirectFailed, Refused, VaultError
 from .frames import NO_DIRECT, Begin, Begun, Bytes, Complete, Sent, Share, Stored, Taken
 from .pace import SendPace
 from .stripes import cut
@@ -138,6 +138,8 @@ class Sender:
                 self._disconnect()
                 if self._aim != aim or self._stopping:
                     continue
+                if isinstance(err, ChecksumMismatch) or (isinstance(err, Refused) and err.code == "checksum"):
+                    slot.recheck()  # perhaps it has changed here, and not on the way: then others are sent instead
                 if isinstance(err, DirectFailed) or (isinstance(err, Refused) and err.code == NO_DIRECT):
                     self._unreadable = aim
                 # a keeper that has not heard of the epoch yet does not know its part; it will in a moment
@@ -294,7 +296,7 @@ def _next(arena: Arena, done: Mapping[Slot, int]) -> Slot | None:
     wanted = []
     for slot in arena.slots:
         word = slot.begin
-        if word == EMPTY or done.get(slot) == slot.turn or slot.small_bytes == EMPTY:
+        if word == EMPTY or done.get(slot) == slot.turn or slot.small_bytes == EMPTY or slot.damaged:
             continue
         if word == arena.kept and slot.sealed:
             return slot

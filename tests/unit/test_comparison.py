@@ -66,6 +66,21 @@ def test_fields_are_state_when_loading_or_training_changes_them() -> None:
     assert run.read() == then and not hasattr(args, "later")
 
 
+def test_after_a_recovery_to_an_older_generation_the_state_is_that_generation_s() -> None:
+    """One recovery is given up for another, to a generation in which a field was not state yet."""
+    args = Namespace(iteration=0, groups=None)
+    run = RunArgs(args)
+    run.training_begins()
+    early = run.read()
+    args.iteration, args.groups = 1, 4  # upstream finds it out in its first iteration
+    late = run.read()
+    run.write(late)
+    run.write(early)
+    assert run.read() == early and args.groups is None
+    args.groups = 4
+    assert run.read() == {"iteration": 0, "groups": 4}
+
+
 def test_a_spare_goes_on_carrying_what_it_was_given() -> None:
     """It has not seen these fields change, and the one that takes its place has to have them too."""
     args = Namespace(iteration=0, consumed_bins=0)

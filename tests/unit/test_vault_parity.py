@@ -15,7 +15,7 @@ from deadpool_megatron.cluster.keeping import kept_for_others, targets
 from deadpool_megatron.cluster.placement import place, replace
 from deadpool_megatron.cluster.records import Address, Offer, SlotAddress
 from deadpool_megatron.cluster.redundancy import Scheme, survives, words
-from deadpool_megatron.cluster.shards import FetchDone, RankCommitted, Shards
+from deadpool_megatron.cluster.shards import Damaged, FetchDone, RankCommitted, Shards
 from deadpool_megatron.vault import CONSTANT, ConstantsWriter, NotHeld, SlotWriter, Version, constants_of
 from deadpool_megatron.vault.coder import Coder
 
@@ -338,3 +338,31 @@ def test_memory_of_what_never_changes_is_freed_where_it_belongs_no_more(jobs: Ca
     assert owner.path_of(constants_of(0)) and keeper.vault.arena(constants_of(0), "peer") is not None
     keeper.keep_only({1, constants_of(1)}, set(), set())
     assert keeper.vault.arena(constants_of(0), "peer") is None
+
+
+def test_a_copy_that_has_changed_at_its_owner_does_not_keep_newer_ones_from_being_committed(
+    jobs: Callable[..., Job],
+) -> None:
+    job = jobs("1", 2)
+    job.aim()
+    job.write(1)
+    job.committed(1)
+    own = job.shards[0].vault.find(0, Version(0, 1), ("own",))[1]
+    kept = job.shards[1].vault.find(0, Version(0, 1), ("peer",))[1]
+    for slot in (own, kept):
+        slot.unique[5] ^= 1
+    kept.give_up(kept.turn)  # its scrubber was there first: the owner sends it again
+    job.epoch = 1
+    for shards in job.shards.values():
+        shards.set_epoch(1)
+    job.aim()
+    job.write(2)
+    job.committed(2)
+    assert own.damaged
+    shards = job.shards[0]
+    newest = shards.vault.find(0, Version(1, 2), ("own",))[1]
+    newest.unique[7] ^= 1
+    shards.recheck(0)
+    while not isinstance(event := shards.events.get(), Damaged):
+        pass
+    assert event == Damaged(0, "own", 2) and newest.damaged
