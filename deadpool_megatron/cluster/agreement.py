@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from deadpool_megatron.cluster.records import Offer, Share, SlotAddress, Source
 from deadpool_megatron.cluster.redundancy import Word
 
-__all__ = ["Agreement", "NoCommonGeneration", "agree"]
+__all__ = ["ANY_EPOCH", "Agreement", "NoCommonGeneration", "Refused", "agree"]
+
+Refused = tuple[int, int, int, int]
+"""A copy that turned out to be of no use: rank, node, generation, and the epoch it was written in."""
+ANY_EPOCH: Final = -1
+"""All the versions of the generation that the node has, as it is not known which one was meant."""
 
 
 class NoCommonGeneration(Exception):
@@ -34,7 +40,7 @@ class Agreement:
 def agree(
     assignment: Sequence[SlotAddress],
     offers: Mapping[int, Offer],
-    refused: frozenset[tuple[int, int, int]] = frozenset(),
+    refused: frozenset[Refused] = frozenset(),
     words: Iterable[Word] = (),
 ) -> Agreement:
     """Pick the newest generation in the intersection over all coordinates.
@@ -45,28 +51,31 @@ def agree(
     Args:
         assignment: the new assignment, by rank.
         offers: what each node can give, by node.
-        refused: (rank, source node, generation) triples that turned out to be unreadable.
+        refused: copies that turned out to be unreadable. Another version of the same generation may be good.
         words: with parity, all words under which something may be kept.
 
     Raises:
         NoCommonGeneration: redundancy is exceeded.
     """
-    local: list[set[int]] = []
+    local: list[dict[int, Source | None]] = []  # by generation; a source where not any version will do
     remote = _givers(len(assignment), offers, refused)
     for rank, slot in enumerate(assignment):
         here = offers.get(slot.node)
-        held: set[int] = set()
+        held: dict[int, Source | None] = {}
         if here is not None:
+            doubted = {g for r, node, g, _ in refused if (r, node) == (rank, slot.node)}
+            for epoch, g in sorted(here.own.get(rank, ())):
+                if _usable(refused, rank, slot.node, g, epoch):
+                    held[g] = Source(slot.node, epoch, []) if g in doubted else None
             live = here.live.get(rank)
-            held.update(generation for _, generation in here.own.get(rank, ()))
-            if live is not None:
-                held.add(live)
-        local.append({g for g in held if (rank, slot.node, g) not in refused})
+            if live is not None and live not in doubted:
+                held[live] = None
+        local.append(held)
     shares = _Shares(offers, refused, words)
     common: set[int] | None = None
     missing: list[int] = []
     for rank, (held, givers) in enumerate(zip(local, remote, strict=True)):
-        available = held | givers.keys() | shares.generations(rank)
+        available = held.keys() | givers.keys() | shares.generations(rank)
         if not available:
             missing.append(rank)
         if common is None:
@@ -79,9 +88,13 @@ def agree(
     sources: dict[int, Source] = {}
     rebuilds: dict[int, list[list[Share]]] = {}
     for rank, givers in enumerate(remote):
-        if generation not in local[rank] and generation not in givers:
+        if generation in local[rank]:
+            own = local[rank][generation]
+            if own is not None:
+                sources[rank] = own
+        elif generation not in givers:
             rebuilds[rank] = shares.parts(rank, generation)
-        elif generation not in local[rank]:
+        else:
             # Several sources share the load: each rank begins with another one, and fetches from all at once.
             node, epoch = first = givers[generation][rank % len(givers[generation])]
             same = [other for other, written in givers[generation] if (other, written) != first and written == epoch]
@@ -89,8 +102,12 @@ def agree(
     return Agreement(generation, sources, rebuilds)
 
 
+def _usable(refused: frozenset[Refused], rank: int, node: int, generation: int, epoch: int) -> bool:
+    return not {(rank, node, generation, epoch), (rank, node, generation, ANY_EPOCH)} & refused
+
+
 def _givers(
-    ranks: int, offers: Mapping[int, Offer], refused: frozenset[tuple[int, int, int]]
+    ranks: int, offers: Mapping[int, Offer], refused: frozenset[Refused]
 ) -> list[dict[int, list[tuple[int, int]]]]:
     """By rank and generation, the nodes whose vaults hold it and the epoch it was written in, lowest number first."""
     out: list[dict[int, list[tuple[int, int]]]] = [{} for _ in range(ranks)]
@@ -100,9 +117,10 @@ def _givers(
         for held in (offer.own, offer.peer):
             for rank, versions in held.items():
                 for epoch, g in versions:
-                    newest[rank, g] = max(epoch, newest.get((rank, g), -1))
+                    if _usable(refused, rank, node, g, epoch):
+                        newest[rank, g] = max(epoch, newest.get((rank, g), -1))
         for (rank, g), epoch in newest.items():
-            if (rank, node, g) not in refused and rank < ranks:
+            if rank < ranks:
                 out[rank].setdefault(g, []).append((node, epoch))
     return out
 
@@ -110,22 +128,20 @@ def _givers(
 class _Shares:
     """What the vaults hold of each word."""
 
-    def __init__(
-        self, offers: Mapping[int, Offer], refused: frozenset[tuple[int, int, int]], words: Iterable[Word]
-    ) -> None:
+    def __init__(self, offers: Mapping[int, Offer], refused: frozenset[Refused], words: Iterable[Word]) -> None:
         self._refused = refused
         self._words: dict[int, dict[int, list[Word]]] = {}  # by rank and part
         for word in words:
             for part, rank in enumerate(word.ranks):
                 self._words.setdefault(rank, {}).setdefault(part, []).append(word)
-        # by (is parity, rank or word) and generation: node and the newest epoch it was written in
-        self._held: dict[tuple[bool, int], dict[int, dict[int, int]]] = {}
+        # by (is parity, rank or word) and generation: by node the epochs it was written in
+        self._held: dict[tuple[bool, int], dict[int, dict[int, list[int]]]] = {}
         for node in sorted(offers) if self._words else ():
             for parity, versions in ((False, offers[node].own), (True, offers[node].parity)):
                 for holder, held in versions.items():
                     for epoch, generation in held:
                         nodes = self._held.setdefault((parity, holder), {}).setdefault(generation, {})
-                        nodes[node] = max(epoch, nodes.get(node, -1))
+                        nodes.setdefault(node, []).append(epoch)
 
     def generations(self, rank: int) -> set[int]:
         """Generations of which all parts of ``rank``'s shard can be rebuilt."""
@@ -159,8 +175,9 @@ class _Shares:
         wanted += [(k + row, True, id_) for row, id_ in enumerate(word.ids)]
         out: list[Share] = []
         for share, parity, holder in wanted:
-            for node, epoch in self._held.get((parity, holder), {}).get(generation, {}).items():
-                if (rank, node, generation) not in self._refused and len(out) < k:
-                    out.append(Share(share, holder, node, epoch))
+            for node, epochs in self._held.get((parity, holder), {}).get(generation, {}).items():
+                good = [epoch for epoch in epochs if _usable(self._refused, rank, node, generation, epoch)]
+                if good and len(out) < k:
+                    out.append(Share(share, holder, node, max(good)))
                     break
         return out if len(out) == k else []

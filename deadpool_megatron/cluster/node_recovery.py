@@ -120,14 +120,15 @@ class NodeRecovery:
         if event.epoch != self._job.epoch:
             return
         if event.version is None:
-            failed = r.FetchFailed(event.epoch, self._job.node, event.rank, event.source, event.generation, event.error)
+            node, tried = self._job.node, event.tried
+            failed = r.FetchFailed(event.epoch, node, event.rank, event.source, event.generation, event.error, tried)
             self._send(failed)
         else:
-            self._hand_out(event.rank, event.generation)
+            self._hand_out(event.rank, event.generation, event.version)
 
-    def _hand_out(self, rank: int, generation: int) -> None:
+    def _hand_out(self, rank: int, generation: int, version: tuple[int, int] | None = None) -> None:
         """The agreed generation is here: tell the worker, and keep that version until a newer one is committed."""
-        version = self._shards.version_of(rank, generation)
+        version = version or self._shards.version_of(rank, generation)
         if version is not None:
             self._shards.set_kept(self._job.epoch, version, 0)
         worker = self._crew.mine().get(rank)
@@ -141,7 +142,8 @@ class NodeRecovery:
         """The copy that was handed out could not be used: as good as one that could not be fetched from here."""
         node = self._job.node
         if record.epoch == self._job.epoch and worker.rank is not None:
-            self._send(r.FetchFailed(record.epoch, node, worker.rank, node, record.generation, record.why))
+            rank, generation = worker.rank, record.generation
+            self._send(r.FetchFailed(record.epoch, node, rank, node, generation, record.why, record.version_epoch))
             self._shards.recheck(worker.rank)
 
     def take_over(self) -> None:

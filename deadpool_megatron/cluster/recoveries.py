@@ -12,7 +12,7 @@ from typing import Any
 
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agreement import Agreement, NoCommonGeneration, agree
+from deadpool_megatron.cluster.agreement import Agreement, NoCommonGeneration, Refused, agree
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.facts import Facts
 from deadpool_megatron.cluster.job import Voice
@@ -40,7 +40,7 @@ class Recoveries:
         self.vacant: set[tuple[int, int]] = set()
         """Slots (node, local) of healthy nodes whose worker has died."""
         self._purpose: r.Purpose = "resume"
-        self._refused: set[tuple[int, int, int]] = set()
+        self._refused: set[Refused] = set()
         self._generation = -1
         self._durable_name = ""  # of the durable generation this recovery goes back to
 
@@ -187,7 +187,7 @@ class Recoveries:
         if self._durable_name:
             self._facts.durability.bad(self._durable_name, record.why)
             return f"rank {record.rank} of durable generation {record.generation} could not be read"
-        self._refused.add((record.rank, record.source, record.generation))
+        self._refused.add((record.rank, record.source, record.generation, record.version_epoch))
         self._voice.emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
         return f"the copy of rank {record.rank} on node {record.source} could not be used: {record.why}"
 
@@ -310,6 +310,6 @@ class Recoveries:
     def load(self, kept: dict[str, Any]) -> None:
         """The opposite; a recovery that was under way is not gone on with."""
         self._purpose = kept["purpose"]
-        self._refused = {(rank, node, g) for rank, node, g in kept["refused"]}
+        self._refused = {(rank, node, g, epoch) for rank, node, g, epoch in kept["refused"]}
         self.vacant = {(node, local) for node, local in kept["vacant"]}
         self.helpers = set(kept["helpers"])

@@ -59,7 +59,10 @@ class RankCommitted:
 
 @dataclass(frozen=True, slots=True)
 class FetchDone:
-    """A shard has arrived (``error`` empty, ``version`` set) or could not be had."""
+    """A shard has arrived (``error`` empty, ``version`` set) or could not be had.
+
+    ``tried``: the epoch in which what was asked for at ``source`` was written.
+    """
 
     rank: int
     epoch: int
@@ -67,6 +70,7 @@ class FetchDone:
     source: int
     version: tuple[int, int] | None
     error: str
+    tried: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +327,7 @@ class Shards:
                 error = str(err)
             points.reach("fetch.after")
             got = None if error else (version.epoch, version.generation)
-            self.tell(FetchDone(rank, epoch, generation, source.node, got, error))
+            self.tell(FetchDone(rank, epoch, generation, source.node, got, error, source.version_epoch))
 
         threading.Thread(target=work, name=f"fetch-{rank}", daemon=True).start()
 
@@ -360,7 +364,8 @@ class Shards:
             except VaultError as err:
                 error = str(err)
             got = None if error else (version.epoch, version.generation)
-            self.tell(FetchDone(rank, epoch, generation, node, got, error))
+            tried = next((share.version_epoch for part in parts for share in part if share.node == node), -1)
+            self.tell(FetchDone(rank, epoch, generation, node, got, error, tried))
 
         threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()
 

@@ -243,7 +243,7 @@ class Session:
 
     def refuse(self, agreed: r.Generation, why: Exception, deadline_s: float) -> bool:
         """The copy that was handed out cannot be used: tell so, and wait for a newer epoch. False when none comes."""
-        self.tell(r.Unreadable(agreed.epoch, agreed.generation, str(why)[:500]))
+        self.tell(r.Unreadable(agreed.epoch, agreed.generation, agreed.version_epoch, str(why)[:500]))
         return self.wait_newer(agreed.epoch, deadline_s)
 
     def describe(self, kind: Literal["job", "layout", "constants"], rank: int, data: bytes) -> None:

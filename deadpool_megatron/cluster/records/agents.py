@@ -242,7 +242,10 @@ class Iteration(Record, frozen=True):
 
 
 class FetchFailed(Record, frozen=True):
-    """The shard of a lost coordinate could not be had from the source that was named."""
+    """The shard of a lost coordinate could not be had from the source that was named.
+
+    ``version_epoch``: the version's; -1 where any version of the generation may be meant.
+    """
 
     epoch: int
     node: int
@@ -250,6 +253,7 @@ class FetchFailed(Record, frozen=True):
     source: int
     generation: int
     why: str
+    version_epoch: int = -1
 
 
 class Finished(Record, frozen=True):

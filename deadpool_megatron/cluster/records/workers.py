@@ -78,6 +78,7 @@ class Unreadable(Record, frozen=True):
 
     epoch: int
     generation: int
+    version_epoch: int
     why: str
 
 
