@@ -5,7 +5,7 @@ from __future__ import annotations
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.known import KnownJob
 from deadpool_megatron.cluster.shards import RankCommitted
-from deadpool_megatron.vault import constants_of, is_constants
+from deadpool_megatron.vault import CommitLedger, Version, constants_of, is_constants
 
 __all__ = ["Commits"]
 
@@ -22,7 +22,7 @@ class Commits:
     def __init__(self, job: KnownJob) -> None:
         self._job = job
         self.last: r.Committed | None = None
-        self._committed: dict[int, set[tuple[int, int]]] = {}
+        self._ledger: CommitLedger | None = None
         self._agreed: r.Agree | None = None
         self._covered: set[int] = set()
         self._with_constants: set[int] = set()  # holders
@@ -46,7 +46,7 @@ class Commits:
 
     def restart(self) -> None:
         """A new epoch begins."""
-        self._committed.clear()
+        self._ledger = None
         self._agreed = None
         self._covered.clear()
         self._safe.clear()
@@ -71,13 +71,16 @@ class Commits:
         return r.Covered(job.epoch, job.node, generation) if ranks <= self._covered else None
 
     def committed(self, rank: int, generation: int) -> r.Committed | None:
-        """A rank has committed a version of the current epoch; what to tell when it was the last one here."""
-        version = (self._job.epoch, generation)
-        self._committed.setdefault(rank, set()).add(version)
-        ranks = self._job.ranks.values()
-        if not all(version in self._committed.get(each, ()) for each in ranks):
+        """A rank has committed a version of the current epoch; what to tell when it was the last one here.
+
+        Or when no version can be on all of them any more: one began a generation just before the message that freed its
+        slot, another one just after, so that this one has what that one has skipped.
+        """
+        version = Version(self._job.epoch, generation)
+        if self._ledger is None:
+            self._ledger = CommitLedger(self._job.ranks.values(), version.epoch)
+        told = self._ledger.committed(rank, version)
+        if told is None:
             return None
-        for each in ranks:
-            self._committed[each] = {v for v in self._committed[each] if v > version}
-        self.last = r.Committed(self._job.epoch, self._job.node, generation)
+        self.last = r.Committed(version.epoch, self._job.node, generation, told.kept != version)
         return self.last

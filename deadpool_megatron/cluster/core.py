@@ -393,6 +393,8 @@ class Core:
                 self._start.tell_roster()
         elif awaited:
             self._start.came_later(record)
+        if self.members.holds(record.node) and record.epoch == self.epoch:
+            self.seen.catch_up(record.node)
 
     def _register(self, record: r.Registered) -> None:
         if self._start.registered(record) and self._phase is Phase.STARTING:

@@ -42,12 +42,19 @@ class Headway:
 
     def node_committed(self, record: r.Committed) -> tuple[Told | None, bool]:
         """A node has committed a generation. What everybody is to be told, if anything; whether all have it now."""
-        told = self._ledger.committed(record.node, Version(record.epoch, record.generation))
+        version = Version(record.epoch, record.generation)
+        told = self._ledger.apart(version) if record.apart else self._ledger.committed(record.node, version)
         if told is None or told.kept is None or told.kept == self._kept:
             return told, False
         self._kept = told.kept
         self.committed = told.kept.generation
         return told, True
+
+    @property
+    def told(self) -> Told | None:
+        """What has been told in this epoch so far, for a node that may not have heard it; None before anything was."""
+        told = self._ledger.told
+        return told if told.kept is not None or told.floor.generation else None
 
     def go_on(self, active: Iterable[int], epoch: int, generation: int) -> None:
         """In this epoch the job goes on from a generation that is committed."""

@@ -8,6 +8,7 @@ from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.facts import Facts
 from deadpool_megatron.cluster.job import Voice
 from deadpool_megatron.cluster.stalls import StragglerJudge
+from deadpool_megatron.vault import Told
 
 __all__ = ["Observations"]
 
@@ -67,13 +68,22 @@ class Observations:
         told, by_all = self._facts.headway.node_committed(record)
         if told is None:
             return
-        self._voice.send(None, r.CommittedTo(self._facts.members.epoch, told.kept, told.floor.generation))
+        self._tell(None, told)
         if by_all and told.kept is not None:
             seconds = self.snapshots.committed(told.kept.generation, now)
             self._voice.emit("committed", iteration=told.kept.generation, seconds=seconds)
             if self._facts.protection.committed():
                 self._voice.emit("protected", survives=self._facts.protection.degree, iteration=told.kept.generation)
             self._facts.durability.committed(told.kept, self._facts.members.active(), now, training)
+
+    def catch_up(self, node: int) -> None:
+        """A node was away: what was told of commits meanwhile it has not heard, and without it could skip for ever."""
+        told = self._facts.headway.told
+        if told is not None:
+            self._tell(node, told)
+
+    def _tell(self, node: int | None, told: Told) -> None:
+        self._voice.send(node, r.CommittedTo(self._facts.members.epoch, told.kept, told.floor.generation))
 
     def did(self, record: r.Did) -> None:
         """Something was done that must not be done again."""

@@ -133,6 +133,17 @@ class CommitLedger:
             return self._tell(Told(kept, Version(floor.epoch, self._newest + self._margin)))
         return None
 
+    def apart(self, version: Version) -> Told | None:
+        """What belongs to one member has no version in common any more; ``version`` is the newest of one of its parts.
+
+        Returns what to tell everybody, if it has not been told yet.
+        """
+        kept, floor = self._told
+        if version.epoch != floor.epoch or version < floor:
+            return None
+        self.progress(version.generation)
+        return self._tell(Told(kept, Version(floor.epoch, self._newest + self._margin)))
+
     def _tell(self, told: Told) -> Told:
         floor = told.floor
         # the kept version is behind us, and what is below the floor can no longer be committed

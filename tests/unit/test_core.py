@@ -79,6 +79,18 @@ def test_nodes_that_skip_different_generations_are_given_a_floor_to_meet_at() ->
     assert job.told(r.CommittedTo)[-1].floor > 2
 
 
+def test_a_node_whose_ranks_have_no_generation_in_common_has_the_floor_raised_once() -> None:
+    job = SimulatedJob().train()
+    job.commit(0)
+    job.feed(r.Committed(0, 1, 2, apart=True))
+    raised = job.told(r.CommittedTo)[-1]
+    assert raised.kept == (0, 0) and raised.floor > 2
+    job.feed(r.Committed(0, 1, 2, apart=True))
+    assert job.told(r.CommittedTo)[-1] is raised
+    job.commit(raised.floor)
+    assert job.core.committed == raised.floor
+
+
 def test_the_end_is_told_when_all_have_finished_and_the_job_is_done_when_all_have_left() -> None:
     job = SimulatedJob().train()
     for node in (0, 1, 2):

@@ -181,6 +181,23 @@ def test_training_does_not_notice_that_the_coordinator_was_away() -> None:
     assert job.core.phase is Phase.RUNNING and job.core.epoch == 1
 
 
+def test_a_node_that_comes_back_late_hears_what_was_told_of_commits_without_it() -> None:
+    """Else it would keep slots for ever that nobody waits for, and no generation would be committed any more."""
+    job = SimulatedJob().train()
+    job.commit(5)
+    restarted(job, come_back=False)
+    back = [r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [], {}, 0, True) for node in job.core.nodes]
+    for join in back[:2]:
+        job.feed(join)
+    job.feed(r.Committed(0, 0, 6))
+    job.feed(r.Committed(0, 1, 5))  # it has skipped 6, or has it on the way: both are given a floor to meet at
+    (told,) = job.told(r.CommittedTo)[-1:]
+    assert told.floor > 6
+    job.sent.clear()
+    job.feed(back[2])
+    assert job.told(r.CommittedTo, back[2].node) == [told]
+
+
 def test_a_recovery_the_coordinator_died_in_begins_again_under_a_new_epoch() -> None:
     job = SimulatedJob(nodes=5, spares=2).train()
     job.lose(1)

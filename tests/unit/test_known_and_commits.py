@@ -95,3 +95,13 @@ def test_a_rank_has_committed_nothing_before_its_constants_are_at_their_keepers(
     assert commits.due(of_1) == [of_1]
     commits.restart()
     assert commits.due(of_1) == [], "in a new epoch they may belong elsewhere"
+
+
+def test_ranks_that_can_have_no_generation_in_common_any_more_are_told_of_once(job: KnownJob) -> None:
+    commits = Commits(job)
+    commits.committed(0, 5)
+    assert commits.committed(1, 5) == r.Committed(0, 0, 5)
+    assert commits.committed(0, 6) is None, "the other one may still come to it"
+    assert commits.committed(1, 7) == commits.last == r.Committed(0, 0, 7, apart=True)
+    assert commits.committed(0, 8) is None and commits.committed(1, 8) is None, "nothing below the floor to come counts"
+    assert commits.committed(0, 9) is None and commits.committed(1, 9) == r.Committed(0, 0, 9)

@@ -161,11 +161,15 @@ class NodeResumed(Record, frozen=True):
 
 
 class Committed(Record, frozen=True):
-    """Every coordinate of the node has committed this generation (own vault and peer vault complete)."""
+    """Every coordinate of the node has committed this generation (own vault and peer vault complete).
+
+    ``apart``: they have not, and cannot: one has committed this generation, which another one has skipped.
+    """
 
     epoch: int
     node: int
     generation: int
+    apart: bool = False
 
 
 class Covered(Record, frozen=True):
