@@ -30,7 +30,11 @@ _POLL_S = 0.05
 
 
 class _NoJob(Exception):
-    """The job cannot be reached; the message is one line."""
+    """The job cannot be reached, or refuses; the message is one line. ``later``: it may not refuse in a moment."""
+
+    def __init__(self, message: str, later: bool = False) -> None:
+        super().__init__(message)
+        self.later = later
 
 
 def _job(run_dir: str) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def _ask(job: dict[str, Any], run_dir: str, record: msgspec.Struct) -> r.InjectR
     reply = r.decode_from_coordinator(packet)
     assert isinstance(reply, r.InjectReply | r.SpareAdded)
     if reply.error:
-        raise _NoJob(reply.error)
+        raise _NoJob(reply.error, isinstance(reply, r.InjectReply) and reply.later)
     return reply
 
 
@@ -105,11 +109,19 @@ def inject(options: argparse.Namespace) -> int:
 def drain(options: argparse.Namespace) -> int:
     """`deadpool drain` after parsing: returns when the node may be taken away."""
     begun = time.time()
-    try:
-        _ask(_job(options.run_dir), options.run_dir, r.Drain(options.node))
-    except _NoJob as err:
-        return _fail(str(err))
     end = time.monotonic() + options.timeout
+    told = ""
+    while True:
+        try:
+            _ask(_job(options.run_dir), options.run_dir, r.Drain(options.node))
+            break
+        except _NoJob as err:
+            if not err.later or time.monotonic() >= end:
+                return _fail(str(err))
+            if str(err) != told:
+                told = str(err)
+                print(f"deadpool: waiting: {told}", file=sys.stderr)
+        time.sleep(10 * _POLL_S)
     while time.monotonic() < end:
         for event in read_events(options.run_dir):
             if event["t"] < begun - 1.0:
@@ -119,6 +131,8 @@ def drain(options: argparse.Namespace) -> int:
                 return Exit.OK
             if event["event"] == "detected" and event["node"] == options.node:
                 return _fail(f"node {options.node} was lost while it was drained: {event['cause']}")
+            if event["event"] == "stays" and event["node"] == options.node:
+                return _fail(f"node {options.node} is not drained, training goes on: {event['cause']}")
             if event["event"] in ("stopped", "finished"):
                 return _fail(f"the job ended before node {options.node} was drained")
         time.sleep(_POLL_S)

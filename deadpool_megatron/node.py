@@ -31,6 +31,7 @@ from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
 from deadpool_megatron.cluster.ports import once_free, patience_s
 from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, open_store
 from deadpool_megatron.durable import DurableError, survey
+from deadpool_megatron.output import never_fails
 from deadpool_megatron.vault import VaultError
 
 __all__ = ["main"]
@@ -143,6 +144,7 @@ def _agent(settings: dict[str, Any]) -> int:
 
 def main() -> int:
     """Entry point; returns the exit code."""
+    never_fails()
     settings = msgspec.json.decode(sys.stdin.buffer.read(), type=dict[str, Any])
     role = sys.argv[1]
     try:

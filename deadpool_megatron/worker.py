@@ -37,6 +37,7 @@ from deadpool_megatron.cluster.workers import (
     STACKS_SIGNAL,
 )
 from deadpool_megatron.forking import FORK_SERVER
+from deadpool_megatron.output import never_fails
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
@@ -195,6 +196,7 @@ def _place(error: BaseException) -> str:
 def main() -> int:
     """Entry point; returns the exit code."""
     _die_with_agent()
+    never_fails()
     _show_stacks_when_asked()
     notices.ignored()
     module = sys.argv.pop(2) if sys.argv[1] == "-m" else ""

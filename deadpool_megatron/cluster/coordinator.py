@@ -227,7 +227,7 @@ class Coordinator:
                     )
             case r.Drain():
                 error, actions = core.drain(record.node, now)
-                reply = r.InjectReply(error)
+                reply = r.InjectReply(error, bool(error) and core.cannot_drain(record.node)[1])
             case r.AddSpare():
                 error, node, actions = core.add_spare(record.host, now)
                 reply = r.SpareAdded(error, node)

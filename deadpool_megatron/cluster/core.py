@@ -226,20 +226,28 @@ class Core:
 
     def drain(self, node: int, now: float) -> tuple[str, list[Action]]:
         """A node is to be taken away. Returns the reason it cannot, or an empty string."""
+        why, _ = self.cannot_drain(node)
+        return why, [] if why else self._run(lambda: self._drains.begin(node, now), now)
+
+    def cannot_drain(self, node: int) -> tuple[str, bool]:
+        """Why a node cannot be taken away now (empty: it can), and whether that may pass by itself."""
         error = self._no_such_node(node)
         if error:
-            return error, []
+            return error, False
         role = self.nodes[node].role
         under_way = self._drains.node
         if role == "leaving" or under_way == node:
-            return f"node {node} is being drained already", []
+            return f"node {node} is being drained already", False
         if self.phase is not Phase.RUNNING or under_way is not None or self._reunion.waits:
             what = f"node {under_way} is being drained" if under_way is not None else self.phase.value
             what = "the coordinator has just come back" if self._reunion.waits else what
-            return f"not now, the job is busy: {what}; try again in a moment", []
+            soon = self._phase in (Phase.STARTING, Phase.RUNNING)
+            return f"not now, the job is busy: {what}; try again in a moment", soon
         if role == "active" and not self.members.ready_spares():
-            return f"no parked spare is there to take over node {node}: add one with deadpool join", []
-        return "", self._run(lambda: self._drains.begin(node, now), now)
+            if any(each.role == "spare" for each in self.nodes.values()):
+                return f"no spare is parked yet to take over node {node}, but one is starting", True
+            return f"no parked spare is there to take over node {node}: add one with deadpool join", False
+        return "", False
 
     def add_spare(self, host: str, now: float) -> tuple[str, int, list[Action]]:
         """A new node wants to come as a spare. Returns (why not, its number, actions)."""
@@ -412,7 +420,8 @@ class Core:
             self.seen.committed(record, self._now, self.phase is Phase.RUNNING)
 
     def _node_finished(self, record: r.Finished) -> None:
-        if record.epoch != self.epoch or self.phase not in (Phase.RUNNING, Phase.RESTORING):
+        # Also in a recovery: one node may be through before the news of another that it has its groups.
+        if record.epoch != self.epoch or self._phase is not Phase.RUNNING:
             return
         self._finished.add(record.node)
         if all(map(self._finished.__contains__, self.members.active())):
@@ -523,7 +532,9 @@ class Core:
         self._drains.forget()
 
     def _fetch_failed(self, record: r.FetchFailed) -> None:
-        if why := self._recoveries.fetch_failed(record):
+        if record.own and record.epoch == self.epoch:
+            self._lose({record.node}, record.why)  # another spare may have room
+        elif why := self._recoveries.fetch_failed(record):
             self._declare(why)
 
     def _peer_error(self, record: r.PeerError) -> None:

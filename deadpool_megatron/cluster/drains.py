@@ -3,6 +3,7 @@
 ::
 
     begin(node) -> Hold(iteration) .. all NodeHeld -> declare .. an ordinary recovery, to which the node gives shards
+                                          '-- the spare is gone: an epoch with the same nodes, the drain is called off
 """
 
 from __future__ import annotations
@@ -83,6 +84,12 @@ class Drains:
 
     def _move_out(self, drain: _Drain) -> None:
         self._drain = None
+        if not self._facts.members.ready_spares():
+            # The node is healthy: to give it up without anybody in its place would end the job.
+            cause = "no parked spare is left to take over"
+            self._voice.emit("stays", node=drain.node, cause=cause)
+            self._voice.declare(f"node {drain.node} is not drained: {cause}")  # all go on from where they hold still
+            return
         self._facts.members.nodes[drain.node].role = "leaving"
         self._recoveries.helpers.add(drain.node)
         self._voice.declare(f"node {drain.node} is drained")

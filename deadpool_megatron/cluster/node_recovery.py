@@ -121,8 +121,11 @@ class NodeRecovery:
             return
         if event.version is None:
             node, tried = self._job.node, event.tried
-            failed = r.FetchFailed(event.epoch, node, event.rank, event.source, event.generation, event.error, tried)
-            self._send(failed)
+            self._send(
+                r.FetchFailed(
+                    event.epoch, node, event.rank, event.source, event.generation, event.error, tried, event.own
+                )
+            )
         else:
             self._hand_out(event.rank, event.generation, event.version)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import logging
 import os
 import queue
 import threading
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +20,7 @@ from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.vault import (
     CONSTANT,
     EMPTY,
+    DeadlinePassed,
     Kind,
     NotHeld,
     Piece,
@@ -25,8 +30,10 @@ from deadpool_megatron.vault import (
     SendPace,
     Stripes,
     Target,
+    TransferFailed,
     Vault,
     VaultError,
+    VaultFull,
     VaultServer,
     Version,
     WordPlan,
@@ -45,6 +52,9 @@ __all__ = ["Damaged", "FetchDone", "RankCommitted", "ReserveFailed", "Reserved",
 
 
 _log = logging.getLogger(__name__)
+_PATIENCE_S = 10.0  # for a shard whose holder cannot be reached; a holder that is gone ends the epoch sooner
+_PAUSE_S = 0.05
+_Place = tuple[str, int] | Vault
 _Held = dict[int, list[tuple[int, int]]]  # versions (epoch, generation), by rank or word
 
 
@@ -61,7 +71,7 @@ class RankCommitted:
 class FetchDone:
     """A shard has arrived (``error`` empty, ``version`` set) or could not be had.
 
-    ``tried``: the epoch in which what was asked for at ``source`` was written.
+    ``tried``: the epoch in which what was asked for at ``source`` was written. ``own``: the fault is this node's.
     """
 
     rank: int
@@ -71,6 +81,7 @@ class FetchDone:
     version: tuple[int, int] | None
     error: str
     tried: int = -1
+    own: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,28 +317,24 @@ class Shards:
         """Bring a shard into the own vault; the outcome comes as a FetchDone. ``address`` None: it is here already.
 
         ``others`` hold the same version: all give a part at once, and if that fails the first one gives all of it.
-        Constants of the rank come from any of these or of the ``keepers``, if one has them.
+        A connection that breaks says nothing of the copy: it is tried again, then the others one by one. Constants of
+        the rank come from any of these or of the ``keepers``, if one has them.
         """
         version = Version(source.version_epoch, generation)
 
         def work() -> None:
-            error = ""
+            error, own = "", False
             points.reach("fetch.before")
             try:
-                place: tuple[str, int] | Vault = (address.host, address.port) if address is not None else self.vault
+                place: _Place = (address.host, address.port) if address is not None else self.vault
                 more = [(other.host, other.port) for other in others]
-                try:
-                    fetch(self.vault, self._secret, place, rank, epoch, version, others=more, direct=self._direct)
-                except VaultError:
-                    if not more:
-                        raise
-                    fetch(self.vault, self._secret, place, rank, epoch, version, direct=self._direct)
+                _patiently(functools.partial(self._bring, rank, epoch, version, place, more))
                 self._fetch_constants(rank, epoch, [place, *more, *((each.host, each.port) for each in keepers)])
             except VaultError as err:
-                error = str(err)
+                error, own = str(err), isinstance(err, VaultFull)
             points.reach("fetch.after")
             got = None if error else (version.epoch, version.generation)
-            self.tell(FetchDone(rank, epoch, generation, source.node, got, error, source.version_epoch))
+            self.tell(FetchDone(rank, epoch, generation, source.node, got, error, source.version_epoch, own))
 
         threading.Thread(target=work, name=f"fetch-{rank}", daemon=True).start()
 
@@ -349,7 +356,7 @@ class Shards:
         version = Version(max(share.version_epoch for part in parts for share in part), generation)
 
         def work() -> None:
-            error, node = "", first
+            error, node, own = "", first, False
             try:
                 if self.stripes is None:
                     raise VaultError("parity is not kept in this job")
@@ -357,28 +364,52 @@ class Shards:
                 if gone is not None:
                     raise RebuildFailed(f"node {gone} has no vault", gone)
                 pieces = [[_piece(share, generation, vaults[share.node]) for share in part] for part in parts]
-                rebuild(self.vault, self._secret, rank, epoch, version, pieces, self.stripes.coder)
+                coder = self.stripes.coder
+                _patiently(lambda: rebuild(self.vault, self._secret, rank, epoch, version, pieces, coder))
                 self._fetch_constants(rank, epoch, [(each.host, each.port) for each in keepers])
             except RebuildFailed as err:
                 error, node = str(err), err.node
             except VaultError as err:
-                error = str(err)
+                error, own = str(err), isinstance(err, VaultFull)
             got = None if error else (version.epoch, version.generation)
             tried = next((share.version_epoch for part in parts for share in part if share.node == node), -1)
-            self.tell(FetchDone(rank, epoch, generation, node, got, error, tried))
+            self.tell(FetchDone(rank, epoch, generation, node, got, error, tried, own))
 
         threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()
 
+    def _bring(self, rank: int, epoch: int, version: Version, place: _Place, more: Sequence[tuple[str, int]]) -> None:
+        """A shard from ``place`` and ``more`` at once, else from one of them. Raises what ``place`` alone raised."""
+        bring = functools.partial(
+            fetch, self.vault, self._secret, rank=rank, epoch=epoch, version=version, direct=self._direct
+        )
+        if more:
+            with contextlib.suppress(VaultError):
+                bring(place, others=more)
+                return
+        try:
+            bring(place)
+        except (TransferFailed, DeadlinePassed):
+            for other in more:
+                with contextlib.suppress(VaultError):
+                    bring(other)
+                    return
+            raise
+
     def _fetch_constants(self, rank: int, epoch: int, places: Sequence[tuple[str, int] | Vault]) -> None:
         """Blocks. Where nobody gives them, the rank has none, or its worker has to have them from a replica."""
-        for place in dict.fromkeys(places):
-            try:
-                fetch(self.vault, self._secret, place, constants_of(rank), epoch, CONSTANT, direct=self._direct)
+        left = list(dict.fromkeys(places))
+        for pause in (0.0, 0.1, 0.5):
+            time.sleep(pause)
+            for place in list(left):
+                try:
+                    fetch(self.vault, self._secret, place, constants_of(rank), epoch, CONSTANT, direct=self._direct)
+                    return
+                except NotHeld:
+                    left.remove(place)
+                except VaultError as err:
+                    _log.warning("rank %d: its constants cannot be had from %s: %s", rank, place, err)
+            if not left:
                 return
-            except NotHeld:
-                continue
-            except VaultError as err:
-                _log.warning("rank %d: its constants cannot be had from %s: %s", rank, place, err)
 
     def close(self) -> None:
         """Stop all threads and free the memory."""
@@ -387,6 +418,22 @@ class Shards:
         self._replicator.stop()
         self.server.stop()
         self.vault.close()
+
+
+def _patiently(work: Callable[[], object]) -> None:
+    """Do it again, over new connections, as long as connections fail, for some seconds. Raises as the last try."""
+    end, pause = time.monotonic() + _PATIENCE_S, _PAUSE_S
+    for attempt in itertools.count(1):
+        try:
+            work()
+            return
+        except (TransferFailed, DeadlinePassed, RebuildFailed) as err:
+            broken = err.broken if isinstance(err, RebuildFailed) else True
+            if not broken or (time.monotonic() > end and attempt > 1):
+                raise
+            _log.warning("%s; trying again", err)
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
 
 
 def _piece(share: r.Share, generation: int, at: r.Address) -> Piece:

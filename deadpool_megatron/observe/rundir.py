@@ -6,12 +6,13 @@ reach the job, the secret included, and is readable by its owner alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,10 +39,16 @@ JOB: Final = "job.json"
 LOGS: Final = "logs"
 RECOVERIES: Final = "recoveries.log"
 _COLUMNS: Final = 80
+_AT_ONCE: Final = 1 << 16
+_MOST_WAITING: Final = 16 << 20
 
 
 class RunDirectory:
     """Writer of a run directory. Raises OSError when it cannot be made.
+
+    Afterwards nothing here raises: what cannot be written (a full disk, a directory that became read-only) is said once
+    on stderr. Events wait until there is room, up to `_MOST_WAITING` bytes; then they are dropped and counted (event
+    ``unwritten``). Status is written anew when it is due.
 
     Args:
         fresh: make it empty of an older run's files; else go on with what is there.
@@ -54,13 +61,17 @@ class RunDirectory:
             files = [self.path / name for name in (STATUS, EVENTS, JOB, RECOVERIES)]
             for old in [*(self.path / LOGS).iterdir(), *files]:
                 old.unlink(missing_ok=True)
-        self._events = open(self.path / EVENTS, "a")  # noqa: SIM115 - open for the life of the run
+        self._events = os.open(self.path / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        # Of events, not written yet; may begin in the middle of a line, or end one that a dead writer has left.
+        self._waiting = bytearray(b"\n" if _is_cut(self.path / EVENTS) else b"")
+        self._dropped = 0
+        self._failing: set[str] = set()  # files that could not be written the last time
         self._story = Story()
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one event with the wall-clock time ``t`` in unix seconds, to be read at once."""
         self.note(event, **fields)
-        self._events.flush()
+        self.flush()
 
     def note(self, event: str, **fields: Any) -> None:
         """The same, to be read from the next `flush` on: thousands of nodes tell the same step within a second.
@@ -68,25 +79,36 @@ class RunDirectory:
         After each recovery a paragraph on it goes to ``recoveries.log`` and to stderr.
         """
         record = {"t": time.time(), "event": event, **fields}
-        self._events.write(json.dumps(record) + "\n")
+        if len(self._waiting) < _MOST_WAITING:
+            self._waiting += json.dumps(record).encode() + b"\n"
+        else:
+            self._dropped += 1
+        if len(self._waiting) > _AT_ONCE and EVENTS not in self._failing:
+            self.flush()
         done = self._story.take(record)
         if done is not None:
             text = paragraph(done, len(self._story.recoveries), self._story)
             wrapped = textwrap.fill(text, _COLUMNS, break_long_words=False, break_on_hyphens=False)
-            with open(self.path / RECOVERIES, "a") as f:
+            with self._trying(RECOVERIES), open(self.path / RECOVERIES, "a") as f:
                 f.write(wrapped + "\n\n")
             print(wrapped, file=sys.stderr, flush=True)
 
     def flush(self) -> None:
         """Write out all events so far."""
-        self._events.flush()
+        with self._trying(EVENTS):
+            while self._waiting:
+                del self._waiting[: os.write(self._events, self._waiting[:_AT_ONCE])]
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                self.event("unwritten", lines=dropped)
 
     def status(self, status: dict[str, Any]) -> None:
         """Replace ``status.json`` in one step: a reader sees the old or the new one, never a part."""
-        self._replace(STATUS, status, 0o644)
+        with self._trying(STATUS):
+            self._replace(STATUS, status, 0o644)
 
     def job(self, job: dict[str, Any]) -> None:
-        """Write ``job.json``, for the owner's eyes only."""
+        """Write ``job.json``, for the owner's eyes only. Raises OSError: without it nobody can reach the job."""
         self._replace(JOB, job, 0o600)
 
     def _replace(self, name: str, content: dict[str, Any], mode: int) -> None:
@@ -96,9 +118,33 @@ class RunDirectory:
             f.write(text + b"\n")
         os.replace(temporary, self.path / name)
 
+    @contextlib.contextmanager
+    def _trying(self, name: str) -> Iterator[None]:
+        """What only observes never ends training."""
+        try:
+            yield
+        except OSError as err:
+            if name not in self._failing:
+                self._failing.add(name)
+                why = err.strerror or type(err).__name__
+                print(f"deadpool: {self.path / name} cannot be written: {why}; training goes on", file=sys.stderr)
+        else:
+            if name in self._failing:
+                self._failing.discard(name)
+                print(f"deadpool: {self.path / name} is written again", file=sys.stderr)
+
     def close(self) -> None:
         """Close the event log."""
-        self._events.close()
+        self.flush()
+        os.close(self._events)
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a file ends in the middle of a line."""
+    with open(path, "rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - 1))
+        return f.read(1) not in (b"", b"\n")
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -107,7 +153,16 @@ def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
         text = (Path(run_dir) / EVENTS).read_text()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    return _parsed(text.split("\n")[:-1])
+
+
+def _parsed(lines: Iterable[str | bytes]) -> list[dict[str, Any]]:
+    """Without those that a writer could not finish: it died, or the disk was full."""
+    out = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            out.append(json.loads(line))
+    return out
 
 
 class EventTail:
@@ -132,7 +187,7 @@ class EventTail:
         except FileNotFoundError:
             return []
         *lines, self._rest = self._rest.split(b"\n")
-        return [json.loads(line) for line in lines]
+        return _parsed(lines)
 
 
 def follow_events(run_dir: str | Path, alive: Any, poll_s: float = 0.05) -> Iterator[dict[str, Any]]:

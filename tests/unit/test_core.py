@@ -532,6 +532,39 @@ def test_a_copy_that_turns_out_unreadable_is_not_asked_for_again() -> None:
     assert code == Exit.GENERATION_LOST and "of ranks 2" in message and "--load" in message
 
 
+def test_a_node_that_finishes_before_another_has_told_of_its_groups_is_not_forgotten() -> None:
+    job = SimulatedJob().train()
+    job.commit(5)
+    job.lose(1)
+    job.arrive()
+    job.prepare()
+    late = job.active[-1]
+    for node in job.active:
+        if node != late:
+            job.feed(r.NodeFormed(1, node, 12))
+            job.feed(r.NodeRestored(1, node))
+            job.feed(r.NodeResumed(1, node, 5))
+            job.feed(r.Finished(1, node))
+    job.feed(r.NodeFormed(1, late, 12))
+    job.feed(r.NodeRestored(1, late))
+    job.feed(r.NodeResumed(1, late, 5))
+    assert not job.told(r.AllFinished)
+    job.feed(r.Finished(1, late))
+    assert job.told(r.AllFinished) == [r.AllFinished(1)]
+
+
+def test_a_spare_without_room_gives_way_to_another_one_and_no_copy_is_refused() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.commit(5)
+    job.lose(1)
+    (first,) = set(job.told(r.Declare)[-1].replaced and [s.node for s in job.core.assignment]) - {0, 1, 2}
+    job.arrive()
+    job.feed(r.FetchFailed(1, first, 2, 2, 5, "rank 2 (own) needs 8 bytes", 0, own=True))
+    assert job.core.epoch == 2 and not job.events("refused") and job.events("detected")[-1]["node"] == first
+    job.recover()
+    assert job.core.phase is Phase.RUNNING and first not in {s.node for s in job.core.assignment}
+
+
 def test_two_nodes_that_keep_each_others_shards_lost_at_once_are_more_than_the_redundancy_covers() -> None:
     job = SimulatedJob(nodes=5, spares=2).train()
     job.commit(5)

@@ -61,6 +61,21 @@ def test_a_drained_node_that_dies_on_the_way_out_is_an_ordinary_loss() -> None:
     assert job.core.phase is Phase.RUNNING and job.core.nodes[1].role == "lost"
 
 
+def test_a_drain_whose_spare_dies_is_called_off_and_training_goes_on() -> None:
+    job = SimulatedJob(nodes=4, spares=1).train()
+    job.iterate(4)
+    before = list(job.core.assignment)
+    job.take(job.core.drain(1, job.now)[1])
+    job.lose(3)
+    assert job.core.epoch == 0, "nobody needs the spare yet"
+    at = hold(job)
+    (stays,) = job.events("stays")
+    assert stays["node"] == 1 and job.core.epoch == 1 and job.core.assignment == before
+    job.recover(at)
+    assert job.core.phase is Phase.RUNNING and job.core.nodes[1].role == "active" and job.finish is None
+    assert "deadpool join" in job.core.drain(1, job.now)[0]
+
+
 def test_a_rank_past_the_boundary_costs_a_drain_an_iteration_but_not_the_job() -> None:
     job = SimulatedJob().train()
     job.iterate(4)
@@ -79,11 +94,24 @@ def test_a_drain_that_nobody_heeds_ends_in_an_ordinary_recovery() -> None:
 
 def test_what_cannot_be_drained_is_refused_with_the_reason() -> None:
     job = SimulatedJob(nodes=3, spares=0).train()
-    assert "deadpool join" in job.core.drain(1, job.now)[0]
-    assert "there is no node 9" in job.core.drain(9, job.now)[0]
+    assert "deadpool join" in job.core.drain(1, job.now)[0] and not job.core.cannot_drain(1)[1]
+    assert "there is no node 9" in job.core.drain(9, job.now)[0] and not job.core.cannot_drain(9)[1]
     job = SimulatedJob().train()
     job.lose(1)
     assert "not now" in job.core.drain(0, job.now)[0] and "lost already" in job.core.drain(1, job.now)[0]
+    assert job.core.cannot_drain(0)[1], "it may be asked again when the recovery is over"
+
+
+def test_a_drain_may_be_asked_for_again_while_a_spare_is_starting() -> None:
+    job = SimulatedJob(nodes=3, spares=0).train()
+    _, number, actions = job.core.add_spare("", job.now)
+    job.take(actions)
+    for step in (lambda: None, lambda: job.join([number])):
+        step()
+        why, later = job.core.cannot_drain(1)
+        assert "one is starting" in why and later and job.core.drain(1, job.now) == (why, [])
+    job.park([number])
+    assert job.core.cannot_drain(1) == ("", False)
 
 
 def test_a_spare_is_drained_at_once() -> None:

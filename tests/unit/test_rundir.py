@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import stat
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from deadpool_megatron.observe import EVENTS, JOB, LOGS, STATUS, RunDirectory, follow_events, read_events
+import pytest
+
+from deadpool_megatron.observe import EVENTS, JOB, LOGS, STATUS, RunDirectory, follow_events, read_events, rundir
 
 
 def test_events_are_read_in_order_with_their_time(tmp_path: Path) -> None:
@@ -82,3 +87,52 @@ def test_events_are_followed_to_the_last_one(tmp_path: Path) -> None:
         return bool(alive and alive.pop())
 
     assert [e["iteration"] for e in follow_events(tmp_path, still, 0.001)] == [3, 2, 1, 0]
+
+
+@pytest.fixture
+def room() -> Iterator[Callable[[int], None]]:
+    """Sets how large a file may become; beyond it a write fails, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_costs_nothing_but_events_that_are_too_many_to_wait(
+    tmp_path: Path, room: Callable[[int], None], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rundir, "_MOST_WAITING", 4000)
+    run = RunDirectory(tmp_path)
+    run.event("first")
+    run.status({"phase": "before"})
+    room((tmp_path / EVENTS).stat().st_size + 10)  # in the middle of a line
+    for number in range(100):
+        run.event("more", number=number, text="x" * 50)
+        run.status({"phase": "full", "text": "x" * 100})
+    assert [e["event"] for e in read_events(tmp_path)] == ["first"]
+    assert json.loads((tmp_path / STATUS).read_text()) == {"phase": "before"}
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 2 and all("cannot be written" in line and "training goes on" in line for line in said)
+    room(1 << 30)
+    run.event("last")
+    run.status({"phase": "after"})
+    events = read_events(tmp_path)
+    waited = [e["number"] for e in events if e["event"] == "more"]
+    assert waited == list(range(len(waited))) and 20 < len(waited) < 60
+    assert events[-1]["event"] == "unwritten" and events[-1]["lines"] == 100 - len(waited) + 1
+    assert json.loads((tmp_path / STATUS).read_text()) == {"phase": "after"}
+    assert capfd.readouterr().err.count("is written again") == 2
+    run.close()
+
+
+def test_a_line_that_a_dead_writer_left_unfinished_spoils_no_other(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.event("first")
+    run.close()
+    with open(tmp_path / EVENTS, "a") as f:
+        f.write('{"t": 1, "event": "cu')
+    run = RunDirectory(tmp_path, fresh=False)
+    run.event("second")
+    assert [e["event"] for e in read_events(tmp_path)] == ["first", "second"]
+    run.close()

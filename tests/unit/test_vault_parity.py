@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import struct
+import threading
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
@@ -10,10 +14,11 @@ import numpy as np
 import pytest
 
 from deadpool_megatron.cluster import assignment as placing
+from deadpool_megatron.cluster import shards as shards_module
 from deadpool_megatron.cluster.agreement import NoCommonGeneration, agree
 from deadpool_megatron.cluster.keeping import kept_for_others, targets
 from deadpool_megatron.cluster.placement import place, replace
-from deadpool_megatron.cluster.records import Address, Offer, SlotAddress
+from deadpool_megatron.cluster.records import Address, Offer, SlotAddress, Source
 from deadpool_megatron.cluster.redundancy import Scheme, survives, words
 from deadpool_megatron.cluster.shards import Damaged, FetchDone, RankCommitted, Shards
 from deadpool_megatron.vault import CONSTANT, ConstantsWriter, NotHeld, SlotWriter, Version, constants_of
@@ -366,3 +371,99 @@ def test_a_copy_that_has_changed_at_its_owner_does_not_keep_newer_ones_from_bein
     while not isinstance(event := shards.events.get(), Damaged):
         pass
     assert event == Damaged(0, "own", 2) and newest.damaged
+
+
+# ---- a shard that does not come at the first try
+
+
+class Breaking:
+    """Stands before a vault: the first connections are reset, later ones go through."""
+
+    def __init__(self, port: int, breaks: int) -> None:
+        self._port, self.left = port, breaks
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = Address("127.0.0.1", self._listener.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.left:
+                self.left -= 1
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close is a reset
+                client.close()
+                continue
+            server = socket.create_connection(("127.0.0.1", self._port))
+            for one, other in ((client, server), (server, client)):
+                threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _pass(one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(1 << 20):
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def _committed_pair(jobs: Callable[..., Job], redundancy: str = "1", active: int = 2) -> Job:
+    job = jobs(redundancy, active, nodes=active + 1)
+    job.aim()
+    job.write(1)
+    job.committed(1)
+    return job
+
+
+def _fetched(job: Job, node: int) -> FetchDone:
+    while not isinstance(event := job.shards[node].events.get(), FetchDone):
+        pass
+    return event
+
+
+def test_a_connection_that_breaks_is_tried_again_and_blames_nobody(jobs: Callable[..., Job]) -> None:
+    job = _committed_pair(jobs)
+    way = Breaking(job.shards[1].server.port, 5)
+    job.shards[2].fetch(0, 0, 1, Source(1, 0), way.address)
+    done = _fetched(job, 2)
+    way.close()
+    assert done.version == (0, 1) and not done.error and way.left == 0
+
+
+def test_a_share_whose_connection_breaks_is_asked_for_again(jobs: Callable[..., Job]) -> None:
+    job = _committed_pair(jobs, "2+1", 3)
+    agreed = agree(job.assignment_without((0,), 3), job.offers((0,)), words=job.words)
+    ways = {n: Breaking(s.server.port, 3) for n, s in job.shards.items() if n}
+    job.shards[3].rebuild(0, 0, 1, agreed.rebuilds[0], {n: way.address for n, way in ways.items()})
+    done = _fetched(job, 3)
+    for way in ways.values():
+        way.close()
+    assert done.version == (0, 1) and not done.error
+
+
+def test_another_copy_is_taken_where_the_first_cannot_be_reached(
+    jobs: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "_PATIENCE_S", 0.0)
+    job = _committed_pair(jobs, "2", 3)
+    way = Breaking(job.shards[1].server.port, 1 << 30)
+    others = [Address("127.0.0.1", job.shards[2].server.port)]
+    job.shards[3].fetch(0, 0, 1, Source(1, 0, [2]), way.address, others)
+    assert _fetched(job, 3).version == (0, 1)
+    job.shards[3].vault.drop(0)
+    job.shards[3].fetch(0, 0, 1, Source(1, 0), way.address)
+    done = _fetched(job, 3)
+    way.close()
+    assert done.error and not done.own and (done.source, done.tried) == (1, 0)
+
+
+def test_a_node_without_room_says_that_the_fault_is_its_own(jobs: Callable[..., Job]) -> None:
+    job = _committed_pair(jobs)
+    job.shards[2].vault.limit_bytes = 1
+    job.shards[2].fetch(0, 0, 1, Source(1, 0), Address("127.0.0.1", job.shards[1].server.port))
+    done = _fetched(job, 2)
+    assert done.own and "--deadpool-host-memory" in done.error

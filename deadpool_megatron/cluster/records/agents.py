@@ -248,7 +248,8 @@ class Iteration(Record, frozen=True):
 class FetchFailed(Record, frozen=True):
     """The shard of a lost coordinate could not be had from the source that was named.
 
-    ``version_epoch``: the version's; -1 where any version of the generation may be meant.
+    ``version_epoch``: the version's; -1 where any version of the generation may be meant. ``own``: the fault is the
+    node's, which has no memory for it; the source may be good.
     """
 
     epoch: int
@@ -258,6 +259,7 @@ class FetchFailed(Record, frozen=True):
     generation: int
     why: str
     version_epoch: int = -1
+    own: bool = False
 
 
 class Finished(Record, frozen=True):

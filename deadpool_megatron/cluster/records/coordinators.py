@@ -151,9 +151,13 @@ class EndStuck(Record, frozen=True):
 
 
 class InjectReply(Record, frozen=True):
-    """What became of an `Inject` or a `Drain`: ``error`` is empty when it was accepted."""
+    """What became of an `Inject` or a `Drain`: ``error`` is empty when it was accepted.
+
+    ``later``: the reason may pass by itself, so it is worth asking again.
+    """
 
     error: str
+    later: bool = False
 
 
 class Enlisted(Record, frozen=True):
