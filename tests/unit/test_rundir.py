@@ -100,7 +100,7 @@ def room() -> Iterator[Callable[[int], None]]:
 
 
 def test_a_full_disk_costs_nothing_but_events_that_are_too_many_to_wait(
-    tmp_path: Path, room: Callable[[int], None], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, room: Callable[[int], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rundir, "_MOST_WAITING", 4000)
     run = RunDirectory(tmp_path)
@@ -112,7 +112,7 @@ def test_a_full_disk_costs_nothing_but_events_that_are_too_many_to_wait(
         run.status({"phase": "full", "text": "x" * 100})
     assert [e["event"] for e in read_events(tmp_path)] == ["first"]
     assert json.loads((tmp_path / STATUS).read_text()) == {"phase": "before"}
-    said = capfd.readouterr().err.splitlines()
+    said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and all("cannot be written" in line and "training goes on" in line for line in said)
     room(1 << 30)
     run.event("last")
@@ -122,7 +122,7 @@ def test_a_full_disk_costs_nothing_but_events_that_are_too_many_to_wait(
     assert waited == list(range(len(waited))) and 20 < len(waited) < 60
     assert events[-1]["event"] == "unwritten" and events[-1]["lines"] == 100 - len(waited) + 1
     assert json.loads((tmp_path / STATUS).read_text()) == {"phase": "after"}
-    assert capfd.readouterr().err.count("is written again") == 2
+    assert capsys.readouterr().err.count("is written again") == 2
     run.close()
 
 
