@@ -6,6 +6,7 @@ snapshot and its way to the peer. Both have the same shape (``t`` in unix second
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -40,8 +41,9 @@ class NodeLog:
             return  # a log that cannot be written must not end a node; ValueError: closed by such an error before
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. What a full disk has no room for is lost."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_node_logs(run_dir: str | Path) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,7 @@ from .receiving import receive_shard, receive_share
 from .stripes import Stripes
 from .transfer import give
 from .vault import Vault
-from .version import Version
+from .version import Version, is_constants
 from .wire import Channel, Deadlines, accept, check_secret
 
 __all__ = ["VaultServer"]
@@ -192,7 +192,10 @@ class VaultServer:
                 if isinstance(err, VaultFull):
                     self._on_full(str(err))
                 self.misfits += code in ("not-planned", "wrong-size", "protocol")
-                _log.log(_LEVELS.get(code, logging.WARNING), "vault of node %d: %s", self._vault.node, err)
+                level = _LEVELS.get(code, logging.WARNING)
+                if isinstance(frame, Fetch) and is_constants(frame.rank) and not frame.parity:
+                    level = logging.DEBUG  # most ranks have none
+                _log.log(level, "vault of node %d: %s", self._vault.node, err)
                 channel.send(Refusal(self._vault.epoch, code, str(err)[:1000]))
                 if isinstance(frame, Begin | Share):
                     return  # what follows is payload nobody wants

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.observe import EVENTS, JOB, LOGS, STATUS, RunDirectory, follow_events, read_events, rundir
+from deadpool_megatron.observe.nodelog import NodeLog
 
 
 def test_events_are_read_in_order_with_their_time(tmp_path: Path) -> None:
@@ -124,6 +125,15 @@ def test_a_full_disk_costs_nothing_but_events_that_are_too_many_to_wait(
     assert json.loads((tmp_path / STATUS).read_text()) == {"phase": "after"}
     assert capsys.readouterr().err.count("is written again") == 2
     run.close()
+
+
+def test_a_node_s_log_on_a_full_disk_is_closed_without_a_word(tmp_path: Path, room: Callable[[int], None]) -> None:
+    log = NodeLog(tmp_path, 1)
+    room(10)
+    log.write("step", text="x" * 50)
+    log.write("step", text="x" * 50)
+    log.close()
+    assert (tmp_path / "node-1.jsonl").stat().st_size == 10
 
 
 def test_a_line_that_a_dead_writer_left_unfinished_spoils_no_other(tmp_path: Path) -> None:
