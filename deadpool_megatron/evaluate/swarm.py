@@ -299,7 +299,7 @@ class Swarm:
         agent.ranks = self._ranks.get(agent.node, [])
         agent.settled = not agent.ranks
         # (a vault has two slots: others may not have committed this node's newest generation yet)
-        version = [(0, agent.generation - 1), (0, agent.generation)]
+        version = [(0, g) for g in (agent.generation - 1, agent.generation) if g >= 0]
         offer = r.Offer(
             record.epoch,
             agent.node,

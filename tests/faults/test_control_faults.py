@@ -48,6 +48,14 @@ def _recovered(cluster: SimulatedCluster, victims: list[int], times: int = 1) ->
     return resumed
 
 
+def test_a_node_lost_in_the_first_iterations_is_made_good(build: Build) -> None:
+    cluster = build(iteration_s=1.0)
+    cluster.tell("iterate 0.1")
+    cluster.until("committed", 1, PATIENT_S)
+    cluster.kill(3)
+    assert _recovered(cluster, [3])["iteration"] == 0
+
+
 # Before a message and after it is decided, in every phase of a recovery; `persisted` is between decision and telling.
 POINTS = ["persisted", *(pytest.param(point, marks=pytest.mark.slow) for point in ("declare", "agree", "form"))]
 
