@@ -9,9 +9,9 @@ from typing import Final
 from deadpool_megatron.cluster.records import Offer, Share, SlotAddress, Source
 from deadpool_megatron.cluster.redundancy import Word
 
-__all__ = ["ANY_EPOCH", "Agreement", "NoCommonGeneration", "Refused", "agree"]
+__all__ = ["ANY_EPOCH", "Agreement", "NoCommonGeneration", "RefusedCopy", "agree"]
 
-Refused = tuple[int, int, int, int]
+RefusedCopy = tuple[int, int, int, int]
 """A copy that turned out to be of no use: rank, node, generation, and the epoch it was written in."""
 ANY_EPOCH: Final = -1
 """All the versions of the generation that the node has, as it is not known which one was meant."""
@@ -40,7 +40,7 @@ class Agreement:
 def agree(
     assignment: Sequence[SlotAddress],
     offers: Mapping[int, Offer],
-    refused: frozenset[Refused] = frozenset(),
+    refused: frozenset[RefusedCopy] = frozenset(),
     words: Iterable[Word] = (),
 ) -> Agreement:
     """Pick the newest generation in the intersection over all coordinates.
@@ -102,12 +102,12 @@ def agree(
     return Agreement(generation, sources, rebuilds)
 
 
-def _usable(refused: frozenset[Refused], rank: int, node: int, generation: int, epoch: int) -> bool:
-    return not {(rank, node, generation, epoch), (rank, node, generation, ANY_EPOCH)} & refused
+def _usable(refused: frozenset[RefusedCopy], rank: int, node: int, generation: int, epoch: int) -> bool:
+    return (rank, node, generation, epoch) not in refused and (rank, node, generation, ANY_EPOCH) not in refused
 
 
 def _givers(
-    ranks: int, offers: Mapping[int, Offer], refused: frozenset[Refused]
+    ranks: int, offers: Mapping[int, Offer], refused: frozenset[RefusedCopy]
 ) -> list[dict[int, list[tuple[int, int]]]]:
     """By rank and generation, the nodes whose vaults hold it and the epoch it was written in, lowest number first."""
     out: list[dict[int, list[tuple[int, int]]]] = [{} for _ in range(ranks)]
@@ -128,7 +128,7 @@ def _givers(
 class _Shares:
     """What the vaults hold of each word."""
 
-    def __init__(self, offers: Mapping[int, Offer], refused: frozenset[Refused], words: Iterable[Word]) -> None:
+    def __init__(self, offers: Mapping[int, Offer], refused: frozenset[RefusedCopy], words: Iterable[Word]) -> None:
         self._refused = refused
         self._words: dict[int, dict[int, list[Word]]] = {}  # by rank and part
         for word in words:

@@ -12,7 +12,7 @@ from typing import Any
 
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agreement import Agreement, NoCommonGeneration, Refused, agree
+from deadpool_megatron.cluster.agreement import Agreement, NoCommonGeneration, RefusedCopy, agree
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.facts import Facts
 from deadpool_megatron.cluster.job import Voice
@@ -40,7 +40,7 @@ class Recoveries:
         self.vacant: set[tuple[int, int]] = set()
         """Slots (node, local) of healthy nodes whose worker has died."""
         self._purpose: r.Purpose = "resume"
-        self._refused: set[Refused] = set()
+        self._refused: set[RefusedCopy] = set()
         self._generation = -1
         self._durable_name = ""  # of the durable generation this recovery goes back to
 

@@ -20,7 +20,6 @@ from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.vault import (
     CONSTANT,
     EMPTY,
-    DeadlinePassed,
     Kind,
     NotHeld,
     Piece,
@@ -30,7 +29,6 @@ from deadpool_megatron.vault import (
     SendPace,
     Stripes,
     Target,
-    TransferFailed,
     Vault,
     VaultError,
     VaultFull,
@@ -388,8 +386,8 @@ class Shards:
                 return
         try:
             bring(place)
-        except (TransferFailed, DeadlinePassed):
-            for other in more:
+        except VaultError as err:
+            for other in more if err.broken else ():
                 with contextlib.suppress(VaultError):
                     bring(other)
                     return
@@ -427,9 +425,8 @@ def _patiently(work: Callable[[], object]) -> None:
         try:
             work()
             return
-        except (TransferFailed, DeadlinePassed, RebuildFailed) as err:
-            broken = err.broken if isinstance(err, RebuildFailed) else True
-            if not broken or (time.monotonic() > end and attempt > 1):
+        except VaultError as err:
+            if not err.broken or (time.monotonic() > end and attempt > 1):
                 raise
             _log.warning("%s; trying again", err)
         time.sleep(pause)

@@ -18,7 +18,12 @@ __all__ = [
 
 
 class VaultError(RuntimeError):
-    """A vault cannot do what was asked. The message is one line: what is wrong, where, what to do."""
+    """A vault cannot do what was asked. The message is one line: what is wrong, where, what to do.
+
+    ``broken``: because of the connection to the other agent, which says nothing of what was asked for.
+    """
+
+    broken = False
 
 
 class VaultFull(VaultError):
@@ -51,9 +56,13 @@ class StaleEpoch(Refused):
 class DeadlinePassed(VaultError):
     """The other agent did not answer, or sent nothing more, within the deadline."""
 
+    broken = True
+
 
 class TransferFailed(VaultError):
     """The connection to the other agent was lost or carried something that is not our protocol."""
+
+    broken = True
 
 
 class Malformed(TransferFailed):

@@ -15,7 +15,7 @@ import xxhash
 
 from .arena import Slot
 from .coder import Coder
-from .errors import ChecksumMismatch, DeadlinePassed, StaleEpoch, TransferFailed, VaultError
+from .errors import ChecksumMismatch, StaleEpoch, TransferFailed, VaultError
 from .frames import Fetch, Found
 from .stripes import PartOf, cut, parts_of
 from .transfer import ask, finish, own_slot
@@ -44,19 +44,12 @@ class Piece:
 
 
 class RebuildFailed(VaultError):
-    """A share could not be had; ``node`` is the one that should have given it.
-
-    ``broken``: because of the connection to it, which says nothing of the share.
-    """
+    """A share could not be had; ``node`` is the one that should have given it."""
 
     def __init__(self, message: str, node: int, broken: bool = False) -> None:
         super().__init__(message)
         self.node = node
         self.broken = broken
-
-
-def _broken(err: VaultError) -> bool:
-    return isinstance(err, (TransferFailed, DeadlinePassed))
 
 
 @dataclass(slots=True)
@@ -166,7 +159,7 @@ class _Rebuild:
         try:
             return self._open(piece)
         except VaultError as err:
-            raise RebuildFailed(f"share {piece.share} of node {piece.node}: {err}", piece.node, _broken(err)) from None
+            raise RebuildFailed(f"share {piece.share} of node {piece.node}: {err}", piece.node, err.broken) from None
 
     def _open(self, piece: Piece) -> _Stream:
         channel = connect(piece.host, piece.port, self._secret, self._deadlines)
@@ -203,7 +196,7 @@ class _Rebuild:
                 except VaultError as err:
                     node = stream.piece.node
                     why = f"share {stream.piece.share} of node {node}: {err}"
-                    raise RebuildFailed(why, node, _broken(err)) from None
+                    raise RebuildFailed(why, node, err.broken) from None
             into = slot.chunk(index)
             into[:] = coder.rebuild(part, shares)[: len(into)]
             if xxhash.xxh3_64_intdigest(into) != expected:
