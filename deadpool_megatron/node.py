@@ -17,7 +17,7 @@ import msgspec
 import zmq
 
 from deadpool_megatron.cluster import (
-    Agent,
+    AgentProcess,
     AgentSettings,
     Coordinator,
     CoordinatorSettings,
@@ -135,7 +135,7 @@ def _durable(settings: dict[str, Any], world_size: int, again: bool) -> DurableS
 def _agent(settings: dict[str, Any]) -> int:
     settings["secret"] = bytes.fromhex(settings["secret"])
     try:
-        agent = Agent(AgentSettings(**settings))
+        agent = AgentProcess(AgentSettings(**settings))
     except VaultError as err:  # what the user asked for cannot be had here
         print(f"deadpool: node {settings['node']}: {err}", file=sys.stderr)
         return Exit.USAGE

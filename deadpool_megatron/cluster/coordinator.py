@@ -7,6 +7,7 @@ import difflib
 import functools
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -70,22 +71,36 @@ class Coordinator:
     """Runs one job to its end. One thread; `run` returns the exit code and the message that goes with it."""
 
     def __init__(
-        self, job: JobSpec, settings: CoordinatorSettings, enlistment: Enlistment, store: Store, guard: Guard
+        self,
+        job: JobSpec,
+        settings: CoordinatorSettings,
+        enlistment: Enlistment,
+        store: Store,
+        guard: Guard,
+        hub: Hub | None = None,
+        run: RunDirectory | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        chance: random.Random | None = None,
     ) -> None:
-        """``guard``: of the leadership in this term; without it ``store`` takes no write."""
+        """``guard``: of the leadership in this term; without it ``store`` takes no write.
+
+        ``hub``, ``run``, ``clock`` (seconds, monotonic) and ``chance`` are those of ``settings`` and this machine unless
+        given.
+        """
+        self._clock = clock
         self._core = Core(job, r.Address(settings.host, settings.store_port))
         self._memory = Memory(store, guard)
         self._progress = Progress()
         self._settings = settings
         self._enlistment = enlistment
         patience = patience_s(again=settings.resume)
-        self._hub = Hub(settings.bind, settings.port, settings.secret, job.deadlines.lease, patience)
+        self._hub = hub or Hub(settings.bind, settings.port, settings.secret, job.deadlines.lease, patience)
         self.port = self._hub.port
-        self._run = RunDirectory(settings.run_dir, fresh=not settings.resume)
+        self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
         self._refused = 0
-        self._teller = Teller()
-        self._no_places_until = time.monotonic() + job.deadlines.lease if settings.resume else 0.0
+        self._teller = Teller(chance)
+        self._no_places_until = self._clock() + job.deadlines.lease if settings.resume else 0.0
         self._connected: set[int] = set()
         self._interrupted = False
         self._preempted = False
@@ -102,6 +117,24 @@ class Coordinator:
 
     def run(self, announce: Callable[[int], None]) -> tuple[int, str]:
         """Serve the job. ``announce`` is called with the port once the coordinator listens."""
+        self.begin(announce)
+        core, woke = self._core, 0.0
+        gather = min(max(_GATHER_S[0], _GATHER_S_A_NODE * core.job.nodes), _GATHER_S[1])
+        while self._finish is None:
+            timeout = self.timeout()
+            if core.phase is Phase.RUNNING and self._clock() - woke < gather:
+                time.sleep(gather)  # thousands of agents: their news are taken some at a time, not one by one
+            woke = self._clock()
+            self.turn(timeout)
+        return self.end()
+
+    @property
+    def finished(self) -> bool:
+        """The job is over: `end` is next."""
+        return self._finish is not None
+
+    def begin(self, announce: Callable[[int], None]) -> None:
+        """Before the first `turn`."""
         self._run.job(
             {
                 "coordinator": f"{self._settings.host}:{self.port}",
@@ -114,7 +147,7 @@ class Coordinator:
         if self._settings.resume:
             kept = self._memory.read()
             if kept is not None:
-                self._do(self._core.restored(kept, time.monotonic()))
+                self._do(self._core.restored(kept, self._clock()))
         else:
             self._memory.clear()
         self._write_status()
@@ -123,28 +156,31 @@ class Coordinator:
         announce(self.port)
         if self._settings.elected:
             self._memory.watch()
-        core, woke = self._core, 0.0
-        gather = min(max(_GATHER_S[0], _GATHER_S_A_NODE * core.job.nodes), _GATHER_S[1])
-        while self._finish is None:
-            deadline = self._core.next_deadline()
-            now = time.monotonic()
-            timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
-            if self._status_stale:
-                timeout = min(timeout, max(0.0, self._status_due - now))
-            if core.phase is Phase.RUNNING and now - woke < gather:
-                time.sleep(gather)  # thousands of agents: their news are taken some at a time, not one by one
-            woke = time.monotonic()
-            self._hub.wait(timeout, self._packet, self._gone)
-            self._memory.check()
-            self._run.flush()
-            self._do(self._core.tick(time.monotonic()))
-            if self._preempted and self._finish is None:
-                self._preempted = False
-                self._do(self._core.preempted(time.monotonic()))
-            if self._interrupted and self._finish is None:
-                self._do(self._core.interrupted(time.monotonic()))
-            if self._status_stale and time.monotonic() >= self._status_due:
-                self._write_status()
+
+    def timeout(self) -> float:
+        """Seconds until there is something to do if nothing comes; half a second at most."""
+        deadline = self._core.next_deadline()
+        now = self._clock()
+        timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
+        return min(timeout, max(0.0, self._status_due - now)) if self._status_stale else timeout
+
+    def turn(self, timeout: float) -> None:
+        """One turn of the loop: what comes within ``timeout`` seconds, and what is due."""
+        self._hub.wait(timeout, self._packet, self._gone)
+        self._memory.check()
+        self._run.flush()
+        self._do(self._core.tick(self._clock()))
+        if self._preempted and self._finish is None:
+            self._preempted = False
+            self._do(self._core.preempted(self._clock()))
+        if self._interrupted and self._finish is None:
+            self._do(self._core.interrupted(self._clock()))
+        if self._status_stale and self._clock() >= self._status_due:
+            self._write_status()
+
+    def end(self) -> tuple[int, str]:
+        """After the last one; the exit code and the message that goes with it."""
+        assert self._finish is not None
         with contextlib.suppress(StoreError):  # that it has ended is kept already
             self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
         self._say_goodbye()
@@ -160,7 +196,7 @@ class Coordinator:
         except r.RecordError as err:
             self._refuse(str(err))
             return
-        now = time.monotonic()
+        now = self._clock()
         if isinstance(record, r.Inject | r.Drain | r.AddSpare):
             self._request(identity, record, now)
             return
@@ -259,7 +295,7 @@ class Coordinator:
             return
         node = int(text.removeprefix("node-"))
         self._connected.discard(node)
-        self._do(self._core.node_lost(node, "its agent is gone or silent", time.monotonic()))
+        self._do(self._core.node_lost(node, "its agent is gone or silent", self._clock()))
 
     def _do(self, actions: list[Action], step: dict[str, Any] | None = None) -> None:
         if not actions and step is None:
@@ -318,7 +354,7 @@ class Coordinator:
             os.replace(temporary, path)
 
     def _write_status(self) -> None:
-        begun = time.monotonic()
+        begun = self._clock()
         core = self._core
         coordinates: list[dict[str, Any]] = []
         for rank, slot in enumerate(core.assignment):
@@ -368,7 +404,7 @@ class Coordinator:
             }
         )
         self._status_stale = False
-        now = time.monotonic()
+        now = self._clock()
         share = _STATUS_SHARE / 4 if core.recovery is not None else _STATUS_SHARE
         self._status_due = now + max(_STATUS_INTERVAL_S, (now - begun) / share)
 

@@ -15,6 +15,7 @@ from deadpool_megatron.cluster.node_recovery import NodeRecovery
 from deadpool_megatron.cluster.settings import AgentSettings
 from deadpool_megatron.cluster.stalls import StallRule
 from deadpool_megatron.cluster.stuck import StuckWatch
+from deadpool_megatron.cluster.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.workers import Worker
 
 __all__ = ["LOOK_S", "Lookout", "pace_every_s"]
@@ -33,7 +34,9 @@ class Lookout:
     """Used by the agent's thread only.
 
     Args:
+        fence: this node's doubt when it has lost the coordinator.
         send: sends a record to the coordinator.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -42,23 +45,27 @@ class Lookout:
         job: KnownJob,
         crew: Crew,
         recovery: NodeRecovery,
+        processes: WorkerProcesses,
+        fence: Fence,
         send: Callable[[r.AgentRecord], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._job = job
         self._crew = crew
         self._recovery = recovery
         self._send = send
-        self._fence = Fence(settings.node, settings.lease)
+        self._fence = fence
+        self._clock = clock
         self._stuck: StuckWatch | None = None
         if settings.hang_floor > 0:
             rule = StallRule(settings.hang_factor, settings.hang_floor, settings.hang_outside)
-            self._stuck = StuckWatch(rule, settings.lease, self._stalled)
+            self._stuck = StuckWatch(rule, settings.lease, processes, self._stalled)
         self._pace_s = pace_every_s(settings.active_nodes)
         self._due = self._pace_due = 0.0
 
     def look(self, connected: bool) -> str:
         """Call often. Why this node has to fence itself; empty when it has not. ``connected``: to the coordinator."""
-        now = time.monotonic()
+        now = self._clock()
         if now < self._due:
             return ""
         self._due = now + LOOK_S
@@ -85,15 +92,15 @@ class Lookout:
     def restart(self) -> None:
         """A recovery begins: its gap is nobody's fault."""
         if self._stuck is not None:
-            self._stuck.restart(time.monotonic())
+            self._stuck.restart(self._clock())
 
     def answered(self, worker: Worker, record: r.Whereabouts) -> None:
         """A worker that was asked says where its training thread is."""
         if self._stuck is not None:
-            self._stuck.answered(worker, record, time.monotonic())
+            self._stuck.answered(worker, record, self._clock())
 
     def end_stuck(self, record: r.EndStuck) -> None:
         """The coordinator has judged a worker: keep its stacks, then end it."""
         stuck = self._crew.mine().get(record.rank) if record.epoch == self._job.epoch else None
         if stuck is not None and self._stuck is not None:
-            self._stuck.end(stuck, self._crew.stacks_file(stuck.local), time.monotonic())
+            self._stuck.end(stuck, self._clock())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 
 import msgspec
 import xxhash
@@ -47,6 +48,7 @@ class Vault:
         directory: where the arenas are, a tmpfs.
         chunk_bytes: bytes per checksum.
         limit_bytes: of memory that all arenas together may take; 0 for what the machine has.
+        create: makes an arena, as `Arena.create` does.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Vault:
         directory: str = "/dev/shm",
         chunk_bytes: int = 1 << 20,
         limit_bytes: int = 0,
+        create: Callable[[str, int, Kind, int, int, int], Arena] = Arena.create,
     ) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", job_id):
             raise VaultError(f"job id {job_id!r} may have only letters, digits, '_', '.', '-' (at most 100)")
@@ -64,6 +67,7 @@ class Vault:
         self.directory = directory
         self.chunk_bytes = chunk_bytes
         self.limit_bytes = limit_bytes
+        self._create = create
         self._arenas: dict[tuple[int, Kind], Arena] = {}
         self._lock = threading.RLock()
         self._checking: dict[int, threading.Lock] = {}
@@ -117,7 +121,7 @@ class Vault:
                 )
             path = f"{self.directory}/{PREFIX}{self.job_id}-{self.node}-{rank}-{kind}"
             with on_numa_node(numa):
-                arena = Arena.create(path, rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
+                arena = self._create(path, rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
             arena.epoch = self._epoch
             if not arena.info.constant:
                 arena.kept, arena.floor = self._kept, self._floor
