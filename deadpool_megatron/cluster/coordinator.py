@@ -84,8 +84,8 @@ class Coordinator:
     ) -> None:
         """``guard``: of the leadership in this term; without it ``store`` takes no write.
 
-        ``hub``, ``run``, ``clock`` (seconds, monotonic) and ``chance`` are those of ``settings`` and this machine unless
-        given.
+        ``hub``, ``run``, ``clock`` (seconds, monotonic) and ``chance`` are those of ``settings`` and this machine
+        unless given.
         """
         self._clock = clock
         self._core = Core(job, r.Address(settings.host, settings.store_port))
