@@ -27,7 +27,7 @@ class Profile:
         during_start: nodes are lost before training begins (row 8).
     """
 
-    most: int = 4
+    most: int = 6
     long_coordinator_freeze: bool = False
     at_the_end: bool = False
     during_start: bool = False
@@ -45,9 +45,9 @@ class Faults:
         self.drained: set[int] = set()  # nodes that the user wants to take away
         self._on_declared: list[tuple[int, float, str]] = []
         self._kinds: dict[str, tuple[int, Callable[[], None]]] = {
-            "kill worker": (4, self._kill_worker),
-            "kill node": (3, self._kill_node),
-            "lose node": (3, self._lose_node),
+            "kill worker": (6, self._kill_worker),
+            "kill node": (6, self._kill_node),
+            "lose node": (4, self._lose_node),
             "freeze worker": (2, self._freeze_worker),
             "freeze agent": (2, self._freeze_agent),
             "freeze node": (2, self._freeze_node),
@@ -58,7 +58,7 @@ class Faults:
             "slow network": (2, self._slow),
             "resets": (3, self._resets),
             "full spare": (2, self._full),
-            "damage": (2, self._damage),
+            "damage": (4, self._damage),
             "drain": (4, self._drain),
             "join": (3, self._join),
         }
@@ -72,22 +72,22 @@ class Faults:
             kind = chance.choices(names, weights)[0]
             self.pending += 1
             if chance.random() < 0.5:
-                after = chance.uniform(0.0, 6.0)
-                self._cluster.anybody.later(self._cluster.start_s + after, self._strike, kind)
+                self._on_declared.append((0, chance.uniform(0.0, 0.25 * self._cluster.iterations), kind))
             else:  # in a recovery: its seconds are the interesting ones
                 self._on_declared.append((chance.randint(1, 3), chance.uniform(0.0, 1.5), kind))
-        self._cluster.anybody.later(self._cluster.start_s + 30.0, self._give_up)
+
+    def declared(self, count: int) -> None:
+        """So many epochs were declared after the first one; 0: the first generation is committed."""
+        if not count:
+            self._cluster.anybody.later(30.0, self._give_up)
+        for each in [each for each in self._on_declared if each[0] <= count]:
+            self._on_declared.remove(each)
+            self._cluster.anybody.later(each[1], self._strike, each[2])
 
     def _give_up(self) -> None:
         """The recovery that a fault waits for has not come."""
         self.pending -= len(self._on_declared)
         self._on_declared.clear()
-
-    def declared(self, count: int) -> None:
-        """An epoch was declared."""
-        for each in [each for each in self._on_declared if each[0] <= count]:
-            self._on_declared.remove(each)
-            self._cluster.anybody.later(each[1], self._strike, each[2])
 
     def _strike(self, kind: str) -> None:
         self.pending -= 1
@@ -285,8 +285,21 @@ class Faults:
         host = self._host()
         if host is not None:
             self.struck[-1] += f" n{host.node}"
-            self.drained.add(host.node)
-            self._cluster.hq.ask(r.Drain(host.node))
+            self._ask_to_drain(host, self._cluster.world.now + 60.0)
+
+    def _ask_to_drain(self, host: Host, until: float) -> None:
+        """As `deadpool drain --timeout 60`."""
+        cluster = self._cluster
+        self.drained.add(host.node)
+
+        def answered(reply: object) -> None:
+            if reply is None or (isinstance(reply, r.InjectReply) and reply.later):
+                if cluster.world.now < until:
+                    cluster.anybody.later(0.5, self._ask_to_drain, host, until)
+            elif isinstance(reply, r.InjectReply) and reply.error:
+                cluster.oracle.refused_drain(host, reply.error)
+
+        cluster.hq.ask(r.Drain(host.node), answered)
 
     def _join(self) -> None:
-        self._cluster.hq.ask(r.AddSpare("new"))
+        self._cluster.hq.ask(r.AddSpare("new"), lambda reply: None)

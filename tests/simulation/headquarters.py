@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -70,8 +71,9 @@ class _Seal:
 class _Hub(Hub):
     """Takes what the network brings, packets before ends of connections; dies after ``fuse`` packets sent."""
 
-    def __init__(self, links: Callable[[int], Link | None]) -> None:
+    def __init__(self, links: Callable[[int], Link | None], answered: Callable[[str, bytes], None]) -> None:
         self.port = 1
+        self._answered = answered
         self.seal = _Seal()  # type: ignore[assignment]
         self._links = links
         self.packets: list[tuple[bytes, bytes]] = []
@@ -94,8 +96,10 @@ class _Hub(Hub):
             self.fuse -= 1
             if self.fuse < 0:
                 raise _Crash
-        link = self._links(int(identity.decode().removeprefix("node-")))
-        if link is not None:
+        name = identity.decode()
+        if not name.startswith("node-"):
+            self._answered(name, packet)
+        elif (link := self._links(int(name.removeprefix("node-")))) is not None:
             link.send(packet)
 
     def farewell(self, to: Iterable[bytes], within_s: float, on_packet: Callable[[bytes, bytes], None]) -> None:
@@ -154,6 +158,8 @@ class Headquarters:
         self.ended: tuple[int, str] | None = None
         self._enlistment = Enlistment(job, [], "job", 1)
         self._due = 0.0
+        self._asked = 0
+        self._tools: dict[str, Callable[[r.InjectReply | r.SpareAdded | None], None]] = {}
         self._start()
 
     @property
@@ -167,7 +173,7 @@ class Headquarters:
         return self.process.alive and not self.process.frozen and self.ended is None
 
     def _start(self) -> None:
-        self.hub = _Hub(self._links)
+        self.hub = _Hub(self._links, self._answered)
         settings = CoordinatorSettings("hq", "hq", 1, SECRET, "", 1, "job", resume=self.lives > 0)
         self.lives += 1
         self.coordinator = Coordinator(
@@ -213,7 +219,7 @@ class Headquarters:
         if self.ended is not None:
             return
         if self.world.trace is not None:
-            self.world.say(f"n{node} -> hq", r.decode_from_agent(packet))
+            self.world.say(f"n{node} -> hq", str(r.decode_from_agent(packet)).replace(f"pid={os.getpid()}, ", ""))
         self.hub.packets.append((f"node-{node}".encode(), packet))
         self._soon()
 
@@ -226,11 +232,24 @@ class Headquarters:
         if self._due > self.world.now + 0.003:
             self._arm(0.003)
 
-    def ask(self, record: r.AgentRecord) -> None:
-        """What a command-line tool asks for."""
-        if self.listens:
-            self.hub.packets.append((b"tool", r.encode(record)))
-            self._soon()
+    def ask(
+        self, record: r.Drain | r.AddSpare, answered: Callable[[r.InjectReply | r.SpareAdded | None], None]
+    ) -> None:
+        """A command-line tool asks; ``answered`` with None: nobody is there."""
+        if not self.listens:
+            answered(None)
+            return
+        self._asked += 1
+        name = f"tool-{self._asked}"
+        self._tools[name] = answered
+        self.hub.packets.append((name.encode(), r.encode(record)))
+        self._soon()
+
+    def _answered(self, name: str, packet: bytes) -> None:
+        record = r.decode_from_coordinator(packet)
+        self.world.say(f"hq -> {name}", record)
+        assert isinstance(record, r.InjectReply | r.SpareAdded)
+        self._tools.pop(name)(record)
 
     # ---- its end, and the launcher
 
@@ -256,6 +275,9 @@ class Headquarters:
         for link in self._all_links():
             if link.heard:
                 link.close_hubs_end()
+        tools, self._tools = self._tools, {}
+        for answered in tools.values():
+            answered(None)
         launcher = Process(world, "launcher")
         launcher.later(world.chance.uniform(0.3, 2.0), self._again)
 

@@ -43,7 +43,7 @@ class Oracle:
         self.finishing = False
         self.training = False
         self.given_up = 0  # generations that were, rightly
-        self.excused = ""  # damage that may end the job
+        self.saving: list[int] | None = None  # who was healthy when it was found that no spare is left
 
     # ---- numbers
 
@@ -97,7 +97,7 @@ class Oracle:
         """A line of the job's log."""
         world = self._cluster.world
         if event != "iteration":
-            world.say("log", f"{event} {fields}")
+            world.say("log", f"{event} { {k: v for k, v in fields.items() if k != 't'} }")
         match event:
             case "training":
                 self.training = True
@@ -105,6 +105,8 @@ class Oracle:
                 self.iteration = max(self.iteration, fields["iteration"])
             case "declared":
                 self.declared.append((world.now, fields["epoch"], fields["reason"]))
+                if fields["purpose"] == "save" and self.saving is None:
+                    self.saving = self._healthy()
                 if len(self.declared) > 1 and self.declared[-1][1] <= self.declared[-2][1]:
                     raise Violation(f"epoch {fields['epoch']} is declared after {self.declared[-2][1]}")
                 self._cluster.faults.declared(len(self.declared))
@@ -131,6 +133,8 @@ class Oracle:
             if not holders[rank]:
                 raise Violation(f"generation {generation} is committed, and nobody has it of rank {rank}")
         self.safe = generation, holders
+        if self.committed < 0:
+            cluster.faults.declared(0)
         self.committed, self.committed_at = generation, cluster.world.now
 
     def lost(self) -> str:
@@ -157,6 +161,14 @@ class Oracle:
             return False
         return True
 
+    def refused_drain(self, host: Host, error: str) -> None:
+        """A drain was refused for good: rightly, unless a healthy spare is there or on its way."""
+        cluster = self._cluster
+        spares = [h for h in cluster.hosts if h is not host and h.node not in self.hurt and not h.known.ranks]
+        here = host.alive and host.node not in self.hurt and host.known.ranks and not self.ends
+        if here and spares and cluster.hq.ended is None and "no parked spare" in error:
+            raise Violation(f"node {host.node} is not drained ({error}), and node {spares[0].node} is a spare")
+
     def _agreed(self, generation: int) -> None:
         if self.safe is not None and generation < self.safe[0]:
             why = self.lost()
@@ -165,6 +177,9 @@ class Oracle:
             self.given_up += 1
             self.safe = None
         self.committed_at = self._cluster.world.now
+
+    def _healthy(self) -> list[int]:
+        return [host.node for host in self._cluster.hosts if host.node not in self.hurt]
 
     # ---- after each turn of the coordinator
 
@@ -182,13 +197,14 @@ class Oracle:
     def end(self, code: int, message: str) -> None:
         """The job has ended: is that covered by what happened?"""
         cluster = self._cluster
-        healthy = [host.node for host in cluster.hosts if host.node not in self.hurt]
+        healthy = self._healthy()
         if code == 0:
             for rank in range(cluster.job.world_size):
                 if rank not in self.ends and len(healthy) == len(cluster.hosts):
                     raise Violation(f"the job ended well, and rank {rank} never finished")
             return
         if code in (Exit.NO_SPARE, Exit.NO_SPARE_SAVED):
+            healthy = healthy if self.saving is None else self.saving
             if len(healthy) >= cluster.job.active_nodes:
                 raise Violation(f"ended with {code} ({message}), and {len(healthy)} nodes are healthy: {healthy}")
             return

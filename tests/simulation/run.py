@@ -53,10 +53,9 @@ class Run:
         nodes, spares, slots = chance.choice(_SHAPES)
         redundancy = "2" if nodes - spares >= 3 and chance.random() < 0.2 else "1"
         self.job = JobSpec(nodes, spares, slots, True, DEADLINES, redundancy=redundancy)
-        self.iterations = chance.randint(8, 14)
+        self.iterations = chance.randint(12, 24)
         self.can_rescue = chance.random() < 0.5
         self.hang_floor, self.hang_outside = 4.0, 20.0
-        self.start_s = 2.0
         self.network = Network(world)
         self.meetings = Meetings(self)
         self.oracle = Oracle(self)
