@@ -267,8 +267,8 @@ class Coordinator:
             case r.AddSpare():
                 error, node, actions = core.add_spare(record.host, now)
                 reply = r.SpareAdded(error, node)
+        self._do(actions)  # first: a node that was promised a place has one, whatever becomes of this process
         self._reply(identity, reply)
-        self._do(actions)
 
     def _inject(self, fault: r.Fault, now: float) -> tuple[str, list[Action]]:
         if fault.point:

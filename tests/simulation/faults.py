@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,7 +44,8 @@ class Faults:
         self.ended_at = 0.0
         self.struck: list[str] = []
         self.drained: set[int] = set()  # nodes that the user wants to take away
-        self._on_declared: list[tuple[int, float, str]] = []
+        self._waiting: list[tuple[str, int, float, str]] = []  # for which event of the log, how often, seconds after it
+        self._seen: Counter[str] = Counter()
         self._kinds: dict[str, tuple[int, Callable[[], None]]] = {
             "kill worker": (6, self._kill_worker),
             "kill node": (6, self._kill_node),
@@ -72,22 +74,24 @@ class Faults:
             kind = chance.choices(names, weights)[0]
             self.pending += 1
             if chance.random() < 0.5:
-                self._on_declared.append((0, chance.uniform(0.0, 0.25 * self._cluster.iterations), kind))
-            else:  # in a recovery: its seconds are the interesting ones
-                self._on_declared.append((chance.randint(1, 3), chance.uniform(0.0, 1.5), kind))
+                self._waiting.append(("committed", 1, chance.uniform(0.0, 0.25 * self._cluster.iterations), kind))
+            else:  # in a recovery, or soon after one: those seconds are the interesting ones
+                when = chance.choice(("declared", "declared", "agreed", "resumed"))
+                self._waiting.append((when, chance.randint(1, 3), chance.uniform(0.0, 1.0), kind))
 
-    def declared(self, count: int) -> None:
-        """So many epochs were declared after the first one; 0: the first generation is committed."""
-        if not count:
+    def seen(self, event: str) -> None:
+        """The job's log has come to something that faults may wait for."""
+        self._seen[event] += 1
+        if event == "committed" and self._seen[event] == 1:
             self._cluster.anybody.later(30.0, self._give_up)
-        for each in [each for each in self._on_declared if each[0] <= count]:
-            self._on_declared.remove(each)
-            self._cluster.anybody.later(each[1], self._strike, each[2])
+        for each in [each for each in self._waiting if each[0] == event and each[1] <= self._seen[event]]:
+            self._waiting.remove(each)
+            self._cluster.anybody.later(each[2], self._strike, each[3])
 
     def _give_up(self) -> None:
         """The recovery that a fault waits for has not come."""
-        self.pending -= len(self._on_declared)
-        self._on_declared.clear()
+        self.pending -= len(self._waiting)
+        self._waiting.clear()
 
     def _strike(self, kind: str) -> None:
         self.pending -= 1
@@ -302,4 +306,11 @@ class Faults:
         cluster.hq.ask(r.Drain(host.node), answered)
 
     def _join(self) -> None:
-        self._cluster.hq.ask(r.AddSpare("new"), lambda reply: None)
+        """As `deadpool join`."""
+        cluster = self._cluster
+
+        def answered(reply: object) -> None:
+            if isinstance(reply, r.SpareAdded) and not reply.error:
+                cluster.anybody.later(cluster.world.chance.uniform(0.1, 2.0), cluster.add_host, reply.node)
+
+        cluster.hq.ask(r.AddSpare("new"), answered)

@@ -58,6 +58,7 @@ class Link:
         self._lease = lease
         self.up = False  # at the agent's end
         self.heard = False  # at the coordinator's end
+        self.ever = False
         self._number = 0
         self._accepted = 0
         self._up = Pipe(world, 0.0005, 0.02, far=True)
@@ -77,7 +78,7 @@ class Link:
         if self._hq.listens and self._network.both(self._host.node, HQ):
             self._number += 1
             self._accepted = self._number
-            self.heard = self.up = True
+            self.heard = self.up = self.ever = True
             self._stuck_up.clear()
             self._stuck_down.clear()
             self._silent_since = self._unanswered_since = None

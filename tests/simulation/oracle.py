@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Oracle", "Violation"]
 
 _MASK = (1 << 60) - 1
+_FEW = 8
 
 
 class Violation(AssertionError):
@@ -36,7 +37,7 @@ class Oracle:
         self._trains: dict[tuple[int, int], int] = {}
         self.safe: tuple[int, dict[int, list[tuple[int, str, Any, int]]]] | None = None
         self.committed = -1
-        self.committed_at = 0.0
+        self._since = 0  # iterations in peace since the last commit
         self.iteration = -1
         self.ends: dict[int, tuple[int, int]] = {}  # by rank: epoch it finished in, value
         self.declared: list[tuple[float, int, str]] = []
@@ -98,24 +99,34 @@ class Oracle:
         world = self._cluster.world
         if event != "iteration":
             world.say("log", f"{event} { {k: v for k, v in fields.items() if k != 't'} }")
+        if event in ("committed", "declared", "agreed", "resumed"):
+            self._cluster.faults.seen(event)
         match event:
             case "training":
                 self.training = True
             case "iteration":
                 self.iteration = max(self.iteration, fields["iteration"])
+                self._behind()
             case "declared":
                 self.declared.append((world.now, fields["epoch"], fields["reason"]))
                 if fields["purpose"] == "save" and self.saving is None:
                     self.saving = self._healthy()
                 if len(self.declared) > 1 and self.declared[-1][1] <= self.declared[-2][1]:
                     raise Violation(f"epoch {fields['epoch']} is declared after {self.declared[-2][1]}")
-                self._cluster.faults.declared(len(self.declared))
             case "agreed":
                 self._agreed(fields["iteration"])
             case "committed":
                 self._committed(fields["iteration"])
             case "resumed":
-                self.committed_at = world.now
+                self._since = 0
+
+    def _behind(self) -> None:
+        """While nothing goes wrong, generations are committed every few iterations."""
+        self._since = (
+            0 if self._cluster.faults.pending or self._cluster.hq.core.recovery is not None else self._since + 1
+        )
+        if self._since > _FEW:
+            raise Violation(f"{_FEW} iterations in peace, and nothing was committed since generation {self.committed}")
 
     def _committed(self, generation: int) -> None:
         cluster = self._cluster
@@ -133,9 +144,7 @@ class Oracle:
             if not holders[rank]:
                 raise Violation(f"generation {generation} is committed, and nobody has it of rank {rank}")
         self.safe = generation, holders
-        if self.committed < 0:
-            cluster.faults.declared(0)
-        self.committed, self.committed_at = generation, cluster.world.now
+        self.committed, self._since = generation, 0
 
     def lost(self) -> str:
         """Why the newest committed generation may be given up; empty: it may not."""
@@ -176,10 +185,10 @@ class Oracle:
                 raise Violation(f"back to generation {generation}, although {self.safe[0]} was committed and is there")
             self.given_up += 1
             self.safe = None
-        self.committed_at = self._cluster.world.now
+        self._since = 0
 
     def _healthy(self) -> list[int]:
-        return [host.node for host in self._cluster.hosts if host.node not in self.hurt]
+        return [host.node for host in self._cluster.hosts if host.link.ever and host.node not in self.hurt]
 
     # ---- after each turn of the coordinator
 

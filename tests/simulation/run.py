@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deadpool_megatron.cluster import Deadlines, JobSpec
-from deadpool_megatron.cluster.core import Phase
 from deadpool_megatron.vault import VaultFull
 from simulation.faults import Faults, Profile
 from simulation.headquarters import Headquarters
@@ -24,7 +23,6 @@ __all__ = ["Outcome", "Run", "Violation", "simulate"]
 
 DEADLINES = Deadlines(lease=5.0, abort=15.0, build=40.0, form=10.0, join=30.0)
 _LONGEST_S = 900.0  # of virtual time, after which a run hangs
-_QUIET_S = 8.0  # with nothing going wrong: until the next commit, and twice that until the job ends
 _SHAPES = ((3, 1, 1), (4, 1, 1), (3, 1, 2), (4, 1, 2), (4, 2, 1), (4, 2, 2), (5, 1, 1), (5, 2, 1), (3, 0, 1), (4, 0, 2))
 
 
@@ -42,6 +40,11 @@ class Outcome:
     events: int
     shape: str
     trace: list[str] = field(default_factory=list)
+
+    @property
+    def end(self) -> str:
+        """For people."""
+        return f"ended with {int(self.code)}{': ' if self.message else ''}{self.message}"
 
 
 class Run:
@@ -62,9 +65,11 @@ class Run:
         self.anybody = Process(world, "fate")
         self.faults = Faults(self, profile)
         self.hosts: list[Host] = []
+        self._by_node: dict[int, Host] = {}
         self._pids = 100
         self.hq = Headquarters(world, self.job, self._link, lambda: [h.link for h in self.hosts], self._event)
-        self.hosts += [Host(self, node) for node in range(nodes)]
+        for node in range(nodes):
+            self.add_host(node)
         self.faults.draw()
 
     @property
@@ -74,14 +79,22 @@ class Run:
         return f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}"
 
     def _link(self, node: int) -> Link | None:
-        return self.hosts[node].link if 0 <= node < len(self.hosts) else None
+        host = self._by_node.get(node)
+        return host.link if host is not None else None
 
     def _event(self, event: str, fields: dict[str, Any]) -> None:
         self.oracle.event(event, fields)
 
     def at(self, host: str) -> Host:
         """By its address."""
-        return self.hosts[int(host.removeprefix("n"))]
+        return self._by_node[int(host.removeprefix("n"))]
+
+    def add_host(self, node: int) -> None:
+        """A machine comes up."""
+        if node in self._by_node:
+            raise Violation(f"number {node} is given twice")
+        self._by_node[node] = host = Host(self, node)
+        self.hosts.append(host)
 
     def new_pid(self) -> int:
         """For a worker."""
@@ -97,36 +110,17 @@ class Run:
         if not host.room:
             raise VaultFull(f"no room for rank {rank} on node {host.node}")
 
-    def _new_hosts(self) -> None:
-        for node in self.hq.core.nodes:
-            if node >= len(self.hosts):
-                self.hosts.append(Host(self, node))
-
     def run(self) -> tuple[int, str]:
         """To the end of the job. Raises Violation."""
         hq, oracle, world = self.hq, self.oracle, self.world
-        turns = 0
-        quiet_since = None
         while hq.ended is None:
             if not world.step():
                 raise Violation("nothing happens any more")
-            turns += 1
-            if turns % 16 == 0:
+            if world.events % 16 == 0:
                 self._drained()
                 oracle.look()
-                if len(hq.core.nodes) > len(self.hosts):
-                    self._new_hosts()
                 if world.now > _LONGEST_S:
                     raise Violation(f"no end after {_LONGEST_S:g} s: {hq.core.phase}, iteration {oracle.iteration}")
-                if self.faults.pending or not oracle.training:
-                    quiet_since = None
-                    continue
-                if hq.core.phase is not Phase.RUNNING:
-                    quiet_since = None
-                elif quiet_since is None:
-                    quiet_since = world.now
-                elif world.now - quiet_since > 4 * DEADLINES.lease and oracle.committed < oracle.iteration - 8:
-                    raise Violation(f"commits have stopped at {oracle.committed}, iteration {oracle.iteration}")
         self._drained()
         oracle.end(*hq.ended)
         return hq.ended
