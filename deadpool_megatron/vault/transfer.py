@@ -33,6 +33,7 @@ __all__ = [
     "fetch",
     "finish",
     "give",
+    "own_copy",
     "own_slot",
     "part_entries",
     "read_entries",
@@ -130,10 +131,8 @@ def fetch(
     version = Version(*version)
     if epoch < vault.epoch:
         raise StaleEpoch(f"fetch of rank {rank} in epoch {epoch}, but node {vault.node} is in epoch {vault.epoch}")
-    own = vault.arena(rank, "own")
-    held = own.find(version) if own is not None else None
+    held = own_copy(vault, rank, version)
     if held is not None:
-        held.verify()
         return len(held.unique) + held.small_bytes
     if isinstance(source, Vault):
         return _copy(vault, source, rank, version)
@@ -278,6 +277,13 @@ def _fetch_part(
         raise changed
 
 
+def own_copy(vault: Vault, rank: int, version: Version) -> Slot | None:
+    """The own copy, read and found whole; None when there is none. One that has changed in memory is given up."""
+    own = vault.arena(rank, "own")
+    held = own.find(version) if own is not None else None
+    return held if held is not None and held.recheck() and held.complete else None
+
+
 def own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, small_capacity: int) -> Slot:
     """A slot of the own arena, opened to restore into. Only ``kept`` must stay."""
     vault.allocate_own(rank, unique_bytes, small_capacity)
@@ -285,7 +291,8 @@ def own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, small
     if arena is None:
         raise VaultError(f"the memory of rank {rank} was dropped while its shard was fetched")
     candidates = [slot for slot in arena.slots if slot.begin != arena.kept or not slot.complete]
-    slot = min(candidates, key=lambda slot: (slot.begin != EMPTY, slot.sealed, slot.begin))
+    # First one that has the kept version and is broken: no worker may overwrite it, so it would be in the way for ever.
+    slot = min(candidates, key=lambda slot: (slot.begin != arena.kept, slot.begin != EMPTY, slot.sealed, slot.begin))
     with vault.checking(rank):
         slot.reopen(version.pack())
     return slot

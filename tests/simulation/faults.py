@@ -172,9 +172,11 @@ class Faults:
         host = self._host()
         workers = host.workers() if host is not None else []
         if workers:
-            worker = self._cluster.world.chance.choice(workers)
+            worker, seconds = self._cluster.world.chance.choice(workers), self._long_or_short()
+            if seconds > 0.6 * self._cluster.job.deadlines.abort:  # in a recovery a phase's deadline costs its node
+                self._hurt(worker.host, f"worker frozen for {seconds:.1f} s")
             worker.process.freeze()
-            self._until(self._long_or_short(), worker.process.thaw)
+            self._until(seconds, worker.process.thaw)
 
     def _freeze_agent(self) -> None:
         self._freeze(False)

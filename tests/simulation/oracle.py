@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deadpool_megatron.cluster.exits import Exit
-from deadpool_megatron.vault import EMPTY, Version
+from deadpool_megatron.vault import Version
 
 if TYPE_CHECKING:
     from simulation.host import Host
@@ -16,6 +16,7 @@ __all__ = ["Oracle", "Violation"]
 
 _MASK = (1 << 60) - 1
 _FEW = 8
+_PEACE_S = 4.0  # after the last fault: what waits before it tries again has tried
 
 
 class Violation(AssertionError):
@@ -116,20 +117,23 @@ class Oracle:
             case "agreed":
                 self._agreed(fields["iteration"])
             case "committed":
-                self._committed(fields["iteration"])
+                self._committed(Version(fields["epoch"], fields["iteration"]))
             case "resumed":
                 self._since = 0
 
     def _behind(self) -> None:
         """While nothing goes wrong, generations are committed every few iterations."""
-        self._since = (
-            0 if self._cluster.faults.pending or self._cluster.hq.core.recovery is not None else self._since + 1
+        cluster = self._cluster
+        faults = cluster.faults
+        peace = (
+            not faults.pending and cluster.world.now > faults.ended_at + _PEACE_S and cluster.hq.core.recovery is None
         )
+        self._since = self._since + 1 if peace else 0
         if self._since > _FEW:
             raise Violation(f"{_FEW} iterations in peace, and nothing was committed since generation {self.committed}")
 
-    def _committed(self, generation: int) -> None:
-        cluster = self._cluster
+    def _committed(self, version: Version) -> None:
+        cluster, generation = self._cluster, version.generation
         holders: dict[int, list[tuple[int, str, Any, int]]] = {}
         for rank in range(cluster.job.world_size):
             holders[rank] = [
@@ -138,8 +142,7 @@ class Oracle:
                 for arena in host.shards.vault.arenas()
                 if arena.info.rank == rank
                 for slot in arena.slots
-                if slot.complete and slot.version is not None and slot.version.generation == generation
-                and slot.small_bytes != EMPTY
+                if slot.complete and slot.version == version
             ]  # fmt: skip
             if not holders[rank]:
                 raise Violation(f"generation {generation} is committed, and nobody has it of rank {rank}")
@@ -173,7 +176,8 @@ class Oracle:
     def refused_drain(self, host: Host, error: str) -> None:
         """A drain was refused for good: rightly, unless a healthy spare is there or on its way."""
         cluster = self._cluster
-        spares = [h for h in cluster.hosts if h is not host and h.node not in self.hurt and not h.known.ranks]
+        no_use = self.hurt.keys() | cluster.faults.drained
+        spares = [h for h in cluster.hosts if h is not host and h.node not in no_use and not h.known.ranks]
         here = host.alive and host.node not in self.hurt and host.known.ranks and not self.ends
         if here and spares and cluster.hq.ended is None and "no parked spare" in error:
             raise Violation(f"node {host.node} is not drained ({error}), and node {spares[0].node} is a spare")

@@ -24,7 +24,7 @@ from deadpool_megatron.vault.arena import Arena, Slot
 from deadpool_megatron.vault.frames import Begin
 from deadpool_megatron.vault.keeper import Keeper
 from deadpool_megatron.vault.sender import next_slot
-from deadpool_megatron.vault.transfer import finish, own_slot
+from deadpool_megatron.vault.transfer import finish, own_copy, own_slot
 from deadpool_megatron.vault.version import EMPTY, unpack
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class _Replicator:
             slot.recheck()
         self._host.world.say(f"n{self._host.node}", f"rank {sender.rank} not sent: {err}")
         pause, sender.pause = sender.pause, min(2 * sender.pause, _BACKOFF_S[1])
-        self._host.later(pause, pause, self._again, sender, sender.aim)
+        self._host.process.later(pause, self._again, sender, sender.aim)
 
     def _offer(self, sender: _Sender, aim: int, arena: Arena, slot: Slot, turn: int) -> None:
         if sender.aim != aim or sender.target is None:
@@ -282,10 +282,7 @@ class SimulatedShards(Shards):
         try:
             if done.epoch < self.vault.epoch:
                 raise Refused("the epoch of the fetch is over", "stale-epoch")
-            own = self.vault.arena(rank, "own")
-            held = own.find(version) if own is not None else None
-            if held is not None:
-                held.verify()
+            if own_copy(self.vault, rank, version) is not None:
                 self.tell(done)
                 return
             givers = [host.cluster.at(place) if place else host for place in attempts.asked]
@@ -337,4 +334,4 @@ class SimulatedShards(Shards):
             self.tell(FetchDone.failed(done.rank, done.epoch, version, done.source, version.epoch, attempts.error))
             return
         slow = _CONNECT_S if err.broken and "answer" in str(err) else 0.0
-        self._host.later(pause + slow, pause + slow + 0.01, self._ask, attempts, done, version)
+        self._host.process.later(pause + slow, self._ask, attempts, done, version)
