@@ -23,6 +23,7 @@ from .errors import (
     VaultError,
 )
 from .frames import Fetch, Found, Sent, Taken
+from .intake import Intake
 from .stripes import cut
 from .vault import Vault
 from .version import EMPTY, Version
@@ -131,23 +132,26 @@ def fetch(
     version = Version(*version)
     if epoch < vault.epoch:
         raise StaleEpoch(f"fetch of rank {rank} in epoch {epoch}, but node {vault.node} is in epoch {vault.epoch}")
-    held = own_copy(vault, rank, version)
-    if held is not None:
-        return len(held.unique) + held.small_bytes
-    if isinstance(source, Vault):
-        return _copy(vault, source, rank, version)
-    places = [source, *others]
-    wanted = Fetch(epoch, rank, *version, 0, max(streams, len(places)), direct=direct is not None)
-    try:
-        return _fetch(vault, secret, places, wanted, deadlines or Deadlines(), direct)
-    except DirectFailed as err:
-        _log.warning("rank %d: %s; its shard is fetched over TCP instead", rank, err)
-        if isinstance(err, LandingLost):
-            vault.drop(rank, "own")
-    return _fetch(vault, secret, places, msgspec.structs.replace(wanted, direct=False), deadlines or Deadlines(), None)
+    patience = deadlines or Deadlines()
+    with vault.intakes.begin(rank, epoch, 2 * patience.idle) as intake:
+        held = own_copy(vault, rank, version)
+        if held is not None:
+            return len(held.unique) + held.small_bytes
+        if isinstance(source, Vault):
+            return _copy(vault, source, rank, version)
+        places = [source, *others]
+        wanted = Fetch(epoch, rank, *version, 0, max(streams, len(places)), direct=direct is not None)
+        try:
+            return _fetch(intake, vault, secret, places, wanted, patience, direct)
+        except DirectFailed as err:
+            _log.warning("rank %d: %s; its shard is fetched over TCP instead", rank, err)
+            if isinstance(err, LandingLost):
+                vault.drop(rank, "own")
+        return _fetch(intake, vault, secret, places, msgspec.structs.replace(wanted, direct=False), patience, None)
 
 
 def _fetch(
+    intake: Intake,
     vault: Vault,
     secret: bytes,
     places: Sequence[tuple[str, int]],
@@ -156,9 +160,18 @@ def _fetch(
     direct: Direct | None,
 ) -> int:
     rank, version, streams = wanted.rank, Version(wanted.version_epoch, wanted.generation), wanted.parts
-    channels = [connect(*places[0], check_secret(secret), deadlines)]
+    channels: list[Channel] = []
+
+    def connected(place: tuple[str, int]) -> Channel:
+        channel = connect(*place, check_secret(secret), deadlines, lambda: intake.is_cut)
+        with lock:
+            channels.append(channel)
+        intake.add(channel)
+        return channel
+
+    lock = threading.Lock()
     try:
-        first = ask(channels[0], wanted)
+        first = ask(connected(places[0]), wanted)
         if first.chunk_bytes != vault.chunk_bytes:
             raise VaultError(
                 f"rank {rank}'s shard has chunks of {first.chunk_bytes} bytes, this vault {vault.chunk_bytes}"
@@ -167,32 +180,30 @@ def _fetch(
             # taking the memory may last longer than the holder waits: ask again once it is there
             channels.pop().close()
             vault.allocate_own(rank, first.unique_bytes, first.small_capacity)
-            channels.append(connect(*places[0], secret, deadlines))
-            first = ask(channels[0], wanted)
+            first = ask(connected(places[0]), wanted)
+        intake.check()
         slot = own_slot(vault, rank, version, first.unique_bytes, first.small_capacity)
         into = vault.arena(rank, "own") if direct is not None else None
         failures: list[VaultError] = []
 
         def rest(part: int) -> None:
             try:
-                channel = connect(*places[part % len(places)], secret, deadlines)
-                with lock:
-                    channels.append(channel)
+                channel = connected(places[part % len(places)])
                 found = ask(channel, msgspec.structs.replace(wanted, part=part))
-                _fetch_part(channel, slot, part, streams, found, direct, into)
+                _fetch_part(intake, channel, slot, part, streams, found, direct, into)
             except VaultError as err:
                 failures.append(err)
-                for channel in channels:
-                    channel.shut()
+                with lock:
+                    for channel in channels:
+                        channel.shut()
 
-        lock = threading.Lock()
         threads = [
             threading.Thread(target=rest, args=(part,), name="vault-fetch", daemon=True) for part in range(1, streams)
         ]
         for thread in threads:
             thread.start()
         try:
-            _fetch_part(channels[0], slot, 0, streams, first, direct, into)
+            _fetch_part(intake, channels[0], slot, 0, streams, first, direct, into)
         except VaultError as err:
             failures.append(err)
             with lock:
@@ -205,6 +216,7 @@ def _fetch(
     finally:
         for channel in channels:
             channel.close()
+    intake.check()
     finish(slot, first.small_bytes)
     return len(slot.unique) + slot.small_bytes
 
@@ -252,7 +264,14 @@ def ask(channel: Channel, wanted: Fetch) -> Found:
 
 
 def _fetch_part(
-    channel: Channel, slot: Slot, part: int, parts: int, found: Found, direct: Direct | None, into: Arena | None
+    intake: Intake,
+    channel: Channel,
+    slot: Slot,
+    part: int,
+    parts: int,
+    found: Found,
+    direct: Direct | None,
+    into: Arena | None,
 ) -> None:
     entries = part_entries(slot.chunks, part, parts)
     if len(found.sums) != len(entries) or found.unique_bytes != len(slot.unique) or found.small_bytes > len(slot.small):
@@ -260,6 +279,7 @@ def _fetch_part(
     changed: ChecksumMismatch | None = None
     if found.window is None or direct is None or into is None:
         for entry, expected in zip(entries, found.sums, strict=True):
+            intake.check()
             take_entry(channel, slot, found.small_bytes, entry, expected)
     else:
         try:
@@ -339,9 +359,11 @@ def store_shard(vault: Vault, rank: int, version: Version, fill: Callable[[Calla
         opened.append(own_slot(vault, rank, version, unique_bytes, small_capacity))
         return opened[0]
 
-    small_bytes = fill(open_slot)
-    slot = opened[0]
-    slot.sums[0] = xxhash.xxh3_64_intdigest(slot.small[:small_bytes])
-    for index in range(slot.chunks):
-        slot.sums[1 + index] = xxhash.xxh3_64_intdigest(slot.chunk(index))
-    finish(slot, small_bytes)
+    with vault.intakes.begin(rank, vault.epoch, 2 * Deadlines().idle) as intake:
+        small_bytes = fill(open_slot)
+        slot = opened[0]
+        slot.sums[0] = xxhash.xxh3_64_intdigest(slot.small[:small_bytes])
+        for index in range(slot.chunks):
+            slot.sums[1 + index] = xxhash.xxh3_64_intdigest(slot.chunk(index))
+        intake.check()
+        finish(slot, small_bytes)

@@ -11,6 +11,7 @@ import xxhash
 
 from .arena import KINDS, Arena, ArenaInfo, Kind, Slot
 from .errors import NotHeld, StaleEpoch, VaultError, VaultFull
+from .intake import Intakes
 from .leftovers import PREFIX
 from .memory import on_numa_node
 from .version import EMPTY, Version
@@ -49,6 +50,9 @@ class Vault:
         chunk_bytes: bytes per checksum.
         limit_bytes: of memory that all arenas together may take; 0 for what the machine has.
         create: makes an arena, as `Arena.create` does.
+
+    Attributes:
+        intakes: what is being brought into own arenas from elsewhere.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Vault:
         self._arenas: dict[tuple[int, Kind], Arena] = {}
         self._lock = threading.RLock()
         self._checking: dict[int, threading.Lock] = {}
+        self.intakes = Intakes()
         self._epoch = 0
         self._kept = EMPTY
         self._floor = 0
@@ -188,6 +193,7 @@ class Vault:
             for arena in self._arenas.values():
                 arena.epoch = epoch
             self.learn(self._kept, Version(epoch, 0).pack())
+        self.intakes.end_before(epoch)
 
     def set_committed(self, epoch: int, generation: int) -> None:
         """The whole job has committed this version. Older news is without effect."""

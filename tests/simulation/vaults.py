@@ -12,7 +12,7 @@ from deadpool_megatron.cluster.shards import FetchDone, Shards
 from deadpool_megatron.vault import (
     ChecksumMismatch,
     NotHeld,
-    Refused,
+    StaleEpoch,
     Target,
     TransferFailed,
     Vault,
@@ -22,6 +22,7 @@ from deadpool_megatron.vault import (
 )
 from deadpool_megatron.vault.arena import Arena, Slot
 from deadpool_megatron.vault.frames import Begin
+from deadpool_megatron.vault.intake import Intake
 from deadpool_megatron.vault.keeper import Keeper
 from deadpool_megatron.vault.sender import next_slot
 from deadpool_megatron.vault.transfer import finish, own_copy, own_slot
@@ -211,6 +212,16 @@ class _Replicator:
         self._again(sender, aim)
 
 
+class _Cut:
+    """In place of a channel: an intake that is cut off leaves at once."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+
+    def shut(self) -> None:
+        self._intake.left.set()
+
+
 def _copy_bytes(source: Slot, into: Slot) -> None:
     small = source.small_bytes
     into.small[:small] = source.small[:small]
@@ -281,8 +292,15 @@ class SimulatedShards(Shards):
         rank, host = done.rank, self._host
         try:
             if done.epoch < self.vault.epoch:
-                raise Refused("the epoch of the fetch is over", "stale-epoch")
+                raise StaleEpoch("the epoch of the fetch is over")
+            intake = self.vault.intakes.begin(rank, done.epoch, 0.0)
+        except VaultError as err:
+            self._failed(attempts, done, version, err)
+            return
+        try:
+            intake.add(_Cut(intake))
             if own_copy(self.vault, rank, version) is not None:
+                intake.left.set()
                 self.tell(done)
                 return
             givers = [host.cluster.at(place) if place else host for place in attempts.asked]
@@ -298,9 +316,10 @@ class SimulatedShards(Shards):
                 host.cluster.check_room(host, rank)
             into = own_slot(self.vault, rank, version, arena.info.unique_bytes, arena.info.small_capacity)
         except VaultError as err:
+            intake.left.set()
             self._failed(attempts, done, version, err)
             return
-        host.later(0.01, 0.4, self._brought, attempts, done, version, slot, slot.turn, into, givers)
+        host.later(0.01, 0.4, self._brought, attempts, done, version, slot, slot.turn, into, givers, intake)
 
     def _brought(
         self,
@@ -311,8 +330,10 @@ class SimulatedShards(Shards):
         turn: int,
         into: Slot,
         givers: list[Host],
+        intake: Intake,
     ) -> None:
         try:
+            intake.check()
             for giver in givers:
                 self._host.reach(giver)
             if slot.turn != turn:
@@ -321,7 +342,9 @@ class SimulatedShards(Shards):
             _copy_bytes(slot, into)
             into.verify(small)
             finish(into, small)
+            intake.left.set()
         except VaultError as err:
+            intake.left.set()
             self._failed(attempts, done, version, err)
             return
         self.tell(done)
