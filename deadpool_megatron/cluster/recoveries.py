@@ -191,6 +191,13 @@ class Recoveries:
         self._voice.emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
         return f"the copy of rank {record.rank} on node {record.source} could not be used: {record.why}"
 
+    def given_up(self, record: r.DamagedCopy) -> None:
+        """A node has given up a copy that had changed: what it offers of that generation from now on is another one."""
+        if record.kind != "parity":
+            about = (record.holder, record.node, record.generation)
+            self._refused = {refused for refused in self._refused if refused[:3] != about}
+            self._voice.keep()
+
     # ---- and then
 
     def arrived(self, record: r.NodeArrived) -> None:
