@@ -131,10 +131,14 @@ class NodeRecovery:
 
     def _hand_out(self, rank: int, generation: int, version: tuple[int, int] | None = None) -> None:
         """The agreed generation is here: tell the worker, and keep that version until a newer one is committed."""
-        version = version or self._shards.version_of(rank, generation)
-        if version is not None:
-            self._shards.set_kept(self._job.epoch, version, 0)
+        job, version = self._job, version or self._shards.version_of(rank, generation)
         worker = self._crew.mine().get(rank)
+        if version is not None:
+            self._shards.set_kept(job.epoch, version, 0)
+        elif worker is not None and (worker.arrived is None or worker.arrived.live != generation):
+            why = f"node {job.node} has given up its copy of rank {rank} since it was offered"
+            self._send(r.FetchFailed(job.epoch, job.node, rank, job.node, generation, why, gone=True))
+            return
         if worker is not None:
             epoch = version[0] if version is not None else -1
             path = self._shards.path_of(rank)

@@ -187,6 +187,8 @@ class Recoveries:
         if self._durable_name:
             self._facts.durability.bad(self._durable_name, record.why)
             return f"rank {record.rank} of durable generation {record.generation} could not be read"
+        if record.gone:  # so it is offered no more
+            return record.why
         self._refused.add((record.rank, record.source, record.generation, record.version_epoch))
         self._voice.emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
         return f"the copy of rank {record.rank} on node {record.source} could not be used: {record.why}"
