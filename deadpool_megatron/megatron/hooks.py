@@ -264,6 +264,7 @@ class Hooks:
         if self.config.export and not rejoining:
             self._export(bound.arguments)
         while True:
+            saves = -1  # the epoch that only saves a checkpoint
             if rejoining:
                 away = time.perf_counter()
                 declared = self._rejoin(trainer, error)
@@ -271,8 +272,10 @@ class Hooks:
                 error = None
                 saving.forget_strategies(a["checkpointing_context"])
                 if declared.purpose == "save":
-                    self._save_and_leave(bound.arguments, declared.epoch)
+                    saves = declared.epoch
             try:
+                if saves >= 0:
+                    self._save_and_leave(bound.arguments, saves)
                 try:
                     result = original(*bound.args, **bound.kwargs)
                     leaving: SystemExit | None = None
@@ -338,10 +341,14 @@ class Hooks:
         raise SystemExit(0)
 
     def _save_and_leave(self, a: dict[str, Any], epoch: int) -> None:
-        """No spare is left: write Megatron's own checkpoint of the agreed generation, then end."""
+        """No spare is left: write Megatron's own checkpoint of the agreed generation, then end.
+
+        Raises EpochClosed when another epoch begins: somebody else has to do it again.
+        """
         args = self._save(a)
         self.session.tell(r.ShardReady(epoch, args.iteration, str(args.save)))
-        self.session.wait_newer(epoch, self.config.build_deadline)
+        if self.session.wait_newer(epoch, self.config.build_deadline):
+            raise EpochClosed
         raise SystemExit(0)
 
     def _save(self, a: dict[str, Any]) -> Any:
