@@ -29,12 +29,14 @@ class NoCommonGeneration(Exception):
 class Agreement:
     """The newest generation every coordinate can have, and who gives the shard to the ranks that do not hold it.
 
-    ``rebuilds``: by rank that nobody holds whole, by part of its shard, k shares to rebuild it from.
+    ``rebuilds``: by rank that nobody holds whole, by part of its shard, k shares to rebuild it from. ``held``: vaults
+    can give all of it; else some of it is live state alone, and what was committed before must stay.
     """
 
     generation: int
     sources: dict[int, Source]
     rebuilds: dict[int, list[list[Share]]] = field(default_factory=dict)
+    held: bool = True
 
 
 def agree(
@@ -99,7 +101,8 @@ def agree(
             node, epoch = first = givers[generation][rank % len(givers[generation])]
             same = [other for other, written in givers[generation] if (other, written) != first and written == epoch]
             sources[rank] = Source(node, epoch, same)
-    return Agreement(generation, sources, rebuilds)
+    held = all(generation in givers or shares.parts(rank, generation) for rank, givers in enumerate(remote))
+    return Agreement(generation, sources, rebuilds, held)
 
 
 def _usable(refused: frozenset[RefusedCopy], rank: int, node: int, generation: int, epoch: int) -> bool:
