@@ -240,6 +240,7 @@ class Rank:
                 while self._small_generation < self.host.cluster.iterations:
                     yield from self._iteration(self._small_generation)
                 self.step("finished", self.joined, self._small_generation)
+                self.host.cluster.oracle.through(self)
                 yield from self._wait(lambda: self._supersede(self.joined) or self._all_finished >= self.joined)
             except Closed:
                 rejoining = True
