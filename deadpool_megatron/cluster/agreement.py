@@ -101,8 +101,8 @@ def agree(
             node, epoch = first = givers[generation][rank % len(givers[generation])]
             same = [other for other, written in givers[generation] if (other, written) != first and written == epoch]
             sources[rank] = Source(node, epoch, same)
-    held = all(generation in givers or shares.parts(rank, generation) for rank, givers in enumerate(remote))
-    return Agreement(generation, sources, rebuilds, held)
+    in_vaults = all(generation in givers or shares.parts(rank, generation) for rank, givers in enumerate(remote))
+    return Agreement(generation, sources, rebuilds, in_vaults)
 
 
 def _usable(refused: frozenset[RefusedCopy], rank: int, node: int, generation: int, epoch: int) -> bool:
