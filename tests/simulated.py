@@ -117,7 +117,8 @@ class SimulatedJob:
         """A coordinate is about to train."""
         slot = self.core.assignment[rank]
         info = r.CoordinateInfo(rank, 0, 0, rank)
-        self.feed(r.Registered(slot.node, slot.local, info, 1 << 20, 1 << 10, digest, self.can_rescue))
+        epoch = self.core.epoch
+        self.feed(r.Registered(slot.node, slot.local, info, 1 << 20, 1 << 10, digest, self.can_rescue, 0, epoch))
 
     def train(self) -> SimulatedJob:
         """Up to the first iteration."""

@@ -218,7 +218,8 @@ class Agent:
             if worker.registered is not None:
                 self._send(worker.registered)
             if worker.exited and worker.exit_code is not None:
-                self._send(r.WorkerExited(node, worker.local, worker.rank, worker.pid, worker.exit_code))
+                exited = r.WorkerExited(node, worker.local, worker.rank, worker.pid, worker.exit_code, self._job.epoch)
+                self._send(exited)
         if self._commits.last is not None:
             self._send(self._commits.last)  # without it nobody could ever overwrite a slot again
         for record in self._hashes:
@@ -243,7 +244,9 @@ class Agent:
                 recovery.arrived(worker, record)
             case r.Registered():
                 worker.in_loop = True
-                worker.registered = msgspec.structs.replace(record, node=node, local=worker.local)
+                worker.registered = msgspec.structs.replace(
+                    record, node=node, local=worker.local, epoch=self._job.epoch
+                )
                 self._send(worker.registered)
             case r.ShardReady():
                 recovery.saved(worker, record)
@@ -275,9 +278,11 @@ class Agent:
     def _ended(self, worker: Worker) -> None:
         code = self._crew.reap(worker)
         if not worker.retired:
-            self._send(r.WorkerExited(self._s.node, worker.local, worker.rank, worker.pid, code))
+            self._send(r.WorkerExited(self._s.node, worker.local, worker.rank, worker.pid, code, self._job.epoch))
             return
-        self._crew.start_parked(worker.local)
+        self._crew.renew(worker.local)
+        if self._job.declared is None and not self._crew.renewing:
+            self._introduce()  # the coordinator knows other processes
         if self._recovery is not None:
             self._recovery.take_over()
 
@@ -319,7 +324,10 @@ class Agent:
         recovery, upkeep = self._recovery, self._upkeep
         match record:
             case r.Roster():
-                if self._job.roster(record) and self._shards is not None:
+                late = self._job.roster(record)
+                if late and record.anew and recovery is not None:
+                    self._start_over(recovery)
+                elif late and self._shards is not None:
                     self._shards.set_epoch(record.epoch)
             case r.ExitNotice() if not self._s.deadpool:
                 self._crew.signal(self._s.exit_signal)
@@ -328,7 +336,7 @@ class Agent:
                     worker.tell(record)
             case r.Respawn():
                 if self._crew.workers[record.local].exited:
-                    self._crew.start_parked(record.local)
+                    self._crew.renew(record.local)
             case r.EndStuck():
                 if self._lookout is not None:
                     self._lookout.end_stuck(record)
@@ -364,10 +372,19 @@ class Agent:
     def _declare(self, recovery: NodeRecovery, record: r.Declare) -> None:
         if record.epoch <= self._job.epoch:
             return
+        self._new_epoch()
+        recovery.declare(record)
+
+    def _start_over(self, recovery: NodeRecovery) -> None:
+        self._new_epoch()
+        if self._durable is not None:
+            self._durable.start_over()
+        recovery.start_over()
+
+    def _new_epoch(self) -> None:
         self._commits.restart()
         if self._lookout is not None:
             self._lookout.restart()
-        recovery.declare(record)
 
     def _from_coordinator_durable(self, durable: NodeDurability, record: r.CoordinatorRecord) -> None:
         ranks = self._job.ranks.values()
@@ -387,9 +404,9 @@ class Agent:
 
     def _begin(self, worker: Worker) -> None:
         """Tell a worker what durable generation it begins with, once that is known; a spare learns it in a recovery."""
-        if self._durable is None or worker.rank is None or worker.began or self._job.epoch:
+        if self._durable is None or worker.rank is None or worker.began or self._job.declared is not None:
             return
-        what = self._durable.begin(worker.rank)
+        what = self._durable.begin(worker.rank, self._job.epoch)
         if isinstance(what, r.Generation):
             worker.began = True
             worker.tell(what)

@@ -16,6 +16,7 @@ from typing import Any
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.awake import AwakeClock
 from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Keep, Phase, Send
 from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.link import Hub
@@ -31,6 +32,7 @@ from deadpool_megatron.observe import RunDirectory
 __all__ = ["Coordinator", "CoordinatorSettings"]
 
 _FAREWELL_S = 10.0
+_LONGEST_PASS_S = 0.75
 _MOST_REFUSALS_TOLD = 100
 _GATHER_S = (0.003, 0.02)
 _GATHER_S_A_NODE = 2e-5  # about what a packet and its answer cost
@@ -78,14 +80,15 @@ class Coordinator:
         self._progress = Progress()
         self._settings = settings
         self._enlistment = enlistment
-        patience = patience_s(again=settings.resume)
-        self._hub = Hub(settings.bind, settings.port, settings.secret, job.deadlines.lease, patience)
+        patience, lease = patience_s(again=settings.resume), job.deadlines.lease
+        self._clock = AwakeClock(max(_LONGEST_PASS_S, lease / 2))  # less than the silence after which a node is gone
+        self._hub = Hub(settings.bind, settings.port, settings.secret, lease, patience)
         self.port = self._hub.port
         self._run = RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
         self._refused = 0
         self._teller = Teller()
-        self._no_places_until = time.monotonic() + job.deadlines.lease if settings.resume else 0.0
+        self._no_places_until = self._clock.now() + lease if settings.resume else 0.0
         self._connected: set[int] = set()
         self._interrupted = False
         self._preempted = False
@@ -114,7 +117,7 @@ class Coordinator:
         if self._settings.resume:
             kept = self._memory.read()
             if kept is not None:
-                self._do(self._core.restored(kept, time.monotonic()))
+                self._do(self._core.restored(kept, self._clock.now()))
         else:
             self._memory.clear()
         self._write_status()
@@ -127,23 +130,24 @@ class Coordinator:
         gather = min(max(_GATHER_S[0], _GATHER_S_A_NODE * core.job.nodes), _GATHER_S[1])
         while self._finish is None:
             deadline = self._core.next_deadline()
-            now = time.monotonic()
+            now = self._clock.now()
             timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
             if self._status_stale:
                 timeout = min(timeout, max(0.0, self._status_due - now))
             if core.phase is Phase.RUNNING and now - woke < gather:
                 time.sleep(gather)  # thousands of agents: their news are taken some at a time, not one by one
-            woke = time.monotonic()
+            woke = self._clock.now()
             self._hub.wait(timeout, self._packet, self._gone)
+            self._tell_standstill()
             self._memory.check()
             self._run.flush()
-            self._do(self._core.tick(time.monotonic()))
+            self._do(self._core.tick(self._clock.now()))
             if self._preempted and self._finish is None:
                 self._preempted = False
-                self._do(self._core.preempted(time.monotonic()))
+                self._do(self._core.preempted(self._clock.now()))
             if self._interrupted and self._finish is None:
-                self._do(self._core.interrupted(time.monotonic()))
-            if self._status_stale and time.monotonic() >= self._status_due:
+                self._do(self._core.interrupted(self._clock.now()))
+            if self._status_stale and self._clock.now() >= self._status_due:
                 self._write_status()
         with contextlib.suppress(StoreError):  # that it has ended is kept already
             self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
@@ -154,13 +158,24 @@ class Coordinator:
         self._hub.close()
         return self._finish.code, self._finish.message
 
+    def _tell_standstill(self) -> None:
+        seconds = self._clock.stood_still()
+        if seconds:
+            self._run.event("stood_still", epoch=self._core.epoch, seconds=round(seconds, 3))
+            print(
+                f"deadpool: the coordinator stood still for {seconds:.1f} s (stopped, paused or swapped out); nobody "
+                "is late for that, and nodes whose connection has ended meanwhile have time to come back",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _packet(self, identity: bytes, packet: bytes) -> None:
         try:
             record = r.decode_from_agent(packet)
         except r.RecordError as err:
             self._refuse(str(err))
             return
-        now = time.monotonic()
+        now = self._clock.now()
         if isinstance(record, r.Inject | r.Drain | r.AddSpare):
             self._request(identity, record, now)
             return
@@ -259,7 +274,10 @@ class Coordinator:
             return
         node = int(text.removeprefix("node-"))
         self._connected.discard(node)
-        self._do(self._core.node_lost(node, "its agent is gone or silent", time.monotonic()))
+        if self._clock.just_woke(self._core.job.deadlines.lease):
+            self._do(self._core.node_away(node, self._clock.now()))
+        else:
+            self._do(self._core.node_lost(node, "its agent is gone or silent", self._clock.now()))
 
     def _do(self, actions: list[Action], step: dict[str, Any] | None = None) -> None:
         if not actions and step is None:
@@ -318,7 +336,7 @@ class Coordinator:
             os.replace(temporary, path)
 
     def _write_status(self) -> None:
-        begun = time.monotonic()
+        begun = self._clock.now()
         core = self._core
         coordinates: list[dict[str, Any]] = []
         for rank, slot in enumerate(core.assignment):
@@ -368,7 +386,7 @@ class Coordinator:
             }
         )
         self._status_stale = False
-        now = time.monotonic()
+        now = self._clock.now()
         share = _STATUS_SHARE / 4 if core.recovery is not None else _STATUS_SHARE
         self._status_due = now + max(_STATUS_INTERVAL_S, (now - begun) / share)
 

@@ -4,6 +4,7 @@ Failure-free a job goes STARTING -> RUNNING -> FINISHING -> ENDED. What takes it
 (`cluster.recovering`), each in an epoch of its own::
 
     RUNNING --node lost, worker dead, drain--> declare(e+1) -> ... agree(g) ... form(e+1) ... -> RUNNING
+    STARTING, or nothing committed --node lost, worker dead--> STARTING in e+1, all workers from the script's first line
 
 A loss in any phase of a recovery declares the next epoch and starts again. Every phase has a deadline; who misses it
 counts as lost. Records of an epoch other than the current one are ignored.
@@ -80,7 +81,7 @@ class Core:
         self._end: tuple[int, str] | None = None
         self._out = Out()
         self._now = 0.0
-        voice = Voice(self._send, self._emit, self._keep, self._declare, self._lose, self._stop)
+        voice = Voice(self._send, self._emit, self._keep, self._declare, self._start_over, self._lose, self._stop)
         self.members = Members(job)
         self.protection = Protection(job.redundancy, job.domains)
         self._layout = Layout(job.world_size)
@@ -177,7 +178,7 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """When `tick` has to be called at the latest, in the clock of ``now``."""
-        parts = (self._arrivals, self._reunion, self._suspicions, self._drains)
+        parts = (self._arrivals, self._reunion, self._suspicions, self._drains, self._ends)
         times = [self._durability.next_deadline(), *(part.due for part in parts)]
         if self.recovery is not None:
             times.append(self.recovery.deadline)
@@ -195,6 +196,15 @@ class Core:
     def node_lost(self, node: int, cause: str, now: float) -> list[Action]:
         """The lease or the connection of a node ended."""
         return self._run(lambda: self._lose({node}, cause), now)
+
+    def node_away(self, node: int, now: float) -> list[Action]:
+        """The connection of a node has ended while nobody here could have heard it: it has time to come back."""
+
+        def wait() -> None:
+            if not self.members.gone(node):
+                self._reunion.also(node, now + self.job.deadlines.lease + _RETURN_S)
+
+        return self._run(wait, now)
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
@@ -327,6 +337,7 @@ class Core:
             "committed": self.committed,
             "iteration": self.iteration,
             "errors": self._ends.dump(),
+            "start_epoch": self._start.epoch,
             "done": self._headway.done,
             "end": self._end,
             **self._recoveries.dump(),
@@ -341,8 +352,10 @@ class Core:
         self._layout.load(parts.get("layout"), kept["can_rescue"])
         self._recoveries.load(kept)
         self._ends.load(kept["errors"])
+        self._start.epoch = kept["start_epoch"]
         head = self._headway
         head.committed, head.iteration, head.done = kept["committed"], kept["iteration"], kept["done"]
+        head.fresh = self._phase is Phase.STARTING  # else what was trained since may not be on record
         head.count_anew(self.members.active(), self.epoch)
         if self._layout.known:
             groups = tuple(tuple(group) for group in parts["members"]["groups"])
@@ -367,6 +380,7 @@ class Core:
 
     def _all_returned(self) -> None:
         missing, unsettled = self._reunion.end()
+        epoch = self.epoch
         if self._end is not None:
             self._stop(*self._end) if self._end[0] else self._end_well()
             return
@@ -374,15 +388,18 @@ class Core:
             self._lose(missing, "its agent has not come back to the coordinator")
         if self._phase is Phase.FINISHING:
             self._send(None, r.AllFinished(self.epoch))
-        elif self._phase is Phase.STARTING and self.members.complete():
-            self._durability.start(self.members.active())
-        if self.recovery is not None or self._phase is not Phase.RUNNING:
+        elif self._phase is Phase.STARTING:
+            if unsettled and epoch == self.epoch:
+                self._start_over(f"the coordinator was away and {unsettled}")
+            elif self.members.complete():
+                self._durability.start(self.members.active(), self.epoch)
+        if self.epoch != epoch or self._phase is not Phase.RUNNING:
             return
         lost = [n for n in self.members.active() if self.members.gone(n)]
-        if unsettled or lost or self._recoveries.vacant:
+        if unsettled or lost or (self._recoveries.vacant and self.recovery is None):
             why = unsettled or (f"node {lost[0]} was lost" if lost else "a worker died")
             self._declare(f"the coordinator was away and {why}")
-        elif not self.epoch and self._layout.known:
+        elif self.recovery is None and self.epoch == self._start.epoch and self._layout.known:
             self._start.tell_placement()  # who heard it hears the same again
 
     # ---- start
@@ -399,12 +416,16 @@ class Core:
         elif self._phase is Phase.STARTING:
             if first:
                 self._start.tell_roster()
+            elif record.epoch < self.epoch:
+                self._start.tell_again(record.node)
         elif awaited:
             self._start.came_later(record)
         if self.members.holds(record.node) and record.epoch == self.epoch:
             self.seen.catch_up(record.node)
 
     def _register(self, record: r.Registered) -> None:
+        if self._phase is Phase.STARTING and record.epoch != self.epoch:
+            return  # of a start that is over
         if self._start.registered(record) and self._phase is Phase.STARTING:
             self._phase = Phase.RUNNING
             self._start.train(record.unique_bytes)
@@ -474,7 +495,9 @@ class Core:
     # ---- ends of processes
 
     def _worker_exited(self, record: r.WorkerExited) -> None:
-        if self._ends.exited(record, self._phase):
+        if self._phase is Phase.STARTING and record.epoch != self.epoch:
+            return  # of a start that is over
+        if self._ends.exited(record, self._phase, self._now):
             self._end_well()
 
     def _end_well(self) -> None:
@@ -505,12 +528,13 @@ class Core:
                 self._start.tell_roster()  # it was the one the others waited for
             self._keep()
             return
-        if self._ends.begun and self._phase is Phase.FINISHING and not self.job.deadpool:
+        if not self.job.deadpool:
+            self._stop(Exit.FAILED, f"node {sorted(hit)[0]} was lost and DeadPool is off: {cause}")
             return
-        if not self.job.deadpool or self._phase in (Phase.STARTING, Phase.FINISHING):
-            when = "before training began" if self._phase is Phase.STARTING else "after training had finished"
-            where = when if self.job.deadpool else "and DeadPool is off"
-            self._stop(Exit.FAILED, f"node {sorted(hit)[0]} was lost {where}: {cause}")
+        if self._phase is Phase.FINISHING:  # everything is saved: the others leave, and that is a good end
+            self._keep()
+            if self._ends.all_left():
+                self._end_well()
             return
         if not self._reunion.waits:
             self._declare(cause)
@@ -523,12 +547,28 @@ class Core:
         if self._reunion.waits:  # whoever is not back yet would not hear of it: when all are (`_all_returned`)
             self._reunion.remember(reason)
             return
-        replaced = self._recoveries.declare(reason, self._now)
-        if replaced is None:
+        if self._phase is Phase.STARTING:
+            self._start_over(reason)
             return
+        replaced = self._recoveries.declare(reason, self._now)
+        if replaced is not None:
+            self._new_epoch(replaced)
+
+    def _start_over(self, reason: str) -> None:
+        """Nothing is committed that the job could go on from, so it begins anew."""
+        if not self._start.over(reason):
+            return
+        self._phase = Phase.STARTING
+        self._recoveries.start_over()
+        self._new_epoch(list(range(self.job.world_size)))
+        self._keep()
+        self._start.tell_roster()
+
+    def _new_epoch(self, replaced: list[int]) -> None:
         self.seen.moved(replaced)
         self._finished.clear()
         self._suspicions.explained()
+        self._ends.new_epoch()
         self._drains.forget()
 
     def _fetch_failed(self, record: r.FetchFailed) -> None:
@@ -557,6 +597,7 @@ class Core:
         if late := self._arrivals.late(self._now):
             self._lose(late, self._arrivals.why_late)
         self._suspicions.judge_errors(self._now)
+        self._ends.judge(self._now)
         if self._reunion.due is not None and self._now >= self._reunion.due:
             self._all_returned()
         self._drains.tick(self._now)

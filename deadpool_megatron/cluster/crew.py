@@ -13,7 +13,7 @@ import zmq
 from deadpool_megatron.cluster.adoption import AdoptedProcess, Adoption
 from deadpool_megatron.cluster.known import KnownJob
 from deadpool_megatron.cluster.settings import AgentSettings
-from deadpool_megatron.cluster.workers import STACKS_FILE, Worker, end_group, start_worker
+from deadpool_megatron.cluster.workers import EPOCH, STACKS_FILE, Worker, end_group, start_worker
 
 __all__ = ["Crew"]
 
@@ -68,6 +68,8 @@ class Crew:
         env[STACKS_FILE] = str(self.stacks_file(local))
         if rank is not None:
             env["RANK"] = str(rank)
+            # A start that begins anew: workers of the one before may have left keys in the store.
+            env[EPOCH] = env["TORCHELASTIC_RESTART_COUNT"] = str(self._job.epoch)
         if self._adoption is not None and local < self._s.slots_per_node:
             ours = {k: v for k, v in env.items() if os.environ.get(k) != v}
             worker = self._adoption.take(local, rank, ours, self._given_up)
@@ -78,8 +80,11 @@ class Crew:
         for fd in _descriptors(worker):
             self._poller.register(fd, zmq.POLLIN)
 
-    def start_parked(self, local: int) -> None:
-        """A fresh parked process in a slot, once the one that is there has ended (it is ended now)."""
+    def renew(self, local: int) -> None:
+        """A fresh process in a slot, once the one that is there has ended (it is ended now).
+
+        It is parked, or where the job has not begun to train begins at once as the coordinate that the slot has.
+        """
         old = self.workers.get(local)
         if self._adoption is not None and local < self._s.slots_per_node:
             # Who has started it starts no other one: this node is drained, and its workers leave when it is let go.
@@ -93,10 +98,21 @@ class Crew:
         if old is not None:
             del self.workers[local]  # it is closed even if no other one can be started
             old.close()
-        self._start(local, None)
+        self._start(local, self._job.ranks.get(local) if self._job.declared is None else None)
+
+    def start_over(self) -> None:
+        """The start begins anew: fresh processes wherever there is a coordinate, or was one."""
+        for local, worker in list(self.workers.items()):
+            if worker.rank is not None or local in self._job.ranks:
+                self.renew(local)
+
+    @property
+    def renewing(self) -> bool:
+        """Somebody has not ended yet whose place a fresh process takes."""
+        return any(worker.retired for worker in self.workers.values())
 
     def reap(self, worker: Worker) -> int:
-        """A worker has ended, by itself or as `start_parked` wants it; its exit code."""
+        """A worker has ended, by itself or as `renew` wants it; its exit code."""
         code = worker.process.wait()
         worker.exited, worker.exit_code = True, code
         end_group(worker.pid, signal.SIGKILL)  # its forked children hold its sockets open

@@ -44,6 +44,7 @@ class Loaded:
 
     name: str
     error: str
+    epoch: int
 
 
 DurableNews = Staged | Done | Loaded
@@ -68,6 +69,7 @@ class NodeDurability:
         self._layouts: dict[int, Layout] = {}
         self._pinned = ""
         self._resume: int | None = None
+        self._epoch = 0  # of the versions that were loaded before training
         self._manifest: Manifest | None = None  # of what was loaded before training
         self._loaded: dict[int, str] = {}  # by rank, and holder of constants, digest of its layout
 
@@ -118,7 +120,8 @@ class NodeDurability:
 
     def load(self, record: r.LoadShards, ranks: Iterable[int]) -> None:
         """Bring this node's shards into its vault. Answers with a `Loaded`."""
-        versions = {rank: Version(0, record.generation) for rank in ranks}
+        epoch = record.epoch
+        versions = {rank: Version(epoch, record.generation) for rank in ranks}
 
         def loaded(rank: int, manifest: Manifest, layout: str) -> None:
             self._manifest = manifest
@@ -130,9 +133,10 @@ class NodeDurability:
                 load_shards(self._shards.vault, self._directory, record.name, versions, small_capacity, loaded)
             except DurableError as err:
                 error = str(err)
-            self._tell(Loaded(record.name, error))
+            self._tell(Loaded(record.name, error, epoch))
 
         self._loaded.clear()
+        self._epoch = epoch
         threading.Thread(target=work, name="durable-load", daemon=True).start()
 
     def resume_at(self, generation: int) -> None:
@@ -142,7 +146,13 @@ class NodeDurability:
             self._loaded.clear()
             self._manifest = None
 
-    def begin(self, rank: int) -> r.Generation | str | None:
+    def start_over(self) -> None:
+        """The start begins anew: other workers tell what job it is, and the coordinator where to resume."""
+        self._resume = None
+        self._jobs.clear()
+        self._layouts.clear()
+
+    def begin(self, rank: int, epoch: int) -> r.Generation | str | None:
         """What a worker is to begin with; a text when it must not; None while that is not known.
 
         Known once the coordinator has said where to resume and the worker has told what job it is.
@@ -150,7 +160,7 @@ class NodeDurability:
         if self._resume is None or rank not in self._jobs:
             return None
         if self._resume < 0:
-            return r.Generation(0, -1, -1, "", {})
+            return r.Generation(epoch, -1, -1, "", {})
         if self._manifest is not None:
             here, there = self._jobs[rank].get("model", {}), self._manifest.job.get("model", {})
             differing = [name for name in [*here, *there] if here.get(name) != there.get(name)]
@@ -158,7 +168,7 @@ class NodeDurability:
                 name = differing[0]
                 return self._not_fit(f"{name} is {there.get(name)} in it and {here.get(name)} here")
         with_constants = constants_of(rank) in self._loaded
-        return r.Generation(0, self._resume, 0, self._shards.path_of(rank), {}, with_constants)
+        return r.Generation(epoch, self._resume, self._epoch, self._shards.path_of(rank), {}, with_constants)
 
     # ---- draining
 
@@ -213,7 +223,7 @@ class NodeDurability:
             case Done():
                 self._send(r.GenerationSealed(self._node, news.name, news.error, list(news.problems)))
             case Loaded():
-                self._send(r.ShardsLoaded(self._node, news.name, news.error))
+                self._send(r.ShardsLoaded(self._node, news.name, news.error, news.epoch))
 
     # ---- falling back
 

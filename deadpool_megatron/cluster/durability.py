@@ -93,6 +93,7 @@ class Durability:
         self._kept: Version | None = None
         self._loading: tuple[str, set[int]] | None = None
         self._begun = False
+        self._epoch = 0
         self._preempted: float | None = None  # until when the job may stay
         self.leave: str | None = None
 
@@ -126,11 +127,14 @@ class Durability:
 
     # ---- the start
 
-    def start(self, active: Iterable[int]) -> None:
-        """All agents are there: bring the newest durable generation into the vaults, or say that there is none."""
-        if self._spec is None or not self._spec.resume or self._begun:
+    def start(self, active: Iterable[int], epoch: int) -> None:
+        """All agents are there: bring the newest durable generation into the vaults, or say that there is none.
+
+        Once for an epoch, which is 0 unless the start had to begin anew.
+        """
+        if self._spec is None or not self._spec.resume or (self._begun and epoch == self._epoch):
             return
-        self._begun = True
+        self._begun, self._epoch = True, epoch
         self._load(active)
 
     def restored(self, starting: bool) -> None:
@@ -145,14 +149,16 @@ class Durability:
         if self._complete:
             generation, name = self._complete[0]
             self._loading = (name, set(active))
-            self._send(None, r.LoadShards(name, generation))
+            self._send(None, r.LoadShards(name, generation, self._epoch))
         else:
             self._loading = None
             self._send(None, r.ResumeAt(-1))
 
     def loaded(self, record: r.ShardsLoaded, active: Iterable[int]) -> str:
         """A node has its shards, or not. Returns why the job cannot start, or an empty string."""
-        if self._spec is None or self._loading is None or self._loading[0] != record.name:
+        if self._spec is None or self._loading is None:
+            return ""
+        if (record.name, record.epoch) != (self._loading[0], self._epoch):
             return ""
         name, waiting = self._loading
         if record.error:

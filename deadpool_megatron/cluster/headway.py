@@ -20,6 +20,8 @@ class Headway:
     def __init__(self, active: Iterable[int]) -> None:
         self.iteration = -1
         self.committed = -1
+        self.fresh = True
+        """Nothing has been trained or committed, for certain: beginning anew loses nothing."""
         self.pace = 0.0
         """Seconds the last iteration took."""
         self.done: dict[r.Act, int] = {}
@@ -31,6 +33,7 @@ class Headway:
         """An iteration has ended; True when it is the first time that this one has."""
         self.pace = record.seconds
         self._ledger.progress(record.iteration + 1)
+        self.fresh = False
         if record.iteration <= self.iteration:
             return False
         self.iteration = record.iteration
@@ -47,6 +50,7 @@ class Headway:
         if told is None or told.kept is None or told.kept == self._kept:
             return told, False
         self._kept = told.kept
+        self.fresh = False
         self.committed = told.kept.generation
         return told, True
 
@@ -59,6 +63,14 @@ class Headway:
     def go_on(self, active: Iterable[int], epoch: int, generation: int) -> None:
         """In this epoch the job goes on from a generation that is committed."""
         self.committed = generation
+        self.fresh = False
+        self.count_anew(active, epoch)
+
+    def start_over(self, active: Iterable[int], epoch: int) -> None:
+        """The job begins to train anew."""
+        self.iteration = self.committed = -1
+        self.fresh = True
+        self.done.clear()
         self.count_anew(active, epoch)
 
     def count_anew(self, active: Iterable[int], epoch: int) -> None:

@@ -111,14 +111,15 @@ class Voice:
     """How the parts of the coordinator's decisions say what is to be done, in order.
 
     ``send``: a record to a node, or to all that are in the job (None). ``emit``: an event. ``keep``: parts of the state
-    (none named: what changes in a job's life), before anything is sent. ``declare``: a new epoch begins. ``lose``:
-    these nodes are out of the job, for a cause. ``stop``: the job ends.
+    (none named: what changes in a job's life), before anything is sent. ``declare``: a new epoch begins.
+    ``start_over``: the job begins anew. ``lose``: these nodes are out of the job, for a cause. ``stop``: the job ends.
     """
 
     send: Callable[[int | None, msgspec.Struct], None]
     emit: Callable[..., None]
     keep: Callable[..., None]
     declare: Callable[[str], None]
+    start_over: Callable[[str], None]
     lose: Callable[[set[int], str], None]
     stop: Callable[[int, str], None]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import msgspec
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.awake import AwakeClock
 from deadpool_megatron.cluster.crew import Crew
 from deadpool_megatron.cluster.fence import Fence
 from deadpool_megatron.cluster.known import KnownJob
@@ -55,10 +55,13 @@ class Lookout:
             self._stuck = StuckWatch(rule, settings.lease, self._stalled)
         self._pace_s = pace_every_s(settings.active_nodes)
         self._due = self._pace_due = 0.0
+        self._clock = AwakeClock(max(8 * LOOK_S, settings.lease / 2))
 
     def look(self, connected: bool) -> str:
         """Call often. Why this node has to fence itself; empty when it has not. ``connected``: to the coordinator."""
-        now = time.monotonic()
+        now = self._clock.now()
+        if self._clock.stood_still():
+            self.restart()  # if this node stood still, so did its workers
         if now < self._due:
             return ""
         self._due = now + LOOK_S
@@ -68,7 +71,9 @@ class Lookout:
             return f"node {self._job.node} is cut off from the others and ends its workers"
         if self._stuck is None:
             return ""
-        mine = self._crew.mine()
+        mine, epoch = self._crew.mine(), self._job.epoch
+        # One that has finished waits for the others, for as long as their last checkpoint takes.
+        mine = {rank: worker for rank, worker in mine.items() if worker.reached.get("finished", -1) != epoch}
         if self._job.declared is None or self._recovery.settled:  # a recovery's pace is another
             self._stuck.look(mine, now)
         unkillable = self._stuck.finish(now)
@@ -85,15 +90,15 @@ class Lookout:
     def restart(self) -> None:
         """A recovery begins: its gap is nobody's fault."""
         if self._stuck is not None:
-            self._stuck.restart(time.monotonic())
+            self._stuck.restart(self._clock.now())
 
     def answered(self, worker: Worker, record: r.Whereabouts) -> None:
         """A worker that was asked says where its training thread is."""
         if self._stuck is not None:
-            self._stuck.answered(worker, record, time.monotonic())
+            self._stuck.answered(worker, record, self._clock.now())
 
     def end_stuck(self, record: r.EndStuck) -> None:
         """The coordinator has judged a worker: keep its stacks, then end it."""
         stuck = self._crew.mine().get(record.rank) if record.epoch == self._job.epoch else None
         if stuck is not None and self._stuck is not None:
-            self._stuck.end(stuck, self._crew.stacks_file(stuck.local), time.monotonic())
+            self._stuck.end(stuck, self._crew.stacks_file(stuck.local), self._clock.now())

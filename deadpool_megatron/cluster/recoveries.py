@@ -101,6 +101,9 @@ class Recoveries:
         if taken_by is not None and self._purpose == "resume":
             members.hand_over(taken_by)
             self.helpers |= {node for node in taken_by if not members.gone(node)}
+        elif facts.headway.fresh and out_of_use:
+            self._voice.start_over(reason)
+            return False
         elif out_of_use or self._purpose == "save":
             plan = placing.rescue(members.assignment, out_of_use, facts.job.slots_per_node)
             if plan is None or not facts.layout.can_rescue:
@@ -128,9 +131,14 @@ class Recoveries:
         facts, members, emit = self._facts, self._facts.members, self._voice.emit
         self._durable_name = ""
         try:
-            agreement = agree(members.assignment, recovery.offers, frozenset(self._refused), facts.protection.words)
+            refused, words = frozenset(self._refused), facts.protection.words
+            agreement = agree(members.assignment, recovery.offers, refused, words, facts.layout.repeatable)
         except NoCommonGeneration as err:
             fallback = facts.durability.fallback()
+            if fallback is None and facts.headway.fresh:
+                lost = members.lost()
+                self._voice.start_over(f"node {max(lost)} was lost" if lost else "communication failed")
+                return
             if fallback is None:
                 self._voice.stop(Exit.GENERATION_LOST, self._nothing_left(err))
                 return
@@ -294,6 +302,12 @@ class Recoveries:
                 f"iteration {record.iteration} was saved to {record.directory}: restart the job with --load "
                 f"{record.directory}",
             )
+
+    def start_over(self) -> None:
+        """The start begins anew: nothing of a recovery counts any more."""
+        self.current = None
+        self.vacant.clear()
+        self.helpers.clear()
 
     # ---- a coordinator that starts again
 

@@ -12,6 +12,7 @@ from deadpool_megatron.comm.reports import (
     GroupReport,
     ReformError,
     ReformReport,
+    is_communication_error,
 )
 from deadpool_megatron.comm.table import GroupRecord
 
@@ -24,5 +25,6 @@ __all__ = [
     "GroupReport",
     "ReformError",
     "ReformReport",
+    "is_communication_error",
     "nccl_environment",
 ]

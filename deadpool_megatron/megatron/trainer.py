@@ -21,6 +21,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.pulse import PulsePage
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.config import DeadpoolConfig
+from deadpool_megatron.megatron import state_hash
 from deadpool_megatron.megatron.comparison import Comparison, Difference, Unequal
 from deadpool_megatron.megatron.description import describe_layout
 from deadpool_megatron.megatron.faults import strike
@@ -126,6 +127,8 @@ class MegatronTrainer:
         # No Python runs inside of a replayed iteration: slices are asked for before it, and the gate comes after it.
         self._graphed = full_iteration_graphs(args)
         self.live_generation: int | None = None
+        self.live_epoch = session.joined_epoch
+        self._restored = -1  # the generation that training goes on from, until it has been trained
         self._ticks = 0
         self._blocked = 0.0
         self._fault: r.Fault | None = None
@@ -168,8 +171,20 @@ class MegatronTrainer:
                 self._communicators.table_digest(),
                 can_rescue,
                 self._expected,
+                repeatable=self._repeatable(),
             )
         )
+
+    def _repeatable(self) -> bool:
+        """Whether training a generation once more gives the same bits: states of different epochs may be mixed then.
+
+        On a device Megatron's ``--deterministic-mode`` has it so (it wants NCCL_ALGO set), and groups that were formed
+        anew reduce in the same order only without NVLS, which adds up in the switch.
+        """
+        if _emulated() or not torch.cuda.is_available():
+            return True
+        algorithms = os.environ.get("NCCL_ALGO", "")
+        return bool(self._args.deterministic_mode) and algorithms in ("Ring", "Tree", "^NVLS")
 
     def resume(self, at: r.Generation) -> None:
         """Begin with a durable generation that is in the own vault. Collective; raises what a broken one raises."""
@@ -225,6 +240,8 @@ class MegatronTrainer:
             keep_from = min(keep_from, kept.generation)
         for replay in self._replays:
             replay.mark(iteration, keep_from)
+        if iteration != self._restored:  # that one is still what it was restored from
+            self.live_epoch, self._restored = session.joined_epoch, -1
         self.live_generation = iteration
         self._ticks = 0
         points.reach("small-state.after")
@@ -355,6 +372,10 @@ class MegatronTrainer:
         """Training is over: tell what is still on its way."""
         self._losses.flush()
 
+    def digests(self) -> dict[str, str]:
+        """Of the state that training has ended with, as `state_hash.digests`."""
+        return state_hash.digests(self._args, self._model, self._optimizer, self._scheduler)
+
     def figures(self) -> dict[str, float]:
         """Of the last iteration on this rank, for the run's writers; seconds, bytes, bytes a second.
 
@@ -401,10 +422,11 @@ class MegatronTrainer:
     def restore(self, agreed: r.Generation) -> None:
         """Make the live state that of the agreed generation. Raises VaultError, and has changed nothing then."""
         generation = agreed.generation
-        if self.live_generation == generation and self._small_generation == generation:
+        if agreed.live and self.live_generation == generation and self._small_generation == generation:
             small = self._small
         else:
             small = self._snapshotter.restore(Version(agreed.version_epoch, generation))
+            self.live_epoch = agreed.version_epoch
         self.live_generation = None
         # Data first: building iterators and drawing from them moves random numbers, which the small state puts back.
         if not all(replay.remembers(generation) for replay in self._replays):
@@ -422,7 +444,7 @@ class MegatronTrainer:
         for each in self._reruns():
             each.replaying, each.saved_microbatches, each.replay_pos = False, [], 0
         self.once.agreed(agreed.done)
-        self.live_generation = generation
+        self.live_generation = self._restored = generation
 
     def synchronize(self) -> None:
         """Bring back what other ranks hold: replicated state, 16-bit parameters. Collective."""
@@ -473,6 +495,14 @@ class MegatronTrainer:
         """A spare's iterators begin at ``generation``: mark it, so that `restore` finds it."""
         for replay in self._replays:
             replay.mark(generation, generation)
+
+    def replays_of(self, iterators: Any, iteration: int) -> list[ReplayIterator]:
+        """Of iterators that ``train`` does not get (test data), those that have one here, marked as ``iteration``."""
+        replays = [each for each in map(_under_rerun, _flatten([iterators])) if each not in self._replays]
+        for replay in replays:
+            if not replay.remembers(iteration):
+                replay.mark(iteration, iteration)
+        return replays
 
     def _reruns(self) -> Iterator[Any]:
         for replay in self._replays:

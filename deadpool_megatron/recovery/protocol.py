@@ -43,6 +43,10 @@ class Trainer(Protocol):
     def live_generation(self) -> int | None:
         """The generation the live state is, None when it is torn (or was never there)."""
 
+    @property
+    def live_epoch(self) -> int:
+        """In which that state was computed; a restored one is of its version's epoch."""
+
     def unwind(self) -> None:
         """Drop what the broken step left behind: handles, gradients, started timers, pending works."""
 
@@ -99,7 +103,7 @@ def rejoin(
             points.reach("recovery.aborted")
             trainer.unwind()
             points.reach("recovery.unwound")
-            session.arrive(epoch, trainer.rank, trainer.live_generation)
+            session.arrive(epoch, trainer.rank, trainer.live_generation, trainer.live_epoch)
             agreed = session.wait_generation(epoch)
             points.reach("recovery.agreed")
             try:

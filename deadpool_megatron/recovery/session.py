@@ -56,9 +56,12 @@ class Session:
             communicators and must return soon.
         on_form: called from the watcher thread with the newest epoch when every rank has arrived in it; it begins to
             form the groups and must return soon.
+        epoch: in which this worker begins; not 0 when the start of the job had to begin anew.
     """
 
-    def __init__(self, control_fd: int, on_declare: Callable[[int], None], on_form: Callable[[int], None]) -> None:
+    def __init__(
+        self, control_fd: int, on_declare: Callable[[int], None], on_form: Callable[[int], None], epoch: int = 0
+    ) -> None:
         self._socket = socket.socket(fileno=control_fd)
         self._on_declare = on_declare
         self._on_form = on_form
@@ -76,8 +79,8 @@ class Session:
         self._on_arm: Callable[[r.Fault], None] = lambda fault: None
         self.is_waiting: Callable[[], bool] = lambda: False
         self.on_exit_notice: Callable[[], None] = lambda: None
-        self.declared_epoch = 0
-        self.joined_epoch = 0
+        self.declared_epoch = epoch
+        self.joined_epoch = epoch
         threading.Thread(target=self._watch, name="deadpool-watcher", daemon=True).start()
 
     # ---- the watcher thread
@@ -211,10 +214,10 @@ class Session:
         self._standing_by = rank
         self.tell(r.Arrived(self.declared_epoch, rank, None))
 
-    def arrive(self, epoch: int, rank: int, live: int | None) -> None:
-        """Tell the agent that the training thread is out of its step; ``live`` as in `records.Arrived`."""
+    def arrive(self, epoch: int, rank: int, live: int | None, live_epoch: int = 0) -> None:
+        """Tell the agent that the training thread is out of its step; the live state as in `records.Arrived`."""
         self._standing_by = None
-        self.tell(r.Arrived(epoch, rank, live))
+        self.tell(r.Arrived(epoch, rank, live, live_epoch))
 
     def wait_form(self, epoch: int) -> None:
         """Until every rank has arrived in ``epoch``, so that its groups form. Raises Superseded."""

@@ -246,8 +246,8 @@ def test_a_job_that_must_end_says_what_is_durable() -> None:
 # ---- the start of a new job
 
 
-def loading(complete: tuple[tuple[int, str], ...]) -> SimulatedJob:
-    it = SimulatedJob(nodes=3, spares=0, durable=spec(complete=complete, resume=True))
+def loading(complete: tuple[tuple[int, str], ...], spares: int = 0) -> SimulatedJob:
+    it = SimulatedJob(nodes=3 + spares, spares=spares, durable=spec(complete=complete, resume=True))
     it.join()
     return it
 
@@ -369,13 +369,17 @@ def again(before: SimulatedJob, complete: tuple[tuple[int, str], ...]) -> Simula
     return it
 
 
-def test_a_node_lost_while_it_loads_its_shards_ends_the_job_before_training_began() -> None:
-    it = loading(((8, "newer"), (4, "older")))
+def test_a_node_lost_while_it_loads_its_shards_is_replaced_and_all_load_again() -> None:
+    it = loading(((8, "newer"), (4, "older")), spares=1)
     it.feed(r.ShardsLoaded(0, "newer", ""))
     it.lose(1)
-    code, message = it.end
-    assert code == Exit.FAILED and "node 1 was lost before training began" in message
+    assert it.told(r.LoadShards) == [r.LoadShards("newer", 8, 0), r.LoadShards("newer", 8, 1)]
+    for node in it.active:
+        it.feed(r.ShardsLoaded(node, "newer", "", 0))  # on its way since before the loss
     assert not it.told(r.ResumeAt)
+    for node in it.active:
+        it.feed(r.ShardsLoaded(node, "newer", "", 1))
+    assert it.told(r.ResumeAt) == [r.ResumeAt(8)]
 
 
 def test_a_coordinator_that_starts_again_loads_nothing_into_vaults_that_train_and_goes_on_draining() -> None:

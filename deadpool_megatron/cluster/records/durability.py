@@ -38,10 +38,11 @@ class GiveUpDrain(Record, frozen=True):
 
 
 class LoadShards(Record, frozen=True):
-    """Before training: bring this node's shards of a durable generation into its vault."""
+    """Before training: bring this node's shards of a durable generation into its vault, as versions of ``epoch``."""
 
     name: str
     generation: int
+    epoch: int = 0
 
 
 class ResumeAt(Record, frozen=True):
@@ -77,6 +78,7 @@ class ShardsLoaded(Record, frozen=True):
     node: int
     name: str
     error: str
+    epoch: int = 0
 
 
 class PreemptionNotice(Record, frozen=True):
