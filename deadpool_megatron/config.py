@@ -98,6 +98,9 @@ class DeadpoolConfig:
     transient_retries: int = _setting(
         3, "times the communicators are re-formed with the same nodes for errors that no loss explains"
     )
+    wait_for_spare: float = _setting(
+        0.0, "minutes that a job without a spare keeps its state and waits for deadpool join before it ends"
+    )
     metrics_port: int = _setting(
         0, "TCP port of each agent's Prometheus endpoint, 0 for none; node N of several on a machine takes this plus N"
     )
@@ -165,6 +168,8 @@ class DeadpoolConfig:
             raise ConfigError(
                 "--deadpool-hang-factor must be 1 or more and --deadpool-hang-floor 0 or more, both finite"
             )
+        if not 0 <= self.wait_for_spare < math.inf:
+            raise ConfigError("--deadpool-wait-for-spare must be 0 minutes or more and finite")
         if not 0 < self.hang_outside < math.inf:
             raise ConfigError("--deadpool-hang-outside must be more than 0 seconds and finite")
         if self.lease >= self.abort_deadline:

@@ -72,6 +72,8 @@ def coordinator_settings(
         c.redundancy,
         plan.domains,
         on_preempt=c.deadpool and c.on_preempt,
+        snapshot_interval=c.snapshot_interval,
+        wait_for_spare_s=60 * c.wait_for_spare,
     )
     return {
         "job": asdict(job) | {"durable": _durable_settings(plan, job_id)},

@@ -33,9 +33,12 @@ class SimulatedJob:
         retries: int = 3,
         can_rescue: bool = True,
         durable: DurableSpec | None = None,
+        **more: Any,
     ) -> None:
+        """``more``: of `JobSpec`."""
+        preempt = durable is not None
         self.core = Core(
-            JobSpec(nodes, spares, slots, deadpool, DEADLINES, retries, durable=durable, on_preempt=durable is not None)
+            JobSpec(nodes, spares, slots, deadpool, DEADLINES, retries, durable=durable, on_preempt=preempt, **more)
         )
         self.now = 100.0
         self.can_rescue = can_rescue

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from deadpool_megatron import points
@@ -305,7 +305,7 @@ class Coordinator:
                 if action.event == "placed":
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
-                if action.event.startswith("durable") and "message" in action.fields:
+                if action.event.startswith(("durable", "waiting")) and "message" in action.fields:
                     print(f"deadpool: {action.fields['message']}", file=sys.stderr, flush=True)
             elif isinstance(action, Finish):
                 self._finish = action
@@ -375,6 +375,7 @@ class Coordinator:
                 ],
                 "generation": {"committed": core.committed, "durable": core.durable},
                 "protection": core.protection.status(),
+                "behind": asdict(core.seen.lag) if core.seen.lag is not None else None,
                 "refused": {
                     "unsealed": self._hub.seal.refused,
                     "malformed": self._refused,

@@ -100,7 +100,7 @@ class Core:
         self._noticed = False
         self._handlers: dict[type, Callable[[Any], None]] = {
             r.Join: self._join,
-            r.WorkerReady: self._start.worker_ready,
+            r.WorkerReady: self._worker_ready,
             r.Registered: self._register,
             r.WorkerExited: self._worker_exited,
             r.WorkerFailed: lambda record: self._ends.failed(record, self._phase),
@@ -420,8 +420,17 @@ class Core:
                 self._start.tell_again(record.node)
         elif awaited:
             self._start.came_later(record)
+            self._look_for_spare(record.node)
         if self.members.holds(record.node) and record.epoch == self.epoch:
             self.seen.catch_up(record.node)
+
+    def _worker_ready(self, record: r.WorkerReady) -> None:
+        self._start.worker_ready(record)
+        self._look_for_spare(record.node)
+
+    def _look_for_spare(self, node: int) -> None:
+        if self._recoveries.spare_came():
+            self._declare(f"node {node} has come as a spare")
 
     def _register(self, record: r.Registered) -> None:
         if self._phase is Phase.STARTING and record.epoch != self.epoch:
@@ -607,5 +616,7 @@ class Core:
         if recovery is not None and recovery.deadline is not None and self._now >= recovery.deadline:
             recovery.deadline = None
             late_nodes = recovery.late()
-            if late_nodes:
+            if recovery.phase is Phase.WAITING:
+                self._declare("no spare has come in time")
+            elif late_nodes:
                 self._lose(late_nodes, f"missed the deadline of phase '{recovery.phase.value}'")

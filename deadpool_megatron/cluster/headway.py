@@ -9,6 +9,8 @@ from deadpool_megatron.vault import CommitLedger, Told, Version
 
 __all__ = ["Headway"]
 
+_MOST_NAMED = 8
+
 
 class Headway:
     """Of one job, through all its epochs.
@@ -53,6 +55,14 @@ class Headway:
         self.fresh = False
         self.committed = told.kept.generation
         return told, True
+
+    def held_back_by(self) -> str:
+        """What the next commit waits for, in words."""
+        nodes = sorted(int(str(node)) for node in self._ledger.lacking())
+        if not nodes:
+            return "no generation that all nodes have begun together"
+        some = ", ".join(map(str, nodes[:_MOST_NAMED])) + (" ..." if len(nodes) > _MOST_NAMED else "")
+        return f"node {some} has not stored a newer generation here and with its peer"
 
     @property
     def told(self) -> Told | None:

@@ -42,6 +42,7 @@ class Recoveries:
         self._purpose: r.Purpose = "resume"
         self._refused: set[RefusedCopy] = set()
         self._generation = -1
+        self._waits_until: float | None = None
         self._durable_name = ""  # of the durable generation this recovery goes back to
 
     def of(self, epoch: int) -> Recovery | None:
@@ -55,7 +56,7 @@ class Recoveries:
         facts, members = self._facts, self._facts.members
         out_of_use = {n for n in members.active() if members.nodes[n].role in ("lost", "leaving")}
         old = list(members.assignment)
-        if not self._place(out_of_use, reason):
+        if not self._place(out_of_use, reason, now):
             return None
         members.epoch += 1
         groups = facts.protection.moved(members.assignment, facts.layout.coordinates, self._purpose == "resume")
@@ -65,7 +66,8 @@ class Recoveries:
             for rank, slot in enumerate(members.assignment)
             if slot != old[rank] or (slot.node, slot.local) in self.vacant
         ]
-        self.current = Recovery(self._purpose, members.active(), self.helpers, facts.job.deadlines, now)
+        there = [node for node in members.active() if not members.gone(node)]
+        self.current = Recovery(self._purpose, there, self.helpers, facts.job.deadlines, now, self._waits_until)
         facts.durability.epoch_ended(out_of_use, members.assignment)
         self._voice.keep()
         self._voice.emit(
@@ -93,18 +95,34 @@ class Recoveries:
         )
         return replaced
 
-    def _place(self, out_of_use: set[int], reason: str) -> bool:
-        """Give away the coordinates of these nodes and of vacant slots. False: nobody could take them."""
+    def _place(self, out_of_use: set[int], reason: str, now: float) -> bool:
+        """Give away the coordinates of these nodes and of vacant slots. False: nobody could take them.
+
+        Where a spare is worth waiting for, they stay where they are.
+        """
         facts, members = self._facts, self._facts.members
         vacant = {node for node, _ in self.vacant}
         taken_by = placing.refill(members.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares())
+        patience = facts.job.wait_for_spare_s
         if taken_by is not None and self._purpose == "resume":
+            self._waits_until = None
             members.hand_over(taken_by)
             self.helpers |= {node for node in taken_by if not members.gone(node)}
         elif facts.headway.fresh and out_of_use:
             self._voice.start_over(reason)
             return False
+        elif patience and self._purpose == "resume" and (self._waits_until is None or now < self._waits_until):
+            if self._waits_until is None:
+                self._waits_until = now + patience
+                self._voice.emit(
+                    "waiting",
+                    lost=sorted(out_of_use),
+                    minutes=patience / 60,
+                    message=f"no spare is left for node {min(out_of_use)} ({reason}); the others keep their state and "
+                    f"wait {patience / 60:g} minutes for one to come (deadpool join)",
+                )
         elif out_of_use or self._purpose == "save":
+            self._waits_until = None
             plan = placing.rescue(members.assignment, out_of_use, facts.job.slots_per_node)
             if plan is None or not facts.layout.can_rescue:
                 self._voice.stop(
@@ -118,14 +136,26 @@ class Recoveries:
             members.assignment = plan
         return True
 
+    def spare_came(self) -> bool:
+        """Somebody was waited for, and there are enough spares now."""
+        if self.current is None or self.current.waits_until is None:
+            return False
+        members = self._facts.members
+        lost = [node for node in members.active() if members.gone(node)]
+        return len(lost) <= len(members.ready_spares()) + len(members.cold_spares())
+
     # ---- what all go on from
 
     def offer(self, record: r.Offer, now: float) -> None:
         """A node has left its step, and says what it can give."""
         recovery = self.of(record.epoch)
-        if recovery is not None and recovery.offered(record):
-            self._voice.emit("aborted")
+        if recovery is None or not recovery.offered(record):
+            return
+        self._voice.emit("aborted")
+        if recovery.waits_until is None:
             self._agree(recovery, now)
+        else:
+            recovery.wait()
 
     def _agree(self, recovery: Recovery, now: float) -> None:
         facts, members, emit = self._facts, self._facts.members, self._voice.emit

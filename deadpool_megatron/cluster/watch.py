@@ -41,6 +41,7 @@ class Watch:
         self._copied: dict[tuple[int, int, int], float] = {}
         self._skipped: dict[int, int] = {}
         self._declared: tuple[int, float] | None = None
+        self._committed = 0
         self._metrics: NodeMetrics | None = None
         if metrics_port:
             from deadpool_megatron.observe.metrics import NodeMetrics
@@ -140,6 +141,8 @@ class Watch:
                 skipped = record.skipped_generations  # since its worker began
                 m.skipped.inc(max(0, skipped - self._skipped.get(record.rank, 0)))
                 self._skipped[record.rank] = skipped
+            case r.Pace() if m is not None:
+                m.behind.set(max(0, record.iteration - self._committed))
             case _:
                 pass
 
@@ -161,6 +164,7 @@ class Watch:
                 self._log.write("form", epoch=record.epoch)
             case r.CommittedTo() if m is not None and record.kept is not None:
                 m.committed.set(record.kept[1])
+                self._committed = record.kept[1]
                 m.committed_epoch.set(record.kept[0])
             case r.Stop():
                 self._log.write("stop", code=record.code, message=record.message)
