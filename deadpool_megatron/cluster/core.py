@@ -112,7 +112,7 @@ class Core:
             r.Compared: lambda record: self._recoveries.compared(record, self._now),
             r.Offer: lambda record: self._recoveries.offer(record, self._now),
             r.NodeArrived: self._recoveries.arrived,
-            r.NodeReady: lambda record: self._recoveries.ready(record, self._now),
+            r.NodeReady: self._node_ready,
             r.NodeFormed: lambda record: self._recoveries.formed(record, self._now),
             r.NodeRestored: lambda record: self._recoveries.restored(record, self._now),
             r.NodeResumed: lambda record: self._recoveries.resumed(record, self._now),
@@ -449,6 +449,10 @@ class Core:
         if record.epoch == self.epoch:
             self.seen.committed(record, self._now, self.phase is Phase.RUNNING)
 
+    def _node_ready(self, record: r.NodeReady) -> None:
+        self._recoveries.ready(record, self._now)
+        self._leave_if_drained()
+
     def _node_finished(self, record: r.Finished) -> None:
         # Also in a recovery: one node may be through before the news of another that it has its groups.
         if record.epoch != self.epoch or self._phase is not Phase.RUNNING:
@@ -470,10 +474,11 @@ class Core:
 
     def _shards_drained(self, record: r.ShardsDrained) -> None:
         self._durability.drained(record, self.assignment, self.coordinates, self.epoch)
+        self._leave_if_drained()
 
     def _generation_sealed(self, record: r.GenerationSealed) -> None:
         self._durability.sealed(record, self.assignment, self._now)
-        self._leave_if_preempted()
+        self._leave_if_drained()
 
     def _preempt(self) -> None:
         if not self.job.on_preempt:
@@ -483,10 +488,12 @@ class Core:
                 self._send(None, r.ExitNotice())
             return
         self._durability.preempt(self.assignment, self._now)
-        self._leave_if_preempted()
+        self._leave_if_drained()
 
-    def _leave_if_preempted(self) -> None:
-        if self._durability.leave is not None:
+    def _leave_if_drained(self) -> None:
+        if self._durability.last_is_over:
+            self._recoveries.last_drained()
+        elif self._durability.leave is not None:
             self._stop(Exit.PREEMPTED, self._durability.leave)
 
     # ---- planned moves
@@ -582,6 +589,9 @@ class Core:
 
     def _fetch_failed(self, record: r.FetchFailed) -> None:
         if record.own and record.epoch == self.epoch:
+            if self._recoveries.drains:
+                self._recoveries.last_drained()  # no node has room for what a lost one had
+                return
             self._lose({record.node}, record.why)  # another spare may have room
         elif why := self._recoveries.fetch_failed(record):
             self._declare(why)
@@ -598,7 +608,7 @@ class Core:
 
     def _check_deadlines(self) -> None:
         self._durability.tick(self.assignment, self._now)
-        self._leave_if_preempted()
+        self._leave_if_drained()
         if self._phase is Phase.ENDED:
             return
         if self._phase is Phase.STARTING and not self._arrivals.begun:

@@ -21,6 +21,7 @@ from deadpool_megatron.durable import (
     Answer,
     Cancel,
     Coordinate,
+    Describe,
     Done,
     Drain,
     DrainerProcess,
@@ -105,8 +106,11 @@ class NodeDurability:
     def granted(self, rank: int, small_capacity: int) -> None:
         """The arena of ``rank`` is there: so is, from now on, the memory that draining it takes."""
         layout = self._layouts.get(rank)
-        if layout is not None and not is_constants(rank):  # those stay, so they are written from where they are
-            self._drainer.stage(Stage(rank, layout.unique_bytes + small_capacity, layout))
+        if layout is None:
+            return
+        self._drainer.tell(Describe(self._directory, rank, layout))
+        if not is_constants(rank):  # those stay, so they are written from where they are
+            self._drainer.tell(Stage(rank, layout.unique_bytes + small_capacity, layout))
 
     def _not_fit(self, why: str) -> str:
         generation = self._manifest.generation if self._manifest is not None else -1
@@ -174,17 +178,23 @@ class NodeDurability:
 
     def drain(self, record: r.DrainShards, ranks: Iterable[int]) -> None:
         """Write this node's shards of a committed version. Their slots stay until they are copied out."""
+
+        def epoch(rank: int) -> int:
+            version = self._shards.version_of(rank, record.generation) if record.version_epoch < 0 else None
+            return version[0] if version is not None else record.version_epoch
+
         takes = tuple(
-            Take(rank, self._shards.path_of(rank), record.version_epoch, record.generation, self._constants(rank))
+            Take(rank, self._shards.path_of(rank), epoch(rank), record.generation, self._constants(rank))
             for rank in sorted(ranks)
         )
         self._pinned = record.name
         self._shards.vault.pin()
         self._drainer.give(Drain(self._directory, record.name, record.seconds, takes))
 
-    def _constants(self, rank: int) -> tuple[str, Layout] | None:
-        layout = self._layouts.get(constants_of(rank))
-        return None if layout is None else (self._shards.path_of(constants_of(rank)), layout)
+    def _constants(self, rank: int) -> tuple[str, Layout | None] | None:
+        holder = constants_of(rank)
+        path = self._shards.path_of(holder)
+        return (path, self._layouts.get(holder)) if path else None
 
     def seal(self, record: r.SealGeneration) -> None:
         """Write the manifest."""

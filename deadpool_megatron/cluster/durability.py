@@ -64,6 +64,7 @@ class _Attempt:
     waiting: set[int]
     shards: dict[int, ShardFile] = field(default_factory=dict)
     sealing: int | None = None  # the node that writes the manifest
+    last: bool = False  # the job ends when this is over
 
 
 class Durability:
@@ -96,6 +97,8 @@ class Durability:
         self._epoch = 0
         self._preempted: float | None = None  # until when the job may stay
         self.leave: str | None = None
+        self.last_is_over = False
+        """The generation that the job ends with is durable, or could not be made so."""
 
     # ---- what there is
 
@@ -209,11 +212,11 @@ class Durability:
             pace = (now - since) / max(1, kept.generation - generation)
             self._begin(kept, active, now, _SHARE * spec.interval * max(0.0, pace))
 
-    def _begin(self, version: Version, active: Sequence[int], now: float, seconds: float) -> None:
+    def _begin(self, version: Version, active: Sequence[int], now: float, seconds: float, last: bool = False) -> None:
         assert self._spec is not None
         self._attempts += 1
         name = directory_name(version.generation, self._spec.job, self._attempts)
-        self._attempt = _Attempt(name, version, now, now + self._spec.deadline, set(active))
+        self._attempt = _Attempt(name, version, now, now + self._spec.deadline, set(active), last=last)
         self._last = version.generation
         self._retry = False
         self._send(None, r.DrainShards(name, version.epoch, version.generation, seconds))
@@ -266,6 +269,7 @@ class Durability:
         generation = attempt.version.generation
         self._complete = [(generation, attempt.name), *self._complete[: self._spec.keep - 1]]
         self._attempt = None
+        self.last_is_over = attempt.last
         fields: dict[str, Any] = {"problems": record.problems} if record.problems else {}
         if record.problems:
             fields["message"] = f"generation {generation} is durable, but {record.problems[0]}"
@@ -286,13 +290,14 @@ class Durability:
         self._attempt = None
         self._retry = retry
         self._send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
+        self.last_is_over = attempt.last and not retry
         generation = attempt.version.generation
         newest = self.newest
+        goes_on = "the job ends" if attempt.last else "training goes on"
         stays = "there is no durable generation yet" if newest is None else f"generation {newest} stays durable"
         self._failed(
             generation,
-            f"generation {generation} could not be drained to {self._spec.directory}: {cause}; training goes on, "
-            f"{stays}",
+            f"generation {generation} could not be drained to {self._spec.directory}: {cause}; {goes_on}, {stays}",
             name=attempt.name,
             cause=cause,
         )
@@ -311,6 +316,22 @@ class Durability:
         self._fail("the epoch ended before all of it was written", assignment, retry=True)
 
     # ---- leaving
+
+    def drain_last(self, generation: int, active: Sequence[int], now: float) -> None:
+        """The job cannot go on: make the generation durable that is in the vaults. `last_is_over` says when it is.
+
+        Called where `can_drain` and every node of ``active`` has its shards of it.
+        """
+        self._attempt = None  # its shards are written: only its manifest may still come
+        if generation == self.newest:
+            self.last_is_over = True
+        else:
+            self._begin(Version(-1, generation), active, now, 0.0, last=True)
+
+    @property
+    def can_drain(self) -> bool:
+        """There is a durable directory."""
+        return self._spec is not None
 
     def preempt(self, assignment: Sequence[r.SlotAddress], now: float) -> None:
         """The job has to leave soon: drain the newest committed generation at once. `leave` says when, and what to say.

@@ -57,6 +57,7 @@ class NodeRecovery:
         self._offered = -1  # the epoch of the last offer
         self._arrived = False  # every worker here, in the epoch of the offer
         self._done: dict[r.Act, int] = {}
+        self._here: set[int] = set()  # ranks of this node whose agreed shard is in its vault
         self._holding = False
 
     @property
@@ -93,7 +94,8 @@ class NodeRecovery:
         for worker in self._crew.mine().values():
             worker.tell(self._job.declared)
         self._upkeep.replan(sizes_known=bool(record.unique_bytes))
-        for local in here:
+        self._here.clear()
+        for local in here if record.purpose != "drain" else ():  # then the agents do all there is to do
             if local not in workers or workers[local].exited:
                 self._crew.renew(local)
         self.take_over()
@@ -145,6 +147,11 @@ class NodeRecovery:
         version = version or self._shards.version_of(rank, generation)
         if version is not None:
             self._shards.set_kept(self._job.epoch, version, 0)
+        if self._job.declared is not None and self._job.declared.purpose == "drain":
+            self._here.add(rank)
+            if self._here >= set(self._job.ranks.values()):
+                self._send(r.NodeReady(self._job.epoch, self._job.node))
+            return
         worker = self._crew.mine().get(rank)
         if worker is not None:
             epoch = version[0] if version is not None else -1

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agreement import Agreement, NoCommonGeneration, RefusedCopy, agree
@@ -43,6 +45,7 @@ class Recoveries:
         self._refused: set[RefusedCopy] = set()
         self._generation = -1
         self._waits_until: float | None = None
+        self._end = ""  # why the job cannot go on, once it only drains what it has
         self._durable_name = ""  # of the durable generation this recovery goes back to
 
     def of(self, epoch: int) -> Recovery | None:
@@ -121,20 +124,28 @@ class Recoveries:
                     message=f"no spare is left for node {min(out_of_use)} ({reason}); the others keep their state and "
                     f"wait {patience / 60:g} minutes for one to come (deadpool join)",
                 )
-        elif out_of_use or self._purpose == "save":
+        elif out_of_use or self._purpose != "resume":
             self._waits_until = None
             plan = placing.rescue(members.assignment, out_of_use, facts.job.slots_per_node)
-            if plan is None or not facts.layout.can_rescue:
-                self._voice.stop(
-                    Exit.NO_SPARE,
+            if plan is not None and facts.layout.can_rescue:
+                self._purpose = "save"
+            else:
+                self._end = (
                     f"no spare is left for node {min(out_of_use | vacant)} ({reason}) and no checkpoint could be "
                     "saved: "
-                    + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices"),
+                    + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices")
                 )
-                return False
-            self._purpose = "save"
+                if plan is None or not facts.durability.can_drain:
+                    self._voice.stop(Exit.NO_SPARE, self._end)
+                    return False
+                self._purpose = "drain"
             members.assignment = plan
         return True
+
+    @property
+    def drains(self) -> bool:
+        """The job cannot go on, and makes durable what it has."""
+        return self._purpose == "drain" and self.current is not None
 
     def spare_came(self) -> bool:
         """Somebody was waited for, and there are enough spares now."""
@@ -160,10 +171,16 @@ class Recoveries:
     def _agree(self, recovery: Recovery, now: float) -> None:
         facts, members, emit = self._facts, self._facts.members, self._voice.emit
         self._durable_name = ""
+        if self._purpose == "drain":  # what only a worker holds is not written by an agent
+            for node, offer in recovery.offers.items():
+                recovery.offers[node] = msgspec.structs.replace(offer, live={}, live_epochs={})
         try:
             refused, words = frozenset(self._refused), facts.protection.words
             agreement = agree(members.assignment, recovery.offers, refused, words, facts.layout.repeatable)
         except NoCommonGeneration as err:
+            if self._purpose == "drain":
+                self._voice.stop(Exit.NO_SPARE, f"{self._end}, and no generation is complete in memory")
+                return
             fallback = facts.durability.fallback()
             if fallback is None and facts.headway.fresh:
                 lost = members.lost()
@@ -239,7 +256,7 @@ class Recoveries:
             self._check_arrived(recovery)
 
     def _check_arrived(self, recovery: Recovery) -> None:
-        if recovery.may_form():
+        if self._purpose != "drain" and recovery.may_form():
             self._voice.send(None, r.Form(self._facts.members.epoch))
 
     def ready(self, record: r.NodeReady, now: float) -> None:
@@ -247,7 +264,15 @@ class Recoveries:
         recovery = self.of(record.epoch)
         if recovery is not None and recovery.ready(record.node, now):
             self._voice.emit("prepared", iteration=recovery.generation)
-            self._check_formed(recovery, now)
+            if self._purpose == "drain":
+                recovery.deadline = None  # a drain has its own
+                self._facts.durability.drain_last(recovery.generation, self._facts.members.active(), now)
+            else:
+                self._check_formed(recovery, now)
+
+    def last_drained(self) -> None:
+        """The newest generation is durable, or could not be made so: the end."""
+        self._voice.stop(Exit.NO_SPARE, self._end)
 
     def formed(self, record: r.NodeFormed, now: float) -> None:
         """A node has its groups."""

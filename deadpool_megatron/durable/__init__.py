@@ -22,7 +22,7 @@ from .format import (
     shard_name,
 )
 from .loading import load_shards
-from .orders import Answer, Cancel, Done, Drain, Seal, Stage, Staged, Take
+from .orders import Answer, Cancel, Describe, Done, Drain, Seal, Stage, Staged, Take
 from .pace import Pace
 from .start import survey
 from .store import LocalStore, ObjectStore, Store, open_store
@@ -36,6 +36,7 @@ __all__ = [
     "Cancelled",
     "Coordinate",
     "Damaged",
+    "Describe",
     "Done",
     "Drain",
     "DrainerProcess",

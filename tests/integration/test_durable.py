@@ -200,6 +200,21 @@ def test_when_memory_cannot_answer_a_survivor_and_a_spare_go_back_to_the_durable
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_a_job_without_a_spare_and_without_a_way_to_save_leaves_what_the_survivors_hold(
+    jobs: Jobs, undisturbed: Job, tmp_path: Path
+) -> None:
+    job = jobs.start("spareless", launch_flags(2, 0, 1), [*flags(), *durable(tmp_path, 1000)], held=True)
+    job.arm((1, 9, 2))
+    assert job.wait() == Exit.NO_SPARE
+    (made,) = job.events("durable")
+    assert f"generation {made['iteration']} is durable in {tmp_path}" in job.output
+    goes_on = [*flags(), *durable(tmp_path, 1000, "--deadpool-resume", "auto")]
+    again = jobs.start("again", launch_flags(2, 0, 1), goes_on).finished()
+    assert_goes_on_like(again, undisturbed, made["iteration"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("told", [0, 1])
 def test_one_machine_that_is_told_to_leave_makes_all_leave_with_what_is_committed(
     jobs: Jobs, tmp_path: Path, told: int

@@ -397,3 +397,84 @@ def test_a_coordinator_that_starts_again_before_training_says_once_more_where_it
     before.join()
     it = again(before, ((4, "older"),))
     assert it.told(r.LoadShards) == [r.LoadShards("older", 4)]
+
+
+# ---- no spare, and no way to save
+
+
+def without_a_spare(**more: Any) -> SimulatedJob:
+    it = SimulatedJob(nodes=3, spares=0, can_rescue=False, durable=spec(interval=100, **more)).train()
+    run(it, range(6))
+    it.lose(1, "its agent is gone")
+    declared = it.told(r.Declare)[-1]
+    assert declared.purpose == "drain" and it.active == [0, 2]
+    return it
+
+
+def gather(it: SimulatedJob) -> None:
+    """The survivors have what the lost node had."""
+    it.arrive(5)
+    assert it.told(r.Agree)[-1].generation == 5 and not it.told(r.Form)
+    it.prepare()
+
+
+def test_before_a_job_ends_for_want_of_a_spare_the_newest_generation_is_made_durable() -> None:
+    it = without_a_spare()
+    gather(it)
+    (order,) = it.told(r.DrainShards)
+    assert (order.version_epoch, order.generation, order.seconds) == (-1, 5, 0.0)
+    assert it.finish is None
+    make_durable(it)
+    code, message = it.end
+    assert code == Exit.NO_SPARE and "no spare is left for node 1 (its agent is gone)" in message
+    assert "generation 5 is durable in /durable: start the job again with --deadpool-resume auto" in message
+
+
+def test_what_is_durable_already_is_not_drained_again() -> None:
+    it = without_a_spare(complete=((5, "there"),))
+    gather(it)
+    assert it.end[0] == Exit.NO_SPARE and not it.told(r.DrainShards)
+
+
+def test_a_last_drain_that_fails_or_hangs_ends_the_job_all_the_same() -> None:
+    it = without_a_spare()
+    gather(it)
+    drained(it, names(it)[-1], 0, "no space left on device")
+    assert (
+        it.end[0] == Exit.NO_SPARE
+        and "no space left on device; the job ends" in it.events("durable_failed")[0]["message"]
+    )
+    it = without_a_spare(deadline=50.0)
+    gather(it)
+    it.wait(51)
+    assert it.end[0] == Exit.NO_SPARE
+
+
+def test_another_node_lost_while_the_last_generation_is_drained_begins_that_again() -> None:
+    it = SimulatedJob(nodes=4, spares=0, can_rescue=False, durable=spec(interval=100)).train()
+    run(it, range(6))
+    groups = it.core.protection.groups
+    it.lose(1)
+    it.arrive(5)
+    it.prepare()
+    assert len(names(it)) == 1
+    it.lose(next(node for node in it.active if not any({1, node} <= set(group) for group in groups)))
+    assert it.finish is None and it.told(r.Declare)[-1].purpose == "drain" and len(it.active) == 2
+    it.arrive(5)
+    it.prepare()
+    assert len(set(names(it))) == 2
+
+
+def test_without_room_for_what_the_lost_node_had_the_job_ends() -> None:
+    it = without_a_spare()
+    it.arrive(5)
+    it.feed(r.FetchFailed(1, 0, 2, 2, 5, "rank 2 needs memory", 0, True))
+    assert it.end[0] == Exit.NO_SPARE
+
+
+def test_where_nothing_complete_is_left_the_job_says_so() -> None:
+    it = without_a_spare()
+    for node in it.active:
+        ranks = [rank for rank, slot in enumerate(it.core.assignment) if slot.node == node]
+        it.feed(r.Offer(it.core.epoch, node, dict.fromkeys(ranks, 5), {}, {}))
+    assert it.end[0] == Exit.NO_SPARE and "no generation is complete in memory" in it.end[1]

@@ -59,7 +59,7 @@ class Node:
         self.drainer = DrainerProcess(self.answers.put)
 
     def stage(self) -> None:
-        self.drainer.stage(Stage(0, UNIQUE + (1 << 12), LAYOUT))
+        self.drainer.tell(Stage(0, UNIQUE + (1 << 12), LAYOUT))
 
     def capture(self, generation: int, epoch: int = 0) -> bool:
         """The worker takes a generation; False when no slot is free."""

@@ -11,7 +11,10 @@ from deadpool_megatron.durable import ShardFile
 
 
 class DrainShards(Record, frozen=True):
-    """Write this node's shards of a committed version to the durable directory, over ``seconds`` (0: at once)."""
+    """Write this node's shards of a committed version to the durable directory, over ``seconds`` (0: at once).
+
+    ``version_epoch`` -1: whichever version of the generation this node has, of each rank.
+    """
 
     name: str
     version_epoch: int
