@@ -26,6 +26,7 @@ from deadpool_megatron.cluster.progress import Progress
 from deadpool_megatron.cluster.protection import in_words
 from deadpool_megatron.cluster.store import Guard, Store, StoreError
 from deadpool_megatron.cluster.tables import Teller
+from deadpool_megatron.durable import Lease
 from deadpool_megatron.observe import RunDirectory
 
 __all__ = ["Coordinator", "CoordinatorSettings"]
@@ -70,14 +71,24 @@ class Coordinator:
     """Runs one job to its end. One thread; `run` returns the exit code and the message that goes with it."""
 
     def __init__(
-        self, job: JobSpec, settings: CoordinatorSettings, enlistment: Enlistment, store: Store, guard: Guard
+        self,
+        job: JobSpec,
+        settings: CoordinatorSettings,
+        enlistment: Enlistment,
+        store: Store,
+        guard: Guard,
+        lease: Lease | None = None,
     ) -> None:
-        """``guard``: of the leadership in this term; without it ``store`` takes no write."""
+        """``guard``: of the leadership in this term; without it ``store`` takes no write.
+
+        ``lease``: of the durable directory, kept by its own thread.
+        """
         self._core = Core(job, r.Address(settings.host, settings.store_port))
         self._memory = Memory(store, guard)
         self._progress = Progress()
         self._settings = settings
         self._enlistment = enlistment
+        self._lease = lease
         patience = patience_s(again=settings.resume)
         self._hub = Hub(settings.bind, settings.port, settings.secret, job.deadlines.lease, patience)
         self.port = self._hub.port
@@ -138,6 +149,9 @@ class Coordinator:
             self._memory.check()
             self._run.flush()
             self._do(self._core.tick(time.monotonic()))
+            if self._lease is not None and self._lease.lost is not None:
+                why, self._lease = str(self._lease.lost), None
+                self._do(self._core.durable_taken(why, time.monotonic()))
             if self._preempted and self._finish is None:
                 self._preempted = False
                 self._do(self._core.preempted(time.monotonic()))

@@ -24,6 +24,7 @@ from deadpool_megatron.vault import CONSTANT, Arena, VaultError, Version
 from .errors import Cancelled, DurableError
 from .files import prune, remove_attempt, seal, write_constants, write_shard
 from .format import ConstantsFile, Layout, ShardFile, generation_of
+from .lease import check_owner
 from .orders import Answer, Cancel, Done, Drain, Order, Seal, Stage, Staged, Take
 from .pace import Pace
 from .staging import Staging
@@ -92,7 +93,7 @@ class _Drainer:
         try:
             store = open_store(order.directory)
             try:
-                store.check()
+                _check(store, order.job)
                 ready = [self._take(each) for each in order.shards]
             finally:
                 self._tell(Staged(order.name))
@@ -146,7 +147,7 @@ class _Drainer:
         name = order.manifest.name
         try:
             store = open_store(order.directory)
-            store.check()
+            _check(store, order.job)
             seal(store, order.manifest)
         except (OSError, DurableError) as err:
             self._tell(Done(name, True, (), _one_line(err)))
@@ -156,6 +157,12 @@ class _Drainer:
         except OSError as err:
             problems = [f"old generations in {store.root} could not be removed: {err}"]
         self._tell(Done(name, True, problems=tuple(problems)))
+
+
+def _check(store: Store, job: str) -> None:
+    store.check()
+    if job:
+        check_owner(store, job)
 
 
 def _one_line(err: Exception) -> str:

@@ -35,12 +35,16 @@ class Take(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Drain(_Record, frozen=True):
-    """Write the shards of one generation into ``directory/name``, over ``seconds`` (0: as fast as it goes)."""
+    """Write the shards of one generation into ``directory/name``, over ``seconds`` (0: as fast as it goes).
+
+    ``job``: whose the directory must be; empty: anybody's. The same in a `Seal`.
+    """
 
     directory: str
     name: str
     seconds: float
     shards: tuple[Take, ...]
+    job: str = ""
 
 
 class Seal(_Record, frozen=True):
@@ -49,6 +53,7 @@ class Seal(_Record, frozen=True):
     directory: str
     manifest: Manifest
     keep: tuple[str, ...]
+    job: str = ""
 
 
 class Cancel(_Record, frozen=True):
