@@ -10,11 +10,11 @@ keeps all four.
 Python has no fence, and there may be no compiler where this runs. `fence` releases a lock and acquires the same one
 again, with nobody else near it:
 
-* CPython's lock is a POSIX semaphore (``Python/thread_pthread.h``), from 3.14 on a ``PyMutex`` (``Python/lock.c``),
-  whose compare-and-swap is sequentially consistent. glibc posts the semaphore with a release and takes it with an
-  acquire (``nptl/sem_post.c``, ``nptl/sem_waitcommon.c``), whether the process has one thread or many. That is not so
-  for a mutex: ``pthread_mutex_lock`` of a process with one thread is a plain store. POSIX has both calls among those
-  that synchronize memory between threads of control, processes included (XBD 4.12).
+* CPython's lock is a POSIX semaphore (``Python/thread_pthread.h``), later a ``PyMutex`` (``Python/lock.c``), whose
+  compare-and-swap is sequentially consistent. glibc posts the semaphore with a release and takes it with an acquire
+  (``nptl/sem_post.c``, ``nptl/sem_waitcommon.c``), whether the process has one thread or many. That is not so for a
+  mutex: ``pthread_mutex_lock`` of a process with one thread is a plain store. POSIX has both calls among those that
+  synchronize memory between threads of control, processes included (XBD 4.12).
 * A release alone lets later accesses pass before it, an acquire alone lets earlier ones pass after it, so acquire and
   then release would order nothing. Release and then acquire does: all that is earlier comes before the release, the
   release before the acquire, and that before all that is later. The Arm architecture says so of STLXR or CASL
