@@ -198,7 +198,7 @@ class NodeDurability:
     def give_up(self, record: r.GiveUpDrain) -> None:
         """An attempt is over."""
         self._release(record.name)
-        self._drainer.cancel(Cancel(self._directory, record.name, record.remover == self._node))
+        self._drainer.cancel(Cancel(self._directory, record.name, record.remover == self._node, self._job))
 
     def _release(self, name: str) -> None:
         if name == self._pinned:

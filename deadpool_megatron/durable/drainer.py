@@ -71,7 +71,9 @@ class _Drainer:
                     self._cancelled.discard(order.name)
                     if order.remove:
                         with contextlib.suppress(OSError, DurableError):  # what is left has no manifest
-                            remove_attempt(open_store(order.directory), order.name)
+                            store = open_store(order.directory)
+                            _check(store, order.job)
+                            remove_attempt(store, order.name)
 
     def _tell(self, answer: Answer) -> None:
         self._out.write(msgspec.json.encode(answer) + b"\n")

@@ -37,7 +37,7 @@ class Take(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Drain(_Record, frozen=True):
     """Write the shards of one generation into ``directory/name``, over ``seconds`` (0: as fast as it goes).
 
-    ``job``: whose the directory must be; empty: anybody's. The same in a `Seal`.
+    ``job``: whose the directory must be; empty: anybody's. The same in a `Seal` and a `Cancel`.
     """
 
     directory: str
@@ -62,6 +62,7 @@ class Cancel(_Record, frozen=True):
     directory: str
     name: str
     remove: bool
+    job: str = ""
 
 
 Order = Stage | Drain | Seal | Cancel
