@@ -99,7 +99,7 @@ class Agent:
             settings.metrics_port,
         )
         self._durable = (
-            NodeDurability(settings.node, settings.durable_dir, self._shards, self._send)
+            NodeDurability(settings.node, settings.durable_dir, settings.job_id, self._shards, self._send)
             if self._shards is not None and settings.durable_dir
             else None
         )

@@ -27,6 +27,7 @@ from deadpool_megatron.cluster.progress import Progress
 from deadpool_megatron.cluster.protection import in_words
 from deadpool_megatron.cluster.store import Guard, Store, StoreError
 from deadpool_megatron.cluster.tables import Teller
+from deadpool_megatron.durable import Lease
 from deadpool_megatron.observe import RunDirectory
 
 __all__ = ["Coordinator", "CoordinatorSettings"]
@@ -72,23 +73,33 @@ class Coordinator:
     """Runs one job to its end. One thread; `run` returns the exit code and the message that goes with it."""
 
     def __init__(
-        self, job: JobSpec, settings: CoordinatorSettings, enlistment: Enlistment, store: Store, guard: Guard
+        self,
+        job: JobSpec,
+        settings: CoordinatorSettings,
+        enlistment: Enlistment,
+        store: Store,
+        guard: Guard,
+        lease: Lease | None = None,
     ) -> None:
-        """``guard``: of the leadership in this term; without it ``store`` takes no write."""
+        """``guard``: of the leadership in this term; without it ``store`` takes no write.
+
+        ``lease``: of the durable directory, kept by its own thread.
+        """
         self._core = Core(job, r.Address(settings.host, settings.store_port))
         self._memory = Memory(store, guard)
         self._progress = Progress()
         self._settings = settings
         self._enlistment = enlistment
-        patience, lease = patience_s(again=settings.resume), job.deadlines.lease
-        self._clock = AwakeClock(max(_LONGEST_PASS_S, lease / 2))  # less than the silence after which a node is gone
-        self._hub = Hub(settings.bind, settings.port, settings.secret, lease, patience)
+        self._lease = lease
+        patience, silence_s = patience_s(again=settings.resume), job.deadlines.lease
+        self._clock = AwakeClock(max(_LONGEST_PASS_S, silence_s / 2))  # less than the silence that means gone
+        self._hub = Hub(settings.bind, settings.port, settings.secret, silence_s, patience)
         self.port = self._hub.port
         self._run = RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
         self._refused = 0
         self._teller = Teller()
-        self._no_places_until = self._clock.now() + lease if settings.resume else 0.0
+        self._no_places_until = self._clock.now() + silence_s if settings.resume else 0.0
         self._connected: set[int] = set()
         self._interrupted = False
         self._preempted = False
@@ -142,6 +153,9 @@ class Coordinator:
             self._memory.check()
             self._run.flush()
             self._do(self._core.tick(self._clock.now()))
+            if self._lease is not None and self._lease.lost is not None:
+                why, self._lease = str(self._lease.lost), None
+                self._do(self._core.durable_taken(why, self._clock.now()))
             if self._preempted and self._finish is None:
                 self._preempted = False
                 self._do(self._core.preempted(self._clock.now()))

@@ -221,6 +221,10 @@ class Core:
         """
         return self._run(self._preempt, now)
 
+    def durable_taken(self, why: str, now: float) -> list[Action]:
+        """The durable directory is another job's now."""
+        return self._run(lambda: self._durable_taken(why), now)
+
     def inject(self, fault: r.Fault, now: float) -> tuple[str, list[Action]]:
         """A fault was asked for. Returns the reason it is refused, or an empty string."""
         if fault.kind == "abort":
@@ -479,6 +483,10 @@ class Core:
     def _generation_sealed(self, record: r.GenerationSealed) -> None:
         self._durability.sealed(record, self.assignment, self._now)
         self._leave_if_drained()
+
+    def _durable_taken(self, why: str) -> None:
+        self._durability.taken(why)
+        self._leave_if_preempted()
 
     def _preempt(self) -> None:
         if not self.job.on_preempt:

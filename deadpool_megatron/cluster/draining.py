@@ -55,12 +55,15 @@ class NodeDurability:
     """One node's part in the durable tier. Used by the agent's loop alone.
 
     Args:
-        directory: the durable directory.
+        directory: the durable directory; ``job``: whose it must be.
         send: sends a record to the coordinator.
     """
 
-    def __init__(self, node: int, directory: str, shards: Shards, send: Callable[[r.AgentRecord], None]) -> None:
+    def __init__(
+        self, node: int, directory: str, job: str, shards: Shards, send: Callable[[r.AgentRecord], None]
+    ) -> None:
         self._node = node
+        self._job = job
         self._directory = directory
         self._shards = shards
         self._send = send
@@ -189,7 +192,7 @@ class NodeDurability:
         )
         self._pinned = record.name
         self._shards.vault.pin()
-        self._drainer.give(Drain(self._directory, record.name, record.seconds, takes))
+        self._drainer.give(Drain(self._directory, record.name, record.seconds, takes, self._job))
 
     def _constants(self, rank: int) -> tuple[str, Layout | None] | None:
         holder = constants_of(rank)
@@ -210,12 +213,12 @@ class NodeDurability:
             tuple(record.shards),
             job,
         )
-        self._drainer.give(Seal(self._directory, manifest, tuple(record.keep)))
+        self._drainer.give(Seal(self._directory, manifest, tuple(record.keep), self._job))
 
     def give_up(self, record: r.GiveUpDrain) -> None:
         """An attempt is over."""
         self._release(record.name)
-        self._drainer.cancel(Cancel(self._directory, record.name, record.remover == self._node))
+        self._drainer.cancel(Cancel(self._directory, record.name, record.remover == self._node, self._job))
 
     def _release(self, name: str) -> None:
         if name == self._pinned:

@@ -28,6 +28,7 @@ __all__ = ["Durability", "DurableSpec"]
 
 # A drain is spread over this part of the time there is until the next one.
 _SHARE = 0.5
+_NOBODY = -1  # in the place of the node that removes an attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class Durability:
         self._begun = False
         self._epoch = 0
         self._preempted: float | None = None  # until when the job may stay
+        self._taken = ""  # why nothing is drained any more: the directory is another job's
         self.leave: str | None = None
         self.last_is_over = False
         """The generation that the job ends with is durable, or could not be made so."""
@@ -202,8 +204,10 @@ class Durability:
             self._first = (now, kept.generation)
             if self._last == 0:
                 self._last = kept.generation
+        if self._taken or not training:
+            return
         newest = self.newest
-        if self._attempt is not None or not training or (newest is not None and kept.generation <= newest):
+        if self._attempt is not None or (newest is not None and kept.generation <= newest):
             return
         if self._preempted is not None:
             self._begin(kept, active, now, 0.0)
@@ -315,6 +319,21 @@ class Durability:
             return
         self._fail("the epoch ended before all of it was written", assignment, retry=True)
 
+    def taken(self, why: str) -> None:
+        """Another job owns the directory: nothing more is written there or removed, an attempt of ours included.
+
+        That one may have become whole, and be what the other job began with.
+        """
+        if self._spec is None or self._taken:
+            return
+        self._taken = why
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            self._send(None, r.GiveUpDrain(attempt.name, _NOBODY))
+        self._emit("durable_taken", message=f"{why}; training goes on, and drains nothing more")
+        if self._preempted is not None:
+            self._leave_undrained()
+
     # ---- leaving
 
     def drain_last(self, generation: int, active: Sequence[int], now: float) -> None:
@@ -341,6 +360,9 @@ class Durability:
         if self._spec is None or self._preempted is not None:
             return
         self._preempted = now + self._spec.preempt_deadline
+        if self._taken:
+            self._leave_undrained()
+            return
         attempt = self._attempt
         if attempt is not None and attempt.sealing is None:
             self._send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
@@ -356,6 +378,9 @@ class Durability:
             self._begin(self._kept, sorted({slot.node for slot in assignment}), now, 0.0)
             return
         self.leave = f"preempted: generation {self.newest} is durable in {self._spec.directory}, and the job has left"
+
+    def _leave_undrained(self) -> None:
+        self.leave = f"preempted: no newer generation could be made durable: {self._taken}"
 
     # ---- time
 

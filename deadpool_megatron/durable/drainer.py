@@ -24,6 +24,7 @@ from deadpool_megatron.vault import CONSTANT, Arena, VaultError, Version, consta
 from .errors import Cancelled, DurableError
 from .files import prune, read_layout, remove_attempt, seal, write_constants, write_layout, write_shard
 from .format import ConstantsFile, Layout, ShardFile, generation_of
+from .lease import check_owner
 from .orders import Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, Take
 from .pace import Pace
 from .staging import Staging
@@ -73,7 +74,9 @@ class _Drainer:
                     self._cancelled.discard(order.name)
                     if order.remove:
                         with contextlib.suppress(OSError, DurableError):  # what is left has no manifest
-                            remove_attempt(open_store(order.directory), order.name)
+                            store = open_store(order.directory)
+                            _check(store, order.job)
+                            remove_attempt(store, order.name)
 
     def _tell(self, answer: Answer) -> None:
         self._out.write(msgspec.json.encode(answer) + b"\n")
@@ -95,7 +98,7 @@ class _Drainer:
         try:
             store = open_store(order.directory)
             try:
-                store.check()
+                _check(store, order.job)
                 ready = [self._take(store, each) for each in order.shards]
             finally:
                 self._tell(Staged(order.name))
@@ -162,7 +165,7 @@ class _Drainer:
         name = order.manifest.name
         try:
             store = open_store(order.directory)
-            store.check()
+            _check(store, order.job)
             seal(store, order.manifest)
         except (OSError, DurableError) as err:
             self._tell(Done(name, True, (), _one_line(err)))
@@ -172,6 +175,12 @@ class _Drainer:
         except OSError as err:
             problems = [f"old generations in {store.root} could not be removed: {err}"]
         self._tell(Done(name, True, problems=tuple(problems)))
+
+
+def _check(store: Store, job: str) -> None:
+    store.check()
+    if job:
+        check_owner(store, job)
 
 
 def _one_line(err: Exception) -> str:

@@ -44,12 +44,16 @@ class Take(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Drain(_Record, frozen=True):
-    """Write the shards of one generation into ``directory/name``, over ``seconds`` (0: as fast as it goes)."""
+    """Write the shards of one generation into ``directory/name``, over ``seconds`` (0: as fast as it goes).
+
+    ``job``: whose the directory must be; empty: anybody's. The same in a `Seal` and a `Cancel`.
+    """
 
     directory: str
     name: str
     seconds: float
     shards: tuple[Take, ...]
+    job: str = ""
 
 
 class Seal(_Record, frozen=True):
@@ -58,6 +62,7 @@ class Seal(_Record, frozen=True):
     directory: str
     manifest: Manifest
     keep: tuple[str, ...]
+    job: str = ""
 
 
 class Cancel(_Record, frozen=True):
@@ -66,6 +71,7 @@ class Cancel(_Record, frozen=True):
     directory: str
     name: str
     remove: bool
+    job: str = ""
 
 
 Order = Stage | Describe | Drain | Seal | Cancel

@@ -292,6 +292,34 @@ def test_the_first_job_of_all_begins_without() -> None:
     assert loading(()).told(r.ResumeAt) == [r.ResumeAt(-1)]
 
 
+# ---- another job's directory
+
+
+def test_a_job_whose_directory_was_taken_trains_on_drains_nothing_more_and_says_so_once() -> None:
+    it = job()
+    run(it, range(5))
+    name = names(it)[0]
+    for _ in range(2):
+        it.take(it.core.durable_taken("/durable belongs to job x", it.now))
+    (given_up,) = it.told(r.GiveUpDrain)
+    assert (given_up.name, given_up.remover) == (name, -1), "nobody removes it"
+    for node in it.active:
+        drained(it, name, node)  # what was under way comes too late
+    run(it, range(5, 20))
+    assert names(it) == [name] and not it.told(r.SealGeneration) and it.finish is None
+    (told,) = it.events("durable_taken")
+    assert told["message"] == "/durable belongs to job x; training goes on, and drains nothing more"
+
+
+def test_a_job_whose_directory_was_taken_leaves_at_once_when_it_is_preempted() -> None:
+    it = job()
+    run(it, range(5))
+    it.take(it.core.durable_taken("/durable belongs to job x", it.now))
+    it.take(it.core.preempted(it.now))
+    why = "preempted: no newer generation could be made durable: /durable belongs to job x"
+    assert it.end == (Exit.PREEMPTED, why)
+
+
 # ---- preemption
 
 

@@ -27,7 +27,7 @@ class Node:
     def __init__(self, directory: Path, number: int = 0) -> None:
         self.shards = Shards(f"n{os.getpid()}", number, bytes(32), "127.0.0.1")
         self.sent: list[Any] = []
-        self.durability = NodeDurability(number, str(directory), self.shards, self.sent.append)
+        self.durability = NodeDurability(number, str(directory), "job", self.shards, self.sent.append)
         self.writers: dict[int, SlotWriter] = {}
 
     def begin(self, job: dict[str, Any] = JOB, layout: Layout = LAYOUT) -> None:
