@@ -56,6 +56,8 @@ from deadpool_megatron.vault import VaultError
 
 __all__ = ["Hooks"]
 
+_OWN_ERROR_S = 0.5  # from an error of this rank's own until it is told, in case the epoch's end comes with it
+
 
 @dataclass(slots=True)
 class Hooks:
@@ -304,11 +306,9 @@ class Hooks:
 
     def _rejoin(self, trainer: MegatronTrainer, error: BaseException | None) -> r.Declare:
         c = self.config
-        communication = error is None or _is_communication_error(error)
-        # An error of this rank's own is told soon; one that a lost peer explains waits for the lease to say so.
-        declare = self._patience if communication else 0.5
-        if self.standby and error is None:
-            declare = c.build_deadline
+        # A peer that has been aborted already posts steps without data (NCCL's prims_simple.h: an aborted kernel's
+        # waitPeer breaks off, its postPeer goes on), so this rank may read garbage before it hears of the epoch's end.
+        own = c.lease if torch.distributed.get_backend() == "nccl" else _OWN_ERROR_S
         try:
             if error is not None:
                 _drop_frames(error)
@@ -317,7 +317,7 @@ class Hooks:
                 self.communicators,
                 trainer,
                 self.store,
-                Patience(declare, self._patience),
+                Patience(c.build_deadline, self._patience, own),
                 _is_communication_error,
                 error,
             )

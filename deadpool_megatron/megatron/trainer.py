@@ -35,7 +35,7 @@ from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.saving import drop_unfinished_saves
 from deadpool_megatron.megatron.small_state import SmallState, positions, unlike
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
-from deadpool_megatron.recovery import Refused, Session
+from deadpool_megatron.recovery import Refused, Session, Superseded
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
 from deadpool_megatron.support import UserError
 from deadpool_megatron.vault import ConstantsWriter, SlotWriter, Version, constants_of
@@ -430,7 +430,10 @@ class MegatronTrainer:
         self._frozen.keep()
 
     def prove(self) -> None:
-        """Compare all ranks; restore what differs once more. Collective. Raises Unequal if it differs still."""
+        """Compare all ranks; restore what differs once more. Collective.
+
+        Raises Unequal if it differs still, Superseded when the epoch has ended: then all differ from garbage.
+        """
         begun = time.perf_counter()
         found = self._compare()
         if found:
@@ -438,6 +441,8 @@ class MegatronTrainer:
             self._frozen.look()
             self.synchronize()
         left = self._compare() if found else []
+        if self._session.closed:
+            raise Superseded(self._session.declared_epoch)
         if self.rank == 0 or any(self.rank in each.ranks for each in found):
             self._told(self._small_generation, found, not left, time.perf_counter() - begun)
         if left:
@@ -466,6 +471,7 @@ class MegatronTrainer:
         found = self._comparison.run(True)
         if lazily:
             training.enable_forward_pre_hook(self._model)
+        self.check()
         if self.rank == 0:
             self._told(iteration, found, not found, time.perf_counter() - begun)
 
