@@ -14,6 +14,7 @@ Every hook replaces a module global that upstream looks up at call time:
                                           ``train_step``: a generation opens and ends
                                           ``training_log``: printed averages survive a re-entry
                                           ``checkpoint_and_decide_exit``: the count of operations so far
+                                          ``evaluate``: its numbers are looked at before they are printed
                                           ``evaluate_and_print_results``, ``save_checkpoint_and_time``,
                                           ``maybe_finalize_async_save``: done once for an iteration
 ``core.pipeline_parallel.schedules``      ``backward_step``: ticks; forward ticks wrap ``forward_step_func``
@@ -113,6 +114,7 @@ class Hooks:
         self._replace(training, "train", self._train)
         self._replace(training, "train_step", self._train_step)
         self._replace(training, "training_log", self._training_log)
+        self._replace(training, "evaluate", self._evaluated)
         self._replace(training, "evaluate_and_print_results", self._evaluate)
         self._replace(training, "save_checkpoint_and_time", self._save_once)
         self._replace(training, "maybe_finalize_async_save", self._finalize_async_save)
@@ -409,6 +411,12 @@ class Hooks:
                 train_data_iterator=a["train_data_iterator"],
             )
 
+    def _evaluated(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if self.trainer is not None:
+            self.trainer.look()
+        return result
+
     def _evaluate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.trainer
         if trainer is None:
@@ -431,6 +439,7 @@ class Hooks:
         if trainer.once.done("save", iteration):
             return None
         points.reach("save.before")
+        trainer.look()
         trainer.once.save_begins(iteration)
         result = original(*args, **kwargs)
         points.reach("save.after")
@@ -458,8 +467,10 @@ class Hooks:
             bound.arguments["is_first_iteration"] = False
         iteration = bound.arguments["iteration"]
         points.reach("log.before")
+        trainer.look()
         with trainer.once.quiet_if(trainer.once.done("log", iteration)):
             result = original(*bound.args, **bound.kwargs)
+        trainer.look()  # upstream reduces some of its averages only there
         trainer.once.tell("log", iteration)
         points.reach("log.after")
         state.log = dict(totals)

@@ -94,7 +94,12 @@ class MegatronTrainer:
             args.deadpool_first_iteration = args.iteration
         self.rank = torch.distributed.get_rank()
         self.once = Once(
-            session, self.rank, torch.distributed.get_world_size(), args.log_interval, args.deadpool_first_iteration
+            session,
+            self.check,
+            self.rank,
+            torch.distributed.get_world_size(),
+            args.log_interval,
+            args.deadpool_first_iteration,
         )
         self._unique = UniqueState(optimizer)
         self._frozen = Frozen(model, config.slice_bytes)
@@ -132,7 +137,8 @@ class MegatronTrainer:
         self._slow_s = 0.0
         self._resumed_epoch = session.joined_epoch
         self._first = (-1, -1)
-        self._host_must_wait = args.clip_grad == 0 and not _emulated()
+        self._on_device = torch.cuda.is_available() and not _emulated()
+        self._host_must_wait = args.clip_grad == 0 and self._on_device
         self._losses = LossReport()
         self._tells_losses = (
             parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -294,6 +300,13 @@ class MegatronTrainer:
         if self._session.closed or self._communicators.poisoned:
             raise EpochClosed
 
+    def look(self) -> None:
+        """Before anything that lasts is made of numbers of this iteration: the host waits for the collectives that they
+        come from, since one that is aborted returns garbage and no error. Raises EpochClosed."""
+        if self._on_device:
+            torch.cuda.current_stream().synchronize()
+        self.check()
+
     def _gated(self, step: Any) -> Any:
         """The commit gate around ``optimizer.step_with_ready_grads``, the first mutation of unique state."""
 
@@ -321,6 +334,7 @@ class MegatronTrainer:
         points.reach("iteration.after")
         self._page.leave()
         self._mark("end")
+        self.check()
         if self.paused:
             return
         start = time.perf_counter()
@@ -345,6 +359,7 @@ class MegatronTrainer:
             )
 
             def tell(losses: dict[str, float]) -> None:
+                self.check()
                 exact = {name: value.hex() for name, value in losses.items()}
                 self._session.tell(msgspec.structs.replace(record, losses=exact))
 
@@ -393,6 +408,7 @@ class MegatronTrainer:
 
     def unwind(self) -> None:
         """Drop what the broken step left behind."""
+        self._losses.drop()
         self._snapshotter.give_up()
         self._page.leave()
         drop_unfinished_saves(self.rank)

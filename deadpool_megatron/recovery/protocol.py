@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch.distributed import Store
 
 from deadpool_megatron import points
@@ -27,9 +28,23 @@ from deadpool_megatron.vault import VaultError
 
 __all__ = ["Patience", "Trainer", "UnexplainedError", "rejoin"]
 
+_DEVICE_ERROR: Any = getattr(torch, "AcceleratorError", ())  # torch 2.8 and newer; nothing is an instance of ()
+
 
 class UnexplainedError(Exception):
     """The training step raised and no failure was declared in time: the error is this worker's own."""
+
+
+def device_is_lost(error: BaseException | None) -> bool:
+    """A kernel has failed: an assert that garbage has tripped, an illegal address.
+
+    CUDA returns that error to every later call of this process, so only another process can go on.
+    """
+    while error is not None:
+        if isinstance(error, _DEVICE_ERROR):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Trainer(Protocol):
@@ -91,12 +106,14 @@ def rejoin(
         The declaration of the epoch that was joined.
 
     Raises:
-        UnexplainedError: nothing was declared within the patience.
+        UnexplainedError: nothing was declared within the patience, or ``error`` is one of the device.
         Exception: what the trainer raised in the recovery, if no newer epoch explains it.
     """
 
     def explained(err: BaseException, epoch: int, by_peer: bool) -> bool:
-        """Wait for an epoch newer than ``epoch``; False when none is declared."""
+        """Wait for an epoch newer than ``epoch``; False when none is declared, and it makes no difference."""
+        if device_is_lost(err):
+            return False
         if session.declared_epoch > epoch:
             return True
         if by_peer:
@@ -148,7 +165,7 @@ def rejoin(
             # Comparing garbage ends in other errors than broken connections do.
             by_peer = isinstance(err, RuntimeError)
             if not explained(err, epoch, by_peer):
-                if by_peer:
+                if by_peer and not device_is_lost(err):
                     raise UnexplainedError from err
                 raise
         newer = session.wait_declared(patience.peer)

@@ -123,6 +123,7 @@ def survivor(worker: Worker, group: dist.ProcessGroup, manners: fake_nccl.Manner
         assert session.joined_epoch == epoch and trained.unwound == epoch and not comm.poisoned
     seen.append(compared_garbage(agent, session, trained, len(STEPS) + 1))
     seen.append(own_error(session, trained, worker))
+    seen.append(lost_device(agent, session, trained, len(STEPS) + 3))
     return seen
 
 
@@ -152,6 +153,21 @@ def own_error(session: Session, trained: Trained, worker: Worker) -> str:
     return "taken for the epoch's"
 
 
+def lost_device(agent: Agent, session: Session, trained: Trained, epoch: int) -> str:
+    """Garbage was an index, and a kernel has tripped over it: nothing that is declared can help this process."""
+    agent.declare(epoch)
+    assert session.wait_newer(epoch - 1, 600.0)
+    for_ever = Patience(3600.0, 3600.0, 3600.0)
+    copying = RuntimeError("copying a shard to the vault failed")
+    copying.__cause__ = torch.AcceleratorError("CUDA error: device-side assert triggered")
+    unwound = trained.unwound
+    try:
+        rejoin(session, agent.worker.comm, trained, lambda: agent.worker.store, for_ever, lambda err: True, copying)  # type: ignore[arg-type]
+    except UnexplainedError:
+        return "lost" if trained.unwound == unwound else "unwound"
+    return "gone on"
+
+
 def garbage(worker: Worker) -> list[str]:
     manners = fake_nccl.install()
     worker.init()
@@ -169,7 +185,7 @@ def garbage(worker: Worker) -> list[str]:
 
 def test_whatever_garbage_raises_after_a_slow_abort_is_the_epochs() -> None:
     seen = run(__file__, "garbage", world=2)[0]
-    assert seen == ["RuntimeError", "ValueError", "AssertionError", "IndexError", "compared", "own"]
+    assert seen == ["RuntimeError", "ValueError", "AssertionError", "IndexError", "compared", "own", "lost"]
 
 
 if __name__ == "__main__":

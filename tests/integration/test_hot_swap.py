@@ -109,6 +109,17 @@ def test_a_worker_killed_under_a_living_agent_is_replaced_with_its_node(jobs: Jo
 
 
 @pytest.mark.timeout(300)
+def test_survivors_are_not_lost_by_what_they_make_of_garbage(jobs: Jobs) -> None:
+    flags = tiny_gpt("none", iters=6)
+    job = jobs.start("flat-garbage", launch_flags(3, 1), flags, ROOT / "tests" / "pretrain_garbage.py", held=True)
+    before = _armed_kills(job, (1, 3, 2))
+    job.finished()
+    assert [e["lost"] for e in job.events("declared")] == [[1]] and not job.events("worker_error")
+    assert _kept_their_processes(job, before, [0, 1])
+    assert_same_training(job, undisturbed(launch_flags(2), flags), 6, rank=3)
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would_have_saved(
     jobs: Jobs, tensor: int, tmp_path: Path
