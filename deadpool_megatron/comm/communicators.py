@@ -143,6 +143,8 @@ class Communicators:
             raise self._poison.error()
         if torch.cuda.is_available():
             self._cuda_device = torch.cuda.current_device()  # the training thread's: forming may begin in another
+        if "nccl" in record.backend_of_device.values():
+            nccl.set_environment()
         with self._connections.watching() as devices:
             group = create()
         record.devices, record.connections = frozenset(devices), frozenset(self._connections.of(devices))

@@ -1,6 +1,8 @@
 """NCCL backends: abort from another thread, new ones with the old options. Written from torch's sources; see
 docs/measurements for what of it was run on GPUs."""
 
+import logging
+import os
 import threading
 import time
 from typing import Any
@@ -10,12 +12,15 @@ import torch
 from deadpool_megatron.comm.inplace import bindings
 from deadpool_megatron.comm.table import GroupRecord
 
+_log = logging.getLogger(__name__)
+
 NCCL_ENVIRONMENT = {
     # An aborted communicator must not take the process with it: errors are handled here, not by the watchdog.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
     "TORCH_NCCL_PROPAGATE_ERROR": "0",
+    "TORCH_NCCL_BLOCKING_WAIT": "0",
     # No flight-recorder dump on time-out, and no minute of sleep in the watchdog to wait for one.
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
@@ -25,8 +30,18 @@ NCCL_ENVIRONMENT = {
 
 
 def nccl_environment() -> dict[str, str]:
-    """Variables that must be in the environment before the first NCCL communicator. The launcher sets them."""
+    """Variables that must be in the environment before the first NCCL communicator."""
     return dict(NCCL_ENVIRONMENT)
+
+
+def set_environment() -> None:
+    """Put `nccl_environment` into this process's environment, whatever the job's script exports; the log has a line for
+    what it overrides. Each NCCL group reads it when it is made."""
+    for name, value in NCCL_ENVIRONMENT.items():
+        before = os.environ.get(name, value)
+        if before != value:
+            _log.warning("%s=%s is overridden with %s: a communicator could not be aborted", name, before, value)
+        os.environ[name] = value
 
 
 def abort_all(backends: list[Any], deadline: float) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """NCCL's side as far as it goes without a GPU: aborts run side by side under one deadline, options are carried over."""
 
+import os
 import threading
 import time
 from datetime import timedelta
@@ -8,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from deadpool_megatron.comm import nccl_environment
-from deadpool_megatron.comm.nccl import abort_all, options_for
+from deadpool_megatron.comm.nccl import abort_all, options_for, set_environment
 from deadpool_megatron.comm.table import GroupRecord
 
 pytestmark = pytest.mark.versions(torch=True)
@@ -50,6 +51,17 @@ def test_environment_keeps_the_watchdog_from_killing_survivors() -> None:
     assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
     environment.clear()
     assert nccl_environment()  # a copy each time
+
+
+def test_what_a_script_exports_is_overridden_with_one_line_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "environ", {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "NCCL_NVLS_ENABLE": "0"})
+    for _ in range(2):  # each group that is made
+        set_environment()
+    assert nccl_environment().items() <= os.environ.items()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("TORCH_NCCL_ASYNC_ERROR_HANDLING=1 is overridden with 0")
 
 
 @pytest.mark.skipif(not dist.is_nccl_available(), reason="torch without NCCL")
