@@ -3,6 +3,7 @@
 What torch's ProcessGroupNCCL.cpp and NCCLUtils.cpp, and NCCL's init.cc and prims_simple.h say, and what is done here:
 
 * the communicator is made at the first use, and that waits for all members (`Manners.connecting`);
+* an operation is only queued; the host waits for its numbers elsewhere (`synchronize`, for ``.item()`` on a device);
 * ``abort()`` frees whoever waits for a peer at once, and goes on for seconds (`Manners.slow`): it drains kernels;
 * what was under way when it came returns without an error, with garbage (NaN); what begins later raises;
 * an abort does not see a communicator that is just being made: with ``config.blocking`` 1 there is no handle yet, else
@@ -14,6 +15,7 @@ Values travel over the store. `install` in a worker process, before any process 
 from __future__ import annotations
 
 import functools
+import queue
 import threading
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -51,6 +53,8 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
 
     Options = bindings.ProcessGroupNCCL.Options
     manners: ClassVar[Manners] = Manners()
+    _queued: ClassVar[threading.Condition] = threading.Condition()
+    _at_work: ClassVar[int] = 0  # operations that are queued or under way
     _alive: ClassVar[list[FakeNccl]] = []  # pybind knows a Python object only as long as somebody holds it
 
     def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
@@ -62,7 +66,9 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
         self._ended = threading.Event()
         self._ready = False
         self._count = 0
+        self._stream: queue.SimpleQueue[tuple[str, torch.Tensor]] = queue.SimpleQueue()
         self._alive.append(self)
+        threading.Thread(target=self._run, name="fake-nccl-stream", daemon=True).start()
 
     @property
     def options(self) -> Any:
@@ -89,7 +95,7 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
             self.manners.slow.wait()
 
     def allreduce(self, tensors: list[torch.Tensor], options: Any = None) -> Any:
-        """As the real one: no error comes of an abort, only a number that is not one."""
+        """Queue a sum; no error comes of an abort later, only numbers that are none."""
         if self._ended.is_set():
             raise dist.DistBackendError(f"NCCL communicator was aborted on rank {self._rank}.")
         self._connect()
@@ -97,15 +103,34 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
         (tensor,) = tensors
         key = f"op/{self._count}"
         self._store.set(f"{key}/{self._rank}", ",".join(map(repr, tensor.double().flatten().tolist())))
-        keys = [f"{key}/{rank}" for rank in range(self._size)]
-        if self._wait_for(keys):
-            rows = [[float(x) for x in self._store.get(each).decode().split(",")] for each in keys]
-            tensor.copy_(torch.tensor(rows, dtype=torch.float64).sum(0).reshape(tensor.shape))
-        else:
-            tensor.fill_(float("nan"))
+        with self._queued:
+            FakeNccl._at_work += 1
+        self._stream.put((key, tensor))
         # As torch has it since 2.8: an operation that is not asynchronous gives no Work to wait for.
         asynchronous = options is not None and options.asyncOp
         return super().allreduce([torch.zeros(1)], options) if asynchronous else None
+
+    def _run(self) -> None:
+        while True:
+            key, tensor = self._stream.get()
+            keys = [f"{key}/{rank}" for rank in range(self._size)]
+            if self._wait_for(keys):
+                rows = [[float(x) for x in self._store.get(each).decode().split(",")] for each in keys]
+                tensor.copy_(torch.tensor(rows, dtype=torch.float64).sum(0).reshape(tensor.shape))
+            else:
+                tensor.fill_(float("nan"))
+            with self._queued:
+                FakeNccl._at_work -= 1
+                self._queued.notify_all()
+
+    @classmethod
+    def synchronize(cls) -> None:
+        """The host waits for the device, as for ``.item()``."""
+        with cls._queued:
+            cls._queued.wait_for(lambda: not cls._at_work)
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._count
 
     def _connect(self) -> None:
         if self._ready:

@@ -13,13 +13,13 @@ from deadpool_megatron.comm import nccl
 from deadpool_megatron.comm.waits import Poison
 from deadpool_megatron.megatron import hooks
 
-_abort_all = nccl.abort_all
+_run = nccl.Aborts.run
 
 
-def slowly(backends: list[Any], deadline: float) -> tuple[int, int]:
+def slowly(self: nccl.Aborts, backends: list[Any], deadline: float) -> tuple[int, int]:
     """There are none here: only the time passes."""
     time.sleep(3 * hooks._OWN_ERROR_S)
-    return _abort_all(backends, deadline)
+    return _run(self, backends, deadline)
 
 
 def garbage(self: Poison) -> Exception:
@@ -27,7 +27,7 @@ def garbage(self: Poison) -> Exception:
 
 
 if __name__ == "__main__":
-    nccl.abort_all, Poison.error = slowly, garbage  # type: ignore[method-assign, assignment]
+    nccl.Aborts.run, Poison.error = slowly, garbage  # type: ignore[method-assign, assignment]
     script = Path(__file__).resolve().parents[1] / "examples" / "pretrain_gpt.py"
     sys.path[0] = str(script.parent)
     runpy.run_path(str(script), run_name="__main__")

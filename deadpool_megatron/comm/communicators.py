@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from deadpool_megatron.comm import gloo, nccl, seam
+from deadpool_megatron.comm.calls import Calls
 from deadpool_megatron.comm.connections import GlooConnections
 from deadpool_megatron.comm.forming import Forming, FormingPlan, own_client
 from deadpool_megatron.comm.inplace import InPlace, Replacement, c10d
@@ -40,6 +41,7 @@ _log = logging.getLogger(__name__)
 _ABORT_DEADLINE_S = 2.0
 _ABORTED = "epoch {}: aborted while forming"
 _QUIET_S = 0.25  # how long quiet groups are left alone while the training thread is still at work
+_INSIDE_S = 0.25  # a thread is inside of NCCL for microseconds, unless it makes a communicator
 _ABORT_GRACE_S = 0.1  # waits that end by themselves after their connections do so within 10 ms, more on a busy machine
 
 
@@ -56,6 +58,8 @@ class Communicators:
         self._operation_timeout_s = operation_timeout_s
         self._poison = Poison()
         self._waits = Waits(self._poison)
+        self._calls = Calls(self._poison)
+        self._aborts = nccl.Aborts()
         self._table = GroupTable()
         self._connections = GlooConnections()
         self._quiet = Quiet(self._waits.release, self._connections, keep)
@@ -145,6 +149,7 @@ class Communicators:
             self._cuda_device = torch.cuda.current_device()  # the training thread's: forming may begin in another
         if "nccl" in record.backend_of_device.values():
             nccl.set_environment()
+            self._calls.guard(c10d.ProcessGroup)
         with self._connections.watching() as devices:
             group = create()
         record.devices, record.connections = frozenset(devices), frozenset(self._connections.of(devices))
@@ -196,7 +201,12 @@ class Communicators:
             if quiet and not already and not self._left.is_set():
                 threading.Thread(target=self._end_quiet_too, name="deadpool-abort", daemon=True).start()
             closed = self._connections.shutdown(frozenset().union(*(record.connections for record in quiet)))
-            aborted, stuck = nccl.abort_all(self._backends("nccl"), deadline)
+            backends = self._backends("nccl")
+            if backends and self._calls.wait_outside(_INSIDE_S):
+                _log.warning(
+                    "a thread stays inside of NCCL, perhaps while a communicator is made: aborted all the same"
+                )
+            aborted, stuck = self._aborts.run(backends, deadline)
             found, forced, inside = self._waits.clear_out(self._backends("gloo"), _ABORT_GRACE_S, deadline)
         finally:
             self._abort_lock.release()

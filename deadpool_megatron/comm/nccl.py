@@ -21,6 +21,8 @@ NCCL_ENVIRONMENT = {
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
     "TORCH_NCCL_PROPAGATE_ERROR": "0",
     "TORCH_NCCL_BLOCKING_WAIT": "0",
+    # NCCL's guide: only a nonblocking communicator may be aborted while it does something, its initialisation included.
+    "TORCH_NCCL_USE_COMM_NONBLOCKING": "1",
     # No flight-recorder dump on time-out, and no minute of sleep in the watchdog to wait for one.
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
@@ -34,6 +36,11 @@ def nccl_environment() -> dict[str, str]:
     return dict(NCCL_ENVIRONMENT)
 
 
+# torch waits for a nonblocking communicator with the lock held that an abort needs (NCCLComm::getNcclComm), for half an
+# hour. So long a lost peer may hold up a first use, which starts within torch's own time-out for NCCL.
+_READY_WITHIN = ("TORCH_NCCL_NONBLOCKING_TIMEOUT", "600")
+
+
 def set_environment() -> None:
     """Put `nccl_environment` into this process's environment, whatever the job's script exports; the log has a line for
     what it overrides. Each NCCL group reads it when it is made."""
@@ -42,21 +49,46 @@ def set_environment() -> None:
         if before != value:
             _log.warning("%s=%s is overridden with %s: a communicator could not be aborted", name, before, value)
         os.environ[name] = value
+    os.environ.setdefault(*_READY_WITHIN)
 
 
-def abort_all(backends: list[Any], deadline: float) -> tuple[int, int]:
-    """Abort every backend in a thread of its own (serial aborts can wait for one another across ranks), never
-    shutdown or destroy: those wait for peers. Blocks until `deadline` (`time.monotonic`) at most.
+class Aborts:
+    """Aborts of NCCL backends, each in a thread of its own, since serial ones can wait for one another across ranks.
 
-    Returns (aborted, still at it); the latter go on in their threads.
+    Never shutdown or destroy: those wait for peers. An abort frees kernels at once, then waits for all that was queued
+    behind them and for the end of captured graphs, so it may take longer than anybody waits for it here.
     """
-    threads = [threading.Thread(target=backend.abort, name="deadpool-nccl-abort", daemon=True) for backend in backends]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    stuck = sum(thread.is_alive() for thread in threads)
-    return len(threads) - stuck, stuck
+
+    def __init__(self) -> None:
+        self._under_way: dict[int, threading.Thread] = {}
+
+    def start(self, backends: list[Any]) -> list[threading.Thread]:
+        """Abort these; those that are being aborted already go on. From any thread. Returns at once."""
+        threads = []
+        for backend in backends:
+            thread = self._under_way.get(id(backend))
+            if thread is None:
+                thread = threading.Thread(target=self._abort, args=(backend,), name="deadpool-nccl-abort", daemon=True)
+                self._under_way[id(backend)] = thread  # its argument keeps the backend alive, and the number taken
+                thread.start()
+            threads.append(thread)
+        return threads
+
+    def run(self, backends: list[Any], deadline: float) -> tuple[int, int]:
+        """Abort these. Blocks until `deadline` (`time.monotonic`) at most. Returns (aborted, still at it)."""
+        threads = self.start(backends)
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        stuck = sum(thread.is_alive() for thread in threads)
+        return len(threads) - stuck, stuck
+
+    def _abort(self, backend: Any) -> None:
+        try:
+            backend.abort()
+        except RuntimeError as error:
+            _log.warning("an NCCL communicator was not aborted: %s", error)
+        finally:
+            self._under_way.pop(id(backend), None)
 
 
 def options_for(record: GroupRecord) -> Any:
@@ -66,6 +98,8 @@ def options_for(record: GroupRecord) -> Any:
     if asked is not None:
         options.is_high_priority_stream = asked.is_high_priority_stream
         options.config = asked.config
+    # Explicitly: torch writes into the options it is given (ProcessGroupNCCL::initNCCLComm), and those are copied here.
+    options.config.blocking = 0
     options._timeout = record.timeout
     options.global_ranks_in_group = list(record.ranks)
     options.group_name = record.name

@@ -110,11 +110,13 @@ def survivor(worker: Worker, group: dist.ProcessGroup, manners: fake_nccl.Manner
     for epoch, step in enumerate(STEPS.values(), 1):
         x = torch.ones(2)
         dist.all_reduce(x, group=group)
+        fake_nccl.FakeNccl.synchronize()
         assert x.eq(2).all()
         manners.slow = threading.Event()
         threading.Timer(0.05, agent.declare, [epoch]).start()
         try:
             dist.all_reduce(x, group=group)  # the other one does not come
+            fake_nccl.FakeNccl.synchronize()
             step(x)
             raise AssertionError("it was not blocked")
         except Exception as err:  # noqa: BLE001 - as `Hooks` has it
@@ -177,6 +179,7 @@ def garbage(worker: Worker) -> list[str]:
     for epoch in range(1, len(STEPS) + 3):
         if epoch <= len(STEPS):
             dist.all_reduce(torch.ones(2), group=group)
+            fake_nccl.FakeNccl.synchronize()
         worker.store.wait([f"abort/{epoch}"])
         worker.comm.abort()
         worker.comm.reform(epoch, worker.store)
