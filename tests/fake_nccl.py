@@ -37,7 +37,7 @@ class Manners:
     slow: threading.Event | None = None
     """An abort returns only when it is set."""
     stuck: set[str] = field(default_factory=set)
-    """Names of groups whose communicator is never ready, until it is taken out of here."""
+    """Names of groups in whose communicator this rank does not take part, until it is taken out of here."""
     connecting: list[str] = field(default_factory=list)
     """Names of groups whose communicator began to be made, in order."""
     connected: list[str] = field(default_factory=list)
@@ -136,11 +136,13 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
         if self._ready:
             return
         self.manners.connecting.append(self.group)
+        never = threading.Event()  # deaf to `abort`
+        while self.group in self.manners.stuck:
+            never.wait(LOOK_S)
         self._store.set(f"connect/{self._rank}", b"1")
-        never = threading.Event()
         keys = [f"connect/{rank}" for rank in range(self._size)]
-        while self.group in self.manners.stuck or not self._store.check(keys):
-            never.wait(LOOK_S)  # deaf to `abort`
+        while not self._store.check(keys):
+            never.wait(LOOK_S)
         self._ready = True
         self.manners.blocking.append(int(self._options.config.blocking))
         self.manners.connected.append(self.group)

@@ -55,6 +55,8 @@ class Calls:
     def __init__(self, poison: Poison) -> None:
         self._poison = poison
         self._inside: dict[int, Any] = {}  # thread -> device of its coalescing block, or None
+        self.batched: set[int] = set()
+        """Groups (id) over which batches of sends and receives have gone, which no sequence number counts."""
         self._guarded = False
 
     def guard(self, kind: Any) -> None:
@@ -110,6 +112,7 @@ class Calls:
         @functools.wraps(native)
         def start(group: Any, device: Any) -> None:
             me = ident()
+            self.batched.add(id(group))
             inside[me] = device
             try:
                 self._look()

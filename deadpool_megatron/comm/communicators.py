@@ -285,10 +285,11 @@ class Communicators:
             deadline=begun + self._form_timeout_s,
             operation_timeout_s=self._operation_timeout_s,
             cuda_device=self._cuda_device,
+            batched=self._calls.batched,
         )
         prepared, self._prepared = self._prepared, None
         make = store if callable(store) else lambda: store
-        forming = Forming(plan, make, prepared, self._connections, self._quiet, self._abort_lock)
+        forming = Forming(plan, make, prepared, self._connections, self._quiet, self._abort_lock, self._aborts)
         with self._state_lock:
             if epoch <= self._over:
                 self._prepared = prepared
@@ -328,7 +329,10 @@ class Communicators:
         seconds, name = forming.slowest
         report = ReformReport(
             epoch,
-            tuple(GroupReport(f"{record.desc} {record.name}", forming.why[record.name]) for record in plan.records),
+            tuple(
+                GroupReport(f"{record.desc} {record.name}", forming.verdicts[record.name].why)
+                for record in plan.records
+            ),
             forming.ended - plan.begun + time.monotonic() - needed,
             forming.ended - plan.begun,
             name,

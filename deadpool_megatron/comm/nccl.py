@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -106,12 +107,69 @@ def options_for(record: GroupRecord) -> Any:
     return options
 
 
-def build(record: GroupRecord, store: Any, rank: int, device: torch.device | None) -> Any:
-    """A ProcessGroupNCCL for this group, its communicator connected now if `device` is given (else at first use).
-    Connecting blocks until all members have come."""
+def build(record: GroupRecord, store: Any, rank: int) -> Any:
+    """A ProcessGroupNCCL for this group, without a communicator. Blocks for nobody."""
     backend = bindings.ProcessGroupNCCL(store, rank, len(record.ranks), options_for(record))
     backend._set_sequence_number_for_group()
-    if device is not None:
-        backend.bound_device_id = device
-        backend.eager_connect_single_device(device)
+    if record.bound_device is not None:
+        backend.bound_device_id = record.bound_device
     return backend
+
+
+class Connecting(threading.Thread):
+    """Makes one backend's communicator now, with a one-element all-reduce, as a first use would.
+
+    Not with `eager_connect_single_device`, unless the group was made so (it has a bound device): after that torch runs
+    sends and receives outside of batches over the group's communicator, one after the other, where it made one for each
+    pair before (ProcessGroupNCCL::pointToPoint).
+
+    `seconds` is how long it took; `error` what came of it, if not the communicator. Waits for all members, until the
+    backend is aborted.
+    """
+
+    def __init__(self, record: GroupRecord, backend: Any, device: torch.device) -> None:
+        super().__init__(name=f"deadpool-nccl-connect-{record.name}", daemon=True)
+        self.record, self.backend = record, backend
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+        self._device = device
+
+    def run(self) -> None:
+        begun = time.monotonic()
+        try:
+            self._connect()
+        except Exception as error:  # noqa: BLE001 - thread boundary: handed to the thread that forms
+            self.error = error
+        finally:
+            self.seconds = time.monotonic() - begun
+
+    def _connect(self) -> None:
+        if self._device.type != "cuda":
+            self._use(torch.zeros(1, device=self._device))
+            return
+        # On a stream of its own, or the training thread's would wait for a peer that is lost meanwhile.
+        stream = torch.cuda.Stream(self._device)
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            if self.record.bound_device is not None:
+                self.backend.eager_connect_single_device(self._device)
+            self._use(torch.zeros(1, device=self._device))
+            stream.synchronize()
+
+    def _use(self, element: torch.Tensor) -> None:
+        options = bindings.AllreduceOptions()
+        options.asyncOp = (
+            False  # on the current stream: a Work could not be waited for, since its epoch is yet to begin
+        )
+        self.backend.allreduce([element], options)
+
+
+def warm_up(device: torch.device) -> None:
+    """Load NCCL, look at the machine's topology and run a first kernel, with a communicator of this rank alone."""
+    set_environment()
+    alone = GroupRecord("deadpool-warm-up", (0,), "warm-up", "nccl", {"cuda": "nccl"}, timedelta(minutes=1))
+    backend = build(alone, bindings.HashStore(), 0)
+    connecting = Connecting(alone, backend, device)
+    connecting.run()
+    backend.abort()
+    if connecting.error is not None:
+        raise connecting.error
