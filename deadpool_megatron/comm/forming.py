@@ -224,6 +224,8 @@ class Forming(threading.Thread):
         """Its communicator was made by NCCL. Asks torch for what it reads without a lock: an abort may hold those."""
         if not record.real or "nccl" not in record.backend_of_device.values():
             return False
+        if record.bound_device is not None:
+            return True  # torch makes that one with the group
         collectives = backend_of(record, "nccl")._get_sequence_number_for_group()
         return collectives > 0 or id(record.group) in self.plan.batched
 

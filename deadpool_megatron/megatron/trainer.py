@@ -30,7 +30,12 @@ from deadpool_megatron.megatron.loss_report import LossReport
 from deadpool_megatron.megatron.near import numa_node
 from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
-from deadpool_megatron.megatron.reset import full_iteration_graphs, reset_after_abort, synchronize_parameters
+from deadpool_megatron.megatron.reset import (
+    drop_graphs,
+    full_iteration_graphs,
+    reset_after_abort,
+    synchronize_parameters,
+)
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.saving import drop_unfinished_saves
 from deadpool_megatron.megatron.small_state import SmallState, positions, unlike
@@ -406,8 +411,16 @@ class MegatronTrainer:
 
     # ---- recovery.Trainer
 
+    def let_go(self) -> None:
+        """Drop the graph of an iteration."""
+        drop_graphs()
+
     def unwind(self) -> None:
-        """Drop what the broken step left behind."""
+        """Drop what the broken step left behind; what it has queued on the device comes to its end first."""
+        if self._on_device:
+            # As long as that takes: an abort ends NCCL's kernels, but not what was queued behind them, and that must
+            # not write into what is restored. A survivor that is too late at it counts as lost (abort_deadline).
+            torch.cuda.synchronize()
         self._losses.drop()
         self._snapshotter.give_up()
         self._page.leave()

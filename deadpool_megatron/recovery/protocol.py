@@ -58,8 +58,12 @@ class Trainer(Protocol):
     def live_generation(self) -> int | None:
         """The generation the live state is, None when it is torn (or was never there)."""
 
+    def let_go(self) -> None:
+        """Drop what keeps the communicators of the broken step from ending: captured graphs."""
+
     def unwind(self) -> None:
-        """Drop what the broken step left behind: handles, gradients, started timers, pending works."""
+        """Drop what the broken step left behind: handles, gradients, started timers, pending works. Nothing of it runs
+        on the device any more when this returns."""
 
     def restore(self, agreed: r.Generation) -> None:
         """Make unique state and small state those of the agreed generation. No communication."""
@@ -131,6 +135,7 @@ def rejoin(
     while True:
         epoch = declared.epoch
         try:
+            trainer.let_go()
             communicators.abort(epoch - 1, left=True)
             points.reach("recovery.aborted")
             trainer.unwind()

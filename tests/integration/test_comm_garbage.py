@@ -8,7 +8,6 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import fake_nccl
 from comm_processes import Worker, run, worker_main
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.comm import AbortReport
 from deadpool_megatron.recovery import Patience, Session, UnexplainedError, rejoin
 
 NO_TIME = Patience(0.0, 0.0, 0.0)  # what is waited for is there already
@@ -54,6 +54,10 @@ class Trained:
     live_generation: int | None = 0
     unwound: int = 0
     proofs: list[Callable[[], None]] = field(default_factory=list)
+    graphs_end: threading.Event = field(default_factory=threading.Event)
+
+    def let_go(self) -> None:
+        self.graphs_end.set()
 
     def unwind(self) -> None:
         self.unwound += 1
@@ -90,18 +94,10 @@ def survivor(worker: Worker, group: dist.ProcessGroup, manners: fake_nccl.Manner
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     os.dup(ours.fileno())  # stays open for ever
     comm = worker.comm
-
-    def freed_by_the_training_thread(epoch: int | None = None, *, left: bool = False) -> Any:
-        """The watcher's abort is as slow as can be: it ends when the training thread is in its recovery."""
-        if left and manners.slow is not None:
-            manners.slow.set()
-        return native(epoch, left=left)
-
-    native = comm.abort
-    comm.abort = freed_by_the_training_thread  # type: ignore[method-assign]
+    aborts: list[AbortReport] = []
 
     def end_epochs_before(epoch: int) -> None:
-        comm.abort(epoch - 1)
+        aborts.append(comm.abort(epoch - 1))
 
     session = Session(theirs.detach(), end_epochs_before, lambda epoch: comm.begin_reform(epoch, worker.store))
     agent = Agent(worker, ours)
@@ -112,7 +108,7 @@ def survivor(worker: Worker, group: dist.ProcessGroup, manners: fake_nccl.Manner
         dist.all_reduce(x, group=group)
         fake_nccl.FakeNccl.synchronize()
         assert x.eq(2).all()
-        manners.slow = threading.Event()
+        manners.slow = trained.graphs_end = threading.Event()  # an abort waits for the graphs that hold communicators
         threading.Timer(0.05, agent.declare, [epoch]).start()
         try:
             dist.all_reduce(x, group=group)  # the other one does not come
@@ -122,6 +118,7 @@ def survivor(worker: Worker, group: dist.ProcessGroup, manners: fake_nccl.Manner
         except Exception as err:  # noqa: BLE001 - as `Hooks` has it
             seen.append(type(err).__name__)
             rejoin(session, comm, trained, lambda: worker.store, NO_TIME, lambda err: False, err)  # type: ignore[arg-type]
+        assert not any(abort.nccl_stuck for abort in aborts), aborts
         assert session.joined_epoch == epoch and trained.unwound == epoch and not comm.poisoned
     seen.append(compared_garbage(agent, session, trained, len(STEPS) + 1))
     seen.append(own_error(session, trained, worker))
