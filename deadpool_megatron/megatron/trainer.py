@@ -143,7 +143,6 @@ class MegatronTrainer:
         self._resumed_epoch = session.joined_epoch
         self._first = (-1, -1)
         self._on_device = torch.cuda.is_available() and not _emulated()
-        self._host_must_wait = args.clip_grad == 0 and self._on_device
         self._losses = LossReport()
         self._tells_losses = (
             parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -306,8 +305,9 @@ class MegatronTrainer:
             raise EpochClosed
 
     def look(self) -> None:
-        """Before anything that lasts is made of numbers of this iteration: the host waits for the collectives that they
-        come from, since one that is aborted returns garbage and no error. Raises EpochClosed."""
+        """Before anything that lasts is made of numbers of this iteration, the optimizer's step first of all: the host
+        waits for the collectives that they come from, since an aborted one returns garbage and no error. Raises
+        EpochClosed."""
         if self._on_device:
             torch.cuda.current_stream().synchronize()
         self.check()
@@ -321,12 +321,9 @@ class MegatronTrainer:
             if self._graphed:
                 self._page.beat()
             self._snapshotter.gate()
-            if self._host_must_wait:
-                # Nothing has made the host wait for the gradients yet, so an aborted collective could go unseen.
-                torch.cuda.current_stream().synchronize()
-            self.check()
-            self.live_generation = None
             self._blocked += time.perf_counter() - start
+            self.look()  # also with Transformer Engine, where the gradients' norm stays on the device
+            self.live_generation = None
             points.reach("optimizer-step.before")
             result = step(*args, **kwargs)
             points.reach("optimizer-step.after")
