@@ -201,6 +201,7 @@ class CudaCopyEngine:
 
     def _publish(self) -> None:
         """`event.synchronize` releases the GIL, so training is not held up."""
+        torch.cuda.set_device(self._device)  # a new thread's is the first one
         landed_at = 0.0
         while True:
             landed = self._queue.get()

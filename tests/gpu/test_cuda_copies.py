@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
 
@@ -108,6 +111,25 @@ def test_opening_ticking_and_gating_do_not_wait_for_the_device(vault: Vault) -> 
     torch.cuda.synchronize()
     engine.settle()
     snapshotter.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_worker_of_the_second_device_makes_no_context_on_the_first(vault: Vault) -> None:
+    path = vault.allocate_own(0, 1 << 20, 1000).path
+    program = f"""
+        import torch
+        from deadpool_megatron.snapshot import CudaCopyEngine, ShardPlan, Snapshotter
+        from deadpool_megatron.vault import SlotWriter
+        torch.cuda.set_device(1)
+        plan = ShardPlan([("state", torch.zeros(1 << 18, device="cuda"))])
+        engine = CudaCopyEngine()
+        snapshotter = Snapshotter(plan, SlotWriter({path!r}), engine)
+        snapshotter.open(0, 0, b"")
+        snapshotter.gate()
+        engine.settle()
+        assert not torch._C._cuda_hasPrimaryContext(0)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
 
 
 @pytest.mark.perf
