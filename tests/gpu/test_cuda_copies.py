@@ -113,6 +113,23 @@ def test_opening_ticking_and_gating_do_not_wait_for_the_device(vault: Vault) -> 
     snapshotter.close()
 
 
+def test_what_another_stream_still_writes_does_not_reach_what_is_restored(vault: Vault) -> None:
+    """As a reduction that an abort has freed, on a stream of its own."""
+    state = torch.full((1 << 20,), 7.0, device="cuda")
+    snapshotter, engine = snapshotter_of(vault, [("state", state)])
+    snapshotter.open(0, 3, b"")
+    snapshotter.gate()
+    engine.settle()
+    settle(vault)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        keep_busy(0.5)
+        state.fill_(-1.0)
+    snapshotter.restore(Version(0, 3))
+    torch.cuda.synchronize()
+    assert state.eq(7.0).all()
+    snapshotter.close()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_worker_of_the_second_device_makes_no_context_on_the_first(vault: Vault) -> None:
     path = vault.allocate_own(0, 1 << 20, 1000).path
