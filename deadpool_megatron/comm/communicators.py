@@ -152,6 +152,8 @@ class Communicators:
             self._calls.guard(c10d.ProcessGroup)
         with self._connections.watching() as devices:
             group = create()
+        if record.real and record.group is not None and "nccl" in record.backend_of_device.values():
+            nccl.check_kind(record)
         record.devices, record.connections = frozenset(devices), frozenset(self._connections.of(devices))
         record.connected = self.epoch
         self._table.add(record)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from deadpool_megatron.comm.inplace import bindings
-from deadpool_megatron.comm.table import GroupRecord
+from deadpool_megatron.comm.reports import CommunicatorError
+from deadpool_megatron.comm.table import GroupRecord, backend_of
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +106,16 @@ def options_for(record: GroupRecord) -> Any:
     options.global_ranks_in_group = list(record.ranks)
     options.group_name = record.name
     return options
+
+
+def check_kind(record: GroupRecord) -> None:
+    """Raises CommunicatorError when what torch has made under the name of NCCL is not what can be re-formed."""
+    kind = type(backend_of(record, "nccl"))
+    if not issubclass(kind, bindings.ProcessGroupNCCL):
+        raise CommunicatorError(
+            f"group {record.desc} {record.name} has a {kind.__name__} in place of torch's ProcessGroupNCCL, which is "
+            "neither aborted nor re-formed; set TORCH_DIST_USE_NCCL2=0 and unset TORCH_DISTRIBUTED_DEBUG"
+        )
 
 
 def build(record: GroupRecord, store: Any, rank: int) -> Any:

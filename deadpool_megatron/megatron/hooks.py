@@ -52,7 +52,7 @@ from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
-from deadpool_megatron.support import UserError, check_arguments
+from deadpool_megatron.support import UserError, check_arguments, check_environment
 from deadpool_megatron.vault import VaultError
 
 __all__ = ["Hooks"]
@@ -159,6 +159,7 @@ class Hooks:
 
         if self.standby:
             points.reach("take-over.building")
+        check_environment(os.environ)
         check_arguments(get_args())
         if self.standby:
             # A checkpoint to load would be read by collectives; the spare's state comes from a vault.

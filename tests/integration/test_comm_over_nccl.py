@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 import fake_nccl
 from comm_processes import Worker, kill_self, run, worker_main
-from deadpool_megatron.comm import CommunicatorAborted, ReformError
+from deadpool_megatron.comm import CommunicatorAborted, CommunicatorError, ReformError
+from deadpool_megatron.comm.inplace import bindings
 from waiting import until
 
 
@@ -118,5 +119,21 @@ def test_communicators_that_are_made_when_the_epoch_ends_are_aborted() -> None:
     assert run(__file__, "lost_while_forming", world=2) == {0: 2, 1: 2}
 
 
+def another_kind(worker: Worker) -> str:
+    """As torch makes where ProcessGroupNCCL2 is what the name nccl stands for."""
+    fake_nccl.install()
+    worker.init()
+    bindings.ProcessGroupNCCL = type("ProcessGroupNCCL", (), {})
+    with pytest.raises(CommunicatorError) as refused:
+        dist.new_group([0], backend="nccl", group_desc="tp")
+    return str(refused.value)
+
+
+def test_a_group_of_another_kind_is_refused_when_it_is_made() -> None:
+    said = run(__file__, "another_kind", world=1)[0]
+    assert said.startswith("group tp 1 has a FakeNccl") and "TORCH_DIST_USE_NCCL2=0" in said and "\n" not in said
+
+
 if __name__ == "__main__":
-    worker_main({"first_use": first_use, "take_over": take_over, "lost_while_forming": lost_while_forming})
+    scenarios = {"first_use": first_use, "take_over": take_over, "another_kind": another_kind}
+    worker_main(scenarios | {"lost_while_forming": lost_while_forming})
