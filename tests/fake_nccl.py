@@ -106,7 +106,7 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
         with self._queued:
             FakeNccl._at_work += 1
         self._stream.put((key, tensor))
-        # As torch has it since 2.8: an operation that is not asynchronous gives no Work to wait for.
+        # As in ProcessGroupNCCL::collective: an operation that is not asynchronous gives no Work to wait for.
         asynchronous = options is not None and options.asyncOp
         return super().allreduce([torch.zeros(1)], options) if asynchronous else None
 

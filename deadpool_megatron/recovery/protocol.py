@@ -28,7 +28,7 @@ from deadpool_megatron.vault import VaultError
 
 __all__ = ["Patience", "Trainer", "UnexplainedError", "rejoin"]
 
-_DEVICE_ERROR: Any = getattr(torch, "AcceleratorError", ())  # torch 2.8 and newer; nothing is an instance of ()
+_DEVICE_ERROR: Any = getattr(torch, "AcceleratorError", ())  # newer torch; nothing is an instance of ()
 
 
 class UnexplainedError(Exception):
@@ -166,6 +166,8 @@ def rejoin(
             return declared
         except Superseded:
             pass
+        except UnexplainedError:
+            raise
         except Exception as err:
             # Comparing garbage ends in other errors than broken connections do.
             by_peer = isinstance(err, RuntimeError)
