@@ -314,6 +314,7 @@ class Hooks:
         own = c.lease if torch.distributed.get_backend() == "nccl" else _OWN_ERROR_S
         try:
             if error is not None:
+                trainer.look_at_device()
                 _drop_frames(error)
             declared = rejoin(
                 self.session,

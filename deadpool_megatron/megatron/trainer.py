@@ -406,6 +406,12 @@ class MegatronTrainer:
         if self._trace is not None:
             self._trace.append((time.perf_counter(), what))
 
+    def look_at_device(self) -> None:
+        """Raises torch.AcceleratorError when a kernel has failed, whoever has met that first: NCCL says it in words of
+        its own. Waits for nothing."""
+        if self._on_device:
+            torch.cuda.current_stream().query()
+
     # ---- recovery.Trainer
 
     def let_go(self) -> None:
