@@ -3,8 +3,8 @@
 Three things of NCCL's are not seen by `Work.wait`. An operation that is not asynchronous gives no Work (torch's
 ProcessGroupNCCL::collective: ``return asyncOp ? work : nullptr``). A first operation makes the communicator and waits
 for all members, deaf to an abort. And an abort is safe only while no thread is inside of NCCL: ncclCommAbort frees
-what ncclGroupEnd still walks through. So the methods of ProcessGroup are wrapped, from the first NCCL group on. C++ code
-that calls a backend (functional collectives) is not seen.
+what ncclGroupEnd still walks through. So the methods of ProcessGroup are wrapped, from the first NCCL group on. What
+C++ code calls on a backend (functional collectives) is not seen.
 """
 
 import contextlib
