@@ -54,7 +54,7 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
     Options = bindings.ProcessGroupNCCL.Options
     manners: ClassVar[Manners] = Manners()
     _queued: ClassVar[threading.Condition] = threading.Condition()
-    _at_work: ClassVar[int] = 0  # operations that are queued or under way
+    at_work: ClassVar[int] = 0  # operations that are queued or under way
     _alive: ClassVar[list[FakeNccl]] = []  # pybind knows a Python object only as long as somebody holds it
 
     def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
@@ -104,7 +104,7 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
         key = f"op/{self._count}"
         self._store.set(f"{key}/{self._rank}", ",".join(map(repr, tensor.double().flatten().tolist())))
         with self._queued:
-            FakeNccl._at_work += 1
+            FakeNccl.at_work += 1
         self._stream.put((key, tensor))
         # As in ProcessGroupNCCL::collective: an operation that is not asynchronous gives no Work to wait for.
         asynchronous = options is not None and options.asyncOp
@@ -120,14 +120,14 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
             else:
                 tensor.fill_(float("nan"))
             with self._queued:
-                FakeNccl._at_work -= 1
+                FakeNccl.at_work -= 1
                 self._queued.notify_all()
 
     @classmethod
     def synchronize(cls) -> None:
         """The host waits for the device, as for ``.item()``."""
         with cls._queued:
-            cls._queued.wait_for(lambda: not cls._at_work)
+            cls._queued.wait_for(lambda: not cls.at_work)
 
     def _get_sequence_number_for_group(self) -> int:
         return self._count

@@ -71,6 +71,11 @@ class Calls:
         setattr(kind, _START, self._start(start))
         setattr(kind, _END, self._end(end))
 
+    @property
+    def anybody(self) -> bool:
+        """A thread is inside now."""
+        return bool(self._inside)
+
     def wait_outside(self, seconds: float) -> int:
         """With the flag set: until no thread is inside any more, so long at most. Returns how many still are."""
         end = time.monotonic() + seconds

@@ -129,8 +129,8 @@ class Communicators:
         return self._standby
 
     def is_waiting(self) -> bool:
-        """A thread of this process is inside `Work.wait`. From any thread."""
-        return self._waits.anybody
+        """A thread of this process is inside `Work.wait`, or makes an NCCL communicator. From any thread."""
+        return self._waits.anybody or self._calls.anybody
 
     def table_digest(self) -> str:
         """Hash of the table of groups. Must be equal on all ranks and on the spare before they re-form."""

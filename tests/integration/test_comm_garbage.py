@@ -17,6 +17,7 @@ from comm_processes import Worker, run, worker_main
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.comm import AbortReport
 from deadpool_megatron.recovery import Patience, Session, UnexplainedError, rejoin
+from waiting import until
 
 NO_TIME = Patience(0.0, 0.0, 0.0)  # what is waited for is there already
 
@@ -81,6 +82,11 @@ class Agent:
     def declare(self, epoch: int) -> None:
         self.line.send(r.encode(r.Declare(epoch, "resume", "why", [1], [], [r.SlotAddress(0, 0)], {}, [])))
 
+    def declare_when_blocked(self, epoch: int) -> None:
+        """The other rank does not come: once the operation is queued it stays."""
+        until(lambda: fake_nccl.FakeNccl.at_work, "an operation under way", 0.001)
+        self.declare(epoch)
+
     def serve(self) -> None:
         while True:
             record = r.decode_from_worker(self.line.recv(1 << 17))
@@ -109,7 +115,7 @@ def survivor(worker: Worker, group: dist.ProcessGroup, manners: fake_nccl.Manner
         fake_nccl.FakeNccl.synchronize()
         assert x.eq(2).all()
         manners.slow = trained.graphs_end = threading.Event()  # an abort waits for the graphs that hold communicators
-        threading.Timer(0.05, agent.declare, [epoch]).start()
+        threading.Thread(target=agent.declare_when_blocked, args=[epoch], daemon=True).start()
         try:
             dist.all_reduce(x, group=group)  # the other one does not come
             fake_nccl.FakeNccl.synchronize()
