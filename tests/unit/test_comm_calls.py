@@ -91,13 +91,14 @@ def test_what_the_abort_has_freed_is_no_result_and_no_error_of_its_own(
     group.go_on.clear()
     ended = in_background(lambda: group.allreduce([]))
     until(lambda: group.reached, "the call")
+    assert calls.anybody
     poison.set = True
     assert calls.wait_outside(0.01) == 1
     group.error = error
     group.go_on.set()
     assert calls.wait_outside(600.0) == 0
     until(lambda: ended, "its end")
-    assert isinstance(ended[0], CommunicatorAborted)
+    assert isinstance(ended[0], CommunicatorAborted) and not calls.anybody
 
 
 def test_a_coalescing_block_is_left_at_its_end_and_the_abort_waits_for_that(guarded: tuple[Calls, Poison, Any]) -> None:
