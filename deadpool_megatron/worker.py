@@ -95,12 +95,10 @@ def _install(standby: bool) -> Hooks:
     import torch.distributed as dist
 
     from deadpool_megatron import config as settings
-    from deadpool_megatron.comm import Communicators, ReformError, nccl_environment
+    from deadpool_megatron.comm import Communicators, ReformError
     from deadpool_megatron.megatron import Hooks, arm, follow_job
     from deadpool_megatron.recovery import Session
 
-    for name, value in nccl_environment().items():
-        os.environ.setdefault(name, value)  # read when the first NCCL communicator is made
     flags = os.environ[CONFIG].split("\n") if os.environ[CONFIG] else []
     config = settings.from_flags(flags)
     if config.on_preempt:

@@ -4,7 +4,7 @@ Knows torch only. `Communicators.install` before `init_process_group`; then Mega
 """
 
 from deadpool_megatron.comm.communicators import Communicators
-from deadpool_megatron.comm.nccl import nccl_environment
+from deadpool_megatron.comm.nccl import nccl_environment, warm_up
 from deadpool_megatron.comm.reports import (
     AbortReport,
     CommunicatorAborted,
@@ -27,4 +27,5 @@ __all__ = [
     "ReformReport",
     "is_communication_error",
     "nccl_environment",
+    "warm_up",
 ]

@@ -15,6 +15,7 @@ Every hook replaces a module global that upstream looks up at call time:
                                           ``train_step``: a generation opens and ends
                                           ``training_log``: printed averages survive a re-entry
                                           ``checkpoint_and_decide_exit``: the count of operations so far
+                                          ``evaluate``: its numbers are looked at before they are printed
                                           ``evaluate_and_print_results``, ``save_checkpoint_and_time``,
                                           ``maybe_finalize_async_save``: done once for an iteration, and again
                                           after a recovery where they come after ``train``
@@ -54,10 +55,12 @@ from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
-from deadpool_megatron.support import UserError, check_arguments
+from deadpool_megatron.support import UserError, check_arguments, check_environment
 from deadpool_megatron.vault import VaultError
 
 __all__ = ["Hooks"]
+
+_OWN_ERROR_S = 0.5  # from an error of this rank's own until it is told, in case the epoch's end comes with it
 
 
 @dataclass(slots=True)
@@ -118,6 +121,7 @@ class Hooks:
         self._replace(training, "train", self._train)
         self._replace(training, "train_step", self._train_step)
         self._replace(training, "training_log", self._training_log)
+        self._replace(training, "evaluate", self._evaluated)
         self._replace(training, "evaluate_and_print_results", self._evaluate)
         self._replace(training, "save_checkpoint_and_time", self._save_once)
         self._replace(training, "maybe_finalize_async_save", self._finalize_async_save)
@@ -162,6 +166,7 @@ class Hooks:
 
         if self.standby:
             points.reach("take-over.building")
+        check_environment(os.environ)
         check_arguments(get_args())
         if self.standby:
             # A checkpoint to load would be read by collectives; the spare's state comes from a vault.
@@ -322,20 +327,19 @@ class Hooks:
 
     def _rejoin(self, trainer: MegatronTrainer, error: BaseException | None) -> r.Declare:
         c = self.config
-        communication = error is None or is_communication_error(error)
-        # An error of this rank's own is told soon; one that a lost peer explains waits for the lease to say so.
-        declare = self._patience if communication else 0.5
-        if self.standby and error is None:
-            declare = c.build_deadline
+        # A peer that has been aborted already posts steps without data (NCCL's prims_simple.h: an aborted kernel's
+        # waitPeer breaks off, its postPeer goes on), so this rank may read garbage before it hears of the epoch's end.
+        own = c.lease if torch.distributed.get_backend() == "nccl" else _OWN_ERROR_S
         try:
             if error is not None:
+                trainer.look_at_device()
                 _drop_frames(error)
             declared = rejoin(
                 self.session,
                 self.communicators,
                 trainer,
                 self.store,
-                Patience(declare, self._patience),
+                Patience(c.build_deadline, self._patience, own),
                 is_communication_error,
                 error,
             )
@@ -427,6 +431,12 @@ class Hooks:
                 train_data_iterator=a["train_data_iterator"],
             )
 
+    def _evaluated(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if self.trainer is not None:
+            self.trainer.look()
+        return result
+
     def _evaluate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.trainer
         if trainer is None or self._redo is None:
@@ -459,6 +469,7 @@ class Hooks:
             if trainer.once.done("save", iteration):
                 return None
             points.reach("save.before")
+            trainer.look()
             trainer.once.save_begins(iteration)
             result = original(*args, **kwargs)
             points.reach("save.after")
@@ -494,8 +505,10 @@ class Hooks:
             bound.arguments["is_first_iteration"] = False
         iteration = bound.arguments["iteration"]
         points.reach("log.before")
+        trainer.look()
         with trainer.once.quiet_if(trainer.once.done("log", iteration)):
             result = original(*bound.args, **bound.kwargs)
+        trainer.look()  # upstream reduces some of its averages only there
         trainer.once.tell("log", iteration)
         points.reach("log.after")
         state.log = dict(totals)

@@ -31,12 +31,17 @@ from deadpool_megatron.megatron.loss_report import LossReport
 from deadpool_megatron.megatron.near import numa_node
 from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
-from deadpool_megatron.megatron.reset import full_iteration_graphs, reset_after_abort, synchronize_parameters
+from deadpool_megatron.megatron.reset import (
+    drop_graphs,
+    full_iteration_graphs,
+    reset_after_abort,
+    synchronize_parameters,
+)
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.saving import drop_unfinished_saves
 from deadpool_megatron.megatron.small_state import SmallState, positions, unlike
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
-from deadpool_megatron.recovery import Refused, Session
+from deadpool_megatron.recovery import Refused, Session, Superseded
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
 from deadpool_megatron.support import UserError
 from deadpool_megatron.vault import ConstantsWriter, SlotWriter, Version, constants_of
@@ -95,7 +100,12 @@ class MegatronTrainer:
             args.deadpool_first_iteration = args.iteration
         self.rank = torch.distributed.get_rank()
         self.once = Once(
-            session, self.rank, torch.distributed.get_world_size(), args.log_interval, args.deadpool_first_iteration
+            session,
+            self.check,
+            self.rank,
+            torch.distributed.get_world_size(),
+            args.log_interval,
+            args.deadpool_first_iteration,
         )
         self._unique = UniqueState(optimizer)
         self._frozen = Frozen(model, config.slice_bytes)
@@ -135,7 +145,7 @@ class MegatronTrainer:
         self._slow_s = 0.0
         self._resumed_epoch = session.joined_epoch
         self._first = (-1, -1)
-        self._host_must_wait = args.clip_grad == 0 and not _emulated()
+        self._on_device = torch.cuda.is_available() and not _emulated()
         self._losses = LossReport()
         self._tells_losses = (
             parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -311,6 +321,14 @@ class MegatronTrainer:
         if self._session.closed or self._communicators.poisoned:
             raise EpochClosed
 
+    def look(self) -> None:
+        """Before anything that lasts is made of numbers of this iteration, the optimizer's step first of all: the host
+        waits for the collectives that they come from, since an aborted one returns garbage and no error. Raises
+        EpochClosed."""
+        if self._on_device:
+            torch.cuda.current_stream().synchronize()
+        self.check()
+
     def _gated(self, step: Any) -> Any:
         """The commit gate around ``optimizer.step_with_ready_grads``, the first mutation of unique state."""
 
@@ -320,12 +338,9 @@ class MegatronTrainer:
             if self._graphed:
                 self._page.beat()
             self._snapshotter.gate()
-            if self._host_must_wait:
-                # Nothing has made the host wait for the gradients yet, so an aborted collective could go unseen.
-                torch.cuda.current_stream().synchronize()
-            self.check()
-            self.live_generation = None
             self._blocked += time.perf_counter() - start
+            self.look()  # also with Transformer Engine, where the gradients' norm stays on the device
+            self.live_generation = None
             points.reach("optimizer-step.before")
             result = step(*args, **kwargs)
             points.reach("optimizer-step.after")
@@ -338,6 +353,7 @@ class MegatronTrainer:
         points.reach("iteration.after")
         self._page.leave()
         self._mark("end")
+        self.check()
         if self.paused:
             return
         start = time.perf_counter()
@@ -362,6 +378,7 @@ class MegatronTrainer:
             )
 
             def tell(losses: dict[str, float]) -> None:
+                self.check()
                 exact = {name: value.hex() for name, value in losses.items()}
                 self._session.tell(msgspec.structs.replace(record, losses=exact))
 
@@ -410,10 +427,25 @@ class MegatronTrainer:
         if self._trace is not None:
             self._trace.append((time.perf_counter(), what))
 
+    def look_at_device(self) -> None:
+        """Raises torch.AcceleratorError when a kernel has failed, whoever has met that first: NCCL says it in words of
+        its own. Waits for nothing."""
+        if self._on_device:
+            torch.cuda.current_stream().query()
+
     # ---- recovery.Trainer
 
+    def let_go(self) -> None:
+        """Drop the graph of an iteration."""
+        drop_graphs()
+
     def unwind(self) -> None:
-        """Drop what the broken step left behind."""
+        """Drop what the broken step left behind; what it has queued on the device comes to its end first."""
+        if self._on_device:
+            # As long as that takes: an abort ends NCCL's kernels, but not what was queued behind them, and that must
+            # not write into what is restored. A survivor that is too late at it counts as lost (abort_deadline).
+            torch.cuda.synchronize()
+        self._losses.drop()
         self._snapshotter.give_up()
         self._page.leave()
         drop_unfinished_saves(self.rank)
@@ -452,7 +484,10 @@ class MegatronTrainer:
         self._frozen.keep()
 
     def prove(self) -> None:
-        """Compare all ranks; restore what differs once more. Collective. Raises Unequal if it differs still."""
+        """Compare all ranks; restore what differs once more. Collective.
+
+        Raises Unequal if it differs still, Superseded when the epoch has ended: then all differ from garbage.
+        """
         begun = time.perf_counter()
         found = self._compare()
         if found:
@@ -460,6 +495,8 @@ class MegatronTrainer:
             self._frozen.look()
             self.synchronize()
         left = self._compare() if found else []
+        if self._session.closed:
+            raise Superseded(self._session.declared_epoch)
         if self.rank == 0 or any(self.rank in each.ranks for each in found):
             self._told(self._small_generation, found, not left, time.perf_counter() - begun)
         if left:
@@ -488,6 +525,7 @@ class MegatronTrainer:
         found = self._comparison.run(True)
         if lazily:
             training.enable_forward_pre_hook(self._model)
+        self.check()
         if self.rank == 0:
             self._told(iteration, found, not found, time.perf_counter() - begun)
 

@@ -4,8 +4,9 @@
 
     watcher thread                           training thread
     --------------                           ---------------
-    recv Declare(e) -> on_declare(e)  ....>  blocked in a collective, comes out with an error
-                       notify                recover(): arrive, wait_generation, restore ...
+    recv Declare(e) -> closed, notify
+                       on_declare(e)  ....>  blocked in a collective, comes out with an error or with garbage
+                                             recover(): arrive, wait_generation, restore ...
     recv Form(e)    -> on_form(e)            (groups form beside it)
                        notify         ....>  goes on
 
@@ -52,8 +53,8 @@ class Session:
 
     Args:
         control_fd: the inherited SOCK_SEQPACKET socket.
-        on_declare: called from the watcher thread with each new epoch, before anybody else learns of it; it aborts the
-            communicators and must return soon.
+        on_declare: called from the watcher thread with each new epoch; it aborts the communicators. The training thread
+            can know of the epoch before: an abort frees it at once, and may take seconds more.
         on_form: called from the watcher thread with the newest epoch when every rank has arrived in it; it begins to
             form the groups and must return soon.
         epoch: in which this worker begins; not 0 when the start of the job had to begin anew.
@@ -104,8 +105,11 @@ class Session:
             self.on_exit_notice()
             return
         if isinstance(record, r.Declare) and record.epoch > self.declared_epoch:
-            self.declared_epoch = record.epoch
-            self._rendezvous = record.rendezvous or self._rendezvous
+            with self._news:
+                self._declared = record
+                self._rendezvous = record.rendezvous or self._rendezvous
+                self.declared_epoch = record.epoch
+                self._news.notify_all()
             self._on_declare(record.epoch)
             if (rank := self._standing_by) is not None:
                 self.tell(r.Arrived(record.epoch, rank, None))
@@ -113,9 +117,6 @@ class Session:
             self._on_form(record.epoch)
         with self._news:
             match record:
-                case r.Declare():
-                    if self._declared is None or record.epoch > self._declared.epoch:
-                        self._declared = record
                 case r.Generation():
                     self._generation = record
                 case r.Form():

@@ -167,6 +167,7 @@ def _unsupported() -> list[tuple[str, str]]:
 
 BAD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": ["local", "transformer_engine"],
+    "moe_token_dispatcher_type": ["flex"],
     "optimizer": ["soap"],
     "fp8": ["hybrid"],
     "fp4": ["e2m1"],
@@ -174,6 +175,7 @@ BAD_VALUES: dict[str, list[object]] = {
 }
 GOOD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": [None, "none", "full_iteration"],
+    "moe_token_dispatcher_type": ["allgather", "alltoall", None],
     "optimizer": ["adam", "sgd"],
     "fp8": [None],
     "fp4": [None],
@@ -193,6 +195,19 @@ def test_a_mode_that_is_not_supported_is_refused_by_its_flag(flag: str, name: st
         assert value is True or str(value) in said
     for value in GOOD_VALUES.get(name, [False, None]):
         check_arguments(argparse.Namespace(**{name: value}))
+
+
+@pytest.mark.parametrize("name", ["TORCH_DIST_USE_NCCL2", "TORCH_DISTRIBUTED_USE_TORCHCOMMS"])
+def test_process_groups_of_another_kind_are_refused_by_the_variable_that_selects_them(name: str) -> None:
+    from deadpool_megatron.support import check_environment
+
+    for value in ("1", "true"):
+        with pytest.raises(UserError) as refused:
+            check_environment({name: value, "PATH": "/bin"})
+        said = str(refused.value)
+        assert said.startswith(f"{name}={value} is not supported with --deadpool: ") and "\n" not in said
+    for environ in ({}, {name: "0"}, {name: ""}):
+        check_environment(environ)
 
 
 def test_every_refused_flag_is_one_that_megatron_knows() -> None:
