@@ -37,6 +37,7 @@ __all__ = ["add_overhead_arguments", "run_overhead"]
 _PRECISIONS = ("bf16", "fp16", "fp32")
 _RUN_S = 3600.0
 _LOOK_S = 0.2
+_DISTURBED_S = 5.0  # between two looks whether anything was lost
 _CLOSE_S = 25.0  # of the minutes: the last job is ended, what it measured is written and drawn
 _GRACE_S = 8.0  # of that, for a job that is told to end
 
@@ -129,12 +130,16 @@ class _Bench:
         now = time.monotonic()
         share = min(_RUN_S, (self._end - now) / self._parts)
         self._parts -= 1
-        size = 0
+        size, due = 0, now + _DISTURBED_S
         while (code := job.process.poll()) is None:
             if time.monotonic() > now + share:
                 _say(f"deadpool: {job.run_dir.name}: its {share:.0f} s are over, it is ended")
                 job.end(_GRACE_S)
                 break
+            if time.monotonic() > due:
+                due += _DISTURBED_S
+                if job.events("declared"):
+                    job.failed("a recovery has disturbed it; what was measured before counts")
             written = times / "rank-0.jsonl"
             if grown and written.exists() and written.stat().st_size != size:
                 size = written.stat().st_size

@@ -8,11 +8,12 @@ when a block is over, between two iterations and counted in neither, so that a j
 
 ``block`` is -1 for the warm-up. ``agent_s`` is CPU seconds of the node's agent, whose process id is ``agent``; ``cpu``
 this process's. With snapshots a row has an ``account`` too. The last line has the ``timeline`` of the last iteration,
-which is not measured.
+which is not measured. Nothing is written once the job was disturbed: a process that begins an iteration again, or has
+the place of another one, would measure a recovery.
 
 Read from the environment:
 
-* ``BENCH_TIMED_OUT``: directory that gets ``rank-R.jsonl``
+* ``BENCH_TIMED_OUT``: directory that gets ``rank-R.jsonl``, empty when the job begins
 * ``BENCH_TIMED_WHAT``: ``snapshot``, ``checkpoint`` or ``nothing`` (no blocks)
 * ``BENCH_TIMED_BLOCK``: iterations a block, ``BENCH_TIMED_WARMUP``: iterations before the first block
 * ``BENCH_TIMED_TRACE``: 1 to trace one iteration of rank 0 with torch's profiler (a GPU's timeline), at the end
@@ -63,9 +64,19 @@ class _Recorder:
     _on: bool | None = None
     _agent_s: float = 0.0
     _began: tuple[int, float, float] | None = None
+    _path: Path | None = None  # None once the job was disturbed
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / f"rank-{os.environ['RANK']}.jsonl"
+        self._path = None if path.exists() else path
+        if self._path:
+            self._path.touch()
 
     def begin(self, iteration: int) -> None:
         """An iteration begins: account for the one before, switch, then read the clocks."""
+        if self._began and iteration <= self._began[0]:
+            self._path = None
         self._ended()
         number = max(-1, (iteration - self.warmup) // self.block)
         if number != self._number:
@@ -109,9 +120,9 @@ class _Recorder:
             self._write(timeline=trainer.traced())
 
     def _write(self, **what: Any) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / f"rank-{os.environ['RANK']}.jsonl").open("a") as file:
-            file.write(json.dumps({"agent": os.getppid(), **what}) + "\n")
+        if self._path:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"agent": os.getppid(), **what}) + "\n")
 
 
 def _remove_checkpoints(directory: Path) -> None:
@@ -141,7 +152,6 @@ def _timed(train_step: Callable[..., Any], recorder: _Recorder) -> Callable[...,
 
         with torch.profiler.profile() as profile:
             result = train_step(*args, **kwargs)
-        recorder.out.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(recorder.out / "trace.json.gz"))
         return result
 

@@ -14,7 +14,7 @@ from deadpool_megatron.evaluate.blocks import pairs, read_ranks
 from flags import tiny_gpt
 from jobs import EXAMPLE, ROOT
 
-# Tells where it and its agent may run, then dies in its 14th iteration.
+# Tells where it and its agent may run, then dies in its 14th iteration; as often as it is started again.
 DIES = f"""
 import json, os, runpy, sys
 from pathlib import Path
@@ -73,9 +73,9 @@ def test_a_job_that_dies_costs_no_block_and_cores_are_kept_apart(tmp_path: Path)
     one, other = sorted(os.sched_getaffinity(0))[:2]
     sizes = ["--blocks", "40", "--block", "2", "--warmup", "2", "--checkpoints", "none"]
     done = _bench(tmp_path / "out", script, *sizes, "--cores", f"{one}:{other}")
-    assert done.returncode == 1 and "ended with" in done.stderr
+    assert done.returncode == 1
     found = json.loads((tmp_path / "out" / "overhead.json").read_text())["results"]["bf16"]
-    assert "ended with" in found["error"]
+    assert found["error"] in done.stderr and any(t in found["error"] for t in ("a recovery", "ended with"))
     assert found["blocks"]["pairs"] == 2  # of the iterations 2 to 12 five blocks are whole
     assert found["snapshot"]["generations"] >= 4 and "4 of 40 blocks" in done.stdout
     threads, agent = json.loads((tmp_path / "cpus").read_text())
