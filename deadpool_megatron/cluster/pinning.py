@@ -1,14 +1,15 @@
 """Which processors an agent runs on: a few near its workers' devices, which the workers do not need.
 
-Workers may still run everywhere they were allowed to: `start_worker` gives them the mask the agent began with.
+Workers may still run everywhere they were allowed to: they are started with the mask the agent began with. A drainer
+that is started later stays with the agent.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -78,33 +79,51 @@ def pin_threads(cpus: Set[int]) -> None:
 
 
 class Pinning:
-    """Pins an agent once, when all its workers have told where their devices are.
+    """Pins an agent once, when all its workers have told where their devices are. Used by the agent's thread only.
 
     Args:
-        slots: how many workers there are.
+        slots: how many workers there are; 0: it is never pinned.
+
+    Attributes:
+        cpus: the processors the agent is pinned to; empty while it is not.
     """
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
+        self._before = os.sched_getaffinity(0)
         self._devices: dict[int, int] = {}
-        self._done = False
+        self.cpus: set[int] = set()
 
-    def told(self, local: int, numa: int, pids: Mapping[int, int]) -> set[int]:
-        """The device of worker ``local`` is on NUMA node ``numa`` (-1: not known). The processors it pinned to now.
+    def located(self, local: int, numa: int, pids: Collection[int]) -> bool:
+        """Worker ``local`` has its device on NUMA node ``numa`` (-1: not known). True when the agent is pinned now.
 
-        ``pids``: the workers' process ids, by local index.
+        ``pids`` are the workers' process ids: one that is bound to processors of its own has them for itself.
         """
+        waited = len(self._devices) < self._slots
         self._devices[local] = numa
-        if self._done or len(self._devices) < self._slots:
-            return set()
-        self._done = True
+        if not waited or len(self._devices) < self._slots:
+            return False
         masks = []
-        for pid in pids.values():
+        for pid in pids:
             with suppress(ProcessLookupError):
                 masks.append(os.sched_getaffinity(pid))
-        chosen = choose_cpus(cores(os.sched_getaffinity(0)), masks, self._devices.values(), numa_nodes())
+        chosen = choose_cpus(cores(self._before), masks, self._devices.values(), numa_nodes())
         if chosen:
-            with suppress(OSError):  # a cpuset that has changed meanwhile, or a sandbox: then it stays
+            with suppress(OSError):  # a cpuset that is another one by now, a sandbox: then it stays where it is
                 pin_threads(chosen)
-                return chosen
-        return set()
+                self.cpus = chosen
+        return bool(self.cpus)
+
+    @contextmanager
+    def unpinned(self) -> Iterator[None]:
+        """What this thread starts inside may run wherever the agent could when it began."""
+        if not self.cpus:
+            yield
+            return
+        with suppress(OSError):
+            os.sched_setaffinity(0, self._before)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.sched_setaffinity(0, self.cpus)

@@ -68,8 +68,8 @@ def _overhead(
     figure = (
         f"ratio {ratio['ratio']:.4f} (95 % interval {ratio['low']:.4f} to {ratio['high']:.4f}, {ratio['pairs']} pairs "
         f"of blocks), {s['skipped']} of {s['generations']} generations skipped, {s['copied_bytes'] / 1e9:.2f} GB a "
-        f"rank at {s['copy_bandwidth'] / 1e9:.1f} GB/s, committed after {s['commit_share'] or 0:.2f} of an iteration of "
-        f"{ratio['off']['mean']:.2f} s; CPU seconds an iteration: workers {cpu['workers_on']:.2f} with, "
+        f"rank at {s['copy_bandwidth'] / 1e9:.1f} GB/s, committed after {s['commit_share'] or 0:.2f} of an iteration "
+        f"of {ratio['off']['mean']:.2f} s; CPU seconds an iteration: workers {cpu['workers_on']:.2f} with, "
         f"{cpu['workers_off']:.2f} without, agents {cpu['agents_on']:.2f}, {cpu['agents_off']:.2f}"
     )
     # Dry, the ratio says nothing: other processes of the machine are in it.
