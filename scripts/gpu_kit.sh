@@ -102,12 +102,12 @@ unpack() {
 
 run() {
     local begun=$SECONDS
+    unpack
     if [[ " $* " != *" --dry "* ]]; then
         ulimit -l unlimited 2>/dev/null || true
         # Vaults of gigabytes: shared memory is half of the memory unless somebody says otherwise.
         mount -o remount,size=80% /dev/shm 2>/dev/null || true
     fi
-    unpack
     # The step keeps its time itself; this is for one that hangs where Python cannot end it.
     exec timeout -k 5 $((limit_s - SECONDS + begun)) python3 -m deadpool_megatron.evaluate.gpu_kit run \
         --limit $((limit_s - 5 - SECONDS + begun)) "$@"

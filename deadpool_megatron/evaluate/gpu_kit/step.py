@@ -108,6 +108,7 @@ class Step:
         with log.open("a") as out:
             out.write(f"\n== {' '.join(arguments)}\n")
             out.flush()
+            begin = out.tell()
             process = subprocess.Popen(
                 list(arguments),
                 env={**os.environ, **environment, **mine.environment},
@@ -119,7 +120,7 @@ class Step:
             )
         try:
             with log.open(errors="replace") as seen:
-                seen.seek(0, os.SEEK_END)
+                seen.seek(begin)
                 for _ in iter(lambda: process.poll() is None and time.monotonic() < end, False):
                     _read(seen, line)
                     if look:
