@@ -58,11 +58,7 @@ def test_what_a_step_saw_before_its_time_was_over_or_it_broke_is_kept(
         time.sleep(600)
 
     assert run_step(1, too_long, True, tmp_path, 27.0) == 1
-    assert (
-        capsys.readouterr()
-        .out.splitlines()[-1]
-        .startswith("FAIL the 27 s of the step are over; checked until then: copies")
-    )
+    assert capsys.readouterr().out.splitlines()[-1].startswith("FAIL its 27 s are over; checked until then: copies")
     assert [each["kind"] for each in _records(tmp_path, 1)] == ["begin", "check", "verdict"]
 
     def broken(step: Step) -> None:

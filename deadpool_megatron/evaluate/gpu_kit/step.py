@@ -226,9 +226,7 @@ def run_step(number: int, code: Callable[[Step], None], dry: bool, out: Path, li
                 step.record("begin", machine=_machine(), source=_source(), limit_s=limit_s)
                 code(step)
         except StepOver:
-            over = (
-                f"the {limit_s:.0f} s of the step are over; checked until then: {', '.join(step.checks) or 'nothing'}"
-            )
+            over = f"its {limit_s:.0f} s are over; checked until then: {', '.join(step.checks) or 'nothing'}"
         except Exception as err:  # noqa: BLE001 - the boundary of the step: whatever it was, the verdict is written
             over = f"{type(err).__name__}: {err}"
         return int(not step.verdict(" ".join(over.split())))
