@@ -72,7 +72,7 @@ prepare() {
         wheels "$scratch" "$nccl"
         python -m zipfile -e "$scratch"/*.whl "$scratch"
         python -m deadpool_megatron.evaluate.gpu_kit prune "$scratch/nvidia/nccl/lib/libnccl.so.2" "$scratch/pruned"
-        xz -T0 -9 --stdout "$scratch/pruned" >"$kit/libnccl.so.2.xz"
+        xz -T0 -6 --stdout "$scratch/pruned" >"$kit/libnccl.so.2.xz"
     fi
     local bytes
     bytes="$(du -sb "$kit" | cut -f1)"

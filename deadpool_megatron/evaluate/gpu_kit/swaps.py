@@ -21,7 +21,12 @@ from deadpool_megatron.observe.recoveries import PHASES
 __all__ = ["check_graphs", "check_soak", "check_swaps"]
 
 _END_S: Final = 60.0  # from the last iteration to the end of a job, state hashes included
+_HELD: Final = 6  # the iteration before which a job waits for its spare; a CUDA graph is replayed by then
 _STOP_S: Final = 60.0  # before the end of the step no other job is begun
+# Nine processes share one device, and a job is held while its spare gets warm.
+_PATIENT: Final = [
+    f"--deadpool-{name}={s}" for name, s in (("form-deadline", 60), ("abort-deadline", 60), ("hang-floor", 120))
+]
 _GRAPHS: Final = ["--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps", "2"]
 
 
@@ -44,7 +49,7 @@ def check_soak(step: Step) -> None:
     errors: list[str] = []
     for number in itertools.count(1):
         launch = _launch(step, 4, spares)
-        script = ["examples/pretrain_gpt.py", *_flags(step, tensor=1, iterations=100_000), "--deadpool"]
+        script = ["examples/pretrain_gpt.py", *_flags(step, tensor=1, iterations=100_000), "--deadpool", *_PATIENT]
         try:
             with Job(step.scratch / f"soak-{number}", launch, script, _environment(step, 4 + spares), ROOT) as job:
                 job.until("first iteration", partial(job.events, "iteration"), step.left_s())
@@ -93,15 +98,19 @@ def _compare(step: Step, name: str, nodes: int, flags: Sequence[str], limit_s: f
 
 def _one(step: Step, name: str, nodes: int, flags: Sequence[str], victim: int | None, limit_s: float) -> dict[str, Any]:
     """One job, to its end. Raises JobError; the last lines of its logs are on file then."""
-    run, hashes = step.scratch / name, step.scratch / f"{name}.hash"
-    script = ["examples/pretrain_gpt.py", *flags, "--deadpool", "--deadpool-state-hash", str(hashes)]
-    script += ["--deadpool-form-deadline", "60", "--deadpool-abort-deadline", "60"]
+    run, hashes, go = (step.scratch / f"{name}{suffix}" for suffix in ("", ".hash", ".go"))
+    script = [str(Path(__file__).with_name("held.py")), str(go), str(_HELD), "examples/pretrain_gpt.py", *flags]
+    script += ["--deadpool", "--deadpool-state-hash", str(hashes), *_PATIENT]
+    if victim is None:
+        go.touch()
     phases: dict[str, float] = {}
     try:
         with Job(run, _launch(step, nodes, 1), script, _environment(step, nodes + 1), ROOT) as job:
             if victim is not None:
-                job.until("six iterations", _reached(job, 5), limit_s - _END_S)
+                job.until("the first iterations", _reached(job, _HELD - 1), limit_s - _END_S)
                 job.until("a warm spare", partial(_parked, job), limit_s - _END_S)
+                go.touch()
+                job.until("an iteration in full", _reached(job, _HELD), limit_s - _END_S)
                 moment = job.kill_node(victim)
             code = job.wait(limit_s)
             if code:
