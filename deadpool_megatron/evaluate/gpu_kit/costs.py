@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ __all__ = ["check_overhead", "check_vault"]
 _RATIO: Final = 1.003  # of the means of iterations with and without snapshots
 _NOTICED: Final = 1.01  # where two ranks share the device, and agents send
 _MARGIN_S: Final = 15.0
+_CPUS: Final = 8  # from so many on a quarter is the agents'
 
 
 def check_overhead(step: Step) -> None:
@@ -47,11 +49,10 @@ def _overhead(
     kept = step.out / f"step-{step.number}-{precision}.json"
     kept.unlink(missing_ok=True)
     minutes = max(1.0, (min(seconds, step.left_s()) - _MARGIN_S) / 60)
-    blocks, warmup = (["4", "--block", "2"], "1") if step.dry else (["200", "--block", "3"], "3")
+    sizes = ["--blocks", "4" if step.dry else "400", "--block", "2", "--warmup", "1" if step.dry else "2"]
     command = [sys.executable, "-m", "deadpool_megatron.cli", "bench", "overhead", "--checkpoints", "none"]
     command += ["--active-nodes", str(nodes), "--nproc-per-node", "1", "--precisions", precision, "--out", str(out)]
-    command += ["--minutes", f"{minutes:.2f}", "--blocks", *blocks, "--warmup", warmup]
-    command += ["--emulate-cpu"] if step.dry else []
+    command += ["--minutes", f"{minutes:.2f}", *sizes, *(["--emulate-cpu"] if step.dry else _cores())]
 
     def keep() -> None:
         if (out / "overhead.json").exists():
@@ -75,6 +76,15 @@ def _overhead(
     # Dry, the ratio says nothing: other processes of the machine are in it.
     passed = not found.get("error") and (step.dry or (ratio["ratio"] <= most and not s["skipped"]))
     step.check(name, passed, figure, blocks=ratio, snapshot=s)
+
+
+def _cores() -> list[str]:
+    """Agents apart from workers, as they are on a machine of their own, where there are processors for that."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < _CPUS:
+        return []
+    at = 3 * len(cpus) // 4
+    return ["--cores", ":".join(",".join(map(str, each)) for each in (cpus[:at], cpus[at:]))]
 
 
 def _found(kept: Path, precision: str) -> Mapping[str, Any]:

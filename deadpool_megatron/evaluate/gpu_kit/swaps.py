@@ -115,7 +115,7 @@ def _one(step: Step, name: str, nodes: int, flags: Sequence[str], victim: int | 
             code = job.wait(limit_s)
             if code:
                 job.failed(f"ended with {code}: {job.output.strip()[-300:]}")
-            losses = {str(e["iteration"]): [e.get("losses"), e.get("grad_norm")] for e in job.events("iteration")}
+            losses = {str(e["iteration"]): [e["losses_hex"], e["grad_norm_hex"]] for e in job.events("iteration")}
             if victim is not None:
                 after = [e for e in job.events() if e["event"] in PHASES and e["t"] >= moment]
                 phases = {e["event"]: e["t"] - moment for e in after}
