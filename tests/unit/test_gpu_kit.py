@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from deadpool_megatron.evaluate.gpu_kit.__main__ import STEPS, main
 from deadpool_megatron.evaluate.gpu_kit.nccl import NotPruned, prune
@@ -188,3 +189,12 @@ def test_a_file_that_is_no_library_is_refused(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "x").write_bytes(b"hello, this is text" * 9)
     assert main(["prune", str(tmp_path / "x"), str(tmp_path / "y")]) == 1
     assert "not a 64-bit ELF file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_device_nothing_is_recorded_as_if_there_were_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "6", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().out == "FAIL no CUDA device here; --dry rehearses the step without one\n"
+    assert not (tmp_path / "out").exists()

@@ -141,7 +141,13 @@ class Step:
 
 
 def _read(seen: Any, line: Callable[[str], None] | None) -> None:
-    for text in iter(seen.readline, ""):
+    """Hand on the lines that are whole by now."""
+    while True:
+        at = seen.tell()
+        text = seen.readline()
+        if not text.endswith("\n"):
+            seen.seek(at)
+            return
         if line:
             line(text.rstrip("\n"))
 
@@ -217,13 +223,17 @@ def _alarm(seconds: float) -> Iterator[None]:
 def run_step(number: int, code: Callable[[Step], None], dry: bool, out: Path, limit_s: float = LIMIT_S) -> int:
     """Run the code of one step within its time; the exit code, 0 when it has passed."""
     begun = time.monotonic()
+    machine = _machine()
+    if not dry and "card" not in machine:
+        print("FAIL no CUDA device here; --dry rehearses the step without one", flush=True)
+        return 1
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"deadpool-kit-{number}-", ignore_cleanup_errors=True) as scratch:
         step = Step(number, dry, out.resolve(), Path(scratch), begun + limit_s - _CLOSE_S)
         over = ""
         try:
             with _alarm(step.left_s()):
-                step.record("begin", machine=_machine(), source=_source(), limit_s=limit_s)
+                step.record("begin", machine=machine, source=_source(), limit_s=limit_s)
                 code(step)
         except StepOver:
             over = f"its {limit_s:.0f} s are over; checked until then: {', '.join(step.checks) or 'nothing'}"

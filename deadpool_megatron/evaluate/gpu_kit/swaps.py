@@ -6,13 +6,13 @@ import itertools
 import os
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from deadpool_megatron.evaluate.gpu_kit.step import ROOT, Step, shared_device
+from deadpool_megatron.evaluate.gpu_kit.step import ROOT, Step, StepOver, shared_device
 from deadpool_megatron.evaluate.jobs import Job, JobError
 from deadpool_megatron.evaluate.kills import one
 from deadpool_megatron.observe import LOGS
@@ -22,7 +22,7 @@ __all__ = ["check_graphs", "check_soak", "check_swaps"]
 
 _END_S: Final = 60.0  # from the last iteration to the end of a job, state hashes included
 _HELD: Final = 6  # the iteration before which a job waits for its spare; a CUDA graph is replayed by then
-_STOP_S: Final = 60.0  # before the end of the step no other job is begun
+_STOP_S: Final = 90.0  # before the end of the step nothing is begun any more
 # Nine processes share one device, and a job is held while its spare gets warm.
 _PATIENT: Final = [
     f"--deadpool-{name}={s}" for name, s in (("form-deadline", 60), ("abort-deadline", 60), ("hang-floor", 120))
@@ -47,6 +47,7 @@ def check_soak(step: Step) -> None:
     rng, spares = random.Random(0), 2
     recoveries: list[dict[str, Any]] = []
     errors: list[str] = []
+    struck = False
     for number in itertools.count(1):
         launch = _launch(step, 4, spares)
         script = ["examples/pretrain_gpt.py", *_flags(step, tensor=1, iterations=100_000), "--deadpool", *_PATIENT]
@@ -54,23 +55,25 @@ def check_soak(step: Step) -> None:
             with Job(step.scratch / f"soak-{number}", launch, script, _environment(step, 4 + spares), ROOT) as job:
                 job.until("first iteration", partial(job.events, "iteration"), step.left_s())
                 for _ in range(spares):
+                    struck = True
                     recoveries.append(asdict(one(job, rng)))
+                    struck = False
                     step.record("kill", job=number, **recoveries[-1])
+                    if step.left_s() < _STOP_S:
+                        break
         except JobError as err:
             errors.append(str(err))
             step.record("error", job=number, error=str(err), logs=_last_lines(step.scratch / f"soak-{number}"))
-        if step.dry or errors or step.left_s() < _STOP_S + _spent(recoveries):
+        except StepOver:
+            errors += ["one was not recovered when the time was over"] if struck else []
+            break
+        if step.dry or errors or step.left_s() < _STOP_S:
             break
     seconds = [each["first_iteration_s"] for each in recoveries]
     figure = f"{len(recoveries)} nodes lost over {'Gloo' if step.dry else 'NCCL'}, {len(errors)} not recovered"
     if seconds:
         figure += f"; kill to first iteration median {statistics.median(seconds):.2f} s, most {max(seconds):.2f} s"
     step.check("soak", bool(recoveries) and not errors, figure + (f"; {errors[0]}" if errors else ""))
-
-
-def _spent(recoveries: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds that the recoveries of one more job may take."""
-    return 2 * max((each["first_iteration_s"] + 10 * each["iteration_s"] for each in recoveries), default=0.0)
 
 
 # ---- a job, undisturbed and killed
