@@ -85,6 +85,11 @@ class DeadpoolConfig:
         "deadpool-megatron[rdma]); auto: nixl if it is there and an RDMA device has an active port",
         TRANSPORTS,
     )
+    pin_agents: bool = _setting(
+        True,
+        "the agent of a machine runs on a few of its cores, near the devices, while workers may use all of them; only "
+        "where two cores are left for each worker",
+    )
     host_memory: int = _setting(
         0, "bytes of memory that shards, own and kept for others, may take on a node; 0 for what the machine has"
     )

@@ -148,6 +148,8 @@ def agent_settings(
         "durable_dir": plan.config.durable_dir if plan.config.deadpool else "",
         "on_preempt": plan.config.deadpool and plan.config.on_preempt,
         "exit_signal": _exit_signal(plan.arguments),
+        # Agents of one machine would all choose the same processors.
+        "pin": plan.config.deadpool and plan.config.pin_agents and not host.startswith("127."),
     }
 
 

@@ -235,8 +235,11 @@ class Agent:
             return  # without DeadPool workers have nothing to say
         match record:
             case r.WorkerStep():
+                if record.step == "parked":
+                    self._watch.pinned(self._crew.located(worker, record.numa))
                 recovery.step(worker, record)
             case r.ArenaRequest():
+                self._watch.pinned(self._crew.located(worker, record.numa))
                 if is_constants(record.rank):
                     self._commits.has_constants(record.rank)
                 upkeep.grant(worker, record)

@@ -12,6 +12,7 @@ import zmq
 
 from deadpool_megatron.cluster.adoption import AdoptedProcess, Adoption
 from deadpool_megatron.cluster.known import KnownJob
+from deadpool_megatron.cluster.pinning import Pinning
 from deadpool_megatron.cluster.settings import AgentSettings
 from deadpool_megatron.cluster.workers import EPOCH, STACKS_FILE, Worker, end_group, start_worker
 
@@ -44,6 +45,7 @@ class Crew:
         self._given_up = given_up
         self._log_dir = Path(settings.log_dir)
         self._adoption = Adoption(settings.adopt) if settings.adopt else None
+        self._pinning = Pinning(settings.slots_per_node if settings.pin else 0)
         self.workers: dict[int, Worker] = {}
 
     # ---- the processes
@@ -75,10 +77,16 @@ class Crew:
             worker = self._adoption.take(local, rank, ours, self._given_up)
         else:
             log = self._log_dir / f"rank-{rank}.log" if rank is not None else self._spare_log(local)
-            worker = start_worker(self._s.command, env, local, rank, log)
+            with self._pinning.unpinned():
+                worker = start_worker(self._s.command, env, local, rank, log)
         self.workers[local] = worker
         for fd in _descriptors(worker):
             self._poller.register(fd, zmq.POLLIN)
+
+    def located(self, worker: Worker, numa: int) -> set[int]:
+        """A worker has its device on NUMA node ``numa``; the processors that the agent is bound to now, or none."""
+        alive = [each.pid for each in self.workers.values() if not each.exited]
+        return self._pinning.cpus if self._pinning.located(worker.local, numa, alive) else set()
 
     def renew(self, local: int) -> None:
         """A fresh process in a slot, once the one that is there has ended (it is ended now).

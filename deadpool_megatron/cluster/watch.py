@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
 from deadpool_megatron.cluster import records as r
@@ -63,6 +64,11 @@ class Watch:
         if self._metrics is not None:
             self._metrics.close()
         self._log.close()
+
+    def pinned(self, cpus: Collection[int]) -> None:
+        """The agent has bound itself to these processors, if there are any."""
+        if cpus:
+            self._log.write("pinned", cpus=sorted(cpus))
 
     # ---- shards
 

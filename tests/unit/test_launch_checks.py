@@ -11,6 +11,7 @@ import pytest
 from deadpool_megatron import checks, launch
 from deadpool_megatron.checks import LaunchError, LaunchPlan
 from deadpool_megatron.config import ConfigError
+from deadpool_megatron.processes import agent_settings
 from deadpool_megatron.versions import SUPPORTED, UserError, check_version
 
 
@@ -218,3 +219,16 @@ def test_every_refused_flag_is_one_that_megatron_knows() -> None:
     older = {"enable_cuda_graph", "external_cuda_graph"}
     unknown = {name for _, name in _unsupported()} - known - older
     assert not unknown
+
+
+def test_an_agent_is_pinned_where_it_has_a_machine_of_its_own_and_nobody_objects(tmp_path: Path) -> None:
+    def pins(host: str, flags: str) -> bool:
+        made = plan(tmp_path, "--local-nodes 2", flags)
+        pin = agent_settings(made, 0, "job", b"secret", (host, 1), 2, host)["pin"]
+        assert isinstance(pin, bool)
+        return pin
+
+    assert pins("10.1.2.3", "--deadpool")
+    assert not pins("127.0.0.2", "--deadpool")  # the nodes share this machine, and would choose the same processors
+    assert not pins("10.1.2.3", "--deadpool --no-deadpool-pin-agents")
+    assert not pins("10.1.2.3", "")
