@@ -18,7 +18,7 @@ import msgspec
 import zmq
 
 from deadpool_megatron.cluster import (
-    Agent,
+    AgentProcess,
     AgentSettings,
     Coordinator,
     CoordinatorSettings,
@@ -149,7 +149,7 @@ def _say(line: str) -> None:
 def _agent(settings: dict[str, Any]) -> int:
     settings["secret"] = bytes.fromhex(settings["secret"])
     try:
-        agent = Agent(AgentSettings(**settings))
+        agent = AgentProcess(AgentSettings(**settings))
     except VaultError as err:  # what the user asked for cannot be had here
         print(f"deadpool: node {settings['node']}: {err}", file=sys.stderr)
         return Exit.USAGE

@@ -1,6 +1,6 @@
 """Who is where: the agent of each node, the coordinator, and the records they exchange."""
 
-from deadpool_megatron.cluster.agent import Agent
+from deadpool_megatron.cluster.agent_process import AgentProcess
 from deadpool_megatron.cluster.coordinator import Coordinator, CoordinatorSettings
 from deadpool_megatron.cluster.core import Core, Deadlines, JobSpec, Phase
 from deadpool_megatron.cluster.durability import DurableSpec
@@ -10,7 +10,7 @@ from deadpool_megatron.cluster.link import Spoke
 from deadpool_megatron.cluster.settings import AgentSettings
 
 __all__ = [
-    "Agent",
+    "AgentProcess",
     "AgentSettings",
     "Coordinator",
     "CoordinatorSettings",

@@ -1,29 +1,25 @@
-"""The agent: one process a node. Starts and watches the workers, owns the vault, speaks with the coordinator.
+"""What the agent of one node does with all it hears: the node's counterpart of `Core`. No sockets, no clock of its own.
 
 ::
 
-    coordinator  <-- Uplink -->  Agent: the loop, who is told what  <-- Crew -->  workers
+    coordinator  <-- Uplink -->  AgentProcess  the loop: sockets, signals, the vault's wake-ups
+                                 Agent         who is told what  <-- Crew -->  workers
                                    KnownJob       epoch, assignment, tables (pure)
                                    NodeRecovery   this node's part in a recovery
                                    Upkeep         what the vault sends, keeps and frees  -->  vault (Shards)
                                    Commits        what this node has committed (pure)
                                    Lookout        is it cut off, is a worker stuck
                                    Faults         what tests have strike it
-
-One thread runs the loop; the vault's threads report through a queue. Nothing here trains, and nothing here imports
-torch, so an agent starts in a fraction of a second and wakes in milliseconds.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import signal
 import sys
 import time
+from collections.abc import Callable
 
 import msgspec
-import zmq
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
@@ -34,11 +30,10 @@ from deadpool_megatron.cluster.domains import slurm_labels
 from deadpool_megatron.cluster.draining import DurableNews, Loaded, NodeDurability
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.faults import Faults
+from deadpool_megatron.cluster.fence import Fence
 from deadpool_megatron.cluster.known import KnownJob
-from deadpool_megatron.cluster.lookout import LOOK_S, Lookout
+from deadpool_megatron.cluster.lookout import Lookout
 from deadpool_megatron.cluster.node_recovery import NodeRecovery
-from deadpool_megatron.cluster.notices import PREEMPT, WARNINGS
-from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.cluster.settings import AgentSettings
 from deadpool_megatron.cluster.shards import (
     Damaged,
@@ -50,156 +45,86 @@ from deadpool_megatron.cluster.shards import (
     ShardsEvent,
 )
 from deadpool_megatron.cluster.upkeep import Upkeep
-from deadpool_megatron.cluster.uplink import Uplink
 from deadpool_megatron.cluster.watch import Watch
+from deadpool_megatron.cluster.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.workers import Worker
 from deadpool_megatron.durable import Done, Staged
 from deadpool_megatron.vault import is_constants, numa_nodes
 
 __all__ = ["Agent"]
 
-_SAME_NOTICE_S = 5.0  # the batch system tells every process, and they tell each other
-
 
 class Agent:
-    """Runs one node to the end of the job. `run` returns the exit code."""
+    """One node's decisions. One thread; nothing blocks but what `Shards.holdings` has to checksum.
 
-    def __init__(self, settings: AgentSettings) -> None:
+    Args:
+        job: what this node knows of the job; follows what is declared.
+        shards: the node's vault; None without DeadPool.
+        watch: hears everything.
+        fence: this node's doubt when it has lost the coordinator.
+        post: sends a packet to the coordinator if the connection is up.
+        clock: seconds, monotonic.
+
+    Attributes:
+        code: with which the agent is to leave; None while it is to stay.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        job: KnownJob,
+        crew: Crew,
+        processes: WorkerProcesses,
+        shards: Shards | None,
+        watch: Watch,
+        fence: Fence,
+        post: Callable[[bytes], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._s = settings
-        self._code: int | None = None
-        self._terminated = False
-        self._preempted = math.inf  # when the first notice came
-        scheme = Scheme.parse(settings.redundancy)
-        self._job = KnownJob(settings.node, settings.active_nodes, settings.slots_per_node, scheme)
-        self._poller = zmq.Poller()
-        self._uplink = Uplink(settings, self._poller)
-        self._shards = (
-            Shards(
-                settings.job_id,
-                settings.node,
-                settings.secret,
-                settings.host,
-                settings.shm_directory,
-                scheme,
-                settings.scrub_rate,
-                settings.send_bandwidth,
-                settings.host_memory,
-                settings.transport,
-            )
-            if settings.deadpool
-            else None
-        )
-        self._crew = Crew(settings, self._job, self._poller, lambda: self._terminated)
-        self._faults = Faults(settings.node, self._crew, self._shards)
-        self._watch = Watch(
-            settings.node,
-            settings.job_id,
-            settings.log_dir,
-            self._shards.vault if self._shards else None,
-            settings.metrics_port,
-        )
+        self.code: int | None = None
+        self._job = job
+        self._post = post
+        self._shards = shards
+        self._crew = crew
+        self._faults = Faults(settings.node, crew, shards)
+        self._watch = watch
         self._durable = (
-            NodeDurability(settings.node, settings.durable_dir, settings.job_id, self._shards, self._send)
-            if self._shards is not None and settings.durable_dir
+            NodeDurability(settings.node, settings.durable_dir, settings.job_id, shards, self.send)
+            if shards is not None and settings.durable_dir
             else None
         )
-        self._commits = Commits(self._job)
+        self._commits = Commits(job)
         self._upkeep: Upkeep | None = None
         self._recovery: NodeRecovery | None = None
         self._lookout: Lookout | None = None
-        if self._shards is not None:
-            self._upkeep = Upkeep(self._job, self._shards, self._durable)
-            self._recovery = NodeRecovery(self._job, self._crew, self._shards, self._upkeep, self._faults, self._send)
-            self._lookout = Lookout(settings, self._job, self._crew, self._recovery, self._send)
-            self._poller.register(self._shards.wake_fd, zmq.POLLIN)
+        if shards is not None:
+            self._upkeep = Upkeep(job, shards, self._durable)
+            self._recovery = NodeRecovery(job, crew, shards, self._upkeep, self._faults, self.send)
+            self._lookout = Lookout(settings, job, crew, self._recovery, processes, fence, self.send, clock)
         self._hashes: list[r.StateHash] = []
-        self._refusals: dict[str, int] = {}
-        self._refusals_due = 0.0
 
-    # ---- the loop
-
-    def run(self) -> int:
-        """Start the workers, serve until told to stop, end everything."""
-        signal.signal(signal.SIGTERM, self._on_signal)
-        for signum in (PREEMPT, *WARNINGS):
-            signal.signal(signum, self._on_notice)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
-        self._crew.start()
-        told = False
-        try:
-            while self._code is None and not self._terminated:
-                if self._preempted < math.inf and not told and self._uplink.connected:
-                    told = True
-                    self._send(r.PreemptionNotice(self._s.node))
-                self._step(self._poller.poll(int(LOOK_S * 1000) if self._s.deadpool else 1000))
-                self._tell_refusals()
-        finally:
-            self._crew.end(self._code in (Exit.FENCED, Exit.PREEMPTED), told=self._code is not None)
-            if self._durable is not None:
-                self._durable.close()
-            if self._shards is not None:
-                self._shards.close()
-            self._uplink.close()
-            self._watch.close()
-        return 128 + signal.SIGTERM if self._code is None else self._code
-
-    def _on_signal(self, signum: int, frame: object) -> None:
-        if self._s.on_preempt and time.monotonic() < self._preempted + _SAME_NOTICE_S:
-            self._on_notice(signum, frame)  # a later one ends this node
-        else:
-            self._terminated = True
-
-    def _on_notice(self, signum: int, frame: object) -> None:
-        self._preempted = min(self._preempted, time.monotonic())  # told in the loop
-
-    def _step(self, ready: list[tuple[object, int]]) -> None:
-        fds = {fd for fd, _ in ready}
-        if self._uplink.has_come_up(fds):
-            self._introduce()
-        self._job.rendezvous = self._uplink.moved(fds) or self._job.rendezvous
-        for told in self._uplink.records(fds):
-            self._from_coordinator(told)
-            self._watch.heard(told, len(self._job.ranks))
-        for worker in list(self._crew.workers.values()):
-            if worker.doorbell in fds and worker.rank is not None and self._shards is not None:
-                os.eventfd_read(worker.doorbell)
-                self._shards.rang(worker.rank)
-                self._watch.rang(worker.rank)
-            if worker.control.fileno() in fds or worker.pidfd in fds:
-                for record in worker.hear():
-                    self._from_worker(worker, record)
-            if worker.pidfd in fds and not worker.exited:
-                self._ended(worker)
-        if self._shards is not None and self._shards.wake_fd in fds:
-            os.eventfd_read(self._shards.wake_fd)
-            while not self._shards.events.empty():
-                self._from_shards(self._shards.events.get())
-        self._uplink.follow()
-        if self._lookout is not None and (why := self._lookout.look(self._uplink.connected)):
-            print(f"deadpool: {why}", file=sys.stderr)
-            self._code = Exit.FENCED
-
-    def _tell_refusals(self) -> None:
-        """Once a second, if anything was refused since."""
-        if time.monotonic() < self._refusals_due:
-            return
-        self._refusals_due = time.monotonic() + 1.0
-        counts = dict(self._shards.server.refusals) if self._shards is not None else {}
-        counts["unsealed"] = self._uplink.unsealed
-        counts["malformed"] = self._uplink.malformed + sum(worker.refused for worker in self._crew.workers.values())
-        if counts != self._refusals and any(counts.values()):
-            self._send(r.Refusals(self._s.node, counts))
-        self._refusals = counts
-
-    def _send(self, record: r.AgentRecord) -> None:
+    def send(self, record: r.AgentRecord) -> None:
+        """To the coordinator, if it is there."""
         points.reach_record("agent", record)
-        self._uplink.post(r.encode(record))
+        self._post(r.encode(record))
         self._watch.sent(record)
 
-    def _introduce(self) -> None:
+    def look(self, connected: bool) -> None:
+        """Call often. ``connected``: to the coordinator."""
+        if self._lookout is not None and (why := self._lookout.look(connected)):
+            print(f"deadpool: {why}", file=sys.stderr)
+            self.code = Exit.FENCED
+
+    def close(self) -> None:
+        """End what runs beside the agent."""
+        if self._durable is not None:
+            self._durable.close()
+
+    def introduce(self) -> None:
         """The connection to the coordinator is up, for the first time or again: tell all that it may not know."""
         node, workers = self._s.node, self._crew.workers
-        self._send(
+        self.send(
             r.Join(
                 node,
                 os.getpid(),
@@ -214,22 +139,23 @@ class Agent:
         )
         for worker in workers.values():
             if worker.parked and worker.rank is None and not worker.exited:
-                self._send(r.WorkerReady(node, worker.local, worker.pid))
+                self.send(r.WorkerReady(node, worker.local, worker.pid))
             if worker.registered is not None:
-                self._send(worker.registered)
+                self.send(worker.registered)
             if worker.exited and worker.exit_code is not None:
                 exited = r.WorkerExited(node, worker.local, worker.rank, worker.pid, worker.exit_code, self._job.epoch)
-                self._send(exited)
+                self.send(exited)
         if self._commits.last is not None:
-            self._send(self._commits.last)  # without it nobody could ever overwrite a slot again
+            self.send(self._commits.last)  # without it nobody could ever overwrite a slot again
         for record in self._hashes:
-            self._send(record)
+            self.send(record)
         if self._crew.mine() and self._crew.all_reached("finished"):
-            self._send(r.Finished(self._job.epoch, node))
+            self.send(r.Finished(self._job.epoch, node))
 
     # ---- records from workers
 
-    def _from_worker(self, worker: Worker, record: r.WorkerRecord) -> None:
+    def heard(self, worker: Worker, record: r.WorkerRecord) -> None:
+        """A worker has said something."""
         recovery, lookout, upkeep, node = self._recovery, self._lookout, self._upkeep, self._s.node
         if recovery is None or lookout is None or upkeep is None:
             return  # without DeadPool workers have nothing to say
@@ -250,21 +176,21 @@ class Agent:
                 worker.registered = msgspec.structs.replace(
                     record, node=node, local=worker.local, epoch=self._job.epoch
                 )
-                self._send(worker.registered)
+                self.send(worker.registered)
             case r.ShardReady():
                 recovery.saved(worker, record)
             case r.Leaving():
                 if isinstance(worker.process, AdoptedProcess):
                     worker.process.said = record.code
             case r.WorkerFailed():
-                self._send(msgspec.structs.replace(record, node=node, local=worker.local, rank=worker.rank))
+                self.send(msgspec.structs.replace(record, node=node, local=worker.local, rank=worker.rank))
             case r.Described():
                 if self._durable is not None and worker.rank is not None:
                     self._durable.described(record, worker.rank)
                     self._begin(worker)
             case r.Iteration() if self._shards is not None:
                 sent, bandwidth = self._shards.sent(record.rank)
-                self._send(msgspec.structs.replace(record, node=node, sent_bytes=sent, send_bandwidth=bandwidth))
+                self.send(msgspec.structs.replace(record, node=node, sent_bytes=sent, send_bandwidth=bandwidth))
             case r.Whereabouts():
                 lookout.answered(worker, record)
             case r.Held():
@@ -273,37 +199,45 @@ class Agent:
                 recovery.unreadable(worker, record)
             case r.StateHash():
                 self._hashes.append(msgspec.structs.replace(record, node=node))
-                self._send(self._hashes[-1])
+                self.send(self._hashes[-1])
             case _:
                 # Who it is about the agent knows best: a worker cannot speak for another node.
-                self._send(msgspec.structs.replace(record, node=node))
+                self.send(msgspec.structs.replace(record, node=node))
 
-    def _ended(self, worker: Worker) -> None:
+    def rang(self, worker: Worker) -> None:
+        """A worker has written more of its shard."""
+        if worker.rank is not None and self._shards is not None:
+            self._shards.rang(worker.rank)
+            self._watch.rang(worker.rank)
+
+    def ended(self, worker: Worker) -> None:
+        """A worker's process has ended."""
         code = self._crew.reap(worker)
         if not worker.retired:
-            self._send(r.WorkerExited(self._s.node, worker.local, worker.rank, worker.pid, code, self._job.epoch))
+            self.send(r.WorkerExited(self._s.node, worker.local, worker.rank, worker.pid, code, self._job.epoch))
             return
         self._crew.renew(worker.local)
         if self._job.declared is None and not self._crew.renewing:
-            self._introduce()  # the coordinator knows other processes
+            self.introduce()  # the coordinator knows other processes
         if self._recovery is not None:
             self._recovery.take_over()
 
     # ---- events of the vault
 
-    def _from_shards(self, event: ShardsEvent | DurableNews) -> None:
+    def happened(self, event: ShardsEvent | DurableNews) -> None:
+        """The vault, or the drainer, tells."""
         assert self._shards is not None and self._recovery is not None
         match event:
             case Staged() | Done() | Loaded():
                 if self._durable is not None:
                     self._durable.heard(event)
             case ReserveFailed():
-                self._send(r.NoRoom(self._s.node, event.message))
+                self.send(r.NoRoom(self._s.node, event.message))
             case Reserved():
                 way, nodes = self._shards.transport, max(1, len(numa_nodes()))
-                self._send(r.VaultMemory(self._s.node, event.nbytes, event.huge_bytes, nodes, way.name, way.why))
+                self.send(r.VaultMemory(self._s.node, event.nbytes, event.huge_bytes, nodes, way.name, way.why))
             case Damaged():
-                self._send(r.DamagedCopy(self._job.epoch, self._s.node, event.holder, event.kind, event.generation))
+                self.send(r.DamagedCopy(self._job.epoch, self._s.node, event.holder, event.kind, event.generation))
             case RankCommitted():
                 for due in self._commits.due(event):
                     self._rank_committed(due)
@@ -313,17 +247,22 @@ class Agent:
     def _rank_committed(self, event: RankCommitted) -> None:
         covered = self._commits.covered(event.rank, event.generation)
         if covered is not None:
-            self._send(covered)
+            self.send(covered)
         if event.epoch != self._job.epoch:
             return
         self._watch.committed(event.rank, event.epoch, event.generation)
         committed = self._commits.committed(event.rank, event.generation)
         if committed is not None:
-            self._send(committed)
+            self.send(committed)
 
     # ---- records from the coordinator
 
-    def _from_coordinator(self, record: r.CoordinatorRecord) -> None:
+    def told(self, record: r.CoordinatorRecord) -> None:
+        """The coordinator has said something."""
+        self._act(record)
+        self._watch.heard(record, len(self._job.ranks))
+
+    def _act(self, record: r.CoordinatorRecord) -> None:
         recovery, upkeep = self._recovery, self._upkeep
         match record:
             case r.Roster():
@@ -348,7 +287,7 @@ class Agent:
             case r.Stop():
                 if record.code == Exit.FENCED or (self._s.tells_end and record.message):
                     print(f"deadpool: {record.message}", file=sys.stderr)
-                self._code = record.code
+                self.code = record.code
                 for worker in self._crew.workers.values():
                     if isinstance(worker.process, AdoptedProcess):
                         worker.tell(record)  # its launcher is to see this job's exit code, not a signal
@@ -359,7 +298,7 @@ class Agent:
                 if whole is not None:
                     self._declare(recovery, whole)
                 elif record.epoch > self._job.epoch:
-                    self._send(r.Behind(record.epoch, self._s.node))
+                    self.send(r.Behind(record.epoch, self._s.node))
             case r.Agree() if recovery is not None and record.epoch == self._job.epoch:
                 self._commits.agreed(record)
                 recovery.agree(record)
@@ -370,7 +309,7 @@ class Agent:
             case r.CommittedTo() if upkeep is not None:
                 upkeep.committed_to(record)
             case _ if self._durable is not None and self._job.ranks:
-                self._from_coordinator_durable(self._durable, record)
+                self._told_durable(self._durable, record)
 
     def _declare(self, recovery: NodeRecovery, record: r.Declare) -> None:
         if record.epoch <= self._job.epoch:
@@ -389,7 +328,7 @@ class Agent:
         if self._lookout is not None:
             self._lookout.restart()
 
-    def _from_coordinator_durable(self, durable: NodeDurability, record: r.CoordinatorRecord) -> None:
+    def _told_durable(self, durable: NodeDurability, record: r.CoordinatorRecord) -> None:
         ranks = self._job.ranks.values()
         match record:
             case r.DrainShards():
@@ -414,6 +353,6 @@ class Agent:
             worker.began = True
             worker.tell(what)
         elif what is not None:
-            self._send(
+            self.send(
                 r.WorkerFailed(self._s.node, worker.local, worker.rank, "setup", 0, -1, Exit.USAGE, "", "", what, "")
             )

@@ -7,6 +7,7 @@ import difflib
 import functools
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -80,10 +81,15 @@ class Coordinator:
         store: Store,
         guard: Guard,
         lease: Lease | None = None,
+        hub: Hub | None = None,
+        run: RunDirectory | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        chance: random.Random | None = None,
     ) -> None:
         """``guard``: of the leadership in this term; without it ``store`` takes no write.
 
-        ``lease``: of the durable directory, kept by its own thread.
+        ``lease``: of the durable directory, kept by its own thread. ``hub``, ``run``, ``clock`` (seconds, monotonic)
+        and ``chance`` are those of ``settings`` and this machine unless given.
         """
         self._core = Core(job, r.Address(settings.host, settings.store_port))
         self._memory = Memory(store, guard)
@@ -92,13 +98,13 @@ class Coordinator:
         self._enlistment = enlistment
         self._lease = lease
         patience, silence_s = patience_s(again=settings.resume), job.deadlines.lease
-        self._clock = AwakeClock(max(_LONGEST_PASS_S, silence_s / 2))  # less than the silence that means gone
-        self._hub = Hub(settings.bind, settings.port, settings.secret, silence_s, patience)
+        self._clock = AwakeClock(max(_LONGEST_PASS_S, silence_s / 2), clock)  # less than the silence that means gone
+        self._hub = hub or Hub(settings.bind, settings.port, settings.secret, silence_s, patience)
         self.port = self._hub.port
-        self._run = RunDirectory(settings.run_dir, fresh=not settings.resume)
+        self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
         self._refused = 0
-        self._teller = Teller()
+        self._teller = Teller(chance)
         self._no_places_until = self._clock.now() + silence_s if settings.resume else 0.0
         self._connected: set[int] = set()
         self._interrupted = False
@@ -116,6 +122,24 @@ class Coordinator:
 
     def run(self, announce: Callable[[int], None]) -> tuple[int, str]:
         """Serve the job. ``announce`` is called with the port once the coordinator listens."""
+        self.begin(announce)
+        core, woke = self._core, 0.0
+        gather = min(max(_GATHER_S[0], _GATHER_S_A_NODE * core.job.nodes), _GATHER_S[1])
+        while self._finish is None:
+            timeout = self.timeout()
+            if core.phase is Phase.RUNNING and self._clock.now() - woke < gather:
+                time.sleep(gather)  # thousands of agents: their news are taken some at a time, not one by one
+            woke = self._clock.now()
+            self.turn(timeout)
+        return self.end()
+
+    @property
+    def finished(self) -> bool:
+        """The job is over: `end` is next."""
+        return self._finish is not None
+
+    def begin(self, announce: Callable[[int], None]) -> None:
+        """Before the first `turn`."""
         self._run.job(
             {
                 "coordinator": f"{self._settings.host}:{self.port}",
@@ -137,32 +161,35 @@ class Coordinator:
         announce(self.port)
         if self._settings.elected:
             self._memory.watch()
-        core, woke = self._core, 0.0
-        gather = min(max(_GATHER_S[0], _GATHER_S_A_NODE * core.job.nodes), _GATHER_S[1])
-        while self._finish is None:
-            deadline = self._core.next_deadline()
-            now = self._clock.now()
-            timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
-            if self._status_stale:
-                timeout = min(timeout, max(0.0, self._status_due - now))
-            if core.phase is Phase.RUNNING and now - woke < gather:
-                time.sleep(gather)  # thousands of agents: their news are taken some at a time, not one by one
-            woke = self._clock.now()
-            self._hub.wait(timeout, self._packet, self._gone)
-            self._tell_standstill()
-            self._memory.check()
-            self._run.flush()
-            self._do(self._core.tick(self._clock.now()))
-            if self._lease is not None and self._lease.lost is not None:
-                why, self._lease = str(self._lease.lost), None
-                self._do(self._core.durable_taken(why, self._clock.now()))
-            if self._preempted and self._finish is None:
-                self._preempted = False
-                self._do(self._core.preempted(self._clock.now()))
-            if self._interrupted and self._finish is None:
-                self._do(self._core.interrupted(self._clock.now()))
-            if self._status_stale and self._clock.now() >= self._status_due:
-                self._write_status()
+
+    def timeout(self) -> float:
+        """Seconds until there is something to do if nothing comes; half a second at most."""
+        deadline = self._core.next_deadline()
+        now = self._clock.now()
+        timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
+        return min(timeout, max(0.0, self._status_due - now)) if self._status_stale else timeout
+
+    def turn(self, timeout: float) -> None:
+        """One turn of the loop: what comes within ``timeout`` seconds, and what is due."""
+        self._hub.wait(timeout, self._packet, self._gone)
+        self._tell_standstill()
+        self._memory.check()
+        self._run.flush()
+        self._do(self._core.tick(self._clock.now()))
+        if self._lease is not None and self._lease.lost is not None:
+            why, self._lease = str(self._lease.lost), None
+            self._do(self._core.durable_taken(why, self._clock.now()))
+        if self._preempted and self._finish is None:
+            self._preempted = False
+            self._do(self._core.preempted(self._clock.now()))
+        if self._interrupted and self._finish is None:
+            self._do(self._core.interrupted(self._clock.now()))
+        if self._status_stale and self._clock.now() >= self._status_due:
+            self._write_status()
+
+    def end(self) -> tuple[int, str]:
+        """After the last one; the exit code and the message that goes with it."""
+        assert self._finish is not None
         with contextlib.suppress(StoreError):  # that it has ended is kept already
             self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
         self._say_goodbye()
@@ -260,8 +287,8 @@ class Coordinator:
             case r.AddSpare():
                 error, node, actions = core.add_spare(record.host, now)
                 reply = r.SpareAdded(error, node)
+        self._do(actions)  # first: a node that was promised a place has one, whatever becomes of this process
         self._reply(identity, reply)
-        self._do(actions)
 
     def _inject(self, fault: r.Fault, now: float) -> tuple[str, list[Action]]:
         if fault.point:

@@ -486,7 +486,7 @@ class Core:
 
     def _durable_taken(self, why: str) -> None:
         self._durability.taken(why)
-        self._leave_if_preempted()
+        self._leave_if_drained()
 
     def _preempt(self) -> None:
         if not self.job.on_preempt:

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-from collections.abc import Callable
-from pathlib import Path
-
-import zmq
-
-from deadpool_megatron.cluster.adoption import AdoptedProcess, Adoption
 from deadpool_megatron.cluster.known import KnownJob
-from deadpool_megatron.cluster.pinning import Pinning
-from deadpool_megatron.cluster.settings import AgentSettings
-from deadpool_megatron.cluster.workers import EPOCH, STACKS_FILE, Worker, end_group, start_worker
+from deadpool_megatron.cluster.worker_processes import WorkerProcesses
+from deadpool_megatron.cluster.workers import Worker
 
 __all__ = ["Crew"]
-
-_TERM_GRACE_S = 5.0
 
 
 class Crew:
@@ -26,67 +14,28 @@ class Crew:
 
     Args:
         job: what this node knows of the job.
-        poller: has the descriptors of every worker from its start until it is reaped.
-        given_up: asked while workers that somebody else starts are waited for.
 
     Attributes:
         workers: by local index, the newest process of each slot, alive or not.
-
-    Raises:
-        OSError: another agent takes in the workers of this node.
     """
 
-    def __init__(
-        self, settings: AgentSettings, job: KnownJob, poller: zmq.Poller, given_up: Callable[[], bool]
-    ) -> None:
-        self._s = settings
+    def __init__(self, job: KnownJob, processes: WorkerProcesses) -> None:
         self._job = job
-        self._poller = poller
-        self._given_up = given_up
-        self._log_dir = Path(settings.log_dir)
-        self._adoption = Adoption(settings.adopt) if settings.adopt else None
-        self._pinning = Pinning(settings.slots_per_node if settings.pin else 0)
+        self._processes = processes
         self.workers: dict[int, Worker] = {}
 
     # ---- the processes
 
-    def start(self) -> None:
+    def start(self, slots: int) -> None:
         """Start all workers, or take them in; a spare's are parked. Raises AdoptionError."""
-        for local in range(self._s.slots_per_node):
-            self._start(local, self._job.ranks.get(local))
-        if self._adoption is not None:
-            self._adoption.close()
-
-    def _start(self, local: int, rank: int | None) -> None:
-        env = dict(self._s.environment)
-        env["LOCAL_RANK"] = str(local)
-        env["LOCAL_WORLD_SIZE"] = str(self._s.slots_per_node)
-        env["WORLD_SIZE"] = str(self._s.world_size)
-        env["GROUP_RANK"] = str(self._s.node)
-        env["GROUP_WORLD_SIZE"] = str(self._s.active_nodes)
-        env["DEADPOOL_NODE"] = str(self._s.node)
-        if self._job.rendezvous is not None:
-            env["MASTER_ADDR"], env["MASTER_PORT"] = self._job.rendezvous.host, str(self._job.rendezvous.port)
-        env[STACKS_FILE] = str(self.stacks_file(local))
-        if rank is not None:
-            env["RANK"] = str(rank)
-            # A start that begins anew: workers of the one before may have left keys in the store.
-            env[EPOCH] = env["TORCHELASTIC_RESTART_COUNT"] = str(self._job.epoch)
-        if self._adoption is not None and local < self._s.slots_per_node:
-            ours = {k: v for k, v in env.items() if os.environ.get(k) != v}
-            worker = self._adoption.take(local, rank, ours, self._given_up)
-        else:
-            log = self._log_dir / f"rank-{rank}.log" if rank is not None else self._spare_log(local)
-            with self._pinning.unpinned():
-                worker = start_worker(self._s.command, env, local, rank, log)
-        self.workers[local] = worker
-        for fd in _descriptors(worker):
-            self._poller.register(fd, zmq.POLLIN)
+        for local in range(slots):
+            self.workers[local] = self._processes.start(local, self._job.ranks.get(local))
+        self._processes.all_started()
 
     def located(self, worker: Worker, numa: int) -> set[int]:
         """A worker has its device on NUMA node ``numa``; the processors that the agent is bound to now, or none."""
-        alive = [each.pid for each in self.workers.values() if not each.exited]
-        return self._pinning.cpus if self._pinning.located(worker.local, numa, alive) else set()
+        alive = [each for each in self.workers.values() if not each.exited]
+        return self._processes.located(worker, numa, alive)
 
     def renew(self, local: int) -> None:
         """A fresh process in a slot, once the one that is there has ended (it is ended now).
@@ -94,19 +43,20 @@ class Crew:
         It is parked, or where the job has not begun to train begins at once as the coordinate that the slot has.
         """
         old = self.workers.get(local)
-        if self._adoption is not None and local < self._s.slots_per_node:
+        if self._processes.adopted(local):
             # Who has started it starts no other one: this node is drained, and its workers leave when it is let go.
             if old is not None:
                 old.retired = True
             return
         if old is not None and not old.exited:
             old.retired = True
-            end_group(old.pid, signal.SIGKILL)  # its end is seen by `reap`: device memory may take a while to go
+            self._processes.kill(old)
             return
         if old is not None:
             del self.workers[local]  # it is closed even if no other one can be started
             old.close()
-        self._start(local, self._job.ranks.get(local) if self._job.declared is None else None)
+        rank = self._job.ranks.get(local) if self._job.declared is None else None
+        self.workers[local] = self._processes.start(local, rank)
 
     def start_over(self) -> None:
         """The start begins anew: fresh processes wherever there is a coordinate, or was one."""
@@ -121,38 +71,19 @@ class Crew:
 
     def reap(self, worker: Worker) -> int:
         """A worker has ended, by itself or as `renew` wants it; its exit code."""
-        code = worker.process.wait()
-        worker.exited, worker.exit_code = True, code
-        end_group(worker.pid, signal.SIGKILL)  # its forked children hold its sockets open
-        for fd in _descriptors(worker):
-            self._poller.unregister(fd)
-        return code
+        worker.exit_code = self._processes.reap(worker)
+        worker.exited = True
+        return worker.exit_code
 
     def signal(self, signum: int) -> None:
         """To every worker that trains; 0 for none."""
         for worker in self.workers.values() if signum else ():
             if worker.rank is not None and not worker.exited:
-                os.kill(worker.pid, signum)
+                self._processes.signal(worker, signum)
 
     def end(self, at_once: bool, told: bool) -> None:
-        """End all workers. Blocks until they have; ``at_once``: without time to leave.
-
-        ``told``: workers that somebody else has started were told to leave, and leave with the job's exit code.
-        """
-        alive = [w for w in self.workers.values() if not w.exited]
-        if not at_once:
-            for worker in alive:
-                if not (told and isinstance(worker.process, AdoptedProcess)):
-                    end_group(worker.pid, signal.SIGTERM)
-            end = time.monotonic() + _TERM_GRACE_S
-            poller = zmq.Poller()
-            for worker in alive:
-                poller.register(worker.pidfd, zmq.POLLIN)
-            while (left := end - time.monotonic()) > 0 and any(w.process.poll() is None for w in alive):
-                poller.poll(min(100, int(left * 1000) + 1))
-        for worker in alive:
-            end_group(worker.pid, signal.SIGKILL)
-            worker.process.wait()
+        """End all workers; see `WorkerProcesses.end`. Blocks until they have."""
+        self._processes.end(self.workers.values(), at_once, told)
         for worker in self.workers.values():
             worker.close()
 
@@ -181,26 +112,6 @@ class Crew:
             worker = self.workers.get(local)
             if worker is not None and worker.parked and worker.rank is None and not worker.retired:
                 worker.rank = rank
-                self._link_log(local, rank)
+                self._processes.link_log(local, rank)
                 out.append(worker)
         return out
-
-    # ---- their files
-
-    def stacks_file(self, local: int) -> Path:
-        """Where a worker that is stuck shows the stacks of its threads."""
-        return self._log_dir / f"stacks-node{self._s.node}-{local}.txt"
-
-    def _spare_log(self, local: int) -> Path:
-        return self._log_dir / f"spare-node{self._s.node}-{local}.log"
-
-    def _link_log(self, local: int, rank: int) -> None:
-        target = self._spare_log(local)
-        if target.exists():  # an adopted worker writes where its launcher wants it
-            link = self._log_dir / f"rank-{rank}.epoch-{self._job.epoch}.log"
-            link.unlink(missing_ok=True)
-            link.symlink_to(target.name)
-
-
-def _descriptors(worker: Worker) -> tuple[int, int, int]:
-    return worker.pidfd, worker.control.fileno(), worker.doorbell

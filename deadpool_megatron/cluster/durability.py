@@ -329,6 +329,7 @@ class Durability:
         self._taken = why
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
+            self.last_is_over = attempt.last
             self._send(None, r.GiveUpDrain(attempt.name, _NOBODY))
         self._emit("durable_taken", message=f"{why}; training goes on, and drains nothing more")
         if self._preempted is not None:
@@ -349,8 +350,8 @@ class Durability:
 
     @property
     def can_drain(self) -> bool:
-        """There is a durable directory."""
-        return self._spec is not None
+        """There is a durable directory, and it is this job's."""
+        return self._spec is not None and not self._taken
 
     def preempt(self, assignment: Sequence[r.SlotAddress], now: float) -> None:
         """The job has to leave soon: drain the newest committed generation at once. `leave` says when, and what to say.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from deadpool_megatron.cluster import records as r
 
@@ -29,10 +29,23 @@ def on_smaller_side(reached: int, others: int) -> bool:
 
 
 class Fence:
-    """One agent's doubt. ``check`` is called a few times a second; connecting is done in a thread."""
+    """One agent's doubt. `cut_off` is called a few times a second; connecting is done in a thread.
 
-    def __init__(self, node: int, lease: float) -> None:
+    Args:
+        ask: connects to addresses, and calls what it is given with how many have answered; None: over TCP.
+        chance: draws the sample.
+    """
+
+    def __init__(
+        self,
+        node: int,
+        lease: float,
+        ask: Callable[[list[r.Address], Callable[[int], None]], None] | None = None,
+        chance: random.Random | None = None,
+    ) -> None:
         self._node = node
+        self._ask = ask or _ask_over_tcp
+        self._chance = chance or random.Random()
         self._lease = lease
         self._since: float | None = None
         self._reached: int | None = None
@@ -57,24 +70,32 @@ class Fence:
             self._asked = now
             others = [a for node, a in vaults.items() if node != self._node]
             if len(others) > _MOST_ASKED:
-                others = random.sample(others, _MOST_ASKED)
+                others = self._chance.sample(others, _MOST_ASKED)
             self._others = len(others)
-            threading.Thread(target=self._ask, args=(others,), name="deadpool-fence", daemon=True).start()
+            self._ask(others, self._answered)
         return False
 
-    def _ask(self, others: list[r.Address]) -> None:
-        answers: list[bool] = []
+    def _answered(self, reached: int) -> None:
+        self._reached = reached
 
-        def one(address: r.Address) -> None:
-            try:
-                socket.create_connection((address.host, address.port), _CONNECT_S).close()
-            except OSError:
-                return
-            answers.append(True)
 
+def _ask_over_tcp(others: list[r.Address], tell: Callable[[int], None]) -> None:
+    """In a thread."""
+    answers: list[bool] = []
+
+    def one(address: r.Address) -> None:
+        try:
+            socket.create_connection((address.host, address.port), _CONNECT_S).close()
+        except OSError:
+            return
+        answers.append(True)
+
+    def all_of_them() -> None:
         threads = [threading.Thread(target=one, args=(a,), daemon=True) for a in others]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(2 * _CONNECT_S)
-        self._reached = len(answers)
+        tell(len(answers))
+
+    threading.Thread(target=all_of_them, name="deadpool-fence", daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -15,6 +16,7 @@ from deadpool_megatron.cluster.node_recovery import NodeRecovery
 from deadpool_megatron.cluster.settings import AgentSettings
 from deadpool_megatron.cluster.stalls import StallRule
 from deadpool_megatron.cluster.stuck import StuckWatch
+from deadpool_megatron.cluster.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.workers import Worker
 
 __all__ = ["LOOK_S", "Lookout", "pace_every_s"]
@@ -33,7 +35,9 @@ class Lookout:
     """Used by the agent's thread only.
 
     Args:
+        fence: this node's doubt when it has lost the coordinator.
         send: sends a record to the coordinator.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -42,20 +46,23 @@ class Lookout:
         job: KnownJob,
         crew: Crew,
         recovery: NodeRecovery,
+        processes: WorkerProcesses,
+        fence: Fence,
         send: Callable[[r.AgentRecord], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._job = job
         self._crew = crew
         self._recovery = recovery
         self._send = send
-        self._fence = Fence(settings.node, settings.lease)
+        self._fence = fence
+        self._clock = AwakeClock(max(8 * LOOK_S, settings.lease / 2), clock)
         self._stuck: StuckWatch | None = None
         if settings.hang_floor > 0:
             rule = StallRule(settings.hang_factor, settings.hang_floor, settings.hang_outside)
-            self._stuck = StuckWatch(rule, settings.lease, self._stalled)
+            self._stuck = StuckWatch(rule, settings.lease, processes, self._stalled)
         self._pace_s = pace_every_s(settings.active_nodes)
         self._due = self._pace_due = 0.0
-        self._clock = AwakeClock(max(8 * LOOK_S, settings.lease / 2))
 
     def look(self, connected: bool) -> str:
         """Call often. Why this node has to fence itself; empty when it has not. ``connected``: to the coordinator."""
@@ -101,4 +108,4 @@ class Lookout:
         """The coordinator has judged a worker: keep its stacks, then end it."""
         stuck = self._crew.mine().get(record.rank) if record.epoch == self._job.epoch else None
         if stuck is not None and self._stuck is not None:
-            self._stuck.end(stuck, self._crew.stacks_file(stuck.local), self._clock.now())
+            self._stuck.end(stuck, self._clock.now())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import itertools
 import logging
 import os
 import queue
@@ -16,6 +13,7 @@ from typing import Any
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.fetching import Attempts
 from deadpool_megatron.cluster.redundancy import Scheme
 from deadpool_megatron.vault import (
     CONSTANT,
@@ -50,8 +48,6 @@ __all__ = ["Damaged", "FetchDone", "RankCommitted", "ReserveFailed", "Reserved",
 
 
 _log = logging.getLogger(__name__)
-_PATIENCE_S = 10.0  # for a shard whose holder cannot be reached; a holder that is gone ends the epoch sooner
-_PAUSE_S = 0.05
 _Place = tuple[str, int] | Vault
 _Held = dict[int, list[tuple[int, int]]]  # versions (epoch, generation), by rank or word
 
@@ -80,6 +76,12 @@ class FetchDone:
     error: str
     tried: int = -1
     own: bool = False
+
+    @classmethod
+    def failed(cls, rank: int, epoch: int, version: Version, source: int, tried: int, err: VaultError) -> FetchDone:
+        """It could not be had, because of ``err``."""
+        full = isinstance(err, VaultFull)
+        return cls(rank, epoch, version.generation, source, None, str(err), tried, full)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,19 +322,24 @@ class Shards:
         """
         version = Version(source.version_epoch, generation)
 
+        def bring(places: Sequence[_Place]) -> None:
+            fetch(
+                self.vault, self._secret, places[0], rank, epoch, version, direct=self._direct,
+                others=[place for place in places[1:] if not isinstance(place, Vault)],
+            )  # fmt: skip
+
         def work() -> None:
-            error, own = "", False
             points.reach("fetch.before")
+            places: list[_Place] = [(address.host, address.port) if address is not None else self.vault]
+            places += [(other.host, other.port) for other in others]
+            done = FetchDone(rank, epoch, generation, source.node, (version.epoch, generation), "", version.epoch)
             try:
-                place: _Place = (address.host, address.port) if address is not None else self.vault
-                more = [(other.host, other.port) for other in others]
-                _patiently(functools.partial(self._bring, rank, epoch, version, place, more))
-                self._fetch_constants(rank, epoch, [place, *more, *((each.host, each.port) for each in keepers)])
+                _patiently(places, bring)
+                self._fetch_constants(rank, epoch, [*places, *((each.host, each.port) for each in keepers)])
             except VaultError as err:
-                error, own = str(err), isinstance(err, VaultFull)
+                done = FetchDone.failed(rank, epoch, version, source.node, version.epoch, err)
             points.reach("fetch.after")
-            got = None if error else (version.epoch, version.generation)
-            self.tell(FetchDone(rank, epoch, generation, source.node, got, error, source.version_epoch, own))
+            self.tell(done)
 
         threading.Thread(target=work, name=f"fetch-{rank}", daemon=True).start()
 
@@ -354,7 +361,8 @@ class Shards:
         version = Version(max(share.version_epoch for part in parts for share in part), generation)
 
         def work() -> None:
-            error, node, own = "", first, False
+            node = first
+            done = FetchDone(rank, epoch, generation, first, (version.epoch, generation), "", parts[0][0].version_epoch)
             try:
                 if self.stripes is None:
                     raise VaultError("parity is not kept in this job")
@@ -363,35 +371,17 @@ class Shards:
                     raise RebuildFailed(f"node {gone} has no vault", gone)
                 pieces = [[_piece(share, generation, vaults[share.node]) for share in part] for part in parts]
                 coder = self.stripes.coder
-                _patiently(lambda: rebuild(self.vault, self._secret, rank, epoch, version, pieces, coder))
+                _patiently(
+                    [pieces], lambda those: rebuild(self.vault, self._secret, rank, epoch, version, those[0], coder)
+                )
                 self._fetch_constants(rank, epoch, [(each.host, each.port) for each in keepers])
-            except RebuildFailed as err:
-                error, node = str(err), err.node
             except VaultError as err:
-                error, own = str(err), isinstance(err, VaultFull)
-            got = None if error else (version.epoch, version.generation)
-            tried = next((share.version_epoch for part in parts for share in part if share.node == node), -1)
-            self.tell(FetchDone(rank, epoch, generation, node, got, error, tried, own))
+                node = err.node if isinstance(err, RebuildFailed) else first
+                tried = next((share.version_epoch for part in parts for share in part if share.node == node), -1)
+                done = FetchDone.failed(rank, epoch, version, node, tried, err)
+            self.tell(done)
 
         threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()
-
-    def _bring(self, rank: int, epoch: int, version: Version, place: _Place, more: Sequence[tuple[str, int]]) -> None:
-        """A shard from ``place`` and ``more`` at once, else from one of them. Raises what ``place`` alone raised."""
-        bring = functools.partial(
-            fetch, self.vault, self._secret, rank=rank, epoch=epoch, version=version, direct=self._direct
-        )
-        if more:
-            with contextlib.suppress(VaultError):
-                bring(place, others=more)
-                return
-        try:
-            bring(place)
-        except VaultError as err:
-            for other in more if err.broken else ():
-                with contextlib.suppress(VaultError):
-                    bring(other)
-                    return
-            raise
 
     def _fetch_constants(self, rank: int, epoch: int, places: Sequence[tuple[str, int] | Vault]) -> None:
         """Blocks. Where nobody gives them, the rank has none, or its worker has to have them from a replica."""
@@ -418,19 +408,21 @@ class Shards:
         self.vault.close()
 
 
-def _patiently(work: Callable[[], object]) -> None:
-    """Do it again, over new connections, as long as connections fail, for some seconds. Raises as the last try."""
-    end, pause = time.monotonic() + _PATIENCE_S, _PAUSE_S
-    for attempt in itertools.count(1):
+def _patiently[Place](places: Sequence[Place], ask: Callable[[Sequence[Place]], object]) -> None:
+    """Ask these holders, over new connections, as `Attempts` says. Raises what the first one alone raised last."""
+    attempts = Attempts(places, time.monotonic())
+    while True:
         try:
-            work()
+            ask(attempts.asked)
             return
         except VaultError as err:
-            if not err.broken or (time.monotonic() > end and attempt > 1):
-                raise
-            _log.warning("%s; trying again", err)
+            pause = attempts.failed(err, time.monotonic())
+            if pause is None:
+                assert attempts.error is not None
+                raise attempts.error from None
+            if pause:
+                _log.warning("%s; trying again", err)
         time.sleep(pause)
-        pause = min(2 * pause, 1.0)
 
 
 def _piece(share: r.Share, generation: int, at: r.Address) -> Piece:

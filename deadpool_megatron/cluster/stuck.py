@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.stalls import Pulse, StallRule
-from deadpool_megatron.cluster.workers import Worker, ask_for_stacks, end_group, is_stopped
+from deadpool_megatron.cluster.worker_processes import WorkerProcesses
+from deadpool_megatron.cluster.workers import Worker
 
 __all__ = ["StuckWatch"]
 
@@ -41,6 +40,7 @@ class StuckWatch:
 
     rule: StallRule
     lease: float
+    processes: WorkerProcesses
     tell: Callable[[Worker, r.Stalled], None]
     _looks: dict[int, _Look] = field(default_factory=dict)
     _ending: list[tuple[float, Worker]] = field(default_factory=list)
@@ -59,7 +59,7 @@ class StuckWatch:
             look = self._looks[worker.pid] = _Look(Pulse(self.rule, since=now))
         page = worker.page
         over = look.pulse.look(page.mark, page.in_step, now)
-        if is_stopped(worker.pid):
+        if self.processes.is_stopped(worker):
             look.stopped_since = look.stopped_since or now
             if now - look.stopped_since > self.lease:
                 self._report(worker, rank, look, "silent", now)
@@ -109,9 +109,9 @@ class StuckWatch:
 
     # ---- the end of a stuck worker
 
-    def end(self, worker: Worker, file: Path, now: float) -> None:
-        """Keep the stacks of a stuck worker in ``file``; it is killed a second later."""
-        ask_for_stacks(worker.pid, file)
+    def end(self, worker: Worker, now: float) -> None:
+        """Keep the stacks of a stuck worker; it is killed a second later."""
+        self.processes.keep_stacks(worker)
         self._ending.append((now + _STACKS_S, worker))
 
     def finish(self, now: float) -> bool:
@@ -121,7 +121,7 @@ class StuckWatch:
             if worker.exited:
                 continue
             if now >= due:
-                end_group(worker.pid, signal.SIGKILL)
+                self.processes.kill(worker)
             if now >= due + _UNKILLABLE_S:
                 return True
             kept.append((due, worker))

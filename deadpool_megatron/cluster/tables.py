@@ -7,7 +7,7 @@ version before, which at 4,096 nodes is a few hundred bytes in the place of a me
 
 from __future__ import annotations
 
-import secrets
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -81,7 +81,9 @@ def _difference(record: r.Declare, old: Tables) -> r.Changed | None:
 class Teller:
     """The coordinator's side: what was told last, and who has it."""
 
-    def __init__(self) -> None:
+    def __init__(self, chance: random.Random | None = None) -> None:
+        """``chance``: draws the versions; None: the system's."""
+        self._chance = chance or random.SystemRandom()
         self._told = Tables()
         self._whole = b""  # the last Declare in full, encoded
         self._has: dict[int, int] = {}
@@ -129,4 +131,4 @@ class Teller:
         return out
 
     def _fresh(self) -> int:
-        return secrets.randbits(62) | 1
+        return self._chance.getrandbits(62) | 1

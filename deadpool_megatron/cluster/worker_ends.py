@@ -89,7 +89,10 @@ class WorkerEnds:
     def _refill(self, state: NodeState, record: r.WorkerExited, cause: str) -> None:
         """A worker died, its node is healthy: a spare takes over, or a new process in the same slot."""
         here = r.SlotAddress(record.node, record.local)
-        if record.rank is None or self._facts.members.assignment[record.rank] != here:
+        assignment = self._facts.members.assignment
+        # (a fresh process may end before it has taken over the coordinate of its slot)
+        rank = assignment.index(here) if record.rank is None and here in assignment else record.rank
+        if rank is None or assignment[rank] != here:
             return  # it has been replaced already
         to_blame = self._blame.died(state)
         iteration = self._facts.headway.iteration
@@ -101,7 +104,7 @@ class WorkerEnds:
             again = f"{state.deaths} of its workers ended, the last one: " if state.deaths > 1 else ""
             self._voice.lose({state.node}, again + cause)
             return
-        self._voice.emit("detected", node=record.node, rank=record.rank, cause=cause, ranks=[record.rank])
+        self._voice.emit("detected", node=record.node, rank=rank, cause=cause, ranks=[rank])
         self._recoveries.vacant.add((record.node, record.local))
         self._voice.declare(cause)
 

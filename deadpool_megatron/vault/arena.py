@@ -16,6 +16,7 @@ opened again is incomplete with no further store.
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,12 +229,11 @@ class Slot:
 class Arena:
     """A mapped arena file. Make one with `create` (agent) or `attach` (worker)."""
 
-    def __init__(self, path: str, fd: int) -> None:
+    def __init__(self, path: str, memory: mmap.mmap | bytearray) -> None:
         self.path = path
-        size = os.fstat(fd).st_size
-        # populated now, so that the hot path takes no page faults
-        self._map = populated(fd, size)
-        self._view = memoryview(self._map)
+        size = len(memory)
+        self._map = memory
+        self._view = memoryview(memory)
         self.words = Words(self._view[:PAGE])
         words = self.words
         if size < PAGE or words[0] != MAGIC or words[1] != _LAYOUT or words[_W_TOTAL] != size:
@@ -278,20 +278,22 @@ class Arena:
             except OSError as err:
                 free = _free_bytes(directory)
                 raise VaultFull(f"{what} but {free} are there ({err}); {hint}") from None
-            words = memoryview(bytearray(PAGE)).cast("Q")  # nobody maps the file before it has its name
-            words[0], words[1] = MAGIC, _LAYOUT
-            words[_W_RANK], words[_W_KIND] = rank, KINDS.index(kind)
-            words[_W_UNIQUE], words[_W_SMALL], words[_W_CHUNK] = unique_bytes, small_capacity, chunk_bytes
-            words[PID_WORD], words[START_WORD], words[_W_TOTAL] = os.getpid(), process_start(os.getpid()) or 0, total
-            words[_W_KEPT] = CONSTANT.pack() if _constant(rank, kind) else EMPTY
-            for slot in range(2):
-                base = _W_SLOTS + slot * _SLOT_WORDS
-                words[base + _S_BEGIN] = words[base + _S_END] = words[base + _S_SMALL] = EMPTY
+            words = _header(rank, kind, unique_bytes, small_capacity, chunk_bytes, total)
+            words[PID_WORD], words[START_WORD] = os.getpid(), process_start(os.getpid()) or 0
             os.pwrite(fd, words, 0)
             _link(fd, path)
         finally:
             os.close(fd)
         return cls.attach(path)  # by its name, which tools then show for the mapping
+
+    @classmethod
+    def in_process(
+        cls, path: str, rank: int, kind: Kind, unique_bytes: int, small_capacity: int, chunk_bytes: int
+    ) -> Arena:
+        """The same in memory of this process, for a simulation: no file, and nothing to attach to."""
+        memory = bytearray(cls.size(rank, kind, unique_bytes, small_capacity, chunk_bytes))
+        memory[:PAGE] = _header(rank, kind, unique_bytes, small_capacity, chunk_bytes, len(memory)).tobytes()
+        return cls(path, memory)
 
     @classmethod
     def attach(cls, path: str) -> Arena:
@@ -301,7 +303,8 @@ class Arena:
         except FileNotFoundError:
             raise VaultError(f"there is no arena {path}: the agent that owned it is gone") from None
         try:
-            return cls(path, fd)
+            # populated now, so that the hot path takes no page faults
+            return cls(path, populated(fd, os.fstat(fd).st_size))
         finally:
             os.close(fd)
 
@@ -383,13 +386,29 @@ class Arena:
         self.words.release()
         try:
             self._view.release()
-            self._map.close()
+            if isinstance(self._map, mmap.mmap):
+                self._map.close()
         except BufferError:
             return
 
     def unlink(self) -> None:
         """Remove the file; mappings of it stay valid."""
         Path(self.path).unlink(missing_ok=True)
+
+
+def _header(
+    rank: int, kind: Kind, unique_bytes: int, small_capacity: int, chunk_bytes: int, total: int
+) -> memoryview[Any]:
+    """Page 0 of a new arena, but for the words of its owner."""
+    words = memoryview(bytearray(PAGE)).cast("Q")
+    words[0], words[1], words[_W_TOTAL] = MAGIC, _LAYOUT, total
+    words[_W_RANK], words[_W_KIND] = rank, KINDS.index(kind)
+    words[_W_UNIQUE], words[_W_SMALL], words[_W_CHUNK] = unique_bytes, small_capacity, chunk_bytes
+    words[_W_KEPT] = CONSTANT.pack() if _constant(rank, kind) else EMPTY
+    for slot in range(2):
+        base = _W_SLOTS + slot * _SLOT_WORDS
+        words[base + _S_BEGIN] = words[base + _S_END] = words[base + _S_SMALL] = EMPTY
+    return words
 
 
 def _link(fd: int, path: str) -> None:

@@ -17,6 +17,7 @@ from .arena import Slot
 from .coder import Coder
 from .errors import ChecksumMismatch, StaleEpoch, TransferFailed, VaultError
 from .frames import Fetch, Found
+from .intake import Intake
 from .stripes import PartOf, cut, parts_of
 from .transfer import ask, finish, own_slot
 from .vault import Vault
@@ -94,28 +95,32 @@ def rebuild(
     """
     if epoch < vault.epoch:
         raise StaleEpoch(f"rebuild of rank {rank} in epoch {epoch}, but node {vault.node} is in epoch {vault.epoch}")
-    work = _Rebuild(vault, secret, rank, epoch, coder, deadlines or Deadlines())
-    try:
-        first = work.open(parts[0])
-        mine = _mine(first, rank)
-        slot = own_slot(vault, rank, version, mine.unique_bytes, mine.small_capacity)
-        slot.small[: len(mine.small)] = mine.small
-        slot.sums[0] = xxhash.xxh3_64_intdigest(mine.small)
-        threads = [
-            threading.Thread(target=work.part, args=(slot, i, parts[i], None), name="vault-rebuild", daemon=True)
-            for i in range(1, len(parts))
-        ]
-        for thread in threads:
-            thread.start()
-        work.part(slot, 0, parts[0], first)
-        for thread in threads:
-            thread.join()
-        if work.failures:
-            raise work.failures[0]
-    finally:
-        work.close()
-    finish(slot, len(mine.small))
-    return len(slot.unique) + len(mine.small)
+    patience = deadlines or Deadlines()
+    with vault.intakes.begin(rank, epoch, 2 * patience.idle) as intake:
+        work = _Rebuild(intake, vault, secret, rank, epoch, coder, patience)
+        try:
+            first = work.open(parts[0])
+            mine = _mine(first, rank)
+            intake.check()
+            slot = own_slot(vault, rank, version, mine.unique_bytes, mine.small_capacity)
+            slot.small[: len(mine.small)] = mine.small
+            slot.sums[0] = xxhash.xxh3_64_intdigest(mine.small)
+            threads = [
+                threading.Thread(target=work.part, args=(slot, i, parts[i], None), name="vault-rebuild", daemon=True)
+                for i in range(1, len(parts))
+            ]
+            for thread in threads:
+                thread.start()
+            work.part(slot, 0, parts[0], first)
+            for thread in threads:
+                thread.join()
+            if work.failures:
+                raise work.failures[0]
+        finally:
+            work.close()
+        intake.check()
+        finish(slot, len(mine.small))
+        return len(slot.unique) + len(mine.small)
 
 
 def _mine(streams: Sequence[_Stream], rank: int) -> PartOf:
@@ -128,7 +133,10 @@ def _mine(streams: Sequence[_Stream], rank: int) -> PartOf:
 
 
 class _Rebuild:
-    def __init__(self, vault: Vault, secret: bytes, rank: int, epoch: int, coder: Coder, deadlines: Deadlines) -> None:
+    def __init__(
+        self, intake: Intake, vault: Vault, secret: bytes, rank: int, epoch: int, coder: Coder, deadlines: Deadlines
+    ) -> None:
+        self._intake = intake
         self._vault, self._secret, self._rank, self._epoch = vault, secret, rank, epoch
         self._coder, self._deadlines = coder, deadlines
         self._lock = threading.Lock()
@@ -162,9 +170,10 @@ class _Rebuild:
             raise RebuildFailed(f"share {piece.share} of node {piece.node}: {err}", piece.node, err.broken) from None
 
     def _open(self, piece: Piece) -> _Stream:
-        channel = connect(piece.host, piece.port, self._secret, self._deadlines)
+        channel = connect(piece.host, piece.port, self._secret, self._deadlines, lambda: self._intake.is_cut)
         with self._lock:
             self._channels.append(channel)
+        self._intake.add(channel)
         k, parity = self._coder.k, piece.share >= self._coder.k
         part, parts = (0, 1) if parity else (piece.share, k)
         found = ask(channel, Fetch(self._epoch, piece.holder, *piece.version, part, parts, parity))
@@ -197,6 +206,7 @@ class _Rebuild:
                     node = stream.piece.node
                     why = f"share {stream.piece.share} of node {node}: {err}"
                     raise RebuildFailed(why, node, err.broken) from None
+            self._intake.check()
             into = slot.chunk(index)
             into[:] = coder.rebuild(part, shares)[: len(into)]
             if xxhash.xxh3_64_intdigest(into) != expected:

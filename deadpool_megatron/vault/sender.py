@@ -19,7 +19,7 @@ from .vault import Vault
 from .version import EMPTY, Version, unpack
 from .wire import Channel, Deadlines, connect, raise_refusal
 
-__all__ = ["PartTo", "Sender", "Target"]
+__all__ = ["PartTo", "Sender", "Target", "next_slot"]
 
 _log = logging.getLogger(__name__)
 _PATIENCE = 1.0  # seconds of back-off before a refusal that may be early is worth a warning
@@ -124,7 +124,7 @@ class Sender:
                     self._disconnect()
                 target, epoch = self._target, self._epoch
             arena = self._vault.arena(self.rank, "own")
-            slot = _next(arena, self._done) if arena is not None and target is not None else None
+            slot = next_slot(arena, self._done) if arena is not None and target is not None else None
             if arena is None or slot is None or target is None:
                 with self._changed:
                     self._changed.wait_for(lambda: self._stopping or self._aim != aim or self._pulse != pulse)  # noqa: B023
@@ -287,7 +287,7 @@ class Sender:
                 )
 
 
-def _next(arena: Arena, done: Mapping[Slot, int]) -> Slot | None:
+def next_slot(arena: Arena, done: Mapping[Slot, int]) -> Slot | None:
     """The slot to send next, or None. ``done``: the turn of each slot that the target has.
 
     The kept version first (a new peer lacks it), then in the order they were written, so that commits are reported in

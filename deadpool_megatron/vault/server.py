@@ -8,9 +8,8 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from .arena import Arena, Kind
+from .arena import Kind
 from .direct import Direct, Reader
-from .discipline import choose, is_free
 from .errors import (
     ChecksumMismatch,
     DirectFailed,
@@ -23,6 +22,7 @@ from .errors import (
     VaultFull,
 )
 from .frames import NO_DIRECT, Begin, Begun, Fetch, Refusal, Share
+from .keeper import Keeper
 from .receiving import receive_shard, receive_share
 from .stripes import Stripes
 from .transfer import give
@@ -69,13 +69,12 @@ class VaultServer:
         self._channels: dict[Channel, int] = {}  # with the epoch of what is being written, -1 when nothing is
         self._stripes = stripes
         self._direct = direct
-        self._plan: Mapping[int, int | None] | None = None
+        self._keeper = Keeper(vault)
         self._writers: dict[tuple[int, ...], tuple[Channel, threading.Event]] = {}
         self._threads: set[threading.Thread] = set()
         self._pending: set[socket.socket] = set()
         self._stopping = False
         self.refused_members = 0
-        self.refused_epochs = 0
         self.mismatches = 0
         self.malformed = 0
         self.misfits = 0
@@ -116,11 +115,16 @@ class VaultServer:
                     channel.shut()
 
     @property
+    def refused_epochs(self) -> int:
+        """How often something of an older epoch was refused."""
+        return self._keeper.refused_epochs
+
+    @property
     def refusals(self) -> dict[str, int]:
         """How much was refused so far, by reason."""
         return {
             "not a member": self.refused_members,
-            "stale epoch": self.refused_epochs,
+            "stale epoch": self._keeper.refused_epochs,
             "changed or no frame": self.malformed,
             "not as planned": self.misfits,
             "checksum": self.mismatches,
@@ -128,7 +132,7 @@ class VaultServer:
 
     def set_plan(self, unique_bytes: Mapping[int, int | None]) -> None:
         """Whose shards are kept here for others from now on, and of what size (None: any); any other is refused."""
-        self._plan = dict(unique_bytes)
+        self._keeper.plan = dict(unique_bytes)
 
     # ---- connections
 
@@ -200,63 +204,29 @@ class VaultServer:
                 if isinstance(frame, Begin | Share):
                     return  # what follows is payload nobody wants
 
-    def _check_epoch(self, epoch: int, what: str) -> None:
-        if epoch < self._vault.epoch:
-            self.refused_epochs += 1
-            raise StaleEpoch(
-                f"{what} of epoch {epoch} refused: the vault of node {self._vault.node} is in epoch {self._vault.epoch}"
-            )
-
     # ---- keeping a shard for its owner
 
     def _keep(self, channel: Channel, begin: Begin) -> None:
-        self._check_epoch(begin.epoch, f"shard of rank {begin.rank}")
-        vault, version = self._vault, Version(begin.version_epoch, begin.generation)
-        if begin.chunk_bytes != vault.chunk_bytes:
-            raise Refused(f"chunks of {begin.chunk_bytes} bytes, but this vault has {vault.chunk_bytes}", "wrong-size")
-        if self._plan is not None and self._plan.get(begin.rank, -1) not in (None, begin.unique_bytes):
-            raise Refused(f"rank {begin.rank}'s {begin.unique_bytes} bytes are not planned here", "not-planned")
-        vault.learn(begin.kept, begin.floor)
+        vault, what = self._vault, f"shard of rank {begin.rank}"
+        self._keeper.check(begin)
         left = self._take_over(channel, (begin.rank,), begin.epoch)
         try:
-            arena = self._memory(begin)
-            if arena.find(version) is not None:
+            slot = self._keeper.open(begin)
+            if slot is None:
                 channel.send(Begun(vault.epoch, True))
                 return
-            pairs = [slot.pair for slot in arena.slots]
-            index = choose(pairs, version.pack(), arena.kept, arena.floor)
-            if index is None or begin.small_bytes > len(arena.slots[index].small):
-                raise Refused(f"no slot for {tuple(version)} of rank {begin.rank} may be overwritten here", "no-slot")
-            slot = arena.slots[index]
-            slot.reopen(version.pack())
-            slot.small_bytes = begin.small_bytes
             reader = None
-            if self._direct is not None and begin.window is not None:
+            arena = vault.arena(begin.rank, "peer")
+            if self._direct is not None and begin.window is not None and arena is not None:
                 reader = Reader(self._direct, channel, begin.window, arena)
             channel.send(Begun(vault.epoch, False, direct=reader is not None))
             try:
-                what = f"shard of rank {begin.rank}"
-                receive_shard(channel, vault, slot, reader, what, lambda epoch: self._check_epoch(epoch, what))
+                receive_shard(channel, vault, slot, reader, what, lambda epoch: self._keeper.check_epoch(epoch, what))
             except LandingLost:
                 vault.drop(begin.rank, "peer")
                 raise
         finally:
             self._leave(channel, (begin.rank,), left)
-
-    def _memory(self, begin: Begin) -> Arena:
-        """The peer arena for the shard. One of another size gives way unless it holds something that must stay."""
-        vault = self._vault
-        sizes = (begin.unique_bytes, begin.small_capacity)
-        arena = vault.arena(begin.rank, "peer")
-        if arena is not None and (arena.info.unique_bytes, arena.info.small_capacity) != sizes:
-            if not all(is_free(*slot.pair, arena.kept, arena.floor) for slot in arena.slots):
-                raise Refused(f"rank {begin.rank} has a shard of another size here that must be kept", "wrong-size")
-            vault.drop(begin.rank, "peer")
-        vault.allocate_peer(begin.rank, *sizes)
-        arena = vault.arena(begin.rank, "peer")
-        if arena is None:
-            raise Refused(f"the memory of rank {begin.rank} was dropped here just now", "no-room")
-        return arena
 
     def _take_over(self, channel: Channel, what: tuple[int, ...], epoch: int) -> threading.Event:
         """Only one connection writes a rank's shard: the newest. The one before it is cut off and waited for."""
@@ -272,7 +242,7 @@ class VaultServer:
                 raise Refused(f"another transfer of rank {what[-1]} does not end", "busy")
         # set_epoch may have come between the first check and our entry in the table
         try:
-            self._check_epoch(epoch, f"shard of rank {what[-1]}")
+            self._keeper.check_epoch(epoch, f"shard of rank {what[-1]}")
         except StaleEpoch:
             left.set()
             raise
@@ -290,7 +260,7 @@ class VaultServer:
 
     def _keep_share(self, channel: Channel, share: Share) -> None:
         what = f"part {share.part} of rank {share.rank}"
-        self._check_epoch(share.epoch, what)
+        self._keeper.check_epoch(share.epoch, what)
         vault, version = self._vault, Version(share.version_epoch, share.generation)
         if self._stripes is None:
             raise Refused("parity is not kept in this job", "not-planned")
@@ -315,14 +285,14 @@ class VaultServer:
                 channel.send(Begun(vault.epoch, True))
                 return
             channel.send(Begun(vault.epoch, False, filling.done(share.part)))
-            receive_share(channel, vault, share, filling, what, lambda epoch: self._check_epoch(epoch, what))
+            receive_share(channel, vault, share, filling, what, lambda epoch: self._keeper.check_epoch(epoch, what))
         finally:
             self._leave(channel, (share.word, share.part, share.rank), left)
 
     # ---- giving a shard back
 
     def _give(self, channel: Channel, wanted: Fetch) -> None:
-        self._check_epoch(wanted.epoch, f"fetch of rank {wanted.rank}")
+        self._keeper.check_epoch(wanted.epoch, f"fetch of rank {wanted.rank}")
         if wanted.part >= wanted.parts:
             raise Refused(f"there is no part {wanted.part} of {wanted.parts}", "protocol")
         vault = self._vault

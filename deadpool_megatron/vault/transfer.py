@@ -23,6 +23,7 @@ from .errors import (
     VaultError,
 )
 from .frames import Fetch, Found, Sent, Taken
+from .intake import Intake
 from .stripes import cut
 from .vault import Vault
 from .version import EMPTY, Version
@@ -33,6 +34,7 @@ __all__ = [
     "fetch",
     "finish",
     "give",
+    "own_copy",
     "own_slot",
     "part_entries",
     "read_entries",
@@ -130,25 +132,26 @@ def fetch(
     version = Version(*version)
     if epoch < vault.epoch:
         raise StaleEpoch(f"fetch of rank {rank} in epoch {epoch}, but node {vault.node} is in epoch {vault.epoch}")
-    own = vault.arena(rank, "own")
-    held = own.find(version) if own is not None else None
-    if held is not None:
-        held.verify()
-        return len(held.unique) + held.small_bytes
-    if isinstance(source, Vault):
-        return _copy(vault, source, rank, version)
-    places = [source, *others]
-    wanted = Fetch(epoch, rank, *version, 0, max(streams, len(places)), direct=direct is not None)
-    try:
-        return _fetch(vault, secret, places, wanted, deadlines or Deadlines(), direct)
-    except DirectFailed as err:
-        _log.warning("rank %d: %s; its shard is fetched over TCP instead", rank, err)
-        if isinstance(err, LandingLost):
-            vault.drop(rank, "own")
-    return _fetch(vault, secret, places, msgspec.structs.replace(wanted, direct=False), deadlines or Deadlines(), None)
+    patience = deadlines or Deadlines()
+    with vault.intakes.begin(rank, epoch, 2 * patience.idle) as intake:
+        held = own_copy(vault, rank, version)
+        if held is not None:
+            return len(held.unique) + held.small_bytes
+        if isinstance(source, Vault):
+            return _copy(vault, source, rank, version)
+        places = [source, *others]
+        wanted = Fetch(epoch, rank, *version, 0, max(streams, len(places)), direct=direct is not None)
+        try:
+            return _fetch(intake, vault, secret, places, wanted, patience, direct)
+        except DirectFailed as err:
+            _log.warning("rank %d: %s; its shard is fetched over TCP instead", rank, err)
+            if isinstance(err, LandingLost):
+                vault.drop(rank, "own")
+        return _fetch(intake, vault, secret, places, msgspec.structs.replace(wanted, direct=False), patience, None)
 
 
 def _fetch(
+    intake: Intake,
     vault: Vault,
     secret: bytes,
     places: Sequence[tuple[str, int]],
@@ -157,9 +160,18 @@ def _fetch(
     direct: Direct | None,
 ) -> int:
     rank, version, streams = wanted.rank, Version(wanted.version_epoch, wanted.generation), wanted.parts
-    channels = [connect(*places[0], check_secret(secret), deadlines)]
+    channels: list[Channel] = []
+
+    def connected(place: tuple[str, int]) -> Channel:
+        channel = connect(*place, check_secret(secret), deadlines, lambda: intake.is_cut)
+        with lock:
+            channels.append(channel)
+        intake.add(channel)
+        return channel
+
+    lock = threading.Lock()
     try:
-        first = ask(channels[0], wanted)
+        first = ask(connected(places[0]), wanted)
         if first.chunk_bytes != vault.chunk_bytes:
             raise VaultError(
                 f"rank {rank}'s shard has chunks of {first.chunk_bytes} bytes, this vault {vault.chunk_bytes}"
@@ -168,32 +180,30 @@ def _fetch(
             # taking the memory may last longer than the holder waits: ask again once it is there
             channels.pop().close()
             vault.allocate_own(rank, first.unique_bytes, first.small_capacity)
-            channels.append(connect(*places[0], secret, deadlines))
-            first = ask(channels[0], wanted)
+            first = ask(connected(places[0]), wanted)
+        intake.check()
         slot = own_slot(vault, rank, version, first.unique_bytes, first.small_capacity)
         into = vault.arena(rank, "own") if direct is not None else None
         failures: list[VaultError] = []
 
         def rest(part: int) -> None:
             try:
-                channel = connect(*places[part % len(places)], secret, deadlines)
-                with lock:
-                    channels.append(channel)
+                channel = connected(places[part % len(places)])
                 found = ask(channel, msgspec.structs.replace(wanted, part=part))
-                _fetch_part(channel, slot, part, streams, found, direct, into)
+                _fetch_part(intake, channel, slot, part, streams, found, direct, into)
             except VaultError as err:
                 failures.append(err)
-                for channel in channels:
-                    channel.shut()
+                with lock:
+                    for channel in channels:
+                        channel.shut()
 
-        lock = threading.Lock()
         threads = [
             threading.Thread(target=rest, args=(part,), name="vault-fetch", daemon=True) for part in range(1, streams)
         ]
         for thread in threads:
             thread.start()
         try:
-            _fetch_part(channels[0], slot, 0, streams, first, direct, into)
+            _fetch_part(intake, channels[0], slot, 0, streams, first, direct, into)
         except VaultError as err:
             failures.append(err)
             with lock:
@@ -206,6 +216,7 @@ def _fetch(
     finally:
         for channel in channels:
             channel.close()
+    intake.check()
     finish(slot, first.small_bytes)
     return len(slot.unique) + slot.small_bytes
 
@@ -253,7 +264,14 @@ def ask(channel: Channel, wanted: Fetch) -> Found:
 
 
 def _fetch_part(
-    channel: Channel, slot: Slot, part: int, parts: int, found: Found, direct: Direct | None, into: Arena | None
+    intake: Intake,
+    channel: Channel,
+    slot: Slot,
+    part: int,
+    parts: int,
+    found: Found,
+    direct: Direct | None,
+    into: Arena | None,
 ) -> None:
     entries = part_entries(slot.chunks, part, parts)
     if len(found.sums) != len(entries) or found.unique_bytes != len(slot.unique) or found.small_bytes > len(slot.small):
@@ -261,6 +279,7 @@ def _fetch_part(
     changed: ChecksumMismatch | None = None
     if found.window is None or direct is None or into is None:
         for entry, expected in zip(entries, found.sums, strict=True):
+            intake.check()
             take_entry(channel, slot, found.small_bytes, entry, expected)
     else:
         try:
@@ -278,6 +297,13 @@ def _fetch_part(
         raise changed
 
 
+def own_copy(vault: Vault, rank: int, version: Version) -> Slot | None:
+    """The own copy, read and found whole; None when there is none. One that has changed in memory is given up."""
+    own = vault.arena(rank, "own")
+    held = own.find(version) if own is not None else None
+    return held if held is not None and held.recheck() and held.complete else None
+
+
 def own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, small_capacity: int) -> Slot:
     """A slot of the own arena, opened to restore into. Only ``kept`` must stay."""
     vault.allocate_own(rank, unique_bytes, small_capacity)
@@ -285,7 +311,8 @@ def own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, small
     if arena is None:
         raise VaultError(f"the memory of rank {rank} was dropped while its shard was fetched")
     candidates = [slot for slot in arena.slots if slot.begin != arena.kept or not slot.complete]
-    slot = min(candidates, key=lambda slot: (slot.begin != EMPTY, slot.sealed, slot.begin))
+    # First one that has the kept version and is broken: no worker may overwrite it, so it would be in the way for ever.
+    slot = min(candidates, key=lambda slot: (slot.begin != arena.kept, slot.begin != EMPTY, slot.sealed, slot.begin))
     with vault.checking(rank):
         slot.reopen(version.pack())
     return slot
@@ -332,9 +359,11 @@ def store_shard(vault: Vault, rank: int, version: Version, fill: Callable[[Calla
         opened.append(own_slot(vault, rank, version, unique_bytes, small_capacity))
         return opened[0]
 
-    small_bytes = fill(open_slot)
-    slot = opened[0]
-    slot.sums[0] = xxhash.xxh3_64_intdigest(slot.small[:small_bytes])
-    for index in range(slot.chunks):
-        slot.sums[1 + index] = xxhash.xxh3_64_intdigest(slot.chunk(index))
-    finish(slot, small_bytes)
+    with vault.intakes.begin(rank, vault.epoch, 2 * Deadlines().idle) as intake:
+        small_bytes = fill(open_slot)
+        slot = opened[0]
+        slot.sums[0] = xxhash.xxh3_64_intdigest(slot.small[:small_bytes])
+        for index in range(slot.chunks):
+            slot.sums[1 + index] = xxhash.xxh3_64_intdigest(slot.chunk(index))
+        intake.check()
+        finish(slot, small_bytes)

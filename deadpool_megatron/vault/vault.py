@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 
 import msgspec
 import xxhash
 
 from .arena import KINDS, Arena, ArenaInfo, Kind, Slot
 from .errors import NotHeld, StaleEpoch, VaultError, VaultFull
+from .intake import Intakes
 from .leftovers import PREFIX
 from .memory import on_numa_node
 from .version import EMPTY, Version
@@ -47,6 +49,10 @@ class Vault:
         directory: where the arenas are, a tmpfs.
         chunk_bytes: bytes per checksum.
         limit_bytes: of memory that all arenas together may take; 0 for what the machine has.
+        create: makes an arena, as `Arena.create` does.
+
+    Attributes:
+        intakes: what is being brought into own arenas from elsewhere.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class Vault:
         directory: str = "/dev/shm",
         chunk_bytes: int = 1 << 20,
         limit_bytes: int = 0,
+        create: Callable[[str, int, Kind, int, int, int], Arena] = Arena.create,
     ) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", job_id):
             raise VaultError(f"job id {job_id!r} may have only letters, digits, '_', '.', '-' (at most 100)")
@@ -64,9 +71,11 @@ class Vault:
         self.directory = directory
         self.chunk_bytes = chunk_bytes
         self.limit_bytes = limit_bytes
+        self._create = create
         self._arenas: dict[tuple[int, Kind], Arena] = {}
         self._lock = threading.RLock()
         self._checking: dict[int, threading.Lock] = {}
+        self.intakes = Intakes()
         self._epoch = 0
         self._kept = EMPTY
         self._floor = 0
@@ -117,7 +126,7 @@ class Vault:
                 )
             path = f"{self.directory}/{PREFIX}{self.job_id}-{self.node}-{rank}-{kind}"
             with on_numa_node(numa):
-                arena = Arena.create(path, rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
+                arena = self._create(path, rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
             arena.epoch = self._epoch
             if not arena.info.constant:
                 arena.kept, arena.floor = self._kept, self._floor
@@ -184,6 +193,7 @@ class Vault:
             for arena in self._arenas.values():
                 arena.epoch = epoch
             self.learn(self._kept, Version(epoch, 0).pack())
+        self.intakes.end_before(epoch)
 
     def set_committed(self, epoch: int, generation: int) -> None:
         """The whole job has committed this version. Older news is without effect."""

@@ -21,13 +21,13 @@ class SlotWriter:
     Used by one thread at a time. Nothing here waits, takes a lock, or allocates more than a few integers.
 
     Args:
-        path: the arena, from the agent.
+        path: the arena, from the agent; or mapped already.
         doorbell: an eventfd the agent listens to, or None; written to after each step so that the agent sends what is
             there while the rest is still being written. Must be non-blocking.
     """
 
-    def __init__(self, path: str, doorbell: int | None = None) -> None:
-        self.arena = Arena.attach(path)
+    def __init__(self, path: str | Arena, doorbell: int | None = None) -> None:
+        self.arena = Arena.attach(path) if isinstance(path, str) else path
         self.skipped = 0
         self._doorbell = doorbell
         self._slot: Slot | None = None

@@ -58,7 +58,7 @@ def test_no_message_can_be_sent_without_a_point() -> None:
     free |= {"cluster/tables.py:packets", "cluster/tables.py:_declare"}  # for the coordinator, which passes the point
     free |= {"evaluate/swarm.py:_send", "evaluate/control.py:inject"}  # simulated agents have failures of their own
     assert _encoders(passing=False) == free
-    assert {"cluster/agent.py:_send", "cluster/coordinator.py:_reply", "recovery/session.py:tell"} <= _encoders(True)
+    assert {"cluster/agent.py:send", "cluster/coordinator.py:_reply", "recovery/session.py:tell"} <= _encoders(True)
 
 
 def _encoders(passing: bool) -> set[str]:

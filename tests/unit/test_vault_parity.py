@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from deadpool_megatron.cluster import assignment as placing
-from deadpool_megatron.cluster import shards as shards_module
+from deadpool_megatron.cluster import fetching
 from deadpool_megatron.cluster.agreement import NoCommonGeneration, agree
 from deadpool_megatron.cluster.keeping import kept_for_others, targets
 from deadpool_megatron.cluster.placement import place, replace
@@ -448,7 +448,7 @@ def test_a_share_whose_connection_breaks_is_asked_for_again(jobs: Callable[..., 
 def test_another_copy_is_taken_where_the_first_cannot_be_reached(
     jobs: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(fetching, "_PATIENCE_S", 0.0)
     job = _committed_pair(jobs, "2", 3)
     way = Breaking(job.shards[1].server.port, 1 << 30)
     others = [Address("127.0.0.1", job.shards[2].server.port)]

@@ -1,0 +1,62 @@
+"""Whom to ask for a shard next, and when to give it up. Pure: `Shards` does the asking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deadpool_megatron.vault import VaultError
+
+__all__ = ["Attempts"]
+
+_PATIENCE_S = 10.0  # for a shard whose holder cannot be reached; a holder that is gone ends the epoch sooner
+_PAUSE_S = 0.05
+
+
+class Attempts[Place]:
+    """All holders at once, then the first alone; if a connection broke, the others one by one, then all that again.
+
+    A connection that breaks says nothing of the copy. Any other error of the first holder is the outcome.
+
+    Args:
+        places: who holds the version; at least one.
+        now: in seconds.
+    """
+
+    def __init__(self, places: Sequence[Place], now: float) -> None:
+        self._places = list(places)
+        self._end = now + _PATIENCE_S
+        self._pause = _PAUSE_S
+        self._again = False
+        self._left: list[list[Place]] = []
+        self.error: VaultError | None = None
+        """What the first holder alone said last."""
+        self._round()
+
+    def _round(self) -> None:
+        first, *others = self._places
+        self._left = [[first], *([other] for other in others)]
+        if others:
+            self._left.insert(0, self._places)
+
+    @property
+    def asked(self) -> list[Place]:
+        """Whom to ask now: one, or several for a part each."""
+        return self._left[0]
+
+    def failed(self, err: VaultError, now: float) -> float | None:
+        """Asking has failed. Seconds until the next attempt; None: it is given up, because of ``error``."""
+        asked = self._left.pop(0)
+        if len(asked) > 1:
+            return 0.0
+        if asked == [self._places[0]] and len(self._left) == len(self._places) - 1:
+            self.error = err
+            if not err.broken:
+                return None
+        if self._left:
+            return 0.0
+        if now > self._end and self._again:
+            return None
+        self._again = True
+        self._round()
+        pause, self._pause = self._pause, min(2 * self._pause, 1.0)
+        return pause

@@ -1,0 +1,75 @@
+"""What a vault agrees to keep for a peer: the server's decisions, without its sockets and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .arena import Arena, Slot
+from .discipline import choose, is_free
+from .errors import Refused, StaleEpoch
+from .frames import Begin
+from .vault import Vault
+from .version import Version
+
+__all__ = ["Keeper"]
+
+
+class Keeper:
+    """Of one vault.
+
+    Attributes:
+        plan: by rank that is kept here, the bytes of its unique state (None: any); None while nothing is planned yet.
+        refused_epochs: how often something of an older epoch was refused.
+    """
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+        self.plan: Mapping[int, int | None] | None = None
+        self.refused_epochs = 0
+
+    def check_epoch(self, epoch: int, what: str) -> None:
+        """Raises StaleEpoch when ``epoch`` is over."""
+        if epoch < self._vault.epoch:
+            self.refused_epochs += 1
+            raise StaleEpoch(
+                f"{what} of epoch {epoch} refused: the vault of node {self._vault.node} is in epoch {self._vault.epoch}"
+            )
+
+    def check(self, begin: Begin) -> None:
+        """Whether a shard that is offered belongs here at all; learns what its owner knows. Raises Refused."""
+        vault = self._vault
+        self.check_epoch(begin.epoch, f"shard of rank {begin.rank}")
+        if begin.chunk_bytes != vault.chunk_bytes:
+            raise Refused(f"chunks of {begin.chunk_bytes} bytes, but this vault has {vault.chunk_bytes}", "wrong-size")
+        if self.plan is not None and self.plan.get(begin.rank, -1) not in (None, begin.unique_bytes):
+            raise Refused(f"rank {begin.rank}'s {begin.unique_bytes} bytes are not planned here", "not-planned")
+        vault.learn(begin.kept, begin.floor)
+
+    def open(self, begin: Begin) -> Slot | None:
+        """The slot, opened, that the shard goes into; None when it is here already. Raises Refused, VaultFull."""
+        version = Version(begin.version_epoch, begin.generation)
+        arena = self._memory(begin)
+        if arena.find(version) is not None:
+            return None
+        index = choose([slot.pair for slot in arena.slots], version.pack(), arena.kept, arena.floor)
+        if index is None or begin.small_bytes > len(arena.slots[index].small):
+            raise Refused(f"no slot for {tuple(version)} of rank {begin.rank} may be overwritten here", "no-slot")
+        slot = arena.slots[index]
+        slot.reopen(version.pack())
+        slot.small_bytes = begin.small_bytes
+        return slot
+
+    def _memory(self, begin: Begin) -> Arena:
+        """The peer arena for the shard. One of another size gives way unless it holds something that must stay."""
+        vault = self._vault
+        sizes = (begin.unique_bytes, begin.small_capacity)
+        arena = vault.arena(begin.rank, "peer")
+        if arena is not None and (arena.info.unique_bytes, arena.info.small_capacity) != sizes:
+            if not all(is_free(*slot.pair, arena.kept, arena.floor) for slot in arena.slots):
+                raise Refused(f"rank {begin.rank} has a shard of another size here that must be kept", "wrong-size")
+            vault.drop(begin.rank, "peer")
+        vault.allocate_peer(begin.rank, *sizes)
+        arena = vault.arena(begin.rank, "peer")
+        if arena is None:
+            raise Refused(f"the memory of rank {begin.rank} was dropped here just now", "no-room")
+        return arena

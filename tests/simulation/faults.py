@@ -1,0 +1,318 @@
+"""What goes wrong in a run, drawn from its seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core import Phase
+
+if TYPE_CHECKING:
+    from simulation.host import Host
+    from simulation.run import Run
+
+__all__ = ["Faults", "Profile"]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Which kinds of faults are drawn; those that are off are known not to be survived yet (issue 15).
+
+    Attributes:
+        most: faults of one run.
+        long_coordinator_freeze: the coordinator is frozen for more than a lease (row 5).
+        at_the_end: nodes are lost while the last checkpoint is written (row 7).
+        during_start: nodes are lost before training begins (row 8).
+    """
+
+    most: int = 6
+    long_coordinator_freeze: bool = False
+    at_the_end: bool = False
+    during_start: bool = False
+
+
+class Faults:
+    """Of one run. Every fault ends: what is cut heals, what is frozen thaws."""
+
+    def __init__(self, cluster: Run, profile: Profile) -> None:
+        self._cluster = cluster
+        self.profile = profile
+        self.pending = 0
+        self.ended_at = 0.0
+        self.struck: list[str] = []
+        self.drained: set[int] = set()  # nodes that the user wants to take away
+        self._waiting: list[tuple[str, int, float, str]] = []  # for which event of the log, how often, seconds after it
+        self._seen: Counter[str] = Counter()
+        self._kinds: dict[str, tuple[int, Callable[[], None]]] = {
+            "kill worker": (6, self._kill_worker),
+            "kill node": (6, self._kill_node),
+            "lose node": (4, self._lose_node),
+            "freeze worker": (2, self._freeze_worker),
+            "freeze agent": (2, self._freeze_agent),
+            "freeze node": (2, self._freeze_node),
+            "cut": (3, self._cut),
+            "kill coordinator": (3, self._kill_coordinator),
+            "crash coordinator soon": (3, self._crash_coordinator),
+            "freeze coordinator": (2, self._freeze_coordinator),
+            "slow network": (2, self._slow),
+            "resets": (3, self._resets),
+            "full spare": (2, self._full),
+            "damage": (4, self._damage),
+            "drain": (4, self._drain),
+            "join": (3, self._join),
+        }
+
+    def draw(self) -> None:
+        """What will happen in this run, and when."""
+        chance = self._cluster.world.chance
+        names = list(self._kinds)
+        weights = [weight for weight, _ in self._kinds.values()]
+        for _ in range(chance.randint(0, self.profile.most)):
+            kind = chance.choices(names, weights)[0]
+            self.pending += 1
+            if chance.random() < 0.5:
+                self._waiting.append(("committed", 1, chance.uniform(0.0, 0.25 * self._cluster.iterations), kind))
+            else:  # in a recovery, or soon after one: those seconds are the interesting ones
+                when = chance.choice(("declared", "declared", "agreed", "resumed"))
+                self._waiting.append((when, chance.randint(1, 3), chance.uniform(0.0, 1.0), kind))
+
+    def seen(self, event: str) -> None:
+        """The job's log has come to something that faults may wait for."""
+        self._seen[event] += 1
+        if event == "committed" and self._seen[event] == 1:
+            self._cluster.anybody.later(30.0, self._give_up)
+        for each in [each for each in self._waiting if each[0] == event and each[1] <= self._seen[event]]:
+            self._waiting.remove(each)
+            self._cluster.anybody.later(each[2], self._strike, each[3])
+
+    def _give_up(self) -> None:
+        """The recovery that a fault waits for has not come."""
+        self.pending -= len(self._waiting)
+        self._waiting.clear()
+
+    def _strike(self, kind: str) -> None:
+        self.pending -= 1
+        cluster = self._cluster
+        phase = cluster.hq.core.phase
+        if not self.profile.during_start and (phase is Phase.STARTING or cluster.oracle.committed < 0):
+            return
+        ending = (
+            cluster.oracle.ends
+            or cluster.hq.ended
+            or any(rank.worker.reached.get("finished", -1) >= 0 for host in cluster.hosts for rank in host.workers())
+        )
+        if not self.profile.at_the_end and (phase is Phase.FINISHING or ending):
+            return
+        cluster.world.say("fault", kind)
+        self.struck.append(f"{cluster.world.now:.2f} {kind}")
+        self._kinds[kind][1]()
+        self.ended_at = max(self.ended_at, cluster.world.now)
+
+    def _until(self, seconds: float, call: Callable[[], None]) -> None:
+        """The fault ends then."""
+        self.pending += 1
+
+        def over() -> None:
+            self.pending -= 1
+            self.ended_at = max(self.ended_at, self._cluster.world.now)
+            call()
+
+        self._cluster.anybody.later(seconds, over)
+
+    def excuses(self, message: str) -> bool:
+        """This end with exit 1 is of a kind that is not survived yet."""
+        p = self.profile
+        return ("after training had finished" in message and not p.at_the_end) or (
+            "before training began" in message and not p.during_start
+        )
+
+    # ---- whom
+
+    def _host(self) -> Host | None:
+        there = [host for host in self._cluster.hosts if host.alive]
+        return self._cluster.world.chance.choice(there) if there else None
+
+    def _hurt(self, host: Host, what: str) -> None:
+        self._cluster.oracle.hurt.setdefault(host.node, what)
+        self.struck[-1] += f" n{host.node}"
+        self._cluster.world.say("fault", f"n{host.node} {what}")
+
+    def _long_or_short(self) -> float:
+        """Seconds: well below what a lease forgives, or beyond it."""
+        chance, lease = self._cluster.world.chance, self._cluster.job.deadlines.lease
+        return chance.uniform(0.05, 0.38) * lease if chance.random() < 0.5 else chance.uniform(1.0, 4.0) * lease
+
+    def _may_cost(self, seconds: float) -> bool:
+        return seconds > 0.38 * self._cluster.job.deadlines.lease
+
+    # ---- what
+
+    def _kill_worker(self) -> None:
+        host = self._host()
+        workers = host.workers() if host is not None else []
+        if host is not None and workers:
+            worker = self._cluster.world.chance.choice(workers)
+            self.struck[-1] += f" n{host.node} {worker.rank}"
+            worker.die(-9)
+
+    def _kill_node(self) -> None:
+        if (host := self._host()) is not None:
+            self._hurt(host, "killed")
+            host.die()
+
+    def _lose_node(self) -> None:
+        if (host := self._host()) is not None:
+            self._hurt(host, "lost silently")
+            host.die(silently=True)
+
+    def _freeze_worker(self) -> None:
+        host = self._host()
+        workers = host.workers() if host is not None else []
+        if workers:
+            worker, seconds = self._cluster.world.chance.choice(workers), self._long_or_short()
+            if seconds > 0.6 * self._cluster.job.deadlines.abort:  # in a recovery a phase's deadline costs its node
+                self._hurt(worker.host, f"worker frozen for {seconds:.1f} s")
+            worker.process.freeze()
+            self._until(seconds, worker.process.thaw)
+
+    def _freeze_agent(self) -> None:
+        self._freeze(False)
+
+    def _freeze_node(self) -> None:
+        self._freeze(True)
+
+    def _freeze(self, workers: bool) -> None:
+        host, seconds = self._host(), self._long_or_short()
+        if host is None:
+            return
+        if self._may_cost(seconds):
+            self._hurt(host, f"frozen for {seconds:.1f} s")
+        those = [host.process, *(rank.process for rank in host.workers())] if workers else [host.process]
+        for process in those:
+            process.freeze()
+        host.link.look()
+
+        def thaw() -> None:
+            host.process.frozen = False
+            host.link.look()
+            for process in those:
+                process.thaw()
+
+        self._until(seconds, thaw)
+
+    def _cut(self) -> None:
+        host, seconds = self._host(), self._long_or_short()
+        if host is None:
+            return
+        if self._may_cost(seconds):
+            self._hurt(host, f"cut off for {seconds:.1f} s")
+        network, which = self._cluster.network, self._cluster.world.chance.randrange(3)
+        if which != 1:
+            network.mute.add(host.node)
+        if which != 2:
+            network.deaf.add(host.node)
+        host.link.look()
+
+        def heal() -> None:
+            if host.alive:
+                network.mute.discard(host.node)
+                network.deaf.discard(host.node)
+            network.healed()
+            self._cluster.meetings.healed()
+
+        self._until(seconds, heal)
+
+    def _kill_coordinator(self) -> None:
+        self._cluster.hq.crash()
+
+    def _crash_coordinator(self) -> None:
+        chance = self._cluster.world.chance
+        self._cluster.hq.crash_soon(chance.randrange(2), chance.randrange(6))
+
+    def _freeze_coordinator(self) -> None:
+        hq, chance, lease = self._cluster.hq, self._cluster.world.chance, self._cluster.job.deadlines.lease
+        seconds = chance.uniform(0.05, 0.9) * lease
+        if self.profile.long_coordinator_freeze and chance.random() < 0.6:
+            seconds = chance.choice((0.5, 2.0, 10.0)) * lease
+        process = hq.process
+        process.freeze()
+        for host in self._cluster.hosts:
+            host.link.look()
+
+        def thaw() -> None:
+            process.frozen = False
+            for host in self._cluster.hosts:
+                host.link.look()
+            process.thaw()
+
+        self._until(seconds, thaw)
+
+    def _slow(self) -> None:
+        world = self._cluster.world
+        world.slow = world.chance.uniform(3.0, 20.0)
+
+        def over() -> None:
+            world.slow = 1.0
+
+        self._until(world.chance.uniform(0.5, 4.0), over)
+
+    def _resets(self) -> None:
+        network, chance = self._cluster.network, self._cluster.world.chance
+        network.resets = chance.uniform(0.2, 0.9)
+
+        def over() -> None:
+            network.resets = 0.0
+
+        self._until(chance.uniform(0.5, 6.0), over)
+
+    def _full(self) -> None:
+        spares = [host for host in self._cluster.hosts if host.alive and not host.known.ranks]
+        if spares:
+            host = self._cluster.world.chance.choice(spares)
+            host.room = False
+            self._hurt(host, "without memory")
+
+    def _damage(self) -> None:
+        host, chance = self._host(), self._cluster.world.chance
+        if host is None:
+            return
+        arenas = host.shards.vault.arenas()
+        if arenas:
+            arena = chance.choice(arenas)
+            slot = chance.choice(arena.slots)
+            if slot.complete:
+                slot.unique[100:108] = b"\xff" * 8
+                self.struck[-1] += f" n{host.node} {arena.info.kind} {arena.info.rank} {slot.version}"
+
+    def _drain(self) -> None:
+        host = self._host()
+        if host is not None:
+            self.struck[-1] += f" n{host.node}"
+            self._ask_to_drain(host, self._cluster.world.now + 60.0)
+
+    def _ask_to_drain(self, host: Host, until: float) -> None:
+        """As `deadpool drain --timeout 60`."""
+        cluster = self._cluster
+        self.drained.add(host.node)
+
+        def answered(reply: object) -> None:
+            if reply is None or (isinstance(reply, r.InjectReply) and reply.later):
+                if cluster.world.now < until:
+                    cluster.anybody.later(0.5, self._ask_to_drain, host, until)
+            elif isinstance(reply, r.InjectReply) and reply.error:
+                cluster.oracle.refused_drain(host, reply.error)
+
+        cluster.hq.ask(r.Drain(host.node), answered)
+
+    def _join(self) -> None:
+        """As `deadpool join`."""
+        cluster = self._cluster
+
+        def answered(reply: object) -> None:
+            if isinstance(reply, r.SpareAdded) and not reply.error:
+                cluster.anybody.later(cluster.world.chance.uniform(0.1, 2.0), cluster.add_host, reply.node)
+
+        cluster.hq.ask(r.AddSpare("new"), answered)

@@ -1,0 +1,289 @@
+"""The coordinator's machine: the production `Coordinator` turn by turn, its store, and its launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from deadpool_megatron.cluster import Coordinator, CoordinatorSettings, Core, Enlistment, JobSpec
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.link import Hub
+from deadpool_megatron.cluster.store import Deposed, Entry, Guard, Lease, Store, Watch
+from deadpool_megatron.observe import RunDirectory
+from simulation.network import Link
+from simulation.world import Process, World
+
+__all__ = ["Headquarters"]
+
+SECRET = bytes(32)
+_GUARD = Guard("leader", 1)
+
+
+class _Crash(BaseException):
+    """The coordinator's process dies here."""
+
+
+class _Disk(Store):
+    """A store that is a dictionary. ``fuse``: the writer dies at this write, half of the time after it."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._entries: dict[str, Entry] = {_GUARD.key: Entry(b"", _GUARD.revision)}
+        self._revision = _GUARD.revision
+        self.fuse: int | None = None
+
+    def get(self, key: str) -> Entry | None:
+        return self._entries.get(key)
+
+    def put(self, values: Mapping[str, bytes], lease: Lease | None = None, guard: Guard | None = None) -> int:
+        if guard is not None and self._entries[guard.key].revision != guard.revision:
+            raise Deposed("the leadership is over")
+        dies = self.fuse is not None and self.fuse <= 0
+        if self.fuse is not None:
+            self.fuse -= 1
+        if dies and self._world.chance.random() < 0.5:
+            raise _Crash
+        self._revision += 1
+        self._entries |= {key: Entry(value, self._revision) for key, value in values.items()}
+        if dies:
+            raise _Crash
+        return self._revision
+
+    def delete(self, prefix: str, guard: Guard | None = None) -> None:
+        for key in [key for key in self._entries if key.startswith(prefix)]:
+            del self._entries[key]
+
+    def compare_and_set(self, key: str, revision: int, value: bytes, lease: Lease | None = None) -> int:
+        raise NotImplementedError("nobody campaigns here")
+
+    def _grant(self, ttl_s: float) -> Lease:
+        raise NotImplementedError("nobody campaigns here")
+
+    def _follow(self, key: str, watch: Watch) -> None:
+        raise NotImplementedError("nobody campaigns here")
+
+
+class _Seal:
+    refused = 0
+
+
+class _Hub(Hub):
+    """Takes what the network brings, packets before ends of connections; dies after ``fuse`` packets sent."""
+
+    def __init__(self, links: Callable[[int], Link | None], answered: Callable[[str, bytes], None]) -> None:
+        self.port = 1
+        self._answered = answered
+        self.seal = _Seal()  # type: ignore[assignment]
+        self._links = links
+        self.packets: list[tuple[bytes, bytes]] = []
+        self.ends: list[bytes] = []
+        self.fuse: int | None = None
+
+    def wait(
+        self,
+        timeout_s: float | None,
+        on_packet: Callable[[bytes, bytes], None],
+        on_gone: Callable[[bytes], None],
+    ) -> None:
+        while self.packets:
+            on_packet(*self.packets.pop(0))
+        while self.ends:
+            on_gone(self.ends.pop(0))
+
+    def send(self, identity: bytes, packet: bytes) -> None:
+        if self.fuse is not None:
+            self.fuse -= 1
+            if self.fuse < 0:
+                raise _Crash
+        name = identity.decode()
+        if not name.startswith("node-"):
+            self._answered(name, packet)
+        elif (link := self._links(int(name.removeprefix("node-")))) is not None:
+            link.send(packet)
+
+    def farewell(self, to: Iterable[bytes], within_s: float, on_packet: Callable[[bytes, bytes], None]) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class _Log(RunDirectory):
+    """Events go to whoever judges the run."""
+
+    def __init__(self, seen: Callable[[str, dict[str, Any]], None]) -> None:
+        self._seen = seen
+
+    def note(self, event: str, **fields: Any) -> None:
+        self._seen(event, fields)
+
+    def flush(self) -> None:
+        return
+
+    def status(self, status: dict[str, Any]) -> None:
+        return
+
+    def job(self, job: dict[str, Any]) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+class Headquarters:
+    """The coordinator, through all its lives.
+
+    Args:
+        links: by node, its connection.
+        seen: called with each event of the job's log.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        job: JobSpec,
+        links: Callable[[int], Link | None],
+        all_links: Callable[[], Iterable[Link]],
+        seen: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        self.world = world
+        self.job = job
+        self._links = links
+        self._all_links = all_links
+        self._seen = seen
+        self.disk = _Disk(world)
+        self.process = Process(world, "coordinator")
+        self.lives = 0
+        self.ended: tuple[int, str] | None = None
+        self._enlistment = Enlistment(job, [], "job", 1)
+        self._due = 0.0
+        self._asked = 0
+        self._tools: dict[str, Callable[[r.InjectReply | r.SpareAdded | None], None]] = {}
+        self._start()
+
+    @property
+    def core(self) -> Core:
+        """What decides; of the present life."""
+        return self.coordinator._core
+
+    @property
+    def listens(self) -> bool:
+        """Who connects is answered."""
+        return self.process.alive and not self.process.frozen and self.ended is None
+
+    def _start(self) -> None:
+        self.hub = _Hub(self._links, self._answered)
+        settings = CoordinatorSettings("hq", "hq", 1, SECRET, "", 1, "job", resume=self.lives > 0)
+        self.lives += 1
+        self.coordinator = Coordinator(
+            self.job,
+            settings,
+            self._enlistment,
+            self.disk,
+            _GUARD,
+            self.hub,
+            _Log(self._seen),
+            self.world.clock,
+            self.world.chance,
+        )
+        try:
+            self.coordinator.begin(lambda port: None)
+        except _Crash:
+            self._crashed()
+            return
+        self._arm(0.0)
+
+    def _arm(self, seconds: float) -> None:
+        self._due = self.world.now + max(seconds, 0.001)
+        self.process.later(self._due - self.world.now, self._turn, self._due)
+
+    def _turn(self, due: float) -> None:
+        if due != self._due or self.ended is not None:
+            return
+        coordinator = self.coordinator
+        try:
+            coordinator.turn(0.0)
+            if coordinator.finished:
+                self.ended = coordinator.end()
+                return
+        except _Crash:
+            self._crashed()
+            return
+        self._arm(coordinator.timeout())
+
+    # ---- what comes
+
+    def arrive(self, node: int, packet: bytes) -> None:
+        """A packet of a node's agent."""
+        if self.ended is not None:
+            return
+        if self.world.trace is not None:
+            self.world.say(f"n{node} -> hq", str(r.decode_from_agent(packet)).replace(f"pid={os.getpid()}, ", ""))
+        self.hub.packets.append((f"node-{node}".encode(), packet))
+        self._soon()
+
+    def gone(self, node: int) -> None:
+        """The connection of a node has ended."""
+        self.hub.ends.append(f"node-{node}".encode())
+        self._soon()
+
+    def _soon(self) -> None:
+        if self._due > self.world.now + 0.003:
+            self._arm(0.003)
+
+    def ask(
+        self, record: r.Drain | r.AddSpare, answered: Callable[[r.InjectReply | r.SpareAdded | None], None]
+    ) -> None:
+        """A command-line tool asks; ``answered`` with None: nobody is there."""
+        if not self.listens:
+            answered(None)
+            return
+        self._asked += 1
+        name = f"tool-{self._asked}"
+        self._tools[name] = answered
+        self.hub.packets.append((name.encode(), r.encode(record)))
+        self._soon()
+
+    def _answered(self, name: str, packet: bytes) -> None:
+        record = r.decode_from_coordinator(packet)
+        self.world.say(f"hq -> {name}", record)
+        assert isinstance(record, r.InjectReply | r.SpareAdded)
+        self._tools.pop(name)(record)
+
+    # ---- its end, and the launcher
+
+    def crash(self) -> None:
+        """SIGKILL, now."""
+        if self.process.alive and self.ended is None:
+            self._crashed()
+
+    def crash_soon(self, kind: int, count: int) -> None:
+        """It dies at a write to the store (0), or in the middle of telling the agents (1)."""
+        if kind:
+            self.hub.fuse = count
+        else:
+            self.disk.fuse = count
+
+    def _crashed(self) -> None:
+        world = self.world
+        world.say("hq", "the coordinator is dead")
+        self.disk.fuse = None
+        self.process.die()
+        self.process = Process(world, "coordinator")
+        self.process.alive = False
+        for link in self._all_links():
+            if link.heard:
+                link.close_hubs_end()
+        tools, self._tools = self._tools, {}
+        for answered in tools.values():
+            answered(None)
+        launcher = Process(world, "launcher")
+        launcher.later(world.chance.uniform(0.3, 2.0), self._again)
+
+    def _again(self) -> None:
+        if self.ended is None:
+            self.world.say("hq", "the coordinator is started again")
+            self.process.alive = True
+            self._due = 0.0
+            self._start()

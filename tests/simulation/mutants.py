@@ -1,0 +1,193 @@
+"""Each fix of issue 15 taken back, to see that some seed finds it missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deadpool_megatron.cluster import Coordinator, agreement
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.commits import Commits
+from deadpool_megatron.cluster.core import Core
+from deadpool_megatron.cluster.drains import Drains
+from deadpool_megatron.cluster.fetching import Attempts
+from deadpool_megatron.cluster.job import Phase
+from deadpool_megatron.cluster.observations import Observations
+from deadpool_megatron.cluster.shards import FetchDone
+from deadpool_megatron.cluster.worker_ends import WorkerEnds
+from deadpool_megatron.vault import EMPTY, Vault, Version
+from deadpool_megatron.vault.arena import Slot
+from deadpool_megatron.vault.intake import Intake, Intakes
+from simulation import vaults
+
+__all__ = ["MUTANTS"]
+
+Patch = pytest.MonkeyPatch
+
+
+def _ranks_apart_are_told_of_by_nobody(patch: Patch) -> None:
+    """Row 1: a node reports only what all of its ranks have."""
+    committed = Commits.committed
+
+    def before(self: Commits, rank: int, generation: int) -> r.Committed | None:
+        told = committed(self, rank, generation)
+        return None if told is not None and told.apart else told
+
+    patch.setattr(Commits, "committed", before)
+
+
+def _who_comes_back_does_not_hear_the_floor(patch: Patch) -> None:
+    """Row 1, of nodes: what was told of commits while a node was away it never hears."""
+    patch.setattr(Observations, "catch_up", lambda self, node: None)
+
+
+def _one_failed_fetch_condemns_the_copy(patch: Patch) -> None:
+    """Row 2: a connection that breaks is no reason to try again."""
+
+    def failed(self: Attempts[Any], err: Any, now: float) -> None:
+        self.error = err
+
+    patch.setattr(Attempts, "failed", failed)
+
+
+def _no_memory_is_the_sources_fault(patch: Patch) -> None:
+    """Row 2: a spare without memory blames who would have given."""
+    failed = FetchDone.failed
+
+    def before(*args: Any) -> FetchDone:
+        done = failed(*args)
+        return FetchDone(done.rank, done.epoch, done.generation, done.source, None, done.error, done.tried, False)
+
+    patch.setattr(FetchDone, "failed", before)
+
+
+def _a_refusal_outlives_what_it_condemns(patch: Patch) -> None:
+    """Row 3: by rank, node and generation, whatever version is there now."""
+    patch.setattr(
+        agreement,
+        "_usable",
+        lambda refused, rank, node, g, epoch: (rank, node, g) not in {each[:3] for each in refused},
+    )
+
+
+def _a_drain_goes_on_without_a_spare(patch: Patch) -> None:
+    """Row 4."""
+
+    def before(self: Drains, drain: Any) -> None:
+        self._drain = None
+        self._facts.members.nodes[drain.node].role = "leaving"
+        self._recoveries.helpers.add(drain.node)
+        self._voice.declare(f"node {drain.node} is drained")
+
+    patch.setattr(Drains, "_move_out", before)
+
+
+def _who_finishes_early_is_forgotten(patch: Patch) -> None:
+    """Row 6."""
+    finished = Core._node_finished
+
+    def before(self: Core, record: r.Finished) -> None:
+        if self.phase is Phase.RUNNING:
+            finished(self, record)
+
+    patch.setattr(Core, "_node_finished", before)
+
+
+def _a_drain_does_not_wait_for_a_spare_that_starts(patch: Patch) -> None:
+    """Row 12."""
+    cannot = Core.cannot_drain
+
+    def before(self: Core, node: int) -> tuple[str, bool]:
+        why, later = cannot(self, node)
+        return (f"no parked spare is there to take over node {node}", False) if "starting" in why else (why, later)
+
+    patch.setattr(Core, "cannot_drain", before)
+
+
+def _a_process_that_ends_before_it_takes_over_is_not_missed(patch: Patch) -> None:
+    """Found by the simulation: the recovery waited for its deadline, then gave the healthy node up."""
+    refill = WorkerEnds._refill
+
+    def before(self: WorkerEnds, state: Any, record: r.WorkerExited, cause: str) -> None:
+        if record.rank is not None:
+            refill(self, state, record, cause)
+
+    patch.setattr(WorkerEnds, "_refill", before)
+
+
+def _an_older_epochs_fetch_still_lands(patch: Patch) -> None:
+    """Found by the simulation: two fetches wrote the same slot, and what they left passed for the newer one."""
+    patch.setattr(Intake, "cut", lambda self: None)
+    patch.setattr(Intakes, "begin", lambda self, rank, epoch, patience_s: Intake(rank, epoch))
+
+
+def _a_broken_own_copy_blames_the_source(patch: Patch) -> None:
+    """Found by the simulation: the good copy of a peer was refused for it."""
+
+    def before(vault: Vault, rank: int, version: Version) -> Slot | None:
+        own = vault.arena(rank, "own")
+        held = own.find(version) if own is not None else None
+        if held is not None:
+            held.verify()
+        return held
+
+    patch.setattr(vaults, "own_copy", before)
+
+
+def _a_broken_copy_of_the_kept_version_stays(patch: Patch) -> None:
+    """Found by the simulation: both slots had the kept version then, so no generation was ever taken again."""
+
+    def before(vault: Vault, rank: int, version: Version, unique_bytes: int, small_capacity: int) -> Slot:
+        vault.allocate_own(rank, unique_bytes, small_capacity)
+        arena = vault.arena(rank, "own")
+        assert arena is not None
+        candidates = [slot for slot in arena.slots if slot.begin != arena.kept or not slot.complete]
+        slot = min(candidates, key=lambda slot: (slot.begin != EMPTY, slot.sealed, slot.begin))
+        slot.reopen(version.pack())
+        return slot
+
+    patch.setattr(vaults, "own_slot", before)
+
+
+def _a_wish_is_answered_before_it_is_kept(patch: Patch) -> None:
+    """Found by the simulation: who was promised a place by a coordinator that died then was turned away."""
+    act, asked = Coordinator._do, Coordinator._request
+    late: list[tuple[Any, ...]] = []
+
+    def do(self: Coordinator, actions: Any, step: Any = None) -> None:
+        if actions and self._asking:
+            late.append((self, actions, step))
+        else:
+            act(self, actions, step)
+
+    def request(self: Coordinator, identity: bytes, record: Any, now: float) -> None:
+        self._asking = True
+        try:
+            asked(self, identity, record, now)
+        finally:
+            self._asking = False
+        while late:
+            act(*late.pop())
+
+    patch.setattr(Coordinator, "_asking", False, raising=False)
+    patch.setattr(Coordinator, "_do", do)
+    patch.setattr(Coordinator, "_request", request)
+
+
+MUTANTS: dict[str, Callable[[Patch], None]] = {
+    "1 ranks": _ranks_apart_are_told_of_by_nobody,
+    "1 nodes": _who_comes_back_does_not_hear_the_floor,
+    "2 tries": _one_failed_fetch_condemns_the_copy,
+    "2 own": _no_memory_is_the_sources_fault,
+    "3": _a_refusal_outlives_what_it_condemns,
+    "4": _a_drain_goes_on_without_a_spare,
+    "6": _who_finishes_early_is_forgotten,
+    "12": _a_drain_does_not_wait_for_a_spare_that_starts,
+    "stale fetch": _an_older_epochs_fetch_still_lands,
+    "broken own": _a_broken_own_copy_blames_the_source,
+    "broken kept": _a_broken_copy_of_the_kept_version_stays,
+    "kept late": _a_wish_is_answered_before_it_is_kept,
+    "early end": _a_process_that_ends_before_it_takes_over_is_not_missed,
+}

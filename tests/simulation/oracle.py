@@ -1,0 +1,231 @@
+"""The promises, judged by what really happened. Knows nothing of how the product decides."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.vault import Version
+
+if TYPE_CHECKING:
+    from simulation.host import Host
+    from simulation.rank import Rank
+    from simulation.run import Run
+
+__all__ = ["Oracle", "Violation"]
+
+_MASK = (1 << 60) - 1
+_FEW = 8
+_PEACE_S = 4.0  # after the last fault: what waits before it tries again has tried
+
+
+class Violation(AssertionError):
+    """A promise is broken."""
+
+
+class Oracle:
+    """Of one run.
+
+    Attributes:
+        hurt: nodes that something happened to which may cost them, and what.
+    """
+
+    def __init__(self, cluster: Run) -> None:
+        self._cluster = cluster
+        world_size = cluster.job.world_size
+        self._values = [[rank * 7919 + 1 for rank in range(world_size)]]
+        self.hurt: dict[int, str] = {}
+        self._trains: dict[tuple[int, int], int] = {}
+        self.safe: tuple[int, dict[int, list[tuple[int, str, Any, int]]]] | None = None
+        self.committed = -1
+        self._since = 0  # iterations in peace since the last commit
+        self.iteration = -1
+        self.ends: dict[int, tuple[int, int]] = {}  # by rank: epoch it finished in, value
+        self.declared: list[tuple[float, int, str]] = []
+        self.finishing = False
+        self.training = False
+        self.given_up = 0  # generations that were, rightly
+        self.saving: list[int] | None = None  # who was healthy when it was found that no spare is left
+
+    # ---- numbers
+
+    def value(self, rank: int, generation: int) -> int:
+        """What the undisturbed run has there."""
+        while len(self._values) <= generation:
+            last = self._values[-1]
+            total = sum(last) & _MASK
+            self._values.append([self.after(value, total) for value in last])
+        return self._values[generation][rank]
+
+    @staticmethod
+    def after(value: int, total: int) -> int:
+        """A step of training."""
+        return (value * 6364136223846793005 + total + 1) & _MASK
+
+    def _right(self, rank: Rank, generation: int, when: str) -> None:
+        assert rank.rank is not None
+        if rank.value != self.value(rank.rank, generation):
+            raise Violation(f"rank {rank.rank} has wrong numbers {when} of iteration {generation}")
+
+    def begins(self, rank: Rank, iteration: int) -> None:
+        """A rank begins an iteration."""
+        self._right(rank, iteration, "at the begin")
+
+    def restored(self, rank: Rank, generation: int) -> None:
+        """A rank has the agreed generation."""
+        self._right(rank, generation, "restored for the begin")
+
+    def steps(self, rank: Rank, iteration: int) -> None:
+        """A rank changes its state."""
+        assert rank.rank is not None
+        node = self._trains.setdefault((rank.joined, rank.rank), rank.host.node)
+        if node != rank.host.node:
+            raise Violation(f"rank {rank.rank} is trained by nodes {node} and {rank.host.node} in epoch {rank.joined}")
+
+    def finished(self, rank: Rank) -> None:
+        """A rank has come to the end of training."""
+        assert rank.rank is not None
+        self._right(rank, self._cluster.iterations, "at the end, which is the begin")
+        self.ends[rank.rank] = (rank.joined, rank.value)
+
+    def kept(self, keeper: Host, rank: int, version: Version, epoch: int) -> None:
+        """A keeper has taken a copy in, sent in an epoch."""
+        if epoch < keeper.known.epoch:
+            raise Violation(f"node {keeper.node}, in epoch {keeper.known.epoch}, takes a copy sent in epoch {epoch}")
+
+    # ---- what the coordinator writes down
+
+    def event(self, event: str, fields: dict[str, Any]) -> None:
+        """A line of the job's log."""
+        world = self._cluster.world
+        if event != "iteration":
+            world.say("log", f"{event} { {k: v for k, v in fields.items() if k != 't'} }")
+        if event in ("committed", "declared", "agreed", "resumed"):
+            self._cluster.faults.seen(event)
+        match event:
+            case "training":
+                self.training = True
+            case "iteration":
+                self.iteration = max(self.iteration, fields["iteration"])
+                self._behind()
+            case "declared":
+                self.declared.append((world.now, fields["epoch"], fields["reason"]))
+                if fields["purpose"] == "save" and self.saving is None:
+                    self.saving = self._healthy()
+                if len(self.declared) > 1 and self.declared[-1][1] <= self.declared[-2][1]:
+                    raise Violation(f"epoch {fields['epoch']} is declared after {self.declared[-2][1]}")
+            case "agreed":
+                self._agreed(fields["iteration"])
+            case "committed":
+                self._committed(Version(fields["epoch"], fields["iteration"]))
+            case "resumed":
+                self._since = 0
+
+    def _behind(self) -> None:
+        """While nothing goes wrong, generations are committed every few iterations."""
+        cluster = self._cluster
+        faults = cluster.faults
+        peace = (
+            not faults.pending and cluster.world.now > faults.ended_at + _PEACE_S and cluster.hq.core.recovery is None
+        )
+        self._since = self._since + 1 if peace else 0
+        if self._since > _FEW:
+            raise Violation(f"{_FEW} iterations in peace, and nothing was committed since generation {self.committed}")
+
+    def _committed(self, version: Version) -> None:
+        cluster, generation = self._cluster, version.generation
+        holders: dict[int, list[tuple[int, str, Any, int]]] = {}
+        for rank in range(cluster.job.world_size):
+            holders[rank] = [
+                (host.node, arena.info.kind, slot, slot.turn)
+                for host in cluster.hosts
+                for arena in host.shards.vault.arenas()
+                if arena.info.rank == rank
+                for slot in arena.slots
+                if slot.complete and slot.version == version
+            ]  # fmt: skip
+            if not holders[rank]:
+                raise Violation(f"generation {generation} is committed, and nobody has it of rank {rank}")
+        self.safe = generation, holders
+        self.committed, self._since = generation, 0
+
+    def lost(self) -> str:
+        """Why the newest committed generation may be given up; empty: it may not."""
+        if self.safe is None:
+            return "nothing was committed"
+        generation, holders = self.safe
+        for rank, copies in holders.items():
+            left = [node for node, _, slot, turn in copies if not self._gone(node) and self._whole(slot, turn)]
+            if not left:
+                return f"every holder of rank {rank} of generation {generation} is gone or damaged"
+        return ""
+
+    def _gone(self, node: int) -> bool:
+        return node in self.hurt
+
+    @staticmethod
+    def _whole(slot: Any, turn: int) -> bool:
+        if slot.turn != turn:
+            return True  # overwritten: by something newer, or it would have been kept
+        try:
+            slot.verify()
+        except Exception:  # noqa: BLE001 - whatever is wrong with it
+            return False
+        return True
+
+    def refused_drain(self, host: Host, error: str) -> None:
+        """A drain was refused for good: rightly, unless a healthy spare is there or on its way."""
+        cluster = self._cluster
+        no_use = self.hurt.keys() | cluster.faults.drained
+        spares = [h for h in cluster.hosts if h is not host and h.node not in no_use and not h.known.ranks]
+        here = host.alive and host.node not in self.hurt and host.known.ranks and not self.ends
+        if here and spares and cluster.hq.ended is None and "no parked spare" in error:
+            raise Violation(f"node {host.node} is not drained ({error}), and node {spares[0].node} is a spare")
+
+    def _agreed(self, generation: int) -> None:
+        if self.safe is not None and generation < self.safe[0]:
+            why = self.lost()
+            if not why:
+                raise Violation(f"back to generation {generation}, although {self.safe[0]} was committed and is there")
+            self.given_up += 1
+            self.safe = None
+        self._since = 0
+
+    def _healthy(self) -> list[int]:
+        return [host.node for host in self._cluster.hosts if host.link.ever and host.node not in self.hurt]
+
+    # ---- after each turn of the coordinator
+
+    def look(self) -> None:
+        """Nobody healthy is given up, and every phase has its deadline."""
+        core = self._cluster.hq.core
+        for node, state in core.nodes.items():
+            if state.role == "lost" and node not in self.hurt:
+                raise Violation(f"node {node} is healthy, and was given up")
+        if core.recovery is not None and core.next_deadline() is None:
+            raise Violation(f"phase {core.phase.value} has no deadline")
+
+    # ---- the end
+
+    def end(self, code: int, message: str) -> None:
+        """The job has ended: is that covered by what happened?"""
+        cluster = self._cluster
+        healthy = self._healthy()
+        if code == 0:
+            for rank in range(cluster.job.world_size):
+                if rank not in self.ends and len(healthy) == len(cluster.hosts):
+                    raise Violation(f"the job ended well, and rank {rank} never finished")
+            return
+        if code in (Exit.NO_SPARE, Exit.NO_SPARE_SAVED):
+            healthy = healthy if self.saving is None else self.saving
+            if len(healthy) >= cluster.job.active_nodes:
+                raise Violation(f"ended with {code} ({message}), and {len(healthy)} nodes are healthy: {healthy}")
+            return
+        if code == Exit.GENERATION_LOST:
+            why = self.lost()
+            if not why:
+                raise Violation(f"ended with {code} ({message}), and generation {self.safe and self.safe[0]} is there")
+            return
+        if code == Exit.FAILED and self.hurt and cluster.faults.excuses(message):
+            return
+        raise Violation(f"ended with {code}: {message}")

@@ -1,0 +1,454 @@
+"""A worker as a script: what `Session`, `rejoin` and the trainer do, each rank at its own pace."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.workers import Worker
+from deadpool_megatron.vault import SlotWriter, StaleEpoch, VaultError, Version
+from simulation.world import Pipe, Process
+
+if TYPE_CHECKING:
+    from simulation.host import Host
+
+__all__ = ["UNIQUE_BYTES", "Broken", "Rank"]
+
+UNIQUE_BYTES = 4096
+_STATE = struct.Struct("<qQ")  # generation, value
+
+
+class Closed(Exception):
+    """A newer epoch has been declared."""
+
+
+class Broken(Exception):
+    """A peer's connection has ended."""
+
+
+class Dies(Exception):
+    """An error of its own ends this worker."""
+
+
+Script = Generator[tuple[float, Callable[[], bool] | None], bool, Any]
+
+
+class Rank:
+    """One worker process. ``rank`` None: parked."""
+
+    def __init__(self, host: Host, worker: Worker) -> None:
+        self.host = host
+        self.worker = worker
+        self.world = host.world
+        self.process = Process(host.world, f"pid {worker.pid}")
+        self.told = Pipe(host.world, 0.0001, 0.005)
+        self._said = Pipe(host.world, 0.0001, 0.005)
+        self.rank = worker.rank
+        self.pace = host.world.chance.uniform(0.7, 1.4)
+        self.joined = 0
+        self.declared: r.Declare | None = None
+        self.declared_epoch = 0
+        self._stands_by = False
+        self._generation: r.Generation | None = None
+        self._formed = -1
+        self._all_finished = -1
+        self._arena: r.ArenaGranted | r.ArenaRefused | None = None
+        self._taken: r.TakeOver | None = None
+        self._hold: r.Hold | None = None
+        self._waits = False  # in a communication
+        self.groups = 0  # the epoch whose groups it has or forms
+        self.writer: SlotWriter | None = None
+        self.live: int | None = None
+        self._small_generation = -1
+        self.value = 0
+        self._first = (-1, -1)
+        self._resumed = 0
+        self.finished = False
+        self._script: Script | None = None
+        self._until: Callable[[], bool] | None = None
+        self._token = 0
+        self._thinking = False
+
+    # ---- the script's engine
+
+    def start(self) -> None:
+        """The process begins."""
+        self._script = self._life()
+        self.process.later(0.0, self._advance, 0, True)
+
+    def _advance(self, token: int, value: bool, error: BaseException | None = None) -> None:
+        if token != self._token or self._script is None:
+            return
+        self._token += 1
+        self._until = None
+        try:
+            while True:
+                if error is not None:
+                    seconds, until = self._script.throw(error)
+                else:
+                    seconds, until = self._script.send(value if self._thinking else None)  # type: ignore[arg-type]
+                self._thinking, error = True, None
+                if until is not None:
+                    try:
+                        if until():
+                            value = True
+                            continue
+                    except (Closed, Broken) as err:
+                        error = err
+                        continue
+                self._until = until
+                if seconds < 1e9:
+                    self.process.later(seconds, self._advance, self._token, False)
+                return
+        except StopIteration:
+            self._script = None
+            self.die(0)
+        except (Dies, VaultError) as err:
+            self._script = None
+            self.say(
+                r.WorkerFailed(0, 0, None, "training", self.joined, -1, 0, type(err).__name__, "sim", str(err), "")
+            )
+            self.die(1)
+
+    def poke(self) -> None:
+        """Something has changed that it may wait for."""
+        if self._until is None:
+            return
+        try:
+            if self._until():
+                self._advance(self._token, True)
+        except (Closed, Broken) as err:
+            self._advance(self._token, False, err)
+
+    def _pause(self, low: float, high: float) -> Script:
+        yield self.world.delay(low, high) * self.pace, None
+
+    def _wait(self, until: Callable[[], bool], seconds: float = 1e12) -> Script:
+        return (yield seconds, until)
+
+    # ---- what it says and hears
+
+    def say(self, record: Any) -> None:
+        """To its agent."""
+        host = self.host
+        if self.world.trace is not None:
+            self.world.say(f"rank {self.rank} (n{host.node})", record)
+        self._said.send(host.process, self._arrive, record)
+
+    def _arrive(self, record: Any) -> None:
+        self.host.agent.heard(self.worker, record)
+
+    def step(self, step: r.Step, epoch: int, number: int = 0, changed: int = 0) -> None:
+        """A step of the protocol."""
+        self.say(r.WorkerStep(step, epoch, number, changed))
+
+    def hear(self, packet: bytes) -> None:
+        """The watcher thread: as `Session._take`."""
+        record = r.decode_to_worker(packet)
+        if self.world.trace is not None:
+            self.world.say(f"-> rank {self.rank} (n{self.host.node}, {self.worker.pid})", record)
+        match record:
+            case r.Where():
+                self.say(r.Whereabouts(record.query, self._waits))
+                return
+            case r.Declare() if record.epoch > self.declared_epoch:
+                self.declared_epoch, self.declared = record.epoch, record
+                if self._stands_by and self.rank is not None:
+                    self.say(r.Arrived(record.epoch, self.rank, None))
+            case r.Generation():
+                self._generation = record
+            case r.Form():
+                self._formed = record.epoch
+            case r.TakeOver():
+                self._taken = record
+            case r.AllFinished():
+                self._all_finished = record.epoch
+            case r.ArenaGranted() | r.ArenaRefused():
+                self._arena = record
+            case r.Hold():
+                self._hold = record
+        self.poke()
+
+    def die(self, code: int, silently: bool = False) -> None:
+        """The process ends. ``silently``: its machine is gone, so its peers' connections just stay quiet."""
+        if not self.process.alive:
+            return
+        self.process.die()
+        self.worker.process.code = code  # type: ignore[attr-defined]
+        self.world.say(f"rank {self.rank} (n{self.host.node})", f"pid {self.worker.pid} ends with {code}")
+        if not silently and self.rank is not None and not (code == 0 and self.finished):
+            self.host.cluster.meetings.broken(self)
+        worker = self.worker
+        self._said.send(self.host.process, self.host.ended, worker)
+
+    # ---- its life
+
+    def _life(self) -> Script:
+        rejoining = self.rank is None
+        if self.rank is None:
+            yield from self._pause(0.2, 1.5)
+            self.step("parked", 0)
+            yield from self._wait(lambda: self._taken is not None)
+            assert self._taken is not None
+            self.rank = self._taken.rank
+            yield from self._pause(0.05, 0.3)
+            if self.world.chance.random() < 0.7:
+                self._stands_by = True
+                self.say(r.Arrived(self.declared_epoch, self.rank, None))
+            yield from self._pause(0.1, 0.8)
+            while True:  # its data begin where the job stands
+                agreed = yield from self._agreed()
+                readable = yield from self._is_readable(agreed)
+                if readable:
+                    break
+        else:
+            yield from self._pause(0.3, 1.2)
+        yield from self._request_arena()
+        self.say(
+            r.Registered(
+                0,
+                0,
+                r.CoordinateInfo(self.rank, 0, 0, self.rank),
+                UNIQUE_BYTES,
+                16,
+                "same",
+                self.host.cluster.can_rescue,
+            )
+        )
+        if not rejoining:
+            self.value = self.host.cluster.oracle.value(self.rank, 0)
+            try:
+                yield from self._first_generation()
+            except Closed:
+                rejoining = True
+        error: BaseException | None = None
+        while True:
+            if rejoining:
+                purpose = yield from self._rejoin(error)
+                error = None
+                if purpose == "save":
+                    yield from self._pause(0.2, 1.0)
+                    self.say(r.ShardReady(self.joined, self._small_generation, "dir"))
+                    yield from self._wait(lambda: self.declared_epoch > self.joined, 60.0)
+                    return
+            try:
+                while self._small_generation < self.host.cluster.iterations:
+                    yield from self._iteration(self._small_generation)
+                self.step("finished", self.joined, self._small_generation)
+                yield from self._wait(lambda: self._supersede(self.joined) or self._all_finished >= self.joined)
+            except Closed:
+                rejoining = True
+                continue
+            except (Broken, StaleEpoch) as err:
+                error, rejoining = err, True
+                continue
+            self.finished = True
+            self.host.cluster.oracle.finished(self)
+            yield from self._pause(0.1, 0.5)
+            return
+
+    def _agreed(self) -> Script:
+        yield from self._wait(lambda: self._generation is not None and self._generation.epoch == self.declared_epoch)
+        return self._generation
+
+    def _is_readable(self, agreed: r.Generation) -> Script:
+        """As `Hooks._build_iterators`: the small state of the agreed generation is read."""
+        arena = self.host.shards.vault.arena(self.rank, "own") if self.rank is not None else None
+        slot = arena.find(Version(agreed.version_epoch, agreed.generation)) if arena is not None else None
+        try:
+            if slot is None:
+                raise VaultError("not held")
+            slot.verify()
+            return True
+        except VaultError as err:
+            self.say(r.Unreadable(agreed.epoch, agreed.generation, agreed.version_epoch, str(err)))
+            yield from self._await_newer(agreed.epoch, "the recovery was given up")
+        return False
+
+    @property
+    def _patience(self) -> float:
+        deadlines = self.host.cluster.job.deadlines
+        return deadlines.lease + 5.0 + deadlines.form
+
+    def _supersede(self, epoch: int) -> bool:
+        if self.declared_epoch > epoch:
+            raise Closed
+        return False
+
+    def _request_arena(self) -> Script:
+        assert self.rank is not None
+        self.say(r.ArenaRequest(self.rank, UNIQUE_BYTES, 16))
+        if not (yield from self._wait(lambda: self._arena is not None, 120.0)):
+            raise Dies("no memory")
+        if isinstance(self._arena, r.ArenaRefused):
+            raise Dies(self._arena.message)
+        arena = self.host.shards.vault.arena(self.rank, "own")
+        if arena is None:
+            raise Dies("its memory was dropped")
+        self.writer = SlotWriter(arena)
+
+    def _first_generation(self) -> Script:
+        assert self.writer is not None
+        self._first, self._small_generation, self.live = (0, 0), 0, 0
+        self._open(0)
+        self._complete()
+        end = self.world.now + self.host.cluster.job.deadlines.abort
+        while self.writer.kept is None and self.world.now < end:
+            self._check()
+            yield 0.05, None
+
+    # ---- training
+
+    def _check(self) -> None:
+        if self.declared_epoch > self.joined:
+            raise Closed
+
+    def _open(self, generation: int) -> None:
+        assert self.writer is not None
+        if self.writer.open(self.joined, generation, _STATE.pack(generation, self.value)) is not None:
+            self._ring()
+
+    def _complete(self) -> None:
+        assert self.writer is not None
+        if self.writer.slot is not None:
+            self.writer.buffer[: _STATE.size] = memoryview(_STATE.pack(self._small_generation, self.value))
+            self.writer.complete()
+            self._ring()
+
+    def _ring(self) -> None:
+        self._said.send(self.host.process, self.host.agent.rang, self.worker)
+
+    def _iteration(self, iteration: int) -> Script:
+        assert self.rank is not None
+        page, cluster = self.worker.page, self.host.cluster
+        self._check()
+        page.enter(iteration)
+        self.live = iteration
+        cluster.oracle.begins(self, iteration)
+        hold = self._hold
+        if hold is not None and hold.epoch == self.joined and iteration >= hold.iteration:
+            yield from self._hold_still(hold, iteration)
+        if self._first != (self.joined, iteration):
+            self._open(iteration)
+        if self._resumed != self.joined:
+            self._resumed = self.joined
+            self.step("resumed", self.joined, iteration)
+        begun = self.world.now
+        yield from self._pause(0.05, 0.12)
+        page.beat()
+        self._check()
+        copied_early = self.world.chance.random() < 0.5
+        if copied_early:
+            self._complete()
+        yield from self._pause(0.02, 0.1)
+        page.beat()
+        self._check()
+        total = yield from self._meet("gradients", iteration, self.value)
+        self._complete()
+        self._check()
+        self.live = None
+        cluster.oracle.steps(self, iteration)
+        yield from self._pause(0.001, 0.05)
+        self.value = cluster.oracle.after(self.value, total)
+        yield from self._meet("parameters", iteration, 0)
+        page.leave()
+        self._small_generation = iteration + 1
+        if self.rank == cluster.job.world_size - 1:
+            seconds = self.world.now - begun
+            self.say(r.Iteration(0, self.rank, self.joined, iteration, {"lm loss": "0x1p-1"}, None, seconds, 0.0, 0, 0))
+        yield from self._pause(0.0005, 0.03)
+
+    def _hold_still(self, hold: r.Hold, iteration: int) -> Script:
+        missed = iteration != hold.iteration
+        if not missed:
+            if self._first != (self.joined, iteration):
+                self._open(iteration)
+                self._first = (self.joined, iteration)
+            self._complete()
+        self.say(r.Held(self.joined, iteration, missed))
+        yield from self._wait(lambda: self._supersede(self.joined))
+
+    def _meet(self, what: str, iteration: int, value: int) -> Script:
+        """A collective of all ranks of the epoch; the sum of their values."""
+        epoch = self.groups
+        meeting = self.host.cluster.meetings.enter(self, epoch, what, iteration, value)
+        self._waits = True
+        try:
+            yield from self._wait(lambda: self._supersede(epoch) or meeting.over(self))
+        finally:
+            self._waits = False
+        return meeting.total
+
+    # ---- the way back, as `recovery.protocol.rejoin`
+
+    def _rejoin(self, error: BaseException | None) -> Script:
+        assert self.rank is not None
+        deadlines = self.host.cluster.job.deadlines
+        if isinstance(error, Broken) and self.declared_epoch <= self.joined:
+            self.say(r.PeerError(self.joined, 0, self.rank, "connection closed by peer"))
+        patience = deadlines.build if error is None else self._patience
+        if not (yield from self._wait(lambda: self.declared_epoch > self.joined, patience)):
+            raise Dies(f"nothing was declared: {error!r}")
+        while True:
+            epoch = self.declared_epoch
+            try:
+                return (yield from self._take_part(epoch))
+            except Closed:
+                continue
+            except Broken:
+                if self.declared_epoch <= epoch:
+                    self.say(r.PeerError(epoch, 0, self.rank, "no groups"))
+                    yield from self._await_newer(epoch, "no groups")
+
+    def _await_newer(self, epoch: int, why: str) -> Script:
+        if not (yield from self._wait(lambda: self.declared_epoch > epoch, self._patience)):
+            raise Dies(why)
+
+    def _take_part(self, epoch: int) -> Script:
+        assert self.rank is not None and self.declared is not None
+        purpose = self.declared.purpose
+        yield from self._pause(0.005, 0.1)
+        if self.writer is not None:
+            self.writer.abandon()
+        self.worker.page.leave()
+        self._stands_by = False
+        self.say(r.Arrived(epoch, self.rank, self.live))
+        yield from self._wait(lambda: self._supersede(epoch) or self._is_agreed(epoch))
+        assert self._generation is not None
+        yield from self._restore(self._generation)
+        self.step("ready", epoch)
+        yield from self._wait(lambda: self._formed == epoch or self._supersede(epoch))
+        self.groups = epoch
+        yield from self._pause(0.005, 0.1)
+        yield from self._meet("form", 0, 0)
+        self.step("formed", epoch, 4, 4)
+        yield from self._meet("synchronize", 0, 0)
+        self.joined = epoch
+        self.step("restored", epoch)
+        yield from self._meet("prove", 0, 0)
+        if self.rank == 0:
+            self.say(r.Compared(0, 0, self.declared_epoch, self._small_generation, 0.001, [], True))
+        return purpose
+
+    def _is_agreed(self, epoch: int) -> bool:
+        return self._generation is not None and self._generation.epoch == epoch
+
+    def _restore(self, agreed: r.Generation) -> Script:
+        generation = agreed.generation
+        if not (self.live == generation and self._small_generation == generation):
+            yield from self._pause(0.005, 0.05)
+            assert self.writer is not None
+            try:
+                small, unique = self.writer.read(Version(agreed.version_epoch, generation))
+            except VaultError as err:
+                self.say(r.Unreadable(agreed.epoch, generation, agreed.version_epoch, str(err)))
+                yield from self._await_newer(agreed.epoch, "unreadable")
+                raise Closed from None
+            there = _STATE.unpack(small[: _STATE.size])
+            assert _STATE.unpack(bytes(unique[: _STATE.size])) == there == (generation, there[1]), "wrong bytes"
+            self.value = there[1]
+        self.live = self._small_generation = generation
+        self._hold = None if self._hold is not None and self._hold.epoch < agreed.epoch else self._hold
+        self.host.cluster.oracle.restored(self, generation)

@@ -1,0 +1,153 @@
+"""One run: a job of its own shape, its faults, and the judgement."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deadpool_megatron.cluster import Deadlines, JobSpec
+from deadpool_megatron.vault import VaultFull
+from simulation.faults import Faults, Profile
+from simulation.headquarters import Headquarters
+from simulation.host import Host
+from simulation.meetings import Meetings
+from simulation.network import Link, Network
+from simulation.oracle import Oracle, Violation
+from simulation.world import Process, World
+
+__all__ = ["Outcome", "Run", "Violation", "simulate"]
+
+DEADLINES = Deadlines(lease=5.0, abort=15.0, build=40.0, form=10.0, join=30.0)
+_LONGEST_S = 900.0  # of virtual time, after which a run hangs
+_SHAPES = ((3, 1, 1), (4, 1, 1), (3, 1, 2), (4, 1, 2), (4, 2, 1), (4, 2, 2), (5, 1, 1), (5, 2, 1), (3, 0, 1), (4, 0, 2))
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a run ended. ``violation``: the promise that was broken; empty: none."""
+
+    seed: int
+    code: int
+    message: str
+    violation: str
+    faults: Sequence[str]
+    epochs: int
+    seconds: float
+    events: int
+    shape: str
+    trace: list[str] = field(default_factory=list)
+
+    @property
+    def end(self) -> str:
+        """For people."""
+        return f"ended with {int(self.code)}{': ' if self.message else ''}{self.message}"
+
+
+class Run:
+    """The parts of one run."""
+
+    def __init__(self, seed: int, profile: Profile, trace: bool = False) -> None:
+        world = self.world = World(seed, trace)
+        chance = world.chance
+        nodes, spares, slots = chance.choice(_SHAPES)
+        redundancy = "2" if nodes - spares >= 3 and chance.random() < 0.2 else "1"
+        self.job = JobSpec(nodes, spares, slots, True, DEADLINES, redundancy=redundancy)
+        self.iterations = chance.randint(12, 24)
+        self.can_rescue = chance.random() < 0.5
+        self.hang_floor, self.hang_outside = 4.0, 20.0
+        self.network = Network(world)
+        self.meetings = Meetings(self)
+        self.oracle = Oracle(self)
+        self.anybody = Process(world, "fate")
+        self.faults = Faults(self, profile)
+        self.hosts: list[Host] = []
+        self._by_node: dict[int, Host] = {}
+        self._pids = 100
+        self.hq = Headquarters(world, self.job, self._link, lambda: [h.link for h in self.hosts], self._event)
+        for node in range(nodes):
+            self.add_host(node)
+        self.faults.draw()
+
+    @property
+    def shape(self) -> str:
+        """For people."""
+        job = self.job
+        return f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}"
+
+    def _link(self, node: int) -> Link | None:
+        host = self._by_node.get(node)
+        return host.link if host is not None else None
+
+    def _event(self, event: str, fields: dict[str, Any]) -> None:
+        self.oracle.event(event, fields)
+
+    def at(self, host: str) -> Host:
+        """By its address."""
+        return self._by_node[int(host.removeprefix("n"))]
+
+    def add_host(self, node: int) -> None:
+        """A machine comes up."""
+        if node in self._by_node:
+            raise Violation(f"number {node} is given twice")
+        self._by_node[node] = host = Host(self, node)
+        self.hosts.append(host)
+
+    def new_pid(self) -> int:
+        """For a worker."""
+        self._pids += 1
+        return self._pids
+
+    def left(self, host: Host) -> None:
+        """An agent leaves: it was told to, or has fenced itself."""
+        self.world.say("run", f"n{host.node} leaves")
+
+    def check_room(self, host: Host, rank: int) -> None:
+        """Raises VaultFull."""
+        if not host.room:
+            raise VaultFull(f"no room for rank {rank} on node {host.node}")
+
+    def run(self) -> tuple[int, str]:
+        """To the end of the job. Raises Violation."""
+        hq, oracle, world = self.hq, self.oracle, self.world
+        while hq.ended is None:
+            if not world.step():
+                raise Violation("nothing happens any more")
+            if world.events % 16 == 0:
+                self._drained()
+                oracle.look()
+                if world.now > _LONGEST_S:
+                    raise Violation(f"no end after {_LONGEST_S:g} s: {hq.core.phase}, iteration {oracle.iteration}")
+        self._drained()
+        oracle.end(*hq.ended)
+        return hq.ended
+
+    def _drained(self) -> None:
+        """A node that the user takes away is none that the job may count on."""
+        for node, state in self.hq.core.nodes.items():
+            if state.role in ("leaving", "left"):
+                if node not in self.faults.drained:
+                    raise Violation(f"node {node} is taken away, and nobody asked for it")
+                self.oracle.hurt.setdefault(node, "drained")
+
+
+def simulate(seed: int, profile: Profile | None = None, trace: bool = False) -> Outcome:
+    """One run from its seed alone."""
+    run = Run(seed, profile or Profile(), trace)
+    code, message, violation = -1, "", ""
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            code, message = run.run()
+        except Violation as err:
+            violation = str(err)
+        except Exception as err:  # noqa: BLE001 - whatever the product, or the simulation, raises
+            where = traceback.extract_tb(err.__traceback__)[-1]
+            violation = f"{type(err).__name__}: {err} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
+            run.world.say("run", traceback.format_exc())
+    return Outcome(
+        seed, code, message, violation, run.faults.struck, len(run.oracle.declared), run.world.now, run.world.events,
+        run.shape, run.world.trace or [],
+    )  # fmt: skip

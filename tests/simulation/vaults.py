@@ -1,0 +1,360 @@
+"""A node's shards: production `Shards`, `Vault`, `Keeper` and discipline; only bytes on their way are played here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.fetching import Attempts
+from deadpool_megatron.cluster.shards import FetchDone, Shards
+from deadpool_megatron.vault import (
+    ChecksumMismatch,
+    NotHeld,
+    StaleEpoch,
+    Target,
+    TransferFailed,
+    Vault,
+    VaultError,
+    Version,
+    WordPlan,
+)
+from deadpool_megatron.vault.arena import Arena, Slot
+from deadpool_megatron.vault.frames import Begin
+from deadpool_megatron.vault.intake import Intake
+from deadpool_megatron.vault.keeper import Keeper
+from deadpool_megatron.vault.sender import next_slot
+from deadpool_megatron.vault.transfer import finish, own_copy, own_slot
+from deadpool_megatron.vault.version import EMPTY, unpack
+
+if TYPE_CHECKING:
+    from simulation.host import Host
+
+__all__ = ["CHUNK", "SimulatedShards"]
+
+CHUNK = 4096
+_BACKOFF_S = (0.1, 2.0)
+_CONNECT_S = 1.0
+
+
+class _Server:
+    """`VaultServer` without its sockets."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+        self.keeper = Keeper(vault)
+        self.writers: dict[int, object] = {}  # by rank, who writes its copy here: the newest connection alone
+        self.port = 1
+
+    def set_epoch(self, epoch: int) -> None:
+        self._vault.set_epoch(epoch)
+
+    def set_plan(self, unique_bytes: Mapping[int, int | None]) -> None:
+        self.keeper.plan = dict(unique_bytes)
+
+
+@dataclass(eq=False, slots=True)
+class _Sender:
+    """`Sender` without its thread: one rank's shards to one target."""
+
+    rank: int
+    target: Target | None = None
+    aim: int = 0
+    busy: bool = False
+    pause: float = _BACKOFF_S[0]
+    done: dict[Slot, int] = field(default_factory=dict)
+    wait: tuple[Slot, int, Callable[[], None]] | None = None  # for the rest of a slot
+
+
+class _Replicator:
+    """`Replicator` without its threads: chooses by `next_slot`, and tells when a version is at all targets."""
+
+    def __init__(self, host: Host, vault: Vault, told: Callable[[int, int, int], None]) -> None:
+        self._host = host
+        self._vault = vault
+        self._told = told
+        self._senders: dict[int, list[_Sender]] = {}
+        self._epoch = 0
+        self._rung: set[int] = set()
+
+    def set_targets(self, epoch: int, targets: Mapping[int, Sequence[Target]]) -> None:
+        self._epoch = epoch
+        for rank in sorted({*self._senders, *targets}):
+            wanted = targets.get(rank, ())
+            senders = self._senders.setdefault(rank, [])
+            while len(senders) < len(wanted):
+                senders.append(_Sender(rank))
+            for index, sender in enumerate(senders):
+                sender.target = wanted[index] if index < len(wanted) else None
+                sender.aim += 1
+                sender.done, sender.busy, sender.wait, sender.pause = {}, False, None, _BACKOFF_S[0]
+            arena = self._vault.arena(rank, "own")
+            for slot in arena.slots if arena is not None else ():
+                slot.peer_turn = 0
+        for rank in targets:
+            self.notify(rank)
+
+    def notify(self, rank: int) -> None:
+        if rank not in self._rung:
+            self._rung.add(rank)
+            self._host.later(0.0005, 0.01, self._sum, rank)
+
+    def _sum(self, rank: int) -> None:
+        self._rung.discard(rank)
+        self._vault.checksum(rank)
+        for sender in self._senders.get(rank, ()):
+            self._wake(sender)
+
+    def _wake(self, sender: _Sender) -> None:
+        if sender.wait is not None:
+            slot, turn, go_on = sender.wait
+            if slot.turn != turn:
+                sender.wait, sender.busy = None, False  # opened again: given up
+            elif slot.own_turn == turn:
+                sender.wait = None
+                go_on()
+                return
+            else:
+                return
+        if sender.busy or sender.target is None:
+            return
+        arena = self._vault.arena(sender.rank, "own")
+        slot = next_slot(arena, sender.done) if arena is not None else None
+        if arena is None or slot is None or slot.small_bytes == EMPTY:
+            return
+        sender.busy = True
+        self._host.later(0.001, 0.02, self._offer, sender, sender.aim, arena, slot, slot.turn)
+
+    def _again(self, sender: _Sender, aim: int) -> None:
+        if sender.aim == aim:
+            sender.busy = False
+            self._wake(sender)
+
+    def _failed(self, sender: _Sender, slot: Slot, err: VaultError) -> None:
+        if isinstance(err, ChecksumMismatch):
+            slot.recheck()
+        self._host.world.say(f"n{self._host.node}", f"rank {sender.rank} not sent: {err}")
+        pause, sender.pause = sender.pause, min(2 * sender.pause, _BACKOFF_S[1])
+        self._host.process.later(pause, self._again, sender, sender.aim)
+
+    def _offer(self, sender: _Sender, aim: int, arena: Arena, slot: Slot, turn: int) -> None:
+        if sender.aim != aim or sender.target is None:
+            return
+        version, small_bytes = unpack(slot.begin), slot.small_bytes
+        if slot.turn != turn or version is None or small_bytes == EMPTY:
+            self._again(sender, aim)
+            return
+        host, vault, info = self._host, self._vault, arena.info
+        keeper = host.cluster.at(sender.target.host)
+        try:
+            host.reach(keeper)
+            server = keeper.shards.server
+            begin = Begin(
+                self._epoch, sender.rank, *version, info.unique_bytes, info.small_capacity, small_bytes,
+                arena.chunk_bytes, vault.kept, vault.floor,
+            )  # fmt: skip
+            server.keeper.check(begin)
+            into = server.keeper.open(begin)
+        except VaultError as err:
+            self._failed(sender, slot, err)
+            return
+        if into is None:
+            self._stored(sender, aim, slot, turn, version)
+            return
+        token = server.writers[sender.rank] = object()
+        where = (keeper, into, into.turn, token)
+        epoch = self._epoch
+
+        def go_on() -> None:
+            host.later(0.002, 0.05, self._arrive, sender, aim, epoch, slot, turn, version, where)
+
+        if slot.own_turn == turn:
+            go_on()
+        else:
+            sender.wait = (slot, turn, go_on)
+
+    def _arrive(
+        self, sender: _Sender, aim: int, epoch: int, slot: Slot, turn: int, version: Version, where: tuple[Any, ...]
+    ) -> None:
+        keeper, into, into_turn, token = where
+        if sender.aim != aim:
+            return
+        if slot.turn != turn:
+            self._again(sender, aim)
+            return
+        try:
+            self._host.reach(keeper)
+            server = keeper.shards.server
+            server.keeper.check_epoch(epoch, f"shard of rank {sender.rank}")
+            if server.writers.get(sender.rank) is not token or into.turn != into_turn:
+                raise TransferFailed("another connection has taken over")
+            _copy_bytes(slot, into)
+            into.verify(slot.small_bytes)
+            self._host.cluster.oracle.kept(keeper, sender.rank, version, epoch)
+            into.mark_complete()
+            into.seal()
+        except VaultError as err:
+            self._failed(sender, slot, err)
+            return
+        self._stored(sender, aim, slot, turn, version)
+
+    def _stored(self, sender: _Sender, aim: int, slot: Slot, turn: int, version: Version) -> None:
+        if slot.own_turn != turn and slot.turn == turn:
+            sender.wait = (slot, turn, lambda: self._stored(sender, aim, slot, turn, version))
+            return
+        if sender.aim == aim and slot.turn == turn:
+            sender.done[slot], sender.pause = turn, _BACKOFF_S[0]
+            aimed = [each for each in self._senders[sender.rank] if each.target is not None]
+            if slot.peer_turn != turn and all(each.done.get(slot) == turn for each in aimed):
+                slot.peer_turn = turn
+                self._told(sender.rank, *version)
+        self._again(sender, aim)
+
+
+class _Cut:
+    """In place of a channel: an intake that is cut off leaves at once."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+
+    def shut(self) -> None:
+        self._intake.left.set()
+
+
+def _copy_bytes(source: Slot, into: Slot) -> None:
+    small = source.small_bytes
+    into.small[:small] = source.small[:small]
+    into.unique[:] = source.unique
+    into.sums[:] = source.sums
+
+
+class SimulatedShards(Shards):
+    """Of one node. What production does in threads happens in virtual time, everything else as it is there."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self.node = host.node
+        self.vault = Vault("sim", host.node, "/sim", CHUNK, create=Arena.in_process)
+        self.stripes = None
+        self.server = _Server(self.vault)  # type: ignore[assignment]
+        self._peers = {}
+        self._replicator = _Replicator(host, self.vault, self._committed)  # type: ignore[assignment]
+        self._told_sent = {}
+
+    def tell(self, event: Any) -> None:
+        self._host.news.send(self._host.process, self._host.agent.happened, event)
+
+    def sent(self, rank: int) -> tuple[int, float]:
+        return 0, 0.0
+
+    def plan(
+        self, peers: Mapping[int, tuple[int, int]], words: Mapping[int, WordPlan], constants: Collection[int]
+    ) -> None:
+        super().plan(peers, words, ())  # nobody has constants here
+
+    def reserve(self) -> None:
+        for rank, (unique_bytes, capacity) in self._peers.items():
+            self.vault.allocate_peer(rank, unique_bytes, capacity)
+
+    def recheck(self, rank: int) -> None:
+        self._host.later(0.001, 0.01, self._recheck, rank)
+
+    def _recheck(self, rank: int) -> None:
+        arena = self.vault.arena(rank, "own")
+        for slot in arena.slots if arena is not None else ():
+            version = slot.version
+            if version is not None and not slot.recheck():
+                self._damaged(rank, "own", version)
+
+    def close(self) -> None:
+        self.vault.close()
+
+    # ---- fetches, as `Shards.fetch` and `transfer.fetch`
+
+    def fetch(
+        self,
+        epoch: int,
+        rank: int,
+        generation: int,
+        source: r.Source,
+        address: r.Address | None,
+        others: Sequence[r.Address] = (),
+        keepers: Sequence[Target] = (),
+    ) -> None:
+        places = [address.host if address is not None else "", *(other.host for other in others)]
+        version = Version(source.version_epoch, generation)
+        attempts = Attempts(places, self._host.world.now)
+        done = FetchDone(rank, epoch, generation, source.node, tuple(version), "", version.epoch)
+        self._host.later(0.001, 0.01, self._ask, attempts, done, version)
+
+    def _ask(self, attempts: Attempts[str], done: FetchDone, version: Version) -> None:
+        rank, host = done.rank, self._host
+        try:
+            if done.epoch < self.vault.epoch:
+                raise StaleEpoch("the epoch of the fetch is over")
+            intake = self.vault.intakes.begin(rank, done.epoch, 0.0)
+        except VaultError as err:
+            self._failed(attempts, done, version, err)
+            return
+        try:
+            intake.add(_Cut(intake))
+            if own_copy(self.vault, rank, version) is not None:
+                intake.left.set()
+                self.tell(done)
+                return
+            givers = [host.cluster.at(place) if place else host for place in attempts.asked]
+            found = []
+            for giver in givers:
+                host.reach(giver)
+                giver.shards.server.keeper.check_epoch(done.epoch, f"fetch of rank {rank}")
+                found.append(
+                    giver.shards.vault.find(rank, version, ("own", "peer") if giver is not host else ("peer", "own"))
+                )
+            arena, slot = found[0]
+            if self.vault.arena(rank, "own") is None:
+                host.cluster.check_room(host, rank)
+            into = own_slot(self.vault, rank, version, arena.info.unique_bytes, arena.info.small_capacity)
+        except VaultError as err:
+            intake.left.set()
+            self._failed(attempts, done, version, err)
+            return
+        host.later(0.01, 0.4, self._brought, attempts, done, version, slot, slot.turn, into, givers, intake)
+
+    def _brought(
+        self,
+        attempts: Attempts[str],
+        done: FetchDone,
+        version: Version,
+        slot: Slot,
+        turn: int,
+        into: Slot,
+        givers: list[Host],
+        intake: Intake,
+    ) -> None:
+        try:
+            intake.check()
+            for giver in givers:
+                self._host.reach(giver)
+            if slot.turn != turn:
+                raise NotHeld(f"{version} was overwritten at its holder while it was sent")
+            small = slot.small_bytes
+            _copy_bytes(slot, into)
+            into.verify(small)
+            finish(into, small)
+            intake.left.set()
+        except VaultError as err:
+            intake.left.set()
+            self._failed(attempts, done, version, err)
+            return
+        self.tell(done)
+
+    def _failed(self, attempts: Attempts[str], done: FetchDone, version: Version, err: VaultError) -> None:
+        pause = attempts.failed(err, self._host.world.now)
+        self._host.world.say(f"n{self._host.node}", f"fetch of rank {done.rank} failed: {err}; again in {pause}")
+        if pause is None:
+            assert attempts.error is not None
+            self.tell(FetchDone.failed(done.rank, done.epoch, version, done.source, version.epoch, attempts.error))
+            return
+        slow = _CONNECT_S if err.broken and "answer" in str(err) else 0.0
+        self._host.process.later(pause + slow, self._ask, attempts, done, version)
