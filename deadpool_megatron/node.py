@@ -101,7 +101,7 @@ def _coordinate(settings: dict[str, Any], spec: JobSpec, lease: Lease | None) ->
             Enlistment(spec, settings["flags"], settings["job_id"], settings["store_port"]),
             store,
             Guard(*settings["guard"]),
-            lease,
+            lease=lease,
         )
     except zmq.ZMQError as err:
         where = f"{settings['bind']}:{settings['port']}"

@@ -80,11 +80,11 @@ class Coordinator:
         enlistment: Enlistment,
         store: Store,
         guard: Guard,
-        lease: Lease | None = None,
         hub: Hub | None = None,
         run: RunDirectory | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: random.Random | None = None,
+        lease: Lease | None = None,
     ) -> None:
         """``guard``: of the leadership in this term; without it ``store`` takes no write.
 

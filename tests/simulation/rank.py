@@ -47,9 +47,9 @@ class Rank:
         self._said = Pipe(host.world, 0.0001, 0.005)
         self.rank = worker.rank
         self.pace = host.world.chance.uniform(0.7, 1.4)
-        self.joined = 0
+        self.joined = host.known.epoch if worker.rank is not None else 0
         self.declared: r.Declare | None = None
-        self.declared_epoch = 0
+        self.declared_epoch = self.joined
         self._stands_by = False
         self._generation: r.Generation | None = None
         self._formed = -1
@@ -58,13 +58,13 @@ class Rank:
         self._taken: r.TakeOver | None = None
         self._hold: r.Hold | None = None
         self._waits = False  # in a communication
-        self.groups = 0  # the epoch whose groups it has or forms
+        self.groups = self.joined  # the epoch whose groups it has or forms
         self.writer: SlotWriter | None = None
         self.live: int | None = None
         self._small_generation = -1
         self.value = 0
         self._first = (-1, -1)
-        self._resumed = 0
+        self._resumed = self.joined
         self.finished = False
         self._script: Script | None = None
         self._until: Callable[[], bool] | None = None
@@ -291,7 +291,7 @@ class Rank:
 
     def _first_generation(self) -> Script:
         assert self.writer is not None
-        self._first, self._small_generation, self.live = (0, 0), 0, 0
+        self._first, self._small_generation, self.live = (self.joined, 0), 0, 0
         self._open(0)
         self._complete()
         end = self.world.now + self.host.cluster.job.deadlines.abort
