@@ -5,10 +5,9 @@
     owner-000001.json    "ended": its job is over
     owner-000002.json    the owner: job, host, process, and a beat that it changes every `BEAT_S` seconds
 
-The owner is the file with the highest number. A job becomes it by making the next one, which the file system lets one
-job do (a link, which a server too carries out once); none is ever made anew or changed by anybody else. So who takes
-a directory over need not touch the old owner's file, and an owner that was frozen meanwhile cannot take it back by
-renewing: it finds a higher number than its own.
+The owner is the file with the highest number. A job becomes it by making the next one, which the file system, or its
+server, lets one of them do. Nobody else changes an owner's file. So an owner that was frozen while another job took
+the directory over cannot take it back by renewing: it finds a higher number than its own.
 
 A number may follow one that has ended, whose job is the same (its coordinator was started again, here or on another
 host), whose processes are dead on this very machine and were all of the job, or that nobody has renewed during a whole
@@ -46,7 +45,7 @@ _NAME: Final = re.compile(r"owner-(\d{6})\.json")
 _BYTES: Final = 1024  # of a file: always the same, so that renewing it never leaves part of an older one
 
 
-class Owner(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Owner(msgspec.Struct, frozen=True):
     """What an owner says of itself.
 
     ``machine`` is the boot and the process namespace that ``processes`` (id, start) are of; when all of them are gone
@@ -120,12 +119,11 @@ def _numbers(store: Store) -> list[int]:
 
 def _newest(store: Store) -> tuple[int, bytes] | None:
     """The highest number and what its file says. Raises OSError."""
-    while True:
-        numbers = _numbers(store)
-        if not numbers:
-            return None
-        with contextlib.suppress(FileNotFoundError), contextlib.closing(store.open(_name(max(numbers)))) as file:
-            return max(numbers), file.read(_BYTES)
+    for number in sorted(_numbers(store), reverse=True):
+        # A shared file system's list of names may be some seconds old.
+        with contextlib.suppress(FileNotFoundError), contextlib.closing(store.open(_name(number))) as file:
+            return number, file.read(_BYTES)
+    return None
 
 
 def check_owner(store: Store, job: str) -> None:
