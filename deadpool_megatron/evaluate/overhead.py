@@ -293,7 +293,9 @@ def _wrong(o: argparse.Namespace) -> str:
         return "--blocks must be an even number of 4 or more"
     if o.minutes is not None and not 1 <= o.minutes < math.inf:
         return "--minutes must be at least 1"
-    return _wrong_cores(o.cores) if o.cores else ""
+    if wrong_cores := _wrong_cores(o.cores) if o.cores else "":
+        return wrong_cores
+    return "" if Path(o.script).is_file() else f"{o.script}: there is no such script"
 
 
 def _wrong_cores(text: str) -> str:

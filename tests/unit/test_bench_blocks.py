@@ -65,6 +65,7 @@ def test_the_report_is_of_measured_iterations_with_snapshots(tmp_path: Path) -> 
         (["--minutes", "0.5"], "--minutes must be at least 1"),
         (["--blocks", "5"], "even number"),
         (["--checkpoints", "never"], "'never' is not one of its choices"),
+        ([], "script.py: there is no such script"),
     ],
 )
 def test_options_that_cannot_be_are_refused_at_once(
