@@ -121,7 +121,7 @@ class Core:
             r.NoRoom: seen.no_room,
             r.Refusals: seen.refused,
             r.VaultMemory: seen.memory,
-            r.DamagedCopy: seen.damaged,
+            r.DamagedCopy: self._damaged,
             r.Iteration: self._iterated,
             r.FetchFailed: self._fetch_failed,
             r.Finished: self._node_finished,
@@ -442,6 +442,10 @@ class Core:
         if self._start.registered(record) and self._phase is Phase.STARTING:
             self._phase = Phase.RUNNING
             self._start.train(record.unique_bytes)
+
+    def _damaged(self, record: r.DamagedCopy) -> None:
+        self.seen.damaged(record)
+        self._recoveries.given_up(record)
 
     # ---- failure-free
 

@@ -144,15 +144,20 @@ class NodeRecovery:
 
         ``live``: a worker that has this generation live goes on with that.
         """
-        version = version or self._shards.version_of(rank, generation)
-        if version is not None:
-            self._shards.set_kept(self._job.epoch, version, 0)
-        if self._job.declared is not None and self._job.declared.purpose == "drain":
-            self._here.add(rank)
-            if self._here >= set(self._job.ranks.values()):
-                self._send(r.NodeReady(self._job.epoch, self._job.node))
-            return
+        job, version = self._job, version or self._shards.version_of(rank, generation)
+        drains = job.declared is not None and job.declared.purpose == "drain"
         worker = self._crew.mine().get(rank)
+        if version is not None:
+            self._shards.set_kept(job.epoch, version, 0)
+        elif drains or (worker is not None and (worker.arrived is None or worker.arrived.live != generation)):
+            why = f"node {job.node} has given up its copy of rank {rank} since it was offered"
+            self._send(r.FetchFailed(job.epoch, job.node, rank, job.node, generation, why, gone=True))
+            return
+        if drains:
+            self._here.add(rank)
+            if self._here >= set(job.ranks.values()):
+                self._send(r.NodeReady(job.epoch, job.node))
+            return
         if worker is not None:
             epoch = version[0] if version is not None else -1
             path = self._shards.path_of(rank)

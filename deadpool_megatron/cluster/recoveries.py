@@ -242,9 +242,18 @@ class Recoveries:
         if self._durable_name:
             self._facts.durability.bad(self._durable_name, record.why)
             return f"rank {record.rank} of durable generation {record.generation} could not be read"
+        if record.gone:  # so it is offered no more
+            return record.why
         self._refused.add((record.rank, record.source, record.generation, record.version_epoch))
         self._voice.emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
         return f"the copy of rank {record.rank} on node {record.source} could not be used: {record.why}"
+
+    def given_up(self, record: r.DamagedCopy) -> None:
+        """A node has given up a copy that had changed: what it offers of that generation from now on is another one."""
+        if record.kind != "parity":
+            about = (record.holder, record.node, record.generation)
+            self._refused = {refused for refused in self._refused if refused[:3] != about}
+            self._voice.keep()
 
     # ---- and then
 

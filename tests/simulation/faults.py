@@ -28,7 +28,7 @@ class Profile:
         during_start: nodes are lost before training begins (row 8).
     """
 
-    most: int = 6
+    most: int = 8
     long_coordinator_freeze: bool = False
     at_the_end: bool = False
     during_start: bool = False
@@ -44,7 +44,8 @@ class Faults:
         self.ended_at = 0.0
         self.struck: list[str] = []
         self.drained: set[int] = set()  # nodes that the user wants to take away
-        self._waiting: list[tuple[str, int, float, str]] = []  # for which event of the log, how often, seconds after it
+        # for which event of the log, how often, seconds after it, what
+        self._waiting: list[tuple[str, int, float, str, Callable[[], None]]] = []
         self._seen: Counter[str] = Counter()
         self._kinds: dict[str, tuple[int, Callable[[], None]]] = {
             "kill worker": (6, self._kill_worker),
@@ -54,46 +55,56 @@ class Faults:
             "freeze agent": (2, self._freeze_agent),
             "freeze node": (2, self._freeze_node),
             "cut": (3, self._cut),
-            "kill coordinator": (3, self._kill_coordinator),
+            "kill coordinator": (4, self._kill_coordinator),
             "crash coordinator soon": (3, self._crash_coordinator),
             "freeze coordinator": (2, self._freeze_coordinator),
             "slow network": (2, self._slow),
+            "slow link": (3, self._slow_link),
             "resets": (3, self._resets),
             "full spare": (2, self._full),
-            "damage": (4, self._damage),
+            "damage": (3, self._damage),
+            "damaged source": (3, self._damaged_source),
             "drain": (4, self._drain),
+            "drain, and the spare dies": (2, self._drain_and_kill_spare),
             "join": (3, self._join),
+            "join, and the coordinator dies": (1, self._join_and_crash),
         }
 
     def draw(self) -> None:
         """What will happen in this run, and when."""
-        chance = self._cluster.world.chance
+        chance, cluster = self._cluster.world.chance, self._cluster
         names = list(self._kinds)
         weights = [weight for weight, _ in self._kinds.values()]
         for _ in range(chance.randint(0, self.profile.most)):
-            kind = chance.choices(names, weights)[0]
-            self.pending += 1
-            if chance.random() < 0.5:
-                self._waiting.append(("committed", 1, chance.uniform(0.0, 0.25 * self._cluster.iterations), kind))
+            name = chance.choices(names, weights)[0]
+            when = chance.choice(("committed", "committed", "committed", "iteration", "declared", "agreed", "resumed"))
+            if when == "committed":
+                count, most = 1, 0.3 * cluster.iterations
+            elif when == "iteration":  # near the end
+                count, most = cluster.iterations - chance.randint(0, 3), 0.3
             else:  # in a recovery, or soon after one: those seconds are the interesting ones
-                when = chance.choice(("declared", "declared", "agreed", "resumed"))
-                self._waiting.append((when, chance.randint(1, 3), chance.uniform(0.0, 1.0), kind))
+                count, most = chance.randint(1, 3), 1.0
+            self._wait(when, count, chance.uniform(0.0, most), name, self._kinds[name][1])
+
+    def _wait(self, event: str, count: int, seconds: float, name: str, call: Callable[[], None]) -> None:
+        self.pending += 1
+        self._waiting.append((event, count, seconds, name, call))
 
     def seen(self, event: str) -> None:
         """The job's log has come to something that faults may wait for."""
         self._seen[event] += 1
         if event == "committed" and self._seen[event] == 1:
-            self._cluster.anybody.later(30.0, self._give_up)
+            self._cluster.anybody.later(40.0, self._give_up)
         for each in [each for each in self._waiting if each[0] == event and each[1] <= self._seen[event]]:
             self._waiting.remove(each)
-            self._cluster.anybody.later(each[2], self._strike, each[3])
+            self._cluster.anybody.later(each[2], self._strike, each[3], each[4])
 
     def _give_up(self) -> None:
         """The recovery that a fault waits for has not come."""
         self.pending -= len(self._waiting)
         self._waiting.clear()
 
-    def _strike(self, kind: str) -> None:
+    def _strike(self, kind: str, call: Callable[[], None]) -> None:
         self.pending -= 1
         cluster = self._cluster
         phase = cluster.hq.core.phase
@@ -108,7 +119,7 @@ class Faults:
             return
         cluster.world.say("fault", kind)
         self.struck.append(f"{cluster.world.now:.2f} {kind}")
-        self._kinds[kind][1]()
+        call()
         self.ended_at = max(self.ended_at, cluster.world.now)
 
     def _until(self, seconds: float, call: Callable[[], None]) -> None:
@@ -284,8 +295,73 @@ class Faults:
             arena = chance.choice(arenas)
             slot = chance.choice(arena.slots)
             if slot.complete:
-                slot.unique[100:108] = b"\xff" * 8
+                self._cluster.oracle.damages(slot)
                 self.struck[-1] += f" n{host.node} {arena.info.kind} {arena.info.rank} {slot.version}"
+
+    def _slow_link(self) -> None:
+        """One node's news of the next seconds come late, and it hears late."""
+        host = self._host()
+        if host is not None:
+            self.struck[-1] += f" n{host.node}"
+            chance = self._cluster.world.chance
+            host.link.late = chance.uniform(0.3, 3.0)
+
+            def over() -> None:
+                host.link.late = 0.0
+
+            self._until(chance.uniform(0.5, 3.0), over)
+
+    def _damaged_source(self) -> None:
+        """A rank's worker dies, and one of the copies has changed; soon after the recovery its new node dies too."""
+        cluster, chance = self._cluster, self._cluster.world.chance
+        workers = [rank for host in cluster.hosts for rank in host.workers() if rank.rank is not None]
+        if not workers:
+            return
+        worker = chance.choice(workers)
+        number = worker.rank
+        copies = [
+            (host, slot)
+            for host in cluster.hosts
+            for arena in host.shards.vault.arenas()
+            if arena.info.rank == number and host.alive
+            for slot in arena.slots
+            if slot.complete
+        ]
+        if not copies:
+            return
+        newest = max(slot.begin for _, slot in copies)
+        host, slot = chance.choice([each for each in copies if each[1].begin == newest])
+        cluster.oracle.damages(slot)
+        self.struck[-1] += f" {number} {slot.version} on n{host.node}, worker on n{worker.host.node}"
+        worker.die(-9)
+
+        def then() -> None:
+            there = [host for host in cluster.hosts if host.alive and number in host.known.ranks.values()]
+            for host in there[:1]:
+                self._hurt(host, "killed")
+                host.die()
+
+        def at_commit() -> None:
+            self._wait("committed", self._seen["committed"] + 1, chance.uniform(0.0, 0.2), "and its node dies", then)
+
+        if chance.random() < 0.7:
+            self._wait("resumed", self._seen["resumed"] + 1, 0.0, "then", at_commit)
+
+    def _drain_and_kill_spare(self) -> None:
+        cluster = self._cluster
+        self._drain()
+
+        def then() -> None:
+            spares = [host for host in cluster.hosts if host.alive and not host.known.ranks]
+            for host in spares:
+                for worker in host.workers():
+                    worker.die(-9)
+
+        cluster.anybody.later(cluster.world.chance.uniform(0.0, 1.0), then)
+
+    def _join_and_crash(self) -> None:
+        self._cluster.hq.crash_soon(0, 0)
+        self._join()
 
     def _drain(self) -> None:
         host = self._host()

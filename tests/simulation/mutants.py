@@ -14,7 +14,9 @@ from deadpool_megatron.cluster.core import Core
 from deadpool_megatron.cluster.drains import Drains
 from deadpool_megatron.cluster.fetching import Attempts
 from deadpool_megatron.cluster.job import Phase
+from deadpool_megatron.cluster.node_recovery import NodeRecovery
 from deadpool_megatron.cluster.observations import Observations
+from deadpool_megatron.cluster.recoveries import Recoveries
 from deadpool_megatron.cluster.shards import FetchDone
 from deadpool_megatron.cluster.worker_ends import WorkerEnds
 from deadpool_megatron.vault import EMPTY, Vault, Version
@@ -176,6 +178,27 @@ def _a_wish_is_answered_before_it_is_kept(patch: Patch) -> None:
     patch.setattr(Coordinator, "_request", request)
 
 
+def _a_refusal_outlives_the_damaged_copy(patch: Patch) -> None:
+    """Found by the simulation: the copy that took its place, of the same version, stayed refused."""
+    patch.setattr(Recoveries, "given_up", lambda self, record: None)
+
+
+def _a_copy_given_up_is_handed_out(patch: Patch) -> None:
+    """Found by the simulation: a worker was told to restore a version of epoch -1, and died of it."""
+    send = NodeRecovery._hand_out
+
+    def before(self: NodeRecovery, rank: int, generation: int, version: tuple[int, int] | None = None) -> None:
+        if version is None and self._shards.version_of(rank, generation) is None:
+            worker = self._crew.mine().get(rank)
+            if worker is not None:
+                worker.tell(r.Generation(self._job.epoch, generation, -1, self._shards.path_of(rank), self._done))
+            self._upkeep.aim()
+        else:
+            send(self, rank, generation, version)
+
+    patch.setattr(NodeRecovery, "_hand_out", before)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
     "1 nodes": _who_comes_back_does_not_hear_the_floor,
@@ -185,6 +208,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "4": _a_drain_goes_on_without_a_spare,
     "6": _who_finishes_early_is_forgotten,
     "12": _a_drain_does_not_wait_for_a_spare_that_starts,
+    "refused twice": _a_refusal_outlives_the_damaged_copy,
+    "given up": _a_copy_given_up_is_handed_out,
     "stale fetch": _an_older_epochs_fetch_still_lands,
     "broken own": _a_broken_own_copy_blames_the_source,
     "broken kept": _a_broken_copy_of_the_kept_version_stays,

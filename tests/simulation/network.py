@@ -59,6 +59,7 @@ class Link:
         self.up = False  # at the agent's end
         self.heard = False  # at the coordinator's end
         self.ever = False
+        self.late = 0.0  # seconds that packets take longer
         self._number = 0
         self._accepted = 0
         self._up = Pipe(world, 0.0005, 0.02, far=True)
@@ -86,7 +87,9 @@ class Link:
             self._host.agent.introduce()
             self.look()
         else:
-            self._host.process.later(self._world.chance.uniform(0.1, 0.5), self.connect)
+            chance = self._world.chance
+            wait = chance.uniform(0.1, 0.5) if chance.random() < 0.9 else chance.uniform(0.5, 3.0)
+            self._host.process.later(wait, self.connect)
 
     def close_agents_end(self) -> None:
         """The agent's end is gone: it died where the machine lives on, or it gave the connection up."""
@@ -129,6 +132,8 @@ class Link:
             stuck, self._stuck_down = self._stuck_down, []
             for number, packet in stuck:
                 self._down.send(host.process, self._arrive_down, number, packet)
+        if self.up and not self.heard and self._network.both(host.node, HQ):
+            self._down.send(host.process, self._hung_up, self._number)  # its packets are answered with a reset
         if up and down:
             self._silent_since = self._unanswered_since = None
             return
@@ -158,7 +163,7 @@ class Link:
     def post(self, packet: bytes) -> None:
         """The agent sends; dropped while there is no connection."""
         if self.up:
-            self._up.send(self._hq.process, self._arrive_up, self._number, packet)
+            self._up.send(self._hq.process, self._arrive_up, self._number, packet, late=self.late)
 
     def _arrive_up(self, number: int, packet: bytes) -> None:
         if number != self._accepted or not self.heard:
@@ -171,7 +176,7 @@ class Link:
     def send(self, packet: bytes) -> None:
         """The coordinator sends; dropped while there is no connection."""
         if self.heard:
-            self._down.send(self._host.process, self._arrive_down, self._accepted, packet)
+            self._down.send(self._host.process, self._arrive_down, self._accepted, packet, late=self.late)
 
     def _arrive_down(self, number: int, packet: bytes) -> None:
         if number != self._number or not self.up:

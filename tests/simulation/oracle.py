@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.vault import Version
+from deadpool_megatron.vault.arena import Slot
 
 if TYPE_CHECKING:
     from simulation.host import Host
@@ -35,6 +37,8 @@ class Oracle:
         world_size = cluster.job.world_size
         self._values = [[rank * 7919 + 1 for rank in range(world_size)]]
         self.hurt: dict[int, str] = {}
+        self._deaths: Counter[int] = Counter()
+        self._broken: dict[tuple[int, int], Slot] = {}  # by slot and turn
         self._trains: dict[tuple[int, int], int] = {}
         self.safe: tuple[int, dict[int, list[tuple[int, str, Any, int]]]] | None = None
         self.committed = -1
@@ -100,7 +104,9 @@ class Oracle:
         world = self._cluster.world
         if event != "iteration":
             world.say("log", f"{event} { {k: v for k, v in fields.items() if k != 't'} }")
-        if event in ("committed", "declared", "agreed", "resumed"):
+        if event in ("committed", "declared", "agreed", "resumed") or (
+            event == "iteration" and fields["iteration"] > self.iteration
+        ):
             self._cluster.faults.seen(event)
         match event:
             case "training":
@@ -163,15 +169,19 @@ class Oracle:
     def _gone(self, node: int) -> bool:
         return node in self.hurt
 
-    @staticmethod
-    def _whole(slot: Any, turn: int) -> bool:
-        if slot.turn != turn:
-            return True  # overwritten: by something newer, or it would have been kept
-        try:
-            slot.verify()
-        except Exception:  # noqa: BLE001 - whatever is wrong with it
-            return False
-        return True
+    def damages(self, slot: Slot) -> None:
+        """Bytes of a copy change in memory."""
+        slot.unique[100:108] = b"\xff" * 8
+        self._broken[id(slot), slot.turn] = slot
+
+    def _whole(self, slot: Slot, turn: int) -> bool:
+        return (id(slot), turn) not in self._broken  # overwritten: by something newer, or it would have been kept
+
+    def dies(self, node: int) -> None:
+        """A worker has ended that nobody wanted to end; a node that loses many counts as bad itself."""
+        self._deaths[node] += 1
+        if self._deaths[node] > self._cluster.job.worker_deaths:
+            self.hurt.setdefault(node, "its workers die")
 
     def refused_drain(self, host: Host, error: str) -> None:
         """A drain was refused for good: rightly, unless a healthy spare is there or on its way."""

@@ -104,9 +104,9 @@ class Pipe:
         self._far = far
         self._last = 0.0
 
-    def send(self, to: Process, call: Callable[..., None], *args: Any) -> None:
-        """``call`` happens in ``to`` when it arrives."""
+    def send(self, to: Process, call: Callable[..., None], *args: Any, late: float = 0.0) -> None:
+        """``call`` happens in ``to`` when it arrives, so many seconds later than usual."""
         world = self._world
         delay = world.delay(self._low, self._high)
-        self._last = max(self._last, world.now + (delay * world.slow if self._far else delay))
+        self._last = max(self._last, world.now + late + (delay * world.slow if self._far else delay))
         world.push(self._last, to, call, *args)

@@ -255,7 +255,8 @@ class FetchFailed(Record, frozen=True):
     """The shard of a lost coordinate could not be had from the source that was named.
 
     ``version_epoch``: the version's; -1 where any version of the generation may be meant. ``own``: the fault is the
-    node's, which has no memory for it; the source may be good.
+    node's, which has no memory for it; the source may be good. ``gone``: the copy was its own, and has been given up
+    since it was offered.
     """
 
     epoch: int
@@ -266,6 +267,7 @@ class FetchFailed(Record, frozen=True):
     why: str
     version_epoch: int = -1
     own: bool = False
+    gone: bool = False
 
 
 class Finished(Record, frozen=True):
