@@ -30,12 +30,14 @@ class NoCommonGeneration(Exception):
 class Agreement:
     """The newest generation every coordinate can have, and who gives the shard to the ranks that do not hold it.
 
-    ``rebuilds``: by rank that nobody holds whole, by part of its shard, k shares to rebuild it from.
+    ``rebuilds``: by rank that nobody holds whole, by part of its shard, k shares to rebuild it from. ``held``: vaults
+    can give all of it; else some of it is live state alone, and what was committed before must stay.
     """
 
     generation: int
     sources: dict[int, Source]
     rebuilds: dict[int, list[list[Share]]] = field(default_factory=dict)
+    held: bool = True
 
 
 def agree(
@@ -103,7 +105,8 @@ def agree(
             node, epoch = first = givers[key][rank % len(givers[key])]
             same = [other for other, written in givers[key] if (other, written) != first and written == epoch]
             sources[rank] = Source(node, epoch, same)
-    return Agreement(key[1], sources, rebuilds)
+    in_vaults = all(key in givers or shares.parts(rank, key) for rank, givers in enumerate(remote))
+    return Agreement(key[1], sources, rebuilds, in_vaults)
 
 
 def _key(epoch: int, generation: int, repeatable: bool) -> _Key:

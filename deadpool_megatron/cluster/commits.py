@@ -78,7 +78,8 @@ class Commits:
         """
         version = Version(self._job.epoch, generation)
         if self._ledger is None:
-            self._ledger = CommitLedger(self._job.ranks.values(), version.epoch)
+            # (margin 1: what the job takes next is the coordinator's to say, and may be the very next one)
+            self._ledger = CommitLedger(self._job.ranks.values(), version.epoch, margin=1)
         told = self._ledger.committed(rank, version)
         if told is None:
             return None

@@ -58,6 +58,7 @@ class NodeRecovery:
         self._arrived = False  # every worker here, in the epoch of the offer
         self._done: dict[r.Act, int] = {}
         self._here: set[int] = set()  # ranks of this node whose agreed shard is in its vault
+        self._held = True  # vaults have all of the agreed generation
         self._holding = False
 
     @property
@@ -104,6 +105,7 @@ class NodeRecovery:
     def agree(self, record: r.Agree) -> None:
         """The generation of this epoch is agreed: bring here what is not. What is in no vault comes by another way."""
         self._done = dict(record.done)
+        self._held = record.held
         if record.durable:
             return
         job, shards = self._job, self._shards
@@ -142,13 +144,14 @@ class NodeRecovery:
     def _hand_out(self, rank: int, generation: int, version: tuple[int, int] | None = None, live: bool = False) -> None:
         """The agreed generation is here: tell the worker, and keep that version until a newer one is committed.
 
-        ``live``: a worker that has this generation live goes on with that.
+        Not where it is live state alone somewhere: if that is lost, all go back to what is committed. ``live``: a worker that has this generation live goes on with that.
         """
         job, version = self._job, version or self._shards.version_of(rank, generation)
         drains = job.declared is not None and job.declared.purpose == "drain"
         worker = self._crew.mine().get(rank)
         if version is not None:
-            self._shards.set_kept(job.epoch, version, 0)
+            if self._held:
+                self._shards.set_kept(job.epoch, version, 0)
         elif drains or (worker is not None and (worker.arrived is None or worker.arrived.live != generation)):
             why = f"node {job.node} has given up its copy of rank {rank} since it was offered"
             self._send(r.FetchFailed(job.epoch, job.node, rank, job.node, generation, why, gone=True))

@@ -216,7 +216,9 @@ class Recoveries:
         a = agreement
         self._voice.send(
             None,
-            r.Agree(members.epoch, a.generation, a.sources, dict(facts.headway.done), a.rebuilds, self._durable_name),
+            r.Agree(
+                members.epoch, a.generation, a.sources, dict(facts.headway.done), a.rebuilds, self._durable_name, a.held
+            ),
         )
         self._check_arrived(recovery)
 

@@ -294,14 +294,20 @@ class Hooks:
         self.phase = "tail"
         return result
 
-    def _recover(self, trainer: MegatronTrainer, a: dict[str, Any], error: BaseException | None) -> None:
-        """Until this rank can train again; or save, when no spare is left. Raises the error that is this rank's own."""
+    def _recover(
+        self, trainer: MegatronTrainer, a: dict[str, Any], error: BaseException | None
+    ) -> Callable[[], Any] | None:
+        """Until this rank can train again. What it has to do instead, when no spare is left: save.
+
+        Raises the error that is this rank's own.
+        """
         away = time.perf_counter()
         declared = self._rejoin(trainer, error)
         self._series.recovered(time.perf_counter() - away)
         saving.forget_strategies(a["checkpointing_context"])
         if declared.purpose == "save":
-            self._save_and_leave(a, declared.epoch)
+            return functools.partial(self._save_and_leave, a, declared.epoch)
+        return None
 
     def _pretrain(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Nobody leaves before all ranks are through with everything: the last checkpoint may need them again."""
@@ -360,10 +366,14 @@ class Hooks:
         raise SystemExit(0)
 
     def _save_and_leave(self, a: dict[str, Any], epoch: int) -> None:
-        """No spare is left: write Megatron's own checkpoint of the agreed generation, then end."""
+        """No spare is left: write Megatron's own checkpoint of the agreed generation, then end.
+
+        Raises EpochClosed when another epoch begins: somebody else has to do it again.
+        """
         args = self._save(a)
         self.session.tell(r.ShardReady(epoch, args.iteration, str(args.save)))
-        self.session.wait_newer(epoch, self.config.build_deadline)
+        if self.session.wait_newer(epoch, self.config.build_deadline):
+            raise EpochClosed
         raise SystemExit(0)
 
     def _save(self, a: dict[str, Any]) -> Any:

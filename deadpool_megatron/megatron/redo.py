@@ -22,11 +22,13 @@ class Redo:
 
     Args:
         train: upstream's ``train``, to its end.
-        recover: makes this rank train again after the error that broke an epoch (None: there was none). Raises the
-            error itself when it is this rank's own.
+        recover: makes this rank train again after the error that broke an epoch (None: there was none). Returns what is
+            to be done in the place of training, if anything. Raises the error itself when it is this rank's own.
     """
 
-    def __init__(self, train: Callable[[], Any], recover: Callable[[BaseException | None], None]) -> None:
+    def __init__(
+        self, train: Callable[[], Any], recover: Callable[[BaseException | None], Callable[[], Any] | None]
+    ) -> None:
         self._train = train
         self._recover = recover
         self._acts: list[Callable[[], Any]] = []
@@ -48,9 +50,9 @@ class Redo:
         result: Any = None
         while True:
             if recovering:
-                self._recover(error)
+                instead = self._recover(error)
                 error = None
-                todo = [self._train, *self._acts]
+                todo = [instead] if instead is not None else [self._train, *self._acts]
             recovering = self._acting = True
             try:
                 for each in todo:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
-from deadpool_megatron.cluster import Coordinator, agreement
+from deadpool_megatron.cluster import Coordinator, agreement, commits
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.commits import Commits
 from deadpool_megatron.cluster.core import Core
@@ -199,6 +200,22 @@ def _a_copy_given_up_is_handed_out(patch: Patch) -> None:
     patch.setattr(NodeRecovery, "_hand_out", before)
 
 
+def _a_node_waits_longer_than_the_job(patch: Patch) -> None:
+    """Found by the simulation: after ranks were apart the node missed what the job took next, and commits stopped."""
+    ledger = commits.CommitLedger
+    patch.setattr(commits, "CommitLedger", lambda members, epoch, margin: ledger(members, epoch, margin=2))
+
+
+def _live_state_takes_the_place_of_what_is_committed(patch: Patch) -> None:
+    """Found by the simulation: when it was lost too, no generation was left: 77 after two workers had died."""
+    agree = NodeRecovery.agree
+
+    def before(self: NodeRecovery, record: r.Agree) -> None:
+        agree(self, msgspec.structs.replace(record, held=True))
+
+    patch.setattr(NodeRecovery, "agree", before)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
     "1 nodes": _who_comes_back_does_not_hear_the_floor,
@@ -210,6 +227,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "12": _a_drain_does_not_wait_for_a_spare_that_starts,
     "refused twice": _a_refusal_outlives_the_damaged_copy,
     "given up": _a_copy_given_up_is_handed_out,
+    "margin": _a_node_waits_longer_than_the_job,
+    "live alone": _live_state_takes_the_place_of_what_is_committed,
     "stale fetch": _an_older_epochs_fetch_still_lands,
     "broken own": _a_broken_own_copy_blames_the_source,
     "broken kept": _a_broken_copy_of_the_kept_version_stays,

@@ -210,7 +210,7 @@ class Oracle:
         """Nobody healthy is given up, and every phase has its deadline."""
         core = self._cluster.hq.core
         for node, state in core.nodes.items():
-            if state.role == "lost" and node not in self.hurt:
+            if state.role == "lost" and node not in self.hurt and self._cluster.came(node):
                 raise Violation(f"node {node} is healthy, and was given up")
         if core.recovery is not None and core.next_deadline() is None:
             raise Violation(f"phase {core.phase.value} has no deadline")

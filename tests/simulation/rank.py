@@ -233,7 +233,8 @@ class Rank:
                 if purpose == "save":
                     yield from self._pause(0.2, 1.0)
                     self.say(r.ShardReady(self.joined, self._small_generation, "dir"))
-                    yield from self._wait(lambda: self.declared_epoch > self.joined, 60.0)
+                    if (yield from self._wait(lambda: self.declared_epoch > self.joined, 60.0)):
+                        continue
                     return
             try:
                 while self._small_generation < self.host.cluster.iterations:

@@ -89,6 +89,11 @@ class Run:
         """By its address."""
         return self._by_node[int(host.removeprefix("n"))]
 
+    def came(self, node: int) -> bool:
+        """Its agent has ever been there."""
+        host = self._by_node.get(node)
+        return host is not None and host.link.ever
+
     def add_host(self, node: int) -> None:
         """A machine comes up."""
         if node in self._by_node:

@@ -84,6 +84,7 @@ class Agree(Record, frozen=True):
     ``rebuilds``: by rank of which no whole copy is left, for each part of its shard the shares to rebuild it from.
     ``durable`` names the durable generation that every rank is read from, when no vaults hold one.
     ``done`` has, by act, the last iteration it was done for: what is repeated is not done a second time.
+    ``held``: every shard of it is in some vault, so it may be kept in the place of what was committed last.
     """
 
     epoch: int
@@ -92,6 +93,7 @@ class Agree(Record, frozen=True):
     done: dict[Act, int]
     rebuilds: dict[int, list[list[Share]]] = msgspec.field(default_factory=dict)
     durable: str = ""
+    held: bool = True
 
 
 class Form(Record, frozen=True):
