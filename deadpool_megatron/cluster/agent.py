@@ -143,6 +143,8 @@ class Agent:
             if worker.registered is not None:
                 self.send(worker.registered)
             if worker.exited and worker.exit_code is not None:
+                if worker.failed is not None:  # why it has ended
+                    self.send(worker.failed)
                 exited = r.WorkerExited(node, worker.local, worker.rank, worker.pid, worker.exit_code, self._job.epoch)
                 self.send(exited)
         if self._commits.last is not None:
@@ -183,7 +185,8 @@ class Agent:
                 if isinstance(worker.process, AdoptedProcess):
                     worker.process.said = record.code
             case r.WorkerFailed():
-                self.send(msgspec.structs.replace(record, node=node, local=worker.local, rank=worker.rank))
+                worker.failed = msgspec.structs.replace(record, node=node, local=worker.local, rank=worker.rank)
+                self.send(worker.failed)
             case r.Described():
                 if self._durable is not None and worker.rank is not None:
                     self._durable.described(record, worker.rank)

@@ -178,8 +178,9 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """When `tick` has to be called at the latest, in the clock of ``now``."""
-        parts = (self._arrivals, self._reunion, self._suspicions, self._drains, self._ends)
-        times = [self._durability.next_deadline(), *(part.due for part in parts)]
+        parts = (self._arrivals, self._reunion, self._suspicions, self._drains)
+        ends = None if self._reunion.waits else self._ends.due  # who is not back may be the loss that explains them
+        times = [ends, self._durability.next_deadline(), *(part.due for part in parts)]
         if self.recovery is not None:
             times.append(self.recovery.deadline)
         known = [t for t in times if t is not None]
@@ -442,6 +443,7 @@ class Core:
         if self._start.registered(record) and self._phase is Phase.STARTING:
             self._phase = Phase.RUNNING
             self._start.train(record.unique_bytes)
+            self._look_for_end()
 
     def _damaged(self, record: r.DamagedCopy) -> None:
         self.seen.damaged(record)
@@ -462,11 +464,13 @@ class Core:
         self._leave_if_drained()
 
     def _node_finished(self, record: r.Finished) -> None:
-        # Also in a recovery: one node may be through before the news of another that it has its groups.
-        if record.epoch != self.epoch or self._phase is not Phase.RUNNING:
-            return
-        self._finished.add(record.node)
-        if all(map(self._finished.__contains__, self.members.active())):
+        # Also in a recovery, and at the start: a node may be through before the news of another that it has begun.
+        if record.epoch == self.epoch and self._phase in (Phase.STARTING, Phase.RUNNING):
+            self._finished.add(record.node)
+            self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        if self._phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
             self._phase, self._recoveries.current = Phase.FINISHING, None
             self._suspicions.ended()
             self._drains.forget()
@@ -628,7 +632,8 @@ class Core:
         if late := self._arrivals.late(self._now):
             self._lose(late, self._arrivals.why_late)
         self._suspicions.judge_errors(self._now)
-        self._ends.judge(self._now)
+        if not self._reunion.waits:
+            self._ends.judge(self._now)
         if self._reunion.due is not None and self._now >= self._reunion.due:
             self._all_returned()
         self._drains.tick(self._now)

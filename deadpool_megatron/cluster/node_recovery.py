@@ -144,7 +144,8 @@ class NodeRecovery:
     def _hand_out(self, rank: int, generation: int, version: tuple[int, int] | None = None, live: bool = False) -> None:
         """The agreed generation is here: tell the worker, and keep that version until a newer one is committed.
 
-        Not where it is live state alone somewhere: if that is lost, all go back to what is committed. ``live``: a worker that has this generation live goes on with that.
+        Not where it is live state alone somewhere: if that is lost, all go back to what is committed. ``live``: a
+        worker that has this generation live goes on with that.
         """
         job, version = self._job, version or self._shards.version_of(rank, generation)
         drains = job.declared is not None and job.declared.purpose == "drain"

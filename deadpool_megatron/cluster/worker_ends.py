@@ -27,6 +27,7 @@ class WorkerEnds:
         self._voice = voice
         self._blame = Blame(facts.job.worker_deaths)
         self._left: set[tuple[int, int]] = set()
+        self._known: set[tuple[int, int]] = set()  # node and process: an agent that was away tells them again
         self._unexplained: tuple[float, int, str] | None = None  # when it ends the job, with which code, and text
 
     @property
@@ -59,6 +60,9 @@ class WorkerEnds:
         """
         state = self._facts.members.nodes[record.node]
         who, how = how_it_ended(record)
+        if (record.node, record.pid) in self._known:
+            return False
+        self._known.add((record.node, record.pid))
         over = phase is Phase.FINISHING and self._facts.job.deadpool
         if (record.code == 0 and phase in _BESIDE_TRAINING) or (record.code < 0 and over):
             if record.code:  # everything is saved, and nobody waits for it

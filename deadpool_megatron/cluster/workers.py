@@ -79,6 +79,7 @@ class Worker:
     refused: int = 0
     arrived: r.Arrived | None = None
     registered: r.Registered | None = None
+    failed: r.WorkerFailed | None = None
     exit_code: int | None = None
     reached: dict[str, int] = field(default_factory=dict)
     formed: tuple[int, int] = (0, 0)  # groups re-formed in the last epoch, and all

@@ -105,11 +105,10 @@ class Rank:
         except StopIteration:
             self._script = None
             self.die(0)
-        except (Dies, VaultError) as err:
+        except (Dies, VaultError, Broken) as err:
             self._script = None
-            self.say(
-                r.WorkerFailed(0, 0, None, "training", self.joined, -1, 0, type(err).__name__, "sim", str(err), "")
-            )
+            kind, by_peer = type(err).__name__, isinstance(err, Broken)
+            self.say(r.WorkerFailed(0, 0, None, "training", self.joined, -1, 0, kind, "sim", str(err), "", by_peer))
             self.die(1)
 
     def poke(self) -> None:
@@ -207,6 +206,7 @@ class Rank:
                     break
         else:
             yield from self._pause(0.3, 1.2)
+            yield from self._meet("start", -1, 0)
         yield from self._request_arena()
         self.say(
             r.Registered(
@@ -239,6 +239,8 @@ class Rank:
             try:
                 while self._small_generation < self.host.cluster.iterations:
                     yield from self._iteration(self._small_generation)
+                yield from self._pause(0.05, 0.6)  # the last checkpoint
+                yield from self._meet("save", self.host.cluster.iterations, 0)
                 self.step("finished", self.joined, self._small_generation)
                 yield from self._wait(lambda: self._supersede(self.joined) or self._all_finished >= self.joined)
             except Closed:
