@@ -240,6 +240,7 @@ _PREFIX = "deadpool_"
 OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_CONFIG",
     "DEADPOOL_EMULATE_CPU",
+    "DEADPOOL_EPOCH",
     "DEADPOOL_MODE",
     "DEADPOOL_SETTINGS",
     "DEADPOOL_CONTROL_FD",
@@ -262,7 +263,7 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_TEST_RESULTS",
     "DEADPOOL_TEST_MEGATRON",
 )
-_UNITS = ("seconds", "bytes", "iterations", "generations", "times", "nodes", "port")
+_UNITS = ("seconds", "minutes", "bytes", "iterations", "generations", "times", "nodes", "port")
 
 
 def _flag(f: Field[Any]) -> str:
