@@ -1,7 +1,7 @@
 """NCCL groups are aborted and re-formed in place, as far as one GPU goes: one rank, groups of size one.
 
-`python -m pytest -m gpu tests/gpu` is the one command where a GPU is at hand. NCCL takes no second rank on a device,
-so what blocked peers do is not here.
+`python -m pytest -m gpu tests/gpu` runs it where a GPU is at hand. What blocked peers do is in `shared_device.py`,
+which makes NCCL take several ranks on one device; step 1 of `scripts/gpu_kit.sh` runs both.
 """
 
 import sys
