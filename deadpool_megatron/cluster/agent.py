@@ -147,8 +147,8 @@ class Agent:
                     self.send(worker.failed)
                 exited = r.WorkerExited(node, worker.local, worker.rank, worker.pid, worker.exit_code, self._job.epoch)
                 self.send(exited)
-        if self._commits.last is not None:
-            self.send(self._commits.last)  # without it nobody could ever overwrite a slot again
+        if (last := self._commits.last) is not None:
+            self.send(last)  # without it nobody could ever overwrite a slot again
         for record in self._hashes:
             self.send(record)
         if self._crew.mine() and self._crew.all_reached("finished"):
@@ -310,6 +310,7 @@ class Agent:
             case r.Placement() if upkeep is not None:
                 upkeep.place(record)
             case r.CommittedTo() if upkeep is not None:
+                self._commits.told(record)
                 upkeep.committed_to(record)
             case _ if self._durable is not None and self._job.ranks:
                 self._told_durable(self._durable, record)

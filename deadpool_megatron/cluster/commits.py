@@ -14,20 +14,38 @@ class Commits:
     """One node's account. The coordinator hears of a generation once, when all ranks of the node have it.
 
     A rank has none while its constants are not wherever they belong: without them its shard is of no use.
-
-    Attributes:
-        last: what was told last, for a coordinator that may not know it: no slot could ever be overwritten again.
     """
 
     def __init__(self, job: KnownJob) -> None:
         self._job = job
-        self.last: r.Committed | None = None
+        self._last: r.Committed | None = None
+        self._kept: tuple[int, int] | None = None
+        self._floor = Version(0, 0)
         self._ledger: CommitLedger | None = None
         self._agreed: r.Agree | None = None
         self._covered: set[int] = set()
         self._with_constants: set[int] = set()  # holders
         self._safe: set[int] = set()  # those of them that are wherever they belong
         self._waiting: dict[int, list[RankCommitted]] = {}
+
+    @property
+    def last(self) -> r.Committed | None:
+        """What was told last, for a coordinator that may not know it: no slot could ever be overwritten again.
+
+        None when it is below the floor that another coordinator has told: it may be overwritten by now.
+        """
+        last = self._last
+        if last is None or (last.epoch, last.generation) == self._kept:
+            return last
+        return last if Version(last.epoch, last.generation) >= self._floor else None
+
+    def told(self, record: r.CommittedTo) -> None:
+        """What the job has committed, and what can never be: ranks that wait with that are not apart for it."""
+        if record.epoch == self._job.epoch:
+            self._kept = record.kept or self._kept
+            self._floor = max(self._floor, Version(record.epoch, record.floor))
+            if self._ledger is not None:
+                self._ledger.raised(self._floor)
 
     def has_constants(self, holder: int) -> None:
         """A rank of this node has constants."""
@@ -80,8 +98,9 @@ class Commits:
         if self._ledger is None:
             # (margin 1: what the job takes next is the coordinator's to say, and may be the very next one)
             self._ledger = CommitLedger(self._job.ranks.values(), version.epoch, margin=1)
+            self._ledger.raised(self._floor)
         told = self._ledger.committed(rank, version)
         if told is None:
             return None
-        self.last = r.Committed(version.epoch, self._job.node, generation, told.kept != version)
-        return self.last
+        self._last = r.Committed(version.epoch, self._job.node, generation, told.kept != version)
+        return self._last

@@ -346,7 +346,7 @@ class Coordinator:
                 if action.event == "placed":
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
-                if action.event.startswith(("durable", "waiting")) and "message" in action.fields:
+                if action.event.startswith(("durable", "waiting", "started_over")) and "message" in action.fields:
                     print(f"deadpool: {action.fields['message']}", file=sys.stderr, flush=True)
             elif isinstance(action, Finish):
                 self._finish = action

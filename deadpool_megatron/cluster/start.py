@@ -91,7 +91,8 @@ class Start:
         self.epoch = members.epoch
         self._facts.layout.forget()
         self._facts.headway.start_over(members.active(), members.epoch)
-        self._voice.emit("started_over", lost=lost, nodes=members.active(), reason=reason)
+        message = f"{why}: the job begins anew on nodes {', '.join(map(str, members.active()))}"
+        self._voice.emit("started_over", lost=lost, nodes=members.active(), reason=reason, message=message)
         return True
 
     # ---- workers

@@ -27,7 +27,8 @@ class WorkerEnds:
         self._voice = voice
         self._blame = Blame(facts.job.worker_deaths)
         self._left: set[tuple[int, int]] = set()
-        self._known: set[tuple[int, int]] = set()  # node and process: an agent that was away tells them again
+        self._tries = 0
+        self._known: set[tuple[int, int, int]] = set()  # an agent that was away tells of the same process again
         self._unexplained: tuple[float, int, str] | None = None  # when it ends the job, with which code, and text
 
     @property
@@ -36,11 +37,16 @@ class WorkerEnds:
         return self._unexplained[0] if self._unexplained is not None else None
 
     def judge(self, now: float) -> None:
-        """Whether an error at the start is left that no loss has explained."""
-        if self._unexplained is not None and now >= self._unexplained[0]:
-            _, code, message = self._unexplained
-            self._unexplained = None
+        """Whether an error at the start is left that no loss has explained: the start is tried again, a few times."""
+        if self._unexplained is None or now < self._unexplained[0]:
+            return
+        _, code, message = self._unexplained
+        self._unexplained = None
+        self._tries += 1
+        if self._tries > self._facts.job.transient_retries:
             self._voice.stop(code, message)
+        else:
+            self._voice.declare(f"communication error with every node alive: {message}")
 
     def new_epoch(self) -> None:
         """A loss has explained the errors there were; whoever had left is in the job again."""
@@ -60,9 +66,10 @@ class WorkerEnds:
         """
         state = self._facts.members.nodes[record.node]
         who, how = how_it_ended(record)
-        if (record.node, record.pid) in self._known:
+        process = record.node, record.local, record.pid
+        if process in self._known:
             return False
-        self._known.add((record.node, record.pid))
+        self._known.add(process)
         over = phase is Phase.FINISHING and self._facts.job.deadpool
         if (record.code == 0 and phase in _BESIDE_TRAINING) or (record.code < 0 and over):
             if record.code:  # everything is saved, and nobody waits for it

@@ -149,6 +149,11 @@ class CommitLedger:
         self.progress(version.generation)
         return self._tell(Told(kept, Version(floor.epoch, self._newest + self._margin)))
 
+    def raised(self, floor: Version) -> None:
+        """Somebody else has told everybody this floor; one of another epoch, or below the present one, says nothing."""
+        if floor.epoch == self._told.floor.epoch and floor > self._told.floor:
+            self._tell(Told(self._told.kept, floor))
+
     def _tell(self, told: Told) -> Told:
         floor = told.floor
         # the kept version is behind us, and what is below the floor can no longer be committed

@@ -12,6 +12,7 @@ from collections import Counter
 
 import pytest
 
+from simulation.faults import Profile
 from simulation.mutants import MUTANTS
 from simulation.run import simulate
 
@@ -24,26 +25,28 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="this one alone")
     parser.add_argument("--trace", action="store_true", help="with --seed: print every message")
     parser.add_argument("--without", choices=MUTANTS, help="take this fix back first; stop at the first violation")
+    parser.add_argument("--only", action="append", default=[], metavar="KIND", help="draw only this kind of faults")
     args = parser.parse_args()
+    profile = Profile(only=tuple(args.only))
     with pytest.MonkeyPatch.context() as patch:
         if args.without:
             MUTANTS[args.without](patch)
         if args.seed is not None:
-            return _one(args.seed, args.trace)
-        return _many(range(args.first, args.first + args.seeds), bool(args.without))
+            return _one(args.seed, profile, args.trace)
+        return _many(range(args.first, args.first + args.seeds), profile, bool(args.without))
 
 
-def _one(seed: int, trace: bool) -> int:
-    one = simulate(seed, trace=trace)
+def _one(seed: int, profile: Profile, trace: bool) -> int:
+    one = simulate(seed, profile, trace)
     print("\n".join([*one.trace, f"seed {seed}: {one.shape}; {', '.join(one.faults) or 'no fault'}"]))
     print(f"{one.epochs} recoveries, {one.seconds:.1f} s, {one.events} events: {one.violation or one.end}")
     return int(bool(one.violation))
 
 
-def _many(seeds: range, stop: bool) -> int:
+def _many(seeds: range, profile: Profile, stop: bool) -> int:
     begun, codes, bad, epochs, faults = time.process_time(), Counter[int](), 0, 0, 0
     for seed in seeds:
-        one = simulate(seed)
+        one = simulate(seed, profile)
         codes[one.code] += 1
         epochs += one.epochs
         faults += len(one.faults)

@@ -22,9 +22,11 @@ class Profile:
 
     Attributes:
         most: faults of one run.
+        only: kinds that are drawn; none named: all.
     """
 
     most: int = 8
+    only: tuple[str, ...] = ()
 
 
 _WHEN = ("started", "committed", "committed", "committed", "iteration", "declared", "agreed", "resumed")
@@ -56,6 +58,8 @@ class Faults:
             "freeze coordinator": (2, self._freeze_coordinator),
             "slow network": (2, self._slow),
             "slow link": (3, self._slow_link),
+            "late recovery": (2, self._late_recovery),
+            "broken groups": (2, self._break_groups),
             "resets": (3, self._resets),
             "full spare": (2, self._full),
             "damage": (3, self._damage),
@@ -69,8 +73,8 @@ class Faults:
     def draw(self) -> None:
         """What will happen in this run, and when."""
         chance, cluster = self._cluster.world.chance, self._cluster
-        names = list(self._kinds)
-        weights = [weight for weight, _ in self._kinds.values()]
+        names = [name for name in self._kinds if not self.profile.only or name in self.profile.only]
+        weights = [self._kinds[name][0] for name in names]
         for _ in range(chance.randint(0, self.profile.most)):
             name = chance.choices(names, weights)[0]
             when = chance.choice(_WHEN)
@@ -282,17 +286,44 @@ class Faults:
                 self.struck[-1] += f" n{host.node} {arena.info.kind} {arena.info.rank} {slot.version}"
 
     def _slow_link(self) -> None:
-        """One node's news of the next seconds come late, and it hears late."""
+        """One node's news of the next seconds come late, or it hears late, or both."""
         host = self._host()
         if host is not None:
-            self.struck[-1] += f" n{host.node}"
-            chance = self._cluster.world.chance
-            host.link.late = chance.uniform(0.3, 3.0)
+            which = self._cluster.world.chance.randrange(3)
+            self._delay(host, which != 1, which != 2)
 
-            def over() -> None:
-                host.link.late = 0.0
+    def _delay(self, host: Host, up: bool, down: bool) -> None:
+        self.struck[-1] += f" n{host.node}"
+        chance = self._cluster.world.chance
+        seconds = chance.uniform(0.3, 3.0)
+        host.link.late_up, host.link.late_down = seconds * up, seconds * down
 
-            self._until(chance.uniform(0.5, 3.0), over)
+        def over() -> None:
+            host.link.late_up = host.link.late_down = 0.0
+
+        self._until(chance.uniform(0.5, 3.0), over)
+
+    def _late_recovery(self) -> None:
+        """A worker dies in the last iterations, and one node's news of the recovery come late."""
+        cluster = self._cluster
+
+        def kill() -> None:
+            self._wait("prepared", self._seen["prepared"] + 1, 0.0, "late news", late)
+            self._kill_worker()
+
+        def late() -> None:
+            if (host := self._host()) is not None:
+                self._delay(host, True, False)
+
+        before = cluster.iterations - cluster.world.chance.randint(0, 3)
+        self._wait("iteration", max(before, self._seen["iteration"] + 1), 0.0, "kill worker", kill)
+
+    def _break_groups(self) -> None:
+        """A communication fails with every process alive."""
+        host = self._host()
+        workers = [rank for rank in host.workers() if rank.rank is not None] if host is not None else []
+        if workers:
+            self._cluster.meetings.broken(workers[0])
 
     def _damaged_source(self) -> None:
         """A rank's worker dies, and one of the copies has changed; soon after the recovery its new node dies too."""

@@ -216,6 +216,16 @@ def _live_state_takes_the_place_of_what_is_committed(patch: Patch) -> None:
     patch.setattr(NodeRecovery, "agree", before)
 
 
+def _what_is_below_the_floor_is_told_again(patch: Patch) -> None:
+    """Found by the simulation: a new coordinator took for committed what the last one had let nodes overwrite."""
+    patch.setattr(Commits, "last", property(lambda self: self._last))
+
+
+def _ranks_are_apart_for_what_is_dead_already(patch: Patch) -> None:
+    """Found by the simulation: the job gave up one generation after the other."""
+    patch.setattr(commits.CommitLedger, "raised", lambda self, floor: None)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
     "1 nodes": _who_comes_back_does_not_hear_the_floor,
@@ -229,6 +239,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "given up": _a_copy_given_up_is_handed_out,
     "margin": _a_node_waits_longer_than_the_job,
     "live alone": _live_state_takes_the_place_of_what_is_committed,
+    "false alarm": _ranks_are_apart_for_what_is_dead_already,
+    "below floor": _what_is_below_the_floor_is_told_again,
     "stale fetch": _an_older_epochs_fetch_still_lands,
     "broken own": _a_broken_own_copy_blames_the_source,
     "broken kept": _a_broken_copy_of_the_kept_version_stays,

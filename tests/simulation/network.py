@@ -59,7 +59,7 @@ class Link:
         self.up = False  # at the agent's end
         self.heard = False  # at the coordinator's end
         self.ever = False
-        self.late = 0.0  # seconds that packets take longer
+        self.late_up = self.late_down = 0.0  # seconds that packets take longer
         self._number = 0
         self._accepted = 0
         self._up = Pipe(world, 0.0005, 0.02, far=True)
@@ -163,7 +163,7 @@ class Link:
     def post(self, packet: bytes) -> None:
         """The agent sends; dropped while there is no connection."""
         if self.up:
-            self._up.send(self._hq.process, self._arrive_up, self._number, packet, late=self.late)
+            self._up.send(self._hq.process, self._arrive_up, self._number, packet, late=self.late_up)
 
     def _arrive_up(self, number: int, packet: bytes) -> None:
         if number != self._accepted or not self.heard:
@@ -176,7 +176,7 @@ class Link:
     def send(self, packet: bytes) -> None:
         """The coordinator sends; dropped while there is no connection."""
         if self.heard:
-            self._down.send(self._host.process, self._arrive_down, self._accepted, packet, late=self.late)
+            self._down.send(self._host.process, self._arrive_down, self._accepted, packet, late=self.late_down)
 
     def _arrive_down(self, number: int, packet: bytes) -> None:
         if number != self._number or not self.up:

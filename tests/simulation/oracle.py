@@ -104,7 +104,7 @@ class Oracle:
         world = self._cluster.world
         if event != "iteration":
             world.say("log", f"{event} { {k: v for k, v in fields.items() if k != 't'} }")
-        if event in ("started", "committed", "declared", "agreed", "resumed") or (
+        if event in ("started", "committed", "declared", "agreed", "prepared", "resumed") or (
             event == "iteration" and fields["iteration"] > self.iteration
         ):
             self._cluster.faults.seen(event)
@@ -116,6 +116,8 @@ class Oracle:
                 self._behind()
             case "declared":
                 self.declared.append((world.now, fields["epoch"], fields["reason"]))
+                if fields["purpose"] == "resume" and fields["reason"].endswith(" is drained"):
+                    self.hurt.setdefault(int(fields["reason"].split()[1]), "drained, and replaced")
                 if fields["purpose"] == "save" and self.saving is None:
                     self.saving = self._healthy()
                 if len(self.declared) > 1 and self.declared[-1][1] <= self.declared[-2][1]:

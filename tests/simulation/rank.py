@@ -241,6 +241,7 @@ class Rank:
                     yield from self._iteration(self._small_generation)
                 yield from self._pause(0.05, 0.6)  # the last checkpoint
                 yield from self._meet("save", self.host.cluster.iterations, 0)
+                self.host.cluster.oracle.finished(self)
                 self.step("finished", self.joined, self._small_generation)
                 yield from self._wait(lambda: self._supersede(self.joined) or self._all_finished >= self.joined)
             except Closed:
@@ -250,7 +251,6 @@ class Rank:
                 error, rejoining = err, True
                 continue
             self.finished = True
-            self.host.cluster.oracle.finished(self)
             yield from self._pause(0.1, 0.5)
             return
 

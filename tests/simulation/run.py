@@ -56,7 +56,7 @@ class Run:
         nodes, spares, slots = chance.choice(_SHAPES)
         redundancy = "2" if nodes - spares >= 3 and chance.random() < 0.2 else "1"
         self.job = JobSpec(nodes, spares, slots, True, DEADLINES, redundancy=redundancy)
-        self.iterations = chance.randint(12, 24)
+        self.iterations = chance.randint(14, 36)
         self.can_rescue = chance.random() < 0.5
         self.hang_floor, self.hang_outside = 4.0, 20.0
         self.network = Network(world)
@@ -131,11 +131,11 @@ class Run:
         return hq.ended
 
     def _drained(self) -> None:
-        """A node that the user takes away is none that the job may count on."""
+        """A node that the user has taken away is none that the job may count on."""
         for node, state in self.hq.core.nodes.items():
-            if state.role in ("leaving", "left"):
-                if node not in self.faults.drained:
-                    raise Violation(f"node {node} is taken away, and nobody asked for it")
+            if state.role in ("leaving", "left") and node not in self.faults.drained:
+                raise Violation(f"node {node} is taken away, and nobody asked for it")
+            if state.role == "left":
                 self.oracle.hurt.setdefault(node, "drained")
 
 

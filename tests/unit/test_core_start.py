@@ -80,12 +80,14 @@ def test_an_error_at_the_start_that_a_lost_peer_may_have_caused_waits_for_the_le
     assert job.finish is None and job.core.epoch == 1
 
 
-def test_an_error_at_the_start_that_no_loss_explains_ends_the_job_and_is_named() -> None:
-    job = SimulatedJob()
+def test_an_error_at_the_start_that_no_loss_explains_is_tried_again_and_then_ends_the_job_and_is_named() -> None:
+    job = SimulatedJob(retries=2)
     job.join()
-    _peer_error(job, "DistNetworkError: no such host")
-    job.feed(r.WorkerExited(1, 0, 2, 11, 1))
-    job.wait(DEADLINES.lease + 2)
+    for epoch in range(3):
+        assert job.finish is None and job.core.epoch == epoch
+        _peer_error(job, "DistNetworkError: no such host")
+        job.feed(r.WorkerExited(1, 0, 2, 11 + epoch, 1, epoch))
+        job.wait(DEADLINES.lease + 2)
     assert job.end == (1, "rank 2 on node 1: DistNetworkError: no such host")
 
 
