@@ -88,7 +88,7 @@ class Link:
             self.look()
         else:
             chance = self._world.chance
-            wait = chance.uniform(0.1, 0.5) if chance.random() < 0.9 else chance.uniform(0.5, 3.0)
+            wait = chance.uniform(0.1, 0.5) if chance.random() < 0.8 else chance.uniform(0.5, 3.0)
             self._host.process.later(wait, self.connect)
 
     def close_agents_end(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from deadpool_megatron.cluster.core import Phase
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.vault import Version
 from deadpool_megatron.vault.arena import Slot
@@ -18,6 +19,7 @@ __all__ = ["Oracle", "Violation"]
 
 _MASK = (1 << 60) - 1
 _FEW = 8
+_END_S = 12.0
 _PEACE_S = 4.0  # after the last fault: what waits before it tries again has tried
 
 
@@ -37,6 +39,8 @@ class Oracle:
         world_size = cluster.job.world_size
         self._values = [[rank * 7919 + 1 for rank in range(world_size)]]
         self.hurt: dict[int, str] = {}
+        self._through: dict[int, set[int]] = {}  # by epoch, ranks that have finished in it
+        self._done_at: float | None = None  # all of them
         self._deaths: Counter[int] = Counter()
         self._broken: dict[tuple[int, int], Slot] = {}  # by slot and turn
         self._trains: dict[tuple[int, int], int] = {}
@@ -86,6 +90,13 @@ class Oracle:
         if node != rank.host.node:
             raise Violation(f"rank {rank.rank} is trained by nodes {node} and {rank.host.node} in epoch {rank.joined}")
 
+    def through(self, rank: Rank) -> None:
+        """A rank has said that it has finished training."""
+        assert rank.rank is not None
+        self._through.setdefault(rank.joined, set()).add(rank.rank)
+        if len(self._through[rank.joined]) == self._cluster.job.world_size:
+            self._done_at = self._cluster.world.now
+
     def finished(self, rank: Rank) -> None:
         """A rank has come to the end of training."""
         assert rank.rank is not None
@@ -115,6 +126,7 @@ class Oracle:
                 self.iteration = max(self.iteration, fields["iteration"])
                 self._behind()
             case "declared":
+                self._done_at = None
                 self.declared.append((world.now, fields["epoch"], fields["reason"]))
                 if fields["purpose"] == "resume" and fields["reason"].endswith(" is drained"):
                     self.hurt.setdefault(int(fields["reason"].split()[1]), "drained, and replaced")
@@ -231,6 +243,12 @@ class Oracle:
         for node, state in core.nodes.items():
             if state.role == "lost" and node not in self.hurt and self._cluster.came(node):
                 raise Violation(f"node {node} is healthy, and was given up")
+        faults, now = self._cluster.faults, self._cluster.world.now
+        over = self._done_at is not None and core.phase not in (Phase.FINISHING, Phase.ENDED)
+        if over and not faults.pending and now > max(self._done_at or 0.0, faults.ended_at) + _END_S:
+            raise Violation("every rank has finished training, and the job does not end")
+        if len(set(core.assignment)) < len(core.assignment):
+            raise Violation("two coordinates are in one slot")
         if core.recovery is not None and core.next_deadline() is None:
             raise Violation(f"phase {core.phase.value} has no deadline")
 

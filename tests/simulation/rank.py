@@ -243,6 +243,7 @@ class Rank:
                 yield from self._meet("save", self.host.cluster.iterations, 0)
                 self.host.cluster.oracle.finished(self)
                 self.step("finished", self.joined, self._small_generation)
+                self.host.cluster.oracle.through(self)
                 yield from self._wait(lambda: self._supersede(self.joined) or self._all_finished >= self.joined)
             except Closed:
                 rejoining = True
