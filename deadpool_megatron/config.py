@@ -85,6 +85,11 @@ class DeadpoolConfig:
         "deadpool-megatron[rdma]); auto: nixl if it is there and an RDMA device has an active port",
         TRANSPORTS,
     )
+    pin_agents: bool = _setting(
+        True,
+        "the agent of a machine runs on a few of its cores, near the devices, while workers may use all of them; only "
+        "where two cores are left for each worker",
+    )
     host_memory: int = _setting(
         0, "bytes of memory that shards, own and kept for others, may take on a node; 0 for what the machine has"
     )
@@ -97,6 +102,9 @@ class DeadpoolConfig:
     )
     transient_retries: int = _setting(
         3, "times the communicators are re-formed with the same nodes for errors that no loss explains"
+    )
+    wait_for_spare: float = _setting(
+        0.0, "minutes that a job without a spare keeps its state and waits for deadpool join before it ends"
     )
     metrics_port: int = _setting(
         0, "TCP port of each agent's Prometheus endpoint, 0 for none; node N of several on a machine takes this plus N"
@@ -165,6 +173,8 @@ class DeadpoolConfig:
             raise ConfigError(
                 "--deadpool-hang-factor must be 1 or more and --deadpool-hang-floor 0 or more, both finite"
             )
+        if not 0 <= self.wait_for_spare < math.inf:
+            raise ConfigError("--deadpool-wait-for-spare must be 0 minutes or more and finite")
         if not 0 < self.hang_outside < math.inf:
             raise ConfigError("--deadpool-hang-outside must be more than 0 seconds and finite")
         if self.lease >= self.abort_deadline:
@@ -230,6 +240,7 @@ _PREFIX = "deadpool_"
 OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_CONFIG",
     "DEADPOOL_EMULATE_CPU",
+    "DEADPOOL_EPOCH",
     "DEADPOOL_MODE",
     "DEADPOOL_SETTINGS",
     "DEADPOOL_CONTROL_FD",
@@ -252,7 +263,7 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_TEST_RESULTS",
     "DEADPOOL_TEST_MEGATRON",
 )
-_UNITS = ("seconds", "bytes", "iterations", "generations", "times", "nodes", "port")
+_UNITS = ("seconds", "minutes", "bytes", "iterations", "generations", "times", "nodes", "port")
 
 
 def _flag(f: Field[Any]) -> str:

@@ -62,7 +62,7 @@ def launch(plan: LaunchPlan) -> int:
     try:
         if leadership.take() is None:
             raise LaunchError(f"--run-dir {plan.run_dir}: another job runs there; give each its own")
-        coordinator = CoordinatorProcess(processes, coordinator_settings(plan, job_id, secret), leadership)
+        coordinator = CoordinatorProcess(processes, coordinator_settings(plan, job_id, secret, alone=True), leadership)
         interrupted = [False]
         preempted = [False]
 
@@ -155,3 +155,6 @@ def run(options: argparse.Namespace) -> int:
     except (LaunchError, ConfigError, UserError, OSError) as err:
         print(f"deadpool: {err}", file=sys.stderr)
         return Exit.USAGE
+    except KeyboardInterrupt:  # while another job's durable directory is watched, for instance
+        print("deadpool: interrupted before the job began", file=sys.stderr)
+        return Exit.INTERRUPTED

@@ -5,6 +5,7 @@ Their settings come as JSON on stdin and not as arguments or environment because
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -30,7 +31,7 @@ from deadpool_megatron.cluster import (
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
 from deadpool_megatron.cluster.ports import once_free, patience_s
 from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, open_store
-from deadpool_megatron.durable import DurableError, survey
+from deadpool_megatron.durable import DurableError, Lease, begin, go_on, this_process
 from deadpool_megatron.output import never_fails
 from deadpool_megatron.vault import VaultError
 
@@ -39,11 +40,24 @@ __all__ = ["main"]
 
 def _coordinator(settings: dict[str, Any]) -> int:
     job = settings["job"]
-    durable = job.pop("durable", None)
+    durable, lease = job.pop("durable", None), None
     domains = {int(node): labels for node, labels in job["domains"].items()}  # JSON knows text keys only
     spec = JobSpec(**{**job, "deadlines": Deadlines(**job["deadlines"]), "domains": domains})
     if durable is not None:
-        spec = dataclasses.replace(spec, durable=_durable(durable, spec.world_size, settings["resume"]))
+        durable, lease = _durable(durable, spec.world_size, settings["job_id"], settings["resume"])
+        spec = dataclasses.replace(spec, durable=durable)
+    with contextlib.ExitStack() as at_the_end:
+        if lease is not None:
+            at_the_end.callback(lease.end)
+        try:
+            return _coordinate(settings, spec, lease)
+        except Deposed:
+            at_the_end.pop_all()  # the job goes on
+            print("another node leads the job now", flush=True)
+            return Exit.DEPOSED
+
+
+def _coordinate(settings: dict[str, Any], spec: JobSpec, lease: Lease | None) -> int:
     agent = settings["agent"]
     # The rendezvous of process groups lives here, outside of all training processes; it listens on every address. A
     # coordinator that is started again listens where the first one did, so nobody has to be told. Who connects before
@@ -87,6 +101,7 @@ def _coordinator(settings: dict[str, Any]) -> int:
             Enlistment(spec, settings["flags"], settings["job_id"], settings["store_port"]),
             store,
             Guard(*settings["guard"]),
+            lease=lease,
         )
     except zmq.ZMQError as err:
         where = f"{settings['bind']}:{settings['port']}"
@@ -99,11 +114,7 @@ def _coordinator(settings: dict[str, Any]) -> int:
     for notice in (PREEMPT, *WARNINGS):
         signal.signal(notice, lambda signum, frame: coordinator.preempt())
     signal.signal(INTERRUPT, lambda signum, frame: coordinator.interrupt())
-    try:
-        code, message = coordinator.run(lambda port: print(port, settings["store_port"], flush=True))
-    except Deposed:
-        print("another node leads the job now", flush=True)
-        return Exit.DEPOSED
+    code, message = coordinator.run(lambda port: print(port, settings["store_port"], flush=True))
     print(message, flush=True)
     return code
 
@@ -115,21 +126,24 @@ def _listen(port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=4096)
 
 
-def _durable(settings: dict[str, Any], world_size: int, again: bool) -> DurableSpec:
-    """Look into the durable directory once, before anybody waits for this process. Raises DurableError.
+def _durable(settings: dict[str, Any], world_size: int, job_id: str, again: bool) -> tuple[DurableSpec, Lease | None]:
+    """Make the durable directory this job's and look into it once, before anybody waits for this process.
 
-    ``again``: this coordinator takes the place of one that is gone; what lies there is this job's own.
+    ``again``: this coordinator takes the place of one that is gone. Raises DurableError, OSError.
     """
-    resume, newer_than, writes = (settings.pop(key) for key in ("resume", "newer_than", "writes"))
+    names = ("resume", "newer_than", "writes", "launcher")
+    resume, newer_than, writes, launcher = (settings.pop(name) for name in names)
+    url, owner = settings["directory"], this_process(job_id, launcher) if writes else None
     if again:
         settings["job"] += f"r{os.getpid()}"  # its attempts are others than those of the one before
-        resume_now, newer_than, writes = "auto", -1, False
+        usable, lease = go_on(url, owner, world_size, _say)
     else:
-        resume_now = resume
-    usable, remarks = survey(settings["directory"], resume_now, world_size, newer_than, writes)
-    for remark in remarks if not again else ():
-        print(f"deadpool: {remark}", file=sys.stderr, flush=True)
-    return DurableSpec(**settings, complete=usable, resume=resume != "none")
+        usable, lease = begin(url, owner, resume, world_size, newer_than, _say)
+    return DurableSpec(**settings, complete=usable, resume=resume != "none"), lease
+
+
+def _say(line: str) -> None:
+    print(f"deadpool: {line}", file=sys.stderr, flush=True)
 
 
 def _agent(settings: dict[str, Any]) -> int:

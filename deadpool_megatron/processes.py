@@ -51,10 +51,12 @@ def coordinator_settings(
     port: int = 0,
     join_s: float = 120.0,
     store_name: str = "",
+    alone: bool = False,
 ) -> dict[str, Any]:
     """What the coordinator reads from stdin.
 
     Args:
+        alone: all of the job ends with this process.
         store_name: of the job in the store; its id where nobody else has to find it there.
         bind: the address it listens on; ``plan.host`` is the one that is told to others.
         port: 0 for any.
@@ -72,9 +74,11 @@ def coordinator_settings(
         c.redundancy,
         plan.domains,
         on_preempt=c.deadpool and c.on_preempt,
+        snapshot_interval=c.snapshot_interval,
+        wait_for_spare_s=60 * c.wait_for_spare,
     )
     return {
-        "job": asdict(job) | {"durable": _durable_settings(plan, job_id)},
+        "job": asdict(job) | {"durable": _durable_settings(plan, job_id, alone)},
         "job_id": job_id,
         "flags": c.flags(),
         "host": plan.host,
@@ -144,6 +148,8 @@ def agent_settings(
         "durable_dir": plan.config.durable_dir if plan.config.deadpool else "",
         "on_preempt": plan.config.deadpool and plan.config.on_preempt,
         "exit_signal": _exit_signal(plan.arguments),
+        # Agents of one machine would all choose the same processors.
+        "pin": plan.config.deadpool and plan.config.pin_agents and not host.startswith("127."),
     }
 
 
@@ -155,7 +161,7 @@ def _exit_signal(arguments: Sequence[str]) -> int:
     return int(getattr(signal, name, 0))
 
 
-def _durable_settings(plan: LaunchPlan, job_id: str) -> dict[str, Any] | None:
+def _durable_settings(plan: LaunchPlan, job_id: str, alone: bool) -> dict[str, Any] | None:
     """What the coordinator is told of the durable tier; None when there is none."""
     c = plan.config
     if not (c.deadpool and c.durable_dir):
@@ -169,6 +175,7 @@ def _durable_settings(plan: LaunchPlan, job_id: str) -> dict[str, Any] | None:
         "preempt_deadline": c.preempt_deadline,
         "resume": c.resume,
         "writes": not c.export,
+        "launcher": os.getpid() if alone else 0,
         "newer_than": _checkpoint_to_load(plan.arguments),
     }
 

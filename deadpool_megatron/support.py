@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any, Final
 
 from deadpool_megatron.versions import SUPPORTED, UserError, check_version
 
-__all__ = ["SUPPORTED", "UserError", "check_arguments", "check_version"]
+__all__ = ["SUPPORTED", "UserError", "check_arguments", "check_environment", "check_version"]
 
 # Flag, attribute of Megatron's args, and when its value is one that DeadPool cannot carry through a swap yet.
 _UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (
@@ -23,6 +24,11 @@ _UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (
         "optimizer",
         lambda v: v not in (None, "adam", "sgd", "lion", "muon", "dist_muon", "adaptive_muon"),
     ),
+    (
+        "--moe-token-dispatcher-type (DeepEP, HybridEP and NCCL EP: communicators of their own, which nothing aborts)",
+        "moe_token_dispatcher_type",
+        lambda v: v == "flex",
+    ),
     ("--optimizer-cpu-offload", "optimizer_cpu_offload", bool),
     ("--fp8-param-gather", "fp8_param_gather", bool),
     ("--fp8-format", "fp8", bool),
@@ -35,6 +41,23 @@ _UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (
     ("--vision-pretraining", "vision_pretraining", bool),
     ("--iterations-to-skip", "iterations_to_skip", bool),
 )
+
+
+# Environment variables that change what backend a process group of torch has, and why that one is not supported.
+_UNSUPPORTED_SETTINGS: Final[tuple[tuple[str, str], ...]] = (
+    ("TORCH_DIST_USE_NCCL2", "ProcessGroupNCCL2 is neither aborted nor re-formed"),
+    ("TORCH_DISTRIBUTED_USE_TORCHCOMMS", "communicators of torchcomms are neither aborted nor re-formed"),
+)
+
+
+def check_environment(environ: Mapping[str, str]) -> None:
+    """Raises UserError that names the first variable that selects process groups that are not supported."""
+    for name, why in _UNSUPPORTED_SETTINGS:
+        value = environ.get(name, "0")
+        if value.lower() not in ("", "0", "false", "no", "off", "n"):
+            raise UserError(
+                f"{name}={value} is not supported with --deadpool: {why}; unset it, or run without --deadpool"
+            )
 
 
 def check_arguments(args: Namespace) -> None:

@@ -32,6 +32,7 @@ from deadpool_megatron.cluster.workers import (
     ADOPTED,
     CONTROL_FD,
     DOORBELL_FD,
+    EPOCH,
     PARENT_PID,
     STACKS_FILE,
     STACKS_SIGNAL,
@@ -94,12 +95,10 @@ def _install(standby: bool) -> Hooks:
     import torch.distributed as dist
 
     from deadpool_megatron import config as settings
-    from deadpool_megatron.comm import Communicators, ReformError, nccl_environment
+    from deadpool_megatron.comm import Communicators, ReformError
     from deadpool_megatron.megatron import Hooks, arm, follow_job
     from deadpool_megatron.recovery import Session
 
-    for name, value in nccl_environment().items():
-        os.environ.setdefault(name, value)  # read when the first NCCL communicator is made
     flags = os.environ[CONFIG].split("\n") if os.environ[CONFIG] else []
     config = settings.from_flags(flags)
     if config.on_preempt:
@@ -119,7 +118,8 @@ def _install(standby: bool) -> Hooks:
         with contextlib.suppress(ReformError):  # the training thread will see for itself
             communicators.begin_reform(epoch, store)
 
-    session = Session(int(os.environ[CONTROL_FD]), end_epochs_before, begin_to_form)
+    begins = int(os.environ.get(EPOCH, "0"))
+    session = Session(int(os.environ[CONTROL_FD]), end_epochs_before, begin_to_form, begins)
 
     def place() -> tuple[str, int]:
         return session.rendezvous or (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -169,6 +169,7 @@ def _log_to_stderr() -> None:
 
 def _failed(hooks: Hooks | None, error: BaseException, tell: Callable[[r.WorkerFailed], None]) -> int:
     """Tell the agent; returns the code with which the job ends because of it, 0 where that is not known yet."""
+    from deadpool_megatron.comm import is_communication_error
     from deadpool_megatron.config import ConfigError
     from deadpool_megatron.megatron import Unequal, UserError
 
@@ -180,7 +181,20 @@ def _failed(hooks: Hooks | None, error: BaseException, tell: Callable[[r.WorkerF
     phase: Any = hooks.phase if hooks is not None else "setup"
     epoch, iteration = (hooks.session.joined_epoch, hooks.iteration) if hooks is not None else (0, -1)
     kind, place = f"{type(error).__module__}.{type(error).__qualname__}", _place(error)
-    told = r.WorkerFailed(0, 0, None, phase, epoch, iteration, code, kind, place, message[:2000], trace[-12000:])
+    told = r.WorkerFailed(
+        0,
+        0,
+        None,
+        phase,
+        epoch,
+        iteration,
+        code,
+        kind,
+        place,
+        message[:2000],
+        trace[-12000:],
+        is_communication_error(error),
+    )
     tell(told)
     return code
 

@@ -3,7 +3,7 @@
 # scripts/test_versions.sh [NAME...] [-- pytest arguments]
 #
 #   torch-2.11      the oldest torch that setup.py allows
-#   torch-newest    the newest torch on the index
+#   torch-newest    the newest torch on the index; scripts/test.sh has the locked one
 #   megatron-0.18   the oldest line of megatron-core
 #   megatron-main   upstream's main, the commit that tests/upstream.py names, from the clone in DEADPOOL_UPSTREAM_GIT
 #

@@ -33,9 +33,12 @@ class SimulatedJob:
         retries: int = 3,
         can_rescue: bool = True,
         durable: DurableSpec | None = None,
+        **more: Any,
     ) -> None:
+        """``more``: of `JobSpec`."""
+        preempt = durable is not None
         self.core = Core(
-            JobSpec(nodes, spares, slots, deadpool, DEADLINES, retries, durable=durable, on_preempt=durable is not None)
+            JobSpec(nodes, spares, slots, deadpool, DEADLINES, retries, durable=durable, on_preempt=preempt, **more)
         )
         self.now = 100.0
         self.can_rescue = can_rescue
@@ -117,7 +120,8 @@ class SimulatedJob:
         """A coordinate is about to train."""
         slot = self.core.assignment[rank]
         info = r.CoordinateInfo(rank, 0, 0, rank)
-        self.feed(r.Registered(slot.node, slot.local, info, 1 << 20, 1 << 10, digest, self.can_rescue))
+        epoch = self.core.epoch
+        self.feed(r.Registered(slot.node, slot.local, info, 1 << 20, 1 << 10, digest, self.can_rescue, 0, epoch))
 
     def train(self) -> SimulatedJob:
         """Up to the first iteration."""

@@ -90,7 +90,7 @@ class Agent:
         self._faults = Faults(settings.node, crew, shards)
         self._watch = watch
         self._durable = (
-            NodeDurability(settings.node, settings.durable_dir, shards, self.send)
+            NodeDurability(settings.node, settings.durable_dir, settings.job_id, shards, self.send)
             if shards is not None and settings.durable_dir
             else None
         )
@@ -143,7 +143,10 @@ class Agent:
             if worker.registered is not None:
                 self.send(worker.registered)
             if worker.exited and worker.exit_code is not None:
-                self.send(r.WorkerExited(node, worker.local, worker.rank, worker.pid, worker.exit_code))
+                if worker.failed is not None:  # why it has ended
+                    self.send(worker.failed)
+                exited = r.WorkerExited(node, worker.local, worker.rank, worker.pid, worker.exit_code, self._job.epoch)
+                self.send(exited)
         if (last := self._commits.last) is not None:
             self.send(last)  # without it nobody could ever overwrite a slot again
         for record in self._hashes:
@@ -160,8 +163,11 @@ class Agent:
             return  # without DeadPool workers have nothing to say
         match record:
             case r.WorkerStep():
+                if record.step == "parked":
+                    self._watch.pinned(self._crew.located(worker, record.numa))
                 recovery.step(worker, record)
             case r.ArenaRequest():
+                self._watch.pinned(self._crew.located(worker, record.numa))
                 if is_constants(record.rank):
                     self._commits.has_constants(record.rank)
                 upkeep.grant(worker, record)
@@ -169,7 +175,9 @@ class Agent:
                 recovery.arrived(worker, record)
             case r.Registered():
                 worker.in_loop = True
-                worker.registered = msgspec.structs.replace(record, node=node, local=worker.local)
+                worker.registered = msgspec.structs.replace(
+                    record, node=node, local=worker.local, epoch=self._job.epoch
+                )
                 self.send(worker.registered)
             case r.ShardReady():
                 recovery.saved(worker, record)
@@ -177,7 +185,8 @@ class Agent:
                 if isinstance(worker.process, AdoptedProcess):
                     worker.process.said = record.code
             case r.WorkerFailed():
-                self.send(msgspec.structs.replace(record, node=node, local=worker.local, rank=worker.rank))
+                worker.failed = msgspec.structs.replace(record, node=node, local=worker.local, rank=worker.rank)
+                self.send(worker.failed)
             case r.Described():
                 if self._durable is not None and worker.rank is not None:
                     self._durable.described(record, worker.rank)
@@ -208,9 +217,11 @@ class Agent:
         """A worker's process has ended."""
         code = self._crew.reap(worker)
         if not worker.retired:
-            self.send(r.WorkerExited(self._s.node, worker.local, worker.rank, worker.pid, code))
+            self.send(r.WorkerExited(self._s.node, worker.local, worker.rank, worker.pid, code, self._job.epoch))
             return
-        self._crew.start_parked(worker.local)
+        self._crew.renew(worker.local)
+        if self._job.declared is None and not self._crew.renewing:
+            self.introduce()  # the coordinator knows other processes
         if self._recovery is not None:
             self._recovery.take_over()
 
@@ -258,7 +269,10 @@ class Agent:
         recovery, upkeep = self._recovery, self._upkeep
         match record:
             case r.Roster():
-                if self._job.roster(record) and self._shards is not None:
+                late = self._job.roster(record)
+                if late and record.anew and recovery is not None:
+                    self._start_over(recovery)
+                elif late and self._shards is not None:
                     self._shards.set_epoch(record.epoch)
             case r.ExitNotice() if not self._s.deadpool:
                 self._crew.signal(self._s.exit_signal)
@@ -267,7 +281,7 @@ class Agent:
                     worker.tell(record)
             case r.Respawn():
                 if self._crew.workers[record.local].exited:
-                    self._crew.start_parked(record.local)
+                    self._crew.renew(record.local)
             case r.EndStuck():
                 if self._lookout is not None:
                     self._lookout.end_stuck(record)
@@ -304,10 +318,19 @@ class Agent:
     def _declare(self, recovery: NodeRecovery, record: r.Declare) -> None:
         if record.epoch <= self._job.epoch:
             return
+        self._new_epoch()
+        recovery.declare(record)
+
+    def _start_over(self, recovery: NodeRecovery) -> None:
+        self._new_epoch()
+        if self._durable is not None:
+            self._durable.start_over()
+        recovery.start_over()
+
+    def _new_epoch(self) -> None:
         self._commits.restart()
         if self._lookout is not None:
             self._lookout.restart()
-        recovery.declare(record)
 
     def _told_durable(self, durable: NodeDurability, record: r.CoordinatorRecord) -> None:
         ranks = self._job.ranks.values()
@@ -327,9 +350,9 @@ class Agent:
 
     def _begin(self, worker: Worker) -> None:
         """Tell a worker what durable generation it begins with, once that is known; a spare learns it in a recovery."""
-        if self._durable is None or worker.rank is None or worker.began or self._job.epoch:
+        if self._durable is None or worker.rank is None or worker.began or self._job.declared is not None:
             return
-        what = self._durable.begin(worker.rank)
+        what = self._durable.begin(worker.rank, self._job.epoch)
         if isinstance(what, r.Generation):
             worker.began = True
             worker.tell(what)

@@ -43,7 +43,7 @@ class Blame:
         self._worker_deaths = worker_deaths
         # by iteration, kind, and place or rank: the epoch it was first seen in
         self._errors: dict[tuple[int, str, str], int] = {}
-        self._last: r.WorkerFailed | None = None
+        self._last: dict[tuple[int, int], r.WorkerFailed] = {}  # by node and local index
 
     def died(self, node: NodeState) -> bool:
         """One worker more of a node has died. True when the node is to blame, or has nobody to make it good."""
@@ -57,7 +57,7 @@ class Blame:
 
     def failed(self, record: r.WorkerFailed) -> str:
         """A worker tells its error; who that is."""
-        self._last = record
+        self._last[record.node, record.local] = record
         return _who(record.rank, record.local)
 
     def failed_again(self, record: r.WorkerFailed) -> bool:
@@ -69,11 +69,16 @@ class Blame:
         places = (record.place, f"rank {record.rank}")
         return any([self._repeats(record.epoch, record.iteration, record.kind, place) for place in places])
 
+    def by_a_peer(self, record: r.WorkerExited) -> bool:
+        """It ended with an error that the loss of a peer may have caused."""
+        last = self._last.get((record.node, record.local))
+        return last is not None and last.communication
+
     def fatal(self, record: r.WorkerExited, phase: Phase, deadpool: bool) -> str:
         """Why the job ends with the end of this worker, which nothing makes good."""
         who, how = how_it_ended(record)
-        last = self._last
-        if last is not None and (last.node, last.local) == (record.node, record.local):
+        last = self._last.get((record.node, record.local))
+        if last is not None:
             return f"{who} on node {record.node}: {last.message}"
         if record.code in _MEANINGS and deadpool and phase is Phase.FINISHING:
             return f"{_MEANINGS[record.code]} ({how} of {who} on node {record.node}; see its log)"

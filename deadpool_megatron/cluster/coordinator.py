@@ -12,11 +12,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.awake import AwakeClock
 from deadpool_megatron.cluster.core import Action, Core, Emit, Finish, JobSpec, Keep, Phase, Send
 from deadpool_megatron.cluster.enlistment import Enlistment
 from deadpool_megatron.cluster.link import Hub
@@ -27,11 +28,13 @@ from deadpool_megatron.cluster.progress import Progress
 from deadpool_megatron.cluster.protection import in_words
 from deadpool_megatron.cluster.store import Guard, Store, StoreError
 from deadpool_megatron.cluster.tables import Teller
+from deadpool_megatron.durable import Lease
 from deadpool_megatron.observe import RunDirectory
 
 __all__ = ["Coordinator", "CoordinatorSettings"]
 
 _FAREWELL_S = 10.0
+_LONGEST_PASS_S = 0.75
 _MOST_REFUSALS_TOLD = 100
 _GATHER_S = (0.003, 0.02)
 _GATHER_S_A_NODE = 2e-5  # about what a packet and its answer cost
@@ -81,26 +84,28 @@ class Coordinator:
         run: RunDirectory | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: random.Random | None = None,
+        lease: Lease | None = None,
     ) -> None:
         """``guard``: of the leadership in this term; without it ``store`` takes no write.
 
-        ``hub``, ``run``, ``clock`` (seconds, monotonic) and ``chance`` are those of ``settings`` and this machine
-        unless given.
+        ``lease``: of the durable directory, kept by its own thread. ``hub``, ``run``, ``clock`` (seconds, monotonic)
+        and ``chance`` are those of ``settings`` and this machine unless given.
         """
-        self._clock = clock
         self._core = Core(job, r.Address(settings.host, settings.store_port))
         self._memory = Memory(store, guard)
         self._progress = Progress()
         self._settings = settings
         self._enlistment = enlistment
-        patience = patience_s(again=settings.resume)
-        self._hub = hub or Hub(settings.bind, settings.port, settings.secret, job.deadlines.lease, patience)
+        self._lease = lease
+        patience, silence_s = patience_s(again=settings.resume), job.deadlines.lease
+        self._clock = AwakeClock(max(_LONGEST_PASS_S, silence_s / 2), clock)  # less than the silence that means gone
+        self._hub = hub or Hub(settings.bind, settings.port, settings.secret, silence_s, patience)
         self.port = self._hub.port
         self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
         self._refused = 0
         self._teller = Teller(chance)
-        self._no_places_until = self._clock() + job.deadlines.lease if settings.resume else 0.0
+        self._no_places_until = self._clock.now() + silence_s if settings.resume else 0.0
         self._connected: set[int] = set()
         self._interrupted = False
         self._preempted = False
@@ -122,9 +127,9 @@ class Coordinator:
         gather = min(max(_GATHER_S[0], _GATHER_S_A_NODE * core.job.nodes), _GATHER_S[1])
         while self._finish is None:
             timeout = self.timeout()
-            if core.phase is Phase.RUNNING and self._clock() - woke < gather:
+            if core.phase is Phase.RUNNING and self._clock.now() - woke < gather:
                 time.sleep(gather)  # thousands of agents: their news are taken some at a time, not one by one
-            woke = self._clock()
+            woke = self._clock.now()
             self.turn(timeout)
         return self.end()
 
@@ -147,7 +152,7 @@ class Coordinator:
         if self._settings.resume:
             kept = self._memory.read()
             if kept is not None:
-                self._do(self._core.restored(kept, self._clock()))
+                self._do(self._core.restored(kept, self._clock.now()))
         else:
             self._memory.clear()
         self._write_status()
@@ -160,22 +165,26 @@ class Coordinator:
     def timeout(self) -> float:
         """Seconds until there is something to do if nothing comes; half a second at most."""
         deadline = self._core.next_deadline()
-        now = self._clock()
+        now = self._clock.now()
         timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
         return min(timeout, max(0.0, self._status_due - now)) if self._status_stale else timeout
 
     def turn(self, timeout: float) -> None:
         """One turn of the loop: what comes within ``timeout`` seconds, and what is due."""
         self._hub.wait(timeout, self._packet, self._gone)
+        self._tell_standstill()
         self._memory.check()
         self._run.flush()
-        self._do(self._core.tick(self._clock()))
+        self._do(self._core.tick(self._clock.now()))
+        if self._lease is not None and self._lease.lost is not None:
+            why, self._lease = str(self._lease.lost), None
+            self._do(self._core.durable_taken(why, self._clock.now()))
         if self._preempted and self._finish is None:
             self._preempted = False
-            self._do(self._core.preempted(self._clock()))
+            self._do(self._core.preempted(self._clock.now()))
         if self._interrupted and self._finish is None:
-            self._do(self._core.interrupted(self._clock()))
-        if self._status_stale and self._clock() >= self._status_due:
+            self._do(self._core.interrupted(self._clock.now()))
+        if self._status_stale and self._clock.now() >= self._status_due:
             self._write_status()
 
     def end(self) -> tuple[int, str]:
@@ -190,13 +199,24 @@ class Coordinator:
         self._hub.close()
         return self._finish.code, self._finish.message
 
+    def _tell_standstill(self) -> None:
+        seconds = self._clock.stood_still()
+        if seconds:
+            self._run.event("stood_still", epoch=self._core.epoch, seconds=round(seconds, 3))
+            print(
+                f"deadpool: the coordinator stood still for {seconds:.1f} s (stopped, paused or swapped out); nobody "
+                "is late for that, and nodes whose connection has ended meanwhile have time to come back",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _packet(self, identity: bytes, packet: bytes) -> None:
         try:
             record = r.decode_from_agent(packet)
         except r.RecordError as err:
             self._refuse(str(err))
             return
-        now = self._clock()
+        now = self._clock.now()
         if isinstance(record, r.Inject | r.Drain | r.AddSpare):
             self._request(identity, record, now)
             return
@@ -295,7 +315,10 @@ class Coordinator:
             return
         node = int(text.removeprefix("node-"))
         self._connected.discard(node)
-        self._do(self._core.node_lost(node, "its agent is gone or silent", self._clock()))
+        if self._clock.just_woke(self._core.job.deadlines.lease):
+            self._do(self._core.node_away(node, self._clock.now()))
+        else:
+            self._do(self._core.node_lost(node, "its agent is gone or silent", self._clock.now()))
 
     def _do(self, actions: list[Action], step: dict[str, Any] | None = None) -> None:
         if not actions and step is None:
@@ -323,7 +346,7 @@ class Coordinator:
                 if action.event == "placed":
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
-                if action.event.startswith("durable") and "message" in action.fields:
+                if action.event.startswith(("durable", "waiting", "started_over")) and "message" in action.fields:
                     print(f"deadpool: {action.fields['message']}", file=sys.stderr, flush=True)
             elif isinstance(action, Finish):
                 self._finish = action
@@ -354,7 +377,7 @@ class Coordinator:
             os.replace(temporary, path)
 
     def _write_status(self) -> None:
-        begun = self._clock()
+        begun = self._clock.now()
         core = self._core
         coordinates: list[dict[str, Any]] = []
         for rank, slot in enumerate(core.assignment):
@@ -393,6 +416,7 @@ class Coordinator:
                 ],
                 "generation": {"committed": core.committed, "durable": core.durable},
                 "protection": core.protection.status(),
+                "behind": asdict(core.seen.lag) if core.seen.lag is not None else None,
                 "refused": {
                     "unsealed": self._hub.seal.refused,
                     "malformed": self._refused,
@@ -404,7 +428,7 @@ class Coordinator:
             }
         )
         self._status_stale = False
-        now = self._clock()
+        now = self._clock.now()
         share = _STATUS_SHARE / 4 if core.recovery is not None else _STATUS_SHARE
         self._status_due = now + max(_STATUS_INTERVAL_S, (now - begun) / share)
 

@@ -4,6 +4,7 @@ Failure-free a job goes STARTING -> RUNNING -> FINISHING -> ENDED. What takes it
 (`cluster.recovering`), each in an epoch of its own::
 
     RUNNING --node lost, worker dead, drain--> declare(e+1) -> ... agree(g) ... form(e+1) ... -> RUNNING
+    STARTING, or nothing committed --node lost, worker dead--> STARTING in e+1, all workers from the script's first line
 
 A loss in any phase of a recovery declares the next epoch and starts again. Every phase has a deadline; who misses it
 counts as lost. Records of an epoch other than the current one are ignored.
@@ -80,7 +81,7 @@ class Core:
         self._end: tuple[int, str] | None = None
         self._out = Out()
         self._now = 0.0
-        voice = Voice(self._send, self._emit, self._keep, self._declare, self._lose, self._stop)
+        voice = Voice(self._send, self._emit, self._keep, self._declare, self._start_over, self._lose, self._stop)
         self.members = Members(job)
         self.protection = Protection(job.redundancy, job.domains)
         self._layout = Layout(job.world_size)
@@ -99,7 +100,7 @@ class Core:
         self._noticed = False
         self._handlers: dict[type, Callable[[Any], None]] = {
             r.Join: self._join,
-            r.WorkerReady: self._start.worker_ready,
+            r.WorkerReady: self._worker_ready,
             r.Registered: self._register,
             r.WorkerExited: self._worker_exited,
             r.WorkerFailed: lambda record: self._ends.failed(record, self._phase),
@@ -111,7 +112,7 @@ class Core:
             r.Compared: lambda record: self._recoveries.compared(record, self._now),
             r.Offer: lambda record: self._recoveries.offer(record, self._now),
             r.NodeArrived: self._recoveries.arrived,
-            r.NodeReady: lambda record: self._recoveries.ready(record, self._now),
+            r.NodeReady: self._node_ready,
             r.NodeFormed: lambda record: self._recoveries.formed(record, self._now),
             r.NodeRestored: lambda record: self._recoveries.restored(record, self._now),
             r.NodeResumed: lambda record: self._recoveries.resumed(record, self._now),
@@ -178,7 +179,8 @@ class Core:
     def next_deadline(self) -> float | None:
         """When `tick` has to be called at the latest, in the clock of ``now``."""
         parts = (self._arrivals, self._reunion, self._suspicions, self._drains)
-        times = [self._durability.next_deadline(), *(part.due for part in parts)]
+        ends = None if self._reunion.waits else self._ends.due  # who is not back may be the loss that explains them
+        times = [ends, self._durability.next_deadline(), *(part.due for part in parts)]
         if self.recovery is not None:
             times.append(self.recovery.deadline)
         known = [t for t in times if t is not None]
@@ -196,6 +198,15 @@ class Core:
         """The lease or the connection of a node ended."""
         return self._run(lambda: self._lose({node}, cause), now)
 
+    def node_away(self, node: int, now: float) -> list[Action]:
+        """The connection of a node has ended while nobody here could have heard it: it has time to come back."""
+
+        def wait() -> None:
+            if not self.members.gone(node):
+                self._reunion.also(node, now + self.job.deadlines.lease + _RETURN_S)
+
+        return self._run(wait, now)
+
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
         return self._run(self._check_deadlines, now)
@@ -210,6 +221,10 @@ class Core:
         Else Megatron decides: it handles the notice as its own exit signal (``--exit-signal-handler``).
         """
         return self._run(self._preempt, now)
+
+    def durable_taken(self, why: str, now: float) -> list[Action]:
+        """The durable directory is another job's now."""
+        return self._run(lambda: self._durable_taken(why), now)
 
     def inject(self, fault: r.Fault, now: float) -> tuple[str, list[Action]]:
         """A fault was asked for. Returns the reason it is refused, or an empty string."""
@@ -327,6 +342,7 @@ class Core:
             "committed": self.committed,
             "iteration": self.iteration,
             "errors": self._ends.dump(),
+            "start_epoch": self._start.epoch,
             "done": self._headway.done,
             "end": self._end,
             **self._recoveries.dump(),
@@ -341,8 +357,10 @@ class Core:
         self._layout.load(parts.get("layout"), kept["can_rescue"])
         self._recoveries.load(kept)
         self._ends.load(kept["errors"])
+        self._start.epoch = kept["start_epoch"]
         head = self._headway
         head.committed, head.iteration, head.done = kept["committed"], kept["iteration"], kept["done"]
+        head.fresh = self._phase is Phase.STARTING  # else what was trained since may not be on record
         head.count_anew(self.members.active(), self.epoch)
         if self._layout.known:
             groups = tuple(tuple(group) for group in parts["members"]["groups"])
@@ -367,6 +385,7 @@ class Core:
 
     def _all_returned(self) -> None:
         missing, unsettled = self._reunion.end()
+        epoch = self.epoch
         if self._end is not None:
             self._stop(*self._end) if self._end[0] else self._end_well()
             return
@@ -374,15 +393,18 @@ class Core:
             self._lose(missing, "its agent has not come back to the coordinator")
         if self._phase is Phase.FINISHING:
             self._send(None, r.AllFinished(self.epoch))
-        elif self._phase is Phase.STARTING and self.members.complete():
-            self._durability.start(self.members.active())
-        if self.recovery is not None or self._phase is not Phase.RUNNING:
+        elif self._phase is Phase.STARTING:
+            if unsettled and epoch == self.epoch:
+                self._start_over(f"the coordinator was away and {unsettled}")
+            elif self.members.complete():
+                self._durability.start(self.members.active(), self.epoch)
+        if self.epoch != epoch or self._phase is not Phase.RUNNING:
             return
         lost = [n for n in self.members.active() if self.members.gone(n)]
-        if unsettled or lost or self._recoveries.vacant:
+        if unsettled or lost or (self._recoveries.vacant and self.recovery is None):
             why = unsettled or (f"node {lost[0]} was lost" if lost else "a worker died")
             self._declare(f"the coordinator was away and {why}")
-        elif not self.epoch and self._layout.known:
+        elif self.recovery is None and self.epoch == self._start.epoch and self._layout.known:
             self._start.tell_placement()  # who heard it hears the same again
 
     # ---- start
@@ -399,15 +421,29 @@ class Core:
         elif self._phase is Phase.STARTING:
             if first:
                 self._start.tell_roster()
+            elif record.epoch < self.epoch:
+                self._start.tell_again(record.node)
         elif awaited:
             self._start.came_later(record)
+            self._look_for_spare(record.node)
         if self.members.holds(record.node) and record.epoch == self.epoch:
             self.seen.catch_up(record.node)
 
+    def _worker_ready(self, record: r.WorkerReady) -> None:
+        self._start.worker_ready(record)
+        self._look_for_spare(record.node)
+
+    def _look_for_spare(self, node: int) -> None:
+        if self._recoveries.spare_came():
+            self._declare(f"node {node} has come as a spare")
+
     def _register(self, record: r.Registered) -> None:
+        if self._phase is Phase.STARTING and record.epoch != self.epoch:
+            return  # of a start that is over
         if self._start.registered(record) and self._phase is Phase.STARTING:
             self._phase = Phase.RUNNING
             self._start.train(record.unique_bytes)
+            self._look_for_end()
 
     def _damaged(self, record: r.DamagedCopy) -> None:
         self.seen.damaged(record)
@@ -423,12 +459,18 @@ class Core:
         if record.epoch == self.epoch:
             self.seen.committed(record, self._now, self.phase is Phase.RUNNING)
 
+    def _node_ready(self, record: r.NodeReady) -> None:
+        self._recoveries.ready(record, self._now)
+        self._leave_if_drained()
+
     def _node_finished(self, record: r.Finished) -> None:
-        # Also in a recovery: one node may be through before the news of another that it has its groups.
-        if record.epoch != self.epoch or self._phase is not Phase.RUNNING:
-            return
-        self._finished.add(record.node)
-        if all(map(self._finished.__contains__, self.members.active())):
+        # Also in a recovery, and at the start: a node may be through before the news of another that it has begun.
+        if record.epoch == self.epoch and self._phase in (Phase.STARTING, Phase.RUNNING):
+            self._finished.add(record.node)
+            self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        if self._phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
             self._phase, self._recoveries.current = Phase.FINISHING, None
             self._suspicions.ended()
             self._drains.forget()
@@ -444,10 +486,15 @@ class Core:
 
     def _shards_drained(self, record: r.ShardsDrained) -> None:
         self._durability.drained(record, self.assignment, self.coordinates, self.epoch)
+        self._leave_if_drained()
 
     def _generation_sealed(self, record: r.GenerationSealed) -> None:
         self._durability.sealed(record, self.assignment, self._now)
-        self._leave_if_preempted()
+        self._leave_if_drained()
+
+    def _durable_taken(self, why: str) -> None:
+        self._durability.taken(why)
+        self._leave_if_drained()
 
     def _preempt(self) -> None:
         if not self.job.on_preempt:
@@ -457,10 +504,12 @@ class Core:
                 self._send(None, r.ExitNotice())
             return
         self._durability.preempt(self.assignment, self._now)
-        self._leave_if_preempted()
+        self._leave_if_drained()
 
-    def _leave_if_preempted(self) -> None:
-        if self._durability.leave is not None:
+    def _leave_if_drained(self) -> None:
+        if self._durability.last_is_over:
+            self._recoveries.last_drained()
+        elif self._durability.leave is not None:
             self._stop(Exit.PREEMPTED, self._durability.leave)
 
     # ---- planned moves
@@ -478,7 +527,9 @@ class Core:
     # ---- ends of processes
 
     def _worker_exited(self, record: r.WorkerExited) -> None:
-        if self._ends.exited(record, self._phase):
+        if self._phase is Phase.STARTING and record.epoch != self.epoch:
+            return  # of a start that is over
+        if self._ends.exited(record, self._phase, self._now):
             self._end_well()
 
     def _end_well(self) -> None:
@@ -509,12 +560,13 @@ class Core:
                 self._start.tell_roster()  # it was the one the others waited for
             self._keep()
             return
-        if self._ends.begun and self._phase is Phase.FINISHING and not self.job.deadpool:
+        if not self.job.deadpool:
+            self._stop(Exit.FAILED, f"node {sorted(hit)[0]} was lost and DeadPool is off: {cause}")
             return
-        if not self.job.deadpool or self._phase in (Phase.STARTING, Phase.FINISHING):
-            when = "before training began" if self._phase is Phase.STARTING else "after training had finished"
-            where = when if self.job.deadpool else "and DeadPool is off"
-            self._stop(Exit.FAILED, f"node {sorted(hit)[0]} was lost {where}: {cause}")
+        if self._phase is Phase.FINISHING:  # everything is saved: the others leave, and that is a good end
+            self._keep()
+            if self._ends.all_left():
+                self._end_well()
             return
         if not self._reunion.waits:
             self._declare(cause)
@@ -527,16 +579,35 @@ class Core:
         if self._reunion.waits:  # whoever is not back yet would not hear of it: when all are (`_all_returned`)
             self._reunion.remember(reason)
             return
-        replaced = self._recoveries.declare(reason, self._now)
-        if replaced is None:
+        if self._phase is Phase.STARTING:
+            self._start_over(reason)
             return
+        replaced = self._recoveries.declare(reason, self._now)
+        if replaced is not None:
+            self._new_epoch(replaced)
+
+    def _start_over(self, reason: str) -> None:
+        """Nothing is committed that the job could go on from, so it begins anew."""
+        if not self._start.over(reason):
+            return
+        self._phase = Phase.STARTING
+        self._recoveries.start_over()
+        self._new_epoch(list(range(self.job.world_size)))
+        self._keep()
+        self._start.tell_roster()
+
+    def _new_epoch(self, replaced: list[int]) -> None:
         self.seen.moved(replaced)
         self._finished.clear()
         self._suspicions.explained()
+        self._ends.new_epoch()
         self._drains.forget()
 
     def _fetch_failed(self, record: r.FetchFailed) -> None:
         if record.own and record.epoch == self.epoch:
+            if self._recoveries.drains:
+                self._recoveries.last_drained()  # no node has room for what a lost one had
+                return
             self._lose({record.node}, record.why)  # another spare may have room
         elif why := self._recoveries.fetch_failed(record):
             self._declare(why)
@@ -553,7 +624,7 @@ class Core:
 
     def _check_deadlines(self) -> None:
         self._durability.tick(self.assignment, self._now)
-        self._leave_if_preempted()
+        self._leave_if_drained()
         if self._phase is Phase.ENDED:
             return
         if self._phase is Phase.STARTING and not self._arrivals.begun:
@@ -561,6 +632,8 @@ class Core:
         if late := self._arrivals.late(self._now):
             self._lose(late, self._arrivals.why_late)
         self._suspicions.judge_errors(self._now)
+        if not self._reunion.waits:
+            self._ends.judge(self._now)
         if self._reunion.due is not None and self._now >= self._reunion.due:
             self._all_returned()
         self._drains.tick(self._now)
@@ -570,5 +643,7 @@ class Core:
         if recovery is not None and recovery.deadline is not None and self._now >= recovery.deadline:
             recovery.deadline = None
             late_nodes = recovery.late()
-            if late_nodes:
+            if recovery.phase is Phase.WAITING:
+                self._declare("no spare has come in time")
+            elif late_nodes:
                 self._lose(late_nodes, f"missed the deadline of phase '{recovery.phase.value}'")

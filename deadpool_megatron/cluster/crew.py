@@ -32,8 +32,16 @@ class Crew:
             self.workers[local] = self._processes.start(local, self._job.ranks.get(local))
         self._processes.all_started()
 
-    def start_parked(self, local: int) -> None:
-        """A fresh parked process in a slot, once the one that is there has ended (it is ended now)."""
+    def located(self, worker: Worker, numa: int) -> set[int]:
+        """A worker has its device on NUMA node ``numa``; the processors that the agent is bound to now, or none."""
+        alive = [each for each in self.workers.values() if not each.exited]
+        return self._processes.located(worker, numa, alive)
+
+    def renew(self, local: int) -> None:
+        """A fresh process in a slot, once the one that is there has ended (it is ended now).
+
+        It is parked, or where the job has not begun to train begins at once as the coordinate that the slot has.
+        """
         old = self.workers.get(local)
         if self._processes.adopted(local):
             # Who has started it starts no other one: this node is drained, and its workers leave when it is let go.
@@ -47,10 +55,22 @@ class Crew:
         if old is not None:
             del self.workers[local]  # it is closed even if no other one can be started
             old.close()
-        self.workers[local] = self._processes.start(local, None)
+        rank = self._job.ranks.get(local) if self._job.declared is None else None
+        self.workers[local] = self._processes.start(local, rank)
+
+    def start_over(self) -> None:
+        """The start begins anew: fresh processes wherever there is a coordinate, or was one."""
+        for local, worker in list(self.workers.items()):
+            if worker.rank is not None or local in self._job.ranks:
+                self.renew(local)
+
+    @property
+    def renewing(self) -> bool:
+        """Somebody has not ended yet whose place a fresh process takes."""
+        return any(worker.retired for worker in self.workers.values())
 
     def reap(self, worker: Worker) -> int:
-        """A worker has ended, by itself or as `start_parked` wants it; its exit code."""
+        """A worker has ended, by itself or as `renew` wants it; its exit code."""
         worker.exit_code = self._processes.reap(worker)
         worker.exited = True
         return worker.exit_code

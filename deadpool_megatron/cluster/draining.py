@@ -21,6 +21,7 @@ from deadpool_megatron.durable import (
     Answer,
     Cancel,
     Coordinate,
+    Describe,
     Done,
     Drain,
     DrainerProcess,
@@ -44,6 +45,7 @@ class Loaded:
 
     name: str
     error: str
+    epoch: int
 
 
 DurableNews = Staged | Done | Loaded
@@ -53,12 +55,15 @@ class NodeDurability:
     """One node's part in the durable tier. Used by the agent's loop alone.
 
     Args:
-        directory: the durable directory.
+        directory: the durable directory; ``job``: whose it must be.
         send: sends a record to the coordinator.
     """
 
-    def __init__(self, node: int, directory: str, shards: Shards, send: Callable[[r.AgentRecord], None]) -> None:
+    def __init__(
+        self, node: int, directory: str, job: str, shards: Shards, send: Callable[[r.AgentRecord], None]
+    ) -> None:
         self._node = node
+        self._job = job
         self._directory = directory
         self._shards = shards
         self._send = send
@@ -68,6 +73,7 @@ class NodeDurability:
         self._layouts: dict[int, Layout] = {}
         self._pinned = ""
         self._resume: int | None = None
+        self._epoch = 0  # of the versions that were loaded before training
         self._manifest: Manifest | None = None  # of what was loaded before training
         self._loaded: dict[int, str] = {}  # by rank, and holder of constants, digest of its layout
 
@@ -103,8 +109,11 @@ class NodeDurability:
     def granted(self, rank: int, small_capacity: int) -> None:
         """The arena of ``rank`` is there: so is, from now on, the memory that draining it takes."""
         layout = self._layouts.get(rank)
-        if layout is not None and not is_constants(rank):  # those stay, so they are written from where they are
-            self._drainer.stage(Stage(rank, layout.unique_bytes + small_capacity, layout))
+        if layout is None:
+            return
+        self._drainer.tell(Describe(self._directory, rank, layout))
+        if not is_constants(rank):  # those stay, so they are written from where they are
+            self._drainer.tell(Stage(rank, layout.unique_bytes + small_capacity, layout))
 
     def _not_fit(self, why: str) -> str:
         generation = self._manifest.generation if self._manifest is not None else -1
@@ -118,7 +127,8 @@ class NodeDurability:
 
     def load(self, record: r.LoadShards, ranks: Iterable[int]) -> None:
         """Bring this node's shards into its vault. Answers with a `Loaded`."""
-        versions = {rank: Version(0, record.generation) for rank in ranks}
+        epoch = record.epoch
+        versions = {rank: Version(epoch, record.generation) for rank in ranks}
 
         def loaded(rank: int, manifest: Manifest, layout: str) -> None:
             self._manifest = manifest
@@ -130,9 +140,10 @@ class NodeDurability:
                 load_shards(self._shards.vault, self._directory, record.name, versions, small_capacity, loaded)
             except DurableError as err:
                 error = str(err)
-            self._tell(Loaded(record.name, error))
+            self._tell(Loaded(record.name, error, epoch))
 
         self._loaded.clear()
+        self._epoch = epoch
         threading.Thread(target=work, name="durable-load", daemon=True).start()
 
     def resume_at(self, generation: int) -> None:
@@ -142,7 +153,13 @@ class NodeDurability:
             self._loaded.clear()
             self._manifest = None
 
-    def begin(self, rank: int) -> r.Generation | str | None:
+    def start_over(self) -> None:
+        """The start begins anew: other workers tell what job it is, and the coordinator where to resume."""
+        self._resume = None
+        self._jobs.clear()
+        self._layouts.clear()
+
+    def begin(self, rank: int, epoch: int) -> r.Generation | str | None:
         """What a worker is to begin with; a text when it must not; None while that is not known.
 
         Known once the coordinator has said where to resume and the worker has told what job it is.
@@ -150,7 +167,7 @@ class NodeDurability:
         if self._resume is None or rank not in self._jobs:
             return None
         if self._resume < 0:
-            return r.Generation(0, -1, -1, "", {})
+            return r.Generation(epoch, -1, -1, "", {})
         if self._manifest is not None:
             here, there = self._jobs[rank].get("model", {}), self._manifest.job.get("model", {})
             differing = [name for name in [*here, *there] if here.get(name) != there.get(name)]
@@ -158,23 +175,29 @@ class NodeDurability:
                 name = differing[0]
                 return self._not_fit(f"{name} is {there.get(name)} in it and {here.get(name)} here")
         with_constants = constants_of(rank) in self._loaded
-        return r.Generation(0, self._resume, 0, self._shards.path_of(rank), {}, with_constants)
+        return r.Generation(epoch, self._resume, self._epoch, self._shards.path_of(rank), {}, with_constants)
 
     # ---- draining
 
     def drain(self, record: r.DrainShards, ranks: Iterable[int]) -> None:
         """Write this node's shards of a committed version. Their slots stay until they are copied out."""
+
+        def epoch(rank: int) -> int:
+            version = self._shards.version_of(rank, record.generation) if record.version_epoch < 0 else None
+            return version[0] if version is not None else record.version_epoch
+
         takes = tuple(
-            Take(rank, self._shards.path_of(rank), record.version_epoch, record.generation, self._constants(rank))
+            Take(rank, self._shards.path_of(rank), epoch(rank), record.generation, self._constants(rank))
             for rank in sorted(ranks)
         )
         self._pinned = record.name
         self._shards.vault.pin()
-        self._drainer.give(Drain(self._directory, record.name, record.seconds, takes))
+        self._drainer.give(Drain(self._directory, record.name, record.seconds, takes, self._job))
 
-    def _constants(self, rank: int) -> tuple[str, Layout] | None:
-        layout = self._layouts.get(constants_of(rank))
-        return None if layout is None else (self._shards.path_of(constants_of(rank)), layout)
+    def _constants(self, rank: int) -> tuple[str, Layout | None] | None:
+        holder = constants_of(rank)
+        path = self._shards.path_of(holder)
+        return (path, self._layouts.get(holder)) if path else None
 
     def seal(self, record: r.SealGeneration) -> None:
         """Write the manifest."""
@@ -190,12 +213,12 @@ class NodeDurability:
             tuple(record.shards),
             job,
         )
-        self._drainer.give(Seal(self._directory, manifest, tuple(record.keep)))
+        self._drainer.give(Seal(self._directory, manifest, tuple(record.keep), self._job))
 
     def give_up(self, record: r.GiveUpDrain) -> None:
         """An attempt is over."""
         self._release(record.name)
-        self._drainer.cancel(Cancel(self._directory, record.name, record.remover == self._node))
+        self._drainer.cancel(Cancel(self._directory, record.name, record.remover == self._node, self._job))
 
     def _release(self, name: str) -> None:
         if name == self._pinned:
@@ -213,7 +236,7 @@ class NodeDurability:
             case Done():
                 self._send(r.GenerationSealed(self._node, news.name, news.error, list(news.problems)))
             case Loaded():
-                self._send(r.ShardsLoaded(self._node, news.name, news.error))
+                self._send(r.ShardsLoaded(self._node, news.name, news.error, news.epoch))
 
     # ---- falling back
 

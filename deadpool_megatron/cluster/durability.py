@@ -28,6 +28,7 @@ __all__ = ["Durability", "DurableSpec"]
 
 # A drain is spread over this part of the time there is until the next one.
 _SHARE = 0.5
+_NOBODY = -1  # in the place of the node that removes an attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class _Attempt:
     waiting: set[int]
     shards: dict[int, ShardFile] = field(default_factory=dict)
     sealing: int | None = None  # the node that writes the manifest
+    last: bool = False  # the job ends when this is over
 
 
 class Durability:
@@ -93,8 +95,12 @@ class Durability:
         self._kept: Version | None = None
         self._loading: tuple[str, set[int]] | None = None
         self._begun = False
+        self._epoch = 0
         self._preempted: float | None = None  # until when the job may stay
+        self._taken = ""  # why nothing is drained any more: the directory is another job's
         self.leave: str | None = None
+        self.last_is_over = False
+        """The generation that the job ends with is durable, or could not be made so."""
 
     # ---- what there is
 
@@ -126,11 +132,14 @@ class Durability:
 
     # ---- the start
 
-    def start(self, active: Iterable[int]) -> None:
-        """All agents are there: bring the newest durable generation into the vaults, or say that there is none."""
-        if self._spec is None or not self._spec.resume or self._begun:
+    def start(self, active: Iterable[int], epoch: int) -> None:
+        """All agents are there: bring the newest durable generation into the vaults, or say that there is none.
+
+        Once for an epoch, which is 0 unless the start had to begin anew.
+        """
+        if self._spec is None or not self._spec.resume or (self._begun and epoch == self._epoch):
             return
-        self._begun = True
+        self._begun, self._epoch = True, epoch
         self._load(active)
 
     def restored(self, starting: bool) -> None:
@@ -145,14 +154,16 @@ class Durability:
         if self._complete:
             generation, name = self._complete[0]
             self._loading = (name, set(active))
-            self._send(None, r.LoadShards(name, generation))
+            self._send(None, r.LoadShards(name, generation, self._epoch))
         else:
             self._loading = None
             self._send(None, r.ResumeAt(-1))
 
     def loaded(self, record: r.ShardsLoaded, active: Iterable[int]) -> str:
         """A node has its shards, or not. Returns why the job cannot start, or an empty string."""
-        if self._spec is None or self._loading is None or self._loading[0] != record.name:
+        if self._spec is None or self._loading is None:
+            return ""
+        if (record.name, record.epoch) != (self._loading[0], self._epoch):
             return ""
         name, waiting = self._loading
         if record.error:
@@ -193,8 +204,10 @@ class Durability:
             self._first = (now, kept.generation)
             if self._last == 0:
                 self._last = kept.generation
+        if self._taken or not training:
+            return
         newest = self.newest
-        if self._attempt is not None or not training or (newest is not None and kept.generation <= newest):
+        if self._attempt is not None or (newest is not None and kept.generation <= newest):
             return
         if self._preempted is not None:
             self._begin(kept, active, now, 0.0)
@@ -203,11 +216,11 @@ class Durability:
             pace = (now - since) / max(1, kept.generation - generation)
             self._begin(kept, active, now, _SHARE * spec.interval * max(0.0, pace))
 
-    def _begin(self, version: Version, active: Sequence[int], now: float, seconds: float) -> None:
+    def _begin(self, version: Version, active: Sequence[int], now: float, seconds: float, last: bool = False) -> None:
         assert self._spec is not None
         self._attempts += 1
         name = directory_name(version.generation, self._spec.job, self._attempts)
-        self._attempt = _Attempt(name, version, now, now + self._spec.deadline, set(active))
+        self._attempt = _Attempt(name, version, now, now + self._spec.deadline, set(active), last=last)
         self._last = version.generation
         self._retry = False
         self._send(None, r.DrainShards(name, version.epoch, version.generation, seconds))
@@ -260,6 +273,7 @@ class Durability:
         generation = attempt.version.generation
         self._complete = [(generation, attempt.name), *self._complete[: self._spec.keep - 1]]
         self._attempt = None
+        self.last_is_over = attempt.last
         fields: dict[str, Any] = {"problems": record.problems} if record.problems else {}
         if record.problems:
             fields["message"] = f"generation {generation} is durable, but {record.problems[0]}"
@@ -280,13 +294,14 @@ class Durability:
         self._attempt = None
         self._retry = retry
         self._send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
+        self.last_is_over = attempt.last and not retry
         generation = attempt.version.generation
         newest = self.newest
+        goes_on = "the job ends" if attempt.last else "training goes on"
         stays = "there is no durable generation yet" if newest is None else f"generation {newest} stays durable"
         self._failed(
             generation,
-            f"generation {generation} could not be drained to {self._spec.directory}: {cause}; training goes on, "
-            f"{stays}",
+            f"generation {generation} could not be drained to {self._spec.directory}: {cause}; {goes_on}, {stays}",
             name=attempt.name,
             cause=cause,
         )
@@ -304,7 +319,39 @@ class Durability:
             return
         self._fail("the epoch ended before all of it was written", assignment, retry=True)
 
+    def taken(self, why: str) -> None:
+        """Another job owns the directory: nothing more is written there or removed, an attempt of ours included.
+
+        That one may have become whole, and be what the other job began with.
+        """
+        if self._spec is None or self._taken:
+            return
+        self._taken = why
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            self.last_is_over = attempt.last
+            self._send(None, r.GiveUpDrain(attempt.name, _NOBODY))
+        self._emit("durable_taken", message=f"{why}; training goes on, and drains nothing more")
+        if self._preempted is not None:
+            self._leave_undrained()
+
     # ---- leaving
+
+    def drain_last(self, generation: int, active: Sequence[int], now: float) -> None:
+        """The job cannot go on: make the generation durable that is in the vaults. `last_is_over` says when it is.
+
+        Called where `can_drain` and every node of ``active`` has its shards of it.
+        """
+        self._attempt = None  # its shards are written: only its manifest may still come
+        if generation == self.newest:
+            self.last_is_over = True
+        else:
+            self._begin(Version(-1, generation), active, now, 0.0, last=True)
+
+    @property
+    def can_drain(self) -> bool:
+        """There is a durable directory, and it is this job's."""
+        return self._spec is not None and not self._taken
 
     def preempt(self, assignment: Sequence[r.SlotAddress], now: float) -> None:
         """The job has to leave soon: drain the newest committed generation at once. `leave` says when, and what to say.
@@ -314,6 +361,9 @@ class Durability:
         if self._spec is None or self._preempted is not None:
             return
         self._preempted = now + self._spec.preempt_deadline
+        if self._taken:
+            self._leave_undrained()
+            return
         attempt = self._attempt
         if attempt is not None and attempt.sealing is None:
             self._send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
@@ -329,6 +379,9 @@ class Durability:
             self._begin(self._kept, sorted({slot.node for slot in assignment}), now, 0.0)
             return
         self.leave = f"preempted: generation {self.newest} is durable in {self._spec.directory}, and the job has left"
+
+    def _leave_undrained(self) -> None:
+        self.leave = f"preempted: no newer generation could be made durable: {self._taken}"
 
     # ---- time
 

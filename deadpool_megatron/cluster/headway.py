@@ -9,6 +9,8 @@ from deadpool_megatron.vault import CommitLedger, Told, Version
 
 __all__ = ["Headway"]
 
+_MOST_NAMED = 8
+
 
 class Headway:
     """Of one job, through all its epochs.
@@ -20,6 +22,8 @@ class Headway:
     def __init__(self, active: Iterable[int]) -> None:
         self.iteration = -1
         self.committed = -1
+        self.fresh = True
+        """Nothing has been trained or committed, for certain: beginning anew loses nothing."""
         self.pace = 0.0
         """Seconds the last iteration took."""
         self.done: dict[r.Act, int] = {}
@@ -31,6 +35,7 @@ class Headway:
         """An iteration has ended; True when it is the first time that this one has."""
         self.pace = record.seconds
         self._ledger.progress(record.iteration + 1)
+        self.fresh = False
         if record.iteration <= self.iteration:
             return False
         self.iteration = record.iteration
@@ -47,8 +52,17 @@ class Headway:
         if told is None or told.kept is None or told.kept == self._kept:
             return told, False
         self._kept = told.kept
+        self.fresh = False
         self.committed = told.kept.generation
         return told, True
+
+    def held_back_by(self) -> str:
+        """What the next commit waits for, in words."""
+        nodes = sorted(int(str(node)) for node in self._ledger.lacking())
+        if not nodes:
+            return "no generation that all nodes have begun together"
+        some = ", ".join(map(str, nodes[:_MOST_NAMED])) + (" ..." if len(nodes) > _MOST_NAMED else "")
+        return f"node {some} has not stored a newer generation here and with its peer"
 
     @property
     def told(self) -> Told | None:
@@ -59,6 +73,14 @@ class Headway:
     def go_on(self, active: Iterable[int], epoch: int, generation: int) -> None:
         """In this epoch the job goes on from a generation that is committed."""
         self.committed = generation
+        self.fresh = False
+        self.count_anew(active, epoch)
+
+    def start_over(self, active: Iterable[int], epoch: int) -> None:
+        """The job begins to train anew."""
+        self.iteration = self.committed = -1
+        self.fresh = True
+        self.done.clear()
         self.count_anew(active, epoch)
 
     def count_anew(self, active: Iterable[int], epoch: int) -> None:

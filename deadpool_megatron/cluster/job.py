@@ -23,11 +23,12 @@ class Phase(Enum):
     PREPARING = "restoring"
     FORMING = "re-forming"
     RESTORING = "gathering parameters"
+    WAITING = "waiting for a spare"
     FINISHING = "finishing"
     ENDED = "ended"
 
 
-RECOVERING = frozenset({Phase.ARRIVING, Phase.PREPARING, Phase.FORMING, Phase.RESTORING})
+RECOVERING = frozenset({Phase.ARRIVING, Phase.PREPARING, Phase.FORMING, Phase.RESTORING, Phase.WAITING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class JobSpec:
     """What the job is as it starts. ``nodes`` counts all nodes, spares included.
 
     ``worker_deaths``: workers a healthy node may lose before it counts as bad itself. ``on_preempt``: when the machines
-    are wanted soon, the newest generation is made durable and the job leaves.
+    are wanted soon, the newest generation is made durable and the job leaves. ``snapshot_interval``: iterations from
+    one generation to the next. ``wait_for_spare_s``: how long a job without spares waits for one before it ends.
     """
 
     nodes: int
@@ -60,6 +62,8 @@ class JobSpec:
     durable: DurableSpec | None = None
     worker_deaths: int = 3
     on_preempt: bool = False
+    snapshot_interval: int = 1
+    wait_for_spare_s: float = 0.0
 
     @property
     def active_nodes(self) -> int:
@@ -111,14 +115,15 @@ class Voice:
     """How the parts of the coordinator's decisions say what is to be done, in order.
 
     ``send``: a record to a node, or to all that are in the job (None). ``emit``: an event. ``keep``: parts of the state
-    (none named: what changes in a job's life), before anything is sent. ``declare``: a new epoch begins. ``lose``:
-    these nodes are out of the job, for a cause. ``stop``: the job ends.
+    (none named: what changes in a job's life), before anything is sent. ``declare``: a new epoch begins.
+    ``start_over``: the job begins anew. ``lose``: these nodes are out of the job, for a cause. ``stop``: the job ends.
     """
 
     send: Callable[[int | None, msgspec.Struct], None]
     emit: Callable[..., None]
     keep: Callable[..., None]
     declare: Callable[[str], None]
+    start_over: Callable[[str], None]
     lose: Callable[[set[int], str], None]
     stop: Callable[[int, str], None]
 

@@ -48,6 +48,9 @@ class KnownJob:
         late = record.epoch > self.epoch
         if late:
             self.epoch = record.epoch
+        if late and record.anew:
+            self.declared = None
+            self._tables = Tables()
         old = self._tables
         self._hold(
             Tables(

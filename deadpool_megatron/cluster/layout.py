@@ -23,6 +23,8 @@ class Layout:
         self.can_rescue = True
         """Every rank could save a checkpoint beside others on its device."""
         self._cannot_rescue: set[int] = set()
+        self.repeatable = True
+        """Generations of one number are the same bits, whichever epoch they were computed in."""
         self._registered: dict[int, r.Registered] = {}
         self._digests: Counter[str] = Counter()
         self._sizes: tuple[list[int], list[int]] = ([], [])
@@ -36,10 +38,18 @@ class Layout:
         self._registered[rank] = record
         (self._cannot_rescue.discard if record.can_rescue else self._cannot_rescue.add)(rank)
         self.can_rescue = not self._cannot_rescue
+        self.repeatable = self.repeatable and record.repeatable
         self._digests[record.table_digest] += 1
         if before is not None:
             self._digests[before.table_digest] -= 1
             self._digests = +self._digests
+
+    def forget(self) -> None:
+        """The start begins anew: all ranks register again."""
+        for known in (self.coordinates, self.stages, self._registered, self._digests, self._cannot_rescue):
+            known.clear()
+        self.can_rescue = self.repeatable = True
+        self._sizes = ([], [])
 
     @property
     def differs(self) -> bool:
@@ -78,6 +88,7 @@ class Layout:
         return {
             "coordinates": [[c.tp, c.pp, c.dp, c.cp, c.ep, c.rank] for c in self.coordinates.values()],
             "sizes": self._sizes,
+            "repeatable": self.repeatable,
         }
 
     def load(self, kept: dict[str, Any] | None, can_rescue: bool) -> None:
@@ -86,4 +97,5 @@ class Layout:
             self.coordinates[rank] = r.CoordinateInfo(rank, tp, pp, dp, cp, ep)
             self.stages[rank] = pp
         self._sizes = kept["sizes"] if kept else ([], [])
+        self.repeatable = kept["repeatable"] if kept else True
         self.can_rescue = can_rescue

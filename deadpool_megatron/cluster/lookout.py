@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.awake import AwakeClock
 from deadpool_megatron.cluster.crew import Crew
 from deadpool_megatron.cluster.fence import Fence
 from deadpool_megatron.cluster.known import KnownJob
@@ -55,7 +56,7 @@ class Lookout:
         self._recovery = recovery
         self._send = send
         self._fence = fence
-        self._clock = clock
+        self._clock = AwakeClock(max(8 * LOOK_S, settings.lease / 2), clock)
         self._stuck: StuckWatch | None = None
         if settings.hang_floor > 0:
             rule = StallRule(settings.hang_factor, settings.hang_floor, settings.hang_outside)
@@ -65,7 +66,9 @@ class Lookout:
 
     def look(self, connected: bool) -> str:
         """Call often. Why this node has to fence itself; empty when it has not. ``connected``: to the coordinator."""
-        now = self._clock()
+        now = self._clock.now()
+        if self._clock.stood_still():
+            self.restart()  # if this node stood still, so did its workers
         if now < self._due:
             return ""
         self._due = now + LOOK_S
@@ -75,7 +78,9 @@ class Lookout:
             return f"node {self._job.node} is cut off from the others and ends its workers"
         if self._stuck is None:
             return ""
-        mine = self._crew.mine()
+        mine, epoch = self._crew.mine(), self._job.epoch
+        # One that has finished waits for the others, for as long as their last checkpoint takes.
+        mine = {rank: worker for rank, worker in mine.items() if worker.reached.get("finished", -1) != epoch}
         if self._job.declared is None or self._recovery.settled:  # a recovery's pace is another
             self._stuck.look(mine, now)
         unkillable = self._stuck.finish(now)
@@ -92,15 +97,15 @@ class Lookout:
     def restart(self) -> None:
         """A recovery begins: its gap is nobody's fault."""
         if self._stuck is not None:
-            self._stuck.restart(self._clock())
+            self._stuck.restart(self._clock.now())
 
     def answered(self, worker: Worker, record: r.Whereabouts) -> None:
         """A worker that was asked says where its training thread is."""
         if self._stuck is not None:
-            self._stuck.answered(worker, record, self._clock())
+            self._stuck.answered(worker, record, self._clock.now())
 
     def end_stuck(self, record: r.EndStuck) -> None:
         """The coordinator has judged a worker: keep its stacks, then end it."""
         stuck = self._crew.mine().get(record.rank) if record.epoch == self._job.epoch else None
         if stuck is not None and self._stuck is not None:
-            self._stuck.end(stuck, self._clock())
+            self._stuck.end(stuck, self._clock.now())

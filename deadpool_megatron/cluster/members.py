@@ -70,6 +70,10 @@ class Members:
         """Spares whose workers still start: worth waiting for, but the last resort."""
         return [n for n, s in sorted(self.nodes.items()) if s.role == "spare" and s.agent_pid and not self.parked(n)]
 
+    def coming_spares(self) -> list[int]:
+        """Spares whose agent has not joined yet."""
+        return [n for n, s in sorted(self.nodes.items()) if s.role == "spare" and not s.agent_pid]
+
     def parked(self, node: int) -> bool:
         """Every worker of the node is parked."""
         return len(self.nodes[node].parked) >= self.job.slots_per_node

@@ -57,6 +57,7 @@ class NodeRecovery:
         self._offered = -1  # the epoch of the last offer
         self._arrived = False  # every worker here, in the epoch of the offer
         self._done: dict[r.Act, int] = {}
+        self._here: set[int] = set()  # ranks of this node whose agreed shard is in its vault
         self._held = True  # vaults have all of the agreed generation
         self._holding = False
 
@@ -71,6 +72,14 @@ class NodeRecovery:
 
     # ---- what the coordinator says
 
+    def start_over(self) -> None:
+        """The start begins anew, in an epoch that the job has been told already."""
+        self._done = {}
+        self._holding = False
+        self._shards.set_epoch(self._job.epoch)
+        self._upkeep.replan(sizes_known=False)
+        self._crew.start_over()
+
     def declare(self, record: r.Declare) -> None:
         """A new epoch begins."""
         self._job.declare(record)
@@ -81,14 +90,15 @@ class NodeRecovery:
         for worker in list(workers.values()):
             if worker.rank is not None and here.get(worker.local) != worker.rank and not worker.retired:
                 # The coordinate is somebody else's now; the node is healthy and parks fresh workers.
-                self._crew.start_parked(worker.local)
+                self._crew.renew(worker.local)
         assert self._job.declared is not None
         for worker in self._crew.mine().values():
             worker.tell(self._job.declared)
         self._upkeep.replan(sizes_known=bool(record.unique_bytes))
-        for local in here:
+        self._here.clear()
+        for local in here if record.purpose != "drain" else ():  # then the agents do all there is to do
             if local not in workers or workers[local].exited:
-                self._crew.start_parked(local)
+                self._crew.renew(local)
         self.take_over()
         self._maybe_offer()
 
@@ -108,7 +118,7 @@ class NodeRecovery:
             if rank in record.rebuilds:
                 shards.rebuild(record.epoch, rank, record.generation, record.rebuilds[rank], job.vaults, keepers)
             elif source is None:
-                self._hand_out(rank, record.generation)
+                self._hand_out(rank, record.generation, live=True)
             else:
                 here = source.node == job.node
                 others = [job.vaults[node] for node in source.others if node in job.vaults]
@@ -131,24 +141,31 @@ class NodeRecovery:
         else:
             self._hand_out(event.rank, event.generation, event.version)
 
-    def _hand_out(self, rank: int, generation: int, version: tuple[int, int] | None = None) -> None:
+    def _hand_out(self, rank: int, generation: int, version: tuple[int, int] | None = None, live: bool = False) -> None:
         """The agreed generation is here: tell the worker, and keep that version until a newer one is committed.
 
-        Not where it is live state alone somewhere: if that is lost, all go back to what is committed.
+        Not where it is live state alone somewhere: if that is lost, all go back to what is committed. ``live``: a
+        worker that has this generation live goes on with that.
         """
         job, version = self._job, version or self._shards.version_of(rank, generation)
+        drains = job.declared is not None and job.declared.purpose == "drain"
         worker = self._crew.mine().get(rank)
         if version is not None:
             if self._held:
                 self._shards.set_kept(job.epoch, version, 0)
-        elif worker is not None and (worker.arrived is None or worker.arrived.live != generation):
+        elif drains or (worker is not None and (worker.arrived is None or worker.arrived.live != generation)):
             why = f"node {job.node} has given up its copy of rank {rank} since it was offered"
             self._send(r.FetchFailed(job.epoch, job.node, rank, job.node, generation, why, gone=True))
+            return
+        if drains:
+            self._here.add(rank)
+            if self._here >= set(job.ranks.values()):
+                self._send(r.NodeReady(job.epoch, job.node))
             return
         if worker is not None:
             epoch = version[0] if version is not None else -1
             path = self._shards.path_of(rank)
-            worker.tell(r.Generation(self._job.epoch, generation, epoch, path, self._done))
+            worker.tell(r.Generation(self._job.epoch, generation, epoch, path, self._done, live=live))
         self._upkeep.aim()
 
     def unreadable(self, worker: Worker, record: r.Unreadable) -> None:
@@ -184,16 +201,18 @@ class NodeRecovery:
         if self._job.declared is None or self._offered == epoch:
             return
         live: dict[int, int | None] = {}
+        epochs: dict[int, int] = {}
         for rank, worker in self._crew.mine().items():
             if not worker.in_loop:
                 live[rank] = None
             elif worker.arrived is not None and worker.arrived.epoch == epoch:
-                live[rank] = worker.arrived.live
+                live[rank], epochs[rank] = worker.arrived.live, worker.arrived.live_epoch
             else:
                 return
         # A spare tells that it has nothing: it may be one that the coordinator waits for, having just given way.
         self._offered, self._arrived = epoch, self._all_arrived()
-        self._send(r.Offer(epoch, self._job.node, live, *self._shards.holdings(), arrived=self._arrived))
+        holdings = self._shards.holdings()
+        self._send(r.Offer(epoch, self._job.node, live, *holdings, arrived=self._arrived, live_epochs=epochs))
 
     def _all_arrived(self) -> bool:
         """Every coordinate here has a worker that can form its groups."""

@@ -7,6 +7,7 @@ from deadpool_megatron.cluster.accounting import SnapshotAccount
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.facts import Facts
 from deadpool_megatron.cluster.job import Voice
+from deadpool_megatron.cluster.lag import Lag, LagJudge
 from deadpool_megatron.cluster.stalls import StragglerJudge
 from deadpool_megatron.vault import Told
 
@@ -26,6 +27,7 @@ class Observations:
         self._facts = facts
         self._voice = voice
         self._stragglers = StragglerJudge()
+        self._lag = LagJudge(facts.job.snapshot_interval)
         self.snapshots = SnapshotAccount()
         self.refusals: dict[int, dict[str, int]] = {}
         self.state_hashes: dict[int, dict[str, str]] = {}
@@ -35,11 +37,17 @@ class Observations:
         self.snapshots.forget()
         self._stragglers.forget(ranks)
 
+    @property
+    def lag(self) -> Lag | None:
+        """How far protection is behind training; None while it keeps up."""
+        return self._lag.lag
+
     # ---- training
 
     def iterated(self, record: r.Iteration, now: float) -> bool:
         """An iteration of this epoch has ended; True when it is the first time that this one has."""
-        first = self._facts.headway.iterated(record)
+        head = self._facts.headway
+        first = head.iterated(record)
         self._voice.emit(
             "iteration",
             node=record.node,
@@ -61,6 +69,14 @@ class Observations:
             send_bandwidth=record.send_bandwidth,
             commit_s=self.snapshots.iterated(record, now),
         )
+        if first and self._lag.iterated(head.iteration - head.committed, head.held_back_by, now) and self.lag:
+            self._voice.emit(
+                "behind",
+                iteration=record.iteration,
+                committed=head.committed,
+                seconds=round(self.lag.seconds, 3),
+                cause=self.lag.cause,
+            )
         return first
 
     def committed(self, record: r.Committed, now: float, training: bool) -> None:
@@ -71,6 +87,8 @@ class Observations:
         self._tell(None, told)
         if by_all and told.kept is not None:
             seconds = self.snapshots.committed(told.kept.generation, now)
+            if self._lag.committed(now):
+                self._voice.emit("caught_up", iteration=told.kept.generation)
             self._voice.emit("committed", iteration=told.kept.generation, seconds=seconds)
             if self._facts.protection.committed():
                 self._voice.emit("protected", survives=self._facts.protection.degree, iteration=told.kept.generation)

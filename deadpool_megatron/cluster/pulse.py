@@ -1,7 +1,7 @@
-"""A page of memory a worker and its agent share: the worker's progress, written on the hot path without a call.
+"""A page of memory a worker and its agent share: the worker's progress, written on the hot path without a system call.
 
 =====  =======================================================================
-word   what (64-bit signed)
+word   what
 =====  =======================================================================
 0      mark: grows at every forward and backward pass and at every step's ends
 1      1 inside of a training step, 0 outside
@@ -16,6 +16,8 @@ from __future__ import annotations
 import mmap
 import os
 
+from deadpool_megatron.vault.words import Words
+
 __all__ = ["PULSE_FD", "PulsePage"]
 
 PULSE_FD = "DEADPOOL_PULSE_FD"
@@ -23,12 +25,12 @@ _BYTES = 4096
 
 
 class PulsePage:
-    """One worker's page. Aligned words are written and read whole; nothing is locked."""
+    """One worker's page. Nothing is locked."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._map = mmap.mmap(fd, _BYTES)
-        self.words = memoryview(self._map).cast("q")
+        self._words = Words(memoryview(self._map))
 
     @classmethod
     def create(cls) -> PulsePage:
@@ -40,40 +42,45 @@ class PulsePage:
     @property
     def mark(self) -> int:
         """Grows while there is progress."""
-        return self.words[0]
+        return self._words[0]
 
     @property
     def in_step(self) -> bool:
         """The worker is inside of a training step."""
-        return bool(self.words[1])
+        return bool(self._words[1])
 
     @property
     def iteration(self) -> int:
         """The iteration it is in."""
-        return self.words[2]
+        return self._words[2]
+
+    @property
+    def forwards(self) -> tuple[int, int]:
+        """Nanoseconds spent in forward passes of training, and how many there were."""
+        return self._words[3], self._words[4]
 
     def beat(self) -> None:
         """Progress."""
-        self.words[0] += 1
+        self._words.add(0, 1)
 
     def enter(self, iteration: int) -> None:
         """A training step begins."""
-        self.words[2] = iteration
-        self.words[1] = 1
-        self.words[0] += 1
+        self._words[2] = iteration
+        self._words[1] = 1
+        self._words.add(0, 1)
 
     def leave(self) -> None:
         """A training step is over."""
-        self.words[1] = 0
-        self.words[0] += 1
+        self._words[1] = 0
+        self._words.add(0, 1)
 
     def forward(self, nanoseconds: int) -> None:
         """A forward pass has taken this long."""
-        self.words[3] += nanoseconds
-        self.words[4] += 1
+        self._words.add(3, nanoseconds)
+        self._words.add(4, 1)
 
     def close(self) -> None:
         """Let go of the page."""
-        self.words.release()
+        self._words.release()
         self._map.close()
         os.close(self.fd)

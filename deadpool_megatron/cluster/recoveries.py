@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agreement import Agreement, NoCommonGeneration, RefusedCopy, agree
@@ -42,6 +44,8 @@ class Recoveries:
         self._purpose: r.Purpose = "resume"
         self._refused: set[RefusedCopy] = set()
         self._generation = -1
+        self._waits_until: float | None = None
+        self._end = ""  # why the job cannot go on, once it only drains what it has
         self._durable_name = ""  # of the durable generation this recovery goes back to
 
     def of(self, epoch: int) -> Recovery | None:
@@ -55,7 +59,7 @@ class Recoveries:
         facts, members = self._facts, self._facts.members
         out_of_use = {n for n in members.active() if members.nodes[n].role in ("lost", "leaving")}
         old = list(members.assignment)
-        if not self._place(out_of_use, reason):
+        if not self._place(out_of_use, reason, now):
             return None
         members.epoch += 1
         groups = facts.protection.moved(members.assignment, facts.layout.coordinates, self._purpose == "resume")
@@ -65,7 +69,8 @@ class Recoveries:
             for rank, slot in enumerate(members.assignment)
             if slot != old[rank] or (slot.node, slot.local) in self.vacant
         ]
-        self.current = Recovery(self._purpose, members.active(), self.helpers, facts.job.deadlines, now)
+        there = [node for node in members.active() if not members.gone(node)]
+        self.current = Recovery(self._purpose, there, self.helpers, facts.job.deadlines, now, self._waits_until)
         facts.durability.epoch_ended(out_of_use, members.assignment)
         self._voice.keep()
         self._voice.emit(
@@ -93,44 +98,94 @@ class Recoveries:
         )
         return replaced
 
-    def _place(self, out_of_use: set[int], reason: str) -> bool:
-        """Give away the coordinates of these nodes and of vacant slots. False: nobody could take them."""
+    def _place(self, out_of_use: set[int], reason: str, now: float) -> bool:
+        """Give away the coordinates of these nodes and of vacant slots. False: nobody could take them.
+
+        Where a spare is worth waiting for, they stay where they are.
+        """
         facts, members = self._facts, self._facts.members
         vacant = {node for node, _ in self.vacant}
         taken_by = placing.refill(members.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares())
+        patience = facts.job.wait_for_spare_s
         if taken_by is not None and self._purpose == "resume":
+            self._waits_until = None
             members.hand_over(taken_by)
             self.helpers |= {node for node in taken_by if not members.gone(node)}
-        elif out_of_use or self._purpose == "save":
+        elif facts.headway.fresh and out_of_use:
+            self._voice.start_over(reason)
+            return False
+        elif patience and self._purpose == "resume" and (self._waits_until is None or now < self._waits_until):
+            if self._waits_until is None:
+                self._waits_until = now + patience
+                self._voice.emit(
+                    "waiting",
+                    lost=sorted(out_of_use),
+                    minutes=patience / 60,
+                    message=f"no spare is left for node {min(out_of_use)} ({reason}); the others keep their state and "
+                    f"wait {patience / 60:g} minutes for one to come (deadpool join)",
+                )
+        elif out_of_use or self._purpose != "resume":
+            self._waits_until = None
             plan = placing.rescue(members.assignment, out_of_use, facts.job.slots_per_node)
-            if plan is None or not facts.layout.can_rescue:
-                self._voice.stop(
-                    Exit.NO_SPARE,
+            if plan is not None and facts.layout.can_rescue:
+                self._purpose = "save"
+            else:
+                self._end = (
                     f"no spare is left for node {min(out_of_use | vacant)} ({reason}) and no checkpoint could be "
                     "saved: "
-                    + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices"),
+                    + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices")
                 )
-                return False
-            self._purpose = "save"
+                if plan is None or not facts.durability.can_drain:
+                    self._voice.stop(Exit.NO_SPARE, self._end)
+                    return False
+                self._purpose = "drain"
             members.assignment = plan
         return True
+
+    @property
+    def drains(self) -> bool:
+        """The job cannot go on, and makes durable what it has."""
+        return self._purpose == "drain" and self.current is not None
+
+    def spare_came(self) -> bool:
+        """Somebody was waited for, and there are enough spares now."""
+        if self.current is None or self.current.waits_until is None:
+            return False
+        members = self._facts.members
+        lost = [node for node in members.active() if members.gone(node)]
+        return len(lost) <= len(members.ready_spares()) + len(members.cold_spares())
 
     # ---- what all go on from
 
     def offer(self, record: r.Offer, now: float) -> None:
         """A node has left its step, and says what it can give."""
         recovery = self.of(record.epoch)
-        if recovery is not None and recovery.offered(record):
-            self._voice.emit("aborted")
+        if recovery is None or not recovery.offered(record):
+            return
+        self._voice.emit("aborted")
+        if recovery.waits_until is None:
             self._agree(recovery, now)
+        else:
+            recovery.wait()
 
     def _agree(self, recovery: Recovery, now: float) -> None:
         facts, members, emit = self._facts, self._facts.members, self._voice.emit
         self._durable_name = ""
+        if self._purpose == "drain":  # what only a worker holds is not written by an agent
+            for node, offer in recovery.offers.items():
+                recovery.offers[node] = msgspec.structs.replace(offer, live={}, live_epochs={})
         try:
-            agreement = agree(members.assignment, recovery.offers, frozenset(self._refused), facts.protection.words)
+            refused, words = frozenset(self._refused), facts.protection.words
+            agreement = agree(members.assignment, recovery.offers, refused, words, facts.layout.repeatable)
         except NoCommonGeneration as err:
+            if self._purpose == "drain":
+                self._voice.stop(Exit.NO_SPARE, f"{self._end}, and no generation is complete in memory")
+                return
             fallback = facts.durability.fallback()
+            if fallback is None and facts.headway.fresh:
+                lost = members.lost()
+                self._voice.start_over(f"node {max(lost)} was lost" if lost else "communication failed")
+                return
             if fallback is None:
                 self._voice.stop(Exit.GENERATION_LOST, self._nothing_left(err))
                 return
@@ -212,7 +267,7 @@ class Recoveries:
             self._check_arrived(recovery)
 
     def _check_arrived(self, recovery: Recovery) -> None:
-        if recovery.may_form():
+        if self._purpose != "drain" and recovery.may_form():
             self._voice.send(None, r.Form(self._facts.members.epoch))
 
     def ready(self, record: r.NodeReady, now: float) -> None:
@@ -220,7 +275,15 @@ class Recoveries:
         recovery = self.of(record.epoch)
         if recovery is not None and recovery.ready(record.node, now):
             self._voice.emit("prepared", iteration=recovery.generation)
-            self._check_formed(recovery, now)
+            if self._purpose == "drain":
+                recovery.deadline = None  # a drain has its own
+                self._facts.durability.drain_last(recovery.generation, self._facts.members.active(), now)
+            else:
+                self._check_formed(recovery, now)
+
+    def last_drained(self) -> None:
+        """The newest generation is durable, or could not be made so: the end."""
+        self._voice.stop(Exit.NO_SPARE, self._end)
 
     def formed(self, record: r.NodeFormed, now: float) -> None:
         """A node has its groups."""
@@ -305,6 +368,12 @@ class Recoveries:
                 f"iteration {record.iteration} was saved to {record.directory}: restart the job with --load "
                 f"{record.directory}",
             )
+
+    def start_over(self) -> None:
+        """The start begins anew: nothing of a recovery counts any more."""
+        self.current = None
+        self.vacant.clear()
+        self.helpers.clear()
 
     # ---- a coordinator that starts again
 

@@ -26,6 +26,8 @@ class Recovery:
     Args:
         active: nodes that hold a coordinate in this epoch.
         helpers: nodes that hold none but have shards to give (drained ones, healthy ones that gave way).
+        waits_until: some coordinates are on lost nodes, and for so long on a spare is waited for; another epoch gives
+            them to it.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Recovery:
         helpers: Iterable[int],
         deadlines: Deadlines,
         now: float,
+        waits_until: float | None = None,
     ) -> None:
         self.purpose: r.Purpose = purpose
         self.phase = Phase.ARRIVING
@@ -43,6 +46,7 @@ class Recovery:
         self.active = frozenset(active)
         self.givers = self.active | set(helpers)
         self._deadlines = deadlines
+        self.waits_until = waits_until
         self.deadline: float | None = now + deadlines.abort
         self._arrived: set[int] = set()
         self._told_to_form = False
@@ -63,6 +67,11 @@ class Recovery:
         if record.arrived:
             self._arrived.add(record.node)
         return self.offers.keys() >= self.givers
+
+    def wait(self) -> None:
+        """Everybody holds what there is: until a spare comes."""
+        assert self.waits_until is not None
+        self._enter(Phase.WAITING, self.waits_until)
 
     def agreed(self, generation: int, now: float) -> None:
         """The generation to go on from is known."""
@@ -135,6 +144,8 @@ class Recovery:
 
     def late(self) -> set[int]:
         """Who has not come to the end of the current phase."""
+        if self.phase is Phase.WAITING:
+            return set()
         if self.phase is Phase.ARRIVING:
             return set(self.givers) - self.offers.keys()
         through = {Phase.PREPARING: self._ready, Phase.FORMING: self._formed}.get(self.phase, self._resumed)

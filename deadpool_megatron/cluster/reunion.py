@@ -1,4 +1,6 @@
-"""A coordinator that starts again waits for its agents to come back, and learns what each was in the midst of. Pure."""
+"""A coordinator that starts again, or wakes after a standstill, waits for its agents to come back, and learns what each
+was in the midst of. Pure.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,11 @@ class Reunion:
         """These agents were there, and have until then; ``unsettled``: what was under way already, may be empty."""
         self._expected = set(nodes)
         self._unsettled = unsettled
+        self._until = until
+
+    def also(self, node: int, until: float) -> None:
+        """The connection of this one ended while the coordinator stood still; it has until then to come back."""
+        self._expected.add(node)
         self._until = until
 
     @property

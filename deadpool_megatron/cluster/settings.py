@@ -14,7 +14,8 @@ class AgentSettings:
 
     ``tells_end``: print why the job ended, since no launcher beside the agent does. ``adopt``: name of the socket at
     which workers that somebody else has started come to this agent; empty where it starts them itself. ``store``: what
-    `open_store` takes, where the coordinator may move to another node; else empty.
+    `open_store` takes, where the coordinator may move to another node; else empty. ``pin``: the agent binds itself to
+    processors that its workers do not need.
     """
 
     job_id: str
@@ -45,6 +46,7 @@ class AgentSettings:
     on_preempt: bool = False
     exit_signal: int = 0  # what workers in plain mode get when the machines are wanted soon; 0: nothing
     store: Sequence[str] = ()
+    pin: bool = False
 
     @property
     def world_size(self) -> int:

@@ -3,10 +3,14 @@
 ::
 
     all Join -> Roster .. all Registered -> Placement .. training
+
+Until the first generation is committed there is nothing to go on from. Who is lost by then costs the start: a spare
+takes the place, and all workers begin the script from its first line, in an epoch of its own (`over`).
 """
 
 from __future__ import annotations
 
+from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.accounting import SnapshotAccount
 from deadpool_megatron.cluster.exits import Exit
@@ -24,6 +28,8 @@ class Start:
         self._facts = facts
         self._snapshots = snapshots
         self._voice = voice
+        self.epoch = 0
+        """In which the start is, or was."""
 
     # ---- agents
 
@@ -42,9 +48,15 @@ class Start:
         if self._facts.members.complete():
             job = self._facts.job
             self._voice.send(None, self._roster())
-            self._voice.emit("started", nodes=job.nodes, spares=job.spare_nodes, world_size=job.world_size)
-            self._facts.durability.start(self._facts.members.active())
+            if not self.epoch:
+                self._voice.emit("started", nodes=job.nodes, spares=job.spare_nodes, world_size=job.world_size)
+            self._facts.durability.start(self._facts.members.active(), self.epoch)
             self._voice.keep()
+
+    def tell_again(self, node: int) -> None:
+        """To one who was away and has not heard that the start began anew."""
+        if self._facts.members.complete():
+            self._voice.send(node, self._roster())
 
     def came_later(self, record: r.Join) -> None:
         """An agent that the job did not begin with has joined."""
@@ -53,7 +65,35 @@ class Start:
         self._voice.keep()
 
     def _roster(self) -> r.Roster:
-        return r.Roster(self._facts.members.epoch, self._facts.members.assignment, self._facts.members.vaults())
+        members = self._facts.members
+        anew = members.epoch == self.epoch > 0
+        return r.Roster(members.epoch, members.assignment, members.vaults(), anew=anew)
+
+    # ---- once more
+
+    def over(self, reason: str) -> bool:
+        """The start begins anew, with a spare for each node that is lost. False: there is none, and the job ends."""
+        members, stop = self._facts.members, self._voice.stop
+        lost = [node for node in members.active() if members.gone(node)]
+        spares = [*members.ready_spares(), *members.cold_spares(), *members.coming_spares()]
+        taken_by = placing.choose_spares(lost, spares)
+        why = f"node {lost[0]} was lost" if lost else "a worker ended"
+        why += f" before the first generation was committed ({reason})"
+        if taken_by is None:
+            stop(Exit.NO_SPARE, f"{why}, and no spare is left to begin anew with: start the job again")
+            return False
+        fixed = [node for node in members.present() if not members.nodes[node].respawns]
+        if fixed:
+            stop(Exit.NO_SPARE, f"{why}, and another launcher starts the workers, so that it has to start them again")
+            return False
+        members.hand_over(taken_by)
+        members.epoch += 1
+        self.epoch = members.epoch
+        self._facts.layout.forget()
+        self._facts.headway.start_over(members.active(), members.epoch)
+        message = f"{why}: the job begins anew on nodes {', '.join(map(str, members.active()))}"
+        self._voice.emit("started_over", lost=lost, nodes=members.active(), reason=reason, message=message)
+        return True
 
     # ---- workers
 

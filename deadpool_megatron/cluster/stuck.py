@@ -101,7 +101,7 @@ class StuckWatch:
             look = self._looks.get(worker.pid)
             if look is None:
                 continue
-            nanoseconds, count = worker.page.words[3], worker.page.words[4]
+            nanoseconds, count = worker.page.forwards
             if count > look.forwards[1]:
                 out[rank] = (nanoseconds - look.forwards[0]) / (count - look.forwards[1]) / 1e9
             look.forwards = (nanoseconds, count)

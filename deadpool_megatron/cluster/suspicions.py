@@ -12,9 +12,9 @@ from deadpool_megatron.cluster.facts import Facts
 from deadpool_megatron.cluster.job import Voice
 from deadpool_megatron.cluster.stalls import StallJudge
 
-__all__ = ["Suspicions"]
+__all__ = ["BEYOND_LEASE_S", "Suspicions"]
 
-_BEYOND_LEASE_S = 1.0
+BEYOND_LEASE_S = 1.0
 
 
 class Suspicions:
@@ -40,7 +40,7 @@ class Suspicions:
             return
         self._voice.emit("peer_error", node=record.node, rank=record.rank, cause=record.text)
         if training:  # else the worker ends with its error, and that ends the job
-            self._error = (now + self._facts.job.deadlines.lease + _BEYOND_LEASE_S, record.text)
+            self._error = (now + self._facts.job.deadlines.lease + BEYOND_LEASE_S, record.text)
 
     def stalled(self, record: r.Stalled, now: float) -> None:
         """A rank of this epoch makes no progress."""

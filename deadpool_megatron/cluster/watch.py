@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
 from deadpool_megatron.cluster import records as r
@@ -41,6 +42,7 @@ class Watch:
         self._copied: dict[tuple[int, int, int], float] = {}
         self._skipped: dict[int, int] = {}
         self._declared: tuple[int, float] | None = None
+        self._committed = 0
         self._metrics: NodeMetrics | None = None
         if metrics_port:
             from deadpool_megatron.observe.metrics import NodeMetrics
@@ -62,6 +64,11 @@ class Watch:
         if self._metrics is not None:
             self._metrics.close()
         self._log.close()
+
+    def pinned(self, cpus: Collection[int]) -> None:
+        """The agent has bound itself to these processors, if there are any."""
+        if cpus:
+            self._log.write("pinned", cpus=sorted(cpus))
 
     # ---- shards
 
@@ -140,6 +147,8 @@ class Watch:
                 skipped = record.skipped_generations  # since its worker began
                 m.skipped.inc(max(0, skipped - self._skipped.get(record.rank, 0)))
                 self._skipped[record.rank] = skipped
+            case r.Pace() if m is not None:
+                m.behind.set(max(0, record.iteration - self._committed))
             case _:
                 pass
 
@@ -161,6 +170,7 @@ class Watch:
                 self._log.write("form", epoch=record.epoch)
             case r.CommittedTo() if m is not None and record.kept is not None:
                 m.committed.set(record.kept[1])
+                self._committed = record.kept[1]
                 m.committed_epoch.set(record.kept[0])
             case r.Stop():
                 self._log.write("stop", code=record.code, message=record.message)

@@ -11,6 +11,7 @@ from deadpool_megatron.cluster.facts import Facts
 from deadpool_megatron.cluster.job import Phase, Voice
 from deadpool_megatron.cluster.members import NodeState
 from deadpool_megatron.cluster.recoveries import Recoveries
+from deadpool_megatron.cluster.suspicions import BEYOND_LEASE_S
 
 __all__ = ["WorkerEnds"]
 
@@ -26,13 +27,38 @@ class WorkerEnds:
         self._voice = voice
         self._blame = Blame(facts.job.worker_deaths)
         self._left: set[tuple[int, int]] = set()
+        self._tries = 0
+        self._known: set[tuple[int, int, int]] = set()  # an agent that was away tells of the same process again
+        self._unexplained: tuple[float, int, str] | None = None  # when it ends the job, with which code, and text
 
     @property
-    def begun(self) -> bool:
-        """Workers have begun to leave in order."""
-        return bool(self._left)
+    def due(self) -> float | None:
+        """When an error at the start ends the job; None when there is none."""
+        return self._unexplained[0] if self._unexplained is not None else None
 
-    def exited(self, record: r.WorkerExited, phase: Phase) -> bool:
+    def judge(self, now: float) -> None:
+        """Whether an error at the start is left that no loss has explained: the start is tried again, a few times."""
+        if self._unexplained is None or now < self._unexplained[0]:
+            return
+        _, code, message = self._unexplained
+        self._unexplained = None
+        self._tries += 1
+        if self._tries > self._facts.job.transient_retries:
+            self._voice.stop(code, message)
+        else:
+            self._voice.declare(f"communication error with every node alive: {message}")
+
+    def new_epoch(self) -> None:
+        """A loss has explained the errors there were; whoever had left is in the job again."""
+        self._left.clear()
+        self._unexplained = None
+
+    def all_left(self) -> bool:
+        """Every worker of a node that is in the job has left in order."""
+        members = self._facts.members
+        return {(s.node, s.local) for s in members.assignment if not members.gone(s.node)} <= self._left
+
+    def exited(self, record: r.WorkerExited, phase: Phase, now: float) -> bool:
         """A worker process has ended; True when it was the last one, and all have left in order.
 
         Args:
@@ -40,14 +66,25 @@ class WorkerEnds:
         """
         state = self._facts.members.nodes[record.node]
         who, how = how_it_ended(record)
-        if record.code == 0 and phase in _BESIDE_TRAINING:
+        process = record.node, record.local, record.pid
+        if process in self._known:
+            return False
+        self._known.add(process)
+        over = phase is Phase.FINISHING and self._facts.job.deadpool
+        if (record.code == 0 and phase in _BESIDE_TRAINING) or (record.code < 0 and over):
+            if record.code:  # everything is saved, and nobody waits for it
+                self._voice.emit("detected", node=record.node, cause=f"{who} ended ({how}) at its end", ranks=[])
             self._left.add((record.node, record.local))
-            return {(s.node, s.local) for s in self._facts.members.assignment} <= self._left
+            return self.all_left()
         if state.role == "spare" and self._facts.job.deadpool:
             self._spare_exited(state, record.local, how)
-        elif not self._facts.job.deadpool or phase in _BESIDE_TRAINING:
+        elif not self._facts.job.deadpool or (phase in _BESIDE_TRAINING and record.code > 0):
             code = record.code if 0 < record.code < 126 else Exit.FAILED
-            self._voice.stop(code, self._blame.fatal(record, phase, self._facts.job.deadpool))
+            message = self._blame.fatal(record, phase, self._facts.job.deadpool)
+            if phase is not Phase.STARTING or not self._blame.by_a_peer(record):
+                self._voice.stop(code, message)
+            elif self._unexplained is None:
+                self._unexplained = now + self._facts.job.deadlines.lease + BEYOND_LEASE_S, code, message
         elif state.role == "active":
             self._refill(state, record, f"{who} ended ({how})")
         return False

@@ -12,8 +12,10 @@ import zmq
 
 from deadpool_megatron.cluster.adoption import AdoptedProcess, Adoption
 from deadpool_megatron.cluster.known import KnownJob
+from deadpool_megatron.cluster.pinning import Pinning
 from deadpool_megatron.cluster.settings import AgentSettings
 from deadpool_megatron.cluster.workers import (
+    EPOCH,
     STACKS_FILE,
     Worker,
     ask_for_stacks,
@@ -48,6 +50,7 @@ class WorkerProcesses:
         self._given_up = given_up
         self._log_dir = Path(settings.log_dir)
         self._adoption = Adoption(settings.adopt) if settings.adopt else None
+        self._pinning = Pinning(settings.slots_per_node if settings.pin else 0)
 
     def adopted(self, local: int) -> bool:
         """Somebody else starts the worker of this slot, and starts it once."""
@@ -67,12 +70,15 @@ class WorkerProcesses:
         env[STACKS_FILE] = str(self.stacks_file(local))
         if rank is not None:
             env["RANK"] = str(rank)
+            # A start that begins anew: workers of the one before may have left keys in the store.
+            env[EPOCH] = env["TORCHELASTIC_RESTART_COUNT"] = str(self._job.epoch)
         if self._adoption is not None and self.adopted(local):
             ours = {k: v for k, v in env.items() if os.environ.get(k) != v}
             worker = self._adoption.take(local, rank, ours, self._given_up)
         else:
             log = self._log_dir / f"rank-{rank}.log" if rank is not None else self._spare_log(local)
-            worker = start_worker(self._s.command, env, local, rank, log)
+            with self._pinning.unpinned():
+                worker = start_worker(self._s.command, env, local, rank, log)
         for fd in _descriptors(worker):
             self._poller.register(fd, zmq.POLLIN)
         return worker
@@ -81,6 +87,11 @@ class WorkerProcesses:
         """No worker that somebody else starts is still to come."""
         if self._adoption is not None:
             self._adoption.close()
+
+    def located(self, worker: Worker, numa: int, alive: Iterable[Worker]) -> set[int]:
+        """A worker has its device on NUMA node ``numa``; the processors that the agent is bound to now, or none."""
+        pids = [each.pid for each in alive]
+        return self._pinning.cpus if self._pinning.located(worker.local, numa, pids) else set()
 
     def kill(self, worker: Worker) -> None:
         """End a worker at once. Its end is seen by `reap`: device memory may take a while to go."""

@@ -24,6 +24,7 @@ __all__ = [
     "ADOPTED",
     "CONTROL_FD",
     "DOORBELL_FD",
+    "EPOCH",
     "PARENT_PID",
     "STACKS_FILE",
     "STACKS_SIGNAL",
@@ -40,6 +41,7 @@ CONTROL_FD = "DEADPOOL_CONTROL_FD"
 DOORBELL_FD = "DEADPOOL_DOORBELL_FD"
 PARENT_PID = "DEADPOOL_AGENT_PID"
 ADOPTED = "DEADPOOL_ADOPTED"  # set in a worker that its agent has not started
+EPOCH = "DEADPOOL_EPOCH"  # in which a worker with a coordinate begins
 STACKS_FILE = "DEADPOOL_STACKS_FILE"
 STACKS_SIGNAL = signal.SIGRTMIN + 5  # Megatron and its users may have handlers for the ones with names
 _MAX_PACKET = 1 << 17
@@ -77,6 +79,7 @@ class Worker:
     refused: int = 0
     arrived: r.Arrived | None = None
     registered: r.Registered | None = None
+    failed: r.WorkerFailed | None = None
     exit_code: int | None = None
     reached: dict[str, int] = field(default_factory=dict)
     formed: tuple[int, int] = (0, 0)  # groups re-formed in the last epoch, and all

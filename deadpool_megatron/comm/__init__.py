@@ -4,7 +4,7 @@ Knows torch only. `Communicators.install` before `init_process_group`; then Mega
 """
 
 from deadpool_megatron.comm.communicators import Communicators
-from deadpool_megatron.comm.nccl import nccl_environment
+from deadpool_megatron.comm.nccl import nccl_environment, warm_up
 from deadpool_megatron.comm.reports import (
     AbortReport,
     CommunicatorAborted,
@@ -12,6 +12,7 @@ from deadpool_megatron.comm.reports import (
     GroupReport,
     ReformError,
     ReformReport,
+    is_communication_error,
 )
 from deadpool_megatron.comm.table import GroupRecord
 
@@ -24,5 +25,7 @@ __all__ = [
     "GroupReport",
     "ReformError",
     "ReformReport",
+    "is_communication_error",
     "nccl_environment",
+    "warm_up",
 ]

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from deadpool_megatron.comm import gloo, nccl, seam
+from deadpool_megatron.comm.calls import Calls
 from deadpool_megatron.comm.connections import GlooConnections
 from deadpool_megatron.comm.forming import Forming, FormingPlan, own_client
 from deadpool_megatron.comm.inplace import InPlace, Replacement, c10d
@@ -40,6 +41,7 @@ _log = logging.getLogger(__name__)
 _ABORT_DEADLINE_S = 2.0
 _ABORTED = "epoch {}: aborted while forming"
 _QUIET_S = 0.25  # how long quiet groups are left alone while the training thread is still at work
+_INSIDE_S = 0.25  # a thread is inside of NCCL for microseconds, unless it makes a communicator
 _ABORT_GRACE_S = 0.1  # waits that end by themselves after their connections do so within 10 ms, more on a busy machine
 
 
@@ -56,6 +58,8 @@ class Communicators:
         self._operation_timeout_s = operation_timeout_s
         self._poison = Poison()
         self._waits = Waits(self._poison)
+        self._calls = Calls(self._poison)
+        self._aborts = nccl.Aborts()
         self._table = GroupTable()
         self._connections = GlooConnections()
         self._quiet = Quiet(self._waits.release, self._connections, keep)
@@ -125,8 +129,8 @@ class Communicators:
         return self._standby
 
     def is_waiting(self) -> bool:
-        """A thread of this process is inside `Work.wait`. From any thread."""
-        return self._waits.anybody
+        """A thread of this process is inside `Work.wait`, or makes an NCCL communicator. From any thread."""
+        return self._waits.anybody or self._calls.anybody
 
     def table_digest(self) -> str:
         """Hash of the table of groups. Must be equal on all ranks and on the spare before they re-form."""
@@ -143,8 +147,13 @@ class Communicators:
             raise self._poison.error()
         if torch.cuda.is_available():
             self._cuda_device = torch.cuda.current_device()  # the training thread's: forming may begin in another
+        if "nccl" in record.backend_of_device.values():
+            nccl.set_environment()
+            self._calls.guard(c10d.ProcessGroup)
         with self._connections.watching() as devices:
             group = create()
+        if record.real and record.group is not None and "nccl" in record.backend_of_device.values():
+            nccl.check_kind(record)
         record.devices, record.connections = frozenset(devices), frozenset(self._connections.of(devices))
         record.connected = self.epoch
         self._table.add(record)
@@ -160,9 +169,10 @@ class Communicators:
         """End all communication of this process, from any thread; also a `reform` under way.
 
         Every operation blocked in `Work.wait`, and every later one on any group, raises CommunicatorAborted (a blocked
-        one may raise torch's own error for the lost connection instead). Idempotent. Returns after 2 s at most, nearly
-        always within milliseconds. With `epoch`, does nothing if a later epoch is current or forming, and no epoch up
-        to that one begins to form any more.
+        one may raise torch's own error for the lost connection instead). Idempotent. Returns after 2 s at most, over
+        Gloo nearly always within milliseconds. One of NCCL frees kernels at once and then drains what was queued behind
+        them: it goes on in threads of its own, and who restores state waits for the device. With `epoch`, does nothing
+        if a later epoch is current or forming, and no epoch up to that one begins to form any more.
 
         Groups in which nothing is under way keep their connections, so that `reform` may keep them, unless the
         training thread does not come out: then they are ended too, 0.25 s later.
@@ -194,7 +204,12 @@ class Communicators:
             if quiet and not already and not self._left.is_set():
                 threading.Thread(target=self._end_quiet_too, name="deadpool-abort", daemon=True).start()
             closed = self._connections.shutdown(frozenset().union(*(record.connections for record in quiet)))
-            aborted, stuck = nccl.abort_all(self._backends("nccl"), deadline)
+            backends = self._backends("nccl")
+            if backends and self._calls.wait_outside(_INSIDE_S):
+                _log.warning(
+                    "a thread stays inside of NCCL, perhaps while a communicator is made: aborted all the same"
+                )
+            aborted, stuck = self._aborts.run(backends, deadline)
             found, forced, inside = self._waits.clear_out(self._backends("gloo"), _ABORT_GRACE_S, deadline)
         finally:
             self._abort_lock.release()
@@ -273,10 +288,11 @@ class Communicators:
             deadline=begun + self._form_timeout_s,
             operation_timeout_s=self._operation_timeout_s,
             cuda_device=self._cuda_device,
+            batched=self._calls.batched,
         )
         prepared, self._prepared = self._prepared, None
         make = store if callable(store) else lambda: store
-        forming = Forming(plan, make, prepared, self._connections, self._quiet, self._abort_lock)
+        forming = Forming(plan, make, prepared, self._connections, self._quiet, self._abort_lock, self._aborts)
         with self._state_lock:
             if epoch <= self._over:
                 self._prepared = prepared
@@ -316,7 +332,10 @@ class Communicators:
         seconds, name = forming.slowest
         report = ReformReport(
             epoch,
-            tuple(GroupReport(f"{record.desc} {record.name}", forming.why[record.name]) for record in plan.records),
+            tuple(
+                GroupReport(f"{record.desc} {record.name}", forming.verdicts[record.name].why)
+                for record in plan.records
+            ),
             forming.ended - plan.begun + time.monotonic() - needed,
             forming.ended - plan.begun,
             name,

@@ -13,10 +13,20 @@ import torch
 from deadpool_megatron.comm import gloo, nccl
 from deadpool_megatron.comm.connections import GlooConnections, GlooDevice
 from deadpool_megatron.comm.inplace import Replacement, c10d
-from deadpool_megatron.comm.methods import Word, against_keeping, pack_words, unpack_words
+from deadpool_megatron.comm.methods import (
+    Verdict,
+    Word,
+    pack_verdict,
+    pack_words,
+    unpack_verdict,
+    unpack_words,
+    verdict,
+)
 from deadpool_megatron.comm.quiet import Quiet
 from deadpool_megatron.comm.reports import ReformError
-from deadpool_megatron.comm.table import GroupRecord
+from deadpool_megatron.comm.table import GroupRecord, backend_of
+
+_LOOK_EVERY_S = 0.05  # whether the epoch is over, while communicators are made
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,8 @@ class FormingPlan:
     operation_timeout_s: float
     cuda_device: int | None
     """The training thread's."""
+    batched: AbstractSet[int]
+    """Groups (id) that have been used in a way that their sequence numbers do not tell."""
 
 
 def own_client(store: Any) -> Any:
@@ -61,9 +73,11 @@ class Forming(threading.Thread):
         connections: GlooConnections,
         quiet: Quiet,
         abort_lock: threading.Lock,
+        aborts: nccl.Aborts,
     ) -> None:
         """`prepared`: a store, and a connection to its server that is used by nobody else. `abort_lock` is held by an
-        abort that is at work: it looks for operations to end, and must not find those of the new epoch."""
+        abort that is at work: it looks for operations to end, and must not find those of the new epoch. `aborts`: for
+        communicators that come to nothing."""
         super().__init__(name=f"deadpool-forming-{plan.epoch}", daemon=True)
         self.settled = threading.Event()
         self.ended = 0.0
@@ -76,8 +90,8 @@ class Forming(threading.Thread):
         """New connections, by name of the group."""
         self.devices: frozenset[GlooDevice] = frozenset()
         """The Gloo devices of the new backends."""
-        self.why: dict[str, str] = {}
-        """What stood against keeping each group, by its name; empty for those that are kept."""
+        self.verdicts: dict[str, Verdict] = {}
+        """On each group, by its name."""
         self.slowest: tuple[float, str] = (0.0, "")
         self.plan = plan
         self.store: Any = None
@@ -87,6 +101,7 @@ class Forming(threading.Thread):
         self._connections = connections
         self._quiet = quiet
         self._abort_lock = abort_lock
+        self._aborts = aborts
 
     def abandon(self) -> None:
         """Leave this thread behind."""
@@ -102,10 +117,10 @@ class Forming(threading.Thread):
             self.ended = time.monotonic()
             self.settled.set()
 
-    def _left(self) -> float:
+    def _left(self, what: str = "deadline passed while forming") -> float:
         left = self.plan.deadline - time.monotonic()
         if left <= 0 or self.abandoned:
-            raise ReformError(f"epoch {self.plan.epoch}: deadline passed while forming")
+            raise ReformError(f"epoch {self.plan.epoch}: {what}")
         return left
 
     def _form(self) -> None:
@@ -125,8 +140,8 @@ class Forming(threading.Thread):
                 f"epoch {plan.epoch}: this rank ({plan.rank}) made other process groups than its peers (table digest "
                 f"{plan.digest}, theirs {agreed}); start all ranks with the same flags"
             )
-        self.why = self._agree(store)
-        ended = [record for record in plan.records if self.why[record.name]]
+        self.verdicts = self._agree(store)
+        ended = [record for record in plan.records if self.verdicts[record.name].why]
         # Those that were left alone so far. Only these: an abandoned thread must not end what a later epoch made.
         self._connections.shutdown_only(frozenset().union(*(record.connections for record in ended)))
         devices: list[Any] = []  # torch's, for self.devices
@@ -138,10 +153,42 @@ class Forming(threading.Thread):
             self.formed.append((record, self._replacement(record, store, devices)))
             self.connections[record.name] = frozenset(self._connections.fresh(self.devices, seen))
             self.slowest = max(self.slowest, (time.monotonic() - begun, f"{record.desc} {record.name}"))
+        self._connect()
         client.set_timeout(usual_timeout)
 
-    def _agree(self, store: Any) -> dict[str, str]:
-        """What stands against keeping each group of this rank, the same on all members. Blocks until all have come."""
+    def _connect(self) -> None:
+        """Make the NCCL communicators that were there before, all at once: each has the whole time to form.
+
+        At once and not in a pool: groups overlap, and a rank that keeps one back keeps its peers' others waiting.
+        """
+        connecting = [
+            nccl.Connecting(record, backend, self._device(record, devices[0]))
+            for record, new in self.formed
+            if self.verdicts[record.name].used and len(record.ranks) > 1
+            for devices, kind, backend in new.backends
+            if kind == c10d.ProcessGroup.BackendType.NCCL
+        ]
+        for each in connecting:
+            each.start()
+        try:
+            for each in connecting:
+                name = f"{each.record.desc} {each.record.name}"
+                while each.is_alive():
+                    each.join(min(_LOOK_EVERY_S, self._left(f"not all members of group {name} came")))
+                if each.error is not None:
+                    raise ReformError(f"group {name}: {each.error}") from each.error
+                self.slowest = max(self.slowest, (each.seconds, name))
+        except BaseException:
+            self._aborts.start([each.backend for each in connecting])
+            raise
+
+    def _device(self, record: GroupRecord, kind: str) -> torch.device:
+        if record.bound_device is not None or self.plan.cuda_device is None:
+            return record.bound_device or torch.device(kind)
+        return torch.device(kind, self.plan.cuda_device)
+
+    def _agree(self, store: Any) -> dict[str, Verdict]:
+        """The verdict on each group of this rank, the same on all members. Blocks until all have come."""
         records, rank = self.plan.records, self.plan.rank
         established = self._connections.established()
         words = {record.name: self._word(record, established) for record in records}
@@ -155,12 +202,14 @@ class Forming(threading.Thread):
         for record in mine:
             if missing := [member for member in record.ranks if record.name not in told[member]]:
                 raise ReformError(f"group {record.desc} {record.name}: rank {missing[0]} has destroyed it, others not")
-        why = {record.name: against_keeping([told[member][record.name] for member in record.ranks]) for record in mine}
-        for name, reason in why.items():
-            store.set(f"why/{name}", reason)
-        names = [record.name for record in records if record.name not in why]
-        why |= zip(names, map(bytes.decode, self._get(store, [f"why/{name}" for name in names])), strict=True)
-        return why
+        verdicts = {record.name: verdict([told[member][record.name] for member in record.ranks]) for record in mine}
+        for name, given in verdicts.items():
+            store.set(f"verdict/{name}", pack_verdict(given))
+        names = [record.name for record in records if record.name not in verdicts]
+        verdicts |= zip(
+            names, map(unpack_verdict, self._get(store, [f"verdict/{name}" for name in names])), strict=True
+        )
+        return verdicts
 
     def _get(self, store: Any, keys: list[str]) -> list[bytes]:
         store.set_timeout(timedelta(seconds=self._left()))
@@ -168,7 +217,17 @@ class Forming(threading.Thread):
 
     def _word(self, record: GroupRecord, established: AbstractSet[int]) -> Word:
         objection = self._quiet.against(record, established)
-        return Word(record.connected, -1 if objection else self._quiet.operations(record), objection)
+        operations = -1 if objection else self._quiet.operations(record)
+        return Word(record.connected, operations, objection, self._used(record))
+
+    def _used(self, record: GroupRecord) -> bool:
+        """Its communicator was made by NCCL. Asks torch for what it reads without a lock: an abort may hold those."""
+        if not record.real or "nccl" not in record.backend_of_device.values():
+            return False
+        if record.bound_device is not None:
+            return True  # torch makes that one with the group
+        collectives = backend_of(record, "nccl")._get_sequence_number_for_group()
+        return collectives > 0 or id(record.group) in self.plan.batched
 
     def _replacement(self, record: GroupRecord, store: Any, devices: list[Any]) -> Replacement:
         kinds = record.backend_of_device
@@ -188,12 +247,9 @@ class Forming(threading.Thread):
                 record, store, group_rank, devices, self._left(), self.plan.operation_timeout_s
             )
         if kind == "nccl":
-            device = record.bound_device
-            if device is None and self.plan.cuda_device is not None:
-                device = torch.device("cuda", self.plan.cuda_device)
-            if device is not None:
-                torch.cuda.set_device(device)
-            return types.NCCL, nccl.build(record, store, group_rank, device)
+            if self.plan.cuda_device is not None:
+                torch.cuda.set_device(self._device(record, "cuda"))
+            return types.NCCL, nccl.build(record, store, group_rank)
         raise ReformError(
             f"group {record.desc} {record.name}: backend {kind!r} cannot be re-formed (gloo and nccl can)"
         )

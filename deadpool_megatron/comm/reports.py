@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch.distributed import DistError
+
 from deadpool_megatron.comm.methods import Method
 
 
@@ -16,6 +18,16 @@ class CommunicatorAborted(CommunicatorError):
 class ReformError(CommunicatorError):
     """Groups could not be re-formed (deadline, peer lost, aborted, tables differ). They stay poisoned; a reform
     with a higher epoch may follow."""
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """May a lost peer have caused this? c10d raises RuntimeError and its subclasses (DistBackendError ...)."""
+    if isinstance(error, DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        word in text for word in ("gloo", "Gloo", "NCCL", "nccl", "onnection", "ommunicator", "timed out", "Timed out")
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,11 @@ from .format import (
     generation_of,
     shard_name,
 )
+from .lease import Lease, Owner, Taken, check_owner, take, this_process
 from .loading import load_shards
-from .orders import Answer, Cancel, Done, Drain, Seal, Stage, Staged, Take
+from .orders import Answer, Cancel, Describe, Done, Drain, Seal, Stage, Staged, Take
 from .pace import Pace
-from .start import survey
+from .start import begin, go_on, open_directory, survey
 from .store import LocalStore, ObjectStore, Store, open_store
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Cancelled",
     "Coordinate",
     "Damaged",
+    "Describe",
     "Done",
     "Drain",
     "DrainerProcess",
@@ -43,10 +45,12 @@ __all__ = [
     "Found",
     "Item",
     "Layout",
+    "Lease",
     "LocalStore",
     "Manifest",
     "NotFit",
     "ObjectStore",
+    "Owner",
     "Pace",
     "Seal",
     "ShardFile",
@@ -54,10 +58,15 @@ __all__ = [
     "Staged",
     "Store",
     "Take",
+    "Taken",
+    "begin",
+    "check_owner",
     "directory_name",
     "find",
     "generation_of",
+    "go_on",
     "load_shards",
+    "open_directory",
     "open_store",
     "prune",
     "read_manifest",
@@ -66,5 +75,7 @@ __all__ = [
     "seal",
     "shard_name",
     "survey",
+    "take",
+    "this_process",
     "write_shard",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from .orders import Answer, Cancel, Done, Drain, Order, Seal, Stage, Staged, decode_answer
+from .orders import Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, decode_answer
 
 __all__ = ["DrainerProcess"]
 
@@ -27,16 +27,16 @@ class DrainerProcess:
         self._on_answer = on_answer
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._staged: dict[int, Stage] = {}
+        self._told: dict[tuple[type, int], Stage | Describe] = {}
         self._waiting: dict[tuple[str, bool], Order] = {}
         self._closed = False
 
-    def stage(self, order: Stage) -> None:
-        """A coordinate that runs here. Returns at once, as everything else here does."""
+    def tell(self, order: Stage | Describe) -> None:
+        """Of a coordinate that runs here. Returns at once, as everything else here does."""
         with self._lock:
-            if self._staged.get(order.rank) == order:
+            if self._told.get((type(order), order.rank)) == order:
                 return
-            self._staged[order.rank] = order
+            self._told[type(order), order.rank] = order
             if self._process is not None:
                 self._send(order)
             else:
@@ -80,7 +80,7 @@ class DrainerProcess:
             start_new_session=True,
         )
         threading.Thread(target=self._listen, args=(process,), name="drainer", daemon=True).start()
-        for order in self._staged.values():
+        for order in self._told.values():
             self._send(order)
 
     def _send(self, order: Order) -> None:

@@ -19,12 +19,13 @@ from typing import BinaryIO
 
 import msgspec
 
-from deadpool_megatron.vault import CONSTANT, Arena, VaultError, Version
+from deadpool_megatron.vault import CONSTANT, Arena, VaultError, Version, constants_of
 
 from .errors import Cancelled, DurableError
-from .files import prune, remove_attempt, seal, write_constants, write_shard
+from .files import prune, read_layout, remove_attempt, seal, write_constants, write_layout, write_shard
 from .format import ConstantsFile, Layout, ShardFile, generation_of
-from .orders import Answer, Cancel, Done, Drain, Order, Seal, Stage, Staged, Take
+from .lease import check_owner
+from .orders import Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, Take
 from .pace import Pace
 from .staging import Staging
 from .store import Store, open_store
@@ -62,6 +63,9 @@ class _Drainer:
             match order:
                 case Stage():
                     self._stage(order)
+                case Describe():
+                    with contextlib.suppress(OSError, DurableError):  # it may never be needed
+                        write_layout(open_store(order.directory), order.rank, order.layout)
                 case Drain():
                     self._drain(order)
                 case Seal():
@@ -70,7 +74,9 @@ class _Drainer:
                     self._cancelled.discard(order.name)
                     if order.remove:
                         with contextlib.suppress(OSError, DurableError):  # what is left has no manifest
-                            remove_attempt(open_store(order.directory), order.name)
+                            store = open_store(order.directory)
+                            _check(store, order.job)
+                            remove_attempt(store, order.name)
 
     def _tell(self, answer: Answer) -> None:
         self._out.write(msgspec.json.encode(answer) + b"\n")
@@ -92,8 +98,8 @@ class _Drainer:
         try:
             store = open_store(order.directory)
             try:
-                store.check()
-                ready = [self._take(each) for each in order.shards]
+                _check(store, order.job)
+                ready = [self._take(store, each) for each in order.shards]
             finally:
                 self._tell(Staged(order.name))
             total = sum(len(staging.unique) + len(staging.small) for staging, _ in ready)
@@ -116,19 +122,32 @@ class _Drainer:
             error = _one_line(err)
         self._tell(Done(order.name, False, tuple(shards), error))
 
-    def _take(self, take: Take) -> tuple[Staging, Layout]:
+    def _take(self, store: Store, take: Take) -> tuple[Staging, Layout]:
+        if take.rank in self._unstaged:
+            raise DurableError(self._unstaged[take.rank])
         if take.rank not in self._staging:
-            unknown = f"rank {take.rank} has not told what its shard consists of"
-            raise DurableError(self._unstaged.get(take.rank, unknown))
+            self._staging[take.rank] = self._of_another_node(store, take)
         staging, layout = self._staging[take.rank]
         staging.take(take.path, Version(take.epoch, take.generation))
         return staging, layout
+
+    def _of_another_node(self, store: Store, take: Take) -> tuple[Staging, Layout]:
+        try:
+            layout = read_layout(store, take.rank)
+        except OSError:
+            raise DurableError(f"rank {take.rank} has not told what its shard consists of") from None
+        arena = Arena.attach(take.path)
+        try:
+            return Staging(take.rank, layout.unique_bytes + arena.info.small_capacity), layout
+        finally:
+            arena.close()
 
     def _constants(self, store: Store, take: Take, moved: Callable[[int], None]) -> ConstantsFile | None:
         """Written once: what never changes need not be staged, nor looked at again."""
         if take.constants is None:
             return None
         path, layout = take.constants
+        layout = layout or read_layout(store, constants_of(take.rank))
         known = self._kept.get(path)
         if known is None or store.size(known.path) != known.nbytes:
             arena = Arena.attach(path)
@@ -146,7 +165,7 @@ class _Drainer:
         name = order.manifest.name
         try:
             store = open_store(order.directory)
-            store.check()
+            _check(store, order.job)
             seal(store, order.manifest)
         except (OSError, DurableError) as err:
             self._tell(Done(name, True, (), _one_line(err)))
@@ -156,6 +175,12 @@ class _Drainer:
         except OSError as err:
             problems = [f"old generations in {store.root} could not be removed: {err}"]
         self._tell(Done(name, True, problems=tuple(problems)))
+
+
+def _check(store: Store, job: str) -> None:
+    store.check()
+    if job:
+        check_owner(store, job)
 
 
 def _one_line(err: Exception) -> str:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import xxhash
 
 from .errors import Damaged, DurableError
@@ -21,6 +22,7 @@ from .format import (
     encode_manifest,
     generation_of,
     header_length,
+    layout_name,
     parse_header,
     shard_name,
 )
@@ -31,11 +33,13 @@ __all__ = [
     "find",
     "prune",
     "read_constants",
+    "read_layout",
     "read_manifest",
     "read_shard",
     "remove_attempt",
     "seal",
     "write_constants",
+    "write_layout",
     "write_shard",
 ]
 
@@ -99,6 +103,21 @@ def write_constants(
     if store.size(file.path) != nbytes:
         _write(store, file.path, blocks, moved)
     return file
+
+
+def write_layout(store: Store, holder: int, layout: Layout) -> None:
+    """Keep what a rank's shard, or a holder's constants, consist of; the newest job's. Raises OSError."""
+    _write(store, layout_name(holder), [msgspec.json.encode(layout)])
+
+
+def read_layout(store: Store, holder: int) -> Layout:
+    """What `write_layout` has written. Raises OSError, Damaged."""
+    name = layout_name(holder)
+    with store.open(name) as f:
+        try:
+            return msgspec.json.decode(f.read(), type=Layout)
+        except msgspec.MsgspecError as err:
+            raise Damaged(f"{store.root}/{name} is damaged: {err}") from None
 
 
 def _write(

@@ -48,6 +48,7 @@ __all__ = [
 FORMAT: Final = "deadpool-durable/1"
 MANIFEST: Final = "manifest.json"
 CONSTANTS: Final = "constants"
+LAYOUTS: Final = "layouts"
 SMALL: Final = "deadpool.small_state"
 _MAX_HEADER: Final = 100_000_000  # as the safetensors library has it
 _NAME: Final = re.compile(r"generation-(\d{12})-[A-Za-z0-9]+-\d+")
@@ -139,6 +140,11 @@ def generation_of(name: str) -> int | None:
     """The generation of a directory's name; None for other names."""
     found = _NAME.fullmatch(name)
     return int(found[1]) if found else None
+
+
+def layout_name(holder: int) -> str:
+    """Where it is kept what the shard of a rank, or a holder's constants, consist of."""
+    return f"{LAYOUTS}/{holder}.json"
 
 
 def shard_name(rank: int) -> str:

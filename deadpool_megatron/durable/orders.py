@@ -6,7 +6,7 @@ import msgspec
 
 from .format import Layout, Manifest, ShardFile
 
-__all__ = ["Answer", "Cancel", "Done", "Drain", "Order", "Seal", "Stage", "Staged", "Take", "decode_answer"]
+__all__ = ["Answer", "Cancel", "Describe", "Done", "Drain", "Order", "Seal", "Stage", "Staged", "Take", "decode_answer"]
 
 
 class _Record(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -21,26 +21,39 @@ class Stage(_Record, frozen=True):
     layout: Layout
 
 
+class Describe(_Record, frozen=True):
+    """Keep in ``directory`` what a shard, or constants, consist of: if its node is lost, another one may write it."""
+
+    directory: str
+    rank: int
+    layout: Layout
+
+
 class Take(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One coordinate to be drained: the arena file, and the version in it.
 
-    ``constants``: the arena file and the layout of what never changes; None where there is none.
+    ``constants``: the arena file and the layout of what never changes; None where there is none. What has no layout
+    here was described by another node (`Describe`).
     """
 
     rank: int
     path: str
     epoch: int
     generation: int
-    constants: tuple[str, Layout] | None = None
+    constants: tuple[str, Layout | None] | None = None
 
 
 class Drain(_Record, frozen=True):
-    """Write the shards of one generation into ``directory/name``, over ``seconds`` (0: as fast as it goes)."""
+    """Write the shards of one generation into ``directory/name``, over ``seconds`` (0: as fast as it goes).
+
+    ``job``: whose the directory must be; empty: anybody's. The same in a `Seal` and a `Cancel`.
+    """
 
     directory: str
     name: str
     seconds: float
     shards: tuple[Take, ...]
+    job: str = ""
 
 
 class Seal(_Record, frozen=True):
@@ -49,6 +62,7 @@ class Seal(_Record, frozen=True):
     directory: str
     manifest: Manifest
     keep: tuple[str, ...]
+    job: str = ""
 
 
 class Cancel(_Record, frozen=True):
@@ -57,9 +71,10 @@ class Cancel(_Record, frozen=True):
     directory: str
     name: str
     remove: bool
+    job: str = ""
 
 
-Order = Stage | Drain | Seal | Cancel
+Order = Stage | Describe | Drain | Seal | Cancel
 
 
 class Staged(_Record, frozen=True):

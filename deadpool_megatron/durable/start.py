@@ -2,17 +2,81 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable
 
 from .errors import DurableError, NotFit
 from .files import find
-from .store import LocalStore, open_store
+from .lease import Lease, Owner, take
+from .store import LocalStore, Store, open_store
 
-__all__ = ["survey"]
+__all__ = ["begin", "go_on", "open_directory", "survey"]
+
+
+def open_directory(url: str) -> Store:
+    """The store of a durable directory, which is made when it is missing. Raises DurableError."""
+    store = open_store(url)
+    if isinstance(store, LocalStore) and not os.path.exists(store.root):
+        try:
+            os.mkdir(store.root)
+        except OSError as err:
+            raise DurableError(f"--deadpool-durable-dir {store.root} cannot be made: {err.strerror}") from None
+    store.check()
+    return store
+
+
+def begin(
+    url: str, owner: Owner | None, resume: str, world_size: int, newer_than: int, say: Callable[[str], None]
+) -> tuple[tuple[tuple[int, str], ...], Lease | None]:
+    """A new job: make the directory its own, then look into it. Blocks for the disk, and for `take`.
+
+    Args:
+        owner: this job; None when it only reads.
+        say: told lines for the user; other arguments as of `survey`.
+
+    Returns:
+        (generation, name) of those to begin with, newest first, and the lease, which is kept.
+
+    Raises:
+        DurableError, OSError; the directory is nobody's then.
+    """
+    store = open_directory(url)
+    lease = None if owner is None else take(store, owner, say)
+    with contextlib.ExitStack() as on_error:
+        if lease is not None:
+            lease.keep()
+            on_error.callback(lease.end)
+        usable, remarks = survey(store, resume, world_size, newer_than, owner is not None)
+        on_error.pop_all()
+    for remark in remarks:
+        say(remark)
+    return usable, lease
+
+
+def go_on(
+    url: str, owner: Owner | None, world_size: int, say: Callable[[str], None]
+) -> tuple[tuple[tuple[int, str], ...], Lease | None]:
+    """As `begin`, for a coordinator that takes the place of one that is gone: the directory is its job's.
+
+    Its job trains, whatever is wrong with the directory: nothing is waited for, and what cannot be read is not there.
+    """
+    usable: tuple[tuple[int, str], ...] = ()
+    store = open_store(url)
+    lease = None if owner is None else Lease(store, 0, owner)
+    try:
+        store.check()
+        if lease is None or lease.renew():
+            usable, _ = survey(store, "auto", world_size, -1, False)
+    except (DurableError, OSError) as err:
+        say(f"{err}; the job goes on, and cannot go back to what is durable there")
+    if lease is not None:
+        lease.keep()
+    return usable, lease
 
 
 def survey(
-    url: str, resume: str, world_size: int, newer_than: int, writes: bool
+    store: Store, resume: str, world_size: int, newer_than: int, writes: bool
 ) -> tuple[tuple[tuple[int, str], ...], tuple[str, ...]]:
     """Look once at the durable directory, before training. Blocks for the disk.
 
@@ -29,13 +93,6 @@ def survey(
         DurableError: the directory cannot be used, or what is in it contradicts ``resume``; NotFit when it is another
             layout's.
     """
-    store = open_store(url)
-    if isinstance(store, LocalStore) and not os.path.exists(store.root):
-        try:
-            os.mkdir(store.root)
-        except OSError as err:
-            raise DurableError(f"--deadpool-durable-dir {store.root} cannot be made: {err.strerror}") from None
-    store.check()
     try:
         found = find(store)
     except OSError as err:

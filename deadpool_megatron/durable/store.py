@@ -7,6 +7,7 @@ store has no names to change: an object appears whole when its upload is closed,
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -52,6 +53,15 @@ class Store(Protocol):
 
     def directories(self) -> list[str]:
         """Names of the directories below the root."""
+
+    def files(self) -> list[str]:
+        """Names of the files in the root itself."""
+
+    def claim(self, name: str, data: bytes) -> bool:
+        """Make a small file in the root; False when there is one of that name: one of several callers makes it."""
+
+    def overwrite(self, name: str, data: bytes) -> None:
+        """Give a file that `claim` made other content of the same length. Raises FileNotFoundError."""
 
     def remove_file(self, name: str) -> None:
         """Remove a file for good; nothing happens when there is none."""
@@ -117,6 +127,27 @@ class LocalStore:
         with os.scandir(self.root) as entries:
             return sorted(e.name for e in entries if e.is_dir())
 
+    def files(self) -> list[str]:
+        """Names of the files in the root; none when it is not there."""
+        if not os.path.isdir(self.root):
+            return []
+        with os.scandir(self.root) as entries:
+            return sorted(e.name for e in entries if e.is_file())
+
+    def claim(self, name: str, data: bytes) -> bool:
+        """The server of a shared file system decides who is first (open(2): O_EXCL, from NFS 3 on)."""
+        try:
+            fd = os.open(self._path(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        except FileExistsError:
+            return False
+        _write_synced(fd, data)
+        _sync_directory(Path(self.root))
+        return True
+
+    def overwrite(self, name: str, data: bytes) -> None:
+        """In place: whoever has seen the file on another host asks for its content, not for its name, anew."""
+        _write_synced(os.open(self._path(name), os.O_WRONLY | os.O_CLOEXEC), data)
+
     def remove_file(self, name: str) -> None:
         """Remove a file and make that last."""
         path = self._path(name)
@@ -167,6 +198,14 @@ class _LocalWriting:
             self._fd = -1
         with contextlib.suppress(OSError):
             self._temporary.unlink()
+
+
+def _write_synced(fd: int, data: bytes) -> None:
+    try:
+        os.pwrite(fd, data, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _sync_directory(path: Path) -> None:
@@ -232,12 +271,38 @@ class ObjectStore:
 
     def directories(self) -> list[str]:
         """Names of the directories (prefixes) below the root."""
+        return self._names("directory")
+
+    def _names(self, kind: str) -> list[str]:
         with _as_os_errors(self.root):
             try:
                 found = self._fs.ls(self._base, detail=True)
             except FileNotFoundError:
                 return []
-            return sorted(e["name"].rstrip("/").rsplit("/", 1)[1] for e in found if e["type"] == "directory")
+            return sorted(e["name"].rstrip("/").rsplit("/", 1)[1] for e in found if e["type"] == kind)
+
+    def files(self) -> list[str]:
+        """Names of the objects directly below the root."""
+        return self._names("file")
+
+    def claim(self, name: str, data: bytes) -> bool:
+        """With a condition on the upload where the driver has one; else two who ask at once may both be told True."""
+        with _as_os_errors(self.root):
+            if self._fs.exists(self._path(name)):
+                return False
+            self._fs.makedirs(self._base, exist_ok=True)
+            try:
+                self._fs.pipe_file(self._path(name), data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+    def overwrite(self, name: str, data: bytes) -> None:
+        """Upload it anew."""
+        with _as_os_errors(self.root):
+            if not self._fs.exists(self._path(name)):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+            self._fs.pipe_file(self._path(name), data)
 
     def remove_file(self, name: str) -> None:
         """Remove an object; nothing happens when there is none."""

@@ -242,12 +242,12 @@ class Job:
                 self.failed(f"still alive after {deadline_s:g} s: {[describe(p) for p in left]}")
             time.sleep(_POLL_S)
 
-    def end(self) -> None:
-        """Interrupt the job, wait until it has ended, and end whatever is left, each process by its id."""
+    def end(self, grace_s: float = _END_S) -> None:
+        """Interrupt the job, give it so many seconds, and end whatever is left, each process by its id."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(_END_S)
+                self.process.wait(grace_s)
         self._descendants.kill(_KILL_S)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_KILL_S)

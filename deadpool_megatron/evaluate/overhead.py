@@ -4,32 +4,42 @@ In one job blocks of iterations with and without snapshots alternate, so that bo
 processes; every iteration after the warm-up counts, from its beginning to the beginning of the next one. ``--pairs``
 adds whole runs with and without DeadPool, one after the other, where everything of DeadPool is gone in the one without.
 The same harness measures Megatron's own checkpoint of every iteration, synchronous and asynchronous.
+
+What is there is written after each block, and ``--minutes`` ends a job whose share of the time is over: its whole
+blocks count. A job that fails costs what it would have measured, and the exit code.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
+import math
 import os
-import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deadpool_megatron.cluster.pinning import parse_cpus
+from deadpool_megatron.evaluate.blocks import Ranks, pairs, read_ranks, seconds, snapshot_report, timeline
 from deadpool_megatron.evaluate.checkpoints import CHECKPOINTS, check_kind
 from deadpool_megatron.evaluate.jobs import Job, JobError
 from deadpool_megatron.evaluate.pictures import draw_overhead
 from deadpool_megatron.evaluate.ratio import Comparison, compare
+from deadpool_megatron.observe import STATUS
 from deadpool_megatron.observe.figures import MissingPlots
 
 __all__ = ["add_overhead_arguments", "run_overhead"]
 
 _PRECISIONS = ("bf16", "fp16", "fp32")
 _RUN_S = 3600.0
+_LOOK_S = 0.2
+_DISTURBED_S = 5.0  # between two looks whether anything was lost
+_CLOSE_S = 25.0  # of the minutes: the last job is ended, what it measured is written and drawn
+_GRACE_S = 8.0  # of that, for a job that is told to end
 
 
 def add_overhead_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +57,14 @@ def add_overhead_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--active-nodes", type=int, default=4, metavar="N", help="nodes (default: 4)")
     parser.add_argument("--nproc-per-node", type=int, default=2, metavar="P", help="workers a node (default: 2)")
     parser.add_argument("--emulate-cpu", action="store_true", help="emulate CUDA on the CPU")
+    parser.add_argument(
+        "--minutes", type=float, metavar="M", help="end by then, at least 1, with the blocks that are whole (no limit)"
+    )
+    parser.add_argument(
+        "--cores", metavar="W:A", help="workers on processors W, agents on A (as in 0-5,8:6-7; default: all on all)"
+    )
     parser.add_argument("--trace", action="store_true", help="keep torch's profile of one iteration of rank 0")
-    parser.add_argument("--out", metavar="DIR", help="write overhead.json and the pictures there")
+    parser.add_argument("--out", metavar="DIR", help="write overhead.json, times and pictures there")
     parser.add_argument("script", help="training script")
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, help="its arguments, without --deadpool, --save and --train-iters"
@@ -56,23 +72,39 @@ def add_overhead_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Bench:
-    """One call of the benchmark: its options and where its jobs run."""
+    """One call of the benchmark: its options, where its jobs run, and how long."""
 
-    def __init__(self, options: argparse.Namespace, base: Path) -> None:
+    def __init__(self, options: argparse.Namespace, base: Path, parts: int) -> None:
         self.o = options
         self.base = base
+        self.found: dict[str, Any] = {}
+        self.failed = False
         self._jobs = 0
+        self._parts = parts
+        self._end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes - _CLOSE_S
 
     @property
     def iterations(self) -> int:
         """Of a job with blocks; the last one is not counted, it may be traced."""
         return int(self.o.warmup + self.o.blocks * self.o.block + 1)
 
-    def run(self, what: str, precision: str, flags: Sequence[str] = (), deadpool: bool = True) -> dict[str, Any]:
-        """One job; returns each rank's record and the job's last status and events. Raises JobError."""
+    def run(
+        self,
+        what: str,
+        precision: str,
+        flags: Sequence[str] = (),
+        deadpool: bool = True,
+        grown: Callable[[Ranks, Job], None] | None = None,
+    ) -> Ranks:
+        """One job, to its end or to that of its share of the time; what its ranks measured.
+
+        ``grown`` is called after each block and once at the end. Raises JobError when the job fails.
+        """
         self._jobs += 1
         name = f"{self._jobs:02d}-{what}-{precision}"
-        times = self.base / f"{name}.times"
+        times = (Path(self.o.out) if self.o.out else self.base) / f"{name}.times"
+        for old in times.glob("*"):
+            old.unlink()
         o = self.o
         launch = ["--local-nodes", str(o.active_nodes), "--nproc-per-node", str(o.nproc_per_node)]
         launch += ["--emulate-cpu"] if o.emulate_cpu else []
@@ -84,42 +116,55 @@ class _Bench:
             "BENCH_TIMED_BLOCK": str(o.block),
             "BENCH_TIMED_WARMUP": str(o.warmup),
             "BENCH_TIMED_TRACE": str(int(o.trace and what == "snapshot")),
+            "BENCH_TIMED_CORES": o.cores.split(":")[0] if o.cores else "",
         }
         with Job(self.base / name, launch, [*script, *(["--deadpool"] if deadpool else [])], environment) as job:
-            code = job.wait(_RUN_S)
-            if code:
-                job.failed(f"ended with {code}: {job.output.strip()[-300:]}")
+            self._wait(job, times, grown)
             check_kind(job)
-            ranks = [json.loads(path.read_text()) for path in sorted(times.glob("rank-*.json"))]
-            if not ranks:
-                job.failed("no rank has written its times")
             if (times / "trace.json.gz").exists() and o.out:
-                (Path(o.out) / f"trace-{precision}.json.gz").write_bytes((times / "trace.json.gz").read_bytes())
-            status = job.status() if deadpool else {}
-            events = job.events("iteration") if deadpool else []
-        return {"ranks": sorted(ranks, key=lambda r: r["rank"]), "status": status, "events": events}
+                (times / "trace.json.gz").rename(Path(o.out) / f"trace-{precision}.json.gz")
+            return read_ranks(times)
+
+    def _wait(self, job: Job, times: Path, grown: Callable[[Ranks, Job], None] | None) -> None:
+        """Until the job has ended, or is ended because its share of the time is over."""
+        now = time.monotonic()
+        share = min(_RUN_S, (self._end - now) / self._parts)
+        self._parts -= 1
+        size, due = 0, now + _DISTURBED_S
+        while (code := job.process.poll()) is None:
+            if time.monotonic() > now + share:
+                _say(f"deadpool: {job.run_dir.name}: its {share:.0f} s are over, it is ended")
+                job.end(_GRACE_S)
+                break
+            if time.monotonic() > due:
+                due += _DISTURBED_S
+                if job.events("declared"):
+                    job.failed("a recovery has disturbed it; what was measured before counts")
+            written = times / "rank-0.jsonl"
+            if grown and written.exists() and written.stat().st_size != size:
+                size = written.stat().st_size
+                grown(read_ranks(times), job)
+            time.sleep(_LOOK_S)
+        if grown:
+            grown(read_ranks(times), job)
+        if code:
+            job.failed(f"ended with {code}: {job.output.strip()[-300:]}")
 
     def _arguments(self, precision: str) -> list[str]:
         kept = [text for text in self.o.arguments if text not in ("--bf16", "--fp16")]
         kept += [] if precision == "fp32" else [f"--{precision}"]
         return [*kept, "--train-iters", str(self.iterations)]
 
-    def blocks(self, job: dict[str, Any]) -> list[tuple[list[float], list[float]]]:
-        """Pairs of neighbouring blocks, (with, without), of rank 0."""
-        rows = job["ranks"][0]["rows"]
-        found: list[tuple[bool, list[float]]] = []
-        for row, following in itertools.pairwise(rows):
-            number = row["iteration"] - self.o.warmup
-            if number < 0:
-                continue
-            if number % self.o.block == 0:
-                found.append((row["on"], []))
-            found[-1][1].append(following["begin"] - row["begin"])
-        pairs = []
-        for (one_on, one), (other_on, other) in zip(found[::2], found[1::2], strict=False):
-            assert one_on != other_on
-            pairs.append((one, other) if one_on else (other, one))
-        return pairs
+    def lost(self, found: dict[str, Any], what: str, err: Exception) -> None:
+        """A part has failed; what was measured before still counts."""
+        _say(f"deadpool: {what}: {err}")
+        found.setdefault("error", str(err))
+        self.failed = True
+
+    def save(self) -> None:
+        """Write what there is, if anybody wants it."""
+        if self.o.out:
+            _write(Path(self.o.out), self.o, self.found)
 
 
 def _timed_script() -> str:
@@ -129,118 +174,76 @@ def _timed_script() -> str:
     return str(Path(package.origin).parent / "megatron" / "timed.py")
 
 
-# ---- what a job with snapshots tells
-
-
-def _measured(ranks: Iterable[dict[str, Any]], warmup: int) -> list[dict[str, Any]]:
-    """Accounts of all ranks' iterations with snapshots, each with the iteration's ``seconds``."""
-    out = []
-    for rank in ranks:
-        rows = rank["rows"]
-        for row, following in itertools.pairwise(rows):
-            if row["iteration"] >= warmup and row["on"] and "account" in row:
-                out.append({**row["account"], "seconds": following["begin"] - row["begin"], "rank": rank["rank"]})
-    return out
-
-
-def _cpu_per_iteration(ranks: Iterable[dict[str, Any]], warmup: int) -> dict[str, float]:
-    """CPU seconds an iteration: of all workers, with and without; of all agents likewise."""
-    totals = {"workers_on": 0.0, "workers_off": 0.0, "agents_on": 0.0, "agents_off": 0.0}
-    counts = {"on": 0, "off": 0}
-    seen_nodes: set[tuple[float, ...]] = set()
-    for number, rank in enumerate(ranks):
-        rows = rank["rows"]
-        for row, following in itertools.pairwise(rows):
-            if row["iteration"] >= warmup:
-                which = "on" if row["on"] else "off"
-                totals[f"workers_{which}"] += following["cpu"] - row["cpu"]
-                counts[which] += number == 0
-        marks = rank["agent_cpu"]
-        key = tuple(cpu for _, cpu in marks)
-        if key in seen_nodes:  # another worker of the same node
-            continue
-        seen_nodes.add(key)
-        first = rows[0]["iteration"]
-        for (at, cpu), (_, later) in itertools.pairwise(marks):
-            if at >= warmup:
-                totals["agents_on" if rows[at - first]["on"] else "agents_off"] += later - cpu
-    return {name: value / max(1, counts[name.rsplit("_", 1)[1]]) for name, value in totals.items()}
-
-
-def _snapshot_report(job: dict[str, Any], bench: _Bench) -> dict[str, Any]:
-    accounts = _measured(job["ranks"], bench.o.warmup)
-    shares = [a["blocked_s"] / a["seconds"] for a in accounts]
-    commits = [e["commit_s"] / e["seconds"] for e in job["events"] if e.get("commit_s") and e["iteration"] >= 1]
-    last = job["ranks"][0]["rows"][-1].get("account", {})
-    return {
-        "blocked_share": {
-            "mean": statistics.mean(shares),
-            "median": statistics.median(shares),
-            "max": max(shares),
-        },
-        "blocked_s": statistics.mean(a["blocked_s"] for a in accounts),
-        "stall_s": statistics.mean(a["gate_s"] for a in accounts),
-        "device_stall_s": statistics.mean(a["device_stall_s"] for a in accounts),
-        "copied_bytes": statistics.mean(a["copied_bytes"] for a in accounts),
-        "copied_s": statistics.median(a["copied_s"] for a in accounts),
-        "copy_bandwidth": statistics.median(a["bandwidth"] for a in accounts),
-        "skipped": last.get("skipped", 0),
-        "generations": sum(1 for a in accounts if a["rank"] == 0),
-        "commit_share": statistics.median(commits) if commits else None,
-        "planned_bytes": job["status"].get("snapshot", {}).get("planned_bytes"),
-        "expected_bytes": job["status"].get("snapshot", {}).get("expected_bytes"),
-        "cpu_s": _cpu_per_iteration(job["ranks"], bench.o.warmup),
-    }
-
-
 # ---- the benchmark
 
 
-def _one_precision(bench: _Bench, precision: str) -> dict[str, Any]:
+def _one_precision(bench: _Bench, precision: str) -> None:
     o = bench.o
     _say(f"{precision}: {o.blocks} blocks of {o.block} iterations, with and without snapshots")
-    job = bench.run("snapshot", precision)
-    pairs = bench.blocks(job)
-    found: dict[str, Any] = {
-        "blocks": compare(pairs).as_dict(),
-        "snapshot": _snapshot_report(job, bench),
-        "seconds": {"on": [s for on, _ in pairs for s in on], "off": [s for _, off in pairs for s in off]},
-        "timeline": job["ranks"][-1]["timeline"],
-    }
-    _print_blocks(precision, compare(pairs), found["snapshot"])
+    found: dict[str, Any] = bench.found.setdefault(precision, {})
+    both: list[tuple[list[float], list[float]]] = []
+
+    def grown(ranks: Ranks, job: Job) -> None:
+        both[:] = pairs(ranks)
+        found["seconds"] = {"on": [s for on, _ in both for s in on], "off": [s for _, off in both for s in off]}
+        found["timeline"] = timeline(ranks)
+        if len(both) > 1:
+            found["blocks"] = compare(both).as_dict()
+            status = job.status() if (job.run_dir / STATUS).exists() else {}
+            found["snapshot"] = snapshot_report(ranks, status, job.events("iteration"))
+        bench.save()
+
+    try:
+        bench.run("snapshot", precision, grown=grown)
+    except JobError as err:
+        bench.lost(found, precision, err)
+    try:
+        result = compare(both)
+    except ValueError as err:
+        bench.lost(found, precision, err)
+    else:
+        print(f"  {2 * len(both)} of {o.blocks} blocks")
+        _print_blocks(precision, result, found["snapshot"])
     if o.pairs:
-        runs = []
-        for number in range(o.pairs):
+        _whole_runs(bench, precision, found)
+    found["checkpoints"] = {}
+    for kind in [k for k in o.checkpoints.split(",") if k and k != "none"]:
+        _checkpoint(bench, precision, kind, found)
+
+
+def _whole_runs(bench: _Bench, precision: str, found: dict[str, Any]) -> None:
+    runs = []
+    try:
+        for number in range(bench.o.pairs):
             sides = {}
             for deadpool in (True, False) if number % 2 == 0 else (False, True):
-                rows = bench.run("nothing", precision, deadpool=deadpool)["ranks"][0]["rows"]
-                sides[deadpool] = [b["begin"] - a["begin"] for a, b in itertools.pairwise(rows)][o.warmup :]
+                sides[deadpool] = seconds(bench.run("nothing", precision, deadpool=deadpool))
             runs.append((sides[True], sides[False]))
         found["runs"] = compare(runs).as_dict()
-        print(f"  whole runs, {o.pairs} pairs: {_ratio(compare(runs))}")
-    return found
+        print(f"  whole runs, {len(runs)} pairs: {_ratio(compare(runs))}")
+    except (JobError, ValueError) as err:
+        bench.lost(found.setdefault("runs", {}), "whole runs", err)
+    bench.save()
 
 
-def _checkpoints(bench: _Bench, precision: str, snapshot: Comparison | dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for kind in [k for k in bench.o.checkpoints.split(",") if k and k != "none"]:
-        with tempfile.TemporaryDirectory(prefix="deadpool-bench-save-", dir=bench.base) as directory:
-            flags = ["--save", directory, "--save-interval", "1", "--ckpt-format", "torch_dist", *CHECKPOINTS[kind]]
-            try:
-                result = compare(bench.blocks(bench.run("checkpoint", precision, flags, deadpool=False)))
-            except JobError as err:  # what was measured before still counts
-                _say(f"deadpool: Megatron's {kind} checkpoint: {err}")
-                found[kind] = {"error": str(err)}
-                continue
-        ours = snapshot["ratio"] - 1 if isinstance(snapshot, dict) else snapshot.ratio - 1
-        ours_high = snapshot["high"] - 1 if isinstance(snapshot, dict) else snapshot.high - 1
-        found[kind] = {**result.as_dict(), "overhead_to_ours_at_least": (result.low - 1) / max(ours_high, 1e-6)}
-        print(f"  Megatron's checkpoint of every iteration, {kind}: {_ratio(result)}")
+def _checkpoint(bench: _Bench, precision: str, kind: str, found: dict[str, Any]) -> None:
+    mine: dict[str, Any] = {}
+    found["checkpoints"][kind] = mine
+    with tempfile.TemporaryDirectory(prefix="deadpool-bench-save-", dir=bench.base) as directory:
+        flags = ["--save", directory, "--save-interval", "1", "--ckpt-format", "torch_dist", *CHECKPOINTS[kind]]
+        try:
+            result = compare(pairs(bench.run("checkpoint", precision, flags, deadpool=False)))
+        except (JobError, ValueError) as err:
+            return bench.lost(mine, f"Megatron's {kind} checkpoint", err)
+    mine |= result.as_dict()
+    print(f"  Megatron's checkpoint of every iteration, {kind}: {_ratio(result)}")
+    if ours := found.get("blocks"):
+        mine["overhead_to_ours_at_least"] = (result.low - 1) / max(ours["high"] - 1, 1e-6)
         print(
-            f"    its overhead {100 * (result.ratio - 1):.2f} %, ours {100 * ours:.2f} %; by the worse ends of both "
-            f"intervals at least {found[kind]['overhead_to_ours_at_least']:.0f} times ours"
+            f"    its overhead {100 * (result.ratio - 1):.2f} %, ours {100 * (ours['ratio'] - 1):.2f} %; by the worse "
+            f"ends of both intervals at least {mine['overhead_to_ours_at_least']:.0f} times ours"
         )
-    return found
+    bench.save()
 
 
 def _ratio(c: Comparison) -> str:
@@ -280,46 +283,79 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_overhead(options: argparse.Namespace) -> int:
-    """Measure, print, write; returns the exit code."""
-    precisions = options.precisions.split(",")
-    wrong = [p for p in precisions if p not in _PRECISIONS]
-    wrong += [k for k in options.checkpoints.split(",") if k not in (*CHECKPOINTS, "none", "")]
+def _wrong(o: argparse.Namespace) -> str:
+    """What is wrong with the options; empty when nothing is."""
+    wrong = [p for p in o.precisions.split(",") if p not in _PRECISIONS]
+    wrong += [k for k in o.checkpoints.split(",") if k not in (*CHECKPOINTS, "none", "")]
     if wrong:
-        _say(f"deadpool: bench overhead: {wrong[0]!r} is not one of its choices")
-        return 2
-    if options.blocks < 4 or options.blocks % 2:
-        _say("deadpool: bench overhead: --blocks must be an even number of 4 or more")
+        return f"{wrong[0]!r} is not one of its choices"
+    if o.blocks < 4 or o.blocks % 2:
+        return "--blocks must be an even number of 4 or more"
+    if o.minutes is not None and not 1 <= o.minutes < math.inf:
+        return "--minutes must be at least 1"
+    if wrong_cores := _wrong_cores(o.cores) if o.cores else "":
+        return wrong_cores
+    return "" if Path(o.script).is_file() else f"{o.script}: there is no such script"
+
+
+def _wrong_cores(text: str) -> str:
+    try:
+        workers, agents = map(parse_cpus, text.split(":"))
+    except ValueError:
+        return f"--cores {text}: expected two lists of processors, as in 0-5:6,7"
+    missing = (workers | agents) - os.sched_getaffinity(0)
+    if missing:
+        return f"--cores {text}: this process may not use processor {min(missing)}"
+    if not workers or not agents or workers & agents:
+        return f"--cores {text}: workers and agents each need processors of their own"
+    return ""
+
+
+def run_overhead(options: argparse.Namespace) -> int:
+    """Measure, print, write; returns the exit code: 1 when a part has failed, whose error is among the results."""
+    if wrong := _wrong(options):
+        _say(f"deadpool: bench overhead: {wrong}")
         return 2
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
-    bench = _Bench(options, Path(tempfile.mkdtemp(prefix="deadpool-bench-")))
-    found: dict[str, Any] = {}
+    precisions = options.precisions.split(",")
+    kinds = [k for k in options.checkpoints.split(",") if k and k != "none"]
+    parts = len(precisions) * (1 + 2 * options.pairs + len(kinds))
+    bench = _Bench(options, Path(tempfile.mkdtemp(prefix="deadpool-bench-")), parts)
+    before = os.sched_getaffinity(0)
+    if options.cores:  # everything but the workers; they move themselves (`megatron.timed`)
+        os.sched_setaffinity(0, parse_cpus(options.cores.split(":")[1]))
     try:
         for precision in precisions:
-            found[precision] = _one_precision(bench, precision)
-            found[precision]["checkpoints"] = _checkpoints(bench, precision, found[precision]["blocks"])
-    except (JobError, ValueError) as err:
-        _say(f"deadpool: {err}")
-        return 1
+            _one_precision(bench, precision)
     finally:
-        if options.out and found:
-            _write(Path(options.out), options, found)
-    return 0
+        os.sched_setaffinity(0, before)
+        bench.save()
+        _draw(options, bench.found)
+    return int(bench.failed)
 
 
 def _write(directory: Path, options: argparse.Namespace, found: dict[str, Any]) -> None:
     conditions = {
         "command": sys.argv[1:],
         "cpus": os.cpu_count(),
+        "cores": options.cores,
         "load": os.getloadavg(),
         "block": options.block,
         "blocks": options.blocks,
         "warmup": options.warmup,
     }
-    (directory / "overhead.json").write_text(json.dumps({"conditions": conditions, "results": found}, indent=1))
+    new = directory / "overhead.json.new"
+    new.write_text(json.dumps({"conditions": conditions, "results": found}, indent=1))
+    new.replace(directory / "overhead.json")
+
+
+def _draw(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    measured = {precision: each for precision, each in found.items() if "blocks" in each}
+    if not (options.out and measured):
+        return
     try:
-        for path in draw_overhead(directory, found):
+        for path in draw_overhead(Path(options.out), measured):
             _say(f"deadpool: {path}")
     except MissingPlots as err:
         _say(f"deadpool: {err}")

@@ -26,6 +26,7 @@ _SEAMS: Final = {
         "train",
         "train_step",
         "training_log",
+        "evaluate",
         "checkpoint_and_decide_exit",
         "save_checkpoint_and_time",
         "maybe_finalize_async_save",

@@ -11,11 +11,14 @@ Every hook replaces a module global that upstream looks up at call time:
                                           ``build_train_valid_test_data_iterators``: a spare's data position
                                           ``cyclic_iter``: one whose position can be told
                                           ``train``: the loop that recovers and goes on
+                                          ``pretrain``: nobody leaves before everybody is through
                                           ``train_step``: a generation opens and ends
                                           ``training_log``: printed averages survive a re-entry
                                           ``checkpoint_and_decide_exit``: the count of operations so far
+                                          ``evaluate``: its numbers are looked at before they are printed
                                           ``evaluate_and_print_results``, ``save_checkpoint_and_time``,
-                                          ``maybe_finalize_async_save``: done once for an iteration
+                                          ``maybe_finalize_async_save``: done once for an iteration, and again
+                                          after a recovery where they come after ``train``
 ``core.pipeline_parallel.schedules``      ``backward_step``: ticks; forward ticks wrap ``forward_step_func``
 ========================================  ===============================================================
 """
@@ -39,22 +42,25 @@ from deadpool_megatron import config as settings
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.pulse import PulsePage
-from deadpool_megatron.comm import Communicators
-from deadpool_megatron.megatron import saving, state_hash
+from deadpool_megatron.comm import Communicators, is_communication_error
+from deadpool_megatron.megatron import saving
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.data_position import DataPosition
 from deadpool_megatron.megatron.description import describe_job
 from deadpool_megatron.megatron.frozen import frozen_parameters
 from deadpool_megatron.megatron.passes import Passes
+from deadpool_megatron.megatron.redo import Redo
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
-from deadpool_megatron.support import UserError, check_arguments
+from deadpool_megatron.support import UserError, check_arguments, check_environment
 from deadpool_megatron.vault import VaultError
 
 __all__ = ["Hooks"]
+
+_OWN_ERROR_S = 0.5  # from an error of this rank's own until it is told, in case the epoch's end comes with it
 
 
 @dataclass(slots=True)
@@ -86,6 +92,8 @@ class Hooks:
     durable: r.Generation | None = None
     _data: DataPosition = field(default_factory=DataPosition)
     _run_args: RunArgs | None = None
+    _redo: Redo | None = None
+    _in_pretrain: bool = False
     _rejoined: bool = False
     _groups: str = ""
     _originals: dict[str, Any] = field(default_factory=dict)
@@ -108,9 +116,12 @@ class Hooks:
         self._replace(training, "load_checkpoint", self._load_checkpoint)
         self._replace(training, "build_train_valid_test_data_iterators", self._build_iterators)
         self._replace(training, "cyclic_iter", lambda _, loader: Passes(loader))
+        self._replace(training, "pretrain", self._pretrain)
+        megatron.training.pretrain = training.pretrain  # the name that scripts import
         self._replace(training, "train", self._train)
         self._replace(training, "train_step", self._train_step)
         self._replace(training, "training_log", self._training_log)
+        self._replace(training, "evaluate", self._evaluated)
         self._replace(training, "evaluate_and_print_results", self._evaluate)
         self._replace(training, "save_checkpoint_and_time", self._save_once)
         self._replace(training, "maybe_finalize_async_save", self._finalize_async_save)
@@ -155,6 +166,7 @@ class Hooks:
 
         if self.standby:
             points.reach("take-over.building")
+        check_environment(os.environ)
         check_arguments(get_args())
         if self.standby:
             # A checkpoint to load would be read by collectives; the spare's state comes from a vault.
@@ -172,7 +184,7 @@ class Hooks:
 
     def _resumes(self, megatron_args: Any) -> None:
         """The agent says which durable generation there is, once it has brought this rank's shard into its vault."""
-        agreed = self.session.wait_generation(0)
+        agreed = self.session.wait_generation(self.session.joined_epoch)
         if agreed.generation >= 0:
             self.durable = agreed
         elif self.config.export:
@@ -254,51 +266,65 @@ class Hooks:
         if not self.standby:
             self.communicators.prepare(self.store())  # connecting takes seconds now and then: not in a recovery
         self.phase = "training"
-        error: BaseException | None = None
-        rejoining = self.standby
+
+        def train() -> Any:
+            leaving: SystemExit | None = None
+            result: Any = None
+            try:
+                result = original(*bound.args, **bound.kwargs)
+            except SystemExit as exit_:
+                leaving = exit_
+            trainer.report_all()
+            if leaving is not None or not self._in_pretrain:
+                self._all_through()
+            if leaving is not None:
+                raise leaving
+            return result
+
+        self._redo = Redo(train, functools.partial(self._recover, trainer, bound.arguments))
+        recovering = self.standby
         if not self.standby:
             try:
                 trainer.take_first_generation(self.config.abort_deadline)
             except EpochClosed:
-                rejoining = True
-        if self.config.export and not rejoining:
+                recovering = True
+        if self.config.export and not recovering:
             self._export(bound.arguments)
-        while True:
-            saves = -1  # the epoch that only saves a checkpoint
-            if rejoining:
-                away = time.perf_counter()
-                declared = self._rejoin(trainer, error)
-                self._series.recovered(time.perf_counter() - away)
-                error = None
-                saving.forget_strategies(a["checkpointing_context"])
-                if declared.purpose == "save":
-                    saves = declared.epoch
-            try:
-                if saves >= 0:
-                    self._save_and_leave(bound.arguments, saves)
-                try:
-                    result = original(*bound.args, **bound.kwargs)
-                    leaving: SystemExit | None = None
-                except SystemExit as exit_:
-                    result, leaving = None, exit_
-                trainer.report_all()
-                epoch = self.session.joined_epoch
-                self.session.step("finished", epoch, self.iteration)
-                self.session.wait_all_finished(epoch)
-            except (EpochClosed, Superseded):
-                rejoining = True
-                continue
-            except Exception as err:  # noqa: BLE001 - whatever the broken step raised: _rejoin decides what it was
-                error = err
-                rejoining = True
-                continue
-            self.phase = "tail"
-            if self.config.state_hash:
-                digests = state_hash.digests(megatron_args, a["model"], a["optimizer"], a["opt_param_scheduler"])
-                self.session.tell(r.StateHash(0, trainer.rank, digests))
-            if leaving is not None:
-                raise leaving
-            return result
+        result = self._redo.train(recovering)
+        self.phase = "tail"
+        return result
+
+    def _recover(
+        self, trainer: MegatronTrainer, a: dict[str, Any], error: BaseException | None
+    ) -> Callable[[], Any] | None:
+        """Until this rank can train again. What it has to do instead, when no spare is left: save.
+
+        Raises the error that is this rank's own.
+        """
+        away = time.perf_counter()
+        declared = self._rejoin(trainer, error)
+        self._series.recovered(time.perf_counter() - away)
+        saving.forget_strategies(a["checkpointing_context"])
+        if declared.purpose == "save":
+            return functools.partial(self._save_and_leave, a, declared.epoch)
+        return None
+
+    def _pretrain(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Nobody leaves before all ranks are through with everything: the last checkpoint may need them again."""
+        self._in_pretrain = True
+        result = original(*args, **kwargs)
+        if self._redo is not None:
+            self._redo.do(self._all_through)
+        return result
+
+    def _all_through(self) -> None:
+        """This rank has done everything; until all have. Raises Superseded when an epoch begins instead."""
+        trainer, epoch = self.trainer, self.session.joined_epoch
+        assert trainer is not None
+        if self.config.state_hash:
+            self.session.tell(r.StateHash(0, trainer.rank, trainer.digests()))
+        self.session.step("finished", epoch, self.iteration)
+        self.session.wait_all_finished(epoch)
 
     @property
     def _patience(self) -> float:
@@ -307,21 +333,20 @@ class Hooks:
 
     def _rejoin(self, trainer: MegatronTrainer, error: BaseException | None) -> r.Declare:
         c = self.config
-        communication = error is None or _is_communication_error(error)
-        # An error of this rank's own is told soon; one that a lost peer explains waits for the lease to say so.
-        declare = self._patience if communication else 0.5
-        if self.standby and error is None:
-            declare = c.build_deadline
+        # A peer that has been aborted already posts steps without data (NCCL's prims_simple.h: an aborted kernel's
+        # waitPeer breaks off, its postPeer goes on), so this rank may read garbage before it hears of the epoch's end.
+        own = c.lease if torch.distributed.get_backend() == "nccl" else _OWN_ERROR_S
         try:
             if error is not None:
+                trainer.look_at_device()
                 _drop_frames(error)
             declared = rejoin(
                 self.session,
                 self.communicators,
                 trainer,
                 self.store,
-                Patience(declare, self._patience),
-                _is_communication_error,
+                Patience(c.build_deadline, self._patience, own),
+                is_communication_error,
                 error,
             )
         except UnexplainedError:
@@ -416,40 +441,65 @@ class Hooks:
                 train_data_iterator=a["train_data_iterator"],
             )
 
+    def _evaluated(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if self.trainer is not None:
+            self.trainer.look()
+        return result
+
     def _evaluate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.trainer
-        if trainer is None:
+        if trainer is None or self._redo is None:
             return original(*args, **kwargs)
-        iteration = inspect.signature(original).bind(*args, **kwargs).arguments["iteration"]
-        points.reach("evaluation.before")
-        with trainer.once.quiet_if(trainer.once.done("evaluation", iteration)):
-            result = original(*args, **kwargs)
-        trainer.once.tell("evaluation", iteration)
-        points.reach("evaluation.after")
-        return result
+        bound = inspect.signature(original).bind(*args, **kwargs).arguments
+        iteration = bound["iteration"]
+        others = trainer.replays_of(bound["data_iterator"], iteration)
+
+        def evaluate() -> Any:
+            points.reach("evaluation.before")
+            for replay in others:
+                replay.rewind(iteration)
+            with trainer.once.quiet_if(trainer.once.done("evaluation", iteration)):
+                result = original(*args, **kwargs)
+            trainer.once.tell("evaluation", iteration)
+            points.reach("evaluation.after")
+            return result
+
+        return self._redo.do(evaluate)
 
     def _save_once(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.trainer
-        if trainer is None:
+        if trainer is None or self._redo is None:
             return original(*args, **kwargs)
         from megatron.training import get_args
 
         iteration = inspect.signature(original).bind(*args, **kwargs).arguments["iteration"]
-        if trainer.once.done("save", iteration):
-            return None
-        points.reach("save.before")
-        trainer.once.save_begins(iteration)
-        result = original(*args, **kwargs)
-        points.reach("save.after")
-        if not get_args().async_save:
-            trainer.once.save_ends()
-        return result
+
+        def save() -> Any:
+            if trainer.once.done("save", iteration):
+                return None
+            points.reach("save.before")
+            trainer.look()
+            trainer.once.save_begins(iteration)
+            result = original(*args, **kwargs)
+            points.reach("save.after")
+            if not get_args().async_save:
+                trainer.once.save_ends()
+            return result
+
+        return self._redo.do(save)
 
     def _finalize_async_save(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if self.trainer is not None:
-            self.trainer.once.save_ends()
-        return result
+        trainer = self.trainer
+        if trainer is None or self._redo is None:
+            return original(*args, **kwargs)
+
+        def finalize() -> Any:
+            result = original(*args, **kwargs)
+            trainer.once.save_ends()
+            return result
+
+        return self._redo.do(finalize)
 
     def _training_log(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Upstream's first call after entering ``train`` starts new averages; ours go on where the generation was."""
@@ -465,8 +515,10 @@ class Hooks:
             bound.arguments["is_first_iteration"] = False
         iteration = bound.arguments["iteration"]
         points.reach("log.before")
+        trainer.look()
         with trainer.once.quiet_if(trainer.once.done("log", iteration)):
             result = original(*bound.args, **bound.kwargs)
+        trainer.look()  # upstream reduces some of its averages only there
         trainer.once.tell("log", iteration)
         points.reach("log.after")
         state.log = dict(totals)
@@ -495,16 +547,6 @@ def _ticking(forward_step: Any, trainer: MegatronTrainer) -> Any:
         return forward_step(*args, **kwargs)
 
     return ticking
-
-
-def _is_communication_error(error: BaseException) -> bool:
-    """May a lost peer have caused this? c10d raises RuntimeError and its subclasses (DistBackendError ...)."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        word in text for word in ("gloo", "Gloo", "NCCL", "nccl", "onnection", "ommunicator", "timed out", "Timed out")
-    )
 
 
 def _drop_frames(error: BaseException) -> None:

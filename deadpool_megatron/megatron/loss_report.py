@@ -54,6 +54,10 @@ class LossReport:
             _, buffer, names, tell = self._waiting.popleft()
             tell(dict(zip(names, buffer[: len(names)].tolist(), strict=True)))
 
+    def drop(self) -> None:
+        """Forget what is not told yet: its epoch has ended, and it may be garbage."""
+        self._waiting.clear()
+
     def flush(self) -> None:
         """Tell all; waits for the device if need be."""
         if self._waiting:

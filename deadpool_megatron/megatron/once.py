@@ -11,7 +11,8 @@ state is saved in its place.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from megatron.training import async_utils, training
 
@@ -22,12 +23,19 @@ from deadpool_megatron.recovery import Session
 __all__ = ["Once"]
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
 class Once:
     """One rank's account. Iterations are Megatron's: 1 is the first."""
 
-    def __init__(self, session: Session, rank: int, world_size: int, log_interval: int, first: int) -> None:
-        """``first``: the iteration the job started with, the same on every rank and on a spare."""
+    def __init__(
+        self, session: Session, check: Callable[[], None], rank: int, world_size: int, log_interval: int, first: int
+    ) -> None:
+        """``first``: the iteration the job started with, the same on every rank and on a spare. ``check``: raises when
+        the epoch has ended; what is told or printed then may be garbage, and would keep back the right line later."""
         self._session = session
+        self._check = check
         self._rank = rank
         self._tells = rank == world_size - 1  # the rank whose lines Megatron prints
         self._log_interval = log_interval
@@ -45,7 +53,8 @@ class Once:
         return iteration <= self._done.get(act, -1)
 
     def tell(self, act: r.Act, iteration: int) -> None:
-        """It is done now."""
+        """It is done now. Raises what ``check`` raises."""
+        self._check()
         if act == "log" and iteration % self._log_interval:
             return
         if self._tells and not self.done(act, iteration):
@@ -53,19 +62,24 @@ class Once:
 
     @contextlib.contextmanager
     def quiet_if(self, done: bool) -> Iterator[None]:
-        """With ``done``, upstream prints and writes nothing: its print and its writers are out of reach meanwhile."""
-        if not done:
-            yield
-            return
+        """With ``done``, upstream prints and writes nothing: its print and its writers are out of reach meanwhile.
+        Else it does so while the epoch lasts."""
         names = ("print_rank_last", "get_tensorboard_writer", "get_wandb_writer", "get_one_logger")
         before = {name: getattr(training, name) for name in names if hasattr(training, name)}
-        for name in before:
-            setattr(training, name, lambda *args, **kwargs: None)
+        for name, call in before.items():
+            setattr(training, name, _nothing if done else self._checked(call))
         try:
             yield
         finally:
             for name, value in before.items():
                 setattr(training, name, value)
+
+    def _checked(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._check()
+            return call(*args, **kwargs)
+
+        return checked
 
     # ---- checkpoints
 

@@ -19,7 +19,7 @@ from deadpool_megatron.megatron.optimizer_state import derive_parameters, member
 from deadpool_megatron.megatron.sums import clear_sums
 from deadpool_megatron.megatron.unique_state import UniqueState
 
-__all__ = ["full_iteration_graphs", "reset_after_abort", "synchronize_parameters"]
+__all__ = ["drop_graphs", "full_iteration_graphs", "reset_after_abort", "synchronize_parameters"]
 
 
 def full_iteration_graphs(args: Any) -> bool:
@@ -27,12 +27,15 @@ def full_iteration_graphs(args: Any) -> bool:
     return getattr(args, "cuda_graph_impl", None) == "full_iteration"
 
 
-def _drop_graphs() -> None:
+def drop_graphs() -> None:
     """A graph holds the collectives of groups that are gone: it is warmed up and captured anew, on all ranks alike.
 
+    Before the abort is waited for: NCCL's commDestroySync polls until all graphs that hold the communicator are gone.
     Source: upstream's FullCudaGraphWrapper.reset_cuda_graph; its state is the class's, and wrappers come and go with
     ``train`` and ``evaluate``.
     """
+    if not full_iteration_graphs(get_args()):
+        return
     from megatron.core.full_cuda_graph import FullCudaGraphWrapper
 
     for stage in FullCudaGraphWrapper.cuda_graph:
@@ -44,8 +47,6 @@ def _drop_graphs() -> None:
 def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
     """Drop handles, gradients and half-done bookkeeping of the step that broke. No communication, no allocation."""
     adapter = current()
-    if full_iteration_graphs(get_args()):
-        _drop_graphs()
     config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
     for timer in get_timers()._timers.values():
         timer._started = False

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
+from deadpool_megatron import comm, emulation
+
 __all__ = ["follow_job", "publish_job", "warm_up"]
 
 _KEY = "deadpool/job"
@@ -30,8 +32,9 @@ _LOOK_S, _AGAIN_S = 5.0, 1.0  # between looks whether it is still there; until a
 def warm_up(script: str) -> None:
     """Import what the script imports, bring up the device, and run once what is slow the first time.
 
-    That is the optimizer's lazy import of torch._dynamo (3 s), a first backward pass, and Megatron's flag parser,
-    which reads the source of its dataclasses for their docstrings at each parse (1 s; remembered from here on).
+    That is NCCL with its first communicator, the optimizer's lazy import of torch._dynamo (3 s), a first backward pass,
+    and Megatron's flag parser, which reads the source of its dataclasses for their docstrings at each parse (1 s;
+    remembered from here on).
     """
     from megatron.training import arguments
 
@@ -40,6 +43,8 @@ def warm_up(script: str) -> None:
             importlib.import_module(name)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if torch.distributed.is_nccl_available() and not emulation.is_installed():
+            comm.warm_up(torch.device("cuda", torch.cuda.current_device()))
     weight = torch.nn.Parameter(torch.zeros(8, 8, device="cuda" if torch.cuda.is_available() else "cpu"))
     optimizer = torch.optim.AdamW([weight])
     (weight @ weight).sum().backward()

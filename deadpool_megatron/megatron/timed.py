@@ -1,14 +1,23 @@
 """``python -m deadpool_megatron.megatron.timed SCRIPT [ARGS]``, or as a script: SCRIPT with every iteration timed.
 
 For `deadpool bench overhead`. In one process, blocks of iterations with and without what is measured alternate: the
-snapshots of DeadPool, or Megatron's own checkpoint of every iteration. Nothing is written before the end.
+snapshots of DeadPool, or Megatron's own checkpoint of every iteration. Each rank appends a line of JSON to its file
+when a block is over, between two iterations and counted in neither, so that a job that is ended loses its last block::
+
+    {"block": 0, "on": true, "agent": 4711, "agent_s": 0.12, "rows": [{"iteration": 10, "seconds": 0.3, "cpu": 0.29}]}
+
+``block`` is -1 for the warm-up. ``agent_s`` is CPU seconds of the node's agent, whose process id is ``agent``; ``cpu``
+this process's. With snapshots a row has an ``account`` too. The last line has the ``timeline`` of the last iteration,
+which is not measured. Nothing is written once the job was disturbed: a process that begins an iteration again, or has
+the place of another one, would measure a recovery.
 
 Read from the environment:
 
-* ``BENCH_TIMED_OUT``: directory that gets ``rank-R.json``
+* ``BENCH_TIMED_OUT``: directory that gets ``rank-R.jsonl``, empty when the job begins
 * ``BENCH_TIMED_WHAT``: ``snapshot``, ``checkpoint`` or ``nothing`` (no blocks)
 * ``BENCH_TIMED_BLOCK``: iterations a block, ``BENCH_TIMED_WARMUP``: iterations before the first block
 * ``BENCH_TIMED_TRACE``: 1 to trace one iteration of rank 0 with torch's profiler (a GPU's timeline), at the end
+* ``BENCH_TIMED_CORES``: processors this process moves to, as in ``0-3,8``; without it, it stays where it is
 """
 
 from __future__ import annotations
@@ -24,6 +33,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from deadpool_megatron.cluster.pinning import parse_cpus, pin_threads
 
 __all__ = ["block_is_on", "main"]
 
@@ -48,28 +59,46 @@ class _Recorder:
     block: int
     warmup: int
     trace: bool
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    agent_cpu: list[tuple[int, float]] = field(default_factory=list)
-    _was_on: bool | None = None
-    _profiler: Any = None
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+    _number: int = -2  # of the block; none has begun
+    _on: bool | None = None
+    _agent_s: float = 0.0
+    _began: tuple[int, float, float] | None = None
+    _path: Path | None = None  # None once the job was disturbed
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / f"rank-{os.environ['RANK']}.jsonl"
+        self._path = None if path.exists() else path
+        if self._path:
+            self._path.touch()
 
     def begin(self, iteration: int) -> None:
-        """An iteration begins: switch, then read the clocks."""
-        on = self.what != "nothing" and block_is_on(iteration, self.warmup, self.block)
-        self._note()
-        if on != self._was_on:
-            self._switch(on)
-            self._was_on = on
-            self.agent_cpu.append((iteration, _agent_cpu_s()))
+        """An iteration begins: account for the one before, switch, then read the clocks."""
+        if self._began and iteration <= self._began[0]:
+            self._path = None
+        self._ended()
+        number = max(-1, (iteration - self.warmup) // self.block)
+        if number != self._number:
+            if self._rows:
+                agent_s = _agent_cpu_s()
+                self._write(block=self._number, on=self._on, agent_s=agent_s - self._agent_s, rows=self._rows)
+            on = self.what != "nothing" and block_is_on(iteration, self.warmup, self.block)
+            if on != self._on:
+                self._switch(on)
+            self._rows, self._number, self._on, self._agent_s = [], number, on, _agent_cpu_s()
         if _is_last(iteration) and _trainer() is not None:
             _trainer().trace()
-        self.rows.append({"iteration": iteration, "on": on, "begin": time.perf_counter(), "cpu": time.process_time()})
+        self._began = (iteration, time.perf_counter(), time.process_time())
 
-    def _note(self) -> None:
-        """What DeadPool says of the iteration that has just ended."""
+    def _ended(self) -> None:
+        """The iteration that has begun is over: its times, and what DeadPool says of it."""
+        if self._began is None:
+            return
+        iteration, wall, cpu = self._began
+        row = {"iteration": iteration, "seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
         trainer = _trainer()
-        if self.rows and trainer is not None:
-            self.rows[-1]["account"] = trainer.account()
+        self._rows.append(row if trainer is None else {**row, "account": trainer.account()})
 
     def _switch(self, on: bool) -> None:
         if self.what == "snapshot":
@@ -85,21 +114,15 @@ class _Recorder:
                 _remove_checkpoints(Path(args.save))
 
     def end(self) -> None:
-        """Write everything."""
-        self._note()
-        rank = int(os.environ["RANK"])
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Write the timeline, if there is one."""
         trainer = _trainer()
-        content = {
-            "rank": rank,
-            "what": self.what,
-            "end": time.perf_counter(),
-            "cpu_end": time.process_time(),
-            "rows": self.rows,
-            "agent_cpu": [*self.agent_cpu, (len(self.rows), _agent_cpu_s())],
-            "timeline": trainer.traced() if trainer is not None else None,
-        }
-        (self.out / f"rank-{rank}.json").write_text(json.dumps(content))
+        if trainer is not None:
+            self._write(timeline=trainer.traced())
+
+    def _write(self, **what: Any) -> None:
+        if self._path:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"agent": os.getppid(), **what}) + "\n")
 
 
 def _remove_checkpoints(directory: Path) -> None:
@@ -129,7 +152,6 @@ def _timed(train_step: Callable[..., Any], recorder: _Recorder) -> Callable[...,
 
         with torch.profiler.profile() as profile:
             result = train_step(*args, **kwargs)
-        recorder.out.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(recorder.out / "trace.json.gz"))
         return result
 
@@ -152,6 +174,8 @@ def main() -> None:
         int(env["BENCH_TIMED_WARMUP"]),
         env.get("BENCH_TIMED_TRACE") == "1",
     )
+    if cores := env.get("BENCH_TIMED_CORES"):
+        pin_threads(parse_cpus(cores))
     script = sys.argv[1]
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(script).resolve().parent)
@@ -161,8 +185,7 @@ def main() -> None:
     try:
         runpy.run_path(script, run_name="__main__")
     finally:
-        if recorder.rows:
-            recorder.end()
+        recorder.end()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.pulse import PulsePage
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.config import DeadpoolConfig
+from deadpool_megatron.megatron import state_hash
 from deadpool_megatron.megatron.comparison import Comparison, Difference, Unequal
 from deadpool_megatron.megatron.description import describe_layout
 from deadpool_megatron.megatron.faults import strike
@@ -30,12 +31,17 @@ from deadpool_megatron.megatron.loss_report import LossReport
 from deadpool_megatron.megatron.near import numa_node
 from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
-from deadpool_megatron.megatron.reset import full_iteration_graphs, reset_after_abort, synchronize_parameters
+from deadpool_megatron.megatron.reset import (
+    drop_graphs,
+    full_iteration_graphs,
+    reset_after_abort,
+    synchronize_parameters,
+)
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.saving import drop_unfinished_saves
 from deadpool_megatron.megatron.small_state import SmallState, positions, unlike
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
-from deadpool_megatron.recovery import Refused, Session
+from deadpool_megatron.recovery import Refused, Session, Superseded
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
 from deadpool_megatron.support import UserError
 from deadpool_megatron.vault import ConstantsWriter, SlotWriter, Version, constants_of
@@ -94,7 +100,12 @@ class MegatronTrainer:
             args.deadpool_first_iteration = args.iteration
         self.rank = torch.distributed.get_rank()
         self.once = Once(
-            session, self.rank, torch.distributed.get_world_size(), args.log_interval, args.deadpool_first_iteration
+            session,
+            self.check,
+            self.rank,
+            torch.distributed.get_world_size(),
+            args.log_interval,
+            args.deadpool_first_iteration,
         )
         self._unique = UniqueState(optimizer)
         self._frozen = Frozen(model, config.slice_bytes)
@@ -126,13 +137,15 @@ class MegatronTrainer:
         # No Python runs inside of a replayed iteration: slices are asked for before it, and the gate comes after it.
         self._graphed = full_iteration_graphs(args)
         self.live_generation: int | None = None
+        self.live_epoch = session.joined_epoch
+        self._restored = -1  # the generation that training goes on from, until it has been trained
         self._ticks = 0
         self._blocked = 0.0
         self._fault: r.Fault | None = None
         self._slow_s = 0.0
         self._resumed_epoch = session.joined_epoch
         self._first = (-1, -1)
-        self._host_must_wait = args.clip_grad == 0 and not _emulated()
+        self._on_device = torch.cuda.is_available() and not _emulated()
         self._losses = LossReport()
         self._tells_losses = (
             parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -168,8 +181,20 @@ class MegatronTrainer:
                 self._communicators.table_digest(),
                 can_rescue,
                 self._expected,
+                repeatable=self._repeatable(),
             )
         )
+
+    def _repeatable(self) -> bool:
+        """Whether training a generation once more gives the same bits: states of different epochs may be mixed then.
+
+        On a device Megatron's ``--deterministic-mode`` has it so (it wants NCCL_ALGO set), and groups that were formed
+        anew reduce in the same order only without NVLS, which adds up in the switch.
+        """
+        if _emulated() or not torch.cuda.is_available():
+            return True
+        algorithms = os.environ.get("NCCL_ALGO", "")
+        return bool(self._args.deterministic_mode) and algorithms in ("Ring", "Tree", "^NVLS")
 
     def resume(self, at: r.Generation) -> None:
         """Begin with a durable generation that is in the own vault. Collective; raises what a broken one raises."""
@@ -225,6 +250,8 @@ class MegatronTrainer:
             keep_from = min(keep_from, kept.generation)
         for replay in self._replays:
             replay.mark(iteration, keep_from)
+        if iteration != self._restored:  # that one is still what it was restored from
+            self.live_epoch, self._restored = session.joined_epoch, -1
         self.live_generation = iteration
         self._ticks = 0
         points.reach("small-state.after")
@@ -294,6 +321,14 @@ class MegatronTrainer:
         if self._session.closed or self._communicators.poisoned:
             raise EpochClosed
 
+    def look(self) -> None:
+        """Before anything that lasts is made of numbers of this iteration, the optimizer's step first of all: the host
+        waits for the collectives that they come from, since an aborted one returns garbage and no error. Raises
+        EpochClosed."""
+        if self._on_device:
+            torch.cuda.current_stream().synchronize()
+        self.check()
+
     def _gated(self, step: Any) -> Any:
         """The commit gate around ``optimizer.step_with_ready_grads``, the first mutation of unique state."""
 
@@ -303,12 +338,9 @@ class MegatronTrainer:
             if self._graphed:
                 self._page.beat()
             self._snapshotter.gate()
-            if self._host_must_wait:
-                # Nothing has made the host wait for the gradients yet, so an aborted collective could go unseen.
-                torch.cuda.current_stream().synchronize()
-            self.check()
-            self.live_generation = None
             self._blocked += time.perf_counter() - start
+            self.look()  # also with Transformer Engine, where the gradients' norm stays on the device
+            self.live_generation = None
             points.reach("optimizer-step.before")
             result = step(*args, **kwargs)
             points.reach("optimizer-step.after")
@@ -321,6 +353,7 @@ class MegatronTrainer:
         points.reach("iteration.after")
         self._page.leave()
         self._mark("end")
+        self.check()
         if self.paused:
             return
         start = time.perf_counter()
@@ -345,6 +378,7 @@ class MegatronTrainer:
             )
 
             def tell(losses: dict[str, float]) -> None:
+                self.check()
                 exact = {name: value.hex() for name, value in losses.items()}
                 self._session.tell(msgspec.structs.replace(record, losses=exact))
 
@@ -354,6 +388,10 @@ class MegatronTrainer:
     def report_all(self) -> None:
         """Training is over: tell what is still on its way."""
         self._losses.flush()
+
+    def digests(self) -> dict[str, str]:
+        """Of the state that training has ended with, as `state_hash.digests`."""
+        return state_hash.digests(self._args, self._model, self._optimizer, self._scheduler)
 
     def figures(self) -> dict[str, float]:
         """Of the last iteration on this rank, for the run's writers; seconds, bytes, bytes a second.
@@ -389,10 +427,25 @@ class MegatronTrainer:
         if self._trace is not None:
             self._trace.append((time.perf_counter(), what))
 
+    def look_at_device(self) -> None:
+        """Raises torch.AcceleratorError when a kernel has failed, whoever has met that first: NCCL says it in words of
+        its own. Waits for nothing."""
+        if self._on_device:
+            torch.cuda.current_stream().query()
+
     # ---- recovery.Trainer
 
+    def let_go(self) -> None:
+        """Drop the graph of an iteration."""
+        drop_graphs()
+
     def unwind(self) -> None:
-        """Drop what the broken step left behind."""
+        """Drop what the broken step left behind; what it has queued on the device comes to its end first."""
+        if self._on_device:
+            # As long as that takes: an abort ends NCCL's kernels, but not what was queued behind them, and that must
+            # not write into what is restored. A survivor that is too late at it counts as lost (abort_deadline).
+            torch.cuda.synchronize()
+        self._losses.drop()
         self._snapshotter.give_up()
         self._page.leave()
         drop_unfinished_saves(self.rank)
@@ -401,10 +454,11 @@ class MegatronTrainer:
     def restore(self, agreed: r.Generation) -> None:
         """Make the live state that of the agreed generation. Raises VaultError, and has changed nothing then."""
         generation = agreed.generation
-        if self.live_generation == generation and self._small_generation == generation:
+        if agreed.live and self.live_generation == generation and self._small_generation == generation:
             small = self._small
         else:
             small = self._snapshotter.restore(Version(agreed.version_epoch, generation))
+            self.live_epoch = agreed.version_epoch
         self.live_generation = None
         # Data first: building iterators and drawing from them moves random numbers, which the small state puts back.
         if not all(replay.remembers(generation) for replay in self._replays):
@@ -422,7 +476,7 @@ class MegatronTrainer:
         for each in self._reruns():
             each.replaying, each.saved_microbatches, each.replay_pos = False, [], 0
         self.once.agreed(agreed.done)
-        self.live_generation = generation
+        self.live_generation = self._restored = generation
 
     def synchronize(self) -> None:
         """Bring back what other ranks hold: replicated state, 16-bit parameters. Collective."""
@@ -430,7 +484,10 @@ class MegatronTrainer:
         self._frozen.keep()
 
     def prove(self) -> None:
-        """Compare all ranks; restore what differs once more. Collective. Raises Unequal if it differs still."""
+        """Compare all ranks; restore what differs once more. Collective.
+
+        Raises Unequal if it differs still, Superseded when the epoch has ended: then all differ from garbage.
+        """
         begun = time.perf_counter()
         found = self._compare()
         if found:
@@ -438,6 +495,8 @@ class MegatronTrainer:
             self._frozen.look()
             self.synchronize()
         left = self._compare() if found else []
+        if self._session.closed:
+            raise Superseded(self._session.declared_epoch)
         if self.rank == 0 or any(self.rank in each.ranks for each in found):
             self._told(self._small_generation, found, not left, time.perf_counter() - begun)
         if left:
@@ -466,6 +525,7 @@ class MegatronTrainer:
         found = self._comparison.run(True)
         if lazily:
             training.enable_forward_pre_hook(self._model)
+        self.check()
         if self.rank == 0:
             self._told(iteration, found, not found, time.perf_counter() - begun)
 
@@ -473,6 +533,14 @@ class MegatronTrainer:
         """A spare's iterators begin at ``generation``: mark it, so that `restore` finds it."""
         for replay in self._replays:
             replay.mark(generation, generation)
+
+    def replays_of(self, iterators: Any, iteration: int) -> list[ReplayIterator]:
+        """Of iterators that ``train`` does not get (test data), those that have one here, marked as ``iteration``."""
+        replays = [each for each in map(_under_rerun, _flatten([iterators])) if each not in self._replays]
+        for replay in replays:
+            if not replay.remembers(iteration):
+                replay.mark(iteration, iteration)
+        return replays
 
     def _reruns(self) -> Iterator[Any]:
         for replay in self._replays:

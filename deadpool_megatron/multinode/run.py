@@ -22,6 +22,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from deadpool_megatron.cluster import Exit
 from deadpool_megatron.cluster.leadership import known_place
 from deadpool_megatron.cluster.store import EMBEDDED, open_store, towards
 from deadpool_megatron.config import ConfigError
+from deadpool_megatron.intree import let_torchrun_go
 from deadpool_megatron.multinode.enlisting import Interrupted, Lifeline, address_towards, enlist, is_ours, resolve
 from deadpool_megatron.multinode.options import AgentPlan, check_agent
 from deadpool_megatron.multinode.seat import Seat, job_lives
@@ -197,6 +199,10 @@ def _agent(plan: AgentPlan) -> int:
         tee = _tee(plan, answer.node)
         serving = Serving(plan, signals, hosted, agent, lifeline)
         stack.callback(serving.close)
+        if plan.adopt:
+            farewell = threading.Thread(target=let_torchrun_go, args=(os.environ,), name="farewell")
+            serving.agent_left_well = farewell.start
+            stack.callback(_join, farewell)
         if moves and seat is not None and host is not None:
             the_host = host
             serving.may_lead(seat, (address, port), secret, lambda: the_host.start(plan.endpoint[1], going_on=True)[0])
@@ -207,6 +213,11 @@ def _agent(plan: AgentPlan) -> int:
             where = "" if serving.hosts else f"node {answer.node}: "
             print(f"deadpool: {where}{message}", file=sys.stderr)
         return code
+
+
+def _join(thread: threading.Thread) -> None:
+    if thread.ident is not None:  # it was started
+        thread.join()
 
 
 def _stop(hosted: CoordinatorProcess) -> int:

@@ -65,7 +65,11 @@ class Signals:
 
 
 class Serving:
-    """Either process may be missing: `deadpool coordinator` has no agent, most agents no coordinator."""
+    """Either process may be missing: `deadpool coordinator` has no agent, most agents no coordinator.
+
+    Attributes:
+        agent_left_well: called once this node's part in the job has ended, and not by a failure; must not block.
+    """
 
     def __init__(
         self,
@@ -86,6 +90,8 @@ class Serving:
         self._won = False  # the election, and the coordinator is still to be started
         self._agent_ended: float | None = None
         self._why = ""
+        self._left = False
+        self.agent_left_well: Callable[[], None] = lambda: None
 
     def may_lead(
         self, seat: Seat, place: tuple[str, int], secret: bytes, start: Callable[[], CoordinatorProcess | None]
@@ -130,8 +136,10 @@ class Serving:
                 continue
             if self._why:
                 return Exit.USAGE, self._why
+            self._agent_left(end[0])
             return (Exit.INTERRUPTED if self._signals.caught else end[0]), end[1]
         code = main.wait()
+        self._agent_left(code)
         if self._why:
             return Exit.FAILED, self._why
         if self._signals.caught:
@@ -198,6 +206,11 @@ class Serving:
 
     # ---- waiting
 
+    def _agent_left(self, code: int | None) -> None:
+        if not self._left and code == Exit.OK:
+            self._left = True
+            self.agent_left_well()
+
     def _until_end(self, main: Process) -> None:
         """Until ``main`` has ended, or the seat changes. Notes why this command made it end, if it did."""
         signals, hosted, agent = self._signals, self._hosted, self._agent
@@ -224,6 +237,7 @@ class Serving:
                         self._go_to(place, poller)
                 elif isinstance(fd, int) and ends[fd] is agent:
                     poller.unregister(fd)
+                    self._agent_left(agent.poll())
                     if agent.poll() == Exit.USAGE and hosted is not None and not self._why:
                         self._why = "this machine's agent could not start, so there is no job"
                         main.terminate()

@@ -58,6 +58,8 @@ class NodeMetrics:
         self.committed = gauge("committed_generation", "Newest generation committed by the whole job.")
         self.committed_epoch = gauge("committed_epoch", "Epoch in which the newest generation was committed; below "
                                      "deadpool_epoch the job is not fully protected.")  # fmt: skip
+        self.behind = gauge("iterations_uncommitted", "Iterations begun since the newest committed generation: what a "
+                            "loss costs now.")  # fmt: skip
         self.iteration = gauge("iteration", "Last complete iteration that a coordinate of this node reported.")
         self.recovering = gauge("recovering", "1 from the declaration of an epoch until this node trains again.")
         self.iteration_seconds = histogram(

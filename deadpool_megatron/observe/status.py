@@ -131,6 +131,11 @@ class JobView:
         if self.story.pace_s is not None:
             out.append(Text(f"pace: {seconds_text(self.story.pace_s)} an iteration"))
         out.append(Text(f"protection: {self.protection()}"))
+        if behind := status.get("behind"):
+            lost = f"{count_text(behind['iterations'], 'iteration')}, {seconds_text(behind['seconds'])}"
+            out.append(
+                Text(f"protection is behind: a loss would cost {lost} of training: {behind['cause']}", "bold red")
+            )
         out += [Text(line) for line in snapshot_lines(status.get("snapshot"))]
         ready = [s["node"] for s in status["spares"] if s["state"] == "parked"]
         cold = [s["node"] for s in status["spares"] if s["state"] != "parked"]

@@ -15,21 +15,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch.distributed import Store
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.comm import Communicators, ReformError
+from deadpool_megatron.comm import Communicators
 from deadpool_megatron.recovery.session import Session, Superseded
 from deadpool_megatron.vault import VaultError
 
 __all__ = ["Patience", "Trainer", "UnexplainedError", "rejoin"]
 
+_DEVICE_ERROR: Any = getattr(torch, "AcceleratorError", ())  # newer torch; nothing is an instance of ()
+
 
 class UnexplainedError(Exception):
     """The training step raised and no failure was declared in time: the error is this worker's own."""
+
+
+def device_is_lost(error: BaseException | None) -> bool:
+    """A kernel has failed: an assert that garbage has tripped, an illegal address.
+
+    CUDA returns that error to every later call of this process, so only another process can go on.
+    """
+    while error is not None:
+        if isinstance(error, _DEVICE_ERROR):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Trainer(Protocol):
@@ -43,8 +58,16 @@ class Trainer(Protocol):
     def live_generation(self) -> int | None:
         """The generation the live state is, None when it is torn (or was never there)."""
 
+    @property
+    def live_epoch(self) -> int:
+        """In which that state was computed; a restored one is of its version's epoch."""
+
+    def let_go(self) -> None:
+        """Drop what keeps the communicators of the broken step from ending: captured graphs."""
+
     def unwind(self) -> None:
-        """Drop what the broken step left behind: handles, gradients, started timers, pending works."""
+        """Drop what the broken step left behind: handles, gradients, started timers, pending works. Nothing of it runs
+        on the device any more when this returns."""
 
     def restore(self, agreed: r.Generation) -> None:
         """Make unique state and small state those of the agreed generation. No communication."""
@@ -58,10 +81,14 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a worker waits for others, in seconds."""
+    """How long a worker waits for a declaration, in seconds."""
 
     declare: float
-    newer_epoch: float
+    """No error came before it: a spare, or a step that has seen the epoch end."""
+    peer: float
+    """After an error that a lost peer may have caused."""
+    own: float
+    """After one that looks like the worker's own."""
 
 
 def rejoin(
@@ -80,33 +107,51 @@ def rejoin(
         is_communication_error: tells an error a lost peer may have caused from one that is the worker's own.
         error: what broke the step, None in a spare.
 
+    Whatever is raised after the epoch has ended is the epoch's: over NCCL an aborted collective returns garbage, and
+    what the step makes of that may be any error.
+
     Returns:
         The declaration of the epoch that was joined.
 
     Raises:
-        UnexplainedError: nothing was declared within the patience.
+        UnexplainedError: nothing was declared within the patience, or ``error`` is one of the device.
+        Exception: what the trainer raised in the recovery, if no newer epoch explains it.
     """
-    if error is not None and not session.closed and is_communication_error(error):
-        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:500]
-        session.tell(r.PeerError(session.joined_epoch, 0, trainer.rank, text))
+
+    def explained(err: BaseException, epoch: int, by_peer: bool) -> bool:
+        """Wait for an epoch newer than ``epoch``; False when none is declared, and it makes no difference."""
+        if device_is_lost(err):
+            return False
+        if session.declared_epoch > epoch:
+            return True
+        if by_peer:
+            text = f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}"[:500]
+            session.tell(r.PeerError(epoch, 0, trainer.rank, text))
+        return session.wait_newer(epoch, patience.peer if by_peer else patience.own)
+
+    if error is not None:
+        by_peer = communicators.poisoned or is_communication_error(error)
+        if not explained(error, session.joined_epoch, by_peer):
+            raise UnexplainedError
     declared = session.wait_declared(patience.declare)
     if declared is None:
         raise UnexplainedError
     while True:
         epoch = declared.epoch
         try:
+            trainer.let_go()
             communicators.abort(epoch - 1, left=True)
             points.reach("recovery.aborted")
             trainer.unwind()
             points.reach("recovery.unwound")
-            session.arrive(epoch, trainer.rank, trainer.live_generation)
+            session.arrive(epoch, trainer.rank, trainer.live_generation, trainer.live_epoch)
             agreed = session.wait_generation(epoch)
             points.reach("recovery.agreed")
             try:
                 trainer.restore(agreed)
             except VaultError as err:
                 # Bytes that are not those that were written are never trained on: another copy, or an older generation.
-                if session.refuse(agreed, err, patience.newer_epoch):
+                if session.refuse(agreed, err, patience.peer):
                     raise Superseded(session.declared_epoch) from None
                 raise UnexplainedError from err
             points.reach("recovery.restored-local")
@@ -125,11 +170,15 @@ def rejoin(
             return declared
         except Superseded:
             pass
-        except (ReformError, RuntimeError) as err:
-            if not session.wait_newer(epoch, 0.0):
-                session.tell(r.PeerError(epoch, 0, trainer.rank, f"{type(err).__name__}: {err}"[:500]))
-                if not session.wait_newer(epoch, patience.newer_epoch):
+        except UnexplainedError:
+            raise
+        except Exception as err:
+            # Comparing garbage ends in other errors than broken connections do.
+            by_peer = isinstance(err, RuntimeError)
+            if not explained(err, epoch, by_peer):
+                if by_peer and not device_is_lost(err):
                     raise UnexplainedError from err
-        newer = session.wait_declared(patience.newer_epoch)
+                raise
+        newer = session.wait_declared(patience.peer)
         assert newer is not None
         declared = newer

@@ -4,8 +4,9 @@
 
     watcher thread                           training thread
     --------------                           ---------------
-    recv Declare(e) -> on_declare(e)  ....>  blocked in a collective, comes out with an error
-                       notify                recover(): arrive, wait_generation, restore ...
+    recv Declare(e) -> closed, notify
+                       on_declare(e)  ....>  blocked in a collective, comes out with an error or with garbage
+                                             recover(): arrive, wait_generation, restore ...
     recv Form(e)    -> on_form(e)            (groups form beside it)
                        notify         ....>  goes on
 
@@ -52,13 +53,16 @@ class Session:
 
     Args:
         control_fd: the inherited SOCK_SEQPACKET socket.
-        on_declare: called from the watcher thread with each new epoch, before anybody else learns of it; it aborts the
-            communicators and must return soon.
+        on_declare: called from the watcher thread with each new epoch; it aborts the communicators. The training thread
+            can know of the epoch before: an abort frees it at once, and may take seconds more.
         on_form: called from the watcher thread with the newest epoch when every rank has arrived in it; it begins to
             form the groups and must return soon.
+        epoch: in which this worker begins; not 0 when the start of the job had to begin anew.
     """
 
-    def __init__(self, control_fd: int, on_declare: Callable[[int], None], on_form: Callable[[int], None]) -> None:
+    def __init__(
+        self, control_fd: int, on_declare: Callable[[int], None], on_form: Callable[[int], None], epoch: int = 0
+    ) -> None:
         self._socket = socket.socket(fileno=control_fd)
         self._on_declare = on_declare
         self._on_form = on_form
@@ -76,8 +80,8 @@ class Session:
         self._on_arm: Callable[[r.Fault], None] = lambda fault: None
         self.is_waiting: Callable[[], bool] = lambda: False
         self.on_exit_notice: Callable[[], None] = lambda: None
-        self.declared_epoch = 0
-        self.joined_epoch = 0
+        self.declared_epoch = epoch
+        self.joined_epoch = epoch
         threading.Thread(target=self._watch, name="deadpool-watcher", daemon=True).start()
 
     # ---- the watcher thread
@@ -101,8 +105,11 @@ class Session:
             self.on_exit_notice()
             return
         if isinstance(record, r.Declare) and record.epoch > self.declared_epoch:
-            self.declared_epoch = record.epoch
-            self._rendezvous = record.rendezvous or self._rendezvous
+            with self._news:
+                self._declared = record
+                self._rendezvous = record.rendezvous or self._rendezvous
+                self.declared_epoch = record.epoch
+                self._news.notify_all()
             self._on_declare(record.epoch)
             if (rank := self._standing_by) is not None:
                 self.tell(r.Arrived(record.epoch, rank, None))
@@ -110,9 +117,6 @@ class Session:
             self._on_form(record.epoch)
         with self._news:
             match record:
-                case r.Declare():
-                    if self._declared is None or record.epoch > self._declared.epoch:
-                        self._declared = record
                 case r.Generation():
                     self._generation = record
                 case r.Form():
@@ -211,10 +215,10 @@ class Session:
         self._standing_by = rank
         self.tell(r.Arrived(self.declared_epoch, rank, None))
 
-    def arrive(self, epoch: int, rank: int, live: int | None) -> None:
-        """Tell the agent that the training thread is out of its step; ``live`` as in `records.Arrived`."""
+    def arrive(self, epoch: int, rank: int, live: int | None, live_epoch: int = 0) -> None:
+        """Tell the agent that the training thread is out of its step; the live state as in `records.Arrived`."""
         self._standing_by = None
-        self.tell(r.Arrived(epoch, rank, live))
+        self.tell(r.Arrived(epoch, rank, live, live_epoch))
 
     def wait_form(self, epoch: int) -> None:
         """Until every rank has arrived in ``epoch``, so that its groups form. Raises Superseded."""

@@ -1,7 +1,7 @@
 """The snapshot: what of a coordinate's state is copied, when, and how it gets into the vault."""
 
 from .cuda_engine import CudaCopyEngine
-from .engine import CopyEngine, CopyError, HostCopyEngine, slot_views
+from .engine import CopyEngine, CopyError, HostCopyEngine, PinError, slot_views
 from .pacing import Pacing
 from .plan import Segment, ShardPlan
 from .small import SmallStateError, capture_host_rng, decode, encode, host_bytes, restore_host_rng
@@ -13,6 +13,7 @@ __all__ = [
     "CudaCopyEngine",
     "HostCopyEngine",
     "Pacing",
+    "PinError",
     "Segment",
     "ShardPlan",
     "SmallStateError",

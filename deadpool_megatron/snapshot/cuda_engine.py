@@ -23,7 +23,7 @@ import torch
 
 from deadpool_megatron.vault import Slot, SlotWriter, VaultError
 
-from .engine import CopyError, CopyTotals, slot_views
+from .engine import CopyError, CopyTotals, PinError, slot_views
 from .plan import ShardPlan
 
 __all__ = ["CudaCopyEngine"]
@@ -80,20 +80,19 @@ class CudaCopyEngine:
         self._last: torch.cuda.Event | None = None
         self._publisher: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._registered = 0
+        self._registering: threading.Thread | None = None
+        self._registered = 0  # address
+        self._not_registered = ""
 
     def bind(self, plan: ShardPlan, writer: SlotWriter) -> None:
-        """Page-lock the arena, make views and events, and start the publisher. Raises CopyError."""
+        """Make views and events, start the publisher, and begin to page-lock the arena.
+
+        That takes seconds for a large one. A spare waits for its shard meanwhile, so it has a thread of its own; the
+        first copy waits for it, and raises PinError.
+        """
         self._writer = writer
-        address, size = writer.arena.address, len(writer.arena.view)
-        with torch.cuda.device(self._device):
-            error = _runtime().cudaHostRegister(address, size, _REGISTER_PORTABLE)
-        if int(error) != 0:
-            raise CopyError(
-                f"cannot page-lock the {size} bytes of {writer.arena.path} (cudaHostRegister: {error}); "
-                "raise the locked-memory limit (ulimit -l unlimited) on this node"
-            )
-        self._registered = address
+        self._registering = threading.Thread(target=self._register, name="deadpool-register", daemon=True)
+        self._registering.start()
         self._sources = [segment.tensor for segment in plan.segments]
         self._ends = [segment.end for segment in plan.segments]
         self._places = [slot_views(plan, slot) for slot in writer.arena.slots]
@@ -105,8 +104,30 @@ class CudaCopyEngine:
         self._publisher = threading.Thread(target=self._publish, name="deadpool-publisher", daemon=True)
         self._publisher.start()
 
+    def _register(self) -> None:
+        assert self._writer is not None
+        arena = self._writer.arena
+        size = len(arena.view)
+        torch.cuda.set_device(self._device)
+        error = int(_runtime().cudaHostRegister(arena.address, size, _REGISTER_PORTABLE))
+        if error:
+            self._not_registered = (
+                f"cannot page-lock the {size} bytes of {arena.path} (cudaHostRegister: {error}); "
+                "raise the locked-memory limit (ulimit -l unlimited) on this node"
+            )
+        else:
+            self._registered = arena.address
+
+    def _until_registered(self) -> None:
+        if self._registering is not None:
+            self._registering.join()
+            self._registering = None
+        if self._not_registered:
+            raise PinError(self._not_registered)
+
     def begin(self, slot: Slot) -> None:
         """See `CopyEngine.begin`. The side stream waits (on the device) for the last update of the tensors."""
+        self._until_registered()
         self._slot, self._turn = slot.index, slot.turn
         self._asked, self._used, self._last = (0, 0), 0, None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -177,9 +198,10 @@ class CudaCopyEngine:
             reached.wait()
 
     def restore(self, slot: Slot) -> None:
-        """See `CopyEngine.restore`."""
+        """See `CopyEngine.restore`. Whatever stream writes to the tensors still, it does so before."""
+        self._until_registered()
+        torch.cuda.synchronize(self._device)
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            self._stream.wait_stream(torch.cuda.default_stream(self._device))
             if self._sources:
                 torch._foreach_copy_(self._sources, self._places[slot.index], non_blocking=True)
         self._stream.synchronize()
@@ -190,6 +212,8 @@ class CudaCopyEngine:
             self._queue.put(None)
             self._publisher.join()
             self._publisher = None
+        if self._registering is not None:
+            self._registering.join()
         self._stream.synchronize()
         self._places.clear()
         self._sources = []
@@ -201,6 +225,7 @@ class CudaCopyEngine:
 
     def _publish(self) -> None:
         """`event.synchronize` releases the GIL, so training is not held up."""
+        torch.cuda.set_device(self._device)  # a new thread's is the first one
         landed_at = 0.0
         while True:
             landed = self._queue.get()

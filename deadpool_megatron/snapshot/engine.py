@@ -23,13 +23,17 @@ from deadpool_megatron.vault import Slot, SlotWriter
 
 from .plan import Segment, ShardPlan
 
-__all__ = ["CopyEngine", "CopyError", "CopyTotals", "HostCopyEngine", "slot_views"]
+__all__ = ["CopyEngine", "CopyError", "CopyTotals", "HostCopyEngine", "PinError", "slot_views"]
 
 _INLINE: Final = 1 << 20  # bytes that are copied sooner than a thread is woken
 
 
 class CopyError(RuntimeError):
     """Copying a shard into the vault failed in the background; the generation is not complete."""
+
+
+class PinError(Exception):
+    """The vault's memory cannot be page-locked. No RuntimeError: no peer has caused it, and it ends this worker."""
 
 
 @dataclass(slots=True)
@@ -58,7 +62,8 @@ class CopyEngine(Protocol):
     trace: list[tuple[float, float, int]] | None  # when it is a list, (begin, end, bytes) of each slice is appended
 
     def bind(self, plan: ShardPlan, writer: SlotWriter) -> None:
-        """Make everything that is made once: views of both slots, registrations. May block and allocate."""
+        """Make everything that is made once: views of both slots, registrations. May block and allocate. What a device
+        needs longer for may go on beside; then `begin` and `restore` wait for it, and raise PinError."""
 
     def begin(self, slot: Slot) -> None:
         """The writer has just opened ``slot``. Work on an earlier slot that was not gated is given up first."""

@@ -19,7 +19,7 @@ from .errors import (
     VaultFull,
 )
 from .leftovers import PREFIX, clean_leftovers, process_alive, process_start
-from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_nodes
+from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_nodes, parse_cpus
 from .pace import SendPace
 from .rebuild import Piece, RebuildFailed, rebuild
 from .replicator import PartTo, Replicator, Target
@@ -82,6 +82,7 @@ __all__ = [
     "numa_node_of_device",
     "numa_node_of_process",
     "numa_nodes",
+    "parse_cpus",
     "process_alive",
     "process_start",
     "rebuild",

@@ -7,10 +7,11 @@ are multiples of a page):
     then          checksum table of each slot (one xxh3_64 word for the small state and one per chunk)
     then          each slot: small-state capacity | unique bytes
 
-Every word has one writer, is aligned and is stored whole, so no lock is shared between processes: a process that dies
-at any point leaves nothing locked. A slot's data belong to the version in ``begin`` when ``end`` says the same; while
-it is written, ``end`` is EMPTY. ``turn`` counts how often the slot was opened; the agent says "complete" by storing
-the turn it has checked, so a slot that has been opened again is incomplete with no further store.
+Every word has one writer and is loaded and stored in order with the bytes it speaks of (`words`); checksum tables are
+such bytes. No lock is shared between processes: one that dies at any point leaves nothing locked. A slot's data
+belong to the version in ``begin`` when ``end`` says the same; while it is written, ``end`` is EMPTY. ``turn`` counts
+how often the slot was opened; the agent says "complete" by storing the turn it has checked, so a slot that has been
+opened again is incomplete with no further store.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .errors import ChecksumMismatch, VaultError, VaultFull
 from .leftovers import MAGIC, PAGE, PID_WORD, START_WORD, process_alive, process_start
 from .memory import populated
 from .version import CONSTANT, EMPTY, Version, is_constants, unpack
+from .words import Words
 
 __all__ = ["KINDS", "Arena", "ArenaInfo", "Kind", "Slot"]
 
@@ -87,8 +89,7 @@ class _Word:
         self._index = index
 
     def __get__(self, slot: Slot, owner: type[Slot] | None = None) -> int:
-        value: int = slot.words[self._index]
-        return value
+        return slot.words[self._index]
 
     def __set__(self, slot: Slot, value: int) -> None:
         slot.words[self._index] = value
@@ -112,7 +113,7 @@ class Slot:
     def __init__(
         self,
         index: int,
-        words: memoryview[Any],
+        words: Words,
         sums: memoryview[Any],
         small: memoryview,
         unique: memoryview,
@@ -233,7 +234,7 @@ class Arena:
         size = len(memory)
         self._map = memory
         self._view = memoryview(memory)
-        self.words: memoryview[Any] = self._view[:PAGE].cast("Q")
+        self.words = Words(self._view[:PAGE])
         words = self.words
         if size < PAGE or words[0] != MAGIC or words[1] != _LAYOUT or words[_W_TOTAL] != size:
             raise VaultError(f"{path} is not an arena of this DeadPool version")
@@ -316,7 +317,7 @@ class Arena:
         base = _W_SLOTS + index * _SLOT_WORDS
         return Slot(
             index,
-            self.words[base : base + _SLOT_WORDS],
+            Words(self._view[8 * base : 8 * (base + _SLOT_WORDS)]),
             self._view[PAGE + index * table :][: 8 * sums_words].cast("Q"),
             self._view[data : data + info.small_capacity],
             self._view[unique : unique + info.unique_bytes],
@@ -326,8 +327,7 @@ class Arena:
     @property
     def kept(self) -> int:
         """The newest globally committed version, packed; EMPTY when there is none. Stored by the agent."""
-        value: int = self.words[_W_KEPT]
-        return value
+        return self.words[_W_KEPT]
 
     @kept.setter
     def kept(self, word: int) -> None:
@@ -336,8 +336,7 @@ class Arena:
     @property
     def floor(self) -> int:
         """Nothing below this packed version, except ``kept``, will ever be committed. Stored by the agent."""
-        value: int = self.words[_W_FLOOR]
-        return value
+        return self.words[_W_FLOOR]
 
     @floor.setter
     def floor(self, word: int) -> None:
@@ -346,8 +345,7 @@ class Arena:
     @property
     def epoch(self) -> int:
         """The job's epoch; who opens a slot for an older one is refused. Stored by the agent."""
-        value: int = self.words[_W_EPOCH]
-        return value
+        return self.words[_W_EPOCH]
 
     @epoch.setter
     def epoch(self, value: int) -> None:
@@ -382,7 +380,8 @@ class Arena:
     def close(self) -> None:
         """Unmap. While somebody still has a view (a tensor over a slot), the mapping lives on until that is gone."""
         for slot in self.slots:
-            for view in (slot.words, slot.sums, slot.small, slot.unique):
+            slot.words.release()
+            for view in (slot.sums, slot.small, slot.unique):
                 view.release()
         self.words.release()
         try:

@@ -133,6 +133,11 @@ class CommitLedger:
             return self._tell(Told(kept, Version(floor.epoch, self._newest + self._margin)))
         return None
 
+    def lacking(self) -> list[Hashable]:
+        """Members that have not committed the newest version that anybody has; all, when nobody has one."""
+        newest = max((version for done in self._alike for version in done), default=None)
+        return [member for member, done in self._local.items() if newest not in done]
+
     def apart(self, version: Version) -> Told | None:
         """What belongs to one member has no version in common any more; ``version`` is the newest of one of its parts.
 

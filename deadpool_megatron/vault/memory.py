@@ -12,7 +12,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-__all__ = ["huge_bytes", "numa_node_of_device", "numa_node_of_process", "numa_nodes", "on_numa_node", "populated"]
+__all__ = [
+    "huge_bytes",
+    "numa_node_of_device",
+    "numa_node_of_process",
+    "numa_nodes",
+    "on_numa_node",
+    "parse_cpus",
+    "populated",
+]
 
 _POPULATE_WRITE: Final = 23  # madvise(2), from Linux 5.14
 _SET_MEMPOLICY: Final = {"x86_64": 238, "aarch64": 237}
@@ -62,11 +70,15 @@ def numa_nodes(directory: Path = _NODES) -> dict[int, set[int]]:
 
 
 def _numbers(path: Path) -> set[int] | None:
-    """A list of the kernel's, as in ``0-3,8``; None when there is no such file."""
+    """A list in a file of the kernel's; None when there is no such file."""
     try:
-        text = path.read_text()
+        return parse_cpus(path.read_text())
     except OSError:
         return None
+
+
+def parse_cpus(text: str) -> set[int]:
+    """The numbers of a list as the kernel writes it, as in ``0-3,8``. Raises ValueError for anything else."""
     out: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")

@@ -1,7 +1,7 @@
 """NCCL groups are aborted and re-formed in place, as far as one GPU goes: one rank, groups of size one.
 
-`python -m pytest -m gpu tests/gpu` is the one command where a GPU is at hand. NCCL takes no second rank on a device,
-so what blocked peers do is not here.
+`python -m pytest -m gpu tests/gpu` runs it where a GPU is at hand. What blocked peers do is in `shared_device.py`,
+which makes NCCL take several ranks on one device; step 1 of `scripts/gpu_kit.sh` runs both.
 """
 
 import sys
@@ -16,7 +16,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
 from comm_processes import NEVER_S, Worker, run, until_retired, worker_main
-from deadpool_megatron.comm import communicators, nccl_environment
+from deadpool_megatron.comm import communicators, nccl_environment, warm_up
 from deadpool_megatron.comm.inplace import pointee
 
 pytestmark = [
@@ -96,6 +96,7 @@ def rounds(worker: Worker) -> dict[str, object]:
         assert objects == {name: id(group) for name, group in groups.items()}
         options = nccl_backend(groups["options"]).options
         assert options.is_high_priority_stream and options.config.max_ctas == 8
+        assert options.config.blocking == 0
         assert options._timeout == timedelta(seconds=77)
         use(groups)
         assert torch.equal(kept, torch.arange(1 << 20, device="cuda"))
@@ -123,6 +124,7 @@ def standby(worker: Worker) -> str:
     if not worker.spare:
         worker.store.wait(["spare is done"], timedelta(seconds=200))
         return "watched"
+    warm_up(torch.device("cuda", 0))
     worker.become(0)
     groups = make(worker)
     assert dist.get_backend(groups["plain"]) == "nccl"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
 
@@ -108,6 +111,42 @@ def test_opening_ticking_and_gating_do_not_wait_for_the_device(vault: Vault) -> 
     torch.cuda.synchronize()
     engine.settle()
     snapshotter.close()
+
+
+def test_what_another_stream_still_writes_does_not_reach_what_is_restored(vault: Vault) -> None:
+    """As a reduction that an abort has freed, on a stream of its own."""
+    state = torch.full((1 << 20,), 7.0, device="cuda")
+    snapshotter, engine = snapshotter_of(vault, [("state", state)])
+    snapshotter.open(0, 3, b"")
+    snapshotter.gate()
+    engine.settle()
+    settle(vault)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        keep_busy(0.5)
+        state.fill_(-1.0)
+    snapshotter.restore(Version(0, 3))
+    torch.cuda.synchronize()
+    assert state.eq(7.0).all()
+    snapshotter.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_worker_of_the_second_device_makes_no_context_on_the_first(vault: Vault) -> None:
+    path = vault.allocate_own(0, 1 << 20, 1000).path
+    program = f"""
+        import torch
+        from deadpool_megatron.snapshot import CudaCopyEngine, ShardPlan, Snapshotter
+        from deadpool_megatron.vault import SlotWriter
+        torch.cuda.set_device(1)
+        plan = ShardPlan([("state", torch.zeros(1 << 18, device="cuda"))])
+        engine = CudaCopyEngine()
+        snapshotter = Snapshotter(plan, SlotWriter({path!r}), engine)
+        snapshotter.open(0, 0, b"")
+        snapshotter.gate()
+        engine.settle()
+        assert not torch._C._cuda_hasPrimaryContext(0)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
 
 
 @pytest.mark.perf

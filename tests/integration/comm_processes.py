@@ -28,6 +28,7 @@ from jobs import torch_server
 from waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
+OURS = (ROOT, ROOT / "tests", ROOT / "tests" / "integration")
 LOOPBACK = "127.0.0.1"
 NEVER_S = 3600.0  # longer than any test: what would end only with this deadline is ended by the test's limit, and fails
 NO_DEADLINES = {"form_timeout_s": NEVER_S, "operation_timeout_s": NEVER_S}
@@ -157,7 +158,7 @@ def run(
         TORCHDYNAMO_DISABLE="1",
         PYTHONWARNINGS="ignore",
         TORCH_CPP_LOG_LEVEL="ERROR",
-        PYTHONPATH=os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "integration"))),
+        PYTHONPATH=os.pathsep.join([*map(str, OURS), *filter(None, [os.environ.get("PYTHONPATH")])]),
         INSTALL=json.dumps(NO_DEADLINES | (install or {})),
         **(env or {}),
     )

@@ -26,11 +26,11 @@ def _floor(footprints: list[tuple[int, int]]) -> tuple[int, int]:
     return min(f[0] for f in footprints), min(f[1] for f in footprints)
 
 
-def _abort(spoke: Spoke) -> bool:
+def _abort(job: Job, spoke: Spoke) -> bool:
     """Ask for one abort; False when the job is still busy with the last."""
     spoke.send(r.encode(r.Inject(r.Fault("abort", -1))))
-    packet = spoke.receive(600.0)
-    assert packet is not None, "the coordinator does not answer"
+    while (packet := spoke.receive(1.0)) is None:
+        assert job.process.poll() is None, "the job ended before all aborts were asked for"
     reply = r.decode_from_coordinator(packet)
     assert isinstance(reply, r.InjectReply)
     return not reply.error
@@ -40,7 +40,7 @@ def _aborted_again_and_again(jobs: Jobs, aborts: int, tensor: int) -> Job:
     """TP x PP2 x DP2 on four nodes comes through so many aborts and ends as if there had been none."""
     # Enough iterations that the run outlasts the aborts, few enough that it ends soon after them.
     # A message taken out by force leaves its backend's threads until the operation time-out, so that one is short.
-    flags = with_value(tiny_gpt(iters=12 + 2 * aborts), "--tensor-model-parallel-size", tensor)
+    flags = with_value(tiny_gpt(iters=12 + 6 * aborts), "--tensor-model-parallel-size", tensor)
     flags += ["--deadpool-operation-timeout", "30"]
     want = undisturbed(launch_flags(4, slots=tensor), flags)
     began = [e["t"] for e in want.events("iteration")]
@@ -55,7 +55,7 @@ def _aborted_again_and_again(jobs: Jobs, aborts: int, tensor: int) -> Job:
     pids = job.pids()
     for done in range(aborts):
         time.sleep(rng.uniform(0.0, iteration_s))
-        job.until("another abort", lambda: _abort(spoke))
+        job.until("another abort", lambda: _abort(job, spoke))
         if done % (aborts // 6) == 0:
             footprints.append(_footprint(pids[0]))
     spoke.close()

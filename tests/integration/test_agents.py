@@ -6,16 +6,18 @@ Most of these run a few lines of Python instead of Megatron; one trains, and los
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deadpool_megatron.cluster import Exit
-from flags import tiny_gpt
-from jobs import PACED, Jobs, assert_same_training, launch_flags, set_pace, undisturbed
+from flags import duo_gpt, tiny_gpt
+from jobs import EXAMPLE, PACED, ROOT, Jobs, assert_same_training, launch_flags, set_pace, undisturbed
 from machines import Machines, MachinesJob, torchrun_environments
 
 DUMP = (
@@ -26,6 +28,27 @@ DUMP = (
     "assert not any('SECRET' in k for k in os.environ)\n"
     "pathlib.Path(__file__).with_name('env-' + e['RANK']).write_text(json.dumps(e))\n"
 )
+# Every process that begins, with what it may run on; the first one of rank 1 dies in its second iteration.
+MASKS = """
+import os, runpy
+from pathlib import Path
+from megatron.training import training
+
+here, before, steps = Path(__file__).parent, training.train_step, []
+(here / f"mask-{{os.environ['RANK']}}-{{os.getpid()}}").write_text(" ".join(map(str, sorted(os.sched_getaffinity(0)))))
+
+def dies_once(*args, **kwargs):
+    steps.append(0)
+    if os.environ["RANK"] == "1" and len(steps) == 2 and not (here / "died").exists():
+        (here / "died").touch()
+        os._exit(3)
+    return before(*args, **kwargs)
+
+training.train_step = dies_once
+runpy.run_path({example!r}, run_name="__main__")
+"""
+# So small that the processors of any machine are enough.
+SMALL_SHARES = "from deadpool_megatron.cluster import pinning\npinning._LEAST, pinning._PER_WORKER = 1, 0\n"
 SLEEP = (
     "import os, pathlib, subprocess, sys, time\n"
     "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -230,3 +253,33 @@ def test_training_under_agents_loses_a_machine_takes_it_back_as_a_spare_and_ends
     assert job.pids()[0] == survivor
     machines.until_gone()
     assert_same_training(job, want, iterations, rank=1)
+
+
+# ---- where agents run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [True, False])
+def test_agents_pin_themselves_and_no_worker_whenever_it_is_started(machines: Machines, wanted: bool) -> None:
+    addresses = [a.address for each in psutil.net_if_addrs().values() for a in each if a.family == socket.AF_INET]
+    address = next((a for a in addresses if not a.startswith("127.")), None)
+    if address is None or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs an address that is not loopback's, and two processors")
+    site = machines.directory / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SMALL_SHARES)
+    (machines.directory / "script.py").write_text(MASKS.format(example=str(EXAMPLE)))
+    flags = [*duo_gpt("data", iters=8), "--deadpool", *([] if wanted else ["--no-deadpool-pin-agents"])]
+    line = ["--nnodes", "2", "--emulate-cpu", "--tee", "none", "--rdzv-endpoint", f"{address}:{machines.port}"]
+    for n in range(2):
+        env = {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}  # and with it no fork server
+        own = ["--node-rank", str(n), "--local-addr", address]
+        machines.start([*line, *own], [str(machines.directory / "script.py"), *flags], env)
+    assert machines.codes() == [0, 0], machines.outputs()
+    job, whole = MachinesJob(machines), sorted(os.sched_getaffinity(0))
+    for node in range(2):
+        lines = (job.run_dir / "logs" / f"node-{node}.jsonl").read_text().splitlines()
+        pinned = [each["cpus"] for each in map(json.loads, lines) if each["event"] == "pinned"]
+        assert pinned == ([whole[-1:]] if wanted else [])
+    masks = [path.read_text() for path in machines.directory.glob("mask-*")]
+    assert len(masks) == 3 and set(masks) == {" ".join(map(str, whole))}

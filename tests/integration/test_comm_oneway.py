@@ -10,6 +10,7 @@ import pytest
 
 from jobs import environment
 
+pytestmark = pytest.mark.versions(torch=True)
 SCRIPT = """
     import sys, threading
     import torch

@@ -114,6 +114,38 @@ def test_a_job_killed_whole_and_then_preempted_goes_on_bitwise_both_times(
     assert_goes_on_like(resumed, undisturbed, last)
 
 
+@pytest.mark.timeout(300)
+def test_a_second_job_is_refused_while_the_owner_of_the_directory_lives_and_changes_nothing(
+    jobs: Jobs, killed: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(killed, tmp_path / "store"))
+    more = durable(store, 12, "--deadpool-resume", "auto")
+    owner = jobs.start("owner", launch_flags(2, 0, 1), [*flags(), *more], held=True)
+    owner.hold(10)
+    owner.until_event("training")
+    first = owner.status()["coordinator_pid"]
+    os.kill(first, signal.SIGKILL)  # it is started again, as the owner
+    owner.until("another coordinator", lambda: owner.status()["coordinator_pid"] != first)
+
+    def there() -> dict[str, int]:
+        files = [p for p in store.rglob("*") if p.is_file() and not p.name.startswith("owner-")]
+        return {str(p): p.stat().st_mtime_ns for p in files}
+
+    was = there()
+    second = jobs.start("second", launch_flags(2, 0, 1), [*flags(), *more])
+    assert second.wait() == Exit.USAGE, second.log_tails()
+    last = second.output.splitlines()[-1]
+    assert last.startswith(f"deadpool: --deadpool-durable-dir {store} belongs to job ")
+    assert last.endswith("; end that job, or give this one another directory")
+    assert there() == was
+    owner.hold(ITERATIONS - 2)
+    until_durable(owner, 12)
+    owner.hold(None)
+    owner.finished(300)
+    assert not owner.events("durable_taken") and not owner.events("durable_failed")
+    assert json.loads(max(store.glob("owner-*.json")).read_text())["ended"], "the next job need not wait"
+
+
 @pytest.mark.timeout(200)
 def test_a_job_of_another_model_or_with_nothing_said_is_refused_with_the_way_out(jobs: Jobs, killed: Path) -> None:
     store = killed
@@ -196,6 +228,21 @@ def test_when_memory_cannot_answer_a_survivor_and_a_spare_go_back_to_the_durable
     assert [iteration for iteration, *_ in job.exact()].count(back + 1) == 2  # it was done again
     assert all(expected[iteration] == exact for iteration, *exact in job.exact())
     assert job.hashes() == undisturbed.hashes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_job_without_a_spare_and_without_a_way_to_save_leaves_what_the_survivors_hold(
+    jobs: Jobs, undisturbed: Job, tmp_path: Path
+) -> None:
+    job = jobs.start("spareless", launch_flags(2, 0, 1), [*flags(), *durable(tmp_path, 1000)], held=True)
+    job.arm((1, 9, 2))
+    assert job.wait() == Exit.NO_SPARE
+    (made,) = job.events("durable")
+    assert f"generation {made['iteration']} is durable in {tmp_path}" in job.output
+    goes_on = [*flags(), *durable(tmp_path, 1000, "--deadpool-resume", "auto")]
+    again = jobs.start("again", launch_flags(2, 0, 1), goes_on).finished()
+    assert_goes_on_like(again, undisturbed, made["iteration"])
 
 
 @pytest.mark.slow

@@ -109,6 +109,18 @@ def test_a_worker_killed_under_a_living_agent_is_replaced_with_its_node(jobs: Jo
 
 
 @pytest.mark.timeout(300)
+def test_garbage_neither_ends_a_survivor_nor_is_printed(jobs: Jobs) -> None:
+    """The first loss frees survivors in the middle of a pass, the second one in the all-reduce of the loss."""
+    flags = tiny_gpt("none", iters=6)
+    job = jobs.start("flat-garbage", launch_flags(4, 2), flags, ROOT / "tests" / "pretrain_garbage.py", held=True)
+    job.arm((1, 2, 2), (0, 4, 1, "--at", "optimizer-step.after"))
+    job.finished()
+    assert [e["lost"] for e in job.events("declared")] == [[1], [0]] and not job.events("worker_error")
+    assert not [path for path in (job.run_dir / "logs").glob("rank-3*.log") if "lm loss: NAN" in path.read_text()]
+    assert_same_training(job, undisturbed(launch_flags(2), flags), 6, rank=3, mute=frozenset({4}))
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would_have_saved(
     jobs: Jobs, tensor: int, tmp_path: Path

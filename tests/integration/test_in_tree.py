@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.cluster import Exit
+from deadpool_megatron.intree import let_torchrun_go
 from deadpool_megatron.patching import State, change, load_sets
 from flags import duo_gpt, tiny_gpt
 from jobs import EXAMPLE, PACED, Job, Jobs, assert_same_training, launch_flags, set_pace, undisturbed
@@ -115,6 +117,20 @@ def test_without_deadpool_a_patched_script_is_the_script(ranks: Ranks) -> None:
     assert ranks.codes() == [0] and ranks.output(0) == "plain ['--lr', '1'] False\n"
 
 
+@pytest.mark.versions(torch=True)
+@pytest.mark.timeout(120)
+def test_torchruns_do_not_wait_for_one_that_has_failed_once_they_are_let_go(ranks: Ranks) -> None:
+    script = ranks.directory / "script.py"
+    script.write_text(
+        "import json, os\njson.dump(dict(os.environ), open('env', 'w'))\nos._exit(os.environ['RANK'] == '1')\n"
+    )
+    _torchruns(ranks, 3, [str(script)], slots=1)
+    assert ranks.code(1) == 1
+    let_torchrun_go(json.loads((ranks.directory / "env").read_text()))
+    assert ranks.codes() == [0, 1, 0]
+    assert "exit barrier" not in ranks.outputs()
+
+
 # ---- upstream's own script
 
 
@@ -145,17 +161,47 @@ def test_upstreams_pretrain_gpt_survives_a_kill_through_hooks_and_through_patche
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_one_torchrun_a_node_works_like_any_launcher(ranks: Ranks, jobs: Jobs) -> None:
+@pytest.mark.versions(torch=True)
+@pytest.mark.timeout(250)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_torchrun_a_node_works_like_any_launcher(ranks: Ranks, jobs: Jobs, lost: int) -> None:
     flags = tiny_gpt("none", iters=ITERATIONS)
     want = undisturbed(launch_flags(2), flags)
     script = [str(attached(ranks.directory, PACED)), *flags, *ranks.deadpool(spares=1)]
-    for node in range(3):
-        options = ["--nnodes", "3", "--node-rank", str(node), "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-        options += ["--master-port", str(ranks.port)]
-        command = [sys.executable, "-m", "torch.distributed.run", *options, *script]
-        ranks.start_command(command, {"DEADPOOL_EMULATE_CPU": "1", "OMP_NUM_THREADS": "1"})
-    job = _kill(ranks, 1, 3, 2)
-    ranks.until("end of the job", lambda: job.events("finished") and job.hash_file.exists())
+    _torchruns(ranks, 3, script)
+    job = _kill(ranks, lost, 3, 2)
+    codes = [int(node == lost) for node in range(3)]
+    assert ranks.codes() == codes, "a torchrun whose rank was killed ends with 1"
+    ranks.until_gone()
     assert job.events("resumed")
     _assert_same_end(job, want, mute=2)
+    if lost:  # that of node 0 takes its store along, and the others say so
+        assert "exit barrier" not in ranks.outputs(), "nobody has waited for the torchrun of the lost node"
+
+
+@pytest.mark.slow
+@pytest.mark.versions(torch=True)
+@pytest.mark.timeout(250)
+@pytest.mark.parametrize("node", [0, 1])
+def test_the_torchrun_of_a_drained_node_leaves_while_the_job_goes_on(ranks: Ranks, node: int) -> None:
+    script = [str(attached(ranks.directory, PACED)), *duo_gpt(iters=40), *ranks.deadpool(spares=1)]
+    _torchruns(ranks, 3, script, slots=1)
+    job = MachinesJob(ranks)
+    ranks.until("start of the job", lambda: (ranks.run_dir / "events.jsonl").exists() and job.events("started"))
+    job.hold(30)
+    done = job.command("drain", "--node", str(node))
+    assert done.returncode == 0, done.stderr
+    assert ranks.code(node) == 0
+    others = [process for n, process in enumerate(ranks.started) if n != node]
+    assert not job.events("finished") and all(process.poll() is None for process in others)
+    job.hold(None)
+    assert ranks.codes() == [0, 0, 0]
+    ranks.until_gone()
+
+
+def _torchruns(ranks: Ranks, nodes: int, script: list[str], slots: int = 2) -> None:
+    for node in range(nodes):
+        options = ["--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(slots)]
+        options += ["--master-addr", "127.0.0.1", "--master-port", str(ranks.port)]
+        command = [sys.executable, "-m", "torch.distributed.run", *options, *script]
+        ranks.start_command(command, {"DEADPOOL_EMULATE_CPU": "1", "OMP_NUM_THREADS": "1"})

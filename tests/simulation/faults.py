@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core import Phase
 
 if TYPE_CHECKING:
     from simulation.host import Host
@@ -19,21 +18,18 @@ __all__ = ["Faults", "Profile"]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Which kinds of faults are drawn; those that are off are known not to be survived yet (issue 15).
+    """How much goes wrong.
 
     Attributes:
         most: faults of one run.
         only: kinds that are drawn; none named: all.
-        long_coordinator_freeze: the coordinator is frozen for more than a lease (row 5).
-        at_the_end: nodes are lost while the last checkpoint is written (row 7).
-        during_start: nodes are lost before training begins (row 8).
     """
 
     most: int = 8
     only: tuple[str, ...] = ()
-    long_coordinator_freeze: bool = False
-    at_the_end: bool = False
-    during_start: bool = False
+
+
+_WHEN = ("started", "committed", "committed", "committed", "iteration", "declared", "agreed", "resumed")
 
 
 class Faults:
@@ -81,11 +77,13 @@ class Faults:
         weights = [self._kinds[name][0] for name in names]
         for _ in range(chance.randint(0, self.profile.most)):
             name = chance.choices(names, weights)[0]
-            when = chance.choice(("committed", "committed", "committed", "iteration", "declared", "agreed", "resumed"))
-            if when == "committed":
+            when = chance.choice(_WHEN)
+            if when == "started":
+                count, most = 1, 2.0
+            elif when == "committed":
                 count, most = 1, 0.3 * cluster.iterations
             elif when == "iteration":  # near the end
-                count, most = cluster.iterations - chance.randint(0, 3), 0.3
+                count, most = cluster.iterations - chance.randint(0, 3), 1.0
             else:  # in a recovery, or soon after one: those seconds are the interesting ones
                 count, most = chance.randint(1, 3), 1.0
             self._wait(when, count, chance.uniform(0.0, most), name, self._kinds[name][1])
@@ -111,15 +109,7 @@ class Faults:
     def _strike(self, kind: str, call: Callable[[], None]) -> None:
         self.pending -= 1
         cluster = self._cluster
-        phase = cluster.hq.core.phase
-        if not self.profile.during_start and (phase is Phase.STARTING or cluster.oracle.committed < 0):
-            return
-        ending = (
-            cluster.oracle.ends
-            or cluster.hq.ended
-            or any(rank.worker.reached.get("finished", -1) >= 0 for host in cluster.hosts for rank in host.workers())
-        )
-        if not self.profile.at_the_end and (phase is Phase.FINISHING or ending):
+        if cluster.hq.ended:
             return
         cluster.world.say("fault", kind)
         self.struck.append(f"{cluster.world.now:.2f} {kind}")
@@ -136,13 +126,6 @@ class Faults:
             call()
 
         self._cluster.anybody.later(seconds, over)
-
-    def excuses(self, message: str) -> bool:
-        """This end with exit 1 is of a kind that is not survived yet."""
-        p = self.profile
-        return ("after training had finished" in message and not p.at_the_end) or (
-            "before training began" in message and not p.during_start
-        )
 
     # ---- whom
 
@@ -250,7 +233,7 @@ class Faults:
     def _freeze_coordinator(self) -> None:
         hq, chance, lease = self._cluster.hq, self._cluster.world.chance, self._cluster.job.deadlines.lease
         seconds = chance.uniform(0.05, 0.9) * lease
-        if self.profile.long_coordinator_freeze and chance.random() < 0.6:
+        if chance.random() < 0.6:
             seconds = chance.choice((0.5, 2.0, 10.0)) * lease
         process = hq.process
         process.freeze()

@@ -21,6 +21,7 @@ from deadpool_megatron.cluster.watch import Watch
 from deadpool_megatron.cluster.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.workers import Worker
 from deadpool_megatron.vault import TransferFailed
+from deadpool_megatron.vault.words import Words
 from simulation.network import Link
 from simulation.rank import Rank
 from simulation.vaults import SimulatedShards
@@ -71,7 +72,7 @@ class _Page(PulsePage):
     """In this process's memory."""
 
     def __init__(self) -> None:
-        self.words = memoryview(bytearray(64)).cast("q")
+        self._words = Words(memoryview(bytearray(64)))
 
     def close(self) -> None:
         return
@@ -121,6 +122,9 @@ class _Processes(WorkerProcesses):
         worker.control = _Control(sim)  # type: ignore[assignment]
         sim.start()
         return worker
+
+    def located(self, worker: Worker, numa: int, alive: Iterable[Worker]) -> set[int]:
+        return set()
 
     def kill(self, worker: Worker) -> None:
         self.ranks[worker.pid].die(-9)

@@ -115,7 +115,7 @@ class Oracle:
         world = self._cluster.world
         if event != "iteration":
             world.say("log", f"{event} { {k: v for k, v in fields.items() if k != 't'} }")
-        if event in ("committed", "declared", "agreed", "prepared", "resumed") or (
+        if event in ("started", "committed", "declared", "agreed", "prepared", "resumed") or (
             event == "iteration" and fields["iteration"] > self.iteration
         ):
             self._cluster.faults.seen(event)
@@ -134,6 +134,9 @@ class Oracle:
                     self.saving = self._healthy()
                 if len(self.declared) > 1 and self.declared[-1][1] <= self.declared[-2][1]:
                     raise Violation(f"epoch {fields['epoch']} is declared after {self.declared[-2][1]}")
+            case "started_over":
+                if self.committed >= 0:
+                    raise Violation(f"the job begins anew, although generation {self.committed} was committed")
             case "agreed":
                 self._agreed(fields["iteration"])
             case "committed":
@@ -168,6 +171,18 @@ class Oracle:
                 raise Violation(f"generation {generation} is committed, and nobody has it of rank {rank}")
         self.safe = generation, holders
         self.committed, self._since = generation, 0
+
+    def _moves_on(self, generation: int) -> None:
+        """What is agreed takes the place of what was committed where vaults have all of it: that may be overwritten."""
+        holders: dict[int, list[tuple[int, str, Slot, int]]] = {}
+        for host in self._cluster.hosts:
+            for arena in host.shards.vault.arenas() if not self._gone(host.node) else ():
+                for slot in arena.slots:
+                    version = slot.version
+                    if slot.complete and version is not None and version.generation == generation:
+                        holders.setdefault(arena.info.rank, []).append((host.node, arena.info.kind, slot, slot.turn))
+        if holders.keys() >= set(range(self._cluster.job.world_size)):
+            self.safe = generation, holders
 
     def lost(self) -> str:
         """Why the newest committed generation may be given up; empty: it may not."""
@@ -213,6 +228,8 @@ class Oracle:
                 raise Violation(f"back to generation {generation}, although {self.safe[0]} was committed and is there")
             self.given_up += 1
             self.safe = None
+        elif self.safe is not None and generation > self.safe[0]:
+            self._moves_on(generation)
         self._since = 0
 
     def _healthy(self) -> list[int]:
@@ -255,7 +272,5 @@ class Oracle:
             why = self.lost()
             if not why:
                 raise Violation(f"ended with {code} ({message}), and generation {self.safe and self.safe[0]} is there")
-            return
-        if code == Exit.FAILED and cluster.faults.excuses(message):
             return
         raise Violation(f"ended with {code}: {message}")

@@ -47,9 +47,9 @@ class Rank:
         self._said = Pipe(host.world, 0.0001, 0.005)
         self.rank = worker.rank
         self.pace = host.world.chance.uniform(0.7, 1.4)
-        self.joined = 0
+        self.joined = host.known.epoch if worker.rank is not None else 0
         self.declared: r.Declare | None = None
-        self.declared_epoch = 0
+        self.declared_epoch = self.joined
         self._stands_by = False
         self._generation: r.Generation | None = None
         self._formed = -1
@@ -58,13 +58,13 @@ class Rank:
         self._taken: r.TakeOver | None = None
         self._hold: r.Hold | None = None
         self._waits = False  # in a communication
-        self.groups = 0  # the epoch whose groups it has or forms
+        self.groups = self.joined  # the epoch whose groups it has or forms
         self.writer: SlotWriter | None = None
         self.live: int | None = None
         self._small_generation = -1
         self.value = 0
         self._first = (-1, -1)
-        self._resumed = 0
+        self._resumed = self.joined
         self.finished = False
         self._script: Script | None = None
         self._until: Callable[[], bool] | None = None
@@ -105,11 +105,10 @@ class Rank:
         except StopIteration:
             self._script = None
             self.die(0)
-        except (Dies, VaultError) as err:
+        except (Dies, VaultError, Broken) as err:
             self._script = None
-            self.say(
-                r.WorkerFailed(0, 0, None, "training", self.joined, -1, 0, type(err).__name__, "sim", str(err), "")
-            )
+            kind, by_peer = type(err).__name__, isinstance(err, Broken)
+            self.say(r.WorkerFailed(0, 0, None, "training", self.joined, -1, 0, kind, "sim", str(err), "", by_peer))
             self.die(1)
 
     def poke(self) -> None:
@@ -207,6 +206,7 @@ class Rank:
                     break
         else:
             yield from self._pause(0.3, 1.2)
+            yield from self._meet("start", -1, 0)
         yield from self._request_arena()
         self.say(
             r.Registered(
@@ -239,6 +239,9 @@ class Rank:
             try:
                 while self._small_generation < self.host.cluster.iterations:
                     yield from self._iteration(self._small_generation)
+                yield from self._pause(0.05, 0.6)  # the last checkpoint
+                yield from self._meet("save", self.host.cluster.iterations, 0)
+                self.host.cluster.oracle.finished(self)
                 self.step("finished", self.joined, self._small_generation)
                 self.host.cluster.oracle.through(self)
                 yield from self._wait(lambda: self._supersede(self.joined) or self._all_finished >= self.joined)
@@ -249,7 +252,6 @@ class Rank:
                 error, rejoining = err, True
                 continue
             self.finished = True
-            self.host.cluster.oracle.finished(self)
             yield from self._pause(0.1, 0.5)
             return
 
@@ -295,7 +297,7 @@ class Rank:
 
     def _first_generation(self) -> Script:
         assert self.writer is not None
-        self._first, self._small_generation, self.live = (0, 0), 0, 0
+        self._first, self._small_generation, self.live = (self.joined, 0), 0, 0
         self._open(0)
         self._complete()
         end = self.world.now + self.host.cluster.job.deadlines.abort

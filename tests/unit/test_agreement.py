@@ -149,3 +149,40 @@ def test_what_some_rank_has_only_live_is_not_held() -> None:
     assert (agreed.generation, agreed.held) == (5, False)
     both = Offer(1, 0, {0: 5}, {0: [(0, 5)]}, {})
     assert agree(assignment, {0: both, 1: in_vault}).held
+
+
+# ---- runs whose kernels do not give the same bits twice
+
+
+def test_versions_of_one_generation_are_not_mixed_where_the_run_is_not_repeatable() -> None:
+    offers = {
+        0: offer(0, {0: None}, {0: [(0, 7), (0, 8)]}),
+        1: offer(1, {1: None}, {1: [(0, 7), (1, 8)]}),
+        2: offer(2, {2: None}, {2: [(0, 7), (0, 8), (1, 8)]}),
+    }
+    assert agree(THREE, offers).generation == 8
+    agreed = agree(THREE, offers, repeatable=False)
+    assert agreed.generation == 7 and agreed.sources == {n: Source(n, 0) for n in range(3)}
+
+
+def test_a_live_state_counts_as_the_version_that_it_would_have_been_written_as() -> None:
+    offers = {n: Offer(2, n, {n: 8}, {n: [(0, 7)]}, {}, live_epochs={n: n % 2}) for n in range(3)}
+    assert agree(THREE, offers, repeatable=False).generation == 7
+    offers = {n: Offer(2, n, {n: 8}, {n: [(0, 7)]}, {}, live_epochs={n: 1}) for n in range(3)}
+    assert agree(THREE, offers, repeatable=False) == agree(THREE, offers)
+
+
+def test_a_rank_that_has_the_number_live_takes_the_version_from_its_vault_where_that_is_the_common_one() -> None:
+    offers = {
+        0: Offer(2, 0, {0: 8}, {0: [(1, 8)]}, {}, live_epochs={0: 0}),
+        1: Offer(2, 1, {1: None}, {1: [(1, 8)]}, {2: [(0, 8), (1, 8)]}),
+        2: Offer(2, 2, {2: None}, {}, {}),
+    }
+    agreed = agree(THREE, offers, repeatable=False)
+    assert agreed.sources == {0: Source(0, 1), 1: Source(1, 1), 2: Source(1, 1)}
+
+
+def test_the_newest_epochs_history_is_the_runs() -> None:
+    versions = [(0, 8), (1, 7)]
+    offers = {n: offer(n, {n: None}, {n: versions}) for n in range(3)}
+    assert agree(THREE, offers, repeatable=False).generation == 7

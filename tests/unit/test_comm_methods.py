@@ -4,13 +4,21 @@ import dataclasses
 
 import pytest
 
-from deadpool_megatron.comm.methods import Word, against_keeping, pack_words, unpack_words
+from deadpool_megatron.comm.methods import (
+    Verdict,
+    Word,
+    pack_verdict,
+    pack_words,
+    unpack_verdict,
+    unpack_words,
+    verdict,
+)
 
 QUIET = Word(connected=2, operations=7, objection="")
 
 
 def test_a_group_nobody_objects_to_is_kept() -> None:
-    assert against_keeping([QUIET, QUIET, QUIET]) == ""
+    assert verdict([QUIET, QUIET, QUIET]) == Verdict("", False)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +34,16 @@ def test_one_member_is_enough_to_have_it_swapped(changes: dict[str, object], why
     for at in range(3):
         words = [QUIET] * 3
         words[at] = dataclasses.replace(QUIET, **changes)
-        assert against_keeping(words) == why
+        assert verdict(words).why == why
+
+
+def test_a_group_that_one_member_has_used_is_connected_on_all() -> None:
+    spare = Word(connected=0, operations=-1, objection="spare")
+    survivor = Word(connected=0, operations=-1, objection="not Gloo", used=True)
+    for words in ([spare, survivor], [survivor, spare]):
+        given = verdict(words)
+        assert given.used and unpack_verdict(pack_verdict(given).encode()) == given
+    assert not verdict([spare, dataclasses.replace(survivor, used=False)]).used
 
 
 def test_words_survive_the_store_and_others_are_refused() -> None:

@@ -325,3 +325,52 @@ def test_a_placement_nobody_heard_since_the_coordinator_died_is_told_again() -> 
     job.recover()
     restarted(job)
     assert len(job.told(r.Placement)) == 2, "an epoch's declaration has it"
+
+
+# ---- waiting for a spare
+
+
+def _waiting() -> SimulatedJob:
+    job = SimulatedJob(nodes=3, spares=0, wait_for_spare_s=600.0).train()
+    job.commit(5)
+    job.lose(1)
+    assert job.core.phase is Phase.ARRIVING and job.core.epoch == 1 and job.told(r.Declare)[0].purpose == "resume"
+    for node in (0, 2):
+        job.offer(node)
+    assert job.core.phase is Phase.WAITING and not job.told(r.Agree) and job.events("waiting")[0]["lost"] == [1]
+    return job
+
+
+def test_without_a_spare_the_others_keep_their_state_and_wait_for_one() -> None:
+    job = _waiting()
+    job.wait(300)
+    error, node, actions = job.core.add_spare("host", job.now)
+    job.take(actions)
+    assert (error, node) == ("", 3)
+    job.join([3])
+    assert job.core.epoch == 2 and job.active == [0, 3, 2]
+    job.recover(5)
+    assert job.core.phase is Phase.RUNNING and not job.events("stopped")
+    job.lose(0)
+    assert job.core.phase is Phase.ARRIVING and len(job.events("waiting")) == 2  # with a time of its own
+
+
+def test_when_no_spare_comes_in_time_the_job_saves_and_ends_as_without_the_wait() -> None:
+    job = _waiting()
+    job.wait(599)
+    assert job.core.phase is Phase.WAITING
+    job.wait(2)
+    assert job.told(r.Declare)[-1].purpose == "save" and job.core.epoch == 2
+
+
+def test_another_loss_while_a_spare_is_waited_for_makes_the_wait_no_longer() -> None:
+    job = _waiting()
+    job.wait(300)
+    job.lose(2)
+    assert job.core.epoch == 2 and job.core.phase is Phase.ARRIVING
+    job.offer(0)
+    job.take(job.core.add_spare("host", job.now)[2])
+    job.join([3])
+    assert job.core.phase is Phase.WAITING  # one is too few
+    job.wait(301)
+    assert job.told(r.Declare)[-1].purpose == "save"

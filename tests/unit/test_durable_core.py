@@ -246,8 +246,8 @@ def test_a_job_that_must_end_says_what_is_durable() -> None:
 # ---- the start of a new job
 
 
-def loading(complete: tuple[tuple[int, str], ...]) -> SimulatedJob:
-    it = SimulatedJob(nodes=3, spares=0, durable=spec(complete=complete, resume=True))
+def loading(complete: tuple[tuple[int, str], ...], spares: int = 0) -> SimulatedJob:
+    it = SimulatedJob(nodes=3 + spares, spares=spares, durable=spec(complete=complete, resume=True))
     it.join()
     return it
 
@@ -290,6 +290,34 @@ def test_a_job_never_starts_from_zero_because_nothing_can_be_read() -> None:
 
 def test_the_first_job_of_all_begins_without() -> None:
     assert loading(()).told(r.ResumeAt) == [r.ResumeAt(-1)]
+
+
+# ---- another job's directory
+
+
+def test_a_job_whose_directory_was_taken_trains_on_drains_nothing_more_and_says_so_once() -> None:
+    it = job()
+    run(it, range(5))
+    name = names(it)[0]
+    for _ in range(2):
+        it.take(it.core.durable_taken("/durable belongs to job x", it.now))
+    (given_up,) = it.told(r.GiveUpDrain)
+    assert (given_up.name, given_up.remover) == (name, -1), "nobody removes it"
+    for node in it.active:
+        drained(it, name, node)  # what was under way comes too late
+    run(it, range(5, 20))
+    assert names(it) == [name] and not it.told(r.SealGeneration) and it.finish is None
+    (told,) = it.events("durable_taken")
+    assert told["message"] == "/durable belongs to job x; training goes on, and drains nothing more"
+
+
+def test_a_job_whose_directory_was_taken_leaves_at_once_when_it_is_preempted() -> None:
+    it = job()
+    run(it, range(5))
+    it.take(it.core.durable_taken("/durable belongs to job x", it.now))
+    it.take(it.core.preempted(it.now))
+    why = "preempted: no newer generation could be made durable: /durable belongs to job x"
+    assert it.end == (Exit.PREEMPTED, why)
 
 
 # ---- preemption
@@ -369,13 +397,17 @@ def again(before: SimulatedJob, complete: tuple[tuple[int, str], ...]) -> Simula
     return it
 
 
-def test_a_node_lost_while_it_loads_its_shards_ends_the_job_before_training_began() -> None:
-    it = loading(((8, "newer"), (4, "older")))
+def test_a_node_lost_while_it_loads_its_shards_is_replaced_and_all_load_again() -> None:
+    it = loading(((8, "newer"), (4, "older")), spares=1)
     it.feed(r.ShardsLoaded(0, "newer", ""))
     it.lose(1)
-    code, message = it.end
-    assert code == Exit.FAILED and "node 1 was lost before training began" in message
+    assert it.told(r.LoadShards) == [r.LoadShards("newer", 8, 0), r.LoadShards("newer", 8, 1)]
+    for node in it.active:
+        it.feed(r.ShardsLoaded(node, "newer", "", 0))  # on its way since before the loss
     assert not it.told(r.ResumeAt)
+    for node in it.active:
+        it.feed(r.ShardsLoaded(node, "newer", "", 1))
+    assert it.told(r.ResumeAt) == [r.ResumeAt(8)]
 
 
 def test_a_coordinator_that_starts_again_loads_nothing_into_vaults_that_train_and_goes_on_draining() -> None:
@@ -393,3 +425,84 @@ def test_a_coordinator_that_starts_again_before_training_says_once_more_where_it
     before.join()
     it = again(before, ((4, "older"),))
     assert it.told(r.LoadShards) == [r.LoadShards("older", 4)]
+
+
+# ---- no spare, and no way to save
+
+
+def without_a_spare(**more: Any) -> SimulatedJob:
+    it = SimulatedJob(nodes=3, spares=0, can_rescue=False, durable=spec(interval=100, **more)).train()
+    run(it, range(6))
+    it.lose(1, "its agent is gone")
+    declared = it.told(r.Declare)[-1]
+    assert declared.purpose == "drain" and it.active == [0, 2]
+    return it
+
+
+def gather(it: SimulatedJob) -> None:
+    """The survivors have what the lost node had."""
+    it.arrive(5)
+    assert it.told(r.Agree)[-1].generation == 5 and not it.told(r.Form)
+    it.prepare()
+
+
+def test_before_a_job_ends_for_want_of_a_spare_the_newest_generation_is_made_durable() -> None:
+    it = without_a_spare()
+    gather(it)
+    (order,) = it.told(r.DrainShards)
+    assert (order.version_epoch, order.generation, order.seconds) == (-1, 5, 0.0)
+    assert it.finish is None
+    make_durable(it)
+    code, message = it.end
+    assert code == Exit.NO_SPARE and "no spare is left for node 1 (its agent is gone)" in message
+    assert "generation 5 is durable in /durable: start the job again with --deadpool-resume auto" in message
+
+
+def test_what_is_durable_already_is_not_drained_again() -> None:
+    it = without_a_spare(complete=((5, "there"),))
+    gather(it)
+    assert it.end[0] == Exit.NO_SPARE and not it.told(r.DrainShards)
+
+
+def test_a_last_drain_that_fails_or_hangs_ends_the_job_all_the_same() -> None:
+    it = without_a_spare()
+    gather(it)
+    drained(it, names(it)[-1], 0, "no space left on device")
+    assert (
+        it.end[0] == Exit.NO_SPARE
+        and "no space left on device; the job ends" in it.events("durable_failed")[0]["message"]
+    )
+    it = without_a_spare(deadline=50.0)
+    gather(it)
+    it.wait(51)
+    assert it.end[0] == Exit.NO_SPARE
+
+
+def test_another_node_lost_while_the_last_generation_is_drained_begins_that_again() -> None:
+    it = SimulatedJob(nodes=4, spares=0, can_rescue=False, durable=spec(interval=100)).train()
+    run(it, range(6))
+    groups = it.core.protection.groups
+    it.lose(1)
+    it.arrive(5)
+    it.prepare()
+    assert len(names(it)) == 1
+    it.lose(next(node for node in it.active if not any({1, node} <= set(group) for group in groups)))
+    assert it.finish is None and it.told(r.Declare)[-1].purpose == "drain" and len(it.active) == 2
+    it.arrive(5)
+    it.prepare()
+    assert len(set(names(it))) == 2
+
+
+def test_without_room_for_what_the_lost_node_had_the_job_ends() -> None:
+    it = without_a_spare()
+    it.arrive(5)
+    it.feed(r.FetchFailed(1, 0, 2, 2, 5, "rank 2 needs memory", 0, True))
+    assert it.end[0] == Exit.NO_SPARE
+
+
+def test_where_nothing_complete_is_left_the_job_says_so() -> None:
+    it = without_a_spare()
+    for node in it.active:
+        ranks = [rank for rank, slot in enumerate(it.core.assignment) if slot.node == node]
+        it.feed(r.Offer(it.core.epoch, node, dict.fromkeys(ranks, 5), {}, {}))
+    assert it.end[0] == Exit.NO_SPARE and "no generation is complete in memory" in it.end[1]

@@ -38,6 +38,8 @@ from deadpool_megatron.durable import (
     find,
     load_shards,
     open_store,
+    take,
+    this_process,
 )
 from deadpool_megatron.vault import CONSTANT, ConstantsWriter, SlotWriter, Vault, Version, constants_of
 from waiting import until
@@ -55,11 +57,12 @@ class Node:
         self.directory = str(directory)
         self.path = self.vault.allocate_own(0, UNIQUE, 1 << 12).path
         self.writer = SlotWriter(self.path)
+        self.job = ""
         self.answers: queue.Queue[Answer] = queue.Queue()
         self.drainer = DrainerProcess(self.answers.put)
 
     def stage(self) -> None:
-        self.drainer.stage(Stage(0, UNIQUE + (1 << 12), LAYOUT))
+        self.drainer.tell(Stage(0, UNIQUE + (1 << 12), LAYOUT))
 
     def capture(self, generation: int, epoch: int = 0) -> bool:
         """The worker takes a generation; False when no slot is free."""
@@ -77,7 +80,7 @@ class Node:
 
     def drain(self, generation: int, attempt: int = 1, seconds: float = 0.0) -> str:
         name = directory_name(generation, "job", attempt)
-        self.drainer.give(Drain(self.directory, name, seconds, (Take(0, self.path, 0, generation),)))
+        self.drainer.give(Drain(self.directory, name, seconds, (Take(0, self.path, 0, generation),), self.job))
         return name
 
     def answer(self, kind: type) -> Answer:
@@ -96,7 +99,7 @@ class Node:
         manifest = Manifest(
             FORMAT, generation, 0, drained.name, "now", 1, (Coordinate(0, 0, 0, 0),), drained.shards, {}
         )
-        self.drainer.give(Seal(self.directory, manifest, keep))
+        self.drainer.give(Seal(self.directory, manifest, keep, self.job))
         return self.done()
 
     def durable(self, generation: int, attempt: int = 1, keep: tuple[str, ...] = ()) -> str:
@@ -277,6 +280,30 @@ def test_a_directory_that_went_away_is_told_and_not_made_again(node: Node) -> No
     drained = node.done()
     assert not drained.error and not node.seal(drained).error
     assert node.complete() == [60]
+
+
+def test_nothing_is_written_or_removed_in_a_directory_that_is_another_jobs(node: Node) -> None:
+    node.job = "first"
+    store = open_store(node.directory)
+    take(store, this_process("first"), pytest.fail)
+    node.stage()
+    old = node.durable(1)
+    assert node.capture(2)
+    node.commit(2)
+    node.drain(2)
+    drained = node.done()
+    assert not drained.error
+    store.claim("owner-000002.json", msgspec.json.encode(this_process("second")))
+    sealed = node.seal(drained)
+    assert sealed.error.startswith(f"--deadpool-durable-dir {node.directory} belongs to job second ")
+    assert node.complete() == [1], "no manifest, and what is older stays"
+    node.drainer.cancel(Cancel(node.directory, old, True, "first"))
+    assert node.capture(3)
+    node.commit(3)
+    name = node.drain(3)
+    assert "belongs to job second" in node.done().error
+    assert store.directories() == sorted([old, drained.name]) and name not in store.directories()
+    assert node.complete() == [1], "the other job may have begun with it"
 
 
 def test_a_drainer_that_dies_fails_its_drain_and_the_next_one_has_a_new_one(node: Node) -> None:

@@ -26,6 +26,7 @@ from deadpool_megatron.durable import (
     Store,
     directory_name,
     find,
+    open_directory,
     open_store,
     prune,
     read_manifest,
@@ -183,44 +184,44 @@ def test_a_generation_that_is_being_removed_never_looks_whole(tmp_path: Path, mo
 
 
 def test_auto_begins_with_the_newest_and_says_so_when_there_is_none(tmp_path: Path) -> None:
-    usable, remarks = survey(str(tmp_path / "new"), "auto", 2, -1, True)
+    usable, remarks = survey(open_directory(str(tmp_path / "new")), "auto", 2, -1, True)
     assert usable == () and "no durable generation" in remarks[0]
     store = LocalStore(str(tmp_path / "new"))
     names = [write(store, g) for g in (40, 60)]
-    assert survey(store.root, "auto", 2, -1, True) == (((60, names[1]), (40, names[0])), ())
+    assert survey(store, "auto", 2, -1, True) == (((60, names[1]), (40, names[0])), ())
 
 
 def test_a_generation_of_another_number_of_ranks_is_refused_with_the_way_out(tmp_path: Path) -> None:
     write(LocalStore(str(tmp_path)), 40, ranks=2)
     with pytest.raises(NotFit, match=r"generation 40 .* of 2 ranks, this job has 4: .*deadpool export"):
-        survey(str(tmp_path), "auto", 4, -1, True)
+        survey(open_directory(str(tmp_path)), "auto", 4, -1, True)
 
 
 def test_a_job_that_would_start_anew_beside_old_generations_is_refused(tmp_path: Path) -> None:
     write(LocalStore(str(tmp_path)), 40)
     with pytest.raises(DurableError, match=r"generations 40 of an earlier job: give --deadpool-resume auto"):
-        survey(str(tmp_path), "none", 2, -1, True)
+        survey(open_directory(str(tmp_path)), "none", 2, -1, True)
 
 
 def test_one_generation_can_be_asked_for_by_its_number(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     names = [write(store, g) for g in (40, 60)]
-    assert survey(store.root, "40", 2, -1, False)[0] == ((40, names[0]),)
+    assert survey(store, "40", 2, -1, False)[0] == ((40, names[0]),)
     with pytest.raises(DurableError, match="no durable generation 50; it has 60, 40"):
-        survey(store.root, "50", 2, -1, False)
+        survey(store, "50", 2, -1, False)
     with pytest.raises(DurableError, match="has generation 60 besides 40"):
-        survey(store.root, "40", 2, -1, True)
+        survey(store, "40", 2, -1, True)
 
 
 def test_a_newer_checkpoint_of_megatrons_goes_before_an_older_durable_generation(tmp_path: Path) -> None:
     write(LocalStore(str(tmp_path)), 40)
-    usable, remarks = survey(str(tmp_path), "auto", 2, 50, True)
+    usable, remarks = survey(open_directory(str(tmp_path)), "auto", 2, 50, True)
     assert usable == () and "older than the checkpoint of iteration 50" in remarks[0]
-    assert survey(str(tmp_path), "auto", 2, 40, True)[0]
+    assert survey(open_directory(str(tmp_path)), "auto", 2, 40, True)[0]
 
 
 def test_a_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(DurableError, match=r"durable-dir .*/no/where cannot be made: No such file"):
-        survey(str(tmp_path / "no" / "where"), "none", 2, -1, True)
+        survey(open_directory(str(tmp_path / "no" / "where")), "none", 2, -1, True)
     with pytest.raises(DurableError, match="durable-dir nowhere://x"):
-        survey("nowhere://x", "none", 2, -1, True)
+        survey(open_directory("nowhere://x"), "none", 2, -1, True)

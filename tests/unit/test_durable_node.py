@@ -27,7 +27,7 @@ class Node:
     def __init__(self, directory: Path, number: int = 0) -> None:
         self.shards = Shards(f"n{os.getpid()}", number, bytes(32), "127.0.0.1")
         self.sent: list[Any] = []
-        self.durability = NodeDurability(number, str(directory), self.shards, self.sent.append)
+        self.durability = NodeDurability(number, str(directory), "job", self.shards, self.sent.append)
         self.writers: dict[int, SlotWriter] = {}
 
     def begin(self, job: dict[str, Any] = JOB, layout: Layout = LAYOUT) -> None:
@@ -130,13 +130,13 @@ def test_an_attempt_that_is_given_up_frees_the_slots(nodes: list[Node]) -> None:
 def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[Node]) -> None:
     node = drained[1]
     node.durability.load(r.LoadShards(NAME, 5), [0, 1])
-    assert node.news(Loaded) == Loaded(NAME, "")
+    assert node.news(Loaded) == Loaded(NAME, "", 0)
     assert node.sent[-1] == r.ShardsLoaded(1, NAME, "")
     node.begin()
-    assert node.durability.begin(0) is None  # until the coordinator says that all have it
+    assert node.durability.begin(0, 0) is None  # until the coordinator says that all have it
     node.durability.resume_at(5)
     for rank in (0, 1):
-        at = node.durability.begin(rank)
+        at = node.durability.begin(rank, 0)
         assert isinstance(at, r.Generation) and (at.generation, at.version_epoch) == (5, 0)
         small, unique = SlotWriter(at.path).read(Version(0, 5))
         assert small == b"small %d" % rank and bytes(unique) == bytes([5 + rank]) * UNIQUE
@@ -149,7 +149,7 @@ def test_a_job_with_other_arguments_is_told_the_first_that_differs(drained: list
     node.news(Loaded)
     node.begin({"model": {"hidden_size": 128, "ffn_hidden_size": 512}})
     node.durability.resume_at(5)
-    why = node.durability.begin(0)
+    why = node.durability.begin(0, 0)
     assert isinstance(why, str) and "hidden_size is 64 in it and 128 here" in why and "deadpool export" in why
 
 

@@ -11,6 +11,7 @@ import pytest
 from deadpool_megatron import checks, launch
 from deadpool_megatron.checks import LaunchError, LaunchPlan
 from deadpool_megatron.config import ConfigError
+from deadpool_megatron.processes import agent_settings
 from deadpool_megatron.versions import SUPPORTED, UserError, check_version
 
 
@@ -167,6 +168,7 @@ def _unsupported() -> list[tuple[str, str]]:
 
 BAD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": ["local", "transformer_engine"],
+    "moe_token_dispatcher_type": ["flex"],
     "optimizer": ["soap"],
     "fp8": ["hybrid"],
     "fp4": ["e2m1"],
@@ -174,6 +176,7 @@ BAD_VALUES: dict[str, list[object]] = {
 }
 GOOD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": [None, "none", "full_iteration"],
+    "moe_token_dispatcher_type": ["allgather", "alltoall", None],
     "optimizer": ["adam", "sgd"],
     "fp8": [None],
     "fp4": [None],
@@ -195,6 +198,19 @@ def test_a_mode_that_is_not_supported_is_refused_by_its_flag(flag: str, name: st
         check_arguments(argparse.Namespace(**{name: value}))
 
 
+@pytest.mark.parametrize("name", ["TORCH_DIST_USE_NCCL2", "TORCH_DISTRIBUTED_USE_TORCHCOMMS"])
+def test_process_groups_of_another_kind_are_refused_by_the_variable_that_selects_them(name: str) -> None:
+    from deadpool_megatron.support import check_environment
+
+    for value in ("1", "true"):
+        with pytest.raises(UserError) as refused:
+            check_environment({name: value, "PATH": "/bin"})
+        said = str(refused.value)
+        assert said.startswith(f"{name}={value} is not supported with --deadpool: ") and "\n" not in said
+    for environ in ({}, {name: "0"}, {name: ""}):
+        check_environment(environ)
+
+
 def test_every_refused_flag_is_one_that_megatron_knows() -> None:
     """A misspelt attribute would never refuse anything."""
     training = pytest.importorskip("megatron.training.arguments")
@@ -203,3 +219,16 @@ def test_every_refused_flag_is_one_that_megatron_knows() -> None:
     older = {"enable_cuda_graph", "external_cuda_graph"}
     unknown = {name for _, name in _unsupported()} - known - older
     assert not unknown
+
+
+def test_an_agent_is_pinned_where_it_has_a_machine_of_its_own_and_nobody_objects(tmp_path: Path) -> None:
+    def pins(host: str, flags: str) -> bool:
+        made = plan(tmp_path, "--local-nodes 2", flags)
+        pin = agent_settings(made, 0, "job", b"secret", (host, 1), 2, host)["pin"]
+        assert isinstance(pin, bool)
+        return pin
+
+    assert pins("10.1.2.3", "--deadpool")
+    assert not pins("127.0.0.2", "--deadpool")  # the nodes share this machine, and would choose the same processors
+    assert not pins("10.1.2.3", "--deadpool --no-deadpool-pin-agents")
+    assert not pins("10.1.2.3", "")

@@ -77,14 +77,32 @@ def test_what_a_worker_tells_reaches_the_agent_in_order(line: Line) -> None:
     assert [line.hear(), line.hear()] == [r.WorkerStep("parked", 0), r.WorkerStep("formed", 2, 11)]
 
 
-def test_a_declaration_closes_the_epoch_and_aborts_before_anybody_waits_for_it(line: Line) -> None:
+def test_a_declaration_closes_the_epoch_and_aborts(line: Line) -> None:
     assert not line.session.closed
     line.tell(declare(1))
     declared = line.session.wait_declared(PATIENT_S)
     assert declared is not None and declared.epoch == 1
-    assert line.heard == [1] and line.session.closed
+    assert line.session.closed
+    until(lambda: line.heard == [1], "the abort")
     line.session.joined_epoch = 1
     assert not line.session.closed and line.session.wait_declared(0.05) is None
+
+
+def test_a_declaration_is_known_before_its_abort_is_over() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    os.dup(ours.fileno())  # as in `line`
+    aborting, over = threading.Event(), threading.Event()
+
+    def abort(epoch: int) -> None:
+        aborting.set()
+        over.wait()
+
+    session = Session(theirs.detach(), abort, lambda epoch: None)
+    ours.send(r.encode(declare(1)))
+    aborting.wait()
+    declared = session.wait_declared(0.0)  # what the abort has freed asks at once
+    assert session.closed and declared is not None and declared.epoch == 1
+    over.set()
 
 
 def test_a_spare_that_stands_by_has_arrived_in_every_epoch_until_its_training_thread_says_so(line: Line) -> None:

@@ -53,23 +53,27 @@ class Registered(Record, frozen=True):
     table_digest: str
     can_rescue: bool
     expected_bytes: int = 0
+    epoch: int = 0
+    repeatable: bool = True
+    """Training the same generation once more gives the same bits."""
 
 
 class WorkerExited(Record, frozen=True):
-    """A worker process ended: ``code`` as from waitpid, negative for a signal."""
+    """A worker process ended: ``code`` as from waitpid, negative for a signal. ``epoch``: that of its agent."""
 
     node: int
     local: int
     rank: int | None
     pid: int
     code: int
+    epoch: int = 0
 
 
 class WorkerFailed(Record, frozen=True):
     """A worker ends because of an exception of its own (not of a lost peer).
 
     ``epoch``: the one it trained in. ``code``: with which the job ends at once; 0: as recoveries decide. ``kind``: the
-    exception's type; ``place``: the line of code that raised it.
+    exception's type; ``place``: the line of code that raised it. ``communication``: a lost peer may have caused it.
     """
 
     node: int
@@ -83,6 +87,7 @@ class WorkerFailed(Record, frozen=True):
     place: str
     message: str
     traceback: str
+    communication: bool = False
 
 
 class PeerError(Record, frozen=True):
@@ -99,7 +104,7 @@ class Offer(Record, frozen=True):
 
     ``live`` are generations, ``own`` and ``peer`` versions (epoch, generation) complete in the node's vault; so are
     those of ``parity``, by word (see `cluster.redundancy.Word`). ``arrived``: every coordinate here has a worker that
-    can form its groups now; if not, a `NodeArrived` follows.
+    can form its groups now; if not, a `NodeArrived` follows. ``live_epochs``: in which the live state was computed.
     """
 
     epoch: int
@@ -109,6 +114,7 @@ class Offer(Record, frozen=True):
     peer: dict[int, list[tuple[int, int]]]
     parity: dict[int, list[tuple[int, int]]] = msgspec.field(default_factory=dict)
     arrived: bool = True
+    live_epochs: dict[int, int] = msgspec.field(default_factory=dict)
 
 
 class NodeArrived(Record, frozen=True):

@@ -15,12 +15,17 @@ from deadpool_megatron.cluster.records.values import Act, Address, Fault, Purpos
 
 
 class Roster(Record, frozen=True):
-    """The job is complete: the assignment by rank (left out of the first one, of epoch 0) and the vault addresses."""
+    """The job is complete: the assignment by rank (left out of the first one, of epoch 0) and the vault addresses.
+
+    ``anew``: a node was lost before there was anything to go on from, so workers that have a coordinate, or had one,
+    end, and those of the assignment begin the script from its first line.
+    """
 
     epoch: int
     assignment: list[SlotAddress]
     vaults: dict[int, Address]
     version: int = 0
+    anew: bool = False
 
 
 class Placement(Record, frozen=True):

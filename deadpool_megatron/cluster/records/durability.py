@@ -11,7 +11,10 @@ from deadpool_megatron.durable import ShardFile
 
 
 class DrainShards(Record, frozen=True):
-    """Write this node's shards of a committed version to the durable directory, over ``seconds`` (0: at once)."""
+    """Write this node's shards of a committed version to the durable directory, over ``seconds`` (0: at once).
+
+    ``version_epoch`` -1: whichever version of the generation this node has, of each rank.
+    """
 
     name: str
     version_epoch: int
@@ -38,10 +41,11 @@ class GiveUpDrain(Record, frozen=True):
 
 
 class LoadShards(Record, frozen=True):
-    """Before training: bring this node's shards of a durable generation into its vault."""
+    """Before training: bring this node's shards of a durable generation into its vault, as versions of ``epoch``."""
 
     name: str
     generation: int
+    epoch: int = 0
 
 
 class ResumeAt(Record, frozen=True):
@@ -77,6 +81,7 @@ class ShardsLoaded(Record, frozen=True):
     node: int
     name: str
     error: str
+    epoch: int = 0
 
 
 class PreemptionNotice(Record, frozen=True):

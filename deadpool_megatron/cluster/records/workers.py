@@ -37,11 +37,15 @@ class ArenaRequest(Record, frozen=True):
 
 
 class Arrived(Record, frozen=True):
-    """A worker's training thread has left its step. ``live`` is the generation its live state is, None when torn."""
+    """A worker's training thread has left its step. ``live`` is the generation its live state is, None when torn.
+
+    ``live_epoch``: in which that state was computed.
+    """
 
     epoch: int
     rank: int
     live: int | None
+    live_epoch: int = 0
 
 
 class ShardReady(Record, frozen=True):
@@ -126,7 +130,7 @@ class Generation(Record, frozen=True):
     """The agreed generation is in the arena at ``path`` as version (``version_epoch``, ``generation``).
 
     ``version_epoch`` is -1 when this rank's vault does not hold it (its live state does). ``constants``: a durable
-    generation's constants are in the own vault as well.
+    generation's constants are in the own vault as well. ``live``: a live state of this generation is it too.
     """
 
     epoch: int
@@ -135,6 +139,7 @@ class Generation(Record, frozen=True):
     path: str
     done: dict[Act, int]
     constants: bool = False
+    live: bool = True
 
 
 class Where(Record, frozen=True):

@@ -1,0 +1,85 @@
+"""What of the copies on a device can be seen without one: its threads, their device, and who waits for them."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from deadpool_megatron.snapshot import CudaCopyEngine, PinError, ShardPlan, cuda_engine
+
+
+def test_the_publisher_works_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = object.__new__(CudaCopyEngine)  # a whole one needs a stream
+    engine._device, engine._queue = torch.device("cuda", 3), queue.SimpleQueue()
+    seen: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.current_thread().name, device)))
+    engine._queue.put(None)
+    publisher = threading.Thread(target=engine._publish, name="publisher")
+    publisher.start()
+    publisher.join()
+    assert seen == [("publisher", engine._device)]
+
+
+class Stream(SimpleNamespace):
+    """Of no device."""
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, -1
+
+    def synchronize(self) -> None: ...
+
+
+SLOT = SimpleNamespace(index=0, turn=0)
+
+
+def bound(monkeypatch: pytest.MonkeyPatch, register: Any) -> Any:
+    """An engine that has begun to page-lock its memory with ``register``."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **kwargs: None)
+    monkeypatch.setattr(cuda_engine, "_runtime", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    engine: Any = CudaCopyEngine(torch.device("cuda", 3))
+    arena = SimpleNamespace(address=4096, view=memoryview(bytearray(8)), path="/dev/shm/x", slots=[])
+    engine.bind(ShardPlan([]), SimpleNamespace(arena=arena))
+    return engine
+
+
+def test_nothing_is_copied_before_the_memory_is_page_locked_and_binding_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def register(address: int, size: int, flags: int) -> int:
+        asked.set()
+        go_on.wait()
+        return 0
+
+    engine = bound(monkeypatch, register)
+    asked.wait()  # `bind` is over
+    restored = threading.Thread(target=engine.restore, args=[SLOT])
+    restored.start()
+    restored.join(0.05)
+    assert restored.is_alive()
+    go_on.set()
+    restored.join()
+    assert engine._registered == 4096
+
+
+@pytest.mark.parametrize("first", ["begin", "restore"])
+def test_memory_that_cannot_be_page_locked_ends_the_first_copy_with_the_line_that_mends_it(
+    monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    engine = bound(monkeypatch, lambda address, size, flags: 2)
+    for _ in range(2):
+        with pytest.raises(PinError, match=r"8 bytes of /dev/shm/x .*cudaHostRegister: 2.*ulimit -l"):
+            getattr(engine, first)(SLOT)
