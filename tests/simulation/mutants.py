@@ -20,7 +20,7 @@ from deadpool_megatron.cluster.observations import Observations
 from deadpool_megatron.cluster.recoveries import Recoveries
 from deadpool_megatron.cluster.shards import FetchDone
 from deadpool_megatron.cluster.worker_ends import WorkerEnds
-from deadpool_megatron.vault import EMPTY, Vault, Version
+from deadpool_megatron.vault import EMPTY, CommitLedger, Vault, Version
 from deadpool_megatron.vault.arena import Slot
 from deadpool_megatron.vault.intake import Intake, Intakes
 from simulation import vaults
@@ -188,14 +188,16 @@ def _a_copy_given_up_is_handed_out(patch: Patch) -> None:
     """Found by the simulation: a worker was told to restore a version of epoch -1, and died of it."""
     send = NodeRecovery._hand_out
 
-    def before(self: NodeRecovery, rank: int, generation: int, version: tuple[int, int] | None = None) -> None:
+    def before(
+        self: NodeRecovery, rank: int, generation: int, version: tuple[int, int] | None = None, live: bool = False
+    ) -> None:
         if version is None and self._shards.version_of(rank, generation) is None:
             worker = self._crew.mine().get(rank)
             if worker is not None:
                 worker.tell(r.Generation(self._job.epoch, generation, -1, self._shards.path_of(rank), self._done))
             self._upkeep.aim()
         else:
-            send(self, rank, generation, version)
+            send(self, rank, generation, version, live)
 
     patch.setattr(NodeRecovery, "_hand_out", before)
 
@@ -223,7 +225,7 @@ def _what_is_below_the_floor_is_told_again(patch: Patch) -> None:
 
 def _ranks_are_apart_for_what_is_dead_already(patch: Patch) -> None:
     """Found by the simulation: the job gave up one generation after the other."""
-    patch.setattr(commits.CommitLedger, "raised", lambda self, floor: None)
+    patch.setattr(CommitLedger, "raised", lambda self, floor: None)
 
 
 MUTANTS: dict[str, Callable[[Patch], None]] = {

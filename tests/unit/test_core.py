@@ -568,6 +568,38 @@ def test_a_spare_without_room_gives_way_to_another_one_and_no_copy_is_refused() 
     assert job.core.phase is Phase.RUNNING and first not in {s.node for s in job.core.assignment}
 
 
+def test_a_refusal_ends_with_the_copy_that_was_given_up() -> None:
+    job = SimulatedJob(nodes=4, spares=1).train()
+    job.commit(5)
+    job.feed(r.WorkerExited(0, 0, 0, 1, -9))
+    job.arrive()
+    taken = job.core.assignment[0].node
+    job.feed(r.FetchFailed(1, taken, 0, 0, 5, "chunk 0 has changed in memory", 0))
+    assert job.core.epoch == 2 and len(job.events("refused")) == 1
+    job.feed(r.DamagedCopy(1, 0, 0, "own", 5))
+    job.arrive()  # node 0 offers that version of rank 0 again: it has fetched a whole one
+    told = job.told(r.Agree)[-1].sources[0]
+    assert 0 in {told.node, *told.others}
+
+
+def test_a_copy_given_up_since_it_was_offered_costs_an_epoch_and_condemns_nothing() -> None:
+    job = SimulatedJob().train()
+    job.commit(5)
+    job.lose(1)
+    job.arrive()
+    job.feed(r.FetchFailed(1, 0, 0, 0, 5, "node 0 has given up its copy of rank 0 since it was offered", gone=True))
+    assert job.core.epoch == 2 and not job.events("refused")
+
+
+def test_a_process_that_ends_before_it_has_taken_over_is_replaced() -> None:
+    job = SimulatedJob(nodes=3, spares=0).train()
+    job.commit(5)
+    job.feed(r.WorkerExited(0, 1, 1, 1, -9))
+    assert job.core.epoch == 1
+    job.feed(r.WorkerExited(0, 1, None, 2, -9))
+    assert job.core.epoch == 2 and job.told(r.Declare)[-1].replaced == [1]
+
+
 def test_two_nodes_that_keep_each_others_shards_lost_at_once_are_more_than_the_redundancy_covers() -> None:
     job = SimulatedJob(nodes=5, spares=2).train()
     job.commit(5)

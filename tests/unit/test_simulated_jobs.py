@@ -1,7 +1,7 @@
 """Thousands of simulated jobs keep their promises, and each fix that the simulation asked for is still needed.
 
 `tests/simulation` says what runs there. A seed that fails is looked at with ``python -m simulation --seed S --trace``
-(in tests/), and becomes a case here.
+(in tests/); what is mended because of it is taken back here, in a run that misses it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,25 @@ from simulation.mutants import MUTANTS
 
 _BATCHES, _RUNS = 16, 125
 
-# Seeds that showed something in what the product is now, or was: kinds of faults that are drawn, and what it was.
-FOUND: dict[int, tuple[tuple[str, ...], str]] = {}
-
-# By fix that is taken back, a run that finds it missing: seed, and the kinds of faults that are drawn.
-MISSED: dict[str, tuple[int, tuple[str, ...]]] = {}
+# By fix that is taken back, a run that finds it missing: seed, and the kinds of faults that are drawn (none: all).
+MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
+    "1 ranks": (5, ("join",)),
+    "2 tries": (12, ("resets", "kill worker")),
+    "2 own": (3, ("full spare", "kill worker")),
+    "3": (16, ("damaged source",)),
+    "4": (7, ("drain, and the spare dies",)),
+    "6": (4, ("late recovery",)),
+    "12": (9, ("drain", "kill worker")),
+    "early end": (21, ("kill worker",)),
+    "kept late": (9, ("join, and the coordinator dies", "kill node")),
+    "broken own": (19, ("damaged source",)),
+    "broken kept": (107, ("damaged source", "damage")),
+    "stale fetch": (945, ()),
+    "given up": (88, ("damaged source",)),
+    "live alone": (44, ("kill worker", "kill node", "slow link")),
+}
+# One run in thousands misses these, so a test of their own holds them: `test_core.py`, `test_known_and_commits.py`.
+RARE = {"1 nodes", "refused twice", "margin", "false alarm", "below floor"}
 
 
 @pytest.mark.parametrize("batch", range(_BATCHES))
@@ -40,10 +54,10 @@ def test_a_fix_that_is_taken_back_is_missed(fix: str, monkeypatch: pytest.Monkey
 
 
 def test_every_fix_has_a_run() -> None:
-    assert MISSED.keys() == MUTANTS.keys()
+    assert MISSED.keys() | RARE == MUTANTS.keys()
 
 
 def test_a_seed_is_one_run_to_the_message() -> None:
     first, again = (simulate(3, trace=True) for _ in range(2))
-    assert len(first.trace) > 500 and first.trace == again.trace
+    assert len(first.trace) > 300 and first.trace == again.trace
     assert simulate(4, trace=True).trace != first.trace
