@@ -141,6 +141,16 @@ def test_copies_without_a_generation_in_common_are_lost_too() -> None:
     assert lost.value.missing == []
 
 
+def test_what_some_rank_has_only_live_is_not_held() -> None:
+    assignment = [SlotAddress(0, 0), SlotAddress(1, 0)]
+    in_vault = Offer(1, 1, {1: None}, {1: [(0, 5)]}, {})
+    live = Offer(1, 0, {0: 5}, {0: [(0, 4)]}, {1: [(0, 4)]})
+    agreed = agree(assignment, {0: live, 1: in_vault})
+    assert (agreed.generation, agreed.held) == (5, False)
+    both = Offer(1, 0, {0: 5}, {0: [(0, 5)]}, {})
+    assert agree(assignment, {0: both, 1: in_vault}).held
+
+
 # ---- runs whose kernels do not give the same bits twice
 
 
