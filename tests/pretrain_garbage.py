@@ -1,8 +1,8 @@
 """examples/pretrain_gpt.py over Gloo, with the manners of NCCL around a failure.
 
 A lost peer raises nothing: who waits for it waits until the abort. Then an all-reduce is over, with NaN for its result,
-and any other operation ends in an error that names no communication. The abort takes longer than that error would be
-kept back if it were the worker's own.
+and a barrier too; any other operation ends in an error that names no communication. The abort takes longer than that
+error would be kept back if it were the worker's own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from deadpool_megatron.comm.inplace import bindings
 from deadpool_megatron.megatron import hooks
 from waiting import until
 
-_run, _wait, _allreduce = nccl.Aborts.run, bindings.Work.wait, bindings.ProcessGroup.allreduce
+_run, _wait = nccl.Aborts.run, bindings.Work.wait
+_allreduce, _barrier = bindings.ProcessGroup.allreduce, bindings.ProcessGroup.barrier
 _reduced: dict[int, list[torch.Tensor]] = {}  # by work
 
 
@@ -37,6 +38,14 @@ def allreduce(self: Any, tensors: list[torch.Tensor], *args: Any, **kwargs: Any)
     """torch's, noted."""
     work = _allreduce(self, tensors, *args, **kwargs)
     _reduced[id(work)] = tensors
+    return work
+
+
+@functools.wraps(_barrier)
+def barrier(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch's, noted: NCCL's is an all-reduce."""
+    work = _barrier(self, *args, **kwargs)
+    _reduced[id(work)] = []
     return work
 
 
@@ -57,7 +66,8 @@ def wait(self: Any, timeout: timedelta = timedelta(0)) -> bool:
 
 if __name__ == "__main__":
     nccl.Aborts.run = slowly  # type: ignore[method-assign]
-    bindings.Work.wait, bindings.ProcessGroup.allreduce = wait, allreduce
+    bindings.Work.wait = wait
+    bindings.ProcessGroup.allreduce, bindings.ProcessGroup.barrier = allreduce, barrier
     script = Path(__file__).resolve().parents[1] / "examples" / "pretrain_gpt.py"
     sys.path[0] = str(script.parent)
     runpy.run_path(str(script), run_name="__main__")

@@ -20,8 +20,9 @@ from deadpool_megatron.observe.recoveries import PHASES
 
 __all__ = ["check_graphs", "check_soak", "check_swaps"]
 
-_END_S: Final = 60.0  # from the last iteration to the end of a job, state hashes included
 _HELD: Final = 6  # the iteration before which a job waits for its spare; a CUDA graph is replayed by then
+_CLOSE_S: Final = 15.0  # before the end of the step its last job is given up, and told of
+_GRACE_S: Final = 8.0
 _STOP_S: Final = 90.0  # before the end of the step nothing is begun any more
 # Nine processes share one device, and a job is held while its spare gets warm.
 _PATIENT: Final = [
@@ -32,14 +33,14 @@ _GRAPHS: Final = ["--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-st
 
 def check_swaps(step: Step) -> None:
     """PP2 x DP2, then TP2 x PP2 x DP2 with sequence parallelism where there is a device for it."""
-    _compare(step, "swap-pipeline", 4, _flags(step, tensor=1), step.left_s() / 2.5)
-    _compare(step, "swap-tensor", 8, _flags(step, tensor=2), step.left_s())
+    _compare(step, "swap-pipeline", 4, _flags(step, tensor=1), last=False)
+    _compare(step, "swap-tensor", 8, _flags(step, tensor=2))
 
 
 def check_graphs(step: Step) -> None:
     """The same, with whole iterations in CUDA graphs: the node is lost while the graph is replayed."""
     flags = [*_flags(step, tensor=1), *_GRAPHS, "--no-check-for-nan-in-loss-and-grad"]
-    _compare(step, "swap-graphs", 4, flags, step.left_s())
+    _compare(step, "swap-graphs", 4, flags)
 
 
 def check_soak(step: Step) -> None:
@@ -52,7 +53,7 @@ def check_soak(step: Step) -> None:
         launch = _launch(step, 4, spares)
         script = ["examples/pretrain_gpt.py", *_flags(step, tensor=1, iterations=100_000), "--deadpool", *_PATIENT]
         try:
-            with Job(step.scratch / f"soak-{number}", launch, script, _environment(step, 4 + spares), ROOT) as job:
+            with _Job(step.scratch / f"soak-{number}", launch, script, _environment(step, 4 + spares), ROOT) as job:
                 job.until("first iteration", partial(job.events, "iteration"), step.left_s())
                 for _ in range(spares):
                     struck = True
@@ -79,11 +80,21 @@ def check_soak(step: Step) -> None:
 # ---- a job, undisturbed and killed
 
 
-def _compare(step: Step, name: str, nodes: int, flags: Sequence[str], limit_s: float) -> None:
-    """Run twice, once with a node lost, and compare losses, gradient norms and state hashes."""
+class _Job(Job):
+    """A job that has no time to leave: its step is over soon."""
+
+    def __exit__(self, *args: object) -> None:
+        self.end(_GRACE_S)
+
+
+def _compare(step: Step, name: str, nodes: int, flags: Sequence[str], last: bool = True) -> None:
+    """Run twice, once with a node lost, and compare losses, gradient norms and state hashes.
+
+    Each job may take half of the time that is left, the last one all of it: a job that hangs leaves the others some.
+    """
     try:
-        calm = _one(step, f"{name}-calm", nodes, flags, None, limit_s * 0.45)
-        killed = _one(step, f"{name}-killed", nodes, flags, nodes // 2, limit_s * 0.55)
+        calm = _one(step, f"{name}-calm", nodes, flags, None, step.left_s() / 2)
+        killed = _one(step, f"{name}-killed", nodes, flags, nodes // 2, (step.left_s() - _CLOSE_S) / (1 if last else 2))
     except JobError as err:
         step.check(name, False, str(err))
         return
@@ -107,15 +118,16 @@ def _one(step: Step, name: str, nodes: int, flags: Sequence[str], victim: int | 
     if victim is None:
         go.touch()
     phases: dict[str, float] = {}
+    end = step.left_s() - limit_s  # of the step, that is left at the end of this job
     try:
-        with Job(run, _launch(step, nodes, 1), script, _environment(step, nodes + 1), ROOT) as job:
+        with _Job(run, _launch(step, nodes, 1), script, _environment(step, nodes + 1), ROOT) as job:
             if victim is not None:
-                job.until("the first iterations", _reached(job, _HELD - 1), limit_s - _END_S)
-                job.until("a warm spare", partial(_parked, job), limit_s - _END_S)
+                job.until("the first iterations", _reached(job, _HELD - 1), step.left_s() - end)
+                job.until("a warm spare", partial(_parked, job), step.left_s() - end)
                 go.touch()
-                job.until("an iteration in full", _reached(job, _HELD), limit_s - _END_S)
+                job.until("an iteration in full", _reached(job, _HELD), step.left_s() - end)
                 moment = job.kill_node(victim)
-            code = job.wait(limit_s)
+            code = job.wait(step.left_s() - end)
             if code:
                 job.failed(f"ended with {code}: {job.output.strip()[-300:]}")
             losses = {str(e["iteration"]): [e["losses_hex"], e["grad_norm_hex"]] for e in job.events("iteration")}
