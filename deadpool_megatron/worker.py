@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import logging
 import os
 import runpy
@@ -90,6 +91,22 @@ def _run_script(script: str, module: str, arguments: list[str]) -> None:
         runpy.run_path(script, run_name="__main__")
 
 
+def _rendezvous_under(prefix: str) -> None:
+    """The start of the job begins anew: workers of the one before may have left their addresses in the store.
+
+    Torch has a new store for each start, and so no prefix of its own (`rendezvous._create_c10d_store`).
+    """
+    from torch.distributed import PrefixStore, Store
+
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # the package has a function of that name
+    create: Callable[..., Store] = rendezvous._create_c10d_store
+
+    def created(*args: Any, **kwargs: Any) -> Store:
+        return PrefixStore(prefix, create(*args, **kwargs))
+
+    rendezvous._create_c10d_store = created
+
+
 def _install(standby: bool) -> Hooks:
     """Import torch and Megatron, wrap process groups, connect to the agent, install the hooks."""
     import torch.distributed as dist
@@ -119,6 +136,8 @@ def _install(standby: bool) -> Hooks:
             communicators.begin_reform(epoch, store)
 
     begins = int(os.environ.get(EPOCH, "0"))
+    if begins:
+        _rendezvous_under(f"deadpool/epoch-{begins}")
     session = Session(int(os.environ[CONTROL_FD]), end_epochs_before, begin_to_form, begins)
 
     def place() -> tuple[str, int]:

@@ -309,6 +309,8 @@ class Agent:
                     self._durable.fetch(record, self._job.ranks)
             case r.Placement() if upkeep is not None:
                 upkeep.place(record)
+                if self._durable is not None:
+                    self._durable.placed()
             case r.CommittedTo() if upkeep is not None:
                 self._commits.told(record)
                 upkeep.committed_to(record)

@@ -71,6 +71,8 @@ class NodeDurability:
         self._parts: dict[tuple[str, int], list[bytes]] = {}
         self._jobs: dict[int, dict[str, Any]] = {}
         self._layouts: dict[int, Layout] = {}
+        self._granted: set[int] = set()  # holders whose memory is here
+        self._placed = False
         self._pinned = ""
         self._resume: int | None = None
         self._epoch = 0  # of the versions that were loaded before training
@@ -111,9 +113,20 @@ class NodeDurability:
         layout = self._layouts.get(rank)
         if layout is None:
             return
-        self._drainer.tell(Describe(self._directory, rank, layout))
+        self._granted.add(rank)
+        if self._placed:
+            self._describe(rank, layout)
         if not is_constants(rank):  # those stay, so they are written from where they are
             self._drainer.tell(Stage(rank, layout.unique_bytes + small_capacity, layout))
+
+    def placed(self) -> None:
+        """The job has its placement, and so its directory: another node may have to write what is here one day."""
+        self._placed = True
+        for holder in sorted(self._granted):
+            self._describe(holder, self._layouts[holder])
+
+    def _describe(self, holder: int, layout: Layout) -> None:
+        self._drainer.tell(Describe(self._directory, holder, layout, self._job))
 
     def _not_fit(self, why: str) -> str:
         generation = self._manifest.generation if self._manifest is not None else -1
@@ -156,8 +169,9 @@ class NodeDurability:
     def start_over(self) -> None:
         """The start begins anew: other workers tell what job it is, and the coordinator where to resume."""
         self._resume = None
-        self._jobs.clear()
-        self._layouts.clear()
+        for known in (self._jobs, self._layouts, self._granted):
+            known.clear()
+        self._placed = False
 
     def begin(self, rank: int, epoch: int) -> r.Generation | str | None:
         """What a worker is to begin with; a text when it must not; None while that is not known.

@@ -70,8 +70,7 @@ class WorkerProcesses:
         env[STACKS_FILE] = str(self.stacks_file(local))
         if rank is not None:
             env["RANK"] = str(rank)
-            # A start that begins anew: workers of the one before may have left keys in the store.
-            env[EPOCH] = env["TORCHELASTIC_RESTART_COUNT"] = str(self._job.epoch)
+            env[EPOCH] = str(self._job.epoch)  # not 0 when the start begins anew
         if self._adoption is not None and self.adopted(local):
             ours = {k: v for k, v in env.items() if os.environ.get(k) != v}
             worker = self._adoption.take(local, rank, ours, self._given_up)

@@ -65,7 +65,8 @@ class _Drainer:
                     self._stage(order)
                 case Describe():
                     with contextlib.suppress(OSError, DurableError):  # it may never be needed
-                        write_layout(open_store(order.directory), order.rank, order.layout)
+                        _check(store := open_store(order.directory), order.job)
+                        write_layout(store, order.rank, order.layout)
                 case Drain():
                     self._drain(order)
                 case Seal():

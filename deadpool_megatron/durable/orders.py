@@ -22,11 +22,15 @@ class Stage(_Record, frozen=True):
 
 
 class Describe(_Record, frozen=True):
-    """Keep in ``directory`` what a shard, or constants, consist of: if its node is lost, another one may write it."""
+    """Keep in ``directory`` what a shard, or constants, consist of: if its node is lost, another one may write it.
+
+    ``job`` as in `Drain`.
+    """
 
     directory: str
     rank: int
     layout: Layout
+    job: str = ""
 
 
 class Take(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

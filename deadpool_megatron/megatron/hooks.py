@@ -18,7 +18,8 @@ Every hook replaces a module global that upstream looks up at call time:
                                           ``evaluate``: its numbers are looked at before they are printed
                                           ``evaluate_and_print_results``, ``save_checkpoint_and_time``,
                                           ``maybe_finalize_async_save``: done once for an iteration, and again
-                                          after a recovery where they come after ``train``
+                                          after a recovery where they come after ``train``; so is
+                                          ``print_datetime``
 ``core.pipeline_parallel.schedules``      ``backward_step``: ticks; forward ticks wrap ``forward_step_func``
 ========================================  ===============================================================
 """
@@ -121,6 +122,7 @@ class Hooks:
         self._replace(training, "train", self._train)
         self._replace(training, "train_step", self._train_step)
         self._replace(training, "training_log", self._training_log)
+        self._replace(training, "print_datetime", self._again)
         self._replace(training, "evaluate", self._evaluated)
         self._replace(training, "evaluate_and_print_results", self._evaluate)
         self._replace(training, "save_checkpoint_and_time", self._save_once)
@@ -466,6 +468,11 @@ class Hooks:
             return result
 
         return self._redo.do(evaluate)
+
+    def _again(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """What ranks do together after ``train`` and in no other hook: `print_datetime` has a barrier."""
+        act = functools.partial(original, *args, **kwargs)
+        return act() if self._redo is None else self._redo.do(act)
 
     def _save_once(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         trainer = self.trainer

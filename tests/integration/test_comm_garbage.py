@@ -53,6 +53,7 @@ class Trained:
 
     rank: int = 0
     live_generation: int | None = 0
+    live_epoch: int = 0
     unwound: int = 0
     proofs: list[Callable[[], None]] = field(default_factory=list)
     graphs_end: threading.Event = field(default_factory=threading.Event)

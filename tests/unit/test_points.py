@@ -124,6 +124,7 @@ _HOOKED = {
     "maybe_finalize_async_save": "save.finalized",
     "backward_step": "slice.before",
     "add_megatron_arguments": "",
+    "print_datetime": "",
     "load_yaml": "",
     "load_checkpoint": "",
     "cyclic_iter": "",
