@@ -274,6 +274,8 @@ class Agent:
                     self._start_over(recovery)
                 elif late and self._shards is not None:
                     self._shards.set_epoch(record.epoch)
+            case r.Departed():
+                self._job.departed(record)
             case r.ExitNotice() if not self._s.deadpool:
                 self._crew.signal(self._s.exit_signal)
             case r.Form() | r.Hold() | r.AllFinished() | r.ExitNotice():

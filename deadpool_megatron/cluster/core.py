@@ -426,6 +426,8 @@ class Core:
         elif awaited:
             self._start.came_later(record)
             self._look_for_spare(record.node)
+        if not first and (departed := [n for n in self.nodes if self.members.gone(n)]):
+            self._send(record.node, r.Departed(departed))  # it may have left while this one was not connected
         if self.members.holds(record.node) and record.epoch == self.epoch:
             self.seen.catch_up(record.node)
 
@@ -521,6 +523,7 @@ class Core:
     def _let_go(self, node: int) -> None:
         self._send(node, r.Stop(Exit.OK, f"node {node} is drained and may be taken away"))
         self.nodes[node].role = "left"
+        self._send(None, r.Departed([node]))
         self._arrivals.without({node})
         self._keep()
 
@@ -556,6 +559,7 @@ class Core:
             self.nodes[node].role = "lost"
             self._recoveries.helpers.discard(node)
         if not hit:
+            self._send(None, r.Departed(sorted(fresh)))
             if awaited and self._phase is Phase.STARTING:
                 self._start.tell_roster()  # it was the one the others waited for
             self._keep()

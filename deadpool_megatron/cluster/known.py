@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import msgspec
 
@@ -68,6 +69,11 @@ class KnownJob:
         """The groups that protect one another, and the sizes of all shards."""
         old, sizes = self._tables, (record.unique_bytes, record.small_capacity)
         self._hold(Tables(record.version, old.assignment, old.vaults, record.groups, *sizes))
+
+    def departed(self, record: r.Departed) -> None:
+        """Nodes have left the job, and nothing else has changed."""
+        there = {node: at for node, at in self.vaults.items() if node not in record.nodes}
+        self._hold(replace(self._tables, vaults=there))
 
     def whole(self, record: r.Changed) -> r.Declare | None:
         """What a difference to these tables makes of them; None when it is one to others."""

@@ -15,6 +15,7 @@ from deadpool_megatron.cluster.core import Core
 from deadpool_megatron.cluster.drains import Drains
 from deadpool_megatron.cluster.fetching import Attempts
 from deadpool_megatron.cluster.job import Phase
+from deadpool_megatron.cluster.known import KnownJob
 from deadpool_megatron.cluster.node_recovery import NodeRecovery
 from deadpool_megatron.cluster.observations import Observations
 from deadpool_megatron.cluster.recoveries import Recoveries
@@ -228,6 +229,11 @@ def _ranks_are_apart_for_what_is_dead_already(patch: Patch) -> None:
     patch.setattr(CommitLedger, "raised", lambda self, floor: None)
 
 
+def _a_node_that_has_left_is_counted_until_the_next_epoch(patch: Patch) -> None:
+    """Found by the simulation: a spare took itself for cut off when the coordinator was away, and ended."""
+    patch.setattr(KnownJob, "departed", lambda self, record: None)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
     "1 nodes": _who_comes_back_does_not_hear_the_floor,
@@ -247,5 +253,6 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "broken own": _a_broken_own_copy_blames_the_source,
     "broken kept": _a_broken_copy_of_the_kept_version_stays,
     "kept late": _a_wish_is_answered_before_it_is_kept,
+    "departed": _a_node_that_has_left_is_counted_until_the_next_epoch,
     "early end": _a_process_that_ends_before_it_takes_over_is_not_missed,
 }

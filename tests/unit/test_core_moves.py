@@ -121,6 +121,15 @@ def test_a_spare_is_drained_at_once() -> None:
     assert not job.told(r.Declare)
 
 
+def test_the_others_hear_of_a_node_that_is_gone_without_an_epoch_at_once_or_when_they_are_back() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.take(job.core.drain(3, job.now)[1])
+    job.lose(4)
+    assert [record.nodes for record in job.told(r.Departed)] == [[3], [4]] and not job.told(r.Declare)
+    job.join([1])
+    assert job.told(r.Departed, node=1)[-1].nodes == [3, 4]
+
+
 # ---- join
 
 

@@ -118,6 +118,7 @@ def _told_to_agents() -> list[r.CoordinatorRecord]:
     vaults = {node: r.Address("127.0.0.1", 2000 + node) for node in range(4)}
     return [
         r.Roster(0, slots, vaults),
+        r.Departed([3]),
         r.Placement(0, [[0, 2], [1, 3]], [1 << 20] * 8, [1 << 16] * 8),
         r.Declare(1, "resume", "why", [1], [2, 3], slots, vaults, [[0, 2], [1, 3]], [1 << 20] * 8, [1 << 16] * 8),
         r.Agree(1, 5, {2: r.Source(0, 0)}, {3: [[r.Share(0, 2, 1, 0)]]}),

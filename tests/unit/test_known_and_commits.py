@@ -35,6 +35,13 @@ def test_a_first_roster_leaves_the_first_assignment_and_a_later_one_brings_its_o
     assert (spare.epoch, spare.ranks, spare.vaults) == (4, {0: 2, 1: 3}, VAULTS)
 
 
+def test_who_has_left_without_an_epoch_is_not_counted_any_more(job: KnownJob) -> None:
+    job.departed(r.Departed([1, 7]))
+    assert job.vaults == {0: VAULTS[0], 2: VAULTS[2]}
+    job.declare(_declare())
+    assert job.vaults == VAULTS
+
+
 def test_an_epoch_moves_coordinates_and_what_is_kept_for_whom(job: KnownJob) -> None:
     job.place(r.Placement(0, [[0, 1]], [8] * 4, [4] * 4, 2))
     before = job.targets()

@@ -22,13 +22,14 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "3": (16, ("damaged source",)),
     "4": (7, ("drain, and the spare dies",)),
     "6": (4, ("late recovery",)),
-    "12": (9, ("drain", "kill worker")),
+    "12": (12, ("drain", "kill worker")),
     "early end": (21, ("kill worker",)),
     "kept late": (9, ("join, and the coordinator dies", "kill node")),
     "broken own": (19, ("damaged source",)),
     "broken kept": (107, ("damaged source", "damage")),
     "stale fetch": (945, ()),
     "given up": (88, ("damaged source",)),
+    "departed": (20071, ()),
     "live alone": (44, ("kill worker", "kill node", "slow link")),
 }
 # One run in thousands misses these, so a test of their own holds them: `test_core.py`, `test_known_and_commits.py`.

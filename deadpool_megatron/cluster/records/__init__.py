@@ -58,6 +58,7 @@ from deadpool_megatron.cluster.records.coordinators import (
     CommittedTo,
     CoordinatorRecord,
     Declare,
+    Departed,
     EndStuck,
     Enlisted,
     ExitNotice,
@@ -135,6 +136,7 @@ __all__ = [
     "Covered",
     "DamagedCopy",
     "Declare",
+    "Departed",
     "Described",
     "Did",
     "Drain",
@@ -211,7 +213,7 @@ __all__ = [
     "encode",
 ]
 
-VERSION = b"\x08"
+VERSION = b"\x09"
 # What grows with the job is mostly alike from node to node: it shrinks to a tenth, once for all that it is sent to.
 _COMPRESS_BYTES = 4096
 _MOST_BYTES = 1 << 28

@@ -39,6 +39,12 @@ class Placement(Record, frozen=True):
     version: int = 0
 
 
+class Departed(Record, frozen=True):
+    """These nodes are out of the job without a new epoch: spares that were lost, and nodes that were drained."""
+
+    nodes: list[int]
+
+
 class Declare(Record, frozen=True):
     """Epoch ``epoch`` begins; every communicator of an older one is dead."""
 
@@ -189,6 +195,7 @@ class SpareAdded(Record, frozen=True):
 CoordinatorRecord = (
     Roster
     | Placement
+    | Departed
     | Declare
     | Changed
     | Agree
