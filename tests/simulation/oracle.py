@@ -233,7 +233,9 @@ class Oracle:
         self._since = 0
 
     def _healthy(self) -> list[int]:
-        return [host.node for host in self._cluster.hosts if host.link.ever and host.node not in self.hurt]
+        left = {node for node, state in self._cluster.hq.core.nodes.items() if state.role == "left"}
+        away = self.hurt.keys() | left
+        return [host.node for host in self._cluster.hosts if host.link.ever and host.node not in away]
 
     # ---- after each turn of the coordinator
 
