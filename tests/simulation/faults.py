@@ -397,6 +397,12 @@ class Faults:
 
         cluster.hq.ask(r.Drain(host.node), answered)
 
+    def awaited(self) -> None:
+        """The job waits for a spare; in half of the runs one comes, in time or too late."""
+        chance = self._cluster.patience
+        if chance.random() < 0.5:
+            self._until(chance.uniform(0.0, 1.2 * self._cluster.job.wait_for_spare_s), self._join)
+
     def _join(self) -> None:
         """As `deadpool join`."""
         cluster = self._cluster

@@ -10,9 +10,11 @@ import pytest
 
 from deadpool_megatron.cluster import Coordinator, agreement, commits
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.awake import AwakeClock
 from deadpool_megatron.cluster.commits import Commits
 from deadpool_megatron.cluster.core import Core
 from deadpool_megatron.cluster.drains import Drains
+from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.fetching import Attempts
 from deadpool_megatron.cluster.job import Phase
 from deadpool_megatron.cluster.known import KnownJob
@@ -20,6 +22,7 @@ from deadpool_megatron.cluster.node_recovery import NodeRecovery
 from deadpool_megatron.cluster.observations import Observations
 from deadpool_megatron.cluster.recoveries import Recoveries
 from deadpool_megatron.cluster.shards import FetchDone
+from deadpool_megatron.cluster.start import Start
 from deadpool_megatron.cluster.worker_ends import WorkerEnds
 from deadpool_megatron.vault import EMPTY, CommitLedger, Vault, Version
 from deadpool_megatron.vault.arena import Slot
@@ -86,6 +89,32 @@ def _a_drain_goes_on_without_a_spare(patch: Patch) -> None:
         self._voice.declare(f"node {drain.node} is drained")
 
     patch.setattr(Drains, "_move_out", before)
+
+
+def _a_gap_in_its_own_time_is_everybody_elses_silence(patch: Patch) -> None:
+    """Row 5."""
+    patch.setattr(AwakeClock, "now", lambda self: self._clock())
+
+
+def _a_loss_at_the_start_ends_the_job(patch: Patch) -> None:
+    """Row 8."""
+
+    def before(self: Start, reason: str) -> bool:
+        self._voice.stop(Exit.NO_SPARE, reason)
+        return False
+
+    patch.setattr(Start, "over", before)
+
+
+def _nobody_waits_for_a_spare(patch: Patch) -> None:
+    """Row 10."""
+    place = Recoveries._place
+
+    def before(self: Recoveries, out_of_use: set[int], reason: str, now: float) -> bool:
+        self._waits_until = now
+        return place(self, out_of_use, reason, now)
+
+    patch.setattr(Recoveries, "_place", before)
 
 
 def _who_finishes_early_is_forgotten(patch: Patch) -> None:
@@ -241,6 +270,9 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "2 own": _no_memory_is_the_sources_fault,
     "3": _a_refusal_outlives_what_it_condemns,
     "4": _a_drain_goes_on_without_a_spare,
+    "5": _a_gap_in_its_own_time_is_everybody_elses_silence,
+    "8": _a_loss_at_the_start_ends_the_job,
+    "10": _nobody_waits_for_a_spare,
     "6": _who_finishes_early_is_forgotten,
     "12": _a_drain_does_not_wait_for_a_spare_that_starts,
     "refused twice": _a_refusal_outlives_the_damaged_copy,

@@ -54,6 +54,7 @@ class Oracle:
         self.training = False
         self.given_up = 0  # generations that were, rightly
         self.saving: list[int] | None = None  # who was healthy when it was found that no spare is left
+        self._waits_since: float | None = None  # for a spare
 
     # ---- numbers
 
@@ -130,8 +131,9 @@ class Oracle:
                 self.declared.append((world.now, fields["epoch"], fields["reason"]))
                 if fields["purpose"] == "resume" and fields["reason"].endswith(" is drained"):
                     self.hurt.setdefault(int(fields["reason"].split()[1]), "drained, and replaced")
-                if fields["purpose"] == "save" and self.saving is None:
+                if fields["purpose"] in ("save", "drain") and self.saving is None:
                     self.saving = self._healthy()
+                    self._waited()
                 if len(self.declared) > 1 and self.declared[-1][1] <= self.declared[-2][1]:
                     raise Violation(f"epoch {fields['epoch']} is declared after {self.declared[-2][1]}")
             case "started_over":
@@ -141,8 +143,17 @@ class Oracle:
                 self._agreed(fields["iteration"])
             case "committed":
                 self._committed(Version(fields["epoch"], fields["iteration"]))
+            case "waiting":
+                self._waits_since = world.now
+                self._cluster.faults.awaited()
             case "resumed":
-                self._since = 0
+                self._since, self._waits_since = 0, None
+
+    def _waited(self) -> None:
+        """The job is to end for want of a spare: has it waited for one as long as it was told to?"""
+        wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
+        if wait and self._healthy() and (since is None or self._cluster.world.now < since + wait):
+            raise Violation(f"the job ends for want of a spare, and has not waited {wait:.0f} s for one")
 
     def _behind(self) -> None:
         """While nothing goes wrong, generations are committed every few iterations."""

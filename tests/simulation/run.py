@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import random
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,9 @@ class Run:
         chance = world.chance
         nodes, spares, slots = chance.choice(_SHAPES)
         redundancy = "2" if nodes - spares >= 3 and chance.random() < 0.2 else "1"
-        self.job = JobSpec(nodes, spares, slots, True, DEADLINES, redundancy=redundancy)
+        self.patience = random.Random(f"patience {seed}")  # of its own, so that a seed's other draws stay
+        wait = self.patience.uniform(10.0, 60.0) if self.patience.random() < 0.2 else 0.0
+        self.job = JobSpec(nodes, spares, slots, True, DEADLINES, redundancy=redundancy, wait_for_spare_s=wait)
         self.iterations = chance.randint(14, 36)
         self.can_rescue = chance.random() < 0.5
         self.hang_floor, self.hang_outside = 4.0, 20.0
@@ -76,7 +79,8 @@ class Run:
     def shape(self) -> str:
         """For people."""
         job = self.job
-        return f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}"
+        waits = f", waits {job.wait_for_spare_s:.0f} s for a spare" if job.wait_for_spare_s else ""
+        return f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}{waits}"
 
     def _link(self, node: int) -> Link | None:
         host = self._by_node.get(node)
