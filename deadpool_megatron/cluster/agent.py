@@ -135,6 +135,7 @@ class Agent:
                 self._job.epoch,
                 self._recovery is None or self._recovery.settled,
                 not self._s.adopt,
+                self._commits.kept,
             )
         )
         for worker in workers.values():

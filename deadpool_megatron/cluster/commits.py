@@ -19,7 +19,8 @@ class Commits:
     def __init__(self, job: KnownJob) -> None:
         self._job = job
         self._last: r.Committed | None = None
-        self._kept: tuple[int, int] | None = None
+        self.kept: tuple[int, int] | None = None
+        """The newest version that the whole job has committed, as told; None before the first."""
         self._floor = Version(0, 0)
         self._ledger: CommitLedger | None = None
         self._agreed: r.Agree | None = None
@@ -35,14 +36,14 @@ class Commits:
         None when it is below the floor that another coordinator has told: it may be overwritten by now.
         """
         last = self._last
-        if last is None or (last.epoch, last.generation) == self._kept:
+        if last is None or (last.epoch, last.generation) == self.kept:
             return last
         return last if Version(last.epoch, last.generation) >= self._floor else None
 
     def told(self, record: r.CommittedTo) -> None:
         """What the job has committed, and what can never be: ranks that wait with that are not apart for it."""
         if record.epoch == self._job.epoch:
-            self._kept = record.kept or self._kept
+            self.kept = record.kept or self.kept
             self._floor = max(self._floor, Version(record.epoch, record.floor))
             if self._ledger is not None:
                 self._ledger.raised(self._floor)

@@ -50,6 +50,7 @@ from deadpool_megatron.cluster.reunion import Reunion
 from deadpool_megatron.cluster.start import Start
 from deadpool_megatron.cluster.suspicions import Suspicions
 from deadpool_megatron.cluster.worker_ends import WorkerEnds
+from deadpool_megatron.vault import Version
 
 __all__ = [
     "RECOVERING",
@@ -98,6 +99,8 @@ class Core:
         self._start = Start(facts, voice, seen.snapshots)
         self._finished: set[int] = set()
         self._noticed = False
+        self._later: list[r.Committed] = []
+        """Told while agents come back: what is dead for them follows only from what all of them say."""
         self._handlers: dict[type, Callable[[Any], None]] = {
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
@@ -295,7 +298,9 @@ class Core:
         self._out.add(Emit(event, {"epoch": self.epoch, **fields}))
 
     def _stop(self, code: Exit | int, message: str) -> None:
-        if code in (Exit.NO_SPARE, Exit.GENERATION_LOST, Exit.RECOVERY_FAILED, Exit.FAILED):
+        if self._end is not None:  # decided before this coordinator was started: that is the end, whatever came since
+            code, message = self._end
+        elif code in (Exit.NO_SPARE, Exit.GENERATION_LOST, Exit.RECOVERY_FAILED, Exit.FAILED):
             message += self._durability.hint
         self._emit("stopped", code=int(code), message=message)
         self._send(None, r.Stop(int(code), message))
@@ -341,7 +346,7 @@ class Core:
             "can_rescue": self._layout.can_rescue,
             "committed": self.committed,
             "iteration": self.iteration,
-            "errors": self._ends.dump(),
+            **self._ends.dump(),
             "start_epoch": self._start.epoch,
             "done": self._headway.done,
             "end": self._end,
@@ -356,7 +361,7 @@ class Core:
         self._end = tuple(kept["end"]) if kept["end"] else None
         self._layout.load(parts.get("layout"), kept["can_rescue"])
         self._recoveries.load(kept)
-        self._ends.load(kept["errors"])
+        self._ends.load(kept)
         self._start.epoch = kept["start_epoch"]
         head = self._headway
         head.committed, head.iteration, head.done = kept["committed"], kept["iteration"], kept["done"]
@@ -387,10 +392,11 @@ class Core:
         missing, unsettled = self._reunion.end()
         epoch = self.epoch
         if self._end is not None:
-            self._stop(*self._end) if self._end[0] else self._end_well()
+            self._end_well() if self._end[0] == Exit.OK else self._stop(*self._end)
             return
         if missing:
             self._lose(missing, "its agent has not come back to the coordinator")
+        later, self._later = self._later, []
         if self._phase is Phase.FINISHING:
             self._send(None, r.AllFinished(self.epoch))
         elif self._phase is Phase.STARTING:
@@ -398,6 +404,10 @@ class Core:
                 self._start_over(f"the coordinator was away and {unsettled}")
             elif self.members.complete():
                 self._durability.start(self.members.active(), self.epoch)
+        if self.epoch == epoch:
+            self.seen.catch_up(None)
+            for each in later:
+                self._node_commit(each)
         if self.epoch != epoch or self._phase is not Phase.RUNNING:
             return
         lost = [n for n in self.members.active() if self.members.gone(n)]
@@ -414,6 +424,8 @@ class Core:
         if state is None or state.gone:
             self._send(record.node, r.Stop(Exit.FENCED, f"node {record.node} is not part of this job (any more)"))
             return
+        if record.kept is not None and record.epoch == self.epoch:
+            self._headway.heard(Version(*record.kept))
         first = self._start.joined(state, record)
         awaited = self._arrivals.without({record.node})
         if record.node in self._reunion.expected:
@@ -428,7 +440,7 @@ class Core:
             self._look_for_spare(record.node)
         if not first and (departed := [n for n in self.nodes if self.members.gone(n)]):
             self._send(record.node, r.Departed(departed))  # it may have left while this one was not connected
-        if self.members.holds(record.node) and record.epoch == self.epoch:
+        if self.members.holds(record.node) and record.epoch == self.epoch and not self._reunion.waits:
             self.seen.catch_up(record.node)
 
     def _worker_ready(self, record: r.WorkerReady) -> None:
@@ -458,7 +470,11 @@ class Core:
             self._suspicions.got_on()
 
     def _node_commit(self, record: r.Committed) -> None:
-        if record.epoch == self.epoch:
+        if record.epoch != self.epoch:
+            return
+        if self._reunion.waits:
+            self._later.append(record)
+        else:
             self.seen.committed(record, self._now, self.phase is Phase.RUNNING)
 
     def _node_ready(self, record: r.NodeReady) -> None:
@@ -536,6 +552,9 @@ class Core:
             self._end_well()
 
     def _end_well(self) -> None:
+        if self._end is not None and self._end[0] != Exit.OK:
+            self._stop(*self._end)
+            return
         if self._phase is Phase.FINISHING and self.job.deadpool:
             self._emit("finished", iteration=self.iteration)
         else:

@@ -56,6 +56,11 @@ class Headway:
         self.committed = told.kept.generation
         return told, True
 
+    def heard(self, kept: Version) -> None:
+        """A node has been told that all have committed this, by a coordinator that was there before this one."""
+        if self._ledger.adopt(kept):
+            self._kept, self.committed, self.fresh = kept, kept.generation, False
+
     def held_back_by(self) -> str:
         """What the next commit waits for, in words."""
         nodes = sorted(int(str(node)) for node in self._ledger.lacking())

@@ -94,8 +94,8 @@ class Observations:
                 self._voice.emit("protected", survives=self._facts.protection.degree, iteration=told.kept.generation)
             self._facts.durability.committed(told.kept, self._facts.members.active(), now, training)
 
-    def catch_up(self, node: int) -> None:
-        """A node was away: what was told of commits meanwhile it has not heard, and without it could skip for ever."""
+    def catch_up(self, node: int | None) -> None:
+        """A node (None: all) was away: what was told meanwhile it has not heard, and without it could skip for ever."""
         told = self._facts.headway.told
         if told is not None:
             self._tell(node, told)

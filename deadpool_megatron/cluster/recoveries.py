@@ -105,12 +105,17 @@ class Recoveries:
         """
         facts, members = self._facts, self._facts.members
         vacant = {node for node, _ in self.vacant}
-        taken_by = placing.refill(members.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares())
-        patience = facts.job.wait_for_spare_s
+        taken_by = self._taken_by(out_of_use)
+        if taken_by is None and self._purpose == "resume":
+            self._call_drains_off(out_of_use)
+            taken_by = self._taken_by(out_of_use)
+        alive = any(not members.gone(node) for node in members.active())
+        patience = facts.job.wait_for_spare_s if alive else 0.0  # else nobody is left whose state could be kept
         if taken_by is not None and self._purpose == "resume":
             self._waits_until = None
             members.hand_over(taken_by)
             self.helpers |= {node for node in taken_by if not members.gone(node)}
+            self.helpers -= set(taken_by.values())
         elif facts.headway.fresh and out_of_use:
             self._voice.start_over(reason)
             return False
@@ -141,6 +146,19 @@ class Recoveries:
                 self._purpose = "drain"
             members.assignment = plan
         return True
+
+    def _taken_by(self, out_of_use: set[int]) -> dict[int, int] | None:
+        members, vacant = self._facts.members, {node for node, _ in self.vacant}
+        return placing.refill(members.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares())
+
+    def _call_drains_off(self, out_of_use: set[int]) -> None:
+        """There are not spares enough: a node that is drained and still there, and healthy, is worth more than none."""
+        members = self._facts.members
+        for node, state in members.nodes.items():
+            if state.role == "leaving" and state.respawns:
+                state.role = "active" if members.holds(node) else "spare"
+                out_of_use.discard(node)
+                self._voice.emit("stays", node=node, cause="no parked spare is left to take over")
 
     @property
     def drains(self) -> bool:

@@ -77,6 +77,8 @@ class WorkerEnds:
             self._left.add((record.node, record.local))
             return self.all_left()
         if state.role == "spare" and self._facts.job.deadpool:
+            if record.rank is not None:
+                return False  # its agent has yet to hear that the coordinate is another's, and then renews the process
             self._spare_exited(state, record.local, how)
         elif not self._facts.job.deadpool or (phase in _BESIDE_TRAINING and record.code > 0):
             code = record.code if 0 < record.code < 126 else Exit.FAILED
@@ -134,10 +136,11 @@ class WorkerEnds:
                 f"{record.message}\n{record.traceback}",
             )
 
-    def dump(self) -> list[Any]:
-        """The errors, for a coordinator that starts again, as JSON types."""
-        return self._blame.dump()
+    def dump(self) -> dict[str, Any]:
+        """The errors, and the processes whose end has been counted, for a coordinator that starts again."""
+        return {"errors": self._blame.dump(), "ended": sorted(self._known)}
 
-    def load(self, errors: list[Any]) -> None:
+    def load(self, kept: dict[str, Any]) -> None:
         """The opposite."""
-        self._blame.load(errors)
+        self._blame.load(kept["errors"])
+        self._known = {(node, local, pid) for node, local, pid in kept["ended"]}

@@ -154,6 +154,14 @@ class CommitLedger:
         if floor.epoch == self._told.floor.epoch and floor > self._told.floor:
             self._tell(Told(self._told.kept, floor))
 
+    def adopt(self, kept: Version) -> bool:
+        """Somebody else has told members that this version of the epoch is committed; False when it is known here."""
+        if kept.epoch != self._told.floor.epoch or (self._told.kept is not None and kept <= self._told.kept):
+            return False
+        self.progress(kept.generation)
+        self._tell(Told(kept, max(kept, self._told.floor)))
+        return True
+
     def _tell(self, told: Told) -> Told:
         floor = told.floor
         # the kept version is behind us, and what is below the floor can no longer be committed

@@ -76,8 +76,9 @@ class _Hub(Hub):
         self._answered = answered
         self.seal = _Seal()  # type: ignore[assignment]
         self._links = links
-        self.packets: list[tuple[bytes, bytes]] = []
-        self.ends: list[bytes] = []
+        self.packets: list[tuple[bytes, bytes, int]] = []  # and the number of the connection
+        self.ends: list[tuple[bytes, int]] = []
+        self._newest: dict[bytes, int] = {}
         self.fuse: int | None = None
 
     def wait(
@@ -87,9 +88,13 @@ class _Hub(Hub):
         on_gone: Callable[[bytes], None],
     ) -> None:
         while self.packets:
-            on_packet(*self.packets.pop(0))
+            identity, packet, number = self.packets.pop(0)
+            self._newest[identity] = number
+            on_packet(identity, packet)
         while self.ends:
-            on_gone(self.ends.pop(0))
+            identity, number = self.ends.pop(0)
+            if self._newest.get(identity, 0) <= number:  # else there is another connection by now
+                on_gone(identity)
 
     def send(self, identity: bytes, packet: bytes) -> None:
         if self.fuse is not None:
@@ -214,18 +219,18 @@ class Headquarters:
 
     # ---- what comes
 
-    def arrive(self, node: int, packet: bytes) -> None:
-        """A packet of a node's agent."""
+    def arrive(self, node: int, packet: bytes, number: int) -> None:
+        """A packet of a node's agent, over this connection of it."""
         if self.ended is not None:
             return
         if self.world.trace is not None:
             self.world.say(f"n{node} -> hq", str(r.decode_from_agent(packet)).replace(f"pid={os.getpid()}, ", ""))
-        self.hub.packets.append((f"node-{node}".encode(), packet))
+        self.hub.packets.append((f"node-{node}".encode(), packet, number))
         self._soon()
 
-    def gone(self, node: int) -> None:
-        """The connection of a node has ended."""
-        self.hub.ends.append(f"node-{node}".encode())
+    def gone(self, node: int, number: int) -> None:
+        """This connection of a node has ended."""
+        self.hub.ends.append((f"node-{node}".encode(), number))
         self._soon()
 
     def _soon(self) -> None:
@@ -242,7 +247,7 @@ class Headquarters:
         self._asked += 1
         name = f"tool-{self._asked}"
         self._tools[name] = answered
-        self.hub.packets.append((name.encode(), r.encode(record)))
+        self.hub.packets.append((name.encode(), r.encode(record), 0))
         self._soon()
 
     def _answered(self, name: str, packet: bytes) -> None:

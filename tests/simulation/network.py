@@ -115,7 +115,7 @@ class Link:
     def _ended(self, number: int) -> None:
         if number == self._accepted and self.heard:
             self.heard = False
-            self._hq.gone(self._host.node)
+            self._hq.gone(self._host.node, number)
 
     # ---- heartbeats
 
@@ -150,7 +150,7 @@ class Link:
             self._world.say(f"n{self._host.node}", "silent for the coordinator")
             self._silent_since = None
             self.close_hubs_end()
-            self._hq.gone(self._host.node)
+            self._hq.gone(self._host.node, self._accepted)
 
     def _unanswered(self, since: float) -> None:
         if since == self._unanswered_since and self.up:
@@ -171,7 +171,7 @@ class Link:
         if self._stuck_up or not self._network.passes(self._host.node, HQ):
             self._stuck_up.append((number, packet))
         else:
-            self._hq.arrive(self._host.node, packet)
+            self._hq.arrive(self._host.node, packet, number)
 
     def send(self, packet: bytes) -> None:
         """The coordinator sends; dropped while there is no connection."""

@@ -223,6 +223,12 @@ class Oracle:
         if self._deaths[node] > self._cluster.job.worker_deaths:
             self.hurt.setdefault(node, "its workers die")
 
+    def fences(self, node: int) -> None:
+        """A node ends itself: rightly if half of those in the job, or more, are gone, so that it cannot tell."""
+        others = [n for n, state in self._cluster.hq.core.nodes.items() if n != node and not state.gone]
+        if 2 * (1 + sum(not self._gone(n) for n in others)) <= 1 + len(others):
+            self.hurt.setdefault(node, "half of the nodes are gone")
+
     def refused_drain(self, host: Host, error: str) -> None:
         """A drain was refused for good: rightly, unless a healthy spare is there or on its way."""
         cluster = self._cluster

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deadpool_megatron.cluster import Deadlines, JobSpec
+from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.vault import VaultFull
 from simulation.faults import Faults, Profile
 from simulation.headquarters import Headquarters
@@ -113,6 +114,8 @@ class Run:
     def left(self, host: Host) -> None:
         """An agent leaves: it was told to, or has fenced itself."""
         self.world.say("run", f"n{host.node} leaves")
+        if host.agent.code == Exit.FENCED:
+            self.oracle.fences(host.node)
 
     def check_room(self, host: Host, rank: int) -> None:
         """Raises VaultFull."""

@@ -20,7 +20,8 @@ class Join(Record, frozen=True):
 
     Told again whenever the connection to the coordinator comes back: ``epoch`` is the one the agent stands in and
     ``settled`` says that all its workers train in it, or wait parked. ``respawns``: the agent can start a worker again
-    (not one that another launcher has started).
+    (not one that another launcher has started). ``kept``: (epoch, generation) of the newest commit it has been told of;
+    a coordinator that starts again may not know it, while others have freed what was before it.
     """
 
     node: int
@@ -32,6 +33,7 @@ class Join(Record, frozen=True):
     epoch: int = 0
     settled: bool = True
     respawns: bool = True
+    kept: tuple[int, int] | None = None
 
 
 class WorkerReady(Record, frozen=True):
