@@ -152,7 +152,7 @@ class Oracle:
     def _waited(self) -> None:
         """The job is to end for want of a spare: has it waited for one as long as it was told to?"""
         wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
-        if wait and self._healthy() and (since is None or self._cluster.world.now < since + wait):
+        if wait and self._healthy() and (since is None or self._cluster.world.now < since + wait - 0.1):
             raise Violation(f"the job ends for want of a spare, and has not waited {wait:.0f} s for one")
 
     def _behind(self) -> None:
