@@ -99,8 +99,8 @@ class Core:
         self._start = Start(facts, voice, seen.snapshots)
         self._finished: set[int] = set()
         self._noticed = False
-        self._later: list[r.Committed] = []
-        """Told while agents come back: what is dead for them follows only from what all of them say."""
+        self._later: list[r.Committed] | None = None
+        """Told while agents come back to a coordinator that has started again; None: they count at once."""
         self._handlers: dict[type, Callable[[Any], None]] = {
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
@@ -375,6 +375,7 @@ class Core:
         self._durability.restored(self._phase is Phase.STARTING)
         there = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
         until = now + self.job.deadlines.lease + _RETURN_S
+        self._later = [] if there else None
         self._reunion.begin(there, "a recovery was under way" if kept["recovering"] else "", until)
         self._arrivals.expect(self.members.missing(), now)
         return self._run(lambda: self._emit("coordinator_back", nodes=sorted(there)), now)
@@ -387,6 +388,20 @@ class Core:
             self._reunion.remember(f"node {record.node} was in the middle of epoch {record.epoch}")
         if not self._reunion.waits:
             self._all_returned()
+        else:
+            self._count_commits()
+
+    @property
+    def _misses_active(self) -> bool:
+        return any(map(self.members.holds, self._reunion.expected))
+
+    def _count_commits(self) -> None:
+        """Once all that hold a coordinate are back: what is committed, and what is dead, follows from what all say."""
+        if self._later is not None and not self._misses_active:
+            later, self._later = self._later, None
+            self.seen.catch_up(None)
+            for each in later:
+                self._node_commit(each)
 
     def _all_returned(self) -> None:
         missing, unsettled = self._reunion.end()
@@ -396,7 +411,6 @@ class Core:
             return
         if missing:
             self._lose(missing, "its agent has not come back to the coordinator")
-        later, self._later = self._later, []
         if self._phase is Phase.FINISHING:
             self._send(None, r.AllFinished(self.epoch))
         elif self._phase is Phase.STARTING:
@@ -404,10 +418,7 @@ class Core:
                 self._start_over(f"the coordinator was away and {unsettled}")
             elif self.members.complete():
                 self._durability.start(self.members.active(), self.epoch)
-        if self.epoch == epoch:
-            self.seen.catch_up(None)
-            for each in later:
-                self._node_commit(each)
+        self._count_commits()
         if self.epoch != epoch or self._phase is not Phase.RUNNING:
             return
         lost = [n for n in self.members.active() if self.members.gone(n)]
@@ -440,7 +451,7 @@ class Core:
             self._look_for_spare(record.node)
         if not first and (departed := [n for n in self.nodes if self.members.gone(n)]):
             self._send(record.node, r.Departed(departed))  # it may have left while this one was not connected
-        if self.members.holds(record.node) and record.epoch == self.epoch and not self._reunion.waits:
+        if self.members.holds(record.node) and record.epoch == self.epoch and self._later is None:
             self.seen.catch_up(record.node)
 
     def _worker_ready(self, record: r.WorkerReady) -> None:
@@ -472,7 +483,7 @@ class Core:
     def _node_commit(self, record: r.Committed) -> None:
         if record.epoch != self.epoch:
             return
-        if self._reunion.waits:
+        if self._later is not None:
             self._later.append(record)
         else:
             self.seen.committed(record, self._now, self.phase is Phase.RUNNING)

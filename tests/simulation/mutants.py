@@ -16,6 +16,7 @@ from deadpool_megatron.cluster.core import Core
 from deadpool_megatron.cluster.drains import Drains
 from deadpool_megatron.cluster.exits import Exit
 from deadpool_megatron.cluster.fetching import Attempts
+from deadpool_megatron.cluster.headway import Headway
 from deadpool_megatron.cluster.job import Phase
 from deadpool_megatron.cluster.known import KnownJob
 from deadpool_megatron.cluster.node_recovery import NodeRecovery
@@ -89,6 +90,7 @@ def _a_drain_goes_on_without_a_spare(patch: Patch) -> None:
         self._voice.declare(f"node {drain.node} is drained")
 
     patch.setattr(Drains, "_move_out", before)
+    _a_drained_node_does_not_come_back(patch)
 
 
 def _a_gap_in_its_own_time_is_everybody_elses_silence(patch: Patch) -> None:
@@ -115,6 +117,33 @@ def _nobody_waits_for_a_spare(patch: Patch) -> None:
         return place(self, out_of_use, reason, now)
 
     patch.setattr(Recoveries, "_place", before)
+
+
+def _a_drained_node_does_not_come_back(patch: Patch) -> None:
+    """Found by the simulation: the spare had no memory, and the job ended although the drained node was still there."""
+    patch.setattr(Recoveries, "_call_drains_off", lambda self, out_of_use: None)
+
+
+def _an_end_is_decided_again(patch: Patch) -> None:
+    """Found by the simulation: what came in after the coordinator had ended the job, and died, gave another exit code."""
+    stop = Core._stop
+
+    def before(self: Core, code: Exit | int, message: str) -> None:
+        self._end = None
+        stop(self, code, message)
+
+    patch.setattr(Core, "_stop", before)
+
+
+def _a_process_ends_once_for_each_coordinator(patch: Patch) -> None:
+    """Found by the simulation: a healthy node was given up for deaths that had been counted before."""
+    load = WorkerEnds.load
+    patch.setattr(WorkerEnds, "load", lambda self, kept: load(self, {**kept, "ended": []}))
+
+
+def _what_was_told_as_committed_is_forgotten(patch: Patch) -> None:
+    """Found by the simulation: one node kept a generation that the others then overwrote, and the next loss was 77."""
+    patch.setattr(Headway, "heard", lambda self, kept: None)
 
 
 def _who_finishes_early_is_forgotten(patch: Patch) -> None:
@@ -285,6 +314,10 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "broken own": _a_broken_own_copy_blames_the_source,
     "broken kept": _a_broken_copy_of_the_kept_version_stays,
     "kept late": _a_wish_is_answered_before_it_is_kept,
+    "comes back": _a_drained_node_does_not_come_back,
+    "one end": _an_end_is_decided_again,
+    "ends once": _a_process_ends_once_for_each_coordinator,
+    "told before": _what_was_told_as_committed_is_forgotten,
     "departed": _a_node_that_has_left_is_counted_until_the_next_epoch,
     "early end": _a_process_that_ends_before_it_takes_over_is_not_missed,
 }

@@ -228,11 +228,65 @@ def test_a_node_that_comes_back_late_hears_what_was_told_of_commits_without_it()
         job.feed(join)
     job.feed(r.Committed(0, 0, 6))
     job.feed(r.Committed(0, 1, 5))  # it has skipped 6, or has it on the way: both are given a floor to meet at
+    assert not job.told(r.CommittedTo)[1:], "what the third was told before may still count"
+    job.feed(back[2])
     (told,) = job.told(r.CommittedTo)[-1:]
     assert told.floor > 6
     job.sent.clear()
-    job.feed(back[2])
+    job.feed(back[2])  # its connection was reset
     assert job.told(r.CommittedTo, back[2].node) == [told]
+
+
+def test_what_one_node_was_told_as_committed_stays_so_for_all_when_the_coordinator_has_died_of_it() -> None:
+    """The one has freed what was before, the others wait with both: a floor alone would have them keep different ones."""
+    job = SimulatedJob().train()
+    job.commit(5)
+    restarted(job, come_back=False)
+    for node in job.core.nodes:
+        kept = (0, 6) if node == 1 else (0, 5)
+        job.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [], {}, 0, True, kept=kept))
+        if node < 3:
+            job.feed(r.Committed(0, node, 8 if node == 1 else 6))
+    told = job.told(r.CommittedTo)[-1]
+    assert tuple(told.kept or ()) == (0, 6) and told.floor >= 6 and job.core.committed == 6
+
+
+def test_ends_of_processes_count_once_and_only_for_the_coordinate_they_have() -> None:
+    """Node 1 has not heard that its coordinates are node 4's: it renews those processes when it does."""
+    job = SimulatedJob(nodes=5, spares=2).train()
+    ends = [r.WorkerExited(1, local, 2 + local, 70 + local, -9) for local in range(2)]
+    job.feed(ends[0])
+    assert job.core.nodes[1].role == "spare" and job.core.nodes[1].deaths == 1
+    restarted(job, come_back=False)
+    job.sent.clear()
+    for node in job.core.nodes:
+        job.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [], {}, 0, False))
+        for end in ends if node == 1 else ():
+            job.feed(end)
+    assert job.core.nodes[1].deaths == 1 and not job.told(r.Respawn) and job.core.epoch == 2
+
+
+def test_an_end_that_was_decided_is_the_end_whatever_comes_after_the_coordinator_has_died_of_it() -> None:
+    job = SimulatedJob(nodes=3, spares=0).train()
+    job.lose(1)
+    assert job.finish is not None
+    code, message = job.finish.code, job.finish.message
+    job.finish = None
+    restarted(job, come_back=False)
+    job.feed(r.Join(0, 1000, "127.0.0.1", 2000, [], {}, 0, True))
+    job.feed(r.WorkerExited(0, 0, 0, 70, 1))
+    assert (job.finish.code, job.finish.message) == (code, message)
+
+
+def test_a_drained_node_comes_back_when_its_spare_is_of_no_use() -> None:
+    job = SimulatedJob().train()
+    job.commit(1)
+    job.take(job.core.drain(1, job.now)[1])
+    for node in job.active:
+        job.feed(r.NodeHeld(0, node, 3, missed=False))
+    assert job.active == [0, 3, 2] and job.core.nodes[1].role == "leaving"
+    job.feed(r.FetchFailed(1, 3, 2, 1, 1, "no room", own=True))
+    assert job.active == [0, 1, 2] and job.events("stays")[-1]["node"] == 1 and job.finish is None
 
 
 def test_a_recovery_the_coordinator_died_in_begins_again_under_a_new_epoch() -> None:
