@@ -135,7 +135,7 @@ GROUPS: Final[dict[str, list[Case]]] = {
             Case("worker.unreadable", trigger="damaged-own", rank=2),
         ],
         [
-            *_coordinator("coordinator.hold", "drain"),
+            *_coordinator("coordinator.hold coordinator.departed", "drain"),
             *_coordinator("coordinator.end-stuck", "hang"),
             *_coordinator("coordinator.stop", "loss"),
         ],
@@ -158,13 +158,13 @@ GROUPS: Final[dict[str, list[Case]]] = {
 # At the start or the end of a job: what the launcher says where it cannot go on, nothing where it has to.
 ENDS: Final[dict[str, str]] = {
     "coordinator.placement": "",
-    "agent.vault-memory": "before the first generation was committed",
+    "agent.vault-memory": "",
     "agent.no-room": "--deadpool-host-memory allows",
     "step.finished": "",
     "agent.finished": "",
     "coordinator.all-finished": "",
-    "worker.state-hash": "after training had finished",
-    "agent.state-hash": "after training had finished",
+    "worker.state-hash": "",
+    "agent.state-hash": "",
     "worker.shard-ready": "no checkpoint could be saved",
     "agent.saved": "no checkpoint could be saved",
     "coordinator.load-shards": "",
