@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from deadpool_megatron.cluster import Exit
-from flags import tiny_gpt, with_value
-from jobs import ROOT, Job, Jobs, alone, assert_same_checkpoint, assert_same_training, launch_flags, undisturbed
+from deadpool_megatron.evaluate.jobs import start_cli
+from flags import duo_gpt, tiny_gpt, with_value
+from jobs import (
+    ROOT,
+    Job,
+    Jobs,
+    alone,
+    assert_same_checkpoint,
+    assert_same_training,
+    environment,
+    launch_flags,
+    undisturbed,
+)
 
 # 4 microbatches a rank: 4 forward and 4 backward passes an iteration.
 FIRST_TICK, STEADY_TICK, LAST_TICK = 1, 4, 8
@@ -42,6 +54,11 @@ def _committed_before(job: Job, epoch: int) -> int:
     """
     declared = job.until_event("declared", epoch=epoch)["t"]
     return max(e["iteration"] for e in job.events("committed") if e["t"] < declared)
+
+
+def _by_iteration(job: Job) -> dict[int, object]:
+    """Losses and grad norms; of an iteration that was repeated the last ones."""
+    return {iteration: numbers for iteration, *numbers in job.exact()}
 
 
 def _kept_their_processes(job: Job, before: dict[int, int], ranks: list[int]) -> bool:
@@ -164,6 +181,26 @@ def test_without_a_spare_and_without_save_the_job_says_so_and_ends_with_its_own_
     assert job.wait() == Exit.NO_SPARE
     (said,) = [line for line in job.output.splitlines() if line.startswith("deadpool: ")]
     assert "no spare is left for node 1" in said and "--save" in said
+
+
+def test_without_a_spare_the_others_keep_their_state_until_one_joins(jobs: Jobs) -> None:
+    flags = duo_gpt("data", iters=6)
+    want = undisturbed(launch_flags(2, 0, 1), flags)
+    job = jobs.start("waits", launch_flags(2, 0, 1), [*flags, "--deadpool-wait-for-spare", "60"], held=True)
+    before = _armed_kills(job, (1, 2, 1), until=2)
+    job.until("a generation to go on from", lambda: [e for e in job.events("committed") if e["iteration"]])
+    job.hold(None)
+    job.until_event("waiting")
+    job.until("the others to wait", lambda: job.status()["phase"] == "waiting for a spare")
+    joined = start_cli(["join", "--run-dir", str(job.run_dir)], environment(forked=True), stdout=subprocess.DEVNULL)
+    job.finished()
+    assert joined.wait() == Exit.OK
+    assert [e["purpose"] for e in job.events("declared")] == ["resume", "resume"]
+    assert _kept_their_processes(job, before, [0])
+    assert (
+        job.hashes() == want.hashes()
+        and [e for i, e in enumerate(job.exact()) if e not in job.exact()[:i]] == want.exact()
+    )
 
 
 # ---- interleaved, MoE, upstream's script

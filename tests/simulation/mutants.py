@@ -125,7 +125,7 @@ def _a_drained_node_does_not_come_back(patch: Patch) -> None:
 
 
 def _an_end_is_decided_again(patch: Patch) -> None:
-    """Found by the simulation: what came in after the coordinator had ended the job, and died, gave another exit code."""
+    """Found by the simulation: what came in after the coordinator had ended the job, and died, gave another code."""
     stop = Core._stop
 
     def before(self: Core, code: Exit | int, message: str) -> None:

@@ -238,7 +238,7 @@ def test_a_node_that_comes_back_late_hears_what_was_told_of_commits_without_it()
 
 
 def test_what_one_node_was_told_as_committed_stays_so_for_all_when_the_coordinator_has_died_of_it() -> None:
-    """The one has freed what was before, the others wait with both: a floor alone would have them keep different ones."""
+    """The one has freed what was before, the others wait with both: with a floor alone they keep different ones."""
     job = SimulatedJob().train()
     job.commit(5)
     restarted(job, come_back=False)
