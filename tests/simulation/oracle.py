@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -129,8 +130,9 @@ class Oracle:
             case "declared":
                 self._done_at = None
                 self.declared.append((world.now, fields["epoch"], fields["reason"]))
-                if fields["purpose"] == "resume" and fields["reason"].endswith(" is drained"):
-                    self.hurt.setdefault(int(fields["reason"].split()[1]), "drained, and replaced")
+                drained = re.search(r"node (\d+) is drained$", fields["reason"])
+                if fields["purpose"] == "resume" and drained:
+                    self.hurt.setdefault(int(drained[1]), "drained, and replaced")
                 if fields["purpose"] in ("save", "drain") and self.saving is None:
                     self.saving = self._healthy()
                     self._waited()
@@ -207,7 +209,9 @@ class Oracle:
         return ""
 
     def _gone(self, node: int) -> bool:
-        return node in self.hurt
+        """Its copies are; a node that is drained has them until it leaves."""
+        why = self.hurt.get(node, "")
+        return bool(why) and not (why.startswith("drained") and self._cluster.lives(node))
 
     def damages(self, slot: Slot) -> None:
         """Bytes of a copy change in memory."""

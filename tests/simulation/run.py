@@ -94,6 +94,11 @@ class Run:
         """By its address."""
         return self._by_node[int(host.removeprefix("n"))]
 
+    def lives(self, node: int) -> bool:
+        """Its agent is there."""
+        host = self._by_node.get(node)
+        return host is not None and host.alive
+
     def came(self, node: int) -> bool:
         """Its agent has ever been there."""
         host = self._by_node.get(node)
