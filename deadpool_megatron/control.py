@@ -27,14 +27,19 @@ __all__ = ["add_commands", "drain", "inject", "join"]
 
 _ANSWER_S = 10.0
 _POLL_S = 0.05
+_TRIES = 5  # of a request that may be made twice
 
 
 class _NoJob(Exception):
-    """The job cannot be reached, or refuses; the message is one line. ``later``: it may not refuse in a moment."""
+    """The job cannot be reached, or refuses; the message is one line.
 
-    def __init__(self, message: str, later: bool = False) -> None:
+    ``later``: it may not refuse in a moment. ``cut``: the coordinator ended before it answered.
+    """
+
+    def __init__(self, message: str, later: bool = False, cut: bool = False) -> None:
         super().__init__(message)
         self.later = later
+        self.cut = cut
 
 
 def _job(run_dir: str) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def _job(run_dir: str) -> dict[str, Any]:
 def _ask(job: dict[str, Any], run_dir: str, record: msgspec.Struct) -> r.InjectReply | r.SpareAdded:
     spoke = Spoke(job["coordinator"], f"tool-{os.getpid()}", bytes.fromhex(job["secret"]), float(job["lease"]))
     try:
-        packet = spoke.receive(_ANSWER_S) if spoke.send(r.encode(record), _ANSWER_S) else None
+        packet = _answer(spoke, run_dir) if spoke.send(r.encode(record), _ANSWER_S) else None
     finally:
         spoke.close()
     if packet is None:
@@ -59,6 +64,24 @@ def _ask(job: dict[str, Any], run_dir: str, record: msgspec.Struct) -> r.InjectR
     if reply.error:
         raise _NoJob(reply.error, isinstance(reply, r.InjectReply) and reply.later)
     return reply
+
+
+def _answer(spoke: Spoke, run_dir: str) -> bytes | None:
+    """Raises `_NoJob` when the connection ends before the answer: the request was heard, or is lost."""
+    end, up = time.monotonic() + _ANSWER_S, False
+    while time.monotonic() < end:
+        packet = spoke.receive(_POLL_S)
+        if packet is not None:
+            return packet
+        if spoke.changed() and up:
+            raise _NoJob(
+                f"the coordinator of {run_dir} ended while it was asked; it is started again: look at deadpool status "
+                "whether it was done, else ask again",
+                later=True,
+                cut=True,
+            )
+        up = up or spoke.connected
+    return None
 
 
 def _fail(message: str) -> int:
@@ -91,7 +114,7 @@ def inject(options: argparse.Namespace) -> int:
     try:
         _ask(_job(options.run_dir), options.run_dir, r.Inject(fault))
     except _NoJob as err:
-        if fault.kind == "kill-coordinator" and "does not answer" in str(err):
+        if fault.kind == "kill-coordinator" and err.cut:
             print("deadpool: kill-coordinator, now")
             return Exit.OK
         return _fail(str(err))
@@ -110,12 +133,15 @@ def drain(options: argparse.Namespace) -> int:
     """`deadpool drain` after parsing: returns when the node may be taken away."""
     begun = time.time()
     end = time.monotonic() + options.timeout
-    told = ""
+    told, asked = "", False
     while True:
         try:
             _ask(_job(options.run_dir), options.run_dir, r.Drain(options.node))
             break
         except _NoJob as err:
+            if asked and str(err).endswith("already"):
+                break  # it was heard, by a coordinator that ended before it answered
+            asked = asked or err.cut
             if not err.later or time.monotonic() >= end:
                 return _fail(str(err))
             if str(err) != told:
@@ -144,11 +170,16 @@ def drain(options: argparse.Namespace) -> int:
 
 def join(options: argparse.Namespace) -> int:
     """`deadpool join` after parsing: runs an agent as a new spare of the job, to its end."""
-    try:
-        job = _job(options.run_dir)
-        reply = _ask(job, options.run_dir, r.AddSpare(options.host))
-    except _NoJob as err:
-        return _fail(str(err))
+    for tries in range(1, _TRIES + 1):
+        try:
+            job = _job(options.run_dir)
+            reply = _ask(job, options.run_dir, r.AddSpare(options.host))
+            break
+        except _NoJob as err:
+            if not err.cut or tries == _TRIES:
+                return _fail(str(err))
+        # A number that was given meanwhile is forgotten when nobody comes with it.
+        time.sleep(10 * _POLL_S)
     assert isinstance(reply, r.SpareAdded)
     settings = {**job["agent"], "node": reply.node, "coordinator": job["coordinator"], "secret": job["secret"]}
     if options.host:

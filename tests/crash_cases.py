@@ -135,7 +135,7 @@ GROUPS: Final[dict[str, list[Case]]] = {
             Case("worker.unreadable", trigger="damaged-own", rank=2),
         ],
         [
-            *_coordinator("coordinator.hold coordinator.departed", "drain"),
+            *_coordinator("coordinator.hold", "drain"),
             *_coordinator("coordinator.end-stuck", "hang"),
             *_coordinator("coordinator.stop", "loss"),
         ],
@@ -151,7 +151,10 @@ GROUPS: Final[dict[str, list[Case]]] = {
             Case("agent.shards-drained"),
             Case("agent.generation-sealed"),
         ],
-        _coordinator("coordinator.drain-shards coordinator.seal-generation"),
+        [
+            *_coordinator("coordinator.drain-shards coordinator.seal-generation"),
+            *_coordinator("coordinator.departed", "drain"),
+        ],
     ),
 }
 
