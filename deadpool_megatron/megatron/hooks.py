@@ -453,16 +453,18 @@ class Hooks:
         trainer = self.trainer
         if trainer is None or self._redo is None:
             return original(*args, **kwargs)
-        bound = inspect.signature(original).bind(*args, **kwargs).arguments
-        iteration = bound["iteration"]
-        others = trainer.replays_of(bound["data_iterator"], iteration)
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        iteration = bound.arguments["iteration"]
+        others = trainer.replays_of(bound.arguments["data_iterator"], iteration)
+        # (after training upstream's own, which knows no ticks: a long evaluation would look stuck)
+        bound.arguments["forward_step_func"] = _ticking(bound.arguments["forward_step_func"], trainer)
 
         def evaluate() -> Any:
             points.reach("evaluation.before")
             for replay in others:
                 replay.rewind(iteration)
             with trainer.once.quiet_if(trainer.once.done("evaluation", iteration)):
-                result = original(*args, **kwargs)
+                result = original(*bound.args, **bound.kwargs)
             trainer.once.tell("evaluation", iteration)
             points.reach("evaluation.after")
             return result
@@ -540,7 +542,9 @@ def _load_nothing(megatron_args: Any) -> None:
 
 
 def _ticking(forward_step: Any, trainer: MegatronTrainer) -> Any:
-    """``forward_step_func`` with a tick before each microbatch of training."""
+    """``forward_step_func`` with a tick before each microbatch."""
+    if hasattr(forward_step, "deadpool_ticks"):
+        return forward_step
 
     @functools.wraps(forward_step)
     def ticking(*args: Any, **kwargs: Any) -> Any:
@@ -553,6 +557,7 @@ def _ticking(forward_step: Any, trainer: MegatronTrainer) -> Any:
         trainer.evaluate()
         return forward_step(*args, **kwargs)
 
+    ticking.deadpool_ticks = True  # type: ignore[attr-defined]
     return ticking
 
 
