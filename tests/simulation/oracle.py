@@ -40,6 +40,7 @@ class Oracle:
         world_size = cluster.job.world_size
         self._values = [[rank * 7919 + 1 for rank in range(world_size)]]
         self.hurt: dict[int, str] = {}
+        self._drained: set[int] = set()  # and replaced
         self._through: dict[int, set[int]] = {}  # by epoch, ranks that have finished in it
         self._done_at: float | None = None  # all of them
         self._deaths: Counter[int] = Counter()
@@ -132,7 +133,7 @@ class Oracle:
                 self.declared.append((world.now, fields["epoch"], fields["reason"]))
                 drained = re.search(r"node (\d+) is drained$", fields["reason"])
                 if fields["purpose"] == "resume" and drained:
-                    self.hurt.setdefault(int(drained[1]), "drained, and replaced")
+                    self._drained.add(int(drained[1]))
                 if fields["purpose"] in ("save", "drain") and self.saving is None:
                     self.saving = self._healthy()
                     self._waited()
@@ -145,6 +146,8 @@ class Oracle:
                 self._agreed(fields["iteration"])
             case "committed":
                 self._committed(Version(fields["epoch"], fields["iteration"]))
+            case "stays":
+                self._drained.discard(fields["node"])
             case "waiting":
                 self._waits_since = world.now
                 self._cluster.faults.awaited()
@@ -210,8 +213,7 @@ class Oracle:
 
     def _gone(self, node: int) -> bool:
         """Its copies are; a node that is drained has them until it leaves."""
-        why = self.hurt.get(node, "")
-        return bool(why) and not (why.startswith("drained") and self._cluster.lives(node))
+        return node in self.hurt or (node in self._drained and not self._cluster.lives(node))
 
     def damages(self, slot: Slot) -> None:
         """Bytes of a copy change in memory."""
@@ -236,7 +238,7 @@ class Oracle:
     def refused_drain(self, host: Host, error: str) -> None:
         """A drain was refused for good: rightly, unless a healthy spare is there or on its way."""
         cluster = self._cluster
-        no_use = self.hurt.keys() | cluster.faults.drained
+        no_use = self.hurt.keys() | self._drained | cluster.faults.drained
         spares = [h for h in cluster.hosts if h is not host and h.node not in no_use and not h.known.ranks]
         here = host.alive and host.node not in self.hurt and host.known.ranks and not self.ends
         if here and spares and cluster.hq.ended is None and "no parked spare" in error:
@@ -255,7 +257,7 @@ class Oracle:
 
     def _healthy(self) -> list[int]:
         left = {node for node, state in self._cluster.hq.core.nodes.items() if state.role == "left"}
-        away = self.hurt.keys() | left
+        away = self.hurt.keys() | self._drained | left
         return [host.node for host in self._cluster.hosts if host.link.ever and host.node not in away]
 
     # ---- after each turn of the coordinator
@@ -264,7 +266,7 @@ class Oracle:
         """Nobody healthy is given up, and every phase has its deadline."""
         core = self._cluster.hq.core
         for node, state in core.nodes.items():
-            if state.role == "lost" and node not in self.hurt and self._cluster.came(node):
+            if state.role == "lost" and node not in self.hurt.keys() | self._drained and self._cluster.came(node):
                 raise Violation(f"node {node} is healthy, and was given up")
         faults, now = self._cluster.faults, self._cluster.world.now
         over = self._done_at is not None and core.phase not in (Phase.FINISHING, Phase.ENDED)
