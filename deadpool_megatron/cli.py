@@ -7,11 +7,14 @@ import json
 import sys
 from collections.abc import Sequence
 
-from deadpool_megatron import __version__, control, launch, patching
+from deadpool_megatron import __version__
+from deadpool_megatron.bench import commands as evaluate_commands
+from deadpool_megatron.commands import control
+from deadpool_megatron.commands.export import add_export_arguments, run_export
 from deadpool_megatron.config import schema
-from deadpool_megatron.evaluate import commands as evaluate_commands
-from deadpool_megatron.export import add_export_arguments, run_export
-from deadpool_megatron.multinode import add_agent_arguments, run_agent, run_coordinator
+from deadpool_megatron.intree import patching
+from deadpool_megatron.launcher import add_agent_arguments, run_agent, run_coordinator
+from deadpool_megatron.launcher import local as launch
 from deadpool_megatron.observe import commands as observe_commands
 from deadpool_megatron.planning import add_plan_arguments, run_plan
 

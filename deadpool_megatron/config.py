@@ -17,7 +17,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from deadpool_megatron.cluster.redundancy import Scheme
+from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.cluster.store import check_address
 from deadpool_megatron.vault.transport import TRANSPORTS
 

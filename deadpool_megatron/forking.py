@@ -1,4 +1,4 @@
-"""Processes that a fork server starts, which has imported torch and Megatron before: `evaluate.fork_server`.
+"""Processes that a fork server starts, which has imported torch and Megatron before: `harness.fork_server`.
 
 ::
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any, Final
 
-from deadpool_megatron.versions import SUPPORTED, UserError, check_version
+from deadpool_megatron.compat import SUPPORTED, UserError, check_version
 
 __all__ = ["SUPPORTED", "UserError", "check_arguments", "check_environment", "check_version"]
 

@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from deadpool_megatron import points
 from deadpool_megatron.cluster import notices
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.exits import Exit
-from deadpool_megatron.cluster.pulse import PULSE_FD, PulsePage
-from deadpool_megatron.cluster.workers import (
+from deadpool_megatron.cluster.agent.pulse import PULSE_FD, PulsePage
+from deadpool_megatron.cluster.agent.workers import (
     ADOPTED,
     CONTROL_FD,
     DOORBELL_FD,
@@ -38,6 +37,7 @@ from deadpool_megatron.cluster.workers import (
     STACKS_FILE,
     STACKS_SIGNAL,
 )
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.forking import FORK_SERVER
 from deadpool_megatron.output import never_fails
 
@@ -239,7 +239,7 @@ def main() -> int:
         sys.path.insert(0, "")
     sys.path[0] = os.getcwd() if module else str(Path(script).resolve().parent)
     if module:
-        from deadpool_megatron.checks import module_file
+        from deadpool_megatron.launcher.plan import module_file
 
         script = module_file(module)
     standby = "RANK" not in os.environ

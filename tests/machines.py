@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 
-from deadpool_megatron.cluster.ports import free_ports
-from deadpool_megatron.evaluate.descendants import Descendants, describe
-from deadpool_megatron.evaluate.jobs import CLI
+from deadpool_megatron.cluster.link.ports import free_ports
+from deadpool_megatron.harness.descendants import Descendants, describe
+from deadpool_megatron.harness.jobs import CLI
 from jobs import Job, environment, set_pace
 from waiting import until
 

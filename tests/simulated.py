@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from deadpool_megatron.cluster import Core, Deadlines, DurableSpec, JobSpec
-from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core import Action, Emit, Finish, Send
-from deadpool_megatron.cluster.redundancy import holders
+from deadpool_megatron.cluster.core.core import Action, Emit, Finish, Send
+from deadpool_megatron.cluster.placement import assignment as placing
+from deadpool_megatron.cluster.placement.redundancy import holders
 
 __all__ = ["DEADLINES", "SimulatedJob"]
 

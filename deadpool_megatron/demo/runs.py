@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from deadpool_megatron.demo.evidence import Hashes, ProcessIdentity
-from deadpool_megatron.evaluate import Job, JobError
+from deadpool_megatron.harness import Job, JobError
 
 __all__ = ["DeathWatch", "DemoRun", "identities"]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from deadpool_megatron.versions import UserError, check_version
+from deadpool_megatron.compat import UserError, check_version
 
 __all__ = ["ADAPTERS", "Adapter", "current"]
 

@@ -17,7 +17,7 @@ import torch
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.workers import PARENT_PID
+from deadpool_megatron.cluster.agent.workers import PARENT_PID
 
 __all__ = ["InjectedError", "arm", "strike"]
 

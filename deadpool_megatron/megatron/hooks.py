@@ -42,7 +42,7 @@ import torch
 from deadpool_megatron import config as settings
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.pulse import PulsePage
+from deadpool_megatron.cluster.agent.pulse import PulsePage
 from deadpool_megatron.comm import Communicators, is_communication_error
 from deadpool_megatron.megatron import saving
 from deadpool_megatron.megatron.adapters import current

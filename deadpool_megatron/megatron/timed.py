@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deadpool_megatron.cluster.pinning import parse_cpus, pin_threads
+from deadpool_megatron.cluster.agent.pinning import parse_cpus, pin_threads
 
 __all__ = ["block_is_on", "main"]
 

@@ -18,7 +18,7 @@ from megatron.training import training
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.pulse import PulsePage
+from deadpool_megatron.cluster.agent.pulse import PulsePage
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.megatron import state_hash

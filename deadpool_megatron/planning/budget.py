@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deadpool_megatron.cluster import assignment as placing
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.domains import parse_domains
-from deadpool_megatron.cluster.placement import parallel_groups, place
-from deadpool_megatron.cluster.redundancy import Scheme, cost, tolerated
+from deadpool_megatron.cluster.placement import assignment as placing
+from deadpool_megatron.cluster.placement.domains import parse_domains
+from deadpool_megatron.cluster.placement.groups import parallel_groups, place
+from deadpool_megatron.cluster.placement.redundancy import Scheme, cost, tolerated
 from deadpool_megatron.planning.errors import PlanError
 from deadpool_megatron.planning.files import RunFile
 from deadpool_megatron.planning.model import Layout, Model, layout, model

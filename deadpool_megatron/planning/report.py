@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.planning.budget import Budget, budget
 from deadpool_megatron.planning.errors import PlanError
 from deadpool_megatron.planning.files import RunFile, load

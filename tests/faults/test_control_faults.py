@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from deadpool_megatron.bench.control_plane.bench import SimulatedCluster
+from deadpool_megatron.bench.control_plane.etcd import EtcdMembers
 from deadpool_megatron.cluster.store import Deposed, Guard
-from deadpool_megatron.evaluate.control import SimulatedCluster
-from deadpool_megatron.evaluate.etcd import EtcdMembers
 from etcds import need_etcd
 from waiting import until
 

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from deadpool_megatron.cluster import Exit
-from deadpool_megatron.evaluate.descendants import has_ended
-from deadpool_megatron.evaluate.jobs import start_cli
 from deadpool_megatron.forking import Process
+from deadpool_megatron.harness.descendants import has_ended
+from deadpool_megatron.harness.jobs import start_cli
 from flags import tiny_gpt
 from jobs import PACED, Jobs, environment, launch_flags, set_pace, undisturbed
 

@@ -14,11 +14,11 @@ from queue import Queue
 
 import pytest
 
-from deadpool_megatron.cluster.link import Spoke
-from deadpool_megatron.cluster.ports import free_ports
+from deadpool_megatron.cluster.link.link import Spoke
+from deadpool_megatron.cluster.link.ports import free_ports
 from deadpool_megatron.comm import nccl_environment
-from deadpool_megatron.evaluate.doctor import Finding, check_environment, check_machine
-from deadpool_megatron.evaluate.network import host_meeting, join_meeting
+from deadpool_megatron.doctor.machine import Finding, check_environment, check_machine
+from deadpool_megatron.doctor.network import host_meeting, join_meeting
 
 DOCTOR = [sys.executable, "-m", "deadpool_megatron.cli", "doctor"]
 ROOT = Path(__file__).parents[2]

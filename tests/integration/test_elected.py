@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from deadpool_megatron.bench.control_plane.etcd import EtcdMembers
 from deadpool_megatron.cluster import Exit
-from deadpool_megatron.cluster.leadership import known_place
 from deadpool_megatron.cluster.store import EtcdStore
-from deadpool_megatron.evaluate.etcd import EtcdMembers
+from deadpool_megatron.cluster.store.leadership import known_place
 from deadpool_megatron.observe import read_events
 from etcds import need_etcd
 from flags import tiny_gpt

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from deadpool_megatron.cluster.link import Hub, Spoke, check_secret
-from deadpool_megatron.cluster.ports import free_ports
+from deadpool_megatron.cluster.link.link import Hub, Spoke, check_secret
+from deadpool_megatron.cluster.link.ports import free_ports
 from waiting import until
 
 SECRET = bytes(range(32))
@@ -122,7 +122,7 @@ def test_who_does_not_know_the_secret_is_never_heard(room: Room) -> None:
 
 
 def test_a_stranger_with_the_hubs_public_key_but_not_the_jobs_client_key_is_refused(room: Room) -> None:
-    from deadpool_megatron.cluster import link
+    from deadpool_megatron.cluster.link import link
 
     server_public, _ = link._keypair(SECRET, "server")
     public, private = zmq.curve_keypair()

@@ -8,7 +8,7 @@ from typing import Any
 
 from deadpool_megatron.cluster import Coordinator, CoordinatorSettings, Core, Enlistment, JobSpec
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.link import Hub
+from deadpool_megatron.cluster.link.link import Hub
 from deadpool_megatron.cluster.store import Deposed, Entry, Guard, Lease, Store, Watch
 from deadpool_megatron.observe import RunDirectory
 from simulation.network import Link

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from deadpool_megatron.cluster import AgentSettings
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agent import Agent
-from deadpool_megatron.cluster.crew import Crew
-from deadpool_megatron.cluster.fence import Fence
-from deadpool_megatron.cluster.known import KnownJob
-from deadpool_megatron.cluster.lookout import LOOK_S
-from deadpool_megatron.cluster.pulse import PulsePage
-from deadpool_megatron.cluster.redundancy import Scheme
-from deadpool_megatron.cluster.watch import Watch
-from deadpool_megatron.cluster.worker_processes import WorkerProcesses
-from deadpool_megatron.cluster.workers import Worker
+from deadpool_megatron.cluster.agent.agent import Agent
+from deadpool_megatron.cluster.agent.crew import Crew
+from deadpool_megatron.cluster.agent.fence import Fence
+from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.lookout import LOOK_S
+from deadpool_megatron.cluster.agent.pulse import PulsePage
+from deadpool_megatron.cluster.agent.watch import Watch
+from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
+from deadpool_megatron.cluster.agent.workers import Worker
+from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.vault import TransferFailed
 from deadpool_megatron.vault.words import Words
 from simulation.network import Link

@@ -8,23 +8,25 @@ from typing import Any
 import msgspec
 import pytest
 
-from deadpool_megatron.cluster import Coordinator, agreement, commits
+from deadpool_megatron.cluster import Coordinator
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.awake import AwakeClock
-from deadpool_megatron.cluster.commits import Commits
-from deadpool_megatron.cluster.core import Core
-from deadpool_megatron.cluster.drains import Drains
-from deadpool_megatron.cluster.exits import Exit
-from deadpool_megatron.cluster.fetching import Attempts
-from deadpool_megatron.cluster.headway import Headway
-from deadpool_megatron.cluster.job import Phase
-from deadpool_megatron.cluster.known import KnownJob
-from deadpool_megatron.cluster.node_recovery import NodeRecovery
-from deadpool_megatron.cluster.observations import Observations
-from deadpool_megatron.cluster.recoveries import Recoveries
-from deadpool_megatron.cluster.shards import FetchDone
-from deadpool_megatron.cluster.start import Start
-from deadpool_megatron.cluster.worker_ends import WorkerEnds
+from deadpool_megatron.cluster.agent import commits
+from deadpool_megatron.cluster.agent.commits import Commits
+from deadpool_megatron.cluster.agent.fetching import Attempts
+from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.recovery import NodeRecovery
+from deadpool_megatron.cluster.agent.shards import FetchDone
+from deadpool_megatron.cluster.core.core import Core
+from deadpool_megatron.cluster.core.headway import Headway
+from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.core.observations import Observations
+from deadpool_megatron.cluster.core.planned_moves import Drains
+from deadpool_megatron.cluster.core.recoveries import Recoveries
+from deadpool_megatron.cluster.core.start import Start
+from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
+from deadpool_megatron.cluster.link.awake import AwakeClock
+from deadpool_megatron.cluster.placement import agreement
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.vault import EMPTY, CommitLedger, Vault, Version
 from deadpool_megatron.vault.arena import Slot
 from deadpool_megatron.vault.intake import Intake, Intakes

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.workers import Worker
+from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.vault import SlotWriter, StaleEpoch, VaultError, Version
 from simulation.world import Pipe, Process
 

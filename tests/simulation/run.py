@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deadpool_megatron.cluster import Deadlines, JobSpec
-from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.vault import VaultFull
 from simulation.faults import Faults, Profile
 from simulation.headquarters import Headquarters

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.fetching import Attempts
-from deadpool_megatron.cluster.shards import FetchDone, Shards
+from deadpool_megatron.cluster.agent.fetching import Attempts
+from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
 from deadpool_megatron.vault import (
     ChecksumMismatch,
     NotHeld,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deadpool_megatron.versions import SUPPORTED, UserError
+from deadpool_megatron.compat import SUPPORTED, UserError
 
 pytestmark = pytest.mark.versions(megatron=True)
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from deadpool_megatron.cluster import adoption
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.adoption import AdoptedProcess, Adoption, AdoptionError, present
-from deadpool_megatron.cluster.workers import DOORBELL_FD, PARENT_PID, Worker
+from deadpool_megatron.cluster.agent import adoption
+from deadpool_megatron.cluster.agent.adoption import AdoptedProcess, Adoption, AdoptionError, present
+from deadpool_megatron.cluster.agent.workers import DOORBELL_FD, PARENT_PID, Worker
 
 NAME = f"deadpool-test-{os.getpid()}"
 # Comes as local rank argv[1], says what it found, rings, tells argv[2] as its last word if that is a number, and ends

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.checks import LaunchError
 from deadpool_megatron.cluster import Deadlines, Enlistment, JobSpec
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.multinode import add_agent_arguments
-from deadpool_megatron.multinode.options import AgentPlan, check_agent
-from deadpool_megatron.multinode.secret import SecretSource
+from deadpool_megatron.launcher import add_agent_arguments
+from deadpool_megatron.launcher.agent_options import AgentPlan, check_agent
+from deadpool_megatron.launcher.plan import LaunchError
+from deadpool_megatron.launcher.secret import SecretSource
 
 
 def plan(tmp_path: Path, options: str, script: str = "", env: dict[str, str] | None = None) -> AgentPlan:

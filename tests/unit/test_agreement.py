@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deadpool_megatron.cluster.agreement import ANY_EPOCH, NoCommonGeneration, agree
+from deadpool_megatron.cluster.placement.agreement import ANY_EPOCH, NoCommonGeneration, agree
 from deadpool_megatron.cluster.records import Offer, SlotAddress, Source
 
 # Rank 0 on node 0, rank 1 on node 1, rank 2 on node 2.

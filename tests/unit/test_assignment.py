@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import doctest
 
-from deadpool_megatron.cluster import assignment as placing
+from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.records import SlotAddress
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from deadpool_megatron.cluster import Exit, Phase
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.awake import AwakeClock
+from deadpool_megatron.cluster.link.awake import AwakeClock
 from simulated import DEADLINES, SimulatedJob
 
 

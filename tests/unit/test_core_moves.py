@@ -6,7 +6,7 @@ import json
 
 from deadpool_megatron.cluster import Core, Exit, Phase
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core import Emit, Keep, Send
+from deadpool_megatron.cluster.core.core import Emit, Keep, Send
 from deadpool_megatron.cluster.records import SlotAddress
 from simulated import DEADLINES, SimulatedJob
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from deadpool_megatron.cluster.exits import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.config import DeadpoolConfig, unit, variable
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron import cli
-from deadpool_megatron.multinode.options import check_agent
+from deadpool_megatron.launcher.agent_options import check_agent
 from docs_commands import PAGES, ROOT, commands
 
 PLACEHOLDERS = {
@@ -65,7 +65,7 @@ def test_a_documented_command_is_one_that_deadpool_takes(
 
 
 def test_the_agents_of_the_page_for_ones_own_job_could_start(tmp_path: Path) -> None:
-    from deadpool_megatron.multinode import add_agent_arguments
+    from deadpool_megatron.launcher import add_agent_arguments
 
     found = [command for name, command in CASES if name == "megatron.md" and command.startswith("deadpool agent")]
     assert len(found) == 2

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.draining import Loaded, NodeDurability
-from deadpool_megatron.cluster.shards import FetchDone, Shards
+from deadpool_megatron.cluster.agent.durable import Loaded, NodeDurability
+from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
 from deadpool_megatron.durable import Done, Item, Layout, Staged
 from deadpool_megatron.vault import SlotWriter, Version
 

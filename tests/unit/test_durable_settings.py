@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from deadpool_megatron.commands.export import script_arguments
 from deadpool_megatron.config import ConfigError, from_script_arguments
-from deadpool_megatron.export import script_arguments
-from deadpool_megatron.processes import _checkpoint_to_load
+from deadpool_megatron.launcher.processes import _checkpoint_to_load
 
 
 @pytest.mark.parametrize(

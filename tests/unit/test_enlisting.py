@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from deadpool_megatron.checks import LaunchError
-from deadpool_megatron.multinode import enlisting
+from deadpool_megatron.launcher import enlisting
+from deadpool_megatron.launcher.plan import LaunchError
 
 
 class Clock:

@@ -22,9 +22,9 @@ import pytest
 import zmq
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.link import Hub, Spoke
-from deadpool_megatron.cluster.plan_check import misfit
-from deadpool_megatron.cluster.seal import Seal, SealBroken
+from deadpool_megatron.cluster.coordinator.validate import misfit
+from deadpool_megatron.cluster.link.link import Hub, Spoke
+from deadpool_megatron.cluster.link.seal import Seal, SealBroken
 from deadpool_megatron.vault import (
     Deadlines,
     Malformed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deadpool_megatron.config import ConfigError, DeadpoolConfig
-from deadpool_megatron.intree import Place, agent_command, place_of
+from deadpool_megatron.intree.attach import Place, agent_command, place_of
 
 TORCHRUN = {
     "RANK": "5",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.commits import Commits
-from deadpool_megatron.cluster.known import KnownJob
-from deadpool_megatron.cluster.redundancy import Scheme
-from deadpool_megatron.cluster.shards import RankCommitted
+from deadpool_megatron.cluster.agent.commits import Commits
+from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.shards import RankCommitted
+from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.vault import constants_of
 
 VAULTS = {node: r.Address("host", 9000 + node) for node in range(3)}

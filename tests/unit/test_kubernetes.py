@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from deadpool_megatron.checks import LaunchError
 from deadpool_megatron.cluster import Exit
-from deadpool_megatron.multinode import add_agent_arguments
-from deadpool_megatron.multinode.options import AgentPlan, check_agent
+from deadpool_megatron.launcher import add_agent_arguments
+from deadpool_megatron.launcher.agent_options import AgentPlan, check_agent
+from deadpool_megatron.launcher.plan import LaunchError
 from deadpool_megatron.planning.budget import budget
 from deadpool_megatron.planning.files import load
 

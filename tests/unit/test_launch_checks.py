@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron import checks, launch
-from deadpool_megatron.checks import LaunchError, LaunchPlan
+from deadpool_megatron.compat import SUPPORTED, UserError, check_version
 from deadpool_megatron.config import ConfigError
-from deadpool_megatron.processes import agent_settings
-from deadpool_megatron.versions import SUPPORTED, UserError, check_version
+from deadpool_megatron.launcher import local as launch
+from deadpool_megatron.launcher import plan as checks
+from deadpool_megatron.launcher.plan import LaunchError, LaunchPlan
+from deadpool_megatron.launcher.processes import agent_settings
 
 
 def check(options: argparse.Namespace) -> LaunchPlan:

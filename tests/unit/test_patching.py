@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.cli import main
-from deadpool_megatron.patching import PatchError, PatchSet, State, blob_id, change, find, load_sets, make, parse
+from deadpool_megatron.intree.patching import (
+    PatchError,
+    PatchSet,
+    State,
+    blob_id,
+    change,
+    find,
+    load_sets,
+    make,
+    parse,
+)
 from upstream import VERSIONS, git
 
 ENTRY = "pretrain_gpt.py"

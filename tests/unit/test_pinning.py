@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.cluster.pinning import Pinning, choose_cpus, cores, parse_cpus, pin_threads
+from deadpool_megatron.cluster.agent.pinning import Pinning, choose_cpus, cores, parse_cpus, pin_threads
 
 # Two sockets of 24 cores, two hardware threads each, numbered as Linux does.
 CORES = [{n, n + 48} for n in range(48)]
@@ -90,7 +90,7 @@ def test_an_agent_is_pinned_once_all_its_workers_have_told_and_starts_others_unp
         seen.append(list(devices))  # type: ignore[call-overload]
         return one
 
-    monkeypatch.setattr("deadpool_megatron.cluster.pinning.choose_cpus", choose)
+    monkeypatch.setattr("deadpool_megatron.cluster.agent.pinning.choose_cpus", choose)
     pinning = Pinning(2)
     assert not pinning.located(0, 1, [os.getpid()]) and os.sched_getaffinity(0) == own_mask
     assert pinning.located(1, 0, [os.getpid(), 1 << 30]) and os.sched_getaffinity(0) == one  # a worker that has ended

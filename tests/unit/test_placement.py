@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deadpool_megatron.cluster import assignment as placing
-from deadpool_megatron.cluster.domains import parse_domains, slurm_labels
-from deadpool_megatron.cluster.placement import parallel_groups, place, replace
-from deadpool_megatron.cluster.protection import Protection, in_words
+from deadpool_megatron.cluster.core.protection import Protection, in_words
+from deadpool_megatron.cluster.placement import assignment as placing
+from deadpool_megatron.cluster.placement.domains import parse_domains, slurm_labels
+from deadpool_megatron.cluster.placement.groups import parallel_groups, place, replace
+from deadpool_megatron.cluster.placement.redundancy import Scheme, cost, degree, holders, stripes, survives, tolerated
 from deadpool_megatron.cluster.records import CoordinateInfo, SlotAddress
-from deadpool_megatron.cluster.redundancy import Scheme, cost, degree, holders, stripes, survives, tolerated
 
 
 def layout(nodes: int, slots: int, tensor: int, pipeline: int) -> tuple[list[SlotAddress], dict[int, CoordinateInfo]]:

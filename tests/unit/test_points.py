@@ -13,7 +13,7 @@ import pytest
 import deadpool_megatron
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core import RECOVERING
+from deadpool_megatron.cluster.core.core import RECOVERING
 from deadpool_megatron.megatron import faults
 
 PACKAGE = Path(deadpool_megatron.__file__).parent
@@ -53,12 +53,22 @@ def test_no_message_can_be_sent_without_a_point() -> None:
     assert by_construction() - set(points.POINTS) == tools | {"worker.worker-step", "coordinator.changed"}
     # Whoever encodes a record passes the point of its name in the same function. Tools are in no assignment; what an
     # agent tells its workers is lost with the one or the other, each of which has points of its own.
-    free = {"control.py:_ask", "multinode/enlisting.py:enlist", "cluster/workers.py:tell"}
+    free = {"commands/control.py:_ask", "launcher/enlisting.py:enlist", "cluster/agent/workers.py:tell"}
     free |= {"worker.py:tell", "worker.py:main"}  # before there is a session nothing can be armed
-    free |= {"cluster/tables.py:packets", "cluster/tables.py:_declare"}  # for the coordinator, which passes the point
-    free |= {"evaluate/swarm.py:_send", "evaluate/control.py:inject"}  # simulated agents have failures of their own
+    free |= {
+        "cluster/records/tables.py:packets",
+        "cluster/records/tables.py:_declare",
+    }  # for the coordinator, which passes the point
+    free |= {
+        "bench/control_plane/swarm.py:_send",
+        "bench/control_plane/bench.py:inject",
+    }  # simulated agents have failures of their own
     assert _encoders(passing=False) == free
-    assert {"cluster/agent.py:send", "cluster/coordinator.py:_reply", "recovery/session.py:tell"} <= _encoders(True)
+    assert {
+        "cluster/agent/agent.py:send",
+        "cluster/coordinator/coordinator.py:_reply",
+        "recovery/session.py:tell",
+    } <= _encoders(True)
 
 
 def _encoders(passing: bool) -> set[str]:

@@ -14,7 +14,7 @@ import pytest
 
 from deadpool_megatron import cli
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.watch import Watch
+from deadpool_megatron.cluster.agent.watch import Watch
 from deadpool_megatron.observe import EVENTS, LOGS, RECOVERIES, NodeLog, RunDirectory, read_events, read_node_logs
 from deadpool_megatron.observe.narrative import paragraph
 from deadpool_megatron.observe.recoveries import Story, recoveries

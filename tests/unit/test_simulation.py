@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from deadpool_megatron import cli
-from deadpool_megatron.evaluate.goodput import Cluster, Costs, best_interval, poisson, simulate
-from deadpool_megatron.evaluate.simulate import read_trace
-from deadpool_megatron.evaluate.validation import Disturbed, _account, predicted
+from deadpool_megatron.bench.validation import Disturbed, _account, predicted
+from deadpool_megatron.simulate.command import read_trace
+from deadpool_megatron.simulate.goodput import Cluster, Costs, best_interval, poisson, simulate
 
 NEVER = iter(())
 WEEK = 7 * 86400.0

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from deadpool_megatron import points
+from deadpool_megatron.bench.survival import BEGIN, END, merge, table
 from deadpool_megatron.cli import main
-from deadpool_megatron.evaluate.survival import BEGIN, END, merge, table
 from jobs import ROOT
 
 DOCS = ROOT / "docs" / "fault-tolerance.md"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.tables import Tables, Teller, apply
+from deadpool_megatron.cluster.records.tables import Tables, Teller, apply
 from simulated import SimulatedJob
 
 

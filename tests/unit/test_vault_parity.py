@@ -13,14 +13,14 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from deadpool_megatron.cluster import assignment as placing
-from deadpool_megatron.cluster import fetching
-from deadpool_megatron.cluster.agreement import NoCommonGeneration, agree
-from deadpool_megatron.cluster.keeping import kept_for_others, targets
-from deadpool_megatron.cluster.placement import place, replace
+from deadpool_megatron.cluster.agent import fetching
+from deadpool_megatron.cluster.agent.shards import Damaged, FetchDone, RankCommitted, Shards
+from deadpool_megatron.cluster.placement import assignment as placing
+from deadpool_megatron.cluster.placement.agreement import NoCommonGeneration, agree
+from deadpool_megatron.cluster.placement.duties import kept_for_others, targets
+from deadpool_megatron.cluster.placement.groups import place, replace
+from deadpool_megatron.cluster.placement.redundancy import Scheme, survives, words
 from deadpool_megatron.cluster.records import Address, Offer, SlotAddress, Source
-from deadpool_megatron.cluster.redundancy import Scheme, survives, words
-from deadpool_megatron.cluster.shards import Damaged, FetchDone, RankCommitted, Shards
 from deadpool_megatron.vault import CONSTANT, ConstantsWriter, NotHeld, SlotWriter, Version, constants_of
 from deadpool_megatron.vault.coder import Coder
 

@@ -105,8 +105,9 @@ class Offer(Record, frozen=True):
     """All workers of a node have left their step; what the node can give, by rank.
 
     ``live`` are generations, ``own`` and ``peer`` versions (epoch, generation) complete in the node's vault; so are
-    those of ``parity``, by word (see `cluster.redundancy.Word`). ``arrived``: every coordinate here has a worker that
-    can form its groups now; if not, a `NodeArrived` follows. ``live_epochs``: in which the live state was computed.
+    those of ``parity``, by word (see `cluster.placement.redundancy.Word`). ``arrived``: every coordinate here
+    has a worker that can form its groups now; if not, a `NodeArrived` follows. ``live_epochs``: in which the live state
+    was computed.
     """
 
     epoch: int

@@ -29,8 +29,8 @@ class Roster(Record, frozen=True):
 
 
 class Placement(Record, frozen=True):
-    """Every coordinate has built its model: the protection groups of nodes (see `cluster.redundancy`), and by rank the
-    bytes of unique state and the room for small state of its shard."""
+    """Every coordinate has built its model: the protection groups of nodes (see `cluster.placement.redundancy`), and by
+    rank the bytes of unique state and the room for small state of its shard."""
 
     epoch: int
     groups: list[list[int]]
@@ -61,7 +61,7 @@ class Declare(Record, frozen=True):
     rendezvous: Address | None = None
     """Where the store of this epoch's process groups listens; None: where it did."""
     version: int = 0
-    """Of the tables (see `cluster.tables`)."""
+    """Of the tables (see `cluster.records.tables`)."""
 
 
 class Changed(Record, frozen=True):

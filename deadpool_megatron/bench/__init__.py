@@ -1,0 +1,1 @@
+"""Measurements of what DeadPool costs and gains, against baselines in the same harness."""

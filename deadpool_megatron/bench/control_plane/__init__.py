@@ -1,0 +1,1 @@
+"""The control plane with thousands of simulated agents."""

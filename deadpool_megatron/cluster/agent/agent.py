@@ -1,0 +1,367 @@
+"""What the agent of one node does with all it hears: the node's counterpart of `Core`. No sockets, no clock of its own.
+
+::
+
+    coordinator  <-- Uplink -->  AgentProcess  the loop: sockets, signals, the vault's wake-ups
+                                 Agent         who is told what  <-- Crew -->  workers
+                                   KnownJob       epoch, assignment, tables (pure)
+                                   NodeRecovery   this node's part in a recovery
+                                   Upkeep         what the vault sends, keeps and frees  -->  vault (Shards)
+                                   Commits        what this node has committed (pure)
+                                   Lookout        is it cut off, is a worker stuck
+                                   Faults         what tests have strike it
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from deadpool_megatron import points
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.adoption import AdoptedProcess
+from deadpool_megatron.cluster.agent.commits import Commits
+from deadpool_megatron.cluster.agent.crew import Crew
+from deadpool_megatron.cluster.agent.durable import DurableNews, Loaded, NodeDurability
+from deadpool_megatron.cluster.agent.faults import Faults
+from deadpool_megatron.cluster.agent.fence import Fence
+from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.lookout import Lookout
+from deadpool_megatron.cluster.agent.recovery import NodeRecovery
+from deadpool_megatron.cluster.agent.settings import AgentSettings
+from deadpool_megatron.cluster.agent.shards import (
+    Damaged,
+    FetchDone,
+    RankCommitted,
+    Reserved,
+    ReserveFailed,
+    Shards,
+    ShardsEvent,
+)
+from deadpool_megatron.cluster.agent.upkeep import Upkeep
+from deadpool_megatron.cluster.agent.watch import Watch
+from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
+from deadpool_megatron.cluster.agent.workers import Worker
+from deadpool_megatron.cluster.placement.domains import slurm_labels
+from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.durable import Done, Staged
+from deadpool_megatron.vault import is_constants, numa_nodes
+
+__all__ = ["Agent"]
+
+
+class Agent:
+    """One node's decisions. One thread; nothing blocks but what `Shards.holdings` has to checksum.
+
+    Args:
+        job: what this node knows of the job; follows what is declared.
+        shards: the node's vault; None without DeadPool.
+        watch: hears everything.
+        fence: this node's doubt when it has lost the coordinator.
+        post: sends a packet to the coordinator if the connection is up.
+        clock: seconds, monotonic.
+
+    Attributes:
+        code: with which the agent is to leave; None while it is to stay.
+    """
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        job: KnownJob,
+        crew: Crew,
+        processes: WorkerProcesses,
+        shards: Shards | None,
+        watch: Watch,
+        fence: Fence,
+        post: Callable[[bytes], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._s = settings
+        self.code: int | None = None
+        self._job = job
+        self._post = post
+        self._shards = shards
+        self._crew = crew
+        self._faults = Faults(settings.node, crew, shards)
+        self._watch = watch
+        self._durable = (
+            NodeDurability(settings.node, settings.durable_dir, settings.job_id, shards, self.send)
+            if shards is not None and settings.durable_dir
+            else None
+        )
+        self._commits = Commits(job)
+        self._upkeep: Upkeep | None = None
+        self._recovery: NodeRecovery | None = None
+        self._lookout: Lookout | None = None
+        if shards is not None:
+            self._upkeep = Upkeep(job, shards, self._durable)
+            self._recovery = NodeRecovery(job, crew, shards, self._upkeep, self._faults, self.send)
+            self._lookout = Lookout(settings, job, crew, self._recovery, processes, fence, self.send, clock)
+        self._hashes: list[r.StateHash] = []
+
+    def send(self, record: r.AgentRecord) -> None:
+        """To the coordinator, if it is there."""
+        points.reach_record("agent", record)
+        self._post(r.encode(record))
+        self._watch.sent(record)
+
+    def look(self, connected: bool) -> None:
+        """Call often. ``connected``: to the coordinator."""
+        if self._lookout is not None and (why := self._lookout.look(connected)):
+            print(f"deadpool: {why}", file=sys.stderr)
+            self.code = Exit.FENCED
+
+    def close(self) -> None:
+        """End what runs beside the agent."""
+        if self._durable is not None:
+            self._durable.close()
+
+    def introduce(self) -> None:
+        """The connection to the coordinator is up, for the first time or again: tell all that it may not know."""
+        node, workers = self._s.node, self._crew.workers
+        self.send(
+            r.Join(
+                node,
+                os.getpid(),
+                self._s.host,
+                self._shards.server.port if self._shards else 0,
+                [worker.pid for _, worker in sorted(workers.items())],
+                slurm_labels(os.environ),
+                self._job.epoch,
+                self._recovery is None or self._recovery.settled,
+                not self._s.adopt,
+                self._commits.kept,
+            )
+        )
+        for worker in workers.values():
+            if worker.parked and worker.rank is None and not worker.exited:
+                self.send(r.WorkerReady(node, worker.local, worker.pid))
+            if worker.registered is not None:
+                self.send(worker.registered)
+            if worker.exited and worker.exit_code is not None:
+                if worker.failed is not None:  # why it has ended
+                    self.send(worker.failed)
+                exited = r.WorkerExited(node, worker.local, worker.rank, worker.pid, worker.exit_code, self._job.epoch)
+                self.send(exited)
+        if (last := self._commits.last) is not None:
+            self.send(last)  # without it nobody could ever overwrite a slot again
+        for record in self._hashes:
+            self.send(record)
+        if self._crew.mine() and self._crew.all_reached("finished"):
+            self.send(r.Finished(self._job.epoch, node))
+
+    # ---- records from workers
+
+    def heard(self, worker: Worker, record: r.WorkerRecord) -> None:
+        """A worker has said something."""
+        recovery, lookout, upkeep, node = self._recovery, self._lookout, self._upkeep, self._s.node
+        if recovery is None or lookout is None or upkeep is None:
+            return  # without DeadPool workers have nothing to say
+        match record:
+            case r.WorkerStep():
+                if record.step == "parked":
+                    self._watch.pinned(self._crew.located(worker, record.numa))
+                recovery.step(worker, record)
+            case r.ArenaRequest():
+                self._watch.pinned(self._crew.located(worker, record.numa))
+                if is_constants(record.rank):
+                    self._commits.has_constants(record.rank)
+                upkeep.grant(worker, record)
+            case r.Arrived():
+                recovery.arrived(worker, record)
+            case r.Registered():
+                worker.in_loop = True
+                worker.registered = msgspec.structs.replace(
+                    record, node=node, local=worker.local, epoch=self._job.epoch
+                )
+                self.send(worker.registered)
+            case r.ShardReady():
+                recovery.saved(worker, record)
+            case r.Leaving():
+                if isinstance(worker.process, AdoptedProcess):
+                    worker.process.said = record.code
+            case r.WorkerFailed():
+                worker.failed = msgspec.structs.replace(record, node=node, local=worker.local, rank=worker.rank)
+                self.send(worker.failed)
+            case r.Described():
+                if self._durable is not None and worker.rank is not None:
+                    self._durable.described(record, worker.rank)
+                    self._begin(worker)
+            case r.Iteration() if self._shards is not None:
+                sent, bandwidth = self._shards.sent(record.rank)
+                self.send(msgspec.structs.replace(record, node=node, sent_bytes=sent, send_bandwidth=bandwidth))
+            case r.Whereabouts():
+                lookout.answered(worker, record)
+            case r.Held():
+                recovery.held(worker, record)
+            case r.Unreadable():
+                recovery.unreadable(worker, record)
+            case r.StateHash():
+                self._hashes.append(msgspec.structs.replace(record, node=node))
+                self.send(self._hashes[-1])
+            case _:
+                # Who it is about the agent knows best: a worker cannot speak for another node.
+                self.send(msgspec.structs.replace(record, node=node))
+
+    def rang(self, worker: Worker) -> None:
+        """A worker has written more of its shard."""
+        if worker.rank is not None and self._shards is not None:
+            self._shards.rang(worker.rank)
+            self._watch.rang(worker.rank)
+
+    def ended(self, worker: Worker) -> None:
+        """A worker's process has ended."""
+        code = self._crew.reap(worker)
+        if not worker.retired:
+            self.send(r.WorkerExited(self._s.node, worker.local, worker.rank, worker.pid, code, self._job.epoch))
+            return
+        self._crew.renew(worker.local)
+        if self._job.declared is None and not self._crew.renewing:
+            self.introduce()  # the coordinator knows other processes
+        if self._recovery is not None:
+            self._recovery.take_over()
+
+    # ---- events of the vault
+
+    def happened(self, event: ShardsEvent | DurableNews) -> None:
+        """The vault, or the drainer, tells."""
+        assert self._shards is not None and self._recovery is not None
+        match event:
+            case Staged() | Done() | Loaded():
+                if self._durable is not None:
+                    self._durable.heard(event)
+            case ReserveFailed():
+                self.send(r.NoRoom(self._s.node, event.message))
+            case Reserved():
+                way, nodes = self._shards.transport, max(1, len(numa_nodes()))
+                self.send(r.VaultMemory(self._s.node, event.nbytes, event.huge_bytes, nodes, way.name, way.why))
+            case Damaged():
+                self.send(r.DamagedCopy(self._job.epoch, self._s.node, event.holder, event.kind, event.generation))
+            case RankCommitted():
+                for due in self._commits.due(event):
+                    self._rank_committed(due)
+            case FetchDone():
+                self._recovery.fetched(event)
+
+    def _rank_committed(self, event: RankCommitted) -> None:
+        covered = self._commits.covered(event.rank, event.generation)
+        if covered is not None:
+            self.send(covered)
+        if event.epoch != self._job.epoch:
+            return
+        self._watch.committed(event.rank, event.epoch, event.generation)
+        committed = self._commits.committed(event.rank, event.generation)
+        if committed is not None:
+            self.send(committed)
+
+    # ---- records from the coordinator
+
+    def told(self, record: r.CoordinatorRecord) -> None:
+        """The coordinator has said something."""
+        self._act(record)
+        self._watch.heard(record, len(self._job.ranks))
+
+    def _act(self, record: r.CoordinatorRecord) -> None:
+        recovery, upkeep = self._recovery, self._upkeep
+        match record:
+            case r.Roster():
+                late = self._job.roster(record)
+                if late and record.anew and recovery is not None:
+                    self._start_over(recovery)
+                elif late and self._shards is not None:
+                    self._shards.set_epoch(record.epoch)
+            case r.Departed():
+                self._job.departed(record)
+            case r.ExitNotice() if not self._s.deadpool:
+                self._crew.signal(self._s.exit_signal)
+            case r.Form() | r.Hold() | r.AllFinished() | r.ExitNotice():
+                for worker in self._crew.mine().values():
+                    worker.tell(record)
+            case r.Respawn():
+                if self._crew.workers[record.local].exited:
+                    self._crew.renew(record.local)
+            case r.EndStuck():
+                if self._lookout is not None:
+                    self._lookout.end_stuck(record)
+            case r.Arm():
+                self._faults.arm(record)
+            case r.Stop():
+                if record.code == Exit.FENCED or (self._s.tells_end and record.message):
+                    print(f"deadpool: {record.message}", file=sys.stderr)
+                self.code = record.code
+                for worker in self._crew.workers.values():
+                    if isinstance(worker.process, AdoptedProcess):
+                        worker.tell(record)  # its launcher is to see this job's exit code, not a signal
+            case r.Declare() if recovery is not None:
+                self._declare(recovery, record)
+            case r.Changed() if recovery is not None:
+                whole = self._job.whole(record)
+                if whole is not None:
+                    self._declare(recovery, whole)
+                elif record.epoch > self._job.epoch:
+                    self.send(r.Behind(record.epoch, self._s.node))
+            case r.Agree() if recovery is not None and record.epoch == self._job.epoch:
+                self._commits.agreed(record)
+                recovery.agree(record)
+                if record.durable and self._durable is not None:
+                    self._durable.fetch(record, self._job.ranks)
+            case r.Placement() if upkeep is not None:
+                upkeep.place(record)
+                if self._durable is not None:
+                    self._durable.placed()
+            case r.CommittedTo() if upkeep is not None:
+                self._commits.told(record)
+                upkeep.committed_to(record)
+            case _ if self._durable is not None and self._job.ranks:
+                self._told_durable(self._durable, record)
+
+    def _declare(self, recovery: NodeRecovery, record: r.Declare) -> None:
+        if record.epoch <= self._job.epoch:
+            return
+        self._new_epoch()
+        recovery.declare(record)
+
+    def _start_over(self, recovery: NodeRecovery) -> None:
+        self._new_epoch()
+        if self._durable is not None:
+            self._durable.start_over()
+        recovery.start_over()
+
+    def _new_epoch(self) -> None:
+        self._commits.restart()
+        if self._lookout is not None:
+            self._lookout.restart()
+
+    def _told_durable(self, durable: NodeDurability, record: r.CoordinatorRecord) -> None:
+        ranks = self._job.ranks.values()
+        match record:
+            case r.DrainShards():
+                durable.drain(record, ranks)
+            case r.SealGeneration():
+                durable.seal(record)
+            case r.GiveUpDrain():
+                durable.give_up(record)
+            case r.LoadShards():
+                durable.load(record, ranks)
+            case r.ResumeAt():
+                durable.resume_at(record.generation)
+                for worker in self._crew.mine().values():
+                    self._begin(worker)
+
+    def _begin(self, worker: Worker) -> None:
+        """Tell a worker what durable generation it begins with, once that is known; a spare learns it in a recovery."""
+        if self._durable is None or worker.rank is None or worker.began or self._job.declared is not None:
+            return
+        what = self._durable.begin(worker.rank, self._job.epoch)
+        if isinstance(what, r.Generation):
+            worker.began = True
+            worker.tell(what)
+        elif what is not None:
+            self.send(
+                r.WorkerFailed(self._s.node, worker.local, worker.rank, "setup", 0, -1, Exit.USAGE, "", "", what, "")
+            )

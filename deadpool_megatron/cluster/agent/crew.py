@@ -1,0 +1,117 @@
+"""The workers of one node: which process is in each slot, and which of them hold coordinates."""
+
+from __future__ import annotations
+
+from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
+from deadpool_megatron.cluster.agent.workers import Worker
+
+__all__ = ["Crew"]
+
+
+class Crew:
+    """One worker process a slot, and in a rescue one in each extra slot. Used by the agent's thread only.
+
+    Args:
+        job: what this node knows of the job.
+
+    Attributes:
+        workers: by local index, the newest process of each slot, alive or not.
+    """
+
+    def __init__(self, job: KnownJob, processes: WorkerProcesses) -> None:
+        self._job = job
+        self._processes = processes
+        self.workers: dict[int, Worker] = {}
+
+    # ---- the processes
+
+    def start(self, slots: int) -> None:
+        """Start all workers, or take them in; a spare's are parked. Raises AdoptionError."""
+        for local in range(slots):
+            self.workers[local] = self._processes.start(local, self._job.ranks.get(local))
+        self._processes.all_started()
+
+    def located(self, worker: Worker, numa: int) -> set[int]:
+        """A worker has its device on NUMA node ``numa``; the processors that the agent is bound to now, or none."""
+        alive = [each for each in self.workers.values() if not each.exited]
+        return self._processes.located(worker, numa, alive)
+
+    def renew(self, local: int) -> None:
+        """A fresh process in a slot, once the one that is there has ended (it is ended now).
+
+        It is parked, or where the job has not begun to train begins at once as the coordinate that the slot has.
+        """
+        old = self.workers.get(local)
+        if self._processes.adopted(local):
+            # Who has started it starts no other one: this node is drained, and its workers leave when it is let go.
+            if old is not None:
+                old.retired = True
+            return
+        if old is not None and not old.exited:
+            old.retired = True
+            self._processes.kill(old)
+            return
+        if old is not None:
+            del self.workers[local]  # it is closed even if no other one can be started
+            old.close()
+        rank = self._job.ranks.get(local) if self._job.declared is None else None
+        self.workers[local] = self._processes.start(local, rank)
+
+    def start_over(self) -> None:
+        """The start begins anew: fresh processes wherever there is a coordinate, or was one."""
+        for local, worker in list(self.workers.items()):
+            if worker.rank is not None or local in self._job.ranks:
+                self.renew(local)
+
+    @property
+    def renewing(self) -> bool:
+        """Somebody has not ended yet whose place a fresh process takes."""
+        return any(worker.retired for worker in self.workers.values())
+
+    def reap(self, worker: Worker) -> int:
+        """A worker has ended, by itself or as `renew` wants it; its exit code."""
+        worker.exit_code = self._processes.reap(worker)
+        worker.exited = True
+        return worker.exit_code
+
+    def signal(self, signum: int) -> None:
+        """To every worker that trains; 0 for none."""
+        for worker in self.workers.values() if signum else ():
+            if worker.rank is not None and not worker.exited:
+                self._processes.signal(worker, signum)
+
+    def end(self, at_once: bool, told: bool) -> None:
+        """End all workers; see `WorkerProcesses.end`. Blocks until they have."""
+        self._processes.end(self.workers.values(), at_once, told)
+        for worker in self.workers.values():
+            worker.close()
+
+    # ---- their coordinates
+
+    def mine(self) -> dict[int, Worker]:
+        """By rank, the workers of this node that hold a coordinate of the current assignment."""
+        out: dict[int, Worker] = {}
+        for local, rank in self._job.ranks.items():
+            worker = self.workers.get(local)
+            if worker is not None and not worker.exited and not worker.retired:
+                out[rank] = worker
+        return out
+
+    def all_reached(self, step: str) -> bool:
+        """Every coordinate here has a worker that has come to ``step`` in the current epoch."""
+        return all(
+            local in self.workers and self.workers[local].reached.get(step, -1) == self._job.epoch
+            for local in self._job.ranks
+        )
+
+    def give_coordinates(self) -> list[Worker]:
+        """Have parked workers hold the coordinates the assignment has for them; the workers that hold one now."""
+        out: list[Worker] = []
+        for local, rank in self._job.ranks.items():
+            worker = self.workers.get(local)
+            if worker is not None and worker.parked and worker.rank is None and not worker.retired:
+                worker.rank = rank
+                self._processes.link_log(local, rank)
+                out.append(worker)
+        return out

@@ -1,0 +1,281 @@
+"""The agent's side of the durable tier: what its workers told of themselves, its drainer, and shards read back.
+
+Everything returns at once; a thread reads shards, a process of its own writes them. Their news come through the queue
+of `Shards`, like the vault's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
+from deadpool_megatron.durable import (
+    FORMAT,
+    Answer,
+    Cancel,
+    Coordinate,
+    Describe,
+    Done,
+    Drain,
+    DrainerProcess,
+    DurableError,
+    Layout,
+    Manifest,
+    Seal,
+    Stage,
+    Staged,
+    Take,
+    load_shards,
+)
+from deadpool_megatron.vault import Version, constants_of, is_constants, small_capacity
+
+__all__ = ["DurableNews", "Loaded", "NodeDurability"]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Before training: all shards of this node were read (``error`` empty), or could not be."""
+
+    name: str
+    error: str
+    epoch: int
+
+
+DurableNews = Staged | Done | Loaded
+
+
+class NodeDurability:
+    """One node's part in the durable tier. Used by the agent's loop alone.
+
+    Args:
+        directory: the durable directory; ``job``: whose it must be.
+        send: sends a record to the coordinator.
+    """
+
+    def __init__(
+        self, node: int, directory: str, job: str, shards: Shards, send: Callable[[r.AgentRecord], None]
+    ) -> None:
+        self._node = node
+        self._job = job
+        self._directory = directory
+        self._shards = shards
+        self._send = send
+        self._drainer = DrainerProcess(self._tell)
+        self._parts: dict[tuple[str, int], list[bytes]] = {}
+        self._jobs: dict[int, dict[str, Any]] = {}
+        self._layouts: dict[int, Layout] = {}
+        self._granted: set[int] = set()  # holders whose memory is here
+        self._placed = False
+        self._pinned = ""
+        self._resume: int | None = None
+        self._epoch = 0  # of the versions that were loaded before training
+        self._manifest: Manifest | None = None  # of what was loaded before training
+        self._loaded: dict[int, str] = {}  # by rank, and holder of constants, digest of its layout
+
+    def _tell(self, news: DurableNews | Answer) -> None:
+        self._shards.tell(news)
+
+    # ---- from workers
+
+    def described(self, record: r.Described, rank: int) -> None:
+        """One part of what the worker of ``rank`` tells of itself; parts come in order."""
+        parts = self._parts.setdefault((record.kind, rank), [])
+        if record.part == 0:
+            parts.clear()
+        parts.append(record.data)
+        if len(parts) < record.parts:
+            return
+        data = b"".join(self._parts.pop((record.kind, rank)))
+        if record.kind == "job":
+            self._jobs[rank] = msgspec.json.decode(data)
+        else:
+            holder = rank if record.kind == "layout" else constants_of(rank)
+            self._layouts[holder] = msgspec.json.decode(data, type=Layout)
+
+    def refusal(self, rank: int) -> str:
+        """Why the shard a worker asks memory for is not the one that was loaded for it; empty when it is."""
+        layout, loaded = self._layouts.get(rank), self._loaded.get(rank)
+        if layout is None or loaded is None or loaded == layout.digest:
+            return ""
+        if is_constants(rank):
+            return self._not_fit("it has other frozen parameters")
+        return self._not_fit(f"rank {rank}'s shard in it consists of other tensors")
+
+    def granted(self, rank: int, small_capacity: int) -> None:
+        """The arena of ``rank`` is there: so is, from now on, the memory that draining it takes."""
+        layout = self._layouts.get(rank)
+        if layout is None:
+            return
+        self._granted.add(rank)
+        if self._placed:
+            self._describe(rank, layout)
+        if not is_constants(rank):  # those stay, so they are written from where they are
+            self._drainer.tell(Stage(rank, layout.unique_bytes + small_capacity, layout))
+
+    def placed(self) -> None:
+        """The job has its placement, and so its directory: another node may have to write what is here one day."""
+        self._placed = True
+        for holder in sorted(self._granted):
+            self._describe(holder, self._layouts[holder])
+
+    def _describe(self, holder: int, layout: Layout) -> None:
+        self._drainer.tell(Describe(self._directory, holder, layout, self._job))
+
+    def _not_fit(self, why: str) -> str:
+        generation = self._manifest.generation if self._manifest is not None else -1
+        return (
+            f"durable generation {generation} in {self._directory} is not of this job: {why}; give the flags of that "
+            "job, or another --deadpool-durable-dir, or turn it into a Megatron checkpoint (deadpool export) and "
+            "--load that"
+        )
+
+    # ---- the start of training
+
+    def load(self, record: r.LoadShards, ranks: Iterable[int]) -> None:
+        """Bring this node's shards into its vault. Answers with a `Loaded`."""
+        epoch = record.epoch
+        versions = {rank: Version(epoch, record.generation) for rank in ranks}
+
+        def loaded(rank: int, manifest: Manifest, layout: str) -> None:
+            self._manifest = manifest
+            self._loaded[rank] = layout
+
+        def work() -> None:
+            error = ""
+            try:
+                load_shards(self._shards.vault, self._directory, record.name, versions, small_capacity, loaded)
+            except DurableError as err:
+                error = str(err)
+            self._tell(Loaded(record.name, error, epoch))
+
+        self._loaded.clear()
+        self._epoch = epoch
+        threading.Thread(target=work, name="durable-load", daemon=True).start()
+
+    def resume_at(self, generation: int) -> None:
+        """Training begins with this generation (-1: with none)."""
+        self._resume = generation
+        if generation < 0:
+            self._loaded.clear()
+            self._manifest = None
+
+    def start_over(self) -> None:
+        """The start begins anew: other workers tell what job it is, and the coordinator where to resume."""
+        self._resume = None
+        for known in (self._jobs, self._layouts, self._granted):
+            known.clear()
+        self._placed = False
+
+    def begin(self, rank: int, epoch: int) -> r.Generation | str | None:
+        """What a worker is to begin with; a text when it must not; None while that is not known.
+
+        Known once the coordinator has said where to resume and the worker has told what job it is.
+        """
+        if self._resume is None or rank not in self._jobs:
+            return None
+        if self._resume < 0:
+            return r.Generation(epoch, -1, -1, "", {})
+        if self._manifest is not None:
+            here, there = self._jobs[rank].get("model", {}), self._manifest.job.get("model", {})
+            differing = [name for name in [*here, *there] if here.get(name) != there.get(name)]
+            if differing:
+                name = differing[0]
+                return self._not_fit(f"{name} is {there.get(name)} in it and {here.get(name)} here")
+        with_constants = constants_of(rank) in self._loaded
+        return r.Generation(epoch, self._resume, self._epoch, self._shards.path_of(rank), {}, with_constants)
+
+    # ---- draining
+
+    def drain(self, record: r.DrainShards, ranks: Iterable[int]) -> None:
+        """Write this node's shards of a committed version. Their slots stay until they are copied out."""
+
+        def epoch(rank: int) -> int:
+            version = self._shards.version_of(rank, record.generation) if record.version_epoch < 0 else None
+            return version[0] if version is not None else record.version_epoch
+
+        takes = tuple(
+            Take(rank, self._shards.path_of(rank), epoch(rank), record.generation, self._constants(rank))
+            for rank in sorted(ranks)
+        )
+        self._pinned = record.name
+        self._shards.vault.pin()
+        self._drainer.give(Drain(self._directory, record.name, record.seconds, takes, self._job))
+
+    def _constants(self, rank: int) -> tuple[str, Layout | None] | None:
+        holder = constants_of(rank)
+        path = self._shards.path_of(holder)
+        return (path, self._layouts.get(holder)) if path else None
+
+    def seal(self, record: r.SealGeneration) -> None:
+        """Write the manifest."""
+        job = next(iter(self._jobs.values()), {})
+        manifest = Manifest(
+            FORMAT,
+            record.generation,
+            record.epoch,
+            record.name,
+            time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            len(record.shards),
+            tuple(Coordinate(c.rank, c.tp, c.pp, c.dp, c.cp, c.ep) for c in record.coordinates),
+            tuple(record.shards),
+            job,
+        )
+        self._drainer.give(Seal(self._directory, manifest, tuple(record.keep), self._job))
+
+    def give_up(self, record: r.GiveUpDrain) -> None:
+        """An attempt is over."""
+        self._release(record.name)
+        self._drainer.cancel(Cancel(self._directory, record.name, record.remover == self._node, self._job))
+
+    def _release(self, name: str) -> None:
+        if name == self._pinned:
+            self._pinned = ""
+            self._shards.vault.unpin()
+
+    def heard(self, news: DurableNews) -> None:
+        """The drainer, or the thread that loads, is through with something."""
+        match news:
+            case Staged():
+                self._release(news.name)
+            case Done(sealed=False):
+                self._release(news.name)
+                self._send(r.ShardsDrained(self._node, news.name, list(news.shards), news.error))
+            case Done():
+                self._send(r.GenerationSealed(self._node, news.name, news.error, list(news.problems)))
+            case Loaded():
+                self._send(r.ShardsLoaded(self._node, news.name, news.error, news.epoch))
+
+    # ---- falling back
+
+    def fetch(self, record: r.Agree, ranks: Mapping[int, int]) -> None:
+        """Memory cannot answer: read the shards of ``ranks`` (local index to rank). Each answers with a `FetchDone`."""
+        versions = {rank: Version(record.epoch, record.generation) for rank in ranks.values()}
+        left = set(versions)
+
+        def loaded(rank: int, manifest: Manifest, layout: str) -> None:
+            if is_constants(rank):
+                return
+            left.discard(rank)
+            version = (record.epoch, record.generation)
+            self._shards.tell(FetchDone(rank, record.epoch, record.generation, -1, version, ""))
+
+        def work() -> None:
+            shards = self._shards
+            try:
+                load_shards(shards.vault, self._directory, record.durable, versions, small_capacity, loaded)
+            except DurableError as err:
+                rank = min(left)
+                self._shards.tell(FetchDone(rank, record.epoch, record.generation, -1, None, str(err)))
+
+        threading.Thread(target=work, name="durable-fetch", daemon=True).start()
+
+    def close(self) -> None:
+        """End the drainer."""
+        self._drainer.close()

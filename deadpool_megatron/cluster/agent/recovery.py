@@ -1,0 +1,267 @@
+"""One node's part in the recoveries of the job: its workers' news become the node's, what is agreed becomes theirs.
+
+::
+
+    coordinator                    agent of the node                       its workers
+    Declare            ------->    vault refuses the old epoch,  ------->  leave their step
+                                   vacant slots get fresh parked ones      Arrived, each
+    all offers         <-------    Offer (at once where none has
+                                   anything live), NodeArrived
+    Agree              ------->    fetch or rebuild what is lost ------->  Generation, each as its shard is here
+    all of each step   <-------    NodeReady, NodeFormed,        <-------  WorkerStep
+                                   NodeRestored, NodeResumed
+
+The coordinator hears of a step once, when every coordinate of the node has come to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.crew import Crew
+from deadpool_megatron.cluster.agent.faults import Faults
+from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
+from deadpool_megatron.cluster.agent.upkeep import Upkeep
+from deadpool_megatron.cluster.agent.workers import Worker
+from deadpool_megatron.vault import constants_of
+
+__all__ = ["NodeRecovery"]
+
+
+class NodeRecovery:
+    """Used by the agent's thread only; nothing blocks but what `Shards.holdings` has to checksum.
+
+    Args:
+        job: what this node knows of the job; follows what is declared.
+        faults: told to workers that start in a recovery.
+        send: sends a record to the coordinator.
+    """
+
+    def __init__(
+        self,
+        job: KnownJob,
+        crew: Crew,
+        shards: Shards,
+        upkeep: Upkeep,
+        faults: Faults,
+        send: Callable[[r.AgentRecord], None],
+    ) -> None:
+        self._job = job
+        self._crew = crew
+        self._shards = shards
+        self._upkeep = upkeep
+        self._faults = faults
+        self._send = send
+        self._offered = -1  # the epoch of the last offer
+        self._arrived = False  # every worker here, in the epoch of the offer
+        self._done: dict[r.Act, int] = {}
+        self._here: set[int] = set()  # ranks of this node whose agreed shard is in its vault
+        self._held = True  # vaults have all of the agreed generation
+        self._holding = False
+
+    @property
+    def settled(self) -> bool:
+        """Every worker of this node trains in the current epoch (or there is none that should)."""
+        if self._holding:
+            return False
+        if self._job.declared is None:
+            return True
+        return not self._job.ranks or self._crew.all_reached("resumed")
+
+    # ---- what the coordinator says
+
+    def start_over(self) -> None:
+        """The start begins anew, in an epoch that the job has been told already."""
+        self._done = {}
+        self._holding = False
+        self._shards.set_epoch(self._job.epoch)
+        self._upkeep.replan(sizes_known=False)
+        self._crew.start_over()
+
+    def declare(self, record: r.Declare) -> None:
+        """A new epoch begins."""
+        self._job.declare(record)
+        self._done = {}
+        self._holding = False
+        self._shards.set_epoch(record.epoch)
+        here, workers = self._job.ranks, self._crew.workers
+        for worker in list(workers.values()):
+            if worker.rank is not None and here.get(worker.local) != worker.rank and not worker.retired:
+                # The coordinate is somebody else's now; the node is healthy and parks fresh workers.
+                self._crew.renew(worker.local)
+        assert self._job.declared is not None
+        for worker in self._crew.mine().values():
+            worker.tell(self._job.declared)
+        self._upkeep.replan(sizes_known=bool(record.unique_bytes))
+        self._here.clear()
+        for local in here if record.purpose != "drain" else ():  # then the agents do all there is to do
+            if local not in workers or workers[local].exited:
+                self._crew.renew(local)
+        self.take_over()
+        self._maybe_offer()
+
+    def agree(self, record: r.Agree) -> None:
+        """The generation of this epoch is agreed: bring here what is not. What is in no vault comes by another way."""
+        self._done = dict(record.done)
+        self._held = record.held
+        if record.durable:
+            return
+        job, shards = self._job, self._shards
+        aims = job.targets() or {}
+        for local, rank in job.ranks.items():
+            if local in self._crew.workers:
+                shards.set_near(rank, self._crew.workers[local].numa)
+            source = record.sources.get(rank)
+            keepers = aims.get(constants_of(rank), ())
+            if rank in record.rebuilds:
+                shards.rebuild(record.epoch, rank, record.generation, record.rebuilds[rank], job.vaults, keepers)
+            elif source is None:
+                self._hand_out(rank, record.generation, live=True)
+            else:
+                here = source.node == job.node
+                others = [job.vaults[node] for node in source.others if node in job.vaults]
+                address = None if here else job.vaults.get(source.node)
+                shards.fetch(record.epoch, rank, record.generation, source, address, others, keepers)
+
+    # ---- what becomes of it here
+
+    def fetched(self, event: FetchDone) -> None:
+        """A shard of the agreed generation has been brought here, or could not be."""
+        if event.epoch != self._job.epoch:
+            return
+        if event.version is None:
+            node, tried = self._job.node, event.tried
+            self._send(
+                r.FetchFailed(
+                    event.epoch, node, event.rank, event.source, event.generation, event.error, tried, event.own
+                )
+            )
+        else:
+            self._hand_out(event.rank, event.generation, event.version)
+
+    def _hand_out(self, rank: int, generation: int, version: tuple[int, int] | None = None, live: bool = False) -> None:
+        """The agreed generation is here: tell the worker, and keep that version until a newer one is committed.
+
+        Not where it is live state alone somewhere: if that is lost, all go back to what is committed. ``live``: a
+        worker that has this generation live goes on with that.
+        """
+        job, version = self._job, version or self._shards.version_of(rank, generation)
+        drains = job.declared is not None and job.declared.purpose == "drain"
+        worker = self._crew.mine().get(rank)
+        if version is not None:
+            if self._held:
+                self._shards.set_kept(job.epoch, version, 0)
+        elif drains or (worker is not None and (worker.arrived is None or worker.arrived.live != generation)):
+            why = f"node {job.node} has given up its copy of rank {rank} since it was offered"
+            self._send(r.FetchFailed(job.epoch, job.node, rank, job.node, generation, why, gone=True))
+            return
+        if drains:
+            self._here.add(rank)
+            if self._here >= set(job.ranks.values()):
+                self._send(r.NodeReady(job.epoch, job.node))
+            return
+        if worker is not None:
+            epoch = version[0] if version is not None else -1
+            path = self._shards.path_of(rank)
+            worker.tell(r.Generation(self._job.epoch, generation, epoch, path, self._done, live=live))
+        self._upkeep.aim()
+
+    def unreadable(self, worker: Worker, record: r.Unreadable) -> None:
+        """The copy that was handed out could not be used: as good as one that could not be fetched from here."""
+        node = self._job.node
+        if record.epoch == self._job.epoch and worker.rank is not None:
+            rank, generation = worker.rank, record.generation
+            self._send(r.FetchFailed(record.epoch, node, rank, node, generation, record.why, record.version_epoch))
+            self._shards.recheck(worker.rank)
+
+    def take_over(self) -> None:
+        """Have parked workers become the coordinates that the assignment has for them."""
+        for worker in self._crew.give_coordinates():
+            assert worker.rank is not None
+            if self._job.declared is not None:
+                worker.tell(self._job.declared)  # one started since then has not heard of it
+            self._faults.tell_bugs(worker)
+            worker.tell(r.TakeOver(self._job.epoch, worker.rank))
+
+    # ---- what workers say
+
+    def arrived(self, worker: Worker, record: r.Arrived) -> None:
+        """A worker has left its step, or a spare's can form its groups."""
+        worker.arrived = record
+        if self._offered == self._job.epoch and not self._arrived and self._all_arrived():
+            self._arrived = True
+            self._send(r.NodeArrived(self._job.epoch, self._job.node))
+        self._maybe_offer()
+
+    def _maybe_offer(self) -> None:
+        """Tell the coordinator what this node can give once every worker here has left its step."""
+        epoch = self._job.epoch
+        if self._job.declared is None or self._offered == epoch:
+            return
+        live: dict[int, int | None] = {}
+        epochs: dict[int, int] = {}
+        for rank, worker in self._crew.mine().items():
+            if not worker.in_loop:
+                live[rank] = None
+            elif worker.arrived is not None and worker.arrived.epoch == epoch:
+                live[rank], epochs[rank] = worker.arrived.live, worker.arrived.live_epoch
+            else:
+                return
+        # A spare tells that it has nothing: it may be one that the coordinator waits for, having just given way.
+        self._offered, self._arrived = epoch, self._all_arrived()
+        holdings = self._shards.holdings()
+        self._send(r.Offer(epoch, self._job.node, live, *holdings, arrived=self._arrived, live_epochs=epochs))
+
+    def _all_arrived(self) -> bool:
+        """Every coordinate here has a worker that can form its groups."""
+        mine = self._crew.mine()
+        told = [mine[rank].arrived if rank in mine else None for rank in self._job.ranks.values()]
+        return all(each is not None and each.epoch == self._job.epoch for each in told)
+
+    def step(self, worker: Worker, record: r.WorkerStep) -> None:
+        """A worker has come to a step; the coordinator hears of it when all here have."""
+        epoch, node = self._job.epoch, self._job.node
+        if record.step == "parked":
+            worker.parked, worker.numa = True, record.numa
+            self._send(r.WorkerReady(node, worker.local, worker.pid))
+            self.take_over()
+            return
+        worker.reached[record.step] = record.epoch
+        if record.step == "formed":
+            worker.formed = (record.changed, record.number)
+        if record.epoch != epoch or not self._crew.all_reached(record.step):
+            return
+        match record.step:
+            case "ready":
+                self._send(r.NodeReady(epoch, node))
+            case "formed":
+                formed = [self._crew.workers[local].formed for local in self._job.ranks]
+                changed, of = (sum(each) for each in zip(*formed, strict=True))
+                self._send(r.NodeFormed(epoch, node, record.number, changed, of))
+            case "restored":
+                self._send(r.NodeRestored(epoch, node))
+            case "resumed":
+                self._send(r.NodeResumed(epoch, node, record.number))
+            case "finished":
+                self._send(r.Finished(epoch, node))
+
+    def saved(self, worker: Worker, record: r.ShardReady) -> None:
+        """A worker has saved its part of Megatron's checkpoint, the last thing a job without spares does."""
+        worker.reached["saved"] = record.epoch
+        if self._crew.all_reached("saved"):
+            self._send(r.Saved(record.epoch, self._job.node, record.iteration, record.directory))
+
+    def held(self, worker: Worker, record: r.Held) -> None:
+        """A worker waits at the start of an iteration for a planned move, or was past it already."""
+        if record.epoch != self._job.epoch:
+            return
+        self._holding = True
+        if record.missed:
+            self._send(r.NodeHeld(record.epoch, self._job.node, record.iteration, True))
+            return
+        worker.reached["held"] = record.iteration
+        held = [w.reached.get("held", -1) for w in self._crew.mine().values()]
+        if all(iteration == record.iteration for iteration in held):
+            self._send(r.NodeHeld(record.epoch, self._job.node, record.iteration, False))

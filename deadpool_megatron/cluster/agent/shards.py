@@ -1,0 +1,430 @@
+"""The agent's side of the shards: its vault, the copies on the peer node, and bringing lost shards back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deadpool_megatron import points
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.fetching import Attempts
+from deadpool_megatron.cluster.placement.redundancy import Scheme
+from deadpool_megatron.vault import (
+    CONSTANT,
+    EMPTY,
+    Kind,
+    NotHeld,
+    Piece,
+    RebuildFailed,
+    Replicator,
+    Scrubber,
+    SendPace,
+    Stripes,
+    Target,
+    Vault,
+    VaultError,
+    VaultFull,
+    VaultServer,
+    Version,
+    WordPlan,
+    clean_leftovers,
+    constants_of,
+    fetch,
+    huge_bytes,
+    is_constants,
+    make_transport,
+    process_alive,
+    rebuild,
+    small_capacity,
+)
+
+__all__ = ["Damaged", "FetchDone", "RankCommitted", "ReserveFailed", "Reserved", "Shards", "ShardsEvent"]
+
+
+_log = logging.getLogger(__name__)
+_Place = tuple[str, int] | Vault
+_Held = dict[int, list[tuple[int, int]]]  # versions (epoch, generation), by rank or word
+
+
+@dataclass(frozen=True, slots=True)
+class RankCommitted:
+    """A rank's version is complete in the own vault and wherever else it belongs."""
+
+    rank: int
+    epoch: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchDone:
+    """A shard has arrived (``error`` empty, ``version`` set) or could not be had.
+
+    ``tried``: the epoch in which what was asked for at ``source`` was written. ``own``: the fault is this node's.
+    """
+
+    rank: int
+    epoch: int
+    generation: int
+    source: int
+    version: tuple[int, int] | None
+    error: str
+    tried: int = -1
+    own: bool = False
+
+    @classmethod
+    def failed(cls, rank: int, epoch: int, version: Version, source: int, tried: int, err: VaultError) -> FetchDone:
+        """It could not be had, because of ``err``."""
+        full = isinstance(err, VaultFull)
+        return cls(rank, epoch, version.generation, source, None, str(err), tried, full)
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveFailed:
+    """The memory for what this node is to keep for others is not there; one line for the user."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """All memory of the plan is taken: bytes of all arenas, and how many of them are in huge pages."""
+
+    nbytes: int
+    huge_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A copy (of a rank, or parity of a word) has changed in memory and is not used any more."""
+
+    holder: int
+    kind: Kind
+    generation: int
+
+
+ShardsEvent = RankCommitted | FetchDone | ReserveFailed | Reserved | Damaged
+
+
+class Shards:
+    """Vault, server and replicator of one node. Its threads report through ``events``; ``wake_fd`` is an eventfd.
+
+    Everything here but `allocate` and `holdings` returns at once.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        node: int,
+        secret: bytes,
+        host: str,
+        directory: str = "/dev/shm",
+        scheme: Scheme | None = None,
+        scrub_rate: int = 0,
+        send_bandwidth: float = 0.0,
+        host_memory: int = 0,
+        transport: str = "tcp",
+    ) -> None:
+        self.node = node
+        self._secret = secret
+        self.leftovers = clean_leftovers(directory, process_alive)
+        self.vault = Vault(job_id, node, directory, limit_bytes=host_memory)
+        parity = scheme is not None and not scheme.mirror
+        self.stripes = Stripes(scheme.k, scheme.m, self.vault.chunk_bytes) if scheme is not None and parity else None
+        name = f"{job_id}-{node}-{os.getpid()}-{os.urandom(4).hex()}"
+        self._direct, self.transport = make_transport(transport, name)
+        self.server = VaultServer(
+            self.vault, secret, host, stripes=self.stripes, direct=self._direct, on_full=self._no_room
+        )
+        self.server.start()
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # ShardsEvent, and what others tell
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._peers: dict[int, tuple[int, int]] = {}
+        self._replicator = Replicator(
+            self.vault, secret, self._committed, pace=SendPace(send_bandwidth), direct=self._direct
+        )
+        self._scrubber = Scrubber(self.vault, scrub_rate, self._damaged) if scrub_rate else None
+        self._told_sent: dict[int, tuple[int, float]] = {}
+
+    def tell(self, event: Any) -> None:
+        """Put an event into the queue and wake who listens. Any thread."""
+        self.events.put(event)
+        os.eventfd_write(self.wake_fd, 1)
+
+    def _committed(self, rank: int, epoch: int, generation: int) -> None:
+        self.tell(RankCommitted(rank, epoch, generation))
+
+    def _no_room(self, why: str) -> None:
+        """Before the first commit nothing is protected, so it is an error of the user's; later it's a copy less."""
+        if self.vault.kept == EMPTY:
+            self.tell(ReserveFailed(why))
+
+    def _damaged(self, holder: int, kind: Kind, version: Version) -> None:
+        if kind == "parity" or not is_constants(holder):  # constants are written anew, or sent anew, in the next epoch
+            self.tell(Damaged(holder, kind, version.generation))
+
+    def allocate(self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1) -> str:
+        """The path of a rank's own arena, with room for the small state to grow. Raises VaultError in one clear line.
+
+        An arena that a fetch has made already is used when it fits. ``numa``: NUMA node of who writes it, -1 for any.
+        """
+        arena = self.vault.arena(rank, "own")
+        if arena is not None and arena.info.unique_bytes == unique_bytes and arena.info.small_capacity > small_bytes:
+            return arena.info.path
+        return self.vault.allocate_own(rank, unique_bytes, small_capacity(small_bytes), numa).path
+
+    def set_near(self, rank: int, numa: int) -> None:
+        """The NUMA node of the worker that has, or takes over, ``rank``; memory for its shard is made there.
+
+        A spare's memory is made when its shard is fetched, before its worker can ask for any.
+        """
+        self.vault.set_near(rank, numa)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Refuse whatever belongs to an older epoch from now on."""
+        self.server.set_epoch(epoch)
+
+    def set_targets(self, epoch: int, targets: Mapping[int, Sequence[Target]]) -> None:
+        """Where each own rank's shards go."""
+        self._replicator.set_targets(epoch, targets)
+
+    def plan(
+        self, peers: Mapping[int, tuple[int, int]], words: Mapping[int, WordPlan], constants: Collection[int]
+    ) -> None:
+        """What this node keeps for others from now on; the server refuses everything else.
+
+        Args:
+            peers: by rank, the bytes of its unique state and the room for its small state.
+            words: by word, a row of parity.
+            constants: holders of them; of what size their owners say.
+        """
+        self._peers = dict(peers)
+        sizes: dict[int, int | None] = {rank: unique_bytes for rank, (unique_bytes, _) in peers.items()}
+        self.server.set_plan(sizes | dict.fromkeys(constants))
+        if self.stripes is not None:
+            self.stripes.plan(dict(words))
+
+    def reserve(self) -> None:
+        """Take the memory for what is planned, in a thread. A failure comes as a `ReserveFailed`."""
+
+        def work() -> None:
+            size = self.vault.chunk_bytes
+            try:
+                for rank, (unique_bytes, capacity) in self._peers.items():
+                    self.vault.allocate_peer(rank, unique_bytes, capacity)
+                for word, plan in self.stripes.plans.items() if self.stripes is not None else ():
+                    self.vault.allocate_parity(word, plan.chunks(size) * size, plan.records_bytes(size))
+            except VaultError as err:
+                self.tell(ReserveFailed(str(err)))
+                return
+            huge = sum(huge_bytes(arena.path) for arena in self.vault.arenas())
+            self.tell(Reserved(self.vault.bytes_allocated, huge))
+
+        threading.Thread(target=work, name="vault-reserve", daemon=True).start()
+
+    def sent(self, rank: int) -> tuple[int, float]:
+        """Bytes of a rank's shards sent since the last call, and the bytes a second while they were."""
+        nbytes, seconds = self._replicator.pace.sent(rank)
+        before, before_s = self._told_sent.get(rank, (0, 0.0))
+        self._told_sent[rank] = (nbytes, seconds)
+        return nbytes - before, (nbytes - before) / (seconds - before_s) if seconds > before_s else 0.0
+
+    def set_kept(self, epoch: int, kept: tuple[int, int] | None, floor: int) -> None:
+        """What the coordinator says of commits."""
+        if kept is not None:
+            self.vault.set_committed(*kept)
+        self.vault.set_floor(epoch, floor)
+
+    def keep_only(self, own: set[int], peer: set[int], parity: set[int]) -> None:
+        """Free what this node neither runs nor keeps for others any more; call once newer copies are committed."""
+        keep: dict[Kind, set[int]] = {"own": own, "peer": peer, "parity": parity}
+        for arena in self.vault.arenas():
+            if arena.info.rank not in keep[arena.info.kind]:
+                self.vault.drop(arena.info.rank, arena.info.kind)
+
+    def rang(self, rank: int) -> None:
+        """The worker of ``rank`` has written more of its shard, or of its constants."""
+        for holder in (rank, constants_of(rank)):
+            if self.vault.arena(holder, "own") is not None:
+                self._replicator.notify(holder)
+
+    def holdings(self) -> tuple[_Held, _Held, _Held]:
+        """Versions complete here: own copies and copies kept for peers, by rank, and parity, by word.
+
+        What a dead worker has left finished but not yet checksummed is checksummed first, so this may block for that.
+        """
+        for rank in list(self.vault.holdings().ranks):
+            while self.vault.checksum(rank):
+                pass
+        by_kind: dict[Kind, _Held] = {"own": {}, "peer": {}, "parity": {}}
+        for rank, held in self.vault.holdings().ranks.items():
+            for one in held:
+                by_kind[one.kind].setdefault(rank, []).append((one.epoch, one.generation))
+        return by_kind["own"], by_kind["peer"], by_kind["parity"]
+
+    def version_of(self, rank: int, generation: int) -> tuple[int, int] | None:
+        """The version under which the own vault holds a generation of ``rank``; the committed one first."""
+        versions = [
+            (one.epoch, one.generation)
+            for one in self.vault.holdings().ranks.get(rank, ())
+            if one.kind == "own" and one.generation == generation
+        ]
+        kept = [v for v in versions if Version(*v).pack() == self.vault.kept]
+        best = kept or versions
+        return best[-1] if best else None
+
+    def corrupt(self, rank: int) -> None:
+        """A fault for tests: overwrite some bytes of the newest complete own copy, as failing memory would."""
+        arena = self.vault.arena(rank, "own")
+        if arena is not None:
+            complete = [slot for slot in arena.slots if slot.complete]
+            if complete:
+                newest = max(complete, key=lambda slot: slot.begin)
+                newest.unique[:64] = bytes(64 - i for i in range(64))
+
+    def recheck(self, rank: int) -> None:
+        """Read the own copies of ``rank``, in a thread: those that have changed in memory are held no more."""
+
+        def work() -> None:
+            arena = self.vault.arena(rank, "own")
+            for slot in arena.slots if arena is not None else ():
+                version = slot.version
+                if version is not None and not slot.recheck():
+                    self._damaged(rank, "own", version)
+
+        threading.Thread(target=work, name=f"recheck-{rank}", daemon=True).start()
+
+    def path_of(self, rank: int) -> str:
+        """The file of a rank's own arena; empty when there is none."""
+        arena = self.vault.arena(rank, "own")
+        return arena.info.path if arena is not None else ""
+
+    def fetch(
+        self,
+        epoch: int,
+        rank: int,
+        generation: int,
+        source: r.Source,
+        address: r.Address | None,
+        others: Sequence[r.Address] = (),
+        keepers: Sequence[Target] = (),
+    ) -> None:
+        """Bring a shard into the own vault; the outcome comes as a FetchDone. ``address`` None: it is here already.
+
+        ``others`` hold the same version: all give a part at once, and if that fails the first one gives all of it.
+        A connection that breaks says nothing of the copy: it is tried again, then the others one by one. Constants of
+        the rank come from any of these or of the ``keepers``, if one has them.
+        """
+        version = Version(source.version_epoch, generation)
+
+        def bring(places: Sequence[_Place]) -> None:
+            fetch(
+                self.vault, self._secret, places[0], rank, epoch, version, direct=self._direct,
+                others=[place for place in places[1:] if not isinstance(place, Vault)],
+            )  # fmt: skip
+
+        def work() -> None:
+            points.reach("fetch.before")
+            places: list[_Place] = [(address.host, address.port) if address is not None else self.vault]
+            places += [(other.host, other.port) for other in others]
+            done = FetchDone(rank, epoch, generation, source.node, (version.epoch, generation), "", version.epoch)
+            try:
+                _patiently(places, bring)
+                self._fetch_constants(rank, epoch, [*places, *((each.host, each.port) for each in keepers)])
+            except VaultError as err:
+                done = FetchDone.failed(rank, epoch, version, source.node, version.epoch, err)
+            points.reach("fetch.after")
+            self.tell(done)
+
+        threading.Thread(target=work, name=f"fetch-{rank}", daemon=True).start()
+
+    def rebuild(
+        self,
+        epoch: int,
+        rank: int,
+        generation: int,
+        parts: Sequence[Sequence[r.Share]],
+        vaults: Mapping[int, r.Address],
+        keepers: Sequence[Target] = (),
+    ) -> None:
+        """Rebuild a shard that nobody holds whole, in the own vault; the outcome comes as a FetchDone.
+
+        Constants of the rank come from any of the ``keepers``, if one has them.
+        """
+        first = parts[0][0].node
+        # Under the newest of the versions its shares have: the bytes are the same in all of them.
+        version = Version(max(share.version_epoch for part in parts for share in part), generation)
+
+        def work() -> None:
+            node = first
+            done = FetchDone(rank, epoch, generation, first, (version.epoch, generation), "", parts[0][0].version_epoch)
+            try:
+                if self.stripes is None:
+                    raise VaultError("parity is not kept in this job")
+                gone = next((s.node for part in parts for s in part if s.node not in vaults), None)
+                if gone is not None:
+                    raise RebuildFailed(f"node {gone} has no vault", gone)
+                pieces = [[_piece(share, generation, vaults[share.node]) for share in part] for part in parts]
+                coder = self.stripes.coder
+                _patiently(
+                    [pieces], lambda those: rebuild(self.vault, self._secret, rank, epoch, version, those[0], coder)
+                )
+                self._fetch_constants(rank, epoch, [(each.host, each.port) for each in keepers])
+            except VaultError as err:
+                node = err.node if isinstance(err, RebuildFailed) else first
+                tried = next((share.version_epoch for part in parts for share in part if share.node == node), -1)
+                done = FetchDone.failed(rank, epoch, version, node, tried, err)
+            self.tell(done)
+
+        threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()
+
+    def _fetch_constants(self, rank: int, epoch: int, places: Sequence[tuple[str, int] | Vault]) -> None:
+        """Blocks. Where nobody gives them, the rank has none, or its worker has to have them from a replica."""
+        left = list(dict.fromkeys(places))
+        for pause in (0.0, 0.1, 0.5):
+            time.sleep(pause)
+            for place in list(left):
+                try:
+                    fetch(self.vault, self._secret, place, constants_of(rank), epoch, CONSTANT, direct=self._direct)
+                    return
+                except NotHeld:
+                    left.remove(place)
+                except VaultError as err:
+                    _log.warning("rank %d: its constants cannot be had from %s: %s", rank, place, err)
+            if not left:
+                return
+
+    def close(self) -> None:
+        """Stop all threads and free the memory."""
+        if self._scrubber is not None:
+            self._scrubber.stop()
+        self._replicator.stop()
+        self.server.stop()
+        self.vault.close()
+
+
+def _patiently[Place](places: Sequence[Place], ask: Callable[[Sequence[Place]], object]) -> None:
+    """Ask these holders, over new connections, as `Attempts` says. Raises what the first one alone raised last."""
+    attempts = Attempts(places, time.monotonic())
+    while True:
+        try:
+            ask(attempts.asked)
+            return
+        except VaultError as err:
+            pause = attempts.failed(err, time.monotonic())
+            if pause is None:
+                assert attempts.error is not None
+                raise attempts.error from None
+            if pause:
+                _log.warning("%s; trying again", err)
+        time.sleep(pause)
+
+
+def _piece(share: r.Share, generation: int, at: r.Address) -> Piece:
+    version = Version(share.version_epoch, generation)
+    return Piece(share.share, share.holder, version, share.node, at.host, at.port)

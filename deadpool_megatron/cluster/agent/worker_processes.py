@@ -1,0 +1,158 @@
+"""The processes of one node's workers: how they are started with what they need, stopped, looked at, and ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import zmq
+
+from deadpool_megatron.cluster.agent.adoption import AdoptedProcess, Adoption
+from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.pinning import Pinning
+from deadpool_megatron.cluster.agent.settings import AgentSettings
+from deadpool_megatron.cluster.agent.workers import (
+    EPOCH,
+    STACKS_FILE,
+    Worker,
+    ask_for_stacks,
+    end_group,
+    is_stopped,
+    start_worker,
+)
+
+__all__ = ["WorkerProcesses"]
+
+_TERM_GRACE_S = 5.0
+
+
+class WorkerProcesses:
+    """What `Crew` decides over. Used by the agent's thread only.
+
+    Args:
+        job: what this node knows of the job.
+        poller: has the descriptors of every worker from its start until it is reaped.
+        given_up: asked while workers that somebody else starts are waited for.
+
+    Raises:
+        OSError: another agent takes in the workers of this node.
+    """
+
+    def __init__(
+        self, settings: AgentSettings, job: KnownJob, poller: zmq.Poller, given_up: Callable[[], bool]
+    ) -> None:
+        self._s = settings
+        self._job = job
+        self._poller = poller
+        self._given_up = given_up
+        self._log_dir = Path(settings.log_dir)
+        self._adoption = Adoption(settings.adopt) if settings.adopt else None
+        self._pinning = Pinning(settings.slots_per_node if settings.pin else 0)
+
+    def adopted(self, local: int) -> bool:
+        """Somebody else starts the worker of this slot, and starts it once."""
+        return self._adoption is not None and local < self._s.slots_per_node
+
+    def start(self, local: int, rank: int | None) -> Worker:
+        """Start the worker of a slot, or take it in. Raises AdoptionError."""
+        env = dict(self._s.environment)
+        env["LOCAL_RANK"] = str(local)
+        env["LOCAL_WORLD_SIZE"] = str(self._s.slots_per_node)
+        env["WORLD_SIZE"] = str(self._s.world_size)
+        env["GROUP_RANK"] = str(self._s.node)
+        env["GROUP_WORLD_SIZE"] = str(self._s.active_nodes)
+        env["DEADPOOL_NODE"] = str(self._s.node)
+        if self._job.rendezvous is not None:
+            env["MASTER_ADDR"], env["MASTER_PORT"] = self._job.rendezvous.host, str(self._job.rendezvous.port)
+        env[STACKS_FILE] = str(self.stacks_file(local))
+        if rank is not None:
+            env["RANK"] = str(rank)
+            env[EPOCH] = str(self._job.epoch)  # not 0 when the start begins anew
+        if self._adoption is not None and self.adopted(local):
+            ours = {k: v for k, v in env.items() if os.environ.get(k) != v}
+            worker = self._adoption.take(local, rank, ours, self._given_up)
+        else:
+            log = self._log_dir / f"rank-{rank}.log" if rank is not None else self._spare_log(local)
+            with self._pinning.unpinned():
+                worker = start_worker(self._s.command, env, local, rank, log)
+        for fd in _descriptors(worker):
+            self._poller.register(fd, zmq.POLLIN)
+        return worker
+
+    def all_started(self) -> None:
+        """No worker that somebody else starts is still to come."""
+        if self._adoption is not None:
+            self._adoption.close()
+
+    def located(self, worker: Worker, numa: int, alive: Iterable[Worker]) -> set[int]:
+        """A worker has its device on NUMA node ``numa``; the processors that the agent is bound to now, or none."""
+        pids = [each.pid for each in alive]
+        return self._pinning.cpus if self._pinning.located(worker.local, numa, pids) else set()
+
+    def kill(self, worker: Worker) -> None:
+        """End a worker at once. Its end is seen by `reap`: device memory may take a while to go."""
+        end_group(worker.pid, signal.SIGKILL)
+
+    def reap(self, worker: Worker) -> int:
+        """The exit code of a worker that has ended."""
+        code = worker.process.wait()
+        end_group(worker.pid, signal.SIGKILL)  # its forked children hold its sockets open
+        for fd in _descriptors(worker):
+            self._poller.unregister(fd)
+        return code
+
+    def is_stopped(self, worker: Worker) -> bool:
+        """It is stopped by a signal."""
+        return is_stopped(worker.pid)
+
+    def keep_stacks(self, worker: Worker) -> None:
+        """Write down what a stuck worker is doing."""
+        ask_for_stacks(worker.pid, self.stacks_file(worker.local))
+
+    def signal(self, worker: Worker, signum: int) -> None:
+        """To a worker that lives."""
+        os.kill(worker.pid, signum)
+
+    def end(self, workers: Iterable[Worker], at_once: bool, told: bool) -> None:
+        """End these workers. Blocks until they have; ``at_once``: without time to leave.
+
+        ``told``: workers that somebody else has started were told to leave, and leave with the job's exit code.
+        """
+        alive = [w for w in workers if not w.exited]
+        if not at_once:
+            for worker in alive:
+                if not (told and isinstance(worker.process, AdoptedProcess)):
+                    end_group(worker.pid, signal.SIGTERM)
+            end = time.monotonic() + _TERM_GRACE_S
+            poller = zmq.Poller()
+            for worker in alive:
+                poller.register(worker.pidfd, zmq.POLLIN)
+            while (left := end - time.monotonic()) > 0 and any(w.process.poll() is None for w in alive):
+                poller.poll(min(100, int(left * 1000) + 1))
+        for worker in alive:
+            end_group(worker.pid, signal.SIGKILL)
+            worker.process.wait()
+
+    # ---- their files
+
+    def stacks_file(self, local: int) -> Path:
+        """Where a worker that is stuck shows the stacks of its threads."""
+        return self._log_dir / f"stacks-node{self._s.node}-{local}.txt"
+
+    def link_log(self, local: int, rank: int) -> None:
+        """A parked worker has a coordinate now: its log is found under that too."""
+        target = self._spare_log(local)
+        if target.exists():  # an adopted worker writes where its launcher wants it
+            link = self._log_dir / f"rank-{rank}.epoch-{self._job.epoch}.log"
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.name)
+
+    def _spare_log(self, local: int) -> Path:
+        return self._log_dir / f"spare-node{self._s.node}-{local}.log"
+
+
+def _descriptors(worker: Worker) -> tuple[int, int, int]:
+    return worker.pidfd, worker.control.fileno(), worker.doorbell

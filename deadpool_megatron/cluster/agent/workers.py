@@ -1,0 +1,190 @@
+"""Worker processes of one node: how they are started, reached and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from deadpool_megatron import forking
+from deadpool_megatron.cluster import notices
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.pulse import PULSE_FD, PulsePage
+from deadpool_megatron.forking import FORK_SERVER, fork_module, open_pidfd
+
+__all__ = [
+    "ADOPTED",
+    "CONTROL_FD",
+    "DOORBELL_FD",
+    "EPOCH",
+    "PARENT_PID",
+    "STACKS_FILE",
+    "STACKS_SIGNAL",
+    "WORKER_MODULE",
+    "Worker",
+    "ask_for_stacks",
+    "end_group",
+    "is_stopped",
+    "start_worker",
+]
+
+WORKER_MODULE = "deadpool_megatron.worker"  # python -m
+CONTROL_FD = "DEADPOOL_CONTROL_FD"
+DOORBELL_FD = "DEADPOOL_DOORBELL_FD"
+PARENT_PID = "DEADPOOL_AGENT_PID"
+ADOPTED = "DEADPOOL_ADOPTED"  # set in a worker that its agent has not started
+EPOCH = "DEADPOOL_EPOCH"  # in which a worker with a coordinate begins
+STACKS_FILE = "DEADPOOL_STACKS_FILE"
+STACKS_SIGNAL = signal.SIGRTMIN + 5  # Megatron and its users may have handlers for the ones with names
+_MAX_PACKET = 1 << 17
+
+
+class Process(Protocol):
+    """A worker's process: our child (a Popen), or adopted."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it lives."""
+
+    def wait(self) -> int:
+        """Block until it has ended; the exit code."""
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker process as its agent sees it. ``rank`` is None while it is parked; ``numa``: node of its device."""
+
+    local: int
+    process: Process
+    pidfd: int
+    control: socket.socket
+    doorbell: int
+    rank: int | None
+    page: PulsePage
+    parked: bool = False
+    numa: int = -1
+    in_loop: bool = False
+    began: bool = False
+    exited: bool = False
+    retired: bool = False
+    refused: int = 0
+    arrived: r.Arrived | None = None
+    registered: r.Registered | None = None
+    failed: r.WorkerFailed | None = None
+    exit_code: int | None = None
+    reached: dict[str, int] = field(default_factory=dict)
+    formed: tuple[int, int] = (0, 0)  # groups re-formed in the last epoch, and all
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self.process.pid
+
+    def tell(self, record: msgspec.Struct) -> None:
+        """Send one record; a worker that is gone hears nothing."""
+        with contextlib.suppress(OSError):
+            self.control.send(r.encode(record))
+
+    def hear(self) -> list[r.WorkerRecord]:
+        """All records that are waiting. What is none is counted in ``refused``."""
+        out: list[r.WorkerRecord] = []
+        while True:
+            try:
+                packet = self.control.recv(_MAX_PACKET, socket.MSG_DONTWAIT)
+            except (BlockingIOError, ConnectionResetError):
+                return out
+            if not packet:
+                return out
+            try:
+                out.append(r.decode_from_worker(packet))
+            except r.RecordError:
+                self.refused += 1
+
+    def close(self) -> None:
+        """Release the descriptors of a worker that has been reaped."""
+        self.control.close()
+        self.page.close()
+        os.close(self.pidfd)
+        os.close(self.doorbell)
+
+
+def start_worker(
+    command: Sequence[str], environment: Mapping[str, str], local: int, rank: int | None, log: Path
+) -> Worker:
+    """Start a worker in a process group (and session) of its own, its output going to ``log``.
+
+    It inherits one end of a control socket, the doorbell, an eventfd it rings when its shard has grown, and the page of
+    its progress; nobody else can reach them.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    page = PulsePage.create()
+    env = dict(environment)
+    env[PARENT_PID] = str(os.getpid())
+    descriptors = {PULSE_FD: page.fd, CONTROL_FD: theirs.fileno(), DOORBELL_FD: doorbell}
+    process: forking.Process
+    with open(log, "ab", buffering=0) as out:
+        if server := env.get(FORK_SERVER):
+            arguments = command[command.index(WORKER_MODULE) + 1 :]
+            process = fork_module(
+                server,
+                WORKER_MODULE,
+                arguments,
+                env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                descriptors=descriptors,
+                death_signal=signal.SIGKILL,
+            )
+        else:
+            with notices.held():
+                process = subprocess.Popen(
+                    list(command),
+                    env=env | {name: str(fd) for name, fd in descriptors.items()},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=tuple(descriptors.values()),
+                    start_new_session=True,
+                )
+    theirs.close()
+    return Worker(local, process, open_pidfd(process), ours, doorbell, rank, page)
+
+
+def end_group(pid: int, signum: signal.Signals) -> None:
+    """Signal a worker's whole process group: a forked data loader worker would keep its sockets open."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signum)
+
+
+def is_stopped(pid: int) -> bool:
+    """The process is stopped by a signal (state T of proc(5))."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
+
+
+def ask_for_stacks(pid: int, file: Path) -> None:
+    """Write what the kernel says of a stuck worker to ``file``, and have the worker add the stacks of its threads.
+
+    A stopped worker is let run for that: its epoch is over for it, so nothing it does can count any more.
+    """
+    with open(file, "a") as f:
+        for name in ("status", "wchan", "syscall"):
+            with contextlib.suppress(OSError):
+                f.write(f"--- /proc/{pid}/{name}\n{Path(f'/proc/{pid}/{name}').read_text().rstrip()}\n")
+        f.write("--- Python stacks, innermost call first\n")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, STACKS_SIGNAL)
+        os.kill(pid, signal.SIGCONT)

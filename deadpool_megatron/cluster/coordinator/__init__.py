@@ -1,0 +1,1 @@
+"""The coordinator's process: sockets, clock, files, what it keeps."""

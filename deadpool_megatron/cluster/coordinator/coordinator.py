@@ -1,0 +1,438 @@
+"""The coordinator's process: sockets, clock and files around the pure `Core`."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from deadpool_megatron import points
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
+from deadpool_megatron.cluster.coordinator.saved_state import Memory
+from deadpool_megatron.cluster.coordinator.status import Progress
+from deadpool_megatron.cluster.coordinator.validate import misfit
+from deadpool_megatron.cluster.core.core import Action, Core, Emit, Finish, JobSpec, Keep, Phase, Send
+from deadpool_megatron.cluster.core.protection import in_words
+from deadpool_megatron.cluster.link.awake import AwakeClock
+from deadpool_megatron.cluster.link.link import Hub
+from deadpool_megatron.cluster.link.ports import patience_s
+from deadpool_megatron.cluster.records.tables import Teller
+from deadpool_megatron.cluster.store import Guard, Store, StoreError
+from deadpool_megatron.durable import Lease
+from deadpool_megatron.observe import RunDirectory
+
+__all__ = ["Coordinator", "CoordinatorSettings"]
+
+_FAREWELL_S = 10.0
+_LONGEST_PASS_S = 0.75
+_MOST_REFUSALS_TOLD = 100
+_GATHER_S = (0.003, 0.02)
+_GATHER_S_A_NODE = 2e-5  # about what a packet and its answer cost
+_STATUS_INTERVAL_S = 0.2
+_STATUS_FIRST = frozenset({"training", "resumed"})  # who reads of these finds in status.json who holds what now
+_STATUS_SHARE = 0.005  # of the coordinator's time that writing it may take, in large jobs
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorSettings:
+    """Where the coordinator listens and writes. ``host`` is the address others reach it at, ``bind`` its own.
+
+    ``store_port`` is that of the rendezvous store beside it. ``resume``: go on where a coordinator that is gone left
+    off. ``elected``: another node may lead one day. ``agent``: settings of an agent of this job but for its node, for
+    `deadpool join`.
+    """
+
+    host: str
+    bind: str
+    port: int
+    secret: bytes
+    run_dir: str
+    store_port: int = 0
+    job_id: str = ""
+    state_hash: str = ""
+    resume: bool = False
+    elected: bool = False
+    agent: Mapping[str, Any] = field(default_factory=dict)
+
+
+@functools.cache
+def _identity(node: int) -> bytes:
+    return f"node-{node}".encode()
+
+
+class Coordinator:
+    """Runs one job to its end. One thread; `run` returns the exit code and the message that goes with it."""
+
+    def __init__(
+        self,
+        job: JobSpec,
+        settings: CoordinatorSettings,
+        enlistment: Enlistment,
+        store: Store,
+        guard: Guard,
+        hub: Hub | None = None,
+        run: RunDirectory | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        chance: random.Random | None = None,
+        lease: Lease | None = None,
+    ) -> None:
+        """``guard``: of the leadership in this term; without it ``store`` takes no write.
+
+        ``lease``: of the durable directory, kept by its own thread. ``hub``, ``run``, ``clock`` (seconds, monotonic)
+        and ``chance`` are those of ``settings`` and this machine unless given.
+        """
+        self._core = Core(job, r.Address(settings.host, settings.store_port))
+        self._memory = Memory(store, guard)
+        self._progress = Progress()
+        self._settings = settings
+        self._enlistment = enlistment
+        self._lease = lease
+        patience, silence_s = patience_s(again=settings.resume), job.deadlines.lease
+        self._clock = AwakeClock(max(_LONGEST_PASS_S, silence_s / 2), clock)  # less than the silence that means gone
+        self._hub = hub or Hub(settings.bind, settings.port, settings.secret, silence_s, patience)
+        self.port = self._hub.port
+        self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume)
+        self._finish: Finish | None = None
+        self._refused = 0
+        self._teller = Teller(chance)
+        self._no_places_until = self._clock.now() + silence_s if settings.resume else 0.0
+        self._connected: set[int] = set()
+        self._interrupted = False
+        self._preempted = False
+        self._status_due = 0.0
+        self._status_stale = True
+
+    def interrupt(self) -> None:
+        """The user wants the end; safe in a signal handler."""
+        self._interrupted = True
+
+    def preempt(self) -> None:
+        """The job has to leave soon, with what is committed made durable; safe in a signal handler."""
+        self._preempted = True
+
+    def run(self, announce: Callable[[int], None]) -> tuple[int, str]:
+        """Serve the job. ``announce`` is called with the port once the coordinator listens."""
+        self.begin(announce)
+        core, woke = self._core, 0.0
+        gather = min(max(_GATHER_S[0], _GATHER_S_A_NODE * core.job.nodes), _GATHER_S[1])
+        while self._finish is None:
+            timeout = self.timeout()
+            if core.phase is Phase.RUNNING and self._clock.now() - woke < gather:
+                time.sleep(gather)  # thousands of agents: their news are taken some at a time, not one by one
+            woke = self._clock.now()
+            self.turn(timeout)
+        return self.end()
+
+    @property
+    def finished(self) -> bool:
+        """The job is over: `end` is next."""
+        return self._finish is not None
+
+    def begin(self, announce: Callable[[int], None]) -> None:
+        """Before the first `turn`."""
+        self._run.job(
+            {
+                "coordinator": f"{self._settings.host}:{self.port}",
+                "secret": self._settings.secret.hex(),
+                "lease": self._core.job.deadlines.lease,
+                "pid": os.getpid(),
+                "agent": dict(self._settings.agent),
+            }
+        )
+        if self._settings.resume:
+            kept = self._memory.read()
+            if kept is not None:
+                self._do(self._core.restored(kept, self._clock.now()))
+        else:
+            self._memory.clear()
+        self._write_status()
+        host, store_port = self._settings.host, self._settings.store_port
+        self._memory.tell_place(host, self.port, store_port, self._settings.job_id)
+        announce(self.port)
+        if self._settings.elected:
+            self._memory.watch()
+
+    def timeout(self) -> float:
+        """Seconds until there is something to do if nothing comes; half a second at most."""
+        deadline = self._core.next_deadline()
+        now = self._clock.now()
+        timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
+        return min(timeout, max(0.0, self._status_due - now)) if self._status_stale else timeout
+
+    def turn(self, timeout: float) -> None:
+        """One turn of the loop: what comes within ``timeout`` seconds, and what is due."""
+        self._hub.wait(timeout, self._packet, self._gone)
+        self._tell_standstill()
+        self._memory.check()
+        self._run.flush()
+        self._do(self._core.tick(self._clock.now()))
+        if self._lease is not None and self._lease.lost is not None:
+            why, self._lease = str(self._lease.lost), None
+            self._do(self._core.durable_taken(why, self._clock.now()))
+        if self._preempted and self._finish is None:
+            self._preempted = False
+            self._do(self._core.preempted(self._clock.now()))
+        if self._interrupted and self._finish is None:
+            self._do(self._core.interrupted(self._clock.now()))
+        if self._status_stale and self._clock.now() >= self._status_due:
+            self._write_status()
+
+    def end(self) -> tuple[int, str]:
+        """After the last one; the exit code and the message that goes with it."""
+        assert self._finish is not None
+        with contextlib.suppress(StoreError):  # that it has ended is kept already
+            self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
+        self._say_goodbye()
+        self._write_state_hash()
+        self._write_status()
+        self._run.close()
+        self._hub.close()
+        return self._finish.code, self._finish.message
+
+    def _tell_standstill(self) -> None:
+        seconds = self._clock.stood_still()
+        if seconds:
+            self._run.event("stood_still", epoch=self._core.epoch, seconds=round(seconds, 3))
+            print(
+                f"deadpool: the coordinator stood still for {seconds:.1f} s (stopped, paused or swapped out); nobody "
+                "is late for that, and nodes whose connection has ended meanwhile have time to come back",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _packet(self, identity: bytes, packet: bytes) -> None:
+        try:
+            record = r.decode_from_agent(packet)
+        except r.RecordError as err:
+            self._refuse(str(err))
+            return
+        now = self._clock.now()
+        if isinstance(record, r.Inject | r.Drain | r.AddSpare):
+            self._request(identity, record, now)
+            return
+        if isinstance(record, r.Enlist):
+            self._enlist(identity, record, now)
+            return
+        node = record.node
+        state = self._core.nodes.get(node)
+        if identity != _identity(node):
+            self._refuse(f"{identity!r} speaks for node {node}")
+            return
+        cause = misfit(record, self._core.job.world_size, self._core.epoch)
+        if cause:
+            self._refuse(f"node {node}: {cause}")
+            return
+        if state is not None and state.gone and not isinstance(record, r.Join):
+            return  # a node that was declared lost has no say any more
+        self._connected.add(node)
+        if isinstance(record, r.Join):
+            self._teller.joined(node)
+        elif isinstance(record, r.Behind):
+            if whole := self._teller.behind(node):
+                self._hub.send(identity, whole)
+            return
+        step = self._progress.took(record)
+        self._do(self._core.received(record, now), step)
+
+    def _enlist(self, identity: bytes, record: r.Enlist, now: float) -> None:
+        if now < self._no_places_until:
+            return  # whoever got a place from the coordinator before this one tells it first; it asks again
+        nodes = self._core.nodes.items()
+        joined = {n for n, s in nodes if s.agent_pid}
+        answer = self._enlistment.answer(record, joined, {n for n, s in nodes if s.gone})
+        if answer is None:
+            error, node, actions = self._core.add_spare(record.host, now)
+            if error:
+                return  # not in the middle of a recovery: it asks again
+            answer = self._enlistment.comes_back(record, node)
+            self._do(actions)
+        self._reply(identity, answer)
+
+    def _reply(self, identity: bytes, record: r.CoordinatorRecord) -> None:
+        """To one who is in no assignment: a tool, or a node that asks for a place."""
+        points.reach_record("coordinator", record)
+        self._hub.send(identity, r.encode(record))
+
+    def _request(self, identity: bytes, record: r.Inject | r.Drain | r.AddSpare, now: float) -> None:
+        """What a command-line tool asks for."""
+        core = self._core
+        reply: r.InjectReply | r.SpareAdded
+        match record:
+            case r.Inject():
+                fault = record.fault
+                error, actions = self._inject(fault, now)
+                reply = r.InjectReply(error)
+                if not error:
+                    self._run.event(
+                        "inject",
+                        epoch=core.epoch,
+                        node=fault.node,
+                        iteration=fault.iteration,
+                        fault=fault.kind,
+                        point=fault.point,
+                    )
+            case r.Drain():
+                error, actions = core.drain(record.node, now)
+                reply = r.InjectReply(error, bool(error) and core.cannot_drain(record.node)[1])
+            case r.AddSpare():
+                error, node, actions = core.add_spare(record.host, now)
+                reply = r.SpareAdded(error, node)
+        self._do(actions)  # first: a node that was promised a place has one, whatever becomes of this process
+        self._reply(identity, reply)
+
+    def _inject(self, fault: r.Fault, now: float) -> tuple[str, list[Action]]:
+        if fault.point:
+            if fault.point not in points.POINTS:
+                near = difflib.get_close_matches(fault.point, points.names(), 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                return f"there is no crash point {fault.point}{hint} (deadpool inject --list shows all)", []
+            if points.POINTS[fault.point][0] == "coordinator":
+                points.arm(fault.point, -1, _die)
+                return "", []
+        if fault.kind == "kill-coordinator":
+            _die()
+        return self._core.inject(fault, now)
+
+    def _refuse(self, cause: str) -> None:
+        self._refused += 1
+        if self._refused <= _MOST_REFUSALS_TOLD:  # the rest is only counted, in status.json
+            self._run.event("refused", epoch=self._core.epoch, cause=cause)
+        self._status_stale = True
+
+    def _gone(self, identity: bytes) -> None:
+        text = identity.decode(errors="replace")
+        if not text.startswith("node-") or not text.removeprefix("node-").isdecimal():
+            return
+        node = int(text.removeprefix("node-"))
+        self._connected.discard(node)
+        if self._clock.just_woke(self._core.job.deadlines.lease):
+            self._do(self._core.node_away(node, self._clock.now()))
+        else:
+            self._do(self._core.node_lost(node, "its agent is gone or silent", self._clock.now()))
+
+    def _do(self, actions: list[Action], step: dict[str, Any] | None = None) -> None:
+        if not actions and step is None:
+            return
+        # What a coordinator that starts again must know comes first, then messages, then the log: a recovery does not
+        # wait for that. Events bear the time of the decision.
+        decided = time.time()
+        kept = [action for action in actions if isinstance(action, Keep)]
+        if kept:
+            self._memory.write({name: part for action in kept for name, part in action.parts.items()})
+            points.reach("coordinator.persisted")
+        for action in actions:
+            if isinstance(action, Send):
+                points.reach_record("coordinator", action.record)
+                nodes = [action.node] if action.node is not None else self._core.members.present()
+                for node, packet in self._teller.packets(action.record, nodes):
+                    self._hub.send(_identity(node), packet)
+        if any(isinstance(action, Emit) and action.event in _STATUS_FIRST for action in actions):
+            self._write_status()
+        if step is not None:
+            self._run.note("step", t=decided, **step)
+        for action in actions:
+            if isinstance(action, Emit):
+                self._run.event(action.event, t=decided, **action.fields)
+                if action.event == "placed":
+                    for line in in_words(action.fields):
+                        print(f"[deadpool] {line}", file=sys.stderr, flush=True)
+                if action.event.startswith(("durable", "waiting", "started_over")) and "message" in action.fields:
+                    print(f"deadpool: {action.fields['message']}", file=sys.stderr, flush=True)
+            elif isinstance(action, Finish):
+                self._finish = action
+        self._status_stale = self._status_stale or bool(actions) or step is not None
+
+    def _say_goodbye(self) -> None:
+        """Wait until every agent has ended its workers and left, within a deadline."""
+        left = self._connected - {n for n, s in self._core.nodes.items() if s.gone}
+
+        def last_words(identity: bytes, packet: bytes) -> None:
+            try:
+                record = r.decode_from_agent(packet)
+            except r.RecordError as err:
+                self._refuse(str(err))
+                return
+            if isinstance(record, r.StateHash):
+                self._core.seen.state_hash(record)
+
+        self._hub.farewell(map(_identity, left), _FAREWELL_S, last_words)
+
+    def _write_state_hash(self) -> None:
+        path, hashes = self._settings.state_hash, self._core.seen.state_hashes
+        if path and hashes:
+            content = {"coordinates": {str(rank): hashes[rank] for rank in sorted(hashes)}}
+            temporary = f"{path}.{os.getpid()}"
+            with open(temporary, "w") as f:
+                json.dump(content, f, indent=1)
+            os.replace(temporary, path)
+
+    def _write_status(self) -> None:
+        begun = self._clock.now()
+        core = self._core
+        coordinates: list[dict[str, Any]] = []
+        for rank, slot in enumerate(core.assignment):
+            info = core.coordinates.get(rank)
+            state = core.nodes[slot.node]
+            coordinates.append(
+                {
+                    "rank": rank,
+                    "tp": info.tp if info else None,
+                    "pp": info.pp if info else None,
+                    "dp": info.dp if info else None,
+                    "node": slot.node,
+                    "local_rank": slot.local,
+                    "pid": state.pids.get(slot.local),
+                    "state": "lost" if state.gone else core.phase.value,
+                    "step": self._progress.step(slot.node, core.epoch),
+                    "generation": self._progress.generation(slot.node),
+                }
+            )
+        self._run.status(
+            {
+                "t": time.time(),
+                "phase": core.phase.value,
+                "epoch": core.epoch,
+                "iteration": core.iteration,
+                "nodes": [{"node": n, "agent_pid": s.agent_pid, "role": s.role} for n, s in sorted(core.nodes.items())],
+                "coordinates": coordinates,
+                "spares": [
+                    {
+                        "node": n,
+                        "pids": [s.pids[i] for i in sorted(s.pids)],
+                        "state": "parked" if len(s.parked) >= core.job.slots_per_node else "starting",
+                    }
+                    for n, s in sorted(core.nodes.items())
+                    if s.role == "spare"
+                ],
+                "generation": {"committed": core.committed, "durable": core.durable},
+                "protection": core.protection.status(),
+                "behind": asdict(core.seen.lag) if core.seen.lag is not None else None,
+                "refused": {
+                    "unsealed": self._hub.seal.refused,
+                    "malformed": self._refused,
+                    "vaults": core.seen.refusals,
+                },
+                "snapshot": core.seen.snapshots.summary(),
+                "coordinator_pid": os.getpid(),
+                "control": {"store_writes": self._memory.writes, "store_bytes": self._memory.written_bytes},
+            }
+        )
+        self._status_stale = False
+        now = self._clock.now()
+        share = _STATUS_SHARE / 4 if core.recovery is not None else _STATUS_SHARE
+        self._status_due = now + max(_STATUS_INTERVAL_S, (now - begun) / share)
+
+
+def _die() -> None:
+    points.announce("kill-coordinator", "the coordinator", sys.stderr)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,101 @@
+"""What a coordinator remembers beyond its own end: its state in the store, by part, each guarded by its leadership."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from deadpool_megatron.cluster.store import Deposed, Guard, Store, StoreError
+from deadpool_megatron.cluster.store.leadership import STATE, Place, tell_place
+
+__all__ = ["Memory", "read_state"]
+
+_SAY_AFTER_S: Final = 5.0
+_PARTS: Final = ("now", "members", "layout")
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def read_state(store: Store) -> dict[str, Any] | None:
+    """The state of the job that is under way, by part; None when there is none. Raises StoreError."""
+    entries = {name: store.get(STATE + name) for name in _PARTS}
+    parts = {name: msgspec.msgpack.decode(zlib.decompress(e.value)) for name, e in entries.items() if e is not None}
+    return parts if "now" in parts else None
+
+
+class Memory:
+    """Every write blocks until the store has it: what is decided while it does not answer is told to nobody.
+
+    Raises Deposed when the leadership is over.
+    """
+
+    def __init__(self, store: Store, guard: Guard) -> None:
+        self._store = store
+        self._guard = guard
+        self._written: dict[str, bytes] = {}
+        self.writes = self.written_bytes = 0
+        self._deposed = False
+
+    def watch(self) -> None:
+        """Look out for the end of this leadership, in the background: whoever holds its lease may have hung."""
+        watch = self._store.watch(self._guard.key)
+
+        def look() -> None:
+            while not self._deposed:
+                try:
+                    entry = watch.next(60.0)
+                except TimeoutError:
+                    continue
+                self._deposed = entry is None or entry.revision != self._guard.revision
+
+        threading.Thread(target=look, name="deadpool-leadership", daemon=True).start()
+
+    def check(self) -> None:
+        """Raises Deposed once `watch` has seen the end."""
+        if self._deposed:
+            raise Deposed("the leadership is over")
+
+    def write(self, parts: Mapping[str, Any]) -> None:
+        """Put those parts that have changed, all at once. Values are JSON types."""
+        values = {}
+        for name, part in parts.items():
+            value = zlib.compress(_encoder.encode(part), 1)
+            if self._written.get(name) != value:
+                self._written[name] = values[STATE + name] = value
+        if values:
+            self._insist(values)
+            self.writes += 1
+            self.written_bytes += sum(map(len, values.values()))
+
+    def read(self) -> dict[str, Any] | None:
+        """What was written last, by part; None when there is no job under way. Raises StoreError."""
+        return read_state(self._store)
+
+    def clear(self) -> None:
+        """Forget all. Raises StoreError."""
+        self._store.delete(STATE, self._guard)
+        self._written.clear()
+
+    def tell_place(self, host: str, port: int, store_port: int, job_id: str) -> None:
+        """The coordinator listens. Raises StoreError."""
+        tell_place(self._store, Place(host, port, store_port, self._guard.revision, job_id), self._guard)
+
+    def _insist(self, values: Mapping[str, bytes]) -> None:
+        begun, said = time.monotonic(), False
+        while True:
+            try:
+                self._store.put(values, guard=self._guard)
+                return
+            except Deposed:
+                raise
+            except StoreError as err:
+                if not said and time.monotonic() - begun > _SAY_AFTER_S:
+                    said = True
+                    print(f"deadpool: {err}; nothing is decided until it does", file=sys.stderr, flush=True)
+                time.sleep(0.1)

@@ -1,0 +1,1 @@
+"""The coordinator's decisions, pure: events in, actions out."""

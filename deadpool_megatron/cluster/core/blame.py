@@ -1,0 +1,97 @@
+"""Whose fault the end of a worker is: its node's, its own code's, or nobody's that another process could not make good.
+
+An error that comes back at the same iteration after a recovery is a bug or bad data: no spare is spent on it. Pure.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.core.members import NodeState
+
+__all__ = ["Blame", "how_it_ended"]
+
+# A worker that dies of these does so by its own doing; SIGKILL (out of memory, an operator) and SIGTERM are not.
+_CRASHES = frozenset({4, 6, 7, 8, 11})
+_MEANINGS = {  # upstream's rerun state machine: every rank leaves with one of these on purpose
+    16: "Megatron's rerun state machine ends the job: resume from its checkpoint to tell what was wrong with a result",
+    17: "Megatron's rerun state machine ends the job: a result was wrong (NaN, Inf or a spike), and not by chance",
+}
+_WHEN = {Phase.STARTING: "before training began", Phase.FINISHING: "after training had finished"}
+
+
+def how_it_ended(record: r.WorkerExited) -> tuple[str, str]:
+    """Who has ended, and how, in words."""
+    how = f"signal {-record.code}" if record.code < 0 else f"exit code {record.code}"
+    return _who(record.rank, record.local), how
+
+
+def _who(rank: int | None, local: int) -> str:
+    return f"rank {rank}" if rank is not None else f"spare worker {local}"
+
+
+class Blame:
+    """Remembers errors, and how often the workers of a healthy node have died.
+
+    Args:
+        worker_deaths: workers a node may lose before it counts as bad itself.
+    """
+
+    def __init__(self, worker_deaths: int) -> None:
+        self._worker_deaths = worker_deaths
+        # by iteration, kind, and place or rank: the epoch it was first seen in
+        self._errors: dict[tuple[int, str, str], int] = {}
+        self._last: dict[tuple[int, int], r.WorkerFailed] = {}  # by node and local index
+
+    def died(self, node: NodeState) -> bool:
+        """One worker more of a node has died. True when the node is to blame, or has nobody to make it good."""
+        node.deaths += 1
+        return node.deaths > self._worker_deaths or not node.respawns
+
+    def crashed_again(self, record: r.WorkerExited, epoch: int, iteration: int) -> bool:
+        """It died of its own doing, and did so after the same iteration before."""
+        crash = f"signal {-record.code}"
+        return -record.code in _CRASHES and self._repeats(epoch, iteration, crash, f"rank {record.rank}")
+
+    def failed(self, record: r.WorkerFailed) -> str:
+        """A worker tells its error; who that is."""
+        self._last[record.node, record.local] = record
+        return _who(record.rank, record.local)
+
+    def failed_again(self, record: r.WorkerFailed) -> bool:
+        """Before the last recovery such an error was raised at this iteration, here in the code or by this rank.
+
+        Its text says nothing: it may have a process id or a host name in it. What several ranks raise at once is one
+        error: the recovery that makes it good is still to come.
+        """
+        places = (record.place, f"rank {record.rank}")
+        return any([self._repeats(record.epoch, record.iteration, record.kind, place) for place in places])
+
+    def by_a_peer(self, record: r.WorkerExited) -> bool:
+        """It ended with an error that the loss of a peer may have caused."""
+        last = self._last.get((record.node, record.local))
+        return last is not None and last.communication
+
+    def fatal(self, record: r.WorkerExited, phase: Phase, deadpool: bool) -> str:
+        """Why the job ends with the end of this worker, which nothing makes good."""
+        who, how = how_it_ended(record)
+        last = self._last.get((record.node, record.local))
+        if last is not None:
+            return f"{who} on node {record.node}: {last.message}"
+        if record.code in _MEANINGS and deadpool and phase is Phase.FINISHING:
+            return f"{_MEANINGS[record.code]} ({how} of {who} on node {record.node}; see its log)"
+        when = f" {_WHEN[phase]}" if deadpool and phase in _WHEN else ""
+        return f"{who} on node {record.node} failed{when} ({how}); see its log"
+
+    def _repeats(self, epoch: int, iteration: int, kind: str, place: str) -> bool:
+        return self._errors.setdefault((iteration, kind, place), epoch) < epoch
+
+    def dump(self) -> list[Any]:
+        """The errors, for a coordinator that starts again, as JSON types."""
+        return sorted([*error, epoch] for error, epoch in self._errors.items())
+
+    def load(self, errors: list[Any]) -> None:
+        """The opposite."""
+        self._errors = {(iteration, kind, place): epoch for iteration, kind, place, epoch in errors}

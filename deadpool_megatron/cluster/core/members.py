@@ -1,0 +1,171 @@
+"""Who is in the job: nodes and their roles, the epoch, the assignment. Pure; survives the coordinator as a dict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.job import JobSpec
+from deadpool_megatron.cluster.placement import assignment as placing
+
+__all__ = ["Members", "NodeState"]
+
+GONE = ("lost", "left")
+
+
+@dataclass(slots=True)
+class NodeState:
+    """What is known of one node. Roles: active, spare, leaving (drained, still giving its shards), lost, left."""
+
+    node: int
+    role: str
+    agent_pid: int = 0
+    vault: r.Address | None = None
+    pids: dict[int, int] = field(default_factory=dict)
+    parked: set[int] = field(default_factory=set)
+    deaths: int = 0
+    respawns: bool = True
+
+    @property
+    def gone(self) -> bool:
+        """It has no say any more."""
+        return self.role in GONE
+
+
+class Members:
+    """All nodes that are or were in the job."""
+
+    def __init__(self, job: JobSpec) -> None:
+        self.job = job
+        self.epoch = 0
+        self._first = placing.initial(job.active_nodes, job.slots_per_node)
+        self.assignment = self._first
+        self._active: tuple[list[r.SlotAddress], list[int], frozenset[int]] = ([], [], frozenset())
+        self.nodes = {n: NodeState(n, "active" if n < job.active_nodes else "spare") for n in range(job.nodes)}
+        self._absent = set(self.nodes)  # and perhaps some who are not any more
+
+    # ---- questions
+
+    def active(self) -> list[int]:
+        """Nodes that hold a coordinate."""
+        self._look()
+        return list(self._active[1])
+
+    def holds(self, node: int) -> bool:
+        """The node holds a coordinate."""
+        self._look()
+        return node in self._active[2]
+
+    def _look(self) -> None:
+        if self._active[0] is not self.assignment:  # an assignment is never changed, but replaced
+            nodes = placing.nodes_of(self.assignment)
+            self._active = self.assignment, nodes, frozenset(nodes)
+
+    def ready_spares(self) -> list[int]:
+        """Spares all of whose workers are parked, lowest number first."""
+        return [n for n, s in sorted(self.nodes.items()) if s.role == "spare" and self.parked(n)]
+
+    def cold_spares(self) -> list[int]:
+        """Spares whose workers still start: worth waiting for, but the last resort."""
+        return [n for n, s in sorted(self.nodes.items()) if s.role == "spare" and s.agent_pid and not self.parked(n)]
+
+    def coming_spares(self) -> list[int]:
+        """Spares whose agent has not joined yet."""
+        return [n for n, s in sorted(self.nodes.items()) if s.role == "spare" and not s.agent_pid]
+
+    def parked(self, node: int) -> bool:
+        """Every worker of the node is parked."""
+        return len(self.nodes[node].parked) >= self.job.slots_per_node
+
+    def missing(self) -> set[int]:
+        """Nodes whose agent has not joined yet."""
+        self._absent = {n for n in self._absent if n in self.nodes and not self.nodes[n].agent_pid}
+        return {n for n in self._absent if not self.nodes[n].gone}
+
+    def complete(self) -> bool:
+        """The agent of everybody has joined."""
+        while self._absent:
+            node = self._absent.pop()
+            if not self.nodes[node].gone and not self.nodes[node].agent_pid:
+                self._absent.add(node)
+                return False
+        return True
+
+    def gone(self, node: int) -> bool:
+        """Not in the job, or not any more."""
+        state = self.nodes.get(node)
+        return state is None or state.gone
+
+    def lost(self) -> list[int]:
+        """Nodes that were lost, in order of their numbers."""
+        return sorted(n for n, s in self.nodes.items() if s.role == "lost")
+
+    def present(self) -> list[int]:
+        """Nodes that are in the job."""
+        return [n for n, s in self.nodes.items() if not s.gone]
+
+    def vaults(self) -> dict[int, r.Address]:
+        """Where the vaults of the job listen, by node."""
+        return {n: s.vault for n, s in self.nodes.items() if s.vault is not None and not s.gone}
+
+    def ranks_of(self, node: int) -> list[int]:
+        """Coordinates on a node."""
+        return list(placing.ranks_of(self.assignment, node).values())
+
+    # ---- changes
+
+    def hand_over(self, taken_by: dict[int, int]) -> None:
+        """Spares take over the coordinates of other nodes; a healthy node that gave way becomes a spare itself."""
+        self.assignment = placing.replace_nodes(self.assignment, taken_by)
+        for node, spare in taken_by.items():
+            self.nodes[spare].role = "active"
+            if self.nodes[node].role == "active":
+                self.nodes[node].role = "spare"
+                self.nodes[node].parked.clear()
+
+    def add_spare(self) -> int:
+        """A new spare, whose agent is still to come. Numbers are never used again, so that nobody can be mixed up."""
+        node = max(self.nodes) + 1
+        self.nodes[node] = NodeState(node, "spare")
+        self._absent.add(node)
+        return node
+
+    # ---- a coordinator that starts again
+
+    def dump(self) -> dict[str, Any]:
+        """Everything, as JSON types. Of the assignment what differs from that of epoch 0."""
+        return {
+            "epoch": self.epoch,
+            "moved": [
+                [rank, slot.node, slot.local]
+                for rank, (slot, first) in enumerate(zip(self.assignment, self._first, strict=True))
+                if slot != first
+            ],
+            "nodes": [
+                [
+                    s.node,
+                    s.role,
+                    s.agent_pid,
+                    [s.vault.host, s.vault.port] if s.vault else None,
+                    list(s.pids.items()),
+                    s.deaths,
+                ]
+                for s in self.nodes.values()
+            ],
+        }
+
+    def load(self, kept: dict[str, Any]) -> None:
+        """The opposite of `dump`. Who is parked is told again by the agents."""
+        self.epoch = kept["epoch"]
+        assignment = list(self._first)
+        for rank, node, local in kept["moved"]:
+            assignment[rank] = r.SlotAddress(node, local)
+        self.assignment = assignment
+        self.nodes = {
+            node: NodeState(
+                node, role, agent_pid, r.Address(*vault) if vault else None, dict(map(tuple, pids)), set(), deaths
+            )
+            for node, role, agent_pid, vault, pids, deaths in kept["nodes"]
+        }
+        self._absent = set(self.nodes)

@@ -1,0 +1,149 @@
+"""What nodes report of a job that trains: for the event log, the status, and whatever is decided next. Pure."""
+
+from __future__ import annotations
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.accounting import SnapshotAccount
+from deadpool_megatron.cluster.core.facts import Facts
+from deadpool_megatron.cluster.core.job import Voice
+from deadpool_megatron.cluster.core.lag import Lag, LagJudge
+from deadpool_megatron.cluster.core.stalls import StragglerJudge
+from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.vault import Told
+
+__all__ = ["Observations"]
+
+
+class Observations:
+    """Of one job, through all its epochs.
+
+    Attributes:
+        snapshots: what they cost and are worth.
+        refusals: by node, how much its vault has refused, by kind.
+        state_hashes: at the end of the job, by rank and part.
+    """
+
+    def __init__(self, facts: Facts, voice: Voice) -> None:
+        self._facts = facts
+        self._voice = voice
+        self._stragglers = StragglerJudge()
+        self._lag = LagJudge(facts.job.snapshot_interval)
+        self.snapshots = SnapshotAccount()
+        self.refusals: dict[int, dict[str, int]] = {}
+        self.state_hashes: dict[int, dict[str, str]] = {}
+
+    def moved(self, ranks: list[int]) -> None:
+        """A new epoch, in which these coordinates have new workers."""
+        self.snapshots.forget()
+        self._stragglers.forget(ranks)
+
+    @property
+    def lag(self) -> Lag | None:
+        """How far protection is behind training; None while it keeps up."""
+        return self._lag.lag
+
+    # ---- training
+
+    def iterated(self, record: r.Iteration, now: float) -> bool:
+        """An iteration of this epoch has ended; True when it is the first time that this one has."""
+        head = self._facts.headway
+        first = head.iterated(record)
+        self._voice.emit(
+            "iteration",
+            node=record.node,
+            rank=record.rank,
+            iteration=record.iteration,
+            losses={k: float.fromhex(v) for k, v in record.losses.items()},
+            losses_hex=record.losses,
+            grad_norm=float.fromhex(record.grad_norm) if record.grad_norm is not None else None,
+            grad_norm_hex=record.grad_norm,
+            seconds=record.seconds,
+            blocked_s=record.blocked_s,
+            copied_bytes=record.copied_bytes,
+            skipped_generations=record.skipped_generations,
+            stall_s=record.stall_s,
+            device_stall_s=record.device_stall_s,
+            copied_s=record.copied_s,
+            copy_bandwidth=record.copy_bandwidth,
+            sent_bytes=record.sent_bytes,
+            send_bandwidth=record.send_bandwidth,
+            commit_s=self.snapshots.iterated(record, now),
+        )
+        if first and self._lag.iterated(head.iteration - head.committed, head.held_back_by, now) and self.lag:
+            self._voice.emit(
+                "behind",
+                iteration=record.iteration,
+                committed=head.committed,
+                seconds=round(self.lag.seconds, 3),
+                cause=self.lag.cause,
+            )
+        return first
+
+    def committed(self, record: r.Committed, now: float, training: bool) -> None:
+        """A node has committed a generation in this epoch."""
+        told, by_all = self._facts.headway.node_committed(record)
+        if told is None:
+            return
+        self._tell(None, told)
+        if by_all and told.kept is not None:
+            seconds = self.snapshots.committed(told.kept.generation, now)
+            if self._lag.committed(now):
+                self._voice.emit("caught_up", iteration=told.kept.generation)
+            self._voice.emit("committed", iteration=told.kept.generation, seconds=seconds)
+            if self._facts.protection.committed():
+                self._voice.emit("protected", survives=self._facts.protection.degree, iteration=told.kept.generation)
+            self._facts.durability.committed(told.kept, self._facts.members.active(), now, training)
+
+    def catch_up(self, node: int | None) -> None:
+        """A node (None: all) was away: what was told meanwhile it has not heard, and without it could skip for ever."""
+        told = self._facts.headway.told
+        if told is not None:
+            self._tell(node, told)
+
+    def _tell(self, node: int | None, told: Told) -> None:
+        self._voice.send(node, r.CommittedTo(self._facts.members.epoch, told.kept, told.floor.generation))
+
+    def did(self, record: r.Did) -> None:
+        """Something was done that must not be done again."""
+        self._facts.headway.did(record)
+        if record.act != "log":
+            self._voice.emit(record.act, iteration=record.iteration, rank=record.rank, node=record.node)
+
+    def paced(self, record: r.Pace, now: float) -> None:
+        """A node tells how fast its ranks are."""
+        ratio = self._stragglers.report(record.node, record.forward_s, self._facts.layout.stages, now)
+        if ratio is not None:
+            self._voice.emit(
+                "straggler",
+                node=record.node,
+                iteration=record.iteration,
+                ratio=round(ratio, 2),
+                advice=f"deadpool drain --node {record.node}",
+            )
+
+    def state_hash(self, record: r.StateHash) -> None:
+        """What a rank ends with."""
+        self.state_hashes[record.rank] = record.digests
+
+    # ---- vaults
+
+    def no_room(self, record: r.NoRoom) -> None:
+        """A node has no memory for what it is to keep: nothing would be protected."""
+        self._voice.stop(Exit.USAGE, f"node {record.node}: {record.message}")
+
+    def refused(self, record: r.Refusals) -> None:
+        """A vault has turned away what nobody of this job, or of this epoch, may send."""
+        self.refusals[record.node] = record.counts
+
+    def memory(self, record: r.VaultMemory) -> None:
+        """What a vault has taken of its node's memory."""
+        told = {"numa_nodes": record.numa_nodes, "transport": record.transport, "why": record.why}
+        self._voice.emit("memory", node=record.node, bytes=record.nbytes, huge_bytes=record.huge_bytes, **told)
+
+    def damaged(self, record: r.DamagedCopy) -> None:
+        """A copy does not have the checksums it had."""
+        if record.epoch == self._facts.members.epoch:
+            self._facts.protection.damaged(record.node)
+        self._voice.emit(
+            "damaged", node=record.node, kind=record.kind, holder=record.holder, iteration=record.generation
+        )

@@ -1,0 +1,99 @@
+"""A node is taken away on request: all hold still after the same iteration, then a spare takes over. Pure.
+
+::
+
+    begin(node) -> Hold(iteration) .. all NodeHeld -> declare .. an ordinary recovery, to which the node gives shards
+                                          '-- the spare is gone: an epoch with the same nodes, the drain is called off
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.facts import Facts
+from deadpool_megatron.cluster.core.job import Voice
+from deadpool_megatron.cluster.core.recoveries import Recoveries
+
+__all__ = ["Drains"]
+
+_HOLD_NOTICE_S = 0.5  # what a message to the slowest worker may take
+
+
+@dataclass(slots=True)
+class _Drain:
+    node: int
+    deadline: float
+    held: set[int] = field(default_factory=set)
+
+
+class Drains:
+    """The drains of one job, one after the other.
+
+    Args:
+        let_go: called with a spare, which has nothing to give and may be taken away at once.
+    """
+
+    def __init__(self, facts: Facts, voice: Voice, recoveries: Recoveries, let_go: Callable[[int], None]) -> None:
+        self._facts = facts
+        self._recoveries = recoveries
+        self._voice = voice
+        self._let_go = let_go
+        self._drain: _Drain | None = None
+
+    @property
+    def node(self) -> int | None:
+        """The node that is to be taken away, until its place is given to another one."""
+        return self._drain.node if self._drain is not None else None
+
+    @property
+    def due(self) -> float | None:
+        """When `tick` has something to do; None when nothing is under way."""
+        return self._drain.deadline if self._drain is not None else None
+
+    def begin(self, node: int, now: float) -> None:
+        """A node is to be taken away. A spare may go at once."""
+        if self._facts.members.nodes[node].role == "spare":
+            self._voice.emit("left", node=node)
+            self._let_go(node)
+            return
+        pace = self._facts.headway.pace
+        ahead = 2 + math.ceil(_HOLD_NOTICE_S / pace) if pace > 0 else 3
+        iteration = self._facts.headway.iteration + ahead
+        self._drain = _Drain(node, now + self._facts.job.deadlines.abort + ahead * pace)
+        self._voice.emit("leaving", node=node, iteration=iteration)
+        self._voice.send(None, r.Hold(self._facts.members.epoch, iteration))
+
+    def held(self, record: r.NodeHeld) -> None:
+        """A node of this epoch holds still."""
+        drain = self._drain
+        if drain is None:  # the coordinator that told everybody to hold still is gone, and nobody else would
+            self._voice.declare(f"node {record.node} holds still for a drain that was begun by another coordinator")
+            return
+        drain.held.add(record.node)
+        # Who was past the boundary already is brought back by an ordinary recovery, at the cost of an iteration.
+        if record.missed or drain.held >= set(self._facts.members.active()):
+            self._move_out(drain)
+
+    def tick(self, now: float) -> None:
+        """Who does not hold still has had time enough by `due`."""
+        if self._drain is not None and now >= self._drain.deadline:
+            self._move_out(self._drain)
+
+    def _move_out(self, drain: _Drain) -> None:
+        self._drain = None
+        if not self._facts.members.ready_spares():
+            # The node is healthy: to give it up without anybody in its place would end the job.
+            cause = "no parked spare is left to take over"
+            self._voice.emit("stays", node=drain.node, cause=cause)
+            self._voice.declare(f"node {drain.node} is not drained: {cause}")  # all go on from where they hold still
+            return
+        self._facts.members.nodes[drain.node].role = "leaving"
+        self._recoveries.helpers.add(drain.node)
+        self._voice.declare(f"node {drain.node} is drained")
+
+    def forget(self) -> None:
+        """A new epoch, or the end: nobody holds still any more."""
+        self._drain = None

@@ -1,0 +1,413 @@
+"""From a declaration to training again: who takes over, what all go on from, when groups form. Pure.
+
+`cluster.core.recovering.Recovery` knows where one epoch stands; here is what is decided and told at each of its steps::
+
+    declare(reason) -> Declare .. all Offers -> Agree .. all arrived -> Form .. all ready, formed, restored, resumed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.facts import Facts
+from deadpool_megatron.cluster.core.job import Voice
+from deadpool_megatron.cluster.core.recovering import Recovery
+from deadpool_megatron.cluster.placement import assignment as placing
+from deadpool_megatron.cluster.placement.agreement import Agreement, NoCommonGeneration, RefusedCopy, agree
+from deadpool_megatron.cluster.records.exits import Exit
+
+__all__ = ["Recoveries"]
+
+
+class Recoveries:
+    """The recoveries of one job, one after the other.
+
+    Args:
+        rendezvous: where the store listens that process groups are re-formed over.
+        let_go: called with a drained node that has given its shards and may be taken away.
+    """
+
+    def __init__(self, facts: Facts, voice: Voice, rendezvous: r.Address | None, let_go: Callable[[int], None]) -> None:
+        self._facts = facts
+        self._rendezvous = rendezvous
+        self._voice = voice
+        self._let_go = let_go
+        self.current: Recovery | None = None
+        self.helpers: set[int] = set()
+        """Nodes that hold no coordinate and have shards to give."""
+        self.vacant: set[tuple[int, int]] = set()
+        """Slots (node, local) of healthy nodes whose worker has died."""
+        self._purpose: r.Purpose = "resume"
+        self._refused: set[RefusedCopy] = set()
+        self._generation = -1
+        self._waits_until: float | None = None
+        self._end = ""  # why the job cannot go on, once it only drains what it has
+        self._durable_name = ""  # of the durable generation this recovery goes back to
+
+    def of(self, epoch: int) -> Recovery | None:
+        """The recovery under way, if it is that of ``epoch``."""
+        return self.current if epoch == self._facts.members.epoch else None
+
+    # ---- the declaration
+
+    def declare(self, reason: str, now: float) -> list[int] | None:
+        """A new epoch begins. The ranks that have new workers in it; None: the job has been stopped instead."""
+        facts, members = self._facts, self._facts.members
+        out_of_use = {n for n in members.active() if members.nodes[n].role in ("lost", "leaving")}
+        old = list(members.assignment)
+        if not self._place(out_of_use, reason, now):
+            return None
+        members.epoch += 1
+        groups = facts.protection.moved(members.assignment, facts.layout.coordinates, self._purpose == "resume")
+        self.vacant = {(node, local) for node, local in self.vacant if node in members.active()}
+        replaced = [
+            rank
+            for rank, slot in enumerate(members.assignment)
+            if slot != old[rank] or (slot.node, slot.local) in self.vacant
+        ]
+        there = [node for node in members.active() if not members.gone(node)]
+        self.current = Recovery(self._purpose, there, self.helpers, facts.job.deadlines, now, self._waits_until)
+        facts.durability.epoch_ended(out_of_use, members.assignment)
+        self._voice.keep()
+        self._voice.emit(
+            "declared",
+            lost=sorted(out_of_use),
+            replaced=replaced,
+            nodes=members.active(),
+            reason=reason,
+            purpose=self._purpose,
+        )
+        self._voice.send(
+            None,
+            r.Declare(
+                members.epoch,
+                self._purpose,
+                reason,
+                members.lost(),
+                replaced,
+                members.assignment,
+                members.vaults(),
+                [list(group) for group in groups],
+                *facts.layout.sizes,
+                self._rendezvous,
+            ),
+        )
+        return replaced
+
+    def _place(self, out_of_use: set[int], reason: str, now: float) -> bool:
+        """Give away the coordinates of these nodes and of vacant slots. False: nobody could take them.
+
+        Where a spare is worth waiting for, they stay where they are.
+        """
+        facts, members = self._facts, self._facts.members
+        vacant = {node for node, _ in self.vacant}
+        taken_by = self._taken_by(out_of_use)
+        if taken_by is None and self._purpose == "resume":
+            self._call_drains_off(out_of_use)
+            taken_by = self._taken_by(out_of_use)
+        alive = any(not members.gone(node) for node in members.active())
+        patience = facts.job.wait_for_spare_s if alive else 0.0  # else nobody is left whose state could be kept
+        if taken_by is not None and self._purpose == "resume":
+            self._waits_until = None
+            members.hand_over(taken_by)
+            self.helpers |= {node for node in taken_by if not members.gone(node)}
+            self.helpers -= set(taken_by.values())
+        elif facts.headway.fresh and out_of_use:
+            self._voice.start_over(reason)
+            return False
+        elif patience and self._purpose == "resume" and (self._waits_until is None or now < self._waits_until):
+            if self._waits_until is None:
+                self._waits_until = now + patience
+                self._voice.emit(
+                    "waiting",
+                    lost=sorted(out_of_use),
+                    minutes=patience / 60,
+                    message=f"no spare is left for node {min(out_of_use)} ({reason}); the others keep their state and "
+                    f"wait {patience / 60:g} minutes for one to come (deadpool join)",
+                )
+        elif out_of_use or self._purpose != "resume":
+            self._waits_until = None
+            plan = placing.rescue(members.assignment, out_of_use, facts.job.slots_per_node)
+            if plan is not None and facts.layout.can_rescue:
+                self._purpose = "save"
+            else:
+                self._end = (
+                    f"no spare is left for node {min(out_of_use | vacant)} ({reason}) and no checkpoint could be "
+                    "saved: "
+                    + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices")
+                )
+                if plan is None or not facts.durability.can_drain:
+                    self._voice.stop(Exit.NO_SPARE, self._end)
+                    return False
+                self._purpose = "drain"
+            members.assignment = plan
+        return True
+
+    def _taken_by(self, out_of_use: set[int]) -> dict[int, int] | None:
+        members, vacant = self._facts.members, {node for node, _ in self.vacant}
+        return placing.refill(members.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares())
+
+    def _call_drains_off(self, out_of_use: set[int]) -> None:
+        """There are not spares enough: a node that is drained and still there, and healthy, is worth more than none."""
+        members = self._facts.members
+        for node, state in members.nodes.items():
+            if state.role == "leaving" and state.respawns:
+                state.role = "active" if members.holds(node) else "spare"
+                out_of_use.discard(node)
+                self._voice.emit("stays", node=node, cause="no parked spare is left to take over")
+
+    @property
+    def drains(self) -> bool:
+        """The job cannot go on, and makes durable what it has."""
+        return self._purpose == "drain" and self.current is not None
+
+    def spare_came(self) -> bool:
+        """Somebody was waited for, and there are enough spares now."""
+        if self.current is None or self.current.waits_until is None:
+            return False
+        members = self._facts.members
+        lost = [node for node in members.active() if members.gone(node)]
+        return len(lost) <= len(members.ready_spares()) + len(members.cold_spares())
+
+    # ---- what all go on from
+
+    def offer(self, record: r.Offer, now: float) -> None:
+        """A node has left its step, and says what it can give."""
+        recovery = self.of(record.epoch)
+        if recovery is None or not recovery.offered(record):
+            return
+        self._voice.emit("aborted")
+        if recovery.waits_until is None:
+            self._agree(recovery, now)
+        else:
+            recovery.wait()
+
+    def _agree(self, recovery: Recovery, now: float) -> None:
+        facts, members, emit = self._facts, self._facts.members, self._voice.emit
+        self._durable_name = ""
+        if self._purpose == "drain":  # what only a worker holds is not written by an agent
+            for node, offer in recovery.offers.items():
+                recovery.offers[node] = msgspec.structs.replace(offer, live={}, live_epochs={})
+        try:
+            refused, words = frozenset(self._refused), facts.protection.words
+            agreement = agree(members.assignment, recovery.offers, refused, words, facts.layout.repeatable)
+        except NoCommonGeneration as err:
+            if self._purpose == "drain":
+                self._voice.stop(Exit.NO_SPARE, f"{self._end}, and no generation is complete in memory")
+                return
+            fallback = facts.durability.fallback()
+            if fallback is None and facts.headway.fresh:
+                lost = members.lost()
+                self._voice.start_over(f"node {max(lost)} was lost" if lost else "communication failed")
+                return
+            if fallback is None:
+                self._voice.stop(Exit.GENERATION_LOST, self._nothing_left(err))
+                return
+            agreement, self._durable_name = Agreement(fallback[0], {}), fallback[1]
+            facts.headway.iteration = agreement.generation - 1
+            held = "no generation is complete in the vaults any more"
+            if err.missing:
+                held = f"no vault holds the shards of ranks {', '.join(map(str, err.missing))} any more"
+            emit(
+                "durable_fallback",
+                iteration=agreement.generation,
+                name=self._durable_name,
+                message=f"more nodes were lost than the redundancy covers, which is {facts.protection.covers}: {held}; "
+                f"training goes back to durable generation {agreement.generation}",
+            )
+        recovery.agreed(agreement.generation, now)
+        self._generation = agreement.generation
+        facts.headway.go_on(members.active(), members.epoch, agreement.generation)
+        emit(
+            "agreed",
+            iteration=agreement.generation,
+            sources={str(rank): source.node for rank, source in agreement.sources.items()},
+            rebuilds={
+                str(rank): sorted({share.node for part in parts for share in part})
+                for rank, parts in agreement.rebuilds.items()
+            },
+        )
+        a = agreement
+        self._voice.send(
+            None,
+            r.Agree(
+                members.epoch, a.generation, a.sources, dict(facts.headway.done), a.rebuilds, self._durable_name, a.held
+            ),
+        )
+        self._check_arrived(recovery)
+
+    def _nothing_left(self, err: NoCommonGeneration) -> str:
+        facts = self._facts
+        if facts.headway.committed < 0:
+            lost = facts.members.lost()
+            what = f"node {min(lost)} was lost" if lost else "communication failed"
+            return (
+                f"{what} before the first generation was committed, so there is nothing to go on from; start the "
+                "job again"
+            )
+        held = "of ranks " + ", ".join(map(str, err.missing)) if err.missing else "of every rank"
+        return (
+            f"more nodes were lost than the redundancy covers, which is {facts.protection.covers}: no vault holds the "
+            f"shards {held} of one generation; restart the job from Megatron's last checkpoint (--load)"
+        )
+
+    def fetch_failed(self, record: r.FetchFailed) -> str:
+        """A shard could not be had from where it was to come from. Why another epoch has to begin; may be empty."""
+        if self.of(record.epoch) is None:
+            return ""
+        if self._durable_name:
+            self._facts.durability.bad(self._durable_name, record.why)
+            return f"rank {record.rank} of durable generation {record.generation} could not be read"
+        if record.gone:  # so it is offered no more
+            return record.why
+        self._refused.add((record.rank, record.source, record.generation, record.version_epoch))
+        self._voice.emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
+        return f"the copy of rank {record.rank} on node {record.source} could not be used: {record.why}"
+
+    def given_up(self, record: r.DamagedCopy) -> None:
+        """A node has given up a copy that had changed: what it offers of that generation from now on is another one."""
+        if record.kind != "parity":
+            about = (record.holder, record.node, record.generation)
+            self._refused = {refused for refused in self._refused if refused[:3] != about}
+            self._voice.keep()
+
+    # ---- and then
+
+    def arrived(self, record: r.NodeArrived) -> None:
+        """The workers that took over coordinates on a node can form their groups."""
+        recovery = self.of(record.epoch)
+        if recovery is not None:
+            recovery.arrived(record.node)
+            self._check_arrived(recovery)
+
+    def _check_arrived(self, recovery: Recovery) -> None:
+        if self._purpose != "drain" and recovery.may_form():
+            self._voice.send(None, r.Form(self._facts.members.epoch))
+
+    def ready(self, record: r.NodeReady, now: float) -> None:
+        """A node holds the agreed generation."""
+        recovery = self.of(record.epoch)
+        if recovery is not None and recovery.ready(record.node, now):
+            self._voice.emit("prepared", iteration=recovery.generation)
+            if self._purpose == "drain":
+                recovery.deadline = None  # a drain has its own
+                self._facts.durability.drain_last(recovery.generation, self._facts.members.active(), now)
+            else:
+                self._check_formed(recovery, now)
+
+    def last_drained(self) -> None:
+        """The newest generation is durable, or could not be made so: the end."""
+        self._voice.stop(Exit.NO_SPARE, self._end)
+
+    def formed(self, record: r.NodeFormed, now: float) -> None:
+        """A node has its groups."""
+        recovery = self.of(record.epoch)
+        if recovery is not None:
+            recovery.formed(record.node, record.groups, record.changed, record.of)
+            self._check_formed(recovery, now)
+
+    def _check_formed(self, recovery: Recovery, now: float) -> None:
+        if recovery.all_formed(now):
+            groups, changed, of = recovery.groups
+            self._voice.emit("reformed", groups=groups, changed=changed, of=of)
+            self._check_restored(recovery, now)
+
+    def restored(self, record: r.NodeRestored, now: float) -> None:
+        """A node has its parameters back."""
+        recovery = self.of(record.epoch)
+        if recovery is not None:
+            recovery.restored(record.node)
+            self._check_restored(recovery, now)
+
+    def compared(self, record: r.Compared, now: float) -> None:
+        """All ranks have compared what they hold: at the end of a recovery, or because it was time to."""
+        members = self._facts.members
+        if record.epoch != members.epoch:
+            return
+        for each in record.unlike:
+            nodes = sorted({members.assignment[rank].node for rank in each.ranks if rank < len(members.assignment)})
+            self._voice.emit(
+                "unlike", iteration=record.iteration, part=each.part, ranks=each.ranks, nodes=nodes, equal=record.equal
+            )
+        if record.rank != 0:
+            return
+        seconds = round(record.seconds, 6)
+        recovery = self.of(record.epoch)
+        if recovery is None:
+            self._voice.emit("compared", iteration=record.iteration, seconds=seconds)
+        else:
+            recovery.compared_s = seconds
+            self._check_restored(recovery, now)
+
+    def resumed(self, record: r.NodeResumed, now: float) -> None:
+        """A node trains again."""
+        recovery = self.of(record.epoch)
+        if recovery is not None:
+            recovery.resumed(record.node)
+            self._check_restored(recovery, now)
+
+    def _check_restored(self, recovery: Recovery, now: float) -> None:
+        if recovery.all_restored(now):
+            self._voice.emit("restored", iteration=recovery.generation)
+        if recovery.told_restored and recovery.compared_s is not None:
+            self._voice.emit("compared", iteration=recovery.generation, seconds=recovery.compared_s)
+            recovery.compared_s = None
+        if recovery.over:
+            self.current = None
+            self.vacant.clear()
+            self._voice.emit("resumed", iteration=recovery.generation)
+            for node in sorted(self.helpers):
+                if self._facts.members.nodes[node].role == "leaving":
+                    self._voice.emit("left", node=node)
+                    self._let_go(node)
+            self.helpers.clear()
+            self._voice.keep()
+
+    def covered(self, record: r.Covered) -> None:
+        """What a node's ranks go on from has all its copies again."""
+        facts = self._facts
+        here = record.epoch == facts.members.epoch and record.generation == self._generation
+        if here and facts.protection.covered(record.node):
+            self._voice.emit("protected", survives=facts.protection.degree, iteration=record.generation)
+
+    def saved(self, record: r.Saved) -> None:
+        """A node has written Megatron's checkpoint, since no spare was left."""
+        recovery = self.of(record.epoch)
+        if recovery is not None and recovery.saved(record.node):
+            members = self._facts.members
+            self._voice.emit("saved", iteration=record.iteration, directory=record.directory)
+            self._voice.stop(
+                Exit.NO_SPARE_SAVED,
+                f"no spare is left (nodes lost: {', '.join(map(str, members.lost()))}); Megatron's checkpoint of "
+                f"iteration {record.iteration} was saved to {record.directory}: restart the job with --load "
+                f"{record.directory}",
+            )
+
+    def start_over(self) -> None:
+        """The start begins anew: nothing of a recovery counts any more."""
+        self.current = None
+        self.vacant.clear()
+        self.helpers.clear()
+
+    # ---- a coordinator that starts again
+
+    def dump(self) -> dict[str, Any]:
+        """What it has to know, as JSON types."""
+        return {
+            "recovering": self.current is not None,
+            "purpose": self._purpose,
+            "refused": sorted(self._refused),
+            "vacant": sorted(self.vacant),
+            "helpers": sorted(self.helpers),
+        }
+
+    def load(self, kept: dict[str, Any]) -> None:
+        """The opposite; a recovery that was under way is not gone on with."""
+        self._purpose = kept["purpose"]
+        self._refused = {(rank, node, g, epoch) for rank, node, g, epoch in kept["refused"]}
+        self.vacant = {(node, local) for node, local in kept["vacant"]}
+        self.helpers = set(kept["helpers"])

@@ -1,0 +1,280 @@
+"""Authenticated message sockets between agents and the coordinator: ZeroMQ with CURVE and its own heartbeats.
+
+Every key derives from the job's secret, so a peer that completes the CURVE handshake has proved that it belongs to the
+job. A node's silence, noticed within the lease, and the end of its connection both reach the coordinator as one thing:
+the connection of that node is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import hmac
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import zmq
+import zmq.auth.thread
+from zmq.backend import Frame
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
+from deadpool_megatron.cluster.link.ports import once_free
+from deadpool_megatron.cluster.link.seal import Seal, SealBroken
+
+__all__ = ["Hub", "Spoke", "check_secret"]
+
+SECRET_BYTES = 32
+_NOBLOCK, _SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)  # (as enumerations they cost more than the calls)
+_SRCFD = int(zmq.SRCFD)
+_LEAST_PATIENCE_S = 1.5
+_SLACK = 0.01  # of a lease; a frozen node is noticed by two timers, one after the other
+_PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30
+
+
+def check_secret(secret: bytes) -> bytes:
+    """The secret itself if it has the right length. Raises ValueError."""
+    if len(secret) != SECRET_BYTES:
+        raise ValueError(f"the job secret has {len(secret)} bytes, not {SECRET_BYTES}")
+    return secret
+
+
+def _keypair(secret: bytes, role: str) -> tuple[bytes, bytes]:
+    private = z85.encode(hmac.new(check_secret(secret), b"deadpool-curve-" + role.encode(), hashlib.sha256).digest())
+    return zmq.curve_public(private), private
+
+
+def _heartbeats(socket: zmq.Socket[bytes], every_s: float, within_s: float) -> None:
+    """Ask the other end for a sign of life; no answer in time ends the connection.
+
+    Each end asks for itself: what ZeroMQ has for one end to vouch for itself (HEARTBEAT_TTL) is ended by any packet
+    that follows, and a peer that freezes right after one would never be missed.
+    """
+    socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(every_s * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(200, int(within_s * 1000)))
+    socket.setsockopt(zmq.TCP_MAXRT, max(200, int(within_s * 1000)))
+    socket.setsockopt(zmq.LINGER, 1000)
+
+
+@contextlib.contextmanager
+def _late_timers(slack_s: float) -> Iterator[None]:
+    """Threads that are started meanwhile may be woken by a timer up to ``slack_s`` seconds late (prctl(2)).
+
+    Of a thousand connections each has timers of its own. A thread that is late for some handles them at once, and from
+    then on they are due together: it wakes, and calls the kernel, that much less often. Data wakes it as ever.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    before = prctl(_PR_GET_TIMERSLACK)
+    prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(int(slack_s * 1e9)))
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(max(0, before)))  # 0: the default, for kernels that do not tell
+
+
+class _MemberProvider:
+    """Accepts the one client key of the job."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Called by the authenticator's thread for every handshake."""
+        return hmac.compare_digest(key, self._key)
+
+
+class Hub:
+    """The coordinator's end: one ROUTER socket, one connection an agent. One thread uses it."""
+
+    def __init__(self, host: str, port: int, secret: bytes, lease_s: float, patience_s: float = 0.0) -> None:
+        """``patience_s``: how long to wait for the port while it is in use. Raises zmq.ZMQError."""
+        self._context = zmq.Context()
+        self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
+        slack_s = _SLACK * lease_s
+        with _late_timers(slack_s):
+            self._auth.start()  # and with its sockets, the first ones, the thread that has all connections
+        client_public, _ = _keypair(secret, "client")
+        self._auth.configure_curve_callback(domain="*", credentials_provider=_MemberProvider(client_public))
+        self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        public, private = _keypair(secret, "server")
+        self.socket.curve_server = True
+        self.socket.curve_publickey = public
+        self.socket.curve_secretkey = private
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        # Often, and so that a node that falls silent at any moment is known of within the lease: it costs time. A very
+        # short lease may be passed, for a busy machine's sake.
+        patient_s = max(2 / 3 * lease_s - 2 * slack_s, min(lease_s, _LEAST_PATIENCE_S))
+        _heartbeats(self.socket, lease_s / 3, patient_s)
+        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        once_free(lambda: self.socket.bind(f"tcp://{host}:{port}"), patience_s)
+        endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        self.port = int(endpoint.decode().rsplit(":", 1)[1])
+        self.seal = Seal(secret, "coordinator")
+        self._connection: dict[int, bytes] = {}
+        self._replaced: dict[int, list[bytes]] = {}
+        self._poller = zmq.Poller()
+        self._poller.register(self.socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+
+    def wait(
+        self,
+        timeout_s: float | None,
+        on_packet: Callable[[bytes, bytes], None],
+        on_gone: Callable[[bytes], None],
+    ) -> None:
+        """Handle what arrives within ``timeout_s`` seconds (None: wait for something).
+
+        Args:
+            on_packet: called with (identity, packet) for each packet.
+            on_gone: called with the identity of each connection that ended or fell silent.
+        """
+        ready = dict(self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000) + 1)))
+        # Packets first: what a node sent before it died still counts.
+        while self.socket in ready:
+            # (part by part, and past pyzmq's wrappers: with recv_multipart this takes four times as long)
+            try:
+                identity = self.socket.recv(_NOBLOCK)
+            except zmq.Again:
+                break
+            body = self.socket.recv(copy=False)
+            if body.more:
+                while body.more:
+                    body = self.socket.recv(copy=False)
+                self.seal.refused += 1
+                continue
+            fd = Frame.get(body, _SRCFD)
+            assert isinstance(fd, int)
+            try:
+                packet = self.seal.open(identity, body.bytes)
+            except SealBroken:
+                continue  # counted
+            before = self._connection.get(fd)
+            if before != identity:
+                if before is not None:
+                    # The kernel gives a closed descriptor's number to the next connection before we hear of the end.
+                    self._replaced.setdefault(fd, []).append(before)
+                self._connection[fd] = identity
+            on_packet(identity, packet)
+        while self._monitor in ready:
+            try:
+                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            fd = int(event["value"])
+            older = self._replaced.get(fd)
+            gone = older.pop(0) if older else self._connection.pop(fd, None)
+            if gone is not None and gone not in self._connection.values():
+                on_gone(gone)
+
+    def send(self, identity: bytes, packet: bytes) -> None:
+        """Send to one agent; silently nothing when it is not connected (ROUTER drops)."""
+        self.socket.send(identity, _SNDMORE)
+        self.socket.send(self.seal.close(identity, packet))
+
+    def farewell(self, to: Iterable[bytes], within_s: float, on_packet: Callable[[bytes, bytes], None]) -> None:
+        """Last words are sent: handle what still comes until all of ``to`` have left, ``within_s`` seconds at most."""
+        left, end = set(to), time.monotonic() + within_s
+        while left and (rest := end - time.monotonic()) > 0:
+            self.wait(min(0.2, rest), on_packet, left.discard)
+
+    def close(self) -> None:
+        """Give queued packets a second to leave, then close.
+
+        What has left may still be lost: a spoke that finds its connection gone drops the packets it has not read yet
+        (libzmq, session_base_t::reconnect of a ZMQ_IMMEDIATE socket). After last words comes `farewell`.
+        """
+        self.socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self.socket.close(linger=1000)
+        self._auth.stop()
+        self._context.term()
+
+
+class Spoke:
+    """An agent's end (or a tool's): one DEALER socket to the coordinator. One thread uses it.
+
+    Args:
+        endpoint: HOST:PORT.
+        context: shared with other ends, where one process has many; it stays when this one is closed.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        identity: str,
+        secret: bytes,
+        lease_s: float,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        self._own_context = context is None
+        self._context = context or zmq.Context()
+        self.socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.IDENTITY, identity.encode())
+        self.seal = Seal(secret, "agent")
+        self._name = identity.encode()
+        server_public, _ = _keypair(secret, "server")
+        public, private = _keypair(secret, "client")
+        self.socket.curve_serverkey = server_public
+        self.socket.curve_publickey = public
+        self.socket.curve_secretkey = private
+        _heartbeats(self.socket, lease_s, lease_s)  # a frozen coordinator costs nothing as long as nothing else fails
+        self.socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing waits for a connection: the other end may have a new state
+        self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self.connected = False
+        self.socket.connect(f"tcp://{endpoint}")
+
+    def changed(self) -> bool:
+        """Look at the ``monitor`` socket: True when the connection has come up or gone since the last look."""
+        before = self.connected
+        news = False
+        while True:
+            try:
+                event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
+            except zmq.Again:
+                return news or before != self.connected
+            news = True
+            self.connected = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+
+    def send(self, packet: bytes, timeout_s: float = 10.0) -> bool:
+        """Send one packet once the connection is up; False when it did not come up in time."""
+        if not self.socket.poll(int(timeout_s * 1000), zmq.POLLOUT):
+            return False
+        return self.post(packet)
+
+    def post(self, packet: bytes) -> bool:
+        """Send one packet if the connection is up, else drop it: what counts is told again when it comes up."""
+        sealed = self.seal.close(self._name, packet)
+        for _ in range(2):
+            try:
+                self.socket.send(sealed, zmq.NOBLOCK)
+                return True
+            except zmq.Again:
+                # Sending looks for news of connections once a millisecond only: one that has just come up, as the
+                # monitor says, may not be known yet. Asking for the events always looks.
+                self.socket.getsockopt(zmq.EVENTS)
+        return False
+
+    def receive(self, timeout_s: float = 0.0) -> bytes | None:
+        """One packet, or None when none came within ``timeout_s`` seconds."""
+        while timeout_s <= 0 or self.socket.poll(int(timeout_s * 1000)):
+            try:
+                packet = self.socket.recv_multipart(zmq.NOBLOCK)[0]
+            except zmq.Again:
+                return None
+            try:
+                return self.seal.open(self._name, packet)
+            except SealBroken:
+                continue  # counted
+        return None
+
+    def close(self, linger_ms: int = 1000) -> None:
+        """Give queued packets a second to leave, then close."""
+        self.socket.disable_monitor()
+        self.monitor.close(linger=0)
+        self.socket.close(linger=linger_ms)
+        if self._own_context:
+            self._context.term()

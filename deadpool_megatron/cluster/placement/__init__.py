@@ -1,0 +1,1 @@
+"""Who keeps what for whom, and what all go on from. Pure."""

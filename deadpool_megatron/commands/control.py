@@ -1,0 +1,248 @@
+"""`deadpool inject`, `deadpool drain`, `deadpool join`: commands that speak to a running job."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from deadpool_megatron import points
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.link.link import Spoke
+from deadpool_megatron.cluster.notices import PREEMPT, WARNINGS
+from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.launcher.processes import Processes
+from deadpool_megatron.observe import EVENTS, JOB, read_events
+
+__all__ = ["add_commands", "drain", "inject", "join"]
+
+_ANSWER_S = 10.0
+_POLL_S = 0.05
+_TRIES = 5  # of a request that may be made twice
+
+
+class _NoJob(Exception):
+    """The job cannot be reached, or refuses; the message is one line.
+
+    ``later``: it may not refuse in a moment. ``cut``: the coordinator ended before it answered.
+    """
+
+    def __init__(self, message: str, later: bool = False, cut: bool = False) -> None:
+        super().__init__(message)
+        self.later = later
+        self.cut = cut
+
+
+def _job(run_dir: str) -> dict[str, Any]:
+    path = Path(run_dir) / JOB
+    try:
+        job: dict[str, Any] = json.loads(path.read_text())
+    except OSError as err:
+        raise _NoJob(f"no job at {path}: {err.strerror}") from None
+    return job
+
+
+def _ask(job: dict[str, Any], run_dir: str, record: msgspec.Struct) -> r.InjectReply | r.SpareAdded:
+    spoke = Spoke(job["coordinator"], f"tool-{os.getpid()}", bytes.fromhex(job["secret"]), float(job["lease"]))
+    try:
+        packet = _answer(spoke, run_dir) if spoke.send(r.encode(record), _ANSWER_S) else None
+    finally:
+        spoke.close()
+    if packet is None:
+        raise _NoJob(f"the job of {run_dir} does not answer: it is over, or not on this machine")
+    reply = r.decode_from_coordinator(packet)
+    assert isinstance(reply, r.InjectReply | r.SpareAdded)
+    if reply.error:
+        raise _NoJob(reply.error, isinstance(reply, r.InjectReply) and reply.later)
+    return reply
+
+
+def _answer(spoke: Spoke, run_dir: str) -> bytes | None:
+    """Raises `_NoJob` when the connection ends before the answer: the request was heard, or is lost."""
+    end, up = time.monotonic() + _ANSWER_S, False
+    while time.monotonic() < end:
+        packet = spoke.receive(_POLL_S)
+        if packet is not None:
+            return packet
+        if spoke.changed() and up:
+            raise _NoJob(
+                f"the coordinator of {run_dir} ended while it was asked; it is started again: look at deadpool status "
+                "whether it was done, else ask again",
+                later=True,
+                cut=True,
+            )
+        up = up or spoke.connected
+    return None
+
+
+def _fail(message: str) -> int:
+    print(f"deadpool: {message}", file=sys.stderr)
+    return Exit.USAGE
+
+
+# ---- inject
+
+
+def inject(options: argparse.Namespace) -> int:
+    """`deadpool inject` after parsing."""
+    if options.list:
+        width = max(map(len, points.POINTS))
+        for name, (where, what) in points.POINTS.items():
+            print(f"{name:{width}}  {where:11}  {what}")
+        return Exit.OK
+    if not options.run_dir:
+        return _fail("deadpool inject needs --run-dir")
+    if options.node is None and options.fault not in ("abort", "kill-coordinator"):
+        return _fail(f"--fault {options.fault} needs --node")
+    node = -1 if options.node is None else options.node
+    fault = r.Fault(
+        options.fault, node, options.local, options.at_iteration, options.at_tick, options.at or "", options.seconds
+    )
+    if fault.kind == "slow" and fault.seconds <= 0:
+        return _fail("--fault slow needs --seconds, how much longer a microbatch takes from then on")
+    if fault.kind in ("raise", "hang", "slow") and fault.iteration is None and not fault.point:
+        return _fail(f"--fault {fault.kind} happens on the training thread: say where with --at-iteration or --at")
+    try:
+        _ask(_job(options.run_dir), options.run_dir, r.Inject(fault))
+    except _NoJob as err:
+        if fault.kind == "kill-coordinator" and err.cut:
+            print("deadpool: kill-coordinator, now")
+            return Exit.OK
+        return _fail(str(err))
+    when = "now" if fault.iteration is None else f"in iteration {fault.iteration}"
+    if fault.point:
+        when = f"at {fault.point}" + ("" if fault.iteration is None else f", iteration {fault.iteration} or later")
+    place = "" if options.node is None else f" on node {options.node}"
+    print(f"deadpool: {options.fault}{place}, {when}")
+    return Exit.OK
+
+
+# ---- drain
+
+
+def drain(options: argparse.Namespace) -> int:
+    """`deadpool drain` after parsing: returns when the node may be taken away."""
+    begun = time.time()
+    end = time.monotonic() + options.timeout
+    told, asked = "", False
+    while True:
+        try:
+            _ask(_job(options.run_dir), options.run_dir, r.Drain(options.node))
+            break
+        except _NoJob as err:
+            if asked and str(err).endswith("already"):
+                break  # it was heard, by a coordinator that ended before it answered
+            asked = asked or err.cut
+            if not err.later or time.monotonic() >= end:
+                return _fail(str(err))
+            if str(err) != told:
+                told = str(err)
+                print(f"deadpool: waiting: {told}", file=sys.stderr)
+        time.sleep(10 * _POLL_S)
+    while time.monotonic() < end:
+        for event in read_events(options.run_dir):
+            if event["t"] < begun - 1.0:
+                continue
+            if event["event"] == "left" and event["node"] == options.node:
+                print(f"deadpool: node {options.node} is drained and may be taken away")
+                return Exit.OK
+            if event["event"] == "detected" and event["node"] == options.node:
+                return _fail(f"node {options.node} was lost while it was drained: {event['cause']}")
+            if event["event"] == "stays" and event["node"] == options.node:
+                return _fail(f"node {options.node} is not drained, training goes on: {event['cause']}")
+            if event["event"] in ("stopped", "finished"):
+                return _fail(f"the job ended before node {options.node} was drained")
+        time.sleep(_POLL_S)
+    return _fail(f"node {options.node} is not drained after {options.timeout:g} s; see {options.run_dir}/{EVENTS}")
+
+
+# ---- join
+
+
+def join(options: argparse.Namespace) -> int:
+    """`deadpool join` after parsing: runs an agent as a new spare of the job, to its end."""
+    for tries in range(1, _TRIES + 1):
+        try:
+            job = _job(options.run_dir)
+            reply = _ask(job, options.run_dir, r.AddSpare(options.host))
+            break
+        except _NoJob as err:
+            if not err.cut or tries == _TRIES:
+                return _fail(str(err))
+        # A number that was given meanwhile is forgotten when nobody comes with it.
+        time.sleep(10 * _POLL_S)
+    assert isinstance(reply, r.SpareAdded)
+    settings = {**job["agent"], "node": reply.node, "coordinator": job["coordinator"], "secret": job["secret"]}
+    if options.host:
+        settings["host"] = options.host
+    process = Processes().start("agent", settings, 0 if options.detach else signal.SIGTERM, stdout=subprocess.DEVNULL)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, frame: process.terminate())
+    for signum in WARNINGS:
+        signal.signal(signum, lambda number, frame: process.send_signal(PREEMPT))
+    print(f"deadpool: node {reply.node} joins the job of {options.run_dir} as a spare", flush=True)
+    if options.detach:
+        return Exit.OK
+    code = process.wait()
+    return code if code >= 0 else Exit.FAILED
+
+
+def add_commands(commands: Any) -> None:
+    """Add the three commands to the parser of `deadpool`."""
+    command = commands.add_parser("inject", help="make a part of a running job fail, to see it recover")
+    command.set_defaults(run=inject)
+    add = command.add_argument
+    add("--run-dir", metavar="DIR", help="the job's run directory")
+    add("--node", type=int, metavar="N", help="the node (not for abort and kill-coordinator)")
+    add(
+        "--fault",
+        choices=typing.get_args(r.FaultKind),
+        default="kill",
+        help="kill: SIGKILL for the agent and all its workers (default); kill-worker, kill-agent, kill-coordinator: "
+        "for one process; stop, stop-agent: SIGSTOP for a worker or the whole node; hang: a worker's training thread "
+        "sleeps; raise: an error in its code; crash: SIGSEGV; slow: every microbatch takes --seconds longer; corrupt: "
+        "bytes of its newest copy in the vault are overwritten; abort: nobody dies, all communicators are aborted and "
+        "re-formed",
+    )
+    add("--local", type=int, default=0, metavar="I", help="local index of the worker (default: 0)")
+    add("--at-iteration", type=int, metavar="K", help="in iteration K (from 0; default: now)")
+    add(
+        "--at-tick",
+        type=int,
+        default=1,
+        metavar="T",
+        help="at the T-th forward or backward pass of that iteration (default: 1, the first)",
+    )
+    add("--at", metavar="POINT", help="when the process passes this crash point (see --list)")
+    add("--seconds", type=float, default=0.0, metavar="S", help="for slow")
+    add("--list", action="store_true", help="show all crash points")
+
+    command = commands.add_parser(
+        "drain", help="move a node's coordinates to a spare at the next step boundary, so that it can be taken away"
+    )
+    command.set_defaults(run=drain)
+    command.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
+    command.add_argument("--node", type=int, required=True, metavar="N", help="the node")
+    command.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="seconds to wait for it (default: 600)"
+    )
+
+    command = commands.add_parser("join", help="add this machine to a running job as a new spare node")
+    command.set_defaults(run=join)
+    command.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
+    command.add_argument(
+        "--host",
+        default="",
+        metavar="ADDRESS",
+        help="address at which the other nodes reach this one (default: the job's)",
+    )
+    command.add_argument("--detach", action="store_true", help="return at once; the node goes on in the background")

@@ -1,0 +1,1 @@
+"""`deadpool doctor`: is this machine, and the way to the others, fit for a job?"""

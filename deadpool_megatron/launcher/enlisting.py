@@ -1,0 +1,179 @@
+"""Finding the coordinator and asking it for a place; noticing when it is gone."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from deadpool_megatron.cluster import Spoke
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.launcher.agent_options import AgentPlan
+from deadpool_megatron.launcher.plan import LaunchError
+from deadpool_megatron.launcher.secret import SecretSource
+
+__all__ = ["Interrupted", "Lifeline", "address_towards", "enlist", "is_ours", "resolve"]
+
+_ASK_AGAIN_S = 5.0
+_SILENT_S, _SAY_AGAIN_S = 10.0, 60.0
+_LOOK_S = 0.25
+
+
+class Interrupted(Exception):
+    """The user wants the end before the job has begun."""
+
+
+def resolve(host: str, until: float, interrupted: Callable[[], bool]) -> str:
+    """The IPv4 address of ``host``, asked for again until ``until``: a pod's name may come after its container.
+
+    Raises LaunchError or Interrupted.
+    """
+    waiting = _Waiting(until)
+    while True:
+        try:
+            return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+        except OSError as err:
+            why = f"--rdzv-endpoint {host}: {err.strerror or err}"
+            if time.monotonic() >= until:
+                raise LaunchError(why) from None
+            waiting.because(partial(str, why))
+        if interrupted():
+            raise Interrupted
+        time.sleep(_LOOK_S)  # a name service cannot be waited for
+
+
+class _Waiting:
+    """Tells the user what is waited for, soon and then now and then: it may be a mistake that nothing mends."""
+
+    def __init__(self, until: float) -> None:
+        self._until = until
+        self._begun = time.monotonic()
+        self._due = self._begun + _SILENT_S
+
+    def because(self, why: Callable[[], str]) -> None:
+        """This is why nothing has come of it so far."""
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + _SAY_AGAIN_S
+            left = max(0.0, self._until - now)
+            print(f"deadpool: {why()} (tries go on for {left:.0f} s)", file=sys.stderr, flush=True)
+
+
+def is_ours(address: str) -> bool:
+    """Whether ``address`` belongs to this machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def address_towards(address: str) -> str:
+    """The address of this machine that packets to ``address`` leave from; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))
+        return str(probe.getsockname()[0])
+
+
+def enlist(
+    plan: AgentPlan, address: str, port: int, source: SecretSource, until: float, interrupted: Callable[[], bool]
+) -> tuple[r.Enlisted, bytes, Spoke]:
+    """Ask the coordinator for a place until it answers; returns its answer, the secret, and the open connection.
+
+    Raises LaunchError at ``until`` (monotonic seconds) or when there is no place, Interrupted.
+    """
+    job = plan.launch
+    token = secrets.token_hex(8)
+    request = r.encode(
+        r.Enlist(
+            token, socket.gethostname(), plan.node, job.nodes, job.spare_nodes, job.slots_per_node, job.config.flags()
+        )
+    )
+    spoke: Spoke | None = None
+    secret: bytes | None = None
+    asked = 0.0
+    begun = time.monotonic()
+    waiting = _Waiting(until)
+    try:
+        while time.monotonic() < until:
+            if interrupted():
+                raise Interrupted
+            waited, unknown = time.monotonic() - begun, secret is None
+            waiting.because(partial(_why_no_answer, address, port, waited, unknown, source))
+            found = source.find()
+            if found is None:
+                time.sleep(_LOOK_S)  # a file on a shared file system cannot be waited for
+                continue
+            if found != secret:
+                if spoke is not None:
+                    spoke.close()
+                spoke = Spoke(f"{address}:{port}", f"enlist-{token}", found, job.config.lease)
+                secret, asked = found, 0.0
+            assert spoke is not None and secret is not None
+            if time.monotonic() - asked > _ASK_AGAIN_S:
+                asked = time.monotonic() if spoke.send(request, _LOOK_S) else 0.0
+            packet = spoke.receive(_LOOK_S)
+            if packet is None:
+                continue
+            answer = r.decode_from_coordinator(packet)
+            if not isinstance(answer, r.Enlisted):
+                continue
+            if answer.error:
+                raise LaunchError(answer.error)
+            kept, spoke = spoke, None
+            return answer, secret, kept
+    finally:
+        if spoke is not None:
+            spoke.close()
+    raise LaunchError(_why_no_answer(address, port, plan.join_s, secret is None, source))
+
+
+def _why_no_answer(address: str, port: int, waited_s: float, no_secret: bool, source: SecretSource) -> str:
+    try:
+        socket.create_connection((address, port), 3.0).close()
+    except OSError as err:
+        return (
+            f"nothing listens at {address}:{port} ({err.strerror or err}) after {waited_s:.0f} s: is node 0 (or "
+            "`deadpool coordinator`) up, and --rdzv-endpoint its address?"
+        )
+    if no_secret:
+        return source.why_none()
+    return (
+        f"{address}:{port} listens but does not answer: it has another secret (another --run-dir, secret file or "
+        "--rdzv-id), or is no coordinator"
+    )
+
+
+class Lifeline:
+    """The connection to the coordinator, kept open to notice its end.
+
+    ``fd`` is to be polled; `look` is called when it is readable.
+    """
+
+    def __init__(self, spoke: Spoke) -> None:
+        self._spoke = spoke
+        self.fd = spoke.monitor
+        self.gone_since: float | None = None
+
+    def look(self) -> None:
+        """Take in what has happened to the connection."""
+        while True:
+            try:
+                event = recv_monitor_message(self.fd, zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                self.gone_since = self.gone_since or time.monotonic()
+            else:
+                self.gone_since = None
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._spoke.close()

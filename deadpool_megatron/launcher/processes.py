@@ -1,0 +1,372 @@
+"""How coordinator and agents are started: their settings, their processes, and the end of both.
+
+`deadpool launch` starts all of a job here; `deadpool agent` one agent and, on one node, the coordinator. The settings
+go through stdin, since the job's secret is among them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from deadpool_megatron.cluster import Deadlines, Exit, JobSpec, notices
+from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT
+from deadpool_megatron.cluster.store import PASSWORD
+from deadpool_megatron.cluster.store.leadership import Leadership
+from deadpool_megatron.forking import FORK_SERVER, Process, fork_module
+from deadpool_megatron.launcher.plan import LaunchPlan
+
+__all__ = [
+    "SECRET_VARIABLES",
+    "CoordinatorProcess",
+    "Processes",
+    "agent_settings",
+    "coordinator_settings",
+    "end_with_parent",
+]
+
+_NODE = "deadpool_megatron.launcher.node"
+# Not for workers: the job's secret, and the file that holds it.
+SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE", PASSWORD)
+
+
+def coordinator_settings(
+    plan: LaunchPlan,
+    job_id: str,
+    secret: bytes,
+    bind: str = "127.0.0.1",
+    port: int = 0,
+    join_s: float = 120.0,
+    store_name: str = "",
+    alone: bool = False,
+) -> dict[str, Any]:
+    """What the coordinator reads from stdin.
+
+    Args:
+        alone: all of the job ends with this process.
+        store_name: of the job in the store; its id where nobody else has to find it there.
+        bind: the address it listens on; ``plan.host`` is the one that is told to others.
+        port: 0 for any.
+        join_s: seconds that agents have to join.
+    """
+    c = plan.config
+    deadlines = Deadlines(c.lease, c.abort_deadline, c.build_deadline, c.form_deadline, join_s)
+    job = JobSpec(
+        plan.nodes,
+        plan.spare_nodes,
+        plan.slots_per_node,
+        c.deadpool,
+        deadlines,
+        c.transient_retries,
+        c.redundancy,
+        plan.domains,
+        on_preempt=c.deadpool and c.on_preempt,
+        snapshot_interval=c.snapshot_interval,
+        wait_for_spare_s=60 * c.wait_for_spare,
+    )
+    return {
+        "job": asdict(job) | {"durable": _durable_settings(plan, job_id, alone)},
+        "job_id": job_id,
+        "flags": c.flags(),
+        "host": plan.host,
+        "bind": bind,
+        "port": port,
+        "store_port": 0,
+        "store": [c.store, store_name or job_id],
+        "resume": False,
+        "secret": secret.hex(),
+        "run_dir": plan.run_dir,
+        "on_preempt": c.on_preempt,
+        "agent": agent_settings(plan, -1, job_id, secret, (plan.host, 0), 0, plan.host, store_name=store_name),
+        "state_hash": str(Path(c.state_hash).absolute()) if c.state_hash else "",
+    }
+
+
+def agent_settings(
+    plan: LaunchPlan,
+    node: int,
+    job_id: str,
+    secret: bytes,
+    coordinator: tuple[str, int],
+    store_port: int,
+    host: str,
+    devices: str | None = None,
+    adopt: str = "",
+    store_name: str = "",
+) -> dict[str, Any]:
+    """What the agent of ``node`` reads from stdin.
+
+    Args:
+        store_name: of the job in the store, where the coordinator may move; else empty.
+        coordinator: address and port.
+        store_port: where the rendezvous store of the process groups listens, beside the coordinator.
+        host: the node's own address, for its vault.
+        devices: CUDA devices of this node; None: all that are visible.
+        adopt: the socket at which workers come to the agent; empty: it starts them.
+    """
+    metrics_port = plan.config.metrics_port
+    if metrics_port and host.startswith("127."):
+        metrics_port += node  # the nodes share this machine's ports
+    return {
+        "job_id": job_id,
+        "node": node,
+        "slots_per_node": plan.slots_per_node,
+        "active_nodes": plan.nodes - plan.spare_nodes,
+        "host": host,
+        "coordinator": f"{coordinator[0]}:{coordinator[1]}",
+        "secret": secret.hex(),
+        "lease": plan.config.lease,
+        "log_dir": plan.log_dir,
+        "command": [sys.executable, "-m", "deadpool_megatron.worker", *plan.command],
+        "environment": _environment(plan, coordinator[0], store_port, job_id, devices),
+        "deadpool": plan.config.deadpool,
+        "hang_factor": plan.config.hang_factor,
+        "hang_floor": plan.config.hang_floor,
+        "hang_outside": plan.config.hang_outside,
+        "shm_directory": plan.shm_directory,
+        "adopt": adopt,
+        "redundancy": plan.config.redundancy,
+        "send_bandwidth": plan.config.send_bandwidth,
+        "transport": plan.config.transport,
+        "host_memory": plan.config.host_memory,
+        "metrics_port": metrics_port,
+        "store": [plan.config.store, plan.run_dir, store_name] if store_name else [],
+        "scrub_rate": plan.config.scrub_rate,
+        "durable_dir": plan.config.durable_dir if plan.config.deadpool else "",
+        "on_preempt": plan.config.deadpool and plan.config.on_preempt,
+        "exit_signal": _exit_signal(plan.arguments),
+        # Agents of one machine would all choose the same processors.
+        "pin": plan.config.deadpool and plan.config.pin_agents and not host.startswith("127."),
+    }
+
+
+def _exit_signal(arguments: Sequence[str]) -> int:
+    """The signal on which Megatron saves a checkpoint and ends; 0 for none."""
+    if "--exit-signal-handler" not in arguments:
+        return 0
+    name = next((b for a, b in itertools.pairwise(arguments) if a == "--exit-signal"), "SIGTERM")
+    return int(getattr(signal, name, 0))
+
+
+def _durable_settings(plan: LaunchPlan, job_id: str, alone: bool) -> dict[str, Any] | None:
+    """What the coordinator is told of the durable tier; None when there is none."""
+    c = plan.config
+    if not (c.deadpool and c.durable_dir):
+        return None
+    return {
+        "directory": c.durable_dir,
+        "job": re.sub("[^A-Za-z0-9]", "", job_id),
+        "interval": 0 if c.export else c.durable_interval,
+        "keep": c.durable_keep,
+        "deadline": c.durable_deadline,
+        "preempt_deadline": c.preempt_deadline,
+        "resume": c.resume,
+        "writes": not c.export,
+        "launcher": os.getpid() if alone else 0,
+        "newer_than": _checkpoint_to_load(plan.arguments),
+    }
+
+
+def _checkpoint_to_load(arguments: Sequence[str]) -> int:
+    """The iteration of Megatron's checkpoint that --load names; -1 when there is none.
+
+    With --finetune a job begins at iteration 0 whatever it loads, so any durable generation of it is newer.
+    """
+    if "--finetune" in arguments:
+        return -1
+    directory = ""
+    for i, token in enumerate(arguments):
+        if token == "--load" and i + 1 < len(arguments):
+            directory = arguments[i + 1]
+        elif token.startswith("--load="):
+            directory = token.split("=", 1)[1]
+    try:
+        text = (Path(directory) / "latest_checkpointed_iteration.txt").read_text().strip() if directory else ""
+    except OSError:
+        return -1
+    return int(text) if text.isdecimal() else -1
+
+
+def _environment(
+    plan: LaunchPlan, store_host: str, store_port: int, job_id: str, local_devices: str | None
+) -> dict[str, str]:
+    """What every worker of the job finds in its environment, as under torchrun."""
+    env = dict(os.environ)
+    env.update(
+        {
+            "MASTER_ADDR": store_host,
+            "MASTER_PORT": str(store_port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RUN_ID": job_id,
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "0",
+            "PYTHONUNBUFFERED": "1",
+            "DEADPOOL_MODE": "deadpool" if plan.config.deadpool else "plain",
+            "DEADPOOL_SETTINGS": "\n".join(plan.config.flags()),
+        }
+    )
+    for name in ("RANK", *SECRET_VARIABLES):
+        env.pop(name, None)
+    env.setdefault("OMP_NUM_THREADS", "1")
+    env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if plan.emulate_cpu:
+        from deadpool_megatron.emulation import environment
+
+        env.update(environment())
+        env["DEADPOOL_EMULATE_CPU"] = "1"
+    if local_devices is not None:
+        env["CUDA_VISIBLE_DEVICES"] = local_devices
+    return env
+
+
+def end_with_parent(signum: int = signal.SIGTERM) -> None:
+    """Run in a child before exec: the kernel ends it when its parent ends."""
+    ctypes.CDLL(None).prctl(1, signum)
+
+
+def _begin(signum: int) -> None:
+    """Of a child, before exec. What a warning means to it, it says when it is ready for one."""
+    notices.ignored()
+    if signum:
+        end_with_parent(signum)
+
+
+class Processes:
+    """The children of a command, ended by their ids. They end by themselves when it is killed."""
+
+    def __init__(self) -> None:
+        self.all: list[Process] = []
+
+    def start(self, role: str, settings: Mapping[str, Any], signum: int = signal.SIGTERM, **extra: Any) -> Process:
+        """Start ``coordinator`` or ``agent``. From the main thread: the child ends with the thread that made it.
+
+        ``signum`` is what it gets then; 0: it lives on.
+        """
+        process: Process
+        if server := os.environ.get(FORK_SERVER):
+            process = fork_module(
+                server, _NODE, [role], os.environ, stdin=subprocess.PIPE, death_signal=signum, **extra
+            )
+        else:
+            process = subprocess.Popen(
+                [sys.executable, "-m", _NODE, role],
+                stdin=subprocess.PIPE,
+                preexec_fn=partial(_begin, signum),
+                start_new_session=True,
+                **extra,
+            )
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(settings))
+        process.stdin.close()
+        self.all.append(process)
+        return process
+
+    def end(self, grace_s: float) -> None:
+        """SIGTERM for those that live, SIGKILL after ``grace_s`` seconds; returns when all are reaped."""
+        for process in self.all:
+            if process.poll() is None:
+                process.terminate()
+        end = time.monotonic() + grace_s
+        for process in self.all:
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+class CoordinatorProcess:
+    """The coordinator as a child; started again, where it listened, when a signal has ended it.
+
+    Its state lies in the store and with the agents, so training does not notice. More than ``_RESTARTS`` times
+    within ``_RESTARTS_S`` seconds is no accident: then the job ends. ``port`` is 0 when it could not start.
+
+    Args:
+        leadership: taken already; its guard goes with every write of the coordinator's.
+        others_lead: when this process dies another node leads: the child must not end the job then.
+    """
+
+    _RESTARTS = 5
+    _RESTARTS_S = 120.0
+
+    def __init__(
+        self, processes: Processes, settings: dict[str, Any], leadership: Leadership, others_lead: bool = False
+    ) -> None:
+        self._others_lead = others_lead
+        self._processes = processes
+        self._settings = settings
+        self._leadership = leadership
+        self._died: list[float] = []
+        self._interrupted = False
+        self.port = self.store_port = 0
+        self.process = self._start()
+
+    def _start(self) -> Process:
+        guard = self._leadership.guard
+        assert guard is not None, "who does not lead starts no coordinator"
+        self._settings["guard"] = list(guard)
+        signum = signal.SIGKILL if self._others_lead else signal.SIGTERM
+        process = self._processes.start("coordinator", self._settings, signum, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        told = process.stdout.readline().split()
+        if len(told) == 2 and all(each.isdigit() for each in told):  # else it has ended, with its last words
+            self.port, self.store_port = map(int, told)
+            self._settings.update(port=self.port, store_port=self.store_port, resume=True)
+        return process
+
+    def interrupt(self) -> None:
+        """The user wants the end; safe in a signal handler."""
+        self._interrupted = True
+        if self.process.poll() is None:
+            self.process.send_signal(INTERRUPT)
+
+    def preempt(self) -> None:
+        """The machines are wanted soon (see `Core.preempted`). Safe in a signal handler."""
+        if self.process.poll() is None:
+            self.process.send_signal(PREEMPT)
+
+    def kill(self) -> None:
+        """End the process at once, for good: somebody else leads, or is to."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def revive(self) -> tuple[int, str] | None:
+        """The process has ended: start it again (None), or say its exit code and message. Blocks for its last words."""
+        assert self.process.stdout is not None
+        message = self.process.stdout.read().decode().strip()
+        code = self.process.wait()
+        if code >= 0 or self._interrupted:
+            return code, message
+        now = time.monotonic()
+        self._died = [t for t in self._died if now - t < self._RESTARTS_S] + [now]
+        if len(self._died) > self._RESTARTS:
+            return Exit.FAILED, f"the coordinator was ended by signal {-code} again and again; the job is over"
+        print(f"deadpool: the coordinator was ended by signal {-code}; it is started again", file=sys.stderr)
+        self.process = self._start()
+        return None
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit code and message, once the job is over. Where nobody else can lead, it leads again if deposed."""
+        while True:
+            end = self.revive()
+            if end is None:
+                continue
+            if end[0] != Exit.DEPOSED or self._interrupted or self._others_lead:
+                return end
+            if self._leadership.campaign(1, lambda: self._interrupted) is None:
+                return Exit.INTERRUPTED, "interrupted while the store did not answer"
+            self.process = self._start()

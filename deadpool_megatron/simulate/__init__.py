@@ -1,0 +1,1 @@
+"""`deadpool simulate`: goodput of large jobs under failures."""
