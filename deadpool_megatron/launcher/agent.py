@@ -33,7 +33,6 @@ from deadpool_megatron.cluster.store import EMBEDDED, open_store, towards
 from deadpool_megatron.cluster.store.leadership import known_place
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.config import ConfigError
-from deadpool_megatron.intree.attach import let_torchrun_go
 from deadpool_megatron.launcher.agent_options import AgentPlan, check_agent
 from deadpool_megatron.launcher.enlisting import Interrupted, Lifeline, address_towards, enlist, is_ours, resolve
 from deadpool_megatron.launcher.plan import LaunchError, check_transport
@@ -42,6 +41,7 @@ from deadpool_megatron.launcher.seat import Seat, job_lives
 from deadpool_megatron.launcher.secret import SecretSource
 from deadpool_megatron.launcher.serving import Serving, Signals
 from deadpool_megatron.launcher.tee import Tee
+from deadpool_megatron.launcher.torchrun import let_torchrun_go
 from deadpool_megatron.vault import clean_leftovers, process_alive
 
 __all__ = ["run_agent", "run_coordinator"]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.cluster import Exit
-from deadpool_megatron.intree.attach import let_torchrun_go
 from deadpool_megatron.intree.patching import State, change, load_sets
+from deadpool_megatron.launcher.torchrun import let_torchrun_go
 from flags import duo_gpt, tiny_gpt
 from jobs import EXAMPLE, PACED, Job, Jobs, assert_same_training, launch_flags, set_pace, undisturbed
 from machines import MachinesJob

@@ -10,13 +10,13 @@ import msgspec
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.crew import Crew
 from deadpool_megatron.cluster.agent.fence import Fence
+from deadpool_megatron.cluster.agent.gaps import StallRule
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.recovery import NodeRecovery
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.agent.stuck import StuckWatch
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker
-from deadpool_megatron.cluster.core.stalls import StallRule
 from deadpool_megatron.cluster.link.awake import AwakeClock
 
 __all__ = ["LOOK_S", "Lookout", "pace_every_s"]

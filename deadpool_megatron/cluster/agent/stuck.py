@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.gaps import Pulse, StallRule
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker
-from deadpool_megatron.cluster.core.stalls import Pulse, StallRule
 
 __all__ = ["StuckWatch"]
 
