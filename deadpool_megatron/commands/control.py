@@ -68,19 +68,19 @@ def _ask(job: dict[str, Any], run_dir: str, record: msgspec.Struct) -> r.InjectR
 
 def _answer(spoke: Spoke, run_dir: str) -> bytes | None:
     """Raises `_NoJob` when the connection ends before the answer: the request was heard, or is lost."""
-    end, up = time.monotonic() + _ANSWER_S, False
+    end = time.monotonic() + _ANSWER_S
     while time.monotonic() < end:
         packet = spoke.receive(_POLL_S)
         if packet is not None:
             return packet
-        if spoke.changed() and up:
+        spoke.changed()
+        if spoke.ended:
             raise _NoJob(
                 f"the coordinator of {run_dir} ended while it was asked; it is started again: look at deadpool status "
                 "whether it was done, else ask again",
                 later=True,
                 cut=True,
             )
-        up = up or spoke.connected
     return None
 
 

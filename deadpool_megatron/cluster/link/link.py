@@ -225,6 +225,7 @@ class Spoke:
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self.connected = False
+        self.ended = 0  # how often a connection has, that was up
         self.socket.connect(f"tcp://{endpoint}")
 
     def changed(self) -> bool:
@@ -237,7 +238,9 @@ class Spoke:
             except zmq.Again:
                 return news or before != self.connected
             news = True
-            self.connected = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            up = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self.ended += self.connected and not up
+            self.connected = up
 
     def send(self, packet: bytes, timeout_s: float = 10.0) -> bool:
         """Send one packet once the connection is up; False when it did not come up in time."""
