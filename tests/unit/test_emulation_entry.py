@@ -19,7 +19,7 @@ def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_no_other_package_installs_it() -> None:
     code = (
         "import importlib, json, sys\n"
-        "for name in ('cli', 'launch', 'config', 'cluster', 'vault', 'snapshot', 'comm', 'recovery', 'observe'):\n"
+        "for name in ('cli', 'launcher', 'config', 'cluster', 'vault', 'snapshot', 'comm', 'recovery', 'observe'):\n"
         "    importlib.import_module('deadpool_megatron.' + name)\n"
         "import torch\n"
         "from deadpool_megatron.emulation import is_installed\n"
