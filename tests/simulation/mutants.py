@@ -17,6 +17,7 @@ from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.recovery import NodeRecovery
 from deadpool_megatron.cluster.agent.shards import FetchDone
 from deadpool_megatron.cluster.core.core import Core
+from deadpool_megatron.cluster.core.effects import Answer, Declare, Effects, Stop
 from deadpool_megatron.cluster.core.headway import Headway
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.observations import Observations
@@ -50,7 +51,7 @@ def _ranks_apart_are_told_of_by_nobody(patch: Patch) -> None:
 
 def _who_comes_back_does_not_hear_the_floor(patch: Patch) -> None:
     """Row 1, of nodes: what was told of commits while a node was away it never hears."""
-    patch.setattr(Observations, "catch_up", lambda self, node: None)
+    patch.setattr(Observations, "catch_up", lambda self, node: iter(()))
 
 
 def _one_failed_fetch_condemns_the_copy(patch: Patch) -> None:
@@ -85,11 +86,11 @@ def _a_refusal_outlives_what_it_condemns(patch: Patch) -> None:
 def _a_drain_goes_on_without_a_spare(patch: Patch) -> None:
     """Row 4."""
 
-    def before(self: Drains, drain: Any) -> None:
+    def before(self: Drains, drain: Any) -> Effects:
         self._drain = None
         self._facts.members.nodes[drain.node].role = "leaving"
         self._recoveries.helpers.add(drain.node)
-        self._voice.declare(f"node {drain.node} is drained")
+        yield Declare(f"node {drain.node} is drained")
 
     patch.setattr(Drains, "_move_out", before)
     _a_drained_node_does_not_come_back(patch)
@@ -103,8 +104,8 @@ def _a_gap_in_its_own_time_is_everybody_elses_silence(patch: Patch) -> None:
 def _a_loss_at_the_start_ends_the_job(patch: Patch) -> None:
     """Row 8."""
 
-    def before(self: Start, reason: str) -> bool:
-        self._voice.stop(Exit.NO_SPARE, reason)
+    def before(self: Start, reason: str) -> Answer[bool]:
+        yield Stop(Exit.NO_SPARE, reason)
         return False
 
     patch.setattr(Start, "over", before)
@@ -114,7 +115,7 @@ def _nobody_waits_for_a_spare(patch: Patch) -> None:
     """Row 10."""
     place = Recoveries._place
 
-    def before(self: Recoveries, out_of_use: set[int], reason: str, now: float) -> bool:
+    def before(self: Recoveries, out_of_use: set[int], reason: str, now: float) -> Answer[bool]:
         self._waits_until = now
         return place(self, out_of_use, reason, now)
 
@@ -123,16 +124,16 @@ def _nobody_waits_for_a_spare(patch: Patch) -> None:
 
 def _a_drained_node_does_not_come_back(patch: Patch) -> None:
     """Found by the simulation: the spare had no memory, and the job ended although the drained node was still there."""
-    patch.setattr(Recoveries, "_call_drains_off", lambda self, out_of_use: None)
+    patch.setattr(Recoveries, "_call_drains_off", lambda self, out_of_use: iter(()))
 
 
 def _an_end_is_decided_again(patch: Patch) -> None:
     """Found by the simulation: what came in after the coordinator had ended the job, and died, gave another code."""
     stop = Core._stop
 
-    def before(self: Core, code: Exit | int, message: str) -> None:
+    def before(self: Core, code: Exit | int, message: str) -> Effects:
         self._end = None
-        stop(self, code, message)
+        return stop(self, code, message)
 
     patch.setattr(Core, "_stop", before)
 
@@ -152,9 +153,9 @@ def _who_finishes_early_is_forgotten(patch: Patch) -> None:
     """Row 6."""
     finished = Core._node_finished
 
-    def before(self: Core, record: r.Finished) -> None:
+    def before(self: Core, record: r.Finished) -> Effects:
         if self.phase is Phase.RUNNING:
-            finished(self, record)
+            yield from finished(self, record)
 
     patch.setattr(Core, "_node_finished", before)
 
@@ -174,9 +175,9 @@ def _a_process_that_ends_before_it_takes_over_is_not_missed(patch: Patch) -> Non
     """Found by the simulation: the recovery waited for its deadline, then gave the healthy node up."""
     refill = WorkerEnds._refill
 
-    def before(self: WorkerEnds, state: Any, record: r.WorkerExited, cause: str) -> None:
+    def before(self: WorkerEnds, state: Any, record: r.WorkerExited, cause: str) -> Effects:
         if record.rank is not None:
-            refill(self, state, record, cause)
+            yield from refill(self, state, record, cause)
 
     patch.setattr(WorkerEnds, "_refill", before)
 
@@ -242,7 +243,7 @@ def _a_wish_is_answered_before_it_is_kept(patch: Patch) -> None:
 
 def _a_refusal_outlives_the_damaged_copy(patch: Patch) -> None:
     """Found by the simulation: the copy that took its place, of the same version, stayed refused."""
-    patch.setattr(Recoveries, "given_up", lambda self, record: None)
+    patch.setattr(Recoveries, "given_up", lambda self, record: iter(()))
 
 
 def _a_copy_given_up_is_handed_out(patch: Patch) -> None:

@@ -18,26 +18,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.arrivals import Arrivals
 from deadpool_megatron.cluster.core.durable import Durability
-from deadpool_megatron.cluster.core.facts import Facts
-from deadpool_megatron.cluster.core.headway import Headway
-from deadpool_megatron.cluster.core.job import (
-    RECOVERING,
+from deadpool_megatron.cluster.core.effects import (
     Action,
-    Deadlines,
+    Declare,
+    Effect,
+    Effects,
     Emit,
     Finish,
-    JobSpec,
     Keep,
-    Out,
-    Phase,
+    LetGo,
+    Lose,
+    Persist,
     Send,
-    Voice,
+    StartOver,
+    Stop,
+    emit,
 )
+from deadpool_megatron.cluster.core.facts import Facts
+from deadpool_megatron.cluster.core.headway import Headway
+from deadpool_megatron.cluster.core.job import RECOVERING, Deadlines, JobSpec, Phase
 from deadpool_megatron.cluster.core.layout import Layout
 from deadpool_megatron.cluster.core.members import Members, NodeState
 from deadpool_megatron.cluster.core.observations import Observations
@@ -72,6 +74,10 @@ _RESTORED = {"starting": Phase.STARTING, "finishing": Phase.FINISHING, "ended": 
 _RETURN_S = 5.0  # beyond the lease, for agents to find a coordinator that starts again
 
 
+def _just(effect: Effect) -> Effects:
+    yield effect
+
+
 class Core:
     """Membership, epochs, agreement and the end of one job. Not thread-safe: one caller."""
 
@@ -80,28 +86,27 @@ class Core:
         self.job = job
         self._phase = Phase.STARTING
         self._end: tuple[int, str] | None = None
-        self._out = Out()
+        self._actions: list[Action] = []
         self._now = 0.0
-        voice = Voice(self._send, self._emit, self._keep, self._declare, self._start_over, self._lose, self._stop)
         self.members = Members(job)
         self.protection = Protection(job.redundancy, job.domains)
         self._layout = Layout(job.world_size)
         self._headway = Headway(self.members.active())
-        self._durability = Durability(job.durable, self._send, self._emit)
+        self._durability = Durability(job.durable)
         facts = Facts(job, self.members, self._layout, self._headway, self.protection, self._durability)
-        self._recoveries = Recoveries(facts, voice, rendezvous, self._let_go)
+        self._recoveries = Recoveries(facts, rendezvous)
         self._reunion = Reunion()
         self._arrivals = Arrivals(job.deadlines.join)
-        self._drains = Drains(facts, voice, self._recoveries, self._let_go)
-        self._suspicions = Suspicions(facts, voice)
-        self._ends = WorkerEnds(facts, voice, self._recoveries)
-        self.seen = seen = Observations(facts, voice)
-        self._start = Start(facts, voice, seen.snapshots)
+        self._drains = Drains(facts, self._recoveries)
+        self._suspicions = Suspicions(facts)
+        self._ends = WorkerEnds(facts, self._recoveries)
+        self.seen = seen = Observations(facts)
+        self._start = Start(facts, seen.snapshots)
         self._finished: set[int] = set()
         self._noticed = False
         self._later: list[r.Committed] | None = None
         """Told while agents come back to a coordinator that has started again; None: they count at once."""
-        self._handlers: dict[type, Callable[[Any], None]] = {
+        self._handlers: dict[type, Callable[[Any], Effects]] = {
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
             r.Registered: self._register,
@@ -195,57 +200,56 @@ class Core:
         """A record came from an agent. ``now`` is a monotonic time in seconds."""
         if self.members.gone(getattr(record, "node", -1)) and not isinstance(record, r.Join):
             return []  # a node that was declared lost has no say any more
-        return self._run(lambda: self._handlers[type(record)](record), now)
+        self._now = now
+        return self._run(self._handlers[type(record)](record), now)
 
     def node_lost(self, node: int, cause: str, now: float) -> list[Action]:
         """The lease or the connection of a node ended."""
-        return self._run(lambda: self._lose({node}, cause), now)
+        return self._run(self._lose({node}, cause), now)
 
     def node_away(self, node: int, now: float) -> list[Action]:
         """The connection of a node has ended while nobody here could have heard it: it has time to come back."""
 
-        def wait() -> None:
-            if not self.members.gone(node):
-                self._reunion.also(node, now + self.job.deadlines.lease + _RETURN_S)
-
-        return self._run(wait, now)
+        if self._phase is not Phase.ENDED and not self.members.gone(node):
+            self._reunion.also(node, now + self.job.deadlines.lease + _RETURN_S)
+        return []
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
-        return self._run(self._check_deadlines, now)
+        return self._run(self._check_deadlines(), now)
 
     def interrupted(self, now: float) -> list[Action]:
         """The user asked for the end."""
-        return self._run(lambda: self._stop(Exit.INTERRUPTED, "interrupted: every process of the job is ended"), now)
+        return self._run(self._stop(Exit.INTERRUPTED, "interrupted: every process of the job is ended"), now)
 
     def preempted(self, now: float) -> list[Action]:
         """The machines are wanted soon: what is committed becomes durable and the job leaves, if it is set up for that.
 
         Else Megatron decides: it handles the notice as its own exit signal (``--exit-signal-handler``).
         """
-        return self._run(self._preempt, now)
+        return self._run(self._preempt(), now)
 
     def durable_taken(self, why: str, now: float) -> list[Action]:
         """The durable directory is another job's now."""
-        return self._run(lambda: self._durable_taken(why), now)
+        return self._run(self._durable_taken(why), now)
 
     def inject(self, fault: r.Fault, now: float) -> tuple[str, list[Action]]:
         """A fault was asked for. Returns the reason it is refused, or an empty string."""
         if fault.kind == "abort":
             if self.phase is not Phase.RUNNING:
                 return f"the job is not training now: {self.phase.value}", []
-            return "", self._run(lambda: self._declare("abort injected"), now)
+            return "", self._run(self._declare("abort injected"), now)
         error = self._no_such_node(fault.node)
         if error:
             return error, []
         if fault.iteration is not None and fault.iteration <= self.iteration:
             return f"iteration {fault.iteration} is over: the job is past iteration {self.iteration}", []
-        return "", self._run(lambda: self._out.send(fault.node, r.Arm(fault)), now)
+        return "", self._run(_just(Send(fault.node, r.Arm(fault))), now)
 
     def drain(self, node: int, now: float) -> tuple[str, list[Action]]:
         """A node is to be taken away. Returns the reason it cannot, or an empty string."""
         why, _ = self.cannot_drain(node)
-        return why, [] if why else self._run(lambda: self._drains.begin(node, now), now)
+        return why, [] if why else self._run(self._drains.begin(node, now), now)
 
     def cannot_drain(self, node: int) -> tuple[str, bool]:
         """Why a node cannot be taken away now (empty: it can), and whether that may pass by itself."""
@@ -275,7 +279,7 @@ class Core:
             return f"not now, the job is {self.phase.value}; try again in a moment", -1, []
         node = self.members.add_spare()
         self._arrivals.expect({node}, now)
-        return "", node, self._run(lambda: self._keep(), now)
+        return "", node, self._run(_just(Persist()), now)
 
     @property
     def durable(self) -> int:
@@ -283,33 +287,50 @@ class Core:
         newest = self._durability.newest
         return -1 if newest is None else newest
 
-    # ---- helpers
+    # ---- effects
 
-    def _run(self, step: Callable[[], None], now: float) -> list[Action]:
+    def _run(self, effects: Effects, now: float) -> list[Action]:
         self._now = now
         if self._phase is not Phase.ENDED:
-            step()
-        return self._out.take()
+            self._carry_out(effects)
+        actions, self._actions = self._actions, []
+        return actions
 
-    def _send(self, node: int | None, record: msgspec.Struct) -> None:
-        self._out.send(node, record)
+    def _carry_out(self, effects: Effects) -> None:
+        for effect in effects:
+            match effect:
+                case Emit(event, fields):
+                    self._actions.append(Emit(event, {"epoch": self.epoch, **fields}))
+                case Persist(parts):
+                    self._actions.append(Keep({name: self._part(name) for name in parts}))
+                case Declare(reason):
+                    self._carry_out(self._declare(reason))
+                case StartOver(reason):
+                    self._carry_out(self._start_over(reason))
+                case Lose(nodes, cause):
+                    self._carry_out(self._lose(nodes, cause))
+                case LetGo(node):
+                    self._carry_out(self._let_go(node))
+                case Stop(code, message):
+                    self._carry_out(self._stop(code, message))
+                case Send() | Keep() | Finish():
+                    self._actions.append(effect)
 
-    def _emit(self, event: str, **fields: Any) -> None:
-        self._out.add(Emit(event, {"epoch": self.epoch, **fields}))
+    # ---- the end
 
-    def _stop(self, code: Exit | int, message: str) -> None:
+    def _stop(self, code: Exit | int, message: str) -> Effects:
         if self._end is not None:  # decided before this coordinator was started: that is the end, whatever came since
             code, message = self._end
         elif code in (Exit.NO_SPARE, Exit.GENERATION_LOST, Exit.RECOVERY_FAILED, Exit.FAILED):
             message += self._durability.hint
-        self._emit("stopped", code=int(code), message=message)
-        self._send(None, r.Stop(int(code), message))
-        self._finish(int(code), message)
+        yield emit("stopped", code=int(code), message=message)
+        yield Send(None, r.Stop(int(code), message))
+        yield from self._finish(int(code), message)
 
-    def _finish(self, code: int, message: str) -> None:
-        self._out.add(Finish(code, message))
+    def _finish(self, code: int, message: str) -> Effects:
+        yield Finish(code, message)
         self._phase, self._recoveries.current, self._end = Phase.ENDED, None, (code, message)
-        self._keep("now")  # refused to a coordinator that was deposed: it must not end the job
+        yield Persist(("now",))  # refused to a coordinator that was deposed: it must not end the job
         self._suspicions.ended()
         self._drains.forget()
         self._arrivals.clear()
@@ -326,10 +347,6 @@ class Core:
         return ""
 
     # ---- a coordinator that starts again
-
-    def _keep(self, *parts: str) -> None:
-        """Keep what may have changed: the parts named; without any, what changes in a job's life."""
-        self._out.add(Keep({name: self._part(name) for name in parts or ("now", "members")}))
 
     def dump(self) -> dict[str, Any]:
         """What a coordinator that starts again has to know, by part, as JSON types."""
@@ -378,204 +395,204 @@ class Core:
         self._later = [] if there else None
         self._reunion.begin(there, "a recovery was under way" if kept["recovering"] else "", until)
         self._arrivals.expect(self.members.missing(), now)
-        return self._run(lambda: self._emit("coordinator_back", nodes=sorted(there)), now)
+        return self._run(_just(emit("coordinator_back", nodes=sorted(there))), now)
 
-    def _returned(self, record: r.Join) -> None:
+    def _returned(self, record: r.Join) -> Effects:
         """An agent is back after the coordinator was away."""
         self._reunion.without({record.node})
         active = self.members.holds(record.node) or record.node in self._recoveries.helpers
         if active and (not record.settled or record.epoch != self.epoch):
             self._reunion.remember(f"node {record.node} was in the middle of epoch {record.epoch}")
         if not self._reunion.waits:
-            self._all_returned()
+            yield from self._all_returned()
         else:
-            self._count_commits()
+            yield from self._count_commits()
 
     @property
     def _misses_active(self) -> bool:
         return any(map(self.members.holds, self._reunion.expected))
 
-    def _count_commits(self) -> None:
+    def _count_commits(self) -> Effects:
         """Once all that hold a coordinate are back: what is committed, and what is dead, follows from what all say."""
         if self._later is not None and not self._misses_active:
             later, self._later = self._later, None
-            self.seen.catch_up(None)
+            yield from self.seen.catch_up(None)
             for each in later:
-                self._node_commit(each)
+                yield from self._node_commit(each)
 
-    def _all_returned(self) -> None:
+    def _all_returned(self) -> Effects:
         missing, unsettled = self._reunion.end()
         epoch = self.epoch
         if self._end is not None:
-            self._end_well() if self._end[0] == Exit.OK else self._stop(*self._end)
+            yield from self._end_well() if self._end[0] == Exit.OK else self._stop(*self._end)
             return
         if missing:
-            self._lose(missing, "its agent has not come back to the coordinator")
+            yield from self._lose(missing, "its agent has not come back to the coordinator")
         if self._phase is Phase.FINISHING:
-            self._send(None, r.AllFinished(self.epoch))
+            yield Send(None, r.AllFinished(self.epoch))
         elif self._phase is Phase.STARTING:
             if unsettled and epoch == self.epoch:
-                self._start_over(f"the coordinator was away and {unsettled}")
+                yield from self._start_over(f"the coordinator was away and {unsettled}")
             elif self.members.complete():
-                self._durability.start(self.members.active(), self.epoch)
-        self._count_commits()
+                yield from self._durability.start(self.members.active(), self.epoch)
+        yield from self._count_commits()
         if self.epoch != epoch or self._phase is not Phase.RUNNING:
             return
         lost = [n for n in self.members.active() if self.members.gone(n)]
         if unsettled or lost or (self._recoveries.vacant and self.recovery is None):
             why = unsettled or (f"node {lost[0]} was lost" if lost else "a worker died")
-            self._declare(f"the coordinator was away and {why}")
+            yield from self._declare(f"the coordinator was away and {why}")
         elif self.recovery is None and self.epoch == self._start.epoch and self._layout.known:
-            self._start.tell_placement()  # who heard it hears the same again
+            yield self._start.placement()  # who heard it hears the same again
 
     # ---- start
 
-    def _join(self, record: r.Join) -> None:
+    def _join(self, record: r.Join) -> Effects:
         state = self.nodes.get(record.node)
         if state is None or state.gone:
-            self._send(record.node, r.Stop(Exit.FENCED, f"node {record.node} is not part of this job (any more)"))
+            yield Send(record.node, r.Stop(Exit.FENCED, f"node {record.node} is not part of this job (any more)"))
             return
         if record.kept is not None and record.epoch == self.epoch:
             self._headway.heard(Version(*record.kept))
         first = self._start.joined(state, record)
         awaited = self._arrivals.without({record.node})
         if record.node in self._reunion.expected:
-            self._returned(record)
+            yield from self._returned(record)
         elif self._phase is Phase.STARTING:
             if first:
-                self._start.tell_roster()
+                yield from self._start.tell_roster()
             elif record.epoch < self.epoch:
-                self._start.tell_again(record.node)
+                yield from self._start.tell_again(record.node)
         elif awaited:
-            self._start.came_later(record)
-            self._look_for_spare(record.node)
+            yield from self._start.came_later(record)
+            yield from self._look_for_spare(record.node)
         if not first and (departed := [n for n in self.nodes if self.members.gone(n)]):
-            self._send(record.node, r.Departed(departed))  # it may have left while this one was not connected
+            yield Send(record.node, r.Departed(departed))  # it may have left while this one was not connected
         if self.members.holds(record.node) and record.epoch == self.epoch and self._later is None:
-            self.seen.catch_up(record.node)
+            yield from self.seen.catch_up(record.node)
 
-    def _worker_ready(self, record: r.WorkerReady) -> None:
-        self._start.worker_ready(record)
-        self._look_for_spare(record.node)
+    def _worker_ready(self, record: r.WorkerReady) -> Effects:
+        yield from self._start.worker_ready(record)
+        yield from self._look_for_spare(record.node)
 
-    def _look_for_spare(self, node: int) -> None:
+    def _look_for_spare(self, node: int) -> Effects:
         if self._recoveries.spare_came():
-            self._declare(f"node {node} has come as a spare")
+            yield from self._declare(f"node {node} has come as a spare")
 
-    def _register(self, record: r.Registered) -> None:
+    def _register(self, record: r.Registered) -> Effects:
         if self._phase is Phase.STARTING and record.epoch != self.epoch:
             return  # of a start that is over
-        if self._start.registered(record) and self._phase is Phase.STARTING:
+        if (yield from self._start.registered(record)) and self._phase is Phase.STARTING:
             self._phase = Phase.RUNNING
-            self._start.train(record.unique_bytes)
-            self._look_for_end()
+            yield from self._start.train(record.unique_bytes)
+            yield from self._look_for_end()
 
-    def _damaged(self, record: r.DamagedCopy) -> None:
-        self.seen.damaged(record)
-        self._recoveries.given_up(record)
+    def _damaged(self, record: r.DamagedCopy) -> Effects:
+        yield from self.seen.damaged(record)
+        yield from self._recoveries.given_up(record)
 
     # ---- failure-free
 
-    def _iterated(self, record: r.Iteration) -> None:
-        if record.epoch == self.epoch and self.seen.iterated(record, self._now):
+    def _iterated(self, record: r.Iteration) -> Effects:
+        if record.epoch == self.epoch and (yield from self.seen.iterated(record, self._now)):
             self._suspicions.got_on()
 
-    def _node_commit(self, record: r.Committed) -> None:
+    def _node_commit(self, record: r.Committed) -> Effects:
         if record.epoch != self.epoch:
             return
         if self._later is not None:
             self._later.append(record)
         else:
-            self.seen.committed(record, self._now, self.phase is Phase.RUNNING)
+            yield from self.seen.committed(record, self._now, self.phase is Phase.RUNNING)
 
-    def _node_ready(self, record: r.NodeReady) -> None:
-        self._recoveries.ready(record, self._now)
-        self._leave_if_drained()
+    def _node_ready(self, record: r.NodeReady) -> Effects:
+        yield from self._recoveries.ready(record, self._now)
+        yield from self._leave_if_drained()
 
-    def _node_finished(self, record: r.Finished) -> None:
+    def _node_finished(self, record: r.Finished) -> Effects:
         # Also in a recovery, and at the start: a node may be through before the news of another that it has begun.
         if record.epoch == self.epoch and self._phase in (Phase.STARTING, Phase.RUNNING):
             self._finished.add(record.node)
-            self._look_for_end()
+            yield from self._look_for_end()
 
-    def _look_for_end(self) -> None:
+    def _look_for_end(self) -> Effects:
         if self._phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
             self._phase, self._recoveries.current = Phase.FINISHING, None
             self._suspicions.ended()
             self._drains.forget()
-            self._keep()
-            self._send(None, r.AllFinished(self.epoch))
+            yield Persist()
+            yield Send(None, r.AllFinished(self.epoch))
 
     # ---- the durable tier
 
-    def _shards_loaded(self, record: r.ShardsLoaded) -> None:
-        why = self._durability.loaded(record, self.members.active())
+    def _shards_loaded(self, record: r.ShardsLoaded) -> Effects:
+        why = yield from self._durability.loaded(record, self.members.active())
         if why:
-            self._stop(Exit.GENERATION_LOST, why)
+            yield from self._stop(Exit.GENERATION_LOST, why)
 
-    def _shards_drained(self, record: r.ShardsDrained) -> None:
-        self._durability.drained(record, self.assignment, self.coordinates, self.epoch)
-        self._leave_if_drained()
+    def _shards_drained(self, record: r.ShardsDrained) -> Effects:
+        yield from self._durability.drained(record, self.assignment, self.coordinates, self.epoch)
+        yield from self._leave_if_drained()
 
-    def _generation_sealed(self, record: r.GenerationSealed) -> None:
-        self._durability.sealed(record, self.assignment, self._now)
-        self._leave_if_drained()
+    def _generation_sealed(self, record: r.GenerationSealed) -> Effects:
+        yield from self._durability.sealed(record, self.assignment, self._now)
+        yield from self._leave_if_drained()
 
-    def _durable_taken(self, why: str) -> None:
-        self._durability.taken(why)
-        self._leave_if_drained()
+    def _durable_taken(self, why: str) -> Effects:
+        yield from self._durability.taken(why)
+        yield from self._leave_if_drained()
 
-    def _preempt(self) -> None:
+    def _preempt(self) -> Effects:
         if not self.job.on_preempt:
             if not self._noticed:
                 self._noticed = True
-                self._emit("exit_notice")
-                self._send(None, r.ExitNotice())
+                yield emit("exit_notice")
+                yield Send(None, r.ExitNotice())
             return
-        self._durability.preempt(self.assignment, self._now)
-        self._leave_if_drained()
+        yield from self._durability.preempt(self.assignment, self._now)
+        yield from self._leave_if_drained()
 
-    def _leave_if_drained(self) -> None:
+    def _leave_if_drained(self) -> Effects:
         if self._durability.last_is_over:
-            self._recoveries.last_drained()
+            yield from self._recoveries.last_drained()
         elif self._durability.leave is not None:
-            self._stop(Exit.PREEMPTED, self._durability.leave)
+            yield from self._stop(Exit.PREEMPTED, self._durability.leave)
 
     # ---- planned moves
 
-    def _node_held(self, record: r.NodeHeld) -> None:
+    def _node_held(self, record: r.NodeHeld) -> Effects:
         if record.epoch == self.epoch and self.phase is Phase.RUNNING:
-            self._drains.held(record)
+            yield from self._drains.held(record)
 
-    def _let_go(self, node: int) -> None:
-        self._send(node, r.Stop(Exit.OK, f"node {node} is drained and may be taken away"))
+    def _let_go(self, node: int) -> Effects:
+        yield Send(node, r.Stop(Exit.OK, f"node {node} is drained and may be taken away"))
         self.nodes[node].role = "left"
-        self._send(None, r.Departed([node]))
+        yield Send(None, r.Departed([node]))
         self._arrivals.without({node})
-        self._keep()
+        yield Persist()
 
     # ---- ends of processes
 
-    def _worker_exited(self, record: r.WorkerExited) -> None:
+    def _worker_exited(self, record: r.WorkerExited) -> Effects:
         if self._phase is Phase.STARTING and record.epoch != self.epoch:
             return  # of a start that is over
-        if self._ends.exited(record, self._phase, self._now):
-            self._end_well()
+        if (yield from self._ends.exited(record, self._phase, self._now)):
+            yield from self._end_well()
 
-    def _end_well(self) -> None:
+    def _end_well(self) -> Effects:
         if self._end is not None and self._end[0] != Exit.OK:
-            self._stop(*self._end)
+            yield from self._stop(*self._end)
             return
         if self._phase is Phase.FINISHING and self.job.deadpool:
-            self._emit("finished", iteration=self.iteration)
+            yield emit("finished", iteration=self.iteration)
         else:
-            self._emit("finished")
-        self._send(None, r.Stop(Exit.OK, ""))
-        self._finish(Exit.OK, "")
+            yield emit("finished")
+        yield Send(None, r.Stop(Exit.OK, ""))
+        yield from self._finish(Exit.OK, "")
 
     # ---- losses
 
-    def _lose(self, nodes: set[int], cause: str) -> None:
+    def _lose(self, nodes: set[int], cause: str) -> Effects:
         fresh = {n for n in nodes if not self.members.gone(n)}
         if not fresh:
             return
@@ -584,51 +601,51 @@ class Core:
         awaited = {node for node in fresh if not self.nodes[node].agent_pid}
         self._arrivals.without(fresh)
         for node in sorted(fresh):
-            self._emit("detected", node=node, cause=cause, ranks=self.members.ranks_of(node))
-            self._send(node, r.Stop(Exit.FENCED, f"node {node} is out of the job: {cause}"))
+            yield emit("detected", node=node, cause=cause, ranks=self.members.ranks_of(node))
+            yield Send(node, r.Stop(Exit.FENCED, f"node {node} is out of the job: {cause}"))
             self.nodes[node].role = "lost"
             self._recoveries.helpers.discard(node)
         if not hit:
-            self._send(None, r.Departed(sorted(fresh)))
+            yield Send(None, r.Departed(sorted(fresh)))
             if awaited and self._phase is Phase.STARTING:
-                self._start.tell_roster()  # it was the one the others waited for
-            self._keep()
+                yield from self._start.tell_roster()  # it was the one the others waited for
+            yield Persist()
             return
         if not self.job.deadpool:
-            self._stop(Exit.FAILED, f"node {sorted(hit)[0]} was lost and DeadPool is off: {cause}")
+            yield from self._stop(Exit.FAILED, f"node {sorted(hit)[0]} was lost and DeadPool is off: {cause}")
             return
         if self._phase is Phase.FINISHING:  # everything is saved: the others leave, and that is a good end
-            self._keep()
+            yield Persist()
             if self._ends.all_left():
-                self._end_well()
+                yield from self._end_well()
             return
         if not self._reunion.waits:
-            self._declare(cause)
+            yield from self._declare(cause)
             return
         self._reunion.without(fresh)
         if not self._reunion.waits:
-            self._all_returned()
+            yield from self._all_returned()
 
-    def _declare(self, reason: str) -> None:
+    def _declare(self, reason: str) -> Effects:
         if self._reunion.waits:  # whoever is not back yet would not hear of it: when all are (`_all_returned`)
             self._reunion.remember(reason)
             return
         if self._phase is Phase.STARTING:
-            self._start_over(reason)
+            yield from self._start_over(reason)
             return
-        replaced = self._recoveries.declare(reason, self._now)
+        replaced = yield from self._recoveries.declare(reason, self._now)
         if replaced is not None:
             self._new_epoch(replaced)
 
-    def _start_over(self, reason: str) -> None:
+    def _start_over(self, reason: str) -> Effects:
         """Nothing is committed that the job could go on from, so it begins anew."""
-        if not self._start.over(reason):
+        if not (yield from self._start.over(reason)):
             return
         self._phase = Phase.STARTING
         self._recoveries.start_over()
         self._new_epoch(list(range(self.job.world_size)))
-        self._keep()
-        self._start.tell_roster()
+        yield Persist()
+        yield from self._start.tell_roster()
 
     def _new_epoch(self, replaced: list[int]) -> None:
         self.seen.moved(replaced)
@@ -637,47 +654,47 @@ class Core:
         self._ends.new_epoch()
         self._drains.forget()
 
-    def _fetch_failed(self, record: r.FetchFailed) -> None:
+    def _fetch_failed(self, record: r.FetchFailed) -> Effects:
         if record.own and record.epoch == self.epoch:
             if self._recoveries.drains:
-                self._recoveries.last_drained()  # no node has room for what a lost one had
+                yield from self._recoveries.last_drained()  # no node has room for what a lost one had
                 return
-            self._lose({record.node}, record.why)  # another spare may have room
-        elif why := self._recoveries.fetch_failed(record):
-            self._declare(why)
+            yield from self._lose({record.node}, record.why)  # another spare may have room
+        elif why := (yield from self._recoveries.fetch_failed(record)):
+            yield from self._declare(why)
 
-    def _peer_error(self, record: r.PeerError) -> None:
+    def _peer_error(self, record: r.PeerError) -> Effects:
         if record.epoch == self.epoch:
-            self._suspicions.peer_error(record, self._now, self._phase is Phase.RUNNING)
+            yield from self._suspicions.peer_error(record, self._now, self._phase is Phase.RUNNING)
 
-    def _stalled(self, record: r.Stalled) -> None:
+    def _stalled(self, record: r.Stalled) -> Effects:
         if record.epoch == self.epoch and self.phase is Phase.RUNNING:
-            self._suspicions.stalled(record, self._now)
+            yield from self._suspicions.stalled(record, self._now)
 
     # ---- time
 
-    def _check_deadlines(self) -> None:
-        self._durability.tick(self.assignment, self._now)
-        self._leave_if_drained()
+    def _check_deadlines(self) -> Effects:
+        yield from self._durability.tick(self.assignment, self._now)
+        yield from self._leave_if_drained()
         if self._phase is Phase.ENDED:
             return
         if self._phase is Phase.STARTING and not self._arrivals.begun:
             self._arrivals.expect(self.members.missing(), self._now)
         if late := self._arrivals.late(self._now):
-            self._lose(late, self._arrivals.why_late)
-        self._suspicions.judge_errors(self._now)
+            yield from self._lose(late, self._arrivals.why_late)
+        yield from self._suspicions.judge_errors(self._now)
         if not self._reunion.waits:
-            self._ends.judge(self._now)
+            yield from self._ends.judge(self._now)
         if self._reunion.due is not None and self._now >= self._reunion.due:
-            self._all_returned()
-        self._drains.tick(self._now)
+            yield from self._all_returned()
+        yield from self._drains.tick(self._now)
         if self.phase is Phase.RUNNING:
-            self._suspicions.judge_stalls(self._now)
+            yield from self._suspicions.judge_stalls(self._now)
         recovery = self.recovery
         if recovery is not None and recovery.deadline is not None and self._now >= recovery.deadline:
             recovery.deadline = None
             late_nodes = recovery.late()
             if recovery.phase is Phase.WAITING:
-                self._declare("no spare has come in time")
+                yield from self._declare("no spare has come in time")
             elif late_nodes:
-                self._lose(late_nodes, f"missed the deadline of phase '{recovery.phase.value}'")
+                yield from self._lose(late_nodes, f"missed the deadline of phase '{recovery.phase.value}'")

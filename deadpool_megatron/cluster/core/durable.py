@@ -7,20 +7,18 @@
     GenerationSealed        event `durable`
 
 One attempt at a time, each under a name of its own. What fails costs that attempt and nothing else: training goes on,
-the user is told, and the durable generations there are stay. `Core` owns one of these and calls it; what is to be sent
-goes out through the functions it is given.
+the user is told, and the durable generations there are stay.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.effects import Answer, Effects, Send, emit
 from deadpool_megatron.durable import ShardFile, directory_name
 from deadpool_megatron.vault import Version
 
@@ -73,19 +71,10 @@ class Durability:
 
     Args:
         spec: None when there is no durable directory; then nothing here does anything.
-        send: sends a record to a node, or to all that are not lost (None).
-        emit: writes an event; one with a ``message`` is shown to the user too.
     """
 
-    def __init__(
-        self,
-        spec: DurableSpec | None,
-        send: Callable[[int | None, msgspec.Struct], None],
-        emit: Callable[..., None],
-    ) -> None:
+    def __init__(self, spec: DurableSpec | None) -> None:
         self._spec = spec
-        self._send = send
-        self._emit = emit
         self._complete: list[tuple[int, str]] = list(spec.complete) if spec is not None else []
         self._attempt: _Attempt | None = None
         self._attempts = 0
@@ -123,16 +112,16 @@ class Durability:
         """The durable generation to go on from when memory cannot answer."""
         return self._complete[0] if self._complete else None
 
-    def bad(self, name: str, why: str) -> None:
+    def bad(self, name: str, why: str) -> Effects:
         """A durable generation could not be read: it does not count any more."""
         for generation, known in self._complete:
             if known == name:
-                self._failed(generation, f"durable generation {generation} cannot be used: {why}")
+                yield from self._failed(generation, f"durable generation {generation} cannot be used: {why}")
         self._complete = [one for one in self._complete if one[1] != name]
 
     # ---- the start
 
-    def start(self, active: Iterable[int], epoch: int) -> None:
+    def start(self, active: Iterable[int], epoch: int) -> Effects:
         """All agents are there: bring the newest durable generation into the vaults, or say that there is none.
 
         Once for an epoch, which is 0 unless the start had to begin anew.
@@ -140,7 +129,7 @@ class Durability:
         if self._spec is None or not self._spec.resume or (self._begun and epoch == self._epoch):
             return
         self._begun, self._epoch = True, epoch
-        self._load(active)
+        yield from self._load(active)
 
     def restored(self, starting: bool) -> None:
         """A coordinator takes the place of one that is gone: what was under way is not known any more.
@@ -150,16 +139,16 @@ class Durability:
         self._begun = not starting
         self._last = self.newest or 0
 
-    def _load(self, active: Iterable[int]) -> None:
+    def _load(self, active: Iterable[int]) -> Effects:
         if self._complete:
             generation, name = self._complete[0]
             self._loading = (name, set(active))
-            self._send(None, r.LoadShards(name, generation, self._epoch))
+            yield Send(None, r.LoadShards(name, generation, self._epoch))
         else:
             self._loading = None
-            self._send(None, r.ResumeAt(-1))
+            yield Send(None, r.ResumeAt(-1))
 
-    def loaded(self, record: r.ShardsLoaded, active: Iterable[int]) -> str:
+    def loaded(self, record: r.ShardsLoaded, active: Iterable[int]) -> Answer[str]:
         """A node has its shards, or not. Returns why the job cannot start, or an empty string."""
         if self._spec is None or self._loading is None:
             return ""
@@ -167,21 +156,21 @@ class Durability:
             return ""
         name, waiting = self._loading
         if record.error:
-            self.bad(name, record.error)
+            yield from self.bad(name, record.error)
             if not self._complete:
                 return (
                     f"no durable generation in {self._spec.directory} can be read ({record.error}); start with "
                     "Megatron's last checkpoint (--load) and another --deadpool-durable-dir, or none"
                 )
-            self._load(active)
+            yield from self._load(active)
             return ""
         waiting.discard(record.node)
         if not waiting:
             generation = self._complete[0][0]
             self._loading = None
             self._last = generation
-            self._send(None, r.ResumeAt(generation))
-            self._emit(
+            yield Send(None, r.ResumeAt(generation))
+            yield emit(
                 "durable_resumed",
                 iteration=generation,
                 name=name,
@@ -191,7 +180,7 @@ class Durability:
 
     # ---- draining
 
-    def committed(self, kept: Version, active: Sequence[int], now: float, training: bool = True) -> None:
+    def committed(self, kept: Version, active: Sequence[int], now: float, training: bool = True) -> Effects:
         """The whole job has committed ``kept``; drain it when it is due.
 
         Not while ``training`` is False: vaults commit what a spare fetches before its worker has said what that is.
@@ -210,21 +199,23 @@ class Durability:
         if self._attempt is not None or (newest is not None and kept.generation <= newest):
             return
         if self._preempted is not None:
-            self._begin(kept, active, now, 0.0)
+            yield from self._begin(kept, active, now, 0.0)
         elif spec.interval and (self._retry or kept.generation // spec.interval > self._last // spec.interval):
             since, generation = self._first
             pace = (now - since) / max(1, kept.generation - generation)
-            self._begin(kept, active, now, _SHARE * spec.interval * max(0.0, pace))
+            yield from self._begin(kept, active, now, _SHARE * spec.interval * max(0.0, pace))
 
-    def _begin(self, version: Version, active: Sequence[int], now: float, seconds: float, last: bool = False) -> None:
+    def _begin(
+        self, version: Version, active: Sequence[int], now: float, seconds: float, last: bool = False
+    ) -> Effects:
         assert self._spec is not None
         self._attempts += 1
         name = directory_name(version.generation, self._spec.job, self._attempts)
         self._attempt = _Attempt(name, version, now, now + self._spec.deadline, set(active), last=last)
         self._last = version.generation
         self._retry = False
-        self._send(None, r.DrainShards(name, version.epoch, version.generation, seconds))
-        self._emit("draining", iteration=version.generation, name=name, spread_s=round(seconds, 3))
+        yield Send(None, r.DrainShards(name, version.epoch, version.generation, seconds))
+        yield emit("draining", iteration=version.generation, name=name, spread_s=round(seconds, 3))
 
     def drained(
         self,
@@ -232,13 +223,13 @@ class Durability:
         assignment: Sequence[r.SlotAddress],
         coordinates: Mapping[int, r.CoordinateInfo],
         epoch: int,
-    ) -> None:
+    ) -> Effects:
         """A node's shards are written, or are not."""
         attempt = self._attempt
         if attempt is None or attempt.name != record.name or attempt.sealing is not None or self._spec is None:
             return
         if record.error:
-            self._fail(f"node {record.node}: {record.error}", assignment)
+            yield from self._fail(f"node {record.node}: {record.error}", assignment)
             return
         attempt.waiting.discard(record.node)
         attempt.shards.update((shard.rank, shard) for shard in record.shards)
@@ -246,11 +237,11 @@ class Durability:
             return
         missing = [rank for rank in range(len(assignment)) if rank not in attempt.shards or rank not in coordinates]
         if missing:
-            self._fail(f"nobody has written the shard of rank {missing[0]}", assignment)
+            yield from self._fail(f"nobody has written the shard of rank {missing[0]}", assignment)
             return
         attempt.sealing = assignment[0].node
         keep = [name for _, name in self._complete[: self._spec.keep - 1]]
-        self._send(
+        yield Send(
             attempt.sealing,
             r.SealGeneration(
                 attempt.name,
@@ -262,13 +253,13 @@ class Durability:
             ),
         )
 
-    def sealed(self, record: r.GenerationSealed, assignment: Sequence[r.SlotAddress], now: float) -> None:
+    def sealed(self, record: r.GenerationSealed, assignment: Sequence[r.SlotAddress], now: float) -> Effects:
         """The manifest is written, or is not."""
         attempt = self._attempt
         if attempt is None or attempt.name != record.name or self._spec is None:
             return
         if record.error:
-            self._fail(f"node {record.node}: {record.error}", assignment)
+            yield from self._fail(f"node {record.node}: {record.error}", assignment)
             return
         generation = attempt.version.generation
         self._complete = [(generation, attempt.name), *self._complete[: self._spec.keep - 1]]
@@ -277,7 +268,7 @@ class Durability:
         fields: dict[str, Any] = {"problems": record.problems} if record.problems else {}
         if record.problems:
             fields["message"] = f"generation {generation} is durable, but {record.problems[0]}"
-        self._emit(
+        yield emit(
             "durable",
             iteration=generation,
             name=attempt.name,
@@ -286,30 +277,30 @@ class Durability:
             **fields,
         )
         if self._preempted is not None:
-            self._drained_last(attempt.started, assignment, now)
+            yield from self._drained_last(attempt.started, assignment, now)
 
-    def _fail(self, cause: str, assignment: Sequence[r.SlotAddress], retry: bool = False) -> None:
+    def _fail(self, cause: str, assignment: Sequence[r.SlotAddress], retry: bool = False) -> Effects:
         attempt = self._attempt
         assert attempt is not None and self._spec is not None
         self._attempt = None
         self._retry = retry
-        self._send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
+        yield Send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
         self.last_is_over = attempt.last and not retry
         generation = attempt.version.generation
         newest = self.newest
         goes_on = "the job ends" if attempt.last else "training goes on"
         stays = "there is no durable generation yet" if newest is None else f"generation {newest} stays durable"
-        self._failed(
+        yield from self._failed(
             generation,
             f"generation {generation} could not be drained to {self._spec.directory}: {cause}; {goes_on}, {stays}",
             name=attempt.name,
             cause=cause,
         )
 
-    def _failed(self, generation: int, message: str, **fields: Any) -> None:
-        self._emit("durable_failed", iteration=generation, message=message, **fields)
+    def _failed(self, generation: int, message: str, **fields: Any) -> Effects:
+        yield emit("durable_failed", iteration=generation, message=message, **fields)
 
-    def epoch_ended(self, lost: Iterable[int], assignment: Sequence[r.SlotAddress]) -> None:
+    def epoch_ended(self, lost: Iterable[int], assignment: Sequence[r.SlotAddress]) -> Effects:
         """A new epoch: a drain that a lost node had a part in is over, and tried again at the next commit.
 
         So is one whose shards are not all written yet: survivors may have to use their slots now.
@@ -317,9 +308,9 @@ class Durability:
         attempt = self._attempt
         if attempt is None or attempt.sealing not in (None, *lost):
             return
-        self._fail("the epoch ended before all of it was written", assignment, retry=True)
+        yield from self._fail("the epoch ended before all of it was written", assignment, retry=True)
 
-    def taken(self, why: str) -> None:
+    def taken(self, why: str) -> Effects:
         """Another job owns the directory: nothing more is written there or removed, an attempt of ours included.
 
         That one may have become whole, and be what the other job began with.
@@ -330,14 +321,14 @@ class Durability:
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             self.last_is_over = attempt.last
-            self._send(None, r.GiveUpDrain(attempt.name, _NOBODY))
-        self._emit("durable_taken", message=f"{why}; training goes on, and drains nothing more")
+            yield Send(None, r.GiveUpDrain(attempt.name, _NOBODY))
+        yield emit("durable_taken", message=f"{why}; training goes on, and drains nothing more")
         if self._preempted is not None:
             self._leave_undrained()
 
     # ---- leaving
 
-    def drain_last(self, generation: int, active: Sequence[int], now: float) -> None:
+    def drain_last(self, generation: int, active: Sequence[int], now: float) -> Effects:
         """The job cannot go on: make the generation durable that is in the vaults. `last_is_over` says when it is.
 
         Called where `can_drain` and every node of ``active`` has its shards of it.
@@ -346,14 +337,14 @@ class Durability:
         if generation == self.newest:
             self.last_is_over = True
         else:
-            self._begin(Version(-1, generation), active, now, 0.0, last=True)
+            yield from self._begin(Version(-1, generation), active, now, 0.0, last=True)
 
     @property
     def can_drain(self) -> bool:
         """There is a durable directory, and it is this job's."""
         return self._spec is not None and not self._taken
 
-    def preempt(self, assignment: Sequence[r.SlotAddress], now: float) -> None:
+    def preempt(self, assignment: Sequence[r.SlotAddress], now: float) -> Effects:
         """The job has to leave soon: drain the newest committed generation at once. `leave` says when, and what to say.
 
         A second call changes nothing.
@@ -366,17 +357,17 @@ class Durability:
             return
         attempt = self._attempt
         if attempt is not None and attempt.sealing is None:
-            self._send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
+            yield Send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
             self._attempt = attempt = None
         if attempt is None and self._kept is not None:
-            self._drained_last(-math.inf, assignment, now)
+            yield from self._drained_last(-math.inf, assignment, now)
 
-    def _drained_last(self, begun: float, assignment: Sequence[r.SlotAddress], now: float) -> None:
+    def _drained_last(self, begun: float, assignment: Sequence[r.SlotAddress], now: float) -> Effects:
         """Leave, or drain what is newer than a drain that had ``begun`` before the order to leave came."""
         assert self._spec is not None and self._preempted is not None
         noticed = self._preempted - self._spec.preempt_deadline
         if begun < noticed and self._kept is not None and self._kept.generation != self.newest:
-            self._begin(self._kept, sorted({slot.node for slot in assignment}), now, 0.0)
+            yield from self._begin(self._kept, sorted({slot.node for slot in assignment}), now, 0.0)
             return
         self.leave = f"preempted: generation {self.newest} is durable in {self._spec.directory}, and the job has left"
 
@@ -392,12 +383,14 @@ class Durability:
             times.append(self._preempted)
         return min(times, default=None)
 
-    def tick(self, assignment: Sequence[r.SlotAddress], now: float) -> None:
+    def tick(self, assignment: Sequence[r.SlotAddress], now: float) -> Effects:
         """Time has passed."""
         if self._spec is None:
             return
         if self._attempt is not None and now >= self._attempt.deadline:
-            self._fail(f"it took longer than --deadpool-durable-deadline ({self._spec.deadline:g} s)", assignment)
+            yield from self._fail(
+                f"it took longer than --deadpool-durable-deadline ({self._spec.deadline:g} s)", assignment
+            )
         if self._preempted is not None and self.leave is None and now >= self._preempted:
             newest = "there is none" if self.newest is None else f"the newest is generation {self.newest}"
             self.leave = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.accounting import SnapshotAccount
+from deadpool_megatron.cluster.core.effects import Answer, Effects, Send, Stop, emit
 from deadpool_megatron.cluster.core.facts import Facts
-from deadpool_megatron.cluster.core.job import Voice
 from deadpool_megatron.cluster.core.lag import Lag, LagJudge
 from deadpool_megatron.cluster.core.stalls import StragglerJudge
 from deadpool_megatron.cluster.records.exits import Exit
@@ -23,9 +23,8 @@ class Observations:
         state_hashes: at the end of the job, by rank and part.
     """
 
-    def __init__(self, facts: Facts, voice: Voice) -> None:
+    def __init__(self, facts: Facts) -> None:
         self._facts = facts
-        self._voice = voice
         self._stragglers = StragglerJudge()
         self._lag = LagJudge(facts.job.snapshot_interval)
         self.snapshots = SnapshotAccount()
@@ -44,11 +43,11 @@ class Observations:
 
     # ---- training
 
-    def iterated(self, record: r.Iteration, now: float) -> bool:
+    def iterated(self, record: r.Iteration, now: float) -> Answer[bool]:
         """An iteration of this epoch has ended; True when it is the first time that this one has."""
         head = self._facts.headway
         first = head.iterated(record)
-        self._voice.emit(
+        yield emit(
             "iteration",
             node=record.node,
             rank=record.rank,
@@ -70,7 +69,7 @@ class Observations:
             commit_s=self.snapshots.iterated(record, now),
         )
         if first and self._lag.iterated(head.iteration - head.committed, head.held_back_by, now) and self.lag:
-            self._voice.emit(
+            yield emit(
                 "behind",
                 iteration=record.iteration,
                 committed=head.committed,
@@ -79,41 +78,41 @@ class Observations:
             )
         return first
 
-    def committed(self, record: r.Committed, now: float, training: bool) -> None:
+    def committed(self, record: r.Committed, now: float, training: bool) -> Effects:
         """A node has committed a generation in this epoch."""
         told, by_all = self._facts.headway.node_committed(record)
         if told is None:
             return
-        self._tell(None, told)
+        yield self._told(None, told)
         if by_all and told.kept is not None:
             seconds = self.snapshots.committed(told.kept.generation, now)
             if self._lag.committed(now):
-                self._voice.emit("caught_up", iteration=told.kept.generation)
-            self._voice.emit("committed", iteration=told.kept.generation, seconds=seconds)
+                yield emit("caught_up", iteration=told.kept.generation)
+            yield emit("committed", iteration=told.kept.generation, seconds=seconds)
             if self._facts.protection.committed():
-                self._voice.emit("protected", survives=self._facts.protection.degree, iteration=told.kept.generation)
-            self._facts.durability.committed(told.kept, self._facts.members.active(), now, training)
+                yield emit("protected", survives=self._facts.protection.degree, iteration=told.kept.generation)
+            yield from self._facts.durability.committed(told.kept, self._facts.members.active(), now, training)
 
-    def catch_up(self, node: int | None) -> None:
+    def catch_up(self, node: int | None) -> Effects:
         """A node (None: all) was away: what was told meanwhile it has not heard, and without it could skip for ever."""
         told = self._facts.headway.told
         if told is not None:
-            self._tell(node, told)
+            yield self._told(node, told)
 
-    def _tell(self, node: int | None, told: Told) -> None:
-        self._voice.send(node, r.CommittedTo(self._facts.members.epoch, told.kept, told.floor.generation))
+    def _told(self, node: int | None, told: Told) -> Send:
+        return Send(node, r.CommittedTo(self._facts.members.epoch, told.kept, told.floor.generation))
 
-    def did(self, record: r.Did) -> None:
+    def did(self, record: r.Did) -> Effects:
         """Something was done that must not be done again."""
         self._facts.headway.did(record)
         if record.act != "log":
-            self._voice.emit(record.act, iteration=record.iteration, rank=record.rank, node=record.node)
+            yield emit(record.act, iteration=record.iteration, rank=record.rank, node=record.node)
 
-    def paced(self, record: r.Pace, now: float) -> None:
+    def paced(self, record: r.Pace, now: float) -> Effects:
         """A node tells how fast its ranks are."""
         ratio = self._stragglers.report(record.node, record.forward_s, self._facts.layout.stages, now)
         if ratio is not None:
-            self._voice.emit(
+            yield emit(
                 "straggler",
                 node=record.node,
                 iteration=record.iteration,
@@ -121,29 +120,29 @@ class Observations:
                 advice=f"deadpool drain --node {record.node}",
             )
 
-    def state_hash(self, record: r.StateHash) -> None:
+    def state_hash(self, record: r.StateHash) -> Effects:
         """What a rank ends with."""
         self.state_hashes[record.rank] = record.digests
+        yield from ()
 
     # ---- vaults
 
-    def no_room(self, record: r.NoRoom) -> None:
+    def no_room(self, record: r.NoRoom) -> Effects:
         """A node has no memory for what it is to keep: nothing would be protected."""
-        self._voice.stop(Exit.USAGE, f"node {record.node}: {record.message}")
+        yield Stop(Exit.USAGE, f"node {record.node}: {record.message}")
 
-    def refused(self, record: r.Refusals) -> None:
+    def refused(self, record: r.Refusals) -> Effects:
         """A vault has turned away what nobody of this job, or of this epoch, may send."""
         self.refusals[record.node] = record.counts
+        yield from ()
 
-    def memory(self, record: r.VaultMemory) -> None:
+    def memory(self, record: r.VaultMemory) -> Effects:
         """What a vault has taken of its node's memory."""
         told = {"numa_nodes": record.numa_nodes, "transport": record.transport, "why": record.why}
-        self._voice.emit("memory", node=record.node, bytes=record.nbytes, huge_bytes=record.huge_bytes, **told)
+        yield emit("memory", node=record.node, bytes=record.nbytes, huge_bytes=record.huge_bytes, **told)
 
-    def damaged(self, record: r.DamagedCopy) -> None:
+    def damaged(self, record: r.DamagedCopy) -> Effects:
         """A copy does not have the checksums it had."""
         if record.epoch == self._facts.members.epoch:
             self._facts.protection.damaged(record.node)
-        self._voice.emit(
-            "damaged", node=record.node, kind=record.kind, holder=record.holder, iteration=record.generation
-        )
+        yield emit("damaged", node=record.node, kind=record.kind, holder=record.holder, iteration=record.generation)

@@ -9,12 +9,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.effects import Declare, Effects, LetGo, Send, emit
 from deadpool_megatron.cluster.core.facts import Facts
-from deadpool_megatron.cluster.core.job import Voice
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 
 __all__ = ["Drains"]
@@ -30,17 +29,11 @@ class _Drain:
 
 
 class Drains:
-    """The drains of one job, one after the other.
+    """The drains of one job, one after the other."""
 
-    Args:
-        let_go: called with a spare, which has nothing to give and may be taken away at once.
-    """
-
-    def __init__(self, facts: Facts, voice: Voice, recoveries: Recoveries, let_go: Callable[[int], None]) -> None:
+    def __init__(self, facts: Facts, recoveries: Recoveries) -> None:
         self._facts = facts
         self._recoveries = recoveries
-        self._voice = voice
-        self._let_go = let_go
         self._drain: _Drain | None = None
 
     @property
@@ -53,46 +46,46 @@ class Drains:
         """When `tick` has something to do; None when nothing is under way."""
         return self._drain.deadline if self._drain is not None else None
 
-    def begin(self, node: int, now: float) -> None:
+    def begin(self, node: int, now: float) -> Effects:
         """A node is to be taken away. A spare may go at once."""
         if self._facts.members.nodes[node].role == "spare":
-            self._voice.emit("left", node=node)
-            self._let_go(node)
+            yield emit("left", node=node)
+            yield LetGo(node)
             return
         pace = self._facts.headway.pace
         ahead = 2 + math.ceil(_HOLD_NOTICE_S / pace) if pace > 0 else 3
         iteration = self._facts.headway.iteration + ahead
         self._drain = _Drain(node, now + self._facts.job.deadlines.abort + ahead * pace)
-        self._voice.emit("leaving", node=node, iteration=iteration)
-        self._voice.send(None, r.Hold(self._facts.members.epoch, iteration))
+        yield emit("leaving", node=node, iteration=iteration)
+        yield Send(None, r.Hold(self._facts.members.epoch, iteration))
 
-    def held(self, record: r.NodeHeld) -> None:
+    def held(self, record: r.NodeHeld) -> Effects:
         """A node of this epoch holds still."""
         drain = self._drain
         if drain is None:  # the coordinator that told everybody to hold still is gone, and nobody else would
-            self._voice.declare(f"node {record.node} holds still for a drain that was begun by another coordinator")
+            yield Declare(f"node {record.node} holds still for a drain that was begun by another coordinator")
             return
         drain.held.add(record.node)
         # Who was past the boundary already is brought back by an ordinary recovery, at the cost of an iteration.
         if record.missed or drain.held >= set(self._facts.members.active()):
-            self._move_out(drain)
+            yield from self._move_out(drain)
 
-    def tick(self, now: float) -> None:
+    def tick(self, now: float) -> Effects:
         """Who does not hold still has had time enough by `due`."""
         if self._drain is not None and now >= self._drain.deadline:
-            self._move_out(self._drain)
+            yield from self._move_out(self._drain)
 
-    def _move_out(self, drain: _Drain) -> None:
+    def _move_out(self, drain: _Drain) -> Effects:
         self._drain = None
         if not self._facts.members.ready_spares():
             # The node is healthy: to give it up without anybody in its place would end the job.
             cause = "no parked spare is left to take over"
-            self._voice.emit("stays", node=drain.node, cause=cause)
-            self._voice.declare(f"node {drain.node} is not drained: {cause}")  # all go on from where they hold still
+            yield emit("stays", node=drain.node, cause=cause)
+            yield Declare(f"node {drain.node} is not drained: {cause}")  # all go on from where they hold still
             return
         self._facts.members.nodes[drain.node].role = "leaving"
         self._recoveries.helpers.add(drain.node)
-        self._voice.declare(f"node {drain.node} is drained")
+        yield Declare(f"node {drain.node} is drained")
 
     def forget(self) -> None:
         """A new epoch, or the end: nobody holds still any more."""

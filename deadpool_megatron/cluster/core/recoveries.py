@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.effects import Answer, Effects, LetGo, Persist, Send, StartOver, Stop, emit
 from deadpool_megatron.cluster.core.facts import Facts
-from deadpool_megatron.cluster.core.job import Voice
 from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.placement.agreement import Agreement, NoCommonGeneration, RefusedCopy, agree
@@ -28,14 +27,11 @@ class Recoveries:
 
     Args:
         rendezvous: where the store listens that process groups are re-formed over.
-        let_go: called with a drained node that has given its shards and may be taken away.
     """
 
-    def __init__(self, facts: Facts, voice: Voice, rendezvous: r.Address | None, let_go: Callable[[int], None]) -> None:
+    def __init__(self, facts: Facts, rendezvous: r.Address | None) -> None:
         self._facts = facts
         self._rendezvous = rendezvous
-        self._voice = voice
-        self._let_go = let_go
         self.current: Recovery | None = None
         self.helpers: set[int] = set()
         """Nodes that hold no coordinate and have shards to give."""
@@ -54,12 +50,12 @@ class Recoveries:
 
     # ---- the declaration
 
-    def declare(self, reason: str, now: float) -> list[int] | None:
+    def declare(self, reason: str, now: float) -> Answer[list[int] | None]:
         """A new epoch begins. The ranks that have new workers in it; None: the job has been stopped instead."""
         facts, members = self._facts, self._facts.members
         out_of_use = {n for n in members.active() if members.nodes[n].role in ("lost", "leaving")}
         old = list(members.assignment)
-        if not self._place(out_of_use, reason, now):
+        if not (yield from self._place(out_of_use, reason, now)):
             return None
         members.epoch += 1
         groups = facts.protection.moved(members.assignment, facts.layout.coordinates, self._purpose == "resume")
@@ -71,9 +67,9 @@ class Recoveries:
         ]
         there = [node for node in members.active() if not members.gone(node)]
         self.current = Recovery(self._purpose, there, self.helpers, facts.job.deadlines, now, self._waits_until)
-        facts.durability.epoch_ended(out_of_use, members.assignment)
-        self._voice.keep()
-        self._voice.emit(
+        yield from facts.durability.epoch_ended(out_of_use, members.assignment)
+        yield Persist()
+        yield emit(
             "declared",
             lost=sorted(out_of_use),
             replaced=replaced,
@@ -81,7 +77,7 @@ class Recoveries:
             reason=reason,
             purpose=self._purpose,
         )
-        self._voice.send(
+        yield Send(
             None,
             r.Declare(
                 members.epoch,
@@ -98,7 +94,7 @@ class Recoveries:
         )
         return replaced
 
-    def _place(self, out_of_use: set[int], reason: str, now: float) -> bool:
+    def _place(self, out_of_use: set[int], reason: str, now: float) -> Answer[bool]:
         """Give away the coordinates of these nodes and of vacant slots. False: nobody could take them.
 
         Where a spare is worth waiting for, they stay where they are.
@@ -107,7 +103,7 @@ class Recoveries:
         vacant = {node for node, _ in self.vacant}
         taken_by = self._taken_by(out_of_use)
         if taken_by is None and self._purpose == "resume":
-            self._call_drains_off(out_of_use)
+            yield from self._call_drains_off(out_of_use)
             taken_by = self._taken_by(out_of_use)
         alive = any(not members.gone(node) for node in members.active())
         patience = facts.job.wait_for_spare_s if alive else 0.0  # else nobody is left whose state could be kept
@@ -117,12 +113,12 @@ class Recoveries:
             self.helpers |= {node for node in taken_by if not members.gone(node)}
             self.helpers -= set(taken_by.values())
         elif facts.headway.fresh and out_of_use:
-            self._voice.start_over(reason)
+            yield StartOver(reason)
             return False
         elif patience and self._purpose == "resume" and (self._waits_until is None or now < self._waits_until):
             if self._waits_until is None:
                 self._waits_until = now + patience
-                self._voice.emit(
+                yield emit(
                     "waiting",
                     lost=sorted(out_of_use),
                     minutes=patience / 60,
@@ -141,7 +137,7 @@ class Recoveries:
                     + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices")
                 )
                 if plan is None or not facts.durability.can_drain:
-                    self._voice.stop(Exit.NO_SPARE, self._end)
+                    yield Stop(Exit.NO_SPARE, self._end)
                     return False
                 self._purpose = "drain"
             members.assignment = plan
@@ -151,14 +147,14 @@ class Recoveries:
         members, vacant = self._facts.members, {node for node, _ in self.vacant}
         return placing.refill(members.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares())
 
-    def _call_drains_off(self, out_of_use: set[int]) -> None:
+    def _call_drains_off(self, out_of_use: set[int]) -> Effects:
         """There are not spares enough: a node that is drained and still there, and healthy, is worth more than none."""
         members = self._facts.members
         for node, state in members.nodes.items():
             if state.role == "leaving" and state.respawns:
                 state.role = "active" if members.holds(node) else "spare"
                 out_of_use.discard(node)
-                self._voice.emit("stays", node=node, cause="no parked spare is left to take over")
+                yield emit("stays", node=node, cause="no parked spare is left to take over")
 
     @property
     def drains(self) -> bool:
@@ -175,19 +171,19 @@ class Recoveries:
 
     # ---- what all go on from
 
-    def offer(self, record: r.Offer, now: float) -> None:
+    def offer(self, record: r.Offer, now: float) -> Effects:
         """A node has left its step, and says what it can give."""
         recovery = self.of(record.epoch)
         if recovery is None or not recovery.offered(record):
             return
-        self._voice.emit("aborted")
+        yield emit("aborted")
         if recovery.waits_until is None:
-            self._agree(recovery, now)
+            yield from self._agree(recovery, now)
         else:
             recovery.wait()
 
-    def _agree(self, recovery: Recovery, now: float) -> None:
-        facts, members, emit = self._facts, self._facts.members, self._voice.emit
+    def _agree(self, recovery: Recovery, now: float) -> Effects:
+        facts, members = self._facts, self._facts.members
         self._durable_name = ""
         if self._purpose == "drain":  # what only a worker holds is not written by an agent
             for node, offer in recovery.offers.items():
@@ -197,22 +193,22 @@ class Recoveries:
             agreement = agree(members.assignment, recovery.offers, refused, words, facts.layout.repeatable)
         except NoCommonGeneration as err:
             if self._purpose == "drain":
-                self._voice.stop(Exit.NO_SPARE, f"{self._end}, and no generation is complete in memory")
+                yield Stop(Exit.NO_SPARE, f"{self._end}, and no generation is complete in memory")
                 return
             fallback = facts.durability.fallback()
             if fallback is None and facts.headway.fresh:
                 lost = members.lost()
-                self._voice.start_over(f"node {max(lost)} was lost" if lost else "communication failed")
+                yield StartOver(f"node {max(lost)} was lost" if lost else "communication failed")
                 return
             if fallback is None:
-                self._voice.stop(Exit.GENERATION_LOST, self._nothing_left(err))
+                yield Stop(Exit.GENERATION_LOST, self._nothing_left(err))
                 return
             agreement, self._durable_name = Agreement(fallback[0], {}), fallback[1]
             facts.headway.iteration = agreement.generation - 1
             held = "no generation is complete in the vaults any more"
             if err.missing:
                 held = f"no vault holds the shards of ranks {', '.join(map(str, err.missing))} any more"
-            emit(
+            yield emit(
                 "durable_fallback",
                 iteration=agreement.generation,
                 name=self._durable_name,
@@ -222,7 +218,7 @@ class Recoveries:
         recovery.agreed(agreement.generation, now)
         self._generation = agreement.generation
         facts.headway.go_on(members.active(), members.epoch, agreement.generation)
-        emit(
+        yield emit(
             "agreed",
             iteration=agreement.generation,
             sources={str(rank): source.node for rank, source in agreement.sources.items()},
@@ -232,13 +228,13 @@ class Recoveries:
             },
         )
         a = agreement
-        self._voice.send(
+        yield Send(
             None,
             r.Agree(
                 members.epoch, a.generation, a.sources, dict(facts.headway.done), a.rebuilds, self._durable_name, a.held
             ),
         )
-        self._check_arrived(recovery)
+        yield from self._check_arrived(recovery)
 
     def _nothing_left(self, err: NoCommonGeneration) -> str:
         facts = self._facts
@@ -255,82 +251,82 @@ class Recoveries:
             f"shards {held} of one generation; restart the job from Megatron's last checkpoint (--load)"
         )
 
-    def fetch_failed(self, record: r.FetchFailed) -> str:
+    def fetch_failed(self, record: r.FetchFailed) -> Answer[str]:
         """A shard could not be had from where it was to come from. Why another epoch has to begin; may be empty."""
         if self.of(record.epoch) is None:
             return ""
         if self._durable_name:
-            self._facts.durability.bad(self._durable_name, record.why)
+            yield from self._facts.durability.bad(self._durable_name, record.why)
             return f"rank {record.rank} of durable generation {record.generation} could not be read"
         if record.gone:  # so it is offered no more
             return record.why
         self._refused.add((record.rank, record.source, record.generation, record.version_epoch))
-        self._voice.emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
+        yield emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
         return f"the copy of rank {record.rank} on node {record.source} could not be used: {record.why}"
 
-    def given_up(self, record: r.DamagedCopy) -> None:
+    def given_up(self, record: r.DamagedCopy) -> Effects:
         """A node has given up a copy that had changed: what it offers of that generation from now on is another one."""
         if record.kind != "parity":
             about = (record.holder, record.node, record.generation)
             self._refused = {refused for refused in self._refused if refused[:3] != about}
-            self._voice.keep()
+            yield Persist()
 
     # ---- and then
 
-    def arrived(self, record: r.NodeArrived) -> None:
+    def arrived(self, record: r.NodeArrived) -> Effects:
         """The workers that took over coordinates on a node can form their groups."""
         recovery = self.of(record.epoch)
         if recovery is not None:
             recovery.arrived(record.node)
-            self._check_arrived(recovery)
+            yield from self._check_arrived(recovery)
 
-    def _check_arrived(self, recovery: Recovery) -> None:
+    def _check_arrived(self, recovery: Recovery) -> Effects:
         if self._purpose != "drain" and recovery.may_form():
-            self._voice.send(None, r.Form(self._facts.members.epoch))
+            yield Send(None, r.Form(self._facts.members.epoch))
 
-    def ready(self, record: r.NodeReady, now: float) -> None:
+    def ready(self, record: r.NodeReady, now: float) -> Effects:
         """A node holds the agreed generation."""
         recovery = self.of(record.epoch)
         if recovery is not None and recovery.ready(record.node, now):
-            self._voice.emit("prepared", iteration=recovery.generation)
+            yield emit("prepared", iteration=recovery.generation)
             if self._purpose == "drain":
                 recovery.deadline = None  # a drain has its own
-                self._facts.durability.drain_last(recovery.generation, self._facts.members.active(), now)
+                yield from self._facts.durability.drain_last(recovery.generation, self._facts.members.active(), now)
             else:
-                self._check_formed(recovery, now)
+                yield from self._check_formed(recovery, now)
 
-    def last_drained(self) -> None:
+    def last_drained(self) -> Effects:
         """The newest generation is durable, or could not be made so: the end."""
-        self._voice.stop(Exit.NO_SPARE, self._end)
+        yield Stop(Exit.NO_SPARE, self._end)
 
-    def formed(self, record: r.NodeFormed, now: float) -> None:
+    def formed(self, record: r.NodeFormed, now: float) -> Effects:
         """A node has its groups."""
         recovery = self.of(record.epoch)
         if recovery is not None:
             recovery.formed(record.node, record.groups, record.changed, record.of)
-            self._check_formed(recovery, now)
+            yield from self._check_formed(recovery, now)
 
-    def _check_formed(self, recovery: Recovery, now: float) -> None:
+    def _check_formed(self, recovery: Recovery, now: float) -> Effects:
         if recovery.all_formed(now):
             groups, changed, of = recovery.groups
-            self._voice.emit("reformed", groups=groups, changed=changed, of=of)
-            self._check_restored(recovery, now)
+            yield emit("reformed", groups=groups, changed=changed, of=of)
+            yield from self._check_restored(recovery, now)
 
-    def restored(self, record: r.NodeRestored, now: float) -> None:
+    def restored(self, record: r.NodeRestored, now: float) -> Effects:
         """A node has its parameters back."""
         recovery = self.of(record.epoch)
         if recovery is not None:
             recovery.restored(record.node)
-            self._check_restored(recovery, now)
+            yield from self._check_restored(recovery, now)
 
-    def compared(self, record: r.Compared, now: float) -> None:
+    def compared(self, record: r.Compared, now: float) -> Effects:
         """All ranks have compared what they hold: at the end of a recovery, or because it was time to."""
         members = self._facts.members
         if record.epoch != members.epoch:
             return
         for each in record.unlike:
             nodes = sorted({members.assignment[rank].node for rank in each.ranks if rank < len(members.assignment)})
-            self._voice.emit(
+            yield emit(
                 "unlike", iteration=record.iteration, part=each.part, ranks=each.ranks, nodes=nodes, equal=record.equal
             )
         if record.rank != 0:
@@ -338,49 +334,49 @@ class Recoveries:
         seconds = round(record.seconds, 6)
         recovery = self.of(record.epoch)
         if recovery is None:
-            self._voice.emit("compared", iteration=record.iteration, seconds=seconds)
+            yield emit("compared", iteration=record.iteration, seconds=seconds)
         else:
             recovery.compared_s = seconds
-            self._check_restored(recovery, now)
+            yield from self._check_restored(recovery, now)
 
-    def resumed(self, record: r.NodeResumed, now: float) -> None:
+    def resumed(self, record: r.NodeResumed, now: float) -> Effects:
         """A node trains again."""
         recovery = self.of(record.epoch)
         if recovery is not None:
             recovery.resumed(record.node)
-            self._check_restored(recovery, now)
+            yield from self._check_restored(recovery, now)
 
-    def _check_restored(self, recovery: Recovery, now: float) -> None:
+    def _check_restored(self, recovery: Recovery, now: float) -> Effects:
         if recovery.all_restored(now):
-            self._voice.emit("restored", iteration=recovery.generation)
+            yield emit("restored", iteration=recovery.generation)
         if recovery.told_restored and recovery.compared_s is not None:
-            self._voice.emit("compared", iteration=recovery.generation, seconds=recovery.compared_s)
+            yield emit("compared", iteration=recovery.generation, seconds=recovery.compared_s)
             recovery.compared_s = None
         if recovery.over:
             self.current = None
             self.vacant.clear()
-            self._voice.emit("resumed", iteration=recovery.generation)
+            yield emit("resumed", iteration=recovery.generation)
             for node in sorted(self.helpers):
                 if self._facts.members.nodes[node].role == "leaving":
-                    self._voice.emit("left", node=node)
-                    self._let_go(node)
+                    yield emit("left", node=node)
+                    yield LetGo(node)
             self.helpers.clear()
-            self._voice.keep()
+            yield Persist()
 
-    def covered(self, record: r.Covered) -> None:
+    def covered(self, record: r.Covered) -> Effects:
         """What a node's ranks go on from has all its copies again."""
         facts = self._facts
         here = record.epoch == facts.members.epoch and record.generation == self._generation
         if here and facts.protection.covered(record.node):
-            self._voice.emit("protected", survives=facts.protection.degree, iteration=record.generation)
+            yield emit("protected", survives=facts.protection.degree, iteration=record.generation)
 
-    def saved(self, record: r.Saved) -> None:
+    def saved(self, record: r.Saved) -> Effects:
         """A node has written Megatron's checkpoint, since no spare was left."""
         recovery = self.of(record.epoch)
         if recovery is not None and recovery.saved(record.node):
             members = self._facts.members
-            self._voice.emit("saved", iteration=record.iteration, directory=record.directory)
-            self._voice.stop(
+            yield emit("saved", iteration=record.iteration, directory=record.directory)
+            yield Stop(
                 Exit.NO_SPARE_SAVED,
                 f"no spare is left (nodes lost: {', '.join(map(str, members.lost()))}); Megatron's checkpoint of "
                 f"iteration {record.iteration} was saved to {record.directory}: restart the job with --load "

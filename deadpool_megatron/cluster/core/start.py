@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.accounting import SnapshotAccount
+from deadpool_megatron.cluster.core.effects import Answer, Effects, Persist, Send, Stop, emit
 from deadpool_megatron.cluster.core.facts import Facts
-from deadpool_megatron.cluster.core.job import Voice
 from deadpool_megatron.cluster.core.members import NodeState
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.records.exits import Exit
@@ -24,10 +24,9 @@ __all__ = ["Start"]
 class Start:
     """Of one job; agents and workers that come later come the same way."""
 
-    def __init__(self, facts: Facts, voice: Voice, snapshots: SnapshotAccount) -> None:
+    def __init__(self, facts: Facts, snapshots: SnapshotAccount) -> None:
         self._facts = facts
         self._snapshots = snapshots
-        self._voice = voice
         self.epoch = 0
         """In which the start is, or was."""
 
@@ -43,26 +42,26 @@ class Start:
         self._facts.protection.label(record.node, record.domains)
         return first
 
-    def tell_roster(self) -> None:
+    def tell_roster(self) -> Effects:
         """To all, once everybody who is not lost has joined."""
         if self._facts.members.complete():
             job = self._facts.job
-            self._voice.send(None, self._roster())
+            yield Send(None, self._roster())
             if not self.epoch:
-                self._voice.emit("started", nodes=job.nodes, spares=job.spare_nodes, world_size=job.world_size)
-            self._facts.durability.start(self._facts.members.active(), self.epoch)
-            self._voice.keep()
+                yield emit("started", nodes=job.nodes, spares=job.spare_nodes, world_size=job.world_size)
+            yield from self._facts.durability.start(self._facts.members.active(), self.epoch)
+            yield Persist()
 
-    def tell_again(self, node: int) -> None:
+    def tell_again(self, node: int) -> Effects:
         """To one who was away and has not heard that the start began anew."""
         if self._facts.members.complete():
-            self._voice.send(node, self._roster())
+            yield Send(node, self._roster())
 
-    def came_later(self, record: r.Join) -> None:
+    def came_later(self, record: r.Join) -> Effects:
         """An agent that the job did not begin with has joined."""
-        self._voice.send(record.node, self._roster())
-        self._voice.emit("joined", node=record.node, host=record.host)
-        self._voice.keep()
+        yield Send(record.node, self._roster())
+        yield emit("joined", node=record.node, host=record.host)
+        yield Persist()
 
     def _roster(self) -> r.Roster:
         members = self._facts.members
@@ -71,20 +70,22 @@ class Start:
 
     # ---- once more
 
-    def over(self, reason: str) -> bool:
+    def over(self, reason: str) -> Answer[bool]:
         """The start begins anew, with a spare for each node that is lost. False: there is none, and the job ends."""
-        members, stop = self._facts.members, self._voice.stop
+        members = self._facts.members
         lost = [node for node in members.active() if members.gone(node)]
         spares = [*members.ready_spares(), *members.cold_spares(), *members.coming_spares()]
         taken_by = placing.choose_spares(lost, spares)
         why = f"node {lost[0]} was lost" if lost else "a worker ended"
         why += f" before the first generation was committed ({reason})"
         if taken_by is None:
-            stop(Exit.NO_SPARE, f"{why}, and no spare is left to begin anew with: start the job again")
+            yield Stop(Exit.NO_SPARE, f"{why}, and no spare is left to begin anew with: start the job again")
             return False
         fixed = [node for node in members.present() if not members.nodes[node].respawns]
         if fixed:
-            stop(Exit.NO_SPARE, f"{why}, and another launcher starts the workers, so that it has to start them again")
+            yield Stop(
+                Exit.NO_SPARE, f"{why}, and another launcher starts the workers, so that it has to start them again"
+            )
             return False
         members.hand_over(taken_by)
         members.epoch += 1
@@ -92,25 +93,25 @@ class Start:
         self._facts.layout.forget()
         self._facts.headway.start_over(members.active(), members.epoch)
         message = f"{why}: the job begins anew on nodes {', '.join(map(str, members.active()))}"
-        self._voice.emit("started_over", lost=lost, nodes=members.active(), reason=reason, message=message)
+        yield emit("started_over", lost=lost, nodes=members.active(), reason=reason, message=message)
         return True
 
     # ---- workers
 
-    def worker_ready(self, record: r.WorkerReady) -> None:
+    def worker_ready(self, record: r.WorkerReady) -> Effects:
         """A worker without a coordinate is parked, or one with a coordinate is there again."""
         state = self._facts.members.nodes[record.node]
         state.pids[record.local] = record.pid
         if state.role == "spare":
             state.parked.add(record.local)
             if len(state.parked) == self._facts.job.slots_per_node:
-                self._voice.emit("parked", node=record.node)
+                yield emit("parked", node=record.node)
 
-    def registered(self, record: r.Registered) -> bool:
+    def registered(self, record: r.Registered) -> Answer[bool]:
         """A rank is about to train; True when all are, and are the same job."""
         self._facts.layout.register(record)
         if self._facts.layout.differs:
-            self._voice.stop(
+            yield Stop(
                 Exit.FAILED,
                 f"rank {record.coordinate.rank} on node {record.node} made other process groups than the rest: the "
                 "ranks do not run the same script with the same flags",
@@ -118,31 +119,31 @@ class Start:
             return False
         return self._facts.layout.complete
 
-    def train(self, unique_bytes: int) -> None:
+    def train(self, unique_bytes: int) -> Effects:
         """All ranks are about to train for the first time, the last to say so with this plan."""
         for each in self._facts.layout.registered():
             self._snapshots.registered(each)
-        self._voice.emit(
+        yield emit(
             "training",
             unique_bytes=unique_bytes,
             planned_bytes=self._snapshots.planned_bytes,
             expected_bytes=self._snapshots.expected_bytes,
         )
-        self._protect()
-        self._voice.keep("now", "members", "layout")
+        yield from self._protect()
+        yield Persist(("now", "members", "layout"))
 
-    def _protect(self) -> None:
+    def _protect(self) -> Effects:
         """Every coordinate is known: say who keeps whose shards, and what may be lost from then on."""
         members, layout, protection = self._facts.members, self._facts.layout, self._facts.protection
         if self._facts.job.active_nodes == 1:  # for measurements: nothing is protected
-            self._voice.send(None, r.Placement(members.epoch, [[0, 0]], *layout.sizes))
+            yield Send(None, r.Placement(members.epoch, [[0, 0]], *layout.sizes))
             return
         protection.begin(members.assignment, layout.coordinates, layout.largest, self._facts.job.slots_per_node)
         if self._facts.job.deadpool:
-            self.tell_placement()
-            self._voice.emit("placed", costs=protection.costs(), **protection.status())
+            yield self.placement()
+            yield emit("placed", costs=protection.costs(), **protection.status())
 
-    def tell_placement(self) -> None:
+    def placement(self) -> Send:
         """Who keeps whose shards, in the first epoch; in later ones that comes with the declaration."""
         groups = [list(group) for group in self._facts.protection.groups]
-        self._voice.send(None, r.Placement(self._facts.members.epoch, groups, *self._facts.layout.sizes))
+        return Send(None, r.Placement(self._facts.members.epoch, groups, *self._facts.layout.sizes))

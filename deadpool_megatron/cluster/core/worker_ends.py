@@ -6,8 +6,9 @@ from typing import Any
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.blame import Blame, how_it_ended
+from deadpool_megatron.cluster.core.effects import Answer, Declare, Effects, Lose, Send, Stop, emit
 from deadpool_megatron.cluster.core.facts import Facts
-from deadpool_megatron.cluster.core.job import Phase, Voice
+from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.members import NodeState
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.suspicions import BEYOND_LEASE_S
@@ -21,10 +22,9 @@ _BESIDE_TRAINING = (Phase.STARTING, Phase.FINISHING)
 class WorkerEnds:
     """Of one job, through all its epochs."""
 
-    def __init__(self, facts: Facts, voice: Voice, recoveries: Recoveries) -> None:
+    def __init__(self, facts: Facts, recoveries: Recoveries) -> None:
         self._facts = facts
         self._recoveries = recoveries
-        self._voice = voice
         self._blame = Blame(facts.job.worker_deaths)
         self._left: set[tuple[int, int]] = set()
         self._tries = 0
@@ -36,7 +36,7 @@ class WorkerEnds:
         """When an error at the start ends the job; None when there is none."""
         return self._unexplained[0] if self._unexplained is not None else None
 
-    def judge(self, now: float) -> None:
+    def judge(self, now: float) -> Effects:
         """Whether an error at the start is left that no loss has explained: the start is tried again, a few times."""
         if self._unexplained is None or now < self._unexplained[0]:
             return
@@ -44,9 +44,9 @@ class WorkerEnds:
         self._unexplained = None
         self._tries += 1
         if self._tries > self._facts.job.transient_retries:
-            self._voice.stop(code, message)
+            yield Stop(code, message)
         else:
-            self._voice.declare(f"communication error with every node alive: {message}")
+            yield Declare(f"communication error with every node alive: {message}")
 
     def new_epoch(self) -> None:
         """A loss has explained the errors there were; whoever had left is in the job again."""
@@ -58,7 +58,7 @@ class WorkerEnds:
         members = self._facts.members
         return {(s.node, s.local) for s in members.assignment if not members.gone(s.node)} <= self._left
 
-    def exited(self, record: r.WorkerExited, phase: Phase, now: float) -> bool:
+    def exited(self, record: r.WorkerExited, phase: Phase, now: float) -> Answer[bool]:
         """A worker process has ended; True when it was the last one, and all have left in order.
 
         Args:
@@ -73,33 +73,33 @@ class WorkerEnds:
         over = phase is Phase.FINISHING and self._facts.job.deadpool
         if (record.code == 0 and phase in _BESIDE_TRAINING) or (record.code < 0 and over):
             if record.code:  # everything is saved, and nobody waits for it
-                self._voice.emit("detected", node=record.node, cause=f"{who} ended ({how}) at its end", ranks=[])
+                yield emit("detected", node=record.node, cause=f"{who} ended ({how}) at its end", ranks=[])
             self._left.add((record.node, record.local))
             return self.all_left()
         if state.role == "spare" and self._facts.job.deadpool:
             if record.rank is not None:
                 return False  # its agent has yet to hear that the coordinate is another's, and then renews the process
-            self._spare_exited(state, record.local, how)
+            yield from self._spare_exited(state, record.local, how)
         elif not self._facts.job.deadpool or (phase in _BESIDE_TRAINING and record.code > 0):
             code = record.code if 0 < record.code < 126 else Exit.FAILED
             message = self._blame.fatal(record, phase, self._facts.job.deadpool)
             if phase is not Phase.STARTING or not self._blame.by_a_peer(record):
-                self._voice.stop(code, message)
+                yield Stop(code, message)
             elif self._unexplained is None:
                 self._unexplained = now + self._facts.job.deadlines.lease + BEYOND_LEASE_S, code, message
         elif state.role == "active":
-            self._refill(state, record, f"{who} ended ({how})")
+            yield from self._refill(state, record, f"{who} ended ({how})")
         return False
 
-    def _spare_exited(self, state: NodeState, local: int, how: str) -> None:
+    def _spare_exited(self, state: NodeState, local: int, how: str) -> Effects:
         state.parked.discard(local)
         if self._blame.died(state):
-            self._voice.lose({state.node}, f"{state.deaths} of its workers ended, the last with {how}")
+            yield Lose({state.node}, f"{state.deaths} of its workers ended, the last with {how}")
             return
-        self._voice.emit("detected", node=state.node, cause=f"spare worker {local} ended ({how})", ranks=[])
-        self._voice.send(state.node, r.Respawn(local))
+        yield emit("detected", node=state.node, cause=f"spare worker {local} ended ({how})", ranks=[])
+        yield Send(state.node, r.Respawn(local))
 
-    def _refill(self, state: NodeState, record: r.WorkerExited, cause: str) -> None:
+    def _refill(self, state: NodeState, record: r.WorkerExited, cause: str) -> Effects:
         """A worker died, its node is healthy: a spare takes over, or a new process in the same slot."""
         here = r.SlotAddress(record.node, record.local)
         assignment = self._facts.members.assignment
@@ -111,26 +111,26 @@ class WorkerEnds:
         iteration = self._facts.headway.iteration
         if self._blame.crashed_again(record, self._facts.members.epoch, iteration):
             again = f"after iteration {iteration} again, so no spare is spent on it; see its log"
-            self._voice.stop(Exit.REPEATED_ERROR, f"{cause} {again}")
+            yield Stop(Exit.REPEATED_ERROR, f"{cause} {again}")
             return
         if to_blame:
             again = f"{state.deaths} of its workers ended, the last one: " if state.deaths > 1 else ""
-            self._voice.lose({state.node}, again + cause)
+            yield Lose({state.node}, again + cause)
             return
-        self._voice.emit("detected", node=record.node, rank=rank, cause=cause, ranks=[rank])
+        yield emit("detected", node=record.node, rank=rank, cause=cause, ranks=[rank])
         self._recoveries.vacant.add((record.node, record.local))
-        self._voice.declare(cause)
+        yield Declare(cause)
 
-    def failed(self, record: r.WorkerFailed, phase: Phase) -> None:
+    def failed(self, record: r.WorkerFailed, phase: Phase) -> Effects:
         """A worker tells the error that it will end with."""
         who = self._blame.failed(record)
-        self._voice.emit(
+        yield emit(
             "worker_error", node=record.node, rank=record.rank, iteration=record.iteration, message=record.message
         )
         if record.code:
-            self._voice.stop(record.code, record.message)
+            yield Stop(record.code, record.message)
         elif self._facts.job.deadpool and phase is Phase.RUNNING and self._blame.failed_again(record):
-            self._voice.stop(
+            yield Stop(
                 Exit.REPEATED_ERROR,
                 f"{who} raised the same error at iteration {record.iteration} again, so no spare is spent on it: "
                 f"{record.message}\n{record.traceback}",
