@@ -84,8 +84,8 @@ class CommitLedger:
         members: all that must commit.
         epoch: the epoch; a ledger serves one.
         kept: the newest globally committed version of earlier epochs, if any.
-        margin: how many generations ahead of the newest one begun the floor is set after a divergence; it must cover
-            the time a message to the slowest member takes.
+        margin: how many generations ahead of the newest one begun the floor is set after a divergence; it should cover
+            the time a message to the slowest member takes. One more for each divergence since the last commit.
     """
 
     def __init__(self, members: Iterable[Hashable], epoch: int, kept: Version | None = None, margin: int = 2) -> None:
@@ -93,6 +93,7 @@ class CommitLedger:
         # How many members hold just these: they are always a few different sets, however many members there are.
         self._alike: Counter[frozenset[Version]] = Counter(self._local.values())
         self._margin = margin
+        self._missed = 0  # divergences since the last commit
         self._newest = 0
         self._told = Told(kept, Version(epoch, 0))
 
@@ -125,12 +126,13 @@ class CommitLedger:
         if not self._alike[before]:
             del self._alike[before]
         if all(version in done for done in self._alike):
+            self._missed = 0
             return self._tell(Told(version, version))
         lasts = {max(done) for done in self._alike if done}
         newest = max(lasts)
         ahead = [done for done in self._alike if newest in done]
         if any(last < newest and last not in done for last in lasts for done in ahead):
-            return self._tell(Told(kept, Version(floor.epoch, self._newest + self._margin)))
+            return self._raise_floor()
         return None
 
     def lacking(self) -> list[Hashable]:
@@ -143,11 +145,17 @@ class CommitLedger:
 
         Returns what to tell everybody, if it has not been told yet.
         """
-        kept, floor = self._told
+        floor = self._told.floor
         if version.epoch != floor.epoch or version < floor:
             return None
         self.progress(version.generation)
-        return self._tell(Told(kept, Version(floor.epoch, self._newest + self._margin)))
+        return self._raise_floor()
+
+    def _raise_floor(self) -> Told:
+        """Nothing that has begun can be committed any more: all meet at one that nobody has."""
+        kept, floor = self._told
+        ahead, self._missed = self._margin + self._missed, self._missed + 1
+        return self._tell(Told(kept, Version(floor.epoch, self._newest + ahead)))
 
     def raised(self, floor: Version) -> None:
         """Somebody else has told everybody this floor; one of another epoch, or below the present one, says nothing."""

@@ -144,6 +144,18 @@ def _a_process_ends_once_for_each_coordinator(patch: Patch) -> None:
     patch.setattr(WorkerEnds, "load", lambda self, kept: load(self, {**kept, "ended": []}))
 
 
+def _the_end_is_looked_for_while_agents_come_back(patch: Patch) -> None:
+    """Found by the simulation: a worker's death was kept for later, and the job waited for that worker to leave."""
+    look = Core._look_for_end
+
+    def before(self: Core) -> Effects:
+        expected, self._reunion._expected = self._reunion._expected, set()
+        yield from look(self)
+        self._reunion._expected = expected
+
+    patch.setattr(Core, "_look_for_end", before)
+
+
 def _what_was_told_as_committed_is_forgotten(patch: Patch) -> None:
     """Found by the simulation: one node kept a generation that the others then overwrote, and the next loss was 77."""
     patch.setattr(Headway, "heard", lambda self, kept: None)
@@ -320,6 +332,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "comes back": _a_drained_node_does_not_come_back,
     "one end": _an_end_is_decided_again,
     "ends once": _a_process_ends_once_for_each_coordinator,
+    "all back": _the_end_is_looked_for_while_agents_come_back,
     "told before": _what_was_told_as_committed_is_forgotten,
     "departed": _a_node_that_has_left_is_counted_until_the_next_epoch,
     "early end": _a_process_that_ends_before_it_takes_over_is_not_missed,

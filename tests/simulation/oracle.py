@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Oracle", "Violation"]
 
 _MASK = (1 << 60) - 1
-_FEW = 8
+_FEW = 12
 _END_S = 12.0
 _PEACE_S = 4.0  # after the last fault: what waits before it tries again has tried
 
@@ -57,6 +57,7 @@ class Oracle:
         self.given_up = 0  # generations that were, rightly
         self.saving: list[int] | None = None  # who was healthy when it was found that no spare is left
         self._waits_since: float | None = None  # for a spare
+        self._late: set[int] = set()  # who came when the wait was over, and may not have been counted on
 
     # ---- numbers
 
@@ -97,7 +98,8 @@ class Oracle:
         """A rank has said that it has finished training."""
         assert rank.rank is not None
         self._through.setdefault(rank.joined, set()).add(rank.rank)
-        if len(self._through[rank.joined]) == self._cluster.job.world_size:
+        newest = self.declared[-1][1] if self.declared else 0
+        if rank.joined == newest and len(self._through[newest]) == self._cluster.job.world_size:
             self._done_at = self._cluster.world.now
 
     def finished(self, rank: Rank) -> None:
@@ -148,6 +150,10 @@ class Oracle:
                 self._committed(Version(fields["epoch"], fields["iteration"]))
             case "stays":
                 self._drained.discard(fields["node"])
+            case "joined":
+                wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
+                if since is not None and world.now > since + wait:
+                    self._late.add(fields["node"])
             case "waiting":
                 self._waits_since = world.now
                 self._cluster.faults.awaited()
@@ -257,7 +263,7 @@ class Oracle:
 
     def _healthy(self) -> list[int]:
         left = {node for node, state in self._cluster.hq.core.nodes.items() if state.role == "left"}
-        away = self.hurt.keys() | self._drained | left
+        away = self.hurt.keys() | self._drained | self._late | left
         return [host.node for host in self._cluster.hosts if host.link.ever and host.node not in away]
 
     # ---- after each turn of the coordinator

@@ -278,6 +278,15 @@ def test_an_end_that_was_decided_is_the_end_whatever_comes_after_the_coordinator
     assert (job.finish.code, job.finish.message) == (code, message)
 
 
+def test_nobody_waits_for_a_spare_when_no_node_is_left_that_keeps_state() -> None:
+    job = SimulatedJob(nodes=2, spares=0, wait_for_spare_s=600.0).train()
+    job.commit(1)
+    job.lose(0)
+    assert job.core.phase is Phase.ARRIVING and job.finish is None
+    job.lose(1)
+    assert job.finish is not None and job.finish.code == Exit.NO_SPARE
+
+
 def test_a_drained_node_comes_back_when_its_spare_is_of_no_use() -> None:
     job = SimulatedJob().train()
     job.commit(1)

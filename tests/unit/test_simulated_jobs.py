@@ -36,6 +36,7 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "comes back": (105619, ()),
     "one end": (8655, ()),
     "ends once": (4634, ()),
+    "all back": (26485, ()),
     "told before": (1367, ("kill worker", "kill coordinator", "crash coordinator soon")),
     "live alone": (44, ("kill worker", "kill node", "slow link")),
 }

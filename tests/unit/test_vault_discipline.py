@@ -290,3 +290,18 @@ def test_the_ledger_declares_diverged_versions_dead() -> None:
     assert told.kept is None
     assert told.floor == (0, 10)
     assert ledger.committed("a", Version(0, 6)) is None
+
+
+def test_who_misses_each_other_again_meets_further_ahead() -> None:
+    """A message that takes longer than usual, each time, must not put off commits for good."""
+    ledger = CommitLedger(["a", "b"], epoch=0)
+    floors = []
+    for newest in (3, 9, 20):
+        told = ledger.apart(Version(0, newest))
+        assert told is not None
+        floors.append(told.floor.generation - newest)
+    assert floors == [2, 3, 4]
+    ledger.committed("a", Version(0, 30))
+    assert ledger.committed("b", Version(0, 30)) is not None
+    told = ledger.apart(Version(0, 31))
+    assert told is not None and told.floor.generation == 33

@@ -444,6 +444,7 @@ class Core:
             yield from self._declare(f"the coordinator was away and {why}")
         elif self.recovery is None and self.epoch == self._start.epoch and self._layout.known:
             yield self._start.placement()  # who heard it hears the same again
+        yield from self._look_for_end()
 
     # ---- start
 
@@ -516,6 +517,8 @@ class Core:
             yield from self._look_for_end()
 
     def _look_for_end(self) -> Effects:
+        if self._reunion.waits:
+            return  # who is still to come back may have lost a worker: `_all_returned` looks again
         if self._phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
             self._phase, self._recoveries.current = Phase.FINISHING, None
             self._suspicions.ended()
