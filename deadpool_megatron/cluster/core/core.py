@@ -1,5 +1,7 @@
 """The coordinator's decisions, pure: events in, actions out, no sockets, no clock of its own.
 
+Parts of the core yield effects (`cluster.core.effects`), verdicts among them; `Core` carries them out in one place.
+
 Failure-free a job goes STARTING -> RUNNING -> FINISHING -> ENDED. What takes it out of RUNNING and back is one recovery
 (`cluster.core.recovering`), each in an epoch of its own::
 
