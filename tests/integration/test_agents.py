@@ -48,7 +48,7 @@ training.train_step = dies_once
 runpy.run_path({example!r}, run_name="__main__")
 """
 # So small that the processors of any machine are enough.
-SMALL_SHARES = "from deadpool_megatron.cluster import pinning\npinning._LEAST, pinning._PER_WORKER = 1, 0\n"
+SMALL_SHARES = "from deadpool_megatron.cluster.agent import pinning\npinning._LEAST, pinning._PER_WORKER = 1, 0\n"
 SLEEP = (
     "import os, pathlib, subprocess, sys, time\n"
     "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _AGENT = """
     import sys
-    from deadpool_megatron.cluster.link import Spoke
+    from deadpool_megatron.cluster.link.link import Spoke
     spoke = Spoke(sys.argv[1], sys.argv[2], bytes(range(32)), float(sys.argv[3]))
     spoke.send(b"hello")
     while (packet := spoke.receive(600)) is not None:

@@ -21,7 +21,7 @@ NAME = f"deadpool-test-{os.getpid()}"
 RANK = """
 import os, socket, sys, time
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.adoption import present
+from deadpool_megatron.cluster.agent.adoption import present
 control, found = present(sys.argv[3], int(sys.argv[1]), lambda: None)
 print(found["RANK"], found["DEADPOOL_AGENT_PID"], flush=True)
 os.eventfd_write(int(found["DEADPOOL_DOORBELL_FD"]), 1)

@@ -35,10 +35,10 @@ def asked(fence: Fence, vaults: dict[int, r.Address], now: float) -> bool:
 def test_nobody_is_asked_before_the_lease_is_over_and_a_connection_begins_it_anew(vaults: dict[int, r.Address]) -> None:
     fence = Fence(0, LEASE_S)
     for now in (100.0, 104.9):
-        assert not fence.cut_off(vaults, now) and fence._asked is None
+        assert not fence.cut_off(vaults, now) and now < fence._ask_at == 105.0
     fence.connected()
     for now in (105.0, 109.9):
-        assert not fence.cut_off(vaults, now) and fence._asked is None
+        assert not fence.cut_off(vaults, now) and now < fence._ask_at == 110.0
     assert not asked(fence, vaults, 110.0)
 
 
@@ -46,7 +46,7 @@ def test_who_reaches_a_majority_goes_on_and_asks_again_a_lease_later(vaults: dic
     fence = Fence(0, LEASE_S)
     fence.cut_off(vaults, 100.0)
     assert not asked(fence, vaults, 105.0), "three of five, itself counted"
-    assert not fence.cut_off(vaults, 110.9) and fence._asked == 105.0
+    assert not fence.cut_off(vaults, 110.9) and fence._ask_at == 111.0
     assert not asked(fence, vaults, 111.1)
 
 
@@ -58,7 +58,11 @@ def test_who_reaches_no_majority_fences_itself(vaults: dict[int, r.Address]) -> 
     fence = Fence(3, LEASE_S)
     alone = {node: vaults[node] for node in (3, 4)}
     fence.cut_off(alone, 100.0)
-    assert asked(fence, alone, 105.0)
+    assert not asked(fence, alone, 105.0), "it may be a cut of a moment"
+    assert not asked(fence, there, 106.0), "it was"
+    assert not asked(fence, alone, 112.0)
+    assert not asked(fence, alone, 113.0)
+    assert asked(fence, alone, 114.5), "for half a lease"
 
 
 @pytest.mark.parametrize(("reached", "others", "fenced"), [(0, 0, False), (0, 1, True), (1, 2, False), (1, 3, True)])

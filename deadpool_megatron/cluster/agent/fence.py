@@ -1,8 +1,8 @@
 """Is the coordinator gone, or are we? An agent that lost the coordinator asks the other agents.
 
 A node that reaches more than half of the nodes (itself counted) is on the side that goes on: then it is the coordinator
-that is away, and training must not notice. A node that does not is cut off: it fences itself, because the others have
-gone on, or will, without it.
+that is away, and training must not notice. A node that does not, and still does not half a lease later, is cut off: it
+fences itself, because the others have gone on, or will, without it.
 
 In a large job it asks a sample, drawn anew each time: all of them asking all others would be a connection for each pair
 of nodes at the one moment when the coordinator is away.
@@ -49,7 +49,8 @@ class Fence:
         self._lease = lease
         self._since: float | None = None
         self._reached: int | None = None
-        self._asked: float | None = None
+        self._ask_at = 0.0
+        self._alone_since: float | None = None
         self._others = 0
 
     def connected(self) -> None:
@@ -59,15 +60,20 @@ class Fence:
     def cut_off(self, vaults: Mapping[int, r.Address], now: float) -> bool:
         """The connection to the coordinator is down. True when this node is on the smaller side."""
         if self._since is None:
-            self._since, self._asked, self._reached = now, None, None
-        if now - self._since < self._lease:
-            return False
+            self._since, self._reached, self._alone_since = now, None, None
+            self._ask_at = now + self._lease
         if self._reached is not None:
             alone = on_smaller_side(self._reached, self._others)
             self._reached = None
-            return alone
-        if self._asked is None or now - self._asked > self._lease + _CONNECT_S:
-            self._asked = now
+            if not alone:
+                self._alone_since = None
+            elif self._alone_since is None:
+                self._alone_since = now
+            if self._alone_since is not None:  # it may be a cut of a moment, which the lease of others forgives
+                self._ask_at = now + self._lease / 8
+                return now - self._alone_since >= self._lease / 2
+        if now >= self._ask_at:
+            self._ask_at = now + self._lease + _CONNECT_S
             others = [a for node, a in vaults.items() if node != self._node]
             if len(others) > _MOST_ASKED:
                 others = self._chance.sample(others, _MOST_ASKED)
