@@ -12,6 +12,7 @@ from deadpool_megatron.cluster import Coordinator
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent import commits
 from deadpool_megatron.cluster.agent.commits import Commits
+from deadpool_megatron.cluster.agent.fence import Fence
 from deadpool_megatron.cluster.agent.fetching import Attempts
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.recovery import NodeRecovery
@@ -154,6 +155,16 @@ def _the_end_is_looked_for_while_agents_come_back(patch: Patch) -> None:
         self._reunion._expected = expected
 
     patch.setattr(Core, "_look_for_end", before)
+
+
+def _one_moment_without_a_majority_is_enough(patch: Patch) -> None:
+    """Found by the simulation: a short cut ended a spare, as the coordinator was away and it asked just then."""
+    cut_off = Fence.cut_off
+
+    def before(self: Fence, vaults: Any, now: float) -> bool:
+        return cut_off(self, vaults, now) or self._alone_since is not None
+
+    patch.setattr(Fence, "cut_off", before)
 
 
 def _what_was_told_as_committed_is_forgotten(patch: Patch) -> None:
@@ -333,6 +344,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "one end": _an_end_is_decided_again,
     "ends once": _a_process_ends_once_for_each_coordinator,
     "all back": _the_end_is_looked_for_while_agents_come_back,
+    "one moment": _one_moment_without_a_majority_is_enough,
     "told before": _what_was_told_as_committed_is_forgotten,
     "departed": _a_node_that_has_left_is_counted_until_the_next_epoch,
     "early end": _a_process_that_ends_before_it_takes_over_is_not_missed,

@@ -37,6 +37,7 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "one end": (8655, ()),
     "ends once": (4634, ()),
     "all back": (26485, ()),
+    "one moment": (6526, ()),
     "told before": (1367, ("kill worker", "kill coordinator", "crash coordinator soon")),
     "live alone": (44, ("kill worker", "kill node", "slow link")),
 }
