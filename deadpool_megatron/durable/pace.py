@@ -42,7 +42,3 @@ class Pace:
             if left <= 0:
                 return
             self._sleep(min(left, 0.1))
-
-    def hurry(self) -> None:
-        """From now on as fast as it goes. Safe from another thread."""
-        self._seconds = 0.0

@@ -87,11 +87,6 @@ class Snapshotter:
         """Of the iteration that was opened last; the next `open` begins a new record."""
         return self._stats
 
-    @property
-    def is_open(self) -> bool:
-        """A generation is being taken."""
-        return self._open
-
     def open(self, epoch: int, generation: int, small: bytes, busy: bool = False) -> bool:
         """Begin generation ``generation``; False when it is skipped (no slot is free), which costs nothing.
 

@@ -163,11 +163,6 @@ class Slot:
         return self.sealed and self.own_turn == turn and self.turn == turn
 
     @property
-    def at_peer(self) -> bool:
-        """The peer has acknowledged this version, all bytes verified."""
-        return self.peer_turn == self.turn and self.complete
-
-    @property
     def version(self) -> Version | None:
         """The version in the slot, complete or not."""
         return unpack(self.begin)
