@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import EMBEDDED, open_store, towards
 from deadpool_megatron.cluster.store.leadership import known_place
 from deadpool_megatron.compat import UserError

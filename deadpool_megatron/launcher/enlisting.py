@@ -12,8 +12,8 @@ from functools import partial
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from deadpool_megatron.cluster import Spoke
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.launcher.agent_options import AgentPlan
 from deadpool_megatron.launcher.plan import LaunchError
 from deadpool_megatron.launcher.secret import SecretSource

@@ -17,19 +17,15 @@ from typing import Any
 import msgspec
 import zmq
 
-from deadpool_megatron.cluster import (
-    AgentProcess,
-    AgentSettings,
-    Coordinator,
-    CoordinatorSettings,
-    Deadlines,
-    DurableSpec,
-    Enlistment,
-    Exit,
-    JobSpec,
-)
+from deadpool_megatron.cluster.agent.process import AgentProcess
+from deadpool_megatron.cluster.agent.settings import AgentSettings
+from deadpool_megatron.cluster.coordinator.coordinator import Coordinator, CoordinatorSettings
+from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
+from deadpool_megatron.cluster.core.durable import DurableSpec
+from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.cluster.link.ports import once_free, patience_s
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, open_store
 from deadpool_megatron.durable import DurableError, Lease, begin, go_on, this_process
 from deadpool_megatron.output import never_fails

@@ -22,8 +22,10 @@ from typing import Any
 
 import msgspec
 
-from deadpool_megatron.cluster import Deadlines, Exit, JobSpec, notices
+from deadpool_megatron.cluster import notices
+from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import PASSWORD
 from deadpool_megatron.cluster.store.leadership import Leadership
 from deadpool_megatron.forking import FORK_SERVER, Process, fork_module

@@ -16,8 +16,9 @@ from typing import Final
 
 import zmq
 
-from deadpool_megatron.cluster import Exit, Spoke
+from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import open_store
 from deadpool_megatron.cluster.store.leadership import Follower, Place
 from deadpool_megatron.forking import Process, open_pidfd

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from flags import duo_gpt
 from jobs import PACED, Job, Jobs, launch_flags, set_pace
 from machines import Machines, MachinesJob

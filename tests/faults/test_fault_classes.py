@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.forking import Process
 from deadpool_megatron.harness.descendants import has_ended
 from deadpool_megatron.harness.jobs import start_cli

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from deadpool_megatron.cluster import Spoke
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.observe import JOB
 from flags import tiny_gpt, with_value
 from jobs import Job, Jobs, launch_flags, undisturbed

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from flags import duo_gpt, tiny_gpt
 from jobs import EXAMPLE, PACED, ROOT, Jobs, assert_same_training, launch_flags, set_pace, undisturbed
 from machines import Machines, MachinesJob, torchrun_environments

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from flags import tiny_gpt
 from jobs import EXAMPLE, ROOT, Job, Jobs, launch_flags
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from flags import tiny_gpt
 from jobs import EXAMPLE, ROOT, Job, Jobs, alone, assert_same_checkpoint, launch_flags
 from machines import Machines, MachinesJob

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from flags import Layout, duo_gpt, plain_optimizer, with_value, without_values
 from jobs import EXAMPLE, ROOT, Job, Jobs, launch_flags
 from upstream import scripts

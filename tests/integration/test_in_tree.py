@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.intree.patching import State, change, load_sets
 from deadpool_megatron.launcher.torchrun import let_torchrun_go
 from flags import duo_gpt, tiny_gpt

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from flags import duo_gpt, tiny_gpt
 from jobs import Job, Jobs, launch_flags
 

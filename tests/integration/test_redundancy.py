@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from flags import tiny_gpt
 from jobs import Job, Jobs, launch_flags, undisturbed
 

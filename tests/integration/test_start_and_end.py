@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from flags import duo_gpt
 from jobs import Job, Jobs, assert_same_checkpoint, launch_flags
 

@@ -6,8 +6,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from deadpool_megatron.cluster import Coordinator, CoordinatorSettings, Core, Enlistment, JobSpec
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.coordinator.coordinator import Coordinator, CoordinatorSettings
+from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
+from deadpool_megatron.cluster.core.core import Core
+from deadpool_megatron.cluster.core.job import JobSpec
 from deadpool_megatron.cluster.link.link import Hub
 from deadpool_megatron.cluster.store import Deposed, Entry, Guard, Lease, Store, Watch
 from deadpool_megatron.observe import RunDirectory

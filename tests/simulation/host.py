@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deadpool_megatron.cluster import AgentSettings
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.agent import Agent
 from deadpool_megatron.cluster.agent.crew import Crew
@@ -16,6 +15,7 @@ from deadpool_megatron.cluster.agent.fence import Fence
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.lookout import LOOK_S
 from deadpool_megatron.cluster.agent.pulse import PulsePage
+from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.agent.watch import Watch
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from deadpool_megatron.cluster import Coordinator
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent import commits
 from deadpool_megatron.cluster.agent.commits import Commits
@@ -17,6 +16,7 @@ from deadpool_megatron.cluster.agent.fetching import Attempts
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.recovery import NodeRecovery
 from deadpool_megatron.cluster.agent.shards import FetchDone
+from deadpool_megatron.cluster.coordinator.coordinator import Coordinator
 from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.effects import Answer, Declare, Effects, Stop
 from deadpool_megatron.cluster.core.headway import Headway

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deadpool_megatron.cluster import Deadlines, JobSpec
+from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.vault import VaultFull
 from simulation.faults import Faults, Profile

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.cluster import Deadlines, Enlistment, JobSpec
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
+from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.launcher import add_agent_arguments
 from deadpool_megatron.launcher.agent_options import AgentPlan, check_agent
 from deadpool_megatron.launcher.plan import LaunchError

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from deadpool_megatron.cluster import Exit, Phase
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.link.awake import AwakeClock
+from deadpool_megatron.cluster.records.exits import Exit
 from simulated import DEADLINES, SimulatedJob
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from deadpool_megatron.cluster import Exit, Phase
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.records import SlotAddress
+from deadpool_megatron.cluster.records.exits import Exit
 from simulated import DEADLINES, SimulatedJob
 
 

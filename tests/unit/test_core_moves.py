@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
-from deadpool_megatron.cluster import Core, Exit, Phase
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.core import Emit, Keep, Send
+from deadpool_megatron.cluster.core.core import Core, Emit, Keep, Send
+from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.records import SlotAddress
+from deadpool_megatron.cluster.records.exits import Exit
 from simulated import DEADLINES, SimulatedJob
 
 

@@ -14,9 +14,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deadpool_megatron.cluster import Core, Deadlines, JobSpec, Phase
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.core import RECOVERING, Action, Emit, Finish, Send
+from deadpool_megatron.cluster.core.core import RECOVERING, Action, Core, Emit, Finish, Send
+from deadpool_megatron.cluster.core.job import Deadlines, JobSpec, Phase
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.placement.redundancy import holders
 

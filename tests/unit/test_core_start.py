@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from deadpool_megatron.cluster import Exit, Phase
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.records.exits import Exit
 from simulated import DEADLINES, SimulatedJob
 
 

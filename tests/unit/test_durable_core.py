@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from deadpool_megatron.cluster import DurableSpec, Exit, Phase
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.durable import DurableSpec
+from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import ShardFile, generation_of
 from simulated import SimulatedJob
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.launcher import add_agent_arguments
 from deadpool_megatron.launcher.agent_options import AgentPlan, check_agent
 from deadpool_megatron.launcher.plan import LaunchError

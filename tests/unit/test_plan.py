@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from deadpool_megatron import cli
-from deadpool_megatron.cluster import Exit
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.config import from_script_arguments
 from deadpool_megatron.planning.budget import Budget, budget
 from deadpool_megatron.planning.errors import PlanError

@@ -28,8 +28,9 @@ import msgspec
 from deadpool_megatron.bench.control_plane.etcd import EtcdMembers, cpu_s
 from deadpool_megatron.bench.control_plane.swarm import SwarmSettings
 from deadpool_megatron.bench.pictures import draw_control
-from deadpool_megatron.cluster import Deadlines, JobSpec, Spoke
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
+from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.cluster.notices import INTERRUPT
 from deadpool_megatron.cluster.store import EMBEDDED, StoreError, open_store
 from deadpool_megatron.cluster.store.leadership import Leadership
