@@ -400,7 +400,7 @@ class Faults:
     def awaited(self) -> None:
         """The job waits for a spare; in half of the runs one comes, in time or too late."""
         chance = self._cluster.patience
-        if chance.random() < 0.5:
+        if self._cluster.job.wait_for_spare_s and chance.random() < 0.5:
             self._until(chance.uniform(0.0, 1.2 * self._cluster.job.wait_for_spare_s), self._join)
 
     def _join(self) -> None:

@@ -279,6 +279,24 @@ def test_an_end_that_was_decided_is_the_end_whatever_comes_after_the_coordinator
     assert (job.finish.code, job.finish.message) == (code, message)
 
 
+def test_a_node_that_has_said_that_it_joins_is_waited_for() -> None:
+    job = SimulatedJob(nodes=3, spares=0).train()
+    job.commit(1)
+    _, number, actions = job.core.add_spare("", job.now)
+    job.take(actions)
+    job.lose(1)
+    assert job.events("waiting") and job.finish is None
+    job.join([number])
+    assert job.active == [0, number, 2] and job.told(r.Declare)[-1].purpose == "resume"
+    job = SimulatedJob(nodes=3, spares=0).train()
+    job.commit(1)
+    job.take(job.core.add_spare("", job.now)[2])
+    job.lose(1)
+    job.arrive()
+    job.wait(2 * DEADLINES.join)
+    assert len(job.told(r.Declare)) == 2 and job.finish is not None, "it has not come"
+
+
 def test_nobody_waits_for_a_spare_when_no_node_is_left_that_keeps_state() -> None:
     job = SimulatedJob(nodes=2, spares=0, wait_for_spare_s=600.0).train()
     job.commit(1)

@@ -105,8 +105,11 @@ class Recoveries:
         if taken_by is None and self._purpose == "resume":
             yield from self._call_drains_off(out_of_use)
             taken_by = self._taken_by(out_of_use)
-        alive = any(not members.gone(node) for node in members.active())
-        patience = facts.job.wait_for_spare_s if alive else 0.0  # else nobody is left whose state could be kept
+        patience = facts.job.wait_for_spare_s
+        if members.coming_spares():  # who has said that it joins is waited for in any case
+            patience = max(patience, facts.job.deadlines.join)
+        if all(members.gone(node) for node in members.active()):
+            patience = 0.0  # nobody is left whose state could be kept
         if taken_by is not None and self._purpose == "resume":
             self._waits_until = None
             members.hand_over(taken_by)
