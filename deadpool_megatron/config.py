@@ -26,7 +26,6 @@ __all__ = [
     "DeadpoolConfig",
     "add_arguments",
     "carry_over",
-    "from_flags",
     "from_namespace",
     "from_script_arguments",
     "resolve",
@@ -438,11 +437,6 @@ class _Raising(argparse.ArgumentParser):
 def from_script_arguments(arguments: Sequence[str]) -> DeadpoolConfig:
     """Read DeadPool's settings out of a training script's arguments; everything else is left alone."""
     return resolve(vars(_parsed(arguments)))
-
-
-def from_flags(flags: Sequence[str]) -> DeadpoolConfig:
-    """Read back what `DeadpoolConfig.flags` wrote; environment and files were looked at when it was resolved."""
-    return resolve(vars(_parsed(flags)), {})
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:

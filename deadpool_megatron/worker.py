@@ -24,6 +24,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import msgspec
+
 from deadpool_megatron import points
 from deadpool_megatron.cluster import notices
 from deadpool_megatron.cluster import records as r
@@ -48,7 +50,7 @@ __all__ = ["CONFIG", "EMULATE", "MODE", "main"]
 
 MODE = "DEADPOOL_MODE"  # "plain" or "deadpool"
 EMULATE = "DEADPOOL_EMULATE_CPU"
-CONFIG = "DEADPOOL_SETTINGS"  # the resolved settings, as flags separated by newlines
+CONFIG = "DEADPOOL_SETTINGS"  # the resolved settings, as JSON
 _PR_SET_PDEATHSIG = 1
 
 
@@ -116,8 +118,7 @@ def _install(standby: bool) -> Hooks:
     from deadpool_megatron.megatron import Hooks, arm, follow_job
     from deadpool_megatron.recovery import Session
 
-    flags = os.environ[CONFIG].split("\n") if os.environ[CONFIG] else []
-    config = settings.from_flags(flags)
+    config = msgspec.json.decode(os.environ[CONFIG], type=settings.DeadpoolConfig)
     if config.on_preempt:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent says when it is time to go
     _log_to_stderr()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import typing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import msgspec
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.cluster.notices import PREEMPT, WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
@@ -181,9 +183,12 @@ def join(options: argparse.Namespace) -> int:
         # A number that was given meanwhile is forgotten when nobody comes with it.
         time.sleep(10 * _POLL_S)
     assert isinstance(reply, r.SpareAdded)
-    settings = {**job["agent"], "node": reply.node, "coordinator": job["coordinator"], "secret": job["secret"]}
-    if options.host:
-        settings["host"] = options.host
+    settings = replace(
+        msgspec.convert(job["agent"], AgentSettings),
+        node=reply.node,
+        coordinator=job["coordinator"],
+        host=options.host or job["agent"]["host"],
+    )
     process = Processes().start("agent", settings, 0 if options.detach else signal.SIGTERM, stdout=subprocess.DEVNULL)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, frame: process.terminate())

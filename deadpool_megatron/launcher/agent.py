@@ -73,9 +73,9 @@ class _Host:
         launch = dataclasses.replace(plan.launch, host=self.address)
         settings = coordinator_settings(launch, job_id, secret, bind, port, plan.join_s, plan.job_name)
         if resume and place is not None:
-            settings["resume"] = True
+            settings = dataclasses.replace(settings, resume=True)
             if place.host == self.address:
-                settings["store_port"] = place.store_port
+                settings = dataclasses.replace(settings, store_port=place.store_port)
             print(f"deadpool: the coordinator goes on here, at {self.address}", file=sys.stderr, flush=True)
         hosted = CoordinatorProcess(self.processes, settings, seat.leadership, seat.moves)
         return (hosted, 0) if hosted.port else (None, hosted.wait()[0] or Exit.FAILED)
@@ -195,7 +195,8 @@ def _agent(plan: AgentPlan) -> int:
             adopt=plan.adopt,
             store_name=plan.job_name if moves else "",
         )
-        agent = processes.start("agent", settings | {"tells_end": hosted is None}, stdout=subprocess.DEVNULL)
+        settings = dataclasses.replace(settings, tells_end=hosted is None)
+        agent = processes.start("agent", settings, stdout=subprocess.DEVNULL)
         tee = _tee(plan, answer.node)
         serving = Serving(plan, signals, hosted, agent, lifeline)
         stack.callback(serving.close)

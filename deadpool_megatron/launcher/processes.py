@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from typing import Any
 import msgspec
 
 from deadpool_megatron.cluster import notices
+from deadpool_megatron.cluster.agent.settings import AgentSettings
+from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT
 from deadpool_megatron.cluster.records.exits import Exit
@@ -34,6 +36,8 @@ from deadpool_megatron.launcher.plan import LaunchPlan
 __all__ = [
     "SECRET_VARIABLES",
     "CoordinatorProcess",
+    "CoordinatorStart",
+    "DurableStart",
     "Processes",
     "agent_settings",
     "coordinator_settings",
@@ -45,6 +49,51 @@ _NODE = "deadpool_megatron.launcher.node"
 SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE", PASSWORD)
 
 
+@dataclass(frozen=True, slots=True)
+class DurableStart:
+    """How the coordinator of a job begins with the durable directory.
+
+    Args:
+        spec: what the job does about it.
+        resume: ``auto``, ``none``, or the number of a generation.
+        writes: this job owns the directory.
+        launcher: the process with which all of the job ends; 0: none.
+        newer_than: only a generation after this iteration is worth more than the checkpoint that is loaded.
+    """
+
+    spec: DurableSpec
+    resume: str
+    writes: bool
+    launcher: int
+    newer_than: int
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorStart:
+    """What a coordinator has to know before it starts. It comes as JSON (msgspec) on its stdin.
+
+    Args:
+        agent: settings of an agent of this job but for its node, for `deadpool join`.
+        store: where the coordinator's state is kept, and the job's name there.
+        host: the address that is told to others; ``bind`` is the one it listens on, ``port`` 0 for any.
+        store_port: where the rendezvous store of the process groups listens; 0 for any.
+        resume: go on where a coordinator that is gone left off.
+        guard: of the leadership; goes with every write.
+    """
+
+    job: JobSpec
+    agent: AgentSettings
+    run_dir: str
+    store: tuple[str, str]
+    host: str
+    bind: str = "127.0.0.1"
+    port: int = 0
+    store_port: int = 0
+    durable: DurableStart | None = None
+    resume: bool = False
+    guard: tuple[str, int] = ("", 0)
+
+
 def coordinator_settings(
     plan: LaunchPlan,
     job_id: str,
@@ -54,8 +103,8 @@ def coordinator_settings(
     join_s: float = 120.0,
     store_name: str = "",
     alone: bool = False,
-) -> dict[str, Any]:
-    """What the coordinator reads from stdin.
+) -> CoordinatorStart:
+    """Of the coordinator of a job.
 
     Args:
         alone: all of the job ends with this process.
@@ -65,13 +114,12 @@ def coordinator_settings(
         join_s: seconds that agents have to join.
     """
     c = plan.config
-    deadlines = Deadlines(c.lease, c.abort_deadline, c.build_deadline, c.form_deadline, join_s)
     job = JobSpec(
         plan.nodes,
         plan.spare_nodes,
         plan.slots_per_node,
         c.deadpool,
-        deadlines,
+        Deadlines(c.lease, c.abort_deadline, c.build_deadline, c.form_deadline, join_s),
         c.transient_retries,
         c.redundancy,
         plan.domains,
@@ -79,22 +127,17 @@ def coordinator_settings(
         snapshot_interval=c.snapshot_interval,
         wait_for_spare_s=60 * c.wait_for_spare,
     )
-    return {
-        "job": asdict(job) | {"durable": _durable_settings(plan, job_id, alone)},
-        "job_id": job_id,
-        "flags": c.flags(),
-        "host": plan.host,
-        "bind": bind,
-        "port": port,
-        "store_port": 0,
-        "store": [c.store, store_name or job_id],
-        "resume": False,
-        "secret": secret.hex(),
-        "run_dir": plan.run_dir,
-        "on_preempt": c.on_preempt,
-        "agent": agent_settings(plan, -1, job_id, secret, (plan.host, 0), 0, plan.host, store_name=store_name),
-        "state_hash": str(Path(c.state_hash).absolute()) if c.state_hash else "",
-    }
+    agent = agent_settings(plan, -1, job_id, secret, (plan.host, 0), 0, plan.host, store_name=store_name)
+    return CoordinatorStart(
+        job,
+        agent,
+        plan.run_dir,
+        (c.store, store_name or job_id),
+        plan.host,
+        bind,
+        port,
+        durable=_durable(plan, job_id, alone),
+    )
 
 
 def agent_settings(
@@ -108,8 +151,8 @@ def agent_settings(
     devices: str | None = None,
     adopt: str = "",
     store_name: str = "",
-) -> dict[str, Any]:
-    """What the agent of ``node`` reads from stdin.
+) -> AgentSettings:
+    """Of the agent of ``node``.
 
     Args:
         store_name: of the job in the store, where the coordinator may move; else empty.
@@ -119,40 +162,26 @@ def agent_settings(
         devices: CUDA devices of this node; None: all that are visible.
         adopt: the socket at which workers come to the agent; empty: it starts them.
     """
-    metrics_port = plan.config.metrics_port
-    if metrics_port and host.startswith("127."):
-        metrics_port += node  # the nodes share this machine's ports
-    return {
-        "job_id": job_id,
-        "node": node,
-        "slots_per_node": plan.slots_per_node,
-        "active_nodes": plan.nodes - plan.spare_nodes,
-        "host": host,
-        "coordinator": f"{coordinator[0]}:{coordinator[1]}",
-        "secret": secret.hex(),
-        "lease": plan.config.lease,
-        "log_dir": plan.log_dir,
-        "command": [sys.executable, "-m", "deadpool_megatron.worker", *plan.command],
-        "environment": _environment(plan, coordinator[0], store_port, job_id, devices),
-        "deadpool": plan.config.deadpool,
-        "hang_factor": plan.config.hang_factor,
-        "hang_floor": plan.config.hang_floor,
-        "hang_outside": plan.config.hang_outside,
-        "shm_directory": plan.shm_directory,
-        "adopt": adopt,
-        "redundancy": plan.config.redundancy,
-        "send_bandwidth": plan.config.send_bandwidth,
-        "transport": plan.config.transport,
-        "host_memory": plan.config.host_memory,
-        "metrics_port": metrics_port,
-        "store": [plan.config.store, plan.run_dir, store_name] if store_name else [],
-        "scrub_rate": plan.config.scrub_rate,
-        "durable_dir": plan.config.durable_dir if plan.config.deadpool else "",
-        "on_preempt": plan.config.deadpool and plan.config.on_preempt,
-        "exit_signal": _exit_signal(plan.arguments),
-        # Agents of one machine would all choose the same processors.
-        "pin": plan.config.deadpool and plan.config.pin_agents and not host.startswith("127."),
-    }
+    c, here = plan.config, host.startswith("127.")
+    return AgentSettings(
+        c,
+        job_id,
+        node,
+        plan.slots_per_node,
+        plan.nodes - plan.spare_nodes,
+        host,
+        f"{coordinator[0]}:{coordinator[1]}",
+        secret,
+        plan.log_dir,
+        [sys.executable, "-m", "deadpool_megatron.worker", *plan.command],
+        _environment(plan, coordinator[0], store_port, job_id, devices),
+        plan.shm_directory,
+        [c.store, plan.run_dir, store_name] if store_name else [],
+        adopt,
+        metrics_port=c.metrics_port + node if c.metrics_port and here else c.metrics_port,  # they share the ports
+        exit_signal=_exit_signal(plan.arguments),
+        pin=c.deadpool and c.pin_agents and not here,  # agents of one machine would all choose the same processors
+    )
 
 
 def _exit_signal(arguments: Sequence[str]) -> int:
@@ -163,23 +192,21 @@ def _exit_signal(arguments: Sequence[str]) -> int:
     return int(getattr(signal, name, 0))
 
 
-def _durable_settings(plan: LaunchPlan, job_id: str, alone: bool) -> dict[str, Any] | None:
+def _durable(plan: LaunchPlan, job_id: str, alone: bool) -> DurableStart | None:
     """What the coordinator is told of the durable tier; None when there is none."""
     c = plan.config
     if not (c.deadpool and c.durable_dir):
         return None
-    return {
-        "directory": c.durable_dir,
-        "job": re.sub("[^A-Za-z0-9]", "", job_id),
-        "interval": 0 if c.export else c.durable_interval,
-        "keep": c.durable_keep,
-        "deadline": c.durable_deadline,
-        "preempt_deadline": c.preempt_deadline,
-        "resume": c.resume,
-        "writes": not c.export,
-        "launcher": os.getpid() if alone else 0,
-        "newer_than": _checkpoint_to_load(plan.arguments),
-    }
+    spec = DurableSpec(
+        c.durable_dir,
+        re.sub("[^A-Za-z0-9]", "", job_id),
+        0 if c.export else c.durable_interval,
+        c.durable_keep,
+        c.durable_deadline,
+        c.preempt_deadline,
+    )
+    launcher = os.getpid() if alone else 0
+    return DurableStart(spec, c.resume, not c.export, launcher, _checkpoint_to_load(plan.arguments))
 
 
 def _checkpoint_to_load(arguments: Sequence[str]) -> int:
@@ -217,7 +244,7 @@ def _environment(
             "TORCHELASTIC_MAX_RESTARTS": "0",
             "PYTHONUNBUFFERED": "1",
             "DEADPOOL_MODE": "deadpool" if plan.config.deadpool else "plain",
-            "DEADPOOL_SETTINGS": "\n".join(plan.config.flags()),
+            "DEADPOOL_SETTINGS": msgspec.json.encode(plan.config).decode(),
         }
     )
     for name in ("RANK", *SECRET_VARIABLES):
@@ -252,7 +279,9 @@ class Processes:
     def __init__(self) -> None:
         self.all: list[Process] = []
 
-    def start(self, role: str, settings: Mapping[str, Any], signum: int = signal.SIGTERM, **extra: Any) -> Process:
+    def start(
+        self, role: str, settings: AgentSettings | CoordinatorStart, signum: int = signal.SIGTERM, **extra: Any
+    ) -> Process:
         """Start ``coordinator`` or ``agent``. From the main thread: the child ends with the thread that made it.
 
         ``signum`` is what it gets then; 0: it lives on.
@@ -305,7 +334,7 @@ class CoordinatorProcess:
     _RESTARTS_S = 120.0
 
     def __init__(
-        self, processes: Processes, settings: dict[str, Any], leadership: Leadership, others_lead: bool = False
+        self, processes: Processes, settings: CoordinatorStart, leadership: Leadership, others_lead: bool = False
     ) -> None:
         self._others_lead = others_lead
         self._processes = processes
@@ -319,14 +348,14 @@ class CoordinatorProcess:
     def _start(self) -> Process:
         guard = self._leadership.guard
         assert guard is not None, "who does not lead starts no coordinator"
-        self._settings["guard"] = list(guard)
+        self._settings = replace(self._settings, guard=(guard.key, guard.revision))
         signum = signal.SIGKILL if self._others_lead else signal.SIGTERM
         process = self._processes.start("coordinator", self._settings, signum, stdout=subprocess.PIPE)
         assert process.stdout is not None
         told = process.stdout.readline().split()
         if len(told) == 2 and all(each.isdigit() for each in told):  # else it has ended, with its last words
             self.port, self.store_port = map(int, told)
-            self._settings.update(port=self.port, store_port=self.store_port, resume=True)
+            self._settings = replace(self._settings, port=self.port, store_port=self.store_port, resume=True)
         return process
 
     def interrupt(self) -> None:

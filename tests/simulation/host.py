@@ -20,6 +20,7 @@ from deadpool_megatron.cluster.agent.watch import Watch
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.cluster.placement.redundancy import Scheme
+from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.vault import TransferFailed
 from deadpool_megatron.vault.words import Words
 from simulation.network import Link
@@ -163,10 +164,13 @@ class Host:
         self.name = f"n{node}"
         self.news = Pipe(world, 0.0001, 0.002)  # from the vault's threads
         self.room = True  # there is memory for shards that are fetched
-        settings = AgentSettings(
-            "sim", node, job.slots_per_node, job.active_nodes, self.name, "hq:1", bytes(32), job.deadlines.lease, "",
-            (), redundancy=job.redundancy, hang_floor=cluster.hang_floor, hang_outside=cluster.hang_outside,
+        config = DeadpoolConfig(
+            True, lease=job.deadlines.lease, redundancy=job.redundancy, hang_floor=cluster.hang_floor,
+            hang_outside=cluster.hang_outside, abort_deadline=job.deadlines.abort, build_deadline=job.deadlines.build,
         )  # fmt: skip
+        settings = AgentSettings(
+            config, "sim", node, job.slots_per_node, job.active_nodes, self.name, "hq:1", bytes(32)
+        )
         known = self.known = KnownJob(node, job.active_nodes, job.slots_per_node, Scheme.parse(job.redundancy))
         self.shards = SimulatedShards(self)
         self.processes = _Processes(self)

@@ -7,6 +7,7 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,6 @@ from deadpool_megatron.config import (
     DeadpoolConfig,
     add_arguments,
     carry_over,
-    from_flags,
     from_namespace,
     from_script_arguments,
     resolve,
@@ -179,10 +179,10 @@ def test_a_configuration_written_as_flags_is_read_back_equal(config: DeadpoolCon
     assert from_script_arguments(["--num-layers", "4", *config.flags()]) == config
 
 
-def test_what_is_read_back_from_flags_is_not_changed_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEADPOOL_LEASE", "3")
-    config = from_script_arguments(["--deadpool-lease", str(DeadpoolConfig().lease)])
-    assert from_flags(config.flags()) == config == DeadpoolConfig()
+@settings(deadline=None)
+@given(configurations())
+def test_a_configuration_goes_to_other_processes_as_json(config: DeadpoolConfig) -> None:
+    assert msgspec.json.decode(msgspec.json.encode(config), type=DeadpoolConfig) == config
 
 
 def test_flags_hold_only_what_differs_from_the_defaults() -> None:

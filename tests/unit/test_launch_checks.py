@@ -225,8 +225,7 @@ def test_every_refused_flag_is_one_that_megatron_knows() -> None:
 def test_an_agent_is_pinned_where_it_has_a_machine_of_its_own_and_nobody_objects(tmp_path: Path) -> None:
     def pins(host: str, flags: str) -> bool:
         made = plan(tmp_path, "--local-nodes 2", flags)
-        pin = agent_settings(made, 0, "job", b"secret", (host, 1), 2, host)["pin"]
-        assert isinstance(pin, bool)
+        pin = agent_settings(made, 0, "job", b"secret", (host, 1), 2, host).pin
         return pin
 
     assert pins("10.1.2.3", "--deadpool")

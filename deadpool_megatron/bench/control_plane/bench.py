@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,12 +28,14 @@ from deadpool_megatron.bench.control_plane.etcd import EtcdMembers, cpu_s
 from deadpool_megatron.bench.control_plane.swarm import SwarmSettings
 from deadpool_megatron.bench.pictures import draw_control
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.cluster.notices import INTERRUPT
 from deadpool_megatron.cluster.store import EMBEDDED, StoreError, open_store
 from deadpool_megatron.cluster.store.leadership import Leadership
-from deadpool_megatron.launcher.processes import CoordinatorProcess, Processes
+from deadpool_megatron.config import DeadpoolConfig
+from deadpool_megatron.launcher.processes import CoordinatorProcess, CoordinatorStart, Processes
 from deadpool_megatron.observe import STATUS, EventTail
 from deadpool_megatron.observe.figures import MissingPlots
 
@@ -82,22 +83,9 @@ class SimulatedCluster:
             raise StoreError("somebody else leads this job")
         deadlines = Deadlines(lease, abort, 2 * abort, abort, _START_S)
         job = JobSpec(active + spares, spares, slots, True, deadlines)
-        settings = {
-            "job": asdict(job) | {"durable": None},
-            "job_id": name,
-            "flags": [],
-            "host": "127.0.0.1",
-            "bind": "127.0.0.1",
-            "port": 0,
-            "store_port": 0,
-            "store": [store, name],
-            "resume": False,
-            "secret": self._secret,
-            "run_dir": str(self.run_dir),
-            "on_preempt": False,
-            "agent": {"environment": {}},
-            "state_hash": "",
-        }
+        secret = bytes.fromhex(self._secret)
+        agent = AgentSettings(DeadpoolConfig(True), name, -1, slots, active, "127.0.0.1", "", secret)
+        settings = CoordinatorStart(job, agent, str(self.run_dir), (store, name), "127.0.0.1")
         self.coordinator = CoordinatorProcess(self._processes, settings, self.leadership)
         if not self.coordinator.port:
             raise StoreError(f"the coordinator did not start: {self.coordinator.wait()[1]}")

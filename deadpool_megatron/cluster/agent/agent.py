@@ -277,7 +277,7 @@ class Agent:
                     self._shards.set_epoch(record.epoch)
             case r.Departed():
                 self._job.departed(record)
-            case r.ExitNotice() if not self._s.deadpool:
+            case r.ExitNotice() if not self._s.config.deadpool:
                 self._crew.signal(self._s.exit_signal)
             case r.Form() | r.Hold() | r.AllFinished() | r.ExitNotice():
                 for worker in self._crew.mine().values():

@@ -56,11 +56,11 @@ class Lookout:
         self._recovery = recovery
         self._send = send
         self._fence = fence
-        self._clock = AwakeClock(max(8 * LOOK_S, settings.lease / 2), clock)
+        self._clock = AwakeClock(max(8 * LOOK_S, settings.config.lease / 2), clock)
         self._stuck: StuckWatch | None = None
-        if settings.hang_floor > 0:
-            rule = StallRule(settings.hang_factor, settings.hang_floor, settings.hang_outside)
-            self._stuck = StuckWatch(rule, settings.lease, processes, self._stalled)
+        if settings.config.hang_floor > 0:
+            rule = StallRule(settings.config.hang_factor, settings.config.hang_floor, settings.config.hang_outside)
+            self._stuck = StuckWatch(rule, settings.config.lease, processes, self._stalled)
         self._pace_s = pace_every_s(settings.active_nodes)
         self._due = self._pace_due = 0.0
 

@@ -41,7 +41,7 @@ class AgentProcess:
         self._s = settings
         self._terminated = False
         self._preempted = math.inf  # when the first notice came
-        scheme = Scheme.parse(settings.redundancy)
+        scheme = Scheme.parse(settings.config.redundancy)
         self._job = KnownJob(settings.node, settings.active_nodes, settings.slots_per_node, scheme)
         self._poller = zmq.Poller()
         self._uplink = Uplink(settings, self._poller)
@@ -53,12 +53,12 @@ class AgentProcess:
                 settings.host,
                 settings.shm_directory,
                 scheme,
-                settings.scrub_rate,
-                settings.send_bandwidth,
-                settings.host_memory,
-                settings.transport,
+                settings.config.scrub_rate,
+                settings.config.send_bandwidth,
+                settings.config.host_memory,
+                settings.config.transport,
             )
-            if settings.deadpool
+            if settings.config.deadpool
             else None
         )
         processes = WorkerProcesses(settings, self._job, self._poller, lambda: self._terminated)
@@ -70,7 +70,7 @@ class AgentProcess:
             self._shards.vault if self._shards else None,
             settings.metrics_port,
         )
-        fence = Fence(settings.node, settings.lease)
+        fence = Fence(settings.node, settings.config.lease)
         self._agent = Agent(
             settings, self._job, self._crew, processes, self._shards, self._watch, fence, self._uplink.post
         )
@@ -93,7 +93,7 @@ class AgentProcess:
                 if self._preempted < math.inf and not told and self._uplink.connected:
                     told = True
                     agent.send(r.PreemptionNotice(self._s.node))
-                self._step(self._poller.poll(int(LOOK_S * 1000) if self._s.deadpool else 1000))
+                self._step(self._poller.poll(int(LOOK_S * 1000) if self._s.config.deadpool else 1000))
                 self._tell_refusals()
         finally:
             self._crew.end(agent.code in (Exit.FENCED, Exit.PREEMPTED), told=agent.code is not None)
@@ -105,7 +105,7 @@ class AgentProcess:
         return 128 + signal.SIGTERM if agent.code is None else agent.code
 
     def _on_signal(self, signum: int, frame: object) -> None:
-        if self._s.on_preempt and time.monotonic() < self._preempted + _SAME_NOTICE_S:
+        if self._s.durable_dir and self._s.config.on_preempt and time.monotonic() < self._preempted + _SAME_NOTICE_S:
             self._on_notice(signum, frame)  # a later one ends this node
         else:
             self._terminated = True

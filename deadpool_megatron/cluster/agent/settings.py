@@ -1,23 +1,33 @@
-"""What one agent has to know before it starts."""
+"""What one agent has to know before it starts: the job's one configuration, and what is this node's own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deadpool_megatron.config import DeadpoolConfig
+
 __all__ = ["AgentSettings"]
 
 
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
-    """What one agent has to know. ``environment`` is the workers' (without ranks).
+    """Of one agent. It comes as JSON (msgspec) on the agent's stdin.
 
-    ``tells_end``: print why the job ended, since no launcher beside the agent does. ``adopt``: name of the socket at
-    which workers that somebody else has started come to this agent; empty where it starts them itself. ``store``: what
-    `open_store` takes, where the coordinator may move to another node; else empty. ``pin``: the agent binds itself to
-    processors that its workers do not need.
+    Args:
+        host: the node's own address, for its vault.
+        coordinator: HOST:PORT.
+        command: what runs a worker; ``environment`` is the workers', without ranks.
+        store: what `open_store` takes, where the coordinator may move to another node; else empty.
+        adopt: name of the socket at which workers that somebody else has started come to this agent; empty where it
+            starts them itself.
+        tells_end: print why the job ended, since no launcher beside the agent does.
+        metrics_port: 0 for none.
+        exit_signal: what workers in plain mode get when the machines are wanted soon; 0 for nothing.
+        pin: the agent binds itself to processors that its workers do not need.
     """
 
+    config: DeadpoolConfig
     job_id: str
     node: int
     slots_per_node: int
@@ -25,30 +35,23 @@ class AgentSettings:
     host: str
     coordinator: str
     secret: bytes
-    lease: float
-    log_dir: str
-    command: Sequence[str]
+    log_dir: str = ""
+    command: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    deadpool: bool = True
-    hang_factor: float = 10.0
-    hang_floor: float = 20.0
-    hang_outside: float = 600.0
     shm_directory: str = "/dev/shm"
-    tells_end: bool = False
-    adopt: str = ""
-    redundancy: str = "1"
-    send_bandwidth: float = 0.0
-    transport: str = "tcp"
-    host_memory: int = 0
-    metrics_port: int = 0
-    scrub_rate: int = 0
-    durable_dir: str = ""
-    on_preempt: bool = False
-    exit_signal: int = 0  # what workers in plain mode get when the machines are wanted soon; 0: nothing
     store: Sequence[str] = ()
+    adopt: str = ""
+    tells_end: bool = False
+    metrics_port: int = 0
+    exit_signal: int = 0
     pin: bool = False
 
     @property
     def world_size(self) -> int:
         """Number of coordinates."""
         return self.active_nodes * self.slots_per_node
+
+    @property
+    def durable_dir(self) -> str:
+        """Where this job's generations become durable; empty for nowhere."""
+        return self.config.durable_dir if self.config.deadpool else ""

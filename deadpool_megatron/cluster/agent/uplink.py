@@ -36,7 +36,7 @@ class Uplink:
         self.malformed = 0
 
     def _connect(self) -> Spoke:
-        spoke = Spoke(self._endpoint, f"node-{self._s.node}", self._s.secret, self._s.lease)
+        spoke = Spoke(self._endpoint, f"node-{self._s.node}", self._s.secret, self._s.config.lease)
         self._poller.register(spoke.monitor, zmq.POLLIN)
         self._poller.register(spoke.socket, zmq.POLLIN)
         return spoke
