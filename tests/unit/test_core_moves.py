@@ -238,6 +238,20 @@ def test_a_node_that_comes_back_late_hears_what_was_told_of_commits_without_it()
     assert job.told(r.CommittedTo, back[2].node) == [told]
 
 
+def test_a_node_whose_connection_was_replaced_in_a_recovery_has_missed_it() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.commit(1)
+    job.lose(1)
+    assert job.core.epoch == 1
+    job.feed(r.Join(3, 1003, "127.0.0.1", 2003, [], {}, 0, True))  # the spare that takes over
+    assert job.core.epoch == 2 and "node 3 was away" in job.events("declared")[-1]["reason"]
+    job.feed(r.Join(4, 1004, "127.0.0.1", 2004, [], {}, 0, True))  # one that is not needed
+    assert job.core.epoch == 2
+    job.recover()
+    job.feed(r.Join(3, 1003, "127.0.0.1", 2003, [], {}, 2, True))
+    assert job.core.epoch == 2 and job.core.phase is Phase.RUNNING
+
+
 def test_what_one_node_was_told_as_committed_stays_so_for_all_when_the_coordinator_has_died_of_it() -> None:
     """The one has freed what was before, the others wait with both: with a floor alone they keep different ones."""
     job = SimulatedJob().train()

@@ -469,6 +469,10 @@ class Core:
         elif awaited:
             yield from self._start.came_later(record)
             yield from self._look_for_spare(record.node)
+        elif self._phase is Phase.RUNNING and (record.epoch != self.epoch or not record.settled):
+            # Another connection has taken the place of one whose end nobody noticed: what it was told is lost.
+            if self.members.holds(record.node) or (self.recovery and record.node in self.recovery.givers):
+                yield from self._declare(f"node {record.node} was away in epoch {record.epoch}")
         if not first and (departed := [n for n in self.nodes if self.members.gone(n)]):
             yield Send(record.node, r.Departed(departed))  # it may have left while this one was not connected
         if self.members.holds(record.node) and record.epoch == self.epoch and self._later is None:
