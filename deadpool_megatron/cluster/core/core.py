@@ -469,14 +469,18 @@ class Core:
         elif awaited:
             yield from self._start.came_later(record)
             yield from self._look_for_spare(record.node)
-        elif self._phase is Phase.RUNNING and (record.epoch != self.epoch or not record.settled):
-            # Another connection has taken the place of one whose end nobody noticed: what it was told is lost.
-            if self.members.holds(record.node) or (self.recovery and record.node in self.recovery.givers):
-                yield from self._declare(f"node {record.node} was away in epoch {record.epoch}")
+        elif self._has_missed(record):
+            yield from self._declare(f"node {record.node} was away in epoch {record.epoch}")
         if not first and (departed := [n for n in self.nodes if self.members.gone(n)]):
             yield Send(record.node, r.Departed(departed))  # it may have left while this one was not connected
         if self.members.holds(record.node) and record.epoch == self.epoch and self._later is None:
             yield from self.seen.catch_up(record.node)
+
+    def _has_missed(self, record: r.Join) -> bool:
+        """Another connection has taken the place of one whose end nobody noticed: what went over that is lost."""
+        givers = self.recovery.givers if self.recovery is not None else frozenset[int]()
+        needed = self.members.holds(record.node) or record.node in givers
+        return self._phase is Phase.RUNNING and needed and (record.epoch != self.epoch or not record.settled)
 
     def _worker_ready(self, record: r.WorkerReady) -> Effects:
         yield from self._start.worker_ready(record)
