@@ -103,3 +103,9 @@ def test_a_pure_room_knows_nothing_of_the_world(room: str) -> None:
         if other.split(".")[0] in WORLD
     }
     assert known <= {("deadpool_megatron.cluster.placement.domains", "pathlib")}, "which reads a file of labels"
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest could not collect them together, as `scripts/test.sh -m slow` does."""
+    names = [path.name for path in Path(__file__).parents[1].rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
