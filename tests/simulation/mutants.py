@@ -169,7 +169,7 @@ def _one_moment_without_a_majority_is_enough(patch: Patch) -> None:
 
 def _what_was_told_as_committed_is_forgotten(patch: Patch) -> None:
     """Found by the simulation: one node kept a generation that the others then overwrote, and the next loss was 77."""
-    patch.setattr(Headway, "heard", lambda self, kept: None)
+    patch.setattr(Headway, "heard", lambda self, kept, iteration: None)
 
 
 def _who_finishes_early_is_forgotten(patch: Patch) -> None:

@@ -238,6 +238,15 @@ def test_a_node_that_comes_back_late_hears_what_was_told_of_commits_without_it()
     assert job.told(r.CommittedTo, back[2].node) == [told]
 
 
+def test_iterations_that_ended_while_the_coordinator_was_away_are_told_when_a_node_is_back() -> None:
+    job = SimulatedJob().train()
+    job.commit(3)
+    restarted(job, come_back=False)
+    for node in job.core.nodes:
+        job.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [], {}, 0, True, iteration=9 if node == 2 else -1))
+    assert job.core.iteration == 9
+
+
 def test_a_node_whose_connection_was_replaced_in_a_recovery_has_missed_it() -> None:
     job = SimulatedJob(nodes=5, spares=2).train()
     job.commit(1)

@@ -103,6 +103,7 @@ class Agent:
             self._recovery = NodeRecovery(job, crew, shards, self._upkeep, self._faults, self.send)
             self._lookout = Lookout(settings, job, crew, self._recovery, processes, fence, self.send, clock)
         self._hashes: list[r.StateHash] = []
+        self._iteration = -1  # the newest of this epoch that a rank here has told
 
     def send(self, record: r.AgentRecord) -> None:
         """To the coordinator, if it is there."""
@@ -136,6 +137,7 @@ class Agent:
                 self._recovery is None or self._recovery.settled,
                 not self._s.adopt,
                 self._commits.kept,
+                self._iteration,
             )
         )
         for worker in workers.values():
@@ -193,6 +195,7 @@ class Agent:
                     self._durable.described(record, worker.rank)
                     self._begin(worker)
             case r.Iteration() if self._shards is not None:
+                self._iteration = record.iteration
                 sent, bandwidth = self._shards.sent(record.rank)
                 self.send(msgspec.structs.replace(record, node=node, sent_bytes=sent, send_bandwidth=bandwidth))
             case r.Whereabouts():
@@ -334,6 +337,7 @@ class Agent:
 
     def _new_epoch(self) -> None:
         self._commits.restart()
+        self._iteration = -1
         if self._lookout is not None:
             self._lookout.restart()
 

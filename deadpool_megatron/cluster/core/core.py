@@ -455,8 +455,8 @@ class Core:
         if state is None or state.gone:
             yield Send(record.node, r.Stop(Exit.FENCED, f"node {record.node} is not part of this job (any more)"))
             return
-        if record.kept is not None and record.epoch == self.epoch:
-            self._headway.heard(Version(*record.kept))
+        if record.epoch == self.epoch:
+            self._headway.heard(None if record.kept is None else Version(*record.kept), record.iteration)
         first = self._start.joined(state, record)
         awaited = self._arrivals.without({record.node})
         if record.node in self._reunion.expected:

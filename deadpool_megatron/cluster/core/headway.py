@@ -56,10 +56,12 @@ class Headway:
         self.committed = told.kept.generation
         return told, True
 
-    def heard(self, kept: Version) -> None:
-        """A node has been told that all have committed this, by a coordinator that was there before this one."""
-        if self._ledger.adopt(kept):
+    def heard(self, kept: Version | None, iteration: int) -> None:
+        """What a node says that comes back: it was told that ``kept`` is committed, and ``iteration`` has ended."""
+        if kept is not None and self._ledger.adopt(kept):
             self._kept, self.committed, self.fresh = kept, kept.generation, False
+        if iteration > self.iteration:
+            self.iteration, self.fresh = iteration, False
 
     def held_back_by(self) -> str:
         """What the next commit waits for, in words."""

@@ -21,7 +21,8 @@ class Join(Record, frozen=True):
     Told again whenever the connection to the coordinator comes back: ``epoch`` is the one the agent stands in and
     ``settled`` says that all its workers train in it, or wait parked. ``respawns``: the agent can start a worker again
     (not one that another launcher has started). ``kept``: (epoch, generation) of the newest commit it has been told of;
-    a coordinator that starts again may not know it, while others have freed what was before it.
+    a coordinator that starts again may not know it, while others have freed what was before it. ``iteration``: the
+    newest of this epoch that a rank here has told; -1: none.
     """
 
     node: int
@@ -34,6 +35,7 @@ class Join(Record, frozen=True):
     settled: bool = True
     respawns: bool = True
     kept: tuple[int, int] | None = None
+    iteration: int = -1
 
 
 class WorkerReady(Record, frozen=True):
