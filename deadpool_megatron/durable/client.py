@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from .orders import Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, decode_answer
+from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, decode_answer
 
 __all__ = ["DrainerProcess"]
 
@@ -73,12 +74,16 @@ class DrainerProcess:
     def _start(self) -> None:
         if self._closed:
             return
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-m", "deadpool_megatron.durable.drainer"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)  # inherited, until the process ignores them
+        try:
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-m", "deadpool_megatron.durable.drainer"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         threading.Thread(target=self._listen, args=(process,), name="drainer", daemon=True).start()
         for order in self._told.values():
             self._send(order)

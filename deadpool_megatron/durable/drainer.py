@@ -25,7 +25,7 @@ from .errors import Cancelled, DurableError
 from .files import prune, read_layout, remove_attempt, seal, write_constants, write_layout, write_shard
 from .format import ConstantsFile, Layout, ShardFile, generation_of
 from .lease import check_owner
-from .orders import Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, Take
+from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, Take
 from .pace import Pace
 from .staging import Staging
 from .store import Store, open_store
@@ -191,9 +191,9 @@ def _one_line(err: Exception) -> str:
 def main() -> int:
     """Entry point; ends when stdin does."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # A batch system's signals go to every process of the job; the agent ends this one when it is time.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for signum in DEAF_TO:
         signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, DEAF_TO)
     os.nice(_NICE)
     # The first to go when memory runs out: training and vaults matter more.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:

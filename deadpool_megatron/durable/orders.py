@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import signal
+from typing import Final
+
 import msgspec
 
 from .format import Layout, Manifest, ShardFile
 
-__all__ = ["Answer", "Cancel", "Describe", "Done", "Drain", "Order", "Seal", "Stage", "Staged", "Take", "decode_answer"]
+__all__ = [
+    "DEAF_TO",
+    "Answer",
+    "Cancel",
+    "Describe",
+    "Done",
+    "Drain",
+    "Order",
+    "Seal",
+    "Stage",
+    "Staged",
+    "Take",
+    "decode_answer",
+]
+
+# A batch system's signals go to every process of the job; the agent ends its drainer when it is time.
+DEAF_TO: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class _Record(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

@@ -41,6 +41,7 @@ from deadpool_megatron.durable import (
     take,
     this_process,
 )
+from deadpool_megatron.durable.orders import DEAF_TO
 from deadpool_megatron.vault import CONSTANT, ConstantsWriter, SlotWriter, Vault, Version, constants_of
 from waiting import until
 
@@ -304,6 +305,17 @@ def test_nothing_is_written_or_removed_in_a_directory_that_is_another_jobs(node:
     assert "belongs to job second" in node.done().error
     assert store.directories() == sorted([old, drained.name]) and name not in store.directories()
     assert node.complete() == [1], "the other job may have begun with it"
+
+
+def test_a_drainer_hears_none_of_a_batch_systems_signals_from_its_first_moment(node: Node) -> None:
+    """It takes a second to import what it needs, and what comes in that time would end it."""
+    node.stage()
+    process = node.drainer._process
+    assert process is not None
+    for signum in DEAF_TO:
+        process.send_signal(signum)
+    node.durable(1)
+    assert node.drainer._process is process
 
 
 def test_a_drainer_that_dies_fails_its_drain_and_the_next_one_has_a_new_one(node: Node) -> None:
