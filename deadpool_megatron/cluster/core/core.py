@@ -426,7 +426,7 @@ class Core:
         missing, unsettled = self._reunion.end()
         epoch = self.epoch
         if self._end is not None:
-            yield from self._end_well() if self._end[0] == Exit.OK else self._stop(*self._end)
+            yield from self._end_well()
             return
         if missing:
             yield from self._lose(missing, "its agent has not come back to the coordinator")
@@ -471,8 +471,10 @@ class Core:
             yield from self._look_for_spare(record.node)
         elif self._has_missed(record):
             yield from self._declare(f"node {record.node} was away in epoch {record.epoch}")
-        if not first and (departed := [n for n in self.nodes if self.members.gone(n)]):
-            yield Send(record.node, r.Departed(departed))  # it may have left while this one was not connected
+        if not first and self.members.departed:
+            yield Send(
+                record.node, r.Departed(sorted(self.members.departed))
+            )  # it may have left while this one was not connected
         if self.members.holds(record.node) and record.epoch == self.epoch and self._later is None:
             yield from self.seen.catch_up(record.node)
 
@@ -579,7 +581,7 @@ class Core:
 
     def _let_go(self, node: int) -> Effects:
         yield Send(node, r.Stop(Exit.OK, f"node {node} is drained and may be taken away"))
-        self.nodes[node].role = "left"
+        self.members.depart(node, "left")
         yield Send(None, r.Departed([node]))
         self._arrivals.without({node})
         yield Persist()
@@ -616,7 +618,7 @@ class Core:
         for node in sorted(fresh):
             yield emit("detected", node=node, cause=cause, ranks=self.members.ranks_of(node))
             yield Send(node, r.Stop(Exit.FENCED, f"node {node} is out of the job: {cause}"))
-            self.nodes[node].role = "lost"
+            self.members.depart(node, "lost")
             self._recoveries.helpers.discard(node)
         if not hit:
             yield Send(None, r.Departed(sorted(fresh)))

@@ -44,6 +44,8 @@ class Members:
         self._active: tuple[list[r.SlotAddress], list[int], frozenset[int]] = ([], [], frozenset())
         self.nodes = {n: NodeState(n, "active" if n < job.active_nodes else "spare") for n in range(job.nodes)}
         self._absent = set(self.nodes)  # and perhaps some who are not any more
+        self.departed: list[int] = []
+        """Nodes that were lost or have left: few, where all nodes are many."""
 
     # ---- questions
 
@@ -124,6 +126,11 @@ class Members:
                 self.nodes[node].role = "spare"
                 self.nodes[node].parked.clear()
 
+    def depart(self, node: int, role: str) -> None:
+        """A node is ``lost``, or has ``left``."""
+        self.nodes[node].role = role
+        self.departed.append(node)
+
     def add_spare(self) -> int:
         """A new spare, whose agent is still to come. Numbers are never used again, so that nobody can be mixed up."""
         node = max(self.nodes) + 1
@@ -169,3 +176,4 @@ class Members:
             for node, role, agent_pid, vault, pids, deaths in kept["nodes"]
         }
         self._absent = set(self.nodes)
+        self.departed = [node for node, state in self.nodes.items() if state.gone]
