@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Oracle", "Violation"]
 
 _MASK = (1 << 60) - 1
-_FEW = 12
+_FEW = 8
 _END_S = 12.0
 _PEACE_S = 4.0  # after the last fault: what waits before it tries again has tried
 

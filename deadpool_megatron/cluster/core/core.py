@@ -471,10 +471,8 @@ class Core:
             yield from self._look_for_spare(record.node)
         elif self._has_missed(record):
             yield from self._declare(f"node {record.node} was away in epoch {record.epoch}")
-        if not first and self.members.departed:
-            yield Send(
-                record.node, r.Departed(sorted(self.members.departed))
-            )  # it may have left while this one was not connected
+        if not first and self.members.departed:  # perhaps while this one was not connected
+            yield Send(record.node, r.Departed(sorted(self.members.departed)))
         if self.members.holds(record.node) and record.epoch == self.epoch and self._later is None:
             yield from self.seen.catch_up(record.node)
 
