@@ -49,6 +49,7 @@ class Oracle:
         self.safe: tuple[int, dict[int, list[tuple[int, str, Any, int]]]] | None = None
         self.committed = -1
         self._since = 0  # iterations in peace since the last commit
+        self._ended_at = 0.0  # the last iteration
         self.iteration = -1
         self.ends: dict[int, tuple[int, int]] = {}  # by rank: epoch it finished in, value
         self.declared: list[tuple[float, int, str]] = []
@@ -167,13 +168,18 @@ class Oracle:
             raise Violation(f"the job ends for want of a spare, and has not waited {wait:.0f} s for one")
 
     def _behind(self) -> None:
-        """While nothing goes wrong, generations are committed every few iterations."""
+        """While nothing goes wrong, generations are committed every few iterations.
+
+        An iteration in which a message is late does not count: the generation at which all are to meet is two ahead of
+        the newest one begun, so who hears of it more than an iteration later than the others misses it, rightly.
+        """
         cluster = self._cluster
         faults = cluster.faults
         peace = (
             not faults.pending and cluster.world.now > faults.ended_at + _PEACE_S and cluster.hq.core.recovery is None
         )
-        self._since = self._since + 1 if peace else 0
+        late, self._ended_at = cluster.world.late_at >= self._ended_at, cluster.world.now
+        self._since = 0 if not peace else self._since if late else self._since + 1
         if self._since > _FEW:
             raise Violation(f"{_FEW} iterations in peace, and nothing was committed since generation {self.committed}")
 

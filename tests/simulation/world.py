@@ -10,6 +10,8 @@ from typing import Any
 
 __all__ = ["Pipe", "Process", "World"]
 
+_LATE_S = 0.1  # a good part of the shortest iteration
+
 
 class World:
     """The clock and what is due. ``trace``: a line for everything worth one, None where nobody looks."""
@@ -20,6 +22,7 @@ class World:
         self.events = 0
         self.trace: list[str] | None = [] if trace else None
         self.slow = 1.0  # every delay of the network is so many times longer
+        self.late_at = 0.0  # when the last message that took `_LATE_S` or longer over the network arrived
         self._heap: list[tuple[float, int, Process, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
 
@@ -109,4 +112,6 @@ class Pipe:
         world = self._world
         delay = world.delay(self._low, self._high)
         self._last = max(self._last, world.now + late + (delay * world.slow if self._far else delay))
+        if self._far and self._last - world.now >= _LATE_S:
+            world.late_at = max(world.late_at, self._last)
         world.push(self._last, to, call, *args)
