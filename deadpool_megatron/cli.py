@@ -18,8 +18,6 @@ from deadpool_megatron.launcher import local as launch
 from deadpool_megatron.observe import commands as observe_commands
 from deadpool_megatron.planning import add_plan_arguments, run_plan
 
-__all__ = ["main"]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""

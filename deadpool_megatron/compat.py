@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["SUPPORTED", "UserError", "check_version"]
-
 SUPPORTED: Final = ("0.18", "0.19", "0.20")
 
 

@@ -21,19 +21,6 @@ from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.cluster.store import check_address
 from deadpool_megatron.vault.transport import TRANSPORTS
 
-__all__ = [
-    "ConfigError",
-    "DeadpoolConfig",
-    "add_arguments",
-    "carry_over",
-    "from_namespace",
-    "from_script_arguments",
-    "resolve",
-    "schema",
-    "unit",
-    "variable",
-]
-
 
 class ConfigError(ValueError):
     """A setting is unknown, malformed or contradicts another. The message is one line for the user."""

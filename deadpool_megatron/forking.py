@@ -25,17 +25,6 @@ from typing import IO, Any
 
 import msgspec
 
-__all__ = [
-    "FORK_SERVER",
-    "MAX_REQUEST",
-    "ForkRequest",
-    "Forked",
-    "ForkedProcess",
-    "Process",
-    "fork_module",
-    "open_pidfd",
-]
-
 # The server's UNIX socket, in the environment of what it starts. Not DEADPOOL_...: no setting of the product.
 FORK_SERVER = "WORKER_FORK_SERVER"
 MAX_REQUEST = 1 << 18

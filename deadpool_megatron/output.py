@@ -6,8 +6,6 @@ import io
 import sys
 from typing import Any
 
-__all__ = ["never_fails"]
-
 
 class _Raw(io.FileIO):
     """What cannot be written is dropped."""

@@ -15,19 +15,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import IO, Final, Literal
 
-__all__ = [
-    "POINTS",
-    "Where",
-    "add",
-    "announce",
-    "arm",
-    "disarm",
-    "iteration_is",
-    "names",
-    "reach",
-    "reach_record",
-]
-
 Where = Literal["worker", "agent", "coordinator"]
 
 

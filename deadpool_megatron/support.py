@@ -6,9 +6,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any, Final
 
-from deadpool_megatron.compat import SUPPORTED, UserError, check_version
-
-__all__ = ["SUPPORTED", "UserError", "check_arguments", "check_environment", "check_version"]
+from deadpool_megatron.compat import UserError
 
 # Flag, attribute of Megatron's args, and when its value is one that DeadPool cannot carry through a swap yet.
 _UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (

@@ -46,8 +46,6 @@ from deadpool_megatron.output import never_fails
 if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
 
-__all__ = ["CONFIG", "EMULATE", "MODE", "main"]
-
 MODE = "DEADPOOL_MODE"  # "plain" or "deadpool"
 EMULATE = "DEADPOOL_EMULATE_CPU"
 CONFIG = "DEADPOOL_SETTINGS"  # the resolved settings, as JSON

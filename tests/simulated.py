@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.core import Action, Core, Emit, Finish, Send
+from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.durable import DurableSpec
+from deadpool_megatron.cluster.core.effects import Action, Emit, Finish, Send
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.placement.redundancy import holders

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Ranks", "cpu_per_iteration", "pairs", "read_ranks", "seconds", "snapshot_report", "timeline"]
-
 # By rank, the lines of its file.
 Ranks = Mapping[int, Sequence[Mapping[str, Any]]]
 

@@ -7,8 +7,6 @@ from typing import Final, Literal
 from deadpool_megatron.harness.jobs import Job
 from deadpool_megatron.observe import LOGS
 
-__all__ = ["CHECKPOINTS", "CheckpointKind", "check_kind"]
-
 CheckpointKind = Literal["sync", "async"]
 # Without the persistent worker megatron-core 0.19 saves synchronously, with a warning.
 CHECKPOINTS: Final[dict[str, list[str]]] = {

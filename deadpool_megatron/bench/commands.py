@@ -13,8 +13,6 @@ from typing import Any, NoReturn
 
 from deadpool_megatron.cluster.records.exits import Exit
 
-__all__ = ["COMMANDS", "add_commands", "run_command"]
-
 COMMANDS = ("bench", "simulate", "doctor")
 _USAGE = 2
 

@@ -17,8 +17,6 @@ from typing import Any, Final, Literal
 from deadpool_megatron.harness.jobs import Job, JobError
 from deadpool_megatron.observe.recoveries import PHASES
 
-__all__ = ["Fault", "Recovery", "launch_options", "medians", "recoveries", "say", "spread"]
-
 START_S: Final = 600.0
 RECOVER_S: Final = 180.0
 Fault = Literal["kill", "stop", "kill-and-copies"]

@@ -27,12 +27,10 @@ from deadpool_megatron.bench.blocks import Ranks, pairs, read_ranks, seconds, sn
 from deadpool_megatron.bench.checkpoints import CHECKPOINTS, check_kind
 from deadpool_megatron.bench.pictures import draw_overhead
 from deadpool_megatron.bench.ratio import Comparison, compare
-from deadpool_megatron.cluster.agent.pinning import parse_cpus
 from deadpool_megatron.harness.jobs import Job, JobError
 from deadpool_megatron.observe import STATUS
 from deadpool_megatron.observe.figures import MissingPlots
-
-__all__ = ["add_overhead_arguments", "run_overhead"]
+from deadpool_megatron.vault import parse_cpus
 
 _PRECISIONS = ("bf16", "fp16", "fp32")
 _RUN_S = 3600.0

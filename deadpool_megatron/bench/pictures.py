@@ -10,8 +10,6 @@ from typing import Any, Final
 
 from deadpool_megatron.observe.figures import COLOURS, new_figure, save
 
-__all__ = ["draw_control", "draw_overhead"]
-
 _PASSES: Final = {"begin": "#999999", "forward": "#56B4E9", "backward": "#0072B2", "gate": "#D55E00"}
 _WORDS: Final = {"begin": "opening", "gate": "from the gate on: optimizer"}
 _COPIES: Final = "#009E73"

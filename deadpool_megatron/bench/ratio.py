@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Comparison", "Spread", "compare", "spread"]
-
 
 @dataclass(frozen=True, slots=True)
 class Spread:

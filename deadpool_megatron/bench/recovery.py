@@ -23,8 +23,6 @@ from deadpool_megatron.bench.kills import Recovery, medians, recoveries, say, sp
 from deadpool_megatron.bench.restarts import Restart, choose_interval, restarts
 from deadpool_megatron.harness.jobs import JobError
 
-__all__ = ["Recovery", "add_recovery_arguments", "run_recovery"]
-
 
 def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `deadpool bench recovery`."""

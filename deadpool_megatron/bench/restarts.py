@@ -26,8 +26,6 @@ from deadpool_megatron.bench.kills import RECOVER_S, START_S, launch_options, sa
 from deadpool_megatron.harness.jobs import Job
 from deadpool_megatron.observe import LOGS
 
-__all__ = ["Restart", "choose_interval", "restarts"]
-
 _LINE: Final = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+)\] iteration +(\d+)/")
 
 

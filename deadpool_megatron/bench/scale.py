@@ -16,8 +16,6 @@ from deadpool_megatron.bench.kills import Recovery, medians, recoveries, say
 from deadpool_megatron.harness.jobs import JobError
 from deadpool_megatron.observe.recoveries import PHASES
 
-__all__ = ["add_ablation_arguments", "add_scale_arguments", "run_ablation", "run_scale"]
-
 type _Cell = tuple[str, Callable[[Path], list[Recovery]]]
 _LABELS: Final = {
     "ranks": "ranks that train",

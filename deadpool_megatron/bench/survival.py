@@ -18,8 +18,6 @@ from deadpool_megatron import points
 from deadpool_megatron.cluster import records as _records  # the registry is whole once the records are known
 from deadpool_megatron.cluster.records.exits import Exit
 
-__all__ = ["BEGIN", "END", "add_faults_arguments", "merge", "run_faults", "table", "write_table"]
-
 BEGIN: Final = "<!-- what it survives: written by `deadpool bench faults` out of docs/measurements/faults.json -->\n"
 END: Final = "<!-- end of what it survives -->\n"
 _CASE = ("point", "role", "trigger")

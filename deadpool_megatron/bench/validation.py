@@ -21,8 +21,6 @@ from typing import Any
 from deadpool_megatron.harness.jobs import Job, JobError
 from deadpool_megatron.simulate.goodput import Cluster, Costs, simulate
 
-__all__ = ["add_model_arguments", "run_model"]
-
 _START_S = 600.0
 _RECOVER_S = 120.0
 _TOLERATED = 0.10

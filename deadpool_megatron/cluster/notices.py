@@ -7,8 +7,6 @@ import signal
 from collections.abc import Iterator
 from typing import Final
 
-__all__ = ["INTERRUPT", "PREEMPT", "WARNINGS", "held", "ignored"]
-
 # To the coordinator: end the job; the machines are wanted soon (to an agent: pass that on).
 INTERRUPT: Final = signal.SIGRTMIN + 7
 PREEMPT: Final = signal.SIGRTMIN + 6

@@ -25,8 +25,6 @@ from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.launcher.processes import Processes
 from deadpool_megatron.observe import EVENTS, JOB, read_events
 
-__all__ = ["add_commands", "drain", "inject", "join"]
-
 _ANSWER_S = 10.0
 _POLL_S = 0.05
 _TRIES = 5  # of a request that may be made twice

@@ -20,8 +20,6 @@ from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.durable import DurableError, Manifest, find, open_store
 from deadpool_megatron.launcher import local as launch
 
-__all__ = ["add_export_arguments", "run_export", "script_arguments"]
-
 # What of the job's command line has no place in an export: where it loads, saves and reports.
 _WITH_VALUE = (
     "--save",

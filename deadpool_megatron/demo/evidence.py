@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Evidence", "Hashes", "ProcessIdentity", "Step", "compare", "hash_pairs", "steps_of"]
-
 type Hashes = Mapping[str, Mapping[str, str]]
 
 

@@ -22,8 +22,6 @@ from deadpool_megatron.harness import JobError
 from deadpool_megatron.observe.recoveries import recoveries
 from deadpool_megatron.observe.tables import make_console
 
-__all__ = ["main"]
-
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(

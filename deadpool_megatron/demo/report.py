@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.text import Text
 
 from deadpool_megatron.demo.evidence import Evidence, Step, compare, hash_pairs
+from deadpool_megatron.observe.narrative import ranks_text, seconds_text
 from deadpool_megatron.observe.recoveries import Recovery
-from deadpool_megatron.observe.tables import new_table, phases_table, ranks_text, seconds_text
-
-__all__ = ["show_evidence", "show_recovery", "show_verdict", "usual_seconds"]
+from deadpool_megatron.observe.tables import new_table, phases_table
 
 _MOST_DIFFERENCES = 10
 _DIGITS = 8  # of a digest: six parts of them fit into 80 columns

@@ -16,8 +16,6 @@ import psutil
 from deadpool_megatron.demo.evidence import Hashes, ProcessIdentity
 from deadpool_megatron.harness import Job, JobError
 
-__all__ = ["DeathWatch", "DemoRun", "identities"]
-
 _SILENCE_S = 240.0  # without any event; starting ten processes on one busy core takes most of it
 _AGENT_S = 10.0
 

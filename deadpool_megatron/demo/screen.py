@@ -14,10 +14,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.text import Text
 
 from deadpool_megatron.demo.evidence import Step, steps_of
+from deadpool_megatron.observe.narrative import ranks_text
 from deadpool_megatron.observe.recoveries import PHASES
-from deadpool_megatron.observe.tables import grid_table, ranks_text
-
-__all__ = ["Screen"]
+from deadpool_megatron.observe.tables import grid_table
 
 _STARTING = "starting: every process imports torch and Megatron"
 _SIGN_OF_LIFE_S = 10.0  # off a terminal, until the first iteration

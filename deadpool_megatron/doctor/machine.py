@@ -18,8 +18,6 @@ import psutil
 
 from deadpool_megatron.compat import UserError, check_version
 
-__all__ = ["Finding", "State", "check_environment", "check_machine", "show_findings"]
-
 State = Literal["ok", "warn", "fail"]
 _MIB: Final = 1 << 20
 _GIB: Final = 1 << 30

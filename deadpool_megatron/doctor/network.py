@@ -30,8 +30,6 @@ import msgspec
 from deadpool_megatron.cluster.link.link import Hub, Spoke
 from deadpool_megatron.doctor.machine import Finding, State
 
-__all__ = ["MeetingError", "host_meeting", "join_meeting"]
-
 _BLOCK: Final = 4 << 20
 _LEASE_S: Final = 20.0
 _CLOCK_S: Final = 0.1

@@ -13,8 +13,6 @@ import msgspec
 
 from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, decode_answer
 
-__all__ = ["DrainerProcess"]
-
 
 class DrainerProcess:
     """One drainer, started when it is first needed and again when it died.

@@ -30,8 +30,6 @@ from .pace import Pace
 from .staging import Staging
 from .store import Store, open_store
 
-__all__ = ["main"]
-
 _PR_SET_PDEATHSIG = 1
 _NICE = 10
 

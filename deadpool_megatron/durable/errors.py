@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Cancelled", "Damaged", "DurableError", "NotFit"]
-
 
 class DurableError(RuntimeError):
     """The durable tier cannot do what was asked: what is wrong, where, what to do."""

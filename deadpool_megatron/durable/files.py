@@ -28,21 +28,6 @@ from .format import (
 )
 from .store import Store
 
-__all__ = [
-    "Found",
-    "find",
-    "prune",
-    "read_constants",
-    "read_layout",
-    "read_manifest",
-    "read_shard",
-    "remove_attempt",
-    "seal",
-    "write_constants",
-    "write_layout",
-    "write_shard",
-]
-
 _BLOCK = 4 << 20
 
 

@@ -24,27 +24,6 @@ import xxhash
 
 from .errors import Damaged
 
-__all__ = [
-    "CONSTANTS",
-    "FORMAT",
-    "MANIFEST",
-    "SMALL",
-    "ConstantsFile",
-    "Coordinate",
-    "Item",
-    "Layout",
-    "Manifest",
-    "ShardFile",
-    "ShardHeader",
-    "decode_manifest",
-    "directory_name",
-    "encode_header",
-    "encode_manifest",
-    "generation_of",
-    "parse_header",
-    "shard_name",
-]
-
 FORMAT: Final = "deadpool-durable/1"
 MANIFEST: Final = "manifest.json"
 CONSTANTS: Final = "constants"

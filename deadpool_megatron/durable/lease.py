@@ -35,8 +35,6 @@ from deadpool_megatron.vault import process_alive, process_start
 from .errors import DurableError
 from .store import Store
 
-__all__ = ["BEAT_S", "WATCH_S", "Lease", "Owner", "Taken", "check_owner", "take", "this_process"]
-
 BEAT_S: Final = 5.0
 WATCH_S: Final = 30.0
 _LOOK_S: Final = 1.0

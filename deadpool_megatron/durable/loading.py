@@ -12,8 +12,6 @@ from .files import read_constants, read_manifest, read_shard
 from .format import Manifest, ShardHeader
 from .store import open_store
 
-__all__ = ["load_shards"]
-
 
 def load_shards(
     vault: Vault,

@@ -9,21 +9,6 @@ import msgspec
 
 from .format import Layout, Manifest, ShardFile
 
-__all__ = [
-    "DEAF_TO",
-    "Answer",
-    "Cancel",
-    "Describe",
-    "Done",
-    "Drain",
-    "Order",
-    "Seal",
-    "Stage",
-    "Staged",
-    "Take",
-    "decode_answer",
-]
-
 # A batch system's signals go to every process of the job; the agent ends its drainer when it is time.
 DEAF_TO: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-__all__ = ["Pace"]
-
 
 class Pace:
     """Sleeps so that ``total`` bytes take about ``seconds``; 0 seconds: as fast as it goes.

@@ -8,8 +8,6 @@ import xxhash
 
 from deadpool_megatron.vault import EMPTY, Arena, ChecksumMismatch, NotHeld, VaultError, Version
 
-__all__ = ["Staging"]
-
 _COPY = 8 << 20
 
 

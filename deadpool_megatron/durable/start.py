@@ -11,8 +11,6 @@ from .files import find
 from .lease import Lease, Owner, take
 from .store import LocalStore, Store, open_store
 
-__all__ = ["begin", "go_on", "open_directory", "survey"]
-
 
 def open_directory(url: str) -> Store:
     """The store of a durable directory, which is made when it is missing. Raises DurableError."""

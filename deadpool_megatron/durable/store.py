@@ -16,8 +16,6 @@ from typing import IO, Any, Protocol
 
 from .errors import DurableError
 
-__all__ = ["LocalStore", "ObjectStore", "Store", "Writing", "open_store"]
-
 _SYNC_BYTES = 64 << 20
 
 

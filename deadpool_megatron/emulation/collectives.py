@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-__all__ = ["install"]
-
 
 class _Gathering:
     """The work of an all-gather into padded tensors; waiting for it cuts them to size."""

@@ -14,8 +14,6 @@ import torch
 
 from deadpool_megatron.emulation import graphs
 
-__all__ = ["CPU", "Event", "Stream", "install"]
-
 CPU = torch.device("cpu")
 _MEMORY = 1 << 34
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["environment"]
-
 
 def environment() -> dict[str, str]:
     """Variables for a process that trains under the emulation.

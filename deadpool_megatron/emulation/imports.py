@@ -19,8 +19,6 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 import torch.utils.data
 
-__all__ = ["install"]
-
 _CHILD = "deadpool_megatron.emulation.child"
 
 

@@ -9,8 +9,6 @@ import torch
 
 from deadpool_megatron.emulation.device import CPU
 
-__all__ = ["install"]
-
 _FACTORIES = (
     *("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "randint", "randperm", "eye", "linspace"),
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "as_tensor", "empty_strided"),

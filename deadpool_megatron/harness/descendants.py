@@ -14,8 +14,6 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["VARIABLE", "WORD_LENGTH", "Descendants", "describe", "has_ended"]
-
 # Not DEADPOOL_...: it is none of the product's settings.
 VARIABLE = "DESCENDANTS_OF"
 WORD_LENGTH = 16

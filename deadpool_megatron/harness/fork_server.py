@@ -32,8 +32,6 @@ from deadpool_megatron.cluster import notices
 from deadpool_megatron.forking import MAX_REQUEST, Forked, ForkRequest
 from deadpool_megatron.harness.descendants import VARIABLE, WORD_LENGTH
 
-__all__ = ["ForkServer", "main"]
-
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 

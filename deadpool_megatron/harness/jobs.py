@@ -26,8 +26,6 @@ from deadpool_megatron.harness.descendants import Descendants, describe
 from deadpool_megatron.observe import EVENTS, LOGS, STATUS, follow_events, read_events
 from deadpool_megatron.vault import PREFIX, Arena
 
-__all__ = ["CLI", "Job", "JobError", "start_cli"]
-
 CLI = (sys.executable, "-m", "deadpool_megatron.cli")
 _ITERATION = re.compile(r" iteration +(\d+)/")
 _END_S = 40.0

@@ -23,8 +23,6 @@ from pathlib import Path
 
 from deadpool_megatron.config import ConfigError, DeadpoolConfig, from_script_arguments
 
-__all__ = ["Place", "attach", "place_of"]
-
 # torchrun's variable -> Slurm's of the same meaning, for `srun python pretrain_gpt.py`.
 _VARIABLES = {
     "RANK": "SLURM_PROCID",

@@ -20,8 +20,6 @@ from pathlib import Path
 
 from deadpool_megatron.cluster.records.exits import Exit
 
-__all__ = ["FilePatch", "PatchError", "PatchSet", "State", "add_patch_arguments", "blob_id", "load_sets", "make", "run"]
-
 
 class PatchError(Exception):
     """A patch set or a tree cannot be used; the message is one line for the user."""

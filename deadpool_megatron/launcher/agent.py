@@ -44,8 +44,6 @@ from deadpool_megatron.launcher.tee import Tee
 from deadpool_megatron.launcher.torchrun import let_torchrun_go
 from deadpool_megatron.vault import clean_leftovers, process_alive
 
-__all__ = ["run_agent", "run_coordinator"]
-
 _END_GRACE_S = 12.0
 
 

@@ -11,8 +11,6 @@ from deadpool_megatron.config import from_script_arguments
 from deadpool_megatron.launcher.local import add_common_arguments
 from deadpool_megatron.launcher.plan import LaunchError, LaunchPlan, check, whole
 
-__all__ = ["AgentPlan", "add_agent_arguments", "check_agent"]
-
 DEFAULT_PORT = 29500
 _JOIN_S = 300.0
 _COORDINATOR_GONE_S = 60.0

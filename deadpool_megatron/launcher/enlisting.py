@@ -18,8 +18,6 @@ from deadpool_megatron.launcher.agent_options import AgentPlan
 from deadpool_megatron.launcher.plan import LaunchError
 from deadpool_megatron.launcher.secret import SecretSource
 
-__all__ = ["Interrupted", "Lifeline", "address_towards", "enlist", "is_ours", "resolve"]
-
 _ASK_AGAIN_S = 5.0
 _SILENT_S, _SAY_AGAIN_S = 10.0, 60.0
 _LOOK_S = 0.25

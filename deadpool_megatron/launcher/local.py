@@ -31,8 +31,6 @@ from deadpool_megatron.launcher.processes import CoordinatorProcess, Processes, 
 from deadpool_megatron.launcher.tee import Tee
 from deadpool_megatron.vault import clean_leftovers, process_alive
 
-__all__ = ["LOCALHOST", "add_common_arguments", "add_launch_arguments", "launch", "run"]
-
 LOCALHOST = "127.0.0.1"
 
 

@@ -32,8 +32,6 @@ from deadpool_megatron.launcher.processes import CoordinatorStart, DurableStart
 from deadpool_megatron.output import never_fails
 from deadpool_megatron.vault import VaultError
 
-__all__ = ["main"]
-
 
 def _coordinator(start: CoordinatorStart) -> int:
     lease: Lease | None = None

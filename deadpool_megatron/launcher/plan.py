@@ -20,8 +20,6 @@ from deadpool_megatron.config import DeadpoolConfig, from_script_arguments
 from deadpool_megatron.observe import LOGS
 from deadpool_megatron.vault import VaultError, choose_transport
 
-__all__ = ["LaunchError", "LaunchPlan", "check", "check_transport", "module_file", "visible_gpus", "whole"]
-
 
 class LaunchError(Exception):
     """The job cannot be started as asked; the message is one line for the user."""

@@ -33,17 +33,6 @@ from deadpool_megatron.cluster.store.leadership import Leadership
 from deadpool_megatron.forking import FORK_SERVER, Process, fork_module
 from deadpool_megatron.launcher.plan import LaunchPlan
 
-__all__ = [
-    "SECRET_VARIABLES",
-    "CoordinatorProcess",
-    "CoordinatorStart",
-    "DurableStart",
-    "Processes",
-    "agent_settings",
-    "coordinator_settings",
-    "end_with_parent",
-]
-
 _NODE = "deadpool_megatron.launcher.node"
 # Not for workers: the job's secret, and the file that holds it.
 SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE", PASSWORD)

@@ -19,8 +19,6 @@ from deadpool_megatron.cluster.store.leadership import LEADER, STATE, Leadership
 from deadpool_megatron.launcher.agent_options import AgentPlan
 from deadpool_megatron.launcher.plan import LaunchError
 
-__all__ = ["Seat", "job_lives"]
-
 _CONNECT_S: Final = 1.0
 _ASKED: Final = 32  # of a large job's nodes
 

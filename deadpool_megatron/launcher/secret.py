@@ -19,8 +19,6 @@ from deadpool_megatron.launcher.plan import LaunchError
 from deadpool_megatron.launcher.processes import SECRET_VARIABLES
 from deadpool_megatron.observe import JOB
 
-__all__ = ["SECRET", "SECRET_FILE", "SecretSource"]
-
 SECRET, SECRET_FILE = SECRET_VARIABLES[:2]
 _MAKE_ONE = "make one with: (umask 077; openssl rand -hex 32 > FILE)"
 

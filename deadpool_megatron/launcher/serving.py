@@ -27,8 +27,6 @@ from deadpool_megatron.launcher.enlisting import Lifeline
 from deadpool_megatron.launcher.processes import CoordinatorProcess
 from deadpool_megatron.launcher.seat import Seat
 
-__all__ = ["Serving", "Signals"]
-
 _HAND_OVER_S: Final = 15.0  # longer than a coordinator's goodbye at the end of a job
 
 

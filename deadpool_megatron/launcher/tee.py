@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["Tee"]
-
 
 class Tee(threading.Thread):
     """Follows the logs of a directory from its construction until `stop`.

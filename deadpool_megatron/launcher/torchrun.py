@@ -7,8 +7,6 @@ import socket
 from collections.abc import Mapping
 from datetime import timedelta
 
-__all__ = ["let_torchrun_go"]
-
 _STORE_S = 10.0  # for torchrun's store to answer
 
 

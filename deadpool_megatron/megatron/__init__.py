@@ -1,11 +1,11 @@
 """Everything that knows Megatron: the hooks, what its state is, how it is captured and put back."""
 
+from deadpool_megatron.compat import SUPPORTED, UserError, check_version
 from deadpool_megatron.megatron.comparison import Unequal
 from deadpool_megatron.megatron.faults import arm
 from deadpool_megatron.megatron.hooks import Hooks
 from deadpool_megatron.megatron.near import numa_node
 from deadpool_megatron.megatron.standby import follow_job, warm_up
-from deadpool_megatron.support import SUPPORTED, UserError, check_version
 
 __all__ = [
     "SUPPORTED",

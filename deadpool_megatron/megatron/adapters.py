@@ -14,8 +14,6 @@ from typing import Any, Final
 
 from deadpool_megatron.compat import UserError, check_version
 
-__all__ = ["ADAPTERS", "Adapter", "current"]
-
 # Module -> what the hooks replace or call there.
 _SEAMS: Final = {
     "megatron.training.arguments": ("add_megatron_arguments",),

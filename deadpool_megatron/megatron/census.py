@@ -18,8 +18,6 @@ import re
 from dataclasses import dataclass
 from typing import Final, Literal
 
-__all__ = ["CENSUS", "Entry"]
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:

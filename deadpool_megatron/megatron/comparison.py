@@ -21,8 +21,6 @@ from megatron.core import parallel_state
 from deadpool_megatron.megatron.optimizer_state import members, plain_fields, state_tensors
 from deadpool_megatron.snapshot import encode, host_bytes
 
-__all__ = ["Comparison", "Difference", "Unequal", "differences"]
-
 PARTS: Final = (
     "versions and arguments",
     "progress and schedule",

@@ -20,8 +20,6 @@ from deadpool_megatron.megatron.run_args import apply_args
 from deadpool_megatron.snapshot import decode
 from deadpool_megatron.vault import SlotWriter, Version
 
-__all__ = ["DataPosition"]
-
 
 class DataPosition:
     """Builds Megatron's data iterators where a generation stands, and again where another one does.

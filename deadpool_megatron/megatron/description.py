@@ -15,8 +15,6 @@ from deadpool_megatron import __version__
 from deadpool_megatron.durable import Item, Layout
 from deadpool_megatron.snapshot import ShardPlan
 
-__all__ = ["describe_job", "describe_layout"]
-
 # Arguments that decide what a shard is: a durable generation fits a job only if all of them are the same.
 _MODEL: Final = (
     "world_size",

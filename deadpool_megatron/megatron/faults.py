@@ -19,8 +19,6 @@ from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.workers import PARENT_PID
 
-__all__ = ["InjectedError", "arm", "strike"]
-
 _DAY_S = 86400.0
 
 

@@ -18,8 +18,6 @@ from deadpool_megatron.megatron.comparison import Unequal
 from deadpool_megatron.snapshot import ShardPlan, host_bytes, slot_views
 from deadpool_megatron.vault import CONSTANT, ConstantsWriter, VaultError
 
-__all__ = ["Frozen", "frozen_parameters"]
-
 _log = logging.getLogger(__name__)
 _BUCKET_BYTES: Final = 64 << 20
 

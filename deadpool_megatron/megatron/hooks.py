@@ -44,6 +44,7 @@ from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.pulse import PulsePage
 from deadpool_megatron.comm import Communicators, is_communication_error
+from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron import saving
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.data_position import DataPosition
@@ -56,10 +57,8 @@ from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
-from deadpool_megatron.support import UserError, check_arguments, check_environment
+from deadpool_megatron.support import check_arguments, check_environment
 from deadpool_megatron.vault import VaultError
-
-__all__ = ["Hooks"]
 
 _OWN_ERROR_S = 0.5  # from an error of this rank's own until it is told, in case the epoch's end comes with it
 

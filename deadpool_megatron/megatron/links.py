@@ -5,8 +5,6 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-__all__ = ["Links"]
-
 
 class Links:
     """Says at each tick whether collectives of data parallelism run beside the pass that begins.

@@ -8,8 +8,6 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["LossReport"]
-
 _MOST: Final = 64  # losses of one iteration
 _DEPTH: Final = 8  # iterations the host may be ahead of the device
 

@@ -7,8 +7,6 @@ import torch
 from deadpool_megatron import emulation
 from deadpool_megatron.vault import numa_node_of_device, numa_node_of_process
 
-__all__ = ["numa_node"]
-
 
 def numa_node() -> int:
     """The NUMA node of this rank's device, or of the processors this process is bound to; -1 when neither says one."""

@@ -20,8 +20,6 @@ from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.recovery import Session
 
-__all__ = ["Once"]
-
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
 

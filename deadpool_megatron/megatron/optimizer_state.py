@@ -17,22 +17,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from deadpool_megatron.support import UserError
-
-__all__ = [
-    "Member",
-    "Numbers",
-    "StateTensor",
-    "bytes_a_parameter",
-    "derive_parameters",
-    "is_plain",
-    "members",
-    "plain_fields",
-    "prepare",
-    "put_fields",
-    "state_tensors",
-    "step_counters",
-]
+from deadpool_megatron.compat import UserError
 
 # Inner optimizers whose state is updated in place, by the name of their class. SOAP replaces its tensors.
 _IN_PLACE: Final = frozenset(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ["Passes"]
-
 
 class Passes:
     """Draws from a data loader, pass after pass, exactly as ``cyclic_iter`` does.

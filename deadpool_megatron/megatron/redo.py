@@ -14,8 +14,6 @@ from typing import Any
 from deadpool_megatron.megatron.trainer import EpochClosed
 from deadpool_megatron.recovery import Superseded
 
-__all__ = ["Redo"]
-
 
 class Redo:
     """Of one rank; used by the training thread.

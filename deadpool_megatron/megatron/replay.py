@@ -10,8 +10,6 @@ from typing import Any
 from deadpool_megatron.megatron.passes import Passes
 from deadpool_megatron.snapshot import capture_host_rng, restore_host_rng
 
-__all__ = ["ReplayIterator"]
-
 
 class ReplayIterator:
     """Hands on what ``source`` yields and remembers it, so that it can be drawn again.

@@ -19,8 +19,6 @@ from deadpool_megatron.megatron.optimizer_state import derive_parameters, member
 from deadpool_megatron.megatron.sums import clear_sums
 from deadpool_megatron.megatron.unique_state import UniqueState
 
-__all__ = ["drop_graphs", "full_iteration_graphs", "reset_after_abort", "synchronize_parameters"]
-
 
 def full_iteration_graphs(args: Any) -> bool:
     """Forward and backward passes of an iteration are one CUDA graph (``--cuda-graph-impl full_iteration``)."""

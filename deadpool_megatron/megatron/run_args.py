@@ -14,8 +14,6 @@ from typing import Any, Final
 
 from deadpool_megatron.megatron.optimizer_state import is_plain
 
-__all__ = ["RunArgs", "apply_args"]
-
 # State from the first iteration on, although upstream's set-up may leave them as they are.
 _ALWAYS: Final = (
     "iteration",

@@ -13,8 +13,6 @@ from typing import Any
 
 from megatron.training import async_utils
 
-__all__ = ["drop_unfinished_saves", "forget_strategies"]
-
 
 def drop_unfinished_saves(rank: int) -> int:
     """End asynchronous saves that are not finalized; returns how many. No communication.

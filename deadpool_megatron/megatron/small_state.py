@@ -27,8 +27,6 @@ from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.sums import cumulative, put_cumulative
 from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng
 
-__all__ = ["SmallState", "positions", "unlike"]
-
 _LOGGED: Final = 256  # sums of losses that are staged; Megatron has a handful
 # What the rerun state machine counts from iteration to iteration; its reports are collectives at every Nth.
 _RERUN: Final = ("current_iteration", "large_value_counts", "max_values")

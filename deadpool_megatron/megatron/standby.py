@@ -21,8 +21,6 @@ from torch.distributed import Store
 
 from deadpool_megatron import comm, emulation
 
-__all__ = ["follow_job", "publish_job", "warm_up"]
-
 _KEY = "deadpool/job"
 _PACKAGES = ("megatron", "torch", "transformer_engine", "apex", "numpy")
 _PARKED = timedelta(days=365)

@@ -12,8 +12,6 @@ from megatron.core import tensor_parallel
 from deadpool_megatron.megatron.optimizer_state import Numbers, plain_fields, state_tensors, step_counters
 from deadpool_megatron.snapshot import capture_host_rng, encode, host_bytes
 
-__all__ = ["digests"]
-
 
 def _update(sha: Any, name: str, tensor: torch.Tensor) -> None:
     sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

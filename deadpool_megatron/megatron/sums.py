@@ -12,8 +12,6 @@ from typing import Any, Final
 import torch
 from megatron.training import training
 
-__all__ = ["clear_sums", "cumulative", "put_cumulative"]
-
 _MTP: Final = ("megatron.core.transformer.multi_token_prediction", "MTPLossLoggingHelper")
 _HOLDERS: Final = (
     ("megatron.core.transformer.moe.moe_logging", "_MOE_METRICS_TRACKER"),

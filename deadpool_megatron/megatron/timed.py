@@ -34,9 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deadpool_megatron.cluster.agent.pinning import parse_cpus, pin_threads
-
-__all__ = ["block_is_on", "main"]
+from deadpool_megatron.cluster.agent.pinning import pin_threads
+from deadpool_megatron.vault import parse_cpus
 
 
 def block_is_on(iteration: int, warmup: int, block: int) -> bool:

@@ -20,6 +20,7 @@ from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.pulse import PulsePage
 from deadpool_megatron.comm import Communicators
+from deadpool_megatron.compat import UserError
 from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.megatron import state_hash
 from deadpool_megatron.megatron.comparison import Comparison, Difference, Unequal
@@ -43,10 +44,7 @@ from deadpool_megatron.megatron.small_state import SmallState, positions, unlike
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
 from deadpool_megatron.recovery import Refused, Session, Superseded
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
-from deadpool_megatron.support import UserError
 from deadpool_megatron.vault import ConstantsWriter, SlotWriter, Version, constants_of
-
-__all__ = ["EpochClosed", "MegatronTrainer"]
 
 _FOR_EVER_S = 365 * 86400.0  # the coordinator declares the next epoch, or the job ends
 

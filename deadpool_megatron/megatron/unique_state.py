@@ -13,10 +13,8 @@ from typing import Any, Final
 
 import torch
 
+from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.optimizer_state import StateTensor, bytes_a_parameter, prepare, state_tensors
-from deadpool_megatron.support import UserError
-
-__all__ = ["UniqueState", "expected_bytes"]
 
 _ALIGN: Final = 64
 _GATHER_BYTES: Final = 32 << 20  # of one rank at a time, so that a restore needs little memory

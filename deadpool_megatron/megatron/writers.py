@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from deadpool_megatron.megatron.trainer import MegatronTrainer
 
-__all__ = ["Series"]
-
 
 class Series:
     """What is written for each iteration Megatron writes one for (``--tensorboard-log-interval``)."""

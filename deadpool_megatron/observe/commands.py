@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COMMANDS", "add_commands", "run_command"]
-
 COMMANDS = ("status", "timeline", "report")
 _USAGE = 2
 _FAILED = 1

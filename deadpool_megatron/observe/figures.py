@@ -10,8 +10,6 @@ from typing import Any, Final
 
 from deadpool_megatron.observe.timeline import ACTS, Timeline
 
-__all__ = ["COLOURS", "MissingPlots", "as_image", "line_figure", "new_figure", "save", "timeline_figure"]
-
 WIDTH: Final = 7.0  # inches, a page's text
 # Okabe and Ito's colours, to be told apart by everybody.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")

@@ -22,8 +22,6 @@ from prometheus_client import (
 
 from deadpool_megatron import __version__
 
-__all__ = ["NodeMetrics"]
-
 _FAST = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _ITERATION = (0.1, 0.3, 1.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)
 

@@ -8,8 +8,6 @@ from typing import Final
 
 from deadpool_megatron.observe.recoveries import Recovery, Story
 
-__all__ = ["count_text", "paragraph", "ranks_text", "seconds_text"]
-
 _PHASE: Final = {
     "declared": "declaring the next epoch",
     "aborted": "getting every survivor out of its step",

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NodeLog", "read_node_logs"]
-
 _LIMIT = 32 << 20  # bytes; then the file becomes the ``.old`` one
 
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-__all__ = ["MEANING", "PHASES", "Recovery", "Story", "recoveries"]
-
 PHASES: Final = ("detected", "declared", "aborted", "agreed", "prepared", "reformed", "restored", "compared", "resumed")
 MEANING: Final = {  # short enough for a terminal of 80 columns
     "detected": "the coordinator knows of the loss",

@@ -22,8 +22,6 @@ from deadpool_megatron.observe.status import JobView, NoStatus, event_line
 from deadpool_megatron.observe.timeline import deaths, timeline
 from deadpool_megatron.observe.trace import chrome_trace
 
-__all__ = ["NoRun", "write_report", "write_timeline"]
-
 
 class NoRun(Exception):
     """There is nothing to draw; the message is one line."""

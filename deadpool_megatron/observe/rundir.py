@@ -21,18 +21,6 @@ import msgspec
 from deadpool_megatron.observe.narrative import paragraph
 from deadpool_megatron.observe.recoveries import Story
 
-__all__ = [
-    "EVENTS",
-    "JOB",
-    "LOGS",
-    "RECOVERIES",
-    "STATUS",
-    "EventTail",
-    "RunDirectory",
-    "follow_events",
-    "read_events",
-]
-
 STATUS: Final = "status.json"
 EVENTS: Final = "events.jsonl"
 JOB: Final = "job.json"

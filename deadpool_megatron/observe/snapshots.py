@@ -7,8 +7,6 @@ from typing import Any
 
 from deadpool_megatron.observe.narrative import seconds_text
 
-__all__ = ["snapshot_lines"]
-
 
 def _bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):

@@ -21,8 +21,6 @@ from deadpool_megatron.observe.rundir import STATUS, EventTail
 from deadpool_megatron.observe.snapshots import snapshot_lines
 from deadpool_megatron.observe.tables import grid_table, make_console, nodes_table, phases_table
 
-__all__ = ["JobView", "NoStatus", "event_line", "show_status"]
-
 _SHOWN_EVENTS = 6
 _REFRESH_S = 0.25
 _QUIET: Final = frozenset({"iteration", "committed", "step", "evaluated", "logged"})

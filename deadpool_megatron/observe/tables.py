@@ -13,8 +13,6 @@ from rich.text import Text
 from deadpool_megatron.observe.narrative import ranks_text, seconds_text
 from deadpool_megatron.observe.recoveries import MEANING, PHASES, Recovery
 
-__all__ = ["grid_table", "make_console", "new_table", "nodes_table", "phases_table", "ranks_text", "seconds_text"]
-
 _MOST_CELLS = 128  # coordinates; above it the grid would fill screens, and the nodes' table says the same
 _PLAIN_WIDTH = 80
 _WIDE = 100

@@ -12,8 +12,6 @@ from deadpool_megatron.observe.nodelog import read_node_logs
 from deadpool_megatron.observe.recoveries import PHASES, Recovery
 from deadpool_megatron.observe.rundir import LOGS
 
-__all__ = ["ACTS", "Bar", "Timeline", "deaths", "timeline"]
-
 # What a bar can be, in order, with what it means.
 ACTS: Final = {
     "detect": "detection (from the failure until the coordinator knows)",

@@ -12,8 +12,6 @@ from typing import Any, Final
 from deadpool_megatron.observe.recoveries import PHASES, recoveries
 from deadpool_megatron.observe.timeline import timeline
 
-__all__ = ["chrome_trace"]
-
 _JOB: Final = 0
 _FIRST_NODE: Final = 1
 _TRACKS: Final = {"iterations": 1, "commits": 2, "recoveries": 3, "events": 4}

@@ -18,8 +18,6 @@ from deadpool_megatron.planning.errors import PlanError
 from deadpool_megatron.planning.files import RunFile
 from deadpool_megatron.planning.model import Layout, Model, layout, model
 
-__all__ = ["Budget", "budget"]
-
 # Device context, communicators, fragmentation: what a device of 80 GB has been seen to lose, and no model has.
 _RESERVE = 4e9
 _SMALL = 1 << 20  # small state of a coordinate, well rounded up
@@ -179,7 +177,8 @@ def _supported(run: RunFile) -> None:
     """Flags that no swap can carry are refused as at the start of a job."""
     from argparse import Namespace
 
-    from deadpool_megatron.support import UserError, check_arguments
+    from deadpool_megatron.compat import UserError
+    from deadpool_megatron.support import check_arguments
 
     renamed = {"fp8_format": "fp8", "fp4_format": "fp4"}
     values: dict[str, Any] = {}

@@ -1,7 +1,5 @@
 """The one way a plan is refused."""
 
-__all__ = ["PlanError"]
-
 
 class PlanError(ValueError):
     """The file is malformed, or what it describes cannot work. The message is one line for the user."""

@@ -19,8 +19,6 @@ from typing import Any
 from deadpool_megatron.config import ConfigError, DeadpoolConfig, resolve
 from deadpool_megatron.planning.errors import PlanError
 
-__all__ = ["Cluster", "RunFile", "load"]
-
 
 def _described(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})

@@ -11,8 +11,6 @@ from typing import Any
 
 from deadpool_megatron.planning.errors import PlanError
 
-__all__ = ["Layout", "Model", "Shard", "layout", "model"]
-
 
 @dataclass(frozen=True, slots=True)
 class Layout:

@@ -15,8 +15,6 @@ from deadpool_megatron.planning.errors import PlanError
 from deadpool_megatron.planning.files import RunFile, load
 from deadpool_megatron.planning.spares import Spares, spares
 
-__all__ = ["add_plan_arguments", "run_plan"]
-
 # Abort, agreement, groups and warm-up of a recovery at some hundreds of devices: assumed, not measured.
 _CONTROL_S = 10.0
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 from deadpool_megatron.planning.files import Cluster
 
-__all__ = ["Spares", "spares"]
-
 _MOST = 64
 
 

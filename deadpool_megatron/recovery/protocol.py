@@ -26,8 +26,6 @@ from deadpool_megatron.comm import Communicators
 from deadpool_megatron.recovery.session import Session, Superseded
 from deadpool_megatron.vault import VaultError
 
-__all__ = ["Patience", "Trainer", "UnexplainedError", "rejoin"]
-
 _DEVICE_ERROR: Any = getattr(torch, "AcceleratorError", ())  # newer torch; nothing is an instance of ()
 
 

@@ -29,8 +29,6 @@ import msgspec
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 
-__all__ = ["Refused", "Session", "Superseded"]
-
 _MAX_PACKET = 1 << 17
 _PART = 1 << 16
 _AGENT_LOST = 81

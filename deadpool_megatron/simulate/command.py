@@ -18,8 +18,6 @@ from typing import Any, Final
 
 from deadpool_megatron.simulate.goodput import STRATEGIES, Cluster, Costs, best_interval, mean, poisson, simulate
 
-__all__ = ["add_simulate_arguments", "run_simulate"]
-
 _SIZES: Final = tuple(64 * 2**i for i in range(12))  # 64 to 131,072
 _RATES: Final = {
     "rsc": (6.5, "6.5 failures per 1,000 node-days, Meta's RSC clusters (field figures)"),

@@ -21,8 +21,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-__all__ = ["STRATEGIES", "Cluster", "Costs", "Outcome", "best_interval", "poisson", "simulate"]
-
 Strategy = Literal["deadpool", "checkpoint", "shrink"]
 STRATEGIES: Final[tuple[Strategy, ...]] = ("deadpool", "checkpoint", "shrink")
 _DAY_S: Final = 86400.0

@@ -26,8 +26,6 @@ from deadpool_megatron.vault import Slot, SlotWriter, VaultError
 from .engine import CopyError, CopyTotals, PinError, slot_views
 from .plan import ShardPlan
 
-__all__ = ["CudaCopyEngine"]
-
 _REGISTER_PORTABLE: Final = 1
 _GATES: Final = 4  # gates whose device stall has not been read yet; read an iteration later, when they are long over
 

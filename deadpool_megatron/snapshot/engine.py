@@ -23,8 +23,6 @@ from deadpool_megatron.vault import Slot, SlotWriter
 
 from .plan import Segment, ShardPlan
 
-__all__ = ["CopyEngine", "CopyError", "CopyTotals", "HostCopyEngine", "PinError", "slot_views"]
-
 _INLINE: Final = 1 << 20  # bytes that are copied sooner than a thread is woken
 
 

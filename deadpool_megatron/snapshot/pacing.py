@@ -17,8 +17,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["Pacing"]
-
 _NEW = 0.25  # weight of a new measurement in a running mean
 _MARGIN = 1.25  # quiet ticks must be able to take this much more than what is left, or busy ones are used as well
 

@@ -9,8 +9,6 @@ from typing import Final
 
 import torch
 
-__all__ = ["Segment", "ShardPlan"]
-
 _ALIGN: Final = 64
 MIN_SLICE: Final = 4 << 20
 

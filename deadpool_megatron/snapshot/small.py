@@ -15,8 +15,6 @@ import msgspec
 import numpy as np
 import torch
 
-__all__ = ["SmallStateError", "capture_host_rng", "decode", "encode", "host_bytes", "restore_host_rng"]
-
 _VERSION: Final = b"\x03"
 _TUPLE, _UINT32S, _BIGINT, _TENSOR, _ARRAY, _SCALAR = range(1, 7)
 _PLAIN: Final = frozenset((type(None), bool, float, str, bytes))

@@ -20,8 +20,6 @@ from .engine import CopyEngine
 from .pacing import Pacing
 from .plan import ShardPlan
 
-__all__ = ["SnapshotStats", "Snapshotter"]
-
 
 @dataclass(slots=True)
 class SnapshotStats:

@@ -22,8 +22,9 @@ from .leftovers import PREFIX, clean_leftovers, process_alive, process_start
 from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_nodes, parse_cpus
 from .pace import SendPace
 from .rebuild import Piece, RebuildFailed, rebuild
-from .replicator import PartTo, Replicator, Target
+from .replicator import Replicator
 from .scrub import Scrubber
+from .sender import PartTo, Target
 from .server import VaultServer
 from .stripes import Stripes, WordPlan
 from .transfer import fetch, store_shard

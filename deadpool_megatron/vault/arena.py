@@ -30,8 +30,6 @@ from .memory import populated
 from .version import CONSTANT, EMPTY, Version, is_constants, unpack
 from .words import Words
 
-__all__ = ["KINDS", "Arena", "ArenaInfo", "Kind", "Slot"]
-
 Kind = Literal["own", "peer", "parity"]
 KINDS: Final[tuple[Kind, ...]] = ("own", "peer", "parity")
 _LAYOUT: Final = 1

@@ -19,8 +19,6 @@ import numpy.typing as npt
 
 from .errors import VaultError
 
-__all__ = ["Coder"]
-
 _TYPE: Final = "isa_l_rs_cauchy"  # any k of k + m, whatever k and m; ISA-L's Vandermonde matrix cannot say that
 
 

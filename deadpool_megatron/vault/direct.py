@@ -36,8 +36,6 @@ from .errors import DeadlinePassed, DirectFailed, LandingLost, TransferFailed, V
 from .frames import Frame, Window
 from .wire import Channel
 
-__all__ = ["Direct", "Reader"]
-
 _AHEAD: Final = 2  # reads under way at once, so that one is verified while the next one runs
 _LOOK_S: Final = 0.001  # between two looks at nixl while a connection is waited for
 _PAUSES_S: Final = (

@@ -35,8 +35,6 @@ from typing import NamedTuple
 
 from .version import EMPTY, MAX_GENERATION, Version
 
-__all__ = ["CommitLedger", "Told", "choose", "is_free"]
-
 
 def is_free(begin: int, end: int, kept: int, floor: int) -> bool:
     """May a slot with these begin and end words (packed versions) be overwritten?"""

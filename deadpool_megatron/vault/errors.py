@@ -2,20 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "ChecksumMismatch",
-    "DeadlinePassed",
-    "DirectFailed",
-    "LandingLost",
-    "Malformed",
-    "NotHeld",
-    "Refused",
-    "StaleEpoch",
-    "TransferFailed",
-    "VaultError",
-    "VaultFull",
-]
-
 
 class VaultError(RuntimeError):
     """A vault cannot do what was asked. The message is one line: what is wrong, where, what to do.

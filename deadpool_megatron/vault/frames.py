@@ -11,23 +11,6 @@ import msgspec
 
 from .version import MAX_EPOCH, MAX_GENERATION
 
-__all__ = [
-    "NO_DIRECT",
-    "Begin",
-    "Begun",
-    "Bytes",
-    "Complete",
-    "Fetch",
-    "Found",
-    "Frame",
-    "Refusal",
-    "Sent",
-    "Share",
-    "Stored",
-    "Taken",
-    "Window",
-]
-
 NO_DIRECT: Final = "no-direct-read"  # code of a Refusal: offer it again, but to be sent
 
 Unsigned = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]

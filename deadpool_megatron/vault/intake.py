@@ -7,8 +7,6 @@ from typing import Protocol
 
 from .errors import Refused, StaleEpoch
 
-__all__ = ["Intake", "Intakes"]
-
 
 class _Channel(Protocol):
     def shut(self) -> None:

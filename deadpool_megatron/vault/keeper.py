@@ -11,8 +11,6 @@ from .frames import Begin
 from .vault import Vault
 from .version import Version
 
-__all__ = ["Keeper"]
-
 
 class Keeper:
     """Of one vault.

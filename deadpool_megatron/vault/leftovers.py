@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-__all__ = ["PREFIX", "clean_leftovers", "process_alive", "process_start"]
-
 PREFIX: Final = "deadpool-"
 MAGIC: Final = int.from_bytes(b"DEADPOOL", "little")
 PAGE: Final = 4096

@@ -12,16 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-__all__ = [
-    "huge_bytes",
-    "numa_node_of_device",
-    "numa_node_of_process",
-    "numa_nodes",
-    "on_numa_node",
-    "parse_cpus",
-    "populated",
-]
-
 _POPULATE_WRITE: Final = 23  # madvise(2), from Linux 5.14
 _SET_MEMPOLICY: Final = {"x86_64": 238, "aarch64": 237}
 _DEFAULT, _PREFERRED, _INTERLEAVE = 0, 1, 3

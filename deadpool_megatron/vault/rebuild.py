@@ -24,8 +24,6 @@ from .vault import Vault
 from .version import Version
 from .wire import Channel, Deadlines, connect
 
-__all__ = ["Piece", "RebuildFailed", "rebuild"]
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:

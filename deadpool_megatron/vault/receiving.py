@@ -15,8 +15,6 @@ from .transfer import read_entries, take_entry, telling
 from .vault import Vault
 from .wire import Channel
 
-__all__ = ["receive_shard", "receive_share"]
-
 
 def receive_shard(
     channel: Channel, vault: Vault, slot: Slot, reader: Reader | None, what: str, check_epoch: Callable[[int], None]

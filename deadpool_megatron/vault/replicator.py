@@ -19,12 +19,10 @@ from deadpool_megatron import points
 from .arena import Slot
 from .direct import Direct
 from .pace import SendPace
-from .sender import PartTo, Sender, Target
+from .sender import Sender, Target
 from .vault import Vault
 from .version import Version
 from .wire import Deadlines, check_secret
-
-__all__ = ["PartTo", "Replicator", "Target"]
 
 _SUM_CHUNKS = 64  # chunks summed for one rank before the next rank has its turn
 

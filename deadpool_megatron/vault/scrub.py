@@ -13,8 +13,6 @@ from .arena import Kind, Slot
 from .vault import Vault
 from .version import Version
 
-__all__ = ["Scrubber"]
-
 _log = logging.getLogger(__name__)
 _REST_S = 1.0  # between two passes, and when there is nothing to read
 _STEP_S = 0.05  # of reading before a pause

@@ -19,8 +19,6 @@ from .vault import Vault
 from .version import EMPTY, Version, unpack
 from .wire import Channel, Deadlines, connect, raise_refusal
 
-__all__ = ["PartTo", "Sender", "Target", "next_slot"]
-
 _log = logging.getLogger(__name__)
 _PATIENCE = 1.0  # seconds of back-off before a refusal that may be early is worth a warning
 _BATCH = 16  # chunks in one frame

@@ -30,8 +30,6 @@ from .vault import Vault
 from .version import Version, is_constants
 from .wire import Channel, Deadlines, accept, check_secret
 
-__all__ = ["VaultServer"]
-
 _log = logging.getLogger(__name__)
 _CODES = {NotHeld: "not-held", VaultFull: "no-room", ChecksumMismatch: "checksum", DirectFailed: NO_DIRECT}
 _LEVELS = {"not-planned": logging.DEBUG}  # the sender warns if it lasts

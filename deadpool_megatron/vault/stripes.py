@@ -24,8 +24,6 @@ from .discipline import choose
 from .errors import ChecksumMismatch, Refused, VaultError
 from .version import EMPTY, Version
 
-__all__ = ["Filling", "PartOf", "Stripes", "WordPlan", "cut", "parts_of"]
-
 _CHUNK_WORDS = 10  # bytes of a checksum in a record, at most
 _FIELDS = 128  # bytes of the rest of a record, at most
 

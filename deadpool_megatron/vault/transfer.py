@@ -29,20 +29,6 @@ from .vault import Vault
 from .version import EMPTY, Version
 from .wire import Channel, Deadlines, check_secret, connect, raise_refusal
 
-__all__ = [
-    "ask",
-    "fetch",
-    "finish",
-    "give",
-    "own_copy",
-    "own_slot",
-    "part_entries",
-    "read_entries",
-    "store_shard",
-    "take_entry",
-    "telling",
-]
-
 _log = logging.getLogger(__name__)
 _READ = 8 << 20  # bytes of one direct read
 

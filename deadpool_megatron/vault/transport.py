@@ -12,8 +12,6 @@ from typing import Final, Literal
 from .direct import Direct
 from .errors import VaultError
 
-__all__ = ["TRANSPORTS", "Transport", "choose_transport", "make_transport", "rdma_devices"]
-
 TRANSPORTS: Final = ("auto", "tcp", "nixl")
 _DEVICES: Final = Path("/sys/class/infiniband")
 _UCX_TLS: Final = "UCX_TLS"

@@ -16,8 +16,6 @@ from .leftovers import PREFIX
 from .memory import on_numa_node
 from .version import EMPTY, Version
 
-__all__ = ["Holding", "Holdings", "Vault", "small_capacity"]
-
 _SMALL_UNIT = 1 << 16
 
 

@@ -8,17 +8,6 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-__all__ = [
-    "CONSTANT",
-    "EMPTY",
-    "MAX_EPOCH",
-    "MAX_GENERATION",
-    "Version",
-    "constants_of",
-    "is_constants",
-    "unpack",
-]
-
 _GENERATION_BITS: Final = 40
 MAX_GENERATION: Final = (1 << _GENERATION_BITS) - 1
 MAX_EPOCH: Final = (1 << (64 - _GENERATION_BITS)) - 2  # the all-ones word is EMPTY

@@ -30,8 +30,6 @@ import msgspec
 from .errors import DeadlinePassed, Malformed, NotHeld, Refused, StaleEpoch, TransferFailed, VaultError
 from .frames import Frame, Refusal
 
-__all__ = ["Channel", "Deadlines", "accept", "connect"]
-
 _MAGIC: Final = b"DPVAULT3"
 _NONCE: Final = 32
 _TAG: Final = 16

@@ -34,8 +34,6 @@ from __future__ import annotations
 from threading import Lock
 from typing import Any
 
-__all__ = ["Words", "fence"]
-
 
 def fence() -> None:
     """Every load and store before the call comes before every one after it, as seen by any process. 0.2 us."""

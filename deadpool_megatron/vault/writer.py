@@ -12,8 +12,6 @@ from .discipline import choose
 from .errors import NotHeld, StaleEpoch, VaultError
 from .version import CONSTANT, EMPTY, Version, unpack
 
-__all__ = ["ConstantsWriter", "SlotWriter"]
-
 
 class SlotWriter:
     """Writes and reads the shards of one rank in the arena at ``path``.

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from deadpool_megatron.cluster.core.core import Phase
+from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.vault import Version
 from deadpool_megatron.vault.arena import Slot

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.core import Core, Emit, Keep, Send
+from deadpool_megatron.cluster.core.core import Core
+from deadpool_megatron.cluster.core.effects import Emit, Keep, Send
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.records import SlotAddress
 from deadpool_megatron.cluster.records.exits import Exit

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.core import RECOVERING, Action, Core, Emit, Finish, Send
-from deadpool_megatron.cluster.core.job import Deadlines, JobSpec, Phase
+from deadpool_megatron.cluster.core.core import Core
+from deadpool_megatron.cluster.core.effects import Action, Emit, Finish, Send
+from deadpool_megatron.cluster.core.job import RECOVERING, Deadlines, JobSpec, Phase
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.placement.redundancy import holders
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.cluster.agent.pinning import Pinning, choose_cpus, cores, parse_cpus, pin_threads
+from deadpool_megatron.cluster.agent.pinning import Pinning, choose_cpus, cores, pin_threads
+from deadpool_megatron.vault import parse_cpus
 
 # Two sockets of 24 cores, two hardware threads each, numbered as Linux does.
 CORES = [{n, n + 48} for n in range(48)]

@@ -13,7 +13,7 @@ import pytest
 import deadpool_megatron
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.core import RECOVERING
+from deadpool_megatron.cluster.core.job import RECOVERING
 from deadpool_megatron.megatron import faults
 
 PACKAGE = Path(deadpool_megatron.__file__).parent

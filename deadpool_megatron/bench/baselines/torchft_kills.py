@@ -33,8 +33,6 @@ from deadpool_megatron.bench.kills import RECOVER_S, START_S, say
 from deadpool_megatron.harness.jobs import JobError
 from deadpool_megatron.launcher.processes import end_with_parent
 
-__all__ = ["SETTINGS", "Outage", "Settings", "check_torchft", "measured", "outage", "show_outages", "usual_seconds"]
-
 _POLL_S: Final = 0.02
 _END_S: Final = 10.0
 _HERE: Final = Path(__file__).parent

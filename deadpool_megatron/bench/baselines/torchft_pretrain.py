@@ -23,8 +23,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["READY", "ROWS", "replica_arguments", "without_sharding"]
-
 ROWS: Final = "replica-{}.jsonl"  # one JSON object for each attempt at an iteration
 READY: Final = "replica-{}.ready"
 _START_S: Final = 600.0

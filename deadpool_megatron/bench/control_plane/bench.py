@@ -39,8 +39,6 @@ from deadpool_megatron.launcher.processes import CoordinatorProcess, Coordinator
 from deadpool_megatron.observe import STATUS, EventTail
 from deadpool_megatron.observe.figures import MissingPlots
 
-__all__ = ["SimulatedCluster", "add_control_arguments", "run_control"]
-
 _START_S: Final = 240.0
 _RECOVER_S: Final = 120.0
 _PROCESSES: Final = 2

@@ -14,8 +14,6 @@ from typing import Any
 from deadpool_megatron.cluster.link.ports import free_ports
 from deadpool_megatron.cluster.store import EtcdStore, StoreError
 
-__all__ = ["EtcdMembers", "cpu_s"]
-
 _UP_S = 30.0
 
 

@@ -32,8 +32,6 @@ from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.placement.redundancy import Scheme, holders
 from deadpool_megatron.cluster.records.tables import Tables, apply
 
-__all__ = ["Swarm", "SwarmSettings", "main"]
-
 _TCP_INFO_BYTES: Final = 136  # up to tcpi_bytes_received
 
 

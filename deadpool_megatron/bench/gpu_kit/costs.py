@@ -12,8 +12,6 @@ from typing import Any, Final
 
 from deadpool_megatron.bench.gpu_kit.step import ROOT, Step, shared_device
 
-__all__ = ["check_overhead", "check_vault"]
-
 _RATIO: Final = 1.003  # of the means of iterations with and without snapshots
 _NOTICED: Final = 1.01  # where two ranks share the device, and agents send
 _MARGIN_S: Final = 15.0

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-__all__ = ["NotPruned", "prune"]
-
 _MAGIC: Final = 0xBA55ED50
 _CONTAINER: Final = struct.Struct("<IHHQ")  # magic, version, bytes of this header, bytes of all elements
 _ELEMENT: Final = struct.Struct("<HHIQ")  # kind (1: PTX, 2: machine code), version, bytes of header, of code

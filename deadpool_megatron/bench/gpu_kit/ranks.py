@@ -12,8 +12,6 @@ from xml.etree import ElementTree
 
 from deadpool_megatron.bench.gpu_kit.step import ROOT, Step
 
-__all__ = ["check_machine"]
-
 _FREE_S: Final = 1.0  # from the abort until a rank that was blocked in a kernel is back in Python
 _LOST: Final = 256 << 20  # bytes of the device that ten rounds may cost
 _COPIES: Final = re.compile(r"pinned copy ([\d.]+) GB/s, into the vault ([\d.]+) GB/s")

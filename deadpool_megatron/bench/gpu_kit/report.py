@@ -12,8 +12,6 @@ from typing import Any, Final
 
 from deadpool_megatron.bench.gpu_kit.step import ROOT
 
-__all__ = ["BEGIN", "CLAIMS", "END", "NOT_RUN", "NoResults", "Results", "column", "read_results", "report"]
-
 BEGIN: Final = "<!-- gpu: the last column is written by scripts/gpu_kit.sh report -->\n"
 END: Final = "<!-- end of gpu -->\n"
 NOT_RUN: Final = "not run"

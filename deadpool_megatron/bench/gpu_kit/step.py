@@ -20,8 +20,6 @@ import psutil
 
 from deadpool_megatron.harness.descendants import Descendants
 
-__all__ = ["ROOT", "Step", "StepOver", "run_step", "shared_device"]
-
 ROOT: Final = Path(__file__).resolve().parents[3]
 LIMIT_S: Final = 540.0
 _CLOSE_S: Final = 25.0  # of the limit: what runs is ended, and the verdict is written

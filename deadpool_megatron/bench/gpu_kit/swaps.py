@@ -18,8 +18,6 @@ from deadpool_megatron.harness.jobs import Job, JobError
 from deadpool_megatron.observe import LOGS
 from deadpool_megatron.observe.recoveries import PHASES
 
-__all__ = ["check_graphs", "check_soak", "check_swaps"]
-
 _HELD: Final = 6  # the iteration before which a job waits for its spare; a CUDA graph is replayed by then
 _CLOSE_S: Final = 15.0  # before the end of the step its last job is given up, and told of
 _GRACE_S: Final = 8.0

@@ -25,8 +25,6 @@ from collections.abc import Callable, Mapping
 from deadpool_megatron.cluster.agent.pulse import PULSE_FD, PulsePage
 from deadpool_megatron.cluster.agent.workers import DOORBELL_FD, PARENT_PID, Worker
 
-__all__ = ["COME_S", "AdoptedProcess", "Adoption", "AdoptionError", "present"]
-
 COME_S = 300.0
 _LOOK_S = 0.2
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid

@@ -51,8 +51,6 @@ from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import Done, Staged
 from deadpool_megatron.vault import is_constants, numa_nodes
 
-__all__ = ["Agent"]
-
 
 class Agent:
     """One node's decisions. One thread; nothing blocks but what `Shards.holdings` has to checksum.

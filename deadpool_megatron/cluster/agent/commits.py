@@ -7,8 +7,6 @@ from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.shards import RankCommitted
 from deadpool_megatron.vault import CommitLedger, Version, constants_of, is_constants
 
-__all__ = ["Commits"]
-
 
 class Commits:
     """One node's account. The coordinator hears of a generation once, when all ranks of the node have it.

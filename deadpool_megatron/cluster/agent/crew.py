@@ -6,8 +6,6 @@ from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker
 
-__all__ = ["Crew"]
-
 
 class Crew:
     """One worker process a slot, and in a rescue one in each extra slot. Used by the agent's thread only.

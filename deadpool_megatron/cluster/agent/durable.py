@@ -36,8 +36,6 @@ from deadpool_megatron.durable import (
 )
 from deadpool_megatron.vault import Version, constants_of, is_constants, small_capacity
 
-__all__ = ["DurableNews", "Loaded", "NodeDurability"]
-
 
 @dataclass(frozen=True, slots=True)
 class Loaded:

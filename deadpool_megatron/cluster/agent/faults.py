@@ -12,8 +12,6 @@ from deadpool_megatron.cluster.agent.crew import Crew
 from deadpool_megatron.cluster.agent.shards import Shards
 from deadpool_megatron.cluster.agent.workers import Worker, end_group
 
-__all__ = ["Faults"]
-
 
 class Faults:
     """The faults of one node, and how each strikes."""

@@ -17,8 +17,6 @@ from collections.abc import Callable, Mapping
 
 from deadpool_megatron.cluster import records as r
 
-__all__ = ["Fence", "on_smaller_side"]
-
 _CONNECT_S = 1.0
 _MOST_ASKED = 64  # of a job cut one to three, a node of the larger part finds itself cut off once in 100,000 times
 

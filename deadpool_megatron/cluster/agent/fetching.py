@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from deadpool_megatron.vault import VaultError
 
-__all__ = ["Attempts"]
-
 _PATIENCE_S = 10.0  # for a shard whose holder cannot be reached; a holder that is gone ends the epoch sooner
 _PAUSE_S = 0.05
 

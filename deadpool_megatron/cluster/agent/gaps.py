@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-__all__ = ["Pulse", "StallRule"]
-
 _GAPS = 256
 
 

@@ -14,8 +14,6 @@ from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.cluster.records.tables import Tables, apply
 from deadpool_megatron.vault import Target, WordPlan
 
-__all__ = ["KnownJob"]
-
 
 class KnownJob:
     """Follows what the coordinator tells of the whole job.

@@ -19,8 +19,6 @@ from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.cluster.link.awake import AwakeClock
 
-__all__ = ["LOOK_S", "Lookout", "pace_every_s"]
-
 LOOK_S = 0.25
 _PACE_S = 2.0
 _MANY_NODES = 128  # more tell their pace less often, so that the coordinator hears as many a second

@@ -15,8 +15,6 @@ from typing import Final
 
 from deadpool_megatron.vault import numa_nodes, parse_cpus
 
-__all__ = ["Pinning", "choose_cpus", "cores", "parse_cpus", "pin_threads"]
-
 _SHARE: Final = 8  # one core of so many of a NUMA node is the agent's,
 _LEAST: Final = 2  # but no fewer than these: one for the loop with its heartbeats, one for the vault's threads
 _PER_WORKER: Final = 2  # cores that each worker keeps for itself: the training thread, and all its other threads

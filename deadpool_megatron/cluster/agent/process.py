@@ -29,8 +29,6 @@ from deadpool_megatron.cluster.notices import PREEMPT, WARNINGS
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.cluster.records.exits import Exit
 
-__all__ = ["AgentProcess"]
-
 _SAME_NOTICE_S = 5.0  # the batch system tells every process, and they tell each other
 
 

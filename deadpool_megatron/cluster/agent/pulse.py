@@ -18,8 +18,6 @@ import os
 
 from deadpool_megatron.vault.words import Words
 
-__all__ = ["PULSE_FD", "PulsePage"]
-
 PULSE_FD = "DEADPOOL_PULSE_FD"
 _BYTES = 4096
 

@@ -27,8 +27,6 @@ from deadpool_megatron.cluster.agent.upkeep import Upkeep
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.vault import constants_of
 
-__all__ = ["NodeRecovery"]
-
 
 class NodeRecovery:
     """Used by the agent's thread only; nothing blocks but what `Shards.holdings` has to checksum.

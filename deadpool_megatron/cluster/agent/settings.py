@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from deadpool_megatron.config import DeadpoolConfig
 
-__all__ = ["AgentSettings"]
-
 
 @dataclass(frozen=True, slots=True)
 class AgentSettings:

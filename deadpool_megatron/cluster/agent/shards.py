@@ -44,9 +44,6 @@ from deadpool_megatron.vault import (
     small_capacity,
 )
 
-__all__ = ["Damaged", "FetchDone", "RankCommitted", "ReserveFailed", "Reserved", "Shards", "ShardsEvent"]
-
-
 _log = logging.getLogger(__name__)
 _Place = tuple[str, int] | Vault
 _Held = dict[int, list[tuple[int, int]]]  # versions (epoch, generation), by rank or word

@@ -10,8 +10,6 @@ from deadpool_megatron.cluster.agent.gaps import Pulse, StallRule
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker
 
-__all__ = ["StuckWatch"]
-
 _ANSWER_S = 2.0
 _AGAIN_S = 5.0
 _STACKS_S = 1.0

@@ -9,8 +9,6 @@ from deadpool_megatron.cluster.agent.shards import Shards
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.vault import VaultError, WordPlan, constants_of, small_capacity
 
-__all__ = ["Upkeep"]
-
 
 class Upkeep:
     """Used by the agent's thread only; everything but `grant` returns at once.

@@ -12,8 +12,6 @@ from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.cluster.store import open_store
 from deadpool_megatron.cluster.store.leadership import Follower
 
-__all__ = ["Uplink"]
-
 
 class Uplink:
     """One thread uses it. Nothing blocks.

@@ -14,8 +14,6 @@ from deadpool_megatron.vault import Vault, unpack
 if TYPE_CHECKING:
     from deadpool_megatron.observe.metrics import NodeMetrics
 
-__all__ = ["Watch"]
-
 _STEPS: Final[dict[type, str]] = {
     r.Offer: "aborted",
     r.NodeReady: "prepared",

@@ -24,8 +24,6 @@ from deadpool_megatron.cluster.agent.workers import (
     start_worker,
 )
 
-__all__ = ["WorkerProcesses"]
-
 _TERM_GRACE_S = 5.0
 
 

@@ -20,22 +20,6 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.pulse import PULSE_FD, PulsePage
 from deadpool_megatron.forking import FORK_SERVER, fork_module, open_pidfd
 
-__all__ = [
-    "ADOPTED",
-    "CONTROL_FD",
-    "DOORBELL_FD",
-    "EPOCH",
-    "PARENT_PID",
-    "STACKS_FILE",
-    "STACKS_SIGNAL",
-    "WORKER_MODULE",
-    "Worker",
-    "ask_for_stacks",
-    "end_group",
-    "is_stopped",
-    "start_worker",
-]
-
 WORKER_MODULE = "deadpool_megatron.worker"  # python -m
 CONTROL_FD = "DEADPOOL_CONTROL_FD"
 DOORBELL_FD = "DEADPOOL_DOORBELL_FD"

@@ -21,7 +21,9 @@ from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
 from deadpool_megatron.cluster.coordinator.saved_state import Memory
 from deadpool_megatron.cluster.coordinator.status import Progress
 from deadpool_megatron.cluster.coordinator.validate import misfit
-from deadpool_megatron.cluster.core.core import Action, Core, Emit, Finish, JobSpec, Keep, Phase, Send
+from deadpool_megatron.cluster.core.core import Core
+from deadpool_megatron.cluster.core.effects import Action, Emit, Finish, Keep, Send
+from deadpool_megatron.cluster.core.job import JobSpec, Phase
 from deadpool_megatron.cluster.core.protection import in_words
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.link.link import Hub
@@ -30,8 +32,6 @@ from deadpool_megatron.cluster.records.tables import Teller
 from deadpool_megatron.cluster.store import Guard, Store, StoreError
 from deadpool_megatron.durable import Lease
 from deadpool_megatron.observe import RunDirectory
-
-__all__ = ["Coordinator", "CoordinatorSettings"]
 
 _FAREWELL_S = 10.0
 _LONGEST_PASS_S = 0.75

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.core import JobSpec
-
-__all__ = ["Enlistment"]
+from deadpool_megatron.cluster.core.job import JobSpec
 
 
 class Enlistment:

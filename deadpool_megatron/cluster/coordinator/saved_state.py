@@ -14,8 +14,6 @@ import msgspec
 from deadpool_megatron.cluster.store import Deposed, Guard, Store, StoreError
 from deadpool_megatron.cluster.store.leadership import STATE, Place, tell_place
 
-__all__ = ["Memory", "read_state"]
-
 _SAY_AFTER_S: Final = 5.0
 _PARTS: Final = ("now", "members", "layout")
 

@@ -6,8 +6,6 @@ from typing import Any, Final
 
 from deadpool_megatron.cluster import records as r
 
-__all__ = ["Progress"]
-
 _STEPS: Final[dict[type, str]] = {
     r.Offer: "aborted",
     r.NodeReady: "prepared",

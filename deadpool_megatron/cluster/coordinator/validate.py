@@ -12,8 +12,6 @@ from typing import Final
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.vault import MAX_GENERATION
 
-__all__ = ["MAX_SHARD_BYTES", "misfit"]
-
 MAX_SHARD_BYTES: Final = 1 << 46
 _MOST_LOCALS: Final = 4096  # a node's slots and those it has rescued
 _RANKS: Final = ("rank", "source", "holder")

@@ -14,8 +14,6 @@ from typing import Any, Final
 
 from deadpool_megatron.cluster import records as r
 
-__all__ = ["SnapshotAccount"]
-
 _RECENT: Final = 64
 
 

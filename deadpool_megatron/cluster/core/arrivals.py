@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["Arrivals"]
-
 
 class Arrivals:
     """Who is awaited, at the start of the job and later.

@@ -11,8 +11,6 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.members import NodeState
 
-__all__ = ["Blame", "how_it_ended"]
-
 # A worker that dies of these does so by its own doing; SIGKILL (out of memory, an operator) and SIGTERM are not.
 _CRASHES = frozenset({4, 6, 7, 8, 11})
 _MEANINGS = {  # upstream's rerun state machine: every rank leaves with one of these on purpose

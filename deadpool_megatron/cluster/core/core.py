@@ -41,7 +41,7 @@ from deadpool_megatron.cluster.core.effects import (
 )
 from deadpool_megatron.cluster.core.facts import Facts
 from deadpool_megatron.cluster.core.headway import Headway
-from deadpool_megatron.cluster.core.job import RECOVERING, Deadlines, JobSpec, Phase
+from deadpool_megatron.cluster.core.job import JobSpec, Phase
 from deadpool_megatron.cluster.core.layout import Layout
 from deadpool_megatron.cluster.core.members import Members, NodeState
 from deadpool_megatron.cluster.core.observations import Observations
@@ -55,20 +55,6 @@ from deadpool_megatron.cluster.core.suspicions import Suspicions
 from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.vault import Version
-
-__all__ = [
-    "RECOVERING",
-    "Action",
-    "Core",
-    "Deadlines",
-    "Emit",
-    "Finish",
-    "JobSpec",
-    "Keep",
-    "NodeState",
-    "Phase",
-    "Send",
-]
 
 _COARSE = {Phase.STARTING: "starting", Phase.FINISHING: "finishing"}
 # A job that had ended when its coordinator did: somebody may not have been told.

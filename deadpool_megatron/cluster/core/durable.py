@@ -22,8 +22,6 @@ from deadpool_megatron.cluster.core.effects import Answer, Effects, Send, emit
 from deadpool_megatron.durable import ShardFile, directory_name
 from deadpool_megatron.vault import Version
 
-__all__ = ["Durability", "DurableSpec"]
-
 # A drain is spread over this part of the time there is until the next one.
 _SHARE = 0.5
 _NOBODY = -1  # in the place of the node that removes an attempt

@@ -11,25 +11,6 @@ from typing import Any
 
 import msgspec
 
-__all__ = [
-    "Action",
-    "Answer",
-    "Declare",
-    "Effect",
-    "Effects",
-    "Emit",
-    "Finish",
-    "Keep",
-    "LetGo",
-    "Lose",
-    "Persist",
-    "Send",
-    "StartOver",
-    "Stop",
-    "emit",
-]
-
-
 # ---- what leaves the core
 
 

@@ -11,8 +11,6 @@ from deadpool_megatron.cluster.core.layout import Layout
 from deadpool_megatron.cluster.core.members import Members
 from deadpool_megatron.cluster.core.protection import Protection
 
-__all__ = ["Facts"]
-
 
 @dataclass(frozen=True, slots=True)
 class Facts:

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.vault import CommitLedger, Told, Version
 
-__all__ = ["Headway"]
-
 _MOST_NAMED = 8
 
 

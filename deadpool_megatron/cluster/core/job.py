@@ -8,8 +8,6 @@ from enum import Enum
 
 from deadpool_megatron.cluster.core.durable import DurableSpec
 
-__all__ = ["RECOVERING", "Deadlines", "JobSpec", "Phase"]
-
 
 class Phase(Enum):
     """Where the job stands."""

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Lag", "LagJudge"]
-
 _COMMITS: Final = 3  # that may be missing: a generation is copied, sent and told of while the next ones are trained
 _SECONDS: Final = 10.0  # of training that a loss would cost, below which it is nobody's concern
 

@@ -9,8 +9,6 @@ from typing import Any
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.vault import small_capacity
 
-__all__ = ["Layout"]
-
 
 class Layout:
     """Grows until all ranks are known, then stays as it is for the life of the job."""

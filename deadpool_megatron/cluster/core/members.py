@@ -9,8 +9,6 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.job import JobSpec
 from deadpool_megatron.cluster.placement import assignment as placing
 
-__all__ = ["Members", "NodeState"]
-
 GONE = ("lost", "left")
 
 

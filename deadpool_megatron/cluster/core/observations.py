@@ -11,8 +11,6 @@ from deadpool_megatron.cluster.core.stalls import StragglerJudge
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.vault import Told
 
-__all__ = ["Observations"]
-
 
 class Observations:
     """Of one job, through all its epochs.

@@ -16,8 +16,6 @@ from deadpool_megatron.cluster.core.effects import Declare, Effects, LetGo, Send
 from deadpool_megatron.cluster.core.facts import Facts
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 
-__all__ = ["Drains"]
-
 _HOLD_NOTICE_S = 0.5  # what a message to the slowest worker may take
 
 

@@ -15,8 +15,6 @@ from deadpool_megatron.cluster.placement.groups import Groups, parallel_groups, 
 from deadpool_megatron.cluster.placement.redundancy import Scheme, Tolerated, Word, cost, degree, tolerated, words
 from deadpool_megatron.cluster.records import CoordinateInfo, SlotAddress
 
-__all__ = ["Protection", "in_words"]
-
 _COMPARED = ("1", "2", "4+1", "4+2")
 
 

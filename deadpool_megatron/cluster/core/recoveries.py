@@ -19,8 +19,6 @@ from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.placement.agreement import Agreement, NoCommonGeneration, RefusedCopy, agree
 from deadpool_megatron.cluster.records.exits import Exit
 
-__all__ = ["Recoveries"]
-
 
 class Recoveries:
     """The recoveries of one job, one after the other.

@@ -17,8 +17,6 @@ from collections.abc import Iterable
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.job import Deadlines, Phase
 
-__all__ = ["Recovery"]
-
 
 class Recovery:
     """One epoch's recovery. Every method says whether the phase it belongs to is complete now.

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["Reunion"]
-
 
 class Reunion:
     """Who is expected back. Over, and without effect, from the moment all are there or given up."""

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 
 from deadpool_megatron.cluster import records as r
 
-__all__ = ["StallJudge", "StragglerJudge"]
-
 SETTLE_S = 3.0
 FRESH_S = 15.0
 

@@ -18,8 +18,6 @@ from deadpool_megatron.cluster.core.members import NodeState
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.records.exits import Exit
 
-__all__ = ["Start"]
-
 
 class Start:
     """Of one job; agents and workers that come later come the same way."""

@@ -12,8 +12,6 @@ from deadpool_megatron.cluster.core.facts import Facts
 from deadpool_megatron.cluster.core.stalls import StallJudge
 from deadpool_megatron.cluster.records.exits import Exit
 
-__all__ = ["BEYOND_LEASE_S", "Suspicions"]
-
 BEYOND_LEASE_S = 1.0
 
 

@@ -14,8 +14,6 @@ from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.suspicions import BEYOND_LEASE_S
 from deadpool_megatron.cluster.records.exits import Exit
 
-__all__ = ["WorkerEnds"]
-
 _BESIDE_TRAINING = (Phase.STARTING, Phase.FINISHING)
 
 

@@ -6,8 +6,6 @@ import math
 import time
 from collections.abc import Callable
 
-__all__ = ["AwakeClock"]
-
 
 class AwakeClock:
     """Monotonic seconds in which this process ran.

@@ -23,8 +23,6 @@ from zmq.utils.monitor import recv_monitor_message
 from deadpool_megatron.cluster.link.ports import once_free
 from deadpool_megatron.cluster.link.seal import Seal, SealBroken
 
-__all__ = ["Hub", "Spoke", "check_secret"]
-
 SECRET_BYTES = 32
 _NOBLOCK, _SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)  # (as enumerations they cost more than the calls)
 _SRCFD = int(zmq.SRCFD)

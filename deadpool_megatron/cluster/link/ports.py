@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 import zmq
 
-__all__ = ["free_ports", "once_free", "patience_s"]
-
 _LOOK_S = 0.05
 _FIRST_S, _AGAIN_S = 2.0, 30.0
 _RANGE = "/proc/sys/net/ipv4/ip_local_port_range"

@@ -17,8 +17,6 @@ import hmac
 import os
 from typing import Final, Literal
 
-__all__ = ["Seal", "SealBroken"]
-
 _TAG: Final = 16
 _HEAD: Final = _TAG + 16
 _MOST_SESSIONS: Final = 1024  # remembered a name; a restart is a new one

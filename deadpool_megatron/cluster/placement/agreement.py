@@ -9,8 +9,6 @@ from typing import Final
 from deadpool_megatron.cluster.placement.redundancy import Word
 from deadpool_megatron.cluster.records import Offer, Share, SlotAddress, Source
 
-__all__ = ["ANY_EPOCH", "Agreement", "NoCommonGeneration", "RefusedCopy", "agree"]
-
 RefusedCopy = tuple[int, int, int, int]
 """A copy that turned out to be of no use: rank, node, generation, and the epoch it was written in."""
 ANY_EPOCH: Final = -1

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from deadpool_megatron.cluster.records import SlotAddress
 
-__all__ = ["choose_spares", "initial", "nodes_of", "ranks_of", "refill", "replace_nodes", "rescue"]
-
 
 def initial(active_nodes: int, slots_per_node: int) -> list[SlotAddress]:
     """The assignment of epoch 0: rank ``node * slots_per_node + local``, as torchrun numbers ranks."""

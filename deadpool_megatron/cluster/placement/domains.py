@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Labels", "parse_domains", "slurm_labels"]
-
 Labels = dict[int, dict[str, str]]
 _KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 

@@ -9,8 +9,6 @@ from deadpool_megatron.cluster.placement.redundancy import Scheme, holders, stri
 from deadpool_megatron.cluster.records import Address, SlotAddress
 from deadpool_megatron.vault import PartTo, Target, WordPlan, constants_of
 
-__all__ = ["kept_for_others", "targets"]
-
 
 def targets(
     node: int,

@@ -20,8 +20,6 @@ from collections.abc import Mapping, Sequence
 from deadpool_megatron.cluster.placement.redundancy import Scheme, stripes
 from deadpool_megatron.cluster.records import CoordinateInfo, SlotAddress
 
-__all__ = ["Groups", "parallel_groups", "place", "replace"]
-
 Groups = tuple[tuple[int, ...], ...]
 Labels = Mapping[int, Mapping[str, str]]
 _EXCEEDED = 1_000_000  # one node more of a stripe in one domain than the stripe can lose

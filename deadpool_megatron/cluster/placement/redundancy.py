@@ -24,21 +24,6 @@ from itertools import combinations
 
 from deadpool_megatron.cluster.records import SlotAddress
 
-__all__ = [
-    "Cost",
-    "Scheme",
-    "Stripe",
-    "Tolerated",
-    "Word",
-    "cost",
-    "degree",
-    "holders",
-    "stripes",
-    "survives",
-    "tolerated",
-    "words",
-]
-
 _MOST_LISTED = 12
 _MOST_NODES_OF_A_STRIPE = 32
 

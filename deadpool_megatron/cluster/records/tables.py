@@ -15,8 +15,6 @@ import msgspec
 
 from deadpool_megatron.cluster import records as r
 
-__all__ = ["Tables", "Teller", "apply"]
-
 
 @dataclass(frozen=True, slots=True)
 class Tables:

@@ -16,8 +16,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import NamedTuple
 
-__all__ = ["Deposed", "Entry", "Guard", "Lease", "Store", "StoreError", "Watch"]
-
 
 class StoreError(OSError):
     """The store does not answer, or refuses us. The message is one line for the user."""

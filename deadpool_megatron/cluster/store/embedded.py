@@ -24,8 +24,6 @@ import msgspec
 
 from deadpool_megatron.cluster.store.base import Deposed, Entry, Guard, Lease, Store, StoreError, Watch
 
-__all__ = ["EmbeddedStore"]
-
 _HEAD: Final = 8
 _LOOK_S: Final = 0.05  # how often a watch looks; inotify does not see other machines
 _COMPACT_BYTES: Final = 8 << 20

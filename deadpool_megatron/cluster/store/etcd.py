@@ -10,8 +10,6 @@ from typing import Any, Final
 from deadpool_megatron.cluster.store.base import Deposed, Entry, Guard, Lease, Store, StoreError, Watch
 from deadpool_megatron.cluster.store.gateway import Gateway, StoreAddress, b64, unb64
 
-__all__ = ["EtcdStore"]
-
 _SILENCE_S: Final = 10.0  # a watch that hears nothing for so long looks again: its member may be cut off
 _RETRY_S: Final = 0.2
 

@@ -19,8 +19,6 @@ from urllib.parse import parse_qs, urlsplit
 
 from deadpool_megatron.cluster.store.base import StoreError
 
-__all__ = ["PASSWORD", "Gateway", "StoreAddress", "b64", "text", "unb64"]
-
 PASSWORD: Final = "DEADPOOL_STORE_PASSWORD"
 # gRPC codes after which another member, or the same one a moment later, may answer.
 _AGAIN: Final = frozenset({1, 4, 8, 14})

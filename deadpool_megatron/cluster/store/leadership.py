@@ -25,8 +25,6 @@ import msgspec
 
 from deadpool_megatron.cluster.store import Guard, Lease, Store, StoreError
 
-__all__ = ["LEADER", "PLACE", "STATE", "Follower", "Leadership", "Place", "known_place", "tell_place"]
-
 LEADER: Final = "leader"
 PLACE: Final = "coordinator"
 STATE: Final = "core/"
