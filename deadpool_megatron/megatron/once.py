@@ -1,7 +1,7 @@
 """What Megatron does for an iteration besides training it, done once although the iteration may be repeated.
 
 A recovery goes back to the start of an iteration, perhaps of one whose line is printed, whose evaluation is over or
-whose checkpoint is written. What has been done is told to the coordinator (`Did`) and comes back with the agreed
+whose checkpoint is written. What has been done is told to the coordinator (`SideEffect`) and comes back with the agreed
 generation: repeated lines and evaluations are computed again, since averages and data positions depend on them, but not
 printed or written again; a checkpoint that is there is not written again. An asynchronous checkpoint that the failure
 caught before it was complete cannot be finished without the lost node: the survivors drop it, and the next iteration's
@@ -38,25 +38,25 @@ class Once:
         self._tells = rank == world_size - 1  # the rank whose lines Megatron prints
         self._log_interval = log_interval
         self._first = first
-        self._done: dict[r.Act, int] = {}
+        self._done: dict[r.SideEffectKind, int] = {}
         self._saving: int | None = None
 
-    def agreed(self, done: dict[r.Act, int]) -> None:
+    def agreed(self, done: dict[r.SideEffectKind, int]) -> None:
         """A recovery: what had been done before it, the same on every rank."""
         self._done = dict(done)
         self._saving = None
 
-    def done(self, act: r.Act, iteration: int) -> bool:
+    def done(self, act: r.SideEffectKind, iteration: int) -> bool:
         """It has been done, before the last recovery."""
         return iteration <= self._done.get(act, -1)
 
-    def tell(self, act: r.Act, iteration: int) -> None:
+    def tell(self, act: r.SideEffectKind, iteration: int) -> None:
         """It is done now. Raises what ``check`` raises."""
         self._check()
         if act == "log" and iteration % self._log_interval:
             return
         if self._tells and not self.done(act, iteration):
-            self._session.tell(r.Did(0, self._rank, self._session.joined_epoch, iteration, act))
+            self._session.tell(r.SideEffect(0, self._rank, self._session.joined_epoch, iteration, act))
 
     @contextlib.contextmanager
     def quiet_if(self, done: bool) -> Iterator[None]:

@@ -19,10 +19,10 @@ from deadpool_megatron.cluster.agent.shards import FetchDone
 from deadpool_megatron.cluster.coordinator.coordinator import Coordinator
 from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.effects import Answer, Declare, Effects, Stop
-from deadpool_megatron.cluster.core.headway import Headway
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.observations import Observations
 from deadpool_megatron.cluster.core.planned_moves import Drains
+from deadpool_megatron.cluster.core.progress import Progress
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.start import Start
 from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
@@ -89,7 +89,7 @@ def _a_drain_goes_on_without_a_spare(patch: Patch) -> None:
 
     def before(self: Drains, drain: Any) -> Effects:
         self._drain = None
-        self._facts.members.nodes[drain.node].role = "leaving"
+        self._state.members.nodes[drain.node].role = "leaving"
         self._recoveries.helpers.add(drain.node)
         yield Declare(f"node {drain.node} is drained")
 
@@ -133,7 +133,7 @@ def _an_end_is_decided_again(patch: Patch) -> None:
     stop = Core._stop
 
     def before(self: Core, code: Exit | int, message: str) -> Effects:
-        self._end = None
+        self._state.end = None
         return stop(self, code, message)
 
     patch.setattr(Core, "_stop", before)
@@ -150,9 +150,9 @@ def _the_end_is_looked_for_while_agents_come_back(patch: Patch) -> None:
     look = Core._look_for_end
 
     def before(self: Core) -> Effects:
-        expected, self._reunion._expected = self._reunion._expected, set()
+        expected, self._returning._expected = self._returning._expected, set()
         yield from look(self)
-        self._reunion._expected = expected
+        self._returning._expected = expected
 
     patch.setattr(Core, "_look_for_end", before)
 
@@ -169,7 +169,7 @@ def _one_moment_without_a_majority_is_enough(patch: Patch) -> None:
 
 def _what_was_told_as_committed_is_forgotten(patch: Patch) -> None:
     """Found by the simulation: one node kept a generation that the others then overwrote, and the next loss was 77."""
-    patch.setattr(Headway, "heard", lambda self, kept, iteration: None)
+    patch.setattr(Progress, "heard", lambda self, kept, iteration: None)
 
 
 def _who_finishes_early_is_forgotten(patch: Patch) -> None:

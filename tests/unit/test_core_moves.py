@@ -377,7 +377,7 @@ def test_a_job_that_was_finishing_finishes() -> None:
 
 def test_what_was_done_once_is_told_with_the_agreed_generation_even_by_a_new_coordinator() -> None:
     job = SimulatedJob().train()
-    job.feed(r.Did(2, 5, 0, 4, "evaluation"))
+    job.feed(r.SideEffect(2, 5, 0, 4, "evaluation"))
     restarted(job)
     job.lose(1)
     job.arrive()

@@ -46,7 +46,7 @@ def test_a_line_is_printed_and_told_while_the_epoch_lasts_and_never_after_it(
     with each.quiet_if(False):
         training.print_rank_last("lm loss: 5.5")
     each.tell("log", 1)
-    assert r.decode_from_worker(agent.recv(1 << 17)) == r.Did(0, 1, 0, 1, "log")
+    assert r.decode_from_worker(agent.recv(1 << 17)) == r.SideEffect(0, 1, 0, 1, "log")
     with pytest.raises(Over), each.quiet_if(False):
         end()  # while upstream reads the numbers
         training.print_rank_last("lm loss: nan")

@@ -54,7 +54,7 @@ class NodeRecovery:
         self._send = send
         self._offered = -1  # the epoch of the last offer
         self._arrived = False  # every worker here, in the epoch of the offer
-        self._done: dict[r.Act, int] = {}
+        self._done: dict[r.SideEffectKind, int] = {}
         self._here: set[int] = set()  # ranks of this node whose agreed shard is in its vault
         self._held = True  # vaults have all of the agreed generation
         self._holding = False

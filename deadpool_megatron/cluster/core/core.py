@@ -29,6 +29,7 @@ from deadpool_megatron.cluster.core.effects import (
     Effect,
     Effects,
     Emit,
+    EndIfFinished,
     Finish,
     Keep,
     LetGo,
@@ -39,18 +40,18 @@ from deadpool_megatron.cluster.core.effects import (
     Stop,
     emit,
 )
-from deadpool_megatron.cluster.core.facts import Facts
-from deadpool_megatron.cluster.core.headway import Headway
 from deadpool_megatron.cluster.core.job import JobSpec, Phase
 from deadpool_megatron.cluster.core.layout import Layout
 from deadpool_megatron.cluster.core.members import Members, NodeState
 from deadpool_megatron.cluster.core.observations import Observations
 from deadpool_megatron.cluster.core.planned_moves import Drains
+from deadpool_megatron.cluster.core.progress import Progress
 from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.recovering import Recovery
-from deadpool_megatron.cluster.core.reunion import Reunion
+from deadpool_megatron.cluster.core.returning import Returning
 from deadpool_megatron.cluster.core.start import Start
+from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.core.suspicions import Suspicions
 from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.records.exits import Exit
@@ -72,39 +73,35 @@ class Core:
     def __init__(self, job: JobSpec, rendezvous: r.Address | None = None) -> None:
         """``rendezvous``: where the store listens that process groups are re-formed over."""
         self.job = job
-        self._phase = Phase.STARTING
-        self._end: tuple[int, str] | None = None
         self._actions: list[Action] = []
         self._now = 0.0
         self.members = Members(job)
         self.protection = Protection(job.redundancy, job.domains)
         self._layout = Layout(job.world_size)
-        self._headway = Headway(self.members.active())
+        self._progress = Progress(self.members.active())
         self._durability = Durability(job.durable)
-        facts = Facts(job, self.members, self._layout, self._headway, self.protection, self._durability)
-        self._recoveries = Recoveries(facts, rendezvous)
-        self._reunion = Reunion()
+        self._state = JobState(job, self.members, self._layout, self._progress, self.protection, self._durability)
+        self._recoveries = Recoveries(self._state, rendezvous)
         self._arrivals = Arrivals(job.deadlines.join)
-        self._drains = Drains(facts, self._recoveries)
-        self._suspicions = Suspicions(facts)
-        self._ends = WorkerEnds(facts, self._recoveries)
-        self.seen = seen = Observations(facts)
-        self._start = Start(facts, seen.snapshots)
+        self._drains = Drains(self._state, self._recoveries)
+        self._suspicions = Suspicions(self._state)
+        self._ends = WorkerEnds(self._state, self._recoveries, self._suspicions)
+        self.seen = seen = Observations(self._state)
+        self._start = Start(self._state, seen.snapshots)
+        self._returning = Returning(self._state, self._recoveries, self._start, seen)
         self._finished: set[int] = set()
         self._noticed = False
-        self._later: list[r.Committed] | None = None
-        """Told while agents come back to a coordinator that has started again; None: they count at once."""
         self._handlers: dict[type, Callable[[Any], Effects]] = {
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
             r.Registered: self._register,
             r.WorkerExited: self._worker_exited,
-            r.WorkerFailed: lambda record: self._ends.failed(record, self._phase),
+            r.WorkerFailed: self._ends.failed,
             r.PeerError: self._peer_error,
             r.Stalled: self._stalled,
             r.Pace: lambda record: seen.paced(record, self._now),
             r.NodeHeld: self._node_held,
-            r.Did: seen.did,
+            r.SideEffect: seen.did,
             r.Compared: lambda record: self._recoveries.compared(record, self._now),
             r.Offer: lambda record: self._recoveries.offer(record, self._now),
             r.NodeArrived: self._recoveries.arrived,
@@ -112,7 +109,7 @@ class Core:
             r.NodeFormed: lambda record: self._recoveries.formed(record, self._now),
             r.NodeRestored: lambda record: self._recoveries.restored(record, self._now),
             r.NodeResumed: lambda record: self._recoveries.resumed(record, self._now),
-            r.Committed: self._node_commit,
+            r.Committed: lambda record: self._returning.committed(record, self._now),
             r.Covered: self._recoveries.covered,
             r.NoRoom: seen.no_room,
             r.Refusals: seen.refused,
@@ -135,7 +132,7 @@ class Core:
     def phase(self) -> Phase:
         """Where the job stands."""
         current = self._recoveries.current
-        return current.phase if current is not None else self._phase
+        return current.phase if current is not None else self._state.phase
 
     @property
     def epoch(self) -> int:
@@ -160,12 +157,12 @@ class Core:
     @property
     def iteration(self) -> int:
         """The newest iteration that has ended; -1 before the first."""
-        return self._headway.iteration
+        return self._progress.iteration
 
     @property
     def committed(self) -> int:
         """The newest generation that all have committed; -1 before the first."""
-        return self._headway.committed
+        return self._progress.committed
 
     @property
     def nodes(self) -> dict[int, NodeState]:
@@ -174,9 +171,10 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """When `tick` has to be called at the latest, in the clock of ``now``."""
-        parts = (self._arrivals, self._reunion, self._suspicions, self._drains)
-        ends = None if self._reunion.waits else self._ends.due  # who is not back may be the loss that explains them
-        times = [ends, self._durability.next_deadline(), *(part.due for part in parts)]
+        times = [part.due for part in (self._arrivals, self._returning, self._drains)]
+        times.append(self._durability.next_deadline())
+        if not self._returning.waits:  # who is not back may be the loss that explains an error
+            times.append(self._suspicions.due)
         if self.recovery is not None:
             times.append(self.recovery.deadline)
         known = [t for t in times if t is not None]
@@ -197,9 +195,8 @@ class Core:
 
     def node_away(self, node: int, now: float) -> list[Action]:
         """The connection of a node has ended while nobody here could have heard it: it has time to come back."""
-
-        if self._phase is not Phase.ENDED and not self.members.gone(node):
-            self._reunion.also(node, now + self.job.deadlines.lease + _RETURN_S)
+        if self._state.phase is not Phase.ENDED and not self.members.gone(node):
+            self._returning.also(node, now + self.job.deadlines.lease + _RETURN_S)
         return []
 
     def tick(self, now: float) -> list[Action]:
@@ -248,10 +245,10 @@ class Core:
         under_way = self._drains.node
         if role == "leaving" or under_way == node:
             return f"node {node} is being drained already", False
-        if self.phase is not Phase.RUNNING or under_way is not None or self._reunion.waits:
+        if self.phase is not Phase.RUNNING or under_way is not None or self._returning.waits:
             what = f"node {under_way} is being drained" if under_way is not None else self.phase.value
-            what = "the coordinator has just come back" if self._reunion.waits else what
-            soon = self._phase in (Phase.STARTING, Phase.RUNNING)
+            what = "the coordinator has just come back" if self._returning.waits else what
+            soon = self._state.phase in (Phase.STARTING, Phase.RUNNING)
             return f"not now, the job is busy: {what}; try again in a moment", soon
         if role == "active" and not self.members.ready_spares():
             if any(each.role == "spare" for each in self.nodes.values()):
@@ -263,7 +260,7 @@ class Core:
         """A new node wants to come as a spare. Returns (why not, its number, actions)."""
         if not self.job.deadpool:
             return "the job runs without --deadpool, so it has no use for a spare", -1, []
-        if self._phase is not Phase.RUNNING:
+        if self._state.phase is not Phase.RUNNING:
             return f"not now, the job is {self.phase.value}; try again in a moment", -1, []
         node = self.members.add_spare()
         self._arrivals.expect({node}, now)
@@ -279,7 +276,7 @@ class Core:
 
     def _run(self, effects: Effects, now: float) -> list[Action]:
         self._now = now
-        if self._phase is not Phase.ENDED:
+        if self._state.phase is not Phase.ENDED:
             self._carry_out(effects)
         actions, self._actions = self._actions, []
         return actions
@@ -301,31 +298,36 @@ class Core:
                     self._carry_out(self._let_go(node))
                 case Stop(code, message):
                     self._carry_out(self._stop(code, message))
+                case EndIfFinished():
+                    self._carry_out(self._look_for_end())
                 case Send() | Keep() | Finish():
                     self._actions.append(effect)
 
     # ---- the end
 
     def _stop(self, code: Exit | int, message: str) -> Effects:
-        if self._end is not None:  # decided before this coordinator was started: that is the end, whatever came since
-            code, message = self._end
+        if self._state.end is not None:  # decided before this coordinator was started: whatever came since
+            code, message = self._state.end
         elif code in (Exit.NO_SPARE, Exit.GENERATION_LOST, Exit.RECOVERY_FAILED, Exit.FAILED):
             message += self._durability.hint
-        yield emit("stopped", code=int(code), message=message)
-        yield Send(None, r.Stop(int(code), message))
-        yield from self._finish(int(code), message)
-
-    def _finish(self, code: int, message: str) -> Effects:
+        code = int(code)
+        if code:
+            yield emit("stopped", code=code, message=message)
+        elif self._state.phase is Phase.FINISHING and self.job.deadpool:
+            yield emit("finished", iteration=self.iteration)
+        else:
+            yield emit("finished")
+        yield Send(None, r.Stop(code, message))
         yield Finish(code, message)
-        self._phase, self._recoveries.current, self._end = Phase.ENDED, None, (code, message)
+        self._state.phase, self._recoveries.current, self._state.end = Phase.ENDED, None, (code, message)
         yield Persist(("now",))  # refused to a coordinator that was deposed: it must not end the job
         self._suspicions.ended()
         self._drains.forget()
         self._arrivals.clear()
-        self._reunion.end()
+        self._returning.end()
 
     def _no_such_node(self, node: int) -> str:
-        if self._phase is Phase.ENDED:
+        if self._state.phase is Phase.ENDED:
             return "the job has ended"
         state = self.nodes.get(node)
         if state is None:
@@ -347,14 +349,14 @@ class Core:
             return {**self.members.dump(), "groups": self.protection.groups}
         return {
             "epoch": self.epoch,
-            "phase": "ended" if self._phase is Phase.ENDED else _COARSE.get(self.phase, "running"),
+            "phase": "ended" if self._state.phase is Phase.ENDED else _COARSE.get(self.phase, "running"),
             "can_rescue": self._layout.can_rescue,
             "committed": self.committed,
             "iteration": self.iteration,
             **self._ends.dump(),
             "start_epoch": self._start.epoch,
-            "done": self._headway.done,
-            "end": self._end,
+            "done": self._progress.done,
+            "end": self._state.end,
             **self._recoveries.dump(),
         }
 
@@ -362,77 +364,27 @@ class Core:
         """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit."""
         kept = parts["now"]
         self.members.load(parts["members"])
-        self._phase = _RESTORED.get(kept["phase"], Phase.RUNNING)
-        self._end = tuple(kept["end"]) if kept["end"] else None
+        self._state.phase = _RESTORED.get(kept["phase"], Phase.RUNNING)
+        self._state.end = tuple(kept["end"]) if kept["end"] else None
         self._layout.load(parts.get("layout"), kept["can_rescue"])
         self._recoveries.load(kept)
         self._ends.load(kept)
         self._start.epoch = kept["start_epoch"]
-        head = self._headway
+        head = self._progress
         head.committed, head.iteration, head.done = kept["committed"], kept["iteration"], kept["done"]
-        head.fresh = self._phase is Phase.STARTING  # else what was trained since may not be on record
+        head.fresh = self._state.phase is Phase.STARTING  # else what was trained since may not be on record
         head.count_anew(self.members.active(), self.epoch)
         if self._layout.known:
             groups = tuple(tuple(group) for group in parts["members"]["groups"])
             self.protection.begin(
                 self.assignment, self.coordinates, self._layout.largest, self.job.slots_per_node, groups
             )
-        self._durability.restored(self._phase is Phase.STARTING)
+        self._durability.restored(self._state.phase is Phase.STARTING)
         there = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
         until = now + self.job.deadlines.lease + _RETURN_S
-        self._later = [] if there else None
-        self._reunion.begin(there, "a recovery was under way" if kept["recovering"] else "", until)
+        self._returning.begin(there, "a recovery was under way" if kept["recovering"] else "", until)
         self._arrivals.expect(self.members.missing(), now)
         return self._run(_just(emit("coordinator_back", nodes=sorted(there))), now)
-
-    def _returned(self, record: r.Join) -> Effects:
-        """An agent is back after the coordinator was away."""
-        self._reunion.without({record.node})
-        active = self.members.holds(record.node) or record.node in self._recoveries.helpers
-        if active and (not record.settled or record.epoch != self.epoch):
-            self._reunion.remember(f"node {record.node} was in the middle of epoch {record.epoch}")
-        if not self._reunion.waits:
-            yield from self._all_returned()
-        else:
-            yield from self._count_commits()
-
-    @property
-    def _misses_active(self) -> bool:
-        return any(map(self.members.holds, self._reunion.expected))
-
-    def _count_commits(self) -> Effects:
-        """Once all that hold a coordinate are back: what is committed, and what is dead, follows from what all say."""
-        if self._later is not None and not self._misses_active:
-            later, self._later = self._later, None
-            yield from self.seen.catch_up(None)
-            for each in later:
-                yield from self._node_commit(each)
-
-    def _all_returned(self) -> Effects:
-        missing, unsettled = self._reunion.end()
-        epoch = self.epoch
-        if self._end is not None:
-            yield from self._end_well()
-            return
-        if missing:
-            yield from self._lose(missing, "its agent has not come back to the coordinator")
-        if self._phase is Phase.FINISHING:
-            yield Send(None, r.AllFinished(self.epoch))
-        elif self._phase is Phase.STARTING:
-            if unsettled and epoch == self.epoch:
-                yield from self._start_over(f"the coordinator was away and {unsettled}")
-            elif self.members.complete():
-                yield from self._durability.start(self.members.active(), self.epoch)
-        yield from self._count_commits()
-        if self.epoch != epoch or self._phase is not Phase.RUNNING:
-            return
-        lost = [n for n in self.members.active() if self.members.gone(n)]
-        if unsettled or lost or (self._recoveries.vacant and self.recovery is None):
-            why = unsettled or (f"node {lost[0]} was lost" if lost else "a worker died")
-            yield from self._declare(f"the coordinator was away and {why}")
-        elif self.recovery is None and self.epoch == self._start.epoch and self._layout.known:
-            yield self._start.placement()  # who heard it hears the same again
-        yield from self._look_for_end()
 
     # ---- start
 
@@ -442,12 +394,12 @@ class Core:
             yield Send(record.node, r.Stop(Exit.FENCED, f"node {record.node} is not part of this job (any more)"))
             return
         if record.epoch == self.epoch:
-            self._headway.heard(None if record.kept is None else Version(*record.kept), record.iteration)
+            self._progress.heard(None if record.kept is None else Version(*record.kept), record.iteration)
         first = self._start.joined(state, record)
         awaited = self._arrivals.without({record.node})
-        if record.node in self._reunion.expected:
-            yield from self._returned(record)
-        elif self._phase is Phase.STARTING:
+        if self._returning.awaits(record.node):
+            yield from self._returning.back(record, self._now)
+        elif self._state.phase is Phase.STARTING:
             if first:
                 yield from self._start.tell_roster()
             elif record.epoch < self.epoch:
@@ -459,14 +411,14 @@ class Core:
             yield from self._declare(f"node {record.node} was away in epoch {record.epoch}")
         if not first and self.members.departed:  # perhaps while this one was not connected
             yield Send(record.node, r.Departed(sorted(self.members.departed)))
-        if self.members.holds(record.node) and record.epoch == self.epoch and self._later is None:
+        if self.members.holds(record.node) and record.epoch == self.epoch and not self._returning.defers_commits:
             yield from self.seen.catch_up(record.node)
 
     def _has_missed(self, record: r.Join) -> bool:
         """Another connection has taken the place of one whose end nobody noticed: what went over that is lost."""
         givers = self.recovery.givers if self.recovery is not None else frozenset[int]()
         needed = self.members.holds(record.node) or record.node in givers
-        return self._phase is Phase.RUNNING and needed and (record.epoch != self.epoch or not record.settled)
+        return self._state.phase is Phase.RUNNING and needed and (record.epoch != self.epoch or not record.settled)
 
     def _worker_ready(self, record: r.WorkerReady) -> Effects:
         yield from self._start.worker_ready(record)
@@ -477,10 +429,10 @@ class Core:
             yield from self._declare(f"node {node} has come as a spare")
 
     def _register(self, record: r.Registered) -> Effects:
-        if self._phase is Phase.STARTING and record.epoch != self.epoch:
+        if self._state.phase is Phase.STARTING and record.epoch != self.epoch:
             return  # of a start that is over
-        if (yield from self._start.registered(record)) and self._phase is Phase.STARTING:
-            self._phase = Phase.RUNNING
+        if (yield from self._start.registered(record)) and self._state.phase is Phase.STARTING:
+            self._state.phase = Phase.RUNNING
             yield from self._start.train(record.unique_bytes)
             yield from self._look_for_end()
 
@@ -494,29 +446,21 @@ class Core:
         if record.epoch == self.epoch and (yield from self.seen.iterated(record, self._now)):
             self._suspicions.got_on()
 
-    def _node_commit(self, record: r.Committed) -> Effects:
-        if record.epoch != self.epoch:
-            return
-        if self._later is not None:
-            self._later.append(record)
-        else:
-            yield from self.seen.committed(record, self._now, self.phase is Phase.RUNNING)
-
     def _node_ready(self, record: r.NodeReady) -> Effects:
         yield from self._recoveries.ready(record, self._now)
         yield from self._leave_if_drained()
 
     def _node_finished(self, record: r.Finished) -> Effects:
         # Also in a recovery, and at the start: a node may be through before the news of another that it has begun.
-        if record.epoch == self.epoch and self._phase in (Phase.STARTING, Phase.RUNNING):
+        if record.epoch == self.epoch and self._state.phase in (Phase.STARTING, Phase.RUNNING):
             self._finished.add(record.node)
             yield from self._look_for_end()
 
     def _look_for_end(self) -> Effects:
-        if self._reunion.waits:
-            return  # who is still to come back may have lost a worker: `_all_returned` looks again
-        if self._phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
-            self._phase, self._recoveries.current = Phase.FINISHING, None
+        if self._returning.waits:
+            return  # who is still to come back may have lost a worker
+        if self._state.phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
+            self._state.phase, self._recoveries.current = Phase.FINISHING, None
             self._suspicions.ended()
             self._drains.forget()
             yield Persist()
@@ -573,21 +517,9 @@ class Core:
     # ---- ends of processes
 
     def _worker_exited(self, record: r.WorkerExited) -> Effects:
-        if self._phase is Phase.STARTING and record.epoch != self.epoch:
+        if self._state.phase is Phase.STARTING and record.epoch != self.epoch:
             return  # of a start that is over
-        if (yield from self._ends.exited(record, self._phase, self._now)):
-            yield from self._end_well()
-
-    def _end_well(self) -> Effects:
-        if self._end is not None and self._end[0] != Exit.OK:
-            yield from self._stop(*self._end)
-            return
-        if self._phase is Phase.FINISHING and self.job.deadpool:
-            yield emit("finished", iteration=self.iteration)
-        else:
-            yield emit("finished")
-        yield Send(None, r.Stop(Exit.OK, ""))
-        yield from self._finish(Exit.OK, "")
+        yield from self._ends.exited(record, self._now)
 
     # ---- losses
 
@@ -606,30 +538,30 @@ class Core:
             self._recoveries.helpers.discard(node)
         if not hit:
             yield Send(None, r.Departed(sorted(fresh)))
-            if awaited and self._phase is Phase.STARTING:
+            if awaited and self._state.phase is Phase.STARTING:
                 yield from self._start.tell_roster()  # it was the one the others waited for
             yield Persist()
             return
         if not self.job.deadpool:
             yield from self._stop(Exit.FAILED, f"node {sorted(hit)[0]} was lost and DeadPool is off: {cause}")
             return
-        if self._phase is Phase.FINISHING:  # everything is saved: the others leave, and that is a good end
+        if self._state.phase is Phase.FINISHING:  # everything is saved: the others leave, and that is a good end
             yield Persist()
             if self._ends.all_left():
-                yield from self._end_well()
+                yield from self._stop(Exit.OK, "")
             return
-        if not self._reunion.waits:
+        if not self._returning.waits:
             yield from self._declare(cause)
             return
-        self._reunion.without(fresh)
-        if not self._reunion.waits:
-            yield from self._all_returned()
+        self._returning.without(fresh)
+        if not self._returning.waits:
+            yield from self._returning.all_back(self._now)
 
     def _declare(self, reason: str) -> Effects:
-        if self._reunion.waits:  # whoever is not back yet would not hear of it: when all are (`_all_returned`)
-            self._reunion.remember(reason)
+        if self._returning.waits:  # whoever is not back yet would not hear of it: when all are (`Returning.all_back`)
+            self._returning.remember(reason)
             return
-        if self._phase is Phase.STARTING:
+        if self._state.phase is Phase.STARTING:
             yield from self._start_over(reason)
             return
         replaced = yield from self._recoveries.declare(reason, self._now)
@@ -640,7 +572,7 @@ class Core:
         """Nothing is committed that the job could go on from, so it begins anew."""
         if not (yield from self._start.over(reason)):
             return
-        self._phase = Phase.STARTING
+        self._state.phase = Phase.STARTING
         self._recoveries.start_over()
         self._new_epoch(list(range(self.job.world_size)))
         yield Persist()
@@ -664,7 +596,7 @@ class Core:
 
     def _peer_error(self, record: r.PeerError) -> Effects:
         if record.epoch == self.epoch:
-            yield from self._suspicions.peer_error(record, self._now, self._phase is Phase.RUNNING)
+            yield from self._suspicions.peer_error(record, self._now)
 
     def _stalled(self, record: r.Stalled) -> Effects:
         if record.epoch == self.epoch and self.phase is Phase.RUNNING:
@@ -675,19 +607,18 @@ class Core:
     def _check_deadlines(self) -> Effects:
         yield from self._durability.tick(self.assignment, self._now)
         yield from self._leave_if_drained()
-        if self._phase is Phase.ENDED:
+        if self._state.phase is Phase.ENDED:
             return
-        if self._phase is Phase.STARTING and not self._arrivals.begun:
+        if self._state.phase is Phase.STARTING and not self._arrivals.begun:
             self._arrivals.expect(self.members.missing(), self._now)
         if late := self._arrivals.late(self._now):
             yield from self._lose(late, self._arrivals.why_late)
-        yield from self._suspicions.judge_errors(self._now)
-        if not self._reunion.waits:
-            yield from self._ends.judge(self._now)
-        if self._reunion.due is not None and self._now >= self._reunion.due:
-            yield from self._all_returned()
+        if not self._returning.waits:
+            yield from self._suspicions.judge_errors(self._now)
+        if self._returning.due is not None and self._now >= self._returning.due:
+            yield from self._returning.all_back(self._now)
         yield from self._drains.tick(self._now)
-        if self.phase is Phase.RUNNING:
+        if self.phase is Phase.RUNNING and not self._returning.waits:
             yield from self._suspicions.judge_stalls(self._now)
         recovery = self.recovery
         if recovery is not None and recovery.deadline is not None and self._now >= recovery.deadline:

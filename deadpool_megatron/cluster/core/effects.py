@@ -89,13 +89,18 @@ class LetGo:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The job ends."""
+    """The job ends; well, with code 0."""
 
     code: int
     message: str
 
 
-Effect = Action | Persist | Declare | StartOver | Lose | LetGo | Stop
+@dataclass(frozen=True, slots=True)
+class EndIfFinished:
+    """Every active node may be through with training: if so, the job finishes."""
+
+
+Effect = Action | Persist | Declare | StartOver | Lose | LetGo | Stop | EndIfFinished
 type Answer[T] = Generator[Effect, None, T]
 type Effects = Answer[None]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.accounting import SnapshotAccount
 from deadpool_megatron.cluster.core.effects import Answer, Effects, Send, Stop, emit
-from deadpool_megatron.cluster.core.facts import Facts
 from deadpool_megatron.cluster.core.lag import Lag, LagJudge
 from deadpool_megatron.cluster.core.stalls import StragglerJudge
+from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.vault import Told
 
@@ -21,10 +21,10 @@ class Observations:
         state_hashes: at the end of the job, by rank and part.
     """
 
-    def __init__(self, facts: Facts) -> None:
-        self._facts = facts
+    def __init__(self, state: JobState) -> None:
+        self._state = state
         self._stragglers = StragglerJudge()
-        self._lag = LagJudge(facts.job.snapshot_interval)
+        self._lag = LagJudge(state.job.snapshot_interval)
         self.snapshots = SnapshotAccount()
         self.refusals: dict[int, dict[str, int]] = {}
         self.state_hashes: dict[int, dict[str, str]] = {}
@@ -43,7 +43,7 @@ class Observations:
 
     def iterated(self, record: r.Iteration, now: float) -> Answer[bool]:
         """An iteration of this epoch has ended; True when it is the first time that this one has."""
-        head = self._facts.headway
+        head = self._state.progress
         first = head.iterated(record)
         yield emit(
             "iteration",
@@ -78,7 +78,7 @@ class Observations:
 
     def committed(self, record: r.Committed, now: float, training: bool) -> Effects:
         """A node has committed a generation in this epoch."""
-        told, by_all = self._facts.headway.node_committed(record)
+        told, by_all = self._state.progress.node_committed(record)
         if told is None:
             return
         yield self._told(None, told)
@@ -87,28 +87,28 @@ class Observations:
             if self._lag.committed(now):
                 yield emit("caught_up", iteration=told.kept.generation)
             yield emit("committed", iteration=told.kept.generation, seconds=seconds)
-            if self._facts.protection.committed():
-                yield emit("protected", survives=self._facts.protection.degree, iteration=told.kept.generation)
-            yield from self._facts.durability.committed(told.kept, self._facts.members.active(), now, training)
+            if self._state.protection.committed():
+                yield emit("protected", survives=self._state.protection.degree, iteration=told.kept.generation)
+            yield from self._state.durability.committed(told.kept, self._state.members.active(), now, training)
 
     def catch_up(self, node: int | None) -> Effects:
         """A node (None: all) was away: what was told meanwhile it has not heard, and without it could skip for ever."""
-        told = self._facts.headway.told
+        told = self._state.progress.told
         if told is not None:
             yield self._told(node, told)
 
     def _told(self, node: int | None, told: Told) -> Send:
-        return Send(node, r.CommittedTo(self._facts.members.epoch, told.kept, told.floor.generation))
+        return Send(node, r.CommittedTo(self._state.members.epoch, told.kept, told.floor.generation))
 
-    def did(self, record: r.Did) -> Effects:
+    def did(self, record: r.SideEffect) -> Effects:
         """Something was done that must not be done again."""
-        self._facts.headway.did(record)
+        self._state.progress.did(record)
         if record.act != "log":
             yield emit(record.act, iteration=record.iteration, rank=record.rank, node=record.node)
 
     def paced(self, record: r.Pace, now: float) -> Effects:
         """A node tells how fast its ranks are."""
-        ratio = self._stragglers.report(record.node, record.forward_s, self._facts.layout.stages, now)
+        ratio = self._stragglers.report(record.node, record.forward_s, self._state.layout.stages, now)
         if ratio is not None:
             yield emit(
                 "straggler",
@@ -141,6 +141,6 @@ class Observations:
 
     def damaged(self, record: r.DamagedCopy) -> Effects:
         """A copy does not have the checksums it had."""
-        if record.epoch == self._facts.members.epoch:
-            self._facts.protection.damaged(record.node)
+        if record.epoch == self._state.members.epoch:
+            self._state.protection.damaged(record.node)
         yield emit("damaged", node=record.node, kind=record.kind, holder=record.holder, iteration=record.generation)

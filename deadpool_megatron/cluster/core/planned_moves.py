@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.effects import Declare, Effects, LetGo, Send, emit
-from deadpool_megatron.cluster.core.facts import Facts
 from deadpool_megatron.cluster.core.recoveries import Recoveries
+from deadpool_megatron.cluster.core.state import JobState
 
 _HOLD_NOTICE_S = 0.5  # what a message to the slowest worker may take
 
@@ -29,8 +29,8 @@ class _Drain:
 class Drains:
     """The drains of one job, one after the other."""
 
-    def __init__(self, facts: Facts, recoveries: Recoveries) -> None:
-        self._facts = facts
+    def __init__(self, state: JobState, recoveries: Recoveries) -> None:
+        self._state = state
         self._recoveries = recoveries
         self._drain: _Drain | None = None
 
@@ -46,16 +46,16 @@ class Drains:
 
     def begin(self, node: int, now: float) -> Effects:
         """A node is to be taken away. A spare may go at once."""
-        if self._facts.members.nodes[node].role == "spare":
+        if self._state.members.nodes[node].role == "spare":
             yield emit("left", node=node)
             yield LetGo(node)
             return
-        pace = self._facts.headway.pace
+        pace = self._state.progress.pace
         ahead = 2 + math.ceil(_HOLD_NOTICE_S / pace) if pace > 0 else 3
-        iteration = self._facts.headway.iteration + ahead
-        self._drain = _Drain(node, now + self._facts.job.deadlines.abort + ahead * pace)
+        iteration = self._state.progress.iteration + ahead
+        self._drain = _Drain(node, now + self._state.job.deadlines.abort + ahead * pace)
         yield emit("leaving", node=node, iteration=iteration)
-        yield Send(None, r.Hold(self._facts.members.epoch, iteration))
+        yield Send(None, r.Hold(self._state.members.epoch, iteration))
 
     def held(self, record: r.NodeHeld) -> Effects:
         """A node of this epoch holds still."""
@@ -65,7 +65,7 @@ class Drains:
             return
         drain.held.add(record.node)
         # Who was past the boundary already is brought back by an ordinary recovery, at the cost of an iteration.
-        if record.missed or drain.held >= set(self._facts.members.active()):
+        if record.missed or drain.held >= set(self._state.members.active()):
             yield from self._move_out(drain)
 
     def tick(self, now: float) -> Effects:
@@ -75,13 +75,13 @@ class Drains:
 
     def _move_out(self, drain: _Drain) -> Effects:
         self._drain = None
-        if not self._facts.members.ready_spares():
+        if not self._state.members.ready_spares():
             # The node is healthy: to give it up without anybody in its place would end the job.
             cause = "no parked spare is left to take over"
             yield emit("stays", node=drain.node, cause=cause)
             yield Declare(f"node {drain.node} is not drained: {cause}")  # all go on from where they hold still
             return
-        self._facts.members.nodes[drain.node].role = "leaving"
+        self._state.members.nodes[drain.node].role = "leaving"
         self._recoveries.helpers.add(drain.node)
         yield Declare(f"node {drain.node} is drained")
 

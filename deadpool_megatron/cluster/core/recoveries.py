@@ -13,8 +13,8 @@ import msgspec
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.effects import Answer, Effects, LetGo, Persist, Send, StartOver, Stop, emit
-from deadpool_megatron.cluster.core.facts import Facts
 from deadpool_megatron.cluster.core.recovering import Recovery
+from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.placement.agreement import Agreement, NoCommonGeneration, RefusedCopy, agree
 from deadpool_megatron.cluster.records.exits import Exit
@@ -27,8 +27,8 @@ class Recoveries:
         rendezvous: where the store listens that process groups are re-formed over.
     """
 
-    def __init__(self, facts: Facts, rendezvous: r.Address | None) -> None:
-        self._facts = facts
+    def __init__(self, state: JobState, rendezvous: r.Address | None) -> None:
+        self._state = state
         self._rendezvous = rendezvous
         self.current: Recovery | None = None
         self.helpers: set[int] = set()
@@ -44,19 +44,19 @@ class Recoveries:
 
     def of(self, epoch: int) -> Recovery | None:
         """The recovery under way, if it is that of ``epoch``."""
-        return self.current if epoch == self._facts.members.epoch else None
+        return self.current if epoch == self._state.members.epoch else None
 
     # ---- the declaration
 
     def declare(self, reason: str, now: float) -> Answer[list[int] | None]:
         """A new epoch begins. The ranks that have new workers in it; None: the job has been stopped instead."""
-        facts, members = self._facts, self._facts.members
+        state, members = self._state, self._state.members
         out_of_use = {n for n in members.active() if members.nodes[n].role in ("lost", "leaving")}
         old = list(members.assignment)
         if not (yield from self._place(out_of_use, reason, now)):
             return None
         members.epoch += 1
-        groups = facts.protection.moved(members.assignment, facts.layout.coordinates, self._purpose == "resume")
+        groups = state.protection.moved(members.assignment, state.layout.coordinates, self._purpose == "resume")
         self.vacant = {(node, local) for node, local in self.vacant if node in members.active()}
         replaced = [
             rank
@@ -64,8 +64,8 @@ class Recoveries:
             if slot != old[rank] or (slot.node, slot.local) in self.vacant
         ]
         there = [node for node in members.active() if not members.gone(node)]
-        self.current = Recovery(self._purpose, there, self.helpers, facts.job.deadlines, now, self._waits_until)
-        yield from facts.durability.epoch_ended(out_of_use, members.assignment)
+        self.current = Recovery(self._purpose, there, self.helpers, state.job.deadlines, now, self._waits_until)
+        yield from state.durability.epoch_ended(out_of_use, members.assignment)
         yield Persist()
         yield emit(
             "declared",
@@ -86,7 +86,7 @@ class Recoveries:
                 members.assignment,
                 members.vaults(),
                 [list(group) for group in groups],
-                *facts.layout.sizes,
+                *state.layout.sizes,
                 self._rendezvous,
             ),
         )
@@ -97,15 +97,15 @@ class Recoveries:
 
         Where a spare is worth waiting for, they stay where they are.
         """
-        facts, members = self._facts, self._facts.members
+        state, members = self._state, self._state.members
         vacant = {node for node, _ in self.vacant}
         taken_by = self._taken_by(out_of_use)
         if taken_by is None and self._purpose == "resume":
             yield from self._call_drains_off(out_of_use)
             taken_by = self._taken_by(out_of_use)
-        patience = facts.job.wait_for_spare_s
+        patience = state.job.wait_for_spare_s
         if members.coming_spares():  # who has said that it joins is waited for in any case
-            patience = max(patience, facts.job.deadlines.join)
+            patience = max(patience, state.job.deadlines.join)
         if all(members.gone(node) for node in members.active()):
             patience = 0.0  # nobody is left whose state could be kept
         if taken_by is not None and self._purpose == "resume":
@@ -113,7 +113,7 @@ class Recoveries:
             members.hand_over(taken_by)
             self.helpers |= {node for node in taken_by if not members.gone(node)}
             self.helpers -= set(taken_by.values())
-        elif facts.headway.fresh and out_of_use:
+        elif state.progress.fresh and out_of_use:
             yield StartOver(reason)
             return False
         elif patience and self._purpose == "resume" and (self._waits_until is None or now < self._waits_until):
@@ -128,8 +128,8 @@ class Recoveries:
                 )
         elif out_of_use or self._purpose != "resume":
             self._waits_until = None
-            plan = placing.rescue(members.assignment, out_of_use, facts.job.slots_per_node)
-            if plan is not None and facts.layout.can_rescue:
+            plan = placing.rescue(members.assignment, out_of_use, state.job.slots_per_node)
+            if plan is not None and state.layout.can_rescue:
                 self._purpose = "save"
             else:
                 self._end = (
@@ -137,7 +137,7 @@ class Recoveries:
                     "saved: "
                     + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices")
                 )
-                if plan is None or not facts.durability.can_drain:
+                if plan is None or not state.durability.can_drain:
                     yield Stop(Exit.NO_SPARE, self._end)
                     return False
                 self._purpose = "drain"
@@ -145,12 +145,12 @@ class Recoveries:
         return True
 
     def _taken_by(self, out_of_use: set[int]) -> dict[int, int] | None:
-        members, vacant = self._facts.members, {node for node, _ in self.vacant}
+        members, vacant = self._state.members, {node for node, _ in self.vacant}
         return placing.refill(members.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares())
 
     def _call_drains_off(self, out_of_use: set[int]) -> Effects:
         """There are not spares enough: a node that is drained and still there, and healthy, is worth more than none."""
-        members = self._facts.members
+        members = self._state.members
         for node, state in members.nodes.items():
             if state.role == "leaving" and state.respawns:
                 state.role = "active" if members.holds(node) else "spare"
@@ -166,7 +166,7 @@ class Recoveries:
         """Somebody was waited for, and there are enough spares now."""
         if self.current is None or self.current.waits_until is None:
             return False
-        members = self._facts.members
+        members = self._state.members
         lost = [node for node in members.active() if members.gone(node)]
         return len(lost) <= len(members.ready_spares()) + len(members.cold_spares())
 
@@ -184,20 +184,20 @@ class Recoveries:
             recovery.wait()
 
     def _agree(self, recovery: Recovery, now: float) -> Effects:
-        facts, members = self._facts, self._facts.members
+        state, members = self._state, self._state.members
         self._durable_name = ""
         if self._purpose == "drain":  # what only a worker holds is not written by an agent
             for node, offer in recovery.offers.items():
                 recovery.offers[node] = msgspec.structs.replace(offer, live={}, live_epochs={})
         try:
-            refused, words = frozenset(self._refused), facts.protection.words
-            agreement = agree(members.assignment, recovery.offers, refused, words, facts.layout.repeatable)
+            refused, words = frozenset(self._refused), state.protection.words
+            agreement = agree(members.assignment, recovery.offers, refused, words, state.layout.repeatable)
         except NoCommonGeneration as err:
             if self._purpose == "drain":
                 yield Stop(Exit.NO_SPARE, f"{self._end}, and no generation is complete in memory")
                 return
-            fallback = facts.durability.fallback()
-            if fallback is None and facts.headway.fresh:
+            fallback = state.durability.fallback()
+            if fallback is None and state.progress.fresh:
                 lost = members.lost()
                 yield StartOver(f"node {max(lost)} was lost" if lost else "communication failed")
                 return
@@ -205,7 +205,7 @@ class Recoveries:
                 yield Stop(Exit.GENERATION_LOST, self._nothing_left(err))
                 return
             agreement, self._durable_name = Agreement(fallback[0], {}), fallback[1]
-            facts.headway.iteration = agreement.generation - 1
+            state.progress.iteration = agreement.generation - 1
             held = "no generation is complete in the vaults any more"
             if err.missing:
                 held = f"no vault holds the shards of ranks {', '.join(map(str, err.missing))} any more"
@@ -213,12 +213,12 @@ class Recoveries:
                 "durable_fallback",
                 iteration=agreement.generation,
                 name=self._durable_name,
-                message=f"more nodes were lost than the redundancy covers, which is {facts.protection.covers}: {held}; "
+                message=f"more nodes were lost than the redundancy covers, which is {state.protection.covers}: {held}; "
                 f"training goes back to durable generation {agreement.generation}",
             )
         recovery.agreed(agreement.generation, now)
         self._generation = agreement.generation
-        facts.headway.go_on(members.active(), members.epoch, agreement.generation)
+        state.progress.go_on(members.active(), members.epoch, agreement.generation)
         yield emit(
             "agreed",
             iteration=agreement.generation,
@@ -232,15 +232,21 @@ class Recoveries:
         yield Send(
             None,
             r.Agree(
-                members.epoch, a.generation, a.sources, dict(facts.headway.done), a.rebuilds, self._durable_name, a.held
+                members.epoch,
+                a.generation,
+                a.sources,
+                dict(state.progress.done),
+                a.rebuilds,
+                self._durable_name,
+                a.held,
             ),
         )
         yield from self._check_arrived(recovery)
 
     def _nothing_left(self, err: NoCommonGeneration) -> str:
-        facts = self._facts
-        if facts.headway.committed < 0:
-            lost = facts.members.lost()
+        state = self._state
+        if state.progress.committed < 0:
+            lost = state.members.lost()
             what = f"node {min(lost)} was lost" if lost else "communication failed"
             return (
                 f"{what} before the first generation was committed, so there is nothing to go on from; start the "
@@ -248,7 +254,7 @@ class Recoveries:
             )
         held = "of ranks " + ", ".join(map(str, err.missing)) if err.missing else "of every rank"
         return (
-            f"more nodes were lost than the redundancy covers, which is {facts.protection.covers}: no vault holds the "
+            f"more nodes were lost than the redundancy covers, which is {state.protection.covers}: no vault holds the "
             f"shards {held} of one generation; restart the job from Megatron's last checkpoint (--load)"
         )
 
@@ -257,7 +263,7 @@ class Recoveries:
         if self.of(record.epoch) is None:
             return ""
         if self._durable_name:
-            yield from self._facts.durability.bad(self._durable_name, record.why)
+            yield from self._state.durability.bad(self._durable_name, record.why)
             return f"rank {record.rank} of durable generation {record.generation} could not be read"
         if record.gone:  # so it is offered no more
             return record.why
@@ -283,7 +289,7 @@ class Recoveries:
 
     def _check_arrived(self, recovery: Recovery) -> Effects:
         if self._purpose != "drain" and recovery.may_form():
-            yield Send(None, r.Form(self._facts.members.epoch))
+            yield Send(None, r.Form(self._state.members.epoch))
 
     def ready(self, record: r.NodeReady, now: float) -> Effects:
         """A node holds the agreed generation."""
@@ -292,7 +298,7 @@ class Recoveries:
             yield emit("prepared", iteration=recovery.generation)
             if self._purpose == "drain":
                 recovery.deadline = None  # a drain has its own
-                yield from self._facts.durability.drain_last(recovery.generation, self._facts.members.active(), now)
+                yield from self._state.durability.drain_last(recovery.generation, self._state.members.active(), now)
             else:
                 yield from self._check_formed(recovery, now)
 
@@ -322,7 +328,7 @@ class Recoveries:
 
     def compared(self, record: r.Compared, now: float) -> Effects:
         """All ranks have compared what they hold: at the end of a recovery, or because it was time to."""
-        members = self._facts.members
+        members = self._state.members
         if record.epoch != members.epoch:
             return
         for each in record.unlike:
@@ -358,7 +364,7 @@ class Recoveries:
             self.vacant.clear()
             yield emit("resumed", iteration=recovery.generation)
             for node in sorted(self.helpers):
-                if self._facts.members.nodes[node].role == "leaving":
+                if self._state.members.nodes[node].role == "leaving":
                     yield emit("left", node=node)
                     yield LetGo(node)
             self.helpers.clear()
@@ -366,16 +372,16 @@ class Recoveries:
 
     def covered(self, record: r.Covered) -> Effects:
         """What a node's ranks go on from has all its copies again."""
-        facts = self._facts
-        here = record.epoch == facts.members.epoch and record.generation == self._generation
-        if here and facts.protection.covered(record.node):
-            yield emit("protected", survives=facts.protection.degree, iteration=record.generation)
+        state = self._state
+        here = record.epoch == state.members.epoch and record.generation == self._generation
+        if here and state.protection.covered(record.node):
+            yield emit("protected", survives=state.protection.degree, iteration=record.generation)
 
     def saved(self, record: r.Saved) -> Effects:
         """A node has written Megatron's checkpoint, since no spare was left."""
         recovery = self.of(record.epoch)
         if recovery is not None and recovery.saved(record.node):
-            members = self._facts.members
+            members = self._state.members
             yield emit("saved", iteration=record.iteration, directory=record.directory)
             yield Stop(
                 Exit.NO_SPARE_SAVED,

@@ -13,8 +13,8 @@ from __future__ import annotations
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.accounting import SnapshotAccount
 from deadpool_megatron.cluster.core.effects import Answer, Effects, Persist, Send, Stop, emit
-from deadpool_megatron.cluster.core.facts import Facts
 from deadpool_megatron.cluster.core.members import NodeState
+from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.records.exits import Exit
 
@@ -22,8 +22,8 @@ from deadpool_megatron.cluster.records.exits import Exit
 class Start:
     """Of one job; agents and workers that come later come the same way."""
 
-    def __init__(self, facts: Facts, snapshots: SnapshotAccount) -> None:
-        self._facts = facts
+    def __init__(self, state: JobState, snapshots: SnapshotAccount) -> None:
+        self._state = state
         self._snapshots = snapshots
         self.epoch = 0
         """In which the start is, or was."""
@@ -37,22 +37,22 @@ class Start:
         state.vault = r.Address(record.host, record.vault_port)
         state.pids = dict(enumerate(record.worker_pids))
         state.respawns = record.respawns
-        self._facts.protection.label(record.node, record.domains)
+        self._state.protection.label(record.node, record.domains)
         return first
 
     def tell_roster(self) -> Effects:
         """To all, once everybody who is not lost has joined."""
-        if self._facts.members.complete():
-            job = self._facts.job
+        if self._state.members.complete():
+            job = self._state.job
             yield Send(None, self._roster())
             if not self.epoch:
                 yield emit("started", nodes=job.nodes, spares=job.spare_nodes, world_size=job.world_size)
-            yield from self._facts.durability.start(self._facts.members.active(), self.epoch)
+            yield from self._state.durability.start(self._state.members.active(), self.epoch)
             yield Persist()
 
     def tell_again(self, node: int) -> Effects:
         """To one who was away and has not heard that the start began anew."""
-        if self._facts.members.complete():
+        if self._state.members.complete():
             yield Send(node, self._roster())
 
     def came_later(self, record: r.Join) -> Effects:
@@ -62,7 +62,7 @@ class Start:
         yield Persist()
 
     def _roster(self) -> r.Roster:
-        members = self._facts.members
+        members = self._state.members
         anew = members.epoch == self.epoch > 0
         return r.Roster(members.epoch, members.assignment, members.vaults(), anew=anew)
 
@@ -70,7 +70,7 @@ class Start:
 
     def over(self, reason: str) -> Answer[bool]:
         """The start begins anew, with a spare for each node that is lost. False: there is none, and the job ends."""
-        members = self._facts.members
+        members = self._state.members
         lost = [node for node in members.active() if members.gone(node)]
         spares = [*members.ready_spares(), *members.cold_spares(), *members.coming_spares()]
         taken_by = placing.choose_spares(lost, spares)
@@ -88,8 +88,8 @@ class Start:
         members.hand_over(taken_by)
         members.epoch += 1
         self.epoch = members.epoch
-        self._facts.layout.forget()
-        self._facts.headway.start_over(members.active(), members.epoch)
+        self._state.layout.forget()
+        self._state.progress.start_over(members.active(), members.epoch)
         message = f"{why}: the job begins anew on nodes {', '.join(map(str, members.active()))}"
         yield emit("started_over", lost=lost, nodes=members.active(), reason=reason, message=message)
         return True
@@ -98,28 +98,28 @@ class Start:
 
     def worker_ready(self, record: r.WorkerReady) -> Effects:
         """A worker without a coordinate is parked, or one with a coordinate is there again."""
-        state = self._facts.members.nodes[record.node]
+        state = self._state.members.nodes[record.node]
         state.pids[record.local] = record.pid
         if state.role == "spare":
             state.parked.add(record.local)
-            if len(state.parked) == self._facts.job.slots_per_node:
+            if len(state.parked) == self._state.job.slots_per_node:
                 yield emit("parked", node=record.node)
 
     def registered(self, record: r.Registered) -> Answer[bool]:
         """A rank is about to train; True when all are, and are the same job."""
-        self._facts.layout.register(record)
-        if self._facts.layout.differs:
+        self._state.layout.register(record)
+        if self._state.layout.differs:
             yield Stop(
                 Exit.FAILED,
                 f"rank {record.coordinate.rank} on node {record.node} made other process groups than the rest: the "
                 "ranks do not run the same script with the same flags",
             )
             return False
-        return self._facts.layout.complete
+        return self._state.layout.complete
 
     def train(self, unique_bytes: int) -> Effects:
         """All ranks are about to train for the first time, the last to say so with this plan."""
-        for each in self._facts.layout.registered():
+        for each in self._state.layout.registered():
             self._snapshots.registered(each)
         yield emit(
             "training",
@@ -132,16 +132,16 @@ class Start:
 
     def _protect(self) -> Effects:
         """Every coordinate is known: say who keeps whose shards, and what may be lost from then on."""
-        members, layout, protection = self._facts.members, self._facts.layout, self._facts.protection
-        if self._facts.job.active_nodes == 1:  # for measurements: nothing is protected
+        members, layout, protection = self._state.members, self._state.layout, self._state.protection
+        if self._state.job.active_nodes == 1:  # for measurements: nothing is protected
             yield Send(None, r.Placement(members.epoch, [[0, 0]], *layout.sizes))
             return
-        protection.begin(members.assignment, layout.coordinates, layout.largest, self._facts.job.slots_per_node)
-        if self._facts.job.deadpool:
+        protection.begin(members.assignment, layout.coordinates, layout.largest, self._state.job.slots_per_node)
+        if self._state.job.deadpool:
             yield self.placement()
             yield emit("placed", costs=protection.costs(), **protection.status())
 
     def placement(self) -> Send:
         """Who keeps whose shards, in the first epoch; in later ones that comes with the declaration."""
-        groups = [list(group) for group in self._facts.protection.groups]
-        return Send(None, r.Placement(self._facts.members.epoch, groups, *self._facts.layout.sizes))
+        groups = [list(group) for group in self._state.protection.groups]
+        return Send(None, r.Placement(self._state.members.epoch, groups, *self._state.layout.sizes))

@@ -12,7 +12,7 @@ from deadpool_megatron.cluster.records.durability import (
     ShardsDrained,
     ShardsLoaded,
 )
-from deadpool_megatron.cluster.records.values import Act, CoordinateInfo, Fault, Record, Stall
+from deadpool_megatron.cluster.records.values import CoordinateInfo, Fault, Record, SideEffectKind, Stall
 
 
 class Join(Record, frozen=True):
@@ -334,14 +334,14 @@ class NodeHeld(Record, frozen=True):
     missed: bool
 
 
-class Did(Record, frozen=True):
+class SideEffect(Record, frozen=True):
     """What is to be done once for an iteration has been done: a line of the log, an evaluation, a checkpoint."""
 
     node: int
     rank: int
     epoch: int
     iteration: int
-    act: Act
+    act: SideEffectKind
 
 
 class Unlike(Record, frozen=True):
@@ -435,6 +435,6 @@ AgentRecord = (
     | Stalled
     | Pace
     | NodeHeld
-    | Did
+    | SideEffect
     | Compared
 )

@@ -11,7 +11,16 @@ from deadpool_megatron.cluster.records.durability import (
     ResumeAt,
     SealGeneration,
 )
-from deadpool_megatron.cluster.records.values import Act, Address, Fault, Purpose, Record, Share, SlotAddress, Source
+from deadpool_megatron.cluster.records.values import (
+    Address,
+    Fault,
+    Purpose,
+    Record,
+    Share,
+    SideEffectKind,
+    SlotAddress,
+    Source,
+)
 
 
 class Roster(Record, frozen=True):
@@ -96,7 +105,7 @@ class Agree(Record, frozen=True):
     epoch: int
     generation: int
     sources: dict[int, Source]
-    done: dict[Act, int]
+    done: dict[SideEffectKind, int]
     rebuilds: dict[int, list[list[Share]]] = msgspec.field(default_factory=dict)
     durable: str = ""
     held: bool = True

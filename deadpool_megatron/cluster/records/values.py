@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 Purpose = Literal["resume", "save", "drain"]
-Act = Literal["log", "evaluation", "save"]
+SideEffectKind = Literal["log", "evaluation", "save"]
 Stall = Literal["waiting", "busy", "silent"]
 Step = Literal["parked", "ready", "formed", "restored", "resumed", "finished"]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from deadpool_megatron.cluster.records.agents import (
     Compared,
-    Did,
     Iteration,
     PeerError,
     Registered,
+    SideEffect,
     StateHash,
     WorkerFailed,
 )
 from deadpool_megatron.cluster.records.coordinators import AllFinished, Arm, Declare, ExitNotice, Form, Hold, Stop
 from deadpool_megatron.cluster.records.durability import Described
-from deadpool_megatron.cluster.records.values import Act, Record, Step
+from deadpool_megatron.cluster.records.values import Record, SideEffectKind, Step
 
 
 class WorkerStep(Record, frozen=True):
@@ -100,7 +100,7 @@ WorkerRecord = (
     | Described
     | Held
     | Whereabouts
-    | Did
+    | SideEffect
     | Compared
     | Unreadable
 )
@@ -137,7 +137,7 @@ class Generation(Record, frozen=True):
     generation: int
     version_epoch: int
     path: str
-    done: dict[Act, int]
+    done: dict[SideEffectKind, int]
     constants: bool = False
     live: bool = True
 

@@ -5,20 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deadpool_megatron.cluster.core.durable import Durability
-from deadpool_megatron.cluster.core.headway import Headway
-from deadpool_megatron.cluster.core.job import JobSpec
+from deadpool_megatron.cluster.core.job import JobSpec, Phase
 from deadpool_megatron.cluster.core.layout import Layout
 from deadpool_megatron.cluster.core.members import Members
+from deadpool_megatron.cluster.core.progress import Progress
 from deadpool_megatron.cluster.core.protection import Protection
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What the job is, who is in it, what its ranks plan, how far it is, what protects it."""
+@dataclass(slots=True)
+class JobState:
+    """What the job is, who is in it, what its ranks plan, how far it is, what protects it.
+
+    Attributes:
+        phase: where the job stands, apart from recoveries: it is RUNNING during one. `Core` alone changes it.
+        end: exit code and message, once they are decided.
+    """
 
     job: JobSpec
     members: Members
     layout: Layout
-    headway: Headway
+    progress: Progress
     protection: Protection
     durability: Durability
+    phase: Phase = Phase.STARTING
+    end: tuple[int, str] | None = None

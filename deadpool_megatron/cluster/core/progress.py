@@ -10,7 +10,7 @@ from deadpool_megatron.vault import CommitLedger, Told, Version
 _MOST_NAMED = 8
 
 
-class Headway:
+class Progress:
     """Of one job, through all its epochs.
 
     Args:
@@ -24,7 +24,7 @@ class Headway:
         """Nothing has been trained or committed, for certain: beginning anew loses nothing."""
         self.pace = 0.0
         """Seconds the last iteration took."""
-        self.done: dict[r.Act, int] = {}
+        self.done: dict[r.SideEffectKind, int] = {}
         """Of what happens once an iteration, and not in training itself, the last iteration it was done for."""
         self._kept: Version | None = None
         self._ledger = CommitLedger(active, 0)
@@ -39,7 +39,7 @@ class Headway:
         self.iteration = record.iteration
         return True
 
-    def did(self, record: r.Did) -> None:
+    def did(self, record: r.SideEffect) -> None:
         """Something was done that must not be done again."""
         self.done[record.act] = max(record.iteration, self.done.get(record.act, -1))
 
