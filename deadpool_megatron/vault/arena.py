@@ -80,6 +80,9 @@ def _free_bytes(directory: str) -> int:
     return free
 
 
+_GIVEN_UP = 1 << 63  # with the turn in ``own_turn``: checksummed once, and changed since
+
+
 class _Word:
     """One 64-bit word of a slot, by its index."""
 
@@ -124,7 +127,6 @@ class Slot:
         self.unique = unique
         self.chunk_bytes = chunk
         self.chunks = -(-len(unique) // chunk)
-        self.damaged_turn = 0  # known to the agent's process alone
 
     def reopen(self, version: int) -> None:
         """Begin to write packed ``version``: from here on the slot is incomplete, whatever happens."""
@@ -168,7 +170,7 @@ class Slot:
     @property
     def damaged(self) -> bool:
         """What was written last has changed in memory: see `give_up`."""
-        return self.turn == self.damaged_turn != 0
+        return self.own_turn == self.turn | _GIVEN_UP
 
     @property
     def pair(self) -> tuple[int, int]:
@@ -190,10 +192,12 @@ class Slot:
         self.own_turn = self.turn
 
     def give_up(self, turn: int) -> None:
-        """What was written as ``turn`` has changed in memory: it is not held any more. By the agent."""
-        self.damaged_turn = turn
+        """What was written as ``turn`` has changed in memory: it is not held any more. By the agent.
+
+        The writer learns it from the same word: else it would keep the slot for a commit that can never be.
+        """
         if self.turn == turn:
-            self.own_turn = 0
+            self.own_turn = turn | _GIVEN_UP
 
     def recheck(self) -> bool:
         """False if what is complete here is not what was written: it is given up then. By the agent; blocks."""

@@ -281,7 +281,7 @@ class Vault:
 def _checksum(slot: Slot, limit: int | None) -> bool:
     """One slot's part of `Vault.checksum`. ``checked`` counts entries of the table: the small state, then chunks."""
     turn = slot.turn
-    if slot.small_bytes == EMPTY or slot.begin == EMPTY or turn in (slot.own_turn, slot.damaged_turn):
+    if slot.small_bytes == EMPTY or slot.begin == EMPTY or slot.own_turn == turn or slot.damaged:
         return False
     if slot.checked_turn != turn:
         slot.checked = 0

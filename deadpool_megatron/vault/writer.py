@@ -65,8 +65,7 @@ class SlotWriter:
         kept = arena.kept
         index = None
         if kept == EMPTY or word > kept:
-            pairs = ((first.begin, first.end), (second.begin, second.end))
-            index = choose(pairs, word, kept, arena.floor)
+            index = choose((first.pair, second.pair), word, kept, arena.floor)
         if index is None:
             self.skipped += 1
             return None

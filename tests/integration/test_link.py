@@ -213,6 +213,22 @@ def test_an_agent_that_leaves_in_order_is_gone_once_its_words_are_heard(room: Ro
     assert room.heard == [(b"node-7", b"last words")] and room.gone == [b"node-7"]
 
 
+def test_an_agent_that_has_come_back_before_its_end_is_heard_of_is_not_gone(room: Room) -> None:
+    """Its new connection has the descriptor of the old one: told apart by descriptor and name, it would be lost."""
+    for _ in range(5):  # the end that is heard of may be the old connection's or the new one's, with either next
+        spoke = Spoke(room.endpoint, "node-1", SECRET, LEASE_S)
+        assert spoke.send(b"hello", 60)
+        spoke.close()
+    spoke = Spoke(room.endpoint, "node-1", SECRET, LEASE_S)
+    assert spoke.send(b"I am here", 60)
+    room.serve(lambda: (b"node-1", b"I am here") in room.heard)
+    room.serve_for(1)
+    assert room.gone == []
+    spoke.close()
+    room.serve(lambda: room.gone)
+    assert room.gone == [b"node-1"]
+
+
 def test_a_record_for_who_is_not_there_is_dropped(room: Room) -> None:
     room.hub.send(b"node-9", b"anybody")
 

@@ -41,6 +41,7 @@ class Faults:
         self.pending = 0
         self.ended_at = 0.0
         self.struck: list[str] = []
+        self._silent: dict[int, tuple[float, float]] = {}  # by node, the last time nothing was heard of it
         self.drained: set[int] = set()  # nodes that the user wants to take away
         # for which event of the log, how often, seconds after it, what
         self._waiting: list[tuple[str, int, float, str, Callable[[], None]]] = []
@@ -143,8 +144,15 @@ class Faults:
         chance, lease = self._cluster.world.chance, self._cluster.job.deadlines.lease
         return chance.uniform(0.05, 0.38) * lease if chance.random() < 0.5 else chance.uniform(1.0, 4.0) * lease
 
-    def _may_cost(self, seconds: float) -> bool:
-        return seconds > 0.38 * self._cluster.job.deadlines.lease
+    def _may_cost(self, host: Host, seconds: float) -> bool:
+        """Nothing is heard of a node for so long; one such fault may begin before another is over."""
+        now = self._cluster.world.now
+        since, until = self._silent.get(host.node, (now, now))
+        if until < now:
+            since = now
+        until = max(until, now + seconds)
+        self._silent[host.node] = since, until
+        return until - since > 0.38 * self._cluster.job.deadlines.lease
 
     # ---- what
 
@@ -186,7 +194,7 @@ class Faults:
         host, seconds = self._host(), self._long_or_short()
         if host is None:
             return
-        if self._may_cost(seconds):
+        if self._may_cost(host, seconds):
             self._hurt(host, f"frozen for {seconds:.1f} s")
         those = [host.process, *(rank.process for rank in host.workers())] if workers else [host.process]
         for process in those:
@@ -205,7 +213,7 @@ class Faults:
         host, seconds = self._host(), self._long_or_short()
         if host is None:
             return
-        if self._may_cost(seconds):
+        if self._may_cost(host, seconds):
             self._hurt(host, f"cut off for {seconds:.1f} s")
         network, which = self._cluster.network, self._cluster.world.chance.randrange(3)
         if which != 1:

@@ -29,7 +29,7 @@ from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.placement import agreement
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.vault import EMPTY, CommitLedger, Vault, Version
+from deadpool_megatron.vault import CommitLedger, Vault, Version
 from deadpool_megatron.vault.arena import Slot
 from deadpool_megatron.vault.intake import Intake, Intakes
 from simulation import vaults
@@ -145,6 +145,17 @@ def _a_process_ends_once_for_each_coordinator(patch: Patch) -> None:
     patch.setattr(WorkerEnds, "load", lambda self, kept: load(self, {**kept, "ended": []}))
 
 
+def _who_has_left_is_forgotten(patch: Patch) -> None:
+    """Found by the simulation: the coordinator died while workers left, and the next one waited for them for ever."""
+    load = WorkerEnds.load
+    patch.setattr(WorkerEnds, "load", lambda self, kept: load(self, {**kept, "left": []}))
+
+
+def _a_broken_copy_keeps_its_slot(patch: Patch) -> None:
+    """Found by the simulation: the worker waited for the commit of a version that was known to be broken."""
+    patch.setattr(Slot, "pair", property(lambda self: (self.begin, self.end)))
+
+
 def _the_end_is_looked_for_while_agents_come_back(patch: Patch) -> None:
     """Found by the simulation: a worker's death was kept for later, and the job waited for that worker to leave."""
     look = Core._look_for_end
@@ -222,21 +233,6 @@ def _a_broken_own_copy_blames_the_source(patch: Patch) -> None:
         return held
 
     patch.setattr(vaults, "own_copy", before)
-
-
-def _a_broken_copy_of_the_kept_version_stays(patch: Patch) -> None:
-    """Found by the simulation: both slots had the kept version then, so no generation was ever taken again."""
-
-    def before(vault: Vault, rank: int, version: Version, unique_bytes: int, small_capacity: int) -> Slot:
-        vault.allocate_own(rank, unique_bytes, small_capacity)
-        arena = vault.arena(rank, "own")
-        assert arena is not None
-        candidates = [slot for slot in arena.slots if slot.begin != arena.kept or not slot.complete]
-        slot = min(candidates, key=lambda slot: (slot.begin != EMPTY, slot.sealed, slot.begin))
-        slot.reopen(version.pack())
-        return slot
-
-    patch.setattr(vaults, "own_slot", before)
 
 
 def _a_wish_is_answered_before_it_is_kept(patch: Patch) -> None:
@@ -338,11 +334,12 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "below floor": _what_is_below_the_floor_is_told_again,
     "stale fetch": _an_older_epochs_fetch_still_lands,
     "broken own": _a_broken_own_copy_blames_the_source,
-    "broken kept": _a_broken_copy_of_the_kept_version_stays,
     "kept late": _a_wish_is_answered_before_it_is_kept,
     "comes back": _a_drained_node_does_not_come_back,
     "one end": _an_end_is_decided_again,
     "ends once": _a_process_ends_once_for_each_coordinator,
+    "has left": _who_has_left_is_forgotten,
+    "broken new": _a_broken_copy_keeps_its_slot,
     "all back": _the_end_is_looked_for_while_agents_come_back,
     "one moment": _one_moment_without_a_majority_is_enough,
     "told before": _what_was_told_as_committed_is_forgotten,

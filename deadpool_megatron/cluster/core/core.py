@@ -459,7 +459,9 @@ class Core:
     def _look_for_end(self) -> Effects:
         if self._returning.waits:
             return  # who is still to come back may have lost a worker
-        if self._state.phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
+        if self._state.phase is Phase.FINISHING and self._ends.all_left():
+            yield from self._stop(Exit.OK, "")
+        elif self._state.phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
             self._state.phase, self._recoveries.current = Phase.FINISHING, None
             self._suspicions.ended()
             self._drains.forget()
@@ -547,8 +549,7 @@ class Core:
             return
         if self._state.phase is Phase.FINISHING:  # everything is saved: the others leave, and that is a good end
             yield Persist()
-            if self._ends.all_left():
-                yield from self._stop(Exit.OK, "")
+            yield from self._look_for_end()
             return
         if not self._returning.waits:
             yield from self._declare(cause)

@@ -103,6 +103,7 @@ class Returning:
             yield Lose(missing, "its agent has not come back to the coordinator")
         if state.phase is Phase.FINISHING:
             yield Send(None, r.AllFinished(members.epoch))
+            yield EndIfFinished()  # all may have left already
         elif state.phase is Phase.STARTING:
             if unsettled and epoch == members.epoch:
                 yield StartOver(f"the coordinator was away and {unsettled}")

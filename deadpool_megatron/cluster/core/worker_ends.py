@@ -112,10 +112,11 @@ class WorkerEnds:
             )
 
     def dump(self) -> dict[str, Any]:
-        """The errors, and the processes whose end has been counted, for a coordinator that starts again."""
-        return {"errors": self._blame.dump(), "ended": sorted(self._known)}
+        """The errors, whose end has been counted, and who has left, for a coordinator that starts again."""
+        return {"errors": self._blame.dump(), "ended": sorted(self._known), "left": sorted(self._left)}
 
     def load(self, kept: dict[str, Any]) -> None:
         """The opposite."""
         self._blame.load(kept["errors"])
         self._known = {(node, local, pid) for node, local, pid in kept["ended"]}
+        self._left = {(node, local) for node, local in kept["left"]}

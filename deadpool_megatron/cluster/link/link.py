@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import hashlib
 import hmac
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -82,13 +83,25 @@ class _MemberProvider:
         return hmac.compare_digest(key, self._key)
 
 
+class _Authenticator(zmq.auth.thread.ThreadAuthenticator):
+    """Gives each connection a name of its own, which every packet that comes over it carries (``User-Id``)."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        super().__init__(context)
+        self._count = itertools.count()
+
+    def curve_user_id(self, client_public_key: bytes) -> str:
+        """Called by the authenticator's thread for every handshake that it lets pass."""
+        return str(next(self._count))
+
+
 class Hub:
     """The coordinator's end: one ROUTER socket, one connection an agent. One thread uses it."""
 
     def __init__(self, host: str, port: int, secret: bytes, lease_s: float, patience_s: float = 0.0) -> None:
         """``patience_s``: how long to wait for the port while it is in use. Raises zmq.ZMQError."""
         self._context = zmq.Context()
-        self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
+        self._auth = _Authenticator(self._context)
         slack_s = _SLACK * lease_s
         with _late_timers(slack_s):
             self._auth.start()  # and with its sockets, the first ones, the thread that has all connections
@@ -104,14 +117,16 @@ class Hub:
         # short lease may be passed, for a busy machine's sake.
         patient_s = max(2 / 3 * lease_s - 2 * slack_s, min(lease_s, _LEAST_PATIENCE_S))
         _heartbeats(self.socket, lease_s / 3, patient_s)
-        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         once_free(lambda: self.socket.bind(f"tcp://{host}:{port}"), patience_s)
         endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         self.port = int(endpoint.decode().rsplit(":", 1)[1])
         self.seal = Seal(secret, "coordinator")
-        self._connection: dict[int, bytes] = {}
-        self._replaced: dict[int, list[bytes]] = {}
+        # By descriptor, name of the connection and identity of its end, in the order they came: the kernel gives the
+        # number of a closed one to the next connection, of the same node perhaps, before we hear of the end.
+        self._connections: dict[int, list[tuple[str, bytes]]] = {}
+        self._new: set[str] = set()  # names first seen since the ends of connections were last looked at
         self._poller = zmq.Poller()
         self._poller.register(self.socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -148,23 +163,36 @@ class Hub:
                 packet = self.seal.open(identity, body.bytes)
             except SealBroken:
                 continue  # counted
-            before = self._connection.get(fd)
-            if before != identity:
-                if before is not None:
-                    # The kernel gives a closed descriptor's number to the next connection before we hear of the end.
-                    self._replaced.setdefault(fd, []).append(before)
-                self._connection[fd] = identity
+            connections, name = self._connections.setdefault(fd, []), str(body.get("User-Id"))
+            if not connections or connections[-1][0] != name:
+                connections.append((name, identity))
+                self._new.add(name)
             on_packet(identity, packet)
-        while self._monitor in ready:
+        # Always, also if there was none: the end of the one before is there when a connection's first packet is.
+        events = self._events()
+        for index, (event, fd) in enumerate(events):
+            if event == zmq.EVENT_DISCONNECTED:
+                self._ended(fd, events[index + 1 :].count((zmq.EVENT_ACCEPTED, fd)), on_gone)
+        self._new.clear()
+
+    def _events(self) -> list[tuple[int, int]]:
+        """What has become of which descriptors, in order."""
+        events: list[tuple[int, int]] = []
+        while True:
             try:
                 event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
             except zmq.Again:
-                break
-            fd = int(event["value"])
-            older = self._replaced.get(fd)
-            gone = older.pop(0) if older else self._connection.pop(fd, None)
-            if gone is not None and gone not in self._connection.values():
-                on_gone(gone)
+                return events
+            events.append((int(event["event"]), int(event["value"])))
+
+    def _ended(self, fd: int, later: int, on_gone: Callable[[bytes], None]) -> None:
+        """The oldest connection with this descriptor has ended, and so many newer ones have had it since."""
+        connections = self._connections.get(fd, [])
+        if not connections or (connections[0][0] in self._new and len(connections) <= later):
+            return  # nothing has come over it
+        _, gone = connections.pop(0)
+        if not any(identity == gone for each in self._connections.values() for _, identity in each):
+            on_gone(gone)
 
     def send(self, identity: bytes, packet: bytes) -> None:
         """Send to one agent; silently nothing when it is not connected (ROUTER drops)."""
