@@ -151,6 +151,11 @@ def _who_has_left_is_forgotten(patch: Patch) -> None:
     patch.setattr(WorkerEnds, "load", lambda self, kept: load(self, {**kept, "left": []}))
 
 
+def _who_is_about_to_join_is_too_late(patch: Patch) -> None:
+    """Found by the simulation: `deadpool join` was answered, and the job ended before that agent was there."""
+    patch.setattr(Core, "_still_to_come", lambda self: None)
+
+
 def _a_broken_copy_keeps_its_slot(patch: Patch) -> None:
     """Found by the simulation: the worker waited for the commit of a version that was known to be broken."""
     patch.setattr(Slot, "pair", property(lambda self: (self.begin, self.end)))
@@ -339,6 +344,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "one end": _an_end_is_decided_again,
     "ends once": _a_process_ends_once_for_each_coordinator,
     "has left": _who_has_left_is_forgotten,
+    "joins late": _who_is_about_to_join_is_too_late,
     "broken new": _a_broken_copy_keeps_its_slot,
     "all back": _the_end_is_looked_for_while_agents_come_back,
     "one moment": _one_moment_without_a_majority_is_enough,

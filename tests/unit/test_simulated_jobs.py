@@ -36,6 +36,7 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "one end": (8655, ()),
     "ends once": (4634, ()),
     "has left": (135453, ()),
+    "joins late": (166383, ()),
     "broken new": (137954, ()),
     "all back": (26485, ()),
     "one moment": (6526, ()),

@@ -623,9 +623,13 @@ class Core:
             yield from self._suspicions.judge_stalls(self._now)
         recovery = self.recovery
         if recovery is not None and recovery.deadline is not None and self._now >= recovery.deadline:
-            recovery.deadline = None
+            recovery.deadline = self._still_to_come() if recovery.phase is Phase.WAITING else None
             late_nodes = recovery.late()
-            if recovery.phase is Phase.WAITING:
+            if recovery.phase is Phase.WAITING and recovery.deadline is None:
                 yield from self._declare("no spare has come in time")
             elif late_nodes:
                 yield from self._lose(late_nodes, f"missed the deadline of phase '{recovery.phase.value}'")
+
+    def _still_to_come(self) -> float | None:
+        """Until when a spare may join that has said that it does; None when there is none."""
+        return self._arrivals.due if self.members.coming_spares() else None
