@@ -7,8 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from deadpool_bench import commands as evaluate_commands
 from deadpool_megatron import __version__
-from deadpool_megatron.bench import commands as evaluate_commands
 from deadpool_megatron.commands import control
 from deadpool_megatron.commands.export import add_export_arguments, run_export
 from deadpool_megatron.config import schema

@@ -23,8 +23,8 @@ import psutil
 
 from crash_cases import Case
 from deadpool_megatron.forking import Process
-from deadpool_megatron.harness.descendants import Descendants
-from deadpool_megatron.harness.jobs import start_cli
+from deadpool_megatron.jobs.descendants import Descendants
+from deadpool_megatron.jobs.job import start_cli
 from deadpool_megatron.observe import LOGS, EventTail
 from deadpool_megatron.vault import PREFIX, Arena
 from flags import duo_gpt, tiny_gpt, with_value

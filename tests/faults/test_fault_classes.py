@@ -17,8 +17,8 @@ import pytest
 
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.forking import Process
-from deadpool_megatron.harness.descendants import has_ended
-from deadpool_megatron.harness.jobs import start_cli
+from deadpool_megatron.jobs.descendants import has_ended
+from deadpool_megatron.jobs.job import start_cli
 from flags import tiny_gpt
 from jobs import PACED, Jobs, environment, launch_flags, set_pace, undisturbed
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.harness.jobs import start_cli
+from deadpool_megatron.jobs.job import start_cli
 from flags import duo_gpt, tiny_gpt, with_value
 from jobs import (
     ROOT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 
-from deadpool_megatron.harness.descendants import Descendants, describe
+from deadpool_megatron.jobs.descendants import Descendants, describe
 from waiting import until
 
 

@@ -1,4 +1,4 @@
-"""``python -m deadpool_megatron.harness.fork_server SOCKET [SCRIPT]``: processes under test without their imports.
+"""``python -m deadpool_bench.harness.fork_server SOCKET [SCRIPT]``: processes under test without their imports.
 
 To import torch and Megatron costs a process more than all it does in a short job. This process imports them once, warms
 what is slow the first time, and forks all processes of emulated jobs from then on (`forking` is the other side).
@@ -30,7 +30,7 @@ import msgspec
 
 from deadpool_megatron.cluster import notices
 from deadpool_megatron.forking import MAX_REQUEST, Forked, ForkRequest
-from deadpool_megatron.harness.descendants import VARIABLE, WORD_LENGTH
+from deadpool_megatron.jobs.descendants import VARIABLE, WORD_LENGTH
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -54,7 +54,7 @@ class ForkServer:
         arguments = [address] if script is None else [address, script]
         with open(log, "wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "deadpool_megatron.harness.fork_server", *map(str, arguments)],
+                [sys.executable, "-m", "deadpool_bench.harness.fork_server", *map(str, arguments)],
                 env=dict(environment) | {VARIABLE: "-" * WORD_LENGTH, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=out,

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from deadpool_megatron.bench.kills import Recovery, medians, recoveries, say
-from deadpool_megatron.harness.jobs import JobError
+from deadpool_bench.kills import Recovery, medians, recoveries, say
+from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.observe.recoveries import PHASES
 
 type _Cell = tuple[str, Callable[[Path], list[Recovery]]]

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deadpool_megatron.harness.jobs import Job, JobError
+from deadpool_megatron.jobs.job import Job, JobError
 from deadpool_megatron.simulate.goodput import Cluster, Costs, simulate
 
 _START_S = 600.0

@@ -19,12 +19,12 @@ _USAGE = 2
 
 def add_commands(commands: Any) -> None:
     """Add the parsers to the subparsers of `deadpool`. Each parser knows what runs it."""
-    from deadpool_megatron.bench.control_plane.bench import add_control_arguments, run_control
-    from deadpool_megatron.bench.overhead import add_overhead_arguments, run_overhead
-    from deadpool_megatron.bench.recovery import add_recovery_arguments, run_recovery
-    from deadpool_megatron.bench.scale import add_ablation_arguments, add_scale_arguments, run_ablation, run_scale
-    from deadpool_megatron.bench.survival import add_faults_arguments, run_faults
-    from deadpool_megatron.bench.validation import add_model_arguments, run_model
+    from deadpool_bench.control_plane.bench import add_control_arguments, run_control
+    from deadpool_bench.overhead import add_overhead_arguments, run_overhead
+    from deadpool_bench.recovery import add_recovery_arguments, run_recovery
+    from deadpool_bench.scale import add_ablation_arguments, add_scale_arguments, run_ablation, run_scale
+    from deadpool_bench.survival import add_faults_arguments, run_faults
+    from deadpool_bench.validation import add_model_arguments, run_model
     from deadpool_megatron.simulate.command import add_simulate_arguments, run_simulate
 
     benches = commands.add_parser("bench", help="measure").add_subparsers(dest="bench", required=True)

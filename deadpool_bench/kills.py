@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from deadpool_megatron.harness.jobs import Job, JobError
+from deadpool_megatron.jobs.job import Job, JobError
 from deadpool_megatron.observe.recoveries import PHASES
 
 START_S: Final = 600.0

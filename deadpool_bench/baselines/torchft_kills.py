@@ -28,9 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, Self
 
-from deadpool_megatron.bench.baselines.torchft_pretrain import ROWS
-from deadpool_megatron.bench.kills import RECOVER_S, START_S, say
-from deadpool_megatron.harness.jobs import JobError
+from deadpool_bench.baselines.torchft_pretrain import ROWS
+from deadpool_bench.kills import RECOVER_S, START_S, say
+from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.launcher.processes import end_with_parent
 
 _POLL_S: Final = 0.02

@@ -1,4 +1,4 @@
-"""``python -m deadpool_megatron.megatron.timed SCRIPT [ARGS]``, or as a script: SCRIPT with every iteration timed.
+"""``python -m deadpool_bench.timed SCRIPT [ARGS]``, or as a script: SCRIPT with every iteration timed.
 
 For `deadpool bench overhead`. In one process, blocks of iterations with and without what is measured alternate: the
 snapshots of DeadPool, or Megatron's own checkpoint of every iteration. Each rank appends a line of JSON to its file

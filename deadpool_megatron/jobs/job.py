@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Self
 import psutil
 
 from deadpool_megatron.forking import FORK_SERVER, Process, fork_module
-from deadpool_megatron.harness.descendants import Descendants, describe
+from deadpool_megatron.jobs.descendants import Descendants, describe
 from deadpool_megatron.observe import EVENTS, LOGS, STATUS, follow_events, read_events
 from deadpool_megatron.vault import PREFIX, Arena
 

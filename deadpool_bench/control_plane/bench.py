@@ -24,9 +24,9 @@ from typing import Any, Final
 
 import msgspec
 
-from deadpool_megatron.bench.control_plane.etcd import EtcdMembers, cpu_s
-from deadpool_megatron.bench.control_plane.swarm import SwarmSettings
-from deadpool_megatron.bench.pictures import draw_control
+from deadpool_bench.control_plane.etcd import EtcdMembers, cpu_s
+from deadpool_bench.control_plane.swarm import SwarmSettings
+from deadpool_bench.pictures import draw_control
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
@@ -100,7 +100,7 @@ class SimulatedCluster:
 
     def _spawn(self, settings: SwarmSettings) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "deadpool_megatron.bench.control_plane.swarm"],
+            [sys.executable, "-m", "deadpool_bench.control_plane.swarm"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,

@@ -1,4 +1,4 @@
-"""``python -m deadpool_megatron.bench.gpu_kit``: what `scripts/gpu_kit.sh` calls."""
+"""``python -m deadpool_bench.gpu_kit``: what `scripts/gpu_kit.sh` calls."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from deadpool_megatron.bench.gpu_kit.costs import check_overhead, check_vault
-from deadpool_megatron.bench.gpu_kit.nccl import NotPruned, prune
-from deadpool_megatron.bench.gpu_kit.ranks import check_machine
-from deadpool_megatron.bench.gpu_kit.report import NoResults, report
-from deadpool_megatron.bench.gpu_kit.step import ROOT, Step, run_step
-from deadpool_megatron.bench.gpu_kit.swaps import check_graphs, check_soak, check_swaps
+from deadpool_bench.gpu_kit.costs import check_overhead, check_vault
+from deadpool_bench.gpu_kit.nccl import NotPruned, prune
+from deadpool_bench.gpu_kit.ranks import check_machine
+from deadpool_bench.gpu_kit.report import NoResults, report
+from deadpool_bench.gpu_kit.step import ROOT, Step, run_step
+from deadpool_bench.gpu_kit.swaps import check_graphs, check_soak, check_swaps
 
 STEPS: Final[dict[int, Callable[[Step], None]]] = {
     1: check_machine,

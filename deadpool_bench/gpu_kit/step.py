@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import psutil
 
-from deadpool_megatron.harness.descendants import Descendants
+from deadpool_megatron.jobs.descendants import Descendants
 
-ROOT: Final = Path(__file__).resolve().parents[3]
+ROOT: Final = Path(__file__).resolve().parents[2]
 LIMIT_S: Final = 540.0
 _CLOSE_S: Final = 25.0  # of the limit: what runs is ended, and the verdict is written
 _GRACE_S: Final = 8.0

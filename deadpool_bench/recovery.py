@@ -18,10 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deadpool_megatron.bench.baselines.torchft_kills import SETTINGS, Outage, check_torchft, outage, show_outages
-from deadpool_megatron.bench.kills import Recovery, medians, recoveries, say, spread
-from deadpool_megatron.bench.restarts import Restart, choose_interval, restarts
-from deadpool_megatron.harness.jobs import JobError
+from deadpool_bench.baselines.torchft_kills import SETTINGS, Outage, check_torchft, outage, show_outages
+from deadpool_bench.kills import Recovery, medians, recoveries, say, spread
+from deadpool_bench.restarts import Restart, choose_interval, restarts
+from deadpool_megatron.jobs.job import JobError
 
 
 def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:

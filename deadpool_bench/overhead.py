@@ -23,11 +23,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deadpool_megatron.bench.blocks import Ranks, pairs, read_ranks, seconds, snapshot_report, timeline
-from deadpool_megatron.bench.checkpoints import CHECKPOINTS, check_kind
-from deadpool_megatron.bench.pictures import draw_overhead
-from deadpool_megatron.bench.ratio import Comparison, compare
-from deadpool_megatron.harness.jobs import Job, JobError
+from deadpool_bench.blocks import Ranks, pairs, read_ranks, seconds, snapshot_report, timeline
+from deadpool_bench.checkpoints import CHECKPOINTS, check_kind
+from deadpool_bench.pictures import draw_overhead
+from deadpool_bench.ratio import Comparison, compare
+from deadpool_megatron.jobs.job import Job, JobError
 from deadpool_megatron.observe import STATUS
 from deadpool_megatron.observe.figures import MissingPlots
 from deadpool_megatron.vault import parse_cpus
@@ -166,10 +166,10 @@ class _Bench:
 
 
 def _timed_script() -> str:
-    """The file of `deadpool_megatron.megatron.timed`, found without importing Megatron here."""
-    package = importlib.util.find_spec("deadpool_megatron")
+    """The file of `deadpool_bench.timed`, found without importing Megatron here."""
+    package = importlib.util.find_spec("deadpool_bench")
     assert package is not None and package.origin is not None
-    return str(Path(package.origin).parent / "megatron" / "timed.py")
+    return str(Path(package.origin).parent / "timed.py")
 
 
 # ---- the benchmark
