@@ -1,4 +1,4 @@
-"""What the ranks of `deadpool bench overhead` have written (`megatron.timed`), and what follows from it."""
+"""What the ranks of `deadpool bench overhead` have written (`timed`), and what follows from it."""
 
 from __future__ import annotations
 

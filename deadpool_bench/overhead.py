@@ -12,7 +12,6 @@ blocks count. A job that fails costs what it would have measured, and the exit c
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -32,6 +31,7 @@ from deadpool_megatron.observe import STATUS
 from deadpool_megatron.observe.figures import MissingPlots
 from deadpool_megatron.vault import parse_cpus
 
+_TIMED = Path(__file__).with_name("timed.py")
 _PRECISIONS = ("bf16", "fp16", "fp32")
 _RUN_S = 3600.0
 _LOOK_S = 0.2
@@ -107,7 +107,7 @@ class _Bench:
         launch = ["--local-nodes", str(o.active_nodes), "--nproc-per-node", str(o.nproc_per_node)]
         launch += ["--emulate-cpu"] if o.emulate_cpu else []
         launch += ["--alone"] if o.active_nodes == 1 else []
-        script = [_timed_script(), str(Path(o.script).resolve()), *self._arguments(precision), *flags]
+        script = [str(_TIMED), str(Path(o.script).resolve()), *self._arguments(precision), *flags]
         environment = os.environ | {
             "BENCH_TIMED_OUT": str(times),
             "BENCH_TIMED_WHAT": what,
@@ -163,13 +163,6 @@ class _Bench:
         """Write what there is, if anybody wants it."""
         if self.o.out:
             _write(Path(self.o.out), self.o, self.found)
-
-
-def _timed_script() -> str:
-    """The file of `deadpool_bench.timed`, found without importing Megatron here."""
-    package = importlib.util.find_spec("deadpool_bench")
-    assert package is not None and package.origin is not None
-    return str(Path(package.origin).parent / "timed.py")
 
 
 # ---- the benchmark
@@ -321,7 +314,7 @@ def run_overhead(options: argparse.Namespace) -> int:
     parts = len(precisions) * (1 + 2 * options.pairs + len(kinds))
     bench = _Bench(options, Path(tempfile.mkdtemp(prefix="deadpool-bench-")), parts)
     before = os.sched_getaffinity(0)
-    if options.cores:  # everything but the workers; they move themselves (`megatron.timed`)
+    if options.cores:  # everything but the workers; they move themselves (`timed`)
         os.sched_setaffinity(0, parse_cpus(options.cores.split(":")[1]))
     try:
         for precision in precisions:

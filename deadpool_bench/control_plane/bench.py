@@ -26,6 +26,7 @@ import msgspec
 
 from deadpool_bench.control_plane.etcd import EtcdMembers, cpu_s
 from deadpool_bench.control_plane.swarm import SwarmSettings
+from deadpool_bench.paths import importing
 from deadpool_bench.pictures import draw_control
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.settings import AgentSettings
@@ -103,6 +104,7 @@ class SimulatedCluster:
             [sys.executable, "-m", "deadpool_bench.control_plane.swarm"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env=importing(os.environ),
             start_new_session=True,
         )
         assert process.stdin is not None

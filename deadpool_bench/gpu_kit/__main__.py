@@ -12,8 +12,9 @@ from deadpool_bench.gpu_kit.costs import check_overhead, check_vault
 from deadpool_bench.gpu_kit.nccl import NotPruned, prune
 from deadpool_bench.gpu_kit.ranks import check_machine
 from deadpool_bench.gpu_kit.report import NoResults, report
-from deadpool_bench.gpu_kit.step import ROOT, Step, run_step
+from deadpool_bench.gpu_kit.step import Step, run_step
 from deadpool_bench.gpu_kit.swaps import check_graphs, check_soak, check_swaps
+from deadpool_bench.paths import ROOT
 
 STEPS: Final[dict[int, Callable[[Step], None]]] = {
     1: check_machine,

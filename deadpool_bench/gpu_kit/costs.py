@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from deadpool_bench.gpu_kit.step import ROOT, Step, shared_device
+from deadpool_bench.gpu_kit.step import Step, shared_device
+from deadpool_bench.paths import ROOT
 
 _RATIO: Final = 1.003  # of the means of iterations with and without snapshots
 _NOTICED: Final = 1.01  # where two ranks share the device, and agents send

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree
 
-from deadpool_bench.gpu_kit.step import ROOT, Step
+from deadpool_bench.gpu_kit.step import Step
+from deadpool_bench.paths import ROOT
 
 _FREE_S: Final = 1.0  # from the abort until a rank that was blocked in a kernel is back in Python
 _LOST: Final = 256 << 20  # bytes of the device that ten rounds may cost

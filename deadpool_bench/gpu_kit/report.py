@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from deadpool_bench.gpu_kit.step import ROOT
+from deadpool_bench.paths import ROOT
 
 BEGIN: Final = "<!-- gpu: the last column is written by scripts/gpu_kit.sh report -->\n"
 END: Final = "<!-- end of gpu -->\n"

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import psutil
 
+from deadpool_bench.paths import ROOT, importing
 from deadpool_megatron.jobs.descendants import Descendants
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 LIMIT_S: Final = 540.0
 _CLOSE_S: Final = 25.0  # of the limit: what runs is ended, and the verdict is written
 _GRACE_S: Final = 8.0
@@ -109,7 +109,7 @@ class Step:
             begin = out.tell()
             process = subprocess.Popen(
                 list(arguments),
-                env={**os.environ, **environment, **mine.environment},
+                env=importing({**os.environ, **environment, **mine.environment}),
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

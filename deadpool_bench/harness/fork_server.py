@@ -28,6 +28,7 @@ from pathlib import Path
 
 import msgspec
 
+from deadpool_bench.paths import importing
 from deadpool_megatron.cluster import notices
 from deadpool_megatron.forking import MAX_REQUEST, Forked, ForkRequest
 from deadpool_megatron.jobs.descendants import VARIABLE, WORD_LENGTH
@@ -55,7 +56,7 @@ class ForkServer:
         with open(log, "wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "deadpool_bench.harness.fork_server", *map(str, arguments)],
-                env=dict(environment) | {VARIABLE: "-" * WORD_LENGTH, "PYTHONUNBUFFERED": "1"},
+                env=importing(environment) | {VARIABLE: "-" * WORD_LENGTH, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -93,6 +93,11 @@ def test_no_two_rooms_know_each_other() -> None:
     assert {pair for pair in arrows if pair[::-1] in arrows} == set()
 
 
+def test_nobody_but_the_command_line_names_the_benches() -> None:
+    """They know the package and are not installed with it: it must do without them."""
+    assert {name for name, path in MODULES.items() if "deadpool_bench" in path.read_text()} == {"deadpool_megatron.cli"}
+
+
 @pytest.mark.parametrize("room", PURE)
 def test_a_pure_room_knows_nothing_of_the_world(room: str) -> None:
     known = {
