@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from deadpool_megatron.jobs.job import Job
+from deadpool_bench.harness.jobs import Job
 from deadpool_megatron.observe import LOGS
 
 CheckpointKind = Literal["sync", "async"]

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from deadpool_megatron.jobs.job import Job, JobError
+from deadpool_bench.harness.jobs import Job
+from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.observe.recoveries import PHASES
 
 START_S: Final = 600.0

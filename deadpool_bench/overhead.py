@@ -24,9 +24,10 @@ from typing import Any
 
 from deadpool_bench.blocks import Ranks, pairs, read_ranks, seconds, snapshot_report, timeline
 from deadpool_bench.checkpoints import CHECKPOINTS, check_kind
+from deadpool_bench.harness.jobs import Job
 from deadpool_bench.pictures import draw_overhead
 from deadpool_bench.ratio import Comparison, compare
-from deadpool_megatron.jobs.job import Job, JobError
+from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.observe import STATUS
 from deadpool_megatron.observe.figures import MissingPlots
 from deadpool_megatron.vault import parse_cpus

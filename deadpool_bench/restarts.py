@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Final
 
 from deadpool_bench.checkpoints import CHECKPOINTS, CheckpointKind, check_kind
+from deadpool_bench.harness.jobs import Job
 from deadpool_bench.kills import RECOVER_S, START_S, launch_options, say
-from deadpool_megatron.jobs.job import Job
 from deadpool_megatron.observe import LOGS
 
 _LINE: Final = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+)\] iteration +(\d+)/")

@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deadpool_megatron.jobs.job import Job, JobError
+from deadpool_bench.harness.jobs import Job
+from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.simulate.goodput import Cluster, Costs, simulate
 
 _START_S = 600.0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deadpool_megatron.cluster.link.ports import free_ports
+from deadpool_bench.harness.ports import free_ports
 from deadpool_megatron.cluster.store import EtcdStore, StoreError
 
 _UP_S = 30.0

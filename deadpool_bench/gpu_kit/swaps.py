@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from deadpool_bench.gpu_kit.step import Step, StepOver, shared_device
+from deadpool_bench.harness.jobs import Job
 from deadpool_bench.kills import one
 from deadpool_bench.paths import ROOT
-from deadpool_megatron.jobs.job import Job, JobError
+from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.observe import LOGS
 from deadpool_megatron.observe.recoveries import PHASES
 

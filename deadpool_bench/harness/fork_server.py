@@ -1,9 +1,9 @@
 """``python -m deadpool_bench.harness.fork_server SOCKET [SCRIPT]``: processes under test without their imports.
 
 To import torch and Megatron costs a process more than all it does in a short job. This process imports them once, warms
-what is slow the first time, and forks all processes of emulated jobs from then on (`forking` is the other side).
-Without a script it has torch and our packages alone, and no emulation. It ends with the process that started it, and
-its children with it.
+what is slow the first time, and forks all processes of emulated jobs from then on; `deadpool_megatron.forking` is the
+other side. Without a script it has torch and our packages alone, and no emulation. It ends with the process that
+started it, and its children with it.
 
 What needs other modules than this process has (a checkout of Megatron, other versions, no emulation) or another network
 or control group must be started as ever.

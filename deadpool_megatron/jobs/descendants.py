@@ -58,14 +58,6 @@ class Descendants:
             time.sleep(0.02)
 
 
-def describe(process: psutil.Process) -> str:
-    """Its id and the first words of its command."""
-    try:
-        return f"{process.pid} {' '.join(process.cmdline()[:5])}"
-    except psutil.NoSuchProcess:
-        return str(process.pid)
-
-
 def has_ended(process: psutil.Process) -> bool:
     """It is gone, or nobody has waited for it yet."""
     try:

@@ -1,7 +1,7 @@
 """Whole jobs, started through the real `deadpool` command, watched through their run directory, ended by process id.
 
-Used by `deadpool bench`, the demo and the tests: there is one way to start a job from a program. Every wait has a
-deadline, and whatever its user does, `Job.end` leaves none of the job's processes behind.
+There is one way to start a job from a program; the demo's is this, and what measures and tests jobs adds to it. Every
+wait has a deadline, and whatever its user does, `Job.end` leaves none of the job's processes behind.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,31 +18,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-import psutil
-
-from deadpool_megatron.forking import FORK_SERVER, Process, fork_module
-from deadpool_megatron.jobs.descendants import Descendants, describe
-from deadpool_megatron.observe import EVENTS, LOGS, STATUS, follow_events, read_events
-from deadpool_megatron.vault import PREFIX, Arena
+from deadpool_megatron.forking import Process
+from deadpool_megatron.jobs.descendants import Descendants
+from deadpool_megatron.observe import EVENTS, STATUS, follow_events
 
 CLI = (sys.executable, "-m", "deadpool_megatron.cli")
-_ITERATION = re.compile(r" iteration +(\d+)/")
 _END_S = 40.0
 _KILL_S = 10.0
 _POLL_S = 0.02
-_SHM = "/dev/shm"  # where the launcher puts arenas unless it is told otherwise
-_SPOILT = 64  # bytes of a copy that are overwritten
 
 
 def start_cli(
     arguments: Sequence[str], environment: Mapping[str, str], directory: Path | None = None, **streams: Any
-) -> Process:
+) -> subprocess.Popen[Any]:
     """Start a `deadpool` command; ``streams`` as of Popen.
 
     In a session of its own: Ctrl-C reaches only the caller, which then ends the command in order.
     """
-    if server := environment.get(FORK_SERVER):
-        return fork_module(server, CLI[2], arguments, environment, directory=directory, **streams)
     return subprocess.Popen(
         [*CLI, *arguments],
         stdin=subprocess.DEVNULL,
@@ -70,9 +61,11 @@ class Job:
 
     Attributes:
         clock: seconds, for all deadlines; a subclass may have another one.
+        start: starts a `deadpool` command, as `start_cli`; a subclass may have another one.
     """
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
+    start: Callable[..., Process] = staticmethod(start_cli)
 
     def __init__(
         self,
@@ -90,7 +83,7 @@ class Job:
         for name in (EVENTS, STATUS):  # of an older run; they would be taken for this one's
             (run_dir / name).unlink(missing_ok=True)
         with open(self._out, "wb") as out:
-            self.process = start_cli(
+            self.process = self.start(
                 ["launch", "--run-dir", str(run_dir), "--tee", "none", *launch, *script],
                 self._environment,
                 directory,
@@ -115,30 +108,10 @@ class Job:
         """Everything the launcher, the coordinator and the agents wrote."""
         return self._out.read_text(errors="replace")
 
-    def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        """Events so far, oldest first."""
-        return [e for e in read_events(self.run_dir) if name is None or e["event"] == name]
-
     def status(self) -> dict[str, Any]:
         """The content of ``status.json``. Raises FileNotFoundError before it is there."""
         status: dict[str, Any] = json.loads((self.run_dir / STATUS).read_text())
         return status
-
-    def pids(self) -> dict[int, int]:
-        """Process ids of the coordinates, by rank."""
-        return {c["rank"]: c["pid"] for c in self.status()["coordinates"]}
-
-    def node_pids(self, node: int) -> list[int]:
-        """Process ids of a node's agent and all its workers."""
-        status = self.status()
-        pids = [n["agent_pid"] for n in status["nodes"] if n["node"] == node]
-        pids += [c["pid"] for c in status["coordinates"] if c["node"] == node]
-        pids += [pid for s in status["spares"] if s["node"] == node for pid in s["pids"]]
-        return [pid for pid in pids if pid]
-
-    def processes(self) -> list[psutil.Process]:
-        """The launcher and everything started under it that lives, whoever its parent is now."""
-        return self._descendants.living()
 
     def follow(self, silence_s: float) -> Iterator[dict[str, Any]]:
         """Events as they come, until the job has ended. Raises JobError after a long silence."""
@@ -152,14 +125,6 @@ class Job:
         for event in follow_events(self.run_dir, alive, _POLL_S):
             heard[0] = self.clock()
             yield event
-
-    def printed_iterations(self) -> list[int]:
-        """Iterations Megatron has printed (from 1), of the log that has them (that of the last rank)."""
-        out: list[int] = []
-        for path in (self.run_dir / LOGS).glob("rank-*.log"):
-            if not path.is_symlink():
-                out += [int(n) for n in _ITERATION.findall(path.read_text(errors="replace"))]
-        return out
 
     # ---- what can be done
 
@@ -181,7 +146,7 @@ class Job:
         """Run a real `deadpool` command on the job, to its end, whatever that is."""
         line = [name, "--run-dir", str(self.run_dir), *options]
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
-            code = start_cli(line, self._environment, stdout=out, stderr=error).wait(timeout_s)
+            code = self.start(line, self._environment, stdout=out, stderr=error).wait(timeout_s)
             out.seek(0)
             error.seek(0)
             return subprocess.CompletedProcess(["deadpool", *line], code, out.read(), error.read())
@@ -193,52 +158,6 @@ class Job:
         if done.returncode:
             self.failed(f"the fault was refused: {done.stderr.strip()}")
         return list(done.args)
-
-    def kill_node(self, *nodes: int) -> float:
-        """SIGKILL for the agents and all workers of nodes, as one blow; returns the wall-clock time of it."""
-        return self.signal_nodes(signal.SIGKILL, *nodes)
-
-    def signal_nodes(self, signum: signal.Signals, *nodes: int) -> float:
-        """Send a signal to the agents and all workers of nodes, as one blow; returns the wall-clock time of it."""
-        pids = [pid for node in nodes for pid in self.node_pids(node)]
-        moment = time.time()
-        for pid in pids:
-            self.signal_process(pid, signum)
-        return moment
-
-    def spoil_copies(self, *ranks: int) -> int:
-        """Overwrite bytes of every copy of these coordinates that another node keeps; returns how many there were."""
-        spoilt = 0
-        for rank in ranks:
-            for path in Path(_SHM).glob(f"{PREFIX}{self.process.pid}-*-{rank}-peer"):
-                arena = Arena.attach(str(path))
-                for slot in arena.slots:
-                    slot.unique[:_SPOILT] = bytes(255 - byte for byte in slot.unique[:_SPOILT])
-                    spoilt += 1
-                arena.close()
-        return spoilt
-
-    def signal_process(self, pid: int, signum: signal.Signals) -> None:
-        """Send a signal to one process of the job."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signum)
-
-    def wait(self, deadline_s: float = 3600.0) -> int:
-        """The exit code of the job; `failed` when it does not end in time."""
-        end = self.clock() + deadline_s
-        while (code := self.process.poll()) is None:
-            if self.clock() > end:
-                self.failed(f"it does not end within {deadline_s:g} s")
-            time.sleep(_POLL_S)
-        return code
-
-    def until_gone(self, deadline_s: float) -> None:
-        """Until no process of this job lives; `failed` when the deadline passes."""
-        end = self.clock() + deadline_s
-        while left := self._descendants.living():
-            if self.clock() > end:
-                self.failed(f"still alive after {deadline_s:g} s: {[describe(p) for p in left]}")
-            time.sleep(_POLL_S)
 
     def end(self, grace_s: float = _END_S) -> None:
         """Interrupt the job, give it so many seconds, and end whatever is left, each process by its id."""

@@ -32,6 +32,8 @@ BELOW = {
     "comm": set[str](),
     "recovery": {"comm", "vault", "points", "cluster.records"},
     "observe": {""},
+    "forking": set[str](),
+    "jobs": {"forking", "observe"},
     "points": set[str](),
     "compat": set[str](),
     "support": {"compat"},
