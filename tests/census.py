@@ -1,6 +1,7 @@
 """The census: all that lives in Megatron's process, changes while it trains, and may decide what an iteration does.
 
-Paths are as `tests/pretrain_census.py` makes them. ``how`` says what a recovery does about each:
+Paths are as `pretrain_census` makes them. ``how`` says what a recovery does about each (modules in brackets are those
+of `deadpool_megatron.megatron`):
 
 * ``shard``: a tensor that a generation copies, or that follows from those (`unique_state`, `optimizer_state`)
 * ``small``: carried in the small state (`small_state`, `run_args`, `replay`)
