@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from deadpool_megatron import __version__
-from deadpool_megatron.bench import commands as evaluate_commands
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.commands import control
 from deadpool_megatron.commands.export import add_export_arguments, run_export
 from deadpool_megatron.config import schema
+from deadpool_megatron.doctor.command import add_doctor_arguments, run_doctor
 from deadpool_megatron.intree import patching
 from deadpool_megatron.launcher import add_agent_arguments, run_agent, run_coordinator
 from deadpool_megatron.launcher import local as launch
 from deadpool_megatron.observe import commands as observe_commands
 from deadpool_megatron.planning import add_plan_arguments, run_plan
+from deadpool_megatron.simulate.command import add_simulate_arguments, run_simulate
+
+_USAGE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="deadpool", description="Megatron-LM training that survives lost nodes.")
     parser.add_argument("--version", action="version", version=f"deadpool {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -36,10 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     export = "turn a durable generation into one of Megatron's own checkpoints"
     add_export_arguments(commands.add_parser("export", help=export))
     control.add_commands(commands)
-    evaluate_commands.add_commands(commands)
+    bench = commands.add_parser("bench", help="measure (in a clone of the source repository)")
+    if arguments[:1] == ["bench"]:
+        if (add_benches := _benches()) is None:
+            print(
+                "deadpool: the benches are in the source repository and not in this installation: clone it, and run "
+                "'python -m deadpool_megatron.cli bench' in the clone",
+                file=sys.stderr,
+            )
+            return _USAGE
+        add_benches(bench)
+    add_simulate_arguments(commands.add_parser("simulate", help="goodput of a cluster under failures, simulated"))
+    add_doctor_arguments(commands.add_parser("doctor", help="check a machine, or an allocation, before a run"))
     patching.add_patch_arguments(commands.add_parser("patch", help="put DeadPool's lines into a Megatron-LM checkout"))
     commands.add_parser("schema", help="print the JSON schema of the YAML file of --deadpool-config")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     if options.command == "patch":
         return patching.run(options)
     if options.command == "schema":
@@ -55,12 +74,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_coordinator(options)
     if options.command == "export":
         return run_export(options)
-    if options.command in evaluate_commands.COMMANDS:
-        return evaluate_commands.run_command(options)
+    if options.command == "bench":
+        return _interruptible(options.run, options)
+    if options.command == "simulate":
+        return _interruptible(run_simulate, options)
+    if options.command == "doctor":
+        return _interruptible(run_doctor, options)
     if options.command in observe_commands.COMMANDS:
         return observe_commands.run_command(options)
     code: int = options.run(options)
     return code
+
+
+def _benches() -> Callable[[argparse.ArgumentParser], None] | None:
+    """What adds the benches to a parser; None where there are none: a clone has them beside this package, a wheel not.
+
+    Nothing else here may know them: what a job runs on does not need them.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "deadpool_bench" / "__init__.py").is_file():
+        return None
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    from deadpool_bench.commands import add_benches
+
+    return add_benches
+
+
+def _interruptible(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Run what measures; interrupted in any way, it ends the processes it has started and says so in one line."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("deadpool: interrupted: every process of the measurement is ended", file=sys.stderr)
+        return Exit.INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Processes that a fork server starts, which has imported torch and Megatron before: `harness.fork_server`.
+"""Processes that a fork server starts, which has imported torch and Megatron before.
 
 ::
 
@@ -9,7 +9,7 @@
     ends: the connection ends             -------->  signals the child as its parent wants
 
 The parent's process is not the parent of the child, and for all else nothing differs. Used where `FORK_SERVER` is in
-the environment: by tests, for everything a job under test consists of.
+the environment: by tests, which have the server, for everything a job under test consists of.
 """
 
 from __future__ import annotations

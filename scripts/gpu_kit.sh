@@ -45,7 +45,7 @@ locked() { grep -i -E "^($(tr ' ' '|' <<<"$*"))==" requirements.lock; }
 others() { grep -i -v -E "^($(tr ' ' '|' <<<"$*"))==" requirements.lock | grep -v '^ *#'; }
 
 # Everything that .gpu-kit is made of; another lock makes it anew.
-stamp() { { locked $carried; echo "$nccl"; cat deadpool_megatron/bench/gpu_kit/nccl.py; } | sha256sum; }
+stamp() { { locked $carried; echo "$nccl"; cat deadpool_bench/gpu_kit/nccl.py; } | sha256sum; }
 
 wheels() {
     local python
@@ -71,7 +71,7 @@ prepare() {
         trap "rm -rf '$scratch'" EXIT
         wheels "$scratch" "$nccl"
         python -m zipfile -e "$scratch"/*.whl "$scratch"
-        python -m deadpool_megatron.bench.gpu_kit prune "$scratch/nvidia/nccl/lib/libnccl.so.2" "$scratch/pruned"
+        python -m deadpool_bench.gpu_kit prune "$scratch/nvidia/nccl/lib/libnccl.so.2" "$scratch/pruned"
         xz -T0 -6 --stdout "$scratch/pruned" >"$kit/libnccl.so.2.xz"
     fi
     local bytes
@@ -109,7 +109,7 @@ run() {
         mount -o remount,size=80% /dev/shm 2>/dev/null || true
     fi
     # The step keeps its time itself; this is for one that hangs where Python cannot end it.
-    exec timeout -k 5 $((limit_s - SECONDS + begun)) python3 -m deadpool_megatron.bench.gpu_kit run \
+    exec timeout -k 5 $((limit_s - SECONDS + begun)) python3 -m deadpool_bench.gpu_kit run \
         --limit $((limit_s - 5 - SECONDS + begun)) "$@"
 }
 
@@ -141,7 +141,7 @@ case "${1:-}" in
     run) run "${@:2}" ;;
     report)
         deadpool_env || exit 1
-        python -m deadpool_megatron.bench.gpu_kit "$@"
+        python -m deadpool_bench.gpu_kit "$@"
         ;;
     replica) make_replica ;;
     rehearse) rehearse "${@:2}" ;;

@@ -22,9 +22,9 @@ from typing import Any
 import psutil
 
 from crash_cases import Case
+from deadpool_bench.harness.jobs import fork_cli
 from deadpool_megatron.forking import Process
-from deadpool_megatron.harness.descendants import Descendants
-from deadpool_megatron.harness.jobs import start_cli
+from deadpool_megatron.jobs.descendants import Descendants
 from deadpool_megatron.observe import LOGS, EventTail
 from deadpool_megatron.vault import PREFIX, Arena
 from flags import duo_gpt, tiny_gpt, with_value
@@ -140,7 +140,7 @@ class Gauntlet:
     def background(self, *command: str) -> Process:
         """The same without waiting."""
         line = [command[0], "--run-dir", str(self.job.run_dir), *command[1:]]
-        process = start_cli(
+        process = fork_cli(
             line, environment(self._family.environment, forked=True), stdout=subprocess.DEVNULL, stderr=self._errors
         )
         self._joined.append(process)

@@ -1,4 +1,4 @@
-"""Jobs under test: `deadpool_megatron.harness.jobs` with what only tests look at, and training runs compared.
+"""Jobs under test: `deadpool_bench.harness.jobs` with what only tests look at, and training runs compared.
 
 Every wait has a deadline. Whatever a test does, `Jobs.end` leaves none of the processes of its jobs behind.
 """
@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deadpool_megatron.cluster.link.ports import free_ports
+from deadpool_bench.harness import jobs
+from deadpool_bench.harness.fork_server import ForkServer
+from deadpool_bench.harness.ports import free_ports
 from deadpool_megatron.emulation import environment as emulated
 from deadpool_megatron.forking import FORK_SERVER, fork_module
-from deadpool_megatron.harness import jobs
-from deadpool_megatron.harness.descendants import Descendants
-from deadpool_megatron.harness.fork_server import ForkServer
+from deadpool_megatron.jobs.descendants import Descendants
 from deadpool_megatron.observe import LOGS
 from fair_clock import CLOCK
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import psutil
 
-from deadpool_megatron.cluster.link.ports import free_ports
-from deadpool_megatron.harness.descendants import Descendants, describe
-from deadpool_megatron.harness.jobs import CLI
+from deadpool_bench.harness.jobs import describe
+from deadpool_bench.harness.ports import free_ports
+from deadpool_megatron.jobs.descendants import Descendants
+from deadpool_megatron.jobs.job import CLI
 from jobs import Job, environment, set_pace
 from waiting import until
 

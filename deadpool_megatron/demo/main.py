@@ -18,7 +18,7 @@ from deadpool_megatron.demo.evidence import Evidence, Step, steps_of
 from deadpool_megatron.demo.report import show_evidence, show_recovery, show_verdict, usual_seconds
 from deadpool_megatron.demo.runs import DeathWatch, DemoRun, identities
 from deadpool_megatron.demo.screen import Screen
-from deadpool_megatron.harness import JobError
+from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.observe.recoveries import recoveries
 from deadpool_megatron.observe.tables import make_console
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from deadpool_megatron.demo.evidence import Hashes, ProcessIdentity
-from deadpool_megatron.harness import Job, JobError
+from deadpool_megatron.jobs.job import Job, JobError
 
 _SILENCE_S = 240.0  # without any event; starting ten processes on one busy core takes most of it
 _AGENT_S = 10.0

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from deadpool_megatron.cluster.link.ports import free_ports
+from deadpool_bench.harness.ports import free_ports
 from waiting import until
 
 __all__ = ["Slurm", "why_not"]

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from deadpool_megatron.bench.control_plane.bench import SimulatedCluster
-from deadpool_megatron.bench.control_plane.etcd import EtcdMembers
+from deadpool_bench.control_plane.bench import SimulatedCluster
+from deadpool_bench.control_plane.etcd import EtcdMembers
 from deadpool_megatron.cluster.store import StoreError
 from etcds import need_etcd
 from jobs import environment

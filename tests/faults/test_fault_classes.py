@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
+from deadpool_bench.harness.jobs import fork_cli
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.forking import Process
-from deadpool_megatron.harness.descendants import has_ended
-from deadpool_megatron.harness.jobs import start_cli
+from deadpool_megatron.jobs.descendants import has_ended
 from flags import tiny_gpt
 from jobs import PACED, Jobs, environment, launch_flags, set_pace, undisturbed
 
@@ -65,7 +65,7 @@ class Drama:
     def join(self) -> None:
         """A new node, in the background."""
         command = ["join", "--run-dir", str(self.job.run_dir)]
-        self.joined.append(start_cli(command, environment(forked=True), stdout=subprocess.DEVNULL))
+        self.joined.append(fork_cli(command, environment(forked=True), stdout=subprocess.DEVNULL))
 
     def parked(self, spares: int) -> None:
         """Until so many spares are parked."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.bench.blocks import pairs, read_ranks
+from deadpool_bench.blocks import pairs, read_ranks
 from flags import tiny_gpt
 from jobs import EXAMPLE, ROOT
 

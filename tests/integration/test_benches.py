@@ -31,6 +31,25 @@ def _run(*options: str, out: Path) -> dict[str, object]:
     return said
 
 
+def test_a_bench_and_the_processes_it_starts_are_found_where_the_package_alone_is_installed(tmp_path: Path) -> None:
+    """As with `pip install -e .`, which puts nothing else of the repository on Python's path."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "deadpool_megatron").symlink_to(ROOT / "deadpool_megatron")
+    small = ["--agents", "16", "--stores", "embedded", "--runs", "1", "--steady", "0"]
+    done = subprocess.run(
+        [*BENCH, "control", *small, "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads((tmp_path / "out" / "control.json").read_text())
+    assert found["agents"] == 16 and len(found["kills"]) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_kill_and_a_restart_with_a_warm_standby_are_measured_in_one_run(tmp_path: Path) -> None:

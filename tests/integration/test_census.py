@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.megatron.census import CENSUS, Entry
+from census import CENSUS, Entry
 from flags import Layout, duo_gpt, plain_optimizer, without_values
 from jobs import EXAMPLE, ROOT, Job, Jobs, launch_flags
 

@@ -14,8 +14,8 @@ from queue import Queue
 
 import pytest
 
+from deadpool_bench.harness.ports import free_ports
 from deadpool_megatron.cluster.link.link import Spoke
-from deadpool_megatron.cluster.link.ports import free_ports
 from deadpool_megatron.comm import nccl_environment
 from deadpool_megatron.doctor.machine import Finding, check_environment, check_machine
 from deadpool_megatron.doctor.network import host_meeting, join_meeting

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from deadpool_megatron.bench.control_plane.etcd import EtcdMembers
+from deadpool_bench.control_plane.etcd import EtcdMembers
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import EtcdStore
 from deadpool_megatron.cluster.store.leadership import known_place

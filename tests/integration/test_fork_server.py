@@ -15,7 +15,7 @@ import pytest
 
 from deadpool_megatron.cluster.agent.workers import PARENT_PID, STACKS_FILE, WORKER_MODULE, Worker, start_worker
 from deadpool_megatron.forking import FORK_SERVER
-from deadpool_megatron.harness.descendants import Descendants
+from deadpool_megatron.jobs.descendants import Descendants
 from jobs import environment
 
 # Says what it found, then does as its argument says.

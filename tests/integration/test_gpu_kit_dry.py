@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.bench.gpu_kit.__main__ import STEPS
-from deadpool_megatron.bench.gpu_kit.report import CLAIMS
+from deadpool_bench.gpu_kit.__main__ import STEPS
+from deadpool_bench.gpu_kit.report import CLAIMS
 from jobs import ROOT
 
 pytestmark = pytest.mark.slow

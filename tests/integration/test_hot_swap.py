@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from deadpool_bench.harness.jobs import fork_cli
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.harness.jobs import start_cli
 from flags import duo_gpt, tiny_gpt, with_value
 from jobs import (
     ROOT,
@@ -193,7 +193,7 @@ def test_without_a_spare_the_others_keep_their_state_until_one_joins(jobs: Jobs)
     job.hold(None)
     job.until_event("waiting")
     job.until("the others to wait", lambda: job.status()["phase"] == "waiting for a spare")
-    joined = start_cli(["join", "--run-dir", str(job.run_dir)], environment(forked=True), stdout=subprocess.DEVNULL)
+    joined = fork_cli(["join", "--run-dir", str(job.run_dir)], environment(forked=True), stdout=subprocess.DEVNULL)
     job.finished()
     assert joined.wait() == Exit.OK
     assert [e["purpose"] for e in job.events("declared")] == ["resume", "resume"]

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import zmq
 
+from deadpool_bench.harness.ports import free_ports
 from deadpool_megatron.cluster.link.link import Hub, Spoke, check_secret
-from deadpool_megatron.cluster.link.ports import free_ports
 from waiting import until
 
 SECRET = bytes(range(32))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.bench.control_plane.etcd import EtcdMembers
+from deadpool_bench.control_plane.etcd import EtcdMembers
 from deadpool_megatron.cluster.store import Deposed, EmbeddedStore, EtcdStore, Guard, Store, StoreError
 from etcds import need_etcd
 from waiting import until

@@ -32,6 +32,8 @@ BELOW = {
     "comm": set[str](),
     "recovery": {"comm", "vault", "points", "cluster.records"},
     "observe": {""},
+    "forking": set[str](),
+    "jobs": {"forking", "observe"},
     "points": set[str](),
     "compat": set[str](),
     "support": {"compat"},
@@ -91,6 +93,11 @@ def test_no_two_rooms_know_each_other() -> None:
         if other.startswith("deadpool_megatron.") and _room(other) != _room(module)
     }
     assert {pair for pair in arrows if pair[::-1] in arrows} == set()
+
+
+def test_nobody_but_the_command_line_names_the_benches() -> None:
+    """They know the package and are not installed with it: it must do without them."""
+    assert {name for name, path in MODULES.items() if "deadpool_bench" in path.read_text()} == {"deadpool_megatron.cli"}
 
 
 @pytest.mark.parametrize("room", PURE)

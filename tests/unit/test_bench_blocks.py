@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from deadpool_bench.blocks import cpu_per_iteration, pairs, read_ranks, seconds, snapshot_report, timeline
 from deadpool_megatron import cli
-from deadpool_megatron.bench.blocks import cpu_per_iteration, pairs, read_ranks, seconds, snapshot_report, timeline
 
 ACCOUNT = {"blocked_s": 0.01, "gate_s": 0.0, "device_stall_s": 0.0, "copied_bytes": 100, "copied_s": 0.1}
 ACCOUNT |= {"bandwidth": 1e9, "skipped": 3}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from deadpool_bench.kills import Recovery, medians
+from deadpool_bench.recovery import _draw, _show_kills, _show_restarts
+from deadpool_bench.restarts import Restart, _moments, _stall, choose_interval
+from deadpool_bench.scale import _show
 from deadpool_megatron import cli
-from deadpool_megatron.bench.kills import Recovery, medians
-from deadpool_megatron.bench.recovery import _draw, _show_kills, _show_restarts
-from deadpool_megatron.bench.restarts import Restart, _moments, _stall, choose_interval
-from deadpool_megatron.bench.scale import _show
 
 PHASES = {"detected": 0.02, "declared": 0.02, "aborted": 0.1, "agreed": 0.1, "prepared": 0.4, "reformed": 0.5,
           "restored": 0.55, "resumed": 0.6}  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 
-from deadpool_megatron.harness.descendants import Descendants, describe
+from deadpool_bench.harness.jobs import describe
+from deadpool_megatron.jobs.descendants import Descendants
 from waiting import until
 
 

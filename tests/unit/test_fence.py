@@ -8,9 +8,9 @@ from contextlib import ExitStack
 
 import pytest
 
+from deadpool_bench.harness.ports import free_ports
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.fence import Fence, on_smaller_side
-from deadpool_megatron.cluster.link.ports import free_ports
 from waiting import until
 
 LEASE_S = 5.0

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from deadpool_megatron.bench.gpu_kit.__main__ import STEPS, main
-from deadpool_megatron.bench.gpu_kit.nccl import NotPruned, prune
-from deadpool_megatron.bench.gpu_kit.report import BEGIN, CLAIMS, END, NOT_RUN, NoResults, column, report
-from deadpool_megatron.bench.gpu_kit.step import ROOT, Step, run_step
+from deadpool_bench.gpu_kit.__main__ import STEPS, main
+from deadpool_bench.gpu_kit.nccl import NotPruned, prune
+from deadpool_bench.gpu_kit.report import BEGIN, CLAIMS, END, NOT_RUN, NoResults, column, report
+from deadpool_bench.gpu_kit.step import Step, run_step
+from deadpool_bench.paths import ROOT
 
 EVALUATION = ROOT / "docs" / "evaluation.md"
 

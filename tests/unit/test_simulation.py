@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from deadpool_bench.validation import Disturbed, _account, predicted
 from deadpool_megatron import cli
-from deadpool_megatron.bench.validation import Disturbed, _account, predicted
 from deadpool_megatron.simulate.command import read_trace
 from deadpool_megatron.simulate.goodput import Cluster, Costs, best_interval, poisson, simulate
 

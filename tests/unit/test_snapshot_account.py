@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from deadpool_megatron.bench.ratio import compare, spread
+from deadpool_bench.ratio import compare, spread
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.accounting import SnapshotAccount
 from deadpool_megatron.observe.snapshots import snapshot_lines

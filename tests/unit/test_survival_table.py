@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from deadpool_bench.survival import BEGIN, END, merge, table
 from deadpool_megatron import points
-from deadpool_megatron.bench.survival import BEGIN, END, merge, table
 from deadpool_megatron.cli import main
 from jobs import ROOT
 

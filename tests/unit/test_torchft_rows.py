@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from deadpool_bench.baselines.torchft_kills import SETTINGS, Outage, measured, show_outages, usual_seconds
+from deadpool_bench.baselines.torchft_pretrain import replica_arguments, without_sharding
+from deadpool_bench.kills import Recovery
+from deadpool_bench.recovery import _draw, _show_ratios
 from deadpool_megatron import cli
-from deadpool_megatron.bench.baselines.torchft_kills import SETTINGS, Outage, measured, show_outages, usual_seconds
-from deadpool_megatron.bench.baselines.torchft_pretrain import replica_arguments, without_sharding
-from deadpool_megatron.bench.kills import Recovery
-from deadpool_megatron.bench.recovery import _draw, _show_ratios
 
 # Written by a run with torchft's defaults on a busy machine, seconds after _START: (replica, step, place, committed,
 # begun, quorum, end). Replica 1 was killed while it computed step 5, whose work the others then threw away.

@@ -1,0 +1,1 @@
+"""Equipment to start and watch jobs, for benches and tests."""

@@ -1,0 +1,1 @@
+"""Whole jobs, started and watched by a program."""
