@@ -1,8 +1,10 @@
 """Authenticated message sockets between agents and the coordinator: ZeroMQ with CURVE and its own heartbeats.
 
 Every key derives from the job's secret, so a peer that completes the CURVE handshake has proved that it belongs to the
-job. A node's silence, noticed within the lease, and the end of its connection both reach the coordinator as one thing:
-the connection of that node is gone.
+job. From then on each packet is authenticated under its connection's own keys and count: who sits between can lose a
+packet or end the connection, and can neither change a packet, repeat it, nor keep it for later. A node's silence,
+noticed within the lease, and the end of its connection both reach the coordinator as one thing: the connection of that
+node is gone.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from deadpool_megatron.cluster.link.ports import once_free
-from deadpool_megatron.cluster.link.seal import Seal, SealBroken
 
 SECRET_BYTES = 32
 _NOBLOCK, _SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)  # (as enumerations they cost more than the calls)
@@ -109,7 +110,7 @@ class Hub:
         endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         self.port = int(endpoint.decode().rsplit(":", 1)[1])
-        self.seal = Seal(secret, "coordinator")
+        self.refused = 0  # packets of several parts, or of nobody
         self._connection: dict[int, bytes] = {}
         self._replaced: dict[int, list[bytes]] = {}
         self._poller = zmq.Poller()
@@ -137,24 +138,22 @@ class Hub:
             except zmq.Again:
                 break
             body = self.socket.recv(copy=False)
-            if body.more:
-                while body.more:
-                    body = self.socket.recv(copy=False)
-                self.seal.refused += 1
+            whole = not body.more  # (CURVE does not authenticate this flag)
+            while body.more:
+                body = self.socket.recv(copy=False)
+            # (names that begin with 0 are ZeroMQ's: of ends without one, or whose place a newer connection has taken)
+            if not whole or identity.startswith(b"\0"):
+                self.refused += 1
                 continue
             fd = Frame.get(body, _SRCFD)
             assert isinstance(fd, int)
-            try:
-                packet = self.seal.open(identity, body.bytes)
-            except SealBroken:
-                continue  # counted
             before = self._connection.get(fd)
             if before != identity:
                 if before is not None:
                     # The kernel gives a closed descriptor's number to the next connection before we hear of the end.
                     self._replaced.setdefault(fd, []).append(before)
                 self._connection[fd] = identity
-            on_packet(identity, packet)
+            on_packet(identity, body.bytes)
         while self._monitor in ready:
             try:
                 event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
@@ -169,7 +168,7 @@ class Hub:
     def send(self, identity: bytes, packet: bytes) -> None:
         """Send to one agent; silently nothing when it is not connected (ROUTER drops)."""
         self.socket.send(identity, _SNDMORE)
-        self.socket.send(self.seal.close(identity, packet))
+        self.socket.send(packet)
 
     def farewell(self, to: Iterable[bytes], within_s: float, on_packet: Callable[[bytes, bytes], None]) -> None:
         """Last words are sent: handle what still comes until all of ``to`` have left, ``within_s`` seconds at most."""
@@ -188,6 +187,10 @@ class Hub:
         self.socket.close(linger=1000)
         self._auth.stop()
         self._context.term()
+
+
+class _Nothing:
+    refused = 0
 
 
 class Spoke:
@@ -210,8 +213,7 @@ class Spoke:
         self._context = context or zmq.Context()
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.IDENTITY, identity.encode())
-        self.seal = Seal(secret, "agent")
-        self._name = identity.encode()
+        self.seal = _Nothing()  # read by cluster/agent/uplink.py, until that has gone too
         server_public, _ = _keypair(secret, "server")
         public, private = _keypair(secret, "client")
         self.socket.curve_serverkey = server_public
@@ -248,10 +250,9 @@ class Spoke:
 
     def post(self, packet: bytes) -> bool:
         """Send one packet if the connection is up, else drop it: what counts is told again when it comes up."""
-        sealed = self.seal.close(self._name, packet)
         for _ in range(2):
             try:
-                self.socket.send(sealed, zmq.NOBLOCK)
+                self.socket.send(packet, zmq.NOBLOCK)
                 return True
             except zmq.Again:
                 # Sending looks for news of connections once a millisecond only: one that has just come up, as the
@@ -261,16 +262,12 @@ class Spoke:
 
     def receive(self, timeout_s: float = 0.0) -> bytes | None:
         """One packet, or None when none came within ``timeout_s`` seconds."""
-        while timeout_s <= 0 or self.socket.poll(int(timeout_s * 1000)):
-            try:
-                packet = self.socket.recv_multipart(zmq.NOBLOCK)[0]
-            except zmq.Again:
-                return None
-            try:
-                return self.seal.open(self._name, packet)
-            except SealBroken:
-                continue  # counted
-        return None
+        if timeout_s > 0:
+            self.socket.poll(int(timeout_s * 1000))
+        try:
+            return self.socket.recv_multipart(zmq.NOBLOCK)[0]
+        except zmq.Again:
+            return None
 
     def close(self, linger_ms: int = 1000) -> None:
         """Give queued packets a second to leave, then close."""
