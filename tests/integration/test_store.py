@@ -196,6 +196,18 @@ def test_a_watch_tells_changes_in_order_and_never_misses_the_last(opener: Opener
     watch.close()
 
 
+def test_a_watch_tells_a_state_once_however_often_it_looks(opener: Opener) -> None:
+    watch = opener().watch("k")
+    assert watch.next(PATIENT_S) is None
+    with pytest.raises(TimeoutError):
+        watch.next(0.5)
+    revision = opener().put({"k": b"1"})
+    assert watch.next(PATIENT_S) == (b"1", revision)
+    with pytest.raises(TimeoutError):
+        watch.next(0.5)
+    watch.close()
+
+
 def test_a_writer_that_is_killed_in_the_middle_loses_nothing_it_was_told_of(opener: Opener) -> None:
     child = _child(
         opener,

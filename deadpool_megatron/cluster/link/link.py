@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 
 import zmq
 import zmq.auth.thread
@@ -72,17 +73,6 @@ def _late_timers(slack_s: float) -> Iterator[None]:
         prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(max(0, before)))  # 0: the default, for kernels that do not tell
 
 
-class _MemberProvider:
-    """Accepts the one client key of the job."""
-
-    def __init__(self, key: bytes) -> None:
-        self._key = key
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        """Called by the authenticator's thread for every handshake."""
-        return hmac.compare_digest(key, self._key)
-
-
 class Hub:
     """The coordinator's end: one ROUTER socket, one connection an agent. One thread uses it."""
 
@@ -94,7 +84,9 @@ class Hub:
         with _late_timers(slack_s):
             self._auth.start()  # and with its sockets, the first ones, the thread that has all connections
         client_public, _ = _keypair(secret, "client")
-        self._auth.configure_curve_callback(domain="*", credentials_provider=_MemberProvider(client_public))
+        # Called by the authenticator's thread for every handshake: members have the one client key of the job.
+        member = SimpleNamespace(callback=lambda domain, key: hmac.compare_digest(key, client_public))
+        self._auth.configure_curve_callback(domain="*", credentials_provider=member)
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         public, private = _keypair(secret, "server")
         self.socket.curve_server = True

@@ -48,11 +48,6 @@ def known_place(store: Store) -> Place | None:
     return _place(entry.value) if entry is not None else None
 
 
-def tell_place(store: Store, place: Place, guard: Guard) -> None:
-    """The coordinator listens. Raises StoreError, Deposed."""
-    store.put({PLACE: msgspec.msgpack.encode(place)}, guard=guard)
-
-
 def _place(value: bytes) -> Place | None:
     try:
         return msgspec.msgpack.decode(value, type=Place)
