@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ import pytest
 import zmq
 
 from deadpool_bench.harness.ports import free_ports
+from deadpool_megatron.cluster.link import link
 from deadpool_megatron.cluster.link.link import Hub, Spoke, check_secret
 from waiting import until
 
@@ -121,9 +124,25 @@ def test_who_does_not_know_the_secret_is_never_heard(room: Room) -> None:
     stranger.socket.close()
 
 
-def test_a_stranger_with_the_hubs_public_key_but_not_the_jobs_client_key_is_refused(room: Room) -> None:
-    from deadpool_megatron.cluster.link import link
+def test_a_member_without_a_name_is_not_heard(room: Room) -> None:
+    """Nor is what is left of a connection whose place a newer one has taken: ZeroMQ takes its name away."""
+    nameless: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    nameless.setsockopt(zmq.LINGER, 0)
+    nameless.curve_serverkey, _ = link._keypair(SECRET, "server")
+    nameless.curve_publickey, nameless.curve_secretkey = link._keypair(SECRET, "client")
+    nameless.connect(f"tcp://{room.endpoint}")
+    nameless.send(b"hello")
+    room.serve(lambda: room.hub.refused)
+    nameless.close()
+    friend = Spoke(room.endpoint, "node-1", SECRET, LEASE_S)
+    friend.send(b"hello")
+    room.serve(lambda: room.heard)
+    friend.close()
+    room.serve(lambda: room.gone)
+    assert room.heard == [(b"node-1", b"hello")] and room.gone == [b"node-1"]
 
+
+def test_a_stranger_with_the_hubs_public_key_but_not_the_jobs_client_key_is_refused(room: Room) -> None:
     server_public, _ = link._keypair(SECRET, "server")
     public, private = zmq.curve_keypair()
     stranger: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -135,6 +154,130 @@ def test_a_stranger_with_the_hubs_public_key_but_not_the_jobs_client_key_is_refu
     room.serve_for(2)
     assert room.heard == []
     stranger.close()
+
+
+class Middleman:
+    """Passes on what an agent and the hub say to each other, until it is told to do something to it."""
+
+    def __init__(self, port: int) -> None:
+        self._hub_port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._meddling: tuple[str, str] | None = None
+        self.past: dict[str, list[bytes]] = {"to hub": [], "to agent": []}  # of all connections
+        self._chance = random.Random(1)
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def meddle(self, way: str, how: str) -> None:
+        """With what comes next on this way."""
+        self._meddling = way, how
+
+    @property
+    def meddled(self) -> bool:
+        """It has."""
+        return self._meddling is None
+
+    def hang_up(self) -> None:
+        """Both hear all that was sent, and then the end."""
+        for each in self._open:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RD)
+
+    def close(self) -> None:
+        """No more connections."""
+        self._listener.close()
+        self.hang_up()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                agent = self._listener.accept()[0]
+                hub = socket.create_connection(("127.0.0.1", self._hub_port))
+                self._open = [agent, hub]
+                for ends, way in (((agent, hub), "to hub"), ((hub, agent), "to agent")):
+                    threading.Thread(target=self._pass_on, args=(*ends, way), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, way: str) -> None:
+        held, mine = b"", len(self.past[way])
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                out = [held, data]
+                if self._meddling is not None and self._meddling[0] == way:
+                    how, self._meddling = self._meddling[1], None
+                    held, out = self._done(how, way, data, mine)
+                    if how == "reflected":
+                        source.sendall(data)
+                else:
+                    held = b""
+                self.past[way].append(data)
+                target.sendall(b"".join(reversed(out)))
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def _done(self, how: str, way: str, data: bytes, mine: int) -> tuple[bytes, list[bytes]]:
+        """What is kept for later, and what is sent, last first."""
+        at, older = self._chance.randrange(len(data)), self.past[way]
+        match how:
+            case "flipped":
+                return b"", [data[:at] + bytes([data[at] ^ 1 << self._chance.randrange(8)]) + data[at + 1 :]]
+            case "marked as a part" | "marked as a command":  # in the frame's flags, which CURVE does not authenticate
+                return b"", [bytes([data[0] ^ (1 if how.endswith("part") else 4)]) + data[1:]]
+            case "cut":
+                return b"", [data[:at]]
+            case "twice":
+                return b"", [data, data]
+            case "late":
+                return data, []
+            case "repeated":  # of this connection
+                return b"", [self._chance.choice(older[mine:] or [data]), data]
+            case "of an older connection":
+                return b"", [data, self._chance.choice(older[:mine] or [b""])]
+            case "noise":
+                return b"", [data, self._chance.randbytes(at)]
+        return b"", [data]
+
+
+_MEDDLING = (
+    *("flipped", "marked as a part", "marked as a command", "cut", "twice", "late", "repeated"),
+    *("of an older connection", "noise", "reflected"),
+)
+
+
+@pytest.mark.parametrize("way", ["to hub", "to agent"])
+def test_who_sits_between_can_neither_change_nor_repeat_nor_keep_for_later_what_is_said(room: Room, way: str) -> None:
+    """Each packet is heard once at most, as it was sent, and in order, over all connections of an agent."""
+    between = Middleman(room.hub.port)
+    numbers = itertools.count(1)
+    answers: list[bytes] = []
+
+    def talk(spoke: Spoke, enough: Callable[[], object]) -> None:
+        while not enough():
+            word = b"%d" % next(numbers)
+            spoke.post(word)
+            room.hub.send(b"node-1", word)
+            room.hub.wait(0.002, lambda who, what: room.heard.append((who, what)), room.gone.append)
+            while (answer := spoke.receive()) is not None:
+                answers.append(answer)
+
+    try:
+        for how in _MEDDLING * 4:
+            # A new one each time: ZeroMQ does not connect again after nonsense.
+            spoke = Spoke(f"127.0.0.1:{between.port}", "node-1", SECRET, LEASE_S)
+            before = len(room.heard), len(answers)
+            talk(spoke, lambda before=before: len(room.heard) > before[0] and len(answers) > before[1])
+            between.meddle(way, how)
+            talk(spoke, lambda: between.meddled)
+            last = next(numbers)
+            talk(spoke, lambda last=last: next(numbers) > last + 20)  # what follows, on the same connection
+            between.hang_up()
+            spoke.close(linger_ms=0)
+        assert {who for who, _ in room.heard} == {b"node-1"}
+        for words in ([word for _, word in room.heard], answers):
+            said = list(map(int, words))
+            assert said == sorted(set(said)) and words == [b"%d" % number for number in said]
+    finally:
+        between.close()
 
 
 def test_a_killed_agent_is_noticed_by_the_end_of_its_connection_and_not_by_its_silence() -> None:

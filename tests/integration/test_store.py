@@ -196,6 +196,18 @@ def test_a_watch_tells_changes_in_order_and_never_misses_the_last(opener: Opener
     watch.close()
 
 
+def test_a_watch_tells_a_state_once_however_often_it_looks(opener: Opener) -> None:
+    watch = opener().watch("k")
+    assert watch.next(PATIENT_S) is None
+    with pytest.raises(TimeoutError):
+        watch.next(0.5)
+    revision = opener().put({"k": b"1"})
+    assert watch.next(PATIENT_S) == (b"1", revision)
+    with pytest.raises(TimeoutError):
+        watch.next(0.5)
+    watch.close()
+
+
 def test_a_writer_that_is_killed_in_the_middle_loses_nothing_it_was_told_of(opener: Opener) -> None:
     child = _child(
         opener,
@@ -218,46 +230,108 @@ def test_a_writer_that_is_killed_in_the_middle_loses_nothing_it_was_told_of(open
     assert int(a.value.rstrip(b"x")) == int(b.value) >= last, "both keys of one put, and nothing acknowledged is lost"
 
 
-# ---- embedded: the journal
+# ---- embedded: the two copies
 
 
-def test_a_torn_journal_is_cut_where_it_is_torn(tmp_path: Path) -> None:
-    store = EmbeddedStore(tmp_path)
-    store.put({"a": b"1"})
-    store.put({"a": b"2"})
-    journal = tmp_path / "journal"
-    whole = journal.read_bytes()
-    for cut in range(len(whole) // 2 + 1, len(whole)):
-        journal.write_bytes(whole[:cut])
+def _after(directory: Path, first: bytes, second: bytes) -> tuple[Path, bytes, bytes]:
+    """A store after three puts: the copy that the last one went over, as it was before and after."""
+    store = EmbeddedStore(directory)
+    store.put({"a": b"0"})
+    store.put({"a": first})
+    copy = directory / "copy.1"
+    before = copy.read_bytes()
+    store.put({"a": second})
+    return copy, before, copy.read_bytes()
+
+
+def test_a_copy_torn_at_any_byte_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    copy, before, after = _after(tmp_path, b"1", b"second")
+    older = (tmp_path / "copy.0").read_bytes()
+    for cut in range(len(after) + 1):
+        torn = after[:cut] + before[cut:]
+        copy.write_bytes(torn)
+        (tmp_path / "copy.0").write_bytes(older)
+        (tmp_path / "lock").write_bytes((2).to_bytes(8, "big"))  # nobody was told of the third
         got = EmbeddedStore(tmp_path).get("a")
-        assert got is not None and got.value == b"1"
-    journal.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # the length was written, the last page was not
-    again = EmbeddedStore(tmp_path)
-    assert again.put({"b": b"3"}) == 2
-    assert EmbeddedStore(tmp_path).get("b") == (b"3", 2)
+        assert got == ((b"second", 3) if torn == after else (b"1", 2))
+        assert EmbeddedStore(tmp_path).put({"b": b"b"}) == got.revision + 1
+        assert EmbeddedStore(tmp_path).get("a") == got
 
 
-def test_a_journal_damaged_where_nobody_was_writing_is_not_believed(tmp_path: Path) -> None:
-    store = EmbeddedStore(tmp_path)
-    store.put({"a": b"1"})
-    size = (tmp_path / "journal").stat().st_size
-    store.put({"a": b"2"})
-    damaged = bytearray((tmp_path / "journal").read_bytes())
-    damaged[size - 1] ^= 1
-    (tmp_path / "journal").write_bytes(damaged)
-    with pytest.raises(StoreError, match="is damaged 0 bytes"):
-        EmbeddedStore(tmp_path).get("a")
+def test_a_copy_that_was_acknowledged_and_is_damaged_is_not_passed_over(tmp_path: Path) -> None:
+    copy, before, after = _after(tmp_path, b"1", b"2")
+    for damaged in [before, b"", *(after[:i] + bytes([after[i] ^ 1]) + after[i + 1 :] for i in range(len(after)))]:
+        copy.write_bytes(damaged)
+        with pytest.raises(StoreError, match=r"copy\.1 is damaged.*remove this directory") as caught:
+            EmbeddedStore(tmp_path).get("a")
+        assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    copy.write_bytes(after)
+    (tmp_path / "copy.0").write_bytes(b"the older copy is of no use any more")
+    assert EmbeddedStore(tmp_path).get("a") == (b"2", 3)
 
 
-def test_a_long_journal_is_compacted_and_nobody_notices(tmp_path: Path) -> None:
+def test_what_a_killed_writer_may_not_have_synced_is_on_disk_before_the_other_copy_is_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, _, after = _after(tmp_path, b"1", b"2")
+    (tmp_path / "lock").write_bytes((2).to_bytes(8, "big"))  # killed before it could say that it had synced
+    synced: list[tuple[str, bool]] = []
+    fdatasync = os.fdatasync
+
+    def look(fd: int) -> None:
+        fdatasync(fd)
+        synced.append((Path(os.readlink(f"/proc/self/fd/{fd}")).name, copy.read_bytes() == after))
+
+    monkeypatch.setattr(os, "fdatasync", look)
+    older = (tmp_path / "copy.0").read_bytes()
+    EmbeddedStore(tmp_path).get("a")
+    assert synced == [("copy.1", True)] and (tmp_path / "copy.0").read_bytes() == older
+    EmbeddedStore(tmp_path).put({"a": b"3"})
+    assert synced[1:] == [("copy.0", True)]
+
+
+def test_a_full_disk_refuses_a_write_in_one_line_and_keeps_what_is_there(tmp_path: Path) -> None:
+    program = f"""
+        import resource, signal
+        from deadpool_megatron.cluster.store import EmbeddedStore, StoreError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        store = EmbeddedStore({str(tmp_path)!r})
+        store.put({{"a": b"1"}})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # the kernel writes so much of it
+        for i in range(3):
+            try:
+                store.put({{"a": b"x" * 10000}})
+            except StoreError as err:
+                print(err)
+            assert store.get("a") == (b"1", 1)
+        assert store.put({{"a": b"2"}}) == 2
+        """
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.splitlines() == [f"store in {tmp_path}: File too large"] * 3
+    assert EmbeddedStore(tmp_path).get("a") == (b"2", 2)
+
+
+def test_the_store_of_a_long_run_takes_no_more_room_than_two_copies(tmp_path: Path) -> None:
     one, other = EmbeddedStore(tmp_path), EmbeddedStore(tmp_path)
     kept = other.put({"kept": b"k"})
     for i in range(12):
-        last = one.put({"a": os.urandom(1 << 20) + b"%d" % i})
-    assert (tmp_path / "journal").stat().st_size < 8 << 20
+        last = one.put({"a": os.urandom(1 << 20 >> i) + b"%d" % i})
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 3 << 20
     got = other.get("a")
     assert got is not None and got.value.endswith(b"11") and got.revision == last
     assert other.get("kept") == (b"k", kept) and other.put({"b": b""}) == last + 1
+
+
+def test_a_store_of_an_older_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "journal").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"an older version of DeadPool has written it.*remove this directory"):
+        EmbeddedStore(tmp_path)
 
 
 # ---- etcd: members, TLS, users

@@ -67,17 +67,13 @@ class _Disk(Store):
         raise NotImplementedError("nobody campaigns here")
 
 
-class _Seal:
-    refused = 0
-
-
 class _Hub(Hub):
     """Takes what the network brings, packets before ends of connections; dies after ``fuse`` packets sent."""
 
     def __init__(self, links: Callable[[int], Link | None], answered: Callable[[str, bytes], None]) -> None:
         self.port = 1
         self._answered = answered
-        self.seal = _Seal()  # type: ignore[assignment]
+        self.refused = 0
         self._links = links
         self.packets: list[tuple[bytes, bytes, int]] = []  # and the number of the connection
         self.ends: list[tuple[bytes, int]] = []

@@ -1,8 +1,8 @@
 """The promise: whatever bytes reach agent, vault or coordinator, none of them crashes and none changes their state.
 
-Three layers, each below the one before it: bytes of somebody outside the job; packets of the job that were changed,
-cut, repeated or kept from an older life; and records with a perfect seal whose values are nonsense. All in one process,
-through the real seals, decoders, checks and handlers, 100,000 and more; some thousands through real sockets.
+Three layers, each below the one before it: bytes of somebody outside the job; packets of the job that were changed or
+cut (who does so on the way between two ends: `test_link.py`); and well-formed records whose values are nonsense. All in
+one process, through the real decoders, checks and handlers, tens of thousands; some thousands through real sockets.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import zmq
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.settings import AgentSettings
+from deadpool_megatron.cluster.agent.uplink import Uplink
 from deadpool_megatron.cluster.coordinator.validate import misfit
 from deadpool_megatron.cluster.link.link import Hub, Spoke
-from deadpool_megatron.cluster.link.seal import Seal, SealBroken
+from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.vault import (
     Deadlines,
     Malformed,
@@ -129,58 +130,20 @@ def _told_to_agents() -> list[r.CoordinatorRecord]:
     ]
 
 
-def _state(job: SimulatedJob) -> bytes:
-    core = job.core
-    decided = (core.phase, core.epoch, core.assignment, core.nodes, core.committed, core.iteration)
-    return repr((*decided, core.coordinates, core.protection.status(), len(job.sent), len(job.emitted))).encode()
-
-
-def test_no_changed_cut_repeated_or_old_packet_gets_through_a_seal() -> None:
-    """60,000 at the coordinator's end, 20,000 at an agent's; the Core behind it stays as it is."""
-    job = SimulatedJob(nodes=5, spares=1).train()
-    job.commit(4)
-    before = _state(job)
+def test_no_changed_or_cut_packet_crashes_the_decoder_of_an_agent() -> None:
+    """20,000 at the end of an agent; those at the coordinator's go on into its `Core`, below."""
     chance = random.Random(1)
-    agent, coordinator = Seal(SECRET, "agent"), Seal(SECRET, "coordinator")
-    for name, mine, theirs, packets, count in (
-        (b"node-1", coordinator, agent, [r.encode(x) for x in _said_by_agents()], 60_000),
-        (b"node-1", agent, coordinator, [r.encode(x) for x in _told_to_agents()], 20_000),
-    ):
-        older_life = Seal(SECRET, "agent" if theirs is agent else "coordinator")
-        old = [older_life.close(name, packet) for packet in packets]
-        mine.open(name, old[0])
-        sent = [theirs.close(name, packet) for packet in packets]
-        for sealed, packet in zip(sent, packets, strict=True):
-            assert mine.open(name, sealed) == packet, "what is well is taken, once"
-        stranger = Seal(OTHER, "agent" if theirs is agent else "coordinator")
-        echo = [mine.close(name, packet) for packet in packets]
-        for _ in range(count):
-            kind = chance.randrange(12)
-            fresh = theirs.close(name, chance.choice(packets))
-            to = name
-            if kind == 0:
-                bad = chance.choice(sent)  # again
-            elif kind == 1:
-                bad = chance.choice(old)  # of an older life
-            elif kind == 2:
-                bad = stranger.close(name, chance.choice(packets))
-            elif kind == 3:
-                bad = chance.choice(echo)  # our own, sent back
-            elif kind == 4:
-                bad, to = fresh, b"node-2"  # meant for somebody else
-            else:
-                bad = mutated(chance, fresh, sent)
-                if bad == fresh:
-                    continue
-            refused = mine.refused
-            with pytest.raises(SealBroken):
-                mine.open(to, bad)
-            assert mine.refused == refused + 1, "refused, and counted"
-        assert mine.open(name, theirs.close(name, packets[0])) == packets[0], "the end still works"
-    assert _state(job) == before
+    packets = [r.encode(x) for x in _told_to_agents()]
+    refused = 0
+    for _ in range(20_000):
+        try:
+            r.decode_from_coordinator(mutated(chance, chance.choice(packets), packets))
+        except r.RecordError:
+            refused += 1
+    assert refused > 5_000
 
 
-def test_nonsense_under_a_perfect_seal_crashes_nobody_and_what_does_not_fit_the_job_changes_nothing() -> None:
+def test_nonsense_of_a_member_crashes_nobody_and_what_does_not_fit_the_job_changes_nothing() -> None:
     """25,000 records of a member gone mad, into a Core in every phase."""
     chance = random.Random(2)
     packets = [r.encode(x) for x in _said_by_agents()]
@@ -415,15 +378,12 @@ def test_strangers_at_the_real_sockets_get_nowhere(vaults: Vaults, to_vault: int
                 sock.sendall(greeting if turn % 3 == 0 else mutated(chance, greeting, [greeting]))
                 sock.sendall(chance.randbytes(chance.randrange(1, 200)))
             hub.wait(0.0, lambda identity, packet: heard.append(packet), lambda identity: None)
-        # a member of the links that knows no seal: through CURVE, and no further
         spoke = Spoke(f"127.0.0.1:{hub.port}", "node-1", SECRET, 60.0)
-        for packet in (b"", b"\x01", chance.randbytes(40), r.encode(_said_by_agents()[0])):
-            spoke.socket.send(packet)
-        spoke.socket.send_multipart([b"two", b"parts"])
+        spoke.socket.send_multipart([b"two", b"parts"])  # nothing of the protocol's
         spoke.send(b"hello")
         while not heard:
             hub.wait(1.0, lambda identity, packet: heard.append(packet), lambda identity: None)
-        assert heard == [b"hello"] and hub.seal.refused == 5
+        assert heard == [b"hello"] and hub.refused == 1
         spoke.close()
     finally:
         hub.close()
@@ -431,20 +391,22 @@ def test_strangers_at_the_real_sockets_get_nowhere(vaults: Vaults, to_vault: int
 
 
 def test_a_bad_answer_from_the_coordinator_is_counted_by_the_agent_and_no_more() -> None:
-    hub = Hub("127.0.0.1", 0, SECRET, 60.0)
-    spoke = Spoke(f"127.0.0.1:{hub.port}", "node-1", SECRET, 60.0)
+    hub, poller = Hub("127.0.0.1", 0, SECRET, 60.0), zmq.Poller()
+    settings = AgentSettings(DeadpoolConfig(), "job", 1, 1, 2, "127.0.0.1", f"127.0.0.1:{hub.port}", SECRET)
+    uplink = Uplink(settings, poller)
+    heard: list[bytes] = []
+    told: list[r.CoordinatorRecord] = []
+    chance = random.Random(1)
     try:
-        spoke.send(b"here")
-        heard: list[bytes] = []
         while not heard:
-            hub.wait(1.0, lambda identity, packet: heard.append(packet), lambda identity: None)
+            uplink.post(b"here")
+            hub.wait(0.1, lambda identity, packet: heard.append(packet), lambda identity: None)
         for _ in range(3_000):
-            hub.socket.send_multipart([b"node-1", np.random.default_rng(1).bytes(40)], zmq.NOBLOCK)
-        answer = None
-        while answer is None:  # a socket that sends to a full queue drops: what has just filled it has to be read first
-            hub.send(b"node-1", b"well")
-            answer = spoke.receive(0.5)
-        assert answer == b"well" and spoke.seal.refused >= 1
+            hub.socket.send_multipart([b"node-1", chance.randbytes(40)], zmq.NOBLOCK)
+        while not told:  # a socket that sends to a full queue drops: what has just filled it has to be read first
+            hub.send(b"node-1", r.encode(r.Stop(0, "well")))
+            told += uplink.records(dict(poller.poll(500)))
+        assert told[0] == r.Stop(0, "well") and uplink.malformed >= 1
     finally:
-        spoke.close()
+        uplink.close()
         hub.close()

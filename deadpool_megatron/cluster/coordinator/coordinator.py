@@ -417,11 +417,7 @@ class Coordinator:
                 "generation": {"committed": core.committed, "durable": core.durable},
                 "protection": core.protection.status(),
                 "behind": asdict(core.seen.lag) if core.seen.lag is not None else None,
-                "refused": {
-                    "unsealed": self._hub.seal.refused,
-                    "malformed": self._refused,
-                    "vaults": core.seen.refusals,
-                },
+                "refused": {"malformed": self._refused + self._hub.refused, "vaults": core.seen.refusals},
                 "snapshot": core.seen.snapshots.summary(),
                 "coordinator_pid": os.getpid(),
                 "control": {"store_writes": self._memory.writes, "store_bytes": self._memory.written_bytes},

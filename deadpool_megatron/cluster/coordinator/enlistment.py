@@ -72,9 +72,7 @@ class Enlistment:
                 f"--node-rank {node} of {request.host} is taken by {self._hosts.get(node, 'another agent')}: give "
                 "every node a rank of its own, or none of them one"
             )
-        self._by_token[request.token] = node
-        self._hosts[node] = request.host
-        return self._place(node)
+        return self.comes_back(request, node)
 
     def comes_back(self, request: r.Enlist, node: int) -> r.Enlisted:
         """The answer to an agent that has become the spare ``node``."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from deadpool_megatron.cluster.store import Deposed, Guard, Store, StoreError
-from deadpool_megatron.cluster.store.leadership import STATE, Place, tell_place
+from deadpool_megatron.cluster.store.leadership import PLACE, STATE, Place
 
 _SAY_AFTER_S: Final = 5.0
 _PARTS: Final = ("now", "members", "layout")
@@ -82,7 +82,8 @@ class Memory:
 
     def tell_place(self, host: str, port: int, store_port: int, job_id: str) -> None:
         """The coordinator listens. Raises StoreError."""
-        tell_place(self._store, Place(host, port, store_port, self._guard.revision, job_id), self._guard)
+        place = Place(host, port, store_port, self._guard.revision, job_id)
+        self._store.put({PLACE: _encoder.encode(place)}, guard=self._guard)
 
     def _insist(self, values: Mapping[str, bytes]) -> None:
         begun, said = time.monotonic(), False

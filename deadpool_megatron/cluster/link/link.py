@@ -1,8 +1,10 @@
 """Authenticated message sockets between agents and the coordinator: ZeroMQ with CURVE and its own heartbeats.
 
 Every key derives from the job's secret, so a peer that completes the CURVE handshake has proved that it belongs to the
-job. A node's silence, noticed within the lease, and the end of its connection both reach the coordinator as one thing:
-the connection of that node is gone.
+job. From then on each packet is authenticated under its connection's own keys and count: who sits between can lose a
+packet or end the connection, and can neither change a packet, repeat it, nor keep it for later. A node's silence,
+noticed within the lease, and the end of its connection both reach the coordinator as one thing: the connection of that
+node is gone.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import hmac
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 
 import zmq
 import zmq.auth.thread
@@ -22,7 +25,6 @@ from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from deadpool_megatron.cluster.link.ports import once_free
-from deadpool_megatron.cluster.link.seal import Seal, SealBroken
 
 SECRET_BYTES = 32
 _NOBLOCK, _SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)  # (as enumerations they cost more than the calls)
@@ -72,17 +74,6 @@ def _late_timers(slack_s: float) -> Iterator[None]:
         prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(max(0, before)))  # 0: the default, for kernels that do not tell
 
 
-class _MemberProvider:
-    """Accepts the one client key of the job."""
-
-    def __init__(self, key: bytes) -> None:
-        self._key = key
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        """Called by the authenticator's thread for every handshake."""
-        return hmac.compare_digest(key, self._key)
-
-
 class _Authenticator(zmq.auth.thread.ThreadAuthenticator):
     """Gives each connection a name of its own, which every packet that comes over it carries (``User-Id``)."""
 
@@ -106,7 +97,9 @@ class Hub:
         with _late_timers(slack_s):
             self._auth.start()  # and with its sockets, the first ones, the thread that has all connections
         client_public, _ = _keypair(secret, "client")
-        self._auth.configure_curve_callback(domain="*", credentials_provider=_MemberProvider(client_public))
+        # Called by the authenticator's thread for every handshake: members have the one client key of the job.
+        member = SimpleNamespace(callback=lambda domain, key: hmac.compare_digest(key, client_public))
+        self._auth.configure_curve_callback(domain="*", credentials_provider=member)
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         public, private = _keypair(secret, "server")
         self.socket.curve_server = True
@@ -122,7 +115,7 @@ class Hub:
         endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         self.port = int(endpoint.decode().rsplit(":", 1)[1])
-        self.seal = Seal(secret, "coordinator")
+        self.refused = 0  # packets of several parts, or of nobody
         # By descriptor, name of the connection and identity of its end, in the order they came: the kernel gives the
         # number of a closed one to the next connection, of the same node perhaps, before we hear of the end.
         self._connections: dict[int, list[tuple[str, bytes]]] = {}
@@ -152,22 +145,20 @@ class Hub:
             except zmq.Again:
                 break
             body = self.socket.recv(copy=False)
-            if body.more:
-                while body.more:
-                    body = self.socket.recv(copy=False)
-                self.seal.refused += 1
+            whole = not body.more  # (CURVE does not authenticate this flag)
+            while body.more:
+                body = self.socket.recv(copy=False)
+            # (names that begin with 0 are ZeroMQ's: of ends without one, or whose place a newer connection has taken)
+            if not whole or identity.startswith(b"\0"):
+                self.refused += 1
                 continue
             fd = Frame.get(body, _SRCFD)
             assert isinstance(fd, int)
-            try:
-                packet = self.seal.open(identity, body.bytes)
-            except SealBroken:
-                continue  # counted
             connections, name = self._connections.setdefault(fd, []), str(body.get("User-Id"))
             if not connections or connections[-1][0] != name:
                 connections.append((name, identity))
                 self._new.add(name)
-            on_packet(identity, packet)
+            on_packet(identity, body.bytes)
         # Always, also if there was none: the end of the one before is there when a connection's first packet is.
         events = self._events()
         for index, (event, fd) in enumerate(events):
@@ -197,7 +188,7 @@ class Hub:
     def send(self, identity: bytes, packet: bytes) -> None:
         """Send to one agent; silently nothing when it is not connected (ROUTER drops)."""
         self.socket.send(identity, _SNDMORE)
-        self.socket.send(self.seal.close(identity, packet))
+        self.socket.send(packet)
 
     def farewell(self, to: Iterable[bytes], within_s: float, on_packet: Callable[[bytes, bytes], None]) -> None:
         """Last words are sent: handle what still comes until all of ``to`` have left, ``within_s`` seconds at most."""
@@ -216,6 +207,10 @@ class Hub:
         self.socket.close(linger=1000)
         self._auth.stop()
         self._context.term()
+
+
+class _Nothing:
+    refused = 0
 
 
 class Spoke:
@@ -238,8 +233,7 @@ class Spoke:
         self._context = context or zmq.Context()
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.IDENTITY, identity.encode())
-        self.seal = Seal(secret, "agent")
-        self._name = identity.encode()
+        self.seal = _Nothing()  # read by cluster/agent/uplink.py, until that has gone too
         server_public, _ = _keypair(secret, "server")
         public, private = _keypair(secret, "client")
         self.socket.curve_serverkey = server_public
@@ -276,10 +270,9 @@ class Spoke:
 
     def post(self, packet: bytes) -> bool:
         """Send one packet if the connection is up, else drop it: what counts is told again when it comes up."""
-        sealed = self.seal.close(self._name, packet)
         for _ in range(2):
             try:
-                self.socket.send(sealed, zmq.NOBLOCK)
+                self.socket.send(packet, zmq.NOBLOCK)
                 return True
             except zmq.Again:
                 # Sending looks for news of connections once a millisecond only: one that has just come up, as the
@@ -289,16 +282,12 @@ class Spoke:
 
     def receive(self, timeout_s: float = 0.0) -> bytes | None:
         """One packet, or None when none came within ``timeout_s`` seconds."""
-        while timeout_s <= 0 or self.socket.poll(int(timeout_s * 1000)):
-            try:
-                packet = self.socket.recv_multipart(zmq.NOBLOCK)[0]
-            except zmq.Again:
-                return None
-            try:
-                return self.seal.open(self._name, packet)
-            except SealBroken:
-                continue  # counted
-        return None
+        if timeout_s > 0:
+            self.socket.poll(int(timeout_s * 1000))
+        try:
+            return self.socket.recv_multipart(zmq.NOBLOCK)[0]
+        except zmq.Again:
+            return None
 
     def close(self, linger_ms: int = 1000) -> None:
         """Give queued packets a second to leave, then close."""

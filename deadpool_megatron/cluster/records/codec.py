@@ -27,7 +27,7 @@ __all__ = [
     "encode",
 ]
 
-VERSION = b"\x09"
+VERSION = b"\x0a"
 # What grows with the job is mostly alike from node to node: it shrinks to a tenth, once for all that it is sent to.
 _COMPRESS_BYTES = 4096
 _MOST_BYTES = 1 << 28

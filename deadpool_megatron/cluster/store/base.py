@@ -58,11 +58,15 @@ class Watch:
 
     def __init__(self) -> None:
         self._news: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._last: int | None = None
         self.closed = threading.Event()
 
     def told(self, entry: Entry | None) -> None:
-        """The key has this value now; None: it is gone."""
-        self._news.put(entry)
+        """The key has this value now; None: it is gone. May be told again and again."""
+        revision = entry.revision if entry is not None else 0
+        if revision != self._last:
+            self._last = revision
+            self._news.put(entry)
 
     def next(self, timeout_s: float) -> Entry | None:
         """The next state; None when the key is not there. Raises TimeoutError when nothing happens in time."""

@@ -73,7 +73,7 @@ class EtcdStore(Store):
     # ---- the interface
 
     def get(self, key: str) -> Entry | None:
-        return self._entry(self.gateway.call("/v3/kv/range", {"key": self._key(key)}))
+        return _found(self.gateway.call("/v3/kv/range", {"key": self._key(key)}))
 
     def put(self, values: Mapping[str, bytes], lease: Lease | None = None, guard: Guard | None = None) -> int:
         operations = [{"requestPut": self._put(key, value, lease)} for key, value in values.items()]
@@ -91,7 +91,7 @@ class EtcdStore(Store):
         if answer.get("succeeded"):
             return int(answer["header"]["revision"])
         # Perhaps it is there already: an earlier try whose answer was lost.
-        found = self._entry(answer["responses"][0]["response_range"])
+        found = _found(answer["responses"][0]["response_range"])
         return found.revision if found is not None and found.value == value and found.revision > revision else 0
 
     def delete(self, prefix: str, guard: Guard | None = None) -> None:
@@ -122,32 +122,26 @@ class EtcdStore(Store):
             raise Deposed(f"{guard.key} is not ours any more")
         return int(answer["header"]["revision"])
 
-    def _entry(self, answer: dict[str, Any]) -> Entry | None:
-        found = answer.get("kvs")
-        if not found:
-            return None
-        return Entry(unb64(found[0].get("value", "")), int(found[0]["mod_revision"]))
-
     def _follow(self, key: str, watch: Watch) -> None:
-        last: int | None = None
         while not (watch.closed.is_set() or self._closed.is_set()):
             try:
                 answer = self.gateway.call("/v3/kv/range", {"key": self._key(key)})
-                entry = self._entry(answer)
-                now = entry.revision if entry else 0
-                if now != last:
-                    last = now
-                    watch.told(entry)
+                watch.told(_found(answer))
                 since = int(answer["header"]["revision"]) + 1
                 asked = {"create_request": {"key": self._key(key), "start_revision": str(since)}}
                 for news in self.gateway.stream("/v3/watch", asked, _SILENCE_S):
                     if watch.closed.is_set() or "error" in news or news.get("result", {}).get("canceled"):
                         break
                     for event in news.get("result", {}).get("events", ()):
-                        at = int(event["kv"]["mod_revision"])
-                        gone = event.get("type") == "DELETE"
-                        last = 0 if gone else at
-                        watch.told(None if gone else Entry(unb64(event["kv"].get("value", "")), at))
+                        watch.told(None if event.get("type") == "DELETE" else _entry(event["kv"]))
             except StoreError:
                 pass  # asked again below: a watch outlives the loss of every member
-            watch.closed.wait(_RETRY_S if not watch.closed.is_set() else 0)
+            watch.closed.wait(_RETRY_S)
+
+
+def _found(answer: dict[str, Any]) -> Entry | None:
+    return _entry(answer["kvs"][0]) if answer.get("kvs") else None
+
+
+def _entry(kv: dict[str, Any]) -> Entry:
+    return Entry(unb64(kv.get("value", "")), int(kv["mod_revision"]))

@@ -36,11 +36,6 @@ def unb64(data: str) -> bytes:
     return base64.b64decode(data)
 
 
-def text(url: str) -> str:
-    """The address without what may be private, for messages."""
-    return url.split("?", 1)[0]
-
-
 @dataclass(frozen=True, slots=True)
 class StoreAddress:
     """``etcd://[USER@]HOST:PORT,HOST:PORT...[?ca=FILE&cert=FILE&key=FILE]``.
@@ -57,11 +52,11 @@ class StoreAddress:
     @classmethod
     def parse(cls, url: str) -> StoreAddress:
         """Raises ValueError with one line that says what is wrong."""
-        parts = urlsplit(url)
+        parts, shown = urlsplit(url), url.split("?", 1)[0]  # (files may be private)
         if parts.scheme not in ("etcd", "etcds"):
             raise ValueError(f"{url}: expected embedded, or etcd://HOST:PORT,HOST:PORT...")
         if parts.path not in ("", "/") or parts.fragment:
-            raise ValueError(f"{text(url)}: nothing comes after the last port but ?ca=FILE&cert=FILE&key=FILE")
+            raise ValueError(f"{shown}: nothing comes after the last port but ?ca=FILE&cert=FILE&key=FILE")
         user, _, hosts = parts.netloc.rpartition("@")
         if ":" in user:
             raise ValueError(f"the password does not belong into the address: give it in {PASSWORD}")
@@ -84,7 +79,7 @@ class StoreAddress:
             if not colon:
                 host, port = each, str(_PORT)
             if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise ValueError(f"{text(url)}: {each!r} is not HOST:PORT")
+                raise ValueError(f"{shown}: {each!r} is not HOST:PORT")
             endpoints.append(f"{scheme}://{host}:{port}")
         return cls(tuple(endpoints), user, **files)
 
@@ -103,7 +98,7 @@ class Gateway:
             raise StoreError("an etcd store needs urllib3: pip install deadpool-megatron[etcd]") from None
         self.address = address
         self.timeout_s = timeout_s
-        self._errors = urllib3.exceptions.HTTPError
+        self._broken = (urllib3.exceptions.HTTPError, OSError, json.JSONDecodeError)
         self._timeout = urllib3.Timeout
         options: dict[str, Any] = {"retries": False, "maxsize": 8, "num_pools": len(address.endpoints)}
         if address.endpoints[0].startswith("https"):
@@ -115,7 +110,6 @@ class Gateway:
         self._token = ""
         self._token_lock = threading.Lock()
         self._first = 0  # the member that answered last
-        self.sent = self.received = 0  # bytes of bodies
         if address.user and not self._password:
             raise StoreError(f"etcd user {address.user} needs a password: give it in {PASSWORD}")
 
@@ -156,15 +150,12 @@ class Gateway:
                 rest = b""
                 for chunk in response.stream(65536):
                     *lines, rest = (rest + chunk).split(b"\n")
-                    for line in lines:
-                        if line.strip():
-                            self.received += len(line)
-                            yield json.loads(line)
+                    yield from map(json.loads, filter(bytes.strip, lines))
             finally:
                 response.close()
         except StoreError:
             raise
-        except _broken(self._errors, _Elsewhere):
+        except (*self._broken, _Elsewhere):
             self._first += 1  # try another one
 
     def _once(self, endpoint: str, path: str, body: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -173,9 +164,8 @@ class Gateway:
             data = response.data
         except StoreError:
             raise
-        except _broken(self._errors) as err:
+        except self._broken as err:
             raise _Elsewhere(f"{endpoint}: {_short(err)}") from None
-        self.received += len(data)
         if response.status != 200:
             self._judge(response.status, data)
         answer: dict[str, Any] = json.loads(data)
@@ -190,7 +180,6 @@ class Gateway:
                     self._token = self._once(endpoint, "/v3/auth/authenticate", asked, timeout_s)["token"]
                 headers["Authorization"] = self._token
         data = json.dumps(body).encode()
-        self.sent += len(data)
         timeout = self._timeout(connect=min(timeout_s, 1.0), read=timeout_s)
         return self._http.request(
             "POST", endpoint + path, body=data, headers=headers, timeout=timeout, preload_content=not stream
@@ -218,10 +207,6 @@ class Gateway:
 
 class _Elsewhere(Exception):
     """This member cannot answer now; another one may."""
-
-
-def _broken(*errors: type[Exception]) -> tuple[type[Exception], ...]:
-    return (*errors, OSError, json.JSONDecodeError)
 
 
 def _short(err: BaseException) -> str:

@@ -48,11 +48,6 @@ def known_place(store: Store) -> Place | None:
     return _place(entry.value) if entry is not None else None
 
 
-def tell_place(store: Store, place: Place, guard: Guard) -> None:
-    """The coordinator listens. Raises StoreError, Deposed."""
-    store.put({PLACE: msgspec.msgpack.encode(place)}, guard=guard)
-
-
 def _place(value: bytes) -> Place | None:
     try:
         return msgspec.msgpack.decode(value, type=Place)
@@ -77,18 +72,15 @@ class Leadership:
 
     def take(self) -> Guard | None:
         """Become the leader if there is none. Raises StoreError."""
-        if self._lease is not None:
-            self.resign()
-        lease = self._store.lease(self._ttl_s)
+        self.resign()
+        lease, revision = self._store.lease(self._ttl_s), 0
         try:
             revision = self._store.compare_and_set(LEADER, 0, self._name + os.urandom(4).hex().encode(), lease)
-        except StoreError:
-            lease.close()
-            raise
-        if not revision:
-            lease.close()
-            return None
-        self._lease, self.guard = lease, Guard(LEADER, revision)
+        finally:
+            if not revision:
+                lease.close()
+        if revision:
+            self._lease, self.guard = lease, Guard(LEADER, revision)
         return self.guard
 
     def campaign(self, candidates: int, given_up: Callable[[], bool]) -> Guard | None:
@@ -107,10 +99,8 @@ class Leadership:
                     if not seen:
                         continue
                 else:
-                    if entry is not None:
-                        seen, wait = False, 0.2
-                        continue
-                    seen, wait = True, random.uniform(0.0, min(_MOST_SPREAD_S, candidates * _SPREAD_S))
+                    seen = entry is None
+                    wait = random.uniform(0.0, min(_MOST_SPREAD_S, candidates * _SPREAD_S)) if seen else 0.2
                     continue
                 try:
                     if guard := self.take():
