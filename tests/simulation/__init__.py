@@ -3,7 +3,7 @@
 ::
 
     Run ---- World (clock, chance, trace)
-     |------ Headquarters   Coordinator, Core, Teller, Memory over a store (production), and its launcher
+     |------ Headquarters   Coordinator, Core, Broadcast, Memory over a store (production), and its launcher
      |------ Host, a node   Agent, NodeRecovery, Commits, Upkeep, Crew, Lookout, Vault and its discipline (production)
      |          '-- Rank    a scripted worker: opens, copies, meets the others, restores, finishes, at its own pace
      |------ Network        connections that keep their order; delay, cuts, resets

@@ -43,7 +43,7 @@ class _Blind(Watch):
     def sent(self, record: Any) -> None:
         return
 
-    def heard(self, record: Any, ranks: int) -> None:
+    def received(self, record: Any, ranks: int) -> None:
         return
 
     def rang(self, rank: int) -> None:
@@ -211,7 +211,7 @@ class Host:
         """A packet of the coordinator."""
         record = r.decode_from_coordinator(packet)
         self.world.say(f"hq -> {self.name}", record)
-        self.agent.told(record)
+        self.agent.from_coordinator(record)
         self._leave_if_told()
 
     def ended(self, worker: Worker) -> None:

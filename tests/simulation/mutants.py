@@ -280,7 +280,7 @@ def _a_copy_given_up_is_handed_out(patch: Patch) -> None:
         if version is None and self._shards.version_of(rank, generation) is None:
             worker = self._crew.mine().get(rank)
             if worker is not None:
-                worker.tell(r.Generation(self._job.epoch, generation, -1, self._shards.path_of(rank), self._done))
+                worker.send(r.Generation(self._job.epoch, generation, -1, self._shards.path_of(rank), self._done))
             self._upkeep.aim()
         else:
             send(self, rank, generation, version, live)

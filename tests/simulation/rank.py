@@ -137,7 +137,7 @@ class Rank:
         self._said.send(host.process, self._arrive, record)
 
     def _arrive(self, record: Any) -> None:
-        self.host.agent.heard(self.worker, record)
+        self.host.agent.from_worker(self.worker, record)
 
     def step(self, step: r.Step, epoch: int, number: int = 0, changed: int = 0) -> None:
         """A step of the protocol."""

@@ -242,7 +242,7 @@ class SimulatedShards(Shards):
         self._replicator = _Replicator(host, self.vault, self._committed)  # type: ignore[assignment]
         self._told_sent = {}
 
-    def tell(self, event: Any) -> None:
+    def report(self, event: Any) -> None:
         self._host.news.send(self._host.process, self._host.agent.happened, event)
 
     def sent(self, rank: int) -> tuple[int, float]:
@@ -301,7 +301,7 @@ class SimulatedShards(Shards):
             intake.add(_Cut(intake))
             if own_copy(self.vault, rank, version) is not None:
                 intake.left.set()
-                self.tell(done)
+                self.report(done)
                 return
             givers = [host.cluster.at(place) if place else host for place in attempts.asked]
             found = []
@@ -347,14 +347,14 @@ class SimulatedShards(Shards):
             intake.left.set()
             self._failed(attempts, done, version, err)
             return
-        self.tell(done)
+        self.report(done)
 
     def _failed(self, attempts: Attempts[str], done: FetchDone, version: Version, err: VaultError) -> None:
         pause = attempts.failed(err, self._host.world.now)
         self._host.world.say(f"n{self._host.node}", f"fetch of rank {done.rank} failed: {err}; again in {pause}")
         if pause is None:
             assert attempts.error is not None
-            self.tell(FetchDone.failed(done.rank, done.epoch, version, done.source, version.epoch, attempts.error))
+            self.report(FetchDone.failed(done.rank, done.epoch, version, done.source, version.epoch, attempts.error))
             return
         slow = _CONNECT_S if err.broken and "answer" in str(err) else 0.0
         self._host.process.later(pause + slow, self._ask, attempts, done, version)

@@ -59,7 +59,7 @@ class Node:
         while True:
             event = self.shards.events.get()
             if not isinstance(event, FetchDone):
-                self.durability.heard(event)
+                self.durability.handle(event)
             if isinstance(event, kind):
                 return event
 

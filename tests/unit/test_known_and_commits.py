@@ -118,7 +118,7 @@ def test_ranks_that_can_have_no_generation_in_common_any_more_are_told_of_once(j
 def test_ranks_that_wait_with_what_is_below_the_floor_are_not_apart_for_it(job: KnownJob) -> None:
     commits = Commits(job)
     commits.committed(0, 4)
-    commits.told(r.CommittedTo(0, (0, 3), 6))
+    commits.committed_to(r.CommittedTo(0, (0, 3), 6))
     assert commits.committed(1, 6) is None, "the other one has 6 as well, soon"
     assert commits.committed(0, 6) == r.Committed(0, 0, 6)
 
@@ -128,8 +128,8 @@ def test_what_may_be_overwritten_by_now_is_not_told_again(job: KnownJob) -> None
     commits.committed(0, 5)
     told = commits.committed(1, 5)
     assert commits.last == told
-    commits.told(r.CommittedTo(0, (0, 5), 5))
-    commits.told(r.CommittedTo(0, None, 8))
+    commits.committed_to(r.CommittedTo(0, (0, 5), 5))
+    commits.committed_to(r.CommittedTo(0, None, 8))
     assert commits.last == told, "what is kept stays"
-    commits.told(r.CommittedTo(0, (0, 9), 9))
+    commits.committed_to(r.CommittedTo(0, (0, 9), 9))
     assert commits.last is None

@@ -263,9 +263,9 @@ def _scrape(port: int) -> str:
 def test_the_endpoint_serves_what_the_agent_said_and_heard(watch: Callable[..., Watch]) -> None:
     port = free_port()
     one = watch(port)
-    one.heard(r.Declare(3, "resume", "gone", [0], [0], [], {}, {}), 2)
+    one.received(r.Declare(3, "resume", "gone", [0], [0], [], {}, {}), 2)
     one.sent(r.NodeResumed(3, 1, 7))
-    one.heard(r.CommittedTo(3, (3, 7), 8), 2)
+    one.received(r.CommittedTo(3, (3, 7), 8), 2)
     for blocked, copied in ((0.25, 100), (0.5, 50)):
         one.sent(r.Iteration(1, 0, 3, 7, {}, None, 0.5, blocked, copied, 0))
     text = _scrape(port)
@@ -315,7 +315,7 @@ def test_a_taken_port_costs_a_line_and_not_the_node(
     watch(port)
     second = watch(port)
     assert f"--deadpool-metrics-port {port}" in capsys.readouterr().err
-    second.heard(r.CommittedTo(0, (0, 1), 0), 1)
+    second.received(r.CommittedTo(0, (0, 1), 0), 1)
 
 
 def test_read_events_of_the_written_story_is_the_story(tmp_path: Path) -> None:

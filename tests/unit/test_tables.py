@@ -5,16 +5,16 @@ from __future__ import annotations
 import msgspec
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.records.tables import Tables, Teller, apply
+from deadpool_megatron.cluster.records.tables import Broadcast, Tables, apply
 from simulated import SimulatedJob
 
 
-def _told(job: SimulatedJob, teller: Teller) -> Tables:
+def _told(job: SimulatedJob, broadcast: Broadcast) -> Tables:
     """The tables of an agent that has heard everything up to the first step."""
     nodes = job.core.members.present()
     roster, placement = job.told(r.Roster)[0], job.told(r.Placement)[0]
-    first = r.decode_from_coordinator(teller.packets(roster, nodes)[0][1])
-    second = r.decode_from_coordinator(teller.packets(placement, nodes)[0][1])
+    first = r.decode_from_coordinator(broadcast.packets(roster, nodes)[0][1])
+    second = r.decode_from_coordinator(broadcast.packets(placement, nodes)[0][1])
     assert isinstance(first, r.Roster) and isinstance(second, r.Placement)
     assert not first.assignment, "everybody knows the first one"
     sizes = second.unique_bytes, second.small_capacity
@@ -32,11 +32,11 @@ def _same(a: r.Declare, b: r.Declare) -> bool:
 
 
 def test_what_is_told_of_an_epoch_is_short_and_gives_the_whole_again_and_again() -> None:
-    job, teller = SimulatedJob(nodes=60, spares=4, slots=8).train(), Teller()
-    tables = _told(job, teller)
+    job, broadcast = SimulatedJob(nodes=60, spares=4, slots=8).train(), Broadcast()
+    tables = _told(job, broadcast)
     for victim in (3, 17):
         declared = _declared(job, victim)
-        packets = teller.packets(declared, job.core.members.present())
+        packets = broadcast.packets(declared, job.core.members.present())
         assert len({packet for _, packet in packets}) == 1 and len(packets[0][1]) < 400
         changed = r.decode_from_coordinator(packets[0][1])
         assert isinstance(changed, r.Changed)
@@ -47,27 +47,27 @@ def test_what_is_told_of_an_epoch_is_short_and_gives_the_whole_again_and_again()
 
 
 def test_who_does_not_hold_the_base_says_so_and_gets_the_whole() -> None:
-    job, teller = SimulatedJob(nodes=6, spares=1, slots=2).train(), Teller()
-    tables = _told(job, teller)
+    job, broadcast = SimulatedJob(nodes=6, spares=1, slots=2).train(), Broadcast()
+    tables = _told(job, broadcast)
     declared = _declared(job, 1)
-    changed = r.decode_from_coordinator(teller.packets(declared, [0])[0][1])
+    changed = r.decode_from_coordinator(broadcast.packets(declared, [0])[0][1])
     assert isinstance(changed, r.Changed)
     assert apply(changed, Tables(tables.version + 2, tables.assignment)) is None
     assert apply(changed, Tables()) is None
-    whole = r.decode_from_coordinator(teller.behind(0))
+    whole = r.decode_from_coordinator(broadcast.behind(0))
     assert isinstance(whole, r.Declare) and _same(whole, declared)
 
 
 def test_a_node_whose_connection_is_new_is_told_the_whole_the_next_time() -> None:
-    job, teller = SimulatedJob(nodes=6, spares=1, slots=2).train(), Teller()
-    _told(job, teller)
-    teller.joined(2)
-    packets = dict(teller.packets(_declared(job, 1), [0, 2]))
+    job, broadcast = SimulatedJob(nodes=6, spares=1, slots=2).train(), Broadcast()
+    _told(job, broadcast)
+    broadcast.joined(2)
+    packets = dict(broadcast.packets(_declared(job, 1), [0, 2]))
     assert isinstance(r.decode_from_coordinator(packets[0]), r.Changed)
     assert isinstance(r.decode_from_coordinator(packets[2]), r.Declare)
 
 
 def test_a_coordinator_that_has_just_come_tells_the_whole() -> None:
     job = SimulatedJob(nodes=6, spares=1, slots=2).train()
-    packets = Teller().packets(_declared(job, 1), [0, 2])
+    packets = Broadcast().packets(_declared(job, 1), [0, 2])
     assert all(isinstance(r.decode_from_coordinator(packet), r.Declare) for _, packet in packets)

@@ -157,7 +157,7 @@ class Agent:
 
     # ---- records from workers
 
-    def heard(self, worker: Worker, record: r.WorkerRecord) -> None:
+    def from_worker(self, worker: Worker, record: r.WorkerRecord) -> None:
         """A worker has said something."""
         recovery, lookout, upkeep, node = self._recovery, self._lookout, self._upkeep, self._s.node
         if recovery is None or lookout is None or upkeep is None:
@@ -235,7 +235,7 @@ class Agent:
         match event:
             case Staged() | Done() | Loaded():
                 if self._durable is not None:
-                    self._durable.heard(event)
+                    self._durable.handle(event)
             case ReserveFailed():
                 self.send(r.NoRoom(self._s.node, event.message))
             case Reserved():
@@ -262,10 +262,10 @@ class Agent:
 
     # ---- records from the coordinator
 
-    def told(self, record: r.CoordinatorRecord) -> None:
+    def from_coordinator(self, record: r.CoordinatorRecord) -> None:
         """The coordinator has said something."""
         self._act(record)
-        self._watch.heard(record, len(self._job.ranks))
+        self._watch.received(record, len(self._job.ranks))
 
     def _act(self, record: r.CoordinatorRecord) -> None:
         recovery, upkeep = self._recovery, self._upkeep
@@ -282,7 +282,7 @@ class Agent:
                 self._crew.signal(self._s.exit_signal)
             case r.Form() | r.Hold() | r.AllFinished() | r.ExitNotice():
                 for worker in self._crew.mine().values():
-                    worker.tell(record)
+                    worker.send(record)
             case r.Respawn():
                 if self._crew.workers[record.local].exited:
                     self._crew.renew(record.local)
@@ -297,7 +297,7 @@ class Agent:
                 self.code = record.code
                 for worker in self._crew.workers.values():
                     if isinstance(worker.process, AdoptedProcess):
-                        worker.tell(record)  # its launcher is to see this job's exit code, not a signal
+                        worker.send(record)  # its launcher is to see this job's exit code, not a signal
             case r.Declare() if recovery is not None:
                 self._declare(recovery, record)
             case r.Changed() if recovery is not None:
@@ -316,7 +316,7 @@ class Agent:
                 if self._durable is not None:
                     self._durable.placed()
             case r.CommittedTo() if upkeep is not None:
-                self._commits.told(record)
+                self._commits.committed_to(record)
                 upkeep.committed_to(record)
             case _ if self._durable is not None and self._job.ranks:
                 self._told_durable(self._durable, record)
@@ -362,7 +362,7 @@ class Agent:
         what = self._durable.begin(worker.rank, self._job.epoch)
         if isinstance(what, r.Generation):
             worker.began = True
-            worker.tell(what)
+            worker.send(what)
         elif what is not None:
             self.send(
                 r.WorkerFailed(self._s.node, worker.local, worker.rank, "setup", 0, -1, Exit.USAGE, "", "", what, "")

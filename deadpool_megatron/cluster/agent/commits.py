@@ -38,7 +38,7 @@ class Commits:
             return last
         return last if Version(last.epoch, last.generation) >= self._floor else None
 
-    def told(self, record: r.CommittedTo) -> None:
+    def committed_to(self, record: r.CommittedTo) -> None:
         """What the job has committed, and what can never be: ranks that wait with that are not apart for it."""
         if record.epoch == self._job.epoch:
             self.kept = record.kept or self.kept

@@ -78,7 +78,7 @@ class NodeDurability:
         self._loaded: dict[int, str] = {}  # by rank, and holder of constants, digest of its layout
 
     def _tell(self, news: DurableNews | Answer) -> None:
-        self._shards.tell(news)
+        self._shards.report(news)
 
     # ---- from workers
 
@@ -237,7 +237,7 @@ class NodeDurability:
             self._pinned = ""
             self._shards.vault.unpin()
 
-    def heard(self, news: DurableNews) -> None:
+    def handle(self, news: DurableNews) -> None:
         """The drainer, or the thread that loads, is through with something."""
         match news:
             case Staged():
@@ -262,7 +262,7 @@ class NodeDurability:
                 return
             left.discard(rank)
             version = (record.epoch, record.generation)
-            self._shards.tell(FetchDone(rank, record.epoch, record.generation, -1, version, ""))
+            self._shards.report(FetchDone(rank, record.epoch, record.generation, -1, version, ""))
 
         def work() -> None:
             shards = self._shards
@@ -270,7 +270,7 @@ class NodeDurability:
                 load_shards(shards.vault, self._directory, record.durable, versions, small_capacity, loaded)
             except DurableError as err:
                 rank = min(left)
-                self._shards.tell(FetchDone(rank, record.epoch, record.generation, -1, None, str(err)))
+                self._shards.report(FetchDone(rank, record.epoch, record.generation, -1, None, str(err)))
 
         threading.Thread(target=work, name="durable-fetch", daemon=True).start()
 

@@ -33,15 +33,15 @@ class Faults:
         if fault.point or fault.iteration is not None:
             self._armed.append(record)
             for worker in self._crew.workers.values():
-                worker.tell(record)
+                worker.send(record)
             return
         self._strike(fault)
 
-    def tell_bugs(self, worker: Worker) -> None:
+    def send_bugs(self, worker: Worker) -> None:
         """Arm what strikes a worker that has started since as well: a bug is in every process that runs the code."""
         for armed in self._armed:
             if armed.fault.kind == "raise":
-                worker.tell(armed)
+                worker.send(armed)
 
     def _strike(self, fault: r.Fault) -> None:
         """Do what the fault says, now; on the thread that passes the point."""
@@ -69,4 +69,4 @@ class Faults:
                 self._shards.corrupt(worker.rank)
             case _:
                 if worker is not None:
-                    worker.tell(r.Arm(fault))
+                    worker.send(r.Arm(fault))

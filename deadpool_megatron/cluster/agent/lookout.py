@@ -93,7 +93,7 @@ class Lookout:
         self._send(msgspec.structs.replace(record, epoch=self._job.epoch, node=self._job.node))
 
     def restart(self) -> None:
-        """A recovery begins: its gap is nobody's fault."""
+        """Ignore the gap that a recovery causes."""
         if self._stuck is not None:
             self._stuck.restart(self._clock.now())
 

@@ -92,7 +92,7 @@ class AgentProcess:
                     told = True
                     agent.send(r.PreemptionNotice(self._s.node))
                 self._step(self._poller.poll(int(LOOK_S * 1000) if self._s.config.deadpool else 1000))
-                self._tell_refusals()
+                self._report_refusals()
         finally:
             self._crew.end(agent.code in (Exit.FENCED, Exit.PREEMPTED), told=agent.code is not None)
             agent.close()
@@ -117,14 +117,14 @@ class AgentProcess:
             agent.introduce()
         self._job.rendezvous = self._uplink.moved(fds) or self._job.rendezvous
         for told in self._uplink.records(fds):
-            agent.told(told)
+            agent.from_coordinator(told)
         for worker in list(self._crew.workers.values()):
             if worker.doorbell in fds and worker.rank is not None and self._shards is not None:
                 os.eventfd_read(worker.doorbell)
                 agent.rang(worker)
             if worker.control.fileno() in fds or worker.pidfd in fds:
-                for record in worker.hear():
-                    agent.heard(worker, record)
+                for record in worker.receive():
+                    agent.from_worker(worker, record)
             if worker.pidfd in fds and not worker.exited:
                 agent.ended(worker)
         if self._shards is not None and self._shards.wake_fd in fds:
@@ -134,13 +134,12 @@ class AgentProcess:
         self._uplink.follow()
         agent.look(self._uplink.connected)
 
-    def _tell_refusals(self) -> None:
+    def _report_refusals(self) -> None:
         """Once a second, if anything was refused since."""
         if time.monotonic() < self._refusals_due:
             return
         self._refusals_due = time.monotonic() + 1.0
         counts = dict(self._shards.server.refusals) if self._shards is not None else {}
-        counts["unsealed"] = self._uplink.unsealed
         counts["malformed"] = self._uplink.malformed + sum(worker.refused for worker in self._crew.workers.values())
         if counts != self._refusals and any(counts.values()):
             self._agent.send(r.Refusals(self._s.node, counts))

@@ -91,7 +91,7 @@ class NodeRecovery:
                 self._crew.renew(worker.local)
         assert self._job.declared is not None
         for worker in self._crew.mine().values():
-            worker.tell(self._job.declared)
+            worker.send(self._job.declared)
         self._upkeep.replan(sizes_known=bool(record.unique_bytes))
         self._here.clear()
         for local in here if record.purpose != "drain" else ():  # then the agents do all there is to do
@@ -163,7 +163,7 @@ class NodeRecovery:
         if worker is not None:
             epoch = version[0] if version is not None else -1
             path = self._shards.path_of(rank)
-            worker.tell(r.Generation(self._job.epoch, generation, epoch, path, self._done, live=live))
+            worker.send(r.Generation(self._job.epoch, generation, epoch, path, self._done, live=live))
         self._upkeep.aim()
 
     def unreadable(self, worker: Worker, record: r.Unreadable) -> None:
@@ -179,9 +179,9 @@ class NodeRecovery:
         for worker in self._crew.give_coordinates():
             assert worker.rank is not None
             if self._job.declared is not None:
-                worker.tell(self._job.declared)  # one started since then has not heard of it
-            self._faults.tell_bugs(worker)
-            worker.tell(r.TakeOver(self._job.epoch, worker.rank))
+                worker.send(self._job.declared)  # one started since then has not heard of it
+            self._faults.send_bugs(worker)
+            worker.send(r.TakeOver(self._job.epoch, worker.rank))
 
     # ---- what workers say
 

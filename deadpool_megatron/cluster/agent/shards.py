@@ -148,22 +148,22 @@ class Shards:
         self._scrubber = Scrubber(self.vault, scrub_rate, self._damaged) if scrub_rate else None
         self._told_sent: dict[int, tuple[int, float]] = {}
 
-    def tell(self, event: Any) -> None:
+    def report(self, event: Any) -> None:
         """Put an event into the queue and wake who listens. Any thread."""
         self.events.put(event)
         os.eventfd_write(self.wake_fd, 1)
 
     def _committed(self, rank: int, epoch: int, generation: int) -> None:
-        self.tell(RankCommitted(rank, epoch, generation))
+        self.report(RankCommitted(rank, epoch, generation))
 
     def _no_room(self, why: str) -> None:
         """Before the first commit nothing is protected, so it is an error of the user's; later it's a copy less."""
         if self.vault.kept == EMPTY:
-            self.tell(ReserveFailed(why))
+            self.report(ReserveFailed(why))
 
     def _damaged(self, holder: int, kind: Kind, version: Version) -> None:
         if kind == "parity" or not is_constants(holder):  # constants are written anew, or sent anew, in the next epoch
-            self.tell(Damaged(holder, kind, version.generation))
+            self.report(Damaged(holder, kind, version.generation))
 
     def allocate(self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1) -> str:
         """The path of a rank's own arena, with room for the small state to grow. Raises VaultError in one clear line.
@@ -217,10 +217,10 @@ class Shards:
                 for word, plan in self.stripes.plans.items() if self.stripes is not None else ():
                     self.vault.allocate_parity(word, plan.chunks(size) * size, plan.records_bytes(size))
             except VaultError as err:
-                self.tell(ReserveFailed(str(err)))
+                self.report(ReserveFailed(str(err)))
                 return
             huge = sum(huge_bytes(arena.path) for arena in self.vault.arenas())
-            self.tell(Reserved(self.vault.bytes_allocated, huge))
+            self.report(Reserved(self.vault.bytes_allocated, huge))
 
         threading.Thread(target=work, name="vault-reserve", daemon=True).start()
 
@@ -336,7 +336,7 @@ class Shards:
             except VaultError as err:
                 done = FetchDone.failed(rank, epoch, version, source.node, version.epoch, err)
             points.reach("fetch.after")
-            self.tell(done)
+            self.report(done)
 
         threading.Thread(target=work, name=f"fetch-{rank}", daemon=True).start()
 
@@ -376,7 +376,7 @@ class Shards:
                 node = err.node if isinstance(err, RebuildFailed) else first
                 tried = next((share.version_epoch for part in parts for share in part if share.node == node), -1)
                 done = FetchDone.failed(rank, epoch, version, node, tried, err)
-            self.tell(done)
+            self.report(done)
 
         threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()
 

@@ -21,7 +21,7 @@ class _Look:
     pulse: Pulse
     query: int = 0
     asked: float | None = None
-    told: float = -_AGAIN_S
+    reported: float = -_AGAIN_S
     stopped_since: float | None = None
     forwards: tuple[int, int] = (0, 0)
 
@@ -66,10 +66,10 @@ class StuckWatch:
         if over < 0 or not worker.in_loop:
             look.asked = None
         elif look.asked is None:
-            if now - look.told >= _AGAIN_S:
+            if now - look.reported >= _AGAIN_S:
                 self._queries += 1
                 look.query, look.asked = self._queries, now
-                worker.tell(r.Where(look.query))
+                worker.send(r.Where(look.query))
         elif now - look.asked > _ANSWER_S:
             self._report(worker, rank, look, "silent", now)
 
@@ -81,13 +81,13 @@ class StuckWatch:
 
     def _report(self, worker: Worker, rank: int, look: _Look, state: r.Stall, now: float) -> None:
         look.asked = None
-        if now - look.told >= _AGAIN_S:
-            look.told = now
+        if now - look.reported >= _AGAIN_S:
+            look.reported = now
             seconds = now - look.pulse.since
             self.tell(worker, r.Stalled(0, 0, rank, worker.page.iteration, seconds, state))
 
     def restart(self, now: float) -> None:
-        """A recovery begins: its gap is nobody's fault."""
+        """Ignore the gap that a recovery causes."""
         for look in self._looks.values():
             look.pulse.restart(now)
             look.asked = None

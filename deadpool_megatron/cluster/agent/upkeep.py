@@ -37,14 +37,14 @@ class Upkeep:
     def grant(self, worker: Worker, record: r.ArenaRequest) -> None:
         """Give a worker the memory of its shard, or tell it why not."""
         if self._durable is not None and (refusal := self._durable.refusal(record.rank)):
-            worker.tell(r.ArenaRefused(refusal))
+            worker.send(r.ArenaRefused(refusal))
             return
         try:
             path = self._shards.allocate(record.rank, record.unique_bytes, record.small_bytes, record.numa)
         except (VaultError, OSError) as err:
-            worker.tell(r.ArenaRefused(str(err)))
+            worker.send(r.ArenaRefused(str(err)))
             return
-        worker.tell(r.ArenaGranted(record.rank, path))
+        worker.send(r.ArenaGranted(record.rank, path))
         if self._durable is not None:
             self._durable.granted(record.rank, small_capacity(record.small_bytes))
         self.aim()

@@ -44,11 +44,6 @@ class Uplink:
         """The coordinator is there."""
         return self._spoke.connected
 
-    @property
-    def unsealed(self) -> int:
-        """Packets that nobody of this job has sent."""
-        return self._spoke.seal.refused
-
     def has_come_up(self, ready: Collection[object]) -> bool:
         """The connection is there, for the first time or again: the coordinator may have forgotten this node."""
         return self._spoke.monitor in ready and self._spoke.changed() and self._spoke.connected

@@ -150,7 +150,7 @@ class Watch:
             case _:
                 pass
 
-    def heard(self, record: r.CoordinatorRecord, coordinates: int) -> None:
+    def received(self, record: r.CoordinatorRecord, coordinates: int) -> None:
         """The coordinator has told the agent something; ``coordinates`` is how many this node holds after it."""
         m = self._metrics
         match record:

@@ -73,12 +73,12 @@ class Worker:
         """Process id."""
         return self.process.pid
 
-    def tell(self, record: msgspec.Struct) -> None:
+    def send(self, record: msgspec.Struct) -> None:
         """Send one record; a worker that is gone hears nothing."""
         with contextlib.suppress(OSError):
             self.control.send(r.encode(record))
 
-    def hear(self) -> list[r.WorkerRecord]:
+    def receive(self) -> list[r.WorkerRecord]:
         """All records that are waiting. What is none is counted in ``refused``."""
         out: list[r.WorkerRecord] = []
         while True:

@@ -28,7 +28,7 @@ from deadpool_megatron.cluster.core.protection import in_words
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.link.link import Hub
 from deadpool_megatron.cluster.link.ports import patience_s
-from deadpool_megatron.cluster.records.tables import Teller
+from deadpool_megatron.cluster.records.tables import Broadcast
 from deadpool_megatron.cluster.store import Guard, Store, StoreError
 from deadpool_megatron.durable import Lease
 from deadpool_megatron.observe import RunDirectory
@@ -104,7 +104,7 @@ class Coordinator:
         self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
         self._refused = 0
-        self._teller = Teller(chance)
+        self._broadcast = Broadcast(chance)
         self._no_places_until = self._clock.now() + silence_s if settings.resume else 0.0
         self._connected: set[int] = set()
         self._interrupted = False
@@ -157,7 +157,7 @@ class Coordinator:
             self._memory.clear()
         self._write_status()
         host, store_port = self._settings.host, self._settings.store_port
-        self._memory.tell_place(host, self.port, store_port, self._settings.job_id)
+        self._memory.publish_place(host, self.port, store_port, self._settings.job_id)
         announce(self.port)
         if self._settings.elected:
             self._memory.watch()
@@ -236,9 +236,9 @@ class Coordinator:
             return  # a node that was declared lost has no say any more
         self._connected.add(node)
         if isinstance(record, r.Join):
-            self._teller.joined(node)
+            self._broadcast.joined(node)
         elif isinstance(record, r.Behind):
-            if whole := self._teller.behind(node):
+            if whole := self._broadcast.behind(node):
                 self._hub.send(identity, whole)
             return
         step = self._progress.took(record)
@@ -334,7 +334,7 @@ class Coordinator:
             if isinstance(action, Send):
                 points.reach_record("coordinator", action.record)
                 nodes = [action.node] if action.node is not None else self._core.members.present()
-                for node, packet in self._teller.packets(action.record, nodes):
+                for node, packet in self._broadcast.packets(action.record, nodes):
                     self._hub.send(_identity(node), packet)
         if any(isinstance(action, Emit) and action.event in _STATUS_FIRST for action in actions):
             self._write_status()

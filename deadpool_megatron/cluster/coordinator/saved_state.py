@@ -80,7 +80,7 @@ class Memory:
         self._store.delete(STATE, self._guard)
         self._written.clear()
 
-    def tell_place(self, host: str, port: int, store_port: int, job_id: str) -> None:
+    def publish_place(self, host: str, port: int, store_port: int, job_id: str) -> None:
         """The coordinator listens. Raises StoreError."""
         place = Place(host, port, store_port, self._guard.revision, job_id)
         self._store.put({PLACE: _encoder.encode(place)}, guard=self._guard)

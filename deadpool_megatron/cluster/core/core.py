@@ -401,9 +401,9 @@ class Core:
             yield from self._returning.back(record, self._now)
         elif self._state.phase is Phase.STARTING:
             if first:
-                yield from self._start.tell_roster()
+                yield from self._start.send_roster()
             elif record.epoch < self.epoch:
-                yield from self._start.tell_again(record.node)
+                yield from self._start.send_roster_again(record.node)
         elif awaited:
             yield from self._start.came_later(record)
             yield from self._look_for_spare(record.node)
@@ -541,7 +541,7 @@ class Core:
         if not hit:
             yield Send(None, r.Departed(sorted(fresh)))
             if awaited and self._state.phase is Phase.STARTING:
-                yield from self._start.tell_roster()  # it was the one the others waited for
+                yield from self._start.send_roster()  # it was the one the others waited for
             yield Persist()
             return
         if not self.job.deadpool:
@@ -577,7 +577,7 @@ class Core:
         self._recoveries.start_over()
         self._new_epoch(list(range(self.job.world_size)))
         yield Persist()
-        yield from self._start.tell_roster()
+        yield from self._start.send_roster()
 
     def _new_epoch(self, replaced: list[int]) -> None:
         self.seen.moved(replaced)

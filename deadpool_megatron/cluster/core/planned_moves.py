@@ -69,7 +69,7 @@ class Drains:
             yield from self._move_out(drain)
 
     def tick(self, now: float) -> Effects:
-        """Who does not hold still has had time enough by `due`."""
+        """Stop waiting for nodes that missed the hold deadline."""
         if self._drain is not None and now >= self._drain.deadline:
             yield from self._move_out(self._drain)
 

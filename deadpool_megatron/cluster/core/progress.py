@@ -44,7 +44,7 @@ class Progress:
         self.done[record.act] = max(record.iteration, self.done.get(record.act, -1))
 
     def node_committed(self, record: r.Committed) -> tuple[Told | None, bool]:
-        """A node has committed a generation. What everybody is to be told, if anything; whether all have it now."""
+        """A node has committed a generation. Returns what to send to all, if anything, and whether all have it now."""
         version = Version(record.epoch, record.generation)
         told = self._ledger.apart(version) if record.apart else self._ledger.committed(record.node, version)
         if told is None or told.kept is None or told.kept == self._kept:

@@ -356,7 +356,7 @@ class Recoveries:
     def _check_restored(self, recovery: Recovery, now: float) -> Effects:
         if recovery.all_restored(now):
             yield emit("restored", iteration=recovery.generation)
-        if recovery.told_restored and recovery.compared_s is not None:
+        if recovery.restored_reported and recovery.compared_s is not None:
             yield emit("compared", iteration=recovery.generation, seconds=recovery.compared_s)
             recovery.compared_s = None
         if recovery.over:
@@ -409,7 +409,7 @@ class Recoveries:
         }
 
     def load(self, kept: dict[str, Any]) -> None:
-        """The opposite; a recovery that was under way is not gone on with."""
+        """Restore what `dump` gave. A recovery that was under way is not continued."""
         self._purpose = kept["purpose"]
         self._refused = {(rank, node, g, epoch) for rank, node, g, epoch in kept["refused"]}
         self.vacant = {(node, local) for node, local in kept["vacant"]}

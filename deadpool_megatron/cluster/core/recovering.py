@@ -53,7 +53,7 @@ class Recovery:
         self._restored: set[int] = set()
         self._resumed: set[int] = set()
         self._saved: set[int] = set()
-        self.told_restored = False
+        self.restored_reported = False
         self.compared_s: float | None = None  # what comparing all ranks took, not told yet
         self._groups: dict[int, tuple[int, int, int]] = {}
 
@@ -123,9 +123,9 @@ class Recovery:
 
     def all_restored(self, now: float) -> bool:
         """True once, when every node has its parameters back."""
-        if self.phase is not Phase.RESTORING or self.told_restored or not self._restored >= self.active:
+        if self.phase is not Phase.RESTORING or self.restored_reported or not self._restored >= self.active:
             return False
-        self.told_restored = True
+        self.restored_reported = True
         if self.purpose == "save":
             self.deadline = now + self._deadlines.build
         return True
@@ -133,7 +133,7 @@ class Recovery:
     @property
     def over(self) -> bool:
         """Every node trains again."""
-        return self.purpose == "resume" and self.told_restored and self._resumed >= self.active
+        return self.purpose == "resume" and self.restored_reported and self._resumed >= self.active
 
     def saved(self, node: int) -> bool:
         """A node has written Megatron's checkpoint."""
@@ -147,7 +147,7 @@ class Recovery:
         if self.phase is Phase.ARRIVING:
             return set(self.givers) - self.offers.keys()
         through = {Phase.PREPARING: self._ready, Phase.FORMING: self._formed}.get(self.phase, self._resumed)
-        if self.phase is Phase.RESTORING and self.purpose == "save" and self.told_restored:
+        if self.phase is Phase.RESTORING and self.purpose == "save" and self.restored_reported:
             through = self._saved
         return set(self.active) - through
 

@@ -2,7 +2,7 @@
 
 ::
 
-    begin(nodes), also(node) .. each Join says what its node was in the midst of .. all_back -> one epoch, or none
+    begin(nodes), also(node) .. each Join says which epoch its node was in .. all_back -> one epoch, or none
 
 Until all are back, or given up, nothing is decided that somebody would not hear of: what asks for a new epoch is
 remembered, and what is committed is counted once every holder of a coordinate is back.

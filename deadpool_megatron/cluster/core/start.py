@@ -40,7 +40,7 @@ class Start:
         self._state.protection.label(record.node, record.domains)
         return first
 
-    def tell_roster(self) -> Effects:
+    def send_roster(self) -> Effects:
         """To all, once everybody who is not lost has joined."""
         if self._state.members.complete():
             job = self._state.job
@@ -50,7 +50,7 @@ class Start:
             yield from self._state.durability.start(self._state.members.active(), self.epoch)
             yield Persist()
 
-    def tell_again(self, node: int) -> Effects:
+    def send_roster_again(self, node: int) -> Effects:
         """To one who was away and has not heard that the start began anew."""
         if self._state.members.complete():
             yield Send(node, self._roster())

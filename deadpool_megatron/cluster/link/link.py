@@ -49,8 +49,8 @@ def _keypair(secret: bytes, role: str) -> tuple[bytes, bytes]:
 def _heartbeats(socket: zmq.Socket[bytes], every_s: float, within_s: float) -> None:
     """Ask the other end for a sign of life; no answer in time ends the connection.
 
-    Each end asks for itself: what ZeroMQ has for one end to vouch for itself (HEARTBEAT_TTL) is ended by any packet
-    that follows, and a peer that freezes right after one would never be missed.
+    Each end pings on its own: HEARTBEAT_TTL is reset by any later packet, so a peer that freezes right after one would
+    never be missed.
     """
     socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(every_s * 1000)))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(200, int(within_s * 1000)))
@@ -209,10 +209,6 @@ class Hub:
         self._context.term()
 
 
-class _Nothing:
-    refused = 0
-
-
 class Spoke:
     """An agent's end (or a tool's): one DEALER socket to the coordinator. One thread uses it.
 
@@ -233,7 +229,6 @@ class Spoke:
         self._context = context or zmq.Context()
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.IDENTITY, identity.encode())
-        self.seal = _Nothing()  # read by cluster/agent/uplink.py, until that has gone too
         server_public, _ = _keypair(secret, "server")
         public, private = _keypair(secret, "client")
         self.socket.curve_serverkey = server_public

@@ -76,13 +76,13 @@ def _difference(record: r.Declare, old: Tables) -> r.Changed | None:
     )
 
 
-class Teller:
+class Broadcast:
     """The coordinator's side: what was told last, and who has it."""
 
     def __init__(self, chance: random.Random | None = None) -> None:
         """``chance``: draws the versions; None: the system's."""
         self._chance = chance or random.SystemRandom()
-        self._told = Tables()
+        self._sent = Tables()
         self._whole = b""  # the last Declare in full, encoded
         self._has: dict[int, int] = {}
 
@@ -95,15 +95,15 @@ class Teller:
         if isinstance(record, r.Roster) and len(nodes) > 1:
             # (a roster for one who joins later leaves out what the job has learnt since: it gets the next one whole)
             record = msgspec.structs.replace(record, version=self._fresh())
-            self._told = Tables(record.version, record.assignment, record.vaults)
+            self._sent = Tables(record.version, record.assignment, record.vaults)
             self._has = dict.fromkeys(nodes, record.version)
             if record.epoch == 0:  # everybody knows the first assignment without being told
                 record = msgspec.structs.replace(record, assignment=[])
         elif isinstance(record, r.Placement):
-            old = self._told
+            old = self._sent
             record = msgspec.structs.replace(record, version=self._fresh())
             sizes = record.unique_bytes, record.small_capacity
-            self._told = Tables(record.version, old.assignment, old.vaults, record.groups, *sizes)
+            self._sent = Tables(record.version, old.assignment, old.vaults, record.groups, *sizes)
             self._has = {node: record.version for node in nodes if self._has.get(node) == old.version}
         elif isinstance(record, r.Declare):
             return self._declare(record, nodes)
@@ -113,15 +113,15 @@ class Teller:
     def behind(self, node: int) -> bytes:
         """The last `Declare` in full, for one that does not hold what it was changed from; empty: there was none."""
         if self._whole:
-            self._has[node] = self._told.version
+            self._has[node] = self._sent.version
         return self._whole
 
     def _declare(self, record: r.Declare, nodes: Sequence[int]) -> list[tuple[int, bytes]]:
-        old = self._told
+        old = self._sent
         record = msgspec.structs.replace(record, version=self._fresh())
         changed = _difference(record, old)
         sizes = record.unique_bytes, record.small_capacity
-        self._told = Tables(record.version, record.assignment, record.vaults, record.groups, *sizes)
+        self._sent = Tables(record.version, record.assignment, record.vaults, record.groups, *sizes)
         self._whole = r.encode(record)
         short = r.encode(changed) if changed is not None else self._whole
         out = [(node, short if self._has.get(node) == old.version else self._whole) for node in nodes]

@@ -61,7 +61,7 @@ class Watch:
         self._last: int | None = None
         self.closed = threading.Event()
 
-    def told(self, entry: Entry | None) -> None:
+    def changed(self, entry: Entry | None) -> None:
         """The key has this value now; None: it is gone. May be told again and again."""
         revision = entry.revision if entry is not None else 0
         if revision != self._last:

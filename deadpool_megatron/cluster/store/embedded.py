@@ -176,7 +176,7 @@ class EmbeddedStore(Store):
     def _follow(self, key: str, watch: Watch) -> None:
         while not (watch.closed.is_set() or self._closed.is_set()):
             with suppress(StoreError):  # a watch outlives that
-                watch.told(self.get(key))
+                watch.changed(self.get(key))
             watch.closed.wait(_LOOK_S)
 
 

@@ -126,14 +126,14 @@ class EtcdStore(Store):
         while not (watch.closed.is_set() or self._closed.is_set()):
             try:
                 answer = self.gateway.call("/v3/kv/range", {"key": self._key(key)})
-                watch.told(_found(answer))
+                watch.changed(_found(answer))
                 since = int(answer["header"]["revision"]) + 1
                 asked = {"create_request": {"key": self._key(key), "start_revision": str(since)}}
                 for news in self.gateway.stream("/v3/watch", asked, _SILENCE_S):
                     if watch.closed.is_set() or "error" in news or news.get("result", {}).get("canceled"):
                         break
                     for event in news.get("result", {}).get("events", ()):
-                        watch.told(None if event.get("type") == "DELETE" else _entry(event["kv"]))
+                        watch.changed(None if event.get("type") == "DELETE" else _entry(event["kv"]))
             except StoreError:
                 pass  # asked again below: a watch outlives the loss of every member
             watch.closed.wait(_RETRY_S)
