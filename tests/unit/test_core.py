@@ -940,6 +940,15 @@ def test_a_fault_that_cannot_strike_is_refused_with_the_reason(fault: r.Fault, w
     assert job.core.inject(fault, job.now) == (why, [])
 
 
+def test_a_fault_for_an_agent_that_is_not_there_yet_is_refused_and_not_lost() -> None:
+    job = SimulatedJob()
+    fault = r.Fault("kill", 1, iteration=3)
+    why = "not now: the agent of node 1 is not connected; try again in a moment"
+    assert job.core.inject(fault, job.now) == (why, [])
+    job.train()
+    assert job.core.inject(fault, job.now)[0] == ""
+
+
 def test_a_fault_goes_to_its_node_and_an_abort_re_forms_with_everybody() -> None:
     job = SimulatedJob().train()
     error, actions = job.core.inject(r.Fault("kill-worker", 2, 1, 7, 3), job.now)

@@ -227,6 +227,8 @@ class Core:
         error = self._no_such_node(fault.node)
         if error:
             return error, []
+        if not self.nodes[fault.node].agent_pid or self._returning.awaits(fault.node):
+            return f"not now: the agent of node {fault.node} is not connected; try again in a moment", []
         if fault.iteration is not None and fault.iteration <= self.iteration:
             return f"iteration {fault.iteration} is over: the job is past iteration {self.iteration}", []
         return "", self._run(_just(Send(fault.node, r.Arm(fault))), now)
