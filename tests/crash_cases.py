@@ -70,7 +70,7 @@ GROUPS: Final[dict[str, list[Case]]] = {
         _coordinator("coordinator.committed-to"),
     ),
     "after-iteration": _spread(
-        [*_each(_AFTER), Case("worker.iteration", rank=2), Case("worker.did", rank=3)],
+        [*_each(_AFTER), Case("worker.iteration", rank=2), Case("worker.side-effect", rank=3)],
         _coordinator("coordinator.inject-reply"),
     ),
     "survivor": _spread(
@@ -106,7 +106,7 @@ GROUPS: Final[dict[str, list[Case]]] = {
             *_each("checksum.chunk peer-send.before peer-send.chunk peer-receive.chunk peer-receive.complete"),
             *_each("agent.committed agent.pace"),
             Case("agent.iteration", rank=2),
-            Case("agent.did", rank=3),
+            Case("agent.side-effect", rank=3),
             Case("agent.worker-exited", trigger="own-worker"),
             Case("agent.refusals", trigger="garbage", rank=1),
             Case("agent.damaged-copy", trigger="corrupt", rank=2),

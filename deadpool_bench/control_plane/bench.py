@@ -95,7 +95,7 @@ class SimulatedCluster:
             mine = nodes[i::processes]
             self._where |= dict.fromkeys(mine, i)
             swarm = SwarmSettings(
-                f"127.0.0.1:{self.coordinator.port}", self._secret, lease, mine, active, slots, seed=i, **more
+                f"127.0.0.1:{self.coordinator.port}", self._secret, name, lease, mine, active, slots, seed=i, **more
             )
             self._swarms.append(self._spawn(swarm))
 

@@ -27,7 +27,7 @@ import zmq
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.lookout import pace_every_s
-from deadpool_megatron.cluster.link.link import Spoke
+from deadpool_megatron.cluster.link.link import Spoke, agent_identity
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.placement.redundancy import Scheme, holders
 from deadpool_megatron.cluster.records.tables import Tables, apply
@@ -44,6 +44,7 @@ class SwarmSettings(msgspec.Struct, frozen=True):
 
     endpoint: str
     secret: str
+    job_id: str
     lease: float
     nodes: list[int]
     active: int
@@ -136,7 +137,13 @@ class Swarm:
         """Agents connect."""
         slots = self._s.slots
         for node in nodes:
-            spoke = Spoke(self._s.endpoint, f"node-{node}", bytes.fromhex(self._s.secret), self._s.lease, self._context)
+            spoke = Spoke(
+                self._s.endpoint,
+                agent_identity(self._s.job_id, node),
+                bytes.fromhex(self._s.secret),
+                self._s.lease,
+                self._context,
+            )
             active = node < self._s.active
             agent = _Agent(node, list(range(node * slots, (node + 1) * slots)) if active else [], spoke)
             self.agents[node] = agent

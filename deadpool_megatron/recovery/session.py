@@ -75,6 +75,7 @@ class Session:
         self._arena: r.ArenaGranted | r.ArenaRefused | None = None
         self._armed: tuple[r.Fault, ...] = ()
         self._hold: r.Hold | None = None
+        self._told_to_wait = 0.0
         self._on_arm: Callable[[r.Fault], None] = lambda fault: None
         self.is_waiting: Callable[[], bool] = lambda: False
         self.on_exit_notice: Callable[[], None] = lambda: None
@@ -130,6 +131,8 @@ class Session:
                     self._on_arm(record.fault)
                 case r.Hold():
                     self._hold = record
+                case r.KeepWaiting():
+                    self._told_to_wait = time.monotonic()
                 case r.Stop():
                     # Only a worker that its agent has not started is told; the others are ended by signal.
                     sys.stdout.flush()
@@ -186,14 +189,7 @@ class Session:
 
     def wait_declared(self, deadline_s: float) -> r.Declare | None:
         """The newest epoch this worker has not joined; None when none was declared within ``deadline_s`` seconds."""
-        end = time.monotonic() + deadline_s
-        with self._news:
-            while self._declared is None or self._declared.epoch <= self.joined_epoch:
-                left = end - time.monotonic()
-                if left <= 0:
-                    return None
-                self._news.wait(left)
-            return self._declared
+        return self._declared if self.wait_newer(self.joined_epoch, deadline_s) else None
 
     def wait_generation(self, epoch: int) -> r.Generation:
         """The generation agreed in ``epoch``. Raises Superseded."""
@@ -233,11 +229,14 @@ class Session:
                 self._news.wait()
 
     def wait_newer(self, epoch: int, deadline_s: float) -> bool:
-        """Until an epoch newer than ``epoch`` is declared; False when the deadline passes."""
-        end = time.monotonic() + deadline_s
+        """Until an epoch newer than ``epoch`` is declared; False when the deadline passes.
+
+        Time in which the agent has no coordinator, so that nobody can declare, does not count.
+        """
+        begun = time.monotonic()
         with self._news:
             while self.declared_epoch <= epoch:
-                left = end - time.monotonic()
+                left = max(begun, self._told_to_wait) + deadline_s - time.monotonic()
                 if left <= 0:
                     return False
                 self._news.wait(left)

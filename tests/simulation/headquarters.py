@@ -101,9 +101,9 @@ class _Hub(Hub):
             if self.fuse < 0:
                 raise _Crash
         name = identity.decode()
-        if not name.startswith("node-"):
+        if not name.endswith("@job"):
             self._answered(name, packet)
-        elif (link := self._links(int(name.removeprefix("node-")))) is not None:
+        elif (link := self._links(int(name.removeprefix("node-").removesuffix("@job")))) is not None:
             link.send(packet)
 
     def farewell(self, to: Iterable[bytes], within_s: float, on_packet: Callable[[bytes, bytes], None]) -> None:
@@ -224,12 +224,12 @@ class Headquarters:
             return
         if self.world.trace is not None:
             self.world.say(f"n{node} -> hq", str(r.decode_from_agent(packet)).replace(f"pid={os.getpid()}, ", ""))
-        self.hub.packets.append((f"node-{node}".encode(), packet, number))
+        self.hub.packets.append((f"node-{node}@job".encode(), packet, number))
         self._soon()
 
     def gone(self, node: int, number: int) -> None:
         """This connection of a node has ended."""
-        self.hub.ends.append((f"node-{node}".encode(), number))
+        self.hub.ends.append((f"node-{node}@job".encode(), number))
         self._soon()
 
     def _soon(self) -> None:

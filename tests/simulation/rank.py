@@ -58,6 +58,7 @@ class Rank:
         self._taken: r.TakeOver | None = None
         self._hold: r.Hold | None = None
         self._waits = False  # in a communication
+        self._told_to_wait = 0.0
         self.groups = self.joined  # the epoch whose groups it has or forms
         self.writer: SlotWriter | None = None
         self.live: int | None = None
@@ -160,6 +161,8 @@ class Rank:
                 self._generation = record
             case r.Form():
                 self._formed = record.epoch
+            case r.KeepWaiting():
+                self._told_to_wait = self.world.now
             case r.TakeOver():
                 self._taken = record
             case r.AllFinished():
@@ -395,8 +398,8 @@ class Rank:
         if isinstance(error, Broken) and self.declared_epoch <= self.joined:
             self.say(r.PeerError(self.joined, 0, self.rank, "connection closed by peer"))
         patience = deadlines.build if error is None else self._patience
-        if not (yield from self._wait(lambda: self.declared_epoch > self.joined, patience)):
-            raise Dies(f"nothing was declared: {error!r}")
+        if not (yield from self._declared_after(self.joined, patience)):
+            raise error or Dies("nothing was declared")
         while True:
             epoch = self.declared_epoch
             try:
@@ -409,8 +412,16 @@ class Rank:
                     yield from self._await_newer(epoch, "no groups")
 
     def _await_newer(self, epoch: int, why: str) -> Script:
-        if not (yield from self._wait(lambda: self.declared_epoch > epoch, self._patience)):
+        if not (yield from self._declared_after(epoch, self._patience)):
             raise Dies(why)
+
+    def _declared_after(self, epoch: int, patience: float) -> Script:
+        """As `Session.wait_newer`."""
+        begun = self.world.now
+        while (left := max(begun, self._told_to_wait) + patience - self.world.now) > 0:
+            if (yield from self._wait(lambda: self.declared_epoch > epoch, left)):
+                return True
+        return False
 
     def _take_part(self, epoch: int) -> Script:
         assert self.rank is not None and self.declared is not None

@@ -47,7 +47,7 @@ def _come(ranks: list[subprocess.Popen[str]], local: int, last: str) -> None:
 
 
 def _hear(worker: Worker) -> None:
-    for record in worker.hear():
+    for record in worker.receive():
         if isinstance(record, r.Leaving) and isinstance(worker.process, AdoptedProcess):
             worker.process.said = record.code
 

@@ -402,9 +402,9 @@ def test_a_bad_answer_from_the_coordinator_is_counted_by_the_agent_and_no_more()
             uplink.post(b"here")
             hub.wait(0.1, lambda identity, packet: heard.append(packet), lambda identity: None)
         for _ in range(3_000):
-            hub.socket.send_multipart([b"node-1", chance.randbytes(40)], zmq.NOBLOCK)
+            hub.socket.send_multipart([b"node-1@job", chance.randbytes(40)], zmq.NOBLOCK)
         while not told:  # a socket that sends to a full queue drops: what has just filled it has to be read first
-            hub.send(b"node-1", r.encode(r.Stop(0, "well")))
+            hub.send(b"node-1@job", r.encode(r.Stop(0, "well")))
             told += uplink.records(dict(poller.poll(500)))
         assert told[0] == r.Stop(0, "well") and uplink.malformed >= 1
     finally:

@@ -53,7 +53,7 @@ def test_no_message_can_be_sent_without_a_point() -> None:
     assert by_construction() - set(points.POINTS) == tools | {"worker.worker-step", "coordinator.changed"}
     # Whoever encodes a record passes the point of its name in the same function. Tools are in no assignment; what an
     # agent tells its workers is lost with the one or the other, each of which has points of its own.
-    free = {"commands/control.py:_ask", "launcher/enlisting.py:enlist", "cluster/agent/workers.py:tell"}
+    free = {"commands/control.py:_ask", "launcher/enlisting.py:enlist", "cluster/agent/workers.py:send"}
     free |= {"worker.py:tell", "worker.py:main"}  # before there is a session nothing can be armed
     free |= {
         "cluster/records/tables.py:packets",

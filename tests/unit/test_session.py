@@ -10,6 +10,7 @@ import textwrap
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,26 @@ def test_a_declaration_closes_the_epoch_and_aborts(line: Line) -> None:
     until(lambda: line.heard == [1], "the abort")
     line.session.joined_epoch = 1
     assert not line.session.closed and line.session.wait_declared(0.05) is None
+
+
+def test_time_without_a_coordinator_does_not_count_against_a_declaration(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("deadpool_megatron.recovery.session.time", SimpleNamespace(monotonic=lambda: now[0]))
+    result: list[bool] = []
+    thread = threading.Thread(target=lambda: result.append(line.session.wait_newer(0, 20.0)), daemon=True)
+    thread.start()
+    waiting = line.session._news._waiters  # type: ignore[attr-defined]
+    until(lambda: waiting, "the training thread to wait")
+    now[0] = 130.0
+    line.tell(r.KeepWaiting())
+    line.tell(r.Where(1))  # answered when that has been taken, and the training thread woken
+    assert line.hear() == r.Whereabouts(1, False)
+    until(lambda: waiting or result, "it to wait again")
+    line.tell(declare(1))
+    thread.join()
+    assert result == [True]
 
 
 def test_a_declaration_is_known_before_its_abort_is_over() -> None:

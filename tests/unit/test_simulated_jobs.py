@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import pytest
 
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.records.exits import Exit
 from simulation import simulate
 from simulation.faults import Profile
 from simulation.mutants import MUTANTS
+from simulation.run import Run
 
 _BATCHES, _RUNS = 16, 125
 
@@ -34,10 +38,10 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "departed": (20071, ()),
     "comes back": (105619, ()),
     "one end": (8655, ()),
-    "ends once": (4634, ()),
+    "ends once": (1135, ("kill worker", "kill coordinator", "crash coordinator soon")),
     "has left": (135453, ()),
     "joins late": (166383, ()),
-    "broken new": (137954, ()),
+    "broken new": (201, ("damage", "kill node", "freeze node")),
     "all back": (26485, ()),
     "one moment": (6526, ()),
     "told before": (1367, ("kill worker", "kill coordinator", "crash coordinator soon")),
@@ -63,6 +67,22 @@ def test_a_fix_that_is_taken_back_is_missed(fix: str, monkeypatch: pytest.Monkey
     assert not simulate(seed, profile).violation
     MUTANTS[fix](monkeypatch)
     assert simulate(seed, profile).violation
+
+
+def test_an_agent_of_an_earlier_run_is_told_to_leave_and_takes_nobodys_place() -> None:
+    run = Run(3, Profile(most=0))
+    while run.hq.core.phase is not Phase.RUNNING:
+        run.world.step()
+    answers: list[tuple[str, bytes]] = []
+    run.hq.hub._answered = lambda name, packet: answers.append((name, packet))
+    run.hq.hub.packets.append((b"node-0@earlier", r.encode(r.Join(0, 7, "n0", 1, [8, 9])), 1))
+    run.hq._soon()
+    run.hq.hub.ends.append((b"node-0@earlier", 1))
+    run.run()
+    ((name, packet),) = answers
+    told = r.decode_from_coordinator(packet)
+    assert name == "node-0@earlier" and isinstance(told, r.Stop) and told.code == Exit.FENCED
+    assert run.hq.ended is not None and run.hq.ended[0] == Exit.OK and run.hq.core.nodes[0].role == "active"
 
 
 def test_every_fix_has_a_run() -> None:

@@ -242,7 +242,7 @@ def test_a_vault_gives_back_only_what_was_written(tmp_path: Path) -> None:
 
 def test_a_vault_without_fences_would_not(tmp_path: Path) -> None:
     with pytest.raises(Wrong):
-        for seed in range(SEEDS):
+        for seed in range(6 * SEEDS):  # about one in four goes wrong
             vaulted(seed, tmp_path, *FENCES)
 
 

@@ -143,6 +143,8 @@ class Agent:
                 self.send(r.WorkerReady(node, worker.local, worker.pid))
             if worker.registered is not None:
                 self.send(worker.registered)
+            if worker.broken is not None and worker.waits(self._job.epoch):
+                self.send(worker.broken)  # somebody has to declare the epoch that it waits for
             if worker.exited and worker.exit_code is not None:
                 if worker.failed is not None:  # why it has ended
                     self.send(worker.failed)
@@ -188,6 +190,9 @@ class Agent:
             case r.WorkerFailed():
                 worker.failed = msgspec.structs.replace(record, node=node, local=worker.local, rank=worker.rank)
                 self.send(worker.failed)
+            case r.PeerError():
+                worker.broken = msgspec.structs.replace(record, node=node)
+                self.send(worker.broken)
             case r.Described():
                 if self._durable is not None and worker.rank is not None:
                     self._durable.described(record, worker.rank)

@@ -60,7 +60,8 @@ class Lookout:
             rule = StallRule(settings.config.hang_factor, settings.config.hang_floor, settings.config.hang_outside)
             self._stuck = StuckWatch(rule, settings.config.lease, processes, self._stalled)
         self._pace_s = pace_every_s(settings.active_nodes)
-        self._due = self._pace_due = 0.0
+        self._due = self._pace_due = self._wait_due = 0.0
+        self._wait_s = settings.config.lease / 2
 
     def look(self, connected: bool) -> str:
         """Call often. Why this node has to fence itself; empty when it has not. ``connected``: to the coordinator."""
@@ -74,6 +75,11 @@ class Lookout:
             self._fence.connected()
         elif self._fence.cut_off(self._job.vaults, now):
             return f"node {self._job.node} is cut off from the others and ends its workers"
+        elif now >= self._wait_due:
+            self._wait_due = now + self._wait_s
+            for worker in self._crew.mine().values():
+                if worker.waits(self._job.epoch) or not self._recovery.settled:
+                    worker.send(r.KeepWaiting())
         if self._stuck is None:
             return ""
         mine, epoch = self._crew.mine(), self._job.epoch

@@ -8,7 +8,7 @@ import zmq
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.settings import AgentSettings
-from deadpool_megatron.cluster.link.link import Spoke
+from deadpool_megatron.cluster.link.link import Spoke, agent_identity
 from deadpool_megatron.cluster.store import open_store
 from deadpool_megatron.cluster.store.leadership import Follower
 
@@ -34,7 +34,9 @@ class Uplink:
         self.malformed = 0
 
     def _connect(self) -> Spoke:
-        spoke = Spoke(self._endpoint, f"node-{self._s.node}", self._s.secret, self._s.config.lease)
+        spoke = Spoke(
+            self._endpoint, agent_identity(self._s.job_id, self._s.node), self._s.secret, self._s.config.lease
+        )
         self._poller.register(spoke.monitor, zmq.POLLIN)
         self._poller.register(spoke.socket, zmq.POLLIN)
         return spoke

@@ -64,6 +64,7 @@ class Worker:
     arrived: r.Arrived | None = None
     registered: r.Registered | None = None
     failed: r.WorkerFailed | None = None
+    broken: r.PeerError | None = None
     exit_code: int | None = None
     reached: dict[str, int] = field(default_factory=dict)
     formed: tuple[int, int] = (0, 0)  # groups re-formed in the last epoch, and all
@@ -72,6 +73,10 @@ class Worker:
     def pid(self) -> int:
         """Process id."""
         return self.process.pid
+
+    def waits(self, epoch: int) -> bool:
+        """It has lost a peer in this epoch, and waits for the next one."""
+        return self.broken is not None and self.broken.epoch == epoch
 
     def send(self, record: msgspec.Struct) -> None:
         """Send one record; a worker that is gone hears nothing."""

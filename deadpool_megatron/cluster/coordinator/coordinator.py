@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import json
 import os
 import random
@@ -26,8 +25,9 @@ from deadpool_megatron.cluster.core.effects import Action, Emit, Finish, Keep, S
 from deadpool_megatron.cluster.core.job import JobSpec, Phase
 from deadpool_megatron.cluster.core.protection import in_words
 from deadpool_megatron.cluster.link.awake import AwakeClock
-from deadpool_megatron.cluster.link.link import Hub
+from deadpool_megatron.cluster.link.link import Hub, agent_identity
 from deadpool_megatron.cluster.link.ports import patience_s
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.records.tables import Broadcast
 from deadpool_megatron.cluster.store import Guard, Store, StoreError
 from deadpool_megatron.durable import Lease
@@ -65,11 +65,6 @@ class CoordinatorSettings:
     agent: Mapping[str, Any] = field(default_factory=dict)
 
 
-@functools.cache
-def _identity(node: int) -> bytes:
-    return f"node-{node}".encode()
-
-
 class Coordinator:
     """Runs one job to its end. One thread; `run` returns the exit code and the message that goes with it."""
 
@@ -104,6 +99,7 @@ class Coordinator:
         self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
         self._refused = 0
+        self._identities: dict[int, bytes] = {}
         self._broadcast = Broadcast(chance)
         self._no_places_until = self._clock.now() + silence_s if settings.resume else 0.0
         self._connected: set[int] = set()
@@ -225,8 +221,11 @@ class Coordinator:
             return
         node = record.node
         state = self._core.nodes.get(node)
-        if identity != _identity(node):
+        if identity != self._identity(node):
             self._refuse(f"{identity!r} speaks for node {node}")
+            if isinstance(record, r.Join) and identity.startswith(b"node-"):  # it would try for ever
+                why = f"node {node} is of a run of this job that is over; job {self._settings.job_id} runs now"
+                self._reply(identity, r.Stop(Exit.FENCED, why))
             return
         cause = misfit(record, self._core.job.world_size, self._core.epoch)
         if cause:
@@ -309,11 +308,17 @@ class Coordinator:
             self._run.event("refused", epoch=self._core.epoch, cause=cause)
         self._status_stale = True
 
+    def _identity(self, node: int) -> bytes:
+        identity = self._identities.get(node)
+        if identity is None:
+            identity = self._identities[node] = agent_identity(self._settings.job_id, node).encode()
+        return identity
+
     def _gone(self, identity: bytes) -> None:
-        text = identity.decode(errors="replace")
-        if not text.startswith("node-") or not text.removeprefix("node-").isdecimal():
+        number = identity.decode(errors="replace").removeprefix("node-").partition("@")[0]
+        if not number.isdecimal() or identity != self._identity(int(number)):
             return
-        node = int(text.removeprefix("node-"))
+        node = int(number)
         self._connected.discard(node)
         if self._clock.just_woke(self._core.job.deadlines.lease):
             self._do(self._core.node_away(node, self._clock.now()))
@@ -335,7 +340,7 @@ class Coordinator:
                 points.reach_record("coordinator", action.record)
                 nodes = [action.node] if action.node is not None else self._core.members.present()
                 for node, packet in self._broadcast.packets(action.record, nodes):
-                    self._hub.send(_identity(node), packet)
+                    self._hub.send(self._identity(node), packet)
         if any(isinstance(action, Emit) and action.event in _STATUS_FIRST for action in actions):
             self._write_status()
         if step is not None:
@@ -365,7 +370,7 @@ class Coordinator:
             if isinstance(record, r.StateHash):
                 self._core.seen.state_hash(record)
 
-        self._hub.farewell(map(_identity, left), _FAREWELL_S, last_words)
+        self._hub.farewell(map(self._identity, left), _FAREWELL_S, last_words)
 
     def _write_state_hash(self) -> None:
         path, hashes = self._settings.state_hash, self._core.seen.state_hashes

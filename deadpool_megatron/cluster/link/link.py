@@ -41,6 +41,11 @@ def check_secret(secret: bytes) -> bytes:
     return secret
 
 
+def agent_identity(job_id: str, node: int) -> str:
+    """The name of an agent's end. One of an earlier run with the same secret has another, and takes nobody's place."""
+    return f"node-{node}@{job_id}"
+
+
 def _keypair(secret: bytes, role: str) -> tuple[bytes, bytes]:
     private = z85.encode(hmac.new(check_secret(secret), b"deadpool-curve-" + role.encode(), hashlib.sha256).digest())
     return zmq.curve_public(private), private

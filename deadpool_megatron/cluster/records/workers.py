@@ -148,8 +148,13 @@ class Where(Record, frozen=True):
     query: int
 
 
+class KeepWaiting(Record, frozen=True):
+    """The coordinator is away, so nobody can declare an epoch: who waits for one has not waited in vain."""
+
+
 WorkerTold = (
     Where
+    | KeepWaiting
     | Hold
     | ArenaGranted
     | ArenaRefused
