@@ -113,11 +113,6 @@ class VaultServer:
                     channel.shut()
 
     @property
-    def refused_epochs(self) -> int:
-        """How often something of an older epoch was refused."""
-        return self._keeper.refused_epochs
-
-    @property
     def refusals(self) -> dict[str, int]:
         """How much was refused so far, by reason."""
         return {
