@@ -9,20 +9,16 @@ from deadpool_megatron.comm.reports import (
     AbortReport,
     CommunicatorAborted,
     CommunicatorError,
-    GroupReport,
     ReformError,
     ReformReport,
     is_communication_error,
 )
-from deadpool_megatron.comm.table import GroupRecord
 
 __all__ = [
     "AbortReport",
     "CommunicatorAborted",
     "CommunicatorError",
     "Communicators",
-    "GroupRecord",
-    "GroupReport",
     "ReformError",
     "ReformReport",
     "is_communication_error",
