@@ -184,7 +184,6 @@ class Stripes:
 
     @property
     def plans(self) -> dict[int, WordPlan]:
-        """What this node keeps."""
         with self._lock:
             return dict(self._plans)
 

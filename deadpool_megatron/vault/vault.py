@@ -135,7 +135,6 @@ class Vault:
             return arena
 
     def arena(self, rank: int, kind: Kind) -> Arena | None:
-        """The arena of a rank, if there is one."""
         with self._lock:
             return self._arenas.get((rank, kind))
 
@@ -157,7 +156,6 @@ class Vault:
 
     @property
     def bytes_allocated(self) -> int:
-        """Bytes of shared memory of all arenas."""
         with self._lock:
             return sum(arena.info.total_bytes for arena in self._arenas.values())
 

@@ -33,7 +33,6 @@ class SlotWriter:
 
     @property
     def unique_bytes(self) -> int:
-        """Bytes of unique state a slot holds."""
         return self.arena.info.unique_bytes
 
     @property
