@@ -23,6 +23,7 @@ Read from the environment:
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import runpy
@@ -110,7 +111,8 @@ class _Recorder:
             args = get_args()
             args.save_interval = 1 if on else None
             if not on and args.rank == 0:
-                _remove_checkpoints(Path(args.save))
+                for old in sorted(Path(args.save).glob("iter_*"))[:-1]:  # all but the newest
+                    shutil.rmtree(old, ignore_errors=True)
 
     def end(self) -> None:
         """Write the timeline, if there is one."""
@@ -124,12 +126,6 @@ class _Recorder:
                 file.write(json.dumps({"agent": os.getppid(), **what}) + "\n")
 
 
-def _remove_checkpoints(directory: Path) -> None:
-    """All but the newest."""
-    for old in sorted(directory.glob("iter_*"))[:-1]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _trainer() -> Any:
     from deadpool_megatron.megatron.trainer import MegatronTrainer
 
@@ -137,8 +133,6 @@ def _trainer() -> Any:
 
 
 def _timed(train_step: Callable[..., Any], recorder: _Recorder) -> Callable[..., Any]:
-    import inspect
-
     signature = inspect.signature(train_step)
 
     @functools.wraps(train_step)

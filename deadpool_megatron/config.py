@@ -147,6 +147,7 @@ class DeadpoolConfig:
             "form_deadline",
             "build_deadline",
             "operation_timeout",
+            "hang_outside",
             "durable_deadline",
             "preempt_deadline",
         ):
@@ -159,10 +160,6 @@ class DeadpoolConfig:
             raise ConfigError(
                 "--deadpool-hang-factor must be 1 or more and --deadpool-hang-floor 0 or more, both finite"
             )
-        if not 0 <= self.wait_for_spare < math.inf:
-            raise ConfigError("--deadpool-wait-for-spare must be 0 minutes or more and finite")
-        if not 0 < self.hang_outside < math.inf:
-            raise ConfigError("--deadpool-hang-outside must be more than 0 seconds and finite")
         if self.lease >= self.abort_deadline:
             raise ConfigError(
                 f"--deadpool-lease ({self.lease:g} s) must be shorter than --deadpool-abort-deadline "
@@ -173,29 +170,25 @@ class DeadpoolConfig:
                 f"--deadpool-abort-deadline ({self.abort_deadline:g} s) must not be longer than "
                 f"--deadpool-build-deadline ({self.build_deadline:g} s)"
             )
-        if self.spare_nodes < 0:
-            raise ConfigError("--deadpool-spare-nodes must be 0 or more nodes")
-        if self.snapshot_interval < 1:
-            raise ConfigError("--deadpool-snapshot-interval must be 1 or more iterations")
         if not 0 <= self.metrics_port < 65536:
             raise ConfigError(f"--deadpool-metrics-port must be 0 (none) to 65535, not {self.metrics_port}")
-        for name in ("copy_bandwidth", "send_bandwidth"):
-            if not 0 <= getattr(self, name) < math.inf:
-                flag = f"--deadpool-{name.replace('_', '-')}"
-                raise ConfigError(f"{flag} must be 0 (no limit) or more bytes a second, and finite")
-        if self.host_memory < 0:
-            raise ConfigError("--deadpool-host-memory must be 0 (no limit) or more bytes")
-        if self.scrub_rate < 0:
-            raise ConfigError("--deadpool-scrub-rate must be 0 or more bytes a second")
-        if self.slice_bytes < 4096:
-            raise ConfigError("--deadpool-slice-bytes must be 4096 or more bytes")
+        for name, least, what in (
+            ("wait_for_spare", 0, "0 minutes or more and finite"),
+            ("spare_nodes", 0, "0 or more nodes"),
+            ("snapshot_interval", 1, "1 or more iterations"),
+            ("copy_bandwidth", 0, "0 (no limit) or more bytes a second, and finite"),
+            ("send_bandwidth", 0, "0 (no limit) or more bytes a second, and finite"),
+            ("host_memory", 0, "0 (no limit) or more bytes"),
+            ("scrub_rate", 0, "0 or more bytes a second"),
+            ("slice_bytes", 4096, "4096 or more bytes"),
+            ("durable_interval", 0, "0 or more generations"),
+            ("durable_keep", 1, "1 or more generations"),
+        ):
+            if not least <= getattr(self, name) < math.inf:
+                raise ConfigError(f"--deadpool-{name.replace('_', '-')} must be {what}")
         self._check_durable()
 
     def _check_durable(self) -> None:
-        if self.durable_interval < 0:
-            raise ConfigError("--deadpool-durable-interval must be 0 or more generations")
-        if self.durable_keep < 1:
-            raise ConfigError("--deadpool-durable-keep must be 1 or more generations")
         if self.resume not in ("auto", "none") and not self.resume.isdecimal():
             raise ConfigError(f"--deadpool-resume {self.resume}: must be auto, none, or the number of a generation")
         if not self.durable_dir:
@@ -411,11 +404,6 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None) 
     return DeadpoolConfig(**values)
 
 
-def from_namespace(namespace: argparse.Namespace) -> DeadpoolConfig:
-    """`resolve` on a parsed namespace (Megatron's args)."""
-    return resolve(vars(namespace))
-
-
 class _Raising(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(message)
@@ -423,10 +411,6 @@ class _Raising(argparse.ArgumentParser):
 
 def from_script_arguments(arguments: Sequence[str]) -> DeadpoolConfig:
     """Read DeadPool's settings out of a training script's arguments; everything else is left alone."""
-    return resolve(vars(_parsed(arguments)))
-
-
-def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = add_arguments(_Raising(add_help=False, allow_abbrev=False))
     parser.add_argument("--yaml-cfg", default=None)
     known, rest = parser.parse_known_args(list(arguments))
@@ -435,7 +419,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         flag = token.split("=", 1)[0]
         if flag.startswith(("--deadpool", "--no-deadpool")) and flag not in names:
             raise ConfigError(f"unknown flag {flag}{_nearest(flag, names)}")
-    return known
+    return resolve(vars(known))
 
 
 def carry_over(config: DeadpoolConfig, namespace: typing.Any) -> None:

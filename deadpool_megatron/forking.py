@@ -97,11 +97,9 @@ class ForkedProcess:
                 signal.pidfd_send_signal(self._pidfd, signum)
 
     def terminate(self) -> None:
-        """SIGTERM."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
 

@@ -93,7 +93,6 @@ def arm(point: str, iteration: int, strike: Callable[[], None]) -> None:
 
 
 def disarm() -> None:
-    """No fault any more."""
     global _armed
     _armed = None
 

@@ -226,7 +226,6 @@ def _place(error: BaseException) -> str:
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
     _die_with_agent()
     never_fails()
     _show_stacks_when_asked()

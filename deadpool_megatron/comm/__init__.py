@@ -1,6 +1,7 @@
 """Communicators that can be aborted from another thread and re-formed in place under a new epoch.
 
-Knows torch only. `Communicators.install` before `init_process_group`; then Megatron makes its groups as ever.
+Knows none of our other packages. `Communicators.install` before `init_process_group`; then Megatron makes its groups
+as ever.
 """
 
 from deadpool_megatron.comm.communicators import Communicators
@@ -9,20 +10,16 @@ from deadpool_megatron.comm.reports import (
     AbortReport,
     CommunicatorAborted,
     CommunicatorError,
-    GroupReport,
     ReformError,
     ReformReport,
     is_communication_error,
 )
-from deadpool_megatron.comm.table import GroupRecord
 
 __all__ = [
     "AbortReport",
     "CommunicatorAborted",
     "CommunicatorError",
     "Communicators",
-    "GroupRecord",
-    "GroupReport",
     "ReformError",
     "ReformReport",
     "is_communication_error",

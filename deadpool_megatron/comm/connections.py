@@ -20,8 +20,6 @@ _TARGET = re.compile(r"^tfd: *(\d+) .* ino:([0-9a-f]+)", re.MULTILINE)  # "tfd: 
 
 @dataclass(frozen=True, slots=True)
 class GlooDevice:
-    """One Gloo event loop of this process."""
-
     epoll_fd: int
     listener_inode: int
 

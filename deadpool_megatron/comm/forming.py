@@ -13,15 +13,7 @@ import torch
 from deadpool_megatron.comm import gloo, nccl
 from deadpool_megatron.comm.connections import GlooConnections, GlooDevice
 from deadpool_megatron.comm.inplace import Replacement, c10d
-from deadpool_megatron.comm.methods import (
-    Verdict,
-    Word,
-    pack_verdict,
-    pack_words,
-    unpack_verdict,
-    unpack_words,
-    verdict,
-)
+from deadpool_megatron.comm.methods import Verdict, Word, decode_verdict, decode_words, encode, verdict
 from deadpool_megatron.comm.quiet import Quiet
 from deadpool_megatron.comm.reports import ReformError
 from deadpool_megatron.comm.table import GroupRecord, backend_of
@@ -37,14 +29,11 @@ class FormingPlan:
     rank: int
     records: list[GroupRecord]
     digest: str
-    begun: float
-    """On time.monotonic, as is the deadline."""
+    begun: float  # on time.monotonic, as is the deadline
     deadline: float
     operation_timeout_s: float
-    cuda_device: int | None
-    """The training thread's."""
-    batched: AbstractSet[int]
-    """Groups (id) that have been used in a way that their sequence numbers do not tell."""
+    cuda_device: int | None  # the training thread's
+    batched: AbstractSet[int]  # groups (id) that have been used in a way that their sequence numbers do not tell
 
 
 def own_client(store: Any) -> Any:
@@ -80,18 +69,13 @@ class Forming(threading.Thread):
         communicators that come to nothing."""
         super().__init__(name=f"deadpool-forming-{plan.epoch}", daemon=True)
         self.settled = threading.Event()
-        self.ended = 0.0
-        """When it settled, on time.monotonic."""
+        self.ended = 0.0  # when it settled, on time.monotonic
         self.abandoned = False
         self.error: BaseException | None = None
-        self.formed: list[tuple[GroupRecord, Replacement]] = []
-        """Groups with new backends, yet to be moved in."""
-        self.connections: dict[str, frozenset[int]] = {}
-        """New connections, by name of the group."""
-        self.devices: frozenset[GlooDevice] = frozenset()
-        """The Gloo devices of the new backends."""
-        self.verdicts: dict[str, Verdict] = {}
-        """On each group, by its name."""
+        self.formed: list[tuple[GroupRecord, Replacement]] = []  # groups with new backends, yet to be moved in
+        self.connections: dict[str, frozenset[int]] = {}  # new connections, by name of the group
+        self.devices: frozenset[GlooDevice] = frozenset()  # the Gloo devices of the new backends
+        self.verdicts: dict[str, Verdict] = {}  # on each group, by its name
         self.slowest: tuple[float, str] = (0.0, "")
         self.plan = plan
         self.store: Any = None
@@ -192,10 +176,10 @@ class Forming(threading.Thread):
         records, rank = self.plan.records, self.plan.rank
         established = self._connections.established()
         words = {record.name: self._word(record, established) for record in records}
-        store.set(f"words/{rank}", pack_words(words))
+        store.set(f"words/{rank}", encode(words).decode())
         mine = [record for record in records if record.ranks[0] == rank]
         if others := sorted({member for record in mine for member in record.ranks} - {rank}):
-            told = dict(zip(others, map(unpack_words, self._get(store, [f"words/{r}" for r in others])), strict=True))
+            told = dict(zip(others, map(decode_words, self._get(store, [f"words/{r}" for r in others])), strict=True))
         else:
             told = {}
         told[rank] = words
@@ -204,10 +188,10 @@ class Forming(threading.Thread):
                 raise ReformError(f"group {record.desc} {record.name}: rank {missing[0]} has destroyed it, others not")
         verdicts = {record.name: verdict([told[member][record.name] for member in record.ranks]) for record in mine}
         for name, given in verdicts.items():
-            store.set(f"verdict/{name}", pack_verdict(given))
+            store.set(f"verdict/{name}", encode(given).decode())
         names = [record.name for record in records if record.name not in verdicts]
         verdicts |= zip(
-            names, map(unpack_verdict, self._get(store, [f"verdict/{name}" for name in names])), strict=True
+            names, map(decode_verdict, self._get(store, [f"verdict/{name}" for name in names])), strict=True
         )
         return verdicts
 

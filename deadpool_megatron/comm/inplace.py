@@ -78,8 +78,7 @@ def _map_nodes(memory: Memory, address: int) -> list[int]:
 class Layout:
     """Where a ProcessGroup keeps what it owns, in bytes from its start. Found and proven by `find_layout`."""
 
-    maps: int
-    """deviceTypeToBackend_, and right behind it backendTypeToBackend_."""
+    maps: int  # deviceTypeToBackend_, and right behind it backendTypeToBackend_
     store: int
 
     def backend_places(self, memory: Memory, group: Any, backend: int) -> list[int]:

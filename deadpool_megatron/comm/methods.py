@@ -7,36 +7,26 @@ Every member posts a `Word` on each of its groups. The group's first member read
 is one decision, whatever messages are late, and the store moves a few bytes for each member of each group.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from typing import Literal
 
-Method = Literal["kept", "swapped"]
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
+class Word(msgspec.Struct, frozen=True, array_like=True):
     """What one member says of one group."""
 
-    connected: int
-    """Epoch of its connections; members that differ have no connections to one another."""
-    operations: int
-    """Operations begun on these connections."""
-    objection: str
-    """What stands against keeping the group; empty: nothing does."""
+    connected: int  # epoch of its connections; members that differ have no connections to one another
+    operations: int  # operations begun on these connections
+    objection: str  # what stands against keeping the group; empty: nothing does
     used: bool = False
     """Something was sent over all of it: a communicator that is made at the first use is there. A spare cannot know."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True, array_like=True):
     """What becomes of one group."""
 
-    why: str
-    """What stands against keeping it; empty when it is kept."""
-    used: bool
-    """Of some member: the new communicator is made at once."""
+    why: str  # what stands against keeping it; empty when it is kept
+    used: bool  # of some member: the new communicator is made at once
 
 
 def verdict(words: Sequence[Word]) -> Verdict:
@@ -54,21 +44,7 @@ def _against_keeping(words: Sequence[Word]) -> str:
     return ""
 
 
-def pack_verdict(given: Verdict) -> str:
-    """For the store."""
-    return json.dumps(astuple(given), separators=(",", ":"))
-
-
-def unpack_verdict(data: bytes) -> Verdict:
-    """Raises ValueError or TypeError for what `pack_verdict` did not make."""
-    return Verdict(*json.loads(data))
-
-
-def pack_words(words: dict[str, Word]) -> str:
-    """One rank's words, by name of the group, for the store."""
-    return json.dumps({name: astuple(word) for name, word in words.items()}, separators=(",", ":"))
-
-
-def unpack_words(data: bytes) -> dict[str, Word]:
-    """Raises ValueError or TypeError for what `pack_words` did not make."""
-    return {name: Word(*fields) for name, fields in json.loads(data).items()}
+# As they lie in the store; a rank's words are by name of the group. Decoding raises msgspec.DecodeError.
+encode = msgspec.json.Encoder().encode
+decode_verdict = msgspec.json.Decoder(Verdict).decode
+decode_words = msgspec.json.Decoder(dict[str, Word]).decode

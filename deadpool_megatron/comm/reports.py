@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from torch.distributed import DistError
 
-from deadpool_megatron.comm.methods import Method
-
 
 class CommunicatorError(RuntimeError):
     """Base of every error of this package."""
@@ -35,19 +33,13 @@ class AbortReport:
     """What one `Communicators.abort` did. Times in seconds."""
 
     already_poisoned: bool
-    connections_closed: int
-    """Gloo connections shut down."""
-    groups_quiet: int
-    """Groups left alone, because nothing is under way in them on this rank."""
-    waits_interrupted: int
-    """Threads found inside `Work.wait`."""
-    waits_forced: int
-    """Operations that the end of their connections had not ended, and that were taken out by force."""
-    waits_stuck: int
-    """Those still inside when the deadline passed. Zero, or the operation time-out is what frees them."""
+    connections_closed: int  # Gloo connections shut down
+    groups_quiet: int  # groups left alone, because nothing is under way in them on this rank
+    waits_interrupted: int  # threads found inside `Work.wait`
+    waits_forced: int  # operations that the end of their connections had not ended, and that were taken out by force
+    waits_stuck: int  # those still inside when the deadline passed. Zero, or the operation time-out is what frees them
     nccl_aborted: int
-    nccl_stuck: int
-    """NCCL backends whose abort had not returned at the deadline (it goes on in its own thread)."""
+    nccl_stuck: int  # NCCL backends whose abort had not returned at the deadline (it goes on in its own thread)
     seconds: float
 
 
@@ -55,14 +47,12 @@ class AbortReport:
 class GroupReport:
     """What became of one group."""
 
-    group: str
-    """Description and name."""
-    why: str
-    """What stood against keeping it; empty when it was kept."""
+    group: str  # description and name
+    why: str  # what stood against keeping it; empty when it was kept
 
     @property
-    def method(self) -> Method:
-        """What was done with it."""
+    def method(self) -> str:
+        """What was done with it, as in `methods`."""
         return "swapped" if self.why else "kept"
 
 
@@ -71,11 +61,9 @@ class ReformReport:
     """What one `Communicators.reform` did. Times in seconds."""
 
     epoch: int
-    each: tuple[GroupReport, ...]
-    """All groups of this rank, in order of creation."""
+    each: tuple[GroupReport, ...]  # all groups of this rank, in order of creation
     seconds: float
-    forming_seconds: float
-    """The part spent on agreement, rendezvous and connections."""
+    forming_seconds: float  # the part spent on agreement, rendezvous and connections
     slowest_group: str
     slowest_seconds: float
 

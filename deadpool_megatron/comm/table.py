@@ -15,28 +15,21 @@ from deadpool_megatron.comm.connections import GlooDevice
 class GroupRecord:
     """One process group as its creation asked for it. `group` is None on ranks that are not members."""
 
-    name: str
-    """torch's own name of the group; it counts creations, so it is the same on all ranks."""
-    ranks: tuple[int, ...]
-    """Coordinates in group order: the group's rank i is coordinate ranks[i]."""
+    name: str  # torch's own name of the group; it counts creations, so it is the same on all ranks
+    ranks: tuple[int, ...]  # coordinates in group order: the group's rank i is coordinate ranks[i]
     desc: str
     backend: str
     """As asked for: "gloo", "nccl", "cpu:gloo,cuda:nccl", "undefined"."""
-    backend_of_device: dict[str, str]
-    """device type -> backend name, after torch's defaults."""
+    backend_of_device: dict[str, str]  # device type -> backend name, after torch's defaults
     timeout: timedelta
-    options: Any = None
-    """pg_options of the caller (ProcessGroupNCCL.Options) or None."""
+    options: Any = None  # pg_options of the caller (ProcessGroupNCCL.Options) or None
     bound_device: torch.device | None = None
     group: Any = None
-    real: bool = True
-    """False while a standby's group still carries the fake backend."""
-    connected: int = 0
-    """Epoch of the backend's connections."""
+    real: bool = True  # False while a standby's group still carries the fake backend
+    connected: int = 0  # epoch of the backend's connections
     connections: frozenset[int] = frozenset()
     """Inodes of its Gloo connections; perhaps of others that came up at the same time too."""
-    devices: frozenset[GlooDevice] = frozenset()
-    """The Gloo devices those belong to."""
+    devices: frozenset[GlooDevice] = frozenset()  # the Gloo devices those belong to
 
     @property
     def local(self) -> bool:

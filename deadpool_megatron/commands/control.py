@@ -93,7 +93,6 @@ def _fail(message: str) -> int:
 
 
 def inject(options: argparse.Namespace) -> int:
-    """`deadpool inject` after parsing."""
     if options.list:
         width = max(map(len, points.POINTS))
         for name, (where, what) in points.POINTS.items():

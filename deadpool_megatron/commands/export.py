@@ -60,7 +60,6 @@ def script_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `deadpool export`."""
     add = parser.add_argument
     add("--durable-dir", required=True, metavar="DIR", help="directory or fsspec URL with durable generations")
     add("--output", required=True, metavar="DIR", help="where Megatron's checkpoint goes, for its --load")

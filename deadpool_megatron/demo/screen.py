@@ -79,7 +79,6 @@ class Screen:
         return self._blocked / self._seconds if self._seconds else 0.0
 
     def note(self, text: str, style: str = "") -> None:
-        """Show one more line."""
         self._notes.append(Text(text, style))
         if self._live is None:
             self._console.print(Text(text))

@@ -27,61 +27,17 @@ _CLOCK_S: Final = 0.5
 
 # Settings of NCCL and torch that keep communicators from being aborted, or end survivors. Sources: torch
 # ProcessGroupNCCL.hpp and .cpp (environment variables), NCCL's documentation of ncclCommAbort and of its variables.
-_FORBIDDEN: Final[tuple[tuple[str, Callable[[str], bool], str, str], ...]] = (
-    (
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING",
-        lambda v: v not in ("0",),
-        "torch's watchdog ends the survivors of an aborted communicator",
-        "export TORCH_NCCL_ASYNC_ERROR_HANDLING=0",
-    ),
-    (
-        "TORCH_NCCL_ENABLE_MONITORING",
-        lambda v: v not in ("0",),
-        "torch's monitor ends processes whose watchdog waits in an abort",
-        "export TORCH_NCCL_ENABLE_MONITORING=0",
-    ),
-    (
-        "TORCH_NCCL_BLOCKING_WAIT",
-        lambda v: v not in ("0", ""),
-        "a blocking wait is not left when communicators are aborted",
-        "unset TORCH_NCCL_BLOCKING_WAIT",
-    ),
-    (
-        "NCCL_BLOCKING_WAIT",
-        lambda v: v not in ("0", ""),
-        "a blocking wait is not left when communicators are aborted",
-        "unset NCCL_BLOCKING_WAIT",
-    ),
-    (
-        "TORCH_NCCL_DUMP_ON_TIMEOUT",
-        lambda v: v not in ("0",),
-        "the dump of a time-out holds an abort up for a minute",
-        "export TORCH_NCCL_DUMP_ON_TIMEOUT=0",
-    ),
-    (
-        "TORCH_NCCL_RETHROW_CUDA_ERRORS",
-        lambda v: v not in ("0",),
-        "errors of an aborted communicator end the process",
-        "export TORCH_NCCL_RETHROW_CUDA_ERRORS=0",
-    ),
-    (
-        "NCCL_NVLS_ENABLE",
-        lambda v: v not in ("0",),
-        "NVLink SHARP buffers do not survive an abort",
-        "export NCCL_NVLS_ENABLE=0",
-    ),
-    (
-        "NCCL_COLLNET_ENABLE",
-        lambda v: v not in ("0", ""),
-        "SHARP's connections are gone with the communicator",
-        "unset NCCL_COLLNET_ENABLE",
-    ),
-    (
-        "TORCH_GLOO_LAZY_INIT",
-        lambda v: v not in ("0", ""),
-        "lazily connected Gloo groups can hang while they are re-formed",
-        "unset TORCH_GLOO_LAZY_INIT",
-    ),
+# Name, what it has to be ("unset": 0 or empty will do, too), and what any other value leads to.
+_FORBIDDEN: Final = (
+    ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0", "torch's watchdog ends the survivors of an aborted communicator"),
+    ("TORCH_NCCL_ENABLE_MONITORING", "0", "torch's monitor ends processes whose watchdog waits in an abort"),
+    ("TORCH_NCCL_BLOCKING_WAIT", "unset", "a blocking wait is not left when communicators are aborted"),
+    ("NCCL_BLOCKING_WAIT", "unset", "a blocking wait is not left when communicators are aborted"),
+    ("TORCH_NCCL_DUMP_ON_TIMEOUT", "0", "the dump of a time-out holds an abort up for a minute"),
+    ("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0", "errors of an aborted communicator end the process"),
+    ("NCCL_NVLS_ENABLE", "0", "NVLink SHARP buffers do not survive an abort"),
+    ("NCCL_COLLNET_ENABLE", "unset", "SHARP's connections are gone with the communicator"),
+    ("TORCH_GLOO_LAZY_INIT", "unset", "lazily connected Gloo groups can hang while they are re-formed"),
 )
 
 
@@ -98,9 +54,9 @@ class Finding:
 def check_environment(environ: Mapping[str, str]) -> list[Finding]:
     """Settings of NCCL, torch and Gloo that break the abort of communicators. Unset ones DeadPool sets itself."""
     out = [
-        Finding(f"{name}={environ[name]}", "fail", why, mend)
-        for name, breaks, why, mend in _FORBIDDEN
-        if name in environ and breaks(environ[name])
+        Finding(f"{name}={environ[name]}", "fail", why, f"unset {name}" if mend == "unset" else f"export {name}=0")
+        for name, mend, why in _FORBIDDEN
+        if name in environ and environ[name] not in (("0", "") if mend == "unset" else ("0",))
     ]
     return out or [Finding("NCCL and Gloo settings", "ok", "nothing that breaks the abort of communicators")]
 

@@ -102,7 +102,8 @@ def host_meeting(
     inbox: list[Here | Clock | Speed] = []
     try:
 
-        def collect(what: str, kind: type, known: dict[int, object]) -> None:
+        def collect[T: Here | Clock | Speed](what: str, kind: type[T]) -> dict[int, T]:
+            known: dict[int, T] = {}
             while len(known) < nodes:
                 left = end - time.monotonic()
                 if left <= 0:
@@ -113,22 +114,20 @@ def host_meeting(
                     if isinstance(message, kind):
                         known[message.node] = message
                 inbox[:] = [m for m in inbox if not isinstance(m, kind)]
+            return known
 
         def tell(node: int, message: _Message) -> None:
             hub.send(_name(node), msgspec.msgpack.encode(message))
 
-        here: dict[int, Here] = {}
-        collect("word", Here, here)  # type: ignore[arg-type]
+        here = collect("word", Here)
         lines = [Finding("nodes", "ok", f"{nodes} have met")]
-        lines.append(_clocks(nodes, tell, lambda known: collect("clock", Clock, known)))
+        lines.append(_clocks(nodes, tell, lambda: collect("clock", Clock)))
         places = [(here[n].host, here[n].port) for n in range(nodes)]
         speeds: dict[tuple[int, int], Speed] = {}
         for shift in sorted({1, nodes // 2} - {0}) if nodes > 1 else []:
             for node in range(nodes):
                 tell(node, Round(shift, nbytes, places))
-            said: dict[int, Speed] = {}
-            collect("measurement", Speed, said)  # type: ignore[arg-type]
-            speeds |= {(n, (n + shift) % nodes): s for n, s in said.items()}
+            speeds |= {(n, (n + shift) % nodes): s for n, s in collect("measurement", Speed).items()}
         lines += _links(speeds)
         for node in range(nodes):
             tell(node, Result([(f.what, f.state, f.found, f.mend) for f in lines]))
@@ -138,21 +137,19 @@ def host_meeting(
         hub.close()
 
 
-def _clocks(nodes: int, tell: Callable[[int, _Message], None], collect: Callable[[dict[int, object]], None]) -> Finding:
+def _clocks(nodes: int, tell: Callable[[int, _Message], None], collect: Callable[[], dict[int, Clock]]) -> Finding:
     """Compare every node's wall clock with the meeting point's: right to half a round trip."""
     asked = time.time()
     for node in range(nodes):
         tell(node, Ask())
-    clocks: dict[int, object] = {}
-    collect(clocks)
+    clocks = collect()
     answered = time.time()
     middle, half = (asked + answered) / 2, (answered - asked) / 2
-    worst = max(clocks.values(), key=lambda c: abs(c.unix_s - middle))  # type: ignore[attr-defined]
-    off = abs(worst.unix_s - middle)  # type: ignore[attr-defined]
+    worst = max(clocks.values(), key=lambda c: abs(c.unix_s - middle))
+    off = abs(worst.unix_s - middle)
     found = f"within {1e3 * max(off, half):.0f} ms of node 0's (measured to {1e3 * half:.0f} ms)"
     if off > max(_CLOCK_S, half):
-        node = worst.node  # type: ignore[attr-defined]
-        return Finding("clocks", "warn", f"node {node} is {off:.2f} s off", "start chronyd on all nodes")
+        return Finding("clocks", "warn", f"node {worst.node} is {off:.2f} s off", "start chronyd on all nodes")
     return Finding("clocks", "ok", found)
 
 

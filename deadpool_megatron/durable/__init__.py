@@ -6,35 +6,19 @@ agents nor Megatron.
 """
 
 from .client import DrainerProcess
-from .errors import Cancelled, Damaged, DurableError, NotFit
-from .files import Found, find, prune, read_manifest, read_shard, remove_attempt, seal, write_shard
-from .format import (
-    FORMAT,
-    MANIFEST,
-    SMALL,
-    Coordinate,
-    Item,
-    Layout,
-    Manifest,
-    ShardFile,
-    directory_name,
-    generation_of,
-    shard_name,
-)
-from .lease import Lease, Owner, Taken, check_owner, take, this_process
+from .errors import Damaged, DurableError, NotFit
+from .files import find
+from .format import FORMAT, Coordinate, Item, Layout, Manifest, ShardFile, directory_name
+from .lease import Lease, Taken, this_process
 from .loading import load_shards
 from .orders import Answer, Cancel, Describe, Done, Drain, Seal, Stage, Staged, Take
-from .pace import Pace
-from .start import begin, go_on, open_directory, survey
-from .store import LocalStore, ObjectStore, Store, open_store
+from .start import begin, go_on
+from .store import open_store
 
 __all__ = [
     "FORMAT",
-    "MANIFEST",
-    "SMALL",
     "Answer",
     "Cancel",
-    "Cancelled",
     "Coordinate",
     "Damaged",
     "Describe",
@@ -42,40 +26,22 @@ __all__ = [
     "Drain",
     "DrainerProcess",
     "DurableError",
-    "Found",
     "Item",
     "Layout",
     "Lease",
-    "LocalStore",
     "Manifest",
     "NotFit",
-    "ObjectStore",
-    "Owner",
-    "Pace",
     "Seal",
     "ShardFile",
     "Stage",
     "Staged",
-    "Store",
     "Take",
     "Taken",
     "begin",
-    "check_owner",
     "directory_name",
     "find",
-    "generation_of",
     "go_on",
     "load_shards",
-    "open_directory",
     "open_store",
-    "prune",
-    "read_manifest",
-    "read_shard",
-    "remove_attempt",
-    "seal",
-    "shard_name",
-    "survey",
-    "take",
     "this_process",
-    "write_shard",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, decode_answer
+from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged
 
 
 class DrainerProcess:
@@ -98,8 +98,9 @@ class DrainerProcess:
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
+        decoder: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
         for line in process.stdout:
-            answer = decode_answer(line)
+            answer = decoder.decode(line)
             if isinstance(answer, Done):
                 with self._lock:
                     self._waiting.pop((answer.name, answer.sealed), None)

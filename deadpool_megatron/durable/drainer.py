@@ -14,6 +14,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -26,12 +27,47 @@ from .files import prune, read_layout, remove_attempt, seal, write_constants, wr
 from .format import ConstantsFile, Layout, ShardFile, generation_of
 from .lease import check_owner
 from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, Take
-from .pace import Pace
 from .staging import Staging
 from .store import Store, open_store
 
 _PR_SET_PDEATHSIG = 1
 _NICE = 10
+
+
+class _Pace:
+    """Sleeps so that ``total`` bytes take about ``seconds``; 0 seconds: as fast as it goes.
+
+    A slow disk never makes it wait longer: what was late already is not waited for again.
+
+    Args:
+        keep_waiting: looked at between sleeps of a tenth of a second; False ends the wait at once.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        seconds: float,
+        keep_waiting: Callable[[], bool] = lambda: True,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._total = max(1, total)
+        self._seconds = seconds
+        self._keep_waiting = keep_waiting
+        self._clock = clock
+        self._sleep = sleep
+        self._start = clock()
+        self._done = 0
+
+    def moved(self, nbytes: int) -> None:
+        """``nbytes`` more are written: wait until it is time for the next ones."""
+        self._done += nbytes
+        due = self._start + self._seconds * min(1.0, self._done / self._total)
+        while self._keep_waiting():
+            left = due - self._clock()
+            if left <= 0:
+                return
+            self._sleep(min(left, 0.1))
 
 
 class _Drainer:
@@ -102,7 +138,7 @@ class _Drainer:
             finally:
                 self._tell(Staged(order.name))
             total = sum(len(staging.unique) + len(staging.small) for staging, _ in ready)
-            pace = Pace(total, order.seconds, lambda: order.name not in self._cancelled and self._orders.empty())
+            pace = _Pace(total, order.seconds, lambda: order.name not in self._cancelled and self._orders.empty())
 
             def moved(nbytes: int) -> None:
                 if order.name in self._cancelled:

@@ -102,10 +102,3 @@ class Done(_Record, frozen=True):
 
 
 Answer = Staged | Done
-
-_answers: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
-
-
-def decode_answer(line: bytes) -> Answer:
-    """One line of the drainer. Raises msgspec.MsgspecError."""
-    return _answers.decode(line)

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -50,10 +50,10 @@ class Store(Protocol):
         """Bytes of a file; None when there is none."""
 
     def directories(self) -> list[str]:
-        """Names of the directories below the root."""
+        """Names of the directories below the root; none when it is not there."""
 
     def files(self) -> list[str]:
-        """Names of the files in the root itself."""
+        """Names of the files in the root itself, likewise."""
 
     def claim(self, name: str, data: bytes) -> bool:
         """Make a small file in the root; False when there is one of that name: one of several callers makes it."""
@@ -101,36 +101,31 @@ class LocalStore:
             raise DurableError(f"--deadpool-durable-dir {self.root} cannot be written to")
 
     def create(self, name: str) -> _LocalWriting:
-        """Begin a file under a temporary name."""
         path = self._path(name)
         with contextlib.suppress(FileExistsError):
             os.mkdir(path.parent)
         return _LocalWriting(path)
 
     def open(self, name: str) -> IO[bytes]:
-        """Read a file."""
         return open(self._path(name), "rb", buffering=0)
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None when there is none."""
         try:
             return self._path(name).stat().st_size
         except FileNotFoundError:
             return None
 
     def directories(self) -> list[str]:
-        """Names of the directories below the root; none when it is not there."""
-        if not os.path.isdir(self.root):
-            return []
-        with os.scandir(self.root) as entries:
-            return sorted(e.name for e in entries if e.is_dir())
+        return self._names(os.DirEntry.is_dir)
 
     def files(self) -> list[str]:
-        """Names of the files in the root; none when it is not there."""
+        return self._names(os.DirEntry.is_file)
+
+    def _names(self, wanted: Callable[[os.DirEntry[str]], bool]) -> list[str]:
         if not os.path.isdir(self.root):
             return []
         with os.scandir(self.root) as entries:
-            return sorted(e.name for e in entries if e.is_file())
+            return sorted(e.name for e in entries if wanted(e))
 
     def claim(self, name: str, data: bytes) -> bool:
         """The server of a shared file system decides who is first (open(2): O_EXCL, from NFS 3 on)."""
@@ -147,14 +142,12 @@ class LocalStore:
         _write_synced(os.open(self._path(name), os.O_WRONLY | os.O_CLOEXEC), data)
 
     def remove_file(self, name: str) -> None:
-        """Remove a file and make that last."""
         path = self._path(name)
         if path.exists():
             path.unlink()
             _sync_directory(path.parent)
 
     def remove(self, directory: str) -> None:
-        """Remove a directory and all in it."""
         shutil.rmtree(self._path(directory), ignore_errors=False)
 
 
@@ -190,7 +183,6 @@ class _LocalWriting:
         _sync_directory(self._path.parent)
 
     def abort(self) -> None:
-        """Remove the temporary file."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -248,19 +240,16 @@ class ObjectStore:
             raise DurableError(f"--deadpool-durable-dir {self.root} cannot be reached: {err}") from None
 
     def create(self, name: str) -> _ObjectWriting:
-        """Begin an upload."""
         with _as_os_errors(self.root):
             self._fs.makedirs(self._path(name).rsplit("/", 1)[0], exist_ok=True)
             return _ObjectWriting(self._fs, self._path(name), self.root)
 
     def open(self, name: str) -> IO[bytes]:
-        """Read an object."""
         with _as_os_errors(self.root):
             file: IO[bytes] = self._fs.open(self._path(name), "rb")
             return file
 
     def size(self, name: str) -> int | None:
-        """Bytes of an object; None when there is none."""
         with _as_os_errors(self.root):
             try:
                 return int(self._fs.size(self._path(name)))
@@ -268,7 +257,6 @@ class ObjectStore:
                 return None
 
     def directories(self) -> list[str]:
-        """Names of the directories (prefixes) below the root."""
         return self._names("directory")
 
     def _names(self, kind: str) -> list[str]:
@@ -280,7 +268,6 @@ class ObjectStore:
             return sorted(e["name"].rstrip("/").rsplit("/", 1)[1] for e in found if e["type"] == kind)
 
     def files(self) -> list[str]:
-        """Names of the objects directly below the root."""
         return self._names("file")
 
     def claim(self, name: str, data: bytes) -> bool:
@@ -296,19 +283,16 @@ class ObjectStore:
             return True
 
     def overwrite(self, name: str, data: bytes) -> None:
-        """Upload it anew."""
         with _as_os_errors(self.root):
             if not self._fs.exists(self._path(name)):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
             self._fs.pipe_file(self._path(name), data)
 
     def remove_file(self, name: str) -> None:
-        """Remove an object; nothing happens when there is none."""
         with _as_os_errors(self.root), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
 
     def remove(self, directory: str) -> None:
-        """Remove all objects below a prefix."""
         with _as_os_errors(self.root):
             self._fs.rm(self._path(directory), recursive=True)
 
@@ -326,7 +310,6 @@ class _ObjectWriting:
             self._file.write(bytes(data))
 
     def commit(self) -> None:
-        """Close the upload."""
         with _as_os_errors(self._url):
             self._file.close()
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from deadpool_megatron.emulation.environment import environment
-
 __all__ = ["EmulationError", "environment", "install", "is_installed"]
 
 _installed = False
@@ -14,6 +12,15 @@ _installed = False
 
 class EmulationError(RuntimeError):
     """The emulation cannot be used here; the message is one line."""
+
+
+def environment() -> dict[str, str]:
+    """Variables for a process that trains under the emulation.
+
+    torch.compile would compile for a device that is not there; one thread a process, since many share few cores;
+    CUDA_DEVICE_MAX_CONNECTIONS is checked by Megatron.
+    """
+    return {"TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
 
 
 def is_installed() -> bool:
@@ -49,11 +56,10 @@ def install(*, force: bool = False) -> None:
             f"{torch.cuda.device_count()} real GPU(s) are visible here: run without CPU emulation, or hide them with "
             "CUDA_VISIBLE_DEVICES="
         )
-    from deadpool_megatron.emulation import collectives, device, graphs, imports, tensors
+    from deadpool_megatron.emulation import device, graphs, imports, tensors
 
     device.install()
     tensors.install()
     imports.install()
-    collectives.install()
     graphs.install()
     _installed = True

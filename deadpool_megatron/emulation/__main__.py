@@ -10,7 +10,6 @@ from deadpool_megatron.emulation import EmulationError, install
 
 
 def main() -> None:
-    """Entry point."""
     if len(sys.argv) < 2:
         sys.exit("usage: python -m deadpool_megatron.emulation SCRIPT [ARGS]")
     script = sys.argv[1]

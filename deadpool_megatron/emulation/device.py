@@ -40,7 +40,6 @@ class Stream:
         return True
 
     def record_event(self, event: Event | None = None) -> Event:
-        """An event of now."""
         event = event or Event()
         event.record()
         return event
@@ -59,7 +58,6 @@ class Event:
         self._t = time.perf_counter()
 
     def record(self, stream: Any = None) -> None:
-        """Take the time."""
         self._t = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:

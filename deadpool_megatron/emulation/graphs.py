@@ -79,7 +79,6 @@ class _Tape(TorchDispatchMode):  # type: ignore[misc]  # torch has no types for 
             work.wait()
 
     def replay(self) -> None:
-        """Run everything again."""
         self._works.clear()
         with torch.no_grad():
             for entry in self.entries:
@@ -105,7 +104,6 @@ class CUDAGraph:
         """Nothing to do: the tape holds the generators it has used."""
 
     def captured(self, tape: _Tape) -> None:
-        """The capture is over."""
         self.tape, self._computed = tape, True
 
     def replay(self) -> None:
@@ -118,7 +116,6 @@ class CUDAGraph:
             self.tape.replay()
 
     def reset(self) -> None:
-        """Forget what was captured."""
         self.tape = None
 
 
@@ -160,7 +157,6 @@ def install() -> None:
 
 
 def is_capturing() -> bool:
-    """As ``torch.cuda.is_current_stream_capturing``."""
     return _Tape.now is not None
 
 

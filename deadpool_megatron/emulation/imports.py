@@ -10,7 +10,7 @@ import logging
 import multiprocessing.forkserver
 import multiprocessing.spawn
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -22,20 +22,7 @@ import torch.utils.data
 _CHILD = "deadpool_megatron.emulation.child"
 
 
-def _without_helpers(module: ModuleType) -> None:
-    # The wheel has the dataset helpers compiled, but upstream's function runs `make`, whose Makefile it lacks.
-    module.compile_helpers = lambda: None  # type: ignore[attr-defined]
-
-
-def _quiet(module: ModuleType) -> None:
-    # It warns at every fork of the tracker that device and CPU generator are one; here they are, by design.
-    logging.getLogger(module.__name__).setLevel(logging.ERROR)
-
-
-_AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
-    "megatron.core.datasets.utils": _without_helpers,
-    "megatron.core.tensor_parallel.random": _quiet,
-}
+_HELPERS = "megatron.core.datasets.utils"
 
 
 def _emulate_children() -> None:
@@ -57,33 +44,34 @@ def _emulate_children() -> None:
     multiprocessing.spawn.get_command_line = get_command_line
 
 
-class _Loader(importlib.abc.Loader):
-    """Runs the module's own loader, then the change."""
+def _without_helpers(module: ModuleType) -> None:
+    # The wheel has the dataset helpers compiled, but upstream's function runs `make`, whose Makefile it lacks.
+    module.compile_helpers = lambda: None  # type: ignore[attr-defined]
 
-    def __init__(self, inner: importlib.abc.Loader, change: Callable[[ModuleType], None]) -> None:
+
+class _Loader(importlib.abc.Loader):
+    """Runs the module's own loader, then `_without_helpers`."""
+
+    def __init__(self, inner: importlib.abc.Loader) -> None:
         self._inner = inner
-        self._change = change
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
-        self._change(module)
+        _without_helpers(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of `_AFTER_IMPORT` with the other finders and puts `_Loader` around theirs."""
+    """Finds that module with the other finders and puts `_Loader` around its loader."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        change = _AFTER_IMPORT.get(fullname)
-        if change is None:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target) if fullname == _HELPERS else None
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, change)
+            spec.loader = _Loader(spec.loader)
         return spec
 
 
@@ -110,10 +98,59 @@ def _on_gloo(name: str) -> None:
     setattr(dist, name, on_gloo)
 
 
+class _Gathering:
+    """The work of an all-gather into padded tensors; waiting for it cuts them to size."""
+
+    def __init__(self, work: Any, padded: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+        self._work = work
+        self._padded = padded
+        self._wanted = wanted
+
+    def wait(self, *args: Any) -> bool:
+        """As `Work.wait`."""
+        done: bool = self._work.wait(*args)
+        with torch.no_grad():
+            for whole, part in zip(self._padded, self._wanted, strict=True):
+                part.view(-1).copy_(whole[: part.numel()])
+        return done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+def _gather_unlike_sizes() -> None:
+    """What NCCL can and Gloo cannot: an all-gather of tensors whose sizes differ, as layer-wise optimizers do it."""
+    native = c10d.all_gather
+
+    @functools.wraps(native)
+    def all_gather(
+        tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        sizes = {each.numel() for each in tensor_list}
+        if len(sizes) < 2:
+            return native(tensor_list, tensor, group, async_op)
+        padded = [each.new_zeros(max(sizes)) for each in tensor_list]
+        mine = tensor.new_zeros(max(sizes))
+        with torch.no_grad():
+            mine[: tensor.numel()].copy_(tensor.reshape(-1))
+        work = native(padded, mine, group, True)
+        if work is None:  # this rank is not in the group
+            return None
+        gathering = _Gathering(work, padded, tensor_list)
+        if async_op:
+            return gathering
+        gathering.wait()
+        return None
+
+    for module in (c10d, dist):
+        module.all_gather = all_gather
+
+
 def install() -> None:
     """Install all of it. Modules that are imported already are changed at once."""
     for name in ("init_process_group", "new_group"):
         _on_gloo(name)
+    _gather_unlike_sizes()
     _emulate_children()
     loader: Any = torch.utils.data.DataLoader
     original_init = loader.__init__
@@ -124,7 +161,8 @@ def install() -> None:
         original_init(self, *args, **kwargs)
 
     loader.__init__ = init
-    for name, change in _AFTER_IMPORT.items():
-        if name in sys.modules:
-            change(sys.modules[name])
+    # It warns at every fork of the tracker that device and CPU generator are one; here they are, by design.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    if _HELPERS in sys.modules:
+        _without_helpers(sys.modules[_HELPERS])
     sys.meta_path.insert(0, _Finder())

@@ -230,7 +230,6 @@ def make(tree: Path) -> bytes:
 
 
 def add_patch_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `deadpool patch`."""
     parser.add_argument(
         "action",
         choices=("check", "apply", "revert", "make"),
@@ -241,7 +240,6 @@ def add_patch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """`deadpool patch` after parsing."""
     tree = Path(options.megatron)
     try:
         if options.action == "make":

@@ -177,9 +177,11 @@ def _agent(plan: AgentPlan) -> int:
         try:
             answer, secret, spoke = enlist(plan, address, port, source, until, signals.interrupted)
         except Interrupted:
-            if hosted is not None:
-                return _stop(hosted)
-            raise
+            if hosted is None:
+                raise
+            hosted.interrupt()
+            print(f"deadpool: {hosted.wait()[1]}", file=sys.stderr)
+            return Exit.INTERRUPTED
         lifeline = Lifeline(spoke)
         Path(plan.launch.log_dir).mkdir(parents=True, exist_ok=True)
         settings = agent_settings(
@@ -217,13 +219,6 @@ def _agent(plan: AgentPlan) -> int:
 def _join(thread: threading.Thread) -> None:
     if thread.ident is not None:  # it was started
         thread.join()
-
-
-def _stop(hosted: CoordinatorProcess) -> int:
-    hosted.interrupt()
-    _, message = hosted.wait()
-    print(f"deadpool: {message}", file=sys.stderr)
-    return Exit.INTERRUPTED
 
 
 def _tee(plan: AgentPlan, node: int) -> Tee | None:

@@ -173,5 +173,4 @@ class Lifeline:
                 self.gone_since = None
 
     def close(self) -> None:
-        """Close the connection."""
         self._spoke.close()

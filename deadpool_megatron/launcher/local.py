@@ -117,7 +117,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `deadpool launch`."""
     add = parser.add_argument
     add("--local-nodes", type=int, default=1, metavar="N", help="nodes on this machine, spares included (default: 1)")
     add("--spare-nodes", type=int, default=0, metavar="S", help="how many of them are warm spares (default: 0)")
@@ -140,7 +139,6 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """`deadpool launch` after parsing."""
     try:
         if options.nnodes not in ("1", "1:1"):
             raise LaunchError(

@@ -146,7 +146,6 @@ def _agent(settings: AgentSettings) -> int:
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
     never_fails()
     role, settings = sys.argv[1], sys.stdin.buffer.read()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import shutil
 import subprocess
@@ -83,26 +84,17 @@ def visible_gpus() -> list[str]:
     return [str(i) for i, line in enumerate(out.splitlines()) if line.startswith("GPU ")]
 
 
-_SIZES = (
-    ("--tensor-model-parallel-size", 1),
-    ("--pipeline-model-parallel-size", 1),
-    ("--context-parallel-size", 1),
-)
+_SIZES = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size")
 
 
-def _value_of(arguments: Sequence[str], flag: str, default: int) -> int:
+def value_of(arguments: Sequence[str], flag: str, default: str) -> str:
+    """What the script is given for a flag; of several the last one counts, as for argparse."""
     value = default
     for i, token in enumerate(arguments):
-        text = None
         if token == flag and i + 1 < len(arguments):
-            text = arguments[i + 1]
+            value = arguments[i + 1]
         elif token.startswith(flag + "="):
-            text = token.split("=", 1)[1]
-        if text is not None:
-            try:
-                value = int(text)  # of several the last one counts, as for argparse
-            except ValueError:
-                raise LaunchError(f"{flag} {text}: not a whole number") from None
+            value = token.split("=", 1)[1]
     return value
 
 
@@ -159,12 +151,11 @@ def check(
     if config.deadpool and not scheme.mirror and find_spec("pyeclib") is None:
         raise LaunchError(f"--deadpool-redundancy {scheme} needs pyeclib: pip install deadpool-megatron[parity]")
     world = active * slots
-    model = 1
-    for flag, default in _SIZES:
-        model *= _value_of(arguments, flag, default)
+    sizes = {flag: whole(value_of(arguments, flag, "1"), flag) for flag in _SIZES}
+    model = math.prod(sizes.values())
     if model < 1 or world % model:
-        sizes = " x ".join(f"{flag} {_value_of(arguments, flag, default)}" for flag, default in _SIZES)
-        raise LaunchError(f"{world} active ranks ({active} nodes of {slots}) are not a multiple of {sizes} = {model}")
+        shown = " x ".join(f"{flag} {size}" for flag, size in sizes.items())
+        raise LaunchError(f"{world} active ranks ({active} nodes of {slots}) are not a multiple of {shown} = {model}")
     if config.deadpool:
         if not os.access(options.shm_directory, os.W_OK | os.X_OK):
             raise LaunchError(f"--shm-directory {options.shm_directory} does not exist or cannot be written to")

@@ -7,7 +7,6 @@ go through stdin, since the job's secret is among them.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import re
 import signal
@@ -31,7 +30,7 @@ from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import PASSWORD
 from deadpool_megatron.cluster.store.leadership import Leadership
 from deadpool_megatron.forking import FORK_SERVER, Process, fork_module
-from deadpool_megatron.launcher.plan import LaunchPlan
+from deadpool_megatron.launcher.plan import LaunchPlan, value_of
 
 _NODE = "deadpool_megatron.launcher.node"
 # Not for workers: the job's secret, and the file that holds it.
@@ -177,8 +176,7 @@ def _exit_signal(arguments: Sequence[str]) -> int:
     """The signal on which Megatron saves a checkpoint and ends; 0 for none."""
     if "--exit-signal-handler" not in arguments:
         return 0
-    name = next((b for a, b in itertools.pairwise(arguments) if a == "--exit-signal"), "SIGTERM")
-    return int(getattr(signal, name, 0))
+    return int(getattr(signal, value_of(arguments, "--exit-signal", "SIGTERM"), 0))
 
 
 def _durable(plan: LaunchPlan, job_id: str, alone: bool) -> DurableStart | None:
@@ -205,12 +203,7 @@ def _checkpoint_to_load(arguments: Sequence[str]) -> int:
     """
     if "--finetune" in arguments:
         return -1
-    directory = ""
-    for i, token in enumerate(arguments):
-        if token == "--load" and i + 1 < len(arguments):
-            directory = arguments[i + 1]
-        elif token.startswith("--load="):
-            directory = token.split("=", 1)[1]
+    directory = value_of(arguments, "--load", "")
     try:
         text = (Path(directory) / "latest_checkpointed_iteration.txt").read_text().strip() if directory else ""
     except OSError:

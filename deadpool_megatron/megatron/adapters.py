@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from deadpool_megatron.compat import UserError, check_version
@@ -55,19 +55,15 @@ class Adapter:
         upstream: what upstream calls it.
         learned: attributes of optimizers that survivors have learned lazily and a fresh spare has not; they make the
             sequence of collectives differ, so they are forgotten (None) at every recovery.
-        loss_at, grad_norm_at: places in what ``train_step`` returns.
     """
 
     line: str
     upstream: str
     learned: tuple[str, ...]
-    loss_at: int = 0
-    grad_norm_at: int = 5
-    seams: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _SEAMS)
 
     def check_seams(self, version: str) -> None:
         """Raises UserError when this build of Megatron lacks something the hooks hold on to."""
-        for module_name, names in self.seams.items():
+        for module_name, names in _SEAMS.items():
             module = importlib.import_module(module_name)
             for name in names:
                 if not hasattr(module, name):
@@ -75,10 +71,6 @@ class Adapter:
                         f"megatron-core {version} has no {module_name}.{name}, which DeadPool hooks into: use "
                         f"{self.upstream} unchanged"
                     )
-
-    def outcome(self, result: tuple[Any, ...]) -> tuple[dict[str, Any], float | None]:
-        """Losses and gradient norm out of what ``train_step`` returned."""
-        return result[self.loss_at], result[self.grad_norm_at]
 
     def forget_learned(self, optimizer: Any) -> None:
         """Let an optimizer learn again what it has learned in earlier iterations."""

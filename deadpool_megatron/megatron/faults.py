@@ -6,12 +6,12 @@ Nothing here is in place until a fault is armed: then, and only then, the functi
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -63,39 +63,28 @@ def arm(fault: r.Fault) -> None:
         return
     if points.POINTS[fault.point][0] != "worker":
         return
-    instrument = _INSIDE.get(fault.point.split(".")[0])
-    if instrument is not None:
-        instrument()
+    if fault.point == "grad-norm.during":
+        _grad_norm()
+    elif fault.point in _INSIDE:
+        _around(fault.point, *_INSIDE[fault.point])
     points.arm(fault.point, -1 if fault.iteration is None else fault.iteration, lambda: strike(fault))
 
 
-def _around(owner: Any, name: str, before: str = "", after: str = "") -> None:
+def _around(point: str, module: str, holder: str, name: str, after: bool) -> None:
+    owner: Any = importlib.import_module(module)
+    owner = getattr(owner, holder) if holder else owner
     original = getattr(owner, name)
 
     @functools.wraps(original)
     def passing(*args: Any, **kwargs: Any) -> Any:
-        if before:
-            points.reach(before)
+        if not after:
+            points.reach(point)
         result = original(*args, **kwargs)
         if after:
-            points.reach(after)
+            points.reach(point)
         return result
 
     setattr(owner, name, passing)
-
-
-def _gradient_sync() -> None:
-    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
-
-    _around(_ParamAndGradBucketGroup, "start_grad_sync", before="gradient-sync.before")
-    _around(_ParamAndGradBucketGroup, "finish_grad_sync", after="gradient-sync.after")
-
-
-def _param_gather() -> None:
-    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
-
-    _around(_ParamAndGradBucketGroup, "start_param_sync", before="param-gather.before")
-    _around(_ParamAndGradBucketGroup, "finish_param_sync", after="param-gather.after")
 
 
 def _grad_norm() -> None:
@@ -119,30 +108,16 @@ def _grad_norm() -> None:
     optimizer.get_grad_norm_fp32 = get_grad_norm_fp32
 
 
-def _optimizer_step() -> None:
+_BUCKETS: Final = ("megatron.core.distributed.param_and_grad_buffer", "_ParamAndGradBucketGroup")
+# By point: module, what in it has the function (empty: itself), the function, and whether the point is after its call.
+_INSIDE: Final = {
+    "gradient-sync.before": (*_BUCKETS, "start_grad_sync", False),
+    "gradient-sync.after": (*_BUCKETS, "finish_grad_sync", True),
     # One call a parameter group; torch.optim.AdamW steps through it as well.
-    from torch.optim import adam
-
-    _around(adam, "adam", after="optimizer-step.during")
-
-
-def _lr_step() -> None:
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-    _around(OptimizerParamScheduler, "step", before="lr-step.before", after="lr-step.after")
-
-
-def _save() -> None:
-    from megatron.training import checkpointing
-
-    _around(checkpointing.dist_checkpointing, "save", after="save.during")
-
-
-_INSIDE: dict[str, Callable[[], None]] = {
-    "gradient-sync": _gradient_sync,
-    "param-gather": _param_gather,
-    "grad-norm": _grad_norm,
-    "optimizer-step": _optimizer_step,
-    "lr-step": _lr_step,
-    "save": _save,
+    "optimizer-step.during": ("torch.optim.adam", "", "adam", True),
+    "param-gather.before": (*_BUCKETS, "start_param_sync", False),
+    "param-gather.after": (*_BUCKETS, "finish_param_sync", True),
+    "lr-step.before": ("megatron.core.optimizer_param_scheduler", "OptimizerParamScheduler", "step", False),
+    "lr-step.after": ("megatron.core.optimizer_param_scheduler", "OptimizerParamScheduler", "step", True),
+    "save.during": ("megatron.training.checkpointing", "dist_checkpointing", "save", True),
 }

@@ -45,14 +45,14 @@ class Frozen:
         frozen = frozen_parameters(model)
         self.plan = ShardPlan(frozen, slice_bytes)
         self._writer: ConstantsWriter | None = None
-        self._sets = [
+        sets = (
             (group, [(name, p) for name, p in frozen if getattr(p, "allreduce", True) is dense])
             for dense, group in (
                 (True, parallel_state.get_data_parallel_group(with_context_parallel=True)),
                 (False, parallel_state.get_expert_data_parallel_group()),
             )
-        ]
-        self._sets = [(group, parameters) for group, parameters in self._sets if parameters]
+        )
+        self._sets = [(group, parameters) for group, parameters in sets if parameters]
         self.digests: list[int] = []
         self.look()
         self.expected = self.digests
@@ -96,9 +96,8 @@ class Frozen:
             _log.info("frozen parameters come from a replica: %s", err)
             return
         with torch.no_grad():
-            for segment, place in zip(
-                self.plan.segments, slot_views(self.plan, self._writer.arena.slots[0]), strict=True
-            ):
+            places = slot_views(self.plan, self._writer.arena.slots[0])
+            for segment, place in zip(self.plan.segments, places, strict=True):
                 segment.tensor.copy_(place)
         self.look()
 

@@ -45,13 +45,13 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.pulse import PulsePage
 from deadpool_megatron.comm import Communicators, is_communication_error
 from deadpool_megatron.compat import UserError
-from deadpool_megatron.megatron import saving
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.data_position import DataPosition
 from deadpool_megatron.megatron.description import describe_job
 from deadpool_megatron.megatron.frozen import frozen_parameters
-from deadpool_megatron.megatron.passes import Passes
 from deadpool_megatron.megatron.redo import Redo
+from deadpool_megatron.megatron.replay import Passes
+from deadpool_megatron.megatron.reset import forget_strategies
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
@@ -96,7 +96,6 @@ class Hooks:
     _in_pretrain: bool = False
     _rejoined: bool = False
     _groups: str = ""
-    _originals: dict[str, Any] = field(default_factory=dict)
     _series: Series = field(default_factory=Series)
 
     def install(self) -> None:
@@ -131,7 +130,6 @@ class Hooks:
 
     def _replace(self, module: Any, name: str, hook: Callable[..., Any]) -> None:
         original = getattr(module, name)
-        self._originals[name] = original
 
         @functools.wraps(original)
         def replaced(*args: Any, **kwargs: Any) -> Any:
@@ -171,7 +169,7 @@ class Hooks:
         check_arguments(get_args())
         if self.standby:
             # A checkpoint to load would be read by collectives; the spare's state comes from a vault.
-            _load_nothing(get_args())
+            get_args().load = get_args().pretrained_checkpoint = None
         result = original(*args, **kwargs)
         self._run_args = RunArgs(get_args())
         if self.standby and self.communicators.table_digest() == self._groups:
@@ -305,7 +303,7 @@ class Hooks:
         away = time.perf_counter()
         declared = self._rejoin(trainer, error)
         self._series.recovered(time.perf_counter() - away)
-        saving.forget_strategies(a["checkpointing_context"])
+        forget_strategies(a["checkpointing_context"])
         if declared.purpose == "save":
             return functools.partial(self._save_and_leave, a, declared.epoch)
         return None
@@ -324,6 +322,9 @@ class Hooks:
         assert trainer is not None
         if self.config.state_hash:
             self.session.tell(r.StateHash(0, trainer.rank, trainer.digests()))
+        self._finish(epoch)
+
+    def _finish(self, epoch: int) -> None:
         self.session.step("finished", epoch, self.iteration)
         self.session.wait_all_finished(epoch)
 
@@ -362,8 +363,7 @@ class Hooks:
             self._save(a)
         except (OSError, RuntimeError) as err:
             raise UserError(f"--deadpool-export {self.config.export}: the checkpoint cannot be written: {err}") from err
-        self.session.step("finished", self.session.joined_epoch, self.iteration)
-        self.session.wait_all_finished(self.session.joined_epoch)
+        self._finish(self.session.joined_epoch)
         raise SystemExit(0)
 
     def _save_and_leave(self, a: dict[str, Any], epoch: int) -> None:
@@ -382,15 +382,7 @@ class Hooks:
 
         args = get_args()
         get_timers()("interval-time", log_level=0).start()  # saving pauses it
-        training.save_checkpoint_and_time(
-            args.iteration,
-            a["model"],
-            a["optimizer"],
-            a["opt_param_scheduler"],
-            args.num_floating_point_operations_so_far,
-            {},
-            train_data_iterator=a["train_data_iterator"],
-        )
+        _save_checkpoint(a, args.iteration, args.num_floating_point_operations_so_far, {})
         training.maybe_finalize_async_save(blocking=True, terminate=True)
         return args
 
@@ -404,8 +396,8 @@ class Hooks:
         start = time.perf_counter()
         trainer.begin(iteration)
         result = original(*args, **kwargs)
-        losses, grad_norm = current().outcome(result)
-        trainer.end(iteration, losses, grad_norm, time.perf_counter() - start)
+        # losses and gradients' norm, in the same places in all versions
+        trainer.end(iteration, result[0], result[5], time.perf_counter() - start)
         return result
 
     def _backward_step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -427,20 +419,13 @@ class Hooks:
 
     def _pay_what_is_owed(self, a: dict[str, Any]) -> None:
         """An asynchronous checkpoint went down with the lost node: save the state of now in its place."""
-        from megatron.training import get_args, training
+        from megatron.training import get_args
 
         assert self.trainer is not None
         args = get_args()
         if args.save and self.trainer.once.owed(a["iteration"], args.save_interval):
-            training.save_checkpoint_and_time(
-                a["iteration"],
-                a["model"],
-                a["optimizer"],
-                a["opt_param_scheduler"],
-                a["num_floating_point_operations_so_far"],
-                a["checkpointing_context"],
-                train_data_iterator=a["train_data_iterator"],
-            )
+            flops = a["num_floating_point_operations_so_far"]
+            _save_checkpoint(a, a["iteration"], flops, a["checkpointing_context"])
 
     def _evaluated(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
@@ -531,13 +516,23 @@ class Hooks:
         points.reach("log.after")
         state.log = dict(totals)
         state.logged_before = True
-        self._series.write(trainer, bound.arguments["iteration"])
+        self._series.write(trainer, iteration)
         return result
 
 
-def _load_nothing(megatron_args: Any) -> None:
-    megatron_args.load = None
-    megatron_args.pretrained_checkpoint = None
+def _save_checkpoint(a: dict[str, Any], iteration: int, flops: float, context: dict[str, Any]) -> None:
+    """As upstream does it in ``train``, whose arguments ``a`` are; through our hook."""
+    from megatron.training import training
+
+    training.save_checkpoint_and_time(
+        iteration,
+        a["model"],
+        a["optimizer"],
+        a["opt_param_scheduler"],
+        flops,
+        context,
+        train_data_iterator=a["train_data_iterator"],
+    )
 
 
 def _ticking(forward_step: Any, trainer: MegatronTrainer) -> Any:
@@ -562,12 +557,7 @@ def _ticking(forward_step: Any, trainer: MegatronTrainer) -> Any:
 
 def _drop_frames(error: BaseException) -> None:
     """Let go of the broken step's activations and pending works, which its traceback keeps alive."""
-    trace = error.__traceback__
-    if trace is not None:
-        traceback.clear_frames(trace)
     seen: BaseException | None = error
     while seen is not None:
-        following = seen.__cause__ or seen.__context__
-        if following is not None and following.__traceback__ is not None:
-            traceback.clear_frames(following.__traceback__)
-        seen = following
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__

@@ -186,8 +186,7 @@ def state_tensors(optimizer: Any) -> list[StateTensor]:
             name = f"optimizer{m}.{name}"
             if _main_copy(state) is None:
                 out.append(StateTensor(f"{name}.main", parameter.data, True, over))
-            for key in sorted(state):
-                value = state[key]
+            for key, value in sorted(state.items()):
                 if torch.is_tensor(value):
                     if key != "step":
                         _check_plain(inner, key, value)
@@ -314,6 +313,5 @@ def put_fields(holder: dict[str, Any], fields: Mapping[str, Any]) -> None:
 
 
 def _device(group: Mapping[str, Any]) -> torch.device:
-    for parameter in group.get("params", ()):
-        return torch.device(parameter.device)
-    return torch.device("cuda", torch.cuda.current_device())
+    parameters = group.get("params")
+    return parameters[0].device if parameters else torch.device("cuda", torch.cuda.current_device())

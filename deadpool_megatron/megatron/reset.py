@@ -7,11 +7,12 @@ differ, and the job hang (`Adapter.learned`, bucket groups' first batch).
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any
 
 import torch
 from megatron.core import rerun_state_machine
-from megatron.training import get_args, get_timers, training
+from megatron.training import async_utils, get_args, get_timers, training
 
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.frozen import Frozen
@@ -104,3 +105,35 @@ def synchronize_parameters(model: list[Any], optimizer: Any, unique: UniqueState
     frozen.synchronize()
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
+
+
+def drop_unfinished_saves(rank: int) -> None:
+    """End asynchronous saves (``--async-save``) that are not finalized. No communication.
+
+    A process beside each rank writes one, and collectives finalize it, ranks counting their saves. A rank that has died
+    takes its part along, and the spare in its place has counted nothing, so all begin to count anew. The writers are
+    ended with SIGKILL: upstream's ``latest_checkpointed_iteration.txt`` names no save that is not finalized.
+    """
+    queue = async_utils._async_calls_queue
+    if queue is None:
+        return
+    dropped = list(queue.async_calls)
+    for call in dropped:
+        call.async_caller.close(abort=True)
+    queue.async_calls.clear()
+    queue.close(abort=True)
+    async_utils._async_calls_queue = None  # made anew at the next save, as on a spare
+    if dropped:
+        print(
+            f"deadpool: rank {rank}: {len(dropped)} asynchronous checkpoint(s) were being written when the node was "
+            "lost, and are dropped; the state after the next iteration is saved in their place",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def forget_strategies(context: dict[str, Any]) -> None:
+    """Drop what earlier saves have cached: ranks with and without a cache do different collectives (upstream's
+    ``--ckpt-assume-constant-structure``), and a spare has none."""
+    for name in ("save_strategy", "load_strategy", "local_checkpoint_cache"):
+        context.pop(name, None)

@@ -140,6 +140,12 @@ def positions(data: bytes) -> list[int]:
     return found
 
 
+def tracker_states() -> dict[str, torch.Tensor]:
+    """By name, the states of upstream's random number tracker; in graph-safe mode it holds live generators."""
+    states = tensor_parallel.get_cuda_rng_tracker().get_states()
+    return {name: s.get_state() if isinstance(s, torch.Generator) else s for name, s in states.items()}
+
+
 class SmallState:
     """Captures and restores the small state of one coordinate.
 
@@ -164,10 +170,8 @@ class SmallState:
         self._run_args = run_args
         self._scheduler = scheduler
         self._numbers = Numbers(optimizer)
-        self._scalers = [
-            m.optimizer.grad_scaler for m in members(optimizer) if getattr(m.optimizer, "grad_scaler", None) is not None
-        ]
-        self._scalers = list({id(scaler): scaler for scaler in self._scalers}.values())
+        scalers = (getattr(member.optimizer, "grad_scaler", None) for member in members(optimizer))
+        self._scalers = list({id(scaler): scaler for scaler in scalers if scaler is not None}.values())
         self._staged = _Staged(model, self._scalers)
         self.log: dict[str, Any] = {}
         self.logged_before = False
@@ -187,14 +191,13 @@ class SmallState:
         # train() keeps these two in local variables; args has the values train() began with.
         fields["iteration"] = iteration
         fields["num_floating_point_operations_so_far"] = self.flops
-        trackers = tensor_parallel.get_cuda_rng_tracker().get_states()
         log, loose = self._staged.take(self.log | cumulative())
         return encode(
             {
                 "args": fields,
                 "host_rng": capture_host_rng(),
                 "device_rng": torch.cuda.get_rng_state().numpy().tobytes(),
-                "tracker": {name: _as_tensor(state).numpy().tobytes() for name, state in trackers.items()},
+                "tracker": {name: state.numpy().tobytes() for name, state in tracker_states().items()},
                 "scheduler": plain_fields(vars(self._scheduler)),
                 "numbers": self._numbers.read(),
                 "scalers": [
@@ -240,11 +243,6 @@ def _interval_s() -> float:
     """Seconds since the last line of the log, of which upstream prints the mean of an iteration."""
     timer = get_timers()("interval-time", log_level=0)
     return float(timer._elapsed + (time.time() - timer._start_time if timer._started else 0.0))
-
-
-def _as_tensor(state: Any) -> torch.Tensor:
-    """A tracker state as bytes; in graph-safe mode the tracker holds live generators."""
-    return state.get_state() if isinstance(state, torch.Generator) else state
 
 
 def _as_state(data: bytes) -> torch.Tensor:

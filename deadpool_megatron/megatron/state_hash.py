@@ -7,9 +7,9 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 
 from deadpool_megatron.megatron.optimizer_state import Numbers, plain_fields, state_tensors, step_counters
+from deadpool_megatron.megatron.small_state import tracker_states
 from deadpool_megatron.snapshot import capture_host_rng, encode, host_bytes
 
 
@@ -35,8 +35,8 @@ def digests(args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -
     parts["rng"].update(encode(capture_host_rng()))
     _update(parts["rng"], "torch", torch.get_rng_state())
     _update(parts["rng"], "device", torch.cuda.get_rng_state())
-    for name, state in sorted(tensor_parallel.get_cuda_rng_tracker().get_states().items()):
-        _update(parts["rng"], name, state.get_state() if isinstance(state, torch.Generator) else state)
+    for name, state in sorted(tracker_states().items()):
+        _update(parts["rng"], name, state)
     counters = (args.consumed_train_samples, args.consumed_valid_samples, plain_fields(vars(scheduler)))
     parts["data"].update(repr(counters).encode())
     return {name: sha.hexdigest() for name, sha in parts.items()}

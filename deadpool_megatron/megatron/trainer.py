@@ -16,31 +16,31 @@ from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import training
 
-from deadpool_megatron import points
+from deadpool_megatron import emulation, points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.pulse import PulsePage
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.config import DeadpoolConfig
-from deadpool_megatron.megatron import state_hash
 from deadpool_megatron.megatron.comparison import Comparison, Difference, Unequal
 from deadpool_megatron.megatron.description import describe_layout
 from deadpool_megatron.megatron.faults import strike
 from deadpool_megatron.megatron.frozen import Frozen
 from deadpool_megatron.megatron.links import Links
 from deadpool_megatron.megatron.loss_report import LossReport
-from deadpool_megatron.megatron.near import numa_node
 from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import (
     drop_graphs,
+    drop_unfinished_saves,
     full_iteration_graphs,
     reset_after_abort,
     synchronize_parameters,
 )
 from deadpool_megatron.megatron.run_args import RunArgs
-from deadpool_megatron.megatron.saving import drop_unfinished_saves
 from deadpool_megatron.megatron.small_state import SmallState, positions, unlike
+from deadpool_megatron.megatron.standby import numa_node
+from deadpool_megatron.megatron.state_hash import digests
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
 from deadpool_megatron.recovery import Refused, Session, Superseded
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
@@ -129,7 +129,7 @@ class MegatronTrainer:
         if self._frozen:
             path = self._memory(constants_of(self.rank), self._frozen.plan.nbytes, 0)
             self._frozen.use(ConstantsWriter(path, doorbell))
-        self._engine = _engine()
+        self._engine: CopyEngine = CudaCopyEngine() if _on_device() else HostCopyEngine()
         self._snapshotter = Snapshotter(self._plan, self._writer, self._engine, Pacing(config.copy_bandwidth))
         self._links = Links(args, model)
         # No Python runs inside of a replayed iteration: slices are asked for before it, and the gate comes after it.
@@ -140,10 +140,11 @@ class MegatronTrainer:
         self._ticks = 0
         self._blocked = 0.0
         self._fault: r.Fault | None = None
+        self._local = int(os.environ["LOCAL_RANK"])
         self._slow_s = 0.0
         self._resumed_epoch = session.joined_epoch
         self._first = (-1, -1)
-        self._on_device = torch.cuda.is_available() and not _emulated()
+        self._on_device = _on_device()
         self._losses = LossReport()
         self._tells_losses = (
             parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -189,7 +190,7 @@ class MegatronTrainer:
         On a device Megatron's ``--deterministic-mode`` has it so (it wants NCCL_ALGO set), and groups that were formed
         anew reduce in the same order only without NVLS, which adds up in the switch.
         """
-        if _emulated() or not torch.cuda.is_available():
+        if not self._on_device:
             return True
         algorithms = os.environ.get("NCCL_ALGO", "")
         return bool(self._args.deterministic_mode) and algorithms in ("Ring", "Tree", "^NVLS")
@@ -254,7 +255,7 @@ class MegatronTrainer:
         self._ticks = 0
         points.reach("small-state.after")
         self._fault = next(
-            (f for f in session.armed if f.iteration == iteration and not f.point and self._hits(f)), None
+            (f for f in session.armed if f.iteration == iteration and not f.point and f.local == self._local), None
         )
         hold = session.hold
         if hold is not None and hold.epoch == session.joined_epoch and iteration >= hold.iteration:
@@ -389,7 +390,7 @@ class MegatronTrainer:
 
     def digests(self) -> dict[str, str]:
         """Of the state that training has ended with, as `state_hash.digests`."""
-        return state_hash.digests(self._args, self._model, self._optimizer, self._scheduler)
+        return digests(self._args, self._model, self._optimizer, self._scheduler)
 
     def figures(self) -> dict[str, float]:
         """Of the last iteration on this rank, for the run's writers; seconds, bytes, bytes a second.
@@ -471,8 +472,9 @@ class MegatronTrainer:
                 replay.seek(position)
         self.small_state.restore(small)
         self._small, self._small_generation = small, generation
-        for each in self._reruns():
-            each.replaying, each.saved_microbatches, each.replay_pos = False, [], 0
+        for owner in (replay.owner for replay in self._replays):
+            if isinstance(owner, RerunDataIterator):
+                owner.replaying, owner.saved_microbatches, owner.replay_pos = False, [], 0
         self.once.agreed(agreed.done)
         self.live_generation = self._restored = generation
 
@@ -540,15 +542,7 @@ class MegatronTrainer:
                 replay.mark(iteration, iteration)
         return replays
 
-    def _reruns(self) -> Iterator[Any]:
-        for replay in self._replays:
-            if isinstance(replay.owner, RerunDataIterator):
-                yield replay.owner
-
     # ---- faults
-
-    def _hits(self, fault: r.Fault) -> bool:
-        return fault.local == int(os.environ["LOCAL_RANK"])
 
     def _suffer(self, fault: r.Fault) -> None:
         self._fault = None
@@ -558,16 +552,8 @@ class MegatronTrainer:
             strike(fault)
 
 
-def _emulated() -> bool:
-    from deadpool_megatron import emulation
-
-    return emulation.is_installed()
-
-
-def _engine() -> CopyEngine:
-    if _emulated() or not torch.cuda.is_available():
-        return HostCopyEngine()
-    return CudaCopyEngine()
+def _on_device() -> bool:
+    return torch.cuda.is_available() and not emulation.is_installed()
 
 
 def _flatten(iterators: Iterable[Any]) -> Iterator[Any]:

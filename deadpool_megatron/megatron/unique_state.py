@@ -8,10 +8,10 @@ them copies the r-th of R equal ranges of bytes; after a restore each range goes
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from megatron.core import parallel_state
 
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.optimizer_state import StateTensor, bytes_a_parameter, prepare, state_tensors
@@ -20,12 +20,8 @@ _ALIGN: Final = 64
 _GATHER_BYTES: Final = 32 << 20  # of one rank at a time, so that a restore needs little memory
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Bytes of one tensor, as a flat uint8 view of it."""
-
-    name: str
-    view: torch.Tensor
+type _Piece = tuple[str, torch.Tensor]
+"""A name, and bytes of one tensor as a flat uint8 view of it."""
 
 
 class _Shared:
@@ -49,7 +45,7 @@ class _Shared:
         for name, view in self._bytes:
             low, high = max(begin - at, 0), min(end - at, view.numel())
             if low < high:
-                yield _Piece(f"{name}[{low}:{high}]", view[low:high])
+                yield f"{name}[{low}:{high}]", view[low:high]
             at += view.numel()
 
     def gather(self) -> None:
@@ -64,17 +60,17 @@ class _Shared:
         all_parts = [torch.zeros(width, dtype=torch.uint8, device=device) for _ in range(size)]
         for first in range(0, max(lengths), width):
             at = 0
-            for piece in self.part(rank, first, width) if first < lengths[rank] else ():
-                mine[at : at + piece.view.numel()].copy_(piece.view)
-                at += piece.view.numel()
+            for _, view in self.part(rank, first, width) if first < lengths[rank] else ():
+                mine[at : at + view.numel()].copy_(view)
+                at += view.numel()
             torch.distributed.all_gather(all_parts, mine, group=self.group)
             for other in range(size):
                 if other == rank or first >= lengths[other]:
                     continue
                 at = 0
-                for piece in self.part(other, first, width):
-                    piece.view.copy_(all_parts[other][at : at + piece.view.numel()])
-                    at += piece.view.numel()
+                for _, view in self.part(other, first, width):
+                    view.copy_(all_parts[other][at : at + view.numel()])
+                    at += view.numel()
 
 
 def _as_bytes(each: StateTensor) -> torch.Tensor:
@@ -105,8 +101,7 @@ class UniqueState:
 
     def items(self) -> list[tuple[str, torch.Tensor]]:
         """Name and live tensor of everything to be copied, in an order that is the same wherever it is restored."""
-        pieces = [piece for one in self._shared for piece in one.part(one.group.rank())]
-        return [*self._alone, *((piece.name, piece.view) for piece in pieces)]
+        return [*self._alone, *(piece for one in self._shared for piece in one.part(one.group.rank()))]
 
     def gather(self) -> None:
         """Bring back what others have copied. Collective: every rank of the job calls it after a restore.
@@ -124,8 +119,6 @@ def expected_bytes(model: list[Any], optimizer: Any) -> int:
     12 bytes over the data-parallel size for Adam in mixed precision. Shards of the distributed optimizer differ from
     rank to rank by the padding of buckets, so compare sums over all coordinates.
     """
-    from megatron.core import parallel_state
-
     dense = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     expert = parallel_state.get_expert_data_parallel_world_size()
     known: dict[tuple[int, bool], float] = {}

@@ -31,8 +31,7 @@ class Series:
         if (tensorboard is None and wandb is None) or iteration % get_args().tensorboard_log_interval:
             return
         values = {f"deadpool/{name}": value for name, value in trainer.figures().items()}
-        values["deadpool/recoveries"] = self._recoveries
-        values["deadpool/last-recovery-seconds"] = self._last_s
+        values |= {"deadpool/recoveries": self._recoveries, "deadpool/last-recovery-seconds": self._last_s}
         if tensorboard is not None:
             for name, value in values.items():
                 tensorboard.add_scalar(name, value, iteration)

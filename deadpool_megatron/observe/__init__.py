@@ -1,6 +1,5 @@
 """What a person or a program sees of a job: events, status, metrics, logs and pictures. Calls nobody."""
 
-from deadpool_megatron.observe.nodelog import NodeLog, read_node_logs
 from deadpool_megatron.observe.rundir import (
     EVENTS,
     JOB,
@@ -8,9 +7,11 @@ from deadpool_megatron.observe.rundir import (
     RECOVERIES,
     STATUS,
     EventTail,
+    NodeLog,
     RunDirectory,
     follow_events,
     read_events,
+    read_node_logs,
 )
 
 __all__ = [

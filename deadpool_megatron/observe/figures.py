@@ -78,10 +78,6 @@ def as_image(figure: Any, alt: str) -> str:
     return f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}">'
 
 
-def _unit(span: float) -> tuple[float, str]:
-    return (1e3, "ms") if span < 1.0 else (1.0, "s")
-
-
 def timeline_figure(line: Timeline, number: int) -> Any:
     """One recovery: a row for the job and one a node. Raises MissingPlots."""
     used = [act for act in ACTS if any(b.act == act for b in line.bars)]
@@ -89,7 +85,7 @@ def timeline_figure(line: Timeline, number: int) -> Any:
     height = 1.3 + 0.28 * len(line.rows) + 0.19 * legend_rows
     figure, axes = new_figure(height)
     span = max((b.end for b in line.bars), default=1.0)
-    scale, unit = _unit(span)
+    scale, unit = (1e3, "ms") if span < 1.0 else (1.0, "s")
     for b in line.bars:
         y = line.rows.index(b.row)
         axes.barh(
@@ -107,15 +103,11 @@ def timeline_figure(line: Timeline, number: int) -> Any:
     who = f"node {', '.join(map(str, r.lost))} lost" if r.lost else "no node lost"
     more = f"; {line.left_out} more nodes not shown" if line.left_out else ""
     axes.set_title(f"Recovery {number} (epoch {r.epoch}): {who}, from generation {r.generation}{more}", loc="left")
-    handles = [_patch(_ACT_COLOURS[act], ACTS[act]) for act in used]
-    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8, handlelength=1.2)
-    return figure
-
-
-def _patch(colour: str, label: str) -> Any:
     from matplotlib.patches import Patch
 
-    return Patch(color=colour, label=label)
+    handles = [Patch(color=_ACT_COLOURS[act], label=ACTS[act]) for act in used]
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8, handlelength=1.2)
+    return figure
 
 
 def line_figure(

@@ -87,7 +87,6 @@ class NodeMetrics:
         return int(self._server.server_port)
 
     def close(self) -> None:
-        """Stop answering."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()

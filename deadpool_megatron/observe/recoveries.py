@@ -48,8 +48,7 @@ class Recovery:
     generation: int | None = None
     sources: dict[int, int] = field(default_factory=dict)
     groups: int | None = None
-    formed: tuple[int, int] | None = None
-    """Groups re-formed, and all: summed over the ranks."""
+    formed: tuple[int, int] | None = None  # groups re-formed, and all: summed over the ranks
     times: dict[str, float] = field(default_factory=dict)
     steps: dict[int, dict[str, float]] = field(default_factory=dict)
     active: list[int] = field(default_factory=list)

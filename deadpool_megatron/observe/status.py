@@ -18,7 +18,6 @@ from rich.text import Text
 from deadpool_megatron.observe.narrative import count_text, ranks_text, seconds_text
 from deadpool_megatron.observe.recoveries import PHASES, Recovery, Story
 from deadpool_megatron.observe.rundir import STATUS, EventTail
-from deadpool_megatron.observe.snapshots import snapshot_lines
 from deadpool_megatron.observe.tables import grid_table, make_console, nodes_table, phases_table
 
 _SHOWN_EVENTS = 6
@@ -43,6 +42,41 @@ def event_line(event: Mapping[str, Any], columns: int = 80) -> str:
         parts.append(text if name in ("cause", "reason", "message") else f"{name} {text}")
     line = f"{when}  {event['event']:<10} {', '.join(parts)}".rstrip()
     return line if len(line) <= columns else line[: columns - 3] + "..."
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def snapshot_lines(said: Mapping[str, Any] | None) -> list[str]:
+    """A line of what a generation takes, and one of what it costs and is worth; none before the first iteration.
+
+    Times and bytes are those of the coordinate that reports losses, medians over the last iterations where one value
+    would mislead.
+    """
+    if not said or not said.get("planned_bytes"):
+        return []
+    planned = f"{_bytes(said['planned_bytes'])} a generation over all coordinates"
+    if said["expected_bytes"]:
+        planned += f" ({100 * (said['planned_bytes'] / said['expected_bytes'] - 1):+.2f} % of the arithmetic)"
+    if said["copied_bytes"] is None:
+        return [f"snapshots: {planned}"]
+    moved = f"last one here: {_bytes(said['copied_bytes'])} copied at {_bytes(said['copy_bandwidth'])}/s"
+    if said["sent_bytes"]:
+        moved += f", {_bytes(said['sent_bytes'])} sent at {_bytes(said['send_bandwidth'])}/s"
+    lines = [f"snapshots: {planned}; {moved}"]
+    worth = f"blocked {seconds_text(said['blocked_s'])}, stalled {seconds_text(said['stall_s'])} on the host and "
+    worth += f"{seconds_text(said['device_stall_s'])} on the device; {said['skipped_generations']} skipped so far"
+    if said["commit_share"] is not None:
+        worth += (
+            f"; committed after {said['commit_share']:.2f} of an iteration, so a loss costs "
+            f"{said['expected_lost_iterations']:.2f} iterations ({seconds_text(said['expected_lost_s'])}) on average"
+        )
+    return [*lines, worth]
 
 
 class JobView:

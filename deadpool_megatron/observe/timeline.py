@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from deadpool_megatron.observe.nodelog import read_node_logs
 from deadpool_megatron.observe.recoveries import PHASES, Recovery
-from deadpool_megatron.observe.rundir import LOGS
+from deadpool_megatron.observe.rundir import LOGS, read_node_logs
 
 # What a bar can be, in order, with what it means.
 ACTS: Final = {

@@ -14,9 +14,8 @@ from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.placement.domains import parse_domains
 from deadpool_megatron.cluster.placement.groups import parallel_groups, place
 from deadpool_megatron.cluster.placement.redundancy import Scheme, cost, tolerated
-from deadpool_megatron.planning.errors import PlanError
-from deadpool_megatron.planning.files import RunFile
-from deadpool_megatron.planning.model import Layout, Model, layout, model
+from deadpool_megatron.planning.files import PlanError, RunFile
+from deadpool_megatron.planning.model import Flags, Layout, Model, layout, model
 
 # Device context, communicators, fragmentation: what a device of 80 GB has been seen to lose, and no model has.
 _RESERVE = 4e9
@@ -65,7 +64,8 @@ def budget(run: RunFile) -> Budget:
     _supported(run)
     sizes = layout(where, flags, cluster.gpus)
     gpt = model(where, flags, sizes)
-    micro, batch = _whole(run, "micro-batch-size"), _whole(run, "global-batch-size")
+    number = Flags(where, flags).number
+    micro, batch = number("micro-batch-size"), number("global-batch-size")
     if batch % (micro * sizes.dp):
         raise PlanError(
             f"{where}: global-batch-size {batch} is not a multiple of micro-batch-size {micro} x DP {sizes.dp}"
@@ -164,13 +164,6 @@ def _warnings(share: float, copy_share: float) -> tuple[str, ...]:
     if share > 0.3:
         out.append("the peers' copies take more than 30 % of the network: training may feel it")
     return tuple(out)
-
-
-def _whole(run: RunFile, name: str) -> int:
-    value = run.megatron.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PlanError(f"{run.name}: megatron: {name}: expected a whole number above 0, not {value!r}")
-    return value
 
 
 def _supported(run: RunFile) -> None:

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from deadpool_megatron.config import ConfigError, DeadpoolConfig, resolve
-from deadpool_megatron.planning.errors import PlanError
+
+
+class PlanError(ValueError):
+    """The file is malformed, or what it describes cannot work. The message is one line for the user."""
 
 
 def _described(default: Any, help: str) -> Any:

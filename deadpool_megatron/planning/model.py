@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deadpool_megatron.planning.errors import PlanError
+from deadpool_megatron.planning.files import PlanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Shard:
         return -(-self.dense // (sizes.dp * sizes.cp)) + -(-self.expert // sizes.expert_dp)
 
 
-class _Flags:
+class Flags:
     """Megatron's flags as numbers, with its defaults."""
 
     def __init__(self, where: str, flags: Mapping[str, Any]) -> None:
@@ -138,7 +138,7 @@ class _Flags:
 
 def layout(where: str, flags: Mapping[str, Any], world: int) -> Layout:
     """The parallel sizes. Raises PlanError where they do not fit together."""
-    f = _Flags(where, flags)
+    f = Flags(where, flags)
     tp, pp, cp, ep = (
         f.number(f"{kind}-parallel-size", 1) for kind in ("tensor-model", "pipeline-model", "context", "expert-model")
     )
@@ -162,7 +162,7 @@ def layout(where: str, flags: Mapping[str, Any], world: int) -> Layout:
 
 def model(where: str, flags: Mapping[str, Any], sizes: Layout) -> Model:
     """The model. Raises PlanError where it cannot be split as asked."""
-    f = _Flags(where, flags)
+    f = Flags(where, flags)
     layers, hidden, heads = f.number("num-layers"), f.number("hidden-size"), f.number("num-attention-heads")
     if hidden % heads and "kv-channels" not in flags:
         raise PlanError(f"{where}: hidden-size {hidden} is not a multiple of num-attention-heads {heads}")
@@ -201,7 +201,7 @@ def model(where: str, flags: Mapping[str, Any], sizes: Layout) -> Model:
     )
 
 
-def _stages(where: str, f: _Flags, flags: Mapping[str, Any], layers: int, pp: int) -> tuple[int, ...]:
+def _stages(where: str, f: Flags, flags: Mapping[str, Any], layers: int, pp: int) -> tuple[int, ...]:
     ends = {name: f"decoder-{name}-pipeline-num-layers" for name in ("first", "last")}
     given = {name: f.number(flag) for name, flag in ends.items() if flag in flags}
     if pp == 1:

@@ -11,8 +11,7 @@ from typing import Any
 
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.planning.budget import Budget, budget
-from deadpool_megatron.planning.errors import PlanError
-from deadpool_megatron.planning.files import RunFile, load
+from deadpool_megatron.planning.files import PlanError, RunFile, load
 from deadpool_megatron.planning.spares import Spares, spares
 
 # Abort, agreement, groups and warm-up of a recovery at some hundreds of devices: assumed, not measured.
@@ -20,7 +19,6 @@ _CONTROL_S = 10.0
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `deadpool plan`."""
     parser.add_argument("--config", required=True, metavar="FILE", help="file of a run: see configs/")
     parser.add_argument("--nodes", type=int, metavar="N", help="another number of nodes that train than in the file")
     parser.add_argument("--spare-nodes", type=int, metavar="S", help="another number of spares than in the file")
@@ -37,7 +35,6 @@ def recovery_s(run: RunFile, plan: Budget) -> float:
 
 
 def run_plan(options: argparse.Namespace) -> int:
-    """`deadpool plan` after parsing."""
     try:
         changed = {"nodes": options.nodes, "spare_nodes": options.spare_nodes}
         ours = {"redundancy": options.redundancy} if options.redundancy else {}

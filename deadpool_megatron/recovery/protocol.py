@@ -81,12 +81,9 @@ class Trainer(Protocol):
 class Patience:
     """How long a worker waits for a declaration, in seconds."""
 
-    declare: float
-    """No error came before it: a spare, or a step that has seen the epoch end."""
-    peer: float
-    """After an error that a lost peer may have caused."""
-    own: float
-    """After one that looks like the worker's own."""
+    declare: float  # no error came before it: a spare, or a step that has seen the epoch end
+    peer: float  # after an error that a lost peer may have caused
+    own: float  # after one that looks like the worker's own
 
 
 def rejoin(

@@ -56,6 +56,10 @@ class Session:
         on_form: called from the watcher thread with the newest epoch when every rank has arrived in it; it begins to
             form the groups and must return soon.
         epoch: in which this worker begins; not 0 when the start of the job had to begin anew.
+
+    Attributes:
+        armed: faults to be injected in this worker's iterations.
+        hold: where everybody is to wait for the next epoch (a planned move), if anywhere.
     """
 
     def __init__(
@@ -73,8 +77,8 @@ class Session:
         self._formed = -1
         self._all_finished = -1
         self._arena: r.ArenaGranted | r.ArenaRefused | None = None
-        self._armed: tuple[r.Fault, ...] = ()
-        self._hold: r.Hold | None = None
+        self.armed: tuple[r.Fault, ...] = ()
+        self.hold: r.Hold | None = None
         self._told_to_wait = 0.0
         self._on_arm: Callable[[r.Fault], None] = lambda fault: None
         self.is_waiting: Callable[[], bool] = lambda: False
@@ -127,10 +131,10 @@ class Session:
                 case r.ArenaGranted() | r.ArenaRefused():
                     self._arena = record
                 case r.Arm():
-                    self._armed = (*self._armed, record.fault)
+                    self.armed = (*self.armed, record.fault)
                     self._on_arm(record.fault)
                 case r.Hold():
-                    self._hold = record
+                    self.hold = record
                 case r.KeepWaiting():
                     self._told_to_wait = time.monotonic()
                 case r.Stop():
@@ -152,22 +156,12 @@ class Session:
         where = self._rendezvous
         return (where.host, where.port) if where is not None else None
 
-    @property
-    def armed(self) -> tuple[r.Fault, ...]:
-        """Faults to be injected in this worker's iterations."""
-        return self._armed
-
     def call_on_arm(self, on_arm: Callable[[r.Fault], None]) -> None:
         """``on_arm`` is called with each fault that is armed, those that came before this call included."""
         with self._news:
             self._on_arm = on_arm
-            for fault in self._armed:
+            for fault in self.armed:
                 on_arm(fault)
-
-    @property
-    def hold(self) -> r.Hold | None:
-        """Where everybody is to wait for the next epoch (a planned move), if anywhere. Cheap."""
-        return self._hold
 
     def tell(self, record: msgspec.Struct) -> None:
         """Send one record to the agent; it is in the kernel when this returns."""
@@ -260,14 +254,10 @@ class Session:
         with self._news:
             self._arena = None
         self.tell(r.ArenaRequest(rank, unique_bytes, small_bytes, numa))
-        end = time.monotonic() + deadline_s
         with self._news:
-            while self._arena is None:
-                left = end - time.monotonic()
-                if left <= 0:
-                    raise Refused(f"the agent did not give rank {rank} its memory within {deadline_s:g} s")
-                self._news.wait(left)
-            answer = self._arena
+            answer = self._news.wait_for(lambda: self._arena, deadline_s)
+        if answer is None:
+            raise Refused(f"the agent did not give rank {rank} its memory within {deadline_s:g} s")
         if isinstance(answer, r.ArenaRefused):
             raise Refused(answer.message)
         return answer.path

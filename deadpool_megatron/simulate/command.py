@@ -44,7 +44,6 @@ _INPUTS: Final = (
 
 
 def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `deadpool simulate`."""
     add = parser.add_argument
     add("--gpus", type=int, nargs="+", metavar="N", help="cluster sizes (default: 64 to 131072, doubling)")
     add("--rate", choices=tuple(_RATES), default="rsc", help="published failure rate (default: rsc)")

@@ -3,9 +3,9 @@
 from .cuda_engine import CudaCopyEngine
 from .engine import CopyEngine, CopyError, HostCopyEngine, PinError, slot_views
 from .pacing import Pacing
-from .plan import Segment, ShardPlan
+from .plan import ShardPlan
 from .small import SmallStateError, capture_host_rng, decode, encode, host_bytes, restore_host_rng
-from .snapshotter import SnapshotStats, Snapshotter
+from .snapshotter import Snapshotter
 
 __all__ = [
     "CopyEngine",
@@ -14,10 +14,8 @@ __all__ = [
     "HostCopyEngine",
     "Pacing",
     "PinError",
-    "Segment",
     "ShardPlan",
     "SmallStateError",
-    "SnapshotStats",
     "Snapshotter",
     "capture_host_rng",
     "decode",

@@ -171,7 +171,6 @@ class CudaCopyEngine:
         return event
 
     def give_up(self) -> None:
-        """See `CopyEngine.give_up`."""
         self._turn = -1
         self._stream.synchronize()
         self._drain()

@@ -148,7 +148,6 @@ class HostCopyEngine:
         self._thread.start()
 
     def begin(self, slot: Slot) -> None:
-        """See `CopyEngine.begin`."""
         self._index, self._turn, self._rest = slot.index, slot.turn, (0, 0)
 
     def copy(self, first: int, last: int) -> None:
@@ -159,7 +158,6 @@ class HostCopyEngine:
             self._hand(_Slice(self._turn, self._index, first, last, False))
 
     def finish(self) -> None:
-        """See `CopyEngine.finish`."""
         self._hand(_Slice(self._turn, self._index, *self._rest, True))
         self._rest = (0, 0)
 
@@ -168,21 +166,18 @@ class HostCopyEngine:
         self._drain()
 
     def give_up(self) -> None:
-        """See `CopyEngine.give_up`."""
         self._turn = -1
         self._drain()
         if self._writer is not None:
             self._writer.abandon()
 
     def settle(self) -> None:
-        """See `CopyEngine.settle`."""
         self._drain()
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise CopyError(f"copying a shard into the vault failed: {failure}") from failure
 
     def restore(self, slot: Slot) -> None:
-        """See `CopyEngine.restore`."""
         if self._sources:
             with torch.no_grad():
                 torch._foreach_copy_(self._sources, self._places[slot.index])

@@ -37,22 +37,18 @@ class Pacing:
         limit: bytes a second that copying may take at most; 0 for no limit.
         least: bytes asked for at a tick at least, if that many are left: less gains nothing and commits later.
         bandwidth: bytes a second that this run's copies reach; 0 while nothing has been measured.
+        avoids: busy links can be avoided: quiet ticks make up most of an iteration.
     """
 
     limit: float = 0.0
     least: int = 4 << 20
     bandwidth: float = 0.0
+    avoids: bool = False
     _known: list[_Tick] = field(default_factory=list)
     _opened: float = 0.0
     _last: float = 0.0
     _number: int = -1
     _asked: int = 0
-    _avoids: bool = False
-
-    @property
-    def avoids(self) -> bool:
-        """Busy links can be avoided: quiet ticks make up most of an iteration."""
-        return self._avoids
 
     def begin(self, now: float) -> None:
         """A generation opens at ``now`` (seconds). `ask` for tick 0 follows."""
@@ -92,7 +88,7 @@ class Pacing:
         self._measure_gap(now)
         del self._known[self._number + 1 :]
         quiet = sum(tick.gap_s for tick in self._known if not tick.busy)
-        self._avoids = 2 * quiet > sum(tick.gap_s for tick in self._known)
+        self.avoids = 2 * quiet > sum(tick.gap_s for tick in self._known)
 
     def landed(self, nbytes: int, seconds: float) -> None:
         """``nbytes`` took ``seconds`` from the moment the engine could begin with them."""

@@ -77,13 +77,8 @@ class Snapshotter:
         self._said_busy = False
         self._opened_at = 0.0
         self._landed_before = self._busy_before = 0.0
-        self._stats = SnapshotStats()
+        self.stats = SnapshotStats()  # of the iteration that was opened last; the next `open` begins a new record
         engine.bind(plan, writer)
-
-    @property
-    def stats(self) -> SnapshotStats:
-        """Of the iteration that was opened last; the next `open` begins a new record."""
-        return self._stats
 
     def open(self, epoch: int, generation: int, small: bytes, busy: bool = False) -> bool:
         """Begin generation ``generation``; False when it is skipped (no slot is free), which costs nothing.
@@ -97,7 +92,7 @@ class Snapshotter:
         self._engine.settle()
         self._note_bandwidth()
         slot = self._writer.open(epoch, generation, small)
-        stats = self._stats = SnapshotStats(generation, skipped=self._writer.skipped)
+        stats = self.stats = SnapshotStats(generation, skipped=self._writer.skipped)
         if slot is not None:
             points.reach("slot.opened")
             self._engine.begin(slot)
@@ -120,7 +115,7 @@ class Snapshotter:
 
         ``busy``: training will use the links that copies go over until the next tick.
         """
-        stats = self._stats
+        stats = self.stats
         stats.ticks += 1
         start = self._clock()
         self._say_busy(busy and self._pacing.avoids)
@@ -131,7 +126,7 @@ class Snapshotter:
 
     def gate(self) -> None:
         """Copy the rest. After it the tensors may change. Without effect when no generation is open."""
-        stats = self._stats
+        stats = self.stats
         self._say_busy(False)
         if not self._open:
             return
@@ -145,7 +140,7 @@ class Snapshotter:
 
     def account(self) -> SnapshotStats:
         """`stats` with what is known of the copies by now."""
-        stats, totals = self._stats, self._engine.totals
+        stats, totals = self.stats, self._engine.totals
         if totals.complete_at > self._opened_at:
             stats.copied_s = totals.complete_at - self._opened_at
         busy = totals.busy_s - self._busy_before
@@ -209,7 +204,7 @@ class Snapshotter:
         points.reach("slice.after")
         before = self._ends[first - 1] if first else 0
         self._asked += self._ends[last - 1] - before
-        self._stats.copied_bytes += self._ends[last - 1] - before
+        self.stats.copied_bytes += self._ends[last - 1] - before
         if last == self._last:
             points.reach("local.complete")
             self._engine.finish()  # at once, not at the gate: the commit begins when the last byte is there

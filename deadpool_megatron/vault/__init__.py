@@ -4,7 +4,7 @@ The agent makes a `Vault`, serves it with a `VaultServer` and sends with a `Repl
 own arena with a `SlotWriter`; `fetch` brings a lost shard back; `CommitLedger` is the coordinator's part.
 """
 
-from .arena import Arena, ArenaInfo, Kind, Slot
+from .arena import Arena, Kind, Slot
 from .discipline import CommitLedger, Told
 from .errors import (
     ChecksumMismatch,
@@ -28,8 +28,8 @@ from .sender import PartTo, Target
 from .server import VaultServer
 from .stripes import Stripes, WordPlan
 from .transfer import fetch, store_shard
-from .transport import Transport, choose_transport, make_transport
-from .vault import Holding, Holdings, Vault, small_capacity
+from .transport import choose_transport, make_transport
+from .vault import Vault, small_capacity
 from .version import CONSTANT, EMPTY, MAX_GENERATION, Version, constants_of, is_constants, unpack
 from .wire import Deadlines
 from .writer import ConstantsWriter, SlotWriter
@@ -40,15 +40,12 @@ __all__ = [
     "MAX_GENERATION",
     "PREFIX",
     "Arena",
-    "ArenaInfo",
     "ChecksumMismatch",
     "CommitLedger",
     "ConstantsWriter",
     "DeadlinePassed",
     "Deadlines",
     "DirectFailed",
-    "Holding",
-    "Holdings",
     "Kind",
     "Malformed",
     "NotHeld",
@@ -66,7 +63,6 @@ __all__ = [
     "Target",
     "Told",
     "TransferFailed",
-    "Transport",
     "Vault",
     "VaultError",
     "VaultFull",

@@ -84,16 +84,16 @@ _GIVEN_UP = 1 << 63  # with the turn in ``own_turn``: checksummed once, and chan
 
 
 class _Word:
-    """One 64-bit word of a slot, by its index."""
+    """One 64-bit word of an arena or a slot, by its index."""
 
     def __init__(self, index: int) -> None:
         self._index = index
 
-    def __get__(self, slot: Slot, owner: type[Slot] | None = None) -> int:
-        return slot.words[self._index]
+    def __get__(self, holder: Arena | Slot, owner: type[Arena | Slot] | None = None) -> int:
+        return holder.words[self._index]
 
-    def __set__(self, slot: Slot, value: int) -> None:
-        slot.words[self._index] = value
+    def __set__(self, holder: Arena | Slot, value: int) -> None:
+        holder.words[self._index] = value
 
 
 class Slot:
@@ -191,6 +191,12 @@ class Slot:
         """The agent has a verified checksum of everything in this turn."""
         self.own_turn = self.turn
 
+    def sum_up(self, small_bytes: int) -> None:
+        """Write the checksums of everything, of ``small_bytes`` bytes of small state. Blocks as `verify`."""
+        self.sums[0] = xxhash.xxh3_64_intdigest(self.small[:small_bytes])
+        for index in range(self.chunks):
+            self.sums[1 + index] = xxhash.xxh3_64_intdigest(self.chunk(index))
+
     def give_up(self, turn: int) -> None:
         """What was written as ``turn`` has changed in memory: it is not held any more. By the agent.
 
@@ -224,14 +230,27 @@ class Slot:
 
 
 class Arena:
-    """A mapped arena file. Make one with `create` (agent) or `attach` (worker)."""
+    """A mapped arena file. Make one with `create` (agent) or `attach` (worker).
+
+    Attributes:
+        kept: the newest globally committed version, packed; EMPTY when there is none. Stored by the agent.
+        floor: nothing below this packed version, except ``kept``, will ever be committed. Stored by the agent.
+        epoch: the job's; who opens a slot for an older one is refused. Stored by the agent.
+        links_busy: not 0 while training uses the links between the nodes: senders stay out of the way. By the worker.
+        view: all bytes.
+    """
+
+    kept = _Word(_W_KEPT)
+    floor = _Word(_W_FLOOR)
+    epoch = _Word(_W_EPOCH)
+    links_busy = _Word(_W_BUSY)
 
     def __init__(self, path: str, memory: mmap.mmap | bytearray) -> None:
         self.path = path
         size = len(memory)
         self._map = memory
-        self._view = memoryview(memory)
-        self.words = Words(self._view[:PAGE])
+        self.view = memoryview(memory)
+        self.words = Words(self.view[:PAGE])
         words = self.words
         if size < PAGE or words[0] != MAGIC or words[1] != _LAYOUT or words[_W_TOTAL] != size:
             raise VaultError(f"{path} is not an arena of this DeadPool version")
@@ -314,60 +333,19 @@ class Arena:
         base = _W_SLOTS + index * _SLOT_WORDS
         return Slot(
             index,
-            Words(self._view[8 * base : 8 * (base + _SLOT_WORDS)]),
-            self._view[PAGE + index * table :][: 8 * sums_words].cast("Q"),
-            self._view[data : data + info.small_capacity],
-            self._view[unique : unique + info.unique_bytes],
+            Words(self.view[8 * base : 8 * (base + _SLOT_WORDS)]),
+            self.view[PAGE + index * table :][: 8 * sums_words].cast("Q"),
+            self.view[data : data + info.small_capacity],
+            self.view[unique : unique + info.unique_bytes],
             chunk,
         )
-
-    @property
-    def kept(self) -> int:
-        """The newest globally committed version, packed; EMPTY when there is none. Stored by the agent."""
-        return self.words[_W_KEPT]
-
-    @kept.setter
-    def kept(self, word: int) -> None:
-        self.words[_W_KEPT] = word
-
-    @property
-    def floor(self) -> int:
-        """Nothing below this packed version, except ``kept``, will ever be committed. Stored by the agent."""
-        return self.words[_W_FLOOR]
-
-    @floor.setter
-    def floor(self, word: int) -> None:
-        self.words[_W_FLOOR] = word
-
-    @property
-    def epoch(self) -> int:
-        """The job's epoch; who opens a slot for an older one is refused. Stored by the agent."""
-        return self.words[_W_EPOCH]
-
-    @epoch.setter
-    def epoch(self, value: int) -> None:
-        self.words[_W_EPOCH] = value
-
-    @property
-    def links_busy(self) -> bool:
-        """Training uses the links between the nodes right now. Stored by the worker; senders stay out of the way."""
-        return bool(self.words[_W_BUSY])
-
-    @links_busy.setter
-    def links_busy(self, value: bool) -> None:
-        self.words[_W_BUSY] = int(value)
 
     @property
     def address(self) -> int:
         """Where the mapping starts in this process (for registering it with a device). Page aligned."""
         import numpy as np
 
-        return int(np.frombuffer(self._view, dtype=np.uint8).ctypes.data)
-
-    @property
-    def view(self) -> memoryview:
-        """All bytes of the arena."""
-        return self._view
+        return int(np.frombuffer(self.view, dtype=np.uint8).ctypes.data)
 
     def find(self, version: Version) -> Slot | None:
         """The slot that holds ``version`` completely."""
@@ -382,7 +360,7 @@ class Arena:
                 view.release()
         self.words.release()
         try:
-            self._view.release()
+            self.view.release()
             if isinstance(self._map, mmap.mmap):
                 self._map.close()
         except BufferError:

@@ -38,13 +38,8 @@ from .wire import Channel
 
 _AHEAD: Final = 2  # reads under way at once, so that one is verified while the next one runs
 _LOOK_S: Final = 0.001  # between two looks at nixl while a connection is waited for
-_PAUSES_S: Final = (
-    0.0,
-    2e-5,
-    5e-5,
-    1e-4,
-    2e-4,
-)  # nixl offers no wait that blocks, so a read is looked at; the last stays
+# nixl offers no wait that blocks, so a read is looked at; the last stays
+_PAUSES_S: Final = (0.0, 2e-5, 5e-5, 1e-4, 2e-4)
 _GRACE_S: Final = 1.0  # for a read to end once nobody wants it any more
 
 

@@ -3,50 +3,44 @@
 from __future__ import annotations
 
 import threading
-from typing import Protocol
+from collections.abc import Callable
 
 from .errors import Refused, StaleEpoch
 
 
-class _Channel(Protocol):
-    def shut(self) -> None:
-        """Wake whoever reads or writes. Any thread."""
-
-
 class Intake:
-    """One transfer. Its thread checks before it writes; `Intakes` cuts it off when another one is wanted."""
+    """One transfer. Its thread checks before it writes; `Intakes` cuts it off when another one is wanted.
+
+    Attributes:
+        is_cut: it is to end.
+    """
 
     def __init__(self, rank: int, epoch: int) -> None:
         self.rank = rank
         self.epoch = epoch
         self.left = threading.Event()
+        self.is_cut = False
         self._lock = threading.Lock()
-        self._channels: list[_Channel] = []
-        self._cut = False
-
-    @property
-    def is_cut(self) -> bool:
-        """It is to end. Any thread."""
-        return self._cut
+        self._shuts: list[Callable[[], None]] = []
 
     def check(self) -> None:
         """Raises StaleEpoch once it is to end."""
-        if self._cut:
+        if self.is_cut:
             raise StaleEpoch(f"the transfer of rank {self.rank} in epoch {self.epoch} is over: a newer epoch began")
 
-    def add(self, channel: _Channel) -> None:
-        """What it reads from. Raises StaleEpoch once it is to end."""
+    def add(self, shut: Callable[[], None]) -> None:
+        """``shut`` wakes who reads from a connection of it, from any thread. Raises StaleEpoch once it is to end."""
         with self._lock:
             self.check()
-            self._channels.append(channel)
+            self._shuts.append(shut)
 
     def cut(self) -> None:
         """End it. Any thread; returns at once."""
         with self._lock:
-            self._cut = True
-            channels, self._channels = self._channels, []
-        for channel in channels:
-            channel.shut()
+            self.is_cut = True
+            shuts, self._shuts = self._shuts, []
+        for shut in shuts:
+            shut()
 
     def __enter__(self) -> Intake:
         return self

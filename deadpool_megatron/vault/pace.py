@@ -38,7 +38,9 @@ class SendPace:
     @contextmanager
     def sending(self, arena: Arena, nbytes: int) -> Iterator[None]:
         """Around the sending of ``nbytes`` of the arena's shard. Waits first, a quarter of a second for busy links."""
-        self._await_quiet(arena)
+        until = self._clock() + _PATIENCE_S
+        while arena.links_busy and self._clock() < until:
+            self._sleep(_STEP_S)
         if self._limit:
             with self._lock:
                 start = max(self._free_at, self._clock())
@@ -49,11 +51,6 @@ class SendPace:
         with self._lock:
             so_far, seconds = self._sent.get(arena.info.rank, (0, 0.0))
             self._sent[arena.info.rank] = (so_far + nbytes, seconds + self._clock() - begin)
-
-    def _await_quiet(self, arena: Arena) -> None:
-        until = self._clock() + _PATIENCE_S
-        while arena.links_busy and self._clock() < until:
-            self._sleep(_STEP_S)
 
     def sent(self, rank: int) -> tuple[int, float]:
         """Bytes of a rank's shards sent since the start, to all who keep them, and the seconds that took."""

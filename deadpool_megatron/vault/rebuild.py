@@ -171,7 +171,7 @@ class _Rebuild:
         channel = connect(piece.host, piece.port, self._secret, self._deadlines, lambda: self._intake.is_cut)
         with self._lock:
             self._channels.append(channel)
-        self._intake.add(channel)
+        self._intake.add(channel.shut)
         k, parity = self._coder.k, piece.share >= self._coder.k
         part, parts = (0, 1) if parity else (piece.share, k)
         found = ask(channel, Fetch(self._epoch, piece.holder, *piece.version, part, parts, parity))

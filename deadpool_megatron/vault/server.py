@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 from .arena import Kind
 from .direct import Direct, Reader
@@ -17,7 +17,6 @@ from .errors import (
     Malformed,
     NotHeld,
     Refused,
-    StaleEpoch,
     VaultError,
     VaultFull,
 )
@@ -83,7 +82,6 @@ class VaultServer:
         self._accepting = threading.Thread(target=self._accept, name="vault-accept", daemon=True)
 
     def start(self) -> None:
-        """Begin to accept connections."""
         self._accepting.start()
 
     def stop(self) -> None:
@@ -111,11 +109,6 @@ class VaultServer:
             for channel, writing in self._channels.items():
                 if 0 <= writing < epoch:
                     channel.shut()
-
-    @property
-    def refused_epochs(self) -> int:
-        """How often something of an older epoch was refused."""
-        return self._keeper.refused_epochs
 
     @property
     def refusals(self) -> dict[str, int]:
@@ -207,8 +200,7 @@ class VaultServer:
     def _keep(self, channel: Channel, begin: Begin) -> None:
         vault, what = self._vault, f"shard of rank {begin.rank}"
         self._keeper.check(begin)
-        left = self._take_over(channel, (begin.rank,), begin.epoch)
-        try:
+        with self._writing(channel, (begin.rank,), begin.epoch):
             slot = self._keeper.open(begin)
             if slot is None:
                 channel.send(Begun(vault.epoch, True))
@@ -223,36 +215,30 @@ class VaultServer:
             except LandingLost:
                 vault.drop(begin.rank, "peer")
                 raise
-        finally:
-            self._leave(channel, (begin.rank,), left)
 
-    def _take_over(self, channel: Channel, what: tuple[int, ...], epoch: int) -> threading.Event:
+    @contextmanager
+    def _writing(self, channel: Channel, what: tuple[int, ...], epoch: int) -> Iterator[None]:
         """Only one connection writes a rank's shard: the newest. The one before it is cut off and waited for."""
         left = threading.Event()
         with self._lock:
             before = self._writers.get(what)
             self._writers[what] = (channel, left)
             self._channels[channel] = epoch
-        if before is not None:
-            before[0].shut()
-            if not before[1].wait(self._deadlines.idle):
-                left.set()
-                raise Refused(f"another transfer of rank {what[-1]} does not end", "busy")
-        # set_epoch may have come between the first check and our entry in the table
         try:
+            if before is not None:
+                before[0].shut()
+                if not before[1].wait(self._deadlines.idle):
+                    raise Refused(f"another transfer of rank {what[-1]} does not end", "busy")
+            # set_epoch may have come between the first check and our entry in the table
             self._keeper.check_epoch(epoch, f"shard of rank {what[-1]}")
-        except StaleEpoch:
+            yield
+        finally:
+            with self._lock:
+                if channel in self._channels:
+                    self._channels[channel] = -1
+                if self._writers.get(what, (None,))[0] is channel:
+                    del self._writers[what]
             left.set()
-            raise
-        return left
-
-    def _leave(self, channel: Channel, what: tuple[int, ...], left: threading.Event) -> None:
-        with self._lock:
-            if channel in self._channels:
-                self._channels[channel] = -1
-            if self._writers.get(what, (None,))[0] is channel:
-                del self._writers[what]
-        left.set()
 
     # ---- keeping parity
 
@@ -271,8 +257,7 @@ class VaultServer:
         if share.small_bytes > plan.small_capacity[share.part]:
             raise Refused(f"{what}: a small state of {share.small_bytes} bytes is larger than planned", "wrong-size")
         vault.learn(share.kept, share.floor)
-        left = self._take_over(channel, (share.word, share.part, share.rank), share.epoch)
-        try:
+        with self._writing(channel, (share.word, share.part, share.rank), share.epoch):
             size = vault.chunk_bytes
             vault.allocate_parity(share.word, plan.chunks(size) * size, plan.records_bytes(size))
             arena = vault.arena(share.word, "parity")
@@ -284,8 +269,6 @@ class VaultServer:
                 return
             channel.send(Begun(vault.epoch, False, filling.done(share.part)))
             receive_share(channel, vault, share, filling, what, lambda epoch: self._keeper.check_epoch(epoch, what))
-        finally:
-            self._leave(channel, (share.word, share.part, share.rank), left)
 
     # ---- giving a shard back
 

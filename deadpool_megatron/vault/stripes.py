@@ -160,11 +160,9 @@ class Filling:
                     )
                 ]
             )
-            slot.sums[0] = xxhash.xxh3_64_intdigest(records)
-            for index in range(slot.chunks):
-                slot.sums[1 + index] = xxhash.xxh3_64_intdigest(slot.chunk(index))
-            slot.published = len(slot.unique)
             slot.put_small(records)
+            slot.sum_up(len(records))
+            slot.published = len(slot.unique)
             slot.mark_complete()
             slot.seal()
 
@@ -186,7 +184,6 @@ class Stripes:
 
     @property
     def plans(self) -> dict[int, WordPlan]:
-        """What this node keeps."""
         with self._lock:
             return dict(self._plans)
 

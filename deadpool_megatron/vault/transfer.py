@@ -152,7 +152,7 @@ def _fetch(
         channel = connect(*place, check_secret(secret), deadlines, lambda: intake.is_cut)
         with lock:
             channels.append(channel)
-        intake.add(channel)
+        intake.add(channel.shut)
         return channel
 
     lock = threading.Lock()
@@ -172,10 +172,12 @@ def _fetch(
         into = vault.arena(rank, "own") if direct is not None else None
         failures: list[VaultError] = []
 
-        def rest(part: int) -> None:
+        def fetch_part(part: int) -> None:
             try:
-                channel = connected(places[part % len(places)])
-                found = ask(channel, msgspec.structs.replace(wanted, part=part))
+                channel, found = channels[0], first
+                if part:
+                    channel = connected(places[part % len(places)])
+                    found = ask(channel, msgspec.structs.replace(wanted, part=part))
                 _fetch_part(intake, channel, slot, part, streams, found, direct, into)
             except VaultError as err:
                 failures.append(err)
@@ -184,17 +186,12 @@ def _fetch(
                         channel.shut()
 
         threads = [
-            threading.Thread(target=rest, args=(part,), name="vault-fetch", daemon=True) for part in range(1, streams)
+            threading.Thread(target=fetch_part, args=(part,), name="vault-fetch", daemon=True)
+            for part in range(1, streams)
         ]
         for thread in threads:
             thread.start()
-        try:
-            _fetch_part(intake, channels[0], slot, 0, streams, first, direct, into)
-        except VaultError as err:
-            failures.append(err)
-            with lock:
-                for channel in channels:
-                    channel.shut()
+        fetch_part(0)
         for thread in threads:
             thread.join()
         if failures:
@@ -348,8 +345,6 @@ def store_shard(vault: Vault, rank: int, version: Version, fill: Callable[[Calla
     with vault.intakes.begin(rank, vault.epoch, 2 * Deadlines().idle) as intake:
         small_bytes = fill(open_slot)
         slot = opened[0]
-        slot.sums[0] = xxhash.xxh3_64_intdigest(slot.small[:small_bytes])
-        for index in range(slot.chunks):
-            slot.sums[1 + index] = xxhash.xxh3_64_intdigest(slot.chunk(index))
+        slot.sum_up(small_bytes)
         intake.check()
         finish(slot, small_bytes)

@@ -51,6 +51,9 @@ class Vault:
 
     Attributes:
         intakes: what is being brought into own arenas from elsewhere.
+        epoch: in which this vault is; writes of older ones are refused.
+        kept: the newest globally committed version known here, packed; EMPTY when there is none.
+        floor: nothing below this packed version, except `kept`, will ever be committed.
     """
 
     def __init__(
@@ -74,9 +77,9 @@ class Vault:
         self._lock = threading.RLock()
         self._checking: dict[int, threading.Lock] = {}
         self.intakes = Intakes()
-        self._epoch = 0
-        self._kept = EMPTY
-        self._floor = 0
+        self.epoch = 0
+        self.kept = EMPTY
+        self.floor = 0
         self._pinned = False
         self._near: dict[int, int] = {}
 
@@ -125,14 +128,13 @@ class Vault:
             path = f"{self.directory}/{PREFIX}{self.job_id}-{self.node}-{rank}-{kind}"
             with on_numa_node(numa):
                 arena = self._create(path, rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
-            arena.epoch = self._epoch
+            arena.epoch = self.epoch
             if not arena.info.constant:
-                arena.kept, arena.floor = self._kept, self._floor
+                arena.kept, arena.floor = self.kept, self.floor
             self._arenas[rank, kind] = arena
             return arena
 
     def arena(self, rank: int, kind: Kind) -> Arena | None:
-        """The arena of a rank, if there is one."""
         with self._lock:
             return self._arenas.get((rank, kind))
 
@@ -154,7 +156,6 @@ class Vault:
 
     @property
     def bytes_allocated(self) -> int:
-        """Bytes of shared memory of all arenas."""
         with self._lock:
             return sum(arena.info.total_bytes for arena in self._arenas.values())
 
@@ -166,31 +167,16 @@ class Vault:
 
     # ---- what the coordinator tells
 
-    @property
-    def epoch(self) -> int:
-        """The epoch this vault is in; writes of older ones are refused."""
-        return self._epoch
-
-    @property
-    def kept(self) -> int:
-        """The newest globally committed version known here, packed; EMPTY when there is none."""
-        return self._kept
-
-    @property
-    def floor(self) -> int:
-        """Nothing below this packed version, except `kept`, will ever be committed."""
-        return self._floor
-
     def set_epoch(self, epoch: int) -> None:
         """The job is in ``epoch`` now: only the newest globally committed version of older ones is still kept."""
         with self._lock:
-            if epoch < self._epoch:
-                raise StaleEpoch(f"the vault of node {self.node} is in epoch {self._epoch}, not {epoch}")
-            self._epoch = epoch
+            if epoch < self.epoch:
+                raise StaleEpoch(f"the vault of node {self.node} is in epoch {self.epoch}, not {epoch}")
+            self.epoch = epoch
             self._pinned = False
             for arena in self._arenas.values():
                 arena.epoch = epoch
-            self.learn(self._kept, Version(epoch, 0).pack())
+            self.learn(self.kept, Version(epoch, 0).pack())
         self.intakes.end_before(epoch)
 
     def set_committed(self, epoch: int, generation: int) -> None:
@@ -205,14 +191,14 @@ class Vault:
     def learn(self, kept: int, floor: int) -> None:
         """Take packed ``kept`` and ``floor`` from who may know better; both only ever go forward."""
         with self._lock:
-            if kept != EMPTY and (self._kept == EMPTY or kept > self._kept):
-                self._kept = kept
-            self._floor = max(self._floor, floor)
+            if kept != EMPTY and (self.kept == EMPTY or kept > self.kept):
+                self.kept = kept
+            self.floor = max(self.floor, floor)
             for (_, kind), arena in self._arenas.items():
                 if arena.info.constant or (self._pinned and kind == "own"):
                     continue
-                arena.kept = self._kept  # before the floor, so that no worker sees the old one unprotected
-                arena.floor = self._floor
+                arena.kept = self.kept  # before the floor, so that no worker sees the old one unprotected
+                arena.floor = self.floor
 
     def pin(self) -> None:
         """Own slots that hold something now stay until `unpin` (or the next epoch), whatever is committed meanwhile.
@@ -254,10 +240,6 @@ class Vault:
                 if arena is not None and slot is not None:
                     return arena, slot
         raise NotHeld(f"the vault of node {self.node} does not hold version {tuple(version)} of rank {rank} completely")
-
-    def verify(self, rank: int, kind: Kind, version: Version) -> None:
-        """Read a copy and compare it with its checksums. Raises NotHeld, ChecksumMismatch."""
-        self.find(rank, version, (kind,))[1].verify()
 
     def checking(self, rank: int) -> threading.Lock:
         """Held while the own arena of ``rank`` is checksummed; who opens one of its slots in the agent takes it too."""

@@ -85,27 +85,17 @@ class Channel:
         body = _encoder.encode(frame)
         tag = self._tag(self._out, self._sent, body)
         self._sent += 1
-        try:
-            self.sock.settimeout(self.idle)
-            more = socket.MSG_MORE if payload else 0
-            self.sock.sendall(_length.pack(len(body)) + body + tag, more)
-        except TimeoutError:
-            raise DeadlinePassed(f"the other agent took nothing for {self.idle:g} s") from None
-        except OSError as err:
-            raise TransferFailed(f"connection to the other agent lost: {err}") from None
+        self.send_raw(memoryview(_length.pack(len(body)) + body + tag), socket.MSG_MORE if payload else 0)
         for view in payload:
             self.send_raw(view)
 
-    def _send_all(self, view: memoryview) -> None:
-        # not sendall: its time-out is for everything, ours is for no progress
-        while view:
-            view = view[self.sock.send(view[:_SEND]) :]
-
-    def send_raw(self, view: memoryview) -> None:
+    def send_raw(self, view: memoryview, flags: int = 0) -> None:
         """Send payload that a frame has announced."""
         try:
             self.sock.settimeout(self.idle)
-            self._send_all(view)
+            # not sendall: its time-out is for everything, ours is for no progress
+            while view:
+                view = view[self.sock.send(view[:_SEND], flags) :]
         except TimeoutError:
             raise DeadlinePassed(f"the other agent took nothing for {self.idle:g} s") from None
         except OSError as err:
@@ -194,12 +184,9 @@ def _tune(sock: socket.socket, deadlines: Deadlines) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(deadlines.idle * 1000))
 
 
-def _proof(secret: bytes, role: bytes, nonces: bytes) -> bytes:
+def _derived(secret: bytes, role: bytes, nonces: bytes) -> bytes:
+    """The proof of ``client`` or ``server``, or the key of the ``connection``."""
     return hmac.new(secret, b"deadpool vault " + role + nonces, hashlib.sha256).digest()
-
-
-def _connection_key(secret: bytes, nonces: bytes) -> bytes:
-    return hmac.new(secret, b"deadpool vault connection" + nonces, hashlib.sha256).digest()
 
 
 def check_secret(secret: bytes) -> bytes:
@@ -236,12 +223,12 @@ def accept(sock: socket.socket, secret: bytes, deadlines: Deadlines) -> Channel:
         sock.sendall(_MAGIC + nonce)
         answer = _exactly(sock, _NONCE + 32, end)
         nonces = nonce + answer[:_NONCE]
-        if not hmac.compare_digest(answer[_NONCE:], _proof(secret, b"client", nonces)):
+        if not hmac.compare_digest(answer[_NONCE:], _derived(secret, b"client", nonces)):
             raise Refused("who connected does not know the job secret", "not-a-member")
-        sock.sendall(_proof(secret, b"server", nonces))
+        sock.sendall(_derived(secret, b"server", nonces))
     except OSError as err:
         raise TransferFailed(f"who connected did not prove membership: {err}") from None
-    return Channel(sock, deadlines, _connection_key(secret, nonces), True)
+    return Channel(sock, deadlines, _derived(secret, b"connection", nonces), True)
 
 
 def connect(
@@ -273,14 +260,14 @@ def connect(
             raise TransferFailed(f"{where} is not a DeadPool vault of this version")
         mine = os.urandom(_NONCE)
         nonces = hello[len(_MAGIC) :] + mine
-        sock.sendall(mine + _proof(secret, b"client", nonces))
+        sock.sendall(mine + _derived(secret, b"client", nonces))
         try:
             proof = _exactly(sock, 32, end, stopped)
         except ConnectionResetError:
             raise Refused(
                 f"{where} does not accept our job secret: it belongs to another job", "not-a-member"
             ) from None
-        if not hmac.compare_digest(proof, _proof(secret, b"server", nonces)):
+        if not hmac.compare_digest(proof, _derived(secret, b"server", nonces)):
             raise Refused(f"{where} does not know our job secret: it belongs to another job", "not-a-member")
     except TimeoutError:
         sock.close()
@@ -291,4 +278,4 @@ def connect(
     except VaultError:
         sock.close()
         raise
-    return Channel(sock, deadlines, _connection_key(secret, nonces), False)
+    return Channel(sock, deadlines, _derived(secret, b"connection", nonces), False)

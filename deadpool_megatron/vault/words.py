@@ -73,5 +73,4 @@ class Words:
         fence()
 
     def release(self) -> None:
-        """Let go of the memory."""
         self._view.release()

@@ -27,26 +27,20 @@ class SlotWriter:
     def __init__(self, path: str | Arena, doorbell: int | None = None) -> None:
         self.arena = Arena.attach(path) if isinstance(path, str) else path
         self.skipped = 0
+        self.slot: Slot | None = None  # that is being written
         self._doorbell = doorbell
-        self._slot: Slot | None = None
         self._buffers = tuple(np.frombuffer(slot.unique, dtype=np.uint8) for slot in self.arena.slots)
 
     @property
     def unique_bytes(self) -> int:
-        """Bytes of unique state a slot holds."""
         return self.arena.info.unique_bytes
-
-    @property
-    def slot(self) -> Slot | None:
-        """The slot that is being written."""
-        return self._slot
 
     @property
     def buffer(self) -> npt.NDArray[np.uint8]:
         """The unique area of the open slot, uint8 [unique_bytes], valid until `complete` or the next `open`."""
-        if self._slot is None:
+        if self.slot is None:
             raise VaultError("no slot is open: call open() first")
-        return self._buffers[self._slot.index]
+        return self._buffers[self.slot.index]
 
     def open(self, epoch: int, generation: int, small: bytes) -> Slot | None:
         """Begin the shard of (epoch, generation) in a free slot and store its small state.
@@ -54,7 +48,7 @@ class SlotWriter:
         A slot that was open is abandoned. Returns None, and counts ``skipped``, when neither slot may be overwritten
         (see `discipline`). Raises StaleEpoch when the job has gone on to a newer epoch.
         """
-        self._slot = None
+        self.slot = None
         arena = self.arena
         if epoch < arena.epoch:
             raise StaleEpoch(
@@ -72,7 +66,7 @@ class SlotWriter:
         slot = arena.slots[index]
         slot.reopen(word)
         slot.put_small(small)
-        self._slot = slot
+        self.slot = slot
         return slot  # the agent is rung with the first bytes: waking it twice would cost training a switch
 
     @property
@@ -82,7 +76,7 @@ class SlotWriter:
 
     def publish(self, nbytes: int) -> None:
         """The first ``nbytes`` of the unique area are final; the agent may read them from now on."""
-        slot = self._slot
+        slot = self.slot
         if slot is None or not slot.published <= nbytes <= len(slot.unique):
             raise VaultError(
                 f"cannot publish {nbytes} bytes: no slot is open, or less than before, or more than it holds"
@@ -92,17 +86,17 @@ class SlotWriter:
 
     def complete(self) -> None:
         """All of the unique area is written; the version is whole. Closes the slot."""
-        slot = self._slot
+        slot = self.slot
         if slot is None:
             raise VaultError("no slot is open: call open() first")
         slot.published = len(slot.unique)
         slot.seal()
-        self._slot = None
+        self.slot = None
         self._ring()
 
     def abandon(self) -> None:
         """Leave the open slot unfinished; it can never be given back."""
-        self._slot = None
+        self.slot = None
 
     def read(self, version: Version) -> tuple[bytes, memoryview]:
         """The small state (a copy) and the unique bytes (read-only, in place) of ``version``, verified.
@@ -120,7 +114,7 @@ class SlotWriter:
 
     def close(self) -> None:
         """Unmap the arena. The buffers must not be used after that."""
-        self._slot = None
+        self.slot = None
         self._buffers = ()
         self.arena.close()
 
@@ -144,7 +138,7 @@ class ConstantsWriter(SlotWriter):
         """Open the slot; None when all is there already, checksummed. `publish` and `complete` follow."""
         if self.arena.find(CONSTANT) is not None:
             return None
-        slot = self._slot = self.arena.slots[0]
+        slot = self.slot = self.arena.slots[0]
         slot.reopen(CONSTANT.pack())
         slot.put_small(b"")
         return slot

@@ -172,7 +172,7 @@ def test_many_generations_in_a_row_commit_in_order_and_the_peer_holds_what_the_o
     versions = lambda node: {r: [h.generation for h in held] for r, held in node.vault.holdings().ranks.items()}  # noqa: E731
     assert versions(peer) == versions(owner) == {rank: [18, 19] for rank in range(3)}
     for rank in range(3):
-        peer.vault.verify(rank, "peer", Version(0, 19))
+        peer.vault.find(rank, Version(0, 19), ("peer",))[1].verify()
 
 
 def test_a_slot_opened_again_while_it_is_sent_is_abandoned_and_never_committed(nodes: Callable[..., Node]) -> None:
@@ -262,7 +262,7 @@ def test_a_zombie_of_an_older_epoch_is_refused_and_cut_off(nodes: Callable[..., 
     until(lambda: "epoch 1" in zombie.replicator.failures().get(0, ""))
     assert zombie.commits.empty()
     assert peer.vault.holdings().ranks[0] == ()
-    assert peer.server.refused_epochs > 0
+    assert peer.server.refusals["stale epoch"] > 0
     with pytest.raises(StaleEpoch):
         fetch(Vault("zombie", 9), SECRET, peer.address, 0, 0, Version(0, 1), PATIENT)
 
@@ -287,7 +287,7 @@ def test_a_changed_byte_in_flight_is_never_accepted(nodes: Callable[..., Node]) 
     # the first passage is damaged and refused, the next one is clean
     assert owner.commits.get() == (0, 0, 1)
     assert peer.server.mismatches == 1
-    peer.vault.verify(0, "peer", Version(0, 1))
+    peer.vault.find(0, Version(0, 1), ("peer",))[1].verify()
     proxy.close()
 
 
@@ -385,7 +385,7 @@ def test_taking_the_memory_for_a_big_shard_may_last_longer_than_its_holder_waits
 
     monkeypatch.setattr(spare.vault, "allocate_own", slowly)
     assert fetch(spare.vault, SECRET, owner.address, 0, 0, Version(0, 1), PATIENT) > size
-    spare.vault.verify(0, "own", Version(0, 1))
+    spare.vault.find(0, Version(0, 1), ("own",))[1].verify()
 
 
 def test_a_local_copy_needs_no_network(nodes: Callable[..., Node]) -> None:
@@ -396,7 +396,7 @@ def test_a_local_copy_needs_no_network(nodes: Callable[..., Node]) -> None:
     owner.commits.get()
     peer.server.stop()
     fetch(peer.vault, SECRET, peer.vault, 0, 0, Version(0, 1))
-    peer.vault.verify(0, "own", Version(0, 1))
+    peer.vault.find(0, Version(0, 1), ("own",))[1].verify()
 
 
 def test_what_is_not_held_is_said_so(nodes: Callable[..., Node]) -> None:
@@ -503,9 +503,9 @@ def test_a_writer_killed_at_any_moment_leaves_only_whole_versions(nodes: Callabl
             slot = arena.find(Version(one.epoch, one.generation))
             assert slot is not None
             assert np.all(np.frombuffer(slot.unique, np.uint8) == one.generation % 251)
-            owner.vault.verify(0, "own", Version(one.epoch, one.generation))
+            owner.vault.find(0, Version(one.epoch, one.generation), ("own",))[1].verify()
         for one in peer.vault.holdings().ranks[0]:
-            peer.vault.verify(0, "peer", Version(one.epoch, one.generation))
+            peer.vault.find(0, Version(one.epoch, one.generation), ("peer",))[1].verify()
         generation = max((slot.version or Version(0, 0)).generation for slot in arena.slots) + 1
         owner.vault.set_floor(0, generation)  # a killed worker's last version is never committed by the others
     print(f"{generation} generations, {torn} torn slots seen, none offered")

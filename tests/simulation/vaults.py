@@ -212,16 +212,6 @@ class _Replicator:
         self._again(sender, aim)
 
 
-class _Cut:
-    """In place of a channel: an intake that is cut off leaves at once."""
-
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-
-    def shut(self) -> None:
-        self._intake.left.set()
-
-
 def _copy_bytes(source: Slot, into: Slot) -> None:
     small = source.small_bytes
     into.small[:small] = source.small[:small]
@@ -298,7 +288,7 @@ class SimulatedShards(Shards):
             self._failed(attempts, done, version, err)
             return
         try:
-            intake.add(_Cut(intake))
+            intake.add(intake.left.set)  # one that is cut off leaves at once
             if own_copy(self.vault, rank, version) is not None:
                 intake.left.set()
                 self.report(done)

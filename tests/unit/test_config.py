@@ -18,7 +18,6 @@ from deadpool_megatron.config import (
     DeadpoolConfig,
     add_arguments,
     carry_over,
-    from_namespace,
     from_script_arguments,
     resolve,
     schema,
@@ -88,7 +87,7 @@ def test_megatrons_own_parser_takes_every_setting() -> None:
     parser = add_arguments(argparse.ArgumentParser())
     parser.add_argument("--num-layers", type=int)
     namespace = parser.parse_args(["--num-layers", "4", "--deadpool", "--deadpool-lease", "1.5"])
-    assert from_namespace(namespace) == DeadpoolConfig(deadpool=True, lease=1.5)
+    assert resolve(vars(namespace)) == DeadpoolConfig(deadpool=True, lease=1.5)
     helped = parser.format_help()
     for f in fields(DeadpoolConfig):
         name = f.name.replace("_", "-")
@@ -135,7 +134,7 @@ def test_settings_survive_a_namespace_that_replaces_the_parsed_one() -> None:
     namespace = argparse.Namespace(micro_batch_size=1, deadpool=argparse.Namespace(lease=2.0))
     config = DeadpoolConfig(deadpool=True, lease=2.0)
     carry_over(config, namespace)
-    assert from_namespace(namespace) == config and namespace.micro_batch_size == 1
+    assert resolve(vars(namespace)) == config and namespace.micro_batch_size == 1
 
 
 # The schema

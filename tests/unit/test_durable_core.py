@@ -9,7 +9,8 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.durable import ShardFile, generation_of
+from deadpool_megatron.durable import ShardFile
+from deadpool_megatron.durable.format import generation_of
 from simulated import SimulatedJob
 
 

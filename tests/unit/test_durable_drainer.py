@@ -28,7 +28,6 @@ from deadpool_megatron.durable import (
     DurableError,
     Item,
     Layout,
-    LocalStore,
     Manifest,
     Seal,
     Stage,
@@ -38,10 +37,11 @@ from deadpool_megatron.durable import (
     find,
     load_shards,
     open_store,
-    take,
     this_process,
 )
+from deadpool_megatron.durable.lease import take
 from deadpool_megatron.durable.orders import DEAF_TO
+from deadpool_megatron.durable.store import LocalStore
 from deadpool_megatron.vault import CONSTANT, ConstantsWriter, SlotWriter, Vault, Version, constants_of
 from waiting import until
 
@@ -360,10 +360,8 @@ def test_a_durable_generation_and_a_fetched_one_fill_a_slot_alike(node: Node) ->
 
 
 def test_an_answer_that_is_none_of_ours_is_refused() -> None:
-    from deadpool_megatron.durable.orders import decode_answer
-
     with pytest.raises(msgspec.MsgspecError):
-        decode_answer(b'{"type": "Done", "name": "x", "sealed": false, "secret": 1}')
+        msgspec.json.decode(b'{"type": "Done", "name": "x", "sealed": false, "secret": 1}', type=Answer)
 
 
 # ---- what never changes

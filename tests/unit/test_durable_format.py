@@ -12,31 +12,21 @@ from safetensors import safe_open
 
 from deadpool_megatron.durable import (
     FORMAT,
-    MANIFEST,
-    SMALL,
     Coordinate,
     Damaged,
     DurableError,
     Item,
     Layout,
-    LocalStore,
     Manifest,
     NotFit,
-    ObjectStore,
-    Store,
     directory_name,
     find,
-    open_directory,
     open_store,
-    prune,
-    read_manifest,
-    read_shard,
-    remove_attempt,
-    seal,
-    shard_name,
-    survey,
-    write_shard,
 )
+from deadpool_megatron.durable.files import prune, read_manifest, read_shard, remove_attempt, seal, write_shard
+from deadpool_megatron.durable.format import MANIFEST, SMALL, shard_name
+from deadpool_megatron.durable.start import open_directory, survey
+from deadpool_megatron.durable.store import LocalStore, ObjectStore, Store
 
 WEIGHT = torch.arange(35, dtype=torch.float32).reshape(5, 7)
 HALF = torch.arange(9, dtype=torch.bfloat16) / 3

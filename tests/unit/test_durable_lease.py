@@ -17,20 +17,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deadpool_megatron.durable import (
-    DurableError,
-    Lease,
-    Owner,
-    Store,
-    Taken,
-    begin,
-    check_owner,
-    go_on,
-    open_store,
-    take,
-    this_process,
-)
-from deadpool_megatron.durable.lease import BEAT_S, WATCH_S
+from deadpool_megatron.durable import DurableError, Lease, Taken, begin, go_on, open_store, this_process
+from deadpool_megatron.durable.lease import BEAT_S, WATCH_S, Owner, check_owner, take
+from deadpool_megatron.durable.store import Store
 
 
 @pytest.fixture(params=["local", "object"])

@@ -340,7 +340,7 @@ def test_nonsense_in_well_sealed_frames_never_touches_what_is_committed(vaults: 
             theirs.close()
     after = vaults.state()
     assert after[0].ranks[0] == before[0].ranks[0] and after[1:] == before[1:]
-    assert vaults.server.refused_epochs > 100 and vaults.server.misfits > 100
+    assert vaults.server.refusals["stale epoch"] > 100 and vaults.server.misfits > 100
     assert not vaults.vault.holdings().ranks.get(3), "nothing was ever completed for anybody"
 
 

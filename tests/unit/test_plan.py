@@ -15,8 +15,7 @@ from deadpool_megatron import cli
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.config import from_script_arguments
 from deadpool_megatron.planning.budget import Budget, budget
-from deadpool_megatron.planning.errors import PlanError
-from deadpool_megatron.planning.files import RunFile, load
+from deadpool_megatron.planning.files import PlanError, RunFile, load
 from deadpool_megatron.planning.model import layout, model
 from deadpool_megatron.planning.spares import spares
 

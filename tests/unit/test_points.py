@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import typing
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from deadpool_megatron.cluster.core.job import RECOVERING
 from deadpool_megatron.megatron import faults
 
 PACKAGE = Path(deadpool_megatron.__file__).parent
-_LITERAL = re.compile(r'(?:reach\(|before=|after=)"([a-z.-]+)"')
+_LITERAL = re.compile(r'reach\("([a-z.-]+)"')
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def _nothing_armed() -> Iterator[None]:
 
 def passed_by_name() -> set[str]:
     sources = [path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "points.py"]
-    return {name for source in sources for name in _LITERAL.findall(source)}
+    return {name for source in sources for name in _LITERAL.findall(source)} | set(faults._INSIDE)
 
 
 def by_construction() -> set[str]:
@@ -146,8 +147,9 @@ def test_every_hook_in_megatron_has_a_point() -> None:
 
 
 def test_points_inside_of_other_peoples_code_have_a_place_that_is_wrapped_when_armed() -> None:
-    inside = {name.split(".")[0] for name in points.POINTS if name.split(".")[0] in faults._INSIDE}
-    assert inside == set(faults._INSIDE)
+    for module, holder, name, _ in faults._INSIDE.values():
+        owner = importlib.import_module(module)
+        assert callable(getattr(getattr(owner, holder) if holder else owner, name))
 
 
 def test_a_fault_strikes_once_at_its_point_and_not_before_its_iteration() -> None:

@@ -15,8 +15,7 @@ pytest.importorskip("megatron.core")
 from megatron.training.datasets import data_samplers
 from megatron.training.training import cyclic_iter
 
-from deadpool_megatron.megatron.passes import Passes
-from deadpool_megatron.megatron.replay import ReplayIterator
+from deadpool_megatron.megatron.replay import Passes, ReplayIterator
 from deadpool_megatron.snapshot import capture_host_rng, restore_host_rng
 
 

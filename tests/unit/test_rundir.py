@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.observe import EVENTS, JOB, LOGS, STATUS, RunDirectory, follow_events, read_events, rundir
-from deadpool_megatron.observe.nodelog import NodeLog
+from deadpool_megatron.observe.rundir import NodeLog
 
 
 def test_events_are_read_in_order_with_their_time(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from deadpool_bench.ratio import compare, spread
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.accounting import SnapshotAccount
-from deadpool_megatron.observe.snapshots import snapshot_lines
+from deadpool_megatron.observe.status import snapshot_lines
 
 
 def iteration(number: int, seconds: float) -> r.Iteration:

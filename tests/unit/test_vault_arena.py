@@ -73,9 +73,9 @@ def test_one_flipped_bit_anywhere_is_never_accepted(vault: Vault) -> None:
         view[at] ^= 1
     slot.sums[2] ^= 1
     with pytest.raises(ChecksumMismatch):
-        vault.verify(0, "own", Version(0, 1))
+        vault.find(0, Version(0, 1), ("own",))[1].verify()
     slot.sums[2] ^= 1
-    vault.verify(0, "own", Version(0, 1))
+    vault.find(0, Version(0, 1), ("own",))[1].verify()
 
 
 def test_checksums_are_taken_while_the_writer_still_writes(vault: Vault) -> None:

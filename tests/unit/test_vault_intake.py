@@ -16,22 +16,14 @@ from deadpool_megatron.vault.intake import Intakes
 SECRET = bytes(32)
 
 
-class _Channel:
-    def __init__(self) -> None:
-        self.is_shut = False
-
-    def shut(self) -> None:
-        self.is_shut = True
-
-
 def test_the_newest_cuts_off_the_one_before_and_waits_for_it() -> None:
-    intakes, channel = Intakes(), _Channel()
+    intakes, shut = Intakes(), threading.Event()
     older = intakes.begin(3, 1, 60.0)
-    older.add(channel)
+    older.add(shut.set)
     began = threading.Event()
     thread = threading.Thread(target=lambda: (intakes.begin(3, 2, 60.0), began.set()))
     thread.start()
-    while not channel.is_shut:
+    while not shut.is_set():
         assert not began.is_set(), "it waits for the one before to leave"
     with pytest.raises(StaleEpoch), older:
         older.check()

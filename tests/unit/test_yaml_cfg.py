@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deadpool_megatron.config import DeadpoolConfig, from_namespace, from_script_arguments
+from deadpool_megatron.config import DeadpoolConfig, from_script_arguments, resolve
 
 
 def test_upstreams_parser_gives_our_settings_with_a_yaml_file_of_its_own(
@@ -34,4 +34,4 @@ def test_upstreams_parser_gives_our_settings_with_a_yaml_file_of_its_own(
         hooks._replace(module, name, hook)
     args = arguments.parse_args()
     assert args.num_layers == 2, "the file's namespace"
-    assert from_namespace(args) == config
+    assert resolve(vars(args)) == config
