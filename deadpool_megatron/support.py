@@ -8,6 +8,11 @@ from typing import Any, Final
 
 from deadpool_megatron.compat import UserError
 
+
+def _above_one(value: object) -> bool:
+    return value not in (None, False, 1)
+
+
 # Flag, attribute of Megatron's args, and when its value is one that DeadPool cannot carry through a swap yet.
 _UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (
     ("--use-megatron-fsdp", "use_megatron_fsdp", bool),
@@ -38,6 +43,9 @@ _UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (
     ("--enable-ft-package", "enable_ft_package", bool),
     ("--vision-pretraining", "vision_pretraining", bool),
     ("--iterations-to-skip", "iterations_to_skip", bool),
+    # Weights cut along an axis of their own (GTP): who holds which shard is not what the snapshot's arithmetic assumes.
+    ("--tensor-parallel-num-weight-shards", "gtp_weight_remat_size", _above_one),
+    ("--expert-tensor-parallel-num-weight-shards", "expert_gtp_weight_remat_size", _above_one),
 )
 
 
@@ -59,11 +67,15 @@ def check_environment(environ: Mapping[str, str]) -> None:
 
 
 def check_arguments(args: Namespace) -> None:
-    """Raises UserError that names the flag of the first mode that is not supported."""
+    """Raises UserError that names the flags of all modes that are not supported."""
+    refused = []
     for flag, name, bad in _UNSUPPORTED:
         value = getattr(args, name, None)
         if bad(value):
-            shown = "" if value is True else f" (here: {value})"
-            raise UserError(
-                f"{flag} is not supported with --deadpool yet{shown}; leave it out, or run without --deadpool"
-            )
+            refused.append((flag, "" if value is True else f" (here: {value})"))
+    if len(refused) == 1:
+        ((flag, here),) = refused
+        raise UserError(f"{flag} is not supported with --deadpool yet{here}; leave it out, or run without --deadpool")
+    if refused:
+        flags = ", ".join(flag + here for flag, here in refused)
+        raise UserError(f"{flags} are not supported with --deadpool yet; leave them out, or run without --deadpool")

@@ -174,6 +174,8 @@ BAD_VALUES: dict[str, list[object]] = {
     "fp8": ["hybrid"],
     "fp4": ["e2m1"],
     "iterations_to_skip": [[3]],
+    "gtp_weight_remat_size": [2],
+    "expert_gtp_weight_remat_size": [4],
 }
 GOOD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": [None, "none", "full_iteration"],
@@ -182,6 +184,8 @@ GOOD_VALUES: dict[str, list[object]] = {
     "fp8": [None],
     "fp4": [None],
     "iterations_to_skip": [[], None],
+    "gtp_weight_remat_size": [1, None],
+    "expert_gtp_weight_remat_size": [1, None],
 }
 
 
@@ -197,6 +201,13 @@ def test_a_mode_that_is_not_supported_is_refused_by_its_flag(flag: str, name: st
         assert value is True or str(value) in said
     for value in GOOD_VALUES.get(name, [False, None]):
         check_arguments(argparse.Namespace(**{name: value}))
+
+
+def test_all_modes_that_are_not_supported_are_named_at_once() -> None:
+    from deadpool_megatron.support import check_arguments
+
+    with pytest.raises(UserError, match=r"^--fp8-format \(here: hybrid\), --nccl-ub are not"):
+        check_arguments(argparse.Namespace(fp8="hybrid", nccl_ub=True))
 
 
 @pytest.mark.parametrize("name", ["TORCH_DIST_USE_NCCL2", "TORCH_DISTRIBUTED_USE_TORCHCOMMS"])
@@ -218,7 +229,8 @@ def test_every_refused_flag_is_one_that_megatron_knows() -> None:
     known = {action.dest for action in training.add_megatron_arguments(argparse.ArgumentParser())._actions}
     # Flags of other releases are kept; they must at least be spelt like flags.
     older = {"enable_cuda_graph", "external_cuda_graph"}
-    unknown = {name for _, name in _unsupported()} - known - older
+    derived = {"gtp_weight_remat_size", "expert_gtp_weight_remat_size"}  # by Megatron's main, from flags of other names
+    unknown = {name for _, name in _unsupported()} - known - older - derived
     assert not unknown
 
 
