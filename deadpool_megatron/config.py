@@ -80,14 +80,17 @@ class DeadpoolConfig:
         0, "bytes of memory that shards, own and kept for others, may take on a node; 0 for what the machine has"
     )
     hang_factor: float = _setting(
-        10.0, "a worker is stuck when it makes no progress for this many times the longest gap of its own pace"
+        10.0, "a worker counts as stuck after this many times the longest gap seen between its signs of progress"
     )
-    hang_floor: float = _setting(20.0, "seconds without progress that never mean stuck; 0 switches the search off")
+    hang_floor: float = _setting(
+        20.0, "seconds without progress that are always allowed; 0 disables the detection of stuck workers"
+    )
     hang_outside: float = _setting(
-        600.0, "seconds without progress outside of training steps (first step, evaluation, checkpoint) that mean stuck"
+        600.0,
+        "seconds without progress that are allowed outside of training steps (first step, evaluation, checkpoint)",
     )
     transient_retries: int = _setting(
-        3, "times the communicators are re-formed with the same nodes for errors that no loss explains"
+        3, "times in a row that the communicators are re-formed after an error without a lost node"
     )
     wait_for_spare: float = _setting(
         0.0, "minutes that a job without a spare keeps its state and waits for deadpool join before it ends"
@@ -96,7 +99,7 @@ class DeadpoolConfig:
         0, "TCP port of each agent's Prometheus endpoint, 0 for none; node N of several on a machine takes this plus N"
     )
     durable_dir: str = _setting(
-        "", "directory, or fsspec URL, that committed generations are drained to, for when memory cannot answer"
+        "", "directory or fsspec URL for durable generations, used when memory does not hold the state any more"
     )
     durable_interval: int = _setting(100, "generations from one drain to the next; 0: drain only when preempted")
     durable_keep: int = _setting(2, "how many durable generations are kept; older ones are removed")
@@ -108,7 +111,7 @@ class DeadpoolConfig:
     on_preempt: bool = _setting(
         False, "when told to end (SIGTERM), drain the newest committed generation first, then leave"
     )
-    preempt_deadline: float = _setting(60.0, "seconds that drain may take; then the job leaves without")
+    preempt_deadline: float = _setting(60.0, "seconds that this drain may take; after that the job ends without it")
     export: str = _setting(
         "", "write Megatron's checkpoint of the durable generation to this directory, then end (deadpool export)"
     )
@@ -119,7 +122,7 @@ class DeadpoolConfig:
 
     redundancy: str = _setting(
         "1",
-        "copies of each shard on other nodes, as 1 or 2, or k+m: Reed-Solomon with m parity shares for k nodes",
+        "copies of each shard on other nodes: 1, 2, or k+m (Reed-Solomon, m parity shares for k nodes)",
     )
     domains: str = _setting(
         "",
@@ -129,7 +132,7 @@ class DeadpoolConfig:
 
     scrub_rate: int = _setting(
         64 << 20,
-        "bytes a second that each agent reads of its vault to find copies that changed in memory; 0 switches it off",
+        "bytes a second at which each agent reads its vault to find copies that changed in memory; 0 disables it",
     )
 
     def __post_init__(self) -> None:
