@@ -56,10 +56,17 @@ def install(*, force: bool = False) -> None:
             f"{torch.cuda.device_count()} real GPU(s) are visible here: run without CPU emulation, or hide them with "
             "CUDA_VISIBLE_DEVICES="
         )
-    from deadpool_megatron.emulation import device, graphs, imports, tensors
+    from deadpool_megatron.emulation import (
+        apex,
+        children,
+        collectives,
+        device,
+        graphs,
+        megatron,
+        tensors,
+        transformer_engine,
+    )
 
-    device.install()
-    tensors.install()
-    imports.install()
-    graphs.install()
+    for part in (device, tensors, collectives, children, graphs, megatron, apex, transformer_engine):
+        part.install()
     _installed = True

@@ -85,9 +85,16 @@ def _constant(value: Any) -> Callable[..., Any]:
     return answer
 
 
+def _capability() -> tuple[int, int]:
+    """Of a Hopper, or what DEADPOOL_EMULATED_CAPABILITY says ("10.0": MXFP8 and NVFP4 ask for a Blackwell)."""
+    major, minor = os.environ.get("DEADPOOL_EMULATED_CAPABILITY", "9.0").split(".")
+    return int(major), int(minor)
+
+
 def _properties(*args: Any) -> SimpleNamespace:
+    major, minor = _capability()
     return SimpleNamespace(
-        name="cpu", major=9, minor=0, total_memory=_MEMORY, multi_processor_count=1, uuid="0", warp_size=32
+        name="cpu", major=major, minor=minor, total_memory=_MEMORY, multi_processor_count=1, uuid="0", warp_size=32
     )
 
 
@@ -133,7 +140,7 @@ def install() -> None:
         "graph": graphs.Capture,
         "graph_pool_handle": _constant((0, 0)),
         "get_device_properties": _properties,
-        "get_device_capability": _constant((9, 0)),
+        "get_device_capability": lambda *args: _capability(),
         "get_device_name": _constant("cpu"),
         "memory_allocated": _constant(0),
         "max_memory_allocated": _constant(0),

@@ -6,8 +6,9 @@ Unlike there the capture computes, so the first replay after it has nothing left
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -93,6 +94,20 @@ def _works_in(results: list[Any]) -> list[Any]:
     return [torch._C._distributed_c10d.Work.unbox(each) for each in boxed]
 
 
+_samples = False
+
+
+@contextlib.contextmanager
+def captured_with_samples() -> Iterator[None]:
+    """What graphs compute while they are captured herein is not wanted: their first replay runs, as on a device."""
+    global _samples
+    before, _samples = _samples, True
+    try:
+        yield
+    finally:
+        _samples = before
+
+
 class CUDAGraph:
     """As `torch.cuda.CUDAGraph`, of which it has what Megatron uses."""
 
@@ -104,7 +119,7 @@ class CUDAGraph:
         """Nothing to do: the tape holds the generators it has used."""
 
     def captured(self, tape: _Tape) -> None:
-        self.tape, self._computed = tape, True
+        self.tape, self._computed = tape, not _samples
 
     def replay(self) -> None:
         """Run what was captured on the memory of then. Raises what a collective raises."""
@@ -138,7 +153,7 @@ class Capture:
 
 
 def install() -> None:
-    """Work that Gloo does while it is waited for belongs to the collective, which the tape has."""
+    """Work that Gloo does while it is waited for belongs to the collective, which the tape has. There are no pools."""
     native = torch._C._distributed_c10d.Work.wait
 
     @functools.wraps(native)
@@ -154,6 +169,8 @@ def install() -> None:
             tape.waited_for(self)
 
     torch._C._distributed_c10d.Work.wait = wait
+    for name in ("_cuda_beginAllocateCurrentThreadToPool", "_cuda_endAllocateToPool", "_cuda_releasePool"):
+        setattr(torch._C, name, lambda *args: None)
 
 
 def is_capturing() -> bool:

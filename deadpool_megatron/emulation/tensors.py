@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.utils.data
 
 from deadpool_megatron.emulation.device import CPU
 
@@ -43,7 +44,7 @@ def _factory(owner: Any, name: str) -> None:
 
 
 def install() -> None:
-    """Replace torch's factories and the moving methods of tensors and modules."""
+    """Replace torch's factories, the moving methods of tensors and modules, and what pins memory."""
     for name in _FACTORIES:
         _factory(torch, name)
     for name in _METHODS:
@@ -74,5 +75,14 @@ def install() -> None:
     tensor.is_cuda = property(lambda self: True)
     tensor.record_stream = lambda self, stream: None
     torch.nn.Module.cuda = same
+    loader: Any = torch.utils.data.DataLoader
+    original_init = loader.__init__
+
+    @functools.wraps(original_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs["pin_memory"] = False
+        original_init(self, *args, **kwargs)
+
+    loader.__init__ = init
     for name in _TYPES:
         setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))

@@ -1,78 +1,16 @@
-"""What the emulation changes in torch.distributed, the data loader and, once imported, in Megatron's modules."""
+"""torch.distributed on Gloo where Megatron and Transformer Engine count on what NCCL alone does."""
 
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
 import inspect
-import logging
-import multiprocessing.forkserver
-import multiprocessing.spawn
-import sys
+import weakref
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-import torch.utils.data
-
-_CHILD = "deadpool_megatron.emulation.child"
-
-
-_HELPERS = "megatron.core.datasets.utils"
-
-
-def _emulate_children() -> None:
-    """Processes that multiprocessing starts are emulated too; forked ones are so already.
-
-    Megatron's persistent checkpoint worker comes out of a fork server.
-    """
-    multiprocessing.forkserver.set_forkserver_preload([_CHILD, "__main__"])
-    native = multiprocessing.spawn.get_command_line
-
-    @functools.wraps(native)
-    def get_command_line(**kwargs: Any) -> list[str]:
-        line = list(native(**kwargs))
-        if "-c" in line:  # else a frozen program, which has no such line
-            code = line.index("-c") + 1
-            line[code] = f"import {_CHILD}; {line[code]}"
-        return line
-
-    multiprocessing.spawn.get_command_line = get_command_line
-
-
-def _without_helpers(module: ModuleType) -> None:
-    # The wheel has the dataset helpers compiled, but upstream's function runs `make`, whose Makefile it lacks.
-    module.compile_helpers = lambda: None  # type: ignore[attr-defined]
-
-
-class _Loader(importlib.abc.Loader):
-    """Runs the module's own loader, then `_without_helpers`."""
-
-    def __init__(self, inner: importlib.abc.Loader) -> None:
-        self._inner = inner
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._inner.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._inner.exec_module(module)
-        _without_helpers(module)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds that module with the other finders and puts `_Loader` around its loader."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target) if fullname == _HELPERS else None
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
 
 
 def _on_gloo(name: str) -> None:
@@ -146,23 +84,84 @@ def _gather_unlike_sizes() -> None:
         module.all_gather = all_gather
 
 
+class _Works:
+    """Several works as one."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = works
+
+    def wait(self, *args: Any) -> bool:
+        """As `Work.wait`, for all of them."""
+        return all([work.wait(*args) for work in self._works])
+
+    def is_completed(self) -> bool:
+        """As `Work.is_completed`, for all of them."""
+        return all(work.is_completed() for work in self._works)
+
+
+def _gather_unlike_types() -> None:
+    """A coalesced all-gather of tensors of several types: Gloo casts all of them to one, NCCL does not.
+
+    Megatron gathers FP8 bytes and BF16 parameters in one.
+    """
+    # The second name is that of torch before 2.13.
+    for name in ("all_gather_single_coalesced", "allgather_into_tensor_coalesced"):
+        if hasattr(dist.ProcessGroup, name):
+            setattr(dist.ProcessGroup, name, _by_type(getattr(dist.ProcessGroup, name)))
+
+
+def _by_type(native: Any) -> Any:
+    @functools.wraps(native)
+    def by_type(self: Any, outputs: list[torch.Tensor], inputs: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        places: dict[torch.dtype, list[int]] = {}
+        for place, each in enumerate(outputs):
+            places.setdefault(each.dtype, []).append(place)
+        if len(places) < 2:
+            return native(self, outputs, inputs, *args, **kwargs)
+        return _Works(
+            [
+                native(self, [outputs[i] for i in group], [inputs[i] for i in group], *args, **kwargs)
+                for group in places.values()
+            ]
+        )
+
+    return by_type
+
+
+def _wait_twice() -> None:
+    """A second wait for a send or receive returns, as NCCL's; with Gloo it blocks for ever."""
+    work = torch._C._distributed_c10d.Work
+    native = work.wait
+    done: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    @functools.wraps(native)
+    def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self in done:
+            return True
+        answer = native(self, *args, **kwargs)
+        done.add(self)
+        return answer
+
+    work.wait = wait
+
+
+def _coalesce_without_device() -> None:
+    """``_coalescing_manager`` with a device means NCCL's own coalescing; without one Gloo can do it."""
+    native = c10d._coalescing_manager
+
+    @functools.wraps(native)
+    def without_device(group: Any = None, device: Any = None, async_ops: bool | None = False) -> Any:
+        return native(group, None, async_ops)
+
+    c10d._coalescing_manager = without_device
+    dist._coalescing_manager = without_device
+
+
 def install() -> None:
-    """Install all of it. Modules that are imported already are changed at once."""
+    """Replace them in torch.distributed."""
     for name in ("init_process_group", "new_group"):
         _on_gloo(name)
     _gather_unlike_sizes()
-    _emulate_children()
-    loader: Any = torch.utils.data.DataLoader
-    original_init = loader.__init__
-
-    @functools.wraps(original_init)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        kwargs["pin_memory"] = False
-        original_init(self, *args, **kwargs)
-
-    loader.__init__ = init
-    # It warns at every fork of the tracker that device and CPU generator are one; here they are, by design.
-    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
-    if _HELPERS in sys.modules:
-        _without_helpers(sys.modules[_HELPERS])
-    sys.meta_path.insert(0, _Finder())
+    _gather_unlike_types()
+    _wait_twice()
+    _coalesce_without_device()

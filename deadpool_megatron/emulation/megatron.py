@@ -1,0 +1,26 @@
+"""What the emulation changes in Megatron's modules, once they are imported."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from deadpool_megatron.emulation.importing import after_import
+
+
+def _without_helpers(module: Any) -> None:
+    # The wheel has the dataset helpers compiled, but upstream's function runs `make`, whose Makefile it lacks.
+    module.compile_helpers = lambda: None
+
+
+def _takes_any_generator(module: Any) -> None:
+    # The emulated graphs replay whatever generator was in use: none needs to be registered with them first.
+    module._ensure_generator_state_is_cudagraph_safe = lambda generator: generator
+
+
+def install() -> None:
+    """Register the changes; modules that are imported already are changed at once."""
+    after_import("megatron.core.datasets.utils", _without_helpers)
+    after_import("megatron.core.transformer.cuda_graphs", _takes_any_generator)
+    # It warns at every fork of the tracker that device and CPU generator are one; here they are, by design.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

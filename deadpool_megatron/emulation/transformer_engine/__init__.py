@@ -1,0 +1,85 @@
+"""The real Python of Transformer Engine on the CPU: its compiled module ``transformer_engine_torch``, in torch.
+
+Transformer Engine's wheel without its libraries (``pip install --no-deps transformer-engine``) has all of its Python.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+from deadpool_megatron.emulation.importing import after_import
+
+
+def install() -> None:
+    """Let Transformer Engine find the emulated extension, where it is installed. Before it or Megatron is imported."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    # Checks of the installed wheels and the loading of cuDNN, cuBLAS and libtransformer_engine.so are left out with it.
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    os.environ.pop("NVTE_RELEASE_BUILD", None)  # undoes that
+    os.environ["TRITON_INTERPRET"] = "1"  # what is left of Triton's kernels runs in Triton's own interpreter
+    after_import("transformer_engine.common", _loads_nothing)
+    after_import("transformer_engine.pytorch.utils", _keeps_memory)
+    after_import("transformer_engine.pytorch.triton.permutation", _permutes)
+    after_import("transformer_engine.pytorch.graph", _first_replay_runs)
+    after_import("triton.runtime.autotuner", _tunes_nothing)
+    from deadpool_megatron.emulation.transformer_engine import extension
+
+    sys.modules["transformer_engine_torch"] = extension
+
+
+def _loads_nothing(module: ModuleType) -> None:
+    # It looks for the compiled file and puts what it finds there into sys.modules.
+    module.load_framework_extension = lambda framework: None  # type: ignore[attr-defined]
+
+
+def _keeps_memory(module: ModuleType) -> None:
+    """Tensors by their address alone, so that graphs do not keep their memory: here graphs may keep it."""
+    import torch
+
+    def make_weak_ref(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x.detach()
+        if isinstance(x, tuple | list):
+            return type(x)(make_weak_ref(each) for each in x)
+        if isinstance(x, dict):
+            return {key: make_weak_ref(value) for key, value in x.items()}
+        return x
+
+    module.make_weak_ref = make_weak_ref  # type: ignore[attr-defined]
+
+
+def _permutes(module: ModuleType) -> None:
+    from deadpool_megatron.emulation.transformer_engine import permutation
+
+    permutation.replace(module)
+
+
+def _first_replay_runs(module: Any) -> None:
+    """Transformer Engine captures with samples, whose results nobody wants: the first replay has everything to do."""
+    from deadpool_megatron.emulation import graphs
+
+    native = module._make_graphed_callables
+
+    @functools.wraps(native)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        with graphs.captured_with_samples():
+            return native(*args, **kwargs)
+
+    module._make_graphed_callables = make
+
+
+def _tunes_nothing(module: Any) -> None:
+    """An autotuner measures its configurations on a device; here the last one is taken."""
+    launch = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = {key: value for key, value in self.configs[-1].all_kwargs().items() if key not in launch}
+        return self.fn.run(*args, **kwargs, **chosen)
+
+    module.Autotuner.run = run

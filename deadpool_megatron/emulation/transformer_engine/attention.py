@@ -1,0 +1,298 @@
+"""cuDNN's fused attention in float32: forward with the log-sum-exp of each row, backward from it.
+
+Context parallelism gives the backward an output and a log-sum-exp of all ranks together; so it starts from those.
+Source: transformer_engine/pytorch/csrc/extensions/attention.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deadpool_megatron.emulation.transformer_engine.enums import (
+    NVTE_Fused_Attn_Backend,
+    NVTE_QKV_Format,
+    NVTE_QKV_Layout,
+)
+from deadpool_megatron.emulation.transformer_engine.kernels import kernel
+
+_BSHD, _SBHD = int(NVTE_QKV_Format.NVTE_BSHD), int(NVTE_QKV_Format.NVTE_SBHD)
+_THD, _BHSD = int(NVTE_QKV_Format.NVTE_THD), int(NVTE_QKV_Format.NVTE_BHSD)
+_BY_NAME = {"BSHD": _BSHD, "SBHD": _SBHD, "THD": _THD, "BHSD": _BHSD}
+# The order in which the dimensions of a dense format become (b, h, s, d); each is its own inverse but SBHD's.
+_TO_BHSD = {_BSHD: (0, 2, 1, 3), _SBHD: (1, 2, 0, 3), _BHSD: (0, 1, 2, 3)}
+_FROM_BHSD = {_BSHD: (0, 2, 1, 3), _SBHD: (2, 0, 1, 3), _BHSD: (0, 1, 2, 3)}
+Bounds = list[tuple[int, int]]
+
+
+@kernel
+def get_fused_attn_backend(params: Any) -> tuple[Any, str]:
+    """Any attention is taken as one that cuDNN has a kernel for."""
+    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The queries, or the keys and values: their format, and first and last row of each sequence."""
+
+    format: int
+    bounds: Bounds
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """(b, h, s, d) in float32: one tensor for a dense format, one of b = 1 for each packed sequence."""
+        x = x.detach().float()
+        if self.format == _THD:
+            return [x[begin:end].permute(1, 0, 2)[None] for begin, end in self.bounds]
+        return [x.permute(_TO_BHSD[self.format])]
+
+    def join(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What `split` does, undone. Rows between packed sequences are 0."""
+        if self.format != _THD:
+            return parts[0].permute(_FROM_BHSD[self.format]).to(dtype).contiguous()
+        out = torch.zeros(tuple(shape), dtype=dtype)
+        for part, (begin, end) in zip(parts, self.bounds, strict=True):
+            out[begin:end] = part[0].permute(1, 0, 2).to(dtype)
+        return out
+
+
+def _bounds(cumulated: Tensor, padded: Tensor | None) -> Bounds:
+    starts = cumulated if padded is None else padded
+    lengths = cumulated.diff().tolist()
+    return [(begin, begin + length) for begin, length in zip(starts.tolist(), lengths, strict=False)]
+
+
+def _formats(layout: NVTE_QKV_Layout) -> tuple[int, int]:
+    """Of the queries and of the keys and values, by the layout's name (NVTE_SBHD_SB2HD, NVTE_BS3HD ...)."""
+    names = layout.name.removeprefix("NVTE_").replace("2", "").replace("3", "").split("_")
+    return _BY_NAME[names[0]], _BY_NAME[names[1] if len(names) > 1 else names[0]]
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """What a call says of queries, keys and values, and what follows for the scores."""
+
+    queries: _Side
+    keys: _Side
+    mask: str
+    window: tuple[int, int]
+    bottom_right: bool
+    scale: float
+    dropout: float
+
+    def hidden(self, q: int, k: int) -> Tensor | None:
+        """True where a query may not look: (1 or b, 1, q, k). None if nothing is hidden."""
+        rows, columns = torch.arange(q)[:, None], torch.arange(k)[None, :]
+        shift = k - q if self.bottom_right or "BOTTOM_RIGHT" in self.mask else 0
+        causal = "CAUSAL" in self.mask
+        left, right = self.window
+        rules = []
+        if causal:
+            rules.append((columns > rows + shift)[None, None])
+        if left >= 0:
+            rules.append((columns < rows + shift - left)[None, None])
+        if right > 0 or (right == 0 and not causal):
+            rules.append((columns > rows + shift + right)[None, None])
+        if "PADDING" in self.mask and self.keys.format != _THD:
+            lengths = torch.tensor([end - begin for begin, end in self.keys.bounds])
+            rules.append(columns[None, None] >= lengths[:, None, None, None])
+        if not rules:
+            return None
+        hidden = rules[0]
+        for rule in rules[1:]:
+            hidden = hidden | rule
+        return hidden
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """(b, h, q, k), minus infinity where hidden."""
+        scores = q @ _widened(k, q).transpose(-1, -2) * self.scale
+        hidden = self.hidden(q.shape[2], k.shape[2])
+        return scores if hidden is None else scores.masked_fill(hidden, float("-inf"))
+
+    def kept(self, shape: Sequence[int], state: Tensor, part: int) -> Tensor | float:
+        """What dropout multiplies the probabilities with, from the state that the forward drew."""
+        if not self.dropout:
+            return 1.0
+        generator = torch.Generator().manual_seed(int(state[0]) + part)
+        return (torch.rand(tuple(shape), generator=generator) >= self.dropout).float() / (1 - self.dropout)
+
+
+def _widened(x: Tensor, q: Tensor) -> Tensor:
+    """The heads of keys or values as often as query heads share them."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _narrowed(x: Tensor, heads: int) -> Tensor:
+    """The gradients of `_widened` heads, summed."""
+    return x.unflatten(1, (heads, -1)).sum(2)
+
+
+def _refuse_unlike(bias_type: int, softmax_type: int, *others: Any) -> None:
+    if int(bias_type) or int(softmax_type) or any(others):
+        raise NotImplementedError(
+            "the emulation's attention has no bias, no softmax offset, no maximal logit and no FP8"
+        )
+
+
+@kernel
+def fused_attn_fwd(
+    max_seqlen_q: int,
+    max_seqlen_kv: int,
+    is_training: bool,
+    attn_scale: float,
+    p_dropout: float,
+    set_zero: bool,
+    qkv_layout: NVTE_QKV_Layout,
+    o_format: int,
+    qkv_scale_inv_format: int,
+    bias_type: int,
+    attn_mask_type: Any,
+    softmax_type: int,
+    window_size: tuple[int, int],
+    bottom_right_diagonal: bool,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    Q: Tensor,  # noqa: N803
+    K: Tensor,  # noqa: N803
+    V: Tensor,  # noqa: N803
+    fake_dtype: torch.dtype,
+    cu_seqlens_q_padded: Tensor | None,
+    cu_seqlens_kv_padded: Tensor | None,
+    page_table_k: Any,
+    page_table_v: Any,
+    s_quantizer: Any,
+    o_quantizer: Any,
+    bias: Tensor | None,
+    softmax_offset: Tensor | None,
+    rng_gen: torch.Generator | None,
+    rng_elts_per_thread: int,
+    return_max_logit: bool,
+    cuda_graph: bool,
+) -> list[Tensor]:
+    """[output, log-sum-exp (b, h, s, 1) or (t, h, 1), random state]."""
+    _refuse_unlike(bias_type, softmax_type, s_quantizer, o_quantizer, return_max_logit)
+    of_queries, of_keys = _formats(qkv_layout)
+    call = _Attention(
+        _Side(of_queries, _bounds(cu_seqlens_q, cu_seqlens_q_padded)),
+        _Side(of_keys, _bounds(cu_seqlens_kv, cu_seqlens_kv_padded)),
+        attn_mask_type.name,
+        window_size,
+        bottom_right_diagonal,
+        attn_scale,
+        p_dropout if is_training else 0.0,
+    )
+    # At every call, with dropout or without: on a device the generator's offset moves with each.
+    state = torch.stack((torch.randint(0, 2**62, (), generator=rng_gen), torch.zeros((), dtype=torch.int64)))
+    outs, stats = [], []
+    parts = zip(call.queries.split(Q), call.keys.split(K), call.keys.split(V), strict=True)
+    for i, (q, k, v) in enumerate(parts):
+        scores = call.scores(q, k)
+        lse = torch.logsumexp(scores, -1, keepdim=True)
+        p = torch.exp(scores - lse).nan_to_num(0.0)  # a row that sees nothing
+        outs.append((p * call.kept(p.shape, state, i)) @ _widened(v, q))
+        stats.append(lse)
+    to = _Side(int(o_format), call.queries.bounds)
+    out = to.join(outs, (*Q.shape[:-1], V.shape[-1]), fake_dtype)
+    if of_queries != _THD:
+        return [out, stats[0].contiguous(), state]
+    return [out, call.queries.join(stats, (*Q.shape[:-1], 1), torch.float32), state]
+
+
+@kernel
+def fused_attn_bwd(
+    max_seqlen_q: int,
+    max_seqlen_kv: int,
+    attn_scale: float,
+    p_dropout: float,
+    set_zero: bool,
+    qkv_layout: NVTE_QKV_Layout,
+    o_format: int,
+    do_format: int,
+    dqkv_layout: NVTE_QKV_Layout,
+    qkv_scale_inv_format: int,
+    do_scale_inv_format: int,
+    bias_type: int,
+    attn_mask_type: Any,
+    softmax_type: int,
+    window_size: tuple[int, int],
+    bottom_right_diagonal: bool,
+    deterministic: bool,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    Q: Tensor,  # noqa: N803
+    K: Tensor,  # noqa: N803
+    V: Tensor,  # noqa: N803
+    O: Tensor,  # noqa: E741, N803
+    dO: Tensor,  # noqa: N803
+    fake_dtype: torch.dtype,
+    aux: Sequence[Tensor],
+    cu_seqlens_q_padded: Tensor | None,
+    cu_seqlens_kv_padded: Tensor | None,
+    s_quantizer: Any,
+    dp_quantizer: Any,
+    dqkv_quantizer: Any,
+    cuda_graph: bool,
+) -> list[Tensor | None]:
+    """[dQ, dK, dV, no gradient of a bias, none of a softmax offset]; ``aux``: log-sum-exp and random state."""
+    _refuse_unlike(bias_type, softmax_type, s_quantizer, dp_quantizer, dqkv_quantizer)
+    of_queries, of_keys = _formats(qkv_layout)
+    call = _Attention(
+        _Side(of_queries, _bounds(cu_seqlens_q, cu_seqlens_q_padded)),
+        _Side(of_keys, _bounds(cu_seqlens_kv, cu_seqlens_kv_padded)),
+        attn_mask_type.name,
+        window_size,
+        bottom_right_diagonal,
+        attn_scale,
+        p_dropout,
+    )
+    bounds = call.queries.bounds
+    stats = call.queries.split(aux[0]) if of_queries == _THD else [aux[0].float()]
+    parts = zip(
+        call.queries.split(Q),
+        call.keys.split(K),
+        call.keys.split(V),
+        _Side(int(o_format), bounds).split(O),
+        _Side(int(do_format), bounds).split(dO),
+        stats,
+        strict=True,
+    )
+    grads: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for i, (q, k, v, o, do, lse) in enumerate(parts):
+        p = torch.exp(call.scores(q, k) - lse).nan_to_num(0.0, posinf=0.0)
+        kept = call.kept(p.shape, aux[1], i)
+        dp = do @ _widened(v, q).transpose(-1, -2) * kept
+        ds = p * (dp - (do * o).sum(-1, keepdim=True)) * attn_scale
+        grads[0].append(ds @ _widened(k, q))
+        grads[1].append(_narrowed(ds.transpose(-1, -2) @ q, k.shape[1]))
+        grads[2].append(_narrowed((p * kept).transpose(-1, -2) @ do, v.shape[1]))
+    of_dq, of_dkv = _formats(dqkv_layout)
+    to = _Side(of_dkv, call.keys.bounds)
+    answer = [
+        _Side(of_dq, bounds).join(grads[0], Q.shape, fake_dtype),
+        to.join(grads[1], K.shape, fake_dtype),
+        to.join(grads[2], V.shape, fake_dtype),
+    ]
+    return [*_packed(answer, dqkv_layout), None, None]
+
+
+def _packed(grads: list[Tensor], layout: NVTE_QKV_Layout) -> list[Tensor]:
+    """As views of one buffer where the layout has queries, keys and values, or the last two, in one."""
+    for number in (3, 2):
+        if str(number) in layout.name:
+            place = -3 if f"{number}HD" in layout.name else -2
+            together = torch.stack(grads[-number:], dim=place).unbind(place)
+            return [*grads[:-number], *together]
+    return grads
+
+
+@kernel
+def thd_get_partitioned_indices(cu_seqlens: Tensor, total_tokens: int, world_size: int, rank: int) -> Tensor:
+    """Rows of packed sequences that a rank of context parallelism has: two chunks of each, int32."""
+    rows = []
+    for begin, end in _bounds(cu_seqlens, None):
+        chunks = torch.arange(begin, end).chunk(2 * world_size)
+        rows += [chunks[rank], chunks[-1 - rank]]
+    return torch.cat(rows).to(torch.int32)

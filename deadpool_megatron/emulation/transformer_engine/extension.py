@@ -1,0 +1,73 @@
+"""The module ``transformer_engine_torch``: enumerations, kernels, a few facts, and a refusal for what is not emulated."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from deadpool_megatron.emulation.transformer_engine import attention, dense, experts, optimizer, quantization
+from deadpool_megatron.emulation.transformer_engine import enums as _enums
+from deadpool_megatron.emulation.transformer_engine.kernels import KERNELS
+
+_KERNEL_MODULES = (attention, dense, experts, optimizer, quantization)
+
+globals().update({name: value for name, value in vars(_enums).items() if name[0].isupper()})
+globals().update(KERNELS)
+
+
+class FP8TensorMeta:
+    """A record of delayed scaling, which Transformer Engine fills."""
+
+    def __init__(self) -> None:
+        self.scale = self.scale_inv = self.amax_history = None
+
+
+class CommOverlapHelper:
+    """Userbuffers (--tp-comm-overlap): the classes are there for isinstance and annotations only."""
+
+
+class CommOverlapCore: ...
+
+
+class CommOverlapBase(CommOverlapCore): ...
+
+
+class CommOverlapP2PBase(CommOverlapCore): ...
+
+
+class CommOverlap(CommOverlapBase): ...
+
+
+class CommOverlapP2P(CommOverlapP2PBase): ...
+
+
+grouped_mlp_experimental = types.SimpleNamespace()
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        return value
+
+    return answer
+
+
+# Versions that allow every feature that Transformer Engine asks them about.
+get_cublasLt_version = _always(130200)  # noqa: N816
+get_cudnn_version = _always(92000)
+get_num_cublas_streams = _always(4)
+get_stream_priority_range = _always((0, -5))
+device_supports_multicast = _always(False)
+ubuf_built_with_mpi = _always(False)
+nvte_built_with_cublasmp = _always(False)
+ep_zero_copy_supported = _always(False)
+
+
+def __getattr__(name: str) -> Callable[..., NoReturn]:
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(f"the emulation of CUDA has no transformer_engine_torch.{name}")
+
+    return refuse
