@@ -221,6 +221,7 @@ _PREFIX = "deadpool_"
 # Variables of our name that are no settings: what agents tell their workers, what scripts and tests are told.
 OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_CONFIG",
+    "DEADPOOL_EMULATED_CAPABILITY",
     "DEADPOOL_EMULATE_CPU",
     "DEADPOOL_EPOCH",
     "DEADPOOL_MODE",

@@ -17,7 +17,7 @@ def _above_one(value: object) -> bool:
 _UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (
     ("--use-megatron-fsdp", "use_megatron_fsdp", bool),
     ("--use-torch-fsdp2", "use_torch_fsdp2", bool),
-    ("--cuda-graph-impl", "cuda_graph_impl", lambda v: v not in (None, "none", "full_iteration")),
+    ("--cuda-graph-impl", "cuda_graph_impl", lambda v: v not in (None, "none", "full_iteration", "local", "transformer_engine")),
     ("--enable-cuda-graph", "enable_cuda_graph", bool),
     ("--external-cuda-graph", "external_cuda_graph", bool),
     ("--optimizer-cuda-graph", "optimizer_cuda_graph", bool),
@@ -33,9 +33,6 @@ _UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (
         lambda v: v == "flex",
     ),
     ("--optimizer-cpu-offload", "optimizer_cpu_offload", bool),
-    ("--fp8-param-gather", "fp8_param_gather", bool),
-    ("--fp8-format", "fp8", bool),
-    ("--fp4-format", "fp4", bool),
     ("--nccl-ub", "nccl_ub", bool),
     ("--use-sharp", "use_sharp", bool),
     ("--perform-rl-step", "perform_rl_step", bool),

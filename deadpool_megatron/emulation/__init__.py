@@ -18,9 +18,16 @@ def environment() -> dict[str, str]:
     """Variables for a process that trains under the emulation.
 
     torch.compile would compile for a device that is not there; one thread a process, since many share few cores;
-    CUDA_DEVICE_MAX_CONNECTIONS is checked by Megatron.
+    CUDA_DEVICE_MAX_CONNECTIONS is checked by Megatron; Triton's kernels run in Triton's interpreter; Transformer Engine
+    looks for none of its libraries.
     """
-    return {"TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
+    return {
+        "TORCHDYNAMO_DISABLE": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+        "NVTE_PROJECT_BUILDING": "1",
+    }
 
 
 def is_installed() -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
+from deadpool_megatron.emulation import graphs
 from deadpool_megatron.emulation.importing import after_import
 
 
@@ -13,14 +15,23 @@ def _without_helpers(module: Any) -> None:
     module.compile_helpers = lambda: None
 
 
-def _takes_any_generator(module: Any) -> None:
+def _captures_layers(module: Any) -> None:
     # The emulated graphs replay whatever generator was in use: none needs to be registered with them first.
     module._ensure_generator_state_is_cudagraph_safe = lambda generator: generator
+    record = module._CudagraphGlobalRecord
+    native = record.create_cudagraphs.__func__
+
+    @functools.wraps(native)
+    def create_cudagraphs(cls: type) -> Any:
+        with graphs.captured_with_samples():
+            return native(cls)
+
+    record.create_cudagraphs = classmethod(create_cudagraphs)
 
 
 def install() -> None:
     """Register the changes; modules that are imported already are changed at once."""
     after_import("megatron.core.datasets.utils", _without_helpers)
-    after_import("megatron.core.transformer.cuda_graphs", _takes_any_generator)
+    after_import("megatron.core.transformer.cuda_graphs", _captures_layers)
     # It warns at every fork of the tracker that device and CPU generator are one; here they are, by design.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

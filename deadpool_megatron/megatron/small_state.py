@@ -4,8 +4,8 @@ The reference list is upstream's checkpoint (megatron/training/checkpointing.py,
 generate_state_dict) plus what a checkpoint does not need and a bitwise retry does: the log's accumulators, module
 buffers that forward passes change, and the run's mutable ``args``.
 
-Two halves. What the host holds is encoded at once, some KB. What a device holds (buffers, the loss scale, sums of
-losses) is copied on the device into tensors of ours by one batched call, and those travel with the unique state: so
+Two halves. What the host holds is encoded at once, some KB. What a device holds (buffers, the loss scale, scales of FP8,
+sums of losses) is copied on the device into tensors of ours by one batched call, and those travel with the unique state: so
 nothing here waits for the device.
 """
 
@@ -22,6 +22,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_timers
 
 from deadpool_megatron.megatron.frozen import Frozen
+from deadpool_megatron.megatron.low_precision import scaling_state
 from deadpool_megatron.megatron.optimizer_state import Numbers, members, plain_fields, put_fields
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.sums import cumulative, put_cumulative
@@ -55,6 +56,9 @@ class _Staged:
                         continue
                     self._places.append((module._buffers, name))
                     self._names.append(full)
+                for name, state, key in scaling_state(module):
+                    self._places.append((state, key))
+                    self._names.append(f"small.chunk{c}.{prefix}.{name}")
         for s, scaler in enumerate(scalers):
             self._places.append((vars(scaler), "_scale"))
             self._names.append(f"small.scaler{s}")

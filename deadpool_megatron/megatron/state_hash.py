@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deadpool_megatron.megatron.low_precision import plain_tensors, scaling_state
 from deadpool_megatron.megatron.optimizer_state import Numbers, plain_fields, state_tensors, step_counters
 from deadpool_megatron.megatron.small_state import tracker_states
 from deadpool_megatron.snapshot import capture_host_rng, encode, host_bytes
@@ -21,14 +22,18 @@ def _update(sha: Any, name: str, tensor: torch.Tensor) -> None:
 def digests(args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, str]:
     """Hex SHA-256 by part: params, main_params, moments, steps, rng, data.
 
-    ``params`` are the model's own (16-bit) parameters and buffers, ``main_params`` and ``moments`` this coordinate's
+    ``params`` are the model's own parameters (16-bit, or quantized), buffers and scales of FP8, ``main_params`` and ``moments`` this coordinate's
     optimizer shard, ``steps`` the hyperparameters and steps of its parameter groups, ``data`` the sample counters and
     the LR schedule.
     """
     parts = {name: hashlib.sha256() for name in ("params", "main_params", "moments", "steps", "rng", "data")}
     for c, chunk in enumerate(model):
         for name, tensor in [*chunk.named_parameters(), *chunk.named_buffers()]:
-            _update(parts["params"], f"{c}.{name}", tensor)
+            for part, plain in plain_tensors(tensor):
+                _update(parts["params"], f"{c}.{name}{part}", plain)
+        for prefix, module in chunk.named_modules():
+            for name, state, key in scaling_state(module):
+                _update(parts["params"], f"{c}.{prefix}.{name}", state[key])
     for each in state_tensors(optimizer):
         _update(parts["main_params" if each.main else "moments"], each.name, each.tensor)
     parts["steps"].update(repr((step_counters(optimizer), Numbers(optimizer).read())).encode())

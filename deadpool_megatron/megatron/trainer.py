@@ -28,6 +28,7 @@ from deadpool_megatron.megatron.faults import strike
 from deadpool_megatron.megatron.frozen import Frozen
 from deadpool_megatron.megatron.links import Links
 from deadpool_megatron.megatron.loss_report import LossReport
+from deadpool_megatron.megatron.low_precision import prepare_scaling
 from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import (
@@ -109,6 +110,7 @@ class MegatronTrainer:
         self._frozen = Frozen(model, config.slice_bytes)
         self._comparison = Comparison(args, run_args.settings, model, optimizer, scheduler)
         run_args.training_begins()
+        prepare_scaling(model, model_config)
         self.small_state = SmallState(args, run_args, model, optimizer, scheduler, self._frozen)
         self._plan = ShardPlan([*self._unique.items(), *self.small_state.items()], config.slice_bytes)
         self._replays = [_under_rerun(each) for each in _flatten(iterators)]

@@ -19,10 +19,9 @@ def install() -> None:
     """Let Transformer Engine find the emulated extension, where it is installed. Before it or Megatron is imported."""
     if importlib.util.find_spec("transformer_engine") is None:
         return
-    # Checks of the installed wheels and the loading of cuDNN, cuBLAS and libtransformer_engine.so are left out with it.
-    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    # NVTE_PROJECT_BUILDING, of `emulation.environment`, leaves out the checks of the installed wheels and the loading of
+    # cuDNN, cuBLAS and libtransformer_engine.so.
     os.environ.pop("NVTE_RELEASE_BUILD", None)  # undoes that
-    os.environ["TRITON_INTERPRET"] = "1"  # what is left of Triton's kernels runs in Triton's own interpreter
     after_import("transformer_engine.common", _loads_nothing)
     after_import("transformer_engine.pytorch.utils", _keeps_memory)
     after_import("transformer_engine.pytorch.triton.permutation", _permutes)
