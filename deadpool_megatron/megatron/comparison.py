@@ -18,6 +18,7 @@ import torch
 import xxhash
 from megatron.core import parallel_state
 
+from deadpool_megatron.megatron.low_precision import plain_tensors
 from deadpool_megatron.megatron.optimizer_state import members, plain_fields, state_tensors
 from deadpool_megatron.snapshot import encode, host_bytes
 
@@ -142,5 +143,6 @@ def _signed(word: int) -> int:
 def _digest(tensors: Iterable[torch.Tensor]) -> int:
     state = xxhash.xxh3_64()
     for tensor in tensors:
-        state.update(host_bytes(tensor))
+        for _, plain in plain_tensors(tensor):
+            state.update(host_bytes(plain))
     return _signed(state.intdigest())

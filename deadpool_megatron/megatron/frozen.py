@@ -14,7 +14,9 @@ import torch
 import xxhash
 from megatron.core import parallel_state
 
+from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.comparison import Unequal
+from deadpool_megatron.megatron.low_precision import is_quantized
 from deadpool_megatron.snapshot import ShardPlan, host_bytes, slot_views
 from deadpool_megatron.vault import CONSTANT, ConstantsWriter, VaultError
 
@@ -43,6 +45,12 @@ class Frozen:
 
     def __init__(self, model: list[Any], slice_bytes: int) -> None:
         frozen = frozen_parameters(model)
+        quantized = [name for name, p in frozen if is_quantized(p)]
+        if quantized:
+            raise UserError(
+                f"{quantized[0]} is frozen and FP8 (--fp8-param-gather), which is not supported with --deadpool yet; "
+                "leave --fp8-param-gather out"
+            )
         self.plan = ShardPlan(frozen, slice_bytes)
         self._writer: ConstantsWriter | None = None
         sets = (

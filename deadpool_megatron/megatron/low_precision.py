@@ -62,14 +62,20 @@ def forget_recomputation(model: list[Any], config: Any) -> None:
             getattr(module, "fp8_meta", {}).pop(_RECOMPUTE_PLACE, None)
 
 
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """A parameter whose data are FP8 or FP4 (``--fp8-param-gather``)."""
+    return hasattr(tensor, "_quantizer")
+
+
 def plain_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensor itself, or the data and scales of a quantized one.
 
     The transposed copy of FP8 data is left out: it is made from them when it is needed.
     """
-    if not hasattr(tensor, "_quantizer"):
+    if not is_quantized(tensor):
         yield "", tensor
         return
-    for name, value in sorted(vars(tensor).items()):
-        if isinstance(value, torch.Tensor) and name != "_transpose":
+    fields: dict[str, object] = tensor.get_metadata()
+    for name, value in sorted(fields.items()):
+        if isinstance(value, torch.Tensor) and name != "data_transpose":
             yield name, value

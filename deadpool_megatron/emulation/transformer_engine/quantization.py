@@ -132,7 +132,7 @@ class _PerTensor(_Format):
         amax = x.abs().amax().reshape(1)
         if isinstance(quantizer, self._delayed):
             scale = quantizer.scale
-            quantizer.amax.copy_(torch.maximum(quantizer.amax, amax.reshape(quantizer.amax.shape)))
+            quantizer.amax.copy_(torch.maximum(quantizer.amax, amax.reshape(())))  # empty: not wanted
         else:
             if quantizer.with_amax_reduction:
                 max_over(quantizer._canonicalized_amax_reduction_group(), amax)
@@ -538,7 +538,9 @@ def _piece(scales: Tensor, rows: int, columns: int, h: int, w: int, start: int, 
 
 @kernel
 def fp8_block_scaling_compute_partial_amax(tensor: Tensor, amax: Tensor, h: int, w: int, start: int, block: int) -> None:
-    amax.copy_(tiles(_placed(tensor, start, h, w).abs(), block, block).amax(dim=(1, 3)))
+    """Into the corner of ``amax``, which is padded as scales are."""
+    blocks = tiles(_placed(tensor, start, h, w).abs(), block, block).amax(dim=(1, 3))
+    amax[: blocks.shape[0], : blocks.shape[1]] = blocks
 
 
 @kernel
