@@ -17,7 +17,7 @@ def _above_one(value: object) -> bool:
 _UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (
     ("--use-megatron-fsdp", "use_megatron_fsdp", bool),
     ("--use-torch-fsdp2", "use_torch_fsdp2", bool),
-    ("--cuda-graph-impl", "cuda_graph_impl", lambda v: v not in (None, "none", "full_iteration", "local", "transformer_engine")),
+    ("--cuda-graph-impl", "cuda_graph_impl", lambda v: v not in (None, "none", "full_iteration")),
     ("--enable-cuda-graph", "enable_cuda_graph", bool),
     ("--external-cuda-graph", "external_cuda_graph", bool),
     ("--optimizer-cuda-graph", "optimizer_cuda_graph", bool),

@@ -63,14 +63,14 @@ def forget_recomputation(model: list[Any], config: Any) -> None:
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:
-    """A parameter whose data are FP8 or FP4 (``--fp8-param-gather``)."""
+    """A tensor of Transformer Engine whose data are FP8 or FP4: parameters (``--fp8-param-gather``), moments."""
     return hasattr(tensor, "_quantizer")
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensor itself, or the data and scales of a quantized one.
 
-    The transposed copy of FP8 data is left out: it is made from them when it is needed.
+    They are updated in place. The transposed copy of FP8 data is left out: it is made from them when it is needed.
     """
     if not is_quantized(tensor):
         yield "", tensor
@@ -78,4 +78,4 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     fields: dict[str, object] = tensor.get_metadata()
     for name, value in sorted(fields.items()):
         if isinstance(value, torch.Tensor) and name != "data_transpose":
-            yield name, value
+            yield f".{name}", value

@@ -18,6 +18,7 @@ import torch
 from megatron.core import parallel_state
 
 from deadpool_megatron.compat import UserError
+from deadpool_megatron.megatron.low_precision import plain_tensors
 
 # Inner optimizers whose state is updated in place, by the name of their class. SOAP replaces its tensors.
 _IN_PLACE: Final = frozenset(
@@ -189,8 +190,8 @@ def state_tensors(optimizer: Any) -> list[StateTensor]:
             for key, value in sorted(state.items()):
                 if torch.is_tensor(value):
                     if key != "step":
-                        _check_plain(inner, key, value)
-                        rest.append(StateTensor(f"{name}.{key}", value, value is _main_copy(state), over))
+                        for part, plain in plain_tensors(value):
+                            rest.append(StateTensor(f"{name}.{key}{part}", plain, value is _main_copy(state), over))
                 elif value is not None and not isinstance(value, (int, float)):
                     raise UserError(
                         f"optimizer {type(inner).__name__}: its state {key!r} is a {type(value).__name__}, which is "
@@ -221,14 +222,6 @@ def derive_parameters(optimizer: Any) -> None:
                 parameter.data.copy_(main.view(parameter.shape))
 
 
-def _check_plain(inner: Any, key: str, value: torch.Tensor) -> None:
-    if type(value) is not torch.Tensor and not isinstance(value, torch.nn.Parameter):
-        raise UserError(
-            f"optimizer {type(inner).__name__}: its state {key!r} is a {type(value).__name__}, which is not supported "
-            "with --deadpool yet; use 16- or 32-bit states (--exp-avg-dtype, --exp-avg-sq-dtype)"
-        )
-
-
 def bytes_a_parameter(optimizer: Any, parameter: torch.Tensor) -> float:
     """What the arithmetic says of one parameter, in bytes: 12 for Adam in mixed precision, 8 for Muon and so on.
 
@@ -243,9 +236,9 @@ def bytes_a_parameter(optimizer: Any, parameter: torch.Tensor) -> float:
         inner = member.inner
         for _, _, one in _parameters(inner):
             state = inner.state.get(one, {})
-            same = [v for k, v in state.items() if k != "step" and torch.is_tensor(v) and v.numel() == one.numel()]
+            tensors = [plain for k, v in state.items() if k != "step" and torch.is_tensor(v) for _, plain in plain_tensors(v)]
             main = 0 if _main_copy(state) is not None else one.element_size()
-            return float(main + sum(v.element_size() for v in same))
+            return float(main + sum(v.element_size() for v in tensors if v.numel() == one.numel()))
     return 0.0
 
 

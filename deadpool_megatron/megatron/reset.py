@@ -91,8 +91,15 @@ def synchronize_parameters(model: list[Any], optimizer: Any, unique: UniqueState
     """
     unique.gather()
     derive_parameters(optimizer)
+    reused = getattr(get_args(), "reuse_grad_buf_for_mxfp8_param_ag", False)
+    if reused:
+        # Main parameters go through the gradients' buffer, in 16 bits, and become MXFP8 there: another way, other bits.
+        for chunk in model:
+            chunk.zero_grad_buffer()
     for member in members(optimizer):
-        if hasattr(member.optimizer, "_copy_main_params_to_model_params"):
+        if reused and hasattr(member.optimizer, "_copy_main_params_to_param_buffer"):
+            member.optimizer._copy_main_params_to_param_buffer()
+        elif hasattr(member.optimizer, "_copy_main_params_to_model_params"):
             member.optimizer._copy_main_params_to_model_params()
     if model[0].ddp_config.use_distributed_optimizer:
         for chunk in model:
