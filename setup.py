@@ -51,6 +51,7 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
+        "emulation": ["pydantic", "onnxscript"],  # of Transformer Engine's Python, which has a folder of its own
         "parity": ["pyeclib"],
         "rdma": ["nixl>=1.3"],
         "etcd": ["urllib3>=2"],
@@ -60,7 +61,7 @@ setup(
         "dev": [
             *["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-psutil", "jsonschema"],
             *["pyeclib", "matplotlib", "nixl", "safetensors", "tensorboard", "einops", "emerging-optimizers"],
-            "urllib3",
+            *["urllib3", "pydantic", "onnxscript"],
         ],
     },
     entry_points={"console_scripts": ["deadpool = deadpool_megatron.cli:main"]},

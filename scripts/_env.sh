@@ -6,6 +6,7 @@
 # stamp in it holds the hash of what it was made from.
 
 DEADPOOL_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+DEADPOOL_EMULATION="$DEADPOOL_ROOT/requirements-emulation.lock" # what only the emulation of CUDA sees
 DEADPOOL_FREE_GB=8 # one environment is 5 GB, which it shares with uv's cache where both are on one file system
 _deadpool_uv_version=0.13.9
 
@@ -102,7 +103,7 @@ _deadpool_environment() {
     local venv="$DEADPOOL_ROOT/$1" lock="$DEADPOOL_ROOT/$2" stamp
     [[ -f "$lock" ]] || { _deadpool_trouble "$lock is missing: check the repository out again" || return; }
     # The place counts too: a virtual environment does not survive being moved.
-    stamp="$({ echo "$DEADPOOL_ROOT"; cat "$lock" "$DEADPOOL_ROOT/setup.py"; } | sha256sum)"
+    stamp="$({ echo "$DEADPOOL_ROOT"; cat "$lock" "$DEADPOOL_EMULATION" "$DEADPOOL_ROOT/setup.py"; } | sha256sum)"
     if ! _deadpool_fresh "$venv" "$stamp"; then
         _deadpool_locked "$venv" _deadpool_make "$venv" "$lock" "$stamp" || return 1
     fi
@@ -145,5 +146,6 @@ _deadpool_install() {
     # Compiled here, or ten processes of a run would compile the same files at the same time.
     deadpool_uv venv --quiet --no-python-downloads --python "$3" "$1" &&
         deadpool_uv "${into[@]}" --compile-bytecode -r "$2" &&
+        deadpool_uv "${into[@]}" --quiet --compile-bytecode --target "$1/emulation" -r "$DEADPOOL_EMULATION" &&
         deadpool_uv "${into[@]}" --quiet --no-build-isolation -e "$DEADPOOL_ROOT"
 }

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["Layout", "Schedule", "duo_gpt", "plain_optimizer", "tiny_gpt", "with_value", "without_values", "world_size"]
+__all__ = [
+    "Layout",
+    "Schedule",
+    "default_gpt",
+    "duo_gpt",
+    "plain_optimizer",
+    "tiny_gpt",
+    "with_value",
+    "without_values",
+    "world_size",
+]
 
 Schedule = Literal["1f1b", "interleaved", "none"]
 Layout = Literal["pipeline", "data"]
@@ -69,6 +79,16 @@ def tiny_gpt(schedule: Schedule = "1f1b", moe: bool = False, iters: int = 6) -> 
     if moe:
         out += [*_MOE, _SIZES["expert"], "2"]
     return out
+
+
+def default_gpt(*more: str, iters: int = 6) -> list[str]:
+    """Flags of a run with Megatron's default implementation, Transformer Engine's layers and optimizer, and ``more``.
+
+    Two layers; none of the flags that spare a machine without GPU the fused kernels.
+    """
+    valued = _MODEL | _TRAINING | {"--num-layers": 2, "--train-iters": iters}
+    out = [text for name, value in valued.items() for text in (name, str(value))]
+    return [*out, "--bf16", "--use-distributed-optimizer", *_DATA, *more]
 
 
 def with_value(flags: list[str], flag: str, value: object) -> list[str]:

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -233,16 +233,21 @@ class Jobs:
             job.end()
 
 
-def undisturbed(launch: Sequence[str], flags: Sequence[str], script: Path = EXAMPLE) -> Job:
+def undisturbed(
+    launch: Sequence[str], flags: Sequence[str], script: Path = EXAMPLE, extra: Mapping[str, str] | None = None
+) -> Job:
     """The run in which nothing happens, to compare with: made once in a test run for each set of flags."""
-    return _undisturbed(tuple(launch), tuple(flags), script)
+    return _undisturbed(tuple(launch), tuple(flags), script, tuple((extra or {}).items()))
 
 
 @functools.cache
-def _undisturbed(launch: tuple[str, ...], flags: tuple[str, ...], script: Path) -> Job:
+def _undisturbed(
+    launch: tuple[str, ...], flags: tuple[str, ...], script: Path, extra: tuple[tuple[str, str], ...]
+) -> Job:
     jobs = Jobs(_directory())
+    name = f"undisturbed-{_undisturbed.cache_info().misses}"
     try:
-        return jobs.start(f"undisturbed-{_undisturbed.cache_info().misses}", launch, flags, script).finished()
+        return jobs.start(name, launch, flags, script, extra=dict(extra)).finished()
     finally:
         jobs.end()
 

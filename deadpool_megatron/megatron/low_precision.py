@@ -1,7 +1,7 @@
 """What Transformer Engine keeps from one iteration to the next outside of parameters, buffers and optimizers.
 
-Only delayed scaling has such state: for each module and direction the scales and the history of amaxes of what it casts.
-Current, blockwise, MXFP8 and NVFP4 scaling have none. Source: transformer_engine/pytorch/quantization.py,
+Only delayed scaling has such state: for each module and direction the scales and the history of amaxes of what it
+casts. Current, blockwise, MXFP8 and NVFP4 scaling have none. Source: transformer_engine/pytorch/quantization.py,
 DelayedScalingRecipeState and FP8GlobalStateManager.
 """
 

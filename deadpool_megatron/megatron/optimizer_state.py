@@ -236,7 +236,9 @@ def bytes_a_parameter(optimizer: Any, parameter: torch.Tensor) -> float:
         inner = member.inner
         for _, _, one in _parameters(inner):
             state = inner.state.get(one, {})
-            tensors = [plain for k, v in state.items() if k != "step" and torch.is_tensor(v) for _, plain in plain_tensors(v)]
+            tensors = [
+                plain for k, v in state.items() if k != "step" and torch.is_tensor(v) for _, plain in plain_tensors(v)
+            ]
             main = 0 if _main_copy(state) is not None else one.element_size()
             return float(main + sum(v.element_size() for v in tensors if v.numel() == one.numel()))
     return 0.0

@@ -4,9 +4,9 @@ The reference list is upstream's checkpoint (megatron/training/checkpointing.py,
 generate_state_dict) plus what a checkpoint does not need and a bitwise retry does: the log's accumulators, module
 buffers that forward passes change, and the run's mutable ``args``.
 
-Two halves. What the host holds is encoded at once, some KB. What a device holds (buffers, the loss scale, scales of FP8,
-sums of losses) is copied on the device into tensors of ours by one batched call, and those travel with the unique state: so
-nothing here waits for the device.
+Two halves. What the host holds is encoded at once, some KB. What a device holds (buffers, the loss scale, scales of
+FP8, sums of losses) is copied on the device into tensors of ours by one batched call, and those travel with the unique
+state: so nothing here waits for the device.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ def _update(sha: Any, name: str, tensor: torch.Tensor) -> None:
 def digests(args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, str]:
     """Hex SHA-256 by part: params, main_params, moments, steps, rng, data.
 
-    ``params`` are the model's own parameters (16-bit, or quantized), buffers and scales of FP8, ``main_params`` and ``moments`` this coordinate's
-    optimizer shard, ``steps`` the hyperparameters and steps of its parameter groups, ``data`` the sample counters and
-    the LR schedule.
+    ``params`` are the model's own parameters (16-bit, or quantized), buffers and scales of FP8, ``main_params`` and
+    ``moments`` this coordinate's optimizer shard, ``steps`` the hyperparameters and steps of its parameter groups,
+    ``data`` the sample counters and the LR schedule.
     """
     parts = {name: hashlib.sha256() for name in ("params", "main_params", "moments", "steps", "rng", "data")}
     for c, chunk in enumerate(model):

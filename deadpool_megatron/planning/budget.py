@@ -7,7 +7,6 @@ Large Transformer Models" (2022), as `megatron.training.theoretical_memory_usage
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.placement import assignment as placing
@@ -173,11 +172,7 @@ def _supported(run: RunFile) -> None:
     from deadpool_megatron.compat import UserError
     from deadpool_megatron.support import check_arguments
 
-    renamed = {"fp8_format": "fp8", "fp4_format": "fp4"}
-    values: dict[str, Any] = {}
-    for flag, value in run.megatron.items():
-        name = flag.replace("-", "_")
-        values[renamed.get(name, name)] = value
+    values = {flag.replace("-", "_"): value for flag, value in run.megatron.items()}
     try:
         check_arguments(Namespace(**values))
     except UserError as err:

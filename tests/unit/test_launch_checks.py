@@ -171,8 +171,8 @@ BAD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": ["local", "transformer_engine"],
     "moe_token_dispatcher_type": ["flex"],
     "optimizer": ["soap"],
-    "fp8": ["hybrid"],
-    "fp4": ["e2m1"],
+    "fp8_recipe": ["custom"],
+    "fp4_recipe": ["custom"],
     "iterations_to_skip": [[3]],
     "gtp_weight_remat_size": [2],
     "expert_gtp_weight_remat_size": [4],
@@ -181,8 +181,8 @@ GOOD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": [None, "none", "full_iteration"],
     "moe_token_dispatcher_type": ["allgather", "alltoall", None],
     "optimizer": ["adam", "sgd"],
-    "fp8": [None],
-    "fp4": [None],
+    "fp8_recipe": ["delayed", "tensorwise", "blockwise", "mxfp8", None],
+    "fp4_recipe": ["nvfp4", None],
     "iterations_to_skip": [[], None],
     "gtp_weight_remat_size": [1, None],
     "expert_gtp_weight_remat_size": [1, None],
@@ -206,8 +206,8 @@ def test_a_mode_that_is_not_supported_is_refused_by_its_flag(flag: str, name: st
 def test_all_modes_that_are_not_supported_are_named_at_once() -> None:
     from deadpool_megatron.support import check_arguments
 
-    with pytest.raises(UserError, match=r"^--fp8-format \(here: hybrid\), --nccl-ub are not"):
-        check_arguments(argparse.Namespace(fp8="hybrid", nccl_ub=True))
+    with pytest.raises(UserError, match=r"^--fp8-recipe \(here: custom\), --nccl-ub are not"):
+        check_arguments(argparse.Namespace(fp8_recipe="custom", nccl_ub=True))
 
 
 @pytest.mark.parametrize("name", ["TORCH_DIST_USE_NCCL2", "TORCH_DISTRIBUTED_USE_TORCHCOMMS"])

@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "vault": ({"cluster": {"host_memory": 64}}, "/dev/shm has 32.0"),
     "network": ({"cluster": {"network": 0.5}}, "sending to the peers takes"),
     "redundancy": ({"deadpool": {"redundancy": "4+70"}}, "redundancy"),
-    "unsupported": ({"fp8_format": "hybrid"}, "--fp8-format is not supported"),
+    "unsupported": ({"fp8_recipe": "custom"}, "--fp8-recipe is not supported"),
     "cluster's spelling": ({"cluster": {"gpu_memry": 80}}, "unknown field 'gpu_memry'; did you mean 'gpu_memory'?"),
     "setting's spelling": ({"deadpool": {"leese": 3}}, "unknown setting 'leese'; did you mean 'lease'?"),
     "words for numbers": ({"cluster": {"nodes": "many"}}, "nodes: expected a whole number, not 'many'"),

@@ -1,4 +1,4 @@
-"""FP8, MXFP8 and NVFP4 under the emulation: the numbers, the tensors that Transformer Engine's quantizers make, layers."""
+"""FP8, MXFP8 and NVFP4 under the emulation: numbers, the tensors that Transformer Engine's quantizers make, layers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_fp4_rounds_to_the_nearest_and_ties_to_the_even_code() -> None:
     x = torch.linspace(-7, 7, 5601)[:-1]
     got = formats.from_fp4(formats.to_fp4(x))
     distance = (x.abs()[:, None] - numbers).abs()
-    assert torch.equal(got.abs(), numbers[distance.argmin(1)].where(distance.sort().values.diff()[:, 0] > 1e-6, got.abs()))
+    assert torch.equal(
+        got.abs(), numbers[distance.argmin(1)].where(distance.sort().values.diff()[:, 0] > 1e-6, got.abs())
+    )
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -5.0])
     assert formats.from_fp4(formats.to_fp4(ties)).tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -4.0]
 
@@ -112,10 +114,11 @@ def test_a_tensor_is_quantized_and_read(name: str) -> None:
     x = torch.randn(4, 64, 256)
     got = tex.quantize(x, quantizer(name))
     assert got.shape == x.shape
-    back = got.dequantize(dtype=torch.float32)  # tex.dequantize
+    back = tex.dequantize(got, tex.DType.kFloat32)
+    assert torch.equal(got.float(), back)
     assert ((back - x).abs() <= SCHEMES[name] * x.abs().amax() + 1e-6).all()
     # What a device has is what the format can hold: quantizing it again with the same scales changes nothing.
-    assert_close(tex.quantize(back, quantizer(name)).dequantize(dtype=torch.float32), back, 1e-6)
+    assert_close(tex.quantize(back, quantizer(name)).float(), back, 1e-6)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -140,10 +143,10 @@ def test_a_quantized_tensor_is_filled_anew_with_the_usages_asked_for(name: str) 
     x, y = torch.randn(128, 256), torch.randn(128, 256)
     out = tex.create_empty_quantized_tensor(made, (128, 256), torch.float32)
     assert tex.quantize(x, made, out) is out
-    want = tex.quantize(x, quantizer(name)).dequantize(dtype=torch.float32)
-    assert torch.equal(out.dequantize(dtype=torch.float32), want)
+    want = tex.quantize(x, quantizer(name)).float()
+    assert torch.equal(out.float(), want)
     tex.quantize(y, made, out, torch.ones(1))  # the no-op flag
-    assert torch.equal(out.dequantize(dtype=torch.float32), want)
+    assert torch.equal(out.float(), want)
     made.set_usage(rowwise=True, columnwise=False)
     tex.quantize(y, made, out)
     assert getattr(out, "_columnwise_data", None) is None
@@ -151,7 +154,7 @@ def test_a_quantized_tensor_is_filled_anew_with_the_usages_asked_for(name: str) 
     tex.quantize(y, made, out)
     if not name.startswith(("delayed", "current")):  # from Blackwell on these have one buffer
         assert out._columnwise_data is not None
-    assert torch.equal(out.dequantize(dtype=torch.float32), tex.quantize(y, quantizer(name)).dequantize(dtype=torch.float32))
+    assert torch.equal(out.float(), tex.quantize(y, quantizer(name)).float())
 
 
 @in_emulation
@@ -159,10 +162,10 @@ def test_scales_follow_blocks() -> None:
     x = torch.randn(256, 256)
     x[:128, 128:] *= 1e5
     for name in ("block 1x128", "block 128x128", "mxfp8"):
-        got = tex.quantize(x, quantizer(name)).dequantize(dtype=torch.float32)
+        got = tex.quantize(x, quantizer(name)).float()
         # A block of small numbers is as exact beside a block of large ones.
         assert ((got - x).abs()[:128, :128] <= x[:128, :128].abs().max() / 16).all(), name
-    one = tex.quantize(x, quantizer("current")).dequantize(dtype=torch.float32)
+    one = tex.quantize(x, quantizer("current")).float()
     assert (one[:128, :128] == 0).float().mean() > 0.1
 
 
@@ -204,12 +207,12 @@ def test_what_goes_with_quantizing() -> None:
     x = torch.randn(2, 32, 64)
     bias, data = tex.bgrad_quantize(x, quantizer("mxfp8"))
     assert_close(bias, x.sum((0, 1)))
-    assert torch.equal(data.dequantize(dtype=torch.float32), tex.quantize(x, quantizer("mxfp8")).dequantize(dtype=torch.float32))
+    assert torch.equal(data.float(), tex.quantize(x, quantizer("mxfp8")).float())
     assert tex.bgrad_quantize(x, None)[1] is x
     two = tex.multi_tensor_quantize([x, x], [quantizer("current"), quantizer("mxfp8")])
     assert torch.equal(two[1]._rowwise_data, data._rowwise_data)
     parts = tex.split_quantize(x, [32, 32], [quantizer("current"), quantizer("current")])
-    assert_close(torch.cat([part.dequantize(dtype=torch.float32) for part in parts]), x.reshape(64, 64), 1 / 16)
+    assert_close(torch.cat([part.float() for part in parts]), x.reshape(64, 64), 1 / 16)
     raw = torch.randint(0, 255, (2, 3, 4), dtype=torch.uint8)
     assert torch.equal(tex.fp8_transpose(raw, E4M3), raw.permute(2, 0, 1))
     out = torch.empty(4, 2, 3, dtype=torch.uint8)
@@ -228,7 +231,7 @@ def test_what_goes_with_quantizing() -> None:
         each = tex.quantize(x, quantizer("mxfp8"))
         swizzle(each)
         assert each._with_gemm_swizzled_scales
-        assert torch.equal(each.dequantize(dtype=torch.float32), data.dequantize(dtype=torch.float32))
+        assert torch.equal(each.float(), data.float())
 
 
 @pytest.mark.parametrize("algorithm", ["max", "most_recent"])

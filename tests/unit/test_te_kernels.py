@@ -33,7 +33,9 @@ def test_no_kernel_is_without_a_test() -> None:
 
 
 def test_what_is_not_emulated_says_so() -> None:
-    with pytest.raises(NotImplementedError, match=r"^the emulation of CUDA has no transformer_engine_torch.ep_dispatch$"):
+    with pytest.raises(
+        NotImplementedError, match=r"^the emulation of CUDA has no transformer_engine_torch.ep_dispatch$"
+    ):
         tex.ep_dispatch(1)
     with pytest.raises(AttributeError):
         tex.__wrapped__  # noqa: B018

@@ -1,6 +1,9 @@
 """The real Python of Transformer Engine on the CPU: its compiled module ``transformer_engine_torch``, in torch.
 
-Transformer Engine's wheel without its libraries (``pip install --no-deps transformer-engine``) has all of its Python.
+Transformer Engine's wheel without its libraries has all of its Python. Imported without the emulation it only fails,
+and Megatron with it; so it is looked for in a folder of its own too, ``emulation`` in the environment's prefix:
+
+    pip install --no-deps --target PREFIX/emulation transformer-engine==2.20.2
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import functools
 import importlib.util
 import os
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,10 +21,13 @@ from deadpool_megatron.emulation.importing import after_import
 
 def install() -> None:
     """Let Transformer Engine find the emulated extension, where it is installed. Before it or Megatron is imported."""
+    apart = Path(sys.prefix) / "emulation"
+    if apart.is_dir() and str(apart) not in sys.path:
+        sys.path.append(str(apart))
     if importlib.util.find_spec("transformer_engine") is None:
         return
-    # NVTE_PROJECT_BUILDING, of `emulation.environment`, leaves out the checks of the installed wheels and the loading of
-    # cuDNN, cuBLAS and libtransformer_engine.so.
+    # NVTE_PROJECT_BUILDING, of `emulation.environment`, leaves out the checks of the installed wheels and the loading
+    # of cuDNN, cuBLAS and libtransformer_engine.so.
     os.environ.pop("NVTE_RELEASE_BUILD", None)  # undoes that
     after_import("transformer_engine.common", _loads_nothing)
     after_import("transformer_engine.pytorch.utils", _keeps_memory)

@@ -155,9 +155,9 @@ def fused_attn_fwd(
     bottom_right_diagonal: bool,
     cu_seqlens_q: Tensor,
     cu_seqlens_kv: Tensor,
-    Q: Tensor,  # noqa: N803
-    K: Tensor,  # noqa: N803
-    V: Tensor,  # noqa: N803
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
     fake_dtype: torch.dtype,
     cu_seqlens_q_padded: Tensor | None,
     cu_seqlens_kv_padded: Tensor | None,
@@ -222,11 +222,11 @@ def fused_attn_bwd(
     deterministic: bool,
     cu_seqlens_q: Tensor,
     cu_seqlens_kv: Tensor,
-    Q: Tensor,  # noqa: N803
-    K: Tensor,  # noqa: N803
-    V: Tensor,  # noqa: N803
-    O: Tensor,  # noqa: E741, N803
-    dO: Tensor,  # noqa: N803
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    O: Tensor,  # noqa: E741
+    dO: Tensor,
     fake_dtype: torch.dtype,
     aux: Sequence[Tensor],
     cu_seqlens_q_padded: Tensor | None,

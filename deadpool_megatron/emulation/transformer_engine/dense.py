@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from deadpool_megatron.emulation.transformer_engine.formats import TORCH_TYPES
@@ -40,11 +40,11 @@ def _product(a: Any, transa: bool, b: Any, transb: bool) -> Tensor:
 
 @kernel
 def generic_gemm(
-    A: Any,  # noqa: N803
-    transA: bool,  # noqa: N803
-    B: Any,  # noqa: N803
-    transB: bool,  # noqa: N803
-    D: Tensor | None,  # noqa: N803
+    A: Any,
+    transA: bool,
+    B: Any,
+    transB: bool,
+    D: Tensor | None,
     quantizer: Any,
     output_dtype: int | None,
     bias: Tensor | None,
@@ -74,10 +74,7 @@ def generic_gemm(
     shape = (*lead, flat(shape_a)[0] if transA else flat(shape_a)[1])
     empty = 0 in shape_a or 0 in shape_b
     value = torch.zeros(flat(shape)) if empty else _product(A, transA, B, transB) * alpha
-    if output_dtype is not None:
-        dtype = TORCH_TYPES[int(output_dtype)]
-    else:
-        dtype = A.dtype if D is None else D.dtype
+    dtype = TORCH_TYPES[int(output_dtype)] if output_dtype is not None else (A if D is None else D).dtype
     bias_grad = pre_gelu = None
     if bias is not None and grad:
         bias_grad = matrix(B, rowwise=not transB).sum(0).to(dtype)
@@ -101,12 +98,12 @@ def generic_gemm(
 
 @kernel
 def te_general_grouped_gemm(
-    A: Sequence[Any],  # noqa: N803
+    A: Sequence[Any],
     transa: bool,
-    B: Sequence[Any],  # noqa: N803
+    B: Sequence[Any],
     transb: bool,
-    D: Sequence[Tensor],  # noqa: N803
-    D_type: int,  # noqa: N803
+    D: Sequence[Tensor],
+    D_type: int,
     m_splits: Sequence[int],
     bias: Sequence[Tensor] | None,
     bias_type: int,
@@ -243,7 +240,7 @@ def rmsnorm_bwd_add(
     return (dx + matrix(add)).to(x.dtype).reshape(x.shape), dgamma
 
 
-# Activations: NAME(input, quantizer), dNAME(grad, input, quantizer), and dbias_dNAME, which gives the bias gradient first.
+# Activations: NAME(input, quantizer), dNAME(grad, input, quantizer), dbias_dNAME with the bias gradient before it.
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": _gelu,

@@ -19,13 +19,13 @@ class DType(enum.IntEnum):
     kFloat4E2M1 = 10
 
 
-class NVTE_Fused_Attn_Backend(enum.IntEnum):  # noqa: N801
+class NVTE_Fused_Attn_Backend(enum.IntEnum):
     NVTE_No_Backend = -1
     NVTE_F16_arbitrary_seqlen = 1
     NVTE_FP8 = 2
 
 
-class NVTE_QKV_Format(enum.IntEnum):  # noqa: N801
+class NVTE_QKV_Format(enum.IntEnum):
     NVTE_BSHD = 0
     NVTE_SBHD = 1
     NVTE_THD = 2
@@ -74,8 +74,6 @@ FP8FwdTensors = _numbered(
     "FP8FwdTensors",
     "GEMM1_INPUT GEMM1_WEIGHT GEMM1_OUTPUT GEMM2_INPUT GEMM2_WEIGHT GEMM2_OUTPUT GEMM3_INPUT GEMM3_WEIGHT GEMM3_OUTPUT",
 )
-FP8BwdTensors = _numbered(
-    "FP8BwdTensors", "GRAD_OUTPUT1 GRAD_INPUT1 GRAD_OUTPUT2 GRAD_INPUT2 GRAD_OUTPUT3 GRAD_INPUT3"
-)
+FP8BwdTensors = _numbered("FP8BwdTensors", "GRAD_OUTPUT1 GRAD_INPUT1 GRAD_OUTPUT2 GRAD_INPUT2 GRAD_OUTPUT3 GRAD_INPUT3")
 NVTERoutingMapFormat = _numbered("NVTERoutingMapFormat", "BYTEMAP BITMAP_U8")
 NVTEQBHistogramMode = _numbered("NVTEQBHistogramMode", "TWO_KERNEL FUSED_ATOMIC")

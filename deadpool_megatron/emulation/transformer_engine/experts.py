@@ -171,7 +171,7 @@ def fused_moe_aux_loss_fwd_graph_safe(probs: Tensor, *rest: Tensor) -> tuple[Ten
 
 @kernel
 def fused_moe_aux_loss_bwd(
-    Const_buf: Tensor,  # noqa: N803
+    Const_buf: Tensor,
     tokens_per_expert: Tensor,
     num_rows: int,
     num_cols: int,

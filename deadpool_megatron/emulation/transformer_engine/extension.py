@@ -1,4 +1,4 @@
-"""The module ``transformer_engine_torch``: enumerations, kernels, a few facts, and a refusal for what is not emulated."""
+"""The module ``transformer_engine_torch``: enumerations, kernels, a few facts, and a refusal of all the rest."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _always(value: Any) -> Callable[..., Any]:
 
 
 # Versions that allow every feature that Transformer Engine asks them about.
-get_cublasLt_version = _always(130200)  # noqa: N816
+get_cublasLt_version = _always(130200)
 get_cudnn_version = _always(92000)
 get_num_cublas_streams = _always(4)
 get_stream_priority_range = _always((0, -5))

@@ -1,4 +1,4 @@
-"""The register of what the emulated extension offers: each function under the name that the compiled module gives it."""
+"""The register of what the emulated extension offers: each function under its name in the compiled module."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ def kernel[F: Callable[..., Any]](function: F) -> F:
     return offer(function.__name__, function)
 
 
-def gradient(
-    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, grad: torch.Tensor
-) -> torch.Tensor:
+def gradient(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """The gradient of ``function`` at ``x`` for the output's gradient ``grad``, in float32, by torch's autograd."""
     with torch.enable_grad():
         leaf = x.detach().float().requires_grad_()

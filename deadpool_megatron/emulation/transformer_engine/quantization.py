@@ -34,6 +34,8 @@ from deadpool_megatron.emulation.transformer_engine.formats import (
 from deadpool_megatron.emulation.transformer_engine.kernels import kernel
 
 BLOCK, MX_BLOCK, FP4_BLOCK = 128, 32, 16
+# The extension calls it from C++: whoever replaces torch's Python methods later is passed by.
+_ALL_REDUCE = torch.distributed.ProcessGroup.allreduce
 
 
 def flat(shape: Sequence[int]) -> tuple[int, int]:
@@ -58,7 +60,7 @@ def max_over(group: Any, amax: Tensor) -> None:
     """The maximum over ``group``, in place. As in the extension a call of the ProcessGroup, past torch.distributed."""
     options = torch.distributed.AllreduceOptions()
     options.reduceOp = torch.distributed.ReduceOp.MAX
-    group.allreduce([amax], options).wait()
+    _ALL_REDUCE(group, [amax], options).wait()
 
 
 def _bytes(*shape: int) -> Tensor:
@@ -216,10 +218,7 @@ class _Blockwise(_TwoCopies):
         data, scales = self._buffers(tensor, rowwise)
         data = data.reshape(flat(data.shape)) if rowwise else data.reshape(data.shape[0], -1)
         m, k = data.shape
-        if tensor._is_2D_scaled:
-            scales = scales.repeat_interleave(BLOCK, 0)
-        else:
-            scales = scales.t()
+        scales = scales.repeat_interleave(BLOCK, 0) if tensor._is_2D_scaled else scales.t()
         values = from_fp8(data, tensor._fp8_dtype) * scales.repeat_interleave(BLOCK, 1)[:m, :k]
         return values if rowwise else values.t()
 
@@ -537,7 +536,9 @@ def _piece(scales: Tensor, rows: int, columns: int, h: int, w: int, start: int, 
 
 
 @kernel
-def fp8_block_scaling_compute_partial_amax(tensor: Tensor, amax: Tensor, h: int, w: int, start: int, block: int) -> None:
+def fp8_block_scaling_compute_partial_amax(
+    tensor: Tensor, amax: Tensor, h: int, w: int, start: int, block: int
+) -> None:
     """Into the corner of ``amax``, which is padded as scales are."""
     blocks = tiles(_placed(tensor, start, h, w).abs(), block, block).amax(dim=(1, 3))
     amax[: blocks.shape[0], : blocks.shape[1]] = blocks
@@ -576,4 +577,3 @@ def mxfp8_scaling_partial_cast(
     for out, inverse, block in ((out_row, inv_row, (1, MX_BLOCK)), (out_col, inv_col, (MX_BLOCK, 1))):
         scales = _piece(from_e8m0(inverse), *block, rows, cols, start, x.numel())
         out.copy_(to_fp8(x / scales, E4M3).reshape(out.shape))
-

@@ -1,0 +1,118 @@
+"""Nodes are killed in runs with Transformer Engine's layers, every parallel dimension and low precision.
+
+Real Megatron, the real Python of Transformer Engine, its kernels emulated. Two processes on two nodes: both are lost,
+one after the other, and each role is taken over by a spare. The run ends bit for bit as the undisturbed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flags import default_gpt
+from jobs import Jobs, alone, assert_same_training, launch_flags, undisturbed
+
+_TP = "--tensor-model-parallel-size 2 --sequence-parallel"
+_DP = "--overlap-grad-reduce --overlap-param-gather"
+_PP = "--pipeline-model-parallel-size 2"
+_CP = "--context-parallel-size 2"
+_MOE = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --disable-bias-linear"
+_GROUPED = f"{_MOE} --moe-grouped-gemm"
+_EP = "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1"
+_CURRENT = "--fp8-format hybrid --fp8-recipe tensorwise"
+_DELAYED = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 4 --fp8-amax-compute-algo max"
+_BLOCKWISE = "--fp8-format e4m3 --fp8-recipe blockwise"
+_MXFP8 = "--fp8-format e4m3 --fp8-recipe mxfp8"
+_MXFP8_PARAMETERS = f"{_MXFP8} --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag"
+_NVFP4 = "--fp4-format e2m1 --fp4-recipe nvfp4"
+_PRECISION_AWARE = "--use-precision-aware-optimizer"
+_LLAMA = "--position-embedding-type rope --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm"
+_MLA = (
+    "--multi-latent-attention --q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 16 --qk-pos-emb-head-dim 16 "
+    "--v-head-dim 16 --position-embedding-type rope"
+)
+
+# In the gate: one of each kind. The others are slow only for being many.
+_CASES = {
+    "sequence parallelism": f"{_TP} {_LLAMA}",
+    "experts": f"{_TP} {_GROUPED} {_EP} --moe-permute-fusion --moe-router-fusion --moe-aux-loss-coeff 1e-2 "
+    "--moe-z-loss-coeff 1e-3",
+    "delayed scaling": f"{_TP} {_DELAYED}",
+    "mxfp8 parameters": f"{_DP} {_MXFP8_PARAMETERS}",
+}
+_SLOW_CASES = {
+    "pipeline": _PP,
+    "interleaved pipeline": f"{_PP} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1",
+    "data parallelism": _DP,
+    "context parallelism, p2p": f"{_CP} --cp-comm-type p2p",
+    "context parallelism, all-gather": f"{_CP} --cp-comm-type all_gather",
+    "context parallelism, a2a": f"{_CP} --cp-comm-type a2a",
+    "multi-latent attention": f"{_TP} {_MLA}",
+    "multi-token prediction": f"{_TP} --mtp-num-layers 1 --position-embedding-type rope",
+    "experts without grouped GEMM": f"{_TP} {_MOE} {_EP}",
+    "expert tensor parallelism": f"{_TP} {_GROUPED}",
+    "sigmoid router with bias": f"{_TP} {_GROUPED} {_EP} --moe-router-score-function sigmoid "
+    "--moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-2 --moe-router-load-balancing-type none",
+    "recompute, full": f"{_TP} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "recompute, attention": f"{_TP} --recompute-granularity selective --recompute-modules core_attn",
+    "recompute, layer norm": f"{_TP} --recompute-granularity selective --recompute-modules layernorm",
+    "recompute of delayed scaling": f"{_TP} {_DELAYED} --recompute-granularity full --recompute-method uniform "
+    "--recompute-num-layers 1",
+    "local layers with sequence parallelism": f"{_TP} --transformer-impl local --no-persist-layer-norm",
+    "current scaling": f"{_TP} {_CURRENT}",
+    "current scaling, parameters": f"{_DP} {_CURRENT} --fp8-param-gather",
+    "current scaling, parameters, sequence parallelism": f"{_TP} {_CURRENT} --fp8-param-gather",
+    "current scaling, experts": f"{_TP} {_GROUPED} {_EP} {_CURRENT}",
+    "current scaling, first and last layer in BF16": f"{_TP} {_CURRENT} --num-layers 4 --first-last-layers-bf16",
+    "delayed scaling, parameters": f"{_DP} {_DELAYED} --fp8-param-gather",
+    "delayed scaling, pipeline": f"{_PP} {_DELAYED}",
+    "blockwise scaling": f"{_TP} {_BLOCKWISE}",
+    "blockwise scaling, parameters": f"{_DP} {_BLOCKWISE} --fp8-param-gather",
+    "mxfp8": f"{_TP} {_MXFP8}",
+    "mxfp8, experts": f"{_TP} {_GROUPED} {_EP} {_MXFP8}",
+    "mxfp8 parameters, sequence parallelism": f"{_TP} {_MXFP8_PARAMETERS} {_DP}",
+    "mxfp8 parameters without overlap": _MXFP8_PARAMETERS,
+    "nvfp4": f"{_TP} {_NVFP4}",
+    "precision-aware optimizer": f"{_DP} {_PRECISION_AWARE}",
+    "BF16 moments": f"{_DP} {_PRECISION_AWARE} --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 --main-grads-dtype bf16",
+    "FP8 and FP16 moments": f"{_DP} {_PRECISION_AWARE} --exp-avg-dtype fp8 --exp-avg-sq-dtype fp16",
+    "FP16 main parameters": f"{_DP} {_PRECISION_AWARE} --main-params-dtype fp16 --exp-avg-dtype fp16",
+    "two kernels of a fused step": f"{_DP} {_PRECISION_AWARE} {_CURRENT} --fp8-param-gather",
+}
+_BLACKWELL = {"DEADPOOL_EMULATED_CAPABILITY": "10.0"}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    all_jobs = Jobs(tmp_path_factory.mktemp("transformer-engine"))
+    yield all_jobs
+    all_jobs.end()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "name",
+    [*_CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in _SLOW_CASES)],
+)
+def test_a_run_from_which_both_nodes_are_lost_ends_as_the_undisturbed_one(name: str, jobs: Jobs) -> None:
+    flags = default_gpt(*(_CASES | _SLOW_CASES)[name].split(), iters=6)
+    extra = _BLACKWELL if "mxfp8" in flags or "nvfp4" in flags else {}
+    want = undisturbed(launch_flags(2, 0, 1), flags, extra=extra)
+    job = jobs.start(name.replace(" ", "-").replace(",", ""), launch_flags(4, 2, 1), flags, extra=extra, held=True)
+    job.arm((1, 2, 2), (0, 4, 1))
+    job.finished()
+    assert [event["lost"] for event in job.events("declared")] == [[1], [0]]
+    assert_same_training(job, want, 6, rank=1, mute=frozenset({1, 3}))
+
+
+@pytest.mark.timeout(300)
+def test_the_default_implementation_trains_in_every_dimension_at_once(tmp_path: Path) -> None:
+    flags = default_gpt(*f"{_TP} {_PP} {_DP} {_LLAMA} --hidden-dropout 0 --attention-dropout 0".split(), iters=3)
+    together = alone(tmp_path, 8, flags)
+    single = alone(tmp_path, 1, default_gpt(*f"{_LLAMA} --hidden-dropout 0 --attention-dropout 0".split(), iters=3))
+    assert [*together] == [*single] == [1, 2, 3]
+    for here, there in zip(together.values(), single.values(), strict=True):
+        assert float(here["lm loss"]) == pytest.approx(float(there["lm loss"]), rel=1e-3)
+        assert float(here["grad norm"]) == pytest.approx(float(there["grad norm"]), rel=2e-2)
