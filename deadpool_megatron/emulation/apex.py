@@ -41,11 +41,11 @@ class FusedLayerNormAffineFunction(torch.autograd.Function):  # type: ignore[mis
         return dx.to(input.dtype), dw.to(weight.dtype), db.to(bias.dtype), None, None, None
 
 
-@torch.no_grad()  # type: ignore[misc]
 def accumulate_weight_gradient(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
     """``main_grad += grad_output^T @ total_input`` over all leading dimensions, in float32."""
     x, dy = (each.reshape(-1, each.shape[-1]).float() for each in (total_input, grad_output))
-    main_grad.add_((dy.t() @ x).to(main_grad.dtype))
+    with torch.no_grad():
+        main_grad.add_((dy.t() @ x).to(main_grad.dtype))
 
 
 def _module(name: str, **members: Any) -> ModuleType:

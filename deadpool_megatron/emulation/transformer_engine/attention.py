@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 from deadpool_megatron.emulation.transformer_engine.enums import (
     NVTE_Fused_Attn_Backend,
     NVTE_QKV_Format,
-    NVTE_QKV_Layout,
 )
 from deadpool_megatron.emulation.transformer_engine.kernels import kernel
 
@@ -65,7 +65,7 @@ def _bounds(cumulated: Tensor, padded: Tensor | None) -> Bounds:
     return [(begin, begin + length) for begin, length in zip(starts.tolist(), lengths, strict=False)]
 
 
-def _formats(layout: NVTE_QKV_Layout) -> tuple[int, int]:
+def _formats(layout: IntEnum) -> tuple[int, int]:
     """Of the queries and of the keys and values, by the layout's name (NVTE_SBHD_SB2HD, NVTE_BS3HD ...)."""
     names = layout.name.removeprefix("NVTE_").replace("2", "").replace("3", "").split("_")
     return _BY_NAME[names[0]], _BY_NAME[names[1] if len(names) > 1 else names[0]]
@@ -145,7 +145,7 @@ def fused_attn_fwd(
     attn_scale: float,
     p_dropout: float,
     set_zero: bool,
-    qkv_layout: NVTE_QKV_Layout,
+    qkv_layout: IntEnum,
     o_format: int,
     qkv_scale_inv_format: int,
     bias_type: int,
@@ -208,10 +208,10 @@ def fused_attn_bwd(
     attn_scale: float,
     p_dropout: float,
     set_zero: bool,
-    qkv_layout: NVTE_QKV_Layout,
+    qkv_layout: IntEnum,
     o_format: int,
     do_format: int,
-    dqkv_layout: NVTE_QKV_Layout,
+    dqkv_layout: IntEnum,
     qkv_scale_inv_format: int,
     do_scale_inv_format: int,
     bias_type: int,
@@ -278,7 +278,7 @@ def fused_attn_bwd(
     return [*_packed(answer, dqkv_layout), None, None]
 
 
-def _packed(grads: list[Tensor], layout: NVTE_QKV_Layout) -> list[Tensor]:
+def _packed(grads: list[Tensor], layout: IntEnum) -> list[Tensor]:
     """As views of one buffer where the layout has queries, keys and values, or the last two, in one."""
     for number in (3, 2):
         if str(number) in layout.name:

@@ -6,6 +6,7 @@ Source: transformer_engine/pytorch/csrc/extensions/pybind.cpp.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 
 class DType(enum.IntEnum):
@@ -38,7 +39,8 @@ class NVTE_QKV_Format(enum.IntEnum):
 
 
 def _numbered(name: str, members: str) -> type[enum.IntEnum]:
-    return enum.IntEnum(name, {member: number for number, member in enumerate(members.split())}, module=__name__)
+    make: Callable[..., type[enum.IntEnum]] = enum.IntEnum
+    return make(name, {member: number for number, member in enumerate(members.split())}, module=__name__)
 
 
 NVTE_Bias_Type = _numbered("NVTE_Bias_Type", "NVTE_NO_BIAS NVTE_PRE_SCALE_BIAS NVTE_POST_SCALE_BIAS NVTE_ALIBI")
