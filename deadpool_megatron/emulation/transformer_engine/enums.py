@@ -6,7 +6,7 @@ Source: transformer_engine/pytorch/csrc/extensions/pybind.cpp.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from typing import Any
 
 
 class DType(enum.IntEnum):
@@ -39,8 +39,9 @@ class NVTE_QKV_Format(enum.IntEnum):
 
 
 def _numbered(name: str, members: str) -> type[enum.IntEnum]:
-    make: Callable[..., type[enum.IntEnum]] = enum.IntEnum
-    return make(name, {member: number for number, member in enumerate(members.split())}, module=__name__)
+    make: Any = enum.IntEnum
+    made: type[enum.IntEnum] = make(name, {member: i for i, member in enumerate(members.split())}, module=__name__)
+    return made
 
 
 NVTE_Bias_Type = _numbered("NVTE_Bias_Type", "NVTE_NO_BIAS NVTE_PRE_SCALE_BIAS NVTE_POST_SCALE_BIAS NVTE_ALIBI")
