@@ -36,8 +36,6 @@ _UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (
     ("--fp8-recipe", "fp8_recipe", lambda v: v == "custom"),
     ("--fp4-recipe", "fp4_recipe", lambda v: v == "custom"),
     ("--fp4-param-gather", "fp4_param_gather", bool),
-    ("--fp8-dot-product-attention", "fp8_dot_product_attention", bool),
-    ("--fp8-multi-head-attention", "fp8_multi_head_attention", bool),
     ("--nccl-ub", "nccl_ub", bool),
     ("--use-sharp", "use_sharp", bool),
     ("--perform-rl-step", "perform_rl_step", bool),

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import torch
 
+from deadpool_megatron.compat import UserError
+
 _DIRECTIONS: Final = ("scaling_fwd", "scaling_bwd")
 _TENSORS: Final = ("scale", "amax_history")
 # Where a module notes its place in the global buffer of what recomputation needs.
@@ -23,7 +25,13 @@ def _is_delayed(config: Any) -> bool:
 
 
 def prepare_scaling(model: list[Any], config: Any) -> None:
-    """Make the scales and histories that the first forward pass would make, with the values it would give them."""
+    """Make the scales and histories that the first forward pass would make, with the values it would give them.
+
+    Raises UserError for attention in FP8, which has state of its own and has never been run.
+    """
+    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
+        if getattr(config, name, False):
+            raise UserError(f"{name} of the model's config is not supported with --deadpool yet; leave it out")
     if not _is_delayed(config):
         return
     import transformer_engine.pytorch as te

@@ -689,3 +689,31 @@ def test_scales_are_permuted_with_the_tokens() -> None:
     assert torch.equal(out, tokens[[0, 2, 1, 2]])
     assert torch.equal(moved, scales[[0, 2, 1, 2]])
     assert probs is None
+
+
+# ---- what Megatron takes from apex
+
+
+@in_emulation
+def test_apex_fused_layer_norm() -> None:
+    from apex.normalization.fused_layer_norm import FusedLayerNormAffineFunction
+
+    x, weight, bias = leaf(3, 5, 8), leaf(8), leaf(8)
+    dy = torch.randn(3, 5, 8)
+    want = F.layer_norm(x, (8,), weight, bias, 1e-5)
+    got = FusedLayerNormAffineFunction.apply(x, weight, bias, (8,), 1e-5)
+    assert_close(got, want)
+    for mine, theirs in zip(gradients(got, dy, x, weight, bias), gradients(want, dy, x, weight, bias), strict=True):
+        assert_close(mine, theirs)
+    assert FusedLayerNormAffineFunction.apply(x.bfloat16(), weight, bias, 8, 1e-5).dtype == torch.bfloat16
+
+
+@in_emulation
+def test_apex_accumulation_of_weight_gradients() -> None:
+    import fused_weight_gradient_mlp_cuda as apex
+
+    x, dy, total = torch.randn(3, 5, 8), torch.randn(3, 5, 6), torch.randn(6, 8)
+    for accumulate in (apex.wgrad_gemm_accum_fp32, apex.wgrad_gemm_accum_fp16):
+        want = total + dy.reshape(15, 6).t() @ x.reshape(15, 8)
+        accumulate(x, dy, total)
+        assert_close(total, want)
