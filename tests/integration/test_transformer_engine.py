@@ -28,6 +28,7 @@ _MXFP8 = "--fp8-format e4m3 --fp8-recipe mxfp8"
 _MXFP8_PARAMETERS = f"{_MXFP8} --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag"
 _NVFP4 = "--fp4-format e2m1 --fp4-recipe nvfp4"
 _PRECISION_AWARE = "--use-precision-aware-optimizer"
+_LOCAL = "--transformer-impl local --no-persist-layer-norm"
 _LLAMA = "--position-embedding-type rope --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm"
 _MLA = (
     "--multi-latent-attention --q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 16 --qk-pos-emb-head-dim 16 "
@@ -60,7 +61,7 @@ _SLOW_CASES = {
     "recompute, layer norm": f"{_TP} --recompute-granularity selective --recompute-modules layernorm",
     "recompute of delayed scaling": f"{_TP} {_DELAYED} --recompute-granularity full --recompute-method uniform "
     "--recompute-num-layers 1",
-    "local layers with sequence parallelism": f"{_TP} --transformer-impl local --no-persist-layer-norm",
+    "local layers with sequence parallelism": f"{_TP} {_LOCAL}",
     "current scaling": f"{_TP} {_CURRENT}",
     "current scaling, parameters": f"{_DP} {_CURRENT} --fp8-param-gather",
     "current scaling, parameters, sequence parallelism": f"{_TP} {_CURRENT} --fp8-param-gather",
@@ -109,10 +110,11 @@ def test_a_run_from_which_both_nodes_are_lost_ends_as_the_undisturbed_one(name: 
 
 @pytest.mark.timeout(300)
 def test_the_default_implementation_trains_in_every_dimension_at_once(tmp_path: Path) -> None:
-    flags = default_gpt(*f"{_TP} {_PP} {_DP} {_LLAMA} --hidden-dropout 0 --attention-dropout 0".split(), iters=3)
-    together = alone(tmp_path, 8, flags)
-    single = alone(tmp_path, 1, default_gpt(*f"{_LLAMA} --hidden-dropout 0 --attention-dropout 0".split(), iters=3))
-    assert [*together] == [*single] == [1, 2, 3]
-    for here, there in zip(together.values(), single.values(), strict=True):
-        assert float(here["lm loss"]) == pytest.approx(float(there["lm loss"]), rel=1e-3)
-        assert float(here["grad norm"]) == pytest.approx(float(there["grad norm"]), rel=2e-2)
+    layout = f"{_TP} {_PP} {_DP} {_LLAMA} --hidden-dropout 0 --attention-dropout 0".split()
+    default = alone(tmp_path, 8, default_gpt(*layout, iters=3))
+    layout.remove("--sequence-parallel")
+    local = alone(tmp_path, 8, default_gpt(*layout, *_LOCAL.split(), iters=3))
+    assert [*default] == [*local] == [1, 2, 3]
+    for here, there in zip(default.values(), local.values(), strict=True):
+        assert float(here["lm loss"]) == pytest.approx(float(there["lm loss"]), rel=2e-4)
+        assert float(here["grad norm"]) == pytest.approx(float(there["grad norm"]), rel=1e-2)
