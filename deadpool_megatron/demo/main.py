@@ -18,9 +18,12 @@ from deadpool_megatron.demo.evidence import Evidence, Step, steps_of
 from deadpool_megatron.demo.report import show_evidence, show_recovery, show_verdict, usual_seconds
 from deadpool_megatron.demo.runs import DeathWatch, DemoRun, identities
 from deadpool_megatron.demo.screen import Screen
+from deadpool_megatron.emulation import find_transformer_engine
 from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.observe.recoveries import recoveries
 from deadpool_megatron.observe.tables import make_console
+
+_FLAGS = "examples/cpu_te.args"
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,7 +41,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--active-nodes", type=int, default=4, metavar="A", help="nodes that train (default: 4)")
     parser.add_argument("--run-dir", default="runs/demo", metavar="DIR", help="both runs' files (default: runs/demo)")
     parser.add_argument("--script", default="examples/pretrain_gpt.py", metavar="FILE", help="training script")
-    parser.add_argument("--flags", default="examples/cpu_tiny.args", metavar="FILE", help="its flags, in shell syntax")
+    parser.add_argument("--flags", default=_FLAGS, metavar="FILE", help="its flags, in shell syntax")
     options = parser.parse_args(argv)
     if not 0 <= options.node < options.active_nodes:
         parser.error(f"--node {options.node}: the nodes that train are 0 to {options.active_nodes - 1}")
@@ -49,6 +52,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for path in (options.script, options.flags):
         if not Path(path).is_file():
             parser.error(f"{path} does not exist: run this in the root of the repository")
+    if options.flags == _FLAGS and not find_transformer_engine():
+        parser.error("Transformer Engine is not installed: run scripts/demo.sh, or add --flags examples/cpu_tiny.args")
     return options
 
 

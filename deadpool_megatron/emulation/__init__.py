@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
-__all__ = ["EmulationError", "environment", "install", "is_installed"]
+import importlib.util
+import sys
+from pathlib import Path
+
+__all__ = ["EmulationError", "environment", "find_transformer_engine", "install", "is_installed"]
 
 _installed = False
 
@@ -33,6 +37,20 @@ def environment() -> dict[str, str]:
 def is_installed() -> bool:
     """True when this process runs under the emulation."""
     return _installed
+
+
+def find_transformer_engine() -> bool:
+    """Whether Transformer Engine's Python is here, which Megatron's default implementation needs.
+
+    Without its libraries it only fails where it is imported without the emulation, and Megatron with it. So it is
+    looked for in a folder of its own too, ``emulation`` in the environment's prefix, which then joins ``sys.path``:
+
+        pip install --no-deps --target PREFIX/emulation transformer-engine==2.20.2
+    """
+    apart = Path(sys.prefix) / "emulation"
+    if apart.is_dir() and str(apart) not in sys.path:
+        sys.path.append(str(apart))
+    return importlib.util.find_spec("transformer_engine") is not None
 
 
 def install(*, force: bool = False) -> None:

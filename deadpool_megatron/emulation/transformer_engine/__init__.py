@@ -1,30 +1,20 @@
-"""The real Python of Transformer Engine on the CPU: its compiled module ``transformer_engine_torch``, in torch.
-
-Transformer Engine's wheel without its libraries has all of its Python. Imported without the emulation it only fails,
-and Megatron with it; so it is looked for in a folder of its own too, ``emulation`` in the environment's prefix:
-
-    pip install --no-deps --target PREFIX/emulation transformer-engine==2.20.2
-"""
+"""The real Python of Transformer Engine on the CPU: its compiled module ``transformer_engine_torch``, in torch."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from deadpool_megatron.emulation import find_transformer_engine
 from deadpool_megatron.emulation.importing import after_import
 
 
 def install() -> None:
     """Let Transformer Engine find the emulated extension, where it is installed. Before it or Megatron is imported."""
-    apart = Path(sys.prefix) / "emulation"
-    if apart.is_dir() and str(apart) not in sys.path:
-        sys.path.append(str(apart))
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not find_transformer_engine():
         return
     # NVTE_PROJECT_BUILDING, of `emulation.environment`, leaves out the checks of the installed wheels and the loading
     # of cuDNN, cuBLAS and libtransformer_engine.so.
