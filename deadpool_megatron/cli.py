@@ -13,6 +13,7 @@ from typing import NoReturn
 from deadpool_megatron import __version__
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.commands import control
+from deadpool_megatron.commands.check import run_check
 from deadpool_megatron.commands.export import add_export_arguments, run_export
 from deadpool_megatron.config import schema
 from deadpool_megatron.doctor.command import add_doctor_arguments, run_doctor
@@ -22,8 +23,6 @@ from deadpool_megatron.launcher import local as launch
 from deadpool_megatron.observe import commands as observe_commands
 from deadpool_megatron.planning import add_plan_arguments, run_plan
 from deadpool_megatron.simulate.command import add_simulate_arguments, run_simulate
-
-_USAGE = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,12 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "'python -m deadpool_megatron.cli bench' in the clone",
                 file=sys.stderr,
             )
-            return _USAGE
+            return Exit.USAGE
         add_benches(bench)
     add_simulate_arguments(commands.add_parser("simulate", help="goodput of a cluster under failures, simulated"))
+    commands.add_parser("check", help="which of a job's flags a swap can carry, and from what that is known")
     add_doctor_arguments(commands.add_parser("doctor", help="check a machine, or an allocation, before a run"))
     patching.add_patch_arguments(commands.add_parser("patch", help="put DeadPool's lines into a Megatron-LM checkout"))
     commands.add_parser("schema", help="print the JSON schema of the YAML file of --deadpool-config")
+    if arguments[:1] == ["check"]:  # what follows are Megatron's flags
+        return run_check(arguments[1:])
     options = parser.parse_args(arguments)
     if options.command == "patch":
         return patching.run(options)

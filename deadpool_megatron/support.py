@@ -1,59 +1,274 @@
-"""What of Megatron is supported, by its flags, and the one clear line for what is not. Imports nothing of it."""
+"""What of Megatron is supported, by its flags, with what stands behind it. Imports nothing of Megatron.
+
+One table: `deadpool check` judges a command line by it, the start of a job refuses by it, docs/support.md shows it.
+"""
 
 from __future__ import annotations
 
+import enum
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from deadpool_megatron.compat import UserError
 
 
+class Evidence(enum.StrEnum):
+    """What is known of a feature under a lost node; from the most to the least."""
+
+    GPU = "run on a GPU"
+    EMULATION = "run on the emulation"
+    SOURCES = "reasoned from the sources"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """Something that a swap must carry, or cannot.
+
+    Attributes:
+        name: of what.
+        flag: as a user writes it, with the value that selects it where one does.
+        attribute: of Megatron's ``args``.
+        selects: whether a value of it selects this feature.
+        evidence: what is known.
+        because: the test, the reason, or why it is refused.
+        needs: another attribute, without which this one's value says nothing.
+    """
+
+    name: str
+    flag: str
+    attribute: str
+    selects: Callable[[Any], bool]
+    evidence: Evidence
+    because: str
+    needs: str = ""
+
+
 def _above_one(value: object) -> bool:
-    return value not in (None, False, 1)
+    return value not in (None, False, 1, "1")
 
 
-# Flag, attribute of Megatron's args, and when its value is one that DeadPool cannot carry through a swap yet.
-_UNSUPPORTED: Final[tuple[tuple[str, str, Any], ...]] = (
-    ("--use-megatron-fsdp", "use_megatron_fsdp", bool),
-    ("--use-torch-fsdp2", "use_torch_fsdp2", bool),
-    ("--cuda-graph-impl", "cuda_graph_impl", lambda v: v not in (None, "none", "full_iteration")),
-    ("--enable-cuda-graph", "enable_cuda_graph", bool),
-    ("--external-cuda-graph", "external_cuda_graph", bool),
-    ("--optimizer-cuda-graph", "optimizer_cuda_graph", bool),
-    ("--tp-comm-overlap (Transformer Engine userbuffers)", "tp_comm_overlap", bool),
+def _is(*wanted: object) -> Callable[[Any], bool]:
+    """The value, or one of several that a flag has, is among these."""
+    return lambda value: bool({*(value if isinstance(value, list) else [value])} & {*wanted})
+
+
+def _other_than(*known: object) -> Callable[[Any], bool]:
+    return lambda value: value not in (None, *known)
+
+
+_SWAPS = "tests/integration/test_hot_swap.py"
+_TE = "tests/integration/test_transformer_engine.py"
+_MORE = "tests/integration/test_features.py"
+_OPTIMIZERS = "tests/integration/test_optimizers.py"
+_GRAPHS = "tests/integration/test_graphs.py"
+
+_ACCEPTED: Final = (
+    # layout
+    ("tensor parallelism", "--tensor-model-parallel-size", _above_one, _SWAPS),
+    ("pipeline parallelism", "--pipeline-model-parallel-size", _above_one, _SWAPS),
+    ("interleaved pipeline", "--num-layers-per-virtual-pipeline-stage", bool, _SWAPS),
+    ("sequence parallelism", "--sequence-parallel", bool, _TE),
+    ("context parallelism", "--context-parallel-size", _above_one, _TE),
+    ("experts", "--num-experts", bool, _TE),
+    ("expert parallelism", "--expert-model-parallel-size", _above_one, _TE),
+    ("grouped GEMM of experts", "--moe-grouped-gemm", bool, _TE),
+    ("fused permutation", "--moe-permute-fusion", bool, _TE),
+    ("fused router", "--moe-router-fusion", bool, _TE),
+    ("bias of experts", "--moe-router-enable-expert-bias", bool, _TE),
+    ("distributed optimizer", "--use-distributed-optimizer", bool, _SWAPS),
+    ("overlapped gradient reduction", "--overlap-grad-reduce", bool, _SWAPS),
+    ("overlapped parameter gather", "--overlap-param-gather", bool, _SWAPS),
+    # model
+    ("layers of Transformer Engine", "--transformer-impl transformer_engine", _is("transformer_engine"), _TE),
+    ("multi-latent attention", "--multi-latent-attention", bool, _TE),
+    ("multi-token prediction", "--mtp-num-layers", bool, _TE),
+    ("recomputation", "--recompute-granularity", bool, _TE),
+    ("CUDA graphs of whole iterations", "--cuda-graph-impl full_iteration", _is("full_iteration"), _GRAPHS),
+    # precision
+    ("FP8 with delayed scaling", "--fp8-recipe delayed", _is("delayed"), _TE),
+    ("FP8 with current scaling", "--fp8-recipe tensorwise", _is("tensorwise"), _TE),
+    ("FP8 with blockwise scaling", "--fp8-recipe blockwise", _is("blockwise"), _TE),
+    ("MXFP8", "--fp8-recipe mxfp8", _is("mxfp8"), _TE),
+    ("NVFP4", "--fp4-recipe nvfp4", _is("nvfp4"), _TE),
+    ("parameters in FP8", "--fp8-param-gather", bool, _TE),
+    ("precision-aware optimizer", "--use-precision-aware-optimizer", bool, _TE),
+    ("SGD, Lion, Muon", "--optimizer", _other_than("adam", "soap"), _OPTIMIZERS),
+    # around training
+    ("asynchronous checkpoints", "--async-save", bool, _MORE),
+    ("other data loaders", "--dataloader-type", _is("cyclic", "external"), _MORE),
+)
+_REASONED: Final = (
+    (
+        "several instances of the distributed optimizer",
+        "--num-distributed-optimizer-instances",
+        _above_one,
+        "each rank copies its part of what the instances hold alike; a census of the state finds all of it",
+    ),
+    (
+        "overlapped communication of experts",
+        "--overlap-moe-expert-parallel-comm",
+        bool,
+        "the same collectives in another order; a step that breaks is thrown away as a whole",
+    ),
+    (
+        "parameter gather beside the optimizer step",
+        "--overlap-param-gather-with-optimizer-step",
+        bool,
+        "the gate stands before the step of the first optimizer of the chain, and so before any gather",
+    ),
+    (
+        "hierarchical context parallelism",
+        "--hierarchical-context-parallel-sizes",
+        bool,
+        "its groups are made with torch.distributed and re-formed as all others",
+    ),
+    (
+        "shared experts",
+        "--moe-shared-expert-intermediate-size",
+        bool,
+        "dense parameters beside the experts': no state or group of their own",
+    ),
+)
+_OPTIMIZER_NAMES: Final = ("adam", "sgd", "lion", "muon", "dist_muon", "adaptive_muon")
+# Flag, attribute of Megatron's args, when its value is one that DeadPool cannot carry through a swap yet, and why.
+_REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
+    (
+        "--use-megatron-fsdp",
+        "use_megatron_fsdp",
+        bool,
+        "parameters and optimizer state are sharded in another way",
+    ),
+    ("--use-torch-fsdp2", "use_torch_fsdp2", bool, "parameters and optimizer state are sharded in another way"),
+    (
+        "--cuda-graph-impl",
+        "cuda_graph_impl",
+        _other_than("none", "full_iteration"),
+        "graphs of layers hold the old communicators; only those of whole iterations are captured anew",
+    ),
+    ("--enable-cuda-graph", "enable_cuda_graph", bool, "graphs of layers hold the old communicators"),
+    ("--external-cuda-graph", "external_cuda_graph", bool, "graphs of layers hold the old communicators"),
+    ("--optimizer-cuda-graph", "optimizer_cuda_graph", bool, "the gate before the step would be inside of the graph"),
+    (
+        "--tp-comm-overlap",
+        "tp_comm_overlap",
+        bool,
+        "Transformer Engine's userbuffers are communicators of their own",
+    ),
     (
         "--optimizer",
         "optimizer",
-        lambda v: v not in (None, "adam", "sgd", "lion", "muon", "dist_muon", "adaptive_muon"),
+        _other_than(*_OPTIMIZER_NAMES),
+        "its state is not known (soap replaces its tensors instead of updating them in place)",
     ),
     (
-        "--moe-token-dispatcher-type (DeepEP, HybridEP and NCCL EP: communicators of their own, which nothing aborts)",
+        "--moe-token-dispatcher-type",
         "moe_token_dispatcher_type",
-        lambda v: v == "flex",
+        _is("flex"),
+        "DeepEP, HybridEP and NCCL EP have communicators of their own, which nothing aborts",
     ),
-    ("--optimizer-cpu-offload", "optimizer_cpu_offload", bool),
-    ("--fp8-recipe", "fp8_recipe", lambda v: v == "custom"),
-    ("--fp4-recipe", "fp4_recipe", lambda v: v == "custom"),
-    ("--fp4-param-gather", "fp4_param_gather", bool),
-    ("--nccl-ub", "nccl_ub", bool),
-    ("--use-sharp", "use_sharp", bool),
-    ("--perform-rl-step", "perform_rl_step", bool),
-    ("--inprocess-restart", "inprocess_restart", bool),
-    ("--enable-ft-package", "enable_ft_package", bool),
-    ("--vision-pretraining", "vision_pretraining", bool),
-    ("--iterations-to-skip", "iterations_to_skip", bool),
-    # Weights cut along an axis of their own (GTP): who holds which shard is not what the snapshot's arithmetic assumes.
-    ("--tensor-parallel-num-weight-shards", "gtp_weight_remat_size", _above_one),
-    ("--expert-tensor-parallel-num-weight-shards", "expert_gtp_weight_remat_size", _above_one),
+    ("--optimizer-cpu-offload", "optimizer_cpu_offload", bool, "state on the host and on the device by turns"),
+    ("--fp8-recipe", "fp8_recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
+    ("--fp4-recipe", "fp4_recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
+    ("--fp4-param-gather", "fp4_param_gather", bool, "never run: the emulation lacks its kernels"),
+    ("--nccl-ub", "nccl_ub", bool, "buffers registered with a communicator are gone with it"),
+    ("--use-sharp", "use_sharp", bool, "buffers registered with a communicator are gone with it"),
+    ("--perform-rl-step", "perform_rl_step", bool, "another training loop"),
+    ("--inprocess-restart", "inprocess_restart", bool, "two systems would handle the same failure"),
+    ("--enable-ft-package", "enable_ft_package", bool, "two systems would handle the same failure"),
+    ("--vision-pretraining", "vision_pretraining", bool, "another training loop"),
+    ("--iterations-to-skip", "iterations_to_skip", bool, "not replayed"),
+    (
+        "--tensor-parallel-num-weight-shards",
+        "gtp_weight_remat_size",
+        _above_one,
+        "GTP cuts weights along an axis of its own: who holds which shard is not what the arithmetic assumes",
+    ),
+    (
+        "--expert-tensor-parallel-num-weight-shards",
+        "expert_gtp_weight_remat_size",
+        _above_one,
+        "GTP cuts weights along an axis of its own: who holds which shard is not what the arithmetic assumes",
+    ),
 )
+# Flags whose attribute has another name.
+ATTRIBUTES: Final = {
+    "fp8_format": "fp8",
+    "fp4_format": "fp4",
+    "tensor_parallel_num_weight_shards": "gtp_weight_remat_size",
+    "expert_tensor_parallel_num_weight_shards": "expert_gtp_weight_remat_size",
+}
 
 
+def attribute_of(flag: str) -> str:
+    """The attribute of Megatron's ``args`` of a flag, with dashes or without."""
+    name = flag.split()[0].lstrip("-").replace("-", "_")
+    return ATTRIBUTES.get(name, name)
+
+
+# A recipe's name is there without FP8 too.
+_NEEDS: Final = {"fp8_recipe": "fp8", "fp4_recipe": "fp4"}
+# What the flags say that are not given, where that is a feature of the table.
+DEFAULTS: Final[Mapping[str, Any]] = {
+    "transformer_impl": "transformer_engine",
+    "fp8_recipe": "delayed",
+    "fp4_recipe": "nvfp4",
+}
+
+
+def _accepted(evidence: Evidence, rows: Iterable[tuple[str, str, Callable[[Any], bool], str]]) -> Iterator[Feature]:
+    for name, flag, selects, because in rows:
+        attribute = attribute_of(flag)
+        yield Feature(name, flag, attribute, selects, evidence, because, _NEEDS.get(attribute, ""))
+
+
+FEATURES: Final = (
+    *_accepted(Evidence.EMULATION, _ACCEPTED),
+    *_accepted(Evidence.SOURCES, _REASONED),
+    *(Feature("", flag, name, selects, Evidence.REFUSED, because) for flag, name, selects, because in _REFUSED),
+)
 # Environment variables that change what backend a process group of torch has, and why that one is not supported.
 _UNSUPPORTED_SETTINGS: Final[tuple[tuple[str, str], ...]] = (
     ("TORCH_DIST_USE_NCCL2", "ProcessGroupNCCL2 is neither aborted nor re-formed"),
     ("TORCH_DISTRIBUTED_USE_TORCHCOMMS", "communicators of torchcomms are neither aborted nor re-formed"),
 )
+
+
+def used(values: Mapping[str, Any]) -> list[Feature]:
+    """The features that values of Megatron's ``args``, by attribute, select; in the order of the table."""
+    return [
+        each
+        for each in FEATURES
+        if each.selects(values.get(each.attribute)) and (not each.needs or values.get(each.needs))
+    ]
+
+
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """Values by attribute, of a command line. What is before the first flag (a script) is left out.
+
+    Not Megatron's parser, which takes seconds to import: a flag without a value is True, one with several a list,
+    whole numbers are numbers; of the defaults `DEFAULTS` alone are known.
+    """
+    values = dict(DEFAULTS)
+    name = ""
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            name = attribute_of(flag)
+            values[name] = _typed(value) if equals else True
+        elif name:
+            before = values[name]
+            if before is True:
+                values[name] = _typed(word)
+            else:
+                values[name] = [*(before if isinstance(before, list) else [before]), _typed(word)]
+    return values
+
+
+def _typed(word: str) -> int | str:
+    return int(word) if word.isdecimal() else word
 
 
 def check_environment(environ: Mapping[str, str]) -> None:
@@ -68,14 +283,38 @@ def check_environment(environ: Mapping[str, str]) -> None:
 
 def check_arguments(args: Namespace) -> None:
     """Raises UserError that names the flags of all modes that are not supported."""
-    refused = []
-    for flag, name, bad in _UNSUPPORTED:
-        value = getattr(args, name, None)
-        if bad(value):
-            refused.append((flag, "" if value is True else f" (here: {value})"))
+    values = vars(args)
+    refused = [each for each in used(values) if each.evidence is Evidence.REFUSED]
+    said = [each.flag + _here(values[each.attribute]) for each in refused]
     if len(refused) == 1:
-        ((flag, here),) = refused
-        raise UserError(f"{flag} is not supported with --deadpool yet{here}; leave it out, or run without --deadpool")
+        here = _here(values[refused[0].attribute])
+        raise UserError(
+            f"{refused[0].flag} is not supported with --deadpool yet{here}: {refused[0].because}; leave it out, or run "
+            "without --deadpool"
+        )
     if refused:
-        flags = ", ".join(flag + here for flag, here in refused)
-        raise UserError(f"{flags} are not supported with --deadpool yet; leave them out, or run without --deadpool")
+        raise UserError(
+            f"{', '.join(said)} are not supported with --deadpool yet; leave them out, or run without --deadpool"
+        )
+
+
+def _here(value: object) -> str:
+    return "" if value is True else f" (here: {value})"
+
+
+def not_on_a_gpu(values: Mapping[str, Any]) -> list[str]:
+    """Names of the accepted features in use that have not been run on a GPU."""
+    return [each.name for each in used(values) if each.evidence in (Evidence.EMULATION, Evidence.SOURCES)]
+
+
+def table(features: Iterable[Feature] = FEATURES) -> str:
+    """Both tables of docs/support.md, in Markdown."""
+    accepted = ["| feature | flag | known from |", "|---|---|---|"]
+    refused = ["| flag | why not yet |", "|---|---|"]
+    for each in features:
+        if each.evidence is Evidence.REFUSED:
+            refused.append(f"| `{each.flag}` | {each.because} |")
+        else:
+            behind = f"`{each.because}`" if each.evidence is Evidence.EMULATION else each.because
+            accepted.append(f"| {each.name} | `{each.flag}` | {each.evidence}: {behind} |")
+    return "\n".join(accepted) + "\n\n## Refused\n\n" + "\n".join(refused) + "\n"

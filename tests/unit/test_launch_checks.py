@@ -164,7 +164,7 @@ def _unsupported() -> list[tuple[str, str]]:
     pytest.importorskip("megatron.core")
     from deadpool_megatron import support
 
-    return [(flag, name) for flag, name, _ in support._UNSUPPORTED]
+    return [(each.flag, each.attribute) for each in support.FEATURES if each.evidence is support.Evidence.REFUSED]
 
 
 BAD_VALUES: dict[str, list[object]] = {

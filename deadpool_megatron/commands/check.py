@@ -1,0 +1,53 @@
+"""`deadpool check`: what of a job's flags a swap can carry, and from what that is known. Starts nothing."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from deadpool_megatron import support
+from deadpool_megatron.cluster.records.exits import Exit
+
+_REFUSED = 1
+
+
+def run_check(arguments: Sequence[str]) -> int:
+    """Judge a command line; returns 0 where it is accepted, 1 where a flag is refused, 2 for a usage that is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="deadpool check",
+        usage="deadpool check [--config FILE | --table] [SCRIPT] [MEGATRON FLAGS ...]",
+        description="Says which features of Megatron's flags a lost node must be survived with, and from what it is "
+        "known that it is: exit code 0. Names every flag that is refused: exit code 1. Starts nothing and imports "
+        "nothing of Megatron; a flag that Megatron does not know is not found here.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a run's YAML file, as `deadpool plan` takes it")
+    parser.add_argument("--table", action="store_true", help="print all features and refusals, in Markdown")
+    options, flags = parser.parse_known_args(list(arguments))
+    if options.table:
+        print(support.table(), end="")
+        return 0
+    if options.config is not None:
+        from deadpool_megatron.planning.files import PlanError, load
+
+        try:
+            flags = [*load(options.config).flags(), *flags]
+        except PlanError as err:
+            print(f"deadpool: {err}", file=sys.stderr)
+            return Exit.USAGE
+    elif not flags:
+        parser.error("no flags: give those of the job, or --config FILE")
+    values = support.parse(flags)
+    features = support.used(values)
+    refused = [each for each in features if each.evidence is support.Evidence.REFUSED]
+    for each in refused:
+        here = "" if values[each.attribute] is True else f" {values[each.attribute]}"
+        print(f"refused: {each.flag}{here}: {each.because}")
+    if refused:
+        return _REFUSED
+    width = max((len(each.name) for each in features), default=0)
+    for each in features:
+        print(f"{each.name:<{width}}  {each.evidence}: {each.because}")
+    print(f"accepted: {len(features)} features that a swap must carry")
+    return 0

@@ -1,0 +1,130 @@
+"""`deadpool check` judges a command line by the table of features; the docs show that table."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deadpool_megatron import support
+from deadpool_megatron.cli import main
+from deadpool_megatron.support import FEATURES, Evidence, check_arguments, not_on_a_gpu, parse, used
+
+ROOT = Path(__file__).parents[2]
+LLAMA = [
+    *("pretrain_gpt.py", "--tensor-model-parallel-size", "8", "--sequence-parallel"),
+    *("--pipeline-model-parallel-size", "4", "--num-layers-per-virtual-pipeline-stage", "5"),
+    *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", "--bf16", "--lr", "1e-4"),
+    *("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--fp8-param-gather"),
+]
+
+
+def _names(*flags: str) -> set[str]:
+    return {each.name for each in used(parse(flags))}
+
+
+def test_an_accepted_command_line_has_a_line_for_each_feature(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *LLAMA]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last == f"accepted: {len(lines)} features that a swap must carry"
+    assert {line.split("  ")[0] for line in lines} == {
+        *("tensor parallelism", "sequence parallelism", "pipeline parallelism", "interleaved pipeline"),
+        *("distributed optimizer", "overlapped gradient reduction", "overlapped parameter gather"),
+        *("layers of Transformer Engine", "FP8 with current scaling", "parameters in FP8"),
+    }
+    assert all("run on the emulation: tests/" in line for line in lines)
+
+
+def test_all_refused_flags_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["check", *LLAMA, "--nccl-ub", "--moe-token-dispatcher-type=flex", "--iterations-to-skip", "3", "4"]) == 1
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == [
+        "--moe-token-dispatcher-type flex",
+        "--nccl-ub",
+        "--iterations-to-skip [3, 4]",
+    ]
+
+
+def test_what_check_refuses_a_job_refuses_and_the_other_way_round() -> None:
+    from deadpool_megatron.compat import UserError
+
+    for each in FEATURES:
+        for value in (True, "flex", "custom", "soap", "local", 2):
+            if each.evidence is Evidence.REFUSED and each.selects(value):
+                assert each in used({each.attribute: value})
+                with pytest.raises(UserError, match=f"^{each.flag}"):
+                    check_arguments(argparse.Namespace(**{each.attribute: value}))
+                break
+        else:
+            assert each.evidence is not Evidence.REFUSED, each.flag
+
+
+def test_values_are_read_as_megatrons_parser_gives_them() -> None:
+    values = parse(["script.py", "--a-b", "1", "--c", "--d=x", "--e", "1", "two", "3", "--fp8-format", "hybrid"])
+    assert {name: value for name, value in values.items() if name not in support.DEFAULTS} == {
+        "a_b": 1,
+        "c": True,
+        "d": "x",
+        "e": [1, "two", 3],
+        "fp8": "hybrid",
+    }
+
+
+def test_defaults_and_what_says_nothing_by_itself() -> None:
+    assert "layers of Transformer Engine" in _names("--lr", "1")
+    assert "layers of Transformer Engine" not in _names("--transformer-impl", "local")
+    assert "FP8 with delayed scaling" in _names("--fp8-format", "hybrid")
+    assert not {name for name in _names("--fp8-recipe", "mxfp8", "--lr", "1") if "FP8" in name}
+    assert "tensor parallelism" not in _names("--tensor-model-parallel-size", "1")
+    assert "SGD, Lion, Muon" in _names("--optimizer", "muon")
+    assert "SGD, Lion, Muon" not in _names("--optimizer", "adam")
+
+
+def test_a_runs_file_is_judged_and_a_broken_one_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        assert main(["check", "--config", str(path)]) == 0, path
+    assert main(["check", "--config", str(ROOT / "configs" / "7b_64.yaml"), "--use-sharp"]) == 1
+    capsys.readouterr()
+    assert main(["check", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err == f"deadpool: {tmp_path}/none.yaml: No such file or directory\n"
+    with pytest.raises(SystemExit) as usage:
+        main(["check"])
+    assert usage.value.code == 2
+    assert "no flags" in capsys.readouterr().err
+
+
+def test_every_evidence_names_a_test_that_uses_the_flag() -> None:
+    shared = (ROOT / "tests" / "flags.py").read_text()
+    for each in FEATURES:
+        if each.evidence is not Evidence.EMULATION:
+            assert each.because, each
+            continue
+        text = (ROOT / each.because).read_text() + shared
+        default = each.attribute in support.DEFAULTS and "default_gpt" in text
+        assert default or all(word in text for word in each.flag.split()), each
+
+
+def test_what_has_not_been_run_on_a_gpu_is_told() -> None:
+    assert not_on_a_gpu({"tensor_model_parallel_size": 2, "fp8": None, "fp8_recipe": "delayed"}) == [
+        "tensor parallelism"
+    ]
+    assert not_on_a_gpu({"tensor_model_parallel_size": 1}) == []
+
+
+def test_the_docs_have_the_table() -> None:
+    text = (ROOT / "docs" / "support.md").read_text()
+    assert text.endswith(support.table()), "deadpool check --table has changed: put it into docs/support.md"
+
+
+def test_it_imports_nothing_of_megatron_or_torch() -> None:
+    code = (
+        "import sys; from deadpool_megatron.cli import main; code = main(['check', '--bf16']);"
+        "assert not {'torch', 'megatron', 'transformer_engine'} & sys.modules.keys(); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
