@@ -75,8 +75,9 @@ def test_a_command_is_read_line_by_line_and_ended_with_all_it_started(tmp_path: 
     seen: list[str] = []
     assert step.command(["sh", "-c", "echo one; echo two; exit 3"], {}, 100, seen.append) == 3
     assert seen == ["one", "two"] and "two" in (tmp_path / "step-1.log").read_text()
-    assert step.command(["sh", "-c", "(setsid sleep 600 &) ; sleep 600"], {"MINE": "1"}, 0.5) is None
-    left = [p for p in Path("/proc").glob("[0-9]*/environ") if _has(p, b"\0MINE=1\0")]
+    mine = str(tmp_path)  # the same test may run elsewhere on this machine
+    assert step.command(["sh", "-c", "(setsid sleep 600 &) ; sleep 600"], {"MINE": mine}, 0.5) is None
+    left = [p for p in Path("/proc").glob("[0-9]*/environ") if _has(p, f"\0MINE={mine}\0".encode())]
     assert not left
 
 
