@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
 _state_dict = DistributedOptimizer.state_dict
 
@@ -28,5 +28,6 @@ def state_dict(self: Any) -> Any:
     return _state_dict(self)
 
 
-DistributedOptimizer.state_dict = state_dict
+if not HAVE_APEX_OR_TE:
+    DistributedOptimizer.state_dict = state_dict
 runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "pretrain_gpt.py"), run_name="__main__")

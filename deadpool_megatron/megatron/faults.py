@@ -65,6 +65,10 @@ def arm(fault: r.Fault) -> None:
         return
     if fault.point == "grad-norm.during":
         _grad_norm()
+    elif fault.point == "optimizer-step.during":
+        for module, name in _STEPS:
+            if module in sys.modules:
+                _around(fault.point, module, "", name, after=True)
     elif fault.point in _INSIDE:
         _around(fault.point, *_INSIDE[fault.point])
     points.arm(fault.point, -1 if fault.iteration is None else fault.iteration, lambda: strike(fault))
@@ -108,13 +112,17 @@ def _grad_norm() -> None:
     optimizer.get_grad_norm_fp32 = get_grad_norm_fp32
 
 
+# What steps the parameters of a group, of torch (AdamW too) and of the fused optimizers.
+_STEPS: Final = (
+    ("torch.optim.adam", "adam"),
+    ("transformer_engine.pytorch.optimizers.fused_adam", "multi_tensor_applier"),
+    ("apex.optimizers.fused_adam", "multi_tensor_applier"),
+)
 _BUCKETS: Final = ("megatron.core.distributed.param_and_grad_buffer", "_ParamAndGradBucketGroup")
 # By point: module, what in it has the function (empty: itself), the function, and whether the point is after its call.
 _INSIDE: Final = {
     "gradient-sync.before": (*_BUCKETS, "start_grad_sync", False),
     "gradient-sync.after": (*_BUCKETS, "finish_grad_sync", True),
-    # One call a parameter group; torch.optim.AdamW steps through it as well.
-    "optimizer-step.during": ("torch.optim.adam", "", "adam", True),
     "param-gather.before": (*_BUCKETS, "start_param_sync", False),
     "param-gather.after": (*_BUCKETS, "finish_param_sync", True),
     "lr-step.before": ("megatron.core.optimizer_param_scheduler", "OptimizerParamScheduler", "step", False),

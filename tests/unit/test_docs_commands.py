@@ -48,6 +48,10 @@ def test_a_documented_command_is_one_that_deadpool_takes(
     def parse_only(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
         raise _Parsed(parse(parser, words))
 
+    if _words(command)[0] == "check":  # it starts nothing
+        monkeypatch.chdir(ROOT)
+        assert cli.main(_words(command)) == 0
+        return
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
         try:
