@@ -7,6 +7,7 @@ DelayedScalingRecipeState and FP8GlobalStateManager.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -58,16 +59,51 @@ def scaling_state(module: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
                 yield f"{direction}.{key}", state, key
 
 
-def forget_recomputation(model: list[Any], config: Any) -> None:
-    """Drop what the broken iteration's forward passes have put aside for their recomputation."""
-    if not _is_delayed(config):
-        return
+def _global_state() -> Any:
+    """Transformer Engine's, of this process; None where it has not been imported."""
+    if "transformer_engine.pytorch" not in sys.modules:
+        return None
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-    FP8GlobalStateManager.quantization_state.fp8_tensors_recompute_buffer = []
+    return FP8GlobalStateManager.quantization_state
+
+
+def first_module() -> bool | None:
+    """Whether the next module counts as the first in FP8, which then reduces amaxes in its backward pass.
+
+    A layer outside of any FP8 context (the last norm) finds what the one before it has left: False in a new process,
+    True after its first forward pass. So it is state: a spare that began with False would leave out a collective.
+    """
+    state = _global_state()
+    return None if state is None else bool(state.is_first_fp8_module)
+
+
+def put_first_module(value: bool | None) -> None:
+    """Make it what `first_module` was."""
+    state = _global_state()
+    if state is not None and value is not None:
+        state.is_first_fp8_module = value
+
+
+def forget_broken_step(model: list[Any]) -> None:
+    """Drop what the passes of a broken iteration have put aside for later ones of the same iteration.
+
+    That is, by Transformer Engine: for recomputation, whether a module was the first in FP8, and the scales of delayed
+    scaling; with ``--delay-wgrad-compute``, the weight gradients still to be computed.
+    """
+    state = _global_state()
+    if state is None:
+        return
+    from transformer_engine.pytorch.distributed import activation_recompute_forward
+
+    activation_recompute_forward._is_first_fp8_module.clear()
+    state.fp8_tensors_recompute_buffer.clear()
     for chunk in model:
         for module in chunk.modules():
             getattr(module, "fp8_meta", {}).pop(_RECOMPUTE_PLACE, None)
+            waiting = getattr(getattr(module, "wgrad_store", None), "context", None)
+            while waiting is not None and not waiting.empty():
+                waiting.get()
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:

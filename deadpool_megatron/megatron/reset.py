@@ -16,7 +16,7 @@ from megatron.training import async_utils, get_args, get_timers, training
 
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.frozen import Frozen
-from deadpool_megatron.megatron.low_precision import forget_recomputation
+from deadpool_megatron.megatron.low_precision import forget_broken_step
 from deadpool_megatron.megatron.optimizer_state import derive_parameters, members
 from deadpool_megatron.megatron.sums import clear_sums
 from deadpool_megatron.megatron.unique_state import UniqueState
@@ -61,7 +61,7 @@ def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
         with contextlib.suppress(KeyError):
             del one.__dict__["step"]
     clear_sums(model)
-    forget_recomputation(model, config)
+    forget_broken_step(model)
     for chunk in model:
         for group in _bucket_groups(chunk):
             adapter.refresh_bucket_group(group)

@@ -22,7 +22,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_timers
 
 from deadpool_megatron.megatron.frozen import Frozen
-from deadpool_megatron.megatron.low_precision import scaling_state
+from deadpool_megatron.megatron.low_precision import first_module, put_first_module, scaling_state
 from deadpool_megatron.megatron.optimizer_state import Numbers, members, plain_fields, put_fields
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.sums import cumulative, put_cumulative
@@ -212,6 +212,7 @@ class SmallState:
                 "logged_before": self.logged_before,
                 "positions": self.positions,
                 "frozen": self._frozen.expected,
+                "first_module": first_module(),
                 "interval_s": _interval_s(),
                 "rerun": {name: getattr(get_rerun_state_machine(), name) for name in _RERUN},
             }
@@ -232,6 +233,7 @@ class SmallState:
         for scaler, saved in zip(self._scalers, state["scalers"], strict=True):
             if saved:  # a constant one has nothing to load
                 scaler.load_state_dict({**saved, "scale": scaler.scale.clone()})
+        put_first_module(state.get("first_module"))
         self.logged_before = state["logged_before"]
         self.flops = state["args"]["num_floating_point_operations_so_far"]
         # train() starts it again where it was stopped: what it prints is divided by all iterations of the interval.

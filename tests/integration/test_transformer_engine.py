@@ -32,7 +32,7 @@ _LOCAL = "--transformer-impl local --no-persist-layer-norm"
 _LLAMA = "--position-embedding-type rope --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm"
 _MLA = (
     "--multi-latent-attention --q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 16 --qk-pos-emb-head-dim 16 "
-    "--v-head-dim 16 --position-embedding-type rope"
+    "--v-head-dim 16 --position-embedding-type rope --no-rope-fusion"  # a Triton kernel of Megatron's own
 )
 
 # In the gate: one of each kind. The others are slow only for being many.
@@ -56,6 +56,7 @@ _SLOW_CASES = {
     "expert tensor parallelism": f"{_TP} {_GROUPED}",
     "sigmoid router with bias": f"{_TP} {_GROUPED} {_EP} --moe-router-score-function sigmoid "
     "--moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-2 --moe-router-load-balancing-type none",
+    "overlapped communication of experts": f"{_GROUPED} {_EP} --overlap-moe-expert-parallel-comm --delay-wgrad-compute",
     "recompute, full": f"{_TP} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "recompute, attention": f"{_TP} --recompute-granularity selective --recompute-modules core_attn",
     "recompute, layer norm": f"{_TP} --recompute-granularity selective --recompute-modules layernorm",
