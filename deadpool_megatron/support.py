@@ -78,6 +78,9 @@ _ACCEPTED: Final = (
     ("fused permutation", "--moe-permute-fusion", bool, _TE),
     ("fused router", "--moe-router-fusion", bool, _TE),
     ("bias of experts", "--moe-router-enable-expert-bias", bool, _TE),
+    ("shared experts", "--moe-shared-expert-intermediate-size", bool, _TE),
+    ("overlapped communication of experts", "--overlap-moe-expert-parallel-comm", bool, _TE),
+    ("delayed weight gradients", "--delay-wgrad-compute", bool, _TE),
     ("distributed optimizer", "--use-distributed-optimizer", bool, _SWAPS),
     ("overlapped gradient reduction", "--overlap-grad-reduce", bool, _SWAPS),
     ("overlapped parameter gather", "--overlap-param-gather", bool, _SWAPS),
@@ -108,12 +111,6 @@ _REASONED: Final = (
         "each rank copies its part of what the instances hold alike; a census of the state finds all of it",
     ),
     (
-        "overlapped communication of experts",
-        "--overlap-moe-expert-parallel-comm",
-        bool,
-        "the same collectives in another order; a step that breaks is thrown away as a whole",
-    ),
-    (
         "parameter gather beside the optimizer step",
         "--overlap-param-gather-with-optimizer-step",
         bool,
@@ -124,12 +121,6 @@ _REASONED: Final = (
         "--hierarchical-context-parallel-sizes",
         bool,
         "its groups are made with torch.distributed and re-formed as all others",
-    ),
-    (
-        "shared experts",
-        "--moe-shared-expert-intermediate-size",
-        bool,
-        "dense parameters beside the experts': no state or group of their own",
     ),
 )
 _OPTIMIZER_NAMES: Final = ("adam", "sgd", "lion", "muon", "dist_muon", "adaptive_muon")

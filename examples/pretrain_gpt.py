@@ -85,13 +85,16 @@ def language_model_loss(
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total.dtype)])}
 
 
-def forward_step(data_iterator: Iterator[dict[str, Any]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """One forward pass, as Megatron's schedules call it."""
+def forward_step(
+    data_iterator: Iterator[dict[str, Any]], model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
+    """One forward pass, as Megatron's schedules call it; its plan alone for ``--overlap-moe-expert-parallel-comm``."""
     timer = get_timers()("batch-generator", log_level=2)
     timer.start()
     batch = load_microbatch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timer.stop()
-    output = model(
+    forward = model.build_schedule_plan if return_schedule_plan else model
+    output = forward(
         batch["tokens"],
         batch["position_ids"],
         batch["attention_mask"],

@@ -29,6 +29,8 @@ from deadpool_megatron.megatron.sums import cumulative, put_cumulative
 from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng
 
 _LOGGED: Final = 256  # sums of losses that are staged; Megatron has a handful
+# Buffers that follow from the model's config alone and are large: tables of rotary embeddings (YarnRotaryEmbedding).
+_DERIVED: Final = frozenset(("cos_cached", "sin_cached"))
 # What the rerun state machine counts from iteration to iteration; its reports are collectives at every Nth.
 _RERUN: Final = ("current_iteration", "large_value_counts", "max_values")
 
@@ -50,6 +52,8 @@ class _Staged:
                 if hasattr(module, "_maintain_float32_expert_bias"):  # upstream does so at its first forward pass
                     module._maintain_float32_expert_bias()
                 for name, buffer in module._buffers.items():
+                    if name in _DERIVED:
+                        continue
                     full = f"small.chunk{c}.{prefix}.{name}"
                     if buffer is None:
                         self._absent[full] = (module._buffers, name)

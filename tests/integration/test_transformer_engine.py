@@ -6,13 +6,15 @@ one after the other, and each role is taken over by a spare. The run ends bit fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from deadpool_megatron.observe import LOGS
 from flags import default_gpt
-from jobs import Jobs, alone, assert_same_training, launch_flags, undisturbed
+from jobs import Job, Jobs, alone, assert_same_training, launch_flags, undisturbed
 
 _TP = "--tensor-model-parallel-size 2 --sequence-parallel"
 _DP = "--overlap-grad-reduce --overlap-param-gather"
@@ -56,6 +58,7 @@ _SLOW_CASES = {
     "expert tensor parallelism": f"{_TP} {_GROUPED}",
     "sigmoid router with bias": f"{_TP} {_GROUPED} {_EP} --moe-router-score-function sigmoid "
     "--moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-2 --moe-router-load-balancing-type none",
+    "shared experts": f"{_TP} {_GROUPED} {_EP} --moe-shared-expert-intermediate-size 64",
     "overlapped communication of experts": f"{_GROUPED} {_EP} --overlap-moe-expert-parallel-comm --delay-wgrad-compute",
     "recompute, full": f"{_TP} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "recompute, attention": f"{_TP} --recompute-granularity selective --recompute-modules core_attn",
@@ -83,6 +86,7 @@ _SLOW_CASES = {
     "FP16 main parameters": f"{_DP} {_PRECISION_AWARE} --main-params-dtype fp16 --exp-avg-dtype fp16",
     "two kernels of a fused step": f"{_DP} {_PRECISION_AWARE} {_CURRENT} --fp8-param-gather",
 }
+_COPIES = re.compile(r"copies ([\d,]+) bytes of unique state a generation, in \d+ pieces; ([\d,]+) by the arithmetic")
 _BLACKWELL = {"DEADPOOL_EMULATED_CAPABILITY": "10.0"}
 
 
@@ -107,6 +111,16 @@ def test_a_run_from_which_both_nodes_are_lost_ends_as_the_undisturbed_one(name: 
     job.finished()
     assert [event["lost"] for event in job.events("declared")] == [[1], [0]]
     assert_same_training(job, want, 6, rank=1, mute=frozenset({1, 3}))
+    _assert_copies_no_more_than_the_arithmetic_says(want)
+
+
+def _assert_copies_no_more_than_the_arithmetic_says(job: Job) -> None:
+    text = "".join(path.read_text() for path in (job.run_dir / LOGS).glob("rank-*.log"))
+    counts = [(int(a.replace(",", "")), int(b.replace(",", ""))) for a, b in _COPIES.findall(text)]
+    copied, computed = (sum(column) for column in zip(*counts, strict=True))
+    assert len(counts) == 2
+    # The rest is what a device holds of the small state, the padding of buckets and the scales of delayed scaling.
+    assert computed <= copied <= computed + 2 * 8192
 
 
 @pytest.mark.timeout(300)
