@@ -17,6 +17,7 @@ from deadpool_megatron.compat import UserError
 
 _DIRECTIONS: Final = ("scaling_fwd", "scaling_bwd")
 _TENSORS: Final = ("scale", "amax_history")
+_OLD_FLAG: Final = "IS_FIRST_FP8_MODULE"
 # Where a module notes its place in the global buffer of what recomputation needs.
 _RECOMPUTE_PLACE: Final = "global_fp8_buffer_pos_fwd_recompute"
 
@@ -53,19 +54,24 @@ def scaling_state(module: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Of one module: the name, and dictionary and key, of each tensor of its delayed scaling. They change in place."""
     meta = getattr(module, "fp8_meta", None) or {}
     for direction in _DIRECTIONS:
-        state = vars(meta[direction]) if direction in meta else {}
+        state = getattr(meta.get(direction), "__dict__", {})
         for key in _TENSORS:
             if isinstance(state.get(key), torch.Tensor):
                 yield f"{direction}.{key}", state, key
 
 
 def _global_state() -> Any:
-    """Transformer Engine's, of this process; None where it has not been imported."""
+    """Transformer Engine's state of this process; None where it has not been imported."""
     if "transformer_engine.pytorch" not in sys.modules:
         return None
-    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-    return FP8GlobalStateManager.quantization_state
+    # The class itself has the fields up to 2.14 (there in other letters), an instance later on.
+    return getattr(FP8GlobalStateManager, "quantization_state", FP8GlobalStateManager)
+
+
+def _flag_of(state: Any) -> str:
+    return "is_first_fp8_module" if isinstance(getattr(state, "is_first_fp8_module", None), bool) else _OLD_FLAG
 
 
 def first_module() -> bool | None:
@@ -75,14 +81,14 @@ def first_module() -> bool | None:
     True after its first forward pass. So it is state: a spare that began with False would leave out a collective.
     """
     state = _global_state()
-    return None if state is None else bool(state.is_first_fp8_module)
+    return None if state is None else bool(getattr(state, _flag_of(state)))
 
 
 def put_first_module(value: bool | None) -> None:
     """Make it what `first_module` was."""
     state = _global_state()
     if state is not None and value is not None:
-        state.is_first_fp8_module = value
+        setattr(state, _flag_of(state), value)
 
 
 def forget_broken_step(model: list[Any]) -> None:
