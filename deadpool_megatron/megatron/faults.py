@@ -65,7 +65,7 @@ def arm(fault: r.Fault) -> None:
         return
     if fault.point == "grad-norm.during":
         _grad_norm()
-    elif fault.point == "optimizer-step.during":
+    elif fault.point == STEP:
         for module, name in _STEPS:
             if module in sys.modules:
                 _around(fault.point, module, "", name, after=True)
@@ -112,6 +112,7 @@ def _grad_norm() -> None:
     optimizer.get_grad_norm_fp32 = get_grad_norm_fp32
 
 
+STEP: Final = "optimizer-step.during"
 # What steps the parameters of a group, of torch (AdamW too) and of the fused optimizers.
 _STEPS: Final = (
     ("torch.optim.adam", "adam"),

