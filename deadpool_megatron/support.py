@@ -160,11 +160,17 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
         _is("flex"),
         "DeepEP, HybridEP and NCCL EP have communicators of their own, which nothing aborts",
     ),
+    (
+        "--use-transformer-engine-op-fuser",
+        "use_transformer_engine_op_fuser",
+        bool,
+        "its operations are made at their first use, with scales of FP8 that nobody else sees",
+    ),
     ("--optimizer-cpu-offload", "optimizer_cpu_offload", bool, "state on the host and on the device by turns"),
     ("--fp8-recipe", "fp8_recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
     ("--fp4-recipe", "fp4_recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
     ("--fp4-param-gather", "fp4_param_gather", bool, "never run: the emulation lacks its kernels"),
-    ("--nccl-ub", "nccl_ub", bool, "buffers registered with a communicator are gone with it"),
+    ("--use-nccl-ub", "nccl_ub", bool, "buffers registered with a communicator are gone with it"),
     ("--use-sharp", "use_sharp", bool, "buffers registered with a communicator are gone with it"),
     ("--perform-rl-step", "perform_rl_step", bool, "another training loop"),
     ("--inprocess-restart", "inprocess_restart", bool, "two systems would handle the same failure"),
@@ -188,6 +194,7 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
 ATTRIBUTES: Final = {
     "fp8_format": "fp8",
     "fp4_format": "fp4",
+    "use_nccl_ub": "nccl_ub",
     "tensor_parallel_num_weight_shards": "gtp_weight_remat_size",
     "expert_tensor_parallel_num_weight_shards": "expert_gtp_weight_remat_size",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -36,9 +37,12 @@ def run_check(arguments: Sequence[str]) -> int:
         except PlanError as err:
             print(f"deadpool: {err}", file=sys.stderr)
             return Exit.USAGE
-    elif not flags:
+    flags = [part for word in flags for part in (shlex.split(word, comments=True) if " " in word else [word])]
+    if not flags:
         parser.error("no flags: give those of the job, or --config FILE")
     values = support.parse(flags)
+    if "yaml_cfg" in values:
+        parser.error("the flags in the file of --yaml-cfg are not read here: give them as flags")
     features = support.used(values)
     refused = [each for each in features if each.evidence is support.Evidence.REFUSED]
     for each in refused:

@@ -17,6 +17,8 @@ from deadpool_megatron.compat import UserError
 
 _DIRECTIONS: Final = ("scaling_fwd", "scaling_bwd")
 _TENSORS: Final = ("scale", "amax_history")
+# Where a module notes its place in the global buffers of what is reduced.
+_REDUCED: Final = "buffer_index_and_autocast_key"
 _OLD_FLAG: Final = "IS_FIRST_FP8_MODULE"
 # Where a module notes its place in the global buffer of what recomputation needs.
 _RECOMPUTE_PLACE: Final = "global_fp8_buffer_pos_fwd_recompute"
@@ -26,28 +28,59 @@ def _is_delayed(config: Any) -> bool:
     return bool(getattr(config, "fp8", None)) and getattr(config, "fp8_recipe", None) == "delayed"
 
 
-def prepare_scaling(model: list[Any], config: Any) -> None:
+def prepare_scaling(model: list[Any], config: Any) -> list[tuple[str, Any]]:
     """Make the scales and histories that the first forward pass would make, with the values it would give them.
 
-    Raises UserError for attention in FP8, which has state of its own and has never been run.
+    Returns the modules that have them, by name. Raises UserError for attention in FP8, which has state of its own and
+    has never been run.
     """
     for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
         if getattr(config, name, False):
             raise UserError(f"{name} of the model's config is not supported with --deadpool yet; leave it out")
     if not _is_delayed(config):
-        return
+        return []
     import transformer_engine.pytorch as te
     from megatron.core.fp8_utils import get_fp8_context
 
+    scaled = []
     with torch.no_grad(), get_fp8_context(config):
-        for chunk in model:
-            for module in chunk.modules():
+        for c, chunk in enumerate(model):
+            for name, module in chunk.named_modules():
                 if isinstance(module, te.Linear | te.LayerNormLinear):
                     module.init_fp8_metadata(num_gemms=1)
                 elif isinstance(module, te.GroupedLinear):
                     module.init_fp8_metadata(num_gemms=module.num_gemms)
                 elif isinstance(module, te.LayerNormMLP):
                     module.init_fp8_metadata(num_gemms=2)
+                else:
+                    continue
+                scaled.append((f"{c}.{name}", module))
+    return scaled
+
+
+def registered(scaled: list[tuple[str, Any]]) -> list[str]:
+    """The modules whose amaxes are reduced at the end of each FP8 context, in the order in which they are laid out.
+
+    A module is registered at its first forward pass. A spare has done none, and would reduce fewer than the survivors.
+    """
+    places = [(module.fp8_meta[_REDUCED][0], name) for name, module in scaled if module.fp8_meta.get(_REDUCED)]
+    return [name for _, name in sorted(places)]
+
+
+def register(scaled: list[tuple[str, Any]], names: list[str]) -> None:
+    """Make `registered` what it was."""
+    state = _global_state()
+    if state is None or not scaled:
+        return
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    for buffers in (state.global_amax_buffer, state.global_amax_history_buffer, state.global_scale_buffer):
+        buffers.clear()
+    by_name = dict(scaled)
+    for module in by_name.values():
+        module.fp8_meta.pop(_REDUCED, None)
+    for name in names:
+        FP8GlobalStateManager.add_fp8_tensors_to_global_buffer(by_name[name].fp8_meta)
 
 
 def scaling_state(module: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -120,12 +153,29 @@ def is_quantized(tensor: torch.Tensor) -> bool:
 def plain_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensor itself, or the data and scales of a quantized one.
 
-    They are updated in place. The transposed copy of FP8 data is left out: it is made from them when it is needed.
+    They are updated in place. Copies for the other direction are left out, which follow from the same main parameters,
+    and so is what scales are padded with.
     """
     if not is_quantized(tensor):
         yield "", tensor
         return
-    fields: dict[str, object] = tensor.get_metadata()
+    fields: dict[str, Any] = tensor.get_metadata()
+    data = fields.get("rowwise_data")
     for name, value in sorted(fields.items()):
-        if isinstance(value, torch.Tensor) and name != "data_transpose":
+        if not isinstance(value, torch.Tensor) or name == "data_transpose":
+            continue
+        if data is None:
             yield f".{name}", value
+        elif not name.startswith("columnwise"):
+            yield f".{name}", _without_padding(value, data, type(tensor).__name__) if "scale" in name else value
+
+
+def _without_padding(scales: torch.Tensor, data: torch.Tensor, kind: str) -> torch.Tensor:
+    """Scales are padded for the device's sake, with whatever was in memory there."""
+    columns = data.shape[-1]
+    rows = data.numel() // max(1, columns)
+    if kind.startswith("MXFP8"):
+        return scales[:rows, : columns // 32]
+    if kind.startswith("NVFP4"):
+        return scales[:rows, : columns * 2 // 16]
+    return scales[: -(-rows // 128), : -(-columns // 128)]  # 128 x 128 elements, as weights have them

@@ -22,7 +22,13 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_timers
 
 from deadpool_megatron.megatron.frozen import Frozen
-from deadpool_megatron.megatron.low_precision import first_module, put_first_module, scaling_state
+from deadpool_megatron.megatron.low_precision import (
+    first_module,
+    put_first_module,
+    register,
+    registered,
+    scaling_state,
+)
 from deadpool_megatron.megatron.optimizer_state import Numbers, members, plain_fields, put_fields
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.sums import cumulative, put_cumulative
@@ -162,6 +168,7 @@ class SmallState:
             must have been made (`UniqueState`).
         run_args: which of ``args`` are state.
         frozen: parameters that are in no generation.
+        scaled: modules with delayed scaling (`prepare_scaling`).
     """
 
     def __init__(
@@ -172,7 +179,9 @@ class SmallState:
         optimizer: Any,
         scheduler: Any,
         frozen: Frozen,
+        scaled: list[tuple[str, Any]],
     ) -> None:
+        self._scaled = scaled
         self._frozen = frozen
         self._args = args
         self._run_args = run_args
@@ -217,6 +226,7 @@ class SmallState:
                 "positions": self.positions,
                 "frozen": self._frozen.expected,
                 "first_module": first_module(),
+                "registered": registered(self._scaled),
                 "interval_s": _interval_s(),
                 "rerun": {name: getattr(get_rerun_state_machine(), name) for name in _RERUN},
             }
@@ -237,7 +247,8 @@ class SmallState:
         for scaler, saved in zip(self._scalers, state["scalers"], strict=True):
             if saved:  # a constant one has nothing to load
                 scaler.load_state_dict({**saved, "scale": scaler.scale.clone()})
-        put_first_module(state.get("first_module"))
+        put_first_module(state["first_module"])
+        register(self._scaled, state["registered"])
         self.logged_before = state["logged_before"]
         self.flops = state["args"]["num_floating_point_operations_so_far"]
         # train() starts it again where it was stopped: what it prints is divided by all iterations of the interval.

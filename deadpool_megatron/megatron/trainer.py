@@ -110,8 +110,8 @@ class MegatronTrainer:
         self._frozen = Frozen(model, config.slice_bytes)
         self._comparison = Comparison(args, run_args.settings, model, optimizer, scheduler)
         run_args.training_begins()
-        prepare_scaling(model, model_config)
-        self.small_state = SmallState(args, run_args, model, optimizer, scheduler, self._frozen)
+        scaled = prepare_scaling(model, model_config)
+        self.small_state = SmallState(args, run_args, model, optimizer, scheduler, self._frozen, scaled)
         self._plan = ShardPlan([*self._unique.items(), *self.small_state.items()], config.slice_bytes)
         self._replays = [_under_rerun(each) for each in _flatten(iterators)]
         self.small_state.positions = [replay.position for replay in self._replays]

@@ -170,9 +170,9 @@ def _supported(run: RunFile) -> None:
     from argparse import Namespace
 
     from deadpool_megatron.compat import UserError
-    from deadpool_megatron.support import check_arguments
+    from deadpool_megatron.support import attribute_of, check_arguments
 
-    values = {flag.replace("-", "_"): value for flag, value in run.megatron.items()}
+    values = {attribute_of(flag): value for flag, value in run.megatron.items()}
     try:
         check_arguments(Namespace(**values))
     except UserError as err:

@@ -19,6 +19,7 @@ from jobs import Job, Jobs, alone, assert_same_training, launch_flags, undisturb
 _TP = "--tensor-model-parallel-size 2 --sequence-parallel"
 _DP = "--overlap-grad-reduce --overlap-param-gather"
 _PP = "--pipeline-model-parallel-size 2"
+_VPP = f"{_PP} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
 _CP = "--context-parallel-size 2"
 _MOE = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --disable-bias-linear"
 _GROUPED = f"{_MOE} --moe-grouped-gemm"
@@ -47,7 +48,7 @@ _CASES = {
 }
 _SLOW_CASES = {
     "pipeline": _PP,
-    "interleaved pipeline": f"{_PP} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1",
+    "interleaved pipeline": _VPP,
     "data parallelism": _DP,
     "context parallelism, p2p": f"{_CP} --cp-comm-type p2p",
     "context parallelism, all-gather": f"{_CP} --cp-comm-type all_gather",
@@ -73,6 +74,8 @@ _SLOW_CASES = {
     "current scaling, first and last layer in BF16": f"{_TP} {_CURRENT} --num-layers 4 --first-last-layers-bf16",
     "delayed scaling, parameters": f"{_DP} {_DELAYED} --fp8-param-gather",
     "delayed scaling, pipeline": f"{_PP} {_DELAYED}",
+    "delayed scaling, interleaved pipeline": f"{_VPP} {_DELAYED}",
+    "delayed scaling, multi-token prediction": f"{_TP} --mtp-num-layers 1 --position-embedding-type rope {_DELAYED}",
     "blockwise scaling": f"{_TP} {_BLOCKWISE}",
     "blockwise scaling, parameters": f"{_DP} {_BLOCKWISE} --fp8-param-gather",
     "mxfp8": f"{_TP} {_MXFP8}",

@@ -40,12 +40,13 @@ def test_an_accepted_command_line_has_a_line_for_each_feature(capsys: pytest.Cap
 
 def test_all_refused_flags_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        main(["check", *LLAMA, "--nccl-ub", "--moe-token-dispatcher-type=flex", "--iterations-to-skip", "3", "4"]) == 1
+        main(["check", *LLAMA, "--use-nccl-ub", "--moe-token-dispatcher-type=flex", "--iterations-to-skip", "3", "4"])
+        == 1
     )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[1].strip() for line in lines] == [
         "--moe-token-dispatcher-type flex",
-        "--nccl-ub",
+        "--use-nccl-ub",
         "--iterations-to-skip [3, 4]",
     ]
 
@@ -92,10 +93,19 @@ def test_a_runs_file_is_judged_and_a_broken_one_named(tmp_path: Path, capsys: py
     capsys.readouterr()
     assert main(["check", "--config", str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err == f"deadpool: {tmp_path}/none.yaml: No such file or directory\n"
-    with pytest.raises(SystemExit) as usage:
-        main(["check"])
-    assert usage.value.code == 2
-    assert "no flags" in capsys.readouterr().err
+    for words, said in ((["check"], "no flags"), (["check", "--yaml-cfg", "a.yaml"], "--yaml-cfg are not read here")):
+        with pytest.raises(SystemExit) as usage:
+            main(words)
+        assert usage.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_flags_that_the_shell_has_kept_together_are_read_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "pretrain_gpt.py", "--lr 1e-4 --use-sharp # not here\n--fp8-recipe custom"]) == 1
+    assert [line.split(":")[1] for line in capsys.readouterr().out.splitlines()] == [
+        " --fp8-recipe custom",
+        " --use-sharp",
+    ]
 
 
 def test_every_evidence_names_a_test_that_uses_the_flag() -> None:

@@ -206,7 +206,7 @@ def test_a_mode_that_is_not_supported_is_refused_by_its_flag(flag: str, name: st
 def test_all_modes_that_are_not_supported_are_named_at_once() -> None:
     from deadpool_megatron.support import check_arguments
 
-    with pytest.raises(UserError, match=r"^--fp8-recipe \(here: custom\), --nccl-ub are not"):
+    with pytest.raises(UserError, match=r"^--fp8-recipe \(here: custom\), --use-nccl-ub are not"):
         check_arguments(argparse.Namespace(fp8_recipe="custom", nccl_ub=True))
 
 
@@ -232,6 +232,10 @@ def test_every_refused_flag_is_one_that_megatron_knows() -> None:
     derived = {"gtp_weight_remat_size", "expert_gtp_weight_remat_size"}  # by Megatron's main, from flags of other names
     unknown = {name for _, name in _unsupported()} - known - older - derived
     assert not unknown
+    parser = training.add_megatron_arguments(argparse.ArgumentParser())
+    by_flag = {flag: action.dest for action in parser._actions for flag in action.option_strings}
+    others = {flag: name for flag, name in _unsupported() if name not in older | derived and by_flag.get(flag) != name}
+    assert others == {}
 
 
 def test_an_agent_is_pinned_where_it_has_a_machine_of_its_own_and_nobody_objects(tmp_path: Path) -> None:

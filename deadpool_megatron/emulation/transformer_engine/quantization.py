@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,9 +68,13 @@ def _bytes(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8)
 
 
+def _garbage(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Memory as a device gives it, with something else in it in each process: nobody may count on padding."""
+    return torch.full(shape, 1 + os.getpid() % 200, dtype=dtype)
+
+
 def _fit(scales: Tensor, values: Tensor) -> None:
-    """``values`` into the corner of the padded ``scales``, zeros around them."""
-    scales.zero_()
+    """``values`` into the corner of the padded ``scales``."""
     scales[: values.shape[0], : values.shape[1]] = values
 
 
@@ -187,7 +192,8 @@ class _Blockwise(_TwoCopies):
 
         def scales(m: int, k: int) -> Tensor:
             blocks = -(-k // BLOCK)
-            return torch.ones((-(-m // BLOCK), ceil_to(blocks, 4)) if two else (blocks, ceil_to(m, 4)))
+            shape = (-(-m // BLOCK), ceil_to(blocks, 4)) if two else (blocks, ceil_to(m, 4))
+            return _garbage(*shape, dtype=torch.float32)
 
         rows, columns = flat(shape)
         row, column = quantizer.rowwise_usage, quantizer.columnwise_usage
@@ -240,11 +246,9 @@ class _Mxfp8(_TwoCopies):
         row, column = quantizer.rowwise_usage, quantizer.columnwise_usage
         return {
             "rowwise_data": _bytes(*shape) if row else None,
-            "rowwise_scale_inv": _bytes(ceil_to(rows, 128), ceil_to(columns // MX_BLOCK, 4)).zero_() if row else None,
+            "rowwise_scale_inv": _garbage(ceil_to(rows, 128), ceil_to(columns // MX_BLOCK, 4)) if row else None,
             "columnwise_data": _bytes(*shape) if column else None,
-            "columnwise_scale_inv": _bytes(ceil_to(rows // MX_BLOCK, 4), ceil_to(columns, 128)).zero_()
-            if column
-            else None,
+            "columnwise_scale_inv": _garbage(ceil_to(rows // MX_BLOCK, 4), ceil_to(columns, 128)) if column else None,
             "fp8_dtype": _type(quantizer),
             "with_gemm_swizzled_scales": quantizer.optimize_for_gemm,
         }
@@ -292,7 +296,7 @@ class _Nvfp4(_TwoCopies):
             raise RuntimeError(f"NVFP4 requires tensor dims that are divisible by {FP4_BLOCK} (got shape={shape})")
 
         def scales(m: int, k: int) -> Tensor:
-            return _bytes(ceil_to(m, 128), ceil_to(k // FP4_BLOCK, 4)).zero_()
+            return _garbage(ceil_to(m, 128), ceil_to(k // FP4_BLOCK, 4))
 
         row, column = quantizer.rowwise_usage, quantizer.columnwise_usage
         return {
