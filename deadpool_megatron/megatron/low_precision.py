@@ -52,6 +52,8 @@ def prepare_scaling(model: list[Any], config: Any) -> list[tuple[str, Any]]:
                     module.init_fp8_metadata(num_gemms=module.num_gemms)
                 elif isinstance(module, te.LayerNormMLP):
                     module.init_fp8_metadata(num_gemms=2)
+                elif isinstance(module, te.DotProductAttention):  # not used without attention in FP8, but reduced
+                    module.init_fp8_metadata(num_gemms=3)
                 else:
                     continue
                 scaled.append((f"{c}.{name}", module))
@@ -62,8 +64,18 @@ def registered(scaled: list[tuple[str, Any]]) -> list[str]:
     """The modules whose amaxes are reduced at the end of each FP8 context, in the order in which they are laid out.
 
     A module is registered at its first forward pass. A spare has done none, and would reduce fewer than the survivors.
+    Raises UserError for one that `prepare_scaling` does not know.
     """
+    state = _global_state()
+    if state is None or not scaled:
+        return []
     places = [(module.fp8_meta[_REDUCED][0], name) for name, module in scaled if module.fp8_meta.get(_REDUCED)]
+    buffers = state.global_amax_buffer
+    if sum(len(amaxes) for key, amaxes in buffers.items() if key.startswith("forward")) != len(places):
+        raise UserError(
+            "a module that is none of Transformer Engine's layers has delayed scaling of FP8, which is not supported "
+            "with --deadpool yet; use another --fp8-recipe"
+        )
     return [name for _, name in sorted(places)]
 
 

@@ -72,6 +72,22 @@ def test_what_a_broken_step_put_aside_is_dropped(manager: Any) -> None:
     assert waiting.empty()
 
 
+def test_the_order_in_which_amaxes_are_reduced_is_known_or_refused(manager: Any) -> None:
+    from deadpool_megatron.compat import UserError
+
+    place = "buffer_index_and_autocast_key"
+    late, early, never = (
+        SimpleNamespace(fp8_meta=meta) for meta in ({place: [1, "k", 1, "k"]}, {place: [0, "k", 0, "k"]}, {})
+    )
+    scaled = [("0.late", late), ("0.early", early), ("0.never", never)]
+    state = getattr(manager, "quantization_state", manager)
+    state.global_amax_buffer = {"forward_k": [1, 2], "backward_k": [1, 2]}
+    assert lp.registered(scaled) == ["0.early", "0.late"]
+    state.global_amax_buffer["forward_k"].append(3)  # of a module that is not among them
+    with pytest.raises(UserError, match="use another --fp8-recipe"):
+        lp.registered(scaled)
+
+
 def test_without_transformer_engine_there_is_nothing_to_do() -> None:
     assert "transformer_engine.pytorch" not in sys.modules
     assert lp.first_module() is None
