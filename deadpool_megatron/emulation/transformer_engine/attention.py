@@ -120,6 +120,14 @@ class _Attention:
         return (torch.rand(tuple(shape), generator=generator) >= self.dropout).float() / (1 - self.dropout)
 
 
+def _attention(
+    layout: IntEnum, queries: tuple[Tensor, Tensor | None], keys: tuple[Tensor, Tensor | None], **said: Any
+) -> _Attention:
+    """Of a call: ``queries`` and ``keys`` are the cumulated lengths of sequences, without and with padding."""
+    of_queries, of_keys = _formats(layout)
+    return _Attention(_Side(of_queries, _bounds(*queries)), _Side(of_keys, _bounds(*keys)), **said)
+
+
 def _widened(x: Tensor, q: Tensor) -> Tensor:
     """The heads of keys or values as often as query heads share them."""
     return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
@@ -174,15 +182,15 @@ def fused_attn_fwd(
 ) -> list[Tensor]:
     """[output, log-sum-exp (b, h, s, 1) or (t, h, 1), random state]."""
     _refuse_unlike(bias_type, softmax_type, s_quantizer, o_quantizer, return_max_logit)
-    of_queries, of_keys = _formats(qkv_layout)
-    call = _Attention(
-        _Side(of_queries, _bounds(cu_seqlens_q, cu_seqlens_q_padded)),
-        _Side(of_keys, _bounds(cu_seqlens_kv, cu_seqlens_kv_padded)),
-        attn_mask_type.name,
-        window_size,
-        bottom_right_diagonal,
-        attn_scale,
-        p_dropout if is_training else 0.0,
+    call = _attention(
+        qkv_layout,
+        (cu_seqlens_q, cu_seqlens_q_padded),
+        (cu_seqlens_kv, cu_seqlens_kv_padded),
+        mask=attn_mask_type.name,
+        window=window_size,
+        bottom_right=bottom_right_diagonal,
+        scale=attn_scale,
+        dropout=p_dropout if is_training else 0.0,
     )
     # At every call, with dropout or without: on a device the generator's offset moves with each.
     state = torch.stack((torch.randint(0, 2**62, (), generator=rng_gen), torch.zeros((), dtype=torch.int64)))
@@ -196,7 +204,7 @@ def fused_attn_fwd(
         stats.append(lse)
     to = _Side(int(o_format), call.queries.bounds)
     out = to.join(outs, (*Q.shape[:-1], V.shape[-1]), fake_dtype)
-    if of_queries != _THD:
+    if call.queries.format != _THD:
         return [out, stats[0].contiguous(), state]
     return [out, call.queries.join(stats, (*Q.shape[:-1], 1), torch.float32), state]
 
@@ -238,18 +246,18 @@ def fused_attn_bwd(
 ) -> list[Tensor | None]:
     """[dQ, dK, dV, no gradient of a bias, none of a softmax offset]; ``aux``: log-sum-exp and random state."""
     _refuse_unlike(bias_type, softmax_type, s_quantizer, dp_quantizer, dqkv_quantizer)
-    of_queries, of_keys = _formats(qkv_layout)
-    call = _Attention(
-        _Side(of_queries, _bounds(cu_seqlens_q, cu_seqlens_q_padded)),
-        _Side(of_keys, _bounds(cu_seqlens_kv, cu_seqlens_kv_padded)),
-        attn_mask_type.name,
-        window_size,
-        bottom_right_diagonal,
-        attn_scale,
-        p_dropout,
+    call = _attention(
+        qkv_layout,
+        (cu_seqlens_q, cu_seqlens_q_padded),
+        (cu_seqlens_kv, cu_seqlens_kv_padded),
+        mask=attn_mask_type.name,
+        window=window_size,
+        bottom_right=bottom_right_diagonal,
+        scale=attn_scale,
+        dropout=p_dropout,
     )
     bounds = call.queries.bounds
-    stats = call.queries.split(aux[0]) if of_queries == _THD else [aux[0].float()]
+    stats = call.queries.split(aux[0]) if call.queries.format == _THD else [aux[0].float()]
     parts = zip(
         call.queries.split(Q),
         call.keys.split(K),

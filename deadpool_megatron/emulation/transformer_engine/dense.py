@@ -156,6 +156,19 @@ def _weight(weight: Tensor, zero_centered: bool) -> Tensor:
     return weight + 1 if zero_centered else weight
 
 
+def _norm_backward(
+    dz: Tensor, x: Tensor, rsigma: Tensor, gamma: Tensor, zero_centered: bool, centered: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the input, in float32, and of gamma; ``centered``: the mean of ``x`` has been taken off."""
+    dy = matrix(dz)
+    hat = x * rsigma[:, None]
+    dg = dy * _weight(gamma, zero_centered)
+    dx = dg - hat * (dg * hat).mean(1, keepdim=True)
+    if centered:
+        dx = dx - dg.mean(1, keepdim=True)
+    return dx * rsigma[:, None], (dy * hat).sum(0).to(gamma.dtype)
+
+
 @kernel
 def layernorm_fwd(
     input: Tensor,
@@ -182,11 +195,8 @@ def layernorm_bwd(
     dz: Tensor, x: Tensor, mu: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin: int, zero_centered_gamma: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input, of gamma and of beta."""
-    dy = matrix(dz)
-    hat = (matrix(x) - mu[:, None]) * rsigma[:, None]
-    dg = dy * _weight(gamma, zero_centered_gamma)
-    dx = (dg - dg.mean(1, keepdim=True) - hat * (dg * hat).mean(1, keepdim=True)) * rsigma[:, None]
-    return dx.to(x.dtype).reshape(x.shape), (dy * hat).sum(0).to(gamma.dtype), dy.sum(0).to(gamma.dtype)
+    dx, dgamma = _norm_backward(dz, matrix(x) - mu[:, None], rsigma, gamma, zero_centered_gamma, centered=True)
+    return dx.to(x.dtype).reshape(x.shape), dgamma, matrix(dz).sum(0).to(gamma.dtype)
 
 
 @kernel
@@ -206,22 +216,12 @@ def rmsnorm_fwd(
     return finish(y.to(TORCH_TYPES[int(otype)]).reshape(input.shape), quantizer, out), None, rstd
 
 
-def _rmsnorm_backward(
-    dz: Tensor, x: Tensor, rsigma: Tensor, gamma: Tensor, zero_centered_gamma: bool
-) -> tuple[Tensor, Tensor]:
-    dy = matrix(dz)
-    hat = matrix(x) * rsigma[:, None]
-    dg = dy * _weight(gamma, zero_centered_gamma)
-    dx = (dg - hat * (dg * hat).mean(1, keepdim=True)) * rsigma[:, None]
-    return dx, (dy * hat).sum(0).to(gamma.dtype)
-
-
 @kernel
 def rmsnorm_bwd(
     dz: Tensor, x: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin: int, zero_centered_gamma: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the input and of gamma."""
-    dx, dgamma = _rmsnorm_backward(dz, x, rsigma, gamma, zero_centered_gamma)
+    dx, dgamma = _norm_backward(dz, matrix(x), rsigma, gamma, zero_centered_gamma)
     return dx.to(x.dtype).reshape(x.shape), dgamma
 
 
@@ -236,7 +236,7 @@ def rmsnorm_bwd_add(
     zero_centered_gamma: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `rmsnorm_bwd`, with the gradient ``add`` of a residual branch added to the input's."""
-    dx, dgamma = _rmsnorm_backward(dz, x, rsigma, gamma, zero_centered_gamma)
+    dx, dgamma = _norm_backward(dz, matrix(x), rsigma, gamma, zero_centered_gamma)
     return (dx + matrix(add)).to(x.dtype).reshape(x.shape), dgamma
 
 
