@@ -6,11 +6,11 @@ import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from deadpool_megatron.emulation.transformer_engine import attention, dense, experts, optimizer, quantization
+from deadpool_megatron.emulation.transformer_engine import attention, dense, experts, optimizer, quantization, scales
 from deadpool_megatron.emulation.transformer_engine import enums as _enums
 from deadpool_megatron.emulation.transformer_engine.kernels import KERNELS
 
-_KERNEL_MODULES = (attention, dense, experts, optimizer, quantization)
+_KERNEL_MODULES = (attention, dense, experts, optimizer, quantization, scales)
 
 globals().update({name: value for name, value in vars(_enums).items() if name[0].isupper()})
 globals().update(KERNELS)
