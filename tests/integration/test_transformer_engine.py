@@ -35,7 +35,7 @@ _LOCAL = "--transformer-impl local --no-persist-layer-norm"
 _LLAMA = "--position-embedding-type rope --group-query-attention --num-query-groups 2 --swiglu --normalization RMSNorm"
 _MLA = (
     "--multi-latent-attention --q-lora-rank 32 --kv-lora-rank 32 --qk-head-dim 16 --qk-pos-emb-head-dim 16 "
-    "--v-head-dim 16 --position-embedding-type rope --no-rope-fusion"  # a Triton kernel of Megatron's own
+    "--v-head-dim 16 --position-embedding-type rope"
 )
 
 # In the gate: one of each kind. The others are slow only for being many.
@@ -80,6 +80,8 @@ _SLOW_CASES = {
     "blockwise scaling, parameters": f"{_DP} {_BLOCKWISE} --fp8-param-gather",
     "mxfp8": f"{_TP} {_MXFP8}",
     "mxfp8, experts": f"{_TP} {_GROUPED} {_EP} {_MXFP8}",
+    "mxfp8, experts, padded routing": f"{_TP} {_GROUPED} {_EP} {_MXFP8} --moe-permute-fusion "
+    "--moe-router-padding-for-quantization",
     "mxfp8 parameters, sequence parallelism": f"{_TP} {_MXFP8_PARAMETERS} {_DP}",
     "mxfp8 parameters without overlap": _MXFP8_PARAMETERS,
     "nvfp4": f"{_TP} {_NVFP4}",
