@@ -9,6 +9,7 @@ import enum
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from deadpool_megatron.compat import UserError
@@ -167,6 +168,53 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
         "its operations are made at their first use, with scales of FP8 that nobody else sees",
     ),
     ("--optimizer-cpu-offload", "optimizer_cpu_offload", bool, "state on the host and on the device by turns"),
+    (
+        "--qk-clip",
+        "qk_clip",
+        bool,
+        "it scales 16-bit and main parameters apart, so that what follows from the main ones is rounded otherwise",
+    ),
+    (
+        "--cpu-offloading-num-layers",
+        "cpu_offloading_num_layers",
+        bool,
+        "a broken iteration leaves Transformer Engine's offloading half-done",
+    ),
+    ("--moe-paged-stash", "moe_paged_stash", bool, "never run: its schedule is recorded in the first iterations"),
+    (
+        "--hybrid-context-parallel",
+        "hybrid_context_parallel",
+        bool,
+        "its loader keeps samples that no position tells of",
+    ),
+    ("--logits-load-dir", "logits_load_dir", bool, "the teacher's logits are read at a position of their own"),
+    ("--logits-save-dir", "logits_save_dir", bool, "logits of a repeated iteration would be saved twice"),
+    (
+        "--moe-use-upcycling",
+        "moe_use_upcycling",
+        bool,
+        "a spare would convert the checkpoint again: convert in a run of its own, without --deadpool",
+    ),
+    (
+        "--te-precision-config-file",
+        "te_precision_config_file",
+        bool,
+        "modules may have a recipe of their own, with scales that nobody else sees",
+    ),
+    (
+        "--use-kitchen-attention",
+        "use_kitchen_attention",
+        bool,
+        "its quantizers may have state that nobody else knows of",
+    ),
+    (
+        "--pipeline-model-parallel-comm-backend",
+        "pipeline_model_parallel_comm_backend",
+        _other_than("nccl"),
+        "only communicators of NCCL and Gloo are aborted and re-formed",
+    ),
+    ("--use-ring-exchange-p2p", "use_ring_exchange_p2p", bool, "it goes past the communicators that are aborted"),
+    ("--symmetric-ar-type", "symmetric_ar_type", bool, "symmetric memory is a communicator of its own"),
     ("--fp8-recipe", "fp8_recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
     ("--fp4-recipe", "fp4_recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
     ("--fp4-param-gather", "fp4_param_gather", bool, "never run: the emulation lacks its kernels"),
@@ -234,6 +282,10 @@ _UNSUPPORTED_SETTINGS: Final[tuple[tuple[str, str], ...]] = (
 )
 
 
+# Begins the part of judged.txt that names flags of Megatron for the record only.
+UNJUDGED: Final = "# Nobody has looked at these yet."
+
+
 def used(values: Mapping[str, Any]) -> list[Feature]:
     """The features that values of Megatron's ``args``, by attribute, select; in the order of the table."""
     return [
@@ -298,6 +350,21 @@ def check_arguments(args: Namespace) -> None:
 
 def _here(value: object) -> str:
     return "" if value is True else f" (here: {value})"
+
+
+def not_looked_at(words: Iterable[str]) -> list[str]:
+    """The flags of a command line of which nobody has judged what a recovery must do about them; of a script of one's
+    own, or of Megatron."""
+    text, _, _ = (Path(__file__).with_name("judged.txt")).read_text().partition(UNJUDGED)
+    judged = {word for line in text.splitlines() if not line.startswith("#") for word in line.split()}
+    prefixes = tuple(word[:-1] for word in judged if word.endswith("*"))
+    known = {each.attribute for each in FEATURES}
+    flags = dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--"))
+    return [
+        flag
+        for flag in flags
+        if flag not in judged and not flag.startswith(("--deadpool", *prefixes)) and attribute_of(flag) not in known
+    ]
 
 
 def not_on_a_gpu(values: Mapping[str, Any]) -> list[str]:

@@ -53,5 +53,7 @@ def run_check(arguments: Sequence[str]) -> int:
     width = max((len(each.name) for each in features), default=0)
     for each in features:
         print(f"{each.name:<{width}}  {each.evidence}: {each.because}")
+    for flag in support.not_looked_at(flags):
+        print(f"{flag}: nobody has looked at what a lost node does to it")
     print(f"accepted: {len(features)} features that a swap must carry")
     return 0

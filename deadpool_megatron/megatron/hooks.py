@@ -30,6 +30,7 @@ import argparse
 import functools
 import inspect
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -57,7 +58,7 @@ from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
-from deadpool_megatron.support import check_arguments, check_environment, not_on_a_gpu
+from deadpool_megatron.support import check_arguments, check_environment, not_looked_at, not_on_a_gpu
 from deadpool_megatron.vault import VaultError
 
 _OWN_ERROR_S = 0.5  # from an error of this rank's own until it is told, in case the epoch's end comes with it
@@ -173,8 +174,11 @@ class Hooks:
         result = original(*args, **kwargs)
         self._run_args = RunArgs(get_args())
         unproven = not_on_a_gpu(vars(get_args()))
-        if unproven and not self.standby and torch.distributed.get_rank() == 0:
-            print(f"deadpool: not run on a GPU yet: {', '.join(unproven)}; see deadpool check", flush=True)
+        if not self.standby and torch.distributed.get_rank() == 0:
+            if unproven:
+                print(f"deadpool: not run on a GPU yet: {', '.join(unproven)}; see deadpool check", flush=True)
+            if flags := not_looked_at(sys.argv[1:]):
+                print(f"deadpool: nobody has looked at what a lost node does to {', '.join(flags)}", flush=True)
         if self.standby and self.communicators.table_digest() == self._groups:
             # All groups of the job are there: they can form while the model is built and the lost shard comes.
             self.session.stand_by(torch.distributed.get_rank())

@@ -60,7 +60,7 @@ def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
         # train() wraps it again where it wraps it at all.
         with contextlib.suppress(KeyError):
             del one.__dict__["step"]
-    clear_sums(model)
+    clear_sums()
     forget_broken_step(model)
     for chunk in model:
         for group in _bucket_groups(chunk):

@@ -29,7 +29,7 @@ def _entries(module: str, name: str) -> dict[str, Any]:
     return found
 
 
-def clear_sums(model: list[Any]) -> None:
+def clear_sums() -> None:
     """Take back what a broken step has added to sums of its iteration."""
     for holder in _HOLDERS:
         for name, entry in _entries(*holder).items():
@@ -40,9 +40,6 @@ def clear_sums(model: list[Any]) -> None:
     if stats is not None:  # of packed sequences
         stats.zero_()
         training._seqlen_stats_active = False
-    for module in (module for chunk in model for module in chunk.modules()):
-        if getattr(module, "current_max_attn_logits", None) is not None:  # for QK clipping
-            module.current_max_attn_logits = None
 
 
 def cumulative() -> dict[str, torch.Tensor]:

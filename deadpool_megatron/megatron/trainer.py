@@ -22,6 +22,7 @@ from deadpool_megatron.cluster.agent.pulse import PulsePage
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.config import DeadpoolConfig
+from deadpool_megatron.megatron.at_rest import AtRest
 from deadpool_megatron.megatron.comparison import Comparison, Difference, Unequal
 from deadpool_megatron.megatron.description import describe_layout
 from deadpool_megatron.megatron.faults import strike
@@ -106,6 +107,7 @@ class MegatronTrainer:
             args.log_interval,
             args.deadpool_first_iteration,
         )
+        self._at_rest = AtRest(model)
         self._unique = UniqueState(optimizer)
         self._frozen = Frozen(model, config.slice_bytes)
         self._comparison = Comparison(args, run_args.settings, model, optimizer, scheduler)
@@ -241,6 +243,7 @@ class MegatronTrainer:
         every = self._config.check_replicas
         if every and iteration % every == 0 and iteration > self._args.deadpool_first_iteration:
             self._look_at_replicas(iteration)
+        self._at_rest.keep()
         self.small_state.positions = [replay.position for replay in self._replays]
         self._small = self.small_state.capture(iteration)
         self._small_generation = iteration
@@ -437,7 +440,8 @@ class MegatronTrainer:
     # ---- recovery.Trainer
 
     def let_go(self) -> None:
-        """Drop the graph of an iteration."""
+        """Drop what modules have half-done and the graph of an iteration. In this order: attributes may be graphs."""
+        self._at_rest.restore()
         drop_graphs()
 
     def unwind(self) -> None:

@@ -119,6 +119,33 @@ def test_a_run_from_which_both_nodes_are_lost_ends_as_the_undisturbed_one(name: 
     _assert_copies_no_more_than_the_arithmetic_says(want)
 
 
+# Passes at which a node is lost, so that the other one breaks off where its modules are half-way through something.
+_HALFWAY = {
+    "overlapped shared experts": (
+        f"{_GROUPED} {_EP} --moe-shared-expert-intermediate-size 64 --moe-shared-expert-overlap",
+        3,
+    ),
+    "deferred gradient of the embedding": (
+        f"{_PP} --defer-embedding-wgrad-compute --wgrad-deferral-limit 2 --untie-embeddings-and-output-weights",
+        6,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", _HALFWAY)
+def test_what_a_module_was_in_the_middle_of_is_taken_back(name: str, jobs: Jobs) -> None:
+    given, tick = _HALFWAY[name]
+    flags = default_gpt(*given.split(), iters=6)
+    want = undisturbed(launch_flags(2, 0, 1), flags)
+    job = jobs.start(name.replace(" ", "-"), launch_flags(4, 2, 1), flags, held=True)
+    job.arm((1, 2, tick), (0, 4, tick))
+    job.finished()
+    assert [event["lost"] for event in job.events("declared")] == [[1], [0]]
+    assert_same_training(job, want, 6, rank=1, mute=frozenset({1, 3}))
+
+
 def _assert_copies_no_more_than_the_arithmetic_says(job: Job) -> None:
     text = "".join(path.read_text() for path in (job.run_dir / LOGS).glob("rank-*.log"))
     counts = [(int(a.replace(",", "")), int(b.replace(",", ""))) for a, b in _COPIES.findall(text)]
