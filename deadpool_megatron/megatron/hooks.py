@@ -454,8 +454,10 @@ class Hooks:
             points.reach("evaluation.before")
             for replay in others:
                 replay.rewind(iteration)
+            trainer.at_rest.begin()
             with trainer.once.quiet_if(trainer.once.done("evaluation", iteration)):
                 result = original(*bound.args, **bound.kwargs)
+            trainer.at_rest.end()
             trainer.once.tell("evaluation", iteration)
             points.reach("evaluation.after")
             return result

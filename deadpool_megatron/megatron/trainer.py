@@ -107,7 +107,7 @@ class MegatronTrainer:
             args.log_interval,
             args.deadpool_first_iteration,
         )
-        self._at_rest = AtRest(model)
+        self.at_rest = AtRest(model)
         self._unique = UniqueState(optimizer)
         self._frozen = Frozen(model, config.slice_bytes)
         self._comparison = Comparison(args, run_args.settings, model, optimizer, scheduler)
@@ -243,7 +243,7 @@ class MegatronTrainer:
         every = self._config.check_replicas
         if every and iteration % every == 0 and iteration > self._args.deadpool_first_iteration:
             self._look_at_replicas(iteration)
-        self._at_rest.keep()
+        self.at_rest.begin()
         self.small_state.positions = [replay.position for replay in self._replays]
         self._small = self.small_state.capture(iteration)
         self._small_generation = iteration
@@ -355,6 +355,7 @@ class MegatronTrainer:
     def end(self, iteration: int, loss: dict[str, Any], grad_norm: float | None, seconds: float) -> None:
         """Iteration ``iteration`` is over on this rank; tell about it if this rank knows the loss."""
         points.reach("iteration.after")
+        self.at_rest.end()
         self._page.leave()
         self._mark("end")
         self.check()
@@ -441,7 +442,7 @@ class MegatronTrainer:
 
     def let_go(self) -> None:
         """Drop what modules have half-done and the graph of an iteration. In this order: attributes may be graphs."""
-        self._at_rest.restore()
+        self.at_rest.restore()
         drop_graphs()
 
     def unwind(self) -> None:

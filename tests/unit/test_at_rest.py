@@ -35,7 +35,7 @@ class Layer(nn.Module):
 def begun() -> tuple[Layer, AtRest]:
     layer = Layer()
     at_rest = AtRest([SimpleNamespace(module=nn.Sequential(layer))])
-    at_rest.keep()
+    at_rest.begin()
     return layer, at_rest
 
 
@@ -66,8 +66,15 @@ def test_parameters_hooks_tensors_and_objects_stay_as_they_are() -> None:
     assert len(layer.inner._forward_hooks) == 1 and layer.late.item() == 1 and layer.learned == ["before", "now"]
 
 
-def test_without_an_iteration_nothing_changes() -> None:
-    layer = Layer()
+def test_what_changes_outside_of_an_iteration_stays() -> None:
+    layer, at_rest = begun()
+    at_rest.end()
     layer.count = 9
-    AtRest([SimpleNamespace(module=layer)]).restore()
+    at_rest.restore()
     assert layer.count == 9
+    at_rest.begin()
+    layer.count = 10
+    at_rest.restore()
+    layer.count = 11  # by the recovery itself
+    at_rest.restore()
+    assert layer.count == 11
