@@ -355,7 +355,7 @@ def _here(value: object) -> str:
 def not_looked_at(words: Iterable[str]) -> list[str]:
     """The flags of a command line of which nobody has judged what a recovery must do about them; of a script of one's
     own, or of Megatron."""
-    text, _, _ = (Path(__file__).with_name("judged.txt")).read_text().partition(UNJUDGED)
+    text, _, _ = Path(__file__).with_name("judged.txt").read_text().partition(UNJUDGED)
     judged = {word for line in text.splitlines() if not line.startswith("#") for word in line.split()}
     prefixes = tuple(word[:-1] for word in judged if word.endswith("*"))
     known = {each.attribute for each in FEATURES}

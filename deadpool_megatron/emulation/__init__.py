@@ -88,21 +88,10 @@ def install(*, force: bool = False) -> None:
         device,
         graphs,
         megatron,
-        megatron_kernels,
         tensors,
         transformer_engine,
     )
 
-    for part in (
-        device,
-        tensors,
-        collectives,
-        children,
-        graphs,
-        megatron,
-        megatron_kernels,
-        apex,
-        transformer_engine,
-    ):
+    for part in (device, tensors, collectives, children, graphs, megatron, apex, transformer_engine):
         part.install()
     _installed = True

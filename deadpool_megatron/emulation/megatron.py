@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import Any
 
-from deadpool_megatron.emulation import graphs
+from deadpool_megatron.emulation import graphs, megatron_kernels
 from deadpool_megatron.emulation.importing import after_import
 
 
@@ -29,9 +29,20 @@ def _captures_layers(module: Any) -> None:
     record.create_cudagraphs = classmethod(create_cudagraphs)
 
 
+def _rotates(module: Any) -> None:
+    module.fused_apply_mla_rope_for_q = megatron_kernels.fused_apply_mla_rope_for_q
+    module.fused_apply_mla_rope_for_kv = megatron_kernels.fused_apply_mla_rope_for_kv
+
+
+def _pads(module: Any) -> None:
+    module.fused_pad_routing_map = megatron_kernels.fused_pad_routing_map
+
+
 def install() -> None:
     """Register the changes; modules that are imported already are changed at once."""
     after_import("megatron.core.datasets.utils", _without_helpers)
     after_import("megatron.core.transformer.cuda_graphs", _captures_layers)
+    after_import("megatron.core.fusions.fused_mla_yarn_rope_apply", _rotates)
+    after_import("megatron.core.fusions.fused_pad_routing_map", _pads)
     # It warns at every fork of the tracker that device and CPU generator are one; here they are, by design.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

@@ -5,26 +5,20 @@ Sources: megatron/core/fusions/fused_mla_yarn_rope_apply.py, fused_pad_routing_m
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from deadpool_megatron.emulation.importing import after_import
+from deadpool_megatron.emulation.transformer_engine.attention import thd_get_partitioned_indices
 
 
 def _rows(table: Tensor, cu_seqlens: Tensor | None, length: int, cp_rank: int, cp_size: int) -> Tensor:
-    """The rows of (max length, 1, 1, width) that belong to the tokens, with the tokens' dimensions: one or two.
-
-    Of packed sequences, a rank of context parallelism has two chunks of each.
-    """
+    """The rows of (max length, 1, 1, width) that belong to the tokens, with the tokens' dimensions: one or two."""
     if cu_seqlens is None:
         return table[:length].float()
-    places = []
-    for size in cu_seqlens.diff().tolist():
-        chunks = torch.arange(size).chunk(2 * cp_size)
-        places += [torch.arange(size)] if cp_size == 1 else [chunks[cp_rank], chunks[-1 - cp_rank]]
-    return table[torch.cat(places)].float().squeeze(1)
+    places = torch.cat([torch.arange(size) for size in cu_seqlens.diff().tolist()])
+    if cp_size > 1:
+        places = places[thd_get_partitioned_indices(cu_seqlens, len(places), cp_size, cp_rank)]
+    return table[places].float().squeeze(1)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -74,19 +68,4 @@ def fused_pad_routing_map(routing_map: Tensor, pad_multiple: int) -> Tensor:
     """(tokens, experts) of 0 and 1, with the first zeros of each expert set until its sum is a multiple."""
     flags = routing_map.bool()
     missing = -flags.sum(0) % pad_multiple
-    return (flags | (~flags & ((~flags).cumsum(0) <= missing))).int()
-
-
-def _rope(module: Any) -> None:
-    module.fused_apply_mla_rope_for_q = fused_apply_mla_rope_for_q
-    module.fused_apply_mla_rope_for_kv = fused_apply_mla_rope_for_kv
-
-
-def _padding(module: Any) -> None:
-    module.fused_pad_routing_map = fused_pad_routing_map
-
-
-def install() -> None:
-    """Register the replacements for when Megatron's modules are imported."""
-    after_import("megatron.core.fusions.fused_mla_yarn_rope_apply", _rope)
-    after_import("megatron.core.fusions.fused_pad_routing_map", _padding)
+    return (flags | ((~flags).cumsum(0) <= missing)).int()

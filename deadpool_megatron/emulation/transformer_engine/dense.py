@@ -157,10 +157,9 @@ def _weight(weight: Tensor, zero_centered: bool) -> Tensor:
 
 
 def _norm_backward(
-    dz: Tensor, x: Tensor, rsigma: Tensor, gamma: Tensor, zero_centered: bool, centered: bool = False
+    dy: Tensor, x: Tensor, rsigma: Tensor, gamma: Tensor, zero_centered: bool, centered: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the input, in float32, and of gamma; ``centered``: the mean of ``x`` has been taken off."""
-    dy = matrix(dz)
     hat = x * rsigma[:, None]
     dg = dy * _weight(gamma, zero_centered)
     dx = dg - hat * (dg * hat).mean(1, keepdim=True)
@@ -195,8 +194,9 @@ def layernorm_bwd(
     dz: Tensor, x: Tensor, mu: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin: int, zero_centered_gamma: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input, of gamma and of beta."""
-    dx, dgamma = _norm_backward(dz, matrix(x) - mu[:, None], rsigma, gamma, zero_centered_gamma, centered=True)
-    return dx.to(x.dtype).reshape(x.shape), dgamma, matrix(dz).sum(0).to(gamma.dtype)
+    dy = matrix(dz)
+    dx, dgamma = _norm_backward(dy, matrix(x) - mu[:, None], rsigma, gamma, zero_centered_gamma, centered=True)
+    return dx.to(x.dtype).reshape(x.shape), dgamma, dy.sum(0).to(gamma.dtype)
 
 
 @kernel
@@ -221,7 +221,7 @@ def rmsnorm_bwd(
     dz: Tensor, x: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin: int, zero_centered_gamma: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the input and of gamma."""
-    dx, dgamma = _norm_backward(dz, matrix(x), rsigma, gamma, zero_centered_gamma)
+    dx, dgamma = _norm_backward(matrix(dz), matrix(x), rsigma, gamma, zero_centered_gamma)
     return dx.to(x.dtype).reshape(x.shape), dgamma
 
 
@@ -236,7 +236,7 @@ def rmsnorm_bwd_add(
     zero_centered_gamma: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `rmsnorm_bwd`, with the gradient ``add`` of a residual branch added to the input's."""
-    dx, dgamma = _norm_backward(dz, matrix(x), rsigma, gamma, zero_centered_gamma)
+    dx, dgamma = _norm_backward(matrix(dz), matrix(x), rsigma, gamma, zero_centered_gamma)
     return (dx + matrix(add)).to(x.dtype).reshape(x.shape), dgamma
 
 
