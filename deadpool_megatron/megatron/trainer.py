@@ -225,6 +225,12 @@ class MegatronTrainer:
         while self._writer.kept is None and time.monotonic() < end:
             self.check()
             time.sleep(0.005)
+        if self._writer.kept is None:
+            print(
+                f"deadpool: rank {self.rank} begins unprotected: generation {iteration} is not committed after "
+                f"{deadline_s:g} s; a node lost before the first commit ends the job (`deadpool status` has the reason)",
+                flush=True,
+            )
 
     # ---- the training step
 
