@@ -46,7 +46,7 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: argparse.Namespace) -> list[tuple[str, int, bool, int]]:
-    """(mode, interval, warm, which of these) of every restart, the cold ones with the first of both. Raises ValueError."""
+    """(mode, interval, warm, which of these) of every restart; the cold ones with the first of both. ValueError."""
     modes = [m for m in options.modes.split(",") if m]
     if any(m not in ("sync", "async") for m in modes):
         raise ValueError(f"--modes {options.modes}: of sync and async")
