@@ -49,6 +49,8 @@ class Feature:
 
 # Attributes that follow from others and from how many processes a node has.
 FLEX_ACROSS_NODES: Final = "flex_across_nodes"
+FLEX_IN_GRAPHS: Final = "flex_in_graphs"
+DERIVED: Final = (FLEX_ACROSS_NODES, FLEX_IN_GRAPHS)
 PROCESSES_PER_NODE: Final = 8  # where nobody says it
 
 
@@ -58,7 +60,7 @@ def _above_one(value: object) -> bool:
 
 def _is(*wanted: object) -> Callable[[Any], bool]:
     """The value, or one of several that a flag has, is among these."""
-    return lambda value: bool({*(value if isinstance(value, list) else [value])} & {*wanted})
+    return lambda value: bool({*_listed(value)} & {*wanted})
 
 
 def _other_than(*known: object) -> Callable[[Any], bool]:
@@ -168,6 +170,13 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
         bool,
         "where experts (expert tensor x expert parallel size) span nodes: nothing aborts a kernel of DeepEP or "
         "HybridEP that waits for a lost node",
+    ),
+    (
+        "--cuda-graph-impl",
+        FLEX_IN_GRAPHS,
+        bool,
+        "with a flex dispatcher inside of the graphs (whole iterations, or --cuda-graph-scope with moe or none): a graph "
+        "lets nobody meet before it launches their kernels",
     ),
     (
         "--moe-flex-dispatcher-backend",
@@ -300,8 +309,8 @@ _UNSUPPORTED_SETTINGS: Final[tuple[tuple[str, str], ...]] = (
 UNJUDGED: Final = "# Nobody has looked at these yet."
 
 
-def _across_nodes(values: Mapping[str, Any], processes: int) -> dict[str, bool]:
-    """What of these values goes beyond a node of so many processes. Upstream's order of ranks has the tensor-parallel
+def _derived(values: Mapping[str, Any], processes: int) -> dict[str, bool]:
+    """What follows from these values, on nodes of so many processes. Upstream's order of ranks has the tensor-parallel
     ones of an expert side by side, then the expert-parallel ones, and such groups one after the other."""
 
     def size(*names: str) -> int:
@@ -309,13 +318,25 @@ def _across_nodes(values: Mapping[str, Any], processes: int) -> dict[str, bool]:
 
     experts = size("expert_model_parallel_size")
     experts *= size("expert_tensor_parallel_size", "tensor_model_parallel_size")
-    return {FLEX_ACROSS_NODES: values.get("moe_token_dispatcher_type") == "flex" and processes % experts != 0}
+    flex = values.get("moe_token_dispatcher_type") == "flex"
+    graphs, parts = values.get("cuda_graph_impl"), values.get("cuda_graph_scope") or ["moe"]  # none named: whole layers
+    in_graphs = graphs not in (None, "none") and (graphs == "full_iteration" or "moe" in map(_name, _listed(parts)))
+    return {FLEX_ACROSS_NODES: flex and processes % experts != 0, FLEX_IN_GRAPHS: flex and in_graphs}
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _name(member: Any) -> Any:
+    """Of a member of an enumeration of Megatron's, or the word itself."""
+    return getattr(member, "name", member)
 
 
 def used(values: Mapping[str, Any], processes: int = PROCESSES_PER_NODE) -> list[Feature]:
     """The features that values of Megatron's ``args``, by attribute, select on nodes of so many processes; in the order
     of the table."""
-    values = _across_nodes(values, processes) | dict(values)
+    values = _derived(values, processes) | dict(values)
     return [
         each
         for each in FEATURES

@@ -147,6 +147,17 @@ def test_what_nothing_aborts_has_to_stay_inside_of_a_node(
     assert accepted or (len(refused) == 1 and "span nodes" in refused[0])
 
 
+def test_kernels_that_hosts_meet_for_are_in_no_graph() -> None:
+    def refused(*flags: str) -> bool:
+        values = parse([*FLEX, "--expert-model-parallel-size", "2", *flags])
+        return support.FLEX_IN_GRAPHS in {each.attribute for each in used(values)}
+
+    assert refused("--cuda-graph-impl", "full_iteration")
+    assert refused("--cuda-graph-impl", "local") and refused("--cuda-graph-impl", "local", "--cuda-graph-scope", "moe")
+    assert not refused() and not refused("--cuda-graph-impl", "none")
+    assert not refused("--cuda-graph-impl", "transformer_engine", "--cuda-graph-scope", "attn", "moe_router")
+
+
 def test_a_runs_file_knows_how_big_its_nodes_are() -> None:
     file = str(ROOT / "configs" / "65b_a100_128x4.yaml")
     flags = ["--moe-token-dispatcher-type", "flex", "--num-experts", "8", "--expert-tensor-parallel-size", "1"]

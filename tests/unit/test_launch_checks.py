@@ -230,13 +230,13 @@ def test_process_groups_of_another_kind_are_refused_by_the_variable_that_selects
 def test_every_refused_flag_is_one_that_megatron_knows() -> None:
     """A misspelt attribute would never refuse anything."""
     training = pytest.importorskip("megatron.training.arguments")
-    from deadpool_megatron.support import FLEX_ACROSS_NODES
+    from deadpool_megatron.support import DERIVED
 
     known = {action.dest for action in training.add_megatron_arguments(argparse.ArgumentParser())._actions}
     # Flags of other releases are kept; they must at least be spelt like flags.
     older = {"enable_cuda_graph", "external_cuda_graph"}
     derived = {"gtp_weight_remat_size", "expert_gtp_weight_remat_size"}  # by Megatron's main, from flags of other names
-    derived |= {FLEX_ACROSS_NODES}  # by us
+    derived |= {*DERIVED}  # by us
     unknown = {name for _, name in _unsupported()} - known - older - derived
     assert not unknown
     parser = training.add_megatron_arguments(argparse.ArgumentParser())
