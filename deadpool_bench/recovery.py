@@ -20,7 +20,7 @@ from typing import Any
 
 from deadpool_bench.baselines.torchft_kills import SETTINGS, Outage, check_torchft, outage, show_outages
 from deadpool_bench.kills import Recovery, medians, recoveries, say, spread
-from deadpool_bench.restarts import Restart, choose_interval, restarts
+from deadpool_bench.restarts import Restart, choose_interval, restart
 from deadpool_megatron.jobs.job import JobError
 
 
@@ -45,8 +45,8 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     add("arguments", nargs=argparse.REMAINDER, help="its arguments, without --deadpool and --save")
 
 
-def _plan(options: argparse.Namespace) -> list[tuple[str, int, bool]]:
-    """(mode, interval, warm) of every restart, the cold ones with the first mode and interval. Raises ValueError."""
+def _plan(options: argparse.Namespace) -> list[tuple[str, int, bool, int]]:
+    """(mode, interval, warm, which of these) of every restart; the cold ones with the first of both. ValueError."""
     modes = [m for m in options.modes.split(",") if m]
     if any(m not in ("sync", "async") for m in modes):
         raise ValueError(f"--modes {options.modes}: of sync and async")
@@ -56,9 +56,9 @@ def _plan(options: argparse.Namespace) -> list[tuple[str, int, bool]]:
         raise ValueError(f"--intervals {options.intervals}: whole numbers of iterations, as in 2,5,20") from None
     if any(i < 1 for i in intervals):
         raise ValueError(f"--intervals {options.intervals}: 1 or more")
-    out = [(m, i, True) for _ in range(options.restarts) for m in modes for i in intervals]
+    out = [(m, i, True, n) for n in range(1, options.restarts + 1) for m in modes for i in intervals]
     if modes and intervals:
-        out += [(modes[0], intervals[0], False)] * options.cold_restarts
+        out += [(modes[0], intervals[0], False, n) for n in range(1, options.cold_restarts + 1)]
     return out
 
 
@@ -86,8 +86,7 @@ def run_recovery(options: argparse.Namespace) -> int:
                     name = "-".join(["torchft", *settings.name.replace(",", "").split(), str(turn)])
                     others.append(outage(options, base, name, settings))
             if turn < len(plan):
-                mode, interval, warm = plan[turn]
-                found += restarts(options, base, mode, interval, warm, 1)  # type: ignore[arg-type]
+                found.append(restart(options, base, *plan[turn]))  # type: ignore[arg-type]
     except JobError as err:  # what was measured before still counts
         failed = str(err)
     if kills:

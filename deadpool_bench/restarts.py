@@ -85,51 +85,54 @@ def _stall(moments: dict[int, float], interval: int) -> tuple[float, float]:
     return (max(0.0, statistics.median(with_save) - usual) if with_save else 0.0), usual
 
 
-def restarts(
-    options: argparse.Namespace, base: Path, mode: CheckpointKind, interval: int, warm: bool, count: int
-) -> list[Restart]:
-    """``count`` restarts with a checkpoint every ``interval`` iterations."""
-    rng = random.Random(f"{options.seed}-{mode}-{interval}")
-    out: list[Restart] = []
-    for number in range(1, count + 1):
-        name = f"{mode}-{interval}-{'warm' if warm else 'cold'}-{number}"
-        checkpoint = base / f"checkpoint-{name}"
-        save = ["--save", str(checkpoint), "--save-interval", str(interval), "--ckpt-format", "torch_dist"]
-        script = [*options.arguments, *save, *CHECKPOINTS[mode]]
-        again = [*script, "--load", str(checkpoint), "--no-load-optim", "--no-load-rng"]
-        launch = launch_options(options, 0)
-        go = base / f"go-{name}"
-        waiting = [str(Path(__file__).with_name("standby.py")), str(go), options.script, *again]
-        standby = Job(base / f"{name}-standby", launch, waiting) if warm else None
-        try:
-            with Job(base / f"{name}-killed", launch, [options.script, *script]) as job:
-                if standby is not None:
-                    ready = partial(_ready, go, options.active_nodes * options.nproc_per_node)
-                    standby.until("warm standby", ready, START_S)
-                latest = checkpoint / "latest_checkpointed_iteration.txt"
-                job.until("checkpoint", latest.exists, START_S)
-                saved = int(latest.read_text())
-                past = saved + rng.randint(1, max(1, interval - 1)) + interval
-                job.until("iterations after it", partial(_has_reached, job, past), RECOVER_S)
-                check_kind(job)
-                moment = job.kill_node(rng.randrange(options.active_nodes))
-                job.wait()
-                ended = time.time()
-            done = _moments(job.run_dir)
-            saved = int(latest.read_text())
-            go.touch()
-            if standby is None:
-                standby = Job(base / f"{name}-again", launch, [options.script, *again])
-            standby.until("first iteration after the restart", partial(_moments, standby.run_dir), START_S)
-            first = min(_moments(standby.run_dir).values())
-        finally:
+def name_of(mode: str, interval: int, warm: bool, number: int) -> str:
+    """Of its directories, which no other restart has: a checkpoint of another would be found at once."""
+    return f"{mode}-{interval}-{'warm' if warm else 'cold'}-{number}"
+
+
+def restart(
+    options: argparse.Namespace, base: Path, mode: CheckpointKind, interval: int, warm: bool, number: int
+) -> Restart:
+    """A restart with a checkpoint every ``interval`` iterations, the ``number``-th of its kind."""
+    name = name_of(mode, interval, warm, number)
+    rng = random.Random(f"{options.seed}-{name}")
+    checkpoint = base / f"checkpoint-{name}"
+    save = ["--save", str(checkpoint), "--save-interval", str(interval), "--ckpt-format", "torch_dist"]
+    script = [*options.arguments, *save, *CHECKPOINTS[mode]]
+    again = [*script, "--load", str(checkpoint), "--no-load-optim", "--no-load-rng"]
+    launch = launch_options(options, 0)
+    go = base / f"go-{name}"
+    waiting = [str(Path(__file__).with_name("standby.py")), str(go), options.script, *again]
+    standby = Job(base / f"{name}-standby", launch, waiting) if warm else None
+    try:
+        with Job(base / f"{name}-killed", launch, [options.script, *script]) as job:
             if standby is not None:
-                standby.end()
-        last = max(n for n, t in done.items() if t <= moment)
-        stall, usual = _stall(done, interval)
-        out.append(Restart(mode, interval, warm, ended - moment, first - moment, max(0, last - saved), stall, usual))
-        say(f"{name}: {out[-1].first_iteration_s:.1f} s, {out[-1].lost_iterations} iterations lost")
-    return out
+                ready = partial(_ready, go, options.active_nodes * options.nproc_per_node)
+                standby.until("warm standby", ready, START_S)
+            latest = checkpoint / "latest_checkpointed_iteration.txt"
+            job.until("checkpoint", latest.exists, START_S)
+            saved = int(latest.read_text())
+            past = saved + rng.randint(1, max(1, interval - 1)) + interval
+            job.until("iterations after it", partial(_has_reached, job, past), RECOVER_S)
+            check_kind(job)
+            moment = job.kill_node(rng.randrange(options.active_nodes))
+            job.wait()
+            ended = time.time()
+        done = _moments(job.run_dir)
+        saved = int(latest.read_text())
+        go.touch()
+        if standby is None:
+            standby = Job(base / f"{name}-again", launch, [options.script, *again])
+        standby.until("first iteration after the restart", partial(_moments, standby.run_dir), START_S)
+        first = min(_moments(standby.run_dir).values())
+    finally:
+        if standby is not None:
+            standby.end()
+    last = max(n for n, t in done.items() if t <= moment)
+    stall, usual = _stall(done, interval)
+    one = Restart(mode, interval, warm, ended - moment, first - moment, max(0, last - saved), stall, usual)
+    say(f"{name}: {one.first_iteration_s:.1f} s, {one.lost_iterations} iterations lost")
+    return one
 
 
 def _ready(go: Path, count: int) -> bool:

@@ -175,8 +175,8 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
         "--cuda-graph-impl",
         FLEX_IN_GRAPHS,
         bool,
-        "with a flex dispatcher inside of the graphs (whole iterations, or --cuda-graph-scope with moe or none): a graph "
-        "lets nobody meet before it launches their kernels",
+        "with a flex dispatcher inside of the graphs (whole iterations, or --cuda-graph-scope with moe or none): a "
+        "graph lets nobody meet before it launches their kernels",
     ),
     (
         "--moe-flex-dispatcher-backend",

@@ -17,6 +17,7 @@ def load_shards(
     vault: Vault,
     directory: str,
     name: str,
+    epoch: int,
     versions: dict[int, Version],
     capacity: Callable[[int], int],
     loaded: Callable[[int, Manifest, str], None],
@@ -26,6 +27,7 @@ def load_shards(
     Args:
         directory: the durable directory (``--deadpool-durable-dir``).
         name: the generation's directory below it.
+        epoch: in which they were asked for; once it is over nothing of them is written.
         versions: by rank.
         capacity: bytes of room for the small state of an arena, given the bytes it has now.
         loaded: called after each rank, and each holder of constants, with (holder, manifest, digest of its layout).
@@ -41,9 +43,9 @@ def load_shards(
             shard = manifest.shards[rank]
             if shard.constants is not None:
                 read = functools.partial(read_constants, store, shard.constants)
-                _load(vault, constants_of(rank), CONSTANT, capacity, read)
+                _load(vault, constants_of(rank), epoch, CONSTANT, capacity, read)
                 loaded(constants_of(rank), manifest, shard.constants.layout)
-            _load(vault, rank, version, capacity, functools.partial(read_shard, store, name, shard))
+            _load(vault, rank, epoch, version, capacity, functools.partial(read_shard, store, name, shard))
             loaded(rank, manifest, shard.layout)
     except (OSError, VaultError) as err:
         raise DurableError(f"{directory}/{name} cannot be read: {err}") from None
@@ -52,6 +54,7 @@ def load_shards(
 def _load(
     vault: Vault,
     holder: int,
+    epoch: int,
     version: Version,
     capacity: Callable[[int], int],
     read: Callable[[Callable[[ShardHeader], tuple[memoryview, memoryview]]], ShardHeader],
@@ -69,4 +72,4 @@ def _load(
 
         return read(place).small_bytes
 
-    store_shard(vault, holder, version, fill)
+    store_shard(vault, holder, epoch, version, fill)

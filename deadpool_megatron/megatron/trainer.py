@@ -237,7 +237,7 @@ class MegatronTrainer:
         if self._writer.kept is None:
             print(
                 f"deadpool: rank {self.rank} begins unprotected: generation {iteration} is not committed after "
-                f"{deadline_s:g} s; a node lost before the first commit ends the job (the reason: deadpool status)",
+                f"{deadline_s:g} s, and a node lost before that ends the job (`deadpool status` has the reason)",
                 flush=True,
             )
 

@@ -94,13 +94,12 @@ def rebuild(
     if epoch < vault.epoch:
         raise StaleEpoch(f"rebuild of rank {rank} in epoch {epoch}, but node {vault.node} is in epoch {vault.epoch}")
     patience = deadlines or Deadlines()
-    with vault.intakes.begin(rank, epoch, 2 * patience.idle) as intake:
+    with vault.intakes.begin(rank, f"rank {rank}", epoch, 2 * patience.idle) as intake:
         work = _Rebuild(intake, vault, secret, rank, epoch, coder, patience)
         try:
             first = work.open(parts[0])
             mine = _mine(first, rank)
-            intake.check()
-            slot = own_slot(vault, rank, version, mine.unique_bytes, mine.small_capacity)
+            slot = own_slot(intake, vault, rank, version, mine.unique_bytes, mine.small_capacity)
             slot.small[: len(mine.small)] = mine.small
             slot.sums[0] = xxhash.xxh3_64_intdigest(mine.small)
             threads = [

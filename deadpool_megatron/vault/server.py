@@ -21,6 +21,7 @@ from .errors import (
     VaultFull,
 )
 from .frames import NO_DIRECT, Begin, Begun, Fetch, Refusal, Share
+from .intake import Intakes
 from .keeper import Keeper
 from .receiving import receive_shard, receive_share
 from .stripes import Stripes
@@ -63,11 +64,11 @@ class VaultServer:
         self._secret = check_secret(secret)
         self._deadlines = deadlines or Deadlines()
         self._lock = threading.Lock()
-        self._channels: dict[Channel, int] = {}  # with the epoch of what is being written, -1 when nothing is
+        self._channels: set[Channel] = set()
         self._stripes = stripes
         self._direct = direct
         self._keeper = Keeper(vault)
-        self._writers: dict[tuple[int, ...], tuple[Channel, threading.Event]] = {}
+        self._intakes = Intakes()
         self._threads: set[threading.Thread] = set()
         self._pending: set[socket.socket] = set()
         self._stopping = False
@@ -105,10 +106,7 @@ class VaultServer:
     def set_epoch(self, epoch: int) -> None:
         """From now on writes of older epochs are refused; those under way are cut off."""
         self._vault.set_epoch(epoch)
-        with self._lock:
-            for channel, writing in self._channels.items():
-                if 0 <= writing < epoch:
-                    channel.shut()
+        self._intakes.end_before(epoch)
 
     @property
     def refusals(self) -> dict[str, int]:
@@ -150,7 +148,7 @@ class VaultServer:
                 self._pending.discard(sock)
                 if self._stopping:
                     return
-                self._channels[channel] = -1
+                self._channels.add(channel)
             self._requests(channel)
         except Refused as err:
             if err.code == "not-a-member":
@@ -164,7 +162,7 @@ class VaultServer:
             with self._lock:
                 self._pending.discard(sock)
                 if channel is not None:
-                    self._channels.pop(channel, None)
+                    self._channels.discard(channel)
                 self._threads.discard(threading.current_thread())
             sock.close()
 
@@ -219,26 +217,9 @@ class VaultServer:
     @contextmanager
     def _writing(self, channel: Channel, what: tuple[int, ...], epoch: int) -> Iterator[None]:
         """Only one connection writes a rank's shard: the newest. The one before it is cut off and waited for."""
-        left = threading.Event()
-        with self._lock:
-            before = self._writers.get(what)
-            self._writers[what] = (channel, left)
-            self._channels[channel] = epoch
-        try:
-            if before is not None:
-                before[0].shut()
-                if not before[1].wait(self._deadlines.idle):
-                    raise Refused(f"another transfer of rank {what[-1]} does not end", "busy")
-            # set_epoch may have come between the first check and our entry in the table
-            self._keeper.check_epoch(epoch, f"shard of rank {what[-1]}")
+        with self._intakes.begin(what, f"rank {what[-1]}", epoch, self._deadlines.idle) as intake:
+            intake.add(channel.shut)
             yield
-        finally:
-            with self._lock:
-                if channel in self._channels:
-                    self._channels[channel] = -1
-                if self._writers.get(what, (None,))[0] is channel:
-                    del self._writers[what]
-            left.set()
 
     # ---- keeping parity
 

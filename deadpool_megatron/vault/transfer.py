@@ -119,12 +119,12 @@ def fetch(
     if epoch < vault.epoch:
         raise StaleEpoch(f"fetch of rank {rank} in epoch {epoch}, but node {vault.node} is in epoch {vault.epoch}")
     patience = deadlines or Deadlines()
-    with vault.intakes.begin(rank, epoch, 2 * patience.idle) as intake:
+    with vault.intakes.begin(rank, f"rank {rank}", epoch, 2 * patience.idle) as intake:
         held = own_copy(vault, rank, version)
         if held is not None:
             return len(held.unique) + held.small_bytes
         if isinstance(source, Vault):
-            return _copy(vault, source, rank, version)
+            return _copy(intake, vault, source, rank, version)
         places = [source, *others]
         wanted = Fetch(epoch, rank, *version, 0, max(streams, len(places)), direct=direct is not None)
         try:
@@ -167,8 +167,7 @@ def _fetch(
             channels.pop().close()
             vault.allocate_own(rank, first.unique_bytes, first.small_capacity)
             first = ask(connected(places[0]), wanted)
-        intake.check()
-        slot = own_slot(vault, rank, version, first.unique_bytes, first.small_capacity)
+        slot = own_slot(intake, vault, rank, version, first.unique_bytes, first.small_capacity)
         into = vault.arena(rank, "own") if direct is not None else None
         failures: list[VaultError] = []
 
@@ -287,8 +286,8 @@ def own_copy(vault: Vault, rank: int, version: Version) -> Slot | None:
     return held if held is not None and held.recheck() and held.complete else None
 
 
-def own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, small_capacity: int) -> Slot:
-    """A slot of the own arena, opened to restore into. Only ``kept`` must stay."""
+def own_slot(intake: Intake, vault: Vault, rank: int, version: Version, unique_bytes: int, small_capacity: int) -> Slot:
+    """A slot of the own arena, opened to restore into. Only ``kept`` must stay. Raises StaleEpoch."""
     vault.allocate_own(rank, unique_bytes, small_capacity)
     arena = vault.arena(rank, "own")
     if arena is None:
@@ -296,7 +295,7 @@ def own_slot(vault: Vault, rank: int, version: Version, unique_bytes: int, small
     candidates = [slot for slot in arena.slots if slot.begin != arena.kept or not slot.complete]
     # First one that has the kept version and is broken: no worker may overwrite it, so it would be in the way for ever.
     slot = min(candidates, key=lambda slot: (slot.begin != arena.kept, slot.begin != EMPTY, slot.sealed, slot.begin))
-    with vault.checking(rank):
+    with vault.checking(rank), intake.allowed():  # what an older epoch had here may have been offered by now
         slot.reopen(version.pack())
     return slot
 
@@ -311,10 +310,10 @@ def finish(slot: Slot, small_bytes: int) -> None:
     slot.seal()
 
 
-def _copy(vault: Vault, source: Vault, rank: int, version: Version) -> int:
+def _copy(intake: Intake, vault: Vault, source: Vault, rank: int, version: Version) -> int:
     arena, origin = source.find(rank, version, ("peer", "own") if source is vault else ("own", "peer"))
     origin.verify()
-    slot = own_slot(vault, rank, version, arena.info.unique_bytes, arena.info.small_capacity)
+    slot = own_slot(intake, vault, rank, version, arena.info.unique_bytes, arena.info.small_capacity)
     small_bytes = origin.small_bytes
     slot.small[:small_bytes] = origin.small[:small_bytes]
     slot.unique[:] = origin.unique
@@ -324,14 +323,17 @@ def _copy(vault: Vault, source: Vault, rank: int, version: Version) -> int:
     return len(slot.unique) + slot.small_bytes
 
 
-def store_shard(vault: Vault, rank: int, version: Version, fill: Callable[[Callable[[int, int], Slot]], int]) -> None:
+def store_shard(
+    vault: Vault, rank: int, epoch: int, version: Version, fill: Callable[[Callable[[int, int], Slot]], int]
+) -> None:
     """Put a shard that does not come from a vault (but from a disk) into the own arena.
 
     Args:
+        epoch: in which it was asked for.
         fill: given a function that opens the slot for (unique bytes, small capacity), fills the slot's views, and
             returns how many bytes of small state there are. When it raises, the slot stays incomplete.
 
-    The worker of ``rank`` must not be writing. Raises VaultFull, VaultError, and what ``fill`` raises.
+    The worker of ``rank`` must not be writing. Raises StaleEpoch, VaultFull, VaultError, and what ``fill`` raises.
     """
     opened: list[Slot] = []
 
@@ -339,10 +341,10 @@ def store_shard(vault: Vault, rank: int, version: Version, fill: Callable[[Calla
         arena = vault.arena(rank, "own")
         if arena is not None and arena.info.unique_bytes == unique_bytes:
             small_capacity = arena.info.small_capacity
-        opened.append(own_slot(vault, rank, version, unique_bytes, small_capacity))
+        opened.append(own_slot(intake, vault, rank, version, unique_bytes, small_capacity))
         return opened[0]
 
-    with vault.intakes.begin(rank, vault.epoch, 2 * Deadlines().idle) as intake:
+    with vault.intakes.begin(rank, f"rank {rank}", epoch, 2 * Deadlines().idle) as intake:
         small_bytes = fill(open_slot)
         slot = opened[0]
         slot.sum_up(small_bytes)

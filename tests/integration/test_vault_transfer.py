@@ -442,7 +442,7 @@ def test_a_transfer_cut_in_the_middle_is_not_held(nodes: Callable[..., Node]) ->
     channel.send(Bytes(0, 0, [123]))
     channel.sock.sendall(b"ab")
     channel.close()
-    until(lambda: not peer.server._writers)
+    until(lambda: not peer.server._channels)
     assert peer.vault.holdings().ranks[0] == ()
     arena = peer.vault.arena(0, "peer")
     assert arena is not None

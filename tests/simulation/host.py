@@ -35,13 +35,16 @@ __all__ = ["Host"]
 
 
 class _Blind(Watch):
-    """Writes no log."""
+    """Writes no log; remembers which epochs one would have."""
 
     def __init__(self) -> None:
-        return
+        self.epochs: list[int] = []
 
     def sent(self, record: Any) -> None:
         return
+
+    def entered(self, epoch: int, coordinates: int, reason: str = "") -> None:
+        self.epochs.append(epoch)
 
     def received(self, record: Any, ranks: int) -> None:
         return
@@ -177,8 +180,9 @@ class Host:
         self.crew = Crew(known, self.processes)
         fence = Fence(node, job.deadlines.lease, self._ask, random.Random(world.chance.random()))
         self.link = Link(world, cluster.network, self, cluster.hq, job.deadlines.lease)
+        self.watch = _Blind()
         self.agent = Agent(
-            settings, known, self.crew, self.processes, self.shards, _Blind(), fence, self.link.post, world.clock
+            settings, known, self.crew, self.processes, self.shards, self.watch, fence, self.link.post, world.clock
         )
         self.process.later(world.chance.uniform(0.0, 0.3), self._begin)
 

@@ -283,7 +283,7 @@ class SimulatedShards(Shards):
         try:
             if done.epoch < self.vault.epoch:
                 raise StaleEpoch("the epoch of the fetch is over")
-            intake = self.vault.intakes.begin(rank, done.epoch, 0.0)
+            intake = self.vault.intakes.begin(rank, f"rank {rank}", done.epoch, 0.0)
         except VaultError as err:
             self._failed(attempts, done, version, err)
             return
@@ -304,7 +304,7 @@ class SimulatedShards(Shards):
             arena, slot = found[0]
             if self.vault.arena(rank, "own") is None:
                 host.cluster.check_room(host, rank)
-            into = own_slot(self.vault, rank, version, arena.info.unique_bytes, arena.info.small_capacity)
+            into = own_slot(intake, self.vault, rank, version, arena.info.unique_bytes, arena.info.small_capacity)
         except VaultError as err:
             intake.left.set()
             self._failed(attempts, done, version, err)

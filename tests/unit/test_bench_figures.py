@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from pathlib import Path
 
 import pytest
 
 from deadpool_bench.kills import Recovery, medians
-from deadpool_bench.recovery import _draw, _show_kills, _show_restarts
-from deadpool_bench.restarts import Restart, _moments, _stall, choose_interval
+from deadpool_bench.recovery import _draw, _plan, _show_kills, _show_restarts
+from deadpool_bench.restarts import Restart, _moments, _stall, choose_interval, name_of
 from deadpool_bench.scale import _show
 from deadpool_megatron import cli
 
@@ -98,3 +99,8 @@ def test_a_bad_option_is_one_clear_line(options: list[str], says: str, capsys: p
     assert cli.main(["bench", *options, "nowhere.py"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and says in err
+
+
+def test_no_two_restarts_share_a_checkpoint_or_the_moment_of_the_kill() -> None:
+    plan = _plan(argparse.Namespace(modes="sync,async", intervals="2,5", restarts=3, cold_restarts=2))
+    assert len(plan) == 14 and len({name_of(*each) for each in plan}) == 14

@@ -263,7 +263,7 @@ def _scrape(port: int) -> str:
 def test_the_endpoint_serves_what_the_agent_said_and_heard(watch: Callable[..., Watch]) -> None:
     port = free_port()
     one = watch(port)
-    one.received(r.Declare(3, "resume", "gone", [0], [0], [], {}, {}), 2)
+    one.entered(3, 2, "gone")
     one.sent(r.NodeResumed(3, 1, 7))
     one.received(r.CommittedTo(3, (3, 7), 8), 2)
     for blocked, copied in ((0.25, 100), (0.5, 50)):

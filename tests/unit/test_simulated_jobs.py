@@ -85,6 +85,17 @@ def test_an_agent_of_an_earlier_run_is_told_to_leave_and_takes_nobodys_place() -
     assert run.hq.ended is not None and run.hq.ended[0] == Exit.OK and run.hq.core.nodes[0].role == "active"
 
 
+def test_the_log_and_the_metrics_of_a_node_have_every_epoch_that_it_is_in() -> None:
+    run = Run(9, Profile(only=("kill node",)))
+    seen: dict[int, list[int]] = {}
+    while run.hq.ended is None:
+        assert run.world.step()
+        for host in run.hosts:
+            if host.known.epoch and host.known.epoch not in seen.setdefault(host.node, []):
+                seen[host.node].append(host.known.epoch)
+    assert seen and {host.node: host.watch.epochs for host in run.hosts if host.watch.epochs} == seen
+
+
 def test_every_fix_has_a_run() -> None:
     assert MISSED.keys() | RARE == MUTANTS.keys()
 

@@ -5,23 +5,36 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from deadpool_megatron.vault import Deadlines, StaleEpoch, Vault, VaultError, Version, fetch
+from deadpool_megatron.vault import (
+    EMPTY,
+    Deadlines,
+    Slot,
+    StaleEpoch,
+    Vault,
+    VaultError,
+    VaultServer,
+    Version,
+    fetch,
+    store_shard,
+)
 from deadpool_megatron.vault.errors import Refused
 from deadpool_megatron.vault.intake import Intakes
+from deadpool_megatron.vault.transfer import own_slot
+from deadpool_megatron.vault.wire import Channel
 
 SECRET = bytes(32)
 
 
 def test_the_newest_cuts_off_the_one_before_and_waits_for_it() -> None:
     intakes, shut = Intakes(), threading.Event()
-    older = intakes.begin(3, 1, 60.0)
+    older = intakes.begin(3, "rank 3", 1, 60.0)
     older.add(shut.set)
     began = threading.Event()
-    thread = threading.Thread(target=lambda: (intakes.begin(3, 2, 60.0), began.set()))
+    thread = threading.Thread(target=lambda: (intakes.begin(3, "rank 3", 2, 60.0), began.set()))
     thread.start()
     while not shut.is_set():
         assert not began.is_set(), "it waits for the one before to leave"
@@ -29,21 +42,74 @@ def test_the_newest_cuts_off_the_one_before_and_waits_for_it() -> None:
         older.check()
     thread.join()
     assert began.is_set()
-    intakes.begin(4, 1, 0.0)  # of another rank
+    intakes.begin(4, "rank 4", 1, 0.0)  # of another rank
 
 
 def test_an_older_epoch_begins_nothing_once_a_newer_one_has() -> None:
     intakes = Intakes()
-    intakes.begin(3, 2, 0.0)
+    intakes.begin(3, "rank 3", 2, 0.0)
     with pytest.raises(StaleEpoch):
-        intakes.begin(3, 1, 0.0)
+        intakes.begin(3, "rank 3", 1, 0.0)
 
 
 def test_who_does_not_leave_in_time_keeps_the_next_one_out() -> None:
     intakes = Intakes()
-    intakes.begin(3, 1, 0.0)
+    intakes.begin(3, "rank 3", 1, 0.0)
     with pytest.raises(Refused):
-        intakes.begin(3, 2, 0.0)
+        intakes.begin(3, "rank 3", 2, 0.0)
+
+
+def test_who_comes_next_still_waits_for_the_one_that_did_not_leave() -> None:
+    intakes = Intakes()
+    first = intakes.begin(3, "rank 3", 1, 0.0)
+    for _ in range(2):
+        with pytest.raises(Refused):
+            intakes.begin(3, "rank 3", 2, 0.0)
+    first.left.set()
+    intakes.begin(3, "rank 3", 2, 0.0)
+
+
+def test_what_an_epoch_that_is_over_asked_for_is_not_begun_and_overwrites_nothing() -> None:
+    vault = Vault(f"i{os.getpid()}", 0)
+    try:
+        vault.allocate_own(3, 4096, 64)
+        store_shard(vault, 3, 1, Version(1, 5), _fill)
+        begun = vault.intakes.begin(3, "rank 3", 1, 0.0)
+        vault.set_epoch(2)
+        with pytest.raises(StaleEpoch):  # cut off before it has opened the slot
+            own_slot(begun, vault, 3, Version(1, 6), 4096, 64)
+        begun.left.set()
+        with pytest.raises(StaleEpoch):
+            store_shard(vault, 3, 1, Version(1, 6), _fill)
+        held = vault.holdings().ranks[3]
+        assert [(one.epoch, one.generation) for one in held] == [(1, 5)]
+        assert all(slot.begin in (EMPTY, Version(1, 5).pack()) for slot in vault.arena(3, "own").slots)
+    finally:
+        vault.close()
+
+
+def _fill(open_slot: Callable[[int, int], Slot]) -> int:
+    open_slot(4096, 64)
+    return 8
+
+
+def test_a_keeper_lets_no_late_epoch_end_the_transfer_of_the_one_that_is() -> None:
+    server = VaultServer(Vault(f"i{os.getpid()}", 0), SECRET, "127.0.0.1")
+    ends = [socket.socketpair() for _ in range(2)]
+    try:
+        now, late = (Channel(mine, Deadlines(), SECRET, server=True) for mine, _ in ends)
+        server.set_epoch(2)
+        with server._writing(now, (3,), 2):
+            with pytest.raises(StaleEpoch), server._writing(late, (3,), 1):
+                raise AssertionError("it writes")
+            ends[0][1].setblocking(False)
+            with pytest.raises(BlockingIOError):
+                ends[0][1].recv(1)  # else the connection was shut
+    finally:
+        server.stop()
+        for pair in ends:
+            for each in pair:
+                each.close()
 
 
 @pytest.fixture

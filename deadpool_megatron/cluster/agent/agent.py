@@ -277,6 +277,8 @@ class Agent:
         match record:
             case r.Roster():
                 late = self._job.roster(record)
+                if late:
+                    self._watch.entered(record.epoch, len(self._job.ranks))
                 if late and record.anew and recovery is not None:
                     self._start_over(recovery)
                 elif late and self._shards is not None:
@@ -331,6 +333,7 @@ class Agent:
             return
         self._new_epoch()
         recovery.declare(record)
+        self._watch.entered(record.epoch, len(self._job.ranks), record.reason)
 
     def _start_over(self, recovery: NodeRecovery) -> None:
         self._new_epoch()

@@ -148,7 +148,7 @@ class NodeDurability:
         def work() -> None:
             error = ""
             try:
-                load_shards(self._shards.vault, self._directory, record.name, versions, small_capacity, loaded)
+                load_shards(self._shards.vault, self._directory, record.name, epoch, versions, small_capacity, loaded)
             except DurableError as err:
                 error = str(err)
             self._tell(Loaded(record.name, error, epoch))
@@ -267,7 +267,9 @@ class NodeDurability:
         def work() -> None:
             shards = self._shards
             try:
-                load_shards(shards.vault, self._directory, record.durable, versions, small_capacity, loaded)
+                load_shards(
+                    shards.vault, self._directory, record.durable, record.epoch, versions, small_capacity, loaded
+                )
             except DurableError as err:
                 rank = min(left)
                 self._shards.report(FetchDone(rank, record.epoch, record.generation, -1, None, str(err)))

@@ -150,18 +150,21 @@ class Watch:
             case _:
                 pass
 
+    def entered(self, epoch: int, coordinates: int, reason: str = "") -> None:
+        """This node is in a new epoch, with so many coordinates. ``reason``: of the recovery that it begins with."""
+        self._opened.clear()
+        self._copied.clear()
+        if reason:
+            self._declared = (epoch, time.monotonic())
+            self._log.write("declared", epoch=epoch, reason=reason, coordinates=coordinates)
+        if self._metrics is not None:
+            self._metrics.epoch.set(epoch)
+            self._metrics.recovering.set(1 if reason and coordinates else 0)
+
     def received(self, record: r.CoordinatorRecord, coordinates: int) -> None:
         """The coordinator has told the agent something; ``coordinates`` is how many this node holds after it."""
         m = self._metrics
         match record:
-            case r.Declare():
-                self._declared = (record.epoch, time.monotonic())
-                self._opened.clear()
-                self._copied.clear()
-                self._log.write("declared", epoch=record.epoch, reason=record.reason, coordinates=coordinates)
-                if m is not None:
-                    m.epoch.set(record.epoch)
-                    m.recovering.set(1 if coordinates else 0)
             case r.Agree():
                 self._log.write("agreed", epoch=record.epoch, generation=record.generation)
             case r.Form():
