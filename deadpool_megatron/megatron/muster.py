@@ -107,7 +107,8 @@ def meet_before_launches(module: Any, muster: Callable[[], Muster | None]) -> No
 
         kind.__init__ = init
         for method in methods:
-            setattr(kind, method, _meeting(getattr(kind, method), muster))
+            if launch := getattr(kind, method, None):  # what it lacks Megatron cannot call either
+                setattr(kind, method, _meeting(launch, muster))
 
 
 def _meeting(native: Callable[..., Any], muster: Callable[[], Muster | None]) -> Callable[..., Any]:
