@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import mmap
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -76,7 +77,10 @@ class Muster:
             if any(word & _LEFT and word >> _EPOCH_SHIFT == epoch for word in late):
                 self._check()  # the end of the epoch may be known there first
             spins += 1
-            time.sleep(0 if spins < _SPINS else _LOOK_EVERY_S)
+            if spins < _SPINS:
+                os.sched_yield()
+            else:
+                time.sleep(_LOOK_EVERY_S)
 
     def leave(self) -> None:
         """This rank launches nothing more in this epoch."""
