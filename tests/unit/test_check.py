@@ -158,6 +158,24 @@ def test_kernels_that_hosts_meet_for_are_in_no_graph() -> None:
     assert not refused("--cuda-graph-impl", "transformer_engine", "--cuda-graph-scope", "attn", "moe_router")
 
 
+@pytest.mark.parametrize(
+    ("flags", "accepted"),
+    [
+        ((), True),
+        (("--fp8-format", "hybrid"), False),  # delayed is upstream's default
+        (("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"), True),
+        (("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--sequence-parallel"), False),
+        (("--fp8-format", "e4m3", "--fp8-recipe", "mxfp8", "--sequence-parallel"), True),
+        (("--fp4-format", "e2m1"), True),
+        (("--fp4-format", "e2m1", "--sequence-parallel"), False),
+    ],
+)
+def test_the_operation_fuser_is_refused_where_it_keeps_what_scales_come_from(
+    flags: tuple[str, ...], accepted: bool
+) -> None:
+    assert main(["check", "--use-transformer-engine-op-fuser", *flags]) == (0 if accepted else 1)
+
+
 def test_a_runs_file_knows_how_big_its_nodes_are() -> None:
     file = str(ROOT / "configs" / "65b_a100_128x4.yaml")
     flags = ["--moe-token-dispatcher-type", "flex", "--num-experts", "8", "--expert-tensor-parallel-size", "1"]
