@@ -177,7 +177,7 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
         "--cuda-graph-impl",
         FLEX_IN_GRAPHS,
         bool,
-        "with a flex dispatcher inside of the graphs (whole iterations, or --cuda-graph-scope with moe or none): a "
+        "with a flex dispatcher inside of the graphs (whole iterations, or --cuda-graph-modules with moe or none): a "
         "graph lets nobody meet before it launches their kernels",
     ),
     (
@@ -322,8 +322,11 @@ def _derived(values: Mapping[str, Any], processes: int) -> dict[str, bool]:
     experts = size("expert_model_parallel_size")
     experts *= size("expert_tensor_parallel_size", "tensor_model_parallel_size")
     flex = values.get("moe_token_dispatcher_type") == "flex"
-    graphs, parts = values.get("cuda_graph_impl"), values.get("cuda_graph_scope") or ["moe"]  # none named: whole layers
-    in_graphs = graphs not in (None, "none") and (graphs == "full_iteration" or "moe" in map(_name, _listed(parts)))
+    graphs = values.get("cuda_graph_impl")
+    # (none named: whole layers; the second one is the name up to 0.18)
+    parts = values.get("cuda_graph_modules") or values.get("cuda_graph_scope") or ["moe"]
+    whole = graphs == "full_iteration" or not {"moe", "full"}.isdisjoint(map(_name, _listed(parts)))
+    in_graphs = graphs not in (None, "none") and whole
     recipe = values.get("fp8_recipe") if values.get("fp8") else None
     reduces = values.get("sequence_parallel") and (recipe == "tensorwise" or values.get("fp4"))
     return {

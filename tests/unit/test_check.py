@@ -155,7 +155,9 @@ def test_kernels_that_hosts_meet_for_are_in_no_graph() -> None:
     assert refused("--cuda-graph-impl", "full_iteration")
     assert refused("--cuda-graph-impl", "local") and refused("--cuda-graph-impl", "local", "--cuda-graph-scope", "moe")
     assert not refused() and not refused("--cuda-graph-impl", "none")
-    assert not refused("--cuda-graph-impl", "transformer_engine", "--cuda-graph-scope", "attn", "moe_router")
+    for flag in ("--cuda-graph-scope", "--cuda-graph-modules"):
+        assert not refused("--cuda-graph-impl", "transformer_engine", flag, "attn", "moe_router")
+        assert refused("--cuda-graph-impl", "transformer_engine", flag, "moe", "attn")
 
 
 @pytest.mark.parametrize(
