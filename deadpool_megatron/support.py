@@ -47,13 +47,20 @@ class Feature:
     needs: str = ""
 
 
+# Attributes that follow from others and from how many processes a node has.
+FLEX_ACROSS_NODES: Final = "flex_across_nodes"
+FLEX_IN_GRAPHS: Final = "flex_in_graphs"
+DERIVED: Final = (FLEX_ACROSS_NODES, FLEX_IN_GRAPHS)
+PROCESSES_PER_NODE: Final = 8  # where nobody says it
+
+
 def _above_one(value: object) -> bool:
     return value not in (None, False, 1, "1")
 
 
 def _is(*wanted: object) -> Callable[[Any], bool]:
     """The value, or one of several that a flag has, is among these."""
-    return lambda value: bool({*(value if isinstance(value, list) else [value])} & {*wanted})
+    return lambda value: bool({*_listed(value)} & {*wanted})
 
 
 def _other_than(*known: object) -> Callable[[Any], bool]:
@@ -65,6 +72,7 @@ _TE = "tests/integration/test_transformer_engine.py"
 _MORE = "tests/integration/test_features.py"
 _OPTIMIZERS = "tests/integration/test_optimizers.py"
 _GRAPHS = "tests/integration/test_graphs.py"
+_FLEX = "tests/integration/test_flex.py"
 
 _ACCEPTED: Final = (
     # layout
@@ -80,6 +88,7 @@ _ACCEPTED: Final = (
     ("fused router", "--moe-router-fusion", bool, _TE),
     ("bias of experts", "--moe-router-enable-expert-bias", bool, _TE),
     ("shared experts", "--moe-shared-expert-intermediate-size", bool, _TE),
+    ("tokens by DeepEP or HybridEP, inside a node", "--moe-token-dispatcher-type flex", _is("flex"), _FLEX),
     ("overlapped communication of experts", "--overlap-moe-expert-parallel-comm", bool, _TE),
     ("delayed weight gradients", "--delay-wgrad-compute", bool, _TE),
     ("distributed optimizer", "--use-distributed-optimizer", bool, _SWAPS),
@@ -156,10 +165,24 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
         "its state is not known (soap replaces its tensors instead of updating them in place)",
     ),
     (
-        "--moe-token-dispatcher-type",
-        "moe_token_dispatcher_type",
-        _is("flex"),
-        "DeepEP, HybridEP and NCCL EP have communicators of their own, which nothing aborts",
+        "--moe-token-dispatcher-type flex",
+        FLEX_ACROSS_NODES,
+        bool,
+        "where experts (expert tensor x expert parallel size) span nodes: nothing aborts a kernel of DeepEP or "
+        "HybridEP that waits for a lost node",
+    ),
+    (
+        "--cuda-graph-impl",
+        FLEX_IN_GRAPHS,
+        bool,
+        "with a flex dispatcher inside of the graphs (whole iterations, or --cuda-graph-scope with moe or none): a "
+        "graph lets nobody meet before it launches their kernels",
+    ),
+    (
+        "--moe-flex-dispatcher-backend",
+        "moe_flex_dispatcher_backend",
+        _is("ncclep"),
+        "its communicator is Transformer Engine's own, for the whole process, and nothing forms it anew",
     ),
     (
         "--use-transformer-engine-op-fuser",
@@ -286,8 +309,34 @@ _UNSUPPORTED_SETTINGS: Final[tuple[tuple[str, str], ...]] = (
 UNJUDGED: Final = "# Nobody has looked at these yet."
 
 
-def used(values: Mapping[str, Any]) -> list[Feature]:
-    """The features that values of Megatron's ``args``, by attribute, select; in the order of the table."""
+def _derived(values: Mapping[str, Any], processes: int) -> dict[str, bool]:
+    """What follows from these values, on nodes of so many processes. Upstream's order of ranks has the tensor-parallel
+    ones of an expert side by side, then the expert-parallel ones, and such groups one after the other."""
+
+    def size(*names: str) -> int:
+        return next((int(values[name]) for name in names if values.get(name)), 1)
+
+    experts = size("expert_model_parallel_size")
+    experts *= size("expert_tensor_parallel_size", "tensor_model_parallel_size")
+    flex = values.get("moe_token_dispatcher_type") == "flex"
+    graphs, parts = values.get("cuda_graph_impl"), values.get("cuda_graph_scope") or ["moe"]  # none named: whole layers
+    in_graphs = graphs not in (None, "none") and (graphs == "full_iteration" or "moe" in map(_name, _listed(parts)))
+    return {FLEX_ACROSS_NODES: flex and processes % experts != 0, FLEX_IN_GRAPHS: flex and in_graphs}
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _name(member: Any) -> Any:
+    """Of a member of an enumeration of Megatron's, or the word itself."""
+    return getattr(member, "name", member)
+
+
+def used(values: Mapping[str, Any], processes: int = PROCESSES_PER_NODE) -> list[Feature]:
+    """The features that values of Megatron's ``args``, by attribute, select on nodes of so many processes; in the order
+    of the table."""
+    values = _derived(values, processes) | dict(values)
     return [
         each
         for each in FEATURES
@@ -331,13 +380,13 @@ def check_environment(environ: Mapping[str, str]) -> None:
             )
 
 
-def check_arguments(args: Namespace) -> None:
-    """Raises UserError that names the flags of all modes that are not supported."""
+def check_arguments(args: Namespace, processes: int = PROCESSES_PER_NODE) -> None:
+    """Raises UserError that names the flags of all modes that are not supported on nodes of so many processes."""
     values = vars(args)
-    refused = [each for each in used(values) if each.evidence is Evidence.REFUSED]
-    said = [each.flag + _here(values[each.attribute]) for each in refused]
+    refused = [each for each in used(values, processes) if each.evidence is Evidence.REFUSED]
+    said = [each.flag + _here(values.get(each.attribute, True)) for each in refused]
     if len(refused) == 1:
-        here = _here(values[refused[0].attribute])
+        here = _here(values.get(refused[0].attribute, True))
         raise UserError(
             f"{refused[0].flag} is not supported with --deadpool yet{here}: {refused[0].because}; leave it out, or run "
             "without --deadpool"
@@ -368,7 +417,7 @@ def not_looked_at(words: Iterable[str]) -> list[str]:
 
 
 def not_on_a_gpu(values: Mapping[str, Any]) -> list[str]:
-    """Names of the accepted features in use that have not been run on a GPU."""
+    """Names of the accepted features in use (of a job that runs) that have not been run on a GPU."""
     return [each.name for each in used(values) if each.evidence in (Evidence.EMULATION, Evidence.SOURCES)]
 
 

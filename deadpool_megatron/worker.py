@@ -171,6 +171,7 @@ def _install(standby: bool) -> Hooks:
     session.call_on_arm(arm)
     session.is_waiting = communicators.is_waiting
     session.on_exit_notice = hooks.take_exit_notice
+    session.on_replaced = hooks.look_for_neighbours
     if standby:
         follow_job(connect, hooks.learn_groups)  # of its own: a blocked wait blocks every user of a client
     return hooks

@@ -27,11 +27,17 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    StragglerDetector,
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import argument_utils, get_args, get_timers, pretrain
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+stragglers = StragglerDetector()  # the one of the process, for --log-straggler
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 # "No packed sequences", as 0.18 and as later versions want to be told.
 _packing = {"is_sft", "has_cu_seqlens"} & set(inspect.signature(get_batch_on_this_tp_rank).parameters)
@@ -91,16 +97,18 @@ def forward_step(
     """One forward pass, as Megatron's schedules call it; its plan alone for ``--overlap-moe-expert-parallel-comm``."""
     timer = get_timers()("batch-generator", log_level=2)
     timer.start()
-    batch = load_microbatch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    with stragglers(bdata=True):
+        batch = load_microbatch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timer.stop()
     forward = model.build_schedule_plan if return_schedule_plan else model
-    output = forward(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
+    with stragglers:
+        output = forward(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
     return output, partial(language_model_loss, batch["loss_mask"])
 
 

@@ -17,23 +17,35 @@ def run_check(arguments: Sequence[str]) -> int:
     """Judge a command line; returns 0 where it is accepted, 1 where a flag is refused, 2 for a usage that is wrong."""
     parser = argparse.ArgumentParser(
         prog="deadpool check",
-        usage="deadpool check [--config FILE | --table] [SCRIPT] [MEGATRON FLAGS ...]",
+        usage="deadpool check [--config FILE | --table] [--nproc-per-node N] [SCRIPT] [MEGATRON FLAGS ...]",
         description="Says which features of Megatron's flags a lost node must be survived with, and from what it is "
         "known that it is: exit code 0. Names every flag that is refused: exit code 1. Starts nothing and imports "
         "nothing of Megatron; a flag that Megatron does not know is not found here.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="a run's YAML file, as `deadpool plan` takes it")
+    parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        metavar="N",
+        help="workers a node, for what must stay inside of one "
+        f"(default: those of --config, else {support.PROCESSES_PER_NODE})",
+    )
     parser.add_argument("--table", action="store_true", help="print all features and refusals, in Markdown")
     options, flags = parser.parse_known_args(list(arguments))
     if options.table:
         print(support.table(), end="")
         return 0
+    processes = options.nproc_per_node
+    if processes is not None and processes < 1:
+        parser.error("--nproc-per-node: at least 1")
     if options.config is not None:
         from deadpool_megatron.planning.files import PlanError, load
 
         try:
-            flags = [*load(options.config).flags(), *flags]
+            run = load(options.config)
+            flags = [*run.flags(), *flags]
+            processes = processes or run.cluster.gpus_per_node
         except PlanError as err:
             print(f"deadpool: {err}", file=sys.stderr)
             return Exit.USAGE
@@ -43,10 +55,12 @@ def run_check(arguments: Sequence[str]) -> int:
     values = support.parse(flags)
     if "yaml_cfg" in values:
         parser.error("the flags in the file of --yaml-cfg are not read here: give them as flags")
-    features = support.used(values)
+    processes = processes or support.PROCESSES_PER_NODE
+    features = support.used(values, processes)
     refused = [each for each in features if each.evidence is support.Evidence.REFUSED]
     for each in refused:
-        here = "" if values[each.attribute] is True else f" {values[each.attribute]}"
+        value = values.get(each.attribute, True)
+        here = "" if value is True else f" {value}"
         print(f"refused: {each.flag}{here}: {each.because}")
     if refused:
         return _REFUSED

@@ -85,6 +85,7 @@ def install(*, force: bool = False) -> None:
         apex,
         children,
         collectives,
+        deep_ep,
         device,
         graphs,
         megatron,
@@ -92,6 +93,6 @@ def install(*, force: bool = False) -> None:
         transformer_engine,
     )
 
-    for part in (device, tensors, collectives, children, graphs, megatron, apex, transformer_engine):
+    for part in (device, tensors, collectives, deep_ep, children, graphs, megatron, apex, transformer_engine):
         part.install()
     _installed = True

@@ -143,7 +143,7 @@ def attach() -> None:
 def _become_worker(config: DeadpoolConfig) -> None:
     from deadpool_megatron.cluster.agent.adoption import present
     from deadpool_megatron.cluster.agent.pulse import PULSE_FD
-    from deadpool_megatron.cluster.agent.workers import ADOPTED, CONTROL_FD, DOORBELL_FD
+    from deadpool_megatron.cluster.agent.workers import ADOPTED, CONTROL_FD, DOORBELL_FD, MUSTER_FD
     from deadpool_megatron.launcher.processes import SECRET_VARIABLES
 
     place = place_of(os.environ, config)
@@ -161,7 +161,7 @@ def _become_worker(config: DeadpoolConfig) -> None:
     for name in ("RANK", *_ROLES, *SECRET_VARIABLES):
         os.environ.pop(name, None)
     os.environ.update(environ | {CONTROL_FD: str(control), ADOPTED: "1"})
-    for descriptor in (control, int(environ[DOORBELL_FD]), int(environ[PULSE_FD])):
+    for descriptor in (control, *(int(environ[name]) for name in (DOORBELL_FD, PULSE_FD, MUSTER_FD))):
         os.set_inheritable(descriptor, True)
     for descriptor in agent:
         os.close(descriptor)

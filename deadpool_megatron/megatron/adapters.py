@@ -32,6 +32,7 @@ _SEAMS: Final = {
         "enable_forward_pre_hook",
     ),
     "megatron.core.pipeline_parallel.schedules": ("backward_step",),
+    "megatron.core.transformer.moe.fused_a2a": ("FusedDispatch", "HybridEPDispatch"),
     "megatron.core.rerun_state_machine": ("RerunDataIterator", "RerunState", "get_rerun_state_machine"),
 }
 

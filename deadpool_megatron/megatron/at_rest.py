@@ -2,13 +2,15 @@
 
 Upstream's modules keep in plain attributes what one pass hands to a later one: how far the overlap of shared experts
 has come (``SharedExpertMLP._overlap_state``, asserted at the next pass), gradients of outputs whose weight gradient is
-deferred (``GPTModel.grad_output_buffer``, which the next iteration would add to its own). Between two iterations all of
+deferred (``GPTModel.grad_output_buffer``, which the next iteration would add to its own). So do the dispatchers of
+tokens, which are no modules: with HybridEP the size of a dispatch, until its combine. Between two iterations all of
 them are at rest, so what they were when the broken one began is right, whatever they are called.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from enum import Enum
 from typing import Any, Final
 
@@ -18,6 +20,8 @@ _CONTAINERS: Final = (list, dict, set, deque)
 _PLAIN: Final = (type(None), bool, int, float, str, Enum, *_CONTAINERS)
 # Parameters, buffers, submodules and hooks are somebody else's.
 _OWN: Final = frozenset(vars(nn.Module())) - {"training"}
+# Of MoELayer, and of its flexible dispatcher: objects beside the modules.
+_DISPATCHERS: Final = ("token_dispatcher", "_comm_manager")
 
 
 class AtRest:
@@ -30,7 +34,8 @@ class AtRest:
     """
 
     def __init__(self, model: list[Any]) -> None:
-        self._modules = [module for chunk in model for module in chunk.module.modules()]
+        modules = [module for chunk in model for module in chunk.module.modules()]
+        self._modules = [*modules, *(each for module in modules for each in _dispatchers(module))]
         self._containers = [
             value
             for module in self._modules
@@ -61,3 +66,12 @@ class AtRest:
         for each in self._empty:
             each.clear()
         self.end()
+
+
+def _dispatchers(module: nn.Module) -> Iterator[Any]:
+    inner: Any = module
+    for name in _DISPATCHERS:
+        inner = vars(inner).get(name)
+        if inner is None:
+            return
+        yield inner

@@ -21,6 +21,7 @@ Every hook replaces a module global that upstream looks up at call time:
                                           after a recovery where they come after ``train``; so is
                                           ``print_datetime``
 ``core.pipeline_parallel.schedules``      ``backward_step``: ticks; forward ticks wrap ``forward_step_func``
+``core.transformer.moe.fused_a2a``        methods of ``Buffer``, ``HybridEPBuffer``: hosts meet before they launch
 ========================================  ===============================================================
 """
 
@@ -44,12 +45,15 @@ from deadpool_megatron import config as settings
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.pulse import PulsePage
+from deadpool_megatron.cluster.agent.workers import ADOPTED
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.comm import Communicators, is_communication_error
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.data_position import DataPosition
 from deadpool_megatron.megatron.description import describe_job
 from deadpool_megatron.megatron.frozen import frozen_parameters
+from deadpool_megatron.megatron.muster import meet_before_launches
 from deadpool_megatron.megatron.redo import Redo
 from deadpool_megatron.megatron.replay import Passes
 from deadpool_megatron.megatron.reset import forget_strategies
@@ -104,6 +108,7 @@ class Hooks:
         import megatron.core
         from megatron.core.datasets import utils as dataset_utils
         from megatron.core.pipeline_parallel import schedules
+        from megatron.core.transformer.moe import fused_a2a
         from megatron.training import arguments, training, yaml_arguments
 
         current().check_seams(str(megatron.core.__version__))
@@ -128,6 +133,7 @@ class Hooks:
         self._replace(training, "maybe_finalize_async_save", self._finalize_async_save)
         self._replace(training, "checkpoint_and_decide_exit", self._checkpoint_and_decide_exit)
         self._replace(schedules, "backward_step", self._backward_step)
+        meet_before_launches(fused_a2a, lambda: self.trainer.muster if self.trainer is not None else None)
 
     def _replace(self, module: Any, name: str, hook: Callable[..., Any]) -> None:
         original = getattr(module, name)
@@ -141,6 +147,21 @@ class Hooks:
     def learn_groups(self, table_digest: str) -> None:
         """For a spare: the digest of the table of groups of those that train."""
         self._groups = table_digest
+
+    def look_for_neighbours(self, replaced: list[int]) -> None:
+        """These ranks get new workers: this one ends where its kernels wait for one of them (`megatron.muster`). From
+        the watcher thread."""
+        if self.trainer is None or not self.trainer.muster.bereft(replaced):
+            return
+        print(
+            f"deadpool: rank {self.trainer.rank} ends, exit code {Exit.NEIGHBOUR_LOST:d}: a worker of its node is gone "
+            "and kernels that they launch together wait for it; another process takes its place",
+            file=sys.stderr,
+            flush=True,
+        )
+        if ADOPTED in os.environ:
+            self.session.tell(r.Leaving(Exit.NEIGHBOUR_LOST))
+        os._exit(Exit.NEIGHBOUR_LOST)
 
     def take_exit_notice(self) -> None:
         """The machines are wanted soon: what ``--exit-signal-handler`` does, if it is on. From the watcher thread."""
@@ -167,7 +188,7 @@ class Hooks:
         if self.standby:
             points.reach("take-over.building")
         check_environment(os.environ)
-        check_arguments(get_args())
+        check_arguments(get_args(), int(os.environ["LOCAL_WORLD_SIZE"]))
         if self.standby:
             # A checkpoint to load would be read by collectives; the spare's state comes from a vault.
             get_args().load = get_args().pretrained_checkpoint = None

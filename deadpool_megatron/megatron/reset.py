@@ -61,6 +61,7 @@ def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
         with contextlib.suppress(KeyError):
             del one.__dict__["step"]
     clear_sums()
+    _reset_straggler_detector(get_args())
     forget_broken_step(model)
     for chunk in model:
         for group in _bucket_groups(chunk):
@@ -71,6 +72,22 @@ def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
     # train() disables the forward pre-hooks for its first iteration and asserts that they were there.
     if training.should_disable_forward_pre_hook(training.get_args()) and not model[0].remove_forward_pre_hook_handles:
         training.enable_forward_pre_hook(model)
+
+
+def _reset_straggler_detector(args: Any) -> None:
+    """Put it where ``--log-straggler`` begins. Somebody may have switched it at its port since, of which a spare knows
+    nothing: it would take part in other collectives than the survivors. Source: upstream's _check_toggle."""
+    detector, off = training.stimer, args.disable_straggler_on_startup
+    if not args.log_straggler or detector._off == off:
+        return
+    detector._off = off
+    detector.start = detector.null_method if off else detector.start_method
+    detector.stop = detector.null_method if off else detector.stop_method
+    if detector.rank == 0:
+        state = "OFF" if off else "ON"
+        print(
+            f"deadpool: the straggler detector is {state} again, as --log-straggler began; switch it anew", flush=True
+        )
 
 
 def _bucket_groups(chunk: Any) -> list[Any]:

@@ -19,6 +19,7 @@ from megatron.training import training
 from deadpool_megatron import emulation, points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.pulse import PulsePage
+from deadpool_megatron.cluster.agent.workers import MUSTER_FD
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.config import DeadpoolConfig
@@ -30,6 +31,7 @@ from deadpool_megatron.megatron.frozen import Frozen
 from deadpool_megatron.megatron.links import Links
 from deadpool_megatron.megatron.loss_report import LossReport
 from deadpool_megatron.megatron.low_precision import prepare_scaling
+from deadpool_megatron.megatron.muster import Muster
 from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import (
@@ -108,6 +110,13 @@ class MegatronTrainer:
             args.deadpool_first_iteration,
         )
         self.at_rest = AtRest(model)
+        self.muster = Muster(
+            int(os.environ[MUSTER_FD]),
+            self.rank,
+            int(os.environ["LOCAL_WORLD_SIZE"]),
+            lambda: session.joined_epoch,
+            self.check,
+        )
         self._unique = UniqueState(optimizer)
         self._frozen = Frozen(model, config.slice_bytes)
         self._comparison = Comparison(args, run_args.settings, model, optimizer, scheduler)
@@ -228,7 +237,7 @@ class MegatronTrainer:
         if self._writer.kept is None:
             print(
                 f"deadpool: rank {self.rank} begins unprotected: generation {iteration} is not committed after "
-                f"{deadline_s:g} s; a node lost before the first commit ends the job (`deadpool status` has the reason)",
+                f"{deadline_s:g} s, and a node lost before that ends the job (`deadpool status` has the reason)",
                 flush=True,
             )
 
@@ -447,7 +456,9 @@ class MegatronTrainer:
     # ---- recovery.Trainer
 
     def let_go(self) -> None:
-        """Drop what modules have half-done and the graph of an iteration. In this order: attributes may be graphs."""
+        """Launch no kernel any more that neighbours would have to launch too; drop what modules have half-done and the
+        graph of an iteration. In this order: attributes may be graphs."""
+        self.muster.leave()
         self.at_rest.restore()
         drop_graphs()
 

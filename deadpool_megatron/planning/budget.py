@@ -174,7 +174,7 @@ def _supported(run: RunFile) -> None:
 
     values = {attribute_of(flag): value for flag, value in run.megatron.items()}
     try:
-        check_arguments(Namespace(**values))
+        check_arguments(Namespace(**values), run.cluster.gpus_per_node)
     except UserError as err:
         raise PlanError(f"{run.name}: {err}") from None
 

@@ -83,6 +83,7 @@ class Session:
         self._on_arm: Callable[[r.Fault], None] = lambda fault: None
         self.is_waiting: Callable[[], bool] = lambda: False
         self.on_exit_notice: Callable[[], None] = lambda: None
+        self.on_replaced: Callable[[list[int]], None] = lambda ranks: None
         self.declared_epoch = epoch
         self.joined_epoch = epoch
         threading.Thread(target=self._watch, name="deadpool-watcher", daemon=True).start()
@@ -113,6 +114,7 @@ class Session:
                 self._rendezvous = record.rendezvous or self._rendezvous
                 self.declared_epoch = record.epoch
                 self._news.notify_all()
+            self.on_replaced(record.replaced)
             self._on_declare(record.epoch)
             if (rank := self._standing_by) is not None:
                 self.tell(r.Arrived(record.epoch, rank, None))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from deadpool_bench.harness.ports import free_ports
 from flags import Layout, duo_gpt, with_value, without_values
 from jobs import (
     EXAMPLE,
@@ -216,3 +218,18 @@ def test_the_exit_signal_saves_a_checkpoint_after_a_swap_as_before(told: str, jo
     job.finished()
     latest = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert resumed["iteration"] < latest < 2000 and "exiting program after receiving SIGTERM" in job.log_tails(60)
+
+
+def test_a_straggler_detector_that_was_switched_off_does_not_stop_a_run_after_a_swap(jobs: Jobs) -> None:
+    """Its state is the survivors' alone, and each line of the log is a collective where it is on."""
+    (port,) = free_ports(1)
+    flags = [*duo_gpt(iters=ITERATIONS), "--log-straggler", "--straggler-ctrlr-port", str(port)]
+    job = jobs.start("stragglers", launch_flags(3, 1, slots=1), flags, held=True)
+    job.hold(1)
+    job.until_event("committed")
+    with socket.create_connection(("127.0.0.1", port)) as curl:
+        curl.send(b"GET / HTTP/1.0\r\n\r\n")
+        assert b"Will turn StragglerDetector OFF" in curl.recv(1000)
+    job.arm((1, 3, 2))
+    job.finished()
+    assert "the straggler detector is ON again" in (job.run_dir / "logs" / "rank-0.log").read_text()

@@ -13,7 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deadpool_megatron.cluster.agent.workers import PARENT_PID, STACKS_FILE, WORKER_MODULE, Worker, start_worker
+from deadpool_megatron.cluster.agent.workers import (
+    PARENT_PID,
+    STACKS_FILE,
+    WORKER_MODULE,
+    Worker,
+    shared_memory,
+    start_worker,
+)
 from deadpool_megatron.forking import FORK_SERVER
 from deadpool_megatron.jobs.descendants import Descendants
 from jobs import environment
@@ -32,7 +39,12 @@ def start(directory: Path, ending: str, environment: Mapping[str, str]) -> Worke
     script = directory / "script.py"
     script.write_text(SCRIPT)
     env = {**environment, STACKS_FILE: str(directory / "stacks")}
-    return start_worker([sys.executable, "-m", WORKER_MODULE, str(script), ending], env, 0, None, directory / "log")
+    command = [sys.executable, "-m", WORKER_MODULE, str(script), ending]
+    shared = shared_memory()
+    try:
+        return start_worker(command, env, 0, None, directory / "log", shared)
+    finally:
+        os.close(shared)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent import adoption
 from deadpool_megatron.cluster.agent.adoption import AdoptedProcess, Adoption, AdoptionError, present
-from deadpool_megatron.cluster.agent.workers import DOORBELL_FD, PARENT_PID, Worker
+from deadpool_megatron.cluster.agent.workers import DOORBELL_FD, PARENT_PID, Worker, shared_memory
 
 NAME = f"deadpool-test-{os.getpid()}"
 # Comes as local rank argv[1], says what it found, rings, tells argv[2] as its last word if that is a number, and ends
@@ -24,6 +24,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.adoption import present
 control, found = present(sys.argv[3], int(sys.argv[1]), lambda: None)
 print(found["RANK"], found["DEADPOOL_AGENT_PID"], flush=True)
+os.pwrite(int(found["DEADPOOL_MUSTER_FD"]), b"x", int(sys.argv[1]))
 os.eventfd_write(int(found["DEADPOOL_DOORBELL_FD"]), 1)
 if sys.argv[2].isdigit():
     socket.socket(fileno=control).send(r.encode(r.Leaving(int(sys.argv[2]))))
@@ -56,7 +57,8 @@ def test_workers_that_come_in_any_order_are_taken_by_their_local_rank(ranks: lis
     agent = Adoption(NAME)
     _come(ranks, 1, "3")
     _come(ranks, 0, "wait")
-    workers = [agent.take(local, 4 + local, {"RANK": str(4 + local)}, lambda: False) for local in (0, 1)]
+    shared = shared_memory()
+    workers = [agent.take(local, 4 + local, {"RANK": str(4 + local)}, shared, lambda: False) for local in (0, 1)]
     agent.close()
     assert [w.pid for w in workers] == [ranks[1].pid, ranks[0].pid]
     for worker, process in zip(workers, (ranks[1], ranks[0]), strict=True):
@@ -64,6 +66,8 @@ def test_workers_that_come_in_any_order_are_taken_by_their_local_rank(ranks: lis
         assert process.stdout.readline().split() == [str(worker.rank), str(os.getpid())]
         os.set_blocking(worker.doorbell, True)
         assert os.eventfd_read(worker.doorbell) == 1
+    assert os.pread(shared, 2, 0) == b"xx", "both see the same memory"
+    os.close(shared)
     ranks[0].wait()
     _hear(workers[1])
     assert workers[1].process.wait() == 3, "what it said last"
@@ -78,7 +82,7 @@ def test_an_agent_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(adoption, "COME_S", 0.3)
     agent = Adoption(NAME)
     with pytest.raises(AdoptionError, match=r"local rank 0 has not come to its agent within 0\.3 s"):
-        agent.take(0, 0, {}, lambda: False)
+        agent.take(0, 0, {}, 0, lambda: False)
     with pytest.raises(OSError, match="in use"):
         Adoption(NAME)
     agent.close()

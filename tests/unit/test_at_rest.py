@@ -30,6 +30,15 @@ class Layer(nn.Module):
         self.learned: list[Any] = ["before"]
         self.helper = SimpleNamespace(value=1)
         self.tensor = torch.zeros(1)
+        self.token_dispatcher = Dispatcher()
+
+
+class Dispatcher:
+    """As of tokens to experts: no module, and with a helper of its own."""
+
+    def __init__(self) -> None:
+        self._comm_manager = SimpleNamespace(handle=None, size=None)
+        self.shape: Any = None
 
 
 def begun() -> tuple[Layer, AtRest]:
@@ -47,7 +56,10 @@ def test_numbers_flags_and_what_was_empty_come_back_and_new_attributes_go() -> N
     layer.queue = deque([1])
     layer.handle = object()  # type: ignore[assignment]
     layer.eval()
+    manager = layer.token_dispatcher._comm_manager
+    layer.token_dispatcher.shape, manager.handle, manager.size = (1,), object(), torch.ones(1)
     at_rest.restore()
+    assert (layer.token_dispatcher.shape, manager.handle, manager.size) == (None, None, None)
     assert (layer.progress, layer.count, layer.cached) == (Progress.IDLE, 3, None)
     assert layer.waiting is waiting and layer.queue is queue and not waiting and not queue
     assert not hasattr(layer, "handle") and layer.training and layer.inner.training

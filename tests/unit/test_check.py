@@ -39,13 +39,11 @@ def test_an_accepted_command_line_has_a_line_for_each_feature(capsys: pytest.Cap
 
 
 def test_all_refused_flags_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["check", *LLAMA, "--use-nccl-ub", "--moe-token-dispatcher-type=flex", "--iterations-to-skip", "3", "4"])
-        == 1
-    )
+    flags = ["--use-nccl-ub", "--moe-flex-dispatcher-backend=ncclep", "--iterations-to-skip", "3", "4"]
+    assert main(["check", *LLAMA, *flags]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[1].strip() for line in lines] == [
-        "--moe-token-dispatcher-type flex",
+        "--moe-flex-dispatcher-backend ncclep",
         "--use-nccl-ub",
         "--iterations-to-skip [3, 4]",
     ]
@@ -61,7 +59,7 @@ def test_what_check_refuses_a_job_refuses_and_the_other_way_round() -> None:
     from deadpool_megatron.compat import UserError
 
     for each in FEATURES:
-        for value in (True, "flex", "custom", "soap", "local", 2):
+        for value in (True, "ncclep", "custom", "soap", "local", 2):
             if each.evidence is Evidence.REFUSED and each.selects(value):
                 assert each in used({each.attribute: value})
                 with pytest.raises(UserError, match=f"^{each.flag}"):
@@ -123,6 +121,48 @@ def test_every_evidence_names_a_test_that_uses_the_flag() -> None:
         text = (ROOT / each.because).read_text() + shared
         default = each.attribute in support.DEFAULTS and "default_gpt" in text
         assert default or all(word in text for word in each.flag.split()), each
+
+
+FLEX = ("--moe-token-dispatcher-type", "flex", "--num-experts", "64", "--tensor-model-parallel-size", "2")
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "accepted"),
+    [
+        ([], ("--expert-model-parallel-size", "4"), True),  # two tensor-parallel ranks an expert: 8 processes
+        ([], ("--expert-model-parallel-size", "8"), False),
+        ([], ("--expert-model-parallel-size", "8", "--expert-tensor-parallel-size", "1"), True),
+        (["--nproc-per-node", "4"], ("--expert-model-parallel-size", "4"), False),
+        (["--nproc-per-node", "6"], ("--expert-model-parallel-size", "2"), False),  # groups of 4 on nodes of 6
+        (["--nproc-per-node", "72"], ("--expert-model-parallel-size", "36"), True),
+    ],
+)
+def test_what_nothing_aborts_has_to_stay_inside_of_a_node(
+    processes: list[str], flags: tuple[str, ...], accepted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *processes, *FLEX, *flags]) == (0 if accepted else 1)
+    said = capsys.readouterr().out
+    assert ("tokens by DeepEP or HybridEP, inside a node" in said) is accepted
+    refused = [line for line in said.splitlines() if line.startswith("refused")]
+    assert accepted or (len(refused) == 1 and "span nodes" in refused[0])
+
+
+def test_kernels_that_hosts_meet_for_are_in_no_graph() -> None:
+    def refused(*flags: str) -> bool:
+        values = parse([*FLEX, "--expert-model-parallel-size", "2", *flags])
+        return support.FLEX_IN_GRAPHS in {each.attribute for each in used(values)}
+
+    assert refused("--cuda-graph-impl", "full_iteration")
+    assert refused("--cuda-graph-impl", "local") and refused("--cuda-graph-impl", "local", "--cuda-graph-scope", "moe")
+    assert not refused() and not refused("--cuda-graph-impl", "none")
+    assert not refused("--cuda-graph-impl", "transformer_engine", "--cuda-graph-scope", "attn", "moe_router")
+
+
+def test_a_runs_file_knows_how_big_its_nodes_are() -> None:
+    file = str(ROOT / "configs" / "65b_a100_128x4.yaml")
+    flags = ["--moe-token-dispatcher-type", "flex", "--num-experts", "8", "--expert-tensor-parallel-size", "1"]
+    assert main(["check", "--config", file, *flags, "--expert-model-parallel-size", "8"]) == 1
+    assert main(["check", "--config", file, *flags, "--expert-model-parallel-size", "4"]) == 0
 
 
 def test_what_has_not_been_run_on_a_gpu_is_told() -> None:

@@ -286,6 +286,15 @@ def test_a_node_whose_workers_die_again_and_again_is_a_bad_node() -> None:
     assert job.core.nodes[2].role == "lost" and "4 of its workers ended" in job.events("detected")[-1]["cause"]
 
 
+def test_who_ends_because_a_neighbour_was_lost_is_not_counted_against_its_node() -> None:
+    job = SimulatedJob(nodes=3, spares=0).train()
+    for pid in range(3 * job.core.job.worker_deaths):
+        job.feed(r.WorkerExited(2, 1, 5, 70 + pid, Exit.NEIGHBOUR_LOST))
+        job.recover()
+    assert job.core.nodes[2].role == "active" and job.core.nodes[2].deaths == 0
+    assert f"exit code {Exit.NEIGHBOUR_LOST}" in job.events("detected")[-1]["cause"]
+
+
 def test_a_worker_that_crashes_in_the_same_iteration_again_is_not_made_good_a_second_time() -> None:
     job = SimulatedJob(nodes=5, spares=2).train()
     job.iterate(4)

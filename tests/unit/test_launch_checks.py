@@ -169,7 +169,7 @@ def _unsupported() -> list[tuple[str, str]]:
 
 BAD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": ["local", "transformer_engine"],
-    "moe_token_dispatcher_type": ["flex"],
+    "moe_flex_dispatcher_backend": ["ncclep"],
     "optimizer": ["soap"],
     "fp8_recipe": ["custom"],
     "fp4_recipe": ["custom"],
@@ -181,7 +181,7 @@ BAD_VALUES: dict[str, list[object]] = {
 }
 GOOD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": [None, "none", "full_iteration"],
-    "moe_token_dispatcher_type": ["allgather", "alltoall", None],
+    "moe_flex_dispatcher_backend": ["deepep", "hybridep", None],
     "optimizer": ["adam", "sgd"],
     "fp8_recipe": ["delayed", "tensorwise", "blockwise", "mxfp8", None],
     "fp4_recipe": ["nvfp4", None],
@@ -230,10 +230,13 @@ def test_process_groups_of_another_kind_are_refused_by_the_variable_that_selects
 def test_every_refused_flag_is_one_that_megatron_knows() -> None:
     """A misspelt attribute would never refuse anything."""
     training = pytest.importorskip("megatron.training.arguments")
+    from deadpool_megatron.support import DERIVED
+
     known = {action.dest for action in training.add_megatron_arguments(argparse.ArgumentParser())._actions}
     # Flags of other releases are kept; they must at least be spelt like flags.
     older = {"enable_cuda_graph", "external_cuda_graph"}
     derived = {"gtp_weight_remat_size", "expert_gtp_weight_remat_size"}  # by Megatron's main, from flags of other names
+    derived |= {*DERIVED}  # by us
     unknown = {name for _, name in _unsupported()} - known - older - derived
     assert not unknown
     parser = training.add_megatron_arguments(argparse.ArgumentParser())

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from deadpool_megatron.cluster.agent.pulse import PULSE_FD, PulsePage
-from deadpool_megatron.cluster.agent.workers import DOORBELL_FD, PARENT_PID, Worker
+from deadpool_megatron.cluster.agent.workers import DOORBELL_FD, MUSTER_FD, PARENT_PID, Worker
 
 COME_S = 300.0
 _LOOK_S = 0.2
@@ -78,12 +78,18 @@ class Adoption:
         self._come: dict[int, tuple[socket.socket, int]] = {}
 
     def take(
-        self, local: int, rank: int | None, environment: Mapping[str, str], given_up: Callable[[], bool]
+        self,
+        local: int,
+        rank: int | None,
+        environment: Mapping[str, str],
+        muster: int,
+        given_up: Callable[[], bool],
     ) -> Worker:
         """The worker of one slot. Blocks until it has come, at most `COME_S` seconds.
 
         Args:
             environment: what it is to find in its environment besides what its launcher gave it.
+            muster: descriptor of the memory that all workers of the node share.
 
         Raises:
             AdoptionError: it did not come.
@@ -100,7 +106,7 @@ class Adoption:
             pidfd = os.pidfd_open(pid)
             page = PulsePage.create()
             told = dict(environment) | {PARENT_PID: str(os.getpid())}
-            socket.send_fds(connection, [json.dumps(told).encode()], [doorbell, page.fd])
+            socket.send_fds(connection, [json.dumps(told).encode()], [doorbell, page.fd, muster])
         except OSError as err:
             raise AdoptionError(f"local rank {local} (process {pid}) ended before it was adopted: {err}") from None
         return Worker(local, AdoptedProcess(pid, pidfd), pidfd, connection, doorbell, rank, page)
@@ -132,8 +138,8 @@ def present(name: str, local: int, alive: Callable[[], str | None]) -> tuple[int
         alive: tells why the agent will never be there, None while it may.
 
     Returns:
-        The control socket's descriptor (not inheritable yet) and the environment the agent wants, `DOORBELL_FD` and
-        `PULSE_FD` in it.
+        The control socket's descriptor (not inheritable yet) and the environment the agent wants, `DOORBELL_FD`,
+        `PULSE_FD` and `MUSTER_FD` in it.
 
     Raises:
         AdoptionError: no agent, or one of another user.
@@ -155,9 +161,9 @@ def present(name: str, local: int, alive: Callable[[], str | None]) -> tuple[int
     if uid != os.getuid():
         raise AdoptionError(f"another user (uid {uid}) listens in the place of this node's agent")
     connection.send(str(local).encode())
-    packet, descriptors, _, _ = socket.recv_fds(connection, _MAX_PACKET, 2)
-    if not packet or len(descriptors) != 2:
+    packet, descriptors, _, _ = socket.recv_fds(connection, _MAX_PACKET, 3)
+    if not packet or len(descriptors) != 3:
         raise AdoptionError("the agent of this node ended before the job began; see what local rank 0 says")
     environment: dict[str, str] = json.loads(packet)
-    environment[DOORBELL_FD], environment[PULSE_FD] = map(str, descriptors)
+    environment |= dict(zip((DOORBELL_FD, PULSE_FD, MUSTER_FD), map(str, descriptors), strict=True))
     return connection.detach(), environment

@@ -21,6 +21,7 @@ from deadpool_megatron.cluster.agent.workers import (
     ask_for_stacks,
     end_group,
     is_stopped,
+    shared_memory,
     start_worker,
 )
 
@@ -48,6 +49,7 @@ class WorkerProcesses:
         self._given_up = given_up
         self._log_dir = Path(settings.log_dir)
         self._adoption = Adoption(settings.adopt) if settings.adopt else None
+        self._muster = shared_memory()
         self._pinning = Pinning(settings.slots_per_node if settings.pin else 0)
 
     def adopted(self, local: int) -> bool:
@@ -71,11 +73,11 @@ class WorkerProcesses:
             env[EPOCH] = str(self._job.epoch)  # not 0 when the start begins anew
         if self._adoption is not None and self.adopted(local):
             ours = {k: v for k, v in env.items() if os.environ.get(k) != v}
-            worker = self._adoption.take(local, rank, ours, self._given_up)
+            worker = self._adoption.take(local, rank, ours, self._muster, self._given_up)
         else:
             log = self._log_dir / f"rank-{rank}.log" if rank is not None else self._spare_log(local)
             with self._pinning.unpinned():
-                worker = start_worker(self._s.command, env, local, rank, log)
+                worker = start_worker(self._s.command, env, local, rank, log, self._muster)
         for fd in _descriptors(worker):
             self._poller.register(fd, zmq.POLLIN)
         return worker

@@ -23,6 +23,8 @@ from deadpool_megatron.forking import FORK_SERVER, fork_module, open_pidfd
 WORKER_MODULE = "deadpool_megatron.worker"  # python -m
 CONTROL_FD = "DEADPOOL_CONTROL_FD"
 DOORBELL_FD = "DEADPOOL_DOORBELL_FD"
+MUSTER_FD = "DEADPOOL_MUSTER_FD"  # memory that all workers of a node share
+MUSTER_BYTES = 4096
 PARENT_PID = "DEADPOOL_AGENT_PID"
 ADOPTED = "DEADPOOL_ADOPTED"  # set in a worker that its agent has not started
 EPOCH = "DEADPOOL_EPOCH"  # in which a worker with a coordinate begins
@@ -106,20 +108,27 @@ class Worker:
         os.close(self.doorbell)
 
 
+def shared_memory() -> int:
+    """The descriptor of the memory that the workers of a node share; zeros."""
+    fd = os.memfd_create("deadpool-muster", os.MFD_CLOEXEC)
+    os.ftruncate(fd, MUSTER_BYTES)
+    return fd
+
+
 def start_worker(
-    command: Sequence[str], environment: Mapping[str, str], local: int, rank: int | None, log: Path
+    command: Sequence[str], environment: Mapping[str, str], local: int, rank: int | None, log: Path, muster: int
 ) -> Worker:
     """Start a worker in a process group (and session) of its own, its output going to ``log``.
 
     It inherits one end of a control socket, the doorbell, an eventfd it rings when its shard has grown, and the page of
-    its progress; nobody else can reach them.
+    its progress; nobody else can reach them. And ``muster``, which it shares with the other workers of the node.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     page = PulsePage.create()
     env = dict(environment)
     env[PARENT_PID] = str(os.getpid())
-    descriptors = {PULSE_FD: page.fd, CONTROL_FD: theirs.fileno(), DOORBELL_FD: doorbell}
+    descriptors = {PULSE_FD: page.fd, CONTROL_FD: theirs.fileno(), DOORBELL_FD: doorbell, MUSTER_FD: muster}
     process: forking.Process
     with open(log, "ab", buffering=0) as out:
         if server := env.get(FORK_SERVER):

@@ -82,7 +82,8 @@ class WorkerEnds:
         rank = assignment.index(here) if record.rank is None and here in assignment else record.rank
         if rank is None or assignment[rank] != here:
             return  # it has been replaced already
-        to_blame = self._blame.died(node)
+        # (whose neighbour was lost has ended for that: the neighbour has been counted)
+        to_blame = not node.respawns if record.code == Exit.NEIGHBOUR_LOST else self._blame.died(node)
         iteration = self._state.progress.iteration
         if self._blame.crashed_again(record, self._state.members.epoch, iteration):
             again = f"after iteration {iteration} again, so no spare is spent on it; see its log"

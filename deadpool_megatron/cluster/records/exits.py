@@ -20,4 +20,5 @@ class Exit(IntEnum):
     REPEATED_ERROR = 79
     FENCED = 80
     DEPOSED = 82  # of a coordinator's process: somebody else leads now
+    NEIGHBOUR_LOST = 83  # of a worker whose kernels wait for a worker of its node that is gone
     INTERRUPTED = 130

@@ -1,0 +1,283 @@
+"""The module ``deep_ep`` on the CPU: the buffers of DeepEP and HybridEP, as Megatron's ``fused_a2a`` uses them.
+
+As on a device, a kernel here goes its own way between the ranks of a buffer, past the process groups of torch: nothing
+aborts it, and one whose peer launches none waits for it. Source of the calls: deepseek-ai/DeepEP, ``deep_ep/buffer.py``
+and, on its branch hybrid-ep, ``deep_ep/hybrid_ep_buffer.py``.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_WAITS = timedelta(minutes=30)
+_native_wait: Callable[[Any], bool]  # of before anybody else has wrapped it
+
+
+class _Link:
+    """The way of a buffer's kernels: connections of their own between the ranks of ``group``."""
+
+    def __init__(self, group: Any) -> None:
+        self.rank, self.size = group.rank(), group.size()
+        place = [tempfile.mkdtemp(prefix="deadpool-deep-ep-") if self.rank == 0 else ""]
+        dist.broadcast_object_list(place, group=group, group_src=0)
+        directory = Path(place[0])
+        store = dist.FileStore(str(directory / "store"), self.size)
+        self._gloo = dist.ProcessGroupGloo(store, self.rank, self.size, _WAITS)
+        _native_wait(self._gloo.barrier())
+        if self.rank == 0:
+            (directory / "store").unlink(missing_ok=True)
+            directory.rmdir()
+
+    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Part ``r`` goes to rank ``r``; what comes from each rank. Rows alike, any number of them."""
+        sent = torch.tensor([len(part) for part in parts])
+        got = torch.empty_like(sent)
+        _native_wait(self._gloo.alltoall_base(got, sent, [], []))
+        whole = torch.cat(list(parts)).contiguous()
+        out = whole.new_empty(int(got.sum()), *whole.shape[1:])
+        counts = got.tolist()
+        if whole.shape[1:].numel():
+            # Bytes: Gloo knows not all types.
+            wire_in, wire_out = (each.flatten(1).view(torch.uint8) for each in (whole[:, None], out[:, None]))
+            _native_wait(self._gloo.alltoall_base(wire_out, wire_in, counts, sent.tolist()))
+        return list(out.split(counts))
+
+    def sum_back(self, parts: Sequence[Tensor], rows: Sequence[Tensor], number: int) -> Tensor:
+        """Part ``r`` goes back to rank ``r``; what comes back for its ``number`` rows is added in float32, by rank."""
+        out = parts[0].new_zeros(number, *parts[0].shape[1:], dtype=torch.float32)
+        for where, part in zip(rows, self.exchange(parts), strict=True):
+            out.index_add_(0, where, part.float())
+        return out.to(parts[0].dtype)
+
+
+class EventHandle:
+    """``deep_ep.utils.EventHandle``: a moment on a stream."""
+
+
+class EventOverlap:
+    """``deep_ep.utils.EventOverlap``: here all is done when a call returns."""
+
+    def __init__(self, event: EventHandle | None = None, extra_tensors: Any = None) -> None:
+        self.event = event
+
+    def current_stream_wait(self) -> None:
+        """Nothing is left to wait for."""
+
+
+class _Sent(NamedTuple):
+    """A dispatch, for its combine: which rows went to each rank, how many came from each, how many rows there were."""
+
+    rows: list[Tensor]
+    came: list[int]
+    number: int
+
+
+class Buffer:
+    """DeepEP's buffer: the tokens of a batch to the ranks of their experts, once a rank, and back."""
+
+    def __init__(self, group: Any, num_nvl_bytes: int = 0, num_rdma_bytes: int = 0, **_: Any) -> None:
+        self.group = group
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+        self._link = _Link(group)
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """Multiprocessors that kernels may take."""
+        assert new_num_sms % 2 == 0, "the SM count must be even"
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Any:
+        """How big a buffer has to be."""
+        return SimpleNamespace(
+            get_nvl_buffer_size_hint=lambda hidden_bytes, ranks: hidden_bytes * ranks,
+            get_rdma_buffer_size_hint=lambda hidden_bytes, ranks: 0,
+        )
+
+    get_combine_config = get_dispatch_config
+
+    def get_dispatch_layout(
+        self, topk_idx: Tensor, num_experts: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, None, Tensor, Tensor, EventOverlap]:
+        """Tokens by rank and by expert, and which token goes to which rank. No communication."""
+        chosen = torch.zeros(len(topk_idx), num_experts + 1, dtype=torch.bool)
+        chosen.scatter_(1, topk_idx.where(topk_idx >= 0, num_experts), True)
+        chosen = chosen[:, :num_experts]
+        in_rank = chosen.view(len(topk_idx), self._link.size, -1).any(2)
+        return in_rank.sum(0).int(), None, chosen.sum(0).int(), in_rank, EventOverlap()
+
+    def dispatch(
+        self,
+        x: Tensor,
+        handle: _Sent | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Any, ...]:
+        """Tokens by rank they come from; with indices among the experts here, -1 for experts elsewhere."""
+        link = self._link
+        if handle is not None:
+            received = torch.cat(link.exchange([x[rows] for rows in handle.rows]))
+            return received, None, None, None, None, EventOverlap()
+        assert is_token_in_rank is not None and num_tokens_per_expert is not None
+        assert topk_idx is not None and topk_weights is not None
+        rows = [is_token_in_rank[:, rank].nonzero()[:, 0] for rank in range(link.size)]
+        came = link.exchange([x[each] for each in rows])
+        local = len(num_tokens_per_expert) // link.size
+        indices, weights = [], []
+        for rank, each in enumerate(rows):
+            there = topk_idx[each] - rank * local
+            is_there = (there >= 0) & (there < local)
+            indices.append(there.where(is_there, -1))
+            weights.append(topk_weights[each].where(is_there, 0))
+        received_indices = torch.cat(link.exchange(indices))
+        per_expert = torch.bincount(received_indices[received_indices >= 0], minlength=local).tolist()
+        sent = _Sent(rows, [len(part) for part in came], len(x))
+        received_weights = torch.cat(link.exchange(weights))
+        return torch.cat(came), received_indices, received_weights, per_expert, sent, EventOverlap()
+
+    def combine(
+        self, x: Tensor, handle: _Sent, topk_weights: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Rows back to where they come from, and added there; weights too."""
+
+        def back(values: Tensor) -> Tensor:
+            return self._link.sum_back(values.split(handle.came), handle.rows, handle.number)
+
+        return back(x), None if topk_weights is None else back(topk_weights), EventOverlap()
+
+
+class _Permuted(NamedTuple):
+    """A dispatch with permutation. ``overflow`` is last, where Megatron looks for it."""
+
+    rows: list[Tensor]
+    came: list[int]
+    number: int
+    index: Tensor  # of each row for the experts: which received one it is; -1: padding
+    expert: Tensor  # and for which expert here
+    experts: int  # here
+    counts: Tensor  # by expert here
+    overflow: Tensor
+
+
+class HybridEPBuffer:
+    """HybridEP's buffer: dispatch with permutation by expert, and combine with the opposite."""
+
+    def __init__(
+        self,
+        group: Any,
+        hidden_dim: int,
+        max_num_of_tokens_per_rank: int,
+        num_local_experts: int,
+        use_fp8: bool = False,
+        **_: Any,
+    ) -> None:
+        assert not use_fp8, "the emulation has no dispatch in FP8"
+        self.group = group
+        self._link = _Link(group)
+
+    def dispatch_with_permute(
+        self,
+        *,
+        hidden: Tensor,
+        routing_map: Tensor | None = None,
+        probs: Tensor | None = None,
+        scaling_factor: Tensor | None = None,
+        num_of_experts_per_rank: int | None = None,
+        pad_multiple: int | None = None,
+        num_permuted_tokens: int | None = None,
+        non_blocking: bool = False,
+        handle: _Permuted | None = None,
+        fuse_permute_dispatch: bool = False,
+    ) -> tuple[Any, ...]:
+        """Rows by expert here, then rank they come from; each expert's filled up with zeros to ``pad_multiple``."""
+        link = self._link
+        if handle is None:
+            assert routing_map is not None and num_of_experts_per_rank is not None
+            handle = self._plan(routing_map, num_of_experts_per_rank, pad_multiple or 1, num_permuted_tokens)
+        real = handle.index >= 0
+        received = torch.cat(link.exchange([hidden[rows] for rows in handle.rows]))
+        out = hidden.new_zeros(len(handle.index), hidden.shape[1])
+        out[real] = received[handle.index[real]]
+        out_probs = None
+        if probs is not None:
+            parts = zip(handle.rows, probs.split(handle.experts, 1), strict=True)
+            grid = torch.cat(link.exchange([there[rows] for rows, there in parts]))
+            out_probs = probs.new_zeros(len(handle.index))
+            out_probs[real] = grid[handle.index[real], handle.expert[real]]
+        return out, out_probs, None, handle.counts, handle
+
+    def _plan(self, routing_map: Tensor, experts: int, multiple: int, budget: int | None) -> _Permuted:
+        parts = routing_map.bool().split(experts, 1)
+        rows = [part.any(1).nonzero()[:, 0] for part in parts]
+        came = self._link.exchange([part[each].byte() for part, each in zip(parts, rows, strict=True)])
+        chosen = torch.cat(came).bool()
+        index, expert, counts = [], [], []
+        for here in range(experts):
+            mine = chosen[:, here].nonzero()[:, 0]
+            padding = -len(mine) % multiple
+            index += [mine, mine.new_full((padding,), -1)]
+            counts.append(len(mine) + padding)
+            expert.append(mine.new_full((counts[-1],), here))
+        whole, whole_expert = torch.cat(index), torch.cat(expert)
+        per_expert, overflow = torch.tensor(counts), torch.zeros(1, dtype=torch.int32)
+        if budget is not None:
+            budget = int(budget)
+            overflow += len(whole) > budget
+            filling = max(0, budget - len(whole))
+            whole = torch.cat([whole[:budget], whole.new_full((filling,), -1)])
+            whole_expert = torch.cat([whole_expert[:budget], whole_expert.new_zeros(filling)])
+            ends = per_expert.cumsum(0).clamp(max=budget)
+            per_expert = ends.diff(prepend=ends.new_zeros(1))
+        number = len(routing_map)
+        return _Permuted(rows, [len(e) for e in came], number, whole, whole_expert, experts, per_expert, overflow)
+
+    def combine_with_unpermute(
+        self,
+        *,
+        hidden: Tensor,
+        probs: Tensor | None = None,
+        handle: _Permuted,
+        pad_multiple: int | None = None,
+        fuse_unpermute_combine: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the experts here made of each row is added here, then goes back and is added there."""
+        real, came = handle.index >= 0, sum(handle.came)
+        summed = hidden.new_zeros(came, hidden.shape[1], dtype=torch.float32)
+        summed.index_add_(0, handle.index[real], hidden[real].float())
+        out = self._link.sum_back(summed.to(hidden.dtype).split(handle.came), handle.rows, handle.number)
+        if probs is None:
+            return out, None
+        grid = probs.new_zeros(came, handle.experts)
+        grid[handle.index[real], handle.expert[real]] = probs[real]
+        out_probs = probs.new_zeros(handle.number, handle.experts * self._link.size)
+        back = self._link.exchange(grid.split(handle.came))
+        for there, rows, part in zip(out_probs.split(handle.experts, 1), handle.rows, back, strict=True):
+            there[rows] = part
+        return out, out_probs
+
+
+def install() -> None:
+    """Before Megatron is imported, which looks for this module then, and before anybody wraps `Work.wait`."""
+    global _native_wait
+    _native_wait = torch._C._distributed_c10d.Work.wait
+    module, utils = ModuleType("deep_ep"), ModuleType("deep_ep.utils")
+    module.__path__ = []
+    for name, members in ((module, (Buffer, HybridEPBuffer)), (utils, (EventHandle, EventOverlap))):
+        for each in members:
+            setattr(name, each.__name__, each)
+    module.utils = utils  # type: ignore[attr-defined]
+    sys.modules["deep_ep"], sys.modules["deep_ep.utils"] = module, utils
