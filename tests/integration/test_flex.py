@@ -34,7 +34,7 @@ _CASES = {
     "hybridep, mxfp8": f"{_HYBRIDEP} --fp8-format e4m3 --fp8-recipe mxfp8",
 }
 _IN_THE_GATE = "hybridep"
-_SLOW = ("--fault", "slow", "--seconds", "0.3", "--local", "1")
+_SLOW = ("--fault", "slow", "--seconds", "1", "--local", "1")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_lost_node_leaves_no_kernel_waiting_and_the_run_ends_as_the_undisturbe
     extra = {"DEADPOOL_EMULATED_CAPABILITY": "10.0"} if "mxfp8" in flags else {}
     want = undisturbed(launch_flags(2, 0, 2), flags, extra=extra)
     job = jobs.start(name.replace(" ", "-").replace(",", ""), launch_flags(3, 1, 2), flags, extra=extra, held=True)
-    job.arm((1, 1, 1, *_SLOW), (0, 2, 3))
+    job.arm((1, 2, 1, *_SLOW), (0, 2, 3))
     job.finished()
     assert [event["lost"] for event in job.events("declared")] == [[0]]
     assert_same_training(job, want, 5, rank=3, mute=frozenset({1, 2}))
