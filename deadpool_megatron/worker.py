@@ -169,7 +169,7 @@ def _install(standby: bool) -> Hooks:
     hooks = Hooks(session, communicators, config, int(os.environ[DOORBELL_FD]), store, connect, standby, page)
     hooks.install()
     session.call_on_arm(arm)
-    session.is_waiting = communicators.is_waiting
+    session.is_waiting = hooks.is_waiting
     session.on_exit_notice = hooks.take_exit_notice
     session.on_replaced = hooks.look_for_neighbours
     if standby:

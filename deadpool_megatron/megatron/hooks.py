@@ -164,6 +164,10 @@ class Hooks:
             self.session.tell(r.Leaving(Exit.NEIGHBOUR_LOST))
         os._exit(Exit.NEIGHBOUR_LOST)
 
+    def is_waiting(self) -> bool:
+        """A thread waits for other ranks, in a communication or before a launch: it is not the one that is stuck."""
+        return self.communicators.is_waiting() or (self.trainer is not None and self.trainer.muster.waiting)
+
     def take_exit_notice(self) -> None:
         """The machines are wanted soon: what ``--exit-signal-handler`` does, if it is on. From the watcher thread."""
         from megatron.training import global_vars

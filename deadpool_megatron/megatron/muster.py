@@ -56,6 +56,8 @@ class Muster:
         self._in_epoch = -1
         self._times = 0
         self._neighbours: set[int] = set()
+        self.waiting = False
+        """It has come and others have not: who makes no progress here waits for somebody else."""
 
     def meet(self, ranks: Iterable[int]) -> None:
         """Until all of these ranks, which are on this node, have come as often in this epoch. May raise what `check`
@@ -68,7 +70,13 @@ class Muster:
         self._in_epoch = epoch
         came = self._word()
         self._words[self._rank % self._per_node] = came
-        places = [rank % self._per_node for rank in others]
+        self.waiting = True
+        try:
+            self._wait([rank % self._per_node for rank in others], epoch, came)
+        finally:
+            self.waiting = False
+
+    def _wait(self, places: Sequence[int], epoch: int, came: int) -> None:
         spins = 0
         while True:
             late = [word for word in map(self._words.__getitem__, places) if word & ~_LEFT < came]

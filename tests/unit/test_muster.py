@@ -63,10 +63,12 @@ def test_who_comes_first_waits_for_the_other_at_every_launch(ranks: tuple[Rank, 
     one.launch(3)
     for times in range(3):
         until(_waits(one, times))
+        until(lambda: one.muster.waiting)
         other.launch(1)
         other.through()
     one.through()
     assert one.launched == other.launched == 3
+    assert not one.muster.waiting and not other.muster.waiting
 
 
 def test_nobody_launches_what_the_other_has_left(ranks: tuple[Rank, Rank]) -> None:

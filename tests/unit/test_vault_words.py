@@ -271,6 +271,7 @@ def test_nothing_else_maps_shared_memory_or_reads_it_in_words() -> None:
             "mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)",
         },
         "emulation/transformer_engine/quantization.py": {"DType.cast(quantizer.dtype)"},  # no memory
+        "megatron/muster.py": {"mmap.mmap(fd, 0)"},  # `Words`
         "cluster/agent/pulse.py": {"mmap.mmap(fd, _BYTES)"},
         "durable/staging.py": {  # one process's own
             "mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)"
