@@ -73,3 +73,17 @@ def test_a_worker_whose_neighbour_is_lost_ends_too_and_both_come_back(backend: s
     assert any(f"exit code {Exit.NEIGHBOUR_LOST}" in cause for cause in ended), ended
     assert f"exit code {Exit.NEIGHBOUR_LOST}" in (job.run_dir / LOGS / "rank-1.log").read_text()
     assert_same_training(job, want, 5, rank=3, mute=frozenset({1, 2}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_who_waits_for_a_neighbour_is_not_taken_for_the_one_that_hangs(jobs: Jobs) -> None:
+    flags = default_gpt(*_CASES["hybridep"].split(), "--deadpool-hang-floor", "8", iters=30)
+    want = undisturbed(launch_flags(2, 0, 2), flags)
+    # Not held: a job learns from what it has seen how long no progress is usual.
+    job = jobs.start("hangs", launch_flags(3, 1, 2), flags)
+    job.until_event("started")
+    job.inject(0, 20, 3, "--fault", "hang", "--local", "1")
+    job.finished()
+    assert [event["rank"] for event in job.events("stuck")] == [1]
+    assert_same_training(job, want, 30, rank=3, mute=frozenset({1, 2}))
