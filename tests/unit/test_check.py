@@ -155,7 +155,29 @@ def test_kernels_that_hosts_meet_for_are_in_no_graph() -> None:
     assert refused("--cuda-graph-impl", "full_iteration")
     assert refused("--cuda-graph-impl", "local") and refused("--cuda-graph-impl", "local", "--cuda-graph-scope", "moe")
     assert not refused() and not refused("--cuda-graph-impl", "none")
-    assert not refused("--cuda-graph-impl", "transformer_engine", "--cuda-graph-scope", "attn", "moe_router")
+    for flag in ("--cuda-graph-scope", "--cuda-graph-modules"):
+        assert not refused("--cuda-graph-impl", "transformer_engine", flag, "attn", "moe_router")
+        assert refused("--cuda-graph-impl", "transformer_engine", flag, "attn", "moe")
+
+
+@pytest.mark.parametrize(
+    ("flags", "accepted"),
+    [
+        (["transformer_engine", "--cuda-graph-modules", "attn"], True),
+        (["transformer_engine"], True),
+        (["local"], False),
+        (["transformer_engine", "--context-parallel-size", "2"], False),
+        (["transformer_engine", "--context-parallel-size", "2", "--attention-dropout", "0.0"], True),
+        (["transformer_engine", "--context-parallel-size", "2", "--cuda-graph-modules", "moe_router"], True),
+        (["full_iteration", "--context-parallel-size", "2"], True),
+    ],
+)
+def test_graphs_of_layers_are_judged_by_what_is_in_them(
+    flags: list[str], accepted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--cuda-graph-impl", *flags]) == (0 if accepted else 1)
+    said = capsys.readouterr().out
+    assert ("refused" in said and "--cuda-graph-impl" in said) is not accepted
 
 
 def test_a_runs_file_knows_how_big_its_nodes_are() -> None:

@@ -168,7 +168,7 @@ def _unsupported() -> list[tuple[str, str]]:
 
 
 BAD_VALUES: dict[str, list[object]] = {
-    "cuda_graph_impl": ["local", "transformer_engine"],
+    "cuda_graph_impl": ["local"],
     "moe_flex_dispatcher_backend": ["ncclep"],
     "optimizer": ["soap"],
     "fp8_recipe": ["custom"],
@@ -180,7 +180,7 @@ BAD_VALUES: dict[str, list[object]] = {
     "expert_gtp_weight_remat_size": [4],
 }
 GOOD_VALUES: dict[str, list[object]] = {
-    "cuda_graph_impl": [None, "none", "full_iteration"],
+    "cuda_graph_impl": [None, "none", "full_iteration", "transformer_engine"],
     "moe_flex_dispatcher_backend": ["deepep", "hybridep", None],
     "optimizer": ["adam", "sgd"],
     "fp8_recipe": ["delayed", "tensorwise", "blockwise", "mxfp8", None],
