@@ -51,7 +51,8 @@ class Feature:
 FLEX_ACROSS_NODES: Final = "flex_across_nodes"
 FLEX_IN_GRAPHS: Final = "flex_in_graphs"
 DROPOUT_IN_GRAPHS: Final = "dropout_in_graphs"
-DERIVED: Final = (FLEX_ACROSS_NODES, FLEX_IN_GRAPHS, DROPOUT_IN_GRAPHS)
+FUSER_WITH_SCALES: Final = "op_fuser_with_scales"
+DERIVED: Final = (FLEX_ACROSS_NODES, FLEX_IN_GRAPHS, DROPOUT_IN_GRAPHS, FUSER_WITH_SCALES)
 PROCESSES_PER_NODE: Final = 8  # where nobody says it
 
 
@@ -99,6 +100,7 @@ _ACCEPTED: Final = (
     ("layers of Transformer Engine", "--transformer-impl transformer_engine", _is("transformer_engine"), _TE),
     ("multi-latent attention", "--multi-latent-attention", bool, _TE),
     ("multi-token prediction", "--mtp-num-layers", bool, _TE),
+    ("operation fuser", "--use-transformer-engine-op-fuser", bool, _TE),
     ("recomputation", "--recompute-granularity", bool, _TE),
     ("CUDA graphs of layers", "--cuda-graph-impl transformer_engine", _is("transformer_engine"), _GRAPHS),
     ("CUDA graphs of whole iterations", "--cuda-graph-impl full_iteration", _is("full_iteration"), _GRAPHS),
@@ -195,9 +197,10 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
     ),
     (
         "--use-transformer-engine-op-fuser",
-        "use_transformer_engine_op_fuser",
+        FUSER_WITH_SCALES,
         bool,
-        "its operations are made at their first use, with scales of FP8 that nobody else sees",
+        "with --fp8-recipe delayed: nobody else sees its scales; with tensorwise or NVFP4 under sequence parallelism: "
+        "only from their second pass on do its operations reduce over the ranks what they scale by",
     ),
     ("--optimizer-cpu-offload", "optimizer_cpu_offload", bool, "state on the host and on the device by turns"),
     (
@@ -332,15 +335,18 @@ def _derived(values: Mapping[str, Any], processes: int) -> dict[str, bool]:
     graphs = values.get("cuda_graph_impl")
     in_graphs = graphs not in (None, "none") and (graphs == "full_iteration" or "moe" in _graphed(values))
     drops = "attn" in _graphed(values) and bool(float(values.get("attention_dropout", 0)))
+    recipe = values.get("fp8_recipe") if values.get("fp8") else None
+    reduces = values.get("sequence_parallel") and (recipe == "tensorwise" or values.get("fp4"))
     return {
         FLEX_ACROSS_NODES: flex and processes % experts != 0,
         FLEX_IN_GRAPHS: flex and in_graphs,
         DROPOUT_IN_GRAPHS: graphs == "transformer_engine" and drops and size("context_parallel_size") > 1,
+        FUSER_WITH_SCALES: bool(values.get("use_transformer_engine_op_fuser") and (recipe == "delayed" or reduces)),
     }
 
 
 def _graphed(values: Mapping[str, Any]) -> list[str]:
-    """The modules that are captured; whole layers where none is named. The flag's older name is a scope."""
+    """The modules that are captured; whole layers where none is named. The second is the flag's name up to 0.18."""
     named = values.get("cuda_graph_modules") or values.get("cuda_graph_scope") or ["full"]
     parts = [_name(each) for each in _listed(named)]
     return [*parts, "attn", "moe"] if "full" in parts else parts

@@ -6,14 +6,14 @@ agents nor Megatron.
 """
 
 from .client import DrainerProcess
-from .errors import Damaged, DurableError, NotFit
+from .errors import Damaged, DurableError, NotFit, Unreachable
 from .files import find
 from .format import FORMAT, Coordinate, Item, Layout, Manifest, ShardFile, directory_name
 from .lease import Lease, Taken, this_process
 from .loading import load_shards
 from .orders import Answer, Cancel, Describe, Done, Drain, Seal, Stage, Staged, Take
 from .start import begin, go_on
-from .store import open_store
+from .store import Store, open_store
 
 __all__ = [
     "FORMAT",
@@ -35,8 +35,10 @@ __all__ = [
     "ShardFile",
     "Stage",
     "Staged",
+    "Store",
     "Take",
     "Taken",
+    "Unreachable",
     "begin",
     "directory_name",
     "find",

@@ -11,6 +11,10 @@ class Damaged(DurableError):
     """A manifest or a file of a durable generation is missing, cut off or changed."""
 
 
+class Unreachable(DurableError):
+    """The file system, or the network to it, has failed; what is there may be whole."""
+
+
 class NotFit(DurableError):
     """A durable generation is of another model or layout than this job."""
 

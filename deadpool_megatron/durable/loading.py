@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 from deadpool_megatron.vault import CONSTANT, Slot, Vault, VaultError, Version, constants_of, store_shard
 
-from .errors import DurableError
+from .errors import DurableError, Unreachable
 from .files import read_constants, read_manifest, read_shard
 from .format import Manifest, ShardHeader
-from .store import open_store
+from .store import Store
 
 
 def load_shards(
     vault: Vault,
-    directory: str,
+    store: Store,
     name: str,
     epoch: int,
     versions: dict[int, Version],
@@ -25,17 +25,16 @@ def load_shards(
     """Bring coordinates of a durable generation into own arenas, each under the version given for its rank.
 
     Args:
-        directory: the durable directory (``--deadpool-durable-dir``).
-        name: the generation's directory below it.
+        store: the durable directory (``--deadpool-durable-dir``).
+        name: the generation's directory in it.
         epoch: in which they were asked for; once it is over nothing of them is written.
         versions: by rank.
         capacity: bytes of room for the small state of an arena, given the bytes it has now.
         loaded: called after each rank, and each holder of constants, with (holder, manifest, digest of its layout).
 
-    Blocks for the disk. Raises DurableError, whatever was wrong; nothing half-read counts as held.
+    Blocks for the disk. Raises DurableError, Unreachable when it may pass; nothing half-read counts as held.
     """
     try:
-        store = open_store(directory)
         manifest = read_manifest(store, name)
         for rank, version in versions.items():
             if rank >= manifest.world_size:
@@ -48,7 +47,8 @@ def load_shards(
             _load(vault, rank, epoch, version, capacity, functools.partial(read_shard, store, name, shard))
             loaded(rank, manifest, shard.layout)
     except (OSError, VaultError) as err:
-        raise DurableError(f"{directory}/{name} cannot be read: {err}") from None
+        passes = isinstance(err, OSError) and not isinstance(err, FileNotFoundError)
+        raise (Unreachable if passes else DurableError)(f"{store.root}/{name} cannot be read: {err}") from None
 
 
 def _load(

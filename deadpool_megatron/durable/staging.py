@@ -39,25 +39,29 @@ class Staging:
 
         Raises NotHeld (the version is not there, or was overwritten while it was copied), ChecksumMismatch.
         """
-        self.unique = self._view[:0]
         arena = Arena.attach(path)
         try:
-            slot = arena.find(version)
-            if slot is None:
-                raise NotHeld(f"the vault does not hold version {tuple(version)} of rank {self.rank} any more")
-            turn, nbytes = slot.turn, len(slot.unique)
-            if nbytes > self.capacity:
-                raise VaultError(f"the shard of rank {self.rank} has {nbytes} bytes, its staging {self.capacity}")
-            small_bytes = slot.small_bytes
-            small = bytes(slot.small[: 0 if small_bytes == EMPTY else small_bytes])
-            sums = [int(word) for word in slot.sums]
-            for at in range(0, nbytes, _COPY):
-                self._view[at : min(nbytes, at + _COPY)] = slot.unique[at : min(nbytes, at + _COPY)]
-            if slot.turn != turn or not slot.complete:
-                raise NotHeld(f"version {tuple(version)} of rank {self.rank} was overwritten while it was copied")
-            chunk = arena.chunk_bytes
+            self.copy(arena, version)
         finally:
             arena.close()
+
+    def copy(self, arena: Arena, version: Version) -> None:
+        """As `take`, out of an arena of this process."""
+        self.unique = self._view[:0]
+        slot = arena.find(version)
+        if slot is None:
+            raise NotHeld(f"the vault does not hold version {tuple(version)} of rank {self.rank} any more")
+        turn, nbytes = slot.turn, len(slot.unique)
+        if nbytes > self.capacity:
+            raise VaultError(f"the shard of rank {self.rank} has {nbytes} bytes, its staging {self.capacity}")
+        small_bytes = slot.small_bytes
+        small = bytes(slot.small[: 0 if small_bytes == EMPTY else small_bytes])
+        sums = [int(word) for word in slot.sums]
+        for at in range(0, nbytes, _COPY):
+            self._view[at : min(nbytes, at + _COPY)] = slot.unique[at : min(nbytes, at + _COPY)]
+        if slot.turn != turn or not slot.complete:
+            raise NotHeld(f"version {tuple(version)} of rank {self.rank} was overwritten while it was copied")
+        chunk = arena.chunk_bytes
         if sums[0] != xxhash.xxh3_64_intdigest(small):
             raise ChecksumMismatch(f"the small state of rank {self.rank}, {tuple(version)}, has changed in memory")
         for index, at in enumerate(range(0, nbytes, chunk)):

@@ -59,18 +59,25 @@ def go_on(
 
     Its job trains, whatever is wrong with the directory: nothing is waited for, and what cannot be read is not there.
     """
-    usable: tuple[tuple[int, str], ...] = ()
     store = open_store(url)
     lease = None if owner is None else Lease(store, 0, owner)
-    try:
-        store.check()
-        if lease is None or lease.renew():
-            usable, _ = survey(store, "auto", world_size, -1, False)
-    except (DurableError, OSError) as err:
-        say(f"{err}; the job goes on, and cannot go back to what is durable there")
+    usable = look_again(store, lease, world_size, say)
     if lease is not None:
         lease.keep()
     return usable, lease
+
+
+def look_again(
+    store: Store, lease: Lease | None, world_size: int, say: Callable[[str], None]
+) -> tuple[tuple[int, str], ...]:
+    """(generation, name) of what the job can go back to, newest first."""
+    try:
+        store.check()
+        if lease is None or lease.renew():
+            return survey(store, "auto", world_size, -1, False)[0]
+    except (DurableError, OSError) as err:
+        say(f"{err}; the job goes on, and cannot go back to what is durable there")
+    return ()
 
 
 def survey(

@@ -38,6 +38,8 @@ _MLA = (
     "--v-head-dim 16 --position-embedding-type rope"
 )
 
+_FUSER = f"{_LLAMA} --disable-bias-linear --use-transformer-engine-op-fuser"
+
 # In the gate: one of each kind. The others are slow only for being many.
 _CASES = {
     "sequence parallelism": f"{_TP} {_LLAMA}",
@@ -61,6 +63,12 @@ _SLOW_CASES = {
     "--moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-2 --moe-router-load-balancing-type none",
     "shared experts": f"{_TP} {_GROUPED} {_EP} --moe-shared-expert-intermediate-size 64",
     "overlapped communication of experts": f"{_GROUPED} {_EP} --overlap-moe-expert-parallel-comm --delay-wgrad-compute",
+    "operation fuser": f"{_TP} {_FUSER}",
+    "operation fuser, current scaling": f"{_DP} {_FUSER} {_CURRENT}",
+    "operation fuser, mxfp8 parameters": f"{_DP} {_FUSER} {_MXFP8_PARAMETERS}",
+    "operation fuser, nvfp4": f"{_FUSER} {_NVFP4}",
+    "operation fuser, experts": f"{_GROUPED} {_EP} {_FUSER}",
+    "operation fuser, experts, mxfp8": f"{_GROUPED} {_EP} {_FUSER} {_MXFP8}",
     "recompute, full": f"{_TP} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "recompute, attention": f"{_TP} --recompute-granularity selective --recompute-modules core_attn",
     "recompute, layer norm": f"{_TP} --recompute-granularity selective --recompute-modules layernorm",
@@ -93,6 +101,7 @@ _SLOW_CASES = {
 }
 _COPIES = re.compile(r"copies ([\d,]+) bytes of unique state a generation, in \d+ pieces; ([\d,]+) by the arithmetic")
 _BLACKWELL = {"DEADPOOL_EMULATED_CAPABILITY": "10.0"}
+_GROUPED_MLP = {"NVTE_CUTEDSL_FUSED_GROUPED_MLP": "1"}  # without it Megatron refuses experts with the operation fuser
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +118,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 )
 def test_a_run_from_which_both_nodes_are_lost_ends_as_the_undisturbed_one(name: str, jobs: Jobs) -> None:
     flags = default_gpt(*(_CASES | _SLOW_CASES)[name].split(), iters=6)
-    extra = _BLACKWELL if "mxfp8" in flags or "nvfp4" in flags else {}
+    extra = _GROUPED_MLP | (_BLACKWELL if "mxfp8" in flags or "nvfp4" in flags else {})
     want = undisturbed(launch_flags(2, 0, 1), flags, extra=extra)
     job = jobs.start(name.replace(" ", "-").replace(",", ""), launch_flags(4, 2, 1), flags, extra=extra, held=True)
     job.arm((1, 2, 2), (0, 4, 1))

@@ -26,8 +26,9 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="with --seed: print every message")
     parser.add_argument("--without", choices=MUTANTS, help="take this fix back first; stop at the first violation")
     parser.add_argument("--only", action="append", default=[], metavar="KIND", help="draw only this kind of faults")
+    parser.add_argument("--durable", action="store_true", help="give every run a durable directory")
     args = parser.parse_args()
-    profile = Profile(only=tuple(args.only))
+    profile = Profile(only=tuple(args.only), durable=args.durable or None)
     with pytest.MonkeyPatch.context() as patch:
         if args.without:
             MUTANTS[args.without](patch)

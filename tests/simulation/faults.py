@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.durable.format import MANIFEST
+from simulation.durable import OTHER_JOB
 
 if TYPE_CHECKING:
     from simulation.host import Host
@@ -23,10 +25,12 @@ class Profile:
     Attributes:
         most: faults of one run.
         only: kinds that are drawn; none named: all.
+        durable: every run has a durable directory, or none has; None: drawn.
     """
 
     most: int = 8
     only: tuple[str, ...] = ()
+    durable: bool | None = None
 
 
 _WHEN = ("started", "committed", "committed", "committed", "iteration", "declared", "agreed", "resumed")
@@ -71,6 +75,16 @@ class Faults:
             "join, and the coordinator dies": (1, self._join_and_crash),
         }
 
+        self._durable: dict[str, Callable[[], None]] = {
+            "full directory": self._full_directory,
+            "unreadable directory": self._unreadable_directory,
+            "slow directory": self._slow_directory,
+            "damaged file": self._damage_file,
+            "another owner": self._another_owner,
+            "kill drainer": self._kill_drainer,
+            "every copy damaged": self._damage_every_copy,
+        }
+
     def draw(self) -> None:
         """What will happen in this run, and when."""
         chance, cluster = self._cluster.world.chance, self._cluster
@@ -88,6 +102,78 @@ class Faults:
             else:  # in a recovery, or soon after one: those seconds are the interesting ones
                 count, most = chance.randint(1, 3), 1.0
             self._wait(when, count, chance.uniform(0.0, most), name, self._kinds[name][1])
+        if cluster.job.durable is not None:
+            self._draw_durable()
+
+    def _draw_durable(self) -> None:
+        """Of its own chance, so that other runs stay as they are."""
+        draws, names = self._cluster.draws, [*self._durable]
+        for _ in range(draws.randint(0, 3)):
+            name = draws.choice(names)
+            if not self.profile.only or name in self.profile.only:
+                count, seconds = draws.randint(1, 12), draws.uniform(0.0, 1.0)
+                self._wait(draws.choice(("committed", "declared")), count, seconds, name, self._durable[name])
+
+    def _full_directory(self) -> None:
+        self._trouble("full", True, False)
+
+    def _unreadable_directory(self) -> None:
+        self._trouble("unreadable", True, False)
+
+    def _slow_directory(self) -> None:
+        self._trouble("slow", self._cluster.draws.uniform(0.5, 8.0), 0.05)
+
+    def _trouble(self, what: str, value: float, usual: float) -> None:
+        """For a while that is shorter than a recovery's patience with it."""
+        cluster = self._cluster
+        directory, seconds = cluster.directory, cluster.draws.uniform(0.5, 12.0)
+        setattr(directory, what, value)
+        cluster.oracle.directory.begins(what, seconds)
+        self._until(seconds, lambda: setattr(directory, what, usual))
+
+    def _damage_file(self) -> None:
+        directory, draws = self._cluster.directory, self._cluster.draws
+        newest = max((name for name in directory.data if name.endswith(MANIFEST)), default=None)
+        files = [] if newest is None else sorted(n for n in directory.data if n.startswith(newest.split("/")[0]))
+        if files:
+            name = draws.choice(files)
+            data = bytearray(directory.data[name])
+            data[draws.randrange(len(data))] ^= 1
+            directory.data[name] = bytes(data)
+            self._cluster.oracle.directory.damages(name.split("/")[0])
+            self.struck[-1] += f" {name}"
+
+    def _another_owner(self) -> None:
+        """Another job takes the directory over, as one may whose watch saw nobody renew it."""
+        directory = self._cluster.directory
+        number = max((int(name[6:12]) for name in directory.files()), default=0) + 1
+        directory.claim(f"owner-{number:06d}.json", OTHER_JOB)
+        directory.taken = self._cluster.oracle.directory.taken = True
+
+    def _damage_every_copy(self) -> None:
+        """Of one rank, whose worker dies: only the durable directory can help, which may not be readable at once."""
+        cluster, draws = self._cluster, self._cluster.draws
+        workers = [rank for host in cluster.hosts for rank in host.workers() if rank.rank is not None]
+        if not workers:
+            return
+        worker = draws.choice(workers)
+        self.struck[-1] += f" rank {worker.rank}"
+        for host in cluster.hosts:
+            for arena in host.shards.vault.arenas():
+                for slot in arena.slots if arena.info.rank == worker.rank else ():
+                    if slot.complete:
+                        cluster.oracle.damages(slot)
+        worker.die(-9)
+        if draws.random() < 0.5:
+            self._unreadable_directory()
+
+    def _kill_drainer(self) -> None:
+        there = [host for host in self._cluster.hosts if host.alive]
+        if there:
+            host = self._cluster.draws.choice(there)
+            self.struck[-1] += f" n{host.node}"
+            host.durability.kill_drainer()
+            self._cluster.oracle.directory.begins("drainer", 0.0)
 
     def _wait(self, event: str, count: int, seconds: float, name: str, call: Callable[[], None]) -> None:
         self.pending += 1

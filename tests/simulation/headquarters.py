@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from deadpool_megatron.cluster import records as r
@@ -13,7 +15,12 @@ from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.job import JobSpec
 from deadpool_megatron.cluster.link.link import Hub
 from deadpool_megatron.cluster.store import Deposed, Entry, Guard, Lease, Store, Watch
+from deadpool_megatron.durable import Lease as DirectoryLease
+from deadpool_megatron.durable import this_process
+from deadpool_megatron.durable.lease import BEAT_S, take
+from deadpool_megatron.durable.start import look_again, survey
 from deadpool_megatron.observe import RunDirectory
+from simulation.durable import Directory
 from simulation.network import Link
 from simulation.world import Process, World
 
@@ -147,12 +154,14 @@ class Headquarters:
         self,
         world: World,
         job: JobSpec,
+        directory: Directory,
         links: Callable[[int], Link | None],
         all_links: Callable[[], Iterable[Link]],
         seen: Callable[[str, dict[str, Any]], None],
     ) -> None:
         self.world = world
         self.job = job
+        self.directory = directory
         self._links = links
         self._all_links = all_links
         self._seen = seen
@@ -179,9 +188,10 @@ class Headquarters:
     def _start(self) -> None:
         self.hub = _Hub(self._links, self._answered)
         settings = CoordinatorSettings("hq", "hq", 1, SECRET, "", 1, "job", resume=self.lives > 0)
+        job, lease = self._with_directory()
         self.lives += 1
         self.coordinator = Coordinator(
-            self.job,
+            job,
             settings,
             self._enlistment,
             self.disk,
@@ -190,6 +200,7 @@ class Headquarters:
             _Log(self._seen),
             self.world.clock,
             self.world.chance,
+            lease=lease,
         )
         try:
             self.coordinator.begin(lambda port: None)
@@ -197,6 +208,29 @@ class Headquarters:
             self._crashed()
             return
         self._arm(0.0)
+
+    def _with_directory(self) -> tuple[JobSpec, DirectoryLease | None]:
+        """As `launcher.node`: the first coordinator makes the durable directory its job's, later ones go on with it."""
+        spec, store = self.job.durable, self.directory
+        if spec is None:
+            return self.job, None
+        owner, world_size = this_process(spec.job), self.job.world_size
+        if self.lives:
+            spec = replace(spec, job=f"{spec.job}r{self.lives}")
+            lease = DirectoryLease(store, 0, owner)
+            usable = look_again(store, lease, world_size, lambda line: self.world.say("hq", line))
+        else:
+            lease = take(store, owner, lambda line: None, self.world.clock)
+            usable, _ = survey(store, "auto", world_size, -1, True)
+        self._renew(self.process, lease)
+        return replace(self.job, durable=replace(spec, complete=usable)), lease
+
+    def _renew(self, process: Process, lease: DirectoryLease) -> None:
+        """As the thread of `Lease.keep`."""
+        with contextlib.suppress(OSError):
+            if not lease.renew():
+                return
+        process.later(BEAT_S, self._renew, process, lease)
 
     def _arm(self, seconds: float) -> None:
         self._due = self.world.now + max(seconds, 0.001)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.vault import TransferFailed
 from deadpool_megatron.vault.words import Words
+from simulation.durable import DIRECTORY, SimulatedDurability
 from simulation.network import Link
 from simulation.rank import Rank
 from simulation.vaults import SimulatedShards
@@ -166,10 +168,13 @@ class Host:
         self.process = Process(world, f"n{node}")
         self.name = f"n{node}"
         self.news = Pipe(world, 0.0001, 0.002)  # from the vault's threads
+        self.durability: SimulatedDurability
+        self.drainers: list[Process] = []
         self.room = True  # there is memory for shards that are fetched
         config = DeadpoolConfig(
             True, lease=job.deadlines.lease, redundancy=job.redundancy, hang_floor=cluster.hang_floor,
-            hang_outside=cluster.hang_outside, abort_deadline=job.deadlines.abort, build_deadline=job.deadlines.build,
+            hang_outside=cluster.hang_outside, durable_dir=DIRECTORY * (job.durable is not None),
+            abort_deadline=job.deadlines.abort, build_deadline=job.deadlines.build,
         )  # fmt: skip
         settings = AgentSettings(
             config, "sim", node, job.slots_per_node, job.active_nodes, self.name, "hq:1", bytes(32)
@@ -182,7 +187,16 @@ class Host:
         self.link = Link(world, cluster.network, self, cluster.hq, job.deadlines.lease)
         self.watch = _Blind()
         self.agent = Agent(
-            settings, known, self.crew, self.processes, self.shards, self.watch, fence, self.link.post, world.clock
+            settings,
+            known,
+            self.crew,
+            self.processes,
+            self.shards,
+            self.watch,
+            fence,
+            self.link.post,
+            world.clock,
+            partial(SimulatedDurability, self),
         )
         self.process.later(world.chance.uniform(0.0, 0.3), self._begin)
 
@@ -251,6 +265,8 @@ class Host:
         if not self.alive:
             return
         self.process.die()
+        for drainer in self.drainers:
+            drainer.die()
         for rank in self.workers():
             rank.die(-9, silently=silently)
         if silently:

@@ -10,14 +10,17 @@ import pytest
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent import commits
+from deadpool_megatron.cluster.agent import durable as node_durable
 from deadpool_megatron.cluster.agent.commits import Commits
 from deadpool_megatron.cluster.agent.fence import Fence
 from deadpool_megatron.cluster.agent.fetching import Attempts
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.recovery import NodeRecovery
 from deadpool_megatron.cluster.agent.shards import FetchDone
+from deadpool_megatron.cluster.coordinator import coordinator
 from deadpool_megatron.cluster.coordinator.coordinator import Coordinator
 from deadpool_megatron.cluster.core.core import Core
+from deadpool_megatron.cluster.core.durable import Durability
 from deadpool_megatron.cluster.core.effects import Answer, Declare, Effects, Stop
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.observations import Observations
@@ -32,7 +35,7 @@ from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.vault import CommitLedger, Vault, Version
 from deadpool_megatron.vault.arena import Slot
 from deadpool_megatron.vault.intake import Intake, Intakes
-from simulation import vaults
+from simulation import durable, vaults
 
 __all__ = ["MUTANTS"]
 
@@ -319,6 +322,48 @@ def _a_node_that_has_left_is_counted_until_the_next_epoch(patch: Patch) -> None:
     patch.setattr(KnownJob, "departed", lambda self, record: None)
 
 
+def _what_cannot_be_read_at_once_is_given_up(patch: Patch) -> None:
+    """A durable generation counts no more after the first error of the file system."""
+    patch.setattr(node_durable, "_PATIENCE_S", -1.0)
+
+
+def _why_nothing_goes_on_is_forgotten(patch: Patch) -> None:
+    """A coordinator that starts again while the last generation is drained does not know why the job ends."""
+    dump = Recoveries.dump
+    patch.setattr(Recoveries, "dump", lambda self: dump(self) | {"no_spare": ""})
+
+
+def _a_failed_read_is_taken_for_nonsense(patch: Patch) -> None:
+    """Whoever reads from the durable directory has no source that is a node, and is not heard."""
+    misfit = coordinator.misfit
+
+    def before(record: r.AgentRecord, world_size: int, epoch: int) -> str:
+        refused = isinstance(record, r.FetchFailed) and record.source < 0
+        return "FetchFailed of source -1" if refused else misfit(record, world_size, epoch)
+
+    patch.setattr(coordinator, "misfit", before)
+
+
+def _what_is_durable_is_looked_up_alone(patch: Patch) -> None:
+    """A coordinator that starts again while the directory cannot be read knows of nothing durable."""
+    patch.setattr(Durability, "dump", lambda self: [])
+
+
+def _nothing_is_drained_at_the_end(patch: Patch) -> None:
+    """Row 10: a job without a spare or a checkpoint ends with what is in memory."""
+    patch.setattr(Durability, "can_drain", property(lambda self: False))
+
+
+def _memory_is_all_there_is(patch: Patch) -> None:
+    """What the vaults cannot answer ends the job, durable generation or not."""
+    patch.setattr(Durability, "fallback", lambda self: None)
+
+
+def _anybody_writes(patch: Patch) -> None:
+    """Row 11: who writes to the durable directory does not look whose it is."""
+    patch.setattr(durable, "check_owner", lambda store, job: None)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
     "1 nodes": _who_comes_back_does_not_hear_the_floor,
@@ -351,4 +396,11 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "told before": _what_was_told_as_committed_is_forgotten,
     "departed": _a_node_that_has_left_is_counted_until_the_next_epoch,
     "early end": _a_process_that_ends_before_it_takes_over_is_not_missed,
+    "read again": _what_cannot_be_read_at_once_is_given_up,
+    "no spare": _why_nothing_goes_on_is_forgotten,
+    "no source": _a_failed_read_is_taken_for_nonsense,
+    "looks again": _what_is_durable_is_looked_up_alone,
+    "10 drain": _nothing_is_drained_at_the_end,
+    "goes back": _memory_is_all_there_is,
+    "11": _anybody_writes,
 }

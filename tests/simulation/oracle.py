@@ -28,6 +28,48 @@ class Violation(AssertionError):
     """A promise is broken."""
 
 
+class DirectoryOracle:
+    """What the durable directory must be able to give.
+
+    Attributes:
+        taken: it is another job's now.
+    """
+
+    def __init__(self, cluster: Run) -> None:
+        self._cluster = cluster
+        self.taken = False
+        self._durable: list[tuple[int, str]] = []  # as told, newest first
+        self._damaged: set[str] = set()
+        self._trouble_until = -1.0
+
+    def begins(self, what: str, seconds: float) -> None:
+        """Something is wrong with it for so long."""
+        self._trouble_until = max(self._trouble_until, self._cluster.world.now + seconds)
+
+    def damages(self, name: str) -> None:
+        """A file of this generation has changed."""
+        self._damaged.add(name)
+
+    def durable(self, generation: int, name: str) -> None:
+        """The user is told that a generation is durable."""
+        spec = self._cluster.job.durable
+        assert spec is not None
+        self._durable = [(generation, name), *self._durable][: spec.keep]
+
+    @property
+    def newest(self) -> int:
+        """The newest generation that the user was told is durable, whatever has become of its files; -1: none."""
+        return self._durable[0][0] if self._durable else -1
+
+    def whole(self) -> int | None:
+        """The newest generation that is there."""
+        return next((generation for generation, name in self._durable if name not in self._damaged), None)
+
+    def in_peace(self, seconds: float) -> bool:
+        """Nothing was wrong with it for so long."""
+        return not self.taken and self._cluster.world.now > self._trouble_until + seconds
+
+
 class Oracle:
     """Of one run.
 
@@ -40,6 +82,8 @@ class Oracle:
         world_size = cluster.job.world_size
         self._values = [[rank * 7919 + 1 for rank in range(world_size)]]
         self.hurt: dict[int, str] = {}
+        self.directory = DirectoryOracle(cluster)
+        self._goes_back: int | None = None  # to this durable generation
         self._drained: set[int] = set()  # and replaced
         self._through: dict[int, set[int]] = {}  # by epoch, ranks that have finished in it
         self._done_at: float | None = None  # all of them
@@ -149,6 +193,10 @@ class Oracle:
                 self._agreed(fields["iteration"])
             case "committed":
                 self._committed(Version(fields["epoch"], fields["iteration"]))
+            case "durable":
+                self.directory.durable(fields["iteration"], fields["name"])
+            case "durable_fallback":
+                self._goes_back = fields["iteration"]
             case "stays":
                 self._drained.discard(fields["node"])
             case "joined":
@@ -263,6 +311,9 @@ class Oracle:
                 raise Violation(f"back to generation {generation}, although {self.safe[0]} was committed and is there")
             self.given_up += 1
             self.safe = None
+            durable = self.directory.whole()
+            if self._goes_back == generation and durable is not None and generation < durable:
+                raise Violation(f"back to durable generation {generation}, although {durable} is there")
         elif self.safe is not None and generation > self.safe[0]:
             self._moves_on(generation)
         self._since = 0
@@ -291,10 +342,24 @@ class Oracle:
 
     # ---- the end
 
+    def _drained_at_last(self, message: str) -> None:
+        """What is complete in memory is made durable before the job ends without a spare or a checkpoint."""
+        spec, durable = self._cluster.job.durable, self.directory.newest
+        assert spec is not None
+        left = [node for node in self._healthy() if self._cluster.at(f"n{node}").known.ranks]
+        if self.safe is None or self.lost() or not self.directory.in_peace(spec.deadline) or not left:
+            return
+        if durable < self.safe[0]:
+            raise Violation(
+                f"ended for want of a spare ({message}), and generation {self.safe[0]} was not made durable"
+            )
+
     def end(self, code: int, message: str) -> None:
         """The job has ended: is that covered by what happened?"""
         cluster = self._cluster
         healthy = self._healthy()
+        if code and message.startswith((";", ",")):
+            raise Violation(f"ended with {code}, and nothing says why: {message}")
         if code == 0:
             for rank in range(cluster.job.world_size):
                 if rank not in self.ends and len(healthy) == len(cluster.hosts):
@@ -304,10 +369,14 @@ class Oracle:
             healthy = healthy if self.saving is None else self.saving
             if len(healthy) >= cluster.job.active_nodes:
                 raise Violation(f"ended with {code} ({message}), and {len(healthy)} nodes are healthy: {healthy}")
+            if code == Exit.NO_SPARE and cluster.job.durable is not None:
+                self._drained_at_last(message)
             return
         if code == Exit.GENERATION_LOST:
             why = self.lost()
             if not why:
                 raise Violation(f"ended with {code} ({message}), and generation {self.safe and self.safe[0]} is there")
+            if self.directory.whole() is not None:
+                raise Violation(f"ended with {code} ({message}), and generation {self.directory.whole()} is durable")
             return
         raise Violation(f"ended with {code}: {message}")

@@ -6,9 +6,12 @@ import struct
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.vault import SlotWriter, StaleEpoch, VaultError, Version
+from simulation.durable import LAYOUT
 from simulation.world import Pipe, Process
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["UNIQUE_BYTES", "Broken", "Rank"]
 
 UNIQUE_BYTES = 4096
+_LAYOUT = msgspec.json.encode(LAYOUT)
 _STATE = struct.Struct("<qQ")  # generation, value
 
 
@@ -210,6 +214,12 @@ class Rank:
         else:
             yield from self._pause(0.3, 1.2)
             yield from self._meet("start", -1, 0)
+        durable = self.host.cluster.job.durable is not None
+        if durable:
+            self.say(r.Described("job", self.rank, 0, 1, b"{}"))
+            if not rejoining:
+                yield from self._wait(lambda: self._supersede(self.joined) or self._is_agreed(self.joined))
+            self.say(r.Described("layout", self.rank, 0, 1, _LAYOUT))
         yield from self._request_arena()
         self.say(
             r.Registered(
@@ -225,6 +235,8 @@ class Rank:
         if not rejoining:
             self.value = self.host.cluster.oracle.value(self.rank, 0)
             try:
+                if self._generation is not None and self._generation.generation >= 0:
+                    yield from self._restore(self._generation)
                 yield from self._first_generation()
             except Closed:
                 rejoining = True
@@ -300,9 +312,11 @@ class Rank:
 
     def _first_generation(self) -> Script:
         assert self.writer is not None
-        self._first, self._small_generation, self.live = (self.joined, 0), 0, 0
-        self._open(0)
-        self._complete()
+        begin = max(0, self._small_generation)
+        self._first, self._small_generation, self.live = (self.joined, begin), begin, begin
+        if self.writer.arena.find(Version(*self._first)) is None:  # a durable one is there already
+            self._open(begin)
+            self._complete()
         end = self.world.now + self.host.cluster.job.deadlines.abort
         while self.writer.kept is None and self.world.now < end:
             self._check()

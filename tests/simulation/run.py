@@ -7,12 +7,14 @@ import io
 import random
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.vault import VaultFull
+from simulation.durable import DIRECTORY, Directory
 from simulation.faults import Faults, Profile
 from simulation.headquarters import Headquarters
 from simulation.host import Host
@@ -24,6 +26,7 @@ from simulation.world import Process, World
 __all__ = ["Outcome", "Run", "Violation", "simulate"]
 
 DEADLINES = Deadlines(lease=5.0, abort=15.0, build=40.0, form=10.0, join=30.0)
+DURABLE_SHARE = 0.2  # of the runs have a durable directory
 _LONGEST_S = 900.0  # of virtual time, after which a run hangs
 _SHAPES = ((3, 1, 1), (4, 1, 1), (3, 1, 2), (4, 1, 2), (4, 2, 1), (4, 2, 2), (5, 1, 1), (5, 2, 1), (3, 0, 1), (4, 0, 2))
 
@@ -61,6 +64,12 @@ class Run:
         wait = self.patience.uniform(10.0, 60.0) if self.patience.random() < 0.2 else 0.0
         self.job = JobSpec(nodes, spares, slots, True, DEADLINES, redundancy=redundancy, wait_for_spare_s=wait)
         self.iterations = chance.randint(14, 36)
+        self.draws = random.Random(f"durable {seed}")  # of its own as well
+        self.directory = Directory(world)
+        if profile.durable or (self.draws.random() < DURABLE_SHARE and profile.durable is None):
+            interval, keep = self.draws.randint(2, 8), self.draws.randint(1, 3)
+            durable = DurableSpec(DIRECTORY, "sim", interval, keep, 20.0, 20.0, resume=True)
+            self.job = replace(self.job, durable=durable)
         self.can_rescue = chance.random() < 0.5
         self.hang_floor, self.hang_outside = 4.0, 20.0
         self.network = Network(world)
@@ -71,7 +80,9 @@ class Run:
         self.hosts: list[Host] = []
         self._by_node: dict[int, Host] = {}
         self._pids = 100
-        self.hq = Headquarters(world, self.job, self._link, lambda: [h.link for h in self.hosts], self._event)
+        self.hq = Headquarters(
+            world, self.job, self.directory, self._link, lambda: [h.link for h in self.hosts], self._event
+        )
         for node in range(nodes):
             self.add_host(node)
         self.faults.draw()
@@ -81,7 +92,11 @@ class Run:
         """For people."""
         job = self.job
         waits = f", waits {job.wait_for_spare_s:.0f} s for a spare" if job.wait_for_spare_s else ""
-        return f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}{waits}"
+        durable = f", durable every {job.durable.interval}" if job.durable is not None else ""
+        return (
+            f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}{waits}"
+            f"{durable}"
+        )
 
     def _link(self, node: int) -> Link | None:
         host = self._by_node.get(node)

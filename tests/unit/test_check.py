@@ -157,7 +157,7 @@ def test_kernels_that_hosts_meet_for_are_in_no_graph() -> None:
     assert not refused() and not refused("--cuda-graph-impl", "none")
     for flag in ("--cuda-graph-scope", "--cuda-graph-modules"):
         assert not refused("--cuda-graph-impl", "transformer_engine", flag, "attn", "moe_router")
-        assert refused("--cuda-graph-impl", "transformer_engine", flag, "attn", "moe")
+        assert refused("--cuda-graph-impl", "transformer_engine", flag, "moe", "attn")
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,24 @@ def test_graphs_of_layers_are_judged_by_what_is_in_them(
     assert main(["check", "--cuda-graph-impl", *flags]) == (0 if accepted else 1)
     said = capsys.readouterr().out
     assert ("refused" in said and "--cuda-graph-impl" in said) is not accepted
+
+
+@pytest.mark.parametrize(
+    ("flags", "accepted"),
+    [
+        ((), True),
+        (("--fp8-format", "hybrid"), False),  # delayed is upstream's default
+        (("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"), True),
+        (("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--sequence-parallel"), False),
+        (("--fp8-format", "e4m3", "--fp8-recipe", "mxfp8", "--sequence-parallel"), True),
+        (("--fp4-format", "e2m1"), True),
+        (("--fp4-format", "e2m1", "--sequence-parallel"), False),
+    ],
+)
+def test_the_operation_fuser_is_refused_where_it_keeps_what_scales_come_from(
+    flags: tuple[str, ...], accepted: bool
+) -> None:
+    assert main(["check", "--use-transformer-engine-op-fuser", *flags]) == (0 if accepted else 1)
 
 
 def test_a_runs_file_knows_how_big_its_nodes_are() -> None:

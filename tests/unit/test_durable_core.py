@@ -423,6 +423,23 @@ def test_a_coordinator_that_starts_again_loads_nothing_into_vaults_that_train_an
     assert [order.generation for order in it.told(r.DrainShards)] == [9]
 
 
+def test_a_coordinator_that_cannot_look_into_the_directory_still_knows_what_is_durable() -> None:
+    before = job()
+    run(before, range(7))
+    make_durable(before)
+    assert again(before, ()).core.durable == 4
+
+
+def test_a_copy_that_fails_in_the_last_drain_gives_way_to_another_one_and_the_end_is_the_same() -> None:
+    it = without_a_spare()
+    it.arrive(5)
+    first = it.told(r.Agree)[-1]
+    rank, source = next(iter(first.sources.items()))
+    holder = it.core.assignment[rank].node
+    it.feed(r.FetchFailed(it.core.epoch, holder, rank, source.node, first.generation, "changed", source.version_epoch))
+    assert it.core.phase is not Phase.ENDED and it.told(r.Declare)[-1].purpose == "drain"
+
+
 def test_a_coordinator_that_starts_again_before_training_says_once_more_where_it_begins() -> None:
     before = SimulatedJob(nodes=4, spares=1, durable=spec(complete=((4, "older"),), resume=True))
     before.join()

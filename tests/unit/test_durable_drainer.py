@@ -134,7 +134,7 @@ def load(node: Node, name: str, generation: int) -> bytes:
     other = Vault(f"o{os.getpid()}", 1)
     try:
         versions = {0: Version(3, generation)}
-        load_shards(other, node.directory, name, 0, versions, lambda small: 1 << 12, lambda *told: None)
+        load_shards(other, open_store(node.directory), name, 0, versions, lambda small: 1 << 12, lambda *told: None)
         small, unique = SlotWriter(other.allocate_own(0, UNIQUE, 1 << 12).path).read(Version(3, generation))
         assert small == SMALL
         return bytes(unique)
@@ -343,7 +343,15 @@ def test_a_damaged_file_is_never_taken_for_a_shard(node: Node) -> None:
     vault = Vault(f"o{os.getpid()}", 1)
     try:
         with pytest.raises(DurableError, match="has changed since it was written"):
-            load_shards(vault, node.directory, name, 0, {0: Version(0, 40)}, lambda small: 1 << 12, lambda *told: None)
+            load_shards(
+                vault,
+                open_store(node.directory),
+                name,
+                0,
+                {0: Version(0, 40)},
+                lambda small: 1 << 12,
+                lambda *told: None,
+            )
         assert not vault.holdings().ranks.get(0)
     finally:
         vault.close()
@@ -352,7 +360,9 @@ def test_a_damaged_file_is_never_taken_for_a_shard(node: Node) -> None:
 def test_a_durable_generation_and_a_fetched_one_fill_a_slot_alike(node: Node) -> None:
     node.stage()
     name = node.durable(7)
-    load_shards(node.vault, node.directory, name, 0, {0: Version(2, 7)}, lambda small: 1 << 12, lambda *told: None)
+    load_shards(
+        node.vault, open_store(node.directory), name, 0, {0: Version(2, 7)}, lambda small: 1 << 12, lambda *told: None
+    )
     node.vault.set_epoch(2)
     small, unique = node.writer.read(Version(2, 7))
     assert small == SMALL and np.all(np.frombuffer(unique, dtype=np.uint8) == 7)
@@ -398,7 +408,7 @@ def test_what_never_changes_is_one_file_for_all_generations_and_is_loaded_with_e
         other, told = Vault(f"o{os.getpid()}", 1), []
         try:
             load_shards(
-                other, node.directory, done.name, 0, {0: Version(0, 3)}, lambda small: 1 << 12,
+                other, open_store(node.directory), done.name, 0, {0: Version(0, 3)}, lambda small: 1 << 12,
                 lambda holder, *_: told.append(holder),
             )  # fmt: skip
             return told, bytes(other.find(constants_of(0), CONSTANT)[1].unique)

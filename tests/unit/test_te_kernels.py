@@ -200,6 +200,21 @@ def test_activations(name: str) -> None:
     assert_close(bias, want.sum((0, 1)))
 
 
+@pytest.mark.parametrize("interleaved", [0, 2])
+@in_emulation
+def test_a_gate_with_a_scale_for_each_row(interleaved: int) -> None:
+    x, scales = leaf(3, 5, 8), leaf(3, 5)
+    gate, gated = (x[..., [0, 1, 4, 5]], x[..., [2, 3, 6, 7]]) if interleaved else (x[..., :4], x[..., 4:])
+    y = PLAIN["silu"](gate) * gated * scales[..., None]
+    assert_close(tex.scaled_swiglu(x, scales, None, interleaved), y)
+    dy = torch.randn_like(y)
+    for got, want in zip(
+        tex.scaled_dswiglu(dy, x, scales, None, interleaved, True), gradients(y, dy, x, scales), strict=True
+    ):
+        assert_close(got, want)
+    assert tex.scaled_dswiglu(dy, x, scales, None, interleaved, False)[1] is None
+
+
 @in_emulation
 def test_softmaxes() -> None:
     x, dy = leaf(2, 3, 4, 4), torch.randn(2, 3, 4, 4)

@@ -62,6 +62,7 @@ class Agent:
         fence: this node's doubt when it has lost the coordinator.
         post: sends a packet to the coordinator if the connection is up.
         clock: seconds, monotonic.
+        durability: makes this node's part in the durable tier, where there is one.
 
     Attributes:
         code: with which the agent is to leave; None while it is to stay.
@@ -78,6 +79,7 @@ class Agent:
         fence: Fence,
         post: Callable[[bytes], None],
         clock: Callable[[], float] = time.monotonic,
+        durability: Callable[..., NodeDurability] = NodeDurability,
     ) -> None:
         self._s = settings
         self.code: int | None = None
@@ -88,7 +90,7 @@ class Agent:
         self._faults = Faults(settings.node, crew, shards)
         self._watch = watch
         self._durable = (
-            NodeDurability(settings.node, settings.durable_dir, settings.job_id, shards, self.send)
+            durability(settings.node, settings.durable_dir, settings.job_id, shards, self.send)
             if shards is not None and settings.durable_dir
             else None
         )

@@ -31,8 +31,11 @@ from deadpool_megatron.durable import (
     Seal,
     Stage,
     Staged,
+    Store,
     Take,
+    Unreachable,
     load_shards,
+    open_store,
 )
 from deadpool_megatron.vault import Version, constants_of, is_constants, small_capacity
 
@@ -47,6 +50,9 @@ class Loaded:
 
 
 DurableNews = Staged | Done | Loaded
+
+_PATIENCE_S = 20.0  # with a directory that cannot be read; below what a recovery has for it
+_PAUSE_S = 1.0
 
 
 class NodeDurability:
@@ -65,7 +71,7 @@ class NodeDurability:
         self._directory = directory
         self._shards = shards
         self._send = send
-        self._drainer = DrainerProcess(self._tell)
+        self._drainer = self._make_drainer()
         self._parts: dict[tuple[str, int], list[bytes]] = {}
         self._jobs: dict[int, dict[str, Any]] = {}
         self._layouts: dict[int, Layout] = {}
@@ -79,6 +85,55 @@ class NodeDurability:
 
     def _tell(self, news: DurableNews | Answer) -> None:
         self._shards.report(news)
+
+    # ---- a process, a thread, and the directory
+
+    def _make_drainer(self) -> DrainerProcess:
+        return DrainerProcess(self._tell)
+
+    def _store(self) -> Store:
+        return open_store(self._directory)
+
+    def _now(self) -> float:
+        return time.monotonic()
+
+    def _in_background(self, name: str, work: Callable[[], float | None]) -> None:
+        """``work`` blocks, and returns in how many seconds it is to be called again; None: it is through."""
+
+        def run() -> None:
+            while (pause := work()) is not None:
+                time.sleep(pause)
+
+        threading.Thread(target=run, name=name, daemon=True).start()
+
+    def _read(
+        self,
+        name: str,
+        epoch: int,
+        versions: dict[int, Version],
+        loaded: Callable[[int, Manifest, str], None],
+        ended: Callable[[str], None],
+    ) -> None:
+        """Bring a durable generation into the vault. ``ended`` is told why not, empty when all is there.
+
+        A directory that fails is tried again for a while: what cannot be read once is not lost.
+        """
+        until = self._now() + _PATIENCE_S
+
+        def work() -> float | None:
+            error = ""
+            try:
+                load_shards(self._shards.vault, self._store(), name, epoch, versions, small_capacity, loaded)
+            except Unreachable as err:
+                if self._now() < until and epoch == self._shards.vault.epoch:
+                    return _PAUSE_S
+                error = str(err)
+            except DurableError as err:
+                error = str(err)
+            ended(error)
+            return None
+
+        self._in_background("durable-read", work)
 
     # ---- from workers
 
@@ -145,17 +200,9 @@ class NodeDurability:
             self._manifest = manifest
             self._loaded[rank] = layout
 
-        def work() -> None:
-            error = ""
-            try:
-                load_shards(self._shards.vault, self._directory, record.name, epoch, versions, small_capacity, loaded)
-            except DurableError as err:
-                error = str(err)
-            self._tell(Loaded(record.name, error, epoch))
-
         self._loaded.clear()
         self._epoch = epoch
-        threading.Thread(target=work, name="durable-load", daemon=True).start()
+        self._read(record.name, epoch, versions, loaded, lambda error: self._tell(Loaded(record.name, error, epoch)))
 
     def resume_at(self, generation: int) -> None:
         """Training begins with this generation (-1: with none)."""
@@ -256,6 +303,8 @@ class NodeDurability:
         """Memory cannot answer: read the shards of ``ranks`` (local index to rank). Each answers with a `FetchDone`."""
         versions = {rank: Version(record.epoch, record.generation) for rank in ranks.values()}
         left = set(versions)
+        if not left:
+            return  # a spare
 
         def loaded(rank: int, manifest: Manifest, layout: str) -> None:
             if is_constants(rank):
@@ -264,17 +313,12 @@ class NodeDurability:
             version = (record.epoch, record.generation)
             self._shards.report(FetchDone(rank, record.epoch, record.generation, -1, version, ""))
 
-        def work() -> None:
-            shards = self._shards
-            try:
-                load_shards(
-                    shards.vault, self._directory, record.durable, record.epoch, versions, small_capacity, loaded
-                )
-            except DurableError as err:
+        def ended(error: str) -> None:
+            if error:
                 rank = min(left)
-                self._shards.report(FetchDone(rank, record.epoch, record.generation, -1, None, str(err)))
+                self._shards.report(FetchDone(rank, record.epoch, record.generation, -1, None, error))
 
-        threading.Thread(target=work, name="durable-fetch", daemon=True).start()
+        self._read(record.durable, record.epoch, versions, loaded, ended)
 
     def close(self) -> None:
         """End the drainer."""

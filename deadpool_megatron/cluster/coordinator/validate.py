@@ -14,8 +14,8 @@ from deadpool_megatron.vault import MAX_GENERATION
 
 MAX_SHARD_BYTES: Final = 1 << 46
 _MOST_LOCALS: Final = 4096  # a node's slots and those it has rescued
-_RANKS: Final = ("rank", "source", "holder")
-_COUNTS: Final = ("generation", "iteration", "pid", "groups", "nbytes", "huge_bytes")
+_RANKS: Final = ("rank", "holder")
+_COUNTS: Final = ("source", "generation", "iteration", "pid", "groups", "nbytes", "huge_bytes")  # -1: none
 
 
 @functools.cache

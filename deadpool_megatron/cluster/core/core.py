@@ -359,6 +359,7 @@ class Core:
             "start_epoch": self._start.epoch,
             "done": self._progress.done,
             "end": self._state.end,
+            "durable": self._durability.dump(),
             **self._recoveries.dump(),
         }
 
@@ -381,7 +382,7 @@ class Core:
             self.protection.begin(
                 self.assignment, self.coordinates, self._layout.largest, self.job.slots_per_node, groups
             )
-        self._durability.restored(self._state.phase is Phase.STARTING)
+        self._durability.restored(self._state.phase is Phase.STARTING, kept["durable"])
         there = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
         until = now + self.job.deadlines.lease + _RETURN_S
         self._returning.begin(there, "a recovery was under way" if kept["recovering"] else "", until)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.effects import Answer, Effects, Send, emit
+from deadpool_megatron.cluster.core.effects import Answer, Effects, Persist, Send, emit
 from deadpool_megatron.durable import ShardFile, directory_name
 from deadpool_megatron.vault import Version
 
@@ -129,11 +129,18 @@ class Durability:
         self._begun, self._epoch = True, epoch
         yield from self._load(active)
 
-    def restored(self, starting: bool) -> None:
+    def dump(self) -> list[tuple[int, str]]:
+        """What is durable, for a coordinator that starts again and may not be able to look."""
+        return self._complete
+
+    def restored(self, starting: bool, known: Iterable[tuple[int, str]]) -> None:
         """A coordinator takes the place of one that is gone: what was under way is not known any more.
 
-        While the job is ``starting``, `start` says once more where it begins; later it has begun.
+        While the job is ``starting``, `start` says once more where it begins; later it has begun. ``known``: from
+        `dump`; it counts where the directory could not be looked into.
         """
+        if self._spec is not None and not self._complete:
+            self._complete = [(generation, name) for generation, name in known]
         self._begun = not starting
         self._last = self.newest or 0
 
@@ -261,6 +268,7 @@ class Durability:
             return
         generation = attempt.version.generation
         self._complete = [(generation, attempt.name), *self._complete[: self._spec.keep - 1]]
+        yield Persist()
         self._attempt = None
         self.last_is_over = attempt.last
         fields: dict[str, Any] = {"problems": record.problems} if record.problems else {}

@@ -132,11 +132,12 @@ class Recoveries:
             if plan is not None and state.layout.can_rescue:
                 self._purpose = "save"
             else:
-                self._end = (
-                    f"no spare is left for node {min(out_of_use | vacant)} ({reason}) and no checkpoint could be "
-                    "saved: "
-                    + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices")
-                )
+                if out_of_use or vacant:  # else what ends the job is what ended it in the epoch before
+                    self._end = (
+                        f"no spare is left for node {min(out_of_use | vacant)} ({reason}) and no checkpoint could be "
+                        "saved: "
+                        + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices")
+                    )
                 if plan is None or not state.durability.can_drain:
                     yield Stop(Exit.NO_SPARE, self._end)
                     return False
@@ -403,6 +404,7 @@ class Recoveries:
         return {
             "recovering": self.current is not None,
             "purpose": self._purpose,
+            "no_spare": self._end,
             "refused": sorted(self._refused),
             "vacant": sorted(self.vacant),
             "helpers": sorted(self.helpers),
@@ -411,6 +413,7 @@ class Recoveries:
     def load(self, kept: dict[str, Any]) -> None:
         """Restore what `dump` gave. A recovery that was under way is not continued."""
         self._purpose = kept["purpose"]
+        self._end = kept["no_spare"]
         self._refused = {(rank, node, g, epoch) for rank, node, g, epoch in kept["refused"]}
         self.vacant = {(node, local) for node, local in kept["vacant"]}
         self.helpers = set(kept["helpers"])

@@ -289,6 +289,33 @@ for _name, _function in _GATES.items():
     _offer(_name, _gated(_function))
 
 
+def _scaled_swiglu(x: Tensor, scales: Tensor, interleaved: int) -> Tensor:
+    """SwiGLU of ``x`` (..., 2 n) times the scales (...); ``interleaved``: blocks of so many columns of the gate and of
+    what it gates come by turns, 0 for halves. float32."""
+    if interleaved:
+        x = x.unflatten(-1, (-1, 2, interleaved)).transpose(-3, -2).flatten(-3)
+    return _gated(F.silu)(x.float()) * scales.float().unsqueeze(-1)
+
+
+@kernel
+def scaled_swiglu(input: Tensor, scales: Tensor, quantizer: Any, glu_interleave_size: int) -> Any:
+    """SwiGLU with a scale for each row, the router's probability."""
+    return finish(_scaled_swiglu(input, scales, glu_interleave_size).to(input.dtype), quantizer)
+
+
+@kernel
+def scaled_dswiglu(
+    grad: Tensor, input: Tensor, scales: Tensor, quantizer: Any, glu_interleave_size: int, compute_scale_grad: bool
+) -> tuple[Any, Tensor | None]:
+    """Gradients of `scaled_swiglu`, of the input and of the scales."""
+    dx = gradient(lambda x: _scaled_swiglu(x, scales, glu_interleave_size), input, grad)
+    dscales = None
+    if compute_scale_grad:
+        unscaled = _scaled_swiglu(input, torch.ones_like(scales), glu_interleave_size)
+        dscales = (grad.float() * unscaled).sum(-1).to(scales.dtype)
+    return finish(dx.to(grad.dtype), quantizer), dscales
+
+
 # Softmaxes of (batch, heads, queries, keys).
 
 
