@@ -69,10 +69,14 @@ def _other_than(*known: object) -> Callable[[Any], bool]:
     return lambda value: value not in (None, *known)
 
 
+# In the source repository: what `pytest --evidence` has recorded, the names of tests by name of a feature.
+RECORD: Final = "docs/measurements/features.json"
+
 _SWAPS = "tests/integration/test_hot_swap.py"
 _TE = "tests/integration/test_transformer_engine.py"
 _MORE = "tests/integration/test_features.py"
 _OPTIMIZERS = "tests/integration/test_optimizers.py"
+_MODELS = "tests/integration/test_other_models.py"
 _GRAPHS = "tests/integration/test_graphs.py"
 _FLEX = "tests/integration/test_flex.py"
 
@@ -83,6 +87,7 @@ _ACCEPTED: Final = (
     ("interleaved pipeline", "--num-layers-per-virtual-pipeline-stage", bool, _SWAPS),
     ("sequence parallelism", "--sequence-parallel", bool, _TE),
     ("context parallelism", "--context-parallel-size", _above_one, _TE),
+    ("hierarchical context parallelism", "--hierarchical-context-parallel-sizes", bool, _TE),
     ("experts", "--num-experts", bool, _TE),
     ("expert parallelism", "--expert-model-parallel-size", _above_one, _TE),
     ("grouped GEMM of experts", "--moe-grouped-gemm", bool, _TE),
@@ -94,11 +99,15 @@ _ACCEPTED: Final = (
     ("overlapped communication of experts", "--overlap-moe-expert-parallel-comm", bool, _TE),
     ("delayed weight gradients", "--delay-wgrad-compute", bool, _TE),
     ("distributed optimizer", "--use-distributed-optimizer", bool, _SWAPS),
+    ("several instances of the distributed optimizer", "--num-distributed-optimizer-instances", _above_one, _TE),
     ("overlapped gradient reduction", "--overlap-grad-reduce", bool, _SWAPS),
     ("overlapped parameter gather", "--overlap-param-gather", bool, _SWAPS),
+    ("parameter gather beside the optimizer step", "--overlap-param-gather-with-optimizer-step", bool, _TE),
     # model
+    ("hybrid models (Mamba)", "--hybrid-layer-pattern", bool, _MODELS),
     ("layers of Transformer Engine", "--transformer-impl transformer_engine", _is("transformer_engine"), _TE),
     ("multi-latent attention", "--multi-latent-attention", bool, _TE),
+    ("sparse attention", "--experimental-attention-variant dsa", _is("dsa"), _TE),
     ("multi-token prediction", "--mtp-num-layers", bool, _TE),
     ("operation fuser", "--use-transformer-engine-op-fuser", bool, _TE),
     ("recomputation", "--recompute-granularity", bool, _TE),
@@ -111,33 +120,22 @@ _ACCEPTED: Final = (
     ("MXFP8", "--fp8-recipe mxfp8", _is("mxfp8"), _TE),
     ("NVFP4", "--fp4-recipe nvfp4", _is("nvfp4"), _TE),
     ("parameters in FP8", "--fp8-param-gather", bool, _TE),
+    ("parameters in FP4", "--fp4-param-gather", bool, _TE),
     ("precision-aware optimizer", "--use-precision-aware-optimizer", bool, _TE),
-    ("SGD, Lion, Muon", "--optimizer", _other_than("adam", "soap"), _OPTIMIZERS),
+    ("Lion, Muon", "--optimizer", _is("lion", "muon", "dist_muon"), _OPTIMIZERS),
     # around training
     ("asynchronous checkpoints", "--async-save", bool, _MORE),
     ("other data loaders", "--dataloader-type", _is("cyclic", "external"), _MORE),
 )
 _REASONED: Final = (
     (
-        "several instances of the distributed optimizer",
-        "--num-distributed-optimizer-instances",
-        _above_one,
-        "each rank copies its part of what the instances hold alike; a census of the state finds all of it",
-    ),
-    (
-        "parameter gather beside the optimizer step",
-        "--overlap-param-gather-with-optimizer-step",
-        bool,
-        "the gate stands before the step of the first optimizer of the chain, and so before any gather",
-    ),
-    (
-        "hierarchical context parallelism",
-        "--hierarchical-context-parallel-sizes",
-        bool,
-        "its groups are made with torch.distributed and re-formed as all others",
+        "SGD",
+        "--optimizer sgd",
+        _is("sgd"),
+        "torch's, taken without Transformer Engine and apex, changes in place; theirs is refused at start",
     ),
 )
-_OPTIMIZER_NAMES: Final = ("adam", "sgd", "lion", "muon", "dist_muon", "adaptive_muon")
+_OPTIMIZER_NAMES: Final = ("adam", "sgd", "lion", "muon", "dist_muon")
 # Flag, attribute of Megatron's args, when its value is one that DeadPool cannot carry through a swap yet, and why.
 _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
     (
@@ -166,7 +164,14 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
         "--optimizer",
         "optimizer",
         _other_than(*_OPTIMIZER_NAMES),
-        "its state is not known (soap replaces its tensors instead of updating them in place)",
+        "its state is not known (soap replaces its tensors instead of updating them in place; adaptive_muon has never "
+        "been run)",
+    ),
+    (
+        "--experimental-attention-variant",
+        "experimental_attention_variant",
+        _other_than("dsa"),
+        "never run: the emulation has no kernels of gated delta nets",
     ),
     (
         "--moe-token-dispatcher-type flex",
@@ -252,7 +257,6 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
     ("--symmetric-ar-type", "symmetric_ar_type", bool, "symmetric memory is a communicator of its own"),
     ("--fp8-recipe", "fp8_recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
     ("--fp4-recipe", "fp4_recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
-    ("--fp4-param-gather", "fp4_param_gather", bool, "never run: the emulation lacks its kernels"),
     ("--use-nccl-ub", "nccl_ub", bool, "buffers registered with a communicator are gone with it"),
     ("--use-sharp", "use_sharp", bool, "buffers registered with a communicator are gone with it"),
     ("--perform-rl-step", "perform_rl_step", bool, "another training loop"),
@@ -449,14 +453,25 @@ def not_on_a_gpu(values: Mapping[str, Any]) -> list[str]:
     return [each.name for each in used(values) if each.evidence in (Evidence.EMULATION, Evidence.SOURCES)]
 
 
-def table(features: Iterable[Feature] = FEATURES) -> str:
-    """Both tables of docs/support.md, in Markdown."""
-    accepted = ["| feature | flag | known from |", "|---|---|---|"]
+def table(recorded: Mapping[str, Sequence[str]], features: Iterable[Feature] = FEATURES) -> str:
+    """Both tables of docs/support.md, in Markdown.
+
+    Args:
+        recorded: by name of a feature, the tests in which a node was lost with it and the run ended equal.
+    """
+    accepted = ["| feature | flag | accepted | kill on the emulation | GPU |", "|---|---|---|---|---|"]
     refused = ["| flag | why not yet |", "|---|---|"]
     for each in features:
         if each.evidence is Evidence.REFUSED:
             refused.append(f"| `{each.flag}` | {each.because} |")
-        else:
-            behind = f"`{each.because}`" if each.evidence is Evidence.EMULATION else each.because
-            accepted.append(f"| {each.name} | `{each.flag}` | {each.evidence}: {behind} |")
+            continue
+        tests = recorded.get(each.name, ())
+        killed = f"{len(tests)}: {', '.join(_files(tests))}" if tests else "no"
+        reasoned = f", {each.evidence}: {each.because}" if each.evidence is Evidence.SOURCES else ""
+        on_gpu = "yes" if each.evidence is Evidence.GPU else "no"
+        accepted.append(f"| {each.name} | `{each.flag}` | yes{reasoned} | {killed} | {on_gpu} |")
     return "\n".join(accepted) + "\n\n## Refused\n\n" + "\n".join(refused) + "\n"
+
+
+def _files(tests: Iterable[str]) -> list[str]:
+    return [f"`{name}`" for name in sorted({Path(test.partition("::")[0]).name for test in tests})]

@@ -17,8 +17,9 @@ from types import FrameType
 
 import pytest
 
+import evidence
 from fair_clock import CLOCK
-from jobs import Jobs
+from jobs import PROVEN, Jobs
 
 LIMIT_S = 180.0
 # From the alarm to the end of the whole test run: time for the tear-down to end processes.
@@ -26,6 +27,22 @@ GRACE_S = 60.0
 LOOK_S = 0.5
 
 _real_stderr = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--evidence``; see `evidence`."""
+    parser.addoption("--evidence", action="store_true", help="record which features survived a lost node")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Record what the test has shown, where that is asked for."""
+    report: pytest.TestReport = yield
+    if report.when == "setup":
+        PROVEN.clear()
+    elif report.when == "call" and item.config.getoption("evidence") and not report.skipped:
+        evidence.note(report.nodeid, PROVEN if report.passed else [])
+    return report
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,6 +7,7 @@ iteration that cannot be over. Neither changes a number. The environment has the
 
 from __future__ import annotations
 
+import functools
 import os
 import runpy
 import sys
@@ -14,24 +15,36 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.T5 import T5Model
 from megatron.training import get_args
 
-_forward = GPTModel.forward
+try:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+except ImportError:  # 0.18
+    HybridModel = None
 _pace = Path(os.environ["PACE_FILE"])
 _script = os.environ.get("SCRIPT") or str(Path(__file__).resolve().parents[1] / "examples" / "pretrain_gpt.py")
 
 
-def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Upstream's, later."""
-    while (pace := _pace.read_text()).startswith("hold ") and get_args().curr_iteration >= int(pace.split()[1]):
-        time.sleep(0.01)
-    if not pace.startswith("hold "):
-        time.sleep(float(pace))
-    return _forward(self, *args, **kwargs)
+def paced(kind: type) -> None:
+    """Upstream's forward pass, later."""
+    original: Any = kind.forward  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        while (pace := _pace.read_text()).startswith("hold ") and get_args().curr_iteration >= int(pace.split()[1]):
+            time.sleep(0.01)
+        if not pace.startswith("hold "):
+            time.sleep(float(pace))
+        return original(self, *args, **kwargs)
+
+    kind.forward = forward  # type: ignore[attr-defined]
 
 
-GPTModel.forward = forward
+for model in (GPTModel, BertModel, T5Model, *([HybridModel] if HybridModel else [])):
+    paced(model)
 sys.argv[0] = _script
 sys.path.insert(0, str(Path(_script).parent))
 runpy.run_path(_script, run_name="__main__")

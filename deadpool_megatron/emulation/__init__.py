@@ -88,11 +88,13 @@ def install(*, force: bool = False) -> None:
         deep_ep,
         device,
         graphs,
+        kernel_packages,
         megatron,
         tensors,
         transformer_engine,
     )
 
-    for part in (device, tensors, collectives, deep_ep, children, graphs, megatron, apex, transformer_engine):
+    first = (device, tensors, collectives, deep_ep, children, graphs, megatron, apex)
+    for part in (*first, kernel_packages, transformer_engine):
         part.install()
     _installed = True

@@ -21,9 +21,7 @@ from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.low_precision import plain_tensors
 
 # Inner optimizers whose state is updated in place, by the name of their class. SOAP replaces its tensors.
-_IN_PLACE: Final = frozenset(
-    ("Adam", "AdamW", "SGD", "FusedAdam", "Lion", "TensorParallelMuon", "TensorParallelAdaptiveMuon")
-)
+_IN_PLACE: Final = frozenset(("Adam", "AdamW", "SGD", "FusedAdam", "Lion", "TensorParallelMuon"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +73,17 @@ def prepare(optimizer: Any) -> list[tuple[str, torch.Tensor]]:
     counters: list[tuple[str, torch.Tensor]] = []
     for m, member in enumerate(members(optimizer)):
         inner, name = member.inner, type(member.inner).__name__
+        if name == "FusedSGD":
+            raise UserError(
+                "--optimizer sgd of Transformer Engine or apex is not supported with --deadpool yet; torch's own "
+                "is, which Megatron takes where neither is installed"
+            )
         if name not in _IN_PLACE:
             raise UserError(f"optimizer {name} is not supported with --deadpool yet; use adam, sgd, lion or muon")
         if isinstance(inner, torch.optim.Adam):  # AdamW too
             _prepare_adam(inner)
         elif isinstance(inner, torch.optim.SGD):
             _prepare_sgd(inner)
-        elif name == "SGD":
-            raise UserError("--optimizer sgd of apex is not supported with --deadpool yet; torch's own is")
         elif name == "FusedAdam" and hasattr(inner, "initialize_state"):
             _prepare_fused_adam(inner)
         else:

@@ -596,6 +596,12 @@ def _under_rerun(iterator: Any) -> ReplayIterator:
             f"data iterator {type(iterator).__name__} is not supported with --deadpool: it must come from Megatron's "
             "--dataloader-type single, cyclic or external"
         )
+    if hasattr(iterator.iterable, "save_state"):
+        raise UserError(
+            f"data loader {type(iterator.iterable).__name__} is not supported with --deadpool: it keeps a position of "
+            "its own (as Energon's do), which a spare could not take up; use one that begins at "
+            "args.consumed_train_samples"
+        )
     if not isinstance(iterator.iterable, ReplayIterator):
         iterator.iterable = ReplayIterator(iterator.iterable)
         iterator.iterable.owner = iterator

@@ -25,7 +25,6 @@ _KINDS = {
     "bf16-sharded-in-two-instances": (4, ["--bf16", *_SHARDED, "--num-distributed-optimizer-instances", "2"]),
     "experts-replicated": (4, ["--bf16", *_EXPERTS]),
     "experts-sharded": (4, ["--bf16", *_SHARDED, *_EXPERTS]),
-    "sgd-with-momentum": (2, ["--bf16", "--optimizer", "sgd"]),
     "muon-by-layers": (2, ["--bf16", *_SHARDED, "--optimizer", "muon"]),
     "muon-replicated": (2, ["--bf16", "--optimizer", "muon"]),
     "lion-sharded": (2, ["--bf16", *_SHARDED, "--optimizer", "lion"]),
@@ -47,6 +46,13 @@ def _flags(own: list[str]) -> list[str]:
     kept[kept.index("--tensor-model-parallel-size") + 1] = "1"
     kept[kept.index("--num-layers") + 1] = "2"
     return [*kept, *own]
+
+
+@pytest.mark.slow
+def test_the_sgd_that_megatron_takes_from_transformer_engine_is_refused(jobs: Jobs) -> None:
+    job = jobs.start("sgd", launch_flags(2, slots=1), _flags(["--bf16", "--optimizer", "sgd"]))
+    assert job.wait() == 2
+    assert "--optimizer sgd of Transformer Engine or apex is not supported with --deadpool yet" in job.log_tails()
 
 
 @pytest.mark.timeout(400)

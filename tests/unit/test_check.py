@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from deadpool_megatron import support
 from deadpool_megatron.cli import main
 from deadpool_megatron.support import FEATURES, Evidence, check_arguments, not_on_a_gpu, parse, used
+from evidence import RECORD, note
 
 ROOT = Path(__file__).parents[2]
 LLAMA = [
@@ -86,8 +88,8 @@ def test_defaults_and_what_says_nothing_by_itself() -> None:
     assert "FP8 with delayed scaling" in _names("--fp8-format", "hybrid")
     assert not {name for name in _names("--fp8-recipe", "mxfp8", "--lr", "1") if "FP8" in name}
     assert "tensor parallelism" not in _names("--tensor-model-parallel-size", "1")
-    assert "SGD, Lion, Muon" in _names("--optimizer", "muon")
-    assert "SGD, Lion, Muon" not in _names("--optimizer", "adam")
+    assert "Lion, Muon" in _names("--optimizer", "muon")
+    assert "Lion, Muon" not in _names("--optimizer", "adam")
 
 
 def test_a_runs_file_is_judged_and_a_broken_one_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +216,35 @@ def test_what_has_not_been_run_on_a_gpu_is_told() -> None:
 
 def test_the_docs_have_the_table() -> None:
     text = (ROOT / "docs" / "support.md").read_text()
-    assert text.endswith(support.table()), "deadpool check --table has changed: put it into docs/support.md"
+    table = support.table(json.loads(RECORD.read_text()))
+    assert table in text, "deadpool check --table has changed: put it into docs/support.md"
+
+
+def test_no_feature_claims_a_run_that_was_not_recorded() -> None:
+    recorded = json.loads(RECORD.read_text())
+    assert recorded.keys() <= {each.name for each in FEATURES}
+    for each in FEATURES:
+        if each.evidence is Evidence.EMULATION:
+            assert any(test.startswith(f"{each.because}::") for test in recorded.get(each.name, ())), (
+                f"{each.name}: scripts/test.sh --evidence -m 'slow or not slow' {each.because} has not shown it"
+            )
+    for test in {test for tests in recorded.values() for test in tests}:
+        path, name = test.partition("[")[0].split("::")
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{test} is recorded, and is no more"
+
+
+def test_what_a_test_has_shown_is_recorded_and_taken_back_when_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "features.json"
+    one, other = ["--transformer-impl", "local", "--tensor-model-parallel-size", "2"], ["--optimizer", "muon"]
+    note("a.py::one", [one], path)
+    note("a.py::both", [one, other], path)
+    assert json.loads(path.read_text()) == {
+        "Lion, Muon": ["a.py::both"],
+        "layers of Transformer Engine": ["a.py::both"],
+        "tensor parallelism": ["a.py::both", "a.py::one"],
+    }
+    note("a.py::both", [], path)
+    assert json.loads(path.read_text()) == {"tensor parallelism": ["a.py::one"]}
 
 
 def test_it_imports_nothing_of_megatron_or_torch() -> None:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Files of upstream, and what a user would call a script.
 _OTHERS = {"pretrain_gpt.py", "gpt_builders.py", "model_provider.py", "train.py", "training.py", "schedules.py"}
+_OTHERS |= {f"pretrain_{name}.py" for name in ("hybrid", "mamba", "bert", "t5", "vlm", "vision_*")} | {"train_rl.py"}
 
 
 def _there(name: str) -> bool:

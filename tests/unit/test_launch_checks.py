@@ -169,8 +169,9 @@ def _unsupported() -> list[tuple[str, str]]:
 
 BAD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": ["local"],
+    "optimizer": ["soap", "adaptive_muon"],
+    "experimental_attention_variant": ["gated_delta_net"],
     "moe_flex_dispatcher_backend": ["ncclep"],
-    "optimizer": ["soap"],
     "fp8_recipe": ["custom"],
     "fp4_recipe": ["custom"],
     "iterations_to_skip": [[3]],
@@ -181,8 +182,9 @@ BAD_VALUES: dict[str, list[object]] = {
 }
 GOOD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": [None, "none", "full_iteration", "transformer_engine"],
+    "optimizer": ["adam", "sgd", "muon"],
+    "experimental_attention_variant": ["dsa", None],
     "moe_flex_dispatcher_backend": ["deepep", "hybridep", None],
-    "optimizer": ["adam", "sgd"],
     "fp8_recipe": ["delayed", "tensorwise", "blockwise", "mxfp8", None],
     "fp4_recipe": ["nvfp4", None],
     "iterations_to_skip": [[], None],

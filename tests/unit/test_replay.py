@@ -12,10 +12,13 @@ from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("megatron.core")
 
+from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training.datasets import data_samplers
 from megatron.training.training import cyclic_iter
 
+from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.replay import Passes, ReplayIterator
+from deadpool_megatron.megatron.trainer import _under_rerun
 from deadpool_megatron.snapshot import capture_host_rng, restore_host_rng
 
 
@@ -44,6 +47,15 @@ def test_a_rewound_iteration_gets_the_same_microbatches_and_then_new_ones() -> N
     assert [next(replay)["n"] for _ in range(4)] == first == [0, 1, 2, 3]
     assert [next(replay)["n"] for _ in range(2)] == [4, 5]
     assert source.drawn == 6, "nothing is drawn twice from the source"
+
+
+def test_a_loader_with_a_position_of_its_own_is_refused() -> None:
+    class Energon(Counting):
+        save_state = Counting.__next__
+
+    with pytest.raises(UserError, match=r"^data loader Energon is not supported"):
+        _under_rerun(RerunDataIterator(Energon()))
+    assert isinstance(_under_rerun(RerunDataIterator(Counting())), ReplayIterator)
 
 
 def test_a_recovery_may_go_back_more_than_one_iteration() -> None:

@@ -296,6 +296,39 @@ def test_pieces_of_a_weight_in_mxfp8() -> None:
     assert torch.equal(outs[1].view(64, 96), whole._columnwise_data)
 
 
+@in_emulation
+def test_pieces_of_a_weight_in_nvfp4() -> None:
+    weight = torch.randn(64, 96)
+    whole = tex.quantize(weight, quantizer("nvfp4", with_2d_quantization=True))
+    amax, largest = torch.zeros(4, 6), torch.zeros(1)
+    pieces = list(itertools.pairwise([0, 1000, 4001, 6144]))  # 4001: in the middle of a byte
+    for begin, end in pieces:
+        part, part_largest = torch.zeros(4, 6), torch.zeros(1)
+        tex.nvfp4_multi_tensor_compute_partial_amax(
+            [weight.flatten()[begin:end]], [part], [part_largest], [64], [96], [begin], 16
+        )
+        amax, largest = torch.maximum(amax, part), torch.maximum(largest, part_largest)
+    scale, global_scale, target_amax = torch.empty(4, 6), torch.empty(1), torch.empty(1)
+    target = torch.empty_like(whole._rowwise_scale_inv)
+    tex.nvfp4_compute_global_scale(largest, global_scale)
+    tex.nvfp4_multi_tensor_fused_scale(
+        [amax], [largest], [scale], [target], [target_amax], [4], [6], [target.shape[0]], 16
+    )
+    assert torch.equal(target[:64, :6], whole._rowwise_scale_inv[:64, :6])
+    assert torch.equal(target_amax, whole._amax_rowwise)
+    got = torch.zeros(64 * 96 // 2, dtype=torch.uint8)
+    for begin, end in reversed(pieces):
+        tex.nvfp4_multi_tensor_2d_partial_cast(
+            *([weight.flatten()[begin:end]], [got[begin // 2 : (end + 1) // 2]], [scale], [global_scale]),
+            *([64], [96], [begin], 16),
+        )
+    assert torch.equal(got.view(64, 48), whole._rowwise_data)
+    turned, turned_scales = torch.empty(96, 32, dtype=torch.uint8), torch.empty_like(whole._columnwise_scale_inv)
+    tex.nvfp4_2d_multi_tensor_transpose([got], [turned], [target], [turned_scales], [64], [96])
+    assert torch.equal(turned, whole._columnwise_data)
+    assert torch.equal(turned_scales[:96, :4], whole._columnwise_scale_inv[:96, :4])
+
+
 # ---- Transformer Engine's own layers on it, against torch
 
 

@@ -277,6 +277,12 @@ class _Mxfp8(_TwoCopies):
         return from_fp8(data, tensor._fp8_dtype) * scales
 
 
+def fp4_scales(amaxes: Tensor, amax: Tensor, largest: float = FP8_MAX[E4M3]) -> Tensor:
+    """NVFP4's scales of blocks, in E4M3, from their amaxes and the whole tensor's."""
+    whole = torch.where(amax > 0, FP4_MAX * largest / amax, torch.ones_like(amax))
+    return (amaxes / FP4_MAX * whole).clamp(max=largest).to(torch.float8_e4m3fn)
+
+
 class _Nvfp4(_TwoCopies):
     """FP4 (E2M1) with an E4M3 scale for each 1x16 or 16x16 elements under a float32 scale of the tensor.
 
@@ -336,7 +342,7 @@ class _Nvfp4(_TwoCopies):
             whole = torch.where(amax > 0, FP4_MAX * largest / amax, torch.ones_like(amax))
             rows = FP4_BLOCK if quantizer.with_2d_quantization else 1
             blocks = tiles(matrix, rows, FP4_BLOCK)
-            scale = (blocks.abs().amax(dim=(1, 3)) / FP4_MAX * whole).clamp(max=largest).to(torch.float8_e4m3fn)
+            scale = fp4_scales(blocks.abs().amax(dim=(1, 3)), amax, largest)
             factor = torch.where(scale.float() > 0, whole / scale.float(), torch.zeros(()))
             values = (blocks * factor[:, None, :, None]).reshape(matrix.shape)
             data.copy_(to_fp4(values, quantizer.stochastic_rounding).reshape(data.shape))

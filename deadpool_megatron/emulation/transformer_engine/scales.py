@@ -1,6 +1,7 @@
-"""Amaxes and scales by themselves, and the casts of parts of weights that ``--fp8-param-gather`` makes.
+"""Amaxes and scales by themselves, and the casts of parts of weights: ``--fp8-param-gather``, ``--fp4-param-gather``.
 
-Sources: transformer_engine/pytorch/csrc/extensions/recipe.cpp, multi_tensor/compute_scale.cpp, fp8_partial_cast.cpp.
+Sources: transformer_engine/pytorch/csrc/extensions/recipe.cpp, multi_tensor/compute_scale.cpp, fp8_partial_cast.cpp,
+nvfp4_2d_partial_cast.cpp.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from torch import Tensor
 
 from deadpool_megatron.emulation.transformer_engine.formats import (
     E4M3,
+    FP4_MAX,
     FP8_MAX,
     from_e8m0,
+    from_fp4,
     scale_from_amax,
     to_e8m0,
+    to_fp4,
     to_fp8,
 )
 from deadpool_megatron.emulation.transformer_engine.kernels import kernel
-from deadpool_megatron.emulation.transformer_engine.quantization import MX_BLOCK, tiles
+from deadpool_megatron.emulation.transformer_engine.quantization import FP4_BLOCK, MX_BLOCK, fp4_scales, tiles
 
 
 @kernel
@@ -71,7 +75,8 @@ def multi_tensor_compute_scale_inv_e8m0(
         inverse.copy_(to_e8m0(amax.float() / FP8_MAX[E4M3]).reshape(inverse.shape))
 
 
-# --fp8-param-gather: a rank of the distributed optimizer holds elements [start, start + n) of a weight of (h, w).
+# --fp8-param-gather, --fp4-param-gather: a rank of the distributed optimizer holds elements [start, start + n) of a
+# weight of (h, w).
 
 
 def _placed(part: Tensor, start: int, h: int, w: int) -> Tensor:
@@ -128,3 +133,91 @@ def mxfp8_scaling_partial_cast(
     for out, inverse, block in ((out_row, inv_row, (1, MX_BLOCK)), (out_col, inv_col, (MX_BLOCK, 1))):
         scales = _piece(from_e8m0(inverse), *block, rows, cols, start, x.numel())
         out.copy_(to_fp8(x / scales, E4M3).reshape(out.shape))
+
+
+@kernel
+def nvfp4_multi_tensor_compute_partial_amax(
+    inputs: Sequence[Tensor],
+    amaxes: Sequence[Tensor],
+    global_amaxes: Sequence[Tensor],
+    heights: Sequence[int],
+    widths: Sequence[int],
+    starts: Sequence[int],
+    block: int,
+) -> None:
+    for x, amax, whole, *where in zip(inputs, amaxes, global_amaxes, heights, widths, starts, strict=True):
+        h, w, start = where
+        amax.copy_(tiles(_placed(x, start, h, w).abs(), block, block).amax(dim=(1, 3)))
+        whole.copy_(x.detach().float().abs().amax())
+
+
+@kernel
+def nvfp4_compute_global_scale(amax: Tensor, scale: Tensor) -> None:
+    scale.copy_(torch.where(amax > 0, FP4_MAX * FP8_MAX[E4M3] / amax, torch.ones_like(amax)))
+
+
+@kernel
+def nvfp4_multi_tensor_fused_scale(
+    amaxes: Sequence[Tensor],
+    global_amaxes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    target_scales: Sequence[Tensor],
+    target_amaxes: Sequence[Tensor],
+    tile_rows: Sequence[int],
+    tile_columns: Sequence[int],
+    padded_rows: Sequence[int],
+    block: int,
+) -> None:
+    """Of each weight: float32 scales by tile, for the cast, and the tensor's own bytes and amax."""
+    for amax, whole, scale, bytes_, target in zip(
+        amaxes, global_amaxes, scales, target_scales, target_amaxes, strict=True
+    ):
+        made = fp4_scales(amax, whole)
+        scale.copy_(made.float())
+        wide = made.view(torch.uint8).repeat_interleave(block, 0)[: bytes_.shape[0]]
+        bytes_.zero_()
+        bytes_[: wide.shape[0], : wide.shape[1]] = wide
+        target.copy_(whole.reshape(target.shape))
+
+
+@kernel
+def nvfp4_multi_tensor_2d_partial_cast(
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    global_scales: Sequence[Tensor],
+    heights: Sequence[int],
+    widths: Sequence[int],
+    starts: Sequence[int],
+    block: int,
+) -> None:
+    """Two values are in a byte: one of another rank's, at either end, stays as it is."""
+    for x, out, scale, whole, *where in zip(
+        inputs, outputs, scales, global_scales, heights, widths, starts, strict=True
+    ):
+        h, w, start = where
+        factor = torch.where(scale > 0, whole / scale, torch.zeros(()))
+        values = x.detach().float().reshape(-1) * _piece(factor, block, block, h, w, start, x.numel())
+        before, after = start % 2, (start + x.numel()) % 2
+        old = from_fp4(out.reshape(-1))
+        out.copy_(to_fp4(torch.cat((old[:before], values, old[old.numel() - after :]))).reshape(out.shape))
+
+
+@kernel
+def nvfp4_2d_multi_tensor_transpose(
+    rowwise: Sequence[Tensor],
+    columnwise: Sequence[Tensor],
+    rowwise_scales: Sequence[Tensor],
+    columnwise_scales: Sequence[Tensor],
+    rows: Sequence[int],
+    columns: Sequence[int],
+) -> None:
+    """The columnwise copies of weights with a scale for each 16x16: the same values, turned."""
+    for data, turned, scales, turned_scales, m, k in zip(
+        rowwise, columnwise, rowwise_scales, columnwise_scales, rows, columns, strict=True
+    ):
+        values = torch.stack((data.reshape(m, -1) & 15, data.reshape(m, -1) >> 4), -1).reshape(m, k).t()
+        turned.copy_((values[:, 0::2] | (values[:, 1::2] << 4)).reshape(turned.shape))
+        wide = scales[:m:FP4_BLOCK, : k // FP4_BLOCK].t().repeat_interleave(FP4_BLOCK, 0)
+        turned_scales.zero_()
+        turned_scales[: wide.shape[0], : wide.shape[1]] = wide

@@ -1,0 +1,43 @@
+"""Upstream's scripts beside pretrain_gpt.py run on the same loop: their models survive the loss of both nodes too."""
+
+from __future__ import annotations
+
+import pytest
+
+from flags import default_gpt
+from jobs import ROOT, Jobs, assert_same_training, launch_flags, undisturbed
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+SCRIPT = ROOT / "tests" / "pretrain_other_models.py"
+_TP = "--tensor-model-parallel-size 2 --sequence-parallel"
+_PP = "--pipeline-model-parallel-size 2"
+_MAMBA = "--mamba-state-dim 16 --mamba-head-dim 16 --mamba-num-groups 2 --position-embedding-type none"
+_MODELS = {
+    "hybrid, sequence parallelism": ("hybrid", f"{_TP} {_MAMBA} --hybrid-layer-pattern M*-M"),
+    "hybrid, pipeline": ("hybrid", f"{_PP} {_MAMBA} --hybrid-layer-pattern M*-|M-"),
+    "hybrid, experts": (
+        "hybrid",
+        f"{_MAMBA} --hybrid-layer-pattern M*ME --num-experts 4 --moe-router-topk 2 --moe-grouped-gemm "
+        "--moe-token-dispatcher-type alltoall --expert-model-parallel-size 2 --disable-bias-linear",
+    ),
+    "BERT, pipeline": ("bert", f"{_PP} --attention-softmax-in-fp32"),
+    "BERT, tensor parallelism": ("bert", "--tensor-model-parallel-size 2"),
+    "T5": ("t5", "--tensor-model-parallel-size 2 --decoder-seq-length 64"),
+    "packed documents": ("packed", f"{_TP} --position-embedding-type rope"),
+    "VLM with a frozen tower, tensor parallelism": ("vlm", "--tensor-model-parallel-size 2"),
+    "VLM with a frozen tower, data parallelism": ("vlm", "--overlap-grad-reduce --overlap-param-gather"),
+}
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_another_model_from_which_both_nodes_are_lost_ends_as_the_undisturbed_one(name: str, jobs: Jobs) -> None:
+    model, given = _MODELS[name]
+    flags = default_gpt("--dataloader-type", "external", *given.split(), iters=6)
+    extra = {"MODEL": model}
+    want = undisturbed(launch_flags(2, 0, 1), flags, SCRIPT, extra)
+    job = jobs.start("killed", launch_flags(4, 2, 1), flags, SCRIPT, extra=extra, held=True)
+    job.arm((1, 2, 2), (0, 4, 1))
+    job.finished()
+    assert [event["lost"] for event in job.events("declared")] == [[1], [0]]
+    assert_same_training(job, want, 6, rank=1, mute=frozenset({1, 3}))
