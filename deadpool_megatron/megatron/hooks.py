@@ -28,13 +28,14 @@ Every hook replaces a module global that upstream looks up at call time:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import inspect
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,8 @@ class Hooks:
             get_args().do_train, get_args().do_valid, get_args().do_test = True, False, False
             return None, None, None  # nothing is trained, so no data are needed
         if not self.standby:
-            return self._data.build(original, provider, get_args(), self.durable)
+            with self._begun_with():
+                return self._data.build(original, provider, get_args(), self.durable)
         while True:
             agreed = self._agreed()
             try:
@@ -244,6 +246,16 @@ class Hooks:
             except VaultError as err:
                 if not self.session.refuse(agreed, err, self._patience):
                     raise
+
+    @contextlib.contextmanager
+    def _begun_with(self) -> Iterator[None]:
+        """A durable copy that has changed in memory since it was read is told of, and the start begins anew."""
+        try:
+            yield
+        except VaultError as err:
+            if self.durable is not None:
+                self.session.refuse(self.durable, err, self._patience)
+            raise
 
     def _agreed(self) -> r.Generation:
         while True:
@@ -286,7 +298,8 @@ class Hooks:
             trainer.adopt_iterators(megatron_args.iteration)
             can_rescue = True
         if self.durable is not None:
-            trainer.resume(self.durable)
+            with self._begun_with():
+                trainer.resume(self.durable)
         trainer.register(can_rescue)
         if trainer.rank == 0:
             publish_job(self.connect, self.communicators.table_digest())

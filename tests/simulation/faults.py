@@ -108,6 +108,8 @@ class Faults:
     def _draw_durable(self) -> None:
         """Of its own chance, so that other runs stay as they are."""
         draws, names = self._cluster.draws, [*self._durable]
+        if draws.random() < 0.3 and (not self.profile.only or "damage" in self.profile.only):
+            self._wait("durable_resumed", 1, 0.0, "damage", self._damage)
         for _ in range(draws.randint(0, 3)):
             name = draws.choice(names)
             if not self.profile.only or name in self.profile.only:

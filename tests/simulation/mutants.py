@@ -364,6 +364,16 @@ def _anybody_writes(patch: Patch) -> None:
     patch.setattr(durable, "check_owner", lambda store, job: None)
 
 
+def _what_a_job_begins_with_must_be_whole(patch: Patch) -> None:
+    """A copy that changes after it was read from the durable directory ends the worker that begins with it."""
+    before = Core._fetch_failed
+
+    def failed(self: Core, record: r.FetchFailed) -> Effects:
+        return iter(()) if self._state.phase is Phase.STARTING else before(self, record)
+
+    patch.setattr(Core, "_fetch_failed", failed)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
     "1 nodes": _who_comes_back_does_not_hear_the_floor,
@@ -403,4 +413,5 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "10 drain": _nothing_is_drained_at_the_end,
     "goes back": _memory_is_all_there_is,
     "11": _anybody_writes,
+    "begins again": _what_a_job_begins_with_must_be_whole,
 }

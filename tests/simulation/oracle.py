@@ -165,7 +165,7 @@ class Oracle:
         world = self._cluster.world
         if event != "iteration":
             world.say("log", f"{event} { {k: v for k, v in fields.items() if k != 't'} }")
-        if event in ("started", "committed", "declared", "agreed", "prepared", "resumed") or (
+        if event in ("started", "durable_resumed", "committed", "declared", "agreed", "prepared", "resumed") or (
             event == "iteration" and fields["iteration"] > self.iteration
         ):
             self._cluster.faults.seen(event)

@@ -24,6 +24,11 @@ _LAYOUT = msgspec.json.encode(LAYOUT)
 _STATE = struct.Struct("<qQ")  # generation, value
 
 
+def state(generation: int, value: int) -> bytes:
+    """What a shard begins with, and all of its small state."""
+    return _STATE.pack(generation, value)
+
+
 class Closed(Exception):
     """A newer epoch has been declared."""
 
@@ -221,6 +226,8 @@ class Rank:
                 yield from self._wait(lambda: self._supersede(self.joined) or self._is_agreed(self.joined))
             self.say(r.Described("layout", self.rank, 0, 1, _LAYOUT))
         yield from self._request_arena()
+        if not rejoining and self._generation is not None and self._generation.generation >= 0:
+            yield from self._restore(self._generation)
         self.say(
             r.Registered(
                 0,
@@ -233,10 +240,9 @@ class Rank:
             )
         )
         if not rejoining:
-            self.value = self.host.cluster.oracle.value(self.rank, 0)
+            if self._small_generation < 0:
+                self.value = self.host.cluster.oracle.value(self.rank, 0)
             try:
-                if self._generation is not None and self._generation.generation >= 0:
-                    yield from self._restore(self._generation)
                 yield from self._first_generation()
             except Closed:
                 rejoining = True

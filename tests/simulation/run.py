@@ -13,14 +13,17 @@ from typing import Any
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.durable import FORMAT, Coordinate, Manifest, directory_name
+from deadpool_megatron.durable.files import seal, write_shard
 from deadpool_megatron.vault import VaultFull
-from simulation.durable import DIRECTORY, Directory
+from simulation.durable import DIRECTORY, LAYOUT, Directory
 from simulation.faults import Faults, Profile
 from simulation.headquarters import Headquarters
 from simulation.host import Host
 from simulation.meetings import Meetings
 from simulation.network import Link, Network
 from simulation.oracle import Oracle, Violation
+from simulation.rank import state as packed
 from simulation.world import Process, World
 
 __all__ = ["Outcome", "Run", "Violation", "simulate"]
@@ -80,6 +83,8 @@ class Run:
         self.hosts: list[Host] = []
         self._by_node: dict[int, Host] = {}
         self._pids = 100
+        if self.job.durable is not None and self.draws.random() < 0.3:
+            self._begin_with(self.draws.randint(1, 8))
         self.hq = Headquarters(
             world, self.job, self.directory, self._link, lambda: [h.link for h in self.hosts], self._event
         )
@@ -97,6 +102,21 @@ class Run:
             f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}{waits}"
             f"{durable}"
         )
+
+    def _begin_with(self, generation: int) -> None:
+        """An earlier run of the job has left this generation in the durable directory."""
+        name = directory_name(generation, "before", 1)
+        states = [packed(generation, self.oracle.value(rank, generation)) for rank in range(self.job.world_size)]
+        shards = [
+            write_shard(self.directory, name, rank, generation, LAYOUT, memoryview(each.ljust(4096, b"\0")), each)
+            for rank, each in enumerate(states)
+        ]
+        places = tuple(Coordinate(rank, 0, 0, rank, 0, 0) for rank in range(self.job.world_size))
+        seal(
+            self.directory,
+            Manifest(FORMAT, generation, 0, name, "", self.job.world_size, places, tuple(shards), {}),
+        )
+        self.oracle.directory.durable(generation, name)
 
     def _link(self, node: int) -> Link | None:
         host = self._by_node.get(node)

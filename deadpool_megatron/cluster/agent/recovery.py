@@ -171,7 +171,8 @@ class NodeRecovery:
         node = self._job.node
         if record.epoch == self._job.epoch and worker.rank is not None:
             rank, generation = worker.rank, record.generation
-            self._send(r.FetchFailed(record.epoch, node, rank, node, generation, record.why, record.version_epoch))
+            worker.broken = r.FetchFailed(record.epoch, node, rank, node, generation, record.why, record.version_epoch)
+            self._send(worker.broken)
             self._shards.recheck(worker.rank)
 
     def take_over(self) -> None:

@@ -66,7 +66,7 @@ class Worker:
     arrived: r.Arrived | None = None
     registered: r.Registered | None = None
     failed: r.WorkerFailed | None = None
-    broken: r.PeerError | None = None
+    broken: r.PeerError | r.FetchFailed | None = None
     exit_code: int | None = None
     reached: dict[str, int] = field(default_factory=dict)
     formed: tuple[int, int] = (0, 0)  # groups re-formed in the last epoch, and all
@@ -77,7 +77,7 @@ class Worker:
         return self.process.pid
 
     def waits(self, epoch: int) -> bool:
-        """It has lost a peer in this epoch, and waits for the next one."""
+        """It has lost a peer, or has no state to go on from, in this epoch, and waits for the next one."""
         return self.broken is not None and self.broken.epoch == epoch
 
     def send(self, record: msgspec.Struct) -> None:

@@ -597,6 +597,8 @@ class Core:
             yield from self._lose({record.node}, record.why)  # another spare may have room
         elif why := (yield from self._recoveries.fetch_failed(record)):
             yield from self._declare(why)
+        elif self._state.phase is Phase.STARTING and record.epoch == self.epoch:
+            yield from self._declare(f"the durable copy of rank {record.rank} on node {record.node}: {record.why}")
 
     def _peer_error(self, record: r.PeerError) -> Effects:
         if record.epoch == self.epoch:
