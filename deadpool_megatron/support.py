@@ -51,8 +51,9 @@ class Feature:
 FLEX_ACROSS_NODES: Final = "flex_across_nodes"
 FLEX_IN_GRAPHS: Final = "flex_in_graphs"
 DROPOUT_IN_GRAPHS: Final = "dropout_in_graphs"
+DELAYED_IN_GRAPHS: Final = "delayed_scaling_in_graphs"
 FUSER_WITH_SCALES: Final = "op_fuser_with_scales"
-DERIVED: Final = (FLEX_ACROSS_NODES, FLEX_IN_GRAPHS, DROPOUT_IN_GRAPHS, FUSER_WITH_SCALES)
+DERIVED: Final = (FLEX_ACROSS_NODES, FLEX_IN_GRAPHS, DROPOUT_IN_GRAPHS, DELAYED_IN_GRAPHS, FUSER_WITH_SCALES)
 PROCESSES_PER_NODE: Final = 8  # where nobody says it
 
 
@@ -186,6 +187,12 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
         bool,
         "with a flex dispatcher inside of the graphs (whole iterations, or --cuda-graph-modules with moe or none): a "
         "graph lets nobody meet before it launches their kernels",
+    ),
+    (
+        "--cuda-graph-impl",
+        DELAYED_IN_GRAPHS,
+        bool,
+        "of layers, with --fp8-recipe delayed: on the emulation the run after a swap ends unequal",
     ),
     (
         "--cuda-graph-impl",
@@ -345,6 +352,7 @@ def _derived(values: Mapping[str, Any], processes: int) -> dict[str, bool]:
         FLEX_ACROSS_NODES: flex and processes % experts != 0,
         FLEX_IN_GRAPHS: flex and in_graphs,
         DROPOUT_IN_GRAPHS: graphs == "transformer_engine" and drops and size("context_parallel_size") > 1,
+        DELAYED_IN_GRAPHS: graphs == "transformer_engine" and recipe == "delayed",
         FUSER_WITH_SCALES: bool(values.get("use_transformer_engine_op_fuser") and (recipe == "delayed" or reduces)),
     }
 

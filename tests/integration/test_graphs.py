@@ -39,7 +39,6 @@ _EXPERTS = (
     "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --disable-bias-linear --moe-grouped-gemm "
     "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --moe-router-dtype fp32"
 )
-_DELAYED = "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 4 --fp8-amax-compute-algo max"
 # Of the layers' graphs: warm-up iterations, modules, other flags.
 _CASES = {
     "attention and mlp, with their collectives": (1, ["attn", "mlp"], _TP),
@@ -50,7 +49,6 @@ _SLOW_CASES = {
     "router and preprocessing": (1, ["attn", "moe_router", "moe_preprocess"], [*_TP, *_EXPERTS.split()]),
     "pipeline": (1, ["attn", "mlp"], ["--pipeline-model-parallel-size", "2"]),
     "no warm-up": (0, ["attn"], _DP),
-    "delayed scaling": (1, ["attn", "mlp"], [*_TP, *_DELAYED.split()]),
 }
 
 
