@@ -50,8 +50,10 @@ class Feature:
 # Attributes that follow from others and from how many processes a node has.
 FLEX_ACROSS_NODES: Final = "flex_across_nodes"
 FLEX_IN_GRAPHS: Final = "flex_in_graphs"
+DROPOUT_IN_GRAPHS: Final = "dropout_in_graphs"
+DELAYED_IN_GRAPHS: Final = "delayed_scaling_in_graphs"
 FUSER_WITH_SCALES: Final = "op_fuser_with_scales"
-DERIVED: Final = (FLEX_ACROSS_NODES, FLEX_IN_GRAPHS, FUSER_WITH_SCALES)
+DERIVED: Final = (FLEX_ACROSS_NODES, FLEX_IN_GRAPHS, DROPOUT_IN_GRAPHS, DELAYED_IN_GRAPHS, FUSER_WITH_SCALES)
 PROCESSES_PER_NODE: Final = 8  # where nobody says it
 
 
@@ -110,6 +112,7 @@ _ACCEPTED: Final = (
     ("multi-token prediction", "--mtp-num-layers", bool, _TE),
     ("operation fuser", "--use-transformer-engine-op-fuser", bool, _TE),
     ("recomputation", "--recompute-granularity", bool, _TE),
+    ("CUDA graphs of layers", "--cuda-graph-impl transformer_engine", _is("transformer_engine"), _GRAPHS),
     ("CUDA graphs of whole iterations", "--cuda-graph-impl full_iteration", _is("full_iteration"), _GRAPHS),
     # precision
     ("FP8 with delayed scaling", "--fp8-recipe delayed", _is("delayed"), _TE),
@@ -146,11 +149,11 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
     (
         "--cuda-graph-impl",
         "cuda_graph_impl",
-        _other_than("none", "full_iteration"),
-        "graphs of layers hold the old communicators; only those of whole iterations are captured anew",
+        _other_than("none", "full_iteration", "transformer_engine"),
+        "graphs of Megatron's own kind hold the old communicators; those of Transformer Engine are captured anew",
     ),
-    ("--enable-cuda-graph", "enable_cuda_graph", bool, "graphs of layers hold the old communicators"),
-    ("--external-cuda-graph", "external_cuda_graph", bool, "graphs of layers hold the old communicators"),
+    ("--enable-cuda-graph", "enable_cuda_graph", bool, "it is --cuda-graph-impl local"),
+    ("--external-cuda-graph", "external_cuda_graph", bool, "say --cuda-graph-impl transformer_engine instead"),
     ("--optimizer-cuda-graph", "optimizer_cuda_graph", bool, "the gate before the step would be inside of the graph"),
     (
         "--tp-comm-overlap",
@@ -184,6 +187,19 @@ _REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
         bool,
         "with a flex dispatcher inside of the graphs (whole iterations, or --cuda-graph-modules with moe or none): a "
         "graph lets nobody meet before it launches their kernels",
+    ),
+    (
+        "--cuda-graph-impl",
+        DELAYED_IN_GRAPHS,
+        bool,
+        "of layers, with --fp8-recipe delayed: on the emulation the run after a swap ends unequal",
+    ),
+    (
+        "--cuda-graph-impl",
+        DROPOUT_IN_GRAPHS,
+        bool,
+        "with context parallelism and dropout of attention inside of graphs of layers: never seen to end equal; "
+        "--attention-dropout 0",
     ),
     (
         "--moe-flex-dispatcher-backend",
@@ -291,6 +307,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "transformer_impl": "transformer_engine",
     "fp8_recipe": "delayed",
     "fp4_recipe": "nvfp4",
+    "attention_dropout": 0.1,
 }
 
 
@@ -327,17 +344,24 @@ def _derived(values: Mapping[str, Any], processes: int) -> dict[str, bool]:
     experts *= size("expert_tensor_parallel_size", "tensor_model_parallel_size")
     flex = values.get("moe_token_dispatcher_type") == "flex"
     graphs = values.get("cuda_graph_impl")
-    # (none named: whole layers; the second one is the name up to 0.18)
-    parts = values.get("cuda_graph_modules") or values.get("cuda_graph_scope") or ["moe"]
-    whole = graphs == "full_iteration" or not {"moe", "full"}.isdisjoint(map(_name, _listed(parts)))
-    in_graphs = graphs not in (None, "none") and whole
+    in_graphs = graphs not in (None, "none") and (graphs == "full_iteration" or "moe" in _graphed(values))
+    drops = "attn" in _graphed(values) and bool(float(values.get("attention_dropout", 0)))
     recipe = values.get("fp8_recipe") if values.get("fp8") else None
     reduces = values.get("sequence_parallel") and (recipe == "tensorwise" or values.get("fp4"))
     return {
         FLEX_ACROSS_NODES: flex and processes % experts != 0,
         FLEX_IN_GRAPHS: flex and in_graphs,
+        DROPOUT_IN_GRAPHS: graphs == "transformer_engine" and drops and size("context_parallel_size") > 1,
+        DELAYED_IN_GRAPHS: graphs == "transformer_engine" and recipe == "delayed",
         FUSER_WITH_SCALES: bool(values.get("use_transformer_engine_op_fuser") and (recipe == "delayed" or reduces)),
     }
+
+
+def _graphed(values: Mapping[str, Any]) -> list[str]:
+    """The modules that are captured; whole layers where none is named. The second is the flag's name up to 0.18."""
+    named = values.get("cuda_graph_modules") or values.get("cuda_graph_scope") or ["full"]
+    parts = [_name(each) for each in _listed(named)]
+    return [*parts, "attn", "moe"] if "full" in parts else parts
 
 
 def _listed(value: object) -> list[Any]:

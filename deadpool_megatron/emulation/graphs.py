@@ -177,6 +177,13 @@ def is_capturing() -> bool:
     return _Tape.now is not None
 
 
+def noted(change: Callable[[], None]) -> None:
+    """Do what no operator does, and at its place in each replay of the graph that is being captured."""
+    change()
+    if _Tape.now is not None:
+        _Tape.now.entries.append(change)
+
+
 class DefaultGenerator:
     """The device's default generator, whose state can be exchanged in a way that graphs see, as CUDA's."""
 
@@ -191,17 +198,12 @@ class DefaultGenerator:
         """The state in use, the object itself."""
         if self._state is None:
             self._state = torch.default_generator.clone_state()
-        self._noted(self._take)
+        noted(self._take)
         return self._state
 
     def graphsafe_set_state(self, state: torch.Generator) -> None:
         """From now on numbers are drawn from ``state``."""
-        self._noted(lambda: self._put(state))
-
-    def _noted(self, change: Callable[[], None]) -> None:
-        change()
-        if _Tape.now is not None:
-            _Tape.now.entries.append(change)
+        noted(lambda: self._put(state))
 
     def _take(self) -> None:
         assert self._state is not None

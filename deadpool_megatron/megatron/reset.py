@@ -22,28 +22,6 @@ from deadpool_megatron.megatron.sums import clear_sums
 from deadpool_megatron.megatron.unique_state import UniqueState
 
 
-def full_iteration_graphs(args: Any) -> bool:
-    """Forward and backward passes of an iteration are one CUDA graph (``--cuda-graph-impl full_iteration``)."""
-    return getattr(args, "cuda_graph_impl", None) == "full_iteration"
-
-
-def drop_graphs() -> None:
-    """A graph holds the collectives of groups that are gone: it is warmed up and captured anew, on all ranks alike.
-
-    Before the abort is waited for: NCCL's commDestroySync polls until all graphs that hold the communicator are gone.
-    Source: upstream's FullCudaGraphWrapper.reset_cuda_graph; its state is the class's, and wrappers come and go with
-    ``train`` and ``evaluate``.
-    """
-    if not full_iteration_graphs(get_args()):
-        return
-    from megatron.core.full_cuda_graph import FullCudaGraphWrapper
-
-    for stage in FullCudaGraphWrapper.cuda_graph:
-        FullCudaGraphWrapper.cuda_graph[stage] = None
-        FullCudaGraphWrapper.result[stage] = None
-        FullCudaGraphWrapper.curr_iteration[stage] = 0
-
-
 def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
     """Drop handles, gradients and half-done bookkeeping of the step that broke. No communication, no allocation."""
     adapter = current()

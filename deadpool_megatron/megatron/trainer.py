@@ -28,6 +28,7 @@ from deadpool_megatron.megatron.comparison import Comparison, Difference, Unequa
 from deadpool_megatron.megatron.description import describe_layout
 from deadpool_megatron.megatron.faults import strike
 from deadpool_megatron.megatron.frozen import Frozen
+from deadpool_megatron.megatron.graphs import Graphs
 from deadpool_megatron.megatron.links import Links
 from deadpool_megatron.megatron.loss_report import LossReport
 from deadpool_megatron.megatron.low_precision import prepare_scaling
@@ -35,9 +36,7 @@ from deadpool_megatron.megatron.muster import Muster
 from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import (
-    drop_graphs,
     drop_unfinished_saves,
-    full_iteration_graphs,
     reset_after_abort,
     synchronize_parameters,
 )
@@ -146,7 +145,8 @@ class MegatronTrainer:
         self._snapshotter = Snapshotter(self._plan, self._writer, self._engine, Pacing(config.copy_bandwidth))
         self._links = Links(args, model)
         # No Python runs inside of a replayed iteration: slices are asked for before it, and the gate comes after it.
-        self._graphed = full_iteration_graphs(args)
+        self._graphs = Graphs(args, model)
+        self._graphed = self._graphs.whole_iterations
         self.live_generation: int | None = None
         self.live_epoch = session.joined_epoch
         self._restored = -1  # the generation that training goes on from, until it has been trained
@@ -456,11 +456,12 @@ class MegatronTrainer:
     # ---- recovery.Trainer
 
     def let_go(self) -> None:
-        """Launch no kernel any more that neighbours would have to launch too; drop what modules have half-done and the
-        graph of an iteration. In this order: attributes may be graphs."""
+        """Launch no kernel any more that neighbours would have to launch too; drop what modules have half-done and all
+        captured graphs. In this order: attributes may be graphs."""
         self.muster.leave()
         self.at_rest.restore()
-        drop_graphs()
+        if self._graphs.drop():
+            self.live_generation = None
 
     def unwind(self) -> None:
         """Drop what the broken step left behind; what it has queued on the device comes to its end first."""

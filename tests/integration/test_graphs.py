@@ -1,10 +1,10 @@
-"""Whole iterations as CUDA graphs (emulated by a tape of operators): no Python between microbatches, still no loss."""
+"""Whole iterations and layers as CUDA graphs (emulated by a tape of operators): captured anew, and still no loss."""
 
 from __future__ import annotations
 
 import pytest
 
-from flags import tiny_gpt, with_value
+from flags import default_gpt, tiny_gpt, with_value
 from jobs import Jobs, assert_same_training, launch_flags, undisturbed
 
 ITERATIONS = 12
@@ -30,3 +30,39 @@ def test_nodes_lost_while_a_graph_is_replayed_and_after_it_was_captured_anew(job
     assert_same_training(job, want, ITERATIONS, 3)
     copied = [event for event in job.events("iteration") if event["copied_bytes"]]
     assert len({event["iteration"] for event in copied}) == ITERATIONS, "a generation of every iteration"
+
+
+_LAYERS = ["--cuda-graph-impl", "transformer_engine", "--logging-level", "20", "--cuda-graph-warmup-steps"]
+_TP = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+_DP = ["--overlap-grad-reduce", "--overlap-param-gather"]
+_EXPERTS = (
+    "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --disable-bias-linear --moe-grouped-gemm "
+    "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --moe-router-dtype fp32"
+)
+# Of the layers' graphs: warm-up iterations, modules, other flags.
+_CASES = {
+    "attention and mlp, with their collectives": (1, ["attn", "mlp"], _TP),
+}
+_SLOW_CASES = {
+    "whole layers": (2, [], _DP),
+    "data parallelism": (1, ["attn"], _DP),
+    "router and preprocessing": (1, ["attn", "moe_router", "moe_preprocess"], [*_TP, *_EXPERTS.split()]),
+    "pipeline": (1, ["attn", "mlp"], ["--pipeline-model-parallel-size", "2"]),
+    "no warm-up": (0, ["attn"], _DP),
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", [*_CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in _SLOW_CASES)])
+def test_graphs_of_layers_are_captured_anew_after_a_loss(name: str, jobs: Jobs) -> None:
+    warmup, modules, more = (_CASES | _SLOW_CASES)[name]
+    graphs = [*_LAYERS, str(warmup), *(["--cuda-graph-modules", *modules] if modules else [])]
+    flags = default_gpt(*more, *graphs, iters=8)
+    want = undisturbed(launch_flags(2, 0, 1), flags)
+    job = jobs.start(name.replace(" ", "-").replace(",", ""), launch_flags(4, 2, 1), flags, held=True)
+    job.arm((1, 3, 2), (0, 6, 1))
+    job.finished()
+    assert [event["lost"] for event in job.events("declared")] == [[1], [0]]
+    said = "".join(path.read_text() for path in (job.run_dir / "logs").glob("*.log") if not path.is_symlink())
+    assert said.count("Start CUDA Graphs capture") >= 3
+    assert_same_training(job, want, 8, rank=1, mute=frozenset({1, 3}))

@@ -165,6 +165,26 @@ def test_kernels_that_hosts_meet_for_are_in_no_graph() -> None:
 @pytest.mark.parametrize(
     ("flags", "accepted"),
     [
+        (["transformer_engine", "--cuda-graph-modules", "attn"], True),
+        (["transformer_engine"], True),
+        (["local"], False),
+        (["transformer_engine", "--context-parallel-size", "2"], False),
+        (["transformer_engine", "--context-parallel-size", "2", "--attention-dropout", "0.0"], True),
+        (["transformer_engine", "--context-parallel-size", "2", "--cuda-graph-modules", "moe_router"], True),
+        (["full_iteration", "--context-parallel-size", "2"], True),
+    ],
+)
+def test_graphs_of_layers_are_judged_by_what_is_in_them(
+    flags: list[str], accepted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--cuda-graph-impl", *flags]) == (0 if accepted else 1)
+    said = capsys.readouterr().out
+    assert ("refused" in said and "--cuda-graph-impl" in said) is not accepted
+
+
+@pytest.mark.parametrize(
+    ("flags", "accepted"),
+    [
         ((), True),
         (("--fp8-format", "hybrid"), False),  # delayed is upstream's default
         (("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"), True),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from deadpool_megatron.emulation.graphs import Capture, CUDAGraph, DefaultGenerator, is_capturing
+from deadpool_megatron.emulation.graphs import Capture, CUDAGraph, DefaultGenerator, is_capturing, noted
 
 pytestmark = pytest.mark.versions(torch=True)
 
@@ -109,3 +109,15 @@ def test_an_empty_graph_cannot_be_replayed() -> None:
     assert not is_capturing()
     with pytest.raises(RuntimeError, match="nothing has been captured"):
         graph.replay()
+
+
+def test_what_no_operator_does_happens_at_its_place_in_each_replay() -> None:
+    memory, seen = torch.zeros(()), []
+    graph = CUDAGraph()
+    with Capture(graph):
+        memory.add_(1)
+        noted(lambda: seen.append(int(memory)))
+        memory.add_(1)
+    graph.replay()  # the capture has computed it
+    graph.replay()
+    assert seen == [1, 3]

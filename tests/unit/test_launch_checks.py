@@ -168,7 +168,7 @@ def _unsupported() -> list[tuple[str, str]]:
 
 
 BAD_VALUES: dict[str, list[object]] = {
-    "cuda_graph_impl": ["local", "transformer_engine"],
+    "cuda_graph_impl": ["local"],
     "optimizer": ["soap", "adaptive_muon"],
     "experimental_attention_variant": ["gated_delta_net"],
     "moe_flex_dispatcher_backend": ["ncclep"],
@@ -181,7 +181,7 @@ BAD_VALUES: dict[str, list[object]] = {
     "expert_gtp_weight_remat_size": [4],
 }
 GOOD_VALUES: dict[str, list[object]] = {
-    "cuda_graph_impl": [None, "none", "full_iteration"],
+    "cuda_graph_impl": [None, "none", "full_iteration", "transformer_engine"],
     "optimizer": ["adam", "sgd", "muon"],
     "experimental_attention_variant": ["dsa", None],
     "moe_flex_dispatcher_backend": ["deepep", "hybridep", None],

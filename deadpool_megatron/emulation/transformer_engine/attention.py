@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deadpool_megatron.emulation import graphs
 from deadpool_megatron.emulation.transformer_engine.enums import (
     NVTE_Fused_Attn_Backend,
     NVTE_QKV_Format,
@@ -116,7 +117,12 @@ class _Attention:
         """What dropout multiplies the probabilities with, from the state that the forward drew."""
         if not self.dropout:
             return 1.0
-        generator = torch.Generator().manual_seed(int(state[0]) + part)
+        generator = torch.Generator()
+
+        def seed() -> None:
+            generator.manual_seed(int(state[0]) + part)
+
+        graphs.noted(seed)
         return (torch.rand(tuple(shape), generator=generator) >= self.dropout).float() / (1 - self.dropout)
 
 
