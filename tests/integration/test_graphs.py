@@ -39,7 +39,7 @@ _EXPERTS = (
     "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --disable-bias-linear --moe-grouped-gemm "
     "--expert-model-parallel-size 2 --expert-tensor-parallel-size 1 --moe-router-dtype fp32"
 )
-# Of the layers' graphs: warm-up iterations, modules, other flags.
+# Of the layers' graphs: warm-up iterations, modules, other flags; iterations in which nodes are lost, if not 3 and 6.
 _CASES = {
     "attention and mlp, with their collectives": (1, ["attn", "mlp"], _TP),
 }
@@ -48,6 +48,8 @@ _SLOW_CASES = {
     "data parallelism": (1, ["attn"], _DP),
     "router and preprocessing": (1, ["attn", "moe_router", "moe_preprocess"], [*_TP, *_EXPERTS.split()]),
     "pipeline": (1, ["attn", "mlp"], ["--pipeline-model-parallel-size", "2"]),
+    "before and just after the capture, data parallelism": (2, ["attn", "mlp"], _DP, (1, 3)),
+    "before and just after the capture, collectives in it": (2, ["attn", "mlp"], _TP, (1, 3)),
     "no warm-up": (0, ["attn"], _DP),
 }
 
@@ -55,14 +57,15 @@ _SLOW_CASES = {
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", [*_CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in _SLOW_CASES)])
 def test_graphs_of_layers_are_captured_anew_after_a_loss(name: str, jobs: Jobs) -> None:
-    warmup, modules, more = (_CASES | _SLOW_CASES)[name]
+    warmup, modules, more, *at = (_CASES | _SLOW_CASES)[name]
+    first, second = at[0] if at else (3, 6)
     graphs = [*_LAYERS, str(warmup), *(["--cuda-graph-modules", *modules] if modules else [])]
     flags = default_gpt(*more, *graphs, iters=8)
     want = undisturbed(launch_flags(2, 0, 1), flags)
     job = jobs.start(name.replace(" ", "-").replace(",", ""), launch_flags(4, 2, 1), flags, held=True)
-    job.arm((1, 3, 2), (0, 6, 1))
+    job.arm((1, first, 2), (0, second, 1))
     job.finished()
     assert [event["lost"] for event in job.events("declared")] == [[1], [0]]
     said = "".join(path.read_text() for path in (job.run_dir / "logs").glob("*.log") if not path.is_symlink())
-    assert said.count("Start CUDA Graphs capture") >= 3
+    assert said.count("Start CUDA Graphs capture") >= (3 if first > warmup else 2)
     assert_same_training(job, want, 8, rank=1, mute=frozenset({1, 3}))
