@@ -355,4 +355,4 @@ def assert_same_training(got: Job, want: Job, iterations: int, rank: int, mute: 
         if hashes.get(coordinate, {}).get(part) != digest
     ]
     if any(event["lost"] for event in got.events("declared")) and got.events("resumed"):
-        PROVEN.append(got.flags)
+        PROVEN.append(want.flags)
