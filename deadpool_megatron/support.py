@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import enum
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from deadpool_megatron.compat import UserError
+
+Values = Mapping[str, Any]
 
 
 class Evidence(enum.StrEnum):
@@ -31,29 +33,28 @@ class Feature:
     Attributes:
         name: of what.
         flag: as a user writes it, with the value that selects it where one does.
-        attribute: of Megatron's ``args``.
-        selects: whether a value of it selects this feature.
+        selects: whether values of Megatron's ``args``, by attribute, on nodes of so many processes select it.
         evidence: what is known.
         because: the test, the reason, or why it is refused.
-        needs: another attribute, without which this one's value says nothing.
     """
 
     name: str
     flag: str
-    attribute: str
-    selects: Callable[[Any], bool]
+    selects: Callable[[Values, int], bool]
     evidence: Evidence
     because: str
-    needs: str = ""
+
+    @property
+    def attribute(self) -> str:
+        """The flag's, of Megatron's ``args``."""
+        return attribute_of(self.flag)
+
+    def value(self, values: Values) -> str:
+        """What to say after the flag of the value that it has here: nothing where that is True or said already."""
+        value = values.get(self.attribute, True)
+        return "" if value is True or " " in self.flag else str(value)
 
 
-# Attributes that follow from others and from how many processes a node has.
-FLEX_ACROSS_NODES: Final = "flex_across_nodes"
-FLEX_IN_GRAPHS: Final = "flex_in_graphs"
-DROPOUT_IN_GRAPHS: Final = "dropout_in_graphs"
-DELAYED_IN_GRAPHS: Final = "delayed_scaling_in_graphs"
-FUSER_WITH_SCALES: Final = "op_fuser_with_scales"
-DERIVED: Final = (FLEX_ACROSS_NODES, FLEX_IN_GRAPHS, DROPOUT_IN_GRAPHS, DELAYED_IN_GRAPHS, FUSER_WITH_SCALES)
 PROCESSES_PER_NODE: Final = 8  # where nobody says it
 
 
@@ -137,151 +138,175 @@ _REASONED: Final = (
     ),
 )
 _OPTIMIZER_NAMES: Final = ("adam", "sgd", "lion", "muon", "dist_muon")
-# Flag, attribute of Megatron's args, when its value is one that DeadPool cannot carry through a swap yet, and why.
-_REFUSED: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
-    (
-        "--use-megatron-fsdp",
-        "use_megatron_fsdp",
-        bool,
-        "parameters and optimizer state are sharded in another way",
-    ),
-    ("--use-torch-fsdp2", "use_torch_fsdp2", bool, "parameters and optimizer state are sharded in another way"),
+# Flag, when its value is one that DeadPool cannot carry through a swap yet, and why.
+_REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
+    ("--use-megatron-fsdp", bool, "parameters and optimizer state are sharded in another way"),
+    ("--use-torch-fsdp2", bool, "parameters and optimizer state are sharded in another way"),
     (
         "--cuda-graph-impl",
-        "cuda_graph_impl",
         _other_than("none", "full_iteration", "transformer_engine"),
         "graphs of Megatron's own kind hold the old communicators; those of Transformer Engine are captured anew",
     ),
-    ("--enable-cuda-graph", "enable_cuda_graph", bool, "it is --cuda-graph-impl local"),
-    ("--external-cuda-graph", "external_cuda_graph", bool, "say --cuda-graph-impl transformer_engine instead"),
-    ("--optimizer-cuda-graph", "optimizer_cuda_graph", bool, "the gate before the step would be inside of the graph"),
-    (
-        "--tp-comm-overlap",
-        "tp_comm_overlap",
-        bool,
-        "Transformer Engine's userbuffers are communicators of their own",
-    ),
+    ("--enable-cuda-graph", bool, "it is --cuda-graph-impl local"),
+    ("--external-cuda-graph", bool, "say --cuda-graph-impl transformer_engine instead"),
+    ("--optimizer-cuda-graph", bool, "the gate before the step would be inside of the graph"),
+    ("--tp-comm-overlap", bool, "Transformer Engine's userbuffers are communicators of their own"),
     (
         "--optimizer",
-        "optimizer",
         _other_than(*_OPTIMIZER_NAMES),
         "its state is not known (soap replaces its tensors instead of updating them in place; adaptive_muon has never "
         "been run)",
     ),
     (
         "--experimental-attention-variant",
-        "experimental_attention_variant",
         _other_than("dsa"),
         "never run: the emulation has no kernels of gated delta nets",
     ),
     (
-        "--moe-token-dispatcher-type flex",
-        FLEX_ACROSS_NODES,
-        bool,
-        "where experts (expert tensor x expert parallel size) span nodes: nothing aborts a kernel of DeepEP or "
-        "HybridEP that waits for a lost node",
-    ),
-    (
-        "--cuda-graph-impl",
-        FLEX_IN_GRAPHS,
-        bool,
-        "with a flex dispatcher inside of the graphs (whole iterations, or --cuda-graph-modules with moe or none): a "
-        "graph lets nobody meet before it launches their kernels",
-    ),
-    (
-        "--cuda-graph-impl",
-        DELAYED_IN_GRAPHS,
-        bool,
-        "of layers, with --fp8-recipe delayed: on the emulation the run after a swap ends unequal",
-    ),
-    (
-        "--cuda-graph-impl",
-        DROPOUT_IN_GRAPHS,
-        bool,
-        "with context parallelism and dropout of attention inside of graphs of layers: never seen to end equal; "
-        "--attention-dropout 0",
-    ),
-    (
         "--moe-flex-dispatcher-backend",
-        "moe_flex_dispatcher_backend",
         _is("ncclep"),
         "its communicator is Transformer Engine's own, for the whole process, and nothing forms it anew",
     ),
-    (
-        "--use-transformer-engine-op-fuser",
-        FUSER_WITH_SCALES,
-        bool,
-        "with --fp8-recipe delayed: nobody else sees its scales; with tensorwise or NVFP4 under sequence parallelism: "
-        "only from their second pass on do its operations reduce over the ranks what they scale by",
-    ),
-    ("--optimizer-cpu-offload", "optimizer_cpu_offload", bool, "state on the host and on the device by turns"),
+    ("--optimizer-cpu-offload", bool, "state on the host and on the device by turns"),
     (
         "--qk-clip",
-        "qk_clip",
         bool,
         "it scales 16-bit and main parameters apart, so that what follows from the main ones is rounded otherwise",
     ),
-    (
-        "--cpu-offloading-num-layers",
-        "cpu_offloading_num_layers",
-        bool,
-        "a broken iteration leaves Transformer Engine's offloading half-done",
-    ),
-    ("--moe-paged-stash", "moe_paged_stash", bool, "never run: its schedule is recorded in the first iterations"),
-    (
-        "--hybrid-context-parallel",
-        "hybrid_context_parallel",
-        bool,
-        "its loader keeps samples that no position tells of",
-    ),
-    ("--logits-load-dir", "logits_load_dir", bool, "the teacher's logits are read at a position of their own"),
-    ("--logits-save-dir", "logits_save_dir", bool, "logits of a repeated iteration would be saved twice"),
+    ("--cpu-offloading-num-layers", bool, "a broken iteration leaves Transformer Engine's offloading half-done"),
+    ("--moe-paged-stash", bool, "never run: its schedule is recorded in the first iterations"),
+    ("--hybrid-context-parallel", bool, "its loader keeps samples that no position tells of"),
+    ("--logits-load-dir", bool, "the teacher's logits are read at a position of their own"),
+    ("--logits-save-dir", bool, "logits of a repeated iteration would be saved twice"),
     (
         "--moe-use-upcycling",
-        "moe_use_upcycling",
         bool,
         "a spare would convert the checkpoint again: convert in a run of its own, without --deadpool",
     ),
-    (
-        "--te-precision-config-file",
-        "te_precision_config_file",
-        bool,
-        "modules may have a recipe of their own, with scales that nobody else sees",
-    ),
-    (
-        "--use-kitchen-attention",
-        "use_kitchen_attention",
-        bool,
-        "its quantizers may have state that nobody else knows of",
-    ),
+    ("--te-precision-config-file", bool, "modules may have a recipe of their own, with scales that nobody else sees"),
+    ("--use-kitchen-attention", bool, "its quantizers may have state that nobody else knows of"),
     (
         "--pipeline-model-parallel-comm-backend",
-        "pipeline_model_parallel_comm_backend",
         _other_than("nccl"),
         "only communicators of NCCL and Gloo are aborted and re-formed",
     ),
-    ("--use-ring-exchange-p2p", "use_ring_exchange_p2p", bool, "it goes past the communicators that are aborted"),
-    ("--symmetric-ar-type", "symmetric_ar_type", bool, "symmetric memory is a communicator of its own"),
-    ("--fp8-recipe", "fp8_recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
-    ("--fp4-recipe", "fp4_recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
-    ("--use-nccl-ub", "nccl_ub", bool, "buffers registered with a communicator are gone with it"),
-    ("--use-sharp", "use_sharp", bool, "buffers registered with a communicator are gone with it"),
-    ("--perform-rl-step", "perform_rl_step", bool, "another training loop"),
-    ("--inprocess-restart", "inprocess_restart", bool, "two systems would handle the same failure"),
-    ("--enable-ft-package", "enable_ft_package", bool, "two systems would handle the same failure"),
-    ("--vision-pretraining", "vision_pretraining", bool, "another training loop"),
-    ("--iterations-to-skip", "iterations_to_skip", bool, "not replayed"),
+    ("--use-ring-exchange-p2p", bool, "it goes past the communicators that are aborted"),
+    ("--symmetric-ar-type", bool, "symmetric memory is a communicator of its own"),
+    ("--fp8-recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
+    ("--fp4-recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
+    ("--use-nccl-ub", bool, "buffers registered with a communicator are gone with it"),
+    ("--use-sharp", bool, "buffers registered with a communicator are gone with it"),
+    ("--perform-rl-step", bool, "another training loop"),
+    ("--inprocess-restart", bool, "two systems would handle the same failure"),
+    ("--enable-ft-package", bool, "two systems would handle the same failure"),
+    ("--vision-pretraining", bool, "another training loop"),
+    ("--iterations-to-skip", bool, "not replayed"),
     (
         "--tensor-parallel-num-weight-shards",
-        "gtp_weight_remat_size",
         _above_one,
         "GTP cuts weights along an axis of its own: who holds which shard is not what the arithmetic assumes",
     ),
     (
         "--expert-tensor-parallel-num-weight-shards",
-        "expert_gtp_weight_remat_size",
         _above_one,
         "GTP cuts weights along an axis of its own: who holds which shard is not what the arithmetic assumes",
+    ),
+)
+
+
+def _size(values: Values, *names: str) -> int:
+    return next((int(values[name]) for name in names if values.get(name)), 1)
+
+
+def _flex(values: Values) -> bool:
+    return values.get("moe_token_dispatcher_type") == "flex"
+
+
+def _flex_across_nodes(values: Values, processes: int) -> bool:
+    # Upstream's order of ranks has the tensor-parallel ones of an expert side by side, then the expert-parallel ones,
+    # and such groups one after the other.
+    experts = _size(values, "expert_model_parallel_size")
+    experts *= _size(values, "expert_tensor_parallel_size", "tensor_model_parallel_size")
+    return _flex(values) and processes % experts != 0
+
+
+def _flex_in_graphs(values: Values, _: int) -> bool:
+    return _flex(values) and "moe" in _graphed(values)
+
+
+def _dropout_in_graphs(values: Values, _: int) -> bool:
+    drops = "attn" in _graphed(values) and bool(float(values.get("attention_dropout", 0)))
+    return _layer_graphs(values) and drops and _size(values, "context_parallel_size") > 1
+
+
+def _delayed_in_graphs(values: Values, _: int) -> bool:
+    return _layer_graphs(values) and _recipe(values) == "delayed"
+
+
+def _fuser_with_scales(values: Values, _: int) -> bool:
+    recipe = _recipe(values)
+    reduces = values.get("sequence_parallel") and (recipe == "tensorwise" or values.get("fp4"))
+    return bool(values.get("use_transformer_engine_op_fuser") and (recipe == "delayed" or reduces))
+
+
+def _recipe(values: Values) -> Any:
+    """Of FP8; a recipe's name is there without FP8 too."""
+    return values.get("fp8_recipe") if values.get("fp8") else None
+
+
+def _layer_graphs(values: Values) -> bool:
+    return values.get("cuda_graph_impl") == "transformer_engine"
+
+
+def _graphed(values: Values) -> list[str]:
+    """The modules that are captured; whole layers where none is named. The second is the flag's name up to 0.18."""
+    impl = values.get("cuda_graph_impl")
+    if impl in (None, "none"):
+        return []
+    named = values.get("cuda_graph_modules") or values.get("cuda_graph_scope")
+    parts = [_name(each) for each in _listed(named or "full")]
+    return [*parts, "attn", "moe"] if "full" in parts or impl == "full_iteration" else parts
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _name(member: Any) -> Any:
+    """Of a member of an enumeration of Megatron's, or the word itself."""
+    return getattr(member, "name", member)
+
+
+# The same of values that are refused together, and of where processes are.
+_COMBINED: Final[tuple[tuple[str, Callable[[Values, int], bool], str], ...]] = (
+    (
+        "--moe-token-dispatcher-type flex",
+        _flex_across_nodes,
+        "where experts (expert tensor x expert parallel size) span nodes: nothing aborts a kernel of DeepEP or "
+        "HybridEP that waits for a lost node",
+    ),
+    (
+        "--cuda-graph-impl",
+        _flex_in_graphs,
+        "with a flex dispatcher inside of the graphs (whole iterations, or --cuda-graph-modules with moe or none): a "
+        "graph lets nobody meet before it launches their kernels",
+    ),
+    (
+        "--cuda-graph-impl",
+        _delayed_in_graphs,
+        "of layers, with --fp8-recipe delayed: on the emulation the run after a swap ends unequal",
+    ),
+    (
+        "--cuda-graph-impl",
+        _dropout_in_graphs,
+        "with context parallelism and dropout of attention inside of graphs of layers: never seen to end equal; "
+        "--attention-dropout 0",
+    ),
+    (
+        "--use-transformer-engine-op-fuser",
+        _fuser_with_scales,
+        "with --fp8-recipe delayed: nobody else sees its scales; with tensorwise or NVFP4 under sequence parallelism: "
+        "only from their second pass on do its operations reduce over the ranks what they scale by",
     ),
 )
 # Flags whose attribute has another name.
@@ -300,7 +325,7 @@ def attribute_of(flag: str) -> str:
     return ATTRIBUTES.get(name, name)
 
 
-# A recipe's name is there without FP8 too.
+# Attributes whose values say nothing without another one's: a recipe's name is there without FP8 too.
 _NEEDS: Final = {"fp8_recipe": "fp8", "fp4_recipe": "fp4"}
 # What the flags say that are not given, where that is a feature of the table.
 DEFAULTS: Final[Mapping[str, Any]] = {
@@ -311,16 +336,25 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 }
 
 
-def _accepted(evidence: Evidence, rows: Iterable[tuple[str, str, Callable[[Any], bool], str]]) -> Iterator[Feature]:
-    for name, flag, selects, because in rows:
-        attribute = attribute_of(flag)
-        yield Feature(name, flag, attribute, selects, evidence, because, _NEEDS.get(attribute, ""))
+def _of_value(flag: str, test: Callable[[Any], bool]) -> Callable[[Values, int], bool]:
+    """Whether the flag's value passes a test."""
+    name = attribute_of(flag)
+    return lambda values, _: test(values.get(name))
 
 
+def _in_use(flag: str, test: Callable[[Any], bool]) -> Callable[[Values, int], bool]:
+    """Whether it does, and says something."""
+    name = attribute_of(flag)
+    needs = _NEEDS.get(name, name)
+    return lambda values, _: test(values.get(name)) and bool(values.get(needs))
+
+
+COMBINATIONS: Final = tuple(Feature("", flag, selects, Evidence.REFUSED, why) for flag, selects, why in _COMBINED)
 FEATURES: Final = (
-    *_accepted(Evidence.EMULATION, _ACCEPTED),
-    *_accepted(Evidence.SOURCES, _REASONED),
-    *(Feature("", flag, name, selects, Evidence.REFUSED, because) for flag, name, selects, because in _REFUSED),
+    *(Feature(name, flag, _in_use(flag, test), Evidence.EMULATION, why) for name, flag, test, why in _ACCEPTED),
+    *(Feature(name, flag, _in_use(flag, test), Evidence.SOURCES, why) for name, flag, test, why in _REASONED),
+    *(Feature("", flag, _of_value(flag, test), Evidence.REFUSED, why) for flag, test, why in _REFUSED),
+    *COMBINATIONS,
 )
 # Environment variables that change what backend a process group of torch has, and why that one is not supported.
 _UNSUPPORTED_SETTINGS: Final[tuple[tuple[str, str], ...]] = (
@@ -333,55 +367,10 @@ _UNSUPPORTED_SETTINGS: Final[tuple[tuple[str, str], ...]] = (
 UNJUDGED: Final = "# Nobody has looked at these yet."
 
 
-def _derived(values: Mapping[str, Any], processes: int) -> dict[str, bool]:
-    """What follows from these values, on nodes of so many processes. Upstream's order of ranks has the tensor-parallel
-    ones of an expert side by side, then the expert-parallel ones, and such groups one after the other."""
-
-    def size(*names: str) -> int:
-        return next((int(values[name]) for name in names if values.get(name)), 1)
-
-    experts = size("expert_model_parallel_size")
-    experts *= size("expert_tensor_parallel_size", "tensor_model_parallel_size")
-    flex = values.get("moe_token_dispatcher_type") == "flex"
-    graphs = values.get("cuda_graph_impl")
-    in_graphs = graphs not in (None, "none") and (graphs == "full_iteration" or "moe" in _graphed(values))
-    drops = "attn" in _graphed(values) and bool(float(values.get("attention_dropout", 0)))
-    recipe = values.get("fp8_recipe") if values.get("fp8") else None
-    reduces = values.get("sequence_parallel") and (recipe == "tensorwise" or values.get("fp4"))
-    return {
-        FLEX_ACROSS_NODES: flex and processes % experts != 0,
-        FLEX_IN_GRAPHS: flex and in_graphs,
-        DROPOUT_IN_GRAPHS: graphs == "transformer_engine" and drops and size("context_parallel_size") > 1,
-        DELAYED_IN_GRAPHS: graphs == "transformer_engine" and recipe == "delayed",
-        FUSER_WITH_SCALES: bool(values.get("use_transformer_engine_op_fuser") and (recipe == "delayed" or reduces)),
-    }
-
-
-def _graphed(values: Mapping[str, Any]) -> list[str]:
-    """The modules that are captured; whole layers where none is named. The second is the flag's name up to 0.18."""
-    named = values.get("cuda_graph_modules") or values.get("cuda_graph_scope") or ["full"]
-    parts = [_name(each) for each in _listed(named)]
-    return [*parts, "attn", "moe"] if "full" in parts else parts
-
-
-def _listed(value: object) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _name(member: Any) -> Any:
-    """Of a member of an enumeration of Megatron's, or the word itself."""
-    return getattr(member, "name", member)
-
-
-def used(values: Mapping[str, Any], processes: int = PROCESSES_PER_NODE) -> list[Feature]:
+def used(values: Values, processes: int = PROCESSES_PER_NODE) -> list[Feature]:
     """The features that values of Megatron's ``args``, by attribute, select on nodes of so many processes; in the order
     of the table."""
-    values = _derived(values, processes) | dict(values)
-    return [
-        each
-        for each in FEATURES
-        if each.selects(values.get(each.attribute)) and (not each.needs or values.get(each.needs))
-    ]
+    return [each for each in FEATURES if each.selects(values, processes)]
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -424,21 +413,15 @@ def check_arguments(args: Namespace, processes: int = PROCESSES_PER_NODE) -> Non
     """Raises UserError that names the flags of all modes that are not supported on nodes of so many processes."""
     values = vars(args)
     refused = [each for each in used(values, processes) if each.evidence is Evidence.REFUSED]
-    said = [each.flag + _here(values.get(each.attribute, True)) for each in refused]
+    here = [f" (here: {value})" if (value := each.value(values)) else "" for each in refused]
     if len(refused) == 1:
-        here = _here(values.get(refused[0].attribute, True))
         raise UserError(
-            f"{refused[0].flag} is not supported with --deadpool yet{here}: {refused[0].because}; leave it out, or run "
-            "without --deadpool"
+            f"{refused[0].flag} is not supported with --deadpool yet{here[0]}: {refused[0].because}; leave it out, or "
+            "run without --deadpool"
         )
     if refused:
-        raise UserError(
-            f"{', '.join(said)} are not supported with --deadpool yet; leave them out, or run without --deadpool"
-        )
-
-
-def _here(value: object) -> str:
-    return "" if value is True else f" (here: {value})"
+        said = ", ".join(each.flag + value for each, value in zip(refused, here, strict=True))
+        raise UserError(f"{said} are not supported with --deadpool yet; leave them out, or run without --deadpool")
 
 
 def not_looked_at(words: Iterable[str]) -> list[str]:

@@ -60,9 +60,7 @@ def run_check(arguments: Sequence[str]) -> int:
     features = support.used(values, processes)
     refused = [each for each in features if each.evidence is support.Evidence.REFUSED]
     for each in refused:
-        value = values.get(each.attribute, True)
-        here = "" if value is True else f" {value}"
-        print(f"refused: {each.flag}{here}: {each.because}")
+        print(f"refused: {' '.join((each.flag, each.value(values))).strip()}: {each.because}")
     if refused:
         return _REFUSED
     width = max((len(each.name) for each in features), default=0)

@@ -164,7 +164,8 @@ def _unsupported() -> list[tuple[str, str]]:
     pytest.importorskip("megatron.core")
     from deadpool_megatron import support
 
-    return [(each.flag, each.attribute) for each in support.FEATURES if each.evidence is support.Evidence.REFUSED]
+    refused = {each for each in support.FEATURES if each.evidence is support.Evidence.REFUSED}
+    return sorted((each.flag, each.attribute) for each in refused - {*support.COMBINATIONS})
 
 
 BAD_VALUES: dict[str, list[object]] = {
@@ -232,13 +233,10 @@ def test_process_groups_of_another_kind_are_refused_by_the_variable_that_selects
 def test_every_refused_flag_is_one_that_megatron_knows() -> None:
     """A misspelt attribute would never refuse anything."""
     training = pytest.importorskip("megatron.training.arguments")
-    from deadpool_megatron.support import DERIVED
-
     known = {action.dest for action in training.add_megatron_arguments(argparse.ArgumentParser())._actions}
     # Flags of other releases are kept; they must at least be spelt like flags.
     older = {"enable_cuda_graph", "external_cuda_graph"}
     derived = {"gtp_weight_remat_size", "expert_gtp_weight_remat_size"}  # by Megatron's main, from flags of other names
-    derived |= {*DERIVED}  # by us
     unknown = {name for _, name in _unsupported()} - known - older - derived
     assert not unknown
     parser = training.add_megatron_arguments(argparse.ArgumentParser())
