@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deadpool_megatron.cluster.agent.pulse import shared_page
 from deadpool_megatron.cluster.agent.workers import (
     PARENT_PID,
     STACKS_FILE,
     WORKER_MODULE,
     Worker,
-    shared_memory,
     start_worker,
 )
 from deadpool_megatron.forking import FORK_SERVER
@@ -40,7 +40,7 @@ def start(directory: Path, ending: str, environment: Mapping[str, str]) -> Worke
     script.write_text(SCRIPT)
     env = {**environment, STACKS_FILE: str(directory / "stacks")}
     command = [sys.executable, "-m", WORKER_MODULE, str(script), ending]
-    shared = shared_memory()
+    shared = shared_page("muster")
     try:
         return start_worker(command, env, 0, None, directory / "log", shared)
     finally:

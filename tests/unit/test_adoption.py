@@ -13,7 +13,8 @@ import pytest
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent import adoption
 from deadpool_megatron.cluster.agent.adoption import AdoptedProcess, Adoption, AdoptionError, present
-from deadpool_megatron.cluster.agent.workers import DOORBELL_FD, PARENT_PID, Worker, shared_memory
+from deadpool_megatron.cluster.agent.pulse import shared_page
+from deadpool_megatron.cluster.agent.workers import DOORBELL_FD, PARENT_PID, Worker
 
 NAME = f"deadpool-test-{os.getpid()}"
 # Comes as local rank argv[1], says what it found, rings, tells argv[2] as its last word if that is a number, and ends
@@ -57,7 +58,7 @@ def test_workers_that_come_in_any_order_are_taken_by_their_local_rank(ranks: lis
     agent = Adoption(NAME)
     _come(ranks, 1, "3")
     _come(ranks, 0, "wait")
-    shared = shared_memory()
+    shared = shared_page("muster")
     workers = [agent.take(local, 4 + local, {"RANK": str(4 + local)}, shared, lambda: False) for local in (0, 1)]
     agent.close()
     assert [w.pid for w in workers] == [ranks[1].pid, ranks[0].pid]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from deadpool_megatron.cluster.agent.workers import shared_memory
+from deadpool_megatron.cluster.agent.pulse import shared_page
 from deadpool_megatron.megatron.muster import Muster
 from waiting import until
 
@@ -49,7 +49,7 @@ class Rank:
 
 @pytest.fixture
 def ranks() -> tuple[Rank, Rank]:
-    fd = shared_memory()
+    fd = shared_page("muster")
     return Rank(fd, 0), Rank(fd, 1)
 
 

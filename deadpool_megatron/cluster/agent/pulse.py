@@ -22,6 +22,13 @@ PULSE_FD = "DEADPOOL_PULSE_FD"
 _BYTES = 4096
 
 
+def shared_page(name: str) -> int:
+    """The descriptor of a new page of zeros to share with processes that it is passed on to."""
+    fd = os.memfd_create(f"deadpool-{name}", os.MFD_CLOEXEC)
+    os.ftruncate(fd, _BYTES)
+    return fd
+
+
 class PulsePage:
     """One worker's page. Nothing is locked."""
 
@@ -33,9 +40,7 @@ class PulsePage:
     @classmethod
     def create(cls) -> PulsePage:
         """A new page of zeros, not inherited by children unless its ``fd`` is passed on."""
-        fd = os.memfd_create("deadpool-pulse", os.MFD_CLOEXEC)
-        os.ftruncate(fd, _BYTES)
-        return cls(fd)
+        return cls(shared_page("pulse"))
 
     @property
     def mark(self) -> int:

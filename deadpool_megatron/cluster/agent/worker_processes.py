@@ -13,6 +13,7 @@ import zmq
 from deadpool_megatron.cluster.agent.adoption import AdoptedProcess, Adoption
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.pinning import Pinning
+from deadpool_megatron.cluster.agent.pulse import shared_page
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.agent.workers import (
     EPOCH,
@@ -21,7 +22,6 @@ from deadpool_megatron.cluster.agent.workers import (
     ask_for_stacks,
     end_group,
     is_stopped,
-    shared_memory,
     start_worker,
 )
 
@@ -49,7 +49,7 @@ class WorkerProcesses:
         self._given_up = given_up
         self._log_dir = Path(settings.log_dir)
         self._adoption = Adoption(settings.adopt) if settings.adopt else None
-        self._muster = shared_memory()
+        self._muster = shared_page("muster")
         self._pinning = Pinning(settings.slots_per_node if settings.pin else 0)
 
     def adopted(self, local: int) -> bool:

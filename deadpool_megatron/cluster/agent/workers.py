@@ -24,7 +24,6 @@ WORKER_MODULE = "deadpool_megatron.worker"  # python -m
 CONTROL_FD = "DEADPOOL_CONTROL_FD"
 DOORBELL_FD = "DEADPOOL_DOORBELL_FD"
 MUSTER_FD = "DEADPOOL_MUSTER_FD"  # memory that all workers of a node share
-MUSTER_BYTES = 4096
 PARENT_PID = "DEADPOOL_AGENT_PID"
 ADOPTED = "DEADPOOL_ADOPTED"  # set in a worker that its agent has not started
 EPOCH = "DEADPOOL_EPOCH"  # in which a worker with a coordinate begins
@@ -106,13 +105,6 @@ class Worker:
         self.page.close()
         os.close(self.pidfd)
         os.close(self.doorbell)
-
-
-def shared_memory() -> int:
-    """The descriptor of the memory that the workers of a node share; zeros."""
-    fd = os.memfd_create("deadpool-muster", os.MFD_CLOEXEC)
-    os.ftruncate(fd, MUSTER_BYTES)
-    return fd
 
 
 def start_worker(

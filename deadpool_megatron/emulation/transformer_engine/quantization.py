@@ -277,9 +277,13 @@ class _Mxfp8(_TwoCopies):
         return from_fp8(data, tensor._fp8_dtype) * scales
 
 
-def fp4_scales(amaxes: Tensor, amax: Tensor, largest: float = FP8_MAX[E4M3]) -> Tensor:
-    """NVFP4's scales of blocks, in E4M3, from their amaxes and the whole tensor's."""
-    whole = torch.where(amax > 0, FP4_MAX * largest / amax, torch.ones_like(amax))
+def fp4_global_scale(amax: Tensor, largest: float = FP8_MAX[E4M3]) -> Tensor:
+    """NVFP4's scale of a whole tensor from its amax; float32."""
+    return torch.where(amax > 0, FP4_MAX * largest / amax, torch.ones_like(amax))
+
+
+def fp4_scales(amaxes: Tensor, whole: Tensor, largest: float = FP8_MAX[E4M3]) -> Tensor:
+    """NVFP4's scales of blocks, in E4M3, from their amaxes and the whole tensor's scale."""
     return (amaxes / FP4_MAX * whole).clamp(max=largest).to(torch.float8_e4m3fn)
 
 
@@ -339,10 +343,10 @@ class _Nvfp4(_TwoCopies):
                 continue
             (out._amax_rowwise if rowwise else out._amax_columnwise).copy_(amax)
             largest = float(quantizer.nvfp4_e4m3_max)
-            whole = torch.where(amax > 0, FP4_MAX * largest / amax, torch.ones_like(amax))
+            whole = fp4_global_scale(amax, largest)
             rows = FP4_BLOCK if quantizer.with_2d_quantization else 1
             blocks = tiles(matrix, rows, FP4_BLOCK)
-            scale = fp4_scales(blocks.abs().amax(dim=(1, 3)), amax, largest)
+            scale = fp4_scales(blocks.abs().amax(dim=(1, 3)), whole, largest)
             factor = torch.where(scale.float() > 0, whole / scale.float(), torch.zeros(()))
             values = (blocks * factor[:, None, :, None]).reshape(matrix.shape)
             data.copy_(to_fp4(values, quantizer.stochastic_rounding).reshape(data.shape))

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from deadpool_megatron.emulation.transformer_engine.formats import (
     E4M3,
-    FP4_MAX,
     FP8_MAX,
     from_e8m0,
     from_fp4,
@@ -24,7 +23,13 @@ from deadpool_megatron.emulation.transformer_engine.formats import (
     to_fp8,
 )
 from deadpool_megatron.emulation.transformer_engine.kernels import kernel
-from deadpool_megatron.emulation.transformer_engine.quantization import FP4_BLOCK, MX_BLOCK, fp4_scales, tiles
+from deadpool_megatron.emulation.transformer_engine.quantization import (
+    FP4_BLOCK,
+    MX_BLOCK,
+    fp4_global_scale,
+    fp4_scales,
+    tiles,
+)
 
 
 @kernel
@@ -153,7 +158,7 @@ def nvfp4_multi_tensor_compute_partial_amax(
 
 @kernel
 def nvfp4_compute_global_scale(amax: Tensor, scale: Tensor) -> None:
-    scale.copy_(torch.where(amax > 0, FP4_MAX * FP8_MAX[E4M3] / amax, torch.ones_like(amax)))
+    scale.copy_(fp4_global_scale(amax))
 
 
 @kernel
@@ -172,7 +177,7 @@ def nvfp4_multi_tensor_fused_scale(
     for amax, whole, scale, bytes_, target in zip(
         amaxes, global_amaxes, scales, target_scales, target_amaxes, strict=True
     ):
-        made = fp4_scales(amax, whole)
+        made = fp4_scales(amax, fp4_global_scale(whole))
         scale.copy_(made.float())
         wide = made.view(torch.uint8).repeat_interleave(block, 0)[: bytes_.shape[0]]
         bytes_.zero_()
