@@ -42,6 +42,7 @@ __all__ = [
     "environment",
     "launch_flags",
     "set_pace",
+    "survives",
     "torch_server",
     "undisturbed",
 ]
@@ -356,3 +357,29 @@ def assert_same_training(got: Job, want: Job, iterations: int, rank: int, mute: 
     ]
     if any(event["lost"] for event in got.events("declared")) and got.events("resumed"):
         PROVEN.append(want.flags)
+
+
+def survives(
+    jobs: Jobs,
+    name: str,
+    flags: Sequence[str],
+    *lost: tuple[int, int, int],
+    nodes: int = 2,
+    script: Path = EXAMPLE,
+    extra: Mapping[str, str] | None = None,
+) -> tuple[Job, Job]:
+    """A run on nodes of one process, with a spare for each one that is lost, ends as the undisturbed one. Both.
+
+    Args:
+        lost: node, iteration and tick, one after the other; the report of the iteration before may die with each.
+    """
+    want = undisturbed(launch_flags(nodes, 0, 1), flags, script, extra)
+    launch = launch_flags(nodes + len(lost), len(lost), 1)
+    job = jobs.start(re.sub(r"\W+", "-", name), launch, flags, script, extra=dict(extra or {}), held=True)
+    job.arm(*lost)
+    job.finished()
+    assert [event["lost"] for event in job.events("declared")] == [[node] for node, _, _ in lost]
+    iterations = int(flags[flags.index("--train-iters") + 1])
+    mute = frozenset(iteration - 1 for _, iteration, _ in lost)
+    assert_same_training(job, want, iterations, rank=nodes - 1, mute=mute)
+    return job, want

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from flags import tiny_gpt
-from jobs import Jobs, assert_same_training, launch_flags, undisturbed
+from jobs import Jobs, launch_flags, survives
 
 ITERATIONS = 6
 _SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
@@ -61,11 +61,6 @@ def test_the_sgd_that_megatron_takes_from_transformer_engine_is_refused(jobs: Jo
 )
 def test_a_killed_node_comes_back_bit_for_bit_under(jobs: Jobs, kind: str) -> None:
     nodes, own = _KINDS[kind]
-    want = undisturbed(launch_flags(nodes, slots=1), _flags(own))
-    job = jobs.start(f"{kind}-killed", launch_flags(nodes + 1, 1, slots=1), _flags(own), held=True)
-    job.arm((0, 3, 2))
-    job.finished()
-    assert [event["lost"] for event in job.events("declared")] == [[0]]
+    job, _ = survives(jobs, kind, _flags(own), (0, 3, 2), nodes=nodes)
     (training,) = job.events("training")
     assert training["planned_bytes"] == pytest.approx(training["expected_bytes"], rel=0.01)
-    assert_same_training(job, want, ITERATIONS, rank=nodes - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flags import default_gpt
-from jobs import ROOT, Jobs, assert_same_training, launch_flags, undisturbed
+from jobs import ROOT, Jobs, survives
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -34,10 +34,4 @@ _MODELS = {
 def test_another_model_from_which_both_nodes_are_lost_ends_as_the_undisturbed_one(name: str, jobs: Jobs) -> None:
     model, given = _MODELS[name]
     flags = default_gpt("--dataloader-type", "external", *given.split(), iters=6)
-    extra = {"MODEL": model}
-    want = undisturbed(launch_flags(2, 0, 1), flags, SCRIPT, extra)
-    job = jobs.start("killed", launch_flags(4, 2, 1), flags, SCRIPT, extra=extra, held=True)
-    job.arm((1, 2, 2), (0, 4, 1))
-    job.finished()
-    assert [event["lost"] for event in job.events("declared")] == [[1], [0]]
-    assert_same_training(job, want, 6, rank=1, mute=frozenset({1, 3}))
+    survives(jobs, name, flags, (1, 2, 2), (0, 4, 1), script=SCRIPT, extra={"MODEL": model})

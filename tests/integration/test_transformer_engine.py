@@ -14,7 +14,7 @@ import pytest
 
 from deadpool_megatron.observe import LOGS
 from flags import default_gpt
-from jobs import Job, Jobs, alone, assert_same_training, launch_flags, undisturbed
+from jobs import Job, Jobs, alone, survives
 
 _TP = "--tensor-model-parallel-size 2 --sequence-parallel"
 _DP = "--overlap-grad-reduce --overlap-param-gather"
@@ -136,12 +136,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 def test_a_run_from_which_both_nodes_are_lost_ends_as_the_undisturbed_one(name: str, jobs: Jobs) -> None:
     flags = default_gpt(*(_CASES | _SLOW_CASES)[name].split(), iters=6)
     extra = _GROUPED_MLP | (_BLACKWELL if "mxfp8" in flags or "nvfp4" in flags else {})
-    want = undisturbed(launch_flags(2, 0, 1), flags, extra=extra)
-    job = jobs.start(name.replace(" ", "-").replace(",", ""), launch_flags(4, 2, 1), flags, extra=extra, held=True)
-    job.arm((1, 2, 2), (0, 4, 1))
-    job.finished()
-    assert [event["lost"] for event in job.events("declared")] == [[1], [0]]
-    assert_same_training(job, want, 6, rank=1, mute=frozenset({1, 3}))
+    _, want = survives(jobs, name, flags, (1, 2, 2), (0, 4, 1), extra=extra)
     _assert_copies_no_more_than_the_arithmetic_says(want, 2)
 
 
@@ -150,12 +145,7 @@ def test_a_run_from_which_both_nodes_are_lost_ends_as_the_undisturbed_one(name: 
 @pytest.mark.parametrize("name", _WIDE_CASES)
 def test_a_run_on_four_nodes_that_loses_two_ends_as_the_undisturbed_one(name: str, jobs: Jobs) -> None:
     flags = default_gpt(*_WIDE_CASES[name].split(), iters=6)
-    want = undisturbed(launch_flags(4, 0, 1), flags)
-    job = jobs.start(name.replace(" ", "-"), launch_flags(6, 2, 1), flags, held=True)
-    job.arm((1, 2, 2), (0, 4, 1))
-    job.finished()
-    assert [event["lost"] for event in job.events("declared")] == [[1], [0]]
-    assert_same_training(job, want, 6, rank=3)
+    _, want = survives(jobs, name, flags, (1, 2, 2), (0, 4, 1), nodes=4)
     _assert_copies_no_more_than_the_arithmetic_says(want, 4)
 
 
@@ -177,13 +167,7 @@ _HALFWAY = {
 @pytest.mark.parametrize("name", _HALFWAY)
 def test_what_a_module_was_in_the_middle_of_is_taken_back(name: str, jobs: Jobs) -> None:
     given, tick = _HALFWAY[name]
-    flags = default_gpt(*given.split(), iters=6)
-    want = undisturbed(launch_flags(2, 0, 1), flags)
-    job = jobs.start(name.replace(" ", "-"), launch_flags(4, 2, 1), flags, held=True)
-    job.arm((1, 2, tick), (0, 4, tick))
-    job.finished()
-    assert [event["lost"] for event in job.events("declared")] == [[1], [0]]
-    assert_same_training(job, want, 6, rank=1, mute=frozenset({1, 3}))
+    survives(jobs, name, default_gpt(*given.split(), iters=6), (1, 2, tick), (0, 4, tick))
 
 
 def _assert_copies_no_more_than_the_arithmetic_says(job: Job, ranks: int) -> None:
