@@ -30,9 +30,9 @@ stage "mypy" mypy
 if (( $# )); then
     stage "pytest" python -m pytest "$@"
 else
-    # A file stays in one process, for its fixtures. Two files with jobs at a time: a job waits as long as it computes.
+    # A file stays in one process, for its fixtures. More files with jobs at a time than processors: jobs wait, too.
     stage "unit tests" python -m pytest -n logical --maxprocesses 8 --dist loadfile tests/unit
-    stage "other tests" python -m pytest -n 2 --dist loadfile --ignore tests/unit
+    stage "other tests" python -m pytest -n 3 --dist loadfile --ignore tests/unit
 fi
 
 if (( ${#failed[@]} )); then

@@ -74,7 +74,7 @@ def _aborted_again_and_again(jobs: Jobs, aborts: int, tensor: int) -> Job:
 
 @pytest.mark.timeout(300)
 def test_every_abort_unblocks_every_rank_and_nothing_of_the_run_changes(jobs: Jobs) -> None:
-    _aborted_again_and_again(jobs, 12, tensor=1)
+    _aborted_again_and_again(jobs, 8, tensor=1)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 from flags import default_gpt, tiny_gpt, with_value
 from jobs import Jobs, assert_same_training, launch_flags, survives, undisturbed
 
-ITERATIONS = 12
+ITERATIONS = 8
 GRAPHS = ["--cuda-graph-impl", "full_iteration", "--cuda-graph-warmup-steps", "1", "--logging-level", "20"]
 
 
@@ -21,7 +21,7 @@ def _gpt() -> list[str]:
 def test_nodes_lost_while_a_graph_is_replayed_and_after_it_was_captured_anew(jobs: Jobs) -> None:
     want = undisturbed(launch_flags(4, slots=1), _gpt())  # graphs compute the same
     job = jobs.start("killed", launch_flags(6, 2, slots=1), [*_gpt(), *GRAPHS], held=True)
-    job.arm((0, 5, 1), (1, 9, 1))  # the others wait for it inside of the graph
+    job.arm((0, 3, 1), (1, 6, 1))  # the others wait for it inside of the graph
     job.finished()
     assert [event["epoch"] for event in job.events("resumed")] == [1, 2]
     # Warmed up and captured at the start and after each recovery.

@@ -16,7 +16,7 @@ from simulation.faults import Profile
 from simulation.mutants import MUTANTS
 from simulation.run import Run
 
-_BATCHES, _RUNS = 16, 125
+_BATCHES, _RUNS = 6, 125
 
 # By fix that is taken back, a run that finds it missing: seed, and the kinds of faults that are drawn (none: all).
 MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
