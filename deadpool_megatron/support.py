@@ -6,7 +6,6 @@ One table: `deadpool check` judges a command line by it, the start of a job refu
 from __future__ import annotations
 
 import enum
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -409,9 +408,8 @@ def check_environment(environ: Mapping[str, str]) -> None:
             )
 
 
-def check_arguments(args: Namespace, processes: int = PROCESSES_PER_NODE) -> None:
+def check_arguments(values: Values, processes: int = PROCESSES_PER_NODE) -> None:
     """Raises UserError that names the flags of all modes that are not supported on nodes of so many processes."""
-    values = vars(args)
     refused = [each for each in used(values, processes) if each.evidence is Evidence.REFUSED]
     here = [f" (here: {value})" if (value := each.value(values)) else "" for each in refused]
     if len(refused) == 1:

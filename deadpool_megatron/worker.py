@@ -114,6 +114,7 @@ def _install(standby: bool) -> Hooks:
     from deadpool_megatron import config as settings
     from deadpool_megatron.comm import Communicators, ReformError
     from deadpool_megatron.megatron import Hooks, arm, follow_job
+    from deadpool_megatron.megatron.lm import MegatronLM
     from deadpool_megatron.recovery import Session
 
     config = msgspec.json.decode(os.environ[CONFIG], type=settings.DeadpoolConfig)
@@ -166,7 +167,8 @@ def _install(standby: bool) -> Hooks:
     if standby:
         communicators.prepare(store())  # connections now and then take seconds: not in a recovery
     page = PulsePage(int(os.environ[PULSE_FD]))
-    hooks = Hooks(session, communicators, config, int(os.environ[DOORBELL_FD]), store, connect, standby, page)
+    doorbell = int(os.environ[DOORBELL_FD])
+    hooks = Hooks(MegatronLM(), session, communicators, config, doorbell, store, connect, standby, page)
     hooks.install()
     session.call_on_arm(arm)
     session.is_waiting = hooks.is_waiting
@@ -262,7 +264,7 @@ def main() -> int:
         if standby:
             from deadpool_megatron.megatron import numa_node, warm_up
 
-            warm_up(script)
+            warm_up(script, hooks.host)
             hooks.session.step("parked", 0, numa=numa_node())
             taken = hooks.session.wait_take_over()
             os.environ["RANK"] = str(taken.rank)

@@ -4,7 +4,7 @@ Paths are as `pretrain_census` makes them. ``how`` says what a recovery does abo
 of `deadpool_megatron.megatron`):
 
 * ``shard``: a tensor that a generation copies, or that follows from those (`unique_state`, `optimizer_state`)
-* ``small``: carried in the small state (`small_state`, `run_args`, `replay`)
+* ``small``: carried in the small state (`small_state`, `lm.run_args`, `replay`)
 * ``made``: made again: ``train`` does at its begin, or it follows from what is carried
 * ``reset``: of no effect between iterations; what a broken step leaves there is cleared (`reset`) or written over
 * ``free``: decides no number: scratch memory, times, counts for reports, caches that are asked before they are trusted

@@ -16,21 +16,6 @@ from deadpool_megatron.compat import UserError, check_version
 
 # Module -> what the hooks replace or call there.
 _SEAMS: Final = {
-    "megatron.training.arguments": ("add_megatron_arguments",),
-    "megatron.training.yaml_arguments": ("load_yaml",),
-    "megatron.training.training": (
-        "initialize_megatron",
-        "build_train_valid_test_data_iterators",
-        "train",
-        "train_step",
-        "training_log",
-        "evaluate",
-        "checkpoint_and_decide_exit",
-        "save_checkpoint_and_time",
-        "maybe_finalize_async_save",
-        "should_disable_forward_pre_hook",
-        "enable_forward_pre_hook",
-    ),
     "megatron.core.pipeline_parallel.schedules": ("backward_step",),
     "megatron.core.transformer.moe.fused_a2a": ("FusedDispatch", "HybridEPDispatch"),
     "megatron.core.rerun_state_machine": ("RerunDataIterator", "RerunState", "get_rerun_state_machine"),

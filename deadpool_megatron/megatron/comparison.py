@@ -7,7 +7,6 @@ the same verdict. A part is compared over those who must agree: the replicas of 
 from __future__ import annotations
 
 import platform
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 import xxhash
 from megatron.core import parallel_state
 
+from deadpool_megatron.megatron.host import Host
 from deadpool_megatron.megatron.low_precision import plain_tensors
 from deadpool_megatron.megatron.optimizer_state import members, plain_fields, state_tensors
 from deadpool_megatron.snapshot import encode, host_bytes
@@ -68,16 +68,10 @@ def differences(table: Sequence[Sequence[tuple[int, int]]]) -> list[Difference]:
 
 
 class Comparison:
-    """Of one coordinate with the others. Made when model and optimizer are there.
+    """Of one coordinate with the others. Made when model and optimizer are there."""
 
-    Args:
-        settings: plain fields of ``args`` before training changed any.
-    """
-
-    def __init__(
-        self, args: Namespace, settings: Mapping[str, Any], model: list[Any], optimizer: Any, scheduler: Any
-    ) -> None:
-        self._args = args
+    def __init__(self, host: Host, model: list[Any], optimizer: Any, scheduler: Any) -> None:
+        self._host = host
         self._scheduler = scheduler
         # A rank without parameters of a group has not counted its steps, and layer-wise optimizers leave groups out.
         alike = not any(member.layer_wise for member in members(optimizer))
@@ -90,13 +84,14 @@ class Comparison:
         self._dense = min(torch.distributed.get_process_group_ranks(dense))
         self._expert = min(torch.distributed.get_process_group_ranks(experts)) if self._experts else -1
         self._replicated = [each.tensor for each in state_tensors(optimizer) if each.replicas is dense]
-        self._constant = _constant(settings)
+        self._constant = _constant(host.fields.settings)
         self._structure = _hash(repr([(name, p.dtype, tuple(p.shape), p.requires_grad) for name, p in named]).encode())
 
     def run(self, small_is_right: bool) -> list[Difference]:
         """What differs. Collective over all ranks, with the same verdict on each; waits for the device."""
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        progress = {name: getattr(self._args, name, None) for name in _PROGRESS}
+        args = self._host.args
+        progress = {name: args.get(name) for name in _PROGRESS}
         groups = [{k: v for k, v in plain_fields(group).items() if k != "step"} for group in self._groups]
         row = [
             (0, self._constant),

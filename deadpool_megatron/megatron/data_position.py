@@ -8,15 +8,14 @@ import fcntl
 import os
 import sys
 import tempfile
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.megatron.run_args import apply_args
+from deadpool_megatron.megatron.host import Call, Fields
 from deadpool_megatron.snapshot import decode
 from deadpool_megatron.vault import SlotWriter, Version
 
@@ -28,37 +27,37 @@ class DataPosition:
     """
 
     def __init__(self) -> None:
-        self._calls: list[tuple[Callable[[Any], Any], Any]] = []
+        self._calls: list[Call] = []
 
-    def build(self, original: Callable[[Any], Any], provider: Any, args: Namespace, at: r.Generation | None) -> Any:
-        """What upstream's ``build_train_valid_test_data_iterators`` returns, at the position of a generation.
+    def build(self, call: Call, fields: Fields, at: r.Generation | None) -> Any:
+        """What upstream's call returns (train, validation and test data), at the position of a generation.
 
         Args:
-            at: the generation, in the own vault; None: where ``args`` stand.
+            at: the generation, in the own vault; None: where ``fields`` stand.
 
         Raises VaultError when the vault does not hold it as it was written; nothing has been built then.
         """
         saved = None if at is None else _saved_args(at)
-        self._calls.append((original, provider))
+        self._calls.append(call)
         if saved is None:
-            return original(provider)
-        apply_args(args, saved)
-        iterators = _build(original, provider)
-        apply_args(args, saved)  # a spare's are not those that the others have agreed on by broadcast
+            return call()
+        fields.put(saved)
+        iterators = _build(call)
+        fields.put(saved)  # a spare's are not those that the others have agreed on by broadcast
         return iterators
 
-    def rebuild(self, args: Namespace, at: r.Generation) -> list[Any]:
+    def rebuild(self, fields: Fields, at: r.Generation) -> list[Any]:
         """All train and validation iterators anew, at a generation in the own vault, without any communication.
 
         In the order of the model chunks: [train, valid], or [[train ...], [valid ...]].
         """
         saved = _saved_args(at)
         built: list[Any] = []
-        for original, provider in self._calls:
-            apply_args(args, saved)
+        for call in self._calls:
+            fields.put(saved)
             with _alone():
-                built.append(_build(original, provider))
-        apply_args(args, saved)
+                built.append(_build(call))
+        fields.put(saved)
         return [[each[0] for each in built], [each[1] for each in built]]
 
 
@@ -70,14 +69,14 @@ def _saved_args(at: r.Generation) -> dict[str, Any]:
     return saved
 
 
-def _build(original: Callable[[Any], Any], provider: Any) -> Any:
+def _build(call: Call) -> Any:
     """Upstream's iterators. Where this node lacks the index of a data set, it is made here.
 
     Upstream's rank 0 makes those files when a job starts, for itself and for whoever sees its file system; a node that
     comes later, with a disk of its own, has to make its own.
     """
     try:
-        return original(provider)
+        return call()
     except FileNotFoundError as err:
         print(f"deadpool: {err}: this node makes the index of its data sets itself", file=sys.stderr, flush=True)
     lock = Path(tempfile.gettempdir()) / f"deadpool-index-{os.getuid()}.lock"
@@ -86,7 +85,7 @@ def _build(original: Callable[[Any], Any], provider: Any) -> Any:
         fcntl.flock(held, fcntl.LOCK_EX)  # not two workers of a node at once, as rank 0 does it before all others
         try:
             torch.distributed.get_rank = lambda group=None: get_rank(group) if group is not None else 0
-            return original(provider)
+            return call()
         finally:
             torch.distributed.get_rank = get_rank
 

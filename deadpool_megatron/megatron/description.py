@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import Namespace
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, Final
 
@@ -67,11 +67,11 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
-def describe_job(args: Namespace) -> bytes:
+def describe_job(args: Mapping[str, Any]) -> bytes:
     """The job as JSON: ``model`` (what a shard depends on), ``command`` (for `deadpool export`), ``versions``."""
     return msgspec.json.encode(
         {
-            "model": {name: _plain(getattr(args, name, None)) for name in _MODEL},
+            "model": {name: _plain(args.get(name)) for name in _MODEL},
             "command": {
                 "directory": os.getcwd(),
                 "script": sys.argv[0],

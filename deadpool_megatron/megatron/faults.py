@@ -128,5 +128,5 @@ _INSIDE: Final = {
     "param-gather.after": (*_BUCKETS, "finish_param_sync", True),
     "lr-step.before": ("megatron.core.optimizer_param_scheduler", "OptimizerParamScheduler", "step", False),
     "lr-step.after": ("megatron.core.optimizer_param_scheduler", "OptimizerParamScheduler", "step", True),
-    "save.during": ("megatron.training.checkpointing", "dist_checkpointing", "save", True),
+    "save.during": ("megatron.core.dist_checkpointing", "", "save", True),
 }

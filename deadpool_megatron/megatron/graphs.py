@@ -18,11 +18,11 @@ class Graphs:
     which may communicate (its warm-up runs the layers), and then all ranks have to.
 
     Args:
+        impl: the value of that flag.
         model: list of model chunks (DDP).
     """
 
-    def __init__(self, args: Any, model: list[Any]) -> None:
-        impl = getattr(args, "cuda_graph_impl", None)
+    def __init__(self, impl: str | None, model: list[Any]) -> None:
         # Forward and backward passes of an iteration are one graph.
         self.whole_iterations: Final = impl == "full_iteration"
         self._of_layers: Final = impl == "transformer_engine"

@@ -1,43 +1,20 @@
-"""The hooks in Megatron's training loop, installed at run time: an unmodified pretrain_gpt.py needs nothing more.
+"""What DeadPool does at the points of a training loop, whichever it is: the host (`host.Host`) says where they are.
 
-Every hook replaces a module global that upstream looks up at call time:
-
-========================================  ===============================================================
-``training.arguments``                    ``add_megatron_arguments``: the group ``deadpool`` in ``--help``
-``training.yaml_arguments``               ``load_yaml``: our settings in the namespace of ``--yaml-cfg`` too
-``training.training``                     ``initialize_megatron``: checks before anything is built
-                                          ``load_checkpoint``: fields of ``args`` that come out of one are state;
-                                          left out where a durable generation has everything
-                                          ``build_train_valid_test_data_iterators``: a spare's data position
-                                          ``cyclic_iter``: one whose position can be told
-                                          ``train``: the loop that recovers and goes on
-                                          ``pretrain``: nobody leaves before everybody is through
-                                          ``train_step``: a generation opens and ends
-                                          ``training_log``: printed averages survive a re-entry
-                                          ``checkpoint_and_decide_exit``: the count of operations so far
-                                          ``evaluate``: its numbers are looked at before they are printed
-                                          ``evaluate_and_print_results``, ``save_checkpoint_and_time``,
-                                          ``maybe_finalize_async_save``: done once for an iteration, and again
-                                          after a recovery where they come after ``train``; so is
-                                          ``print_datetime``
-``core.pipeline_parallel.schedules``      ``backward_step``: ticks; forward ticks wrap ``forward_step_func``
-``core.transformer.moe.fused_a2a``        methods of ``Buffer``, ``HybridEPBuffer``: hosts meet before they launch
-========================================  ===============================================================
+Every method here that gets a `Call` stands in the place of a function of the loop, and makes the call itself. Besides,
+in megatron.core: ``schedules.backward_step`` ticks, as forward passes do by ``forward_step_func``; hosts meet before
+the kernels of ``moe.fused_a2a`` are launched.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
-import inspect
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,11 +31,10 @@ from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.data_position import DataPosition
 from deadpool_megatron.megatron.description import describe_job
 from deadpool_megatron.megatron.frozen import frozen_parameters
+from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.muster import meet_before_launches
 from deadpool_megatron.megatron.redo import Redo
-from deadpool_megatron.megatron.replay import Passes
 from deadpool_megatron.megatron.reset import forget_strategies
-from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.megatron.writers import Series
@@ -74,6 +50,7 @@ class Hooks:
     """All hooks of one worker process.
 
     Args:
+        host: the loop that they are in.
         session: the line to the agent.
         communicators: this process's groups.
         config: the job's settings.
@@ -84,6 +61,7 @@ class Hooks:
         page: where the agent sees the progress.
     """
 
+    host: Host
     session: Session
     communicators: Communicators
     config: settings.DeadpoolConfig
@@ -97,7 +75,6 @@ class Hooks:
     iteration: int = -1
     durable: r.Generation | None = None
     _data: DataPosition = field(default_factory=DataPosition)
-    _run_args: RunArgs | None = None
     _redo: Redo | None = None
     _in_pretrain: bool = False
     _rejoined: bool = False
@@ -105,45 +82,15 @@ class Hooks:
     _series: Series = field(default_factory=Series)
 
     def install(self) -> None:
-        """Put the hooks in place. Raises UserError for a megatron-core that is not supported."""
+        """Put the hooks in place. Raises UserError for a version that is not supported."""
         import megatron.core
-        from megatron.core.datasets import utils as dataset_utils
         from megatron.core.pipeline_parallel import schedules
         from megatron.core.transformer.moe import fused_a2a
-        from megatron.training import arguments, training, yaml_arguments
 
         current().check_seams(str(megatron.core.__version__))
-        if not (Path(str(dataset_utils.__file__)).parent / "Makefile").exists():
-            # The wheel has the dataset helpers compiled, but upstream runs `make` for them and exits when it fails.
-            dataset_utils.compile_helpers = lambda: None
-        self._replace(arguments, "add_megatron_arguments", self._add_arguments)
-        self._replace(yaml_arguments, "load_yaml", self._load_yaml)
-        self._replace(training, "initialize_megatron", self._initialize)
-        self._replace(training, "load_checkpoint", self._load_checkpoint)
-        self._replace(training, "build_train_valid_test_data_iterators", self._build_iterators)
-        self._replace(training, "cyclic_iter", lambda _, loader: Passes(loader))
-        self._replace(training, "pretrain", self._pretrain)
-        megatron.training.pretrain = training.pretrain  # the name that scripts import
-        self._replace(training, "train", self._train)
-        self._replace(training, "train_step", self._train_step)
-        self._replace(training, "training_log", self._training_log)
-        self._replace(training, "print_datetime", self._again)
-        self._replace(training, "evaluate", self._evaluated)
-        self._replace(training, "evaluate_and_print_results", self._evaluate)
-        self._replace(training, "save_checkpoint_and_time", self._save_once)
-        self._replace(training, "maybe_finalize_async_save", self._finalize_async_save)
-        self._replace(training, "checkpoint_and_decide_exit", self._checkpoint_and_decide_exit)
-        self._replace(schedules, "backward_step", self._backward_step)
+        self.host.install(self)
+        self.host.replace(schedules, "backward_step", self.backward_step)
         meet_before_launches(fused_a2a, lambda: self.trainer.muster if self.trainer is not None else None)
-
-    def _replace(self, module: Any, name: str, hook: Callable[..., Any]) -> None:
-        original = getattr(module, name)
-
-        @functools.wraps(original)
-        def replaced(*args: Any, **kwargs: Any) -> Any:
-            return hook(original, *args, **kwargs)
-
-        setattr(module, name, replaced)
 
     def learn_groups(self, table_digest: str) -> None:
         """For a spare: the digest of the table of groups of those that train."""
@@ -170,36 +117,22 @@ class Hooks:
 
     def take_exit_notice(self) -> None:
         """The machines are wanted soon: what ``--exit-signal-handler`` does, if it is on. From the watcher thread."""
-        from megatron.training import global_vars
-
-        args = global_vars._GLOBAL_ARGS
-        if args is not None and args.exit_signal_handler:
-            os.kill(os.getpid(), args.exit_signal)
+        if self.host.args.get("exit_signal_handler"):
+            os.kill(os.getpid(), self.host.args["exit_signal"])
 
     # ---- set-up
 
-    def _add_arguments(self, original: Any, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return settings.add_arguments(original(parser))
-
-    def _load_yaml(self, original: Any, path: str) -> Any:
-        """``--yaml-cfg``: upstream drops the namespace of the command line for the file's."""
-        namespace = original(path)
-        settings.carry_over(self.config, namespace)
-        return namespace
-
-    def _initialize(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
-
+    def initialize(self, call: Callable[[], Any]) -> Any:
+        """Process groups are made, settings are final before it."""
+        host = self.host
         if self.standby:
             points.reach("take-over.building")
         check_environment(os.environ)
-        check_arguments(get_args(), int(os.environ["LOCAL_WORLD_SIZE"]))
+        check_arguments(host.args, int(os.environ["LOCAL_WORLD_SIZE"]))
         if self.standby:
-            # A checkpoint to load would be read by collectives; the spare's state comes from a vault.
-            get_args().load = get_args().pretrained_checkpoint = None
-        result = original(*args, **kwargs)
-        self._run_args = RunArgs(get_args())
-        unproven = not_on_a_gpu(vars(get_args()))
+            host.load_nothing()  # it would be read by collectives
+        result = call()
+        unproven = not_on_a_gpu(host.args)
         if not self.standby and torch.distributed.get_rank() == 0:
             if unproven:
                 print(f"deadpool: not run on a GPU yet: {', '.join(unproven)}; see deadpool check", flush=True)
@@ -209,12 +142,12 @@ class Hooks:
             # All groups of the job are there: they can form while the model is built and the lost shard comes.
             self.session.stand_by(torch.distributed.get_rank())
         if self.config.durable_dir:
-            self.session.describe("job", torch.distributed.get_rank(), describe_job(get_args()))
+            self.session.describe("job", torch.distributed.get_rank(), describe_job(host.args))
         if self.config.resume != "none" and not self.standby:
-            self._resumes(get_args())
+            self._resumes()
         return result
 
-    def _resumes(self, megatron_args: Any) -> None:
+    def _resumes(self) -> None:
         """The agent says which durable generation there is, once it has brought this rank's shard into its vault."""
         agreed = self.session.wait_generation(self.session.joined_epoch)
         if agreed.generation >= 0:
@@ -222,31 +155,28 @@ class Hooks:
         elif self.config.export:
             raise UserError(f"--deadpool-export: there is no durable generation in {self.config.durable_dir}")
         if self.config.export:
-            megatron_args.save, megatron_args.async_save = self.config.export, False
+            self.host.save_into(self.config.export)
 
-    def _load_checkpoint(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        assert self._run_args is not None
-        model = next(iter(inspect.signature(original).bind(*args, **kwargs).arguments.values()))
+    def load_checkpoint(self, call: Call, model: list[Any]) -> Any:
         durable = self.durable
         if durable is not None and (durable.constants or not frozen_parameters(model)):
             return 0, 0  # everything is in the durable generation
-        with self._run_args.loading():
-            return original(*args, **kwargs)
+        with self.host.fields.loading():
+            return call()
 
-    def _build_iterators(self, original: Any, provider: Any) -> Any:
+    def build_iterators(self, call: Call) -> Any:
         """Data begin where the job stands: a spare waits here for the agreed generation."""
-        from megatron.training import get_args
-
+        fields = self.host.fields
         if self.config.export:
-            get_args().do_train, get_args().do_valid, get_args().do_test = True, False, False
+            fields.put({"do_train": True, "do_valid": False, "do_test": False})
             return None, None, None  # nothing is trained, so no data are needed
         if not self.standby:
             with self._begun_with():
-                return self._data.build(original, provider, get_args(), self.durable)
+                return self._data.build(call, fields, self.durable)
         while True:
             agreed = self._agreed()
             try:
-                return self._data.build(original, provider, get_args(), agreed)
+                return self._data.build(call, fields, agreed)
             except VaultError as err:
                 if not self.session.refuse(agreed, err, self._patience):
                     raise
@@ -271,35 +201,28 @@ class Hooks:
 
     # ---- the loop
 
-    def _train(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def train(self, call: Call, scheduler: Any) -> Any:
         """``train`` until it has come to its end, through any number of recoveries."""
-        from megatron.training import get_args
-
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        a = bound.arguments
-        megatron_args = get_args()
-        assert self._run_args is not None
+        args = self.host.args
         trainer = MegatronTrainer(
+            self.host,
             self.session,
             self.communicators,
             self.config,
             self.doorbell,
-            megatron_args,
-            self._run_args,
-            a["model"],
-            a["optimizer"],
-            a["opt_param_scheduler"],
-            a["config"],
-            (a["train_data_iterator"], a["valid_data_iterator"]),
-            functools.partial(self._data.rebuild, megatron_args),
+            call["model"],
+            call["optimizer"],
+            scheduler,
+            (call["train_data_iterator"], call["valid_data_iterator"]),
+            functools.partial(self._data.rebuild, self.host.fields),
             self.page,
         )
         self.trainer = trainer
-        a["forward_step_func"] = _ticking(a["forward_step_func"], trainer)
-        can_rescue = bool(megatron_args.save) and torch.distributed.get_backend() != "nccl"
+        call["forward_step_func"] = _ticking(call["forward_step_func"], trainer)
+        can_rescue = bool(args["save"]) and torch.distributed.get_backend() != "nccl"
         if self.standby:
             points.reach("take-over.built")
-            trainer.adopt_iterators(megatron_args.iteration)
+            trainer.adopt_iterators(args["iteration"])
             can_rescue = True
         if self.durable is not None:
             with self._begun_with():
@@ -315,7 +238,7 @@ class Hooks:
             leaving: SystemExit | None = None
             result: Any = None
             try:
-                result = original(*bound.args, **bound.kwargs)
+                result = call()
             except SystemExit as exit_:
                 leaving = exit_
             trainer.report_all()
@@ -325,7 +248,7 @@ class Hooks:
                 raise leaving
             return result
 
-        self._redo = Redo(train, functools.partial(self._recover, trainer, bound.arguments))
+        self._redo = Redo(train, functools.partial(self._recover, trainer))
         recovering = self.standby
         if not self.standby:
             try:
@@ -333,14 +256,12 @@ class Hooks:
             except EpochClosed:
                 recovering = True
         if self.config.export and not recovering:
-            self._export(bound.arguments)
+            self._export()
         result = self._redo.train(recovering)
         self.phase = "tail"
         return result
 
-    def _recover(
-        self, trainer: MegatronTrainer, a: dict[str, Any], error: BaseException | None
-    ) -> Callable[[], Any] | None:
+    def _recover(self, trainer: MegatronTrainer, error: BaseException | None) -> Callable[[], Any] | None:
         """Until this rank can train again. What it has to do instead, when no spare is left: save.
 
         Raises the error that is this rank's own.
@@ -348,15 +269,15 @@ class Hooks:
         away = time.perf_counter()
         declared = self._rejoin(trainer, error)
         self._series.recovered(time.perf_counter() - away)
-        forget_strategies(a["checkpointing_context"])
+        forget_strategies(self.host.context)
         if declared.purpose == "save":
-            return functools.partial(self._save_and_leave, a, declared.epoch)
+            return functools.partial(self._save_and_leave, declared.epoch)
         return None
 
-    def _pretrain(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def pretrain(self, call: Call) -> Any:
         """Nobody leaves before all ranks are through with everything: the last checkpoint may need them again."""
         self._in_pretrain = True
-        result = original(*args, **kwargs)
+        result = call()
         if self._redo is not None:
             self._redo.do(self._all_through)
         return result
@@ -402,91 +323,78 @@ class Hooks:
         self._rejoined = True
         return declared
 
-    def _export(self, a: dict[str, Any]) -> None:
+    def _export(self) -> None:
         """`deadpool export`: write Megatron's own checkpoint of the durable generation, then end."""
         try:
-            self._save(a)
+            self._save()
         except (OSError, RuntimeError) as err:
             raise UserError(f"--deadpool-export {self.config.export}: the checkpoint cannot be written: {err}") from err
         self._finish(self.session.joined_epoch)
         raise SystemExit(0)
 
-    def _save_and_leave(self, a: dict[str, Any], epoch: int) -> None:
+    def _save_and_leave(self, epoch: int) -> None:
         """No spare is left: write Megatron's own checkpoint of the agreed generation, then end.
 
         Raises EpochClosed when another epoch begins: somebody else has to do it again.
         """
-        args = self._save(a)
-        self.session.tell(r.ShardReady(epoch, args.iteration, str(args.save)))
+        self._save()
+        args = self.host.args
+        self.session.tell(r.ShardReady(epoch, args["iteration"], str(args["save"])))
         if self.session.wait_newer(epoch, self.config.build_deadline):
             raise EpochClosed
         raise SystemExit(0)
 
-    def _save(self, a: dict[str, Any]) -> Any:
-        from megatron.training import get_args, get_timers, training
-
-        args = get_args()
-        get_timers()("interval-time", log_level=0).start()  # saving pauses it
-        _save_checkpoint(a, args.iteration, args.num_floating_point_operations_so_far, {})
-        training.maybe_finalize_async_save(blocking=True, terminate=True)
-        return args
+    def _save(self) -> None:
+        forget_strategies(self.host.context)
+        self.host.timers("interval-time", log_level=0).start()  # saving pauses it
+        self.host.save(self.host.args["iteration"])
+        self.host.finalize()
 
     # ---- one iteration
 
-    def _train_step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def train_step(self, call: Call, iteration: int) -> Any:
         trainer = self.trainer
         assert trainer is not None
-        iteration = inspect.signature(original).bind(*args, **kwargs).arguments["iteration"]
         self.iteration = iteration
         start = time.perf_counter()
         trainer.begin(iteration)
-        result = original(*args, **kwargs)
-        # losses and gradients' norm, in the same places in all versions
+        result = call()
+        # losses and gradients' norm, in the same places in all loops and versions
         trainer.end(iteration, result[0], result[5], time.perf_counter() - start)
         return result
 
-    def _backward_step(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def backward_step(self, call: Call) -> Any:
         if self.trainer is not None:
             self.trainer.tick(backward=True)
-        return original(*args, **kwargs)
+        return call()
 
-    def _checkpoint_and_decide_exit(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """The last call of every iteration, and the one that is told ``train``'s running count of operations."""
-        bound = inspect.signature(original).bind(*args, **kwargs).arguments
-        trainer = self.trainer
-        if trainer is None:
-            return original(*args, **kwargs)
-        trainer.small_state.flops = bound["num_floating_point_operations_so_far"]
+    def decide_exit(self, call: Call, iteration: int) -> Any:
+        """The last call of every iteration, which saves what is due. ``iteration``: from 1, as it is counted there."""
         if self._rejoined:
             self._rejoined = False
-            self._pay_what_is_owed(bound)
-        return original(*args, **kwargs)
+            self._pay_what_is_owed(iteration)
+        return call()
 
-    def _pay_what_is_owed(self, a: dict[str, Any]) -> None:
+    def _pay_what_is_owed(self, iteration: int) -> None:
         """An asynchronous checkpoint went down with the lost node: save the state of now in its place."""
-        from megatron.training import get_args
-
         assert self.trainer is not None
-        args = get_args()
-        if args.save and self.trainer.once.owed(a["iteration"], args.save_interval):
-            flops = a["num_floating_point_operations_so_far"]
-            _save_checkpoint(a, a["iteration"], flops, a["checkpointing_context"])
+        args = self.host.args
+        if args["save"] and self.trainer.once.owed(iteration, args["save_interval"]):
+            self.host.save(iteration)
 
-    def _evaluated(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+    def evaluated(self, call: Call) -> Any:
+        result = call()
         if self.trainer is not None:
             self.trainer.look()
         return result
 
-    def _evaluate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def evaluate(self, call: Call, iteration: int) -> Any:
         trainer = self.trainer
         if trainer is None or self._redo is None:
-            return original(*args, **kwargs)
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        iteration = bound.arguments["iteration"]
-        others = trainer.replays_of(bound.arguments["data_iterator"], iteration)
+            return call()
+        others = trainer.replays_of(call["data_iterator"], iteration)
         # (after training upstream's own, which knows no ticks: a long evaluation would look stuck)
-        bound.arguments["forward_step_func"] = _ticking(bound.arguments["forward_step_func"], trainer)
+        call["forward_step_func"] = _ticking(call["forward_step_func"], trainer)
 
         def evaluate() -> Any:
             points.reach("evaluation.before")
@@ -494,7 +402,7 @@ class Hooks:
                 replay.rewind(iteration)
             trainer.at_rest.begin()
             with trainer.once.quiet_if(trainer.once.done("evaluation", iteration)):
-                result = original(*bound.args, **bound.kwargs)
+                result = call()
             trainer.at_rest.end()
             trainer.once.tell("evaluation", iteration)
             points.reach("evaluation.after")
@@ -502,18 +410,14 @@ class Hooks:
 
         return self._redo.do(evaluate)
 
-    def _again(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """What ranks do together after ``train`` and in no other hook: `print_datetime` has a barrier."""
-        act = functools.partial(original, *args, **kwargs)
-        return act() if self._redo is None else self._redo.do(act)
+    def again(self, call: Call) -> Any:
+        """What ranks do together after ``train`` and in no other hook."""
+        return call() if self._redo is None else self._redo.do(call)
 
-    def _save_once(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_once(self, call: Call, iteration: int) -> Any:
         trainer = self.trainer
         if trainer is None or self._redo is None:
-            return original(*args, **kwargs)
-        from megatron.training import get_args
-
-        iteration = inspect.signature(original).bind(*args, **kwargs).arguments["iteration"]
+            return call()
 
         def save() -> Any:
             if trainer.once.done("save", iteration):
@@ -521,65 +425,52 @@ class Hooks:
             points.reach("save.before")
             trainer.look()
             trainer.once.save_begins(iteration)
-            result = original(*args, **kwargs)
+            result = call()
             points.reach("save.after")
-            if not get_args().async_save:
+            if not self.host.args["async_save"]:
                 trainer.once.save_ends()
             return result
 
         return self._redo.do(save)
 
-    def _finalize_async_save(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def finalize(self, call: Call) -> Any:
+        """Asynchronous checkpoints that are written by now become complete."""
         trainer = self.trainer
         if trainer is None or self._redo is None:
-            return original(*args, **kwargs)
+            return call()
 
         def finalize() -> Any:
-            result = original(*args, **kwargs)
+            result = call()
             trainer.once.save_ends()
             return result
 
         return self._redo.do(finalize)
 
-    def _training_log(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's first call after entering ``train`` starts new averages; ours go on where the generation was."""
+    def put_back(self, totals: dict[str, Any]) -> bool:
+        """A loop that was just entered begins its averages for the log: ours go on where the generation was. Whether
+        there are any."""
+        if self.trainer is None or not self.trainer.small_state.logged_before:
+            return False
+        totals.clear()
+        totals.update(self.trainer.small_state.log)
+        return True
+
+    def training_log(self, call: Call, iteration: int) -> Any:
         trainer = self.trainer
         if trainer is None:
-            return original(*args, **kwargs)
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        totals = bound.arguments["total_loss_dict"]
-        state = trainer.small_state
-        if bound.arguments.get("is_first_iteration") and state.logged_before:
-            totals.clear()
-            totals.update(state.log)
-            bound.arguments["is_first_iteration"] = False
-        iteration = bound.arguments["iteration"]
+            return call()
+        state, totals = trainer.small_state, call["total_loss_dict"]
         points.reach("log.before")
         trainer.look()
         with trainer.once.quiet_if(trainer.once.done("log", iteration)):
-            result = original(*bound.args, **bound.kwargs)
+            result = call()
         trainer.look()  # upstream reduces some of its averages only there
         trainer.once.tell("log", iteration)
         points.reach("log.after")
         state.log = dict(totals)
         state.logged_before = True
-        self._series.write(trainer, iteration)
+        self._series.write(self.host, trainer, iteration)
         return result
-
-
-def _save_checkpoint(a: dict[str, Any], iteration: int, flops: float, context: dict[str, Any]) -> None:
-    """As upstream does it in ``train``, whose arguments ``a`` are; through our hook."""
-    from megatron.training import training
-
-    training.save_checkpoint_and_time(
-        iteration,
-        a["model"],
-        a["optimizer"],
-        a["opt_param_scheduler"],
-        flops,
-        context,
-        train_data_iterator=a["train_data_iterator"],
-    )
 
 
 def _ticking(forward_step: Any, trainer: MegatronTrainer) -> Any:

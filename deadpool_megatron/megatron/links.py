@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from typing import Any
 
 
@@ -14,13 +13,12 @@ class Links:
     they run while no pass does, after the last tick and before the first.
 
     Args:
-        args: Megatron's.
-        model: its model chunks, wrapped for data parallelism.
+        model: Megatron's model chunks, wrapped for data parallelism.
     """
 
-    def __init__(self, args: Namespace, model: list[Any]) -> None:
-        self._gathers = bool(args.overlap_param_gather)
-        self._reduces = bool(args.overlap_grad_reduce)
+    def __init__(self, model: list[Any]) -> None:
+        self._gathers = bool(model[0].ddp_config.overlap_param_gather)
+        self._reduces = bool(model[0].ddp_config.overlap_grad_reduce)
         self._chunks = len(model)
         groups = [group for chunk in model for group in getattr(chunk, "bucket_groups", ())]
         self._group = groups[0] if groups else None

@@ -14,10 +14,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron.training import async_utils, training
-
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.megatron.host import Host
 from deadpool_megatron.recovery import Session
 
 
@@ -28,15 +27,15 @@ class Once:
     """One rank's account. Iterations are Megatron's: 1 is the first."""
 
     def __init__(
-        self, session: Session, check: Callable[[], None], rank: int, world_size: int, log_interval: int, first: int
+        self, host: Host, session: Session, check: Callable[[], None], rank: int, world_size: int, first: int
     ) -> None:
         """``first``: the iteration the job started with, the same on every rank and on a spare. ``check``: raises when
         the epoch has ended; what is told or printed then may be garbage, and would keep back the right line later."""
+        self._host = host
         self._session = session
         self._check = check
         self._rank = rank
         self._tells = rank == world_size - 1  # the rank whose lines Megatron prints
-        self._log_interval = log_interval
         self._first = first
         self._done: dict[r.SideEffectKind, int] = {}
         self._saving: int | None = None
@@ -53,7 +52,7 @@ class Once:
     def tell(self, act: r.SideEffectKind, iteration: int) -> None:
         """It is done now. Raises what ``check`` raises."""
         self._check()
-        if act == "log" and iteration % self._log_interval:
+        if act == "log" and iteration % self._host.args["log_interval"]:
             return
         if self._tells and not self.done(act, iteration):
             self._session.tell(r.SideEffect(0, self._rank, self._session.joined_epoch, iteration, act))
@@ -62,15 +61,14 @@ class Once:
     def quiet_if(self, done: bool) -> Iterator[None]:
         """With ``done``, upstream prints and writes nothing: its print and its writers are out of reach meanwhile.
         Else it does so while the epoch lasts."""
-        names = ("print_rank_last", "get_tensorboard_writer", "get_wandb_writer", "get_one_logger")
-        before = {name: getattr(training, name) for name in names if hasattr(training, name)}
-        for name, call in before.items():
-            setattr(training, name, _nothing if done else self._checked(call))
+        before = [(holder, name, getattr(holder, name)) for holder, name in self._host.outlets()]
+        for holder, name, call in before:
+            setattr(holder, name, _nothing if done else self._checked(call))
         try:
             yield
         finally:
-            for name, value in before.items():
-                setattr(training, name, value)
+            for place in before:
+                setattr(*place)
 
     def _checked(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def checked(*args: Any, **kwargs: Any) -> Any:
@@ -87,7 +85,8 @@ class Once:
 
     def save_ends(self) -> None:
         """No checkpoint is being written any more."""
-        if self._saving is not None and async_utils.is_empty_async_queue():
+        queue = self._host.async_saves
+        if self._saving is not None and not (queue and queue.get_num_unfinalized_calls()):
             points.reach("save.finalized")
             self.tell("save", self._saving)
             self._saving = None

@@ -11,35 +11,37 @@ import sys
 from typing import Any
 
 import torch
-from megatron.core import rerun_state_machine
-from megatron.training import async_utils, get_args, get_timers, training
+from megatron.core import rerun_state_machine, utils
 
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.frozen import Frozen
+from deadpool_megatron.megatron.host import Host
 from deadpool_megatron.megatron.low_precision import forget_broken_step
 from deadpool_megatron.megatron.optimizer_state import derive_parameters, members
 from deadpool_megatron.megatron.sums import clear_sums
 from deadpool_megatron.megatron.unique_state import UniqueState
 
 
-def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
+def reset_after_abort(host: Host, model: list[Any], optimizer: Any) -> None:
     """Drop handles, gradients and half-done bookkeeping of the step that broke. No communication, no allocation."""
-    adapter = current()
+    adapter, config, args = current(), utils.get_model_config(model[0]), host.args
     config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
-    for timer in get_timers()._timers.values():
+    for timer in host.timers._timers.values():
         timer._started = False
     machine = rerun_state_machine.get_rerun_state_machine()
     machine.state = rerun_state_machine.RerunState.NOT_RUNNING_YET
     machine.data_iterator_checkpoints = None
     # evaluate() switches it off while it runs, and a machine that is off leaves out an all-reduce of each iteration.
-    machine.mode = rerun_state_machine.RerunMode(get_args().rerun_mode)
+    machine.mode = rerun_state_machine.RerunMode(args["rerun_mode"])
     for one in _all_optimizers(optimizer):
         adapter.forget_learned(one)
         # train() wraps it again where it wraps it at all.
         with contextlib.suppress(KeyError):
             del one.__dict__["step"]
     clear_sums()
-    _reset_straggler_detector(get_args())
+    host.unwind()
+    if args["log_straggler"]:
+        _reset_straggler_detector(args["disable_straggler_on_startup"])
     forget_broken_step(model)
     for chunk in model:
         for group in _bucket_groups(chunk):
@@ -48,15 +50,16 @@ def reset_after_abort(model: list[Any], optimizer: Any, config: Any) -> None:
         for parameter in chunk.parameters():
             parameter.grad = None
     # train() disables the forward pre-hooks for its first iteration and asserts that they were there.
-    if training.should_disable_forward_pre_hook(training.get_args()) and not model[0].remove_forward_pre_hook_handles:
-        training.enable_forward_pre_hook(model)
+    if model[0].use_forward_hook and not model[0].remove_forward_pre_hook_handles:
+        for chunk in model:
+            chunk.enable_forward_pre_hook()
 
 
-def _reset_straggler_detector(args: Any) -> None:
+def _reset_straggler_detector(off: bool) -> None:
     """Put it where ``--log-straggler`` begins. Somebody may have switched it at its port since, of which a spare knows
     nothing: it would take part in other collectives than the survivors. Source: upstream's _check_toggle."""
-    detector, off = training.stimer, args.disable_straggler_on_startup
-    if not args.log_straggler or detector._off == off:
+    detector = utils.__straggler__  # the only one there is: to call the class makes it anew
+    if detector._off == off:
         return
     detector._off = off
     detector.start = detector.null_method if off else detector.start_method
@@ -86,7 +89,7 @@ def synchronize_parameters(model: list[Any], optimizer: Any, unique: UniqueState
     """
     unique.gather()
     derive_parameters(optimizer)
-    reused = getattr(get_args(), "reuse_grad_buf_for_mxfp8_param_ag", False)
+    reused = model[0].ddp_config.reuse_grad_buf_for_mxfp8_param_ag
     if reused:
         # Main parameters go through the gradients' buffer, in 16 bits, and become MXFP8 there: another way, other bits.
         for chunk in model:
@@ -111,14 +114,13 @@ def synchronize_parameters(model: list[Any], optimizer: Any, unique: UniqueState
         torch.cuda.current_stream().synchronize()
 
 
-def drop_unfinished_saves(rank: int) -> None:
-    """End asynchronous saves (``--async-save``) that are not finalized. No communication.
+def end_unfinished_saves(queue: Any, rank: int) -> None:
+    """End asynchronous saves (``--async-save``) that are not finalized, and their queue. No communication.
 
     A process beside each rank writes one, and collectives finalize it, ranks counting their saves. A rank that has died
     takes its part along, and the spare in its place has counted nothing, so all begin to count anew. The writers are
     ended with SIGKILL: upstream's ``latest_checkpointed_iteration.txt`` names no save that is not finalized.
     """
-    queue = async_utils._async_calls_queue
     if queue is None:
         return
     dropped = list(queue.async_calls)
@@ -126,7 +128,6 @@ def drop_unfinished_saves(rank: int) -> None:
         call.async_caller.close(abort=True)
     queue.async_calls.clear()
     queue.close(abort=True)
-    async_utils._async_calls_queue = None  # made anew at the next save, as on a spare
     if dropped:
         print(
             f"deadpool: rank {rank}: {len(dropped)} asynchronous checkpoint(s) were being written when the node was "

@@ -2,7 +2,7 @@
 
 The reference list is upstream's checkpoint (megatron/training/checkpointing.py, get_rng_state and
 generate_state_dict) plus what a checkpoint does not need and a bitwise retry does: the log's accumulators, module
-buffers that forward passes change, and the run's mutable ``args``.
+buffers that forward passes change, and the run's counters (`host.Fields`).
 
 Two halves. What the host holds is encoded at once, some KB. What a device holds (buffers, the loss scale, scales of
 FP8, sums of losses) is copied on the device into tensors of ours by one batched call, and those travel with the unique
@@ -12,16 +12,15 @@ state: so nothing here waits for the device.
 from __future__ import annotations
 
 import time
-from argparse import Namespace
 from typing import Any, Final
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.num_microbatches_calculator import update_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.training import get_timers
 
 from deadpool_megatron.megatron.frozen import Frozen
+from deadpool_megatron.megatron.host import Host
 from deadpool_megatron.megatron.low_precision import (
     first_module,
     put_first_module,
@@ -30,7 +29,6 @@ from deadpool_megatron.megatron.low_precision import (
     scaling_state,
 )
 from deadpool_megatron.megatron.optimizer_state import Numbers, members, plain_fields, put_fields
-from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.sums import cumulative, put_cumulative
 from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng
 
@@ -164,17 +162,15 @@ class SmallState:
     """Captures and restores the small state of one coordinate.
 
     Args:
-        args, model, optimizer, scheduler: Megatron's own; ``model`` is the list of model chunks. The optimizer's state
-            must have been made (`UniqueState`).
-        run_args: which of ``args`` are state.
+        model, optimizer, scheduler: Megatron's own; ``model`` is the list of model chunks. The optimizer's state must
+            have been made (`UniqueState`).
         frozen: parameters that are in no generation.
         scaled: modules with delayed scaling (`prepare_scaling`).
     """
 
     def __init__(
         self,
-        args: Namespace,
-        run_args: RunArgs,
+        host: Host,
         model: list[Any],
         optimizer: Any,
         scheduler: Any,
@@ -183,8 +179,7 @@ class SmallState:
     ) -> None:
         self._scaled = scaled
         self._frozen = frozen
-        self._args = args
-        self._run_args = run_args
+        self._host = host
         self._scheduler = scheduler
         self._numbers = Numbers(optimizer)
         scalers = (getattr(member.optimizer, "grad_scaler", None) for member in members(optimizer))
@@ -193,7 +188,6 @@ class SmallState:
         self.log: dict[str, Any] = {}
         self.logged_before = False
         self.positions: list[int] = []  # by data iterator
-        self.flops: float = args.num_floating_point_operations_so_far
 
     def items(self) -> list[tuple[str, torch.Tensor]]:
         """The tensors of the half that travels with the unique state; they hold still until the next `capture`."""
@@ -204,14 +198,10 @@ class SmallState:
 
         Waits for no device, unless a buffer has become loose (`_Staged`), and allocates nothing on one.
         """
-        fields = self._run_args.read()
-        # train() keeps these two in local variables; args has the values train() began with.
-        fields["iteration"] = iteration
-        fields["num_floating_point_operations_so_far"] = self.flops
         log, loose = self._staged.take(self.log | cumulative())
         return encode(
             {
-                "args": fields,
+                "args": self._host.fields.read(iteration),
                 "host_rng": capture_host_rng(),
                 "device_rng": torch.cuda.get_rng_state().numpy().tobytes(),
                 "tracker": {name: state.numpy().tobytes() for name, state in tracker_states().items()},
@@ -227,15 +217,15 @@ class SmallState:
                 "frozen": self._frozen.expected,
                 "first_module": first_module(),
                 "registered": registered(self._scaled),
-                "interval_s": _interval_s(),
+                "interval_s": _interval_s(self._host),
                 "rerun": {name: getattr(get_rerun_state_machine(), name) for name in _RERUN},
             }
         )
 
-    def restore(self, data: bytes) -> int:
-        """Make the live small state that of ``data`` and of `items`; returns its iteration."""
+    def restore(self, data: bytes) -> None:
+        """Make the live small state that of ``data`` and of `items`."""
         state = decode(data)
-        self._run_args.write(state["args"])
+        self._host.fields.write(state["args"])
         restore_host_rng(state["host_rng"])
         torch.cuda.set_rng_state(_as_state(state["device_rng"]))
         _restore_tracker(state["tracker"])
@@ -250,19 +240,16 @@ class SmallState:
         put_first_module(state["first_module"])
         register(self._scaled, state["registered"])
         self.logged_before = state["logged_before"]
-        self.flops = state["args"]["num_floating_point_operations_so_far"]
         # train() starts it again where it was stopped: what it prints is divided by all iterations of the interval.
-        get_timers()("interval-time", log_level=0)._elapsed = state["interval_s"]
+        self._host.timers("interval-time", log_level=0)._elapsed = state["interval_s"]
         for name, value in state["rerun"].items():
             setattr(get_rerun_state_machine(), name, value)
-        update_num_microbatches(self._args.consumed_train_samples, consistency_check=False)
-        iteration: int = state["args"]["iteration"]
-        return iteration
+        update_num_microbatches(self._host.args["consumed_train_samples"], consistency_check=False)
 
 
-def _interval_s() -> float:
+def _interval_s(host: Host) -> float:
     """Seconds since the last line of the log, of which upstream prints the mean of an iteration."""
-    timer = get_timers()("interval-time", log_level=0)
+    timer = host.timers("interval-time", log_level=0)
     return float(timer._elapsed + (time.time() - timer._start_time if timer._started else 0.0))
 
 

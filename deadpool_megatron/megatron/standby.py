@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import importlib
@@ -14,12 +13,12 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import Store
 
 from deadpool_megatron import comm, emulation
+from deadpool_megatron.megatron.host import Host
 from deadpool_megatron.vault import numa_node_of_device, numa_node_of_process
 
 _KEY = "deadpool/job"
@@ -28,15 +27,12 @@ _PARKED = timedelta(days=365)
 _LOOK_S, _AGAIN_S = 5.0, 1.0  # between looks whether it is still there; until another try
 
 
-def warm_up(script: str) -> None:
+def warm_up(script: str, host: Host) -> None:
     """Import what the script imports, bring up the device, and run once what is slow the first time.
 
     That is NCCL with its first communicator, the optimizer's lazy import of torch._dynamo (3 s), a first backward pass,
-    and Megatron's flag parser, which reads the source of its dataclasses for their docstrings at each parse (1 s;
-    remembered from here on).
+    and what the host knows of.
     """
-    from megatron.training import arguments
-
     for name in _imports_of(script):
         with contextlib.suppress(ImportError):  # the script may import it only under a condition
             importlib.import_module(name)
@@ -48,8 +44,7 @@ def warm_up(script: str) -> None:
     optimizer = torch.optim.AdamW([weight])
     (weight @ weight).sum().backward()
     optimizer.step()
-    _remember_docstrings()
-    arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    host.warm_up()
 
 
 def _imports_of(script: str) -> list[str]:
@@ -61,21 +56,6 @@ def _imports_of(script: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.append(node.module)
     return names
-
-
-def _remember_docstrings() -> None:
-    from megatron.training import argument_utils
-
-    factory = argument_utils.ArgumentGroupFactory
-    original = factory._get_field_docstrings
-    known: dict[type, dict[str, str]] = {}
-
-    def remembered(self: Any, source: type) -> dict[str, str]:
-        if source not in known:
-            known[source] = original(self, source)
-        return dict(known[source])
-
-    factory._get_field_docstrings = remembered
 
 
 def numa_node() -> int:

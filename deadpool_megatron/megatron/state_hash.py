@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ def _update(sha: Any, name: str, tensor: torch.Tensor) -> None:
     sha.update(host_bytes(tensor).tobytes())
 
 
-def digests(args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, str]:
+def digests(args: Mapping[str, Any], model: list[Any], optimizer: Any, scheduler: Any) -> dict[str, str]:
     """Hex SHA-256 by part: params, main_params, moments, steps, rng, data.
 
     ``params`` are the model's own parameters (16-bit, or quantized), buffers and scales of FP8, ``main_params`` and
@@ -42,6 +42,6 @@ def digests(args: Namespace, model: list[Any], optimizer: Any, scheduler: Any) -
     _update(parts["rng"], "device", torch.cuda.get_rng_state())
     for name, state in sorted(tracker_states().items()):
         _update(parts["rng"], name, state)
-    counters = (args.consumed_train_samples, args.consumed_valid_samples, plain_fields(vars(scheduler)))
+    counters = (args["consumed_train_samples"], args["consumed_valid_samples"], plain_fields(vars(scheduler)))
     parts["data"].update(repr(counters).encode())
     return {name: sha.hexdigest() for name, sha in parts.items()}

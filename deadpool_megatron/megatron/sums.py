@@ -10,7 +10,6 @@ import sys
 from typing import Any, Final
 
 import torch
-from megatron.training import training
 
 _MTP: Final = ("megatron.core.transformer.multi_token_prediction", "MTPLossLoggingHelper")
 _HOLDERS: Final = (
@@ -36,10 +35,6 @@ def clear_sums() -> None:
             values: Any = entry if torch.is_tensor(entry) else getattr(entry, "values", None)
             if torch.is_tensor(values) and not name.startswith(_CUMULATIVE):
                 values.zero_()
-    stats = getattr(training, "_seqlen_stats_in_iteration", None)
-    if stats is not None:  # of packed sequences
-        stats.zero_()
-        training._seqlen_stats_active = False
 
 
 def cumulative() -> dict[str, torch.Tensor]:

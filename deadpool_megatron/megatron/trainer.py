@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ import msgspec
 import torch
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunDataIterator
-from megatron.training import training
+from megatron.core.utils import get_model_config
 
 from deadpool_megatron import emulation, points
 from deadpool_megatron.cluster import records as r
@@ -29,18 +28,14 @@ from deadpool_megatron.megatron.description import describe_layout
 from deadpool_megatron.megatron.faults import strike
 from deadpool_megatron.megatron.frozen import Frozen
 from deadpool_megatron.megatron.graphs import Graphs
+from deadpool_megatron.megatron.host import Host
 from deadpool_megatron.megatron.links import Links
 from deadpool_megatron.megatron.loss_report import LossReport
 from deadpool_megatron.megatron.low_precision import prepare_scaling
 from deadpool_megatron.megatron.muster import Muster
 from deadpool_megatron.megatron.once import Once
 from deadpool_megatron.megatron.replay import ReplayIterator
-from deadpool_megatron.megatron.reset import (
-    drop_unfinished_saves,
-    reset_after_abort,
-    synchronize_parameters,
-)
-from deadpool_megatron.megatron.run_args import RunArgs
+from deadpool_megatron.megatron.reset import end_unfinished_saves, reset_after_abort, synchronize_parameters
 from deadpool_megatron.megatron.small_state import SmallState, positions, unlike
 from deadpool_megatron.megatron.standby import numa_node
 from deadpool_megatron.megatron.state_hash import digests
@@ -63,6 +58,7 @@ class MegatronTrainer:
     """Implements `recovery.Trainer` on Megatron's objects. Used by the training thread only.
 
     Args:
+        host: the loop that trains.
         model: list of model chunks (DDP), as `train` gets it.
         iterators: the data iterators `train` gets, nested as they are.
         rebuild: makes those iterators anew at a generation in the own vault, nested the same, without communication.
@@ -73,41 +69,32 @@ class MegatronTrainer:
 
     def __init__(
         self,
+        host: Host,
         session: Session,
         communicators: Communicators,
         config: DeadpoolConfig,
         doorbell: int,
-        args: Namespace,
-        run_args: RunArgs,
         model: list[Any],
         optimizer: Any,
         scheduler: Any,
-        model_config: Any,
         iterators: Iterable[Any],
         rebuild: Callable[[r.Generation], Iterable[Any]],
         page: PulsePage,
     ) -> None:
         self._rebuild = rebuild
+        self._host = host
         self._session = session
         self._communicators = communicators
         self._config = config
-        self._args = args
         self._model = model
         self._optimizer = optimizer
         self._scheduler = scheduler
-        self._model_config = model_config
         self._page = page
-        if not hasattr(args, "deadpool_first_iteration"):  # a spare has it from the small state
-            args.deadpool_first_iteration = args.iteration
+        if "deadpool_first_iteration" not in host.args:  # a spare has it from the small state
+            host.fields.put({"deadpool_first_iteration": host.args["iteration"]})
+        self._began: int = host.args["deadpool_first_iteration"]
         self.rank = torch.distributed.get_rank()
-        self.once = Once(
-            session,
-            self.check,
-            self.rank,
-            torch.distributed.get_world_size(),
-            args.log_interval,
-            args.deadpool_first_iteration,
-        )
+        self.once = Once(host, session, self.check, self.rank, torch.distributed.get_world_size(), self._began)
         self.at_rest = AtRest(model)
         self.muster = Muster(
             int(os.environ[MUSTER_FD]),
@@ -118,14 +105,14 @@ class MegatronTrainer:
         )
         self._unique = UniqueState(optimizer)
         self._frozen = Frozen(model, config.slice_bytes)
-        self._comparison = Comparison(args, run_args.settings, model, optimizer, scheduler)
-        run_args.training_begins()
-        scaled = prepare_scaling(model, model_config)
-        self.small_state = SmallState(args, run_args, model, optimizer, scheduler, self._frozen, scaled)
+        self._comparison = Comparison(host, model, optimizer, scheduler)
+        host.fields.training_begins()
+        scaled = prepare_scaling(model, get_model_config(model[0]))
+        self.small_state = SmallState(host, model, optimizer, scheduler, self._frozen, scaled)
         self._plan = ShardPlan([*self._unique.items(), *self.small_state.items()], config.slice_bytes)
         self._replays = [_under_rerun(each) for each in _flatten(iterators)]
         self.small_state.positions = [replay.position for replay in self._replays]
-        self._small = self.small_state.capture(args.iteration)
+        self._small = self.small_state.capture(host.args["iteration"])
         self._small_generation = -1
         self._expected = expected_bytes(model, optimizer)
         print(
@@ -143,9 +130,9 @@ class MegatronTrainer:
             self._frozen.use(ConstantsWriter(path, doorbell))
         self._engine: CopyEngine = CudaCopyEngine() if _on_device() else HostCopyEngine()
         self._snapshotter = Snapshotter(self._plan, self._writer, self._engine, Pacing(config.copy_bandwidth))
-        self._links = Links(args, model)
+        self._links = Links(model)
         # No Python runs inside of a replayed iteration: slices are asked for before it, and the gate comes after it.
-        self._graphs = Graphs(args, model)
+        self._graphs = Graphs(host.args.get("cuda_graph_impl"), model)
         self._graphed = self._graphs.whole_iterations
         self.live_generation: int | None = None
         self.live_epoch = session.joined_epoch
@@ -206,7 +193,7 @@ class MegatronTrainer:
         if not self._on_device:
             return True
         algorithms = os.environ.get("NCCL_ALGO", "")
-        return bool(self._args.deterministic_mode) and algorithms in ("Ring", "Tree", "^NVLS")
+        return bool(self._host.args["deterministic_mode"]) and algorithms in ("Ring", "Tree", "^NVLS")
 
     def resume(self, at: r.Generation) -> None:
         """Begin with a durable generation that is in the own vault. Collective; raises what a broken one raises."""
@@ -223,7 +210,7 @@ class MegatronTrainer:
         Blocks, once, until every coordinate has committed it or the deadline passes (then a loss before the first
         commit ends the job). Raises EpochClosed.
         """
-        iteration = self._args.iteration
+        iteration = self._host.args["iteration"]
         self._first = (self._session.joined_epoch, iteration)
         if self._writer.arena.find(Version(*self._first)) is None:  # a durable one is there already
             self._snapshotter.open(*self._first, self._small)
@@ -256,7 +243,7 @@ class MegatronTrainer:
         session = self._session
         self._mark("begin")
         every = self._config.check_replicas
-        if every and iteration % every == 0 and iteration > self._args.deadpool_first_iteration:
+        if every and iteration % every == 0 and iteration > self._began:
             self._look_at_replicas(iteration)
         self.at_rest.begin()
         self.small_state.positions = [replay.position for replay in self._replays]
@@ -411,7 +398,7 @@ class MegatronTrainer:
 
     def digests(self) -> dict[str, str]:
         """Of the state that training has ended with, as `state_hash.digests`."""
-        return digests(self._args, self._model, self._optimizer, self._scheduler)
+        return digests(self._host.args, self._model, self._optimizer, self._scheduler)
 
     def figures(self) -> dict[str, float]:
         """Of the last iteration on this rank, for the run's writers; seconds, bytes, bytes a second.
@@ -472,8 +459,8 @@ class MegatronTrainer:
         self._losses.drop()
         self._snapshotter.give_up()
         self._page.leave()
-        drop_unfinished_saves(self.rank)
-        reset_after_abort(self._model, self._optimizer, self._model_config)
+        end_unfinished_saves(self._host.async_saves, self.rank)
+        reset_after_abort(self._host, self._model, self._optimizer)
 
     def restore(self, agreed: r.Generation) -> None:
         """Make the live state that of the agreed generation. Raises VaultError, and has changed nothing then."""
@@ -544,12 +531,12 @@ class MegatronTrainer:
         """``--deadpool-check-replicas``: what differs is told, and training goes on. Collective."""
         begun = time.perf_counter()
         # Parameters may still be gathered lazily: upstream's way to have them all, as before a checkpoint.
-        lazily = training.should_disable_forward_pre_hook(self._args)
-        if lazily:
-            training.disable_forward_pre_hook(self._model)
+        lazy = [chunk for chunk in self._model if chunk.use_forward_hook]
+        for chunk in lazy:
+            chunk.disable_forward_pre_hook()
         found = self._comparison.run(True)
-        if lazily:
-            training.enable_forward_pre_hook(self._model)
+        for chunk in lazy:
+            chunk.enable_forward_pre_hook()
         self.check()
         if self.rank == 0:
             self._told(iteration, found, not found, time.perf_counter() - begun)

@@ -1,11 +1,13 @@
 """DeadPool's series in TensorBoard and Weights & Biases, through the writers Megatron has made, beside its own.
 
-Megatron makes both on the last rank only (`megatron.training.global_vars`); elsewhere nothing is written.
+Megatron makes both on the last rank only; elsewhere nothing is written.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from deadpool_megatron.megatron.host import Host
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron.trainer import MegatronTrainer
@@ -23,12 +25,10 @@ class Series:
         self._recoveries += 1
         self._last_s = seconds
 
-    def write(self, trainer: MegatronTrainer, iteration: int) -> None:
+    def write(self, host: Host, trainer: MegatronTrainer, iteration: int) -> None:
         """Write the series of ``iteration`` (from 1, as Megatron counts here). Costs nothing where no writer is."""
-        from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
-
-        tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
-        if (tensorboard is None and wandb is None) or iteration % get_args().tensorboard_log_interval:
+        tensorboard, wandb = host.writers
+        if (tensorboard is None and wandb is None) or iteration % host.args["tensorboard_log_interval"]:
             return
         values = {f"deadpool/{name}": value for name, value in trainer.figures().items()}
         values |= {"deadpool/recoveries": self._recoveries, "deadpool/last-recovery-seconds": self._last_s}

@@ -167,14 +167,12 @@ def _warnings(share: float, copy_share: float) -> tuple[str, ...]:
 
 def _supported(run: RunFile) -> None:
     """Flags that no swap can carry are refused as at the start of a job."""
-    from argparse import Namespace
-
     from deadpool_megatron.compat import UserError
     from deadpool_megatron.support import attribute_of, check_arguments
 
     values = {attribute_of(flag): value for flag, value in run.megatron.items()}
     try:
-        check_arguments(Namespace(**values), run.cluster.gpus_per_node)
+        check_arguments(values, run.cluster.gpus_per_node)
     except UserError as err:
         raise PlanError(f"{run.name}: {err}") from None
 

@@ -5,6 +5,7 @@ Small jobs, two processes and a spare; the node of rank 0 is killed in the middl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -227,14 +228,19 @@ def test_the_exit_signal_saves_a_checkpoint_after_a_swap_as_before(told: str, jo
     assert resumed["iteration"] < latest < 2000 and "exiting program after receiving SIGTERM" in job.log_tails(60)
 
 
+def _connected(port: int) -> socket.socket | None:
+    with contextlib.suppress(ConnectionRefusedError):
+        return socket.create_connection(("127.0.0.1", port))
+    return None
+
+
 def test_a_straggler_detector_that_was_switched_off_does_not_stop_a_run_after_a_swap(jobs: Jobs) -> None:
     """Its state is the survivors' alone, and each line of the log is a collective where it is on."""
     (port,) = free_ports(1)
     flags = [*duo_gpt(iters=ITERATIONS), "--log-straggler", "--straggler-ctrlr-port", str(port)]
     job = jobs.start("stragglers", launch_flags(3, 1, slots=1), flags, held=True)
     job.hold(1)
-    job.until_event("committed")
-    with socket.create_connection(("127.0.0.1", port)) as curl:
+    with job.until("the detector listens", lambda: _connected(port)) as curl:
         curl.send(b"GET / HTTP/1.0\r\n\r\n")
         assert b"Will turn StragglerDetector OFF" in curl.recv(1000)
     job.arm((1, 3, 2))

@@ -37,9 +37,17 @@ def test_the_running_megatron_gets_the_adapter_of_its_line_and_has_its_seams(ada
 def test_a_build_without_one_of_our_seams_is_told_what_it_lacks(
     adapters: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters, "_SEAMS", {"megatron.training.training": ("train_stop",)})
-    with pytest.raises(UserError, match=r"has no megatron\.training\.training\.train_stop"):
+    monkeypatch.setattr(adapters, "_SEAMS", {"megatron.core.rerun_state_machine": ("RerunStop",)})
+    with pytest.raises(UserError, match=r"has no megatron\.core\.rerun_state_machine\.RerunStop"):
         adapters.current().check_seams("0.19.9")
+    from megatron.training import training
+
+    from deadpool_megatron.megatron.lm import MegatronLM
+
+    host = MegatronLM()
+    host.upstream = "core_v0.19.x"
+    with pytest.raises(UserError, match=r"megatron\.training\.training has no train_stop, .*: use core_v0\.19\.x"):
+        host.replace(training, "train_stop", lambda call: call())
 
 
 def test_what_survivors_have_learned_is_forgotten_and_nothing_is_invented(adapters: SimpleNamespace) -> None:

@@ -38,6 +38,11 @@ BELOW = {
     "compat": set[str](),
     "support": {"compat"},
     "emulation": set[str](),
+    "megatron": {
+        *("", "cluster.records", "cluster.agent", "comm", "compat", "config", "durable", "emulation", "points"),
+        *("recovery", "snapshot", "support", "vault"),
+    },
+    "megatron.lm": {"config", "megatron"},
     "simulate": {"observe"},
     "doctor": {"compat", "cluster.link"},
 }
@@ -55,7 +60,7 @@ MODULES = {_name(path): path for path in ROOT.rglob("*.py")}
 
 def _room(module: str) -> str:
     parts = module.split(".")[1:]
-    return ".".join(parts[: 2 if parts[:1] == ["cluster"] else 1])
+    return ".".join(parts[: 2 if parts[:1] == ["cluster"] or parts[:2] == ["megatron", "lm"] else 1])
 
 
 def _imports(module: str) -> set[str]:
@@ -83,6 +88,12 @@ def test_a_room_knows_only_those_below_it(room: str) -> None:
         if other.startswith("deadpool_megatron") and _room(other) not in {room, *BELOW[room]}
     }
     assert not known
+
+
+def test_one_room_knows_megatron_lms_training_loop() -> None:
+    """Another loop on megatron.core is another room beside it, and nothing else."""
+    known = {_room(module) for module in MODULES for other in _imports(module) if other.startswith("megatron.training")}
+    assert known == {"megatron.lm"}
 
 
 def test_no_two_rooms_know_each_other() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -64,7 +63,7 @@ def test_what_check_refuses_a_job_refuses_and_the_other_way_round() -> None:
         for value in (True, "ncclep", "custom", "soap", "local", 2):
             if each.evidence is Evidence.REFUSED and each in used({each.attribute: value}):
                 with pytest.raises(UserError, match=f"^{each.flag}"):
-                    check_arguments(argparse.Namespace(**{each.attribute: value}))
+                    check_arguments({each.attribute: value})
                 break
         else:
             assert each.evidence is not Evidence.REFUSED, each.flag

@@ -10,12 +10,13 @@ import torch
 pytest.importorskip("megatron.core")
 
 from deadpool_megatron.megatron.comparison import PARTS, Difference, differences
+from deadpool_megatron.megatron.lm.run_args import RunArgs
 from deadpool_megatron.megatron.optimizer_state import plain_fields, put_fields
-from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.small_state import unlike
 from deadpool_megatron.snapshot import encode
 
 PARAMETERS, JOB = PARTS.index("parameters"), 0
+COUNT = {"num_floating_point_operations_so_far": 5}
 
 
 def _table(ranks: int, replicas: int) -> list[list[tuple[int, int]]]:
@@ -49,46 +50,48 @@ def test_what_the_whole_job_has_alike_is_compared_over_all_ranks() -> None:
 
 def test_fields_are_state_when_loading_or_training_changes_them() -> None:
     args = Namespace(
-        lr=1.0, iteration=0, consumed_bins=0, sizes=[1, 2], finetune=False, rank=3, load="a", model=object()
+        lr=1.0, iteration=0, consumed_bins=0, sizes=[1, 2], finetune=False, rank=3, load="a", model=object(), **COUNT
     )
     run = RunArgs(args)
     with run.loading():
         args.iteration, args.finetune, args.load = 4, True, "b"
     run.training_begins()
-    assert run.read() == {"iteration": 4, "finetune": True}
+    assert run.read(4) == {"iteration": 4, "finetune": True} | COUNT
     args.consumed_bins, args.new, args.rank = 7, "x", 4
     args.sizes.append(3)
-    then = run.read()
-    assert then == {"iteration": 4, "finetune": True, "consumed_bins": 7, "new": "x", "sizes": [1, 2, 3]}
-    args.consumed_bins, args.later = 8, 1
+    run.flops = 8.0  # train() counts it in a variable of its own, and iterations too
+    then = run.read(6)
+    changed = {"finetune": True, "consumed_bins": 7, "new": "x", "sizes": [1, 2, 3]}
+    assert then == {"iteration": 6, "num_floating_point_operations_so_far": 8.0} | changed
+    args.consumed_bins, args.later, run.flops = 8, 1, 9.0
     args.sizes.append(4)
     run.write(then)
-    assert run.read() == then and not hasattr(args, "later")
+    assert run.read(6) == then and not hasattr(args, "later") and args.iteration == 6
 
 
 def test_after_a_recovery_to_an_older_generation_the_state_is_that_generation_s() -> None:
     """One recovery is given up for another, to a generation in which a field was not state yet."""
-    args = Namespace(iteration=0, groups=None)
+    args = Namespace(iteration=0, groups=None, **COUNT)
     run = RunArgs(args)
     run.training_begins()
-    early = run.read()
-    args.iteration, args.groups = 1, 4  # upstream finds it out in its first iteration
-    late = run.read()
+    early = run.read(0)
+    args.groups = 4  # upstream finds it out in its first iteration
+    late = run.read(1)
     run.write(late)
     run.write(early)
-    assert run.read() == early and args.groups is None
+    assert run.read(0) == early and args.groups is None
     args.groups = 4
-    assert run.read() == {"iteration": 0, "groups": 4}
+    assert run.read(0) == {"iteration": 0, "groups": 4} | COUNT
 
 
 def test_a_spare_goes_on_carrying_what_it_was_given() -> None:
     """It has not seen these fields change, and the one that takes its place has to have them too."""
-    args = Namespace(iteration=0, consumed_bins=0)
+    args = Namespace(iteration=0, consumed_bins=0, **COUNT)
     spare = RunArgs(args)
     args.iteration, args.consumed_bins = 4, 7  # out of the shard, before its training begins
     spare.training_begins()
-    spare.write({"iteration": 4, "consumed_bins": 7})
-    assert spare.read() == {"iteration": 4, "consumed_bins": 7}
+    spare.write({"iteration": 4, "consumed_bins": 7} | COUNT)
+    assert spare.read(4) == {"iteration": 4, "consumed_bins": 7} | COUNT
 
 
 def test_fields_of_a_parameter_group_are_put_back_whatever_they_are() -> None:

@@ -202,19 +202,19 @@ def test_a_mode_that_is_not_supported_is_refused_by_its_flag(flag: str, name: st
 
     for value in BAD_VALUES.get(name, [True]):
         with pytest.raises(UserError) as refused:
-            check_arguments(argparse.Namespace(**{name: value}))
+            check_arguments({name: value})
         said = str(refused.value)
         assert said.startswith(flag) and "not supported with --deadpool" in said and "\n" not in said
         assert value is True or str(value) in said
     for value in GOOD_VALUES.get(name, [False, None]):
-        check_arguments(argparse.Namespace(**{name: value}))
+        check_arguments({name: value})
 
 
 def test_all_modes_that_are_not_supported_are_named_at_once() -> None:
     from deadpool_megatron.support import check_arguments
 
     with pytest.raises(UserError, match=r"^--fp8-recipe \(here: custom\), --use-nccl-ub are not"):
-        check_arguments(argparse.Namespace(fp8_recipe="custom", nccl_ub=True))
+        check_arguments({"fp8_recipe": "custom", "nccl_ub": True})
 
 
 @pytest.mark.parametrize("name", ["TORCH_DIST_USE_NCCL2", "TORCH_DISTRIBUTED_USE_TORCHCOMMS"])

@@ -18,9 +18,10 @@ class Over(Exception):
 
 
 @pytest.fixture
-def once() -> tuple[Any, Callable[[], None], socket.socket]:
+def once(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Callable[[], None], socket.socket]:
     """Of the rank that prints, what ends its epoch, and the agent's end of its line."""
     pytest.importorskip("megatron.core")
+    from deadpool_megatron.megatron.lm import MegatronLM
     from deadpool_megatron.megatron.once import Once
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -31,7 +32,8 @@ def once() -> tuple[Any, Callable[[], None], socket.socket]:
         if ended:
             raise Over
 
-    made = Once(Session(theirs.detach(), lambda epoch: None, lambda epoch: None), check, 1, 2, 1, 0)
+    monkeypatch.setattr(MegatronLM, "args", {"log_interval": 1})
+    made = Once(MegatronLM(), Session(theirs.detach(), lambda epoch: None, lambda epoch: None), check, 1, 2, 0)
     return made, lambda: ended.append(True), ours
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -29,7 +28,7 @@ def test_a_broken_capture_leaves_the_classes_of_layers_as_they_were() -> None:
     from deadpool_megatron.megatron.graphs import Graphs
 
     model, before = _Breaks(), _Breaks.__call__
-    graphs = Graphs(Namespace(cuda_graph_impl="transformer_engine"), [model])
+    graphs = Graphs("transformer_engine", [model])
     assert not graphs.drop()
     cuda_graphs._set_capture_start()
     if cuda_graphs.FREEZE_GC:

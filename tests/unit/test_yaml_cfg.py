@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +15,7 @@ def test_upstreams_parser_gives_our_settings_with_a_yaml_file_of_its_own(
 ) -> None:
     from megatron.training import arguments, yaml_arguments
 
-    from deadpool_megatron.megatron import Hooks
+    from deadpool_megatron.megatron.lm import MegatronLM
 
     file = tmp_path / "model.yaml"
     file.write_text("disable_msc_deprecated: no\nenable_msc: no\nnum_layers: 2\ndeadpool: {lease: 2, transport: tcp}\n")
@@ -24,14 +23,9 @@ def test_upstreams_parser_gives_our_settings_with_a_yaml_file_of_its_own(
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *flags])
     config = from_script_arguments(flags)
     assert config == DeadpoolConfig(deadpool=True, lease=3.0, transport="tcp")
-    nothing: Any = None
-    hooks = Hooks(nothing, nothing, config, -1, nothing, nothing, False, nothing)
-    for module, name, hook in (
-        (arguments, "add_megatron_arguments", hooks._add_arguments),
-        (yaml_arguments, "load_yaml", hooks._load_yaml),
-    ):
+    for module, name in ((arguments, "add_megatron_arguments"), (yaml_arguments, "load_yaml")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
-        hooks._replace(module, name, hook)
+    MegatronLM().take_settings(config)
     args = arguments.parse_args()
     assert args.num_layers == 2, "the file's namespace"
     assert resolve(vars(args)) == config

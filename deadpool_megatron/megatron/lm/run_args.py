@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from deadpool_megatron.megatron.host import Fields
 from deadpool_megatron.megatron.optimizer_state import is_plain
 
 # State from the first iteration on, although upstream's set-up may leave them as they are.
@@ -33,17 +34,16 @@ _OWN: Final = frozenset(("load", "pretrained_checkpoint", "save", "async_save", 
 _MISSING: Final = object()
 
 
-def apply_args(args: Namespace, saved: dict[str, Any]) -> None:
-    """Set fields of Megatron's args to those of a generation."""
-    for name, value in saved.items():
-        setattr(args, name, value)
+class RunArgs(Fields):
+    """Which fields are state, and what they are now.
 
-
-class RunArgs:
-    """Which fields are state, and what they are now. Made before a checkpoint is loaded."""
+    Attributes:
+        flops: operations so far, which ``train`` counts in a local variable.
+    """
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
+        self.flops: float = 0.0
         self.settings = _plain(args)  # as the command line says, the same for the whole job
         self._names = set(_ALWAYS)
         self._before: dict[str, Any] = {}
@@ -52,19 +52,17 @@ class RunArgs:
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
-        """A checkpoint is loaded meanwhile: what it changes is state."""
         before = _plain(self._args)
         yield
         self._names.update(name for name, value in _plain(self._args).items() if before.get(name, _MISSING) != value)
 
     def training_begins(self) -> None:
-        """What differs from now on is state."""
+        self.flops = self._args.num_floating_point_operations_so_far
         self._before = _plain(self._args)
         self._objects = dict(vars(self._args))
         self._lists = [name for name, value in self._before.items() if isinstance(value, list)]
 
-    def read(self) -> dict[str, Any]:
-        """All that are state, by name. Called every iteration."""
+    def read(self, iteration: int) -> dict[str, Any]:
         fields, objects = vars(self._args), self._objects
         out = {name: fields[name] for name in self._names if name in fields}
         replaced = [name for name, value in fields.items() if objects.get(name, _MISSING) is not value]
@@ -72,18 +70,24 @@ class RunArgs:
             value = fields.get(name, _MISSING)
             if name not in _OWN and is_plain(value) and self._before.get(name, _MISSING) != value:
                 out[name] = value
-        return out
+        # train() keeps these two in local variables; args has the values train() began with.
+        return out | {"iteration": iteration, "num_floating_point_operations_so_far": self.flops}
 
     def write(self, saved: dict[str, Any]) -> None:
-        """Make them those of `read`: what has changed since then is as it was when training began."""
-        for name in self.read().keys() - saved.keys():
+        """What has changed since `read` is as it was when training began."""
+        for name in self.read(0).keys() - saved.keys():
             if name in self._before:
                 setattr(self._args, name, copy.copy(self._before[name]))
             else:
                 delattr(self._args, name)
-        apply_args(self._args, saved)
+        self.put(saved)
+        self.flops = saved["num_floating_point_operations_so_far"]
         # Exactly these: a process that takes this up has not seen them change, and an older generation has fewer.
         self._names = {*_ALWAYS, *saved}
+
+    def put(self, saved: Mapping[str, Any]) -> None:
+        for name, value in saved.items():
+            setattr(self._args, name, value)
 
 
 def _plain(args: Namespace) -> dict[str, Any]:

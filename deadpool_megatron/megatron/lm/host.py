@@ -1,0 +1,211 @@
+"""The hooks in Megatron-LM's training loop, installed at run time: an unmodified pretrain_gpt.py needs nothing more.
+
+Every hook replaces a module global that upstream looks up at call time:
+
+========================================  ===============================================================
+``training.arguments``                    ``add_megatron_arguments``: the group ``deadpool`` in ``--help``
+``training.yaml_arguments``               ``load_yaml``: our settings in the namespace of ``--yaml-cfg`` too
+``training.training``                     ``initialize_megatron``: checks before anything is built
+                                          ``load_checkpoint``: fields of ``args`` that come out of one are state;
+                                          left out where a durable generation has everything
+                                          ``build_train_valid_test_data_iterators``: a spare's data position
+                                          ``cyclic_iter``: one whose position can be told
+                                          ``train``: the loop that recovers and goes on
+                                          ``pretrain``: nobody leaves before everybody is through
+                                          ``train_step``: a generation opens and ends
+                                          ``training_log``: printed averages survive a re-entry
+                                          ``checkpoint_and_decide_exit``: the count of operations so far
+                                          ``evaluate``: its numbers are looked at before they are printed
+                                          ``evaluate_and_print_results``, ``save_checkpoint_and_time``,
+                                          ``maybe_finalize_async_save``: done once for an iteration, and again
+                                          after a recovery where they come after ``train``; so is
+                                          ``print_datetime``
+========================================  ===============================================================
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deadpool_megatron import config as settings
+from deadpool_megatron.megatron.adapters import current
+from deadpool_megatron.megatron.hooks import Hooks
+from deadpool_megatron.megatron.host import Call, Host
+from deadpool_megatron.megatron.lm.run_args import RunArgs
+from deadpool_megatron.megatron.replay import Passes
+
+
+class MegatronLM(Host):
+    """Settings and counters are the process's ``args``, writers and timers its global variables."""
+
+    fields: RunArgs
+
+    def __init__(self) -> None:
+        self._running: Call | None = None  # of train
+
+    # ---- the loop calls us
+
+    def install(self, hooks: Hooks) -> None:
+        import megatron.core
+        from megatron.core.datasets import utils as dataset_utils
+        from megatron.training import training
+
+        self.upstream = current().upstream
+        if not (Path(str(dataset_utils.__file__)).parent / "Makefile").exists():
+            # The wheel has the dataset helpers compiled, but upstream runs `make` for them and exits when it fails.
+            dataset_utils.compile_helpers = lambda: None
+
+        def initialize(call: Call) -> Any:
+            def initialized() -> Any:
+                result = call()
+                self.fields = RunArgs(_args())
+                return result
+
+            return hooks.initialize(initialized)
+
+        def train(call: Call) -> Any:
+            self._running = call
+            return hooks.train(call, call["opt_param_scheduler"])
+
+        def training_log(call: Call) -> Any:
+            """Upstream's first call after entering ``train`` starts new averages."""
+            if call.get("is_first_iteration") and hooks.put_back(call["total_loss_dict"]):
+                call["is_first_iteration"] = False
+            return hooks.training_log(call, call["iteration"])
+
+        def checkpoint_and_decide_exit(call: Call) -> Any:
+            """The last call of every iteration, and the one that is told ``train``'s running count of operations."""
+            self.fields.flops = call["num_floating_point_operations_so_far"]
+            return hooks.decide_exit(call, call["iteration"])
+
+        self.take_settings(hooks.config)
+        self.replace(training, "initialize_megatron", initialize)
+        self.replace(training, "load_checkpoint", lambda call: hooks.load_checkpoint(call, call.first()))
+        self.replace(training, "build_train_valid_test_data_iterators", hooks.build_iterators)
+        self.replace(training, "cyclic_iter", lambda call: Passes(call.first()))
+        self.replace(training, "pretrain", hooks.pretrain)
+        megatron.training.pretrain = training.pretrain  # the name that scripts import
+        self.replace(training, "train", train)
+        self.replace(training, "train_step", lambda call: hooks.train_step(call, call["iteration"]))
+        self.replace(training, "training_log", training_log)
+        self.replace(training, "print_datetime", hooks.again)
+        self.replace(training, "evaluate", hooks.evaluated)
+        self.replace(training, "evaluate_and_print_results", lambda call: hooks.evaluate(call, call["iteration"]))
+        self.replace(training, "save_checkpoint_and_time", lambda call: hooks.save_once(call, call["iteration"]))
+        self.replace(training, "maybe_finalize_async_save", hooks.finalize)
+        self.replace(training, "checkpoint_and_decide_exit", checkpoint_and_decide_exit)
+
+    def take_settings(self, config: settings.DeadpoolConfig) -> None:
+        """Let upstream's parser have them."""
+        from megatron.training import arguments, yaml_arguments
+
+        def load_yaml(call: Call) -> Any:
+            """Upstream drops the namespace of the command line for the file's."""
+            namespace = call()
+            settings.carry_over(config, namespace)
+            return namespace
+
+        self.replace(arguments, "add_megatron_arguments", lambda call: settings.add_arguments(call()))
+        self.replace(yaml_arguments, "load_yaml", load_yaml)
+
+    # ---- and we the loop
+
+    @property
+    def args(self) -> Mapping[str, Any]:
+        from megatron.training import global_vars
+
+        return {} if global_vars._GLOBAL_ARGS is None else vars(global_vars._GLOBAL_ARGS)
+
+    @property
+    def timers(self) -> Any:
+        from megatron.training import get_timers
+
+        return get_timers()
+
+    @property
+    def context(self) -> dict[str, Any]:
+        assert self._running is not None
+        context: dict[str, Any] = self._running["checkpointing_context"]
+        return context
+
+    @property
+    def writers(self) -> tuple[Any, Any]:
+        from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+        return get_tensorboard_writer(), get_wandb_writer()
+
+    @property
+    def async_saves(self) -> Any:
+        from megatron.training import async_utils
+
+        return async_utils._async_calls_queue
+
+    def outlets(self) -> Iterable[tuple[Any, str]]:
+        from megatron.training import training
+
+        names = ("print_rank_last", "get_tensorboard_writer", "get_wandb_writer", "get_one_logger")
+        return [(training, name) for name in names if hasattr(training, name)]
+
+    def warm_up(self) -> None:
+        """The flag parser reads the source of its dataclasses for their docstrings at each parse (1 s); they are
+        remembered from here on."""
+        from megatron.training import argument_utils, arguments
+
+        factory = argument_utils.ArgumentGroupFactory
+        original = factory._get_field_docstrings
+        known: dict[type, dict[str, str]] = {}
+
+        def remembered(self: Any, source: type) -> dict[str, str]:
+            if source not in known:
+                known[source] = original(self, source)
+            return dict(known[source])
+
+        factory._get_field_docstrings = remembered
+        arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+    def load_nothing(self) -> None:
+        args = _args()
+        args.load = args.pretrained_checkpoint = None
+
+    def save_into(self, directory: str) -> None:
+        args = _args()
+        args.save, args.async_save = directory, False
+
+    def save(self, iteration: int) -> None:
+        from megatron.training import training
+
+        assert self._running is not None
+        train = self._running
+        training.save_checkpoint_and_time(
+            iteration,
+            train["model"],
+            train["optimizer"],
+            train["opt_param_scheduler"],
+            self.fields.flops,
+            train["checkpointing_context"],
+            train_data_iterator=train["train_data_iterator"],
+        )
+
+    def finalize(self) -> None:
+        from megatron.training import training
+
+        training.maybe_finalize_async_save(blocking=True, terminate=True)
+
+    def unwind(self) -> None:
+        from megatron.training import async_utils, training
+
+        stats = getattr(training, "_seqlen_stats_in_iteration", None)
+        if stats is not None:  # of packed sequences
+            stats.zero_()
+            training._seqlen_stats_active = False
+        async_utils._async_calls_queue = None
+
+
+def _args() -> argparse.Namespace:
+    from megatron.training import get_args
+
+    args: argparse.Namespace = get_args()
+    return args
