@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
 
 from .arena import Arena, Slot
 from .discipline import choose, is_free
@@ -17,18 +19,30 @@ class Keeper:
 
     Attributes:
         plan: by rank that is kept here, the bytes of its unique state (None: any); None while nothing is planned yet.
-        refused_epochs: how often something of an older epoch was refused.
+        refused_epochs: how often something of an older epoch was refused that cannot have been on its way any more.
     """
 
-    def __init__(self, vault: Vault) -> None:
+    def __init__(self, vault: Vault, late_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        """``late_s``: what was right when it was sent comes within so many seconds after a new epoch has begun."""
         self._vault = vault
+        self._late_s = late_s
+        self._clock = clock
+        self._entered = -math.inf
         self.plan: Mapping[int, int | None] | None = None
         self.refused_epochs = 0
+
+    def entered(self) -> None:
+        """A new epoch has begun here."""
+        self._entered = self._clock()
+
+    def right_elsewhere(self, epoch: int) -> bool:
+        """What is of ``epoch`` may be right where it comes from: nodes hear of a new epoch one after the other."""
+        return epoch > self._vault.epoch or self._clock() < self._entered + self._late_s
 
     def check_epoch(self, epoch: int, what: str) -> None:
         """Raises StaleEpoch when ``epoch`` is over."""
         if epoch < self._vault.epoch:
-            self.refused_epochs += 1
+            self.refused_epochs += not self.right_elsewhere(epoch)
             raise StaleEpoch(
                 f"{what} of epoch {epoch} refused: the vault of node {self._vault.node} is in epoch {self._vault.epoch}"
             )

@@ -33,6 +33,7 @@ from .wire import Channel, Deadlines, accept, check_secret
 _log = logging.getLogger(__name__)
 _CODES = {NotHeld: "not-held", VaultFull: "no-room", ChecksumMismatch: "checksum", DirectFailed: NO_DIRECT}
 _LEVELS = {"not-planned": logging.DEBUG}  # the sender warns if it lasts
+_BY_EPOCH = ("stale-epoch", "not-planned", "wrong-size")  # what is refused as nodes enter an epoch one by one
 
 
 class VaultServer:
@@ -67,7 +68,7 @@ class VaultServer:
         self._channels: set[Channel] = set()
         self._stripes = stripes
         self._direct = direct
-        self._keeper = Keeper(vault)
+        self._keeper = Keeper(vault, self._deadlines.late)
         self._intakes = Intakes()
         self._threads: set[threading.Thread] = set()
         self._pending: set[socket.socket] = set()
@@ -105,12 +106,14 @@ class VaultServer:
 
     def set_epoch(self, epoch: int) -> None:
         """From now on writes of older epochs are refused; those under way are cut off."""
+        if epoch > self._vault.epoch:
+            self._keeper.entered()
         self._vault.set_epoch(epoch)
         self._intakes.end_before(epoch)
 
     @property
     def refusals(self) -> dict[str, int]:
-        """How much was refused so far, by reason."""
+        """How much was refused so far, by reason. What the change of an epoch explains does not count."""
         return {
             "not a member": self.refused_members,
             "stale epoch": self._keeper.refused_epochs,
@@ -184,8 +187,9 @@ class VaultServer:
                 self.mismatches += isinstance(err, ChecksumMismatch)
                 if isinstance(err, VaultFull):
                     self._on_full(str(err))
-                self.misfits += code in ("not-planned", "wrong-size", "protocol")
-                level = _LEVELS.get(code, logging.WARNING)
+                explained = code in _BY_EPOCH and self._keeper.right_elsewhere(frame.epoch)
+                self.misfits += code in ("not-planned", "wrong-size", "protocol") and not explained
+                level = logging.DEBUG if explained else _LEVELS.get(code, logging.WARNING)
                 if isinstance(frame, Fetch) and is_constants(frame.rank) and not frame.parity:
                     level = logging.DEBUG  # most ranks have none
                 _log.log(level, "vault of node %d: %s", self._vault.node, err)

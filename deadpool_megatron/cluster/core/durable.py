@@ -228,8 +228,9 @@ class Durability:
         assignment: Sequence[r.SlotAddress],
         coordinates: Mapping[int, r.CoordinateInfo],
         epoch: int,
+        writer: int,
     ) -> Effects:
-        """A node's shards are written, or are not."""
+        """A node's shards are written, or are not. ``writer``: the node that writes the manifest after the last."""
         attempt = self._attempt
         if attempt is None or attempt.name != record.name or attempt.sealing is not None or self._spec is None:
             return
@@ -244,7 +245,7 @@ class Durability:
         if missing:
             yield from self._fail(f"nobody has written the shard of rank {missing[0]}", assignment)
             return
-        attempt.sealing = assignment[0].node
+        attempt.sealing = writer
         keep = [name for _, name in self._complete[: self._spec.keep - 1]]
         yield Send(
             attempt.sealing,

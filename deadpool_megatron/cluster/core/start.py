@@ -108,6 +108,7 @@ class Start:
     def registered(self, record: r.Registered) -> Answer[bool]:
         """A rank is about to train; True when all are, and are the same job."""
         self._state.layout.register(record)
+        self._state.members.nodes[record.node].trained = True
         if self._state.layout.differs:
             yield Stop(
                 Exit.FAILED,
