@@ -349,6 +349,12 @@ def _what_is_durable_is_looked_up_alone(patch: Patch) -> None:
     patch.setattr(Durability, "dump", lambda self: [])
 
 
+def _spares_are_no_help_at_the_end(patch: Patch) -> None:
+    """Row 10: what only a spare still has, from when it was none, is gone when the job ends."""
+    rescue = Recoveries._rescue
+    patch.setattr(Recoveries, "_rescue", lambda self, there: rescue(self, there & set(self._state.members.active())))
+
+
 def _nothing_is_drained_at_the_end(patch: Patch) -> None:
     """Row 10: a job without a spare or a checkpoint ends with what is in memory."""
     patch.setattr(Durability, "can_drain", property(lambda self: False))
@@ -410,6 +416,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "no spare": _why_nothing_goes_on_is_forgotten,
     "no source": _a_failed_read_is_taken_for_nonsense,
     "looks again": _what_is_durable_is_looked_up_alone,
+    "10 spares": _spares_are_no_help_at_the_end,
     "10 drain": _nothing_is_drained_at_the_end,
     "goes back": _memory_is_all_there_is,
     "11": _anybody_writes,

@@ -357,7 +357,7 @@ class Oracle:
         """The job has ended: is that covered by what happened?"""
         cluster = self._cluster
         healthy = self._healthy()
-        if code and message.startswith((";", ",")):
+        if code and message.startswith((";", ",", " ")):
             raise Violation(f"ended with {code}, and nothing says why: {message}")
         if code == 0:
             for rank in range(cluster.job.world_size):
