@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from .arena import Arena, Slot
 from .discipline import choose, is_free
 from .errors import Refused, StaleEpoch
-from .frames import Begin
+from .frames import Begin, Share
+from .stripes import Filling, Stripes
 from .vault import Vault
 from .version import Version
 
@@ -22,9 +23,16 @@ class Keeper:
         refused_epochs: how often something of an older epoch was refused that cannot have been on its way any more.
     """
 
-    def __init__(self, vault: Vault, late_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        vault: Vault,
+        stripes: Stripes | None = None,
+        late_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """``late_s``: what was right when it was sent comes within so many seconds after a new epoch has begun."""
         self._vault = vault
+        self._stripes = stripes
         self._late_s = late_s
         self._clock = clock
         self._entered = -math.inf
@@ -70,6 +78,38 @@ class Keeper:
         slot.reopen(version.pack())
         slot.small_bytes = begin.small_bytes
         return slot
+
+    def check_share(self, share: Share) -> Stripes:
+        """Whether a part of a shard that is offered belongs into parity here; learns what its owner knows.
+
+        Raises Refused.
+        """
+        what = f"part {share.part} of rank {share.rank}"
+        self.check_epoch(share.epoch, what)
+        if self._stripes is None:
+            raise Refused("parity is not kept in this job", "not-planned")
+        plan, chunk_bytes = self._stripes.planned(share.word), self._vault.chunk_bytes
+        wanted = (share.rank, share.unique_bytes, share.chunk_bytes)
+        if share.part >= len(plan.ranks) or wanted != (
+            plan.ranks[share.part], plan.unique_bytes[share.part], chunk_bytes,
+        ):  # fmt: skip
+            raise Refused(f"{what} of {share.unique_bytes} bytes is not what word {share.word:x} has", "not-planned")
+        if share.small_bytes > plan.small_capacity[share.part]:
+            raise Refused(f"{what}: a small state of {share.small_bytes} bytes is larger than planned", "wrong-size")
+        self._vault.learn(share.kept, share.floor)
+        return self._stripes
+
+    def open_share(self, share: Share, stripes: Stripes) -> Filling | None:
+        """Where the part is added to; None when the version is complete here already. Raises Refused, VaultFull."""
+        vault, plan = self._vault, stripes.planned(share.word)
+        vault.allocate_parity(share.word, plan.chunks(vault.chunk_bytes) * vault.chunk_bytes,
+                              plan.records_bytes(vault.chunk_bytes))  # fmt: skip
+        arena = vault.arena(share.word, "parity")
+        if arena is None:
+            raise Refused(f"the memory of word {share.word:x} was dropped here just now", "no-room")
+        return stripes.filling(
+            arena, share.word, Version(share.version_epoch, share.generation), vault.kept, vault.floor
+        )
 
     def _memory(self, begin: Begin) -> Arena:
         """The peer arena for the shard. One of another size gives way unless it holds something that must stay."""

@@ -66,9 +66,8 @@ class VaultServer:
         self._deadlines = deadlines or Deadlines()
         self._lock = threading.Lock()
         self._channels: set[Channel] = set()
-        self._stripes = stripes
         self._direct = direct
-        self._keeper = Keeper(vault, self._deadlines.late)
+        self._keeper = Keeper(vault, stripes, self._deadlines.late)
         self._intakes = Intakes()
         self._threads: set[threading.Thread] = set()
         self._pending: set[socket.socket] = set()
@@ -228,27 +227,10 @@ class VaultServer:
     # ---- keeping parity
 
     def _keep_share(self, channel: Channel, share: Share) -> None:
-        what = f"part {share.part} of rank {share.rank}"
-        self._keeper.check_epoch(share.epoch, what)
-        vault, version = self._vault, Version(share.version_epoch, share.generation)
-        if self._stripes is None:
-            raise Refused("parity is not kept in this job", "not-planned")
-        plan = self._stripes.planned(share.word)
-        wanted = (share.rank, share.unique_bytes, share.chunk_bytes)
-        if share.part >= len(plan.ranks) or wanted != (
-            plan.ranks[share.part], plan.unique_bytes[share.part], vault.chunk_bytes,
-        ):  # fmt: skip
-            raise Refused(f"{what} of {share.unique_bytes} bytes is not what word {share.word:x} has", "not-planned")
-        if share.small_bytes > plan.small_capacity[share.part]:
-            raise Refused(f"{what}: a small state of {share.small_bytes} bytes is larger than planned", "wrong-size")
-        vault.learn(share.kept, share.floor)
+        vault, what = self._vault, f"part {share.part} of rank {share.rank}"
+        stripes = self._keeper.check_share(share)
         with self._writing(channel, (share.word, share.part, share.rank), share.epoch):
-            size = vault.chunk_bytes
-            vault.allocate_parity(share.word, plan.chunks(size) * size, plan.records_bytes(size))
-            arena = vault.arena(share.word, "parity")
-            if arena is None:
-                raise Refused(f"the memory of word {share.word:x} was dropped here just now", "no-room")
-            filling = self._stripes.filling(arena, share.word, version, vault.kept, vault.floor)
+            filling = self._keeper.open_share(share, stripes)
             if filling is None:
                 channel.send(Begun(vault.epoch, True))
                 return

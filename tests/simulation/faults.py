@@ -26,11 +26,13 @@ class Profile:
         most: faults of one run.
         only: kinds that are drawn; none named: all.
         durable: every run has a durable directory, or none has; None: drawn.
+        shards: the same of parity, constants and failure domains.
     """
 
     most: int = 8
     only: tuple[str, ...] = ()
     durable: bool | None = None
+    shards: bool | None = None
 
 
 _WHEN = ("started", "committed", "committed", "committed", "iteration", "declared", "agreed", "resumed")

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agent import commits
+from deadpool_megatron.cluster.agent import commits, shards
 from deadpool_megatron.cluster.agent import durable as node_durable
 from deadpool_megatron.cluster.agent.commits import Commits
 from deadpool_megatron.cluster.agent.fence import Fence
@@ -26,13 +26,14 @@ from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.observations import Observations
 from deadpool_megatron.cluster.core.planned_moves import Drains
 from deadpool_megatron.cluster.core.progress import Progress
+from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.start import Start
 from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.placement import agreement
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.vault import CommitLedger, Vault, Version
+from deadpool_megatron.vault import CommitLedger, Vault, Version, is_constants, stripes
 from deadpool_megatron.vault.arena import Slot
 from deadpool_megatron.vault.intake import Intake, Intakes
 from simulation import durable, vaults
@@ -380,6 +381,57 @@ def _what_a_job_begins_with_must_be_whole(patch: Patch) -> None:
     patch.setattr(Core, "_fetch_failed", failed)
 
 
+def _words_of_older_placements_are_forgotten(patch: Patch) -> None:
+    """Found by the simulation: a coordinator that started again could not have a shard rebuilt that was to be drained."""
+    dump = Protection.dump
+    patch.setattr(Protection, "dump", lambda self: dump(self) | {"words": []})
+
+
+def _constants_are_asked_for_where_they_belong_now(patch: Patch) -> None:
+    """With failure domains a swap may move a rank's keepers: the ones of before have its constants."""
+    patch.setattr(shards, "nodes_with_constants", lambda parts, k: [])
+
+
+def _constants_count_as_kept_for_ever(patch: Patch) -> None:
+    """They are where they belonged in the epoch before."""
+    restart = Commits.restart
+
+    def before(self: Commits) -> None:
+        safe = set(self._safe)
+        restart(self)
+        self._safe |= safe
+
+    patch.setattr(Commits, "restart", before)
+
+
+def _a_rank_commits_without_its_constants(patch: Patch) -> None:
+    """What a spare gets of it is of no use."""
+    patch.setattr(Commits, "due", lambda self, event: [] if is_constants(event.rank) else [event])
+
+
+def _a_share_that_was_refused_is_asked_for_again(patch: Patch) -> None:
+    """Parity: a share whose bytes have changed is as good as any other."""
+    of = agreement._Shares._of
+
+    def before(self: Any, *args: Any) -> Any:
+        refused, self._refused = self._refused, frozenset()
+        try:
+            return of(self, *args)
+        finally:
+            self._refused = refused
+
+    patch.setattr(agreement._Shares, "_of", before)
+
+
+def _a_part_that_comes_later_gives_the_parity_up(patch: Patch) -> None:
+    """Parity: a version that other parts still come for is overwritten like one that nobody has finished."""
+    choose = stripes.choose
+    patch.setattr(
+        stripes, "_choose",
+        lambda arena, new, kept, floor: choose([slot.pair for slot in arena.slots], new, kept, floor),
+    )  # fmt: skip
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
     "1 nodes": _who_comes_back_does_not_hear_the_floor,
@@ -420,5 +472,11 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "10 drain": _nothing_is_drained_at_the_end,
     "goes back": _memory_is_all_there_is,
     "11": _anybody_writes,
+    "old words": _words_of_older_placements_are_forgotten,
+    "constants beside": _constants_are_asked_for_where_they_belong_now,
+    "constants anew": _constants_count_as_kept_for_ever,
+    "constants first": _a_rank_commits_without_its_constants,
+    "share refused": _a_share_that_was_refused_is_asked_for_again,
+    "parts under way": _a_part_that_comes_later_gives_the_parity_up,
     "begins again": _what_a_job_begins_with_must_be_whole,
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
+from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import FORMAT, Coordinate, Manifest, directory_name
 from deadpool_megatron.durable.files import seal, write_shard
@@ -24,12 +25,14 @@ from simulation.meetings import Meetings
 from simulation.network import Link, Network
 from simulation.oracle import Oracle, Violation
 from simulation.rank import state as packed
+from simulation.rank import whole
 from simulation.world import Process, World
 
 __all__ = ["Outcome", "Run", "Violation", "simulate"]
 
 DEADLINES = Deadlines(lease=5.0, abort=15.0, build=40.0, form=10.0, join=30.0)
 DURABLE_SHARE = 0.2  # of the runs have a durable directory
+SHARDS_SHARE = 0.1  # have parity, constants or failure domains
 _LONGEST_S = 900.0  # of virtual time, after which a run hangs
 _SHAPES = ((3, 1, 1), (4, 1, 1), (3, 1, 2), (4, 1, 2), (4, 2, 1), (4, 2, 2), (5, 1, 1), (5, 2, 1), (3, 0, 1), (4, 0, 2))
 
@@ -73,6 +76,7 @@ class Run:
             interval, keep = self.draws.randint(2, 8), self.draws.randint(1, 3)
             durable = DurableSpec(DIRECTORY, "sim", interval, keep, 20.0, 20.0, resume=True)
             self.job = replace(self.job, durable=durable)
+        self._draw_shards(profile, seed)
         self.can_rescue = chance.random() < 0.5
         self.hang_floor, self.hang_outside = 4.0, 20.0
         self.network = Network(world)
@@ -92,6 +96,20 @@ class Run:
             self.add_host(node)
         self.faults.draw()
 
+    def _draw_shards(self, profile: Profile, seed: int) -> None:
+        """What is kept of a rank, and where; from chance of its own."""
+        draws = random.Random(f"shards {seed}")
+        self.constants = False
+        share = draws.random() < SHARDS_SHARE
+        if not (profile.shards or (share and profile.shards is None)):
+            return
+        active = self.job.active_nodes
+        schemes = [each for each in ("1", "2", "2+1", "2+1", "2+2", "3+1") if Scheme.parse(each).size <= active]
+        racks = draws.randint(2, 3) if draws.random() < 0.6 else 0
+        domains = {node: {"rack": f"r{draws.randrange(racks)}"} for node in range(self.job.nodes)} if racks else {}
+        self.job = replace(self.job, redundancy=draws.choice(schemes), domains=domains)
+        self.constants = self.job.durable is None and draws.random() < 0.6
+
     @property
     def shape(self) -> str:
         """For people."""
@@ -100,7 +118,7 @@ class Run:
         durable = f", durable every {job.durable.interval}" if job.durable is not None else ""
         return (
             f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}{waits}"
-            f"{durable}"
+            f"{durable}{', constants' * self.constants}{', racks' * bool(job.domains)}"
         )
 
     def _begin_with(self, generation: int) -> None:
@@ -108,7 +126,7 @@ class Run:
         name = directory_name(generation, "before", 1)
         states = [packed(generation, self.oracle.value(rank, generation)) for rank in range(self.job.world_size)]
         shards = [
-            write_shard(self.directory, name, rank, generation, LAYOUT, memoryview(each.ljust(4096, b"\0")), each)
+            write_shard(self.directory, name, rank, generation, LAYOUT, memoryview(whole(each)), each)
             for rank, each in enumerate(states)
         ]
         places = tuple(Coordinate(rank, 0, 0, rank, 0, 0) for rank in range(self.job.world_size))

@@ -643,6 +643,17 @@ def test_a_spare_is_asked_before_a_generation_is_given_up() -> None:
     assert job.told(r.Agree)[-1].sources.keys() == {0, 1} and job.told(r.Agree)[-1].generation == 5
 
 
+def test_a_spare_that_has_come_since_is_not_waited_for() -> None:
+    job = SimulatedJob(nodes=2, spares=0, slots=1).train()
+    job.commit(5)
+    number = job.core.add_spare("host", job.now)[1]
+    _transient(job)
+    job.join([number])  # it hears of this epoch with the roster, and so does not say what it has
+    for node in job.active:
+        job.offer(node, 3)
+    assert job.told(r.Agree)[-1].generation == 3
+
+
 def test_a_spare_that_does_not_say_what_it_has_in_time_is_lost_and_the_others_go_on_without() -> None:
     job = SimulatedJob(nodes=3, spares=1, slots=1).train()
     job.commit(5)

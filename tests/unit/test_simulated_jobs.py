@@ -59,6 +59,13 @@ MISSED_DURABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "11": (29, ("another owner", "kill node")),
     "begins again": (10, ("damage",)),
 }
+# The same with parity, constants, or failure domains.
+MISSED_SHARDS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "old words": (253, ()),
+    "constants beside": (85, ()),
+    "constants first": (372, ()),
+    "share refused": (309, ()),
+}
 # One run in thousands misses these, so a test of their own holds them: `test_core.py`, `test_known_and_commits.py`,
 # `test_durable_core.py`.
 RARE = {"1 nodes", "refused twice", "margin", "false alarm", "below floor", "looks again"}
@@ -73,10 +80,11 @@ def test_no_fault_breaks_a_promise(batch: int) -> None:
     assert sum(run.code == 0 for run in runs) > _RUNS // 2, "most jobs survive them"
 
 
-@pytest.mark.parametrize("fix", [*MISSED, *MISSED_DURABLE])
+@pytest.mark.parametrize("fix", [*MISSED, *MISSED_DURABLE, *MISSED_SHARDS])
 def test_a_fix_that_is_taken_back_is_missed(fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seed, kinds = (MISSED | MISSED_DURABLE)[fix]
-    profile = Profile(only=kinds, durable=fix in MISSED_DURABLE)
+    seed, kinds = (MISSED | MISSED_DURABLE | MISSED_SHARDS)[fix]
+    durable = None if fix in MISSED_SHARDS else fix in MISSED_DURABLE
+    profile = Profile(only=kinds, durable=durable, shards=fix in MISSED_SHARDS)
     assert not simulate(seed, profile).violation
     MUTANTS[fix](monkeypatch)
     assert simulate(seed, profile).violation
@@ -110,7 +118,7 @@ def test_the_log_and_the_metrics_of_a_node_have_every_epoch_that_it_is_in() -> N
 
 
 def test_every_fix_has_a_run() -> None:
-    assert MISSED.keys() | MISSED_DURABLE.keys() | RARE == MUTANTS.keys()
+    assert MISSED.keys() | MISSED_DURABLE.keys() | MISSED_SHARDS.keys() | RARE == MUTANTS.keys()
 
 
 def test_a_seed_is_one_run_to_the_message() -> None:

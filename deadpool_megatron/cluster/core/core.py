@@ -348,7 +348,7 @@ class Core:
         if name == "layout":  # large, and the same from the first step to the last
             return self._layout.dump()
         if name == "members":
-            return {**self.members.dump(), "groups": self.protection.groups}
+            return {**self.members.dump(), **self.protection.dump()}
         return {
             "epoch": self.epoch,
             "phase": "ended" if self._state.phase is Phase.ENDED else _COARSE.get(self.phase, "running"),
@@ -378,9 +378,8 @@ class Core:
         head.fresh = self._state.phase is Phase.STARTING  # else what was trained since may not be on record
         head.count_anew(self.members.active(), self.epoch)
         if self._layout.known:
-            groups = tuple(tuple(group) for group in parts["members"]["groups"])
             self.protection.begin(
-                self.assignment, self.coordinates, self._layout.largest, self.job.slots_per_node, groups
+                self.assignment, self.coordinates, self._layout.largest, self.job.slots_per_node, parts["members"]
             )
         self._durability.restored(self._state.phase is Phase.STARTING, kept["durable"])
         there = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}

@@ -44,6 +44,7 @@ class Recoveries:
         self._not_saved = ""  # why Megatron's checkpoint could not be written
         self._full: set[int] = set()  # nodes that have no room for what lost ones had
         self._told: r.Declare | None = None
+        self._heard: set[int] = set()  # who was there when that was told
         self._durable_name = ""  # of the durable generation this recovery goes back to
 
     def of(self, epoch: int) -> Recovery | None:
@@ -91,6 +92,7 @@ class Recoveries:
             *state.layout.sizes,
             self._rendezvous,
         )
+        self._heard = {node for node in members.present() if members.nodes[node].agent_pid}
         yield Send(None, self._told)
         return replaced
 
@@ -223,7 +225,7 @@ class Recoveries:
         except NoCommonGeneration as err:
             agreement, missing = None, err.missing
         if agreement is None or agreement.generation < state.progress.committed:
-            others = recovery.ask(node for node in members.present() if members.nodes[node].agent_pid)
+            others = recovery.ask(self._heard & set(members.present()))
             for node in others:  # a spare may have what would be given up, and may have been away
                 assert self._told is not None
                 yield Send(node, self._told)
