@@ -33,7 +33,7 @@ from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.placement import agreement
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.vault import CommitLedger, Vault, Version, is_constants, stripes
+from deadpool_megatron.vault import CommitLedger, Vault, Version, is_constants
 from deadpool_megatron.vault.arena import Slot
 from deadpool_megatron.vault.intake import Intake, Intakes
 from simulation import durable, vaults
@@ -382,7 +382,7 @@ def _what_a_job_begins_with_must_be_whole(patch: Patch) -> None:
 
 
 def _words_of_older_placements_are_forgotten(patch: Patch) -> None:
-    """Found by the simulation: a coordinator that started again could not have a shard rebuilt that was to be drained."""
+    """Found by the simulation: a coordinator that started again had nothing rebuilt before the end."""
     dump = Protection.dump
     patch.setattr(Protection, "dump", lambda self: dump(self) | {"words": []})
 
@@ -421,15 +421,6 @@ def _a_share_that_was_refused_is_asked_for_again(patch: Patch) -> None:
             self._refused = refused
 
     patch.setattr(agreement._Shares, "_of", before)
-
-
-def _a_part_that_comes_later_gives_the_parity_up(patch: Patch) -> None:
-    """Parity: a version that other parts still come for is overwritten like one that nobody has finished."""
-    choose = stripes.choose
-    patch.setattr(
-        stripes, "_choose",
-        lambda arena, new, kept, floor: choose([slot.pair for slot in arena.slots], new, kept, floor),
-    )  # fmt: skip
 
 
 MUTANTS: dict[str, Callable[[Patch], None]] = {
@@ -477,6 +468,5 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "constants anew": _constants_count_as_kept_for_ever,
     "constants first": _a_rank_commits_without_its_constants,
     "share refused": _a_share_that_was_refused_is_asked_for_again,
-    "parts under way": _a_part_that_comes_later_gives_the_parity_up,
     "begins again": _what_a_job_begins_with_must_be_whole,
 }
