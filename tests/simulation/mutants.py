@@ -381,6 +381,11 @@ def _what_a_job_begins_with_must_be_whole(patch: Patch) -> None:
     patch.setattr(Core, "_fetch_failed", failed)
 
 
+def _who_was_away_hears_nothing_again(patch: Patch) -> None:
+    """Found by the simulation: the coordinator stood still, and nobody ever heard where training begins."""
+    patch.setattr(Start, "send_all_again", lambda self: iter(()))
+
+
 def _words_of_older_placements_are_forgotten(patch: Patch) -> None:
     """Found by the simulation: a coordinator that started again had nothing rebuilt before the end."""
     dump = Protection.dump
@@ -463,6 +468,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "10 drain": _nothing_is_drained_at_the_end,
     "goes back": _memory_is_all_there_is,
     "11": _anybody_writes,
+    "heard again": _who_was_away_hears_nothing_again,
     "old words": _words_of_older_placements_are_forgotten,
     "constants beside": _constants_are_asked_for_where_they_belong_now,
     "constants anew": _constants_count_as_kept_for_ever,

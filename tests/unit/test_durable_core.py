@@ -482,6 +482,24 @@ def test_a_coordinator_that_starts_again_before_training_says_once_more_where_it
     assert it.told(r.LoadShards) == [r.LoadShards("older", 4)]
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_agents_that_were_away_while_the_coordinator_stood_still_hear_once_more_where_training_begins(
+    loaded: bool,
+) -> None:
+    it = loading(((8, "newer"),))
+    for node in range(3 if loaded else 2):
+        it.feed(r.ShardsLoaded(node, "newer", ""))
+    told = r.ResumeAt if loaded else r.LoadShards
+    before = len(it.told(told)), len(it.told(r.Roster))
+    for node in range(3):
+        it.core.node_away(node, it.now)
+    for node in range(3):
+        assert (len(it.told(told)), len(it.told(r.Roster))) == before
+        it.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [10 * node, 10 * node + 1]))
+    assert (len(it.told(told)), len(it.told(r.Roster))) == (before[0] + 1, before[1] + 1)
+    assert it.told(told)[-1] == it.told(told)[0]
+
+
 # ---- no spare, and no way to save
 
 

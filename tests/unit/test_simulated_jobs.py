@@ -58,6 +58,7 @@ MISSED_DURABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "goes back": (16, _NO_COPY),
     "11": (29, ("another owner", "kill node")),
     "begins again": (10, ("damage",)),
+    "heard again": (9452, ()),
 }
 # The same with parity, constants, or failure domains.
 MISSED_SHARDS: dict[str, tuple[int, tuple[str, ...]]] = {
