@@ -147,6 +147,7 @@ class Headquarters:
 
     Args:
         links: by node, its connection.
+        lease: of the durable directory, where it is this job's already.
         seen: called with each event of the job's log.
     """
 
@@ -158,6 +159,7 @@ class Headquarters:
         links: Callable[[int], Link | None],
         all_links: Callable[[], Iterable[Link]],
         seen: Callable[[str, dict[str, Any]], None],
+        lease: DirectoryLease | None = None,
     ) -> None:
         self.world = world
         self.job = job
@@ -170,6 +172,7 @@ class Headquarters:
         self.lives = 0
         self.ended: tuple[int, str] | None = None
         self._enlistment = Enlistment(job, [], "job", 1)
+        self._lease = lease
         self._due = 0.0
         self._asked = 0
         self._tools: dict[str, Callable[[r.InjectReply | r.SpareAdded | None], None]] = {}
@@ -220,15 +223,16 @@ class Headquarters:
             lease = DirectoryLease(store, 0, owner)
             usable = look_again(store, lease, world_size, lambda line: self.world.say("hq", line))
         else:
-            lease = take(store, owner, lambda line: None, self.world.clock)
+            lease = self._lease or take(store, owner, lambda line: None, self.world.clock)
             usable, _ = survey(store, "auto", world_size, -1, True)
+        self._lease = lease
         self._renew(self.process, lease)
         return replace(self.job, durable=replace(spec, complete=usable)), lease
 
     def _renew(self, process: Process, lease: DirectoryLease) -> None:
         """As the thread of `Lease.keep`."""
         with contextlib.suppress(OSError):
-            if not lease.renew():
+            if self.ended is not None or not lease.renew():
                 return
         process.later(BEAT_S, self._renew, process, lease)
 
@@ -244,6 +248,8 @@ class Headquarters:
             coordinator.turn(0.0)
             if coordinator.finished:
                 self.ended = coordinator.end()
+                if self._lease is not None:
+                    self._lease.resign()
                 return
         except _Crash:
             self._crashed()

@@ -33,6 +33,7 @@ from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.placement import agreement
 from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.durable import lease
 from deadpool_megatron.vault import CommitLedger, Vault, Version, is_constants
 from deadpool_megatron.vault.arena import Slot
 from deadpool_megatron.vault.intake import Intake, Intakes
@@ -371,6 +372,11 @@ def _anybody_writes(patch: Patch) -> None:
     patch.setattr(durable, "check_owner", lambda store, job: None)
 
 
+def _nobody_watches_whether_an_owner_lives(patch: Patch) -> None:
+    """Row 11: the second job takes the directory when it has looked twice."""
+    patch.setattr(lease, "WATCH_S", 0.0)
+
+
 def _what_a_job_begins_with_must_be_whole(patch: Patch) -> None:
     """A copy that changes after it was read from the durable directory ends the worker that begins with it."""
     before = Core._fetch_failed
@@ -468,6 +474,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "10 drain": _nothing_is_drained_at_the_end,
     "goes back": _memory_is_all_there_is,
     "11": _anybody_writes,
+    "11 watch": _nobody_watches_whether_an_owner_lives,
     "heard again": _who_was_away_hears_nothing_again,
     "old words": _words_of_older_placements_are_forgotten,
     "constants beside": _constants_are_asked_for_where_they_belong_now,

@@ -33,15 +33,10 @@ class Violation(AssertionError):
 
 
 class DirectoryOracle:
-    """What the durable directory must be able to give.
-
-    Attributes:
-        taken: it is another job's now.
-    """
+    """What the durable directory must be able to give."""
 
     def __init__(self, cluster: Run) -> None:
         self._cluster = cluster
-        self.taken = False
         self._durable: list[tuple[int, str]] = []  # as told, newest first
         self._damaged: set[str] = set()
         self._trouble_until = -1.0
@@ -53,6 +48,10 @@ class DirectoryOracle:
     def damages(self, name: str) -> None:
         """A file of this generation has changed."""
         self._damaged.add(name)
+
+    def found(self, there: DirectoryOracle) -> None:
+        """This job has taken over what another one has left."""
+        self._durable, self._damaged = list(there._durable), set(there._damaged)
 
     def durable(self, generation: int, name: str) -> None:
         """The user is told that a generation is durable."""
@@ -71,7 +70,7 @@ class DirectoryOracle:
 
     def in_peace(self, seconds: float) -> bool:
         """Nothing was wrong with it for so long."""
-        return not self.taken and self._cluster.world.now > self._trouble_until + seconds
+        return not self._cluster.directory.taken and self._cluster.world.now > self._trouble_until + seconds
 
 
 @dataclass(slots=True)
@@ -111,6 +110,7 @@ class Oracle:
         self._trains: dict[tuple[int, int], int] = {}
         self.safe: _Held | None = None
         self.constants_gone = False
+        self._resumed = False  # from a durable generation
         self.committed = -1
         self._since = 0  # iterations in peace since the last commit
         self._ended_at = 0.0  # the last iteration
@@ -192,6 +192,11 @@ class Oracle:
         match event:
             case "training":
                 self.training = True
+                durable = self.directory.whole()
+                if not self._resumed and durable is not None and self._cluster.hq.lives == 1:
+                    raise Violation(f"training begins from zero, and generation {durable} is durable")
+            case "durable_resumed":
+                self._resumed = True
             case "iteration":
                 self.iteration = max(self.iteration, fields["iteration"])
                 self._behind()

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from deadpool_megatron.cluster import records as r
@@ -67,6 +69,10 @@ MISSED_SHARDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "constants first": (372, ()),
     "share refused": (309, ()),
 }
+# The same where another job wants the durable directory.
+MISSED_RIVALS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "11 watch": (4, ()),
+}
 # One run in thousands misses these, so a test of their own holds them: `test_core.py`, `test_known_and_commits.py`,
 # `test_durable_core.py`.
 RARE = {"1 nodes", "refused twice", "margin", "false alarm", "below floor", "looks again", "constants anew"}
@@ -81,11 +87,20 @@ def test_no_fault_breaks_a_promise(batch: int) -> None:
     assert sum(run.code == 0 for run in runs) > _RUNS // 2, "most jobs survive them"
 
 
-@pytest.mark.parametrize("fix", [*MISSED, *MISSED_DURABLE, *MISSED_SHARDS])
-def test_a_fix_that_is_taken_back_is_missed(fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seed, kinds = (MISSED | MISSED_DURABLE | MISSED_SHARDS)[fix]
-    durable = None if fix in MISSED_SHARDS else fix in MISSED_DURABLE
-    profile = Profile(only=kinds, durable=durable, shards=fix in MISSED_SHARDS)
+MODES = {
+    Profile(durable=False, shards=False, rivals=False): MISSED,
+    Profile(durable=True, shards=False, rivals=False): MISSED_DURABLE,
+    Profile(shards=True, rivals=False): MISSED_SHARDS,
+    Profile(durable=True, shards=False, rivals=True): MISSED_RIVALS,
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "fix"), [pytest.param(mode, fix, id=fix) for mode, missed in MODES.items() for fix in missed]
+)
+def test_a_fix_that_is_taken_back_is_missed(mode: Profile, fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed, kinds = MODES[mode][fix]
+    profile = replace(mode, only=kinds)
     assert not simulate(seed, profile).violation
     MUTANTS[fix](monkeypatch)
     assert simulate(seed, profile).violation
@@ -119,7 +134,7 @@ def test_the_log_and_the_metrics_of_a_node_have_every_epoch_that_it_is_in() -> N
 
 
 def test_every_fix_has_a_run() -> None:
-    assert MISSED.keys() | MISSED_DURABLE.keys() | MISSED_SHARDS.keys() | RARE == MUTANTS.keys()
+    assert {fix for missed in MODES.values() for fix in missed} | RARE == MUTANTS.keys()
 
 
 def test_a_seed_is_one_run_to_the_message() -> None:
