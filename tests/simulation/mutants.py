@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.placement import agreement
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import lease
+from deadpool_megatron.observe import RunDirectory
 from deadpool_megatron.vault import CommitLedger, Vault, Version, is_constants
 from deadpool_megatron.vault.arena import Slot
 from deadpool_megatron.vault.intake import Intake, Intakes
@@ -372,6 +374,17 @@ def _anybody_writes(patch: Patch) -> None:
     patch.setattr(durable, "check_owner", lambda store, job: None)
 
 
+def _a_full_run_directory_is_an_error(patch: Patch) -> None:
+    """Row 9: what only observes ends the coordinator."""
+    patch.setattr(RunDirectory, "_trying", lambda self, name: contextlib.nullcontext())
+
+
+def _a_coordinator_cannot_start_again_on_a_full_disk(patch: Patch) -> None:
+    """Found by the simulation: it could not say where it listens, and ended with exit code 2."""
+    job = RunDirectory.job
+    patch.setattr(RunDirectory, "job", lambda self, content, again=False: job(self, content))
+
+
 def _nobody_watches_whether_an_owner_lives(patch: Patch) -> None:
     """Row 11: the second job takes the directory when it has looked twice."""
     patch.setattr(lease, "WATCH_S", 0.0)
@@ -473,6 +486,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "10 spares": _spares_are_no_help_at_the_end,
     "10 drain": _nothing_is_drained_at_the_end,
     "goes back": _memory_is_all_there_is,
+    "9": _a_full_run_directory_is_an_error,
+    "9 again": _a_coordinator_cannot_start_again_on_a_full_disk,
     "11": _anybody_writes,
     "11 watch": _nobody_watches_whether_an_owner_lives,
     "heard again": _who_was_away_hears_nothing_again,

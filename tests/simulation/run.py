@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import random
@@ -21,7 +22,7 @@ from deadpool_megatron.durable.lease import LOOK_S, WATCH_S, Taken, Taking
 from deadpool_megatron.vault import VaultFull
 from simulation.durable import DIRECTORY, LAYOUT, Directory
 from simulation.faults import Faults, Profile
-from simulation.headquarters import Headquarters
+from simulation.headquarters import Headquarters, RunDisk
 from simulation.host import Host
 from simulation.meetings import Meetings
 from simulation.network import Link, Network
@@ -35,6 +36,7 @@ __all__ = ["Outcome", "Run", "Violation", "simulate"]
 DEADLINES = Deadlines(lease=5.0, abort=15.0, build=40.0, form=10.0, join=30.0)
 DURABLE_SHARE = 0.2  # of the runs have a durable directory
 RIVALS_SHARE = 0.1  # of those with a durable directory have another job that wants it
+RUN_DISK_SHARE = 0.1  # write a run directory, on a disk with troubles
 SHARDS_SHARE = 0.1  # have parity, constants or failure domains
 _RIVAL = "rival"
 _LONGEST_S = 900.0  # of virtual time, after which a run hangs
@@ -112,7 +114,14 @@ class Run:
         elif self.job.durable is not None and self.draws.random() < 0.3:
             self._begin_with(self.draws.randint(1, 8))
         self.hq = Headquarters(
-            world, self.job, self.directory, self._link, lambda: [h.link for h in self.hosts], self._event, lease
+            world,
+            self.job,
+            self.directory,
+            self._link,
+            lambda: [h.link for h in self.hosts],
+            self._event,
+            lease,
+            self._draw_run_disk(seed, beside),
         )
         for node in range(self.job.nodes):
             self.add_host(node)
@@ -121,6 +130,22 @@ class Run:
         share = draws.random() < RIVALS_SHARE
         if beside is None and self.job.durable is not None and (profile.rivals or (share and profile.rivals is None)):
             self.rival = Rival(self, seed, profile, draws.uniform(0.0, 40.0))
+
+    def _draw_run_disk(self, seed: int, beside: Run | None) -> RunDisk | None:
+        """In some runs the run directory's file system is full, or read-only, once or for ever; from its own chance."""
+        draws = random.Random(f"disk {seed}")
+        if draws.random() >= RUN_DISK_SHARE or beside is not None:
+            return None
+        disk = RunDisk(draws)
+
+        def trouble(error: int) -> None:
+            disk.error = error
+
+        for at in sorted(draws.uniform(0.2, 15.0) for _ in range(draws.randint(1, 2))):
+            self.anybody.later(at, trouble, draws.choice((errno.ENOSPC, errno.EROFS)))
+            if draws.random() < 0.8:
+                self.anybody.later(at + draws.uniform(0.1, 20.0), trouble, 0)
+        return disk
 
     def _draw_shards(self, profile: Profile, seed: int) -> None:
         """What is kept of a rank, and where; from chance of its own."""
@@ -226,6 +251,8 @@ class Run:
         if hq.ended is not None:
             self.over = True
             oracle.end(*hq.ended)
+            if hq.run_disk is not None and (missing := hq.log.missing()):
+                raise Violation(f"{missing} events of the last coordinator are neither written nor counted")
             for host in self.hosts if self.rival is not None else ():
                 host.die(silently=True)
             return

@@ -47,6 +47,8 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "all back": (26485, ()),
     "one moment": (6526, ()),
     "told before": (1367, ("kill worker", "kill coordinator", "crash coordinator soon")),
+    "9": (1, ()),
+    "9 again": (206, ()),
     "live alone": (44, ("kill worker", "kill node", "slow link")),
 }
 _NO_COPY = ("every copy damaged", "kill node", "lose node", "damaged file", "unreadable directory")
