@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.durable.format import MANIFEST, generation_of
 from deadpool_megatron.vault import Version, constants_of
 from deadpool_megatron.vault.arena import Slot
 from deadpool_megatron.vault.stripes import parts_of
@@ -59,10 +60,11 @@ class DirectoryOracle:
         assert spec is not None
         self._durable = [(generation, name), *self._durable][: spec.keep]
 
-    @property
-    def newest(self) -> int:
-        """The newest generation that the user was told is durable, whatever has become of its files; -1: none."""
-        return self._durable[0][0] if self._durable else -1
+    def made(self, generation: int) -> bool:
+        """This generation, or a newer one, was made durable: the user was told so, or it has its manifest."""
+        names = [name.split("/")[0] for name in self._cluster.directory.data if name.endswith(MANIFEST)]
+        found = [generation_of(name) or -1 for name in names]
+        return max([*found, *(told for told, _ in self._durable)], default=-1) >= generation
 
     def whole(self) -> int | None:
         """The newest generation that is there."""
@@ -412,11 +414,11 @@ class Oracle:
 
     def _drained_at_last(self, message: str) -> None:
         """What is complete in memory is made durable before the job ends without a spare or a checkpoint."""
-        spec, durable = self._cluster.job.durable, self.directory.newest
+        spec = self._cluster.job.durable
         assert spec is not None
         if self.safe is None or self.lost() or not self.directory.in_peace(spec.deadline):
             return
-        if durable < self.safe.generation:
+        if not self.directory.made(self.safe.generation):
             raise Violation(
                 f"ended for want of a spare ({message}), and generation {self.safe.generation} was not made durable"
             )
