@@ -37,7 +37,7 @@ from .store import Store
 
 BEAT_S: Final = 5.0
 WATCH_S: Final = 30.0
-_LOOK_S: Final = 1.0
+LOOK_S: Final = 1.0
 _END_S: Final = 2.0  # for the last word of an owner; a directory that hangs is left as it is
 _NAME: Final = re.compile(r"owner-(\d{6})\.json")
 _BYTES: Final = 1024  # of a file: always the same, so that renewing it never leaves part of an older one
@@ -185,16 +185,20 @@ class Lease:
         self._over.set()
 
         def run() -> None:
-            with contextlib.suppress(OSError):
-                if self._thread is not None:
-                    self._thread.join()
-                if self.renew():
-                    ended = msgspec.structs.replace(self._owner, ended=True)
-                    self._store.overwrite(_name(self._number), _encode(ended))
+            if self._thread is not None:
+                self._thread.join()
+            self.resign()
 
         last = threading.Thread(target=run, name="durable-lease-end", daemon=True)
         last.start()
         last.join(_END_S)
+
+    def resign(self) -> None:
+        """Say that the job is over, if the directory is still its own. Blocks for the disk."""
+        with contextlib.suppress(OSError):
+            if self.renew():
+                ended = msgspec.structs.replace(self._owner, ended=True)
+                self._store.overwrite(_name(self._number), _encode(ended))
 
 
 def take(
@@ -204,7 +208,7 @@ def take(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Lease:
-    """Make the directory this job's; nothing is written before that is allowed. Blocks for the watch if it must.
+    """Make the directory this job's. Blocks for the watch if it must.
 
     Args:
         say: told once, in a line, what is waited for.
@@ -212,25 +216,41 @@ def take(
     Raises:
         Taken: its owner lives; OSError.
     """
-    seen: tuple[int, bytes] | None = None
-    watched, at = 0.0, clock()
-    while True:
+    taking = Taking(store, me, say, clock())
+    while (lease := taking.look(clock())) is None:
+        sleep(LOOK_S)
+    return lease
+
+
+class Taking:
+    """A job makes a directory its own, one look after the other; nothing is written before that is allowed."""
+
+    def __init__(self, store: Store, me: Owner, say: Callable[[str], None], now: float) -> None:
+        self._store = store
+        self._me = me
+        self._say = say
+        self._seen: tuple[int, bytes] | None = None
+        self._watched, self._at = 0.0, now
+
+    def look(self, now: float) -> Lease | None:
+        """Call every `LOOK_S` seconds until it is this job's. Raises `Taken` when its owner lives, OSError."""
+        store = self._store
+        self._watched, self._at = self._watched + min(now - self._at, 2 * LOOK_S), now
         found = _newest(store)
         number, owner = (0, None) if found is None else (found[0], _decode(found[1]))
-        free = found is None or (owner is not None and (owner.ended or owner.job == me.job or owner.dead))
-        if free or (found == seen and watched >= WATCH_S):
-            if store.claim(_name(number + 1), _encode(me)) and (_newest(store) or (0,))[0] == number + 1:
+        free = found is None or (owner is not None and (owner.ended or owner.job == self._me.job or owner.dead))
+        if free or (found == self._seen and self._watched >= WATCH_S):
+            if store.claim(_name(number + 1), _encode(self._me)) and (_newest(store) or (0,))[0] == number + 1:
                 for old in _numbers(store):
                     if old < number:  # the one before stays: who was about to follow it must not find a gap
                         store.remove_file(_name(old))
-                return Lease(store, number + 1, me)
-            seen = None
-        elif found != seen:
-            if found is not None and seen is not None and found[0] == seen[0] and owner is not None:
+                return Lease(store, number + 1, self._me)
+            self._seen = None
+        elif found != self._seen:
+            if found is not None and self._seen is not None and found[0] == self._seen[0] and owner is not None:
                 raise Taken(store.root, owner)
-            if seen is None and owner is not None:
-                say(f"--deadpool-durable-dir {store.root} belongs to {owner}: does it live? Up to {WATCH_S:g} s tell")
-            seen, watched = found, 0.0
-        sleep(_LOOK_S)
-        now = clock()
-        watched, at = watched + min(now - at, 2 * _LOOK_S), now
+            if self._seen is None and owner is not None:
+                line = f"--deadpool-durable-dir {store.root} belongs to {owner}: does it live? Up to {WATCH_S:g} s tell"
+                self._say(line)
+            self._seen, self._watched = found, 0.0
+        return None

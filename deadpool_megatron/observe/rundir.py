@@ -50,12 +50,21 @@ class RunDirectory:
             files = [self.path / name for name in (STATUS, EVENTS, JOB, RECOVERIES)]
             for old in [*(self.path / LOGS).iterdir(), *files]:
                 old.unlink(missing_ok=True)
-        self._events = os.open(self.path / EVENTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._events: int | None = None
+        if fresh:
+            self._open_events()  # else it may have become read-only: what is noted waits
         # Of events, not written yet; may begin in the middle of a line, or end one that a dead writer has left.
         self._waiting = bytearray(b"\n" if _is_cut(self.path / EVENTS) else b"")
         self._dropped = 0
         self._failing: set[str] = set()  # files that could not be written the last time
         self._story = Story()
+        self._job: dict[str, Any] = {}
+
+    def _open_events(self) -> int:
+        if self._events is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._events = os.open(self.path / EVENTS, flags, 0o644)
+        return self._events
 
     def event(self, event: str, **fields: Any) -> None:
         """Append one event with the wall-clock time ``t`` in unix seconds, to be read at once."""
@@ -78,15 +87,15 @@ class RunDirectory:
         if done is not None:
             text = paragraph(done, len(self._story.recoveries), self._story)
             wrapped = textwrap.fill(text, _COLUMNS, break_long_words=False, break_on_hyphens=False)
-            with self._trying(RECOVERIES), open(self.path / RECOVERIES, "a") as f:
-                f.write(wrapped + "\n\n")
+            with self._trying(RECOVERIES):
+                self._append(wrapped + "\n\n")
             print(wrapped, file=sys.stderr, flush=True)
 
     def flush(self) -> None:
         """Write out all events so far."""
         with self._trying(EVENTS):
             while self._waiting:
-                del self._waiting[: os.write(self._events, self._waiting[:_AT_ONCE])]
+                del self._waiting[: self._write(self._waiting[:_AT_ONCE])]
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
                 self.event("unwritten", lines=dropped)
@@ -95,10 +104,25 @@ class RunDirectory:
         """Replace ``status.json`` in one step: a reader sees the old or the new one, never a part."""
         with self._trying(STATUS):
             self._replace(STATUS, status, 0o644)
+        if JOB in self._failing:
+            self.job(self._job, again=True)
 
-    def job(self, job: dict[str, Any]) -> None:
-        """Write ``job.json``, for the owner's eyes only. Raises OSError: without it nobody can reach the job."""
-        self._replace(JOB, job, 0o600)
+    def job(self, job: dict[str, Any], again: bool = False) -> None:
+        """Write ``job.json``, for the owner's eyes only. Raises OSError: without it nobody can reach the job.
+
+        ``again``: that is no reason to end a job that trains; it is tried again with each `status`.
+        """
+        self._job = job
+        with self._trying(JOB) if again else contextlib.nullcontext():
+            self._replace(JOB, job, 0o600)
+
+    def _write(self, data: bytearray) -> int:
+        """Some of it, to the events; how many bytes."""
+        return os.write(self._open_events(), data)
+
+    def _append(self, text: str) -> None:
+        with open(self.path / RECOVERIES, "a") as f:
+            f.write(text)
 
     def _replace(self, name: str, content: dict[str, Any], mode: int) -> None:
         temporary = self.path / f".{name}.{os.getpid()}"
@@ -124,11 +148,14 @@ class RunDirectory:
 
     def close(self) -> None:
         self.flush()
-        os.close(self._events)
+        if self._events is not None:
+            os.close(self._events)
 
 
 def _is_cut(path: Path) -> bool:
     """Whether a file ends in the middle of a line."""
+    if not path.exists():
+        return False
     with open(path, "rb") as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(max(0, size - 1))

@@ -8,8 +8,9 @@ lost owner took when the bytes were captured. Parts are rebuilt in parallel.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import xxhash
 
@@ -98,7 +99,7 @@ def rebuild(
         work = _Rebuild(intake, vault, secret, rank, epoch, coder, patience)
         try:
             first = work.open(parts[0])
-            mine = _mine(first, rank)
+            mine = record_of(first, rank)
             slot = own_slot(intake, vault, rank, version, mine.unique_bytes, mine.small_capacity)
             slot.small[: len(mine.small)] = mine.small
             slot.sums[0] = xxhash.xxh3_64_intdigest(mine.small)
@@ -120,8 +121,8 @@ def rebuild(
         return len(slot.unique) + len(mine.small)
 
 
-def _mine(streams: Sequence[_Stream], rank: int) -> PartOf:
-    """What a keeper of parity knows of the lost shard."""
+def record_of(streams: Sequence[Stream], rank: int) -> PartOf:
+    """What a keeper of parity knows of the lost shard. Raises RebuildFailed."""
     for stream in streams:
         for record in stream.records:
             if record.rank == rank:
@@ -190,25 +191,45 @@ class _Rebuild:
         return _Stream(piece, channel, found, len(chunks), last, records)
 
     def _part(self, slot: Slot, part: int, streams: Sequence[_Stream]) -> None:
-        coder, mine = self._coder, _mine(streams, self._rank)
-        chunks = cut(slot.chunks, part, coder.k)
-        if mine.unique_bytes != len(slot.unique) or len(mine.sums) != len(chunks):
-            raise RebuildFailed(f"the parity of part {part} is of another shard", streams[0].piece.node)
-        for index, expected in zip(chunks, mine.sums, strict=True):
-            shares: dict[int, memoryview] = {}
-            for stream in streams:
-                try:
-                    shares[stream.piece.share] = stream.next(coder.chunk_bytes)
-                except VaultError as err:
-                    node = stream.piece.node
-                    why = f"share {stream.piece.share} of node {node}: {err}"
-                    raise RebuildFailed(why, node, err.broken) from None
-            self._intake.check()
-            into = slot.chunk(index)
-            into[:] = coder.rebuild(part, shares)[: len(into)]
-            if xxhash.xxh3_64_intdigest(into) != expected:
-                raise RebuildFailed(
-                    f"chunk {index} of rank {self._rank} was rebuilt wrong: its shares are not of one generation",
-                    streams[-1].piece.node,
-                )
-            slot.sums[1 + index] = expected
+        decode_part(self._coder, self._rank, slot, part, streams, self._intake.check)
+
+
+class Stream(Protocol):
+    """A share, chunk by chunk."""
+
+    piece: Piece
+    records: list[PartOf]
+
+    def next(self, size: int) -> memoryview:
+        """The next chunk of at most ``size`` bytes, verified; empty when the part has no more. Raises VaultError."""
+
+
+def decode_part(
+    coder: Coder, rank: int, slot: Slot, part: int, streams: Sequence[Stream], check: Callable[[], None]
+) -> None:
+    """Decode one part of ``rank``'s shard into ``slot``, chunk by chunk; ``check`` raises once it is over.
+
+    Raises RebuildFailed, which names the node whose share is of no use.
+    """
+    mine = record_of(streams, rank)
+    chunks = cut(slot.chunks, part, coder.k)
+    if mine.unique_bytes != len(slot.unique) or len(mine.sums) != len(chunks):
+        raise RebuildFailed(f"the parity of part {part} is of another shard", streams[0].piece.node)
+    for index, expected in zip(chunks, mine.sums, strict=True):
+        shares: dict[int, memoryview] = {}
+        for stream in streams:
+            try:
+                shares[stream.piece.share] = stream.next(coder.chunk_bytes)
+            except VaultError as err:
+                node = stream.piece.node
+                why = f"share {stream.piece.share} of node {node}: {err}"
+                raise RebuildFailed(why, node, err.broken) from None
+        check()
+        into = slot.chunk(index)
+        into[:] = coder.rebuild(part, shares)[: len(into)]
+        if xxhash.xxh3_64_intdigest(into) != expected:
+            raise RebuildFailed(
+                f"chunk {index} of rank {rank} was rebuilt wrong: its shares are not of one generation",
+                streams[-1].piece.node,
+            )
+        slot.sums[1 + index] = expected

@@ -33,6 +33,7 @@ from .wire import Channel, Deadlines, accept, check_secret
 _log = logging.getLogger(__name__)
 _CODES = {NotHeld: "not-held", VaultFull: "no-room", ChecksumMismatch: "checksum", DirectFailed: NO_DIRECT}
 _LEVELS = {"not-planned": logging.DEBUG}  # the sender warns if it lasts
+_BY_EPOCH = ("stale-epoch", "not-planned", "wrong-size")  # what is refused as nodes enter an epoch one by one
 
 
 class VaultServer:
@@ -65,9 +66,8 @@ class VaultServer:
         self._deadlines = deadlines or Deadlines()
         self._lock = threading.Lock()
         self._channels: set[Channel] = set()
-        self._stripes = stripes
         self._direct = direct
-        self._keeper = Keeper(vault)
+        self._keeper = Keeper(vault, stripes, self._deadlines.late)
         self._intakes = Intakes()
         self._threads: set[threading.Thread] = set()
         self._pending: set[socket.socket] = set()
@@ -105,12 +105,14 @@ class VaultServer:
 
     def set_epoch(self, epoch: int) -> None:
         """From now on writes of older epochs are refused; those under way are cut off."""
+        if epoch > self._vault.epoch:
+            self._keeper.entered()
         self._vault.set_epoch(epoch)
         self._intakes.end_before(epoch)
 
     @property
     def refusals(self) -> dict[str, int]:
-        """How much was refused so far, by reason."""
+        """How much was refused so far, by reason. What the change of an epoch explains does not count."""
         return {
             "not a member": self.refused_members,
             "stale epoch": self._keeper.refused_epochs,
@@ -184,8 +186,9 @@ class VaultServer:
                 self.mismatches += isinstance(err, ChecksumMismatch)
                 if isinstance(err, VaultFull):
                     self._on_full(str(err))
-                self.misfits += code in ("not-planned", "wrong-size", "protocol")
-                level = _LEVELS.get(code, logging.WARNING)
+                explained = code in _BY_EPOCH and self._keeper.right_elsewhere(frame.epoch)
+                self.misfits += code in ("not-planned", "wrong-size", "protocol") and not explained
+                level = logging.DEBUG if explained else _LEVELS.get(code, logging.WARNING)
                 if isinstance(frame, Fetch) and is_constants(frame.rank) and not frame.parity:
                     level = logging.DEBUG  # most ranks have none
                 _log.log(level, "vault of node %d: %s", self._vault.node, err)
@@ -224,27 +227,10 @@ class VaultServer:
     # ---- keeping parity
 
     def _keep_share(self, channel: Channel, share: Share) -> None:
-        what = f"part {share.part} of rank {share.rank}"
-        self._keeper.check_epoch(share.epoch, what)
-        vault, version = self._vault, Version(share.version_epoch, share.generation)
-        if self._stripes is None:
-            raise Refused("parity is not kept in this job", "not-planned")
-        plan = self._stripes.planned(share.word)
-        wanted = (share.rank, share.unique_bytes, share.chunk_bytes)
-        if share.part >= len(plan.ranks) or wanted != (
-            plan.ranks[share.part], plan.unique_bytes[share.part], vault.chunk_bytes,
-        ):  # fmt: skip
-            raise Refused(f"{what} of {share.unique_bytes} bytes is not what word {share.word:x} has", "not-planned")
-        if share.small_bytes > plan.small_capacity[share.part]:
-            raise Refused(f"{what}: a small state of {share.small_bytes} bytes is larger than planned", "wrong-size")
-        vault.learn(share.kept, share.floor)
+        vault, what = self._vault, f"part {share.part} of rank {share.rank}"
+        stripes = self._keeper.check_share(share)
         with self._writing(channel, (share.word, share.part, share.rank), share.epoch):
-            size = vault.chunk_bytes
-            vault.allocate_parity(share.word, plan.chunks(size) * size, plan.records_bytes(size))
-            arena = vault.arena(share.word, "parity")
-            if arena is None:
-                raise Refused(f"the memory of word {share.word:x} was dropped here just now", "no-room")
-            filling = self._stripes.filling(arena, share.word, version, vault.kept, vault.floor)
+            filling = self._keeper.open_share(share, stripes)
             if filling is None:
                 channel.send(Begun(vault.epoch, True))
                 return

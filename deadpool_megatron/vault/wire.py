@@ -47,12 +47,14 @@ class Deadlines:
         idle: without a byte, while something is due, after which the other side counts as gone.
         backoff: first pause before a failed peer is tried again; doubles up to ``backoff_limit``.
         backoff_limit: longest pause between two tries.
+        late: after an epoch has begun, in which something that was sent before it may still come.
     """
 
     connect: float = 5.0
     idle: float = 10.0
     backoff: float = 0.1
     backoff_limit: float = 2.0
+    late: float = 10.0
 
 
 _encoder = msgspec.msgpack.Encoder()

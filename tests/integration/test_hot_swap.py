@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,35 @@ def test_without_a_spare_the_survivors_save_the_checkpoint_megatron_itself_would
     again = jobs.start(f"dry-loaded-{tensor}", launch_flags(2, slots=tensor), load, script, deadpool=False)
     lines = again.finished().printed(2 * tensor - 1)
     assert sorted(lines) == list(range(saved + 1, 7)) and lines[saved + 1] == want.printed(2 * tensor - 1)[saved + 1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("durable", [False, True])
+def test_what_only_a_spare_has_left_is_saved_before_the_end(jobs: Jobs, durable: bool, tmp_path: Path) -> None:
+    """A spare took over, since a worker had died; both training nodes are lost before the next commit."""
+    flags = with_value(tiny_gpt("none", iters=40), "--tensor-model-parallel-size", 1)
+    flags += ["--deadpool-snapshot-interval", "6"]
+    where = ["--deadpool-durable-dir", str(tmp_path / "durable")] if durable else ["--save", str(tmp_path / "saved")]
+    name = f"spare-{'durable' if durable else 'saved'}"
+    job = jobs.start(name, launch_flags(3, spares=1, slots=1), [*flags, *where, "--save-interval", "100"])
+    job.until("a commit", lambda: [e for e in job.events("committed") if e["iteration"]])
+    os.kill(job.pids()[0], signal.SIGKILL)
+    job.until_event("resumed", epoch=1)
+    job.kill_node(1, 2)
+    generation = _committed_before(job, 2)
+    assert job.wait() == (Exit.NO_SPARE if durable else Exit.NO_SPARE_SAVED)
+    assert job.events("agreed")[-1]["iteration"] == generation and job.events("declared")[-1]["nodes"] == [0]
+    if not durable:
+        assert int((tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text()) == generation
+        return
+    assert f"generation {generation} is durable" in job.output
+    again = jobs.start(f"{name}-again", launch_flags(2, slots=1), [*flags, *where, "--deadpool-resume", "auto"])
+    again.finished()
+    assert again.events("durable_resumed")[0]["iteration"] == generation
+    want = jobs.start(f"{name}-undisturbed", launch_flags(2, slots=1), flags).finished().printed(1)
+    lines = again.printed(1)
+    assert sorted(lines) == list(range(generation + 1, 41)) and lines[40] == want[40]
 
 
 @pytest.mark.timeout(200)

@@ -9,13 +9,24 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from deadpool_bench.control_plane.etcd import EtcdMembers
-from deadpool_megatron.cluster.store import Deposed, EmbeddedStore, EtcdStore, Guard, Store, StoreError
+from deadpool_megatron.cluster.coordinator.saved_state import Memory
+from deadpool_megatron.cluster.store import (
+    Deposed,
+    EmbeddedStore,
+    Entry,
+    EtcdStore,
+    Guard,
+    Lease,
+    Store,
+    StoreDamaged,
+    StoreError,
+)
 from etcds import need_etcd
 from waiting import until
 
@@ -417,3 +428,45 @@ def test_tls_and_a_password_are_asked_for_and_wrong_ones_are_refused_in_one_line
             assert "\n" not in str(caught.value) and "right" not in str(caught.value)
     finally:
         members.end()
+
+
+class _Full(EmbeddedStore):
+    """As on a disk that is full, or read-only, for so many operations."""
+
+    left = 3
+
+    def get(self, key: str) -> Entry | None:
+        self._refuse()
+        return super().get(key)
+
+    def put(self, values: Mapping[str, bytes], lease: Lease | None = None, guard: Guard | None = None) -> int:
+        self._refuse()
+        return super().put(values, lease, guard)
+
+    def _refuse(self) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            raise StoreError("no space left on device")
+
+
+def test_a_coordinator_that_starts_again_waits_for_a_store_that_has_no_room(tmp_path: Path) -> None:
+    term = Guard("leader", EmbeddedStore(tmp_path).compare_and_set("leader", 0, b"1"))
+    Memory(EmbeddedStore(tmp_path), term).write({"now": {"epoch": 3}})
+    full = _Full(tmp_path)
+    with pytest.raises(StoreError):
+        Memory(full, term).publish_place("host", 1, 2, "job", again=False)
+    memory = Memory(full, term)
+    assert (memory.read() or {})["now"] == {"epoch": 3} and full.left < 0
+    full.left = 2
+    memory.publish_place("host", 1, 2, "job", again=True)
+    assert full.left < 0 and EmbeddedStore(tmp_path).get("coordinator") is not None
+
+
+def test_a_coordinator_does_not_wait_for_a_store_that_is_damaged(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path)
+    term = Guard("leader", store.compare_and_set("leader", 0, b"1"))
+    Memory(store, term).write({"now": {"epoch": 3}})
+    for copy in tmp_path.glob("copy.*"):
+        copy.write_bytes(b"\x00" * 64)
+    with pytest.raises(StoreDamaged, match="remove this directory"):
+        Memory(EmbeddedStore(tmp_path), term).read()

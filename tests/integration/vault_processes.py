@@ -42,7 +42,7 @@ def content(seed: int, size: int) -> np.ndarray:
 
 class _Node:
     def __init__(self, number: int, chunk_bytes: int, direct: bool, patience_s: float) -> None:
-        self.deadlines = Deadlines(connect=patience_s, idle=patience_s, backoff=0.02, backoff_limit=0.1)
+        self.deadlines = Deadlines(connect=patience_s, idle=patience_s, backoff=0.02, backoff_limit=0.1, late=0.0)
         self.direct = Direct(f"node-{number}-{os.getpid()}") if direct else None
         self.vault = Vault(f"d{os.getppid()}", number, chunk_bytes=chunk_bytes)
         self.server = VaultServer(self.vault, SECRET, "127.0.0.1", deadlines=self.deadlines, direct=self.direct)

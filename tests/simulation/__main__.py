@@ -27,8 +27,15 @@ def main() -> int:
     parser.add_argument("--without", choices=MUTANTS, help="take this fix back first; stop at the first violation")
     parser.add_argument("--only", action="append", default=[], metavar="KIND", help="draw only this kind of faults")
     parser.add_argument("--durable", action="store_true", help="give every run a durable directory")
+    parser.add_argument("--rivals", action="store_true", help="another job wants each durable directory")
+    parser.add_argument("--shards", action="store_true", help="give every run parity, constants or failure domains")
     args = parser.parse_args()
-    profile = Profile(only=tuple(args.only), durable=args.durable or None)
+    profile = Profile(
+        only=tuple(args.only),
+        durable=args.durable or None,
+        shards=args.shards or None,
+        rivals=args.rivals or None,
+    )
     with pytest.MonkeyPatch.context() as patch:
         if args.without:
             MUTANTS[args.without](patch)

@@ -29,7 +29,7 @@ from deadpool_megatron.durable import (
 )
 from deadpool_megatron.durable.files import prune, read_layout, remove_attempt, seal, write_layout, write_shard
 from deadpool_megatron.durable.format import MANIFEST, generation_of
-from deadpool_megatron.durable.lease import Owner, _encode, check_owner
+from deadpool_megatron.durable.lease import Owner, _decode, _encode, check_owner
 from deadpool_megatron.durable.staging import Staging
 from deadpool_megatron.durable.store import Store
 from deadpool_megatron.vault import VaultError, Version
@@ -72,15 +72,30 @@ class Directory(Store):
         full: nothing more can be written.
         unreadable: nothing can be read.
         slow: seconds that each operation takes, at most.
-        taken: it is another job's.
+        beat_at: by job, when it renewed its ownership the last time.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, job: str, there: Directory | None = None) -> None:
+        """``there``: the same directory as another job sees it."""
         self.root = DIRECTORY
-        self.data: dict[str, bytes] = {}
+        self.data: dict[str, bytes] = {} if there is None else there.data
+        self.beat_at: dict[str, float] = {} if there is None else there.beat_at
+        self._world = world
+        self._job = job
         self.full = self.unreadable = False
         self.slow = 0.05
-        self.taken = False
+
+    @property
+    def owner(self) -> Owner | None:
+        """Whose it is."""
+        newest = max(self.files(), default=None)
+        return None if newest is None else _decode(self.data[newest])
+
+    @property
+    def taken(self) -> bool:
+        """It is another job's."""
+        owner = self.owner
+        return owner is not None and owner.job != self._job
 
     def check(self) -> None:
         return
@@ -108,16 +123,18 @@ class Directory(Store):
         if name in self.data:
             return False
         self.data[name] = data
+        self.beat_at[self._job] = self._world.now
         return True
 
     def overwrite(self, name: str, data: bytes) -> None:
         if name not in self.data:
             raise FileNotFoundError(errno.ENOENT, "No such file", name)
         self.data[name] = data
+        self.beat_at[self._job] = self._world.now
 
     def changes(self, name: str) -> None:
         """A generation appears, or goes."""
-        if self.taken and name.endswith(MANIFEST):
+        if name.endswith(MANIFEST) and self.taken:
             raise AssertionError(f"{name} is written or removed in another job's directory")
 
     def remove_file(self, name: str) -> None:

@@ -26,11 +26,15 @@ class Profile:
         most: faults of one run.
         only: kinds that are drawn; none named: all.
         durable: every run has a durable directory, or none has; None: drawn.
+        shards: the same of parity, constants and failure domains.
+        rivals: the same of another job that wants the durable directory.
     """
 
     most: int = 8
     only: tuple[str, ...] = ()
     durable: bool | None = None
+    shards: bool | None = None
+    rivals: bool | None = None
 
 
 _WHEN = ("started", "committed", "committed", "committed", "iteration", "declared", "agreed", "resumed")
@@ -150,7 +154,6 @@ class Faults:
         directory = self._cluster.directory
         number = max((int(name[6:12]) for name in directory.files()), default=0) + 1
         directory.claim(f"owner-{number:06d}.json", OTHER_JOB)
-        directory.taken = self._cluster.oracle.directory.taken = True
 
     def _damage_every_copy(self) -> None:
         """Of one rank, whose worker dies: only the durable directory can help, which may not be readable at once."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from deadpool_megatron.cluster import records as r
@@ -20,11 +23,12 @@ from deadpool_megatron.durable import this_process
 from deadpool_megatron.durable.lease import BEAT_S, take
 from deadpool_megatron.durable.start import look_again, survey
 from deadpool_megatron.observe import RunDirectory
+from deadpool_megatron.observe.recoveries import Story
 from simulation.durable import Directory
 from simulation.network import Link
 from simulation.world import Process, World
 
-__all__ = ["Headquarters"]
+__all__ = ["Headquarters", "RunDisk"]
 
 SECRET = bytes(32)
 _GUARD = Guard("leader", 1)
@@ -120,26 +124,93 @@ class _Hub(Hub):
         return
 
 
-class _Log(RunDirectory):
-    """Events go to whoever judges the run."""
+class RunDisk:
+    """The file system of the run directory.
 
-    def __init__(self, seen: Callable[[str, dict[str, Any]], None]) -> None:
+    Attributes:
+        error: with which nothing can be written; 0: all can.
+        events: the file's bytes, of all lives of the coordinator.
+    """
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+        self.error = 0
+        self.events = bytearray()
+
+    def check(self) -> None:
+        """Raises OSError."""
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+
+    def write(self, data: bytearray) -> int:
+        """A part of it fits, perhaps."""
+        self.check()
+        count = len(data) if self._chance.random() < 0.9 else self._chance.randint(1, len(data))
+        self.events += data[:count]
+        return count
+
+
+class _Log(RunDirectory):
+    """Events go to whoever judges the run, and, with a disk, to a file of it as in production."""
+
+    def __init__(self, seen: Callable[[str, dict[str, Any]], None], disk: RunDisk | None) -> None:
         self._seen = seen
+        self._disk = disk
+        self.noted = self._dropped = 0
+        self.path = Path("run")
+        self._waiting = bytearray()
+        self._failing = set()
+        self._story = Story()
+        self._job = {}
+        if disk is not None:
+            self.begun = len(disk.events)
+            self._waiting += b"\n" if disk.events and not disk.events.endswith(b"\n") else b""
 
     def note(self, event: str, **fields: Any) -> None:
         self._seen(event, fields)
+        if self._disk is not None:
+            self.noted += 1
+            super().note(event, **fields)
 
     def flush(self) -> None:
-        return
+        if self._disk is not None:
+            super().flush()
 
     def status(self, status: dict[str, Any]) -> None:
-        return
+        if self._disk is not None:
+            super().status(status)
 
-    def job(self, job: dict[str, Any]) -> None:
-        return
+    def _write(self, data: bytearray) -> int:
+        assert self._disk is not None
+        return self._disk.write(data)
+
+    def _append(self, text: str) -> None:
+        assert self._disk is not None
+        self._disk.check()
+
+    def _replace(self, name: str, content: dict[str, Any], mode: int) -> None:
+        if self._disk is not None:
+            self._disk.check()
 
     def close(self) -> None:
         return
+
+    def missing(self) -> int:
+        """Events of this life that are neither in the file nor counted as dropped, once there is room."""
+        assert self._disk is not None
+        self._disk.error = 0
+        self.flush()
+        lines = [json.loads(line) for line in bytes(self._disk.events[self.begun :]).split(b"\n")[1:-1] if line]
+        first = bytes(self._disk.events[self.begun :]).split(b"\n")[0]
+        whole = len(lines) + bool(first and self._is_event(first))
+        dropped = sum(line["lines"] for line in lines if line["event"] == "unwritten")
+        return self.noted - whole - dropped
+
+    @staticmethod
+    def _is_event(line: bytes) -> bool:
+        with contextlib.suppress(ValueError):
+            return "event" in json.loads(line)
+        return False
 
 
 class Headquarters:
@@ -147,6 +218,8 @@ class Headquarters:
 
     Args:
         links: by node, its connection.
+        lease: of the durable directory, where it is this job's already.
+        run_disk: of the run directory; None: nothing is written.
         seen: called with each event of the job's log.
     """
 
@@ -158,6 +231,8 @@ class Headquarters:
         links: Callable[[int], Link | None],
         all_links: Callable[[], Iterable[Link]],
         seen: Callable[[str, dict[str, Any]], None],
+        lease: DirectoryLease | None = None,
+        run_disk: RunDisk | None = None,
     ) -> None:
         self.world = world
         self.job = job
@@ -170,6 +245,8 @@ class Headquarters:
         self.lives = 0
         self.ended: tuple[int, str] | None = None
         self._enlistment = Enlistment(job, [], "job", 1)
+        self._lease = lease
+        self.run_disk = run_disk
         self._due = 0.0
         self._asked = 0
         self._tools: dict[str, Callable[[r.InjectReply | r.SpareAdded | None], None]] = {}
@@ -189,6 +266,7 @@ class Headquarters:
         self.hub = _Hub(self._links, self._answered)
         settings = CoordinatorSettings("hq", "hq", 1, SECRET, "", 1, "job", resume=self.lives > 0)
         job, lease = self._with_directory()
+        self.log = log = _Log(self._seen, self.run_disk)
         self.lives += 1
         self.coordinator = Coordinator(
             job,
@@ -197,7 +275,7 @@ class Headquarters:
             self.disk,
             _GUARD,
             self.hub,
-            _Log(self._seen),
+            log,
             self.world.clock,
             self.world.chance,
             lease=lease,
@@ -220,15 +298,16 @@ class Headquarters:
             lease = DirectoryLease(store, 0, owner)
             usable = look_again(store, lease, world_size, lambda line: self.world.say("hq", line))
         else:
-            lease = take(store, owner, lambda line: None, self.world.clock)
+            lease = self._lease or take(store, owner, lambda line: None, self.world.clock)
             usable, _ = survey(store, "auto", world_size, -1, True)
+        self._lease = lease
         self._renew(self.process, lease)
         return replace(self.job, durable=replace(spec, complete=usable)), lease
 
     def _renew(self, process: Process, lease: DirectoryLease) -> None:
         """As the thread of `Lease.keep`."""
         with contextlib.suppress(OSError):
-            if not lease.renew():
+            if self.ended is not None or not lease.renew():
                 return
         process.later(BEAT_S, self._renew, process, lease)
 
@@ -244,6 +323,8 @@ class Headquarters:
             coordinator.turn(0.0)
             if coordinator.finished:
                 self.ended = coordinator.end()
+                if self._lease is not None:
+                    self._lease.resign()
                 return
         except _Crash:
             self._crashed()

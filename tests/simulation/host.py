@@ -177,7 +177,7 @@ class Host:
             abort_deadline=job.deadlines.abort, build_deadline=job.deadlines.build,
         )  # fmt: skip
         settings = AgentSettings(
-            config, "sim", node, job.slots_per_node, job.active_nodes, self.name, "hq:1", bytes(32)
+            config, cluster.name, node, job.slots_per_node, job.active_nodes, self.name, "hq:1", bytes(32)
         )
         known = self.known = KnownJob(node, job.active_nodes, job.slots_per_node, Scheme.parse(job.redundancy))
         self.shards = SimulatedShards(self)

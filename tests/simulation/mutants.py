@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import msgspec
 import pytest
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agent import commits
+from deadpool_megatron.cluster.agent import commits, shards
 from deadpool_megatron.cluster.agent import durable as node_durable
 from deadpool_megatron.cluster.agent.commits import Commits
 from deadpool_megatron.cluster.agent.fence import Fence
@@ -26,13 +27,16 @@ from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.observations import Observations
 from deadpool_megatron.cluster.core.planned_moves import Drains
 from deadpool_megatron.cluster.core.progress import Progress
+from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.start import Start
 from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.placement import agreement
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.vault import CommitLedger, Vault, Version
+from deadpool_megatron.durable import lease
+from deadpool_megatron.observe import RunDirectory
+from deadpool_megatron.vault import CommitLedger, Vault, Version, is_constants
 from deadpool_megatron.vault.arena import Slot
 from deadpool_megatron.vault.intake import Intake, Intakes
 from simulation import durable, vaults
@@ -349,6 +353,12 @@ def _what_is_durable_is_looked_up_alone(patch: Patch) -> None:
     patch.setattr(Durability, "dump", lambda self: [])
 
 
+def _spares_are_no_help_at_the_end(patch: Patch) -> None:
+    """Row 10: what only a spare still has, from when it was none, is gone when the job ends."""
+    rescue = Recoveries._rescue
+    patch.setattr(Recoveries, "_rescue", lambda self, there: rescue(self, there & set(self._state.members.active())))
+
+
 def _nothing_is_drained_at_the_end(patch: Patch) -> None:
     """Row 10: a job without a spare or a checkpoint ends with what is in memory."""
     patch.setattr(Durability, "can_drain", property(lambda self: False))
@@ -364,6 +374,22 @@ def _anybody_writes(patch: Patch) -> None:
     patch.setattr(durable, "check_owner", lambda store, job: None)
 
 
+def _a_full_run_directory_is_an_error(patch: Patch) -> None:
+    """Row 9: what only observes ends the coordinator."""
+    patch.setattr(RunDirectory, "_trying", lambda self, name: contextlib.nullcontext())
+
+
+def _a_coordinator_cannot_start_again_on_a_full_disk(patch: Patch) -> None:
+    """Found by the simulation: it could not say where it listens, and ended with exit code 2."""
+    job = RunDirectory.job
+    patch.setattr(RunDirectory, "job", lambda self, content, again=False: job(self, content))
+
+
+def _nobody_watches_whether_an_owner_lives(patch: Patch) -> None:
+    """Row 11: the second job takes the directory when it has looked twice."""
+    patch.setattr(lease, "WATCH_S", 0.0)
+
+
 def _what_a_job_begins_with_must_be_whole(patch: Patch) -> None:
     """A copy that changes after it was read from the durable directory ends the worker that begins with it."""
     before = Core._fetch_failed
@@ -372,6 +398,53 @@ def _what_a_job_begins_with_must_be_whole(patch: Patch) -> None:
         return iter(()) if self._state.phase is Phase.STARTING else before(self, record)
 
     patch.setattr(Core, "_fetch_failed", failed)
+
+
+def _who_was_away_hears_nothing_again(patch: Patch) -> None:
+    """Found by the simulation: the coordinator stood still, and nobody ever heard where training begins."""
+    patch.setattr(Start, "send_all_again", lambda self: iter(()))
+
+
+def _words_of_older_placements_are_forgotten(patch: Patch) -> None:
+    """Found by the simulation: a coordinator that started again had nothing rebuilt before the end."""
+    dump = Protection.dump
+    patch.setattr(Protection, "dump", lambda self: dump(self) | {"words": []})
+
+
+def _constants_are_asked_for_where_they_belong_now(patch: Patch) -> None:
+    """With failure domains a swap may move a rank's keepers: the ones of before have its constants."""
+    patch.setattr(shards, "nodes_with_constants", lambda parts, k: [])
+
+
+def _constants_count_as_kept_for_ever(patch: Patch) -> None:
+    """They are where they belonged in the epoch before."""
+    restart = Commits.restart
+
+    def before(self: Commits) -> None:
+        safe = set(self._safe)
+        restart(self)
+        self._safe |= safe
+
+    patch.setattr(Commits, "restart", before)
+
+
+def _a_rank_commits_without_its_constants(patch: Patch) -> None:
+    """What a spare gets of it is of no use."""
+    patch.setattr(Commits, "due", lambda self, event: [] if is_constants(event.rank) else [event])
+
+
+def _a_share_that_was_refused_is_asked_for_again(patch: Patch) -> None:
+    """Parity: a share whose bytes have changed is as good as any other."""
+    of = agreement._Shares._of
+
+    def before(self: Any, *args: Any) -> Any:
+        refused, self._refused = self._refused, frozenset()
+        try:
+            return of(self, *args)
+        finally:
+            self._refused = refused
+
+    patch.setattr(agreement._Shares, "_of", before)
 
 
 MUTANTS: dict[str, Callable[[Patch], None]] = {
@@ -410,8 +483,18 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "no spare": _why_nothing_goes_on_is_forgotten,
     "no source": _a_failed_read_is_taken_for_nonsense,
     "looks again": _what_is_durable_is_looked_up_alone,
+    "10 spares": _spares_are_no_help_at_the_end,
     "10 drain": _nothing_is_drained_at_the_end,
     "goes back": _memory_is_all_there_is,
+    "9": _a_full_run_directory_is_an_error,
+    "9 again": _a_coordinator_cannot_start_again_on_a_full_disk,
     "11": _anybody_writes,
+    "11 watch": _nobody_watches_whether_an_owner_lives,
+    "heard again": _who_was_away_hears_nothing_again,
+    "old words": _words_of_older_placements_are_forgotten,
+    "constants beside": _constants_are_asked_for_where_they_belong_now,
+    "constants anew": _constants_count_as_kept_for_ever,
+    "constants first": _a_rank_commits_without_its_constants,
+    "share refused": _a_share_that_was_refused_is_asked_for_again,
     "begins again": _what_a_job_begins_with_must_be_whole,
 }

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.vault import Version
+from deadpool_megatron.durable.format import MANIFEST, generation_of
+from deadpool_megatron.vault import Version, constants_of
 from deadpool_megatron.vault.arena import Slot
+from deadpool_megatron.vault.stripes import parts_of
 
 if TYPE_CHECKING:
     from simulation.host import Host
@@ -29,15 +34,10 @@ class Violation(AssertionError):
 
 
 class DirectoryOracle:
-    """What the durable directory must be able to give.
-
-    Attributes:
-        taken: it is another job's now.
-    """
+    """What the durable directory must be able to give."""
 
     def __init__(self, cluster: Run) -> None:
         self._cluster = cluster
-        self.taken = False
         self._durable: list[tuple[int, str]] = []  # as told, newest first
         self._damaged: set[str] = set()
         self._trouble_until = -1.0
@@ -50,16 +50,21 @@ class DirectoryOracle:
         """A file of this generation has changed."""
         self._damaged.add(name)
 
+    def found(self, there: DirectoryOracle) -> None:
+        """This job has taken over what another one has left."""
+        self._durable, self._damaged = list(there._durable), set(there._damaged)
+
     def durable(self, generation: int, name: str) -> None:
         """The user is told that a generation is durable."""
         spec = self._cluster.job.durable
         assert spec is not None
         self._durable = [(generation, name), *self._durable][: spec.keep]
 
-    @property
-    def newest(self) -> int:
-        """The newest generation that the user was told is durable, whatever has become of its files; -1: none."""
-        return self._durable[0][0] if self._durable else -1
+    def made(self, generation: int) -> bool:
+        """This generation, or a newer one, was made durable: the user was told so, or it has its manifest."""
+        names = [name.split("/")[0] for name in self._cluster.directory.data if name.endswith(MANIFEST)]
+        found = [generation_of(name) or -1 for name in names]
+        return max([*found, *(told for told, _ in self._durable)], default=-1) >= generation
 
     def whole(self) -> int | None:
         """The newest generation that is there."""
@@ -67,7 +72,21 @@ class DirectoryOracle:
 
     def in_peace(self, seconds: float) -> bool:
         """Nothing was wrong with it for so long."""
-        return not self.taken and self._cluster.world.now > self._trouble_until + seconds
+        return not self._cluster.directory.taken and self._cluster.world.now > self._trouble_until + seconds
+
+
+@dataclass(slots=True)
+class _Held:
+    """Where the newest committed generation is, as vaults had it when it was.
+
+    Attributes:
+        copies: by rank, (node, kind, slot, turn).
+        words: by the ranks of a word, what is kept of its parity: (row, node, slot, turn).
+    """
+
+    generation: int
+    copies: dict[int, list[tuple[int, str, Slot, int]]] = field(default_factory=dict)
+    words: dict[tuple[int, ...], list[tuple[int, int, Slot, int]]] = field(default_factory=dict)
 
 
 class Oracle:
@@ -82,6 +101,7 @@ class Oracle:
         world_size = cluster.job.world_size
         self._values = [[rank * 7919 + 1 for rank in range(world_size)]]
         self.hurt: dict[int, str] = {}
+        self._rows: dict[int, int] = {}  # by word
         self.directory = DirectoryOracle(cluster)
         self._goes_back: int | None = None  # to this durable generation
         self._drained: set[int] = set()  # and replaced
@@ -90,7 +110,9 @@ class Oracle:
         self._deaths: Counter[int] = Counter()
         self._broken: dict[tuple[int, int], Slot] = {}  # by slot and turn
         self._trains: dict[tuple[int, int], int] = {}
-        self.safe: tuple[int, dict[int, list[tuple[int, str, Any, int]]]] | None = None
+        self.safe: _Held | None = None
+        self.constants_gone = False
+        self._resumed = False  # from a durable generation
         self.committed = -1
         self._since = 0  # iterations in peace since the last commit
         self._ended_at = 0.0  # the last iteration
@@ -172,6 +194,11 @@ class Oracle:
         match event:
             case "training":
                 self.training = True
+                durable = self.directory.whole()
+                if not self._resumed and durable is not None and self._cluster.hq.lives == 1:
+                    raise Violation(f"training begins from zero, and generation {durable} is durable")
+            case "durable_resumed":
+                self._resumed = True
             case "iteration":
                 self.iteration = max(self.iteration, fields["iteration"])
                 self._behind()
@@ -232,44 +259,85 @@ class Oracle:
             raise Violation(f"{_FEW} iterations in peace, and nothing was committed since generation {self.committed}")
 
     def _committed(self, version: Version) -> None:
-        cluster, generation = self._cluster, version.generation
-        holders: dict[int, list[tuple[int, str, Any, int]]] = {}
-        for rank in range(cluster.job.world_size):
-            holders[rank] = [
-                (host.node, arena.info.kind, slot, slot.turn)
-                for host in cluster.hosts
-                for arena in host.shards.vault.arenas()
-                if arena.info.rank == rank
-                for slot in arena.slots
-                if slot.complete and slot.version == version
-            ]  # fmt: skip
-            if not holders[rank]:
+        generation = version.generation
+        held = self._held(generation, lambda host, there: there == version)
+        for rank in range(self._cluster.job.world_size):
+            if rank not in held.copies:
                 raise Violation(f"generation {generation} is committed, and nobody has it of rank {rank}")
-        self.safe = generation, holders
+        self.safe = held
         self.committed, self._since = generation, 0
+
+    def _held(self, generation: int, wanted: Callable[[Host, Version], bool]) -> _Held:
+        """What vaults have of a generation."""
+        held = _Held(generation)
+        for host in self._cluster.hosts:
+            for arena in host.shards.vault.arenas():
+                for slot in arena.slots if not arena.info.constant else ():
+                    version = slot.version
+                    if not slot.complete or version is None or not wanted(host, version):
+                        continue
+                    where = host.node, arena.info.kind, slot, slot.turn
+                    if arena.info.kind == "parity":
+                        ranks = tuple(each.rank for each in parts_of(bytes(slot.small[: slot.small_bytes])))
+                        row = self._rows.get(arena.info.rank)
+                        if row is not None:
+                            held.words.setdefault(ranks, []).append((row, host.node, slot, slot.turn))
+                    else:
+                        held.copies.setdefault(arena.info.rank, []).append(where)
+        return held
 
     def _moves_on(self, generation: int) -> None:
         """What is agreed takes the place of what was committed where vaults have all of it: that may be overwritten."""
-        holders: dict[int, list[tuple[int, str, Slot, int]]] = {}
-        for host in self._cluster.hosts:
-            for arena in host.shards.vault.arenas() if not self._gone(host.node) else ():
-                for slot in arena.slots:
-                    version = slot.version
-                    if slot.complete and version is not None and version.generation == generation:
-                        holders.setdefault(arena.info.rank, []).append((host.node, arena.info.kind, slot, slot.turn))
-        if holders.keys() >= set(range(self._cluster.job.world_size)):
-            self.safe = generation, holders
+        held = self._held(
+            generation, lambda host, version: version.generation == generation and not self._gone(host.node)
+        )
+        if held.copies.keys() >= set(range(self._cluster.job.world_size)):
+            self.safe = held
 
     def lost(self) -> str:
         """Why the newest committed generation may be given up; empty: it may not."""
         if self.safe is None:
             return "nothing was committed"
-        generation, holders = self.safe
-        for rank, copies in holders.items():
-            left = [node for node, _, slot, turn in copies if not self._gone(node) and self._whole(slot, turn)]
-            if not left:
-                return f"every holder of rank {rank} of generation {generation} is gone or damaged"
+        held = self.safe
+        for rank, copies in held.copies.items():
+            left = [node for node, _, slot, turn in copies if self._good(node, slot, turn)]
+            if not left and not self._from_parity(held, rank):
+                return f"every holder of rank {rank} of generation {held.generation} is gone or damaged"
         return ""
+
+    def _good(self, node: int, slot: Slot, turn: int) -> bool:
+        return not self._gone(node) and self._whole(slot, turn)
+
+    def _from_parity(self, held: _Held, rank: int) -> bool:
+        """For each part of a rank's shard a word has as many shares left as it takes."""
+        parts = {ranks.index(rank): False for ranks in held.words if rank in ranks}
+        for ranks, rows in held.words.items():
+            if rank not in ranks:
+                continue
+            own = [
+                any(kind == "own" and self._good(node, slot, turn) for node, kind, slot, turn in held.copies[other])
+                for other in ranks
+                if other != rank
+            ]
+            parity = {row for row, node, slot, turn in rows if self._good(node, slot, turn)}
+            parts[ranks.index(rank)] |= sum(own) + len(parity) >= len(ranks)
+        return bool(parts) and len(parts) == Scheme.parse(self._cluster.job.redundancy).k and all(parts.values())
+
+    def planned(self, host: Host) -> None:
+        """A node keeps parity: of which row each word is."""
+        if host.shards.stripes is not None:
+            self._rows |= {word: plan.row for word, plan in host.shards.stripes.plans.items()}
+
+    def without_constants(self, rank: Rank) -> None:
+        """A worker that takes over cannot have what never changes of its rank."""
+        assert rank.rank is not None
+        holder = constants_of(rank.rank)
+        for host in self._cluster.hosts:
+            there = host.shards.vault.arenas() if host.node not in self.hurt and host.alive else ()
+            for slot in (arena.slots[0] for arena in there if arena.info.rank == holder):
+                if slot.complete and self._whole(slot, slot.turn):
+                    raise Violation(f"rank {rank.rank} is without its constants, which node {host.node} has")
+        self.constants_gone = True
 
     def _gone(self, node: int) -> bool:
         """Its copies are; a node that is drained has them until it leaves."""
@@ -305,16 +373,18 @@ class Oracle:
             raise Violation(f"node {host.node} is not drained ({error}), and node {spares[0].node} is a spare")
 
     def _agreed(self, generation: int) -> None:
-        if self.safe is not None and generation < self.safe[0]:
+        if self.safe is not None and generation < self.safe.generation:
             why = self.lost()
             if not why:
-                raise Violation(f"back to generation {generation}, although {self.safe[0]} was committed and is there")
+                raise Violation(
+                    f"back to generation {generation}, although {self.safe.generation} was committed and is there"
+                )
             self.given_up += 1
             self.safe = None
             durable = self.directory.whole()
             if self._goes_back == generation and durable is not None and generation < durable:
                 raise Violation(f"back to durable generation {generation}, although {durable} is there")
-        elif self.safe is not None and generation > self.safe[0]:
+        elif self.safe is not None and generation > self.safe.generation:
             self._moves_on(generation)
         self._since = 0
 
@@ -344,21 +414,20 @@ class Oracle:
 
     def _drained_at_last(self, message: str) -> None:
         """What is complete in memory is made durable before the job ends without a spare or a checkpoint."""
-        spec, durable = self._cluster.job.durable, self.directory.newest
+        spec = self._cluster.job.durable
         assert spec is not None
-        left = [node for node in self._healthy() if self._cluster.at(f"n{node}").known.ranks]
-        if self.safe is None or self.lost() or not self.directory.in_peace(spec.deadline) or not left:
+        if self.safe is None or self.lost() or not self.directory.in_peace(spec.deadline):
             return
-        if durable < self.safe[0]:
+        if not self.directory.made(self.safe.generation):
             raise Violation(
-                f"ended for want of a spare ({message}), and generation {self.safe[0]} was not made durable"
+                f"ended for want of a spare ({message}), and generation {self.safe.generation} was not made durable"
             )
 
     def end(self, code: int, message: str) -> None:
         """The job has ended: is that covered by what happened?"""
         cluster = self._cluster
         healthy = self._healthy()
-        if code and message.startswith((";", ",")):
+        if code and message.startswith((";", ",", " ")):
             raise Violation(f"ended with {code}, and nothing says why: {message}")
         if code == 0:
             for rank in range(cluster.job.world_size):
@@ -372,10 +441,14 @@ class Oracle:
             if code == Exit.NO_SPARE and cluster.job.durable is not None:
                 self._drained_at_last(message)
             return
+        if code == Exit.UNEQUAL and self.constants_gone:
+            return
         if code == Exit.GENERATION_LOST:
             why = self.lost()
             if not why:
-                raise Violation(f"ended with {code} ({message}), and generation {self.safe and self.safe[0]} is there")
+                raise Violation(
+                    f"ended with {code} ({message}), and generation {self.safe and self.safe.generation} is there"
+                )
             if self.directory.whole() is not None:
                 raise Violation(f"ended with {code} ({message}), and generation {self.directory.whole()} is durable")
             return

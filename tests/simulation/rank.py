@@ -7,10 +7,20 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.workers import Worker
-from deadpool_megatron.vault import SlotWriter, StaleEpoch, VaultError, Version
+from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.vault import (
+    CONSTANT,
+    ConstantsWriter,
+    SlotWriter,
+    StaleEpoch,
+    VaultError,
+    Version,
+    constants_of,
+)
 from simulation.durable import LAYOUT
 from simulation.world import Pipe, Process
 
@@ -25,8 +35,18 @@ _STATE = struct.Struct("<qQ")  # generation, value
 
 
 def state(generation: int, value: int) -> bytes:
-    """What a shard begins with, and all of its small state."""
+    """All of the small state of a shard; its unique state is that again and again."""
     return _STATE.pack(generation, value)
+
+
+def whole(state: bytes) -> bytes:
+    """The unique state."""
+    return state * (UNIQUE_BYTES // _STATE.size)
+
+
+def constants(rank: int) -> bytes:
+    """What never changes of a rank."""
+    return whole(_STATE.pack(-rank, 1 << 60))
 
 
 class Closed(Exception):
@@ -38,7 +58,11 @@ class Broken(Exception):
 
 
 class Dies(Exception):
-    """An error of its own ends this worker."""
+    """An error of its own ends this worker; ``code``: the job too, with that."""
+
+    def __init__(self, why: str, code: int = 0) -> None:
+        super().__init__(why)
+        self.code = code
 
 
 Script = Generator[tuple[float, Callable[[], bool] | None], bool, Any]
@@ -73,6 +97,8 @@ class Rank:
         self.live: int | None = None
         self._small_generation = -1
         self.value = 0
+        self.constants = False  # it has those that training began with
+        self._constants_writer: ConstantsWriter | None = None
         self._first = (-1, -1)
         self._resumed = self.joined
         self.finished = False
@@ -117,8 +143,9 @@ class Rank:
             self.die(0)
         except (Dies, VaultError, Broken) as err:
             self._script = None
-            kind, by_peer = type(err).__name__, isinstance(err, Broken)
-            self.say(r.WorkerFailed(0, 0, None, "training", self.joined, -1, 0, kind, "sim", str(err), "", by_peer))
+            kind, by_peer, code = type(err).__name__, isinstance(err, Broken), getattr(err, "code", 0)
+            code = code if isinstance(code, int) else 0
+            self.say(r.WorkerFailed(0, 0, None, "training", self.joined, -1, code, kind, "sim", str(err), "", by_peer))
             self.die(1)
 
     def poke(self) -> None:
@@ -240,6 +267,7 @@ class Rank:
             )
         )
         if not rejoining:
+            self.constants = True
             if self._small_generation < 0:
                 self.value = self.host.cluster.oracle.value(self.rank, 0)
             try:
@@ -306,15 +334,42 @@ class Rank:
 
     def _request_arena(self) -> Script:
         assert self.rank is not None
-        self.say(r.ArenaRequest(self.rank, UNIQUE_BYTES, 16))
+        self.writer = SlotWriter((yield from self._memory(self.rank, 16)))
+        if self.host.cluster.constants:
+            self._constants_writer = ConstantsWriter((yield from self._memory(constants_of(self.rank), 0)))
+
+    def _memory(self, holder: int, small_bytes: int) -> Script:
+        self._arena = None
+        self.say(r.ArenaRequest(holder, UNIQUE_BYTES, small_bytes))
         if not (yield from self._wait(lambda: self._arena is not None, 120.0)):
             raise Dies("no memory")
         if isinstance(self._arena, r.ArenaRefused):
             raise Dies(self._arena.message)
-        arena = self.host.shards.vault.arena(self.rank, "own")
+        arena = self.host.shards.vault.arena(holder, "own")
         if arena is None:
             raise Dies("its memory was dropped")
-        self.writer = SlotWriter(arena)
+        return arena
+
+    def _keep_constants(self) -> None:
+        """As `Frozen.keep`."""
+        writer = self._constants_writer
+        if writer is not None and self.rank is not None and writer.begin() is not None:
+            writer.buffer[:] = np.frombuffer(constants(self.rank), np.uint8)
+            writer.complete()
+            self._ring()
+
+    def _take_constants(self) -> None:
+        """As `Frozen.synchronize`, where no replica has them and the seed does not give them."""
+        if self._constants_writer is None or self.constants:
+            return
+        assert self.rank is not None
+        try:
+            _, there = self._constants_writer.read(CONSTANT)
+        except VaultError as err:
+            self.host.cluster.oracle.without_constants(self)
+            raise Dies(f"no vault has the constants of rank {self.rank}: {err}", Exit.UNEQUAL) from None
+        assert bytes(there) == constants(self.rank), "wrong constants"
+        self.constants = True
 
     def _first_generation(self) -> Script:
         assert self.writer is not None
@@ -323,6 +378,7 @@ class Rank:
         if self.writer.arena.find(Version(*self._first)) is None:  # a durable one is there already
             self._open(begin)
             self._complete()
+        self._keep_constants()
         end = self.world.now + self.host.cluster.job.deadlines.abort
         while self.writer.kept is None and self.world.now < end:
             self._check()
@@ -342,7 +398,8 @@ class Rank:
     def _complete(self) -> None:
         assert self.writer is not None
         if self.writer.slot is not None:
-            self.writer.buffer[: _STATE.size] = memoryview(_STATE.pack(self._small_generation, self.value))
+            unique = whole(_STATE.pack(self._small_generation, self.value))
+            self.writer.buffer[:] = np.frombuffer(unique, np.uint8)
             self.writer.complete()
             self._ring()
 
@@ -462,6 +519,8 @@ class Rank:
         yield from self._meet("form", 0, 0)
         self.step("formed", epoch, 4, 4)
         yield from self._meet("synchronize", 0, 0)
+        self._take_constants()
+        self._keep_constants()
         self.joined = epoch
         self.step("restored", epoch)
         yield from self._meet("prove", 0, 0)
@@ -484,7 +543,7 @@ class Rank:
                 yield from self._await_newer(agreed.epoch, "unreadable")
                 raise Closed from None
             there = _STATE.unpack(small[: _STATE.size])
-            assert _STATE.unpack(bytes(unique[: _STATE.size])) == there == (generation, there[1]), "wrong bytes"
+            assert bytes(unique) == whole(_STATE.pack(*there)) and there[0] == generation, "wrong bytes"
             self.value = there[1]
         self.live = self._small_generation = generation
         self._hold = None if self._hold is not None and self._hold.epoch < agreed.epoch else self._hold

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import math
 import random
 import traceback
 from collections.abc import Sequence
@@ -12,24 +14,31 @@ from typing import Any
 
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
+from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.durable import FORMAT, Coordinate, Manifest, directory_name
+from deadpool_megatron.durable import FORMAT, Coordinate, Lease, Manifest, directory_name, this_process
 from deadpool_megatron.durable.files import seal, write_shard
+from deadpool_megatron.durable.lease import LOOK_S, WATCH_S, Taken, Taking
 from deadpool_megatron.vault import VaultFull
 from simulation.durable import DIRECTORY, LAYOUT, Directory
 from simulation.faults import Faults, Profile
-from simulation.headquarters import Headquarters
+from simulation.headquarters import Headquarters, RunDisk
 from simulation.host import Host
 from simulation.meetings import Meetings
 from simulation.network import Link, Network
 from simulation.oracle import Oracle, Violation
 from simulation.rank import state as packed
+from simulation.rank import whole
 from simulation.world import Process, World
 
 __all__ = ["Outcome", "Run", "Violation", "simulate"]
 
 DEADLINES = Deadlines(lease=5.0, abort=15.0, build=40.0, form=10.0, join=30.0)
 DURABLE_SHARE = 0.2  # of the runs have a durable directory
+RIVALS_SHARE = 0.1  # of those with a durable directory have another job that wants it
+RUN_DISK_SHARE = 0.1  # write a run directory, on a disk with troubles
+SHARDS_SHARE = 0.1  # have parity, constants or failure domains
+_RIVAL = "rival"
 _LONGEST_S = 900.0  # of virtual time, after which a run hangs
 _SHAPES = ((3, 1, 1), (4, 1, 1), (3, 1, 2), (4, 1, 2), (4, 2, 1), (4, 2, 2), (5, 1, 1), (5, 2, 1), (3, 0, 1), (4, 0, 2))
 
@@ -58,21 +67,38 @@ class Outcome:
 class Run:
     """The parts of one run."""
 
-    def __init__(self, seed: int, profile: Profile, trace: bool = False) -> None:
-        world = self.world = World(seed, trace)
+    def __init__(
+        self,
+        seed: int,
+        profile: Profile,
+        trace: bool = False,
+        beside: Run | None = None,
+        lease: Lease | None = None,
+    ) -> None:
+        """``beside``: the job whose durable directory this one has taken over, with ``lease``."""
+        world = self.world = World(seed, trace) if beside is None else beside.world
         chance = world.chance
         nodes, spares, slots = chance.choice(_SHAPES)
         redundancy = "2" if nodes - spares >= 3 and chance.random() < 0.2 else "1"
         self.patience = random.Random(f"patience {seed}")  # of its own, so that a seed's other draws stay
         wait = self.patience.uniform(10.0, 60.0) if self.patience.random() < 0.2 else 0.0
         self.job = JobSpec(nodes, spares, slots, True, DEADLINES, redundancy=redundancy, wait_for_spare_s=wait)
-        self.iterations = chance.randint(14, 36)
+        self.over = False  # and judged
+        self._until = world.now + _LONGEST_S
+        self.iterations = chance.randint(14, 36) + (0 if beside is None else beside.iterations)
         self.draws = random.Random(f"durable {seed}")  # of its own as well
-        self.directory = Directory(world)
-        if profile.durable or (self.draws.random() < DURABLE_SHARE and profile.durable is None):
+        self.name = name = "sim" if beside is None else _RIVAL
+        self.directory = Directory(world, name, None if beside is None else beside.directory)
+        self.rival: Rival | None = None
+        if beside is not None and beside.job.durable is not None:
+            self.job = replace(beside.job, durable=replace(beside.job.durable, job=name))
+        elif profile.durable or (self.draws.random() < DURABLE_SHARE and profile.durable is None):
             interval, keep = self.draws.randint(2, 8), self.draws.randint(1, 3)
-            durable = DurableSpec(DIRECTORY, "sim", interval, keep, 20.0, 20.0, resume=True)
+            durable = DurableSpec(DIRECTORY, name, interval, keep, 20.0, 20.0, resume=True)
             self.job = replace(self.job, durable=durable)
+        self.constants = False
+        if beside is None:
+            self._draw_shards(profile, seed)
         self.can_rescue = chance.random() < 0.5
         self.hang_floor, self.hang_outside = 4.0, 20.0
         self.network = Network(world)
@@ -83,14 +109,56 @@ class Run:
         self.hosts: list[Host] = []
         self._by_node: dict[int, Host] = {}
         self._pids = 100
-        if self.job.durable is not None and self.draws.random() < 0.3:
+        if beside is not None:
+            self.oracle.directory.found(beside.oracle.directory)
+        elif self.job.durable is not None and self.draws.random() < 0.3:
             self._begin_with(self.draws.randint(1, 8))
         self.hq = Headquarters(
-            world, self.job, self.directory, self._link, lambda: [h.link for h in self.hosts], self._event
+            world,
+            self.job,
+            self.directory,
+            self._link,
+            lambda: [h.link for h in self.hosts],
+            self._event,
+            lease,
+            self._draw_run_disk(seed, beside),
         )
-        for node in range(nodes):
+        for node in range(self.job.nodes):
             self.add_host(node)
         self.faults.draw()
+        draws = random.Random(f"rival {seed}")
+        share = draws.random() < RIVALS_SHARE
+        if beside is None and self.job.durable is not None and (profile.rivals or (share and profile.rivals is None)):
+            self.rival = Rival(self, seed, profile, draws.uniform(0.0, 40.0))
+
+    def _draw_run_disk(self, seed: int, beside: Run | None) -> RunDisk | None:
+        """In some runs the run directory's file system is full, or read-only, once or for ever; from its own chance."""
+        draws = random.Random(f"disk {seed}")
+        if draws.random() >= RUN_DISK_SHARE or beside is not None:
+            return None
+        disk = RunDisk(draws)
+
+        def trouble(error: int) -> None:
+            disk.error = error
+
+        for at in sorted(draws.uniform(0.2, 15.0) for _ in range(draws.randint(1, 2))):
+            self.anybody.later(at, trouble, draws.choice((errno.ENOSPC, errno.EROFS)))
+            if draws.random() < 0.8:
+                self.anybody.later(at + draws.uniform(0.1, 20.0), trouble, 0)
+        return disk
+
+    def _draw_shards(self, profile: Profile, seed: int) -> None:
+        """What is kept of a rank, and where; from chance of its own."""
+        draws = random.Random(f"shards {seed}")
+        share = draws.random() < SHARDS_SHARE
+        if not (profile.shards or (share and profile.shards is None)):
+            return
+        active = self.job.active_nodes
+        schemes = [each for each in ("1", "2", "2+1", "2+1", "2+2", "3+1") if Scheme.parse(each).size <= active]
+        racks = draws.randint(2, 3) if draws.random() < 0.6 else 0
+        domains = {node: {"rack": f"r{draws.randrange(racks)}"} for node in range(self.job.nodes)} if racks else {}
+        self.job = replace(self.job, redundancy=draws.choice(schemes), domains=domains)
+        self.constants = self.job.durable is None and draws.random() < 0.6
 
     @property
     def shape(self) -> str:
@@ -100,7 +168,7 @@ class Run:
         durable = f", durable every {job.durable.interval}" if job.durable is not None else ""
         return (
             f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}{waits}"
-            f"{durable}"
+            f"{durable}{', constants' * self.constants}{', racks' * bool(job.domains)}"
         )
 
     def _begin_with(self, generation: int) -> None:
@@ -108,7 +176,7 @@ class Run:
         name = directory_name(generation, "before", 1)
         states = [packed(generation, self.oracle.value(rank, generation)) for rank in range(self.job.world_size)]
         shards = [
-            write_shard(self.directory, name, rank, generation, LAYOUT, memoryview(each.ljust(4096, b"\0")), each)
+            write_shard(self.directory, name, rank, generation, LAYOUT, memoryview(whole(each)), each)
             for rank, each in enumerate(states)
         ]
         places = tuple(Coordinate(rank, 0, 0, rank, 0, 0) for rank in range(self.job.world_size))
@@ -163,19 +231,34 @@ class Run:
             raise VaultFull(f"no room for rank {rank} on node {host.node}")
 
     def run(self) -> tuple[int, str]:
-        """To the end of the job. Raises Violation."""
-        hq, oracle, world = self.hq, self.oracle, self.world
-        while hq.ended is None:
+        """To the end of the job, and of one that has taken its directory over. Raises Violation."""
+        world = self.world
+        while not self.over or (self.rival is not None and not self.rival.over):
             if not world.step():
                 raise Violation("nothing happens any more")
-            if world.events % 16 == 0:
-                self._drained()
-                oracle.look()
-                if world.now > _LONGEST_S:
-                    raise Violation(f"no end after {_LONGEST_S:g} s: {hq.core.phase}, iteration {oracle.iteration}")
+            self._look()
+            if self.rival is not None and self.rival.run is not None:
+                self.rival.run._look()
+        assert self.hq.ended is not None
+        return self.hq.ended
+
+    def _look(self) -> None:
+        """After an event."""
+        hq, oracle, world = self.hq, self.oracle, self.world
+        if self.over or (hq.ended is None and world.events % 16):
+            return
         self._drained()
-        oracle.end(*hq.ended)
-        return hq.ended
+        if hq.ended is not None:
+            self.over = True
+            oracle.end(*hq.ended)
+            if hq.run_disk is not None and (missing := hq.log.missing()):
+                raise Violation(f"{missing} events of the last coordinator are neither written nor counted")
+            for host in self.hosts if self.rival is not None else ():
+                host.die(silently=True)
+            return
+        oracle.look()
+        if world.now > self._until:
+            raise Violation(f"no end after {_LONGEST_S:g} s: {hq.core.phase}, iteration {oracle.iteration}")
 
     def _drained(self) -> None:
         """A node that the user has taken away is none that the job may count on."""
@@ -184,6 +267,50 @@ class Run:
                 raise Violation(f"node {node} is taken away, and nobody asked for it")
             if state.role == "left":
                 self.oracle.hurt.setdefault(node, "drained")
+
+
+class Rival:
+    """Somebody starts a second job with the durable directory of one that may live."""
+
+    def __init__(self, first: Run, seed: int, profile: Profile, at: float) -> None:
+        self._first = first
+        self._seed, self._profile = seed, replace(profile, rivals=False, durable=False, shards=False)
+        self.run: Run | None = None
+        self.refused = False
+        self._taking: Taking | None = None
+        first.anybody.later(at, self._look)
+
+    @property
+    def over(self) -> bool:
+        """It was refused, or has ended."""
+        return self.refused or (self.run is not None and self.run.over)
+
+    def _look(self) -> None:
+        first = self._first
+        world, directory = first.world, first.directory
+        self._taking = self._taking or Taking(
+            Directory(world, _RIVAL, directory),
+            this_process(_RIVAL),
+            lambda line: world.say("rival", "does the owner live?"),
+            world.now,
+        )
+        owner = directory.owner
+        silent = world.now - directory.beat_at.get("sim", -math.inf)
+        try:
+            lease = self._taking.look(world.now)
+        except Taken as err:
+            world.say("rival", "the owner lives")
+            self.refused = True
+            if silent > WATCH_S:
+                raise Violation(f"a job is refused a directory that nobody has renewed: {err}") from None
+            return
+        if lease is None:
+            first.anybody.later(LOOK_S, self._look)
+            return
+        world.say("rival", "takes the directory over")
+        if owner is not None and owner.job == "sim" and not owner.ended and silent < WATCH_S:
+            raise Violation(f"the directory is taken from a job that renewed it {silent:.1f} s ago")
+        self.run = Run(self._seed, self._profile, beside=first, lease=lease)
 
 
 def simulate(seed: int, profile: Profile | None = None, trace: bool = False) -> Outcome:

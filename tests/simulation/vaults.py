@@ -4,27 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agent.fetching import Attempts
+from deadpool_megatron.cluster.agent import shards
+from deadpool_megatron.cluster.agent.fetching import Attempts, Search
 from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
+from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.vault import (
+    CONSTANT,
     ChecksumMismatch,
+    Kind,
     NotHeld,
+    Piece,
+    RebuildFailed,
     StaleEpoch,
+    Stripes,
     Target,
     TransferFailed,
     Vault,
     VaultError,
     Version,
     WordPlan,
+    constants_of,
 )
 from deadpool_megatron.vault.arena import Arena, Slot
-from deadpool_megatron.vault.frames import Begin
+from deadpool_megatron.vault.coder import Coder
+from deadpool_megatron.vault.frames import Begin, Share
 from deadpool_megatron.vault.intake import Intake
 from deadpool_megatron.vault.keeper import Keeper
+from deadpool_megatron.vault.rebuild import decode_part, record_of
 from deadpool_megatron.vault.sender import next_slot
+from deadpool_megatron.vault.stripes import Filling, PartOf, cut, parts_of
 from deadpool_megatron.vault.transfer import finish, own_copy, own_slot
 from deadpool_megatron.vault.version import EMPTY, unpack
 
@@ -34,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = ["CHUNK", "SimulatedShards"]
 
 CHUNK = 4096
+PARITY_CHUNK = 1024  # so that a part has several
+_Parts = Sequence[Sequence[r.Share]]
 _BACKOFF_S = (0.1, 2.0)
 _CONNECT_S = 1.0
 
@@ -41,10 +57,10 @@ _CONNECT_S = 1.0
 class _Server:
     """`VaultServer` without its sockets."""
 
-    def __init__(self, vault: Vault) -> None:
+    def __init__(self, vault: Vault, stripes: Stripes | None) -> None:
         self._vault = vault
-        self.keeper = Keeper(vault)
-        self.writers: dict[int, object] = {}  # by rank, who writes its copy here: the newest connection alone
+        self.keeper = Keeper(vault, stripes)
+        self.writers: dict[object, object] = {}  # by copy or part, who writes it here: the newest connection alone
         self.port = 1
 
     def set_epoch(self, epoch: int) -> None:
@@ -52,6 +68,18 @@ class _Server:
 
     def set_plan(self, unique_bytes: Mapping[int, int | None]) -> None:
         self.keeper.plan = dict(unique_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Landing:
+    """Where at a keeper a shard, or a part of one, goes: ``filling`` for a part."""
+
+    keeper: Host
+    what: object
+    token: object
+    into: Slot
+    turn: int
+    filling: Filling | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -149,21 +177,32 @@ class _Replicator:
         keeper = host.cluster.at(sender.target.host)
         try:
             host.reach(keeper)
-            server = keeper.shards.server
-            begin = Begin(
-                self._epoch, sender.rank, *version, info.unique_bytes, info.small_capacity, small_bytes,
-                arena.chunk_bytes, vault.kept, vault.floor,
-            )  # fmt: skip
-            server.keeper.check(begin)
-            into = server.keeper.open(begin)
+            server, part, token = keeper.shards.server, sender.target.part, object()
+            if part is None:
+                begin = Begin(
+                    self._epoch, sender.rank, *version, info.unique_bytes, info.small_capacity, small_bytes,
+                    arena.chunk_bytes, vault.kept, vault.floor,
+                )  # fmt: skip
+                server.keeper.check(begin)
+                into = server.keeper.open(begin)
+                where = None if into is None else _Landing(keeper, sender.rank, token, into, into.turn)
+            else:
+                share = Share(
+                    self._epoch, part.word, part.part, sender.rank, *version, info.unique_bytes, small_bytes,
+                    arena.chunk_bytes, vault.kept, vault.floor,
+                )  # fmt: skip
+                filling = server.keeper.open_share(share, server.keeper.check_share(share))
+                where = None
+                if filling is not None:
+                    what = (part.word, part.part, sender.rank)
+                    where = _Landing(keeper, what, token, filling.slot, filling.slot.turn, filling)
         except VaultError as err:
             self._failed(sender, slot, err)
             return
-        if into is None:
+        if where is None:
             self._stored(sender, aim, slot, turn, version)
             return
-        token = server.writers[sender.rank] = object()
-        where = (keeper, into, into.turn, token)
+        server.writers[where.what] = token
         epoch = self._epoch
 
         def go_on() -> None:
@@ -175,9 +214,9 @@ class _Replicator:
             sender.wait = (slot, turn, go_on)
 
     def _arrive(
-        self, sender: _Sender, aim: int, epoch: int, slot: Slot, turn: int, version: Version, where: tuple[Any, ...]
+        self, sender: _Sender, aim: int, epoch: int, slot: Slot, turn: int, version: Version, where: _Landing
     ) -> None:
-        keeper, into, into_turn, token = where
+        keeper, into = where.keeper, where.into
         if sender.aim != aim:
             return
         if slot.turn != turn:
@@ -187,17 +226,32 @@ class _Replicator:
             self._host.reach(keeper)
             server = keeper.shards.server
             server.keeper.check_epoch(epoch, f"shard of rank {sender.rank}")
-            if server.writers.get(sender.rank) is not token or into.turn != into_turn:
+            if server.writers.get(where.what) is not where.token or into.turn != where.turn:
                 raise TransferFailed("another connection has taken over")
-            _copy_bytes(slot, into)
-            into.verify(slot.small_bytes)
             self._host.cluster.oracle.kept(keeper, sender.rank, version, epoch)
-            into.mark_complete()
-            into.seal()
+            if where.filling is not None:
+                self._add(slot, sender, where.filling)
+            else:
+                _copy_bytes(slot, into)
+                into.verify(slot.small_bytes)
+                into.mark_complete()
+                into.seal()
         except VaultError as err:
             self._failed(sender, slot, err)
             return
         self._stored(sender, aim, slot, turn, version)
+
+    def _add(self, slot: Slot, sender: _Sender, filling: Filling) -> None:
+        """A part, entry by entry, from where the keeper stands; a connection that breaks leaves what is in."""
+        part = sender.target.part if sender.target is not None else None
+        assert part is not None
+        first = cut(slot.chunks, part.part, part.parts).start
+        for entry in range(filling.done(part.part), filling.entries(part.part)):
+            data = slot.chunk(first + entry - 1) if entry else slot.small[: slot.small_bytes]
+            filling.add(part.part, entry, data, slot.sums[first + entry if entry else 0])
+            if self._host.cluster.network.breaks():
+                raise TransferFailed("connection reset")
+        filling.complete(part.part)
 
     def _stored(self, sender: _Sender, aim: int, slot: Slot, turn: int, version: Version) -> None:
         if slot.own_turn != turn and slot.turn == turn:
@@ -219,18 +273,61 @@ def _copy_bytes(source: Slot, into: Slot) -> None:
     into.sums[:] = source.sums
 
 
+@cache
+def _coder(k: int, m: int) -> Coder:
+    return Coder(k, m, PARITY_CHUNK)
+
+
+class _Stripes(Stripes):
+    """With one coder for all runs: it takes a while to make."""
+
+    def __init__(self, k: int, m: int) -> None:
+        super().__init__(1, 1, 256)
+        self.coder = _coder(k, m)
+
+
+class _Stream:
+    """A share on its way, as `rebuild` reads it: from the holder's slot, which may be opened again meanwhile."""
+
+    def __init__(self, piece: Piece, slot: Slot, reach: Callable[[], None], k: int) -> None:
+        self.piece, self.slot, self.turn, self._reach = piece, slot, slot.turn, reach
+        parity = piece.share >= k
+        self._left = list(range(slot.chunks) if parity else cut(slot.chunks, piece.share, k))
+        self.records: list[PartOf] = []
+        if parity:
+            small = slot.small[: slot.small_bytes]
+            if xxhash.xxh3_64_intdigest(small) != slot.sums[0]:
+                raise ChecksumMismatch("the records of a share arrived changed")
+            self.records = parts_of(bytes(small))
+
+    def next(self, size: int) -> memoryview:
+        self._reach()
+        if self.slot.turn != self.turn:
+            raise NotHeld(f"{self.piece.version} was overwritten at its holder while it was sent")
+        if not self._left:
+            return memoryview(b"")
+        index = self._left.pop(0)
+        chunk = self.slot.chunk(index)
+        if xxhash.xxh3_64_intdigest(chunk) != self.slot.sums[1 + index]:
+            raise ChecksumMismatch(f"chunk {index} of a share of node {self.piece.node} arrived changed")
+        return chunk
+
+
 class SimulatedShards(Shards):
     """Of one node. What production does in threads happens in virtual time, everything else as it is there."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self.node = host.node
-        self.vault = Vault("sim", host.node, "/sim", CHUNK, create=Arena.in_process)
-        self.stripes = None
-        self.server = _Server(self.vault)  # type: ignore[assignment]
+        scheme = Scheme.parse(host.cluster.job.redundancy)
+        chunk_bytes = CHUNK if scheme.mirror else PARITY_CHUNK
+        self.vault = Vault("sim", host.node, "/sim", chunk_bytes, create=Arena.in_process)
+        self.stripes = None if scheme.mirror else _Stripes(scheme.k, scheme.m)
+        self.server = _Server(self.vault, self.stripes)  # type: ignore[assignment]
         self._peers = {}
         self._replicator = _Replicator(host, self.vault, self._committed)  # type: ignore[assignment]
         self._told_sent = {}
+        self._constants_from: dict[int, list[str]] = {}
 
     def report(self, event: Any) -> None:
         self._host.news.send(self._host.process, self._host.agent.happened, event)
@@ -241,11 +338,15 @@ class SimulatedShards(Shards):
     def plan(
         self, peers: Mapping[int, tuple[int, int]], words: Mapping[int, WordPlan], constants: Collection[int]
     ) -> None:
-        super().plan(peers, words, ())  # nobody has constants here
+        super().plan(peers, words, constants)
+        self._host.cluster.oracle.planned(self._host)
 
     def reserve(self) -> None:
         for rank, (unique_bytes, capacity) in self._peers.items():
             self.vault.allocate_peer(rank, unique_bytes, capacity)
+        for word, plan in self.stripes.plans.items() if self.stripes is not None else ():
+            size = self.vault.chunk_bytes
+            self.vault.allocate_parity(word, plan.chunks(size) * size, plan.records_bytes(size))
 
     def recheck(self, rank: int) -> None:
         self._host.later(0.001, 0.01, self._recheck, rank)
@@ -275,6 +376,7 @@ class SimulatedShards(Shards):
         places = [address.host if address is not None else "", *(other.host for other in others)]
         version = Version(source.version_epoch, generation)
         attempts = Attempts(places, self._host.world.now)
+        self._constants_from[rank] = [*places, *(each.host for each in keepers)]
         done = FetchDone(rank, epoch, generation, source.node, tuple(version), "", version.epoch)
         self._host.later(0.001, 0.01, self._ask, attempts, done, version)
 
@@ -291,7 +393,7 @@ class SimulatedShards(Shards):
             intake.add(intake.left.set)  # one that is cut off leaves at once
             if own_copy(self.vault, rank, version) is not None:
                 intake.left.set()
-                self.report(done)
+                self._search(Search(self._constants_from[rank]), done)
                 return
             givers = [host.cluster.at(place) if place else host for place in attempts.asked]
             found = []
@@ -337,7 +439,136 @@ class SimulatedShards(Shards):
             intake.left.set()
             self._failed(attempts, done, version, err)
             return
-        self.report(done)
+        self._search(Search(self._constants_from[done.rank]), done)
+
+    # ---- constants, as `Shards._fetch_constants`
+
+    def _search(self, search: Search[str], done: FetchDone) -> None:
+        pause = search.pause() if self._host.cluster.constants else None
+        if pause is None:
+            self.report(done)
+        else:
+            self._host.process.later(pause + self._host.world.delay(0.001, 0.02), self._look_at, search, done)
+
+    def _look_at(self, search: Search[str], done: FetchDone) -> None:
+        for place in list(search.left):
+            try:
+                self._bring(self._host.cluster.at(place) if place else self._host, constants_of(done.rank), done.epoch)
+            except NotHeld:
+                search.lacks(place)
+            except VaultError as err:
+                self._host.world.say(f"n{self._host.node}", f"constants of rank {done.rank}: {err}")
+            else:
+                self.report(done)
+                return
+        self._search(search, done)
+
+    def _bring(self, giver: Host, holder: int, epoch: int) -> None:
+        if epoch < self.vault.epoch:
+            raise StaleEpoch("the epoch of the fetch is over")
+        with self.vault.intakes.begin(holder, f"holder {holder}", epoch, 0.0) as intake:
+            if own_copy(self.vault, holder, CONSTANT) is not None:
+                return
+            self._host.reach(giver)
+            giver.shards.server.keeper.check_epoch(epoch, "constants")
+            arena, slot = giver.shards.vault.find(holder, CONSTANT)
+            into = own_slot(intake, self.vault, holder, CONSTANT, arena.info.unique_bytes, arena.info.small_capacity)
+            _copy_bytes(slot, into)
+            into.verify(slot.small_bytes)
+            finish(into, slot.small_bytes)
+
+    # ---- parity, as `Shards.rebuild` and `vault.rebuild`
+
+    def rebuild(
+        self,
+        epoch: int,
+        rank: int,
+        generation: int,
+        parts: Sequence[Sequence[r.Share]],
+        vaults: Mapping[int, r.Address],
+        keepers: Sequence[Target] = (),
+    ) -> None:
+        version = Version(max(share.version_epoch for part in parts for share in part), generation)
+        done = FetchDone(rank, epoch, generation, parts[0][0].node, tuple(version), "", parts[0][0].version_epoch)
+        assert self.stripes is not None
+        near = [vaults[node].host for node in shards.nodes_with_constants(parts, self.stripes.coder.k)]
+        self._constants_from[rank] = [*near, *(each.host for each in keepers)]
+        attempts = Attempts([parts], self._host.world.now)
+        self._host.later(0.001, 0.01, self._ask_shares, attempts, parts, done, version)
+
+    def _ask_shares(self, attempts: Attempts[_Parts], parts: _Parts, done: FetchDone, version: Version) -> None:
+        rank, host = done.rank, self._host
+        try:
+            if done.epoch < self.vault.epoch:
+                raise StaleEpoch("the epoch of the rebuild is over")
+            intake = self.vault.intakes.begin(rank, f"rank {rank}", done.epoch, 0.0)
+        except VaultError as err:
+            self._not_rebuilt(attempts, parts, done, version, err)
+            return
+        try:
+            intake.add(intake.left.set)
+            streams = [[self._open(done, share) for share in part] for part in parts]
+            mine = record_of(streams[0], rank)
+            if self.vault.arena(rank, "own") is None:
+                host.cluster.check_room(host, rank)
+            into = own_slot(intake, self.vault, rank, version, mine.unique_bytes, mine.small_capacity)
+        except VaultError as err:
+            intake.left.set()
+            self._not_rebuilt(attempts, parts, done, version, err)
+            return
+        host.later(0.01, 0.4, self._decode, attempts, parts, done, version, streams, into, intake)
+
+    def _open(self, done: FetchDone, share: r.Share) -> _Stream:
+        host, k = self._host, self.stripes.coder.k if self.stripes is not None else 0
+        version = Version(share.version_epoch, done.generation)
+        piece = Piece(share.share, share.holder, version, share.node, f"n{share.node}", 1)
+        try:
+            giver = host.cluster.at(piece.host)
+            host.reach(giver)
+            giver.shards.server.keeper.check_epoch(done.epoch, f"fetch of rank {done.rank}")
+            kinds: tuple[Kind, ...] = ("parity",) if share.share >= k else ("own", "peer")
+            _, slot = giver.shards.vault.find(share.holder, version, kinds)
+            return _Stream(piece, slot, partial(host.reach, giver), k)
+        except VaultError as err:
+            raise RebuildFailed(f"share {share.share} of node {share.node}: {err}", share.node, err.broken) from None
+
+    def _decode(
+        self,
+        attempts: Attempts[_Parts],
+        parts: _Parts,
+        done: FetchDone,
+        version: Version,
+        streams: list[list[_Stream]],
+        into: Slot,
+        intake: Intake,
+    ) -> None:
+        assert self.stripes is not None
+        try:
+            intake.check()
+            mine = record_of(streams[0], done.rank)
+            into.small[: len(mine.small)] = mine.small
+            into.sums[0] = xxhash.xxh3_64_intdigest(mine.small)
+            for part, those in enumerate(streams):
+                decode_part(self.stripes.coder, done.rank, into, part, those, intake.check)
+            finish(into, len(mine.small))
+            intake.left.set()
+        except VaultError as err:
+            intake.left.set()
+            self._not_rebuilt(attempts, parts, done, version, err)
+            return
+        self._search(Search(self._constants_from[done.rank]), done)
+
+    def _not_rebuilt(
+        self, attempts: Attempts[_Parts], parts: _Parts, done: FetchDone, version: Version, err: VaultError
+    ) -> None:
+        pause = attempts.failed(err, self._host.world.now)
+        self._host.world.say(f"n{self._host.node}", f"rank {done.rank} was not rebuilt: {err}; again in {pause}")
+        if pause is None:
+            assert attempts.error is not None
+            self.report(FetchDone.not_rebuilt(done.rank, done.epoch, version, parts, attempts.error))
+            return
+        slow = _CONNECT_S if err.broken and "answer" in str(err) else 0.0
+        self._host.process.later(pause + slow, self._ask_shares, attempts, parts, done, version)
 
     def _failed(self, attempts: Attempts[str], done: FetchDone, version: Version, err: VaultError) -> None:
         pause = attempts.failed(err, self._host.world.now)

@@ -623,9 +623,49 @@ def test_two_nodes_that_keep_each_others_shards_lost_at_once_are_more_than_the_r
 
 
 def _nothing_to_give(job: SimulatedJob) -> None:
-    for node in job.active:
+    for node in job.core.members.present():
         ranks = [rank for rank, slot in enumerate(job.core.assignment) if slot.node == node]
         job.feed(r.Offer(job.core.epoch, node, dict.fromkeys(ranks), {}, {}))
+
+
+def test_a_spare_is_asked_before_a_generation_is_given_up() -> None:
+    job = SimulatedJob(nodes=3, spares=1, slots=1).train()
+    job.commit(5)
+    job.feed(r.WorkerExited(0, 0, 0, 0, -9))
+    job.recover()
+    assert job.active == [2, 1]
+    job.feed(r.PeerError(1, 1, 1, "connection reset"))
+    job.wait(DEADLINES.lease + 2)
+    job.feed(r.Offer(2, 1, {1: None}, {}, {}))
+    job.feed(r.Offer(2, 2, {0: None}, {}, {}))
+    assert job.told(r.Declare, 0)[-1].epoch == 2 and not job.told(r.Agree)[1:], "it may not have heard of this epoch"
+    job.feed(r.Offer(2, 0, {}, {}, {0: [(0, 5)], 1: [(0, 5)]}))
+    assert job.told(r.Agree)[-1].sources.keys() == {0, 1} and job.told(r.Agree)[-1].generation == 5
+
+
+def test_a_spare_that_has_come_since_is_not_waited_for() -> None:
+    job = SimulatedJob(nodes=2, spares=0, slots=1).train()
+    job.commit(5)
+    number = job.core.add_spare("host", job.now)[1]
+    _transient(job)
+    job.join([number])  # it hears of this epoch with the roster, and so does not say what it has
+    for node in job.active:
+        job.offer(node, 3)
+    assert job.told(r.Agree)[-1].generation == 3
+
+
+def test_a_spare_that_does_not_say_what_it_has_in_time_is_lost_and_the_others_go_on_without() -> None:
+    job = SimulatedJob(nodes=3, spares=1, slots=1).train()
+    job.commit(5)
+    _transient(job)
+    for node in job.active:
+        job.offer(node, 3)
+    assert not job.told(r.Agree)
+    job.wait(DEADLINES.abort + 1)
+    assert job.core.epoch == 2 and job.core.nodes[2].role == "lost"
+    for node in job.active:
+        job.offer(node, 3)
+    assert job.told(r.Agree)[-1].generation == 3
 
 
 def test_without_a_commit_nothing_that_was_trained_is_trained_from_the_start_again_without_a_word() -> None:

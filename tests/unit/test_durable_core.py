@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.core.members import Members
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import ShardFile
 from deadpool_megatron.durable.format import generation_of
-from simulated import SimulatedJob
+from simulated import DEADLINES, SimulatedJob
 
 
 def spec(**more: Any) -> DurableSpec:
@@ -238,6 +242,20 @@ def test_a_durable_generation_that_cannot_be_read_gives_way_to_the_one_before() 
     assert code == Exit.GENERATION_LOST and "more nodes were lost than the redundancy covers" in message
 
 
+def test_a_node_that_changes_what_is_durable_in_memory_condemns_no_durable_generation_and_is_lost_in_the_end() -> None:
+    it = job(spares=3, complete=((8, "newer"),))
+    run(it, range(9))
+    it.lose(1)
+    it.lose(0)
+    first = it.core.epoch
+    while it.core.nodes[2].role == "active":
+        for node in it.core.members.present():
+            it.feed(r.Offer(it.core.epoch, node, {}, {}, {}))
+        assert it.told(r.Agree)[-1].durable == "newer" and it.core.epoch - first <= it.core.job.worker_deaths
+        it.feed(r.FetchFailed(it.core.epoch, 2, 4, 2, 8, "chunk 0 has changed in memory", it.core.epoch))
+    assert it.core.nodes[2].role == "lost" and it.core.durable == 8
+
+
 def test_a_job_that_must_end_says_what_is_durable() -> None:
     it = SimulatedJob(nodes=2, spares=0, can_rescue=False, durable=spec(complete=((4, "older"),))).train()
     it.lose(0)
@@ -289,6 +307,23 @@ def test_a_job_never_starts_from_zero_because_nothing_can_be_read() -> None:
     code, message = it.end
     assert code == Exit.GENERATION_LOST and "no durable generation in /durable can be read" in message
     assert not it.told(r.ResumeAt)
+
+
+@pytest.mark.parametrize("spares", [0, 1])
+def test_a_node_that_changes_what_it_reads_each_time_is_lost_before_the_start_begins_for_ever(spares: int) -> None:
+    it = loading(((8, "newer"),), spares)
+    for epoch in range(it.core.job.worker_deaths + 1):
+        assert it.core.epoch == epoch and it.told(r.LoadShards)[-1].epoch == epoch and it.finish is None
+        for node in it.active:
+            it.feed(r.ShardsLoaded(node, "newer", "", epoch))
+        it.feed(r.FetchFailed(epoch, 1, 2, 1, 8, "chunk 0 has changed in memory", epoch))
+    assert it.core.nodes[1].role == "lost"
+    if spares:
+        assert it.active == [0, 3, 2] and it.told(r.LoadShards)[-1].epoch == it.core.epoch and it.finish is None
+    else:
+        code, message = it.end
+        assert code == Exit.NO_SPARE and "\n" not in message
+        assert "its memory changes what is read into it: chunk 0 has changed in memory" in message
 
 
 def test_the_first_job_of_all_begins_without() -> None:
@@ -447,6 +482,24 @@ def test_a_coordinator_that_starts_again_before_training_says_once_more_where_it
     assert it.told(r.LoadShards) == [r.LoadShards("older", 4)]
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_agents_that_were_away_while_the_coordinator_stood_still_hear_once_more_where_training_begins(
+    loaded: bool,
+) -> None:
+    it = loading(((8, "newer"),))
+    for node in range(3 if loaded else 2):
+        it.feed(r.ShardsLoaded(node, "newer", ""))
+    told = r.ResumeAt if loaded else r.LoadShards
+    before = len(it.told(told)), len(it.told(r.Roster))
+    for node in range(3):
+        it.core.node_away(node, it.now)
+    for node in range(3):
+        assert (len(it.told(told)), len(it.told(r.Roster))) == before
+        it.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [10 * node, 10 * node + 1]))
+    assert (len(it.told(told)), len(it.told(r.Roster))) == (before[0] + 1, before[1] + 1)
+    assert it.told(told)[-1] == it.told(told)[0]
+
+
 # ---- no spare, and no way to save
 
 
@@ -517,7 +570,80 @@ def test_without_room_for_what_the_lost_node_had_the_job_ends() -> None:
     it = without_a_spare()
     it.arrive(5)
     it.feed(r.FetchFailed(1, 0, 2, 2, 5, "rank 2 needs memory", 0, True))
-    assert it.end[0] == Exit.NO_SPARE
+    assert it.told(r.Declare)[-1].epoch == 2 and it.core.assignment[2].node == it.core.assignment[3].node == 2
+    it.arrive(5)
+    it.feed(r.FetchFailed(2, 2, 2, 0, 5, "rank 2 needs memory", 0, True))
+    assert it.end[0] == Exit.NO_SPARE and "node 0, 2 has no room for what it had" in it.end[1]
+
+
+def holding(it: SimulatedJob, node: int, ranks: Iterable[int], generation: int = 5) -> None:
+    """A node offers copies from when it had, or kept, these ranks."""
+    it.feed(r.Offer(it.core.epoch, node, {}, {}, {rank: [(0, generation)] for rank in ranks}))
+
+
+def only_a_spare_is_left(can_rescue: bool = False) -> SimulatedJob:
+    """Node 2 has taken over from node 0, whose worker had died, and is lost with node 1 before the next commit."""
+    it = SimulatedJob(nodes=3, spares=1, slots=1, can_rescue=can_rescue, durable=spec(interval=100)).train()
+    run(it, range(6))
+    it.feed(r.WorkerExited(0, 0, 0, 0, -9))
+    assert it.active == [2, 1]
+    it.recover(5)
+    it.lose(1)
+    it.arrive(5)
+    it.lose(2)
+    return it
+
+
+@pytest.mark.parametrize("can_rescue", [False, True])
+def test_what_a_spare_still_has_of_all_lost_nodes_is_saved_before_the_end(can_rescue: bool) -> None:
+    it = only_a_spare_is_left(can_rescue)
+    assert it.told(r.Declare)[-1].purpose == ("save" if can_rescue else "drain") and it.active == [0]
+    holding(it, 0, (0, 1))
+    assert it.told(r.Agree)[-1].generation == 5
+    it.prepare()
+    if can_rescue:
+        it.form()
+        it.restore()
+        it.feed(r.Saved(it.core.epoch, 0, 5, "/ckpt"))
+        assert it.end[0] == Exit.NO_SPARE_SAVED
+        return
+    assert it.finish is None
+    drained(it, names(it)[-1], 0)
+    assert it.told(r.SealGeneration, 0), "the node that knows what job it is"
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_what_megatron_cannot_save_is_made_durable_before_the_end(hangs: bool) -> None:
+    it = SimulatedJob(nodes=3, spares=0, slots=1, durable=spec(interval=100)).train()
+    run(it, range(6))
+    it.lose(1)
+    assert it.told(r.Declare)[-1].purpose == "save"
+    it.arrive(5)
+    it.prepare()
+    it.form()
+    it.restore()
+    if hangs:
+        it.wait(DEADLINES.build + 1)
+    else:
+        it.feed(r.WorkerExited(2, 0, 2, 0, 1))
+    assert it.told(r.Declare)[-1].purpose == "drain" and it.core.nodes[0].role == it.core.nodes[2].role == "active"
+    it.arrive(5)
+    it.prepare()
+    for node in it.active:
+        drained(it, names(it)[-1], node)
+    it.feed(r.GenerationSealed(0, names(it)[-1], "", []))
+    code, message = it.end
+    assert code == Exit.NO_SPARE and "generation 5 is durable" in message
+    assert ("it took too long" if hangs else "rank 2 ended (exit code 1)") in message
+
+
+def test_who_writes_the_manifest_knows_what_job_it_is() -> None:
+    it = SimulatedJob(nodes=3, spares=1, slots=1, durable=spec(interval=100)).train()
+    it.core.members.hand_over({0: 2})
+    assert it.active == [2, 1] and it.core.members.writer() == 1, "no worker of node 2 has told"
+    again = Members(it.core.job)
+    again.load(json.loads(json.dumps(it.core.members.dump())))
+    assert again.writer() == 1
 
 
 def test_where_nothing_complete_is_left_the_job_says_so() -> None:

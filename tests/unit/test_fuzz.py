@@ -39,7 +39,7 @@ from deadpool_megatron.vault import (
 )
 from simulated import SimulatedJob
 
-PATIENT = Deadlines(connect=60.0, idle=60.0)
+PATIENT = Deadlines(connect=60.0, idle=60.0, late=0.0)
 SECRET = bytes(range(32))
 OTHER = bytes(range(1, 33))
 
@@ -340,7 +340,8 @@ def test_nonsense_in_well_sealed_frames_never_touches_what_is_committed(vaults: 
             theirs.close()
     after = vaults.state()
     assert after[0].ranks[0] == before[0].ranks[0] and after[1:] == before[1:]
-    assert vaults.server.refusals["stale epoch"] > 100 and vaults.server.misfits > 100
+    assert vaults.server.refusals["stale epoch"] > 100
+    assert vaults.server.misfits > 20, "of the vault's own epoch"
     assert not vaults.vault.holdings().ranks.get(3), "nothing was ever completed for anybody"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
@@ -227,6 +228,19 @@ def test_the_degree_of_protection_falls_with_a_swap_and_is_back_when_every_node_
     # the same nodes again, after a fault of the network: nothing is missing
     protection.moved(after, coordinates)
     assert protection.degree == 1 and not protection.committed()
+
+
+def test_the_words_that_the_newest_copies_lie_in_outlive_a_coordinator_until_the_next_commit() -> None:
+    before, coordinates = layout(4, 1, 1, 1)
+    protection = Protection("2+1")
+    protection.begin(before, coordinates, 100, 1)
+    old = {word.ranks for word in protection.words}
+    protection.moved(before, coordinates, one_to_one=False)  # to be drained: nothing is kept for anybody any more
+    again = Protection("2+1")
+    again.begin(before, coordinates, 100, 1, json.loads(json.dumps(protection.dump())))
+    assert old and {word.ranks for word in again.words} == old and again.groups == ()
+    protection.committed()
+    assert protection.words == []
 
 
 def test_two_copies_still_protect_while_the_third_is_made() -> None:

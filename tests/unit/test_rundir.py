@@ -100,6 +100,28 @@ def room() -> Iterator[Callable[[int], None]]:
     signal.signal(signal.SIGXFSZ, handler)
 
 
+def test_a_coordinator_that_starts_again_on_a_full_disk_goes_on(
+    tmp_path: Path, room: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(tmp_path)
+    run.job({"pid": 1})
+    run.close()
+    room(5)
+    again = RunDirectory(tmp_path, fresh=False)
+    with pytest.raises(OSError, match="File too large"):
+        again.job({"pid": 2})
+    again.job({"pid": 2}, again=True)
+    again.event("back")
+    again.status({"phase": "running"})
+    assert json.loads((tmp_path / JOB).read_text()) == {"pid": 1}
+    assert capsys.readouterr().err.count("cannot be written") == 3
+    room(1 << 30)
+    again.status({"phase": "running"})
+    again.flush()
+    assert json.loads((tmp_path / JOB).read_text()) == {"pid": 2}
+    assert [each["event"] for each in read_events(tmp_path)] == ["back"]
+
+
 def test_a_full_disk_costs_nothing_but_events_that_are_too_many_to_wait(
     tmp_path: Path, room: Callable[[int], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

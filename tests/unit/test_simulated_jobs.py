@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from deadpool_megatron.cluster import records as r
@@ -45,6 +47,8 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "all back": (26485, ()),
     "one moment": (6526, ()),
     "told before": (1367, ("kill worker", "kill coordinator", "crash coordinator soon")),
+    "9": (1, ()),
+    "9 again": (206, ()),
     "live alone": (44, ("kill worker", "kill node", "slow link")),
 }
 _NO_COPY = ("every copy damaged", "kill node", "lose node", "damaged file", "unreadable directory")
@@ -53,14 +57,27 @@ MISSED_DURABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "read again": (16, _NO_COPY),
     "no source": (10, ("every copy damaged", "damaged file", "kill worker")),
     "no spare": (3750, ()),
+    "10 spares": (10441, ()),
     "10 drain": (44, ("kill node", "lose node", "kill worker")),
     "goes back": (16, _NO_COPY),
     "11": (29, ("another owner", "kill node")),
     "begins again": (10, ("damage",)),
+    "heard again": (9452, ()),
+}
+# The same with parity, constants, or failure domains.
+MISSED_SHARDS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "old words": (253, ()),
+    "constants beside": (85, ()),
+    "constants first": (372, ()),
+    "share refused": (309, ()),
+}
+# The same where another job wants the durable directory.
+MISSED_RIVALS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "11 watch": (4, ()),
 }
 # One run in thousands misses these, so a test of their own holds them: `test_core.py`, `test_known_and_commits.py`,
 # `test_durable_core.py`.
-RARE = {"1 nodes", "refused twice", "margin", "false alarm", "below floor", "looks again"}
+RARE = {"1 nodes", "refused twice", "margin", "false alarm", "below floor", "looks again", "constants anew"}
 
 
 @pytest.mark.parametrize("batch", range(_BATCHES))
@@ -72,10 +89,20 @@ def test_no_fault_breaks_a_promise(batch: int) -> None:
     assert sum(run.code == 0 for run in runs) > _RUNS // 2, "most jobs survive them"
 
 
-@pytest.mark.parametrize("fix", [*MISSED, *MISSED_DURABLE])
-def test_a_fix_that_is_taken_back_is_missed(fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seed, kinds = (MISSED | MISSED_DURABLE)[fix]
-    profile = Profile(only=kinds, durable=fix in MISSED_DURABLE)
+MODES = {
+    Profile(durable=False, shards=False, rivals=False): MISSED,
+    Profile(durable=True, shards=False, rivals=False): MISSED_DURABLE,
+    Profile(shards=True, rivals=False): MISSED_SHARDS,
+    Profile(durable=True, shards=False, rivals=True): MISSED_RIVALS,
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "fix"), [pytest.param(mode, fix, id=fix) for mode, missed in MODES.items() for fix in missed]
+)
+def test_a_fix_that_is_taken_back_is_missed(mode: Profile, fix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed, kinds = MODES[mode][fix]
+    profile = replace(mode, only=kinds)
     assert not simulate(seed, profile).violation
     MUTANTS[fix](monkeypatch)
     assert simulate(seed, profile).violation
@@ -109,7 +136,7 @@ def test_the_log_and_the_metrics_of_a_node_have_every_epoch_that_it_is_in() -> N
 
 
 def test_every_fix_has_a_run() -> None:
-    assert MISSED.keys() | MISSED_DURABLE.keys() | RARE == MUTANTS.keys()
+    assert {fix for missed in MODES.values() for fix in missed} | RARE == MUTANTS.keys()
 
 
 def test_a_seed_is_one_run_to_the_message() -> None:

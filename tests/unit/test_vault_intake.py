@@ -22,6 +22,7 @@ from deadpool_megatron.vault import (
     store_shard,
 )
 from deadpool_megatron.vault.errors import Refused
+from deadpool_megatron.vault.frames import Begin, Refusal
 from deadpool_megatron.vault.intake import Intakes
 from deadpool_megatron.vault.transfer import own_slot
 from deadpool_megatron.vault.wire import Channel
@@ -136,3 +137,35 @@ def test_a_new_epoch_ends_a_fetch_that_waits_for_bytes(silent: socket.socket) ->
         thread.join()
     assert errors
     vault.close()
+
+
+def test_what_was_sent_before_the_epoch_changed_is_refused_and_not_counted() -> None:
+    server = VaultServer(Vault(f"l{os.getpid()}", 0), SECRET, "127.0.0.1", deadlines=Deadlines(late=10.0))
+    now = 100.0
+    server._keeper._clock = lambda: now
+
+    def refusal(epoch: int, size: int) -> Refusal:
+        mine, theirs = socket.socketpair()
+        owner, ours = (
+            Channel(mine, Deadlines(), SECRET, server=False),
+            Channel(theirs, Deadlines(), SECRET, server=True),
+        )
+        owner.send(Begin(epoch, 3, epoch, 5, size, 1 << 12, 16, 1 << 20, EMPTY, 0))
+        server._requests(ours)
+        answer = owner.receive()
+        owner.close()
+        ours.close()
+        assert isinstance(answer, Refusal)
+        return answer
+
+    try:
+        server.set_plan({3: 4096})
+        server.set_epoch(1)
+        assert refusal(0, 4096).code == "stale-epoch" and refusal(1, 8192).code == "not-planned"
+        assert not any(server.refusals.values()), "nodes hear of an epoch one after the other"
+        now += 11.0
+        assert refusal(2, 8192).code == "not-planned" and not any(server.refusals.values()), "this one is behind"
+        assert refusal(0, 4096).code == "stale-epoch" and refusal(1, 8192).code == "not-planned"
+        assert (server.refusals["stale epoch"], server.refusals["not as planned"]) == (1, 1)
+    finally:
+        server.stop()

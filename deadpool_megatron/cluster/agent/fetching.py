@@ -1,9 +1,10 @@
-"""Whom to ask for a shard next, and when to give it up. Pure: `Shards` does the asking."""
+"""Whom to ask for a shard, or for constants, next, and when to give it up. Pure: `Shards` does the asking."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from deadpool_megatron.cluster import records as r
 from deadpool_megatron.vault import VaultError
 
 _PATIENCE_S = 10.0  # for a shard whose holder cannot be reached; a holder that is gone ends the epoch sooner
@@ -58,3 +59,31 @@ class Attempts[Place]:
         self._round()
         pause, self._pause = self._pause, min(2 * self._pause, 1.0)
         return pause
+
+
+def nodes_with_constants(parts: Sequence[Sequence[r.Share]], k: int) -> list[int]:
+    """Nodes that keep the constants of a rank whose shard is rebuilt from ``parts``, as it was placed when these came.
+
+    Constants are whole at the keepers of the stripe in which the rank's node comes first: who has parity of part 0.
+    """
+    return [share.node for share in parts[0] if share.share >= k]
+
+
+class Search[Place]:
+    """All places, a few times, until one has given what may be nowhere.
+
+    Attributes:
+        left: who has not said yet that it does not have it.
+    """
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        self.left = list(dict.fromkeys(places))
+        self._pauses = [0.0, 0.1, 0.5]
+
+    def pause(self) -> float | None:
+        """Seconds until all that are left are to be asked; None: it is given up."""
+        return self._pauses.pop(0) if self.left and self._pauses else None
+
+    def lacks(self, place: Place) -> None:
+        """This one does not have it."""
+        self.left.remove(place)

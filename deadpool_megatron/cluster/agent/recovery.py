@@ -68,6 +68,11 @@ class NodeRecovery:
             return True
         return not self._job.ranks or self._crew.all_reached("resumed")
 
+    @property
+    def _drains(self) -> bool:
+        """The job ends, and only what is in memory is made durable."""
+        return self._job.declared is not None and self._job.declared.purpose == "drain"
+
     # ---- what the coordinator says
 
     def start_over(self) -> None:
@@ -94,7 +99,7 @@ class NodeRecovery:
             worker.send(self._job.declared)
         self._upkeep.replan(sizes_known=bool(record.unique_bytes))
         self._here.clear()
-        for local in here if record.purpose != "drain" else ():  # then the agents do all there is to do
+        for local in here if not self._drains else ():
             if local not in workers or workers[local].exited:
                 self._crew.renew(local)
         self.take_over()
@@ -146,7 +151,7 @@ class NodeRecovery:
         worker that has this generation live goes on with that.
         """
         job, version = self._job, version or self._shards.version_of(rank, generation)
-        drains = job.declared is not None and job.declared.purpose == "drain"
+        drains = self._drains
         worker = self._crew.mine().get(rank)
         if version is not None:
             if self._held:
@@ -177,6 +182,8 @@ class NodeRecovery:
 
     def take_over(self) -> None:
         """Have parked workers become the coordinates that the assignment has for them."""
+        if self._drains:
+            return  # agents do all there is to do
         for worker in self._crew.give_coordinates():
             assert worker.rank is not None
             if self._job.declared is not None:

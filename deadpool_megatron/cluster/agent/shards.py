@@ -13,7 +13,7 @@ from typing import Any
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agent.fetching import Attempts
+from deadpool_megatron.cluster.agent.fetching import Attempts, Search, nodes_with_constants
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.vault import (
     CONSTANT,
@@ -79,6 +79,15 @@ class FetchDone:
         """It could not be had, because of ``err``."""
         full = isinstance(err, VaultFull)
         return cls(rank, epoch, version.generation, source, None, str(err), tried, full)
+
+    @classmethod
+    def not_rebuilt(
+        cls, rank: int, epoch: int, version: Version, parts: Sequence[Sequence[r.Share]], err: VaultError
+    ) -> FetchDone:
+        """It could not be rebuilt from ``parts``; the share that is to blame, if one is, tells whose fault it was."""
+        node = err.node if isinstance(err, RebuildFailed) else parts[0][0].node
+        tried = next((share.version_epoch for part in parts for share in part if share.node == node), -1)
+        return cls.failed(rank, epoch, version, node, tried, err)
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,15 +360,14 @@ class Shards:
     ) -> None:
         """Rebuild a shard that nobody holds whole, in the own vault; the outcome comes as a FetchDone.
 
-        Constants of the rank come from any of the ``keepers``, if one has them.
+        Constants of the rank come from who keeps them beside its parity, or from any of the ``keepers``.
         """
-        first = parts[0][0].node
         # Under the newest of the versions its shares have: the bytes are the same in all of them.
         version = Version(max(share.version_epoch for part in parts for share in part), generation)
 
         def work() -> None:
-            node = first
-            done = FetchDone(rank, epoch, generation, first, (version.epoch, generation), "", parts[0][0].version_epoch)
+            first = parts[0][0]
+            done = FetchDone(rank, epoch, generation, first.node, (version.epoch, generation), "", first.version_epoch)
             try:
                 if self.stripes is None:
                     raise VaultError("parity is not kept in this job")
@@ -371,30 +379,28 @@ class Shards:
                 _patiently(
                     [pieces], lambda those: rebuild(self.vault, self._secret, rank, epoch, version, those[0], coder)
                 )
-                self._fetch_constants(rank, epoch, [(each.host, each.port) for each in keepers])
+                near = [vaults[node] for node in nodes_with_constants(parts, coder.k)]
+                places = [(each.host, each.port) for each in near]
+                self._fetch_constants(rank, epoch, [*places, *((each.host, each.port) for each in keepers)])
             except VaultError as err:
-                node = err.node if isinstance(err, RebuildFailed) else first
-                tried = next((share.version_epoch for part in parts for share in part if share.node == node), -1)
-                done = FetchDone.failed(rank, epoch, version, node, tried, err)
+                done = FetchDone.not_rebuilt(rank, epoch, version, parts, err)
             self.report(done)
 
         threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()
 
     def _fetch_constants(self, rank: int, epoch: int, places: Sequence[tuple[str, int] | Vault]) -> None:
         """Blocks. Where nobody gives them, the rank has none, or its worker has to have them from a replica."""
-        left = list(dict.fromkeys(places))
-        for pause in (0.0, 0.1, 0.5):
+        search = Search(places)
+        while (pause := search.pause()) is not None:
             time.sleep(pause)
-            for place in list(left):
+            for place in list(search.left):
                 try:
                     fetch(self.vault, self._secret, place, constants_of(rank), epoch, CONSTANT, direct=self._direct)
                     return
                 except NotHeld:
-                    left.remove(place)
+                    search.lacks(place)
                 except VaultError as err:
                     _log.warning("rank %d: its constants cannot be had from %s: %s", rank, place, err)
-            if not left:
-                return
 
     def close(self) -> None:
         """Stop all threads and free the memory."""

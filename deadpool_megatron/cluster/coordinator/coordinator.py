@@ -143,7 +143,8 @@ class Coordinator:
                 "lease": self._core.job.deadlines.lease,
                 "pid": os.getpid(),
                 "agent": dict(self._settings.agent),
-            }
+            },
+            again=self._settings.resume,
         )
         if self._settings.resume:
             kept = self._memory.read()
@@ -153,7 +154,7 @@ class Coordinator:
             self._memory.clear()
         self._write_status()
         host, store_port = self._settings.host, self._settings.store_port
-        self._memory.publish_place(host, self.port, store_port, self._settings.job_id)
+        self._memory.publish_place(host, self.port, store_port, self._settings.job_id, self._settings.resume)
         announce(self.port)
         if self._settings.elected:
             self._memory.watch()

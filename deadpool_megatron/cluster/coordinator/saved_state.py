@@ -6,12 +6,12 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
 
-from deadpool_megatron.cluster.store import Deposed, Guard, Store, StoreError
+from deadpool_megatron.cluster.store import Deposed, Guard, Store, StoreDamaged, StoreError
 from deadpool_megatron.cluster.store.leadership import PLACE, STATE, Place
 
 _SAY_AFTER_S: Final = 5.0
@@ -67,31 +67,41 @@ class Memory:
             if self._written.get(name) != value:
                 self._written[name] = values[STATE + name] = value
         if values:
-            self._insist(values)
+            self._insist(lambda: self._store.put(values, guard=self._guard))
             self.writes += 1
             self.written_bytes += sum(map(len, values.values()))
 
     def read(self) -> dict[str, Any] | None:
-        """What was written last, by part; None when there is no job under way. Raises StoreError."""
-        return read_state(self._store)
+        """What was written last, by part; None when there is no job under way. Waits for a store that does not answer.
+
+        Raises StoreDamaged.
+        """
+        return self._insist(lambda: read_state(self._store), StoreDamaged)
 
     def clear(self) -> None:
         """Forget all. Raises StoreError."""
         self._store.delete(STATE, self._guard)
         self._written.clear()
 
-    def publish_place(self, host: str, port: int, store_port: int, job_id: str) -> None:
-        """The coordinator listens. Raises StoreError."""
+    def publish_place(self, host: str, port: int, store_port: int, job_id: str, again: bool) -> None:
+        """The coordinator listens. Raises StoreError, unless it does so ``again``: then it waits, as with decisions."""
         place = Place(host, port, store_port, self._guard.revision, job_id)
-        self._store.put({PLACE: _encoder.encode(place)}, guard=self._guard)
 
-    def _insist(self, values: Mapping[str, bytes]) -> None:
+        def put() -> None:
+            self._store.put({PLACE: _encoder.encode(place)}, guard=self._guard)
+
+        if again:
+            self._insist(put)
+        else:
+            put()
+
+    def _insist[T](self, act: Callable[[], T], *ends: type[StoreError]) -> T:
+        over: tuple[type[StoreError], ...] = (Deposed, *ends)
         begun, said = time.monotonic(), False
         while True:
             try:
-                self._store.put(values, guard=self._guard)
-                return
-            except Deposed:
+                return act()
+            except over:
                 raise
             except StoreError as err:
                 if not said and time.monotonic() - begun > _SAY_AFTER_S:

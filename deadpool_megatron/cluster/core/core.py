@@ -348,7 +348,7 @@ class Core:
         if name == "layout":  # large, and the same from the first step to the last
             return self._layout.dump()
         if name == "members":
-            return {**self.members.dump(), "groups": self.protection.groups}
+            return {**self.members.dump(), **self.protection.dump()}
         return {
             "epoch": self.epoch,
             "phase": "ended" if self._state.phase is Phase.ENDED else _COARSE.get(self.phase, "running"),
@@ -378,9 +378,8 @@ class Core:
         head.fresh = self._state.phase is Phase.STARTING  # else what was trained since may not be on record
         head.count_anew(self.members.active(), self.epoch)
         if self._layout.known:
-            groups = tuple(tuple(group) for group in parts["members"]["groups"])
             self.protection.begin(
-                self.assignment, self.coordinates, self._layout.largest, self.job.slots_per_node, groups
+                self.assignment, self.coordinates, self._layout.largest, self.job.slots_per_node, parts["members"]
             )
         self._durability.restored(self._state.phase is Phase.STARTING, kept["durable"])
         there = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
@@ -479,7 +478,9 @@ class Core:
             yield from self._stop(Exit.GENERATION_LOST, why)
 
     def _shards_drained(self, record: r.ShardsDrained) -> Effects:
-        yield from self._durability.drained(record, self.assignment, self.coordinates, self.epoch)
+        yield from self._durability.drained(
+            record, self.assignment, self.coordinates, self.epoch, self.members.writer()
+        )
         yield from self._leave_if_drained()
 
     def _generation_sealed(self, record: r.GenerationSealed) -> Effects:
@@ -591,14 +592,21 @@ class Core:
 
     def _fetch_failed(self, record: r.FetchFailed) -> Effects:
         if record.own and record.epoch == self.epoch:
-            if self._recoveries.drains:
-                yield from self._recoveries.last_drained()  # no node has room for what a lost one had
-                return
-            yield from self._lose({record.node}, record.why)  # another spare may have room
+            if not self._recoveries.ends:
+                yield from self._lose({record.node}, record.why)  # another spare may have room
+            elif why := (yield from self._recoveries.no_room(record)):
+                yield from self._declare(why)
+        elif self._changes_what_is_loaded(record) and self._ends.changed(record.node):
+            yield from self._lose({record.node}, f"its memory changes what is read into it: {record.why}")
         elif why := (yield from self._recoveries.fetch_failed(record)):
             yield from self._declare(why)
         elif self._state.phase is Phase.STARTING and record.epoch == self.epoch:
             yield from self._declare(f"the durable copy of rank {record.rank} on node {record.node}: {record.why}")
+
+    def _changes_what_is_loaded(self, record: r.FetchFailed) -> bool:
+        """What a node had read from the durable directory is not what it holds: reading it again brings no progress."""
+        loaded = self._state.phase is Phase.STARTING or self._recoveries.went_back
+        return loaded and record.source == record.node and record.epoch == self.epoch and not record.gone
 
     def _peer_error(self, record: r.PeerError) -> Effects:
         if record.epoch == self.epoch:
@@ -632,6 +640,8 @@ class Core:
             late_nodes = recovery.late()
             if recovery.phase is Phase.WAITING and recovery.deadline is None:
                 yield from self._declare("no spare has come in time")
+            elif late_nodes and self._recoveries.not_saved("it took too long"):
+                yield from self._declare("the checkpoint was not saved in time")
             elif late_nodes:
                 yield from self._lose(late_nodes, f"missed the deadline of phase '{recovery.phase.value}'")
 

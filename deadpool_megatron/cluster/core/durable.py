@@ -83,6 +83,7 @@ class Durability:
         self._loading: tuple[str, set[int]] | None = None
         self._begun = False
         self._epoch = 0
+        self._resumes_at: int | None = None  # as told; -1: with nothing durable
         self._preempted: float | None = None  # until when the job may stay
         self._taken = ""  # why nothing is drained any more: the directory is another job's
         self.leave: str | None = None
@@ -129,6 +130,15 @@ class Durability:
         self._begun, self._epoch = True, epoch
         yield from self._load(active)
 
+    def start_again(self, active: Iterable[int], epoch: int) -> Effects:
+        """Agents are back that may not have heard where training begins."""
+        if not self._begun or epoch != self._epoch:
+            yield from self.start(active, epoch)
+        elif self._loading is not None:
+            yield Send(None, r.LoadShards(self._loading[0], self._complete[0][0], self._epoch))
+        elif self._resumes_at is not None:
+            yield Send(None, r.ResumeAt(self._resumes_at))
+
     def dump(self) -> list[tuple[int, str]]:
         """What is durable, for a coordinator that starts again and may not be able to look."""
         return self._complete
@@ -150,7 +160,7 @@ class Durability:
             self._loading = (name, set(active))
             yield Send(None, r.LoadShards(name, generation, self._epoch))
         else:
-            self._loading = None
+            self._loading, self._resumes_at = None, -1
             yield Send(None, r.ResumeAt(-1))
 
     def loaded(self, record: r.ShardsLoaded, active: Iterable[int]) -> Answer[str]:
@@ -173,7 +183,7 @@ class Durability:
         if not waiting:
             generation = self._complete[0][0]
             self._loading = None
-            self._last = generation
+            self._last = self._resumes_at = generation
             yield Send(None, r.ResumeAt(generation))
             yield emit(
                 "durable_resumed",
@@ -228,8 +238,9 @@ class Durability:
         assignment: Sequence[r.SlotAddress],
         coordinates: Mapping[int, r.CoordinateInfo],
         epoch: int,
+        writer: int,
     ) -> Effects:
-        """A node's shards are written, or are not."""
+        """A node's shards are written, or are not. ``writer``: the node that writes the manifest after the last."""
         attempt = self._attempt
         if attempt is None or attempt.name != record.name or attempt.sealing is not None or self._spec is None:
             return
@@ -244,7 +255,7 @@ class Durability:
         if missing:
             yield from self._fail(f"nobody has written the shard of rank {missing[0]}", assignment)
             return
-        attempt.sealing = assignment[0].node
+        attempt.sealing = writer
         keep = [name for _, name in self._complete[: self._spec.keep - 1]]
         yield Send(
             attempt.sealing,

@@ -24,6 +24,7 @@ class NodeState:
     parked: set[int] = field(default_factory=set)
     deaths: int = 0
     respawns: bool = True
+    trained: bool = False  # its workers have told what job this is
 
     @property
     def gone(self) -> bool:
@@ -113,6 +114,11 @@ class Members:
         """Coordinates on a node."""
         return list(placing.ranks_of(self.assignment, node).values())
 
+    def writer(self) -> int:
+        """Who writes what is said of the whole job: the first holder of a coordinate that knows the job."""
+        active = self.active()
+        return next((node for node in active if self.nodes[node].trained), active[0])
+
     # ---- changes
 
     def hand_over(self, taken_by: dict[int, int]) -> None:
@@ -155,6 +161,7 @@ class Members:
                     [s.vault.host, s.vault.port] if s.vault else None,
                     list(s.pids.items()),
                     s.deaths,
+                    s.trained,
                 ]
                 for s in self.nodes.values()
             ],
@@ -169,9 +176,15 @@ class Members:
         self.assignment = assignment
         self.nodes = {
             node: NodeState(
-                node, role, agent_pid, r.Address(*vault) if vault else None, dict(map(tuple, pids)), set(), deaths
+                node,
+                role,
+                agent_pid,
+                r.Address(*vault) if vault else None,
+                dict(map(tuple, pids)),
+                deaths=deaths,
+                trained=trained,
             )
-            for node, role, agent_pid, vault, pids, deaths in kept["nodes"]
+            for node, role, agent_pid, vault, pids, deaths, trained in kept["nodes"]
         }
         self._absent = set(self.nodes)
         self.departed = [node for node, state in self.nodes.items() if state.gone]

@@ -53,6 +53,7 @@ class Protection:
         self._labels = {node: dict(of_node) for node, of_node in (labels or {}).items()}
         self.covers = "no node"
         self._words: dict[tuple[int, ...], Word] = {}
+        self._now: dict[tuple[int, ...], Word] = {}  # those of them that the groups of today have
         self._nodes: list[int] = []
         self._bare: set[int] = set()
         self._covered: set[int] = set()
@@ -70,19 +71,21 @@ class Protection:
         coordinates: Mapping[int, CoordinateInfo],
         shard_bytes: int,
         slots_per_node: int,
-        groups: Groups | None = None,
+        placed: Mapping[str, Any] | None = None,
     ) -> Groups:
         """Training is about to begin: place everything.
 
         Args:
             shard_bytes: of the largest shard, small state included.
-            groups: as they were placed already (a coordinator that starts again).
+            placed: from `dump`, as it was placed already (a coordinator that starts again).
         """
         self._nodes = placing.nodes_of(assignment)
         self._shard_bytes, self._slots_per_node = shard_bytes, slots_per_node
-        if groups is None:
-            groups = place(self._nodes, self.scheme, parallel_groups(assignment, coordinates), self._labels)
-        self.groups = groups
+        if placed is None:
+            self.groups = place(self._nodes, self.scheme, parallel_groups(assignment, coordinates), self._labels)
+        else:
+            self.groups = tuple(tuple(group) for group in placed["groups"])
+            self._words = {tuple(ranks): Word(tuple(ranks), tuple(keepers)) for ranks, keepers in placed["words"]}
         self._decided(assignment)
         self._bare, self._covered = set(self._nodes), set()
         return self.groups
@@ -109,9 +112,15 @@ class Protection:
         self._decided(assignment)
         return self.groups
 
+    def dump(self) -> dict[str, Any]:
+        """What a coordinator that starts again cannot work out, as JSON types."""
+        older = [[word.ranks, word.keepers] for ranks, word in self._words.items() if ranks not in self._now]
+        return {"groups": self.groups, "words": older}
+
     def _decided(self, assignment: Sequence[SlotAddress]) -> None:
         self._exact = None
-        self._words |= {word.ranks: word for word in words(self.groups, self.scheme, assignment)}
+        self._now = {word.ranks: word for word in words(self.groups, self.scheme, assignment)}
+        self._words |= self._now
 
     @property
     def exact(self) -> Tolerated:
@@ -141,6 +150,7 @@ class Protection:
     def committed(self) -> bool:
         """A generation of this epoch is committed; True when that ends a time of less protection."""
         was, self._bare = bool(self._bare), set()
+        self._words = dict(self._now)  # of older placements nothing is needed any more
         self.covers = self.exact.sentence  # what could be lost from here on, for who has lost more
         return was
 

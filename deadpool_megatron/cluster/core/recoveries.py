@@ -39,7 +39,12 @@ class Recoveries:
         self._refused: set[RefusedCopy] = set()
         self._generation = -1
         self._waits_until: float | None = None
-        self._end = ""  # why the job cannot go on, once it only drains what it has
+        self._end = ""  # why the job cannot go on, once it only saves or drains what it has
+        self._placed: list[r.SlotAddress] | None = None  # how coordinates were placed when it came to that
+        self._not_saved = ""  # why Megatron's checkpoint could not be written
+        self._full: set[int] = set()  # nodes that have no room for what lost ones had
+        self._told: r.Declare | None = None
+        self._heard: set[int] = set()  # who was there when that was told
         self._durable_name = ""  # of the durable generation this recovery goes back to
 
     def of(self, epoch: int) -> Recovery | None:
@@ -75,21 +80,20 @@ class Recoveries:
             reason=reason,
             purpose=self._purpose,
         )
-        yield Send(
-            None,
-            r.Declare(
-                members.epoch,
-                self._purpose,
-                reason,
-                members.lost(),
-                replaced,
-                members.assignment,
-                members.vaults(),
-                [list(group) for group in groups],
-                *state.layout.sizes,
-                self._rendezvous,
-            ),
+        self._told = r.Declare(
+            members.epoch,
+            self._purpose,
+            reason,
+            members.lost(),
+            replaced,
+            members.assignment,
+            members.vaults(),
+            [list(group) for group in groups],
+            *state.layout.sizes,
+            self._rendezvous,
         )
+        self._heard = {node for node in members.present() if members.nodes[node].agent_pid}
+        yield Send(None, self._told)
         return replaced
 
     def _place(self, out_of_use: set[int], reason: str, now: float) -> Answer[bool]:
@@ -106,8 +110,11 @@ class Recoveries:
         patience = state.job.wait_for_spare_s
         if members.coming_spares():  # who has said that it joins is waited for in any case
             patience = max(patience, state.job.deadlines.join)
-        if all(members.gone(node) for node in members.active()):
+        there = {node for node in members.present() if members.nodes[node].agent_pid}
+        if not there:
             patience = 0.0  # nobody is left whose state could be kept
+        if taken_by is None or self._purpose != "resume":
+            self.helpers |= there  # a spare may have shards of when it was none
         if taken_by is not None and self._purpose == "resume":
             self._waits_until = None
             members.hand_over(taken_by)
@@ -128,22 +135,37 @@ class Recoveries:
                 )
         elif out_of_use or self._purpose != "resume":
             self._waits_until = None
-            plan = placing.rescue(members.assignment, out_of_use, state.job.slots_per_node)
-            if plan is not None and state.layout.can_rescue:
+            if out_of_use or vacant:  # else what ends the job is what ended it in the epoch before
+                self._end = f"no spare is left for node {min(out_of_use | vacant)} ({reason})"
+            plan = self._rescue(there)
+            if plan is not None and state.layout.can_rescue and not self._not_saved:
                 self._purpose = "save"
-            else:
-                if out_of_use or vacant:  # else what ends the job is what ended it in the epoch before
-                    self._end = (
-                        f"no spare is left for node {min(out_of_use | vacant)} ({reason}) and no checkpoint could be "
-                        "saved: "
-                        + ("nobody survives" if plan is None else "it takes --save and a backend that shares devices")
-                    )
-                if plan is None or not state.durability.can_drain:
-                    yield Stop(Exit.NO_SPARE, self._end)
-                    return False
+            elif plan is not None and state.durability.can_drain:
                 self._purpose = "drain"
+            else:
+                yield self._unsaved("" if there else "nobody survives")
+                return False
             members.assignment = plan
         return True
+
+    def _rescue(self, there: set[int]) -> list[r.SlotAddress] | None:
+        """Where the coordinates are while what there is of them is saved: with spares too, as far as these go."""
+        state, members = self._state, self._state.members
+        before = self._placed = self._placed or members.assignment
+        stay = set(placing.nodes_of(before))
+        lost = {node for node in stay if members.gone(node) or members.nodes[node].role == "leaving"}
+        spares = sorted(node for node in there - stay - self._full if members.nodes[node].role != "leaving")
+        plan = placing.rescue(before, lost, state.job.slots_per_node, spares, self._full)
+        for node in placing.nodes_of(plan or ()):
+            members.nodes[node].role = "active"
+        return plan
+
+    def _unsaved(self, why: str = "") -> Stop:
+        """The job ends without a checkpoint."""
+        if not why and self._full:
+            why = f"node {', '.join(map(str, sorted(self._full)))} has no room for what it had"
+        why = why or self._not_saved or "it takes --save and a backend that shares devices"
+        return Stop(Exit.NO_SPARE, f"{self._end} and no checkpoint could be saved: {why}")
 
     def _taken_by(self, out_of_use: set[int]) -> dict[int, int] | None:
         members, vacant = self._state.members, {node for node, _ in self.vacant}
@@ -159,9 +181,9 @@ class Recoveries:
                 yield emit("stays", node=node, cause="no parked spare is left to take over")
 
     @property
-    def drains(self) -> bool:
-        """The job cannot go on, and makes durable what it has."""
-        return self._purpose == "drain" and self.current is not None
+    def ends(self) -> bool:
+        """The job cannot go on: it saves what it has, or makes that durable."""
+        return self._purpose != "resume" and self.current is not None
 
     def spare_came(self) -> bool:
         """Somebody was waited for, and there are enough spares now."""
@@ -170,6 +192,11 @@ class Recoveries:
         members = self._state.members
         lost = [node for node in members.active() if members.gone(node)]
         return len(lost) <= len(members.ready_spares()) + len(members.cold_spares())
+
+    @property
+    def went_back(self) -> bool:
+        """The recovery under way goes on from a durable generation."""
+        return bool(self._durable_name) and self.current is not None
 
     # ---- what all go on from
 
@@ -190,10 +217,21 @@ class Recoveries:
         if self._purpose == "drain":  # what only a worker holds is not written by an agent
             for node, offer in recovery.offers.items():
                 recovery.offers[node] = msgspec.structs.replace(offer, live={}, live_epochs={})
+        agreement: Agreement | None
         try:
             refused, words = frozenset(self._refused), state.protection.words
             agreement = agree(members.assignment, recovery.offers, refused, words, state.layout.repeatable)
+            missing: list[int] = []
         except NoCommonGeneration as err:
+            agreement, missing = None, err.missing
+        if agreement is None or agreement.generation < state.progress.committed:
+            others = recovery.ask(self._heard & set(members.present()))
+            for node in others:  # a spare may have what would be given up, and may have been away
+                assert self._told is not None
+                yield Send(node, self._told)
+            if others:
+                return
+        if agreement is None:
             if self._purpose == "drain":
                 yield Stop(Exit.NO_SPARE, f"{self._end}, and no generation is complete in memory")
                 return
@@ -203,13 +241,13 @@ class Recoveries:
                 yield StartOver(f"node {max(lost)} was lost" if lost else "communication failed")
                 return
             if fallback is None:
-                yield Stop(Exit.GENERATION_LOST, self._nothing_left(err))
+                yield Stop(Exit.GENERATION_LOST, self._nothing_left(missing))
                 return
             agreement, self._durable_name = Agreement(fallback[0], {}), fallback[1]
             state.progress.iteration = agreement.generation - 1
             held = "no generation is complete in the vaults any more"
-            if err.missing:
-                held = f"no vault holds the shards of ranks {', '.join(map(str, err.missing))} any more"
+            if missing:
+                held = f"no vault holds the shards of ranks {', '.join(map(str, missing))} any more"
             yield emit(
                 "durable_fallback",
                 iteration=agreement.generation,
@@ -244,7 +282,7 @@ class Recoveries:
         )
         yield from self._check_arrived(recovery)
 
-    def _nothing_left(self, err: NoCommonGeneration) -> str:
+    def _nothing_left(self, missing: list[int]) -> str:
         state = self._state
         if state.progress.committed < 0:
             lost = state.members.lost()
@@ -253,7 +291,7 @@ class Recoveries:
                 f"{what} before the first generation was committed, so there is nothing to go on from; start the "
                 "job again"
             )
-        held = "of ranks " + ", ".join(map(str, err.missing)) if err.missing else "of every rank"
+        held = "of ranks " + ", ".join(map(str, missing)) if missing else "of every rank"
         return (
             f"more nodes were lost than the redundancy covers, which is {state.protection.covers}: no vault holds the "
             f"shards {held} of one generation; restart the job from Megatron's last checkpoint (--load)"
@@ -263,7 +301,7 @@ class Recoveries:
         """A shard could not be had from where it was to come from. Why another epoch has to begin; may be empty."""
         if self.of(record.epoch) is None:
             return ""
-        if self._durable_name:
+        if self._durable_name and record.source < 0:
             yield from self._state.durability.bad(self._durable_name, record.why)
             return f"rank {record.rank} of durable generation {record.generation} could not be read"
         if record.gone:  # so it is offered no more
@@ -271,6 +309,15 @@ class Recoveries:
         self._refused.add((record.rank, record.source, record.generation, record.version_epoch))
         yield emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
         return f"the copy of rank {record.rank} on node {record.source} could not be used: {record.why}"
+
+    def no_room(self, record: r.FetchFailed) -> Answer[str]:
+        """A node has no memory for what a lost one had, which others may have. Why another epoch has to begin."""
+        if record.node in self._full:
+            yield self._unsaved()
+            return ""
+        self._full.add(record.node)
+        yield emit("no_room", node=record.node, rank=record.rank, cause=record.why)
+        return f"node {record.node} has no room for the shard of rank {record.rank}: {record.why}"
 
     def given_up(self, record: r.DamagedCopy) -> Effects:
         """A node has given up a copy that had changed: what it offers of that generation from now on is another one."""
@@ -305,7 +352,7 @@ class Recoveries:
 
     def last_drained(self) -> Effects:
         """The newest generation is durable, or could not be made so: the end."""
-        yield Stop(Exit.NO_SPARE, self._end)
+        yield self._unsaved()
 
     def formed(self, record: r.NodeFormed, now: float) -> Effects:
         """A node has its groups."""
@@ -390,6 +437,15 @@ class Recoveries:
                 f"iteration {record.iteration} was saved to {record.directory}: restart the job with --load "
                 f"{record.directory}",
             )
+
+    def not_saved(self, why: str) -> bool:
+        """Megatron's checkpoint could not be written; True when the generation is made durable instead."""
+        recovery = self.current
+        saves = self._purpose == "save" and recovery is not None and recovery.restored_reported
+        if not saves or not self._state.durability.can_drain:
+            return False
+        self._not_saved = why
+        return True
 
     def start_over(self) -> None:
         """The start begins anew: nothing of a recovery counts any more."""

@@ -42,7 +42,7 @@ class Recovery:
         self.generation = -1
         self.offers: dict[int, r.Offer] = {}
         self.active = frozenset(active)
-        self.givers = self.active | set(helpers)
+        self.givers = self.active | frozenset(helpers)
         self._deadlines = deadlines
         self.waits_until = waits_until
         self.deadline: float | None = now + deadlines.abort
@@ -65,6 +65,12 @@ class Recovery:
         if record.arrived:
             self._arrived.add(record.node)
         return self.offers.keys() >= self.givers
+
+    def ask(self, others: Iterable[int]) -> list[int]:
+        """Those of ``others`` who have not said what they can give; they are waited for from now on."""
+        more = sorted(set(others) - self.offers.keys() - self.givers)
+        self.givers |= set(more)
+        return more
 
     def wait(self) -> None:
         """Everybody holds what there is: until a spare comes."""

@@ -107,8 +107,8 @@ class Returning:
         elif state.phase is Phase.STARTING:
             if unsettled and epoch == members.epoch:
                 yield StartOver(f"the coordinator was away and {unsettled}")
-            elif members.complete():
-                yield from state.durability.start(members.active(), members.epoch)
+            else:
+                yield from self._start.send_all_again()
         yield from self._count_commits(now)
         if members.epoch != epoch or state.phase is not Phase.RUNNING:
             return

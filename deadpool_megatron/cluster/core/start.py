@@ -55,6 +55,13 @@ class Start:
         if self._state.members.complete():
             yield Send(node, self._roster())
 
+    def send_all_again(self) -> Effects:
+        """To all: some were away, and may have missed the roster, or where training begins."""
+        members = self._state.members
+        if members.complete():
+            yield Send(None, self._roster())
+            yield from self._state.durability.start_again(members.active(), members.epoch)
+
     def came_later(self, record: r.Join) -> Effects:
         """An agent that the job did not begin with has joined."""
         yield Send(record.node, self._roster())
@@ -108,6 +115,7 @@ class Start:
     def registered(self, record: r.Registered) -> Answer[bool]:
         """A rank is about to train; True when all are, and are the same job."""
         self._state.layout.register(record)
+        self._state.members.nodes[record.node].trained = True
         if self._state.layout.differs:
             yield Stop(
                 Exit.FAILED,

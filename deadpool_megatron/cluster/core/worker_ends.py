@@ -95,6 +95,8 @@ class WorkerEnds:
             return
         yield emit("detected", node=record.node, rank=rank, cause=cause, ranks=[rank])
         self._recoveries.vacant.add((record.node, record.local))
+        if record.code > 0:
+            self._recoveries.not_saved(cause)
         yield Declare(cause)
 
     def failed(self, record: r.WorkerFailed) -> Effects:
@@ -111,6 +113,10 @@ class WorkerEnds:
                 f"{who} raised the same error at iteration {record.iteration} again, so no spare is spent on it: "
                 f"{record.message}\n{record.traceback}",
             )
+
+    def changed(self, node: int) -> bool:
+        """The memory of a node has changed what it held: as a worker's end. True when it is one too many."""
+        return self._blame.died(self._state.members.nodes[node])
 
     def dump(self) -> dict[str, Any]:
         """The errors, whose end has been counted, and who has left, for a coordinator that starts again."""

@@ -70,27 +70,32 @@ def replace_nodes(assignment: Sequence[SlotAddress], taken_by: Mapping[int, int]
     return [SlotAddress(taken_by[s.node], s.local) if s.node in taken_by else s for s in assignment]
 
 
-def rescue(assignment: Sequence[SlotAddress], lost: Iterable[int], slots_per_node: int) -> list[SlotAddress] | None:
-    """The assignment with the lost coordinates on extra slots of the survivors, dealt out in turn.
+def rescue(
+    assignment: Sequence[SlotAddress],
+    lost: Iterable[int],
+    slots_per_node: int,
+    spares: Iterable[int] = (),
+    full: Iterable[int] = (),
+) -> list[SlotAddress] | None:
+    """The assignment with the lost coordinates on spares and on extra slots of survivors, each where the fewest are.
 
-    Only good for saving a checkpoint: the survivors' devices hold two coordinates each. None when nobody survives.
+    Only good for saving what there is: a survivor's devices hold two coordinates each. ``full`` nodes take nothing.
+    None when nobody is left to take it.
     """
-    gone = set(lost)
+    gone, extra = set(lost), set(full)
     survivors = [node for node in nodes_of(assignment) if node not in gone]
-    if not survivors:
-        return None
-    extra = dict.fromkeys(survivors, slots_per_node)
+    free = dict.fromkeys(survivors, slots_per_node) | dict.fromkeys(spares, 0)
     for slot in assignment:
-        if slot.node in extra:
-            extra[slot.node] = max(extra[slot.node], slot.local + 1)
+        if slot.node in free:
+            free[slot.node] = max(free[slot.node], slot.local + 1)
+    free = {node: local for node, local in free.items() if node not in extra}
+    if not free:
+        return None
     out: list[SlotAddress] = []
-    turn = 0
     for slot in assignment:
         if slot.node in gone:
-            node = survivors[turn % len(survivors)]
-            turn += 1
-            out.append(SlotAddress(node, extra[node]))
-            extra[node] += 1
-        else:
-            out.append(slot)
+            node = min(free, key=free.__getitem__)
+            slot = SlotAddress(node, free[node])
+            free[node] += 1
+        out.append(slot)
     return out

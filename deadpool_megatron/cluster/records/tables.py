@@ -84,6 +84,7 @@ class Broadcast:
         self._chance = chance or random.SystemRandom()
         self._sent = Tables()
         self._whole = b""  # the last Declare in full, encoded
+        self._epoch = -1  # that it declares
         self._has: dict[int, int] = {}
 
     def joined(self, node: int) -> None:
@@ -117,6 +118,9 @@ class Broadcast:
         return self._whole
 
     def _declare(self, record: r.Declare, nodes: Sequence[int]) -> list[tuple[int, bytes]]:
+        if record.epoch == self._epoch:  # told to these once more
+            return [(node, self.behind(node)) for node in nodes]
+        self._epoch = record.epoch
         old = self._sent
         record = msgspec.structs.replace(record, version=self._fresh())
         changed = _difference(record, old)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deadpool_megatron.cluster.store.base import Deposed, Entry, Guard, Lease, Store, StoreError, Watch
+from deadpool_megatron.cluster.store.base import Deposed, Entry, Guard, Lease, Store, StoreDamaged, StoreError, Watch
 from deadpool_megatron.cluster.store.embedded import EmbeddedStore
 from deadpool_megatron.cluster.store.etcd import EtcdStore
 from deadpool_megatron.cluster.store.gateway import PASSWORD, StoreAddress
@@ -20,6 +20,7 @@ __all__ = [
     "Lease",
     "Store",
     "StoreAddress",
+    "StoreDamaged",
     "StoreError",
     "Watch",
     "check_address",

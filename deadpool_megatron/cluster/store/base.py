@@ -21,6 +21,10 @@ class StoreError(OSError):
     """The store does not answer, or refuses us. The message is one line for the user."""
 
 
+class StoreDamaged(StoreError):
+    """What was written last cannot be read, and never will be."""
+
+
 class Deposed(StoreError):
     """A guarded write came from a coordinator whose leadership is over."""
 

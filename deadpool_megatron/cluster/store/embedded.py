@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from deadpool_megatron.cluster.store.base import Deposed, Entry, Guard, Lease, Store, StoreError, Watch
+from deadpool_megatron.cluster.store.base import Deposed, Entry, Guard, Lease, Store, StoreDamaged, StoreError, Watch
 
 _HEAD: Final = 8
 _LOOK_S: Final = 0.05  # how often a watch looks; inotify does not see other machines
@@ -73,7 +73,8 @@ class EmbeddedStore(Store):
         try:
             (self._directory / "leases").mkdir(mode=0o700, parents=True, exist_ok=True)
             for path in (self._lock, *self._copies):
-                path.touch(mode=0o600)
+                if not path.exists():  # else the directory may have become read-only since
+                    path.touch(mode=0o600)
         except OSError as err:
             raise StoreError(f"store in {directory}: {err.strerror}") from None
 
@@ -123,7 +124,7 @@ class EmbeddedStore(Store):
         self._revision, entries = max(map(_read_copy, self._copies), key=lambda copy: copy[0])
         acknowledged = int.from_bytes(os.pread(lock, 8, 0), "big")
         if self._revision < acknowledged:
-            raise StoreError(
+            raise StoreDamaged(
                 f"store in {self._directory}: {self._copies[acknowledged % 2].name} is damaged, so what was decided "
                 "last is lost; remove this directory and start the job again"
             )
