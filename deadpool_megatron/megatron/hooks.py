@@ -22,6 +22,7 @@ Every hook replaces a module global that upstream looks up at call time:
                                           ``print_datetime``
 ``core.pipeline_parallel.schedules``      ``backward_step``: ticks; forward ticks wrap ``forward_step_func``
 ``core.transformer.moe.fused_a2a``        methods of ``Buffer``, ``HybridEPBuffer``: hosts meet before they launch
+``training.initialize``                   ``_initialize_tp_communicators``: userbuffers made inside of a node
 ========================================  ===============================================================
 """
 
@@ -54,13 +55,14 @@ from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.data_position import DataPosition
 from deadpool_megatron.megatron.description import describe_job
 from deadpool_megatron.megatron.frozen import frozen_parameters
-from deadpool_megatron.megatron.muster import meet_before_launches
+from deadpool_megatron.megatron.muster import Muster, meet_before_launches
 from deadpool_megatron.megatron.redo import Redo
 from deadpool_megatron.megatron.replay import Passes
 from deadpool_megatron.megatron.reset import forget_strategies
 from deadpool_megatron.megatron.run_args import RunArgs
 from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
+from deadpool_megatron.megatron.userbuffers import Userbuffers
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
 from deadpool_megatron.support import check_arguments, check_environment, not_looked_at, not_on_a_gpu
@@ -99,6 +101,7 @@ class Hooks:
     _data: DataPosition = field(default_factory=DataPosition)
     _run_args: RunArgs | None = None
     _redo: Redo | None = None
+    _userbuffers: Userbuffers | None = None
     _in_pretrain: bool = False
     _rejoined: bool = False
     _groups: str = ""
@@ -110,7 +113,7 @@ class Hooks:
         from megatron.core.datasets import utils as dataset_utils
         from megatron.core.pipeline_parallel import schedules
         from megatron.core.transformer.moe import fused_a2a
-        from megatron.training import arguments, training, yaml_arguments
+        from megatron.training import arguments, initialize, training, yaml_arguments
 
         current().check_seams(str(megatron.core.__version__))
         if not (Path(str(dataset_utils.__file__)).parent / "Makefile").exists():
@@ -134,7 +137,8 @@ class Hooks:
         self._replace(training, "maybe_finalize_async_save", self._finalize_async_save)
         self._replace(training, "checkpoint_and_decide_exit", self._checkpoint_and_decide_exit)
         self._replace(schedules, "backward_step", self._backward_step)
-        meet_before_launches(fused_a2a, lambda: self.trainer.muster if self.trainer is not None else None)
+        self._replace(initialize, "_initialize_tp_communicators", self._make_userbuffers)
+        meet_before_launches(fused_a2a, self._muster)
 
     def _replace(self, module: Any, name: str, hook: Callable[..., Any]) -> None:
         original = getattr(module, name)
@@ -144,6 +148,9 @@ class Hooks:
             return hook(original, *args, **kwargs)
 
         setattr(module, name, replaced)
+
+    def _muster(self) -> Muster | None:
+        return self.trainer.muster if self.trainer is not None else None
 
     def learn_groups(self, table_digest: str) -> None:
         """For a spare: the digest of the table of groups of those that train."""
@@ -213,6 +220,17 @@ class Hooks:
         if self.config.resume != "none" and not self.standby:
             self._resumes(get_args())
         return result
+
+    def _make_userbuffers(self, original: Any) -> None:
+        if "transformer_engine_torch" not in sys.modules:
+            original()  # says what is missing
+            return
+        self._userbuffers = Userbuffers(original, self.connect, self.config.form_deadline)
+        self._userbuffers.meet_before_launches(self._muster)
+        if self.standby:
+            self._userbuffers.promise()
+        else:
+            self._userbuffers.make(self.session.joined_epoch)
 
     def _resumes(self, megatron_args: Any) -> None:
         """The agent says which durable generation there is, once it has brought this rank's shard into its vault."""
@@ -314,6 +332,8 @@ class Hooks:
         def train() -> Any:
             leaving: SystemExit | None = None
             result: Any = None
+            if self._userbuffers is not None:
+                self._userbuffers.begin(trainer.muster, self.session.joined_epoch)
             try:
                 result = original(*bound.args, **bound.kwargs)
             except SystemExit as exit_:
