@@ -80,6 +80,7 @@ _OPTIMIZERS = "tests/integration/test_optimizers.py"
 _MODELS = "tests/integration/test_other_models.py"
 _GRAPHS = "tests/integration/test_graphs.py"
 _FLEX = "tests/integration/test_flex.py"
+_OVERLAP = "tests/integration/test_userbuffers.py"
 
 _ACCEPTED: Final = (
     # layout
@@ -87,6 +88,7 @@ _ACCEPTED: Final = (
     ("pipeline parallelism", "--pipeline-model-parallel-size", _above_one, _SWAPS),
     ("interleaved pipeline", "--num-layers-per-virtual-pipeline-stage", bool, _SWAPS),
     ("sequence parallelism", "--sequence-parallel", bool, _TE),
+    ("tensor parallelism in userbuffers, inside a node", "--tp-comm-overlap", bool, _OVERLAP),
     ("context parallelism", "--context-parallel-size", _above_one, _TE),
     ("hierarchical context parallelism", "--hierarchical-context-parallel-sizes", bool, _TE),
     ("experts", "--num-experts", bool, _TE),
@@ -149,7 +151,6 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
     ("--enable-cuda-graph", bool, "it is --cuda-graph-impl local"),
     ("--external-cuda-graph", bool, "say --cuda-graph-impl transformer_engine instead"),
     ("--optimizer-cuda-graph", bool, "the gate before the step would be inside of the graph"),
-    ("--tp-comm-overlap", bool, "Transformer Engine's userbuffers are communicators of their own"),
     (
         "--optimizer",
         _other_than(*_OPTIMIZER_NAMES),
@@ -229,6 +230,10 @@ def _flex_across_nodes(values: Values, processes: int) -> bool:
     return _flex(values) and processes % experts != 0
 
 
+def _userbuffers_across_nodes(values: Values, processes: int) -> bool:
+    return bool(values.get("tp_comm_overlap")) and processes % _size(values, "tensor_model_parallel_size") != 0
+
+
 def _flex_in_graphs(values: Values, _: int) -> bool:
     return _flex(values) and "moe" in _graphed(values)
 
@@ -283,6 +288,11 @@ _COMBINED: Final[tuple[tuple[str, Callable[[Values, int], bool], str], ...]] = (
         _flex_across_nodes,
         "where experts (expert tensor x expert parallel size) span nodes: nothing aborts a kernel of DeepEP or "
         "HybridEP that waits for a lost node",
+    ),
+    (
+        "--tp-comm-overlap",
+        _userbuffers_across_nodes,
+        "where tensor parallelism spans nodes: nothing aborts a kernel of userbuffers that waits for a lost node",
     ),
     (
         "--cuda-graph-impl",

@@ -1,56 +1,24 @@
 """The module ``deep_ep`` on the CPU: the buffers of DeepEP and HybridEP, as Megatron's ``fused_a2a`` uses them.
 
-As on a device, a kernel here goes its own way between the ranks of a buffer, past the process groups of torch: nothing
-aborts it, and one whose peer launches none waits for it. Source of the calls: deepseek-ai/DeepEP, ``deep_ep/buffer.py``
-and, on its branch hybrid-ep, ``deep_ep/hybrid_ep_buffer.py``.
+As on a device, a kernel here goes its own way between the ranks of a buffer (`link.Link`). Source of the calls:
+deepseek-ai/DeepEP, ``deep_ep/buffer.py`` and, on its branch hybrid-ep, ``deep_ep/hybrid_ep_buffer.py``.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-_WAITS = timedelta(minutes=30)
-_native_wait: Callable[[Any], bool]  # of before anybody else has wrapped it
+from deadpool_megatron.emulation.link import Link
 
 
-class _Link:
-    """The way of a buffer's kernels: connections of their own between the ranks of ``group``."""
-
-    def __init__(self, group: Any) -> None:
-        self.rank, self.size = group.rank(), group.size()
-        place = [tempfile.mkdtemp(prefix="deadpool-deep-ep-") if self.rank == 0 else ""]
-        dist.broadcast_object_list(place, group=group, group_src=0)
-        directory = Path(place[0])
-        store = dist.FileStore(str(directory / "store"), self.size)
-        self._gloo = dist.ProcessGroupGloo(store, self.rank, self.size, _WAITS)
-        _native_wait(self._gloo.barrier())
-        if self.rank == 0:
-            (directory / "store").unlink(missing_ok=True)
-            directory.rmdir()
-
-    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Part ``r`` goes to rank ``r``; what comes from each rank. Rows alike, any number of them."""
-        sent = torch.tensor([len(part) for part in parts])
-        got = torch.empty_like(sent)
-        _native_wait(self._gloo.alltoall_base(got, sent, [], []))
-        whole = torch.cat(list(parts)).contiguous()
-        out = whole.new_empty(int(got.sum()), *whole.shape[1:])
-        counts = got.tolist()
-        if whole.shape[1:].numel():
-            # Bytes: Gloo knows not all types.
-            wire_in, wire_out = (each.flatten(1).view(torch.uint8) for each in (whole[:, None], out[:, None]))
-            _native_wait(self._gloo.alltoall_base(wire_out, wire_in, counts, sent.tolist()))
-        return list(out.split(counts))
+class _Link(Link):
+    """The way of a buffer's kernels."""
 
     def sum_back(self, parts: Sequence[Tensor], rows: Sequence[Tensor], number: int) -> Tensor:
         """Part ``r`` goes back to rank ``r``; what comes back for its ``number`` rows is added in float32, by rank."""
@@ -271,9 +239,7 @@ class HybridEPBuffer:
 
 
 def install() -> None:
-    """Before Megatron is imported, which looks for this module then, and before anybody wraps `Work.wait`."""
-    global _native_wait
-    _native_wait = torch._C._distributed_c10d.Work.wait
+    """Before Megatron is imported, which looks for this module then."""
     module, utils = ModuleType("deep_ep"), ModuleType("deep_ep.utils")
     module.__path__ = []
     for name, members in ((module, (Buffer, HybridEPBuffer)), (utils, (EventHandle, EventOverlap))):

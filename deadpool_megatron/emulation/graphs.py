@@ -80,12 +80,19 @@ class _Tape(TorchDispatchMode):  # type: ignore[misc]  # torch has no types for 
             work.wait()
 
     def replay(self) -> None:
+        """To its end: behind a kernel that is aborted the others run all the same, on garbage. Then raises what the
+        first one has raised."""
         self._works.clear()
+        broken: Exception | None = None
+        rest: list[Callable[[], None]] = [functools.partial(self._wait, number) for number in self._asked.values()]
         with torch.no_grad():
-            for entry in self.entries:
-                entry()
-        for number in list(self._works):
-            self._wait(number)
+            for entry in (*self.entries, *rest):
+                try:
+                    entry()
+                except Exception as err:  # noqa: BLE001 - whatever a collective raises
+                    broken = broken or err
+        if broken is not None:
+            raise broken
 
 
 def _works_in(results: list[Any]) -> list[Any]:
@@ -179,9 +186,16 @@ def is_capturing() -> bool:
 
 def noted(change: Callable[[], None]) -> None:
     """Do what no operator does, and at its place in each replay of the graph that is being captured."""
-    change()
-    if _Tape.now is not None:
-        _Tape.now.entries.append(change)
+    tape = _Tape.now
+    if tape is None:
+        change()
+        return
+    tape.waiting = True
+    try:
+        change()
+    finally:
+        tape.waiting = False
+    tape.entries.append(change)
 
 
 class DefaultGenerator:

@@ -1,8 +1,8 @@
 """What DeadPool does at the points of a training loop, whichever it is: the host (`host.Host`) says where they are.
 
 Every method here that gets a `Call` stands in the place of a function of the loop, and makes the call itself. Besides,
-in megatron.core: ``schedules.backward_step`` ticks, as forward passes do by ``forward_step_func``; hosts meet before
-the kernels of ``moe.fused_a2a`` are launched.
+in megatron.core: ``schedules.backward_step`` ticks, as forward passes do by ``forward_step_func``; the ranks of a node
+meet before the kernels of ``moe.fused_a2a`` are launched.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from deadpool_megatron.megatron.data_position import DataPosition
 from deadpool_megatron.megatron.description import describe_job
 from deadpool_megatron.megatron.frozen import frozen_parameters
 from deadpool_megatron.megatron.host import Call, Host
-from deadpool_megatron.megatron.muster import meet_before_launches
+from deadpool_megatron.megatron.muster import Muster, meet_before_launches
 from deadpool_megatron.megatron.redo import Redo
 from deadpool_megatron.megatron.reset import forget_strategies
 from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
+from deadpool_megatron.megatron.userbuffers import Userbuffers
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
 from deadpool_megatron.support import check_arguments, check_environment, not_looked_at, not_on_a_gpu
@@ -76,6 +77,7 @@ class Hooks:
     durable: r.Generation | None = None
     _data: DataPosition = field(default_factory=DataPosition)
     _redo: Redo | None = None
+    _userbuffers: Userbuffers | None = None
     _in_pretrain: bool = False
     _rejoined: bool = False
     _groups: str = ""
@@ -90,7 +92,10 @@ class Hooks:
         current().check_seams(str(megatron.core.__version__))
         self.host.install(self)
         self.host.replace(schedules, "backward_step", self.backward_step)
-        meet_before_launches(fused_a2a, lambda: self.trainer.muster if self.trainer is not None else None)
+        meet_before_launches(fused_a2a, self._muster)
+
+    def _muster(self) -> Muster | None:
+        return self.trainer.muster if self.trainer is not None else None
 
     def learn_groups(self, table_digest: str) -> None:
         """For a spare: the digest of the table of groups of those that train."""
@@ -146,6 +151,18 @@ class Hooks:
         if self.config.resume != "none" and not self.standby:
             self._resumes()
         return result
+
+    def make_userbuffers(self, call: Call) -> None:
+        """Of Transformer Engine, which upstream makes in its set-up: inside of a node."""
+        if "transformer_engine_torch" not in sys.modules:
+            call()  # says what is missing
+            return
+        self._userbuffers = Userbuffers(call, self.connect, self.config.form_deadline)
+        self._userbuffers.meet_before_launches(self._muster)
+        if self.standby:
+            self._userbuffers.promise()
+        else:
+            self._userbuffers.make(self.session.joined_epoch)
 
     def _resumes(self) -> None:
         """The agent says which durable generation there is, once it has brought this rank's shard into its vault."""
@@ -237,6 +254,8 @@ class Hooks:
         def train() -> Any:
             leaving: SystemExit | None = None
             result: Any = None
+            if self._userbuffers is not None:
+                self._userbuffers.begin(trainer.muster, self.session.joined_epoch)
             try:
                 result = call()
             except SystemExit as exit_:

@@ -30,7 +30,7 @@ _LAUNCHES: Final = {
     "Buffer": ("dispatch", "combine"),
     "HybridEPBuffer": ("dispatch_with_permute", "combine_with_unpermute"),
 }
-_EPOCH_SHIFT: Final = 33
+_EPOCH_SHIFT: Final = 44  # times below it: months of launches
 _LEFT: Final = 1
 _SPINS: Final = 200
 _LOOK_EVERY_S: Final = 5e-5
@@ -89,6 +89,10 @@ class Muster:
                 os.sched_yield()
             else:
                 time.sleep(_LOOK_EVERY_S)
+
+    def depend_on(self, ranks: Iterable[int]) -> None:
+        """Its kernels work on what it has made together with these ranks."""
+        self._neighbours |= {*ranks} - {self._rank}
 
     def leave(self) -> None:
         """This rank launches nothing more in this epoch."""

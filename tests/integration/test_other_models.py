@@ -6,6 +6,7 @@ import pytest
 
 from flags import default_gpt
 from jobs import ROOT, Jobs, survives
+from upstream import scripts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -35,3 +36,21 @@ def test_another_model_from_which_both_nodes_are_lost_ends_as_the_undisturbed_on
     model, given = _MODELS[name]
     flags = default_gpt("--dataloader-type", "external", *given.split(), iters=6)
     survives(jobs, name, flags, (1, 2, 2), (0, 4, 1), script=SCRIPT, extra={"MODEL": model})
+
+
+_UPSTREAM = {
+    "pretrain_hybrid.py": f"{_TP} {_MAMBA} --hybrid-layer-pattern M*-M",
+    "pretrain_mamba.py": f"{_PP} {_MAMBA} --hybrid-layer-pattern M*-|M-",
+    "pretrain_vlm.py": "--tensor-model-parallel-size 2 --freeze-ViT --ckpt-format torch --img-h 28 --img-w 28 "
+    "--patch-dim 14 --decoder-seq-length 64 --encoder-num-layers 1 --disable-vision-class-token",
+}
+
+
+@pytest.mark.parametrize("script", _UPSTREAM)
+def test_upstreams_own_script_from_which_both_nodes_are_lost_ends_as_the_undisturbed_run(
+    script: str, jobs: Jobs
+) -> None:
+    beside = ("pretrain_gpt.py", "pretrain_hybrid.py", "gpt_builders.py", "model_provider.py", "hybrid_builders.py")
+    scripts("core_v0.19.0", jobs.directory, *beside, script)
+    flags = default_gpt(*_UPSTREAM[script].split(), iters=6)
+    survives(jobs, script, flags, (1, 2, 2), (0, 4, 1), script=jobs.directory / script)

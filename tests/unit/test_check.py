@@ -147,6 +147,18 @@ def test_what_nothing_aborts_has_to_stay_inside_of_a_node(
     assert accepted or (len(refused) == 1 and "span nodes" in refused[0])
 
 
+@pytest.mark.parametrize(
+    ("processes", "tensor", "accepted"), [(8, 8, True), (4, 8, False), (4, 2, True), (6, 4, False)]
+)
+def test_userbuffers_have_to_stay_inside_of_a_node(
+    processes: int, tensor: int, accepted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--tp-comm-overlap", "--sequence-parallel", "--tensor-model-parallel-size", str(tensor)]
+    assert main(["check", "--nproc-per-node", str(processes), *flags]) == (0 if accepted else 1)
+    refused = [line for line in capsys.readouterr().out.splitlines() if line.startswith("refused")]
+    assert accepted or (len(refused) == 1 and "--tp-comm-overlap" in refused[0] and "spans nodes" in refused[0])
+
+
 def test_kernels_that_hosts_meet_for_are_in_no_graph() -> None:
     def refused(*flags: str) -> bool:
         values = parse([*FLEX, "--expert-model-parallel-size", "2", *flags])

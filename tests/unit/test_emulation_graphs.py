@@ -121,3 +121,34 @@ def test_what_no_operator_does_happens_at_its_place_in_each_replay() -> None:
     graph.replay()  # the capture has computed it
     graph.replay()
     assert seen == [1, 3]
+
+
+def test_a_replay_goes_to_its_end_behind_what_is_aborted_in_it() -> None:
+    memory, aborted = torch.zeros(()), False
+
+    def collective() -> None:
+        if aborted:
+            raise ConnectionError("the neighbour is gone")
+
+    graph = CUDAGraph()
+    with Capture(graph):
+        noted(collective)
+        memory.add_(1)
+    graph.replay()
+    aborted = True
+    with pytest.raises(ConnectionError):
+        graph.replay()
+    assert memory == 2
+    aborted = False
+    graph.replay()
+    assert memory == 3
+
+
+def test_operators_of_what_is_noted_are_on_the_tape_once() -> None:
+    memory = torch.zeros(())
+    graph = CUDAGraph()
+    with Capture(graph):
+        noted(lambda: memory.add_(1))
+    graph.replay()
+    graph.replay()
+    assert memory == 2

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from deadpool_megatron.cluster.agent.pulse import shared_page
-from deadpool_megatron.megatron.muster import Muster
+from deadpool_megatron.megatron.muster import _EPOCH_SHIFT, Muster
 from waiting import until
 
 
@@ -124,3 +124,19 @@ def test_a_worker_is_bereft_when_a_neighbour_is_replaced_and_it_is_not(ranks: tu
     other.through()
     assert one.muster.bereft([3]) and other.muster.bereft([0, 2])
     assert not one.muster.bereft([2, 3]) and not one.muster.bereft([0, 1])
+
+
+def test_who_depends_on_another_is_bereft_with_it_before_they_have_launched_anything(ranks: tuple[Rank, Rank]) -> None:
+    one, _ = ranks
+    one.muster.depend_on(range(2, 4))
+    assert one.muster.bereft([3]) and not one.muster.bereft([2, 3])
+
+
+def test_launches_of_months_are_counted(ranks: tuple[Rank, Rank]) -> None:
+    one, other = ranks
+    for rank in ranks:
+        rank.muster._in_epoch, rank.muster._times = 0, 2**32
+        rank.launch(1)
+    one.through()
+    other.through()
+    assert one.muster._word() < 1 << _EPOCH_SHIFT

@@ -25,7 +25,9 @@ FLOAT = 4  # DType.kFloat32
 
 def test_no_kernel_is_without_a_test() -> None:
     here = Path(__file__)
-    text = "".join(here.with_name(name).read_text() for name in (here.name, "test_te_formats.py"))
+    text = "".join(
+        here.with_name(name).read_text() for name in (here.name, "test_te_formats.py", "test_te_userbuffers.py")
+    )
     named = set(re.findall(r"tex\.(\w+)", text)) | {
         f"{prefix}{name}" for name in (*PLAIN, *GATED) for prefix in ("", "d", "dbias_d")
     }
@@ -105,12 +107,6 @@ def test_a_gemm_of_nothing_and_one_into_a_tensor() -> None:
     a, b, out = torch.randn(6, 8), torch.randn(5, 8), torch.empty(5, 6, dtype=torch.bfloat16)
     assert gemm(a, True, b, False, out, dtype=None)[0] is out
     assert torch.equal(out, (b @ a.t()).bfloat16())
-
-
-@in_emulation
-def test_userbuffers_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="leave --tp-comm-overlap out"):
-        tex.generic_gemm(*[None] * 16, comm_overlap=object())
 
 
 def grouped(a: Any, transa: bool, b: Any, transb: bool, out: list[Tensor], **more: Any) -> Any:

@@ -24,6 +24,9 @@ def install() -> None:
     after_import("transformer_engine.pytorch.triton.permutation", _permutes)
     after_import("transformer_engine.pytorch.graph", _first_replay_runs)
     after_import("triton.runtime.autotuner", _tunes_nothing)
+    for way in ("forward", "backward"):
+        change = functools.partial(_is_on_a_device, way=way)
+        after_import(f"transformer_engine.pytorch.ops.fused.userbuffers_{way}_linear", change)
     from deadpool_megatron.emulation.transformer_engine import extension
 
     sys.modules["transformer_engine_torch"] = extension
@@ -68,6 +71,20 @@ def _first_replay_runs(module: Any) -> None:
             return native(*args, **kwargs)
 
     module._make_graphed_callables = make
+
+
+def _is_on_a_device(module: Any, way: str) -> None:
+    """The fuser's operations with userbuffers look at the type of the device."""
+    import torch
+
+    kind, name = getattr(module, f"Userbuffers{way.title()}Linear"), f"_functional_{way}"
+    native = getattr(kind, name)
+
+    @functools.wraps(native)
+    def on_a_device(*args: Any, **kwargs: Any) -> Any:
+        return native(*args, **kwargs | {"device": torch.device("cuda")})
+
+    setattr(kind, name, staticmethod(on_a_device))
 
 
 def _tunes_nothing(module: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deadpool_megatron.emulation.transformer_engine import userbuffers
 from deadpool_megatron.emulation.transformer_engine.formats import TORCH_TYPES
 from deadpool_megatron.emulation.transformer_engine.kernels import gradient, kernel, offer
 from deadpool_megatron.emulation.transformer_engine.quantization import finish, flat, matrix
@@ -68,7 +69,7 @@ def generic_gemm(
     With ``grad`` a bias means that its gradient is wanted, and ``gelu`` the backward of that function.
     """
     if comm_overlap is not None:
-        raise NotImplementedError("the emulation has no userbuffers: leave --tp-comm-overlap out")
+        userbuffers.before_gemm(comm_overlap, comm_type, bulk_overlap, extra_output)
     shape_a, shape_b = tuple(A.size()), tuple(B.size())
     lead = (flat(shape_b)[1],) if transB else shape_b[:-1]
     shape = (*lead, flat(shape_a)[0] if transA else flat(shape_a)[1])
@@ -88,11 +89,14 @@ def generic_gemm(
         value = _gelu(value)
     value = value.reshape(shape).to(dtype)
     if not accumulate:
-        return finish(value, quantizer, D), bias_grad, pre_gelu, extra_output
-    assert D is not None
-    if beta is not None and beta != 1.0:
-        D.mul_(beta)
-    D.add_(value.to(D.dtype))
+        D = finish(value, quantizer, D)
+    else:
+        assert D is not None
+        if beta is not None and beta != 1.0:
+            D.mul_(beta)
+        D.add_(value.to(D.dtype))
+    if comm_overlap is not None:
+        userbuffers.after_gemm(comm_overlap, comm_type, bulk_overlap, D, extra_output)
     return D, bias_grad, pre_gelu, extra_output
 
 

@@ -6,11 +6,27 @@ import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from deadpool_megatron.emulation.transformer_engine import attention, dense, experts, optimizer, quantization, scales
+from deadpool_megatron.emulation.transformer_engine import (
+    attention,
+    dense,
+    experts,
+    optimizer,
+    quantization,
+    scales,
+    userbuffers,
+)
 from deadpool_megatron.emulation.transformer_engine import enums as _enums
 from deadpool_megatron.emulation.transformer_engine.kernels import KERNELS
+from deadpool_megatron.emulation.transformer_engine.userbuffers import (  # noqa: F401 - the extension has them
+    CommOverlap,
+    CommOverlapBase,
+    CommOverlapCore,
+    CommOverlapHelper,
+    CommOverlapP2P,
+    CommOverlapP2PBase,
+)
 
-_KERNEL_MODULES = (attention, dense, experts, optimizer, quantization, scales)
+_KERNEL_MODULES = (attention, dense, experts, optimizer, quantization, scales, userbuffers)
 
 globals().update({name: value for name, value in vars(_enums).items() if name[0].isupper()})
 globals().update(KERNELS)
@@ -21,25 +37,6 @@ class FP8TensorMeta:
 
     def __init__(self) -> None:
         self.scale = self.scale_inv = self.amax_history = None
-
-
-class CommOverlapHelper:
-    """Userbuffers (--tp-comm-overlap): the classes are there for isinstance and annotations only."""
-
-
-class CommOverlapCore: ...
-
-
-class CommOverlapBase(CommOverlapCore): ...
-
-
-class CommOverlapP2PBase(CommOverlapCore): ...
-
-
-class CommOverlap(CommOverlapBase): ...
-
-
-class CommOverlapP2P(CommOverlapP2PBase): ...
 
 
 grouped_mlp_experimental = types.SimpleNamespace()
@@ -57,7 +54,7 @@ get_cublasLt_version = _always(130200)
 get_cudnn_version = _always(92000)
 get_num_cublas_streams = _always(4)
 get_stream_priority_range = _always((0, -5))
-device_supports_multicast = _always(False)
+device_supports_multicast = _always(True)
 ubuf_built_with_mpi = _always(False)
 nvte_built_with_cublasmp = _always(False)
 ep_zero_copy_supported = _always(False)

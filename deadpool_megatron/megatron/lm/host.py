@@ -20,6 +20,7 @@ Every hook replaces a module global that upstream looks up at call time:
                                           ``maybe_finalize_async_save``: done once for an iteration, and again
                                           after a recovery where they come after ``train``; so is
                                           ``print_datetime``
+``training.initialize``                   ``_initialize_tp_communicators``: userbuffers made inside of a node
 ========================================  ===============================================================
 """
 
@@ -51,6 +52,7 @@ class MegatronLM(Host):
     def install(self, hooks: Hooks) -> None:
         import megatron.core
         from megatron.core.datasets import utils as dataset_utils
+        from megatron.training import initialize as setup
         from megatron.training import training
 
         self.upstream = current().upstream
@@ -83,6 +85,7 @@ class MegatronLM(Host):
 
         self.take_settings(hooks.config)
         self.replace(training, "initialize_megatron", initialize)
+        self.replace(setup, "_initialize_tp_communicators", hooks.make_userbuffers)
         self.replace(training, "load_checkpoint", lambda call: hooks.load_checkpoint(call, call.first()))
         self.replace(training, "build_train_valid_test_data_iterators", hooks.build_iterators)
         self.replace(training, "cyclic_iter", lambda call: Passes(call.first()))
