@@ -54,6 +54,7 @@ class Faults:
         # for which event of the log, how often, seconds after it, what
         self._waiting: list[tuple[str, int, float, str, Callable[[], None]]] = []
         self._seen: Counter[str] = Counter()
+        self._every: dict[str, Callable[[], None]] = {}  # what happens each time
         self._kinds: dict[str, tuple[int, Callable[[], None]]] = {
             "kill worker": (6, self._kill_worker),
             "kill node": (6, self._kill_node),
@@ -119,6 +120,21 @@ class Faults:
             if not self.profile.only or name in self.profile.only:
                 count, seconds = draws.randint(1, 12), draws.uniform(0.0, 1.0)
                 self._wait(draws.choice(("committed", "declared")), count, seconds, name, self._durable[name])
+
+    def change_what_is_read(self) -> None:
+        """In the memory of one node what it has read from the durable directory changes, each time."""
+
+        def change() -> None:
+            host = self._cluster.hosts[0]
+            if not host.alive or self._cluster.hq.ended:
+                return
+            self.struck.append(f"{self._cluster.world.now:.2f} what n{host.node} has read changes")
+            for slot in (slot for arena in host.shards.vault.arenas() for slot in arena.slots):
+                if slot.complete:
+                    self._cluster.oracle.damages(slot)
+            self._cluster.oracle.dies(host.node)
+
+        self._every["durable_resumed"] = change
 
     def _full_directory(self) -> None:
         self._trouble("full", True, False)
@@ -187,6 +203,8 @@ class Faults:
     def seen(self, event: str) -> None:
         """The job's log has come to something that faults may wait for."""
         self._seen[event] += 1
+        if event in self._every:
+            self._cluster.anybody.later(0.0, self._every[event])
         if event == "committed" and self._seen[event] == 1:
             self._cluster.anybody.later(40.0, self._give_up)
         for each in [each for each in self._waiting if each[0] == event and each[1] <= self._seen[event]]:

@@ -359,6 +359,16 @@ def _spares_are_no_help_at_the_end(patch: Patch) -> None:
     patch.setattr(Recoveries, "_rescue", lambda self, there: rescue(self, there & set(self._state.members.active())))
 
 
+def _what_cannot_be_saved_is_saved_again(patch: Patch) -> None:
+    """Row 10: Megatron's checkpoint cannot be written, and nothing is made durable instead."""
+    patch.setattr(Recoveries, "not_saved", lambda self, why, by_all=False: False)
+
+
+def _a_node_may_change_what_it_reads_for_ever(patch: Patch) -> None:
+    """The start begins anew each time."""
+    patch.setattr(WorkerEnds, "changed", lambda self, node: False)
+
+
 def _nothing_is_drained_at_the_end(patch: Patch) -> None:
     """Row 10: a job without a spare or a checkpoint ends with what is in memory."""
     patch.setattr(Durability, "can_drain", property(lambda self: False))
@@ -484,6 +494,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "no source": _a_failed_read_is_taken_for_nonsense,
     "looks again": _what_is_durable_is_looked_up_alone,
     "10 spares": _spares_are_no_help_at_the_end,
+    "10 save": _what_cannot_be_saved_is_saved_again,
+    "reads for ever": _a_node_may_change_what_it_reads_for_ever,
     "10 drain": _nothing_is_drained_at_the_end,
     "goes back": _memory_is_all_there_is,
     "9": _a_full_run_directory_is_an_error,

@@ -281,6 +281,11 @@ class Rank:
                 error = None
                 if purpose == "save":
                     yield from self._pause(0.2, 1.0)
+                    if self.host.cluster.saving_fails:
+                        if self.host.cluster.saving_fails == "error":
+                            raise Dies("no space left on device")
+                        yield from self._wait(lambda: self.declared_epoch > self.joined)
+                        continue
                     self.say(r.ShardReady(self.joined, self._small_generation, "dir"))
                     if (yield from self._wait(lambda: self.declared_epoch > self.joined, 60.0)):
                         continue

@@ -126,10 +126,20 @@ class Run:
         for node in range(self.job.nodes):
             self.add_host(node)
         self.faults.draw()
+        self.saving_fails = ""  # Megatron's checkpoint cannot be written: how that shows
+        self._draw_rare(seed)
         draws = random.Random(f"rival {seed}")
         share = draws.random() < RIVALS_SHARE
         if beside is None and self.job.durable is not None and (profile.rivals or (share and profile.rivals is None)):
             self.rival = Rival(self, seed, profile, draws.uniform(0.0, 40.0))
+
+    def _draw_rare(self, seed: int) -> None:
+        """What would be too rare, or too much, among the others; from its own chance."""
+        draws = random.Random(f"rare {seed}")
+        if draws.random() < 0.1:
+            self.saving_fails = draws.choice(("error", "hangs"))
+        if self.job.durable is not None and draws.random() < 0.1:
+            self.faults.change_what_is_read()
 
     def _draw_run_disk(self, seed: int, beside: Run | None) -> RunDisk | None:
         """In some runs the run directory's file system is full, or read-only, once or for ever; from its own chance."""
@@ -169,6 +179,7 @@ class Run:
         return (
             f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}{waits}"
             f"{durable}{', constants' * self.constants}{', racks' * bool(job.domains)}"
+            f"{', a save ' * bool(self.saving_fails)}{self.saving_fails}"
         )
 
     def _begin_with(self, generation: int) -> None:

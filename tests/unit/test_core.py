@@ -740,6 +740,24 @@ def test_a_checkpoint_that_is_not_saved_in_time_ends_the_job() -> None:
     assert job.end[0] == Exit.NO_SPARE
 
 
+def test_a_checkpoint_that_fails_with_the_same_error_again_ends_the_job_for_want_of_a_spare() -> None:
+    job = _rescued()
+    for _ in range(2):
+        assert job.finish is None and job.told(r.Declare)[-1].purpose == "save"
+        job.arrive(7)
+        job.prepare()
+        job.form()
+        job.restore()
+        node, local = job.core.assignment[5].node, job.core.assignment[5].local
+        epoch = job.core.epoch
+        error = r.WorkerFailed(node, local, 5, "training", epoch, 7, 0, "OSError", "save.py", "no space left", "")
+        job.feed(error)
+        job.feed(r.WorkerExited(node, local, 5, 50 + epoch, 1, epoch))
+    code, message = job.end
+    assert code == Exit.NO_SPARE and "no spare is left for node 0 (its agent is gone or silent)" in message
+    assert "rank 5 raised the same error again: no space left" in message
+
+
 def test_without_a_spare_and_without_a_way_to_save_the_job_says_what_is_missing() -> None:
     job = SimulatedJob(nodes=3, spares=0, can_rescue=False).train()
     job.commit(0)

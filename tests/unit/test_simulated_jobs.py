@@ -57,6 +57,8 @@ MISSED_DURABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "read again": (16, _NO_COPY),
     "no source": (10, ("every copy damaged", "damaged file", "kill worker")),
     "no spare": (3750, ()),
+    "10 save": (483, ()),
+    "reads for ever": (5, ()),
     "10 spares": (10441, ()),
     "10 drain": (44, ("kill node", "lose node", "kill worker")),
     "goes back": (16, _NO_COPY),

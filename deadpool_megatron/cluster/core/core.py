@@ -640,7 +640,9 @@ class Core:
             late_nodes = recovery.late()
             if recovery.phase is Phase.WAITING and recovery.deadline is None:
                 yield from self._declare("no spare has come in time")
-            elif late_nodes and self._recoveries.not_saved("it took too long"):
+            elif late_nodes and self._recoveries.not_saved(
+                "it took too long", late_nodes >= set(self.members.active())
+            ):
                 yield from self._declare("the checkpoint was not saved in time")
             elif late_nodes:
                 yield from self._lose(late_nodes, f"missed the deadline of phase '{recovery.phase.value}'")

@@ -102,7 +102,6 @@ class Recoveries:
         Where a spare is worth waiting for, they stay where they are.
         """
         state, members = self._state, self._state.members
-        vacant = {node for node, _ in self.vacant}
         taken_by = self._taken_by(out_of_use)
         if taken_by is None and self._purpose == "resume":
             yield from self._call_drains_off(out_of_use)
@@ -135,8 +134,8 @@ class Recoveries:
                 )
         elif out_of_use or self._purpose != "resume":
             self._waits_until = None
-            if out_of_use or vacant:  # else what ends the job is what ended it in the epoch before
-                self._end = f"no spare is left for node {min(out_of_use | vacant)} ({reason})"
+            if out_of_use:  # else what ends the job is what ended it in the epoch before
+                self._end = f"no spare is left for node {min(out_of_use)} ({reason})"
             plan = self._rescue(there)
             if plan is not None and state.layout.can_rescue and not self._not_saved:
                 self._purpose = "save"
@@ -438,11 +437,14 @@ class Recoveries:
                 f"{record.directory}",
             )
 
-    def not_saved(self, why: str) -> bool:
-        """Megatron's checkpoint could not be written; True when the generation is made durable instead."""
+    def not_saved(self, why: str, by_all: bool = False) -> bool:
+        """Megatron's checkpoint could not be written. False: it is tried again.
+
+        True: an epoch has to begin that makes the generation durable instead, or (``by_all``) ends the job.
+        """
         recovery = self.current
         saves = self._purpose == "save" and recovery is not None and recovery.restored_reported
-        if not saves or not self._state.durability.can_drain:
+        if not saves or not (by_all or self._state.durability.can_drain):
             return False
         self._not_saved = why
         return True

@@ -107,7 +107,12 @@ class WorkerEnds:
         )
         if record.code:
             yield Stop(record.code, record.message)
-        elif self._state.job.deadpool and self._state.phase is Phase.RUNNING and self._blame.failed_again(record):
+        elif not self._state.job.deadpool or self._state.phase is not Phase.RUNNING:
+            return
+        elif self._blame.failed_again(record):
+            if self._recoveries.not_saved(f"{who} raised the same error again: {record.message}", by_all=True):
+                yield Declare(f"{who} could not save its part of the checkpoint")
+                return
             yield Stop(
                 Exit.REPEATED_ERROR,
                 f"{who} raised the same error at iteration {record.iteration} again, so no spare is spent on it: "
