@@ -185,7 +185,7 @@ def _import_all(script: str) -> None:
     emulation.install()
     import deadpool_megatron.comm
     import deadpool_megatron.commands.control
-    import deadpool_megatron.launcher
+    import deadpool_megatron.launcher.node
     import deadpool_megatron.planning
     import deadpool_megatron.recovery  # noqa: F401
     from deadpool_megatron.megatron import warm_up
