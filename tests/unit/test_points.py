@@ -121,6 +121,7 @@ def _calls(statement: ast.stmt, prefix: str) -> list[str]:
 # By function of Megatron's that the hooks replace, a point in it; none where nothing of a job's state changes.
 _HOOKED = {
     "initialize_megatron": "take-over.building",
+    "_initialize_tp_communicators": "",
     "pretrain": "",
     "train": "take-over.built",
     "train_step": "small-state.before",
