@@ -15,10 +15,10 @@ from pathlib import Path
 def main() -> None:
     """Wait, then run the script as ``python SCRIPT`` would."""
     go, script, *arguments = sys.argv[1:]
+    from deadpool_megatron.hosts import host_of
     from deadpool_megatron.megatron import warm_up
-    from deadpool_megatron.megatron.lm import MegatronLM
 
-    warm_up(script, MegatronLM())
+    warm_up(script, host_of(script))
     Path(f"{go}.ready-{os.environ['RANK']}").touch()
     while not os.path.exists(go):
         time.sleep(0.005)

@@ -427,6 +427,11 @@ def from_script_arguments(arguments: Sequence[str]) -> DeadpoolConfig:
     return resolve(vars(known))
 
 
+def without_ours(arguments: Sequence[str]) -> list[str]:
+    """A script's arguments without DeadPool's settings, for one whose parser does not know them."""
+    return add_arguments(_Raising(add_help=False, allow_abbrev=False)).parse_known_args(list(arguments))[1]
+
+
 def carry_over(config: DeadpoolConfig, namespace: typing.Any) -> None:
     """Set the settings on a namespace under their argparse destinations.
 

@@ -107,14 +107,14 @@ def _rendezvous_under(prefix: str) -> None:
     rendezvous._create_c10d_store = created
 
 
-def _install(standby: bool) -> Hooks:
+def _install(standby: bool, script: str) -> Hooks:
     """Import torch and Megatron, wrap process groups, connect to the agent, install the hooks."""
     import torch.distributed as dist
 
     from deadpool_megatron import config as settings
     from deadpool_megatron.comm import Communicators, ReformError
+    from deadpool_megatron.hosts import host_of
     from deadpool_megatron.megatron import Hooks, arm, follow_job
-    from deadpool_megatron.megatron.lm import MegatronLM
     from deadpool_megatron.recovery import Session
 
     config = msgspec.json.decode(os.environ[CONFIG], type=settings.DeadpoolConfig)
@@ -168,7 +168,7 @@ def _install(standby: bool) -> Hooks:
         communicators.prepare(store())  # connections now and then take seconds: not in a recovery
     page = PulsePage(int(os.environ[PULSE_FD]))
     doorbell = int(os.environ[DOORBELL_FD])
-    hooks = Hooks(MegatronLM(), session, communicators, config, doorbell, store, connect, standby, page)
+    hooks = Hooks(host_of(script), session, communicators, config, doorbell, store, connect, standby, page)
     hooks.install()
     session.call_on_arm(arm)
     session.is_waiting = hooks.is_waiting
@@ -260,7 +260,7 @@ def main() -> int:
             socket.socket(fileno=os.dup(int(os.environ[CONTROL_FD]))).send(r.encode(record))
 
     try:
-        hooks = _install(standby)
+        hooks = _install(standby, script)
         if standby:
             from deadpool_megatron.megatron import numa_node, warm_up
 
@@ -268,7 +268,7 @@ def main() -> int:
             hooks.session.step("parked", 0, numa=numa_node())
             taken = hooks.session.wait_take_over()
             os.environ["RANK"] = str(taken.rank)
-        _run_script(script, module, arguments)
+        _run_script(script, module, hooks.host.arguments_for_script(arguments))
     except SystemExit as exit_:
         if exit_.code not in (None, 0) and hooks is not None and hooks.phase == "setup":
             _failed(hooks, exit_, tell)

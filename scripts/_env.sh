@@ -2,7 +2,8 @@
 # Python environments of this repository; to be sourced. Offers
 #     deadpool_uv ARGS...   runs uv: the one on PATH, else one of our own in .venv-uv
 #     deadpool_env          makes .venv from requirements.lock where it is missing or out of date, and activates it
-# Both return 1 after one line on stderr that says what is wrong. An environment that is up to date costs no time: a
+#     deadpool_env_bridge   .venv-bridge, with Megatron-Bridge, from requirements-bridge.lock too
+# All return 1 after one line on stderr that says what is wrong. An environment that is up to date costs no time: a
 # stamp in it holds the hash of what it was made from.
 
 DEADPOOL_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
@@ -12,6 +13,10 @@ _deadpool_uv_version=0.13.9
 
 deadpool_env() {
     _deadpool_environment .venv requirements.lock
+}
+
+deadpool_env_bridge() {
+    _deadpool_environment .venv-bridge requirements.lock requirements-bridge.lock
 }
 
 _deadpool_trouble() {
@@ -100,12 +105,15 @@ _deadpool_locked() (
 )
 
 _deadpool_environment() {
-    local venv="$DEADPOOL_ROOT/$1" lock="$DEADPOOL_ROOT/$2" stamp
-    [[ -f "$lock" ]] || { _deadpool_trouble "$lock is missing: check the repository out again" || return; }
+    local venv="$DEADPOOL_ROOT/$1" locks=("${@:2}") lock stamp
+    locks=("${locks[@]/#/$DEADPOOL_ROOT/}")
+    for lock in "${locks[@]}"; do
+        [[ -f "$lock" ]] || { _deadpool_trouble "$lock is missing: check the repository out again" || return; }
+    done
     # The place counts too: a virtual environment does not survive being moved.
-    stamp="$({ echo "$DEADPOOL_ROOT"; cat "$lock" "$DEADPOOL_EMULATION" "$DEADPOOL_ROOT/setup.py"; } | sha256sum)"
+    stamp="$({ echo "$DEADPOOL_ROOT"; cat "${locks[@]}" "$DEADPOOL_EMULATION" "$DEADPOOL_ROOT/setup.py"; } | sha256sum)"
     if ! _deadpool_fresh "$venv" "$stamp"; then
-        _deadpool_locked "$venv" _deadpool_make "$venv" "$lock" "$stamp" || return 1
+        _deadpool_locked "$venv" _deadpool_make "$venv" "$stamp" "${locks[@]}" || return 1
     fi
     export VIRTUAL_ENV="$venv"
     export PATH="$venv/bin:$PATH"
@@ -118,7 +126,7 @@ _deadpool_fresh() {
 }
 
 _deadpool_make() {
-    local venv="$1" lock="$2" stamp="$3" name="${1##*/}" log="$1.log" python free_kb
+    local venv="$1" stamp="$2" locks=("${@:3}") name="${1##*/}" log="$1.log" python free_kb
     _deadpool_fresh "$venv" "$stamp" && return
     python="$(_deadpool_python)" || return
     free_kb="$(df -Pk "$DEADPOOL_ROOT" | awk 'NR == 2 {print $4}')"
@@ -126,26 +134,35 @@ _deadpool_make() {
         _deadpool_trouble "$DEADPOOL_ROOT: $(( free_kb / 1024 / 1024 )) GB of disk free, $name needs" \
             "$DEADPOOL_FREE_GB GB: make room" || return
     fi
-    echo "deadpool: making $name with $("$python" --version) from ${lock##*/}, once: 3 GB to download, 5 GB on disk" >&2
+    echo "deadpool: making $name with $("$python" --version) from ${locks[*]##*/}, once: 3 GB to download, 5 GB on" \
+        disk >&2
     deadpool_uv --version >/dev/null || return
     rm -rf "$venv"
     # On a terminal uv shows its progress there. Elsewhere its lines go into the log, progress to stderr too.
     if [[ -t 2 ]]; then
-        _deadpool_install "$venv" "$lock" "$python" ||
+        _deadpool_install "$venv" "$python" "${locks[@]}" ||
             { _deadpool_trouble "$name could not be made: uv says why, above" || return; }
     else
-        (set -o pipefail && _deadpool_install "$venv" "$lock" "$python" 2>&1 | tee "$log" |
+        (set -o pipefail && _deadpool_install "$venv" "$python" "${locks[@]}" 2>&1 | tee "$log" |
             { grep --line-buffered -E '^ *(Resolved|Download|Prepared|Installed|Bytecode)' >&2 || :; }) ||
             { _deadpool_trouble "$name could not be made: $(_deadpool_error "$log")" || return; }
     fi
     echo "$stamp" >"$venv/.stamp"
 }
 
+# Further locks. Some of what is only imported there is built for this glibc, and runs with older ones too.
+_deadpool_more() {
+    local venv="$1"
+    shift
+    (( $# == 0 )) || deadpool_uv pip install --python "$venv/bin/python" --no-deps --compile-bytecode \
+        --python-platform "$(uname -m)-manylinux_2_39" "${@/#/-r}"
+}
+
 _deadpool_install() {
     local into=(pip install --python "$1/bin/python" --no-deps)
     # Compiled here, or ten processes of a run would compile the same files at the same time.
-    deadpool_uv venv --quiet --no-python-downloads --python "$3" "$1" &&
-        deadpool_uv "${into[@]}" --compile-bytecode -r "$2" &&
+    deadpool_uv venv --quiet --no-python-downloads --python "$2" "$1" &&
+        deadpool_uv "${into[@]}" --compile-bytecode -r "$3" && _deadpool_more "$1" "${@:4}" &&
         deadpool_uv "${into[@]}" --quiet --compile-bytecode --target "$1/emulation" -r "$DEADPOOL_EMULATION" &&
         deadpool_uv "${into[@]}" --quiet --no-build-isolation -e "$DEADPOOL_ROOT"
 }

@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -30,6 +31,7 @@ from deadpool_megatron.observe import LOGS
 from fair_clock import CLOCK
 
 __all__ = [
+    "BRIDGE",
     "EXAMPLE",
     "PACED",
     "PROVEN",
@@ -50,6 +52,7 @@ __all__ = [
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "pretrain_gpt.py"
 PACED = ROOT / "tests" / "pretrain_paced.py"
+BRIDGE = ROOT / "tests" / "pretrain_bridge.py"
 # Ten processes that import torch on two cores that others use too.
 START_S = 180.0
 
@@ -95,23 +98,24 @@ def torch_server() -> ForkServer:
 
 
 @functools.cache
-def _fork_server() -> ForkServer:
-    """One for all jobs of this test run; it ends with it."""
-    server = ForkServer(_directory() / "jobs", environment(emulated()), EXAMPLE)
+def _fork_server(script: Path) -> ForkServer:
+    """With what that script imports; one for all jobs of this test run, and ends with it."""
+    server = ForkServer(_directory() / script.stem, environment(emulated()), script)
     atexit.register(server.end)
     return server
 
 
-def environment(extra: dict[str, str] | None = None, forked: bool = False) -> dict[str, str]:
+def environment(extra: dict[str, str] | None = None, forked: bool = False, script: Path = EXAMPLE) -> dict[str, str]:
     """Of a command under test.
 
     Args:
         forked: emulated workers below it come from a fork server, where ``extra`` lets them. Not for what runs another
             Megatron, or in another network.
+        script: whose imports that server has.
     """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     extra = extra or {}
-    server = {FORK_SERVER: str(_fork_server().address)} if forked and "PYTHONPATH" not in extra else {}
+    server = {FORK_SERVER: str(_fork_server(script).address)} if forked and "PYTHONPATH" not in extra else {}
     return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)} | server | extra
 
 
@@ -126,7 +130,8 @@ class Job(jobs.Job):
         self.hash_file = Path(f"{run_dir}.hash.json")
         self.flags = list(script[1:])
         forked = "--emulate-cpu" in launch and not (Path(script[0]).parent / "megatron").exists()
-        super().__init__(run_dir, launch, script, environment(extra, forked), run_dir.parent)
+        warm = BRIDGE if Path(script[0]) == BRIDGE else EXAMPLE
+        super().__init__(run_dir, launch, script, environment(extra, forked, warm), run_dir.parent)
 
     def failed(self, what: str) -> NoReturn:
         """Fail the test."""
@@ -185,6 +190,16 @@ class Job(jobs.Job):
     def wait(self, deadline_s: float = START_S) -> int:
         """The exit code of the job."""
         return super().wait(deadline_s)
+
+    def kill_everything(self) -> None:
+        """SIGKILL for every process of the job at once: the machines are gone."""
+        processes = self.processes()
+        for each in processes:
+            each.send_signal(signal.SIGSTOP)  # nobody gets to do anything between the first and the last
+        for each in processes:
+            each.kill()
+        self.process.wait()
+        self.until_gone(60)
 
     def finished(self, deadline_s: float = START_S) -> Job:
         """Wait for an end without error."""

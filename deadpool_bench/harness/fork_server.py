@@ -188,11 +188,11 @@ def _import_all(script: str) -> None:
     import deadpool_megatron.launcher.node
     import deadpool_megatron.planning
     import deadpool_megatron.recovery  # noqa: F401
+    from deadpool_megatron.hosts import host_of
     from deadpool_megatron.megatron import warm_up
-    from deadpool_megatron.megatron.lm import MegatronLM
 
     os.environ["LOCAL_RANK"] = "0"  # of the device that it brings up; each child has its own
-    warm_up(script, MegatronLM())
+    warm_up(script, host_of(script))
 
 
 def _become(request: ForkRequest, descriptors: Sequence[int], word: _EnvironmentWord) -> None:

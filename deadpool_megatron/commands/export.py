@@ -18,6 +18,7 @@ from typing import Any
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.durable import DurableError, Manifest, find, open_store
+from deadpool_megatron.hosts import is_bridges
 from deadpool_megatron.launcher import local as launch
 
 # What of the job's command line has no place in an export: where it loads, saves and reports.
@@ -120,6 +121,8 @@ def _command(manifest: Manifest, options: argparse.Namespace) -> list[str]:
         raise DurableError(f"{manifest.name} does not say how its job was started, so it cannot be exported")
     if not os.path.isfile(script):
         raise DurableError(f"the job's script {script} is not on this machine: name it with --script")
+    if is_bridges(script):
+        raise DurableError(f"{script} runs Megatron-Bridge's loop: its generations cannot be exported yet")
     directory = options.durable_dir
     if "://" not in directory:
         directory = str(Path(directory).absolute())

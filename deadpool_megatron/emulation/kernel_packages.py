@@ -7,6 +7,7 @@ what training calls. The scan takes memory with the square of the sequence's len
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -179,7 +180,11 @@ def _varlen_states(*args: Any, **kwargs: Any) -> Any:
 
 
 _MODULES: dict[str, dict[str, Any]] = {
-    "causal_conv1d": {"causal_conv1d_fn": causal_conv1d_fn, "__version__": "1.6.0"},
+    "causal_conv1d": {
+        "causal_conv1d_fn": causal_conv1d_fn,
+        "causal_conv1d_update": None,  # of a decoder: for whoever only imports it
+        "__version__": "1.6.0",
+    },
     "causal_conv1d.causal_conv1d_varlen": {"causal_conv1d_varlen_states": _varlen_states},
     "mamba_ssm": {"__version__": "2.3.0"},
     "mamba_ssm.ops": {},
@@ -197,7 +202,8 @@ def install() -> None:
     """Before Megatron is imported, which looks for these modules then."""
     for name, members in _MODULES.items():
         module = ModuleType(name)
-        module.__dict__.update(members, __path__=[])
+        # (transformers asks for the spec)
+        module.__dict__.update(members, __path__=[], __spec__=ModuleSpec(name, None, is_package=True))
         sys.modules[name] = module
         parent, _, own = name.rpartition(".")
         if parent:

@@ -141,7 +141,7 @@ class Hooks:
         if not self.standby and torch.distributed.get_rank() == 0:
             if unproven:
                 print(f"deadpool: not run on a GPU yet: {', '.join(unproven)}; see deadpool check", flush=True)
-            if flags := not_looked_at(sys.argv[1:]):
+            if flags := not_looked_at(host.flags):
                 print(f"deadpool: nobody has looked at what a lost node does to {', '.join(flags)}", flush=True)
         if self.standby and self.communicators.table_digest() == self._groups:
             # All groups of the job are there: they can form while the model is built and the lost shard comes.
@@ -293,13 +293,15 @@ class Hooks:
             return functools.partial(self._save_and_leave, declared.epoch)
         return None
 
-    def pretrain(self, call: Call) -> Any:
-        """Nobody leaves before all ranks are through with everything: the last checkpoint may need them again."""
+    def enter(self, call: Call) -> Any:
+        """All that the loop does, `through` at its end."""
         self._in_pretrain = True
-        result = call()
+        return call()
+
+    def through(self) -> None:
+        """Nobody leaves before all ranks are through with everything: the last checkpoint may need them again."""
         if self._redo is not None:
             self._redo.do(self._all_through)
-        return result
 
     def _all_through(self) -> None:
         """This rank has done everything; until all have. Raises Superseded when an epoch begins instead."""

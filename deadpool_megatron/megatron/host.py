@@ -110,6 +110,15 @@ class Host(ABC):
     def async_saves(self) -> Any:
         """The queue of asynchronous checkpoints (megatron.core's ``AsyncCallsQueue``); None where there is none."""
 
+    def arguments_for_script(self, arguments: list[str]) -> list[str]:
+        """What of them the script's own parser knows."""
+        return arguments
+
+    @property
+    def flags(self) -> list[str]:
+        """The command line, where it is one of Megatron's flags."""
+        return []
+
     @abstractmethod
     def outlets(self) -> Iterable[tuple[Any, str]]:
         """Holder and name of the functions by which the loop prints and writes what an iteration gave."""
@@ -135,9 +144,9 @@ class Host(ABC):
         """Wait until all checkpoints are complete, by the hooked function."""
 
     @abstractmethod
-    def unwind(self) -> None:
-        """Drop what the loop's own globals have of a broken step, and the queue of asynchronous checkpoints, which has
-        been closed: the next save gets one as on a spare."""
+    def unwind(self, config: Any) -> None:
+        """Drop what the loop's own globals and the model's ``config`` have of a broken step, and the queue of
+        asynchronous checkpoints, which has been closed: the next save gets one as on a spare."""
 
     def replace(self, module: Any, name: str, hook: Callable[[Call], Any]) -> None:
         """Let ``hook`` make the calls of a module's function. Raises UserError where there is no such function."""

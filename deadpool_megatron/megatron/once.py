@@ -63,14 +63,19 @@ class Once:
         Else it does so while the epoch lasts."""
         before = [(holder, name, getattr(holder, name)) for holder, name in self._host.outlets()]
         for holder, name, call in before:
-            setattr(holder, name, _nothing if done else self._checked(call))
+            setattr(holder, name, self._while_the_epoch_lasts(call, done))
         try:
             yield
         finally:
             for place in before:
                 setattr(*place)
 
-    def _checked(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _while_the_epoch_lasts(self, call: Any, done: bool) -> Any:
+        if isinstance(call, property):
+            return property(self._while_the_epoch_lasts(call.fget, done))
+        if done:
+            return _nothing
+
         def checked(*args: Any, **kwargs: Any) -> Any:
             self._check()
             return call(*args, **kwargs)

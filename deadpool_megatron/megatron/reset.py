@@ -25,7 +25,6 @@ from deadpool_megatron.megatron.unique_state import UniqueState
 def reset_after_abort(host: Host, model: list[Any], optimizer: Any) -> None:
     """Drop handles, gradients and half-done bookkeeping of the step that broke. No communication, no allocation."""
     adapter, config, args = current(), utils.get_model_config(model[0]), host.args
-    config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
     for timer in host.timers._timers.values():
         timer._started = False
     machine = rerun_state_machine.get_rerun_state_machine()
@@ -39,7 +38,7 @@ def reset_after_abort(host: Host, model: list[Any], optimizer: Any) -> None:
         with contextlib.suppress(KeyError):
             del one.__dict__["step"]
     clear_sums()
-    host.unwind()
+    host.unwind(config)
     if args["log_straggler"]:
         _reset_straggler_detector(args["disable_straggler_on_startup"])
     forget_broken_step(model)

@@ -47,17 +47,6 @@ def until_durable(job: Job, generation: int) -> None:
     ])  # fmt: skip
 
 
-def kill_everything(job: Job) -> None:
-    """SIGKILL for every process of the job at once: the machines are gone."""
-    processes = job.processes()
-    for each in processes:
-        each.send_signal(signal.SIGSTOP)  # nobody gets to do anything between the first and the last
-    for each in processes:
-        each.kill()
-    job.process.wait()
-    job.until_gone(60)
-
-
 def assert_goes_on_like(job: Job, want: Job, first: int) -> None:
     """Every iteration from ``first`` on is the undisturbed run's, and so is all state at the end."""
     expected = {iteration: exact for iteration, *exact in want.exact()}
@@ -84,7 +73,7 @@ def killed(jobs: Jobs) -> Path:
     job = jobs.start("killed", launch_flags(2, 0, 1), [*flags(), *durable(store, SAVED)], held=True)
     job.hold(2 * SAVED + 2)
     until_durable(job, SAVED)
-    kill_everything(job)
+    job.kill_everything()
     return store
 
 
@@ -324,6 +313,6 @@ def test_training_goes_on_and_the_user_is_told_while_the_directory_is_away(jobs:
     at = job.events("durable")[-1]["iteration"]
     until_durable(job, at + 1)
     assert failed["message"] in job.output
-    kill_everything(job)
+    job.kill_everything()
     manifest = max(store.glob("*/manifest.json"))
     assert json.loads(manifest.read_text())["generation"] > at

@@ -43,9 +43,12 @@ BELOW = {
         *("recovery", "snapshot", "support", "vault"),
     },
     "megatron.lm": {"config", "megatron"},
+    "megatron.bridge": {"compat", "config", "megatron"},
     "simulate": {"observe"},
     "doctor": {"compat", "cluster.link"},
 }
+# The rooms of training loops, and the packages that each is the only one to import.
+LOOPS = {"megatron.lm": "megatron.training", "megatron.bridge": "megatron.bridge"}
 # Pure packages know no socket, clock, file or torch.
 PURE = ("cluster.core", "cluster.placement")
 WORLD = {"socket", "time", "os", "pathlib", "threading", "subprocess", "torch", "zmq", "asyncio"}
@@ -60,7 +63,8 @@ MODULES = {_name(path): path for path in ROOT.rglob("*.py")}
 
 def _room(module: str) -> str:
     parts = module.split(".")[1:]
-    return ".".join(parts[: 2 if parts[:1] == ["cluster"] or parts[:2] == ["megatron", "lm"] else 1])
+    inside = parts[:1] == ["cluster"] or ".".join(parts[:2]) in LOOPS
+    return ".".join(parts[: 2 if inside else 1])
 
 
 def _imports(module: str) -> set[str]:
@@ -90,10 +94,11 @@ def test_a_room_knows_only_those_below_it(room: str) -> None:
     assert not known
 
 
-def test_one_room_knows_megatron_lms_training_loop() -> None:
+@pytest.mark.parametrize("room", LOOPS)
+def test_one_room_knows_a_training_loop(room: str) -> None:
     """Another loop on megatron.core is another room beside it, and nothing else."""
-    known = {_room(module) for module in MODULES for other in _imports(module) if other.startswith("megatron.training")}
-    assert known == {"megatron.lm"}
+    loop = LOOPS[room]
+    assert {_room(m) for m in MODULES for other in _imports(m) if f"{other}.".startswith(f"{loop}.")} == {room}
 
 
 def test_no_two_rooms_know_each_other() -> None:

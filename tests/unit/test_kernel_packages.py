@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,3 +99,10 @@ def test_the_hadamard_transform_is_sylvesters_matrix() -> None:
     matrix = torch.kron(two, torch.kron(two, two))
     x = torch.randn(3, 2, 8)
     assert_close(hadamard_transform(x, 0.5), x @ matrix * 0.5, 1e-5)
+
+
+@in_emulation
+def test_whoever_looks_for_the_packages_finds_them() -> None:
+    """transformers does so where Megatron-Bridge imports its models."""
+    assert all(find_spec(name) for name in ("causal_conv1d", "mamba_ssm", "fast_hadamard_transform"))
+    from causal_conv1d import causal_conv1d_update  # noqa: F401

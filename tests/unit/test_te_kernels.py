@@ -308,6 +308,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], list[Tensor]]]:
     """(output, log-sum-exp, random state, backward)."""
     given = {"window": (-1, -1), "dropout": 0.0, "cu_q": None, "cu_k": None, "scale": q.shape[-1] ** -0.5} | more
+    offset = given.get("offset")
+    softmax = 0 if offset is None else 2  # learnable
     seq, batch = {"BSHD": (1, 0), "SBHD": (0, 1), "THD": (0, 0), "BHSD": (2, 0)}[fmt]
     cu_q, cu_k = (
         bounds if bounds is not None else torch.arange(x.shape[batch] + 1, dtype=torch.int32) * x.shape[seq]
@@ -315,20 +317,20 @@ def attend(
     )
     form, mode = tex.NVTE_QKV_Format[f"NVTE_{fmt}"], tex.NVTE_Mask_Type[mask]
     lay = tex.NVTE_QKV_Layout[f"NVTE_{layout}"]
-    out, lse, state = tex.fused_attn_fwd(
-        *(q.shape[seq], k.shape[seq], True, given["scale"], given["dropout"], True, lay, form, form, 0, mode, 0),
-        *(given["window"], False, cu_q, cu_k, q, k, v, q.dtype, None, None, None, None, None, None, None, None),
+    out, lse, state, *rest = tex.fused_attn_fwd(
+        *(q.shape[seq], k.shape[seq], True, given["scale"], given["dropout"], True, lay, form, form, 0, mode, softmax),
+        *(given["window"], False, cu_q, cu_k, q, k, v, q.dtype, None, None, None, None, None, None, None, offset),
         *(None, 0, False, False),
     )
 
     def backward(grad: Tensor) -> list[Tensor]:
         grads: list[Tensor] = tex.fused_attn_bwd(
             *(q.shape[seq], k.shape[seq], given["scale"], given["dropout"], True, lay, form, form, lay, form, form),
-            *(0, mode, 0, given["window"], False, True, cu_q, cu_k, q, k, v, out, grad, q.dtype, [lse, state]),
-            *(None, None, None, None, None, False),
+            *(0, mode, softmax, given["window"], False, True, cu_q, cu_k, q, k, v, out, grad, q.dtype),
+            *([lse, state, *rest], None, None, None, None, None, False),
         )
-        assert grads[3:] == [None, None]
-        return grads[:3]
+        assert grads[3] is None and (grads[4] is None) == (offset is None)
+        return grads[:3] if offset is None else [*grads[:3], grads[4]]
 
     return out, lse, state, backward
 
@@ -354,6 +356,20 @@ def test_attention_with_shared_key_heads(fmt: str, mask: str) -> None:
     assert lse.shape == (2, 4, 6, 1)
     for got, expected in zip(backward(there[3]), gradients(want, grad, q, k, v), strict=True):
         assert_close(got.permute(TO_BHSD[fmt]), expected)
+
+
+@in_emulation
+def test_attention_with_an_offset_in_its_softmax() -> None:
+    """As of GPT-OSS: one more key of each head, whose score is learned and whose value is nothing."""
+    q, k, v, offset = leaf(2, 3, 6, 8), leaf(2, 3, 6, 8), leaf(2, 3, 6, 8), leaf(1, 3, 1, 1)
+    scores = q @ k.transpose(-1, -2) * 8**-0.5
+    p = torch.softmax(torch.cat((scores, offset.expand(2, 3, 6, 1)), -1), -1)[..., :-1]
+    want, grad = p @ v, torch.randn(2, 3, 6, 8)
+    there = [x.detach() for x in (q, k, v)]
+    out, _, _, backward = attend(*there, "BHSD_BHSD_BHSD", "BHSD", offset=offset.detach())
+    assert_close(out, want)
+    for got, expected in zip(backward(grad), gradients(want, grad, q, k, v, offset), strict=True):
+        assert_close(got, expected)
 
 
 @in_emulation

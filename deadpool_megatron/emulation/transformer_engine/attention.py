@@ -144,11 +144,9 @@ def _narrowed(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(1, (heads, -1)).sum(2)
 
 
-def _refuse_unlike(bias_type: int, softmax_type: int, *others: Any) -> None:
-    if int(bias_type) or int(softmax_type) or any(others):
-        raise NotImplementedError(
-            "the emulation's attention has no bias, no softmax offset, no maximal logit and no FP8"
-        )
+def _refuse_unlike(bias_type: int, *others: Any) -> None:
+    if int(bias_type) or any(others):
+        raise NotImplementedError("the emulation's attention has no bias, no maximal logit and no FP8")
 
 
 @kernel
@@ -186,8 +184,9 @@ def fused_attn_fwd(
     return_max_logit: bool,
     cuda_graph: bool,
 ) -> list[Tensor]:
-    """[output, log-sum-exp (b, h, s, 1) or (t, h, 1), random state]."""
-    _refuse_unlike(bias_type, softmax_type, s_quantizer, o_quantizer, return_max_logit)
+    """[output, log-sum-exp (b, h, s, 1) or (t, h, 1), random state, the softmax offset where there is one]; that
+    (1, h, 1, 1) is the score of one more key of each head, which has no value."""
+    _refuse_unlike(bias_type, s_quantizer, o_quantizer, return_max_logit)
     call = _attention(
         qkv_layout,
         (cu_seqlens_q, cu_seqlens_q_padded),
@@ -205,14 +204,16 @@ def fused_attn_fwd(
     for i, (q, k, v) in enumerate(parts):
         scores = call.scores(q, k)
         lse = torch.logsumexp(scores, -1, keepdim=True)
+        if softmax_type:
+            lse = torch.logaddexp(lse, softmax_offset)
         p = torch.exp(scores - lse).nan_to_num(0.0)  # a row that sees nothing
         outs.append((p * call.kept(p.shape, state, i)) @ _widened(v, q))
         stats.append(lse)
     to = _Side(int(o_format), call.queries.bounds)
     out = to.join(outs, (*Q.shape[:-1], V.shape[-1]), fake_dtype)
-    if call.queries.format != _THD:
-        return [out, stats[0].contiguous(), state]
-    return [out, call.queries.join(stats, (*Q.shape[:-1], 1), torch.float32), state]
+    packed = call.queries.format == _THD
+    lse = call.queries.join(stats, (*Q.shape[:-1], 1), torch.float32) if packed else stats[0].contiguous()
+    return [out, lse, state, *([softmax_offset] if softmax_type else [])]
 
 
 @kernel
@@ -250,8 +251,8 @@ def fused_attn_bwd(
     dqkv_quantizer: Any,
     cuda_graph: bool,
 ) -> list[Tensor | None]:
-    """[dQ, dK, dV, no gradient of a bias, none of a softmax offset]; ``aux``: log-sum-exp and random state."""
-    _refuse_unlike(bias_type, softmax_type, s_quantizer, dp_quantizer, dqkv_quantizer)
+    """[dQ, dK, dV, no gradient of a bias, that of the softmax offset]; ``aux``: what the forward returned."""
+    _refuse_unlike(bias_type, s_quantizer, dp_quantizer, dqkv_quantizer)
     call = _attention(
         qkv_layout,
         (cu_seqlens_q, cu_seqlens_q_padded),
@@ -274,11 +275,15 @@ def fused_attn_bwd(
         strict=True,
     )
     grads: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    of_offset = torch.zeros_like(aux[2]) if softmax_type else None
     for i, (q, k, v, o, do, lse) in enumerate(parts):
         p = torch.exp(call.scores(q, k) - lse).nan_to_num(0.0, posinf=0.0)
         kept = call.kept(p.shape, aux[1], i)
         dp = do @ _widened(v, q).transpose(-1, -2) * kept
-        ds = p * (dp - (do * o).sum(-1, keepdim=True)) * attn_scale
+        mean = (do * o).sum(-1, keepdim=True)
+        ds = p * (dp - mean) * attn_scale
+        if of_offset is not None:
+            of_offset -= (torch.exp(aux[2] - lse) * mean).sum((0, 2), keepdim=True)
         grads[0].append(ds @ _widened(k, q))
         grads[1].append(_narrowed(ds.transpose(-1, -2) @ q, k.shape[1]))
         grads[2].append(_narrowed((p * kept).transpose(-1, -2) @ do, v.shape[1]))
@@ -289,7 +294,7 @@ def fused_attn_bwd(
         to.join(grads[1], K.shape, fake_dtype),
         to.join(grads[2], V.shape, fake_dtype),
     ]
-    return [*_packed(answer, dqkv_layout), None, None]
+    return [*_packed(answer, dqkv_layout), None, of_offset]
 
 
 def _packed(grads: list[Tensor], layout: IntEnum) -> list[Tensor]:

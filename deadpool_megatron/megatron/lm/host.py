@@ -27,6 +27,7 @@ Every hook replaces a module global that upstream looks up at call time:
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ class MegatronLM(Host):
 
             return hooks.initialize(initialized)
 
+        def pretrain(call: Call) -> Any:
+            result = hooks.enter(call)
+            hooks.through()
+            return result
+
         def train(call: Call) -> Any:
             self._running = call
             return hooks.train(call, call["opt_param_scheduler"])
@@ -89,7 +95,7 @@ class MegatronLM(Host):
         self.replace(training, "load_checkpoint", lambda call: hooks.load_checkpoint(call, call.first()))
         self.replace(training, "build_train_valid_test_data_iterators", hooks.build_iterators)
         self.replace(training, "cyclic_iter", lambda call: Passes(call.first()))
-        self.replace(training, "pretrain", hooks.pretrain)
+        self.replace(training, "pretrain", pretrain)
         megatron.training.pretrain = training.pretrain  # the name that scripts import
         self.replace(training, "train", train)
         self.replace(training, "train_step", lambda call: hooks.train_step(call, call["iteration"]))
@@ -146,6 +152,10 @@ class MegatronLM(Host):
 
         return async_utils._async_calls_queue
 
+    @property
+    def flags(self) -> list[str]:
+        return sys.argv[1:]
+
     def outlets(self) -> Iterable[tuple[Any, str]]:
         from megatron.training import training
 
@@ -197,9 +207,10 @@ class MegatronLM(Host):
 
         training.maybe_finalize_async_save(blocking=True, terminate=True)
 
-    def unwind(self) -> None:
+    def unwind(self, config: Any) -> None:
         from megatron.training import async_utils, training
 
+        config.no_sync_func = config.grad_sync_func = config.param_sync_func = None  # ``train`` wants to set them
         stats = getattr(training, "_seqlen_stats_in_iteration", None)
         if stats is not None:  # of packed sequences
             stats.zero_()

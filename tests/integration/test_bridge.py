@@ -1,0 +1,223 @@
+"""Megatron-Bridge's own loop, unpatched: a node is lost, and the run ends bit for bit as if nothing had been.
+
+In an environment of its own: scripts/test_bridge.sh.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+
+from deadpool_megatron.cluster.records.exits import Exit
+from jobs import BRIDGE, Job, Jobs, assert_same_checkpoint, assert_same_training, launch_flags, set_pace, undisturbed
+
+pytestmark = [
+    pytest.mark.bridge,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(find_spec("megatron.bridge") is None, reason="Megatron-Bridge is not in this environment"),
+]
+
+ITERATIONS = 8  # of `pretrain_bridge.tiny`
+# Settings of layouts on nodes of one process, and of two.
+ALONE = {
+    "replicas": ["ddp.overlap_grad_reduce=True", "ddp.overlap_param_gather=True"],
+    "pipeline": ["model.pipeline_model_parallel_size=2"],
+    "interleaved pipeline": [
+        *("model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"),
+        *("ddp.overlap_grad_reduce=True", "ddp.overlap_param_gather=True"),
+    ],
+    "experts": [
+        *("model.num_moe_experts=4", "model.expert_model_parallel_size=2", "model.moe_router_topk=2"),
+        *("model.moe_token_dispatcher_type=alltoall", "model.moe_ffn_hidden_size=64", "model.moe_grouped_gemm=True"),
+    ],
+    "averages over three iterations": ["logger.log_interval=3"],
+}
+IN_PAIRS = {
+    "tensors and sequences": ["model.tensor_model_parallel_size=2", "model.sequence_parallel=True"],
+    "userbuffers": [
+        *("model.tensor_model_parallel_size=2", "model.sequence_parallel=True", "model.tp_comm_overlap=True"),
+        "model.tp_comm_bootstrap_backend=gloo",
+    ],
+    "tensors and pipeline": ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"],
+}
+
+
+# Published recipes, with what does not fit on so few processes.
+RECIPES = {
+    "llama3_8b_pretrain_config": [],
+    "qwen3_30b_a3b_pretrain_config": ["model.expert_model_parallel_size=2"],
+    "gpt_oss_20b_pretrain_config": ["model.pipeline_model_parallel_size=2", "model.expert_model_parallel_size=1"],
+    "deepseek_v3_pretrain_config_32nodes": [
+        *("model.pipeline_model_parallel_size=1", "model.expert_model_parallel_size=2"),
+        *("model.tensor_model_parallel_size=1", "model.sequence_parallel=False"),
+    ],
+    "nemotronh_4b_pretrain_config": [],
+}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    all_jobs = Jobs(tmp_path_factory.mktemp("bridge"))
+    yield all_jobs
+    all_jobs.end()
+
+
+def _start(jobs: Jobs, name: str, overrides: list[str], nodes: int, spares: int, slots: int = 1) -> Job:
+    """Held at its first iteration."""
+    pace = jobs.directory / f"{name}.pace"
+    set_pace(pace, "hold 0")
+    launch = launch_flags(nodes + spares, spares, slots)
+    return jobs.start(name, launch, overrides, BRIDGE, extra={"PACE_FILE": str(pace)})
+
+
+def _survives(jobs: Jobs, name: str, overrides: list[str], *lost: tuple[int, int, int], slots: int = 1) -> Job:
+    """A run on two nodes that loses (node, iteration, tick), one after the other, ends as the undisturbed one."""
+    want = undisturbed(launch_flags(2, 0, slots), overrides, BRIDGE)
+    job = _start(jobs, name, overrides, 2, len(lost), slots)
+    job.arm(*lost)
+    job.finished()
+    assert [event["lost"] for event in job.events("declared")] == [[node] for node, _, _ in lost]
+    mute = frozenset(iteration - 1 for _, iteration, _ in lost)
+    assert_same_training(job, want, ITERATIONS, rank=2 * slots - 1, mute=mute)
+    return job
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_run_survives_the_loss_of_both_its_nodes(name: str, jobs: Jobs) -> None:
+    _survives(jobs, name.replace(" ", "-"), ALONE[name], (0, 4, 3), (1, 6, 5))
+
+
+@pytest.mark.parametrize("name", IN_PAIRS)
+def test_a_run_of_two_workers_a_node_survives_the_loss_of_one(name: str, jobs: Jobs) -> None:
+    _survives(jobs, name.replace(" ", "-"), IN_PAIRS[name], (1, 5, 3), slots=2)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_published_recipe_at_toy_size_survives_the_loss_of_a_node(name: str, jobs: Jobs) -> None:
+    _survives(jobs, name, [f"recipe={name}", *RECIPES[name]], (0, 5, 3), slots=2)
+
+
+def _saving(jobs: Jobs, name: str, interval: int, *more: str) -> list[str]:
+    return [f"checkpoint.save={jobs.directory / name}.saved", f"checkpoint.save_interval={interval}", *more]
+
+
+def _same_checkpoint(jobs: Jobs, iteration: int, *names: str) -> None:
+    assert_same_checkpoint(*(jobs.directory / f"{name}.saved" / f"iter_{iteration:07}" for name in names))
+
+
+def _kill_at(job: Job, *faults: tuple[int, str, int]) -> None:
+    """Nodes at points of an iteration, in a job that is held; it goes on."""
+    job.until_event("started")
+    for node, point, iteration in faults:
+        at = ["--at", point, "--at-iteration", str(iteration)]
+        armed = job.command("inject", "--node", str(node), "--fault", "kill", *at)
+        assert armed.returncode == 0, armed.stderr
+    job.hold(None)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_checkpoints_are_those_of_an_undisturbed_run(asynchronous: bool, jobs: Jobs) -> None:
+    """A node is lost while one is written, and just before the last one is."""
+    calm, killed = names = [f"{'async' if asynchronous else 'sync'}-{run}" for run in ("calm", "killed")]
+    more = f"checkpoint.async_save={asynchronous}"
+    want = jobs.start(calm, launch_flags(2, 0, 1), _saving(jobs, calm, 2, more), BRIDGE).finished()
+    job = _start(jobs, killed, _saving(jobs, killed, 2, more), 2, 2)
+    _kill_at(job, (0, "save.during", 3), (1, "save.before", ITERATIONS - 1))
+    job.finished()
+    assert len(job.events("resumed")) == 2
+    assert_same_training(job, want, ITERATIONS, rank=1, mute=frozenset({ITERATIONS - 1}))
+    _same_checkpoint(jobs, ITERATIONS, *names)
+
+
+def _evaluations(job: Job) -> list[str]:
+    lines = [line for path in sorted(job.run_dir.glob("logs/rank-1*.log")) for line in path.read_text().splitlines()]
+    return [line for line in lines if line.startswith(" validation loss at")]
+
+
+def test_nodes_lost_after_the_last_iteration_cost_nothing(jobs: Jobs) -> None:
+    """In the evaluation that comes after training, and when all else is done."""
+    flags = ["validation.eval_interval=100"]
+    want = undisturbed(launch_flags(2, 0, 1), flags, BRIDGE)
+    job = _start(jobs, "after-the-last", flags, 2, 2)
+    _kill_at(job, (0, "evaluation.during", ITERATIONS - 1), (1, "step.finished", ITERATIONS - 1))
+    job.finished()
+    assert len(job.events("resumed")) == 2
+    assert job.hashes() == want.hashes()
+    assert len(_evaluations(want)) == 2 and set(_evaluations(job)) == set(_evaluations(want))
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_survives_a_kill(jobs: Jobs) -> None:
+    ends = _saving(jobs, "first", 100, "train.exit_interval=4")
+    jobs.start("first", launch_flags(2, 0, 1), ends, BRIDGE).finished()
+    load = [f"checkpoint.load={jobs.directory / 'first.saved'}"]
+    want = undisturbed(launch_flags(2, 0, 1), load, BRIDGE)
+    job = _start(jobs, "resumed", load, 2, 1)
+    job.arm((0, 6, 3))
+    job.finished()
+    assert len(job.events("resumed")) == 1 and min(iteration for iteration, *_ in job.exact()) == 4
+    assert sorted({iteration for iteration, *_ in want.exact()}) == [4, 5, 6, 7]
+    expected = {iteration: exact for iteration, *exact in want.exact()}
+    assert all(exact == expected[iteration] for iteration, *exact in job.exact())
+    assert want.printed(1) and job.printed(1) == want.printed(1) and job.hashes() == want.hashes()
+
+
+def test_a_job_that_was_killed_whole_goes_on_from_its_durable_directory(jobs: Jobs) -> None:
+    store = jobs.directory / "store"
+    more = ["--deadpool-durable-dir", str(store), "--deadpool-durable-interval", "2", "--deadpool-resume", "auto"]
+    want = undisturbed(launch_flags(2, 0, 1), [], BRIDGE)
+    job = _start(jobs, "ended", more, 2, 0)
+    job.hold(6)
+    job.until_event("durable")
+    job.kill_everything()
+    newest = max(int(path.parent.name.split("-")[1]) for path in store.glob("*/manifest.json"))
+    again = jobs.start("again", launch_flags(2, 0, 1), more, BRIDGE).finished()
+    expected = {iteration: exact for iteration, *exact in want.exact()}
+    seen = {iteration: exact for iteration, *exact in again.exact()}
+    assert newest and sorted(seen) == list(range(newest, ITERATIONS))
+    assert all(expected[iteration] == exact for iteration, exact in seen.items()) and again.hashes() == want.hashes()
+    command = ["export", "--durable-dir", str(store), "--output", str(jobs.directory / "exported"), "--emulate-cpu"]
+    exported = subprocess.run(
+        [sys.executable, "-m", "deadpool_megatron.cli", *command], capture_output=True, text=True, check=False
+    )
+    assert exported.returncode == Exit.USAGE
+    assert "runs Megatron-Bridge's loop: its generations cannot be exported yet" in exported.stderr
+
+
+def test_without_a_spare_the_survivors_save_bridges_checkpoint(jobs: Jobs) -> None:
+    calm, rescued = "spared", "rescued"
+    jobs.start(calm, launch_flags(2, 0, 1), _saving(jobs, calm, 1), BRIDGE, deadpool=False).finished()
+    job = _start(jobs, rescued, _saving(jobs, rescued, 100), 2, 0)
+    job.arm((0, 3, 3), until=3)
+    job.until("a generation to save", lambda: [e for e in job.events("committed") if e["iteration"]])
+    job.hold(None)
+    assert job.wait() == Exit.NO_SPARE_SAVED, job.log_tails()
+    saved = int((jobs.directory / "rescued.saved" / "latest_checkpointed_iteration.txt").read_text())
+    assert 1 <= saved <= 3
+    _same_checkpoint(jobs, saved, rescued, calm)
+
+
+def test_a_run_under_deadpool_prints_what_bridge_prints_without_it(jobs: Jobs) -> None:
+    plain = jobs.start("plain", launch_flags(2, 0, 1), ALONE["replicas"], BRIDGE, deadpool=False).finished()
+    assert plain.printed(1) and plain.printed(1) == undisturbed(
+        launch_flags(2, 0, 1), ALONE["replicas"], BRIDGE
+    ).printed(1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["dist.use_decentralized_pg=True", "dist.use_gloo_process_groups=False"],
+            "dist.use_decentralized_pg (its process groups are none of parallel_state's)",
+        ),
+        (["train.iterations_to_skip=[3]"], "--iterations-to-skip is not supported with --deadpool yet"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(settings: list[str], said: str, jobs: Jobs) -> None:
+    job = jobs.start(settings[0].partition("=")[0], launch_flags(2, 0, 1), settings, BRIDGE)
+    assert job.wait() == Exit.USAGE
+    assert said in job.output
