@@ -49,6 +49,7 @@ IN_PAIRS = {
 # Published recipes, with what does not fit on so few processes.
 RECIPES = {
     "llama3_8b_pretrain_config": [],
+    "llama3_8b_low_precision_pretrain_config": [],
     "qwen3_30b_a3b_pretrain_config": ["model.expert_model_parallel_size=2"],
     "gpt_oss_20b_pretrain_config": ["model.pipeline_model_parallel_size=2", "model.expert_model_parallel_size=1"],
     "deepseek_v3_pretrain_config_32nodes": [
