@@ -114,6 +114,7 @@ _ACCEPTED: Final = (
     ("multi-token prediction", "--mtp-num-layers", bool, _TE),
     ("operation fuser", "--use-transformer-engine-op-fuser", bool, _TE),
     ("recomputation", "--recompute-granularity", bool, _TE),
+    ("activations on the host", "--fine-grained-activation-offloading", bool, _TE),
     ("CUDA graphs of layers", "--cuda-graph-impl transformer_engine", _is("transformer_engine"), _GRAPHS),
     ("CUDA graphs of whole iterations", "--cuda-graph-impl full_iteration", _is("full_iteration"), _GRAPHS),
     # precision
@@ -247,6 +248,10 @@ def _delayed_in_graphs(values: Values, _: int) -> bool:
     return _layer_graphs(values) and _recipe(values) == "delayed"
 
 
+def _offloading_in_graphs(values: Values, _: int) -> bool:
+    return bool(values.get("fine_grained_activation_offloading")) and bool(_graphed(values))
+
+
 def _fuser_with_scales(values: Values, _: int) -> bool:
     recipe = _recipe(values)
     reduces = values.get("sequence_parallel") and (recipe == "tensorwise" or values.get("fp4"))
@@ -310,6 +315,11 @@ _COMBINED: Final[tuple[tuple[str, Callable[[Values, int], bool], str], ...]] = (
         _dropout_in_graphs,
         "with context parallelism and dropout of attention inside of graphs of layers: never seen to end equal; "
         "--attention-dropout 0",
+    ),
+    (
+        "--fine-grained-activation-offloading",
+        _offloading_in_graphs,
+        "with CUDA graphs: never run; what is copied when is part of them",
     ),
     (
         "--use-transformer-engine-op-fuser",

@@ -1,15 +1,20 @@
-"""Runs one of upstream's scripts with masked word pieces (BERT, T5), named first, with a vocabulary made up here.
+"""Runs one of upstream's scripts, named first, with words that are made up here: masked ones (BERT, T5), or
+conversations (``--sft``).
 
-Upstream's own word-piece tokenizers want the package transformers and a file of words.
+Upstream's own tokenizers for both want the package transformers and a file of words, its reader of conversations the
+package datasets.
 """
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 from megatron.core.models.bert import bert_layer_specs
 from megatron.core.tokenizers import MegatronTokenizer
 
@@ -30,12 +35,24 @@ class WordPieces:
         self.additional_special_tokens_ids = [self.vocab[word] for word in sentinels]
         self.vocab_size = len(self.vocab)
 
+    def tokenize_conversation(self, conversation: list[dict[str, str]], **_: Any) -> tuple[Any, Any]:
+        """Tokens, and what is to be learned of them: what the assistant says."""
+        said = [(self.vocab[word], turn["role"]) for turn in conversation for word in turn["content"].split()]
+        tokens = np.array([token for token, _ in said])
+        return tokens, np.where([role == "assistant" for _, role in said], tokens, -100)
+
 
 def _tokenizer(*args: Any, **kwargs: Any) -> WordPieces:
     return WordPieces()
 
 
+def _load_dataset(kind: str, data_files: str, split: str) -> list[Any]:
+    return [json.loads(line) for line in Path(data_files).read_text().splitlines()]
+
+
 if __name__ == "__main__":
+    sys.modules["datasets"] = datasets = ModuleType("datasets")
+    datasets.load_dataset = _load_dataset  # type: ignore[attr-defined]
     MegatronTokenizer.from_pretrained = _tokenizer
     bert_layer_specs.bert_layer_with_transformer_engine_spec = None  # imported, never used: `--spec local`
     script = sys.argv.pop(1)

@@ -38,11 +38,28 @@ def _pads(module: Any) -> None:
     module.fused_pad_routing_map = megatron_kernels.fused_pad_routing_map
 
 
+def _binds_nothing(module: Any) -> None:
+    # It binds the process to the processors beside its device.
+    module.set_ideal_affinity_for_current_gpu = lambda: None
+
+
+def _offloads(module: Any) -> None:
+    # It takes a tensor that is not on a device for one on the host already.
+    from torch.nn import Parameter
+
+    def is_on_device(tensor: Any) -> bool:
+        return not isinstance(tensor, Parameter)
+
+    module.ChunkOffloadHandler._can_manage_tensor_for_offload = staticmethod(is_on_device)
+
+
 def install() -> None:
     """Register the changes; modules that are imported already are changed at once."""
     after_import("megatron.core.datasets.utils", _without_helpers)
     after_import("megatron.core.transformer.cuda_graphs", _captures_layers)
     after_import("megatron.core.fusions.fused_mla_yarn_rope_apply", _rotates)
     after_import("megatron.core.fusions.fused_pad_routing_map", _pads)
+    after_import("megatron.core.pipeline_parallel.utils", _binds_nothing)
+    after_import("megatron.core.pipeline_parallel.fine_grained_activation_offload", _offloads)
     # It warns at every fork of the tracker that device and CPU generator are one; here they are, by design.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)

@@ -41,6 +41,7 @@ def reset_after_abort(host: Host, model: list[Any], optimizer: Any) -> None:
     host.unwind(config)
     if args["log_straggler"]:
         _reset_straggler_detector(args["disable_straggler_on_startup"])
+    _forget_offloading()
     forget_broken_step(model)
     for chunk in model:
         for group in _bucket_groups(chunk):
@@ -68,6 +69,14 @@ def _reset_straggler_detector(off: bool) -> None:
         print(
             f"deadpool: the straggler detector is {state} again, as --log-straggler began; switch it anew", flush=True
         )
+
+
+def _forget_offloading() -> None:
+    """Of ``--fine-grained-activation-offloading``: what the broken step has on the host, and what this process has
+    learned in its first iteration, at the end of which all ranks gather a table: a spare would do so alone."""
+    module = sys.modules.get("megatron.core.pipeline_parallel.fine_grained_activation_offload")
+    if module is not None:
+        module.PipelineOffloadManager.OFFLOAD_MGR = None
 
 
 def _bucket_groups(chunk: Any) -> list[Any]:

@@ -51,9 +51,12 @@ def test_all_refused_flags_are_named_at_once(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_flag_that_nobody_has_looked_at_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "my_script.py", "--sft", "--my-flag=3", "--lr", "1e-4", "--deadpool", "--rl-profile"]) == 0
+    assert (
+        main(["check", "my_script.py", "--replication", "--my-flag=3", "--lr", "1e-4", "--deadpool", "--rl-profile"])
+        == 0
+    )
     lines = [line.partition(": ") for line in capsys.readouterr().out.splitlines()]
-    assert [flag for flag, _, said in lines if said.startswith("nobody has looked")] == ["--sft", "--my-flag"]
+    assert [flag for flag, _, said in lines if said.startswith("nobody has looked")] == ["--replication", "--my-flag"]
 
 
 def test_what_check_refuses_a_job_refuses_and_the_other_way_round() -> None:
