@@ -66,7 +66,7 @@ class Recoveries:
         replaced = [
             rank
             for rank, slot in enumerate(members.assignment)
-            if slot != old[rank] or (slot.node, slot.local) in self.vacant
+            if state.layout.restarts or slot != old[rank] or (slot.node, slot.local) in self.vacant
         ]
         there = [node for node in members.active() if not members.gone(node)]
         self.current = Recovery(self._purpose, there, self.helpers, state.job.deadlines, now, self._waits_until)
