@@ -369,6 +369,11 @@ def _a_node_may_change_what_it_reads_for_ever(patch: Patch) -> None:
     patch.setattr(WorkerEnds, "changed", lambda self, node: False)
 
 
+def _a_copy_that_cannot_be_drained_is_the_end(patch: Patch) -> None:
+    """Row 10, found by the simulation: it had changed in memory, and others were there."""
+    patch.setattr(node_durable.NodeDurability, "_give_up_copy", lambda self, take, why: None)
+
+
 def _nothing_is_drained_at_the_end(patch: Patch) -> None:
     """Row 10: a job without a spare or a checkpoint ends with what is in memory."""
     patch.setattr(Durability, "can_drain", property(lambda self: False))
@@ -494,6 +499,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "no source": _a_failed_read_is_taken_for_nonsense,
     "looks again": _what_is_durable_is_looked_up_alone,
     "10 spares": _spares_are_no_help_at_the_end,
+    "10 copy": _a_copy_that_cannot_be_drained_is_the_end,
     "10 save": _what_cannot_be_saved_is_saved_again,
     "reads for ever": _a_node_may_change_what_it_reads_for_ever,
     "10 drain": _nothing_is_drained_at_the_end,

@@ -55,9 +55,10 @@ _NO_COPY = ("every copy damaged", "kill node", "lose node", "damaged file", "unr
 # The same of the durable directory, which all of these runs have.
 MISSED_DURABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "read again": (16, _NO_COPY),
-    "no source": (10, ("every copy damaged", "damaged file", "kill worker")),
+    "no source": (46, ("every copy damaged", "damaged file", "kill worker")),
     "no spare": (3750, ()),
     "10 save": (483, ()),
+    "10 copy": (1022, ("damage", "damaged source", "kill node", "lose node")),
     "reads for ever": (5, ()),
     "10 spares": (10441, ()),
     "10 drain": (44, ("kill node", "lose node", "kill worker")),
