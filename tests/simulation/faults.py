@@ -28,6 +28,7 @@ class Profile:
         durable: every run has a durable directory, or none has; None: drawn.
         shards: the same of parity, constants and failure domains.
         rivals: the same of another job that wants the durable directory.
+        restarts: every recovery needs other processes, on all nodes.
     """
 
     most: int = 8
@@ -35,6 +36,7 @@ class Profile:
     durable: bool | None = None
     shards: bool | None = None
     rivals: bool | None = None
+    restarts: bool = False
 
 
 _WHEN = ("started", "committed", "committed", "committed", "iteration", "declared", "agreed", "resumed")

@@ -13,6 +13,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent import commits, shards
 from deadpool_megatron.cluster.agent import durable as node_durable
 from deadpool_megatron.cluster.agent.commits import Commits
+from deadpool_megatron.cluster.agent.crew import Crew
 from deadpool_megatron.cluster.agent.fence import Fence
 from deadpool_megatron.cluster.agent.fetching import Attempts
 from deadpool_megatron.cluster.agent.known import KnownJob
@@ -462,7 +463,13 @@ def _a_share_that_was_refused_is_asked_for_again(patch: Patch) -> None:
     patch.setattr(agreement._Shares, "_of", before)
 
 
+def _an_offer_comes_before_who_is_to_take_it(patch: Patch) -> None:
+    """What is agreed then finds no process in a slot whose old one has still to end."""
+    patch.setattr(Crew, "renewing", lambda self, slots: False)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
+    "renewing": _an_offer_comes_before_who_is_to_take_it,
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
     "1 nodes": _who_comes_back_does_not_hear_the_floor,
     "2 tries": _one_failed_fetch_condemns_the_copy,

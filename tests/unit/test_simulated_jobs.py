@@ -92,7 +92,15 @@ def test_no_fault_breaks_a_promise(batch: int) -> None:
     assert sum(run.code == 0 for run in runs) > _RUNS // 2, "most jobs survive them"
 
 
+def test_no_fault_breaks_a_promise_where_every_recovery_needs_other_processes() -> None:
+    runs = [simulate(seed, Profile(restarts=True)) for seed in range(60)]
+    assert not [(run.seed, run.violation) for run in runs if run.violation]
+    assert sum(run.epochs for run in runs) > 20
+
+
+MISSED_RESTARTS: dict[str, tuple[int, tuple[str, ...]]] = {"renewing": (51, ())}
 MODES = {
+    Profile(restarts=True): MISSED_RESTARTS,
     Profile(durable=False, shards=False, rivals=False): MISSED,
     Profile(durable=True, shards=False, rivals=False): MISSED_DURABLE,
     Profile(shards=True, rivals=False): MISSED_SHARDS,
