@@ -98,7 +98,7 @@ _ACCEPTED: Final = (
     ("fused router", "--moe-router-fusion", bool, _TE),
     ("bias of experts", "--moe-router-enable-expert-bias", bool, _TE),
     ("shared experts", "--moe-shared-expert-intermediate-size", bool, _TE),
-    ("tokens by DeepEP or HybridEP, inside a node", "--moe-token-dispatcher-type flex", _is("flex"), _FLEX),
+    ("tokens by DeepEP or HybridEP", "--moe-token-dispatcher-type flex", _is("flex"), _FLEX),
     ("overlapped communication of experts", "--overlap-moe-expert-parallel-comm", bool, _TE),
     ("delayed weight gradients", "--delay-wgrad-compute", bool, _TE),
     ("distributed optimizer", "--use-distributed-optimizer", bool, _SWAPS),
@@ -286,14 +286,8 @@ def _name(member: Any) -> Any:
     return getattr(member, "name", member)
 
 
-# The same of values that are refused together, and of where processes are.
+# The same of values that are refused together, and by where processes are.
 _COMBINED: Final[tuple[tuple[str, Callable[[Values, int], bool], str], ...]] = (
-    (
-        "--moe-token-dispatcher-type flex",
-        _flex_across_nodes,
-        "where experts (expert tensor x expert parallel size) span nodes: nothing aborts a kernel of DeepEP or "
-        "HybridEP that waits for a lost node",
-    ),
     (
         "--tp-comm-overlap",
         _userbuffers_across_nodes,
@@ -368,7 +362,16 @@ def _in_use(flag: str, test: Callable[[Any], bool]) -> Callable[[Values, int], b
     return lambda values, _: test(values.get(name)) and bool(values.get(needs))
 
 
-COMBINATIONS: Final = tuple(Feature("", flag, selects, Evidence.REFUSED, why) for flag, selects, why in _COMBINED)
+COMBINATIONS: Final = (
+    Feature(
+        "tokens by DeepEP or HybridEP, across nodes",
+        "--moe-token-dispatcher-type flex",
+        _flex_across_nodes,
+        Evidence.EMULATION,
+        _FLEX,
+    ),
+    *(Feature("", flag, selects, Evidence.REFUSED, why) for flag, selects, why in _COMBINED),
+)
 FEATURES: Final = (
     *(Feature(name, flag, _in_use(flag, test), Evidence.EMULATION, why) for name, flag, test, why in _ACCEPTED),
     *(Feature(name, flag, _in_use(flag, test), Evidence.SOURCES, why) for name, flag, test, why in _REASONED),
@@ -384,6 +387,12 @@ _UNSUPPORTED_SETTINGS: Final[tuple[tuple[str, str], ...]] = (
 
 # Begins the part of judged.txt that names flags of Megatron for the record only.
 UNJUDGED: Final = "# Nobody has looked at these yet."
+
+
+def waits_for_nodes(values: Values, processes: int) -> bool:
+    """A rank may wait in a kernel for a rank of another node, on nodes of so many processes: nothing but the end of its
+    process frees it."""
+    return _flex_across_nodes(values, processes)
 
 
 def used(values: Values, processes: int = PROCESSES_PER_NODE) -> list[Feature]:
@@ -457,9 +466,9 @@ def not_looked_at(words: Iterable[str]) -> list[str]:
     ]
 
 
-def not_on_a_gpu(values: Mapping[str, Any]) -> list[str]:
+def not_on_a_gpu(values: Values, processes: int) -> list[str]:
     """Names of the accepted features in use (of a job that runs) that have not been run on a GPU."""
-    return [each.name for each in used(values) if each.evidence in (Evidence.EMULATION, Evidence.SOURCES)]
+    return [each.name for each in used(values, processes) if each.evidence in (Evidence.EMULATION, Evidence.SOURCES)]
 
 
 def table(recorded: Mapping[str, Sequence[str]], features: Iterable[Feature] = FEATURES) -> str:

@@ -16,11 +16,12 @@ from deadpool_megatron import support
 RECORD = Path(__file__).resolve().parents[1] / support.RECORD
 
 
-def note(test: str, jobs: Sequence[Sequence[str]], path: Path = RECORD) -> None:
-    """Write down what a test has shown, by the flags of its jobs: nothing if there are none, as for one that failed."""
+def note(test: str, jobs: Sequence[tuple[Sequence[str], int]], path: Path = RECORD) -> None:
+    """Write down what a test has shown, by its jobs, each with its flags and the workers of a node: nothing if there
+    are none, as for one that failed."""
     recorded = json.loads(path.read_text()) if path.exists() else {}
-    told = [flags for flags in jobs if "--yaml-cfg" not in flags]  # what a file says is not read here
-    shown = {feature.name for flags in told for feature in support.used(support.parse(flags)) if feature.name}
+    told = [each for each in jobs if "--yaml-cfg" not in each[0]]  # what a file says is not read here
+    shown = {each.name for flags, slots in told for each in support.used(support.parse(flags), slots) if each.name}
     for name in sorted(shown | recorded.keys()):
         tests = {*recorded.get(name, ())} - {test} | ({test} if name in shown else set())
         recorded[name] = sorted(tests)

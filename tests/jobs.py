@@ -57,8 +57,8 @@ BRIDGE = ROOT / "tests" / "pretrain_bridge.py"
 START_S = 180.0
 
 _LINE = re.compile(r"iteration +(\d+)/ +\d+ \|(.*)")
-# Flags of the jobs that lost a node and then were found equal to the undisturbed one, in this test.
-PROVEN: list[list[str]] = []
+# Flags, and workers a node, of the jobs that lost a node and were found equal to the undisturbed one, in this test.
+PROVEN: list[tuple[list[str], int]] = []
 _EXACT = (
     *("consumed samples", "learning rate", "lm loss", "grad norm", "loss scale", "number of skipped iterations"),
     *("load_balancing_loss", "z_loss", "mtp_1 loss"),
@@ -129,6 +129,7 @@ class Job(jobs.Job):
     ) -> None:
         self.hash_file = Path(f"{run_dir}.hash.json")
         self.flags = list(script[1:])
+        self.slots = int(launch[launch.index("--nproc-per-node") + 1]) if "--nproc-per-node" in launch else 1
         forked = "--emulate-cpu" in launch and not (Path(script[0]).parent / "megatron").exists()
         warm = BRIDGE if Path(script[0]) == BRIDGE else EXAMPLE
         super().__init__(run_dir, launch, script, environment(extra, forked, warm), run_dir.parent)
@@ -371,7 +372,7 @@ def assert_same_training(got: Job, want: Job, iterations: int, rank: int, mute: 
         if hashes.get(coordinate, {}).get(part) != digest
     ]
     if any(event["lost"] for event in got.events("declared")) and got.events("resumed"):
-        PROVEN.append(want.flags)
+        PROVEN.append((want.flags, want.slots))
 
 
 def survives(

@@ -44,6 +44,7 @@ class SimulatedJob:
         )
         self.now = 100.0
         self.can_rescue = can_rescue
+        self.restarts = False
         self.sent: list[Send] = []
         self.emitted: list[Emit] = []
         self.finish: Finish | None = None
@@ -123,7 +124,8 @@ class SimulatedJob:
         slot = self.core.assignment[rank]
         info = r.CoordinateInfo(rank, 0, 0, rank)
         epoch = self.core.epoch
-        self.feed(r.Registered(slot.node, slot.local, info, 1 << 20, 1 << 10, digest, self.can_rescue, 0, epoch))
+        told = (1 << 20, 1 << 10, digest, self.can_rescue, 0, epoch, True, self.restarts)
+        self.feed(r.Registered(slot.node, slot.local, info, *told))
 
     def train(self) -> SimulatedJob:
         """Up to the first iteration."""

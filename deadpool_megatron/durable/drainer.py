@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from deadpool_megatron.vault import CONSTANT, Arena, VaultError, Version, constants_of
+from deadpool_megatron.vault import CONSTANT, Arena, ChecksumMismatch, NotHeld, VaultError, Version, constants_of
 
 from .errors import Cancelled, DurableError
 from .files import prune, read_layout, remove_attempt, seal, write_constants, write_layout, write_shard
@@ -128,13 +128,18 @@ class _Drainer:
         self._staging[order.rank] = (staging, order.layout)
 
     def _drain(self, order: Drain) -> None:
-        error = ""
+        error, unusable = "", -1
         shards: list[ShardFile] = []
+        ready: list[tuple[Staging, Layout]] = []
         try:
             store = open_store(order.directory)
             try:
                 _check(store, order.job)
-                ready = [self._take(store, each) for each in order.shards]
+                for each in order.shards:
+                    ready.append(self._take(store, each))
+            except (ChecksumMismatch, NotHeld):
+                unusable = order.shards[len(ready)].rank
+                raise
             finally:
                 self._tell(Staged(order.name))
             total = sum(len(staging.unique) + len(staging.small) for staging, _ in ready)
@@ -155,7 +160,7 @@ class _Drainer:
                 shards.append(msgspec.structs.replace(shard, constants=self._constants(store, take, moved)))
         except (OSError, VaultError, DurableError) as err:
             error = _one_line(err)
-        self._tell(Done(order.name, False, tuple(shards), error))
+        self._tell(Done(order.name, False, tuple(shards), error, unusable=unusable))
 
     def _take(self, store: Store, take: Take) -> tuple[Staging, Layout]:
         if take.rank in self._unstaged:

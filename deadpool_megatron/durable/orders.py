@@ -92,13 +92,17 @@ class Staged(_Record, frozen=True):
 
 
 class Done(_Record, frozen=True):
-    """A `Drain` (``sealed`` False) or a `Seal` has ended. ``error`` is one line, empty when all went well."""
+    """A `Drain` (``sealed`` False) or a `Seal` has ended. ``error`` is one line, empty when all went well.
+
+    ``unusable``: the rank whose version in the vault was the reason, since it is not there or has changed; -1: none.
+    """
 
     name: str
     sealed: bool
     shards: tuple[ShardFile, ...] = ()
     error: str = ""
     problems: tuple[str, ...] = ()
+    unusable: int = -1
 
 
 Answer = Staged | Done

@@ -40,7 +40,7 @@ from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
 from deadpool_megatron.megatron.userbuffers import Userbuffers
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
-from deadpool_megatron.support import check_arguments, check_environment, not_looked_at, not_on_a_gpu
+from deadpool_megatron.support import check_arguments, check_environment, not_looked_at, not_on_a_gpu, waits_for_nodes
 from deadpool_megatron.vault import VaultError
 
 _OWN_ERROR_S = 0.5  # from an error of this rank's own until it is told, in case the epoch's end comes with it
@@ -133,11 +133,17 @@ class Hooks:
         if self.standby:
             points.reach("take-over.building")
         check_environment(os.environ)
-        check_arguments(host.args, int(os.environ["LOCAL_WORLD_SIZE"]))
+        processes = int(os.environ["LOCAL_WORLD_SIZE"])
+        check_arguments(host.args, processes)
+        if ADOPTED in os.environ and waits_for_nodes(host.args, processes):
+            raise UserError(
+                "--moe-token-dispatcher-type flex with experts that span nodes needs workers that a recovery can start "
+                "anew, and another launcher has started these: use `deadpool launch`"
+            )
         if self.standby:
             host.load_nothing()  # it would be read by collectives
         result = call()
-        unproven = not_on_a_gpu(host.args)
+        unproven = not_on_a_gpu(host.args, processes)
         if not self.standby and torch.distributed.get_rank() == 0:
             if unproven:
                 print(f"deadpool: not run on a GPU yet: {', '.join(unproven)}; see deadpool check", flush=True)
@@ -244,7 +250,8 @@ class Hooks:
         if self.durable is not None:
             with self._begun_with():
                 trainer.resume(self.durable)
-        trainer.register(can_rescue)
+        restarts = waits_for_nodes(args, int(os.environ["LOCAL_WORLD_SIZE"]))
+        trainer.register(can_rescue and not restarts, restarts)
         if trainer.rank == 0:
             publish_job(self.connect, self.communicators.table_digest())
         if not self.standby:

@@ -1,7 +1,7 @@
 """Kernels that nothing aborts: the ranks of a node launch one together, or none of them does.
 
 DeepEP's and HybridEP's kernels wait for one another in memory that they share, without time-out or flag: one that a
-rank launches and its neighbour does not never ends. So the hosts of a group meet before each of them, inside the node::
+rank launches and its neighbour does not never ends. So the ranks of a group meet before each of them, inside the node::
 
     rank 0   meet ---> launch   meet . . . . . . . . the neighbour has left: EpochClosed
     rank 1   meet ---> launch   (the epoch is over) leave ------^
@@ -10,6 +10,8 @@ Each has one word of the node's shared memory: the epoch, how often it has come 
 come launches if all others come, whatever happens meanwhile, for they may have seen it come; who has left comes no
 more. So all of the group have launched the same kernels, these end, and what they work on stands through the loss of
 other nodes. Where the neighbour's process is lost itself, it does not: then this worker ends too (`Muster.bereft`).
+
+Groups that span nodes do not meet: all processes of such a job end with the epoch (`Registered.restarts`).
 """
 
 from __future__ import annotations
@@ -60,10 +62,12 @@ class Muster:
         """It has come and others have not: who makes no progress here waits for somebody else."""
 
     def meet(self, ranks: Iterable[int]) -> None:
-        """Until all of these ranks, which are on this node, have come as often in this epoch. May raise what `check`
-        raises, and then nobody launches."""
+        """Until all of these ranks have come as often in this epoch, where all are on this node. May raise what
+        `check` raises, and then nobody launches."""
         self._check()
-        others = set(ranks) - {self._rank}
+        others = {*ranks} - {self._rank}
+        if any(rank // self._per_node != self._rank // self._per_node for rank in others):
+            return
         self._neighbours |= others
         epoch = self._epoch()
         self._times = self._times + 1 if epoch == self._in_epoch else 1

@@ -161,8 +161,8 @@ class MegatronTrainer:
         except Refused as err:
             raise UserError(str(err)) from None
 
-    def register(self, can_rescue: bool) -> None:
-        """Tell who this is, once, before training."""
+    def register(self, can_rescue: bool, restarts: bool) -> None:
+        """Tell who this is, once, before training. See `Registered`."""
         self._session.tell(
             r.Registered(
                 0,
@@ -181,6 +181,7 @@ class MegatronTrainer:
                 can_rescue,
                 self._expected,
                 repeatable=self._repeatable(),
+                restarts=restarts,
             )
         )
 

@@ -65,14 +65,15 @@ def _what_failed(r: Recovery) -> str:
 
 
 def _who_took_over(r: Recovery) -> str:
+    anew = "All processes were started anew: their kernels wait for other nodes. " if r.restarts else ""
     if not r.replaced:
-        return "Nobody had to take over. "
+        return f"Nobody had to take over. {anew}"
     sources = sorted(set(r.sources.values()))
     came = f", with the shards out of the vault{'s' if len(sources) > 1 else ''} of {_several('node', sources)}"
     who = f"{_several('node', r.new_nodes)}, until then spare," if r.new_nodes else "Other slots"
     if who.startswith("node"):
         who = who.capitalize()
-    return f"{who} took over {_several('rank', r.replaced)}{came if sources else ''}. "
+    return f"{who} took over {_several('rank', r.replaced)}{came if sources else ''}. {anew}"
 
 
 def _what_was_lost(r: Recovery) -> str:

@@ -43,6 +43,7 @@ class Recovery:
     causes: dict[int, str] = field(default_factory=dict)
     ranks: list[int] = field(default_factory=list)
     replaced: list[int] = field(default_factory=list)
+    restarts: bool = False
     reason: str = ""
     purpose: str = "resume"
     generation: int | None = None
@@ -100,6 +101,7 @@ class Recovery:
             self.purpose = event.get("purpose", "resume")
             self.lost += [node for node in event.get("lost", ()) if node not in self.lost]
             self.replaced = sorted({*self.replaced, *event.get("replaced", ())})
+            self.restarts = self.restarts or event.get("restarts", False)
             nodes = list(event.get("nodes", ()))
             before, self.active = self.active, nodes
             self.new_nodes += [n for n in nodes if before and n not in before and n not in self.new_nodes]

@@ -1,7 +1,7 @@
 """Nodes are lost in runs whose experts get their tokens by DeepEP and HybridEP, emulated: kernels that nothing aborts.
 
-Two nodes of two processes, experts inside a node. One process of the node that stays is slow, so that the loss finds
-its neighbour further on, about to launch a kernel alone.
+Two nodes of two processes, experts inside a node or across both. One process of the node that stays is slow, so that
+the loss finds its neighbour further on, about to launch a kernel alone.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from jobs import Jobs, assert_same_training, launch_flags, undisturbed
 
 _EXPERTS = (
     "--num-experts 4 --moe-router-topk 2 --disable-bias-linear --moe-grouped-gemm --moe-router-dtype fp32 "
-    "--moe-token-dispatcher-type flex --expert-model-parallel-size 2"
+    "--moe-token-dispatcher-type flex"
 )
 _TP = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1"
 _PP = "--pipeline-model-parallel-size 2"
-_DEEPEP = f"{_EXPERTS} --moe-flex-dispatcher-backend deepep"
-_HYBRIDEP = f"{_EXPERTS} --moe-flex-dispatcher-backend hybridep"
+_DEEPEP = f"{_EXPERTS} --expert-model-parallel-size 2 --moe-flex-dispatcher-backend deepep"
+_HYBRIDEP = f"{_EXPERTS} --expert-model-parallel-size 2 --moe-flex-dispatcher-backend hybridep"
 _CASES = {
     "deepep": _DEEPEP,
     "hybridep": _HYBRIDEP,
@@ -34,6 +34,12 @@ _CASES = {
     "hybridep, mxfp8": f"{_HYBRIDEP} --fp8-format e4m3 --fp8-recipe mxfp8",
 }
 _IN_THE_GATE = "hybridep"
+_WIDE = "--expert-model-parallel-size 4"
+_ACROSS_CASES = {
+    "deepep": f"{_EXPERTS} {_WIDE} --moe-flex-dispatcher-backend deepep",
+    "hybridep": f"{_EXPERTS} {_WIDE} --moe-flex-dispatcher-backend hybridep",
+    "hybridep, tensor parallelism": f"{_EXPERTS} {_WIDE} --moe-flex-dispatcher-backend hybridep {_TP}",
+}
 _SLOW = ("--fault", "slow", "--seconds", "1", "--local", "1")
 
 
@@ -57,6 +63,29 @@ def test_a_lost_node_leaves_no_kernel_waiting_and_the_run_ends_as_the_undisturbe
     job.finished()
     assert [event["lost"] for event in job.events("declared")] == [[0]]
     assert_same_training(job, want, 5, rank=3, mute=frozenset({1, 2}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", _ACROSS_CASES)
+def test_where_experts_span_nodes_every_process_is_another_one_after_a_loss(name: str, jobs: Jobs) -> None:
+    flags = default_gpt(*_ACROSS_CASES[name].split(), iters=6)
+    want = undisturbed(launch_flags(2, 0, 2), flags)
+    job = jobs.start(f"across-{name.replace(', ', '-')}", launch_flags(4, 2, 2), flags, held=True)
+    job.until_event("started")
+    before = set(job.pids().values())
+    job.arm((1, 2, 1, *_SLOW), (0, 2, 3), until=4)
+    job.until_event("resumed")
+    job.inject(1, 4, 2)  # not before: faults are armed in the processes
+    job.hold(None)
+    job.finished()
+    declared = job.events("declared")
+    assert [event["lost"] for event in declared] == [[0], [1]], "one epoch a loss, however many processes it ends"
+    assert [event["replaced"] for event in declared] == [[0, 1], [2, 3]] and all(
+        event["restarts"] for event in declared
+    )
+    assert not before & set(job.pids().values())
+    assert_same_training(job, want, 6, rank=3, mute=frozenset({1, 2, 3, 4}))
 
 
 @pytest.mark.slow

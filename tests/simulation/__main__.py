@@ -29,12 +29,14 @@ def main() -> int:
     parser.add_argument("--durable", action="store_true", help="give every run a durable directory")
     parser.add_argument("--rivals", action="store_true", help="another job wants each durable directory")
     parser.add_argument("--shards", action="store_true", help="give every run parity, constants or failure domains")
+    parser.add_argument("--restarts", action="store_true", help="every recovery needs other processes")
     args = parser.parse_args()
     profile = Profile(
         only=tuple(args.only),
         durable=args.durable or None,
         shards=args.shards or None,
         rivals=args.rivals or None,
+        restarts=args.restarts,
     )
     with pytest.MonkeyPatch.context() as patch:
         if args.without:

@@ -252,10 +252,11 @@ class _Drainer(DrainerProcess):
         self._end()
 
     def _drain(self, order: Drain) -> None:
-        store, error = self._host.cluster.directory, ""
+        store, error, unusable = self._host.cluster.directory, "", -1
         try:
             check_owner(store, order.job)
             for take in order.shards:
+                unusable = take.rank
                 if take.rank not in self._staging:
                     layout = read_layout(store, take.rank)
                     self._staging[take.rank] = Staging(take.rank, layout.unique_bytes + 64), layout
@@ -263,11 +264,13 @@ class _Drainer(DrainerProcess):
                 if arena is None:
                     raise VaultError(f"no memory of rank {take.rank} is here")
                 self._staging[take.rank][0].copy(arena, Version(take.epoch, take.generation))
+            unusable = -1
         except (OSError, VaultError, DurableError) as err:
             error = str(err)
         self._answer(Staged(order.name))
         if error:
-            self._end(Done(order.name, False, (), error))
+            unusable = unusable if "in memory" in error or "any more" in error else -1
+            self._end(Done(order.name, False, (), error, unusable=unusable))
         else:
             self._later(self._write, order, 0, [])
 

@@ -28,6 +28,7 @@ class Profile:
         durable: every run has a durable directory, or none has; None: drawn.
         shards: the same of parity, constants and failure domains.
         rivals: the same of another job that wants the durable directory.
+        restarts: every recovery needs other processes, on all nodes.
     """
 
     most: int = 8
@@ -35,6 +36,7 @@ class Profile:
     durable: bool | None = None
     shards: bool | None = None
     rivals: bool | None = None
+    restarts: bool = False
 
 
 _WHEN = ("started", "committed", "committed", "committed", "iteration", "declared", "agreed", "resumed")
@@ -131,8 +133,7 @@ class Faults:
             self.struck.append(f"{self._cluster.world.now:.2f} what n{host.node} has read changes")
             for slot in (slot for arena in host.shards.vault.arenas() for slot in arena.slots):
                 if slot.complete:
-                    self._cluster.oracle.damages(slot)
-            self._cluster.oracle.dies(host.node)
+                    self._cluster.oracle.damages(slot, host)
 
         self._every["durable_resumed"] = change
 
@@ -183,7 +184,7 @@ class Faults:
             for arena in host.shards.vault.arenas():
                 for slot in arena.slots if arena.info.rank == worker.rank else ():
                     if slot.complete:
-                        cluster.oracle.damages(slot)
+                        cluster.oracle.damages(slot, host)
         worker.die(-9)
         if draws.random() < 0.5:
             self._unreadable_directory()
@@ -399,7 +400,7 @@ class Faults:
             arena = chance.choice(arenas)
             slot = chance.choice(arena.slots)
             if slot.complete:
-                self._cluster.oracle.damages(slot)
+                self._cluster.oracle.damages(slot, host)
                 self.struck[-1] += f" n{host.node} {arena.info.kind} {arena.info.rank} {slot.version}"
 
     def _slow_link(self) -> None:
@@ -462,7 +463,7 @@ class Faults:
             return
         newest = max(slot.begin for _, slot in copies)
         host, slot = chance.choice([each for each in copies if each[1].begin == newest])
-        cluster.oracle.damages(slot)
+        cluster.oracle.damages(slot, host)
         self.struck[-1] += f" {number} {slot.version} on n{host.node}, worker on n{worker.host.node}"
         worker.die(-9)
 

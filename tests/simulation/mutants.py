@@ -13,6 +13,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent import commits, shards
 from deadpool_megatron.cluster.agent import durable as node_durable
 from deadpool_megatron.cluster.agent.commits import Commits
+from deadpool_megatron.cluster.agent.crew import Crew
 from deadpool_megatron.cluster.agent.fence import Fence
 from deadpool_megatron.cluster.agent.fetching import Attempts
 from deadpool_megatron.cluster.agent.known import KnownJob
@@ -369,6 +370,11 @@ def _a_node_may_change_what_it_reads_for_ever(patch: Patch) -> None:
     patch.setattr(WorkerEnds, "changed", lambda self, node: False)
 
 
+def _a_copy_that_cannot_be_drained_is_the_end(patch: Patch) -> None:
+    """Row 10, found by the simulation: it had changed in memory, and others were there."""
+    patch.setattr(node_durable.NodeDurability, "_give_up_copy", lambda self, take, why: None)
+
+
 def _nothing_is_drained_at_the_end(patch: Patch) -> None:
     """Row 10: a job without a spare or a checkpoint ends with what is in memory."""
     patch.setattr(Durability, "can_drain", property(lambda self: False))
@@ -457,7 +463,13 @@ def _a_share_that_was_refused_is_asked_for_again(patch: Patch) -> None:
     patch.setattr(agreement._Shares, "_of", before)
 
 
+def _an_offer_comes_before_who_is_to_take_it(patch: Patch) -> None:
+    """What is agreed then finds no process in a slot whose old one has still to end."""
+    patch.setattr(Crew, "renewing", lambda self, slots: False)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
+    "renewing": _an_offer_comes_before_who_is_to_take_it,
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
     "1 nodes": _who_comes_back_does_not_hear_the_floor,
     "2 tries": _one_failed_fetch_condemns_the_copy,
@@ -494,6 +506,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "no source": _a_failed_read_is_taken_for_nonsense,
     "looks again": _what_is_durable_is_looked_up_alone,
     "10 spares": _spares_are_no_help_at_the_end,
+    "10 copy": _a_copy_that_cannot_be_drained_is_the_end,
     "10 save": _what_cannot_be_saved_is_saved_again,
     "reads for ever": _a_node_may_change_what_it_reads_for_ever,
     "10 drain": _nothing_is_drained_at_the_end,

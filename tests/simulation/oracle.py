@@ -343,8 +343,10 @@ class Oracle:
         """Its copies are; a node that is drained has them until it leaves."""
         return node in self.hurt or (node in self._drained and not self._cluster.lives(node))
 
-    def damages(self, slot: Slot) -> None:
-        """Bytes of a copy change in memory."""
+    def damages(self, slot: Slot, host: Host) -> None:
+        """Bytes of a copy change in memory; what was read from the durable directory counts as a worker's end then."""
+        if self._cluster.job.durable is not None:
+            self.dies(host.node)
         slot.unique[100:108] = b"\xff" * 8
         self._broken[id(slot), slot.turn] = slot
 

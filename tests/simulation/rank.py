@@ -264,6 +264,7 @@ class Rank:
                 16,
                 "same",
                 self.host.cluster.can_rescue,
+                restarts=self.host.cluster.restarts,
             )
         )
         if not rejoining:

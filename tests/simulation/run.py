@@ -99,7 +99,8 @@ class Run:
         self.constants = False
         if beside is None:
             self._draw_shards(profile, seed)
-        self.can_rescue = chance.random() < 0.5
+        self.restarts = profile.restarts
+        self.can_rescue = chance.random() < 0.5 and not self.restarts
         self.hang_floor, self.hang_outside = 4.0, 20.0
         self.network = Network(world)
         self.meetings = Meetings(self)

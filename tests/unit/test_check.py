@@ -130,7 +130,7 @@ FLEX = ("--moe-token-dispatcher-type", "flex", "--num-experts", "64", "--tensor-
 
 
 @pytest.mark.parametrize(
-    ("processes", "flags", "accepted"),
+    ("processes", "flags", "inside"),
     [
         ([], ("--expert-model-parallel-size", "4"), True),  # two tensor-parallel ranks an expert: 8 processes
         ([], ("--expert-model-parallel-size", "8"), False),
@@ -140,14 +140,15 @@ FLEX = ("--moe-token-dispatcher-type", "flex", "--num-experts", "64", "--tensor-
         (["--nproc-per-node", "72"], ("--expert-model-parallel-size", "36"), True),
     ],
 )
-def test_what_nothing_aborts_has_to_stay_inside_of_a_node(
-    processes: list[str], flags: tuple[str, ...], accepted: bool, capsys: pytest.CaptureFixture[str]
+def test_kernels_that_wait_for_other_nodes_are_told_from_those_that_do_not(
+    processes: list[str], flags: tuple[str, ...], inside: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["check", *processes, *FLEX, *flags]) == (0 if accepted else 1)
+    assert main(["check", *processes, *FLEX, *flags]) == 0
     said = capsys.readouterr().out
-    assert ("tokens by DeepEP or HybridEP, inside a node" in said) is accepted
-    refused = [line for line in said.splitlines() if line.startswith("refused")]
-    assert accepted or (len(refused) == 1 and "span nodes" in refused[0])
+    assert "tokens by DeepEP or HybridEP " in said
+    assert ("tokens by DeepEP or HybridEP, across nodes" not in said) is inside
+    number = int(processes[1]) if processes else support.PROCESSES_PER_NODE
+    assert support.waits_for_nodes(parse([*FLEX, *flags]), number) is not inside
 
 
 @pytest.mark.parametrize(
@@ -213,18 +214,20 @@ def test_the_operation_fuser_is_refused_where_it_keeps_what_scales_come_from(
     assert main(["check", "--use-transformer-engine-op-fuser", *flags]) == (0 if accepted else 1)
 
 
-def test_a_runs_file_knows_how_big_its_nodes_are() -> None:
+def test_a_runs_file_knows_how_big_its_nodes_are(capsys: pytest.CaptureFixture[str]) -> None:
     file = str(ROOT / "configs" / "65b_a100_128x4.yaml")
     flags = ["--moe-token-dispatcher-type", "flex", "--num-experts", "8", "--expert-tensor-parallel-size", "1"]
-    assert main(["check", "--config", file, *flags, "--expert-model-parallel-size", "8"]) == 1
+    assert main(["check", "--config", file, *flags, "--expert-model-parallel-size", "8"]) == 0
+    assert "across nodes" in capsys.readouterr().out
     assert main(["check", "--config", file, *flags, "--expert-model-parallel-size", "4"]) == 0
+    assert "across nodes" not in capsys.readouterr().out
 
 
 def test_what_has_not_been_run_on_a_gpu_is_told() -> None:
-    assert not_on_a_gpu({"tensor_model_parallel_size": 2, "fp8": None, "fp8_recipe": "delayed"}) == [
+    assert not_on_a_gpu({"tensor_model_parallel_size": 2, "fp8": None, "fp8_recipe": "delayed"}, 8) == [
         "tensor parallelism"
     ]
-    assert not_on_a_gpu({"tensor_model_parallel_size": 1}) == []
+    assert not_on_a_gpu({"tensor_model_parallel_size": 1}, 8) == []
 
 
 def test_the_docs_have_the_table() -> None:
@@ -248,7 +251,8 @@ def test_no_feature_claims_a_run_that_was_not_recorded() -> None:
 
 def test_what_a_test_has_shown_is_recorded_and_taken_back_when_it_fails(tmp_path: Path) -> None:
     path = tmp_path / "features.json"
-    one, other = ["--transformer-impl", "local", "--tensor-model-parallel-size", "2"], ["--optimizer", "muon"]
+    one = ["--transformer-impl", "local", "--tensor-model-parallel-size", "2"], 1
+    other = ["--optimizer", "muon"], 1
     note("a.py::one", [one], path)
     note("a.py::both", [one, other], path)
     assert json.loads(path.read_text()) == {

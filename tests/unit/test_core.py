@@ -766,6 +766,20 @@ def test_without_a_spare_and_without_a_way_to_save_the_job_says_what_is_missing(
     assert code == Exit.NO_SPARE and "no spare is left for node 2" in message and "--save" in message
 
 
+def test_where_a_recovery_needs_other_processes_all_ranks_have_new_ones_in_one_epoch() -> None:
+    job = SimulatedJob(nodes=3, spares=1, slots=2)
+    job.restarts, job.can_rescue = True, False
+    job.train()
+    job.commit(0)
+    job.lose(0)
+    (declared,) = job.told(r.Declare)
+    assert declared.replaced == [0, 1, 2, 3] and job.core.epoch == 1
+    job.recover()
+    job.lose(1)
+    code, message = job.end
+    assert code == Exit.NO_SPARE and "experts span nodes" in message and "--save" not in message
+
+
 def test_when_nobody_survives_the_job_ends() -> None:
     job = SimulatedJob(nodes=2, spares=0, slots=1).train()
     job.commit(0)

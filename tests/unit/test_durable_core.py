@@ -551,6 +551,20 @@ def test_a_last_drain_that_fails_or_hangs_ends_the_job_all_the_same() -> None:
     assert it.end[0] == Exit.NO_SPARE
 
 
+def test_a_copy_that_cannot_be_drained_at_the_end_is_refused_and_the_others_are_drained() -> None:
+    it = without_a_spare()
+    gather(it)
+    name, epoch = names(it)[-1], it.core.epoch
+    it.feed(r.FetchFailed(epoch, 2, 4, 2, 5, "chunk 0 has changed in memory", 0))
+    drained(it, name, 2, "chunk 0 has changed in memory")
+    assert it.finish is None and it.core.epoch == epoch + 1 and it.told(r.Declare)[-1].purpose == "drain"
+    it.arrive(5)
+    assert it.told(r.Agree)[-1].sources[4].node == 0, "its own copy is of no use any more"
+    it.prepare()
+    make_durable(it)
+    assert it.end[0] == Exit.NO_SPARE and it.core.durable == 5
+
+
 def test_another_node_lost_while_the_last_generation_is_drained_begins_that_again() -> None:
     it = SimulatedJob(nodes=4, spares=0, can_rescue=False, durable=spec(interval=100)).train()
     run(it, range(6))

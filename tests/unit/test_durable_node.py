@@ -115,6 +115,22 @@ def test_slots_stay_from_the_order_to_drain_until_they_are_copied_out(nodes: lis
     assert not node.news(Done).error
 
 
+def test_a_copy_that_is_not_what_it_was_is_told_of_before_the_drain_has_failed(nodes: list[Node]) -> None:
+    node = nodes[0]
+    node.begin()
+    assert node.capture(5) == [True, True]
+    node.shards.vault.find(1, Version(0, 5))[1].unique[7] ^= 1
+    node.durability.drain(r.DrainShards(NAME, 0, 5, 0.0), [0, 1])
+    assert node.news(Done).unusable == 1
+    failed, told = node.sent[-2:]
+    assert isinstance(failed, r.FetchFailed) and isinstance(told, r.ShardsDrained) and told.error
+    assert (failed.rank, failed.source, failed.generation, failed.version_epoch) == (1, failed.node, 5, 0)
+    node.durability.drain(r.DrainShards(f"{NAME}2", 0, 5, 0.0), [0, 1])
+    node.shards.set_epoch(1)
+    node.news(Done)
+    assert isinstance(node.sent[-1], r.ShardsDrained) and not isinstance(node.sent[-2], r.FetchFailed), "epoch is over"
+
+
 def test_an_attempt_that_is_given_up_frees_the_slots(nodes: list[Node]) -> None:
     node = nodes[0]
     node.begin()

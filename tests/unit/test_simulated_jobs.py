@@ -55,9 +55,10 @@ _NO_COPY = ("every copy damaged", "kill node", "lose node", "damaged file", "unr
 # The same of the durable directory, which all of these runs have.
 MISSED_DURABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "read again": (16, _NO_COPY),
-    "no source": (10, ("every copy damaged", "damaged file", "kill worker")),
+    "no source": (46, ("every copy damaged", "damaged file", "kill worker")),
     "no spare": (3750, ()),
     "10 save": (483, ()),
+    "10 copy": (1022, ("damage", "damaged source", "kill node", "lose node")),
     "reads for ever": (5, ()),
     "10 spares": (10441, ()),
     "10 drain": (44, ("kill node", "lose node", "kill worker")),
@@ -91,7 +92,15 @@ def test_no_fault_breaks_a_promise(batch: int) -> None:
     assert sum(run.code == 0 for run in runs) > _RUNS // 2, "most jobs survive them"
 
 
+def test_no_fault_breaks_a_promise_where_every_recovery_needs_other_processes() -> None:
+    runs = [simulate(seed, Profile(restarts=True)) for seed in range(60)]
+    assert not [(run.seed, run.violation) for run in runs if run.violation]
+    assert sum(run.epochs for run in runs) > 20
+
+
+MISSED_RESTARTS: dict[str, tuple[int, tuple[str, ...]]] = {"renewing": (51, ())}
 MODES = {
+    Profile(restarts=True): MISSED_RESTARTS,
     Profile(durable=False, shards=False, rivals=False): MISSED,
     Profile(durable=True, shards=False, rivals=False): MISSED_DURABLE,
     Profile(shards=True, rivals=False): MISSED_SHARDS,

@@ -229,10 +229,10 @@ class Agent:
             self.send(r.WorkerExited(self._s.node, worker.local, worker.rank, worker.pid, code, self._job.epoch))
             return
         self._crew.renew(worker.local)
-        if self._job.declared is None and not self._crew.renewing:
+        if self._job.declared is None and not self._crew.renewing(self._crew.workers):
             self.introduce()  # the coordinator knows other processes
         if self._recovery is not None:
-            self._recovery.take_over()
+            self._recovery.renewed()
 
     # ---- events of the vault
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker
@@ -62,10 +64,9 @@ class Crew:
             if worker.rank is not None or local in self._job.ranks:
                 self.renew(local)
 
-    @property
-    def renewing(self) -> bool:
-        """Somebody has not ended yet whose place a fresh process takes."""
-        return any(worker.retired for worker in self.workers.values())
+    def renewing(self, slots: Iterable[int]) -> bool:
+        """In one of these slots somebody has not ended yet whose place a fresh process takes."""
+        return any(local in self.workers and self.workers[local].retired for local in slots)
 
     def reap(self, worker: Worker) -> int:
         """A worker has ended, by itself or as `renew` wants it; its exit code."""

@@ -78,6 +78,8 @@ class NodeDurability:
         self._granted: set[int] = set()  # holders whose memory is here
         self._placed = False
         self._pinned = ""
+        self._takes: dict[int, Take] = {}  # of the newest drain
+        self._takes_epoch = 0
         self._resume: int | None = None
         self._epoch = 0  # of the versions that were loaded before training
         self._manifest: Manifest | None = None  # of what was loaded before training
@@ -249,6 +251,7 @@ class NodeDurability:
             Take(rank, self._shards.path_of(rank), epoch(rank), record.generation, self._constants(rank))
             for rank in sorted(ranks)
         )
+        self._takes, self._takes_epoch = {take.rank: take for take in takes}, self._shards.vault.epoch
         self._pinned = record.name
         self._shards.vault.pin()
         self._drainer.give(Drain(self._directory, record.name, record.seconds, takes, self._job))
@@ -291,11 +294,21 @@ class NodeDurability:
                 self._release(news.name)
             case Done(sealed=False):
                 self._release(news.name)
+                if (take := self._takes.get(news.unusable)) is not None:
+                    self._give_up_copy(take, news.error)
                 self._send(r.ShardsDrained(self._node, news.name, list(news.shards), news.error))
             case Done():
                 self._send(r.GenerationSealed(self._node, news.name, news.error, list(news.problems)))
             case Loaded():
                 self._send(r.ShardsLoaded(self._node, news.name, news.error, news.epoch))
+
+    def _give_up_copy(self, take: Take, why: str) -> None:
+        """A copy could not be drained since it is not what it was: if it was the last drain, others are looked for."""
+        epoch, node = self._shards.vault.epoch, self._node
+        if epoch != self._takes_epoch:
+            return
+        self._send(r.FetchFailed(epoch, node, take.rank, node, take.generation, why, take.epoch))
+        self._shards.recheck(take.rank)
 
     # ---- falling back
 

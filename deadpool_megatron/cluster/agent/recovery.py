@@ -91,8 +91,12 @@ class NodeRecovery:
         self._shards.set_epoch(record.epoch)
         here, workers = self._job.ranks, self._crew.workers
         for worker in list(workers.values()):
-            if worker.rank is not None and here.get(worker.local) != worker.rank and not worker.retired:
-                # The coordinate is somebody else's now; the node is healthy and parks fresh workers.
+            if worker.rank is None or worker.retired:
+                continue
+            # The coordinate is somebody else's now, and the node is healthy and parks fresh workers. Or it stays here,
+            # and only its end frees the process that has trained.
+            restarts = worker.registered is not None and worker.registered.restarts
+            if here.get(worker.local) != worker.rank or restarts:
                 self._crew.renew(worker.local)
         assert self._job.declared is not None
         for worker in self._crew.mine().values():
@@ -191,6 +195,11 @@ class NodeRecovery:
             self._faults.send_bugs(worker)
             worker.send(r.TakeOver(self._job.epoch, worker.rank))
 
+    def renewed(self) -> None:
+        """A fresh process has been started in the place of one that has ended."""
+        self.take_over()
+        self._maybe_offer()
+
     # ---- what workers say
 
     def arrived(self, worker: Worker, record: r.Arrived) -> None:
@@ -204,8 +213,8 @@ class NodeRecovery:
     def _maybe_offer(self) -> None:
         """Tell the coordinator what this node can give once every worker here has left its step."""
         epoch = self._job.epoch
-        if self._job.declared is None or self._offered == epoch:
-            return
+        if self._job.declared is None or self._offered == epoch or self._crew.renewing(self._job.ranks):
+            return  # who is still to be started would not hear what is agreed
         live: dict[int, int | None] = {}
         epochs: dict[int, int] = {}
         for rank, worker in self._crew.mine().items():

@@ -23,6 +23,8 @@ class Layout:
         self._cannot_rescue: set[int] = set()
         self.repeatable = True
         """Generations of one number are the same bits, whichever epoch they were computed in."""
+        self.restarts = False
+        """A recovery needs other processes, on all nodes."""
         self._registered: dict[int, r.Registered] = {}
         self._digests: Counter[str] = Counter()
         self._sizes: tuple[list[int], list[int]] = ([], [])
@@ -37,6 +39,7 @@ class Layout:
         (self._cannot_rescue.discard if record.can_rescue else self._cannot_rescue.add)(rank)
         self.can_rescue = not self._cannot_rescue
         self.repeatable = self.repeatable and record.repeatable
+        self.restarts = self.restarts or record.restarts
         self._digests[record.table_digest] += 1
         if before is not None:
             self._digests[before.table_digest] -= 1
@@ -47,6 +50,7 @@ class Layout:
         for known in (self.coordinates, self.stages, self._registered, self._digests, self._cannot_rescue):
             known.clear()
         self.can_rescue = self.repeatable = True
+        self.restarts = False
         self._sizes = ([], [])
 
     @property
@@ -87,6 +91,7 @@ class Layout:
             "coordinates": [[c.tp, c.pp, c.dp, c.cp, c.ep, c.rank] for c in self.coordinates.values()],
             "sizes": self._sizes,
             "repeatable": self.repeatable,
+            "restarts": self.restarts,
         }
 
     def load(self, kept: dict[str, Any] | None, can_rescue: bool) -> None:
@@ -96,4 +101,5 @@ class Layout:
             self.stages[rank] = pp
         self._sizes = kept["sizes"] if kept else ([], [])
         self.repeatable = kept["repeatable"] if kept else True
+        self.restarts = kept["restarts"] if kept else False
         self.can_rescue = can_rescue

@@ -76,10 +76,13 @@ class Recoveries:
             "declared",
             lost=sorted(out_of_use),
             replaced=replaced,
+            restarts=state.layout.restarts,
             nodes=members.active(),
             reason=reason,
             purpose=self._purpose,
         )
+        if state.layout.restarts:
+            replaced = list(range(len(members.assignment)))
         self._told = r.Declare(
             members.epoch,
             self._purpose,
@@ -163,7 +166,10 @@ class Recoveries:
         """The job ends without a checkpoint."""
         if not why and self._full:
             why = f"node {', '.join(map(str, sorted(self._full)))} has no room for what it had"
-        why = why or self._not_saved or "it takes --save and a backend that shares devices"
+        needs = "it takes --save and a backend that shares devices"
+        if self._state.layout.restarts:
+            needs = "experts span nodes with --moe-token-dispatcher-type flex, and nothing but its end frees a process"
+        why = why or self._not_saved or needs
         return Stop(Exit.NO_SPARE, f"{self._end} and no checkpoint could be saved: {why}")
 
     def _taken_by(self, out_of_use: set[int]) -> dict[int, int] | None:

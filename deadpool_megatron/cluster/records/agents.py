@@ -60,6 +60,8 @@ class Registered(Record, frozen=True):
     epoch: int = 0
     repeatable: bool = True
     """Training the same generation once more gives the same bits."""
+    restarts: bool = False
+    """It may wait for other nodes where nothing frees it but its end: a recovery needs another process."""
 
 
 class WorkerExited(Record, frozen=True):
