@@ -163,6 +163,15 @@ def test_userbuffers_have_to_stay_inside_of_a_node(
     assert accepted or (len(refused) == 1 and "--tp-comm-overlap" in refused[0] and "spans nodes" in refused[0])
 
 
+def test_activations_are_not_offloaded_within_graphs() -> None:
+    def refused(*flags: str) -> bool:
+        offloading = used(parse(["--fine-grained-activation-offloading", *flags]))
+        return any(each.evidence is Evidence.REFUSED for each in offloading)
+
+    assert refused("--cuda-graph-impl", "transformer_engine") and refused("--cuda-graph-impl", "full_iteration")
+    assert not refused() and not refused("--cuda-graph-impl", "none")
+
+
 def test_kernels_that_hosts_meet_for_are_in_no_graph() -> None:
     def refused(*flags: str) -> bool:
         values = parse([*FLEX, "--expert-model-parallel-size", "2", *flags])

@@ -42,3 +42,15 @@ def test_a_broken_capture_leaves_the_classes_of_layers_as_they_were() -> None:
     assert not cuda_graphs.is_graph_capturing()
     assert not cuda_graphs.FREEZE_GC or not gc.get_freeze_count()
     assert not graphs.drop()
+
+
+@in_emulation
+def test_what_a_process_has_learned_of_offloading_is_forgotten() -> None:
+    from megatron.core.pipeline_parallel.fine_grained_activation_offload import PipelineOffloadManager
+
+    from deadpool_megatron.megatron import reset
+
+    learned = PipelineOffloadManager.get_instance()
+    learned._is_warmup = False
+    reset._forget_offloading()
+    assert PipelineOffloadManager.get_instance()._is_warmup
