@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agent import commits, shards
+from deadpool_megatron.cluster.agent import commits, fetching, shards
 from deadpool_megatron.cluster.agent import durable as node_durable
 from deadpool_megatron.cluster.agent.commits import Commits
 from deadpool_megatron.cluster.agent.crew import Crew
@@ -432,6 +432,18 @@ def _constants_are_asked_for_where_they_belong_now(patch: Patch) -> None:
     patch.setattr(shards, "nodes_with_constants", lambda parts, k: [])
 
 
+def _constants_are_asked_for_three_times(patch: Patch) -> None:
+    """Found by the simulation: connections broke for longer than that, and a healthy job ended with 73."""
+    patch.setattr(fetching.Search, "pause", lambda self, now: self.tries.pop(0) if self.left and self.tries else None)
+    init = fetching.Search.__init__
+
+    def before(self: Any, places: Any, now: float) -> None:
+        init(self, places, now)
+        self.tries = [0.0, 0.1, 0.5]
+
+    patch.setattr(fetching.Search, "__init__", before)
+
+
 def _constants_count_as_kept_for_ever(patch: Patch) -> None:
     """They are where they belonged in the epoch before."""
     restart = Commits.restart
@@ -518,6 +530,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "heard again": _who_was_away_hears_nothing_again,
     "old words": _words_of_older_placements_are_forgotten,
     "constants beside": _constants_are_asked_for_where_they_belong_now,
+    "constants tries": _constants_are_asked_for_three_times,
     "constants anew": _constants_count_as_kept_for_ever,
     "constants first": _a_rank_commits_without_its_constants,
     "share refused": _a_share_that_was_refused_is_asked_for_again,

@@ -362,6 +362,7 @@ class Oracle:
     def fences(self, node: int) -> None:
         """A node ends itself: rightly if half of those in the job, or more, are gone, so that it cannot tell."""
         others = [n for n, state in self._cluster.hq.core.nodes.items() if n != node and not state.gone]
+        others = [n for n in others if self._cluster.came(n)]  # of the others nobody knows where they are
         if 2 * (1 + sum(not self._gone(n) for n in others)) <= 1 + len(others):
             self.hurt.setdefault(node, "half of the nodes are gone")
 

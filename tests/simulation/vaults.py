@@ -327,7 +327,6 @@ class SimulatedShards(Shards):
         self._peers = {}
         self._replicator = _Replicator(host, self.vault, self._committed)  # type: ignore[assignment]
         self._told_sent = {}
-        self._constants_from: dict[int, list[str]] = {}
 
     def report(self, event: Any) -> None:
         self._host.news.send(self._host.process, self._host.agent.happened, event)
@@ -376,9 +375,9 @@ class SimulatedShards(Shards):
         places = [address.host if address is not None else "", *(other.host for other in others)]
         version = Version(source.version_epoch, generation)
         attempts = Attempts(places, self._host.world.now)
-        self._constants_from[rank] = [*places, *(each.host for each in keepers)]
         done = FetchDone(rank, epoch, generation, source.node, tuple(version), "", version.epoch)
-        self._host.later(0.001, 0.01, self._ask, attempts, done, version)
+        near = [*places, *(each.host for each in keepers)]
+        self._constants_first(epoch, rank, near, self._ask, attempts, done, version)
 
     def _ask(self, attempts: Attempts[str], done: FetchDone, version: Version) -> None:
         rank, host = done.rank, self._host
@@ -393,7 +392,7 @@ class SimulatedShards(Shards):
             intake.add(intake.left.set)  # one that is cut off leaves at once
             if own_copy(self.vault, rank, version) is not None:
                 intake.left.set()
-                self._search(Search(self._constants_from[rank]), done)
+                self.report(done)
                 return
             givers = [host.cluster.at(place) if place else host for place in attempts.asked]
             found = []
@@ -439,29 +438,40 @@ class SimulatedShards(Shards):
             intake.left.set()
             self._failed(attempts, done, version, err)
             return
-        self._search(Search(self._constants_from[done.rank]), done)
+        self.report(done)
 
     # ---- constants, as `Shards._fetch_constants`
 
-    def _search(self, search: Search[str], done: FetchDone) -> None:
-        pause = search.pause() if self._host.cluster.constants else None
-        if pause is None:
-            self.report(done)
+    def _constants_first(
+        self, epoch: int, rank: int, places: Sequence[str], then: Callable[..., None], *args: Any
+    ) -> None:
+        if self._host.cluster.constants:
+            self._search(Search(places, self._host.world.now), epoch, rank, partial(then, *args))
         else:
-            self._host.process.later(pause + self._host.world.delay(0.001, 0.02), self._look_at, search, done)
+            self._host.later(0.001, 0.01, then, *args)
 
-    def _look_at(self, search: Search[str], done: FetchDone) -> None:
+    def _search(self, search: Search[str], epoch: int, rank: int, then: Callable[[], None]) -> None:
+        pause = search.pause(self._host.world.now)
+        if pause is None:
+            then()
+        else:
+            wait = pause + self._host.world.delay(0.001, 0.02)
+            self._host.process.later(wait, self._look_at, search, epoch, rank, then)
+
+    def _look_at(self, search: Search[str], epoch: int, rank: int, then: Callable[[], None]) -> None:
         for place in list(search.left):
             try:
-                self._bring(self._host.cluster.at(place) if place else self._host, constants_of(done.rank), done.epoch)
+                self._bring(self._host.cluster.at(place) if place else self._host, constants_of(rank), epoch)
             except NotHeld:
                 search.lacks(place)
-            except VaultError as err:
-                self._host.world.say(f"n{self._host.node}", f"constants of rank {done.rank}: {err}")
-            else:
-                self.report(done)
+            except StaleEpoch:
                 return
-        self._search(search, done)
+            except VaultError as err:
+                self._host.world.say(f"n{self._host.node}", f"constants of rank {rank}: {err}")
+            else:
+                then()
+                return
+        self._search(search, epoch, rank, then)
 
     def _bring(self, giver: Host, holder: int, epoch: int) -> None:
         if epoch < self.vault.epoch:
@@ -492,9 +502,9 @@ class SimulatedShards(Shards):
         done = FetchDone(rank, epoch, generation, parts[0][0].node, tuple(version), "", parts[0][0].version_epoch)
         assert self.stripes is not None
         near = [vaults[node].host for node in shards.nodes_with_constants(parts, self.stripes.coder.k)]
-        self._constants_from[rank] = [*near, *(each.host for each in keepers)]
         attempts = Attempts([parts], self._host.world.now)
-        self._host.later(0.001, 0.01, self._ask_shares, attempts, parts, done, version)
+        near += [each.host for each in keepers]
+        self._constants_first(epoch, rank, near, self._ask_shares, attempts, parts, done, version)
 
     def _ask_shares(self, attempts: Attempts[_Parts], parts: _Parts, done: FetchDone, version: Version) -> None:
         rank, host = done.rank, self._host
@@ -556,7 +566,7 @@ class SimulatedShards(Shards):
             intake.left.set()
             self._not_rebuilt(attempts, parts, done, version, err)
             return
-        self._search(Search(self._constants_from[done.rank]), done)
+        self.report(done)
 
     def _not_rebuilt(
         self, attempts: Attempts[_Parts], parts: _Parts, done: FetchDone, version: Version, err: VaultError

@@ -641,6 +641,11 @@ def test_what_megatron_cannot_save_is_made_durable_before_the_end(hangs: bool) -
     else:
         it.feed(r.WorkerExited(2, 0, 2, 0, 1))
     assert it.told(r.Declare)[-1].purpose == "drain" and it.core.nodes[0].role == it.core.nodes[2].role == "active"
+    epoch = it.core.epoch
+    it.feed(r.WorkerFailed(0, 0, 0, "training", epoch, 5, 0, "OSError", "save.py", "no space left", ""))
+    it.feed(r.WorkerExited(0, 0, 0, 0, 1, epoch))
+    it.feed(r.WorkerFailed(2, 0, 2, "training", epoch, 5, 0, "OSError", "save.py", "no space left", ""))
+    assert it.core.epoch == epoch and it.finish is None, "what becomes of the workers is no matter any more"
     it.arrive(5)
     it.prepare()
     for node in it.active:

@@ -467,3 +467,25 @@ def test_a_node_without_room_says_that_the_fault_is_its_own(jobs: Callable[..., 
     job.shards[2].fetch(0, 0, 1, Source(1, 0), Address("127.0.0.1", job.shards[1].server.port))
     done = _fetched(job, 2)
     assert done.own and "--deadpool-host-memory" in done.error
+
+
+@pytest.mark.parametrize(("redundancy", "active"), [("1", 2), ("2+1", 3)])
+def test_what_never_changes_comes_before_the_shard_and_from_who_keeps_it_now(
+    redundancy: str, active: int, jobs: Callable[..., Job]
+) -> None:
+    """In the next epoch nobody would look for it where the shard is already, nor at keepers of another placement."""
+    job = jobs(redundancy, active, nodes=active + 1)
+    job.aim()
+    content = _write_constants(job, 1, (1 << 20) + 77)
+    _at_keepers(job, 1)
+    job.write(1)
+    job.committed(1)
+    agreed = agree(job.assignment_without((1,), active), job.offers((1,)), words=job.words)
+    spare, vaults = job.shards[active], {n: at for n, at in job.vaults().items() if n != 1}
+    spare.vault.limit_bytes = 3 << 20  # for the one, and not for the other
+    if job.scheme.mirror:
+        spare.fetch(0, 1, 1, agreed.sources[1], vaults[agreed.sources[1].node])
+    else:
+        spare.rebuild(0, 1, 1, agreed.rebuilds[1], vaults)
+    assert _fetched(job, active).own
+    assert bytes(ConstantsWriter(spare.path_of(constants_of(1))).read(CONSTANT)[1]) == content

@@ -70,19 +70,23 @@ def nodes_with_constants(parts: Sequence[Sequence[r.Share]], k: int) -> list[int
 
 
 class Search[Place]:
-    """All places, a few times, until one has given what may be nowhere.
+    """All places, again and again for a while, until one has given what may be nowhere.
 
     Attributes:
         left: who has not said yet that it does not have it.
     """
 
-    def __init__(self, places: Iterable[Place]) -> None:
+    def __init__(self, places: Iterable[Place], now: float) -> None:
         self.left = list(dict.fromkeys(places))
-        self._pauses = [0.0, 0.1, 0.5]
+        self._end = now + _PATIENCE_S
+        self._pause = 0.0
 
-    def pause(self) -> float | None:
+    def pause(self, now: float) -> float | None:
         """Seconds until all that are left are to be asked; None: it is given up."""
-        return self._pauses.pop(0) if self.left and self._pauses else None
+        if not self.left or now > self._end:
+            return None
+        pause, self._pause = self._pause, min(2 * self._pause, 1.0) or _PAUSE_S
+        return pause
 
     def lacks(self, place: Place) -> None:
         """This one does not have it."""

@@ -211,13 +211,16 @@ class NodeRecovery:
         self._maybe_offer()
 
     def _maybe_offer(self) -> None:
-        """Tell the coordinator what this node can give once every worker here has left its step."""
+        """Tell the coordinator what this node can give once every worker here has left its step.
+
+        At once where the job only drains what vaults have: what becomes of workers is no matter then.
+        """
         epoch = self._job.epoch
         if self._job.declared is None or self._offered == epoch or self._crew.renewing(self._job.ranks):
             return  # who is still to be started would not hear what is agreed
         live: dict[int, int | None] = {}
         epochs: dict[int, int] = {}
-        for rank, worker in self._crew.mine().items():
+        for rank, worker in self._crew.mine().items() if not self._drains else ():
             if not worker.in_loop:
                 live[rank] = None
             elif worker.arrived is not None and worker.arrived.epoch == epoch:

@@ -25,6 +25,7 @@ from deadpool_megatron.vault import (
     Replicator,
     Scrubber,
     SendPace,
+    StaleEpoch,
     Stripes,
     Target,
     Vault,
@@ -340,8 +341,9 @@ class Shards:
             places += [(other.host, other.port) for other in others]
             done = FetchDone(rank, epoch, generation, source.node, (version.epoch, generation), "", version.epoch)
             try:
-                _patiently(places, bring)
+                # Constants first: where a shard is, a later epoch does not look for them any more.
                 self._fetch_constants(rank, epoch, [*places, *((each.host, each.port) for each in keepers)])
+                _patiently(places, bring)
             except VaultError as err:
                 done = FetchDone.failed(rank, epoch, version, source.node, version.epoch, err)
             points.reach("fetch.after")
@@ -376,12 +378,12 @@ class Shards:
                     raise RebuildFailed(f"node {gone} has no vault", gone)
                 pieces = [[_piece(share, generation, vaults[share.node]) for share in part] for part in parts]
                 coder = self.stripes.coder
-                _patiently(
-                    [pieces], lambda those: rebuild(self.vault, self._secret, rank, epoch, version, those[0], coder)
-                )
                 near = [vaults[node] for node in nodes_with_constants(parts, coder.k)]
                 places = [(each.host, each.port) for each in near]
                 self._fetch_constants(rank, epoch, [*places, *((each.host, each.port) for each in keepers)])
+                _patiently(
+                    [pieces], lambda those: rebuild(self.vault, self._secret, rank, epoch, version, those[0], coder)
+                )
             except VaultError as err:
                 done = FetchDone.not_rebuilt(rank, epoch, version, parts, err)
             self.report(done)
@@ -389,9 +391,12 @@ class Shards:
         threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()
 
     def _fetch_constants(self, rank: int, epoch: int, places: Sequence[tuple[str, int] | Vault]) -> None:
-        """Blocks. Where nobody gives them, the rank has none, or its worker has to have them from a replica."""
-        search = Search(places)
-        while (pause := search.pause()) is not None:
+        """Blocks. Where nobody gives them, the rank has none, or its worker has to have them from a replica.
+
+        Raises VaultFull.
+        """
+        search = Search(places, time.monotonic())
+        while (pause := search.pause(time.monotonic())) is not None:
             time.sleep(pause)
             for place in list(search.left):
                 try:
@@ -399,6 +404,10 @@ class Shards:
                     return
                 except NotHeld:
                     search.lacks(place)
+                except StaleEpoch:
+                    return
+                except VaultFull:
+                    raise
                 except VaultError as err:
                     _log.warning("rank %d: its constants cannot be had from %s: %s", rank, place, err)
 

@@ -186,6 +186,11 @@ class Recoveries:
                 yield emit("stays", node=node, cause="no parked spare is left to take over")
 
     @property
+    def drains(self) -> bool:
+        """The job cannot go on, and agents alone make durable what it has: what becomes of its workers is no matter."""
+        return self._purpose == "drain" and self.current is not None
+
+    @property
     def ends(self) -> bool:
         """The job cannot go on: it saves what it has, or makes that durable."""
         return self._purpose != "resume" and self.current is not None

@@ -63,6 +63,8 @@ class WorkerEnds:
                 self._suspicions.unless_explained(end.message, end, now)
             else:
                 yield end
+        elif self._recoveries.drains:
+            yield emit("detected", node=record.node, cause=f"{who} ended ({how})", ranks=[])
         elif node.role == "active":
             yield from self._refill(node, record, f"{who} ended ({how})")
 
@@ -107,7 +109,7 @@ class WorkerEnds:
         )
         if record.code:
             yield Stop(record.code, record.message)
-        elif not self._state.job.deadpool or self._state.phase is not Phase.RUNNING:
+        elif not self._state.job.deadpool or self._state.phase is not Phase.RUNNING or self._recoveries.drains:
             return
         elif self._blame.failed_again(record):
             if self._recoveries.not_saved(f"{who} raised the same error again: {record.message}", by_all=True):
