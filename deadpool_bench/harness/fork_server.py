@@ -183,9 +183,11 @@ def _import_all(script: str) -> None:
     from deadpool_megatron import emulation
 
     emulation.install()
+    import deadpool_megatron.cluster.agent.process  # with what agents and coordinators run
+    import deadpool_megatron.cluster.coordinator.coordinator
     import deadpool_megatron.comm
     import deadpool_megatron.commands.control
-    import deadpool_megatron.launcher.node
+    import deadpool_megatron.launcher
     import deadpool_megatron.planning
     import deadpool_megatron.recovery  # noqa: F401
     from deadpool_megatron.hosts import host_of
