@@ -437,8 +437,9 @@ def check_environment(environ: Mapping[str, str]) -> None:
             )
 
 
-def check_arguments(values: Values, processes: int = PROCESSES_PER_NODE) -> None:
-    """Raises UserError that names the flags of all modes that are not supported on nodes of so many processes."""
+def check_arguments(values: Values, processes: int = PROCESSES_PER_NODE, adopted: bool = False) -> None:
+    """Raises UserError that names the flags of all modes that are not supported on nodes of so many processes, which
+    another launcher has started where they are ``adopted``."""
     refused = [each for each in used(values, processes) if each.evidence is Evidence.REFUSED]
     here = [f" (here: {value})" if (value := each.value(values)) else "" for each in refused]
     if len(refused) == 1:
@@ -449,6 +450,11 @@ def check_arguments(values: Values, processes: int = PROCESSES_PER_NODE) -> None
     if refused:
         said = ", ".join(each.flag + value for each, value in zip(refused, here, strict=True))
         raise UserError(f"{said} are not supported with --deadpool yet; leave them out, or run without --deadpool")
+    if adopted and waits_for_nodes(values, processes):
+        raise UserError(
+            "--moe-token-dispatcher-type flex with experts that span nodes needs workers that a recovery can start anew, "
+            "and another launcher has started these: use deadpool launch"
+        )
 
 
 def not_looked_at(words: Iterable[str]) -> list[str]:

@@ -134,12 +134,7 @@ class Hooks:
             points.reach("take-over.building")
         check_environment(os.environ)
         processes = int(os.environ["LOCAL_WORLD_SIZE"])
-        check_arguments(host.args, processes)
-        if ADOPTED in os.environ and waits_for_nodes(host.args, processes):
-            raise UserError(
-                "--moe-token-dispatcher-type flex with experts that span nodes needs workers that a recovery can start "
-                "anew, and another launcher has started these: use `deadpool launch`"
-            )
+        check_arguments(host.args, processes, ADOPTED in os.environ)
         if self.standby:
             host.load_nothing()  # it would be read by collectives
         result = call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from deadpool_megatron import support
 from deadpool_megatron.cli import main
+from deadpool_megatron.compat import UserError
 from deadpool_megatron.support import FEATURES, Evidence, check_arguments, not_on_a_gpu, parse, used
 from evidence import RECORD, note
 
@@ -60,8 +62,6 @@ def test_a_flag_that_nobody_has_looked_at_is_named(capsys: pytest.CaptureFixture
 
 
 def test_what_check_refuses_a_job_refuses_and_the_other_way_round() -> None:
-    from deadpool_megatron.compat import UserError
-
     for each in {*FEATURES} - {*support.COMBINATIONS}:
         for value in (True, "ncclep", "custom", "soap", "local", 2):
             if each.evidence is Evidence.REFUSED and each in used({each.attribute: value}):
@@ -148,7 +148,11 @@ def test_kernels_that_wait_for_other_nodes_are_told_from_those_that_do_not(
     assert "tokens by DeepEP or HybridEP " in said
     assert ("tokens by DeepEP or HybridEP, across nodes" not in said) is inside
     number = int(processes[1]) if processes else support.PROCESSES_PER_NODE
-    assert support.waits_for_nodes(parse([*FLEX, *flags]), number) is not inside
+    values = parse([*FLEX, *flags])
+    assert support.waits_for_nodes(values, number) is not inside
+    check_arguments(values, number)
+    with contextlib.nullcontext() if inside else pytest.raises(UserError, match="use deadpool launch"):
+        check_arguments(values, number, adopted=True)
 
 
 @pytest.mark.parametrize(
