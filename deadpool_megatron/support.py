@@ -452,8 +452,8 @@ def check_arguments(values: Values, processes: int = PROCESSES_PER_NODE, adopted
         raise UserError(f"{said} are not supported with --deadpool yet; leave them out, or run without --deadpool")
     if adopted and waits_for_nodes(values, processes):
         raise UserError(
-            "--moe-token-dispatcher-type flex with experts that span nodes needs workers that a recovery can start anew, "
-            "and another launcher has started these: use deadpool launch"
+            "--moe-token-dispatcher-type flex with experts that span nodes needs workers that a recovery can start "
+            "anew, and another launcher has started these: use deadpool launch"
         )
 
 
