@@ -33,7 +33,11 @@ def is_bridges(script: str) -> bool:
 def _imports(file: Path, root: Path, seen: set[Path]) -> bool:
     """Whether a file imports Bridge's training, or a file under ``root`` that it imports does."""
     seen.add(file)
-    for level, name in _imported(ast.parse(file.read_text())):
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # who runs it hears of that
+        return False
+    for level, name in _imported(tree):
         if not level and f"{name}.".startswith(f"{_BRIDGE}."):
             return True
         if not level and name.partition(".")[0] == "megatron":  # a checkout beside the script is not the script

@@ -50,7 +50,7 @@ def warm_up(script: str, host: Host) -> None:
 def _imports_of(script: str) -> list[str]:
     """Modules the script imports at its top level."""
     names: list[str] = []
-    for node in ast.parse(Path(script).read_text()).body:
+    for node in ast.parse(Path(script).read_bytes()).body:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

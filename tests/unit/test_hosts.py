@@ -38,6 +38,13 @@ def test_a_script_that_imports_bridges_training_runs_bridges_loop(tmp_path: Path
     assert isinstance(host_of(str(script)), MegatronBridge)
 
 
+def test_a_file_that_cannot_be_read_by_us_is_left_to_who_runs_it(tmp_path: Path) -> None:
+    (tmp_path / "old.py").write_text("print 'Python 2'")
+    script = tmp_path / "script.py"
+    script.write_bytes("# coding: latin-1\nimport old  # für später\nimport megatron.training\n".encode("latin-1"))
+    assert isinstance(host_of(str(script)), MegatronLM)
+
+
 @pytest.mark.parametrize("text", ["from megatron.training import pretrain", "from megatron.bridge import AutoBridge"])
 def test_any_other_script_runs_megatron_lms(tmp_path: Path, text: str) -> None:
     (tmp_path / "megatron").mkdir()  # a checkout, which may name Bridge here and there
