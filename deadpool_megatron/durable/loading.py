@@ -65,6 +65,11 @@ def _load(
 
     def fill(open_slot: Callable[[int, int], Slot]) -> int:
         def place(header: ShardHeader) -> tuple[memoryview, memoryview]:
+            # (a damaged file may have had memory of a wrong size made for it: nothing is in that)
+            there = vault.arena(holder, "own")
+            wrong = there is not None and there.info.unique_bytes != header.layout.unique_bytes
+            if there is not None and wrong and not any(slot.complete for slot in there.slots):
+                vault.drop(holder, "own")
             slot = open_slot(header.layout.unique_bytes, capacity(header.small_bytes))
             if header.small_bytes > len(slot.small):
                 raise DurableError(f"the small state of rank {holder} does not fit its arena")

@@ -189,6 +189,13 @@ def test_when_memory_cannot_answer_each_rank_is_read_as_a_version_of_the_new_epo
     assert node.shards.vault.find(0, Version(0, 6))  # what was committed last is not given up for it
 
 
+def test_memory_that_a_damaged_file_has_had_made_is_not_in_the_way_of_another_generation(drained: list[Node]) -> None:
+    node = drained[1]
+    node.shards.vault.allocate_own(0, UNIQUE + 1000, 1 << 16)  # as its header said, before its checksum did not fit
+    node.durability.load(r.LoadShards(NAME, 5), [0, 1])
+    assert not node.news(Loaded).error and node.shards.vault.find(0, Version(0, 5))
+
+
 def test_a_durable_generation_that_cannot_be_read_is_answered_with_the_reason(drained: list[Node]) -> None:
     node = drained[1]
     (Path(node.durability._directory) / NAME / "rank-00001.safetensors").write_bytes(b"cut")
