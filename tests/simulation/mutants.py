@@ -444,6 +444,11 @@ def _constants_are_asked_for_three_times(patch: Patch) -> None:
     patch.setattr(fetching.Search, "__init__", before)
 
 
+def _own_constants_are_taken_for_whole(patch: Patch) -> None:
+    """Found by the simulation: they had changed in memory, where a new process took its rank up, and keepers had them."""
+    patch.setattr(NodeRecovery, "_with_constants", lambda self, rank, generation: None)
+
+
 def _constants_count_as_kept_for_ever(patch: Patch) -> None:
     """They are where they belonged in the epoch before."""
     restart = Commits.restart
@@ -530,6 +535,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "heard again": _who_was_away_hears_nothing_again,
     "old words": _words_of_older_placements_are_forgotten,
     "constants beside": _constants_are_asked_for_where_they_belong_now,
+    "own constants": _own_constants_are_taken_for_whole,
     "constants tries": _constants_are_asked_for_three_times,
     "constants anew": _constants_count_as_kept_for_ever,
     "constants first": _a_rank_commits_without_its_constants,

@@ -124,6 +124,10 @@ class NodeRecovery:
             keepers = aims.get(constants_of(rank), ())
             if rank in record.rebuilds:
                 shards.rebuild(record.epoch, rank, record.generation, record.rebuilds[rank], job.vaults, keepers)
+            elif source is None and (version := self._with_constants(rank, record.generation)) is not None:
+                shards.fetch(
+                    record.epoch, rank, record.generation, r.Source(job.node, version[0], []), None, (), keepers
+                )
             elif source is None:
                 self._hand_out(rank, record.generation, live=True)
             else:
@@ -131,6 +135,13 @@ class NodeRecovery:
                 others = [job.vaults[node] for node in source.others if node in job.vaults]
                 address = None if here else job.vaults.get(source.node)
                 shards.fetch(record.epoch, rank, record.generation, source, address, others, keepers)
+
+    def _with_constants(self, rank: int, generation: int) -> tuple[int, int] | None:
+        """The version that is here, for a new worker whose rank has constants: these may have changed in memory."""
+        worker = self._crew.mine().get(rank)
+        if self._drains or worker is None or worker.in_loop or not self._shards.path_of(constants_of(rank)):
+            return None
+        return self._shards.version_of(rank, generation)
 
     # ---- what becomes of it here
 
