@@ -445,7 +445,7 @@ def _constants_are_asked_for_three_times(patch: Patch) -> None:
 
 
 def _own_constants_are_taken_for_whole(patch: Patch) -> None:
-    """Found by the simulation: they had changed in memory, where a new process took its rank up, and keepers had them."""
+    """Found by the simulation: changed where a new process took its rank up; keepers had them."""
     patch.setattr(NodeRecovery, "_with_constants", lambda self, rank, generation: None)
 
 
