@@ -32,7 +32,7 @@ if (( $# )); then
 else
     # A file stays in one process, for its fixtures. More files with jobs at a time than processors: jobs wait, too.
     stage "unit tests" python -m pytest -n logical --maxprocesses 8 --dist loadfile tests/unit
-    stage "other tests" python -m pytest -n 3 --dist loadfile --ignore tests/unit
+    stage "other tests" python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/unit
 fi
 
 if (( ${#failed[@]} )); then
