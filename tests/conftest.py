@@ -80,8 +80,8 @@ def limit_of(item: pytest.Item) -> float:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files whose tests may take longest come first: pytest-xdist hands them out in this order, and a long one that begins
-    last would be waited for alone."""
+    """Files whose tests may take longest come first: pytest-xdist hands them out in this order, and a long one that
+    begins last would be waited for alone."""
     longest: dict[Path, float] = {}
     for item in items:
         longest[item.path] = max(longest.get(item.path, 0.0), limit_of(item))
