@@ -223,7 +223,9 @@ def _flex(values: Values) -> bool:
     return values.get("moe_token_dispatcher_type") == "flex"
 
 
-def _flex_across_nodes(values: Values, processes: int) -> bool:
+def waits_for_nodes(values: Values, processes: int) -> bool:
+    """A rank may wait in a kernel for a rank of another node, on nodes of so many processes: nothing but the end of its
+    process frees it. That is so where experts span nodes behind a flex dispatcher."""
     # Upstream's order of ranks has the tensor-parallel ones of an expert side by side, then the expert-parallel ones,
     # and such groups one after the other.
     experts = _size(values, "expert_model_parallel_size")
@@ -366,7 +368,7 @@ COMBINATIONS: Final = (
     Feature(
         "tokens by DeepEP or HybridEP, across nodes",
         "--moe-token-dispatcher-type flex",
-        _flex_across_nodes,
+        waits_for_nodes,
         Evidence.EMULATION,
         _FLEX,
     ),
@@ -387,12 +389,6 @@ _UNSUPPORTED_SETTINGS: Final[tuple[tuple[str, str], ...]] = (
 
 # Begins the part of judged.txt that names flags of Megatron for the record only.
 UNJUDGED: Final = "# Nobody has looked at these yet."
-
-
-def waits_for_nodes(values: Values, processes: int) -> bool:
-    """A rank may wait in a kernel for a rank of another node, on nodes of so many processes: nothing but the end of its
-    process frees it."""
-    return _flex_across_nodes(values, processes)
 
 
 def used(values: Values, processes: int = PROCESSES_PER_NODE) -> list[Feature]:

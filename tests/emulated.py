@@ -9,13 +9,14 @@ import functools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deadpool_megatron import emulation
 
-__all__ = ["emulated_process", "in_emulation"]
+__all__ = ["emulated_process", "in_emulation", "ranks_together"]
 
 _pool: ProcessPoolExecutor | None = None
 
@@ -53,6 +54,21 @@ def in_emulation[**P](test: Callable[P, None]) -> Callable[P, None]:
         _pool.submit(run, *args, **kwargs).result()
 
     return run
+
+
+def ranks_together(rank: Callable[[int, str], None], number: int, directory: Path) -> None:
+    """``rank(rank, directory)`` in a process for each of so many ranks, which emulates what it wants; all end well."""
+    context = multiprocessing.get_context("forkserver")
+    ranks = [context.Process(target=rank, args=(each, str(directory))) for each in range(number)]
+    try:
+        for each in ranks:
+            each.start()
+        for each in ranks:
+            each.join()
+            assert each.exitcode == 0
+    finally:
+        for each in ranks:
+            each.kill()
 
 
 def assert_close(got: Any, want: Any, tolerance: float = 1e-5) -> None:

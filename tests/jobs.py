@@ -381,21 +381,25 @@ def survives(
     flags: Sequence[str],
     *lost: tuple[int, int, int],
     nodes: int = 2,
+    slots: int = 1,
     script: Path = EXAMPLE,
     extra: Mapping[str, str] | None = None,
+    mute: frozenset[int] | None = None,
 ) -> tuple[Job, Job]:
-    """A run on nodes of one process, with a spare for each one that is lost, ends as the undisturbed one. Both.
+    """A run on nodes of so many processes, with a spare for each one that is lost, ends as the undisturbed one. Both.
 
     Args:
-        lost: node, iteration and tick, one after the other; the report of the iteration before may die with each.
+        lost: node, iteration and tick, one after the other.
+        mute: see `assert_same_training`; None: the iteration before each loss.
     """
-    want = undisturbed(launch_flags(nodes, 0, 1), flags, script, extra)
-    launch = launch_flags(nodes + len(lost), len(lost), 1)
+    want = undisturbed(launch_flags(nodes, 0, slots), flags, script, extra)
+    launch = launch_flags(nodes + len(lost), len(lost), slots)
     job = jobs.start(re.sub(r"\W+", "-", name), launch, flags, script, extra=dict(extra or {}), held=True)
     job.arm(*lost)
     job.finished()
     assert [event["lost"] for event in job.events("declared")] == [[node] for node, _, _ in lost]
     iterations = int(flags[flags.index("--train-iters") + 1])
-    mute = frozenset(iteration - 1 for _, iteration, _ in lost)
-    assert_same_training(job, want, iterations, rank=nodes - 1, mute=mute)
+    if mute is None:
+        mute = frozenset(iteration - 1 for _, iteration, _ in lost)
+    assert_same_training(job, want, iterations, rank=nodes * slots - 1, mute=mute)
     return job, want

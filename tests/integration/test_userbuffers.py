@@ -5,7 +5,6 @@ Survivors keep their buffers, spares make their own. Two processes of a node, or
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.observe import LOGS
 from flags import default_gpt
-from jobs import EXAMPLE, ROOT, Jobs, assert_same_training, launch_flags, undisturbed
+from jobs import EXAMPLE, ROOT, Jobs, assert_same_training, launch_flags, survives, undisturbed
 
 _TP = "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap"
 _PP = "--pipeline-model-parallel-size 2"
@@ -89,12 +88,8 @@ def test_a_run_from_which_both_nodes_are_lost_ends_as_the_undisturbed_one(name: 
     flags = _flags(name, jobs)
     extra = {"DEADPOOL_EMULATED_CAPABILITY": "10.0" if "mxfp8" in flags else "9.0", "MODEL": name}
     script = _OTHER_MODELS if name == "hybrid" else EXAMPLE
-    want = undisturbed(launch_flags(2, 0, 2), flags, script, extra)
-    job = jobs.start(re.sub(r"\W+", "-", name), launch_flags(4, 2, 2), flags, script, extra=extra, held=True)
-    job.arm((0, 2, 3), (1, 4, 1))
-    job.finished()
-    assert [event["lost"] for event in job.events("declared")] == [[0], [1]]
-    assert_same_training(job, want, 6, rank=3, mute=frozenset({1, 2, 3, 4}))
+    mute = frozenset({1, 2, 3, 4})
+    survives(jobs, name, flags, (0, 2, 3), (1, 4, 1), slots=2, script=script, extra=extra, mute=mute)
 
 
 @pytest.mark.slow
@@ -102,12 +97,8 @@ def test_a_run_from_which_both_nodes_are_lost_ends_as_the_undisturbed_one(name: 
 @pytest.mark.parametrize(("first", "second"), [(0, 3), (1, 2)])
 def test_with_tensor_pipeline_and_data_parallelism_every_node_may_be_lost(first: int, second: int, jobs: Jobs) -> None:
     flags = default_gpt(*f"{_TP} {_PP} --overlap-grad-reduce --overlap-param-gather".split(), iters=6)
-    want = undisturbed(launch_flags(4, 0, 2), flags)
-    job = jobs.start(f"nodes-{first}-{second}", launch_flags(6, 2, 2), flags, held=True)
-    job.arm((first, 2, 3), (second, 4, 2))
-    job.finished()
-    assert [event["lost"] for event in job.events("declared")] == [[first], [second]]
-    assert_same_training(job, want, 6, rank=7, mute=frozenset({1, 2, 3, 4}))
+    lost = (first, 2, 3), (second, 4, 2)
+    survives(jobs, f"nodes-{first}-{second}", flags, *lost, nodes=4, slots=2, mute=frozenset({1, 2, 3, 4}))
 
 
 @pytest.mark.slow
@@ -128,12 +119,7 @@ def test_who_is_about_to_launch_alone_when_a_node_is_lost_does_not(jobs: Jobs) -
 @pytest.mark.timeout(400)
 def test_a_node_with_two_groups_of_ranks_that_share_buffers_is_lost(jobs: Jobs) -> None:
     flags = default_gpt(*f"{_TP} {_PP}".split(), iters=5)
-    want = undisturbed(launch_flags(2, 0, 4), flags)
-    job = jobs.start("two-groups", launch_flags(3, 1, 4), flags, held=True)
-    job.arm((0, 2, 3))
-    job.finished()
-    assert [event["lost"] for event in job.events("declared")] == [[0]]
-    assert_same_training(job, want, 5, rank=7, mute=frozenset({1, 2}))
+    survives(jobs, "two-groups", flags, (0, 2, 3), slots=4, mute=frozenset({1, 2}))
 
 
 @pytest.mark.slow

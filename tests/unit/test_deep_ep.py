@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
-from emulated import assert_close
+from emulated import assert_close, ranks_together
 
 RANKS, EXPERTS, TOKENS, HIDDEN, TOPK = 2, 4, 6, 8, 2
 BACKENDS = ("alltoall", "deepep", "hybridep")
@@ -100,17 +99,7 @@ def _rank(rank: int, directory: str) -> None:
 def test_tokens_and_gradients_come_back_as_by_all_to_all_padded_or_cut_where_asked(tmp_path: Path) -> None:
     import torch
 
-    context = multiprocessing.get_context("forkserver")
-    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path))) for rank in range(RANKS)]
-    try:
-        for each in ranks:
-            each.start()
-        for each in ranks:
-            each.join()
-            assert each.exitcode == 0
-    finally:
-        for each in ranks:
-            each.kill()
+    ranks_together(_rank, RANKS, tmp_path)
     for rank in range(RANKS):
         got = torch.load(tmp_path / f"{rank}.pt")
         for backend in BACKENDS[1:]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from emulated import assert_close
+from emulated import assert_close, ranks_together
 
 RANKS, ROWS, HIDDEN, FFN = 2, 256, 128, 256
 # By name: the settings of --tp-comm-overlap-cfg.
@@ -228,14 +227,4 @@ def _on_a_spare_node(rank: int, directory: str) -> None:
 
 
 def test_layers_give_the_same_numbers_with_userbuffers_and_a_node_makes_them_alone(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path))) for rank in range(RANKS)]
-    try:
-        for each in ranks:
-            each.start()
-        for each in ranks:
-            each.join()
-            assert each.exitcode == 0
-    finally:
-        for each in ranks:
-            each.kill()
+    ranks_together(_rank, RANKS, tmp_path)
