@@ -15,7 +15,7 @@ from pathlib import Path
 
 __all__ = ["CLOCK", "FairClock", "tree"]
 
-_SAMPLE_S = 0.5
+_SAMPLE_S = 2.0
 # Seconds of a processor in each sample that count as used: who sleeps is not starved by what little he waits for.
 _IDLE_S = 0.01
 
@@ -30,7 +30,7 @@ class FairClock:
         self._seen: dict[str, tuple[int, int]] = {}
 
     def seconds(self) -> float:
-        """Since some moment; never goes back. Looks at the processes twice a second at most."""
+        """Since some moment; never goes back. Looks at the processes every two seconds at most."""
         with self._lock:
             now = time.monotonic()
             if (passed := now - self._at) >= _SAMPLE_S:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ _ITERATION = re.compile(r" iteration +(\d+)/")
 _SHM = "/dev/shm"  # where the launcher puts arenas unless it is told otherwise
 _SPOILT = 64  # bytes of a copy that are overwritten
 _POLL_S = 0.02
+_LOOK_S = 0.5  # at the clock, while the end of a process is waited for
 
 
 def fork_cli(
@@ -110,11 +112,11 @@ class Job(job.Job):
     def wait(self, deadline_s: float = 3600.0) -> int:
         """The exit code of the job; `failed` when it does not end in time."""
         end = self.clock() + deadline_s
-        while (code := self.process.poll()) is None:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.process.wait(_LOOK_S)
             if self.clock() > end:
                 self.failed(f"it does not end within {deadline_s:g} s")
-            time.sleep(_POLL_S)
-        return code
 
     def until_gone(self, deadline_s: float) -> None:
         """Until no process of this job lives; `failed` when the deadline passes."""

@@ -36,16 +36,13 @@ def populated(fd: int, size: int) -> mmap.mmap:
     return mapped
 
 
-def huge_bytes(path: str) -> int:
-    """How many bytes of this process's mappings of ``path`` are in huge pages."""
-    total, inside = 0, False
-    with open("/proc/self/smaps") as smaps:
-        for line in smaps:
-            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-                inside = line.rstrip().endswith(path)
-            elif inside and line.startswith(("ShmemPmdMapped:", "FilePmdMapped:")):
-                total += int(line.split()[1]) * 1024
-    return total
+def huge_bytes(*paths: str) -> int:
+    """How many bytes of this process's mappings of ``paths`` are in huge pages."""
+    with open("/proc/self/smaps") as smaps:  # the kernel walks all pages for it: once
+        mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", smaps.read(), flags=re.MULTILINE)
+    sizes = re.compile(r"^(?:Shmem|File)PmdMapped: *(\d+) kB$", re.MULTILINE)
+    ours = [mapping for mapping in mappings if mapping.partition("\n")[0].endswith(paths)]
+    return 1024 * sum(int(size) for mapping in ours for size in sizes.findall(mapping))
 
 
 def numa_nodes(directory: Path = _NODES) -> dict[int, set[int]]:

@@ -10,7 +10,7 @@ from typing import Final
 
 from .arena import Arena
 
-_STEP_S: Final = 0.0005  # how often a sender looks whether the links are quiet again
+_STEP_S: Final = 0.002  # how often a sender looks whether the links are quiet again
 _PATIENCE_S: Final = 0.25  # links that are busy for longer are not waited for: the worker may be dead
 
 

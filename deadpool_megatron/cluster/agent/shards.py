@@ -229,7 +229,7 @@ class Shards:
             except VaultError as err:
                 self.report(ReserveFailed(str(err)))
                 return
-            huge = sum(huge_bytes(arena.path) for arena in self.vault.arenas())
+            huge = huge_bytes(*(arena.path for arena in self.vault.arenas()))
             self.report(Reserved(self.vault.bytes_allocated, huge))
 
         threading.Thread(target=work, name="vault-reserve", daemon=True).start()
