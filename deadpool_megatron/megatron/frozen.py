@@ -94,15 +94,11 @@ class Frozen:
                 self._writer.publish(segment.end)
         self._writer.complete()
 
-    def _take(self) -> None:
-        """Make them what the own vault has, if it has any."""
+    def take(self) -> None:
+        """Make them what the own vault has. Raises VaultError where it has none, or what has changed in memory."""
         if self._writer is None:
             return
-        try:
-            self._writer.read(CONSTANT)
-        except VaultError as err:
-            _log.info("frozen parameters come from a replica: %s", err)
-            return
+        self._writer.read(CONSTANT)
         with torch.no_grad():
             places = slot_views(self.plan, self._writer.arena.slots[0])
             for segment, place in zip(self.plan.segments, places, strict=True):
@@ -115,7 +111,10 @@ class Frozen:
         Raises Unequal where neither the own vault nor a replica has those that training began with.
         """
         if self.digests != self.expected:
-            self._take()
+            try:
+                self.take()
+            except VaultError as err:
+                _log.info("frozen parameters come from a replica: %s", err)
         received = False
         for i, (group, parameters) in enumerate(self._sets):
             right = self.digests[i] == self.expected[i]
