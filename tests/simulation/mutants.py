@@ -470,6 +470,14 @@ def _constants_are_looked_after_until_a_process_registers(patch: Patch) -> None:
     patch.setattr(NodeRecovery, "_with_constants", with_constants)
 
 
+def _the_last_drain_writes_constants_as_they_are(patch: Patch) -> None:
+    """Found by the simulation: own ones had changed in memory, others were there, and nothing was made durable."""
+    before = NodeRecovery._with_constants
+    patch.setattr(
+        NodeRecovery, "_with_constants", lambda self, rank, g: None if self._drains else before(self, rank, g)
+    )
+
+
 def _constants_that_were_read_are_not_read_again(patch: Patch) -> None:
     """Found by the simulation: they changed in memory before training began, and the job ended with 73."""
 
@@ -571,6 +579,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "constants tries": _constants_are_asked_for_three_times,
     "constants registered": _constants_are_looked_after_until_a_process_registers,
     "constants read": _constants_that_were_read_are_not_read_again,
+    "constants drained": _the_last_drain_writes_constants_as_they_are,
     "constants anew": _constants_count_as_kept_for_ever,
     "constants first": _a_rank_commits_without_its_constants,
     "share refused": _a_share_that_was_refused_is_asked_for_again,

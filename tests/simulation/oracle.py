@@ -345,13 +345,19 @@ class Oracle:
     def without_constants(self, rank: Rank) -> None:
         """A worker that takes over cannot have what never changes of its rank."""
         assert rank.rank is not None
-        holder = constants_of(rank.rank)
+        holder = self._with_constants(rank.rank)
+        if holder is not None:
+            raise Violation(f"rank {rank.rank} is without its constants, which node {holder.node} has")
+        self.constants_gone = True
+
+    def _with_constants(self, rank: int) -> Host | None:
+        """Who has those of a rank."""
         for host in self._cluster.hosts:
             there = host.shards.vault.arenas() if host.node not in self.hurt and host.alive else ()
-            for slot in (arena.slots[0] for arena in there if arena.info.rank == holder):
+            for slot in (arena.slots[0] for arena in there if arena.info.rank == constants_of(rank)):
                 if slot.complete and self._whole(slot, slot.turn):
-                    raise Violation(f"rank {rank.rank} is without its constants, which node {host.node} has")
-        self.constants_gone = True
+                    return host
+        return None
 
     def _gone(self, node: int) -> bool:
         """Its copies are; a node that is drained has them until it leaves."""
@@ -435,6 +441,8 @@ class Oracle:
         assert spec is not None
         if self.safe is None or self.lost() or not self.directory.in_peace(spec.deadline):
             return
+        if self._cluster.constants and not all(map(self._with_constants, range(self._cluster.job.world_size))):
+            return  # a generation is of no use without them
         if not self.directory.made(self.safe.generation):
             raise Violation(
                 f"ended for want of a spare ({message}), and generation {self.safe.generation} was not made durable"

@@ -15,6 +15,7 @@ from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.recovery import Calls, EpochClosed, Redo
 from deadpool_megatron.vault import (
     CONSTANT,
+    ChecksumMismatch,
     ConstantsWriter,
     SlotWriter,
     VaultError,
@@ -31,6 +32,7 @@ __all__ = ["UNIQUE_BYTES", "Broken", "Rank"]
 
 UNIQUE_BYTES = 4096
 _OWN_ERROR_S = 0.5  # as that of the hooks
+_TRIES = 3  # as that of `Frozen`
 _LAYOUT, _CONSTANTS_LAYOUT = msgspec.json.encode(LAYOUT), msgspec.json.encode(CONSTANTS_LAYOUT)
 _STATE = struct.Struct("<qQ")  # generation, value
 
@@ -100,6 +102,7 @@ class Rank:
         self.value = 0
         self.constants = False  # it has those that training began with
         self._constants_writer: ConstantsWriter | None = None
+        self._tries = 0
         self._first = (-1, -1)
         self._resumed = self.joined
         self.finished = False
@@ -258,8 +261,8 @@ class Rank:
         yield from self._request_arena()
         if not rejoining and self._generation is not None and self._generation.generation >= 0:
             yield from self._restore(self._generation)
-            if self._generation.constants and not self._take_constants():
-                yield from self._refuse(self._generation, "its constants")
+            if self._generation.constants and (err := self._take_constants()) is not None:
+                yield from self._refuse(self._generation, str(err))
         self.say(
             r.Registered(
                 0,
@@ -404,18 +407,18 @@ class Rank:
             writer.complete()
             self._ring()
 
-    def _take_constants(self) -> bool:
-        """As `Frozen.take`, where the seed does not give them. Whether it has them."""
+    def _take_constants(self) -> VaultError | None:
+        """As `Frozen.take`, where the seed does not give them."""
         if self._constants_writer is None or self.constants:
-            return True
+            return None
         assert self.rank is not None
         try:
             _, there = self._constants_writer.read(CONSTANT)
-        except VaultError:
-            return False
+        except VaultError as err:
+            return err
         assert bytes(there) == constants(self.rank), "wrong constants"
         self.constants = True
-        return True
+        return None
 
     def _first_generation(self) -> Script:
         assert self.writer is not None
@@ -565,9 +568,12 @@ class Rank:
         yield from self._meet("form", 0, 0)
         self.step("formed", epoch, 4, 4)
         yield from self._meet("synchronize", 0, 0)
-        if not self._take_constants():  # and there is no replica
+        if (err := self._take_constants()) is not None:  # and there is no replica
+            self._tries += 1
+            if isinstance(err, ChecksumMismatch) and self._tries <= _TRIES:
+                raise Broken
             self.host.cluster.oracle.without_constants(self)
-            raise Dies(f"no vault has the constants of rank {self.rank}", Exit.UNEQUAL)
+            raise Dies(f"no vault has the constants of rank {self.rank}: {err}", Exit.UNEQUAL)
         self._keep_constants()
         self.joined = epoch
         self.step("restored", epoch)

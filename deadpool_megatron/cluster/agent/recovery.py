@@ -137,11 +137,11 @@ class NodeRecovery:
                 shards.fetch(record.epoch, rank, record.generation, source, address, others, keepers)
 
     def _with_constants(self, rank: int, generation: int) -> tuple[int, int] | None:
-        """The version that is here, for a worker that has still to take its constants up: these may have changed in
-        memory. It has them once it has been through a recovery, or where it began with the job."""
+        """The version that is here, where the constants of its rank are read next, which may have changed in memory: by
+        a worker that has not been through a recovery, nor begun with the job, or by the drainer at the end."""
         worker = self._crew.mine().get(rank)
-        has = worker is not None and ("restored" in worker.reached or (worker.in_loop and not worker.parked))
-        if self._drains or worker is None or has or not self._shards.path_of(constants_of(rank)):
+        has = worker is None or "restored" in worker.reached or (worker.in_loop and not worker.parked)
+        if (has and not self._drains) or not self._shards.path_of(constants_of(rank)):
             return None
         return self._shards.version_of(rank, generation)
 
