@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from deadpool_megatron.vault import CONSTANT, Slot, Vault, VaultError, Version, constants_of, store_shard
+from deadpool_megatron.vault import CONSTANT, Slot, Vault, VaultError, Version, constants_of, own_copy, store_shard
 
 from .errors import DurableError, Unreachable
 from .files import read_constants, read_manifest, read_shard
@@ -59,8 +59,7 @@ def _load(
     capacity: Callable[[int], int],
     read: Callable[[Callable[[ShardHeader], tuple[memoryview, memoryview]]], ShardHeader],
 ) -> None:
-    arena = vault.arena(holder, "own")
-    if arena is not None and arena.find(version) is not None:
+    if own_copy(vault, holder, version) is not None:
         return
 
     def fill(open_slot: Callable[[int, int], Slot]) -> int:

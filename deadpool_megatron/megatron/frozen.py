@@ -18,10 +18,16 @@ from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.comparison import Unequal
 from deadpool_megatron.megatron.low_precision import is_quantized
 from deadpool_megatron.snapshot import ShardPlan, host_bytes, slot_views
-from deadpool_megatron.vault import CONSTANT, ConstantsWriter, VaultError
+from deadpool_megatron.vault import CONSTANT, ChecksumMismatch, ConstantsWriter, VaultError
 
 _log = logging.getLogger(__name__)
 _BUCKET_BYTES: Final = 64 << 20
+_LACKS, _HAS, _CHANGED = range(3)
+_TRIES: Final = 3
+
+
+class ChangedInMemory(RuntimeError):
+    """The own vault's copy is not what it was: in the next epoch its agent brings a keeper's. As a peer's error."""
 
 
 def frozen_parameters(model: list[Any]) -> list[tuple[str, torch.nn.Parameter]]:
@@ -53,6 +59,7 @@ class Frozen:
             )
         self.plan = ShardPlan(frozen, slice_bytes)
         self._writer: ConstantsWriter | None = None
+        self._tries = 0
         sets = (
             (group, [(name, p) for name, p in frozen if getattr(p, "allreduce", True) is dense])
             for dense, group in (
@@ -94,15 +101,11 @@ class Frozen:
                 self._writer.publish(segment.end)
         self._writer.complete()
 
-    def _take(self) -> None:
-        """Make them what the own vault has, if it has any."""
+    def take(self) -> None:
+        """Make them what the own vault has. Raises VaultError where it has none, or what has changed in memory."""
         if self._writer is None:
             return
-        try:
-            self._writer.read(CONSTANT)
-        except VaultError as err:
-            _log.info("frozen parameters come from a replica: %s", err)
-            return
+        self._writer.read(CONSTANT)
         with torch.no_grad():
             places = slot_views(self.plan, self._writer.arena.slots[0])
             for segment, place in zip(self.plan.segments, places, strict=True):
@@ -112,27 +115,35 @@ class Frozen:
     def synchronize(self) -> None:
         """Make them `expected` on every rank. Collective over the replicas of each.
 
-        Raises Unequal where neither the own vault nor a replica has those that training began with.
+        Raises Unequal where neither the own vault nor a replica has those that training began with; ChangedInMemory.
         """
+        changed = False
         if self.digests != self.expected:
-            self._take()
+            try:
+                self.take()
+            except VaultError as err:
+                changed = isinstance(err, ChecksumMismatch) and self._tries < _TRIES
+                _log.info("frozen parameters come from a replica: %s", err)
         received = False
         for i, (group, parameters) in enumerate(self._sets):
-            right = self.digests[i] == self.expected[i]
-            flag = torch.tensor([right], dtype=torch.int32, device=parameters[0][1].device)
+            here = _HAS if self.digests[i] == self.expected[i] else _CHANGED if changed else _LACKS
+            flag = torch.tensor([here], dtype=torch.int32, device=parameters[0][1].device)
             flags = [torch.empty_like(flag) for _ in range(group.size())]
             torch.distributed.all_gather(flags, flag, group=group)
-            have = [bool(each.item()) for each in flags]
-            if all(have):
+            have = [int(each.item()) for each in flags]
+            if all(each == _HAS for each in have):
                 continue
             received = True
-            if not any(have):
+            if _HAS not in have and _CHANGED in have:
+                self._tries += 1
+                raise ChangedInMemory(f"parameters that no optimizer holds (the first one: {parameters[0][0]}) changed")
+            if _HAS not in have:
                 raise Unequal(
                     f"{len(parameters)} parameters that no optimizer holds (the first one: {parameters[0][0]}) are not "
                     "those that training began with, and neither a vault nor a replica has these: restart from a "
                     "checkpoint"
                 )
-            source = torch.distributed.get_process_group_ranks(group)[have.index(True)]
+            source = torch.distributed.get_process_group_ranks(group)[have.index(_HAS)]
             with torch.no_grad():
                 for _, parameter in parameters:
                     whole = parameter.detach().contiguous()

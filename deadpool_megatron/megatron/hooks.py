@@ -33,13 +33,12 @@ from deadpool_megatron.megatron.description import describe_job
 from deadpool_megatron.megatron.frozen import frozen_parameters
 from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.muster import Muster, meet_before_launches
-from deadpool_megatron.megatron.redo import Redo
 from deadpool_megatron.megatron.reset import forget_strategies
 from deadpool_megatron.megatron.standby import publish_job
-from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
+from deadpool_megatron.megatron.trainer import MegatronTrainer
 from deadpool_megatron.megatron.userbuffers import Userbuffers
 from deadpool_megatron.megatron.writers import Series
-from deadpool_megatron.recovery import Patience, Session, Superseded, UnexplainedError, rejoin
+from deadpool_megatron.recovery import EpochClosed, Patience, Redo, Session, Superseded, UnexplainedError, rejoin
 from deadpool_megatron.support import check_arguments, check_environment, not_looked_at, not_on_a_gpu, waits_for_nodes
 from deadpool_megatron.vault import VaultError
 

@@ -40,18 +40,11 @@ from deadpool_megatron.megatron.small_state import SmallState, positions, unlike
 from deadpool_megatron.megatron.standby import numa_node
 from deadpool_megatron.megatron.state_hash import digests
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
-from deadpool_megatron.recovery import Refused, Session, Superseded
+from deadpool_megatron.recovery import EpochClosed, Refused, Session, Superseded
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
 from deadpool_megatron.vault import ConstantsWriter, SlotWriter, Version, constants_of
 
 _FOR_EVER_S = 365 * 86400.0  # the coordinator declares the next epoch, or the job ends
-
-
-class EpochClosed(BaseException):
-    """A newer epoch was declared while this rank was between two communications; unwinds to the recovery.
-
-    Derives from BaseException so that no handler of the training script takes it for an error of its own.
-    """
 
 
 class MegatronTrainer:
@@ -200,6 +193,8 @@ class MegatronTrainer:
         """Begin with a durable generation that is in the own vault. Collective; raises what a broken one raises."""
         self.adopt_iterators(at.generation)
         self.restore(at)
+        if at.constants:
+            self._frozen.take()
         self.synchronize()
         if not self._config.export:  # which has no data iterators
             self.prove()

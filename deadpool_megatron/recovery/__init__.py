@@ -1,6 +1,17 @@
 """The recovery protocol as a worker lives it: abort, agree, re-form, restore, resume."""
 
 from deadpool_megatron.recovery.protocol import Patience, UnexplainedError, rejoin
-from deadpool_megatron.recovery.session import Refused, Session, Superseded
+from deadpool_megatron.recovery.redo import Calls, Redo
+from deadpool_megatron.recovery.session import EpochClosed, Refused, Session, Superseded
 
-__all__ = ["Patience", "Refused", "Session", "Superseded", "UnexplainedError", "rejoin"]
+__all__ = [
+    "Calls",
+    "EpochClosed",
+    "Patience",
+    "Redo",
+    "Refused",
+    "Session",
+    "Superseded",
+    "UnexplainedError",
+    "rejoin",
+]

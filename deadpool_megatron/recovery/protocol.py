@@ -15,18 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
-from torch.distributed import Store
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.comm import Communicators
 from deadpool_megatron.recovery.session import Session, Superseded
 from deadpool_megatron.vault import VaultError
 
-_DEVICE_ERROR: Any = getattr(torch, "AcceleratorError", ())  # newer torch; nothing is an instance of ()
+if TYPE_CHECKING:  # who has no groups of torch, as the simulation, is without it
+    from torch.distributed import Store
+
+    from deadpool_megatron.comm import Communicators
 
 
 class UnexplainedError(Exception):
@@ -38,8 +37,11 @@ def device_is_lost(error: BaseException | None) -> bool:
 
     CUDA returns that error to every later call of this process, so only another process can go on.
     """
+    import torch
+
+    device_error: Any = getattr(torch, "AcceleratorError", ())  # newer torch; nothing is an instance of ()
     while error is not None:
-        if isinstance(error, _DEVICE_ERROR):
+        if isinstance(error, device_error):
             return True
         error = error.__cause__ or error.__context__
     return False

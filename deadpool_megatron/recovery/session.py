@@ -34,6 +34,13 @@ _PART = 1 << 16
 _AGENT_LOST = 81
 
 
+class EpochClosed(BaseException):
+    """A newer epoch was declared while this rank was between two communications; unwinds to the recovery.
+
+    Derives from BaseException so that no handler of the training script takes it for an error of its own.
+    """
+
+
 class Superseded(Exception):
     """A newer epoch has been declared; whatever was waited for will not come."""
 

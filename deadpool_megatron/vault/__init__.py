@@ -27,7 +27,7 @@ from .scrub import Scrubber
 from .sender import PartTo, Target
 from .server import VaultServer
 from .stripes import Stripes, WordPlan
-from .transfer import fetch, store_shard
+from .transfer import fetch, own_copy, store_shard
 from .transport import choose_transport, make_transport
 from .vault import Vault, small_capacity
 from .version import CONSTANT, EMPTY, MAX_GENERATION, Version, constants_of, is_constants, unpack
@@ -79,6 +79,7 @@ __all__ = [
     "numa_node_of_device",
     "numa_node_of_process",
     "numa_nodes",
+    "own_copy",
     "parse_cpus",
     "process_alive",
     "process_start",

@@ -114,7 +114,7 @@ class Slot:
     def __init__(
         self,
         index: int,
-        words: Words,
+        words: Words | memoryview[Any],
         sums: memoryview[Any],
         small: memoryview,
         unique: memoryview,
@@ -250,8 +250,7 @@ class Arena:
         size = len(memory)
         self._map = memory
         self.view = memoryview(memory)
-        self.words = Words(self.view[:PAGE])
-        words = self.words
+        self.words = words = self._words(0, PAGE)
         if size < PAGE or words[0] != MAGIC or words[1] != _LAYOUT or words[_W_TOTAL] != size:
             raise VaultError(f"{path} is not an arena of this DeadPool version")
         self.info = ArenaInfo(path, words[_W_RANK], KINDS[words[_W_KIND]], words[_W_UNIQUE], words[_W_SMALL], size)
@@ -324,6 +323,11 @@ class Arena:
         finally:
             os.close(fd)
 
+    def _words(self, first: int, last: int) -> Words | memoryview[Any]:
+        """Of these bytes; what no other process sees needs no fences."""
+        view = self.view[first:last]
+        return Words(view) if isinstance(self._map, mmap.mmap) else view.cast("Q")
+
     def _slot(self, index: int) -> Slot:
         info, chunk = self.info, self.chunk_bytes
         sums_words = 1 + -(-info.unique_bytes // chunk)
@@ -333,7 +337,7 @@ class Arena:
         base = _W_SLOTS + index * _SLOT_WORDS
         return Slot(
             index,
-            Words(self.view[8 * base : 8 * (base + _SLOT_WORDS)]),
+            self._words(8 * base, 8 * (base + _SLOT_WORDS)),
             self.view[PAGE + index * table :][: 8 * sums_words].cast("Q"),
             self.view[data : data + info.small_capacity],
             self.view[unique : unique + info.unique_bytes],

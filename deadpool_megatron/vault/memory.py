@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -45,8 +46,9 @@ def huge_bytes(*paths: str) -> int:
     return 1024 * sum(int(size) for mapping in ours for size in sizes.findall(mapping))
 
 
+@cache
 def numa_nodes(directory: Path = _NODES) -> dict[int, set[int]]:
-    """The processors of each NUMA node that has memory; empty where the kernel does not say."""
+    """The processors of each NUMA node that has memory; empty where the kernel does not say. Read once."""
     out: dict[int, set[int]] = {}
     with_memory = _numbers(directory / "has_memory")
     for path in directory.glob("node[0-9]*/cpulist"):

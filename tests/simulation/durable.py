@@ -11,6 +11,8 @@ import io
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
 
+import msgspec
+
 from deadpool_megatron.cluster.agent.durable import NodeDurability
 from deadpool_megatron.durable import (
     Answer,
@@ -26,24 +28,34 @@ from deadpool_megatron.durable import (
     ShardFile,
     Stage,
     Staged,
+    Take,
 )
-from deadpool_megatron.durable.files import prune, read_layout, remove_attempt, seal, write_layout, write_shard
-from deadpool_megatron.durable.format import MANIFEST, generation_of
+from deadpool_megatron.durable.files import (
+    prune,
+    read_layout,
+    remove_attempt,
+    seal,
+    write_constants,
+    write_layout,
+    write_shard,
+)
+from deadpool_megatron.durable.format import MANIFEST, ConstantsFile, generation_of
 from deadpool_megatron.durable.lease import Owner, _decode, _encode, check_owner
 from deadpool_megatron.durable.staging import Staging
 from deadpool_megatron.durable.store import Store
-from deadpool_megatron.vault import VaultError, Version
+from deadpool_megatron.vault import CONSTANT, VaultError, Version, constants_of
 from simulation.world import Process, World
 
 if TYPE_CHECKING:
     from simulation.host import Host
 
-__all__ = ["DIRECTORY", "LAYOUT", "OTHER_JOB", "Directory", "SimulatedDurability"]
+__all__ = ["CONSTANTS_LAYOUT", "DIRECTORY", "LAYOUT", "OTHER_JOB", "Directory", "SimulatedDurability"]
 
 DIRECTORY = "/durable"
 _UNIQUE = 4096
 OTHER_JOB = _encode(Owner("other", "elsewhere", "elsewhere", (), "", ""))
 LAYOUT = Layout(_UNIQUE, "same", (Item("state", "U8", (_UNIQUE,), 0, _UNIQUE),))
+CONSTANTS_LAYOUT = Layout(_UNIQUE, "never changes", (Item("frozen", "U8", (_UNIQUE,), 0, _UNIQUE),))
 
 
 class _Writing:
@@ -159,6 +171,7 @@ class _Drainer(DrainerProcess):
         self._busy = False
         self._cancelled: set[str] = set()
         self._staging: dict[int, tuple[Staging, Layout]] = {}
+        self._kept: dict[str, ConstantsFile] = {}
 
     # ---- the agent's side
 
@@ -191,6 +204,7 @@ class _Drainer(DrainerProcess):
         self._process = None
         self._orders.clear()
         self._staging.clear()
+        self._kept.clear()
         self._busy = False
         given, self._given = list(self._given), {}
         for name, sealed in given:
@@ -283,14 +297,31 @@ class _Drainer(DrainerProcess):
             if order.name in self._cancelled:
                 raise DurableError(f"{order.name} is not wanted any more")
             assert generation is not None
-            staging, layout = self._staging[order.shards[index].rank]
-            shards.append(
-                write_shard(store, order.name, staging.rank, generation, layout, staging.unique, staging.small)
-            )
+            take = order.shards[index]
+            staging, layout = self._staging[take.rank]
+            shard = write_shard(store, order.name, staging.rank, generation, layout, staging.unique, staging.small)
+            shards.append(msgspec.structs.replace(shard, constants=self._constants(store, take)))
         except (OSError, VaultError, DurableError) as err:
             self._end(Done(order.name, False, (), str(err)))
             return
         self._later(self._write, order, index + 1, shards)
+
+    def _constants(self, store: Directory, take: Take) -> ConstantsFile | None:
+        """As `durable.drainer`."""
+        if take.constants is None:
+            return None
+        path, layout = take.constants
+        holder = constants_of(take.rank)
+        layout = layout or read_layout(store, holder)
+        known = self._kept.get(path)
+        if known is None or store.size(known.path) != known.nbytes:
+            arena = self._host.shards.vault.arena(holder, "own")
+            slot = arena.find(CONSTANT) if arena is not None else None
+            if slot is None:
+                raise DurableError(f"the constants of rank {take.rank} are not in its vault yet")
+            slot.verify()
+            known = self._kept[path] = write_constants(store, layout, slot.unique)
+        return known
 
     def _seal(self, order: Seal) -> None:
         store, name = self._host.cluster.directory, order.manifest.name

@@ -51,6 +51,7 @@ class Faults:
         self.pending = 0
         self.ended_at = 0.0
         self.struck: list[str] = []
+        self.kinds: Counter[str] = Counter()  # of these
         self._silent: dict[int, tuple[float, float]] = {}  # by node, the last time nothing was heard of it
         self.drained: set[int] = set()  # nodes that the user wants to take away
         # for which event of the log, how often, seconds after it, what
@@ -105,7 +106,7 @@ class Faults:
             elif when == "committed":
                 count, most = 1, 0.3 * cluster.iterations
             elif when == "iteration":  # near the end
-                count, most = cluster.iterations - chance.randint(0, 3), 1.0
+                count, most = cluster.iterations - chance.randint(0, 3), 2.0
             else:  # in a recovery, or soon after one: those seconds are the interesting ones
                 count, most = chance.randint(1, 3), 1.0
             self._wait(when, count, chance.uniform(0.0, most), name, self._kinds[name][1])
@@ -131,6 +132,7 @@ class Faults:
             if not host.alive or self._cluster.hq.ended:
                 return
             self.struck.append(f"{self._cluster.world.now:.2f} what n{host.node} has read changes")
+            self.kinds["what is read changes"] += 1
             for slot in (slot for arena in host.shards.vault.arenas() for slot in arena.slots):
                 if slot.complete:
                     self._cluster.oracle.damages(slot, host)
@@ -224,6 +226,7 @@ class Faults:
             return
         cluster.world.say("fault", kind)
         self.struck.append(f"{cluster.world.now:.2f} {kind}")
+        self.kinds[kind] += 1
         call()
         self.ended_at = max(self.ended_at, cluster.world.now)
 

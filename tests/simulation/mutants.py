@@ -35,8 +35,9 @@ from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.placement import agreement
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.durable import lease
+from deadpool_megatron.durable import lease, loading
 from deadpool_megatron.observe import RunDirectory
+from deadpool_megatron.recovery import Redo
 from deadpool_megatron.vault import CommitLedger, Vault, Version, is_constants
 from deadpool_megatron.vault.arena import Slot
 from deadpool_megatron.vault.intake import Intake, Intakes
@@ -108,6 +109,15 @@ def _a_drain_goes_on_without_a_spare(patch: Patch) -> None:
 def _a_gap_in_its_own_time_is_everybody_elses_silence(patch: Patch) -> None:
     """Row 5."""
     patch.setattr(AwakeClock, "now", lambda self: self._clock())
+
+
+def _training_alone_is_done_again(patch: Patch) -> None:
+    """Row 7: a loss in the last save goes back to a generation, and what came after training is left out then."""
+
+    def doing(self: Redo, act: Any) -> Any:
+        return self._through([act], False)
+
+    patch.setattr(Redo, "doing", doing)
 
 
 def _a_loss_at_the_start_ends_the_job(patch: Patch) -> None:
@@ -449,6 +459,35 @@ def _own_constants_are_taken_for_whole(patch: Patch) -> None:
     patch.setattr(NodeRecovery, "_with_constants", lambda self, rank, generation: None)
 
 
+def _constants_are_looked_after_until_a_process_registers(patch: Patch) -> None:
+    """Found by the simulation: they changed after that, before it had taken them up in the next epoch."""
+    before = NodeRecovery._with_constants
+
+    def with_constants(self: NodeRecovery, rank: int, generation: int) -> tuple[int, int] | None:
+        worker = self._crew.mine().get(rank)
+        return None if worker is None or worker.in_loop else before(self, rank, generation)
+
+    patch.setattr(NodeRecovery, "_with_constants", with_constants)
+
+
+def _the_last_drain_writes_constants_as_they_are(patch: Patch) -> None:
+    """Found by the simulation: own ones had changed in memory, others were there, and nothing was made durable."""
+    before = NodeRecovery._with_constants
+    patch.setattr(
+        NodeRecovery, "_with_constants", lambda self, rank, g: None if self._drains else before(self, rank, g)
+    )
+
+
+def _constants_that_were_read_are_not_read_again(patch: Patch) -> None:
+    """Found by the simulation: they changed in memory before training began, and the job ended with 73."""
+
+    def before(vault: Vault, rank: int, version: Version) -> Slot | None:
+        own = vault.arena(rank, "own")
+        return own.find(version) if own is not None else None
+
+    patch.setattr(loading, "own_copy", before)
+
+
 def _constants_count_as_kept_for_ever(patch: Patch) -> None:
     """They are where they belonged in the epoch before."""
     restart = Commits.restart
@@ -494,6 +533,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "3": _a_refusal_outlives_what_it_condemns,
     "4": _a_drain_goes_on_without_a_spare,
     "5": _a_gap_in_its_own_time_is_everybody_elses_silence,
+    "7": _training_alone_is_done_again,
     "8": _a_loss_at_the_start_ends_the_job,
     "10": _nobody_waits_for_a_spare,
     "6": _who_finishes_early_is_forgotten,
@@ -537,6 +577,9 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "constants beside": _constants_are_asked_for_where_they_belong_now,
     "own constants": _own_constants_are_taken_for_whole,
     "constants tries": _constants_are_asked_for_three_times,
+    "constants registered": _constants_are_looked_after_until_a_process_registers,
+    "constants read": _constants_that_were_read_are_not_read_again,
+    "constants drained": _the_last_drain_writes_constants_as_they_are,
     "constants anew": _constants_count_as_kept_for_ever,
     "constants first": _a_rank_commits_without_its_constants,
     "share refused": _a_share_that_was_refused_is_asked_for_again,

@@ -119,7 +119,8 @@ class Oracle:
         self.iteration = -1
         self.ends: dict[int, tuple[int, int]] = {}  # by rank: epoch it finished in, value
         self.declared: list[tuple[float, int, str]] = []
-        self.finishing = False
+        self._checkpoint: dict[int, int] = {}  # the last one, by rank: the value that its part has
+        self._tracked: dict[int, int] | None = None  # as it is on disk when the tracker file says that it is whole
         self.training = False
         self.given_up = 0  # generations that were, rightly
         self.saving: list[int] | None = None  # who was healthy when it was found that no spare is left
@@ -168,6 +169,19 @@ class Oracle:
         newest = self.declared[-1][1] if self.declared else 0
         if rank.joined == newest and len(self._through[newest]) == self._cluster.job.world_size:
             self._done_at = self._cluster.world.now
+
+    def writes(self, rank: Rank) -> None:
+        """A rank has written its part of Megatron's last checkpoint, which is none any more until all have."""
+        assert rank.rank is not None
+        self._right(rank, self._cluster.iterations, "in the last checkpoint")
+        self._checkpoint[rank.rank] = rank.value
+
+    def tracks(self, rank: Rank) -> None:
+        """The tracker file says that it is whole."""
+        missing = set(range(self._cluster.job.world_size)) - self._checkpoint.keys()
+        if missing:
+            raise Violation(f"rank {rank.rank} takes the last checkpoint for whole without ranks {sorted(missing)}")
+        self._tracked = dict(self._checkpoint)
 
     def finished(self, rank: Rank) -> None:
         """A rank has come to the end of training."""
@@ -331,13 +345,19 @@ class Oracle:
     def without_constants(self, rank: Rank) -> None:
         """A worker that takes over cannot have what never changes of its rank."""
         assert rank.rank is not None
-        holder = constants_of(rank.rank)
+        holder = self._with_constants(rank.rank)
+        if holder is not None:
+            raise Violation(f"rank {rank.rank} is without its constants, which node {holder.node} has")
+        self.constants_gone = True
+
+    def _with_constants(self, rank: int) -> Host | None:
+        """Who has those of a rank."""
         for host in self._cluster.hosts:
             there = host.shards.vault.arenas() if host.node not in self.hurt and host.alive else ()
-            for slot in (arena.slots[0] for arena in there if arena.info.rank == holder):
+            for slot in (arena.slots[0] for arena in there if arena.info.rank == constants_of(rank)):
                 if slot.complete and self._whole(slot, slot.turn):
-                    raise Violation(f"rank {rank.rank} is without its constants, which node {host.node} has")
-        self.constants_gone = True
+                    return host
+        return None
 
     def _gone(self, node: int) -> bool:
         """Its copies are; a node that is drained has them until it leaves."""
@@ -421,6 +441,8 @@ class Oracle:
         assert spec is not None
         if self.safe is None or self.lost() or not self.directory.in_peace(spec.deadline):
             return
+        if self._cluster.constants and not all(map(self._with_constants, range(self._cluster.job.world_size))):
+            return  # a generation is of no use without them
         if not self.directory.made(self.safe.generation):
             raise Violation(
                 f"ended for want of a spare ({message}), and generation {self.safe.generation} was not made durable"
@@ -433,6 +455,8 @@ class Oracle:
         if code and message.startswith((";", ",", " ")):
             raise Violation(f"ended with {code}, and nothing says why: {message}")
         if code == 0:
+            if self._tracked is None:
+                raise Violation("the job ended well, and its last checkpoint is not whole")
             for rank in range(cluster.job.world_size):
                 if rank not in self.ends and len(healthy) == len(cluster.hosts):
                     raise Violation(f"the job ended well, and rank {rank} never finished")

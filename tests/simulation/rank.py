@@ -12,16 +12,17 @@ import numpy as np
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.recovery import Calls, EpochClosed, Redo
 from deadpool_megatron.vault import (
     CONSTANT,
+    ChecksumMismatch,
     ConstantsWriter,
     SlotWriter,
-    StaleEpoch,
     VaultError,
     Version,
     constants_of,
 )
-from simulation.durable import LAYOUT
+from simulation.durable import CONSTANTS_LAYOUT, LAYOUT
 from simulation.world import Pipe, Process
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["UNIQUE_BYTES", "Broken", "Rank"]
 
 UNIQUE_BYTES = 4096
-_LAYOUT = msgspec.json.encode(LAYOUT)
+_OWN_ERROR_S = 0.5  # as that of the hooks
+_TRIES = 3  # as that of `Frozen`
+_LAYOUT, _CONSTANTS_LAYOUT = msgspec.json.encode(LAYOUT), msgspec.json.encode(CONSTANTS_LAYOUT)
 _STATE = struct.Struct("<qQ")  # generation, value
 
 
@@ -49,10 +52,6 @@ def constants(rank: int) -> bytes:
     return whole(_STATE.pack(-rank, 1 << 60))
 
 
-class Closed(Exception):
-    """A newer epoch has been declared."""
-
-
 class Broken(Exception):
     """A peer's connection has ended."""
 
@@ -63,6 +62,10 @@ class Dies(Exception):
     def __init__(self, why: str, code: int = 0) -> None:
         super().__init__(why)
         self.code = code
+
+
+class Leaves(BaseException):
+    """All is done: as SystemExit."""
 
 
 Script = Generator[tuple[float, Callable[[], bool] | None], bool, Any]
@@ -99,6 +102,7 @@ class Rank:
         self.value = 0
         self.constants = False  # it has those that training began with
         self._constants_writer: ConstantsWriter | None = None
+        self._tries = 0
         self._first = (-1, -1)
         self._resumed = self.joined
         self.finished = False
@@ -131,7 +135,7 @@ class Rank:
                         if until():
                             value = True
                             continue
-                    except (Closed, Broken) as err:
+                    except (EpochClosed, Broken) as err:
                         error = err
                         continue
                 self._until = until
@@ -141,7 +145,7 @@ class Rank:
         except StopIteration:
             self._script = None
             self.die(0)
-        except (Dies, VaultError, Broken) as err:
+        except (Dies, VaultError, Broken, EpochClosed) as err:
             self._script = None
             kind, by_peer, code = type(err).__name__, isinstance(err, Broken), getattr(err, "code", 0)
             code = code if isinstance(code, int) else 0
@@ -155,7 +159,7 @@ class Rank:
         try:
             if self._until():
                 self._advance(self._token, True)
-        except (Closed, Broken) as err:
+        except (EpochClosed, Broken) as err:
             self._advance(self._token, False, err)
 
     def _pause(self, low: float, high: float) -> Script:
@@ -252,9 +256,13 @@ class Rank:
             if not rejoining:
                 yield from self._wait(lambda: self._supersede(self.joined) or self._is_agreed(self.joined))
             self.say(r.Described("layout", self.rank, 0, 1, _LAYOUT))
+            if self.host.cluster.constants:
+                self.say(r.Described("constants", self.rank, 0, 1, _CONSTANTS_LAYOUT))
         yield from self._request_arena()
         if not rejoining and self._generation is not None and self._generation.generation >= 0:
             yield from self._restore(self._generation)
+            if self._generation.constants and (err := self._take_constants()) is not None:
+                yield from self._refuse(self._generation, str(err))
         self.say(
             r.Registered(
                 0,
@@ -273,42 +281,77 @@ class Rank:
                 self.value = self.host.cluster.oracle.value(self.rank, 0)
             try:
                 yield from self._first_generation()
-            except Closed:
+            except EpochClosed:
                 rejoining = True
-        error: BaseException | None = None
-        while True:
-            if rejoining:
-                purpose = yield from self._rejoin(error)
-                error = None
-                if purpose == "save":
-                    yield from self._pause(0.2, 1.0)
-                    if self.host.cluster.saving_fails:
-                        if self.host.cluster.saving_fails == "error":
-                            raise Dies("no space left on device")
-                        yield from self._wait(lambda: self.declared_epoch > self.joined)
-                        continue
-                    self.say(r.ShardReady(self.joined, self._small_generation, "dir"))
-                    if (yield from self._wait(lambda: self.declared_epoch > self.joined, 60.0)):
-                        continue
-                    return
-            try:
-                while self._small_generation < self.host.cluster.iterations:
-                    yield from self._iteration(self._small_generation)
-                yield from self._pause(0.05, 0.6)  # the last checkpoint
-                yield from self._meet("save", self.host.cluster.iterations, 0)
-                self.host.cluster.oracle.finished(self)
-                self.step("finished", self.joined, self._small_generation)
-                self.host.cluster.oracle.through(self)
-                yield from self._wait(lambda: self._supersede(self.joined) or self._all_finished >= self.joined)
-            except Closed:
-                rejoining = True
-                continue
-            except (Broken, StaleEpoch) as err:
-                error, rejoining = err, True
-                continue
-            self.finished = True
-            yield from self._pause(0.1, 0.5)
+        redo = Redo(self._train, self._recover)  # type: ignore[arg-type] - scripts in the place of functions
+        try:
+            yield from self._carry_out(redo.training(rejoining))
+            yield from self._carry_out(redo.doing(self._save))
+            yield from self._carry_out(redo.doing(self._all_through))
+        except Leaves:
             return
+        self.finished = True
+        yield from self._pause(0.1, 0.5)
+
+    # ---- what the hooks do with `Redo`
+
+    def _carry_out(self, calls: Calls) -> Script:
+        """As `recovery.redo._do`."""
+        try:
+            call = next(calls)
+            while True:
+                try:
+                    result = yield from call()
+                except (EpochClosed, Broken, Dies, VaultError, Leaves) as err:
+                    call = calls.send((None, err))
+                else:
+                    call = calls.send((result, None))
+        except StopIteration:
+            return
+
+    def _train(self) -> Script:
+        while self._small_generation < self.host.cluster.iterations:
+            yield from self._iteration(self._small_generation)
+
+    def _recover(self, error: BaseException | None) -> Script:
+        purpose = yield from self._rejoin(error)
+        return self._save_and_leave if purpose == "save" else None
+
+    def _save_and_leave(self) -> Script:
+        """As `Hooks._save_and_leave`."""
+        failing = self.host.cluster.saving_fails
+        yield from self._pause(0.2, 1.0)
+        if failing == "error":
+            raise Dies("no space left on device")
+        if failing:
+            yield from self._wait(lambda: self._supersede(self.joined))
+        self.say(r.ShardReady(self.joined, self._small_generation, "dir"))
+        yield from self._wait(lambda: self._supersede(self.joined), self.host.cluster.job.deadlines.build)
+        raise Leaves
+
+    def _save(self) -> Script:
+        """Megatron's last checkpoint: each rank writes its part, then rank 0 says that all of it is there."""
+        cluster, iterations = self.host.cluster, self.host.cluster.iterations
+        if self._generation is not None and iterations <= self._generation.done.get("save", -1):
+            return
+        assert self.rank is not None
+        self._check()
+        yield from self._pause(0.05, 0.6)
+        cluster.oracle.writes(self)
+        yield from self._meet("parts", iterations, 0)
+        if self.rank == 0:
+            yield from self._pause(0.005, 0.05)
+            cluster.oracle.tracks(self)
+        yield from self._meet("tracker", iterations, 0)
+        self._check()
+        if self.rank == cluster.job.world_size - 1:
+            self.say(r.SideEffect(0, self.rank, self.joined, iterations, "save"))
+
+    def _all_through(self) -> Script:
+        self.host.cluster.oracle.finished(self)
+        self.step("finished", self.joined, self._small_generation)
+        self.host.cluster.oracle.through(self)
+        yield from self._wait(lambda: self._supersede(self.joined) or self._all_finished >= self.joined)
 
     def _agreed(self) -> Script:
         yield from self._wait(lambda: self._generation is not None and self._generation.epoch == self.declared_epoch)
@@ -335,7 +378,7 @@ class Rank:
 
     def _supersede(self, epoch: int) -> bool:
         if self.declared_epoch > epoch:
-            raise Closed
+            raise EpochClosed
         return False
 
     def _request_arena(self) -> Script:
@@ -364,18 +407,18 @@ class Rank:
             writer.complete()
             self._ring()
 
-    def _take_constants(self) -> None:
-        """As `Frozen.synchronize`, where no replica has them and the seed does not give them."""
+    def _take_constants(self) -> VaultError | None:
+        """As `Frozen.take`, where the seed does not give them."""
         if self._constants_writer is None or self.constants:
-            return
+            return None
         assert self.rank is not None
         try:
             _, there = self._constants_writer.read(CONSTANT)
         except VaultError as err:
-            self.host.cluster.oracle.without_constants(self)
-            raise Dies(f"no vault has the constants of rank {self.rank}: {err}", Exit.UNEQUAL) from None
+            return err
         assert bytes(there) == constants(self.rank), "wrong constants"
         self.constants = True
+        return None
 
     def _first_generation(self) -> Script:
         assert self.writer is not None
@@ -394,7 +437,7 @@ class Rank:
 
     def _check(self) -> None:
         if self.declared_epoch > self.joined:
-            raise Closed
+            raise EpochClosed
 
     def _open(self, generation: int) -> None:
         assert self.writer is not None
@@ -480,14 +523,14 @@ class Rank:
         deadlines = self.host.cluster.job.deadlines
         if isinstance(error, Broken) and self.declared_epoch <= self.joined:
             self.say(r.PeerError(self.joined, 0, self.rank, "connection closed by peer"))
-        patience = deadlines.build if error is None else self._patience
+        patience = _OWN_ERROR_S if isinstance(error, Dies) else deadlines.build if error is None else self._patience
         if not (yield from self._declared_after(self.joined, patience)):
             raise error or Dies("nothing was declared")
         while True:
             epoch = self.declared_epoch
             try:
                 return (yield from self._take_part(epoch))
-            except Closed:
+            except EpochClosed:
                 continue
             except Broken:
                 if self.declared_epoch <= epoch:
@@ -525,7 +568,12 @@ class Rank:
         yield from self._meet("form", 0, 0)
         self.step("formed", epoch, 4, 4)
         yield from self._meet("synchronize", 0, 0)
-        self._take_constants()
+        if (err := self._take_constants()) is not None:  # and there is no replica
+            self._tries += 1
+            if isinstance(err, ChecksumMismatch) and self._tries <= _TRIES:
+                raise Broken
+            self.host.cluster.oracle.without_constants(self)
+            raise Dies(f"no vault has the constants of rank {self.rank}: {err}", Exit.UNEQUAL)
         self._keep_constants()
         self.joined = epoch
         self.step("restored", epoch)
@@ -537,6 +585,12 @@ class Rank:
     def _is_agreed(self, epoch: int) -> bool:
         return self._generation is not None and self._generation.epoch == epoch
 
+    def _refuse(self, agreed: r.Generation, why: str) -> Script:
+        """As `Session.refuse`."""
+        self.say(r.Unreadable(agreed.epoch, agreed.generation, agreed.version_epoch, why))
+        yield from self._await_newer(agreed.epoch, "unreadable")
+        raise EpochClosed
+
     def _restore(self, agreed: r.Generation) -> Script:
         generation = agreed.generation
         if not (self.live == generation and self._small_generation == generation):
@@ -545,9 +599,7 @@ class Rank:
             try:
                 small, unique = self.writer.read(Version(agreed.version_epoch, generation))
             except VaultError as err:
-                self.say(r.Unreadable(agreed.epoch, generation, agreed.version_epoch, str(err)))
-                yield from self._await_newer(agreed.epoch, "unreadable")
-                raise Closed from None
+                yield from self._refuse(agreed, str(err))
             there = _STATE.unpack(small[: _STATE.size])
             assert bytes(unique) == whole(_STATE.pack(*there)) and there[0] == generation, "wrong bytes"
             self.value = there[1]

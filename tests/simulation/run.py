@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import math
 import random
 import traceback
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import msgspec
 
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import FORMAT, Coordinate, Lease, Manifest, directory_name, this_process
-from deadpool_megatron.durable.files import seal, write_shard
+from deadpool_megatron.durable.files import seal, write_constants, write_shard
 from deadpool_megatron.durable.lease import LOOK_S, WATCH_S, Taken, Taking
 from deadpool_megatron.vault import VaultFull
-from simulation.durable import DIRECTORY, LAYOUT, Directory
+from simulation.durable import CONSTANTS_LAYOUT, DIRECTORY, LAYOUT, Directory
 from simulation.faults import Faults, Profile
 from simulation.headquarters import Headquarters, RunDisk
 from simulation.host import Host
 from simulation.meetings import Meetings
 from simulation.network import Link, Network
 from simulation.oracle import Oracle, Violation
+from simulation.rank import constants, whole
 from simulation.rank import state as packed
-from simulation.rank import whole
 from simulation.world import Process, World
 
 __all__ = ["Outcome", "Run", "Violation", "simulate"]
@@ -56,6 +60,7 @@ class Outcome:
     seconds: float
     events: int
     shape: str
+    kinds: Counter[str]  # of faults
     trace: list[str] = field(default_factory=list)
 
     @property
@@ -96,7 +101,7 @@ class Run:
             interval, keep = self.draws.randint(2, 8), self.draws.randint(1, 3)
             durable = DurableSpec(DIRECTORY, name, interval, keep, 20.0, 20.0, resume=True)
             self.job = replace(self.job, durable=durable)
-        self.constants = False
+        self.constants = beside is not None and beside.constants
         if beside is None:
             self._draw_shards(profile, seed)
         self.restarts = profile.restarts
@@ -169,7 +174,7 @@ class Run:
         racks = draws.randint(2, 3) if draws.random() < 0.6 else 0
         domains = {node: {"rack": f"r{draws.randrange(racks)}"} for node in range(self.job.nodes)} if racks else {}
         self.job = replace(self.job, redundancy=draws.choice(schemes), domains=domains)
-        self.constants = self.job.durable is None and draws.random() < 0.6
+        self.constants = draws.random() < 0.6
 
     @property
     def shape(self) -> str:
@@ -191,6 +196,10 @@ class Run:
             write_shard(self.directory, name, rank, generation, LAYOUT, memoryview(whole(each)), each)
             for rank, each in enumerate(states)
         ]
+        if self.constants:
+            for rank, shard in enumerate(shards):
+                file = write_constants(self.directory, CONSTANTS_LAYOUT, memoryview(constants(rank)))
+                shards[rank] = msgspec.structs.replace(shard, constants=file)
         places = tuple(Coordinate(rank, 0, 0, rank, 0, 0) for rank in range(self.job.world_size))
         seal(
             self.directory,
@@ -248,7 +257,8 @@ class Run:
         while not self.over or (self.rival is not None and not self.rival.over):
             if not world.step():
                 raise Violation("nothing happens any more")
-            self._look()
+            if world.events % 16 == 0 or self.hq.ended is not None:
+                self._look()
             if self.rival is not None and self.rival.run is not None:
                 self.rival.run._look()
         assert self.hq.ended is not None
@@ -325,11 +335,23 @@ class Rival:
         self.run = Run(self._seed, self._profile, beside=first, lease=lease)
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """A run is short, and what it leaves is garbage as a whole."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
 def simulate(seed: int, profile: Profile | None = None, trace: bool = False) -> Outcome:
     """One run from its seed alone."""
     run = Run(seed, profile or Profile(), trace)
     code, message, violation = -1, "", ""
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()), _without_collections():
         try:
             code, message = run.run()
         except Violation as err:
@@ -340,5 +362,5 @@ def simulate(seed: int, profile: Profile | None = None, trace: bool = False) -> 
             run.world.say("run", traceback.format_exc())
     return Outcome(
         seed, code, message, violation, run.faults.struck, len(run.oracle.declared), run.world.now, run.world.events,
-        run.shape, run.world.trace or [],
+        run.shape, run.faults.kinds, run.world.trace or [],
     )  # fmt: skip

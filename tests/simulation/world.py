@@ -46,7 +46,10 @@ class World:
             return False
         self.now, _, process, call, args = heapq.heappop(self._heap)
         self.events += 1
-        process.do(call, *args)
+        if process.frozen:
+            process.do(call, *args)
+        elif process.alive:
+            call(*args)
         return True
 
     def delay(self, low: float, high: float) -> float:

@@ -200,13 +200,87 @@ def restarted(job: SimulatedJob, settled: bool = True, come_back: bool = True) -
     job.core = core
     job.take(core.restored(kept, job.now))
     if come_back:
-        for node, state in core.nodes.items():
-            if not state.gone:
-                slots = range(core.job.slots_per_node)
-                pids = [10 * node + i for i in slots]
-                job.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, pids, {}, core.epoch, settled))
-        job.park()
+        all_come_back(job, settled)
     return job
+
+
+def all_come_back(job: SimulatedJob, settled: bool = True) -> None:
+    core = job.core
+    for node, state in core.nodes.items():
+        if not state.gone:
+            slots = range(core.job.slots_per_node)
+            pids = [10 * node + i for i in slots]
+            job.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, pids, {}, core.epoch, settled))
+    job.park()
+
+
+def test_an_error_of_the_last_save_that_a_new_coordinator_hears_again_is_no_bug_of_training() -> None:
+    """Found by the simulation: it ended the job with 79, and nothing was made durable."""
+    job = SimulatedJob().train()
+    job.lose(1)
+    job.recover()
+    job.lose(0)
+    for new_coordinator in (False, True):
+        assert job.finish is None and job.told(r.Declare)[-1].purpose == "save"
+        job.arrive(7)
+        job.prepare()
+        job.form()
+        job.restore()
+        if new_coordinator:
+            restarted(job, come_back=False)
+        slot, epoch = job.core.assignment[5], job.core.epoch
+        job.feed(
+            r.WorkerFailed(slot.node, slot.local, 5, "training", epoch, 7, 0, "OSError", "save.py", "no space left", "")
+        )
+        job.feed(r.WorkerExited(slot.node, slot.local, 5, 50 + epoch, 1, epoch))
+    assert job.finish is None, "it is not the moment to decide: agents come back"
+    all_come_back(job)
+    code, message = job.end
+    assert code == Exit.NO_SPARE and "rank 5 raised the same error again: no space left" in message
+
+
+def test_who_had_left_before_the_coordinator_died_is_not_waited_for() -> None:
+    job = SimulatedJob().train()
+    for node in job.active:
+        job.feed(r.Finished(0, node))
+    workers = [(slot.node, slot.local, rank) for rank, slot in enumerate(job.core.assignment)]
+    for node, local, rank in workers[:3]:
+        job.feed(r.WorkerExited(node, local, rank, 10 * node + local, 0, 0))
+    restarted(job)
+    assert job.finish is None and job.core.phase is Phase.FINISHING
+    for node, local, rank in workers[3:]:
+        job.feed(r.WorkerExited(node, local, rank, 10 * node + local, 0, 0))
+    assert job.end[0] == Exit.OK
+
+
+def test_the_end_is_not_looked_for_while_agents_come_back() -> None:
+    """One of them may have lost a worker, for which nobody would wait in vain then."""
+    job = SimulatedJob().train()
+    job.commit(3)
+    restarted(job, come_back=False)
+    first = job.active[0]
+    job.feed(r.Join(first, 1000 + first, "127.0.0.1", 2000 + first, [], {}, 0, True))
+    job.feed(r.WorkerExited(first, 0, 0, 10 * first, -9, 0))
+    for node in job.active:
+        job.feed(r.Finished(0, node))
+    assert job.core.phase is Phase.RUNNING
+    all_come_back(job)
+    assert job.told(r.Declare)[-1].replaced == [0] and not job.told(r.AllFinished)
+
+
+def test_the_time_for_a_spare_is_not_over_while_one_that_may_join_is_on_its_way() -> None:
+    job = SimulatedJob(spares=0, wait_for_spare_s=20.0).train()
+    job.commit(3)
+    job.lose(1)
+    job.arrive(3)
+    job.wait(15.0)
+    _, number, actions = job.core.add_spare("", job.now)
+    job.take(actions)
+    job.wait(10.0)
+    assert job.finish is None and job.core.epoch == 1
+    job.join([number])
+    job.park([number])
+    assert job.told(r.Declare)[-1].purpose == "resume" and number in job.active
 
 
 def test_training_does_not_notice_that_the_coordinator_was_away() -> None:

@@ -14,7 +14,8 @@ def test_the_host_waits_for_the_gradients_whoever_has_read_their_norm(
     monkeypatch: pytest.MonkeyPatch, ended: bool
 ) -> None:
     pytest.importorskip("megatron.core")
-    from deadpool_megatron.megatron.trainer import EpochClosed, MegatronTrainer
+    from deadpool_megatron.megatron.trainer import MegatronTrainer
+    from deadpool_megatron.recovery import EpochClosed
 
     seen: list[str] = []
     poison = SimpleNamespace(poisoned=False)

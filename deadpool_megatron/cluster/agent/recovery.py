@@ -137,9 +137,11 @@ class NodeRecovery:
                 shards.fetch(record.epoch, rank, record.generation, source, address, others, keepers)
 
     def _with_constants(self, rank: int, generation: int) -> tuple[int, int] | None:
-        """The version that is here, for a new worker whose rank has constants: these may have changed in memory."""
+        """The version that is here, where the constants of its rank are read next, which may have changed in memory: by
+        a worker that has not been through a recovery, nor begun with the job, or by the drainer at the end."""
         worker = self._crew.mine().get(rank)
-        if self._drains or worker is None or worker.in_loop or not self._shards.path_of(constants_of(rank)):
+        has = worker is None or "restored" in worker.reached or (worker.in_loop and not worker.parked)
+        if (has and not self._drains) or not self._shards.path_of(constants_of(rank)):
             return None
         return self._shards.version_of(rank, generation)
 

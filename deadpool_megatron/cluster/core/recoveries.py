@@ -188,12 +188,12 @@ class Recoveries:
     @property
     def drains(self) -> bool:
         """The job cannot go on, and agents alone make durable what it has: what becomes of its workers is no matter."""
-        return self._purpose == "drain" and self.current is not None
+        return self._purpose == "drain"
 
     @property
     def ends(self) -> bool:
         """The job cannot go on: it saves what it has, or makes that durable."""
-        return self._purpose != "resume" and self.current is not None
+        return self._purpose != "resume"
 
     def spare_came(self) -> bool:
         """Somebody was waited for, and there are enough spares now."""
@@ -454,7 +454,8 @@ class Recoveries:
         True: an epoch has to begin that makes the generation durable instead, or (``by_all``) ends the job.
         """
         recovery = self.current
-        saves = self._purpose == "save" and recovery is not None and recovery.restored_reported
+        # (who was away knows no more whether all had been restored: an error that comes back is enough then)
+        saves = self._purpose == "save" and (by_all if recovery is None else recovery.restored_reported)
         if not saves or not (by_all or self._state.durability.can_drain):
             return False
         self._not_saved = why
@@ -474,6 +475,7 @@ class Recoveries:
             "recovering": self.current is not None,
             "purpose": self._purpose,
             "no_spare": self._end,
+            "not_saved": self._not_saved,
             "refused": sorted(self._refused),
             "vacant": sorted(self.vacant),
             "helpers": sorted(self.helpers),
@@ -483,6 +485,7 @@ class Recoveries:
         """Restore what `dump` gave. A recovery that was under way is not continued."""
         self._purpose = kept["purpose"]
         self._end = kept["no_spare"]
+        self._not_saved = kept["not_saved"]
         self._refused = {(rank, node, g, epoch) for rank, node, g, epoch in kept["refused"]}
         self.vacant = {(node, local) for node, local in kept["vacant"]}
         self.helpers = set(kept["helpers"])
