@@ -68,7 +68,7 @@ class DeadpoolConfig:
     transport: str = _setting(
         "auto",
         "how shards go from node to node: sent over tcp, or read from the other node's memory by nixl (RDMA; needs "
-        "deadpool-megatron[rdma]); auto: nixl if it is there and an RDMA device has an active port",
+        "pip install nixl); auto: nixl if it is there and an RDMA device has an active port",
         TRANSPORTS,
     )
     pin_agents: bool = _setting(

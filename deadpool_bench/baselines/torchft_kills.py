@@ -118,7 +118,7 @@ def check_torchft(options: argparse.Namespace) -> None:
     if not options.emulate_cpu:
         raise ValueError("--torchft: it runs on CPUs here: --emulate-cpu is needed")
     if importlib.util.find_spec("torchft") is None:
-        raise ValueError("--torchft: torchft is not installed: pip install 'deadpool-megatron[baselines]'")
+        raise ValueError("--torchft: torchft is not installed: pip install 'torchft>=0.2'")
 
 
 def _version() -> str:

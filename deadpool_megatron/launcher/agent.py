@@ -40,7 +40,7 @@ from deadpool_megatron.launcher.processes import CoordinatorProcess, Processes, 
 from deadpool_megatron.launcher.seat import Seat, job_lives
 from deadpool_megatron.launcher.secret import SecretSource
 from deadpool_megatron.launcher.serving import Serving, Signals
-from deadpool_megatron.launcher.tee import Tee
+from deadpool_megatron.launcher.tee import Tee, show_end
 from deadpool_megatron.launcher.torchrun import let_torchrun_go
 from deadpool_megatron.vault import clean_leftovers, process_alive
 
@@ -121,8 +121,7 @@ def _coordinate(plan: AgentPlan) -> int:
         if hosted is None:
             return code
         code, message = Serving(plan, signals, hosted).run()
-        if message:
-            print(f"deadpool: {message}", file=sys.stderr)
+        show_end(code, message)
         return code
     finally:
         processes.end(_END_GRACE_S)
@@ -210,9 +209,8 @@ def _agent(plan: AgentPlan) -> int:
         code, message = serving.run()
         if tee is not None:
             tee.stop()
-        if message:
-            where = "" if serving.hosts else f"node {answer.node}: "
-            print(f"deadpool: {where}{message}", file=sys.stderr)
+        where = "" if serving.hosts else f"node {answer.node}: "
+        show_end(code, message and where + message)
         return code
 
 

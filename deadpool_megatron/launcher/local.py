@@ -28,7 +28,7 @@ from deadpool_megatron.compat import UserError
 from deadpool_megatron.config import ConfigError
 from deadpool_megatron.launcher.plan import LaunchError, LaunchPlan, check, check_transport, visible_gpus
 from deadpool_megatron.launcher.processes import CoordinatorProcess, Processes, agent_settings, coordinator_settings
-from deadpool_megatron.launcher.tee import Tee
+from deadpool_megatron.launcher.tee import Tee, show_end
 from deadpool_megatron.vault import clean_leftovers, process_alive
 
 LOCALHOST = "127.0.0.1"
@@ -90,9 +90,9 @@ def launch(plan: LaunchPlan) -> int:
         code, message = coordinator.wait()
         if tee is not None:
             tee.stop()
-        if message:
-            print(f"deadpool: {message}", file=sys.stderr)
-        return Exit.INTERRUPTED if interrupted[0] else code
+        code = Exit.INTERRUPTED if interrupted[0] else code
+        show_end(code, message)
+        return code
     finally:
         processes.end(12.0)
         leadership.resign()

@@ -149,7 +149,7 @@ def check(
             f"({nodes_flag} {nodes}, --spare-nodes {spares})"
         )
     if config.deadpool and not scheme.mirror and find_spec("pyeclib") is None:
-        raise LaunchError(f"--deadpool-redundancy {scheme} needs pyeclib: pip install deadpool-megatron[parity]")
+        raise LaunchError(f"--deadpool-redundancy {scheme} needs pyeclib: pip install pyeclib")
     world = active * slots
     sizes = {flag: whole(value_of(arguments, flag, "1"), flag) for flag in _SIZES}
     model = math.prod(sizes.values())

@@ -1,10 +1,13 @@
-"""Shows the workers' logs on the terminal, each line behind the name of its log."""
+"""What a command shows on its terminal: the workers' logs, each line behind the name of its log, and the job's end."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+
+from deadpool_megatron.cluster.records.exits import what_to_do
 
 
 class Tee(threading.Thread):
@@ -45,3 +48,9 @@ class Tee(threading.Thread):
             self._positions[path.name] = self._positions.get(path.name, 0) + len(whole)
             for line in whole.decode(errors="replace").splitlines():
                 print(f"[{path.stem}] {line}", flush=True)
+
+
+def show_end(code: int, message: str) -> None:
+    """The job's last words on the terminal: how it ended, and what to do."""
+    for line in filter(None, (message, what_to_do(code))):
+        print(f"deadpool: {line}", file=sys.stderr)

@@ -36,7 +36,7 @@ def _pyplot() -> Any:
         import matplotlib
         from cycler import cycler
     except ModuleNotFoundError:
-        raise MissingPlots("pictures need matplotlib: pip install 'deadpool-megatron[plots]'") from None
+        raise MissingPlots("pictures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -100,9 +100,10 @@ def timeline_figure(line: Timeline, number: int) -> Any:
     since = "the failure" if line.exact else "the last sign of life of what failed"
     axes.set_xlabel(f"time since {since} ({unit})")
     r = line.recovery
-    who = f"node {', '.join(map(str, r.lost))} lost" if r.lost else "no node lost"
+    who = r.what.split(":", 1)[0]
+    start = "" if r.generation is None else f", from generation {r.generation}"
     more = f"; {line.left_out} more nodes not shown" if line.left_out else ""
-    axes.set_title(f"Recovery {number} (epoch {r.epoch}): {who}, from generation {r.generation}{more}", loc="left")
+    axes.set_title(f"Recovery {number} (epoch {r.epoch}): {who}{start}{more}", loc="left")
     from matplotlib.patches import Patch
 
     handles = [Patch(color=_ACT_COLOURS[act], label=ACTS[act]) for act in used]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from deadpool_megatron.cluster.records.exits import Exit, what_to_do
 from deadpool_megatron.observe.recoveries import Recovery, Story
 
 _PHASE: Final = {
@@ -89,11 +90,15 @@ def _what_was_lost(r: Recovery) -> str:
 def _how_long(r: Recovery) -> str:
     phases = {name: s for name, s in r.durations.items() if name in _PHASE}
     text = ", ".join(f"{seconds_text(s)} {_PHASE[name]}" for name, s in phases.items() if s >= 0.0005)
-    total = seconds_text(r.ended - r.began)
+    sign = "From the coordinator's first sign of it"
+    if r.first_sign < r.began:
+        sign = f"From the last progress of rank {ranks_text(r.ranks)}"
+        text = f"{seconds_text(r.began - r.first_sign)} until it was known to be stuck and was ended, {text}"
+    total = seconds_text(r.ended - r.first_sign)
     if r.redone is not None and r.pace_s is not None:
-        extra = max(0.0, r.redone - r.began - r.pace_s)
+        extra = max(0.0, r.redone - r.first_sign - r.pace_s)
         total += f", {seconds_text(extra)} more than the iteration takes anyway"
-    return f"From the first sign to the first completed iteration it took {total}: {text}. "
+    return f"{sign} to the first completed iteration it took {total}: {text}. "
 
 
 def _what_is_left(r: Recovery, story: Story) -> str:
@@ -113,13 +118,21 @@ def _what_next(r: Recovery) -> str:
     todo: list[str] = []
     if r.lost:
         todo.append(f"look at {_several('node', r.lost)} (its kernel log and its agent's) before using it again")
+    elif r.ranks and r.stuck_since is not None:
+        todo.append(f"see in that file where {_several('rank', r.ranks)} stood still")
     elif r.ranks:
-        todo.append(f"look at the log of {_several('rank', r.ranks)}")
+        todo.append(
+            f"look at the log of {_several('rank', r.ranks)}, and for want of memory at the kernel log"
+        )
     else:
         todo.append("look at the network; the peer_error events say who saw what")
     if r.spares_left == 0:
         todo.append("bring a spare node soon: the next loss ends the job (with a checkpoint, where one can be saved)")
     return f"What to do: {'; '.join(todo)}."
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def paragraph(r: Recovery, number: int, story: Story) -> str:
@@ -134,10 +147,11 @@ def paragraph(r: Recovery, number: int, story: Story) -> str:
     during = f"in iteration {r.progress + 1}" if r.progress >= 0 else "before the first iteration was complete"
     head = f"Recovery {number}, {when}, {during} (epoch {r.epoch}): {_what_failed(r)} "
     if r.end == "stopped":
-        return f"{head}The job could not go on: {r.end_message}"
+        why = r.end_message.splitlines()[0] if r.end_message else "it does not say why"
+        return f"{head}The job could not go on: {why}. {_sentence(what_to_do(r.end_code or Exit.FAILED))}."
     if r.end == "saved":
         return (
             f"{head}No spare was left, so the survivors saved Megatron's checkpoint of iteration {r.generation} to "
-            f"{r.directory} and the job ended. What to do: restart with --load {r.directory}, on sound nodes."
+            f"{r.directory} and the job ended. {_sentence(what_to_do(Exit.NO_SPARE_SAVED))}."
         )
     return head + _who_took_over(r) + _what_was_lost(r) + _how_long(r) + _what_is_left(r, story) + _what_next(r)

@@ -35,7 +35,8 @@ class Recovery:
 
     ``progress`` is the last completed iteration before the loss (-1: none), ``pace_s`` the usual seconds of one,
     ``taken_over`` says by lost node which node has its coordinates now, ``spares_left`` how many nodes are spare after
-    it (None where the events do not say).
+    it (None where the events do not say). ``stuck_since``: unix seconds of the last progress of a rank that was stuck
+    and ended for it; None where none was. ``end_code``: the job's, where it ended.
     """
 
     epoch: int = 0
@@ -58,10 +59,17 @@ class Recovery:
     pace_s: float | None = None
     end: str | None = None
     end_message: str = ""
+    end_code: int = 0
+    stuck_since: float | None = None
     directory: str = ""
     redone: float | None = None
     redone_iteration: int | None = None
     spares_left: int | None = None
+
+    @property
+    def first_sign(self) -> float:
+        """Unix seconds of the last progress of what failed, where that is known; else as `began`."""
+        return self.began if self.stuck_since is None else min(self.stuck_since, self.began)
 
     @property
     def began(self) -> float:
@@ -72,6 +80,18 @@ class Recovery:
     def ended(self) -> float:
         """Unix seconds of the last thing known of it."""
         return max([*self.times.values(), *([self.redone] if self.redone is not None else [])])
+
+    @property
+    def what(self) -> str:
+        """What failed and how that was seen, in a few words."""
+        if self.lost:
+            who = f"node {', '.join(map(str, self.lost))} lost"
+        elif self.ranks:
+            who = f"rank {', '.join(map(str, self.ranks))} ended, its node stays"
+        else:
+            who = "no node lost"
+        causes = [cause for cause in dict.fromkeys(self.causes.values()) if cause]
+        return f"{who}: {'; '.join(causes) or self.reason}"
 
     @property
     def durations(self) -> dict[str, float]:
@@ -96,6 +116,8 @@ class Recovery:
         if name == "detected":
             self.causes.setdefault(event["node"], event.get("cause", ""))
             self.ranks = sorted({*self.ranks, *event.get("ranks", ())})
+            if _is_node(event) and event.get("ranks") and event["node"] not in self.lost:
+                self.lost.append(event["node"])  # the job may end before anything is declared
         elif name == "declared":
             self.epoch, self.reason = event["epoch"], event.get("reason", "")
             self.purpose = event.get("purpose", "resume")
@@ -118,6 +140,11 @@ class Recovery:
             self.times[name] = event["t"]
 
 
+def _is_node(detected: Mapping[str, Any]) -> bool:
+    """All of the node is gone, and not one of its workers alone."""
+    return detected.get("rank") is None and detected.get("local") is None
+
+
 class Story:
     """All of a run so far, folded event by event. What it does not know it passes over."""
 
@@ -135,6 +162,7 @@ class Story:
         self._paces: deque[float] = deque(maxlen=_PACE_WINDOW)
         self._now: Recovery | None = None
         self._awaits_iteration: Recovery | None = None
+        self._stuck: dict[int, float] = {}  # by rank, unix seconds of its last progress
 
     @property
     def under_way(self) -> Recovery | None:
@@ -197,14 +225,18 @@ class Story:
         if self._now is None and (name == "declared" or (name == "detected" and event.get("ranks"))):
             self._now = Recovery(progress=self.iteration, pace_s=self.pace_s, active=list(self.active))
             interrupted, self._awaits_iteration = self._awaits_iteration, None
-        if name == "detected" and event.get("rank") is None:  # with a rank only that worker is gone, not its node
+        if name == "detected" and _is_node(event):
             self._leaves(event["node"])
+        if name == "stuck":
+            self._stuck[event["rank"]] = event["t"] - event.get("seconds", 0.0)
         if name == "declared" and self.spares is not None:
             self.spares -= set(event.get("nodes", ()))
             self.active = list(event.get("nodes", ()))
         now = self._now
         if now is None:
             return None
+        if name == "detected":
+            now.stuck_since = self._stuck.pop(event.get("rank", -1), now.stuck_since)
         if name in PHASES:
             now._phase(event)
         elif name == "step" and event.get("epoch") == now.epoch:
@@ -214,6 +246,7 @@ class Story:
         now.end = name
         if name != "resumed":
             now.times.setdefault(name, event["t"])
+            now.end_code = event.get("code", 0)
             now.end_message, now.directory = event.get("message", ""), event.get("directory", "")
         now.spares_left = None if self.spares is None else len(self.spares - self.lost)
         self.recoveries.append(now)

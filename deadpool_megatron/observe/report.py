@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +38,7 @@ class Page:
 
     def __init__(self, title: str) -> None:
         self._title = title
+        self.without_pictures = ""
         self._parts: list[str] = [f"<h1>{escape(title)}</h1>"]
 
     def heading(self, text: str) -> None:
@@ -64,6 +66,15 @@ class Page:
 
         body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
         self._parts.append(f"<table><tr>{cells('th', header)}</tr>{body}</table>")
+
+    def picture(self, draw: Callable[[], Any], alt: str) -> None:
+        """What ``draw`` draws; where matplotlib is not installed, once how to get it."""
+        try:
+            self.raw(figures.as_image(draw(), alt))
+        except figures.MissingPlots as err:
+            if not self.without_pictures:
+                self.without_pictures = str(err)
+                self.paragraph(f"No picture here or below: {err}", note=True)
 
     @property
     def text(self) -> str:
@@ -99,7 +110,10 @@ def _load(run_dir: Path) -> list[dict[str, Any]]:
 
 def _add_recovery(page: Page, number: int, recovery: Recovery, text: str, moments: Any) -> None:
     line = timeline(recovery, moments)
-    page.raw(figures.as_image(figures.timeline_figure(line, number), f"recovery {number}"))
+    if not line.bars:  # the job ended with the loss
+        page.paragraph(text)
+        return
+    page.picture(lambda: figures.timeline_figure(line, number), f"recovery {number}")
     if not line.exact and line.zero < recovery.began:
         page.paragraph("The moment of the failure is not known; detection took at most what is shown.", note=True)
     page.paragraph(text)
@@ -111,7 +125,7 @@ def _add_recovery(page: Page, number: int, recovery: Recovery, text: str, moment
 def write_timeline(run_dir: Path, out: Path) -> list[Path]:
     """Write ``recovery-N.png`` for each recovery, ``timeline.html`` and ``trace.json``; returns what was written.
 
-    Raises NoRun, MissingPlots (after the trace is written, which needs no pictures) and OSError.
+    Without matplotlib there are no pictures. Raises NoRun and OSError.
     """
     events = _load(run_dir)
     moments = deaths(run_dir, events)
@@ -121,11 +135,13 @@ def write_timeline(run_dir: Path, out: Path) -> list[Path]:
     _, told = _told(events)
     page = Page(f"Recoveries of {run_dir.name}")
     if not told:
-        page.paragraph("There was none: no node was lost in this run.")
+        page.paragraph("There was none: nothing failed in this run.")
     for number, (recovery, text) in enumerate(told, 1):
-        path = out / f"recovery-{number}.png"
-        figures.save(figures.timeline_figure(timeline(recovery, moments), number), path)
-        written.append(path)
+        line = timeline(recovery, moments)
+        if line.bars and not page.without_pictures:
+            with contextlib.suppress(figures.MissingPlots):  # the page says so
+                figures.save(figures.timeline_figure(line, number), out / f"recovery-{number}.png")
+                written.append(out / f"recovery-{number}.png")
         page.heading(f"Recovery {number}")
         _add_recovery(page, number, recovery, text, moments)
     written.append(out / "timeline.html")
@@ -153,16 +169,18 @@ def _pace_pictures(page: Page, events: Sequence[Mapping[str, Any]], told: Sequen
     page.heading("Loss")
     name = next(iter(steps[0]["losses"]), "loss")
     loss = [next(iter(e["losses"].values()), float("nan")) for e in steps]
-    page.raw(figures.as_image(figures.line_figure([(name, at, loss)], x, name, "Loss", marks, from_zero=False), "loss"))
+    page.picture(lambda: figures.line_figure([(name, at, loss)], x, name, "Loss", marks, from_zero=False), "loss")
     page.heading("Pace")
     pace = [("one iteration", at, [e["seconds"] for e in steps])]
-    picture = figures.line_figure(pace, x, "seconds", "Length of an iteration", marks)
-    page.raw(figures.as_image(picture, "length of an iteration"))
-    blocked = [100 * e.get("blocked_s", 0.0) / e["seconds"] if e["seconds"] else 0.0 for e in steps]
-    picture = figures.line_figure(
-        [("blocked", at, blocked)], x, "percent", "Share of an iteration that training was blocked on DeadPool", marks
+    page.picture(
+        lambda: figures.line_figure(pace, x, "seconds", "Length of an iteration", marks), "length of an iteration"
     )
-    page.raw(figures.as_image(picture, "share of an iteration blocked"))
+    blocked = [100 * e.get("blocked_s", 0.0) / e["seconds"] if e["seconds"] else 0.0 for e in steps]
+    title = "Share of an iteration that training was blocked on DeadPool"
+    page.picture(
+        lambda: figures.line_figure([("blocked", at, blocked)], x, "percent", title, marks),
+        "share of an iteration blocked",
+    )
     quiet = [b for b, e in zip(blocked, steps, strict=True) if e["iteration"] > 0]
     if quiet:
         page.paragraph(
@@ -182,11 +200,11 @@ def _commit_picture(page: Page, lines: Sequence[Mapping[str, Any]], zero: float,
         mine = sorted((x for x in shards if x["node"] == node), key=lambda x: x["stored"])
         xs = [x["stored"] - zero for x in mine]
         series.append((f"node {node}", xs, [1e3 * (x["stored"] - x["opened"]) for x in mine]))
-    picture = figures.line_figure(
-        series, "time since the start of the job (s)", "milliseconds",
-        "From a snapshot's first byte until its shard is in two vaults", marks, height=3.0, line="",
-    )  # fmt: skip
-    page.raw(figures.as_image(picture, "time to commit"))
+    title = "From a snapshot's first byte until its shard is in two vaults"
+    x = "time since the start of the job (s)"
+    page.picture(
+        lambda: figures.line_figure(series, x, "milliseconds", title, marks, height=3.0, line=""), "time to commit"
+    )
     times = [x["stored"] - x["opened"] for x in shards]
     page.paragraph(
         f"{len(shards)} shards of {min(x['bytes'] for x in shards):,} to {max(x['bytes'] for x in shards):,} bytes; "
@@ -195,7 +213,7 @@ def _commit_picture(page: Page, lines: Sequence[Mapping[str, Any]], zero: float,
 
 
 def write_report(run_dir: Path, out: Path) -> Path:
-    """Write the one page of a run. Raises NoRun, MissingPlots and OSError."""
+    """Write the one page of a run, without matplotlib one without pictures. Raises NoRun and OSError."""
     events = _load(run_dir)
     lines = list(read_node_logs(run_dir))
     moments = deaths(run_dir, events)
@@ -228,7 +246,7 @@ def write_report(run_dir: Path, out: Path) -> Path:
         pass
     page.heading(f"Recoveries: {count_text(len(told), 'recovery').replace('recoverys', 'recoveries')}")
     if not told:
-        page.paragraph("No node was lost in this run.")
+        page.paragraph("Nothing failed in this run.")
     for number, (recovery, text) in enumerate(told, 1):
         _add_recovery(page, number, recovery, text, moments)
     _pace_pictures(page, events, told)

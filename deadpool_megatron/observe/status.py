@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from deadpool_megatron.cluster.records.exits import what_to_do
 from deadpool_megatron.observe.narrative import count_text, ranks_text, seconds_text
 from deadpool_megatron.observe.recoveries import PHASES, Recovery, Story
 from deadpool_megatron.observe.rundir import STATUS, EventTail
@@ -22,6 +24,8 @@ from deadpool_megatron.observe.tables import grid_table, make_console, nodes_tab
 
 _SHOWN_EVENTS = 6
 _REFRESH_S = 0.25
+# Seconds without a new status after which a coordinator whose process is not there is gone, and any other one too.
+_GONE_S: Final = (10.0, 120.0)
 _QUIET: Final = frozenset({"iteration", "committed", "step", "evaluated", "logged"})
 _WORDS: Final = ("node", "ranks", "cause", "reason", "iteration", "message", "directory", "code", "advice", "fault")
 
@@ -42,6 +46,13 @@ def event_line(event: Mapping[str, Any], columns: int = 80) -> str:
         parts.append(text if name in ("cause", "reason", "message") else f"{name} {text}")
     line = f"{when}  {event['event']:<10} {', '.join(parts)}".rstrip()
     return line if len(line) <= columns else line[: columns - 3] + "..."
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _bytes(count: float) -> str:
@@ -104,8 +115,25 @@ class JobView:
 
     @property
     def over(self) -> bool:
-        """The job has ended."""
-        return bool(self.status["phase"] == "ended")
+        """The job has ended, or nobody is left who would write its status."""
+        return bool(self.status["phase"] == "ended") or bool(self.gone)
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the coordinator wrote the status; while it lives it does so every few seconds."""
+        return max(0.0, time.time() - float(self.status["t"]))
+
+    @property
+    def gone(self) -> str:
+        """Why the job is over though it has not said so, in words; empty while it may live."""
+        pid, host = self.status.get("coordinator_pid"), self.status.get("coordinator_host", "")
+        if self.status["phase"] == "ended" or self.silent_s < _GONE_S[0]:
+            return ""
+        known = pid is not None and host == socket.gethostname()
+        if (known and not Path(f"/proc/{pid}").exists()) or self.silent_s > _GONE_S[1]:
+            where = f"process {pid} on {host or 'an unknown host'}"
+            return f"its coordinator ({where}) has not written for {_age(self.silent_s)}"
+        return ""
 
     def protection(self) -> str:
         """How much may be lost now, in words."""
@@ -152,7 +180,13 @@ class JobView:
         status = self.status
         iteration, committed = status["iteration"], status["generation"]["committed"]
         first = Text()
-        first.append(status["phase"], "bold red" if self.story.under_way else "bold")
+        if self.gone:
+            first.append("ended without a word", "bold red")
+        else:
+            first.append(status["phase"], "bold red" if self.story.under_way else "bold")
+        end = status.get("end") or {}
+        if self.over and end:
+            first.append(f", exit code {end['code']}", "bold red" if end["code"] else "bold green")
         first.append(f", epoch {status['epoch']}")
         first.append(f", last iteration {iteration}" if iteration >= 0 else ", no iteration yet")
         first.append(f", committed generation {committed}" if committed >= 0 else ", nothing committed yet")
@@ -160,6 +194,12 @@ class JobView:
         if durable >= 0:
             first.append(f", durable generation {durable}")
         out = [first]
+        if self.gone:
+            out.append(Text(f"{self.gone}: it was killed, or its machine is gone", "red"))
+        if end.get("code"):
+            out += [Text(line, "red") for line in [*end["message"].splitlines(), what_to_do(end["code"])]]
+        if self.over:
+            return out
         if self.story.pace_s is not None:
             out.append(Text(f"pace: {seconds_text(self.story.pace_s)} an iteration"))
         out.append(Text(f"protection: {self.protection()}"))
@@ -174,14 +214,17 @@ class JobView:
         words = [f"{count_text(len(ready), 'spare')} parked warm"] if ready else []
         words += [f"{count_text(len(cold), 'spare')} starting"] if cold else []
         out.append(Text(f"spares: {', '.join(words) or ('none left' if status['epoch'] else 'none')}"))
-        age = time.time() - status["t"]
-        if not self.over and age > 5.0:
-            out.append(Text(f"nothing new for {age:.0f} s", "yellow"))
+        if self.silent_s > 2 * _GONE_S[0]:
+            out.append(Text(f"nothing new for {_age(self.silent_s)}: does the coordinator run?", "yellow"))
         return out
 
     def _last_recovery(self, console: Console, last: Recovery, count: int) -> list[RenderableType]:
-        how = {None: "under way", "resumed": f"resumed from iteration {last.generation}"}.get(last.end, last.end)
-        lost = f"node {ranks_text(last.lost)} lost" if last.lost else "no node lost"
+        how = {
+            None: "under way",
+            "resumed": f"resumed from iteration {last.generation}",
+            "saved": f"a checkpoint of iteration {last.generation} was saved, the job ended",
+            "stopped": "the job ended",
+        }[last.end]
         after: list[tuple[str, str, float]] = []
         if last.end is None:
             reached = [name for name in PHASES if name in last.times]
@@ -189,7 +232,7 @@ class JobView:
             after.append(("...", f"on the way to {following}", time.time()))
         elif last.redone is not None:
             after.append(("redone", f"iteration {last.redone_iteration} is complete", last.redone))
-        title = Text(f"last recovery (of {count}): {lost}, {last.reason}; {how}", "bold")
+        title = Text(f"last recovery (of {count}): {last.what}; {how}", "bold")
         return [title, phases_table(console, last, last.began, after)]
 
 

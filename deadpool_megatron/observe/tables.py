@@ -15,6 +15,8 @@ from deadpool_megatron.observe.recoveries import MEANING, PHASES, Recovery
 
 _MOST_CELLS = 128  # coordinates; above it the grid would fill screens, and the nodes' table says the same
 _PLAIN_WIDTH = 80
+# Phases of `cluster.core.job.Phase` in which a recovery is under way.
+_RECOVERING: Final = ("aborting", "waiting for a spare", "restoring", "re-forming", "gathering parameters")
 _WIDE = 100
 _NODE_COLOURS: Final = ("cyan", "blue", "magenta", "yellow", "bright_cyan", "bright_blue", "bright_magenta")
 _ROLE_STYLE: Final = {"active": "green", "spare": "cyan", "lost": "bold red"}
@@ -43,10 +45,26 @@ def _node_style(node: int) -> str:
     return _NODE_COLOURS[node % len(_NODE_COLOURS)]
 
 
-def _state(c: Mapping[str, Any], phase: str) -> str:
-    """What to say of a coordinate beside its node: its step while the job recovers, else the generation it holds."""
-    if c.get("step") and phase not in ("training", "finishing", "ended"):
-        return str(c["step"])
+# What a coordinate's node does while the job recovers, by the last step of the recovery that it has reached.
+_DOING: Final = {
+    None: "aborting",
+    "aborted": "restoring",
+    "prepared": "re-forming",
+    "reformed": "gathering",
+    "restored": "starting",
+    "resumed": "training",
+}
+
+
+def _state(c: Mapping[str, Any], phase: str, moved: frozenset[int] = frozenset()) -> str:
+    """What to say of a coordinate beside its node: what it does while the job recovers, else the generation it holds.
+
+    ``moved``: ranks that a spare has taken over.
+    """
+    if phase in _RECOVERING and "step" in c:
+        if c["step"] in (None, "aborted") and c["rank"] in moved:
+            return "building"  # the spare that holds it had no step to leave
+        return _DOING.get(c["step"], str(c["step"]))
     return f"g{c['generation']}" if c.get("generation") is not None else "g-"
 
 
@@ -62,10 +80,10 @@ def _cell(
         style = "bold red" if gone else "bold green" if c["rank"] in moved else _node_style(c["node"])
         if compact:
             out.append(f"{c['rank']}@").append(f"{c['node']}{mark}", style)
-            out.append(f"{'lost' if gone else _state(c, phase)}")
+            out.append(f"{'lost' if gone else _state(c, phase, moved)}")
         else:
             out.append(f"rank {c['rank']:<2} ").append(f"node {c['node']}{mark}", style)
-            out.append(f" {'lost' if gone else _state(c, phase)}")
+            out.append(f" {'lost' if gone else _state(c, phase, moved)}")
     return out
 
 

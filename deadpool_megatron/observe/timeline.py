@@ -79,6 +79,8 @@ def deaths(run_dir: str | Path, events: Iterable[Mapping[str, Any]]) -> dict[int
 
 
 def _failure(r: Recovery, moments: Mapping[int, list[tuple[float, bool]]]) -> tuple[float, bool]:
+    if r.stuck_since is not None:
+        return r.first_sign, False
     known = [
         (exact, t) for node in r.causes for t, exact in moments.get(node, ()) if r.began - 300.0 < t <= r.began + 0.001
     ]
@@ -117,9 +119,12 @@ def timeline(r: Recovery, moments: Mapping[int, list[tuple[float, bool]]] | None
             continue
         s = r.steps.get(node, {})
         declared, agreed, formed = t.get("declared"), t.get("agreed"), t.get("prepared")
-        bar(row, "abort", declared, s.get("aborted"))
-        bar(row, "wait", s.get("aborted"), agreed)
-        bar(row, "prepare", agreed, s.get("prepared"))
+        if node in r.new_nodes:  # it had no step to leave, and builds from the declaration on
+            bar(row, "prepare", declared, s.get("prepared"))
+        else:
+            bar(row, "abort", declared, s.get("aborted"))
+            bar(row, "wait", s.get("aborted"), agreed)
+            bar(row, "prepare", agreed, s.get("prepared"))
         bar(row, "wait", s.get("prepared"), formed)
         bar(row, "re-form", formed, s.get("reformed"))
         bar(row, "gather", s.get("reformed"), s.get("restored"))

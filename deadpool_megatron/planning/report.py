@@ -118,12 +118,13 @@ def _spares_text(run: RunFile, plan: Budget, worth: Spares) -> list[str]:
     c = run.cluster
     if not c.failures:
         return ["spares                               no failures are expected, so none pays"]
+    asked = f", asked for are {c.spare_nodes}" if c.spare_nodes != worth.best else ""
     rows = ", ".join(f"{n}: {share:.1%}" for n, share in enumerate(worth.goodput))
     return [
         f"a node fails every                   {worth.hours_between:.1f} h ({c.failures:g} in 1,000 node-days); with a "
         f"spare it costs about {_time(recovery_s(run, plan))}, without {worth.cost_without_hours:.1f} h",
         f"the first spare pays for itself      if a failure without one costs more than {worth.break_even_hours:.2f} h",
-        f"training a node paid for, by spares  {rows}: best {worth.best}",
+        f"training a node paid for, by spares  {rows}: best {worth.best}{asked}",
     ]
 
 

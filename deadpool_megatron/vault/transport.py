@@ -51,7 +51,7 @@ def choose_transport(
         try:
             importlib.import_module(library)
         except ImportError as err:
-            missing = f"nixl cannot be imported ({err}): pip install deadpool-megatron[rdma]"
+            missing = f"nixl cannot be imported ({err}): pip install nixl"
     if not missing:
         return Transport("nixl", have)
     if wanted == "auto":

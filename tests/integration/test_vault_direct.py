@@ -25,7 +25,7 @@ from vault_processes import NodeProcess
 from waiting import until
 
 if importlib.util.find_spec("nixl") is None:
-    pytest.skip("nixl is not installed: pip install deadpool-megatron[rdma]", allow_module_level=True)
+    pytest.skip("nixl is not installed: pip install nixl", allow_module_level=True)
 
 CHUNK = 1 << 16
 UNIQUE = 3 * (1 << 20) + 777

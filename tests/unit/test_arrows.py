@@ -31,7 +31,7 @@ BELOW = {
     "snapshot": {"vault", "points"},
     "comm": set[str](),
     "recovery": {"comm", "vault", "points", "cluster.records"},
-    "observe": {""},
+    "observe": {"", "cluster.records"},
     "forking": set[str](),
     "jobs": {"forking", "observe"},
     "points": set[str](),

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from deadpool_megatron.observe import EVENTS, STATUS
 from deadpool_megatron.observe.narrative import ranks_text
 from deadpool_megatron.observe.recoveries import PHASES, recoveries
 from deadpool_megatron.observe.tables import grid_table, phases_table
+
+NOW = time.time()
 
 
 def _event(name: str, t: float, **fields: Any) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def _status(**changed: Any) -> dict[str, Any]:
         {"node": 2, "agent_pid": 12, "role": "active"},
     ]
     return {
-        "t": 0.0,
+        "t": NOW,
         "phase": "ended",
         "epoch": 1,
         "iteration": 7,
@@ -143,7 +146,7 @@ def test_status_shows_roles_progress_and_the_last_recovery(tmp_path: Path, capsy
     assert cli.main(["status", "--run-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "ended, epoch 1, last iteration 7, committed generation 7" in out
-    assert "node 0 lost, gone; resumed from iteration 6" in out
+    assert "node 0 lost: gone; resumed from iteration 6" in out
     assert all(name in out for name in PHASES)
     assert "\x1b" not in out
 

@@ -61,6 +61,17 @@ def test_every_file_works_and_its_flags_are_flags_of_megatron_and_deadpool(path:
     assert known.num_layers == run.megatron["num-layers"] and isinstance(known.lr, float)
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_file_has_the_spares_that_the_plan_finds_best_and_one_at_least(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "--config", str(path), "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["spares"]["best"]
+    assert load(str(path)).cluster.spare_nodes == max(1, best)
+    assert cli.main(["plan", "--config", str(path)]) == 0
+    assert (": best 0, asked for are 1" in capsys.readouterr().out) == (best == 0)
+
+
 def test_the_small_file_is_the_demos_job() -> None:
     run = load(str(ROOT / "configs" / "cpu_tiny.yaml"))
     tiny = (ROOT / "examples" / "cpu_tiny.args").read_text().split()

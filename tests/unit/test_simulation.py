@@ -12,7 +12,7 @@ import pytest
 
 from deadpool_bench.validation import Disturbed, _account, predicted
 from deadpool_megatron import cli
-from deadpool_megatron.simulate.command import read_trace
+from deadpool_megatron.simulate.command import _INPUTS, _measured, read_trace
 from deadpool_megatron.simulate.goodput import Cluster, Costs, best_interval, poisson, simulate
 
 NEVER = iter(())
@@ -24,6 +24,13 @@ def test_without_failures_goodput_is_what_spares_and_overhead_leave() -> None:
     out = simulate("deadpool", cluster, Costs(overhead=0.25), iter(()), WEEK)
     assert out.goodput == pytest.approx(0.9 / 1.25) and out.failures == 0
     assert simulate("shrink", cluster, Costs(), iter(()), WEEK).goodput == pytest.approx(1.0)
+
+
+def test_the_overhead_that_is_called_measured_is_what_the_measurement_says() -> None:
+    where = "docs/measurements/recovery"
+    (default,) = (each for each in _INPUTS if each[0] == "overhead")
+    measured, _ = _measured(Path(__file__).parents[2] / f"{where}.json")["overhead"]
+    assert default[1] == round(measured, 2) and where in default[4]
 
 
 def test_one_failure_costs_deadpool_its_recovery_and_the_iteration_begun() -> None:

@@ -162,4 +162,4 @@ def test_that_torchft_is_not_installed_is_one_clear_line(capsys: pytest.CaptureF
     sizes = ["--tensor-model-parallel-size", "2", "--tensor-model-parallel-size", "1"]  # the last one counts
     assert cli.main(["bench", "recovery", "--torchft", "1", *_ONE, "nowhere.py", *sizes]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "pip install 'deadpool-megatron[baselines]'" in err
+    assert err.count("\n") == 1 and "pip install 'torchft>=0.2'" in err

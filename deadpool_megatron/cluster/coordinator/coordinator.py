@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -39,6 +40,8 @@ _MOST_REFUSALS_TOLD = 100
 _GATHER_S = (0.003, 0.02)
 _GATHER_S_A_NODE = 2e-5  # about what a packet and its answer cost
 _STATUS_INTERVAL_S = 0.2
+_STATUS_SIGN_OF_LIFE_S = 5.0  # written anew although nothing has changed
+_HOST = socket.gethostname()
 _STATUS_FIRST = frozenset({"training", "resumed"})  # who reads of these finds in status.json who holds what now
 _STATUS_SHARE = 0.005  # of the coordinator's time that writing it may take, in large jobs
 
@@ -181,7 +184,8 @@ class Coordinator:
             self._do(self._core.preempted(self._clock.now()))
         if self._interrupted and self._finish is None:
             self._do(self._core.interrupted(self._clock.now()))
-        if self._status_stale and self._clock.now() >= self._status_due:
+        now = self._clock.now()
+        if now >= self._status_due + (0.0 if self._status_stale else _STATUS_SIGN_OF_LIFE_S):
             self._write_status()
 
     def end(self) -> tuple[int, str]:
@@ -407,6 +411,7 @@ class Coordinator:
             {
                 "t": time.time(),
                 "phase": core.phase.value,
+                "end": None if core.end is None else {"code": core.end[0], "message": core.end[1]},
                 "epoch": core.epoch,
                 "iteration": core.iteration,
                 "nodes": [{"node": n, "agent_pid": s.agent_pid, "role": s.role} for n, s in sorted(core.nodes.items())],
@@ -426,6 +431,7 @@ class Coordinator:
                 "refused": {"malformed": self._refused + self._hub.refused, "vaults": core.seen.refusals},
                 "snapshot": core.seen.snapshots.summary(),
                 "coordinator_pid": os.getpid(),
+                "coordinator_host": _HOST,
                 "control": {"store_writes": self._memory.writes, "store_bytes": self._memory.written_bytes},
             }
         )

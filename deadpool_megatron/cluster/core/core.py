@@ -150,6 +150,11 @@ class Core:
         return self._recoveries.current
 
     @property
+    def end(self) -> tuple[int, str] | None:
+        """Exit code and message of the job, once it is over."""
+        return self._state.end
+
+    @property
     def coordinates(self) -> dict[int, r.CoordinateInfo]:
         """By rank, of all that have registered."""
         return self._layout.coordinates

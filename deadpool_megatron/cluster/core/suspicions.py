@@ -14,6 +14,7 @@ from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.records.exits import Exit
 
 _BEYOND_LEASE_S = 1.0
+_STATES = {"silent": "and it does not answer: stopped, or held by the kernel", "busy": "and it waits for nobody"}
 
 
 class Suspicions:
@@ -25,7 +26,8 @@ class Suspicions:
         self._error: tuple[float, str, Stop | None] | None = None
         """When it counts, its text, and how the job ends if it is one too many."""
         self._stalls = StallJudge(state.job.world_size)
-        self._texts: dict[int, str] = {}
+        self._told: dict[int, r.Stalled] = {}
+        self._ended: dict[tuple[int, int], str] = {}  # by node and local index, the worker's end that was asked for
 
     @property
     def due(self) -> float | None:
@@ -47,9 +49,13 @@ class Suspicions:
 
     def stalled(self, record: r.Stalled, now: float) -> Effects:
         """A rank of this epoch makes no progress."""
-        self._texts[record.rank] = f"no progress for {record.seconds:.1f} s ({record.state})"
+        self._told[record.rank] = record
         self._stalls.report(record, now)
         yield from self.judge_stalls(now)
+
+    def why_ended(self, node: int, local: int) -> str:
+        """Of a worker that has ended: in words, if that was because it was stuck; else empty."""
+        return self._ended.pop((node, local), "")
 
     def judge_errors(self, now: float) -> Effects:
         """Whether an error has been left unexplained for too long."""
@@ -64,9 +70,14 @@ class Suspicions:
             return
         stuck, all_of_them = self._stalls.verdict(now)
         for rank in stuck:
-            node = self._state.members.assignment[rank].node
-            yield emit("stuck", node=node, rank=rank, cause=f"rank {rank} is stuck: {self._texts[rank]}")
-            yield Send(node, r.EndStuck(self._state.members.epoch, rank))
+            slot, told = self._state.members.assignment[rank], self._told[rank]
+            cause = f"rank {rank} is stuck: no progress for {told.seconds:.1f} s, {_STATES[told.state]}"
+            self._ended[slot.node, slot.local] = (
+                f"{cause}; DeadPool has ended it, and what it did is in stacks-node{slot.node}-{slot.local}.txt "
+                "beside its log"
+            )
+            yield emit("stuck", node=slot.node, rank=rank, seconds=told.seconds, cause=cause)
+            yield Send(slot.node, r.EndStuck(self._state.members.epoch, rank))
         if all_of_them:
             yield from self._failed("every rank waits in a communication and none gets on", None)
 

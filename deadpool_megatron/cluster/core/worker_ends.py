@@ -49,7 +49,9 @@ class WorkerEnds:
         over = phase is Phase.FINISHING and deadpool
         if (record.code == 0 and phase in _BESIDE_TRAINING) or (record.code < 0 and over):
             if record.code:  # everything is saved, and nobody waits for it
-                yield emit("detected", node=record.node, cause=f"{who} ended ({how}) at its end", ranks=[])
+                yield emit(
+                    "detected", node=record.node, cause=f"{who} ended ({how}) at its end", ranks=[], local=record.local
+                )
             self._left.add((record.node, record.local))
             if self.all_left():
                 yield Stop(Exit.OK, "")
@@ -64,16 +66,17 @@ class WorkerEnds:
             else:
                 yield end
         elif self._recoveries.drains:
-            yield emit("detected", node=record.node, cause=f"{who} ended ({how})", ranks=[])
+            yield emit("detected", node=record.node, cause=f"{who} ended ({how})", ranks=[], local=record.local)
         elif node.role == "active":
-            yield from self._refill(node, record, f"{who} ended ({how})")
+            stuck = self._suspicions.why_ended(record.node, record.local)
+            yield from self._refill(node, record, stuck or f"{who} ended ({how})")
 
     def _spare_exited(self, node: NodeState, local: int, how: str) -> Effects:
         node.parked.discard(local)
         if self._blame.died(node):
             yield Lose({node.node}, f"{node.deaths} of its workers ended, the last with {how}")
             return
-        yield emit("detected", node=node.node, cause=f"spare worker {local} ended ({how})", ranks=[])
+        yield emit("detected", node=node.node, cause=f"spare worker {local} ended ({how})", ranks=[], local=local)
         yield Send(node.node, r.Respawn(local))
 
     def _refill(self, node: NodeState, record: r.WorkerExited, cause: str) -> Effects:
@@ -95,7 +98,7 @@ class WorkerEnds:
             again = f"{node.deaths} of its workers ended, the last one: " if node.deaths > 1 else ""
             yield Lose({node.node}, again + cause)
             return
-        yield emit("detected", node=record.node, rank=rank, cause=cause, ranks=[rank])
+        yield emit("detected", node=record.node, rank=rank, local=record.local, cause=cause, ranks=[rank])
         self._recoveries.vacant.add((record.node, record.local))
         if record.code > 0:
             self._recoveries.not_saved(cause)

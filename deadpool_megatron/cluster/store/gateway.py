@@ -95,7 +95,7 @@ class Gateway:
         try:
             import urllib3
         except ImportError:
-            raise StoreError("an etcd store needs urllib3: pip install deadpool-megatron[etcd]") from None
+            raise StoreError("an etcd store needs urllib3: pip install 'urllib3>=2'") from None
         self.address = address
         self.timeout_s = timeout_s
         self._broken = (urllib3.exceptions.HTTPError, OSError, json.JSONDecodeError)

@@ -1,0 +1,158 @@
+"""What a person is told when something fails or the job ends: true, with the cause, and with what to do next."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.records.exits import ADVICE, Exit, what_to_do
+from deadpool_megatron.observe import EVENTS, STATUS
+from deadpool_megatron.observe.figures import timeline_figure
+from deadpool_megatron.observe.narrative import paragraph
+from deadpool_megatron.observe.recoveries import Recovery, Story
+from deadpool_megatron.observe.status import JobView
+from deadpool_megatron.observe.tables import grid_table
+from deadpool_megatron.observe.timeline import timeline
+from simulated import SimulatedJob
+
+ROOT = Path(__file__).parents[2]
+
+
+def events_of(job: SimulatedJob) -> list[dict[str, Any]]:
+    """As the run directory has them, a tenth of a second apart."""
+    return [{"t": 1000 + i / 10, "event": e.event, **e.fields} for i, e in enumerate(job.emitted)]
+
+
+def told(job: SimulatedJob) -> tuple[Recovery, str]:
+    """The last recovery and its paragraph."""
+    story = Story()
+    done = [one for one in map(story.take, events_of(job)) if one is not None]
+    return done[-1], paragraph(done[-1], len(done), story)
+
+
+def shown(run_dir: Path, status: dict[str, Any], events: list[dict[str, Any]] | None = None) -> str:
+    """`deadpool status` of such a run, in plain text."""
+    (run_dir / STATUS).write_text(json.dumps(status))
+    (run_dir / EVENTS).write_text("".join(json.dumps(e) + "\n" for e in events or []))
+    console = Console(width=100, no_color=True, highlight=False)
+    with console.capture() as out:
+        console.print(JobView(run_dir).render(console))
+    return out.get()
+
+
+def status_of(phase: str = "training", **more: Any) -> dict[str, Any]:
+    """A job of two nodes and a spare."""
+    return {
+        "t": time.time(),
+        "phase": phase,
+        "end": None,
+        "epoch": 1,
+        "iteration": 7,
+        "nodes": [{"node": n, "agent_pid": 1, "role": "spare" if n == 2 else "active"} for n in range(3)],
+        "coordinates": [],
+        "spares": [{"node": 2, "pids": [5], "state": "parked"}],
+        "generation": {"committed": 7},
+        "protection": {"groups": [[0, 1]], "survives_now": 1, "survives_when_full": 1, "full": True, "tolerated": "1"},
+        "coordinator_pid": os.getpid(),
+        "coordinator_host": os.uname().nodename,
+        **more,
+    }
+
+
+def test_a_node_whose_loss_ends_the_job_is_lost_and_does_not_stay() -> None:
+    job = SimulatedJob(nodes=2, spares=0, can_rescue=False).train()
+    job.iterate(4)
+    job.commit(5)
+    job.lose(1)
+    assert job.end[0] == Exit.NO_SPARE
+    recovery, text = told(job)
+    assert recovery.lost == [1] and recovery.what == "node 1 lost: its agent is gone or silent"
+    assert "node 1 failed and ranks 2-3 with it" in text and "stays" not in text
+    assert "could not go on: no spare is left for node 1" in text and what_to_do(Exit.NO_SPARE)[1:] in text
+
+
+def test_a_picture_names_no_generation_that_there_was_not_and_an_end_at_once_has_none() -> None:
+    pytest.importorskip("matplotlib")
+    job = SimulatedJob(nodes=2, spares=0, can_rescue=False).train()
+    job.lose(1)
+    recovery, _ = told(job)
+    line = timeline(recovery)
+    assert not line.bars
+    (axes,) = timeline_figure(line, 1).axes
+    assert axes.get_title(loc="left") == "Recovery 1 (epoch 0): node 1 lost"
+
+
+@pytest.mark.parametrize("state", ["silent", "busy"])
+def test_a_stuck_rank_reads_as_stuck_and_not_as_killed_and_its_detection_is_counted(state: Any) -> None:
+    job = SimulatedJob().train()
+    job.feed(r.Stalled(0, 2, 5, 7, 30.0, state))
+    job.wait(4.0)
+    assert job.events("stuck")[0]["seconds"] == 30.0
+    job.feed(r.WorkerExited(2, 1, 5, 77, -9))
+    job.recover()
+    story = Story()
+    for event in events_of(job):
+        story.take(event)
+    (recovery,) = story.recoveries
+    text = paragraph(recovery, 1, story)
+    assert "signal 9" not in text and "rank 5 is stuck: no progress for 30.0 s" in text
+    assert "stacks-node2-1.txt" in text and "From the last progress of rank 5" in text
+    assert recovery.began - recovery.first_sign == pytest.approx(30.1)
+    assert timeline(recovery).zero == recovery.first_sign
+    # Its next worker may be killed by anybody else.
+    job.park([2])
+    job.feed(r.WorkerExited(2, 1, None, 78, -9))
+    assert "stuck" not in job.events("detected")[-1]["cause"]
+
+
+def test_a_spare_that_lost_a_worker_is_still_a_spare() -> None:
+    job = SimulatedJob().train()
+    job.feed(r.WorkerExited(3, 0, None, 77, -9))
+    story = Story()
+    for event in [{"t": 0.0, "event": "started", "nodes": 4, "spares": 1}, *events_of(job)]:
+        story.take(event)
+    assert story.spares == {3} and not story.lost
+
+
+def test_the_status_of_a_job_that_is_over_says_how_it_ended_and_promises_nothing(tmp_path: Path) -> None:
+    end = {"code": 76, "message": "no spare is left for node 1 (its agent is gone or silent)"}
+    text = shown(tmp_path, status_of("ended", end=end))
+    assert "exit code 76" in text and end["message"] in text and "docs/operations.md#exit-76" in text.replace("\n", "")
+    assert "may be lost" not in text and "parked warm" not in text
+
+
+def test_a_coordinator_that_was_killed_is_not_training(tmp_path: Path) -> None:
+    text = shown(tmp_path, status_of(t=time.time() - 30, coordinator_pid=1 << 22))
+    assert "ended without a word" in text and "training" not in text and "may be lost" not in text
+    assert JobView(tmp_path).over
+    # Elsewhere nobody can look for the process: only after a while.
+    there = status_of(t=time.time() - 30, coordinator_pid=1 << 22, coordinator_host="another")
+    assert "training" in shown(tmp_path, there) and not JobView(tmp_path).over
+    shown(tmp_path, there | {"t": time.time() - 300})
+    assert JobView(tmp_path).over
+
+
+def test_a_spare_that_builds_its_model_is_not_aborted() -> None:
+    cell = {"pid": 1, "local_rank": 0, "generation": 3, "pp": 0, "tp": 0, "state": "restoring", "step": "aborted"}
+    coordinates = [{**cell, "rank": 0, "dp": 0, "node": 2}, {**cell, "rank": 1, "dp": 1, "node": 1}]
+    console = Console(width=100, no_color=True)
+    with console.capture() as out:
+        console.print(grid_table(console, status_of("restoring", coordinates=coordinates), moved={0}))
+    assert "building" in out.get() and "restoring" in out.get() and "aborted" not in out.get()
+
+
+def test_every_code_that_a_job_ends_with_says_what_to_do_and_where_that_is_documented() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    ends = {code for code in Exit if code not in (Exit.OK, Exit.DEPOSED, Exit.NEIGHBOUR_LOST)}
+    assert set(ADVICE) == ends
+    for code in ends:
+        place = f"docs/operations.md#exit-{code:d}"
+        assert place in what_to_do(code) and f'<a id="exit-{code:d}"></a>' in page, code
+    assert "exit code 5;" in what_to_do(5) and "#exit-1)" in what_to_do(5) and what_to_do(Exit.OK) == ""
