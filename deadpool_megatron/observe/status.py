@@ -178,7 +178,9 @@ class JobView:
 
     def _summary(self) -> list[Text]:
         status = self.status
-        iteration, committed = status["iteration"], status["generation"]["committed"]
+        # The events are written at once, the status of a busy coordinator seconds later.
+        iteration = max(status["iteration"], self.story.iteration)
+        committed = max(status["generation"]["committed"], self.story.committed)
         first = Text()
         if self.gone:
             first.append("ended without a word", "bold red")
