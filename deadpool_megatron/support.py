@@ -99,6 +99,7 @@ _ACCEPTED: Final = (
     ("bias of experts", "--moe-router-enable-expert-bias", bool, _TE),
     ("shared experts", "--moe-shared-expert-intermediate-size", bool, _TE),
     ("tokens by DeepEP or HybridEP", "--moe-token-dispatcher-type flex", _is("flex"), _FLEX),
+    ("activations of experts in pages", "--moe-paged-stash", bool, _FLEX),
     ("overlapped communication of experts", "--overlap-moe-expert-parallel-comm", bool, _TE),
     ("delayed weight gradients", "--delay-wgrad-compute", bool, _TE),
     ("distributed optimizer", "--use-distributed-optimizer", bool, _SWAPS),
@@ -111,6 +112,7 @@ _ACCEPTED: Final = (
     ("layers of Transformer Engine", "--transformer-impl transformer_engine", _is("transformer_engine"), _TE),
     ("multi-latent attention", "--multi-latent-attention", bool, _TE),
     ("sparse attention", "--experimental-attention-variant dsa", _is("dsa"), _TE),
+    ("gated delta nets", "--experimental-attention-variant gated_delta_net", _is("gated_delta_net"), _TE),
     ("multi-token prediction", "--mtp-num-layers", bool, _TE),
     ("operation fuser", "--use-transformer-engine-op-fuser", bool, _TE),
     ("recomputation", "--recompute-granularity", bool, _TE),
@@ -125,6 +127,7 @@ _ACCEPTED: Final = (
     ("NVFP4", "--fp4-recipe nvfp4", _is("nvfp4"), _TE),
     ("parameters in FP8", "--fp8-param-gather", bool, _TE),
     ("parameters in FP4", "--fp4-param-gather", bool, _TE),
+    ("precision of single modules", "--te-precision-config-file", bool, _TE),
     ("precision-aware optimizer", "--use-precision-aware-optimizer", bool, _TE),
     ("Lion, Muon", "--optimizer", _is("lion", "muon", "dist_muon"), _OPTIMIZERS),
     # around training
@@ -137,6 +140,15 @@ _REASONED: Final = (
         "--optimizer sgd",
         _is("sgd"),
         "torch's, taken without Transformer Engine and apex, changes in place; theirs is refused at start",
+    ),
+)
+# The same of what several values select together.
+_REASONED_TOGETHER: Final = (
+    (
+        "attention in MXFP8",
+        "--fp8-dot-product-attention",
+        lambda values, _: bool(values.get("fp8_dot_product_attention")) and _recipe(values) == "mxfp8",
+        "its quantizers keep nothing from one call to the next",
     ),
 )
 _OPTIMIZER_NAMES: Final = ("adam", "sgd", "lion", "muon", "dist_muon")
@@ -160,8 +172,8 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
     ),
     (
         "--experimental-attention-variant",
-        _other_than("dsa"),
-        "never run: the emulation has no kernels of gated delta nets",
+        _other_than("dsa", "gated_delta_net"),
+        "never run",
     ),
     (
         "--moe-flex-dispatcher-backend",
@@ -175,7 +187,6 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
         "it scales 16-bit and main parameters apart, so that what follows from the main ones is rounded otherwise",
     ),
     ("--cpu-offloading-num-layers", bool, "a broken iteration leaves Transformer Engine's offloading half-done"),
-    ("--moe-paged-stash", bool, "never run: its schedule is recorded in the first iterations"),
     ("--hybrid-context-parallel", bool, "its loader keeps samples that no position tells of"),
     ("--logits-load-dir", bool, "the teacher's logits are read at a position of their own"),
     ("--logits-save-dir", bool, "logits of a repeated iteration would be saved twice"),
@@ -184,7 +195,6 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
         bool,
         "a spare would convert the checkpoint again: convert in a run of its own, without --deadpool",
     ),
-    ("--te-precision-config-file", bool, "modules may have a recipe of their own, with scales that nobody else sees"),
     ("--use-kitchen-attention", bool, "its quantizers may have state that nobody else knows of"),
     (
         "--pipeline-model-parallel-comm-backend",
@@ -219,6 +229,10 @@ def _size(values: Values, *names: str) -> int:
     return next((int(values[name]) for name in names if values.get(name)), 1)
 
 
+def _drops_out(values: Values) -> bool:
+    return any(float(values.get(name, 0)) for name in ("attention_dropout", "hidden_dropout"))
+
+
 def _flex(values: Values) -> bool:
     return values.get("moe_token_dispatcher_type") == "flex"
 
@@ -237,8 +251,13 @@ def _userbuffers_across_nodes(values: Values, processes: int) -> bool:
     return bool(values.get("tp_comm_overlap")) and processes % _size(values, "tensor_model_parallel_size") != 0
 
 
-def _flex_in_graphs(values: Values, _: int) -> bool:
+def flex_in_graphs(values: Values) -> bool:
+    """Kernels of a flex dispatcher are part of CUDA graphs: of whole iterations, or of layers with ``moe`` or all."""
     return _flex(values) and "moe" in _graphed(values)
+
+
+def _deepep_in_graphs(values: Values, _: int) -> bool:
+    return flex_in_graphs(values) and values.get("moe_flex_dispatcher_backend") != "hybridep"
 
 
 def _dropout_in_graphs(values: Values, _: int) -> bool:
@@ -251,7 +270,9 @@ def _delayed_in_graphs(values: Values, _: int) -> bool:
 
 
 def _offloading_in_graphs(values: Values, _: int) -> bool:
-    return bool(values.get("fine_grained_activation_offloading")) and bool(_graphed(values))
+    outside = {"moe_act", "expert_fc1", "fused_group_mlp"} if "moe" not in _graphed(values) else set()
+    offloaded = {*_listed(values.get("offload_modules") or "all")}
+    return bool(values.get("fine_grained_activation_offloading") and _graphed(values) and offloaded - outside)
 
 
 def _fuser_with_scales(values: Values, _: int) -> bool:
@@ -270,13 +291,23 @@ def _layer_graphs(values: Values) -> bool:
 
 
 def _graphed(values: Values) -> list[str]:
-    """The modules that are captured; whole layers where none is named. The second is the flag's name up to 0.18."""
+    """The modules that are captured; whole layers where none is named."""
     impl = values.get("cuda_graph_impl")
     if impl in (None, "none"):
         return []
-    named = values.get("cuda_graph_modules") or values.get("cuda_graph_scope")
-    parts = [_name(each) for each in _listed(named or "full")]
+    parts = _graph_modules(values) or ["full"]
     return [*parts, "attn", "moe"] if "full" in parts or impl == "full_iteration" else parts
+
+
+def _graph_modules(values: Values) -> list[str]:
+    """Those that are named. The second flag is the first one's older name."""
+    named = values.get("cuda_graph_modules") or values.get("cuda_graph_scope")
+    return [part for each in _listed(named or []) for part in str(_name(each)).split(",")]
+
+
+def _migrated(values: Values) -> Values:
+    """With today's flags in the place of older ones, as Megatron does it."""
+    return {**values, "cuda_graph_impl": "full_iteration"} if "full_iteration" in _graph_modules(values) else values
 
 
 def _listed(value: object) -> list[Any]:
@@ -297,9 +328,25 @@ _COMBINED: Final[tuple[tuple[str, Callable[[Values, int], bool], str], ...]] = (
     ),
     (
         "--cuda-graph-impl",
-        _flex_in_graphs,
-        "with a flex dispatcher inside of the graphs (whole iterations, or --cuda-graph-modules with moe or none): a "
-        "graph lets nobody meet before it launches their kernels",
+        _deepep_in_graphs,
+        "with DeepEP inside of the graphs (whole iterations, or --cuda-graph-modules with moe or none): the host waits "
+        "for counts in the middle of it, which no graph can capture; --moe-flex-dispatcher-backend hybridep",
+    ),
+    (
+        "--moe-paged-stash",
+        lambda values, _: bool(values.get("moe_paged_stash")) and _drops_out(values),
+        "with dropout: an iteration whose activations find no room is done again, with other random numbers, and how "
+        "much room there is each process learns in its first iterations; --attention-dropout 0 --hidden-dropout 0",
+    ),
+    (
+        "--fp8-dot-product-attention",
+        lambda values, _: bool(values.get("fp8_dot_product_attention")) and _recipe(values) != "mxfp8",
+        "with another recipe than mxfp8: its scores are cast with delayed scaling, whose state nobody else sees",
+    ),
+    (
+        "--te-precision-config-file",
+        lambda values, _: bool(values.get("te_precision_config_file")) and _recipe(values) == "delayed",
+        "with --fp8-recipe delayed: never run; who has scales would be another matter for each module",
     ),
     (
         "--cuda-graph-impl",
@@ -315,7 +362,7 @@ _COMBINED: Final[tuple[tuple[str, Callable[[Values, int], bool], str], ...]] = (
     (
         "--fine-grained-activation-offloading",
         _offloading_in_graphs,
-        "with CUDA graphs: never run; what is copied when is part of them",
+        "of modules inside of CUDA graphs: never run; what is copied when is part of them",
     ),
     (
         "--use-transformer-engine-op-fuser",
@@ -348,6 +395,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "fp8_recipe": "delayed",
     "fp4_recipe": "nvfp4",
     "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
 }
 
 
@@ -372,6 +420,7 @@ COMBINATIONS: Final = (
         Evidence.EMULATION,
         _FLEX,
     ),
+    *(Feature(name, flag, selects, Evidence.SOURCES, why) for name, flag, selects, why in _REASONED_TOGETHER),
     *(Feature("", flag, selects, Evidence.REFUSED, why) for flag, selects, why in _COMBINED),
 )
 FEATURES: Final = (
@@ -394,6 +443,7 @@ UNJUDGED: Final = "# Nobody has looked at these yet."
 def used(values: Values, processes: int = PROCESSES_PER_NODE) -> list[Feature]:
     """The features that values of Megatron's ``args``, by attribute, select on nodes of so many processes; in the order
     of the table."""
+    values = _migrated(values)
     return [each for each in FEATURES if each.selects(values, processes)]
 
 

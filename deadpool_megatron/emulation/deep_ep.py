@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deadpool_megatron.emulation import graphs
 from deadpool_megatron.emulation.link import Link
 
 
@@ -128,8 +130,9 @@ class Buffer:
         return back(x), None if topk_weights is None else back(topk_weights), EventOverlap()
 
 
-class _Permuted(NamedTuple):
-    """A dispatch with permutation. ``overflow`` is last, where Megatron looks for it."""
+@dataclass(slots=True)
+class _Plan:
+    """Which row goes where; a replay of the dispatch that has made it makes it anew."""
 
     rows: list[Tensor]
     came: list[int]
@@ -137,6 +140,12 @@ class _Permuted(NamedTuple):
     index: Tensor  # of each row for the experts: which received one it is; -1: padding
     expert: Tensor  # and for which expert here
     experts: int  # here
+
+
+class _Handle(NamedTuple):
+    """Of a dispatch with permutation. ``overflow`` is last, where Megatron looks for it."""
+
+    plan: _Plan
     counts: Tensor  # by expert here
     overflow: Tensor
 
@@ -168,27 +177,51 @@ class HybridEPBuffer:
         pad_multiple: int | None = None,
         num_permuted_tokens: int | None = None,
         non_blocking: bool = False,
-        handle: _Permuted | None = None,
+        handle: _Handle | None = None,
         fuse_permute_dispatch: bool = False,
     ) -> tuple[Any, ...]:
         """Rows by expert here, then rank they come from; each expert's filled up with zeros to ``pad_multiple``."""
-        link = self._link
+        if num_permuted_tokens is None and graphs.is_capturing():
+            raise RuntimeError("operation not permitted when stream is capturing: the host waits for counts")
         if handle is None:
             assert routing_map is not None and num_of_experts_per_rank is not None
-            handle = self._plan(routing_map, num_of_experts_per_rank, pad_multiple or 1, num_permuted_tokens)
-        real = handle.index >= 0
-        received = torch.cat(link.exchange([hidden[rows] for rows in handle.rows]))
-        out = hidden.new_zeros(len(handle.index), hidden.shape[1])
-        out[real] = received[handle.index[real]]
-        out_probs = None
-        if probs is not None:
-            parts = zip(handle.rows, probs.split(handle.experts, 1), strict=True)
-            grid = torch.cat(link.exchange([there[rows] for rows, there in parts]))
-            out_probs = probs.new_zeros(len(handle.index))
-            out_probs[real] = grid[handle.index[real], handle.expert[real]]
+            budget = None if num_permuted_tokens is None else int(num_permuted_tokens)
+            handle = self._plan(routing_map, num_of_experts_per_rank, pad_multiple or 1, budget)
+        out, out_probs = graphs.launched(self._dispatch, hidden, probs, handle.plan)
         return out, out_probs, None, handle.counts, handle
 
-    def _plan(self, routing_map: Tensor, experts: int, multiple: int, budget: int | None) -> _Permuted:
+    def _dispatch(self, hidden: Tensor, probs: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor | None]:
+        link, real = self._link, plan.index >= 0
+        received = torch.cat(link.exchange([hidden[rows] for rows in plan.rows]))
+        out = hidden.new_zeros(len(plan.index), hidden.shape[1])
+        out[real] = received[plan.index[real]]
+        out_probs = None
+        if probs is not None:
+            parts = zip(plan.rows, probs.split(plan.experts, 1), strict=True)
+            grid = torch.cat(link.exchange([there[rows] for rows, there in parts]))
+            out_probs = probs.new_zeros(len(plan.index))
+            out_probs[real] = grid[plan.index[real], plan.expert[real]]
+        return out, out_probs
+
+    def _plan(self, routing_map: Tensor, experts: int, multiple: int, budget: int | None) -> _Handle:
+        plan: _Plan | None = None
+
+        def compute(routing_map: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal plan
+            fresh, counts, overflow = self._planned(routing_map, experts, multiple, budget)
+            if plan is None:
+                plan = fresh
+            else:
+                plan.rows, plan.came, plan.index, plan.expert = fresh.rows, fresh.came, fresh.index, fresh.expert
+            return counts, overflow
+
+        counts, overflow = graphs.launched(compute, routing_map)
+        assert plan is not None
+        return _Handle(plan, counts, overflow)
+
+    def _planned(
+        self, routing_map: Tensor, experts: int, multiple: int, budget: int | None
+    ) -> tuple[_Plan, Tensor, Tensor]:
         parts = routing_map.bool().split(experts, 1)
         rows = [part.any(1).nonzero()[:, 0] for part in parts]
         came = self._link.exchange([part[each].byte() for part, each in zip(parts, rows, strict=True)])
@@ -203,37 +236,40 @@ class HybridEPBuffer:
         whole, whole_expert = torch.cat(index), torch.cat(expert)
         per_expert, overflow = torch.tensor(counts), torch.zeros(1, dtype=torch.int32)
         if budget is not None:
-            budget = int(budget)
             overflow += len(whole) > budget
             filling = max(0, budget - len(whole))
             whole = torch.cat([whole[:budget], whole.new_full((filling,), -1)])
             whole_expert = torch.cat([whole_expert[:budget], whole_expert.new_zeros(filling)])
             ends = per_expert.cumsum(0).clamp(max=budget)
             per_expert = ends.diff(prepend=ends.new_zeros(1))
-        number = len(routing_map)
-        return _Permuted(rows, [len(e) for e in came], number, whole, whole_expert, experts, per_expert, overflow)
+        plan = _Plan(rows, [len(e) for e in came], len(routing_map), whole, whole_expert, experts)
+        return plan, per_expert, overflow
 
     def combine_with_unpermute(
         self,
         *,
         hidden: Tensor,
         probs: Tensor | None = None,
-        handle: _Permuted,
+        handle: _Handle,
         pad_multiple: int | None = None,
         fuse_unpermute_combine: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """What the experts here made of each row is added here, then goes back and is added there."""
-        real, came = handle.index >= 0, sum(handle.came)
+        out, out_probs = graphs.launched(self._combine, hidden, probs, handle.plan)
+        return out, out_probs
+
+    def _combine(self, hidden: Tensor, probs: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor | None]:
+        real, came = plan.index >= 0, sum(plan.came)
         summed = hidden.new_zeros(came, hidden.shape[1], dtype=torch.float32)
-        summed.index_add_(0, handle.index[real], hidden[real].float())
-        out = self._link.sum_back(summed.to(hidden.dtype).split(handle.came), handle.rows, handle.number)
+        summed.index_add_(0, plan.index[real], hidden[real].float())
+        out = self._link.sum_back(summed.to(hidden.dtype).split(plan.came), plan.rows, plan.number)
         if probs is None:
             return out, None
-        grid = probs.new_zeros(came, handle.experts)
-        grid[handle.index[real], handle.expert[real]] = probs[real]
-        out_probs = probs.new_zeros(handle.number, handle.experts * self._link.size)
-        back = self._link.exchange(grid.split(handle.came))
-        for there, rows, part in zip(out_probs.split(handle.experts, 1), handle.rows, back, strict=True):
+        grid = probs.new_zeros(came, plan.experts)
+        grid[plan.index[real], plan.expert[real]] = probs[real]
+        out_probs = probs.new_zeros(plan.number, plan.experts * self._link.size)
+        back = self._link.exchange(grid.split(plan.came))
+        for there, rows, part in zip(out_probs.split(plan.experts, 1), plan.rows, back, strict=True):
             there[rows] = part
         return out, out_probs
 

@@ -198,6 +198,29 @@ def noted(change: Callable[[], None]) -> None:
     tape.entries.append(change)
 
 
+def launched(kernel: Callable[..., Any], *args: Any) -> Any:
+    """What ``kernel(*args)`` returns, one entry on the tape whatever operators it runs: in a replay it is called with
+    the same memory, and its tensors of that time, whose shapes are the same, go where the first ones are."""
+    tape = _Tape.now
+    if tape is None:
+        return kernel(*args)
+    given = [_same_memory(each) if isinstance(each, torch.Tensor) else each for each in args]
+    tape.waiting = True
+    try:
+        out = kernel(*args)
+    finally:
+        tape.waiting = False
+    targets = [_same_memory(each) if isinstance(each, torch.Tensor) else None for each in tree_flatten(out)[0]]
+
+    def again() -> None:
+        for target, result in zip(targets, tree_flatten(kernel(*given))[0], strict=True):
+            if target is not None:
+                target.copy_(result)
+
+    tape.entries.append(again)
+    return out
+
+
 class DefaultGenerator:
     """The device's default generator, whose state can be exchanged in a way that graphs see, as CUDA's."""
 

@@ -1,7 +1,8 @@
 """Compiled packages of other people that Megatron takes a few functions from, in torch, differentiable by autograd.
 
-mamba_ssm and causal_conv1d (``megatron/core/ssm/mamba_mixer.py``), fast_hadamard_transform (sparse attention). Only
-what training calls. The scan takes memory with the square of the sequence's length, as the real one does in its chunks.
+mamba_ssm and causal_conv1d (``megatron/core/ssm/mamba_mixer.py``), fla (gated delta nets), fast_hadamard_transform
+(sparse attention). Only what training calls. The scan takes memory with the square of the sequence's length, as the
+real one does in its chunks.
 """
 
 from __future__ import annotations
@@ -175,6 +176,70 @@ def hadamard_transform(x: Tensor, scale: float = 1.0) -> Tensor:
     return (value * scale).reshape(x.shape).to(x.dtype)
 
 
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    """``fla.modules.convolution.causal_conv1d``: (batch, length, channels)."""
+    seq_idx = None
+    if cu_seqlens is not None:
+        seq_idx = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1), cu_seqlens.diff())[None]
+    rows = x.transpose(1, 2)
+    out = causal_conv1d_fn(rows, weight, bias, seq_idx, initial_state, output_final_state, activation=activation)
+    return out.transpose(1, 2), None
+
+
+def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """``fla.modules.l2norm.l2norm``: each last dimension to length 1."""
+    value = x.float()
+    return (value * torch.rsqrt(value.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Any = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    """``fla.ops.gated_delta_rule.chunk_gated_delta_rule``, token after token (arXiv 2412.06464, section 3.1).
+
+    Args:
+        q, k: (batch, length, heads, width).
+        v: (batch, length, heads, width of values), as what is returned.
+        g: (batch, length, heads), logarithms of the decay.
+        beta: (batch, length, heads), how much of a value is written.
+        cu_seqlens: where the sequences of a pack begin, and the last one ends; batch is 1 then.
+    """
+    if initial_state is not None or output_final_state:
+        raise NotImplementedError("the emulation has chunk_gated_delta_rule for training only, without states")
+    if use_qk_l2norm_in_kernel:
+        q, k = l2norm(q), l2norm(k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    begins = {0} if cu_seqlens is None else {*cu_seqlens.tolist()}
+    queries, keys, values = q.float() * scale, k.float(), v.float()
+    decay, write = g.float().exp(), beta.float()
+    state, out = q.new_zeros(()), []
+    for t in range(q.shape[1]):
+        if t in begins:
+            state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+        state = state * decay[:, t, :, None, None]
+        seen = torch.einsum("bhk,bhkv->bhv", keys[:, t], state)
+        state = state + torch.einsum("bhk,bhv->bhkv", keys[:, t], (values[:, t] - seen) * write[:, t, :, None])
+        out.append(torch.einsum("bhk,bhkv->bhv", queries[:, t], state))
+    return torch.stack(out, 1).to(v.dtype), None
+
+
 def _varlen_states(*args: Any, **kwargs: Any) -> Any:
     raise NotImplementedError("the emulation has no causal_conv1d_varlen_states: it is for inference")
 
@@ -194,6 +259,12 @@ _MODULES: dict[str, dict[str, Any]] = {
         "mamba_chunk_scan_combined": mamba_chunk_scan_combined,
         "mamba_split_conv1d_scan_combined": mamba_split_conv1d_scan_combined,
     },
+    "fla": {},
+    "fla.modules": {},
+    "fla.modules.convolution": {"causal_conv1d": causal_conv1d},
+    "fla.modules.l2norm": {"l2norm": l2norm},
+    "fla.ops": {},
+    "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": chunk_gated_delta_rule},
     "fast_hadamard_transform": {"hadamard_transform": hadamard_transform},
 }
 

@@ -32,14 +32,21 @@ from deadpool_megatron.megatron.data_position import DataPosition
 from deadpool_megatron.megatron.description import describe_job
 from deadpool_megatron.megatron.frozen import frozen_parameters
 from deadpool_megatron.megatron.host import Call, Host
-from deadpool_megatron.megatron.muster import Muster, meet_before_launches
+from deadpool_megatron.megatron.muster import Muster, meet_before_launches, meet_before_replays
 from deadpool_megatron.megatron.reset import forget_strategies
 from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import MegatronTrainer
 from deadpool_megatron.megatron.userbuffers import Userbuffers
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import EpochClosed, Patience, Redo, Session, Superseded, UnexplainedError, rejoin
-from deadpool_megatron.support import check_arguments, check_environment, not_looked_at, not_on_a_gpu, waits_for_nodes
+from deadpool_megatron.support import (
+    check_arguments,
+    check_environment,
+    flex_in_graphs,
+    not_looked_at,
+    not_on_a_gpu,
+    waits_for_nodes,
+)
 from deadpool_megatron.vault import VaultError
 
 _OWN_ERROR_S = 0.5  # from an error of this rank's own until it is told, in case the epoch's end comes with it
@@ -136,6 +143,10 @@ class Hooks:
         check_arguments(host.args, processes, ADOPTED in os.environ)
         if self.standby:
             host.load_nothing()  # it would be read by collectives
+        if flex_in_graphs(host.args):
+            from megatron.core.transformer.moe import fused_a2a
+
+            meet_before_replays(fused_a2a, self._muster)
         result = call()
         unproven = not_on_a_gpu(host.args, processes)
         if not self.standby and torch.distributed.get_rank() == 0:

@@ -7,6 +7,7 @@ DelayedScalingRecipeState and FP8GlobalStateManager.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any, Final
@@ -19,6 +20,7 @@ _DIRECTIONS: Final = ("scaling_fwd", "scaling_bwd")
 _TENSORS: Final = ("scale", "amax_history")
 # Where a module notes its place in the global buffers of what is reduced.
 _REDUCED: Final = "buffer_index_and_autocast_key"
+_ATTENTION: Final = "NVTE_DPA_FP8_RECIPE"  # the recipe of attention, where it is not that of the linear layers
 _OLD_FLAG: Final = "IS_FIRST_FP8_MODULE"
 # Where a module notes its place in the global buffer of what recomputation needs.
 _RECOMPUTE_PLACE: Final = "global_fp8_buffer_pos_fwd_recompute"
@@ -28,15 +30,31 @@ def _is_delayed(config: Any) -> bool:
     return bool(getattr(config, "fp8", None)) and getattr(config, "fp8_recipe", None) == "delayed"
 
 
+def _scaled_attention(config: Any) -> bool:
+    """Attention in FP8 has delayed scaling of its own, for the scores at least. Only where it is MXFP8, or none, it has
+    not. Source: `init_fp8_metadata` of transformer_engine/pytorch/attention/dot_product_attention."""
+    recipe = os.environ.get(_ATTENTION) or (config.fp8_recipe if config.fp8 else None)
+    return recipe not in ("mxfp8", "MXFP8BlockScaling", "F16")
+
+
 def prepare_scaling(model: list[Any], config: Any) -> list[tuple[str, Any]]:
     """Make the scales and histories that the first forward pass would make, with the values it would give them.
 
-    Returns the modules that have them, by name. Raises UserError for attention in FP8, which has state of its own and
-    has never been run.
+    Returns the modules that have them, by name. Raises UserError for attention in FP8 that has some of its own, and for
+    recipes of single modules that may.
     """
     for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
-        if getattr(config, name, False):
-            raise UserError(f"{name} of the model's config is not supported with --deadpool yet; leave it out")
+        if getattr(config, name, False) and _scaled_attention(config):
+            raise UserError(
+                f"{name} of the model's config is supported with --deadpool in MXFP8 only, where it keeps no scales; "
+                "leave it out"
+            )
+    modules = getattr(getattr(config, "quant_recipe", None), "configs", {})
+    if "custom" in str(modules):
+        raise UserError(
+            "--te-precision-config-file with custom recipes is not supported with --deadpool yet: their quantizers may "
+            "have state that nobody else knows of; leave them out"
+        )
     if not _is_delayed(config):
         return []
     import transformer_engine.pytorch as te

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
+import torch
 import torch.distributed as dist
 
 from deadpool_megatron.vault.words import Words
@@ -129,6 +130,20 @@ def meet_before_launches(module: Any, muster: Callable[[], Muster | None]) -> No
         for method in methods:
             if launch := getattr(kind, method, None):  # what it lacks Megatron cannot call either
                 setattr(kind, method, _meeting(launch, muster))
+
+
+def meet_before_replays(module: Any, muster: Callable[[], Muster | None]) -> None:
+    """Wrap the launch of CUDA graphs that have HybridEP's kernels in them, which work on the buffer that Megatron's
+    ``fused_a2a`` has then."""
+    native = torch.cuda.CUDAGraph.replay
+
+    @functools.wraps(native)
+    def replay(self: Any) -> Any:
+        if (buffer := module._hybrid_ep_buffer) is not None:
+            _meet(muster(), buffer.group)
+        return native(self)
+
+    torch.cuda.CUDAGraph.replay = replay
 
 
 def _meeting(native: Callable[..., Any], muster: Callable[[], Muster | None]) -> Callable[..., Any]:

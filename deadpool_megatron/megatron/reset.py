@@ -42,6 +42,7 @@ def reset_after_abort(host: Host, model: list[Any], optimizer: Any) -> None:
     if args["log_straggler"]:
         _reset_straggler_detector(args["disable_straggler_on_startup"])
     _forget_offloading()
+    _forget_paged_stash(model)
     forget_broken_step(model)
     for chunk in model:
         for group in _bucket_groups(chunk):
@@ -77,6 +78,24 @@ def _forget_offloading() -> None:
     module = sys.modules.get("megatron.core.pipeline_parallel.fine_grained_activation_offload")
     if module is not None:
         module.PipelineOffloadManager.OFFLOAD_MGR = None
+
+
+def _forget_paged_stash(model: list[Any]) -> None:
+    """Of ``--moe-expert-rank-capacity-factor``: that an iteration had to be done again without it. Of
+    ``--moe-paged-stash``: what is stashed, and the schedule that this process has recorded in its first iterations."""
+    module: Any = sys.modules.get("megatron.core.transformer.moe.paged_stash")
+    manager = None if module is None else module.PagedStashManager.STASH_MGR
+    if manager is None:
+        return
+    for chunk in model:
+        for layer in chunk.modules():
+            if manager.iteration and hasattr(layer, "config"):
+                layer.config.moe_paged_stash = True
+            if (dispatcher := getattr(layer, "token_dispatcher", None)) is not None:
+                dispatcher.reset_over_budget()
+                budget = dispatcher.config.moe_expert_rank_capacity_factor
+                dispatcher._comm_manager.moe_expert_rank_capacity_factor = budget
+    module.PagedStashManager.STASH_MGR = None
 
 
 def _bucket_groups(chunk: Any) -> list[Any]:

@@ -43,6 +43,10 @@ _DSA = (
 )
 
 _OFFLOADING = "--fine-grained-activation-offloading --min-offloaded-tensor-size 1 --offload-modules"
+_GDN = (
+    f"{_LLAMA} --disable-bias-linear --experimental-attention-variant gated_delta_net --linear-attention-freq 2 "
+    "--linear-num-key-heads 4 --linear-num-value-heads 16 --linear-key-head-dim 16 --linear-value-head-dim 16"
+)
 _FUSER = f"{_LLAMA} --disable-bias-linear --use-transformer-engine-op-fuser"
 
 # In the gate: one of each kind. The others are slow only for being many.
@@ -97,6 +101,8 @@ _SLOW_CASES = {
     "--moe-router-padding-for-quantization",
     "mxfp8 parameters, sequence parallelism": f"{_TP} {_MXFP8_PARAMETERS} {_DP}",
     "mxfp8 parameters without overlap": _MXFP8_PARAMETERS,
+    "mxfp8, single modules otherwise": f"{_TP} {_MXFP8} --te-precision-config-file "
+    f"{Path(__file__).parents[1] / 'te_precision.yaml'}",
     "nvfp4": f"{_TP} {_NVFP4}",
     "precision-aware optimizer": f"{_DP} {_PRECISION_AWARE}",
     "BF16 moments": f"{_DP} {_PRECISION_AWARE} --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 --main-grads-dtype bf16",
@@ -105,10 +111,15 @@ _SLOW_CASES = {
     "nvfp4, parameters": f"{_DP} {_NVFP4} --fp4-param-gather",
     "nvfp4, parameters, sequence parallelism": f"{_TP} {_NVFP4} --fp4-param-gather",
     "sparse attention": f"{_TP} {_DSA}",
+    "gated delta net": f"{_TP} {_GDN}",
+    "gated delta net, context parallelism": f"{_CP} {_GDN}",
+    "gated delta net, experts, mxfp8, pipeline": f"{_PP} {_GDN} {_GROUPED} {_MXFP8} --attention-output-gate",
     "activations on the host": f"{_TP} {_OFFLOADING} core_attn attn_proj qkv_linear",
     # (with a single layer a stage upstream fails in the second iteration)
     "activations on the host, pipeline": f"{_PP} --num-layers 4 {_OFFLOADING} core_attn attn_proj qkv_linear",
     "activations on the host, experts": f"{_TP} {_GROUPED} {_EP} {_OFFLOADING} core_attn expert_fc1 moe_act",
+    "activations on the host, outside of graphs": f"{_TP} {_GROUPED} {_EP} {_OFFLOADING} expert_fc1 moe_act "
+    "--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router --cuda-graph-warmup-steps 1",
     "Muon": f"{_TP} --optimizer muon",
     "Muon by layers": f"{_DP} --optimizer muon",
     "two kernels of a fused step": f"{_DP} {_PRECISION_AWARE} {_CURRENT} --fp8-param-gather",

@@ -174,19 +174,33 @@ def test_activations_are_not_offloaded_within_graphs() -> None:
 
     assert refused("--cuda-graph-impl", "transformer_engine") and refused("--cuda-graph-impl", "full_iteration")
     assert not refused() and not refused("--cuda-graph-impl", "none")
+    router = ("--cuda-graph-impl", "transformer_engine", "--cuda-graph-modules", "attn", "moe_router")
+    assert not refused(*router, "--offload-modules", "expert_fc1", "moe_act")
+    assert refused(*router, "--offload-modules", "expert_fc1", "core_attn")
+    assert refused("--cuda-graph-impl", "full_iteration", "--offload-modules", "expert_fc1")
 
 
-def test_kernels_that_hosts_meet_for_are_in_no_graph() -> None:
-    def refused(*flags: str) -> bool:
-        values = parse([*FLEX, "--expert-model-parallel-size", "2", *flags])
-        return any("flex dispatcher inside of the graphs" in each.because for each in used(values))
+def test_no_graph_has_a_dispatcher_in_it_for_which_the_host_waits() -> None:
+    def refused(*flags: str, backend: str = "deepep") -> bool:
+        values = parse([*FLEX, "--expert-model-parallel-size", "2", "--moe-flex-dispatcher-backend", backend, *flags])
+        return any("DeepEP inside of the graphs" in each.because for each in used(values))
 
     assert refused("--cuda-graph-impl", "full_iteration")
-    assert refused("--cuda-graph-impl", "local") and refused("--cuda-graph-impl", "local", "--cuda-graph-scope", "moe")
+    assert not refused("--cuda-graph-impl", "full_iteration", backend="hybridep")
     assert not refused() and not refused("--cuda-graph-impl", "none")
     for flag in ("--cuda-graph-scope", "--cuda-graph-modules"):
         assert not refused("--cuda-graph-impl", "transformer_engine", flag, "attn", "moe_router")
         assert refused("--cuda-graph-impl", "transformer_engine", flag, "moe", "attn")
+
+
+def test_graphs_of_whole_iterations_have_an_older_name() -> None:
+    def names(*flags: str) -> list[str]:
+        return [each.name or each.because for each in used(parse(flags)) if "--cuda-graph" in each.flag]
+
+    want = names("--cuda-graph-impl", "full_iteration")
+    assert want == ["CUDA graphs of whole iterations"]
+    assert names("--cuda-graph-impl", "local", "--cuda-graph-scope", "full_iteration") == want
+    assert names("--cuda-graph-impl", "local", "--cuda-graph-scope", "attn") != want
 
 
 @pytest.mark.parametrize(

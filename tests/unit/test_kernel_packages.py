@@ -1,4 +1,4 @@
-"""The functions of mamba_ssm, causal_conv1d and fast_hadamard_transform as the emulation has them."""
+"""The functions of mamba_ssm, causal_conv1d, fla and fast_hadamard_transform as the emulation has them."""
 
 from __future__ import annotations
 
@@ -53,6 +53,34 @@ def test_the_convolution_is_torchs_and_packed_sequences_are_apart() -> None:
     mark = torch.tensor([[0] * 4 + [1] * 6] * 2)
     want = torch.cat((torchs(x[..., :4]), torchs(x[..., 4:])), -1)
     assert_close(causal_conv1d_fn(x, weight, bias, mark, activation="silu"), want, 1e-5)
+
+
+@in_emulation
+def test_the_delta_rule_is_megatrons_own_and_packed_sequences_are_apart() -> None:
+    from fla.modules.convolution import causal_conv1d
+    from fla.modules.l2norm import l2norm
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from megatron.core.ssm.gated_delta_net import torch_chunk_gated_delta_rule
+
+    def given() -> list[Tensor]:
+        q, k = (l2norm(torch.randn(1, LENGTH, HEADS, STATE)) for _ in range(2))
+        v, (g, beta) = torch.randn(1, LENGTH, HEADS, WIDTH), torch.rand(2, 1, LENGTH, HEADS)
+        return [each.requires_grad_() for each in (q, k, v, -g, beta)]
+
+    one, other = given(), given()
+    alone = [torch_chunk_gated_delta_rule(*each)[0] for each in (one, other)]
+    got, _ = chunk_gated_delta_rule(*one)
+    assert_close(got, alone[0], 1e-4)
+    dy = torch.randn_like(got)
+    for here, there in zip(torch.autograd.grad(got, one, dy), torch.autograd.grad(alone[0], one, dy), strict=True):
+        assert_close(here, there, 1e-4)
+    starts = torch.tensor([0, LENGTH, 2 * LENGTH])
+    packed = [torch.cat(pair, 1) for pair in zip(one, other, strict=True)]
+    assert_close(chunk_gated_delta_rule(*packed, cu_seqlens=starts)[0], torch.cat(alone, 1), 1e-4)
+    assert_close(l2norm(one[2]).norm(dim=-1), torch.ones(1, LENGTH, HEADS), 1e-4)
+    x, weight = torch.randn(1, 2 * LENGTH, 3), torch.randn(3, 4)
+    apart = [causal_conv1d(part, weight, activation="silu")[0] for part in x.split(LENGTH, 1)]
+    assert_close(causal_conv1d(x, weight, activation="silu", cu_seqlens=starts)[0], torch.cat(apart, 1), 1e-5)
 
 
 @in_emulation

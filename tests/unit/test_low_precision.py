@@ -103,10 +103,30 @@ def test_only_delayed_scaling_has_tensors() -> None:
     assert list(lp.scaling_state(torch.nn.Linear(2, 2))) == []
 
 
-def test_attention_in_fp8_is_refused() -> None:
+def test_attention_in_fp8_is_refused_where_it_keeps_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     from deadpool_megatron.compat import UserError
 
-    for name in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
-        with pytest.raises(UserError, match=f"^{name} of the model's config is not supported"):
-            lp.prepare_scaling([], SimpleNamespace(**{name: True}))
+    def refused(fp8_recipe: str, of_attention: str = "", name: str = "fp8_dot_product_attention") -> bool:
+        monkeypatch.setenv("NVTE_DPA_FP8_RECIPE", of_attention)
+        try:
+            lp.prepare_scaling([], SimpleNamespace(**{name: True}, fp8="e4m3", fp8_recipe=fp8_recipe))
+        except UserError as err:
+            return str(err).startswith(f"{name} of the model's config is supported with --deadpool in MXFP8 only")
+        return False
+
+    assert refused("tensorwise") and refused("current", name="fp8_multi_head_attention")
+    assert not refused("mxfp8") and refused("mxfp8", "DelayedScaling") and refused("mxfp8", "Float8CurrentScaling")
+    assert not refused("tensorwise", "MXFP8BlockScaling") and not refused("tensorwise", "F16")
     lp.prepare_scaling([], SimpleNamespace(fp8="hybrid", fp8_recipe="tensorwise"))
+
+
+def test_single_modules_may_have_recipes_without_state_only() -> None:
+    from deadpool_megatron.compat import UserError
+
+    def config(recipe: str) -> SimpleNamespace:
+        configs = {"one": {"training_recipe": {"fp8_quantization_recipe": recipe}}}
+        return SimpleNamespace(fp8="e4m3", fp8_recipe="mxfp8", quant_recipe=SimpleNamespace(configs=configs))
+
+    assert lp.prepare_scaling([], config("tensorwise")) == []
+    with pytest.raises(UserError, match=r"^--te-precision-config-file with custom recipes is not supported"):
+        lp.prepare_scaling([], config("custom"))

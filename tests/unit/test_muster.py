@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from deadpool_megatron.cluster.agent.pulse import shared_page
-from deadpool_megatron.megatron.muster import _EPOCH_SHIFT, Muster
+from deadpool_megatron.emulation.graphs import CUDAGraph
+from deadpool_megatron.megatron.muster import _EPOCH_SHIFT, Muster, meet_before_replays
 from waiting import until
 
 
@@ -130,6 +133,28 @@ def test_who_depends_on_another_is_bereft_with_it_before_they_have_launched_anyt
     one, _ = ranks
     one.muster.depend_on(range(2, 4))
     assert one.muster.bereft([3]) and not one.muster.bereft([2, 3])
+
+
+def test_a_graph_that_works_on_such_a_buffer_is_launched_together_too(
+    ranks: tuple[Rank, Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = ranks
+    replayed: list[CUDAGraph] = []
+    graph, dispatcher = CUDAGraph(), SimpleNamespace(_hybrid_ep_buffer=None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+    monkeypatch.setattr(CUDAGraph, "replay", replayed.append)
+    monkeypatch.setattr("torch.distributed.get_process_group_ranks", lambda group: group)
+    meet_before_replays(dispatcher, lambda: one.muster)
+    graph.replay()
+    assert replayed == [graph] and one.muster._times == 0, "there is no buffer yet"
+    dispatcher._hybrid_ep_buffer = SimpleNamespace(group=[2, 3])
+    thread = threading.Thread(target=graph.replay, daemon=True)
+    thread.start()
+    until(lambda: one.muster.waiting)
+    assert len(replayed) == 1
+    other.launch(1)
+    thread.join()
+    assert len(replayed) == 2
 
 
 def test_launches_of_months_are_counted(ranks: tuple[Rank, Rank]) -> None:

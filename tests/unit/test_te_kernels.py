@@ -139,6 +139,48 @@ def test_grouped_gemms_of_experts_one_without_tokens() -> None:
     assert_close(fresh[1], torch.zeros(6, 8))
 
 
+@in_emulation
+def test_grouped_gemms_whose_rows_are_split_on_the_device_follow_the_splits_of_each_replay() -> None:
+    from transformer_engine.pytorch.cpp_extensions.gemm import general_grouped_gemm_for_grouped_tensor as grouped
+    from transformer_engine.pytorch.tensor.storage.grouped_tensor_storage import GroupedTensorStorage
+
+    from deadpool_megatron.emulation.graphs import Capture, CUDAGraph
+
+    x, w = torch.randn(7, 8), [torch.randn(6, 8) for _ in range(3)]
+    sizes, out, dx = torch.tensor([3, 0, 2]), torch.zeros(7, 6), torch.zeros(7, 8)
+    dw = [torch.ones(6, 8) for _ in w]
+
+    def storage(data: Tensor) -> Any:
+        return GroupedTensorStorage(
+            shape=tuple(data.shape), dtype=data.dtype, num_tensors=3, data=data.view(-1), first_dims=sizes
+        )
+
+    graph = CUDAGraph()
+    with Capture(graph):
+        grouped(w, storage(x), storage(out))
+        grouped(w, storage(out), storage(dx), layout="NN")
+        grouped(storage(x), storage(out), dw, layout="NT", accumulate=True)
+    graph.replay()  # the capture has computed it
+    for rows in ([3, 0, 2], [1, 4, 2]):
+        sizes.copy_(torch.tensor(rows))
+        for each in (out, dx, *dw):
+            each.fill_(1)
+        graph.replay()
+        begin = 0
+        for n, each, grad in zip(rows, w, dw, strict=True):
+            part = slice(begin, begin := begin + n)
+            assert_close(out[part], x[part] @ each.t())
+            assert_close(dx[part], out[part] @ each)
+            assert_close(grad, 1 + out[part].t() @ x[part])
+        assert bool((out[begin:] == 1).all()), "rows behind the last group are nobody's"
+    same, (ends, starts) = tex.splits_to_offsets_multi(
+        sizes, None, strides=[1, 8], include_leading_zero=[False, True], dtypes=[torch.int32, torch.int64],
+        bulk_allocate=True,
+    )  # fmt: skip
+    assert torch.equal(same, sizes) and ends.tolist() == [1, 5, 7] and starts.tolist() == [0, 8, 40, 56]
+    assert (ends.dtype, starts.dtype) == (torch.int32, torch.int64)
+
+
 # ---- norms, activations, softmaxes, dropout
 
 

@@ -5,13 +5,14 @@ Sources: transformer_engine/pytorch/csrc/extensions/{gemm,normalization,activati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deadpool_megatron.emulation import graphs
 from deadpool_megatron.emulation.transformer_engine import userbuffers
 from deadpool_megatron.emulation.transformer_engine.formats import TORCH_TYPES
 from deadpool_megatron.emulation.transformer_engine.kernels import gradient, kernel, offer
@@ -150,6 +151,92 @@ def te_general_grouped_gemm(
         else:
             out.copy_(value)
     return bias
+
+
+# Grouped GEMMs whose rows are split by what is on the device.
+
+
+@kernel
+def splits_to_offsets_multi(
+    split_sizes: Tensor,
+    device: Any,
+    *,
+    strides: Sequence[int],
+    include_leading_zero: Sequence[bool],
+    dtypes: Sequence[torch.dtype],
+    bulk_allocate: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """(the sizes, where each group ends in units of each stride, with the beginning of the first one or without)."""
+    ends = torch.cat((split_sizes.new_zeros(1), split_sizes.cumsum(0)))
+    said = zip(strides, include_leading_zero, dtypes, strict=True)
+    return split_sizes, [(ends[0 if zero else 1 :] * stride).to(dtype) for stride, zero, dtype in said]
+
+
+@kernel
+def get_grouped_gemm_setup_workspace_size(num_tensors: int) -> int:
+    return 1
+
+
+class _Groups:
+    """The members of a GroupedTensorStorage in high precision, whose tensors are where they are when this is made.
+    Rows behind the last member are nobody's."""
+
+    def __init__(self, grouped: Any) -> None:
+        self._rows = grouped.rowwise_data.detach().view(-1, grouped.logical_shape[-1])
+        self._sizes = grouped.first_dims
+
+    def __iter__(self) -> Iterator[Tensor]:
+        ends = self._sizes.cumsum(0).tolist()
+        return (self._rows[begin:end] for begin, end in zip([0, *ends], ends, strict=False))
+
+
+@kernel
+def te_general_grouped_gemm_for_discrete_in(
+    A: Sequence[Any],
+    transa: bool,
+    B: Any,
+    transb: bool,
+    out: Any,
+    bias: Any,
+    bias_scale: Any,
+    *_: Any,
+) -> Any:
+    """Of each weight in ``A`` with its group of ``B``."""
+    assert bias is None and bias_scale is None, "the emulation's grouped GEMM has no bias"
+    groups, targets = _Groups(B), _Groups(out)
+
+    def compute() -> None:
+        for a, b, target in zip(A, groups, targets, strict=True):
+            target.copy_(_product(a, transa, b, transb))
+
+    graphs.noted(compute)
+    return out
+
+
+@kernel
+def te_general_grouped_gemm_for_discrete_out(
+    A: Any,
+    transa: bool,
+    B: Any,
+    transb: bool,
+    out: Sequence[Tensor],
+    bias: Any,
+    bias_scale: Any,
+    alpha: Tensor,
+    beta: Tensor,
+    *_: Any,
+) -> Sequence[Tensor]:
+    """Of each group of ``A`` with its one of ``B``, added to ``beta`` times what is there: gradients of weights."""
+    left, right = _Groups(A), _Groups(B)
+
+    def compute() -> None:
+        keep = float(beta[0])
+        for a, b, target in zip(left, right, out, strict=True):
+            value = _product(a, transa, b, transb)
+            target.copy_(value if keep == 0 else target * keep + value)
+
+    graphs.noted(compute)
+    return out
 
 
 # Norms: (output, mean, 1 / standard deviation), statistics in float32 for each row.

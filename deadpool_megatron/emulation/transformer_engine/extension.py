@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -49,8 +50,13 @@ def _always(value: Any) -> Callable[..., Any]:
     return answer
 
 
+def get_cublasLt_version() -> int:
+    """From 130300 on Transformer Engine splits the rows of grouped GEMMs on the device (a Blackwell's), as CUDA graphs
+    need it; the emulation has that in 16 bits only, so it has to be asked for."""
+    return int(os.environ.get("DEADPOOL_EMULATED_CUBLASLT", "130200"))
+
+
 # Versions that allow every feature that Transformer Engine asks them about.
-get_cublasLt_version = _always(130200)
 get_cudnn_version = _always(92000)
 get_num_cublas_streams = _always(4)
 get_stream_priority_range = _always((0, -5))
