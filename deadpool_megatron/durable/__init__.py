@@ -10,7 +10,7 @@ from .errors import Damaged, DurableError, NotFit, Unreachable
 from .files import find
 from .format import FORMAT, Coordinate, Item, Layout, Manifest, ShardFile, directory_name
 from .lease import Lease, Taken, this_process
-from .loading import load_shards
+from .loading import load_constants, load_shards
 from .orders import Answer, Cancel, Describe, Done, Drain, Seal, Stage, Staged, Take
 from .start import begin, go_on
 from .store import Store, open_store
@@ -43,6 +43,7 @@ __all__ = [
     "directory_name",
     "find",
     "go_on",
+    "load_constants",
     "load_shards",
     "open_store",
     "this_process",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from deadpool_megatron.vault import CONSTANT, Slot, Vault, VaultError, Version, constants_of, own_copy, store_shard
 
 from .errors import DurableError, Unreachable
-from .files import read_constants, read_manifest, read_shard
+from .files import find, read_constants, read_manifest, read_shard
 from .format import Manifest, ShardHeader
 from .store import Store
 
@@ -49,6 +49,24 @@ def load_shards(
     except (OSError, VaultError) as err:
         passes = isinstance(err, OSError) and not isinstance(err, FileNotFoundError)
         raise (Unreachable if passes else DurableError)(f"{store.root}/{name} cannot be read: {err}") from None
+
+
+def load_constants(vault: Vault, store: Store, rank: int, epoch: int, capacity: Callable[[int], int]) -> None:
+    """What never changes of a rank, from the newest generation that has it; arguments as of `load_shards`.
+
+    Blocks for the disk. Raises DurableError.
+    """
+    try:
+        for manifest in find(store).complete:
+            file = manifest.shards[rank].constants if rank < manifest.world_size else None
+            if file is not None:
+                _load(
+                    vault, constants_of(rank), epoch, CONSTANT, capacity, functools.partial(read_constants, store, file)
+                )
+                return
+    except (OSError, VaultError) as err:
+        raise DurableError(f"{store.root} cannot be read: {err}") from None
+    raise DurableError(f"{store.root} has none of rank {rank}")
 
 
 def _load(

@@ -122,7 +122,9 @@ class Frozen:
             try:
                 self.take()
             except VaultError as err:
-                changed = isinstance(err, ChecksumMismatch) and self._tries < _TRIES
+                writer = self._writer
+                lost = isinstance(err, ChecksumMismatch) or (writer is not None and writer.arena.slots[0].damaged)
+                changed = lost and self._tries < _TRIES
                 _log.info("frozen parameters come from a replica: %s", err)
         received = False
         for i, (group, parameters) in enumerate(self._sets):

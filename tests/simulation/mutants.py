@@ -478,6 +478,11 @@ def _the_last_drain_writes_constants_as_they_are(patch: Patch) -> None:
     )
 
 
+def _constants_are_asked_of_vaults_alone(patch: Patch) -> None:
+    """Nobody has them whole any more in memory, and the durable directory is not looked into."""
+    patch.setattr(node_durable.NodeDurability, "_bring_constants", lambda self, rank, epoch: None)
+
+
 def _constants_that_were_read_are_not_read_again(patch: Patch) -> None:
     """Found by the simulation: they changed in memory before training began, and the job ended with 73."""
 
@@ -580,6 +585,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "constants registered": _constants_are_looked_after_until_a_process_registers,
     "constants read": _constants_that_were_read_are_not_read_again,
     "constants drained": _the_last_drain_writes_constants_as_they_are,
+    "constants durable": _constants_are_asked_of_vaults_alone,
     "constants anew": _constants_count_as_kept_for_ever,
     "constants first": _a_rank_commits_without_its_constants,
     "share refused": _a_share_that_was_refused_is_asked_for_again,

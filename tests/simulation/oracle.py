@@ -348,6 +348,12 @@ class Oracle:
         holder = self._with_constants(rank.rank)
         if holder is not None:
             raise Violation(f"rank {rank.rank} is without its constants, which node {holder.node} has")
+        if (
+            self._cluster.job.durable is not None
+            and self.directory.whole() is not None
+            and self.directory.in_peace(40.0)
+        ):
+            raise Violation(f"rank {rank.rank} is without its constants, which the durable directory has")
         self.constants_gone = True
 
     def _with_constants(self, rank: int) -> Host | None:

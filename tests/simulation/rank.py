@@ -570,7 +570,9 @@ class Rank:
         yield from self._meet("synchronize", 0, 0)
         if (err := self._take_constants()) is not None:  # and there is no replica
             self._tries += 1
-            if isinstance(err, ChecksumMismatch) and self._tries <= _TRIES:
+            assert self._constants_writer is not None
+            changed = isinstance(err, ChecksumMismatch) or self._constants_writer.arena.slots[0].damaged
+            if changed and self._tries <= _TRIES:
                 raise Broken
             self.host.cluster.oracle.without_constants(self)
             raise Dies(f"no vault has the constants of rank {self.rank}: {err}", Exit.UNEQUAL)

@@ -327,6 +327,7 @@ class SimulatedShards(Shards):
         self._peers = {}
         self._replicator = _Replicator(host, self.vault, self._committed)  # type: ignore[assignment]
         self._told_sent = {}
+        self.durable_constants = None
 
     def report(self, event: Any) -> None:
         self._host.news.send(self._host.process, self._host.agent.happened, event)
@@ -453,6 +454,8 @@ class SimulatedShards(Shards):
     def _search(self, search: Search[str], epoch: int, rank: int, then: Callable[[], None]) -> None:
         pause = search.pause(self._host.world.now)
         if pause is None:
+            if self.durable_constants is not None:
+                self.durable_constants(rank, epoch)
             then()
         else:
             wait = pause + self._host.world.delay(0.001, 0.02)

@@ -35,6 +35,7 @@ from deadpool_megatron.durable import (
     Take,
     directory_name,
     find,
+    load_constants,
     load_shards,
     open_store,
     this_process,
@@ -417,6 +418,12 @@ def test_what_never_changes_is_one_file_for_all_generations_and_is_loaded_with_e
             other.close()
 
     assert loaded() == ([constants_of(0), 0], bytes([7]) * nbytes)
+    slot = node.vault.find(constants_of(0), CONSTANT)[1]
+    slot.unique[5] ^= 1  # nobody has them whole any more, in memory
+    load_constants(node.vault, open_store(node.directory), 0, 0, lambda small: 1 << 12)
+    assert bytes(node.vault.find(constants_of(0), CONSTANT)[1].unique) == bytes([7]) * nbytes
+    with pytest.raises(DurableError, match="has none of rank 1"):
+        load_constants(node.vault, open_store(node.directory), 1, 0, lambda small: 1 << 12)
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)

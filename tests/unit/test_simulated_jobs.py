@@ -78,6 +78,7 @@ MISSED_SHARDS: dict[str, tuple[int, tuple[str, ...]]] = {
 MISSED_BOTH: dict[str, tuple[int, tuple[str, ...]]] = {
     "constants read": (810126, ()),
     "constants drained": (728636, ()),
+    "constants durable": (601589, ("damage", "kill node", "lose node", "kill worker")),
 }
 # The same where another job wants the durable directory.
 MISSED_RIVALS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -107,6 +108,23 @@ def test_no_fault_breaks_a_promise(batch: int) -> None:
     assert not broken
     assert sum(run.epochs for run in runs) > _RUNS // 3, "faults struck, and were recovered from"
     assert sum(run.code == 0 for run in runs) > _RUNS // 2, "most jobs survive them"
+
+
+_FEW_KINDS = ("damage", "kill node", "lose node")
+# Runs in which something was found, and for whose mends there is no run above.
+FOUND = (
+    (713588, Profile()),
+    (600538, Profile(durable=True, shards=True, only=_FEW_KINDS)),
+    (600841, Profile(durable=True, shards=True, only=_FEW_KINDS)),
+    (600947, Profile(durable=True, shards=True, only=_FEW_KINDS)),
+    (601571, Profile(durable=True, shards=True, only=(*_FEW_KINDS, "kill worker"))),
+    (601804, Profile(durable=True, shards=True, only=(*_FEW_KINDS, "kill worker"))),
+)
+
+
+@pytest.mark.parametrize(("seed", "profile"), FOUND, ids=[str(seed) for seed, _ in FOUND])
+def test_what_was_found_stays_mended(seed: int, profile: Profile) -> None:
+    assert not simulate(seed, profile).violation
 
 
 def test_no_fault_breaks_a_promise_where_every_recovery_needs_other_processes() -> None:

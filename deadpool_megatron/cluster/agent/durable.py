@@ -6,6 +6,7 @@ of `Shards`, like the vault's.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -34,6 +35,7 @@ from deadpool_megatron.durable import (
     Store,
     Take,
     Unreachable,
+    load_constants,
     load_shards,
     open_store,
 )
@@ -51,6 +53,7 @@ class Loaded:
 
 DurableNews = Staged | Done | Loaded
 
+_log = logging.getLogger(__name__)
 _PATIENCE_S = 20.0  # with a directory that cannot be read; below what a recovery has for it
 _PAUSE_S = 1.0
 
@@ -84,6 +87,7 @@ class NodeDurability:
         self._epoch = 0  # of the versions that were loaded before training
         self._manifest: Manifest | None = None  # of what was loaded before training
         self._loaded: dict[int, str] = {}  # by rank, and holder of constants, digest of its layout
+        shards.durable_constants = self._bring_constants
 
     def _tell(self, news: DurableNews | Answer) -> None:
         self._shards.report(news)
@@ -136,6 +140,12 @@ class NodeDurability:
             return None
 
         self._in_background("durable-read", work)
+
+    def _bring_constants(self, rank: int, epoch: int) -> None:
+        try:
+            load_constants(self._shards.vault, self._store(), rank, epoch, small_capacity)
+        except DurableError as err:
+            _log.info("rank %d: its constants cannot be had from the durable directory: %s", rank, err)
 
     # ---- from workers
 

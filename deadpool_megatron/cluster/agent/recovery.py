@@ -25,7 +25,7 @@ from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
 from deadpool_megatron.cluster.agent.upkeep import Upkeep
 from deadpool_megatron.cluster.agent.workers import Worker
-from deadpool_megatron.vault import constants_of
+from deadpool_megatron.vault import Target, constants_of
 
 
 class NodeRecovery:
@@ -125,9 +125,10 @@ class NodeRecovery:
             if rank in record.rebuilds:
                 shards.rebuild(record.epoch, rank, record.generation, record.rebuilds[rank], job.vaults, keepers)
             elif source is None and (version := self._with_constants(rank, record.generation)) is not None:
-                shards.fetch(
-                    record.epoch, rank, record.generation, r.Source(job.node, version[0], []), None, (), keepers
-                )
+                # (a keeper of an older placement may have what changed here)
+                vaults = [Target(each.host, each.port) for node, each in job.vaults.items() if node != job.node]
+                own = r.Source(job.node, version[0], [])
+                shards.fetch(record.epoch, rank, record.generation, own, None, (), [*keepers, *vaults])
             elif source is None:
                 self._hand_out(rank, record.generation, live=True)
             else:

@@ -157,6 +157,8 @@ class Shards:
         )
         self._scrubber = Scrubber(self.vault, scrub_rate, self._damaged) if scrub_rate else None
         self._told_sent: dict[int, tuple[int, float]] = {}
+        self.durable_constants: Callable[[int, int], None] | None = None
+        """Where no vault has them: brings those of (rank, epoch it was asked in) from the durable directory. Blocks."""
 
     def report(self, event: Any) -> None:
         """Put an event into the queue and wake who listens. Any thread."""
@@ -391,7 +393,8 @@ class Shards:
         threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()
 
     def _fetch_constants(self, rank: int, epoch: int, places: Sequence[tuple[str, int] | Vault]) -> None:
-        """Blocks. Where nobody gives them, the rank has none, or its worker has to have them from a replica.
+        """Blocks. Where no vault and no durable directory gives them, the rank has none, or its worker has to have them
+        from a replica.
 
         Raises VaultFull.
         """
@@ -410,6 +413,8 @@ class Shards:
                     raise
                 except VaultError as err:
                     _log.warning("rank %d: its constants cannot be had from %s: %s", rank, place, err)
+        if self.durable_constants is not None:
+            self.durable_constants(rank, epoch)
 
     def close(self) -> None:
         """Stop all threads and free the memory."""
