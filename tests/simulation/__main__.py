@@ -1,7 +1,7 @@
 """``python -m simulation --seeds N [--first K] | --seed S [--trace]``: many runs, or one told message by message.
 
-With ``--mixed`` each seed has one of all kinds, as `simulation.many.MIX` says. ``--without FIX`` takes a fix back first
-(`simulation.mutants`), and stops at the first seed that finds it missing.
+With ``--mixed`` each seed has one of all kinds, as `simulation.many.mixed` says. ``--without FIX`` takes a fix back
+first (`simulation.mutants`), and stops at the first seed that finds it missing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from simulation.faults import Profile
-from simulation.many import MIX, many, mixed, summary
+from simulation.many import many, mixed, summary
 from simulation.mutants import MUTANTS
 from simulation.run import simulate
 
@@ -48,7 +48,7 @@ def main() -> int:
         if args.without:
             MUTANTS[args.without](patch)
         if args.seed is not None:
-            return _one(args.seed, MIX[mixed(args.seed)][1] if args.mixed else profile, args.trace)
+            return _one(args.seed, mixed(args.seed)[1] if args.mixed else profile, args.trace)
         blocks = []
         try:
             for block in many(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from deadpool_megatron.cluster import records as r
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from simulation.host import Host
     from simulation.run import Run
 
-__all__ = ["Faults", "Profile"]
+__all__ = ["DURABLE_KINDS", "KINDS", "Faults", "Profile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,46 +59,12 @@ class Faults:
         self._waiting: list[tuple[str, int, float, str, Callable[[], None]]] = []
         self._seen: Counter[str] = Counter()
         self._every: dict[str, Callable[[], None]] = {}  # what happens each time
-        self._kinds: dict[str, tuple[int, Callable[[], None]]] = {
-            "kill worker": (6, self._kill_worker),
-            "kill node": (6, self._kill_node),
-            "lose node": (4, self._lose_node),
-            "freeze worker": (2, self._freeze_worker),
-            "freeze agent": (2, self._freeze_agent),
-            "freeze node": (2, self._freeze_node),
-            "cut": (3, self._cut),
-            "kill coordinator": (4, self._kill_coordinator),
-            "crash coordinator soon": (3, self._crash_coordinator),
-            "freeze coordinator": (2, self._freeze_coordinator),
-            "slow network": (2, self._slow),
-            "slow link": (3, self._slow_link),
-            "late recovery": (2, self._late_recovery),
-            "broken groups": (2, self._break_groups),
-            "resets": (3, self._resets),
-            "full spare": (2, self._full),
-            "damage": (3, self._damage),
-            "damaged source": (3, self._damaged_source),
-            "drain": (4, self._drain),
-            "drain, and the spare dies": (2, self._drain_and_kill_spare),
-            "join": (3, self._join),
-            "join, and the coordinator dies": (1, self._join_and_crash),
-        }
-
-        self._durable: dict[str, Callable[[], None]] = {
-            "full directory": self._full_directory,
-            "unreadable directory": self._unreadable_directory,
-            "slow directory": self._slow_directory,
-            "damaged file": self._damage_file,
-            "another owner": self._another_owner,
-            "kill drainer": self._kill_drainer,
-            "every copy damaged": self._damage_every_copy,
-        }
 
     def draw(self) -> None:
         """What will happen in this run, and when."""
         chance, cluster = self._cluster.world.chance, self._cluster
-        names = [name for name in self._kinds if not self.profile.only or name in self.profile.only]
-        weights = [self._kinds[name][0] for name in names]
+        names = [name for name in KINDS if not self.profile.only or name in self.profile.only]
+        weights = [KINDS[name][0] for name in names]
         for _ in range(chance.randint(0, self.profile.most)):
             name = chance.choices(names, weights)[0]
             when = chance.choice(_WHEN)
@@ -109,20 +76,22 @@ class Faults:
                 count, most = cluster.iterations - chance.randint(0, 3), 2.0
             else:  # in a recovery, or soon after one: those seconds are the interesting ones
                 count, most = chance.randint(1, 3), 1.0
-            self._wait(when, count, chance.uniform(0.0, most), name, self._kinds[name][1])
+            self._wait(when, count, chance.uniform(0.0, most), name, partial(KINDS[name][1], self))
         if cluster.job.durable is not None:
             self._draw_durable()
 
     def _draw_durable(self) -> None:
         """Of its own chance, so that other runs stay as they are."""
-        draws, names = self._cluster.draws, [*self._durable]
+        draws, names = self._cluster.draws, [*DURABLE_KINDS]
         if draws.random() < 0.3 and (not self.profile.only or "damage" in self.profile.only):
             self._wait("durable_resumed", 1, 0.0, "damage", self._damage)
         for _ in range(draws.randint(0, 3)):
             name = draws.choice(names)
             if not self.profile.only or name in self.profile.only:
                 count, seconds = draws.randint(1, 12), draws.uniform(0.0, 1.0)
-                self._wait(draws.choice(("committed", "declared")), count, seconds, name, self._durable[name])
+                self._wait(
+                    draws.choice(("committed", "declared")), count, seconds, name, partial(DURABLE_KINDS[name], self)
+                )
 
     def change_what_is_read(self) -> None:
         """In the memory of one node what it has read from the durable directory changes, each time."""
@@ -533,3 +502,39 @@ class Faults:
                 cluster.anybody.later(cluster.world.chance.uniform(0.1, 2.0), cluster.add_host, reply.node)
 
         cluster.hq.ask(r.AddSpare("new"), answered)
+
+
+# By name: how often it is drawn, and what happens.
+KINDS: dict[str, tuple[int, Callable[[Faults], None]]] = {
+    "kill worker": (6, Faults._kill_worker),
+    "kill node": (6, Faults._kill_node),
+    "lose node": (4, Faults._lose_node),
+    "freeze worker": (2, Faults._freeze_worker),
+    "freeze agent": (2, Faults._freeze_agent),
+    "freeze node": (2, Faults._freeze_node),
+    "cut": (3, Faults._cut),
+    "kill coordinator": (4, Faults._kill_coordinator),
+    "crash coordinator soon": (3, Faults._crash_coordinator),
+    "freeze coordinator": (2, Faults._freeze_coordinator),
+    "slow network": (2, Faults._slow),
+    "slow link": (3, Faults._slow_link),
+    "late recovery": (2, Faults._late_recovery),
+    "broken groups": (2, Faults._break_groups),
+    "resets": (3, Faults._resets),
+    "full spare": (2, Faults._full),
+    "damage": (3, Faults._damage),
+    "damaged source": (3, Faults._damaged_source),
+    "drain": (4, Faults._drain),
+    "drain, and the spare dies": (2, Faults._drain_and_kill_spare),
+    "join": (3, Faults._join),
+    "join, and the coordinator dies": (1, Faults._join_and_crash),
+}
+DURABLE_KINDS: dict[str, Callable[[Faults], None]] = {
+    "full directory": Faults._full_directory,
+    "unreadable directory": Faults._unreadable_directory,
+    "slow directory": Faults._slow_directory,
+    "damaged file": Faults._damage_file,
+    "another owner": Faults._another_owner,
+    "kill drainer": Faults._kill_drainer,
+    "every copy damaged": Faults._damage_every_copy,
+}

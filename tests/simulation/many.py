@@ -6,14 +6,16 @@ import gc
 import hashlib
 import json
 import multiprocessing
+import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from simulation.faults import Profile
+from simulation.faults import DURABLE_KINDS, KINDS, Profile
 from simulation.run import simulate
 
 __all__ = ["MIX", "Block", "code_digest", "many", "mixed", "summary"]
@@ -33,9 +35,16 @@ _COLLECT = 50
 Block = dict[str, Any]  # a line of the file
 
 
-def mixed(seed: int) -> str:
-    """The kind of this seed's run, as flags."""
-    return _TURNS[seed % len(_TURNS)]
+def mixed(seed: int) -> tuple[str, Profile]:
+    """The kind of this seed's run, as flags, and its profile: every second one has few kinds of faults, so that these
+    meet each other more often than where all are drawn."""
+    flags = _TURNS[seed % len(_TURNS)]
+    profile = MIX[flags][1]
+    few = random.Random(f"few {seed}")
+    if few.random() < 0.5:
+        return flags, profile
+    kinds = few.sample([*KINDS], few.randint(1, 4)) + few.sample([*DURABLE_KINDS], few.randint(0, 2))
+    return flags, replace(profile, only=tuple(kinds))
 
 
 def code_digest() -> str:
@@ -55,15 +64,15 @@ def _run(task: tuple[int, int, Profile | None, bool]) -> Block:
     faults, bad = Counter[str](), []
     begun = time.process_time()
     for seed in range(first, first + count):
-        flags = mixed(seed) if profile is None else "as told"
-        one = simulate(seed, MIX[flags][1] if profile is None else profile)
+        flags, drawn = mixed(seed) if profile is None else ("as told", profile)
+        one = simulate(seed, drawn)
         of = kinds.setdefault(flags, Counter())
         of.update(runs=1, recoveries=one.epochs, events=one.events, faults=len(one.faults))
         of[f"ended with {one.code}" if not one.violation else "violations"] += 1
         faults.update(one.kinds)
         if one.violation:
             shape = f"{one.shape}; {', '.join(one.faults)}"
-            bad.append(f"--seed {seed} {flags if profile is None else ''}: {one.violation} [{shape}]")
+            bad.append(f"{'--mixed ' * (profile is None)}--seed {seed}: {one.violation} [{flags}; {shape}]")
             if stop:
                 break
         if seed % _COLLECT == 0:

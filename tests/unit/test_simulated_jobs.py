@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.records.exits import Exit
-from simulation import simulate
+from simulation import many, simulate
 from simulation.faults import Profile
 from simulation.mutants import MUTANTS
 from simulation.run import Run
@@ -184,6 +186,22 @@ def test_the_log_and_the_metrics_of_a_node_have_every_epoch_that_it_is_in() -> N
 
 def test_every_fix_has_a_run() -> None:
     assert {fix for missed in MODES.values() for fix in missed} | RARE == MUTANTS.keys()
+
+
+def test_runs_that_were_cut_off_go_on_where_they_were_and_not_with_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(many, "_BLOCK", 2)
+    results = tmp_path / "results"
+    whole = [*many.many(7, 6, None, results=results)]
+    lines = results.read_text().splitlines()
+    results.write_text("\n".join([*lines[:2], lines[2][:30]]))  # killed while it wrote the second block
+    again = [*many.many(7, 6, None, results=results)]
+    assert [{**block, "cpu_s": 0} for block in again] == json.loads(json.dumps([{**b, "cpu_s": 0} for b in whole]))
+    assert len(results.read_text().splitlines()) == len(lines) == 4
+    assert "6 runs of seeds 7 to 12; 0 violations" in many.summary(again)
+    with pytest.raises(ValueError, match="take another file"):
+        next(many.many(7, 6, Profile(), results=results))
 
 
 def test_a_seed_is_one_run_to_the_message() -> None:
