@@ -141,6 +141,8 @@ def test_grouped_gemms_of_experts_one_without_tokens() -> None:
 
 @in_emulation
 def test_grouped_gemms_whose_rows_are_split_on_the_device_follow_the_splits_of_each_replay() -> None:
+    """What calls `tex.te_general_grouped_gemm_for_discrete_in`, `tex.te_general_grouped_gemm_for_discrete_out` and
+    `tex.get_grouped_gemm_setup_workspace_size` is Transformer Engine's own Python."""
     from transformer_engine.pytorch.cpp_extensions.gemm import general_grouped_gemm_for_grouped_tensor as grouped
     from transformer_engine.pytorch.tensor.storage.grouped_tensor_storage import GroupedTensorStorage
 
