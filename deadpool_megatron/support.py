@@ -107,6 +107,7 @@ _ACCEPTED: Final = (
     ("overlapped gradient reduction", "--overlap-grad-reduce", bool, _SWAPS),
     ("overlapped parameter gather", "--overlap-param-gather", bool, _SWAPS),
     ("parameter gather beside the optimizer step", "--overlap-param-gather-with-optimizer-step", bool, _TE),
+    ("user buffers of NCCL (left out: nothing is registered with a communicator)", "--use-nccl-ub", bool, _TE),
     # model
     ("hybrid models (Mamba)", "--hybrid-layer-pattern", bool, _MODELS),
     ("layers of Transformer Engine", "--transformer-impl transformer_engine", _is("transformer_engine"), _TE),
@@ -140,15 +141,6 @@ _REASONED: Final = (
         "--optimizer sgd",
         _is("sgd"),
         "torch's, taken without Transformer Engine and apex, changes in place; theirs is refused at start",
-    ),
-)
-# The same of what several values select together.
-_REASONED_TOGETHER: Final = (
-    (
-        "attention in MXFP8",
-        "--fp8-dot-product-attention",
-        lambda values, _: bool(values.get("fp8_dot_product_attention")) and _recipe(values) == "mxfp8",
-        "its quantizers keep nothing from one call to the next",
     ),
 )
 _OPTIMIZER_NAMES: Final = ("adam", "sgd", "lion", "muon", "dist_muon")
@@ -205,7 +197,6 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
     ("--symmetric-ar-type", bool, "symmetric memory is a communicator of its own"),
     ("--fp8-recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
     ("--fp4-recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
-    ("--use-nccl-ub", bool, "buffers registered with a communicator are gone with it"),
     ("--use-sharp", bool, "buffers registered with a communicator are gone with it"),
     ("--perform-rl-step", bool, "another training loop"),
     ("--inprocess-restart", bool, "two systems would handle the same failure"),
@@ -300,8 +291,9 @@ def _graphed(values: Values) -> list[str]:
 
 
 def _graph_modules(values: Values) -> list[str]:
-    """Those that are named. The second flag is the first one's older name."""
-    named = values.get("cuda_graph_modules") or values.get("cuda_graph_scope")
+    """Those that are named. The older name of the flag counts where both are there, as Megatron's config has them."""
+    named = values.get("cuda_graph_scope")
+    named = values.get("cuda_graph_modules") if named is None else named
     return [part for each in _listed(named or []) for part in str(_name(each)).split(",")]
 
 
@@ -420,7 +412,13 @@ COMBINATIONS: Final = (
         Evidence.EMULATION,
         _FLEX,
     ),
-    *(Feature(name, flag, selects, Evidence.SOURCES, why) for name, flag, selects, why in _REASONED_TOGETHER),
+    Feature(
+        "attention in MXFP8",
+        "--fp8-dot-product-attention",
+        lambda values, _: bool(values.get("fp8_dot_product_attention")) and _recipe(values) == "mxfp8",
+        Evidence.EMULATION,
+        _TE,
+    ),
     *(Feature("", flag, selects, Evidence.REFUSED, why) for flag, selects, why in _COMBINED),
 )
 FEATURES: Final = (

@@ -42,12 +42,12 @@ def test_an_accepted_command_line_has_a_line_for_each_feature(capsys: pytest.Cap
 
 
 def test_all_refused_flags_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--use-nccl-ub", "--moe-flex-dispatcher-backend=ncclep", "--iterations-to-skip", "3", "4"]
+    flags = ["--use-sharp", "--moe-flex-dispatcher-backend=ncclep", "--iterations-to-skip", "3", "4"]
     assert main(["check", *LLAMA, *flags]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[1].strip() for line in lines] == [
         "--moe-flex-dispatcher-backend ncclep",
-        "--use-nccl-ub",
+        "--use-sharp",
         "--iterations-to-skip [3, 4]",
     ]
 

@@ -213,8 +213,8 @@ def test_a_mode_that_is_not_supported_is_refused_by_its_flag(flag: str, name: st
 def test_all_modes_that_are_not_supported_are_named_at_once() -> None:
     from deadpool_megatron.support import check_arguments
 
-    with pytest.raises(UserError, match=r"^--fp8-recipe \(here: custom\), --use-nccl-ub are not"):
-        check_arguments({"fp8_recipe": "custom", "nccl_ub": True})
+    with pytest.raises(UserError, match=r"^--fp8-recipe \(here: custom\), --use-sharp are not"):
+        check_arguments({"fp8_recipe": "custom", "use_sharp": True})
 
 
 @pytest.mark.parametrize("name", ["TORCH_DIST_USE_NCCL2", "TORCH_DISTRIBUTED_USE_TORCHCOMMS"])
