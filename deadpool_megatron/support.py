@@ -153,8 +153,6 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
         _other_than("none", "full_iteration", "transformer_engine"),
         "graphs of Megatron's own kind hold the old communicators; those of Transformer Engine are captured anew",
     ),
-    ("--enable-cuda-graph", bool, "it is --cuda-graph-impl local"),
-    ("--external-cuda-graph", bool, "say --cuda-graph-impl transformer_engine instead"),
     ("--optimizer-cuda-graph", bool, "the gate before the step would be inside of the graph"),
     (
         "--optimizer",
@@ -299,7 +297,10 @@ def _graph_modules(values: Values) -> list[str]:
 
 def _migrated(values: Values) -> Values:
     """With today's flags in the place of older ones, as Megatron does it."""
-    return {**values, "cuda_graph_impl": "full_iteration"} if "full_iteration" in _graph_modules(values) else values
+    older = {"enable_cuda_graph": "local", "external_cuda_graph": "transformer_engine"}
+    impl = next((impl for name, impl in older.items() if values.get(name)), None)
+    impl = "full_iteration" if "full_iteration" in _graph_modules(values) else impl
+    return values if impl is None else {**values, "cuda_graph_impl": impl}
 
 
 def _listed(value: object) -> list[Any]:
