@@ -108,6 +108,7 @@ _ACCEPTED: Final = (
     ("overlapped gradient reduction", "--overlap-grad-reduce", bool, _SWAPS),
     ("overlapped parameter gather", "--overlap-param-gather", bool, _SWAPS),
     ("parameter gather beside the optimizer step", "--overlap-param-gather-with-optimizer-step", bool, _TE),
+    ("user buffers of NCCL (left out: nothing is registered with a communicator)", "--use-nccl-ub", bool, _TE),
     # model
     ("hybrid models (Mamba)", "--hybrid-layer-pattern", bool, _MODELS),
     ("layers of Transformer Engine", "--transformer-impl transformer_engine", _is("transformer_engine"), _TE),
@@ -143,15 +144,6 @@ _REASONED: Final = (
         "torch's, taken without Transformer Engine and apex, changes in place; theirs is refused at start",
     ),
 )
-# The same of what several values select together.
-_REASONED_TOGETHER: Final = (
-    (
-        "attention in MXFP8",
-        "--fp8-dot-product-attention",
-        lambda values, _: bool(values.get("fp8_dot_product_attention")) and _recipe(values) == "mxfp8",
-        "its quantizers keep nothing from one call to the next",
-    ),
-)
 _OPTIMIZER_NAMES: Final = ("adam", "sgd", "lion", "muon", "dist_muon")
 # Flag, when its value is one that DeadPool cannot carry through a swap yet, and why.
 _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
@@ -162,8 +154,6 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
         _other_than("none", "full_iteration", "transformer_engine"),
         "graphs of Megatron's own kind hold the old communicators; those of Transformer Engine are captured anew",
     ),
-    ("--enable-cuda-graph", bool, "it is --cuda-graph-impl local"),
-    ("--external-cuda-graph", bool, "say --cuda-graph-impl transformer_engine instead"),
     ("--optimizer-cuda-graph", bool, "the gate before the step would be inside of the graph"),
     (
         "--optimizer",
@@ -206,7 +196,6 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
     ("--symmetric-ar-type", bool, "symmetric memory is a communicator of its own"),
     ("--fp8-recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
     ("--fp4-recipe", _is("custom"), "its quantizers may have state that nobody else knows of"),
-    ("--use-nccl-ub", bool, "buffers registered with a communicator are gone with it"),
     ("--use-sharp", bool, "buffers registered with a communicator are gone with it"),
     ("--perform-rl-step", bool, "another training loop"),
     ("--inprocess-restart", bool, "two systems would handle the same failure"),
@@ -301,14 +290,18 @@ def _graphed(values: Values) -> list[str]:
 
 
 def _graph_modules(values: Values) -> list[str]:
-    """Those that are named. The second flag is the first one's older name."""
-    named = values.get("cuda_graph_modules") or values.get("cuda_graph_scope")
+    """Those that are named. The older name of the flag counts where both are there, as Megatron's config has them."""
+    named = values.get("cuda_graph_scope")
+    named = values.get("cuda_graph_modules") if named is None else named
     return [part for each in _listed(named or []) for part in str(_name(each)).split(",")]
 
 
 def _migrated(values: Values) -> Values:
     """With today's flags in the place of older ones, as Megatron does it."""
-    return {**values, "cuda_graph_impl": "full_iteration"} if "full_iteration" in _graph_modules(values) else values
+    older = {"enable_cuda_graph": "local", "external_cuda_graph": "transformer_engine"}
+    impl = next((impl for name, impl in older.items() if values.get(name)), None)
+    impl = "full_iteration" if "full_iteration" in _graph_modules(values) else impl
+    return values if impl is None else {**values, "cuda_graph_impl": impl}
 
 
 def _listed(value: object) -> list[Any]:
@@ -421,7 +414,13 @@ COMBINATIONS: Final = (
         Evidence.EMULATION,
         _FLEX,
     ),
-    *(Feature(name, flag, selects, Evidence.SOURCES, why) for name, flag, selects, why in _REASONED_TOGETHER),
+    Feature(
+        "attention in MXFP8",
+        "--fp8-dot-product-attention",
+        lambda values, _: bool(values.get("fp8_dot_product_attention")) and _recipe(values) == "mxfp8",
+        Evidence.EMULATION,
+        _TE,
+    ),
     *(Feature("", flag, selects, Evidence.REFUSED, why) for flag, selects, why in _COMBINED),
 )
 FEATURES: Final = (

@@ -2,7 +2,7 @@
 
 Every method here that gets a `Call` stands in the place of a function of the loop, and makes the call itself. Besides,
 in megatron.core: ``schedules.backward_step`` ticks, as forward passes do by ``forward_step_func``; the ranks of a node
-meet before the kernels of ``moe.fused_a2a`` are launched.
+meet before the kernels of ``moe.fused_a2a`` are launched; buffers of ``param_and_grad_buffer`` are not registered.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from deadpool_megatron.megatron.description import describe_job
 from deadpool_megatron.megatron.frozen import frozen_parameters
 from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.muster import Muster, meet_before_launches, meet_before_replays
+from deadpool_megatron.megatron.registration import register_nothing
 from deadpool_megatron.megatron.reset import forget_strategies
 from deadpool_megatron.megatron.standby import publish_job
 from deadpool_megatron.megatron.trainer import MegatronTrainer
@@ -92,6 +93,7 @@ class Hooks:
     def install(self) -> None:
         """Put the hooks in place. Raises UserError for a version that is not supported."""
         import megatron.core
+        from megatron.core.distributed import param_and_grad_buffer
         from megatron.core.pipeline_parallel import schedules
         from megatron.core.transformer.moe import fused_a2a
 
@@ -99,6 +101,7 @@ class Hooks:
         self.host.install(self)
         self.host.replace(schedules, "backward_step", self.backward_step)
         meet_before_launches(fused_a2a, self._muster)
+        register_nothing(param_and_grad_buffer)
 
     def _muster(self) -> Muster | None:
         return self.trainer.muster if self.trainer is not None else None
@@ -152,6 +155,8 @@ class Hooks:
         if not self.standby and torch.distributed.get_rank() == 0:
             if unproven:
                 print(f"deadpool: not run on a GPU yet: {', '.join(unproven)}; see deadpool check", flush=True)
+            if host.args.get("nccl_ub"):
+                print("deadpool: --use-nccl-ub is left out: no buffer is registered with a communicator", flush=True)
             if flags := not_looked_at(host.flags):
                 print(f"deadpool: nobody has looked at what a lost node does to {', '.join(flags)}", flush=True)
         if self.standby and self.communicators.table_digest() == self._groups:

@@ -14,7 +14,7 @@ import pytest
 
 from deadpool_megatron.observe import LOGS
 from flags import default_gpt
-from jobs import Job, Jobs, alone, survives
+from jobs import Job, Jobs, alone, launch_flags, survives, undisturbed
 
 _TP = "--tensor-model-parallel-size 2 --sequence-parallel"
 _DP = "--overlap-grad-reduce --overlap-param-gather"
@@ -120,6 +120,7 @@ _SLOW_CASES = {
     "activations on the host, experts": f"{_TP} {_GROUPED} {_EP} {_OFFLOADING} core_attn expert_fc1 moe_act",
     "activations on the host, outside of graphs": f"{_TP} {_GROUPED} {_EP} {_OFFLOADING} expert_fc1 moe_act "
     "--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router --cuda-graph-warmup-steps 1",
+    "user buffers of NCCL, which are left out": f"{_DP} --use-nccl-ub",
     "Muon": f"{_TP} --optimizer muon",
     "Muon by layers": f"{_DP} --optimizer muon",
     "two kernels of a fused step": f"{_DP} {_PRECISION_AWARE} {_CURRENT} --fp8-param-gather",
@@ -164,6 +165,18 @@ def test_a_run_on_four_nodes_that_loses_two_ends_as_the_undisturbed_one(name: st
     flags = default_gpt(*_WIDE_CASES[name].split(), iters=6)
     _, want = survives(jobs, name, flags, (1, 2, 2), (0, 4, 1), nodes=4)
     _assert_copies_no_more_than_the_arithmetic_says(want, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_attention_in_mxfp8(jobs: Jobs) -> None:
+    given = f"{_DP} {_MXFP8} --fp8-dot-product-attention --position-embedding-type rope --seq-length 128 "
+    given += "--max-position-embeddings 128 --num-attention-heads 8 --group-query-attention --num-query-groups 4 "
+    given += "--kv-channels 32 --attention-dropout 0"
+    flags, script = default_gpt(*given.split(), iters=6), Path(__file__).parents[1] / "pretrain_fp8_attention.py"
+    _, want = survives(jobs, "fp8-attention", flags, (1, 2, 2), (0, 4, 1), script=script, extra=_BLACKWELL)
+    other = undisturbed(launch_flags(2, 0, 1), [each for each in flags if "dot-product" not in each], extra=_BLACKWELL)
+    assert want.exact() != other.exact(), "it makes a difference"
 
 
 # Passes at which a node is lost, so that the other one breaks off where its modules are half-way through something.

@@ -42,12 +42,12 @@ def test_an_accepted_command_line_has_a_line_for_each_feature(capsys: pytest.Cap
 
 
 def test_all_refused_flags_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--use-nccl-ub", "--moe-flex-dispatcher-backend=ncclep", "--iterations-to-skip", "3", "4"]
+    flags = ["--use-sharp", "--moe-flex-dispatcher-backend=ncclep", "--iterations-to-skip", "3", "4"]
     assert main(["check", *LLAMA, *flags]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[1].strip() for line in lines] == [
         "--moe-flex-dispatcher-backend ncclep",
-        "--use-nccl-ub",
+        "--use-sharp",
         "--iterations-to-skip [3, 4]",
     ]
 
@@ -193,7 +193,7 @@ def test_no_graph_has_a_dispatcher_in_it_for_which_the_host_waits() -> None:
         assert refused("--cuda-graph-impl", "transformer_engine", flag, "moe", "attn")
 
 
-def test_graphs_of_whole_iterations_have_an_older_name() -> None:
+def test_graphs_have_older_names() -> None:
     def names(*flags: str) -> list[str]:
         return [each.name or each.because for each in used(parse(flags)) if "--cuda-graph" in each.flag]
 
@@ -201,6 +201,8 @@ def test_graphs_of_whole_iterations_have_an_older_name() -> None:
     assert want == ["CUDA graphs of whole iterations"]
     assert names("--cuda-graph-impl", "local", "--cuda-graph-scope", "full_iteration") == want
     assert names("--cuda-graph-impl", "local", "--cuda-graph-scope", "attn") != want
+    assert names("--external-cuda-graph") == ["CUDA graphs of layers"]
+    assert names("--enable-cuda-graph") == names("--cuda-graph-impl", "local") != []
 
 
 @pytest.mark.parametrize(

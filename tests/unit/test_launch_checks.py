@@ -213,8 +213,8 @@ def test_a_mode_that_is_not_supported_is_refused_by_its_flag(flag: str, name: st
 def test_all_modes_that_are_not_supported_are_named_at_once() -> None:
     from deadpool_megatron.support import check_arguments
 
-    with pytest.raises(UserError, match=r"^--fp8-recipe \(here: custom\), --use-nccl-ub are not"):
-        check_arguments({"fp8_recipe": "custom", "nccl_ub": True})
+    with pytest.raises(UserError, match=r"^--fp8-recipe \(here: custom\), --use-sharp are not"):
+        check_arguments({"fp8_recipe": "custom", "use_sharp": True})
 
 
 @pytest.mark.parametrize("name", ["TORCH_DIST_USE_NCCL2", "TORCH_DISTRIBUTED_USE_TORCHCOMMS"])
@@ -234,14 +234,12 @@ def test_every_refused_flag_is_one_that_megatron_knows() -> None:
     """A misspelt attribute would never refuse anything."""
     training = pytest.importorskip("megatron.training.arguments")
     known = {action.dest for action in training.add_megatron_arguments(argparse.ArgumentParser())._actions}
-    # Flags of other releases are kept; they must at least be spelt like flags.
-    older = {"enable_cuda_graph", "external_cuda_graph"}
     derived = {"gtp_weight_remat_size", "expert_gtp_weight_remat_size"}  # by Megatron's main, from flags of other names
-    unknown = {name for _, name in _unsupported()} - known - older - derived
+    unknown = {name for _, name in _unsupported()} - known - derived
     assert not unknown
     parser = training.add_megatron_arguments(argparse.ArgumentParser())
     by_flag = {flag: action.dest for action in parser._actions for flag in action.option_strings}
-    others = {flag: name for flag, name in _unsupported() if name not in older | derived and by_flag.get(flag) != name}
+    others = {flag: name for flag, name in _unsupported() if name not in derived and by_flag.get(flag) != name}
     assert others == {}
 
 

@@ -378,3 +378,28 @@ def test_a_layer_of_transformer_engine_is_torchs(name: str) -> None:
     assert error(got, want) < LAYERS[name]
     for key, mine in zip(names, (x, *layer.parameters()), strict=True):
         assert error(mine.grad, by_name[key].grad) < LAYERS[name], key
+
+
+# ---- attention
+
+
+@in_emulation
+def test_attention_in_mxfp8_is_that_in_sixteen_bits_but_for_its_operands_rounding() -> None:
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import MXFP8BlockScaling
+
+    length, heads, groups, width = 128, 8, 4, 32
+    attention = te.DotProductAttention(heads, width, num_gqa_groups=groups, attn_mask_type="causal", qkv_format="sbhd")
+    given = [torch.randn(length, 1, n, width).bfloat16().requires_grad_() for n in (heads, groups, groups)]
+    dy = torch.randn(length, 1, heads * width).bfloat16()
+
+    def through(**recipe: Any) -> list[Tensor]:
+        with te.fp8_autocast(**recipe):
+            out = attention(*given)
+        return [out.float(), *(each.float() for each in torch.autograd.grad(out, given, dy))]
+
+    plain, rounded = through(enabled=False), through(enabled=True, fp8_recipe=MXFP8BlockScaling(fp8_dpa=True))
+    assert type(attention.quantizers["scaling_fwd"][0]).__name__ == "MXFP8Quantizer"
+    for want, got in zip(plain, rounded, strict=True):
+        off = float((want - got).norm() / want.norm())
+        assert 1e-3 < off < 0.1, "rounded to some three bits, and no other numbers"

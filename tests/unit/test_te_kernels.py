@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,7 +159,7 @@ def test_grouped_gemms_whose_rows_are_split_on_the_device_follow_the_splits_of_e
         )
 
     graph = CUDAGraph()
-    with Capture(graph):
+    with Capture(graph):  # tex.te_general_grouped_gemm_for_discrete_in and tex.te_general_grouped_gemm_for_discrete_out
         grouped(w, storage(x), storage(out))
         grouped(w, storage(out), storage(dx), layout="NN")
         grouped(storage(x), storage(out), dw, layout="NT", accumulate=True)
@@ -481,7 +482,9 @@ def test_gradients_come_in_one_buffer_where_the_layout_has_one() -> None:
     *_, backward = attend(q, *kv.unbind(3), "SBHD_SBH2D", "SBHD", "NVTE_CAUSAL_MASK")
     dq, dk, dv = backward(torch.randn(6, 2, 3, 8))
     assert dk.untyped_storage().data_ptr() == dv.untyped_storage().data_ptr() != dq.untyped_storage().data_ptr()
-    assert tex.get_fused_attn_backend(None)[0] == tex.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
+    for dtype, backend in ((tex.DType.kBFloat16, "F16_arbitrary_seqlen"), (tex.DType.kFloat8E4M3, "FP8")):
+        answer, _ = tex.get_fused_attn_backend(SimpleNamespace(qkv_dtype=dtype))
+        assert answer == tex.NVTE_Fused_Attn_Backend[f"NVTE_{backend}"]
 
 
 @in_emulation

@@ -27,8 +27,11 @@ def install() -> None:
     for way in ("forward", "backward"):
         change = functools.partial(_is_on_a_device, way=way)
         after_import(f"transformer_engine.pytorch.ops.fused.userbuffers_{way}_linear", change)
-    from deadpool_megatron.emulation.transformer_engine import extension
+    from deadpool_megatron.emulation.transformer_engine import attention, extension
 
+    after_import(
+        "transformer_engine.pytorch.attention.dot_product_attention.utils", attention.keep_scales_beside_the_data
+    )
     sys.modules["transformer_engine_torch"] = extension
 
 

@@ -19,7 +19,9 @@ from deadpool_megatron.emulation.transformer_engine.enums import (
     NVTE_Fused_Attn_Backend,
     NVTE_QKV_Format,
 )
+from deadpool_megatron.emulation.transformer_engine.formats import E4M3, E5M2, from_e8m0, from_fp8
 from deadpool_megatron.emulation.transformer_engine.kernels import kernel
+from deadpool_megatron.emulation.transformer_engine.quantization import MX_BLOCK
 
 _BSHD, _SBHD = int(NVTE_QKV_Format.NVTE_BSHD), int(NVTE_QKV_Format.NVTE_SBHD)
 _THD, _BHSD = int(NVTE_QKV_Format.NVTE_THD), int(NVTE_QKV_Format.NVTE_BHSD)
@@ -33,6 +35,8 @@ Bounds = list[tuple[int, int]]
 @kernel
 def get_fused_attn_backend(params: Any) -> tuple[Any, str]:
     """Any attention is taken as one that cuDNN has a kernel for."""
+    if int(params.qkv_dtype) in (E4M3, E5M2):
+        return NVTE_Fused_Attn_Backend.NVTE_FP8, ""
     return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen, ""
 
 
@@ -144,9 +148,27 @@ def _narrowed(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(1, (heads, -1)).sum(2)
 
 
-def _refuse_unlike(bias_type: int, *others: Any) -> None:
-    if int(bias_type) or any(others):
-        raise NotImplementedError("the emulation's attention has no bias, no maximal logit and no FP8")
+def _refuse_unlike(bias_type: int, max_logit: bool, *quantizers: Any) -> None:
+    if int(bias_type) or max_logit or any(each and type(each).__name__ != "MXFP8Quantizer" for each in quantizers):
+        raise NotImplementedError("the emulation's attention has no bias, no maximal logit and no FP8 but MXFP8")
+
+
+def keep_scales_beside_the_data(module: Any) -> None:
+    """Of attention in MXFP8: real kernels want the scales in another order than the data."""
+    module.mxfp8_transpose_swizzle = lambda tensors, src_format: None
+
+
+def _values(x: Any, columnwise: bool = False) -> Tensor:
+    """An operand in MXFP8, scaled along the width, or ``columnwise`` along the sequence; others as they are."""
+    if not hasattr(x, "_rowwise_data"):
+        return x
+    data, scale = (
+        (x._columnwise_data, x._columnwise_scale_inv) if columnwise else (x._rowwise_data, x._rowwise_scale_inv)
+    )
+    if scale.dim() != data.dim():
+        raise NotImplementedError("the emulation's attention has MXFP8 for queries, keys and values apart only")
+    place = next(i for i in range(data.dim()) if data.shape[i] != scale.shape[i])
+    return from_fp8(data, x._fp8_dtype) * from_e8m0(scale).repeat_interleave(MX_BLOCK, place)
 
 
 @kernel
@@ -186,7 +208,7 @@ def fused_attn_fwd(
 ) -> list[Tensor]:
     """[output, log-sum-exp (b, h, s, 1) or (t, h, 1), random state, the softmax offset where there is one]; that
     (1, h, 1, 1) is the score of one more key of each head, which has no value."""
-    _refuse_unlike(bias_type, s_quantizer, o_quantizer, return_max_logit)
+    _refuse_unlike(bias_type, return_max_logit, s_quantizer, o_quantizer)
     call = _attention(
         qkv_layout,
         (cu_seqlens_q, cu_seqlens_q_padded),
@@ -200,6 +222,7 @@ def fused_attn_fwd(
     # At every call, with dropout or without: on a device the generator's offset moves with each.
     state = torch.stack((torch.randint(0, 2**62, (), generator=rng_gen), torch.zeros((), dtype=torch.int64)))
     outs, stats = [], []
+    Q, K, V = _values(Q), _values(K), _values(V, columnwise=True)
     parts = zip(call.queries.split(Q), call.keys.split(K), call.keys.split(V), strict=True)
     for i, (q, k, v) in enumerate(parts):
         scores = call.scores(q, k)
@@ -252,7 +275,7 @@ def fused_attn_bwd(
     cuda_graph: bool,
 ) -> list[Tensor | None]:
     """[dQ, dK, dV, no gradient of a bias, that of the softmax offset]; ``aux``: what the forward returned."""
-    _refuse_unlike(bias_type, s_quantizer, dp_quantizer, dqkv_quantizer)
+    _refuse_unlike(bias_type, False, s_quantizer, dp_quantizer, dqkv_quantizer)
     call = _attention(
         qkv_layout,
         (cu_seqlens_q, cu_seqlens_q_padded),
@@ -266,17 +289,20 @@ def fused_attn_bwd(
     bounds = call.queries.bounds
     stats = call.queries.split(aux[0]) if call.queries.format == _THD else [aux[0].float()]
     parts = zip(
-        call.queries.split(Q),
-        call.keys.split(K),
-        call.keys.split(V),
+        call.queries.split(_values(Q)),
+        call.queries.split(_values(Q, columnwise=True)),
+        call.keys.split(_values(K)),
+        call.keys.split(_values(K, columnwise=True)),
+        call.keys.split(_values(V)),
         _Side(int(o_format), bounds).split(O),
-        _Side(int(do_format), bounds).split(dO),
+        _Side(int(do_format), bounds).split(_values(dO)),
+        _Side(int(do_format), bounds).split(_values(dO, columnwise=True)),
         stats,
         strict=True,
     )
     grads: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     of_offset = torch.zeros_like(aux[2]) if softmax_type else None
-    for i, (q, k, v, o, do, lse) in enumerate(parts):
+    for i, (q, q_down, k, k_down, v, o, do, do_down, lse) in enumerate(parts):
         p = torch.exp(call.scores(q, k) - lse).nan_to_num(0.0, posinf=0.0)
         kept = call.kept(p.shape, aux[1], i)
         dp = do @ _widened(v, q).transpose(-1, -2) * kept
@@ -284,9 +310,9 @@ def fused_attn_bwd(
         ds = p * (dp - mean) * attn_scale
         if of_offset is not None:
             of_offset -= (torch.exp(aux[2] - lse) * mean).sum((0, 2), keepdim=True)
-        grads[0].append(ds @ _widened(k, q))
-        grads[1].append(_narrowed(ds.transpose(-1, -2) @ q, k.shape[1]))
-        grads[2].append(_narrowed((p * kept).transpose(-1, -2) @ do, v.shape[1]))
+        grads[0].append(ds @ _widened(k_down, q))
+        grads[1].append(_narrowed(ds.transpose(-1, -2) @ q_down, k.shape[1]))
+        grads[2].append(_narrowed((p * kept).transpose(-1, -2) @ do_down, v.shape[1]))
     of_dq, of_dkv = _formats(dqkv_layout)
     to = _Side(of_dkv, call.keys.bounds)
     answer = [

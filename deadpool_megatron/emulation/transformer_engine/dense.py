@@ -172,11 +172,6 @@ def splits_to_offsets_multi(
     return split_sizes, [(ends[0 if zero else 1 :] * stride).to(dtype) for stride, zero, dtype in said]
 
 
-@kernel
-def get_grouped_gemm_setup_workspace_size(num_tensors: int) -> int:
-    return 1
-
-
 class _Groups:
     """The members of a GroupedTensorStorage in high precision, whose tensors are where they are when this is made.
     Rows behind the last member are nobody's."""

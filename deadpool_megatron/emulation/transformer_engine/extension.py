@@ -57,7 +57,8 @@ def get_cublasLt_version() -> int:
 
 
 # Versions that allow every feature that Transformer Engine asks them about.
-get_cudnn_version = _always(92000)
+get_cudnn_version = _always(92400)
+get_grouped_gemm_setup_workspace_size = _always(1)
 get_num_cublas_streams = _always(4)
 get_stream_priority_range = _always((0, -5))
 device_supports_multicast = _always(True)
