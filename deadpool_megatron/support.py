@@ -5,6 +5,7 @@ One table: `deadpool check` judges a command line by it, the start of a job refu
 
 from __future__ import annotations
 
+import difflib
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -506,8 +507,26 @@ def check_arguments(values: Values, processes: int = PROCESSES_PER_NODE, adopted
 def not_looked_at(words: Iterable[str]) -> list[str]:
     """The flags of a command line of which nobody has judged what a recovery must do about them; of a script of one's
     own, or of Megatron."""
-    text, _, _ = Path(__file__).with_name("judged.txt").read_text().partition(UNJUDGED)
-    judged = {word for line in text.splitlines() if not line.startswith("#") for word in line.split()}
+    return _not_among(_names(judged_only=True), words)
+
+
+def not_megatrons(words: Iterable[str]) -> dict[str, str]:
+    """The flags of a command line that no version of Megatron has that is supported, each with the most like it or
+    with an empty text."""
+    names = _names(judged_only=False)
+    known = sorted({name for name in names if not name.endswith("*")} | {each.flag.split()[0] for each in FEATURES})
+    return {flag: "".join(difflib.get_close_matches(flag, known, 1)) for flag in _not_among(names, words)}
+
+
+def _names(judged_only: bool) -> set[str]:
+    """What judged.txt has."""
+    text = Path(__file__).with_name("judged.txt").read_text()
+    if judged_only:
+        text = text.partition(UNJUDGED)[0]
+    return {word for line in text.splitlines() if not line.startswith("#") for word in line.split()}
+
+
+def _not_among(judged: set[str], words: Iterable[str]) -> list[str]:
     prefixes = tuple(word[:-1] for word in judged if word.endswith("*"))
     known = {each.attribute for each in FEATURES}
     flags = dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--"))

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -220,6 +220,19 @@ def _failed(hooks: Hooks | None, error: BaseException, tell: Callable[[r.WorkerF
     return code
 
 
+@contextlib.contextmanager
+def _recorded() -> Iterator[None]:
+    """An exception is written to the file where torchrun's workers write theirs."""
+    try:
+        yield
+    except Exception as error:
+        from torch.distributed.elastic.multiprocessing.errors.error_handler import ErrorHandler
+
+        with contextlib.suppress(OSError):
+            ErrorHandler().record_exception(error)
+        raise
+
+
 def _place(error: BaseException) -> str:
     """The line of code that raised it, the same wherever the code is installed."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -249,7 +262,8 @@ def main() -> int:
 
         emulation.install()
     if os.environ.get(MODE) != "deadpool":
-        _run_script(script, module, arguments)
+        with _recorded():
+            _run_script(script, module, arguments)
         return 0
     hooks: Hooks | None = None
 
@@ -260,15 +274,16 @@ def main() -> int:
             socket.socket(fileno=os.dup(int(os.environ[CONTROL_FD]))).send(r.encode(record))
 
     try:
-        hooks = _install(standby, script)
-        if standby:
-            from deadpool_megatron.megatron import numa_node, warm_up
+        with _recorded():
+            hooks = _install(standby, script)
+            if standby:
+                from deadpool_megatron.megatron import numa_node, warm_up
 
-            warm_up(script, hooks.host)
-            hooks.session.step("parked", 0, numa=numa_node())
-            taken = hooks.session.wait_take_over()
-            os.environ["RANK"] = str(taken.rank)
-        _run_script(script, module, hooks.host.arguments_for_script(arguments))
+                warm_up(script, hooks.host)
+                hooks.session.step("parked", 0, numa=numa_node())
+                taken = hooks.session.wait_take_over()
+                os.environ["RANK"] = str(taken.rank)
+            _run_script(script, module, hooks.host.arguments_for_script(arguments))
     except SystemExit as exit_:
         if exit_.code not in (None, 0) and hooks is not None and hooks.phase == "setup":
             _failed(hooks, exit_, tell)

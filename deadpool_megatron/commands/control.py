@@ -24,6 +24,7 @@ from deadpool_megatron.cluster.notices import PREEMPT, WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.launcher.processes import Processes
 from deadpool_megatron.observe import EVENTS, JOB, read_events
+from deadpool_megatron.observe.commands import add_run_dir
 
 _ANSWER_S = 10.0
 _POLL_S = 0.05
@@ -98,8 +99,6 @@ def inject(options: argparse.Namespace) -> int:
         for name, (where, what) in points.POINTS.items():
             print(f"{name:{width}}  {where:11}  {what}")
         return Exit.OK
-    if not options.run_dir:
-        return _fail("deadpool inject needs --run-dir")
     if options.node is None and options.fault not in ("abort", "kill-coordinator"):
         return _fail(f"--fault {options.fault} needs --node")
     node = -1 if options.node is None else options.node
@@ -203,7 +202,7 @@ def add_commands(commands: Any) -> None:
     command = commands.add_parser("inject", help="make a part of a running job fail, to see it recover")
     command.set_defaults(run=inject)
     add = command.add_argument
-    add("--run-dir", metavar="DIR", help="the job's run directory")
+    add_run_dir(command)
     add("--node", type=int, metavar="N", help="the node (not for abort and kill-coordinator)")
     add(
         "--fault",
@@ -232,7 +231,7 @@ def add_commands(commands: Any) -> None:
         "drain", help="move a node's coordinates to a spare at the next step boundary, so that it can be taken away"
     )
     command.set_defaults(run=drain)
-    command.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
+    add_run_dir(command)
     command.add_argument("--node", type=int, required=True, metavar="N", help="the node")
     command.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="seconds to wait for it (default: 600)"
@@ -240,7 +239,7 @@ def add_commands(commands: Any) -> None:
 
     command = commands.add_parser("join", help="add this machine to a running job as a new spare node")
     command.set_defaults(run=join)
-    command.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
+    add_run_dir(command)
     command.add_argument(
         "--host",
         default="",

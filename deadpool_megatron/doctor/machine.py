@@ -116,11 +116,14 @@ def _shared_memory(directory: str, need: int) -> Finding:
     free, total = stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize
     found = f"{_gib(free)} free of {_gib(total)}"
     size = max(need + need // 8, 1) // _GIB + 1
+    memory = psutil.virtual_memory().total
+    if need > memory:
+        wanted = f"the vault needs {_gib(need)}, and this machine has {_gib(memory)} of memory"
+        return Finding(what, "fail", wanted, "use machines with more, or less --deadpool-redundancy (deadpool plan)")
     if need > free:
         return Finding(
             what, "fail", f"{found}; the vault needs {_gib(need)}", f"mount -o remount,size={size}G {directory}"
         )
-    memory = psutil.virtual_memory().total
     if not need and free < memory // 4:
         mend = f"mount -o remount,size={memory // 2 // _GIB}G {directory} (in a container: --shm-size)"
         return Finding(what, "warn", f"{found}: less than a quarter of this machine's {_gib(memory)}", mend)

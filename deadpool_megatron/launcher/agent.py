@@ -121,7 +121,7 @@ def _coordinate(plan: AgentPlan) -> int:
         if hosted is None:
             return code
         code, message = Serving(plan, signals, hosted).run()
-        show_end(code, message)
+        show_end(code, message, plan.launch.run_dir)
         return code
     finally:
         processes.end(_END_GRACE_S)
@@ -210,7 +210,7 @@ def _agent(plan: AgentPlan) -> int:
         if tee is not None:
             tee.stop()
         where = "" if serving.hosts else f"node {answer.node}: "
-        show_end(code, message and where + message)
+        show_end(code, message and where + message, plan.launch.run_dir)
         return code
 
 

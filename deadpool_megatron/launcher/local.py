@@ -29,6 +29,7 @@ from deadpool_megatron.config import ConfigError
 from deadpool_megatron.launcher.plan import LaunchError, LaunchPlan, check, check_transport, visible_gpus
 from deadpool_megatron.launcher.processes import CoordinatorProcess, Processes, agent_settings, coordinator_settings
 from deadpool_megatron.launcher.tee import Tee, show_end
+from deadpool_megatron.observe.commands import add_run_dir
 from deadpool_megatron.vault import clean_leftovers, process_alive
 
 LOCALHOST = "127.0.0.1"
@@ -91,7 +92,7 @@ def launch(plan: LaunchPlan) -> int:
         if tee is not None:
             tee.stop()
         code = Exit.INTERRUPTED if interrupted[0] else code
-        show_end(code, message)
+        show_end(code, message, plan.run_dir)
         return code
     finally:
         processes.end(12.0)
@@ -116,6 +117,13 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments; --deadpool switches DeadPool on")
 
 
+def _whose(text: str) -> str:
+    """Of --tee. Raises ArgumentTypeError."""
+    if text not in ("all", "none") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor none nor a rank")
+    return text
+
+
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--local-nodes", type=int, default=1, metavar="N", help="nodes on this machine, spares included (default: 1)")
@@ -127,9 +135,9 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         help="workers (devices) a node: a number, or gpu (default: 1)",
     )
     add("--standalone", action="store_true", help="accepted and ignored: this is what it does")
-    add("--nnodes", default="1", metavar="1", help="1: this machine; see --local-nodes")
-    add("--run-dir", default="runs/latest", metavar="DIR", help="status, events and logs (default: runs/latest)")
-    add("--tee", default="all", metavar="all|none|RANK", help="whose output is shown here (default: all)")
+    add("--nnodes", default="1", metavar="1", help="only 1, as torchrun takes it: how many nodes is --local-nodes")
+    add_run_dir(parser)
+    add("--tee", default="all", type=_whose, metavar="all|none|RANK", help="whose output is shown here (default: all)")
     add(
         "--alone",
         action="store_true",
@@ -142,8 +150,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.nnodes not in ("1", "1:1"):
             raise LaunchError(
-                f"--nnodes {options.nnodes}: `deadpool launch` is for one machine (--local-nodes); on several run "
-                "`deadpool agent` on each"
+                f"--nnodes {options.nnodes}: `deadpool launch` is for one machine, of which --local-nodes "
+                f"{options.nnodes.split(':')[-1]} makes so many nodes; on several run `deadpool agent` on each"
             )
         plan = check(options, options.local_nodes, "--local-nodes", LOCALHOST)
         check_transport(plan.config)

@@ -66,8 +66,9 @@ class SecretSource:
     def why_none(self) -> str:
         """What to tell the user whose agent found no secret."""
         return (
-            f"no {self._job} has appeared: --run-dir must be on a file system that all nodes share; without one, give "
-            f"every node the same {SECRET_FILE}"
+            f"no {self._job} has appeared: either the command has not begun yet on the machine of the coordinator (of "
+            "node 0, or of --rdzv-endpoint), or --run-dir is on no file system that all nodes share; then give every "
+            f"node the same {SECRET_FILE}"
         )
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from deadpool_megatron.cluster.agent.workers import ERROR_FILE
 from deadpool_megatron.cluster.records.exits import what_to_do
+from deadpool_megatron.observe import ERROR
 
 
 class Tee(threading.Thread):
@@ -50,7 +55,11 @@ class Tee(threading.Thread):
                 print(f"[{path.stem}] {line}", flush=True)
 
 
-def show_end(code: int, message: str) -> None:
-    """The job's last words on the terminal: how it ended, and what to do."""
+def show_end(code: int, message: str, run_dir: str) -> None:
+    """The job's last words on the terminal: how it ended, what to do. An error goes to its launcher too."""
     for line in filter(None, (message, what_to_do(code))):
         print(f"deadpool: {line}", file=sys.stderr)
+    theirs = os.environ.get(ERROR_FILE)
+    if code and theirs:
+        with contextlib.suppress(OSError):  # there is none: the coordinator did not come so far
+            shutil.copyfile(Path(run_dir) / ERROR, theirs)

@@ -1,6 +1,7 @@
 """What a person or a program sees of a job: events, status, metrics, logs and pictures. Calls nobody."""
 
 from deadpool_megatron.observe.rundir import (
+    ERROR,
     EVENTS,
     JOB,
     LOGS,
@@ -15,6 +16,7 @@ from deadpool_megatron.observe.rundir import (
 )
 
 __all__ = [
+    "ERROR",
     "EVENTS",
     "JOB",
     "LOGS",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+RUN_DIR = "runs/latest"
 COMMANDS = ("status", "timeline", "report")
 _USAGE = 2
 
@@ -14,15 +15,22 @@ _USAGE = 2
 def add_commands(commands: Any) -> None:
     """Add the parsers of all three to the subparsers of `deadpool`."""
     status = commands.add_parser("status", help="what a job is doing")
-    status.add_argument("--run-dir", required=True, metavar="DIR", help="the job's run directory")
+    add_run_dir(status)
     status.add_argument("--json", action="store_true", help="all of it as JSON (with --watch: one line a second)")
     status.add_argument("--watch", action="store_true", help="show it live, until the job ends")
     timeline = commands.add_parser("timeline", help="pictures of a run's recoveries, and a trace for Perfetto")
-    timeline.add_argument("run", metavar="RUN", help="run directory")
-    timeline.add_argument("--out", metavar="DIR", help="where the files go (default: RUN/timeline)")
+    add_run_dir(timeline)
+    timeline.add_argument("--out", metavar="DIR", help="where the files go (default: timeline in the run directory)")
     report = commands.add_parser("report", help="everything about a run in a single HTML file")
-    report.add_argument("run", metavar="RUN", help="run directory")
-    report.add_argument("--out", metavar="FILE", help="the file (default: RUN/report.html)")
+    add_run_dir(report)
+    report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run directory)")
+
+
+def add_run_dir(parser: argparse.ArgumentParser) -> None:
+    """The option by which every command takes a job's run directory."""
+    parser.add_argument(
+        "--run-dir", default=RUN_DIR, metavar="DIR", help=f"the job's run directory (default: {RUN_DIR})"
+    )
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -34,7 +42,7 @@ def run_command(options: argparse.Namespace) -> int:
         if options.command == "status":
             show_status(options.run_dir, options.json, options.watch)
             return 0
-        run = Path(options.run)
+        run = Path(options.run_dir)
         if options.command == "timeline":
             written = write_timeline(run, Path(options.out) if options.out else run / "timeline")
         else:

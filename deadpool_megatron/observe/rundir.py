@@ -1,5 +1,7 @@
 """The run directory: ``status.json`` (rewritten atomically), ``events.jsonl`` (appended), ``logs/``, ``job.json``.
 
+Each attempt begins with an empty one: what one before it has left goes to ``attempts/N``, a run directory too.
+
 Only the coordinator writes status and events. ``job.json`` holds what `deadpool inject` and `deadpool status` need to
 reach the job, the secret included, and is readable by its owner alone.
 """
@@ -26,6 +28,8 @@ EVENTS: Final = "events.jsonl"
 JOB: Final = "job.json"
 LOGS: Final = "logs"
 RECOVERIES: Final = "recoveries.log"
+ERROR: Final = "error.json"
+ATTEMPTS: Final = "attempts"
 _COLUMNS: Final = 80
 _AT_ONCE: Final = 1 << 16
 _MOST_WAITING: Final = 16 << 20
@@ -40,16 +44,14 @@ class RunDirectory:
     ``unwritten``). Status is written anew when it is due.
 
     Args:
-        fresh: make it empty of an older run's files; else go on with what is there.
+        fresh: put an older run's files into ``attempts/N``; else go on with what is there.
     """
 
     def __init__(self, path: str | Path, fresh: bool = True) -> None:
         self.path = Path(path).absolute()
         (self.path / LOGS).mkdir(parents=True, exist_ok=True)
         if fresh:
-            files = [self.path / name for name in (STATUS, EVENTS, JOB, RECOVERIES)]
-            for old in [*(self.path / LOGS).iterdir(), *files]:
-                old.unlink(missing_ok=True)
+            self._put_away()
         self._events: int | None = None
         if fresh:
             self._open_events()  # else it may have become read-only: what is noted waits
@@ -59,6 +61,19 @@ class RunDirectory:
         self._failing: set[str] = set()  # files that could not be written the last time
         self._story = Story()
         self._job: dict[str, Any] = {}
+
+    def _put_away(self) -> None:
+        """The files of an attempt before this one, but for the secret of its job."""
+        (self.path / JOB).unlink(missing_ok=True)
+        old = [path for name in (STATUS, EVENTS, RECOVERIES, ERROR) if (path := self.path / name).exists()]
+        if not old and not any((self.path / LOGS).iterdir()):
+            return
+        numbers = [int(path.name) for path in (self.path / ATTEMPTS).glob("*") if path.name.isdecimal()]
+        to = self.path / ATTEMPTS / str(max(numbers, default=0) + 1)
+        to.mkdir(parents=True)
+        for path in [*old, self.path / LOGS]:
+            path.rename(to / path.name)
+        (self.path / LOGS).mkdir()
 
     def _open_events(self) -> int:
         if self._events is None:
@@ -106,6 +121,16 @@ class RunDirectory:
             self._replace(STATUS, status, 0o644)
         if JOB in self._failing:
             self.job(self._job, again=True)
+
+    def error(self, code: int, message: str) -> None:
+        """Write ``error.json``, as torchrun writes the error of the first rank that failed."""
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with self._trying(ERROR):
+            self._replace(
+                ERROR,
+                {"message": {"message": message.partition("\n")[0], "extraInfo": extra, "errorCode": code}},
+                0o644,
+            )
 
     def job(self, job: dict[str, Any], again: bool = False) -> None:
         """Write ``job.json``, for the owner's eyes only. Raises OSError: without it nobody can reach the job.

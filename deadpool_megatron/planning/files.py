@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deadpool_megatron.config import ConfigError, DeadpoolConfig, resolve
+from deadpool_megatron.support import not_megatrons
 
 
 class PlanError(ValueError):
@@ -144,6 +145,9 @@ def _run_file(path: str, data: Any, changed: Mapping[str, Any], more: Mapping[st
         if value is None or value is False:
             raise PlanError(f"{path}: megatron: {name}: give a value, or true for a switch (or leave it out)")
         megatron[name] = value
+    for flag, near in not_megatrons(f"--{name}" for name in megatron).items():
+        hint = f"; did you mean {near[2:]!r}?" if near else ""
+        raise PlanError(f"{path}: megatron: Megatron has no --{flag[2:]}{hint}")
     ours = {**data.get("deadpool", {}), **more}
     names = [f.name for f in fields(DeadpoolConfig)]
     for key in ours:

@@ -55,7 +55,7 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--spares", type=int, metavar="S", help="spare nodes (default: the number that is best for each size)")
     add("--seed", type=int, default=0, help="of the random failures (default: 0)")
     for flag, default, unit, text, _ in _INPUTS:
-        shown = f" in {unit}" if unit else ""
+        shown = f" in {unit.replace('%', '%%')}" if unit else ""
         add(f"--{flag}", type=type(default), metavar="X", help=f"{text}{shown} (default: {default:g})")
     add("--measured", metavar="FILE", help="DeadPool's recovery and overhead from a JSON of deadpool bench recovery")
     add("--out", metavar="FILE", help="write inputs and results as JSON")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.cluster.records.exits import Exit, what_to_do
+from deadpool_megatron.observe import ERROR
 from flags import duo_gpt, tiny_gpt
 from jobs import Job, Jobs, launch_flags
 
@@ -84,7 +85,14 @@ def test_a_module_is_run_as_by_python_itself(jobs: Jobs, monkeypatch: pytest.Mon
 def test_the_first_worker_that_fails_ends_the_job_with_its_code(jobs: Jobs, end: str, code: int, how: str) -> None:
     job = _plain(jobs, f"import os, sys, time\nif os.environ['RANK'] == '3':\n    {end}\ntime.sleep(600)\n")
     assert job.wait() == code
-    assert _said(job) == [f"deadpool: rank 3 on node 1 failed ({how}); see its log"]
+    log = job.run_dir / "logs" / "rank-3.log"
+    first, *more = _said(job)
+    why = "; see its log" if "raise" not in end else ": ValueError: no such thing"
+    assert first.startswith("deadpool: rank 3 on node 1 (") and first.endswith(f" failed ({how}){why}")
+    assert more == [f"deadpool: {what_to_do(code)}"]
+    assert f"\n    its log: {log}\n" in job.output
+    error = json.loads((job.run_dir / ERROR).read_text())["message"]
+    assert error["errorCode"] == code and f"failed ({how})" in error["message"]
     job.until_gone(60)
     if "raise" in end:
         assert "ValueError: no such thing" in (job.run_dir / "logs" / "rank-3.log").read_text()
@@ -168,7 +176,7 @@ def test_a_coordinator_that_is_killed_is_started_again_but_not_for_ever(jobs: Jo
     assert job.wait() == Exit.FAILED
     again = "deadpool: the coordinator was ended by signal 9; it is started again"
     over = "deadpool: the coordinator was ended by signal 9 again and again; the job is over"
-    assert _said(job) == [again] * 5 + [over]
+    assert _said(job) == [*[again] * 5, over, f"deadpool: {what_to_do(Exit.FAILED)}"]
     job.until_gone(60)
 
 

@@ -192,8 +192,8 @@ def test_timeline_and_report_write_pictures_and_pages_that_need_nothing_else(
 ) -> None:
     pytest.importorskip("matplotlib")
     run = _run(tmp_path)
-    assert cli.main(["timeline", str(run)]) == 0
-    assert cli.main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+    assert cli.main(["timeline", "--run-dir", str(run)]) == 0
+    assert cli.main(["report", "--run-dir", str(run), "--out", str(tmp_path / "report.html")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
     png = (run / "timeline" / "recovery-1.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
@@ -213,7 +213,7 @@ def test_without_matplotlib_the_pages_say_how_to_get_it_and_have_all_the_rest(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     run = _run(tmp_path)
-    assert cli.main(["timeline", str(run)]) == 0 and cli.main(["report", str(run)]) == 0
+    assert cli.main(["timeline", "--run-dir", str(run)]) == 0 and cli.main(["report", "--run-dir", str(run)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert json.loads((run / "timeline" / "trace.json").read_text())["traceEvents"]
     for page in (run / "timeline" / "timeline.html", run / "report.html"):
@@ -225,7 +225,7 @@ def test_without_matplotlib_the_pages_say_how_to_get_it_and_have_all_the_rest(
 def test_a_directory_without_a_run_is_one_clear_line(
     tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([command, str(tmp_path)]) == 2
+    assert cli.main([command, "--run-dir", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no events in" in err
 

@@ -79,6 +79,21 @@ def test_a_new_run_takes_nothing_of_an_older_one_for_its_own(tmp_path: Path) -> 
     assert (tmp_path / "mine.txt").read_text() == "not ours"
 
 
+def test_what_an_attempt_has_left_stays_for_who_looks_for_its_error_and_its_secret_does_not(tmp_path: Path) -> None:
+    for attempt in range(3):
+        run = RunDirectory(tmp_path)
+        run.event("stopped", code=attempt)
+        run.status({})
+        run.job({"secret": "00"})
+        run.close()
+        (tmp_path / LOGS / "rank-0.log").write_text(f"attempt {attempt}")
+    for attempt in range(2):
+        old = tmp_path / "attempts" / str(attempt + 1)
+        assert (old / LOGS / "rank-0.log").read_text() == f"attempt {attempt}"
+        assert [e["code"] for e in read_events(old)] == [attempt] and not (old / JOB).exists()
+    assert (tmp_path / LOGS / "rank-0.log").read_text() == "attempt 2" and not (tmp_path / "attempts" / "3").exists()
+
+
 def test_events_are_followed_to_the_last_one(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     alive = [True, True, True]

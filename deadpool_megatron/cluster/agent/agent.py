@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from deadpool_megatron.cluster.agent.durable import DurableNews, Loaded, NodeDur
 from deadpool_megatron.cluster.agent.faults import Faults
 from deadpool_megatron.cluster.agent.fence import Fence
 from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.last_words import last_words
 from deadpool_megatron.cluster.agent.lookout import Lookout
 from deadpool_megatron.cluster.agent.recovery import NodeRecovery
 from deadpool_megatron.cluster.agent.settings import AgentSettings
@@ -138,6 +140,7 @@ class Agent:
                 not self._s.adopt,
                 self._commits.kept,
                 self._iteration,
+                os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
             )
         )
         for worker in workers.values():
@@ -150,8 +153,7 @@ class Agent:
             if worker.exited and worker.exit_code is not None:
                 if worker.failed is not None:  # why it has ended
                     self.send(worker.failed)
-                exited = r.WorkerExited(node, worker.local, worker.rank, worker.pid, worker.exit_code, self._job.epoch)
-                self.send(exited)
+                self.send(self._exited(worker, worker.exit_code))
         if (last := self._commits.last) is not None:
             self.send(last)  # without it nobody could ever overwrite a slot again
         for record in self._hashes:
@@ -226,13 +228,18 @@ class Agent:
         """A worker's process has ended."""
         code = self._crew.reap(worker)
         if not worker.retired:
-            self.send(r.WorkerExited(self._s.node, worker.local, worker.rank, worker.pid, code, self._job.epoch))
+            self.send(self._exited(worker, code))
             return
         self._crew.renew(worker.local)
         if self._job.declared is None and not self._crew.renewing(self._crew.workers):
             self.introduce()  # the coordinator knows other processes
         if self._recovery is not None:
             self._recovery.renewed()
+
+    def _exited(self, worker: Worker, code: int) -> r.WorkerExited:
+        words = last_words(worker.log) if code and worker.log else []
+        here = self._s.node, worker.local, worker.rank, worker.pid
+        return r.WorkerExited(*here, code, self._job.epoch, worker.log, words)
 
     # ---- events of the vault
 

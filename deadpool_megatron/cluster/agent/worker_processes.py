@@ -17,6 +17,7 @@ from deadpool_megatron.cluster.agent.pulse import shared_page
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.agent.workers import (
     EPOCH,
+    ERROR_FILE,
     STACKS_FILE,
     Worker,
     ask_for_stacks,
@@ -75,9 +76,11 @@ class WorkerProcesses:
             ours = {k: v for k, v in env.items() if os.environ.get(k) != v}
             worker = self._adoption.take(local, rank, ours, self._muster, self._given_up)
         else:
+            env[ERROR_FILE] = str(self._log_dir / f"error-node{self._s.node}-{local}.json")
             log = self._log_dir / f"rank-{rank}.log" if rank is not None else self._spare_log(local)
             with self._pinning.unpinned():
                 worker = start_worker(self._s.command, env, local, rank, log, self._muster)
+            worker.log = str(log)
         for fd in _descriptors(worker):
             self._poller.register(fd, zmq.POLLIN)
         return worker

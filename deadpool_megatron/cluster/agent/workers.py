@@ -25,6 +25,7 @@ CONTROL_FD = "DEADPOOL_CONTROL_FD"
 DOORBELL_FD = "DEADPOOL_DOORBELL_FD"
 MUSTER_FD = "DEADPOOL_MUSTER_FD"  # memory that all workers of a node share
 PARENT_PID = "DEADPOOL_AGENT_PID"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun has a worker write its error, as JSON
 ADOPTED = "DEADPOOL_ADOPTED"  # set in a worker that its agent has not started
 EPOCH = "DEADPOOL_EPOCH"  # in which a worker with a coordinate begins
 STACKS_FILE = "DEADPOOL_STACKS_FILE"
@@ -68,6 +69,7 @@ class Worker:
     broken: r.PeerError | r.FetchFailed | None = None
     exit_code: int | None = None
     reached: dict[str, int] = field(default_factory=dict)
+    log: str = ""  # path; empty where its launcher has it
     formed: tuple[int, int] = (0, 0)  # groups re-formed in the last epoch, and all
 
     @property

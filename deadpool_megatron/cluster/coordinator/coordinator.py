@@ -101,6 +101,7 @@ class Coordinator:
         self.port = self._hub.port
         self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
+        self._injected: list[r.Fault] = []  # that wait for an iteration
         self._refused = 0
         self._identities: dict[int, bytes] = {}
         self._broadcast = Broadcast(chance)
@@ -194,7 +195,16 @@ class Coordinator:
         with contextlib.suppress(StoreError):  # that it has ended is kept already
             self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
         self._say_goodbye()
+        for fault in self._injected:
+            if (fault.iteration or 0) > self._core.iteration:
+                print(
+                    f"deadpool: the fault {fault.kind} of node {fault.node} was to strike in iteration "
+                    f"{fault.iteration}, and never did: the last one was {self._core.iteration}",
+                    file=sys.stderr,
+                )
         self._write_state_hash()
+        if self._finish.code:
+            self._run.error(self._finish.code, self._finish.message)
         self._write_status()
         self._run.close()
         self._hub.close()
@@ -305,7 +315,10 @@ class Coordinator:
                 return "", []
         if fault.kind == "kill-coordinator":
             _die()
-        return self._core.inject(fault, now)
+        error, actions = self._core.inject(fault, now)
+        if not error and fault.iteration is not None and not fault.point:
+            self._injected.append(fault)
+        return error, actions
 
     def _refuse(self, cause: str) -> None:
         self._refused += 1
@@ -414,7 +427,10 @@ class Coordinator:
                 "end": None if core.end is None else {"code": core.end[0], "message": core.end[1]},
                 "epoch": core.epoch,
                 "iteration": core.iteration,
-                "nodes": [{"node": n, "agent_pid": s.agent_pid, "role": s.role} for n, s in sorted(core.nodes.items())],
+                "nodes": [
+                    {"node": n, "name": s.name, "agent_pid": s.agent_pid, "role": s.role}
+                    for n, s in sorted(core.nodes.items())
+                ],
                 "coordinates": coordinates,
                 "spares": [
                     {

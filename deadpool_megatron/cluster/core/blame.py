@@ -17,6 +17,8 @@ _MEANINGS = {  # upstream's rerun state machine: every rank leaves with one of t
     16: "Megatron's rerun state machine ends the job: resume from its checkpoint to tell what was wrong with a result",
     17: "Megatron's rerun state machine ends the job: a result was wrong (NaN, Inf or a spike), and not by chance",
 }
+_LEAVES = "builtins.SystemExit"
+_LINES = 8  # of a traceback
 _WHEN = {Phase.STARTING: "before training began", Phase.FINISHING: "after training had finished"}
 
 
@@ -72,16 +74,29 @@ class Blame:
         last = self._last.get((record.node, record.local))
         return last is not None and last.communication
 
-    def fatal(self, record: r.WorkerExited, phase: Phase, deadpool: bool) -> str:
-        """Why the job ends with the end of this worker, which nothing makes good."""
+    def fatal(self, record: r.WorkerExited, phase: Phase, deadpool: bool, node: str) -> str:
+        """Why the job ends with the end of this worker, which nothing makes good; ``node``: what its node is called.
+
+        One line, and where they are known the last ones of its traceback, and where its log is.
+        """
         who, how = how_it_ended(record)
         last = self._last.get((record.node, record.local))
+        if last is not None and last.kind == _LEAVES:  # its words are those of who called sys.exit
+            last = None
+        words = list(record.words)
+        if last is not None and not words:
+            words = last.traceback.splitlines()[-_LINES:]
+        more = "".join(f"\n    {line}" for line in words) if len(words) > 1 else ""
+        more += f"\n    its log: {record.log}" if record.log else ""
         if last is not None:
-            return f"{who} on node {record.node}: {last.message}"
+            return f"{who} on {node}: {last.message}{more}"
         if record.code in _MEANINGS and deadpool and phase is Phase.FINISHING:
-            return f"{_MEANINGS[record.code]} ({how} of {who} on node {record.node}; see its log)"
+            return f"{_MEANINGS[record.code]} ({how} of {who} on {node}; see its log)"
         when = f" {_WHEN[phase]}" if deadpool and phase in _WHEN else ""
-        return f"{who} on node {record.node} failed{when} ({how}); see its log"
+        text = f"{who} on {node} failed{when} ({how})"
+        if not words:
+            return f"{text}; see its log{more}"
+        return f"{text}: {words[-1].strip()}{more}"
 
     def _repeats(self, epoch: int, iteration: int, kind: str, place: str) -> bool:
         return self._errors.setdefault((iteration, kind, place), epoch) < epoch

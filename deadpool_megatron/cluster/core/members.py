@@ -24,6 +24,7 @@ class NodeState:
     parked: set[int] = field(default_factory=set)
     deaths: int = 0
     respawns: bool = True
+    name: str = ""  # of its machine
     trained: bool = False  # its workers have told what job this is
 
     @property
@@ -106,6 +107,11 @@ class Members:
         """Nodes that are in the job."""
         return [n for n, s in self.nodes.items() if not s.gone]
 
+    def called(self, node: int) -> str:
+        """A node by its number and its machine's name, as people are told of it."""
+        name = self.nodes[node].name
+        return f"node {node} ({name})" if name else f"node {node}"
+
     def vaults(self) -> dict[int, r.Address]:
         """Where the vaults of the job listen, by node."""
         return {n: s.vault for n, s in self.nodes.items() if s.vault is not None and not s.gone}
@@ -162,6 +168,7 @@ class Members:
                     list(s.pids.items()),
                     s.deaths,
                     s.trained,
+                    s.name,
                 ]
                 for s in self.nodes.values()
             ],
@@ -183,8 +190,9 @@ class Members:
                 dict(map(tuple, pids)),
                 deaths=deaths,
                 trained=trained,
+                name=name,
             )
-            for node, role, agent_pid, vault, pids, deaths, trained in kept["nodes"]
+            for node, role, agent_pid, vault, pids, deaths, trained, name in kept["nodes"]
         }
         self._absent = set(self.nodes)
         self.departed = [node for node, state in self.nodes.items() if state.gone]

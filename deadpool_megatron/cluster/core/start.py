@@ -37,6 +37,7 @@ class Start:
         state.vault = r.Address(record.host, record.vault_port)
         state.pids = dict(enumerate(record.worker_pids))
         state.respawns = record.respawns
+        state.name = record.name or state.name
         self._state.protection.label(record.node, record.domains)
         return first
 
@@ -46,7 +47,9 @@ class Start:
             job = self._state.job
             yield Send(None, self._roster())
             if not self.epoch:
-                yield emit("started", nodes=job.nodes, spares=job.spare_nodes, world_size=job.world_size)
+                names = [state.name for _, state in sorted(self._state.members.nodes.items())]
+                sizes = {"nodes": job.nodes, "spares": job.spare_nodes, "world_size": job.world_size}
+                yield emit("started", **sizes, names=names)
             yield from self._state.durability.start(self._state.members.active(), self.epoch)
             yield Persist()
 
@@ -65,7 +68,7 @@ class Start:
     def came_later(self, record: r.Join) -> Effects:
         """An agent that the job did not begin with has joined."""
         yield Send(record.node, self._roster())
-        yield emit("joined", node=record.node, host=record.host)
+        yield emit("joined", node=record.node, host=record.host, name=record.name)
         yield Persist()
 
     def _roster(self) -> r.Roster:

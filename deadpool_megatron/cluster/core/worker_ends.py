@@ -14,6 +14,7 @@ from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.core.suspicions import Suspicions
 from deadpool_megatron.cluster.records.exits import Exit
 
+_LINES = 8  # of a traceback; its log has all
 _BESIDE_TRAINING = (Phase.STARTING, Phase.FINISHING)
 
 
@@ -60,7 +61,7 @@ class WorkerEnds:
                 yield from self._spare_exited(node, record.local, how)
         elif not deadpool or (phase in _BESIDE_TRAINING and record.code > 0):
             code = record.code if 0 < record.code < 126 else Exit.FAILED
-            end = Stop(code, self._blame.fatal(record, phase, deadpool))
+            end = Stop(code, self._blame.fatal(record, phase, deadpool, self._state.members.called(record.node)))
             if phase is Phase.STARTING and self._blame.by_a_peer(record):
                 self._suspicions.unless_explained(end.message, end, now)
             else:
@@ -121,7 +122,7 @@ class WorkerEnds:
             yield Stop(
                 Exit.REPEATED_ERROR,
                 f"{who} raised the same error at iteration {record.iteration} again, so no spare is spent on it: "
-                f"{record.message}\n{record.traceback}",
+                f"{record.message}\n" + "\n".join(record.traceback.rstrip().splitlines()[-_LINES:]),
             )
 
     def changed(self, node: int) -> bool:

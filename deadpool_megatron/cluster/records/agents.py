@@ -22,7 +22,7 @@ class Join(Record, frozen=True):
     ``settled`` says that all its workers train in it, or wait parked. ``respawns``: the agent can start a worker again
     (not one that another launcher has started). ``kept``: (epoch, generation) of the newest commit it has been told of;
     a coordinator that starts again may not know it, while others have freed what was before it. ``iteration``: the
-    newest of this epoch that a rank here has told; -1: none.
+    newest of this epoch that a rank here has told; -1: none. ``name``: of the node, for people.
     """
 
     node: int
@@ -36,6 +36,7 @@ class Join(Record, frozen=True):
     respawns: bool = True
     kept: tuple[int, int] | None = None
     iteration: int = -1
+    name: str = ""
 
 
 class WorkerReady(Record, frozen=True):
@@ -65,7 +66,10 @@ class Registered(Record, frozen=True):
 
 
 class WorkerExited(Record, frozen=True):
-    """A worker process ended: ``code`` as from waitpid, negative for a signal. ``epoch``: that of its agent."""
+    """A worker process ended: ``code`` as from waitpid, negative for a signal. ``epoch``: that of its agent.
+
+    ``log``: path of its log on its node; ``words``: the lines of it that say why, where it ended with an error.
+    """
 
     node: int
     local: int
@@ -73,6 +77,8 @@ class WorkerExited(Record, frozen=True):
     pid: int
     code: int
     epoch: int = 0
+    log: str = ""
+    words: list[str] = msgspec.field(default_factory=list)
 
 
 class WorkerFailed(Record, frozen=True):
