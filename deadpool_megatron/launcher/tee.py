@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deadpool_megatron.cluster.agent.workers import ERROR_FILE
-from deadpool_megatron.cluster.records.exits import what_to_do
+from deadpool_megatron.cluster.records.exits import Exit, what_to_do
 from deadpool_megatron.observe import ERROR
 
 
@@ -57,7 +57,8 @@ class Tee(threading.Thread):
 
 def show_end(code: int, message: str, run_dir: str) -> None:
     """The job's last words on the terminal: how it ended, what to do. An error goes to its launcher too."""
-    for line in filter(None, (message, what_to_do(code))):
+    advice = what_to_do(code) if code != Exit.USAGE else ""  # a message of that kind says it
+    for line in filter(None, (message, advice)):
         print(f"deadpool: {line}", file=sys.stderr)
     theirs = os.environ.get(ERROR_FILE)
     if code and theirs:

@@ -72,8 +72,8 @@ def test_the_error_file_is_what_torchrun_reads_and_goes_on_to_who_started_us(
     api = pytest.importorskip("torch.distributed.elastic.multiprocessing.errors")
     RunDirectory(tmp_path).error(2, "rank 2 on node 1: ValueError: no\n    its log: /log")
     monkeypatch.setenv(ERROR_FILE, str(tmp_path / "theirs.json"))
-    show_end(2, "rank 2 ...", str(tmp_path))
-    assert "exit code 2; what to do" in capsys.readouterr().err
+    show_end(3, "rank 2 ...", str(tmp_path))
+    assert "exit code 3; what to do" in capsys.readouterr().err
     failure = api.ProcessFailure(0, 7, 2, str(tmp_path / "theirs.json"))
     assert failure.message["message"] == "rank 2 on node 1: ValueError: no" and failure.timestamp > 0
     assert json.loads((tmp_path / ERROR).read_text())["message"]["errorCode"] == 2
