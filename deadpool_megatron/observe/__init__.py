@@ -1,4 +1,4 @@
-"""What a person or a program sees of a job: events, status, metrics, logs and pictures. Calls nobody."""
+"""What a person or a program sees of a job: events, status, metrics, logs and pictures. Knows exit codes only."""
 
 from deadpool_megatron.observe.rundir import (
     ERROR,

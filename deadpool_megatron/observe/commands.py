@@ -18,6 +18,9 @@ def add_commands(commands: Any) -> None:
     add_run_dir(status)
     status.add_argument("--json", action="store_true", help="all of it as JSON (with --watch: one line a second)")
     status.add_argument("--watch", action="store_true", help="show it live, until the job ends")
+    status.add_argument(
+        "--detail", action="store_true", help="every coordinate, process and phase, in a pager on a terminal"
+    )
     timeline = commands.add_parser("timeline", help="pictures of a run's recoveries, and a trace for Perfetto")
     add_run_dir(timeline)
     timeline.add_argument("--out", metavar="DIR", help="where the files go (default: timeline in the run directory)")
@@ -40,7 +43,7 @@ def run_command(options: argparse.Namespace) -> int:
 
     try:
         if options.command == "status":
-            show_status(options.run_dir, options.json, options.watch)
+            show_status(options.run_dir, options.json, options.watch, options.detail)
             return 0
         run = Path(options.run_dir)
         if options.command == "timeline":

@@ -9,6 +9,7 @@ from typing import Final
 from deadpool_megatron.cluster.records.exits import Exit, what_to_do
 from deadpool_megatron.observe.recoveries import Recovery, Story
 
+_NAMED: Final = 4  # nodes, at most, that are named and not only numbered
 _PHASE: Final = {
     "declared": "declaring the next epoch",
     "aborted": "getting every survivor out of its step",
@@ -49,15 +50,21 @@ def _several(noun: str, numbers: Sequence[int]) -> str:
     return f"{noun}{'' if len(numbers) == 1 else 's'} {ranks_text(numbers)}"
 
 
+def _nodes(r: Recovery, numbers: Sequence[int]) -> str:
+    if not r.names or len(numbers) > _NAMED:
+        return _several("node", numbers)
+    return f"node{'' if len(numbers) == 1 else 's'} {', '.join(map(r.called, sorted(numbers)))}"
+
+
 def _what_failed(r: Recovery) -> str:
     by_cause: dict[str, list[int]] = {}
     for node, cause in r.causes.items():
         if cause:
             by_cause.setdefault(cause, []).append(node)
-    causes = [f"{_several('node', nodes)}: {cause}" for cause, nodes in by_cause.items()]
+    causes = [f"{_nodes(r, nodes)}: {cause}" for cause, nodes in by_cause.items()]
     seen = "; ".join(causes) or r.reason
     if r.lost:
-        text = f"{_several('node', r.lost)} failed"
+        text = f"{_nodes(r, r.lost)} failed"
         held = f" and {_several('rank', r.ranks)} with {'it' if len(r.lost) == 1 else 'them'}" if r.ranks else ""
         return f"{text}{held}. Seen by this: {seen}."
     if r.ranks:
@@ -71,7 +78,7 @@ def _who_took_over(r: Recovery) -> str:
         return f"Nobody had to take over. {anew}"
     sources = sorted(set(r.sources.values()))
     came = f", with the shards out of the vault{'s' if len(sources) > 1 else ''} of {_several('node', sources)}"
-    who = f"{_several('node', r.new_nodes)}, until then spare," if r.new_nodes else "Other slots"
+    who = f"{_nodes(r, r.new_nodes)}, until then spare," if r.new_nodes else "Other slots"
     if who.startswith("node"):
         who = who.capitalize()
     return f"{who} took over {_several('rank', r.replaced)}{came if sources else ''}. {anew}"
@@ -117,7 +124,7 @@ def _what_is_left(r: Recovery, story: Story) -> str:
 def _what_next(r: Recovery) -> str:
     todo: list[str] = []
     if r.lost:
-        todo.append(f"look at {_several('node', r.lost)} (its kernel log and its agent's) before using it again")
+        todo.append(f"look at {_nodes(r, r.lost)} (its kernel log and its agent's) before using it again")
     elif r.ranks and r.stuck_since is not None:
         todo.append(f"see in that file where {_several('rank', r.ranks)} stood still")
     elif r.ranks:

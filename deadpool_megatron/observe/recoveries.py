@@ -60,6 +60,7 @@ class Recovery:
     end: str | None = None
     end_message: str = ""
     end_code: int = 0
+    names: dict[int, str] = field(default_factory=dict)  # of machines, by node, where there are several
     stuck_since: float | None = None
     directory: str = ""
     redone: float | None = None
@@ -85,13 +86,17 @@ class Recovery:
     def what(self) -> str:
         """What failed and how that was seen, in a few words."""
         if self.lost:
-            who = f"node {', '.join(map(str, self.lost))} lost"
+            who = f"node {', '.join(map(self.called, self.lost))} lost"
         elif self.ranks:
             who = f"rank {', '.join(map(str, self.ranks))} ended, its node stays"
         else:
             who = "no node lost"
         causes = [cause for cause in dict.fromkeys(self.causes.values()) if cause]
         return f"{who}: {'; '.join(causes) or self.reason}"
+
+    def called(self, node: int) -> str:
+        """A node by its number, and the name of its machine where that is known."""
+        return f"{node} ({self.names[node]})" if self.names.get(node) else str(node)
 
     @property
     def durations(self) -> dict[str, float]:
@@ -159,6 +164,7 @@ class Story:
         self.committed_epoch = 0
         self.survives: tuple[int, int] | None = None  # epoch, how many nodes may be lost in it
         self.ended: Mapping[str, Any] | None = None
+        self.names: dict[int, str] = {}
         self._paces: deque[float] = deque(maxlen=_PACE_WINDOW)
         self._now: Recovery | None = None
         self._awaits_iteration: Recovery | None = None
@@ -180,9 +186,11 @@ class Story:
         done: Recovery | None = None
         if name == "started":
             total, spares = event.get("nodes", 0), event.get("spares", 0)
+            self.names = dict(enumerate(event.get("names", ())))
             self.active = list(range(total - spares))
             self.spares = set(range(total - spares, total))
         elif name == "joined" and self.spares is not None:
+            self.names[event["node"]] = event.get("name", "")
             self.spares.add(event["node"])
             self.lost.discard(event["node"])
         elif name == "parked":
@@ -223,7 +231,8 @@ class Story:
         interrupted: Recovery | None = None  # lost again before its first iteration was complete
         # Without a loss before it, a declaration answers a communication error with every node alive.
         if self._now is None and (name == "declared" or (name == "detected" and event.get("ranks"))):
-            self._now = Recovery(progress=self.iteration, pace_s=self.pace_s, active=list(self.active))
+            names = self.names if len(set(self.names.values())) > 1 else {}
+            self._now = Recovery(names=names, progress=self.iteration, pace_s=self.pace_s, active=list(self.active))
             interrupted, self._awaits_iteration = self._awaits_iteration, None
         if name == "detected" and _is_node(event):
             self._leaves(event["node"])

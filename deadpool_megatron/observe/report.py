@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from deadpool_megatron.cluster.records.exits import what_to_do
 from deadpool_megatron.observe import figures
 from deadpool_megatron.observe.narrative import count_text, paragraph, seconds_text
 from deadpool_megatron.observe.recoveries import MEANING, Recovery, Story
@@ -27,7 +28,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto;
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 img { width: 100%; height: auto; } pre { background: #f6f6f6; padding: 0.8em; overflow-x: auto; font-size: 12.5px; }
 table { border-collapse: collapse; margin: 0.6em 0; } td, th { padding: 2px 12px 2px 0; text-align: left;
- border-bottom: 1px solid #eee; vertical-align: top; } td.n, th.n { text-align: right;
+ white-space: pre-wrap; border-bottom: 1px solid #eee; vertical-align: top; } td.n, th.n { text-align: right;
  font-variant-numeric: tabular-nums; }
 p.note { color: #666; }
 """
@@ -221,15 +222,20 @@ def write_report(run_dir: Path, out: Path) -> Path:
     page = Page(f"DeadPool run {run_dir.name}")
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(events[0]["t"]))
     ended = story.ended
-    how = "still running, or ended without a word" if ended is None else ended["event"]
-    if ended is not None and ended.get("message"):
-        how += f": {ended['message']}"
+    how = "still running, or ended without a word"
+    if ended is not None:
+        how = f"{ended['event']}, exit code {ended.get('code', 0)}"
+        how += f": {ended['message']}" if ended.get("message") else ""
+    advice = what_to_do(ended.get("code", 0)) if ended is not None else ""
+    machines = list(dict.fromkeys(filter(None, story.names.values())))
     page.table(
         ("", ""),
         [
             ("started", when),
             ("length", seconds_text(events[-1]["t"] - events[0]["t"])),
             ("end", how),
+            *([("what to do", advice)] if advice else []),
+            *([("machines", ", ".join(machines))] if machines else []),
             ("last iteration", str(story.iteration)),
             ("newest committed generation", str(story.committed)),
             ("recoveries", str(len(told))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import sys
@@ -20,9 +21,12 @@ from deadpool_megatron.cluster.records.exits import what_to_do
 from deadpool_megatron.observe.narrative import count_text, ranks_text, seconds_text
 from deadpool_megatron.observe.recoveries import PHASES, Recovery, Story
 from deadpool_megatron.observe.rundir import STATUS, EventTail
+from deadpool_megatron.observe.screen import compose, named, nodes_of, waits_for
 from deadpool_megatron.observe.tables import grid_table, make_console, nodes_table, phases_table
 
-_SHOWN_EVENTS = 6
+_SHOWN_EVENTS = 15
+_PLAIN_HEIGHT = 50  # lines, where there is no terminal
+_ALARMS: Final = ("straggler", "damaged", "unlike", "no_room", "durable_failed", "durable_taken", "worker_error")
 _REFRESH_S = 0.25
 # Seconds without a new status after which a coordinator whose process is not there is gone, and any other one too.
 _GONE_S: Final = (10.0, 120.0)
@@ -46,6 +50,14 @@ def event_line(event: Mapping[str, Any], columns: int = 80) -> str:
         parts.append(text if name in ("cause", "reason", "message") else f"{name} {text}")
     line = f"{when}  {event['event']:<10} {', '.join(parts)}".rstrip()
     return line if len(line) <= columns else line[: columns - 3] + "..."
+
+
+def _alive(pid: Any) -> bool:
+    """A process of this machine has not ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _age(seconds: float) -> str:
@@ -98,6 +110,7 @@ class JobView:
         self.story = Story()
         self.status: dict[str, Any] = {}
         self.last: deque[dict[str, Any]] = deque(maxlen=_SHOWN_EVENTS)
+        self.alarms: dict[str, dict[str, Any]] = {}  # the last event of each kind that is one, oldest first
         self._tail = EventTail(run_dir)
         self.refresh()
 
@@ -110,6 +123,9 @@ class JobView:
             raise NoStatus(f"no status at {path}: {err.strerror}") from None
         for event in self._tail.read():
             self.story.take(event)
+            if event["event"] in _ALARMS:
+                self.alarms.pop(event["event"], None)
+                self.alarms[event["event"]] = event
             if event["event"] not in _QUIET:
                 self.last.append(event)
 
@@ -130,7 +146,7 @@ class JobView:
         if self.status["phase"] == "ended" or self.silent_s < _GONE_S[0]:
             return ""
         known = pid is not None and host == socket.gethostname()
-        if (known and not Path(f"/proc/{pid}").exists()) or self.silent_s > _GONE_S[1]:
+        if (known and not _alive(pid)) or self.silent_s > _GONE_S[1]:
             where = f"process {pid} on {host or 'an unknown host'}"
             return f"its coordinator ({where}) has not written for {_age(self.silent_s)}"
         return ""
@@ -150,21 +166,27 @@ class JobView:
 
     def as_json(self) -> dict[str, Any]:
         """The status with what the events add: pace, protection, recoveries, last events."""
-        known = [*self.story.recoveries, *([self.story.under_way] if self.story.under_way else [])]
         return {
             **self.status,
             "pace_s": self.story.pace_s,
             "protection": self.status.get("protection") or {"text": self.protection()},
-            "recoveries": [asdict(r) for r in known],
+            "recoveries": [asdict(r) for r in self._known()],
             "last_events": list(self.last),
         }
 
     # ---- for people
 
+    def screen(self, width: int, height: int) -> RenderableType:
+        """What fits on a terminal of so many columns and lines; see `observe.screen`."""
+        events = [Text(event_line(e, width)) for e in self.last]
+        return Group(*compose(self._head(), self._alarms(), nodes_of(self.status), events, width, height))
+
     def render(self, console: Console) -> RenderableType:
-        """All of it, for a terminal or for a file."""
-        known = [*self.story.recoveries, *([self.story.under_way] if self.story.under_way else [])]
-        parts: list[RenderableType] = [*self._summary()]
+        """All of it, as long as it gets, for a file or a pager."""
+        known = self._known()
+        parts: list[RenderableType] = [*self._head(), *self._alarms()]
+        if not self.over:
+            parts += [Text(line) for line in snapshot_lines(self.status.get("snapshot"))]
         grid = grid_table(console, self.status, moved={rank for r in known for rank in r.replaced})
         if grid is not None:
             parts += [Text(), grid]
@@ -176,69 +198,119 @@ class JobView:
             parts += [Text(event_line(e, console.width), no_wrap=True) for e in self.last]
         return Group(*parts)
 
-    def _summary(self) -> list[Text]:
+    def _known(self) -> list[Recovery]:
+        return [*self.story.recoveries, *([self.story.under_way] if self.story.under_way else [])]
+
+    def _head(self) -> list[Text]:
+        out = [self._headline()]
+        end = self.status.get("end") or {}
+        if self.gone:
+            out.append(Text(f"{self.gone}: it was killed, or its machine is gone", "red"))
+        if end.get("code"):
+            out += [Text(line, "red") for line in [*end["message"].splitlines(), what_to_do(end["code"])] if line]
+        if not self.over:
+            full = (self.status.get("protection") or {}).get("full", True)
+            out.append(Text(f"protection: {self.protection()}", "" if full else "yellow"))
+            out.append(self._spares())
+        if known := self._known():
+            out += self._in_short(known[-1], len(known))
+        return out
+
+    def _headline(self) -> Text:
         status = self.status
         # The events are written at once, the status of a busy coordinator seconds later.
         iteration = max(status["iteration"], self.story.iteration)
         committed = max(status["generation"]["committed"], self.story.committed)
-        first = Text()
-        if self.gone:
-            first.append("ended without a word", "bold red")
-        else:
-            first.append(status["phase"], "bold red" if self.story.under_way else "bold")
         end = status.get("end") or {}
-        if self.over and end:
-            first.append(f", exit code {end['code']}", "bold red" if end["code"] else "bold green")
-        first.append(f", epoch {status['epoch']}")
-        first.append(f", last iteration {iteration}" if iteration >= 0 else ", no iteration yet")
-        first.append(f", committed generation {committed}" if committed >= 0 else ", nothing committed yet")
-        durable = status["generation"].get("durable", -1)
-        if durable >= 0:
-            first.append(f", durable generation {durable}")
-        out = [first]
+        line = Text()
         if self.gone:
-            out.append(Text(f"{self.gone}: it was killed, or its machine is gone", "red"))
-        if end.get("code"):
-            out += [Text(line, "red") for line in [*end["message"].splitlines(), what_to_do(end["code"])]]
+            line.append("ended without a word", "bold red")
+        elif self.over:
+            line.append("ended", "bold red" if end.get("code") else "bold green")
+            line.append(f", exit code {end['code']}" if end else "", "bold red" if end.get("code") else "bold green")
+        else:
+            recovers = self.story.under_way is not None
+            line.append(status["phase"], "bold red" if recovers else "bold green" if iteration >= 0 else "bold")
+        line.append(f", epoch {status['epoch']}")
+        line.append(f", last iteration {iteration}" if iteration >= 0 else ", no iteration yet")
+        if self.story.pace_s is not None and not self.over:
+            line.append(f", {seconds_text(self.story.pace_s)} each")
+        line.append(f", committed generation {committed}" if committed >= 0 else ", nothing committed yet")
+        durable = status["generation"].get("durable", -1)
+        return line.append(f", durable generation {durable}" if durable >= 0 else "")
+
+    def _spares(self) -> Text:
+        nodes = nodes_of(self.status)
+        ready = [n for n in nodes if n.state == "spare"]
+        cold = [n for n in nodes if n.state == "starting"]
+        words = [f"{count_text(len(ready), 'spare')} parked warm ({named(ready)})"] if ready else []
+        words += [f"{count_text(len(cold), 'spare')} starting ({named(cold)})"] if cold else []
+        none = "none left: the next loss of a node ends the job" if self.status["epoch"] else "none"
+        return Text(f"spares: {', '.join(words) or none}", "" if words or not self.status["epoch"] else "yellow")
+
+    def _in_short(self, last: Recovery, count: int) -> list[Text]:
+        """The last recovery in two lines."""
+        when = time.strftime("%H:%M:%S", time.localtime(last.began))
+        out = [Text(f"last recovery (of {count}), {when}: {last.what}; {_how(last)}", "" if last.end else "bold red")]
+        durations = {name: s for name, s in last.durations.items() if name != "detected"}
+        if last.end is None:
+            late = waits_for(nodes_of(self.status))
+            whom = f", waits for {named(late)}" if late else ""
+            following = _following(last)
+            out.append(
+                Text(f"  under way for {_age(time.time() - last.began)}, on the way to {following}{whom}", "red")
+            )
+        elif durations:
+            steps = ", ".join(f"{name} {seconds_text(s)}" for name, s in durations.items())
+            out.append(Text(f"  {seconds_text(last.ended - last.first_sign)} in all: {steps}"))
+        return out
+
+    def _alarms(self) -> list[Text]:
+        """What is not as it should be, most important first."""
+        out: list[Text] = []
         if self.over:
             return out
-        if self.story.pace_s is not None:
-            out.append(Text(f"pace: {seconds_text(self.story.pace_s)} an iteration"))
-        out.append(Text(f"protection: {self.protection()}"))
-        if behind := status.get("behind"):
+        if self.silent_s > 2 * _GONE_S[0]:
+            out.append(Text(f"nothing new for {_age(self.silent_s)}: does the coordinator run?", "bold red"))
+        if behind := self.status.get("behind"):
             lost = f"{count_text(behind['iterations'], 'iteration')}, {seconds_text(behind['seconds'])}"
             out.append(
                 Text(f"protection is behind: a loss would cost {lost} of training: {behind['cause']}", "bold red")
             )
-        out += [Text(line) for line in snapshot_lines(status.get("snapshot"))]
-        ready = [s["node"] for s in status["spares"] if s["state"] == "parked"]
-        cold = [s["node"] for s in status["spares"] if s["state"] != "parked"]
-        words = [f"{count_text(len(ready), 'spare')} parked warm"] if ready else []
-        words += [f"{count_text(len(cold), 'spare')} starting"] if cold else []
-        out.append(Text(f"spares: {', '.join(words) or ('none left' if status['epoch'] else 'none')}"))
-        if self.silent_s > 2 * _GONE_S[0]:
-            out.append(Text(f"nothing new for {_age(self.silent_s)}: does the coordinator run?", "yellow"))
-        return out
+        gone = [n for n in nodes_of(self.status) if n.state == "lost"]
+        if gone:
+            out.append(Text(f"lost: {named(gone)}", "red"))
+        refused = self.status.get("refused") or {}
+        if strange := int(refused.get("malformed", 0)) + sum((refused.get("vaults") or {}).values()):
+            out.append(Text(f"{strange} packets or copies were refused: is anybody else on this network?", "yellow"))
+        return out + [Text(event_line(e, 200), "yellow") for e in reversed(self.alarms.values())]
 
     def _last_recovery(self, console: Console, last: Recovery, count: int) -> list[RenderableType]:
-        how = {
-            None: "under way",
-            "resumed": f"resumed from iteration {last.generation}",
-            "saved": f"a checkpoint of iteration {last.generation} was saved, the job ended",
-            "stopped": "the job ended",
-        }[last.end]
         after: list[tuple[str, str, float]] = []
         if last.end is None:
-            reached = [name for name in PHASES if name in last.times]
-            following = PHASES[min(PHASES.index(reached[-1]) + 1, len(PHASES) - 1)] if reached else PHASES[0]
-            after.append(("...", f"on the way to {following}", time.time()))
+            after.append(("...", f"on the way to {_following(last)}", time.time()))
         elif last.redone is not None:
             after.append(("redone", f"iteration {last.redone_iteration} is complete", last.redone))
-        title = Text(f"last recovery (of {count}): {last.what}; {how}", "bold")
+        title = Text(f"last recovery (of {count}): {last.what}; {_how(last)}", "bold")
         return [title, phases_table(console, last, last.began, after)]
 
 
-def show_status(run_dir: str, as_json: bool, watch: bool) -> None:
+def _how(r: Recovery) -> str:
+    return {
+        None: "under way",
+        "resumed": f"resumed from iteration {r.generation}",
+        "saved": f"a checkpoint of iteration {r.generation} was saved, the job ended",
+        "stopped": "the job ended",
+    }[r.end]
+
+
+def _following(r: Recovery) -> str:
+    """The phase that a recovery under way comes to next."""
+    reached = [name for name in PHASES if name in r.times]
+    return PHASES[min(PHASES.index(reached[-1]) + 1, len(PHASES) - 1)] if reached else PHASES[0]
+
+
+def show_status(run_dir: str, as_json: bool, watch: bool, detail: bool = False) -> None:
     """Print the status; with ``watch`` until the job ends (or Ctrl-C). Raises NoStatus."""
     view = JobView(run_dir)
     if as_json:
@@ -249,12 +321,17 @@ def show_status(run_dir: str, as_json: bool, watch: bool) -> None:
             time.sleep(1.0)
             view.refresh()
     console = make_console()
+    height = console.height - 1 if console.is_terminal else _PLAIN_HEIGHT
+    if detail:
+        with console.pager(styles=True) if console.is_terminal else contextlib.nullcontext():
+            console.print(view.render(console))
+        return
     if not watch:
-        console.print(view.render(console))
+        console.print(view.screen(console.width, height))
         return
     if not console.is_terminal:
         # Nothing can be redrawn here: the status as it is, then each event as it comes.
-        console.print(view.render(console))
+        console.print(view.screen(console.width, height))
         shown = view.last[-1] if view.last else None
         while not view.over:
             time.sleep(_REFRESH_S)
@@ -265,11 +342,13 @@ def show_status(run_dir: str, as_json: bool, watch: bool) -> None:
             for event in fresh:
                 print(event_line(event), flush=True)
                 shown = event
+        for line in view._head():
+            console.print(line)
         return
-    with Live(view.render(console), console=console, screen=True, auto_refresh=False) as live:
+    with Live(view.screen(*console.size), console=console, screen=True, auto_refresh=False) as live:
         while not view.over:
             time.sleep(_REFRESH_S)
             view.refresh()
-            live.update(view.render(console), refresh=True)
-    console.print(view.render(console))
+            live.update(view.screen(*console.size), refresh=True)
+    console.print(view.screen(console.width, console.height - 1))
     sys.stdout.flush()

@@ -16,7 +16,7 @@ from deadpool_megatron.observe.recoveries import MEANING, PHASES, Recovery
 _MOST_CELLS = 128  # coordinates; above it the grid would fill screens, and the nodes' table says the same
 _PLAIN_WIDTH = 80
 # Phases of `cluster.core.job.Phase` in which a recovery is under way.
-_RECOVERING: Final = ("aborting", "waiting for a spare", "restoring", "re-forming", "gathering parameters")
+RECOVERING: Final = ("aborting", "waiting for a spare", "restoring", "re-forming", "gathering parameters")
 _WIDE = 100
 _NODE_COLOURS: Final = ("cyan", "blue", "magenta", "yellow", "bright_cyan", "bright_blue", "bright_magenta")
 _ROLE_STYLE: Final = {"active": "green", "spare": "cyan", "lost": "bold red"}
@@ -46,7 +46,7 @@ def _node_style(node: int) -> str:
 
 
 # What a coordinate's node does while the job recovers, by the last step of the recovery that it has reached.
-_DOING: Final = {
+DOING: Final = {
     None: "aborting",
     "aborted": "restoring",
     "prepared": "re-forming",
@@ -61,10 +61,10 @@ def _state(c: Mapping[str, Any], phase: str, moved: frozenset[int] = frozenset()
 
     ``moved``: ranks that a spare has taken over.
     """
-    if phase in _RECOVERING and "step" in c:
+    if phase in RECOVERING and "step" in c:
         if c["step"] in (None, "aborted") and c["rank"] in moved:
             return "building"  # the spare that holds it had no step to leave
-        return _DOING.get(c["step"], str(c["step"]))
+        return DOING.get(c["step"], str(c["step"]))
     return f"g{c['generation']}" if c.get("generation") is not None else "g-"
 
 
@@ -130,7 +130,8 @@ def grid_table(
 def nodes_table(console: Console, status: Mapping[str, Any]) -> Table:
     """The nodes with their roles and processes."""
     table = new_table(console, title="nodes")
-    for name in ("node", "role", "agent pid", "ranks"):
+    names = {n.get("name", "") for n in status["nodes"]}
+    for name in ("node", *(("machine",) if len(names) > 1 else ()), "role", "agent pid", "ranks"):
         table.add_column(name, no_wrap=True)
     table.add_column("worker pids", overflow="fold")
     spares = {s["node"]: s for s in status["spares"]}
@@ -142,7 +143,10 @@ def nodes_table(console: Console, status: Mapping[str, Any]) -> Table:
             role.append(f", {spares[n['node']]['state']}")
             pids = spares[n["node"]]["pids"]
         shown = " ".join("-" if pid is None else str(pid) for pid in pids)
-        table.add_row(str(n["node"]), role, str(n["agent_pid"] or "-"), ranks_text(c["rank"] for c in mine), shown)
+        machine = [n.get("name", "")] if len(names) > 1 else []
+        table.add_row(
+            str(n["node"]), *machine, role, str(n["agent_pid"] or "-"), ranks_text(c["rank"] for c in mine), shown
+        )
     return table
 
 

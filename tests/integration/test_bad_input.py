@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.cluster.records.exits import Exit, what_to_do
 from flags import tiny_gpt
 from jobs import EXAMPLE, ROOT, Job, Jobs, launch_flags
 
@@ -69,10 +69,10 @@ def test_a_run_directory_without_a_job_is_named(command: str, tmp_path: Path) ->
 
 def _ends_with_one_line(job: Job, code: int, *parts: str) -> None:
     assert job.wait() == code, job.log_tails()
-    said = [line for line in job.output.splitlines() if line.startswith("deadpool: ")]
-    assert len(said) == 1, job.output
+    said, *advice = [line for line in job.output.splitlines() if line.startswith("deadpool: ")]
+    assert advice == ([] if code == Exit.USAGE else [f"deadpool: {what_to_do(code)}"]), job.output
     for part in parts:
-        assert part in said[0]
+        assert part in said
     assert "Traceback" not in job.output
     job.until_gone(60)
 
@@ -96,7 +96,8 @@ def test_a_flag_that_megatron_does_not_know_is_named(jobs: Jobs) -> None:
     flags = [*tiny_gpt("none"), "--tensor-model-parallel-size", "1", "--no-such-flag"]
     job = jobs.start("run", launch_flags(2, slots=1), flags)
     assert job.wait() == 2
-    assert any("--no-such-flag" in p.read_text() for p in (job.run_dir / "logs").glob("rank-*.log"))
+    said = next(line for line in job.output.splitlines() if line.startswith("deadpool: "))
+    assert said.startswith("deadpool: rank ") and said.endswith("error: unrecognized arguments: --no-such-flag")
     job.until_gone(60)
 
 

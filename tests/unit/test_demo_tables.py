@@ -173,7 +173,9 @@ def test_status_fits_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["status", "--run-dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
-    assert any("39@4" in line for line in lines), "the grid is there"
+    assert cli.main(["status", "--detail", "--run-dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and any("39@4" in line for line in lines), "the grid is there"
 
 
 def test_status_of_no_job_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
