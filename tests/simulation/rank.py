@@ -149,7 +149,8 @@ class Rank:
             self._script = None
             kind, by_peer, code = type(err).__name__, isinstance(err, Broken), getattr(err, "code", 0)
             code = code if isinstance(code, int) else 0
-            self.say(r.WorkerFailed(0, 0, None, "training", self.joined, -1, code, kind, "sim", str(err), "", by_peer))
+            why = str(err)
+            self.say(r.WorkerFailed(0, 0, None, "training", self.joined, -1, code, kind, why, why, "", by_peer))
             self.die(1)
 
     def poke(self) -> None:
@@ -337,6 +338,9 @@ class Rank:
         assert self.rank is not None
         self._check()
         yield from self._pause(0.05, 0.6)
+        if cluster.full_for_a_moment:
+            cluster.full_for_a_moment = False
+            raise Dies("no space left for a moment")
         cluster.oracle.writes(self)
         yield from self._meet("parts", iterations, 0)
         if self.rank == 0:

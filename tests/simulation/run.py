@@ -146,6 +146,7 @@ class Run:
             self.saving_fails = draws.choice(("error", "hangs"))
         if self.job.durable is not None and draws.random() < 0.1:
             self.faults.change_what_is_read()
+        self.full_for_a_moment = draws.random() < 0.05  # when the first rank writes its part of the last checkpoint
 
     def _draw_run_disk(self, seed: int, beside: Run | None) -> RunDisk | None:
         """In some runs the run directory's file system is full, or read-only, once or for ever; from its own chance."""
