@@ -1,4 +1,4 @@
-"""The commands that look at a run: `deadpool status`, `timeline` and `report`."""
+"""The commands that look at a run: `deadpool status`, `timeline`, `report` and `page`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 RUN_DIR = "runs/latest"
-COMMANDS = ("status", "timeline", "report")
+COMMANDS = ("status", "timeline", "report", "page")
 _USAGE = 2
 
 
 def add_commands(commands: Any) -> None:
-    """Add the parsers of all three to the subparsers of `deadpool`."""
+    """Add their parsers to the subparsers of `deadpool`."""
     status = commands.add_parser("status", help="what a job is doing")
     add_run_dir(status)
     status.add_argument("--json", action="store_true", help="all of it as JSON (with --watch: one line a second)")
@@ -27,6 +27,9 @@ def add_commands(commands: Any) -> None:
     report = commands.add_parser("report", help="everything about a run in a single HTML file")
     add_run_dir(report)
     report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run directory)")
+    page = commands.add_parser("page", help="status and report as a live page for a browser on this machine")
+    add_run_dir(page)
+    page.add_argument("--port", type=int, default=8470, metavar="P", help="on 127.0.0.1 (default: 8470; 0: any)")
 
 
 def add_run_dir(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +49,11 @@ def run_command(options: argparse.Namespace) -> int:
             show_status(options.run_dir, options.json, options.watch, options.detail)
             return 0
         run = Path(options.run_dir)
+        if options.command == "page":
+            from deadpool_megatron.observe.page import serve
+
+            serve(run, options.port)
+            return 0
         if options.command == "timeline":
             written = write_timeline(run, Path(options.out) if options.out else run / "timeline")
         else:

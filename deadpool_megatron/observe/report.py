@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,8 +38,9 @@ p.note { color: #666; }
 class Page:
     """A self-contained HTML page: no script, font or picture from elsewhere. Collects parts; `text` is all of it."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, head: str = "") -> None:
         self._title = title
+        self._head = head
         self.without_pictures = ""
         self._parts: list[str] = [f"<h1>{escape(title)}</h1>"]
 
@@ -81,7 +83,7 @@ class Page:
     def text(self) -> str:
         return (
             f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>{escape(self._title)}</title>"
-            f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(self._parts) + "\n</body></html>\n"
+            f"{self._head}<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(self._parts) + "\n</body></html>\n"
         )
 
 
@@ -159,6 +161,16 @@ def _marks(told: Sequence[tuple[Recovery, str]], zero: float) -> Any:
     return draw
 
 
+def _iteration_marks(told: Sequence[tuple[Recovery, str]]) -> Any:
+    def draw(axes: Any) -> None:
+        marks = [r.generation for r, _ in told if r.generation is not None]
+        for number, iteration in enumerate(marks):
+            label = "training went on from here after a recovery" if number == 0 else None
+            axes.axvline(iteration, color=figures.COLOURS[1], lw=1.2, ls="--", label=label)
+
+    return draw
+
+
 def _pace_pictures(page: Page, events: Sequence[Mapping[str, Any]], told: Sequence[tuple[Recovery, str]]) -> None:
     steps = [e for e in events if e["event"] == "iteration"]
     if not steps:
@@ -170,7 +182,9 @@ def _pace_pictures(page: Page, events: Sequence[Mapping[str, Any]], told: Sequen
     page.heading("Loss")
     name = next(iter(steps[0]["losses"]), "loss")
     loss = [next(iter(e["losses"].values()), float("nan")) for e in steps]
-    page.picture(lambda: figures.line_figure([(name, at, loss)], x, name, "Loss", marks, from_zero=False), "loss")
+    series = [(name, [e["iteration"] for e in steps], loss)]
+    at_iterations = _iteration_marks(told)
+    page.picture(lambda: figures.line_figure(series, "iteration", name, "Loss", at_iterations, from_zero=False), "loss")
     page.heading("Pace")
     pace = [("one iteration", at, [e["seconds"] for e in steps])]
     page.picture(
@@ -215,18 +229,31 @@ def _commit_picture(page: Page, lines: Sequence[Mapping[str, Any]], zero: float,
 
 def write_report(run_dir: Path, out: Path) -> Path:
     """Write the one page of a run, without matplotlib one without pictures. Raises NoRun and OSError."""
+    text = report_text(run_dir)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
+    return out
+
+
+def report_text(run_dir: Path, head: str = "") -> str:
+    """That page; ``head``: more HTML for its head. Raises NoRun."""
     events = _load(run_dir)
     lines = list(read_node_logs(run_dir))
     moments = deaths(run_dir, events)
     story, told = _told(events)
-    page = Page(f"DeadPool run {run_dir.name}")
+    page = Page(f"DeadPool run {run_dir.name}", head)
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(events[0]["t"]))
     ended = story.ended
-    how = "still running, or ended without a word"
+    try:
+        view: JobView | None = JobView(run_dir)
+    except NoStatus:
+        view = None
+    how = f"ended without a word: {view.gone}" if view is not None and view.gone else "still running"
     if ended is not None:
         how = f"{ended['event']}, exit code {ended.get('code', 0)}"
         how += f": {ended['message']}" if ended.get("message") else ""
     advice = what_to_do(ended.get("code", 0)) if ended is not None else ""
+    started = next((e for e in events if e["event"] == "started"), {})
     machines = list(dict.fromkeys(filter(None, story.names.values())))
     page.table(
         ("", ""),
@@ -235,21 +262,20 @@ def write_report(run_dir: Path, out: Path) -> Path:
             ("length", seconds_text(events[-1]["t"] - events[0]["t"])),
             ("end", how),
             *([("what to do", advice)] if advice else []),
+            *([("command", shlex.join(command))] if (command := started.get("command")) else []),
+            *([("versions", ", ".join(f"{k} {v}" for k, v in started["versions"].items()))] if command else []),
             *([("machines", ", ".join(machines))] if machines else []),
             ("last iteration", str(story.iteration)),
             ("newest committed generation", str(story.committed)),
             ("recoveries", str(len(told))),
         ],
     )
-    try:
-        view = JobView(run_dir)
+    if view is not None:
         console = Console(width=100, no_color=True, highlight=False)
         with console.capture() as shown:
             console.print(view.render(console))
         page.heading("Status")
         page.plain(shown.get())
-    except NoStatus:
-        pass
     page.heading(f"Recoveries: {count_text(len(told), 'recovery').replace('recoverys', 'recoveries')}")
     if not told:
         page.paragraph("Nothing failed in this run.")
@@ -269,6 +295,4 @@ def write_report(run_dir: Path, out: Path) -> Path:
         f'<p><a download="trace.json" href="data:application/json;base64,{trace}">trace.json</a> '
         "opens in ui.perfetto.dev or chrome://tracing.</p>"
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page.text)
-    return out
+    return page.text

@@ -193,10 +193,13 @@ def compose(
         shown[-1] = Text(f"and {len(alarms) - most + 1} more that are not as they should be", "red")
     out += shown
     left = height - len(out)
-    if left >= 2:
+    if nodes and left >= 2:
         out += [Text(), *_grid(nodes, width, left - 1 - min(_LEAST_EVENTS, len(events)) - 1)]
     left = height - len(out)
     if events and left >= 2:
+        if not nodes and left >= 3:
+            out.append(Text())
+            left -= 1
         out += [Text("last events", "bold"), *events[-min(left - 1, _MOST_EVENTS) :]]
     for line in out:
         line.no_wrap = True

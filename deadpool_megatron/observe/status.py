@@ -179,7 +179,10 @@ class JobView:
     def screen(self, width: int, height: int) -> RenderableType:
         """What fits on a terminal of so many columns and lines; see `observe.screen`."""
         events = [Text(event_line(e, width)) for e in self.last]
-        return Group(*compose(self._head(), self._alarms(), nodes_of(self.status), events, width, height))
+        nodes = nodes_of(self.status)
+        if self.over:  # nobody trains, and no spare is of use
+            nodes = [n for n in nodes if n.state in ("lost", "left")]
+        return Group(*compose(self._head(), self._alarms(), nodes, events, width, height))
 
     def render(self, console: Console) -> RenderableType:
         """All of it, as long as it gets, for a file or a pager."""
@@ -190,7 +193,7 @@ class JobView:
         grid = grid_table(console, self.status, moved={rank for r in known for rank in r.replaced})
         if grid is not None:
             parts += [Text(), grid]
-        parts += [Text(), nodes_table(console, self.status)]
+        parts += [Text(), nodes_table(console, self.status, self.over)]
         if known:
             parts += [Text(), *self._last_recovery(console, known[-1], len(known))]
         if self.last:

@@ -127,9 +127,9 @@ def grid_table(
     return Group(table, Text(legend, "dim"))
 
 
-def nodes_table(console: Console, status: Mapping[str, Any]) -> Table:
-    """The nodes with their roles and processes."""
-    table = new_table(console, title="nodes")
+def nodes_table(console: Console, status: Mapping[str, Any], over: bool = False) -> Table:
+    """The nodes with their roles and processes; ``over``: those that they had."""
+    table = new_table(console, title="nodes, before the end" if over else "nodes")
     names = {n.get("name", "") for n in status["nodes"]}
     for name in ("node", *(("machine",) if len(names) > 1 else ()), "role", "agent pid", "ranks"):
         table.add_column(name, no_wrap=True)
@@ -140,7 +140,7 @@ def nodes_table(console: Console, status: Mapping[str, Any]) -> Table:
         role = Text(n["role"], _ROLE_STYLE.get(n["role"], ""))
         pids = [c["pid"] for c in mine]
         if n["node"] in spares:
-            role.append(f", {spares[n['node']]['state']}")
+            role.append("" if over else f", {spares[n['node']]['state']}")
             pids = spares[n["node"]]["pids"]
         shown = " ".join("-" if pid is None else str(pid) for pid in pids)
         machine = [n.get("name", "")] if len(names) > 1 else []

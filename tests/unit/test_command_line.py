@@ -19,7 +19,20 @@ from deadpool_megatron.planning.files import PlanError, load
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
-    *("", "launch", "agent", "coordinator", "plan", "status", "timeline", "report", "export", "inject", "drain"),
+    *(
+        "",
+        "launch",
+        "agent",
+        "coordinator",
+        "plan",
+        "status",
+        "timeline",
+        "report",
+        "page",
+        "export",
+        "inject",
+        "drain",
+    ),
     *("join", "bench", "bench recovery", "bench control", "bench overhead", "simulate", "check", "doctor", "patch"),
     "schema",
 ]

@@ -147,7 +147,8 @@ def test_how_a_job_ended_and_what_to_do_is_not_cut(size: tuple[int, int], tmp_pa
     ended = status_of(64, lost=0) | {"phase": "ended", "end": {"code": 76, "message": why}}
     text = " ".join(" ".join(shown(tmp_path, size, ended, [])).split())
     assert "ended, exit code 76" in text and why in text and what_to_do(76) in text
-    assert "may be lost" not in text and "parked" not in text
+    assert "may be lost" not in text and "parked" not in text and "trains" not in text and "warm" not in text
+    assert "nodes: 1 lost 0 gpu-0000 lost" in text
 
 
 def test_machines_are_named_where_there_are_several(tmp_path: Path) -> None:

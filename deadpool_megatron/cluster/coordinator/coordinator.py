@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import json
 import os
+import platform
 import random
 import signal
 import socket
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from typing import Any
 
 from deadpool_megatron import points
@@ -365,7 +367,8 @@ class Coordinator:
             self._run.note("step", t=decided, **step)
         for action in actions:
             if isinstance(action, Emit):
-                self._run.event(action.event, t=decided, **action.fields)
+                more = self._what_runs() if action.event == "started" else {}
+                self._run.event(action.event, t=decided, **action.fields, **more)
                 if action.event == "placed":
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
@@ -374,6 +377,15 @@ class Coordinator:
             elif isinstance(action, Finish):
                 self._finish = action
         self._status_stale = self._status_stale or bool(actions) or step is not None
+
+    def _what_runs(self) -> dict[str, Any]:
+        """The script with its arguments, and the versions of this node, for the report."""
+        versions = {"Python": platform.python_version()}
+        for name in ("deadpool-megatron", "torch", "megatron-core"):
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                versions[name] = metadata.version(name)
+        command = list(self._settings.agent.get("command", ()))
+        return {"command": command[3:], "versions": versions}  # without python -m deadpool_megatron.worker
 
     def _say_goodbye(self) -> None:
         """Wait until every agent has ended its workers and left, within a deadline."""
