@@ -116,6 +116,7 @@ _FEW_KINDS = ("damage", "kill node", "lose node")
 # Runs in which something was found, and for whose mends there is no run above.
 FOUND = (
     (713588, Profile()),
+    (764939, many.mixed(764939)[1]),
     (600538, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600841, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600947, Profile(durable=True, shards=True, only=_FEW_KINDS)),

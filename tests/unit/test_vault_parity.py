@@ -445,6 +445,17 @@ def test_a_share_whose_connection_breaks_is_asked_for_again(jobs: Callable[..., 
     assert done.version == (0, 1) and not done.error
 
 
+def test_a_whole_copy_that_is_refused_does_not_keep_its_node_from_giving_shares(jobs: Callable[..., Job]) -> None:
+    """Found by the simulation: a shard that had been rebuilt changed in memory, and its generation was given up."""
+    job = _committed_pair(jobs, "2+1", 3)
+    places, offers = job.assignment_without((0,), 3), job.offers((0,))
+    for node in (1, 2):
+        whole = frozenset({(0, node, 1, 0, False)})
+        assert list(agree(places, offers, whole, job.words).rebuilds) == [0]
+        with pytest.raises(NoCommonGeneration):
+            agree(places, offers, frozenset({(0, node, 1, 0, True)}), job.words)
+
+
 def test_another_copy_is_taken_where_the_first_cannot_be_reached(
     jobs: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,11 +154,15 @@ class NodeRecovery:
             return
         if event.version is None:
             node, tried = self._job.node, event.tried
+            # (a copy of its own that was found broken is given up, and another one may come in its place)
+            here = event.source == node and not event.share and not event.own
+            gone = here and not self._shards.has(event.rank, (tried, event.generation))
             self._send(
                 r.FetchFailed(
-                    event.epoch, node, event.rank, event.source, event.generation, event.error, tried, event.own
+                    event.epoch, node, event.rank, event.source, event.generation, event.error, tried, event.own, gone,
+                    event.share,
                 )
-            )
+            )  # fmt: skip
         else:
             self._hand_out(event.rank, event.generation, event.version)
 

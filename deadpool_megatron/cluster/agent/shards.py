@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deadpool_megatron import points
@@ -64,6 +64,7 @@ class FetchDone:
     """A shard has arrived (``error`` empty, ``version`` set) or could not be had.
 
     ``tried``: the epoch in which what was asked for at ``source`` was written. ``own``: the fault is this node's.
+    ``share``: it was to be rebuilt, and ``source`` gave a share.
     """
 
     rank: int
@@ -74,6 +75,7 @@ class FetchDone:
     error: str
     tried: int = -1
     own: bool = False
+    share: bool = False
 
     @classmethod
     def failed(cls, rank: int, epoch: int, version: Version, source: int, tried: int, err: VaultError) -> FetchDone:
@@ -88,7 +90,7 @@ class FetchDone:
         """It could not be rebuilt from ``parts``; the share that is to blame, if one is, tells whose fault it was."""
         node = err.node if isinstance(err, RebuildFailed) else parts[0][0].node
         tried = next((share.version_epoch for part in parts for share in part if share.node == node), -1)
-        return cls.failed(rank, epoch, version, node, tried, err)
+        return replace(cls.failed(rank, epoch, version, node, tried, err), share=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +309,14 @@ class Shards:
                     self._damaged(rank, "own", version)
 
         threading.Thread(target=work, name=f"recheck-{rank}", daemon=True).start()
+
+    def has(self, rank: int, version: tuple[int, int]) -> bool:
+        """A copy of it is here, whosever it is."""
+        try:
+            self.vault.find(rank, Version(*version))
+        except NotHeld:
+            return False
+        return True
 
     def path_of(self, rank: int) -> str:
         """The file of a rank's own arena; empty when there is none."""

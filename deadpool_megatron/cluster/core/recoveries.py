@@ -316,9 +316,10 @@ class Recoveries:
             return f"rank {record.rank} of durable generation {record.generation} could not be read"
         if record.gone:  # so it is offered no more
             return record.why
-        self._refused.add((record.rank, record.source, record.generation, record.version_epoch))
+        self._refused.add((record.rank, record.source, record.generation, record.version_epoch, record.share))
         yield emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
-        return f"the copy of rank {record.rank} on node {record.source} could not be used: {record.why}"
+        what = "a share" if record.share else "the copy"
+        return f"{what} of rank {record.rank} on node {record.source} could not be used: {record.why}"
 
     def no_room(self, record: r.FetchFailed) -> Answer[str]:
         """A node has no memory for what a lost one had, which others may have. Why another epoch has to begin."""
@@ -333,7 +334,7 @@ class Recoveries:
         """A node has given up a copy that had changed: what it offers of that generation from now on is another one."""
         if record.kind != "parity":
             about = (record.holder, record.node, record.generation)
-            self._refused = {refused for refused in self._refused if refused[:3] != about}
+            self._refused = {refused for refused in self._refused if refused[4] or refused[:3] != about}
             yield Persist()
 
     # ---- and then
@@ -486,6 +487,6 @@ class Recoveries:
         self._purpose = kept["purpose"]
         self._end = kept["no_spare"]
         self._not_saved = kept["not_saved"]
-        self._refused = {(rank, node, g, epoch) for rank, node, g, epoch in kept["refused"]}
+        self._refused = {(rank, node, g, epoch, share) for rank, node, g, epoch, share in kept["refused"]}
         self.vacant = {(node, local) for node, local in kept["vacant"]}
         self.helpers = set(kept["helpers"])

@@ -9,8 +9,9 @@ from typing import Final
 from deadpool_megatron.cluster.placement.redundancy import Word
 from deadpool_megatron.cluster.records import Offer, Share, SlotAddress, Source
 
-RefusedCopy = tuple[int, int, int, int]
-"""A copy that turned out to be of no use: rank, node, generation, and the epoch it was written in."""
+RefusedCopy = tuple[int, int, int, int, bool]
+"""A copy that turned out to be of no use: rank, node, generation, and the epoch it was written in; True: not that, but
+what the node gave to rebuild it."""
 ANY_EPOCH: Final = -1
 """All the versions of the generation that the node has, as it is not known which one was meant."""
 _Key = tuple[int, int]  # epoch (ANY_EPOCH where generations of all epochs are the same) and generation, newest last
@@ -66,7 +67,7 @@ def agree(
         here = offers.get(slot.node)
         held: dict[_Key, Source | None] = {}
         if here is not None:
-            doubted = {g for r, node, g, _ in refused if (r, node) == (rank, slot.node)}
+            doubted = {g for r, node, g, _, share in refused if (r, node, share) == (rank, slot.node, False)}
             for epoch, g in sorted(here.own.get(rank, ())):
                 if _usable(refused, rank, slot.node, g, epoch):
                     exact = g in doubted or not repeatable
@@ -111,8 +112,10 @@ def _key(epoch: int, generation: int, repeatable: bool) -> _Key:
     return (ANY_EPOCH if repeatable else epoch, generation)
 
 
-def _usable(refused: frozenset[RefusedCopy], rank: int, node: int, generation: int, epoch: int) -> bool:
-    return (rank, node, generation, epoch) not in refused and (rank, node, generation, ANY_EPOCH) not in refused
+def _usable(
+    refused: frozenset[RefusedCopy], rank: int, node: int, generation: int, epoch: int, share: bool = False
+) -> bool:
+    return refused.isdisjoint((rank, node, generation, any_or_it, share) for any_or_it in (epoch, ANY_EPOCH))
 
 
 def _givers(
@@ -189,7 +192,7 @@ class _Shares:
         out: list[Share] = []
         for share, parity, holder in wanted:
             for node, epochs in self._held.get((parity, holder), {}).get(key, {}).items():
-                good = [epoch for epoch in epochs if _usable(self._refused, rank, node, key[1], epoch)]
+                good = [epoch for epoch in epochs if _usable(self._refused, rank, node, key[1], epoch, True)]
                 if good and len(out) < k:
                     out.append(Share(share, holder, node, max(good)))
                     break
