@@ -265,6 +265,11 @@ def _offloading_in_graphs(values: Values, _: int) -> bool:
     return bool(values.get("fine_grained_activation_offloading") and _graphed(values) and offloaded - outside)
 
 
+def _scaled_attention(values: Values, _: int) -> bool:
+    low = values.get("fp8") or values.get("fp4")
+    return bool(values.get("fp8_dot_product_attention") and low) and _recipe(values) != "mxfp8"
+
+
 def _fuser_with_scales(values: Values, _: int) -> bool:
     recipe = _recipe(values)
     reduces = values.get("sequence_parallel") and (recipe == "tensorwise" or values.get("fp4"))
@@ -334,7 +339,7 @@ _COMBINED: Final[tuple[tuple[str, Callable[[Values, int], bool], str], ...]] = (
     ),
     (
         "--fp8-dot-product-attention",
-        lambda values, _: bool(values.get("fp8_dot_product_attention")) and _recipe(values) != "mxfp8",
+        _scaled_attention,
         "with another recipe than mxfp8: its scores are cast with delayed scaling, whose state nobody else sees",
     ),
     (

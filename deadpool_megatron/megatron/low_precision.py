@@ -33,6 +33,8 @@ def _is_delayed(config: Any) -> bool:
 def _scaled_attention(config: Any) -> bool:
     """Attention in FP8 has delayed scaling of its own, for the scores at least. Only where it is MXFP8, or none, it has
     not. Source: `init_fp8_metadata` of transformer_engine/pytorch/attention/dot_product_attention."""
+    if not config.fp8 and not getattr(config, "fp4", None):
+        return False
     recipe = os.environ.get(_ATTENTION) or (config.fp8_recipe if config.fp8 else None)
     return recipe not in ("mxfp8", "MXFP8BlockScaling", "F16")
 

@@ -193,6 +193,15 @@ def test_no_graph_has_a_dispatcher_in_it_for_which_the_host_waits() -> None:
         assert refused("--cuda-graph-impl", "transformer_engine", flag, "moe", "attn")
 
 
+def test_attention_in_fp8_is_judged_by_the_recipe() -> None:
+    def refused(*flags: str) -> bool:
+        values = parse(["--fp8-dot-product-attention", *flags])
+        return any(each.evidence is Evidence.REFUSED for each in used(values))
+
+    assert not refused() and not refused("--fp8-format", "e4m3", "--fp8-recipe", "mxfp8")
+    assert refused("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise") and refused("--fp4-format", "e2m1")
+
+
 def test_graphs_have_older_names() -> None:
     def names(*flags: str) -> list[str]:
         return [each.name or each.because for each in used(parse(flags)) if "--cuda-graph" in each.flag]
