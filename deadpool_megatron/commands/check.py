@@ -6,11 +6,13 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from deadpool_megatron import support
 from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.compat import UserError
 
 _REFUSED = 1
 
@@ -19,10 +21,12 @@ def run_check(arguments: Sequence[str]) -> int:
     """Judge a command line; returns 0 where it is accepted, 1 where a flag is refused, 2 for a usage that is wrong."""
     parser = argparse.ArgumentParser(
         prog="deadpool check",
-        usage="deadpool check [--config FILE | --table] [--nproc-per-node N] [SCRIPT] [MEGATRON FLAGS ...]",
+        usage="deadpool check [--config FILE] [--nproc-per-node N] [SCRIPT] [MEGATRON FLAGS ...]\n"
+        "       deadpool check --recipe NAME [--nodes N] [--nproc-per-node N] [SECTION.FIELD=VALUE ...]\n"
+        "       deadpool check --recipes | --table",
         description="Says which features of Megatron's flags a lost node must be survived with, and from what it is "
         "known that it is: exit code 0. Names every flag that is refused: exit code 1. Starts nothing and imports "
-        "nothing of Megatron; a flag that Megatron does not know is not found here.",
+        "nothing of Megatron, but for a recipe; a flag that Megatron does not know is not found here.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="a run's YAML file, as `deadpool plan` takes it")
@@ -33,6 +37,15 @@ def run_check(arguments: Sequence[str]) -> int:
         help="workers a node, for what must stay inside of one "
         f"(default: those of --config, else {support.PROCESSES_PER_NODE})",
     )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="a recipe of Megatron-Bridge as its run_recipe.py takes it, or MODULE:FUNCTION, with overrides behind it",
+    )
+    parser.add_argument("--recipes", action="store_true", help="judge all of Megatron-Bridge's performance recipes")
+    parser.add_argument(
+        "--nodes", type=int, metavar="N", help="nodes that train, of a recipe (default: what its name says)"
+    )
     parser.add_argument("--table", action="store_true", help="print all features and refusals, in Markdown")
     options, flags = parser.parse_known_args(list(arguments))
     if options.table:
@@ -40,6 +53,10 @@ def run_check(arguments: Sequence[str]) -> int:
     processes = options.nproc_per_node
     if processes is not None and processes < 1:
         parser.error("--nproc-per-node: at least 1")
+    if options.recipes:
+        return _recipes(processes)
+    if options.recipe is not None:
+        return _recipe(options.recipe, flags, options.nodes, processes)
     if options.config is not None:
         from deadpool_megatron.planning.files import PlanError, load
 
@@ -57,18 +74,52 @@ def run_check(arguments: Sequence[str]) -> int:
     if "yaml_cfg" in values:
         parser.error("the flags in the file of --yaml-cfg are not read here: give them as flags")
     processes = processes or support.PROCESSES_PER_NODE
+    notes = (f"{flag}: nobody has looked at what a lost node does to it" for flag in support.not_looked_at(flags))
+    return _judged(values, processes, (), notes)
+
+
+def _judged(values: Mapping[str, Any], processes: int, more: Sequence[tuple[str, str]], notes: Iterable[str]) -> int:
+    """Print what is known of each feature, or what is refused, ``more`` besides. Returns the exit code."""
     features = support.used(values, processes)
     refused = [each for each in features if each.evidence is support.Evidence.REFUSED]
     for each in refused:
         print(f"refused: {' '.join((each.flag, each.value(values))).strip()}: {each.because}")
-    if refused:
+    for setting, because in more:
+        print(f"refused: {setting}: {because}")
+    if refused or more:
         return _REFUSED
     width = max((len(each.name) for each in features), default=0)
     for each in features:
         print(f"{each.name:<{width}}  {each.evidence}: {each.because}")
-    for flag in support.not_looked_at(flags):
-        print(f"{flag}: nobody has looked at what a lost node does to it")
+    for note in notes:
+        print(note)
     print(f"accepted: {len(features)} features that a swap must carry")
+    return 0
+
+
+def _recipe(name: str, overrides: Sequence[str], nodes: int | None, processes: int | None) -> int:
+    from deadpool_megatron.commands import recipes
+
+    try:
+        recipe = recipes.read(name, overrides, nodes, processes)
+    except UserError as err:
+        print(f"deadpool: {err}", file=sys.stderr)
+        return Exit.USAGE
+    print(f"{name}: {recipe.world_size} processes, {recipe.per_node} a node")
+    for note in recipes.notes(recipe):
+        print(note)
+    return _judged(recipe.values, recipe.per_node, recipe.refused, ())
+
+
+def _recipes(processes: int | None) -> int:
+    from deadpool_megatron.commands import recipes
+
+    try:
+        for line in recipes.judge_all(processes):
+            print(line)
+    except UserError as err:
+        print(f"deadpool: {err}", file=sys.stderr)
+        return Exit.USAGE
     return 0
 
 

@@ -222,3 +222,56 @@ def test_what_is_not_supported_is_refused_by_name(settings: list[str], said: str
     job = jobs.start(settings[0].partition("=")[0], launch_flags(2, 0, 1), settings, BRIDGE)
     assert job.wait() == Exit.USAGE
     assert said in job.output
+
+
+def _check(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deadpool_megatron.cli", "check", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_recipe_by_name_is_judged_as_the_job_it_makes_would_be() -> None:
+    """With overrides; where Bridge turns a setting on by itself (overlaps) that counts, too."""
+    layout = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]
+    done = _check("--recipe", "llama3_8b_low_precision_pretrain_config", "--nodes", "2", *layout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "llama3_8b_low_precision_pretrain_config: 16 processes, 8 a node" in done.stdout
+    names = {line.partition("  ")[0] for line in done.stdout.splitlines()}
+    assert {"tensor parallelism", "sequence parallelism", "overlapped gradient reduction"} <= names
+    assert {"FP8 with current scaling", "distributed optimizer"} <= names
+
+
+def test_all_that_is_refused_of_a_recipe_is_named() -> None:
+    """Bridge's own settings beside those that Megatron-LM has too; of one's own function."""
+    more = ["train.iterations_to_skip=[3]", "dist.lazy_mpu_init=true"]
+    done = _check("--recipe", "megatron.bridge.recipes:llama3_8b_pretrain_config", *more)
+    assert done.returncode == 1, done.stdout + done.stderr
+    refused = [line.split(": ")[1] for line in done.stdout.splitlines() if line.startswith("refused: ")]
+    assert refused == ["--iterations-to-skip [3]", "dist.lazy_mpu_init"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["llama3_8b_pretrain_confi"], "none of that name; near it: llama3_8b_pretrain_config"),
+        (["nowhere:recipe"], "No module named 'nowhere'"),
+        (["llama32_1b_pretrain_config"], "its architecture, meta-llama/Llama-3.2-1B, could not be read"),
+        (["llama3_8b_pretrain_config", "model.nothing=2"], "Could not override 'model.nothing'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_had_is_answered_in_one_line(words: list[str], said: str) -> None:
+    done = _check("--recipe", *words)
+    assert done.returncode == Exit.USAGE and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+def test_all_performance_recipes_are_judged_in_one_command() -> None:
+    """Each is accepted, refused by name, or named with why it cannot be read (files that the wheel lacks)."""
+    done = _check("--recipes")
+    assert done.returncode == 0, done.stderr
+    first, *lines = done.stdout.splitlines()
+    accepted, of = (int(word) for word in first.split() if word.isdecimal())
+    refused = {line.split(": ")[1] for line in lines if line.startswith("refused: ")}
+    unread = [line for line in lines if line.startswith("not read: ")]
+    assert of == 411 and accepted + len(refused) + len(unread) == of
+    assert accepted >= 253 and "deepseek_v3_pretrain_64gpu_gb300_bf16_fsdp_config" in refused
+    assert unread and all("nemotron_3_super" in line and "te_quant.cfg" in line for line in unread)

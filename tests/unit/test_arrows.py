@@ -43,7 +43,7 @@ BELOW = {
         *("recovery", "snapshot", "support", "vault"),
     },
     "megatron.lm": {"config", "megatron"},
-    "megatron.bridge": {"compat", "config", "megatron"},
+    "megatron.bridge": {"compat", "config", "megatron", "support"},
     "simulate": {"observe"},
     "doctor": {"compat", "cluster.link"},
 }

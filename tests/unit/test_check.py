@@ -6,12 +6,14 @@ import contextlib
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from deadpool_megatron import support
 from deadpool_megatron.cli import main
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.support import FEATURES, Evidence, check_arguments, not_on_a_gpu, parse, used
 from evidence import RECORD, note
@@ -309,3 +311,13 @@ def test_it_imports_nothing_of_megatron_or_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(find_spec("megatron.bridge") is not None, reason="Megatron-Bridge is here: tests/integration")
+@pytest.mark.parametrize("words", [["--recipe", "llama3_8b_pretrain_config"], ["--recipes"]])
+def test_a_recipe_without_megatron_bridge_is_answered_in_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *words]) == Exit.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("deadpool: Megatron-Bridge is not in this environment: install megatron-bridge")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from deadpool_megatron import cli
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.launcher.agent_options import check_agent
 from docs_commands import PAGES, ROOT, commands
 
@@ -50,7 +52,9 @@ def test_a_documented_command_is_one_that_deadpool_takes(
 
     if _words(command)[0] == "check":  # it starts nothing
         monkeypatch.chdir(ROOT)
-        assert cli.main(_words(command)) == 0
+        without_bridge = "--recipe" in command and find_spec("megatron.bridge") is None
+        assert cli.main(_words(command)) == (Exit.USAGE if without_bridge else 0)
+        assert not without_bridge or "install megatron-bridge" in capsys.readouterr().err
         return
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)

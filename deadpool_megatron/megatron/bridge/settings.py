@@ -68,9 +68,14 @@ _REFUSED: Final[tuple[_Refusal, ...]] = (
 )
 
 
+def refusals(cfg: Any) -> list[tuple[str, str]]:
+    """Settings of Bridge's own, of a container, that are not supported, and why."""
+    return [(name, why) for name, is_on, why in _REFUSED if is_on(cfg)]
+
+
 def check(cfg: Any) -> None:
     """Raises UserError that names the settings of Bridge's own that are not supported."""
-    found = [f"{name} ({why})" for name, is_on, why in _REFUSED if is_on(cfg)]
+    found = [f"{name} ({why})" for name, why in refusals(cfg)]
     if found:
         raise UserError(
             f"not supported with --deadpool in Megatron-Bridge yet: {', '.join(found)}; leave it out, or run without "
@@ -80,24 +85,31 @@ def check(cfg: Any) -> None:
 
 def arguments(state: Any) -> dict[str, Any]:
     """Of a ``GlobalState``: settings and counters of now, by the names of Megatron-LM's ``args``."""
-    cfg, at = state.cfg, state.train_state
+    at = state.train_state
+    return values(state.cfg) | {
+        **vars(at),
+        "iteration": at.step,
+        "num_floating_point_operations_so_far": at.floating_point_operations_so_far,
+    }
+
+
+def values(cfg: Any) -> dict[str, Any]:
+    """Settings of a container, as set-up leaves it, by the names of Megatron-LM's ``args``."""
     out: dict[str, Any] = {}
     for section in _SECTIONS:
         out |= vars(getattr(cfg, section))
     out |= vars(getattr(cfg.model, "transformer", cfg.model))  # model configs have it apart, providers not
-    out |= vars(at)
     straggler = cfg.straggler
     return out | {
-        "iteration": at.step,
-        "num_floating_point_operations_so_far": at.floating_point_operations_so_far,
         "world_size": int(os.environ["WORLD_SIZE"]),
         "data_parallel_size": cfg.data_parallel_size,
         "padded_vocab_size": out.get("vocab_size"),
         "num_experts": out.get("num_moe_experts"),
         "swiglu": out.get("gated_linear_unit"),
         "untie_embeddings_and_output_weights": not out.get("share_embeddings_and_output_weights", False),
+        "cpu_offloading_num_layers": out.get("cpu_offloading_num_layers") if out.get("cpu_offloading") else 0,
         "num_layers_per_virtual_pipeline_stage": out.get("virtual_pipeline_model_parallel_size"),
-        "te_precision_config_file": out.get("quant_recipe"),
+        "te_precision_config_file": out.get("quant_recipe") is not None,
         "use_megatron_fsdp": cfg.ddp.use_megatron_fsdp or cfg.dist.use_megatron_fsdp,
         "inprocess_restart": bool(cfg.inprocess_restart and cfg.inprocess_restart.enabled),
         "enable_ft_package": bool(cfg.ft and cfg.ft.enable_ft_package),
