@@ -120,7 +120,7 @@ class JobView:
         try:
             self.status = json.loads(path.read_text())
         except OSError as err:
-            raise NoStatus(f"no status at {path}: {err.strerror}") from None
+            raise NoStatus(f"no status at {path}: {err.strerror}; name a job's directory with --run-dir") from None
         for event in self._tail.read():
             self.story.take(event)
             if event["event"] in _ALARMS:
@@ -153,12 +153,16 @@ class JobView:
 
     def protection(self) -> str:
         """How much may be lost now, in words."""
+        if not self.status.get("deadpool", True):
+            return "none: the job runs without --deadpool"
         said = self.status.get("protection")
         if isinstance(said, Mapping) and said.get("groups"):
             now, full = said["survives_now"], said["survives_when_full"]
             text = f"any {count_text(now, 'node')} may be lost now" if now else "no node may be lost now"
             if not said["full"]:
-                text += f" (any {full} once node {ranks_text(said['not_covered_yet'])} has its copies back)"
+                back = said["not_covered_yet"]
+                who = f"nodes {ranks_text(back)} have their" if len(back) > 1 else f"node {ranks_text(back)} has its"
+                text += f" (any {full} once {who} copies back)"
             return f"{text}; when fully redundant: {said['tolerated']}"
         if self.story.committed_epoch < self.status["epoch"] or self.status["generation"]["committed"] < 0:
             return "not complete: no generation of this epoch is committed yet"
@@ -248,7 +252,7 @@ class JobView:
         cold = [n for n in nodes if n.state == "starting"]
         words = [f"{count_text(len(ready), 'spare')} parked warm ({named(ready)})"] if ready else []
         words += [f"{count_text(len(cold), 'spare')} starting ({named(cold)})"] if cold else []
-        none = "none left: the next loss of a node ends the job" if self.status["epoch"] else "none"
+        none = "none left: bring one (deadpool join)" if self.status["epoch"] else "none"
         return Text(f"spares: {', '.join(words) or none}", "" if words or not self.status["epoch"] else "yellow")
 
     def _in_short(self, last: Recovery, count: int) -> list[Text]:

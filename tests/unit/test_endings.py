@@ -128,6 +128,15 @@ def test_the_status_of_a_job_that_is_over_says_how_it_ended_and_promises_nothing
     assert "may be lost" not in text and "parked warm" not in text
 
 
+def test_protection_is_said_in_words_that_fit(tmp_path: Path) -> None:
+    lacking = {"groups": [[0, 1]], "survives_now": 0, "survives_when_full": 1, "full": False, "tolerated": "1"}
+    text = shown(tmp_path, status_of(protection=lacking | {"not_covered_yet": [0, 1]}))
+    assert "no node may be lost now (any 1 once nodes 0-1 have their copies back)" in text
+    text = shown(tmp_path, status_of(protection=lacking | {"not_covered_yet": [1]}))
+    assert "(any 1 once node 1 has its copies back)" in text
+    assert "none: the job runs without --deadpool" in shown(tmp_path, status_of(deadpool=False))
+
+
 def test_a_coordinator_that_was_killed_is_not_training(tmp_path: Path) -> None:
     text = shown(tmp_path, status_of(t=time.time() - 30, coordinator_pid=1 << 22))
     assert "ended without a word" in text and "training" not in text and "may be lost" not in text

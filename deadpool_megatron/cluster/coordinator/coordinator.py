@@ -437,6 +437,7 @@ class Coordinator:
                 "t": time.time(),
                 "phase": core.phase.value,
                 "end": None if core.end is None else {"code": core.end[0], "message": core.end[1]},
+                "deadpool": core.job.deadpool,
                 "epoch": core.epoch,
                 "iteration": core.iteration,
                 "nodes": [
