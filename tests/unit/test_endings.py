@@ -112,6 +112,18 @@ def test_a_stuck_rank_reads_as_stuck_and_not_as_killed_and_its_detection_is_coun
     assert "stuck" not in job.events("detected")[-1]["cause"]
 
 
+def test_a_fault_that_the_job_never_came_to_is_named_at_its_end() -> None:
+    job = SimulatedJob().train()
+    for node, iteration in ((1, 50), (2, 7)):
+        error, actions = job.core.inject(r.Fault("kill", node, 0, iteration, 1, "", 0.0), job.now)
+        assert not error
+        job.take(actions)
+    job.iterate(7)
+    job.take(job.core.interrupted(job.now))
+    (missed,) = job.events("never_struck")
+    assert missed["node"] == 1 and "for iteration 50" in missed["message"] and "was 7" in missed["message"]
+
+
 def test_a_spare_that_lost_a_worker_is_still_a_spare() -> None:
     job = SimulatedJob().train()
     job.feed(r.WorkerExited(3, 0, None, 77, -9))

@@ -103,7 +103,6 @@ class Coordinator:
         self.port = self._hub.port
         self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
-        self._injected: list[r.Fault] = []  # that wait for an iteration
         self._refused = 0
         self._identities: dict[int, bytes] = {}
         self._broadcast = Broadcast(chance)
@@ -197,13 +196,6 @@ class Coordinator:
         with contextlib.suppress(StoreError):  # that it has ended is kept already
             self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
         self._say_goodbye()
-        for fault in self._injected:
-            if (fault.iteration or 0) > self._core.iteration:
-                print(
-                    f"deadpool: the fault {fault.kind} of node {fault.node} was to strike in iteration "
-                    f"{fault.iteration}, and never did: the last one was {self._core.iteration}",
-                    file=sys.stderr,
-                )
         self._write_state_hash()
         if self._finish.code:
             self._run.error(self._finish.code, self._finish.message)
@@ -317,10 +309,7 @@ class Coordinator:
                 return "", []
         if fault.kind == "kill-coordinator":
             _die()
-        error, actions = self._core.inject(fault, now)
-        if not error and fault.iteration is not None and not fault.point:
-            self._injected.append(fault)
-        return error, actions
+        return self._core.inject(fault, now)
 
     def _refuse(self, cause: str) -> None:
         self._refused += 1
@@ -372,7 +361,10 @@ class Coordinator:
                 if action.event == "placed":
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
-                if action.event.startswith(("durable", "waiting", "started_over")) and "message" in action.fields:
+                if (
+                    action.event.startswith(("durable", "waiting", "started_over", "never_struck"))
+                    and "message" in action.fields
+                ):
                     print(f"deadpool: {action.fields['message']}", file=sys.stderr, flush=True)
             elif isinstance(action, Finish):
                 self._finish = action
