@@ -112,22 +112,29 @@ class JobView:
         self.last: deque[dict[str, Any]] = deque(maxlen=_SHOWN_EVENTS)
         self.alarms: dict[str, dict[str, Any]] = {}  # the last event of each kind that is one, oldest first
         self._tail = EventTail(run_dir)
+        self._written = 0  # when the status was, in nanoseconds
         self.refresh()
 
-    def refresh(self) -> None:
-        """Read the status and what is new of the events."""
+    def refresh(self) -> bool:
+        """Read the status and what is new of the events; whether anything was."""
         path = self.run_dir / STATUS
         try:
-            self.status = json.loads(path.read_text())
+            written = path.stat().st_mtime_ns
+            changed = written != self._written
+            if changed:
+                self.status = json.loads(path.read_text())
+                self._written = written
         except OSError as err:
             raise NoStatus(f"no status at {path}: {err.strerror}; name a job's directory with --run-dir") from None
         for event in self._tail.read():
+            changed = True
             self.story.take(event)
             if event["event"] in _ALARMS:
                 self.alarms.pop(event["event"], None)
                 self.alarms[event["event"]] = event
             if event["event"] not in _QUIET:
                 self.last.append(event)
+        return changed
 
     @property
     def over(self) -> bool:
@@ -353,9 +360,11 @@ def show_status(run_dir: str, as_json: bool, watch: bool, detail: bool = False) 
             console.print(line)
         return
     with Live(view.screen(*console.size), console=console, screen=True, auto_refresh=False) as live:
+        drawn = 0.0
         while not view.over:
             time.sleep(_REFRESH_S)
-            view.refresh()
-            live.update(view.screen(*console.size), refresh=True)
+            if view.refresh() or time.monotonic() - drawn > 1.0:  # times go on
+                live.update(view.screen(*console.size), refresh=True)
+                drawn = time.monotonic()
     console.print(view.screen(console.width, console.height - 1))
     sys.stdout.flush()
