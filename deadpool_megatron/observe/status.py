@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import sys
 import time
@@ -147,13 +148,18 @@ class JobView:
         return max(0.0, time.time() - float(self.status["t"]))
 
     @property
+    def overdue(self) -> bool:
+        """The status should have been written again long since."""
+        return self.silent_s > 2 * _GONE_S[0] + 2 * float(self.status.get("again_s", 0.0))
+
+    @property
     def gone(self) -> str:
         """Why the job is over though it has not said so, in words; empty while it may live."""
         pid, host = self.status.get("coordinator_pid"), self.status.get("coordinator_host", "")
         if self.status["phase"] == "ended" or self.silent_s < _GONE_S[0]:
             return ""
         known = pid is not None and host == socket.gethostname()
-        if (known and not _alive(pid)) or self.silent_s > _GONE_S[1]:
+        if (known and not _alive(pid)) or (self.overdue and self.silent_s > _GONE_S[1]):
             where = f"process {pid} on {host or 'an unknown host'}"
             return f"its coordinator ({where}) has not written for {_age(self.silent_s)}"
         return ""
@@ -284,7 +290,7 @@ class JobView:
         out: list[Text] = []
         if self.over:
             return out
-        if self.silent_s > 2 * _GONE_S[0]:
+        if self.overdue:
             out.append(Text(f"nothing new for {_age(self.silent_s)}: does the coordinator run?", "bold red"))
         if behind := self.status.get("behind"):
             lost = f"{count_text(behind['iterations'], 'iteration')}, {seconds_text(behind['seconds'])}"
@@ -337,6 +343,7 @@ def show_status(run_dir: str, as_json: bool, watch: bool, detail: bool = False) 
     console = make_console()
     height = console.height - 1 if console.is_terminal else _PLAIN_HEIGHT
     if detail:
+        os.environ.setdefault("LESS", "-R")  # colours
         with console.pager(styles=True) if console.is_terminal else contextlib.nullcontext():
             console.print(view.render(console))
         return

@@ -155,7 +155,11 @@ def test_a_coordinator_that_was_killed_is_not_training(tmp_path: Path) -> None:
     assert JobView(tmp_path).over
     # Elsewhere nobody can look for the process: only after a while.
     there = status_of(t=time.time() - 30, coordinator_pid=1 << 22, coordinator_host="another")
-    assert "training" in shown(tmp_path, there) and not JobView(tmp_path).over
+    text = shown(tmp_path, there)
+    assert "training" in text and "does the coordinator run?" in text and not JobView(tmp_path).over
+    # That of thousands of nodes is written seldom.
+    text = shown(tmp_path, there | {"t": time.time() - 130, "again_s": 70.0})
+    assert "does the coordinator run?" not in text and not JobView(tmp_path).over
     shown(tmp_path, there | {"t": time.time() - 300})
     assert JobView(tmp_path).over
 

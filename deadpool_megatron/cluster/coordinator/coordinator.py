@@ -111,6 +111,7 @@ class Coordinator:
         self._interrupted = False
         self._preempted = False
         self._status_due = 0.0
+        self._status_gap = _STATUS_INTERVAL_S  # seconds from one to the next, in a job of this size
         self._status_stale = True
 
     def interrupt(self) -> None:
@@ -453,13 +454,15 @@ class Coordinator:
                 "snapshot": core.seen.snapshots.summary(),
                 "coordinator_pid": os.getpid(),
                 "coordinator_host": _HOST,
+                "again_s": self._status_gap + _STATUS_SIGN_OF_LIFE_S,
                 "control": {"store_writes": self._memory.writes, "store_bytes": self._memory.written_bytes},
             }
         )
         self._status_stale = False
         now = self._clock.now()
         share = _STATUS_SHARE / 4 if core.recovery is not None else _STATUS_SHARE
-        self._status_due = now + max(_STATUS_INTERVAL_S, (now - begun) / share)
+        self._status_gap = max(_STATUS_INTERVAL_S, (now - begun) / share)
+        self._status_due = now + self._status_gap
 
 
 def _die() -> None:
