@@ -48,7 +48,7 @@ def _job(run_dir: str) -> dict[str, Any]:
     try:
         job: dict[str, Any] = json.loads(path.read_text())
     except OSError as err:
-        raise _NoJob(f"no job at {path}: {err.strerror}") from None
+        raise _NoJob(f"no job at {path}: {err.strerror}; name its directory with --run-dir") from None
     return job
 
 

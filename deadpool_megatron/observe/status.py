@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import sys
 import time
@@ -112,22 +113,29 @@ class JobView:
         self.last: deque[dict[str, Any]] = deque(maxlen=_SHOWN_EVENTS)
         self.alarms: dict[str, dict[str, Any]] = {}  # the last event of each kind that is one, oldest first
         self._tail = EventTail(run_dir)
+        self._written = 0  # when the status was, in nanoseconds
         self.refresh()
 
-    def refresh(self) -> None:
-        """Read the status and what is new of the events."""
+    def refresh(self) -> bool:
+        """Read the status and what is new of the events; whether anything was."""
         path = self.run_dir / STATUS
         try:
-            self.status = json.loads(path.read_text())
+            written = path.stat().st_mtime_ns
+            changed = written != self._written
+            if changed:
+                self.status = json.loads(path.read_text())
+                self._written = written
         except OSError as err:
-            raise NoStatus(f"no status at {path}: {err.strerror}") from None
+            raise NoStatus(f"no status at {path}: {err.strerror}; name a job's directory with --run-dir") from None
         for event in self._tail.read():
+            changed = True
             self.story.take(event)
             if event["event"] in _ALARMS:
                 self.alarms.pop(event["event"], None)
                 self.alarms[event["event"]] = event
             if event["event"] not in _QUIET:
                 self.last.append(event)
+        return changed
 
     @property
     def over(self) -> bool:
@@ -140,25 +148,34 @@ class JobView:
         return max(0.0, time.time() - float(self.status["t"]))
 
     @property
+    def overdue(self) -> bool:
+        """The status should have been written again long since."""
+        return self.silent_s > 2 * _GONE_S[0] + 2 * float(self.status.get("again_s", 0.0))
+
+    @property
     def gone(self) -> str:
         """Why the job is over though it has not said so, in words; empty while it may live."""
         pid, host = self.status.get("coordinator_pid"), self.status.get("coordinator_host", "")
         if self.status["phase"] == "ended" or self.silent_s < _GONE_S[0]:
             return ""
         known = pid is not None and host == socket.gethostname()
-        if (known and not _alive(pid)) or self.silent_s > _GONE_S[1]:
+        if (known and not _alive(pid)) or (self.overdue and self.silent_s > _GONE_S[1]):
             where = f"process {pid} on {host or 'an unknown host'}"
             return f"its coordinator ({where}) has not written for {_age(self.silent_s)}"
         return ""
 
     def protection(self) -> str:
         """How much may be lost now, in words."""
+        if not self.status.get("deadpool", True):
+            return "none: the job runs without --deadpool"
         said = self.status.get("protection")
         if isinstance(said, Mapping) and said.get("groups"):
             now, full = said["survives_now"], said["survives_when_full"]
             text = f"any {count_text(now, 'node')} may be lost now" if now else "no node may be lost now"
             if not said["full"]:
-                text += f" (any {full} once node {ranks_text(said['not_covered_yet'])} has its copies back)"
+                back = said["not_covered_yet"]
+                who = f"nodes {ranks_text(back)} have their" if len(back) > 1 else f"node {ranks_text(back)} has its"
+                text += f" (any {full} once {who} copies back)"
             return f"{text}; when fully redundant: {said['tolerated']}"
         if self.story.committed_epoch < self.status["epoch"] or self.status["generation"]["committed"] < 0:
             return "not complete: no generation of this epoch is committed yet"
@@ -248,7 +265,7 @@ class JobView:
         cold = [n for n in nodes if n.state == "starting"]
         words = [f"{count_text(len(ready), 'spare')} parked warm ({named(ready)})"] if ready else []
         words += [f"{count_text(len(cold), 'spare')} starting ({named(cold)})"] if cold else []
-        none = "none left: the next loss of a node ends the job" if self.status["epoch"] else "none"
+        none = "none left: bring one (deadpool join)" if self.status["epoch"] else "none"
         return Text(f"spares: {', '.join(words) or none}", "" if words or not self.status["epoch"] else "yellow")
 
     def _in_short(self, last: Recovery, count: int) -> list[Text]:
@@ -273,7 +290,7 @@ class JobView:
         out: list[Text] = []
         if self.over:
             return out
-        if self.silent_s > 2 * _GONE_S[0]:
+        if self.overdue:
             out.append(Text(f"nothing new for {_age(self.silent_s)}: does the coordinator run?", "bold red"))
         if behind := self.status.get("behind"):
             lost = f"{count_text(behind['iterations'], 'iteration')}, {seconds_text(behind['seconds'])}"
@@ -326,6 +343,7 @@ def show_status(run_dir: str, as_json: bool, watch: bool, detail: bool = False) 
     console = make_console()
     height = console.height - 1 if console.is_terminal else _PLAIN_HEIGHT
     if detail:
+        os.environ.setdefault("LESS", "-R")  # colours
         with console.pager(styles=True) if console.is_terminal else contextlib.nullcontext():
             console.print(view.render(console))
         return
@@ -349,9 +367,11 @@ def show_status(run_dir: str, as_json: bool, watch: bool, detail: bool = False) 
             console.print(line)
         return
     with Live(view.screen(*console.size), console=console, screen=True, auto_refresh=False) as live:
+        drawn = 0.0
         while not view.over:
             time.sleep(_REFRESH_S)
-            view.refresh()
-            live.update(view.screen(*console.size), refresh=True)
+            if view.refresh() or time.monotonic() - drawn > 1.0:  # times go on
+                live.update(view.screen(*console.size), refresh=True)
+                drawn = time.monotonic()
     console.print(view.screen(console.width, console.height - 1))
     sys.stdout.flush()

@@ -1,6 +1,6 @@
 """Every ending and every class of failure, as a person sees it: on the terminal, in status, recoveries.log and report.
 
-``DEADPOOL_ENDINGS=docs/endings.md pytest -m slow tests/faults/test_endings_page.py`` writes them down as one page.
+``ENDINGS_PAGE=docs/endings.md pytest -m slow tests/faults/test_endings_page.py`` writes them down as one page.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 _LINES = 10
 _HEAD = """# Every ending, as a person sees it
 
-Written by `DEADPOOL_ENDINGS=docs/endings.md pytest -m slow tests/faults/test_endings_page.py` out of real jobs on the
+Written by `ENDINGS_PAGE=docs/endings.md pytest -m slow tests/faults/test_endings_page.py` out of real jobs on the
 emulation, of two nodes that train, and a spare where one takes over. Each is checked to name its cause, its place and
 the next step. What the exit codes mean: [operations.md](operations.md#exit-codes).
 """
@@ -50,6 +50,7 @@ class Ending:
     cause: str
     place: str
     spares: int = 0
+    nodes: int = 2
     flags: tuple[str, ...] = ()
     program: str = ""
     recovers: bool = True
@@ -62,11 +63,8 @@ def _fault(*more: str, node: int = 1, iteration: int = 4) -> Callable[[Job], Non
     return strikes
 
 
-def _both_lost(job: Job) -> None:
-    job.until_event("started")
-    for node in (0, 1):
-        job.inject(node, 4, 2)
-    job.hold(None)
+def _two_at_once(job: Job) -> None:
+    job.arm((0, 4, 2), (2, 4, 2))
 
 
 def _let_go(job: Job) -> None:
@@ -101,6 +99,18 @@ ENDINGS = {
         _fault(), 75, "no spare", "node 1", flags=("--save", "DIR/saved", "--save-interval", "100")
     ),
     "76: no spare, and nothing to save it with": Ending(_fault(), 76, "no checkpoint could be saved", "node 1"),
+    "77: more nodes are lost than copies cover": Ending(
+        _two_at_once, 77, "more nodes were lost than the redundancy covers", "node 0", spares=2, nodes=4
+    ),
+    "78: communication fails with every node alive": Ending(
+        _fault("--fault", "slow", "--seconds", "8"),
+        78,
+        "with every node alive",
+        "communication failed",
+        flags=("--deadpool-operation-timeout", "3", "--deadpool-transient-retries", "0", "--deadpool-lease", "1"),
+        spares=1,
+        recovers=False,
+    ),
     "79: an error that comes again": Ending(_fault("--fault", "raise"), 79, "InjectedError", "rank 1", spares=1),
     "130: Ctrl-C": Ending(_signalled(signal.SIGINT), 130, "interrupted", "every process of the job", recovers=False),
     "a node is killed": Ending(_fault(), 0, "its agent is gone or silent", "node 1", spares=1),
@@ -124,7 +134,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     jobs = Jobs(tmp_path_factory.mktemp("endings"))
     yield jobs
     jobs.end()
-    page = os.environ.get("DEADPOOL_ENDINGS")
+    page = os.environ.get("ENDINGS_PAGE")
     if page and set(_SEEN) == set(ENDINGS):
         Path(page).write_text("\n".join([_HEAD, *(_SEEN[name] for name in ENDINGS)]))
 
@@ -156,7 +166,7 @@ def test_each_names_its_cause_its_place_and_the_next_step(name: str, jobs: Jobs)
         script.write_text(it.program)
     flags = [flag.replace("DIR", str(jobs.directory)) for flag in it.flags]
     place = re.sub(r"\W+", "-", name)
-    launch = [*launch_flags(2 + it.spares, it.spares, 1), "--tee", "none"]
+    launch = [*launch_flags(it.nodes + it.spares, it.spares, 1), "--tee", "none"]
     job = jobs.start(place, launch, [*duo_gpt("data", iters=8), *flags], script, held=True)
     it.does(job)
     assert job.wait() == it.code, job.log_tails()

@@ -95,7 +95,9 @@ def test_the_first_worker_that_fails_ends_the_job_with_its_code(jobs: Jobs, end:
     assert error["errorCode"] == code and f"failed ({how})" in error["message"]
     job.until_gone(60)
     if "raise" in end:
-        assert "ValueError: no such thing" in (job.run_dir / "logs" / "rank-3.log").read_text()
+        assert "ValueError: no such thing" in log.read_text()
+        mine = json.loads((log.parent / "error-node1-1.json").read_text())["message"]
+        assert mine["message"] == "ValueError: no such thing" and "Traceback" in mine["extraInfo"]["py_callstack"]
 
 
 # ---- ends

@@ -112,6 +112,18 @@ def test_a_stuck_rank_reads_as_stuck_and_not_as_killed_and_its_detection_is_coun
     assert "stuck" not in job.events("detected")[-1]["cause"]
 
 
+def test_a_fault_that_the_job_never_came_to_is_named_at_its_end() -> None:
+    job = SimulatedJob().train()
+    for node, iteration in ((1, 50), (2, 7)):
+        error, actions = job.core.inject(r.Fault("kill", node, 0, iteration, 1, "", 0.0), job.now)
+        assert not error
+        job.take(actions)
+    job.iterate(7)
+    job.take(job.core.interrupted(job.now))
+    (missed,) = job.events("never_struck")
+    assert missed["node"] == 1 and "for iteration 50" in missed["message"] and "was 7" in missed["message"]
+
+
 def test_a_spare_that_lost_a_worker_is_still_a_spare() -> None:
     job = SimulatedJob().train()
     job.feed(r.WorkerExited(3, 0, None, 77, -9))
@@ -128,13 +140,26 @@ def test_the_status_of_a_job_that_is_over_says_how_it_ended_and_promises_nothing
     assert "may be lost" not in text and "parked warm" not in text
 
 
+def test_protection_is_said_in_words_that_fit(tmp_path: Path) -> None:
+    lacking = {"groups": [[0, 1]], "survives_now": 0, "survives_when_full": 1, "full": False, "tolerated": "1"}
+    text = shown(tmp_path, status_of(protection=lacking | {"not_covered_yet": [0, 1]}))
+    assert "no node may be lost now (any 1 once nodes 0-1 have their copies back)" in text
+    text = shown(tmp_path, status_of(protection=lacking | {"not_covered_yet": [1]}))
+    assert "(any 1 once node 1 has its copies back)" in text
+    assert "none: the job runs without --deadpool" in shown(tmp_path, status_of(deadpool=False))
+
+
 def test_a_coordinator_that_was_killed_is_not_training(tmp_path: Path) -> None:
     text = shown(tmp_path, status_of(t=time.time() - 30, coordinator_pid=1 << 22))
     assert "ended without a word" in text and "training" not in text and "may be lost" not in text
     assert JobView(tmp_path).over
     # Elsewhere nobody can look for the process: only after a while.
     there = status_of(t=time.time() - 30, coordinator_pid=1 << 22, coordinator_host="another")
-    assert "training" in shown(tmp_path, there) and not JobView(tmp_path).over
+    text = shown(tmp_path, there)
+    assert "training" in text and "does the coordinator run?" in text and not JobView(tmp_path).over
+    # That of thousands of nodes is written seldom.
+    text = shown(tmp_path, there | {"t": time.time() - 130, "again_s": 70.0})
+    assert "does the coordinator run?" not in text and not JobView(tmp_path).over
     shown(tmp_path, there | {"t": time.time() - 300})
     assert JobView(tmp_path).over
 

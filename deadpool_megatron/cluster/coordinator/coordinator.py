@@ -103,7 +103,6 @@ class Coordinator:
         self.port = self._hub.port
         self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume)
         self._finish: Finish | None = None
-        self._injected: list[r.Fault] = []  # that wait for an iteration
         self._refused = 0
         self._identities: dict[int, bytes] = {}
         self._broadcast = Broadcast(chance)
@@ -112,6 +111,7 @@ class Coordinator:
         self._interrupted = False
         self._preempted = False
         self._status_due = 0.0
+        self._status_gap = _STATUS_INTERVAL_S  # seconds from one to the next, in a job of this size
         self._status_stale = True
 
     def interrupt(self) -> None:
@@ -197,13 +197,6 @@ class Coordinator:
         with contextlib.suppress(StoreError):  # that it has ended is kept already
             self._memory.clear()  # before the agents leave: nobody is to go on with a job that is over
         self._say_goodbye()
-        for fault in self._injected:
-            if (fault.iteration or 0) > self._core.iteration:
-                print(
-                    f"deadpool: the fault {fault.kind} of node {fault.node} was to strike in iteration "
-                    f"{fault.iteration}, and never did: the last one was {self._core.iteration}",
-                    file=sys.stderr,
-                )
         self._write_state_hash()
         if self._finish.code:
             self._run.error(self._finish.code, self._finish.message)
@@ -317,10 +310,7 @@ class Coordinator:
                 return "", []
         if fault.kind == "kill-coordinator":
             _die()
-        error, actions = self._core.inject(fault, now)
-        if not error and fault.iteration is not None and not fault.point:
-            self._injected.append(fault)
-        return error, actions
+        return self._core.inject(fault, now)
 
     def _refuse(self, cause: str) -> None:
         self._refused += 1
@@ -372,7 +362,10 @@ class Coordinator:
                 if action.event == "placed":
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
-                if action.event.startswith(("durable", "waiting", "started_over")) and "message" in action.fields:
+                if (
+                    action.event.startswith(("durable", "waiting", "started_over", "never_struck"))
+                    and "message" in action.fields
+                ):
                     print(f"deadpool: {action.fields['message']}", file=sys.stderr, flush=True)
             elif isinstance(action, Finish):
                 self._finish = action
@@ -437,6 +430,7 @@ class Coordinator:
                 "t": time.time(),
                 "phase": core.phase.value,
                 "end": None if core.end is None else {"code": core.end[0], "message": core.end[1]},
+                "deadpool": core.job.deadpool,
                 "epoch": core.epoch,
                 "iteration": core.iteration,
                 "nodes": [
@@ -460,13 +454,15 @@ class Coordinator:
                 "snapshot": core.seen.snapshots.summary(),
                 "coordinator_pid": os.getpid(),
                 "coordinator_host": _HOST,
+                "again_s": self._status_gap + _STATUS_SIGN_OF_LIFE_S,
                 "control": {"store_writes": self._memory.writes, "store_bytes": self._memory.written_bytes},
             }
         )
         self._status_stale = False
         now = self._clock.now()
         share = _STATUS_SHARE / 4 if core.recovery is not None else _STATUS_SHARE
-        self._status_due = now + max(_STATUS_INTERVAL_S, (now - begun) / share)
+        self._status_gap = max(_STATUS_INTERVAL_S, (now - begun) / share)
+        self._status_due = now + self._status_gap
 
 
 def _die() -> None:

@@ -91,6 +91,7 @@ class Core:
         self._returning = Returning(self._state, self._recoveries, self._start, seen)
         self._finished: set[int] = set()
         self._noticed = False
+        self._armed: list[r.Fault] = []  # for an iteration
         self._handlers: dict[type, Callable[[Any], Effects]] = {
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
@@ -236,6 +237,8 @@ class Core:
             return f"not now: the agent of node {fault.node} is not connected; try again in a moment", []
         if fault.iteration is not None and fault.iteration <= self.iteration:
             return f"iteration {fault.iteration} is over: the job is past iteration {self.iteration}", []
+        if fault.iteration is not None and not fault.point:
+            self._armed.append(fault)
         return "", self._run(_just(Send(fault.node, r.Arm(fault))), now)
 
     def drain(self, node: int, now: float) -> tuple[str, list[Action]]:
@@ -318,6 +321,11 @@ class Core:
         elif code in (Exit.NO_SPARE, Exit.GENERATION_LOST, Exit.RECOVERY_FAILED, Exit.FAILED):
             message += self._durability.hint
         code = int(code)
+        for fault in self._armed:
+            if (fault.iteration or 0) > self.iteration + 1:  # the next one may have begun
+                text = f"the fault {fault.kind} of node {fault.node} was for iteration {fault.iteration}, and the job "
+                text += f"ended before it: its last iteration was {self.iteration}"
+                yield emit("never_struck", node=fault.node, iteration=fault.iteration, message=text)
         if code:
             yield emit("stopped", code=code, message=message)
         elif self._state.phase is Phase.FINISHING and self.job.deadpool:
