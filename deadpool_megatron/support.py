@@ -350,7 +350,8 @@ _COMBINED: Final[tuple[tuple[str, Callable[[Values, int], bool], str], ...]] = (
     (
         "--cuda-graph-impl",
         _delayed_in_graphs,
-        "of layers, with --fp8-recipe delayed: on the emulation the run after a swap ends unequal",
+        "of layers, with --fp8-recipe delayed: on the emulation such graphs have other scales than the same layers "
+        "without them, and after a swap some iterations are done without",
     ),
     (
         "--cuda-graph-impl",

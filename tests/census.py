@@ -70,7 +70,19 @@ CENSUS: Final[tuple[Entry, ...]] = (
         "set at every forward pass",
         (0, 20),
     ),
+    Entry(
+        _MODEL + r"_extra_tensor_channels_locked",
+        "made",
+        "operations of Transformer Engine: they get no other inputs once they have run",
+        (0, 20),
+    ),
     # the optimizer
+    Entry(
+        _OPTIMIZER + r"\.optimizer\.param_groups\[\d+\]#",
+        "small",
+        "Numbers: the fused step counts in a field of its own",
+        (0, 20),
+    ),
     Entry(_OPTIMIZER + r"\.(optimizer\.state|shard_\w+|fp32_\w+)\b.*", "shard", "unique state"),
     Entry(_OPTIMIZER + r"\.opt_group_ranges.*(main_param|orig_group\]\[params\]\[\d+\])", "shard", "unique state"),
     Entry(_OPTIMIZER + r"\.\w*float16_groups.*\.main_param", "shard", "unique state"),

@@ -119,6 +119,30 @@ def _captured(rank: int) -> None:
         buffer.dispatch_with_permute(**asked)
 
 
+def _begun_anew(rank: int) -> None:
+    """A recovery takes back an iteration that is being done again without a budget, and what a process has learned."""
+    import torch
+    from megatron.core.transformer.moe.paged_stash import PagedStashManager, paged_stash_reset
+
+    from deadpool_megatron.megatron.reset import _forget_paged_stash
+
+    layer = torch.nn.Module()
+    layer.token_dispatcher, _ = _layer("hybridep")
+    dispatcher, config = layer.token_dispatcher, layer.token_dispatcher.config
+    layer.config = config
+    _forget_paged_stash([layer])
+    assert not config.moe_paged_stash, "no job of that sort"
+    config.moe_expert_rank_capacity_factor = 1.5
+    paged_stash_reset(config=config)
+    learned = PagedStashManager.get_instance()
+    assert learned.status == "capture"
+    dispatcher._comm_manager.over_budget.fill_(True)  # as upstream's PagedStashRunner.prepare_for_rerun leaves it
+    dispatcher._comm_manager.moe_expert_rank_capacity_factor, config.moe_paged_stash = None, False
+    _forget_paged_stash([layer])
+    assert dispatcher._comm_manager.moe_expert_rank_capacity_factor == 1.5 and config.moe_paged_stash
+    assert not dispatcher.check_over_budget() and PagedStashManager.get_instance() is not learned
+
+
 def _rank(rank: int, directory: str) -> None:
     from deadpool_megatron import emulation
 
@@ -130,6 +154,7 @@ def _rank(rank: int, directory: str) -> None:
     parallel_state.initialize_model_parallel(expert_model_parallel_size=RANKS)
     _padded_and_cut(rank)
     _captured(rank)
+    _begun_anew(rank)
     got = {backend: _through(backend, rank) for backend in BACKENDS}
     torch.save(got, f"{directory}/{rank}.pt")
 
