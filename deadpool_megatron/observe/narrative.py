@@ -128,7 +128,9 @@ def _what_next(r: Recovery) -> str:
     elif r.ranks and r.stuck_since is not None:
         todo.append(f"see in that file where {_several('rank', r.ranks)} stood still")
     elif r.ranks:
-        todo.append(f"look at the log of {_several('rank', r.ranks)}, and for want of memory at the kernel log")
+        killed = any("signal 9" in cause for cause in r.causes.values())
+        kernel = ", and at the kernel log of its node: for want of memory it kills" if killed else ""
+        todo.append(f"look at the log of {_several('rank', r.ranks)}{kernel}")
     else:
         todo.append("look at the network; the peer_error events say who saw what")
     if r.spares_left == 0:

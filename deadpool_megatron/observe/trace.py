@@ -41,12 +41,12 @@ def chrome_trace(
     def us(t: float) -> float:
         return round((t - zero) * 1e6, 1)
 
-    def complete(pid: int, tid: int, name: str, start: float, end: float, **args: Any) -> None:
+    def complete(pid: int, tid: int, name: str, start: float, end: float, /, **args: Any) -> None:
         out.append(
             {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": us(start), "dur": us(end) - us(start), "args": args}
         )
 
-    def instant(pid: int, tid: int, name: str, t: float, **args: Any) -> None:
+    def instant(pid: int, tid: int, name: str, t: float, /, **args: Any) -> None:
         out.append({"ph": "i", "s": "t", "pid": pid, "tid": tid, "name": name, "ts": us(t), "args": args})
 
     for e in events:

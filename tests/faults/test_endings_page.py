@@ -54,6 +54,8 @@ class Ending:
     flags: tuple[str, ...] = ()
     program: str = ""
     recovers: bool = True
+    held: bool = True
+    iterations: int = 8
 
 
 def _fault(*more: str, node: int = 1, iteration: int = 4) -> Callable[[Job], None]:
@@ -61,6 +63,15 @@ def _fault(*more: str, node: int = 1, iteration: int = 4) -> Callable[[Job], Non
         job.arm((node, iteration, 2, *more))
 
     return strikes
+
+
+def _everywhere(job: Job) -> None:
+    job.arm((1, 4, 2, "--fault", "raise"), (2, 4, 2, "--fault", "raise"))
+
+
+def _hangs(job: Job) -> None:  # not held before: what was long once is no sign
+    job.until_event("started")
+    job.inject(1, 20, 2, "--fault", "hang")
 
 
 def _two_at_once(job: Job) -> None:
@@ -100,7 +111,7 @@ ENDINGS = {
     ),
     "76: no spare, and nothing to save it with": Ending(_fault(), 76, "no checkpoint could be saved", "node 1"),
     "77: more nodes are lost than copies cover": Ending(
-        _two_at_once, 77, "more nodes were lost than the redundancy covers", "node 0", spares=2, nodes=4
+        _two_at_once, 77, "more nodes were lost than the redundancy covers", "ranks 0, 2", spares=2, nodes=4
     ),
     "78: communication fails with every node alive": Ending(
         _fault("--fault", "slow", "--seconds", "8"),
@@ -111,16 +122,18 @@ ENDINGS = {
         spares=1,
         recovers=False,
     ),
-    "79: an error that comes again": Ending(_fault("--fault", "raise"), 79, "InjectedError", "rank 1", spares=1),
+    "79: an error that comes again": Ending(_everywhere, 79, "InjectedError", "rank 1", spares=1),
     "130: Ctrl-C": Ending(_signalled(signal.SIGINT), 130, "interrupted", "every process of the job", recovers=False),
     "a node is killed": Ending(_fault(), 0, "its agent is gone or silent", "node 1", spares=1),
     "a worker is killed": Ending(_fault("--fault", "kill-worker"), 0, "signal 9", "rank 1", spares=1),
     "an agent is killed": Ending(_fault("--fault", "kill-agent"), 0, "its agent is gone or silent", "node 1", spares=1),
     "a worker crashes": Ending(_fault("--fault", "crash"), 0, "signal 11", "rank 1", spares=1),
     "a worker is stopped": Ending(
-        _fault("--fault", "stop"), 0, "is stuck", "stacks-node1-0.txt", spares=1, flags=_QUICK
+        _fault("--fault", "stop"), 0, "is stuck", "stacks-node1-0.txt", spares=1, flags=_QUICK, iterations=60
     ),
-    "a worker hangs": Ending(_fault("--fault", "hang"), 0, "is stuck", "stacks-node1-0.txt", spares=1, flags=_QUICK),
+    "a worker hangs": Ending(
+        _hangs, 0, "is stuck", "stacks-node1-0.txt", spares=1, flags=_QUICK, held=False, iterations=60
+    ),
     "a node falls silent": Ending(
         _fault("--fault", "stop-agent"), 0, "its agent is gone or silent", "node 1", spares=1, flags=_QUICK
     ),
@@ -167,7 +180,7 @@ def test_each_names_its_cause_its_place_and_the_next_step(name: str, jobs: Jobs)
     flags = [flag.replace("DIR", str(jobs.directory)) for flag in it.flags]
     place = re.sub(r"\W+", "-", name)
     launch = [*launch_flags(it.nodes + it.spares, it.spares, 1), "--tee", "none"]
-    job = jobs.start(place, launch, [*duo_gpt("data", iters=8), *flags], script, held=True)
+    job = jobs.start(place, launch, [*duo_gpt("data", iters=it.iterations), *flags], script, held=it.held)
     it.does(job)
     assert job.wait() == it.code, job.log_tails()
     terminal = "\n".join(_plain(job.output, job).splitlines()[-_LINES:])

@@ -112,6 +112,21 @@ def test_a_stuck_rank_reads_as_stuck_and_not_as_killed_and_its_detection_is_coun
     assert "stuck" not in job.events("detected")[-1]["cause"]
 
 
+def test_a_worker_that_raised_is_told_with_its_error_and_only_a_killed_one_with_the_kernel() -> None:
+    job = SimulatedJob().train()
+    job.feed(r.WorkerFailed(1, 0, 2, "training", 0, 5, 0, "builtins.ValueError", "a.py:1", "ValueError: no", "..."))
+    job.feed(r.WorkerExited(1, 0, 2, 11, 1))
+    job.recover()
+    job.feed(r.WorkerExited(2, 0, 4, 12, -9))
+    job.recover()
+    story = Story()
+    for event in events_of(job):
+        story.take(event)
+    first, second = (paragraph(one, 1, story) for one in story.recoveries)
+    assert "rank 2 ended (exit code 1): ValueError: no" in first and "kernel log" not in first
+    assert "rank 4 ended (signal 9)" in second and "kernel log" in second
+
+
 def test_a_fault_that_the_job_never_came_to_is_named_at_its_end() -> None:
     job = SimulatedJob().train()
     for node, iteration in ((1, 50), (2, 7)):

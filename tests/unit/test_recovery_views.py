@@ -176,6 +176,13 @@ def test_the_trace_has_iterations_snapshots_sends_and_commits_and_nests_as_the_f
     json.dumps(trace)
 
 
+def test_an_event_may_have_any_field(tmp_path: Path) -> None:
+    odd = {"t": 11.0, "event": "durable", "name": "generation-1", "pid": 3, "tid": 4, "iteration": 1}
+    entries = chrome_trace([*story_of_a_run(), odd], [])["traceEvents"]
+    (one,) = [e for e in entries if e["name"] == "durable"]
+    assert one["args"]["name"] == "generation-1" and one["args"]["pid"] == 3
+
+
 def _run(tmp_path: Path) -> Path:
     run = RunDirectory(tmp_path / "run")
     run.status({"t": 14.0, "phase": "ended", "epoch": 1, "iteration": 2, "nodes": [], "coordinates": [], "spares": [],

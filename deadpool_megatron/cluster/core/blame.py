@@ -74,6 +74,13 @@ class Blame:
         last = self._last.get((record.node, record.local))
         return last is not None and last.communication
 
+    def why(self, record: r.WorkerExited) -> str:
+        """The error that it has ended with, in a line; empty where there is none on record."""
+        last = self._last.get((record.node, record.local))
+        if record.code > 0 and last is not None and last.kind != _LEAVES:
+            return last.message
+        return record.words[-1].strip() if record.code > 0 and record.words else ""
+
     def fatal(self, record: r.WorkerExited, phase: Phase, deadpool: bool, node: str) -> str:
         """Why the job ends with the end of this worker, which nothing makes good; ``node``: what its node is called.
 

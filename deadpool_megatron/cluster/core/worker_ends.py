@@ -70,7 +70,9 @@ class WorkerEnds:
             yield emit("detected", node=record.node, cause=f"{who} ended ({how})", ranks=[], local=record.local)
         elif node.role == "active":
             stuck = self._suspicions.why_ended(record.node, record.local)
-            yield from self._refill(node, record, stuck or f"{who} ended ({how})")
+            error = self._blame.why(record)
+            ended = f"{who} ended ({how}){': ' * bool(error)}{error}"
+            yield from self._refill(node, record, stuck or ended)
 
     def _spare_exited(self, node: NodeState, local: int, how: str) -> Effects:
         node.parked.discard(local)
