@@ -114,4 +114,4 @@ class DrainerProcess:
         if not closed:
             for name, sealed in left:
                 self._on_answer(Staged(name))
-                self._on_answer(Done(name, sealed, (), f"the drainer of this node ended ({code})"))
+                self._on_answer(Done(name, sealed, (), f"the drainer of this node ended ({code})", unsure=sealed))

@@ -95,6 +95,7 @@ class Done(_Record, frozen=True):
     """A `Drain` (``sealed`` False) or a `Seal` has ended. ``error`` is one line, empty when all went well.
 
     ``unusable``: the rank whose version in the vault was the reason, since it is not there or has changed; -1: none.
+    ``unsure``: nobody knows whether a `Seal` was carried out, since its process has ended.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Done(_Record, frozen=True):
     error: str = ""
     problems: tuple[str, ...] = ()
     unusable: int = -1
+    unsure: bool = False
 
 
 Answer = Staged | Done

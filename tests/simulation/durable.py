@@ -209,7 +209,7 @@ class _Drainer(DrainerProcess):
         given, self._given = list(self._given), {}
         for name, sealed in given:
             self._answer(Staged(name))
-            self._answer(Done(name, sealed, (), "the drainer of this node ended (-9)"))
+            self._answer(Done(name, sealed, (), "the drainer of this node ended (-9)", unsure=sealed))
 
     def _ensure(self) -> None:
         if self._process is None:

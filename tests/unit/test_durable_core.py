@@ -101,6 +101,33 @@ def test_only_as_many_as_asked_for_are_kept() -> None:
     assert [seal.keep for seal in it.told(r.SealGeneration)] == [[], [first], [second]]
 
 
+@pytest.mark.parametrize("how", ["its node is lost", "its drainer ends", "the disk is full", "it takes too long"])
+def test_what_may_have_been_sealed_is_not_removed_and_counts_where_memory_cannot_answer(how: str) -> None:
+    """Found by the simulation: who sealed a generation, and removed older ones, was cut off before it could say so."""
+    it = job(keep=1)
+    run(it, range(5))
+    first = make_durable(it)
+    run(it, range(5, 9))
+    name = names(it)[-1]
+    for node in it.active:
+        drained(it, name, node)
+    sealer = it.told(r.SealGeneration)[-1]
+    assert sealer.name == name and not sealer.keep
+    if how == "its node is lost":
+        it.lose(it.core.assignment[0].node)
+    elif how == "it takes too long":
+        it.wait(3000.0)
+    else:
+        it.feed(r.GenerationSealed(it.core.assignment[0].node, name, how, [], how == "its drainer ends"))
+    (given_up,) = [each for each in it.told(r.GiveUpDrain) if each.name == name]
+    removed = how == "the disk is full"
+    durability = it.core._durability
+    assert given_up.remover == (it.core.assignment[0].node if removed else -1)
+    assert durability.fallback() == ((4, first) if removed else (8, name))
+    assert [*durability.dump()][-1] == (4, first)
+    assert list(durability.bad(name, "no such file")) == [] and durability.fallback() == (4, first)
+
+
 def test_a_failed_drain_is_told_and_training_and_the_durable_generation_stay() -> None:
     it = job()
     run(it, range(5))

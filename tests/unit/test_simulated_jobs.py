@@ -117,6 +117,7 @@ _FEW_KINDS = ("damage", "kill node", "lose node")
 FOUND = (
     (713588, Profile()),
     (764939, many.mixed(764939)[1]),
+    (9735, many.mixed(9735)[1]),
     (600538, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600841, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600947, Profile(durable=True, shards=True, only=_FEW_KINDS)),

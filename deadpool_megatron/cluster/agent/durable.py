@@ -308,7 +308,7 @@ class NodeDurability:
                     self._give_up_copy(take, news.error)
                 self._send(r.ShardsDrained(self._node, news.name, list(news.shards), news.error))
             case Done():
-                self._send(r.GenerationSealed(self._node, news.name, news.error, list(news.problems)))
+                self._send(r.GenerationSealed(self._node, news.name, news.error, list(news.problems), news.unsure))
             case Loaded():
                 self._send(r.ShardsLoaded(self._node, news.name, news.error, news.epoch))
 

@@ -7,7 +7,9 @@
     GenerationSealed        event `durable`
 
 One attempt at a time, each under a name of its own. What fails costs that attempt and nothing else: training goes on,
-the user is told, and the durable generations there are stay.
+the user is told, and the durable generations there are stay. Who was told to write the manifest, and does not answer,
+may have written it, and have removed older generations: that attempt is not removed, and counts first where memory
+cannot answer.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ class Durability:
     def __init__(self, spec: DurableSpec | None) -> None:
         self._spec = spec
         self._complete: list[tuple[int, str]] = list(spec.complete) if spec is not None else []
+        self._unsure: list[tuple[int, str]] = []  # newer ones that may be complete, newest first
         self._attempt: _Attempt | None = None
         self._attempts = 0
         self._first: tuple[float, int] | None = None  # when the first generation was committed, and which
@@ -100,8 +103,10 @@ class Durability:
     @property
     def hint(self) -> str:
         """What to do with the durable generation when the job ends, as the end of a sentence; may be empty."""
-        if self._spec is None or not self._complete:
+        if self._spec is None or not (self._complete or self._unsure):
             return ""
+        if self._unsure:
+            return f"; what is durable in {self._spec.directory} a new job finds with --deadpool-resume auto"
         return (
             f"; generation {self.newest} is durable in {self._spec.directory}: start the job again with "
             "--deadpool-resume auto"
@@ -109,7 +114,7 @@ class Durability:
 
     def fallback(self) -> tuple[int, str] | None:
         """The durable generation to go on from when memory cannot answer."""
-        return self._complete[0] if self._complete else None
+        return next(iter([*self._unsure, *self._complete]), None)
 
     def bad(self, name: str, why: str) -> Effects:
         """A durable generation could not be read: it does not count any more."""
@@ -117,6 +122,7 @@ class Durability:
             if known == name:
                 yield from self._failed(generation, f"durable generation {generation} cannot be used: {why}")
         self._complete = [one for one in self._complete if one[1] != name]
+        self._unsure = [one for one in self._unsure if one[1] != name]
 
     # ---- the start
 
@@ -141,7 +147,7 @@ class Durability:
 
     def dump(self) -> list[tuple[int, str]]:
         """What is durable, for a coordinator that starts again and may not be able to look."""
-        return self._complete
+        return [*self._unsure, *self._complete]
 
     def restored(self, starting: bool, known: Iterable[tuple[int, str]]) -> None:
         """A coordinator takes the place of one that is gone: what was under way is not known any more.
@@ -275,10 +281,13 @@ class Durability:
         if attempt is None or attempt.name != record.name or self._spec is None:
             return
         if record.error:
+            if not record.unsure:
+                attempt.sealing = None
             yield from self._fail(f"node {record.node}: {record.error}", assignment)
             return
         generation = attempt.version.generation
         self._complete = [(generation, attempt.name), *self._complete[: self._spec.keep - 1]]
+        self._unsure.clear()
         yield Persist()
         self._attempt = None
         self.last_is_over = attempt.last
@@ -301,7 +310,9 @@ class Durability:
         assert attempt is not None and self._spec is not None
         self._attempt = None
         self._retry = retry
-        yield Send(None, r.GiveUpDrain(attempt.name, assignment[0].node))
+        yield from self._doubt(attempt)
+        remover = assignment[0].node if attempt.sealing is None else _NOBODY
+        yield Send(None, r.GiveUpDrain(attempt.name, remover))
         self.last_is_over = attempt.last and not retry
         generation = attempt.version.generation
         newest = self.newest
@@ -313,6 +324,12 @@ class Durability:
             name=attempt.name,
             cause=cause,
         )
+
+    def _doubt(self, attempt: _Attempt | None) -> Effects:
+        """An attempt is over: nobody knows whether it is complete if its manifest was to be written."""
+        if attempt is not None and attempt.sealing is not None:
+            self._unsure.insert(0, (attempt.version.generation, attempt.name))
+            yield Persist()
 
     def _failed(self, generation: int, message: str, **fields: Any) -> Effects:
         yield emit("durable_failed", iteration=generation, message=message, **fields)
@@ -350,6 +367,7 @@ class Durability:
 
         Called where `can_drain` and every node of ``active`` has its shards of it.
         """
+        yield from self._doubt(self._attempt)
         self._attempt = None  # its shards are written: only its manifest may still come
         if generation == self.newest:
             self.last_is_over = True

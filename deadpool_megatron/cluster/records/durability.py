@@ -67,12 +67,13 @@ class ShardsDrained(Record, frozen=True):
 
 
 class GenerationSealed(Record, frozen=True):
-    """The manifest is written, or is not (``error``); ``problems`` are lesser ones."""
+    """The manifest is written, or is not (``error``; ``unsure``: it may be); ``problems`` are lesser ones."""
 
     node: int
     name: str
     error: str
     problems: list[str]
+    unsure: bool = False
 
 
 class ShardsLoaded(Record, frozen=True):
