@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from megatron.core.models.bert import bert_layer_specs
 from megatron.core.tokenizers import MegatronTokenizer
 
 WORDS = 300
@@ -54,7 +53,6 @@ if __name__ == "__main__":
     sys.modules["datasets"] = datasets = ModuleType("datasets")
     datasets.load_dataset = _load_dataset  # type: ignore[attr-defined]
     MegatronTokenizer.from_pretrained = _tokenizer
-    bert_layer_specs.bert_layer_with_transformer_engine_spec = None  # imported, never used: `--spec local`
     script = sys.argv.pop(1)
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")

@@ -186,8 +186,9 @@ builder.finalize(f"{sys.argv[1]}/sentences.idx")
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
 @pytest.mark.parametrize("model", ["bert", "t5"])
-def test_upstreams_other_models(model: str, jobs: Jobs) -> None:
+def test_upstreams_other_models(model: str, layers: str, jobs: Jobs) -> None:
     directory = jobs.directory
     scripts("core_v0.19.0", directory, f"examples/{model}/pretrain_{model}.py")
     scripts("core_v0.19.0", directory, "pretrain_gpt.py", "gpt_builders.py", "model_provider.py", "hybrid_builders.py")
@@ -195,9 +196,11 @@ def test_upstreams_other_models(model: str, jobs: Jobs) -> None:
     flags = without_values(_on_files(duo_gpt("data", ITERATIONS)), "--tokenizer-type", "--vocab-size")
     flags += ["--data-path", str(directory / "sentences"), "--split", "90,10,0", "--eval-interval", "3"]
     flags += ["--eval-iters", "2"]
-    if model == "bert":
+    if layers == "transformer_engine":
+        flags = with_value(with_value(flags, "--transformer-impl", layers), "--attention-backend", "auto")
+    elif model == "bert":
         flags = [*with_value(flags, "--attention-backend", "local"), "--spec", "local"]
-    else:
+    if model == "t5":
         flags += ["--decoder-seq-length", "32"]
     _killed(jobs, [str(directory / f"pretrain_{model}.py"), *flags], (6, 3), ROOT / "tests" / "pretrain_wordpiece.py")
 
