@@ -1,7 +1,7 @@
 """A tiny model in Megatron-Bridge's loop: ``pretrain_bridge.py [recipe=NAME] [section.field=value ...]``.
 
 At ``hold N`` in `PACE_FILE` a rank waits before it begins iteration N, as in `pretrain_paced`. In `LOOK_FILE`.RANK it
-writes at each forward pass of training what has to go on through a recovery and is in no hash.
+writes at each forward pass of training how many operations there were at the last line of the log.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from megatron.bridge.training import config as c
 from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.state import GlobalState
-from megatron.core.utils import get_model_config
 
 _SEQUENCE = 64
 
@@ -98,12 +97,8 @@ def overridden(cfg: c.ConfigContainer, words: list[str]) -> c.ConfigContainer:
     return cfg
 
 
-def _look(state: GlobalState, model: Any) -> None:
-    config = get_model_config(model)
-    syncs = [
-        name for name in ("no_sync_func", "grad_sync_func", "param_sync_func") if getattr(config, name) is not None
-    ]
-    look = {"step": state.train_state.step, "operations": vars(state)["_flops_at_last_log"], "syncs": syncs}
+def _look(state: GlobalState) -> None:
+    look = {"step": state.train_state.step, "operations": vars(state)["_flops_at_last_log"]}
     with Path(f"{os.environ['LOOK_FILE']}.{os.environ['RANK']}").open("a") as file:
         file.write(json.dumps(look) + "\n")
 
@@ -111,7 +106,7 @@ def _look(state: GlobalState, model: Any) -> None:
 def paced(state: GlobalState, data_iterator: Any, model: Any) -> Any:
     """Bridge's forward step, later."""
     if "LOOK_FILE" in os.environ and torch.is_grad_enabled():
-        _look(state, model)
+        _look(state)
     pace = Path(os.environ["PACE_FILE"])
     while (word := pace.read_text()).startswith("hold ") and state.train_state.step >= int(word.split()[1]):
         time.sleep(0.01)

@@ -38,11 +38,12 @@ class Counters(Fields):
     def write(self, saved: dict[str, Any]) -> None:
         vars(self._state.train_state).clear()
         self._logged = saved[_LOGGED]
+        self.log_goes_on()
         self.put({name: value for name, value in saved.items() if name != _LOGGED})
 
     def put(self, saved: Mapping[str, Any]) -> None:
         vars(self._state.train_state).update(saved)
 
     def log_goes_on(self) -> None:
-        """``train`` has begun to count the operations that the next line of the log tells of: they began before."""
+        """The operations that the next line of the log tells of began here; ``train`` begins to count them anew."""
         setattr(self._state, _LOGGED, self._logged)
