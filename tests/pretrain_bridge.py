@@ -1,11 +1,13 @@
 """A tiny model in Megatron-Bridge's loop: ``pretrain_bridge.py [recipe=NAME] [section.field=value ...]``.
 
-At ``hold N`` in `PACE_FILE` a rank waits before it begins iteration N, as in `pretrain_paced`.
+At ``hold N`` in `PACE_FILE` a rank waits before it begins iteration N, as in `pretrain_paced`. In `LOOK_FILE`.RANK it
+writes at each forward pass of training how many operations there were at the last line of the log.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import sys
 import time
@@ -95,8 +97,16 @@ def overridden(cfg: c.ConfigContainer, words: list[str]) -> c.ConfigContainer:
     return cfg
 
 
+def _look(state: GlobalState) -> None:
+    look = {"step": state.train_state.step, "operations": vars(state)["_flops_at_last_log"]}
+    with Path(f"{os.environ['LOOK_FILE']}.{os.environ['RANK']}").open("a") as file:
+        file.write(json.dumps(look) + "\n")
+
+
 def paced(state: GlobalState, data_iterator: Any, model: Any) -> Any:
     """Bridge's forward step, later."""
+    if "LOOK_FILE" in os.environ and torch.is_grad_enabled():
+        _look(state)
     pace = Path(os.environ["PACE_FILE"])
     while (word := pace.read_text()).startswith("hold ") and state.train_state.step >= int(word.split()[1]):
         time.sleep(0.01)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.config import DeadpoolConfig
+from deadpool_megatron.config import DeadpoolConfig, without_ours
 from deadpool_megatron.durable import DurableError, Manifest, find, open_store
 from deadpool_megatron.hosts import is_bridges
 from deadpool_megatron.launcher import local as launch
@@ -89,12 +89,17 @@ def run_export(options: argparse.Namespace) -> int:
     launch.add_launch_arguments(parser)
     code = launch.run(parser.parse_args(command))
     if code == Exit.OK:
-        print(f"deadpool: generation {manifest.generation} is Megatron's checkpoint now: --load {_output(options)}")
+        load = "checkpoint.load=" if is_bridges(_script(manifest, options)) else "--load "
+        print(f"deadpool: generation {manifest.generation} is Megatron's checkpoint now: {load}{_output(options)}")
     return code
 
 
 def _output(options: argparse.Namespace) -> str:
     return str(Path(options.output).absolute())
+
+
+def _script(manifest: Manifest, options: argparse.Namespace) -> str:
+    return str(options.script or manifest.job.get("command", {}).get("script", ""))
 
 
 def _choose(directory: str, generation: str) -> Manifest:
@@ -115,14 +120,12 @@ def _choose(directory: str, generation: str) -> Manifest:
 def _command(manifest: Manifest, options: argparse.Namespace) -> list[str]:
     """The arguments of `deadpool launch`."""
     job: dict[str, Any] = manifest.job.get("command", {})
-    script = options.script or job.get("script", "")
+    script = _script(manifest, options)
     slots = int(job.get("slots_per_node", 0))
     if not slots or manifest.world_size % slots:
         raise DurableError(f"{manifest.name} does not say how its job was started, so it cannot be exported")
     if not os.path.isfile(script):
         raise DurableError(f"the job's script {script} is not on this machine: name it with --script")
-    if is_bridges(script):
-        raise DurableError(f"{script} runs Megatron-Bridge's loop: its generations cannot be exported yet")
     directory = options.durable_dir
     if "://" not in directory:
         directory = str(Path(directory).absolute())
@@ -130,6 +133,10 @@ def _command(manifest: Manifest, options: argparse.Namespace) -> list[str]:
     out += ["--run-dir", str(Path(options.run_dir).absolute()), "--shm-directory", options.shm_directory]
     if options.emulate_cpu:
         out.append("--emulate-cpu")
-    out += [str(Path(script).absolute()), *script_arguments(job.get("arguments", [])), *options.arguments]
-    out += ["--ckpt-format", "torch_dist", "--deadpool", "--deadpool-durable-dir", directory]
+    given = job.get("arguments", [])
+    if is_bridges(script):  # what it loads, saves and reports is in no flags: `megatron.bridge` sees to it
+        given = [*without_ours(given), *options.arguments]
+    else:
+        given = [*script_arguments(given), *options.arguments, "--ckpt-format", "torch_dist"]
+    out += [str(Path(script).absolute()), *given, "--deadpool", "--deadpool-durable-dir", directory]
     return [*out, "--deadpool-resume", str(manifest.generation), "--deadpool-export", _output(options)]

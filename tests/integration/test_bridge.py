@@ -5,6 +5,7 @@ In an environment of its own: scripts/test_bridge.sh.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,6 +103,32 @@ def test_a_published_recipe_at_toy_size_survives_the_loss_of_a_node(name: str, j
     _survives(jobs, name, [f"recipe={name}", *RECIPES[name]], (0, 5, 3), slots=2)
 
 
+def _operations(jobs: Jobs, name: str, rank: int) -> dict[int, float]:
+    """By iteration, how many there were at the last line of the log, as of its last forward pass."""
+    lines = (jobs.directory / f"{name}.look.{rank}").read_text().splitlines()
+    return {look["step"]: look["operations"] for look in map(json.loads, lines)}
+
+
+def test_a_line_of_the_log_counts_the_operations_before_a_recovery_too(jobs: Jobs) -> None:
+    """As it counts their time: Bridge begins its count anew when it enters its loop."""
+    flags = [*ALONE["replicas"], *ALONE["averages over three iterations"]]
+    names = ["looked-calm", "looked-killed"]
+    for name, spares in zip(names, (0, 1), strict=True):
+        pace = jobs.directory / f"{name}.pace"
+        set_pace(pace, "hold 0" if spares else "go")
+        extra = {"PACE_FILE": str(pace), "LOOK_FILE": str(jobs.directory / f"{name}.look")}
+        job = jobs.start(name, launch_flags(2 + spares, spares, 1), flags, BRIDGE, extra=extra)
+        if spares:
+            job.arm((0, 4, 3))
+        job.finished()
+    assert len(job.events("resumed")) == 1
+    for rank in range(2):
+        want, have = (_operations(jobs, name, rank) for name in names)
+        assert want[3] < want[6] and {step: have[step] for step in (5, 6, 7)} == {
+            step: want[step] for step in (5, 6, 7)
+        }
+
+
 def _saving(jobs: Jobs, name: str, interval: int, *more: str) -> list[str]:
     return [f"checkpoint.save={jobs.directory / name}.saved", f"checkpoint.save_interval={interval}", *more]
 
@@ -166,7 +193,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_survives_a_kill(jobs: Jobs) -> Non
     assert want.printed(1) and job.printed(1) == want.printed(1) and job.hashes() == want.hashes()
 
 
-def test_a_job_that_was_killed_whole_goes_on_from_its_durable_directory(jobs: Jobs) -> None:
+def test_a_job_that_was_killed_whole_goes_on_from_its_durable_directory_which_becomes_a_checkpoint(jobs: Jobs) -> None:
     store = jobs.directory / "store"
     more = ["--deadpool-durable-dir", str(store), "--deadpool-durable-interval", "2", "--deadpool-resume", "auto"]
     want = undisturbed(launch_flags(2, 0, 1), [], BRIDGE)
@@ -180,12 +207,16 @@ def test_a_job_that_was_killed_whole_goes_on_from_its_durable_directory(jobs: Jo
     seen = {iteration: exact for iteration, *exact in again.exact()}
     assert newest and sorted(seen) == list(range(newest, ITERATIONS))
     assert all(expected[iteration] == exact for iteration, exact in seen.items()) and again.hashes() == want.hashes()
-    command = ["export", "--durable-dir", str(store), "--output", str(jobs.directory / "exported"), "--emulate-cpu"]
-    exported = subprocess.run(
+    calm, exported = "exported-calm", jobs.directory / "exported.saved"
+    jobs.start(calm, launch_flags(2, 0, 1), _saving(jobs, calm, 1), BRIDGE, deadpool=False).finished()
+    command = ["export", "--durable-dir", str(store), "--output", str(exported), "--emulate-cpu"]
+    command += ["--run-dir", str(jobs.directory / "exporting"), "--generation", str(newest)]
+    done = subprocess.run(
         [sys.executable, "-m", "deadpool_megatron.cli", *command], capture_output=True, text=True, check=False
     )
-    assert exported.returncode == Exit.USAGE
-    assert "runs Megatron-Bridge's loop: its generations cannot be exported yet" in exported.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"generation {newest} is Megatron's checkpoint now: checkpoint.load={exported}" in done.stdout
+    _same_checkpoint(jobs, newest, "exported", calm)
 
 
 def test_without_a_spare_the_survivors_save_bridges_checkpoint(jobs: Jobs) -> None:

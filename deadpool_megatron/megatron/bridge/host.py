@@ -48,6 +48,7 @@ class MegatronBridge(Host):
     def __init__(self) -> None:
         self._state: Any = None
         self._running: Call | None = None  # of train
+        self._counters: Counters
         self._syncs: dict[str, Any] = {}  # by field of the model's config, what set-up has put there
 
     # ---- the loop calls us
@@ -73,7 +74,7 @@ class MegatronBridge(Host):
         def initialized(call: Call) -> Any:
             def making() -> Any:
                 result = call()
-                self.fields = Counters(self._state)
+                self.fields = self._counters = Counters(self._state)
                 return result
 
             return hooks.initialize(making)
@@ -88,8 +89,8 @@ class MegatronBridge(Host):
 
         def training_log(call: Call) -> Any:
             """``train`` begins with empty averages."""
-            if not call["total_loss_dict"]:
-                hooks.put_back(call["total_loss_dict"])
+            if not call["total_loss_dict"] and hooks.put_back(call["total_loss_dict"]):
+                self._counters.log_goes_on()
             return hooks.training_log(call, self._step)
 
         def finish(call: Call) -> Any:
@@ -173,8 +174,10 @@ class MegatronBridge(Host):
         cfg._checkpoint_load_required = False  # as of ``finetune``
 
     def save_into(self, directory: str) -> None:
-        checkpoint = self._state.cfg.checkpoint
-        checkpoint.save, checkpoint.async_save = directory, False
+        cfg = self._state.cfg
+        cfg.checkpoint.save, cfg.checkpoint.async_save, cfg.checkpoint.ckpt_format = directory, False, "torch_dist"
+        for reported in ("tensorboard_dir", "wandb_project", "mlflow_experiment", "comet_project"):
+            setattr(cfg.logger, reported, None)  # by the job whose generation it is
 
     def save(self, iteration: int) -> None:
         from megatron.bridge.training import train as loop

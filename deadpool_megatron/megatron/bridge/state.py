@@ -10,6 +10,7 @@ from deadpool_megatron.megatron.bridge.settings import arguments
 from deadpool_megatron.megatron.host import Fields
 from deadpool_megatron.megatron.optimizer_state import is_plain
 
+_LOGGED: Final = "_flops_at_last_log"  # operations when the log had its last line; kept beside ``TrainState``
 # A spare loads no checkpoint, and a process is where it is.
 _OWN: Final = frozenset(("load", "pretrained_checkpoint", "save", "async_save", "rank", "local_rank"))
 
@@ -19,6 +20,7 @@ class Counters(Fields):
 
     def __init__(self, state: Any) -> None:
         self._state = state
+        self._logged = 0.0
         now = arguments(state)
         counters = vars(state.train_state)
         self.settings = {k: v for k, v in now.items() if k not in counters and k not in _OWN and is_plain(v)}
@@ -30,11 +32,18 @@ class Counters(Fields):
     def training_begins(self) -> None: ...
 
     def read(self, iteration: int) -> dict[str, Any]:
-        return {**vars(self._state.train_state), "step": iteration}
+        state = self._state
+        return {**vars(state.train_state), "step": iteration, _LOGGED: getattr(state, _LOGGED, 0.0)}
 
     def write(self, saved: dict[str, Any]) -> None:
         vars(self._state.train_state).clear()
-        self.put(saved)
+        self._logged = saved[_LOGGED]
+        self.log_goes_on()
+        self.put({name: value for name, value in saved.items() if name != _LOGGED})
 
     def put(self, saved: Mapping[str, Any]) -> None:
         vars(self._state.train_state).update(saved)
+
+    def log_goes_on(self) -> None:
+        """The operations that the next line of the log tells of began here; ``train`` begins to count them anew."""
+        setattr(self._state, _LOGGED, self._logged)
