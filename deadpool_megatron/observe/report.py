@@ -261,7 +261,7 @@ def report_text(run_dir: Path, head: str = "") -> str:
             ("started", when),
             ("length", seconds_text(events[-1]["t"] - events[0]["t"])),
             ("end", how),
-            *([("what to do", advice)] if advice else []),
+            *([("next", advice)] if advice else []),
             *([("command", shlex.join(command))] if (command := started.get("command")) else []),
             *([("versions", ", ".join(f"{k} {v}" for k, v in started["versions"].items()))] if command else []),
             *([("machines", ", ".join(machines))] if machines else []),

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 from deadpool_megatron.cluster.records.exits import Exit, what_to_do
 from deadpool_megatron.observe import ERROR, RECOVERIES
 from flags import duo_gpt
-from jobs import EXAMPLE, Job, Jobs, launch_flags
+from jobs import EXAMPLE, ROOT, Job, Jobs, launch_flags
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -156,6 +157,8 @@ def _plain(text: str, job: Job) -> str:
     """Without what differs from run to run and from machine to machine."""
     for old, new in ((str(job.run_dir), "RUN"), (str(job.run_dir.parent), "DIR"), (socket.gethostname(), "host")):
         text = text.replace(old, new)
+    text = text.replace(f"{ROOT}/", "")
+    text = re.sub(re.escape(tempfile.gettempdir()) + r"/pytest-of-\S*", "DIR...", text)  # cut off by the screen
     text = re.sub(r"process \d+", "process 4711", text)
     text = re.sub(r"\d{4}-\d\d-\d\d (?=\d\d:)", "", text)
     return re.sub(r"\b\d\d:\d\d:\d\d\b", "03:00:00", text).rstrip()
