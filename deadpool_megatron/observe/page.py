@@ -17,6 +17,7 @@ import io
 import json
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Final
@@ -61,6 +62,8 @@ class LivePage(ThreadingHTTPServer):
         super().__init__((_HOST, port), _Handler)
         self.run_dir = run_dir
         self._lock = threading.Lock()  # one picture after the other
+        self._looking = threading.Lock()
+        self._view: JobView | None = None
         self._report: tuple[float, str] = (-_REPORT_S, "")
 
     def content(self, path: str) -> tuple[str, str] | None:
@@ -69,12 +72,21 @@ class LivePage(ThreadingHTTPServer):
             case "/":
                 return _FRAMES, "text/html"
             case "/screen":
-                return _screen(JobView(self.run_dir)), "text/html"
+                return self._look(_screen), "text/html"
             case "/report":
                 return self._renewed_report(), "text/html"
             case "/status.json":
-                return json.dumps(JobView(self.run_dir).as_json()), "application/json"
+                return self._look(lambda view: json.dumps(view.as_json())), "application/json"
         return None
+
+    def _look(self, show: Callable[[JobView], str]) -> str:
+        """``show`` of the job as it is now: what has been read of a long run is not read again each second."""
+        with self._looking:
+            if self._view is None:
+                self._view = JobView(self.run_dir)
+            else:
+                self._view.refresh()
+            return show(self._view)
 
     def _renewed_report(self) -> str:
         with self._lock:

@@ -210,7 +210,7 @@ class EventTail:
 
     def __init__(self, run_dir: str | Path) -> None:
         self._path = Path(run_dir) / EVENTS
-        self._inode = 0
+        self.inode = 0  # of the run's file; another one is another run's
         self._position = 0
         self._rest = b""
 
@@ -219,8 +219,8 @@ class EventTail:
         try:
             with open(self._path, "rb") as f:
                 inode = os.fstat(f.fileno()).st_ino
-                if inode != self._inode:
-                    self._inode, self._position, self._rest = inode, 0, b""
+                if inode != self.inode:
+                    self.inode, self._position, self._rest = inode, 0, b""
                 f.seek(self._position)
                 self._rest += f.read()
                 self._position = f.tell()

@@ -22,7 +22,7 @@ from deadpool_megatron.cluster.records.exits import what_to_do
 from deadpool_megatron.observe.narrative import count_text, ranks_text, seconds_text
 from deadpool_megatron.observe.recoveries import PHASES, Recovery, Story
 from deadpool_megatron.observe.rundir import STATUS, EventTail
-from deadpool_megatron.observe.screen import compose, named, nodes_of, waits_for
+from deadpool_megatron.observe.screen import Node, compose, named, nodes_of, waits_for
 from deadpool_megatron.observe.tables import grid_table, make_console, nodes_table, phases_table
 
 _SHOWN_EVENTS = 15
@@ -108,13 +108,18 @@ class JobView:
 
     def __init__(self, run_dir: str | Path) -> None:
         self.run_dir = Path(run_dir)
-        self.story = Story()
         self.status: dict[str, Any] = {}
-        self.last: deque[dict[str, Any]] = deque(maxlen=_SHOWN_EVENTS)
-        self.alarms: dict[str, dict[str, Any]] = {}  # the last event of each kind that is one, oldest first
+        self.nodes: list[Node] = []
         self._tail = EventTail(run_dir)
+        self._begin()
         self._written = 0  # when the status was, in nanoseconds
         self.refresh()
+
+    def _begin(self) -> None:
+        """Nothing is known of a run yet."""
+        self.story = Story()
+        self.last: deque[dict[str, Any]] = deque(maxlen=_SHOWN_EVENTS)
+        self.alarms: dict[str, dict[str, Any]] = {}  # the last event of each kind that is one, oldest first
 
     def refresh(self) -> bool:
         """Read the status and what is new of the events; whether anything was."""
@@ -124,10 +129,15 @@ class JobView:
             changed = written != self._written
             if changed:
                 self.status = json.loads(path.read_text())
+                self.nodes = nodes_of(self.status)
                 self._written = written
         except OSError as err:
             raise NoStatus(f"no status at {path}: {err.strerror}; name a job's directory with --run-dir") from None
-        for event in self._tail.read():
+        run = self._tail.inode
+        events = self._tail.read()
+        if run != self._tail.inode:
+            self._begin()
+        for event in events:
             changed = True
             self.story.take(event)
             if event["event"] in _ALARMS:
@@ -196,9 +206,8 @@ class JobView:
     def screen(self, width: int, height: int) -> RenderableType:
         """What fits on a terminal of so many columns and lines; see `observe.screen`."""
         events = [Text(event_line(e, width)) for e in self.last]
-        nodes = nodes_of(self.status)
-        if self.over:  # nobody trains, and no spare is of use
-            nodes = [n for n in nodes if n.state in ("lost", "left")]
+        # (of a job that is over nobody trains, and no spare is of use)
+        nodes = [n for n in self.nodes if n.state in ("lost", "left")] if self.over else self.nodes
         return Group(*compose(self._head(), self._alarms(), nodes, events, width, height))
 
     def render(self, console: Console) -> RenderableType:
@@ -260,9 +269,8 @@ class JobView:
         return line.append(f", durable generation {durable}" if durable >= 0 else "")
 
     def _spares(self) -> Text:
-        nodes = nodes_of(self.status)
-        ready = [n for n in nodes if n.state == "spare"]
-        cold = [n for n in nodes if n.state == "starting"]
+        ready = [n for n in self.nodes if n.state == "spare"]
+        cold = [n for n in self.nodes if n.state == "starting"]
         words = [f"{count_text(len(ready), 'spare')} parked warm ({named(ready)})"] if ready else []
         words += [f"{count_text(len(cold), 'spare')} starting ({named(cold)})"] if cold else []
         none = "none left: bring one (deadpool join)" if self.status["epoch"] else "none"
@@ -274,7 +282,7 @@ class JobView:
         out = [Text(f"last recovery (of {count}), {when}: {last.what}; {_how(last)}", "" if last.end else "bold red")]
         durations = {name: s for name, s in last.durations.items() if name != "detected"}
         if last.end is None:
-            late = waits_for(nodes_of(self.status))
+            late = waits_for(self.nodes)
             whom = f", waits for {named(late)}" if late else ""
             following = _following(last)
             out.append(
@@ -297,7 +305,7 @@ class JobView:
             out.append(
                 Text(f"protection is behind: a loss would cost {lost} of training: {behind['cause']}", "bold red")
             )
-        gone = [n for n in nodes_of(self.status) if n.state == "lost"]
+        gone = [n for n in self.nodes if n.state == "lost"]
         if gone:
             out.append(Text(f"lost: {named(gone)}", "red"))
         refused = self.status.get("refused") or {}

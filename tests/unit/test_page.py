@@ -57,6 +57,15 @@ def test_a_recovery_is_on_the_page_as_it_happens(live: page.LivePage) -> None:
     assert json.loads(_ask(live, "/status.json")[1])["epoch"] == 1
 
 
+def test_another_run_in_the_directory_begins_anew(live: page.LivePage) -> None:
+    _write(live, 0)
+    assert len(json.loads(_ask(live, "/status.json")[1])["recoveries"]) == 1
+    assert len(json.loads(_ask(live, "/status.json")[1])["recoveries"]) == 1
+    (live.run_dir / EVENTS).rename(live.run_dir / "of the run before")
+    _write(live, None)
+    assert json.loads(_ask(live, "/status.json")[1])["recoveries"] == []
+
+
 def test_nobody_else_reads_it_and_nobody_writes(live: page.LivePage) -> None:
     _write(live, None)
     assert live.server_address[0] == "127.0.0.1"
