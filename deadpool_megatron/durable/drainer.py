@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from deadpool_megatron.vault import CONSTANT, Arena, ChecksumMismatch, NotHeld, VaultError, Version, constants_of
+from deadpool_megatron.vault import CONSTANT, Arena, ChecksumMismatch, NotHeld, Slot, VaultError, Version, constants_of
 
 from .errors import Cancelled, DurableError
 from .files import prune, read_layout, remove_attempt, seal, write_constants, write_layout, write_shard
@@ -157,7 +157,12 @@ class _Drainer:
                 shard = write_shard(
                     store, order.name, staging.rank, generation, layout, staging.unique, staging.small, moved
                 )
-                shards.append(msgspec.structs.replace(shard, constants=self._constants(store, take, moved)))
+                try:
+                    constants = self._constants(store, take, moved)
+                except ChecksumMismatch:
+                    unusable = constants_of(take.rank)
+                    raise
+                shards.append(msgspec.structs.replace(shard, constants=constants))
         except (OSError, VaultError, DurableError) as err:
             error = _one_line(err)
         self._tell(Done(order.name, False, tuple(shards), error, unusable=unusable))
@@ -183,7 +188,7 @@ class _Drainer:
             arena.close()
 
     def _constants(self, store: Store, take: Take, moved: Callable[[int], None]) -> ConstantsFile | None:
-        """Written once: what never changes need not be staged, nor looked at again."""
+        """Written once: what never changes need not be staged, nor looked at again. Raises ChecksumMismatch."""
         if take.constants is None:
             return None
         path, layout = take.constants
@@ -192,10 +197,7 @@ class _Drainer:
         if known is None or store.size(known.path) != known.nbytes:
             arena = Arena.attach(path)
             try:
-                slot = arena.find(CONSTANT)
-                if slot is None:
-                    raise DurableError(f"the constants of rank {take.rank} are not in its vault yet")
-                slot.verify()
+                slot = constants_in(arena, take.rank)
                 known = self._kept[path] = write_constants(store, layout, slot.unique, moved)
             finally:
                 arena.close()
@@ -215,6 +217,20 @@ class _Drainer:
         except OSError as err:
             problems = [f"old generations in {store.root} could not be removed: {err}"]
         self._tell(Done(name, True, problems=tuple(problems)))
+
+
+def constants_in(arena: Arena, rank: int) -> Slot:
+    """What never changes of a rank, read and found whole. Raises DurableError, ChecksumMismatch."""
+    slot = arena.find(CONSTANT)
+    if slot is None and arena.slots[0].damaged:
+        raise ChecksumMismatch(f"what never changes of rank {rank} has changed in memory")
+    if slot is None:
+        raise DurableError(f"the constants of rank {rank} are not in its vault yet")
+    try:
+        slot.verify()
+    except ChecksumMismatch as err:
+        raise ChecksumMismatch(f"what never changes of rank {rank} has changed in memory: {err}") from None
+    return slot
 
 
 def _check(store: Store, job: str) -> None:

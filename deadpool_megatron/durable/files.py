@@ -77,7 +77,10 @@ def write_shard(
 def write_constants(
     store: Store, layout: Layout, unique: memoryview, moved: Callable[[int], None] = lambda nbytes: None
 ) -> ConstantsFile:
-    """Write what never changes, unless the store has it: its file is named after its content. As `write_shard`."""
+    """Write what never changes, unless the store has it: its file is named after its content. As `write_shard`.
+
+    What the store has is read whole: a damaged file would stay for all generations that come.
+    """
     told = xxhash.xxh3_128()
     nbytes = 0
     blocks = [*_blocks(encode_header(0, 0, layout, 0), layout, unique, b"")]
@@ -85,9 +88,23 @@ def write_constants(
         told.update(block)
         nbytes += len(block)
     file = ConstantsFile(nbytes, told.hexdigest(), layout.digest)
-    if store.size(file.path) != nbytes:
+    if not _has(store, file, moved):
         _write(store, file.path, blocks, moved)
     return file
+
+
+def _has(store: Store, file: ConstantsFile, moved: Callable[[int], None]) -> bool:
+    if store.size(file.path) != file.nbytes:
+        return False
+    told = xxhash.xxh3_128()
+    try:
+        with contextlib.closing(store.open(file.path)) as there:
+            while block := there.read(_BLOCK):
+                told.update(block)
+                moved(0)
+    except OSError:
+        return False  # if nothing can be written either, that is the error
+    return told.hexdigest() == file.xxh3_128
 
 
 def write_layout(store: Store, holder: int, layout: Layout) -> None:

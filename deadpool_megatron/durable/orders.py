@@ -94,7 +94,8 @@ class Staged(_Record, frozen=True):
 class Done(_Record, frozen=True):
     """A `Drain` (``sealed`` False) or a `Seal` has ended. ``error`` is one line, empty when all went well.
 
-    ``unusable``: the rank whose version in the vault was the reason, since it is not there or has changed; -1: none.
+    ``unusable``: the holder (rank, or of a rank's constants) whose version in the vault was the reason, since it is not
+    there or has changed; -1: none.
     ``unsure``: nobody knows whether a `Seal` was carried out, since its process has ended.
     """
 

@@ -30,7 +30,7 @@ from .stripes import Stripes, WordPlan
 from .transfer import fetch, own_copy, store_shard
 from .transport import choose_transport, make_transport
 from .vault import Vault, small_capacity
-from .version import CONSTANT, EMPTY, MAX_GENERATION, Version, constants_of, is_constants, unpack
+from .version import CONSTANT, EMPTY, MAX_GENERATION, Version, constants_of, is_constants, owner_of, unpack
 from .wire import Deadlines
 from .writer import ConstantsWriter, SlotWriter
 
@@ -80,6 +80,7 @@ __all__ = [
     "numa_node_of_process",
     "numa_nodes",
     "own_copy",
+    "owner_of",
     "parse_cpus",
     "process_alive",
     "process_start",

@@ -20,7 +20,7 @@ from .errors import ChecksumMismatch, StaleEpoch, TransferFailed, VaultError
 from .frames import Fetch, Found
 from .intake import Intake
 from .stripes import PartOf, cut, parts_of
-from .transfer import ask, finish, own_slot
+from .transfer import ask, finish, own_copy, own_slot
 from .vault import Vault
 from .version import Version
 from .wire import Channel, Deadlines, connect
@@ -96,6 +96,9 @@ def rebuild(
         raise StaleEpoch(f"rebuild of rank {rank} in epoch {epoch}, but node {vault.node} is in epoch {vault.epoch}")
     patience = deadlines or Deadlines()
     with vault.intakes.begin(rank, f"rank {rank}", epoch, 2 * patience.idle) as intake:
+        held = own_copy(vault, rank, version)
+        if held is not None:
+            return len(held.unique) + held.small_bytes
         work = _Rebuild(intake, vault, secret, rank, epoch, coder, patience)
         try:
             first = work.open(parts[0])

@@ -10,7 +10,7 @@ import msgspec
 import xxhash
 
 from .arena import KINDS, Arena, ArenaInfo, Kind, Slot
-from .errors import NotHeld, StaleEpoch, VaultError, VaultFull
+from .errors import ChecksumMismatch, NotHeld, StaleEpoch, VaultError, VaultFull
 from .intake import Intakes
 from .leftovers import PREFIX
 from .memory import on_numa_node
@@ -232,13 +232,17 @@ class Vault:
         return Holdings({rank: tuple(sorted(held, key=order)) for rank, held in ranks.items()})
 
     def find(self, rank: int, version: Version, kinds: tuple[Kind, ...] = ("own", "peer")) -> tuple[Arena, Slot]:
-        """The arena and slot with a complete copy. Raises NotHeld."""
+        """The arena and slot with a complete copy. Raises NotHeld; ChecksumMismatch of constants that have changed."""
+        changed = False
         with self._lock:
             for kind in kinds:
                 arena = self._arenas.get((rank, kind))
                 slot = arena.find(version) if arena is not None else None
                 if arena is not None and slot is not None:
                     return arena, slot
+                changed |= arena is not None and arena.info.constant and arena.slots[0].damaged
+        if changed:  # so that who asks knows that there are any
+            raise ChecksumMismatch(f"constants of holder {rank} have changed in the memory of node {self.node}")
         raise NotHeld(f"the vault of node {self.node} does not hold version {tuple(version)} of rank {rank} completely")
 
     def checking(self, rank: int) -> threading.Lock:

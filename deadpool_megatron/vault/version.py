@@ -43,6 +43,11 @@ def is_constants(holder: int) -> bool:
     return holder >= _CONSTANTS
 
 
+def owner_of(holder: int) -> int:
+    """The rank whose constants these are (`constants_of`)."""
+    return holder - _CONSTANTS
+
+
 def unpack(word: int) -> Version | None:
     """The version in a word of an arena; None when the word is EMPTY."""
     return None if word == EMPTY else Version(word >> _GENERATION_BITS, word & MAX_GENERATION)

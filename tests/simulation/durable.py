@@ -30,6 +30,7 @@ from deadpool_megatron.durable import (
     Staged,
     Take,
 )
+from deadpool_megatron.durable.drainer import constants_in
 from deadpool_megatron.durable.files import (
     prune,
     read_layout,
@@ -43,7 +44,7 @@ from deadpool_megatron.durable.format import MANIFEST, ConstantsFile, generation
 from deadpool_megatron.durable.lease import Owner, _decode, _encode, check_owner
 from deadpool_megatron.durable.staging import Staging
 from deadpool_megatron.durable.store import Store
-from deadpool_megatron.vault import CONSTANT, VaultError, Version, constants_of
+from deadpool_megatron.vault import ChecksumMismatch, VaultError, Version, constants_of
 from simulation.world import Process, World
 
 if TYPE_CHECKING:
@@ -300,7 +301,11 @@ class _Drainer(DrainerProcess):
             take = order.shards[index]
             staging, layout = self._staging[take.rank]
             shard = write_shard(store, order.name, staging.rank, generation, layout, staging.unique, staging.small)
-            shards.append(msgspec.structs.replace(shard, constants=self._constants(store, take)))
+            constants = self._constants(store, take)
+            shards.append(msgspec.structs.replace(shard, constants=constants))
+        except ChecksumMismatch as err:
+            self._end(Done(order.name, False, (), str(err), unusable=constants_of(take.rank)))
+            return
         except (OSError, VaultError, DurableError) as err:
             self._end(Done(order.name, False, (), str(err)))
             return
@@ -316,11 +321,9 @@ class _Drainer(DrainerProcess):
         known = self._kept.get(path)
         if known is None or store.size(known.path) != known.nbytes:
             arena = self._host.shards.vault.arena(holder, "own")
-            slot = arena.find(CONSTANT) if arena is not None else None
-            if slot is None:
-                raise DurableError(f"the constants of rank {take.rank} are not in its vault yet")
-            slot.verify()
-            known = self._kept[path] = write_constants(store, layout, slot.unique)
+            if arena is None:
+                raise DurableError(f"the memory of rank {take.rank}'s constants is gone")
+            known = self._kept[path] = write_constants(store, layout, constants_in(arena, take.rank).unique)
         return known
 
     def _seal(self, order: Seal) -> None:

@@ -442,6 +442,11 @@ def _constants_are_asked_for_where_they_belong_now(patch: Patch) -> None:
     patch.setattr(shards, "nodes_with_constants", lambda parts, k: [])
 
 
+def _constants_are_asked_for_where_they_should_be(patch: Patch) -> None:
+    """Found by the simulation: one of two keepers had changed bytes, and the other one was not asked."""
+    patch.setattr(fetching.Search, "failed", lambda self: None)
+
+
 def _constants_are_asked_for_three_times(patch: Patch) -> None:
     """Found by the simulation: connections broke for longer than that, and a healthy job ended with 73."""
     patch.setattr(fetching.Search, "pause", lambda self, now: self.tries.pop(0) if self.left and self.tries else None)
@@ -476,6 +481,11 @@ def _the_last_drain_writes_constants_as_they_are(patch: Patch) -> None:
     patch.setattr(
         NodeRecovery, "_with_constants", lambda self, rank, g: None if self._drains else before(self, rank, g)
     )
+
+
+def _constants_that_have_changed_stay_so(patch: Patch) -> None:
+    """Every drain of the epoch fails because of them; keepers have them whole."""
+    patch.setattr(NodeRecovery, "restore_constants", lambda self, rank: None)
 
 
 def _constants_are_asked_of_vaults_alone(patch: Patch) -> None:
@@ -581,10 +591,12 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "old words": _words_of_older_placements_are_forgotten,
     "constants beside": _constants_are_asked_for_where_they_belong_now,
     "own constants": _own_constants_are_taken_for_whole,
+    "constants everywhere": _constants_are_asked_for_where_they_should_be,
     "constants tries": _constants_are_asked_for_three_times,
     "constants registered": _constants_are_looked_after_until_a_process_registers,
     "constants read": _constants_that_were_read_are_not_read_again,
     "constants drained": _the_last_drain_writes_constants_as_they_are,
+    "constants restored": _constants_that_have_changed_stay_so,
     "constants durable": _constants_are_asked_of_vaults_alone,
     "constants anew": _constants_count_as_kept_for_ever,
     "constants first": _a_rank_commits_without_its_constants,

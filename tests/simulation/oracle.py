@@ -112,6 +112,8 @@ class Oracle:
         self._trains: dict[tuple[int, int], int] = {}
         self.safe: _Held | None = None
         self.constants_gone = False
+        self._breaks = 0  # communicators that broke with every process alive, before the newest iteration
+        self._undrained: Counter[str] = Counter()  # drains that failed in peace, by whose constants had changed
         self._resumed = False  # from a durable generation
         self.committed = -1
         self._since = 0  # iterations in peace since the last commit
@@ -215,6 +217,7 @@ class Oracle:
                 self._resumed = True
             case "iteration":
                 self.iteration = max(self.iteration, fields["iteration"])
+                self._breaks = self._cluster.faults.kinds["broken groups"]
                 self._behind()
             case "declared":
                 self._done_at = None
@@ -234,7 +237,10 @@ class Oracle:
                 self._agreed(fields["iteration"])
             case "committed":
                 self._committed(Version(fields["epoch"], fields["iteration"]))
+            case "durable_failed":
+                self._not_drained(fields["message"])
             case "durable":
+                self._undrained.clear()
                 self.directory.durable(fields["iteration"], fields["name"])
             case "durable_fallback":
                 self._goes_back = fields["iteration"]
@@ -256,19 +262,30 @@ class Oracle:
         if wait and self._healthy() and (since is None or self._cluster.world.now < since + wait - 0.1):
             raise Violation(f"the job ends for want of a spare, and has not waited {wait:.0f} s for one")
 
+    @property
+    def _peace(self) -> bool:
+        faults, hq = self._cluster.faults, self._cluster.hq
+        over = not faults.pending and self._cluster.world.now > faults.ended_at + _PEACE_S
+        return over and hq.core.recovery is None
+
+    def _not_drained(self, message: str) -> None:
+        """Constants that have changed in memory are had from their keepers before the next drain."""
+        changed = re.search(r"never changes of rank (\d+) has changed in memory", message)
+        if changed is None or not self._peace or self._with_constants(int(changed[1])) is None:
+            return
+        self._undrained[changed[1]] += 1
+        if self._undrained[changed[1]] > 1:
+            raise Violation(f"drains fail again and again in peace: {message}")
+
     def _behind(self) -> None:
         """While nothing goes wrong, generations are committed every few iterations.
 
         An iteration in which a message is late does not count: the generation at which all are to meet is two ahead of
         the newest one begun, so who hears of it more than an iteration later than the others misses it, rightly.
         """
-        cluster = self._cluster
-        faults = cluster.faults
-        peace = (
-            not faults.pending and cluster.world.now > faults.ended_at + _PEACE_S and cluster.hq.core.recovery is None
-        )
-        late, self._ended_at = cluster.world.late_at >= self._ended_at, cluster.world.now
-        self._since = 0 if not peace else self._since if late else self._since + 1
+        world = self._cluster.world
+        late, self._ended_at = world.late_at >= self._ended_at, world.now
+        self._since = 0 if not self._peace else self._since if late else self._since + 1
         if self._since > _FEW:
             raise Violation(f"{_FEW} iterations in peace, and nothing was committed since generation {self.committed}")
 
@@ -475,6 +492,9 @@ class Oracle:
                 self._drained_at_last(message)
             return
         if code == Exit.UNEQUAL and self.constants_gone:
+            return
+        broke = cluster.faults.kinds["broken groups"] - self._breaks > cluster.job.transient_retries
+        if code == Exit.RECOVERY_FAILED and "with every node alive" in message and broke:
             return
         if code == Exit.GENERATION_LOST:
             why = self.lost()

@@ -372,13 +372,14 @@ class SimulatedShards(Shards):
         address: r.Address | None,
         others: Sequence[r.Address] = (),
         keepers: Sequence[Target] = (),
+        vaults: Mapping[int, r.Address] | None = None,
     ) -> None:
         places = [address.host if address is not None else "", *(other.host for other in others)]
         version = Version(source.version_epoch, generation)
         attempts = Attempts(places, self._host.world.now)
         done = FetchDone(rank, epoch, generation, source.node, tuple(version), "", version.epoch)
         near = [*places, *(each.host for each in keepers)]
-        self._constants_first(epoch, rank, near, self._ask, attempts, done, version)
+        self._constants_first(epoch, rank, near, vaults or {}, self._ask, attempts, done, version)
 
     def _ask(self, attempts: Attempts[str], done: FetchDone, version: Version) -> None:
         rank, host = done.rank, self._host
@@ -443,11 +444,23 @@ class SimulatedShards(Shards):
 
     # ---- constants, as `Shards._fetch_constants`
 
+    def restore_constants(
+        self, epoch: int, rank: int, keepers: Sequence[Target], vaults: Mapping[int, r.Address]
+    ) -> None:
+        self._constants_first(epoch, rank, ["", *(each.host for each in keepers)], vaults, lambda: None)
+
     def _constants_first(
-        self, epoch: int, rank: int, places: Sequence[str], then: Callable[..., None], *args: Any
+        self,
+        epoch: int,
+        rank: int,
+        places: Sequence[str],
+        vaults: Mapping[int, r.Address],
+        then: Callable[..., None],
+        *args: Any,
     ) -> None:
         if self._host.cluster.constants:
-            self._search(Search(places, self._host.world.now), epoch, rank, partial(then, *args))
+            others = [vault.host for node, vault in vaults.items() if node != self.node]
+            self._search(Search(places, self._host.world.now, others), epoch, rank, partial(then, *args))
         else:
             self._host.later(0.001, 0.01, then, *args)
 
@@ -471,6 +484,7 @@ class SimulatedShards(Shards):
                 return
             except VaultError as err:
                 self._host.world.say(f"n{self._host.node}", f"constants of rank {rank}: {err}")
+                search.failed()
             else:
                 then()
                 return
@@ -507,7 +521,7 @@ class SimulatedShards(Shards):
         near = [vaults[node].host for node in shards.nodes_with_constants(parts, self.stripes.coder.k)]
         attempts = Attempts([parts], self._host.world.now)
         near += [each.host for each in keepers]
-        self._constants_first(epoch, rank, near, self._ask_shares, attempts, parts, done, version)
+        self._constants_first(epoch, rank, near, vaults, self._ask_shares, attempts, parts, done, version)
 
     def _ask_shares(self, attempts: Attempts[_Parts], parts: _Parts, done: FetchDone, version: Version) -> None:
         rank, host = done.rank, self._host
@@ -520,6 +534,10 @@ class SimulatedShards(Shards):
             return
         try:
             intake.add(intake.left.set)
+            if own_copy(self.vault, rank, version) is not None:
+                intake.left.set()
+                self.report(done)
+                return
             streams = [[self._open(done, share) for share in part] for part in parts]
             mine = record_of(streams[0], rank)
             if self.vault.arena(rank, "own") is None:

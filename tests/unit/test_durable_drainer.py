@@ -429,5 +429,15 @@ def test_what_never_changes_is_one_file_for_all_generations_and_is_loaded_with_e
     file.write_bytes(data)
     with pytest.raises(DurableError, match="has changed since it was written"):
         loaded()
+    node.drainer.close()
+    node.drainer = DrainerProcess(node.answers.put)  # as in the next run: this one has not seen the file yet
+    node.stage()
+    assert not drained(4).error
+    assert loaded() == ([constants_of(0), 0], bytes([7]) * nbytes), "it is written anew"
     file.unlink()
     assert node.complete() == [] and "constants" in find(LocalStore(node.directory)).damaged[0]
+    slot.unique[5] ^= 1
+    for damaged in (drained(5), drained(6)):
+        assert damaged.unusable == constants_of(0) and "never changes of rank 0 has changed in memory" in damaged.error
+        slot.recheck()  # by the agent: nobody has it from here any more
+    assert not list(file.parent.iterdir())

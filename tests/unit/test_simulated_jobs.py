@@ -74,12 +74,14 @@ MISSED_SHARDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "share refused": (309, ()),
     "own constants": (10720, ()),
     "constants registered": (179, ()),
+    "constants everywhere": (31322, ()),
     "constants tries": (312, ("resets", "kill worker", "kill node", "drain")),
 }
 # The same with both: the durable directory has constants too.
 MISSED_BOTH: dict[str, tuple[int, tuple[str, ...]]] = {
     "constants read": (810126, ()),
     "constants drained": (728636, ()),
+    "constants restored": (170, ("damage",)),
     "constants durable": (601589, ("damage", "kill node", "lose node", "kill worker")),
 }
 # The same where another job wants the durable directory.
@@ -118,6 +120,8 @@ FOUND = (
     (713588, Profile()),
     (764939, many.mixed(764939)[1]),
     (9735, many.mixed(9735)[1]),
+    (31322, many.mixed(31322)[1]),
+    (39241, many.mixed(39241)[1]),
     (600538, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600841, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600947, Profile(durable=True, shards=True, only=_FEW_KINDS)),

@@ -21,8 +21,17 @@ from deadpool_megatron.cluster.placement.duties import kept_for_others, targets
 from deadpool_megatron.cluster.placement.groups import place, replace
 from deadpool_megatron.cluster.placement.redundancy import Scheme, survives, words
 from deadpool_megatron.cluster.records import Address, Offer, SlotAddress, Source
-from deadpool_megatron.vault import CONSTANT, ConstantsWriter, NotHeld, SlotWriter, Version, constants_of
+from deadpool_megatron.vault import (
+    CONSTANT,
+    ChecksumMismatch,
+    ConstantsWriter,
+    SlotWriter,
+    Target,
+    Version,
+    constants_of,
+)
 from deadpool_megatron.vault.coder import Coder
+from waiting import until
 
 SECRET = bytes(range(32))
 
@@ -247,6 +256,21 @@ def test_a_shard_that_was_changed_in_memory_is_never_built_into_another(jobs: Ca
     assert not job.shards[3].vault.holdings().ranks.get(0)
 
 
+def test_a_copy_that_has_changed_in_memory_makes_way_for_the_one_that_is_rebuilt(jobs: Callable[..., Job]) -> None:
+    job = jobs("2+1", 3, nodes=4)
+    job.aim()
+    job.write(1)
+    job.committed(1)
+    agreed = agree(job.assignment_without((0,), 3), job.offers((0,)), words=job.words)
+    own = job.shards[0].vault.find(0, Version(0, 1), ("own",))[1]
+    own.unique[5] ^= 1
+    job.shards[0].rebuild(0, 0, 1, agreed.rebuilds[0], job.vaults())
+    while not isinstance(event := job.shards[0].events.get(), FetchDone):
+        pass
+    assert event.version == (0, 1)
+    assert job.shards[0].holdings()[0][0] == [(0, 1)], "it is there once, and the other slot is free"
+
+
 def test_parity_is_complete_only_when_every_part_is_in_and_a_sender_goes_on_where_it_was(
     jobs: Callable[..., Job],
 ) -> None:
@@ -322,7 +346,7 @@ def test_a_keeper_that_has_lost_what_never_changes_gets_it_again_in_the_next_epo
     _, slot = kept.find(constants_of(0), CONSTANT, ("peer",))
     slot.unique[5] ^= 1
     slot.give_up(slot.turn)  # as the scrubber does
-    with pytest.raises(NotHeld):
+    with pytest.raises(ChecksumMismatch):
         kept.find(constants_of(0), CONSTANT)
     job.epoch = 1
     for shards in job.shards.values():
@@ -330,6 +354,23 @@ def test_a_keeper_that_has_lost_what_never_changes_gets_it_again_in_the_next_epo
     job.aim()
     _at_keepers(job, 0)
     assert bytes(kept.find(constants_of(0), CONSTANT)[1].unique) == content
+
+
+def test_own_constants_that_have_changed_in_memory_are_had_from_a_keeper(jobs: Callable[..., Job]) -> None:
+    job = jobs("1", 2)
+    job.aim()
+    content = _write_constants(job, 0, 1 << 20)
+    _at_keepers(job, 0)
+    owner, at = job.shards[0], job.shards[1].server
+    slot = owner.vault.find(constants_of(0), CONSTANT, ("own",))[1]
+    slot.unique[5] ^= 1
+    owner.recheck(constants_of(0))
+    while not isinstance(event := owner.events.get(), Damaged):
+        pass
+    assert event == Damaged(constants_of(0), "own", CONSTANT.generation)
+    owner.restore_constants(job.epoch, 0, [Target("127.0.0.1", at.port)], {})
+    until(lambda: slot.complete)
+    assert bytes(slot.unique) == content
 
 
 def test_memory_of_what_never_changes_is_freed_where_it_belongs_no_more(jobs: Callable[..., Job]) -> None:

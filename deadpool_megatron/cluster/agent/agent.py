@@ -51,7 +51,7 @@ from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.cluster.placement.domains import slurm_labels
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import Done, Staged
-from deadpool_megatron.vault import is_constants, numa_nodes
+from deadpool_megatron.vault import is_constants, numa_nodes, owner_of
 
 
 class Agent:
@@ -255,6 +255,8 @@ class Agent:
             case Reserved():
                 way, nodes = self._shards.transport, max(1, len(numa_nodes()))
                 self.send(r.VaultMemory(self._s.node, event.nbytes, event.huge_bytes, nodes, way.name, way.why))
+            case Damaged() if is_constants(event.holder):
+                self._recovery.restore_constants(owner_of(event.holder))
             case Damaged():
                 self.send(r.DamagedCopy(self._job.epoch, self._s.node, event.holder, event.kind, event.generation))
             case RankCommitted():

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
+from deadpool_megatron.cluster.agent.shards import Damaged, FetchDone, Shards
 from deadpool_megatron.durable import (
     FORMAT,
     Answer,
@@ -39,7 +39,7 @@ from deadpool_megatron.durable import (
     load_shards,
     open_store,
 )
-from deadpool_megatron.vault import Version, constants_of, is_constants, small_capacity
+from deadpool_megatron.vault import CONSTANT, Version, constants_of, is_constants, small_capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +306,8 @@ class NodeDurability:
                 self._release(news.name)
                 if (take := self._takes.get(news.unusable)) is not None:
                     self._give_up_copy(take, news.error)
+                elif is_constants(news.unusable):
+                    self._shards.report(Damaged(news.unusable, "own", CONSTANT.generation))
                 self._send(r.ShardsDrained(self._node, news.name, list(news.shards), news.error))
             case Done():
                 self._send(r.GenerationSealed(self._node, news.name, news.error, list(news.problems), news.unsure))

@@ -72,12 +72,16 @@ def nodes_with_constants(parts: Sequence[Sequence[r.Share]], k: int) -> list[int
 class Search[Place]:
     """All places, again and again for a while, until one has given what may be nowhere.
 
+    Args:
+        everybody: asked as well once one of the places has it, or may have it, and cannot give it.
+
     Attributes:
         left: who has not said yet that it does not have it.
     """
 
-    def __init__(self, places: Iterable[Place], now: float) -> None:
+    def __init__(self, places: Iterable[Place], now: float, everybody: Iterable[Place] = ()) -> None:
         self.left = list(dict.fromkeys(places))
+        self._more = [place for place in dict.fromkeys(everybody) if place not in self.left]
         self._end = now + _PATIENCE_S
         self._pause = 0.0
 
@@ -91,3 +95,8 @@ class Search[Place]:
     def lacks(self, place: Place) -> None:
         """This one does not have it."""
         self.left.remove(place)
+
+    def failed(self) -> None:
+        """One has changed bytes, or cannot be reached."""
+        self.left += self._more
+        self._more = []

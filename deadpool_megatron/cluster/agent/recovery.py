@@ -16,7 +16,7 @@ The coordinator hears of a step once, when every coordinate of the node has come
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.crew import Crew
@@ -116,26 +116,31 @@ class NodeRecovery:
         if record.durable:
             return
         job, shards = self._job, self._shards
-        aims = job.targets() or {}
         for local, rank in job.ranks.items():
             if local in self._crew.workers:
                 shards.set_near(rank, self._crew.workers[local].numa)
             source = record.sources.get(rank)
-            keepers = aims.get(constants_of(rank), ())
+            keepers = self._keepers(rank)
             if rank in record.rebuilds:
                 shards.rebuild(record.epoch, rank, record.generation, record.rebuilds[rank], job.vaults, keepers)
             elif source is None and (version := self._with_constants(rank, record.generation)) is not None:
-                # (a keeper of an older placement may have what changed here)
-                vaults = [Target(each.host, each.port) for node, each in job.vaults.items() if node != job.node]
                 own = r.Source(job.node, version[0], [])
-                shards.fetch(record.epoch, rank, record.generation, own, None, (), [*keepers, *vaults])
+                shards.fetch(record.epoch, rank, record.generation, own, None, (), keepers, job.vaults)
             elif source is None:
                 self._hand_out(rank, record.generation, live=True)
             else:
                 here = source.node == job.node
                 others = [job.vaults[node] for node in source.others if node in job.vaults]
                 address = None if here else job.vaults.get(source.node)
-                shards.fetch(record.epoch, rank, record.generation, source, address, others, keepers)
+                shards.fetch(record.epoch, rank, record.generation, source, address, others, keepers, job.vaults)
+
+    def _keepers(self, rank: int) -> Sequence[Target]:
+        """Who keeps the constants of a rank."""
+        return (self._job.targets() or {}).get(constants_of(rank), ())
+
+    def restore_constants(self, rank: int) -> None:
+        """Those here have changed in memory: who keeps them has them, and the next drain, or process, needs them."""
+        self._shards.restore_constants(self._job.epoch, rank, self._keepers(rank), self._job.vaults)
 
     def _with_constants(self, rank: int, generation: int) -> tuple[int, int] | None:
         """The version that is here, where the constants of its rank are read next, which may have changed in memory: by

@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,6 +158,7 @@ class Shards:
             self.vault, secret, self._committed, pace=SendPace(send_bandwidth), direct=self._direct
         )
         self._scrubber = Scrubber(self.vault, scrub_rate, self._damaged) if scrub_rate else None
+        self._restoring: set[int] = set()  # ranks whose constants are brought again
         self._told_sent: dict[int, tuple[int, float]] = {}
         self.durable_constants: Callable[[int, int], None] | None = None
         """Where no vault has them: brings those of (rank, epoch it was asked in) from the durable directory. Blocks."""
@@ -176,7 +177,7 @@ class Shards:
             self.report(ReserveFailed(why))
 
     def _damaged(self, holder: int, kind: Kind, version: Version) -> None:
-        if kind == "parity" or not is_constants(holder):  # constants are written anew, or sent anew, in the next epoch
+        if kind != "peer" or not is_constants(holder):  # kept constants are sent anew in the next epoch
             self.report(Damaged(holder, kind, version.generation))
 
     def allocate(self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1) -> str:
@@ -332,12 +333,13 @@ class Shards:
         address: r.Address | None,
         others: Sequence[r.Address] = (),
         keepers: Sequence[Target] = (),
+        vaults: Mapping[int, r.Address] | None = None,
     ) -> None:
         """Bring a shard into the own vault; the outcome comes as a FetchDone. ``address`` None: it is here already.
 
         ``others`` hold the same version: all give a part at once, and if that fails the first one gives all of it.
         A connection that breaks says nothing of the copy: it is tried again, then the others one by one. Constants of
-        the rank come from any of these or of the ``keepers``, if one has them.
+        the rank come from any of these or of the ``keepers``, if one has them; or from any of the ``vaults``.
         """
         version = Version(source.version_epoch, generation)
 
@@ -354,7 +356,7 @@ class Shards:
             done = FetchDone(rank, epoch, generation, source.node, (version.epoch, generation), "", version.epoch)
             try:
                 # Constants first: where a shard is, a later epoch does not look for them any more.
-                self._fetch_constants(rank, epoch, [*places, *((each.host, each.port) for each in keepers)])
+                self._fetch_constants(rank, epoch, [*places, *_places(keepers)], vaults or {})
                 _patiently(places, bring)
             except VaultError as err:
                 done = FetchDone.failed(rank, epoch, version, source.node, version.epoch, err)
@@ -374,7 +376,8 @@ class Shards:
     ) -> None:
         """Rebuild a shard that nobody holds whole, in the own vault; the outcome comes as a FetchDone.
 
-        Constants of the rank come from who keeps them beside its parity, or from any of the ``keepers``.
+        Constants of the rank come from who keeps them beside its parity, or from any of the ``keepers``; or from any of
+        the ``vaults``.
         """
         # Under the newest of the versions its shares have: the bytes are the same in all of them.
         version = Version(max(share.version_epoch for part in parts for share in part), generation)
@@ -391,8 +394,7 @@ class Shards:
                 pieces = [[_piece(share, generation, vaults[share.node]) for share in part] for part in parts]
                 coder = self.stripes.coder
                 near = [vaults[node] for node in nodes_with_constants(parts, coder.k)]
-                places = [(each.host, each.port) for each in near]
-                self._fetch_constants(rank, epoch, [*places, *((each.host, each.port) for each in keepers)])
+                self._fetch_constants(rank, epoch, [*_places(near), *_places(keepers)], vaults)
                 _patiently(
                     [pieces], lambda those: rebuild(self.vault, self._secret, rank, epoch, version, those[0], coder)
                 )
@@ -402,13 +404,34 @@ class Shards:
 
         threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()
 
-    def _fetch_constants(self, rank: int, epoch: int, places: Sequence[tuple[str, int] | Vault]) -> None:
+    def restore_constants(
+        self, epoch: int, rank: int, keepers: Sequence[Target], vaults: Mapping[int, r.Address]
+    ) -> None:
+        """Bring constants of an own rank, which have changed in memory; in a thread. Arguments as of `fetch`."""
+        if rank in self._restoring:
+            return
+        self._restoring.add(rank)
+
+        def work() -> None:
+            try:
+                self._fetch_constants(rank, epoch, [self.vault, *_places(keepers)], vaults)
+            except VaultError as err:
+                _log.warning("rank %d: its constants cannot be had again: %s", rank, err)
+            finally:
+                self._restoring.discard(rank)
+
+        threading.Thread(target=work, name=f"constants-{rank}", daemon=True).start()
+
+    def _fetch_constants(
+        self, rank: int, epoch: int, places: Sequence[_Place], vaults: Mapping[int, r.Address]
+    ) -> None:
         """Blocks. Where no vault and no durable directory gives them, the rank has none, or its worker has to have them
         from a replica.
 
         Raises VaultFull.
         """
-        search = Search(places, time.monotonic())
+        others = _places([vault for node, vault in vaults.items() if node != self.node])
+        search = Search(places, time.monotonic(), others)
         while (pause := search.pause(time.monotonic())) is not None:
             time.sleep(pause)
             for place in list(search.left):
@@ -423,6 +446,7 @@ class Shards:
                     raise
                 except VaultError as err:
                     _log.warning("rank %d: its constants cannot be had from %s: %s", rank, place, err)
+                    search.failed()
         if self.durable_constants is not None:
             self.durable_constants(rank, epoch)
 
@@ -450,6 +474,10 @@ def _patiently[Place](places: Sequence[Place], ask: Callable[[Sequence[Place]], 
             if pause:
                 _log.warning("%s; trying again", err)
         time.sleep(pause)
+
+
+def _places(those: Iterable[r.Address | Target]) -> list[_Place]:
+    return [(each.host, each.port) for each in those]
 
 
 def _piece(share: r.Share, generation: int, at: r.Address) -> Piece:
