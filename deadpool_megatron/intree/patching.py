@@ -184,20 +184,30 @@ def change(tree: Path, sets: Sequence[PatchSet], wanted: State) -> tuple[PatchSe
     return patch_set, bool(results)
 
 
-# What goes into upstream's files, and where: at the end of the pattern's match.
+# What goes into upstream's files, and where: at the end of the pattern's match. Where the package is not installed the
+# script is what it was.
 ATTACH = (
     b"# DeadPool: with --deadpool among the flags this process becomes a worker of its node's agent.",
     b"if __name__ == '__main__':",
-    b"    from deadpool_megatron.intree import attach",
+    b"    import importlib.util",
+    b"    import sys",
     b"",
-    b"    attach()",
+    b"    if importlib.util.find_spec('deadpool_megatron'):",
+    b"        from deadpool_megatron.intree import attach",
+    b"",
+    b"        attach()",
+    b"    elif any(word.startswith('--deadpool') for word in sys.argv):",
+    b"        sys.exit('deadpool: --deadpool: the package deadpool-megatron is not installed for this Python')",
     b"",
 )
 ARGUMENTS = (
     b"    # DeadPool: the group 'deadpool', see its --help.",
-    b"    from deadpool_megatron.config import add_arguments as add_deadpool_arguments",
+    b"    import importlib.util",
     b"",
-    b"    parser = add_deadpool_arguments(parser)",
+    b"    if importlib.util.find_spec('deadpool_megatron'):",
+    b"        from deadpool_megatron.config import add_arguments as add_deadpool_arguments",
+    b"",
+    b"        parser = add_deadpool_arguments(parser)",
     b"",
 )
 PLACES = (

@@ -63,6 +63,23 @@ def test_what_is_applied_is_reverted_to_the_last_byte_and_keeps_its_mode(tree: P
     assert (tree / ENTRY).stat().st_mode & 0o777 == 0o755
 
 
+def test_without_the_package_a_patched_script_is_what_it_was(tree: Path) -> None:
+    change(tree, made(tree), State.APPLIED)
+    bare = [sys.executable, "-S", "-E"]  # no site directory, so no package
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*bare, *words], cwd=tree, capture_output=True, text=True, check=False)
+
+    plain = run(ENTRY, "--num-layers", "2")
+    assert plain.returncode == 0 and "module 'json'" in plain.stdout, plain.stderr
+    asked = run(ENTRY, "--deadpool")
+    assert asked.returncode == 1 and asked.stderr.splitlines() == [
+        "deadpool: --deadpool: the package deadpool-megatron is not installed for this Python"
+    ]
+    call = "from megatron.training import arguments as a; a.more = list; print(a.add_megatron_arguments(()))"
+    assert run("-c", call).stdout == "[]\n"
+
+
 def test_git_reads_the_same_sets(tree: Path, tmp_path: Path) -> None:
     before, patch = contents(tree), tmp_path / "set.patch"
     patch.write_bytes(make(tree))
@@ -113,7 +130,7 @@ def test_an_apply_that_was_interrupted_is_completed_or_undone(tree: Path) -> Non
 def test_a_set_with_anything_but_added_lines_is_refused(tree: Path) -> None:
     text = make(tree)
     with pytest.raises(PatchError, match="not made of added lines alone"):
-        parse("bad", text.replace(b"\n+    attach()\n", b"\n-    attach()\n"))
+        parse("bad", text.replace(b"\n+        attach()\n", b"\n-        attach()\n"))
     with pytest.raises(PatchError, match="unexpected line"):
         parse("bad", text.replace(b"@@ -2,0", b"@@ -2,1"))
     with pytest.raises(PatchError, match="no patch set"):
@@ -123,7 +140,7 @@ def test_a_set_with_anything_but_added_lines_is_refused(tree: Path) -> None:
 def test_a_damaged_set_changes_nothing(tree: Path) -> None:
     before, text = contents(tree), make(tree)
     with pytest.raises(PatchError, match="damaged"):
-        change(tree, [parse("bad", text.replace(b"+    attach()", b"+    detach()"))], State.APPLIED)
+        change(tree, [parse("bad", text.replace(b"+        attach()", b"+        detach()"))], State.APPLIED)
     assert contents(tree) == before
 
 
