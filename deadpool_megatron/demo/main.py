@@ -18,7 +18,7 @@ from deadpool_megatron.demo.evidence import Evidence, Step, steps_of
 from deadpool_megatron.demo.report import show_evidence, show_recovery, show_verdict, usual_seconds
 from deadpool_megatron.demo.runs import DeathWatch, DemoRun, identities
 from deadpool_megatron.demo.screen import Screen
-from deadpool_megatron.emulation import find_transformer_engine
+from deadpool_megatron.emulation import has_transformer_engine
 from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.observe.recoveries import recoveries
 from deadpool_megatron.observe.tables import make_console
@@ -47,7 +47,7 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser.add_argument(
         "--script", default=_example("pretrain_gpt.py"), metavar="FILE", help="training script (default: %(default)s)"
     )
-    flags = _example("cpu_te.args" if find_transformer_engine() else "cpu_tiny.args")
+    flags = _example("cpu_te.args" if has_transformer_engine() else "cpu_tiny.args")
     parser.add_argument(
         "--flags", default=flags, metavar="FILE", help="its flags, in shell syntax (default: %(default)s)"
     )
