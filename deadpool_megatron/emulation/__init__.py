@@ -60,7 +60,7 @@ def has_transformer_engine() -> bool:
 def find_transformer_engine() -> bool:
     """The same; a folder of its own joins ``sys.path``."""
     apart = str(_apart())
-    if has_transformer_engine() and apart not in sys.path:
+    if _apart().is_dir() and apart not in sys.path:
         sys.path.append(apart)
     return importlib.util.find_spec("transformer_engine") is not None
 
