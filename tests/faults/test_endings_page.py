@@ -70,9 +70,10 @@ def _everywhere(job: Job) -> None:
     job.arm((1, 4, 2, "--fault", "raise"), (2, 4, 2, "--fault", "raise"))
 
 
-def _hangs(job: Job) -> None:  # not held before: what was long once is no sign
+def _hangs(job: Job) -> None:
+    """Not held before: what was long once is no sign. And after some seconds: first the agent learns what is long."""
     job.until_event("started")
-    job.inject(1, 20, 2, "--fault", "hang")
+    job.inject(1, 100, 2, "--fault", "hang")
 
 
 def _two_at_once(job: Job) -> None:
@@ -153,7 +154,7 @@ ENDINGS = {
         _fault("--fault", "stop"), 0, "is stuck", "stacks-node1-0.txt", spares=1, flags=_QUICK, iterations=60
     ),
     "a worker hangs": Ending(
-        _hangs, 0, "is stuck", "stacks-node1-0.txt", spares=1, flags=_QUICK, held=False, iterations=60
+        _hangs, 0, "is stuck", "stacks-node1-0.txt", spares=1, flags=_QUICK, held=False, iterations=120
     ),
     "a node falls silent": Ending(
         _fault("--fault", "stop-agent"), 0, "its agent is gone or silent", "node 1", spares=1, flags=_QUICK

@@ -216,8 +216,9 @@ class Oracle:
             case "durable_resumed":
                 self._resumed = True
             case "iteration":
-                self.iteration = max(self.iteration, fields["iteration"])
-                self._breaks = self._cluster.faults.kinds["broken groups"]
+                if fields["iteration"] > self.iteration:
+                    self.iteration = fields["iteration"]
+                    self._breaks = self._cluster.faults.kinds["broken groups"]
                 self._behind()
             case "declared":
                 self._done_at = None
