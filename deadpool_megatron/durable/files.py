@@ -207,25 +207,37 @@ def find(store: Store) -> Found:
     return Found(tuple(complete), tuple(damaged))
 
 
+def _no_check() -> None:
+    """Nothing ends the reading."""
+
+
 def read_shard(
-    store: Store, directory: str, shard: ShardFile, place: Callable[[ShardHeader], tuple[memoryview, memoryview]]
+    store: Store,
+    directory: str,
+    shard: ShardFile,
+    place: Callable[[ShardHeader], tuple[memoryview, memoryview]],
+    check: Callable[[], None] = _no_check,
 ) -> ShardHeader:
     """Read one coordinate's file into memory, and compare all of it with its digest.
 
     Args:
         place: given the header, returns where to put things: the unique state (``layout.unique_bytes`` bytes, every
             item at its offset) and the small state (``small_bytes`` bytes).
+        check: called before each block; what it raises ends the reading.
 
     Raises Damaged (the memory holds garbage then), OSError.
     """
-    return _read(store, f"{directory}/{shard.file}", shard.rank, shard, place)
+    return _read(store, f"{directory}/{shard.file}", shard.rank, shard, place, check)
 
 
 def read_constants(
-    store: Store, file: ConstantsFile, place: Callable[[ShardHeader], tuple[memoryview, memoryview]]
+    store: Store,
+    file: ConstantsFile,
+    place: Callable[[ShardHeader], tuple[memoryview, memoryview]],
+    check: Callable[[], None] = _no_check,
 ) -> ShardHeader:
     """Read what never changes, as `read_shard`."""
-    return _read(store, file.path, 0, file, place)
+    return _read(store, file.path, 0, file, place, check)
 
 
 def _read(
@@ -234,6 +246,7 @@ def _read(
     rank: int,
     told_of: ShardFile | ConstantsFile,
     place: Callable[[ShardHeader], tuple[memoryview, memoryview]],
+    check: Callable[[], None],
 ) -> ShardHeader:
     where = f"{store.root}/{name}"
     told = xxhash.xxh3_128()
@@ -242,6 +255,7 @@ def _read(
         def fill(view: memoryview) -> None:
             done = 0
             while done < len(view):
+                check()
                 block = file.read(min(_BLOCK, len(view) - done))
                 if not block:
                     raise Damaged(f"{where} ends {len(view) - done} bytes early")
