@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import socket
 import struct
 import sys
@@ -586,6 +587,44 @@ def test_an_error_that_nobody_has_thought_of_is_told_and_blames_no_source(
     _asked_for(job, len(job.shards) - 1, 1)
     done = _fetched(job, len(job.shards) - 1)
     assert done.own and "can't start new thread" in done.error
+
+
+@pytest.mark.timeout(60)
+def test_commits_go_on_when_descriptors_were_short_for_a_moment(
+    jobs: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At who sends, and at who keeps: neither's thread ends."""
+    module = sys.modules["deadpool_megatron.vault.sender"]
+    connect, failing = module.connect, [4]
+
+    def without_descriptors(*args: object) -> object:
+        failing[0] -= 1
+        if failing[0] >= 0:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return connect(*args)
+
+    job = jobs("1", 2)
+    accepting, port = job.shards[1].server._accepting, job.shards[1].server.port
+    with socket.socket() as client, _no_descriptor_left():
+        client.connect(("127.0.0.1", port))
+        until(lambda: "cannot take a connection" in caplog.text or not accepting.is_alive())
+    monkeypatch.setattr(module, "connect", without_descriptors)
+    job.aim()
+    job.write(1)
+    job.committed(1)
+    assert failing[0] < 0
+
+
+@contextlib.contextmanager
+def _no_descriptor_left() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_a_transfer_of_an_older_epoch_that_does_not_end_is_no_fault_of_the_source(
