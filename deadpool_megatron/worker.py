@@ -78,7 +78,10 @@ def _die_with_agent() -> None:
 
 def _show_stacks_when_asked() -> None:
     """The agent asks a stuck worker for the stacks of all its threads; this works in any state but a dead one."""
-    file = open(os.environ[STACKS_FILE], "a")  # noqa: SIM115 - the signal handler writes to it as long as we live
+    try:
+        file = open(os.environ[STACKS_FILE], "a")  # noqa: SIM115 - the signal handler writes to it as long as we live
+    except OSError:  # a disk that is full or read-only ends no worker
+        file = sys.stderr
     faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
 
 

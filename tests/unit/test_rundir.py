@@ -173,6 +173,22 @@ def test_a_node_s_log_on_a_full_disk_is_closed_without_a_word(tmp_path: Path, ro
     assert (tmp_path / "node-1.jsonl").stat().st_size == 10
 
 
+def test_a_node_s_log_is_written_again_once_that_is_possible(tmp_path: Path) -> None:
+    """It cannot be made where the directory is gone or the disk read-only: no reason for a node not to join."""
+    log = NodeLog(tmp_path / "gone", 1, limit=100)
+    log.write("lost")
+    (tmp_path / "gone").mkdir()
+    log.write("step", text="x" * 100)
+    old = tmp_path / "gone" / "node-1.jsonl.old"
+    assert old.exists()
+    old.unlink()
+    old.mkdir()  # so that it cannot be put away
+    for number in range(3):
+        log.write("again", number=number, text="x" * 100)
+    log.close()
+    assert [json.loads(line)["number"] for line in log.path.read_text().splitlines()] == [0, 1, 2]
+
+
 def test_a_line_that_a_dead_writer_left_unfinished_spoils_no_other(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.event("first")
