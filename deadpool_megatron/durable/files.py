@@ -115,7 +115,7 @@ def write_layout(store: Store, holder: int, layout: Layout) -> None:
 def read_layout(store: Store, holder: int) -> Layout:
     """What `write_layout` has written. Raises OSError, Damaged."""
     name = layout_name(holder)
-    with store.open(name) as f:
+    with contextlib.closing(store.open(name)) as f:
         try:
             return msgspec.json.decode(f.read(), type=Layout)
         except msgspec.MsgspecError as err:
@@ -176,7 +176,7 @@ def prune(store: Store, newest: str, keep: Sequence[str]) -> list[str]:
 def read_manifest(store: Store, directory: str) -> Manifest:
     """The manifest of one directory; its files must be there with their sizes. Raises Damaged, OSError."""
     where = f"{store.root}/{directory}/{MANIFEST}"
-    with store.open(f"{directory}/{MANIFEST}") as file:
+    with contextlib.closing(store.open(f"{directory}/{MANIFEST}")) as file:
         manifest = decode_manifest(file.read(), where)
     if manifest.name != directory or manifest.generation != generation_of(directory):
         raise Damaged(f"{where} belongs to {manifest.name}")
