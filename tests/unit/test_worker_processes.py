@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import zmq
 
+from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
@@ -64,3 +65,15 @@ def test_a_worker_without_a_file_for_its_stacks_runs_and_shows_them_in_its_log(t
     env = os.environ | {STACKS_FILE: str(tmp_path / "file" / "stacks")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "most recent call first" in done.stderr
+
+
+@pytest.mark.timeout(30)
+def test_a_worker_that_stands_still_does_not_hold_up_its_agent(tmp_path: Path) -> None:
+    """One that is stopped while there is no coordinator that could judge it is told to wait every few seconds."""
+    ours = processes(tmp_path, "import time; time.sleep(600)")
+    worker = ours.start(0, None)
+    for _ in range(5000):
+        worker.send(r.KeepWaiting())
+    ours.kill(worker)
+    ours.reap(worker)
+    worker.close()

@@ -83,9 +83,10 @@ class Worker:
         return self.broken is not None and self.broken.epoch == epoch
 
     def send(self, record: msgspec.Struct) -> None:
-        """Send one record; a worker that is gone hears nothing."""
+        """Send one record; a worker that is gone hears nothing, nor does one that has read nothing for very long: it
+        stands still, and the agent must not."""
         with contextlib.suppress(OSError):
-            self.control.send(r.encode(record))
+            self.control.send(r.encode(record), socket.MSG_DONTWAIT)
 
     def receive(self) -> list[r.WorkerRecord]:
         """All records that are waiting. What is none is counted in ``refused``."""
