@@ -104,6 +104,7 @@ class RunDirectory:
             wrapped = textwrap.fill(text, _COLUMNS, break_long_words=False, break_on_hyphens=False)
             with self._trying(RECOVERIES):
                 self._append(wrapped + "\n\n")
+            done.steps.clear()  # of thousands of nodes, in thousands of recoveries; the events have them
             print(wrapped, file=sys.stderr, flush=True)
 
     def flush(self) -> None:

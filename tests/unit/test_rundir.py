@@ -7,12 +7,23 @@ import resource
 import signal
 import stat
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.observe import EVENTS, JOB, LOGS, STATUS, RunDirectory, follow_events, read_events, rundir
+from deadpool_megatron.observe import (
+    EVENTS,
+    JOB,
+    LOGS,
+    RECOVERIES,
+    STATUS,
+    RunDirectory,
+    follow_events,
+    read_events,
+    rundir,
+)
 from deadpool_megatron.observe.rundir import NodeLog
 
 
@@ -113,6 +124,34 @@ def room() -> Iterator[Callable[[int], None]]:
     yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_run_of_thousands_of_recoveries_does_not_grow_with_its_nodes(tmp_path: Path) -> None:
+    """What the coordinator keeps of one is some kilobytes, and not what each node has told."""
+    run = RunDirectory(tmp_path)
+    nodes = 1000
+
+    def recovery(epoch: int) -> None:
+        run.note("detected", node=1, ranks=[1], cause="gone")
+        run.note("declared", epoch=epoch, lost=[1], nodes=[0, 2], replaced=[1], reason="gone")
+        for node in range(nodes):
+            run.note("step", epoch=epoch, node=node, step="aborted")
+        run.note("agreed", epoch=epoch, iteration=epoch)
+        run.note("resumed", epoch=epoch)
+        run.note("iteration", epoch=epoch, iteration=epoch, seconds=1.0)
+
+    recovery(1)
+    tracemalloc.start()
+    try:
+        for epoch in range(2, 12):
+            recovery(epoch)
+        run.flush()
+        grown = tracemalloc.get_traced_memory()[0] / 10
+    finally:
+        tracemalloc.stop()
+    run.close()
+    assert grown < 20 * nodes
+    assert (tmp_path / RECOVERIES).read_text().count("Recovery ") == 11
 
 
 def test_a_coordinator_that_starts_again_on_a_full_disk_goes_on(
