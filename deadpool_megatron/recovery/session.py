@@ -21,8 +21,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -113,7 +114,7 @@ class Session:
             self.tell(r.Whereabouts(record.query, self.is_waiting()))
             return
         if isinstance(record, r.ExitNotice):
-            self.on_exit_notice()
+            _attempt(self.on_exit_notice)
             return
         if isinstance(record, r.Declare) and record.epoch > self.declared_epoch:
             with self._news:
@@ -121,12 +122,12 @@ class Session:
                 self._rendezvous = record.rendezvous or self._rendezvous
                 self.declared_epoch = record.epoch
                 self._news.notify_all()
-            self.on_replaced(record.replaced)
-            self._on_declare(record.epoch)
+            _attempt(self.on_replaced, record.replaced)
+            _attempt(self._on_declare, record.epoch)
             if (rank := self._standing_by) is not None:
                 self.tell(r.Arrived(record.epoch, rank, None))
         elif isinstance(record, r.Form) and record.epoch == self.declared_epoch:
-            self._on_form(record.epoch)
+            _attempt(self._on_form, record.epoch)
         with self._news:
             match record:
                 case r.Generation():
@@ -274,3 +275,11 @@ class Session:
     def _check(self, epoch: int) -> None:
         if self.declared_epoch > epoch:
             raise Superseded(self.declared_epoch)
+
+
+def _attempt(call: Callable[..., None], *args: Any) -> None:
+    """In the watcher thread: without it this worker would be deaf. What fails here the training thread does itself."""
+    try:
+        call(*args)
+    except Exception:  # noqa: BLE001 - see above
+        traceback.print_exc()

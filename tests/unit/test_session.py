@@ -109,6 +109,25 @@ def test_time_without_a_coordinator_does_not_count_against_a_declaration(
     assert result == [True]
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_abort_that_fails_does_not_make_a_worker_deaf() -> None:
+    """It aborts once more when it has left its step, and forms its groups itself where that was not begun."""
+
+    def fails(epoch: int) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    os.dup(ours.fileno())  # as in `line`
+    line = Line(ours, Session(theirs.detach(), fails, fails))
+    line.session.stand_by(3)
+    assert line.hear() == r.Arrived(0, 3, None)
+    line.tell(declare(1))
+    assert line.hear() == r.Arrived(1, 3, None)
+    line.tell(r.Form(1))
+    line.session.wait_form(1)
+
+
 def test_a_declaration_is_known_before_its_abort_is_over() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     os.dup(ours.fileno())  # as in `line`
