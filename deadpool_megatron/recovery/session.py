@@ -33,6 +33,8 @@ from deadpool_megatron.cluster import records as r
 _MAX_PACKET = 1 << 17
 _PART = 1 << 16
 _AGENT_LOST = 81
+_ANSWER_S = 120.0
+_CLEAR_S = 3.0  # a GiB of a shard, which has two slots: five times what it takes
 
 
 class EpochClosed(BaseException):
@@ -258,9 +260,15 @@ class Session:
             self.tell(r.Described(kind, rank, part, parts, data[part * _PART : (part + 1) * _PART]))
 
     def request_arena(
-        self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1, deadline_s: float = 120.0
+        self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1, deadline_s: float | None = None
     ) -> str:
-        """The path of this rank's arena in the vault. Raises Refused with one clear line."""
+        """The path of this rank's arena in the vault. Raises Refused with one clear line.
+
+        Without a deadline it has as long as the agent may take to clear the memory of all workers of its node.
+        """
+        if deadline_s is None:
+            workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            deadline_s = _ANSWER_S + _CLEAR_S * workers * unique_bytes / (1 << 30)
         with self._news:
             self._arena = None
         self.tell(r.ArenaRequest(rank, unique_bytes, small_bytes, numa))

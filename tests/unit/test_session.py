@@ -248,6 +248,18 @@ def test_memory_is_granted_or_refused_with_the_agents_line(line: Line) -> None:
     assert str(outcome()) == "no room: 100 bytes needed, 5 are there"
 
 
+def test_memory_has_as_long_as_clearing_that_of_the_whole_node_takes(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 workers of 24 GiB: 115 s at 0.3 s a GiB, and a machine may be slower."""
+    waited: list[float] = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(line.session._news, "wait_for", lambda found, within_s: waited.append(within_s))
+    with pytest.raises(Refused, match="did not give rank 3 its memory"):
+        line.session.request_arena(3, 24 << 30, 100)
+    assert waited[0] > 5 * 115
+
+
 def test_faults_add_up(line: Line) -> None:
     faults = (r.Fault("kill", 0, 0, 3), r.Fault("kill-worker", 0, 1, 5))
     for fault in faults:
