@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.records.exits import Exit
 from simulated import DEADLINES, SimulatedJob
@@ -124,6 +125,20 @@ def test_an_agent_that_has_missed_that_the_start_began_anew_is_told_again() -> N
     job.lose(1)
     job.join([2])  # of epoch 0 still
     assert job.told(r.Roster, 2)[0].anew
+
+
+def test_an_agent_whose_connection_was_replaced_at_the_start_hears_again_what_it_may_have_missed() -> None:
+    """Nobody counts as late there: it would be waited for without end."""
+    spec = DurableSpec("/durable", "job", complete=[(7, "g7")], resume=True)
+    job = SimulatedJob(durable=spec)
+    job.join()
+    job.sent.clear()
+    job.join([2])
+    assert job.told(r.Roster, 2) and job.told(r.LoadShards, 2) == [r.LoadShards("g7", 7)]
+    for node in job.active:
+        job.feed(r.ShardsLoaded(node, "g7", ""))
+    job.join([2])
+    assert job.told(r.ResumeAt, 2) == [r.ResumeAt(7)]
 
 
 def test_a_coordinator_that_comes_back_while_the_start_begins_anew_has_all_agents_begin() -> None:

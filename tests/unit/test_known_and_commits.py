@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import MagicMock
+
 import pytest
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.commits import Commits
 from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.recovery import NodeRecovery
 from deadpool_megatron.cluster.agent.shards import RankCommitted
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.vault import constants_of
@@ -133,3 +136,15 @@ def test_what_may_be_overwritten_by_now_is_not_told_again(job: KnownJob) -> None
     assert commits.last == told, "what is kept stays"
     commits.committed_to(r.CommittedTo(0, (0, 9), 9))
     assert commits.last is None
+
+
+def test_a_spare_that_is_asked_again_says_again_what_it_has() -> None:
+    """The first answer went over a connection that had ended: it would be waited for in vain, and count as lost."""
+    spare = KnownJob(3, 2, 2, Scheme.parse("1"))
+    told: list[r.AgentRecord] = []
+    crew, shards = MagicMock(workers={}), MagicMock()
+    crew.mine.return_value, crew.renewing.return_value, shards.holdings.return_value = {}, False, ({}, {}, {})
+    recovery = NodeRecovery(spare, crew, shards, MagicMock(), MagicMock(), told.append)
+    recovery.declare(_declare())
+    recovery.asked_again()
+    assert told == [r.Offer(1, 3, {}, {}, {}, {})] * 2

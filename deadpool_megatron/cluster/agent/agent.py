@@ -341,6 +341,8 @@ class Agent:
 
     def _declare(self, recovery: NodeRecovery, record: r.Declare) -> None:
         if record.epoch <= self._job.epoch:
+            if record.epoch == self._job.epoch:
+                recovery.asked_again()
             return
         self._new_epoch()
         recovery.declare(record)

@@ -410,6 +410,7 @@ class Core:
             return
         if record.epoch == self.epoch:
             self._progress.heard(None if record.kept is None else Version(*record.kept), record.iteration)
+        same = state.pids == dict(enumerate(record.worker_pids))  # else it tells of the workers of a new start
         first = self._start.joined(state, record)
         awaited = self._arrivals.without({record.node})
         if self._returning.awaits(record.node):
@@ -417,13 +418,15 @@ class Core:
         elif self._state.phase is Phase.STARTING:
             if first:
                 yield from self._start.send_roster()
-            elif record.epoch < self.epoch:
-                yield from self._start.send_roster_again(record.node)
+            elif same or record.epoch < self.epoch:
+                yield from self._start.send_again(record.node)
         elif awaited:
             yield from self._start.came_later(record)
             yield from self._look_for_spare(record.node)
         elif self._has_missed(record):
             yield from self._declare(f"node {record.node} was away in epoch {record.epoch}")
+        elif not first:
+            yield from self._tell_again(record.node)
         if not first and self.members.departed:  # perhaps while this one was not connected
             yield Send(record.node, r.Departed(sorted(self.members.departed)))
         if self.members.holds(record.node) and record.epoch == self.epoch and not self._returning.defers_commits:
@@ -431,11 +434,17 @@ class Core:
 
     def _has_missed(self, record: r.Join) -> bool:
         """Another connection has taken the place of one whose end nobody noticed: what went over that is lost."""
-        givers = self.recovery.givers if self.recovery is not None else frozenset[int]()
-        needed = self.members.holds(record.node) or record.node in givers
-        return self._state.phase is Phase.RUNNING and needed and (record.epoch != self.epoch or not record.settled)
+        return self._state.phase is Phase.RUNNING and self._recoveries.missed_by(record)
+
+    def _tell_again(self, node: int) -> Effects:
+        """What nobody waits for with a deadline may have been told over a connection that had ended."""
+        if self._state.phase is Phase.FINISHING:
+            yield Send(node, r.AllFinished(self.epoch))
+        elif self._start.placement_holds and self.recovery is None:
+            yield self._start.placement(node)
 
     def _worker_ready(self, record: r.WorkerReady) -> Effects:
+        self._ends.begun(record)
         yield from self._start.worker_ready(record)
         yield from self._look_for_spare(record.node)
 

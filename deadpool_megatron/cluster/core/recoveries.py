@@ -13,6 +13,7 @@ import msgspec
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.effects import Answer, Effects, LetGo, Persist, Send, StartOver, Stop, emit
+from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.placement import assignment as placing
@@ -185,6 +186,16 @@ class Recoveries:
                 out_of_use.discard(node)
                 yield emit("stays", node=node, cause="no parked spare is left to take over")
 
+    def missed_by(self, record: r.Join) -> bool:
+        """An agent that is there again has not heard of the epoch, or what it has said since is lost."""
+        members, current = self._state.members, self.current
+        needed = members.holds(record.node) or record.node in self.helpers
+        if current is not None and record.node in current.givers:
+            needed = True
+            if current.phase is Phase.ARRIVING and record.node not in current.offers:
+                return True
+        return needed and (record.epoch != members.epoch or not record.settled)
+
     @property
     def drains(self) -> bool:
         """The job cannot go on, and agents alone make durable what it has: what becomes of its workers is no matter."""
@@ -235,7 +246,7 @@ class Recoveries:
         except NoCommonGeneration as err:
             agreement, missing = None, err.missing
         if agreement is None or agreement.generation < state.progress.committed:
-            others = recovery.ask(self._heard & set(members.present()))
+            others = recovery.ask(self._heard & set(members.present()), now)
             for node in others:  # a spare may have what would be given up, and may have been away
                 assert self._told is not None
                 yield Send(node, self._told)

@@ -66,10 +66,12 @@ class Recovery:
             self._arrived.add(record.node)
         return self.offers.keys() >= self.givers
 
-    def ask(self, others: Iterable[int]) -> list[int]:
-        """Those of ``others`` who have not said what they can give; they are waited for from now on."""
+    def ask(self, others: Iterable[int], now: float) -> list[int]:
+        """Those of ``others`` who have not said what they can give; they are waited for, with their own deadline."""
         more = sorted(set(others) - self.offers.keys() - self.givers)
         self.givers |= set(more)
+        if more:
+            self.deadline = now + self._deadlines.abort
         return more
 
     def wait(self) -> None:
