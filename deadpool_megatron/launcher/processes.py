@@ -35,6 +35,7 @@ from deadpool_megatron.launcher.plan import LaunchPlan, value_of
 _NODE = "deadpool_megatron.launcher.node"
 # Not for workers: the job's secret, and the file that holds it.
 SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE", PASSWORD)
+_AGAIN_S = 1.0  # from one try to start the coordinator again to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +324,7 @@ class CoordinatorProcess:
         self._settings = settings
         self._leadership = leadership
         self._died: list[float] = []
-        self._interrupted = False
+        self._interrupted = self._preempted = False
         self.port = self.store_port = 0
         self.process = self._start()
 
@@ -348,6 +349,7 @@ class CoordinatorProcess:
 
     def preempt(self) -> None:
         """The machines are wanted soon (see `Core.preempted`). Safe in a signal handler."""
+        self._preempted = True
         if self.process.poll() is None:
             self.process.send_signal(PREEMPT)
 
@@ -369,7 +371,19 @@ class CoordinatorProcess:
         if len(self._died) > self._RESTARTS:
             return Exit.FAILED, f"the coordinator was ended by signal {-code} again and again; the job is over"
         print(f"deadpool: the coordinator was ended by signal {-code}; it is started again", file=sys.stderr)
-        self.process = self._start()
+        while True:
+            try:
+                self.process = self._start()
+                break
+            except OSError as err:  # what has ended it, want of memory perhaps, may not be over
+                if self._interrupted or time.monotonic() - now > self._RESTARTS_S:
+                    return Exit.FAILED, f"the coordinator cannot be started again: {err}"
+            time.sleep(_AGAIN_S)
+        # Whoever was told meanwhile, or was told and has died of something else, has told nobody.
+        if self._preempted:
+            self.preempt()
+        if self._interrupted:
+            self.interrupt()
         return None
 
     def wait(self) -> tuple[int, str]:

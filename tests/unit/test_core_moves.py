@@ -534,7 +534,8 @@ def test_what_was_done_once_is_told_with_the_agreed_generation_even_by_a_new_coo
     job.lose(1)
     job.arrive()
     assert job.told(r.Agree)[-1].done == {"evaluation": 4}
-    assert [e for e in job.emitted if isinstance(e, Emit) and e.event == "evaluation"]
+    job.feed(r.SideEffect(2, 5, 0, 4, "evaluation"))  # an agent that is there again tells what nobody may know
+    assert len([e for e in job.emitted if isinstance(e, Emit) and e.event == "evaluation"]) == 1
 
 
 def test_a_failure_seen_while_agents_come_back_is_declared_when_all_of_them_can_hear_it() -> None:

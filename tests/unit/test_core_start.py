@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.durable import DurableSpec
+from deadpool_megatron.cluster.core.effects import Action, Keep
 from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.records.exits import Exit
 from simulated import DEADLINES, SimulatedJob
 
@@ -117,6 +120,47 @@ def test_where_another_launcher_starts_the_workers_it_has_to_start_them_again() 
         job.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [node, 10 + node], respawns=False))
     job.lose(1)
     assert job.end[0] == Exit.NO_SPARE and "another launcher" in job.end[1]
+
+
+def _nobody_has_anything(job: SimulatedJob) -> list[Action]:
+    """Every rank was in its first step; what the Core decides then."""
+    assert job.core.recovery is not None
+    epoch, actions = job.core.epoch, list[Action]()
+    for node in sorted(job.core.recovery.givers):
+        live = dict.fromkeys(placing.ranks_of(job.core.assignment, node).values())
+        actions += job.core.received(r.Offer(epoch, node, live, {}, {}), job.now)
+    return actions
+
+
+def test_a_node_that_is_drained_when_the_start_begins_anew_leaves() -> None:
+    """It has no coordinate any more, and no recovery ends that would let it go."""
+    job = SimulatedJob().train()
+    job.take(job.core.drain(1, job.now)[1])
+    job.wait(DEADLINES.abort + 1.0)  # the first iteration takes long
+    assert job.core.nodes[1].role == "leaving" and job.core.epoch == 1
+    job.take(_nobody_has_anything(job))
+    assert job.core.phase is Phase.STARTING and job.core.epoch == 2
+    assert job.core.nodes[1].role == "left" and job.told(r.Stop, 1)[-1].code == Exit.OK
+
+
+def test_what_ranks_planned_before_the_start_began_anew_is_nothing_to_a_new_coordinator() -> None:
+    job = SimulatedJob().train()
+    stored = json.loads(json.dumps(job.core.dump()))
+    job.lose(1)
+    for kept in _nobody_has_anything(job):
+        if isinstance(kept, Keep):
+            stored |= json.loads(json.dumps(kept.parts))
+    core = Core(job.core.job)
+    core.restored(stored, job.now)
+    assert core.phase is Phase.STARTING and not core.coordinates
+
+
+def test_what_was_done_before_the_start_began_anew_is_done_again() -> None:
+    job = SimulatedJob()
+    job.join()
+    job.lose(1)
+    job.feed(r.SideEffect(2, 5, 0, 0, "evaluation"))  # late
+    assert job.core.dump()["now"]["done"] == {}
 
 
 def test_an_agent_that_has_missed_that_the_start_began_anew_is_told_again() -> None:

@@ -7,6 +7,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.agent import Agent
 from deadpool_megatron.cluster.agent.commits import Commits
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.recovery import NodeRecovery
@@ -148,3 +149,23 @@ def test_a_spare_that_is_asked_again_says_again_what_it_has() -> None:
     recovery.declare(_declare())
     recovery.asked_again()
     assert told == [r.Offer(1, 3, {}, {}, {}, {})] * 2
+
+
+def test_what_was_done_once_is_told_again_to_a_coordinator_that_may_have_started_again() -> None:
+    """One that is gone took what it had heard with it: after the next loss a line would be printed twice."""
+    told: list[r.AgentRecord] = []
+    settings = MagicMock(node=0, active_nodes=2, durable_dir="", adopt="", host="host")
+    settings.config.hang_floor, settings.config.lease = 0, 5.0
+    crew = MagicMock(workers={})
+    crew.mine.return_value = {}
+    job = KnownJob(0, 2, 2, Scheme.parse("1"))
+    agent = Agent(
+        settings, job, crew, MagicMock(), MagicMock(), MagicMock(), MagicMock(),
+        lambda packet: told.append(r.decode_from_agent(packet)),
+    )  # fmt: skip
+    agent._shards.server.port = 1  # type: ignore[union-attr]
+    for iteration in (4, 5):
+        agent.from_worker(MagicMock(), r.SideEffect(0, 3, 0, iteration, "log"))
+    told.clear()
+    agent.introduce()
+    assert [each for each in told if isinstance(each, r.SideEffect)] == [r.SideEffect(0, 3, 0, 5, "log")]

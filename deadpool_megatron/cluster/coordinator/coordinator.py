@@ -392,6 +392,8 @@ class Coordinator:
                 return
             if isinstance(record, r.StateHash):
                 self._core.seen.state_hash(record)
+            elif isinstance(record, r.Join) and self._finish is not None:  # it may not have heard of the end
+                self._reply(identity, r.Stop(self._finish.code, self._finish.message))
 
         self._hub.farewell(map(self._identity, left), _FAREWELL_S, last_words)
 
@@ -400,9 +402,12 @@ class Coordinator:
         if path and hashes:
             content = {"coordinates": {str(rank): hashes[rank] for rank in sorted(hashes)}}
             temporary = f"{path}.{os.getpid()}"
-            with open(temporary, "w") as f:
-                json.dump(content, f, indent=1)
-            os.replace(temporary, path)
+            try:
+                with open(temporary, "w") as f:
+                    json.dump(content, f, indent=1)
+                os.replace(temporary, path)
+            except OSError as err:  # the job has ended as it has
+                print(f"deadpool: --deadpool-state-hash {path}: {err.strerror}", file=sys.stderr, flush=True)
 
     def _write_status(self) -> None:
         begun = self._clock.now()

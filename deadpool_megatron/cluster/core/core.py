@@ -102,7 +102,7 @@ class Core:
             r.Stalled: self._stalled,
             r.Pace: lambda record: seen.paced(record, self._now),
             r.NodeHeld: self._node_held,
-            r.SideEffect: seen.did,
+            r.SideEffect: self._did,
             r.Compared: lambda record: self._recoveries.compared(record, self._now),
             r.Offer: lambda record: self._recoveries.offer(record, self._now),
             r.NodeArrived: self._recoveries.arrived,
@@ -470,6 +470,10 @@ class Core:
         if record.epoch == self.epoch and (yield from self.seen.iterated(record, self._now)):
             self._suspicions.got_on()
 
+    def _did(self, record: r.SideEffect) -> Effects:
+        if record.epoch >= self._start.epoch:  # else before the start began anew, and so it is to be done again
+            yield from self.seen.did(record)
+
     def _node_ready(self, record: r.NodeReady) -> Effects:
         yield from self._recoveries.ready(record, self._now)
         yield from self._leave_if_drained()
@@ -600,9 +604,9 @@ class Core:
         if not (yield from self._start.over(reason)):
             return
         self._state.phase = Phase.STARTING
-        self._recoveries.start_over()
+        yield from self._recoveries.start_over()
         self._new_epoch(list(range(self.job.world_size)))
-        yield Persist()
+        yield Persist(("now", "members", "layout"))
         yield from self._start.send_roster()
 
     def _new_epoch(self, replaced: list[int]) -> None:

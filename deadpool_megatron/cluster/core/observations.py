@@ -102,8 +102,7 @@ class Observations:
 
     def did(self, record: r.SideEffect) -> Effects:
         """Something was done that must not be done again."""
-        self._state.progress.did(record)
-        if record.act != "log":
+        if self._state.progress.did(record) and record.act != "log":
             yield emit(record.act, iteration=record.iteration, rank=record.rank, node=record.node)
 
     def paced(self, record: r.Pace, now: float) -> Effects:

@@ -433,11 +433,7 @@ class Recoveries:
             self.current = None
             self.vacant.clear()
             yield emit("resumed", iteration=recovery.generation)
-            for node in sorted(self.helpers):
-                if self._state.members.nodes[node].role == "leaving":
-                    yield emit("left", node=node)
-                    yield LetGo(node)
-            self.helpers.clear()
+            yield from self._let_helpers_go()
             yield Persist()
 
     def covered(self, record: r.Covered) -> Effects:
@@ -473,10 +469,19 @@ class Recoveries:
         self._not_saved = why
         return True
 
-    def start_over(self) -> None:
+    def start_over(self) -> Effects:
         """The start begins anew: nothing of a recovery counts any more."""
         self.current = None
         self.vacant.clear()
+        self._refused.clear()
+        yield from self._let_helpers_go()
+
+    def _let_helpers_go(self) -> Effects:
+        """Nobody needs their shards any more."""
+        for node in sorted(self.helpers):
+            if self._state.members.nodes[node].role == "leaving":
+                yield emit("left", node=node)
+                yield LetGo(node)
         self.helpers.clear()
 
     # ---- a coordinator that starts again
