@@ -130,7 +130,7 @@ def _serve(coordinator: Coordinator, store_port: int) -> tuple[int, str]:
     except Deposed:
         raise
     except Exception:
-        if listens and not coordinator.finished:
+        if listens and not coordinator.finished and not coordinator.interrupted:
             traceback.print_exc()
             os.kill(os.getpid(), signal.SIGKILL)
         raise

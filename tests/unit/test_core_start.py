@@ -163,6 +163,15 @@ def test_what_was_done_before_the_start_began_anew_is_done_again() -> None:
     assert job.core.dump()["now"]["done"] == {}
 
 
+def test_a_worker_of_a_spare_that_ends_while_the_start_begins_anew_is_started_again() -> None:
+    """Its agent has not heard of the new start yet; that leaves spares as they are."""
+    job = SimulatedJob(nodes=5, spares=2)
+    job.join()
+    job.lose(1)
+    job.feed(r.WorkerExited(4, 0, None, 40, -9, epoch=0))
+    assert job.told(r.Respawn, 4) == [r.Respawn(0)]
+
+
 def test_an_agent_that_has_missed_that_the_start_began_anew_is_told_again() -> None:
     job = SimulatedJob()
     job.join()

@@ -16,6 +16,7 @@ import pytest
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.coordinator.coordinator import Coordinator, CoordinatorSettings
+from deadpool_megatron.cluster.coordinator.saved_state import Memory
 from deadpool_megatron.cluster.core.job import JobSpec
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.notices import PREEMPT
@@ -52,6 +53,18 @@ def test_a_job_ends_as_it_has_although_its_hashes_cannot_be_written(
     assert "hash.json: No such file or directory" in capsys.readouterr().err
 
 
+def test_the_user_can_end_a_job_whose_store_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    store = MagicMock()
+    store.put.side_effect = StoreError("no space left on device")
+    memory = Memory(store, Guard("leader", 1))
+    memory.insists = False
+    with pytest.raises(StoreError, match="no space"):
+        memory.write({"now": {}})
+
+
 def test_an_agent_that_comes_back_while_the_coordinator_takes_leave_hears_of_the_end() -> None:
     """Its connection was lost with the first word of it; nobody is there to tell it later."""
     hub = MagicMock(port=1)
@@ -77,7 +90,7 @@ def test_an_error_of_the_coordinator_s_own_has_it_started_again(
         raise OSError("too many open files")
 
     with pytest.raises(OSError, match="too many"):
-        node._serve(SimpleNamespace(run=run, finished=finished), 2)  # type: ignore[arg-type]
+        node._serve(SimpleNamespace(run=run, finished=finished, interrupted=False), 2)  # type: ignore[arg-type]
     assert kill.called == again
 
 

@@ -117,6 +117,7 @@ class Coordinator:
     def interrupt(self) -> None:
         """The user wants the end; safe in a signal handler."""
         self._interrupted = True
+        self._memory.insists = False
 
     def preempt(self) -> None:
         """The job has to leave soon, with what is committed made durable; safe in a signal handler."""
@@ -139,6 +140,11 @@ class Coordinator:
     def finished(self) -> bool:
         """The job is over: `end` is next."""
         return self._finish is not None
+
+    @property
+    def interrupted(self) -> bool:
+        """The user wants the end."""
+        return self._interrupted
 
     def begin(self, announce: Callable[[int], None]) -> None:
         """Before the first `turn`."""

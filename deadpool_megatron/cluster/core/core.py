@@ -469,6 +469,7 @@ class Core:
     def _iterated(self, record: r.Iteration) -> Effects:
         if record.epoch == self.epoch and (yield from self.seen.iterated(record, self._now)):
             self._suspicions.got_on()
+            self._ends.got_on(record.iteration)
 
     def _did(self, record: r.SideEffect) -> Effects:
         if record.epoch >= self._start.epoch:  # else before the start began anew, and so it is to be done again
@@ -549,8 +550,9 @@ class Core:
     # ---- ends of processes
 
     def _worker_exited(self, record: r.WorkerExited) -> Effects:
-        if self._state.phase is Phase.STARTING and record.epoch != self.epoch:
-            return  # of a start that is over
+        of_old_start = self._state.phase is Phase.STARTING and record.epoch != self.epoch
+        if of_old_start and record.rank is not None:
+            return  # else it is a spare's, and those go on through all starts
         yield from self._ends.exited(record, self._now)
 
     # ---- losses

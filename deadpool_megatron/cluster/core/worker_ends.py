@@ -132,6 +132,10 @@ class WorkerEnds:
                 f"{record.message}\n" + "\n".join(record.traceback.rstrip().splitlines()[-_LINES:]),
             )
 
+    def got_on(self, iteration: int) -> None:
+        """This iteration has ended for the first time."""
+        self._blame.passed(iteration)
+
     def changed(self, node: int) -> bool:
         """The memory of a node has changed what it held: as a worker's end. True when it is one too many."""
         return self._blame.died(self._state.members.nodes[node])
