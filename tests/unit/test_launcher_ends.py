@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from deadpool_megatron.cluster.coordinator.coordinator import Coordinator, Coord
 from deadpool_megatron.cluster.coordinator.saved_state import Memory
 from deadpool_megatron.cluster.core.job import JobSpec
 from deadpool_megatron.cluster.link.awake import AwakeClock
-from deadpool_megatron.cluster.notices import PREEMPT
+from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import Guard, StoreError
 from deadpool_megatron.cluster.store.gateway import Gateway, StoreAddress
@@ -118,10 +120,10 @@ def test_an_agent_that_fails_while_the_job_runs_is_a_node_that_is_lost_and_not_o
 class _Process:
     """A coordinator that listens; `die` ends it."""
 
-    def __init__(self) -> None:
-        self.stdout = io.BytesIO(b"1 2\n")
+    def __init__(self, code: int | None = None) -> None:
+        self.stdout = io.BytesIO(b"1 2\n" if code is None else b"")
         self.signals: list[int] = []
-        self.code: int | None = None
+        self.code = code
 
     def poll(self) -> int | None:
         return self.code
@@ -137,17 +139,20 @@ class _Process:
 def _hosted(fails: int, monkeypatch: pytest.MonkeyPatch) -> tuple[CoordinatorProcess, list[_Process]]:
     """A coordinator that was killed; it cannot be started again at once, but after so many tries."""
     started: list[_Process] = []
-    left = [0]
+    left, now = [0], [0.0]
 
     def start(*of: Any, **more: Any) -> _Process:
         if left[0]:
             left[0] -= 1
+            if left[0] % 2:
+                return _Process(1)  # its interpreter does not come up
             raise BlockingIOError(11, "Resource temporarily unavailable")
         started.append(_Process())
         return started[-1]
 
     monkeypatch.setattr(processes, "replace", lambda settings, **changes: settings)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     leadership = SimpleNamespace(guard=Guard("leader", 1))
     hosted = CoordinatorProcess(SimpleNamespace(start=start), MagicMock(), leadership)  # type: ignore[arg-type]
     started[0].code = -signal.SIGKILL
@@ -156,8 +161,17 @@ def _hosted(fails: int, monkeypatch: pytest.MonkeyPatch) -> tuple[CoordinatorPro
 
 
 def test_a_coordinator_that_cannot_be_started_again_at_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    hosted, started = _hosted(3, monkeypatch)
+    hosted, started = _hosted(4, monkeypatch)
     assert hosted.revive() is None and len(started) == 2
+    hosted, started = _hosted(100, monkeypatch)
+    code, message = hosted.revive() or (0, "")
+    assert code == Exit.FAILED and "cannot be started again" in message and len(started) == 1
+
+
+def test_a_notice_ends_no_process_that_does_not_listen_to_it_yet() -> None:
+    for signum in (PREEMPT, INTERRUPT):
+        code = f"import os; os.kill(os.getpid(), {int(signum)})"
+        assert subprocess.run([sys.executable, "-c", code], preexec_fn=lambda: processes._begin(0)).returncode == 0
 
 
 def test_a_notice_that_comes_while_the_coordinator_starts_again_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -331,7 +331,9 @@ class Coordinator:
         return identity
 
     def _gone(self, identity: bytes) -> None:
-        number = identity.decode(errors="replace").removeprefix("node-").partition("@")[0]
+        name = identity.decode(errors="replace")
+        self._enlistment.left(name.removeprefix("enlist-"))
+        number = name.removeprefix("node-").partition("@")[0]
         if not number.isdecimal() or identity != self._identity(int(number)):
             return
         node = int(number)
