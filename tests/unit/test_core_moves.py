@@ -367,6 +367,20 @@ def test_a_node_whose_connection_was_replaced_at_the_end_hears_that_all_have_fin
     assert job.told(r.AllFinished, 2) == [r.AllFinished(0)]
 
 
+def test_a_node_that_trains_again_is_not_late_when_it_has_said_so_over_a_connection_that_had_ended() -> None:
+    job = SimulatedJob().train()
+    job.commit(5)
+    job.lose(1)
+    job.arrive()
+    job.prepare()
+    job.form()
+    job.restore()
+    for node in (0, 3):
+        job.feed(r.NodeResumed(1, node, 5))
+    _replaced_connection(job, 2)
+    assert job.core.epoch == 2 and job.core.nodes[2].role == "active"
+
+
 def test_a_node_whose_connection_was_replaced_at_the_start_hears_again_who_keeps_what() -> None:
     job = SimulatedJob().train()
     (placement,) = job.told(r.Placement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -151,21 +152,35 @@ def test_a_spare_that_is_asked_again_says_again_what_it_has() -> None:
     assert told == [r.Offer(1, 3, {}, {}, {}, {})] * 2
 
 
-def test_what_was_done_once_is_told_again_to_a_coordinator_that_may_have_started_again() -> None:
-    """One that is gone took what it had heard with it: after the next loss a line would be printed twice."""
+def _agent(workers: dict[int, Any]) -> tuple[Agent, list[r.AgentRecord]]:
+    """Of node 0, and what the coordinator hears of it."""
     told: list[r.AgentRecord] = []
     settings = MagicMock(node=0, active_nodes=2, durable_dir="", adopt="", host="host")
     settings.config.hang_floor, settings.config.lease = 0, 5.0
-    crew = MagicMock(workers={})
-    crew.mine.return_value = {}
+    crew, shards = MagicMock(workers=workers), MagicMock()
+    crew.mine.return_value, shards.server.port = {}, 1
     job = KnownJob(0, 2, 2, Scheme.parse("1"))
     agent = Agent(
-        settings, job, crew, MagicMock(), MagicMock(), MagicMock(), MagicMock(),
+        settings, job, crew, MagicMock(), shards, MagicMock(), MagicMock(),
         lambda packet: told.append(r.decode_from_agent(packet)),
     )  # fmt: skip
-    agent._shards.server.port = 1  # type: ignore[union-attr]
+    return agent, told
+
+
+def test_what_was_done_once_is_told_again_to_a_coordinator_that_may_have_started_again() -> None:
+    """One that is gone took what it had heard with it: after the next loss a line would be printed twice."""
+    agent, told = _agent({})
     for iteration in (4, 5):
         agent.from_worker(MagicMock(), r.SideEffect(0, 3, 0, iteration, "log"))
     told.clear()
     agent.introduce()
     assert [each for each in told if isinstance(each, r.SideEffect)] == [r.SideEffect(0, 3, 0, 5, "log")]
+
+
+def test_the_error_of_a_worker_that_has_not_ended_yet_is_told_again() -> None:
+    """Without it nobody knows that a lost peer may have caused its end, which ends the job while it starts."""
+    worker = MagicMock(local=0, rank=0, pid=7, parked=False, exited=False, registered=None, broken=None)
+    agent, told = _agent({0: worker})
+    agent.from_worker(worker, r.WorkerFailed(0, 0, 0, "setup", 0, -1, 0, "k", "p", "reset by peer", "", True))
+    agent.introduce()
+    assert told[0] == told[-1] == worker.failed and len(told) == 3

@@ -151,9 +151,9 @@ class Agent:
                 self.send(worker.registered)
             if worker.broken is not None and worker.waits(self._job.epoch):
                 self.send(worker.broken)  # somebody has to declare the epoch that it waits for
+            if worker.failed is not None:  # why it has ended, or is about to
+                self.send(worker.failed)
             if worker.exited and worker.exit_code is not None:
-                if worker.failed is not None:  # why it has ended
-                    self.send(worker.failed)
                 self.send(self._exited(worker, worker.exit_code))
         if (last := self._commits.last) is not None:
             self.send(last)  # without it nobody could ever overwrite a slot again

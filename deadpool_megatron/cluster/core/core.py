@@ -418,8 +418,8 @@ class Core:
         elif self._state.phase is Phase.STARTING:
             if first:
                 yield from self._start.send_roster()
-            elif same or record.epoch < self.epoch:
-                yield from self._start.send_again(record.node)
+            else:
+                yield from self._start.send_again(record.node, same or record.epoch < self.epoch)
         elif awaited:
             yield from self._start.came_later(record)
             yield from self._look_for_spare(record.node)

@@ -13,7 +13,6 @@ import msgspec
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.effects import Answer, Effects, LetGo, Persist, Send, StartOver, Stop, emit
-from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.placement import assignment as placing
@@ -192,7 +191,7 @@ class Recoveries:
         needed = members.holds(record.node) or record.node in self.helpers
         if current is not None and record.node in current.givers:
             needed = True
-            if current.phase is Phase.ARRIVING and record.node not in current.offers:
+            if current.waits_for(record.node):  # which it may have said over a connection that had ended
                 return True
         return needed and (record.epoch != members.epoch or not record.settled)
 

@@ -129,6 +129,11 @@ class Recovery:
         """A node trains again."""
         self._resumed.add(node)
 
+    def waits_for(self, node: int) -> bool:
+        """A node is to say what it has, or that it trains."""
+        asked = self.phase is Phase.ARRIVING and node in self.givers and node not in self.offers
+        return asked or (node in self.active and node not in self._resumed)
+
     def all_restored(self, now: float) -> bool:
         """True once, when every node has its parameters back."""
         if self.phase is not Phase.RESTORING or self.restored_reported or not self._restored >= self.active:

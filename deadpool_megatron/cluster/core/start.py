@@ -54,11 +54,12 @@ class Start:
             yield from self._state.durability.start(self._state.members.active(), self.epoch)
             yield Persist()
 
-    def send_again(self, node: int | None = None) -> Effects:
+    def send_again(self, node: int | None = None, roster: bool = True) -> Effects:
         """To one (None: to all) who was away, and may have missed the roster, or where training begins."""
         members = self._state.members
         if members.complete():
-            yield Send(node, self._roster())
+            if roster:
+                yield Send(node, self._roster())
             yield from self._state.durability.start_again(members.active(), members.epoch, node)
 
     def came_later(self, record: r.Join) -> Effects:
