@@ -34,7 +34,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["deadpool_megatron", "deadpool_megatron.*"]),
-    package_data={"deadpool_megatron": ["py.typed", "judged.txt", "patches/*.patch"]},
+    package_data={"deadpool_megatron": ["py.typed", "judged.txt", "patches/*.patch", "examples/*"]},
     python_requires=">=3.12",
     install_requires=[
         "torch>=2.11",

@@ -6,7 +6,6 @@ import argparse
 import random
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from deadpool_bench.harness.jobs import Job
+from deadpool_bench.progress import say, step
 from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.observe.recoveries import PHASES
 
@@ -60,11 +60,6 @@ class Recovery:
                 last = self.phases[name]
         out["redo"] = self.first_iteration_s - last
         return out
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -205,6 +200,7 @@ def recoveries(
             for _ in range(min(a_job, kills - len(out))):
                 out.append(one(job, rng, count, fault, frozen))
                 say(f"{name} {len(out)}: node {out[-1].nodes}, disturbance {out[-1].disturbance_s:.3f} s")
+                step()
     return out
 
 

@@ -26,6 +26,7 @@ from deadpool_bench.blocks import Ranks, pairs, read_ranks, seconds, snapshot_re
 from deadpool_bench.checkpoints import CHECKPOINTS, check_kind
 from deadpool_bench.harness.jobs import Job
 from deadpool_bench.pictures import draw_overhead
+from deadpool_bench.progress import progress, say, step
 from deadpool_bench.ratio import Comparison, compare
 from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.observe import STATUS
@@ -43,15 +44,20 @@ _GRACE_S = 8.0  # of that, for a job that is told to end
 
 def add_overhead_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `deadpool bench overhead`."""
-    parser.add_argument("--blocks", type=int, default=40, metavar="N", help="blocks a job, half with (default: 40)")
+    parser.add_argument(
+        "--blocks", type=int, default=40, metavar="N", help="blocks a job, half with (default: %(default)s)"
+    )
     parser.add_argument("--block", type=int, default=10, metavar="I", help="iterations a block (default: 10)")
     parser.add_argument("--warmup", type=int, default=10, metavar="I", help="iterations not counted (default: 10)")
     parser.add_argument("--pairs", type=int, default=0, metavar="P", help="pairs of whole runs as well (default: 0)")
     parser.add_argument(
-        "--precisions", default="bf16,fp32", metavar="LIST", help=f"of {', '.join(_PRECISIONS)} (default: bf16,fp32)"
+        "--precisions", default="bf16", metavar="LIST", help=f"of {', '.join(_PRECISIONS)} (default: %(default)s)"
     )
     parser.add_argument(
-        "--checkpoints", default="sync,async", metavar="LIST", help="Megatron's to compare with: sync, async, or none"
+        "--checkpoints",
+        default="none",
+        metavar="LIST",
+        help="Megatron's to compare with: sync, async, or none (default: %(default)s)",
     )
     parser.add_argument("--active-nodes", type=int, default=4, metavar="N", help="nodes (default: 4)")
     parser.add_argument("--nproc-per-node", type=int, default=2, metavar="P", help="workers a node (default: 2)")
@@ -129,10 +135,10 @@ class _Bench:
         now = time.monotonic()
         share = min(_RUN_S, (self._end - now) / self._parts)
         self._parts -= 1
-        size, due = 0, now + _DISTURBED_S
+        size, done, due = 0, 0, now + _DISTURBED_S
         while (code := job.process.poll()) is None:
             if time.monotonic() > now + share:
-                _say(f"deadpool: {job.run_dir.name}: its {share:.0f} s are over, it is ended")
+                say(f"deadpool: {job.run_dir.name}: its {share:.0f} s are over, it is ended")
                 job.end(_GRACE_S)
                 break
             if time.monotonic() > due:
@@ -140,10 +146,15 @@ class _Bench:
                 if job.events("declared"):
                     job.failed("a recovery has disturbed it; what was measured before counts")
             written = times / "rank-0.jsonl"
-            if grown and written.exists() and written.stat().st_size != size:
+            if written.exists() and written.stat().st_size != size:
                 size = written.stat().st_size
-                grown(read_ranks(times), job)
+                ranks = read_ranks(times)
+                step(len(ranks[0]) - done)
+                done = len(ranks[0])
+                if grown:
+                    grown(ranks, job)
             time.sleep(_LOOK_S)
+        step(self.o.blocks - done)
         if grown:
             grown(read_ranks(times), job)
         if code:
@@ -156,7 +167,7 @@ class _Bench:
 
     def lost(self, found: dict[str, Any], what: str, err: Exception) -> None:
         """A part has failed; what was measured before still counts."""
-        _say(f"deadpool: {what}: {err}")
+        say(f"deadpool: {what}: {err}")
         found.setdefault("error", str(err))
         self.failed = True
 
@@ -171,7 +182,7 @@ class _Bench:
 
 def _one_precision(bench: _Bench, precision: str) -> None:
     o = bench.o
-    _say(f"{precision}: {o.blocks} blocks of {o.block} iterations, with and without snapshots")
+    say(f"{precision}: {o.blocks} blocks of {o.block} iterations, with and without snapshots")
     found: dict[str, Any] = bench.found.setdefault(precision, {})
     both: list[tuple[list[float], list[float]]] = []
 
@@ -271,10 +282,6 @@ def _print_blocks(precision: str, c: Comparison, s: dict[str, Any]) -> None:
     )
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _wrong(o: argparse.Namespace) -> str:
     """What is wrong with the options; empty when nothing is."""
     wrong = [p for p in o.precisions.split(",") if p not in _PRECISIONS]
@@ -306,7 +313,7 @@ def _wrong_cores(text: str) -> str:
 def run_overhead(options: argparse.Namespace) -> int:
     """Measure, print, write; returns the exit code: 1 when a part has failed, whose error is among the results."""
     if wrong := _wrong(options):
-        _say(f"deadpool: bench overhead: {wrong}")
+        say(f"deadpool: bench overhead: {wrong}")
         return 2
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
@@ -318,8 +325,9 @@ def run_overhead(options: argparse.Namespace) -> int:
     if options.cores:  # everything but the workers; they move themselves (`timed`)
         os.sched_setaffinity(0, parse_cpus(options.cores.split(":")[1]))
     try:
-        for precision in precisions:
-            _one_precision(bench, precision)
+        with progress("blocks", parts * options.blocks):
+            for precision in precisions:
+                _one_precision(bench, precision)
     finally:
         os.sched_setaffinity(0, before)
         bench.save()
@@ -348,6 +356,6 @@ def _draw(options: argparse.Namespace, found: dict[str, Any]) -> None:
         return
     try:
         for path in draw_overhead(Path(options.out), measured):
-            _say(f"deadpool: {path}")
+            say(f"deadpool: {path}")
     except MissingPlots as err:
-        _say(f"deadpool: {err}")
+        say(f"deadpool: {err}")

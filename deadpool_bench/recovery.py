@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from deadpool_bench.baselines.torchft_kills import SETTINGS, Outage, check_torchft, outage, show_outages
-from deadpool_bench.kills import Recovery, medians, recoveries, say, spread
+from deadpool_bench.kills import Recovery, medians, recoveries, spread
+from deadpool_bench.progress import progress, say, step
 from deadpool_bench.restarts import Restart, choose_interval, restart
 from deadpool_megatron.jobs.job import JobError
 
@@ -76,17 +77,21 @@ def run_recovery(options: argparse.Namespace) -> int:
         say(f"deadpool: {err}")
         return 2
     rounds = max(1, len(plan), options.torchft)
+    steps = options.kills + len(plan) + options.torchft * len(SETTINGS)
     try:
-        for turn in range(rounds):
-            # Alternated: some kills, a restart, some kills ...
-            share = options.kills * (turn + 1) // rounds - options.kills * turn // rounds
-            kills += recoveries(options, base, f"deadpool-{turn}", share)
-            if turn < options.torchft:
-                for settings in SETTINGS:
-                    name = "-".join(["torchft", *settings.name.replace(",", "").split(), str(turn)])
-                    others.append(outage(options, base, name, settings))
-            if turn < len(plan):
-                found.append(restart(options, base, *plan[turn]))  # type: ignore[arg-type]
+        with progress("kills and restarts", steps):
+            for turn in range(rounds):
+                # Alternated: some kills, a restart, some kills ...
+                share = options.kills * (turn + 1) // rounds - options.kills * turn // rounds
+                kills += recoveries(options, base, f"deadpool-{turn}", share)
+                if turn < options.torchft:
+                    for settings in SETTINGS:
+                        name = "-".join(["torchft", *settings.name.replace(",", "").split(), str(turn)])
+                        others.append(outage(options, base, name, settings))
+                        step()
+                if turn < len(plan):
+                    found.append(restart(options, base, *plan[turn]))  # type: ignore[arg-type]
+                    step()
     except JobError as err:  # what was measured before still counts
         failed = str(err)
     if kills:

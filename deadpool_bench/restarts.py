@@ -23,7 +23,8 @@ from typing import Final
 
 from deadpool_bench.checkpoints import CHECKPOINTS, CheckpointKind, check_kind
 from deadpool_bench.harness.jobs import Job
-from deadpool_bench.kills import RECOVER_S, START_S, launch_options, say
+from deadpool_bench.kills import RECOVER_S, START_S, launch_options
+from deadpool_bench.progress import say
 from deadpool_megatron.observe import LOGS
 
 _LINE: Final = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+)\] iteration +(\d+)/")

@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from deadpool_bench.kills import Recovery, medians, recoveries, say
+from deadpool_bench.kills import Recovery, medians, recoveries
+from deadpool_bench.progress import progress, say
 from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.observe.recoveries import PHASES
 
@@ -123,12 +124,13 @@ def _run(
     base = Path(tempfile.mkdtemp(prefix="deadpool-bench-"))
     found: dict[str, list[Recovery]] = {}
     failed = ""
-    for name, measure in cells:
-        try:
-            found[name] = measure(base)
-        except JobError as err:  # the other points still count
-            failed = failed or str(err)
-            say(f"deadpool: {err}")
+    with progress("kills", len(cells) * options.kills):
+        for name, measure in cells:
+            try:
+                found[name] = measure(base)
+            except JobError as err:  # the other points still count
+                failed = failed or str(err)
+                say(f"deadpool: {err}")
     _show(found)
     if options.out:
         content = {name: [asdict(r) for r in rows] for name, rows in found.items()}

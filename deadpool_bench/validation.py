@@ -10,7 +10,6 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deadpool_bench.harness.jobs import Job
+from deadpool_bench.progress import progress, say, step
 from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.simulate.goodput import Cluster, Costs, simulate
 
@@ -82,6 +82,7 @@ def _disturb(options: argparse.Namespace, run_dir: Path, rng: random.Random) -> 
             moments.append(job.kill_node(victim))
             back = partial(_after, job, epoch)
             job.until("iteration after the fault", back, _RECOVER_S)
+            step()
         job.until("five more iterations", partial(_more, job, len(job.events("iteration")) + 4), _RECOVER_S)
         iterations = job.events("iteration")
     return _account(iterations, moments, start)
@@ -123,15 +124,16 @@ def run_model(options: argparse.Namespace) -> int:
     rng = random.Random(options.seed)
     base = Path(tempfile.mkdtemp(prefix="deadpool-bench-"))
     if options.jobs < 2:
-        print("deadpool: --jobs must be 2 or more: each is predicted from the others", file=sys.stderr)
+        say("deadpool: --jobs must be 2 or more: each is predicted from the others")
         return 2
     jobs: list[Disturbed] = []
     try:
-        for number in range(options.jobs):
-            jobs.append(_disturb(options, base / f"job-{number}", rng))
-            print(f"job {number + 1}: {len(jobs[-1].faults)} faults in {jobs[-1].wall_s:.1f} s", file=sys.stderr)
+        with progress("kills", options.jobs * options.faults):
+            for number in range(options.jobs):
+                jobs.append(_disturb(options, base / f"job-{number}", rng))
+                say(f"job {number + 1}: {len(jobs[-1].faults)} faults in {jobs[-1].wall_s:.1f} s")
     except JobError as err:
-        print(f"deadpool: {err}", file=sys.stderr)
+        say(f"deadpool: {err}")
         return 1
     rows = []
     header = ("job", 4), ("faults", 7), ("wall s", 8), ("pace s", 7), ("recovery s", 11), ("measured", 9)

@@ -68,10 +68,19 @@ def _main(argv: Sequence[str] | None) -> int:
     commands.add_parser("check", help="which of a job's flags a swap can carry, and from what that is known")
     add_doctor_arguments(commands.add_parser("doctor", help="check a machine, or an allocation, before a run"))
     patching.add_patch_arguments(commands.add_parser("patch", help="put DeadPool's lines into a Megatron-LM checkout"))
+    commands.add_parser("demo", help="train a tiny GPT twice, kill a node the second time, show that both are equal")
+    commands.add_parser("examples", help="print the directory of the example script and its flags")
     commands.add_parser("schema", help="print the JSON schema of the YAML file of --deadpool-config")
     if arguments[:1] == ["check"]:  # what follows are Megatron's flags
         return run_check(arguments[1:])
+    if arguments[:1] == ["demo"]:
+        from deadpool_megatron.demo import main as run_demo
+
+        return run_demo(arguments[1:], "deadpool demo")
     options = parser.parse_args(arguments)
+    if options.command == "examples":
+        print(Path(__file__).parent / "examples")
+        return 0
     if options.command == "patch":
         return patching.run(options)
     if options.command == "schema":

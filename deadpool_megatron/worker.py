@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import msgspec
 
@@ -78,7 +78,9 @@ def _die_with_agent() -> None:
 
 def _show_stacks_when_asked() -> None:
     """The agent asks a stuck worker for the stacks of all its threads; this works in any state but a dead one."""
-    file = open(os.environ[STACKS_FILE], "a")  # noqa: SIM115 - the signal handler writes to it as long as we live
+    file: TextIO = sys.stderr  # where a disk that is full or read-only has no room for one of its own
+    with contextlib.suppress(OSError):
+        file = open(os.environ[STACKS_FILE], "a")  # noqa: SIM115 - the signal handler writes to it as long as we live
     faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
 
 

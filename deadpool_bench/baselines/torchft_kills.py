@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, Self
 
 from deadpool_bench.baselines.torchft_pretrain import ROWS
-from deadpool_bench.kills import RECOVER_S, START_S, say
+from deadpool_bench.kills import RECOVER_S, START_S
+from deadpool_bench.progress import say
 from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.launcher.processes import end_with_parent
 

@@ -28,6 +28,7 @@ from deadpool_bench.control_plane.etcd import EtcdMembers, cpu_s
 from deadpool_bench.control_plane.swarm import SwarmSettings
 from deadpool_bench.paths import importing
 from deadpool_bench.pictures import draw_control
+from deadpool_bench.progress import progress, step
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
@@ -298,8 +299,8 @@ def _say(agents: int, store: str, kill: dict[str, float]) -> None:
 def add_control_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `deadpool bench control`."""
     add = parser.add_argument
-    add("--agents", default="64,256,1024,4096", metavar="N,...", help="sizes (default: 64,256,1024,4096)")
-    add("--stores", default="embedded,etcd", metavar="S,...", help="embedded, etcd or both (default: both)")
+    add("--agents", default="64,256,1024", metavar="N,...", help="sizes (default: %(default)s)")
+    add("--stores", default="embedded", metavar="S,...", help="embedded, etcd or both (default: %(default)s)")
     add("--etcd-members", type=int, default=1, metavar="M", help="servers of the etcd store (default: 1)")
     add("--slots", type=int, default=8, metavar="P", help="ranks a node (default: 8)")
     add("--runs", type=int, default=5, metavar="K", help="nodes killed, one after the other, a size (default: 5)")
@@ -325,13 +326,15 @@ def run_control(options: argparse.Namespace) -> int:
             raise ValueError(f"--stores {unknown[0]}: there are {' and '.join(_STORES)}")
         out = Path(options.out).absolute()
         results = []
-        for agents in sizes:
-            for store in stores:
-                directory = out / f"{store}-{agents}-{os.getpid()}"
-                directory.mkdir(parents=True)
-                print(f"{agents} agents, {agents * options.slots} ranks, {store} store", flush=True)
-                results.append(_measure(directory, agents, store, options))
-                (out / "control.json").write_text(json.dumps(results, indent=1) + "\n")
+        with progress("agents", sum(sizes) * len(stores)):
+            for agents in sizes:
+                for store in stores:
+                    directory = out / f"{store}-{agents}-{os.getpid()}"
+                    directory.mkdir(parents=True)
+                    print(f"{agents} agents, {agents * options.slots} ranks, {store} store", flush=True)
+                    results.append(_measure(directory, agents, store, options))
+                    (out / "control.json").write_text(json.dumps(results, indent=1) + "\n")
+                    step(agents)
     except (ValueError, StoreError, TimeoutError) as err:
         print(f"deadpool: bench control: {err}", file=sys.stderr)
         return 2

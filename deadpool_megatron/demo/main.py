@@ -18,17 +18,21 @@ from deadpool_megatron.demo.evidence import Evidence, Step, steps_of
 from deadpool_megatron.demo.report import show_evidence, show_recovery, show_verdict, usual_seconds
 from deadpool_megatron.demo.runs import DeathWatch, DemoRun, identities
 from deadpool_megatron.demo.screen import Screen
-from deadpool_megatron.emulation import find_transformer_engine
+from deadpool_megatron.emulation import has_transformer_engine
 from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.observe.recoveries import recoveries
 from deadpool_megatron.observe.tables import make_console
 
-_FLAGS = "examples/cpu_te.args"
+
+def _example(name: str) -> str:
+    """An example of the project: in a clone as one types it, else where the package is."""
+    here = Path("examples", name)
+    return str(here if here.is_file() else Path(__file__).parents[1] / here)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="demo.sh",
+        prog=prog,
         description="Train a tiny GPT with Megatron, kill a node in the middle of an iteration, and show that nothing "
         "is different from the same run without the kill. Needs no GPU.",
     )
@@ -40,8 +44,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=12, metavar="M", help="iterations of a run (default: 12)")
     parser.add_argument("--active-nodes", type=int, default=4, metavar="A", help="nodes that train (default: 4)")
     parser.add_argument("--run-dir", default="runs/demo", metavar="DIR", help="both runs' files (default: runs/demo)")
-    parser.add_argument("--script", default="examples/pretrain_gpt.py", metavar="FILE", help="training script")
-    parser.add_argument("--flags", default=_FLAGS, metavar="FILE", help="its flags, in shell syntax")
+    parser.add_argument(
+        "--script", default=_example("pretrain_gpt.py"), metavar="FILE", help="training script (default: %(default)s)"
+    )
+    flags = _example("cpu_te.args" if has_transformer_engine() else "cpu_tiny.args")
+    parser.add_argument(
+        "--flags", default=flags, metavar="FILE", help="its flags, in shell syntax (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     if not 0 <= options.node < options.active_nodes:
         parser.error(f"--node {options.node}: the nodes that train are 0 to {options.active_nodes - 1}")
@@ -51,9 +60,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--tick {options.tick}: passes are counted from 1")
     for path in (options.script, options.flags):
         if not Path(path).is_file():
-            parser.error(f"{path} does not exist: run this in the root of the repository")
-    if options.flags == _FLAGS and not find_transformer_engine():
-        parser.error("Transformer Engine is not installed: run scripts/demo.sh, or add --flags examples/cpu_tiny.args")
+            parser.error(f"{path} does not exist")
     return options
 
 
@@ -133,9 +140,9 @@ def _ended(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "demo.sh") -> int:
     """Run the demo. 0: both runs are equal; 1: they differ or a run failed; 2: bad options; 130: interrupted."""
-    options = _parse(argv)
+    options = _parse(argv, prog)
     console = make_console()
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, _ended)

@@ -6,7 +6,7 @@ agents nor Megatron.
 """
 
 from .client import DrainerProcess
-from .errors import Damaged, DurableError, NotFit, Unreachable
+from .errors import Damaged, DurableError, NoRoom, NotFit, Unreachable
 from .files import find
 from .format import FORMAT, Coordinate, Item, Layout, Manifest, ShardFile, directory_name
 from .lease import Lease, Taken, this_process
@@ -30,6 +30,7 @@ __all__ = [
     "Layout",
     "Lease",
     "Manifest",
+    "NoRoom",
     "NotFit",
     "Seal",
     "ShardFile",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -26,6 +27,7 @@ class DrainerProcess:
         self._on_answer = on_answer
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()  # that its writer sends
         self._told: dict[tuple[type, int], Stage | Describe] = {}
         self._waiting: dict[tuple[str, bool], Order] = {}
         self._closed = False
@@ -37,24 +39,27 @@ class DrainerProcess:
                 return
             self._told[type(order), order.rank] = order
             if self._process is not None:
-                self._send(order)
+                self._orders.put(order)
             else:
                 self._start()
 
     def give(self, order: Drain | Seal) -> None:
         """Order a drain or a seal."""
-        name = order.name if isinstance(order, Drain) else order.manifest.name
+        name, sealed = order.name if isinstance(order, Drain) else order.manifest.name, isinstance(order, Seal)
         with self._lock:
-            self._waiting[name, isinstance(order, Seal)] = order
-            if self._process is None:
-                self._start()
-            self._send(order)
+            error = self._start() if self._process is None else ""
+            if not error:
+                self._waiting[name, sealed] = order
+                self._orders.put(order)
+        if error:
+            self._on_answer(Staged(name))
+            self._on_answer(Done(name, sealed, (), error))
 
     def cancel(self, order: Cancel) -> None:
         """Give something up; its `Done` still comes."""
         with self._lock:
             if self._process is not None:
-                self._send(order)
+                self._orders.put(order)
 
     def close(self) -> None:
         """End the process. What was under way has no manifest and so does not count."""
@@ -69,43 +74,44 @@ class DrainerProcess:
 
     # ---- with the lock held
 
-    def _start(self) -> None:
+    def _start(self) -> str:
+        """Why it cannot be started; empty when it is."""
         if self._closed:
-            return
+            return "this node ends"
         before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)  # inherited, until the process ignores them
         try:
-            self._process = process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "deadpool_megatron.durable.drainer"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,
             )
+        except OSError as err:
+            return f"the drainer of this node cannot be started: {err}"
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        threading.Thread(target=self._listen, args=(process,), name="drainer", daemon=True).start()
+        self._process, self._orders = process, queue.SimpleQueue()
         for order in self._told.values():
-            self._send(order)
-
-    def _send(self, order: Order) -> None:
-        process = self._process
-        if process is None or process.stdin is None:
-            return
-        with contextlib.suppress(OSError):  # it is dead: the listener answers for it
-            process.stdin.write(msgspec.json.encode(order) + b"\n")
-            process.stdin.flush()
+            self._orders.put(order)
+        try:
+            threading.Thread(target=_write, args=(process, self._orders), name="drainer-orders", daemon=True).start()
+            threading.Thread(target=self._listen, args=(process, self._orders), name="drainer", daemon=True).start()
+        except RuntimeError as err:
+            process.kill()
+            self._process = None
+            return f"the drainer of this node cannot be spoken to: {err}"
+        return ""
 
     # ---- the listener
 
-    def _listen(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None
-        decoder: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
-        for line in process.stdout:
-            answer = decoder.decode(line)
+    def _listen(self, process: subprocess.Popen[bytes], orders: queue.SimpleQueue[Order | None]) -> None:
+        for answer in _answers(process):
             if isinstance(answer, Done):
                 with self._lock:
                     self._waiting.pop((answer.name, answer.sealed), None)
             self._on_answer(answer)
         code = process.wait()
+        orders.put(None)
         with self._lock:
             if self._process is process:
                 self._process = None
@@ -115,3 +121,25 @@ class DrainerProcess:
             for name, sealed in left:
                 self._on_answer(Staged(name))
                 self._on_answer(Done(name, sealed, (), f"the drainer of this node ended ({code})", unsure=sealed))
+
+
+def _answers(process: subprocess.Popen[bytes]) -> Iterator[Answer]:
+    """What it says, to its end."""
+    assert process.stdout is not None
+    decoder: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
+    for line in process.stdout:
+        try:
+            yield decoder.decode(line)
+        except msgspec.MsgspecError:  # it died in the middle of a line
+            process.kill()
+            return
+
+
+def _write(process: subprocess.Popen[bytes], orders: queue.SimpleQueue[Order | None]) -> None:
+    """In a thread of its own: a drainer that does not read, because its start hangs in a file system, holds up nobody
+    else. Layouts are longer than what a pipe takes."""
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):  # it is dead: the listener answers for it
+        while (order := orders.get()) is not None:
+            process.stdin.write(msgspec.json.encode(order) + b"\n")
+            process.stdin.flush()

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from deadpool_megatron.vault import CONSTANT, Arena, ChecksumMismatch, NotHeld, Slot, VaultError, Version, constants_of
+from deadpool_megatron.vault import CONSTANT, Arena, ChecksumMismatch, NotHeld, Slot, Version, constants_of
 
 from .errors import Cancelled, DurableError
 from .files import prune, read_layout, remove_attempt, seal, write_constants, write_layout, write_shard
@@ -93,12 +93,13 @@ class _Drainer:
     # ---- the thread that works
 
     def work(self) -> None:
+        """Whatever goes wrong, drivers of stores included, is an answer: a drain that is not answered is waited for."""
         while (order := self._orders.get()) is not None:
             match order:
                 case Stage():
                     self._stage(order)
                 case Describe():
-                    with contextlib.suppress(OSError, DurableError):  # it may never be needed
+                    with contextlib.suppress(Exception):  # it may never be needed
                         _check(store := open_store(order.directory), order.job)
                         write_layout(store, order.rank, order.layout)
                 case Drain():
@@ -108,7 +109,7 @@ class _Drainer:
                 case Cancel():
                     self._cancelled.discard(order.name)
                     if order.remove:
-                        with contextlib.suppress(OSError, DurableError):  # what is left has no manifest
+                        with contextlib.suppress(Exception):  # what is left has no manifest
                             store = open_store(order.directory)
                             _check(store, order.job)
                             remove_attempt(store, order.name)
@@ -122,7 +123,7 @@ class _Drainer:
         try:
             enough = have is not None and have[0].capacity >= order.nbytes
             staging = have[0] if have is not None and enough else Staging(order.rank, order.nbytes)
-        except VaultError as err:
+        except Exception as err:  # noqa: BLE001 - see `work`
             self._unstaged[order.rank] = _one_line(err)
             return
         self._staging[order.rank] = (staging, order.layout)
@@ -163,7 +164,7 @@ class _Drainer:
                     unusable = constants_of(take.rank)
                     raise
                 shards.append(msgspec.structs.replace(shard, constants=constants))
-        except (OSError, VaultError, DurableError) as err:
+        except Exception as err:  # noqa: BLE001 - see `work`
             error = _one_line(err)
         self._tell(Done(order.name, False, tuple(shards), error, unusable=unusable))
 
@@ -212,9 +213,12 @@ class _Drainer:
         except (OSError, DurableError) as err:
             self._tell(Done(name, True, (), _one_line(err)))
             return
+        except Exception as err:  # noqa: BLE001 - see `work`
+            self._tell(Done(name, True, (), _one_line(err), unsure=True))
+            return
         try:
             problems = prune(store, name, order.keep)
-        except OSError as err:
+        except Exception as err:  # noqa: BLE001 - see `work`
             problems = [f"old generations in {store.root} could not be removed: {err}"]
         self._tell(Done(name, True, problems=tuple(problems)))
 

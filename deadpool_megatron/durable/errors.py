@@ -15,6 +15,10 @@ class Unreachable(DurableError):
     """The file system, or the network to it, has failed; what is there may be whole."""
 
 
+class NoRoom(DurableError):
+    """This node has no memory for what is durable, which may be whole."""
+
+
 class NotFit(DurableError):
     """A durable generation is of another model or layout than this job."""
 

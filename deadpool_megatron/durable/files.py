@@ -115,7 +115,7 @@ def write_layout(store: Store, holder: int, layout: Layout) -> None:
 def read_layout(store: Store, holder: int) -> Layout:
     """What `write_layout` has written. Raises OSError, Damaged."""
     name = layout_name(holder)
-    with store.open(name) as f:
+    with contextlib.closing(store.open(name)) as f:
         try:
             return msgspec.json.decode(f.read(), type=Layout)
         except msgspec.MsgspecError as err:
@@ -176,7 +176,7 @@ def prune(store: Store, newest: str, keep: Sequence[str]) -> list[str]:
 def read_manifest(store: Store, directory: str) -> Manifest:
     """The manifest of one directory; its files must be there with their sizes. Raises Damaged, OSError."""
     where = f"{store.root}/{directory}/{MANIFEST}"
-    with store.open(f"{directory}/{MANIFEST}") as file:
+    with contextlib.closing(store.open(f"{directory}/{MANIFEST}")) as file:
         manifest = decode_manifest(file.read(), where)
     if manifest.name != directory or manifest.generation != generation_of(directory):
         raise Damaged(f"{where} belongs to {manifest.name}")
@@ -207,25 +207,37 @@ def find(store: Store) -> Found:
     return Found(tuple(complete), tuple(damaged))
 
 
+def _no_check() -> None:
+    """Nothing ends the reading."""
+
+
 def read_shard(
-    store: Store, directory: str, shard: ShardFile, place: Callable[[ShardHeader], tuple[memoryview, memoryview]]
+    store: Store,
+    directory: str,
+    shard: ShardFile,
+    place: Callable[[ShardHeader], tuple[memoryview, memoryview]],
+    check: Callable[[], None] = _no_check,
 ) -> ShardHeader:
     """Read one coordinate's file into memory, and compare all of it with its digest.
 
     Args:
         place: given the header, returns where to put things: the unique state (``layout.unique_bytes`` bytes, every
             item at its offset) and the small state (``small_bytes`` bytes).
+        check: called before each block; what it raises ends the reading.
 
     Raises Damaged (the memory holds garbage then), OSError.
     """
-    return _read(store, f"{directory}/{shard.file}", shard.rank, shard, place)
+    return _read(store, f"{directory}/{shard.file}", shard.rank, shard, place, check)
 
 
 def read_constants(
-    store: Store, file: ConstantsFile, place: Callable[[ShardHeader], tuple[memoryview, memoryview]]
+    store: Store,
+    file: ConstantsFile,
+    place: Callable[[ShardHeader], tuple[memoryview, memoryview]],
+    check: Callable[[], None] = _no_check,
 ) -> ShardHeader:
     """Read what never changes, as `read_shard`."""
-    return _read(store, file.path, 0, file, place)
+    return _read(store, file.path, 0, file, place, check)
 
 
 def _read(
@@ -234,6 +246,7 @@ def _read(
     rank: int,
     told_of: ShardFile | ConstantsFile,
     place: Callable[[ShardHeader], tuple[memoryview, memoryview]],
+    check: Callable[[], None],
 ) -> ShardHeader:
     where = f"{store.root}/{name}"
     told = xxhash.xxh3_128()
@@ -242,6 +255,7 @@ def _read(
         def fill(view: memoryview) -> None:
             done = 0
             while done < len(view):
+                check()
                 block = file.read(min(_BLOCK, len(view) - done))
                 if not block:
                     raise Damaged(f"{where} ends {len(view) - done} bytes early")

@@ -153,12 +153,13 @@ class Lease:
         number, newest = (0, None) if found is None else (found[0], _decode(found[1]))
         if number > self._number and newest is None:
             return True  # somebody is writing it
-        if number > self._number and newest is not None:
-            if newest.job != self._owner.job:
-                self.lost = Taken(self._store.root, newest)
-            if self._number or self.lost is not None:
-                self._over.set()  # another job's, or that of this coordinator's own successor
-                return False
+        if number >= self._number and newest is not None and newest.job != self._owner.job:
+            self.lost = Taken(self._store.root, newest)  # (the same number: it was quicker to make it)
+            self._over.set()
+            return False
+        if number > self._number != 0:
+            self._over.set()  # this coordinator's own successor
+            return False
         self._owner = msgspec.structs.replace(self._owner, beat=self._owner.beat + 1, renewed=_now())
         if number == self._number != 0:
             self._store.overwrite(_name(number), _encode(self._owner))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from deadpool_megatron.vault import CONSTANT, Slot, Vault, VaultError, Version, constants_of, own_copy, store_shard
 
-from .errors import DurableError, Unreachable
+from .errors import DurableError, NoRoom, Unreachable
 from .files import find, read_constants, read_manifest, read_shard
 from .format import Manifest, ShardHeader
 from .store import Store
@@ -32,7 +32,7 @@ def load_shards(
         capacity: bytes of room for the small state of an arena, given the bytes it has now.
         loaded: called after each rank, and each holder of constants, with (holder, manifest, digest of its layout).
 
-    Blocks for the disk. Raises DurableError, Unreachable when it may pass; nothing half-read counts as held.
+    Blocks for the disk. Raises DurableError, Unreachable when it may pass, NoRoom; nothing half-read counts as held.
     """
     try:
         manifest = read_manifest(store, name)
@@ -47,8 +47,13 @@ def load_shards(
             _load(vault, rank, epoch, version, capacity, functools.partial(read_shard, store, name, shard))
             loaded(rank, manifest, shard.layout)
     except (OSError, VaultError) as err:
-        passes = isinstance(err, OSError) and not isinstance(err, FileNotFoundError)
-        raise (Unreachable if passes else DurableError)(f"{store.root}/{name} cannot be read: {err}") from None
+        raise _kind(err)(f"{store.root}/{name} cannot be read: {err}") from None
+
+
+def _kind(err: OSError | VaultError) -> type[DurableError]:
+    if isinstance(err, VaultError):
+        return Unreachable if err.broken else NoRoom if err.own else DurableError
+    return DurableError if isinstance(err, FileNotFoundError) else Unreachable
 
 
 def load_constants(vault: Vault, store: Store, rank: int, epoch: int, capacity: Callable[[int], int]) -> None:
@@ -75,12 +80,12 @@ def _load(
     epoch: int,
     version: Version,
     capacity: Callable[[int], int],
-    read: Callable[[Callable[[ShardHeader], tuple[memoryview, memoryview]]], ShardHeader],
+    read: Callable[[Callable[[ShardHeader], tuple[memoryview, memoryview]], Callable[[], None]], ShardHeader],
 ) -> None:
     if own_copy(vault, holder, version) is not None:
         return
 
-    def fill(open_slot: Callable[[int, int], Slot]) -> int:
+    def fill(open_slot: Callable[[int, int], Slot], check: Callable[[], None]) -> int:
         def place(header: ShardHeader) -> tuple[memoryview, memoryview]:
             # (a damaged file may have had memory of a wrong size made for it: nothing is in that)
             there = vault.arena(holder, "own")
@@ -92,6 +97,6 @@ def _load(
                 raise DurableError(f"the small state of rank {holder} does not fit its arena")
             return slot.unique, slot.small[: header.small_bytes]
 
-        return read(place).small_bytes
+        return read(place, check).small_bytes
 
     store_shard(vault, holder, epoch, version, fill)

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from .errors import DurableError
 
@@ -32,6 +32,16 @@ class Writing(Protocol):
         """Leave nothing behind, as far as that can be had."""
 
 
+class Reading(Protocol):
+    """One file that is being read."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The next bytes, at most so many; none at the end. Raises OSError."""
+
+    def close(self) -> None:
+        """Give it back."""
+
+
 class Store(Protocol):
     """One durable directory. Names are ``directory/file``. Everything may block, and raise OSError."""
 
@@ -43,7 +53,7 @@ class Store(Protocol):
     def create(self, name: str) -> Writing:
         """Begin a file; its directory is made when it is missing, the root never is."""
 
-    def open(self, name: str) -> IO[bytes]:
+    def open(self, name: str) -> Reading:
         """Read a file. Raises FileNotFoundError."""
 
     def size(self, name: str) -> int | None:
@@ -106,7 +116,7 @@ class LocalStore:
             os.mkdir(path.parent)
         return _LocalWriting(path)
 
-    def open(self, name: str) -> IO[bytes]:
+    def open(self, name: str) -> Reading:
         return open(self._path(name), "rb", buffering=0)
 
     def size(self, name: str) -> int | None:
@@ -244,10 +254,9 @@ class ObjectStore:
             self._fs.makedirs(self._path(name).rsplit("/", 1)[0], exist_ok=True)
             return _ObjectWriting(self._fs, self._path(name), self.root)
 
-    def open(self, name: str) -> IO[bytes]:
+    def open(self, name: str) -> Reading:
         with _as_os_errors(self.root):
-            file: IO[bytes] = self._fs.open(self._path(name), "rb")
-            return file
+            return _ObjectReading(self._fs.open(self._path(name), "rb"), self.root)
 
     def size(self, name: str) -> int | None:
         with _as_os_errors(self.root):
@@ -295,6 +304,25 @@ class ObjectStore:
     def remove(self, directory: str) -> None:
         with _as_os_errors(self.root):
             self._fs.rm(self._path(directory), recursive=True)
+
+
+class _ObjectReading:
+    """What a driver raises in the middle of a file is an OSError too."""
+
+    def __init__(self, file: Any, url: str) -> None:
+        self._file = file
+        self._url = url
+
+    def read(self, size: int = -1, /) -> bytes:
+        """See `Reading`."""
+        with _as_os_errors(self._url):
+            data: bytes = self._file.read(size)
+            return data
+
+    def close(self) -> None:
+        """See `Reading`."""
+        with _as_os_errors(self._url):
+            self._file.close()
 
 
 class _ObjectWriting:

@@ -9,7 +9,14 @@ import importlib.util
 import sys
 from pathlib import Path
 
-__all__ = ["EmulationError", "environment", "find_transformer_engine", "install", "is_installed"]
+__all__ = [
+    "EmulationError",
+    "environment",
+    "find_transformer_engine",
+    "has_transformer_engine",
+    "install",
+    "is_installed",
+]
 
 _installed = False
 
@@ -39,18 +46,27 @@ def is_installed() -> bool:
     return _installed
 
 
-def find_transformer_engine() -> bool:
+def has_transformer_engine() -> bool:
     """Whether Transformer Engine's Python is here, which Megatron's default implementation needs.
 
     Without its libraries it only fails where it is imported without the emulation, and Megatron with it. So it is
-    looked for in a folder of its own too, ``emulation`` in the environment's prefix, which then joins ``sys.path``:
+    looked for in a folder of its own too, ``emulation`` in the environment's prefix:
 
         pip install --no-deps --target PREFIX/emulation transformer-engine==2.20.2
     """
-    apart = Path(sys.prefix) / "emulation"
-    if apart.is_dir() and str(apart) not in sys.path:
-        sys.path.append(str(apart))
+    return (_apart() / "transformer_engine").is_dir() or importlib.util.find_spec("transformer_engine") is not None
+
+
+def find_transformer_engine() -> bool:
+    """The same; a folder of its own joins ``sys.path``."""
+    apart = str(_apart())
+    if _apart().is_dir() and apart not in sys.path:
+        sys.path.append(apart)
     return importlib.util.find_spec("transformer_engine") is not None
+
+
+def _apart() -> Path:
+    return Path(sys.prefix) / "emulation"
 
 
 def install(*, force: bool = False) -> None:

@@ -500,6 +500,7 @@ class Hooks:
         state, totals = trainer.small_state, call["total_loss_dict"]
         points.reach("log.before")
         trainer.look()
+        self._series.spare(self.host)
         with trainer.once.quiet_if(trainer.once.done("log", iteration)):
             result = call()
         trainer.look()  # upstream reduces some of its averages only there

@@ -5,12 +5,18 @@ Megatron makes both on the last rank only; elsewhere nothing is written.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
 
 from deadpool_megatron.megatron.host import Host
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron.trainer import MegatronTrainer
+
+_AGAIN_S: Final = 60.0
 
 
 class Series:
@@ -19,6 +25,14 @@ class Series:
     def __init__(self) -> None:
         self._recoveries = 0
         self._last_s = 0.0
+        self._spared: Any = None
+
+    def spare(self, host: Host) -> None:
+        """See `never_fails`. Call before anything of an iteration is written."""
+        tensorboard, _ = host.writers
+        if tensorboard is not None and tensorboard is not self._spared:
+            self._spared = tensorboard
+            never_fails(tensorboard)
 
     def recovered(self, seconds: float) -> None:
         """This rank was away from training for ``seconds``."""
@@ -37,3 +51,33 @@ class Series:
                 tensorboard.add_scalar(name, value, iteration)
         if wandb is not None:
             wandb.log(values, iteration)
+
+
+def never_fails(writer: Any, clock: Callable[[], float] = time.monotonic) -> None:
+    """What only observes never ends training: a TensorBoard writer (torch's) drops what its disk has no room for.
+
+    Its thread ends by the first error, and every call raises that from then on, Megatron's own too. So it begins a new
+    file, a minute later.
+    """
+    again_at = 0.0
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal again_at
+            if clock() < again_at:
+                return None
+            try:
+                return method(*args, **kwargs)
+            except Exception as err:  # noqa: BLE001 - those of the file systems that it has drivers for, too
+                if not again_at:
+                    print(f"deadpool: TensorBoard's file cannot be written: {err}; training goes on", file=sys.stderr)
+                again_at = clock() + _AGAIN_S
+                writer.file_writer = writer.all_writers = None
+                return None
+
+        return call
+
+    for name in dir(writer):
+        if name.startswith("add_") or name in ("flush", "close"):
+            setattr(writer, name, guarded(getattr(writer, name)))

@@ -16,7 +16,7 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import msgspec
 
@@ -104,6 +104,7 @@ class RunDirectory:
             wrapped = textwrap.fill(text, _COLUMNS, break_long_words=False, break_on_hyphens=False)
             with self._trying(RECOVERIES):
                 self._append(wrapped + "\n\n")
+            done.steps.clear()  # of thousands of nodes, in thousands of recoveries; the events have them
             print(wrapped, file=sys.stderr, flush=True)
 
     def flush(self) -> None:
@@ -245,32 +246,35 @@ class NodeLog:
     """Writer of what one agent sees of its own node: ``node-N.jsonl``, of bounded length.
 
     The events have what concerns the whole job; here is what would be too much for them: every shard's snapshot and its
-    way to the peer. Both have the same shape (``t`` in unix seconds, ``event``, further fields). Raises OSError when it
-    cannot be made; afterwards a full disk only stops the log.
+    way to the peer. Both have the same shape (``t`` in unix seconds, ``event``, further fields). What a full or
+    read-only disk has no room for is lost.
     """
 
     def __init__(self, directory: str | Path, node: int, limit: int = _NODE_LOG) -> None:
         self.path = Path(directory) / f"node-{node}.jsonl"
         self._limit = limit
         self._node = node
-        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the life of the agent
+        self._file: TextIO | None = None
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line; ``t`` is now unless given."""
         line = json.dumps({"t": time.time(), "event": event, "node": self._node, **fields})
         try:
+            if self._file is None:
+                self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the life of the agent
             self._file.write(line + "\n")
             if self._file.tell() > self._limit:
-                self._file.close()
+                self.close()
                 os.replace(self.path, f"{self.path}.old")
-                self._file = open(self.path, "a", buffering=1)  # noqa: SIM115
-        except (OSError, ValueError):
-            return  # a log that cannot be written must not end a node; ValueError: closed by such an error before
+        except OSError:
+            return  # a log that cannot be written must not end a node
 
     def close(self) -> None:
-        """Close the file. What a full disk has no room for is lost."""
-        with contextlib.suppress(OSError):
-            self._file.close()
+        """Close the file."""
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def read_node_logs(run_dir: str | Path) -> Iterator[dict[str, Any]]:

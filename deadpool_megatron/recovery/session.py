@@ -21,8 +21,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -32,6 +33,8 @@ from deadpool_megatron.cluster import records as r
 _MAX_PACKET = 1 << 17
 _PART = 1 << 16
 _AGENT_LOST = 81
+_ANSWER_S = 120.0
+_CLEAR_S = 3.0  # a GiB of a shard, which has two slots: five times what it takes
 
 
 class EpochClosed(BaseException):
@@ -113,7 +116,7 @@ class Session:
             self.tell(r.Whereabouts(record.query, self.is_waiting()))
             return
         if isinstance(record, r.ExitNotice):
-            self.on_exit_notice()
+            _attempt(self.on_exit_notice)
             return
         if isinstance(record, r.Declare) and record.epoch > self.declared_epoch:
             with self._news:
@@ -121,12 +124,12 @@ class Session:
                 self._rendezvous = record.rendezvous or self._rendezvous
                 self.declared_epoch = record.epoch
                 self._news.notify_all()
-            self.on_replaced(record.replaced)
-            self._on_declare(record.epoch)
+            _attempt(self.on_replaced, record.replaced)
+            _attempt(self._on_declare, record.epoch)
             if (rank := self._standing_by) is not None:
                 self.tell(r.Arrived(record.epoch, rank, None))
         elif isinstance(record, r.Form) and record.epoch == self.declared_epoch:
-            self._on_form(record.epoch)
+            _attempt(self._on_form, record.epoch)
         with self._news:
             match record:
                 case r.Generation():
@@ -257,9 +260,15 @@ class Session:
             self.tell(r.Described(kind, rank, part, parts, data[part * _PART : (part + 1) * _PART]))
 
     def request_arena(
-        self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1, deadline_s: float = 120.0
+        self, rank: int, unique_bytes: int, small_bytes: int, numa: int = -1, deadline_s: float | None = None
     ) -> str:
-        """The path of this rank's arena in the vault. Raises Refused with one clear line."""
+        """The path of this rank's arena in the vault. Raises Refused with one clear line.
+
+        Without a deadline it has as long as the agent may take to clear the memory of all workers of its node.
+        """
+        if deadline_s is None:
+            workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            deadline_s = _ANSWER_S + _CLEAR_S * workers * unique_bytes / (1 << 30)
         with self._news:
             self._arena = None
         self.tell(r.ArenaRequest(rank, unique_bytes, small_bytes, numa))
@@ -274,3 +283,11 @@ class Session:
     def _check(self, epoch: int) -> None:
         if self.declared_epoch > epoch:
             raise Superseded(self.declared_epoch)
+
+
+def _attempt(call: Callable[..., None], *args: Any) -> None:
+    """In the watcher thread: without it this worker would be deaf. What fails here the training thread does itself."""
+    try:
+        call(*args)
+    except Exception:  # noqa: BLE001 - see above
+        traceback.print_exc()

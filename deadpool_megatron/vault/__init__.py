@@ -17,6 +17,7 @@ from .errors import (
     TransferFailed,
     VaultError,
     VaultFull,
+    as_vault_error,
 )
 from .leftovers import PREFIX, clean_leftovers, process_alive, process_start
 from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_nodes, parse_cpus
@@ -69,6 +70,7 @@ __all__ = [
     "VaultServer",
     "Version",
     "WordPlan",
+    "as_vault_error",
     "choose_transport",
     "clean_leftovers",
     "constants_of",

@@ -6,14 +6,30 @@ from __future__ import annotations
 class VaultError(RuntimeError):
     """A vault cannot do what was asked. The message is one line: what is wrong, where, what to do.
 
-    ``broken``: because of the connection to the other agent, which says nothing of what was asked for.
+    ``broken``: it may pass, as a connection that ends does, and says nothing of what was asked for.
+    ``own``: the fault is of the process that asked.
     """
 
     broken = False
+    own = False
 
 
 class VaultFull(VaultError):
     """There is no room for an arena; the message has the bytes needed and the bytes there."""
+
+    own = True
+
+
+class OwnFault(VaultError):
+    """Something of this process's has failed: no descriptor or thread was left, or a mistake of ours."""
+
+    broken = True
+    own = True
+
+
+def as_vault_error(err: Exception) -> VaultError:
+    """``err``, or what stands for it where errors of vaults are told on."""
+    return err if isinstance(err, VaultError) else OwnFault(f"{type(err).__name__}: {err}")
 
 
 class NotHeld(VaultError):
@@ -30,6 +46,16 @@ class Refused(VaultError):
     def __init__(self, message: str, code: str = "refused") -> None:
         super().__init__(message)
         self.code = code
+
+
+class Busy(Refused):
+    """A transfer that was cut off has not left the memory yet that this one goes to."""
+
+    broken = True
+    own = True
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "busy")
 
 
 class StaleEpoch(Refused):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
-from .errors import Refused, StaleEpoch
+from .errors import Busy, StaleEpoch
 
 
 class Intake:
@@ -53,13 +53,13 @@ class Intake:
             shut()
 
     def begin(self, patience_s: float) -> None:
-        """Cut off the ones before and wait for them. Raises Refused when they do not leave in time."""
+        """Cut off the ones before and wait for them. Raises Busy when they do not leave in time."""
         deadline, before = time.monotonic() + patience_s, self._before
         while before is not None:  # one that was refused has left, and the one that it waited for may not have
             before.cut()
             if not before.left.wait(max(0.0, deadline - time.monotonic())):
                 self.left.set()
-                raise Refused(f"another transfer of {self._what} does not end", "busy")
+                raise Busy(f"another transfer of {self._what} does not end")
             before = before._before
         self._before = None
 
@@ -83,7 +83,7 @@ class Intakes:
     def begin(self, key: Hashable, what: str, epoch: int, patience_s: float) -> Intake:
         """The one writer of ``key`` from now on; the one before is cut off and waited for.
 
-        Raises StaleEpoch when ``epoch`` is over, Refused when the one before does not end within ``patience_s``.
+        Raises StaleEpoch when ``epoch`` is over, Busy when the one before does not end within ``patience_s``.
         """
         with self._lock:
             before = self._newest.get(key)

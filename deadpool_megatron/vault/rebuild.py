@@ -16,7 +16,7 @@ import xxhash
 
 from .arena import Slot
 from .coder import Coder
-from .errors import ChecksumMismatch, StaleEpoch, TransferFailed, VaultError
+from .errors import ChecksumMismatch, StaleEpoch, TransferFailed, VaultError, as_vault_error
 from .frames import Fetch, Found
 from .intake import Intake
 from .stripes import PartOf, cut, parts_of
@@ -152,9 +152,9 @@ class _Rebuild:
         """Rebuild one part of the shard into ``slot``; what goes wrong is noted in ``failures`` and ends the others."""
         try:
             self._part(slot, part, streams if streams is not None else self.open(pieces))
-        except VaultError as err:
+        except Exception as err:  # noqa: BLE001 - a part that nobody misses would be taken for whole
             with self._lock:
-                self.failures.append(err)
+                self.failures.append(as_vault_error(err))
                 for channel in self._channels:
                     channel.shut()
 
@@ -168,6 +168,8 @@ class _Rebuild:
         try:
             return self._open(piece)
         except VaultError as err:
+            if err.own:
+                raise
             raise RebuildFailed(f"share {piece.share} of node {piece.node}: {err}", piece.node, err.broken) from None
 
     def _open(self, piece: Piece) -> _Stream:

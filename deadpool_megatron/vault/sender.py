@@ -11,7 +11,7 @@ from deadpool_megatron import points
 
 from .arena import Arena, Slot
 from .direct import Direct
-from .errors import ChecksumMismatch, DirectFailed, Refused, VaultError
+from .errors import ChecksumMismatch, DirectFailed, Refused, as_vault_error
 from .frames import NO_DIRECT, Begin, Begun, Bytes, Complete, Sent, Share, Stored, Taken
 from .pace import SendPace
 from .stripes import cut
@@ -132,7 +132,8 @@ class Sender:
                 self.failure, pause = "", self._deadlines.backoff
             except _Aborted:
                 self._disconnect()
-            except VaultError as err:
+            except Exception as error:  # noqa: BLE001 - without this thread nothing would be committed any more
+                err = as_vault_error(error)
                 self._disconnect()
                 if self._aim != aim or self._stopping:
                     continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
@@ -31,6 +32,7 @@ from .version import Version, is_constants
 from .wire import Channel, Deadlines, accept, check_secret
 
 _log = logging.getLogger(__name__)
+_AGAIN_S = 0.1  # after a connection that could not be taken
 _CODES = {NotHeld: "not-held", VaultFull: "no-room", ChecksumMismatch: "checksum", DirectFailed: NO_DIRECT}
 _LEVELS = {"not-planned": logging.DEBUG}  # the sender warns if it lasts
 _BY_EPOCH = ("stale-epoch", "not-planned", "wrong-size")  # what is refused as nodes enter an epoch one by one
@@ -128,19 +130,37 @@ class VaultServer:
     # ---- connections
 
     def _accept(self) -> None:
-        while True:
+        failing = False
+        while not self._stopping:
             try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return  # stop()
-            with self._lock:
+                self._accept_one()
+                failing = False
+            except (OSError, RuntimeError) as err:
                 if self._stopping:
-                    sock.close()
                     return
-                thread = threading.Thread(target=self._serve, args=(sock,), name="vault-serve", daemon=True)
-                self._threads.add(thread)
-                self._pending.add(sock)
+                if not failing:
+                    _log.warning("the vault of node %d cannot take a connection: %s", self._vault.node, err)
+                failing = True
+                time.sleep(_AGAIN_S)  # who asks for another one is waiting
+
+    def _accept_one(self) -> None:
+        """Raises OSError when no descriptor is left, RuntimeError when no thread is, and OSError after `stop`."""
+        sock, _ = self._listener.accept()
+        with self._lock:
+            if self._stopping:
+                sock.close()
+                return
+            thread = threading.Thread(target=self._serve, args=(sock,), name="vault-serve", daemon=True)
+            self._threads.add(thread)
+            self._pending.add(sock)
+        try:
             thread.start()
+        except RuntimeError:
+            with self._lock:
+                self._threads.discard(thread)
+                self._pending.discard(sock)
+            sock.close()
+            raise
 
     def _serve(self, sock: socket.socket) -> None:
         channel: Channel | None = None

@@ -21,6 +21,7 @@ from .errors import (
     StaleEpoch,
     TransferFailed,
     VaultError,
+    as_vault_error,
 )
 from .frames import Fetch, Found, Sent, Taken
 from .intake import Intake
@@ -178,8 +179,8 @@ def _fetch(
                     channel = connected(places[part % len(places)])
                     found = ask(channel, msgspec.structs.replace(wanted, part=part))
                 _fetch_part(intake, channel, slot, part, streams, found, direct, into)
-            except VaultError as err:
-                failures.append(err)
+            except Exception as err:  # noqa: BLE001 - a part that nobody misses would be taken for whole
+                failures.append(as_vault_error(err))
                 with lock:
                     for channel in channels:
                         channel.shut()
@@ -315,25 +316,31 @@ def _copy(intake: Intake, vault: Vault, source: Vault, rank: int, version: Versi
     origin.verify()
     slot = own_slot(intake, vault, rank, version, arena.info.unique_bytes, arena.info.small_capacity)
     small_bytes = origin.small_bytes
-    slot.small[:small_bytes] = origin.small[:small_bytes]
-    slot.unique[:] = origin.unique
-    slot.sums[:] = origin.sums
-    slot.verify(small_bytes)
+    for entry in range(1 + slot.chunks):
+        intake.check()  # a newer epoch waits
+        _place(slot, small_bytes, entry)[:] = _place(origin, small_bytes, entry)
+        _verify(slot, small_bytes, entry, origin.sums[entry])
     finish(slot, small_bytes)
     return len(slot.unique) + slot.small_bytes
 
 
 def store_shard(
-    vault: Vault, rank: int, epoch: int, version: Version, fill: Callable[[Callable[[int, int], Slot]], int]
+    vault: Vault,
+    rank: int,
+    epoch: int,
+    version: Version,
+    fill: Callable[[Callable[[int, int], Slot], Callable[[], None]], int],
 ) -> None:
     """Put a shard that does not come from a vault (but from a disk) into the own arena.
 
     Args:
         epoch: in which it was asked for.
-        fill: given a function that opens the slot for (unique bytes, small capacity), fills the slot's views, and
-            returns how many bytes of small state there are. When it raises, the slot stays incomplete.
+        fill: given a function that opens the slot for (unique bytes, small capacity), and one that raises once the
+            epoch is over, to be called often: the next epoch waits. It fills the slot's views, and returns how many
+            bytes of small state there are. When it raises, the slot stays incomplete.
 
-    The worker of ``rank`` must not be writing. Raises StaleEpoch, VaultFull, VaultError, and what ``fill`` raises.
+    The worker of ``rank`` must not be writing. Raises StaleEpoch, Busy, VaultFull, VaultError, and what ``fill``
+    raises.
     """
     opened: list[Slot] = []
 
@@ -345,7 +352,7 @@ def store_shard(
         return opened[0]
 
     with vault.intakes.begin(rank, f"rank {rank}", epoch, 2 * Deadlines().idle) as intake:
-        small_bytes = fill(open_slot)
+        small_bytes = fill(open_slot, intake.check)
         slot = opened[0]
         slot.sum_up(small_bytes)
         intake.check()

@@ -27,7 +27,7 @@ from typing import Final
 
 import msgspec
 
-from .errors import DeadlinePassed, Malformed, NotHeld, Refused, StaleEpoch, TransferFailed, VaultError
+from .errors import DeadlinePassed, Malformed, NotHeld, OwnFault, Refused, StaleEpoch, TransferFailed, VaultError
 from .frames import Frame, Refusal
 
 _MAGIC: Final = b"DPVAULT3"
@@ -238,11 +238,15 @@ def connect(
 ) -> Channel:
     """Reach an agent's vault and prove each other's membership.
 
-    Looks at ``stopped`` five times a second. Raises DeadlinePassed, TransferFailed, or Refused (code "not-a-member").
+    Looks at ``stopped`` five times a second. Raises DeadlinePassed, TransferFailed, OwnFault, or Refused (code
+    "not-a-member").
     """
     end = time.monotonic() + deadlines.connect
     where = f"vault at {host}:{port}"
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    except OSError as err:  # no descriptor is left
+        raise OwnFault(f"{where} cannot be reached: {err}") from None
     try:
         _tune(sock, deadlines)
         sock.setblocking(False)

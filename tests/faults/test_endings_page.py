@@ -70,9 +70,10 @@ def _everywhere(job: Job) -> None:
     job.arm((1, 4, 2, "--fault", "raise"), (2, 4, 2, "--fault", "raise"))
 
 
-def _hangs(job: Job) -> None:  # not held before: what was long once is no sign
+def _hangs(job: Job) -> None:
+    """Not held before: what was long once is no sign. And after some seconds: first the agent learns what is long."""
     job.until_event("started")
-    job.inject(1, 20, 2, "--fault", "hang")
+    job.inject(1, 100, 2, "--fault", "hang")
 
 
 def _two_at_once(job: Job) -> None:
@@ -96,6 +97,20 @@ def _signalled(signum: int) -> Callable[[Job], None]:
 _QUICK = ("--deadpool-lease", "2", "--deadpool-hang-floor", "2")
 _DURABLE = ("--deadpool-durable-dir", "DIR/durable", "--deadpool-on-preempt", "--deadpool-durable-interval", "0")
 _BROKEN = "def load(path):\n    return open(path)\n\n\nload('/data/vocab.json')\n"
+# What a spare has got back is spoilt, again and again.
+_SPOILT = f"""import runpy
+from deadpool_megatron.megatron import trainer
+
+compare = trainer.MegatronTrainer._compare
+
+def spoilt(self):
+    if self.rank == 1:
+        self._optimizer.param_groups[0]["weight_decay"] += 0.125
+    return compare(self)
+
+trainer.MegatronTrainer._compare = spoilt
+runpy.run_path({str(EXAMPLE)!r}, run_name="__main__")
+"""
 ENDINGS = {
     "0: it finishes": Ending(_let_go, 0, "exit code 0", "last iteration 7", recovers=False),
     "1: the script fails before training": Ending(
@@ -103,6 +118,9 @@ ENDINGS = {
     ),
     "2: a typo in a flag of Megatron": Ending(
         _let_go, 2, "unrecognized arguments: --num-layerz", "rank", flags=("--num-layerz", "4"), recovers=False
+    ),
+    "73: what was restored is not what the other ranks have": Ending(
+        _fault(), 73, "hyperparameters of rank", "node", spares=1, program=_SPOILT
     ),
     "74: the machines are wanted": Ending(
         _signalled(signal.SIGTERM), 74, "preempted: generation", "durable", flags=_DURABLE, recovers=False
@@ -125,6 +143,9 @@ ENDINGS = {
     ),
     "79: an error that comes again": Ending(_everywhere, 79, "InjectedError", "rank 1", spares=1),
     "130: Ctrl-C": Ending(_signalled(signal.SIGINT), 130, "interrupted", "every process of the job", recovers=False),
+    "130: SIGTERM, and no --deadpool-on-preempt": Ending(
+        _signalled(signal.SIGTERM), 130, "interrupted", "every process of the job", recovers=False
+    ),
     "a node is killed": Ending(_fault(), 0, "its agent is gone or silent", "node 1", spares=1),
     "a worker is killed": Ending(_fault("--fault", "kill-worker"), 0, "signal 9", "rank 1", spares=1),
     "an agent is killed": Ending(_fault("--fault", "kill-agent"), 0, "its agent is gone or silent", "node 1", spares=1),
@@ -133,7 +154,7 @@ ENDINGS = {
         _fault("--fault", "stop"), 0, "is stuck", "stacks-node1-0.txt", spares=1, flags=_QUICK, iterations=60
     ),
     "a worker hangs": Ending(
-        _hangs, 0, "is stuck", "stacks-node1-0.txt", spares=1, flags=_QUICK, held=False, iterations=60
+        _hangs, 0, "is stuck", "stacks-node1-0.txt", spares=1, flags=_QUICK, held=False, iterations=120
     ),
     "a node falls silent": Ending(
         _fault("--fault", "stop-agent"), 0, "its agent is gone or silent", "node 1", spares=1, flags=_QUICK

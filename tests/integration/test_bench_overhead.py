@@ -40,7 +40,7 @@ def _bench(out: Path, script: Path, *options: str) -> subprocess.CompletedProces
     at = flags.index("--train-iters")
     flags = [*flags[:at], *flags[at + 2 :], "--tensor-model-parallel-size", "1"]
     command = [sys.executable, "-m", "deadpool_megatron.cli", "bench", "overhead", "--emulate-cpu", *options]
-    command += ["--active-nodes", "2", "--nproc-per-node", "1", "--precisions", "bf16", "--out", str(out)]
+    command += ["--active-nodes", "2", "--nproc-per-node", "1", "--checkpoints", "sync,async", "--out", str(out)]
     return subprocess.run(
         [*command, str(script), *flags], capture_output=True, text=True, cwd=ROOT, timeout=850, check=False
     )

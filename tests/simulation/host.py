@@ -64,7 +64,7 @@ class _Control:
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
 
-    def send(self, packet: bytes) -> None:
+    def send(self, packet: bytes, flags: int = 0) -> None:
         self._rank.told.send(self._rank.process, self._rank.hear, packet)
 
     def fileno(self) -> int:

@@ -216,8 +216,9 @@ class Oracle:
             case "durable_resumed":
                 self._resumed = True
             case "iteration":
-                self.iteration = max(self.iteration, fields["iteration"])
-                self._breaks = self._cluster.faults.kinds["broken groups"]
+                if fields["iteration"] > self.iteration:
+                    self.iteration = fields["iteration"]
+                    self._breaks = self._cluster.faults.kinds["broken groups"]
                 self._behind()
             case "declared":
                 self._done_at = None
@@ -382,6 +383,12 @@ class Oracle:
                     return host
         return None
 
+    def _none_left(self) -> bool:
+        """Nobody has constants of some rank any more: each process that needs them finds so, a new one each time."""
+        ranks = range(self._cluster.job.world_size)
+        durable = self._cluster.job.durable is not None and self.directory.whole() is not None
+        return self._cluster.constants and not durable and not all(map(self._with_constants, ranks))
+
     def _gone(self, node: int) -> bool:
         """Its copies are; a node that is drained has them until it leaves."""
         return node in self.hurt or (node in self._drained and not self._cluster.lives(node))
@@ -494,7 +501,7 @@ class Oracle:
         if code == Exit.UNEQUAL and self.constants_gone:
             return
         broke = cluster.faults.kinds["broken groups"] - self._breaks > cluster.job.transient_retries
-        if code == Exit.RECOVERY_FAILED and "with every node alive" in message and broke:
+        if code == Exit.RECOVERY_FAILED and "with every node alive" in message and (broke or self._none_left()):
             return
         if code == Exit.GENERATION_LOST:
             why = self.lost()

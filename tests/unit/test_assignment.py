@@ -50,7 +50,7 @@ def test_a_rescue_of_a_rescue_uses_no_slot_twice() -> None:
 
 def test_nobody_rescues_when_nobody_survives() -> None:
     assert placing.rescue(placing.initial(2, 1), {0, 1}, 1) is None
-    assert placing.rescue(placing.initial(3, 1), {0}, 1, (), {1, 2}) is None
+    assert placing.rescue(placing.initial(3, 1), {0}, 1, (), {(1, 0), (2, 0)}) is None
 
 
 def test_a_rescue_uses_spares_before_survivors_take_more_and_passes_over_who_has_no_room() -> None:
@@ -58,4 +58,6 @@ def test_a_rescue_uses_spares_before_survivors_take_more_and_passes_over_who_has
     assert placing.rescue(before, {0, 1, 2}, 2, [5]) == [SlotAddress(5, local) for local in range(6)]
     after = placing.rescue(before, {0, 1}, 2, [5])
     assert after == [*(SlotAddress(5, 0), SlotAddress(5, 1), SlotAddress(2, 2), SlotAddress(5, 2)), *before[4:]]
-    assert placing.rescue(before, {0}, 2, [5], {5}) == [SlotAddress(1, 2), SlotAddress(2, 2), *before[2:]]
+    assert placing.rescue(before, {0}, 2, [5], {(5, 0)}) == [SlotAddress(1, 2), SlotAddress(2, 2), *before[2:]]
+    after = placing.rescue(before, {0}, 2, [5], {(1, 2)})  # of a node that was to have rank 2, and has rank 3
+    assert after == [SlotAddress(5, 0), SlotAddress(5, 1), SlotAddress(2, 2), *before[3:]]

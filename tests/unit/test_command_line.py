@@ -34,7 +34,7 @@ COMMANDS = [
         "drain",
     ),
     *("join", "bench", "bench recovery", "bench control", "bench overhead", "simulate", "check", "doctor", "patch"),
-    "schema",
+    *("demo", "examples", "schema"),
 ]
 
 

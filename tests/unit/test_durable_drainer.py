@@ -5,13 +5,17 @@ Real vaults, the real drainer process, real files; faults through the kernel's o
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import queue
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -22,6 +26,7 @@ from deadpool_megatron.durable import (
     Answer,
     Cancel,
     Coordinate,
+    Describe,
     Done,
     Drain,
     DrainerProcess,
@@ -34,6 +39,7 @@ from deadpool_megatron.durable import (
     Staged,
     Take,
     directory_name,
+    drainer,
     find,
     load_constants,
     load_shards,
@@ -42,7 +48,7 @@ from deadpool_megatron.durable import (
 )
 from deadpool_megatron.durable.lease import take
 from deadpool_megatron.durable.orders import DEAF_TO
-from deadpool_megatron.durable.store import LocalStore
+from deadpool_megatron.durable.store import LocalStore, ObjectStore
 from deadpool_megatron.vault import CONSTANT, ConstantsWriter, SlotWriter, Vault, Version, constants_of
 from waiting import until
 
@@ -333,6 +339,67 @@ def test_a_drainer_that_dies_fails_its_drain_and_the_next_one_has_a_new_one(node
     drained = node.done()
     assert not drained.error and not node.seal(drained).error
     assert node.complete() == [1]
+
+
+@pytest.mark.timeout(60)
+def test_a_drainer_that_reads_nothing_holds_up_nobody(node: Node) -> None:
+    """It stands still: its start hangs in a file system, say. A layout is longer than what a pipe takes."""
+    node.stage()
+    process = node.drainer._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    items = tuple(Item(f"{i:0100d}", "U8", (1,), i, 1) for i in range(5000))
+    node.drainer.tell(Stage(1, UNIQUE, Layout(UNIQUE, "long", items)))
+    assert node.capture(1)
+    node.drain(1)
+    process.send_signal(signal.SIGCONT)
+    assert not node.done().error
+
+
+def test_a_drainer_that_cannot_be_started_is_an_answer(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", fails)
+        node.stage()
+        assert node.capture(1)
+        node.drain(1)
+        assert isinstance(node.answer(Staged), Staged)
+        assert "cannot be started" in node.done().error
+    node.drain(1, 2)
+    assert not node.done().error
+
+
+def test_whatever_a_driver_raises_a_drain_and_a_seal_are_answered(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(url: str) -> None:
+        raise RuntimeError("no credentials\nand a traceback")
+
+    monkeypatch.setattr(drainer, "open_store", fails)
+    out = io.BytesIO()
+    here = drainer._Drainer(out)
+    name = directory_name(1, "job", 1)
+    manifest = Manifest(FORMAT, 1, 0, name, "now", 1, (Coordinate(0, 0, 0, 0),), (), {})
+    here._orders.put(Describe("x", 0, LAYOUT))
+    here._orders.put(Drain("x", name, 0.0, ()))
+    here._orders.put(Seal("x", manifest, ()))
+    here._orders.put(Cancel("x", name, True))
+    here._orders.put(None)
+    here.work()
+    answers = [msgspec.json.decode(line, type=Answer) for line in out.getvalue().splitlines()]
+    assert [each.error for each in answers if isinstance(each, Done)] == ["no credentials"] * 2
+
+
+def test_what_a_driver_raises_in_the_middle_of_a_file_may_pass() -> None:
+    """A client library's own error would end the thread that reads for a recovery, or that renews the lease."""
+    store = ObjectStore(SimpleNamespace(open=lambda path, mode: Breaking()), "base", "any://base")
+    with pytest.raises(OSError, match="any://base: ValueError: connection lost"):
+        store.open("file").read()
+
+
+class Breaking(io.BytesIO):
+    def read(self, size: int | None = -1) -> bytes:
+        raise ValueError("connection lost")
 
 
 def test_a_damaged_file_is_never_taken_for_a_shard(node: Node) -> None:

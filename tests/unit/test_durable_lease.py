@@ -249,6 +249,28 @@ def test_a_coordinator_that_is_started_again_goes_on_without_its_directory_and_h
     lease.end()
 
 
+def test_of_a_coordinator_that_goes_on_and_another_job_that_takes_over_one_has_the_directory(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both make the next number at the same moment; who was slower must not write into the other one's file."""
+    taken(store, "first")
+    claim, rivals = store.claim, []
+
+    def late(name: str, data: bytes) -> bool:
+        if not rivals:
+            rivals.append(Lease(store, 2, owner("second")))
+            assert claim(name, msgspec.json.encode(owner("second")).ljust(1023) + b"\n")
+        return claim(name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "claim", late)
+        again = Lease(store, 0, owner("first"))
+        again.renew()
+    assert not again.renew() and again.lost is not None and "job second" in str(again.lost)
+    assert rivals[0].renew()
+    check_owner(store, "second")
+
+
 def test_a_coordinator_that_is_started_again_in_a_directory_that_was_taken_does_not_use_it(tmp_path: Path) -> None:
     lease = taken(open_store(str(tmp_path)), "second")
     usable, mine = go_on(str(tmp_path), owner("first"), 2, pytest.fail)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,11 @@ import msgspec
 import pytest
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent import durable
 from deadpool_megatron.cluster.agent.durable import Loaded, NodeDurability
 from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
-from deadpool_megatron.durable import Done, Item, Layout, Staged, loading
-from deadpool_megatron.vault import SlotWriter, Version
+from deadpool_megatron.durable import Done, DurableError, Item, Layout, Staged, files, load_shards, loading
+from deadpool_megatron.vault import SlotWriter, Version, small_capacity
 
 UNIQUE = 1 << 20
 LAYOUT = Layout(UNIQUE, "digest", (Item("all", "U8", (UNIQUE,), 0, UNIQUE),))
@@ -226,3 +228,44 @@ def test_a_durable_generation_that_cannot_be_read_is_answered_with_the_reason(dr
     assert "3 bytes instead of" in node.news(Loaded).error
     node.durability.fetch(r.Agree(3, 5, {}, {}, durable=NAME), {0: 0, 1: 1})
     assert "3 bytes instead of" in node.news(FetchDone).error
+
+
+@pytest.mark.timeout(30)
+def test_memory_that_is_not_there_and_errors_of_our_own_do_not_condemn_what_is_durable(
+    drained: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = drained[1]
+    node.shards.vault.limit_bytes = 1
+    node.durability.fetch(r.Agree(0, 5, {}, {}, durable=NAME), {0: 0, 1: 1})
+    done = node.news(FetchDone)
+    assert done.own and "--deadpool-host-memory" in done.error
+
+    def fails(*args: object) -> None:
+        raise RuntimeError("not thought of")
+
+    monkeypatch.setattr(durable, "load_shards", fails)
+    node.durability.fetch(r.Agree(0, 5, {}, {}, durable=NAME), {0: 0, 1: 1})
+    done = node.news(FetchDone)
+    assert done.own and "not thought of" in done.error
+
+
+def test_an_epoch_that_is_over_ends_the_reading_in_the_middle_of_a_file(
+    drained: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next epoch waits for it, and would take the generation for unreadable."""
+    monkeypatch.setattr(files, "_BLOCK", 1 << 14)
+    node = drained[1]
+    vault, reads = node.shards.vault, []
+
+    class Slow(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            reads.append(size)
+            if len(reads) == 20:  # after the manifest and the header
+                vault.set_epoch(1)
+            return super().read(size)
+
+    store = node.durability._store()
+    monkeypatch.setattr(store, "open", lambda name: Slow(f"{store.root}/{name}"))
+    with pytest.raises(DurableError, match="newer one began"):
+        load_shards(vault, store, NAME, 0, {0: Version(0, 5)}, small_capacity, lambda *told: None)
+    assert len(reads) == 20

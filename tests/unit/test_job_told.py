@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -49,7 +50,8 @@ def main() -> None:
 
 
 def test_a_spare_that_comes_after_the_store_was_started_again_learns_of_the_job_too() -> None:
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    tests = Path(__file__).parents[1]
+    env = dict(os.environ, PYTHONPATH=f"{tests.parent}{os.pathsep}{tests}")
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

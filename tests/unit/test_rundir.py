@@ -7,12 +7,23 @@ import resource
 import signal
 import stat
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from deadpool_megatron.observe import EVENTS, JOB, LOGS, STATUS, RunDirectory, follow_events, read_events, rundir
+from deadpool_megatron.observe import (
+    EVENTS,
+    JOB,
+    LOGS,
+    RECOVERIES,
+    STATUS,
+    RunDirectory,
+    follow_events,
+    read_events,
+    rundir,
+)
 from deadpool_megatron.observe.rundir import NodeLog
 
 
@@ -115,6 +126,34 @@ def room() -> Iterator[Callable[[int], None]]:
     signal.signal(signal.SIGXFSZ, handler)
 
 
+def test_a_run_of_thousands_of_recoveries_does_not_grow_with_its_nodes(tmp_path: Path) -> None:
+    """What the coordinator keeps of one is some kilobytes, and not what each node has told."""
+    run = RunDirectory(tmp_path)
+    nodes = 1000
+
+    def recovery(epoch: int) -> None:
+        run.note("detected", node=1, ranks=[1], cause="gone")
+        run.note("declared", epoch=epoch, lost=[1], nodes=[0, 2], replaced=[1], reason="gone")
+        for node in range(nodes):
+            run.note("step", epoch=epoch, node=node, step="aborted")
+        run.note("agreed", epoch=epoch, iteration=epoch)
+        run.note("resumed", epoch=epoch)
+        run.note("iteration", epoch=epoch, iteration=epoch, seconds=1.0)
+
+    recovery(1)
+    tracemalloc.start()
+    try:
+        for epoch in range(2, 12):
+            recovery(epoch)
+        run.flush()
+        grown = tracemalloc.get_traced_memory()[0] / 10
+    finally:
+        tracemalloc.stop()
+    run.close()
+    assert grown < 20 * nodes
+    assert (tmp_path / RECOVERIES).read_text().count("Recovery ") == 11
+
+
 def test_a_coordinator_that_starts_again_on_a_full_disk_goes_on(
     tmp_path: Path, room: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +210,22 @@ def test_a_node_s_log_on_a_full_disk_is_closed_without_a_word(tmp_path: Path, ro
     log.write("step", text="x" * 50)
     log.close()
     assert (tmp_path / "node-1.jsonl").stat().st_size == 10
+
+
+def test_a_node_s_log_is_written_again_once_that_is_possible(tmp_path: Path) -> None:
+    """It cannot be made where the directory is gone or the disk read-only: no reason for a node not to join."""
+    log = NodeLog(tmp_path / "gone", 1, limit=100)
+    log.write("lost")
+    (tmp_path / "gone").mkdir()
+    log.write("step", text="x" * 100)
+    old = tmp_path / "gone" / "node-1.jsonl.old"
+    assert old.exists()
+    old.unlink()
+    old.mkdir()  # so that it cannot be put away
+    for number in range(3):
+        log.write("again", number=number, text="x" * 100)
+    log.close()
+    assert [json.loads(line)["number"] for line in log.path.read_text().splitlines()] == [0, 1, 2]
 
 
 def test_a_line_that_a_dead_writer_left_unfinished_spoils_no_other(tmp_path: Path) -> None:

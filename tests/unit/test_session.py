@@ -109,6 +109,25 @@ def test_time_without_a_coordinator_does_not_count_against_a_declaration(
     assert result == [True]
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_abort_that_fails_does_not_make_a_worker_deaf() -> None:
+    """It aborts once more when it has left its step, and forms its groups itself where that was not begun."""
+
+    def fails(epoch: int) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    os.dup(ours.fileno())  # as in `line`
+    line = Line(ours, Session(theirs.detach(), fails, fails))
+    line.session.stand_by(3)
+    assert line.hear() == r.Arrived(0, 3, None)
+    line.tell(declare(1))
+    assert line.hear() == r.Arrived(1, 3, None)
+    line.tell(r.Form(1))
+    line.session.wait_form(1)
+
+
 def test_a_declaration_is_known_before_its_abort_is_over() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     os.dup(ours.fileno())  # as in `line`
@@ -227,6 +246,18 @@ def test_memory_is_granted_or_refused_with_the_agents_line(line: Line) -> None:
     line.hear()
     line.tell(r.ArenaRefused("no room: 100 bytes needed, 5 are there"))
     assert str(outcome()) == "no room: 100 bytes needed, 5 are there"
+
+
+def test_memory_has_as_long_as_clearing_that_of_the_whole_node_takes(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 workers of 24 GiB: 115 s at 0.3 s a GiB, and a machine may be slower."""
+    waited: list[float] = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(line.session._news, "wait_for", lambda found, within_s: waited.append(within_s))
+    with pytest.raises(Refused, match="did not give rank 3 its memory"):
+        line.session.request_arena(3, 24 << 30, 100)
+    assert waited[0] > 5 * 115
 
 
 def test_faults_add_up(line: Line) -> None:

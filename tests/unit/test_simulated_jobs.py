@@ -122,6 +122,7 @@ FOUND = (
     (9735, many.mixed(9735)[1]),
     (31322, many.mixed(31322)[1]),
     (39241, many.mixed(39241)[1]),
+    (74589, many.mixed(74589)[1]),
     (600538, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600841, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600947, Profile(durable=True, shards=True, only=_FEW_KINDS)),

@@ -89,7 +89,7 @@ def test_what_an_epoch_that_is_over_asked_for_is_not_begun_and_overwrites_nothin
         vault.close()
 
 
-def _fill(open_slot: Callable[[int, int], Slot]) -> int:
+def _fill(open_slot: Callable[[int, int], Slot], check: Callable[[], None]) -> int:
     open_slot(4096, 64)
     return 8
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from itertools import combinations
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 
 from deadpool_megatron.cluster.agent import fetching
+from deadpool_megatron.cluster.agent import shards as agent_shards
 from deadpool_megatron.cluster.agent.shards import Damaged, FetchDone, RankCommitted, Shards
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.placement.agreement import NoCommonGeneration, agree
@@ -25,10 +29,14 @@ from deadpool_megatron.vault import (
     CONSTANT,
     ChecksumMismatch,
     ConstantsWriter,
+    Deadlines,
+    Slot,
     SlotWriter,
     Target,
     Version,
     constants_of,
+    store_shard,
+    transfer,
 )
 from deadpool_megatron.vault.coder import Coder
 from waiting import until
@@ -519,6 +527,117 @@ def test_a_node_without_room_says_that_the_fault_is_its_own(jobs: Callable[..., 
     job.shards[2].fetch(0, 0, 1, Source(1, 0), Address("127.0.0.1", job.shards[1].server.port))
     done = _fetched(job, 2)
     assert done.own and "--deadpool-host-memory" in done.error
+
+
+def _asked_for(job: Job, node: int, generation: int) -> None:
+    """Rank 0's node is lost: its shard is to come to ``node``."""
+    agreed = agree(job.assignment_without((0,), node), job.offers((0,)), words=job.words)
+    vaults = {n: at for n, at in job.vaults().items() if n}
+    if job.scheme.mirror:
+        job.shards[node].fetch(0, 0, generation, agreed.sources[0], vaults[agreed.sources[0].node])
+    else:
+        job.shards[node].rebuild(0, 0, generation, agreed.rebuilds[0], vaults)
+
+
+@pytest.mark.parametrize(("redundancy", "active"), [("1", 2), ("2+1", 3)])
+def test_a_part_that_fails_for_whatever_reason_is_never_taken_for_whole(
+    redundancy: str, active: int, jobs: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older generation lies in the slot, with checksums that fit: nobody could tell it from a part that has come."""
+    job = _committed_pair(jobs, redundancy, active)
+    spare, kept = job.shards[active], job.content(0, 1)
+    for generation in (0, 2):
+
+        def fill(open_slot: Callable[[int, int], Slot], check: Callable[[], None]) -> int:
+            open_slot(job.unique[0], job.room[0]).unique[:] = (255 - kept).tobytes()
+            return 0
+
+        store_shard(spare.vault, 0, 0, Version(0, generation), fill)
+    module = sys.modules["deadpool_megatron.vault." + ("transfer" if job.scheme.mirror else "rebuild")]
+    connect, failing = module.connect, [3]
+
+    def without_descriptors(*args: object) -> object:
+        if failing[0] and threading.current_thread().name in ("vault-fetch", "vault-rebuild"):
+            failing[0] -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return connect(*args)
+
+    monkeypatch.setattr(module, "connect", without_descriptors)
+    _asked_for(job, active, 1)
+    assert _fetched(job, active).version == (0, 1) and not failing[0]
+    assert bytes(SlotWriter(spare.path_of(0)).read(Version(0, 1))[1]) == kept.tobytes()
+    monkeypatch.setattr(fetching, "_PATIENCE_S", 0.0)
+    spare.vault.drop(0)
+    failing[0] = 1 << 30
+    _asked_for(job, active, 1)
+    done = _fetched(job, active)
+    assert done.own and "Too many open files" in done.error
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("way", ["fetch", "rebuild"])
+def test_an_error_that_nobody_has_thought_of_is_told_and_blames_no_source(
+    way: str, jobs: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    job = _committed_pair(jobs, *(("1", 2) if way == "fetch" else ("2+1", 3)))
+    monkeypatch.setattr(agent_shards, way, fails)
+    _asked_for(job, len(job.shards) - 1, 1)
+    done = _fetched(job, len(job.shards) - 1)
+    assert done.own and "can't start new thread" in done.error
+
+
+@pytest.mark.timeout(60)
+def test_commits_go_on_when_descriptors_were_short_for_a_moment(
+    jobs: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At who sends, and at who keeps: neither's thread ends."""
+    module = sys.modules["deadpool_megatron.vault.sender"]
+    connect, failing = module.connect, [4]
+
+    def without_descriptors(*args: object) -> object:
+        failing[0] -= 1
+        if failing[0] >= 0:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return connect(*args)
+
+    job = jobs("1", 2)
+    accepting, port = job.shards[1].server._accepting, job.shards[1].server.port
+    with socket.socket() as client, _no_descriptor_left():
+        client.connect(("127.0.0.1", port))
+        until(lambda: "cannot take a connection" in caplog.text or not accepting.is_alive())
+    monkeypatch.setattr(module, "connect", without_descriptors)
+    job.aim()
+    job.write(1)
+    job.committed(1)
+    assert failing[0] < 0
+
+
+@contextlib.contextmanager
+def _no_descriptor_left() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_transfer_of_an_older_epoch_that_does_not_end_is_no_fault_of_the_source(
+    jobs: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(transfer, "Deadlines", lambda: Deadlines(idle=0.05))
+    job = _committed_pair(jobs)
+    spare = job.shards[2]
+    older = spare.vault.intakes.begin(0, "rank 0", 0, 0.0)  # it clears memory, or a disk holds it
+    _asked_for(job, 2, 1)
+    done = _fetched(job, 2)
+    assert done.own and "does not end" in done.error and older.is_cut
 
 
 @pytest.mark.parametrize(("redundancy", "active"), [("1", 2), ("2+1", 3)])

@@ -40,10 +40,19 @@ def _python(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 def test_no_bench_and_no_equipment_of_tests_is_installed(installed: Path) -> None:
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"deadpool_megatron"}
-    modules = {path.relative_to(installed) for path in installed.rglob("*.py")}
+    modules = {path.relative_to(installed) for path in installed.rglob("*.py") if "examples" not in path.parts}
     assert modules == {path.relative_to(ROOT) for path in (ROOT / "deadpool_megatron").rglob("*.py")}
     benches = {"bench", "harness", "baselines", "gpu_kit", "control_plane", "fork_server.py", "timed.py", "kills.py"}
     assert not [path for path in modules if benches & set(path.parts)]
+
+
+def test_the_examples_are_found_where_it_is_installed(installed: Path) -> None:
+    done = _python(installed, "-m", "deadpool_megatron.cli", "examples")
+    there = Path(done.stdout.strip())
+    assert there == installed / "deadpool_megatron" / "examples", done.stderr
+    assert {path.name for path in there.iterdir()} == {path.name for path in (ROOT / "examples").iterdir()}
+    done = _python(installed, "-m", "deadpool_megatron.cli", "demo", "--help")
+    assert f"(default: {there}/pretrain_gpt.py)" in "".join(line.strip() for line in done.stdout.splitlines())
 
 
 def test_an_installed_deadpool_says_where_its_benches_are_and_does_all_else(installed: Path) -> None:

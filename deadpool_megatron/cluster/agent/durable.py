@@ -29,6 +29,7 @@ from deadpool_megatron.durable import (
     DurableError,
     Layout,
     Manifest,
+    NoRoom,
     Seal,
     Stage,
     Staged,
@@ -120,16 +121,17 @@ class NodeDurability:
         epoch: int,
         versions: dict[int, Version],
         loaded: Callable[[int, Manifest, str], None],
-        ended: Callable[[str], None],
+        ended: Callable[[str, bool], None],
     ) -> None:
-        """Bring a durable generation into the vault. ``ended`` is told why not, empty when all is there.
+        """Bring a durable generation into the vault. ``ended`` is told why not, empty when all is there, and whether
+        the fault is this node's.
 
         A directory that fails is tried again for a while: what cannot be read once is not lost.
         """
         until = self._now() + _PATIENCE_S
 
         def work() -> float | None:
-            error = ""
+            error, own = "", False
             try:
                 load_shards(self._shards.vault, self._store(), name, epoch, versions, small_capacity, loaded)
             except Unreachable as err:
@@ -137,8 +139,10 @@ class NodeDurability:
                     return _PAUSE_S
                 error = str(err)
             except DurableError as err:
-                error = str(err)
-            ended(error)
+                error, own = str(err), isinstance(err, NoRoom)
+            except Exception as err:  # noqa: BLE001 - what nobody hears of is waited for until the phase ends
+                error, own = f"{type(err).__name__}: {err}", True
+            ended(error, own)
             return None
 
         self._in_background("durable-read", work)
@@ -222,9 +226,12 @@ class NodeDurability:
             self._manifest = manifest
             self._loaded[rank] = layout
 
+        def ended(error: str, own: bool) -> None:
+            self._tell(Loaded(record.name, error, epoch))
+
         self._loaded.clear()
         self._epoch = epoch
-        self._read(record.name, epoch, versions, loaded, lambda error: self._tell(Loaded(record.name, error, epoch)))
+        self._read(record.name, epoch, versions, loaded, ended)
 
     def resume_at(self, generation: int) -> None:
         """Training begins with this generation (-1: with none)."""
@@ -351,10 +358,10 @@ class NodeDurability:
             version = (record.epoch, record.generation)
             self._shards.report(FetchDone(rank, record.epoch, record.generation, -1, version, ""))
 
-        def ended(error: str) -> None:
+        def ended(error: str, own: bool) -> None:
             if error:
                 rank = min(left)
-                self._shards.report(FetchDone(rank, record.epoch, record.generation, -1, None, error))
+                self._shards.report(FetchDone(rank, record.epoch, record.generation, -1, None, error, own=own))
 
         self._read(record.durable, record.epoch, versions, loaded, ended)
 

@@ -34,6 +34,7 @@ from deadpool_megatron.vault import (
     VaultServer,
     Version,
     WordPlan,
+    as_vault_error,
     clean_leftovers,
     constants_of,
     fetch,
@@ -80,8 +81,7 @@ class FetchDone:
     @classmethod
     def failed(cls, rank: int, epoch: int, version: Version, source: int, tried: int, err: VaultError) -> FetchDone:
         """It could not be had, because of ``err``."""
-        full = isinstance(err, VaultFull)
-        return cls(rank, epoch, version.generation, source, None, str(err), tried, full)
+        return cls(rank, epoch, version.generation, source, None, str(err), tried, err.own)
 
     @classmethod
     def not_rebuilt(
@@ -231,7 +231,7 @@ class Shards:
                     self.vault.allocate_peer(rank, unique_bytes, capacity)
                 for word, plan in self.stripes.plans.items() if self.stripes is not None else ():
                     self.vault.allocate_parity(word, plan.chunks(size) * size, plan.records_bytes(size))
-            except VaultError as err:
+            except (VaultError, OSError) as err:
                 self.report(ReserveFailed(str(err)))
                 return
             huge = huge_bytes(*(arena.path for arena in self.vault.arenas()))
@@ -358,8 +358,8 @@ class Shards:
                 # Constants first: where a shard is, a later epoch does not look for them any more.
                 self._fetch_constants(rank, epoch, [*places, *_places(keepers)], vaults or {})
                 _patiently(places, bring)
-            except VaultError as err:
-                done = FetchDone.failed(rank, epoch, version, source.node, version.epoch, err)
+            except Exception as err:  # noqa: BLE001 - what nobody hears of is waited for until the phase ends
+                done = FetchDone.failed(rank, epoch, version, source.node, version.epoch, as_vault_error(err))
             points.reach("fetch.after")
             self.report(done)
 
@@ -398,8 +398,8 @@ class Shards:
                 _patiently(
                     [pieces], lambda those: rebuild(self.vault, self._secret, rank, epoch, version, those[0], coder)
                 )
-            except VaultError as err:
-                done = FetchDone.not_rebuilt(rank, epoch, version, parts, err)
+            except Exception as err:  # noqa: BLE001 - as in `fetch`
+                done = FetchDone.not_rebuilt(rank, epoch, version, parts, as_vault_error(err))
             self.report(done)
 
         threading.Thread(target=work, name=f"rebuild-{rank}", daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -148,10 +149,11 @@ class WorkerProcesses:
     def link_log(self, local: int, rank: int) -> None:
         """A parked worker has a coordinate now: its log is found under that too."""
         target = self._spare_log(local)
-        if target.exists():  # an adopted worker writes where its launcher wants it
-            link = self._log_dir / f"rank-{rank}.epoch-{self._job.epoch}.log"
-            link.unlink(missing_ok=True)
-            link.symlink_to(target.name)
+        link = self._log_dir / f"rank-{rank}.epoch-{self._job.epoch}.log"
+        with contextlib.suppress(OSError):  # a full or read-only disk ends no take-over
+            if target.exists():  # an adopted worker writes where its launcher wants it
+                link.unlink(missing_ok=True)
+                link.symlink_to(target.name)
 
     def _spare_log(self, local: int) -> Path:
         return self._log_dir / f"spare-node{self._s.node}-{local}.log"

@@ -7,10 +7,11 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import msgspec
 
@@ -82,9 +83,10 @@ class Worker:
         return self.broken is not None and self.broken.epoch == epoch
 
     def send(self, record: msgspec.Struct) -> None:
-        """Send one record; a worker that is gone hears nothing."""
+        """Send one record; a worker that is gone hears nothing, nor does one that has read nothing for very long: it
+        stands still, and the agent must not."""
         with contextlib.suppress(OSError):
-            self.control.send(r.encode(record))
+            self.control.send(r.encode(record), socket.MSG_DONTWAIT)
 
     def receive(self) -> list[r.WorkerRecord]:
         """All records that are waiting. What is none is counted in ``refused``."""
@@ -124,7 +126,7 @@ def start_worker(
     env[PARENT_PID] = str(os.getpid())
     descriptors = {PULSE_FD: page.fd, CONTROL_FD: theirs.fileno(), DOORBELL_FD: doorbell, MUSTER_FD: muster}
     process: forking.Process
-    with open(log, "ab", buffering=0) as out:
+    with _output(log) as out:
         if server := env.get(FORK_SERVER):
             arguments = command[command.index(WORKER_MODULE) + 1 :]
             process = fork_module(
@@ -152,6 +154,15 @@ def start_worker(
     return Worker(local, process, open_pidfd(process), ours, doorbell, rank, page)
 
 
+def _output(log: Path) -> BinaryIO:
+    """Where a worker's output goes: on a disk that is full or read-only it is lost, and the worker starts."""
+    try:
+        return open(log, "ab", buffering=0)
+    except OSError as err:
+        print(f"deadpool: {log} cannot be written: {err.strerror}; what that worker prints is lost", file=sys.stderr)
+        return open(os.devnull, "ab", buffering=0)
+
+
 def end_group(pid: int, signum: signal.Signals) -> None:
     """Signal a worker's whole process group: a forked data loader worker would keep its sockets open."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -172,11 +183,12 @@ def ask_for_stacks(pid: int, file: Path) -> None:
 
     A stopped worker is let run for that: its epoch is over for it, so nothing it does can count any more.
     """
-    with open(file, "a") as f:
-        for name in ("status", "wchan", "syscall"):
-            with contextlib.suppress(OSError):
-                f.write(f"--- /proc/{pid}/{name}\n{Path(f'/proc/{pid}/{name}').read_text().rstrip()}\n")
-        f.write("--- Python stacks, innermost call first\n")
+    text = ""
+    for name in ("status", "wchan", "syscall"):
+        with contextlib.suppress(OSError):
+            text += f"--- /proc/{pid}/{name}\n{Path(f'/proc/{pid}/{name}').read_text().rstrip()}\n"
+    with contextlib.suppress(OSError), open(file, "a") as f:  # a full disk is no reason to keep a stuck worker
+        f.write(f"{text}--- Python stacks, innermost call first\n")
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, STACKS_SIGNAL)
         os.kill(pid, signal.SIGCONT)

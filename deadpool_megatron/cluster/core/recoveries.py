@@ -42,7 +42,7 @@ class Recoveries:
         self._end = ""  # why the job cannot go on, once it only saves or drains what it has
         self._placed: list[r.SlotAddress] | None = None  # how coordinates were placed when it came to that
         self._not_saved = ""  # why Megatron's checkpoint could not be written
-        self._full: set[int] = set()  # nodes that have no room for what lost ones had
+        self._full: set[tuple[int, int]] = set()  # (node, rank whose shard it has no room for)
         self._told: r.Declare | None = None
         self._heard: set[int] = set()  # who was there when that was told
         self._durable_name = ""  # of the durable generation this recovery goes back to
@@ -156,7 +156,8 @@ class Recoveries:
         before = self._placed = self._placed or members.assignment
         stay = set(placing.nodes_of(before))
         lost = {node for node in stay if members.gone(node) or members.nodes[node].role == "leaving"}
-        spares = sorted(node for node in there - stay - self._full if members.nodes[node].role != "leaving")
+        full = {node for node, _ in self._full}
+        spares = sorted(node for node in there - stay - full if members.nodes[node].role != "leaving")
         plan = placing.rescue(before, lost, state.job.slots_per_node, spares, self._full)
         for node in placing.nodes_of(plan or ()):
             members.nodes[node].role = "active"
@@ -165,7 +166,8 @@ class Recoveries:
     def _unsaved(self, why: str = "") -> Stop:
         """The job ends without a checkpoint."""
         if not why and self._full:
-            why = f"node {', '.join(map(str, sorted(self._full)))} has no room for what it had"
+            full = sorted({node for node, _ in self._full})
+            why = f"node {', '.join(map(str, full))} has no room for what it had"
         needs = "it takes --save and a backend that shares devices"
         if self._state.layout.restarts:
             needs = "experts span nodes with --moe-token-dispatcher-type flex, and nothing but its end frees a process"
@@ -333,10 +335,10 @@ class Recoveries:
 
     def no_room(self, record: r.FetchFailed) -> Answer[str]:
         """A node has no memory for what a lost one had, which others may have. Why another epoch has to begin."""
-        if record.node in self._full:
+        if (record.node, record.rank) in self._full:
             yield self._unsaved()
             return ""
-        self._full.add(record.node)
+        self._full.add((record.node, record.rank))
         yield emit("no_room", node=record.node, rank=record.rank, cause=record.why)
         return f"node {record.node} has no room for the shard of rank {record.rank}: {record.why}"
 

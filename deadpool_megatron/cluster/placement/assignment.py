@@ -75,14 +75,16 @@ def rescue(
     lost: Iterable[int],
     slots_per_node: int,
     spares: Iterable[int] = (),
-    full: Iterable[int] = (),
+    full: Iterable[tuple[int, int]] = (),
 ) -> list[SlotAddress] | None:
     """The assignment with the lost coordinates on spares and on extra slots of survivors, each where the fewest are.
 
-    Only good for saving what there is: a survivor's devices hold two coordinates each. ``full`` nodes take nothing.
-    None when nobody is left to take it.
+    Only good for saving what there is: a survivor's devices hold two coordinates each. ``full``: a node that has no room
+    for the shard of a rank, so that it takes nothing, and not that rank if that was to be there. None when nobody is
+    left to take it.
     """
-    gone, extra = set(lost), set(full)
+    gone, homeless = set(lost), set(full)
+    extra = {node for node, _ in homeless}
     survivors = [node for node in nodes_of(assignment) if node not in gone]
     free = dict.fromkeys(survivors, slots_per_node) | dict.fromkeys(spares, 0)
     for slot in assignment:
@@ -92,8 +94,8 @@ def rescue(
     if not free:
         return None
     out: list[SlotAddress] = []
-    for slot in assignment:
-        if slot.node in gone:
+    for rank, slot in enumerate(assignment):
+        if slot.node in gone or (slot.node, rank) in homeless:
             node = min(free, key=free.__getitem__)
             slot = SlotAddress(node, free[node])
             free[node] += 1
