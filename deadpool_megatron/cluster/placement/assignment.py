@@ -79,9 +79,9 @@ def rescue(
 ) -> list[SlotAddress] | None:
     """The assignment with the lost coordinates on spares and on extra slots of survivors, each where the fewest are.
 
-    Only good for saving what there is: a survivor's devices hold two coordinates each. ``full``: a node that has no room
-    for the shard of a rank, so that it takes nothing, and not that rank if that was to be there. None when nobody is
-    left to take it.
+    Only good for saving what there is: a survivor's devices hold two coordinates each. ``full``: a node that has no
+    room for the shard of a rank, so that it takes nothing, and not that rank if that was to be there. None when nobody
+    is left to take it.
     """
     gone, homeless = set(lost), set(full)
     extra = {node for node, _ in homeless}
