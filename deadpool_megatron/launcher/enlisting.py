@@ -160,7 +160,7 @@ class Lifeline:
         self.fd = spoke.monitor
         self.gone_since: float | None = None
 
-    def look(self) -> None:
+    def look(self, now: float) -> None:
         """Take in what has happened to the connection."""
         while True:
             try:
@@ -168,7 +168,7 @@ class Lifeline:
             except zmq.Again:
                 return
             if event["event"] == zmq.EVENT_DISCONNECTED:
-                self.gone_since = self.gone_since or time.monotonic()
+                self.gone_since = self.gone_since or now
             else:
                 self.gone_since = None
 

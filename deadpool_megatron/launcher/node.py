@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,33 @@ def _coordinate(start: CoordinatorStart, lease: Lease | None) -> int:
     for notice in (PREEMPT, *WARNINGS):
         signal.signal(notice, lambda signum, frame: coordinator.preempt())
     signal.signal(INTERRUPT, lambda signum, frame: coordinator.interrupt())
-    code, message = coordinator.run(lambda port: print(port, store_port, flush=True))
+    code, message = _serve(coordinator, store_port)
     print(message, flush=True)
     return code
+
+
+def _serve(coordinator: Coordinator, store_port: int) -> tuple[int, str]:
+    """To the end of the job; the exit code and the message that goes with it.
+
+    An error of the coordinator's own is none: what it has decided is kept, and a process that is ended by a signal is
+    started again and goes on from there.
+    """
+    listens = False
+
+    def announce(port: int) -> None:
+        nonlocal listens
+        print(port, store_port, flush=True)
+        listens = True
+
+    try:
+        return coordinator.run(announce)
+    except Deposed:
+        raise
+    except Exception:
+        if listens and not coordinator.finished and not coordinator.interrupted:
+            traceback.print_exc()
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise
 
 
 def _listen(port: int) -> socket.socket:
@@ -142,7 +167,13 @@ def _agent(settings: AgentSettings) -> int:
     except VaultError as err:  # what the user asked for cannot be had here
         print(f"deadpool: node {settings.node}: {err}", file=sys.stderr)
         return Exit.USAGE
-    return agent.run()
+    try:
+        return agent.run()
+    except OSError:
+        if not agent.serves:
+            raise
+        traceback.print_exc()  # a node that is lost: the others go on without it
+        return Exit.FAILED
 
 
 def main() -> int:

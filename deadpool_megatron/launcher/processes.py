@@ -35,6 +35,7 @@ from deadpool_megatron.launcher.plan import LaunchPlan, value_of
 _NODE = "deadpool_megatron.launcher.node"
 # Not for workers: the job's secret, and the file that holds it.
 SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE", PASSWORD)
+_AGAIN_S = 1.0  # from the first try to start the coordinator again to the next; each time twice as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +252,8 @@ def end_with_parent(signum: int = signal.SIGTERM) -> None:
 def _begin(signum: int) -> None:
     """Of a child, before exec. What a warning means to it, it says when it is ready for one."""
     notices.ignored()
+    for notice in (PREEMPT, INTERRUPT):
+        signal.signal(notice, signal.SIG_IGN)
     if signum:
         end_with_parent(signum)
 
@@ -323,7 +326,7 @@ class CoordinatorProcess:
         self._settings = settings
         self._leadership = leadership
         self._died: list[float] = []
-        self._interrupted = False
+        self._interrupted = self._preempted = self._listens = False
         self.port = self.store_port = 0
         self.process = self._start()
 
@@ -335,7 +338,8 @@ class CoordinatorProcess:
         process = self._processes.start("coordinator", self._settings, signum, stdout=subprocess.PIPE)
         assert process.stdout is not None
         told = process.stdout.readline().split()
-        if len(told) == 2 and all(each.isdigit() for each in told):  # else it has ended, with its last words
+        self._listens = len(told) == 2 and all(each.isdigit() for each in told)
+        if self._listens:  # else it has ended, with its last words
             self.port, self.store_port = map(int, told)
             self._settings = replace(self._settings, port=self.port, store_port=self.store_port, resume=True)
         return process
@@ -348,6 +352,7 @@ class CoordinatorProcess:
 
     def preempt(self) -> None:
         """The machines are wanted soon (see `Core.preempted`). Safe in a signal handler."""
+        self._preempted = True
         if self.process.poll() is None:
             self.process.send_signal(PREEMPT)
 
@@ -369,8 +374,32 @@ class CoordinatorProcess:
         if len(self._died) > self._RESTARTS:
             return Exit.FAILED, f"the coordinator was ended by signal {-code} again and again; the job is over"
         print(f"deadpool: the coordinator was ended by signal {-code}; it is started again", file=sys.stderr)
-        self.process = self._start()
+        pause = _AGAIN_S
+        while (failed := self._start_again()) is not None:
+            # Nobody has decided that the job ends, and what has ended the one before, want of memory perhaps, may pass.
+            if failed[0] == Exit.DEPOSED or self._interrupted or time.monotonic() - now > self._RESTARTS_S:
+                return failed
+            time.sleep(pause)
+            pause *= 2
+        # Whoever was told meanwhile, or was told and has died of something else, has told nobody.
+        if self._preempted:
+            self.preempt()
+        if self._interrupted:
+            self.interrupt()
         return None
+
+    def _start_again(self) -> tuple[int, str] | None:
+        """None once it listens; else how that has failed: exit code and message."""
+        try:
+            self.process = self._start()
+        except OSError as err:
+            return Exit.FAILED, f"the coordinator cannot be started again: {err}"
+        if self._listens:
+            return None
+        assert self.process.stdout is not None
+        message = self.process.stdout.read().decode().strip() or "the coordinator cannot be started again"
+        code = self.process.wait()
+        return code if code > 0 else Exit.FAILED, message
 
     def wait(self) -> tuple[int, str]:
         """Its exit code and message, once the job is over. Where nobody else can lead, it leads again if deposed."""

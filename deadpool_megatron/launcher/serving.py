@@ -10,12 +10,14 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import Final
 
 import zmq
 
+from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
@@ -24,10 +26,12 @@ from deadpool_megatron.cluster.store.leadership import Follower, Place
 from deadpool_megatron.forking import Process, open_pidfd
 from deadpool_megatron.launcher.agent_options import AgentPlan
 from deadpool_megatron.launcher.enlisting import Lifeline
+from deadpool_megatron.launcher.plan import LaunchError
 from deadpool_megatron.launcher.processes import CoordinatorProcess
 from deadpool_megatron.launcher.seat import Seat
 
 _HAND_OVER_S: Final = 15.0  # longer than a coordinator's goodbye at the end of a job
+_LONGEST_LOOK_S: Final = 5.0
 
 
 class Signals:
@@ -88,6 +92,7 @@ class Serving:
         self._passed_on = 0
         self._won = False  # the election, and the coordinator is still to be started
         self._agent_ended: float | None = None
+        self._clock = AwakeClock(_LONGEST_LOOK_S)  # a coordinator is not gone for as long as this machine stood still
         self._why = ""
         self._left = False
         self.agent_left_well: Callable[[], None] = lambda: None
@@ -164,7 +169,10 @@ class Serving:
         assert self._seat is not None
         if self._hosted is None:
             self._won = False
-            self._hosted = self._start()
+            try:
+                self._hosted = self._start()
+            except (OSError, LaunchError) as err:  # the store does not answer, for instance
+                print(f"deadpool: the coordinator cannot go on here: {err}", file=sys.stderr, flush=True)
             if self._hosted is None:
                 self._seat.leadership.resign()  # it could not start here; it said why
             elif self._follower is not None:
@@ -179,7 +187,7 @@ class Serving:
         self._hosted = None
         self._seat.leadership.resign()
         if self._lifeline is not None:
-            self._lifeline.gone_since = self._lifeline.gone_since or time.monotonic()
+            self._lifeline.gone_since = self._lifeline.gone_since or self._clock.now()
 
     def _look_for_coordinator(self) -> None:
         if self._seat is None or self._follower is None or self._hosted is not None or self._lifeline is None:
@@ -222,11 +230,11 @@ class Serving:
         if self._seat is not None and self._follower is not None:
             poller.register(self._seat.fd, zmq.POLLIN)
             poller.register(self._follower.fd, zmq.POLLIN)
-        signals.preempt = lambda: main.send_signal(PREEMPT)
+        signals.preempt = hosted.preempt if hosted is not None else lambda: main.send_signal(PREEMPT)
         while main.poll() is None and not self._seat_changes():
             for fd, _ in poller.poll(1000):
                 if self._lifeline is not None and fd is self._lifeline.fd:
-                    self._lifeline.look()
+                    self._lifeline.look(self._clock.now())
                 elif fd == signals.socket.fileno():
                     signals.socket.recv(64)
                 elif self._seat is not None and fd == self._seat.fd:
@@ -245,12 +253,13 @@ class Serving:
                 self._passed_on = len(signals.caught)
                 main.send_signal(INTERRUPT if hosted is not None else signal.SIGTERM)
             self._give_up(main)
-        signals.preempt = lambda: None
+        if hosted is None:  # else one that is started again hears of it
+            signals.preempt = lambda: None
         for fd in ends:
             os.close(fd)
 
     def _give_up(self, main: Process) -> None:
         gone_since = self._lifeline.gone_since if self._lifeline is not None and self._hosted is None else None
-        if gone_since is not None and not self._why and time.monotonic() - gone_since > self._plan.gone_s:
+        if gone_since is not None and not self._why and self._clock.now() - gone_since > self._plan.gone_s:
             self._why = f"the coordinator has been gone for {self._plan.gone_s:g} s; the job is over"
             main.terminate()

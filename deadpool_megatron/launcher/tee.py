@@ -9,10 +9,13 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from deadpool_megatron.cluster.agent.workers import ERROR_FILE
 from deadpool_megatron.cluster.records.exits import Exit, what_to_do
 from deadpool_megatron.observe import ERROR
+
+_AT_ONCE: Final = 1 << 20  # bytes of a log; a line that is longer (a progress bar never ends its own) is shown in parts
 
 
 class Tee(threading.Thread):
@@ -35,24 +38,33 @@ class Tee(threading.Thread):
         """Follow the files until stopped; once more after that."""
         while not self._ended.wait(0.1):
             self._show()
-        self._show()
+        while self._show():
+            pass
 
     def stop(self) -> None:
         """Show what is left."""
         self._ended.set()
         self.join()
 
-    def _show(self) -> None:
+    def _show(self) -> bool:
+        """What has come since; True when that is not all."""
+        more = False
         for path in sorted(self._directory.glob("*.log")):
             if path.is_symlink() or not self._wanted(path.stem):
                 continue
-            with open(path, "rb") as f:
-                f.seek(self._positions.get(path.name, 0))
-                data = f.read()
-            whole = data[: data.rfind(b"\n") + 1]
+            try:
+                with open(path, "rb") as f:
+                    f.seek(self._positions.get(path.name, 0))
+                    data = f.read(_AT_ONCE)
+            except OSError:  # somebody has removed it: the others go on
+                continue
+            full = len(data) == _AT_ONCE
+            more = more or full
+            whole = data[: data.rfind(b"\n") + 1] or (data if full else b"")
             self._positions[path.name] = self._positions.get(path.name, 0) + len(whole)
             for line in whole.decode(errors="replace").splitlines():
                 print(f"[{path.stem}] {line}", flush=True)
+        return more
 
 
 def show_end(code: int, message: str, run_dir: str) -> None:

@@ -428,7 +428,7 @@ def _what_a_job_begins_with_must_be_whole(patch: Patch) -> None:
 
 def _who_was_away_hears_nothing_again(patch: Patch) -> None:
     """Found by the simulation: the coordinator stood still, and nobody ever heard where training begins."""
-    patch.setattr(Start, "send_all_again", lambda self: iter(()))
+    patch.setattr(Start, "send_again", lambda self, node=None, roster=True: iter(()))
 
 
 def _words_of_older_placements_are_forgotten(patch: Patch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,11 @@ HQ = -1  # the coordinator's machine
 class Network:
     """One-way cuts around nodes, and connections that are reset."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, replaced: float, chance: random.Random) -> None:
+        """``replaced``: how likely a packet's connection is replaced just after it was sent, by this ``chance``."""
         self._world = world
+        self._replaced = replaced
+        self._chance = chance
         self.mute: set[int] = set()  # nothing that these nodes send arrives
         self.deaf: set[int] = set()  # nothing arrives at these
         self.resets = 0.0  # how likely a connection for shards breaks
@@ -37,6 +41,10 @@ class Network:
     def breaks(self) -> bool:
         """This connection is reset."""
         return self.resets > 0 and self._world.chance.random() < self.resets
+
+    def replaces(self) -> bool:
+        """This connection between agent and coordinator is replaced now."""
+        return self._replaced > 0 and self._chance.random() < self._replaced
 
     def healed(self) -> None:
         """What waited for a cut to end goes on."""
@@ -90,6 +98,13 @@ class Link:
             chance = self._world.chance
             wait = chance.uniform(0.1, 0.5) if chance.random() < 0.8 else chance.uniform(0.5, 3.0)
             self._host.process.later(wait, self.connect)
+
+    def _replace(self) -> None:
+        """The agent's end has gone and is there again before the coordinator's notices: what was on the way is lost."""
+        if self.up and self.heard and not self._hq.process.frozen:
+            self.up = False
+            self._world.say(f"n{self._host.node}", "its connection is replaced")
+            self.connect()
 
     def close_agents_end(self) -> None:
         """The agent's end is gone: it died where the machine lives on, or it gave the connection up."""
@@ -164,6 +179,11 @@ class Link:
         """The agent sends; dropped while there is no connection."""
         if self.up:
             self._up.send(self._hq.process, self._arrive_up, self._number, packet, late=self.late_up)
+            self._perhaps_replace()
+
+    def _perhaps_replace(self) -> None:
+        if self._network.replaces():
+            self._world.push(self._world.now, self._host.process, self._replace)
 
     def _arrive_up(self, number: int, packet: bytes) -> None:
         if number != self._accepted or not self.heard:
@@ -177,6 +197,7 @@ class Link:
         """The coordinator sends; dropped while there is no connection."""
         if self.heard:
             self._down.send(self._host.process, self._arrive_down, self._accepted, packet, late=self.late_down)
+            self._perhaps_replace()
 
     def _arrive_down(self, number: int, packet: bytes) -> None:
         if number != self._number or not self.up:

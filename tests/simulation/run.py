@@ -107,7 +107,7 @@ class Run:
         self.restarts = profile.restarts
         self.can_rescue = chance.random() < 0.5 and not self.restarts
         self.hang_floor, self.hang_outside = 4.0, 20.0
-        self.network = Network(world)
+        self.network = Network(world, profile.replaced, random.Random(f"replaced {seed}"))
         self.meetings = Meetings(self)
         self.oracle = Oracle(self)
         self.anybody = Process(world, "fate")

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Collection
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from deadpool_megatron.cluster import records as r
@@ -137,6 +138,19 @@ def test_agents_get_the_lowest_free_number_and_a_repeated_question_the_same_answ
     assert _told(office, _ask("c")) == r.Enlisted(2, "job", 77, "")
     assert "one too many" in _told(office, _ask("d")).error
     assert _told(office, _ask("b")).node == 1
+
+
+def test_a_command_that_ended_before_its_agent_joined_may_be_given_again_on_its_machine() -> None:
+    """Else its place is taken by nobody, until the others have waited for it in vain."""
+    for node in (None, 1):
+        office = _enlistment()
+        assert [_told(office, _ask(t)).node for t in "abc"] == [0, 1, 2]
+        office.left("b")
+        again = msgspec.structs.replace(_ask("d", node), host="host-b")
+        assert _told(office, _ask("e", node)).error, "another machine"
+        assert _told(office, again, {0, 1, 2}).error, "its agent joined: only the connection has ended"
+        assert _told(office, again, {0, 2}).node == 1
+        assert _told(office, msgspec.structs.replace(again, token="f"), {0, 2}).error, "it is taken again"
 
 
 def test_a_number_is_given_once_even_when_its_holder_joined_before_this_coordinator_lived() -> None:

@@ -120,6 +120,19 @@ def test_after_the_end_nothing_is_decided_any_more() -> None:
     assert job.core.inject(r.Fault("kill", 0), job.now)[0] == "the job has ended"
 
 
+def test_a_node_without_memory_for_what_it_is_to_keep_ends_the_job_only_where_nothing_is_protected_yet() -> None:
+    full = r.NoRoom(3, "rank 1 (peer) needs 8 bytes of node 3's memory")
+    job = SimulatedJob().train()
+    job.feed(full)
+    assert job.end == (Exit.USAGE, f"node 3: {full.message}")
+    job = SimulatedJob().train()
+    job.commit(5)
+    job.lose(1)
+    job.recover()
+    job.feed(full)
+    assert job.finish is None and job.events("no_room")[-1]["node"] == 3
+
+
 # ---- one loss
 
 
@@ -932,6 +945,22 @@ def test_an_error_is_known_again_by_its_type_and_place_or_rank(what: str) -> Non
             job.feed(r.WorkerExited(node, 0, 2, 11, 1))
             job.recover()
     assert job.end[0] == Exit.REPEATED_ERROR
+
+
+def test_an_error_that_the_job_has_come_through_may_come_again() -> None:
+    """Of processes that take over, all errors are of no iteration, however many there have been since."""
+    job = SimulatedJob(nodes=6, spares=3).train()
+    for iteration in (5, 20):
+        job.lose(job.active[0])
+        node = job.core.assignment[0].node
+        text = "OutOfMemoryError: device"
+        job.feed(failed(node, 0, -1, "setup", text, job.core.epoch, "model.py:3"))
+        job.feed(r.WorkerExited(node, 0, 0, 11, 1, job.core.epoch))
+        assert job.finish is None
+        job.recover()
+        job.park()
+        job.iterate(iteration)
+    assert job.core.dump()["now"]["errors"] == []
 
 
 def test_another_error_at_another_iteration_is_not_the_same_error() -> None:

@@ -174,12 +174,28 @@ def test_a_stuck_rank_is_ended_and_made_good_and_those_that_wait_for_it_are_left
     assert job.core.phase is Phase.RUNNING
 
 
+def test_a_stuck_rank_is_named_again_when_nobody_has_heard_of_it() -> None:
+    job = SimulatedJob().train()
+    for _ in range(9):
+        job.feed(r.Stalled(0, 1, 2, 5, 30.0, "busy"))
+        job.wait(5.0)
+    assert job.told(r.EndStuck) == [r.EndStuck(0, 2)] * 2
+
+
 def test_a_communication_nobody_gets_out_of_is_formed_again_with_everybody() -> None:
     job = SimulatedJob().train()
     for rank in range(6):
         job.feed(r.Stalled(0, job.core.assignment[rank].node, rank, 5, 30.0, "waiting"))
     job.wait(1.0)
     assert job.told(r.Declare)[-1].replaced == [] and not job.told(r.EndStuck)
+
+
+def test_a_rank_that_looks_stuck_when_training_ends_keeps_the_coordinator_from_no_rest() -> None:
+    job = SimulatedJob().train()
+    job.feed(r.Stalled(0, 1, 2, 5, 30.0, "busy"))
+    for node in job.active:
+        job.feed(r.Finished(0, node))
+    assert job.core.phase is Phase.FINISHING and job.core.next_deadline() is None
 
 
 def test_a_node_that_is_drained_before_it_has_joined_is_not_waited_for() -> None:
@@ -336,6 +352,74 @@ def test_a_node_whose_connection_was_replaced_in_a_recovery_has_missed_it() -> N
     assert job.core.epoch == 2 and job.core.phase is Phase.RUNNING
 
 
+def _replaced_connection(job: SimulatedJob, node: int, settled: bool = True) -> None:
+    """The agent is there again before the end of its connection is noticed: what went over that is lost."""
+    job.sent.clear()
+    job.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [], {}, job.core.epoch, settled))
+
+
+def test_a_node_whose_connection_was_replaced_at_the_end_hears_that_all_have_finished() -> None:
+    """Its workers wait for that without a deadline."""
+    job = SimulatedJob().train()
+    for node in job.active:
+        job.feed(r.Finished(0, node))
+    _replaced_connection(job, 2)
+    assert job.told(r.AllFinished, 2) == [r.AllFinished(0)]
+
+
+def test_a_node_that_trains_again_is_not_late_when_it_has_said_so_over_a_connection_that_had_ended() -> None:
+    job = SimulatedJob().train()
+    job.commit(5)
+    job.lose(1)
+    job.arrive()
+    job.prepare()
+    job.form()
+    job.restore()
+    for node in (0, 3):
+        job.feed(r.NodeResumed(1, node, 5))
+    _replaced_connection(job, 2)
+    assert job.core.epoch == 2 and job.core.nodes[2].role == "active"
+
+
+def test_a_node_whose_connection_was_replaced_at_the_start_hears_again_who_keeps_what() -> None:
+    job = SimulatedJob().train()
+    (placement,) = job.told(r.Placement)
+    _replaced_connection(job, 2)
+    assert job.told(r.Placement, 2) == [placement]
+    job.lose(1)
+    job.recover()
+    _replaced_connection(job, 2)
+    assert not job.told(r.Placement), "an epoch's declaration has it"
+
+
+def test_a_spare_that_is_asked_for_what_it_has_has_its_time_however_late_the_others_were() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.commit(5)
+    job.lose(1)
+    job.wait(DEADLINES.abort - 1.0)
+    for node in (0, 2, 3):
+        job.offer(node, 4)  # generation 5 is committed
+    assert job.told(r.Declare, 4)
+    job.wait(DEADLINES.abort - 2.0)
+    assert job.core.nodes[4].role == "spare" and job.core.epoch == 1
+    job.offer(4, 4)
+    assert job.told(r.Agree)
+
+
+def test_a_spare_that_is_asked_and_whose_connection_ended_meanwhile_is_not_waited_for_in_vain() -> None:
+    for away in (False, True):
+        job = SimulatedJob(nodes=5, spares=2).train()
+        job.commit(5)
+        job.lose(1)
+        for node in (0, 2, 3):
+            job.offer(node, 4)
+        assert job.told(r.Declare, 4)
+        if away:  # the coordinator stood still
+            job.take(job.core.node_away(4, job.now))
+        _replaced_connection(job, 4)
+        assert job.core.epoch == 2 and job.core.nodes[4].role == "spare"
+
+
 def test_what_one_node_was_told_as_committed_stays_so_for_all_when_the_coordinator_has_died_of_it() -> None:
     """The one has freed what was before, the others wait with both: with a floor alone they keep different ones."""
     job = SimulatedJob().train()
@@ -363,6 +447,14 @@ def test_ends_of_processes_count_once_and_only_for_the_coordinate_they_have() ->
         for end in ends if node == 1 else ():
             job.feed(end)
     assert job.core.nodes[1].deaths == 1 and not job.told(r.Respawn) and job.core.epoch == 2
+
+
+def test_the_end_of_a_process_whose_number_another_one_had_in_its_slot_counts() -> None:
+    job = SimulatedJob().train()
+    for count in (1, 2):
+        job.feed(r.WorkerExited(3, 0, None, 70, -9))
+        assert len(job.told(r.Respawn, 3)) == count
+        job.feed(r.WorkerReady(3, 0, 70))
 
 
 def test_an_end_that_was_decided_is_the_end_whatever_comes_after_the_coordinator_has_died_of_it() -> None:
@@ -456,7 +548,8 @@ def test_what_was_done_once_is_told_with_the_agreed_generation_even_by_a_new_coo
     job.lose(1)
     job.arrive()
     assert job.told(r.Agree)[-1].done == {"evaluation": 4}
-    assert [e for e in job.emitted if isinstance(e, Emit) and e.event == "evaluation"]
+    job.feed(r.SideEffect(2, 5, 0, 4, "evaluation"))  # an agent that is there again tells what nobody may know
+    assert len([e for e in job.emitted if isinstance(e, Emit) and e.event == "evaluation"]) == 1
 
 
 def test_a_failure_seen_while_agents_come_back_is_declared_when_all_of_them_can_hear_it() -> None:

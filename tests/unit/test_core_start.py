@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.core import Core
+from deadpool_megatron.cluster.core.durable import DurableSpec
+from deadpool_megatron.cluster.core.effects import Action, Keep
 from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.records.exits import Exit
 from simulated import DEADLINES, SimulatedJob
 
@@ -118,12 +122,77 @@ def test_where_another_launcher_starts_the_workers_it_has_to_start_them_again() 
     assert job.end[0] == Exit.NO_SPARE and "another launcher" in job.end[1]
 
 
+def _nobody_has_anything(job: SimulatedJob) -> list[Action]:
+    """Every rank was in its first step; what the Core decides then."""
+    assert job.core.recovery is not None
+    epoch, actions = job.core.epoch, list[Action]()
+    for node in sorted(job.core.recovery.givers):
+        live = dict.fromkeys(placing.ranks_of(job.core.assignment, node).values())
+        actions += job.core.received(r.Offer(epoch, node, live, {}, {}), job.now)
+    return actions
+
+
+def test_a_node_that_is_drained_when_the_start_begins_anew_leaves() -> None:
+    """It has no coordinate any more, and no recovery ends that would let it go."""
+    job = SimulatedJob().train()
+    job.take(job.core.drain(1, job.now)[1])
+    job.wait(DEADLINES.abort + 1.0)  # the first iteration takes long
+    assert job.core.nodes[1].role == "leaving" and job.core.epoch == 1
+    job.take(_nobody_has_anything(job))
+    assert job.core.phase is Phase.STARTING and job.core.epoch == 2
+    assert job.core.nodes[1].role == "left" and job.told(r.Stop, 1)[-1].code == Exit.OK
+
+
+def test_what_ranks_planned_before_the_start_began_anew_is_nothing_to_a_new_coordinator() -> None:
+    job = SimulatedJob().train()
+    stored = json.loads(json.dumps(job.core.dump()))
+    job.lose(1)
+    for kept in _nobody_has_anything(job):
+        if isinstance(kept, Keep):
+            stored |= json.loads(json.dumps(kept.parts))
+    core = Core(job.core.job)
+    core.restored(stored, job.now)
+    assert core.phase is Phase.STARTING and not core.coordinates
+
+
+def test_what_was_done_before_the_start_began_anew_is_done_again() -> None:
+    job = SimulatedJob()
+    job.join()
+    job.lose(1)
+    job.feed(r.SideEffect(2, 5, 0, 0, "evaluation"))  # late
+    assert job.core.dump()["now"]["done"] == {}
+
+
+def test_a_worker_of_a_spare_that_ends_while_the_start_begins_anew_is_started_again() -> None:
+    """Its agent has not heard of the new start yet; that leaves spares as they are."""
+    job = SimulatedJob(nodes=5, spares=2)
+    job.join()
+    job.lose(1)
+    job.feed(r.WorkerExited(4, 0, None, 40, -9, epoch=0))
+    assert job.told(r.Respawn, 4) == [r.Respawn(0)]
+
+
 def test_an_agent_that_has_missed_that_the_start_began_anew_is_told_again() -> None:
     job = SimulatedJob()
     job.join()
     job.lose(1)
     job.join([2])  # of epoch 0 still
     assert job.told(r.Roster, 2)[0].anew
+
+
+def test_an_agent_whose_connection_was_replaced_at_the_start_hears_again_what_it_may_have_missed() -> None:
+    """Nobody counts as late there: it would be waited for without end."""
+    spec = DurableSpec("/durable", "job", complete=[(7, "g7")], resume=True)
+    job = SimulatedJob(durable=spec)
+    job.join()
+    job.sent.clear()
+    job.join([2])
+    assert job.told(r.Roster, 2) and job.told(r.LoadShards, 2) == [r.LoadShards("g7", 7)]
+    for node in job.active:
+        job.feed(r.ShardsLoaded(node, "g7", ""))
+    job.sent.clear()
+    job.feed(r.Join(2, 1002, "127.0.0.1", 2002, [70, 71]))  # of other workers: the rest it has heard, or would not tell
+    assert job.told(r.ResumeAt, 2) == [r.ResumeAt(7)] and not job.told(r.Roster)
 
 
 def test_a_coordinator_that_comes_back_while_the_start_begins_anew_has_all_agents_begin() -> None:

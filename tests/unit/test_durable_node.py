@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent import durable
 from deadpool_megatron.cluster.agent.durable import Loaded, NodeDurability
 from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
-from deadpool_megatron.durable import Done, DurableError, Item, Layout, Staged, files, load_shards
+from deadpool_megatron.durable import Done, DurableError, Item, Layout, Staged, files, load_shards, loading
 from deadpool_megatron.vault import SlotWriter, Version, small_capacity
 
 UNIQUE = 1 << 20
@@ -159,6 +160,28 @@ def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[
         small, unique = SlotWriter(at.path).read(Version(0, 5))
         assert small == b"small %d" % rank and bytes(unique) == bytes([5 + rank]) * UNIQUE
         assert not node.durability.refusal(rank)
+
+
+def test_an_order_to_read_that_comes_again_does_not_cut_off_the_reading(
+    drained: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator that has started again would hear that the durable generation cannot be read, and end the job."""
+    node, read, begun, goes_on = drained[1], loading.read_shard, Event(), Event()
+
+    def slowly(*of: Any) -> Any:
+        begun.set()
+        assert goes_on.wait(10.0)
+        return read(*of)
+
+    monkeypatch.setattr(loading, "read_shard", slowly)
+    node.durability.load(r.LoadShards(NAME, 5), [0, 1])
+    assert begun.wait(10.0)
+    node.durability.load(r.LoadShards(NAME, 5), [0, 1])
+    goes_on.set()
+    node.news(Loaded)
+    assert node.sent == [r.ShardsLoaded(1, NAME, "")]
+    node.durability.load(r.LoadShards(NAME, 5), [0, 1])
+    assert node.sent == [r.ShardsLoaded(1, NAME, "")] * 2, "the first answer may be lost"
 
 
 def test_a_job_with_other_arguments_is_told_the_first_that_differs(drained: list[Node]) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import MagicMock
+
 import pytest
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.agent import Agent
 from deadpool_megatron.cluster.agent.commits import Commits
 from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.recovery import NodeRecovery
 from deadpool_megatron.cluster.agent.shards import RankCommitted
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.vault import constants_of
@@ -133,3 +138,49 @@ def test_what_may_be_overwritten_by_now_is_not_told_again(job: KnownJob) -> None
     assert commits.last == told, "what is kept stays"
     commits.committed_to(r.CommittedTo(0, (0, 9), 9))
     assert commits.last is None
+
+
+def test_a_spare_that_is_asked_again_says_again_what_it_has() -> None:
+    """The first answer went over a connection that had ended: it would be waited for in vain, and count as lost."""
+    spare = KnownJob(3, 2, 2, Scheme.parse("1"))
+    told: list[r.AgentRecord] = []
+    crew, shards = MagicMock(workers={}), MagicMock()
+    crew.mine.return_value, crew.renewing.return_value, shards.holdings.return_value = {}, False, ({}, {}, {})
+    recovery = NodeRecovery(spare, crew, shards, MagicMock(), MagicMock(), told.append)
+    recovery.declare(_declare())
+    recovery.asked_again()
+    assert told == [r.Offer(1, 3, {}, {}, {}, {})] * 2
+
+
+def _agent(workers: dict[int, Any]) -> tuple[Agent, list[r.AgentRecord]]:
+    """Of node 0, and what the coordinator hears of it."""
+    told: list[r.AgentRecord] = []
+    settings = MagicMock(node=0, active_nodes=2, durable_dir="", adopt="", host="host")
+    settings.config.hang_floor, settings.config.lease = 0, 5.0
+    crew, shards = MagicMock(workers=workers), MagicMock()
+    crew.mine.return_value, shards.server.port = {}, 1
+    job = KnownJob(0, 2, 2, Scheme.parse("1"))
+    agent = Agent(
+        settings, job, crew, MagicMock(), shards, MagicMock(), MagicMock(),
+        lambda packet: told.append(r.decode_from_agent(packet)),
+    )  # fmt: skip
+    return agent, told
+
+
+def test_what_was_done_once_is_told_again_to_a_coordinator_that_may_have_started_again() -> None:
+    """One that is gone took what it had heard with it: after the next loss a line would be printed twice."""
+    agent, told = _agent({})
+    for iteration in (4, 5):
+        agent.from_worker(MagicMock(), r.SideEffect(0, 3, 0, iteration, "log"))
+    told.clear()
+    agent.introduce()
+    assert [each for each in told if isinstance(each, r.SideEffect)] == [r.SideEffect(0, 3, 0, 5, "log")]
+
+
+def test_the_error_of_a_worker_that_has_not_ended_yet_is_told_again() -> None:
+    """Without it nobody knows that a lost peer may have caused its end, which ends the job while it starts."""
+    worker = MagicMock(local=0, rank=0, pid=7, parked=False, exited=False, registered=None, broken=None)
+    agent, told = _agent({0: worker})
+    agent.from_worker(worker, r.WorkerFailed(0, 0, 0, "setup", 0, -1, 0, "k", "p", "reset by peer", "", True))
+    agent.introduce()
+    assert told[0] == told[-1] == worker.failed and len(told) == 3

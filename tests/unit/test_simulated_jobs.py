@@ -142,6 +142,11 @@ def test_no_fault_breaks_a_promise_where_every_recovery_needs_other_processes() 
     assert sum(run.epochs for run in runs) > 20
 
 
+def test_no_fault_breaks_a_promise_where_what_is_told_is_lost_with_a_connection_that_is_replaced() -> None:
+    runs = [simulate(seed, replace(many.mixed(seed)[1], replaced=0.01)) for seed in range(80)]
+    assert not [(run.seed, run.violation) for run in runs if run.violation]
+
+
 MISSED_RESTARTS: dict[str, tuple[int, tuple[str, ...]]] = {"renewing": (114, ())}
 MODES = {
     Profile(restarts=True): MISSED_RESTARTS,

@@ -105,6 +105,7 @@ class Agent:
             self._recovery = NodeRecovery(job, crew, shards, self._upkeep, self._faults, self.send)
             self._lookout = Lookout(settings, job, crew, self._recovery, processes, fence, self.send, clock)
         self._hashes: list[r.StateHash] = []
+        self._done: dict[r.SideEffectKind, r.SideEffect] = {}  # the newest of each kind that a rank here has told
         self._iteration = -1  # the newest of this epoch that a rank here has told
 
     def send(self, record: r.AgentRecord) -> None:
@@ -150,14 +151,16 @@ class Agent:
                 self.send(worker.registered)
             if worker.broken is not None and worker.waits(self._job.epoch):
                 self.send(worker.broken)  # somebody has to declare the epoch that it waits for
+            if worker.failed is not None:  # why it has ended, or is about to
+                self.send(worker.failed)
             if worker.exited and worker.exit_code is not None:
-                if worker.failed is not None:  # why it has ended
-                    self.send(worker.failed)
                 self.send(self._exited(worker, worker.exit_code))
         if (last := self._commits.last) is not None:
             self.send(last)  # without it nobody could ever overwrite a slot again
         for record in self._hashes:
             self.send(record)
+        for done in self._done.values():
+            self.send(done)
         if self._crew.mine() and self._crew.all_reached("finished"):
             self.send(r.Finished(self._job.epoch, node))
 
@@ -211,6 +214,9 @@ class Agent:
                 recovery.held(worker, record)
             case r.Unreadable():
                 recovery.unreadable(worker, record)
+            case r.SideEffect():
+                self._done[record.act] = msgspec.structs.replace(record, node=node)
+                self.send(self._done[record.act])
             case r.StateHash():
                 self._hashes.append(msgspec.structs.replace(record, node=node))
                 self.send(self._hashes[-1])
@@ -341,6 +347,8 @@ class Agent:
 
     def _declare(self, recovery: NodeRecovery, record: r.Declare) -> None:
         if record.epoch <= self._job.epoch:
+            if record.epoch == self._job.epoch:
+                recovery.asked_again()
             return
         self._new_epoch()
         recovery.declare(record)
@@ -348,6 +356,7 @@ class Agent:
 
     def _start_over(self, recovery: NodeRecovery) -> None:
         self._new_epoch()
+        self._done.clear()
         if self._durable is not None:
             self._durable.start_over()
         recovery.start_over()

@@ -88,6 +88,8 @@ class NodeDurability:
         self._epoch = 0  # of the versions that were loaded before training
         self._manifest: Manifest | None = None  # of what was loaded before training
         self._loaded: dict[int, str] = {}  # by rank, and holder of constants, digest of its layout
+        self._asked: tuple[str, int] | None = None  # name and epoch of what is, or was, read before training
+        self._answer: r.ShardsLoaded | None = None
         shards.durable_constants = self._bring_constants
 
     def _tell(self, news: DurableNews | Answer) -> None:
@@ -208,8 +210,16 @@ class NodeDurability:
     # ---- the start of training
 
     def load(self, record: r.LoadShards, ranks: Iterable[int]) -> None:
-        """Bring this node's shards into its vault. Answers with a `Loaded`."""
-        epoch = record.epoch
+        """Bring this node's shards into its vault. Answers with a `Loaded`.
+
+        Told again while that is under way it changes nothing: a second read would cut the first one off.
+        """
+        epoch, asked = record.epoch, (record.name, record.epoch)
+        if asked == self._asked and (self._answer is None or not self._answer.error):
+            if self._answer is not None:
+                self._send(self._answer)  # which was not heard, perhaps
+            return
+        self._asked, self._answer = asked, None
         versions = {rank: Version(epoch, record.generation) for rank in ranks}
 
         def loaded(rank: int, manifest: Manifest, layout: str) -> None:
@@ -319,7 +329,10 @@ class NodeDurability:
             case Done():
                 self._send(r.GenerationSealed(self._node, news.name, news.error, list(news.problems), news.unsure))
             case Loaded():
-                self._send(r.ShardsLoaded(self._node, news.name, news.error, news.epoch))
+                answer = r.ShardsLoaded(self._node, news.name, news.error, news.epoch)
+                if (news.name, news.epoch) == self._asked:
+                    self._answer = answer
+                self._send(answer)
 
     def _give_up_copy(self, take: Take, why: str) -> None:
         """A copy could not be drained since it is not what it was: if it was the last drain, others are looked for."""

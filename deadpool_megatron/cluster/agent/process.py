@@ -37,6 +37,7 @@ class AgentProcess:
 
     def __init__(self, settings: AgentSettings) -> None:
         self._s = settings
+        self.serves = False  # what was asked for is there: whatever fails from now on is this node's loss
         self._terminated = False
         self._preempted = math.inf  # when the first notice came
         scheme = Scheme.parse(settings.config.redundancy)
@@ -85,6 +86,7 @@ class AgentProcess:
             signal.signal(signum, self._on_notice)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
         self._crew.start(self._s.slots_per_node)
+        self.serves = True
         told = False
         try:
             while agent.code is None and not self._terminated:

@@ -109,6 +109,12 @@ class NodeRecovery:
         self.take_over()
         self._maybe_offer()
 
+    def asked_again(self) -> None:
+        """The epoch's declaration has come once more: what a node without coordinates has offered was lost."""
+        if not self._job.ranks:
+            self._offered = -1
+            self._maybe_offer()
+
     def agree(self, record: r.Agree) -> None:
         """The generation of this epoch is agreed: bring here what is not. What is in no vault comes by another way."""
         self._done = dict(record.done)

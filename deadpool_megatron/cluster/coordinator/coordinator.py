@@ -117,6 +117,7 @@ class Coordinator:
     def interrupt(self) -> None:
         """The user wants the end; safe in a signal handler."""
         self._interrupted = True
+        self._memory.insists = False
 
     def preempt(self) -> None:
         """The job has to leave soon, with what is committed made durable; safe in a signal handler."""
@@ -139,6 +140,11 @@ class Coordinator:
     def finished(self) -> bool:
         """The job is over: `end` is next."""
         return self._finish is not None
+
+    @property
+    def interrupted(self) -> bool:
+        """The user wants the end."""
+        return self._interrupted
 
     def begin(self, announce: Callable[[int], None]) -> None:
         """Before the first `turn`."""
@@ -325,7 +331,9 @@ class Coordinator:
         return identity
 
     def _gone(self, identity: bytes) -> None:
-        number = identity.decode(errors="replace").removeprefix("node-").partition("@")[0]
+        name = identity.decode(errors="replace")
+        self._enlistment.left(name.removeprefix("enlist-"))
+        number = name.removeprefix("node-").partition("@")[0]
         if not number.isdecimal() or identity != self._identity(int(number)):
             return
         node = int(number)
@@ -392,6 +400,8 @@ class Coordinator:
                 return
             if isinstance(record, r.StateHash):
                 self._core.seen.state_hash(record)
+            elif isinstance(record, r.Join) and self._finish is not None:  # it may not have heard of the end
+                self._reply(identity, r.Stop(self._finish.code, self._finish.message))
 
         self._hub.farewell(map(self._identity, left), _FAREWELL_S, last_words)
 
@@ -400,9 +410,12 @@ class Coordinator:
         if path and hashes:
             content = {"coordinates": {str(rank): hashes[rank] for rank in sorted(hashes)}}
             temporary = f"{path}.{os.getpid()}"
-            with open(temporary, "w") as f:
-                json.dump(content, f, indent=1)
-            os.replace(temporary, path)
+            try:
+                with open(temporary, "w") as f:
+                    json.dump(content, f, indent=1)
+                os.replace(temporary, path)
+            except OSError as err:  # the job has ended as it has
+                print(f"deadpool: --deadpool-state-hash {path}: {err.strerror}", file=sys.stderr, flush=True)
 
     def _write_status(self) -> None:
         begun = self._clock.now()

@@ -29,6 +29,7 @@ class Enlistment:
         self._store_port = store_port
         self._by_token: dict[str, int] = {}
         self._hosts: dict[int, str] = {}
+        self._left: set[int] = set()  # nodes whose command has ended, or lost its connection
 
     def answer(self, request: r.Enlist, joined: Collection[int], gone: Collection[int] = ()) -> r.Enlisted | None:
         """The place of this agent, or why it gets none. A request that was answered before gets the same answer.
@@ -54,7 +55,9 @@ class Enlistment:
                     f"{request.host} was started with {flag} {theirs}, the coordinator with {ours}: give every node "
                     "the same"
                 )
-        taken = set(joined) | set(self._hosts)
+        # (a command that has ended before its agent joined may be given again on its machine)
+        again = {n for n in self._left if n not in joined and self._hosts[n] == request.host}
+        taken = (set(joined) | set(self._hosts)) - again
         node = request.node
         if node is None:
             free = [n for n in range(job.nodes) if n not in taken]
@@ -74,10 +77,16 @@ class Enlistment:
             )
         return self.comes_back(request, node)
 
+    def left(self, token: str) -> None:
+        """The connection over which a place was asked for has ended."""
+        if token in self._by_token:
+            self._left.add(self._by_token[token])
+
     def comes_back(self, request: r.Enlist, node: int) -> r.Enlisted:
         """The answer to an agent that has become the spare ``node``."""
         self._by_token[request.token] = node
         self._hosts[node] = request.host
+        self._left.discard(node)
         return self._place(node)
 
     def _place(self, node: int) -> r.Enlisted:

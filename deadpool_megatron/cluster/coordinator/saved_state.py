@@ -38,6 +38,8 @@ class Memory:
         self._guard = guard
         self._written: dict[str, bytes] = {}
         self.writes = self.written_bytes = 0
+        self.insists = True
+        """What is decided waits until it is kept; False: for seconds only, since the user wants the end."""
         self._deposed = False
 
     def watch(self) -> None:
@@ -104,6 +106,8 @@ class Memory:
             except over:
                 raise
             except StoreError as err:
+                if not self.insists and time.monotonic() - begun > _SAY_AFTER_S:
+                    raise
                 if not said and time.monotonic() - begun > _SAY_AFTER_S:
                     said = True
                     print(f"deadpool: {err}; nothing is decided until it does", file=sys.stderr, flush=True)

@@ -69,6 +69,10 @@ class Blame:
         places = (record.place, f"rank {record.rank}")
         return any([self._repeats(record.epoch, record.iteration, record.kind, place) for place in places])
 
+    def passed(self, iteration: int) -> None:
+        """The job has come through it: what was raised before it, at the start of a process perhaps, was no bug."""
+        self._errors = {error: epoch for error, epoch in self._errors.items() if error[0] >= iteration}
+
     def by_a_peer(self, record: r.WorkerExited) -> bool:
         """It ended with an error that the loss of a peer may have caused."""
         last = self._last.get((record.node, record.local))

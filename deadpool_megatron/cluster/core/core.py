@@ -102,7 +102,7 @@ class Core:
             r.Stalled: self._stalled,
             r.Pace: lambda record: seen.paced(record, self._now),
             r.NodeHeld: self._node_held,
-            r.SideEffect: seen.did,
+            r.SideEffect: self._did,
             r.Compared: lambda record: self._recoveries.compared(record, self._now),
             r.Offer: lambda record: self._recoveries.offer(record, self._now),
             r.NodeArrived: self._recoveries.arrived,
@@ -410,6 +410,7 @@ class Core:
             return
         if record.epoch == self.epoch:
             self._progress.heard(None if record.kept is None else Version(*record.kept), record.iteration)
+        same = state.pids == dict(enumerate(record.worker_pids))  # else it tells of the workers of a new start
         first = self._start.joined(state, record)
         awaited = self._arrivals.without({record.node})
         if self._returning.awaits(record.node):
@@ -417,13 +418,15 @@ class Core:
         elif self._state.phase is Phase.STARTING:
             if first:
                 yield from self._start.send_roster()
-            elif record.epoch < self.epoch:
-                yield from self._start.send_roster_again(record.node)
+            else:
+                yield from self._start.send_again(record.node, same or record.epoch < self.epoch)
         elif awaited:
             yield from self._start.came_later(record)
             yield from self._look_for_spare(record.node)
         elif self._has_missed(record):
             yield from self._declare(f"node {record.node} was away in epoch {record.epoch}")
+        elif not first:
+            yield from self._tell_again(record.node)
         if not first and self.members.departed:  # perhaps while this one was not connected
             yield Send(record.node, r.Departed(sorted(self.members.departed)))
         if self.members.holds(record.node) and record.epoch == self.epoch and not self._returning.defers_commits:
@@ -431,11 +434,17 @@ class Core:
 
     def _has_missed(self, record: r.Join) -> bool:
         """Another connection has taken the place of one whose end nobody noticed: what went over that is lost."""
-        givers = self.recovery.givers if self.recovery is not None else frozenset[int]()
-        needed = self.members.holds(record.node) or record.node in givers
-        return self._state.phase is Phase.RUNNING and needed and (record.epoch != self.epoch or not record.settled)
+        return self._state.phase is Phase.RUNNING and self._recoveries.missed_by(record)
+
+    def _tell_again(self, node: int) -> Effects:
+        """What nobody waits for with a deadline may have been told over a connection that had ended."""
+        if self._state.phase is Phase.FINISHING:
+            yield Send(node, r.AllFinished(self.epoch))
+        elif self._start.placement_holds and self.recovery is None:
+            yield self._start.placement(node)
 
     def _worker_ready(self, record: r.WorkerReady) -> Effects:
+        self._ends.begun(record)
         yield from self._start.worker_ready(record)
         yield from self._look_for_spare(record.node)
 
@@ -460,6 +469,11 @@ class Core:
     def _iterated(self, record: r.Iteration) -> Effects:
         if record.epoch == self.epoch and (yield from self.seen.iterated(record, self._now)):
             self._suspicions.got_on()
+            self._ends.got_on(record.iteration)
+
+    def _did(self, record: r.SideEffect) -> Effects:
+        if record.epoch >= self._start.epoch:  # else before the start began anew, and so it is to be done again
+            yield from self.seen.did(record)
 
     def _node_ready(self, record: r.NodeReady) -> Effects:
         yield from self._recoveries.ready(record, self._now)
@@ -536,8 +550,9 @@ class Core:
     # ---- ends of processes
 
     def _worker_exited(self, record: r.WorkerExited) -> Effects:
-        if self._state.phase is Phase.STARTING and record.epoch != self.epoch:
-            return  # of a start that is over
+        of_old_start = self._state.phase is Phase.STARTING and record.epoch != self.epoch
+        if of_old_start and record.rank is not None:
+            return  # else it is a spare's, and those go on through all starts
         yield from self._ends.exited(record, self._now)
 
     # ---- losses
@@ -591,9 +606,9 @@ class Core:
         if not (yield from self._start.over(reason)):
             return
         self._state.phase = Phase.STARTING
-        self._recoveries.start_over()
+        yield from self._recoveries.start_over()
         self._new_epoch(list(range(self.job.world_size)))
-        yield Persist()
+        yield Persist(("now", "members", "layout"))
         yield from self._start.send_roster()
 
     def _new_epoch(self, replaced: list[int]) -> None:

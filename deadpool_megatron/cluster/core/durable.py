@@ -136,14 +136,14 @@ class Durability:
         self._begun, self._epoch = True, epoch
         yield from self._load(active)
 
-    def start_again(self, active: Iterable[int], epoch: int) -> Effects:
-        """Agents are back that may not have heard where training begins."""
+    def start_again(self, active: Iterable[int], epoch: int, node: int | None = None) -> Effects:
+        """Agents (None: perhaps all) are back that may not have heard where training begins."""
         if not self._begun or epoch != self._epoch:
             yield from self.start(active, epoch)
         elif self._loading is not None:
-            yield Send(None, r.LoadShards(self._loading[0], self._complete[0][0], self._epoch))
+            yield Send(node, r.LoadShards(self._loading[0], self._complete[0][0], self._epoch))
         elif self._resumes_at is not None:
-            yield Send(None, r.ResumeAt(self._resumes_at))
+            yield Send(node, r.ResumeAt(self._resumes_at))
 
     def dump(self) -> list[tuple[int, str]]:
         """What is durable, for a coordinator that starts again and may not be able to look."""

@@ -102,8 +102,7 @@ class Observations:
 
     def did(self, record: r.SideEffect) -> Effects:
         """Something was done that must not be done again."""
-        self._state.progress.did(record)
-        if record.act != "log":
+        if self._state.progress.did(record) and record.act != "log":
             yield emit(record.act, iteration=record.iteration, rank=record.rank, node=record.node)
 
     def paced(self, record: r.Pace, now: float) -> Effects:
@@ -126,8 +125,11 @@ class Observations:
     # ---- vaults
 
     def no_room(self, record: r.NoRoom) -> Effects:
-        """A node has no memory for what it is to keep: nothing would be protected."""
-        yield Stop(Exit.USAGE, f"node {record.node}: {record.message}")
+        """A node has no memory for what it is to keep."""
+        if self._state.progress.committed < 0:  # nothing would ever be protected
+            yield Stop(Exit.USAGE, f"node {record.node}: {record.message}")
+        else:  # a spare that has come since, as a rule: the job trains, and falls back further when it loses a node
+            yield emit("no_room", node=record.node, cause=record.message)
 
     def refused(self, record: r.Refusals) -> Effects:
         """A vault has turned away what nobody of this job, or of this epoch, may send."""

@@ -39,9 +39,12 @@ class Progress:
         self.iteration = record.iteration
         return True
 
-    def did(self, record: r.SideEffect) -> None:
-        """Something was done that must not be done again."""
-        self.done[record.act] = max(record.iteration, self.done.get(record.act, -1))
+    def did(self, record: r.SideEffect) -> bool:
+        """Something was done that must not be done again; False when it is known already."""
+        if record.iteration <= self.done.get(record.act, -1):
+            return False
+        self.done[record.act] = record.iteration
+        return True
 
     def node_committed(self, record: r.Committed) -> tuple[Told | None, bool]:
         """A node has committed a generation. Returns what to send to all, if anything, and whether all have it now."""

@@ -187,6 +187,16 @@ class Recoveries:
                 out_of_use.discard(node)
                 yield emit("stays", node=node, cause="no parked spare is left to take over")
 
+    def missed_by(self, record: r.Join) -> bool:
+        """An agent that is there again has not heard of the epoch, or what it has said since is lost."""
+        members, current = self._state.members, self.current
+        needed = members.holds(record.node) or record.node in self.helpers
+        if current is not None and record.node in current.givers:
+            needed = True
+            if current.waits_for(record.node):  # which it may have said over a connection that had ended
+                return True
+        return needed and (record.epoch != members.epoch or not record.settled)
+
     @property
     def drains(self) -> bool:
         """The job cannot go on, and agents alone make durable what it has: what becomes of its workers is no matter."""
@@ -237,7 +247,7 @@ class Recoveries:
         except NoCommonGeneration as err:
             agreement, missing = None, err.missing
         if agreement is None or agreement.generation < state.progress.committed:
-            others = recovery.ask(self._heard & set(members.present()))
+            others = recovery.ask(self._heard & set(members.present()), now)
             for node in others:  # a spare may have what would be given up, and may have been away
                 assert self._told is not None
                 yield Send(node, self._told)
@@ -424,11 +434,7 @@ class Recoveries:
             self.current = None
             self.vacant.clear()
             yield emit("resumed", iteration=recovery.generation)
-            for node in sorted(self.helpers):
-                if self._state.members.nodes[node].role == "leaving":
-                    yield emit("left", node=node)
-                    yield LetGo(node)
-            self.helpers.clear()
+            yield from self._let_helpers_go()
             yield Persist()
 
     def covered(self, record: r.Covered) -> Effects:
@@ -464,10 +470,19 @@ class Recoveries:
         self._not_saved = why
         return True
 
-    def start_over(self) -> None:
+    def start_over(self) -> Effects:
         """The start begins anew: nothing of a recovery counts any more."""
         self.current = None
         self.vacant.clear()
+        self._refused.clear()
+        yield from self._let_helpers_go()
+
+    def _let_helpers_go(self) -> Effects:
+        """Nobody needs their shards any more."""
+        for node in sorted(self.helpers):
+            if self._state.members.nodes[node].role == "leaving":
+                yield emit("left", node=node)
+                yield LetGo(node)
         self.helpers.clear()
 
     # ---- a coordinator that starts again

@@ -66,10 +66,12 @@ class Recovery:
             self._arrived.add(record.node)
         return self.offers.keys() >= self.givers
 
-    def ask(self, others: Iterable[int]) -> list[int]:
-        """Those of ``others`` who have not said what they can give; they are waited for from now on."""
+    def ask(self, others: Iterable[int], now: float) -> list[int]:
+        """Those of ``others`` who have not said what they can give; they are waited for, with their own deadline."""
         more = sorted(set(others) - self.offers.keys() - self.givers)
         self.givers |= set(more)
+        if more:
+            self.deadline = now + self._deadlines.abort
         return more
 
     def wait(self) -> None:
@@ -126,6 +128,11 @@ class Recovery:
     def resumed(self, node: int) -> None:
         """A node trains again."""
         self._resumed.add(node)
+
+    def waits_for(self, node: int) -> bool:
+        """A node is to say what it has, or that it trains."""
+        asked = self.phase is Phase.ARRIVING and node in self.givers and node not in self.offers
+        return asked or (node in self.active and node not in self._resumed)
 
     def all_restored(self, now: float) -> bool:
         """True once, when every node has its parameters back."""

@@ -82,9 +82,7 @@ class Returning:
     def back(self, record: r.Join, now: float) -> Effects:
         """The agent of a node is back."""
         self.without({record.node})
-        members = self._state.members
-        active = members.holds(record.node) or record.node in self._recoveries.helpers
-        if active and (not record.settled or record.epoch != members.epoch):
+        if self._recoveries.missed_by(record):
             self.remember(f"node {record.node} was in the middle of epoch {record.epoch}")
         if not self.waits:
             yield from self.all_back(now)
@@ -108,7 +106,7 @@ class Returning:
             if unsettled and epoch == members.epoch:
                 yield StartOver(f"the coordinator was away and {unsettled}")
             else:
-                yield from self._start.send_all_again()
+                yield from self._start.send_again()
         yield from self._count_commits(now)
         if members.epoch != epoch or state.phase is not Phase.RUNNING:
             return
@@ -117,7 +115,7 @@ class Returning:
         if unsettled or lost or (self._recoveries.vacant and trains):
             why = unsettled or (f"node {lost[0]} was lost" if lost else "a worker died")
             yield Declare(f"the coordinator was away and {why}")
-        elif trains and members.epoch == self._start.epoch and state.layout.known:
+        elif trains and self._start.placement_holds:
             yield self._start.placement()  # who heard it hears the same again
         yield EndIfFinished()
 

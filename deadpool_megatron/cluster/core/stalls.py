@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
 
@@ -9,6 +10,7 @@ from deadpool_megatron.cluster import records as r
 
 SETTLE_S = 3.0
 FRESH_S = 15.0
+_HEEDED_S = 30.0  # who has been named is ended by then, or its node has left: else its agent has not heard of it
 
 
 class StallJudge:
@@ -22,13 +24,13 @@ class StallJudge:
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
         self._reports: dict[int, tuple[r.Stall, float]] = {}
-        self._judged: set[int] = set()
+        self._judged: dict[int, float] = {}  # by rank that was named, when
         self.due: float | None = None
 
     def report(self, record: r.Stalled, now: float) -> None:
         """A rank makes no progress; repeated every few seconds while that is so."""
         self._reports[record.rank] = (record.state, now)
-        if record.rank not in self._judged and self.due is None and record.state != "waiting":
+        if self._to_judge(record.rank, now) and self.due is None and record.state != "waiting":
             self.due = now if record.state == "silent" else now + SETTLE_S
         elif len(self._fresh(now)) == self._world_size:
             self.due = now
@@ -40,9 +42,12 @@ class StallJudge:
         guilty = sorted(rank for rank, state in fresh.items() if state != "waiting")
         if len(guilty) > self._world_size // 2 or (not guilty and len(fresh) == self._world_size):
             return [], True
-        named = [rank for rank in guilty if rank not in self._judged]
-        self._judged.update(named)
+        named = [rank for rank in guilty if self._to_judge(rank, now)]
+        self._judged |= dict.fromkeys(named, now)
         return named, False
+
+    def _to_judge(self, rank: int, now: float) -> bool:
+        return now >= self._judged.get(rank, -math.inf) + _HEEDED_S
 
     def _fresh(self, now: float) -> dict[int, r.Stall]:
         return {rank: state for rank, (state, at) in self._reports.items() if now - at < FRESH_S}

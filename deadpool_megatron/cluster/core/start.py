@@ -13,6 +13,7 @@ from __future__ import annotations
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.accounting import SnapshotAccount
 from deadpool_megatron.cluster.core.effects import Answer, Effects, Persist, Send, Stop, emit
+from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.members import NodeState
 from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.placement import assignment as placing
@@ -53,17 +54,13 @@ class Start:
             yield from self._state.durability.start(self._state.members.active(), self.epoch)
             yield Persist()
 
-    def send_roster_again(self, node: int) -> Effects:
-        """To one who was away and has not heard that the start began anew."""
-        if self._state.members.complete():
-            yield Send(node, self._roster())
-
-    def send_all_again(self) -> Effects:
-        """To all: some were away, and may have missed the roster, or where training begins."""
+    def send_again(self, node: int | None = None, roster: bool = True) -> Effects:
+        """To one (None: to all) who was away, and may have missed the roster, or where training begins."""
         members = self._state.members
         if members.complete():
-            yield Send(None, self._roster())
-            yield from self._state.durability.start_again(members.active(), members.epoch)
+            if roster:
+                yield Send(node, self._roster())
+            yield from self._state.durability.start_again(members.active(), members.epoch, node)
 
     def came_later(self, record: r.Join) -> Effects:
         """An agent that the job did not begin with has joined."""
@@ -145,14 +142,22 @@ class Start:
         """Every coordinate is known: say who keeps whose shards, and what may be lost from then on."""
         members, layout, protection = self._state.members, self._state.layout, self._state.protection
         if self._state.job.active_nodes == 1:  # for measurements: nothing is protected
-            yield Send(None, r.Placement(members.epoch, [[0, 0]], *layout.sizes))
+            yield self.placement()
             return
         protection.begin(members.assignment, layout.coordinates, layout.largest, self._state.job.slots_per_node)
         if self._state.job.deadpool:
             yield self.placement()
             yield emit("placed", costs=protection.costs(), **protection.status())
 
-    def placement(self) -> Send:
+    @property
+    def placement_holds(self) -> bool:
+        """The job trains with what `placement` has told."""
+        state = self._state
+        return state.phase is Phase.RUNNING and state.members.epoch == self.epoch and state.layout.known
+
+    def placement(self, node: int | None = None) -> Send:
         """Who keeps whose shards, in the first epoch; in later ones that comes with the declaration."""
         groups = [list(group) for group in self._state.protection.groups]
-        return Send(None, r.Placement(self._state.members.epoch, groups, *self._state.layout.sizes))
+        if self._state.job.active_nodes == 1:
+            groups = [[0, 0]]
+        return Send(node, r.Placement(self._state.members.epoch, groups, *self._state.layout.sizes))

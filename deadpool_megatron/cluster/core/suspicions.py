@@ -98,8 +98,8 @@ class Suspicions:
     def explained(self) -> None:
         """A new epoch: its ranks are judged by what they say in it."""
         self.ended()
-        self._stalls = StallJudge(self._state.job.world_size)
 
     def ended(self) -> None:
         """Training is over: who still waits for a peer waits for one that has left."""
         self._error = None
+        self._stalls = StallJudge(self._state.job.world_size)

@@ -27,7 +27,8 @@ class WorkerEnds:
         self._suspicions = suspicions
         self._blame = Blame(state.job.worker_deaths)
         self._left: set[tuple[int, int]] = set()
-        self._known: set[tuple[int, int, int]] = set()  # an agent that was away tells of the same process again
+        # by node and local index, of the last process that has ended: an agent that was away tells of it again
+        self._known: dict[tuple[int, int], int] = {}
 
     def new_epoch(self) -> None:
         """Whoever had left is in the job again."""
@@ -43,10 +44,9 @@ class WorkerEnds:
         deadpool, phase = self._state.job.deadpool, self._state.phase
         node = self._state.members.nodes[record.node]
         who, how = how_it_ended(record)
-        process = record.node, record.local, record.pid
-        if process in self._known:
+        if self._known.get((record.node, record.local)) == record.pid:
             return
-        self._known.add(process)
+        self._known[record.node, record.local] = record.pid
         over = phase is Phase.FINISHING and deadpool
         if (record.code == 0 and phase in _BESIDE_TRAINING) or (record.code < 0 and over):
             if record.code:  # everything is saved, and nobody waits for it
@@ -107,6 +107,11 @@ class WorkerEnds:
             self._recoveries.not_saved(cause)
         yield Declare(cause)
 
+    def begun(self, record: r.WorkerReady) -> None:
+        """A process has begun: the number of one that has ended may come again."""
+        if self._known.get((record.node, record.local)) == record.pid:
+            del self._known[record.node, record.local]
+
     def failed(self, record: r.WorkerFailed) -> Effects:
         """A worker tells the error that it will end with."""
         who = self._blame.failed(record)
@@ -127,16 +132,21 @@ class WorkerEnds:
                 f"{record.message}\n" + "\n".join(record.traceback.rstrip().splitlines()[-_LINES:]),
             )
 
+    def got_on(self, iteration: int) -> None:
+        """This iteration has ended for the first time."""
+        self._blame.passed(iteration)
+
     def changed(self, node: int) -> bool:
         """The memory of a node has changed what it held: as a worker's end. True when it is one too many."""
         return self._blame.died(self._state.members.nodes[node])
 
     def dump(self) -> dict[str, Any]:
         """The errors, whose end has been counted, and who has left, for a coordinator that starts again."""
-        return {"errors": self._blame.dump(), "ended": sorted(self._known), "left": sorted(self._left)}
+        ended = sorted((*slot, pid) for slot, pid in self._known.items())
+        return {"errors": self._blame.dump(), "ended": ended, "left": sorted(self._left)}
 
     def load(self, kept: dict[str, Any]) -> None:
         """The opposite."""
         self._blame.load(kept["errors"])
-        self._known = {(node, local, pid) for node, local, pid in kept["ended"]}
+        self._known = {(node, local): pid for node, local, pid in kept["ended"]}
         self._left = {(node, local) for node, local in kept["left"]}

@@ -162,13 +162,13 @@ class Gateway:
         try:
             response = self._post(endpoint, path, body, timeout_s)
             data = response.data
+            if response.status != 200:
+                self._judge(response.status, data)
+            answer: dict[str, Any] = json.loads(data)
         except StoreError:
             raise
         except self._broken as err:
             raise _Elsewhere(f"{endpoint}: {_short(err)}") from None
-        if response.status != 200:
-            self._judge(response.status, data)
-        answer: dict[str, Any] = json.loads(data)
         return answer
 
     def _post(self, endpoint: str, path: str, body: Mapping[str, Any], timeout_s: float, stream: bool = False) -> Any:

@@ -1,0 +1,241 @@
+"""What goes wrong beside the job does not end it: in the coordinator, an agent, the launcher, the store."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.coordinator.coordinator import Coordinator, CoordinatorSettings
+from deadpool_megatron.cluster.coordinator.saved_state import Memory
+from deadpool_megatron.cluster.core.job import JobSpec
+from deadpool_megatron.cluster.link.awake import AwakeClock
+from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT
+from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.cluster.store import Guard, StoreError
+from deadpool_megatron.cluster.store.gateway import Gateway, StoreAddress
+from deadpool_megatron.launcher import node, processes
+from deadpool_megatron.launcher.processes import CoordinatorProcess
+from deadpool_megatron.launcher.serving import Serving
+from deadpool_megatron.launcher.tee import Tee
+from simulated import DEADLINES
+from waiting import until
+
+# ---- the coordinator
+
+
+def _coordinator(hub: Any, state_hash: str = "") -> Coordinator:
+    job = JobSpec(2, 0, 1, True, DEADLINES)
+    settings = CoordinatorSettings("h", "h", 1, bytes(32), "run", job_id="job", state_hash=state_hash)
+    coordinator = Coordinator(job, settings, MagicMock(), MagicMock(), Guard("leader", 1), hub=hub, run=MagicMock())
+    coordinator._packet(b"node-0@job", r.encode(r.Join(0, 7, "h", 1, [8])))
+    coordinator.interrupt()
+    coordinator.turn(0.0)
+    assert coordinator.finished
+    return coordinator
+
+
+def test_a_job_ends_as_it_has_although_its_hashes_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coordinator = _coordinator(MagicMock(port=1), str(tmp_path / "none" / "hash.json"))
+    coordinator._core.seen.state_hashes[0] = {"all": "digest"}
+    assert coordinator.end()[0] == Exit.INTERRUPTED
+    assert "hash.json: No such file or directory" in capsys.readouterr().err
+
+
+def test_the_user_can_end_a_job_whose_store_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    store = MagicMock()
+    store.put.side_effect = StoreError("no space left on device")
+    memory = Memory(store, Guard("leader", 1))
+    memory.insists = False
+    with pytest.raises(StoreError, match="no space"):
+        memory.write({"now": {}})
+
+
+def test_an_agent_that_comes_back_while_the_coordinator_takes_leave_hears_of_the_end() -> None:
+    """Its connection was lost with the first word of it; nobody is there to tell it later."""
+    hub = MagicMock(port=1)
+    coordinator = _coordinator(hub)
+    hub.farewell = lambda to, within_s, on_packet: on_packet(b"node-0@job", r.encode(r.Join(0, 7, "h", 1, [8])))
+    hub.send.reset_mock()
+    code, message = coordinator.end()
+    hub.send.assert_called_once_with(b"node-0@job", r.encode(r.Stop(code, message)))
+
+
+@pytest.mark.parametrize(
+    ("listens", "finished", "again"), [(True, False, True), (False, False, False), (True, True, False)]
+)
+def test_an_error_of_the_coordinator_s_own_has_it_started_again(
+    listens: bool, finished: bool, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill = MagicMock()
+    monkeypatch.setattr(os, "kill", kill)
+
+    def run(announce: Callable[[int], None]) -> None:
+        if listens:
+            announce(1)
+        raise OSError("too many open files")
+
+    with pytest.raises(OSError, match="too many"):
+        node._serve(SimpleNamespace(run=run, finished=finished, interrupted=False), 2)  # type: ignore[arg-type]
+    assert kill.called == again
+
+
+# ---- the agent
+
+
+@pytest.mark.parametrize("serves", [False, True])
+def test_an_agent_that_fails_while_the_job_runs_is_a_node_that_is_lost_and_not_one_that_could_not_start(
+    serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the code of one that could not start, its command ends the coordinator that it hosts, and so the job."""
+    agent = MagicMock(serves=serves)
+    agent.run.side_effect = OSError("too many open files")
+    monkeypatch.setattr(node, "AgentProcess", lambda settings: agent)
+    if serves:
+        assert node._agent(MagicMock()) == Exit.FAILED
+    else:
+        with pytest.raises(OSError, match="too many"):
+            node._agent(MagicMock())
+
+
+# ---- who starts the coordinator
+
+
+class _Process:
+    """A coordinator that listens; `die` ends it."""
+
+    def __init__(self, code: int | None = None) -> None:
+        self.stdout = io.BytesIO(b"1 2\n" if code is None else b"")
+        self.signals: list[int] = []
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def wait(self) -> int:
+        assert self.code is not None
+        return self.code
+
+    def send_signal(self, signum: int) -> None:
+        self.signals.append(signum)
+
+
+def _hosted(fails: int, monkeypatch: pytest.MonkeyPatch) -> tuple[CoordinatorProcess, list[_Process]]:
+    """A coordinator that was killed; it cannot be started again at once, but after so many tries."""
+    started: list[_Process] = []
+    left, now = [0], [0.0]
+
+    def start(*of: Any, **more: Any) -> _Process:
+        if left[0]:
+            left[0] -= 1
+            if left[0] % 2:
+                return _Process(1)  # its interpreter does not come up
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(_Process())
+        return started[-1]
+
+    monkeypatch.setattr(processes, "replace", lambda settings, **changes: settings)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    leadership = SimpleNamespace(guard=Guard("leader", 1))
+    hosted = CoordinatorProcess(SimpleNamespace(start=start), MagicMock(), leadership)  # type: ignore[arg-type]
+    started[0].code = -signal.SIGKILL
+    left[0] = fails
+    return hosted, started
+
+
+def test_a_coordinator_that_cannot_be_started_again_at_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosted, started = _hosted(4, monkeypatch)
+    assert hosted.revive() is None and len(started) == 2
+    hosted, started = _hosted(100, monkeypatch)
+    code, message = hosted.revive() or (0, "")
+    assert code == Exit.FAILED and "cannot be started again" in message and len(started) == 1
+
+
+def test_a_notice_ends_no_process_that_does_not_listen_to_it_yet() -> None:
+    for signum in (PREEMPT, INTERRUPT):
+        code = f"import os; os.kill(os.getpid(), {int(signum)})"
+        assert subprocess.run([sys.executable, "-c", code], preexec_fn=lambda: processes._begin(0)).returncode == 0
+
+
+def test_a_notice_that_comes_while_the_coordinator_starts_again_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosted, started = _hosted(0, monkeypatch)
+    hosted.preempt()
+    assert hosted.revive() is None and started[1].signals == [PREEMPT]
+
+
+def _serving(gone_s: float = 60.0) -> tuple[Serving, Any, Any]:
+    agent, lifeline = MagicMock(), SimpleNamespace(gone_since=None)
+    return Serving(MagicMock(gone_s=gone_s), MagicMock(), None, agent, lifeline), agent, lifeline  # type: ignore[arg-type]
+
+
+def test_who_has_won_the_election_and_cannot_read_the_store_gives_the_seat_back() -> None:
+    """Its node is healthy, and trains on."""
+
+    def start() -> None:
+        raise StoreError("etcd does not answer")
+
+    serving, agent, _ = _serving()
+    seat = MagicMock()
+    serving.may_lead(seat, ("h", 1), bytes(32), start)
+    serving._won = True
+    assert serving._seat_changes()
+    serving._change_seats()
+    seat.leadership.resign.assert_called_once()
+    assert not serving.hosts and not serving._seat_changes() and not agent.terminate.called
+
+
+def test_a_coordinator_is_not_given_up_for_a_time_in_which_this_machine_stood_still() -> None:
+    serving, agent, lifeline = _serving()
+    now = [0.0]
+    serving._clock = AwakeClock(5.0, lambda: now[0])
+    lifeline.gone_since = serving._clock.now()
+    now[0] += 1000.0
+    serving._give_up(agent)
+    assert not agent.terminate.called
+    for _ in range(61):
+        now[0] += 1.0
+        serving._give_up(agent)
+    assert agent.terminate.called
+
+
+# ---- what only shows
+
+
+def test_the_logs_are_shown_although_one_cannot_be_read_and_a_line_that_never_ends_is_shown_in_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rank-0.log").mkdir()
+    (tmp_path / "rank-1.log").write_bytes(b"." * 1_200_000)
+    tee = Tee(tmp_path, lambda name: True)
+    until(lambda: tee._positions.get("rank-1.log") or not tee.is_alive(), "the line")
+    with (tmp_path / "rank-1.log").open("ab") as log:
+        log.write(b"\nthe end\n")
+    tee.stop()
+    assert capsys.readouterr().out.endswith("[rank-1] the end\n")
+
+
+# ---- the store
+
+
+def test_what_is_no_answer_of_etcd_s_has_the_next_member_asked() -> None:
+    gateway = Gateway(StoreAddress.parse("etcd://a:1,b:1"), 5.0)
+    answers = {"http://a:1": b"<html>not now</html>", "http://b:1": b'{"kvs": []}'}
+    gateway._post = lambda endpoint, *of, **more: SimpleNamespace(status=200, data=answers[endpoint])  # type: ignore[method-assign]
+    assert gateway.call("/v3/kv/range", {}) == {"kvs": []}
