@@ -68,7 +68,12 @@ class DirectoryOracle:
 
     def whole(self) -> int | None:
         """The newest generation that is there."""
-        return next((generation for generation, name in self._durable if name not in self._damaged), None)
+        directory = self._cluster.directory
+        for generation, name in self._durable:
+            pruned = directory.taken and f"{name}/{MANIFEST}" not in directory.data  # by the job that has it now
+            if name not in self._damaged and not pruned:
+                return generation
+        return None
 
     def in_peace(self, seconds: float) -> bool:
         """Nothing was wrong with it for so long."""
@@ -107,6 +112,7 @@ class Oracle:
         self._drained: set[int] = set()  # and replaced
         self._through: dict[int, set[int]] = {}  # by epoch, ranks that have finished in it
         self._done_at: float | None = None  # all of them
+        self._back_at = 0.0  # the coordinator, which then waits for those that it knows
         self._deaths: Counter[int] = Counter()
         self._broken: dict[tuple[int, int], Slot] = {}  # by slot and turn
         self._trains: dict[tuple[int, int], int] = {}
@@ -238,6 +244,8 @@ class Oracle:
                 self._agreed(fields["iteration"])
             case "committed":
                 self._committed(Version(fields["epoch"], fields["iteration"]))
+            case "coordinator_back":
+                self._back_at = world.now
             case "durable_failed":
                 self._not_drained(fields["message"])
             case "durable":
@@ -456,7 +464,7 @@ class Oracle:
                 raise Violation(f"node {node} is healthy, and was given up")
         faults, now = self._cluster.faults, self._cluster.world.now
         over = self._done_at is not None and core.phase not in (Phase.FINISHING, Phase.ENDED)
-        if over and not faults.pending and now > max(self._done_at or 0.0, faults.ended_at) + _END_S:
+        if over and not faults.pending and now > max(self._done_at or 0.0, faults.ended_at, self._back_at) + _END_S:
             raise Violation("every rank has finished training, and the job does not end")
         if len(set(core.assignment)) < len(core.assignment):
             raise Violation("two coordinates are in one slot")
