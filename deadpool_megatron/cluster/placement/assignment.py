@@ -79,9 +79,9 @@ def rescue(
 ) -> list[SlotAddress] | None:
     """The assignment with the lost coordinates on spares and on extra slots of survivors, each where the fewest are.
 
-    Only good for saving what there is: a survivor's devices hold two coordinates each. ``full``: a node, and a rank whose
-    shard it has no room for; it takes nothing more, and that rank goes elsewhere if it was to be there. None when nobody
-    is left to take it.
+    Only good for saving what there is: a survivor's devices hold two coordinates each. ``full`` are nodes, each with a
+    rank whose shard it has no room for: they take nothing more, and such a rank goes elsewhere if it was to be there.
+    None when nobody is left to take it.
     """
     gone, homeless = set(lost), set(full)
     extra = {node for node, _ in homeless}
