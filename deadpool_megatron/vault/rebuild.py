@@ -44,11 +44,12 @@ class Piece:
 
 
 class RebuildFailed(VaultError):
-    """A share could not be had; ``node`` is the one that should have given it."""
+    """A share could not be had: ``node`` should have given it, and it is of ``holder`` (see `Piece`)."""
 
-    def __init__(self, message: str, node: int, broken: bool = False) -> None:
+    def __init__(self, message: str, node: int, holder: int, broken: bool = False) -> None:
         super().__init__(message)
         self.node = node
+        self.holder = holder
         self.broken = broken
 
 
@@ -130,7 +131,8 @@ def record_of(streams: Sequence[Stream], rank: int) -> PartOf:
         for record in stream.records:
             if record.rank == rank:
                 return record
-    raise RebuildFailed(f"no share of node {streams[0].piece.node} and others knows rank {rank}", streams[0].piece.node)
+    first = streams[0].piece
+    raise RebuildFailed(f"no share of node {first.node} and others knows rank {rank}", first.node, first.holder)
 
 
 class _Rebuild:
@@ -170,7 +172,8 @@ class _Rebuild:
         except VaultError as err:
             if err.own:
                 raise
-            raise RebuildFailed(f"share {piece.share} of node {piece.node}: {err}", piece.node, err.broken) from None
+            why = f"share {piece.share} of node {piece.node}: {err}"
+            raise RebuildFailed(why, piece.node, piece.holder, err.broken) from None
 
     def _open(self, piece: Piece) -> _Stream:
         channel = connect(piece.host, piece.port, self._secret, self._deadlines, lambda: self._intake.is_cut)
@@ -219,22 +222,25 @@ def decode_part(
     mine = record_of(streams, rank)
     chunks = cut(slot.chunks, part, coder.k)
     if mine.unique_bytes != len(slot.unique) or len(mine.sums) != len(chunks):
-        raise RebuildFailed(f"the parity of part {part} is of another shard", streams[0].piece.node)
+        first = streams[0].piece
+        raise RebuildFailed(f"the parity of part {part} is of another shard", first.node, first.holder)
     for index, expected in zip(chunks, mine.sums, strict=True):
         shares: dict[int, memoryview] = {}
         for stream in streams:
             try:
                 shares[stream.piece.share] = stream.next(coder.chunk_bytes)
             except VaultError as err:
-                node = stream.piece.node
-                why = f"share {stream.piece.share} of node {node}: {err}"
-                raise RebuildFailed(why, node, err.broken) from None
+                piece = stream.piece
+                why = f"share {piece.share} of node {piece.node}: {err}"
+                raise RebuildFailed(why, piece.node, piece.holder, err.broken) from None
         check()
         into = slot.chunk(index)
         into[:] = coder.rebuild(part, shares)[: len(into)]
         if xxhash.xxh3_64_intdigest(into) != expected:
+            last = streams[-1].piece
             raise RebuildFailed(
                 f"chunk {index} of rank {rank} was rebuilt wrong: its shares are not of one generation",
-                streams[-1].piece.node,
+                last.node,
+                last.holder,
             )
         slot.sums[1 + index] = expected

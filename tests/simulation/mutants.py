@@ -89,7 +89,7 @@ def _a_refusal_outlives_what_it_condemns(patch: Patch) -> None:
     patch.setattr(
         agreement,
         "_usable",
-        lambda refused, rank, node, g, epoch, share=False: (rank, node, g) not in {each[:3] for each in refused},
+        lambda refused, rank, node, g, epoch, share=-1: (rank, node, g) not in {each[:3] for each in refused},
     )
 
 

@@ -561,7 +561,8 @@ class SimulatedShards(Shards):
             _, slot = giver.shards.vault.find(share.holder, version, kinds)
             return _Stream(piece, slot, partial(host.reach, giver), k)
         except VaultError as err:
-            raise RebuildFailed(f"share {share.share} of node {share.node}: {err}", share.node, err.broken) from None
+            why = f"share {share.share} of node {share.node}: {err}"
+            raise RebuildFailed(why, share.node, share.holder, err.broken) from None
 
     def _decode(
         self,

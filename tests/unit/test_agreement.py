@@ -88,7 +88,7 @@ def test_a_refused_copy_is_not_named_again_and_another_source_is_taken() -> None
         2: offer(2, {2: None}),
     }
     first = agree(THREE, offers).sources[2]
-    second = agree(THREE, offers, frozenset({(2, first.node, 5, 0, False)})).sources[2]
+    second = agree(THREE, offers, frozenset({(2, first.node, 5, 0, -1)})).sources[2]
     assert {first.node, second.node} == {0, 1}
 
 
@@ -100,12 +100,12 @@ def test_an_own_copy_that_is_refused_does_not_count_as_held() -> None:
     }
     assert agree(THREE, offers).sources == {}
     for epoch in (0, ANY_EPOCH):
-        assert agree(THREE, offers, frozenset({(2, 2, 5, epoch, False)})).sources == {2: Source(0, 0)}
+        assert agree(THREE, offers, frozenset({(2, 2, 5, epoch, -1)})).sources == {2: Source(0, 0)}
 
 
 def test_a_generation_written_anew_is_not_refused_with_the_copy_that_was_bad() -> None:
     live = {0: offer(0, {0: 5}), 1: offer(1, {1: 5})}
-    bad = frozenset({(2, 2, 5, 1, False), (2, 0, 5, 1, False)})
+    bad = frozenset({(2, 2, 5, 1, -1), (2, 0, 5, 1, -1)})
     both = [(0, 5), (1, 5)]
     at_home = live | {2: offer(2, {2: None}, {2: both})}
     assert agree(THREE, at_home, bad).sources == {2: Source(2, 0)}, "its node is told which of the two"
@@ -123,7 +123,7 @@ def test_an_older_generation_is_agreed_when_every_copy_of_the_newest_is_refused(
         1: offer(1, {1: 5}, {1: [(0, 4)]}),
         2: offer(2, {2: None}),
     }
-    agreed = agree(THREE, offers, frozenset({(2, 0, 5, 0, False)}))
+    agreed = agree(THREE, offers, frozenset({(2, 0, 5, 0, -1)}))
     assert agreed.generation == 4 and agreed.sources == {2: Source(0, 0)}
 
 

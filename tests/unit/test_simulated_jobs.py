@@ -123,6 +123,7 @@ FOUND = (
     (31322, many.mixed(31322)[1]),
     (39241, many.mixed(39241)[1]),
     (74589, many.mixed(74589)[1]),
+    (78768, many.mixed(78768)[1]),
     (600538, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600841, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600947, Profile(durable=True, shards=True, only=_FEW_KINDS)),

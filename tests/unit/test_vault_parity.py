@@ -264,6 +264,22 @@ def test_a_shard_that_was_changed_in_memory_is_never_built_into_another(jobs: Ca
     assert not job.shards[3].vault.holdings().ranks.get(0)
 
 
+def test_a_share_that_is_refused_does_not_keep_its_node_from_giving_another(jobs: Callable[..., Job]) -> None:
+    job = jobs("2+2", 4, nodes=5)
+    job.aim()
+    job.write(1)
+    job.committed(1)
+    where = job.assignment_without((0,), 4)
+    parts = agree(where, job.offers((0,)), words=job.words).rebuilds[0]
+    bad = parts[0][0]
+    for share in range(2):
+        refused = {(0, each.node, 1, each.version_epoch, each.holder) for each in (bad, parts[1][0])[: share + 1]}
+        again = agree(where, job.offers((0,)), frozenset(refused), job.words).rebuilds[0]
+        given = {(each.node, each.holder) for part in again for each in part}
+        assert not given & {(node, holder) for _, node, _, _, holder in refused}
+        assert bad.node in {node for node, _ in given}, "it has shares of other words"
+
+
 def test_a_copy_that_has_changed_in_memory_makes_way_for_the_one_that_is_rebuilt(jobs: Callable[..., Job]) -> None:
     job = jobs("2+1", 3, nodes=4)
     job.aim()
@@ -498,11 +514,12 @@ def test_a_whole_copy_that_is_refused_does_not_keep_its_node_from_giving_shares(
     """Found by the simulation: a shard that had been rebuilt changed in memory, and its generation was given up."""
     job = _committed_pair(jobs, "2+1", 3)
     places, offers = job.assignment_without((0,), 3), job.offers((0,))
-    for node in (1, 2):
-        whole = frozenset({(0, node, 1, 0, False)})
+    parts = agree(places, offers, words=job.words).rebuilds[0]
+    for share in parts[0]:
+        whole = frozenset({(0, share.node, 1, 0, -1)})
         assert list(agree(places, offers, whole, job.words).rebuilds) == [0]
         with pytest.raises(NoCommonGeneration):
-            agree(places, offers, frozenset({(0, node, 1, 0, True)}), job.words)
+            agree(places, offers, frozenset({(0, share.node, 1, 0, share.holder)}), job.words)
 
 
 def test_another_copy_is_taken_where_the_first_cannot_be_reached(

@@ -166,7 +166,7 @@ class NodeRecovery:
         if event.version is None:
             node, tried = self._job.node, event.tried
             # (a copy of its own that was found broken is given up, and another one may come in its place)
-            here = event.source == node and not event.share and not event.own
+            here = event.source == node and event.share < 0 and not event.own
             gone = here and not self._shards.has(event.rank, (tried, event.generation))
             self._send(
                 r.FetchFailed(

@@ -65,7 +65,7 @@ class FetchDone:
     """A shard has arrived (``error`` empty, ``version`` set) or could not be had.
 
     ``tried``: the epoch in which what was asked for at ``source`` was written. ``own``: the fault is this node's.
-    ``share``: it was to be rebuilt, and ``source`` gave a share.
+    ``share``: it was to be rebuilt, and ``source`` gave a share: of this rank's part, or word's parity; -1: a copy.
     """
 
     rank: int
@@ -76,7 +76,7 @@ class FetchDone:
     error: str
     tried: int = -1
     own: bool = False
-    share: bool = False
+    share: int = -1
 
     @classmethod
     def failed(cls, rank: int, epoch: int, version: Version, source: int, tried: int, err: VaultError) -> FetchDone:
@@ -88,9 +88,11 @@ class FetchDone:
         cls, rank: int, epoch: int, version: Version, parts: Sequence[Sequence[r.Share]], err: VaultError
     ) -> FetchDone:
         """It could not be rebuilt from ``parts``; the share that is to blame, if one is, tells whose fault it was."""
-        node = err.node if isinstance(err, RebuildFailed) else parts[0][0].node
-        tried = next((share.version_epoch for part in parts for share in part if share.node == node), -1)
-        return replace(cls.failed(rank, epoch, version, node, tried, err), share=True)
+        first = parts[0][0]
+        blamed = (err.node, err.holder) if isinstance(err, RebuildFailed) else (first.node, first.holder)
+        shares = (share for part in parts for share in part)
+        tried = next((share.version_epoch for share in shares if (share.node, share.holder) == blamed), -1)
+        return replace(cls.failed(rank, epoch, version, blamed[0], tried, err), share=blamed[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,9 +390,9 @@ class Shards:
             try:
                 if self.stripes is None:
                     raise VaultError("parity is not kept in this job")
-                gone = next((s.node for part in parts for s in part if s.node not in vaults), None)
+                gone = next((s for part in parts for s in part if s.node not in vaults), None)
                 if gone is not None:
-                    raise RebuildFailed(f"node {gone} has no vault", gone)
+                    raise RebuildFailed(f"node {gone.node} has no vault", gone.node, gone.holder)
                 pieces = [[_piece(share, generation, vaults[share.node]) for share in part] for part in parts]
                 coder = self.stripes.coder
                 near = [vaults[node] for node in nodes_with_constants(parts, coder.k)]

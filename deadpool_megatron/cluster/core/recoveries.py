@@ -330,7 +330,7 @@ class Recoveries:
             return record.why
         self._refused.add((record.rank, record.source, record.generation, record.version_epoch, record.share))
         yield emit("refused", rank=record.rank, node=record.source, iteration=record.generation, cause=record.why)
-        what = "a share" if record.share else "the copy"
+        what = "the copy" if record.share < 0 else "a share"
         return f"{what} of rank {record.rank} on node {record.source} could not be used: {record.why}"
 
     def no_room(self, record: r.FetchFailed) -> Answer[str]:
@@ -346,7 +346,7 @@ class Recoveries:
         """A node has given up a copy that had changed: what it offers of that generation from now on is another one."""
         if record.kind != "parity":
             about = (record.holder, record.node, record.generation)
-            self._refused = {refused for refused in self._refused if refused[4] or refused[:3] != about}
+            self._refused = {refused for refused in self._refused if refused[4] >= 0 or refused[:3] != about}
             yield Persist()
 
     # ---- and then

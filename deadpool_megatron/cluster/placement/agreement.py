@@ -9,9 +9,9 @@ from typing import Final
 from deadpool_megatron.cluster.placement.redundancy import Word
 from deadpool_megatron.cluster.records import Offer, Share, SlotAddress, Source
 
-RefusedCopy = tuple[int, int, int, int, bool]
-"""A copy that turned out to be of no use: rank, node, generation, and the epoch it was written in; True: not that, but
-what the node gave to rebuild it."""
+RefusedCopy = tuple[int, int, int, int, int]
+"""A copy that turned out to be of no use: rank, node, generation, the epoch it was written in, and -1; or not that, but
+a share to rebuild it from, and the rank whose part, or the word whose parity, that share is."""
 ANY_EPOCH: Final = -1
 """All the versions of the generation that the node has, as it is not known which one was meant."""
 _Key = tuple[int, int]  # epoch (ANY_EPOCH where generations of all epochs are the same) and generation, newest last
@@ -67,7 +67,7 @@ def agree(
         here = offers.get(slot.node)
         held: dict[_Key, Source | None] = {}
         if here is not None:
-            doubted = {g for r, node, g, _, share in refused if (r, node, share) == (rank, slot.node, False)}
+            doubted = {g for r, node, g, _, share in refused if (r, node, share) == (rank, slot.node, -1)}
             for epoch, g in sorted(here.own.get(rank, ())):
                 if _usable(refused, rank, slot.node, g, epoch):
                     exact = g in doubted or not repeatable
@@ -113,7 +113,7 @@ def _key(epoch: int, generation: int, repeatable: bool) -> _Key:
 
 
 def _usable(
-    refused: frozenset[RefusedCopy], rank: int, node: int, generation: int, epoch: int, share: bool = False
+    refused: frozenset[RefusedCopy], rank: int, node: int, generation: int, epoch: int, share: int = -1
 ) -> bool:
     return refused.isdisjoint((rank, node, generation, any_or_it, share) for any_or_it in (epoch, ANY_EPOCH))
 
@@ -192,7 +192,7 @@ class _Shares:
         out: list[Share] = []
         for share, parity, holder in wanted:
             for node, epochs in self._held.get((parity, holder), {}).get(key, {}).items():
-                good = [epoch for epoch in epochs if _usable(self._refused, rank, node, key[1], epoch, True)]
+                good = [epoch for epoch in epochs if _usable(self._refused, rank, node, key[1], epoch, holder)]
                 if good and len(out) < k:
                     out.append(Share(share, holder, node, max(good)))
                     break

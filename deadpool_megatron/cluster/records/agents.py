@@ -269,7 +269,8 @@ class FetchFailed(Record, frozen=True):
 
     ``version_epoch``: the version's; -1 where any version of the generation may be meant. ``own``: the fault is the
     node's, which has no memory for it; the source may be good. ``gone``: the copy was its own, and has been given up
-    since it was offered. ``share``: what the source gave was to rebuild it, and says nothing of a whole copy there.
+    since it was offered. ``share``: what the source gave was to rebuild it, and says nothing of a whole copy there: the
+    rank whose part it is, or the word whose parity; -1: a whole copy.
     """
 
     epoch: int
@@ -281,7 +282,7 @@ class FetchFailed(Record, frozen=True):
     version_epoch: int = -1
     own: bool = False
     gone: bool = False
-    share: bool = False
+    share: int = -1
 
 
 class Finished(Record, frozen=True):
