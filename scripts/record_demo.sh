@@ -7,4 +7,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 deadpool_env || exit 1
 deadpool_uv tool run --from asciinema==2.4.0 asciinema rec --overwrite --idle-time-limit 2 --cols 120 --rows 34 \
     --title "DeadPool for Megatron-LM: a node dies, and nothing is different" \
-    --command "python -m deadpool_megatron.demo ${*@Q}" "${CAST:-docs/demo.cast}"
+    --command "$(command -v python) -m deadpool_megatron.demo ${*@Q}" "${CAST:-docs/demo.cast}"
