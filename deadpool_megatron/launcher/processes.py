@@ -369,16 +369,16 @@ class CoordinatorProcess:
         code = self.process.wait()
         if code >= 0 or self._interrupted:
             return code, message
-        now = time.monotonic()
-        self._died = [t for t in self._died if now - t < self._RESTARTS_S] + [now]
-        if len(self._died) > self._RESTARTS:
-            return Exit.FAILED, f"the coordinator was ended by signal {-code} again and again; the job is over"
-        print(f"deadpool: the coordinator was ended by signal {-code}; it is started again", file=sys.stderr)
-        pause = _AGAIN_S
+        if (over := self._died_of(-code)) is not None:
+            return over
+        began, pause = time.monotonic(), _AGAIN_S
         while (failed := self._start_again()) is not None:
+            code, message = failed
+            if code < 0 and (over := self._died_of(-code)) is not None:  # before it listened
+                return over
             # Nobody has decided that the job ends, and what has ended the one before, want of memory perhaps, may pass.
-            if failed[0] == Exit.DEPOSED or self._interrupted or time.monotonic() - now > self._RESTARTS_S:
-                return failed
+            if code == Exit.DEPOSED or self._interrupted or time.monotonic() - began > self._RESTARTS_S:
+                return max(code, int(Exit.FAILED)), message
             time.sleep(pause)
             pause *= 2
         # Whoever was told meanwhile, or was told and has died of something else, has told nobody.
@@ -388,8 +388,17 @@ class CoordinatorProcess:
             self.interrupt()
         return None
 
+    def _died_of(self, signum: int) -> tuple[int, str] | None:
+        """One more has been ended by a signal: how the job ends if it is one too many."""
+        now = time.monotonic()
+        self._died = [t for t in self._died if now - t < self._RESTARTS_S] + [now]
+        if len(self._died) > self._RESTARTS:
+            return Exit.FAILED, f"the coordinator was ended by signal {signum} again and again; the job is over"
+        print(f"deadpool: the coordinator was ended by signal {signum}; it is started again", file=sys.stderr)
+        return None
+
     def _start_again(self) -> tuple[int, str] | None:
-        """None once it listens; else how that has failed: exit code and message."""
+        """None once it listens; else how that has failed: exit code, negative for a signal, and message."""
         try:
             self.process = self._start()
         except OSError as err:
@@ -398,8 +407,7 @@ class CoordinatorProcess:
             return None
         assert self.process.stdout is not None
         message = self.process.stdout.read().decode().strip() or "the coordinator cannot be started again"
-        code = self.process.wait()
-        return code if code > 0 else Exit.FAILED, message
+        return self.process.wait() or Exit.FAILED, message
 
     def wait(self) -> tuple[int, str]:
         """Its exit code and message, once the job is over. Where nobody else can lead, it leads again if deposed."""

@@ -136,7 +136,9 @@ class _Process:
         self.signals.append(signum)
 
 
-def _hosted(fails: int, monkeypatch: pytest.MonkeyPatch) -> tuple[CoordinatorProcess, list[_Process]]:
+def _hosted(
+    fails: int, monkeypatch: pytest.MonkeyPatch, killed: bool = False
+) -> tuple[CoordinatorProcess, list[_Process]]:
     """A coordinator that was killed; it cannot be started again at once, but after so many tries."""
     started: list[_Process] = []
     left, now = [0], [0.0]
@@ -144,6 +146,8 @@ def _hosted(fails: int, monkeypatch: pytest.MonkeyPatch) -> tuple[CoordinatorPro
     def start(*of: Any, **more: Any) -> _Process:
         if left[0]:
             left[0] -= 1
+            if killed:
+                return _Process(-signal.SIGKILL)
             if left[0] % 2:
                 return _Process(1)  # its interpreter does not come up
             raise BlockingIOError(11, "Resource temporarily unavailable")
@@ -166,6 +170,14 @@ def test_a_coordinator_that_cannot_be_started_again_at_once_is_tried_again(monke
     hosted, started = _hosted(100, monkeypatch)
     code, message = hosted.revive() or (0, "")
     assert code == Exit.FAILED and "cannot be started again" in message and len(started) == 1
+
+
+def test_one_that_is_killed_before_it_listens_counts_as_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosted, started = _hosted(4, monkeypatch, killed=True)
+    assert hosted.revive() is None and len(started) == 2
+    hosted, started = _hosted(5, monkeypatch, killed=True)
+    code, message = hosted.revive() or (0, "")
+    assert code == Exit.FAILED and "by signal 9 again and again" in message and len(started) == 1
 
 
 def test_a_notice_ends_no_process_that_does_not_listen_to_it_yet() -> None:
