@@ -1,4 +1,4 @@
-"""What all tests share: jobs, and a limit for each test, at which every thread's stack is shown.
+"""What all tests share: jobs, a full disk, and a limit for each test, at which every thread's stack is shown.
 
 A test is limited to 180 seconds of `fair_clock`, or to its marker ``@pytest.mark.timeout(seconds)``; set-up and
 tear-down count. At the limit it fails through an alarm. If the main thread does not come back to Python even then (it
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import resource
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -137,3 +138,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     finally:
         watchdog.end()
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def room() -> Iterator[Callable[[int], None]]:
+    """Sets how large a file may become; beyond it a write fails, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)

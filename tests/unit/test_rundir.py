@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
-import signal
 import stat
 import threading
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -114,16 +112,6 @@ def test_events_are_followed_to_the_last_one(tmp_path: Path) -> None:
         return bool(alive and alive.pop())
 
     assert [e["iteration"] for e in follow_events(tmp_path, still, 0.001)] == [3, 2, 1, 0]
-
-
-@pytest.fixture
-def room() -> Iterator[Callable[[int], None]]:
-    """Sets how large a file may become; beyond it a write fails, as on a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_run_of_thousands_of_recoveries_does_not_grow_with_its_nodes(tmp_path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +11,6 @@ from typing import Any
 import pytest
 
 from deadpool_megatron.megatron.writers import Series, never_fails
-
-
-@pytest.fixture
-def room() -> Iterator[Callable[[int], None]]:
-    """Sets how large a file may become; beyond it a write fails, as on a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

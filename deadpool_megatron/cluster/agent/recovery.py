@@ -16,7 +16,7 @@ The coordinator hears of a step once, when every coordinate of the node has come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.crew import Crew
@@ -25,7 +25,7 @@ from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
 from deadpool_megatron.cluster.agent.upkeep import Upkeep
 from deadpool_megatron.cluster.agent.workers import Worker
-from deadpool_megatron.vault import Target, constants_of
+from deadpool_megatron.vault import constants_of
 
 
 class NodeRecovery:
@@ -122,11 +122,12 @@ class NodeRecovery:
         if record.durable:
             return
         job, shards = self._job, self._shards
+        aims = job.targets() or {}
         for local, rank in job.ranks.items():
             if local in self._crew.workers:
                 shards.set_near(rank, self._crew.workers[local].numa)
             source = record.sources.get(rank)
-            keepers = self._keepers(rank)
+            keepers = aims.get(constants_of(rank), ())
             if rank in record.rebuilds:
                 shards.rebuild(record.epoch, rank, record.generation, record.rebuilds[rank], job.vaults, keepers)
             elif source is None and (version := self._with_constants(rank, record.generation)) is not None:
@@ -140,13 +141,10 @@ class NodeRecovery:
                 address = None if here else job.vaults.get(source.node)
                 shards.fetch(record.epoch, rank, record.generation, source, address, others, keepers, job.vaults)
 
-    def _keepers(self, rank: int) -> Sequence[Target]:
-        """Who keeps the constants of a rank."""
-        return (self._job.targets() or {}).get(constants_of(rank), ())
-
     def restore_constants(self, rank: int) -> None:
         """Those here have changed in memory: who keeps them has them, and the next drain, or process, needs them."""
-        self._shards.restore_constants(self._job.epoch, rank, self._keepers(rank), self._job.vaults)
+        keepers = (self._job.targets() or {}).get(constants_of(rank), ())
+        self._shards.restore_constants(self._job.epoch, rank, keepers, self._job.vaults)
 
     def _with_constants(self, rank: int, generation: int) -> tuple[int, int] | None:
         """The version that is here, where the constants of its rank are read next, which may have changed in memory: by
