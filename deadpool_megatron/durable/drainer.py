@@ -74,7 +74,8 @@ class _Drainer:
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
-        self._staging: dict[int, tuple[Staging, Layout]] = {}
+        self._staging: dict[int, Staging] = {}
+        self._layouts: dict[int, Layout] = {}
         self._unstaged: dict[int, str] = {}
         self._cancelled: set[str] = set()
         self._kept: dict[str, ConstantsFile] = {}  # by arena, what the store was seen to have
@@ -120,30 +121,31 @@ class _Drainer:
 
     def _stage(self, order: Stage) -> None:
         have = self._staging.get(order.rank)
-        try:
-            enough = have is not None and have[0].capacity >= order.nbytes
-            staging = have[0] if have is not None and enough else Staging(order.rank, order.nbytes)
-        except Exception as err:  # noqa: BLE001 - see `work`
-            self._unstaged[order.rank] = _one_line(err)
-            return
-        self._staging[order.rank] = (staging, order.layout)
+        if have is None or have.capacity < order.nbytes:
+            try:
+                self._staging[order.rank] = Staging(order.rank, order.nbytes)
+            except Exception as err:  # noqa: BLE001 - see `work`
+                self._unstaged[order.rank] = _one_line(err)
+        self._layouts[order.rank] = order.layout
 
     def _drain(self, order: Drain) -> None:
         error, unusable = "", -1
         shards: list[ShardFile] = []
-        ready: list[tuple[Staging, Layout]] = []
+        ready: list[Staging] = []
         try:
-            store = open_store(order.directory)
-            try:
-                _check(store, order.job)
+            try:  # memory first: the slots stay until `Staged`, and the directory may hang
                 for each in order.shards:
-                    ready.append(self._take(store, each))
+                    if order.name in self._cancelled:
+                        raise Cancelled(f"{order.name} is not wanted any more")
+                    ready.append(self._take(each))
             except (ChecksumMismatch, NotHeld):
                 unusable = order.shards[len(ready)].rank
                 raise
             finally:
                 self._tell(Staged(order.name))
-            total = sum(len(staging.unique) + len(staging.small) for staging, _ in ready)
+            store = open_store(order.directory)
+            _check(store, order.job)
+            total = sum(len(staging.unique) + len(staging.small) for staging in ready)
             pace = _Pace(total, order.seconds, lambda: order.name not in self._cancelled and self._orders.empty())
 
             def moved(nbytes: int) -> None:
@@ -154,7 +156,8 @@ class _Drainer:
             generation = generation_of(order.name)
             if generation is None:
                 raise DurableError(f"{order.name} is no name of a generation")
-            for take, (staging, layout) in zip(order.shards, ready, strict=True):
+            for take, staging in zip(order.shards, ready, strict=True):
+                layout = self._layout(store, take.rank)
                 shard = write_shard(
                     store, order.name, staging.rank, generation, layout, staging.unique, staging.small, moved
                 )
@@ -168,25 +171,23 @@ class _Drainer:
             error = _one_line(err)
         self._tell(Done(order.name, False, tuple(shards), error, unusable=unusable))
 
-    def _take(self, store: Store, take: Take) -> tuple[Staging, Layout]:
+    def _take(self, take: Take) -> Staging:
         if take.rank in self._unstaged:
             raise DurableError(self._unstaged[take.rank])
-        if take.rank not in self._staging:
-            self._staging[take.rank] = self._of_another_node(store, take)
-        staging, layout = self._staging[take.rank]
+        if take.rank not in self._staging:  # of another node
+            with contextlib.closing(Arena.attach(take.path)) as arena:
+                self._staging[take.rank] = Staging(take.rank, arena.info.unique_bytes)
+        staging = self._staging[take.rank]
         staging.take(take.path, Version(take.epoch, take.generation))
-        return staging, layout
+        return staging
 
-    def _of_another_node(self, store: Store, take: Take) -> tuple[Staging, Layout]:
-        try:
-            layout = read_layout(store, take.rank)
-        except OSError:
-            raise DurableError(f"rank {take.rank} has not told what its shard consists of") from None
-        arena = Arena.attach(take.path)
-        try:
-            return Staging(take.rank, layout.unique_bytes + arena.info.small_capacity), layout
-        finally:
-            arena.close()
+    def _layout(self, store: Store, rank: int) -> Layout:
+        if rank not in self._layouts:
+            try:
+                self._layouts[rank] = read_layout(store, rank)
+            except OSError:
+                raise DurableError(f"rank {rank} has not told what its shard consists of") from None
+        return self._layouts[rank]
 
     def _constants(self, store: Store, take: Take, moved: Callable[[int], None]) -> ConstantsFile | None:
         """Written once: what never changes need not be staged, nor looked at again. Raises ChecksumMismatch."""

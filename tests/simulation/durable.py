@@ -171,7 +171,8 @@ class _Drainer(DrainerProcess):
         self._orders: list[Any] = []
         self._busy = False
         self._cancelled: set[str] = set()
-        self._staging: dict[int, tuple[Staging, Layout]] = {}
+        self._staging: dict[int, Staging] = {}
+        self._layouts: dict[int, Layout] = {}
         self._kept: dict[str, ConstantsFile] = {}
 
     # ---- the agent's side
@@ -205,6 +206,7 @@ class _Drainer(DrainerProcess):
         self._process = None
         self._orders.clear()
         self._staging.clear()
+        self._layouts.clear()
         self._kept.clear()
         self._busy = False
         given, self._given = list(self._given), {}
@@ -247,7 +249,8 @@ class _Drainer(DrainerProcess):
         try:
             match order:
                 case Stage():
-                    self._staging[order.rank] = Staging(order.rank, order.nbytes), order.layout
+                    self._staging[order.rank] = Staging(order.rank, order.nbytes)
+                    self._layouts[order.rank] = order.layout
                 case Describe():
                     check_owner(store, order.job)
                     write_layout(store, order.rank, order.layout)
@@ -269,17 +272,18 @@ class _Drainer(DrainerProcess):
     def _drain(self, order: Drain) -> None:
         store, error, unusable = self._host.cluster.directory, "", -1
         try:
-            check_owner(store, order.job)
             for take in order.shards:
                 unusable = take.rank
-                if take.rank not in self._staging:
-                    layout = read_layout(store, take.rank)
-                    self._staging[take.rank] = Staging(take.rank, layout.unique_bytes + 64), layout
+                if order.name in self._cancelled:
+                    raise DurableError(f"{order.name} is not wanted")
                 arena = self._host.shards.vault.arena(take.rank, "own")
                 if arena is None:
                     raise VaultError(f"no memory of rank {take.rank} is here")
-                self._staging[take.rank][0].copy(arena, Version(take.epoch, take.generation))
+                if take.rank not in self._staging:
+                    self._staging[take.rank] = Staging(take.rank, arena.info.unique_bytes)
+                self._staging[take.rank].copy(arena, Version(take.epoch, take.generation))
             unusable = -1
+            check_owner(store, order.job)
         except (OSError, VaultError, DurableError) as err:
             error = str(err)
         self._answer(Staged(order.name))
@@ -299,7 +303,8 @@ class _Drainer(DrainerProcess):
                 raise DurableError(f"{order.name} is not wanted any more")
             assert generation is not None
             take = order.shards[index]
-            staging, layout = self._staging[take.rank]
+            staging = self._staging[take.rank]
+            layout = self._layouts.get(take.rank) or read_layout(store, take.rank)
             shard = write_shard(store, order.name, staging.rank, generation, layout, staging.unique, staging.small)
             constants = self._constants(store, take)
             shards.append(msgspec.structs.replace(shard, constants=constants))

@@ -12,6 +12,7 @@ import queue
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,6 +222,42 @@ def test_slots_are_free_again_long_before_a_slow_disk_has_all(node: Node) -> Non
     node.drainer.cancel(Cancel(node.directory, name, True))
     assert "not wanted" in node.done().error
     until(lambda: not os.listdir(node.directory), "an empty directory")
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """A server that says nothing: whoever opens a store of its hangs."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_slots_are_free_again_when_the_directory_hangs(node: Node, staged: bool, silent: socket.socket) -> None:
+    """Nothing of it is needed to copy shards out, also where another node would have told what they consist of."""
+    if staged:
+        node.stage()
+    node.directory = f"ftp://127.0.0.1:{silent.getsockname()[1]}/generations"
+    assert node.capture(1)
+    node.commit(1)
+    node.drain(1)
+    assert isinstance(node.answers.get(), Staged)
+    assert node.capture(2)
+    node.commit(2)
+    assert node.capture(3)
+
+
+def test_a_drain_that_was_given_up_before_it_began_takes_nothing(node: Node, silent: socket.socket) -> None:
+    node.stage()
+    node.directory = f"ftp://127.0.0.1:{silent.getsockname()[1]}/generations"
+    assert node.capture(1)
+    node.drain(1)
+    node.answer(Staged)
+    node.drainer.cancel(Cancel(node.directory, node.drain(1, 2), False))
+    node.vault.drop(0, "own")
+    silent.accept()[0].close()
+    assert node.done().error
+    done = node.done()
+    assert "not wanted" in done.error and done.unusable == -1
 
 
 def test_an_older_generation_stays_when_the_disk_is_full(node: Node) -> None:

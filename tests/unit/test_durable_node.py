@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
@@ -144,6 +145,40 @@ def test_an_attempt_that_is_given_up_frees_the_slots(nodes: list[Node]) -> None:
     node.capture(6)
     node.shards.vault.set_committed(0, 6)
     assert node.capture(7) == [True, True]
+
+
+def test_a_drainer_that_hangs_costs_one_wait_and_later_drains_fail_at_once_until_it_answers(nodes: list[Node]) -> None:
+    node, now = nodes[0], [0.0]
+    node.durability._now = lambda: now[0]  # type: ignore[method-assign]
+    node.begin()
+    process = node.durability._drainer._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+
+    def commit(generation: int) -> list[bool]:
+        taken = node.capture(generation)
+        node.shards.vault.set_committed(0, generation)
+        return taken
+
+    commit(5)
+    node.durability.drain(r.DrainShards(NAME, 0, 5, 0.0), [0, 1])
+    commit(6)
+    now[0] = 59.0
+    node.durability.look()
+    assert node.capture(7) == [False, False] and not node.sent
+    now[0] = 61.0
+    node.durability.look()
+    node.durability.look()
+    (told,) = node.sent
+    assert isinstance(told, r.ShardsDrained) and "its drainer hangs" in told.error
+    assert commit(7) == [True, True]
+    node.durability.give_up(r.GiveUpDrain(NAME, 1))
+    node.durability.drain(r.DrainShards(f"{NAME}2", 0, 7, 0.0), [0, 1])
+    assert node.sent[-1].name == f"{NAME}2" and "its drainer still hangs" in node.sent[-1].error
+    assert commit(8) == commit(9) == [True, True]
+    process.send_signal(signal.SIGCONT)
+    assert node.news(Done).error
+    node.durable(9, f"{NAME}3")
 
 
 def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[Node]) -> None:

@@ -116,6 +116,8 @@ class Agent:
 
     def look(self, connected: bool) -> None:
         """Call often. ``connected``: to the coordinator."""
+        if self._durable is not None:
+            self._durable.look()
         if self._lookout is not None and (why := self._lookout.look(connected)):
             print(f"deadpool: {why}", file=sys.stderr)
             self.code = Exit.FENCED

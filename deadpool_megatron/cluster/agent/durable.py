@@ -57,6 +57,8 @@ DurableNews = Staged | Done | Loaded
 _log = logging.getLogger(__name__)
 _PATIENCE_S = 20.0  # with a directory that cannot be read; below what a recovery has for it
 _PAUSE_S = 1.0
+_COPY_S, _COPY_RATE = 60.0, 0.5e9  # a drainer that needs longer to copy shards out hangs: seconds, bytes a second
+_WHY = "does the file system of the durable directory answer there?"
 
 
 class NodeDurability:
@@ -82,6 +84,7 @@ class NodeDurability:
         self._granted: set[int] = set()  # holders whose memory is here
         self._placed = False
         self._pinned = ""
+        self._uncopied: dict[str, float] = {}  # drains whose shards the drainer still has to copy, and until when
         self._takes: dict[int, Take] = {}  # of the newest drain
         self._takes_epoch = 0
         self._resume: int | None = None
@@ -268,7 +271,12 @@ class NodeDurability:
     # ---- draining
 
     def drain(self, record: r.DrainShards, ranks: Iterable[int]) -> None:
-        """Write this node's shards of a committed version. Their slots stay until they are copied out."""
+        """Write this node's shards of a committed version. Their slots stay until they are copied out, or `look` finds
+        that the drainer hangs. While it does nothing more is kept for it.
+        """
+        if self._hanging():
+            self._send(r.ShardsDrained(self._node, record.name, [], f"its drainer still hangs: {_WHY}"))
+            return
 
         def epoch(rank: int) -> int:
             version = self._shards.version_of(rank, record.generation) if record.version_epoch < 0 else None
@@ -280,8 +288,21 @@ class NodeDurability:
         )
         self._takes, self._takes_epoch = {take.rank: take for take in takes}, self._shards.vault.epoch
         self._pinned = record.name
+        nbytes = sum(arena.info.unique_bytes for arena in self._shards.vault.arenas() if arena.info.kind == "own")
+        self._uncopied[record.name] = self._now() + _COPY_S + nbytes / _COPY_RATE
         self._shards.vault.pin()
         self._drainer.give(Drain(self._directory, record.name, record.seconds, takes, self._job))
+
+    def _hanging(self) -> bool:
+        return any(self._now() >= until for until in self._uncopied.values())
+
+    def look(self) -> None:
+        """Call often. A drainer that hangs, in a directory that does, costs commits a minute and not more."""
+        if self._pinned and self._now() >= self._uncopied[self._pinned]:
+            name = self._pinned
+            self._release(name)
+            self._drainer.cancel(Cancel(self._directory, name, False, self._job))
+            self._send(r.ShardsDrained(self._node, name, [], f"its drainer hangs: {_WHY}"))
 
     def _constants(self, rank: int) -> tuple[str, Layout | None] | None:
         holder = constants_of(rank)
@@ -319,8 +340,8 @@ class NodeDurability:
         match news:
             case Staged():
                 self._release(news.name)
+                self._uncopied.pop(news.name, None)
             case Done(sealed=False):
-                self._release(news.name)
                 if (take := self._takes.get(news.unusable)) is not None:
                     self._give_up_copy(take, news.error)
                 elif is_constants(news.unusable):
