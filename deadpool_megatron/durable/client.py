@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged
+from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, Unstage
 
 
 class DrainerProcess:
@@ -42,6 +42,13 @@ class DrainerProcess:
                 self._orders.put(order)
             else:
                 self._start()
+
+    def forget(self, rank: int) -> None:
+        """Nothing of this holder (rank, or of a rank's constants) is here any more."""
+        with self._lock:
+            self._told.pop((Describe, rank), None)
+            if self._told.pop((Stage, rank), None) is not None and self._process is not None:
+                self._orders.put(Unstage(rank))
 
     def give(self, order: Drain | Seal) -> None:
         """Order a drain or a seal."""

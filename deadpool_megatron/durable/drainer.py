@@ -26,7 +26,7 @@ from .errors import Cancelled, DurableError
 from .files import prune, read_layout, remove_attempt, seal, write_constants, write_layout, write_shard
 from .format import ConstantsFile, Layout, ShardFile, generation_of
 from .lease import check_owner
-from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, Take
+from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal, Stage, Staged, Take, Unstage
 from .staging import Staging
 from .store import Store, open_store
 
@@ -99,6 +99,8 @@ class _Drainer:
             match order:
                 case Stage():
                     self._stage(order)
+                case Unstage():
+                    self._unstage(order.rank)
                 case Describe():
                     with contextlib.suppress(Exception):  # it may never be needed
                         _check(store := open_store(order.directory), order.job)
@@ -122,11 +124,17 @@ class _Drainer:
     def _stage(self, order: Stage) -> None:
         have = self._staging.get(order.rank)
         if have is None or have.capacity < order.nbytes:
+            del have
+            self._unstage(order.rank)
             try:
                 self._staging[order.rank] = Staging(order.rank, order.nbytes)
             except Exception as err:  # noqa: BLE001 - see `work`
                 self._unstaged[order.rank] = _one_line(err)
         self._layouts[order.rank] = order.layout
+
+    def _unstage(self, rank: int) -> None:
+        for known in (self._staging, self._layouts, self._unstaged):
+            known.pop(rank, None)
 
     def _drain(self, order: Drain) -> None:
         error, unusable = "", -1

@@ -25,6 +25,12 @@ class Stage(_Record, frozen=True):
     layout: Layout
 
 
+class Unstage(_Record, frozen=True):
+    """The coordinate lives here no more: give its staging memory back."""
+
+    rank: int
+
+
 class Describe(_Record, frozen=True):
     """Keep in ``directory`` what a shard, or constants, consist of: if its node is lost, another one may write it.
 
@@ -82,7 +88,7 @@ class Cancel(_Record, frozen=True):
     job: str = ""
 
 
-Order = Stage | Describe | Drain | Seal | Cancel
+Order = Stage | Unstage | Describe | Drain | Seal | Cancel
 
 
 class Staged(_Record, frozen=True):

@@ -12,7 +12,7 @@ the version. A slot that the worker opens again meanwhile is abandoned.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from deadpool_megatron import points
 
@@ -83,6 +83,13 @@ class Replicator:
                     slot.peer_turn = 0
             self._rung.update(targets)
             self._changed.notify_all()
+
+    def keep_only(self, ranks: Collection[int]) -> None:
+        """All others are here no more: end their threads. Returns at once."""
+        with self._changed:
+            gone = [sender for rank in {*self._senders} - {*ranks} for sender in self._senders.pop(rank)]
+        for sender in gone:
+            sender.stop()
 
     def _safe(self, rank: int, slot: Slot, turn: int, version: Version) -> None:
         """A target of ``rank`` has ``version``, opened as ``turn``: if it was the last one, the version is safe."""

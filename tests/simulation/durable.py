@@ -42,6 +42,7 @@ from deadpool_megatron.durable.files import (
 )
 from deadpool_megatron.durable.format import MANIFEST, ConstantsFile, generation_of
 from deadpool_megatron.durable.lease import Owner, _decode, _encode, check_owner
+from deadpool_megatron.durable.orders import Unstage
 from deadpool_megatron.durable.staging import Staging
 from deadpool_megatron.durable.store import Store
 from deadpool_megatron.vault import ChecksumMismatch, VaultError, Version, constants_of
@@ -183,6 +184,11 @@ class _Drainer(DrainerProcess):
             self._ensure()
             self._put(order)
 
+    def forget(self, rank: int) -> None:
+        self._knows.pop((Describe, rank), None)
+        if self._knows.pop((Stage, rank), None) is not None and self._process is not None:
+            self._put(Unstage(rank))
+
     def give(self, order: Drain | Seal) -> None:
         name = order.name if isinstance(order, Drain) else order.manifest.name
         self._given[name, isinstance(order, Seal)] = order
@@ -251,6 +257,9 @@ class _Drainer(DrainerProcess):
                 case Stage():
                     self._staging[order.rank] = Staging(order.rank, order.nbytes)
                     self._layouts[order.rank] = order.layout
+                case Unstage():
+                    self._staging.pop(order.rank, None)
+                    self._layouts.pop(order.rank, None)
                 case Describe():
                     check_owner(store, order.job)
                     write_layout(store, order.rank, order.layout)

@@ -123,6 +123,12 @@ class _Replicator:
         for rank in targets:
             self.notify(rank)
 
+    def keep_only(self, ranks: Collection[int]) -> None:
+        for rank in {*self._senders} - {*ranks}:
+            for sender in self._senders.pop(rank):
+                sender.target = None
+                sender.aim += 1
+
     def notify(self, rank: int) -> None:
         if rank not in self._rung:
             self._rung.add(rank)

@@ -260,6 +260,28 @@ def test_a_drain_that_was_given_up_before_it_began_takes_nothing(node: Node, sil
     assert "not wanted" in done.error and done.unusable == -1
 
 
+def test_memory_for_a_coordinate_that_is_here_no_more_is_given_back_for_good(node: Node) -> None:
+    large = 256 << 20
+
+    def holds() -> int:
+        process = node.drainer._process
+        assert process is not None
+        words = Path(f"/proc/{process.pid}/statm").read_text().split()
+        return int(words[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    node.stage()
+    node.drainer.tell(Stage(7, large, LAYOUT))
+    until(lambda: holds() > large, "the memory of rank 7")
+    node.drainer.forget(7)
+    until(lambda: holds() < large, "its end")
+    process = node.drainer._process
+    assert process is not None
+    process.kill()
+    until(lambda: node.drainer._process is None, "the end of the drainer")
+    node.durable(1)
+    assert holds() < large, "the next one is not told of it"
+
+
 def test_an_older_generation_stays_when_the_disk_is_full(node: Node) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:  # inherited by the drainer: no file may grow beyond what one generation's small files need

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
@@ -16,9 +17,13 @@ import pytest
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent import durable
 from deadpool_megatron.cluster.agent.durable import Loaded, NodeDurability
+from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
-from deadpool_megatron.durable import Done, DurableError, Item, Layout, Staged, files, load_shards, loading
+from deadpool_megatron.cluster.agent.upkeep import Upkeep
+from deadpool_megatron.cluster.placement.redundancy import Scheme
+from deadpool_megatron.durable import Done, DurableError, Item, Layout, Stage, Staged, files, load_shards, loading
 from deadpool_megatron.vault import SlotWriter, Version, small_capacity
+from waiting import until
 
 UNIQUE = 1 << 20
 LAYOUT = Layout(UNIQUE, "digest", (Item("all", "U8", (UNIQUE,), 0, UNIQUE),))
@@ -179,6 +184,28 @@ def test_a_drainer_that_hangs_costs_one_wait_and_later_drains_fail_at_once_until
     process.send_signal(signal.SIGCONT)
     assert node.news(Done).error
     node.durable(9, f"{NAME}3")
+
+
+def test_a_coordinate_that_moves_away_leaves_no_memory_and_no_thread_behind(nodes: list[Node]) -> None:
+    node, job = nodes[0], KnownJob(0, 2, 2, Scheme.parse("1"))
+    vaults = {each: r.Address("127.0.0.1", 1) for each in range(3)}
+    job.roster(r.Roster(0, [], vaults, 1))
+    upkeep = Upkeep(job, node.shards, node.durability)
+    node.begin()
+    upkeep.place(r.Placement(0, [[0, 1]], [UNIQUE] * 4, [1 << 16] * 4, 2))
+    named = lambda: {thread.name for thread in threading.enumerate()}  # noqa: E731
+    assert {"vault-send-0", "vault-send-1"} <= named()
+    moved = [r.SlotAddress(0, 0), r.SlotAddress(2, 0), r.SlotAddress(1, 0), r.SlotAddress(1, 1)]
+    job.declare(
+        r.Declare(1, "resume", "test", [], [1], moved, vaults, [[0, 1], [2, 0]], [UNIQUE] * 4, [1 << 16] * 4, None, 3)
+    )
+    node.shards.set_epoch(1)
+    told = node.durability._drainer._told
+    assert (Stage, 1) in told and node.shards.path_of(1)
+    upkeep.committed_to(r.CommittedTo(1, (1, 5), 5))
+    until(lambda: "vault-send-1" not in named(), "the end of its sender")
+    assert "vault-send-0" in named()
+    assert (Stage, 0) in told and (Stage, 1) not in told and not node.shards.path_of(1)
 
 
 def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[Node]) -> None:

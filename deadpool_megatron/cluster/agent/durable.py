@@ -199,6 +199,12 @@ class NodeDurability:
         for holder in sorted(self._granted):
             self._describe(holder, self._layouts[holder])
 
+    def keep_only(self, holders: set[int]) -> None:
+        """The memory of all others has been freed: so is that of the drainer."""
+        for holder in self._granted - holders:
+            self._drainer.forget(holder)
+        self._granted &= holders
+
     def _describe(self, holder: int, layout: Layout) -> None:
         self._drainer.tell(Describe(self._directory, holder, layout, self._job))
 

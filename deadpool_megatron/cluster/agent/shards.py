@@ -260,6 +260,7 @@ class Shards:
         for arena in self.vault.arenas():
             if arena.info.rank not in keep[arena.info.kind]:
                 self.vault.drop(arena.info.rank, arena.info.kind)
+        self._replicator.keep_only(own)
 
     def rang(self, rank: int) -> None:
         """The worker of ``rank`` has written more of its shard, or of its constants."""

@@ -72,6 +72,8 @@ class Upkeep:
             self._tidied = epoch
             peers, words, constants = self._kept
             self._shards.keep_only(self._own(), set(peers) | constants, set(words))
+            if self._durable is not None:
+                self._durable.keep_only(self._own())
 
     def _own(self) -> set[int]:
         """The ranks here, and the holders of their constants."""
