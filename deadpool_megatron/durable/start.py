@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from typing import Final
 
 from .errors import DurableError, NotFit
 from .files import find
 from .lease import Lease, Owner, take
 from .store import LocalStore, Store, open_store
+
+_HANGS_S: Final = 20.0  # as long as an agent waits for a directory that cannot be read
 
 
 def open_directory(url: str) -> Store:
@@ -22,6 +26,18 @@ def open_directory(url: str) -> Store:
             raise DurableError(f"--deadpool-durable-dir {store.root} cannot be made: {err.strerror}") from None
     store.check()
     return store
+
+
+@contextlib.contextmanager
+def _told_of_silence(url: str, say: Callable[[str], None]) -> Iterator[None]:
+    line = f"--deadpool-durable-dir {url} has not answered for {_HANGS_S:g} s; the job begins when it has"
+    timer = threading.Timer(_HANGS_S, say, (line,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def begin(
@@ -39,13 +55,15 @@ def begin(
     Raises:
         DurableError, OSError; the directory is nobody's then.
     """
-    store = open_directory(url)
+    with _told_of_silence(url, say):
+        store = open_directory(url)
     lease = None if owner is None else take(store, owner, say)
     with contextlib.ExitStack() as on_error:
         if lease is not None:
             lease.keep()
             on_error.callback(lease.end)
-        usable, remarks = survey(store, resume, world_size, newer_than, owner is not None)
+        with _told_of_silence(url, say):
+            usable, remarks = survey(store, resume, world_size, newer_than, owner is not None)
         on_error.pop_all()
     for remark in remarks:
         say(remark)
@@ -57,13 +75,24 @@ def go_on(
 ) -> tuple[tuple[tuple[int, str], ...], Lease | None]:
     """As `begin`, for a coordinator that takes the place of one that is gone: the directory is its job's.
 
-    Its job trains, whatever is wrong with the directory: nothing is waited for, and what cannot be read is not there.
+    Its job trains, whatever is wrong with the directory, and waits for this coordinator: what cannot be read is not
+    there, nor is what hangs; then a thread goes on with it.
     """
     store = open_store(url)
     lease = None if owner is None else Lease(store, 0, owner)
-    usable = look_again(store, lease, world_size, say)
-    if lease is not None:
-        lease.keep()
+    usable: tuple[tuple[int, str], ...] = ()
+
+    def look() -> None:
+        nonlocal usable
+        usable = look_again(store, lease, world_size, say)
+        if lease is not None:
+            lease.keep()
+
+    thread = threading.Thread(target=look, name="durable-look", daemon=True)
+    thread.start()
+    thread.join(_HANGS_S)
+    if thread.is_alive():
+        say(f"{store.root} has not answered for {_HANGS_S:g} s; the job goes on with what it knows to be durable there")
     return usable, lease
 
 

@@ -337,6 +337,34 @@ def test_a_job_never_starts_from_zero_because_nothing_can_be_read() -> None:
 
 
 @pytest.mark.parametrize("spares", [0, 1])
+def test_who_does_not_say_that_it_has_read_its_shards_is_named_and_lost_in_the_end(spares: int) -> None:
+    """Its mount hangs. That says nothing of the generation: the others' are not given up for an older one."""
+    it = loading(((8, "newer"), (4, "older")), spares)
+    for node in (0, 2):
+        it.feed(r.ShardsLoaded(node, "newer", ""))
+    it.wait(2399.0)
+    told = it.events("durable_loading")
+    assert [round(each["seconds"]) for each in told] == [60, 120, 240, 480, 960, 1920]
+    assert [each["nodes"] for each in told] == [[1]] * 6
+    assert told[0]["message"] == (
+        "60 s and no answer of node 1, to read durable generation 8 from /durable; after 2400 s a node is lost"
+    )
+    assert it.core.nodes[1].role != "lost"
+    it.wait(2.0)
+    assert it.core.nodes[1].role == "lost" and not it.events("durable_failed")
+    if spares:
+        assert it.active == [0, 3, 2] and it.told(r.LoadShards)[-1] == r.LoadShards("newer", 8, 1)
+        for node in it.active:
+            it.feed(r.ShardsLoaded(node, "newer", "", 1))
+        assert it.told(r.ResumeAt) == [r.ResumeAt(8)]
+        it.wait(1e6)
+        assert len(it.events("durable_loading")) == 6 and it.finish is None
+    else:
+        code, message = it.end
+        assert code == Exit.NO_SPARE and "within 2400 s: does that directory hang there?" in message
+
+
+@pytest.mark.parametrize("spares", [0, 1])
 def test_a_node_that_changes_what_it_reads_each_time_is_lost_before_the_start_begins_for_ever(spares: int) -> None:
     it = loading(((8, "newer"),), spares)
     for epoch in range(it.core.job.worker_deaths + 1):

@@ -17,9 +17,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deadpool_megatron.durable import DurableError, Lease, Taken, begin, go_on, open_store, this_process
+from deadpool_megatron.durable import DurableError, Lease, Taken, begin, go_on, open_store, start, this_process
 from deadpool_megatron.durable.lease import BEAT_S, WATCH_S, Owner, check_owner, take
 from deadpool_megatron.durable.store import Store
+from waiting import until
 
 
 @pytest.fixture(params=["local", "object"])
@@ -276,3 +277,38 @@ def test_a_coordinator_that_is_started_again_in_a_directory_that_was_taken_does_
     usable, mine = go_on(str(tmp_path), owner("first"), 2, pytest.fail)
     assert usable == () and mine is not None and mine.lost is not None
     assert lease.renew()
+
+
+def test_a_new_job_that_waits_for_a_directory_that_hangs_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "_HANGS_S", 0.05)
+    manifest, said = tmp_path / "generation-000000000007-job-1" / "manifest.json", list[str]()
+    manifest.parent.mkdir()
+    os.mkfifo(manifest)
+
+    def told(line: str) -> None:
+        said.append(line)
+        if len(said) == 1:
+            manifest.open("wb").close()  # then it answers
+
+    begin(str(tmp_path), None, "auto", 2, -1, told)
+    assert f"--deadpool-durable-dir {tmp_path} has not answered for 0.05 s; the job begins when it has" in said
+
+
+def test_a_coordinator_that_is_started_again_does_not_wait_for_a_directory_that_hangs_and_owns_it_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "_HANGS_S", 0.05)
+    manifest, said = tmp_path / "generation-000000000007-job-1" / "manifest.json", list[str]()
+    manifest.parent.mkdir()
+    os.mkfifo(manifest)  # whoever opens it waits for a writer
+    usable, lease = go_on(str(tmp_path), owner("job"), 2, said.append)
+    assert usable == () and lease is not None
+    assert said == [f"{tmp_path} has not answered for 0.05 s; the job goes on with what it knows to be durable there"]
+    manifest.open("wb").close()
+    until(lambda: lease._thread is not None, "the thread that renews the lease")
+    check_owner(open_store(str(tmp_path)), "job")
+    with pytest.raises(Taken):
+        check_owner(open_store(str(tmp_path)), "second")
+    lease.end()

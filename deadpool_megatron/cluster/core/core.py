@@ -181,6 +181,8 @@ class Core:
         times.append(self._durability.next_deadline())
         if not self._returning.waits:  # who is not back may be the loss that explains an error
             times.append(self._suspicions.due)
+            if self._state.phase is Phase.STARTING:
+                times.append(self._durability.loading_due)
         if self.recovery is not None:
             times.append(self.recovery.deadline)
         known = [t for t in times if t is not None]
@@ -657,6 +659,7 @@ class Core:
             yield from self._lose(late, self._arrivals.why_late)
         if not self._returning.waits:
             yield from self._suspicions.judge_errors(self._now)
+            yield from self._durability.judge_loading(self._now)
         if self._returning.due is not None and self._now >= self._returning.due:
             yield from self._returning.all_back(self._now)
         yield from self._drains.tick(self._now)

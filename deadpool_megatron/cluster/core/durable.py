@@ -20,12 +20,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.effects import Answer, Effects, Persist, Send, emit
+from deadpool_megatron.cluster.core.effects import Answer, Effects, Lose, Persist, Send, emit
 from deadpool_megatron.durable import ShardFile, directory_name
 from deadpool_megatron.vault import Version
 
 # A drain is spread over this part of the time there is until the next one.
 _SHARE = 0.5
+_LOAD_S = 600.0  # at least, for a node to read its shards before training
+_SAY_S = 60.0  # that the start waits for a directory; again after twice as long, and so on
+_MOST_NAMED = 8
 _NOBODY = -1  # in the place of the node that removes an attempt
 
 
@@ -38,7 +41,7 @@ class DurableSpec:
         job: letters and digits that no other job has; part of the names.
         interval: generations from one drain to the next; 0: only when preempted.
         keep: how many durable generations stay.
-        deadline: seconds an attempt may take.
+        deadline: seconds an attempt may take; so may a node to read its shards before training, and ten minutes more.
         preempt_deadline: seconds the last drain may take when the job is preempted.
         complete: (generation, name) of those that are there at the start, newest first.
         resume: training begins with the newest of them.
@@ -66,6 +69,14 @@ class _Attempt:
     last: bool = False  # the job ends when this is over
 
 
+@dataclass(slots=True)
+class _Loading:
+    name: str
+    waiting: set[int]
+    since: float | None = None  # not before `Durability.judge_loading` has seen it
+    told_s: float = 0.0  # how long it had taken when the user was told
+
+
 class Durability:
     """Not thread-safe: one caller. Times are seconds of a monotonic clock.
 
@@ -83,7 +94,7 @@ class Durability:
         self._last = 0  # the generation of the last drain, whatever became of it
         self._retry = False
         self._kept: Version | None = None
-        self._loading: tuple[str, set[int]] | None = None
+        self._loading: _Loading | None = None
         self._begun = False
         self._epoch = 0
         self._resumes_at: int | None = None  # as told; -1: with nothing durable
@@ -141,7 +152,7 @@ class Durability:
         if not self._begun or epoch != self._epoch:
             yield from self.start(active, epoch)
         elif self._loading is not None:
-            yield Send(node, r.LoadShards(self._loading[0], self._complete[0][0], self._epoch))
+            yield Send(node, r.LoadShards(self._loading.name, self._complete[0][0], self._epoch))
         elif self._resumes_at is not None:
             yield Send(node, r.ResumeAt(self._resumes_at))
 
@@ -163,7 +174,7 @@ class Durability:
     def _load(self, active: Iterable[int]) -> Effects:
         if self._complete:
             generation, name = self._complete[0]
-            self._loading = (name, set(active))
+            self._loading = _Loading(name, set(active))
             yield Send(None, r.LoadShards(name, generation, self._epoch))
         else:
             self._loading, self._resumes_at = None, -1
@@ -173,9 +184,9 @@ class Durability:
         """A node has its shards, or not. Returns why the job cannot start, or an empty string."""
         if self._spec is None or self._loading is None:
             return ""
-        if (record.name, record.epoch) != (self._loading[0], self._epoch):
+        if (record.name, record.epoch) != (self._loading.name, self._epoch):
             return ""
-        name, waiting = self._loading
+        name, waiting = self._loading.name, self._loading.waiting
         if record.error:
             yield from self.bad(name, record.error)
             if not self._complete:
@@ -198,6 +209,49 @@ class Durability:
                 message=f"training goes on from durable generation {generation} in {self._spec.directory}",
             )
         return ""
+
+    @property
+    def loading_due(self) -> float | None:
+        """When `judge_loading` has to be called at the latest."""
+        if self._spec is None or self._loading is None:
+            return None
+        if (since := self._loading.since) is None:
+            return -math.inf
+        return since + min(self._load_s, 2 * self._loading.told_s or _SAY_S)
+
+    @property
+    def _load_s(self) -> float:
+        return (self._spec.deadline if self._spec is not None else 0.0) + _LOAD_S
+
+    def judge_loading(self, now: float) -> Effects:
+        """Time has passed: tell who still reads, and lose who has done so for too long.
+
+        What hangs on a node says nothing of the generation, so that stays what it is.
+        """
+        loading = self._loading
+        if self._spec is None or loading is None:
+            return
+        if loading.since is None:
+            loading.since = now
+        due = self.loading_due
+        if due is None or now < due:
+            return
+        nodes, waited = sorted(loading.waiting), now - loading.since
+        what = f"durable generation {self._complete[0][0]} from {self._spec.directory}"
+        if waited >= self._load_s:
+            yield Lose(set(nodes), f"it has not read {what} within {self._load_s:g} s: does that directory hang there?")
+            return
+        loading.told_s = waited
+        named = "node " if len(nodes) == 1 else "nodes "
+        named += ", ".join(map(str, nodes[:_MOST_NAMED]))
+        named += f" and {len(nodes) - _MOST_NAMED} more" if len(nodes) > _MOST_NAMED else ""
+        yield emit(
+            "durable_loading",
+            iteration=self._complete[0][0],
+            nodes=nodes,
+            seconds=round(waited, 3),
+            message=f"{waited:.0f} s and no answer of {named}, to read {what}; after {self._load_s:g} s a node is lost",
+        )
 
     # ---- draining
 
