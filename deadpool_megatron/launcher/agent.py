@@ -26,15 +26,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.cluster.store import EMBEDDED, open_store, towards
-from deadpool_megatron.cluster.store.leadership import known_place
+from deadpool_megatron.cluster.store import EMBEDDED, StoreError, open_store, towards
+from deadpool_megatron.cluster.store.leadership import Place, known_place
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.config import ConfigError
 from deadpool_megatron.launcher.agent_options import AgentPlan, check_agent
-from deadpool_megatron.launcher.enlisting import Interrupted, Lifeline, address_towards, enlist, is_ours, resolve
+from deadpool_megatron.launcher.enlisting import (
+    Interrupted,
+    Lifeline,
+    Moved,
+    Waiting,
+    address_towards,
+    enlist,
+    is_ours,
+    resolve,
+)
 from deadpool_megatron.launcher.plan import LaunchError, check_transport
 from deadpool_megatron.launcher.processes import CoordinatorProcess, Processes, agent_settings, coordinator_settings
 from deadpool_megatron.launcher.seat import Seat, job_lives
@@ -77,6 +87,29 @@ class _Host:
             print(f"deadpool: the coordinator goes on here, at {self.address}", file=sys.stderr, flush=True)
         hosted = CoordinatorProcess(self.processes, settings, seat.leadership, seat.moves)
         return (hosted, 0) if hosted.port else (None, hosted.wait()[0] or Exit.FAILED)
+
+    def find_or_start(
+        self, port: int, until: float, interrupted: Callable[[], bool]
+    ) -> tuple[Place | None, CoordinatorProcess | None, int]:
+        """Where the elected coordinator is; where the seat is free, or always ours, as of `start`.
+
+        Raises as `Seat.find_or_take`.
+        """
+        if not self.seat.moves:
+            return None, *self.start(port)
+        waiting = Waiting(until)
+        while (place := self.seat.find_or_take(until, interrupted)) is None:
+            try:
+                hosted, code = self.start(port)
+            except StoreError as err:
+                if time.monotonic() >= until:
+                    raise
+                waiting.because(partial(str, err))
+            else:
+                if code != Exit.DEPOSED:
+                    return None, hosted, code
+            self.seat.leadership.resign()
+        return place, None, 0
 
 
 @contextlib.contextmanager
@@ -161,26 +194,35 @@ def _agent(plan: AgentPlan) -> int:
             seat = Seat(plan, open_store(plan.launch.config.store, plan.launch.run_dir, plan.job_name))
             stack.callback(seat.close)
             host = _Host(plan, address, processes, source, seat)
-            place = None
-            if moves:
-                place = seat.find_or_take(until, signals.interrupted)
-            else:
+            if not moves:
                 _take(plan, seat)
-            if place is not None:
-                address, port = place.host, place.port
-            else:
-                hosted, code = host.start(port)
-                if hosted is None:
+        place: Place | None = None
+
+        def moved() -> bool:
+            with contextlib.suppress(StoreError):
+                return place is not None and seat is not None and seat.place() != place
+            return False
+
+        while True:
+            if host is not None:
+                place, hosted, code = host.find_or_start(plan.endpoint[1], until, signals.interrupted)
+                if place is not None:
+                    address, port = place.host, place.port
+                elif hosted is not None:
+                    address, port = host.address, hosted.port
+                else:
                     return code
-                port = hosted.port
-        try:
-            answer, secret, spoke = enlist(plan, address, port, source, until, signals.interrupted)
-        except Interrupted:
-            if hosted is None:
-                raise
-            hosted.interrupt()
-            print(f"deadpool: {hosted.wait()[1]}", file=sys.stderr)
-            return Exit.INTERRUPTED
+            try:
+                answer, secret, spoke = enlist(plan, address, port, source, until, signals.interrupted, moved)
+                break
+            except Moved:
+                continue
+            except Interrupted:
+                if hosted is None:
+                    raise
+                hosted.interrupt()
+                print(f"deadpool: {hosted.wait()[1]}", file=sys.stderr)
+                return Exit.INTERRUPTED
         lifeline = Lifeline(spoke)
         Path(plan.launch.log_dir).mkdir(parents=True, exist_ok=True)
         settings = agent_settings(

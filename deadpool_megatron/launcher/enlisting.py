@@ -27,12 +27,16 @@ class Interrupted(Exception):
     """The user wants the end before the job has begun."""
 
 
+class Moved(Exception):
+    """The coordinator is not where it was asked for a place any more."""
+
+
 def resolve(host: str, until: float, interrupted: Callable[[], bool]) -> str:
     """The IPv4 address of ``host``, asked for again until ``until``: a pod's name may come after its container.
 
     Raises LaunchError or Interrupted.
     """
-    waiting = _Waiting(until)
+    waiting = Waiting(until)
     while True:
         try:
             return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
@@ -46,7 +50,7 @@ def resolve(host: str, until: float, interrupted: Callable[[], bool]) -> str:
         time.sleep(_LOOK_S)  # a name service cannot be waited for
 
 
-class _Waiting:
+class Waiting:
     """Tells the user what is waited for, soon and then now and then: it may be a mistake that nothing mends."""
 
     def __init__(self, until: float) -> None:
@@ -81,11 +85,17 @@ def address_towards(address: str) -> str:
 
 
 def enlist(
-    plan: AgentPlan, address: str, port: int, source: SecretSource, until: float, interrupted: Callable[[], bool]
+    plan: AgentPlan,
+    address: str,
+    port: int,
+    source: SecretSource,
+    until: float,
+    interrupted: Callable[[], bool],
+    moved: Callable[[], bool],
 ) -> tuple[r.Enlisted, bytes, Spoke]:
     """Ask the coordinator for a place until it answers; returns its answer, the secret, and the open connection.
 
-    Raises LaunchError at ``until`` (monotonic seconds) or when there is no place, Interrupted.
+    Raises LaunchError at ``until`` (monotonic seconds) or when there is no place, Interrupted, Moved once ``moved``.
     """
     job = plan.launch
     token = secrets.token_hex(8)
@@ -97,14 +107,18 @@ def enlist(
     spoke: Spoke | None = None
     secret: bytes | None = None
     asked = 0.0
-    begun = time.monotonic()
-    waiting = _Waiting(until)
+    begun = looked = time.monotonic()
+    waiting = Waiting(until)
     try:
         while time.monotonic() < until:
             if interrupted():
                 raise Interrupted
             waited, unknown = time.monotonic() - begun, secret is None
             waiting.because(partial(_why_no_answer, address, port, waited, unknown, source))
+            if time.monotonic() - looked > _ASK_AGAIN_S:
+                looked = time.monotonic()
+                if moved():
+                    raise Moved
             found = source.find()
             if found is None:
                 time.sleep(_LOOK_S)  # a file on a shared file system cannot be waited for

@@ -11,12 +11,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from deadpool_megatron.cluster.coordinator.saved_state import read_state
 from deadpool_megatron.cluster.store import EMBEDDED, Store, StoreError
 from deadpool_megatron.cluster.store.leadership import LEADER, STATE, Leadership, Place, known_place
 from deadpool_megatron.launcher.agent_options import AgentPlan
+from deadpool_megatron.launcher.enlisting import Interrupted, Waiting
 from deadpool_megatron.launcher.plan import LaunchError
 
 _CONNECT_S: Final = 1.0
@@ -110,17 +112,27 @@ class Seat:
             stop.wait(1.0)
 
     def find_or_take(self, until: float, interrupted: Callable[[], bool]) -> Place | None:
-        """Where the coordinator is; None: the seat was free, and is ours. Waits for one that is about to come.
+        """Where the coordinator is; None: the seat was free, and is ours. Waits for one that is about to come, and for
+        a store that does not answer.
 
-        Raises LaunchError at ``until`` (monotonic), or StoreError.
+        Raises LaunchError or StoreError at ``until`` (monotonic), or Interrupted.
         """
-        while time.monotonic() < until and not interrupted():
-            if (place := self.place()) is not None:
-                return place
-            if self.store.get(LEADER) is None and self.take():
-                return None
+        waiting = Waiting(until)
+        while not interrupted():
+            why: Exception
+            try:
+                if (place := self.place()) is not None:
+                    return place
+                if self.store.get(LEADER) is None and self.take():
+                    return None
+                why = LaunchError("no coordinator has been elected: are the other nodes up, with the same --rdzv-id?")
+            except StoreError as err:
+                why = err
+            if time.monotonic() >= until:
+                raise why
+            waiting.because(partial(str, why))
             time.sleep(0.2)  # once, at the start
-        raise LaunchError("no coordinator has been elected: are the other nodes up, with the same --rdzv-id?")
+        raise Interrupted
 
     def close(self) -> None:
         """Give the seat back, and the store."""

@@ -100,6 +100,24 @@ def test_the_coordinators_machine_is_killed_and_another_one_leads_without_anybod
     assert all(f"node {first} was lost" in machines.output(n) for n in left)
 
 
+def test_a_command_that_comes_while_a_dead_leaders_lease_lasts_does_not_stay_at_its_address(
+    machines: Machines, etcd: EtcdMembers
+) -> None:
+    script = machines.directory / "script.py"
+    script.write_text(SCRIPT)
+    line = ["--nnodes", "1", "--node-rank", "0", "--rdzv-id", "job", "--local-addr", "127.0.0.1"]
+    env = {"DEADPOOL_STORE": etcd.url, "DEADPOOL_LEASE": "15"}
+    up = machines.directory / "up-0"
+    machines.start(line, [str(script)], env)
+    machines.until("its worker", up.exists)
+    machines.kill_tree(0)
+    up.unlink()
+    machines.start(line, [str(script)], env)
+    machines.until("the worker of the next", up.exists)
+    (machines.directory / "finish").touch()
+    assert machines.code(1) == 0, machines.outputs()
+
+
 def test_an_etcd_member_is_killed_another_cut_off_and_all_are_restarted_and_the_job_does_not_notice(
     machines: Machines, etcd: EtcdMembers
 ) -> None:
