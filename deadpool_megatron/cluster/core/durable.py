@@ -26,7 +26,7 @@ from deadpool_megatron.vault import Version
 
 # A drain is spread over this part of the time there is until the next one.
 _SHARE = 0.5
-_LOAD_S = 600.0  # at least, for a node to read its shards before training
+_LOAD_S = 600.0  # beyond `DurableSpec.deadline`, for a node to read its shards before training
 _SAY_S = 60.0  # that the start waits for a directory; again after twice as long, and so on
 _MOST_NAMED = 8
 _NOBODY = -1  # in the place of the node that removes an attempt
