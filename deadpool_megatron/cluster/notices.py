@@ -7,7 +7,8 @@ import signal
 from collections.abc import Iterator
 from typing import Final
 
-# To the coordinator: end the job; the machines are wanted soon (to an agent: pass that on).
+# To the coordinator: end the job; to an agent: end this node, whatever SIGTERM means to it. PREEMPT: the machines are
+# wanted soon (an agent passes that on).
 INTERRUPT: Final = signal.SIGRTMIN + 7
 PREEMPT: Final = signal.SIGRTMIN + 6
 # What batch systems are asked to send before the end of the time, to every process of a job: the machines are wanted

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from deadpool_megatron.cluster.notices import INTERRUPT
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import EMBEDDED, open_store, towards
 from deadpool_megatron.cluster.store.leadership import known_place
@@ -195,7 +197,9 @@ def _agent(plan: AgentPlan) -> int:
             store_name=plan.job_name if moves else "",
         )
         settings = dataclasses.replace(settings, tells_end=hosted is None)
-        agent = processes.start("agent", settings, stdout=subprocess.DEVNULL)
+        # Without this command the node is lost; where the job ends with it, it may leave in good order.
+        signum = signal.SIGTERM if hosted is not None else INTERRUPT
+        agent = processes.start("agent", settings, signum, stdout=subprocess.DEVNULL)
         tee = _tee(plan, answer.node)
         serving = Serving(plan, signals, hosted, agent, lifeline)
         stack.callback(serving.close)

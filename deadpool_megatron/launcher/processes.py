@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -29,12 +29,15 @@ from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import PASSWORD
 from deadpool_megatron.cluster.store.leadership import Leadership
+from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.forking import FORK_SERVER, Process, fork_module
 from deadpool_megatron.launcher.plan import LaunchPlan, value_of
 
 _NODE = "deadpool_megatron.launcher.node"
 # Not for workers: the job's secret, and the file that holds it.
 SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE", PASSWORD)
+# What does not end a process that does not listen to it yet. A coordinator is told again when it does.
+HELD_BACK: Final = {"coordinator": (PREEMPT, INTERRUPT), "agent": (PREEMPT,)}
 _AGAIN_S = 1.0  # from the first try to start the coordinator again to the next; each time twice as long
 
 
@@ -151,7 +154,7 @@ def agent_settings(
         devices: CUDA devices of this node; None: all that are visible.
         adopt: the socket at which workers come to the agent; empty: it starts them.
     """
-    c, here = plan.config, host.startswith("127.")
+    c = plan.config
     return AgentSettings(
         c,
         job_id,
@@ -167,10 +170,19 @@ def agent_settings(
         plan.shm_directory,
         [c.store, plan.run_dir, store_name] if store_name else [],
         adopt,
-        metrics_port=c.metrics_port + node if c.metrics_port and here else c.metrics_port,  # they share the ports
+        metrics_port=metrics_port(c, node, host),
         exit_signal=_exit_signal(plan.arguments),
-        pin=c.deadpool and c.pin_agents and not here,  # agents of one machine would all choose the same processors
+        pin=c.deadpool and c.pin_agents and not _shared(host),  # they would all choose the same processors
     )
+
+
+def metrics_port(config: DeadpoolConfig, node: int, host: str) -> int:
+    """Where the agent of ``node`` serves its metrics; 0: nowhere. Agents of one machine share its ports."""
+    return config.metrics_port + node if config.metrics_port and _shared(host) else config.metrics_port
+
+
+def _shared(host: str) -> bool:
+    return host.startswith("127.")
 
 
 def _exit_signal(arguments: Sequence[str]) -> int:
@@ -249,10 +261,10 @@ def end_with_parent(signum: int = signal.SIGTERM) -> None:
     ctypes.CDLL(None).prctl(1, signum)
 
 
-def _begin(signum: int) -> None:
+def _begin(signum: int, ignored: Sequence[int]) -> None:
     """Of a child, before exec. What a warning means to it, it says when it is ready for one."""
     notices.ignored()
-    for notice in (PREEMPT, INTERRUPT):
+    for notice in ignored:
         signal.signal(notice, signal.SIG_IGN)
     if signum:
         end_with_parent(signum)
@@ -280,7 +292,7 @@ class Processes:
             process = subprocess.Popen(
                 [sys.executable, "-m", _NODE, role],
                 stdin=subprocess.PIPE,
-                preexec_fn=partial(_begin, signum),
+                preexec_fn=partial(_begin, signum, HELD_BACK[role]),
                 start_new_session=True,
                 **extra,
             )
@@ -291,9 +303,10 @@ class Processes:
         return process
 
     def end(self, grace_s: float) -> None:
-        """SIGTERM for those that live, SIGKILL after ``grace_s`` seconds; returns when all are reaped."""
+        """Have those that live end, SIGKILL after ``grace_s`` seconds; returns when all are reaped."""
         for process in self.all:
             if process.poll() is None:
+                process.send_signal(INTERRUPT)  # SIGTERM may be a notice only
                 process.terminate()
         end = time.monotonic() + grace_s
         for process in self.all:

@@ -138,7 +138,7 @@ class Serving:
             if end[0] == Exit.DEPOSED and self._seat is not None:
                 self._leave_seat()
                 continue
-            if self._why:
+            if self._why and end[0] == Exit.INTERRUPTED:  # else the job had an end, and that node's agent heard of it
                 return Exit.USAGE, self._why
             self._agent_left(end[0])
             return (Exit.INTERRUPTED if self._signals.caught else end[0]), end[1]
@@ -247,11 +247,11 @@ class Serving:
                     self._agent_left(agent.poll())
                     if agent.poll() == Exit.USAGE and hosted is not None and not self._why:
                         self._why = "this machine's agent could not start, so there is no job"
-                        main.terminate()
+                        hosted.interrupt()
             self._look_for_coordinator()
             if len(signals.caught) > self._passed_on:
                 self._passed_on = len(signals.caught)
-                main.send_signal(INTERRUPT if hosted is not None else signal.SIGTERM)
+                main.send_signal(INTERRUPT)
             self._give_up(main)
         if hosted is None:  # else one that is started again hears of it
             signals.preempt = lambda: None
@@ -262,4 +262,4 @@ class Serving:
         gone_since = self._lifeline.gone_since if self._lifeline is not None and self._hosted is None else None
         if gone_since is not None and not self._why and self._clock.now() - gone_since > self._plan.gone_s:
             self._why = f"the coordinator has been gone for {self._plan.gone_s:g} s; the job is over"
-            main.terminate()
+            main.send_signal(INTERRUPT)

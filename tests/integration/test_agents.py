@@ -217,6 +217,25 @@ def test_agents_whose_coordinator_is_gone_for_good_end_by_themselves_and_say_so(
     machines.until_gone()
 
 
+@pytest.mark.parametrize("gone", ["the coordinator", "a command"])
+def test_with_preemption_notices_a_command_s_end_is_no_notice(machines: Machines, gone: str) -> None:
+    script = _script(machines, SLEEP)
+    durable = str(machines.directory / "durable")
+    script += ["--deadpool", "--deadpool-on-preempt", "--deadpool-durable-dir", durable]
+    for n in (0, 1):
+        line = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{machines.port}", "--node-rank", str(n)]
+        machines.start([*line, "--emulate-cpu", "--rdzv-conf", "coordinator_timeout=2"], script)
+    machines.until("two sleeping workers", lambda: len(list(machines.directory.glob("up-*"))) == 2)
+    if gone == "the coordinator":
+        machines.kill_tree(0)
+        assert machines.code(1) == Exit.FAILED
+        assert "the coordinator has been gone for 2 s" in machines.output(1)
+    else:
+        machines.started[1].kill()
+        assert machines.code(0) == Exit.NO_SPARE and "node 1" in machines.output(0)
+    machines.until_gone()
+
+
 # ---- training
 
 

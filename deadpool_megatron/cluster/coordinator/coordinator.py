@@ -260,13 +260,15 @@ class Coordinator:
         self._do(self._core.received(record, now), step)
 
     def _enlist(self, identity: bytes, record: r.Enlist, now: float) -> None:
-        if now < self._no_places_until:
-            return  # whoever got a place from the coordinator before this one tells it first; it asks again
+        if now < self._no_places_until or self._core.awaits_agents:
+            # Whoever got a place from the coordinator before this one tells it first, and a place is free only once
+            # its agent is given up: that of a machine that comes back beside its coordinator. It asks again.
+            return
         nodes = self._core.nodes.items()
         joined = {n for n, s in nodes if s.agent_pid}
         answer = self._enlistment.answer(record, joined, {n for n, s in nodes if s.gone})
         if answer is None:
-            error, node, actions = self._core.add_spare(record.host, now)
+            error, node, actions = self._core.add_spare(record.host, now, record.node)
             if error:
                 return  # not in the middle of a recovery: it asks again
             answer = self._enlistment.comes_back(record, node)

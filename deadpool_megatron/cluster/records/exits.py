@@ -20,8 +20,8 @@ class Exit(IntEnum):
     RECOVERY_FAILED = 78
     REPEATED_ERROR = 79
     FENCED = 80
-    DEPOSED = 82  # of a coordinator's process: somebody else leads now
     NEIGHBOUR_LOST = 83  # of a worker whose kernels wait for a worker of its node that is gone
+    DEPOSED = 126  # of a coordinator's process: somebody else leads now; no script's code gets here
     INTERRUPTED = 130
 
 
@@ -43,6 +43,12 @@ ADVICE: Final = {
     Exit.FENCED: "look at this node before it is used again; the same command then brings it back as a spare",
     Exit.INTERRUPTED: "start it again when you like, from what is durable or from Megatron's last checkpoint",
 }
+
+
+def of_script(code: int) -> int:
+    """How a job ends whose script has ended with this code: with the same, unless that means something else here."""
+    ours = code in (*ADVICE, Exit.NEIGHBOUR_LOST) and code != Exit.USAGE
+    return Exit.FAILED if ours or not 0 < code < Exit.DEPOSED else code
 
 
 def what_to_do(code: int) -> str:
