@@ -99,18 +99,23 @@ def _boundary(run: Callable[[], int]) -> int:
     except (LaunchError, ConfigError, UserError, OSError) as err:
         print(f"deadpool: {err}", file=sys.stderr)
         return Exit.USAGE
+
+
+def _interruptible(run: Callable[[AgentPlan, Signals], int], plan: AgentPlan) -> int:
+    signals = Signals(plan.launch.config.on_preempt)
+    try:
+        return run(plan, signals)
     except Interrupted:
         print("deadpool: interrupted before the job began", file=sys.stderr)
-        return Exit.INTERRUPTED
+        return signals.code
 
 
 def run_coordinator(options: argparse.Namespace) -> int:
     """`deadpool coordinator` after parsing: the coordinator alone, for a machine that does not train."""
-    return _boundary(lambda: _coordinate(check_agent(options, os.environ)))
+    return _boundary(lambda: _interruptible(_coordinate, check_agent(options, os.environ)))
 
 
-def _coordinate(plan: AgentPlan) -> int:
-    signals = Signals(plan.launch.config.on_preempt)
+def _coordinate(plan: AgentPlan, signals: Signals) -> int:
     processes = Processes()
     source = SecretSource(plan.secret_file, os.environ, plan.launch.run_dir, plan.job_name)
     if plan.launch.config.store != EMBEDDED:
@@ -137,12 +142,11 @@ def _take(plan: AgentPlan, seat: Seat) -> None:
 
 def run_agent(options: argparse.Namespace) -> int:
     """`deadpool agent` after parsing: this machine's node, and the coordinator where it belongs here."""
-    return _boundary(lambda: _agent(check_agent(options, os.environ)))
+    return _boundary(lambda: _interruptible(_agent, check_agent(options, os.environ)))
 
 
-def _agent(plan: AgentPlan) -> int:
+def _agent(plan: AgentPlan, signals: Signals) -> int:
     check_transport(plan.launch.config)
-    signals = Signals(plan.launch.config.on_preempt)
     processes = Processes()
     source = SecretSource(plan.secret_file, os.environ, plan.launch.run_dir, plan.job_name)
     until = time.monotonic() + plan.join_s
@@ -180,9 +184,9 @@ def _agent(plan: AgentPlan) -> int:
         except Interrupted:
             if hosted is None:
                 raise
-            hosted.interrupt()
+            hosted.interrupt(signals.caught[0])
             print(f"deadpool: {hosted.wait()[1]}", file=sys.stderr)
-            return Exit.INTERRUPTED
+            return signals.code
         lifeline = Lifeline(spoke)
         Path(plan.launch.log_dir).mkdir(parents=True, exist_ok=True)
         settings = agent_settings(

@@ -25,7 +25,7 @@ from deadpool_megatron.cluster import notices
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
-from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT
+from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, TERMINATE
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import PASSWORD
 from deadpool_megatron.cluster.store.leadership import Leadership
@@ -37,7 +37,7 @@ _NODE = "deadpool_megatron.launcher.node"
 # Not for workers: the job's secret, and the file that holds it.
 SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE", PASSWORD)
 # What does not end a process that does not listen to it yet. A coordinator is told again when it does.
-HELD_BACK: Final = {"coordinator": (PREEMPT, INTERRUPT), "agent": (PREEMPT,)}
+HELD_BACK: Final = {"coordinator": (PREEMPT, INTERRUPT, TERMINATE), "agent": (PREEMPT,)}
 _AGAIN_S = 1.0  # from the first try to start the coordinator again to the next; each time twice as long
 
 
@@ -317,6 +317,11 @@ class Processes:
                 process.wait()
 
 
+def code_of(signum: int) -> Exit:
+    """How a command ends that was interrupted by this signal."""
+    return Exit.TERMINATED if signum == signal.SIGTERM else Exit.INTERRUPTED
+
+
 class CoordinatorProcess:
     """The coordinator as a child; started again, where it listened, when a signal has ended it.
 
@@ -339,7 +344,8 @@ class CoordinatorProcess:
         self._settings = settings
         self._leadership = leadership
         self._died: list[float] = []
-        self._interrupted = self._preempted = self._listens = False
+        self._interrupted = 0  # by which signal to the command
+        self._preempted = self._listens = False
         self.port = self.store_port = 0
         self.process = self._start()
 
@@ -357,11 +363,11 @@ class CoordinatorProcess:
             self._settings = replace(self._settings, port=self.port, store_port=self.store_port, resume=True)
         return process
 
-    def interrupt(self) -> None:
-        """The user wants the end; safe in a signal handler."""
-        self._interrupted = True
+    def interrupt(self, signum: int = signal.SIGINT) -> None:
+        """The user wants the end, and has sent SIGINT or SIGTERM; safe in a signal handler."""
+        self._interrupted = self._interrupted or signum
         if self.process.poll() is None:
-            self.process.send_signal(INTERRUPT)
+            self.process.send_signal(TERMINATE if self._interrupted == signal.SIGTERM else INTERRUPT)
 
     def preempt(self) -> None:
         """The machines are wanted soon (see `Core.preempted`). Safe in a signal handler."""
@@ -398,7 +404,7 @@ class CoordinatorProcess:
         if self._preempted:
             self.preempt()
         if self._interrupted:
-            self.interrupt()
+            self.interrupt(self._interrupted)
         return None
 
     def _died_of(self, signum: int) -> tuple[int, str] | None:
@@ -430,6 +436,6 @@ class CoordinatorProcess:
                 continue
             if end[0] != Exit.DEPOSED or self._interrupted or self._others_lead:
                 return end
-            if self._leadership.campaign(1, lambda: self._interrupted) is None:
-                return Exit.INTERRUPTED, "interrupted while the store did not answer"
+            if self._leadership.campaign(1, lambda: bool(self._interrupted)) is None:
+                return code_of(self._interrupted), "interrupted while the store did not answer"
             self.process = self._start()

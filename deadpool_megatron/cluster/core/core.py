@@ -214,9 +214,10 @@ class Core:
         """Time has passed."""
         return self._run(self._check_deadlines(), now)
 
-    def interrupted(self, now: float) -> list[Action]:
-        """The user asked for the end."""
-        return self._run(self._stop(Exit.INTERRUPTED, "interrupted: every process of the job is ended"), now)
+    def interrupted(self, now: float, code: Exit = Exit.INTERRUPTED) -> list[Action]:
+        """The user asked for the end, or (`Exit.TERMINATED`) a batch system did."""
+        how = "interrupted" if code == Exit.INTERRUPTED else "ended by SIGTERM"
+        return self._run(self._stop(code, f"{how}: every process of the job is ended"), now)
 
     def preempted(self, now: float) -> list[Action]:
         """The machines are wanted soon: what is committed becomes durable and the job leaves, if it is set up for that.
