@@ -154,12 +154,14 @@ class Tolerated:
         fatal: the sets of one node more that may not; a larger set may be lost if and only if none of them is in it.
         sets: how many sets of that size there are.
         domains: by kind of domain, how many there are, and those that may not be lost as a whole.
+        unnamed: by kind of domain, the nodes of which nobody has said in which one they are.
     """
 
     nodes: int
     fatal: tuple[tuple[int, ...], ...]
     sets: int
     domains: Mapping[str, tuple[int, tuple[str, ...]]]
+    unnamed: Mapping[str, tuple[int, ...]]
 
     @property
     def sentence(self) -> str:
@@ -182,6 +184,9 @@ class Tolerated:
                 parts.append(f"no whole {kind}")
             else:
                 parts.append(f"any 1 {kind}" + (f" but {', '.join(not_these[:_MOST_LISTED])}" if not_these else ""))
+                if whose := self.unnamed.get(kind):
+                    listed = ", ".join(map(str, whose[:_MOST_LISTED])) + " and more" * (len(whose) > _MOST_LISTED)
+                    parts[-1] += f" (the {kind} of node{'s' * (len(whose) > 1)} {listed} is not known)"
         return "; ".join(parts)
 
 
@@ -197,13 +202,14 @@ def tolerated(
     every = list(stripes(groups, scheme))
     nodes = sorted({node for group in groups for node in group})
     if not every:
-        return Tolerated(0, (), 0, {})
+        return Tolerated(0, (), 0, {}, {})
     fatal = sorted({tuple(sorted(those)) for stripe in every for those in combinations(stripe.nodes, scheme.m + 1)})
-    domains = {}
+    domains, unnamed = {}, {}
     for kind, members in _domains(nodes, labels or {}).items():
         bad = tuple(label for label, inside in members.items() if not survives(inside, groups, scheme))
         domains[kind] = (len(members), bad)
-    return Tolerated(scheme.m, tuple(fatal), math.comb(len(nodes), scheme.m + 1), domains)
+        unnamed[kind] = tuple(sorted(set(nodes).difference(*members.values())))
+    return Tolerated(scheme.m, tuple(fatal), math.comb(len(nodes), scheme.m + 1), domains, unnamed)
 
 
 def _domains(nodes: Iterable[int], labels: Mapping[int, Mapping[str, str]]) -> dict[str, dict[str, list[int]]]:
