@@ -41,6 +41,7 @@ def reset_after_abort(host: Host, model: list[Any], optimizer: Any) -> None:
     host.unwind(config)
     if args["log_straggler"]:
         _reset_straggler_detector(args["disable_straggler_on_startup"])
+    _end_nvtx_ranges()
     _forget_offloading()
     _forget_paged_stash(model)
     forget_broken_step(model)
@@ -70,6 +71,12 @@ def _reset_straggler_detector(off: bool) -> None:
         print(
             f"deadpool: the straggler detector is {state} again, as --log-straggler began; switch it anew", flush=True
         )
+
+
+def _end_nvtx_ranges() -> None:
+    """Of ``--profile`` for nsys: the next ``train`` knows nothing of them, and torch does not begin them twice."""
+    if torch._C._autograd._profiler_type() == torch._C._profiler.ActiveProfilerType.NVTX:
+        torch.autograd.profiler.emit_nvtx().__exit__(None, None, None)
 
 
 def _forget_offloading() -> None:
