@@ -129,6 +129,19 @@ class MegatronLM(Host):
         return {} if global_vars._GLOBAL_ARGS is None else vars(global_vars._GLOBAL_ARGS)
 
     @property
+    def begun(self) -> float:
+        from megatron.training import training
+
+        seconds: float = training._TRAIN_START_TIME
+        return seconds
+
+    @begun.setter
+    def begun(self, seconds: float) -> None:
+        from megatron.training import training
+
+        training._TRAIN_START_TIME = seconds
+
+    @property
     def timers(self) -> Any:
         from megatron.training import get_timers
 
