@@ -44,21 +44,31 @@ def test_activations_and_gradients_of_a_broken_iteration_are_dropped_and_recorde
 
 
 @in_emulation
-def test_ranges_for_nsys_begin_again_and_a_profiler_of_another_kind_goes_on() -> None:
+def test_a_profile_that_broke_off_ends_and_can_begin_again() -> None:
     import torch
 
-    from deadpool_megatron.megatron.reset import _end_nvtx_ranges
+    from deadpool_megatron.megatron.reset import _end_profile
 
-    def profiled() -> Any:
+    def kind() -> Any:
         return torch._C._autograd._profiler_type()
 
+    def begin_torchs() -> torch.profiler.profile:
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        profile.start()
+        return profile
+
     kinds = torch._C._profiler.ActiveProfilerType
-    _end_nvtx_ranges()
+    _end_profile(True)
     for _ in range(2):
-        torch.autograd.profiler.emit_nvtx().__enter__()  # as train() does, which keeps it in a local variable
-        assert profiled() == kinds.NVTX
-        _end_nvtx_ranges()
-        assert profiled() == kinds.NONE
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-        _end_nvtx_ranges()
-        assert profiled() == kinds.KINETO
+        torch.autograd.profiler.emit_nvtx().__enter__()  # train() keeps it in a local variable
+        assert kind() == kinds.NVTX
+        _end_profile(False)
+        assert kind() == kinds.NONE
+        begin_torchs()
+        assert kind() == kinds.KINETO
+        _end_profile(True)
+        assert kind() == kinds.NONE
+    own = begin_torchs()  # of the script, around all of training
+    _end_profile(False)
+    assert kind() == kinds.KINETO
+    own.stop()
