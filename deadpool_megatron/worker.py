@@ -177,7 +177,7 @@ def _install(standby: bool, script: str) -> Hooks:
     session.on_exit_notice = hooks.take_exit_notice
     session.on_replaced = hooks.look_for_neighbours
     if standby:
-        follow_job(connect, hooks.learn_groups)  # of its own: a blocked wait blocks every user of a client
+        follow_job(connect, hooks.learn_job)  # of its own: a blocked wait blocks every user of a client
     return hooks
 
 

@@ -111,8 +111,9 @@ CENSUS: Final[tuple[Entry, ...]] = (
     Entry(r"data\.saved_microbatches.*", "reset", "of the iteration that is over; ReplayIterator has the next ones"),
     # the rerun state machine
     Entry(_RERUN + r"\.(current_iteration|large_value_counts.*|max_values.*)", "small", "what it counts on from"),
+    Entry(_RERUN + r"\.first_iteration_complete", "small", "from then on it looks at results"),
     Entry(_RERUN + r"\.saved_state.*", "reset", "taken at the begin of each iteration"),
-    Entry(_RERUN + r"\.(validation_counts.*|first_iteration_complete|injected_result)", "reset", "of a step"),
+    Entry(_RERUN + r"\.(validation_counts.*|injected_result)", "reset", "of a step"),
     Entry(_RERUN + r"\.logged_sdc_enabled", "free", "a line of the log"),
     # sums for the log
     Entry(r"megatron\.core\.transformer\.moe\.moe_logging:_MOE_METRICS_TRACKER.*", "reset", "sums.clear_sums"),

@@ -88,6 +88,7 @@ class Hooks:
     _in_pretrain: bool = False
     _rejoined: bool = False
     _groups: str = ""
+    _begun: float | None = None
     _series: Series = field(default_factory=Series)
 
     def install(self) -> None:
@@ -106,9 +107,9 @@ class Hooks:
     def _muster(self) -> Muster | None:
         return self.trainer.muster if self.trainer is not None else None
 
-    def learn_groups(self, table_digest: str) -> None:
-        """For a spare: the digest of the table of groups of those that train."""
-        self._groups = table_digest
+    def learn_job(self, table_digest: str, begun: float) -> None:
+        """For a spare: the digest of the table of groups of those that train, and when they began."""
+        self._groups, self._begun = table_digest, begun
 
     def look_for_neighbours(self, replaced: list[int]) -> None:
         """These ranks get new workers: this one ends where its kernels wait for one of them (`megatron.muster`). From
@@ -208,6 +209,8 @@ class Hooks:
                 return self._data.build(call, fields, self.durable)
         while True:
             agreed = self._agreed()
+            if self._begun is not None:
+                self.host.begun = self._begun
             try:
                 return self._data.build(call, fields, agreed)
             except VaultError as err:
@@ -263,7 +266,7 @@ class Hooks:
         restarts = waits_for_nodes(args, int(os.environ["LOCAL_WORLD_SIZE"]))
         trainer.register(can_rescue and not restarts, restarts)
         if trainer.rank == 0:
-            publish_job(self.connect, self.communicators.table_digest())
+            publish_job(self.connect, self.communicators.table_digest(), self.host.begun)
         if not self.standby:
             self.communicators.prepare(self.store())  # connecting takes seconds now and then: not in a recovery
         self.phase = "training"

@@ -92,6 +92,17 @@ class Host(ABC):
 
     @property
     @abstractmethod
+    def begun(self) -> float:
+        """When the job began, in seconds since the epoch: its allotted time (``--exit-duration-in-mins``) runs from
+        there. A process that comes later is given that of the others: it is no part of a generation, which may be
+        taken up by another job."""
+
+    @begun.setter
+    @abstractmethod
+    def begun(self, seconds: float) -> None: ...
+
+    @property
+    @abstractmethod
     def timers(self) -> Any:
         """megatron.core's ``Timers`` of this loop."""
 

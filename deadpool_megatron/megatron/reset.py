@@ -41,6 +41,7 @@ def reset_after_abort(host: Host, model: list[Any], optimizer: Any) -> None:
     host.unwind(config)
     if args["log_straggler"]:
         _reset_straggler_detector(args["disable_straggler_on_startup"])
+    _end_profile(bool(args.get("use_pytorch_profiler")))
     _forget_offloading()
     _forget_paged_stash(model)
     forget_broken_step(model)
@@ -70,6 +71,15 @@ def _reset_straggler_detector(off: bool) -> None:
         print(
             f"deadpool: the straggler detector is {state} again, as --log-straggler began; switch it anew", flush=True
         )
+
+
+def _end_profile(of_torch: bool) -> None:
+    """Of ``--profile``: the next ``train`` knows nothing of what this one has begun. Torch does not begin ranges for
+    nsys twice, and its own profiler would go on to fill the host's memory until a new one begins to record."""
+    kinds = torch._C._profiler.ActiveProfilerType
+    begun = torch._C._autograd._profiler_type()
+    if begun == kinds.NVTX or (begun == kinds.KINETO and of_torch):
+        torch.autograd.profiler.emit_nvtx().__exit__(None, None, None)  # of either kind
 
 
 def _forget_offloading() -> None:

@@ -69,13 +69,14 @@ def numa_node() -> int:
     return numa_node_of_process()
 
 
-def publish_job(store: Callable[[], Store], table_digest: str) -> None:
-    """Tell the spares which modules a worker that trains has imported by now, and which groups it has made.
+def publish_job(store: Callable[[], Store], table_digest: str, begun: float) -> None:
+    """Tell the spares which modules a worker that trains has imported by now, which groups it has made, and when its
+    job began (`Host.begun`).
 
     A thread keeps it told, since the store forgets it when it is started again. ``store`` makes a client of its own.
     """
     names = sorted(n for n, m in sys.modules.items() if m is not None and n.split(".")[0] in _PACKAGES)
-    text = json.dumps({"modules": names, "groups": table_digest})
+    text = json.dumps({"modules": names, "groups": table_digest, "begun": begun})
 
     def work() -> None:
         client: Store | None = None
@@ -92,10 +93,10 @@ def publish_job(store: Callable[[], Store], table_digest: str) -> None:
     threading.Thread(target=work, name="deadpool-publish", daemon=True).start()
 
 
-def follow_job(store: Callable[[], Store], learn_groups: Callable[[str], None]) -> None:
+def follow_job(store: Callable[[], Store], learn: Callable[[str, float], None]) -> None:
     """Import what the others have imported, in a thread, once it is known. ``store`` makes a client of its own.
 
-    ``learn_groups`` is told the digest of their table of groups.
+    ``learn`` is told the digest of their table of groups, and when they began.
     """
 
     def work() -> None:
@@ -106,7 +107,7 @@ def follow_job(store: Callable[[], Store], learn_groups: Callable[[str], None]) 
                 job = json.loads(client.get(_KEY))
                 break
             time.sleep(_AGAIN_S)
-        learn_groups(job["groups"])
+        learn(job["groups"], job["begun"])
         for name in job["modules"]:
             if name not in sys.modules:
                 # A module may refuse here what it accepted there (another platform, an option): then it stays cold.

@@ -15,12 +15,12 @@ from deadpool_megatron.megatron.standby import follow_job, publish_job
 from machines import free_port
 
 
-def _learn(connect: Callable[[], dist.Store]) -> str:
-    learnt: list[str] = []
+def _learn(connect: Callable[[], dist.Store]) -> tuple[str, float]:
+    learnt: list[tuple[str, float]] = []
     done = threading.Event()
 
-    def learn(digest: str) -> None:
-        learnt.append(digest)
+    def learn(digest: str, begun: float) -> None:
+        learnt.append((digest, begun))
         done.set()
 
     follow_job(connect, learn)
@@ -39,13 +39,14 @@ def main() -> None:
         return dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, timeout=timedelta(seconds=60))
 
     server = serve()
-    publish_job(connect, "groups")
-    assert _learn(connect) == "groups"
+    job = "groups", 1764450000.123456
+    publish_job(connect, *job)
+    assert _learn(connect) == job
     server.set("first server", "")
     del server
     server = serve()
     assert not server.check(["first server"])
-    assert _learn(connect) == "groups"
+    assert _learn(connect) == job
     os._exit(0)  # the thread that tells it goes on for ever
 
 

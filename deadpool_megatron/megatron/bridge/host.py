@@ -134,6 +134,15 @@ class MegatronBridge(Host):
         return {} if self._state is None else arguments(self._state)
 
     @property
+    def begun(self) -> float:
+        seconds: float = self._state.start_time
+        return seconds
+
+    @begun.setter
+    def begun(self, seconds: float) -> None:
+        self._state.start_time = seconds
+
+    @property
     def timers(self) -> Any:
         return self._state.timers
 

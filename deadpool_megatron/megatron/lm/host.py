@@ -129,6 +129,19 @@ class MegatronLM(Host):
         return {} if global_vars._GLOBAL_ARGS is None else vars(global_vars._GLOBAL_ARGS)
 
     @property
+    def begun(self) -> float:
+        from megatron.training import training
+
+        seconds: float = training._TRAIN_START_TIME
+        return seconds
+
+    @begun.setter
+    def begun(self, seconds: float) -> None:
+        from megatron.training import training
+
+        training._TRAIN_START_TIME = seconds
+
+    @property
     def timers(self) -> Any:
         from megatron.training import get_timers
 
@@ -215,7 +228,20 @@ class MegatronLM(Host):
         if stats is not None:  # of packed sequences
             stats.zero_()
             training._seqlen_stats_active = False
+        _forget_loggers()
         async_utils._async_calls_queue = None
+
+
+def _forget_loggers() -> None:
+    """Of ``--save-activations-interval`` and its like: they hook into the model for one forward and backward pass, and
+    assert at the next one that they are out of it."""
+    from megatron.training import activation_logging, dgrad_logging
+
+    for module in (activation_logging, dgrad_logging):
+        logger, module._LOGGER = module._LOGGER, None  # with what it has recorded of the broken pass
+        for name in ("remove_activation_hooks", "remove_tpe_hooks", "remove_hooks"):
+            if hasattr(logger, name):
+                getattr(logger, name)()
 
 
 def _args() -> argparse.Namespace:
