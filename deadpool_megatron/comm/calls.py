@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from deadpool_megatron.comm.waits import Poison
@@ -46,7 +46,34 @@ _OPERATIONS: Final = (
     "scatter",
     "send",
 )
+_ALL_TO_ALL: Final = ("all_to_all_single", "alltoall_base")  # newer and older name
 _LOOK_EVERY_S = 0.001
+
+
+def _with_sizes(native: Call) -> Call:
+    """An all-to-all that names the sizes of equal parts too.
+
+    Left to itself torch, built with NCCL 2.28 or newer, does those by ncclAlltoAll, and takes the "in progress" of a
+    nonblocking communicator for an error (cuda/nccl.cpp: all2all_single_equal_split). With sizes it sends the same
+    bytes to the same places and waits until NCCL has taken them.
+    """
+
+    @functools.wraps(native)
+    def all_to_all(
+        group: Any,
+        output: Any,
+        input: Any,
+        output_split_sizes: Sequence[int] = (),
+        input_split_sizes: Sequence[int] = (),
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        size = group.size()
+        if not output_split_sizes and not input_split_sizes and not (output.size(0) % size or input.size(0) % size):
+            output_split_sizes, input_split_sizes = [output.size(0) // size] * size, [input.size(0) // size] * size
+        return native(group, output, input, output_split_sizes, input_split_sizes, *args, **kwargs)
+
+    return all_to_all
 
 
 class Calls:
@@ -67,6 +94,7 @@ class Calls:
         start, end = getattr(kind, _START), getattr(kind, _END)
         for name in _OPERATIONS:
             if native := getattr(kind, name, None):  # they differ between versions of torch
+                native = _with_sizes(native) if name in _ALL_TO_ALL else native
                 setattr(kind, name, self._operation(native, end))
         setattr(kind, _START, self._start(start))
         setattr(kind, _END, self._end(end))

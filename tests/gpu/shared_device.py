@@ -52,7 +52,7 @@ def make(worker: Worker) -> Groups:
 
 
 def use(groups: Groups) -> None:
-    """Collectives with checked results."""
+    """Collectives and messages with checked results."""
     for name, group in groups.items():
         device = "cpu" if name == "gloo" else DEVICE
         x = torch.full((N,), 1.0, device=device)
@@ -60,6 +60,25 @@ def use(groups: Groups) -> None:
         out = torch.empty(group.size() * N, device=device)
         dist.all_gather_into_tensor(out, x, group=group)
         assert out.eq(group.size()).all().item(), name
+        exchange(name, group, device)
+
+
+def exchange(name: str, group: dist.ProcessGroup, device: str) -> None:
+    """What goes from one to one: all-to-all with and without sizes, and a batch of sends and receives round a ring."""
+    me, size, ranks = group.rank(), group.size(), dist.get_process_group_ranks(group)
+    parts = (torch.arange(size, device=device) + 10.0 * me).repeat_interleave(N)
+    for sizes in (None, [N] * size):
+        got = torch.empty_like(parts)
+        dist.all_to_all_single(got, parts, sizes, sizes, group=group)
+        assert got.view(size, N).eq(10.0 * torch.arange(size, device=device)[:, None] + me).all().item(), (name, sizes)
+    got = torch.empty(N, device=device)
+    sent = torch.full((N,), float(me), device=device)
+    after, before = ranks[(me + 1) % size], ranks[(me - 1) % size]
+    for work in dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, sent, after, group), dist.P2POp(dist.irecv, got, before, group)]
+    ):
+        work.wait()
+    assert got.eq((me - 1) % size).all().item(), name
 
 
 def block(groups: Groups) -> str:
