@@ -127,6 +127,12 @@ def build(record: GroupRecord, store: Any, rank: int) -> Any:
     return backend
 
 
+# Of the streams that torch hands out, 32 for each priority, round and round: communicators have those of priority 0 and
+# of the highest, copies of snapshots -1. Two first uses behind one another on a stream would wait for peers where they
+# are the other way round.
+_PRIORITY = -2
+
+
 class Connecting(threading.Thread):
     """Makes one backend's communicator now, with a one-element all-reduce, as a first use would.
 
@@ -159,7 +165,7 @@ class Connecting(threading.Thread):
             self._use(torch.zeros(1, device=self._device))
             return
         # On a stream of its own, or the training thread's would wait for a peer that is lost meanwhile.
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device, priority=_PRIORITY)
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             if self.record.bound_device is not None:
                 self.backend.eager_connect_single_device(self._device)
