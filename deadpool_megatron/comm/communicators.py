@@ -288,7 +288,7 @@ class Communicators:
             deadline=begun + self._form_timeout_s,
             operation_timeout_s=self._operation_timeout_s,
             cuda_device=self._cuda_device,
-            batched=self._calls.batched,
+            calls=self._calls,
         )
         prepared, self._prepared = self._prepared, None
         make = store if callable(store) else lambda: store

@@ -10,6 +10,7 @@ import torch
 
 from deadpool_megatron.comm import CommunicatorAborted
 from deadpool_megatron.comm.calls import Calls
+from deadpool_megatron.comm.methods import Messages
 from deadpool_megatron.comm.waits import Poison
 from waiting import until
 
@@ -39,12 +40,21 @@ class Group:
     def size(self) -> int:
         return 4
 
+    def rank(self) -> int:
+        return 1
+
     def all_to_all_single(
         self, output: Any, input: Any, output_split_sizes: Any, input_split_sizes: Any, opts: Any = None
     ) -> str:
         return self._enter(f"all to all {output_split_sizes} {input_split_sizes} {opts}")
 
     alltoall_base = all_to_all_single
+
+    def alltoall(self, outputs: Any, inputs: Any) -> str:
+        return self._enter("alltoall")
+
+    def recv(self, tensors: list[Any], of: int, tag: int) -> str:
+        return self._enter("recv")
 
     def _start_coalescing(self, device: Any) -> None:
         self.reached.append("start")
@@ -159,3 +169,26 @@ def test_an_all_to_all_of_equal_parts_names_their_sizes(guarded: tuple[Calls, Po
         "all to all [] [5, 1, 1, 1] None",
         "all to all [] [] None",
     ]
+
+
+def test_it_is_known_who_has_exchanged_messages_with_whom_and_how(guarded: tuple[Calls, Poison, Any]) -> None:
+    calls, _, group = guarded
+    group._start_coalescing("gpu")
+    group.send([], 2, 0)
+    group.recv([], 0, 0)
+    group.send([], 1, 0)  # to itself: no connection
+    group._end_coalescing("gpu")
+    group.recv([], 3, 0)
+    group.send([], 3, 0)
+    assert calls.messages(group) == Messages(batched=((0, 1), (1, 2)), alone=((1, 3),))
+    other = type(group)()
+    assert calls.messages(other) == Messages()
+    other.alltoall([], [])
+    assert calls.messages(other) == Messages(everybody=True)
+
+
+@pytest.mark.parametrize("name", ["all_to_all_single", "alltoall_base"])
+def test_an_all_to_all_is_one_of_everybody(guarded: tuple[Calls, Poison, Any], name: str) -> None:
+    calls, _, group = guarded
+    getattr(group, name)(torch.empty(4), torch.empty(4), [], [])
+    assert calls.messages(group) == Messages(everybody=True)
