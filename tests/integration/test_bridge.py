@@ -247,6 +247,7 @@ def test_a_run_under_deadpool_prints_what_bridge_prints_without_it(jobs: Jobs) -
             "dist.use_decentralized_pg (its process groups are none of parallel_state's)",
         ),
         (["train.iterations_to_skip=[3]"], "--iterations-to-skip is not supported with --deadpool yet"),
+        (["inprocess_restart.enabled=True"], "inprocess_restart is not supported with --deadpool"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(settings: list[str], said: str, jobs: Jobs) -> None:

@@ -2,25 +2,26 @@
 
 Every hook replaces a module global that Bridge looks up at call time, under ``megatron.bridge``:
 
-=============================  ==========================================================================
-``training.pretrain``          ``_pretrain``: whose ``GlobalState`` it is
-                               ``train``: the loop that recovers and goes on
-                               ``evaluate_and_print_results``, ``barrier_and_log``: done again after a recovery
-                               ``_finish_train``: nobody goes on before everybody is through
-                               ``_cleanup_after_pretrain_failure``, ``_maybe_destroy_process_group``: left out, since
-                               a worker's end, for whatever reason, is the agent's business
-``training.setup``             ``initialize_megatron``: checks before anything is built
-                               ``setup_data_iterators``: a spare's data position
-``training.initialize``        ``_initialize_tp_communicators``: userbuffers made inside of a node
-``training.train``             ``train_step``: a generation opens and ends
-                               ``training_log``: printed averages survive a re-entry
-                               ``evaluate_and_print_results``, ``save_checkpoint_and_time``: done once for an iteration
-                               ``checkpoint_and_decide_exit``: what is owed is saved
-``training.eval``              ``evaluate``: its numbers are looked at before they are printed
-``training.checkpointing``     ``load_checkpoint``: left out where a durable generation has everything
-                               ``maybe_finalize_async_save``: what is complete then
-``data.loaders``               ``cyclic_iter``: one whose position can be told
-=============================  ==========================================================================
+==============================  ==========================================================================
+``training.pretrain``           ``_pretrain``: whose ``GlobalState`` it is
+                                ``train``: the loop that recovers and goes on
+                                ``evaluate_and_print_results``, ``barrier_and_log``: done again after a recovery
+                                ``_finish_train``: nobody goes on before everybody is through
+                                ``_cleanup_after_pretrain_failure``, ``_maybe_destroy_process_group``: left out, since
+                                a worker's end, for whatever reason, is the agent's business
+``training.inprocess_restart``  ``maybe_wrap_for_inprocess_restart``: refused before it wraps anything
+``training.setup``              ``initialize_megatron``: checks before anything is built
+                                ``setup_data_iterators``: a spare's data position
+``training.initialize``         ``_initialize_tp_communicators``: userbuffers made inside of a node
+``training.train``              ``train_step``: a generation opens and ends
+                                ``training_log``: printed averages survive a re-entry
+                                ``evaluate_and_print_results``, ``save_checkpoint_and_time``: done once for an iteration
+                                ``checkpoint_and_decide_exit``: what is owed is saved
+``training.eval``               ``evaluate``: its numbers are looked at before they are printed
+``training.checkpointing``      ``load_checkpoint``: left out where a durable generation has everything
+                                ``maybe_finalize_async_save``: what is complete then
+``data.loaders``                ``cyclic_iter``: one whose position can be told
+==============================  ==========================================================================
 """
 
 from __future__ import annotations
@@ -56,7 +57,15 @@ class MegatronBridge(Host):
     def install(self, hooks: Hooks) -> None:
         from megatron.bridge import package_info
         from megatron.bridge.data import loaders
-        from megatron.bridge.training import checkpointing, eval, initialize, pretrain, pretrain_megatron_mimo, setup
+        from megatron.bridge.training import (
+            checkpointing,
+            eval,
+            initialize,
+            inprocess_restart,
+            pretrain,
+            pretrain_megatron_mimo,
+            setup,
+        )
         from megatron.bridge.training import train as loop
         from megatron.core.datasets import utils as dataset_utils
 
@@ -100,6 +109,10 @@ class MegatronBridge(Host):
         def another_loop(call: Call) -> Any:
             raise UserError("MegatronMIMO is not supported with --deadpool: another training loop")
 
+        def restarts(call: Call) -> Any:
+            raise UserError("inprocess_restart is not supported with --deadpool: it restarts whatever DeadPool ends")
+
+        self.replace(inprocess_restart, "maybe_wrap_for_inprocess_restart", restarts)
         self.replace(pretrain_megatron_mimo, "pretrain_megatron_mimo", another_loop)
         self.replace(pretrain, "_pretrain", enter)
         self.replace(setup, "initialize_megatron", initialized)
