@@ -98,8 +98,8 @@ class MegatronBridge(Host):
 
         def training_log(call: Call) -> Any:
             """``train`` begins with empty averages."""
-            if not call["total_loss_dict"] and hooks.put_back(call["total_loss_dict"]):
-                self._counters.log_goes_on()
+            if not call["total_loss_dict"]:
+                self._counters.log_begins(goes_on=hooks.put_back(call["total_loss_dict"]))
             return hooks.training_log(call, self._step)
 
         def finish(call: Call) -> Any:
