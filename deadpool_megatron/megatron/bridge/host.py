@@ -185,6 +185,10 @@ class MegatronBridge(Host):
         cfg = self._state.cfg
         cfg.checkpoint.load = cfg.checkpoint.pretrained_checkpoint = None
         cfg._checkpoint_load_required = False  # as of ``finetune``
+        for model in (cfg.model, getattr(cfg.model, "teacher", None)):
+            for name in ("pre_wrap_hooks", "_pre_wrap_hooks"):  # of configs, and of providers
+                hooks = getattr(model, name, None) or []
+                hooks[:] = [hook for hook in hooks if _named(hook) != "load_weights_hf_to_megatron"]
 
     def save_into(self, directory: str) -> None:
         cfg = self._state.cfg
@@ -219,3 +223,8 @@ class MegatronBridge(Host):
         if self._state.async_calls_queue is not None:
             self._state._async_calls_queue = None
             self._state.initialize_async_checkpoint_worker()
+
+
+def _named(hook: Any) -> str:
+    """A function's name, also where arguments of it are given already."""
+    return str(getattr(getattr(hook, "func", hook), "__name__", ""))

@@ -44,8 +44,8 @@ class Counters(Fields):
         vars(self._state.train_state).update(saved)
 
     def log_begins(self, goes_on: bool) -> None:
-        """The first look at the log since ``train`` was entered, which begins anew to count the operations that the next
-        line tells of. With ``goes_on`` they began where the generation says."""
+        """The first look at the log since ``train`` was entered, which begins anew to count the operations of the next
+        line. With ``goes_on`` that line began where the generation says."""
         if goes_on and self._logged is not None:
             setattr(self._state, _LOGGED, self._logged)
         self._logged = None
