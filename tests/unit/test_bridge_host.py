@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
+from deadpool_megatron.megatron.bridge import MegatronBridge
 from deadpool_megatron.megatron.bridge.settings import refusals
 from deadpool_megatron.megatron.bridge.state import Counters
 
@@ -59,6 +61,8 @@ class _State:
         self.cfg = _config()
         self.train_state = SimpleNamespace(step=0, floating_point_operations_so_far=0)
 
+        self._wandb_logger: Any = None
+
     def enters_train(self) -> None:
         self._flops_at_last_log = self.train_state.floating_point_operations_so_far
 
@@ -97,3 +101,40 @@ def test_where_no_line_was_begun_before_a_loss_the_count_begins_as_train_says(st
     state.enters_train()
     counters.log_begins(goes_on=False)
     assert counters.read(0)["_flops_at_last_log"] == 400
+
+
+def _host(state: _State) -> MegatronBridge:
+    host = MegatronBridge()
+    host._state = state
+    return host
+
+
+def test_a_run_in_a_logger_that_is_finished_is_left_and_none_begun_for_it(state: _State) -> None:
+    state.cfg.logger.wandb_project, state._wandb_logger = "project", SimpleNamespace(run=object())
+    _host(state)._leave_ended_run()
+    assert state._wandb_logger is not None and state.cfg.logger.wandb_project == "project"
+    state._wandb_logger.run = None
+    _host(state)._leave_ended_run()
+    assert state._wandb_logger is state.cfg.logger.wandb_project is None
+    _host(state)._leave_ended_run()
+
+
+def load_weights_hf_to_megatron(weights: Any, model: Any) -> Any:
+    return model
+
+
+def _freeze(model: Any) -> Any:
+    return model
+
+
+def test_a_spare_reads_no_weights_before_its_shard_comes(state: _State) -> None:
+    """They are read in a hook of the model's provider, or of its config, and those that change the model stay."""
+    teacher = SimpleNamespace(_pre_wrap_hooks=[partial(load_weights_hf_to_megatron, "teacher")])
+    state.cfg.checkpoint.load = state.cfg.checkpoint.pretrained_checkpoint = "/some/checkpoint"
+    state.cfg._checkpoint_load_required = True
+    for name in ("pre_wrap_hooks", "_pre_wrap_hooks"):
+        hooks = [partial(load_weights_hf_to_megatron, "model"), _freeze, partial(_freeze)]
+        state.cfg.model = SimpleNamespace(**{name: hooks, "teacher": teacher})
+        _host(state).load_nothing()
+        assert getattr(state.cfg.model, name) is hooks and len(hooks) == 2 and hooks[0] is _freeze
+    assert teacher._pre_wrap_hooks == [] and state.cfg.checkpoint.load is None

@@ -37,7 +37,9 @@ from deadpool_megatron.megatron.bridge.state import Counters
 from deadpool_megatron.megatron.hooks import Hooks
 from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.replay import Passes
+from deadpool_megatron.megatron.writers import is_over, may_be_missing
 
+_LOGGERS = ("tensorboard_logger", "wandb_logger", "mlflow_logger", "comet_logger")
 _SYNCS = ("no_sync_func", "grad_sync_func", "param_sync_func")
 
 
@@ -67,6 +69,7 @@ class MegatronBridge(Host):
             setup,
         )
         from megatron.bridge.training import train as loop
+        from megatron.bridge.training.state import GlobalState
         from megatron.core.datasets import utils as dataset_utils
 
         version = str(package_info.__version__)
@@ -98,6 +101,7 @@ class MegatronBridge(Host):
 
         def training_log(call: Call) -> Any:
             """``train`` begins with empty averages."""
+            self._leave_ended_run()
             if not call["total_loss_dict"]:
                 self._counters.log_begins(goes_on=hooks.put_back(call["total_loss_dict"]))
             return hooks.training_log(call, self._step)
@@ -112,6 +116,8 @@ class MegatronBridge(Host):
         def restarts(call: Call) -> Any:
             raise UserError("inprocess_restart is not supported with --deadpool: it restarts whatever DeadPool ends")
 
+        for name in _LOGGERS:
+            may_be_missing(GlobalState, name, lambda: hooks.standby)
         self.replace(inprocess_restart, "maybe_wrap_for_inprocess_restart", restarts)
         self.replace(pretrain_megatron_mimo, "pretrain_megatron_mimo", another_loop)
         self.replace(pretrain, "_pretrain", enter)
@@ -139,6 +145,11 @@ class MegatronBridge(Host):
         """Of the iteration that is about to be trained; after its step, of the next one."""
         step: int = self._state.train_state.step
         return step
+
+    def _leave_ended_run(self) -> None:
+        """After a loss at the very end, when the loop has finished it; its getter would begin another one."""
+        if is_over(self._state._wandb_logger):
+            self._state._wandb_logger = self._state.cfg.logger.wandb_project = None
 
     # ---- and we the loop
 
@@ -172,10 +183,9 @@ class MegatronBridge(Host):
         from megatron.bridge.training.state import GlobalState
         from megatron.bridge.training.utils import train_utils
 
-        loggers = ("tensorboard_logger", "wandb_logger", "mlflow_logger", "comet_logger")
         return [
-            *((GlobalState, name) for name in loggers),
-            *((each, "print_rank_last") for each in (train_utils, eval)),
+            *((GlobalState, name) for name in _LOGGERS),
+            *((each, f"print_rank_{which}") for each in (train_utils, eval) for which in ("last", "0")),
         ]
 
     def warm_up(self) -> None:
