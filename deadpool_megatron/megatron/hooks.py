@@ -263,7 +263,7 @@ class Hooks:
         restarts = waits_for_nodes(args, int(os.environ["LOCAL_WORLD_SIZE"]))
         trainer.register(can_rescue and not restarts, restarts)
         if trainer.rank == 0:
-            publish_job(self.connect, self.communicators.table_digest())
+            publish_job(self.connect, self.communicators.table_digest(), self.host.environment())
         if not self.standby:
             self.communicators.prepare(self.store())  # connecting takes seconds now and then: not in a recovery
         self.phase = "training"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +12,11 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
+from deadpool_megatron.megatron import WarmUp, standby
 from deadpool_megatron.megatron.bridge import MegatronBridge
 from deadpool_megatron.megatron.bridge.settings import refusals
 from deadpool_megatron.megatron.bridge.state import Counters
+from deadpool_megatron.megatron.lm import MegatronLM
 
 
 def _config(**sections: Any) -> SimpleNamespace:
@@ -138,3 +142,58 @@ def test_a_spare_reads_no_weights_before_its_shard_comes(state: _State) -> None:
         _host(state).load_nothing()
         assert getattr(state.cfg.model, name) is hooks and len(hooks) == 2 and hooks[0] is _freeze
     assert teacher._pre_wrap_hooks == [] and state.cfg.checkpoint.load is None
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a spare has done: what it has imported and, with the variables it had then, when its device came up."""
+    done: list[str] = []
+    monkeypatch.setattr(standby, "_import_all", lambda script: done.append(f"imports {script}"))
+    monkeypatch.setattr(standby, "_bring_up", lambda host: done.append(f"device {os.environ.get('TEST_LIMIT')}"))
+    monkeypatch.setenv("TEST_LIMIT", "")  # and taken back at the end
+    monkeypatch.delenv("TEST_LIMIT")
+    monkeypatch.setenv("TEST_LAUNCHER", "launcher's")
+    return done
+
+
+ENVIRONMENT = {"TEST_LIMIT": "1", "TEST_LAUNCHER": "recipe's"}
+
+
+def test_a_spares_device_comes_up_with_the_environment_of_the_job(order: list[str], state: _State) -> None:
+    state.cfg.env_vars = {"TEST_LIMIT": 1, "TEST_LAUNCHER": "recipe's"}
+    host = _host(state)
+    assert host.environment() == ENVIRONMENT
+    spare = WarmUp("script", host)
+    spare.begin()
+    assert order == ["imports script"]
+    assert spare.learn(host.environment())
+    assert order == ["imports script", "device 1"] and os.environ["TEST_LAUNCHER"] == "launcher's"
+
+
+def test_a_spare_of_any_other_loop_is_as_warm_as_it_can_be_at_once(order: list[str]) -> None:
+    spare = WarmUp("script", MegatronLM())
+    spare.begin()
+    assert order == ["imports script", "device None"] and not spare.learn(ENVIRONMENT) and len(order) == 2
+
+
+def test_a_take_over_waits_for_a_device_that_comes_up_and_begins_no_other(
+    order: list[str], state: _State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may = threading.Event(), threading.Event()
+
+    def bring_up(host: object) -> None:
+        begun.set()
+        may.wait()
+        order.append("up")
+
+    monkeypatch.setattr(standby, "_bring_up", bring_up)
+    spare = WarmUp("script", _host(state))
+    learns = threading.Thread(target=spare.learn, args=(ENVIRONMENT,))
+    ends = threading.Thread(target=lambda: (spare.end(), order.append("taken over")))
+    learns.start()
+    begun.wait()
+    ends.start()
+    may.set()
+    ends.join()
+    learns.join()
+    assert order == ["up", "taken over"] and not spare.learn(ENVIRONMENT) and len(order) == 2

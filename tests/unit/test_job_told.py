@@ -4,9 +4,10 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -15,17 +16,17 @@ from deadpool_megatron.megatron.standby import follow_job, publish_job
 from machines import free_port
 
 
-def _learn(connect: Callable[[], dist.Store]) -> str:
-    learnt: list[str] = []
+def _learn(connect: Callable[[], dist.Store]) -> list[Any]:
+    learnt: list[Any] = []
     done = threading.Event()
 
-    def learn(digest: str) -> None:
-        learnt.append(digest)
+    def learn(environment: Mapping[str, str]) -> None:
+        learnt.append(environment)
         done.set()
 
-    follow_job(connect, learn)
+    follow_job(connect, learnt.append, learn)
     assert done.wait(), "nobody told it"
-    return learnt[0]
+    return learnt
 
 
 def main() -> None:
@@ -39,13 +40,14 @@ def main() -> None:
         return dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, timeout=timedelta(seconds=60))
 
     server = serve()
-    publish_job(connect, "groups")
-    assert _learn(connect) == "groups"
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    publish_job(connect, "groups", environment)
+    assert _learn(connect) == ["groups", environment]
     server.set("first server", "")
     del server
     server = serve()
     assert not server.check(["first server"])
-    assert _learn(connect) == "groups"
+    assert _learn(connect) == ["groups", environment]
     os._exit(0)  # the thread that tells it goes on for ever
 
 

@@ -46,6 +46,7 @@ _SYNCS = ("no_sync_func", "grad_sync_func", "param_sync_func")
 class MegatronBridge(Host):
     """Settings, counters, writers, timers and asynchronous checkpoints belong to one ``GlobalState``."""
 
+    brings_environment = True
     upstream = "megatron-bridge 0.6.2"
 
     def __init__(self) -> None:
@@ -174,6 +175,9 @@ class MegatronBridge(Host):
     @property
     def async_saves(self) -> Any:
         return self._state.async_calls_queue
+
+    def environment(self) -> dict[str, str]:
+        return {name: str(value) for name, value in self._state.cfg.env_vars.items()}
 
     def arguments_for_script(self, arguments: list[str]) -> list[str]:
         return without_ours(arguments)
