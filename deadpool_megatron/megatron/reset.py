@@ -179,14 +179,12 @@ def _kill(caller: Any) -> None:
 
     Its queues first, as there: what they hold of the device is given back before the other end is gone.
     """
-    queues = [getattr(caller, name, None) for name in ("queue", "preload_q", "comp_q")]
-    process = getattr(caller, "process", None)
-    if process is None or None in queues:  # none of these callers: its ``close`` kills and goes on
+    if getattr(caller, "process", None) is None or not hasattr(caller, "comp_q"):  # megatron.core's kills, and goes on
         return
-    for queue in queues:
+    for queue in (caller.queue, caller.preload_q, caller.comp_q):
         queue.cancel_join_thread()
         queue.close()
-    process.kill()
+    caller.process.kill()
     caller.process = None
 
 

@@ -90,7 +90,7 @@ def may_be_missing(holder: Any, name: str, taking_over: Callable[[], bool]) -> N
     the next one, too. One that failed is not tried again; who begins with the job fails as ever.
     """
     what = vars(holder)[name]
-    make = what.fget if isinstance(what, property) else what
+    make: Callable[..., Any] = what.fget if isinstance(what, property) else what  # type: ignore[assignment]
     missing = False
 
     @functools.wraps(make)
