@@ -126,7 +126,11 @@ CENSUS: Final[tuple[Entry, ...]] = (
     ),
     # the rest
     Entry(r"megatron\.core\.parallel_state:_GLOBAL_MEMORY_BUFFER\.buffer.*", "free", "scratch memory, by shape"),
-    Entry(r"megatron\.core\.dist_checkpointing\..*(_metadata_cache|_results_queue|_logged_\w+).*", "free", "of saves"),
+    Entry(
+        r"megatron\.core\.dist_checkpointing\..*(_metadata_cache|_results_queue|_logged_\w+).*",
+        "reset",
+        "reset.forget_write_results; the others are caches of saves, which are free",
+    ),
     Entry(r"megatron\.training\.ft_integration:_seen_checkpoints_cnt", "free", "counts for another tool"),
     Entry(r"megatron\.training\.training:(num_checkpoints_memory_reported|_STARTUP_TIMESTAMPS.*)", "free", "reports"),
     Entry(

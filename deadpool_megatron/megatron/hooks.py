@@ -35,7 +35,7 @@ from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.muster import Muster, meet_before_launches, meet_before_replays
 from deadpool_megatron.megatron.registration import register_nothing
 from deadpool_megatron.megatron.reset import forget_strategies
-from deadpool_megatron.megatron.standby import publish_job
+from deadpool_megatron.megatron.standby import RunningJob, publish_job
 from deadpool_megatron.megatron.trainer import MegatronTrainer
 from deadpool_megatron.megatron.userbuffers import Userbuffers
 from deadpool_megatron.megatron.writers import Series
@@ -107,9 +107,9 @@ class Hooks:
     def _muster(self) -> Muster | None:
         return self.trainer.muster if self.trainer is not None else None
 
-    def learn_job(self, table_digest: str, begun: float) -> None:
-        """For a spare: the digest of the table of groups of those that train, and when they began."""
-        self._groups, self._begun = table_digest, begun
+    def learn_job(self, job: RunningJob) -> None:
+        """For a spare: of those that train."""
+        self._groups, self._begun = job.groups, job.begun
 
     def look_for_neighbours(self, replaced: list[int]) -> None:
         """These ranks get new workers: this one ends where its kernels wait for one of them (`megatron.muster`). From
@@ -266,7 +266,8 @@ class Hooks:
         restarts = waits_for_nodes(args, int(os.environ["LOCAL_WORLD_SIZE"]))
         trainer.register(can_rescue and not restarts, restarts)
         if trainer.rank == 0:
-            publish_job(self.connect, self.communicators.table_digest(), self.host.begun)
+            job = RunningJob(self.communicators.table_digest(), self.host.begun, dict(self.host.environment()))
+            publish_job(self.connect, job)
         if not self.standby:
             self.communicators.prepare(self.store())  # connecting takes seconds now and then: not in a recovery
         self.phase = "training"

@@ -31,7 +31,7 @@ _ALARMS: Final = ("straggler", "damaged", "unlike", "no_room", "durable_failed",
 _REFRESH_S = 0.25
 # Seconds without a new status after which a coordinator whose process is not there is gone, and any other one too.
 _GONE_S: Final = (10.0, 120.0)
-_QUIET: Final = frozenset({"iteration", "committed", "step", "evaluated", "logged"})
+_QUIET: Final = frozenset({"iteration", "committed", "step", "evaluation"})
 _WORDS: Final = ("node", "ranks", "cause", "reason", "iteration", "message", "directory", "code", "advice", "fault")
 
 
@@ -189,7 +189,7 @@ class JobView:
             return f"{text}; when fully redundant: {said['tolerated']}"
         if self.story.committed_epoch < self.status["epoch"] or self.status["generation"]["committed"] < 0:
             return "not complete: no generation of this epoch is committed yet"
-        return "every shard is in two vaults; any one node may be lost"
+        return "none: one node has all copies (--alone)"
 
     def as_json(self) -> dict[str, Any]:
         """The status with what the events add: pace, protection, recoveries, last events."""

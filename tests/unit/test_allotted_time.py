@@ -18,6 +18,7 @@ def _a_process_that_came_later(directory: Path) -> None:
 
     from deadpool_megatron import config as settings
     from deadpool_megatron.megatron.hooks import Hooks
+    from deadpool_megatron.megatron.standby import RunningJob
     from deadpool_megatron.megatron.lm import MegatronLM
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=0, world_size=1)
@@ -38,7 +39,7 @@ def _a_process_that_came_later(directory: Path) -> None:
     now = time.time()
     assert not over(), "its own begin was just now"
     for begun in (now - 600 * 60, now):
-        spare.learn_job("groups", begun)
+        spare.learn_job(RunningJob("groups", begun, {}))
         assert spare.build_iterators(page) == "data"
         assert host.begun == begun and over() is (begun < now)
 

@@ -38,6 +38,7 @@ from deadpool_megatron.megatron.hooks import Hooks
 from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.lm.run_args import RunArgs
 from deadpool_megatron.megatron.replay import Passes
+from deadpool_megatron.megatron.writers import is_over, may_be_missing
 
 
 class MegatronLM(Host):
@@ -53,8 +54,8 @@ class MegatronLM(Host):
     def install(self, hooks: Hooks) -> None:
         import megatron.core
         from megatron.core.datasets import utils as dataset_utils
+        from megatron.training import global_vars, training
         from megatron.training import initialize as setup
-        from megatron.training import training
 
         self.upstream = current().upstream
         if not (Path(str(dataset_utils.__file__)).parent / "Makefile").exists():
@@ -80,6 +81,8 @@ class MegatronLM(Host):
 
         def training_log(call: Call) -> Any:
             """Upstream's first call after entering ``train`` starts new averages."""
+            if is_over(global_vars._GLOBAL_WANDB_WRITER):  # a loss at the very end, when upstream has finished it
+                global_vars._GLOBAL_WANDB_WRITER = None
             if call.get("is_first_iteration") and hooks.put_back(call["total_loss_dict"]):
                 call["is_first_iteration"] = False
             return hooks.training_log(call, call["iteration"])
@@ -89,6 +92,8 @@ class MegatronLM(Host):
             self.fields.flops = call["num_floating_point_operations_so_far"]
             return hooks.decide_exit(call, call["iteration"])
 
+        for name in ("_set_tensorboard_writer", "_set_wandb_writer"):
+            may_be_missing(global_vars, name, lambda: hooks.standby)
         self.take_settings(hooks.config)
         self.replace(training, "initialize_megatron", initialize)
         self.replace(setup, "_initialize_tp_communicators", hooks.make_userbuffers)
