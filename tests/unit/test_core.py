@@ -304,7 +304,7 @@ def test_who_ends_because_a_neighbour_was_lost_is_not_counted_against_its_node()
     for pid in range(3 * job.core.job.worker_deaths):
         job.feed(r.WorkerExited(2, 1, 5, 70 + pid, Exit.NEIGHBOUR_LOST))
         job.recover()
-    assert job.core.nodes[2].role == "active" and job.core.nodes[2].deaths == 0
+    assert job.core.nodes[2].role == "active" and not job.core.nodes[2].deaths
     assert f"exit code {Exit.NEIGHBOUR_LOST}" in job.events("detected")[-1]["cause"]
 
 

@@ -19,6 +19,7 @@ _MEANINGS = {  # upstream's rerun state machine: every rank leaves with one of t
 }
 _LEAVES = "builtins.SystemExit"
 _LINES = 8  # of a traceback
+_REMEMBERED_S = 24 * 3600.0  # a death that long ago says nothing of its node: jobs go on for months
 _WHEN = {Phase.STARTING: "before training began", Phase.FINISHING: "after training had finished"}
 
 
@@ -36,7 +37,7 @@ class Blame:
     """Remembers errors, and how often the workers of a healthy node have died.
 
     Args:
-        worker_deaths: workers a node may lose before it counts as bad itself.
+        worker_deaths: workers a node may lose in 24 hours before it counts as bad itself.
     """
 
     def __init__(self, worker_deaths: int) -> None:
@@ -45,10 +46,10 @@ class Blame:
         self._errors: dict[tuple[int, str, str], int] = {}
         self._last: dict[tuple[int, int], r.WorkerFailed] = {}  # by node and local index
 
-    def died(self, node: NodeState) -> bool:
+    def died(self, node: NodeState, now: float) -> bool:
         """One worker more of a node has died. True when the node is to blame, or has nobody to make it good."""
-        node.deaths += 1
-        return node.deaths > self._worker_deaths or not node.respawns
+        node.deaths = [*(when for when in node.deaths if now - when < _REMEMBERED_S), now]
+        return len(node.deaths) > self._worker_deaths or not node.respawns
 
     def crashed_again(self, record: r.WorkerExited, epoch: int, iteration: int) -> bool:
         """It died of its own doing, and did so after the same iteration before."""
