@@ -25,7 +25,7 @@ class WorkerEnds:
         self._state = state
         self._recoveries = recoveries
         self._suspicions = suspicions
-        self._blame = Blame(state.job.worker_deaths)
+        self._blame = Blame(state.job.worker_deaths, state.job.transient_retries)
         self._left: set[tuple[int, int]] = set()
         # by node and local index, of the last process that has ended: an agent that was away tells of it again
         self._known: dict[tuple[int, int], int] = {}
@@ -90,8 +90,7 @@ class WorkerEnds:
         rank = assignment.index(here) if record.rank is None and here in assignment else record.rank
         if rank is None or assignment[rank] != here:
             return  # it has been replaced already
-        # (whose neighbour was lost has ended for that: the neighbour has been counted)
-        to_blame = not node.respawns if record.code == Exit.NEIGHBOUR_LOST else self._blame.died(node, now)
+        to_blame = not node.respawns if self._blame.anothers(record) else self._blame.died(node, now)
         iteration = self._state.progress.iteration
         if self._blame.crashed_again(record, self._state.members.epoch, iteration):
             again = f"after iteration {iteration} again, so no spare is spent on it; see its log"
@@ -110,6 +109,7 @@ class WorkerEnds:
 
     def begun(self, record: r.WorkerReady) -> None:
         """A process has begun: the number of one that has ended may come again."""
+        self._blame.begun(record)
         if self._known.get((record.node, record.local)) == record.pid:
             del self._known[record.node, record.local]
 
