@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import threading
 import tracemalloc
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.observe import (
+    ERROR,
     EVENTS,
     JOB,
     LOGS,
@@ -23,6 +25,7 @@ from deadpool_megatron.observe import (
     rundir,
 )
 from deadpool_megatron.observe.rundir import NodeLog
+from waiting import until
 
 
 def test_events_are_read_in_order_with_their_time(tmp_path: Path) -> None:
@@ -189,6 +192,33 @@ def test_a_full_disk_costs_nothing_but_events_that_are_too_many_to_wait(
     assert json.loads((tmp_path / STATUS).read_text()) == {"phase": "after"}
     assert capsys.readouterr().err.count("is written again") == 2
     run.close()
+
+
+def test_a_file_system_that_hangs_holds_nobody_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_MOST_WAITING", 4000), ("_PATIENCE_S", 0.01), ("_SAY_AFTER_S", 0.0), ("_LAST_S", 60.0)):
+        monkeypatch.setattr(rundir, name, value)
+    run = RunDirectory(tmp_path, aside=True)
+    run.event("first")
+    until(lambda: read_events(tmp_path))
+    hangs = tmp_path / f".{STATUS}.{os.getpid()}"
+    os.mkfifo(hangs)  # who opens it stands still until somebody reads
+    run.status({"number": -1})
+    until(lambda: run._aside is not None and run._aside.held_up_s)
+    for number in range(100):
+        run.status({"number": number})
+        run.event("more", number=number, text="x" * 50)
+    run.error(1, "why")
+    assert [e["event"] for e in read_events(tmp_path)] == ["first"] and not (tmp_path / ERROR).exists()
+    assert capsys.readouterr().err.count("does not answer; training goes on") == 1
+    assert json.loads(hangs.read_bytes()) == {"number": -1}
+    run.close()
+    _, *more, last = read_events(tmp_path)
+    waited = [e["number"] for e in more]
+    assert waited == list(range(len(waited))) and 20 < len(waited) < 60
+    assert last["event"] == "unwritten" and last["lines"] == 100 - len(waited)
+    assert json.loads((tmp_path / STATUS).read_text()) == {"number": 99} and (tmp_path / ERROR).exists()
 
 
 def test_a_node_s_log_on_a_full_disk_is_closed_without_a_word(tmp_path: Path, room: Callable[[int], None]) -> None:
