@@ -35,10 +35,11 @@ ATTEMPTS: Final = "attempts"
 _COLUMNS: Final = 80
 _AT_ONCE: Final = 1 << 16
 _MOST_WAITING: Final = 16 << 20
-_NODE_LOG: Final = 32 << 20  # bytes of a node's log; then it becomes the ``.old`` one
+_NODE_LOG: Final = 32 << 20
 _PATIENCE_S: Final = 1.0
 _SAY_AFTER_S: Final = 10.0
 _LAST_S: Final = 10.0
+_MOST_LINES: Final = 10_000  # of a node's log, that wait
 
 
 class RunDirectory:
@@ -301,9 +302,15 @@ class NodeLog:
     The events have what concerns the whole job; here is what would be too much for them: every shard's snapshot and its
     way to the peer. Both have the same shape (``t`` in unix seconds, ``event``, further fields). What a full or
     read-only disk has no room for is lost.
+
+    Args:
+        limit: bytes; then it becomes the ``.old`` one.
+        aside: write on a thread of its own, and nobody waits for it; what is too much to wait for a file system that
+            hangs is lost.
     """
 
-    def __init__(self, directory: str | Path, node: int, limit: int = _NODE_LOG) -> None:
+    def __init__(self, directory: str | Path, node: int, limit: int = _NODE_LOG, aside: bool = False) -> None:
+        self._aside = Aside("node log", _MOST_LINES) if aside else None
         self.path = Path(directory) / f"node-{node}.jsonl"
         self._limit = limit
         self._node = node
@@ -312,18 +319,28 @@ class NodeLog:
     def write(self, event: str, **fields: Any) -> None:
         """Append one line; ``t`` is now unless given."""
         line = json.dumps({"t": time.time(), "event": event, "node": self._node, **fields})
+        if self._aside is None:
+            self._append(line)
+        else:
+            self._aside.do(lambda: self._append(line))
+
+    def _append(self, line: str) -> None:
         try:
             if self._file is None:
                 self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the life of the agent
             self._file.write(line + "\n")
             if self._file.tell() > self._limit:
-                self.close()
+                self._end()
                 os.replace(self.path, f"{self.path}.old")
         except OSError:
             return  # a log that cannot be written must not end a node
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; one that hangs has some seconds."""
+        if self._aside is None or self._aside.end(_LAST_S):
+            self._end()
+
+    def _end(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             with contextlib.suppress(OSError):

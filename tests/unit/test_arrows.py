@@ -24,7 +24,7 @@ BELOW = {
     },
     "cluster.agent": {
         *("cluster.placement", "cluster.records", "cluster.link", "cluster.store", "cluster.notices"),
-        *("config", "durable", "vault", "observe", "points", "forking"),
+        *("config", "durable", "vault", "observe", "output", "points", "forking"),
     },
     "vault": {"points"},
     "durable": {"vault"},

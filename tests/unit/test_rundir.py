@@ -8,10 +8,12 @@ import stat
 import threading
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from deadpool_megatron.cluster.agent.watch import Watch
 from deadpool_megatron.observe import (
     ERROR,
     EVENTS,
@@ -228,6 +230,21 @@ def test_a_node_s_log_on_a_full_disk_is_closed_without_a_word(tmp_path: Path, ro
     log.write("step", text="x" * 50)
     log.close()
     assert (tmp_path / "node-1.jsonl").stat().st_size == 10
+
+
+def test_a_node_s_log_that_hangs_does_not_hold_up_its_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "_MOST_LINES", 10)
+    monkeypatch.setattr(rundir, "_LAST_S", 60.0)
+    log = tmp_path / "node-1.jsonl"
+    os.mkfifo(log)  # who opens it stands still until somebody reads
+    watch = Watch(1, "job", str(tmp_path), None)
+    for generation in range(100):
+        watch.committed(0, 1, generation)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(log.read_bytes)
+        watch.close()
+        generations = [json.loads(line)["generation"] for line in read.result().splitlines()]
+    assert generations == list(range(len(generations))) and 10 <= len(generations) <= 11
 
 
 def test_a_node_s_log_is_written_again_once_that_is_possible(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.recovery import Refused, Session, Superseded
+from deadpool_megatron.recovery import Refused, Session, Superseded, session
 from waiting import until
 
 PATIENT_S = 600.0  # of waits that end with what is waited for
@@ -76,6 +77,21 @@ def test_what_a_worker_tells_reaches_the_agent_in_order(line: Line) -> None:
     line.session.step("parked", 0)
     line.session.step("formed", 2, 11)
     assert [line.hear(), line.hear()] == [r.WorkerStep("parked", 0), r.WorkerStep("formed", 2, 11)]
+
+
+def test_an_agent_that_reads_nothing_does_not_stop_training(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_ROOM_S", 0.01)
+    news = [r.Iteration(0, 1, 0, number, {}, None, 1.0, 0.0, 0, 0) for number in range(5000)]
+    for each in news:
+        line.session.tell(each)
+    line.agent.setblocking(False)
+    heard = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            heard.append(line.hear())
+    assert heard == news[: len(heard)] and 0 < len(heard) < len(news)
+    line.session.tell(news[-1])
+    assert line.hear() == news[-1], "it reads again"
 
 
 def test_a_declaration_closes_the_epoch_and_aborts(line: Line) -> None:
