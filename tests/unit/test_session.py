@@ -13,10 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.megatron.hooks import Hooks
 from deadpool_megatron.recovery import Refused, Session, Superseded, session
 from waiting import until
 
@@ -92,6 +95,22 @@ def test_an_agent_that_reads_nothing_does_not_stop_training(line: Line, monkeypa
     assert heard == news[: len(heard)] and 0 < len(heard) < len(news)
     line.session.tell(news[-1])
     assert line.hear() == news[-1], "it reads again"
+
+
+def test_who_gives_a_recovery_up_ends_with_what_broke_it_and_does_not_end_the_job(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer was lost in the recovery, and the coordinator was held up: another process can make that good."""
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    broken = RuntimeError("Connection closed by peer")
+    trainer = MagicMock(rank=1)
+    trainer.let_go.side_effect = broken
+    hooks = MagicMock(session=line.session, _patience=0.0)
+    hooks.config.build_deadline = PATIENT_S
+    line.tell(declare(1))
+    with pytest.raises(RuntimeError) as raised:
+        Hooks._rejoin(hooks, trainer, None)
+    assert raised.value is broken and line.hear().text == "RuntimeError: Connection closed by peer"
 
 
 def test_a_declaration_closes_the_epoch_and_aborts(line: Line) -> None:
