@@ -30,7 +30,7 @@ BELOW = {
     "durable": {"vault"},
     "snapshot": {"vault", "points"},
     "comm": set[str](),
-    "recovery": {"comm", "vault", "points", "cluster.records"},
+    "recovery": {"comm", "vault", "output", "points", "cluster.records"},
     "observe": {"", "cluster.records", "output"},
     "output": set[str](),
     "forking": set[str](),

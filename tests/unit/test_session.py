@@ -303,10 +303,15 @@ def test_faults_add_up(line: Line) -> None:
     assert line.session.armed == faults
 
 
-@pytest.mark.parametrize("busy", ["waiting for a record", "computing"])
+@pytest.mark.parametrize("busy", ["waiting for a record", "computing", "printing to who reads nothing"])
 def test_a_worker_does_not_outlive_its_agent(busy: str) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    work = "session.wait_form(0)" if busy == "waiting for a record" else "while True: sum(range(1000))"
+    works = {
+        "waiting for a record": "session.wait_form(0)",
+        "computing": "while True: sum(range(1000))",
+        "printing to who reads nothing": "while True: print('x' * 100, file=sys.stderr)",
+    }
+    work = works[busy]
     program = f"""
         import sys
         from deadpool_megatron.recovery import Session
@@ -325,6 +330,9 @@ def test_a_worker_does_not_outlive_its_agent(busy: str) -> None:
         assert r.decode_from_worker(ours.recv(1 << 17)) == r.WorkerStep("parked", 0)
         assert process.poll() is None
         ours.close()
+        if busy.startswith("printing"):
+            assert process.wait() == 81
+            return
         _, said = process.communicate()
         assert process.returncode == 81 and "the agent of this node is gone" in said
     finally:
