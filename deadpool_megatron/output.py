@@ -8,6 +8,7 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -29,25 +30,29 @@ class Aside:
         self._name = name
         self._most = most
         self._patience_s = patience_s
-        self._acts: queue.SimpleQueue[tuple[Callable[[], object], threading.Event] | None] = queue.SimpleQueue()
+        self._acts: queue.SimpleQueue[tuple[Callable[[], object], threading.Event]] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._late = False
         self._begun: float | None = None  # when the act that is being done was
 
     def do(self, act: Callable[[], object]) -> bool:
-        """Have it done; it must not raise. False: too much waits already, so it never is."""
+        """Have it done. False: too much waits already, so it never is."""
         if self._acts.qsize() >= self._most:
             return False
+        done = self._put(act)
+        if self._patience_s and not self._late:
+            self._late = not done.wait(self._patience_s)
+        return True
+
+    def _put(self, act: Callable[[], object]) -> threading.Event:
         with self._starting:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
         done = threading.Event()
         self._acts.put((act, done))
-        if self._patience_s and not self._late:
-            self._late = not done.wait(self._patience_s)
-        return True
+        return done
 
     @property
     def held_up_s(self) -> float:
@@ -55,19 +60,18 @@ class Aside:
         begun = self._begun
         return 0.0 if begun is None else time.monotonic() - begun
 
-    def end(self, within_s: float) -> bool:
-        """Nothing comes any more; whether all is done within so many seconds."""
-        if self._thread is None:
-            return True
-        self._acts.put(None)
-        self._thread.join(within_s)
-        return not self._thread.is_alive()
+    def settle(self, within_s: float) -> bool:
+        """Wait so many seconds at most; whether all is done that was to be."""
+        return self._thread is None or self._put(lambda: None).wait(within_s)
 
     def _run(self) -> None:
-        while (each := self._acts.get()) is not None:
-            act, done = each
+        while True:
+            act, done = self._acts.get()
             self._begun = time.monotonic()
-            act()
+            try:
+                act()
+            except Exception:  # noqa: BLE001 - the boundary of a thread without which nothing is done any more
+                traceback.print_exc()
             self._begun = None
             done.set()
             if self._acts.empty():
@@ -90,7 +94,7 @@ class _Beside(io.RawIOBase):
     def __init__(self, raw: _Raw) -> None:
         self._raw = raw
         self._aside = Aside("stderr", _MOST_LINES, _PATIENCE_S)
-        atexit.register(self._aside.end, _LAST_S)
+        atexit.register(self._aside.settle, _LAST_S)
 
     def writable(self) -> bool:
         return True

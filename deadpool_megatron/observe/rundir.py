@@ -224,7 +224,7 @@ class RunDirectory:
     def close(self) -> None:
         """Write out the last; a file system that hangs has some seconds."""
         self.flush()
-        if (self._aside is None or self._aside.end(_LAST_S)) and self._events is not None:
+        if (self._aside is None or self._aside.settle(_LAST_S)) and self._events is not None:
             os.close(self._events)
 
 
@@ -337,7 +337,7 @@ class NodeLog:
 
     def close(self) -> None:
         """Close the file; one that hangs has some seconds."""
-        if self._aside is None or self._aside.end(_LAST_S):
+        if self._aside is None or self._aside.settle(_LAST_S):
             self._end()
 
     def _end(self) -> None:
