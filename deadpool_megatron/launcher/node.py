@@ -179,7 +179,7 @@ def _agent(settings: AgentSettings) -> int:
 
 
 def main() -> int:
-    never_fails()
+    never_fails(stands_still=False)  # the loop of a node, or of the job, has to go on
     role, settings = sys.argv[1], sys.stdin.buffer.read()
     try:
         if role == "coordinator":

@@ -359,8 +359,9 @@ class Hooks:
                 is_communication_error,
                 error,
             )
-        except UnexplainedError:
-            raise error if error is not None else UserError("the recovery was given up") from None
+        except UnexplainedError as given_up:
+            # This rank's own, or what broke the recovery with nobody to declare another: as it would end any worker.
+            raise error or given_up.__cause__ or given_up from None
         self.standby = False
         self._rejoined = True
         return declared

@@ -218,8 +218,34 @@ def test_a_coordinator_that_was_killed_is_not_training(tmp_path: Path) -> None:
     # That of thousands of nodes is written seldom.
     text = shown(tmp_path, there | {"t": time.time() - 130, "again_s": 70.0})
     assert "does the coordinator run?" not in text and not JobView(tmp_path).over
-    shown(tmp_path, there | {"t": time.time() - 300})
+    shown(tmp_path, there | {"t": time.time() - 25 * 3600})
     assert JobView(tmp_path).over
+
+
+@pytest.mark.parametrize("ahead_s", [-3600.0, 0.0, 3600.0])
+def test_a_job_is_over_for_a_viewer_on_another_host_when_nothing_changes_whatever_the_clocks_say(
+    ahead_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: 1.8e9 + ahead_s + now[0])
+
+    def written(seconds: int) -> None:
+        there = status_of(t=1.8e9 + now[0], coordinator_host="another")
+        shown(tmp_path, there)
+        os.utime(tmp_path / STATUS, (1 + seconds, 1 + seconds))
+
+    written(0)
+    view = JobView(tmp_path)
+    assert ahead_s < 3600 or any("by this host's clock" in line.plain for line in view._alarms())
+    for seconds in range(1, 40):  # it lives
+        now[0] += 5.0
+        written(seconds)
+        assert not view.over and view.refresh() and not view.over and not view.overdue
+    now[0] += 119.0
+    assert not view.over and view.overdue
+    now[0] += 2.0
+    assert not view.refresh() and "has not written for 2 minutes" in view.gone
 
 
 def test_a_spare_that_builds_its_model_is_not_aborted() -> None:

@@ -101,7 +101,7 @@ class Coordinator:
         self._clock = AwakeClock(max(_LONGEST_PASS_S, silence_s / 2), clock)  # less than the silence that means gone
         self._hub = hub or Hub(settings.bind, settings.port, settings.secret, silence_s, patience)
         self.port = self._hub.port
-        self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume)
+        self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume, aside=True)
         self._finish: Finish | None = None
         self._refused = 0
         self._identities: dict[int, bytes] = {}
