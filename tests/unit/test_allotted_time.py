@@ -18,8 +18,8 @@ def _a_process_that_came_later(directory: Path) -> None:
 
     from deadpool_megatron import config as settings
     from deadpool_megatron.megatron.hooks import Hooks
-    from deadpool_megatron.megatron.standby import RunningJob
     from deadpool_megatron.megatron.lm import MegatronLM
+    from deadpool_megatron.megatron.standby import RunningJob
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=0, world_size=1)
     args: dict[str, Any] = {"exit_duration_in_mins": 60, "exit_signal_handler": False, "save": None, "iteration": 5}
