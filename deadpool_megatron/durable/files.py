@@ -33,10 +33,22 @@ _BLOCK = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What lies in a durable directory: complete generations, newest first, and why others do not count."""
+    """What lies in a durable directory: complete generations, newest first, and why others do not count, by name."""
 
     complete: tuple[Manifest, ...]
-    damaged: tuple[str, ...]
+    damaged: dict[str, str]
+
+    @property
+    def broken(self) -> dict[int, str]:
+        """Generations that are there and cannot be used, newest first, and why."""
+        whole = {m.generation for m in self.complete}
+        numbers = {name: generation_of(name) for name in sorted(self.damaged, reverse=True)}
+        return {n: self.damaged[name] for name, n in numbers.items() if n is not None and n not in whole}
+
+    def __str__(self) -> str:
+        """Every generation that is there, newest first."""
+        there = {m.generation: "" for m in self.complete} | dict.fromkeys(self.broken, " (cannot be read)")
+        return ", ".join(f"{n}{there[n]}" for n in sorted(there, reverse=True)) or "none"
 
 
 def write_shard(
@@ -158,7 +170,8 @@ def remove_attempt(store: Store, directory: str) -> None:
 def prune(store: Store, newest: str, keep: Sequence[str]) -> list[str]:
     """Remove what is older than ``newest`` and not to be kept: old generations, and attempts that never were sealed.
 
-    Returns what could not be removed and why; that is no reason to stop.
+    What has a manifest that cannot be read, of another version perhaps, is nobody's to remove. Returns what could not
+    be removed and why; that is no reason to stop.
     """
     limit = generation_of(newest)
     problems: list[str] = []
@@ -167,19 +180,28 @@ def prune(store: Store, newest: str, keep: Sequence[str]) -> list[str]:
         if generation is None or limit is None or name == newest or name in keep or generation > limit:
             continue
         try:
+            with contextlib.suppress(FileNotFoundError):
+                _manifest(store, name)
             remove_attempt(store, name)
+        except Damaged:
+            continue
         except OSError as err:
             problems.append(f"{store.root}/{name} could not be removed: {err}")
     return problems
 
 
-def read_manifest(store: Store, directory: str) -> Manifest:
-    """The manifest of one directory; its files must be there with their sizes. Raises Damaged, OSError."""
+def _manifest(store: Store, directory: str) -> Manifest:
     where = f"{store.root}/{directory}/{MANIFEST}"
     with contextlib.closing(store.open(f"{directory}/{MANIFEST}")) as file:
         manifest = decode_manifest(file.read(), where)
     if manifest.name != directory or manifest.generation != generation_of(directory):
         raise Damaged(f"{where} belongs to {manifest.name}")
+    return manifest
+
+
+def read_manifest(store: Store, directory: str) -> Manifest:
+    """The manifest of one directory; its files must be there with their sizes. Raises Damaged, OSError."""
+    manifest = _manifest(store, directory)
     files = {f"{directory}/{shard.file}": shard.nbytes for shard in manifest.shards}
     files |= {shard.constants.path: shard.constants.nbytes for shard in manifest.shards if shard.constants is not None}
     for name, nbytes in files.items():
@@ -193,7 +215,7 @@ def read_manifest(store: Store, directory: str) -> Manifest:
 def find(store: Store) -> Found:
     """All complete generations. What has no manifest was never finished and is passed over. Raises OSError."""
     complete: list[Manifest] = []
-    damaged: list[str] = []
+    damaged: dict[str, str] = {}
     for name in store.directories():
         if generation_of(name) is None:
             continue
@@ -202,9 +224,9 @@ def find(store: Store) -> Found:
         except FileNotFoundError:
             continue
         except DurableError as err:
-            damaged.append(str(err))
+            damaged[name] = str(err)
     complete.sort(key=lambda m: (m.generation, m.written), reverse=True)
-    return Found(tuple(complete), tuple(damaged))
+    return Found(tuple(complete), damaged)
 
 
 def _no_check() -> None:

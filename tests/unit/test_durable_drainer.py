@@ -502,7 +502,7 @@ def test_what_never_changes_is_one_file_for_all_generations_and_is_loaded_with_e
     assert not drained(4).error
     assert loaded() == ([constants_of(0), 0], bytes([7]) * nbytes), "it is written anew"
     file.unlink()
-    assert node.complete() == [] and "constants" in find(LocalStore(node.directory)).damaged[0]
+    assert node.complete() == [] and "constants" in next(iter(find(LocalStore(node.directory)).damaged.values()))
     slot.unique[5] ^= 1
     for damaged in (drained(5), drained(6)):
         assert damaged.unusable == constants_of(0) and "never changes of rank 0 has changed in memory" in damaged.error
