@@ -67,7 +67,7 @@ def write_shard(
         unique: the unique state as it lies in the vault, ``layout.unique_bytes`` bytes.
         moved: called with the bytes of each block that was written; what it raises ends the file.
 
-    Raises OSError, and nothing is left of the file then.
+    Raises OSError, and the file is not there then, or goes with the attempt.
     """
     if len(unique) != layout.unique_bytes:
         raise DurableError(f"rank {rank}'s shard has {len(unique)} bytes, its layout says {layout.unique_bytes}")
@@ -91,7 +91,8 @@ def write_constants(
 ) -> ConstantsFile:
     """Write what never changes, unless the store has it: its file is named after its content. As `write_shard`.
 
-    What the store has is read whole: a damaged file would stay for all generations that come.
+    What the store has is read whole: a damaged file would stay for all generations that come. One that cannot be read
+    may be whole, and is left alone.
     """
     told = xxhash.xxh3_128()
     nbytes = 0
@@ -114,8 +115,10 @@ def _has(store: Store, file: ConstantsFile, moved: Callable[[int], None]) -> boo
             while block := there.read(_BLOCK):
                 told.update(block)
                 moved(0)
-    except OSError:
-        return False  # if nothing can be written either, that is the error
+    except FileNotFoundError:
+        return False
+    except OSError as err:
+        raise OSError(f"{store.root}/{file.path} cannot be read: {err}") from None
     return told.hexdigest() == file.xxh3_128
 
 

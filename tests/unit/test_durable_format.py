@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
+import msgspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 from safetensors import safe_open
 
 from deadpool_megatron.durable import (
@@ -25,10 +31,19 @@ from deadpool_megatron.durable import (
     find,
     open_store,
 )
-from deadpool_megatron.durable.files import prune, read_manifest, read_shard, remove_attempt, seal, write_shard
+from deadpool_megatron.durable.errors import Cancelled
+from deadpool_megatron.durable.files import (
+    prune,
+    read_manifest,
+    read_shard,
+    remove_attempt,
+    seal,
+    write_constants,
+    write_shard,
+)
 from deadpool_megatron.durable.format import MANIFEST, SMALL, shard_name
 from deadpool_megatron.durable.start import open_directory, survey
-from deadpool_megatron.durable.store import LocalStore, ObjectStore, Store
+from deadpool_megatron.durable.store import LocalStore, ObjectStore, Reading, Store
 
 WEIGHT = torch.arange(35, dtype=torch.float32).reshape(5, 7)
 HALF = torch.arange(9, dtype=torch.bfloat16) / 3
@@ -77,11 +92,44 @@ def edit(store: Store, name: str, old: str, new: str) -> None:
     write_file(store, f"{name}/{MANIFEST}", text.replace(old, new).encode())
 
 
-@pytest.fixture(params=["directory", "memory://durable"])
+class Upload(AbstractBufferedFile):  # type: ignore[misc]
+    """As the drivers of object stores do it: parts, and the object when the last one is there."""
+
+    DEFAULT_BLOCK_SIZE = 128
+
+    def _initiate_upload(self) -> None:
+        self._parts: list[bytes] = []
+
+    def _upload_chunk(self, final: bool = False) -> None:
+        self._parts.append(self.buffer.getvalue())
+        if final:
+            self.fs.pipe_file(self.path, b"".join(self._parts))
+
+
+class Uploads(MemoryFileSystem):  # type: ignore[misc]
+    protocol = "uploads"
+    store: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("uploads://", "memory://")))
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        return Upload(self, path, mode) if mode == "wb" else super()._open(path, mode, **kwargs)
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        with super()._open(self._strip_protocol(path), "xb" if mode == "create" else "wb") as file:
+            file.write(value)
+
+
+fsspec.register_implementation("uploads", Uploads, clobber=True)
+
+
+@pytest.fixture(params=["directory", "uploads"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "directory":
         return LocalStore(str(tmp_path))
-    made = open_store(f"memory://durable-{tmp_path.name}")
+    made = open_store(f"uploads://durable-{tmp_path.name}")
     assert isinstance(made, ObjectStore)
     return made
 
@@ -167,6 +215,50 @@ def test_what_fails_while_it_is_written_leaves_no_file(store: Store) -> None:
     with pytest.raises(OSError, match="on fire"):
         write_shard(store, directory_name(40, "job", 1), 0, 40, LAYOUT, memoryview(unique_bytes()), b"", stop)
     assert store.size(f"{directory_name(40, 'job', 1)}/{shard_name(0)}") is None
+
+
+FROZEN = memoryview(bytes(range(256)))
+
+
+def with_constants(store: Store) -> tuple[str, str]:
+    """The name of a whole generation with constants, and their path."""
+    name = write(store, 40, ranks=1, sealed=False)
+    constants = write_constants(store, LAYOUT, FROZEN)
+    shard = write_shard(store, name, 0, 40, LAYOUT, memoryview(unique_bytes()), b"")
+    shard = msgspec.structs.replace(shard, constants=constants)
+    seal(store, Manifest(FORMAT, 40, 0, name, "now", 1, (Coordinate(0, 0, 0, 0),), (shard,), {}))
+    return name, constants.path
+
+
+def test_constants_that_cannot_be_read_once_are_left_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, path = with_constants(store)
+    real, created = type(store).open, type(store).create
+
+    def fails(self: Store, name: str) -> Reading:
+        raise OSError("time-out")
+
+    monkeypatch.setattr(type(store), "open", fails)
+    monkeypatch.setattr(type(store), "create", lambda self, name: pytest.fail("it may be whole"))
+    with pytest.raises(OSError, match=f"{path} cannot be read: time-out"):
+        write_constants(store, LAYOUT, FROZEN)
+    monkeypatch.setattr(type(store), "open", real)
+    monkeypatch.setattr(type(store), "create", created)
+    assert [m.name for m in find(store).complete] == [name]
+
+
+def test_a_writing_that_is_given_up_takes_nothing_away_that_another_one_has_made(store: Store) -> None:
+    """Replicas write the same constants; the drain of one of them is cancelled at its last block."""
+    other: list[str] = []
+
+    def cancelled(nbytes: int) -> None:
+        if not other:
+            other.extend(with_constants(store))
+        raise Cancelled("not wanted any more")
+
+    with pytest.raises(Cancelled):
+        write_constants(store, LAYOUT, FROZEN, cancelled)
+    gc.collect()  # a driver's file may end its upload when nobody has it any more
+    assert [m.name for m in find(store).complete] == [other[0]]
 
 
 def test_what_another_version_has_written_or_nobody_can_read_is_not_removed(store: Store) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.cluster.records.exits import Exit
-
 from deadpool_megatron.commands.export import script_arguments
 from deadpool_megatron.config import ConfigError, from_script_arguments
 from deadpool_megatron.launcher.processes import _checkpoint_to_load
