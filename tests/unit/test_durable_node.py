@@ -194,6 +194,23 @@ def test_a_job_with_other_arguments_is_told_the_first_that_differs(drained: list
     assert isinstance(why, str) and "hidden_size is 64 in it and 128 here" in why and "deadpool export" in why
 
 
+def test_settings_that_may_differ_are_named_and_those_of_an_older_manifest_count_where_it_has_them(
+    nodes: list[Node],
+) -> None:
+    nodes[0].begin({"model": {"hidden_size": 64}, "settings": {"adam_beta2": 0.95, "seq_length": 64, "gone": 1}})
+    assert nodes[0].capture(5) == [True, True]
+    nodes[0].shards.vault.set_committed(0, 5)
+    nodes[0].durable(5, NAME)
+    node = nodes[1]
+    node.durability.load(r.LoadShards(NAME, 5), [0, 1])
+    node.news(Loaded)
+    node.begin({"model": {"hidden_size": 64, "rotary_base": 1}, "settings": {"adam_beta2": 0.99, "seq_length": 64}})
+    node.durability.resume_at(5)
+    begun = node.durability.begin(0, 0)
+    assert isinstance(begun, r.Generation)
+    assert begun.note.endswith("durable generation 5, which training goes on from: adam_beta2 0.95 -> 0.99")
+
+
 def test_a_shard_of_other_tensors_is_refused_even_if_all_arguments_agree(drained: list[Node]) -> None:
     node = drained[1]
     node.durability.load(r.LoadShards(NAME, 5), [0, 1])
