@@ -164,8 +164,9 @@ class LocalStore:
 class _LocalWriting:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        # Nobody else's: of a shared directory processes of several containers may have one id.
+        self._temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._unsynced = 0
 
     def write(self, data: memoryview | bytes) -> None:

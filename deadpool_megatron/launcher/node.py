@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -150,7 +151,8 @@ def _durable(start: DurableStart, world_size: int, job_id: str, again: bool) -> 
     """
     spec, owner = start.spec, this_process(job_id, start.launcher) if start.writes else None
     if again:
-        spec = replace(spec, job=f"{spec.job}r{os.getpid()}")  # its attempts are others than those of the one before
+        # Its attempts are others than those of any one before, in whatever container with its own process ids.
+        spec = replace(spec, job=f"{spec.job}r{secrets.token_hex(4)}")
         usable, lease = go_on(spec.directory, owner, world_size, _say)
         return replace(spec, complete=usable, resume=start.resume != "none"), lease
     found, lease = begin(spec.directory, owner, start.resume, world_size, start.newer_than, _say)

@@ -52,6 +52,7 @@ class RunDirectory:
         (self.path / LOGS).mkdir(parents=True, exist_ok=True)
         if fresh:
             self._put_away()
+        self._own = os.urandom(4).hex()  # a coordinator of another container may have this one's process id
         self._events: int | None = None
         if fresh:
             self._open_events()  # else it may have become read-only: what is noted waits
@@ -151,7 +152,7 @@ class RunDirectory:
             f.write(text)
 
     def _replace(self, name: str, content: dict[str, Any], mode: int) -> None:
-        temporary = self.path / f".{name}.{os.getpid()}"
+        temporary = self.path / f".{name}.{self._own}"
         text = msgspec.json.format(msgspec.json.encode(content), indent=1)  # (twenty times as fast as json's)
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as f:
             f.write(text + b"\n")

@@ -261,6 +261,19 @@ def test_a_writing_that_is_given_up_takes_nothing_away_that_another_one_has_made
     assert [m.name for m in find(store).complete] == [other[0]]
 
 
+def test_writers_with_one_process_id_write_files_of_their_own(store: Store) -> None:
+    """Of several containers that share a directory; replicas write the same constants."""
+    first, second = store.create("constants/x"), store.create("constants/x")
+    first.write(b"A" * 100)
+    second.write(b"B" * 50)
+    first.write(b"A" * 100)
+    first.commit()
+    assert store.open("constants/x").read() == b"A" * 200
+    second.write(b"B" * 150)
+    second.commit()
+    assert store.open("constants/x").read() == b"B" * 200
+
+
 def test_what_another_version_has_written_or_nobody_can_read_is_not_removed(store: Store) -> None:
     names = {g: write(store, g) for g in (20, 40, 60, 80, 100)}
     for generation, (old, new) in {20: ("durable/1", "durable/2"), 40: ('"epoch"', '"age": 1,\n "epoch"')}.items():
