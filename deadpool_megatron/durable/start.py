@@ -54,7 +54,7 @@ def begin(
     Raises:
         DurableError, OSError; the directory is nobody's then.
     """
-    store = open_directory(url)
+    store = open_store(url) if owner is None else open_directory(url)  # who only reads needs to write nothing
     lease = None if owner is None else take(store, owner, say)
     with contextlib.ExitStack() as on_error:
         if lease is not None:

@@ -27,10 +27,10 @@ JOB = {"model": {"hidden_size": 64, "ffn_hidden_size": 256}, "command": {}, "ver
 class Node:
     """The agent's side of one node that runs ranks 0 and 1."""
 
-    def __init__(self, directory: Path, number: int = 0) -> None:
+    def __init__(self, directory: Path, number: int = 0, drains: bool = True) -> None:
         self.shards = Shards(f"n{os.getpid()}", number, bytes(32), "127.0.0.1")
         self.sent: list[Any] = []
-        self.durability = NodeDurability(number, str(directory), "job", self.shards, self.sent.append)
+        self.durability = NodeDurability(number, str(directory), "job", self.shards, self.sent.append, drains)
         self.writers: dict[int, SlotWriter] = {}
 
     def begin(self, job: dict[str, Any] = JOB, layout: Layout = LAYOUT) -> None:
@@ -160,6 +160,18 @@ def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[
         small, unique = SlotWriter(at.path).read(Version(0, 5))
         assert small == b"small %d" % rank and bytes(unique) == bytes([5 + rank]) * UNIQUE
         assert not node.durability.refusal(rank)
+
+
+def test_a_job_that_only_reads_has_no_drainer_with_its_memory_and_describes_nothing(
+    nodes: list[Node], tmp_path: Path
+) -> None:
+    node = Node(tmp_path, 2, drains=False)
+    try:
+        node.begin()
+        node.durability.placed()
+        assert node.durability._drainer._process is None and not list(tmp_path.iterdir())
+    finally:
+        node.close()
 
 
 def test_an_order_to_read_that_comes_again_does_not_cut_off_the_reading(

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deadpool_megatron.commands.export import add_export_arguments, prepare, run_export
-from deadpool_megatron.durable import FORMAT, Coordinate, Item, Layout, Manifest, directory_name
+from deadpool_megatron.durable import (
+    FORMAT,
+    Coordinate,
+    DurableError,
+    Item,
+    Layout,
+    Manifest,
+    begin,
+    directory_name,
+    this_process,
+)
 from deadpool_megatron.durable.files import seal, write_shard
 from deadpool_megatron.durable.store import LocalStore
 
@@ -58,6 +70,27 @@ def test_relative_paths_of_the_user_are_of_the_users_directory_and_the_jobs_of_i
     assert after(command, "--run-dir") == str(here / "run")
     os.chdir(here)
     assert prepare(options("--script", "train.py"))[1] == str(here / "train.py")
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """The generations, on a file system that nobody can write to."""
+    where = tmp_path / "here" / "generations"
+    durable(tmp_path, 40)
+    done = subprocess.run(["mount", "--bind", where, where], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no right to mount a file system here: {done.stderr.strip()}")
+    subprocess.run(["mount", "-o", "remount,ro,bind", where], check=True)
+    yield where
+    subprocess.run(["umount", where], check=True)
+
+
+def test_an_export_needs_to_write_nothing_to_the_durable_directory(read_only: Path) -> None:
+    prepare(options())
+    found, lease = begin(str(read_only), None, "40", 1, -1, pytest.fail)
+    assert lease is None and [number for number, _ in found.usable] == [40]
+    with pytest.raises(DurableError, match="cannot be written to"):
+        begin(str(read_only), this_process("job"), "40", 1, -1, pytest.fail)
 
 
 def test_generations_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

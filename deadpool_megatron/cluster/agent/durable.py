@@ -66,16 +66,24 @@ class NodeDurability:
     Args:
         directory: the durable directory; ``job``: whose it must be.
         send: sends a record to the coordinator.
+        drains: the job writes generations; else it only reads.
     """
 
     def __init__(
-        self, node: int, directory: str, job: str, shards: Shards, send: Callable[[r.AgentRecord], None]
+        self,
+        node: int,
+        directory: str,
+        job: str,
+        shards: Shards,
+        send: Callable[[r.AgentRecord], None],
+        drains: bool = True,
     ) -> None:
         self._node = node
         self._job = job
         self._directory = directory
         self._shards = shards
         self._send = send
+        self._drains = drains
         self._drainer = self._make_drainer()
         self._parts: dict[tuple[str, int], list[bytes]] = {}
         self._jobs: dict[int, dict[str, Any]] = {}
@@ -183,7 +191,7 @@ class NodeDurability:
     def granted(self, rank: int, small_capacity: int) -> None:
         """The arena of ``rank`` is there: so is, from now on, the memory that draining it takes."""
         layout = self._layouts.get(rank)
-        if layout is None:
+        if layout is None or not self._drains:
             return
         self._granted.add(rank)
         if self._placed:
