@@ -20,7 +20,7 @@ from deadpool_megatron.config import DeadpoolConfig, without_ours
 from deadpool_megatron.durable import DurableError, Manifest, find, open_store
 from deadpool_megatron.hosts import is_bridges
 from deadpool_megatron.launcher import local as launch
-from deadpool_megatron.launcher.plan import LaunchError
+from deadpool_megatron.launcher.plan import LaunchError, module_file
 
 # What of the job's command line has no place in an export: where it loads, saves and reports.
 _WITH_VALUE = (
@@ -104,7 +104,8 @@ def prepare(options: argparse.Namespace) -> tuple[Manifest, str, list[str]]:
     job: dict[str, Any] = manifest.job.get("command", {})
     if os.path.isdir(where := job.get("directory", "")):
         os.chdir(where)
-    script = script or _here(job.get("script", ""))
+    module = "" if script else job.get("module", "")
+    script = script or (module_file(module) if module else _here(job.get("script", "")))
     slots = int(job.get("slots_per_node", 0))
     if not slots or manifest.world_size % slots:
         raise DurableError(f"{manifest.name} does not say how its job was started, so it cannot be exported")
@@ -119,7 +120,7 @@ def prepare(options: argparse.Namespace) -> tuple[Manifest, str, list[str]]:
         given = [*without_ours(given), *options.arguments]
     else:
         given = [*script_arguments(given), *options.arguments, "--ckpt-format", "torch_dist"]
-    out += [script, *given, "--deadpool", "--deadpool-durable-dir", directory]
+    out += [*(["-m", module] if module else [script]), *given, "--deadpool", "--deadpool-durable-dir", directory]
     return manifest, script, [*out, "--deadpool-resume", str(manifest.generation), "--deadpool-export", output]
 
 

@@ -33,6 +33,12 @@ _DTYPES: Final[dict[torch.dtype, str]] = {
 }
 
 
+def _module() -> str:
+    """By which name ``python -m`` was given the script; empty for a file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else ""
+
+
 def describe_job(args: Mapping[str, Any]) -> bytes:
     """The job as JSON: ``model`` and ``settings`` (`same_model`), ``command`` (for `deadpool export`), ``versions``."""
     return msgspec.json.encode(
@@ -42,6 +48,7 @@ def describe_job(args: Mapping[str, Any]) -> bytes:
             "command": {
                 "directory": os.getcwd(),
                 "script": sys.argv[0],
+                "module": _module(),
                 "arguments": sys.argv[1:],
                 "slots_per_node": int(os.environ["LOCAL_WORLD_SIZE"]),
             },

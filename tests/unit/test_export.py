@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from deadpool_megatron.durable import (
 )
 from deadpool_megatron.durable.files import seal, write_shard
 from deadpool_megatron.durable.store import LocalStore
+from deadpool_megatron.launcher.local import add_launch_arguments
+from deadpool_megatron.worker import _run_script
 
 LAYOUT = Layout(64, "digest", (Item("a", "U8", (64,), 0, 64),))
 
@@ -70,6 +75,39 @@ def test_relative_paths_of_the_user_are_of_the_users_directory_and_the_jobs_of_i
     assert after(command, "--run-dir") == str(here / "run")
     os.chdir(here)
     assert prepare(options("--script", "train.py"))[1] == str(here / "train.py")
+
+
+def test_a_job_that_was_given_a_module_is_started_with_the_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "job" / "deadpool_test_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .names import OUT")
+    (package / "names.py").write_text("OUT = []")
+    tells = "from deadpool_megatron.megatron.description import describe_job\n"
+    (package / "train.py").write_text(f"{tells}from . import OUT\nOUT.append(describe_job({{}}))")
+    (tmp_path / "job" / "train.py").write_text(
+        f"{tells}import deadpool_test_package as p\np.OUT.append(describe_job({{}}))"
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.syspath_prepend(tmp_path / "job")
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    name = "deadpool_test_package.train"
+    for script, module in ((package / "train.py", name), (tmp_path / "job" / "train.py", "")):
+        _run_script(str(script), module, ["--num-layers", "2"])
+    by_module, by_file = (json.loads(told)["command"] for told in importlib.import_module("deadpool_test_package").OUT)
+    assert by_module["module"] == name and by_file["module"] == ""
+
+    durable(tmp_path, 40, **{key: by_module[key] for key in ("script", "module", "arguments")})
+    _, script, command = prepare(options("--", "--bf16"))
+    at = command.index("-m")
+    assert command[at : at + 5] == ["-m", name, "--num-layers", "2", "--bf16"] and script == str(package / "train.py")
+    parsed = argparse.ArgumentParser()
+    add_launch_arguments(parsed)
+    read = parsed.parse_args(command)
+    assert (read.module, read.script, read.arguments[:2]) == (True, name, ["--num-layers", "2"])
+    os.chdir(tmp_path / "here")
+    assert "-m" not in prepare(options("--script", "train.py"))[2]
 
 
 @pytest.fixture
