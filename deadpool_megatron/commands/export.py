@@ -20,13 +20,14 @@ from deadpool_megatron.config import DeadpoolConfig, without_ours
 from deadpool_megatron.durable import DurableError, Manifest, find, open_store
 from deadpool_megatron.hosts import is_bridges
 from deadpool_megatron.launcher import local as launch
-from deadpool_megatron.launcher.plan import LaunchError, module_file
+from deadpool_megatron.launcher.plan import LaunchError, module_file, value_of
 
 # What of the job's command line has no place in an export: where it loads, saves and reports.
+_FROM_CHECKPOINT = "--use-checkpoint-args"
+_CHECKPOINTS = ("--load", "--pretrained-checkpoint")
 _WITH_VALUE = (
     "--save",
-    "--load",
-    "--pretrained-checkpoint",
+    *_CHECKPOINTS,
     "--save-interval",
     "--non-persistent-save-interval",
     "--non-persistent-ckpt-type",
@@ -36,12 +37,18 @@ _WITH_VALUE = (
     "--wandb-save-dir",
     "--deadpool-config",
 )
-_ALONE = ("--async-save", "--exit-on-missing-checkpoint", "--exit-signal-handler", "--use-checkpoint-args")
+_ALONE = ("--async-save", "--exit-on-missing-checkpoint", "--exit-signal-handler", _FROM_CHECKPOINT)
 
 
 def script_arguments(arguments: Sequence[str]) -> list[str]:
-    """A job's arguments without those that an export must not have: DeadPool's, and of loading, saving, reporting."""
+    """A job's arguments without those that an export must not have: DeadPool's, and of loading, saving, reporting.
+
+    A job that has taken its model's flags from a checkpoint takes them from there again; nothing else is read of it.
+    """
     with_value, alone = set(_WITH_VALUE), set(_ALONE)
+    if _FROM_CHECKPOINT in arguments:
+        with_value.difference_update(_CHECKPOINTS)
+        alone.remove(_FROM_CHECKPOINT)
     for f in fields(DeadpoolConfig):
         flag = "--deadpool" if f.name == "deadpool" else "--deadpool-" + f.name.replace("_", "-")
         if isinstance(f.default, bool):
@@ -119,9 +126,23 @@ def prepare(options: argparse.Namespace) -> tuple[Manifest, str, list[str]]:
     if is_bridges(script):  # what it loads, saves and reports is in no flags: `megatron.bridge` sees to it
         given = [*without_ours(given), *options.arguments]
     else:
+        given = _still_there(given, options.arguments)
         given = [*script_arguments(given), *options.arguments, "--ckpt-format", "torch_dist"]
     out += [*(["-m", module] if module else [script]), *given, "--deadpool", "--deadpool-durable-dir", directory]
     return manifest, script, [*out, "--deadpool-resume", str(manifest.generation), "--deadpool-export", output]
+
+
+def _still_there(given: list[str], more: list[str]) -> list[str]:
+    """Without --use-checkpoint-args where that checkpoint is gone and the user says the flags. Raises DurableError."""
+    named = [value_of(given, flag, "") for flag in _CHECKPOINTS]
+    if _FROM_CHECKPOINT not in given or any("://" in path or os.path.isdir(path) for path in named):
+        return given
+    if not more:
+        raise DurableError(
+            f"the job had its model's flags from a checkpoint ({_FROM_CHECKPOINT}), and {' '.join(named).strip()} is "
+            "not on this machine: give those flags after --, as in -- --num-layers 24 --hidden-size 2048"
+        )
+    return [token for token in given if token != _FROM_CHECKPOINT]
 
 
 def _here(path: str) -> str:

@@ -29,6 +29,8 @@ from deadpool_megatron.durable import (
 from deadpool_megatron.durable.files import seal, write_shard
 from deadpool_megatron.durable.store import LocalStore
 from deadpool_megatron.launcher.local import add_launch_arguments
+from deadpool_megatron.launcher.plan import check
+from deadpool_megatron.launcher.processes import coordinator_settings
 from deadpool_megatron.worker import _run_script
 
 LAYOUT = Layout(64, "digest", (Item("a", "U8", (64,), 0, 64),))
@@ -108,6 +110,36 @@ def test_a_job_that_was_given_a_module_is_started_with_the_module(
     assert (read.module, read.script, read.arguments[:2]) == (True, name, ["--num-layers", "2"])
     os.chdir(tmp_path / "here")
     assert "-m" not in prepare(options("--script", "train.py"))[2]
+
+
+def test_a_model_whose_flags_come_from_a_checkpoint_is_built_from_it_again_or_the_flags_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = ["--load", "own", "--use-checkpoint-args", "--save", "own", "--exit-on-missing-checkpoint", "--bf16"]
+    durable(tmp_path, 40, job)
+    assert run_export(options()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--use-checkpoint-args" in line and "own is not on this machine: give those flags after --" in line
+    os.chdir(tmp_path / "here")
+    command = prepare(options("--", "--num-layers", "2"))[2]
+    assert "--use-checkpoint-args" not in command and "--load" not in command and after(command, "--num-layers") == "2"
+    (tmp_path / "job" / "own").mkdir()
+    os.chdir(tmp_path / "here")
+    command = prepare(options())[2]
+    assert "--use-checkpoint-args" in command and after(command, "--load") == "own" and "--save" not in command
+
+
+@pytest.mark.parametrize(("more", "newer_than"), [([], 60), (["--deadpool-export", "out"], -1)])
+def test_an_export_is_of_what_is_durable_however_new_the_checkpoint_is_that_the_job_names(
+    tmp_path: Path, more: list[str], newer_than: int
+) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("60")
+    parser = argparse.ArgumentParser()
+    add_launch_arguments(parser)
+    job = ["--load", str(tmp_path), "--deadpool", "--deadpool-durable-dir", "d", "--deadpool-resume", "auto", *more]
+    plan = check(parser.parse_args(["--local-nodes", "2", "train.py", *job]), 2, "--local-nodes", "127.0.0.1")
+    start = coordinator_settings(plan, "job", bytes(32)).durable
+    assert start is not None and start.newer_than == newer_than
 
 
 @pytest.fixture
