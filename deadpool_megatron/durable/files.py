@@ -60,12 +60,14 @@ def write_shard(
     unique: memoryview,
     small: bytes,
     moved: Callable[[int], None] = lambda nbytes: None,
+    verify: Callable[[], None] = lambda: None,
 ) -> ShardFile:
     """Write one coordinate's file.
 
     Args:
         unique: the unique state as it lies in the vault, ``layout.unique_bytes`` bytes.
         moved: called with the bytes of each block that was written; what it raises ends the file.
+        verify: called when all is written, and before the file has its name; what it raises ends the file.
 
     Raises OSError, and the file is not there then, or goes with the attempt.
     """
@@ -81,6 +83,7 @@ def write_shard(
             told.update(block)
             nbytes += len(block)
             yield block
+        verify()
 
     _write(store, f"{directory}/{name}", blocks(), moved)
     return ShardFile(rank, name, nbytes, told.hexdigest(), layout.digest)
@@ -102,8 +105,18 @@ def write_constants(
         nbytes += len(block)
     file = ConstantsFile(nbytes, told.hexdigest(), layout.digest)
     if not _has(store, file, moved):
-        _write(store, file.path, blocks, moved)
+        _write(store, file.path, _as_told(blocks, file), moved)
     return file
+
+
+def _as_told(blocks: Iterable[memoryview | bytes], file: ConstantsFile) -> Iterable[memoryview | bytes]:
+    """The blocks, which may change in memory after their digest was made. Raises DurableError."""
+    told = xxhash.xxh3_128()
+    for block in blocks:
+        told.update(block)
+        yield block
+    if told.hexdigest() != file.xxh3_128:
+        raise DurableError(f"{file.path} has changed in memory while it was written")
 
 
 def _has(store: Store, file: ConstantsFile, moved: Callable[[int], None]) -> bool:

@@ -274,6 +274,18 @@ def test_writers_with_one_process_id_write_files_of_their_own(store: Store) -> N
     assert store.open("constants/x").read() == b"B" * 200
 
 
+def test_what_changes_in_memory_while_it_is_written_does_not_appear(store: Store) -> None:
+    frozen = bytearray(range(256))
+
+    def changes(nbytes: int) -> None:
+        frozen[3] ^= 1
+
+    with pytest.raises(DurableError, match=r"constants/.* has changed in memory while it was written"):
+        write_constants(store, LAYOUT, memoryview(frozen), changes)
+    gc.collect()
+    assert store.size(write_constants(store, LAYOUT, memoryview(frozen)).path)
+
+
 def test_what_another_version_has_written_or_nobody_can_read_is_not_removed(store: Store) -> None:
     names = {g: write(store, g) for g in (20, 40, 60, 80, 100)}
     for generation, (old, new) in {20: ("durable/1", "durable/2"), 40: ('"epoch"', '"age": 1,\n "epoch"')}.items():
