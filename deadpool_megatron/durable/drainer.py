@@ -156,7 +156,15 @@ class _Drainer:
                 raise DurableError(f"{order.name} is no name of a generation")
             for take, (staging, layout) in zip(order.shards, ready, strict=True):
                 shard = write_shard(
-                    store, order.name, staging.rank, generation, layout, staging.unique, staging.small, moved
+                    store,
+                    order.name,
+                    staging.rank,
+                    generation,
+                    layout,
+                    staging.unique,
+                    staging.small,
+                    moved,
+                    staging.verify,
                 )
                 try:
                     constants = self._constants(store, take, moved)

@@ -186,6 +186,8 @@ class Hooks:
         agreed = self.session.wait_generation(self.session.joined_epoch)
         if agreed.generation >= 0:
             self.durable = agreed
+            if agreed.note and torch.distributed.get_rank() == 0:
+                print(f"deadpool: {agreed.note}", flush=True)
         elif self.config.export:
             raise UserError(f"--deadpool-export: there is no durable generation in {self.config.durable_dir}")
         if self.config.export:

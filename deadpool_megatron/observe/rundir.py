@@ -60,6 +60,7 @@ class RunDirectory:
         (self.path / LOGS).mkdir(parents=True, exist_ok=True)
         if fresh:
             self._put_away()
+        self._own = os.urandom(4).hex()  # a coordinator of another container may have this one's process id
         self._events: int | None = None
         if fresh:
             self._open_events()  # else it may have become read-only: what is noted waits
@@ -201,7 +202,7 @@ class RunDirectory:
             f.write(text)
 
     def _replace(self, name: str, text: bytes, mode: int) -> None:
-        temporary = self.path / f".{name}.{os.getpid()}"
+        temporary = self.path / f".{name}.{self._own}"
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as f:
             f.write(text)
         os.replace(temporary, self.path / name)

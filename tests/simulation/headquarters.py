@@ -301,7 +301,7 @@ class Headquarters:
             usable = look_again(store, lease, world_size, lambda line: self.world.say("hq", line))
         else:
             lease = self._lease or take(store, owner, lambda line: None, self.world.clock)
-            usable, _ = survey(store, "auto", world_size, -1, True)
+            usable = survey(store, "auto", world_size, -1, True).usable
         self._lease = lease
         self._renew(self.process, lease)
         return replace(self.job, durable=replace(spec, complete=usable)), lease

@@ -336,6 +336,16 @@ def test_a_job_never_starts_from_zero_because_nothing_can_be_read() -> None:
     assert not it.told(r.ResumeAt)
 
 
+def test_one_that_was_asked_for_and_cannot_be_read_ends_the_job_with_the_names_of_the_others() -> None:
+    it = SimulatedJob(nodes=3, spares=0, durable=spec(complete=((8, "newer"),), resume=True, others=(4, 2)))
+    it.join()
+    it.feed(r.ShardsLoaded(1, "newer", "its checksum does not fit"))
+    code, message = it.end
+    assert code == Exit.GENERATION_LOST and not it.told(r.ResumeAt)
+    assert "durable generation 8 in /durable cannot be read (its checksum does not fit)" in message
+    assert message.endswith("ask for another one that is there: 4, 2")
+
+
 @pytest.mark.parametrize("spares", [0, 1])
 def test_a_node_that_changes_what_it_reads_each_time_is_lost_before_the_start_begins_for_ever(spares: int) -> None:
     it = loading(((8, "newer"),), spares)

@@ -92,7 +92,14 @@ class Agent:
         self._faults = Faults(settings.node, crew, shards)
         self._watch = watch
         self._durable = (
-            durability(settings.node, settings.durable_dir, settings.job_id, shards, self.send)
+            durability(
+                settings.node,
+                settings.durable_dir,
+                settings.job_id,
+                shards,
+                self.send,
+                not settings.config.export,
+            )
             if shards is not None and settings.durable_dir
             else None
         )

@@ -411,7 +411,7 @@ class Coordinator:
         path, hashes = self._settings.state_hash, self._core.seen.state_hashes
         if path and hashes:
             content = {"coordinates": {str(rank): hashes[rank] for rank in sorted(hashes)}}
-            temporary = f"{path}.{os.getpid()}"
+            temporary = f"{path}.{os.urandom(4).hex()}"
             try:
                 with open(temporary, "w") as f:
                     json.dump(content, f, indent=1)
