@@ -71,6 +71,10 @@ def _other_than(*known: object) -> Callable[[Any], bool]:
     return lambda value: value not in (None, *known)
 
 
+def _below_zero(value: object) -> bool:
+    return str(value).startswith("-")
+
+
 # In the source repository: what `pytest --evidence` has recorded, the names of tests by name of a feature.
 RECORD: Final = "docs/measurements/features.json"
 
@@ -179,12 +183,23 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
     ),
     ("--cpu-offloading-num-layers", bool, "a broken iteration leaves Transformer Engine's offloading half-done"),
     ("--hybrid-context-parallel", bool, "its loader keeps samples that no position tells of"),
+    ("--fim-data", bool, "its data set draws from random numbers of its own, whose state nobody carries"),
     ("--logits-load-dir", bool, "the teacher's logits are read at a position of their own"),
     ("--logits-save-dir", bool, "logits of a repeated iteration would be saved twice"),
     (
         "--moe-use-upcycling",
         bool,
         "a spare would convert the checkpoint again: convert in a run of its own, without --deadpool",
+    ),
+    (
+        "--moe-router-force-biased",
+        _below_zero,
+        "a negative one is drawn once in each process, and a spare would draw others",
+    ),
+    (
+        "--moe-routing-trace-path",
+        bool,
+        "a spare empties the file of its rank, and after each recovery all is recorded once more",
     ),
     ("--use-kitchen-attention", bool, "its quantizers may have state that nobody else knows of"),
     (

@@ -116,7 +116,7 @@ def _install(standby: bool, script: str) -> Hooks:
     from deadpool_megatron import config as settings
     from deadpool_megatron.comm import Communicators, ReformError
     from deadpool_megatron.hosts import host_of
-    from deadpool_megatron.megatron import Hooks, arm, follow_job
+    from deadpool_megatron.megatron import Hooks, arm
     from deadpool_megatron.recovery import Session
 
     config = msgspec.json.decode(os.environ[CONFIG], type=settings.DeadpoolConfig)
@@ -176,9 +176,25 @@ def _install(standby: bool, script: str) -> Hooks:
     session.is_waiting = hooks.is_waiting
     session.on_exit_notice = hooks.take_exit_notice
     session.on_replaced = hooks.look_for_neighbours
-    if standby:
-        follow_job(connect, hooks.learn_groups)  # of its own: a blocked wait blocks every user of a client
     return hooks
+
+
+def _park(hooks: Hooks, script: str) -> None:
+    """Make warm what may be warm, and become the coordinate that this worker is given."""
+    from deadpool_megatron.megatron import RunningJob, WarmUp, follow_job, numa_node
+
+    warm_up, session = WarmUp(script, hooks.host), hooks.session
+
+    def learn(job: RunningJob) -> None:
+        hooks.learn_job(job)
+        if warm_up.learn(job.environment):
+            session.step("parked", 0, numa=numa_node())  # once more: the device is known now
+
+    follow_job(hooks.connect, learn)  # of its own: a blocked wait blocks every user of a client
+    warm_up.begin()
+    session.step("parked", 0, numa=numa_node())
+    os.environ["RANK"] = str(session.wait_take_over().rank)
+    warm_up.end()
 
 
 def _log_to_stderr() -> None:
@@ -279,12 +295,7 @@ def main() -> int:
         with _recorded():
             hooks = _install(standby, script)
             if standby:
-                from deadpool_megatron.megatron import numa_node, warm_up
-
-                warm_up(script, hooks.host)
-                hooks.session.step("parked", 0, numa=numa_node())
-                taken = hooks.session.wait_take_over()
-                os.environ["RANK"] = str(taken.rank)
+                _park(hooks, script)
             _run_script(script, module, hooks.host.arguments_for_script(arguments))
     except SystemExit as exit_:
         if exit_.code not in (None, 0) and hooks is not None and hooks.phase == "setup":

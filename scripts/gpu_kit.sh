@@ -5,12 +5,13 @@
 #   scripts/gpu_kit.sh run 1|2|...|6      on the GPU machine, with .gpu-kit: one step, at most 9 minutes
 #   scripts/gpu_kit.sh report             docs/measurements/gpu-CARD-DATE.md, and the GPU column of docs/evaluation.md
 #
-#   1 the machine, tests/gpu, copies; several NCCL ranks on the device: aborted in a kernel, replaced
+#   1 the machine, tests/gpu, copies; several NCCL ranks on the device: replaced, aborted in a first message and in a
+#     kernel; small all-reduces over a blocking and a nonblocking communicator
 #   2 hot swaps over NCCL, PP2 x DP2 and TP2 x PP2 x DP2: is everything equal?
 #   3 the overhead of snapshots with 1.3B parameters, BF16 and FP32
 #   4 a node lost while a CUDA graph of a whole iteration is replayed
 #   5 the vault at speed: 16 GB a generation between two agents
-#   6 kill after kill for what is left of the time
+#   6 kill after kill for what is left of the time, every other job with experts
 #
 # Each step adds what it sees to step-N.jsonl at once, ends with a line PASS or FAIL, and keeps its output in step-N.log;
 # all of them, and the report, take --out DIR (default: runs/gpu-kit) and --dry (no GPU: Gloo and the emulation).
@@ -37,7 +38,7 @@ fail() {
 }
 
 usage() {
-    sed -n '2,24s/^# \{0,1\}//p' scripts/gpu_kit.sh
+    sed -n '2,25s/^# \{0,1\}//p' scripts/gpu_kit.sh
 }
 
 # locked NAMES... : their lines of the lock; others NAMES... : all the others.

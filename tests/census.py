@@ -111,8 +111,9 @@ CENSUS: Final[tuple[Entry, ...]] = (
     Entry(r"data\.saved_microbatches.*", "reset", "of the iteration that is over; ReplayIterator has the next ones"),
     # the rerun state machine
     Entry(_RERUN + r"\.(current_iteration|large_value_counts.*|max_values.*)", "small", "what it counts on from"),
+    Entry(_RERUN + r"\.first_iteration_complete", "small", "from then on it looks at results"),
     Entry(_RERUN + r"\.saved_state.*", "reset", "taken at the begin of each iteration"),
-    Entry(_RERUN + r"\.(validation_counts.*|first_iteration_complete|injected_result)", "reset", "of a step"),
+    Entry(_RERUN + r"\.(validation_counts.*|injected_result)", "reset", "of a step"),
     Entry(_RERUN + r"\.logged_sdc_enabled", "free", "a line of the log"),
     # sums for the log
     Entry(r"megatron\.core\.transformer\.moe\.moe_logging:_MOE_METRICS_TRACKER.*", "reset", "sums.clear_sums"),
@@ -125,7 +126,11 @@ CENSUS: Final[tuple[Entry, ...]] = (
     ),
     # the rest
     Entry(r"megatron\.core\.parallel_state:_GLOBAL_MEMORY_BUFFER\.buffer.*", "free", "scratch memory, by shape"),
-    Entry(r"megatron\.core\.dist_checkpointing\..*(_metadata_cache|_results_queue|_logged_\w+).*", "free", "of saves"),
+    Entry(
+        r"megatron\.core\.dist_checkpointing\..*(_metadata_cache|_results_queue|_logged_\w+).*",
+        "reset",
+        "reset.forget_write_results; the others are caches of saves, which are free",
+    ),
     Entry(r"megatron\.training\.ft_integration:_seen_checkpoints_cnt", "free", "counts for another tool"),
     Entry(r"megatron\.training\.training:(num_checkpoints_memory_reported|_STARTUP_TIMESTAMPS.*)", "free", "reports"),
     Entry(

@@ -3,11 +3,13 @@
 What torch's ProcessGroupNCCL.cpp and NCCLUtils.cpp, and NCCL's init.cc and prims_simple.h say, and what is done here:
 
 * the communicator is made at the first use, and that waits for all members (`Manners.connecting`);
+* so is what the first message between two members goes over, and that waits for both (`Manners.met`);
 * an operation is only queued; the host waits for its numbers elsewhere (`synchronize`, for ``.item()`` on a device);
 * ``abort()`` frees whoever waits for a peer at once, and goes on for seconds (`Manners.slow`): it drains kernels;
 * what was under way when it came returns without an error, with garbage (NaN); what begins later raises;
 * an abort does not see a communicator that is just being made: with ``config.blocking`` 1 there is no handle yet, else
-  the thread that waits for it holds the lock (`NCCLComm::getNcclComm`).
+  the thread that waits for it holds the lock (`NCCLComm::getNcclComm`). Nor does it free who waits for a peer's first
+  message: that goes on asking a communicator that is gone (`NCCLComm::getAsyncError`).
 
 Values travel over the store. `install` in a worker process, before any process group is made.
 """
@@ -17,8 +19,9 @@ from __future__ import annotations
 import functools
 import queue
 import threading
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +30,16 @@ import torch.distributed as dist
 from deadpool_megatron.comm.inplace import bindings, c10d
 
 LOOK_S = 0.001
-FOR_EVER = timedelta(days=1)
+Take = Callable[[torch.Tensor], torch.Tensor]  # what becomes of the rows that have come
+_OPERATIONS = (
+    "allreduce",
+    "all_to_all_single",
+    "alltoall_base",
+    "send",
+    "recv",
+    "_start_coalescing",
+    "_end_coalescing",
+)
 
 
 @dataclass
@@ -41,6 +53,8 @@ class Manners:
     connecting: list[str] = field(default_factory=list)
     """Names of groups whose communicator began to be made, in order."""
     connected: list[str] = field(default_factory=list)
+    met: list[str] = field(default_factory=list)
+    """First messages that were begun: "group, in batches or alone, the two members"."""
     eager: list[str] = field(default_factory=list)
     """Those made by ``eager_connect_single_device``."""
     blocking: list[int] = field(default_factory=list)
@@ -66,7 +80,10 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
         self._ended = threading.Event()
         self._ready = False
         self._count = 0
-        self._stream: queue.SimpleQueue[tuple[str, torch.Tensor]] = queue.SimpleQueue()
+        self._messages: Counter[str] = Counter()
+        self._block: list[tuple[str, torch.Tensor, int]] | None = None  # what a batch has so far
+        self._met: set[str] = set()
+        self._stream: queue.SimpleQueue[tuple[list[str], torch.Tensor, Take]] = queue.SimpleQueue()
         self._alive.append(self)
         threading.Thread(target=self._run, name="fake-nccl-stream", daemon=True).start()
 
@@ -96,27 +113,103 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
 
     def allreduce(self, tensors: list[torch.Tensor], options: Any = None) -> Any:
         """Queue a sum; no error comes of an abort later, only numbers that are none."""
-        if self._ended.is_set():
-            raise dist.DistBackendError(f"NCCL communicator was aborted on rank {self._rank}.")
         self._connect()
         self._count += 1
         (tensor,) = tensors
         key = f"op/{self._count}"
-        self._store.set(f"{key}/{self._rank}", ",".join(map(repr, tensor.double().flatten().tolist())))
+        self._put(f"{key}/{self._rank}", tensor)
+        self._queue([f"{key}/{rank}" for rank in range(self._size)], tensor, lambda rows: rows.sum(0))
+        # As in ProcessGroupNCCL::collective: an operation that is not asynchronous gives no Work to wait for.
+        return self._work(options) if options is not None and options.asyncOp else None
+
+    def all_to_all_single(
+        self, output: torch.Tensor, input: torch.Tensor, output_sizes: Any, input_sizes: Any, options: Any = None
+    ) -> Any:
+        """Queue an all-to-all; its first one connects all members. Without sizes it is refused as torch does it."""
+        if not output_sizes or not input_sizes:
+            raise RuntimeError("NCCL Error 7: NCCL operation in progress")
+        self._connect()
+        self._count += 1
+        for peer in range(self._size):
+            self._meet("batched", peer)
+        for peer, part in enumerate(input.split(list(input_sizes))):
+            self._put(f"all/{self._count}/{self._rank}>{peer}", part)
+        keys = [f"all/{self._count}/{peer}>{self._rank}" for peer in range(self._size)]
+        self._queue(keys, output, torch.flatten)
+        return self._work(options) if options is not None and options.asyncOp else None
+
+    alltoall_base = all_to_all_single
+
+    @property
+    def supports_coalescing(self) -> bool:
+        return True
+
+    def _start_coalescing(self, device: Any = None) -> None:
+        self._block = []
+
+    def _end_coalescing(self, device: Any = None) -> Any:
+        block, self._block = self._block or [], None
+        self._connect()
+        for _, _, peer in block:
+            self._meet("batched", peer)
+        for kind, tensor, peer in block:
+            self._message(kind, "batched", tensor, peer)
+        return self._work()
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Any:
+        return self._one("send", tensors, peer)
+
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Any:
+        return self._one("recv", tensors, peer)
+
+    def _one(self, kind: str, tensors: list[torch.Tensor], peer: int) -> Any:
+        if self._block is not None:
+            self._block.append((kind, tensors[0], peer))
+            return None
+        self._meet("alone", peer)
+        self._message(kind, "alone", tensors[0], peer)
+        return self._work()
+
+    def _message(self, kind: str, how: str, tensor: torch.Tensor, peer: int) -> None:
+        way = f"{how}/{self._rank}>{peer}" if kind == "send" else f"{how}/{peer}>{self._rank}"
+        self._messages[way] += 1
+        if kind == "send":
+            self._put(f"{way}/{self._messages[way]}", tensor)
+        else:
+            self._queue([f"{way}/{self._messages[way]}"], tensor, lambda rows: rows[0])
+
+    def _meet(self, how: str, peer: int) -> None:
+        """The first message between two, in a batch or alone, waits for both: deaf to `abort`."""
+        self._look()
+        low, high = sorted((self._rank, peer))
+        pair = f"{how} {low} {high}"
+        if low == high or pair in self._met:
+            return
+        self._met.add(pair)
+        self.manners.met.append(f"{self.group} {pair}")
+        self._until_here(f"meet/{pair}", [low, high])
+
+    def _work(self, options: Any = None) -> Any:
+        return super().allreduce([torch.zeros(1)], *filter(None, [options]))
+
+    def _look(self) -> None:
+        if self._ended.is_set():
+            raise dist.DistBackendError(f"NCCL communicator was aborted on rank {self._rank}.")
+
+    def _put(self, key: str, tensor: torch.Tensor) -> None:
+        self._store.set(key, ",".join(map(repr, tensor.double().flatten().tolist())))
+
+    def _queue(self, keys: list[str], tensor: torch.Tensor, take: Take) -> None:
         with self._queued:
             FakeNccl.at_work += 1
-        self._stream.put((key, tensor))
-        # As in ProcessGroupNCCL::collective: an operation that is not asynchronous gives no Work to wait for.
-        asynchronous = options is not None and options.asyncOp
-        return super().allreduce([torch.zeros(1)], options) if asynchronous else None
+        self._stream.put((keys, tensor, take))
 
     def _run(self) -> None:
         while True:
-            key, tensor = self._stream.get()
-            keys = [f"{key}/{rank}" for rank in range(self._size)]
+            keys, tensor, take = self._stream.get()
             if self._wait_for(keys):
                 rows = [[float(x) for x in self._store.get(each).decode().split(",")] for each in keys]
-                tensor.copy_(torch.tensor(rows, dtype=torch.float64).sum(0).reshape(tensor.shape))
+                tensor.copy_(take(torch.tensor(rows, dtype=torch.float64)).reshape(tensor.shape))
             else:
                 tensor.fill_(float("nan"))
             with self._queued:
@@ -133,19 +226,22 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
         return self._count
 
     def _connect(self) -> None:
+        self._look()
         if self._ready:
             return
         self.manners.connecting.append(self.group)
-        never = threading.Event()  # deaf to `abort`
         while self.group in self.manners.stuck:
-            never.wait(LOOK_S)
-        self._store.set(f"connect/{self._rank}", b"1")
-        keys = [f"connect/{rank}" for rank in range(self._size)]
-        while not self._store.check(keys):
-            never.wait(LOOK_S)
+            threading.Event().wait(LOOK_S)
+        self._until_here("connect", list(range(self._size)))
         self._ready = True
         self.manners.blocking.append(int(self._options.config.blocking))
         self.manners.connected.append(self.group)
+
+    def _until_here(self, place: str, members: list[int]) -> None:
+        """Until all of them have come; deaf to `abort`."""
+        self._store.set(f"{place}/{self._rank}", b"1")
+        while not self._store.check([f"{place}/{rank}" for rank in members]):
+            threading.Event().wait(LOOK_S)
 
     def _wait_for(self, keys: list[str]) -> bool:
         while not self._store.check(keys):
@@ -158,15 +254,18 @@ def install() -> Manners:
     """``backend="nccl"`` gives groups of this kind in this process from now on, for tensors on the CPU."""
     c10d.ProcessGroupNCCL = bindings.ProcessGroupNCCL = FakeNccl
     dist.Backend.backend_capability["nccl"] = ["cpu"]
-    native = bindings.ProcessGroup.allreduce
-
-    @functools.wraps(native)
-    def allreduce(self: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        backend = self._get_backend(torch.device("cpu"))
-        if isinstance(backend, FakeNccl):
-            return backend.allreduce(tensors, *args, **kwargs)
-        return native(self, tensors, *args, **kwargs)
-
-    bindings.ProcessGroup.allreduce = allreduce
+    for name in _OPERATIONS:
+        if native := getattr(bindings.ProcessGroup, name, None):
+            setattr(bindings.ProcessGroup, name, _ours_first(native, name))
     FakeNccl.manners = Manners()
     return FakeNccl.manners
+
+
+def _ours_first(native: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(native)
+    def operation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        backend = self._get_backend(torch.device("cpu"))
+        ours = getattr(backend, name) if isinstance(backend, FakeNccl) else functools.partial(native, self)
+        return ours(*args, **kwargs)
+
+    return operation

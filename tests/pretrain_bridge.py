@@ -68,6 +68,7 @@ def tiny() -> c.ConfigContainer:
         rng=c.RNGConfig(seed=1234),
         dist=c.DistributedInitConfig(distributed_backend="gloo"),
         mixed_precision="bf16_mixed",
+        inprocess_restart=c.InProcessRestartConfig(),
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 from xml.etree import ElementTree
@@ -24,7 +26,8 @@ def check_machine(step: Step) -> None:
     ways = ["sockets"] if step.dry else ["sockets", "ipc"]
     for place, way in enumerate(ways):
         if way == "ipc" and not _newer_nccl():
-            step.check("abort-ipc", False, "no NCCL 2.30: run scripts/gpu_kit.sh prepare")
+            for name, _ in _SCENARIOS.values():
+                step.check(f"{name}-ipc", False, "no NCCL 2.30: run scripts/gpu_kit.sh prepare")
             continue
         _ranks(step, way, step.left_s() / (len(ways) - place))
 
@@ -79,28 +82,70 @@ def _cases(report: Path) -> list[dict[str, Any]]:
 
 
 def _ranks(step: Step, way: str, limit_s: float) -> None:
+    """Each scenario by itself: one that crashes takes none along."""
     environment = {"SHARED_WAY": way, "SHARED_DRY": str(int(step.dry)), "SHARED_ROUNDS": "3" if step.dry else "10"}
     if way == "ipc":
         environment["SHARED_PRELOAD"] = _newer_nccl()
-    found: list[dict[str, Any]] = []
+    end = step.left_s() - limit_s
+    for place, (scenario, (name, judge)) in enumerate(_SCENARIOS.items()):
+        found: list[dict[str, Any]] = []
 
-    def line(text: str) -> None:
-        if text.startswith('{"scenario"'):
-            found.append(json.loads(text))
-            step.record("ranks", way=way, **found[-1])
+        def line(text: str, found: list[dict[str, Any]] = found) -> None:
+            if text.startswith('{"scenario"'):
+                found.append(json.loads(text))
+                step.record("ranks", way=way, **found[-1])
 
-    code = step.command([sys.executable, str(ROOT / "tests" / "gpu" / "shared_device.py")], environment, limit_s, line)
-    how = "over Gloo" if step.dry else f"NCCL {next((f['nccl'] for f in found if f.get('nccl')), '?')} over {way}"
-    for scenario, name in (("takeover", "replaced"), ("rounds", "abort")):
-        rows = [row for row in found if row["scenario"] == scenario]
-        done = [row for row in rows if row["what"] == "done"]
-        free = [row["free_s"] for row in rows if "free_s" in row]
-        lost = max((row["lost_bytes"] for row in done if "lost_bytes" in row), default=0)
-        stuck = sum(row.get("stuck", 0) for row in rows)
-        passed = code == 0 and bool(done) and bool(free) and max(free) < _FREE_S and not stuck and lost < _LOST
-        figure = f"{how}: {len(free)} blocked ranks free after at most {max(free, default=0):.3f} s, {stuck} stuck"
-        if scenario == "rounds":
-            figure += f", {lost / (1 << 20):.0f} MiB of the device lost"
+        command = [sys.executable, str(ROOT / "tests" / "gpu" / "shared_device.py")]
+        share = (step.left_s() - end) / (len(_SCENARIOS) - place)
+        code = step.command(command, {**environment, "SHARED_SCENARIO": scenario}, share, line)
+        how = "over Gloo" if step.dry else f"NCCL {next((f['nccl'] for f in found if f.get('nccl')), '?')} over {way}"
+        passed, figure = judge(found)
         if code != 0:
             figure += f"; the ranks ended with {code if code is not None else 'the time'}"
-        step.check(f"{name}-{way}", passed, figure)
+        done = any(row["what"] == "done" for row in found)
+        step.check(f"{name}-{way}", passed and done and code == 0, f"{how}: {figure}")
+
+
+type _Rows = list[dict[str, Any]]
+
+
+def _freed(rows: _Rows) -> tuple[bool, str]:
+    free = [row["free_s"] for row in rows if "free_s" in row]
+    stuck = sum(row.get("stuck", 0) for row in rows)
+    figure = f"{len(free)} blocked ranks free after at most {max(free, default=0):.3f} s, {stuck} stuck"
+    return bool(free) and max(free) < _FREE_S and not stuck, figure
+
+
+def _freed_for_good(rows: _Rows) -> tuple[bool, str]:
+    passed, figure = _freed(rows)
+    lost = max((row["lost_bytes"] for row in rows if "lost_bytes" in row), default=0)
+    return passed and lost < _LOST, f"{figure}, {lost / (1 << 20):.0f} MiB of the device lost"
+
+
+def _connected(rows: _Rows) -> tuple[bool, str]:
+    passed, figure = _freed([row for row in rows if row["what"] == "again"])
+    first = next((row["free_s"] for row in rows if row["what"] == "first" and "free_s" in row), None)
+    held = "not seen" if first is None else f"free after {first:.3f} s"
+    return passed, f"in a first message {held}; after a recovery {figure}"
+
+
+def _compared(rows: _Rows) -> tuple[bool, str]:
+    """No figure to reach: what it costs is to be known."""
+    kinds = ("blocking", "nonblocking")
+    of = {kind: [row for row in rows if row["what"] == kind] for kind in kinds}
+    if not all(of.values()):
+        return False, "not measured"
+    host, both = (
+        " and ".join(f"{statistics.median(row[what] for row in of[kind]):.0f}" for kind in kinds)
+        for what in ("host_us", "all_us")
+    )
+    return True, f"a small all-reduce, blocking and nonblocking: {host} us of the host, {both} us in all"
+
+
+# In this order; the name of what each proves.
+_SCENARIOS: Final[dict[str, tuple[str, Callable[[_Rows], tuple[bool, str]]]]] = {
+    "takeover": ("replaced", _freed),
+    "fresh": ("connected", _connected),
+    "latency": ("latency", _compared),
+    "rounds": ("abort", _freed_for_good),
+}

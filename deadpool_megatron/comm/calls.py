@@ -11,9 +11,10 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from deadpool_megatron.comm.methods import Messages, Pair
 from deadpool_megatron.comm.waits import Poison
 
 type Call = Callable[..., Any]
@@ -46,7 +47,35 @@ _OPERATIONS: Final = (
     "scatter",
     "send",
 )
+_MESSAGES: Final = ("recv", "send")
+_ALL_TO_ALL: Final = ("all_to_all_single", "alltoall_base")  # newer and older name
 _LOOK_EVERY_S = 0.001
+
+
+def _with_sizes(native: Call) -> Call:
+    """An all-to-all that names the sizes of equal parts too.
+
+    Left to itself torch, built with NCCL 2.28 or newer, does those by ncclAlltoAll, and takes the "in progress" of a
+    nonblocking communicator for an error (cuda/nccl.cpp: all2all_single_equal_split). With sizes it sends the same
+    bytes to the same places and waits until NCCL has taken them.
+    """
+
+    @functools.wraps(native)
+    def all_to_all(
+        group: Any,
+        output: Any,
+        input: Any,
+        output_split_sizes: Sequence[int] = (),
+        input_split_sizes: Sequence[int] = (),
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        size = group.size()
+        if not output_split_sizes and not input_split_sizes and not (output.size(0) % size or input.size(0) % size):
+            output_split_sizes, input_split_sizes = [output.size(0) // size] * size, [input.size(0) // size] * size
+        return native(group, output, input, output_split_sizes, input_split_sizes, *args, **kwargs)
+
+    return all_to_all
 
 
 class Calls:
@@ -57,6 +86,8 @@ class Calls:
         self._inside: dict[int, Any] = {}  # thread -> device of its coalescing block, or None
         self.batched: set[int] = set()
         """Groups (id) over which batches of sends and receives have gone, which no sequence number counts."""
+        self._everybody: set[int] = set()  # groups (id) with an all-to-all
+        self._pairs: dict[tuple[int, bool], set[Pair]] = {}  # of a group (id), in batches or alone
         self._guarded = False
 
     def guard(self, kind: Any) -> None:
@@ -67,6 +98,9 @@ class Calls:
         start, end = getattr(kind, _START), getattr(kind, _END)
         for name in _OPERATIONS:
             if native := getattr(kind, name, None):  # they differ between versions of torch
+                native = _with_sizes(native) if name in _ALL_TO_ALL else native
+                native = self._message(native) if name in _MESSAGES else native
+                native = self._to_everybody(native) if name in (*_ALL_TO_ALL, "alltoall") else native
                 setattr(kind, name, self._operation(native, end))
         setattr(kind, _START, self._start(start))
         setattr(kind, _END, self._end(end))
@@ -75,6 +109,11 @@ class Calls:
     def anybody(self) -> bool:
         """A thread is inside now."""
         return bool(self._inside)
+
+    def messages(self, group: Any) -> Messages:
+        """Those that have been sent or received over a group, in whatever epoch."""
+        batched, alone = (tuple(sorted(self._pairs.get((id(group), kind), ()))) for kind in (True, False))
+        return Messages(id(group) in self._everybody, batched, alone)
 
     def wait_outside(self, seconds: float) -> int:
         """With the flag set: until no thread is inside any more, so long at most. Returns how many still are."""
@@ -110,6 +149,28 @@ class Calls:
             return result
 
         return operation
+
+    def _message(self, native: Call) -> Call:
+        inside, ident, pairs = self._inside, threading.get_ident, self._pairs
+
+        @functools.wraps(native)
+        def message(group: Any, tensors: Any, peer: int, *args: Any, **kwargs: Any) -> Any:
+            if (me := group.rank()) != peer:
+                batched = inside.get(ident()) is not None
+                pairs.setdefault((id(group), batched), set()).add((min(me, peer), max(me, peer)))
+            return native(group, tensors, peer, *args, **kwargs)
+
+        return message
+
+    def _to_everybody(self, native: Call) -> Call:
+        everybody = self._everybody
+
+        @functools.wraps(native)
+        def all_to_all(group: Any, *args: Any, **kwargs: Any) -> Any:
+            everybody.add(id(group))
+            return native(group, *args, **kwargs)
+
+        return all_to_all
 
     def _start(self, native: Call) -> Call:
         inside, ident = self._inside, threading.get_ident

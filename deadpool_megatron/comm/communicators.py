@@ -13,7 +13,8 @@
     all_reduce(...)                                       all_reduce(...)
 
 Ranks never renumber; every object that captured a ProcessGroup goes on working, because the ProcessGroup stays and
-only its backend changes. Nothing is added to a collective but a look at one flag when it is waited for.
+only its backend changes. To a collective over Gloo a look at one flag is added, when it is waited for. Over NCCL two
+are (`calls`), and NCCL's thread for each launch of a nonblocking communicator, which an abort needs.
 """
 
 import logging
@@ -288,7 +289,7 @@ class Communicators:
             deadline=begun + self._form_timeout_s,
             operation_timeout_s=self._operation_timeout_s,
             cuda_device=self._cuda_device,
-            batched=self._calls.batched,
+            calls=self._calls,
         )
         prepared, self._prepared = self._prepared, None
         make = store if callable(store) else lambda: store

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from deadpool_megatron.comm import gloo, nccl
+from deadpool_megatron.comm.calls import Calls
 from deadpool_megatron.comm.connections import GlooConnections, GlooDevice
 from deadpool_megatron.comm.inplace import Replacement, c10d
-from deadpool_megatron.comm.methods import Verdict, Word, decode_verdict, decode_words, encode, verdict
+from deadpool_megatron.comm.methods import Messages, Verdict, Word, decode_verdict, decode_words, encode, verdict
 from deadpool_megatron.comm.quiet import Quiet
 from deadpool_megatron.comm.reports import ReformError
 from deadpool_megatron.comm.table import GroupRecord, backend_of
@@ -33,7 +34,7 @@ class FormingPlan:
     deadline: float
     operation_timeout_s: float
     cuda_device: int | None  # the training thread's
-    batched: AbstractSet[int]  # groups (id) that have been used in a way that their sequence numbers do not tell
+    calls: Calls  # know how groups have been used in ways that their sequence numbers do not tell
 
 
 def own_client(store: Any) -> Any:
@@ -141,30 +142,46 @@ class Forming(threading.Thread):
         client.set_timeout(usual_timeout)
 
     def _connect(self) -> None:
-        """Make the NCCL communicators that were there before, all at once: each has the whole time to form.
+        """Make the NCCL communicators that were there before, and what their members were connected by to one another.
 
-        At once and not in a pool: groups overlap, and a rank that keeps one back keeps its peers' others waiting.
+        Communicators all at once: each has the whole time to form. And not in a pool: groups overlap, and a rank that
+        keeps one back keeps its peers' others waiting. Then group by group, in the order of the table: messages go on
+        streams of torch's choice, and two groups may have the same one.
         """
-        connecting = [
-            nccl.Connecting(record, backend, self._device(record, devices[0]))
+        groups = [
+            (record, backend, self._device(record, devices[0]))
             for record, new in self.formed
-            if self.verdicts[record.name].used and len(record.ranks) > 1
+            if len(record.ranks) > 1
             for devices, kind, backend in new.backends
             if kind == c10d.ProcessGroup.BackendType.NCCL
         ]
-        for each in connecting:
-            each.start()
+        connecting = [nccl.Connecting(*group) for group in groups if self.verdicts[group[0].name].used]
+        exchanging = [exchange for group in groups if (exchange := self._exchange(*group)) is not None]
         try:
             for each in connecting:
-                name = f"{each.record.desc} {each.record.name}"
-                while each.is_alive():
-                    each.join(min(_LOOK_EVERY_S, self._left(f"not all members of group {name} came")))
-                if each.error is not None:
-                    raise ReformError(f"group {name}: {each.error}") from each.error
-                self.slowest = max(self.slowest, (each.seconds, name))
+                each.start()
+            for each in connecting:
+                self._until_over(each)
+            for exchange in exchanging:
+                exchange.start()
+                self._until_over(exchange)
         except BaseException:
-            self._aborts.start([each.backend for each in connecting])
+            self._aborts.start([backend for _, backend, _ in groups])
             raise
+
+    def _exchange(self, record: GroupRecord, backend: Any, device: torch.device) -> nccl.Exchanging | None:
+        """What makes the connections between members of a group, if there were any."""
+        me = record.ranks.index(self.plan.rank)
+        batched, alone = self.verdicts[record.name].peers(me, len(record.ranks), self._messages(record))
+        return nccl.Exchanging(record, backend, device, me, batched, alone) if batched or alone else None
+
+    def _until_over(self, each: nccl.FirstUse) -> None:
+        name = f"{each.record.desc} {each.record.name}"
+        while each.is_alive():
+            each.join(min(_LOOK_EVERY_S, self._left(f"not all members of group {name} came")))
+        if each.error is not None:
+            raise ReformError(f"group {name}: {each.error}") from each.error
+        self.slowest = max(self.slowest, (each.seconds, name))
 
     def _device(self, record: GroupRecord, kind: str) -> torch.device:
         if record.bound_device is not None or self.plan.cuda_device is None:
@@ -202,7 +219,10 @@ class Forming(threading.Thread):
     def _word(self, record: GroupRecord, established: AbstractSet[int]) -> Word:
         objection = self._quiet.against(record, established)
         operations = -1 if objection else self._quiet.operations(record)
-        return Word(record.connected, operations, objection, self._used(record))
+        return Word(record.connected, operations, objection, self._used(record), self._messages(record))
+
+    def _messages(self, record: GroupRecord) -> Messages:
+        return self.plan.calls.messages(record.group) if record.real else Messages()
 
     def _used(self, record: GroupRecord) -> bool:
         """Its communicator was made by NCCL. Asks torch for what it reads without a lock: an abort may hold those."""
@@ -211,7 +231,7 @@ class Forming(threading.Thread):
         if record.bound_device is not None:
             return True  # torch makes that one with the group
         collectives = backend_of(record, "nccl")._get_sequence_number_for_group()
-        return collectives > 0 or id(record.group) in self.plan.batched
+        return collectives > 0 or id(record.group) in self.plan.calls.batched
 
     def _replacement(self, record: GroupRecord, store: Any, devices: list[Any]) -> Replacement:
         kinds = record.backend_of_device

@@ -28,6 +28,9 @@ NCCL_ENVIRONMENT = {
     # No flight-recorder dump on time-out, and no minute of sleep in the watchdog to wait for one.
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
+    # Rings and trees are connected when the communicator is made, not when a collective first wants them: the training
+    # thread would wait for peers there, deaf to an abort. It costs the memory of their buffers.
+    "NCCL_RUNTIME_CONNECT": "0",
     # Re-forming with NVLS multicast objects of a dead peer is not possible.
     "NCCL_NVLS_ENABLE": "0",
 }
@@ -38,8 +41,8 @@ def nccl_environment() -> dict[str, str]:
     return dict(NCCL_ENVIRONMENT)
 
 
-# torch waits for a nonblocking communicator with the lock held that an abort needs (NCCLComm::getNcclComm), for half an
-# hour. So long a lost peer may hold up a first use, which starts within torch's own time-out for NCCL.
+# So long a lost peer may hold up a first use (`FirstUse`), which starts within torch's own time-out for NCCL; torch's
+# own value is half an hour.
 _READY_WITHIN = ("TORCH_NCCL_NONBLOCKING_TIMEOUT", "600")
 
 
@@ -127,19 +130,25 @@ def build(record: GroupRecord, store: Any, rank: int) -> Any:
     return backend
 
 
-class Connecting(threading.Thread):
-    """Makes one backend's communicator now, with a one-element all-reduce, as a first use would.
+# Of the streams that torch hands out, 32 for each priority, round and round: communicators have those of priority 0 and
+# of the highest, copies of snapshots -1. Two first uses behind one another on a stream would wait for peers where they
+# are the other way round.
+_PRIORITY = -2
 
-    Not with `eager_connect_single_device`, unless the group was made so (it has a bound device): after that torch runs
-    sends and receives outside of batches over the group's communicator, one after the other, where it made one for each
-    pair before (ProcessGroupNCCL::pointToPoint).
 
-    `seconds` is how long it took; `error` what came of it, if not the communicator. Waits for all members, until the
-    backend is aborted.
+class FirstUse(threading.Thread):
+    """Does with one backend, now and away from the training thread, what waits for other members the first time.
+
+    An abort does not free it: torch waits for a communicator that is made with the lock held that an abort needs
+    (NCCLComm::getNcclComm), and for connections to a peer that are made by asking the communicator, also one that is
+    gone (NCCLComm::getAsyncError). So it ends with its members, or is left behind until TORCH_NCCL_NONBLOCKING_TIMEOUT,
+    in the second case with a processor kept busy.
+
+    `seconds` is how long it took; `error` what came of it, if not what was wanted.
     """
 
     def __init__(self, record: GroupRecord, backend: Any, device: torch.device) -> None:
-        super().__init__(name=f"deadpool-nccl-connect-{record.name}", daemon=True)
+        super().__init__(name=f"deadpool-nccl-{type(self).__name__.lower()}-{record.name}", daemon=True)
         self.record, self.backend = record, backend
         self.error: BaseException | None = None
         self.seconds = 0.0
@@ -148,29 +157,75 @@ class Connecting(threading.Thread):
     def run(self) -> None:
         begun = time.monotonic()
         try:
-            self._connect()
+            self._on_stream()
         except Exception as error:  # noqa: BLE001 - thread boundary: handed to the thread that forms
             self.error = error
         finally:
             self.seconds = time.monotonic() - begun
 
-    def _connect(self) -> None:
+    def _on_stream(self) -> None:
         if self._device.type != "cuda":
-            self._use(torch.zeros(1, device=self._device))
+            self._use()
             return
         # On a stream of its own, or the training thread's would wait for a peer that is lost meanwhile.
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device, priority=_PRIORITY)
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            if self.record.bound_device is not None:
-                self.backend.eager_connect_single_device(self._device)
-            self._use(torch.zeros(1, device=self._device))
+            self._use()
             stream.synchronize()
 
-    def _use(self, element: torch.Tensor) -> None:
+    def _use(self) -> None:
+        raise NotImplementedError
+
+
+class Connecting(FirstUse):
+    """Makes the communicator, with a one-element all-reduce, as a first use would.
+
+    Not with `eager_connect_single_device`, unless the group was made so (it has a bound device): after that torch runs
+    sends and receives outside of batches over the group's communicator, one after the other, where it made one for each
+    pair before (ProcessGroupNCCL::pointToPoint).
+    """
+
+    def _use(self) -> None:
+        if self.record.bound_device is not None:
+            self.backend.eager_connect_single_device(self._device)
         options = bindings.AllreduceOptions()
         # On the current stream, and without a Work: that could not be waited for, since its epoch is yet to begin.
         options.asyncOp = False
-        self.backend.allreduce([element], options)
+        self.backend.allreduce([torch.zeros(1, device=self._device)], options)
+
+
+class Exchanging(FirstUse):
+    """Makes connections between pairs of members, by one element each way: those that all-to-alls and batches use over
+    the group's communicator, and the communicators that torch makes for pairs outside of batches."""
+
+    def __init__(
+        self, record: GroupRecord, backend: Any, device: torch.device, me: int, batched: list[int], alone: list[int]
+    ) -> None:
+        """`me`, and the members to be connected with in a batch, and alone: ranks in the group, in order."""
+        super().__init__(record, backend, device)
+        self._me, self._batched, self._alone = me, batched, alone
+
+    def _use(self) -> None:
+        works = []
+        if self._batched:
+            self.backend._start_coalescing()
+            for peer in self._batched:
+                self._send(peer)
+                self._receive(peer)
+            works.append(self.backend._end_coalescing())
+        # One pair after the other, each of its members with the same begun: all ranks agree on the order of pairs.
+        for peer in self._alone:
+            both = [self._send, self._receive]
+            works += [each(peer) for each in (both if self._me < peer else reversed(both))]
+        for work in works:
+            if work is not None:
+                work.synchronize()  # by the stream; a wait would see that the epoch is yet to begin
+
+    def _send(self, peer: int) -> Any:
+        return self.backend.send([torch.zeros(1, device=self._device)], peer, 0)
+
+    def _receive(self, peer: int) -> Any:
+        return self.backend.recv([torch.empty(1, device=self._device)], peer, 0)
 
 
 def warm_up(device: torch.device) -> None:

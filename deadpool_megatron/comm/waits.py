@@ -1,7 +1,7 @@
 """Who waits for a communication right now; how they learn that it is over.
 
 `Work.wait` of torch is wrapped once: the wrapper notes the work this thread is about to wait for, looks at the
-poison flag and calls the native wait. That is the whole cost of a call (docs/measurements/comm-percall.md).
+poison flag and calls the native wait. That is all a wait costs more (docs/measurements/comm-percall.md).
 """
 
 import threading

@@ -53,7 +53,8 @@ def _job(run_dir: str) -> dict[str, Any]:
 
 
 def _ask(job: dict[str, Any], run_dir: str, record: msgspec.Struct) -> r.InjectReply | r.SpareAdded:
-    spoke = Spoke(job["coordinator"], f"tool-{os.getpid()}", bytes.fromhex(job["secret"]), float(job["lease"]))
+    name = f"tool-{os.urandom(8).hex()}"  # nobody else's, on no machine
+    spoke = Spoke(job["coordinator"], name, bytes.fromhex(job["secret"]), float(job["lease"]))
     try:
         packet = _answer(spoke, run_dir) if spoke.send(r.encode(record), _ANSWER_S) else None
         there = spoke.connected

@@ -32,7 +32,6 @@ _FORBIDDEN: Final = (
     ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0", "torch's watchdog ends the survivors of an aborted communicator"),
     ("TORCH_NCCL_ENABLE_MONITORING", "0", "torch's monitor ends processes whose watchdog waits in an abort"),
     ("TORCH_NCCL_BLOCKING_WAIT", "unset", "a blocking wait is not left when communicators are aborted"),
-    ("NCCL_BLOCKING_WAIT", "unset", "a blocking wait is not left when communicators are aborted"),
     ("TORCH_NCCL_DUMP_ON_TIMEOUT", "0", "the dump of a time-out holds an abort up for a minute"),
     ("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0", "errors of an aborted communicator end the process"),
     ("NCCL_NVLS_ENABLE", "0", "NVLink SHARP buffers do not survive an abort"),

@@ -6,7 +6,7 @@ agents nor Megatron.
 """
 
 from .client import DrainerProcess
-from .errors import Damaged, DurableError, NoRoom, NotFit, Unreachable
+from .errors import Damaged, DurableError, NoRoom, NotFit, Unreachable, Unreadable
 from .files import find
 from .format import FORMAT, Coordinate, Item, Layout, Manifest, ShardFile, directory_name
 from .lease import Lease, Taken, this_process
@@ -40,6 +40,7 @@ __all__ = [
     "Take",
     "Taken",
     "Unreachable",
+    "Unreadable",
     "begin",
     "directory_name",
     "find",

@@ -167,7 +167,15 @@ class _Drainer:
             for take, staging in zip(order.shards, ready, strict=True):
                 layout = self._layout(store, take.rank)
                 shard = write_shard(
-                    store, order.name, staging.rank, generation, layout, staging.unique, staging.small, moved
+                    store,
+                    order.name,
+                    staging.rank,
+                    generation,
+                    layout,
+                    staging.unique,
+                    staging.small,
+                    moved,
+                    staging.verify,
                 )
                 try:
                     constants = self._constants(store, take, moved)

@@ -15,6 +15,10 @@ class Unreachable(DurableError):
     """The file system, or the network to it, has failed; what is there may be whole."""
 
 
+class Unreadable(DurableError):
+    """There are durable generations, and none that was asked for can be used: nothing begins from zero beside them."""
+
+
 class NoRoom(DurableError):
     """This node has no memory for what is durable, which may be whole."""
 

@@ -33,10 +33,22 @@ _BLOCK = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What lies in a durable directory: complete generations, newest first, and why others do not count."""
+    """What lies in a durable directory: complete generations, newest first, and why others do not count, by name."""
 
     complete: tuple[Manifest, ...]
-    damaged: tuple[str, ...]
+    damaged: dict[str, str]
+
+    @property
+    def broken(self) -> dict[int, str]:
+        """Generations that are there and cannot be used, newest first, and why."""
+        whole = {m.generation for m in self.complete}
+        numbers = {name: generation_of(name) for name in sorted(self.damaged, reverse=True)}
+        return {n: self.damaged[name] for name, n in numbers.items() if n is not None and n not in whole}
+
+    def __str__(self) -> str:
+        """Every generation that is there, newest first."""
+        there = {m.generation: "" for m in self.complete} | dict.fromkeys(self.broken, " (cannot be read)")
+        return ", ".join(f"{n}{there[n]}" for n in sorted(there, reverse=True)) or "none"
 
 
 def write_shard(
@@ -48,14 +60,16 @@ def write_shard(
     unique: memoryview,
     small: bytes,
     moved: Callable[[int], None] = lambda nbytes: None,
+    verify: Callable[[], None] = lambda: None,
 ) -> ShardFile:
     """Write one coordinate's file.
 
     Args:
         unique: the unique state as it lies in the vault, ``layout.unique_bytes`` bytes.
         moved: called with the bytes of each block that was written; what it raises ends the file.
+        verify: called when all is written, and before the file has its name; what it raises ends the file.
 
-    Raises OSError, and nothing is left of the file then.
+    Raises OSError, and the file is not there then, or goes with the attempt.
     """
     if len(unique) != layout.unique_bytes:
         raise DurableError(f"rank {rank}'s shard has {len(unique)} bytes, its layout says {layout.unique_bytes}")
@@ -69,6 +83,7 @@ def write_shard(
             told.update(block)
             nbytes += len(block)
             yield block
+        verify()
 
     _write(store, f"{directory}/{name}", blocks(), moved)
     return ShardFile(rank, name, nbytes, told.hexdigest(), layout.digest)
@@ -79,7 +94,8 @@ def write_constants(
 ) -> ConstantsFile:
     """Write what never changes, unless the store has it: its file is named after its content. As `write_shard`.
 
-    What the store has is read whole: a damaged file would stay for all generations that come.
+    What the store has is read whole: a damaged file would stay for all generations that come. One that cannot be read
+    may be whole, and is left alone.
     """
     told = xxhash.xxh3_128()
     nbytes = 0
@@ -89,8 +105,18 @@ def write_constants(
         nbytes += len(block)
     file = ConstantsFile(nbytes, told.hexdigest(), layout.digest)
     if not _has(store, file, moved):
-        _write(store, file.path, blocks, moved)
+        _write(store, file.path, _as_told(blocks, file), moved)
     return file
+
+
+def _as_told(blocks: Iterable[memoryview | bytes], file: ConstantsFile) -> Iterable[memoryview | bytes]:
+    """The blocks, which may change in memory after their digest was made. Raises DurableError."""
+    told = xxhash.xxh3_128()
+    for block in blocks:
+        told.update(block)
+        yield block
+    if told.hexdigest() != file.xxh3_128:
+        raise DurableError(f"{file.path} has changed in memory while it was written")
 
 
 def _has(store: Store, file: ConstantsFile, moved: Callable[[int], None]) -> bool:
@@ -102,8 +128,10 @@ def _has(store: Store, file: ConstantsFile, moved: Callable[[int], None]) -> boo
             while block := there.read(_BLOCK):
                 told.update(block)
                 moved(0)
-    except OSError:
-        return False  # if nothing can be written either, that is the error
+    except FileNotFoundError:
+        return False
+    except OSError as err:
+        raise OSError(f"{store.root}/{file.path} cannot be read: {err}") from None
     return told.hexdigest() == file.xxh3_128
 
 
@@ -158,7 +186,8 @@ def remove_attempt(store: Store, directory: str) -> None:
 def prune(store: Store, newest: str, keep: Sequence[str]) -> list[str]:
     """Remove what is older than ``newest`` and not to be kept: old generations, and attempts that never were sealed.
 
-    Returns what could not be removed and why; that is no reason to stop.
+    What has a manifest that cannot be read, of another version perhaps, is nobody's to remove. Returns what could not
+    be removed and why; that is no reason to stop.
     """
     limit = generation_of(newest)
     problems: list[str] = []
@@ -167,19 +196,28 @@ def prune(store: Store, newest: str, keep: Sequence[str]) -> list[str]:
         if generation is None or limit is None or name == newest or name in keep or generation > limit:
             continue
         try:
+            with contextlib.suppress(FileNotFoundError):
+                _manifest(store, name)
             remove_attempt(store, name)
+        except Damaged:
+            continue
         except OSError as err:
             problems.append(f"{store.root}/{name} could not be removed: {err}")
     return problems
 
 
-def read_manifest(store: Store, directory: str) -> Manifest:
-    """The manifest of one directory; its files must be there with their sizes. Raises Damaged, OSError."""
+def _manifest(store: Store, directory: str) -> Manifest:
     where = f"{store.root}/{directory}/{MANIFEST}"
     with contextlib.closing(store.open(f"{directory}/{MANIFEST}")) as file:
         manifest = decode_manifest(file.read(), where)
     if manifest.name != directory or manifest.generation != generation_of(directory):
         raise Damaged(f"{where} belongs to {manifest.name}")
+    return manifest
+
+
+def read_manifest(store: Store, directory: str) -> Manifest:
+    """The manifest of one directory; its files must be there with their sizes. Raises Damaged, OSError."""
+    manifest = _manifest(store, directory)
     files = {f"{directory}/{shard.file}": shard.nbytes for shard in manifest.shards}
     files |= {shard.constants.path: shard.constants.nbytes for shard in manifest.shards if shard.constants is not None}
     for name, nbytes in files.items():
@@ -193,7 +231,7 @@ def read_manifest(store: Store, directory: str) -> Manifest:
 def find(store: Store) -> Found:
     """All complete generations. What has no manifest was never finished and is passed over. Raises OSError."""
     complete: list[Manifest] = []
-    damaged: list[str] = []
+    damaged: dict[str, str] = {}
     for name in store.directories():
         if generation_of(name) is None:
             continue
@@ -202,9 +240,9 @@ def find(store: Store) -> Found:
         except FileNotFoundError:
             continue
         except DurableError as err:
-            damaged.append(str(err))
+            damaged[name] = str(err)
     complete.sort(key=lambda m: (m.generation, m.written), reverse=True)
-    return Found(tuple(complete), tuple(damaged))
+    return Found(tuple(complete), damaged)
 
 
 def _no_check() -> None:

@@ -95,7 +95,8 @@ class Manifest(_Value, frozen=True):
     """What a durable generation is, and what its files must be.
 
     ``job`` is what the training process told of itself: ``model`` (the arguments that decide what a shard is),
-    ``command`` (script, arguments and processes a node, for `deadpool export`) and ``versions``.
+    ``settings`` (others, which a job that goes on from it may have changed), ``command`` (script, arguments and
+    processes a node, for `deadpool export`) and ``versions``.
     """
 
     format: str

@@ -8,6 +8,8 @@ import xxhash
 
 from deadpool_megatron.vault import EMPTY, Arena, ChecksumMismatch, NotHeld, VaultError, Version
 
+from .errors import DurableError
+
 _COPY = 8 << 20
 
 
@@ -28,6 +30,8 @@ class Staging:
         self._view = memoryview(self._map)
         self.unique = self._view[:0]
         self.small = b""
+        self._sums: list[int] = []
+        self._chunk = 1
 
     @property
     def capacity(self) -> int:
@@ -61,10 +65,21 @@ class Staging:
             self._view[at : min(nbytes, at + _COPY)] = slot.unique[at : min(nbytes, at + _COPY)]
         if slot.turn != turn or not slot.complete:
             raise NotHeld(f"version {tuple(version)} of rank {self.rank} was overwritten while it was copied")
-        chunk = arena.chunk_bytes
-        if sums[0] != xxhash.xxh3_64_intdigest(small):
-            raise ChecksumMismatch(f"the small state of rank {self.rank}, {tuple(version)}, has changed in memory")
-        for index, at in enumerate(range(0, nbytes, chunk)):
-            if sums[1 + index] != xxhash.xxh3_64_intdigest(self._view[at : min(nbytes, at + chunk)]):
-                raise ChecksumMismatch(f"chunk {index} of rank {self.rank}, {tuple(version)}, has changed in memory")
+        self._sums, self._chunk = sums, arena.chunk_bytes
+        if changed := self._changed(self._view[:nbytes], small):
+            raise ChecksumMismatch(f"{changed} of rank {self.rank}, {tuple(version)}, has changed in memory")
         self.unique, self.small = self._view[:nbytes], small
+
+    def _changed(self, unique: memoryview, small: bytes) -> str:
+        """What is not as it was captured; empty when all is."""
+        if self._sums[0] != xxhash.xxh3_64_intdigest(small):
+            return "the small state"
+        for index, at in enumerate(range(0, len(unique), self._chunk)):
+            if self._sums[1 + index] != xxhash.xxh3_64_intdigest(unique[at : at + self._chunk]):
+                return f"chunk {index}"
+        return ""
+
+    def verify(self) -> None:
+        """Whether the copy is still what was captured: a drain may hold it for long. Raises DurableError."""
+        if changed := self._changed(self.unique, self.small):
+            raise DurableError(f"{changed} of the copy of rank {self.rank} has changed while it was written")

@@ -6,14 +6,28 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
-from .errors import DurableError, NotFit
+from .errors import DurableError, NotFit, Unreadable
 from .files import find
 from .lease import Lease, Owner, take
 from .store import LocalStore, Store, open_store
 
 _HANGS_S: Final = 20.0  # as long as an agent waits for a directory that cannot be read
+
+
+class Survey(NamedTuple):
+    """What a job finds.
+
+    Args:
+        usable: (generation, name) of those to begin with, newest first.
+        remarks: lines for the user.
+        others: generations that are there besides the one that was asked for.
+    """
+
+    usable: tuple[tuple[int, str], ...]
+    remarks: tuple[str, ...]
+    others: tuple[int, ...] = ()
 
 
 def open_directory(url: str) -> Store:
@@ -42,7 +56,7 @@ def _told_of_silence(url: str, say: Callable[[str], None]) -> Iterator[None]:
 
 def begin(
     url: str, owner: Owner | None, resume: str, world_size: int, newer_than: int, say: Callable[[str], None]
-) -> tuple[tuple[tuple[int, str], ...], Lease | None]:
+) -> tuple[Survey, Lease | None]:
     """A new job: make the directory its own, then look into it. Blocks for the disk, and for `take`.
 
     Args:
@@ -50,24 +64,24 @@ def begin(
         say: told lines for the user; other arguments as of `survey`.
 
     Returns:
-        (generation, name) of those to begin with, newest first, and the lease, which is kept.
+        what is there, and the lease, which is kept.
 
     Raises:
         DurableError, OSError; the directory is nobody's then.
     """
     with _told_of_silence(url, say):
-        store = open_directory(url)
+        store = open_store(url) if owner is None else open_directory(url)  # who only reads needs to write nothing
     lease = None if owner is None else take(store, owner, say)
     with contextlib.ExitStack() as on_error:
         if lease is not None:
             lease.keep()
             on_error.callback(lease.end)
         with _told_of_silence(url, say):
-            usable, remarks = survey(store, resume, world_size, newer_than, owner is not None)
+            found = survey(store, resume, world_size, newer_than, owner is not None)
         on_error.pop_all()
-    for remark in remarks:
+    for remark in found.remarks:
         say(remark)
-    return usable, lease
+    return found, lease
 
 
 def go_on(
@@ -109,9 +123,7 @@ def look_again(
     return ()
 
 
-def survey(
-    store: Store, resume: str, world_size: int, newer_than: int, writes: bool
-) -> tuple[tuple[tuple[int, str], ...], tuple[str, ...]]:
+def survey(store: Store, resume: str, world_size: int, newer_than: int, writes: bool) -> Survey:
     """Look once at the durable directory, before training. Blocks for the disk.
 
     Args:
@@ -120,43 +132,53 @@ def survey(
         newer_than: iteration of Megatron's checkpoint that the job would load otherwise, -1 for none.
         writes: the job will drain generations of its own there.
 
-    Returns:
-        (generation, name) of those to begin with, newest first, and lines for the user.
-
     Raises:
         DurableError: the directory cannot be used, or what is in it contradicts ``resume``; NotFit when it is another
-            layout's.
+            layout's, Unreadable when something is there and nothing of it can be used.
     """
     try:
         found = find(store)
     except OSError as err:
         raise DurableError(f"--deadpool-durable-dir {store.root} cannot be read: {err}") from None
-    remarks = [f"passed over: {line}" for line in found.damaged]
+    remarks = [f"passed over, and left as it is: {why}" for why in found.damaged.values()]
     complete = list(found.complete)
-    numbers = ", ".join(str(m.generation) for m in complete)
     if resume == "none":
-        if complete:
+        if complete or found.damaged:
             raise DurableError(
-                f"{store.root} holds the durable generations {numbers} of an earlier job: give --deadpool-resume auto "
-                "to go on from there, or another --deadpool-durable-dir to start anew"
+                f"{store.root} holds the durable generations {found} of an earlier job: give "
+                "--deadpool-resume auto to go on from there, or another --deadpool-durable-dir to start anew"
             )
-        return (), tuple(remarks)
+        return Survey((), ())
+    others: list[int] = []
     if resume != "auto":
-        wanted = [m for m in complete if m.generation == int(resume)]
+        wanted, asked = [m for m in complete if m.generation == int(resume)], int(resume)
+        if not wanted and asked in found.broken:
+            raise Unreadable(
+                f"durable generation {asked} cannot be read: {found.broken[asked]}; {store.root} has {found}: ask "
+                "for another one, or start with Megatron's last checkpoint (--load) and another --deadpool-durable-dir"
+            )
         if not wanted:
-            raise DurableError(f"{store.root} has no durable generation {resume}; it has {numbers or 'none'}")
+            raise DurableError(f"{store.root} has no durable generation {resume}; it has {found}")
         if writes and wanted[0].generation < complete[0].generation:
             raise DurableError(
                 f"{store.root} has generation {complete[0].generation} besides {resume}: the next job would go on from "
                 "that one; move what is newer than the one you want out of the directory"
             )
+        others = [m.generation for m in complete if m not in wanted]
         complete = wanted
-    if complete and complete[0].generation < newer_than:
+    newest = next(iter([m.generation for m in complete] or found.broken), -1)
+    if 0 <= newest < newer_than:
         remarks.append(
-            f"durable generation {complete[0].generation} in {store.root} is older than the checkpoint of iteration "
+            f"durable generation {newest} in {store.root} is older than the checkpoint of iteration "
             f"{newer_than} that --load names, so it is not used"
         )
-        return (), tuple(remarks)
+        return Survey((), tuple(remarks))
+    if not complete and found.damaged:
+        raise Unreadable(
+            f"{store.root} holds the durable generations {found}: {found.broken[newest]}; nothing begins "
+            "from zero beside them: put back what is missing, or start with Megatron's last checkpoint (--load) and "
+            "another --deadpool-durable-dir"
+        )
     if not complete:
         remarks.append(f"no durable generation in {store.root} yet: training begins as without it")
     elif complete[0].world_size != world_size:
@@ -166,4 +188,4 @@ def survey(
             "--load that"
         )
     fitting = [m for m in complete if m.world_size == world_size]
-    return tuple((m.generation, m.name) for m in fitting), tuple(remarks)
+    return Survey(tuple((m.generation, m.name) for m in fitting), tuple(remarks), tuple(others))

@@ -29,7 +29,7 @@ class Writing(Protocol):
         """All bytes are on stable storage and the file has its name. Raises OSError."""
 
     def abort(self) -> None:
-        """Leave nothing behind, as far as that can be had."""
+        """Leave nothing behind, as far as that can be had; never takes away what another writing has made."""
 
 
 class Reading(Protocol):
@@ -164,8 +164,9 @@ class LocalStore:
 class _LocalWriting:
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        # Nobody else's: of a shared directory processes of several containers may have one id.
+        self._temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+        self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._unsynced = 0
 
     def write(self, data: memoryview | bytes) -> None:
@@ -342,10 +343,14 @@ class _ObjectWriting:
             self._file.close()
 
     def abort(self) -> None:
-        """Give the upload up; where a driver cannot, remove what it made."""
+        """Give the upload up, and remove nothing: what has the name may be another writing's, and whole."""
+        from fsspec.spec import AbstractBufferedFile
+
+        uploads = isinstance(self._file, AbstractBufferedFile)  # others write under the name at once
         with contextlib.suppress(OSError), _as_os_errors(self._url):
-            if hasattr(self._file, "discard"):
+            if uploads:
                 self._file.discard()
             else:
                 self._file.close()
-            self._fs.rm_file(self._path)
+        if uploads:
+            self._file.closed = True  # or its destructor would end the upload with what there is

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -28,7 +29,7 @@ from deadpool_megatron.cluster.link.ports import once_free, patience_s
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, TERMINATE, WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, open_store
-from deadpool_megatron.durable import DurableError, Lease, begin, go_on, this_process
+from deadpool_megatron.durable import DurableError, Lease, Unreadable, begin, go_on, this_process
 from deadpool_megatron.launcher.processes import CoordinatorStart, DurableStart
 from deadpool_megatron.output import never_fails
 from deadpool_megatron.vault import VaultError
@@ -152,11 +153,12 @@ def _durable(start: DurableStart, world_size: int, job_id: str, again: bool) -> 
     """
     spec, owner = start.spec, this_process(job_id, start.launcher) if start.writes else None
     if again:
-        spec = replace(spec, job=f"{spec.job}r{os.getpid()}")  # its attempts are others than those of the one before
+        # Its attempts are others than those of any one before, in whatever container with its own process ids.
+        spec = replace(spec, job=f"{spec.job}r{secrets.token_hex(4)}")
         usable, lease = go_on(spec.directory, owner, world_size, _say)
-    else:
-        usable, lease = begin(spec.directory, owner, start.resume, world_size, start.newer_than, _say)
-    return replace(spec, complete=usable, resume=start.resume != "none"), lease
+        return replace(spec, complete=usable, resume=start.resume != "none"), lease
+    found, lease = begin(spec.directory, owner, start.resume, world_size, start.newer_than, _say)
+    return replace(spec, complete=found.usable, resume=start.resume != "none", others=found.others), lease
 
 
 def _say(line: str) -> None:
@@ -179,7 +181,7 @@ def _agent(settings: AgentSettings) -> int:
 
 
 def main() -> int:
-    never_fails()
+    never_fails(stands_still=False)  # the loop of a node, or of the job, has to go on
     role, settings = sys.argv[1], sys.stdin.buffer.read()
     try:
         if role == "coordinator":
@@ -187,7 +189,7 @@ def main() -> int:
         return _agent(msgspec.json.decode(settings, type=AgentSettings))
     except DurableError as err:
         print(f"deadpool: {err}", file=sys.stderr)
-        return Exit.USAGE
+        return Exit.GENERATION_LOST if isinstance(err, Unreadable) else Exit.USAGE
     except OSError as err:  # the process boundary: a directory or address the user named cannot be used
         print(f"deadpool: {role}: {err}", file=sys.stderr)
         return Exit.USAGE

@@ -206,7 +206,8 @@ def _durable(plan: LaunchPlan, job_id: str, alone: bool) -> DurableStart | None:
         c.preempt_deadline,
     )
     launcher = os.getpid() if alone else 0
-    return DurableStart(spec, c.resume, not c.export, launcher, _checkpoint_to_load(plan.arguments))
+    newer_than = -1 if c.export else _checkpoint_to_load(plan.arguments)  # an export is of what is durable
+    return DurableStart(spec, c.resume, not c.export, launcher, newer_than)
 
 
 def _checkpoint_to_load(arguments: Sequence[str]) -> int:

@@ -4,6 +4,6 @@ from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.comparison import Unequal
 from deadpool_megatron.megatron.faults import arm
 from deadpool_megatron.megatron.hooks import Hooks
-from deadpool_megatron.megatron.standby import follow_job, numa_node, warm_up
+from deadpool_megatron.megatron.standby import RunningJob, WarmUp, follow_job, numa_node, warm_up
 
-__all__ = ["Hooks", "Unequal", "UserError", "arm", "follow_job", "numa_node", "warm_up"]
+__all__ = ["Hooks", "RunningJob", "Unequal", "UserError", "WarmUp", "arm", "follow_job", "numa_node", "warm_up"]

@@ -33,7 +33,11 @@ PARTS: Final = (
     "small state",
 )
 _PROGRESS: Final = ("iteration", "consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
-_OWN: Final = frozenset(("eval_iters", "do_train", "do_valid", "do_test", *_PROGRESS))  # of ranks, or not settings
+# Of ranks, of the machine (made of how many processors it has), or not settings.
+_OWN: Final = frozenset(
+    ("eval_iters", "do_train", "do_valid", "do_test", "num_workers", "num_dataset_builder_threads", *_PROGRESS)
+)
+_LOGGERS: Final = ("wandb_", "mlflow_", "comet_", "one_logger_", "app_tag_")
 _PACKAGES: Final = ("torch", "megatron-core", "transformer-engine", "apex", "deadpool-megatron")
 
 
@@ -114,10 +118,16 @@ class Comparison:
 
 
 def _constant(settings: Mapping[str, Any]) -> int:
-    """What is the same for the whole job, but for paths: nodes may have their own."""
-    same = {k: v for k, v in settings.items() if k not in _OWN and not (isinstance(v, str) and "/" in v)}
+    """What is the same for the whole job. Not paths, of which nodes may have their own, and not what names the run in a
+    logger: a script may make that of the time, and a spare runs it later."""
+    same = {k: v for k, v in settings.items() if not (k in _OWN or k.startswith(_LOGGERS) or _is_path(k, v))}
     versions = {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
     return _hash(repr((sorted(same.items()), versions)).encode())
+
+
+def _is_path(name: str, value: Any) -> bool:
+    texts = [each for each in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(each, str)]
+    return any("/" in text for text in texts) or (bool(texts) and name.endswith(("_dir", "_path")))
 
 
 def _version(package: str) -> str:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -18,6 +18,9 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.megatron.host import Call, Fields
 from deadpool_megatron.snapshot import decode
 from deadpool_megatron.vault import SlotWriter, Version
+
+# What upstream's first call replaces by a number of its own (``--full-validation``), after it has used it.
+_REPLACED: Final = ("eval_iters",)
 
 
 class DataPosition:
@@ -38,10 +41,11 @@ class DataPosition:
         Raises VaultError when the vault does not hold it as it was written; nothing has been built then.
         """
         saved = None if at is None else _saved_args(at)
+        first = not self._calls
         self._calls.append(call)
         if saved is None:
             return call()
-        fields.put(saved)
+        fields.put(_found(saved, fields, first))
         iterators = _build(call)
         fields.put(saved)  # a spare's are not those that the others have agreed on by broadcast
         return iterators
@@ -53,12 +57,17 @@ class DataPosition:
         """
         saved = _saved_args(at)
         built: list[Any] = []
-        for call in self._calls:
-            fields.put(saved)
+        for number, call in enumerate(self._calls):
+            fields.put(_found(saved, fields, number == 0))
             with _alone():
                 built.append(_build(call))
         fields.put(saved)
         return [[each[0] for each in built], [each[1] for each in built]]
+
+
+def _found(saved: dict[str, Any], fields: Fields, first: bool) -> dict[str, Any]:
+    """What upstream's call has found at the start of the job, but for the position."""
+    return saved | {name: fields.settings[name] for name in _REPLACED if first and name in saved}
 
 
 def _saved_args(at: r.Generation) -> dict[str, Any]:

@@ -13,38 +13,8 @@ import torch
 
 from deadpool_megatron import __version__
 from deadpool_megatron.durable import Item, Layout
+from deadpool_megatron.megatron.same_model import model_of, other_settings
 from deadpool_megatron.snapshot import ShardPlan
-
-# Arguments that decide what a shard is: a durable generation fits a job only if all of them are the same.
-_MODEL: Final = (
-    "world_size",
-    "data_parallel_size",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "max_position_embeddings",
-    "padded_vocab_size",
-    "position_embedding_type",
-    "normalization",
-    "swiglu",
-    "add_bias_linear",
-    "untie_embeddings_and_output_weights",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "params_dtype",
-    "optimizer",
-    "use_distributed_optimizer",
-    "transformer_impl",
-)
 
 # The names that the safetensors format has for dtypes; bytes for any other.
 _DTYPES: Final[dict[torch.dtype, str]] = {
@@ -63,18 +33,22 @@ _DTYPES: Final[dict[torch.dtype, str]] = {
 }
 
 
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+def _module() -> str:
+    """By which name ``python -m`` was given the script; empty for a file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else ""
 
 
 def describe_job(args: Mapping[str, Any]) -> bytes:
-    """The job as JSON: ``model`` (what a shard depends on), ``command`` (for `deadpool export`), ``versions``."""
+    """The job as JSON: ``model`` and ``settings`` (`same_model`), ``command`` (for `deadpool export`), ``versions``."""
     return msgspec.json.encode(
         {
-            "model": {name: _plain(args.get(name)) for name in _MODEL},
+            "model": model_of(args),
+            "settings": other_settings(args),
             "command": {
                 "directory": os.getcwd(),
                 "script": sys.argv[0],
+                "module": _module(),
                 "arguments": sys.argv[1:],
                 "slots_per_node": int(os.environ["LOCAL_WORLD_SIZE"]),
             },

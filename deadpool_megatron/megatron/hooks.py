@@ -35,7 +35,7 @@ from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.muster import Muster, meet_before_launches, meet_before_replays
 from deadpool_megatron.megatron.registration import register_nothing
 from deadpool_megatron.megatron.reset import forget_strategies
-from deadpool_megatron.megatron.standby import publish_job
+from deadpool_megatron.megatron.standby import RunningJob, publish_job
 from deadpool_megatron.megatron.trainer import MegatronTrainer
 from deadpool_megatron.megatron.userbuffers import Userbuffers
 from deadpool_megatron.megatron.writers import Series
@@ -88,6 +88,7 @@ class Hooks:
     _in_pretrain: bool = False
     _rejoined: bool = False
     _groups: str = ""
+    _begun: float | None = None
     _series: Series = field(default_factory=Series)
 
     def install(self) -> None:
@@ -106,9 +107,9 @@ class Hooks:
     def _muster(self) -> Muster | None:
         return self.trainer.muster if self.trainer is not None else None
 
-    def learn_groups(self, table_digest: str) -> None:
-        """For a spare: the digest of the table of groups of those that train."""
-        self._groups = table_digest
+    def learn_job(self, job: RunningJob) -> None:
+        """For a spare: of those that train."""
+        self._groups, self._begun = job.groups, job.begun
 
     def look_for_neighbours(self, replaced: list[int]) -> None:
         """These ranks get new workers: this one ends where its kernels wait for one of them (`megatron.muster`). From
@@ -185,6 +186,8 @@ class Hooks:
         agreed = self.session.wait_generation(self.session.joined_epoch)
         if agreed.generation >= 0:
             self.durable = agreed
+            if agreed.note and torch.distributed.get_rank() == 0:
+                print(f"deadpool: {agreed.note}", flush=True)
         elif self.config.export:
             raise UserError(f"--deadpool-export: there is no durable generation in {self.config.durable_dir}")
         if self.config.export:
@@ -208,6 +211,8 @@ class Hooks:
                 return self._data.build(call, fields, self.durable)
         while True:
             agreed = self._agreed()
+            if self._begun is not None:
+                self.host.begun = self._begun
             try:
                 return self._data.build(call, fields, agreed)
             except VaultError as err:
@@ -263,7 +268,8 @@ class Hooks:
         restarts = waits_for_nodes(args, int(os.environ["LOCAL_WORLD_SIZE"]))
         trainer.register(can_rescue and not restarts, restarts)
         if trainer.rank == 0:
-            publish_job(self.connect, self.communicators.table_digest())
+            job = RunningJob(self.communicators.table_digest(), self.host.begun, dict(self.host.environment()))
+            publish_job(self.connect, job)
         if not self.standby:
             self.communicators.prepare(self.store())  # connecting takes seconds now and then: not in a recovery
         self.phase = "training"
@@ -355,8 +361,9 @@ class Hooks:
                 is_communication_error,
                 error,
             )
-        except UnexplainedError:
-            raise error if error is not None else UserError("the recovery was given up") from None
+        except UnexplainedError as given_up:
+            # This rank's own, or what broke the recovery with nobody to declare another: as it would end any worker.
+            raise error or given_up.__cause__ or given_up from None
         self.standby = False
         self._rejoined = True
         return declared

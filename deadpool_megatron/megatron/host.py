@@ -11,7 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from deadpool_megatron.compat import UserError
 
@@ -76,8 +76,10 @@ class Host(ABC):
     Attributes:
         upstream: the release that is known to have all that the hooks replace, for whoever lacks some of it.
         fields: there once `Hooks.initialize` has made its call, before a checkpoint is loaded.
+        brings_environment: the loop sets variables of the environment before it brings up the device.
     """
 
+    brings_environment: ClassVar[bool] = False
     upstream: str
     fields: Fields
 
@@ -89,6 +91,17 @@ class Host(ABC):
     @abstractmethod
     def args(self) -> Mapping[str, Any]:
         """Settings and counters of now, by the names of Megatron-LM's ``args``. Empty before there are any."""
+
+    @property
+    @abstractmethod
+    def begun(self) -> float:
+        """When the job began, in seconds since the epoch: its allotted time (``--exit-duration-in-mins``) runs from
+        there. A process that comes later is given that of the others: it is no part of a generation, which may be
+        taken up by another job."""
+
+    @begun.setter
+    @abstractmethod
+    def begun(self, seconds: float) -> None: ...
 
     @property
     @abstractmethod
@@ -109,6 +122,10 @@ class Host(ABC):
     @abstractmethod
     def async_saves(self) -> Any:
         """The queue of asynchronous checkpoints (megatron.core's ``AsyncCallsQueue``); None where there is none."""
+
+    def environment(self) -> dict[str, str]:
+        """The variables that this job's loop sets where they are not set yet."""
+        return {}
 
     def arguments_for_script(self, arguments: list[str]) -> list[str]:
         """What of them the script's own parser knows."""

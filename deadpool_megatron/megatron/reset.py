@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Any
+from typing import Any, Final
 
 import torch
 from megatron.core import rerun_state_machine, utils
@@ -20,6 +20,12 @@ from deadpool_megatron.megatron.low_precision import forget_broken_step
 from deadpool_megatron.megatron.optimizer_state import derive_parameters, members
 from deadpool_megatron.megatron.sums import clear_sums
 from deadpool_megatron.megatron.unique_state import UniqueState
+
+_CALLERS: Final = ("persistent_caller", "_warmup_persistent_caller")  # of a queue of nvidia-resiliency-ext
+_WRITERS: Final = (
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "nvidia_resiliency_ext.checkpointing.async_ckpt.filesystem_async",
+)
 
 
 def reset_after_abort(host: Host, model: list[Any], optimizer: Any) -> None:
@@ -38,9 +44,11 @@ def reset_after_abort(host: Host, model: list[Any], optimizer: Any) -> None:
         with contextlib.suppress(KeyError):
             del one.__dict__["step"]
     clear_sums()
+    forget_write_results()
     host.unwind(config)
     if args["log_straggler"]:
         _reset_straggler_detector(args["disable_straggler_on_startup"])
+    _end_profile(bool(args.get("use_pytorch_profiler")))
     _forget_offloading()
     _forget_paged_stash(model)
     forget_broken_step(model)
@@ -70,6 +78,15 @@ def _reset_straggler_detector(off: bool) -> None:
         print(
             f"deadpool: the straggler detector is {state} again, as --log-straggler began; switch it anew", flush=True
         )
+
+
+def _end_profile(of_torch: bool) -> None:
+    """Of ``--profile``: the next ``train`` knows nothing of what this one has begun. Torch does not begin ranges for
+    nsys twice, and its own profiler would go on to fill the host's memory until a new one begins to record."""
+    kinds = torch._C._profiler.ActiveProfilerType
+    begun = torch._C._autograd._profiler_type()
+    if begun == kinds.NVTX or (begun == kinds.KINETO and of_torch):
+        torch.autograd.profiler.emit_nvtx().__exit__(None, None, None)  # of either kind
 
 
 def _forget_offloading() -> None:
@@ -151,6 +168,8 @@ def end_unfinished_saves(queue: Any, rank: int) -> None:
     if queue is None:
         return
     dropped = list(queue.async_calls)
+    for caller in (*(call.async_caller for call in dropped), *(getattr(queue, name, None) for name in _CALLERS)):
+        _kill(caller)
     for call in dropped:
         call.async_caller.close(abort=True)
     queue.async_calls.clear()
@@ -162,6 +181,37 @@ def end_unfinished_saves(queue: Any, rank: int) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _kill(caller: Any) -> None:
+    """End the process of a persistent caller of nvidia-resiliency-ext, and wait for nothing: its own ``close`` waits
+    half a minute and then for ever, and who is in its step for longer than ``--deadpool-abort-deadline`` is lost.
+
+    Its queues first, as there: what they hold of the device is given back before the other end is gone.
+    """
+    if getattr(caller, "process", None) is None or not hasattr(caller, "comp_q"):  # megatron.core's kills, and goes on
+        return
+    for queue in (caller.queue, caller.preload_q, caller.comp_q):
+        queue.cancel_join_thread()
+        queue.close()
+    caller.process.kill()
+    caller.process = None
+
+
+def forget_write_results() -> None:
+    """Let what was written into a checkpoint that broke off not be taken for what is written into the next one.
+
+    Writers of either kind of strategy, within this process (checkpoints that wait) or beside it, give what they wrote
+    to one queue a process, and each save takes the oldest. A new queue, since a writer that was ended may still be
+    putting something into this one; of the same server, since another one takes seconds to start.
+    """
+    for name in _WRITERS:
+        module: Any = sys.modules.get(name)
+        queue = getattr(module, "_results_queue", None)
+        if queue is not None:
+            module._results_queue = None  # where the server is gone the next save starts one
+            with contextlib.suppress(OSError, EOFError):
+                module._results_queue = queue._manager.Queue()
 
 
 def forget_strategies(context: dict[str, Any]) -> None:

@@ -35,8 +35,10 @@ from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore
 _LOGGED: Final = 256  # sums of losses that are staged; Megatron has a handful
 # Buffers that follow from the model's config alone and are large: tables of rotary embeddings (YarnRotaryEmbedding).
 _DERIVED: Final = frozenset(("cos_cached", "sin_cached"))
-# What the rerun state machine counts from iteration to iteration; its reports are collectives at every Nth.
-_RERUN: Final = ("current_iteration", "large_value_counts", "max_values")
+# What the rerun state machine knows from iteration to iteration: its reports are collectives at every Nth, and results
+# of the first one in a process are not looked at.
+_RERUN: Final = ("current_iteration", "first_iteration_complete", "large_value_counts", "max_values")
+_LATER: Final = frozenset(("rerun.first_iteration_complete",))  # generations of older versions do not have them
 
 
 class _Staged:
@@ -130,9 +132,9 @@ class _Staged:
 
 
 def unlike(one: bytes, other: bytes) -> list[str]:
-    """In what two captures differ, by name; how long an interval has lasted is not part of the state."""
+    """In what a capture and a later one differ, by name; how long an interval has lasted is not part of the state."""
     states = [_leaves(decode(data) | {"interval_s": 0.0}) for data in (one, other)]
-    names = states[0].keys() | states[1].keys()
+    names = states[0].keys() | states[1].keys() - (_LATER - states[0].keys())
     return sorted(name for name in names if states[0].get(name) != states[1].get(name))
 
 
@@ -218,7 +220,7 @@ class SmallState:
                 "first_module": first_module(),
                 "registered": registered(self._scaled),
                 "interval_s": _interval_s(self._host),
-                "rerun": {name: getattr(get_rerun_state_machine(), name) for name in _RERUN},
+                "rerun": _rerun(),
             }
         )
 
@@ -242,8 +244,7 @@ class SmallState:
         self.logged_before = state["logged_before"]
         # train() starts it again where it was stopped: what it prints is divided by all iterations of the interval.
         self._host.timers("interval-time", log_level=0)._elapsed = state["interval_s"]
-        for name, value in state["rerun"].items():
-            setattr(get_rerun_state_machine(), name, value)
+        _put_rerun(state["rerun"])
         update_num_microbatches(self._host.args["consumed_train_samples"], consistency_check=False)
 
 
@@ -251,6 +252,17 @@ def _interval_s(host: Host) -> float:
     """Seconds since the last line of the log, of which upstream prints the mean of an iteration."""
     timer = host.timers("interval-time", log_level=0)
     return float(timer._elapsed + (time.time() - timer._start_time if timer._started else 0.0))
+
+
+def _rerun() -> dict[str, Any]:
+    machine = get_rerun_state_machine()
+    return {name: getattr(machine, name) for name in _RERUN}
+
+
+def _put_rerun(saved: dict[str, Any]) -> None:
+    machine = get_rerun_state_machine()
+    for name, value in saved.items():
+        setattr(machine, name, value)
 
 
 def _as_state(data: bytes) -> torch.Tensor:

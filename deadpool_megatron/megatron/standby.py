@@ -5,15 +5,15 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
-import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import torch
 from torch.distributed import Store
 
@@ -28,14 +28,55 @@ _LOOK_S, _AGAIN_S = 5.0, 1.0  # between looks whether it is still there; until a
 
 
 def warm_up(script: str, host: Host) -> None:
-    """Import what the script imports, bring up the device, and run once what is slow the first time.
+    """Import what the script imports, bring up the device, and run once what is slow the first time."""
+    _import_all(script)
+    _bring_up(host)
 
-    That is NCCL with its first communicator, the optimizer's lazy import of torch._dynamo (3 s), a first backward pass,
-    and what the host knows of.
+
+class WarmUp:
+    """That of a parked spare, with the environment of those that train.
+
+    Where their loop sets variables before it brings up the device (`Host.brings_environment`), this one's device, with
+    its allocator and NCCL, comes up when they are known and set: they are read then, and not again.
     """
+
+    def __init__(self, script: str, host: Host) -> None:
+        self._script, self._host = script, host
+        self._one_at_a_time = threading.Lock()  # imports of two threads could meet half-way
+        self._taking_over = False
+
+    def begin(self) -> None:
+        """All that may be warm at once."""
+        with self._one_at_a_time:
+            _import_all(self._script)
+            if not self._host.brings_environment:
+                _bring_up(self._host)
+
+    def learn(self, environment: Mapping[str, str]) -> bool:
+        """What the loop of those that train has set; whether the device came up for it. From another thread."""
+        with self._one_at_a_time:
+            if self._taking_over or not self._host.brings_environment:
+                return False
+            for name, value in environment.items():
+                os.environ.setdefault(name, value)  # as the loop does: what the launcher says comes first
+            _bring_up(self._host)
+            return True
+
+    def end(self) -> None:
+        """The take-over begins, once what is under way is done; the script does the rest in its own order."""
+        with self._one_at_a_time:
+            self._taking_over = True
+
+
+def _import_all(script: str) -> None:
     for name in _imports_of(script):
         with contextlib.suppress(ImportError):  # the script may import it only under a condition
             importlib.import_module(name)
+
+
+def _bring_up(host: Host) -> None:
+    """The device, NCCL with its first communicator, the optimizer's lazy import of torch._dynamo (3 s), a first
+    backward pass, and what the host knows of."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if torch.distributed.is_nccl_available() and not emulation.is_installed():
@@ -59,8 +100,9 @@ def _imports_of(script: str) -> list[str]:
 
 
 def numa_node() -> int:
-    """The NUMA node of this rank's device, or of the processors this process is bound to; -1 when neither says one."""
-    if torch.cuda.is_available() and not emulation.is_installed():
+    """The NUMA node of this rank's device, once that is up, or of the processors this process is bound to; -1 when
+    neither says one."""
+    if torch.cuda.is_initialized() and not emulation.is_installed():
         device = torch.cuda.get_device_properties(torch.cuda.current_device())
         at = [int(getattr(device, name, -1)) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
         node = numa_node_of_device(f"{at[0]:04x}:{at[1]:02x}:{at[2]:02x}.0") if min(at) >= 0 else -1
@@ -69,13 +111,29 @@ def numa_node() -> int:
     return numa_node_of_process()
 
 
-def publish_job(store: Callable[[], Store], table_digest: str) -> None:
-    """Tell the spares which modules a worker that trains has imported by now, and which groups it has made.
+class RunningJob(msgspec.Struct, frozen=True):
+    """What spares are told of the job.
+
+    Attributes:
+        groups: the digest of the table of groups that its workers have made.
+        begun: when it began, as `Host.begun`.
+        environment: the variables that its loop has set.
+        modules: what a worker that trains has imported by now.
+    """
+
+    groups: str
+    begun: float
+    environment: dict[str, str]
+    modules: list[str] = []
+
+
+def publish_job(store: Callable[[], Store], job: RunningJob) -> None:
+    """Tell the spares of the job, and which modules this process has imported.
 
     A thread keeps it told, since the store forgets it when it is started again. ``store`` makes a client of its own.
     """
     names = sorted(n for n, m in sys.modules.items() if m is not None and n.split(".")[0] in _PACKAGES)
-    text = json.dumps({"modules": names, "groups": table_digest})
+    text = msgspec.json.encode(msgspec.structs.replace(job, modules=names)).decode()
 
     def work() -> None:
         client: Store | None = None
@@ -92,10 +150,10 @@ def publish_job(store: Callable[[], Store], table_digest: str) -> None:
     threading.Thread(target=work, name="deadpool-publish", daemon=True).start()
 
 
-def follow_job(store: Callable[[], Store], learn_groups: Callable[[str], None]) -> None:
-    """Import what the others have imported, in a thread, once it is known. ``store`` makes a client of its own.
+def follow_job(store: Callable[[], Store], learn: Callable[[RunningJob], None]) -> None:
+    """Import what the others have imported, in a thread, once it is known; ``learn`` is told before.
 
-    ``learn_groups`` is told the digest of their table of groups.
+    ``store`` makes a client of its own.
     """
 
     def work() -> None:
@@ -103,11 +161,11 @@ def follow_job(store: Callable[[], Store], learn_groups: Callable[[str], None]) 
             with contextlib.suppress(RuntimeError):  # the server is away, or has moved
                 client = store()
                 client.wait([_KEY], _PARKED)
-                job = json.loads(client.get(_KEY))
+                job = msgspec.json.decode(client.get(_KEY), type=RunningJob)
                 break
             time.sleep(_AGAIN_S)
-        learn_groups(job["groups"])
-        for name in job["modules"]:
+        learn(job)
+        for name in job.modules:
             if name not in sys.modules:
                 # A module may refuse here what it accepted there (another platform, an option): then it stays cold.
                 with contextlib.suppress(ImportError, RuntimeError, AttributeError):

@@ -81,3 +81,36 @@ def never_fails(writer: Any, clock: Callable[[], float] = time.monotonic) -> Non
     for name in dir(writer):
         if name.startswith("add_") or name in ("flush", "close"):
             setattr(writer, name, guarded(getattr(writer, name)))
+
+
+def may_be_missing(holder: Any, name: str, taking_over: Callable[[], bool]) -> None:
+    """Let a spare go without a logger that ``name`` of ``holder`` (a function, or a property) cannot make.
+
+    It is made inside of a take-over, for which all others wait: where the service is away, this spare would fail, and
+    the next one, too. One that failed is not tried again; who begins with the job fails as ever.
+    """
+    what = vars(holder)[name]
+    make: Callable[..., Any] = what.fget if isinstance(what, property) else what  # type: ignore[assignment]
+    missing = False
+
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        nonlocal missing
+        if missing:
+            return None
+        try:
+            return make(*args, **kwargs)
+        except Exception as err:
+            if not taking_over():
+                raise
+            missing = True
+            said = (str(err).splitlines() or [type(err).__name__])[0]
+            print(f"deadpool: this spare goes without what {name} makes: {said}", file=sys.stderr, flush=True)
+            return None
+
+    setattr(holder, name, property(made) if isinstance(what, property) else made)
+
+
+def is_over(wandb: Any) -> bool:
+    """Weights & Biases' run of this process is finished, and writing to it is an error."""
+    return wandb is not None and getattr(wandb, "run", wandb) is None

@@ -110,8 +110,9 @@ def _how_long(r: Recovery) -> str:
 
 def _what_is_left(r: Recovery, story: Story) -> str:
     again = story.committed_epoch >= r.epoch and story.committed >= (r.generation or 0)
+    where = "every shard in more than one vault" if len(story.active) > 1 else "all of it on one node"
     shards = (
-        f"generation {story.committed} is committed again, every shard in more than one vault"
+        f"generation {story.committed} is committed again, {where}"
         if again
         else "until the next generation is committed, the loss of another node may lose shards"
     )

@@ -195,7 +195,7 @@ class Story:
             self.lost.discard(event["node"])
         elif name == "parked":
             self.parked.add(event["node"])
-        elif name == "drained":
+        elif name == "left":
             self._leaves(event["node"])
         elif name == "committed":
             self.committed = event.get("iteration", self.committed)

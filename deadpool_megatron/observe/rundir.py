@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ import msgspec
 
 from deadpool_megatron.observe.narrative import paragraph
 from deadpool_megatron.observe.recoveries import Story
+from deadpool_megatron.output import Aside
 
 STATUS: Final = "status.json"
 EVENTS: Final = "events.jsonl"
@@ -33,7 +35,11 @@ ATTEMPTS: Final = "attempts"
 _COLUMNS: Final = 80
 _AT_ONCE: Final = 1 << 16
 _MOST_WAITING: Final = 16 << 20
-_NODE_LOG: Final = 32 << 20  # bytes of a node's log; then it becomes the ``.old`` one
+_NODE_LOG: Final = 32 << 20
+_PATIENCE_S: Final = 1.0
+_SAY_AFTER_S: Final = 10.0
+_LAST_S: Final = 10.0
+_MOST_LINES: Final = 10_000  # of a node's log, that wait
 
 
 class RunDirectory:
@@ -45,19 +51,27 @@ class RunDirectory:
 
     Args:
         fresh: put an older run's files into ``attempts/N``; else go on with what is there.
+        aside: write on a thread of its own. While the file system hangs nobody waits for that, and what is noted waits
+            as for a full disk.
     """
 
-    def __init__(self, path: str | Path, fresh: bool = True) -> None:
+    def __init__(self, path: str | Path, fresh: bool = True, aside: bool = False) -> None:
         self.path = Path(path).absolute()
         (self.path / LOGS).mkdir(parents=True, exist_ok=True)
         if fresh:
             self._put_away()
+        self._own = os.urandom(4).hex()  # a coordinator of another container may have this one's process id
         self._events: int | None = None
         if fresh:
             self._open_events()  # else it may have become read-only: what is noted waits
         # Of events, not written yet; may begin in the middle of a line, or end one that a dead writer has left.
         self._waiting = bytearray(b"\n" if _is_cut(self.path / EVENTS) else b"")
         self._dropped = 0
+        self._newest: dict[str, bytes] = {}  # by file that is replaced as a whole, what is to be in it
+        self._told: list[str] = []  # of recoveries, not written yet
+        self._lock = threading.Lock()  # of all that waits; never held while anything is written
+        self._aside = Aside("run directory", 1, _PATIENCE_S) if aside else None
+        self._hangs = False
         self._failing: set[str] = set()  # files that could not be written the last time
         self._story = Story()
         self._job: dict[str, Any] = {}
@@ -92,46 +106,46 @@ class RunDirectory:
         After each recovery a paragraph on it goes to ``recoveries.log`` and to stderr.
         """
         record = {"t": time.time(), "event": event, **fields}
-        if len(self._waiting) < _MOST_WAITING:
-            self._waiting += json.dumps(record).encode() + b"\n"
-        else:
-            self._dropped += 1
-        if len(self._waiting) > _AT_ONCE and EVENTS not in self._failing:
-            self.flush()
+        line = json.dumps(record).encode() + b"\n"
+        with self._lock:
+            if len(self._waiting) < _MOST_WAITING:
+                self._waiting += line
+            else:
+                self._dropped += 1
         done = self._story.take(record)
         if done is not None:
             text = paragraph(done, len(self._story.recoveries), self._story)
             wrapped = textwrap.fill(text, _COLUMNS, break_long_words=False, break_on_hyphens=False)
-            with self._trying(RECOVERIES):
-                self._append(wrapped + "\n\n")
+            with self._lock:
+                self._told.append(wrapped + "\n\n")
             done.steps.clear()  # of thousands of nodes, in thousands of recoveries; the events have them
             print(wrapped, file=sys.stderr, flush=True)
+        if len(self._waiting) > _AT_ONCE and EVENTS not in self._failing:
+            self.flush()
 
     def flush(self) -> None:
-        """Write out all events so far."""
-        with self._trying(EVENTS):
-            while self._waiting:
-                del self._waiting[: self._write(self._waiting[:_AT_ONCE])]
-            if self._dropped:
-                dropped, self._dropped = self._dropped, 0
-                self.event("unwritten", lines=dropped)
+        """Write out all so far."""
+        if self._aside is None:
+            self._write_out()
+            return
+        if self._waiting or self._dropped or self._newest or self._told:
+            self._aside.do(self._write_out)  # (where one waits to be done already, it takes all)
+        if not self._hangs and self._aside.held_up_s > _SAY_AFTER_S:
+            self._hangs = True
+            print(f"deadpool: {self.path} does not answer; training goes on", file=sys.stderr)
 
     def status(self, status: dict[str, Any]) -> None:
-        """Replace ``status.json`` in one step: a reader sees the old or the new one, never a part."""
-        with self._trying(STATUS):
-            self._replace(STATUS, status, 0o644)
-        if JOB in self._failing:
-            self.job(self._job, again=True)
+        """Replace ``status.json`` in one step: a reader sees the old or the new one, never a part.
+
+        Before the events that are noted from now on: who reads of one of them finds in it what it has led to.
+        """
+        self._renew(STATUS, status)
 
     def error(self, code: int, message: str) -> None:
         """Write ``error.json``, as torchrun writes the error of the first rank that failed."""
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        with self._trying(ERROR):
-            self._replace(
-                ERROR,
-                {"message": {"message": message.partition("\n")[0], "extraInfo": extra, "errorCode": code}},
-                0o644,
-            )
+        told = {"message": message.partition("\n")[0], "extraInfo": extra, "errorCode": code}
+        self._renew(ERROR, {"message": told})
 
     def job(self, job: dict[str, Any], again: bool = False) -> None:
         """Write ``job.json``, for the owner's eyes only. Raises OSError: without it nobody can reach the job.
@@ -140,7 +154,44 @@ class RunDirectory:
         """
         self._job = job
         with self._trying(JOB) if again else contextlib.nullcontext():
-            self._replace(JOB, job, 0o600)
+            self._replace(JOB, _json(job), 0o600)
+
+    def _renew(self, name: str, content: dict[str, Any]) -> None:
+        text = _json(content)
+        with self._lock:
+            self._newest[name] = text
+        self.flush()
+
+    def _write_out(self) -> None:
+        with self._lock:
+            newest, self._newest = self._newest, {}
+            told, self._told = self._told, []
+            count = len(self._waiting)
+        for name, text in newest.items():
+            with self._trying(name):
+                self._replace(name, text, 0o644)
+        if STATUS in newest and JOB in self._failing:
+            self.job(self._job, again=True)
+        for recovery in told:
+            with self._trying(RECOVERIES):
+                self._append(recovery)
+        with self._trying(EVENTS):
+            self._write_events(count)
+
+    def _write_events(self, count: int) -> None:
+        """The first ``count`` bytes of what waits, and how many events had no room to."""
+        while count:
+            with self._lock:
+                some = self._waiting[: min(count, _AT_ONCE)]
+            written = self._write(some)
+            count -= written
+            with self._lock:
+                del self._waiting[:written]
+                if not count and self._dropped:
+                    record = {"t": time.time(), "event": "unwritten", "lines": self._dropped}
+                    self._dropped = 0
+                    self._waiting += json.dumps(record).encode() + b"\n"
+                    count = len(self._waiting)
 
     def _write(self, data: bytearray) -> int:
         """Some of it, to the events; how many bytes."""
@@ -150,11 +201,10 @@ class RunDirectory:
         with open(self.path / RECOVERIES, "a") as f:
             f.write(text)
 
-    def _replace(self, name: str, content: dict[str, Any], mode: int) -> None:
-        temporary = self.path / f".{name}.{os.getpid()}"
-        text = msgspec.json.format(msgspec.json.encode(content), indent=1)  # (twenty times as fast as json's)
+    def _replace(self, name: str, text: bytes, mode: int) -> None:
+        temporary = self.path / f".{name}.{self._own}"
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as f:
-            f.write(text + b"\n")
+            f.write(text)
         os.replace(temporary, self.path / name)
 
     @contextlib.contextmanager
@@ -173,9 +223,14 @@ class RunDirectory:
                 print(f"deadpool: {self.path / name} is written again", file=sys.stderr)
 
     def close(self) -> None:
+        """Write out the last; a file system that hangs has some seconds."""
         self.flush()
-        if self._events is not None:
+        if (self._aside is None or self._aside.settle(_LAST_S)) and self._events is not None:
             os.close(self._events)
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"  # (twenty times as fast as json's)
 
 
 def _is_cut(path: Path) -> bool:
@@ -248,9 +303,15 @@ class NodeLog:
     The events have what concerns the whole job; here is what would be too much for them: every shard's snapshot and its
     way to the peer. Both have the same shape (``t`` in unix seconds, ``event``, further fields). What a full or
     read-only disk has no room for is lost.
+
+    Args:
+        limit: bytes; then it becomes the ``.old`` one.
+        aside: write on a thread of its own, and nobody waits for it; what is too much to wait for a file system that
+            hangs is lost.
     """
 
-    def __init__(self, directory: str | Path, node: int, limit: int = _NODE_LOG) -> None:
+    def __init__(self, directory: str | Path, node: int, limit: int = _NODE_LOG, aside: bool = False) -> None:
+        self._aside = Aside("node log", _MOST_LINES) if aside else None
         self.path = Path(directory) / f"node-{node}.jsonl"
         self._limit = limit
         self._node = node
@@ -259,18 +320,28 @@ class NodeLog:
     def write(self, event: str, **fields: Any) -> None:
         """Append one line; ``t`` is now unless given."""
         line = json.dumps({"t": time.time(), "event": event, "node": self._node, **fields})
+        if self._aside is None:
+            self._append(line)
+        else:
+            self._aside.do(lambda: self._append(line))
+
+    def _append(self, line: str) -> None:
         try:
             if self._file is None:
                 self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the life of the agent
             self._file.write(line + "\n")
             if self._file.tell() > self._limit:
-                self.close()
+                self._end()
                 os.replace(self.path, f"{self.path}.old")
         except OSError:
             return  # a log that cannot be written must not end a node
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; one that hangs has some seconds."""
+        if self._aside is None or self._aside.settle(_LAST_S):
+            self._end()
+
+    def _end(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             with contextlib.suppress(OSError):

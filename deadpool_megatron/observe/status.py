@@ -31,7 +31,8 @@ _ALARMS: Final = ("straggler", "damaged", "unlike", "no_room", "durable_failed",
 _REFRESH_S = 0.25
 # Seconds without a new status after which a coordinator whose process is not there is gone, and any other one too.
 _GONE_S: Final = (10.0, 120.0)
-_QUIET: Final = frozenset({"iteration", "committed", "step", "evaluated", "logged"})
+_CLOCKS_S: Final = 24 * 3600.0  # the clocks of two hosts differ by less, whatever time zone one was set to
+_QUIET: Final = frozenset({"iteration", "committed", "step", "evaluation"})
 _WORDS: Final = ("node", "ranks", "cause", "reason", "iteration", "message", "directory", "code", "advice", "fault")
 
 
@@ -113,6 +114,8 @@ class JobView:
         self._tail = EventTail(run_dir)
         self._begin()
         self._written = 0  # when the status was, in nanoseconds
+        self._same_since = time.monotonic()  # as far as this view has looked
+        self._seen_to_change = False
         self.refresh()
 
     def _begin(self) -> None:
@@ -130,7 +133,8 @@ class JobView:
             if changed:
                 self.status = json.loads(path.read_text())
                 self.nodes = nodes_of(self.status)
-                self._written = written
+                self._seen_to_change = self._written > 0
+                self._written, self._same_since = written, time.monotonic()
         except OSError as err:
             raise NoStatus(f"no status at {path}: {err.strerror}; name a job's directory with --run-dir") from None
         run = self._tail.inode
@@ -154,8 +158,17 @@ class JobView:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the coordinator wrote the status; while it lives it does so every few seconds."""
+        """Seconds since the coordinator wrote the status; while it lives it does so every few seconds.
+
+        By the clock, but for one on another host, where the clock may be another, as soon as it was seen to do so.
+        """
+        if self._seen_to_change and not self._is_here:
+            return time.monotonic() - self._same_since
         return max(0.0, time.time() - float(self.status["t"]))
+
+    @property
+    def _is_here(self) -> bool:
+        return bool(self.status.get("coordinator_host", "") == socket.gethostname())
 
     @property
     def overdue(self) -> bool:
@@ -168,8 +181,10 @@ class JobView:
         pid, host = self.status.get("coordinator_pid"), self.status.get("coordinator_host", "")
         if self.status["phase"] == "ended" or self.silent_s < _GONE_S[0]:
             return ""
-        known = pid is not None and host == socket.gethostname()
-        if (known and not _alive(pid)) or (self.overdue and self.silent_s > _GONE_S[1]):
+        known = pid is not None and self._is_here
+        by_clock = self._is_here or self.silent_s > _CLOCKS_S
+        silent_s = self.silent_s if by_clock else time.monotonic() - self._same_since
+        if (known and not _alive(pid)) or (self.overdue and silent_s > _GONE_S[1]):
             where = f"process {pid} on {host or 'an unknown host'}"
             return f"its coordinator ({where}) has not written for {_age(self.silent_s)}"
         return ""
@@ -189,7 +204,7 @@ class JobView:
             return f"{text}; when fully redundant: {said['tolerated']}"
         if self.story.committed_epoch < self.status["epoch"] or self.status["generation"]["committed"] < 0:
             return "not complete: no generation of this epoch is committed yet"
-        return "every shard is in two vaults; any one node may be lost"
+        return "none: one node has all copies (--alone)"
 
     def as_json(self) -> dict[str, Any]:
         """The status with what the events add: pace, protection, recoveries, last events."""
@@ -299,7 +314,8 @@ class JobView:
         if self.over:
             return out
         if self.overdue:
-            out.append(Text(f"nothing new for {_age(self.silent_s)}: does the coordinator run?", "bold red"))
+            by = "" if self._seen_to_change or self._is_here else " by this host's clock"
+            out.append(Text(f"nothing new for {_age(self.silent_s)}{by}: does the coordinator run?", "bold red"))
         if behind := self.status.get("behind"):
             lost = f"{count_text(behind['iterations'], 'iteration')}, {seconds_text(behind['seconds'])}"
             out.append(

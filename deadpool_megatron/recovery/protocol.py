@@ -132,7 +132,7 @@ def rejoin(
             raise UnexplainedError
     declared = session.wait_declared(patience.declare)
     if declared is None:
-        raise UnexplainedError
+        raise UnexplainedError("no epoch was declared in time")
     while True:
         epoch = declared.epoch
         try:

@@ -17,23 +17,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import msgspec
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.output import Aside
 
 _MAX_PACKET = 1 << 17
 _PART = 1 << 16
 _AGENT_LOST = 81
 _ANSWER_S = 120.0
+_LAST_WORDS_S = 1.0
+_ROOM_S = 10.0  # longer than an agent that checksums is busy
 _CLEAR_S = 3.0  # a GiB of a shard, which has two slots: five times what it takes
 
 
@@ -90,6 +94,7 @@ class Session:
         self.armed: tuple[r.Fault, ...] = ()
         self.hold: r.Hold | None = None
         self._told_to_wait = 0.0
+        self._agent_reads = True
         self._on_arm: Callable[[r.Fault], None] = lambda fault: None
         self.is_waiting: Callable[[], bool] = lambda: False
         self.on_exit_notice: Callable[[], None] = lambda: None
@@ -107,8 +112,7 @@ class Session:
             except OSError:
                 packet = b""
             if not packet:
-                print("deadpool: the agent of this node is gone; this worker ends", file=sys.stderr, flush=True)
-                os._exit(_AGENT_LOST)
+                _leave(_AGENT_LOST, "deadpool: the agent of this node is gone; this worker ends")
             self._take(r.decode_to_worker(packet))
 
     def _take(self, record: r.WorkerTold) -> None:
@@ -151,8 +155,7 @@ class Session:
                     self._told_to_wait = time.monotonic()
                 case r.Stop():
                     # Only a worker that its agent has not started is told; the others are ended by signal.
-                    sys.stdout.flush()
-                    os._exit(record.code)
+                    _leave(record.code)
             self._news.notify_all()
 
     # ---- the training thread
@@ -176,10 +179,30 @@ class Session:
                 on_arm(fault)
 
     def tell(self, record: msgspec.Struct) -> None:
-        """Send one record to the agent; it is in the kernel when this returns."""
+        """Send one record to the agent; it is in the kernel when this returns.
+
+        An agent that reads nothing for long does not stop training: news that the next of their kind take the place of
+        are dropped then.
+        """
         points.reach_record("worker", record)
+        packet = r.encode(record)
         with contextlib.suppress(BrokenPipeError, ConnectionError):
-            self._socket.send(r.encode(record))
+            if isinstance(record, r.Iteration | r.SideEffect):
+                self._try_to_send(packet)
+            else:
+                self._socket.send(packet)
+
+    def _try_to_send(self, packet: bytes) -> None:
+        for _ in range(2):
+            with contextlib.suppress(BlockingIOError):
+                self._socket.send(packet, socket.MSG_DONTWAIT)
+                self._agent_reads = True
+                return
+            if not self._agent_reads:
+                return
+            room = select.poll()
+            room.register(self._socket, select.POLLOUT)
+            self._agent_reads = bool(room.poll(_ROOM_S * 1000))
 
     def step(self, step: r.Step, epoch: int, number: int = 0, changed: int = 0, numa: int = -1) -> None:
         """Tell the agent that this worker has reached a step."""
@@ -283,6 +306,19 @@ class Session:
     def _check(self, epoch: int) -> None:
         if self.declared_epoch > epoch:
             raise Superseded(self.declared_epoch)
+
+
+def _leave(code: int, words: str = "") -> NoReturn:
+    """At once, also where whoever reads what this process prints is gone, or reads nothing."""
+
+    def say() -> None:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            if words:
+                print(words, file=sys.stderr, flush=True)
+
+    Aside("last words", 1, _LAST_WORDS_S).do(say)
+    os._exit(code)
 
 
 def _attempt(call: Callable[..., None], *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Copies from a CUDA device, on a side stream of the lowest priority, with no wait of the host.
+"""Copies from a CUDA device, on a side stream of their own, with no wait of the host.
 
     training thread  | begin: side waits for compute | copy: memcpyAsync, event | gate: compute waits for side
     side stream      |                               |  slices                  |
@@ -27,6 +27,10 @@ from .engine import CopyError, CopyTotals, PinError, slot_views
 from .plan import ShardPlan
 
 _REGISTER_PORTABLE: Final = 1
+# torch hands out 32 streams a priority, round and round. Communicators draw those of priority 0, or of the highest:
+# on one of these a copy would wait for other ranks behind a collective. To a copy between device and host the priority
+# itself makes no difference (CUDA's manual, cudaStreamCreateWithPriority).
+_PRIORITY: Final = -1
 _GATES: Final = 4  # gates whose device stall has not been read yet; read an iteration later, when they are long over
 
 
@@ -62,7 +66,7 @@ class CudaCopyEngine:
         self._clock = clock
         self._device = device or torch.device("cuda", torch.cuda.current_device())
         with torch.cuda.device(self._device):
-            self._stream = torch.cuda.Stream(priority=torch.cuda.Stream.priority_range()[0])
+            self._stream = torch.cuda.Stream(priority=_PRIORITY)
         self._writer: SlotWriter | None = None
         self._sources: list[torch.Tensor] = []
         self._places: list[list[torch.Tensor]] = []

@@ -1,4 +1,4 @@
-"""Several ranks on ONE device, over NCCL: aborts with a kernel that waits for a peer, and a killed rank replaced.
+"""Several ranks on ONE device, over NCCL: aborted in a kernel, or a first message, that waits for a peer, and replaced.
 
 Not collected by pytest: a step of `scripts/gpu_kit.sh` runs it, and reads a line of JSON for each thing it sees. NCCL
 up to 2.29 refuses two ranks on a device of one host, so each rank says it is another host and they meet over sockets
@@ -26,6 +26,8 @@ DRY = os.environ.get("SHARED_DRY") == "1"
 DEVICE, BACKEND = ("cpu", "gloo") if DRY else ("cuda", "nccl")
 ROUNDS = int(os.environ.get("SHARED_ROUNDS", "10"))
 N = 1 << 20
+HELD_S = 20  # an abort does not free who waits for a peer in a first use: this does
+CALLS = 200  # fewer than a device takes into its queue, so that the host does not wait for it
 ENTER_S = 0.5  # the others are inside of a kernel by then
 Groups = dict[str, dist.ProcessGroup]
 
@@ -52,7 +54,7 @@ def make(worker: Worker) -> Groups:
 
 
 def use(groups: Groups) -> None:
-    """Collectives with checked results."""
+    """Collectives and messages with checked results."""
     for name, group in groups.items():
         device = "cpu" if name == "gloo" else DEVICE
         x = torch.full((N,), 1.0, device=device)
@@ -60,6 +62,25 @@ def use(groups: Groups) -> None:
         out = torch.empty(group.size() * N, device=device)
         dist.all_gather_into_tensor(out, x, group=group)
         assert out.eq(group.size()).all().item(), name
+        exchange(name, group, device)
+
+
+def exchange(name: str, group: dist.ProcessGroup, device: str) -> None:
+    """What goes from one to one: all-to-all with and without sizes, and a batch of sends and receives round a ring."""
+    me, size, ranks = group.rank(), group.size(), dist.get_process_group_ranks(group)
+    parts = (torch.arange(size, device=device) + 10.0 * me).repeat_interleave(N)
+    for sizes in (None, [N] * size):
+        got = torch.empty_like(parts)
+        dist.all_to_all_single(got, parts, sizes, sizes, group=group)
+        assert got.view(size, N).eq(10.0 * torch.arange(size, device=device)[:, None] + me).all().item(), (name, sizes)
+    got = torch.empty(N, device=device)
+    sent = torch.full((N,), float(me), device=device)
+    after, before = ranks[(me + 1) % size], ranks[(me - 1) % size]
+    for work in dist.batch_isend_irecv(
+        [dist.P2POp(dist.isend, sent, after, group), dist.P2POp(dist.irecv, got, before, group)]
+    ):
+        work.wait()
+    assert got.eq((me - 1) % size).all().item(), name
 
 
 def block(groups: Groups) -> str:
@@ -146,6 +167,74 @@ def takeover(worker: Worker) -> str:
     return "done"
 
 
+def fresh(worker: Worker) -> str:
+    """The last rank does not come to a message between two that never had one: at first, and after a recovery."""
+    groups = make(worker)
+    twin, last = groups["twin"], worker.world - 1
+    dist.all_reduce(torch.ones(N, device=DEVICE), group=twin)
+    worker.watch()
+    for epoch, what in enumerate(("first", "again"), 1):
+        worker.meet(f"fresh/{epoch}")
+        seen: dict[str, object] = {}
+        if worker.rank == last:
+            time.sleep(ENTER_S)
+            worker.store.set(f"fault/{epoch - 1}", b"1")
+        elif worker.rank == 0:
+            seen["how"] = message(twin, last)
+            out_at = time.monotonic()
+        worker.await_abort(epoch)
+        if worker.rank == 0:
+            seen["free_s"] = max(0.0, out_at - worker.aborted_at[epoch - 1])
+        form = worker.comm.reform(epoch, worker.store)
+        tell("fresh", what, stuck=worker.reports[-1].nccl_stuck, form_s=form.seconds, **seen)
+    use(groups)
+    tell("fresh", "done", nccl=nccl())
+    return "done"
+
+
+def message(group: dist.ProcessGroup, peer: int) -> str:
+    """Exchange with a member that does not come, and wait for the device; how it came out."""
+    sent, got = torch.ones(N, device=DEVICE), torch.empty(N, device=DEVICE)
+    try:
+        for work in dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, sent, peer, group), dist.P2POp(dist.irecv, got, peer, group)]
+        ):
+            work.wait()
+        if not DRY:
+            torch.cuda.synchronize()
+        return "returned"
+    except RuntimeError as error:
+        return type(error).__name__
+
+
+def latency(worker: Worker) -> str:
+    """Small all-reduces over a blocking and over a nonblocking communicator, in turn: of the host, and in all."""
+    make(worker)
+    groups = {}
+    for name, blocking in (("blocking", 1), ("nonblocking", 0)):
+        options = None
+        if not DRY:
+            options = dist.ProcessGroupNCCL.Options()
+            options.config.blocking = blocking
+        groups[name] = dist.new_group([*range(worker.world)], pg_options=options, group_desc=name)
+    x = torch.ones(1, device=DEVICE)
+    for number in range(ROUNDS + 1):  # the first one makes the communicators
+        for name, group in groups.items():
+            worker.meet(f"{name}/{number}")
+            begun = time.perf_counter()
+            for _ in range(CALLS):
+                dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
+            queued = time.perf_counter()
+            if not DRY:
+                torch.cuda.synchronize()
+            over = time.perf_counter()
+            if number:
+                us = {"host_us": 1e6 * (queued - begun) / CALLS, "all_us": 1e6 * (over - begun) / CALLS}
+                tell("latency", name, **us)
+    tell("latency", "done", nccl=nccl())
+    return "done"
+
+
 def be_a_host() -> None:
     """What NCCL reads when the first communicator is made."""
     os.environ |= {"NCCL_MAX_CTAS": "2", "NCCL_MNNVL_ENABLE": "0", "NCCL_IB_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}
@@ -155,20 +244,31 @@ def be_a_host() -> None:
         os.environ["NCCL_HOSTID"] = f"rank-{os.environ['ID']}"
 
 
+SCENARIOS = {  # each with its number of spares
+    "takeover": (takeover, 1),
+    "fresh": (fresh, 0),
+    "latency": (latency, 0),
+    "rounds": (rounds, 0),
+}
+
+
 def main() -> None:
-    """Both scenarios; an exception, hence a code other than 0, when a rank fails."""
+    """The scenario that ``SHARED_SCENARIO`` names, or all; an exception, hence a code other than 0, if a rank fails."""
     env = {} if DRY else nccl_environment()
     if preload := os.environ.get("SHARED_PRELOAD"):
         env["LD_PRELOAD"] = preload  # torch has a DT_RPATH, so LD_LIBRARY_PATH would do nothing
     env["SHARED_WAY"] = os.environ.get("SHARED_WAY", "sockets")
-    install = {"form_timeout_s": 60.0}
-    run(__file__, "takeover", world=3, spares=1, env=env, install=install)
-    run(__file__, "rounds", world=3, env=env, install=install)
+    wanted = os.environ.get("SHARED_SCENARIO")
+    for name, (_, spares) in SCENARIOS.items():
+        if wanted in (None, name):
+            if name == "fresh":
+                env["TORCH_NCCL_NONBLOCKING_TIMEOUT"] = str(HELD_S)
+            run(__file__, name, world=3, spares=spares, env=env, install={"form_timeout_s": 60.0})
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         be_a_host()
-        worker_main({"rounds": rounds, "takeover": takeover})
+        worker_main({name: scenario for name, (scenario, _) in SCENARIOS.items()})
     else:
         main()

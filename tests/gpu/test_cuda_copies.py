@@ -130,6 +130,13 @@ def test_what_another_stream_still_writes_does_not_reach_what_is_restored(vault:
     snapshotter.close()
 
 
+def test_the_stream_of_the_copies_is_given_to_nobody_else() -> None:
+    """As communicators draw them: twice all that torch has of the default priority, and of the highest."""
+    ours = CudaCopyEngine()._stream
+    for priority in torch.cuda.Stream.priority_range():
+        assert ours.cuda_stream not in {torch.cuda.Stream(priority=priority).cuda_stream for _ in range(64)}
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_worker_of_the_second_device_makes_no_context_on_the_first(vault: Vault) -> None:
     path = vault.allocate_own(0, 1 << 20, 1000).path

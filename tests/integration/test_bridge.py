@@ -6,6 +6,8 @@ In an environment of its own: scripts/test_bridge.sh.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -161,6 +163,25 @@ def test_checkpoints_are_those_of_an_undisturbed_run(asynchronous: bool, jobs: J
     _same_checkpoint(jobs, ITERATIONS, *names)
 
 
+def test_a_writer_of_nvidia_resiliency_ext_is_killed_and_not_waited_for() -> None:
+    """Bridge's default strategy; that class would give it an hour here, and then wait without limit."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async as of_core
+    from nvidia_resiliency_ext.checkpointing.async_ckpt import core, filesystem_async
+
+    from deadpool_megatron.megatron.reset import end_unfinished_saves, forget_write_results
+
+    queue = core.AsyncCallsQueue(persistent=True)
+    core.AsyncCallsQueue.warmup_persistent_caller(0, sigterm_timeout=3600.0, cpu_shm_mode=True)
+    process = core.AsyncCallsQueue._warmup_persistent_caller.process
+    os.kill(process.pid, signal.SIGSTOP)
+    filesystem_async.get_write_results_queue().put("of a checkpoint that broke off")
+    end_unfinished_saves(queue, 0)
+    forget_write_results()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and core.AsyncCallsQueue._warmup_persistent_caller is None
+    assert filesystem_async.get_write_results_queue().empty() and of_core._results_queue is None
+
+
 def _evaluations(job: Job) -> list[str]:
     lines = [line for path in sorted(job.run_dir.glob("logs/rank-1*.log")) for line in path.read_text().splitlines()]
     return [line for line in lines if line.startswith(" validation loss at")]
@@ -247,6 +268,7 @@ def test_a_run_under_deadpool_prints_what_bridge_prints_without_it(jobs: Jobs) -
             "dist.use_decentralized_pg (its process groups are none of parallel_state's)",
         ),
         (["train.iterations_to_skip=[3]"], "--iterations-to-skip is not supported with --deadpool yet"),
+        (["inprocess_restart.enabled=True"], "inprocess_restart is not supported with --deadpool"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(settings: list[str], said: str, jobs: Jobs) -> None:

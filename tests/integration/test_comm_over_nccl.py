@@ -12,6 +12,7 @@ import fake_nccl
 from comm_processes import Worker, kill_self, run, worker_main
 from deadpool_megatron.comm import CommunicatorAborted, CommunicatorError, ReformError
 from deadpool_megatron.comm.inplace import bindings
+from deadpool_megatron.comm.nccl import Exchanging
 from waiting import until
 
 
@@ -120,6 +121,114 @@ def test_communicators_that_are_made_when_the_epoch_ends_are_aborted() -> None:
     assert run(__file__, "lost_while_forming", world=2) == {0: 2, 1: 2}
 
 
+def message(worker: Worker, group: dist.ProcessGroup, how: str, low: int, high: int) -> None:
+    """Between two members, if this is one: both ways in a batch, or one after the other."""
+    if worker.rank not in (low, high):
+        return
+    peer = low + high - worker.rank
+    sent, got = torch.full((2,), float(worker.rank)), torch.empty(2)
+    if how == "batched":
+        both = [dist.P2POp(dist.isend, sent, peer, group), dist.P2POp(dist.irecv, got, peer, group)]
+        for work in dist.batch_isend_irecv(both):
+            work.wait()
+    else:
+        for call, tensor in ((dist.isend, sent), (dist.irecv, got))[:: 1 if worker.rank == low else -1]:
+            call(tensor, peer, group=group).wait()
+    fake_nccl.FakeNccl.synchronize()
+    assert got.eq(peer).all()
+
+
+def everybody(worker: Worker, group: dist.ProcessGroup) -> None:
+    out = torch.empty(worker.world)
+    dist.all_to_all_single(out, torch.arange(worker.world) + 10.0 * worker.rank, group=group)
+    fake_nccl.FakeNccl.synchronize()
+    assert out.eq(10 * torch.arange(worker.world) + worker.rank).all()
+
+
+def met_again(worker: Worker) -> list[str]:
+    """Rank 2 is lost. The training threads meet nobody for the first time when they are back: that waits for a peer
+    that may be lost, deaf to an abort."""
+    manners = fake_nccl.install()
+    if worker.spare:
+        worker.store.wait(["fault/0"])
+        worker.become(int(worker.store.get("victim/0")))
+    worker.init()
+    names = ("stages", "experts", "pairs")
+    stages, experts, pairs = (dist.new_group([0, 1, 2], backend="nccl", group_desc=name) for name in names)
+
+    def step() -> None:
+        for low, high in ((0, 1), (1, 2)):
+            message(worker, stages, "batched", low, high)
+        for low, high in ((0, 1), (0, 2), (1, 2)):
+            message(worker, pairs, "alone", low, high)
+        everybody(worker, experts)
+
+    if not worker.spare:
+        assert total(stages) == 6  # else the first batch is one of all members, in torch as well
+        step()
+        worker.meet("used")
+        if worker.rank == 2:
+            kill_self()
+        worker.store.wait(["fault/0"])
+        worker.comm.abort()
+    manners.met.clear()
+    worker.comm.reform(1, worker.store)
+    made = sorted(entry.split(maxsplit=1)[1] for entry in manners.met)
+    manners.met.clear()
+    step()
+    assert not manners.met
+    return made
+
+
+def test_members_that_exchanged_messages_are_connected_before_training_goes_on() -> None:
+    met = {
+        0: ["alone 0 1", "alone 0 2", "batched 0 1", "batched 0 1", "batched 0 2"],
+        1: ["alone 0 1", "alone 1 2", "batched 0 1", "batched 0 1", "batched 1 2", "batched 1 2"],
+        3: ["alone 0 2", "alone 1 2", "batched 0 2", "batched 1 2", "batched 1 2"],
+    }
+    assert run(__file__, "met_again", world=3, spares=1) == met
+
+
+def lost_while_met(worker: Worker) -> int:
+    """A peer is lost before it has met this one: the epoch ends all the same, and the next one is another."""
+    manners = fake_nccl.install()
+    worker.init()
+    stages = dist.new_group([0, 1], backend="nccl", group_desc="stages")
+    assert total(stages) == 3
+    message(worker, stages, "batched", 0, 1)
+    worker.comm.abort()
+    manners.met.clear()
+    if worker.rank == 0:
+        worker.comm.begin_reform(1, worker.store)
+        until(lambda: manners.met, "a first message")  # rank 1 does not come
+        worker.comm.abort(1)
+        with pytest.raises(ReformError, match="aborted while forming"):
+            worker.comm.reform(1, worker.store)
+        until(lambda: len(manners.aborted) > 1, "the abort of what was made")
+        worker.store.set("aborted", b"1")
+    else:
+        hold(worker)
+    worker.comm.reform(2, worker.store)
+    message(worker, stages, "batched", 0, 1)
+    return worker.comm.epoch
+
+
+def hold(worker: Worker) -> None:
+    """This rank's threads come no further than to the communicator."""
+    use = Exchanging._use
+    Exchanging._use = lambda self: worker.store.wait(["aborted"])  # type: ignore[method-assign]
+    with pytest.raises(ReformError):
+        worker.comm.begin_reform(1, worker.store)
+        worker.store.wait(["aborted"])
+        worker.comm.abort(1)
+        worker.comm.reform(1, worker.store)
+    Exchanging._use = use  # type: ignore[method-assign]
+
+
+def test_who_waits_for_the_first_message_of_a_peer_that_is_lost_is_left_behind() -> None:
+    assert run(__file__, "lost_while_met", world=2) == {0: 2, 1: 2}
+
+
 def another_kind(worker: Worker) -> str:
     """As torch makes where ProcessGroupNCCL2 is what the name nccl stands for."""
     fake_nccl.install()
@@ -137,4 +246,5 @@ def test_a_group_of_another_kind_is_refused_when_it_is_made() -> None:
 
 if __name__ == "__main__":
     scenarios = {"first_use": first_use, "take_over": take_over, "another_kind": another_kind}
-    worker_main(scenarios | {"lost_while_forming": lost_while_forming})
+    scenarios |= {"lost_while_forming": lost_while_forming, "met_again": met_again, "lost_while_met": lost_while_met}
+    worker_main(scenarios)

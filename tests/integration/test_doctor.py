@@ -47,6 +47,10 @@ def test_the_settings_deadpool_makes_itself_are_fine() -> None:
     assert [f.state for f in check_environment(nccl_environment())] == ["ok"]
 
 
+def test_an_old_name_of_a_setting_is_fine_since_torch_takes_the_newer_one_first() -> None:
+    assert [f.state for f in check_environment({**nccl_environment(), "NCCL_BLOCKING_WAIT": "1"})] == ["ok"]
+
+
 def test_too_little_shared_memory_and_a_taken_port_are_found(tmp_path: Path) -> None:
     with socket.socket() as s:
         s.bind(("", 0))

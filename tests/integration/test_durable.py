@@ -100,6 +100,7 @@ def test_a_job_killed_whole_and_then_preempted_goes_on_bitwise_both_times(
 
     resumed = jobs.start("resumed", launch_flags(2, 0, 1), [*flags(), *more]).finished(300)
     assert resumed.events("durable_resumed")[0]["iteration"] == last
+    assert "not the settings of durable generation" not in resumed.output  # the same flags are the same settings
     assert_goes_on_like(resumed, undisturbed, last)
 
 
@@ -153,6 +154,8 @@ def test_a_job_of_another_model_or_with_nothing_said_is_refused_with_the_way_out
     assert wider.wait() == Exit.USAGE, wider.log_tails()
     assert "is not of this job: " in wider.output and "hidden_size is 64 in it and 128 here" in wider.output
     assert len(wider.output.splitlines()) <= 2
+    relu = jobs.start("relu", launch_flags(2, 0, 1), [*flags(), "--squared-relu", *more])
+    assert relu.wait() == Exit.USAGE and "squared_relu is False in it and True here" in relu.output
     ranks = jobs.start("ranks", launch_flags(4, 0, 1), [*flags(), *more])
     assert ranks.wait() == Exit.USAGE
     assert "is of 2 ranks, this job has 4" in ranks.output

@@ -14,8 +14,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from deadpool_bench.harness.ports import free_ports
 from flags import Layout, duo_gpt, with_value, without_values
@@ -86,6 +88,17 @@ def _evaluated(job: Job, want: Job) -> None:
     assert lines(want) and set(lines(job)) == set(lines(want))
 
 
+def _same_recordings(job: Job, want: Job) -> None:
+    def recorded(each: Job) -> dict[str, Any]:
+        root = Path(f"{each.run_dir}.ckpt")
+        files = [path for kind in ("activations", "dgrads") for path in sorted((root / kind).rglob("*.pth"))]
+        return {str(path.relative_to(root)): torch.load(path, weights_only=False) for path in files}
+
+    mine, theirs = recorded(job), recorded(want)
+    assert {str(Path(name).parent) for name in mine} == {f"{kind}/iter_0000004" for kind in ("activations", "dgrads")}
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
 @dataclass(frozen=True)
 class Feature:
     """Flags that switch a feature on; ``@`` stands for the path of the run directory."""
@@ -134,6 +147,11 @@ FEATURES = {
     "log interval 3": Feature("--log-interval 3"),
     "TensorBoard": Feature(
         "--tensorboard-dir @.tensorboard --log-timers-to-tensorboard --log-memory-to-tensorboard", also=_wrote_scalars
+    ),
+    "recorded activations and gradients": Feature(
+        "--save @.ckpt --save-interval 100 --ckpt-format torch_dist "
+        "--save-activations-interval 4 --save-dgrads-interval 4",
+        also=_same_recordings,
     ),
     "exit-signal handler": Feature("--exit-signal-handler"),
     "external data loader": Feature("--dataloader-type external", "data", EXTERNAL),

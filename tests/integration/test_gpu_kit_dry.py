@@ -15,7 +15,7 @@ from jobs import ROOT
 pytestmark = pytest.mark.slow
 KIT = ROOT / "scripts" / "gpu_kit.sh"
 # What a dry run cannot check: copies need a device, IPC needs a newer NCCL on it.
-ON_A_DEVICE = {"copies", "abort-ipc", "replaced-ipc"}
+ON_A_DEVICE = {"copies", "abort-ipc", "replaced-ipc", "connected-ipc", "latency-ipc"}
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

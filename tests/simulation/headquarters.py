@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,7 @@ class _Log(RunDirectory):
         self.noted = self._dropped = 0
         self.path = Path("run")
         self._waiting = bytearray()
+        self._newest, self._told, self._lock, self._aside = {}, [], threading.Lock(), None
         self._failing = set()
         self._story = Story()
         self._job = {}
@@ -188,7 +190,7 @@ class _Log(RunDirectory):
         assert self._disk is not None
         self._disk.check()
 
-    def _replace(self, name: str, content: dict[str, Any], mode: int) -> None:
+    def _replace(self, name: str, text: bytes, mode: int) -> None:
         if self._disk is not None:
             self._disk.check()
 
@@ -299,7 +301,7 @@ class Headquarters:
             usable = look_again(store, lease, world_size, lambda line: self.world.say("hq", line))
         else:
             lease = self._lease or take(store, owner, lambda line: None, self.world.clock)
-            usable, _ = survey(store, "auto", world_size, -1, True)
+            usable = survey(store, "auto", world_size, -1, True).usable
         self._lease = lease
         self._renew(self.process, lease)
         return replace(self.job, durable=replace(spec, complete=usable)), lease

@@ -160,6 +160,9 @@ class _Processes(WorkerProcesses):
     def keep_stacks(self, worker: Worker) -> None:
         self.ranks[worker.pid].process.thaw()
 
+    def last_words(self, worker: Worker) -> list[str]:
+        return []
+
     def signal(self, worker: Worker, signum: int) -> None:
         return
 

@@ -377,7 +377,7 @@ def _what_cannot_be_saved_is_saved_again(patch: Patch) -> None:
 
 def _a_node_may_change_what_it_reads_for_ever(patch: Patch) -> None:
     """The start begins anew each time."""
-    patch.setattr(WorkerEnds, "changed", lambda self, node: False)
+    patch.setattr(WorkerEnds, "changed", lambda self, node, now: False)
 
 
 def _a_copy_that_cannot_be_drained_is_the_end(patch: Patch) -> None:

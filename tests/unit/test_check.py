@@ -54,6 +54,14 @@ def test_all_refused_flags_are_named_at_once(capsys: pytest.CaptureFixture[str])
     ]
 
 
+def test_what_a_process_draws_by_itself_is_refused_and_what_a_generation_carries_is_not() -> None:
+    def refused(*flags: str) -> bool:
+        return any(each.evidence is Evidence.REFUSED for each in used(parse(flags)))
+
+    assert refused("--fim-data", "--fim-rate", "0.5") and not refused("--fim-rate", "0.5")
+    assert refused("--moe-router-force-biased", "-0.5") and not refused("--moe-router-force-biased", "0.5")
+
+
 def test_a_flag_that_nobody_has_looked_at_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["check", "my_script.py", "--replication", "--my-flag=3", "--lr", "1e-4", "--deadpool", "--rl-profile"])
@@ -65,7 +73,7 @@ def test_a_flag_that_nobody_has_looked_at_is_named(capsys: pytest.CaptureFixture
 
 def test_what_check_refuses_a_job_refuses_and_the_other_way_round() -> None:
     for each in {*FEATURES} - {*support.COMBINATIONS}:
-        for value in (True, "ncclep", "custom", "soap", "local", 2):
+        for value in (True, "ncclep", "custom", "soap", "local", 2, -0.5):
             if each.evidence is Evidence.REFUSED and each in used({each.attribute: value}):
                 with pytest.raises(UserError, match=f"^{each.flag}"):
                     check_arguments({each.attribute: value})

@@ -6,9 +6,11 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 
 from deadpool_megatron.comm import CommunicatorAborted
 from deadpool_megatron.comm.calls import Calls
+from deadpool_megatron.comm.methods import Messages
 from deadpool_megatron.comm.waits import Poison
 from waiting import until
 
@@ -34,6 +36,25 @@ class Group:
 
     def send(self, tensors: list[Any], to: int, tag: int) -> str:
         return self._enter("send")
+
+    def size(self) -> int:
+        return 4
+
+    def rank(self) -> int:
+        return 1
+
+    def all_to_all_single(
+        self, output: Any, input: Any, output_split_sizes: Any, input_split_sizes: Any, opts: Any = None
+    ) -> str:
+        return self._enter(f"all to all {output_split_sizes} {input_split_sizes} {opts}")
+
+    alltoall_base = all_to_all_single
+
+    def alltoall(self, outputs: Any, inputs: Any) -> str:
+        return self._enter("alltoall")
+
+    def recv(self, tensors: list[Any], of: int, tag: int) -> str:
+        return self._enter("recv")
 
     def _start_coalescing(self, device: Any) -> None:
         self.reached.append("start")
@@ -128,3 +149,46 @@ def test_a_block_in_which_an_operation_fails_does_not_stay_open(guarded: tuple[C
     with pytest.raises(RuntimeError, match="NCCL error"):
         group.send([], 1, 0)
     assert group.reached == ["start", "send", "end on gpu"] and calls.wait_outside(0.0) == 0
+
+
+@pytest.mark.parametrize("name", ["all_to_all_single", "alltoall_base"])
+def test_an_all_to_all_of_equal_parts_names_their_sizes(guarded: tuple[Calls, Poison, Any], name: str) -> None:
+    """Without them torch takes what a nonblocking communicator of NCCL 2.28 or newer says for an error."""
+    _, _, group = guarded
+    all_to_all = getattr(group, name)
+    output, rows = torch.empty(16, 1), torch.empty(8, 2)
+    all_to_all(output, rows, [], [], "options")
+    all_to_all(output, rows, output_split_sizes=[], input_split_sizes=[])
+    all_to_all(output, rows, [13, 1, 1, 1], [], "options")
+    all_to_all(output, rows, [], [5, 1, 1, 1])
+    all_to_all(output, torch.empty(7, 2), [], [])  # torch says what is wrong with it
+    assert group.reached == [
+        "all to all [4, 4, 4, 4] [2, 2, 2, 2] options",
+        "all to all [4, 4, 4, 4] [2, 2, 2, 2] None",
+        "all to all [13, 1, 1, 1] [] options",
+        "all to all [] [5, 1, 1, 1] None",
+        "all to all [] [] None",
+    ]
+
+
+def test_it_is_known_who_has_exchanged_messages_with_whom_and_how(guarded: tuple[Calls, Poison, Any]) -> None:
+    calls, _, group = guarded
+    group._start_coalescing("gpu")
+    group.send([], 2, 0)
+    group.recv([], 0, 0)
+    group.send([], 1, 0)  # to itself: no connection
+    group._end_coalescing("gpu")
+    group.recv([], 3, 0)
+    group.send([], 3, 0)
+    assert calls.messages(group) == Messages(batched=((0, 1), (1, 2)), alone=((1, 3),))
+    other = type(group)()
+    assert calls.messages(other) == Messages()
+    other.alltoall([], [])
+    assert calls.messages(other) == Messages(everybody=True)
+
+
+@pytest.mark.parametrize("name", ["all_to_all_single", "alltoall_base"])
+def test_an_all_to_all_is_one_of_everybody(guarded: tuple[Calls, Poison, Any], name: str) -> None:
+    calls, _, group = guarded
+    getattr(group, name)(torch.empty(4), torch.empty(4), [], [])
+    assert calls.messages(group) == Messages(everybody=True)

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from deadpool_megatron.comm.methods import (
+    Messages,
     Verdict,
     Word,
     decode_verdict,
@@ -42,6 +43,37 @@ def test_a_group_that_one_member_has_used_is_connected_on_all() -> None:
         given = verdict(words)
         assert given.used and decode_verdict(encode(given)) == given
     assert not verdict([spare, msgspec.structs.replace(survivor, used=False)]).used
+
+
+def test_members_agree_on_whom_each_is_connected_with_and_a_spare_learns_it() -> None:
+    """Member 1 is a spare's, and member 3 had not come to the message that 2 has sent it when the epoch ended."""
+    told = [
+        Messages(batched=((0, 1), (0, 3))),
+        Messages(),
+        Messages(batched=((1, 2), (2, 3)), alone=((1, 2), (2, 3))),
+        Messages(batched=((0, 3),), alone=((2, 3),)),
+    ]
+    given = verdict([msgspec.structs.replace(QUIET, messages=each) for each in told])
+    assert given.messages == Messages(
+        False, ((0, 1), (1, 2), (2, 3)), ((1, 2),)
+    )  # what both have told is not told again
+    assert decode_verdict(encode(given)) == given
+    assert [given.peers(member, 4, each) for member, each in enumerate(told)] == [
+        ([1, 3], []),
+        ([0, 2], [2]),
+        ([1, 3], [1, 3]),
+        ([0, 2], [2]),
+    ]
+
+
+def test_a_group_with_an_all_to_all_of_one_member_is_connected_throughout() -> None:
+    told = [Messages(alone=((0, 2),)), Messages(everybody=True), Messages(alone=((0, 2),), batched=((0, 2),))]
+    given = verdict([msgspec.structs.replace(QUIET, messages=each) for each in told])
+    assert [given.peers(member, 3, each) for member, each in enumerate(told)] == [
+        ([1, 2], [2]),
+        ([0, 2], []),
+        ([0, 1], [0]),
+    ]
 
 
 def test_words_survive_the_store_and_others_are_refused() -> None:

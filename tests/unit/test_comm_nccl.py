@@ -68,6 +68,7 @@ def test_an_abort_that_fails_keeps_no_other_from_its_end(caplog: pytest.LogCaptu
 def test_environment_keeps_the_watchdog_from_killing_survivors() -> None:
     environment = nccl_environment()
     assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert environment["NCCL_RUNTIME_CONNECT"] == "0"  # nor the training thread from hearing of an abort
     environment.clear()
     assert nccl_environment()  # a copy each time
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("megatron.core")
 
-from deadpool_megatron.megatron.comparison import PARTS, Difference, differences
+from deadpool_megatron.megatron.comparison import PARTS, Difference, _constant, differences
 from deadpool_megatron.megatron.lm.run_args import RunArgs
 from deadpool_megatron.megatron.optimizer_state import plain_fields, put_fields
 from deadpool_megatron.megatron.small_state import unlike
@@ -46,6 +47,31 @@ def test_what_the_whole_job_has_alike_is_compared_over_all_ranks() -> None:
     table = _table(8, 2)
     table[7][JOB] = (0, 2)
     assert differences(table) == [Difference(PARTS[JOB], (7,))]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"wandb_exp_name": "llama-12:30"},  # made of the time
+        {"wandb_exp_name": None},
+        {"mlflow_run_name": "llama-12:30"},
+        {"comet_experiment_name": "llama-12:30"},
+        {"comet_tags": ["12:30"]},
+        {"tensorboard_dir": "tb-12:30"},
+        {"num_workers": 6},  # made of the processors
+        {"data_cache_path": "/local/cache"},
+        {"data_path": ["1", "/local/data"]},
+    ],
+)
+def test_what_a_spare_may_have_otherwise_ends_no_job(own: dict[str, Any]) -> None:
+    settings = {
+        **{"lr": 1.0, "log_interval": 1, "num_workers": 8, "wandb_exp_name": "llama-12:00", "tensorboard_dir": "tb"},
+        **{"mlflow_run_name": "llama-12:00", "comet_experiment_name": "llama-12:00", "comet_tags": None},
+        **{"data_cache_path": "/shared/cache", "data_path": ["1", "/shared/data"]},
+    }
+    assert _constant(settings | own) == _constant(settings)
+    assert _constant(settings | own | {"lr": 2.0}) != _constant(settings)
+    assert _constant(settings | {"log_interval": 2}) != _constant(settings)
 
 
 def test_fields_are_state_when_loading_or_training_changes_them() -> None:

@@ -304,8 +304,44 @@ def test_who_ends_because_a_neighbour_was_lost_is_not_counted_against_its_node()
     for pid in range(3 * job.core.job.worker_deaths):
         job.feed(r.WorkerExited(2, 1, 5, 70 + pid, Exit.NEIGHBOUR_LOST))
         job.recover()
-    assert job.core.nodes[2].role == "active" and job.core.nodes[2].deaths == 0
+    assert job.core.nodes[2].role == "active" and not job.core.nodes[2].deaths
     assert f"exit code {Exit.NEIGHBOUR_LOST}" in job.events("detected")[-1]["cause"]
+
+
+def _ends_by_a_peer(job: SimulatedJob, node: int, local: int, pid: int, epoch: int) -> None:
+    """A worker that has lost a peer, and of whose loss nobody has told it in time."""
+    rank = 2 * node + local
+    error = f"Error{pid}", "gloo.py:1", "Connection closed by peer", ""  # (the same one again would end the job)
+    job.feed(r.PeerError(epoch, node, rank, error[2]))
+    job.feed(r.WorkerFailed(node, local, rank, "training", epoch, 4, 0, *error, communication=True))
+    job.feed(r.WorkerExited(node, local, rank, pid, 1, epoch))
+
+
+def test_who_has_lost_a_peer_and_was_told_too_late_is_not_counted_against_its_node() -> None:
+    """The coordinator was held up for minutes, and reads of the ends of the others before that of the lost node."""
+    job = SimulatedJob(nodes=7, spares=1).train()
+    job.iterate(4)
+    epoch = job.core.epoch
+    for again in range(3):  # processes of a slot one after the other, as far as the coordinator can tell
+        for node in range(1, 6):
+            for local in range(2):
+                _ends_by_a_peer(job, node, local, 100 * again + 10 * node + local, epoch)
+    job.lose(0)
+    job.recover()
+    assert job.core.phase is Phase.RUNNING and [n for n, s in job.core.nodes.items() if s.gone] == [0]
+    assert not any(state.deaths for state in job.core.nodes.values())
+
+
+@pytest.mark.parametrize("gets_on", [False, True])
+def test_a_node_whose_communication_fails_again_and_again_is_a_bad_node(gets_on: bool) -> None:
+    job = SimulatedJob(nodes=4, spares=0).train()
+    for pid in range(job.core.job.transient_retries + job.core.job.worker_deaths + 1):
+        assert job.core.nodes[2].role == "active"
+        _ends_by_a_peer(job, 2, 1, 70 + pid, job.core.epoch)
+        job.recover()
+        if gets_on:
+            job.iterate(10 + pid)
+    assert job.core.nodes[2].role == ("active" if gets_on else "lost")
 
 
 def test_a_worker_that_crashes_in_the_same_iteration_again_is_not_made_good_a_second_time() -> None:

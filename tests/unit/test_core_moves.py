@@ -448,19 +448,34 @@ def test_what_one_node_was_told_as_committed_stays_so_for_all_when_the_coordinat
     assert tuple(told.kept or ()) == (0, 6) and told.floor >= 6 and job.core.committed == 6
 
 
+def test_deaths_that_are_days_apart_do_not_make_a_bad_node() -> None:
+    """A job goes on for months. A coordinator that starts again counts those on record as of now."""
+    job = SimulatedJob(nodes=3, spares=0).train()
+    most = job.core.job.worker_deaths
+    for pid in range(3 * most):
+        job.now += 24 * 3600.0 / most
+        job.feed(r.WorkerExited(2, 1, 5, 70 + pid, -9))
+        job.recover()
+    assert job.core.nodes[2].role == "active"
+    restarted(job)
+    job.now += 24 * 3600.0 - 1.0
+    job.feed(r.WorkerExited(2, 1, 5, 99, -9))
+    assert job.core.nodes[2].role == "lost" and "4 of its workers ended" in job.events("detected")[-1]["cause"]
+
+
 def test_ends_of_processes_count_once_and_only_for_the_coordinate_they_have() -> None:
     """Node 1 has not heard that its coordinates are node 4's: it renews those processes when it does."""
     job = SimulatedJob(nodes=5, spares=2).train()
     ends = [r.WorkerExited(1, local, 2 + local, 70 + local, -9) for local in range(2)]
     job.feed(ends[0])
-    assert job.core.nodes[1].role == "spare" and job.core.nodes[1].deaths == 1
+    assert job.core.nodes[1].role == "spare" and len(job.core.nodes[1].deaths) == 1
     restarted(job, come_back=False)
     job.sent.clear()
     for node in job.core.nodes:
         job.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [], {}, 0, False))
         for end in ends if node == 1 else ():
             job.feed(end)
-    assert job.core.nodes[1].deaths == 1 and not job.told(r.Respawn) and job.core.epoch == 2
+    assert len(job.core.nodes[1].deaths) == 1 and not job.told(r.Respawn) and job.core.epoch == 2
 
 
 def test_the_end_of_a_process_whose_number_another_one_had_in_its_slot_counts() -> None:

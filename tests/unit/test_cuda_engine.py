@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from deadpool_megatron.comm.nccl import Connecting
+from deadpool_megatron.comm.table import GroupRecord
 from deadpool_megatron.snapshot import CudaCopyEngine, PinError, ShardPlan, cuda_engine
 
 
@@ -26,12 +29,13 @@ def test_the_publisher_works_on_the_device_of_the_tensors(monkeypatch: pytest.Mo
     assert seen == [("publisher", engine._device)]
 
 
-class Stream(SimpleNamespace):
+class Stream:
     """Of no device."""
 
-    @staticmethod
-    def priority_range() -> tuple[int, int]:
-        return 0, -1
+    asked: ClassVar[list[int]] = []  # priorities
+
+    def __init__(self, device: torch.device | None = None, priority: int = 0) -> None:
+        self.asked.append(priority)
 
     def synchronize(self) -> None: ...
 
@@ -83,3 +87,18 @@ def test_memory_that_cannot_be_page_locked_ends_the_first_copy_with_the_line_tha
     for _ in range(2):
         with pytest.raises(PinError, match=r"8 bytes of /dev/shm/x .*cudaHostRegister: 2.*ulimit -l"):
             getattr(engine, first)(SLOT)
+
+
+def test_copies_and_first_uses_of_groups_draw_from_no_pool_that_communicators_draw_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch gives 32 streams a priority to everybody in turn, communicators those of 0 (or of the highest): behind a
+    collective that waits for a lost peer a copy would wait, too, and first uses on one stream for one another."""
+    monkeypatch.setattr(Stream, "asked", [])
+    bound(monkeypatch, lambda address, size, flags: 0)
+    record = GroupRecord("tp", (0, 1), "tp", "nccl", {"cuda": "nccl"}, timedelta(minutes=1))
+    connecting = Connecting(record, SimpleNamespace(), torch.device("cuda", 3))
+    monkeypatch.setattr(connecting, "_use", lambda: None)
+    connecting.run()
+    assert connecting.error is None
+    assert len({0, *Stream.asked}) == 3 and max(Stream.asked) < 0

@@ -336,6 +336,16 @@ def test_a_job_never_starts_from_zero_because_nothing_can_be_read() -> None:
     assert not it.told(r.ResumeAt)
 
 
+def test_one_that_was_asked_for_and_cannot_be_read_ends_the_job_with_the_names_of_the_others() -> None:
+    it = SimulatedJob(nodes=3, spares=0, durable=spec(complete=((8, "newer"),), resume=True, others=(4, 2)))
+    it.join()
+    it.feed(r.ShardsLoaded(1, "newer", "its checksum does not fit"))
+    code, message = it.end
+    assert code == Exit.GENERATION_LOST and not it.told(r.ResumeAt)
+    assert "durable generation 8 in /durable cannot be read (its checksum does not fit)" in message
+    assert message.endswith("ask for another one that is there: 4, 2")
+
+
 @pytest.mark.parametrize("spares", [0, 1])
 def test_who_does_not_say_that_it_has_read_its_shards_is_named_and_lost_in_the_end(spares: int) -> None:
     """Its mount hangs. That says nothing of the generation: the others' are not given up for an older one."""
@@ -716,7 +726,7 @@ def test_who_writes_the_manifest_knows_what_job_it_is() -> None:
     it.core.members.hand_over({0: 2})
     assert it.active == [2, 1] and it.core.members.writer() == 1, "no worker of node 2 has told"
     again = Members(it.core.job)
-    again.load(json.loads(json.dumps(it.core.members.dump())))
+    again.load(json.loads(json.dumps(it.core.members.dump())), it.now)
     assert again.writer() == 1
 
 

@@ -36,6 +36,7 @@ from deadpool_megatron.durable import (
     Layout,
     Manifest,
     Seal,
+    ShardFile,
     Stage,
     Staged,
     Take,
@@ -47,8 +48,10 @@ from deadpool_megatron.durable import (
     open_store,
     this_process,
 )
+from deadpool_megatron.durable.files import write_shard
 from deadpool_megatron.durable.lease import take
 from deadpool_megatron.durable.orders import DEAF_TO
+from deadpool_megatron.durable.staging import Staging
 from deadpool_megatron.durable.store import LocalStore, ObjectStore
 from deadpool_megatron.vault import CONSTANT, ConstantsWriter, SlotWriter, Vault, Version, constants_of
 from waiting import until
@@ -208,6 +211,28 @@ def test_bytes_that_changed_in_memory_are_not_made_durable(node: Node) -> None:
     node.drain(1)
     done = node.done()
     assert "has changed in memory" in done.error and done.unusable == 0
+
+
+def test_a_copy_that_changes_while_it_is_written_is_not_made_durable(node: Node, tmp_path: Path) -> None:
+    """The vault's own is whole: nobody blames it, and the next drain takes it."""
+    assert node.capture(1)
+    staging = Staging(0, 2 * UNIQUE)
+    staging.take(node.path, Version(0, 1))
+    changes = [lambda: staging.unique.__setitem__(12345, staging.unique[12345] ^ 1)]
+
+    def moved(nbytes: int) -> None:
+        if changes:
+            changes.pop()()
+
+    def write() -> ShardFile:
+        store = LocalStore(str(tmp_path))
+        return write_shard(store, "g", 0, 1, LAYOUT, staging.unique, staging.small, moved, staging.verify)
+
+    with pytest.raises(DurableError, match="chunk 0 of the copy of rank 0 has changed while it was written"):
+        write()
+    assert not list((tmp_path / "g").iterdir())
+    staging.take(node.path, Version(0, 1))
+    assert write().rank == 0
 
 
 def test_slots_are_free_again_long_before_a_slow_disk_has_all(node: Node) -> None:
@@ -561,7 +586,7 @@ def test_what_never_changes_is_one_file_for_all_generations_and_is_loaded_with_e
     assert not drained(4).error
     assert loaded() == ([constants_of(0), 0], bytes([7]) * nbytes), "it is written anew"
     file.unlink()
-    assert node.complete() == [] and "constants" in find(LocalStore(node.directory)).damaged[0]
+    assert node.complete() == [] and "constants" in next(iter(find(LocalStore(node.directory)).damaged.values()))
     slot.unique[5] ^= 1
     for damaged in (drained(5), drained(6)):
         assert damaged.unusable == constants_of(0) and "never changes of rank 0 has changed in memory" in damaged.error

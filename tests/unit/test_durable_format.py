@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
+import msgspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 from safetensors import safe_open
 
 from deadpool_megatron.durable import (
@@ -19,14 +26,24 @@ from deadpool_megatron.durable import (
     Layout,
     Manifest,
     NotFit,
+    Unreadable,
     directory_name,
     find,
     open_store,
 )
-from deadpool_megatron.durable.files import prune, read_manifest, read_shard, remove_attempt, seal, write_shard
+from deadpool_megatron.durable.errors import Cancelled
+from deadpool_megatron.durable.files import (
+    prune,
+    read_manifest,
+    read_shard,
+    remove_attempt,
+    seal,
+    write_constants,
+    write_shard,
+)
 from deadpool_megatron.durable.format import MANIFEST, SMALL, shard_name
 from deadpool_megatron.durable.start import open_directory, survey
-from deadpool_megatron.durable.store import LocalStore, ObjectStore, Store
+from deadpool_megatron.durable.store import LocalStore, ObjectStore, Reading, Store
 
 WEIGHT = torch.arange(35, dtype=torch.float32).reshape(5, 7)
 HALF = torch.arange(9, dtype=torch.bfloat16) / 3
@@ -62,11 +79,57 @@ def write(store: Store, generation: int, ranks: int = 2, attempt: int = 1, seale
     return name
 
 
-@pytest.fixture(params=["directory", "memory://durable"])
+def write_file(store: Store, name: str, data: bytes) -> None:
+    writing = store.create(name)
+    writing.write(data)
+    writing.commit()
+
+
+def edit(store: Store, name: str, old: str, new: str) -> None:
+    """Somebody changes a manifest."""
+    text = store.open(f"{name}/{MANIFEST}").read().decode()
+    assert old in text
+    write_file(store, f"{name}/{MANIFEST}", text.replace(old, new).encode())
+
+
+class Upload(AbstractBufferedFile):  # type: ignore[misc]
+    """As the drivers of object stores do it: parts, and the object when the last one is there."""
+
+    DEFAULT_BLOCK_SIZE = 128
+
+    def _initiate_upload(self) -> None:
+        self._parts: list[bytes] = []
+
+    def _upload_chunk(self, final: bool = False) -> None:
+        self._parts.append(self.buffer.getvalue())
+        if final:
+            self.fs.pipe_file(self.path, b"".join(self._parts))
+
+
+class Uploads(MemoryFileSystem):  # type: ignore[misc]
+    protocol = "uploads"
+    store: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("uploads://", "memory://")))
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        return Upload(self, path, mode) if mode == "wb" else super()._open(path, mode, **kwargs)
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        with super()._open(self._strip_protocol(path), "xb" if mode == "create" else "wb") as file:
+            file.write(value)
+
+
+fsspec.register_implementation("uploads", Uploads, clobber=True)
+
+
+@pytest.fixture(params=["directory", "uploads"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "directory":
         return LocalStore(str(tmp_path))
-    made = open_store(f"memory://durable-{tmp_path.name}")
+    made = open_store(f"uploads://durable-{tmp_path.name}")
     assert isinstance(made, ObjectStore)
     return made
 
@@ -130,7 +193,8 @@ def test_a_generation_with_a_file_cut_off_does_not_count(tmp_path: Path, cut: in
     os.truncate(path, max(0, size - cut))
     found = find(store)
     assert not found.complete
-    assert "bytes instead of" in found.damaged[0] and shard_name(1) in found.damaged[0]
+    (why,) = found.damaged.values()
+    assert "bytes instead of" in why and shard_name(1) in why
 
 
 def test_a_generation_with_a_file_missing_or_its_manifest_changed_does_not_count(tmp_path: Path) -> None:
@@ -153,6 +217,84 @@ def test_what_fails_while_it_is_written_leaves_no_file(store: Store) -> None:
     assert store.size(f"{directory_name(40, 'job', 1)}/{shard_name(0)}") is None
 
 
+FROZEN = memoryview(bytes(range(256)))
+
+
+def with_constants(store: Store) -> tuple[str, str]:
+    """The name of a whole generation with constants, and their path."""
+    name = write(store, 40, ranks=1, sealed=False)
+    constants = write_constants(store, LAYOUT, FROZEN)
+    shard = write_shard(store, name, 0, 40, LAYOUT, memoryview(unique_bytes()), b"")
+    shard = msgspec.structs.replace(shard, constants=constants)
+    seal(store, Manifest(FORMAT, 40, 0, name, "now", 1, (Coordinate(0, 0, 0, 0),), (shard,), {}))
+    return name, constants.path
+
+
+def test_constants_that_cannot_be_read_once_are_left_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, path = with_constants(store)
+    real, created = type(store).open, type(store).create
+
+    def fails(self: Store, name: str) -> Reading:
+        raise OSError("time-out")
+
+    monkeypatch.setattr(type(store), "open", fails)
+    monkeypatch.setattr(type(store), "create", lambda self, name: pytest.fail("it may be whole"))
+    with pytest.raises(OSError, match=f"{path} cannot be read: time-out"):
+        write_constants(store, LAYOUT, FROZEN)
+    monkeypatch.setattr(type(store), "open", real)
+    monkeypatch.setattr(type(store), "create", created)
+    assert [m.name for m in find(store).complete] == [name]
+
+
+def test_a_writing_that_is_given_up_takes_nothing_away_that_another_one_has_made(store: Store) -> None:
+    """Replicas write the same constants; the drain of one of them is cancelled at its last block."""
+    other: list[str] = []
+
+    def cancelled(nbytes: int) -> None:
+        if not other:
+            other.extend(with_constants(store))
+        raise Cancelled("not wanted any more")
+
+    with pytest.raises(Cancelled):
+        write_constants(store, LAYOUT, FROZEN, cancelled)
+    gc.collect()  # a driver's file may end its upload when nobody has it any more
+    assert [m.name for m in find(store).complete] == [other[0]]
+
+
+def test_writers_with_one_process_id_write_files_of_their_own(store: Store) -> None:
+    """Of several containers that share a directory; replicas write the same constants."""
+    first, second = store.create("constants/x"), store.create("constants/x")
+    first.write(b"A" * 100)
+    second.write(b"B" * 50)
+    first.write(b"A" * 100)
+    first.commit()
+    assert store.open("constants/x").read() == b"A" * 200
+    second.write(b"B" * 150)
+    second.commit()
+    assert store.open("constants/x").read() == b"B" * 200
+
+
+def test_what_changes_in_memory_while_it_is_written_does_not_appear(store: Store) -> None:
+    frozen = bytearray(range(256))
+
+    def changes(nbytes: int) -> None:
+        frozen[3] ^= 1
+
+    with pytest.raises(DurableError, match=r"constants/.* has changed in memory while it was written"):
+        write_constants(store, LAYOUT, memoryview(frozen), changes)
+    gc.collect()
+    assert store.size(write_constants(store, LAYOUT, memoryview(frozen)).path)
+
+
+def test_what_another_version_has_written_or_nobody_can_read_is_not_removed(store: Store) -> None:
+    names = {g: write(store, g) for g in (20, 40, 60, 80, 100)}
+    for generation, (old, new) in {20: ("durable/1", "durable/2"), 40: ('"epoch"', '"age": 1,\n "epoch"')}.items():
+        edit(store, names[generation], old, new)
+    edit(store, names[60], '"hidden_size": 64', '"hidden_size": 65')
+    assert prune(store, names[100], []) == []
+    assert set(store.directories()) == {names[g] for g in (20, 40, 60, 100)}
+
+
 def test_old_generations_and_unfinished_attempts_are_removed_but_none_that_is_kept_or_newer(store: Store) -> None:
     names = {g: write(store, g) for g in (20, 40, 60, 80)}
     half = write(store, 50, sealed=False)
@@ -173,12 +315,48 @@ def test_a_generation_that_is_being_removed_never_looks_whole(tmp_path: Path, mo
 # ---- what a new job makes of it
 
 
+HARM: dict[str, Callable[[Store, str], None]] = {
+    "cut off": lambda store, name: write_file(store, f"{name}/{shard_name(1)}", b"short"),
+    "missing": lambda store, name: store.remove_file(f"{name}/{shard_name(0)}"),
+    "changed": lambda store, name: edit(store, name, '"hidden_size": 64', '"hidden_size": 65'),
+    "of another version": lambda store, name: edit(store, name, "durable/1", "durable/2"),
+    "with a field more": lambda store, name: edit(store, name, '"epoch"', '"age": 1,\n "epoch"'),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_nothing_begins_from_zero_beside_generations_that_cannot_be_read(store: Store, harm: str) -> None:
+    for generation in (40, 60):
+        HARM[harm](store, write(store, generation))
+    with pytest.raises(Unreadable, match=r"60 \(cannot be read\), 40 \(cannot be read\): .*-000000000060-.*: put back"):
+        survey(store, "auto", 2, -1, True)
+    with pytest.raises(Unreadable):
+        survey(store, "auto", 2, 50, True)
+    with pytest.raises(DurableError, match=r"of an earlier job: give --deadpool-resume auto"):
+        survey(store, "none", 2, -1, True)
+    usable, remarks, _ = survey(store, "auto", 2, 61, True)
+    assert (
+        usable == () and "generation 60 " in remarks[-1] and "older than the checkpoint of iteration 61" in remarks[-1]
+    )
+
+
+def test_one_that_was_asked_for_and_cannot_be_read_is_named_with_the_others(store: Store) -> None:
+    names = [write(store, g) for g in (40, 60, 80)]
+    HARM["missing"](store, names[2])
+    with pytest.raises(
+        Unreadable, match=rf"durable generation 80 cannot be read: .*{names[2]}.*missing; .* has 80 .*, 60"
+    ):
+        survey(store, "80", 2, -1, True)
+    assert survey(store, "60", 2, -1, True).others == (40,)
+    assert survey(store, "auto", 2, -1, True).usable[0] == (60, names[1])
+
+
 def test_auto_begins_with_the_newest_and_says_so_when_there_is_none(tmp_path: Path) -> None:
-    usable, remarks = survey(open_directory(str(tmp_path / "new")), "auto", 2, -1, True)
+    usable, remarks, _ = survey(open_directory(str(tmp_path / "new")), "auto", 2, -1, True)
     assert usable == () and "no durable generation" in remarks[0]
     store = LocalStore(str(tmp_path / "new"))
     names = [write(store, g) for g in (40, 60)]
-    assert survey(store, "auto", 2, -1, True) == (((60, names[1]), (40, names[0])), ())
+    assert survey(store, "auto", 2, -1, True) == (((60, names[1]), (40, names[0])), (), ())
 
 
 def test_a_generation_of_another_number_of_ranks_is_refused_with_the_way_out(tmp_path: Path) -> None:
@@ -196,7 +374,7 @@ def test_a_job_that_would_start_anew_beside_old_generations_is_refused(tmp_path:
 def test_one_generation_can_be_asked_for_by_its_number(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     names = [write(store, g) for g in (40, 60)]
-    assert survey(store, "40", 2, -1, False)[0] == ((40, names[0]),)
+    assert survey(store, "40", 2, -1, False) == (((40, names[0]),), (), (60,))
     with pytest.raises(DurableError, match="no durable generation 50; it has 60, 40"):
         survey(store, "50", 2, -1, False)
     with pytest.raises(DurableError, match="has generation 60 besides 40"):
@@ -205,7 +383,7 @@ def test_one_generation_can_be_asked_for_by_its_number(tmp_path: Path) -> None:
 
 def test_a_newer_checkpoint_of_megatrons_goes_before_an_older_durable_generation(tmp_path: Path) -> None:
     write(LocalStore(str(tmp_path)), 40)
-    usable, remarks = survey(open_directory(str(tmp_path)), "auto", 2, 50, True)
+    usable, remarks, _ = survey(open_directory(str(tmp_path)), "auto", 2, 50, True)
     assert usable == () and "older than the checkpoint of iteration 50" in remarks[0]
     assert survey(open_directory(str(tmp_path)), "auto", 2, 40, True)[0]
 

@@ -33,10 +33,10 @@ JOB = {"model": {"hidden_size": 64, "ffn_hidden_size": 256}, "command": {}, "ver
 class Node:
     """The agent's side of one node that runs ranks 0 and 1."""
 
-    def __init__(self, directory: Path, number: int = 0) -> None:
+    def __init__(self, directory: Path, number: int = 0, drains: bool = True) -> None:
         self.shards = Shards(f"n{os.getpid()}", number, bytes(32), "127.0.0.1")
         self.sent: list[Any] = []
-        self.durability = NodeDurability(number, str(directory), "job", self.shards, self.sent.append)
+        self.durability = NodeDurability(number, str(directory), "job", self.shards, self.sent.append, drains)
         self.writers: dict[int, SlotWriter] = {}
 
     def begin(self, job: dict[str, Any] = JOB, layout: Layout = LAYOUT) -> None:
@@ -224,6 +224,18 @@ def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[
         assert not node.durability.refusal(rank)
 
 
+def test_a_job_that_only_reads_has_no_drainer_with_its_memory_and_describes_nothing(
+    nodes: list[Node], tmp_path: Path
+) -> None:
+    node = Node(tmp_path, 2, drains=False)
+    try:
+        node.begin()
+        node.durability.placed()
+        assert node.durability._drainer._process is None and not list(tmp_path.iterdir())
+    finally:
+        node.close()
+
+
 def test_an_order_to_read_that_comes_again_does_not_cut_off_the_reading(
     drained: list[Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +266,23 @@ def test_a_job_with_other_arguments_is_told_the_first_that_differs(drained: list
     node.durability.resume_at(5)
     why = node.durability.begin(0, 0)
     assert isinstance(why, str) and "hidden_size is 64 in it and 128 here" in why and "deadpool export" in why
+
+
+def test_settings_that_may_differ_are_named_and_those_of_an_older_manifest_count_where_it_has_them(
+    nodes: list[Node],
+) -> None:
+    nodes[0].begin({"model": {"hidden_size": 64}, "settings": {"adam_beta2": 0.95, "seq_length": 64, "gone": 1}})
+    assert nodes[0].capture(5) == [True, True]
+    nodes[0].shards.vault.set_committed(0, 5)
+    nodes[0].durable(5, NAME)
+    node = nodes[1]
+    node.durability.load(r.LoadShards(NAME, 5), [0, 1])
+    node.news(Loaded)
+    node.begin({"model": {"hidden_size": 64, "rotary_base": 1}, "settings": {"adam_beta2": 0.99, "seq_length": 64}})
+    node.durability.resume_at(5)
+    begun = node.durability.begin(0, 0)
+    assert isinstance(begun, r.Generation)
+    assert begun.note.endswith("durable generation 5, which training goes on from: adam_beta2 0.95 -> 0.99")
 
 
 def test_a_shard_of_other_tensors_is_refused_even_if_all_arguments_agree(drained: list[Node]) -> None:

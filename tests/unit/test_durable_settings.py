@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.commands.export import script_arguments
 from deadpool_megatron.config import ConfigError, from_script_arguments
 from deadpool_megatron.launcher.processes import _checkpoint_to_load
@@ -48,3 +51,14 @@ def test_the_checkpoint_that_would_be_loaded_is_found(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     assert _checkpoint_to_load(["--load", str(tmp_path)]) == -1
     assert _checkpoint_to_load([]) == -1
+
+
+def test_a_job_ends_with_its_own_code_beside_generations_of_which_none_can_be_read(tmp_path: Path) -> None:
+    (there := tmp_path / "generation-000000000200-job-1").mkdir()
+    (there / "manifest.json").write_text("{}")
+    (tmp_path / "train.py").write_text("")
+    command = [sys.executable, "-m", "deadpool_megatron.cli", "launch", "--local-nodes", "2", "--emulate-cpu"]
+    command += ["--run-dir", str(tmp_path / "run"), str(tmp_path / "train.py"), "--deadpool", "--deadpool-durable-dir"]
+    ended = subprocess.run([*command, str(tmp_path), "--deadpool-resume", "auto"], capture_output=True, text=True)
+    assert ended.returncode == Exit.GENERATION_LOST, ended.stderr
+    assert "generations 200 (cannot be read): " in ended.stderr and len(ended.stderr.splitlines()) == 1

@@ -148,6 +148,49 @@ def test_a_spare_that_lost_a_worker_is_still_a_spare() -> None:
     assert story.spares == {3} and not story.lost
 
 
+def test_a_spare_that_was_drained_is_none_that_is_left() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.iterate(4)
+    job.commit(5)
+    _, actions = job.core.drain(4, job.now)
+    job.take(actions)
+    job.lose(1)
+    job.recover()
+    story = Story()
+    for event in [{"t": 0.0, "event": "started", "nodes": 5, "spares": 2}, *events_of(job)]:
+        story.take(event)
+    (recovery,) = story.recoveries
+    assert recovery.new_nodes == [3] and recovery.spares_left == 0
+    assert "no spare node left" in (text := paragraph(recovery, 1, story)) and "bring a spare node soon" in text
+
+
+def test_a_node_that_keeps_both_copies_itself_promises_nothing(tmp_path: Path) -> None:
+    """``--alone``."""
+    alone = {"groups": [], "survives_now": 0, "survives_when_full": 0, "full": False, "not_covered_yet": []}
+    status = status_of(protection=alone | {"tolerated": "no node"})
+    text = shown(tmp_path, status, [{"t": 1.0, "event": "committed", "epoch": 1, "iteration": 7}])
+    assert "protection: none: one node has all copies (--alone)" in text
+    job = SimulatedJob(nodes=1, spares=0).train()
+    job.feed(r.WorkerExited(0, 0, 0, 77, -9))
+    job.recover()
+    story = Story()
+    for event in events_of(job):
+        story.take(event)
+    story.committed = story.recoveries[0].generation or 0
+    story.committed_epoch = job.core.epoch
+    assert "is committed again, all of it on one node" in paragraph(story.recoveries[0], 1, story)
+
+
+def test_last_events_are_not_those_of_every_few_iterations(tmp_path: Path) -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    for iteration in range(1, 30):
+        job.feed(r.SideEffect(2, 5, 0, iteration, "evaluation"))
+    assert job.events("evaluation")
+    shown(tmp_path, status_of(), [{"t": 1.0, "event": "straggler", "node": 1}, *events_of(job)])
+    assert "straggler" in [event["event"] for event in JobView(tmp_path).last]
+
+
 def test_the_status_of_a_job_that_is_over_says_how_it_ended_and_promises_nothing(tmp_path: Path) -> None:
     end = {"code": 76, "message": "no spare is left for node 1 (its agent is gone or silent)"}
     text = shown(tmp_path, status_of("ended", end=end))
@@ -175,8 +218,34 @@ def test_a_coordinator_that_was_killed_is_not_training(tmp_path: Path) -> None:
     # That of thousands of nodes is written seldom.
     text = shown(tmp_path, there | {"t": time.time() - 130, "again_s": 70.0})
     assert "does the coordinator run?" not in text and not JobView(tmp_path).over
-    shown(tmp_path, there | {"t": time.time() - 300})
+    shown(tmp_path, there | {"t": time.time() - 25 * 3600})
     assert JobView(tmp_path).over
+
+
+@pytest.mark.parametrize("ahead_s", [-3600.0, 0.0, 3600.0])
+def test_a_job_is_over_for_a_viewer_on_another_host_when_nothing_changes_whatever_the_clocks_say(
+    ahead_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: 1.8e9 + ahead_s + now[0])
+
+    def written(seconds: int) -> None:
+        there = status_of(t=1.8e9 + now[0], coordinator_host="another")
+        shown(tmp_path, there)
+        os.utime(tmp_path / STATUS, (1 + seconds, 1 + seconds))
+
+    written(0)
+    view = JobView(tmp_path)
+    assert ahead_s < 3600 or any("by this host's clock" in line.plain for line in view._alarms())
+    for seconds in range(1, 40):  # it lives
+        now[0] += 5.0
+        written(seconds)
+        assert not view.over and view.refresh() and not view.over and not view.overdue
+    now[0] += 119.0
+    assert not view.over and view.overdue
+    now[0] += 2.0
+    assert not view.refresh() and "has not written for 2 minutes" in view.gone
 
 
 def test_a_spare_that_builds_its_model_is_not_aborted() -> None:

@@ -8,19 +8,20 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import torch.distributed as dist
 
 from deadpool_megatron.megatron import standby
-from deadpool_megatron.megatron.standby import follow_job, publish_job
+from deadpool_megatron.megatron.standby import RunningJob, follow_job, publish_job
 from machines import free_port
 
 
-def _learn(connect: Callable[[], dist.Store]) -> str:
-    learnt: list[str] = []
+def _learn(connect: Callable[[], dist.Store]) -> RunningJob:
+    learnt: list[RunningJob] = []
     done = threading.Event()
 
-    def learn(digest: str) -> None:
-        learnt.append(digest)
+    def learn(job: RunningJob) -> None:
+        learnt.append(job)
         done.set()
 
     follow_job(connect, learn)
@@ -39,13 +40,15 @@ def main() -> None:
         return dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, timeout=timedelta(seconds=60))
 
     server = serve()
-    publish_job(connect, "groups")
-    assert _learn(connect) == "groups"
+    job = RunningJob("groups", 1764450000.123456, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
+    publish_job(connect, job)
+    told = _learn(connect)
+    assert msgspec.structs.replace(told, modules=[]) == job and "torch" in told.modules
     server.set("first server", "")
     del server
     server = serve()
     assert not server.check(["first server"])
-    assert _learn(connect) == "groups"
+    assert _learn(connect) == told
     os._exit(0)  # the thread that tells it goes on for ever
 
 

@@ -184,3 +184,12 @@ def test_the_error_of_a_worker_that_has_not_ended_yet_is_told_again() -> None:
     agent.from_worker(worker, r.WorkerFailed(0, 0, 0, "setup", 0, -1, 0, "k", "p", "reset by peer", "", True))
     agent.introduce()
     assert told[0] == told[-1] == worker.failed and len(told) == 3
+
+
+def test_a_spares_worker_that_knows_its_device_later_is_parked_once() -> None:
+    """Megatron-Bridge's: its device comes up with the environment of the job."""
+    worker = MagicMock(local=0, rank=None, pid=7, parked=False, numa=-1)
+    agent, told = _agent({0: worker})
+    for numa in (-1, 1):
+        agent.from_worker(worker, r.WorkerStep("parked", 0, numa=numa))
+    assert [type(each) for each in told].count(r.WorkerReady) == 1 and worker.parked and worker.numa == 1

@@ -180,6 +180,7 @@ BAD_VALUES: dict[str, list[object]] = {
     "symmetric_ar_type": ["two_shot"],
     "gtp_weight_remat_size": [2],
     "expert_gtp_weight_remat_size": [4],
+    "moe_router_force_biased": [-0.5],
 }
 GOOD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": [None, "none", "full_iteration", "transformer_engine"],
@@ -189,6 +190,7 @@ GOOD_VALUES: dict[str, list[object]] = {
     "fp8_recipe": ["delayed", "tensorwise", "blockwise", "mxfp8", None],
     "fp4_recipe": ["nvfp4", None],
     "iterations_to_skip": [[], None],
+    "moe_router_force_biased": [0.5, None],
     "pipeline_model_parallel_comm_backend": [None, "nccl"],
     "cpu_offloading_num_layers": [0],
     "gtp_weight_remat_size": [1, None],

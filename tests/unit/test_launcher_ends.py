@@ -58,6 +58,24 @@ def test_a_job_ends_as_it_has_although_its_hashes_cannot_be_written(
     assert "hash.json: No such file or directory" in capsys.readouterr().err
 
 
+def test_a_coordinator_whose_run_directory_hangs_goes_on(tmp_path: Path) -> None:
+    settings = CoordinatorSettings("h", "h", 1, bytes(32), str(tmp_path), job_id="job")
+    hub = MagicMock(port=1, refused=0)
+    coordinator = Coordinator(
+        JobSpec(2, 0, 1, True, DEADLINES), settings, MagicMock(), MagicMock(), Guard("leader", 1), hub=hub
+    )
+    hangs = tmp_path / f".status.json.{os.getpid()}"
+    os.mkfifo(hangs)  # who opens it stands still until somebody reads
+    coordinator.begin(lambda port: None)
+    coordinator._packet(b"node-0@job", r.encode(r.Join(0, 7, "h", 1, [8])))
+    coordinator.interrupt()
+    coordinator.turn(0.0)
+    assert coordinator.finished and hub.send.called, "it has told everybody"
+    assert json.loads(hangs.read_bytes())["phase"] == "starting"
+    coordinator.end()
+    assert json.loads((tmp_path / "status.json").read_text())["phase"] == "ended"
+
+
 def test_the_user_can_end_a_job_whose_store_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -96,6 +96,10 @@ def test_an_agent_is_pinned_once_all_its_workers_have_told_and_starts_others_unp
     assert not pinning.located(0, 1, [os.getpid()]) and os.sched_getaffinity(0) == own_mask
     assert pinning.located(1, 0, [os.getpid(), 1 << 30]) and os.sched_getaffinity(0) == one  # a worker that has ended
     assert not pinning.located(0, 1, []) and seen == [[1, 0]]
+    later = Pinning(1)
+    assert later.located(0, -1, []) and later.located(0, 1, []) and seen[1:] == [[-1], [1]], (
+        "a device that comes up later"
+    )
     told = [sys.executable, "-c", "import os; print(*os.sched_getaffinity(0), sep=',')"]
     assert parse_cpus(subprocess.check_output(told, text=True)) == one
     with pinning.unpinned():

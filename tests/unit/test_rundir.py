@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import threading
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from deadpool_megatron.cluster.agent.watch import Watch
 from deadpool_megatron.observe import (
+    ERROR,
     EVENTS,
     JOB,
     LOGS,
@@ -23,6 +27,7 @@ from deadpool_megatron.observe import (
     rundir,
 )
 from deadpool_megatron.observe.rundir import NodeLog
+from waiting import until
 
 
 def test_events_are_read_in_order_with_their_time(tmp_path: Path) -> None:
@@ -191,6 +196,33 @@ def test_a_full_disk_costs_nothing_but_events_that_are_too_many_to_wait(
     run.close()
 
 
+def test_a_file_system_that_hangs_holds_nobody_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_MOST_WAITING", 4000), ("_PATIENCE_S", 0.01), ("_SAY_AFTER_S", 0.0), ("_LAST_S", 60.0)):
+        monkeypatch.setattr(rundir, name, value)
+    run = RunDirectory(tmp_path, aside=True)
+    run.event("first")
+    until(lambda: read_events(tmp_path))
+    hangs = tmp_path / f".{STATUS}.{os.getpid()}"
+    os.mkfifo(hangs)  # who opens it stands still until somebody reads
+    run.status({"number": -1})
+    until(lambda: run._aside is not None and run._aside.held_up_s)
+    for number in range(100):
+        run.status({"number": number})
+        run.event("more", number=number, text="x" * 50)
+    run.error(1, "why")
+    assert [e["event"] for e in read_events(tmp_path)] == ["first"] and not (tmp_path / ERROR).exists()
+    assert capsys.readouterr().err.count("does not answer; training goes on") == 1
+    assert json.loads(hangs.read_bytes()) == {"number": -1}
+    run.close()
+    _, *more, last = read_events(tmp_path)
+    waited = [e["number"] for e in more]
+    assert waited == list(range(len(waited))) and 20 < len(waited) < 60
+    assert last["event"] == "unwritten" and last["lines"] == 100 - len(waited)
+    assert json.loads((tmp_path / STATUS).read_text()) == {"number": 99} and (tmp_path / ERROR).exists()
+
+
 def test_a_node_s_log_on_a_full_disk_is_closed_without_a_word(tmp_path: Path, room: Callable[[int], None]) -> None:
     log = NodeLog(tmp_path, 1)
     room(10)
@@ -198,6 +230,21 @@ def test_a_node_s_log_on_a_full_disk_is_closed_without_a_word(tmp_path: Path, ro
     log.write("step", text="x" * 50)
     log.close()
     assert (tmp_path / "node-1.jsonl").stat().st_size == 10
+
+
+def test_a_node_s_log_that_hangs_does_not_hold_up_its_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "_MOST_LINES", 10)
+    monkeypatch.setattr(rundir, "_LAST_S", 60.0)
+    log = tmp_path / "node-1.jsonl"
+    os.mkfifo(log)  # who opens it stands still until somebody reads
+    watch = Watch(1, "job", str(tmp_path), None)
+    for generation in range(100):
+        watch.committed(0, 1, generation)
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit(log.read_bytes)
+        watch.close()
+        generations = [json.loads(line)["generation"] for line in read.result().splitlines()]
+    assert generations == list(range(len(generations))) and 10 <= len(generations) <= 11
 
 
 def test_a_node_s_log_is_written_again_once_that_is_possible(tmp_path: Path) -> None:

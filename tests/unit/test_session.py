@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -12,11 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.recovery import Refused, Session, Superseded
+from deadpool_megatron.megatron.hooks import Hooks
+from deadpool_megatron.recovery import Refused, Session, Superseded, session
 from waiting import until
 
 PATIENT_S = 600.0  # of waits that end with what is waited for
@@ -76,6 +80,37 @@ def test_what_a_worker_tells_reaches_the_agent_in_order(line: Line) -> None:
     line.session.step("parked", 0)
     line.session.step("formed", 2, 11)
     assert [line.hear(), line.hear()] == [r.WorkerStep("parked", 0), r.WorkerStep("formed", 2, 11)]
+
+
+def test_an_agent_that_reads_nothing_does_not_stop_training(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_ROOM_S", 0.01)
+    news = [r.Iteration(0, 1, 0, number, {}, None, 1.0, 0.0, 0, 0) for number in range(5000)]
+    for each in news:
+        line.session.tell(each)
+    line.agent.setblocking(False)
+    heard = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            heard.append(line.hear())
+    assert heard == news[: len(heard)] and 0 < len(heard) < len(news)
+    line.session.tell(news[-1])
+    assert line.hear() == news[-1], "it reads again"
+
+
+def test_who_gives_a_recovery_up_ends_with_what_broke_it_and_does_not_end_the_job(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer was lost in the recovery, and the coordinator was held up: another process can make that good."""
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    broken = RuntimeError("Connection closed by peer")
+    trainer = MagicMock(rank=1)
+    trainer.let_go.side_effect = broken
+    hooks = MagicMock(session=line.session, _patience=0.0)
+    hooks.config.build_deadline = PATIENT_S
+    line.tell(declare(1))
+    with pytest.raises(RuntimeError) as raised:
+        Hooks._rejoin(hooks, trainer, None)
+    assert raised.value is broken and line.hear().text == "RuntimeError: Connection closed by peer"
 
 
 def test_a_declaration_closes_the_epoch_and_aborts(line: Line) -> None:
@@ -268,10 +303,15 @@ def test_faults_add_up(line: Line) -> None:
     assert line.session.armed == faults
 
 
-@pytest.mark.parametrize("busy", ["waiting for a record", "computing"])
+@pytest.mark.parametrize("busy", ["waiting for a record", "computing", "printing to who reads nothing"])
 def test_a_worker_does_not_outlive_its_agent(busy: str) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    work = "session.wait_form(0)" if busy == "waiting for a record" else "while True: sum(range(1000))"
+    works = {
+        "waiting for a record": "session.wait_form(0)",
+        "computing": "while True: sum(range(1000))",
+        "printing to who reads nothing": "while True: print('x' * 100, file=sys.stderr)",
+    }
+    work = works[busy]
     program = f"""
         import sys
         from deadpool_megatron.recovery import Session
@@ -290,6 +330,9 @@ def test_a_worker_does_not_outlive_its_agent(busy: str) -> None:
         assert r.decode_from_worker(ours.recv(1 << 17)) == r.WorkerStep("parked", 0)
         assert process.poll() is None
         ours.close()
+        if busy.startswith("printing"):
+            assert process.wait() == 81
+            return
         _, said = process.communicate()
         assert process.returncode == 81 and "the agent of this node is gone" in said
     finally:

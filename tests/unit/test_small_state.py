@@ -1,4 +1,5 @@
-"""Buffers of modules come back with their dtype and shape, whatever Megatron has made of them meanwhile."""
+"""Buffers of modules come back with their dtype and shape, whatever Megatron has made of them meanwhile; a spare looks
+at its results as the others do."""
 
 from __future__ import annotations
 
@@ -54,3 +55,48 @@ def _buffers_come_back() -> None:
 def test_a_buffer_of_another_dtype_than_at_the_begin_or_none_then_comes_back_exactly() -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(_buffers_come_back).result()
+
+
+def _a_spare_looks_at_its_first_result() -> None:
+    from deadpool_megatron import emulation
+
+    emulation.install()
+    import torch
+    from megatron.core import rerun_state_machine as rerun
+
+    from deadpool_megatron.megatron.small_state import _put_rerun, _rerun, unlike
+    from deadpool_megatron.snapshot import decode, encode
+
+    def fresh() -> rerun.RerunStateMachine:
+        rerun.destroy_rerun_state_machine()
+        rerun.initialize_rerun_state_machine(mode=rerun.RerunMode.VALIDATE_RESULTS)
+        return rerun.get_rerun_state_machine()
+
+    def asks_for_a_rerun(machine: rerun.RerunStateMachine) -> bool:
+        assert machine.should_run_forward_backward(None)
+        machine.validate_result(torch.tensor(float("nan")), torch.isnan, "loss")
+        return bool(machine.rerun_requested)
+
+    trained = fresh()
+    assert trained.should_run_forward_backward(None)
+    trained.state = rerun.RerunState.NOT_RUNNING_YET  # its iteration has ended well
+    trained.should_checkpoint_and_exit()
+    carried = encode({"rerun": _rerun()})
+    spare = fresh()
+    assert unlike(carried, encode({"rerun": _rerun()})), "what it has learned tells it from a new one"
+    _put_rerun(decode(carried)["rerun"])
+    assert not unlike(carried, encode({"rerun": _rerun()}))
+    assert asks_for_a_rerun(spare)
+
+    older = decode(carried)["rerun"]
+    del older["first_iteration_complete"]
+    spare = fresh()
+    _put_rerun(older)
+    assert spare.current_iteration == trained.current_iteration
+    assert not unlike(encode({"rerun": older}), encode({"rerun": _rerun()})), "of a version that did not carry it"
+    assert not asks_for_a_rerun(spare)
+
+
+def test_a_spare_looks_at_the_results_of_its_first_iteration_as_survivors_do() -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(_a_spare_looks_at_its_first_result).result()

@@ -11,6 +11,7 @@ import pytest
 import zmq
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent import worker_processes
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
@@ -41,7 +42,22 @@ def test_a_run_directory_that_cannot_be_written_ends_no_worker_and_no_agent(
     assert "what that worker prints is lost" in capsys.readouterr().err
 
 
-def test_a_log_that_cannot_be_linked_ends_no_take_over(tmp_path: Path) -> None:
+def test_files_that_hang_hold_up_neither_the_end_of_a_stuck_worker_nor_the_news_of_it(tmp_path: Path) -> None:
+    """The file system that its log is on is what a worker may be stuck in."""
+    ours = processes(tmp_path, "import time; time.sleep(600)")
+    worker = ours.start(0, None)
+    Path(worker.log).unlink()
+    for path in (worker.log, ours.stacks_file(0)):
+        os.mkfifo(path)  # who opens it stands still until somebody is at the other end
+    ours.keep_stacks(worker)
+    assert ours.reap(worker) == -STACKS_SIGNAL
+    assert ours.last_words(worker) == []
+    worker.close()
+    assert b"Python stacks" in ours.stacks_file(0).read_bytes()
+
+
+def test_a_log_that_cannot_be_linked_ends_no_take_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_processes, "_PATIENCE_S", 600.0)
     ours = processes(tmp_path, "print('here')")
     worker = ours.start(0, None)
     (tmp_path / "rank-3.epoch-0.log").mkdir()  # so that it cannot be replaced

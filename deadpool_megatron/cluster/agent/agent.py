@@ -31,7 +31,6 @@ from deadpool_megatron.cluster.agent.durable import DurableNews, Loaded, NodeDur
 from deadpool_megatron.cluster.agent.faults import Faults
 from deadpool_megatron.cluster.agent.fence import Fence
 from deadpool_megatron.cluster.agent.known import KnownJob
-from deadpool_megatron.cluster.agent.last_words import last_words
 from deadpool_megatron.cluster.agent.lookout import Lookout
 from deadpool_megatron.cluster.agent.recovery import NodeRecovery
 from deadpool_megatron.cluster.agent.settings import AgentSettings
@@ -89,10 +88,18 @@ class Agent:
         self._post = post
         self._shards = shards
         self._crew = crew
+        self._processes = processes
         self._faults = Faults(settings.node, crew, shards)
         self._watch = watch
         self._durable = (
-            durability(settings.node, settings.durable_dir, settings.job_id, shards, self.send)
+            durability(
+                settings.node,
+                settings.durable_dir,
+                settings.job_id,
+                shards,
+                self.send,
+                not settings.config.export,
+            )
             if shards is not None and settings.durable_dir
             else None
         )
@@ -245,7 +252,7 @@ class Agent:
             self._recovery.renewed()
 
     def _exited(self, worker: Worker, code: int) -> r.WorkerExited:
-        words = last_words(worker.log) if code and worker.log else []
+        words = self._processes.last_words(worker) if code else []
         here = self._s.node, worker.local, worker.rank, worker.pid
         return r.WorkerExited(*here, code, self._job.epoch, worker.log, words)
 

@@ -59,6 +59,7 @@ _PATIENCE_S = 20.0  # with a directory that cannot be read; below what a recover
 _PAUSE_S = 1.0
 _COPY_S, _COPY_RATE = 60.0, 0.5e9  # a drainer that needs longer to copy shards out hangs: seconds, bytes a second
 _WHY = "does the file system of the durable directory answer there?"
+_SAID = 50  # differing settings that are named
 
 
 class NodeDurability:
@@ -67,16 +68,24 @@ class NodeDurability:
     Args:
         directory: the durable directory; ``job``: whose it must be.
         send: sends a record to the coordinator.
+        drains: the job writes generations; else it only reads.
     """
 
     def __init__(
-        self, node: int, directory: str, job: str, shards: Shards, send: Callable[[r.AgentRecord], None]
+        self,
+        node: int,
+        directory: str,
+        job: str,
+        shards: Shards,
+        send: Callable[[r.AgentRecord], None],
+        drains: bool = True,
     ) -> None:
         self._node = node
         self._job = job
         self._directory = directory
         self._shards = shards
         self._send = send
+        self._drains = drains
         self._drainer = self._make_drainer()
         self._parts: dict[tuple[str, int], list[bytes]] = {}
         self._jobs: dict[int, dict[str, Any]] = {}
@@ -185,7 +194,7 @@ class NodeDurability:
     def granted(self, rank: int, small_capacity: int) -> None:
         """The arena of ``rank`` is there: so is, from now on, the memory that draining it takes."""
         layout = self._layouts.get(rank)
-        if layout is None:
+        if layout is None or not self._drains:
             return
         self._granted.add(rank)
         if self._placed:
@@ -265,14 +274,25 @@ class NodeDurability:
             return None
         if self._resume < 0:
             return r.Generation(epoch, -1, -1, "", {})
+        note = ""
         if self._manifest is not None:
-            here, there = self._jobs[rank].get("model", {}), self._manifest.job.get("model", {})
-            differing = [name for name in [*here, *there] if here.get(name) != there.get(name)]
-            if differing:
-                name = differing[0]
-                return self._not_fit(f"{name} is {there.get(name)} in it and {here.get(name)} here")
+            for name, (there, here) in self._differing("model", rank).items():
+                return self._not_fit(f"{name} is {there} in it and {here} here")
+            if others := [f"{name} {a} -> {b}" for name, (a, b) in self._differing("settings", rank).items()]:
+                more = f" and {len(others) - _SAID} more" if len(others) > _SAID else ""
+                note = (
+                    f"not the settings of durable generation {self._resume}, which training goes on from: "
+                    f"{', '.join(others[:_SAID])}{more}"
+                )
         with_constants = constants_of(rank) in self._loaded
-        return r.Generation(epoch, self._resume, self._epoch, self._shards.path_of(rank), {}, with_constants)
+        path = self._shards.path_of(rank)
+        return r.Generation(epoch, self._resume, self._epoch, path, {}, with_constants, note=note)
+
+    def _differing(self, part: str, rank: int) -> dict[str, tuple[Any, Any]]:
+        """Of what both jobs tell of themselves: values in the durable generation and here."""
+        assert self._manifest is not None
+        there, here = self._manifest.job.get(part, {}), self._jobs[rank].get(part, {})
+        return {name: (there[name], here[name]) for name in there if name in here and there[name] != here[name]}
 
     # ---- draining
 

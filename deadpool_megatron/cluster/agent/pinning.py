@@ -93,11 +93,11 @@ class Pinning:
         self.cpus: set[int] = set()
 
     def located(self, local: int, numa: int, pids: Collection[int]) -> bool:
-        """Worker ``local`` has its device on NUMA node ``numa`` (-1: not known). True when the agent is pinned now.
+        """Worker ``local`` has its device on NUMA node ``numa`` (-1: not known yet). True when the agent is pinned now.
 
         ``pids`` are the workers' process ids: one that is bound to processors of its own has them for itself.
         """
-        waited = len(self._devices) < self._slots
+        waited = len(self._devices) < self._slots or self._devices.get(local, numa) < 0 <= numa
         self._devices[local] = numa
         if not waited or len(self._devices) < self._slots:
             return False

@@ -269,9 +269,10 @@ class NodeRecovery:
         """A worker has come to a step; the coordinator hears of it when all here have."""
         epoch, node = self._job.epoch, self._job.node
         if record.step == "parked":
-            worker.parked, worker.numa = True, record.numa
-            self._send(r.WorkerReady(node, worker.local, worker.pid))
-            self.take_over()
+            first, worker.parked, worker.numa = not worker.parked, True, record.numa
+            if first:
+                self._send(r.WorkerReady(node, worker.local, worker.pid))
+                self.take_over()
             return
         worker.reached[record.step] = record.epoch
         if record.step == "formed":

@@ -34,7 +34,7 @@ class Watch:
     """
 
     def __init__(self, node: int, job_id: str, log_dir: str, vault: Vault | None, metrics_port: int = 0) -> None:
-        self._log = NodeLog(log_dir, node)
+        self._log = NodeLog(log_dir, node, aside=True)
         self._vault = vault
         self._opened: dict[tuple[int, int, int], float] = {}  # rank, epoch, generation: first byte seen
         self._copied: dict[tuple[int, int, int], float] = {}

@@ -13,6 +13,7 @@ import zmq
 
 from deadpool_megatron.cluster.agent.adoption import AdoptedProcess, Adoption
 from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.last_words import last_words
 from deadpool_megatron.cluster.agent.pinning import Pinning
 from deadpool_megatron.cluster.agent.pulse import shared_page
 from deadpool_megatron.cluster.agent.settings import AgentSettings
@@ -24,10 +25,14 @@ from deadpool_megatron.cluster.agent.workers import (
     ask_for_stacks,
     end_group,
     is_stopped,
+    kernel_says,
     start_worker,
 )
+from deadpool_megatron.output import Aside
 
 _TERM_GRACE_S = 5.0
+_MOST_FILES = 100
+_PATIENCE_S = 1.0
 
 
 class WorkerProcesses:
@@ -50,6 +55,7 @@ class WorkerProcesses:
         self._poller = poller
         self._given_up = given_up
         self._log_dir = Path(settings.log_dir)
+        self._files = Aside("files of workers", _MOST_FILES, _PATIENCE_S)  # on a file system that may hang
         self._adoption = Adoption(settings.adopt) if settings.adopt else None
         self._muster = shared_page("muster")
         self._pinning = Pinning(settings.slots_per_node if settings.pin else 0)
@@ -114,7 +120,21 @@ class WorkerProcesses:
 
     def keep_stacks(self, worker: Worker) -> None:
         """Write down what a stuck worker is doing."""
-        ask_for_stacks(worker.pid, self.stacks_file(worker.local))
+        text, file = kernel_says(worker.pid), self.stacks_file(worker.local)
+
+        def keep() -> None:
+            with contextlib.suppress(OSError), open(file, "a") as f:  # a full disk is no reason to keep a stuck worker
+                f.write(text)
+
+        self._files.do(keep)
+        ask_for_stacks(worker.pid)
+
+    def last_words(self, worker: Worker) -> list[str]:
+        """What its log ends with; nothing where there is none, or it cannot be read soon."""
+        words: list[str] = []
+        if worker.log:
+            self._files.do(lambda: words.extend(last_words(worker.log)))
+        return list(words)
 
     def signal(self, worker: Worker, signum: int) -> None:
         """To a worker that lives."""
@@ -150,10 +170,14 @@ class WorkerProcesses:
         """A parked worker has a coordinate now: its log is found under that too."""
         target = self._spare_log(local)
         link = self._log_dir / f"rank-{rank}.epoch-{self._job.epoch}.log"
-        with contextlib.suppress(OSError):  # a full or read-only disk ends no take-over
-            if target.exists():  # an adopted worker writes where its launcher wants it
-                link.unlink(missing_ok=True)
-                link.symlink_to(target.name)
+
+        def make() -> None:
+            with contextlib.suppress(OSError):  # a full or read-only disk ends no take-over
+                if target.exists():  # an adopted worker writes where its launcher wants it
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(target.name)
+
+        self._files.do(make)
 
     def _spare_log(self, local: int) -> Path:
         return self._log_dir / f"spare-node{self._s.node}-{local}.log"

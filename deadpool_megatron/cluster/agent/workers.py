@@ -178,17 +178,20 @@ def is_stopped(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] == "T"
 
 
-def ask_for_stacks(pid: int, file: Path) -> None:
-    """Write what the kernel says of a stuck worker to ``file``, and have the worker add the stacks of its threads.
-
-    A stopped worker is let run for that: its epoch is over for it, so nothing it does can count any more.
-    """
+def kernel_says(pid: int) -> str:
+    """What there is in /proc of a worker that is stuck, and the head of what it adds itself."""
     text = ""
     for name in ("status", "wchan", "syscall"):
         with contextlib.suppress(OSError):
             text += f"--- /proc/{pid}/{name}\n{Path(f'/proc/{pid}/{name}').read_text().rstrip()}\n"
-    with contextlib.suppress(OSError), open(file, "a") as f:  # a full disk is no reason to keep a stuck worker
-        f.write(f"{text}--- Python stacks, innermost call first\n")
+    return f"{text}--- Python stacks, innermost call first\n"
+
+
+def ask_for_stacks(pid: int) -> None:
+    """Have a stuck worker write the stacks of its threads to its file for them.
+
+    A stopped worker is let run for that: its epoch is over for it, so nothing it does can count any more.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, STACKS_SIGNAL)
         os.kill(pid, signal.SIGCONT)

@@ -101,7 +101,7 @@ class Coordinator:
         self._clock = AwakeClock(max(_LONGEST_PASS_S, silence_s / 2), clock)  # less than the silence that means gone
         self._hub = hub or Hub(settings.bind, settings.port, settings.secret, silence_s, patience)
         self.port = self._hub.port
-        self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume)
+        self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume, aside=True)
         self._finish: Finish | None = None
         self._refused = 0
         self._identities: dict[int, bytes] = {}
@@ -411,7 +411,7 @@ class Coordinator:
         path, hashes = self._settings.state_hash, self._core.seen.state_hashes
         if path and hashes:
             content = {"coordinates": {str(rank): hashes[rank] for rank in sorted(hashes)}}
-            temporary = f"{path}.{os.getpid()}"
+            temporary = f"{path}.{os.urandom(4).hex()}"
             try:
                 with open(temporary, "w") as f:
                     json.dump(content, f, indent=1)

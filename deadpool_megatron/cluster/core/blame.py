@@ -10,6 +10,7 @@ from typing import Any
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.members import NodeState
+from deadpool_megatron.cluster.records.exits import Exit
 
 # A worker that dies of these does so by its own doing; SIGKILL (out of memory, an operator) and SIGTERM are not.
 _CRASHES = frozenset({4, 6, 7, 8, 11})
@@ -19,6 +20,7 @@ _MEANINGS = {  # upstream's rerun state machine: every rank leaves with one of t
 }
 _LEAVES = "builtins.SystemExit"
 _LINES = 8  # of a traceback
+_REMEMBERED_S = 24 * 3600.0  # a death that long ago says nothing of its node: jobs go on for months
 _WHEN = {Phase.STARTING: "before training began", Phase.FINISHING: "after training had finished"}
 
 
@@ -36,19 +38,22 @@ class Blame:
     """Remembers errors, and how often the workers of a healthy node have died.
 
     Args:
-        worker_deaths: workers a node may lose before it counts as bad itself.
+        worker_deaths: workers a node may lose in 24 hours before it counts as bad itself.
+        retries: epochs in a row whose workers may end with errors of communication before that counts as their death.
     """
 
-    def __init__(self, worker_deaths: int) -> None:
+    def __init__(self, worker_deaths: int, retries: int) -> None:
         self._worker_deaths = worker_deaths
+        self._retries = retries
+        self._broken: set[int] = set()  # epochs, since an iteration ended last, whose workers ended so
         # by iteration, kind, and place or rank: the epoch it was first seen in
         self._errors: dict[tuple[int, str, str], int] = {}
         self._last: dict[tuple[int, int], r.WorkerFailed] = {}  # by node and local index
 
-    def died(self, node: NodeState) -> bool:
+    def died(self, node: NodeState, now: float) -> bool:
         """One worker more of a node has died. True when the node is to blame, or has nobody to make it good."""
-        node.deaths += 1
-        return node.deaths > self._worker_deaths or not node.respawns
+        node.deaths = [*(when for when in node.deaths if now - when < _REMEMBERED_S), now]
+        return len(node.deaths) > self._worker_deaths or not node.respawns
 
     def crashed_again(self, record: r.WorkerExited, epoch: int, iteration: int) -> bool:
         """It died of its own doing, and did so after the same iteration before."""
@@ -71,12 +76,28 @@ class Blame:
 
     def passed(self, iteration: int) -> None:
         """The job has come through it: what was raised before it, at the start of a process perhaps, was no bug."""
+        self._broken.clear()
         self._errors = {error: epoch for error, epoch in self._errors.items() if error[0] >= iteration}
+
+    def begun(self, record: r.WorkerReady) -> None:
+        """Another process is in the slot: what the one before told is not its error."""
+        self._last.pop((record.node, record.local), None)
 
     def by_a_peer(self, record: r.WorkerExited) -> bool:
         """It ended with an error that the loss of a peer may have caused."""
         last = self._last.get((record.node, record.local))
-        return last is not None and last.communication
+        return record.code > 0 and last is not None and last.communication
+
+    def anothers(self, record: r.WorkerExited) -> bool:
+        """It ended for the loss of another, which counts there.
+
+        Nobody has declared that loss in time, or a neighbour was lost. A communication that fails epoch after epoch
+        with no iteration between them is its node's in the end: the job goes on without that node, or ends.
+        """
+        if self.by_a_peer(record):
+            self._broken.add(record.epoch)
+            return len(self._broken) <= self._retries
+        return record.code == Exit.NEIGHBOUR_LOST
 
     def why(self, record: r.WorkerExited) -> str:
         """The error that it has ended with, in a line; empty where there is none on record."""

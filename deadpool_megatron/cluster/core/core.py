@@ -392,7 +392,7 @@ class Core:
     def restored(self, parts: dict[str, Any], now: float) -> list[Action]:
         """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit."""
         kept = parts["now"]
-        self.members.load(parts["members"])
+        self.members.load(parts["members"], now)
         for node, state in self.nodes.items():
             self.protection.label(node, self.protection.labels(state.was))
         self._state.phase = _RESTORED.get(kept["phase"], Phase.RUNNING)
@@ -639,7 +639,7 @@ class Core:
                 yield from self._lose({record.node}, record.why)  # another spare may have room
             elif why := (yield from self._recoveries.no_room(record)):
                 yield from self._declare(why)
-        elif self._changes_what_is_loaded(record) and self._ends.changed(record.node):
+        elif self._changes_what_is_loaded(record) and self._ends.changed(record.node, self._now):
             yield from self._lose({record.node}, f"its memory changes what is read into it: {record.why}")
         elif why := (yield from self._recoveries.fetch_failed(record)):
             yield from self._declare(why)

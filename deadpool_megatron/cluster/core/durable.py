@@ -45,6 +45,7 @@ class DurableSpec:
         preempt_deadline: seconds the last drain may take when the job is preempted.
         complete: (generation, name) of those that are there at the start, newest first.
         resume: training begins with the newest of them.
+        others: generations that are there too, and were not asked for; for messages.
     """
 
     directory: str
@@ -55,6 +56,7 @@ class DurableSpec:
     preempt_deadline: float = 60.0
     complete: Sequence[tuple[int, str]] = ()
     resume: bool = False
+    others: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -188,11 +190,17 @@ class Durability:
             return ""
         name, waiting = self._loading.name, self._loading.waiting
         if record.error:
+            generation = self._complete[0][0]
             yield from self.bad(name, record.error)
             if not self._complete:
+                if self._spec.others:
+                    return (
+                        f"durable generation {generation} in {self._spec.directory} cannot be read ({record.error}); "
+                        f"ask for another one that is there: {', '.join(map(str, self._spec.others))}"
+                    )
                 return (
-                    f"no durable generation in {self._spec.directory} can be read ({record.error}); start with "
-                    "Megatron's last checkpoint (--load) and another --deadpool-durable-dir, or none"
+                    f"no durable generation in {self._spec.directory} can be read ({generation}: {record.error}); "
+                    "start with Megatron's last checkpoint (--load) and another --deadpool-durable-dir, or none"
                 )
             yield from self._load(active)
             return ""

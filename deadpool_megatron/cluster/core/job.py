@@ -41,9 +41,10 @@ class Deadlines:
 class JobSpec:
     """What the job is as it starts. ``nodes`` counts all nodes, spares included.
 
-    ``worker_deaths``: workers a healthy node may lose before it counts as bad itself. ``on_preempt``: when the machines
-    are wanted soon, the newest generation is made durable and the job leaves. ``snapshot_interval``: iterations from
-    one generation to the next. ``wait_for_spare_s``: how long a job without spares waits for one before it ends.
+    ``worker_deaths``: workers a healthy node may lose in 24 hours before it counts as bad itself. ``on_preempt``: when
+    the machines are wanted soon, the newest generation is made durable and the job leaves. ``snapshot_interval``:
+    iterations from one generation to the next. ``wait_for_spare_s``: how long a job without spares waits for one before
+    it ends.
     """
 
     nodes: int

@@ -22,7 +22,7 @@ class NodeState:
     vault: r.Address | None = None
     pids: dict[int, int] = field(default_factory=dict)
     parked: set[int] = field(default_factory=set)
-    deaths: int = 0
+    deaths: list[float] = field(default_factory=list)  # when workers of it have died, in the clock of `Core`
     respawns: bool = True
     name: str = ""  # of its machine
     trained: bool = False  # its workers have told what job this is
@@ -171,7 +171,7 @@ class Members:
                     s.agent_pid,
                     [s.vault.host, s.vault.port] if s.vault else None,
                     list(s.pids.items()),
-                    s.deaths,
+                    len(s.deaths),
                     s.trained,
                     s.name,
                     s.was,
@@ -180,8 +180,8 @@ class Members:
             ],
         }
 
-    def load(self, kept: dict[str, Any]) -> None:
-        """The opposite of `dump`. Who is parked is told again by the agents."""
+    def load(self, kept: dict[str, Any], now: float) -> None:
+        """The opposite of `dump`. Who is parked is told again by the agents; workers have died just now."""
         self.epoch = kept["epoch"]
         assignment = list(self._first)
         for rank, node, local in kept["moved"]:
@@ -194,7 +194,7 @@ class Members:
                 agent_pid,
                 r.Address(*vault) if vault else None,
                 dict(map(tuple, pids)),
-                deaths=deaths,
+                deaths=[now] * deaths,
                 trained=trained,
                 name=name,
                 was=was,

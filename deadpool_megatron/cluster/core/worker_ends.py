@@ -25,7 +25,7 @@ class WorkerEnds:
         self._state = state
         self._recoveries = recoveries
         self._suspicions = suspicions
-        self._blame = Blame(state.job.worker_deaths)
+        self._blame = Blame(state.job.worker_deaths, state.job.transient_retries)
         self._left: set[tuple[int, int]] = set()
         # by node and local index, of the last process that has ended: an agent that was away tells of it again
         self._known: dict[tuple[int, int], int] = {}
@@ -58,7 +58,7 @@ class WorkerEnds:
                 yield Stop(Exit.OK, "")
         elif node.role == "spare" and deadpool:
             if record.rank is None:  # else its agent renews it as soon as it hears that the coordinate is another's
-                yield from self._spare_exited(node, record.local, how)
+                yield from self._spare_exited(node, record.local, how, now)
         elif not deadpool or (phase in _BESIDE_TRAINING and record.code > 0):
             where = self._state.members.called(record.node)
             end = Stop(of_script(record.code), self._blame.fatal(record, phase, deadpool, where))
@@ -72,17 +72,17 @@ class WorkerEnds:
             stuck = self._suspicions.why_ended(record.node, record.local)
             error = self._blame.why(record)
             ended = f"{who} ended ({how}){': ' * bool(error)}{error}"
-            yield from self._refill(node, record, stuck or ended)
+            yield from self._refill(node, record, stuck or ended, now)
 
-    def _spare_exited(self, node: NodeState, local: int, how: str) -> Effects:
+    def _spare_exited(self, node: NodeState, local: int, how: str, now: float) -> Effects:
         node.parked.discard(local)
-        if self._blame.died(node):
-            yield Lose({node.node}, f"{node.deaths} of its workers ended, the last with {how}")
+        if self._blame.died(node, now):
+            yield Lose({node.node}, f"{len(node.deaths)} of its workers ended, the last with {how}")
             return
         yield emit("detected", node=node.node, cause=f"spare worker {local} ended ({how})", ranks=[], local=local)
         yield Send(node.node, r.Respawn(local))
 
-    def _refill(self, node: NodeState, record: r.WorkerExited, cause: str) -> Effects:
+    def _refill(self, node: NodeState, record: r.WorkerExited, cause: str, now: float) -> Effects:
         """A worker died, its node is healthy: a spare takes over, or a new process in the same slot."""
         here = r.SlotAddress(record.node, record.local)
         assignment = self._state.members.assignment
@@ -90,15 +90,15 @@ class WorkerEnds:
         rank = assignment.index(here) if record.rank is None and here in assignment else record.rank
         if rank is None or assignment[rank] != here:
             return  # it has been replaced already
-        # (whose neighbour was lost has ended for that: the neighbour has been counted)
-        to_blame = not node.respawns if record.code == Exit.NEIGHBOUR_LOST else self._blame.died(node)
+        to_blame = not node.respawns if self._blame.anothers(record) else self._blame.died(node, now)
         iteration = self._state.progress.iteration
         if self._blame.crashed_again(record, self._state.members.epoch, iteration):
             again = f"after iteration {iteration} again, so no spare is spent on it; see its log"
             yield Stop(Exit.REPEATED_ERROR, f"{cause} {again}")
             return
         if to_blame:
-            again = f"{node.deaths} of its workers ended, the last one: " if node.deaths > 1 else ""
+            deaths = len(node.deaths)
+            again = f"{deaths} of its workers ended, the last one: " if deaths > 1 else ""
             yield Lose({node.node}, again + cause)
             return
         yield emit("detected", node=record.node, rank=rank, local=record.local, cause=cause, ranks=[rank])
@@ -109,6 +109,7 @@ class WorkerEnds:
 
     def begun(self, record: r.WorkerReady) -> None:
         """A process has begun: the number of one that has ended may come again."""
+        self._blame.begun(record)
         if self._known.get((record.node, record.local)) == record.pid:
             del self._known[record.node, record.local]
 
@@ -136,9 +137,9 @@ class WorkerEnds:
         """This iteration has ended for the first time."""
         self._blame.passed(iteration)
 
-    def changed(self, node: int) -> bool:
+    def changed(self, node: int, now: float) -> bool:
         """The memory of a node has changed what it held: as a worker's end. True when it is one too many."""
-        return self._blame.died(self._state.members.nodes[node])
+        return self._blame.died(self._state.members.nodes[node], now)
 
     def dump(self) -> dict[str, Any]:
         """The errors, whose end has been counted, and who has left, for a coordinator that starts again."""

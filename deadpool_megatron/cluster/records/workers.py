@@ -130,7 +130,8 @@ class Generation(Record, frozen=True):
     """The agreed generation is in the arena at ``path`` as version (``version_epoch``, ``generation``).
 
     ``version_epoch`` is -1 when this rank's vault does not hold it (its live state does). ``constants``: a durable
-    generation's constants are in the own vault as well. ``live``: a live state of this generation is it too.
+    generation's constants are in the own vault as well. ``live``: a live state of this generation is it too. ``note``:
+    one line for the user, or none.
     """
 
     epoch: int
@@ -140,6 +141,7 @@ class Generation(Record, frozen=True):
     done: dict[SideEffectKind, int]
     constants: bool = False
     live: bool = True
+    note: str = ""
 
 
 class Where(Record, frozen=True):

@@ -2,25 +2,26 @@
 
 Every hook replaces a module global that Bridge looks up at call time, under ``megatron.bridge``:
 
-=============================  ==========================================================================
-``training.pretrain``          ``_pretrain``: whose ``GlobalState`` it is
-                               ``train``: the loop that recovers and goes on
-                               ``evaluate_and_print_results``, ``barrier_and_log``: done again after a recovery
-                               ``_finish_train``: nobody goes on before everybody is through
-                               ``_cleanup_after_pretrain_failure``, ``_maybe_destroy_process_group``: left out, since
-                               a worker's end, for whatever reason, is the agent's business
-``training.setup``             ``initialize_megatron``: checks before anything is built
-                               ``setup_data_iterators``: a spare's data position
-``training.initialize``        ``_initialize_tp_communicators``: userbuffers made inside of a node
-``training.train``             ``train_step``: a generation opens and ends
-                               ``training_log``: printed averages survive a re-entry
-                               ``evaluate_and_print_results``, ``save_checkpoint_and_time``: done once for an iteration
-                               ``checkpoint_and_decide_exit``: what is owed is saved
-``training.eval``              ``evaluate``: its numbers are looked at before they are printed
-``training.checkpointing``     ``load_checkpoint``: left out where a durable generation has everything
-                               ``maybe_finalize_async_save``: what is complete then
-``data.loaders``               ``cyclic_iter``: one whose position can be told
-=============================  ==========================================================================
+==============================  ==========================================================================
+``training.pretrain``           ``_pretrain``: whose ``GlobalState`` it is
+                                ``train``: the loop that recovers and goes on
+                                ``evaluate_and_print_results``, ``barrier_and_log``: done again after a recovery
+                                ``_finish_train``: nobody goes on before everybody is through
+                                ``_cleanup_after_pretrain_failure``, ``_maybe_destroy_process_group``: left out, since
+                                a worker's end, for whatever reason, is the agent's business
+``training.inprocess_restart``  ``maybe_wrap_for_inprocess_restart``: refused before it wraps anything
+``training.setup``              ``initialize_megatron``: checks before anything is built
+                                ``setup_data_iterators``: a spare's data position
+``training.initialize``         ``_initialize_tp_communicators``: userbuffers made inside of a node
+``training.train``              ``train_step``: a generation opens and ends
+                                ``training_log``: printed averages survive a re-entry
+                                ``evaluate_and_print_results``, ``save_checkpoint_and_time``: done once for an iteration
+                                ``checkpoint_and_decide_exit``: what is owed is saved
+``training.eval``               ``evaluate``: its numbers are looked at before they are printed
+``training.checkpointing``      ``load_checkpoint``: left out where a durable generation has everything
+                                ``maybe_finalize_async_save``: what is complete then
+``data.loaders``                ``cyclic_iter``: one whose position can be told
+==============================  ==========================================================================
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ from deadpool_megatron.megatron.bridge.state import Counters
 from deadpool_megatron.megatron.hooks import Hooks
 from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.replay import Passes
+from deadpool_megatron.megatron.writers import is_over, may_be_missing
 
+_LOGGERS = ("tensorboard_logger", "wandb_logger", "mlflow_logger", "comet_logger")
 _SYNCS = ("no_sync_func", "grad_sync_func", "param_sync_func")
 
 
 class MegatronBridge(Host):
     """Settings, counters, writers, timers and asynchronous checkpoints belong to one ``GlobalState``."""
 
+    brings_environment = True
     upstream = "megatron-bridge 0.6.2"
 
     def __init__(self) -> None:
@@ -56,8 +60,17 @@ class MegatronBridge(Host):
     def install(self, hooks: Hooks) -> None:
         from megatron.bridge import package_info
         from megatron.bridge.data import loaders
-        from megatron.bridge.training import checkpointing, eval, initialize, pretrain, pretrain_megatron_mimo, setup
+        from megatron.bridge.training import (
+            checkpointing,
+            eval,
+            initialize,
+            inprocess_restart,
+            pretrain,
+            pretrain_megatron_mimo,
+            setup,
+        )
         from megatron.bridge.training import train as loop
+        from megatron.bridge.training.state import GlobalState
         from megatron.core.datasets import utils as dataset_utils
 
         version = str(package_info.__version__)
@@ -89,8 +102,9 @@ class MegatronBridge(Host):
 
         def training_log(call: Call) -> Any:
             """``train`` begins with empty averages."""
-            if not call["total_loss_dict"] and hooks.put_back(call["total_loss_dict"]):
-                self._counters.log_goes_on()
+            self._leave_ended_run()
+            if not call["total_loss_dict"]:
+                self._counters.log_begins(goes_on=hooks.put_back(call["total_loss_dict"]))
             return hooks.training_log(call, self._step)
 
         def finish(call: Call) -> Any:
@@ -100,6 +114,12 @@ class MegatronBridge(Host):
         def another_loop(call: Call) -> Any:
             raise UserError("MegatronMIMO is not supported with --deadpool: another training loop")
 
+        def restarts(call: Call) -> Any:
+            raise UserError("inprocess_restart is not supported with --deadpool: it restarts whatever DeadPool ends")
+
+        for name in _LOGGERS:
+            may_be_missing(GlobalState, name, lambda: hooks.standby)
+        self.replace(inprocess_restart, "maybe_wrap_for_inprocess_restart", restarts)
         self.replace(pretrain_megatron_mimo, "pretrain_megatron_mimo", another_loop)
         self.replace(pretrain, "_pretrain", enter)
         self.replace(setup, "initialize_megatron", initialized)
@@ -127,11 +147,25 @@ class MegatronBridge(Host):
         step: int = self._state.train_state.step
         return step
 
+    def _leave_ended_run(self) -> None:
+        """After a loss at the very end, when the loop has finished it; its getter would begin another one."""
+        if is_over(self._state._wandb_logger):
+            self._state._wandb_logger = self._state.cfg.logger.wandb_project = None
+
     # ---- and we the loop
 
     @property
     def args(self) -> Mapping[str, Any]:
         return {} if self._state is None else arguments(self._state)
+
+    @property
+    def begun(self) -> float:
+        seconds: float = self._state.start_time
+        return seconds
+
+    @begun.setter
+    def begun(self, seconds: float) -> None:
+        self._state.start_time = seconds
 
     @property
     def timers(self) -> Any:
@@ -151,6 +185,9 @@ class MegatronBridge(Host):
     def async_saves(self) -> Any:
         return self._state.async_calls_queue
 
+    def environment(self) -> dict[str, str]:
+        return {name: str(value) for name, value in self._state.cfg.env_vars.items()}
+
     def arguments_for_script(self, arguments: list[str]) -> list[str]:
         return without_ours(arguments)
 
@@ -159,10 +196,9 @@ class MegatronBridge(Host):
         from megatron.bridge.training.state import GlobalState
         from megatron.bridge.training.utils import train_utils
 
-        loggers = ("tensorboard_logger", "wandb_logger", "mlflow_logger", "comet_logger")
         return [
-            *((GlobalState, name) for name in loggers),
-            *((each, "print_rank_last") for each in (train_utils, eval)),
+            *((GlobalState, name) for name in _LOGGERS),
+            *((each, f"print_rank_{which}") for each in (train_utils, eval) for which in ("last", "0")),
         ]
 
     def warm_up(self) -> None:
@@ -172,6 +208,10 @@ class MegatronBridge(Host):
         cfg = self._state.cfg
         cfg.checkpoint.load = cfg.checkpoint.pretrained_checkpoint = None
         cfg._checkpoint_load_required = False  # as of ``finetune``
+        for model in (cfg.model, getattr(cfg.model, "teacher", None)):
+            for name in ("pre_wrap_hooks", "_pre_wrap_hooks"):  # of configs, and of providers
+                hooks = getattr(model, name, None) or []
+                hooks[:] = [hook for hook in hooks if _named(hook) != "load_weights_hf_to_megatron"]
 
     def save_into(self, directory: str) -> None:
         cfg = self._state.cfg
@@ -206,3 +246,8 @@ class MegatronBridge(Host):
         if self._state.async_calls_queue is not None:
             self._state._async_calls_queue = None
             self._state.initialize_async_checkpoint_worker()
+
+
+def _named(hook: Any) -> str:
+    """A function's name, also where arguments of it are given already."""
+    return str(getattr(getattr(hook, "func", hook), "__name__", ""))

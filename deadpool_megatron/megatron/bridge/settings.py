@@ -46,6 +46,16 @@ _REFUSED: Final[tuple[_Refusal, ...]] = (
         lambda cfg: cfg.dataset.dataloader_type == "batch",
         "batches of fine-tuning have lengths of their own; never run",
     ),
+    (
+        "dataset: EnergonDatasetConfig",
+        lambda cfg: any(each.__name__ == "EnergonDatasetConfig" for each in type(cfg.dataset).__mro__),
+        "its loader keeps a position of its own, which a spare could not take up",
+    ),
+    (
+        "model.vision_cuda_graph_impl",
+        lambda cfg: getattr(cfg.model, "vision_cuda_graph_impl", "none") not in ("none", None),
+        "a recovery does not drop graphs of the vision encoder; never run",
+    ),
     ("straggler", lambda cfg: cfg.straggler and cfg.straggler.log_straggler, "never run"),
     (
         "nvrx_straggler",

@@ -20,7 +20,7 @@ class Counters(Fields):
 
     def __init__(self, state: Any) -> None:
         self._state = state
-        self._logged = 0.0
+        self._logged: float | None = None  # of a generation, until the log goes on where that was
         now = arguments(state)
         counters = vars(state.train_state)
         self.settings = {k: v for k, v in now.items() if k not in counters and k not in _OWN and is_plain(v)}
@@ -32,18 +32,20 @@ class Counters(Fields):
     def training_begins(self) -> None: ...
 
     def read(self, iteration: int) -> dict[str, Any]:
-        state = self._state
-        return {**vars(state.train_state), "step": iteration, _LOGGED: getattr(state, _LOGGED, 0.0)}
+        logged = getattr(self._state, _LOGGED, 0.0) if self._logged is None else self._logged
+        return {**vars(self._state.train_state), "step": iteration, _LOGGED: logged}
 
     def write(self, saved: dict[str, Any]) -> None:
         vars(self._state.train_state).clear()
         self._logged = saved[_LOGGED]
-        self.log_goes_on()
         self.put({name: value for name, value in saved.items() if name != _LOGGED})
 
     def put(self, saved: Mapping[str, Any]) -> None:
         vars(self._state.train_state).update(saved)
 
-    def log_goes_on(self) -> None:
-        """The operations that the next line of the log tells of began here; ``train`` begins to count them anew."""
-        setattr(self._state, _LOGGED, self._logged)
+    def log_begins(self, goes_on: bool) -> None:
+        """The first look at the log since ``train`` was entered, which begins anew to count the operations of the next
+        line. With ``goes_on`` that line began where the generation says."""
+        if goes_on and self._logged is not None:
+            setattr(self._state, _LOGGED, self._logged)
+        self._logged = None

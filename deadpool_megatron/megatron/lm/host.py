@@ -38,6 +38,7 @@ from deadpool_megatron.megatron.hooks import Hooks
 from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.lm.run_args import RunArgs
 from deadpool_megatron.megatron.replay import Passes
+from deadpool_megatron.megatron.writers import is_over, may_be_missing
 
 
 class MegatronLM(Host):
@@ -53,8 +54,8 @@ class MegatronLM(Host):
     def install(self, hooks: Hooks) -> None:
         import megatron.core
         from megatron.core.datasets import utils as dataset_utils
+        from megatron.training import global_vars, training
         from megatron.training import initialize as setup
-        from megatron.training import training
 
         self.upstream = current().upstream
         if not (Path(str(dataset_utils.__file__)).parent / "Makefile").exists():
@@ -80,6 +81,8 @@ class MegatronLM(Host):
 
         def training_log(call: Call) -> Any:
             """Upstream's first call after entering ``train`` starts new averages."""
+            if is_over(global_vars._GLOBAL_WANDB_WRITER):  # a loss at the very end, when upstream has finished it
+                global_vars._GLOBAL_WANDB_WRITER = None
             if call.get("is_first_iteration") and hooks.put_back(call["total_loss_dict"]):
                 call["is_first_iteration"] = False
             return hooks.training_log(call, call["iteration"])
@@ -89,6 +92,8 @@ class MegatronLM(Host):
             self.fields.flops = call["num_floating_point_operations_so_far"]
             return hooks.decide_exit(call, call["iteration"])
 
+        for name in ("_set_tensorboard_writer", "_set_wandb_writer"):
+            may_be_missing(global_vars, name, lambda: hooks.standby)
         self.take_settings(hooks.config)
         self.replace(training, "initialize_megatron", initialize)
         self.replace(setup, "_initialize_tp_communicators", hooks.make_userbuffers)
@@ -127,6 +132,19 @@ class MegatronLM(Host):
         from megatron.training import global_vars
 
         return {} if global_vars._GLOBAL_ARGS is None else vars(global_vars._GLOBAL_ARGS)
+
+    @property
+    def begun(self) -> float:
+        from megatron.training import training
+
+        seconds: float = training._TRAIN_START_TIME
+        return seconds
+
+    @begun.setter
+    def begun(self, seconds: float) -> None:
+        from megatron.training import training
+
+        training._TRAIN_START_TIME = seconds
 
     @property
     def timers(self) -> Any:
@@ -215,7 +233,20 @@ class MegatronLM(Host):
         if stats is not None:  # of packed sequences
             stats.zero_()
             training._seqlen_stats_active = False
+        _forget_loggers()
         async_utils._async_calls_queue = None
+
+
+def _forget_loggers() -> None:
+    """Of ``--save-activations-interval`` and its like: they hook into the model for one forward and backward pass, and
+    assert at the next one that they are out of it."""
+    from megatron.training import activation_logging, dgrad_logging
+
+    for module in (activation_logging, dgrad_logging):
+        logger, module._LOGGER = module._LOGGER, None  # with what it has recorded of the broken pass
+        for name in ("remove_activation_hooks", "remove_tpe_hooks", "remove_hooks"):
+            if hasattr(logger, name):
+                getattr(logger, name)()
 
 
 def _args() -> argparse.Namespace:
