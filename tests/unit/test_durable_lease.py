@@ -5,6 +5,7 @@ Real directories; the time of each job is its own, and never compared.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -292,7 +293,8 @@ def test_a_new_job_that_waits_for_a_directory_that_hangs_says_so(
         if len(said) == 1:
             manifest.open("wb").close()  # then it answers
 
-    begin(str(tmp_path), None, "auto", 2, -1, told)
+    with contextlib.suppress(DurableError):  # what hung was no generation in the end
+        begin(str(tmp_path), None, "auto", 2, -1, told)
     assert f"--deadpool-durable-dir {tmp_path} has not answered for 0.05 s; the job begins when it has" in said
 
 
