@@ -16,8 +16,10 @@ opened again is incomplete with no further store.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -25,7 +27,7 @@ from typing import Any, Final, Literal
 import xxhash
 
 from .errors import ChecksumMismatch, VaultError, VaultFull
-from .leftovers import MAGIC, PAGE, PID_WORD, START_WORD, process_alive, process_start
+from .leftovers import MAGIC, PAGE, is_left
 from .memory import populated
 from .version import CONSTANT, EMPTY, Version, is_constants, unpack
 from .words import Words
@@ -293,13 +295,15 @@ class Arena:
             except OSError as err:
                 free = _free_bytes(directory)
                 raise VaultFull(f"{what} but {free} are there ({err}); {hint}") from None
-            words = _header(rank, kind, unique_bytes, small_capacity, chunk_bytes, total)
-            words[PID_WORD], words[START_WORD] = os.getpid(), process_start(os.getpid()) or 0
-            os.pwrite(fd, words, 0)
+            os.pwrite(fd, _header(rank, kind, unique_bytes, small_capacity, chunk_bytes, total), 0)
+            fcntl.flock(fd, fcntl.LOCK_EX)  # as long as the arena is used here: see `is_left`
             _link(fd, path)
-        finally:
+            arena = cls.attach(path)  # by its name, which tools then show for the mapping
+        except BaseException:
             os.close(fd)
-        return cls.attach(path)  # by its name, which tools then show for the mapping
+            raise
+        weakref.finalize(arena, os.close, fd).atexit = False
+        return arena
 
     @classmethod
     def in_process(
@@ -378,7 +382,7 @@ class Arena:
 def _header(
     rank: int, kind: Kind, unique_bytes: int, small_capacity: int, chunk_bytes: int, total: int
 ) -> memoryview[Any]:
-    """Page 0 of a new arena, but for the words of its owner."""
+    """Page 0 of a new arena."""
     words = memoryview(bytearray(PAGE)).cast("Q")
     words[0], words[1], words[_W_TOTAL] = MAGIC, _LAYOUT, total
     words[_W_RANK], words[_W_KIND] = rank, KINDS.index(kind)
@@ -398,10 +402,8 @@ def _link(fd: int, path: str) -> None:
         try:
             os.link(str(fd), path, src_dir_fd=directory, follow_symlinks=True)
         except FileExistsError:
-            with open(path, "rb") as file:
-                words = memoryview(file.read(PAGE)).cast("Q")
-            if words[0] == MAGIC and process_alive(words[PID_WORD], words[START_WORD]):
-                raise VaultError(f"{path} belongs to a living agent ({words[PID_WORD]}); use another job id") from None
+            if not is_left(path):
+                raise VaultError(f"{path} belongs to a living agent; use another job id") from None
             os.unlink(path)
             os.link(str(fd), path, src_dir_fd=directory, follow_symlinks=True)
     finally:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.observe import LOGS
-from deadpool_megatron.vault import clean_leftovers, process_alive
+from deadpool_megatron.vault import clean_leftovers
 from flags import duo_gpt
 from jobs import Jobs, launch_flags
 from vault_processes import NodeProcess
@@ -47,7 +47,7 @@ def nodes() -> Iterator[Make]:
         if node.process.poll() is None:
             node.process.send_signal(signal.SIGCONT)
         node.end()
-    clean_leftovers("/dev/shm", process_alive)
+    clean_leftovers("/dev/shm")
 
 
 @pytest.mark.parametrize("ucx", ["tcp", pytest.param("tcp,sm", marks=pytest.mark.slow)])

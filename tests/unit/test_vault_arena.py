@@ -216,6 +216,20 @@ def test_leftovers_of_a_dead_agent_are_cleaned_and_those_of_living_ones_are_not(
     assert [path.name for path in tmp_path.iterdir()] == ["deadpool-something-else"]
 
 
+def test_arenas_of_another_container_that_lives_are_not_cleaned(tmp_path: Path) -> None:
+    """It shares the directory, and its process ids mean nothing here."""
+    contained = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*contained, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody make a process namespace")
+    vault = Vault("elsewhere", 0, str(tmp_path))
+    path = vault.allocate_own(0, UNIQUE, 100).path
+    code = "import sys; from deadpool_megatron.vault import clean_leftovers; clean_leftovers(sys.argv[1])"
+    subprocess.run([*contained, sys.executable, "-c", code, str(tmp_path)], check=True)
+    SlotWriter(path).close()
+    vault.drop(0)
+    vault.allocate_own(0, UNIQUE, 100)  # its name is free again
+
+
 def test_an_arena_of_a_living_job_is_not_taken_over(vault: Vault) -> None:
     vault.allocate_own(0, UNIQUE, 100)
     with pytest.raises(VaultError, match="living agent"):

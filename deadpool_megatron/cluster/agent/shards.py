@@ -41,7 +41,6 @@ from deadpool_megatron.vault import (
     huge_bytes,
     is_constants,
     make_transport,
-    process_alive,
     rebuild,
     small_capacity,
 )
@@ -143,7 +142,7 @@ class Shards:
     ) -> None:
         self.node = node
         self._secret = secret
-        self.leftovers = clean_leftovers(directory, process_alive)
+        self.leftovers = clean_leftovers(directory)
         self.vault = Vault(job_id, node, directory, limit_bytes=host_memory)
         parity = scheme is not None and not scheme.mirror
         self.stripes = Stripes(scheme.k, scheme.m, self.vault.chunk_bytes) if scheme is not None and parity else None
