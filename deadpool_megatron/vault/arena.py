@@ -19,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,15 +72,22 @@ def _round(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
+_making: Final[dict[int, int]] = {}  # by descriptor, bytes of the arenas whose memory this process takes just now
+_making_lock: Final = threading.Lock()
+
+
 def _free_bytes(directory: str) -> int:
-    """Bytes that can really be had there: what the file system allows, and what the machine's memory does."""
+    """Bytes that can really be had there: what the file system allows, and what the machine's memory does.
+
+    Less what those of `_making` still lack; their lock is held.
+    """
     stat = os.statvfs(directory)
     free = stat.f_bavail * stat.f_frsize
     with open("/proc/meminfo") as meminfo:
         for line in meminfo:
             if line.startswith("MemAvailable:"):
                 free = min(free, int(line.split()[1]) * 1024)
-    return free
+    return free - sum(max(0, total - 512 * os.fstat(fd).st_blocks) for fd, total in _making.items())
 
 
 _GIVEN_UP = 1 << 63  # with the turn in ``own_turn``: checksummed once, and changed since
@@ -272,7 +280,8 @@ class Arena:
     ) -> Arena:
         """Make the file, all of its memory taken now so that no later store can fail.
 
-        It appears under its name only when it is whole. Blocks for the time of clearing the memory (0.3 s a GiB).
+        It appears under its name only when it is whole. Blocks for the time of clearing the memory (0.3 s a GiB);
+        other threads run meanwhile.
         Raises VaultFull, or VaultError when a living job has an arena of that name.
         """
         if unique_bytes < 0 or small_capacity < 1 or chunk_bytes < PAGE:
@@ -283,18 +292,22 @@ class Arena:
         total = cls.size(rank, kind, unique_bytes, small_capacity, chunk_bytes)
         hint = "give the node more shared memory (mount -o remount,size=... /dev/shm, or --shm-size of the container)"
         what = f"arena of rank {rank} ({kind}) needs {total} bytes in {directory}"
-        free = _free_bytes(directory)
-        if total > free:
-            raise VaultFull(f"{what} but {free} are there; {hint}")
         fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, total)
-            populated(fd, total).close()  # first through a mapping: only that can ask for huge pages
+            with _making_lock:
+                free = _free_bytes(directory)
+                if total > free:
+                    raise VaultFull(f"{what} but {free} are there; {hint}")
+                _making[fd] = total
             try:
+                os.ftruncate(fd, total)
+                populated(fd, total).close()  # first through a mapping: only that can ask for huge pages
                 os.posix_fallocate(fd, 0, total)
             except OSError as err:
-                free = _free_bytes(directory)
-                raise VaultFull(f"{what} but {free} are there ({err}); {hint}") from None
+                raise VaultFull(f"{what} but {free} were there ({err}); {hint}") from None
+            finally:
+                with _making_lock:
+                    del _making[fd]
             os.pwrite(fd, _header(rank, kind, unique_bytes, small_capacity, chunk_bytes, total), 0)
             fcntl.flock(fd, fcntl.LOCK_EX)  # as long as the arena is used here: see `is_left`
             _link(fd, path)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from deadpool_megatron.vault import (
     Version,
     clean_leftovers,
 )
+from deadpool_megatron.vault import arena as arenas
 
 UNIQUE = 300_000  # not a multiple of the chunk size
 CHUNK = 1 << 16
@@ -170,6 +174,81 @@ def test_a_small_shared_memory_is_refused_not_a_bus_error_later(tmp_path: Path) 
         assert list(tmp_path.iterdir()) == []
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+class Slow:
+    """Makes arenas, and waits with each until it may."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = threading.Semaphore(0), threading.Event()
+
+    def __call__(self, *arguments: Any) -> Arena:
+        self.begun.release()
+        self.go_on.wait()
+        return Arena.create(*arguments)
+
+
+def test_nothing_waits_for_memory_that_is_cleared_and_what_was_told_meanwhile_holds(tmp_path: Path) -> None:
+    slow, size = Slow(), Arena.size(0, "own", UNIQUE, 100, CHUNK)
+    vault = Vault("slow", 0, str(tmp_path), CHUNK, limit_bytes=2 * size, create=slow)
+    with ThreadPoolExecutor() as pool:
+        try:
+            first, again = (pool.submit(vault.allocate_own, 0, UNIQUE, 100) for _ in range(2))
+            other = pool.submit(vault.allocate_peer, 1, UNIQUE, 100)
+            for _ in range(2):
+                slow.begun.acquire()
+            with pytest.raises(VaultFull, match=f"has {2 * size} of the {2 * size} in use"):
+                vault.allocate_own(2, UNIQUE, 100)
+            vault.set_committed(0, 5)
+            vault.set_epoch(3)
+            assert vault.holdings().ranks == {} and vault.arena(0, "own") is None
+        finally:
+            slow.go_on.set()
+        assert first.result() == again.result() and not slow.begun.acquire(blocking=False), "it was made once"
+        assert other.result().total_bytes == size and vault.bytes_allocated == 2 * size
+    for arena in vault.arenas():
+        assert (arena.epoch, arena.kept, arena.floor) == (3, Version(0, 5).pack(), Version(3, 0).pack())
+    vault.close()
+
+
+def test_memory_that_is_made_while_the_vault_is_closed_is_not_left_behind(tmp_path: Path) -> None:
+    slow = Slow()
+    vault = Vault("slow", 0, str(tmp_path), create=slow)
+    with ThreadPoolExecutor() as pool:
+        made = pool.submit(vault.allocate_own, 0, UNIQUE, 100)
+        slow.begun.acquire()
+        try:
+            vault.close()
+        finally:
+            slow.go_on.set()
+        with pytest.raises(VaultError, match="closed"):
+            made.result()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_that_another_arena_is_about_to_take_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def nothing(fd: int, size: int) -> None:
+        begun.set()
+        go_on.wait()
+        raise OSError("not now")
+
+    vault, third = Vault(f"t{os.getpid()}", 0), arenas._free_bytes("/dev/shm") // 3
+    monkeypatch.setattr(arenas, "populated", nothing)
+    with ThreadPoolExecutor() as pool:
+        try:
+            first = pool.submit(vault.allocate_own, 0, third, 100)  # two slots
+            begun.wait()
+            with pytest.raises(VaultFull, match=r"but \d+ are there"):
+                vault.allocate_own(1, third, 100)
+        finally:
+            go_on.set()
+        with pytest.raises(VaultFull, match="not now"):
+            first.result()
+    assert arenas._free_bytes("/dev/shm") > third and not arenas._making
 
 
 def test_allocated_memory_is_given_back(vault: Vault) -> None:
