@@ -93,11 +93,12 @@ class Vault:
         self._near[rank] = numa
 
     def allocate_own(self, rank: int, unique_bytes: int, small_capacity: int, numa: int = -1) -> ArenaInfo:
-        """The arena of a rank that runs here; made unless it is there with these sizes, on NUMA node ``numa``.
+        """The arena of a rank that runs here; made unless it is there, on NUMA node ``numa``, else that of `set_near`.
 
-        Without one it is that of `set_near`.
+        One that is there stays, whatever room for a small state it has: who writes one looks. (Room follows from the
+        size that the small state had, on disk or in a worker, when it was asked for.)
 
-        Blocks for the clearing of the memory (0.3 s a GiB). Raises VaultFull; VaultError when the sizes differ.
+        Blocks for the clearing of the memory (0.3 s a GiB). Raises VaultFull; VaultError when the unique bytes differ.
         """
         near = numa if numa >= 0 else self._near.get(rank, -1)
         return self._allocate(rank, "own", unique_bytes, small_capacity, near).info
@@ -122,7 +123,7 @@ class Vault:
                     self._reserve(key, total)
             if arena is not None:
                 have = (arena.info.unique_bytes, arena.info.small_capacity)
-                if have != (unique_bytes, small_capacity):
+                if have[0] != unique_bytes or (kind == "parity" and have[1] != small_capacity):
                     raise VaultError(
                         f"rank {rank} has {kind} memory of {have[0]} + {have[1]} bytes here, not {unique_bytes} + "
                         f"{small_capacity}; drop it first if its shard has really changed"
