@@ -136,11 +136,14 @@ def test_bytes_that_come_too_late_never_land_in_memory_that_is_used_again(nodes:
     assert "did not prove its membership" in answer["error"], "the hung one was asked again, for TCP"
     assert spare("held", 0) == [] and spare("arenas") == []
     assert spare("fetch", other.port, 0, 0, 0, 2) > UNIQUE
+    assert spare("lost") > 0
     holder.process.send_signal(signal.SIGCONT)
     until(lambda: holder("bytes_read") == 0)  # it lives again
     for _ in range(20):
         assert spare("fetch", other.port, 0, 0, 0, 2) > UNIQUE  # it is there: this verifies it
         time.sleep(0.05)
+    holder.kill()
+    until(lambda: spare("lost") == 0, "the end of what was read from it")
 
 
 def test_a_slot_opened_again_while_it_is_read_is_abandoned_without_a_false_alarm(nodes: Make) -> None:
