@@ -7,11 +7,13 @@ import signal
 from collections.abc import Iterator
 from typing import Final
 
-# To the coordinator: end the job; the machines are wanted soon (to an agent: pass that on).
+# To the coordinator: end the job, as Ctrl-C does or as SIGTERM does; to an agent: end this node, whatever SIGTERM means
+# to it. PREEMPT: the machines are wanted soon (an agent passes that on).
 INTERRUPT: Final = signal.SIGRTMIN + 7
+TERMINATE: Final = signal.SIGRTMIN + 5
 PREEMPT: Final = signal.SIGRTMIN + 6
 # What batch systems are asked to send before the end of the time, to every process of a job: the machines are wanted
-# soon. Nobody sends those two above by accident.
+# soon. Nobody sends those above by accident.
 WARNINGS: Final = (signal.SIGUSR1, signal.SIGUSR2)
 
 

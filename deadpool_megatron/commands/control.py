@@ -20,10 +20,10 @@ from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.link.link import Spoke
-from deadpool_megatron.cluster.notices import PREEMPT, WARNINGS
+from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.launcher.processes import Processes
-from deadpool_megatron.observe import EVENTS, JOB, read_events
+from deadpool_megatron.launcher.processes import Processes, metrics_port
+from deadpool_megatron.observe import EVENTS, JOB, EventTail
 from deadpool_megatron.observe.commands import add_run_dir
 
 _ANSWER_S = 10.0
@@ -56,10 +56,12 @@ def _ask(job: dict[str, Any], run_dir: str, record: msgspec.Struct) -> r.InjectR
     spoke = Spoke(job["coordinator"], f"tool-{os.getpid()}", bytes.fromhex(job["secret"]), float(job["lease"]))
     try:
         packet = _answer(spoke, run_dir) if spoke.send(r.encode(record), _ANSWER_S) else None
+        there = spoke.connected
     finally:
         spoke.close()
     if packet is None:
-        raise _NoJob(f"the job of {run_dir} does not answer: it is over, or not on this machine")
+        why = "stopped, or another version of DeadPool" if there else "it is over, or not on this machine"
+        raise _NoJob(f"the job of {run_dir} does not answer: {why}")
     reply = r.decode_from_coordinator(packet)
     assert isinstance(reply, r.InjectReply | r.SpareAdded)
     if reply.error:
@@ -129,7 +131,8 @@ def inject(options: argparse.Namespace) -> int:
 
 def drain(options: argparse.Namespace) -> int:
     """`deadpool drain` after parsing: returns when the node may be taken away."""
-    begun = time.time()
+    events = EventTail(options.run_dir)
+    events.read()  # those from now on: another machine's clock would not tell which they are
     end = time.monotonic() + options.timeout
     told, asked = "", False
     while True:
@@ -147,9 +150,7 @@ def drain(options: argparse.Namespace) -> int:
                 print(f"deadpool: waiting: {told}", file=sys.stderr)
         time.sleep(10 * _POLL_S)
     while time.monotonic() < end:
-        for event in read_events(options.run_dir):
-            if event["t"] < begun - 1.0:
-                continue
+        for event in events.read():
             if event["event"] == "left" and event["node"] == options.node:
                 print(f"deadpool: node {options.node} is drained and may be taken away")
                 return Exit.OK
@@ -179,15 +180,18 @@ def join(options: argparse.Namespace) -> int:
         # A number that was given meanwhile is forgotten when nobody comes with it.
         time.sleep(10 * _POLL_S)
     assert isinstance(reply, r.SpareAdded)
+    settings = msgspec.convert(job["agent"], AgentSettings)
+    host = options.host or settings.host
     settings = replace(
-        msgspec.convert(job["agent"], AgentSettings),
+        settings,
         node=reply.node,
         coordinator=job["coordinator"],
-        host=options.host or job["agent"]["host"],
+        host=host,
+        metrics_port=metrics_port(settings.config, reply.node, host),
     )
-    process = Processes().start("agent", settings, 0 if options.detach else signal.SIGTERM, stdout=subprocess.DEVNULL)
+    process = Processes().start("agent", settings, 0 if options.detach else INTERRUPT, stdout=subprocess.DEVNULL)
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: process.terminate())
+        signal.signal(signum, lambda number, frame: process.send_signal(INTERRUPT))
     for signum in WARNINGS:
         signal.signal(signum, lambda number, frame: process.send_signal(PREEMPT))
     print(f"deadpool: node {reply.node} joins the job of {options.run_dir} as a spare", flush=True)

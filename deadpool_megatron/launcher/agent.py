@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from deadpool_megatron.cluster.notices import INTERRUPT
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import EMBEDDED, open_store, towards
 from deadpool_megatron.cluster.store.leadership import known_place
@@ -97,18 +99,23 @@ def _boundary(run: Callable[[], int]) -> int:
     except (LaunchError, ConfigError, UserError, OSError) as err:
         print(f"deadpool: {err}", file=sys.stderr)
         return Exit.USAGE
+
+
+def _interruptible(run: Callable[[AgentPlan, Signals], int], plan: AgentPlan) -> int:
+    signals = Signals(plan.launch.config.on_preempt)
+    try:
+        return run(plan, signals)
     except Interrupted:
         print("deadpool: interrupted before the job began", file=sys.stderr)
-        return Exit.INTERRUPTED
+        return signals.code
 
 
 def run_coordinator(options: argparse.Namespace) -> int:
     """`deadpool coordinator` after parsing: the coordinator alone, for a machine that does not train."""
-    return _boundary(lambda: _coordinate(check_agent(options, os.environ)))
+    return _boundary(lambda: _interruptible(_coordinate, check_agent(options, os.environ)))
 
 
-def _coordinate(plan: AgentPlan) -> int:
-    signals = Signals(plan.launch.config.on_preempt)
+def _coordinate(plan: AgentPlan, signals: Signals) -> int:
     processes = Processes()
     source = SecretSource(plan.secret_file, os.environ, plan.launch.run_dir, plan.job_name)
     if plan.launch.config.store != EMBEDDED:
@@ -135,12 +142,11 @@ def _take(plan: AgentPlan, seat: Seat) -> None:
 
 def run_agent(options: argparse.Namespace) -> int:
     """`deadpool agent` after parsing: this machine's node, and the coordinator where it belongs here."""
-    return _boundary(lambda: _agent(check_agent(options, os.environ)))
+    return _boundary(lambda: _interruptible(_agent, check_agent(options, os.environ)))
 
 
-def _agent(plan: AgentPlan) -> int:
+def _agent(plan: AgentPlan, signals: Signals) -> int:
     check_transport(plan.launch.config)
-    signals = Signals(plan.launch.config.on_preempt)
     processes = Processes()
     source = SecretSource(plan.secret_file, os.environ, plan.launch.run_dir, plan.job_name)
     until = time.monotonic() + plan.join_s
@@ -178,9 +184,9 @@ def _agent(plan: AgentPlan) -> int:
         except Interrupted:
             if hosted is None:
                 raise
-            hosted.interrupt()
+            hosted.interrupt(signals.caught[0])
             print(f"deadpool: {hosted.wait()[1]}", file=sys.stderr)
-            return Exit.INTERRUPTED
+            return signals.code
         lifeline = Lifeline(spoke)
         Path(plan.launch.log_dir).mkdir(parents=True, exist_ok=True)
         settings = agent_settings(
@@ -195,7 +201,9 @@ def _agent(plan: AgentPlan) -> int:
             store_name=plan.job_name if moves else "",
         )
         settings = dataclasses.replace(settings, tells_end=hosted is None)
-        agent = processes.start("agent", settings, stdout=subprocess.DEVNULL)
+        # Without this command the node is lost; where the job ends with it, it may leave in good order.
+        signum = signal.SIGTERM if hosted is not None else INTERRUPT
+        agent = processes.start("agent", settings, signum, stdout=subprocess.DEVNULL)
         tee = _tee(plan, answer.node)
         serving = Serving(plan, signals, hosted, agent, lifeline)
         stack.callback(serving.close)

@@ -97,14 +97,18 @@ def enlist(
     spoke: Spoke | None = None
     secret: bytes | None = None
     asked = 0.0
+    knows = False  # the secret is the job's
     begun = time.monotonic()
     waiting = _Waiting(until)
     try:
         while time.monotonic() < until:
             if interrupted():
                 raise Interrupted
+            if spoke is not None:
+                spoke.changed()
+                knows = spoke.connected
             waited, unknown = time.monotonic() - begun, secret is None
-            waiting.because(partial(_why_no_answer, address, port, waited, unknown, source))
+            waiting.because(partial(_why_no_answer, address, port, waited, unknown, source, knows))
             found = source.find()
             if found is None:
                 time.sleep(_LOOK_S)  # a file on a shared file system cannot be waited for
@@ -130,10 +134,12 @@ def enlist(
     finally:
         if spoke is not None:
             spoke.close()
-    raise LaunchError(_why_no_answer(address, port, plan.join_s, secret is None, source))
+    raise LaunchError(_why_no_answer(address, port, plan.join_s, secret is None, source, knows))
 
 
-def _why_no_answer(address: str, port: int, waited_s: float, no_secret: bool, source: SecretSource) -> str:
+def _why_no_answer(
+    address: str, port: int, waited_s: float, no_secret: bool, source: SecretSource, connected: bool
+) -> str:
     try:
         socket.create_connection((address, port), 3.0).close()
     except OSError as err:
@@ -143,6 +149,11 @@ def _why_no_answer(address: str, port: int, waited_s: float, no_secret: bool, so
         )
     if no_secret:
         return source.why_none()
+    if connected:
+        return (
+            f"the coordinator at {address}:{port} is there but has no place to give after {waited_s:.0f} s: the job is "
+            "starting or ending (it takes nodes in while it trains), or another version of DeadPool runs there"
+        )
     return (
         f"{address}:{port} listens but does not answer: it has another secret (another --run-dir, secret file or "
         "--rdzv-id), or is no coordinator"

@@ -27,7 +27,13 @@ from deadpool_megatron.cluster.store.leadership import Leadership
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.config import ConfigError
 from deadpool_megatron.launcher.plan import LaunchError, LaunchPlan, check, check_transport, visible_gpus
-from deadpool_megatron.launcher.processes import CoordinatorProcess, Processes, agent_settings, coordinator_settings
+from deadpool_megatron.launcher.processes import (
+    CoordinatorProcess,
+    Processes,
+    agent_settings,
+    code_of,
+    coordinator_settings,
+)
 from deadpool_megatron.launcher.tee import Tee, show_end
 from deadpool_megatron.observe.commands import add_run_dir
 from deadpool_megatron.vault import clean_leftovers
@@ -62,7 +68,7 @@ def launch(plan: LaunchPlan) -> int:
         if leadership.take() is None:
             raise LaunchError(f"--run-dir {plan.run_dir}: another job runs there; give each its own")
         coordinator = CoordinatorProcess(processes, coordinator_settings(plan, job_id, secret, alone=True), leadership)
-        interrupted = [False]
+        interrupted: list[int] = []
         preempted = [False]
 
         def on_signal(signum: int, frame: object) -> None:
@@ -73,8 +79,8 @@ def launch(plan: LaunchPlan) -> int:
                 preempted[0] = True  # a second one ends the job at once
                 coordinator.preempt()
                 return
-            interrupted[0] = True
-            coordinator.interrupt()
+            interrupted.append(signum)
+            coordinator.interrupt(signum)
 
         for signum in (signal.SIGINT, signal.SIGTERM, *WARNINGS):
             signal.signal(signum, on_signal)
@@ -91,7 +97,7 @@ def launch(plan: LaunchPlan) -> int:
         code, message = coordinator.wait()
         if tee is not None:
             tee.stop()
-        code = Exit.INTERRUPTED if interrupted[0] else code
+        code = code_of(interrupted[0]) if interrupted else code
         show_end(code, message, plan.run_dir)
         return code
     finally:

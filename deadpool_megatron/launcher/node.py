@@ -26,7 +26,7 @@ from deadpool_megatron.cluster.coordinator.coordinator import Coordinator, Coord
 from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.link.ports import once_free, patience_s
-from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
+from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, TERMINATE, WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, open_store
 from deadpool_megatron.durable import DurableError, Lease, begin, go_on, this_process
@@ -104,10 +104,12 @@ def _coordinate(start: CoordinatorStart, lease: Lease | None) -> int:
     _in_use(start.run_dir)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A batch system may send its SIGTERM to every process of the job; what the launcher means it says with the others.
-    on_term = coordinator.preempt if config.on_preempt else coordinator.interrupt
-    signal.signal(signal.SIGTERM, lambda signum, frame: on_term())
-    for notice in (PREEMPT, *WARNINGS):
-        signal.signal(notice, lambda signum, frame: coordinator.preempt())
+    preempts, ends = [PREEMPT, *WARNINGS], [TERMINATE]
+    (preempts if config.on_preempt else ends).append(signal.SIGTERM)
+    for signum in preempts:
+        signal.signal(signum, lambda signum, frame: coordinator.preempt())
+    for signum in ends:
+        signal.signal(signum, lambda signum, frame: coordinator.interrupt(Exit.TERMINATED))
     signal.signal(INTERRUPT, lambda signum, frame: coordinator.interrupt())
     code, message = _serve(coordinator, store_port)
     print(message, flush=True)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -25,16 +25,19 @@ from deadpool_megatron.cluster import notices
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
-from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT
+from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, TERMINATE
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import PASSWORD
 from deadpool_megatron.cluster.store.leadership import Leadership
+from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.forking import FORK_SERVER, Process, fork_module
 from deadpool_megatron.launcher.plan import LaunchPlan, value_of
 
 _NODE = "deadpool_megatron.launcher.node"
 # Not for workers: the job's secret, and the file that holds it.
 SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE", PASSWORD)
+# What does not end a process that does not listen to it yet. A coordinator is told again when it does.
+HELD_BACK: Final = {"coordinator": (PREEMPT, INTERRUPT, TERMINATE), "agent": (PREEMPT,)}
 _AGAIN_S = 1.0  # from the first try to start the coordinator again to the next; each time twice as long
 
 
@@ -151,7 +154,7 @@ def agent_settings(
         devices: CUDA devices of this node; None: all that are visible.
         adopt: the socket at which workers come to the agent; empty: it starts them.
     """
-    c, here = plan.config, host.startswith("127.")
+    c = plan.config
     return AgentSettings(
         c,
         job_id,
@@ -167,10 +170,19 @@ def agent_settings(
         plan.shm_directory,
         [c.store, plan.run_dir, store_name] if store_name else [],
         adopt,
-        metrics_port=c.metrics_port + node if c.metrics_port and here else c.metrics_port,  # they share the ports
+        metrics_port=metrics_port(c, node, host),
         exit_signal=_exit_signal(plan.arguments),
-        pin=c.deadpool and c.pin_agents and not here,  # agents of one machine would all choose the same processors
+        pin=c.deadpool and c.pin_agents and not _shared(host),  # they would all choose the same processors
     )
+
+
+def metrics_port(config: DeadpoolConfig, node: int, host: str) -> int:
+    """Where the agent of ``node`` serves its metrics; 0: nowhere. Agents of one machine share its ports."""
+    return config.metrics_port + node if config.metrics_port and _shared(host) else config.metrics_port
+
+
+def _shared(host: str) -> bool:
+    return host.startswith("127.")
 
 
 def _exit_signal(arguments: Sequence[str]) -> int:
@@ -249,10 +261,10 @@ def end_with_parent(signum: int = signal.SIGTERM) -> None:
     ctypes.CDLL(None).prctl(1, signum)
 
 
-def _begin(signum: int) -> None:
+def _begin(signum: int, ignored: Sequence[int]) -> None:
     """Of a child, before exec. What a warning means to it, it says when it is ready for one."""
     notices.ignored()
-    for notice in (PREEMPT, INTERRUPT):
+    for notice in ignored:
         signal.signal(notice, signal.SIG_IGN)
     if signum:
         end_with_parent(signum)
@@ -280,7 +292,7 @@ class Processes:
             process = subprocess.Popen(
                 [sys.executable, "-m", _NODE, role],
                 stdin=subprocess.PIPE,
-                preexec_fn=partial(_begin, signum),
+                preexec_fn=partial(_begin, signum, HELD_BACK[role]),
                 start_new_session=True,
                 **extra,
             )
@@ -291,9 +303,10 @@ class Processes:
         return process
 
     def end(self, grace_s: float) -> None:
-        """SIGTERM for those that live, SIGKILL after ``grace_s`` seconds; returns when all are reaped."""
+        """Have those that live end, SIGKILL after ``grace_s`` seconds; returns when all are reaped."""
         for process in self.all:
             if process.poll() is None:
+                process.send_signal(INTERRUPT)  # SIGTERM may be a notice only
                 process.terminate()
         end = time.monotonic() + grace_s
         for process in self.all:
@@ -302,6 +315,11 @@ class Processes:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def code_of(signum: int) -> Exit:
+    """How a command ends that was interrupted by this signal."""
+    return Exit.TERMINATED if signum == signal.SIGTERM else Exit.INTERRUPTED
 
 
 class CoordinatorProcess:
@@ -326,7 +344,8 @@ class CoordinatorProcess:
         self._settings = settings
         self._leadership = leadership
         self._died: list[float] = []
-        self._interrupted = self._preempted = self._listens = False
+        self._interrupted = 0  # by which signal to the command
+        self._preempted = self._listens = False
         self.port = self.store_port = 0
         self.process = self._start()
 
@@ -344,11 +363,11 @@ class CoordinatorProcess:
             self._settings = replace(self._settings, port=self.port, store_port=self.store_port, resume=True)
         return process
 
-    def interrupt(self) -> None:
-        """The user wants the end; safe in a signal handler."""
-        self._interrupted = True
+    def interrupt(self, signum: int = signal.SIGINT) -> None:
+        """The user wants the end, and has sent SIGINT or SIGTERM; safe in a signal handler."""
+        self._interrupted = self._interrupted or signum
         if self.process.poll() is None:
-            self.process.send_signal(INTERRUPT)
+            self.process.send_signal(TERMINATE if self._interrupted == signal.SIGTERM else INTERRUPT)
 
     def preempt(self) -> None:
         """The machines are wanted soon (see `Core.preempted`). Safe in a signal handler."""
@@ -385,7 +404,7 @@ class CoordinatorProcess:
         if self._preempted:
             self.preempt()
         if self._interrupted:
-            self.interrupt()
+            self.interrupt(self._interrupted)
         return None
 
     def _died_of(self, signum: int) -> tuple[int, str] | None:
@@ -417,6 +436,6 @@ class CoordinatorProcess:
                 continue
             if end[0] != Exit.DEPOSED or self._interrupted or self._others_lead:
                 return end
-            if self._leadership.campaign(1, lambda: self._interrupted) is None:
-                return Exit.INTERRUPTED, "interrupted while the store did not answer"
+            if self._leadership.campaign(1, lambda: bool(self._interrupted)) is None:
+                return code_of(self._interrupted), "interrupted while the store did not answer"
             self.process = self._start()

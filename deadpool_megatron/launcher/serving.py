@@ -27,7 +27,7 @@ from deadpool_megatron.forking import Process, open_pidfd
 from deadpool_megatron.launcher.agent_options import AgentPlan
 from deadpool_megatron.launcher.enlisting import Lifeline
 from deadpool_megatron.launcher.plan import LaunchError
-from deadpool_megatron.launcher.processes import CoordinatorProcess
+from deadpool_megatron.launcher.processes import CoordinatorProcess, code_of
 from deadpool_megatron.launcher.seat import Seat
 
 _HAND_OVER_S: Final = 15.0  # longer than a coordinator's goodbye at the end of a job
@@ -65,6 +65,11 @@ class Signals:
     def interrupted(self) -> bool:
         """Whether one has come."""
         return bool(self.caught)
+
+    @property
+    def code(self) -> Exit:
+        """How the command ends for the first of them."""
+        return code_of(self.caught[0])
 
 
 class Serving:
@@ -131,23 +136,23 @@ class Serving:
             if hosted is None:
                 break
             if self._why or self._signals.caught:
-                hosted.interrupt()
+                hosted.interrupt(*self._signals.caught[:1])
             end = hosted.revive()
             if end is None:
                 continue
             if end[0] == Exit.DEPOSED and self._seat is not None:
                 self._leave_seat()
                 continue
-            if self._why:
+            if self._why and end[0] == Exit.INTERRUPTED:  # else the job had an end, and that node's agent heard of it
                 return Exit.USAGE, self._why
             self._agent_left(end[0])
-            return (Exit.INTERRUPTED if self._signals.caught else end[0]), end[1]
+            return (self._signals.code if self._signals.caught else end[0]), end[1]
         code = main.wait()
         self._agent_left(code)
         if self._why:
             return Exit.FAILED, self._why
         if self._signals.caught:
-            return Exit.INTERRUPTED, "interrupted; the job goes on without this node while there are spares"
+            return self._signals.code, "interrupted; the job goes on without this node while there are spares"
         if code < 0:
             return 128 - code, f"its agent was ended by signal {-code}"
         return code, ""
@@ -247,11 +252,14 @@ class Serving:
                     self._agent_left(agent.poll())
                     if agent.poll() == Exit.USAGE and hosted is not None and not self._why:
                         self._why = "this machine's agent could not start, so there is no job"
-                        main.terminate()
+                        hosted.interrupt()
             self._look_for_coordinator()
             if len(signals.caught) > self._passed_on:
                 self._passed_on = len(signals.caught)
-                main.send_signal(INTERRUPT if hosted is not None else signal.SIGTERM)
+                if hosted is not None:
+                    hosted.interrupt(signals.caught[0])
+                else:
+                    main.send_signal(INTERRUPT)
             self._give_up(main)
         if hosted is None:  # else one that is started again hears of it
             signals.preempt = lambda: None
@@ -262,4 +270,4 @@ class Serving:
         gone_since = self._lifeline.gone_since if self._lifeline is not None and self._hosted is None else None
         if gone_since is not None and not self._why and self._clock.now() - gone_since > self._plan.gone_s:
             self._why = f"the coordinator has been gone for {self._plan.gone_s:g} s; the job is over"
-            main.terminate()
+            main.send_signal(INTERRUPT)

@@ -143,8 +143,8 @@ ENDINGS = {
     ),
     "79: an error that comes again": Ending(_everywhere, 79, "InjectedError", "rank 1", spares=1),
     "130: Ctrl-C": Ending(_signalled(signal.SIGINT), 130, "interrupted", "every process of the job", recovers=False),
-    "130: SIGTERM, and no --deadpool-on-preempt": Ending(
-        _signalled(signal.SIGTERM), 130, "interrupted", "every process of the job", recovers=False
+    "143: SIGTERM, and no --deadpool-on-preempt": Ending(
+        _signalled(signal.SIGTERM), 143, "ended by SIGTERM", "every process of the job", recovers=False
     ),
     "a node is killed": Ending(_fault(), 0, "its agent is gone or silent", "node 1", spares=1),
     "a worker is killed": Ending(_fault("--fault", "kill-worker"), 0, "signal 9", "rank 1", spares=1),

@@ -197,9 +197,12 @@ def test_an_interrupt_where_the_coordinator_is_ends_the_job_on_every_machine(
 ) -> None:
     _sleeping(machines)
     machines.started[0].send_signal(signum)
-    assert machines.codes() == [Exit.INTERRUPTED, Exit.INTERRUPTED]
+    code, word = {
+        signal.SIGINT: (Exit.INTERRUPTED, "interrupted"), signal.SIGTERM: (Exit.TERMINATED, "ended by SIGTERM")
+    }[signum]  # fmt: skip
+    assert machines.codes() == [code, code]
     machines.until_gone()
-    assert "interrupted" in machines.output(0)
+    assert word in machines.output(0) and word in machines.output(1)
 
 
 def test_a_command_that_is_killed_takes_its_machines_processes_along(machines: Machines) -> None:
@@ -214,6 +217,25 @@ def test_agents_whose_coordinator_is_gone_for_good_end_by_themselves_and_say_so(
     machines.kill_tree(0)
     assert machines.code(1) == Exit.FAILED
     assert "the coordinator has been gone for 2 s" in machines.output(1)
+    machines.until_gone()
+
+
+@pytest.mark.parametrize("gone", ["the coordinator", "a command"])
+def test_with_preemption_notices_a_command_s_end_is_no_notice(machines: Machines, gone: str) -> None:
+    script = _script(machines, SLEEP)
+    durable = str(machines.directory / "durable")
+    script += ["--deadpool", "--deadpool-on-preempt", "--deadpool-durable-dir", durable]
+    for n in (0, 1):
+        line = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{machines.port}", "--node-rank", str(n)]
+        machines.start([*line, "--emulate-cpu", "--rdzv-conf", "coordinator_timeout=2"], script)
+    machines.until("two sleeping workers", lambda: len(list(machines.directory.glob("up-*"))) == 2)
+    if gone == "the coordinator":
+        machines.kill_tree(0)
+        assert machines.code(1) == Exit.FAILED
+        assert "the coordinator has been gone for 2 s" in machines.output(1)
+    else:
+        machines.started[1].kill()
+        assert machines.code(0) == Exit.NO_SPARE and "node 1" in machines.output(0)
     machines.until_gone()
 
 

@@ -18,7 +18,7 @@ from deadpool_megatron.cluster.store.leadership import known_place
 from deadpool_megatron.observe import read_events
 from etcds import need_etcd
 from flags import tiny_gpt
-from jobs import EXAMPLE, assert_same_training, launch_flags, undisturbed
+from jobs import EXAMPLE, PACED, assert_same_training, launch_flags, set_pace, undisturbed
 from machines import Machines, MachinesJob
 
 pytestmark = pytest.mark.slow
@@ -161,6 +161,30 @@ def test_the_embedded_stores_host_is_killed_and_comes_back_and_the_job_goes_on(m
     assert [machines.code(n) for n in (1, 2, 3)] == [0, 0, 0], machines.outputs()
     events = [e["event"] for e in read_events(machines.run_dir)]
     assert "coordinator_back" in events and "detected" not in events
+
+
+@pytest.mark.timeout(400)
+def test_the_machine_of_node_0_comes_back_with_its_coordinator_and_becomes_a_spare(machines: Machines) -> None:
+    """The same command given again, as a batch system would: the others train on without a coordinator meanwhile."""
+    flags = [*tiny_gpt("none", iters=300), "--tensor-model-parallel-size", "1"]
+    line = ["--nnodes", "3", "--spare-nodes", "1", "--emulate-cpu", "--tee", "none"]
+    line += ["--rdzv-endpoint", f"127.0.0.1:{machines.port}"]
+    set_pace(machines.pace, 0.2)
+    for n in range(3):
+        machines.start([*line, "--node-rank", str(n)], [str(PACED), *flags, "--deadpool"])
+    job = MachinesJob(machines)
+    job.process = machines.started[1]
+    job.until_event("training")
+    job.until("a commit", lambda: job.status()["generation"]["committed"] >= 2)
+    survivor = job.pids()[1]
+    machines.kill_tree(0)
+    machines.start([*line, "--node-rank", "0"], [str(PACED), *flags, "--deadpool"])
+    assert job.until_event("joined")["node"] == 3
+    assert [e["lost"] for e in job.events("declared")] == [[0]]
+    set_pace(machines.pace, 0)
+    assert [machines.code(n) for n in (1, 2, 3)] == [0, 0, 0], machines.outputs()
+    assert job.pids()[1] == survivor
+    machines.until_gone()
 
 
 @pytest.mark.timeout(400)

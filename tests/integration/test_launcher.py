@@ -118,14 +118,18 @@ def _sleeping(jobs: Jobs, children: bool) -> Job:
     return job
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+ENDS = {signal.SIGINT: (Exit.INTERRUPTED, "interrupted"), signal.SIGTERM: (Exit.TERMINATED, "ended by SIGTERM")}
+
+
+@pytest.mark.parametrize("signum", ENDS)
 def test_an_interrupt_ends_every_process_the_workers_children_included(jobs: Jobs, signum: signal.Signals) -> None:
     job = _sleeping(jobs, children=True)
     job.process.send_signal(signum)
-    assert job.wait() == Exit.INTERRUPTED
+    code, word = ENDS[signum]
+    assert job.wait() == code
     job.until_gone(60)
     (said,) = _said(job)
-    assert "interrupted" in said
+    assert word in said and job.status()["end"]["code"] == code
 
 
 def test_the_warning_of_a_batch_system_reaches_what_handles_it_and_ends_nothing_else(jobs: Jobs) -> None:

@@ -8,6 +8,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.effects import Emit, Keep, Send
 from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.placement.domains import parse_domains
 from deadpool_megatron.cluster.records import SlotAddress
 from deadpool_megatron.cluster.records.exits import Exit
 from simulated import DEADLINES, SimulatedJob
@@ -218,6 +219,19 @@ def restarted(job: SimulatedJob, settled: bool = True, come_back: bool = True) -
     if come_back:
         all_come_back(job, settled)
     return job
+
+
+def test_a_machine_that_comes_back_under_a_new_number_is_in_its_rack_again() -> None:
+    domains = parse_domains("0-1=r1,2-3=r2")
+    job = SimulatedJob(nodes=5, spares=1, slots=1, domains=domains).train()
+    job.lose(2)
+    job.recover()
+    _, number, actions = job.core.add_spare("host", job.now, was=2)
+    job.take(actions)
+    job.join([number])
+    job.park([number])
+    for core in (job.core, restarted(job).core):
+        assert core.protection.labels(number) == {"rack": "r2"}
 
 
 def all_come_back(job: SimulatedJob, settled: bool = True) -> None:

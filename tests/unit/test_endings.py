@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.records.exits import ADVICE, Exit, what_to_do
+from deadpool_megatron.cluster.records.exits import ADVICE, Exit, of_script, what_to_do
 from deadpool_megatron.observe import EVENTS, STATUS
 from deadpool_megatron.observe.figures import timeline_figure
 from deadpool_megatron.observe.narrative import paragraph
@@ -196,3 +196,9 @@ def test_every_code_that_a_job_ends_with_says_what_to_do_and_where_that_is_docum
         place = f"docs/operations.md#exit-{code:d}"
         assert place in what_to_do(code) and f'<a id="exit-{code:d}"></a>' in page, code
     assert "exit code 5;" in what_to_do(5) and "#exit-1)" in what_to_do(5) and what_to_do(Exit.OK) == ""
+
+
+def test_a_script_s_own_code_is_the_job_s_unless_it_means_something_else_here() -> None:
+    """Batch scripts queue 74 to 78 again, and 126 is a coordinator that another one leads in the place of."""
+    assert [of_script(code) for code in (2, 5, 16, 125)] == [2, 5, 16, 125]
+    assert {of_script(code) for code in (*range(73, 81), 83, 126, 130, 143, -9)} == {Exit.FAILED}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.coordinator.coordinator import Coordinator, CoordinatorSettings
+from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
 from deadpool_megatron.cluster.coordinator.saved_state import Memory
 from deadpool_megatron.cluster.core.job import JobSpec
 from deadpool_megatron.cluster.link.awake import AwakeClock
@@ -29,7 +32,7 @@ from deadpool_megatron.launcher import node, processes
 from deadpool_megatron.launcher.processes import CoordinatorProcess
 from deadpool_megatron.launcher.serving import Serving
 from deadpool_megatron.launcher.tee import Tee
-from simulated import DEADLINES
+from simulated import DEADLINES, SimulatedJob
 from waiting import until
 
 # ---- the coordinator
@@ -94,6 +97,31 @@ def test_an_error_of_the_coordinator_s_own_has_it_started_again(
     with pytest.raises(OSError, match="too many"):
         node._serve(SimpleNamespace(run=run, finished=finished, interrupted=False), 2)  # type: ignore[arg-type]
     assert kill.called == again
+
+
+def test_a_machine_that_comes_back_beside_its_coordinator_gets_a_place_once_its_lost_agent_is_given_up() -> None:
+    """Told that its rank is taken, it would end, and the coordinator with it: the job that it has just come back to."""
+    job = SimulatedJob(nodes=3, spares=1, slots=1).train()
+    now, hub, spec = [0.0], MagicMock(port=1), job.core.job
+    settings = CoordinatorSettings("h", "h", 1, bytes(32), "run", job_id="job", resume=True)
+    office = Enlistment(spec, [], "job", 1)
+    guard, store = Guard("leader", 1), MagicMock()
+    coordinator = Coordinator(spec, settings, office, store, guard, hub, MagicMock(), lambda: now[0])
+    coordinator._memory.read = lambda: json.loads(json.dumps(job.core.dump()))  # type: ignore[method-assign]
+    coordinator.begin(lambda port: None)
+    for n in (1, 2):
+        pids = [10 * n]
+        coordinator._packet(b"node-%d@job" % n, r.encode(r.Join(n, 1000 + n, "h", 2000 + n, pids)))
+    asked = r.encode(r.Enlist("a", "h", 0, 3, 1, 1, []))
+    answers: list[Any] = []
+    while not answers and now[0] < 60.0:
+        now[0] += 0.5
+        coordinator._packet(b"enlist-a", asked)
+        coordinator.turn(0.0)
+        answers = [to for to in hub.send.call_args_list if to.args[0] == b"enlist-a"]
+        if coordinator._core.nodes[0].gone and coordinator._core.recovery is not None:
+            break  # the swap begins; it asks on, and is a spare as soon as that is over
+    assert coordinator._core.nodes[0].gone and not answers
 
 
 # ---- the agent
@@ -180,10 +208,13 @@ def test_one_that_is_killed_before_it_listens_counts_as_killed(monkeypatch: pyte
     assert code == Exit.FAILED and "by signal 9 again and again" in message and len(started) == 1
 
 
-def test_a_notice_ends_no_process_that_does_not_listen_to_it_yet() -> None:
-    for signum in (PREEMPT, INTERRUPT):
-        code = f"import os; os.kill(os.getpid(), {int(signum)})"
-        assert subprocess.run([sys.executable, "-c", code], preexec_fn=lambda: processes._begin(0)).returncode == 0
+def test_a_notice_ends_no_process_that_does_not_listen_to_it_yet_and_the_word_to_end_an_agent_at_once() -> None:
+    for role, survives in ("coordinator", (PREEMPT, INTERRUPT)), ("agent", (PREEMPT,)):
+        for signum in (PREEMPT, INTERRUPT):
+            code = f"import os; os.kill(os.getpid(), {int(signum)})"
+            begin = partial(processes._begin, 0, processes.HELD_BACK[role])
+            done = subprocess.run([sys.executable, "-c", code], preexec_fn=begin)
+            assert done.returncode == (0 if signum in survives else -signum)
 
 
 def test_a_notice_that_comes_while_the_coordinator_starts_again_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +226,19 @@ def test_a_notice_that_comes_while_the_coordinator_starts_again_is_not_lost(monk
 def _serving(gone_s: float = 60.0) -> tuple[Serving, Any, Any]:
     agent, lifeline = MagicMock(), SimpleNamespace(gone_since=None)
     return Serving(MagicMock(gone_s=gone_s), MagicMock(), None, agent, lifeline), agent, lifeline  # type: ignore[arg-type]
+
+
+def test_an_end_that_the_job_had_is_told_where_its_coordinator_was_too() -> None:
+    """That machine's agent hears of it, and ends with the same code as one that could not start."""
+    for end, told in (
+        ((Exit.USAGE, "a flag that is not known"), (Exit.USAGE, "a flag that is not known")),
+        ((Exit.INTERRUPTED, "interrupted"), (Exit.USAGE, "could not start")),
+    ):
+        hosted = MagicMock(revive=lambda end=end: end)
+        serving = Serving(MagicMock(), MagicMock(caught=[]), hosted)
+        serving._why = "could not start"
+        serving._until_end = lambda main: None  # type: ignore[method-assign]
+        assert serving.run() == told
 
 
 def test_who_has_won_the_election_and_cannot_read_the_store_gives_the_seat_back() -> None:
@@ -210,7 +254,7 @@ def test_who_has_won_the_election_and_cannot_read_the_store_gives_the_seat_back(
     assert serving._seat_changes()
     serving._change_seats()
     seat.leadership.resign.assert_called_once()
-    assert not serving.hosts and not serving._seat_changes() and not agent.terminate.called
+    assert not serving.hosts and not serving._seat_changes() and not agent.send_signal.called
 
 
 def test_a_coordinator_is_not_given_up_for_a_time_in_which_this_machine_stood_still() -> None:
@@ -220,11 +264,11 @@ def test_a_coordinator_is_not_given_up_for_a_time_in_which_this_machine_stood_st
     lifeline.gone_since = serving._clock.now()
     now[0] += 1000.0
     serving._give_up(agent)
-    assert not agent.terminate.called
+    assert not agent.send_signal.called
     for _ in range(61):
         now[0] += 1.0
         serving._give_up(agent)
-    assert agent.terminate.called
+    agent.send_signal.assert_called_once_with(INTERRUPT)  # its first SIGTERM may be a notice only, to it
 
 
 # ---- what only shows

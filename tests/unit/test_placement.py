@@ -101,6 +101,9 @@ def test_the_sentence_says_it_in_words() -> None:
     assert tolerated(groups, Scheme.parse("1"), racks).sentence.endswith("; no whole rack")
     racks = parse_domains("0=r1,3=r1,1=r2,2=r3")
     assert tolerated(groups, Scheme.parse("1"), racks).sentence.endswith("; any 1 rack but r1")
+    racks = parse_domains("0-1=r1,2=r2")
+    said = tolerated(groups, Scheme.parse("1"), racks).sentence
+    assert said.endswith("; any 1 rack (the rack of node 3 is not known)")
     assert tolerated(((0, 1),), Scheme.parse("1")).sentence == "any 1 node"
     assert tolerated(((0, 1, 2, 3),), Scheme.parse("2")).sentence == "any 2 nodes"
     many = tolerated([(i, i + 64) for i in range(64)], Scheme.parse("1"))

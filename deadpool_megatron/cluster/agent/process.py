@@ -25,7 +25,7 @@ from deadpool_megatron.cluster.agent.shards import Shards
 from deadpool_megatron.cluster.agent.uplink import Uplink
 from deadpool_megatron.cluster.agent.watch import Watch
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
-from deadpool_megatron.cluster.notices import PREEMPT, WARNINGS
+from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.cluster.records.exits import Exit
 
@@ -40,6 +40,7 @@ class AgentProcess:
         self.serves = False  # what was asked for is there: whatever fails from now on is this node's loss
         self._terminated = False
         self._preempted = math.inf  # when the first notice came
+        self._told_notice = False  # to the coordinator of today: it keeps none for one that comes after it
         scheme = Scheme.parse(settings.config.redundancy)
         self._job = KnownJob(settings.node, settings.active_nodes, settings.slots_per_node, scheme)
         self._poller = zmq.Poller()
@@ -82,16 +83,16 @@ class AgentProcess:
         """Start the workers, serve until told to stop, end everything."""
         agent = self._agent
         signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(INTERRUPT, self._on_end)
         for signum in (PREEMPT, *WARNINGS):
             signal.signal(signum, self._on_notice)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides what Ctrl-C means
         self._crew.start(self._s.slots_per_node)
         self.serves = True
-        told = False
         try:
             while agent.code is None and not self._terminated:
-                if self._preempted < math.inf and not told and self._uplink.connected:
-                    told = True
+                if self._preempted < math.inf and not self._told_notice and self._uplink.connected:
+                    self._told_notice = True
                     agent.send(r.PreemptionNotice(self._s.node))
                 self._step(self._poller.poll(int(LOOK_S * 1000) if self._s.config.deadpool else 1000))
                 self._report_refusals()
@@ -110,6 +111,9 @@ class AgentProcess:
         else:
             self._terminated = True
 
+    def _on_end(self, signum: int, frame: object) -> None:
+        self._terminated = True
+
     def _on_notice(self, signum: int, frame: object) -> None:
         self._preempted = min(self._preempted, time.monotonic())  # told in the loop
 
@@ -117,6 +121,7 @@ class AgentProcess:
         agent, fds = self._agent, {fd for fd, _ in ready}
         if self._uplink.has_come_up(fds):
             agent.introduce()
+            self._told_notice = False
         self._job.rendezvous = self._uplink.moved(fds) or self._job.rendezvous
         for told in self._uplink.records(fds):
             agent.from_coordinator(told)

@@ -108,15 +108,15 @@ class Coordinator:
         self._broadcast = Broadcast(chance)
         self._no_places_until = self._clock.now() + silence_s if settings.resume else 0.0
         self._connected: set[int] = set()
-        self._interrupted = False
+        self._interrupted: Exit | None = None
         self._preempted = False
         self._status_due = 0.0
         self._status_gap = _STATUS_INTERVAL_S  # seconds from one to the next, in a job of this size
         self._status_stale = True
 
-    def interrupt(self) -> None:
-        """The user wants the end; safe in a signal handler."""
-        self._interrupted = True
+    def interrupt(self, code: Exit = Exit.INTERRUPTED) -> None:
+        """The user wants the end, with this exit code; safe in a signal handler."""
+        self._interrupted = self._interrupted or code
         self._memory.insists = False
 
     def preempt(self) -> None:
@@ -144,7 +144,7 @@ class Coordinator:
     @property
     def interrupted(self) -> bool:
         """The user wants the end."""
-        return self._interrupted
+        return self._interrupted is not None
 
     def begin(self, announce: Callable[[int], None]) -> None:
         """Before the first `turn`."""
@@ -191,8 +191,8 @@ class Coordinator:
         if self._preempted and self._finish is None:
             self._preempted = False
             self._do(self._core.preempted(self._clock.now()))
-        if self._interrupted and self._finish is None:
-            self._do(self._core.interrupted(self._clock.now()))
+        if self._interrupted is not None and self._finish is None:
+            self._do(self._core.interrupted(self._clock.now(), self._interrupted))
         now = self._clock.now()
         if now >= self._status_due + (0.0 if self._status_stale else _STATUS_SIGN_OF_LIFE_S):
             self._write_status()
@@ -260,13 +260,15 @@ class Coordinator:
         self._do(self._core.received(record, now), step)
 
     def _enlist(self, identity: bytes, record: r.Enlist, now: float) -> None:
-        if now < self._no_places_until:
-            return  # whoever got a place from the coordinator before this one tells it first; it asks again
+        if now < self._no_places_until or self._core.awaits_agents:
+            # Whoever got a place from the coordinator before this one tells it first, and a place is free only once
+            # its agent is given up: that of a machine that comes back beside its coordinator. It asks again.
+            return
         nodes = self._core.nodes.items()
         joined = {n for n, s in nodes if s.agent_pid}
         answer = self._enlistment.answer(record, joined, {n for n, s in nodes if s.gone})
         if answer is None:
-            error, node, actions = self._core.add_spare(record.host, now)
+            error, node, actions = self._core.add_spare(record.host, now, record.node)
             if error:
                 return  # not in the middle of a recovery: it asks again
             answer = self._enlistment.comes_back(record, node)

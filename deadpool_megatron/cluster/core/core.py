@@ -146,6 +146,11 @@ class Core:
         return self.members.assignment
 
     @property
+    def awaits_agents(self) -> bool:
+        """Agents that were there may come back, and none of them is given up yet."""
+        return self._returning.waits
+
+    @property
     def recovery(self) -> Recovery | None:
         """The recovery under way, if any."""
         return self._recoveries.current
@@ -209,9 +214,10 @@ class Core:
         """Time has passed."""
         return self._run(self._check_deadlines(), now)
 
-    def interrupted(self, now: float) -> list[Action]:
-        """The user asked for the end."""
-        return self._run(self._stop(Exit.INTERRUPTED, "interrupted: every process of the job is ended"), now)
+    def interrupted(self, now: float, code: Exit = Exit.INTERRUPTED) -> list[Action]:
+        """The user asked for the end, or (`Exit.TERMINATED`) a batch system did."""
+        how = "interrupted" if code == Exit.INTERRUPTED else "ended by SIGTERM"
+        return self._run(self._stop(code, f"{how}: every process of the job is ended"), now)
 
     def preempted(self, now: float) -> list[Action]:
         """The machines are wanted soon: what is committed becomes durable and the job leaves, if it is set up for that.
@@ -266,13 +272,18 @@ class Core:
             return f"no parked spare is there to take over node {node}: add one with deadpool join", False
         return "", False
 
-    def add_spare(self, host: str, now: float) -> tuple[str, int, list[Action]]:
-        """A new node wants to come as a spare. Returns (why not, its number, actions)."""
+    def add_spare(self, host: str, now: float, was: int | None = None) -> tuple[str, int, list[Action]]:
+        """A new node wants to come as a spare. Returns (why not, its number, actions).
+
+        Args:
+            was: the number of the lost node whose machine it is; what the user said of its failure domains holds on.
+        """
         if not self.job.deadpool:
             return "the job runs without --deadpool, so it has no use for a spare", -1, []
         if self._state.phase is not Phase.RUNNING:
             return f"not now, the job is {self.phase.value}; try again in a moment", -1, []
-        node = self.members.add_spare()
+        node = self.members.add_spare(was)
+        self.protection.label(node, self.protection.labels(was))
         self._arrivals.expect({node}, now)
         return "", node, self._run(_just(Persist()), now)
 
@@ -380,6 +391,8 @@ class Core:
         """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit."""
         kept = parts["now"]
         self.members.load(parts["members"])
+        for node, state in self.nodes.items():
+            self.protection.label(node, self.protection.labels(state.was))
         self._state.phase = _RESTORED.get(kept["phase"], Phase.RUNNING)
         self._state.end = tuple(kept["end"]) if kept["end"] else None
         self._layout.load(parts.get("layout"), kept["can_rescue"])

@@ -26,6 +26,7 @@ class NodeState:
     respawns: bool = True
     name: str = ""  # of its machine
     trained: bool = False  # its workers have told what job this is
+    was: int | None = None  # the lost node whose machine it is
 
     @property
     def gone(self) -> bool:
@@ -141,10 +142,14 @@ class Members:
         self.nodes[node].role = role
         self.departed.append(node)
 
-    def add_spare(self) -> int:
-        """A new spare, whose agent is still to come. Numbers are never used again, so that nobody can be mixed up."""
+    def add_spare(self, was: int | None = None) -> int:
+        """A new spare, whose agent is still to come. Numbers are never used again, so that nobody can be mixed up.
+
+        Args:
+            was: the lost node whose machine it is.
+        """
         node = max(self.nodes) + 1
-        self.nodes[node] = NodeState(node, "spare")
+        self.nodes[node] = NodeState(node, "spare", was=was)
         self._absent.add(node)
         return node
 
@@ -169,6 +174,7 @@ class Members:
                     s.deaths,
                     s.trained,
                     s.name,
+                    s.was,
                 ]
                 for s in self.nodes.values()
             ],
@@ -191,8 +197,9 @@ class Members:
                 deaths=deaths,
                 trained=trained,
                 name=name,
+                was=was,
             )
-            for node, role, agent_pid, vault, pids, deaths, trained, name in kept["nodes"]
+            for node, role, agent_pid, vault, pids, deaths, trained, name, was in kept["nodes"]
         }
         self._absent = set(self.nodes)
         self.departed = [node for node, state in self.nodes.items() if state.gone]

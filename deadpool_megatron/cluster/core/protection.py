@@ -49,7 +49,7 @@ class Protection:
     def __init__(self, redundancy: str = "1", labels: Mapping[int, Mapping[str, str]] | None = None) -> None:
         self.scheme = Scheme.parse(redundancy)
         self.groups: Groups = ()
-        self._exact: Tolerated | None = tolerated((), self.scheme)
+        self._exact: Tolerated | None = None
         self._labels = {node: dict(of_node) for node, of_node in (labels or {}).items()}
         self.covers = "no node"
         self._words: dict[tuple[int, ...], Word] = {}
@@ -64,6 +64,11 @@ class Protection:
         """What a node says of its own failure domains; what the user said comes first."""
         if labels:
             self._labels[node] = {**labels, **self._labels.get(node, {})}
+            self._exact = None
+
+    def labels(self, node: int | None) -> Mapping[str, str]:
+        """The failure domains of a node, by kind."""
+        return self._labels.get(-1 if node is None else node, {})
 
     def begin(
         self,

@@ -12,7 +12,7 @@ from deadpool_megatron.cluster.core.members import NodeState
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.core.suspicions import Suspicions
-from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.cluster.records.exits import Exit, of_script
 
 _LINES = 8  # of a traceback; its log has all
 _BESIDE_TRAINING = (Phase.STARTING, Phase.FINISHING)
@@ -60,8 +60,8 @@ class WorkerEnds:
             if record.rank is None:  # else its agent renews it as soon as it hears that the coordinate is another's
                 yield from self._spare_exited(node, record.local, how)
         elif not deadpool or (phase in _BESIDE_TRAINING and record.code > 0):
-            code = record.code if 0 < record.code < 126 else Exit.FAILED
-            end = Stop(code, self._blame.fatal(record, phase, deadpool, self._state.members.called(record.node)))
+            where = self._state.members.called(record.node)
+            end = Stop(of_script(record.code), self._blame.fatal(record, phase, deadpool, where))
             if phase is Phase.STARTING and self._blame.by_a_peer(record):
                 self._suspicions.unless_explained(end.message, end, now)
             else:

@@ -157,6 +157,7 @@ class Tolerated:
         count: how many there are.
         sets: how many sets of that size there are.
         domains: by kind of domain, how many there are, and those that may not be lost as a whole.
+        unnamed: by kind of domain, the nodes of which nobody has said in which one they are.
     """
 
     nodes: int
@@ -164,6 +165,7 @@ class Tolerated:
     count: int
     sets: int
     domains: Mapping[str, tuple[int, tuple[str, ...]]]
+    unnamed: Mapping[str, tuple[int, ...]]
 
     @property
     def sentence(self) -> str:
@@ -187,6 +189,9 @@ class Tolerated:
                 parts.append(f"no whole {kind}")
             else:
                 parts.append(f"any 1 {kind}" + (f" but {', '.join(not_these[:_MOST_LISTED])}" if not_these else ""))
+                if whose := self.unnamed.get(kind):
+                    listed = ", ".join(map(str, whose[:_MOST_LISTED])) + " and more" * (len(whose) > _MOST_LISTED)
+                    parts[-1] += f" (the {kind} of node{'s' * (len(whose) > 1)} {listed} is not known)"
         return "; ".join(parts)
 
 
@@ -202,16 +207,17 @@ def tolerated(
     every = list(stripes(groups, scheme))
     nodes = sorted({node for group in groups for node in group})
     if not every:
-        return Tolerated(0, (), 0, 0, {})
+        return Tolerated(0, (), 0, 0, {}, {})
     count = sum(_fatal_sets(len(group), scheme) for group in groups)
     spans = sorted({tuple(sorted(stripe.nodes)) for stripe in every})
     those = (lost for span in spans for lost in combinations(span, scheme.m + 1))
     fatal = sorted(set(those if count <= _MOST_SETS else islice(those, _SOME_SETS)))
-    domains = {}
+    domains, unnamed = {}, {}
     for kind, members in _domains(nodes, labels or {}).items():
         bad = tuple(label for label, inside in members.items() if not survives(inside, groups, scheme))
         domains[kind] = (len(members), bad)
-    return Tolerated(scheme.m, tuple(fatal), count, math.comb(len(nodes), scheme.m + 1), domains)
+        unnamed[kind] = tuple(sorted(set(nodes).difference(*members.values())))
+    return Tolerated(scheme.m, tuple(fatal), count, math.comb(len(nodes), scheme.m + 1), domains, unnamed)
 
 
 def _fatal_sets(nodes: int, scheme: Scheme) -> int:

@@ -20,9 +20,10 @@ class Exit(IntEnum):
     RECOVERY_FAILED = 78
     REPEATED_ERROR = 79
     FENCED = 80
-    DEPOSED = 82  # of a coordinator's process: somebody else leads now
     NEIGHBOUR_LOST = 83  # of a worker whose kernels wait for a worker of its node that is gone
+    DEPOSED = 126  # of a coordinator's process: somebody else leads now; no script's code gets here
     INTERRUPTED = 130
+    TERMINATED = 143  # by SIGTERM
 
 
 _SIGNALS: Final = 128  # and the number of one that has ended the agent
@@ -42,7 +43,15 @@ ADVICE: Final = {
     Exit.REPEATED_ERROR: "mend the script or the data: the same error comes again at the same iteration",
     Exit.FENCED: "look at this node before it is used again; the same command then brings it back as a spare",
     Exit.INTERRUPTED: "start it again when you like, from what is durable or from Megatron's last checkpoint",
+    Exit.TERMINATED: "somebody has sent SIGTERM (a batch system, at the end of the time?): start it again from what is "
+    "durable or from Megatron's last checkpoint; with --deadpool-on-preempt the job makes its state durable first",
 }
+
+
+def of_script(code: int) -> int:
+    """How a job ends whose script has ended with this code: with the same, unless that means something else here."""
+    ours = code in (*ADVICE, Exit.NEIGHBOUR_LOST) and code != Exit.USAGE
+    return Exit.FAILED if ours or not 0 < code < Exit.DEPOSED else code
 
 
 def what_to_do(code: int) -> str:
@@ -50,6 +59,6 @@ def what_to_do(code: int) -> str:
     if code == Exit.OK:
         return ""
     known = code if code in ADVICE else Exit.FAILED  # a script's own code
-    if code > _SIGNALS and code != Exit.INTERRUPTED:
+    if code > _SIGNALS and code not in ADVICE:
         known = Exit.FENCED
     return f"exit code {code}; what to do: {ADVICE[Exit(known)]} (docs/operations.md#exit-{known:d})"
