@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,8 @@ _GIB: Final = 1 << 30
 _FILES: Final = 65536
 _PROCESSES: Final = 4096
 _CLOCK_S: Final = 0.5
+_LOGIND_S: Final = 5.0
+_LAST_SYSTEM_USER: Final = 999  # of whom logind removes nothing
 
 # Settings of NCCL and torch that keep communicators from being aborted, or end survivors. Sources: torch
 # ProcessGroupNCCL.hpp and .cpp (environment variables), NCCL's documentation of ncclCommAbort and of its variables.
@@ -70,6 +73,7 @@ def check_machine(shm_directory: str, vault_bytes: int, ports: range | None = No
     """
     yield from _versions()
     yield _shared_memory(shm_directory, vault_bytes)
+    yield check_logout(shm_directory, os.getuid())
     yield from _limits()
     yield _clock()
     yield _ports(ports)
@@ -129,6 +133,33 @@ def _shared_memory(directory: str, need: int) -> Finding:
     if _filesystem(directory) not in ("tmpfs", "ramfs", "hugetlbfs", ""):
         return Finding(what, "warn", f"{found}, on {_filesystem(directory)}: a disk, not memory", "use /dev/shm")
     return Finding(what, "ok", found)
+
+
+def check_logout(directory: str, uid: int) -> Finding:
+    """Whether logind unlinks the files of a user in /dev/shm when the last session of that user ends (RemoveIPC).
+
+    What is mapped stays; workers that are started anew and drains find no vault then.
+    """
+    what = "shared memory at logout"
+    if uid <= _LAST_SYSTEM_USER or not os.path.realpath(directory).startswith("/dev/shm"):
+        return Finding(what, "ok", "stays")
+    if _logind("RemoveIPC") != "yes":
+        return Finding(what, "ok", "stays, or no logind is here")
+    if _logind("Linger", str(uid)) == "yes":
+        return Finding(what, "ok", "stays: this user lingers")
+    return Finding(
+        what, "warn", f"logind removes the files of user {uid} in {directory} when the last session of that user ends",
+        f"loginctl enable-linger {uid} (or RemoveIPC=no in /etc/systemd/logind.conf)",
+    )  # fmt: skip
+
+
+def _logind(value: str, *user: str) -> str:
+    """What logind says, of itself or of a user; empty where there is none."""
+    try:
+        asked = ["loginctl", "show-user", *user, f"--property={value}", "--value"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=_LOGIND_S).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _filesystem(directory: str) -> str:

@@ -54,7 +54,7 @@ from deadpool_megatron.launcher.secret import SecretSource
 from deadpool_megatron.launcher.serving import Serving, Signals
 from deadpool_megatron.launcher.tee import Tee, show_end
 from deadpool_megatron.launcher.torchrun import let_torchrun_go
-from deadpool_megatron.vault import clean_leftovers, process_alive
+from deadpool_megatron.vault import clean_leftovers
 
 _END_GRACE_S = 12.0
 
@@ -188,7 +188,7 @@ def _agent(plan: AgentPlan, signals: Signals) -> int:
     address = own if moves else resolve(plan.endpoint[0], until, signals.interrupted)
     port = plan.endpoint[1]
     with contextlib.ExitStack() as stack:
-        stack.callback(clean_leftovers, plan.launch.shm_directory, process_alive)  # what a killed agent could not free
+        stack.callback(clean_leftovers, plan.launch.shm_directory)  # what a killed agent could not free
         stack.callback(processes.end, _END_GRACE_S)
         hosts = False if moves else plan.hosts
         if hosts is None:

@@ -36,7 +36,7 @@ from deadpool_megatron.launcher.processes import (
 )
 from deadpool_megatron.launcher.tee import Tee, show_end
 from deadpool_megatron.observe.commands import add_run_dir
-from deadpool_megatron.vault import clean_leftovers, process_alive
+from deadpool_megatron.vault import clean_leftovers
 
 LOCALHOST = "127.0.0.1"
 
@@ -104,7 +104,7 @@ def launch(plan: LaunchPlan) -> int:
         processes.end(12.0)
         leadership.resign()
         store.close()
-        clean_leftovers(plan.shm_directory, process_alive)  # a killed agent could not free its vault
+        clean_leftovers(plan.shm_directory)  # a killed agent could not free its vault
 
 
 def _tee(plan: LaunchPlan) -> Tee | None:

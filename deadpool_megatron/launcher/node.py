@@ -6,6 +6,7 @@ Their settings come as JSON on stdin and not as arguments or environment because
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import signal
@@ -101,6 +102,7 @@ def _coordinate(start: CoordinatorStart, lease: Lease | None) -> int:
         where = f"{start.bind}:{start.port}"
         print(f"deadpool: coordinator: cannot listen on {where}: {err.strerror}; is a job there?", file=sys.stderr)
         return Exit.USAGE
+    _in_use(start.run_dir)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A batch system may send its SIGTERM to every process of the job; what the launcher means it says with the others.
     preempts, ends = [PREEMPT, *WARNINGS], [TERMINATE]
@@ -113,6 +115,14 @@ def _coordinate(start: CoordinatorStart, lease: Lease | None) -> int:
     code, message = _serve(coordinator, store_port)
     print(message, flush=True)
     return code
+
+
+def _in_use(directory: str) -> None:
+    """While this process lives systemd-tmpfiles removes nothing in ``directory``, however old: it passes over what has
+    a lock. Without it a run directory in /tmp loses files, of the store too, that have not changed for ten days.
+    """
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(os.open(directory, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _serve(coordinator: Coordinator, store_port: int) -> tuple[int, str]:

@@ -7,7 +7,6 @@ election put it: first at whichever agent was there first, and when that one is 
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,13 +14,13 @@ from functools import partial
 from typing import Final
 
 from deadpool_megatron.cluster.coordinator.saved_state import read_state
+from deadpool_megatron.cluster.link.reach import reached
 from deadpool_megatron.cluster.store import EMBEDDED, Store, StoreError
 from deadpool_megatron.cluster.store.leadership import LEADER, STATE, Leadership, Place, known_place
 from deadpool_megatron.launcher.agent_options import AgentPlan
 from deadpool_megatron.launcher.enlisting import Interrupted, Waiting
 from deadpool_megatron.launcher.plan import LaunchError
 
-_CONNECT_S: Final = 1.0
 _ASKED: Final = 32  # of a large job's nodes
 
 
@@ -36,21 +35,7 @@ def job_lives(store: Store) -> bool:
         return False
     vaults = [vault for _, role, _, vault, *_ in state["members"]["nodes"] if vault and role not in ("lost", "left")]
     asked = vaults[:: max(1, len(vaults) // _ASKED)]
-    answers: list[bool] = []
-
-    def ask(host: str, port: int) -> None:
-        try:
-            socket.create_connection((host, port), _CONNECT_S).close()
-        except OSError:
-            return
-        answers.append(True)
-
-    threads = [threading.Thread(target=ask, args=vault, daemon=True) for vault in asked]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(2 * _CONNECT_S)
-    return len(answers) * 2 >= len(asked) > 0
+    return reached([(host, port) for host, port in asked]) * 2 >= len(asked) > 0
 
 
 class Seat:

@@ -81,7 +81,7 @@ class CudaCopyEngine:
         self._queue: queue.SimpleQueue[_Landed | threading.Event | None] = queue.SimpleQueue()
         self._last: torch.cuda.Event | None = None
         self._publisher: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failure: BaseException | None = None  # from then on nothing is published, until `settle` tells
         self._registering: threading.Thread | None = None
         self._registered = 0  # address
         self._not_registered = ""
@@ -245,7 +245,7 @@ class CudaCopyEngine:
                 self.totals.cpu_s = time.thread_time()
                 landed_at = now
                 writer = self._writer
-                if writer is None or landed.turn != self._turn or writer.slot is None:
+                if writer is None or landed.turn != self._turn or writer.slot is None or self._failure is not None:
                     continue
                 if landed.completes:
                     writer.complete()

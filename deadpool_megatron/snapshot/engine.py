@@ -135,7 +135,7 @@ class HostCopyEngine:
         self._turn = -1  # of the slot being copied; slices of an older turn are void
         self._rest: tuple[int, int] = (0, 0)  # the last segments: `finish` follows, and both go at once
         self._drained = threading.Event()
-        self._failure: BaseException | None = None
+        self._failure: BaseException | None = None  # from then on nothing is copied or published, until `settle` tells
         self._thread: threading.Thread | None = None
 
     def bind(self, plan: ShardPlan, writer: SlotWriter) -> None:
@@ -208,7 +208,7 @@ class HostCopyEngine:
 
     def _do(self, work: _Slice) -> None:
         writer, start = self._writer, self._clock()
-        if writer is None or work.turn != self._turn:
+        if writer is None or work.turn != self._turn or self._failure is not None:
             return
         before = self._ends[work.first - 1] if work.first else 0
         if work.first < work.last:
@@ -242,7 +242,7 @@ class HostCopyEngine:
                 continue
             try:
                 self._do(work)
-            except (RuntimeError, ValueError) as err:  # told to the training thread, which raises it in `settle`
+            except (RuntimeError, ValueError) as err:  # (VaultError is one) told to the training thread by `settle`
                 self._failure = err
             self._done += 1
             self.totals.cpu_s = time.thread_time()

@@ -16,8 +16,11 @@ opened again is incomplete with no further store.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
+import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -25,7 +28,7 @@ from typing import Any, Final, Literal
 import xxhash
 
 from .errors import ChecksumMismatch, VaultError, VaultFull
-from .leftovers import MAGIC, PAGE, PID_WORD, START_WORD, process_alive, process_start
+from .leftovers import MAGIC, PAGE, is_left
 from .memory import populated
 from .version import CONSTANT, EMPTY, Version, is_constants, unpack
 from .words import Words
@@ -69,15 +72,22 @@ def _round(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
+_making: Final[dict[int, int]] = {}  # by descriptor, bytes of the arenas whose memory this process takes just now
+_making_lock: Final = threading.Lock()
+
+
 def _free_bytes(directory: str) -> int:
-    """Bytes that can really be had there: what the file system allows, and what the machine's memory does."""
+    """Bytes that can really be had there: what the file system allows, and what the machine's memory does.
+
+    Less what those of `_making` still lack; their lock is held.
+    """
     stat = os.statvfs(directory)
     free = stat.f_bavail * stat.f_frsize
     with open("/proc/meminfo") as meminfo:
         for line in meminfo:
             if line.startswith("MemAvailable:"):
                 free = min(free, int(line.split()[1]) * 1024)
-    return free
+    return free - sum(max(0, total - 512 * os.fstat(fd).st_blocks) for fd, total in _making.items())
 
 
 _GIVEN_UP = 1 << 63  # with the turn in ``own_turn``: checksummed once, and changed since
@@ -270,7 +280,8 @@ class Arena:
     ) -> Arena:
         """Make the file, all of its memory taken now so that no later store can fail.
 
-        It appears under its name only when it is whole. Blocks for the time of clearing the memory (0.3 s a GiB).
+        It appears under its name only when it is whole. Blocks for the time of clearing the memory (0.3 s a GiB);
+        other threads run meanwhile.
         Raises VaultFull, or VaultError when a living job has an arena of that name.
         """
         if unique_bytes < 0 or small_capacity < 1 or chunk_bytes < PAGE:
@@ -281,25 +292,31 @@ class Arena:
         total = cls.size(rank, kind, unique_bytes, small_capacity, chunk_bytes)
         hint = "give the node more shared memory (mount -o remount,size=... /dev/shm, or --shm-size of the container)"
         what = f"arena of rank {rank} ({kind}) needs {total} bytes in {directory}"
-        free = _free_bytes(directory)
-        if total > free:
-            raise VaultFull(f"{what} but {free} are there; {hint}")
         fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, total)
-            populated(fd, total).close()  # first through a mapping: only that can ask for huge pages
+            with _making_lock:
+                free = _free_bytes(directory)
+                if total > free:
+                    raise VaultFull(f"{what} but {free} are there; {hint}")
+                _making[fd] = total
             try:
+                os.ftruncate(fd, total)
+                populated(fd, total).close()  # first through a mapping: only that can ask for huge pages
                 os.posix_fallocate(fd, 0, total)
             except OSError as err:
-                free = _free_bytes(directory)
-                raise VaultFull(f"{what} but {free} are there ({err}); {hint}") from None
-            words = _header(rank, kind, unique_bytes, small_capacity, chunk_bytes, total)
-            words[PID_WORD], words[START_WORD] = os.getpid(), process_start(os.getpid()) or 0
-            os.pwrite(fd, words, 0)
+                raise VaultFull(f"{what} but {free} were there ({err}); {hint}") from None
+            finally:
+                with _making_lock:
+                    del _making[fd]
+            os.pwrite(fd, _header(rank, kind, unique_bytes, small_capacity, chunk_bytes, total), 0)
+            fcntl.flock(fd, fcntl.LOCK_EX)  # as long as the arena is used here: see `is_left`
             _link(fd, path)
-        finally:
+            arena = cls.attach(path)  # by its name, which tools then show for the mapping
+        except BaseException:
             os.close(fd)
-        return cls.attach(path)  # by its name, which tools then show for the mapping
+            raise
+        weakref.finalize(arena, os.close, fd).atexit = False
+        return arena
 
     @classmethod
     def in_process(
@@ -378,7 +395,7 @@ class Arena:
 def _header(
     rank: int, kind: Kind, unique_bytes: int, small_capacity: int, chunk_bytes: int, total: int
 ) -> memoryview[Any]:
-    """Page 0 of a new arena, but for the words of its owner."""
+    """Page 0 of a new arena."""
     words = memoryview(bytearray(PAGE)).cast("Q")
     words[0], words[1], words[_W_TOTAL] = MAGIC, _LAYOUT, total
     words[_W_RANK], words[_W_KIND] = rank, KINDS.index(kind)
@@ -398,10 +415,8 @@ def _link(fd: int, path: str) -> None:
         try:
             os.link(str(fd), path, src_dir_fd=directory, follow_symlinks=True)
         except FileExistsError:
-            with open(path, "rb") as file:
-                words = memoryview(file.read(PAGE)).cast("Q")
-            if words[0] == MAGIC and process_alive(words[PID_WORD], words[START_WORD]):
-                raise VaultError(f"{path} belongs to a living agent ({words[PID_WORD]}); use another job id") from None
+            if not is_left(path):
+                raise VaultError(f"{path} belongs to a living agent; use another job id") from None
             os.unlink(path)
             os.link(str(fd), path, src_dir_fd=directory, follow_symlinks=True)
     finally:

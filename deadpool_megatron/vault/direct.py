@@ -71,7 +71,7 @@ class Direct:
             where = f"UCX_TLS={os.environ.get('UCX_TLS', '')}"
             raise VaultError(f"nixl cannot start UCX ({where}): {err}; `ucx_info -d` shows what there is") from None
         self.bytes_read = 0
-        self.lost: list[object] = []  # memory that a read may still write to, kept from being used again
+        self.lost: list[tuple[Arena, Any]] = []  # memory that a read may still write to, kept from being used again
         self._lock = threading.RLock()
         self._numbers = itertools.count(1)
         self._regions: weakref.WeakKeyDictionary[Arena, tuple[int, bytes]] = weakref.WeakKeyDictionary()
@@ -83,6 +83,7 @@ class Direct:
         Numbers are never used again: another arena may come to lie at the same address.
         """
         with self._lock:
+            self.lost = [(memory, read) for memory, read in self.lost if not self._over(read)]
             known = self._regions.get(arena)
             if known is None:
                 number = next(self._numbers)
@@ -95,6 +96,18 @@ class Direct:
                 self._regions[arena] = known
                 weakref.finalize(arena, self._deregister, registered).atexit = False
             return known
+
+    def give_up(self, memory: Arena, read: object) -> None:
+        """Keep ``memory`` from being used again until ``read`` has ended after all."""
+        with self._lock:
+            self.lost.append((memory, read))
+
+    def _over(self, read: Any) -> bool:
+        with suppress(*self.errors):
+            if self.nixl.check_xfer_state(read) == "PROC":
+                return False
+            read.release()
+        return True
 
     def _deregister(self, registered: object) -> None:
         try:
@@ -221,7 +234,7 @@ class Reader:
                     end = min(end, time.monotonic() + _GRACE_S)
                     wanted = lambda: True  # noqa: E731
                 if time.monotonic() > end:
-                    self._direct.lost.append((self._into, handle))
+                    self._direct.give_up(self._into, handle)
                     raise LandingLost(f"a direct read of the other agent's memory did not end (deadline {idle:g} s)")
                 time.sleep(_PAUSES_S[min(looks, len(_PAUSES_S) - 1)])
                 looks += 1

@@ -112,15 +112,18 @@ class Keeper:
         )
 
     def _memory(self, begin: Begin) -> Arena:
-        """The peer arena for the shard. One of another size gives way unless it holds something that must stay."""
+        """The peer arena for the shard. One that has less room than its owner's gives way, unless what it holds must
+        stay: then this shard has to fit."""
         vault = self._vault
-        sizes = (begin.unique_bytes, begin.small_capacity)
         arena = vault.arena(begin.rank, "peer")
-        if arena is not None and (arena.info.unique_bytes, arena.info.small_capacity) != sizes:
-            if not all(is_free(*slot.pair, arena.kept, arena.floor) for slot in arena.slots):
-                raise Refused(f"rank {begin.rank} has a shard of another size here that must be kept", "wrong-size")
-            vault.drop(begin.rank, "peer")
-        vault.allocate_peer(begin.rank, *sizes)
+        if arena is not None:
+            other = arena.info.unique_bytes != begin.unique_bytes
+            if other or arena.info.small_capacity < begin.small_capacity:
+                if all(is_free(*slot.pair, arena.kept, arena.floor) for slot in arena.slots):
+                    vault.drop(begin.rank, "peer")
+                elif other or arena.info.small_capacity < begin.small_bytes:
+                    raise Refused(f"rank {begin.rank} has a shard of another size here that must be kept", "wrong-size")
+        vault.allocate_peer(begin.rank, begin.unique_bytes, begin.small_capacity)
         arena = vault.arena(begin.rank, "peer")
         if arena is None:
             raise Refused(f"the memory of rank {begin.rank} was dropped here just now", "no-room")

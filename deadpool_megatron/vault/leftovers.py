@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 PREFIX: Final = "deadpool-"
-MAGIC: Final = int.from_bytes(b"DEADPOOL", "little")
+MAGIC: Final = int.from_bytes(b"DEADPOL2", "little")  # (files of the first kind have no lock, and named a process)
 PAGE: Final = 4096
-PID_WORD: Final = 8  # words of an arena's first page: the agent that owns it
-START_WORD: Final = 9
 
 
 def process_start(pid: int) -> int | None:
@@ -27,19 +26,29 @@ def process_alive(pid: int, start: int) -> bool:
     return process_start(pid) == start
 
 
-def clean_leftovers(directory: str, alive: Callable[[int, int], bool] = process_alive) -> list[str]:
-    """Unlink the arenas in ``directory`` whose agent, by (process id, start time), is gone; returns their names."""
+def is_left(path: str | Path) -> bool:
+    """Whether this is an arena whose agent is gone. Raises OSError.
+
+    Its agent holds a lock on it, which ends with that process, wherever it runs: another container may share the
+    directory, and what its process ids say is nothing to us.
+    """
+    with open(path, "rb") as file:
+        head = memoryview(file.read(PAGE))
+        if len(head) < PAGE or head.cast("Q")[0] != MAGIC:
+            return False  # not an arena: arenas appear under their name only when whole
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that those who look do not meet each other
+        except BlockingIOError:
+            return False
+        return True
+
+
+def clean_leftovers(directory: str) -> list[str]:
+    """Unlink the arenas in ``directory`` whose agent is gone; returns their names."""
     removed = []
     for path in Path(directory).glob(PREFIX + "*"):
-        try:
-            with path.open("rb") as file:
-                head = memoryview(file.read(PAGE))
-            if len(head) < PAGE or head.cast("Q")[0] != MAGIC:
-                continue  # not an arena: arenas appear under their name only when whole
-            words = head.cast("Q")
-            if not alive(words[PID_WORD], words[START_WORD]):
+        with suppress(FileNotFoundError, PermissionError):  # another agent was quicker, or another user's job
+            if is_left(path):
                 path.unlink()
                 removed.append(path.name)
-        except (FileNotFoundError, PermissionError):
-            continue  # another agent was quicker, or another user's job
     return removed

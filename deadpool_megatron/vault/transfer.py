@@ -345,9 +345,6 @@ def store_shard(
     opened: list[Slot] = []
 
     def open_slot(unique_bytes: int, small_capacity: int) -> Slot:
-        arena = vault.arena(rank, "own")
-        if arena is not None and arena.info.unique_bytes == unique_bytes:
-            small_capacity = arena.info.small_capacity
         opened.append(own_slot(intake, vault, rank, version, unique_bytes, small_capacity))
         return opened[0]
 

@@ -74,7 +74,10 @@ class Vault:
         self.limit_bytes = limit_bytes
         self._create = create
         self._arenas: dict[tuple[int, Kind], Arena] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # never while memory is cleared: the agent's loop takes it
+        self._making: dict[tuple[int, Kind], threading.Lock] = {}
+        self._reserved: dict[tuple[int, Kind], int] = {}  # bytes of those that are being made
+        self._closed = False
         self._checking: dict[int, threading.Lock] = {}
         self.intakes = Intakes()
         self.epoch = 0
@@ -90,11 +93,12 @@ class Vault:
         self._near[rank] = numa
 
     def allocate_own(self, rank: int, unique_bytes: int, small_capacity: int, numa: int = -1) -> ArenaInfo:
-        """The arena of a rank that runs here; made unless it is there with these sizes, on NUMA node ``numa``.
+        """The arena of a rank that runs here; made unless it is there, on NUMA node ``numa``, else that of `set_near`.
 
-        Without one it is that of `set_near`.
+        One that is there stays, whatever room for a small state it has: who writes one looks. (Room follows from the
+        size that the small state had, on disk or in a worker, when it was asked for.)
 
-        Blocks for the clearing of the memory (0.3 s a GiB). Raises VaultFull; VaultError when the sizes differ.
+        Blocks for the clearing of the memory (0.3 s a GiB). Raises VaultFull; VaultError when the unique bytes differ.
         """
         near = numa if numa >= 0 else self._near.get(rank, -1)
         return self._allocate(rank, "own", unique_bytes, small_capacity, near).info
@@ -108,31 +112,53 @@ class Vault:
         return self._allocate(word, "parity", parity_bytes, records_bytes).info
 
     def _allocate(self, rank: int, kind: Kind, unique_bytes: int, small_capacity: int, numa: int = -1) -> Arena:
+        key = rank, kind
         with self._lock:
-            arena = self._arenas.get((rank, kind))
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            with self._lock:
+                arena = self._arenas.get(key)
+                if arena is None:
+                    total = Arena.size(rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
+                    self._reserve(key, total)
             if arena is not None:
                 have = (arena.info.unique_bytes, arena.info.small_capacity)
-                if have != (unique_bytes, small_capacity):
+                if have[0] != unique_bytes or (kind == "parity" and have[1] != small_capacity):
                     raise VaultError(
                         f"rank {rank} has {kind} memory of {have[0]} + {have[1]} bytes here, not {unique_bytes} + "
                         f"{small_capacity}; drop it first if its shard has really changed"
                     )
                 return arena
-            total = Arena.size(rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
-            taken = sum(each.info.total_bytes for each in self._arenas.values())
-            if self.limit_bytes and taken + total > self.limit_bytes:
-                raise VaultFull(
-                    f"rank {rank} ({kind}) needs {total} bytes of node {self.node}'s memory, which has {taken} of the "
-                    f"{self.limit_bytes} in use that --deadpool-host-memory allows"
-                )
-            path = f"{self.directory}/{PREFIX}{self.job_id}-{self.node}-{rank}-{kind}"
-            with on_numa_node(numa):
-                arena = self._create(path, rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
-            arena.epoch = self.epoch
-            if not arena.info.constant:
-                arena.kept, arena.floor = self.kept, self.floor
-            self._arenas[rank, kind] = arena
+            try:
+                path = f"{self.directory}/{PREFIX}{self.job_id}-{self.node}-{rank}-{kind}"
+                with on_numa_node(numa):
+                    arena = self._create(path, rank, kind, unique_bytes, small_capacity, self.chunk_bytes)
+            finally:
+                with self._lock:
+                    del self._reserved[key]
+                    if arena is not None:
+                        self._insert(key, arena)
             return arena
+
+    def _reserve(self, key: tuple[int, Kind], total: int) -> None:
+        """``total`` bytes are this arena's now, before it is there. Raises VaultFull. Under the lock."""
+        taken = self.bytes_allocated + sum(self._reserved.values())
+        if self.limit_bytes and taken + total > self.limit_bytes:
+            raise VaultFull(
+                f"rank {key[0]} ({key[1]}) needs {total} bytes of node {self.node}'s memory, which has {taken} of the "
+                f"{self.limit_bytes} in use that --deadpool-host-memory allows"
+            )
+        self._reserved[key] = total
+
+    def _insert(self, key: tuple[int, Kind], arena: Arena) -> None:
+        """What has been told while it was made holds for it, too. Under the lock."""
+        if self._closed:
+            arena.unlink()
+            raise VaultError(f"the vault of node {self.node} is closed")
+        arena.epoch = self.epoch
+        if not arena.info.constant:
+            arena.kept, arena.floor = self.kept, self.floor
+        self._arenas[key] = arena
 
     def arena(self, rank: int, kind: Kind) -> Arena | None:
         with self._lock:
@@ -160,8 +186,9 @@ class Vault:
             return sum(arena.info.total_bytes for arena in self._arenas.values())
 
     def close(self) -> None:
-        """Drop everything."""
+        """Drop everything, also what is still being made."""
         with self._lock:
+            self._closed = True
             for rank, kind in list(self._arenas):
                 self.drop(rank, kind)
 

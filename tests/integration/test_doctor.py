@@ -17,7 +17,7 @@ import pytest
 from deadpool_bench.harness.ports import free_ports
 from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.comm import nccl_environment
-from deadpool_megatron.doctor.machine import Finding, check_environment, check_machine
+from deadpool_megatron.doctor.machine import Finding, check_environment, check_logout, check_machine
 from deadpool_megatron.doctor.network import host_meeting, join_meeting
 
 DOCTOR = [sys.executable, "-m", "deadpool_megatron.cli", "doctor"]
@@ -49,6 +49,23 @@ def test_the_settings_deadpool_makes_itself_are_fine() -> None:
 
 def test_an_old_name_of_a_setting_is_fine_since_torch_takes_the_newer_one_first() -> None:
     assert [f.state for f in check_environment({**nccl_environment(), "NCCL_BLOCKING_WAIT": "1"})] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("uid", "removes", "lingers", "state"),
+    [(1000, "yes", "no", "warn"), (1000, "yes", "yes", "ok"), (1000, "no", "no", "ok"), (999, "yes", "no", "ok")],
+)
+def test_a_user_whose_shared_memory_a_logout_removes_is_warned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uid: int, removes: str, lingers: str, state: str
+) -> None:
+    logind = tmp_path / "loginctl"
+    logind.write_text(f'#!/bin/sh\ncase "$*" in *RemoveIPC*) echo {removes};; *1000*Linger*) echo {lingers};; esac\n')
+    logind.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = check_logout("/dev/shm", uid)
+    assert found.state == state and found.mend.startswith("loginctl enable-linger 1000" if state == "warn" else "")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert check_logout("/dev/shm", uid).state == "ok"
 
 
 def test_too_little_shared_memory_and_a_taken_port_are_found(tmp_path: Path) -> None:

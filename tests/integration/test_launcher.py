@@ -5,6 +5,7 @@ Most of these run a few lines of Python instead of Megatron: what is tested is t
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -190,6 +191,18 @@ def test_a_coordinator_that_is_killed_is_started_again_but_not_for_ever(jobs: Jo
 def _coordinator(job: Job) -> int:
     pid: int = job.status()["coordinator_pid"]
     return pid
+
+
+def test_the_run_directory_is_locked_against_those_who_remove_old_files(jobs: Jobs) -> None:
+    """As systemd-tmpfiles asks before it removes something."""
+    job = _sleeping(jobs, children=False)
+    directory = os.open(job.run_dir, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    job.process.send_signal(signal.SIGINT)
+    job.until_gone(60)
+    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(directory)
 
 
 def test_an_agent_that_dies_in_plain_mode_ends_the_job(jobs: Jobs) -> None:

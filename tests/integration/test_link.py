@@ -90,6 +90,28 @@ def room() -> Iterator[Room]:
     each.close()
 
 
+def test_no_packet_is_lost_because_the_other_end_is_busy(room: Room) -> None:
+    spoke, many, packet = Spoke(room.endpoint, "node-3", SECRET, LEASE_S), 30_000, bytes(200)
+    assert spoke.send(b"hello")
+    room.serve(lambda: room.heard)
+    assert all([spoke.post(packet) for _ in range(many)])
+    room.serve(lambda: len(room.heard) == 1 + many)
+    for _ in range(many):
+        room.hub.send(b"node-3", packet)
+    for _ in range(many):
+        assert spoke.receive(60) == packet
+    spoke.close()
+
+
+def test_any_number_of_connections_may_come_and_go_while_nobody_looks(room: Room) -> None:
+    for _ in range(1500):
+        socket.create_connection(("127.0.0.1", room.hub.port)).close()
+    spoke = Spoke(room.endpoint, "node-3", SECRET, LEASE_S)
+    assert spoke.send(b"hello", 60)
+    room.serve(lambda: room.heard)
+    spoke.close()
+
+
 def test_packets_go_both_ways_in_order(room: Room) -> None:
     spoke = Spoke(room.endpoint, "node-3", SECRET, LEASE_S)
     for i in range(50):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.observe import LOGS
-from deadpool_megatron.vault import clean_leftovers, process_alive
+from deadpool_megatron.vault import clean_leftovers
 from flags import duo_gpt
 from jobs import Jobs, launch_flags
 from vault_processes import NodeProcess
@@ -47,7 +47,7 @@ def nodes() -> Iterator[Make]:
         if node.process.poll() is None:
             node.process.send_signal(signal.SIGCONT)
         node.end()
-    clean_leftovers("/dev/shm", process_alive)
+    clean_leftovers("/dev/shm")
 
 
 @pytest.mark.parametrize("ucx", ["tcp", pytest.param("tcp,sm", marks=pytest.mark.slow)])
@@ -136,11 +136,14 @@ def test_bytes_that_come_too_late_never_land_in_memory_that_is_used_again(nodes:
     assert "did not prove its membership" in answer["error"], "the hung one was asked again, for TCP"
     assert spare("held", 0) == [] and spare("arenas") == []
     assert spare("fetch", other.port, 0, 0, 0, 2) > UNIQUE
+    assert spare("lost") > 0
     holder.process.send_signal(signal.SIGCONT)
     until(lambda: holder("bytes_read") == 0)  # it lives again
     for _ in range(20):
         assert spare("fetch", other.port, 0, 0, 0, 2) > UNIQUE  # it is there: this verifies it
         time.sleep(0.05)
+    holder.kill()
+    until(lambda: spare("lost") == 0, "the end of what was read from it")
 
 
 def test_a_slot_opened_again_while_it_is_read_is_abandoned_without_a_false_alarm(nodes: Make) -> None:

@@ -149,6 +149,13 @@ class _Node:
     def bytes_read(self) -> int:
         return self.direct.bytes_read if self.direct is not None else -1
 
+    def lost(self) -> int:
+        """How much memory is kept for reads that have not ended, once another is registered."""
+        assert self.direct is not None
+        for arena in self.vault.arenas():
+            self.direct.region(arena)
+        return len(self.direct.lost)
+
     def failures(self, rank: int) -> str:
         return self.replicator.failures().get(rank, "")
 

@@ -14,7 +14,8 @@ import torch
 
 from deadpool_megatron.comm.nccl import Connecting
 from deadpool_megatron.comm.table import GroupRecord
-from deadpool_megatron.snapshot import CudaCopyEngine, PinError, ShardPlan, cuda_engine
+from deadpool_megatron.snapshot import CopyError, CudaCopyEngine, PinError, ShardPlan, cuda_engine
+from deadpool_megatron.snapshot.engine import CopyTotals
 
 
 def test_the_publisher_works_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +28,28 @@ def test_the_publisher_works_on_the_device_of_the_tensors(monkeypatch: pytest.Mo
     publisher.start()
     publisher.join()
     assert seen == [("publisher", engine._device)]
+
+
+def test_a_shard_of_which_a_copy_has_failed_is_not_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = object.__new__(CudaCopyEngine)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    engine._device, engine._queue, engine._publisher = None, queue.SimpleQueue(), None
+    engine._failure, engine._turn, engine.trace, engine._clock = None, 4, None, lambda: 0.0
+    engine.totals = CopyTotals()
+    done: list[str] = []
+    engine._writer = SimpleNamespace(slot=SLOT, complete=lambda: done.append("complete"), publish=done.append)
+
+    def fails() -> None:
+        raise RuntimeError("an illegal memory access")
+
+    for synchronize, completes in ((fails, False), (lambda: None, False), (lambda: None, True)):
+        event = SimpleNamespace(synchronize=synchronize)
+        engine._queue.put(cuda_engine._Landed(4, event, 8, 8, 0.0, completes))
+    engine._queue.put(None)
+    engine._publish()
+    assert done == []
+    with pytest.raises(CopyError, match="illegal memory access"):
+        engine.settle()
 
 
 class Stream:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import resource
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import count
 
 import pytest
 
 from deadpool_bench.harness.ports import free_ports
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.fence import Fence, on_smaller_side
+from deadpool_megatron.cluster.link.reach import reached
 from waiting import until
 
 LEASE_S = 5.0
@@ -65,6 +69,33 @@ def test_who_reaches_no_majority_fences_itself(vaults: dict[int, r.Address]) -> 
     assert asked(fence, alone, 114.5), "for half a lease"
 
 
-@pytest.mark.parametrize(("reached", "others", "fenced"), [(0, 0, False), (0, 1, True), (1, 2, False), (1, 3, True)])
-def test_half_of_the_nodes_is_no_majority(reached: int, others: int, fenced: bool) -> None:
-    assert on_smaller_side(reached, others) is fenced
+def test_what_is_short_on_this_node_says_nothing_of_others(
+    vaults: dict[int, r.Address], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [(vault.host, vault.port) for vault in vaults.values()]
+    assert reached(places) == 3
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        assert reached(places) == 5, "nobody was asked"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    start, started = threading.Thread.start, count()
+
+    def starts_two(thread: threading.Thread) -> None:
+        if next(started) >= 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starts_two)
+    assert reached(places[::-1]) == 3, "the two that are not there, and three that were not asked"
+    fence = Fence(0, LEASE_S)
+    fence.cut_off(vaults, 100.0)
+    assert not fence.cut_off(vaults, 105.0) and fence._reached is None
+    monkeypatch.undo()
+    assert not asked(fence, vaults, 111.1), "again a lease later"
+
+
+@pytest.mark.parametrize(("answered", "others", "fenced"), [(0, 0, False), (0, 1, True), (1, 2, False), (1, 3, True)])
+def test_half_of_the_nodes_is_no_majority(answered: int, others: int, fenced: bool) -> None:
+    assert on_smaller_side(answered, others) is fenced

@@ -79,6 +79,7 @@ def test_the_tolerated_set_is_exact(nodes: int, scheme: Scheme, labels: dict[int
         for lost in combinations(range(nodes), size):
             recoverable = all(sum(node not in lost for node in s.nodes) >= scheme.k for s in every)
             assert survives(lost, groups, scheme) == recoverable
+            assert exact.count == len(exact.fatal)
             says = size <= exact.nodes or not any(set(fatal) <= set(lost) for fatal in exact.fatal)
             assert says == recoverable, f"{lost}: {exact.sentence}"
             assert (degree(groups, scheme, lost) >= 0) == recoverable
@@ -109,6 +110,22 @@ def test_the_sentence_says_it_in_words() -> None:
     assert "but these 64 pairs: 0+64, 1+65, " in many.sentence and "and 52 more" in many.sentence
     assert len(many.fatal) == 64
     assert tolerated((), Scheme.parse("1")).sentence == "no node"
+
+
+@pytest.mark.parametrize("scheme", [Scheme(1, 1), Scheme(1, 2), Scheme(1, 3), Scheme(3, 1), Scheme(3, 2), Scheme(2, 4)])
+def test_fatal_sets_are_counted_as_they_are_listed_in_circles_of_every_size(scheme: Scheme) -> None:
+    for nodes in range(scheme.size, 2 * scheme.size + 3):
+        exact = tolerated([tuple(range(nodes)), tuple(range(nodes, nodes + scheme.size))], scheme)
+        assert exact.count == len(exact.fatal), nodes
+
+
+def test_sets_too_many_to_list_are_counted_and_some_are_named() -> None:
+    """Listing these would take hours."""
+    exact = tolerated([tuple(range(40)), tuple(range(40, 72))], Scheme.parse("16+16"))
+    assert len(exact.fatal) == 1000 and exact.fatal[0] == tuple(range(17)) and exact.count < exact.sets
+    assert all(not survives(lost, [tuple(range(40))], Scheme.parse("16+16")) for lost in exact.fatal[:3])
+    assert f"but these {exact.count} sets: " in exact.sentence
+    assert exact.sentence.endswith(f" and {exact.count - 12} more (status.json lists 1000 of them)")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from deadpool_megatron.snapshot import HostCopyEngine, Pacing, ShardPlan, Snapshotter
+from deadpool_megatron.snapshot import CopyError, HostCopyEngine, Pacing, ShardPlan, Snapshotter
 from deadpool_megatron.vault import ChecksumMismatch, NotHeld, SlotWriter, Vault, VaultError, Version
 
 MIB = 1 << 20
@@ -145,6 +145,44 @@ def test_a_generation_that_is_given_up_cannot_be_restored(vault: Vault) -> None:
     with pytest.raises(NotHeld):
         snapshotter.restore(Version(0, 0))
     assert vault.holdings().ranks[0] == ()
+
+
+def test_a_shard_of_which_a_slice_could_not_be_copied_is_never_held(
+    vault: Vault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ShardPlan([(f"t{i}", torch.full((2 * MIB,), float(i + 1))) for i in range(3)])
+    writer = SlotWriter(vault.allocate_own(0, plan.nbytes, 10).path)
+    snapshotter = Snapshotter(plan, writer, HostCopyEngine(), Pacing())
+    copy, calls = torch._foreach_copy_, itertools.count()
+
+    def fails_once(into: list[torch.Tensor], out_of: list[torch.Tensor]) -> None:
+        if next(calls) == 1:
+            raise RuntimeError("cannot allocate memory")
+        copy(into, out_of)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", fails_once)
+    engine, segments = snapshotter._engine, len(plan.segments)
+    slot = writer.open(0, 5, b"")
+    assert slot is not None
+    engine.begin(slot)
+    for index in range(segments):
+        engine.copy(index, index + 1)
+    engine.finish()
+    engine.gate()
+    settle(vault)
+    assert vault.holdings().ranks == {0: ()} and not slot.sealed
+    with pytest.raises(CopyError, match="cannot allocate memory"):
+        snapshotter.open(0, 6, b"")
+    assert snapshotter.open(0, 6, b"")
+    snapshotter.gate()
+    settle(vault)
+    tensors = [(segment.tensor, segment.tensor.clone()) for segment in plan.segments]
+    for tensor, _ in tensors:
+        tensor.zero_()
+    snapshotter.restore(Version(0, 6))
+    assert all(torch.equal(tensor, kept) for tensor, kept in tensors)
+    snapshotter.close()
+    writer.close()
 
 
 def test_a_damaged_shard_leaves_the_tensors_alone(vault: Vault) -> None:

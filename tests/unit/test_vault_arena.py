@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from deadpool_megatron.vault import (
     Version,
     clean_leftovers,
 )
+from deadpool_megatron.vault import arena as arenas
 
 UNIQUE = 300_000  # not a multiple of the chunk size
 CHUNK = 1 << 16
@@ -172,6 +176,81 @@ def test_a_small_shared_memory_is_refused_not_a_bus_error_later(tmp_path: Path) 
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+class Slow:
+    """Makes arenas, and waits with each until it may."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = threading.Semaphore(0), threading.Event()
+
+    def __call__(self, *arguments: Any) -> Arena:
+        self.begun.release()
+        self.go_on.wait()
+        return Arena.create(*arguments)
+
+
+def test_nothing_waits_for_memory_that_is_cleared_and_what_was_told_meanwhile_holds(tmp_path: Path) -> None:
+    slow, size = Slow(), Arena.size(0, "own", UNIQUE, 100, CHUNK)
+    vault = Vault("slow", 0, str(tmp_path), CHUNK, limit_bytes=2 * size, create=slow)
+    with ThreadPoolExecutor() as pool:
+        try:
+            first, again = (pool.submit(vault.allocate_own, 0, UNIQUE, 100) for _ in range(2))
+            other = pool.submit(vault.allocate_peer, 1, UNIQUE, 100)
+            for _ in range(2):
+                slow.begun.acquire()
+            with pytest.raises(VaultFull, match=f"has {2 * size} of the {2 * size} in use"):
+                vault.allocate_own(2, UNIQUE, 100)
+            vault.set_committed(0, 5)
+            vault.set_epoch(3)
+            assert vault.holdings().ranks == {} and vault.arena(0, "own") is None
+        finally:
+            slow.go_on.set()
+        assert first.result() == again.result() and not slow.begun.acquire(blocking=False), "it was made once"
+        assert other.result().total_bytes == size and vault.bytes_allocated == 2 * size
+    for arena in vault.arenas():
+        assert (arena.epoch, arena.kept, arena.floor) == (3, Version(0, 5).pack(), Version(3, 0).pack())
+    vault.close()
+
+
+def test_memory_that_is_made_while_the_vault_is_closed_is_not_left_behind(tmp_path: Path) -> None:
+    slow = Slow()
+    vault = Vault("slow", 0, str(tmp_path), create=slow)
+    with ThreadPoolExecutor() as pool:
+        made = pool.submit(vault.allocate_own, 0, UNIQUE, 100)
+        slow.begun.acquire()
+        try:
+            vault.close()
+        finally:
+            slow.go_on.set()
+        with pytest.raises(VaultError, match="closed"):
+            made.result()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_that_another_arena_is_about_to_take_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def nothing(fd: int, size: int) -> None:
+        begun.set()
+        go_on.wait()
+        raise OSError("not now")
+
+    vault, third = Vault(f"t{os.getpid()}", 0), arenas._free_bytes("/dev/shm") // 3
+    monkeypatch.setattr(arenas, "populated", nothing)
+    with ThreadPoolExecutor() as pool:
+        try:
+            first = pool.submit(vault.allocate_own, 0, third, 100)  # two slots
+            begun.wait()
+            with pytest.raises(VaultFull, match=r"but \d+ are there"):
+                vault.allocate_own(1, third, 100)
+        finally:
+            go_on.set()
+        with pytest.raises(VaultFull, match="not now"):
+            first.result()
+    assert arenas._free_bytes("/dev/shm") > third and not arenas._making
+
+
 def test_allocated_memory_is_given_back(vault: Vault) -> None:
     info = vault.allocate_own(0, UNIQUE, 100)
     vault.allocate_peer(0, UNIQUE, 100)
@@ -214,6 +293,20 @@ def test_leftovers_of_a_dead_agent_are_cleaned_and_those_of_living_ones_are_not(
     child.stdout.close()
     assert clean_leftovers(str(tmp_path)) == ["deadpool-left-1-3-own"]
     assert [path.name for path in tmp_path.iterdir()] == ["deadpool-something-else"]
+
+
+def test_arenas_of_another_container_that_lives_are_not_cleaned(tmp_path: Path) -> None:
+    """It shares the directory, and its process ids mean nothing here."""
+    contained = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*contained, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody make a process namespace")
+    vault = Vault("elsewhere", 0, str(tmp_path))
+    path = vault.allocate_own(0, UNIQUE, 100).path
+    code = "import sys; from deadpool_megatron.vault import clean_leftovers; clean_leftovers(sys.argv[1])"
+    subprocess.run([*contained, sys.executable, "-c", code, str(tmp_path)], check=True)
+    SlotWriter(path).close()
+    vault.drop(0)
+    vault.allocate_own(0, UNIQUE, 100)  # its name is free again
 
 
 def test_an_arena_of_a_living_job_is_not_taken_over(vault: Vault) -> None:

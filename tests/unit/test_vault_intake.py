@@ -19,11 +19,13 @@ from deadpool_megatron.vault import (
     VaultServer,
     Version,
     fetch,
+    small_capacity,
     store_shard,
 )
 from deadpool_megatron.vault.errors import Refused
 from deadpool_megatron.vault.frames import Begin, Refusal
 from deadpool_megatron.vault.intake import Intakes
+from deadpool_megatron.vault.keeper import Keeper
 from deadpool_megatron.vault.transfer import own_slot
 from deadpool_megatron.vault.wire import Channel
 
@@ -111,6 +113,49 @@ def test_a_keeper_lets_no_late_epoch_end_the_transfer_of_the_one_that_is() -> No
         for pair in ends:
             for each in pair:
                 each.close()
+
+
+@pytest.mark.parametrize("first", ["plan", "owner"])
+def test_what_is_planned_and_what_the_owner_asks_for_may_have_other_room_for_a_small_state(first: str) -> None:
+    """The plan knows the small state that a worker has, the owner may have the room of one that came from a disk."""
+    vault = Vault(f"i{os.getpid()}", 0)
+    keeper, owners, planned = Keeper(vault), small_capacity(33_000), small_capacity(32_500)
+    assert owners != planned
+
+    def from_owner(generation: int, small_bytes: int) -> Slot | None:
+        begin = Begin(0, 5, 0, generation, 1 << 20, owners, small_bytes, vault.chunk_bytes, EMPTY, EMPTY)
+        return keeper.open(begin)
+
+    try:
+        if first == "plan":
+            vault.allocate_peer(5, 1 << 20, planned)
+        slot = from_owner(100, 33_000)
+        vault.allocate_peer(5, 1 << 20, planned)  # `Shards.reserve`
+        assert slot is not None and len(slot.small) == owners, "nothing was in the one that was planned"
+        slot.seal()
+        assert from_owner(101, 33_000) is not None
+    finally:
+        vault.close()
+
+
+def test_a_copy_that_is_kept_stays_when_its_owner_has_more_room_now_and_what_fits_goes_beside_it() -> None:
+    vault = Vault(f"i{os.getpid()}", 0)
+    keeper = Keeper(vault)
+
+    def opened(generation: int, small_bytes: int, room: int) -> Slot | None:
+        begin = Begin(0, 5, 0, generation, 1 << 20, room, small_bytes, vault.chunk_bytes, EMPTY, EMPTY)
+        return keeper.open(begin)
+
+    try:
+        kept = opened(100, 32_500, 1 << 16)
+        assert kept is not None
+        kept.seal()
+        beside = opened(101, 33_000, 1 << 17)
+        assert kept.sealed and beside is not None and len(beside.small) == 1 << 16
+        with pytest.raises(Refused, match="must be kept"):
+            opened(102, (1 << 16) + 1, 1 << 17)
+    finally:
+        vault.close()
 
 
 @pytest.fixture

@@ -118,6 +118,23 @@ def test_a_slot_written_while_it_is_scrubbed_is_left_alone(vault: Vault) -> None
     writer.close()
 
 
+@pytest.mark.timeout(60)
+def test_other_threads_run_while_memory_is_cleared() -> None:
+    size, seen = 64 << 20, set[int]()
+    while len(seen) < 2:  # a second look in the middle of it (for which this thread may get no processor)
+        seen.clear()
+        fd = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR)
+        os.ftruncate(fd, size)
+        clearing = threading.Thread(target=lambda fd=fd: placed.populated(fd, size).close())
+        clearing.start()
+        while clearing.is_alive():
+            seen.add(512 * os.fstat(fd).st_blocks)
+        seen -= {0, size}
+        clearing.join()
+        assert 512 * os.fstat(fd).st_blocks == size
+        os.close(fd)
+
+
 def test_pages_are_huge_where_the_file_system_gives_them(tmp_path: Path) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "huge=advise,size=64m", "none", str(tmp_path)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)

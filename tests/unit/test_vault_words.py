@@ -262,7 +262,6 @@ def test_nothing_else_maps_shared_memory_or_reads_it_in_words() -> None:
         "vault/words.py": {"view.cast('Q')"},
         "vault/arena.py": {
             "memoryview(bytearray(PAGE)).cast('Q')",  # of a file that nobody has mapped yet
-            "memoryview(file.read(PAGE)).cast('Q')",  # a copy
             "self.view[PAGE + index * table:][:8 * sums_words].cast('Q')",  # checksums: announced by words
             "view.cast('Q')",  # of memory that no other process sees
         },

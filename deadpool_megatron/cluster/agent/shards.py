@@ -41,7 +41,6 @@ from deadpool_megatron.vault import (
     huge_bytes,
     is_constants,
     make_transport,
-    process_alive,
     rebuild,
     small_capacity,
 )
@@ -143,7 +142,7 @@ class Shards:
     ) -> None:
         self.node = node
         self._secret = secret
-        self.leftovers = clean_leftovers(directory, process_alive)
+        self.leftovers = clean_leftovers(directory)
         self.vault = Vault(job_id, node, directory, limit_bytes=host_memory)
         parity = scheme is not None and not scheme.mirror
         self.stripes = Stripes(scheme.k, scheme.m, self.vault.chunk_bytes) if scheme is not None and parity else None
@@ -187,10 +186,13 @@ class Shards:
 
         An arena that a fetch has made already is used when it fits. ``numa``: NUMA node of who writes it, -1 for any.
         """
-        arena = self.vault.arena(rank, "own")
-        if arena is not None and arena.info.unique_bytes == unique_bytes and arena.info.small_capacity > small_bytes:
-            return arena.info.path
-        return self.vault.allocate_own(rank, unique_bytes, small_capacity(small_bytes), numa).path
+        info = self.vault.allocate_own(rank, unique_bytes, small_capacity(small_bytes), numa)
+        if info.small_capacity < small_bytes:
+            raise VaultError(
+                f"the small state of rank {rank} has {small_bytes} bytes, and the memory that was taken for its shard "
+                f"room for {info.small_capacity}"
+            )
+        return info.path
 
     def set_near(self, rank: int, numa: int) -> None:
         """The NUMA node of the worker that has, or takes over, ``rank``; memory for its shard is made there.

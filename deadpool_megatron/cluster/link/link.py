@@ -51,6 +51,19 @@ def _keypair(secret: bytes, role: str) -> tuple[bytes, bytes]:
     return zmq.curve_public(private), private
 
 
+def _unlimited(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Context[zmq.Socket[bytes]]:
+    """Sockets of ``context`` that are made from now on queue any number of packets.
+
+    At ZeroMQ's limit (1,000, and as many at the other end) a ROUTER drops and a DEALER refuses, and what is lost on a
+    connection that stays is told to nobody again. What can queue is little: an agent sends some records an iteration
+    and its coordinator a few an epoch, of some hundred bytes; ends that fall silent are cut off within the lease.
+    Monitors have no limit either: ZeroMQ's thread, which has all connections, waits where one is full.
+    """
+    context.setsockopt(zmq.SNDHWM, 0)
+    context.setsockopt(zmq.RCVHWM, 0)
+    return context
+
+
 def _heartbeats(socket: zmq.Socket[bytes], every_s: float, within_s: float) -> None:
     """Ask the other end for a sign of life; no answer in time ends the connection.
 
@@ -96,7 +109,7 @@ class Hub:
 
     def __init__(self, host: str, port: int, secret: bytes, lease_s: float, patience_s: float = 0.0) -> None:
         """``patience_s``: how long to wait for the port while it is in use. Raises zmq.ZMQError."""
-        self._context = zmq.Context()
+        self._context = _unlimited(zmq.Context())
         self._auth = _Authenticator(self._context)
         slack_s = _SLACK * lease_s
         with _late_timers(slack_s):
@@ -231,7 +244,7 @@ class Spoke:
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         self._own_context = context is None
-        self._context = context or zmq.Context()
+        self._context = _unlimited(context or zmq.Context())
         self.socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.IDENTITY, identity.encode())
         server_public, _ = _keypair(secret, "server")
@@ -269,7 +282,10 @@ class Spoke:
         return self.post(packet)
 
     def post(self, packet: bytes) -> bool:
-        """Send one packet if the connection is up, else drop it: what counts is told again when it comes up."""
+        """Send one packet if the connection is up, else drop it: what counts is told again when it comes up.
+
+        False when it was not up. (There is no other reason: see `_unlimited`.)
+        """
         for _ in range(2):
             try:
                 self.socket.send(packet, zmq.NOBLOCK)

@@ -20,12 +20,13 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 
 from deadpool_megatron.cluster.records import SlotAddress
 
 _MOST_LISTED = 12
 _MOST_NODES_OF_A_STRIPE = 32
+_MOST_SETS, _SOME_SETS = 100_000, 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,8 @@ class Tolerated:
     Attributes:
         nodes: this many nodes, whichever they are.
         fatal: the sets of one node more that may not; a larger set may be lost if and only if none of them is in it.
+            The first thousand, if there are more than a hundred thousand.
+        count: how many there are.
         sets: how many sets of that size there are.
         domains: by kind of domain, how many there are, and those that may not be lost as a whole.
         unnamed: by kind of domain, the nodes of which nobody has said in which one they are.
@@ -159,6 +162,7 @@ class Tolerated:
 
     nodes: int
     fatal: tuple[tuple[int, ...], ...]
+    count: int
     sets: int
     domains: Mapping[str, tuple[int, tuple[str, ...]]]
     unnamed: Mapping[str, tuple[int, ...]]
@@ -170,15 +174,16 @@ class Tolerated:
             return "no node"
         parts = [f"any {self.nodes} node" + "s" * (self.nodes > 1)]
         more = self.nodes + 1
-        if not self.fatal and self.sets:
+        if not self.count and self.sets:
             parts.append(f"any {more} nodes")
-        elif len(self.fatal) < self.sets:
+        elif self.count < self.sets:
             noun = {2: "pair", 3: "triple"}.get(more, "set")
-            these = "this" if len(self.fatal) == 1 else f"these {len(self.fatal)}"
+            these = "this" if self.count == 1 else f"these {self.count}"
             listed = ", ".join("+".join(map(str, nodes)) for nodes in self.fatal[:_MOST_LISTED])
-            rest = len(self.fatal) - _MOST_LISTED
-            listed += f" and {rest} more (status.json lists them)" if rest > 0 else ""
-            parts.append(f"any {more} nodes but {these} {noun}{'s' * (len(self.fatal) > 1)}: {listed}")
+            rest = self.count - _MOST_LISTED
+            them = "them" if len(self.fatal) == self.count else f"{len(self.fatal)} of them"
+            listed += f" and {rest} more (status.json lists {them})" if rest > 0 else ""
+            parts.append(f"any {more} nodes but {these} {noun}{'s' * (self.count > 1)}: {listed}")
         for kind, (count, not_these) in self.domains.items():
             if len(not_these) == count:
                 parts.append(f"no whole {kind}")
@@ -202,14 +207,34 @@ def tolerated(
     every = list(stripes(groups, scheme))
     nodes = sorted({node for group in groups for node in group})
     if not every:
-        return Tolerated(0, (), 0, {}, {})
-    fatal = sorted({tuple(sorted(those)) for stripe in every for those in combinations(stripe.nodes, scheme.m + 1)})
+        return Tolerated(0, (), 0, 0, {}, {})
+    count = sum(_fatal_sets(len(group), scheme) for group in groups)
+    spans = sorted({tuple(sorted(stripe.nodes)) for stripe in every})
+    those = (lost for span in spans for lost in combinations(span, scheme.m + 1))
+    fatal = sorted(set(those if count <= _MOST_SETS else islice(those, _SOME_SETS)))
     domains, unnamed = {}, {}
     for kind, members in _domains(nodes, labels or {}).items():
         bad = tuple(label for label, inside in members.items() if not survives(inside, groups, scheme))
         domains[kind] = (len(members), bad)
         unnamed[kind] = tuple(sorted(set(nodes).difference(*members.values())))
-    return Tolerated(scheme.m, tuple(fatal), math.comb(len(nodes), scheme.m + 1), domains, unnamed)
+    return Tolerated(scheme.m, tuple(fatal), count, math.comb(len(nodes), scheme.m + 1), domains, unnamed)
+
+
+def _fatal_sets(nodes: int, scheme: Scheme) -> int:
+    """How many sets of m + 1 nodes of a circle of ``nodes`` lie in one stripe, which is k + m neighbours of it.
+
+    All but those whose distances around the circle are all too short for the rest to be one stripe. With m + 1
+    distances of 1 to ``far``, which add up to the circle, each such set is counted once for each of its nodes.
+    """
+    lost, far = scheme.m + 1, nodes - scheme.size
+    if far < 0:
+        return 0
+    spread: int = sum(
+        (-1) ** long * math.comb(lost, long) * math.comb(nodes - long * far - 1, scheme.m)
+        for long in range(lost + 1)
+        if nodes - long * far > 0
+    )
+    return math.comb(nodes, lost) - nodes * spread // lost
 
 
 def _domains(nodes: Iterable[int], labels: Mapping[int, Mapping[str, str]]) -> dict[str, dict[str, list[int]]]:
