@@ -292,11 +292,23 @@ def test_a_node_whose_workers_die_again_and_again_is_a_bad_node() -> None:
     job = SimulatedJob(nodes=4, spares=0).train()
     for pid in range(job.core.job.worker_deaths):
         for _ in range(2):  # told again by an agent that was away for a moment
-            job.feed(r.WorkerExited(2, 1, 5, 70 + pid, -9))
+            job.feed(r.WorkerExited(2, 1, 5, 70 + pid, -9, pid))
         job.recover()
     assert job.core.nodes[2].role == "active"
-    job.feed(r.WorkerExited(2, 1, 5, 77, -9))
-    assert job.core.nodes[2].role == "lost" and "4 of its workers ended" in job.events("detected")[-1]["cause"]
+    job.feed(r.WorkerExited(2, 1, 5, 77, -9, job.core.epoch))
+    assert job.core.nodes[2].role == "lost" and "its workers ended 4 times" in job.events("detected")[-1]["cause"]
+
+
+def test_all_workers_of_a_node_that_die_at_once_do_not_make_it_a_bad_node() -> None:
+    """Somebody's pkill, memory that runs out, a fabric that hiccups: one cause, and the node's vault has all shards."""
+    job = SimulatedJob(nodes=3, spares=0, slots=8).train()
+    job.commit(5)
+    for node in (1, 2):
+        for local in range(8):
+            job.feed(r.WorkerExited(node, local, 8 * node + local, 70 + local, -9, 0))
+    assert job.told(r.Declare)[-1].replaced == list(range(8, 24))
+    job.recover()
+    assert job.core.phase is Phase.RUNNING and job.active == [0, 1, 2]
 
 
 def test_who_ends_because_a_neighbour_was_lost_is_not_counted_against_its_node() -> None:

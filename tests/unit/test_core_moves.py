@@ -454,13 +454,13 @@ def test_deaths_that_are_days_apart_do_not_make_a_bad_node() -> None:
     most = job.core.job.worker_deaths
     for pid in range(3 * most):
         job.now += 24 * 3600.0 / most
-        job.feed(r.WorkerExited(2, 1, 5, 70 + pid, -9))
+        job.feed(r.WorkerExited(2, 1, 5, 70 + pid, -9, pid))
         job.recover()
     assert job.core.nodes[2].role == "active"
     restarted(job)
     job.now += 24 * 3600.0 - 1.0
-    job.feed(r.WorkerExited(2, 1, 5, 99, -9))
-    assert job.core.nodes[2].role == "lost" and "4 of its workers ended" in job.events("detected")[-1]["cause"]
+    job.feed(r.WorkerExited(2, 1, 5, 99, -9, job.core.epoch))
+    assert job.core.nodes[2].role == "lost" and "its workers ended 4 times" in job.events("detected")[-1]["cause"]
 
 
 def test_ends_of_processes_count_once_and_only_for_the_coordinate_they_have() -> None:

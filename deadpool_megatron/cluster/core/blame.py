@@ -50,9 +50,15 @@ class Blame:
         self._errors: dict[tuple[int, str, str], int] = {}
         self._last: dict[tuple[int, int], r.WorkerFailed] = {}  # by node and local index
 
-    def died(self, node: NodeState, now: float) -> bool:
-        """One worker more of a node has died. True when the node is to blame, or has nobody to make it good."""
-        node.deaths = [*(when for when in node.deaths if now - when < _REMEMBERED_S), now]
+    def died(self, node: NodeState, now: float, epoch: int | None = None) -> bool:
+        """Workers of a node have died. True when the node is to blame, or has nobody to make it good.
+
+        Args:
+            epoch: in which a worker that trains has died: those of one node in one epoch had one cause, and count once.
+        """
+        if epoch is None or epoch != node.died_in:
+            node.deaths = [*(when for when in node.deaths if now - when < _REMEMBERED_S), now]
+        node.died_in = epoch
         return len(node.deaths) > self._worker_deaths or not node.respawns
 
     def crashed_again(self, record: r.WorkerExited, epoch: int, iteration: int) -> bool:

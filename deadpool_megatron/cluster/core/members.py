@@ -23,6 +23,7 @@ class NodeState:
     pids: dict[int, int] = field(default_factory=dict)
     parked: set[int] = field(default_factory=set)
     deaths: list[float] = field(default_factory=list)  # when workers of it have died, in the clock of `Core`
+    died_in: int | None = None  # the epoch of the last of them
     respawns: bool = True
     name: str = ""  # of its machine
     trained: bool = False  # its workers have told what job this is

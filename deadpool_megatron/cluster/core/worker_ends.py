@@ -77,7 +77,7 @@ class WorkerEnds:
     def _spare_exited(self, node: NodeState, local: int, how: str, now: float) -> Effects:
         node.parked.discard(local)
         if self._blame.died(node, now):
-            yield Lose({node.node}, f"{len(node.deaths)} of its workers ended, the last with {how}")
+            yield Lose({node.node}, f"its workers ended {len(node.deaths)} times, the last with {how}")
             return
         yield emit("detected", node=node.node, cause=f"spare worker {local} ended ({how})", ranks=[], local=local)
         yield Send(node.node, r.Respawn(local))
@@ -90,7 +90,7 @@ class WorkerEnds:
         rank = assignment.index(here) if record.rank is None and here in assignment else record.rank
         if rank is None or assignment[rank] != here:
             return  # it has been replaced already
-        to_blame = not node.respawns if self._blame.anothers(record) else self._blame.died(node, now)
+        to_blame = not node.respawns if self._blame.anothers(record) else self._blame.died(node, now, record.epoch)
         iteration = self._state.progress.iteration
         if self._blame.crashed_again(record, self._state.members.epoch, iteration):
             again = f"after iteration {iteration} again, so no spare is spent on it; see its log"
@@ -98,7 +98,7 @@ class WorkerEnds:
             return
         if to_blame:
             deaths = len(node.deaths)
-            again = f"{deaths} of its workers ended, the last one: " if deaths > 1 else ""
+            again = f"its workers ended {deaths} times, the last time: " if deaths > 1 else ""
             yield Lose({node.node}, again + cause)
             return
         yield emit("detected", node=record.node, rank=rank, local=record.local, cause=cause, ranks=[rank])
