@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from deadpool_megatron.yaml_file import NotRead, read_yaml
 
 Labels = dict[int, dict[str, str]]
 _KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
@@ -25,14 +26,10 @@ def parse_domains(text: str) -> Labels:
         return {}
     if "=" in text:
         return _inline(text)
-    import yaml
-
     try:
-        data = yaml.safe_load(Path(text).read_text())
-    except OSError as err:
-        raise ValueError(f"failure domains {text}: {err.strerror}; give a YAML file, or 0-3=rack1,4-7=rack2") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ValueError(f"failure domains {text}: not YAML: {str(err).splitlines()[0]}") from None
+        data = read_yaml(text)
+    except NotRead as err:
+        raise ValueError(f"failure domains {text}: {err}; give a YAML file, or 0-3=rack1,4-7=rack2") from None
     if not isinstance(data, dict) or not all(isinstance(labels, dict) for labels in data.values()):
         raise ValueError(
             f"failure domains {text}: expected kinds, each with labels and their nodes, as in rack: {{r1: 0-3}}"
