@@ -215,6 +215,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unsupported": ({"fp8_recipe": "custom"}, "--fp8-recipe is not supported"),
     "cluster's spelling": ({"cluster": {"gpu_memry": 80}}, "unknown field 'gpu_memry'; did you mean 'gpu_memory'?"),
     "setting's spelling": ({"deadpool": {"leese": 3}}, "unknown setting 'leese'; did you mean 'lease'?"),
+    "a setting without a value": ({"deadpool": {"durable_dir": None}}, "deadpool: durable_dir: give a value"),
+    "a word for a size": (
+        {"tensor_model_parallel_size": "eight"},
+        "--tensor-model-parallel-size: expected a whole num",
+    ),
+    "a list for a size": ({"tensor_model_parallel_size": [8]}, "--tensor-model-parallel-size: expected a whole number"),
+    "an infinite size": ({"tensor_model_parallel_size": float("inf")}, "expected a whole number, not inf"),
+    "a mapping for a flag": ({"lr": {"a": 1}}, "lr: expected a value or a list of them, not {'a': 1}"),
     "words for numbers": ({"cluster": {"nodes": "many"}}, "nodes: expected a whole number, not 'many'"),
     "underscore": ({"cluster": {"utilisation": 45}}, "utilisation is a share"),
 }
@@ -230,6 +238,11 @@ def test_a_run_that_cannot_work_is_refused_with_the_reason_in_one_line(case: str
 
 def test_a_file_that_is_no_run_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
+    twice = "cluster: {}\ncluster: {}"
+    for text, why in ((twice, "line 2: 'cluster' stands"), ("a: 2026-31-12", "line 1: '2026-31-12'")):
+        path.write_text(text)
+        assert cli.main(["plan", "--config", str(path)]) == Exit.USAGE
+        assert capsys.readouterr().err.startswith(f"deadpool: {path}: not YAML: {why}")
     for text, why in (("[1", "not YAML"), ("a: 1", "expected the sections"), ("cluster: {}\nmodel: {}", "'model'")):
         path.write_text(text)
         assert cli.main(["plan", "--config", str(path)]) == Exit.USAGE
