@@ -14,6 +14,7 @@ from deadpool_megatron.observe.rundir import (
     read_events,
     read_node_logs,
 )
+from deadpool_megatron.observe.strict_json import strict_json
 
 __all__ = [
     "ERROR",
@@ -28,4 +29,5 @@ __all__ = [
     "follow_events",
     "read_events",
     "read_node_logs",
+    "strict_json",
 ]

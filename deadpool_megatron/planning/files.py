@@ -19,6 +19,9 @@ from deadpool_megatron.config import ConfigError, DeadpoolConfig, resolve
 from deadpool_megatron.support import not_megatrons
 from deadpool_megatron.yaml_file import NotRead, read_yaml
 
+_MOST = 1e9  # of anything: no sum or product of it is infinite
+_MOST_DEVICES = 1 << 20
+
 
 class PlanError(ValueError):
     """The file is malformed, or what it describes cannot work. The message is one line for the user."""
@@ -51,11 +54,13 @@ class Cluster:
         for f in fields(self):
             value = getattr(self, f.name)
             least = 0 if f.name in ("spare_nodes", "shared_memory", "failures", "restart_minutes") else None
-            if value < 0 or (least is None and value == 0):
+            if not 0 <= value <= _MOST or (least is None and value == 0):
                 kind = "more than 0" if least is None else "0 or more"
-                raise PlanError(f"cluster: {f.name} must be {kind}, not {value:g}")
+                raise PlanError(f"cluster: {f.name} must be {kind}, and at most {_MOST:g}, not {value}")
         if self.utilisation > 1:
             raise PlanError(f"cluster: utilisation is a share of the peak, at most 1, not {self.utilisation:g}")
+        if self.gpus > _MOST_DEVICES:
+            raise PlanError(f"cluster: {self.gpus} devices are more than can be planned, {_MOST_DEVICES}")
 
     @property
     def gpus(self) -> int:

@@ -20,12 +20,20 @@ Labels = dict[int, dict[str, str]]
 _KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 
 
-def parse_domains(text: str) -> Labels:
-    """By node its labels by kind. ``text`` is what ``--deadpool-domains`` got. Raises ValueError in one clear line."""
-    if not text:
-        return {}
-    if "=" in text:
-        return _inline(text)
+def parse_domains(text: str, nodes: int | None = None) -> Labels:
+    """By node its labels by kind. Raises ValueError in one clear line.
+
+    Args:
+        text: what ``--deadpool-domains`` got.
+        nodes: how many the job has, spares included, where that is known.
+    """
+    labels = _inline(text) if "=" in text else _file(text) if text else {}
+    if nodes is not None and (stray := [node for node in labels if node >= nodes]):
+        raise ValueError(f"failure domains: there is no node {min(stray)}: the job has nodes 0 to {nodes - 1}")
+    return labels
+
+
+def _file(text: str) -> Labels:
     try:
         data = read_yaml(text)
     except NotRead as err:

@@ -177,7 +177,7 @@ class Tolerated:
             these = "this" if len(self.fatal) == 1 else f"these {len(self.fatal)}"
             listed = ", ".join("+".join(map(str, nodes)) for nodes in self.fatal[:_MOST_LISTED])
             rest = len(self.fatal) - _MOST_LISTED
-            listed += f" and {rest} more (status.json lists them)" if rest > 0 else ""
+            listed += f" and {rest} more" if rest > 0 else ""
             parts.append(f"any {more} nodes but {these} {noun}{'s' * (len(self.fatal) > 1)}: {listed}")
         for kind, (count, not_these) in self.domains.items():
             if len(not_these) == count:
