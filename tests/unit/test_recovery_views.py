@@ -325,6 +325,8 @@ def test_a_taken_port_costs_a_line_and_not_the_node(
     second = watch(port)
     assert f"--deadpool-metrics-port {port}" in capsys.readouterr().err
     second.received(r.CommittedTo(0, (0, 1), 0), 1)
+    watch(65536)  # of the second of several nodes on a machine, where 65535 was asked for
+    assert "--deadpool-metrics-port 65536: " in capsys.readouterr().err
 
 
 def test_read_events_of_the_written_story_is_the_story(tmp_path: Path) -> None:
