@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.launcher.processes import Processes, metrics_port
-from deadpool_megatron.observe import EVENTS, JOB, EventTail
+from deadpool_megatron.observe import EVENTS, JOB, EventTail, NotWhole, read_whole
 from deadpool_megatron.observe.commands import add_run_dir
 
 _ANSWER_S = 10.0
@@ -46,10 +45,11 @@ class _NoJob(Exception):
 def _job(run_dir: str) -> dict[str, Any]:
     path = Path(run_dir) / JOB
     try:
-        job: dict[str, Any] = json.loads(path.read_text())
+        return read_whole(path, ("coordinator", "secret", "lease", "agent"))
+    except NotWhole as err:
+        raise _NoJob(str(err)) from None
     except OSError as err:
         raise _NoJob(f"no job at {path}: {err.strerror}; name its directory with --run-dir") from None
-    return job
 
 
 def _ask(job: dict[str, Any], run_dir: str, record: msgspec.Struct) -> r.InjectReply | r.SpareAdded:

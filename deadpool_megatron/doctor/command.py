@@ -49,6 +49,8 @@ def run_doctor(options: argparse.Namespace) -> int:
 
     try:
         return int(show_findings(findings(), print) > 0)
+    except BrokenPipeError:  # who reads has had enough: the command line's own matter
+        raise
     except (MeetingError, OSError, ValueError) as err:
         print(f"deadpool: --meet {options.meet}: {err}", file=sys.stderr)
         return _USAGE

@@ -9,10 +9,12 @@ from deadpool_megatron.observe.rundir import (
     STATUS,
     EventTail,
     NodeLog,
+    NotWhole,
     RunDirectory,
     follow_events,
     read_events,
     read_node_logs,
+    read_whole,
 )
 from deadpool_megatron.observe.strict_json import strict_json
 
@@ -25,9 +27,11 @@ __all__ = [
     "STATUS",
     "EventTail",
     "NodeLog",
+    "NotWhole",
     "RunDirectory",
     "follow_events",
     "read_events",
     "read_node_logs",
+    "read_whole",
     "strict_json",
 ]

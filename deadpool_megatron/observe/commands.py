@@ -61,6 +61,8 @@ def run_command(options: argparse.Namespace) -> int:
             written = write_timeline(run, Path(options.out) if options.out else run / "timeline")
         else:
             written = [write_report(run, Path(options.out) if options.out else run / "report.html")]
+    except BrokenPipeError:  # who reads has had enough: the command line's own matter
+        raise
     except (NoStatus, NoRun, OSError) as err:
         print(f"deadpool: {err}", file=sys.stderr)
         return _USAGE

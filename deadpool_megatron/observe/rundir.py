@@ -22,6 +22,7 @@ import msgspec
 
 from deadpool_megatron.observe.narrative import paragraph
 from deadpool_megatron.observe.recoveries import Story
+from deadpool_megatron.observe.strict_json import strict_json
 
 STATUS: Final = "status.json"
 EVENTS: Final = "events.jsonl"
@@ -93,7 +94,7 @@ class RunDirectory:
         """
         record = {"t": time.time(), "event": event, **fields}
         if len(self._waiting) < _MOST_WAITING:
-            self._waiting += json.dumps(record).encode() + b"\n"
+            self._waiting += strict_json(record).encode() + b"\n"
         else:
             self._dropped += 1
         if len(self._waiting) > _AT_ONCE and EVENTS not in self._failing:
@@ -188,6 +189,21 @@ def _is_cut(path: Path) -> bool:
         return f.read(1) not in (b"", b"\n")
 
 
+class NotWhole(Exception):
+    """A file of a run directory is there and is not whole; the message is one line."""
+
+
+def read_whole(path: Path, needed: Iterable[str]) -> dict[str, Any]:
+    """What is written in one step: ``status.json`` or ``job.json``, with these keys. Raises OSError and NotWhole."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= set(needed):
+        raise NotWhole(f"{path} is not whole: was it copied while the job ran, or is it of another version?")
+    return content
+
+
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
     """All events so far, oldest first; a last line that is still being written is left out."""
     try:
@@ -258,7 +274,7 @@ class NodeLog:
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line; ``t`` is now unless given."""
-        line = json.dumps({"t": time.time(), "event": event, "node": self._node, **fields})
+        line = strict_json({"t": time.time(), "event": event, "node": self._node, **fields})
         try:
             if self._file is None:
                 self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the life of the agent
