@@ -102,6 +102,19 @@ def _launch(*options: str) -> argparse.Namespace:
     return parser.parse_args([*options, "script.py"])
 
 
+@pytest.mark.parametrize("command", ["launch", "agent", "coordinator"])
+def test_a_flag_of_the_script_before_it_is_told_where_it_belongs(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags in (["--deadpool"], ["--deadpool-lease", "3"], ["--lr=1"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main([command, *flags, "script.py"])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert end.value.code == 2 and said.endswith(
+            f"unrecognized arguments: {flags[0]}; the flags of the script, --deadpool among them, stand behind it"
+        )
+
+
 def test_whose_output_is_shown_is_all_none_or_a_rank(capsys: pytest.CaptureFixture[str]) -> None:
     assert [_launch("--tee", text).tee for text in ("all", "none", "12")] == ["all", "none", "12"]
     with pytest.raises(SystemExit):
