@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import subprocess
@@ -107,7 +108,7 @@ def inject(options: argparse.Namespace) -> int:
     fault = r.Fault(
         options.fault, node, options.local, options.at_iteration, options.at_tick, options.at or "", options.seconds
     )
-    if fault.kind == "slow" and fault.seconds <= 0:
+    if fault.kind == "slow" and not 0 < fault.seconds < math.inf:
         return _fail("--fault slow needs --seconds, how much longer a microbatch takes from then on")
     if fault.kind in ("raise", "hang", "slow") and fault.iteration is None and not fault.point:
         return _fail(f"--fault {fault.kind} happens on the training thread: say where with --at-iteration or --at")

@@ -102,6 +102,15 @@ def _launch(*options: str) -> argparse.Namespace:
     return parser.parse_args([*options, "script.py"])
 
 
+@pytest.mark.parametrize("seconds", ["0", "nan", "inf"])
+def test_a_fault_that_would_last_for_ever_or_no_time_is_refused(
+    seconds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fault = ["--node", "0", "--fault", "slow", "--at-iteration", "1", "--seconds", seconds]
+    assert cli.main(["inject", "--run-dir", str(tmp_path), *fault]) == 2
+    assert "--fault slow needs --seconds" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["launch", "agent", "coordinator"])
 def test_a_flag_of_the_script_before_it_is_told_where_it_belongs(
     command: str, capsys: pytest.CaptureFixture[str]
