@@ -253,6 +253,14 @@ def test_what_programs_read_is_json_where_a_loss_is_not_a_number(
     assert strict(capsys.readouterr().out)["last_events"][-1]["ratio"] is None
 
 
+def test_a_report_without_a_whole_status_says_so_and_has_the_rest(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    (run / STATUS).write_text((run / STATUS).read_text()[:40])
+    assert cli.main(["report", "--run-dir", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert f"{run / STATUS} is not whole" in text and "took over rank 0" in text
+
+
 def test_without_matplotlib_the_pages_say_how_to_get_it_and_have_all_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
