@@ -77,7 +77,11 @@ def _main(argv: Sequence[str] | None) -> int:
         from deadpool_megatron.demo import main as run_demo
 
         return run_demo(arguments[1:], "deadpool demo")
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        scripts = options.command in ("launch", "agent", "coordinator")
+        hint = "; the flags of the script, --deadpool among them, stand behind it" if scripts else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if options.command == "examples":
         print(Path(__file__).parent / "examples")
         return 0

@@ -14,12 +14,12 @@ import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.cluster.store import check_address
 from deadpool_megatron.vault.transport import TRANSPORTS
+from deadpool_megatron.yaml_file import NotRead, read_yaml
 
 
 class ConfigError(ValueError):
@@ -319,6 +319,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _coerce(f: Field[Any], value: Any, where: str) -> Any:
     want = _type(f)
+    shown = "nothing (leave the line out for the default)" if value is None else repr(value)
     if want is bool:
         if isinstance(value, bool):
             return value
@@ -327,14 +328,16 @@ def _coerce(f: Field[Any], value: Any, where: str) -> Any:
             return True
         if text in ("0", "false", "no", "off", ""):
             return False
-        raise ConfigError(f"{where}: {value!r} is not yes or no")
+        raise ConfigError(f"{where}: {shown} is not yes or no")
     try:
-        if isinstance(value, bool) or (want is int and isinstance(value, float) and not value.is_integer()):
+        if value is None or isinstance(value, (bool, list, dict)):  # of which `str` would make a text
+            raise ValueError(value)
+        if want is int and isinstance(value, float) and not value.is_integer():
             raise ValueError(value)
         out = want(value)
     except (TypeError, ValueError, OverflowError):
         noun = {int: "a whole number", float: "a number", str: "text"}[want]
-        raise ConfigError(f"{where}: expected {noun}, not {value!r}") from None
+        raise ConfigError(f"{where}: expected {noun}, not {shown}") from None
     choices = f.metadata["choices"]
     if choices and out not in choices:
         near = _nearest(str(value), choices, "'")
@@ -343,16 +346,10 @@ def _coerce(f: Field[Any], value: Any, where: str) -> Any:
 
 
 def _load_yaml(where: str, path: str) -> Any:
-    import yaml
-
     try:
-        return yaml.safe_load(Path(path).read_text())
-    except OSError as err:
-        raise ConfigError(f"{where}: {err.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{where}: not a text file") from None
-    except yaml.YAMLError as err:
-        raise ConfigError(f"{where}: not YAML: {str(err).splitlines()[0]}") from None
+        return read_yaml(path)
+    except NotRead as err:
+        raise ConfigError(f"{where}: {err}") from None
 
 
 def _file_settings(path: str | None, megatron: str | None) -> tuple[str, dict[str, Any]]:

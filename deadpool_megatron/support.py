@@ -230,12 +230,24 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
 )
 
 
+def _number(values: Values, name: str, kind: type[int] | type[float]) -> float:
+    """Raises UserError: a command that starts nothing is given flags that Megatron's parser has not seen."""
+    value = values.get(name) or 0
+    try:
+        if isinstance(value, bool) or kind(value) != float(value):
+            raise ValueError(value)
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        noun = "a whole number" if kind is int else "a number"
+        raise UserError(f"--{name.replace('_', '-')}: expected {noun}, not {value!r}") from None
+
+
 def _size(values: Values, *names: str) -> int:
-    return next((int(values[name]) for name in names if values.get(name)), 1)
+    return next((int(_number(values, name, int)) for name in names if values.get(name)), 1)
 
 
 def _drops_out(values: Values) -> bool:
-    return any(float(values.get(name, 0)) for name in ("attention_dropout", "hidden_dropout"))
+    return any(_number(values, name, float) for name in ("attention_dropout", "hidden_dropout"))
 
 
 def _flex(values: Values) -> bool:
@@ -266,7 +278,7 @@ def _deepep_in_graphs(values: Values, _: int) -> bool:
 
 
 def _dropout_in_graphs(values: Values, _: int) -> bool:
-    drops = "attn" in _graphed(values) and bool(float(values.get("attention_dropout", 0)))
+    drops = "attn" in _graphed(values) and bool(_number(values, "attention_dropout", float))
     return _layer_graphs(values) and drops and _size(values, "context_parallel_size") > 1
 
 

@@ -13,12 +13,21 @@ from typing import Any
 from deadpool_megatron import support
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.compat import UserError
+from deadpool_megatron.planning.files import PlanError, load
 
 _REFUSED = 1
 
 
 def run_check(arguments: Sequence[str]) -> int:
     """Judge a command line; returns 0 where it is accepted, 1 where a flag is refused, 2 for a usage that is wrong."""
+    try:
+        return _check(arguments)
+    except (UserError, PlanError) as err:
+        print(f"deadpool: {err}", file=sys.stderr)
+        return Exit.USAGE
+
+
+def _check(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="deadpool check",
         usage="deadpool check [--config FILE] [--nproc-per-node N] [SCRIPT] [MEGATRON FLAGS ...]\n"
@@ -57,17 +66,11 @@ def run_check(arguments: Sequence[str]) -> int:
         return _recipes(processes)
     if options.recipe is not None:
         return _recipe(options.recipe, flags, options.nodes, processes)
+    flags = _words(flags)
     if options.config is not None:
-        from deadpool_megatron.planning.files import PlanError, load
-
-        try:
-            run = load(options.config)
-            flags = [*run.flags(), *flags]
-            processes = processes or run.cluster.gpus_per_node
-        except PlanError as err:
-            print(f"deadpool: {err}", file=sys.stderr)
-            return Exit.USAGE
-    flags = [part for word in flags for part in (shlex.split(word, comments=True) if " " in word else [word])]
+        run = load(options.config)
+        flags = [*run.flags(), *flags]
+        processes = processes or run.cluster.gpus_per_node
     if not flags:
         parser.error("no flags: give those of the job, or --config FILE")
     values = support.parse(flags)
@@ -76,6 +79,19 @@ def run_check(arguments: Sequence[str]) -> int:
     processes = processes or support.PROCESSES_PER_NODE
     notes = (f"{flag}: nobody has looked at what a lost node does to it" for flag in support.not_looked_at(flags))
     return _judged(values, processes, (), notes)
+
+
+def _words(given: Sequence[str]) -> list[str]:
+    """Flags that came as one word, as a variable of a shell that is quoted does, taken apart. A value with a blank in
+    it is one. Raises UserError."""
+    out: list[str] = []
+    for word in given:
+        together = any(map(str.isspace, word)) and (word.startswith("--") or len(given) == 1)
+        try:
+            out += shlex.split(word, comments=True) if together else [word]
+        except ValueError as err:
+            raise UserError(f"{word}: {str(err).lower()}") from None
+    return out
 
 
 def _judged(values: Mapping[str, Any], processes: int, more: Sequence[tuple[str, str]], notes: Iterable[str]) -> int:
@@ -100,11 +116,7 @@ def _judged(values: Mapping[str, Any], processes: int, more: Sequence[tuple[str,
 def _recipe(name: str, overrides: Sequence[str], nodes: int | None, processes: int | None) -> int:
     from deadpool_megatron.commands import recipes
 
-    try:
-        recipe = recipes.read(name, overrides, nodes, processes)
-    except UserError as err:
-        print(f"deadpool: {err}", file=sys.stderr)
-        return Exit.USAGE
+    recipe = recipes.read(name, overrides, nodes, processes)
     print(f"{name}: {recipe.world_size} processes, {recipe.per_node} a node")
     for note in recipes.notes(recipe):
         print(note)
@@ -114,12 +126,8 @@ def _recipe(name: str, overrides: Sequence[str], nodes: int | None, processes: i
 def _recipes(processes: int | None) -> int:
     from deadpool_megatron.commands import recipes
 
-    try:
-        for line in recipes.judge_all(processes):
-            print(line)
-    except UserError as err:
-        print(f"deadpool: {err}", file=sys.stderr)
-        return Exit.USAGE
+    for line in recipes.judge_all(processes):
+        print(line)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import signal
 import subprocess
@@ -23,7 +23,7 @@ from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.launcher.processes import Processes, metrics_port
-from deadpool_megatron.observe import EVENTS, JOB, EventTail
+from deadpool_megatron.observe import EVENTS, JOB, EventTail, NotWhole, read_whole
 from deadpool_megatron.observe.commands import add_run_dir
 
 _ANSWER_S = 10.0
@@ -46,10 +46,11 @@ class _NoJob(Exception):
 def _job(run_dir: str) -> dict[str, Any]:
     path = Path(run_dir) / JOB
     try:
-        job: dict[str, Any] = json.loads(path.read_text())
+        return read_whole(path, ("coordinator", "secret", "lease", "agent"))
+    except NotWhole as err:
+        raise _NoJob(str(err)) from None
     except OSError as err:
         raise _NoJob(f"no job at {path}: {err.strerror}; name its directory with --run-dir") from None
-    return job
 
 
 def _ask(job: dict[str, Any], run_dir: str, record: msgspec.Struct) -> r.InjectReply | r.SpareAdded:
@@ -108,7 +109,7 @@ def inject(options: argparse.Namespace) -> int:
     fault = r.Fault(
         options.fault, node, options.local, options.at_iteration, options.at_tick, options.at or "", options.seconds
     )
-    if fault.kind == "slow" and fault.seconds <= 0:
+    if fault.kind == "slow" and not 0 < fault.seconds < math.inf:
         return _fail("--fault slow needs --seconds, how much longer a microbatch takes from then on")
     if fault.kind in ("raise", "hang", "slow") and fault.iteration is None and not fault.point:
         return _fail(f"--fault {fault.kind} happens on the training thread: say where with --at-iteration or --at")

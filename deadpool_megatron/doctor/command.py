@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _USAGE = 2
+_MOST = 1e6  # GiB, MiB or seconds
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,15 @@ def run_doctor(options: argparse.Namespace) -> int:
     from deadpool_megatron.doctor.machine import Finding, check_machine, show_findings
     from deadpool_megatron.doctor.network import MeetingError
 
+    for flag, value, least in (
+        ("--vault-gib", options.vault_gib, 0.0),
+        ("--mib", options.mib, 1),
+        ("--deadline", options.deadline, 1e-3),
+    ):
+        if not least <= value <= _MOST:
+            print(f"deadpool: {flag} {value:g}: must be between {least:g} and {_MOST:g}", file=sys.stderr)
+            return _USAGE
+
     def findings() -> Iterator[Finding]:
         yield from check_machine(options.shm_directory, int(options.vault_gib * (1 << 30)))
         if options.meet:
@@ -39,6 +49,8 @@ def run_doctor(options: argparse.Namespace) -> int:
 
     try:
         return int(show_findings(findings(), print) > 0)
+    except BrokenPipeError:  # who reads has had enough: the command line's own matter
+        raise
     except (MeetingError, OSError, ValueError) as err:
         print(f"deadpool: --meet {options.meet}: {err}", file=sys.stderr)
         return _USAGE
@@ -48,8 +60,8 @@ def _meet(options: argparse.Namespace) -> list[Any]:
     from deadpool_megatron.doctor.network import MeetingError, host_meeting, join_meeting
 
     host, _, port_text = options.meet.rpartition(":")
-    if not host or not port_text.isdigit():
-        raise ValueError("expected HOST:PORT")
+    if not host or not port_text.isdecimal() or int(port_text) > 65535:
+        raise ValueError("expected HOST:PORT, with a port up to 65535")
     rank = _number(options.node_rank, "SLURM_NODEID", "--node-rank")
     nodes = _number(options.nnodes, "SLURM_JOB_NUM_NODES", "--nnodes")
     if not 0 <= rank < nodes:

@@ -207,13 +207,9 @@ def check_transport(config: DeadpoolConfig) -> None:
 
 def _domains(text: str, nodes: int) -> Labels:
     try:
-        labels = parse_domains(text)
+        return parse_domains(text, nodes)
     except ValueError as err:
         raise LaunchError(f"--deadpool-domains: {err}") from None
-    stray = [node for node in labels if node >= nodes]
-    if stray:
-        raise LaunchError(f"--deadpool-domains: there is no node {min(stray)}: the job has nodes 0 to {nodes - 1}")
-    return labels
 
 
 def _check_megatron(beside: Path) -> None:

@@ -9,11 +9,14 @@ from deadpool_megatron.observe.rundir import (
     STATUS,
     EventTail,
     NodeLog,
+    NotWhole,
     RunDirectory,
     follow_events,
     read_events,
     read_node_logs,
+    read_whole,
 )
+from deadpool_megatron.observe.strict_json import strict_json
 
 __all__ = [
     "ERROR",
@@ -24,8 +27,11 @@ __all__ = [
     "STATUS",
     "EventTail",
     "NodeLog",
+    "NotWhole",
     "RunDirectory",
     "follow_events",
     "read_events",
     "read_node_logs",
+    "read_whole",
+    "strict_json",
 ]

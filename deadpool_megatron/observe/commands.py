@@ -50,6 +50,9 @@ def run_command(options: argparse.Namespace) -> int:
             return 0
         run = Path(options.run_dir)
         if options.command == "page":
+            if not 0 <= options.port < 65536:
+                print(f"deadpool: --port {options.port}: a port is between 0 (any) and 65535", file=sys.stderr)
+                return _USAGE
             from deadpool_megatron.observe.page import serve
 
             serve(run, options.port)
@@ -58,6 +61,8 @@ def run_command(options: argparse.Namespace) -> int:
             written = write_timeline(run, Path(options.out) if options.out else run / "timeline")
         else:
             written = [write_report(run, Path(options.out) if options.out else run / "report.html")]
+    except BrokenPipeError:  # who reads has had enough: the command line's own matter
+        raise
     except (NoStatus, NoRun, OSError) as err:
         print(f"deadpool: {err}", file=sys.stderr)
         return _USAGE

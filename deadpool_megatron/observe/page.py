@@ -14,7 +14,6 @@ site, to which a name server gives that address, gets nothing.
 from __future__ import annotations
 
 import io
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from rich.terminal_theme import MONOKAI
 
 from deadpool_megatron.observe.report import NoRun, report_text
 from deadpool_megatron.observe.status import JobView, NoStatus
+from deadpool_megatron.observe.strict_json import strict_json
 
 _HOST: Final = "127.0.0.1"
 _SIZE: Final = (150, 40)  # columns and lines of the screen
@@ -76,7 +76,7 @@ class LivePage(ThreadingHTTPServer):
             case "/report":
                 return self._renewed_report(), "text/html"
             case "/status.json":
-                return self._look(lambda view: json.dumps(view.as_json())), "application/json"
+                return self._look(lambda view: strict_json(view.as_json())), "application/json"
         return None
 
     def _look(self, show: Callable[[JobView], str]) -> str:

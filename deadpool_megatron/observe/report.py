@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
+import math
 import shlex
 import statistics
 import time
@@ -21,6 +21,7 @@ from deadpool_megatron.observe.narrative import count_text, paragraph, seconds_t
 from deadpool_megatron.observe.recoveries import MEANING, Recovery, Story
 from deadpool_megatron.observe.rundir import read_events, read_node_logs
 from deadpool_megatron.observe.status import JobView, NoStatus, event_line
+from deadpool_megatron.observe.strict_json import strict_json
 from deadpool_megatron.observe.timeline import deaths, timeline
 from deadpool_megatron.observe.trace import chrome_trace
 
@@ -134,7 +135,7 @@ def write_timeline(run_dir: Path, out: Path) -> list[Path]:
     moments = deaths(run_dir, events)
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "trace.json"]
-    written[0].write_text(json.dumps(chrome_trace(events, read_node_logs(run_dir), moments)))
+    written[0].write_text(strict_json(chrome_trace(events, read_node_logs(run_dir), moments)))
     _, told = _told(events)
     page = Page(f"Recoveries of {run_dir.name}")
     if not told:
@@ -181,7 +182,8 @@ def _pace_pictures(page: Page, events: Sequence[Mapping[str, Any]], told: Sequen
     x = "time since the start of the job (s)"
     page.heading("Loss")
     name = next(iter(steps[0]["losses"]), "loss")
-    loss = [next(iter(e["losses"].values()), float("nan")) for e in steps]
+    losses = (next(iter(e["losses"].values()), None) for e in steps)
+    loss = [math.nan if value is None else value for value in losses]
     series = [(name, [e["iteration"] for e in steps], loss)]
     at_iterations = _iteration_marks(told)
     page.picture(lambda: figures.line_figure(series, "iteration", name, "Loss", at_iterations, from_zero=False), "loss")
@@ -246,8 +248,8 @@ def report_text(run_dir: Path, head: str = "") -> str:
     ended = story.ended
     try:
         view: JobView | None = JobView(run_dir)
-    except NoStatus:
-        view = None
+    except NoStatus as err:
+        view, why_not = None, str(err)
     how = f"ended without a word: {view.gone}" if view is not None and view.gone else "still running"
     if ended is not None:
         how = f"{ended['event']}, exit code {ended.get('code', 0)}"
@@ -276,6 +278,8 @@ def report_text(run_dir: Path, head: str = "") -> str:
             console.print(view.render(console))
         page.heading("Status")
         page.plain(shown.get())
+    else:
+        page.paragraph(why_not, note=True)
     page.heading(f"Recoveries: {count_text(len(told), 'recovery').replace('recoverys', 'recoveries')}")
     if not told:
         page.paragraph("Nothing failed in this run.")
@@ -290,7 +294,7 @@ def report_text(run_dir: Path, head: str = "") -> str:
     page.heading("Events")
     notable = [e for e in events if e["event"] not in ("iteration", "committed", "step")]
     page.plain("\n".join(event_line(e, 120) for e in notable))
-    trace = base64.b64encode(json.dumps(chrome_trace(events, lines, moments)).encode()).decode()
+    trace = base64.b64encode(strict_json(chrome_trace(events, lines, moments)).encode()).decode()
     page.raw(
         f'<p><a download="trace.json" href="data:application/json;base64,{trace}">trace.json</a> '
         "opens in ui.perfetto.dev or chrome://tracing.</p>"

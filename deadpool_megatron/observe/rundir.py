@@ -23,6 +23,7 @@ import msgspec
 
 from deadpool_megatron.observe.narrative import paragraph
 from deadpool_megatron.observe.recoveries import Story
+from deadpool_megatron.observe.strict_json import strict_json
 from deadpool_megatron.output import Aside
 
 STATUS: Final = "status.json"
@@ -106,7 +107,7 @@ class RunDirectory:
         After each recovery a paragraph on it goes to ``recoveries.log`` and to stderr.
         """
         record = {"t": time.time(), "event": event, **fields}
-        line = json.dumps(record).encode() + b"\n"
+        line = strict_json(record).encode() + b"\n"
         with self._lock:
             if len(self._waiting) < _MOST_WAITING:
                 self._waiting += line
@@ -243,6 +244,21 @@ def _is_cut(path: Path) -> bool:
         return f.read(1) not in (b"", b"\n")
 
 
+class NotWhole(Exception):
+    """A file of a run directory is there and is not whole; the message is one line."""
+
+
+def read_whole(path: Path, needed: Iterable[str]) -> dict[str, Any]:
+    """What is written in one step: ``status.json`` or ``job.json``, with these keys. Raises OSError and NotWhole."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= set(needed):
+        raise NotWhole(f"{path} is not whole: was it copied while the job ran, or is it of another version?")
+    return content
+
+
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
     """All events so far, oldest first; a last line that is still being written is left out."""
     try:
@@ -319,7 +335,7 @@ class NodeLog:
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line; ``t`` is now unless given."""
-        line = json.dumps({"t": time.time(), "event": event, "node": self._node, **fields})
+        line = strict_json({"t": time.time(), "event": event, "node": self._node, **fields})
         if self._aside is None:
             self._append(line)
         else:

@@ -187,14 +187,18 @@ def compose(
     console = Console(width=width)
     out = [part for line in head for part in line.wrap(console, width)][:height]
     left = height - len(out)
-    most = max(0, left - 8)  # some nodes and some events beside it
+    # Some nodes and some events beside it; where there is no room for that, one line in the place of an event.
+    most = max(1, left - 8)
+    least_events = _LEAST_EVENTS - (1 if alarms and left <= 8 else 0)
     shown = list(alarms[:most])
-    if len(alarms) > most > 0:
+    if len(alarms) > most == 1:
+        shown = [Text(f"1 of {len(alarms)}: ", "red").append(alarms[0])]
+    elif len(alarms) > most:
         shown[-1] = Text(f"and {len(alarms) - most + 1} more that are not as they should be", "red")
-    out += shown
+    out += shown[: max(0, left)]
     left = height - len(out)
     if nodes and left >= 2:
-        out += [Text(), *_grid(nodes, width, left - 1 - min(_LEAST_EVENTS, len(events)) - 1)]
+        out += [Text(), *_grid(nodes, width, left - 1 - min(least_events, len(events)) - 1)]
     left = height - len(out)
     if events and left >= 2:
         if not nodes and left >= 3:

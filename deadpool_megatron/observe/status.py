@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import sys
@@ -21,10 +20,12 @@ from rich.text import Text
 from deadpool_megatron.cluster.records.exits import what_to_do
 from deadpool_megatron.observe.narrative import count_text, ranks_text, seconds_text
 from deadpool_megatron.observe.recoveries import PHASES, Recovery, Story
-from deadpool_megatron.observe.rundir import STATUS, EventTail
+from deadpool_megatron.observe.rundir import STATUS, EventTail, NotWhole, read_whole
 from deadpool_megatron.observe.screen import Node, compose, named, nodes_of, waits_for
+from deadpool_megatron.observe.strict_json import strict_json
 from deadpool_megatron.observe.tables import grid_table, make_console, nodes_table, phases_table
 
+_NEEDED: Final = ("t", "phase", "epoch", "iteration", "generation", "nodes", "coordinates", "spares")
 _SHOWN_EVENTS = 15
 _PLAIN_HEIGHT = 50  # lines, where there is no terminal
 _ALARMS: Final = ("straggler", "damaged", "unlike", "no_room", "durable_failed", "durable_taken", "worker_error")
@@ -131,10 +132,12 @@ class JobView:
             written = path.stat().st_mtime_ns
             changed = written != self._written
             if changed:
-                self.status = json.loads(path.read_text())
+                self.status = read_whole(path, _NEEDED)
                 self.nodes = nodes_of(self.status)
                 self._seen_to_change = self._written > 0
                 self._written, self._same_since = written, time.monotonic()
+        except NotWhole as err:
+            raise NoStatus(str(err)) from None
         except OSError as err:
             raise NoStatus(f"no status at {path}: {err.strerror}; name a job's directory with --run-dir") from None
         run = self._tail.inode
@@ -359,7 +362,7 @@ def show_status(run_dir: str, as_json: bool, watch: bool, detail: bool = False) 
     view = JobView(run_dir)
     if as_json:
         while True:
-            print(json.dumps(view.as_json(), indent=None if watch else 1), flush=True)
+            print(strict_json(view.as_json(), indent=None if watch else 1), flush=True)
             if not watch or view.over:
                 return
             time.sleep(1.0)

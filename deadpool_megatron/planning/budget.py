@@ -63,17 +63,17 @@ def budget(run: RunFile) -> Budget:
     _supported(run)
     sizes = layout(where, flags, cluster.gpus)
     gpt = model(where, flags, sizes)
-    number = Flags(where, flags).number
+    number, on = Flags(where, flags).number, Flags(where, flags).on
     micro, batch = number("micro-batch-size"), number("global-batch-size")
     if batch % (micro * sizes.dp):
         raise PlanError(
             f"{where}: global-batch-size {batch} is not a multiple of micro-batch-size {micro} x DP {sizes.dp}"
         )
     microbatches = batch // (micro * sizes.dp)
-    half = "bf16" in flags or "fp16" in flags
+    half = on("bf16") or on("fp16")
     each_weight = 2 if half else 4
-    each_gradient = 2 if "fp16" in flags or "grad-reduce-in-bf16" in flags else 4
-    divided = "use-distributed-optimizer" in flags
+    each_gradient = 2 if on("fp16") or on("grad-reduce-in-bf16") else 4
+    divided = on("use-distributed-optimizer")
     shards = [gpt.stage(i, sizes) for i in range(sizes.pp)]
     each_state = _STATE.get(str(flags.get("optimizer", "adam")), _STATE_OTHERS)
     # State that all replicas hold is copied a part a replica.
@@ -184,10 +184,11 @@ def _activations(run: RunFile, gpt: Model, sizes: Layout, stage: int, micro: int
     h, t = gpt.hidden, sizes.tp
     wide = gpt.topk * gpt.expert_ffn if gpt.experts else gpt.ffn
     block = (8 * h + (6 if gpt.gated else 4) * wide) / t
-    around = 10 * h / (t if "sequence-parallel" in flags else 1)
+    along = t if Flags(run.name, flags).on("sequence-parallel") else 1
+    around = 10 * h / along
     layer = tokens * (around + block)
     if flags.get("recompute-granularity") == "full":
-        kept, once = 2 * tokens * h / (t if "sequence-parallel" in flags else 1), layer
+        kept, once = 2 * tokens * h / along, layer
     else:
         kept, once = layer, 0.0
     under_way: float = min(sizes.pp - stage, microbatches)
@@ -229,7 +230,7 @@ def _disturbed(slots: int, sizes: Layout) -> tuple[tuple[int, int], int]:
 
 def _tolerated(run: RunFile, sizes: Layout, scheme: Scheme) -> str:
     try:
-        labels = parse_domains(run.deadpool.domains)
+        labels = parse_domains(run.deadpool.domains, run.cluster.nodes + run.cluster.spare_nodes)
     except ValueError as err:
         raise PlanError(f"{run.name}: {err}") from None
     assignment = placing.initial(run.cluster.nodes, run.cluster.gpus_per_node)

@@ -13,11 +13,14 @@ import difflib
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from deadpool_megatron.config import ConfigError, DeadpoolConfig, resolve
 from deadpool_megatron.support import not_megatrons
+from deadpool_megatron.yaml_file import NotRead, read_yaml
+
+_MOST = 1e9  # of anything: no sum or product of it is infinite
+_MOST_DEVICES = 1 << 20
 
 
 class PlanError(ValueError):
@@ -51,11 +54,13 @@ class Cluster:
         for f in fields(self):
             value = getattr(self, f.name)
             least = 0 if f.name in ("spare_nodes", "shared_memory", "failures", "restart_minutes") else None
-            if value < 0 or (least is None and value == 0):
+            if not 0 <= value <= _MOST or (least is None and value == 0):
                 kind = "more than 0" if least is None else "0 or more"
-                raise PlanError(f"cluster: {f.name} must be {kind}, not {value:g}")
+                raise PlanError(f"cluster: {f.name} must be {kind}, and at most {_MOST:g}, not {value}")
         if self.utilisation > 1:
             raise PlanError(f"cluster: utilisation is a share of the peak, at most 1, not {self.utilisation:g}")
+        if self.gpus > _MOST_DEVICES:
+            raise PlanError(f"cluster: {self.gpus} devices are more than can be planned, {_MOST_DEVICES}")
 
     @property
     def gpus(self) -> int:
@@ -117,14 +122,10 @@ def _cluster(where: str, data: Mapping[str, Any], changed: Mapping[str, Any]) ->
 
 def load(path: str, cluster: Mapping[str, Any] | None = None, deadpool: Mapping[str, Any] | None = None) -> RunFile:
     """Read a file; fields of ``cluster`` and settings in ``deadpool`` count more. Raises PlanError with one line."""
-    import yaml
-
     try:
-        data = yaml.safe_load(Path(path).read_text())
-    except OSError as err:
-        raise PlanError(f"{path}: {err.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as err:
-        raise PlanError(f"{path}: not YAML: {str(err).splitlines()[0]}") from None
+        data = read_yaml(path)
+    except NotRead as err:
+        raise PlanError(f"{path}: {err}") from None
     return _run_file(path, data, cluster or {}, deadpool or {})
 
 
@@ -144,15 +145,20 @@ def _run_file(path: str, data: Any, changed: Mapping[str, Any], more: Mapping[st
             raise PlanError(f"{path}: megatron: {name!r}: write flags without dashes in front, as in num-layers")
         if value is None or value is False:
             raise PlanError(f"{path}: megatron: {name}: give a value, or true for a switch (or leave it out)")
+        for each in value if isinstance(value, list) else [value]:
+            if each is None or isinstance(each, (list, dict)):
+                raise PlanError(f"{path}: megatron: {name}: expected a value or a list of them, not {value!r}")
         megatron[name] = value
     for flag, near in not_megatrons(f"--{name}" for name in megatron).items():
         hint = f"; did you mean {near[2:]!r}?" if near else ""
         raise PlanError(f"{path}: megatron: Megatron has no --{flag[2:]}{hint}")
     ours = {**data.get("deadpool", {}), **more}
     names = [f.name for f in fields(DeadpoolConfig)]
-    for key in ours:
+    for key, value in ours.items():
         if key not in names:
             raise PlanError(f"{path}: deadpool: unknown setting {key!r}{_one_of(str(key), names)}")
+        if value is None:
+            raise PlanError(f"{path}: deadpool: {key}: give a value (or leave it out)")
     try:
         deadpool = resolve({("deadpool" if k == "deadpool" else f"deadpool_{k}"): v for k, v in ours.items()}, {})
     except ConfigError as err:

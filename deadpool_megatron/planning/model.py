@@ -133,7 +133,11 @@ class Flags:
         return value
 
     def on(self, name: str) -> bool:
-        return bool(self._flags.get(name, False))
+        """Whether a switch is there. Its value in the file is true, or Megatron would be given a word behind it."""
+        value = self._flags.get(name, False)
+        if not isinstance(value, bool):
+            raise PlanError(f"{self._where}: megatron: {name} is a switch: true (or leave it out), not {value!r}")
+        return value
 
 
 def layout(where: str, flags: Mapping[str, Any], world: int) -> Layout:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from dataclasses import asdict
 from typing import Any
 
 from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.observe import strict_json
 from deadpool_megatron.planning.budget import Budget, budget
 from deadpool_megatron.planning.files import PlanError, RunFile, load
 from deadpool_megatron.planning.spares import Spares, spares
@@ -47,7 +47,7 @@ def run_plan(options: argparse.Namespace) -> int:
     if options.flags:
         print("\n".join(shlex.quote(flag) for flag in run.flags()))
     elif options.json:
-        print(json.dumps(_numbers(run, plan, worth), indent=1))
+        print(strict_json(_numbers(run, plan, worth), indent=1))
     else:
         print("\n".join(_text(run, plan, worth)))
     return 0

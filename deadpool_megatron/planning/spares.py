@@ -31,7 +31,11 @@ class Spares:
 
 def _none_left(mean_out: float, count: int) -> float:
     """Probability that ``count`` or more others are out when a node fails."""
-    return max(0.0, 1.0 - sum(math.exp(-mean_out) * mean_out**k / math.factorial(k) for k in range(count)))
+    if not mean_out:
+        return float(count == 0)
+    # By logarithms: the powers alone are too large for a float.
+    few = sum(math.exp(k * math.log(mean_out) - mean_out - math.lgamma(k + 1)) for k in range(count))
+    return max(0.0, 1.0 - few)
 
 
 def spares(cluster: Cluster, recovery_s: float) -> Spares:

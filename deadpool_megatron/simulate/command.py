@@ -9,15 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
+from deadpool_megatron.observe import strict_json
 from deadpool_megatron.simulate.goodput import STRATEGIES, Cluster, Costs, best_interval, mean, poisson, simulate
 
+_MOST: Final = 1e9  # of any input
+_MOST_FAILURES: Final = 1e6  # of one simulated run: seconds of computing
+_PICTURES: Final = (".png", ".svg", ".pdf")
 _SIZES: Final = tuple(64 * 2**i for i in range(12))  # 64 to 131,072
 _RATES: Final = {
     "rsc": (6.5, "6.5 failures per 1,000 node-days, Meta's RSC clusters (field figures)"),
@@ -81,8 +86,10 @@ def _inputs(options: argparse.Namespace) -> tuple[dict[str, float], list[tuple[s
             value, where = measured[flag]
         else:
             value, where = default, source
-        if not 0 <= value < math.inf or (value == 0 and flag in ("gpus-per-node", "iteration", "replica-nodes")):
-            raise InputError(f"--{flag} {value:g}: must be more than 0")
+        least = "more than 0" if flag in ("gpus-per-node", "iteration", "replica-nodes") else "0 or more"
+        most = 1.0 if flag == "commit-share" else _MOST
+        if not 0 <= value <= most or (value == 0 and least == "more than 0"):
+            raise InputError(f"--{flag} {value:g}: must be {least}, at most {most:g}")
         values[flag] = value
         rows.append((text, f"{value:g} {unit}".strip(), where))
     return values, rows
@@ -118,8 +125,8 @@ def read_trace(path: Path) -> list[float]:
             hours.append(float(text[0]))
         except ValueError:
             raise InputError(f"--trace {path}: line {number}: {text[0]!r} is not a number of hours") from None
-    if not hours or min(hours) < 0:
-        raise InputError(f"--trace {path}: expected failure times of 0 hours or more, one a line")
+    if not hours or not all(0 <= h <= _MOST for h in hours) or max(hours) == 0:
+        raise InputError(f"--trace {path}: expected failure times of 0 to {_MOST:g} hours, one a line, one above 0")
     return [3600.0 * h for h in sorted(hours)]
 
 
@@ -141,21 +148,53 @@ def _spare_choices(nodes: int) -> list[int]:
     return sorted({0, 1, 2, 4, *(math.ceil(nodes * share) for share in shares)})
 
 
+def _check_ranges(options: argparse.Namespace) -> None:
+    """Raises InputError. What an input is multiplied with must not make the simulation endless."""
+    for flag, values, least in (
+        ("gpus", options.gpus or [], 1),
+        ("failures-per-1000-node-days", [options.failures_per_1000_node_days], 1e-6),
+        ("trace-nodes", [options.trace_nodes], 1),
+        ("days", [options.days], 1e-6),
+        ("runs", [options.runs], 1),
+        ("spares", [options.spares], 0),
+    ):
+        for value in values:
+            if value is not None and not least <= value <= _MOST:
+                raise InputError(f"--{flag} {value}: must be {least:g} to {_MOST:g}")
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Before minutes of computing. Raises InputError."""
+    for flag, name in (("out", options.out), ("picture", options.picture)):
+        if name and (Path(name).is_dir() or not os.access(Path(name).parent, os.W_OK)):
+            raise InputError(f"--{flag} {name}: there is no directory for it, or none that can be written to")
+    if options.picture and Path(options.picture).suffix not in _PICTURES:
+        raise InputError(f"--picture {options.picture}: must end in {', '.join(_PICTURES)}")
+
+
+def _nodes(gpus: int, v: dict[str, float]) -> int:
+    return max(1, math.ceil(gpus / v["gpus-per-node"]))
+
+
+def _days(options: argparse.Namespace, failures_a_day: float) -> float:
+    return float(options.days or max(30.0, 300.0 / failures_a_day))
+
+
 def _one_size(
-    gpus: int, v: dict[str, float], rate: float, trace: list[float] | None, options: argparse.Namespace
+    gpus: int, v: dict[str, float], failures_a_day: float, trace: list[float] | None, options: argparse.Namespace
 ) -> dict[str, Any]:
-    nodes = max(1, math.ceil(gpus / v["gpus-per-node"]))
+    nodes, rate = _nodes(gpus, v), failures_a_day / _nodes(gpus, v)
     cluster = Cluster(nodes, 0, v["iteration"], 3600 * v["repair"], min(nodes, int(v["replica-nodes"])))
     ours = Costs(overhead=v["overhead"] / 100, recovery_s=v["recovery"], restart_s=v["restart"],
                  commit_share=v["commit-share"])  # fmt: skip
-    per_second = rate * nodes / 86400.0
+    per_second = failures_a_day / 86400.0
     costs = {
         "deadpool": ours,
         "checkpoint": best_interval(Costs(restart_s=v["restart"], save_s=v["save"]), per_second),
         "shrink": Costs(recovery_s=v["shrink-recovery"], commit_share=v["commit-share"]),
     }
-    days = options.days or max(30.0, 300.0 / (per_second * 86400.0))
-    out: dict[str, Any] = {"gpus": gpus, "nodes": nodes, "failures_a_day": per_second * 86400.0, "days": days}
+    days = _days(options, failures_a_day)
+    out: dict[str, Any] = {"gpus": gpus, "nodes": nodes, "failures_a_day": failures_a_day, "days": days}
     for strategy in STRATEGIES:
         choices = [0] if strategy == "shrink" else [options.spares] if options.spares is not None else None
         best: dict[str, Any] | None = None
@@ -180,30 +219,27 @@ def _one_size(
 
 def run_simulate(options: argparse.Namespace) -> int:
     """Simulate, print, draw; returns the exit code."""
+    from deadpool_megatron.observe.figures import MissingPlots, new_figure
+
     try:
         values, rows = _inputs(options)
+        _check_ranges(options)
+        _check_outputs(options)
         trace = read_trace(Path(options.trace)) if options.trace else None
-        rate_given = options.failures_per_1000_node_days
-        if rate_given is not None and not 0 < rate_given < math.inf:
-            raise InputError(f"--failures-per-1000-node-days {rate_given:g}: must be more than 0")
-        days_given = 30.0 if options.days is None else options.days
-        if options.runs < 1 or days_given <= 0 or any(n < 1 for n in options.gpus or ()):
-            raise InputError("--runs, --days and --gpus must be more than 0")
-    except InputError as err:
+        rate, row = _rate(options, trace)
+        sizes = {gpus: rate(_nodes(gpus, values)) for gpus in options.gpus or _SIZES}
+        for gpus, failures_a_day in sizes.items():
+            all_nodes = 1 + (options.spares or 0) / _nodes(gpus, values)  # over those that train
+            count = failures_a_day * all_nodes * _days(options, failures_a_day)
+            if count > _MOST_FAILURES:
+                raise InputError(
+                    f"--gpus {gpus}: {count:.2g} failures are too many to simulate: fewer GPUs, spares or days"
+                )
+        figure = new_figure(3.6) if options.picture else None
+    except (InputError, MissingPlots) as err:
         print(f"deadpool: {err}", file=sys.stderr)
         return 2
-    if trace is not None:
-        days = trace[-1] / 86400.0
-        on = options.trace_nodes or "each size as it is"
-        rate = len(trace) / max(days, 1e-9) / (options.trace_nodes or 1)
-        rows.append(("failures", f"{len(trace)} in {days:.1f} days", f"--trace {options.trace}, nodes: {on}"))
-    elif options.failures_per_1000_node_days is not None:
-        rate = options.failures_per_1000_node_days / 1000.0
-        rows.append(("failures of 1,000 node-days", f"{rate * 1000:g}", "--failures-per-1000-node-days"))
-    else:
-        per_thousand, source = _RATES[options.rate]
-        rate = per_thousand / 1000.0
-        rows.append(("failures of 1,000 node-days", f"{per_thousand:g}", source))
+    rows.append(row)
     print("inputs")
     for text, value, source in rows:
         print(f"  {text:<42}{value:>12}")
@@ -212,8 +248,8 @@ def run_simulate(options: argparse.Namespace) -> int:
     print("\ngoodput, share of all nodes' time that becomes training (simulated)")
     print(f"{'GPUs':>8} {'failures':>9} | {'DeadPool':>16} | {'checkpoint-restart':>24} | {'shrink':>7}")
     print(f"{'':>8} {'a day':>9} | {'goodput  spares':>16} | {'goodput  spares  every':>24} | {'goodput':>7}")
-    for gpus in options.gpus or _SIZES:
-        one = _one_size(gpus, values, rate, trace, options)
+    for gpus, failures_a_day in sizes.items():
+        one = _one_size(gpus, values, failures_a_day, trace, options)
         results.append(one)
         a, b, c = (one[s] for s in STRATEGIES)
         every = f"{b['interval_s']:.0f} s"
@@ -222,22 +258,35 @@ def run_simulate(options: argparse.Namespace) -> int:
             f"{b['goodput']:>7.2%} {b['spares']:>7} {every:>8} | {c['goodput']:>7.2%}",
             flush=True,
         )
-    if options.out:
-        inputs = [{"meaning": t, "value": x, "source": s} for t, x, s in rows]
-        Path(options.out).write_text(json.dumps({"inputs": inputs, "results": results}, indent=1) + "\n")
-    if options.picture:
-        return _draw(results, options.picture)
+    try:
+        if options.out:
+            inputs = [{"meaning": t, "value": x, "source": s} for t, x, s in rows]
+            Path(options.out).write_text(strict_json({"inputs": inputs, "results": results}, indent=1) + "\n")
+        if figure is not None:
+            _draw(results, options.picture, *figure)
+    except OSError as err:
+        print(f"deadpool: {err}", file=sys.stderr)
+        return 2
     return 0
 
 
-def _draw(results: list[dict[str, Any]], path: str) -> int:
-    from deadpool_megatron.observe.figures import MissingPlots, new_figure, save
+def _rate(
+    options: argparse.Namespace, trace: list[float] | None
+) -> tuple[Callable[[int], float], tuple[str, str, str]]:
+    """Failures a day by number of nodes, and the row of (meaning, value, source) that says where they are from."""
+    if trace is not None:
+        a_day = len(trace) / (trace[-1] / 86400.0)
+        on = options.trace_nodes or "each size as it is"
+        row = ("failures", f"{len(trace)} in {trace[-1] / 86400.0:.1f} days", f"--trace {options.trace}, nodes: {on}")
+        return lambda nodes: a_day * nodes / (options.trace_nodes or nodes), row
+    given = options.failures_per_1000_node_days
+    per_thousand, source = _RATES[options.rate] if given is None else (given, "--failures-per-1000-node-days")
+    return lambda nodes: per_thousand / 1000.0 * nodes, ("failures of 1,000 node-days", f"{per_thousand:g}", source)
 
-    try:
-        figure, axes = new_figure(3.6)
-    except MissingPlots as err:
-        print(f"deadpool: {err}", file=sys.stderr)
-        return 1
+
+def _draw(results: list[dict[str, Any]], path: str, figure: Any, axes: Any) -> None:
+    from deadpool_megatron.observe.figures import save
+
     xs = [one["gpus"] for one in results]
     for strategy, marker in zip(STRATEGIES, "os^", strict=True):
         ys = [100 * one[strategy]["goodput"] for one in results]
@@ -253,4 +302,3 @@ def _draw(results: list[dict[str, Any]], path: str) -> int:
     axes.set_title("Simulated goodput under failures (bars: least and most of the runs)", loc="left")
     figure.legend(loc="outside lower left", ncols=1, fontsize=8)
     save(figure, path)
-    return 0

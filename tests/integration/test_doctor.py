@@ -164,6 +164,12 @@ def test_a_node_with_another_secret_is_not_heard(tmp_path: Path) -> None:
     ("options", "says"),
     [
         (["--meet", "nonsense"], "expected HOST:PORT"),
+        (["--meet", "127.0.0.1:99999", "--nnodes", "1", "--node-rank", "0"], "a port up to 65535"),
+        (["--meet", "a..b:1", "--nnodes", "1", "--node-rank", "0"], "--meet a..b:1: "),
+        (["--vault-gib", "inf"], "--vault-gib inf: must be between 0 and 1e+06"),
+        (["--vault-gib", "nan"], "--vault-gib nan"),
+        (["--deadline", "inf"], "--deadline inf"),
+        (["--mib", "0"], "--mib 0: must be between 1 and 1e+06"),
         (["--meet", "127.0.0.1:1", "--nnodes", "2", "--node-rank", "2"], "--node-rank 2 is not one of 2 nodes"),
         (["--meet", "127.0.0.1:1", "--nnodes", "2", "--node-rank", "0"], "a secret is needed"),
     ],

@@ -125,6 +125,27 @@ def test_flags_that_the_shell_has_kept_together_are_read_one_by_one(capsys: pyte
     ]
 
 
+def test_a_value_with_a_blank_in_it_stays_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hidden = "/data/a --use-sharp's"
+    assert main(["check", "--data-path", hidden, "--lr", "1"]) == 0
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        (ROOT / "configs" / "7b_64.yaml").read_text().replace("  mock-data: true", f'  data-path: "{hidden}"')
+    )
+    assert main(["check", "--config", str(run)]) == 0
+    assert main(["check", "--lr 1 --use-sharp"]) == main(["check", "a.py --use-sharp"]) == 1
+    capsys.readouterr()
+    assert main(["check", "a.py", "--lr '1"]) == 2
+    assert capsys.readouterr().err == "deadpool: --lr '1: no closing quotation\n"
+
+
+def test_a_size_that_is_no_number_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = "--tensor-model-parallel-size"
+    for words, shown in (([size, "eight"], "'eight'"), ([size, "8", "9"], "[8, 9]"), ([size], "True")):
+        assert main(["check", "--tp-comm-overlap", *words]) == 2
+        assert capsys.readouterr().err == f"deadpool: {size}: expected a whole number, not {shown}\n"
+
+
 def test_every_evidence_names_a_test_that_uses_the_flag() -> None:
     shared = (ROOT / "tests" / "flags.py").read_text()
     for each in FEATURES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from deadpool_megatron.launcher import local
 from deadpool_megatron.launcher.secret import SecretSource
 from deadpool_megatron.observe import RunDirectory
 from deadpool_megatron.planning.files import PlanError, load
+from test_screen import status_of
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
@@ -60,6 +62,28 @@ def test_who_stops_reading_gets_no_traceback() -> None:
     assert plan.stderr.read() == b"" and plan.wait() == 141
 
 
+def test_who_stops_reading_a_status_gets_no_line_either(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(json.dumps(status_of(4096) | {"phase": "ended"}))
+    command = [sys.executable, "-m", "deadpool_megatron.cli", "status", "--run-dir", str(tmp_path), "--json", "--watch"]
+    status = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert status.stdout is not None and status.stderr is not None
+    status.stdout.close()
+    assert status.stderr.read() == b"" and status.wait() == 141
+
+
+@pytest.mark.parametrize("text", ["", '{"phase": "tr', "{}", "[]", "\0\0"])
+@pytest.mark.parametrize("command", ["status", "inject", "drain", "join"])
+def test_a_file_that_was_copied_in_part_is_one_line(
+    command: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "status.json" if command == "status" else "job.json"
+    (tmp_path / name).write_text(text)
+    more = ["--node", "0"] if command in ("inject", "drain") else []
+    assert cli.main([command, "--run-dir", str(tmp_path), *more]) == 2
+    why = "is not whole: was it copied while the job ran, or is it of another version?"
+    assert capsys.readouterr().err == f"deadpool: {tmp_path / name} {why}\n"
+
+
 @pytest.mark.parametrize("command", ["status", "timeline", "report", "inject", "drain", "join"])
 def test_every_command_takes_the_run_directory_alike(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -76,6 +100,28 @@ def _launch(*options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     local.add_launch_arguments(parser)
     return parser.parse_args([*options, "script.py"])
+
+
+@pytest.mark.parametrize("seconds", ["0", "nan", "inf"])
+def test_a_fault_that_would_last_for_ever_or_no_time_is_refused(
+    seconds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fault = ["--node", "0", "--fault", "slow", "--at-iteration", "1", "--seconds", seconds]
+    assert cli.main(["inject", "--run-dir", str(tmp_path), *fault]) == 2
+    assert "--fault slow needs --seconds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["launch", "agent", "coordinator"])
+def test_a_flag_of_the_script_before_it_is_told_where_it_belongs(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags in (["--deadpool"], ["--deadpool-lease", "3"], ["--lr=1"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main([command, *flags, "script.py"])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert end.value.code == 2 and said.endswith(
+            f"unrecognized arguments: {flags[0]}; the flags of the script, --deadpool among them, stand behind it"
+        )
 
 
 def test_whose_output_is_shown_is_all_none_or_a_rank(capsys: pytest.CaptureFixture[str]) -> None:

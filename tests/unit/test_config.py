@@ -24,6 +24,7 @@ from deadpool_megatron.config import (
     unit,
     variable,
 )
+from deadpool_megatron.yaml_file import read_yaml
 
 
 @pytest.fixture(autouse=True)
@@ -265,11 +266,20 @@ def test_a_bad_variable_is_named_in_one_line(
     [
         ("lease: soon\n", "lease: expected a number, not 'soon'"),
         ("lease: null\n", "lease: expected a number"),
+        ("durable_dir:\n", "durable_dir: expected text, not nothing (leave the line out for the default)"),
+        ("export:\n", "export: expected text, not nothing"),
+        ("durable_dir: [a, b]\n", "durable_dir: expected text, not ['a', 'b']"),
+        ("run_dir: {a: b}\n", "run_dir: expected text, not {'a': 'b'}"),
+        ("deadpool:\n", "deadpool: nothing (leave the line out for the default) is not yes or no"),
         ("slice_bytes: true\n", "slice_bytes: expected a whole number"),
         ("transport: mpi\n", "'mpi' is not one of auto"),
         ("- lease\n", "expected a mapping of settings"),
         ("", "expected a mapping of settings"),
-        ("lease: [\n", "not YAML"),
+        ("lease: [\n", "not YAML: line 2: expected the node content, but found '<stream end>'"),
+        ("lease: 2\n\tlease: 3\n", "not YAML: line 2: found character '\\t' that cannot start any token"),
+        ("lease: 2\nrun_dir: x\nlease: 3\n", "not YAML: line 3: 'lease' stands there for the second time"),
+        ("lease: 2\nrun_dir: 2026-31-12\n", "not YAML: line 2: '2026-31-12' is no timestamp: month must be in 1..12"),
+        ("lease: !!int ''\n", "not YAML: line 1: '' is no int"),
         ("17: 3\n", "unknown setting 17"),
     ],
 )
@@ -278,6 +288,12 @@ def test_a_bad_file_is_named_in_one_line(tmp_path: Path, text: str, said: str) -
     message = refusal("--deadpool-config", path)
     assert message.startswith(f"--deadpool-config {path}: ")
     assert said in message
+
+
+def test_a_key_of_a_mapping_that_is_merged_in_may_stand_there_again(tmp_path: Path) -> None:
+    text = "one: &one {a: 1, b: 2}\ntwo: &two {<<: *one, b: 3}\nthree: {<<: *two, a: 4}\n"
+    merged = {"one": {"a": 1, "b": 2}, "two": {"a": 1, "b": 3}, "three": {"a": 4, "b": 3}}
+    assert read_yaml(yaml_file(tmp_path, text)) == merged
 
 
 def test_a_file_that_is_not_there_is_named_in_one_line(tmp_path: Path) -> None:

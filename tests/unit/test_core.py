@@ -1071,6 +1071,21 @@ def test_in_plain_mode_a_lost_node_ends_the_job() -> None:
     assert job.end[0] == Exit.FAILED and "DeadPool is off" in job.end[1]
 
 
+def test_a_spare_has_no_copy_to_corrupt_before_it_takes_over() -> None:
+    job = SimulatedJob().train()
+    (spare, *_) = [number for number, node in job.core.nodes.items() if node.role == "spare"]
+    why = f"node {spare} has no copy of its own now: it is a spare"
+    assert job.core.inject(r.Fault("corrupt", spare), job.now) == (why, [])
+    assert job.core.inject(r.Fault("corrupt", 0), job.now)[0] == ""
+    assert job.core.inject(r.Fault("corrupt", spare, iteration=99), job.now)[0] == ""
+
+
+def test_in_plain_mode_there_is_no_copy_to_corrupt() -> None:
+    job = SimulatedJob(nodes=2, spares=0, deadpool=False)
+    job.join()
+    assert "keeps no copies" in job.core.inject(r.Fault("corrupt", 1), job.now)[0]
+
+
 def test_in_plain_mode_the_job_is_done_when_all_have_left() -> None:
     job = SimulatedJob(nodes=2, spares=0, deadpool=False)
     job.join()
@@ -1088,6 +1103,8 @@ def test_in_plain_mode_the_job_is_done_when_all_have_left() -> None:
         (r.Fault("kill", 9), "there is no node 9: the job has nodes 0 to 3"),
         (r.Fault("kill", 1), "node 1 is lost already"),
         (r.Fault("kill", 0, iteration=6), "iteration 6 is over: the job is past iteration 6"),
+        (r.Fault("kill-worker", 0, local=9), "there is no worker 9 on a node: 2 are numbered from 0"),
+        (r.Fault("crash", 0, local=-1), "there is no worker -1 on a node: 2 are numbered from 0"),
     ],
 )
 def test_a_fault_that_cannot_strike_is_refused_with_the_reason(fault: r.Fault, why: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from deadpool_megatron import cli
 from deadpool_megatron.observe import EVENTS, STATUS, page
 from test_screen import events_of, status_of
 
@@ -64,6 +65,12 @@ def test_another_run_in_the_directory_begins_anew(live: page.LivePage) -> None:
     (live.run_dir / EVENTS).rename(live.run_dir / "of the run before")
     _write(live, None)
     assert json.loads(_ask(live, "/status.json")[1])["recoveries"] == []
+
+
+@pytest.mark.parametrize("port", ["99999", "-1"])
+def test_a_port_that_is_none_is_one_line(port: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["page", "--run-dir", str(tmp_path), "--port", port]) == 2
+    assert capsys.readouterr().err == f"deadpool: --port {port}: a port is between 0 (any) and 65535\n"
 
 
 def test_nobody_else_reads_it_and_nobody_writes(live: page.LivePage) -> None:

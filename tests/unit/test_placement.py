@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -214,6 +215,15 @@ def test_domains_that_make_no_sense_are_refused_in_one_line(text: str, says: str
     with pytest.raises(ValueError, match=says) as refused:
         parse_domains(text)
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_of_domains_with_a_mistake_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "domains.yaml"
+    for text, says in (("rack: {r1: 0-1}\nrack: {r2: 2-3}", "line 2: 'rack' stands"), ("rack:\n\tr1: 0", "line 2: ")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=says) as refused:
+            parse_domains(str(path))
+        assert "\n" not in str(refused.value) and str(refused.value).startswith(f"failure domains {path}: not YAML")
 
 
 @pytest.mark.parametrize("text", ["0", "x", "0+1", "2+0", "40+2", "-1", "1+", ""])

@@ -215,6 +215,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unsupported": ({"fp8_recipe": "custom"}, "--fp8-recipe is not supported"),
     "cluster's spelling": ({"cluster": {"gpu_memry": 80}}, "unknown field 'gpu_memry'; did you mean 'gpu_memory'?"),
     "setting's spelling": ({"deadpool": {"leese": 3}}, "unknown setting 'leese'; did you mean 'lease'?"),
+    "an infinite wait": (
+        {"cluster": {"replace_hours": float("inf")}},
+        "replace_hours must be more than 0, and at most",
+    ),
+    "no number": ({"cluster": {"failures": float("nan")}}, "failures must be 0 or more, and at most 1e+09, not nan"),
+    "too many devices": ({"cluster": {"nodes": 10**8}}, "devices are more than can be planned"),
+    "a domain of nobody": ({"deadpool": {"domains": "0-67=r1"}}, "there is no node 67: the job has nodes 0 to 66"),
+    "a word for a switch": ({"swiglu": "true"}, "swiglu is a switch: true (or leave it out), not 'true'"),
+    "a setting without a value": ({"deadpool": {"durable_dir": None}}, "deadpool: durable_dir: give a value"),
+    "a word for a size": (
+        {"tensor_model_parallel_size": "eight"},
+        "--tensor-model-parallel-size: expected a whole num",
+    ),
+    "a list for a size": ({"tensor_model_parallel_size": [8]}, "--tensor-model-parallel-size: expected a whole number"),
+    "an infinite size": ({"tensor_model_parallel_size": float("inf")}, "expected a whole number, not inf"),
+    "a mapping for a flag": ({"lr": {"a": 1}}, "lr: expected a value or a list of them, not {'a': 1}"),
     "words for numbers": ({"cluster": {"nodes": "many"}}, "nodes: expected a whole number, not 'many'"),
     "underscore": ({"cluster": {"utilisation": 45}}, "utilisation is a share"),
 }
@@ -230,6 +246,11 @@ def test_a_run_that_cannot_work_is_refused_with_the_reason_in_one_line(case: str
 
 def test_a_file_that_is_no_run_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.yaml"
+    twice = "cluster: {}\ncluster: {}"
+    for text, why in ((twice, "line 2: 'cluster' stands"), ("a: 2026-31-12", "line 1: '2026-31-12'")):
+        path.write_text(text)
+        assert cli.main(["plan", "--config", str(path)]) == Exit.USAGE
+        assert capsys.readouterr().err.startswith(f"deadpool: {path}: not YAML: {why}")
     for text, why in (("[1", "not YAML"), ("a: 1", "expected the sections"), ("cluster: {}\nmodel: {}", "'model'")):
         path.write_text(text)
         assert cli.main(["plan", "--config", str(path)]) == Exit.USAGE
@@ -246,6 +267,20 @@ def test_the_command_prints_text_json_or_flags(capsys: pytest.CaptureFixture[str
     assert set(Budget.__slots__) <= set(numbers) and numbers["model"]["parameters"] > 65e9
     assert cli.main(["plan", "--config", str(LARGE), "--flags"]) == 0
     assert capsys.readouterr().out.split() == load(str(LARGE)).flags()
+
+
+def test_the_numbers_are_json_and_finite_whatever_fails_how_often(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def strange(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    for cluster in ({"failures": 0}, {"failures": 1e9, "replace_hours": 1e9}):
+        run = _changed(tmp_path, cluster)
+        assert cli.main(["plan", "--config", run.name, "--json"]) == 0
+        worth = json.loads(capsys.readouterr().out, parse_constant=strange)["spares"]
+        assert all(0 <= share <= 1 for share in worth["goodput"])
+        assert (worth["hours_between"] is None) is (cluster["failures"] == 0)
 
 
 # ---- the durable tier

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import urllib.request
 from collections.abc import Callable
@@ -15,12 +16,22 @@ import pytest
 from deadpool_megatron import cli
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.watch import Watch
-from deadpool_megatron.observe import EVENTS, LOGS, RECOVERIES, NodeLog, RunDirectory, read_events, read_node_logs
+from deadpool_megatron.observe import (
+    EVENTS,
+    LOGS,
+    RECOVERIES,
+    STATUS,
+    NodeLog,
+    RunDirectory,
+    read_events,
+    read_node_logs,
+)
 from deadpool_megatron.observe.narrative import paragraph
 from deadpool_megatron.observe.recoveries import Story, recoveries
 from deadpool_megatron.observe.timeline import deaths, timeline
 from deadpool_megatron.observe.trace import chrome_trace
 from machines import free_port
+from test_screen import status_of
 
 STEPS = {"aborted": 12.2, "prepared": 12.6, "reformed": 12.95, "restored": 13.05, "resumed": 13.15}
 
@@ -215,6 +226,41 @@ def test_timeline_and_report_write_pictures_and_pages_that_need_nothing_else(
         assert section in report
 
 
+def test_what_programs_read_is_json_where_a_loss_is_not_a_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = _run(tmp_path)
+    (run / STATUS).write_text(json.dumps(status_of(3)))
+    writer = RunDirectory(run, fresh=False)
+    for number, loss in ((20, math.nan), (21, math.inf)):
+        fields = {k: v for k, v in _iteration(30.0, number).items() if k not in ("t", "event")}
+        writer.event("iteration", **{**fields, "losses": {"lm loss": loss}})
+        writer.event("straggler", node=1, iteration=number, ratio=loss)
+    with open(run / EVENTS, "a") as events:  # as an older version has written it
+        events.write('{"t": 31.0, "event": "straggler", "node": 1, "iteration": 22, "ratio": NaN}\n')
+    writer.close()
+
+    def strict(text: str) -> Any:
+        return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+    assert [strict(line)["losses"] for line in (run / EVENTS).read_text().splitlines() if '"lm loss"' in line][-2:] == [
+        {"lm loss": None}, {"lm loss": None},
+    ]  # fmt: skip
+    assert cli.main(["timeline", "--run-dir", str(run)]) == cli.main(["report", "--run-dir", str(run)]) == 0
+    strict((run / "timeline" / "trace.json").read_text())
+    capsys.readouterr()
+    assert cli.main(["status", "--run-dir", str(run), "--json"]) == 0
+    assert strict(capsys.readouterr().out)["last_events"][-1]["ratio"] is None
+
+
+def test_a_report_without_a_whole_status_says_so_and_has_the_rest(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    (run / STATUS).write_text((run / STATUS).read_text()[:40])
+    assert cli.main(["report", "--run-dir", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert f"{run / STATUS} is not whole" in text and "took over rank 0" in text
+
+
 def test_without_matplotlib_the_pages_say_how_to_get_it_and_have_all_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +371,8 @@ def test_a_taken_port_costs_a_line_and_not_the_node(
     second = watch(port)
     assert f"--deadpool-metrics-port {port}" in capsys.readouterr().err
     second.received(r.CommittedTo(0, (0, 1), 0), 1)
+    watch(65536)  # of the second of several nodes on a machine, where 65535 was asked for
+    assert "--deadpool-metrics-port 65536: " in capsys.readouterr().err
 
 
 def test_read_events_of_the_written_story_is_the_story(tmp_path: Path) -> None:

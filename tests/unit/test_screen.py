@@ -159,6 +159,17 @@ def test_machines_are_named_where_there_are_several(tmp_path: Path) -> None:
     assert nodes_of(status)[1].called == "1"
 
 
+@pytest.mark.parametrize("height", [8, 10, 12])
+def test_what_is_wrong_has_a_line_on_the_lowest_terminal_too(height: int, tmp_path: Path) -> None:
+    events = events_of(16)
+    behind = status_of(16) | {"behind": {"iterations": 9, "seconds": 30.0, "cause": "a slow peer"}}
+    lines = shown(tmp_path, (80, height), behind, events)
+    assert any(line.startswith("1 of 2: protection is behind") for line in lines)
+    assert height < 10 or any(line.startswith("nodes:") for line in lines)
+    one = shown(tmp_path, (80, height), status_of(16), events)
+    assert any("straggler" in line for line in one[3:4]), one
+
+
 def test_more_alarms_than_there_is_room_for_are_counted_and_hide_neither_nodes_nor_events(tmp_path: Path) -> None:
     kinds = ("straggler", "damaged", "unlike", "no_room", "durable_failed", "durable_taken", "worker_error")
     events = [{"t": 1.0, "event": kind, "node": 1, "cause": "x"} for kind in kinds]

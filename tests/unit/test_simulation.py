@@ -92,6 +92,19 @@ def test_a_trace_is_read_in_hours_and_a_bad_line_is_named(tmp_path: Path) -> Non
     trace.write_text("1.0\nsoon\n")
     with pytest.raises(ValueError, match="line 2: 'soon' is not a number of hours"):
         read_trace(trace)
+    for text in ("1.0\nnan\n", "inf", "0\n0\n", "-1"):  # of which the simulation would not end
+        trace.write_text(text)
+        with pytest.raises(ValueError, match="expected failure times of 0 to 1e"):
+            read_trace(trace)
+
+
+def test_a_trace_that_is_taken_as_it_is_has_as_many_failures_a_day_as_it_says(tmp_path: Path) -> None:
+    (tmp_path / "trace.csv").write_text("6\n12\n24\n")
+    for more, expected in (([], [3.0, 3.0]), (["--trace-nodes", "64"], [3.0, 6.0])):
+        words = ["--trace", str(tmp_path / "trace.csv"), "--gpus", "512", "1024", "--days", "30", *more]
+        assert _run(*words, "--out", str(tmp_path / "out.json")) == 0
+        results = json.loads((tmp_path / "out.json").read_text())["results"]
+        assert [one["failures_a_day"] for one in results] == pytest.approx(expected)
 
 
 def _run(*options: str) -> int:
@@ -126,7 +139,18 @@ def test_measured_figures_come_from_the_bench_and_are_named(tmp_path: Path, caps
         (["--iteration", "0"], "--iteration 0: must be more than 0"),
         (["--trace", "nowhere.csv"], "--trace nowhere.csv"),
         (["--measured", "nowhere.json"], "--measured nowhere.json"),
-        (["--failures-per-1000-node-days", "-1"], "must be more than 0"),
+        (["--recovery", "-1"], "--recovery -1: must be 0 or more"),
+        (["--commit-share", "2"], "--commit-share 2: must be 0 or more, at most 1"),
+        (["--failures-per-1000-node-days", "-1"], "--failures-per-1000-node-days -1.0: must be"),
+        (["--failures-per-1000-node-days", "1e9"], "failures are too many to simulate"),
+        (["--spares", "-100"], "--spares -100: must be 0 to 1e+09"),
+        (["--spares", "1000000000"], "failures are too many to simulate"),
+        (["--days", "nan"], "--days nan: must be"),
+        (["--runs", "0"], "--runs 0: must be"),
+        (["--trace-nodes", "0"], "--trace-nodes 0: must be"),
+        (["--out", "no/such/directory/a.json"], "--out no/such/directory/a.json: there is no directory"),
+        (["--out", "/"], "--out /: "),
+        (["--picture", "p.foo"], "--picture p.foo: must end in .png, .svg, .pdf"),
     ],
 )
 def test_a_bad_input_is_one_clear_line(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

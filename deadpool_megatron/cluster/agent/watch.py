@@ -48,10 +48,10 @@ class Watch:
             metrics = NodeMetrics(node, job_id, self._vault_bytes)
             try:
                 port = metrics.serve(metrics_port)
-            except OSError as err:
+            except (OSError, OverflowError) as err:  # (with its node's number it may be more than a port can be)
+                why = getattr(err, "strerror", None) or err
                 print(
-                    f"deadpool: node {node}: --deadpool-metrics-port {metrics_port}: {err.strerror}; no metrics",
-                    file=sys.stderr,
+                    f"deadpool: node {node}: --deadpool-metrics-port {metrics_port}: {why}; no metrics", file=sys.stderr
                 )
             else:
                 self._metrics = metrics

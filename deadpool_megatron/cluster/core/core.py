@@ -243,6 +243,13 @@ class Core:
             return error, []
         if not self.nodes[fault.node].agent_pid or self._returning.awaits(fault.node):
             return f"not now: the agent of node {fault.node} is not connected; try again in a moment", []
+        if not 0 <= fault.local < self.job.slots_per_node:
+            return f"there is no worker {fault.local} on a node: {self.job.slots_per_node} are numbered from 0", []
+        now_or_never = fault.iteration is None and not fault.point
+        if fault.kind == "corrupt" and not self.job.deadpool:
+            return "the job runs without --deadpool, so it keeps no copies", []
+        if fault.kind == "corrupt" and now_or_never and all(slot.node != fault.node for slot in self.assignment):
+            return f"node {fault.node} has no copy of its own now: it is a spare", []
         if fault.iteration is not None and fault.iteration <= self.iteration:
             return f"iteration {fault.iteration} is over: the job is past iteration {self.iteration}", []
         if fault.iteration is not None and not fault.point:

@@ -12,27 +12,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from deadpool_megatron.yaml_file import NotRead, read_yaml
 
 Labels = dict[int, dict[str, str]]
 _KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 
 
-def parse_domains(text: str) -> Labels:
-    """By node its labels by kind. ``text`` is what ``--deadpool-domains`` got. Raises ValueError in one clear line."""
-    if not text:
-        return {}
-    if "=" in text:
-        return _inline(text)
-    import yaml
+def parse_domains(text: str, nodes: int | None = None) -> Labels:
+    """By node its labels by kind. Raises ValueError in one clear line.
 
+    Args:
+        text: what ``--deadpool-domains`` got.
+        nodes: how many the job has, spares included, where that is known.
+    """
+    labels = _inline(text) if "=" in text else _file(text) if text else {}
+    if nodes is not None and (stray := [node for node in labels if node >= nodes]):
+        raise ValueError(f"failure domains: there is no node {min(stray)}: the job has nodes 0 to {nodes - 1}")
+    return labels
+
+
+def _file(text: str) -> Labels:
     try:
-        data = yaml.safe_load(Path(text).read_text())
-    except OSError as err:
-        raise ValueError(f"failure domains {text}: {err.strerror}; give a YAML file, or 0-3=rack1,4-7=rack2") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ValueError(f"failure domains {text}: not YAML: {str(err).splitlines()[0]}") from None
+        data = read_yaml(text)
+    except NotRead as err:
+        raise ValueError(f"failure domains {text}: {err}; give a YAML file, or 0-3=rack1,4-7=rack2") from None
     if not isinstance(data, dict) or not all(isinstance(labels, dict) for labels in data.values()):
         raise ValueError(
             f"failure domains {text}: expected kinds, each with labels and their nodes, as in rack: {{r1: 0-3}}"

@@ -181,8 +181,7 @@ class Tolerated:
             these = "this" if self.count == 1 else f"these {self.count}"
             listed = ", ".join("+".join(map(str, nodes)) for nodes in self.fatal[:_MOST_LISTED])
             rest = self.count - _MOST_LISTED
-            them = "them" if len(self.fatal) == self.count else f"{len(self.fatal)} of them"
-            listed += f" and {rest} more (status.json lists {them})" if rest > 0 else ""
+            listed += f" and {rest} more" if rest > 0 else ""
             parts.append(f"any {more} nodes but {these} {noun}{'s' * (self.count > 1)}: {listed}")
         for kind, (count, not_these) in self.domains.items():
             if len(not_these) == count:
