@@ -64,7 +64,7 @@ def test_a_coordinator_whose_run_directory_hangs_goes_on(tmp_path: Path) -> None
     coordinator = Coordinator(
         JobSpec(2, 0, 1, True, DEADLINES), settings, MagicMock(), MagicMock(), Guard("leader", 1), hub=hub
     )
-    hangs = tmp_path / f".status.json.{os.getpid()}"
+    hangs = tmp_path / f".status.json.{coordinator._run._own}"
     os.mkfifo(hangs)  # who opens it stands still until somebody reads
     coordinator.begin(lambda port: None)
     coordinator._packet(b"node-0@job", r.encode(r.Join(0, 7, "h", 1, [8])))

@@ -150,6 +150,7 @@ _HOOKED_IN_BRIDGE = {
     "_cleanup_after_pretrain_failure": "",
     "_maybe_destroy_process_group": "",
     "pretrain_megatron_mimo": "",
+    "maybe_wrap_for_inprocess_restart": "",
 }
 
 

@@ -204,7 +204,7 @@ def test_a_file_system_that_hangs_holds_nobody_up(
     run = RunDirectory(tmp_path, aside=True)
     run.event("first")
     until(lambda: read_events(tmp_path))
-    hangs = tmp_path / f".{STATUS}.{os.getpid()}"
+    hangs = tmp_path / f".{STATUS}.{run._own}"
     os.mkfifo(hangs)  # who opens it stands still until somebody reads
     run.status({"number": -1})
     until(lambda: run._aside is not None and run._aside.held_up_s)
