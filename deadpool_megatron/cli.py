@@ -37,9 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says of a flag that stands before the script where it belongs."""
+
+    of_a_script = False
+
+    def error(self, message: str) -> NoReturn:
+        if self.of_a_script and message.startswith("unrecognized arguments"):
+            message += "; the flags of the script, --deadpool among them, stand behind it"
+        super().error(message)
+
+
 def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="deadpool", description="Megatron-LM training that survives lost nodes.")
+    parser = _Parser(prog="deadpool", description="Megatron-LM training that survives lost nodes.")
+    parser.of_a_script = arguments[:1] in (["launch"], ["agent"], ["coordinator"])
     parser.add_argument("--version", action="version", version=f"deadpool {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     launch.add_launch_arguments(
@@ -77,11 +89,7 @@ def _main(argv: Sequence[str] | None) -> int:
         from deadpool_megatron.demo import main as run_demo
 
         return run_demo(arguments[1:], "deadpool demo")
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        scripts = options.command in ("launch", "agent", "coordinator")
-        hint = "; the flags of the script, --deadpool among them, stand behind it" if scripts else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    options = parser.parse_args(arguments)
     if options.command == "examples":
         print(Path(__file__).parent / "examples")
         return 0
