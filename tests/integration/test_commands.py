@@ -18,7 +18,7 @@ SECRET = bytes(range(32))
 def _ends_when_asked(run_dir: Path) -> threading.Thread:
     """A coordinator that hears one request and ends."""
     hub = Hub("127.0.0.1", 0, SECRET, 5.0)
-    job = {"coordinator": f"127.0.0.1:{hub.port}", "secret": SECRET.hex(), "lease": 5.0}
+    job = {"coordinator": f"127.0.0.1:{hub.port}", "secret": SECRET.hex(), "lease": 5.0, "agent": {}}
     (run_dir / "job.json").write_text(json.dumps(job))
 
     def serve() -> None:
