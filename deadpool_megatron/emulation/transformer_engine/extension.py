@@ -20,11 +20,9 @@ from deadpool_megatron.emulation.transformer_engine import enums as _enums
 from deadpool_megatron.emulation.transformer_engine.kernels import KERNELS
 from deadpool_megatron.emulation.transformer_engine.userbuffers import (  # noqa: F401 - the extension has them
     CommOverlap,
-    CommOverlapBase,
     CommOverlapCore,
     CommOverlapHelper,
     CommOverlapP2P,
-    CommOverlapP2PBase,
 )
 
 _KERNEL_MODULES = (attention, dense, experts, optimizer, quantization, scales, userbuffers)
