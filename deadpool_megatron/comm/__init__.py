@@ -5,7 +5,7 @@ as ever.
 """
 
 from deadpool_megatron.comm.communicators import Communicators
-from deadpool_megatron.comm.nccl import nccl_environment, warm_up
+from deadpool_megatron.comm.nccl import warm_up
 from deadpool_megatron.comm.reports import (
     AbortReport,
     CommunicatorAborted,
@@ -23,6 +23,5 @@ __all__ = [
     "ReformError",
     "ReformReport",
     "is_communication_error",
-    "nccl_environment",
     "warm_up",
 ]
