@@ -40,6 +40,12 @@ def content(seed: int, size: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
 
 
+def failures(replicator: Replicator) -> dict[int, str]:
+    """Why the last attempt to send failed, by rank; ranks whose last attempt went well have no entry."""
+    with replicator._changed:
+        return {s.rank: s.failure for senders in replicator._senders.values() for s in senders if s.failure}
+
+
 class _Node:
     def __init__(self, number: int, chunk_bytes: int, direct: bool, patience_s: float) -> None:
         self.deadlines = Deadlines(connect=patience_s, idle=patience_s, backoff=0.02, backoff_limit=0.1, late=0.0)
@@ -157,7 +163,7 @@ class _Node:
         return len(self.direct.lost)
 
     def failures(self, rank: int) -> str:
-        return self.replicator.failures().get(rank, "")
+        return failures(self.replicator).get(rank, "")
 
     def refusals(self) -> dict[str, int]:
         return self.server.refusals
