@@ -7,21 +7,13 @@ as ever.
 from deadpool_megatron.comm.communicators import Communicators
 from deadpool_megatron.comm.nccl import warm_up
 from deadpool_megatron.comm.reports import (
-    AbortReport,
-    CommunicatorAborted,
-    CommunicatorError,
     ReformError,
-    ReformReport,
     is_communication_error,
 )
 
 __all__ = [
-    "AbortReport",
-    "CommunicatorAborted",
-    "CommunicatorError",
     "Communicators",
     "ReformError",
-    "ReformReport",
     "is_communication_error",
     "warm_up",
 ]

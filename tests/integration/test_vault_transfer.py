@@ -17,23 +17,20 @@ import pytest
 
 from deadpool_megatron.vault import (
     ChecksumMismatch,
-    DeadlinePassed,
-    Deadlines,
     NotHeld,
-    Refused,
     Replicator,
     SlotWriter,
     StaleEpoch,
     Target,
-    TransferFailed,
     Vault,
     VaultError,
     VaultServer,
     Version,
     fetch,
 )
+from deadpool_megatron.vault.errors import DeadlinePassed, Refused, TransferFailed
 from deadpool_megatron.vault.frames import Begin, Begun, Bytes, Refusal
-from deadpool_megatron.vault.wire import connect
+from deadpool_megatron.vault.wire import Deadlines, connect
 from vault_processes import failures
 from waiting import until
 

@@ -17,19 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from deadpool_megatron.vault import (
-    Deadlines,
-    DirectFailed,
-    Replicator,
-    SlotWriter,
-    Target,
-    Vault,
-    VaultError,
-    VaultServer,
-    Version,
-)
+from deadpool_megatron.vault import Replicator, SlotWriter, Target, Vault, VaultError, VaultServer, Version
 from deadpool_megatron.vault.direct import Direct
+from deadpool_megatron.vault.errors import DirectFailed
 from deadpool_megatron.vault.transfer import fetch
+from deadpool_megatron.vault.wire import Deadlines
 
 SECRET = bytes(range(32))
 NEVER_S = 3600.0  # longer than any test
