@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from deadpool_megatron import __version__
 from deadpool_megatron.cluster.records.exits import Exit
@@ -54,17 +54,23 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.of_a_script = arguments[:1] in (["launch"], ["agent"], ["coordinator"])
     parser.add_argument("--version", action="version", version=f"deadpool {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    launch.add_launch_arguments(
-        commands.add_parser("launch", help="run a training script on nodes of this machine, with warm spares")
-    )
+
+    def add(
+        name: str, what: str, arguments_of: Callable[[argparse.ArgumentParser], None], run: Callable[[Any], int]
+    ) -> None:
+        command = commands.add_parser(name, help=what)
+        arguments_of(command)
+        command.set_defaults(run=run)
+
+    of_launch = launch.add_launch_arguments
+    add("launch", "run a training script on nodes of this machine, with warm spares", of_launch, launch.run)
     agent = "run this machine's part of a job over several machines: in the place of torchrun on each"
-    add_agent_arguments(commands.add_parser("agent", help=agent))
+    add("agent", agent, add_agent_arguments, run_agent)
     alone = "run the coordinator alone, with the same options as the agents (which get --no-coordinator)"
-    add_agent_arguments(commands.add_parser("coordinator", help=alone))
-    add_plan_arguments(commands.add_parser("plan", help="what a run needs and survives, and why it cannot work"))
+    add("coordinator", alone, add_agent_arguments, run_coordinator)
+    add("plan", "what a run needs and survives, and why it cannot work", add_plan_arguments, run_plan)
     observe_commands.add_commands(commands)
-    export = "turn a durable generation into one of Megatron's own checkpoints"
-    add_export_arguments(commands.add_parser("export", help=export))
+    add("export", "turn a durable generation into one of Megatron's own checkpoints", add_export_arguments, run_export)
     control.add_commands(commands)
     bench = commands.add_parser("bench", help="measure (in a clone of the source repository)")
     if arguments[:1] == ["bench"]:
@@ -76,10 +82,10 @@ def _main(argv: Sequence[str] | None) -> int:
             )
             return Exit.USAGE
         add_benches(bench)
-    add_simulate_arguments(commands.add_parser("simulate", help="goodput of a cluster under failures, simulated"))
+    add("simulate", "goodput of a cluster under failures, simulated", add_simulate_arguments, run_simulate)
     commands.add_parser("check", help="which of a job's flags a swap can carry, and from what that is known")
-    add_doctor_arguments(commands.add_parser("doctor", help="check a machine, or an allocation, before a run"))
-    patching.add_patch_arguments(commands.add_parser("patch", help="put DeadPool's lines into a Megatron-LM checkout"))
+    add("doctor", "check a machine, or an allocation, before a run", add_doctor_arguments, run_doctor)
+    add("patch", "put DeadPool's lines into a Megatron-LM checkout", patching.add_patch_arguments, patching.run)
     commands.add_parser("demo", help="train a tiny GPT twice, kill a node the second time, show that both are equal")
     commands.add_parser("examples", help="print the directory of the example script and its flags")
     commands.add_parser("schema", help="print the JSON schema of the YAML file of --deadpool-config")
@@ -93,29 +99,13 @@ def _main(argv: Sequence[str] | None) -> int:
     if options.command == "examples":
         print(Path(__file__).parent / "examples")
         return 0
-    if options.command == "patch":
-        return patching.run(options)
     if options.command == "schema":
         print(json.dumps(schema(), indent=2))
         return 0
-    if options.command == "launch":
-        return launch.run(options)
-    if options.command == "plan":
-        return run_plan(options)
-    if options.command == "agent":
-        return run_agent(options)
-    if options.command == "coordinator":
-        return run_coordinator(options)
-    if options.command == "export":
-        return run_export(options)
-    if options.command == "bench":
-        return _interruptible(options.run, options)
-    if options.command == "simulate":
-        return _interruptible(run_simulate, options)
-    if options.command == "doctor":
-        return _interruptible(run_doctor, options)
     if options.command in observe_commands.COMMANDS:
         return observe_commands.run_command(options)
+    if options.command in ("bench", "simulate", "doctor"):
+        return _interruptible(options.run, options)
     code: int = options.run(options)
     return code
 

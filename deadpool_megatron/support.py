@@ -148,6 +148,7 @@ _REASONED: Final = (
         "torch's, taken without Transformer Engine and apex, changes in place; theirs is refused at start",
     ),
 )
+_GTP: Final = "GTP cuts weights along an axis of its own: who holds which shard is not what the arithmetic assumes"
 _OPTIMIZER_NAMES: Final = ("adam", "sgd", "lion", "muon", "dist_muon")
 # Flag, when its value is one that DeadPool cannot carry through a swap yet, and why.
 _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
@@ -217,16 +218,8 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
     ("--enable-ft-package", bool, "two systems would handle the same failure"),
     ("--vision-pretraining", bool, "another training loop"),
     ("--iterations-to-skip", bool, "not replayed"),
-    (
-        "--tensor-parallel-num-weight-shards",
-        _above_one,
-        "GTP cuts weights along an axis of its own: who holds which shard is not what the arithmetic assumes",
-    ),
-    (
-        "--expert-tensor-parallel-num-weight-shards",
-        _above_one,
-        "GTP cuts weights along an axis of its own: who holds which shard is not what the arithmetic assumes",
-    ),
+    ("--tensor-parallel-num-weight-shards", _above_one, _GTP),
+    ("--expert-tensor-parallel-num-weight-shards", _above_one, _GTP),
 )
 
 

@@ -5,24 +5,15 @@ as ever.
 """
 
 from deadpool_megatron.comm.communicators import Communicators
-from deadpool_megatron.comm.nccl import nccl_environment, warm_up
+from deadpool_megatron.comm.nccl import warm_up
 from deadpool_megatron.comm.reports import (
-    AbortReport,
-    CommunicatorAborted,
-    CommunicatorError,
     ReformError,
-    ReformReport,
     is_communication_error,
 )
 
 __all__ = [
-    "AbortReport",
-    "CommunicatorAborted",
-    "CommunicatorError",
     "Communicators",
     "ReformError",
-    "ReformReport",
     "is_communication_error",
-    "nccl_environment",
     "warm_up",
 ]

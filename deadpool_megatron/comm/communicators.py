@@ -124,11 +124,6 @@ class Communicators:
         """True from `abort` until a `reform` succeeds. One attribute read."""
         return self._poison.set
 
-    @property
-    def standby(self) -> bool:
-        """True until the first `reform` of a spare."""
-        return self._standby
-
     def is_waiting(self) -> bool:
         """A thread of this process is inside `Work.wait`, or makes an NCCL communicator. From any thread."""
         return self._waits.anybody or self._calls.anybody
@@ -338,7 +333,6 @@ class Communicators:
                 for record in plan.records
             ),
             forming.ended - plan.begun + time.monotonic() - needed,
-            forming.ended - plan.begun,
             name,
             seconds,
         )

@@ -35,19 +35,13 @@ NCCL_ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
 }
 
-
-def nccl_environment() -> dict[str, str]:
-    """Variables that must be in the environment before the first NCCL communicator."""
-    return dict(NCCL_ENVIRONMENT)
-
-
 # So long a lost peer may hold up a first use (`FirstUse`), which starts within torch's own time-out for NCCL; torch's
 # own value is half an hour.
 _READY_WITHIN = ("TORCH_NCCL_NONBLOCKING_TIMEOUT", "600")
 
 
 def set_environment() -> None:
-    """Put `nccl_environment` into this process's environment, whatever the job's script exports; the log has a line for
+    """Put `NCCL_ENVIRONMENT` into this process's environment, whatever the job's script exports; the log has a line for
     what it overrides. Each NCCL group reads it when it is made."""
     for name, value in NCCL_ENVIRONMENT.items():
         before = os.environ.get(name, value)

@@ -63,7 +63,6 @@ class ReformReport:
     epoch: int
     each: tuple[GroupReport, ...]  # all groups of this rank, in order of creation
     seconds: float
-    forming_seconds: float  # the part spent on agreement, rendezvous and connections
     slowest_group: str
     slowest_seconds: float
 

@@ -57,6 +57,7 @@ def run_doctor(options: argparse.Namespace) -> int:
 
 
 def _meet(options: argparse.Namespace) -> list[Any]:
+    from deadpool_megatron.cluster.link.ports import address_towards
     from deadpool_megatron.doctor.network import MeetingError, host_meeting, join_meeting
 
     host, _, port_text = options.meet.rpartition(":")
@@ -68,7 +69,7 @@ def _meet(options: argparse.Namespace) -> list[Any]:
         raise ValueError(f"--node-rank {rank} is not one of {nodes} nodes, 0 to {nodes - 1}")
     secret = _secret(options.secret_file)
     target = socket.gethostbyname(host)
-    address = options.address or _towards(target, int(port_text))
+    address = options.address or address_towards(target)
     if rank != 0:
         return join_meeting(f"{target}:{port_text}", rank, address, secret, options.deadline)
     errors: list[BaseException] = []
@@ -119,11 +120,3 @@ def _secret(path: str | None) -> bytes:
     if len(secret) != 32:
         raise ValueError(f"the secret has {len(text)} hex digits, not 64")
     return secret
-
-
-def _towards(host: str, port: int) -> str:
-    """The address from which this machine speaks to ``host``; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.connect((host, port or 1))
-        address: str = s.getsockname()[0]
-        return address

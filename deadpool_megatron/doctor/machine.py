@@ -63,20 +63,19 @@ def check_environment(environ: Mapping[str, str]) -> list[Finding]:
     return out or [Finding("NCCL and Gloo settings", "ok", "nothing that breaks the abort of communicators")]
 
 
-def check_machine(shm_directory: str, vault_bytes: int, ports: range | None = None) -> Iterator[Finding]:
+def check_machine(shm_directory: str, vault_bytes: int) -> Iterator[Finding]:
     """All checks of this machine alone.
 
     Args:
         shm_directory: where the vaults go.
         vault_bytes: bytes this node's vault will take; 0: not known.
-        ports: TCP ports the job will listen on; None: the system chooses them.
     """
     yield from _versions()
     yield _shared_memory(shm_directory, vault_bytes)
     yield check_logout(shm_directory, os.getuid())
     yield from _limits()
     yield _clock()
-    yield _ports(ports)
+    yield _ports()
     yield _name()
     yield from _devices()
     yield from check_environment(os.environ)
@@ -210,26 +209,14 @@ def _clock() -> Finding:
     return Finding("clock", "ok", "synchronised, says the kernel")
 
 
-def _ports(ports: range | None) -> Finding:
-    if ports is None:
-        try:
-            low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-        except (OSError, ValueError):
-            return Finding("ports", "warn", "the range of ports cannot be read", "")
-        good = high - low >= 8192
-        mend = "" if good else "sysctl -w net.ipv4.ip_local_port_range='32768 60999'"
-        return Finding("ports", "ok" if good else "warn", f"{low} to {high} for connections", mend)
-    taken = []
-    for port in ports:
-        with socket.socket() as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                s.bind(("", port))
-            except OSError:
-                taken.append(port)
-    if taken:
-        return Finding("ports", "fail", f"taken: {', '.join(map(str, taken))}", f"ss -ltnp 'sport = :{taken[0]}'")
-    return Finding("ports", "ok", f"{ports.start} to {ports.stop - 1} are free")
+def _ports() -> Finding:
+    try:
+        low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    except (OSError, ValueError):
+        return Finding("ports", "warn", "the range of ports cannot be read", "")
+    good = high - low >= 8192
+    mend = "" if good else "sysctl -w net.ipv4.ip_local_port_range='32768 60999'"
+    return Finding("ports", "ok" if good else "warn", f"{low} to {high} for connections", mend)
 
 
 def _name() -> Finding:

@@ -6,10 +6,10 @@ agents nor Megatron.
 """
 
 from .client import DrainerProcess
-from .errors import Damaged, DurableError, NoRoom, NotFit, Unreachable, Unreadable
+from .errors import DurableError, NoRoom, Unreachable, Unreadable
 from .files import find
 from .format import FORMAT, Coordinate, Item, Layout, Manifest, ShardFile, directory_name
-from .lease import Lease, Taken, this_process
+from .lease import Lease, this_process
 from .loading import load_constants, load_shards
 from .orders import Answer, Cancel, Describe, Done, Drain, Seal, Stage, Staged, Take
 from .start import begin, go_on
@@ -20,7 +20,6 @@ __all__ = [
     "Answer",
     "Cancel",
     "Coordinate",
-    "Damaged",
     "Describe",
     "Done",
     "Drain",
@@ -31,14 +30,12 @@ __all__ = [
     "Lease",
     "Manifest",
     "NoRoom",
-    "NotFit",
     "Seal",
     "ShardFile",
     "Stage",
     "Staged",
     "Store",
     "Take",
-    "Taken",
     "Unreachable",
     "Unreadable",
     "begin",

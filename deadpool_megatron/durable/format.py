@@ -80,7 +80,7 @@ class ShardFile(_Value, frozen=True, omit_defaults=True):
     constants: ConstantsFile | None = None
 
 
-class Coordinate(_Value, frozen=True):
+class Coordinate(_Value, frozen=True, gc=False):
     """The parallel indices of one coordinate."""
 
     rank: int

@@ -5,13 +5,13 @@ APEX's optimizers and ``amp_C`` are left out: where Transformer Engine is missin
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from deadpool_megatron.emulation.importing import module
 
 
 class FusedLayerNormAffineFunction(torch.autograd.Function):  # type: ignore[misc]  # torch has no types for it
@@ -48,22 +48,15 @@ def accumulate_weight_gradient(total_input: Tensor, grad_output: Tensor, main_gr
         main_grad.add_((dy.t() @ x).to(main_grad.dtype))
 
 
-def _module(name: str, **members: Any) -> ModuleType:
-    module = ModuleType(name)
-    module.__dict__.update(members)
-    sys.modules[name] = module
-    return module
-
-
 def install() -> None:
     """Before Megatron is imported, which looks for these modules then."""
-    _module(
+    module(
         "fused_weight_gradient_mlp_cuda",
         wgrad_gemm_accum_fp32=accumulate_weight_gradient,
         wgrad_gemm_accum_fp16=accumulate_weight_gradient,
     )
-    fused = _module(
+    fused = module(
         "apex.normalization.fused_layer_norm", FusedLayerNormAffineFunction=FusedLayerNormAffineFunction, __path__=[]
     )
-    normalization = _module("apex.normalization", fused_layer_norm=fused, __path__=[])
-    _module("apex", normalization=normalization, __path__=[])
+    normalization = module("apex.normalization", fused_layer_norm=fused, __path__=[])
+    module("apex", normalization=normalization, __path__=[])

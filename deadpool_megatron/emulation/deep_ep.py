@@ -6,16 +6,16 @@ deepseek-ai/DeepEP, ``deep_ep/buffer.py`` and, on its branch hybrid-ep, ``deep_e
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deadpool_megatron.emulation import graphs
+from deadpool_megatron.emulation.importing import module
 from deadpool_megatron.emulation.link import Link
 
 
@@ -276,10 +276,5 @@ class HybridEPBuffer:
 
 def install() -> None:
     """Before Megatron is imported, which looks for this module then."""
-    module, utils = ModuleType("deep_ep"), ModuleType("deep_ep.utils")
-    module.__path__ = []
-    for name, members in ((module, (Buffer, HybridEPBuffer)), (utils, (EventHandle, EventOverlap))):
-        for each in members:
-            setattr(name, each.__name__, each)
-    module.utils = utils  # type: ignore[attr-defined]
-    sys.modules["deep_ep"], sys.modules["deep_ep.utils"] = module, utils
+    utils = module("deep_ep.utils", EventHandle=EventHandle, EventOverlap=EventOverlap)
+    module("deep_ep", Buffer=Buffer, HybridEPBuffer=HybridEPBuffer, utils=utils, __path__=[])

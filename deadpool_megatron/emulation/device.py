@@ -78,7 +78,9 @@ class Event:
 _STREAM = Stream()
 
 
-def _constant(value: Any) -> Callable[..., Any]:
+def constant(value: Any) -> Callable[..., Any]:
+    """A function that always answers so."""
+
     def answer(*args: Any, **kwargs: Any) -> Any:
         return value
 
@@ -119,40 +121,40 @@ def install() -> None:
     cuda = torch.cuda
     # One function object an entry: torch._dynamo refuses one object under two names.
     table: dict[str, Any] = {
-        "is_available": _constant(True),
-        "is_initialized": _constant(True),
+        "is_available": constant(True),
+        "is_initialized": constant(True),
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        "current_device": _constant(0),
-        "set_device": _constant(None),
-        "synchronize": _constant(None),
-        "empty_cache": _constant(None),
-        "init": _constant(None),
-        "_lazy_init": _constant(None),
+        "current_device": constant(0),
+        "set_device": constant(None),
+        "synchronize": constant(None),
+        "empty_cache": constant(None),
+        "init": constant(None),
+        "_lazy_init": constant(None),
         "_lazy_call": _call,
-        "current_stream": _constant(_STREAM),
-        "default_stream": _constant(_STREAM),
-        "set_stream": _constant(None),
+        "current_stream": constant(_STREAM),
+        "default_stream": constant(_STREAM),
+        "set_stream": constant(None),
         "stream": lambda stream: contextlib.nullcontext(stream),
         "Stream": Stream,
         "Event": Event,
         "is_current_stream_capturing": graphs.is_capturing,
         "CUDAGraph": graphs.CUDAGraph,
         "graph": graphs.Capture,
-        "graph_pool_handle": _constant((0, 0)),
+        "graph_pool_handle": constant((0, 0)),
         "get_device_properties": _properties,
         "get_device_capability": lambda *args: _capability(),
-        "get_device_name": _constant("cpu"),
-        "memory_allocated": _constant(0),
-        "max_memory_allocated": _constant(0),
-        "memory_reserved": _constant(0),
-        "max_memory_reserved": _constant(0),
+        "get_device_name": constant("cpu"),
+        "memory_allocated": constant(0),
+        "max_memory_allocated": constant(0),
+        "memory_reserved": constant(0),
+        "max_memory_reserved": constant(0),
         "memory_stats": lambda *a, **k: defaultdict(int),
-        "reset_peak_memory_stats": _constant(None),
-        "mem_get_info": _constant((_MEMORY, _MEMORY)),
-        "utilization": _constant(0),
-        "temperature": _constant(0),
-        "power_draw": _constant(0),
-        "clock_rate": _constant(0),
+        "reset_peak_memory_stats": constant(None),
+        "mem_get_info": constant((_MEMORY, _MEMORY)),
+        "utilization": constant(0),
+        "temperature": constant(0),
+        "power_draw": constant(0),
+        "clock_rate": constant(0),
         "get_rng_state": _get_rng_state,
         "set_rng_state": _set_rng_state,
         "manual_seed": _manual_seed,
@@ -164,9 +166,9 @@ def install() -> None:
         setattr(cuda, name, value)
     random: Any = cuda.random
     random.get_rng_state, random.set_rng_state = _get_rng_state, _set_rng_state
-    cuda.nvtx.range_push = _constant(None)
-    cuda.nvtx.range_pop = _constant(None)
-    torch.accelerator.current_stream = _constant(_STREAM)
-    torch.accelerator.synchronize = _constant(None)
+    cuda.nvtx.range_push = constant(None)
+    cuda.nvtx.range_pop = constant(None)
+    torch.accelerator.current_stream = constant(_STREAM)
+    torch.accelerator.synchronize = constant(None)
     for check in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
-        setattr(torch.optim.Optimizer, check, _constant(None))
+        setattr(torch.optim.Optimizer, check, constant(None))

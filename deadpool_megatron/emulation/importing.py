@@ -7,6 +7,7 @@ import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 _changes: dict[str, Callable[[ModuleType], None]] = {}
 
@@ -18,6 +19,13 @@ def after_import(name: str, change: Callable[[ModuleType], None]) -> None:
     _changes[name] = change
     if name in sys.modules:
         change(sys.modules[name])
+
+
+def module(name: str, /, **members: Any) -> ModuleType:
+    """A module that is imported under this name from now on."""
+    made = sys.modules[name] = ModuleType(name)
+    made.__dict__.update(members)
+    return made
 
 
 class _Loader(importlib.abc.Loader):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from deadpool_megatron.emulation.importing import module
 
 
 def causal_conv1d_fn(
@@ -272,10 +273,8 @@ _MODULES: dict[str, dict[str, Any]] = {
 def install() -> None:
     """Before Megatron is imported, which looks for these modules then."""
     for name, members in _MODULES.items():
-        module = ModuleType(name)
         # (transformers asks for the spec)
-        module.__dict__.update(members, __path__=[], __spec__=ModuleSpec(name, None, is_package=True))
-        sys.modules[name] = module
+        made = module(name, **members, __path__=[], __spec__=ModuleSpec(name, None, is_package=True))
         parent, _, own = name.rpartition(".")
         if parent:
-            setattr(sys.modules[parent], own, module)
+            setattr(sys.modules[parent], own, made)

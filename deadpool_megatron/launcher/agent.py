@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from deadpool_megatron.cluster.link.ports import address_towards
 from deadpool_megatron.cluster.notices import INTERRUPT
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import EMBEDDED, StoreError, open_store, towards
@@ -42,7 +43,6 @@ from deadpool_megatron.launcher.enlisting import (
     Lifeline,
     Moved,
     Waiting,
-    address_towards,
     enlist,
     is_ours,
     resolve,

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from functools import partial
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.link.link import Spoke
+from deadpool_megatron.cluster.link.link import Spoke, monitored
 from deadpool_megatron.launcher.agent_options import AgentPlan
 from deadpool_megatron.launcher.plan import LaunchError
 from deadpool_megatron.launcher.secret import SecretSource
@@ -77,13 +76,6 @@ def is_ours(address: str) -> bool:
         except OSError:
             return False
     return True
-
-
-def address_towards(address: str) -> str:
-    """The address of this machine that packets to ``address`` leave from; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))
-        return str(probe.getsockname()[0])
 
 
 def enlist(
@@ -189,15 +181,8 @@ class Lifeline:
 
     def look(self, now: float) -> None:
         """Take in what has happened to the connection."""
-        while True:
-            try:
-                event = recv_monitor_message(self.fd, zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            if event["event"] == zmq.EVENT_DISCONNECTED:
-                self.gone_since = self.gone_since or now
-            else:
-                self.gone_since = None
+        for event, _ in monitored(self.fd):
+            self.gone_since = (self.gone_since or now) if event == zmq.EVENT_DISCONNECTED else None
 
     def close(self) -> None:
         self._spoke.close()

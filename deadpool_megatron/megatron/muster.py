@@ -119,38 +119,30 @@ def meet_before_launches(module: Any, muster: Callable[[], Muster | None]) -> No
     for name, methods in _LAUNCHES.items():
         if (kind := getattr(module, name, None)) is None:  # not installed
             continue
-        native = kind.__init__
-
-        @functools.wraps(native)
-        def init(self: Any, group: Any, *args: Any, native: Any = native, **kwargs: Any) -> None:
-            _meet(muster(), group)
-            native(self, group, *args, **kwargs)
-
-        kind.__init__ = init
+        kind.__init__ = preceded(kind.__init__, lambda self, group, *_, **__: _meet(muster(), group))
         for method in methods:
             if launch := getattr(kind, method, None):  # what it lacks Megatron cannot call either
-                setattr(kind, method, _meeting(launch, muster))
+                setattr(kind, method, preceded(launch, lambda self, *_, **__: _meet(muster(), self.group)))
 
 
 def meet_before_replays(module: Any, muster: Callable[[], Muster | None]) -> None:
     """Wrap the launch of CUDA graphs that have HybridEP's kernels in them, which work on the buffer that Megatron's
     ``fused_a2a`` has then."""
-    native = torch.cuda.CUDAGraph.replay
 
-    @functools.wraps(native)
-    def replay(self: Any) -> Any:
+    def meet(_: Any) -> None:
         if (buffer := module._hybrid_ep_buffer) is not None:
             _meet(muster(), buffer.group)
-        return native(self)
 
-    torch.cuda.CUDAGraph.replay = replay
+    torch.cuda.CUDAGraph.replay = preceded(torch.cuda.CUDAGraph.replay, meet)
 
 
-def _meeting(native: Callable[..., Any], muster: Callable[[], Muster | None]) -> Callable[..., Any]:
+def preceded(native: Callable[..., Any], before: Callable[..., None]) -> Callable[..., Any]:
+    """``native``, but ``before`` gets the same arguments first."""
+
     @functools.wraps(native)
-    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _meet(muster(), self.group)
-        return native(self, *args, **kwargs)
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        before(*args, **kwargs)
+        return native(*args, **kwargs)
 
     return launch
 

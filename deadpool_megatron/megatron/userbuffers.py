@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from deadpool_megatron.compat import UserError
-from deadpool_megatron.megatron.muster import Muster
+from deadpool_megatron.megatron.muster import Muster, preceded
 
 _BASE = "transformer_engine.pytorch.module.base"
 _NEVER_S = str(30 * 86400)
@@ -96,7 +96,7 @@ class Userbuffers:
         """Wrap what launches kernels that wait for one another, graphs with such kernels in them among it; ``muster()``
         is None before training."""
 
-        def meet() -> None:
+        def meet(*_: Any, **__: Any) -> None:
             if (met := muster()) is not None:
                 met.meet(self._domain)
 
@@ -109,14 +109,7 @@ class Userbuffers:
 
             return launch
 
-        def always(native: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(native)
-            def launch(*args: Any, **kwargs: Any) -> Any:
-                meet()
-                return native(*args, **kwargs)
-
-            return launch
-
+        always = functools.partial(preceded, before=meet)
         for module in filter(None, map(sys.modules.get, _LAUNCHERS)):
             for name, wrap in (("generic_gemm", gemm), ("bulk_overlap_ag_with_external_gemm", always)):
                 if name in vars(module):  # the second one is there since 2.9

@@ -5,7 +5,6 @@ from deadpool_megatron.observe.rundir import (
     EVENTS,
     JOB,
     LOGS,
-    RECOVERIES,
     STATUS,
     EventTail,
     NodeLog,
@@ -13,7 +12,6 @@ from deadpool_megatron.observe.rundir import (
     RunDirectory,
     follow_events,
     read_events,
-    read_node_logs,
     read_whole,
 )
 from deadpool_megatron.observe.strict_json import strict_json
@@ -23,7 +21,6 @@ __all__ = [
     "EVENTS",
     "JOB",
     "LOGS",
-    "RECOVERIES",
     "STATUS",
     "EventTail",
     "NodeLog",
@@ -31,7 +28,6 @@ __all__ = [
     "RunDirectory",
     "follow_events",
     "read_events",
-    "read_node_logs",
     "read_whole",
     "strict_json",
 ]

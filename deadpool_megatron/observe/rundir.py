@@ -369,10 +369,5 @@ def read_node_logs(run_dir: str | Path) -> Iterator[dict[str, Any]]:
     logs = Path(run_dir) / LOGS
     for path in sorted(logs.glob("node-*.jsonl")):
         for part in (Path(f"{path}.old"), path):
-            if not part.exists():
-                continue
-            for line in part.read_text(errors="replace").splitlines():
-                try:
-                    yield json.loads(line)
-                except ValueError:  # cut off where its node died
-                    continue
+            if part.exists():
+                yield from _parsed(part.read_text(errors="replace").splitlines())

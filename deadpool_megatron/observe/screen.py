@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from rich.console import Console
@@ -134,12 +135,8 @@ def _cells(nodes: Sequence[Node], width: int, label: Callable[[Node], str]) -> l
     return out
 
 
-def _named_cells(nodes: Sequence[Node], width: int) -> list[Text]:
-    return _cells(nodes, width, lambda n: f"{_character(n)} {n.called}")
-
-
-def _numbers(nodes: Sequence[Node], width: int) -> list[Text]:
-    return _cells(nodes, width, lambda n: f"{_character(n)}{n.number}")
+_named_cells = partial(_cells, label=lambda n: f"{_character(n)} {n.called}")
+_numbers = partial(_cells, label=lambda n: f"{_character(n)}{n.number}")
 
 
 def _characters(nodes: Sequence[Node], width: int) -> list[Text]:

@@ -30,13 +30,8 @@ class Layout:
 
     @property
     def expert_dp(self) -> int:
-        """Replicas of an expert; experts are not split further (expert tensor parallelism 1 with ep above 1)."""
-        return self.world // (self.pp * self.ep * self.expert_tp)
-
-    @property
-    def expert_tp(self) -> int:
-        """Ways an expert is split: as Megatron's default, like everything else."""
-        return self.tp
+        """Replicas of an expert, which is split as Megatron's default has it: as many ways as everything else."""
+        return self.world // (self.pp * self.ep * self.tp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +83,7 @@ class Model:
             dense += self.norm * self.hidden
             if not (self.tied and first):
                 dense += self.vocab * self.hidden // tp  # tied, on another stage than the first: a copy
-        one = self._mlp(self.expert_ffn, sizes.expert_tp) if self.experts else 0
+        one = self._mlp(self.expert_ffn, tp) if self.experts else 0
         return Shard(dense, self.stages[index] * one * self.experts // sizes.ep)
 
     @property

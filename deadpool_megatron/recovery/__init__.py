@@ -1,11 +1,10 @@
 """The recovery protocol as a worker lives it: abort, agree, re-form, restore, resume."""
 
 from deadpool_megatron.recovery.protocol import Patience, UnexplainedError, rejoin
-from deadpool_megatron.recovery.redo import Calls, Redo
+from deadpool_megatron.recovery.redo import Redo
 from deadpool_megatron.recovery.session import EpochClosed, Refused, Session, Superseded
 
 __all__ = [
-    "Calls",
     "EpochClosed",
     "Patience",
     "Redo",

@@ -242,7 +242,6 @@ class CudaCopyEngine:
                 self.totals.busy_s += now - max(landed_at, landed.asked_at)
                 if self.trace is not None:
                     self.trace.append((max(landed_at, landed.asked_at), now, landed.nbytes))
-                self.totals.cpu_s = time.thread_time()
                 landed_at = now
                 writer = self._writer
                 if writer is None or landed.turn != self._turn or writer.slot is None or self._failure is not None:

@@ -39,15 +39,13 @@ class CopyTotals:
     """What an engine has done since it was made. Written by its background thread, read by anybody.
 
     ``busy_s`` is the time something was under way, ``complete_at`` the clock when the last slot was complete,
-    ``device_stall_s`` what a device's stream waited at the last gate (0 for the host's), ``cpu_s`` CPU seconds of the
-    background thread.
+    ``device_stall_s`` what a device's stream waited at the last gate (0 for the host's).
     """
 
     landed_bytes: int = 0
     busy_s: float = 0.0
     complete_at: float = 0.0
     device_stall_s: float = 0.0
-    cpu_s: float = 0.0
 
 
 class CopyEngine(Protocol):
@@ -245,4 +243,3 @@ class HostCopyEngine:
             except (RuntimeError, ValueError) as err:  # (VaultError is one) told to the training thread by `settle`
                 self._failure = err
             self._done += 1
-            self.totals.cpu_s = time.thread_time()

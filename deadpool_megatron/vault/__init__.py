@@ -8,13 +8,8 @@ from .arena import Arena, Kind, Slot
 from .discipline import CommitLedger, Told
 from .errors import (
     ChecksumMismatch,
-    DeadlinePassed,
-    DirectFailed,
-    Malformed,
     NotHeld,
-    Refused,
     StaleEpoch,
-    TransferFailed,
     VaultError,
     VaultFull,
     as_vault_error,
@@ -32,7 +27,6 @@ from .transfer import fetch, own_copy, store_shard
 from .transport import choose_transport, make_transport
 from .vault import Vault, small_capacity
 from .version import CONSTANT, EMPTY, MAX_GENERATION, Version, constants_of, is_constants, owner_of, unpack
-from .wire import Deadlines
 from .writer import ConstantsWriter, SlotWriter
 
 __all__ = [
@@ -44,16 +38,11 @@ __all__ = [
     "ChecksumMismatch",
     "CommitLedger",
     "ConstantsWriter",
-    "DeadlinePassed",
-    "Deadlines",
-    "DirectFailed",
     "Kind",
-    "Malformed",
     "NotHeld",
     "PartTo",
     "Piece",
     "RebuildFailed",
-    "Refused",
     "Replicator",
     "Scrubber",
     "SendPace",
@@ -63,7 +52,6 @@ __all__ = [
     "Stripes",
     "Target",
     "Told",
-    "TransferFailed",
     "Vault",
     "VaultError",
     "VaultFull",

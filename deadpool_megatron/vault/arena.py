@@ -319,15 +319,6 @@ class Arena:
         return arena
 
     @classmethod
-    def in_process(
-        cls, path: str, rank: int, kind: Kind, unique_bytes: int, small_capacity: int, chunk_bytes: int
-    ) -> Arena:
-        """The same in memory of this process, for a simulation: no file, and nothing to attach to."""
-        memory = bytearray(cls.size(rank, kind, unique_bytes, small_capacity, chunk_bytes))
-        memory[:PAGE] = _header(rank, kind, unique_bytes, small_capacity, chunk_bytes, len(memory)).tobytes()
-        return cls(path, memory)
-
-    @classmethod
     def attach(cls, path: str) -> Arena:
         """Map an arena that the agent made. Raises VaultError when there is none."""
         try:

@@ -43,9 +43,11 @@ class ChecksumMismatch(VaultError):
 class Refused(VaultError):
     """The other agent refused: not a member of this job, a stale epoch, or no room. `code` says which."""
 
-    def __init__(self, message: str, code: str = "refused") -> None:
+    code = "refused"
+
+    def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
-        self.code = code
+        self.code = type(self).code if code is None else code
 
 
 class Busy(Refused):
@@ -53,16 +55,13 @@ class Busy(Refused):
 
     broken = True
     own = True
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "busy")
+    code = "busy"
 
 
 class StaleEpoch(Refused):
     """The caller is of an older epoch than the vault: it has been replaced and may not write any more."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "stale-epoch")
+    code = "stale-epoch"
 
 
 class DeadlinePassed(VaultError):

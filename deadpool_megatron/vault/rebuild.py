@@ -20,7 +20,7 @@ from .errors import ChecksumMismatch, StaleEpoch, TransferFailed, VaultError, as
 from .frames import Fetch, Found
 from .intake import Intake
 from .stripes import PartOf, cut, parts_of
-from .transfer import ask, finish, own_copy, own_slot
+from .transfer import ask, finish, own_copy, own_slot, side_by_side
 from .vault import Vault
 from .version import Version
 from .wire import Channel, Deadlines, connect
@@ -107,15 +107,7 @@ def rebuild(
             slot = own_slot(intake, vault, rank, version, mine.unique_bytes, mine.small_capacity)
             slot.small[: len(mine.small)] = mine.small
             slot.sums[0] = xxhash.xxh3_64_intdigest(mine.small)
-            threads = [
-                threading.Thread(target=work.part, args=(slot, i, parts[i], None), name="vault-rebuild", daemon=True)
-                for i in range(1, len(parts))
-            ]
-            for thread in threads:
-                thread.start()
-            work.part(slot, 0, parts[0], first)
-            for thread in threads:
-                thread.join()
+            side_by_side("vault-rebuild", len(parts), lambda i: work.part(slot, i, parts[i], None if i else first))
             if work.failures:
                 raise work.failures[0]
         finally:

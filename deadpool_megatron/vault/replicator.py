@@ -108,11 +108,6 @@ class Replicator:
             self._rung.add(rank)
             self._changed.notify_all()
 
-    def failures(self) -> dict[int, str]:
-        """Why the last attempt to send failed, by rank; ranks whose last attempt went well have no entry."""
-        with self._changed:
-            return {s.rank: s.failure for senders in self._senders.values() for s in senders if s.failure}
-
     def stop(self) -> None:
         """Cut everything off and wait for the threads (well under a second)."""
         with self._changed:

@@ -185,15 +185,7 @@ def _fetch(
                     for channel in channels:
                         channel.shut()
 
-        threads = [
-            threading.Thread(target=fetch_part, args=(part,), name="vault-fetch", daemon=True)
-            for part in range(1, streams)
-        ]
-        for thread in threads:
-            thread.start()
-        fetch_part(0)
-        for thread in threads:
-            thread.join()
+        side_by_side("vault-fetch", streams, fetch_part)
         if failures:
             raise next((err for err in failures if isinstance(err, LandingLost)), failures[0])
     finally:
@@ -202,6 +194,16 @@ def _fetch(
     intake.check()
     finish(slot, first.small_bytes)
     return len(slot.unique) + slot.small_bytes
+
+
+def side_by_side(name: str, parts: int, do: Callable[[int], None]) -> None:
+    """Every part at the same time, the first one here and the others in threads called ``name``, until all are done."""
+    threads = [threading.Thread(target=do, args=(part,), name=name, daemon=True) for part in range(1, parts)]
+    for thread in threads:
+        thread.start()
+    do(0)
+    for thread in threads:
+        thread.join()
 
 
 def give(channel: Channel, vault: Vault, wanted: Fetch, arena: Arena, slot: Slot, direct: Direct | None = None) -> None:

@@ -89,7 +89,7 @@ class Vault:
     # ---- memory
 
     def set_near(self, rank: int, numa: int) -> None:
-        """NUMA node for the own memory of ``rank`` that is made without naming one; -1 for any."""
+        """NUMA node for the own memory of ``rank`` that is made without naming one, as a spare's is; -1 for any."""
         self._near[rank] = numa
 
     def allocate_own(self, rank: int, unique_bytes: int, small_capacity: int, numa: int = -1) -> ArenaInfo:

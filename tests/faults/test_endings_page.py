@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from deadpool_megatron.cluster.records.exits import Exit, what_to_do
-from deadpool_megatron.observe import ERROR, RECOVERIES
+from deadpool_megatron.observe import ERROR
+from deadpool_megatron.observe.rundir import RECOVERIES
 from flags import duo_gpt
 from jobs import EXAMPLE, ROOT, Job, Jobs, launch_flags
 

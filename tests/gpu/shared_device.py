@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
 from comm_processes import Worker, kill_self, run, until_retired, worker_main
-from deadpool_megatron.comm import nccl_environment
+from deadpool_megatron.comm.nccl import NCCL_ENVIRONMENT
 
 DRY = os.environ.get("SHARED_DRY") == "1"
 DEVICE, BACKEND = ("cpu", "gloo") if DRY else ("cuda", "nccl")
@@ -254,7 +254,7 @@ SCENARIOS = {  # each with its number of spares
 
 def main() -> None:
     """The scenario that ``SHARED_SCENARIO`` names, or all; an exception, hence a code other than 0, if a rank fails."""
-    env = {} if DRY else nccl_environment()
+    env = {} if DRY else dict(NCCL_ENVIRONMENT)
     if preload := os.environ.get("SHARED_PRELOAD"):
         env["LD_PRELOAD"] = preload  # torch has a DT_RPATH, so LD_LIBRARY_PATH would do nothing
     env["SHARED_WAY"] = os.environ.get("SHARED_WAY", "sockets")

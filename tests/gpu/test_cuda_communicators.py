@@ -16,8 +16,9 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
 from comm_processes import NEVER_S, Worker, run, until_retired, worker_main
-from deadpool_megatron.comm import communicators, nccl_environment, warm_up
+from deadpool_megatron.comm import communicators, warm_up
 from deadpool_megatron.comm.inplace import pointee
+from deadpool_megatron.comm.nccl import NCCL_ENVIRONMENT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,13 +108,13 @@ def rounds(worker: Worker) -> dict[str, object]:
 
 
 def test_nccl_groups_are_aborted_and_re_formed_again_and_again() -> None:
-    (seen,) = run(__file__, "rounds", world=1, env=nccl_environment()).values()
+    (seen,) = run(__file__, "rounds", world=1, env=NCCL_ENVIRONMENT).values()
     assert seen["lost"] < 256 << 20, f"{seen['lost']} bytes of the device lost"
 
 
 @pytest.mark.perf
 def test_nccl_groups_are_aborted_sooner_than_some_re_forms_take() -> None:
-    (seen,) = run(__file__, "rounds", world=1, env=nccl_environment()).values()
+    (seen,) = run(__file__, "rounds", world=1, env=NCCL_ENVIRONMENT).values()
     aborts, reforms = max(seen["aborts"]), max(seen["reforms"])
     print(f"slowest abort {aborts:.3f} s, slowest re-form {reforms:.3f} s")
     assert aborts < 5 * reforms
@@ -136,7 +137,7 @@ def standby(worker: Worker) -> str:
 
 
 def test_a_spares_groups_become_nccl() -> None:
-    results = run(__file__, "standby", world=1, spares=1, env=nccl_environment())
+    results = run(__file__, "standby", world=1, spares=1, env=NCCL_ENVIRONMENT)
     assert results[1] == "ProcessGroupNCCL"
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch.distributed as dist
 
 from comm_processes import NEVER_S
-from deadpool_megatron.comm import Communicators, ReformReport
+from deadpool_megatron.comm import Communicators
+from deadpool_megatron.comm.reports import ReformReport
 
 
 class AbortStorm:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 
 from comm_processes import Worker, run, worker_main
-from deadpool_megatron.comm import CommunicatorAborted
+from deadpool_megatron.comm.reports import CommunicatorAborted
 from waiting import until
 
 pytestmark = pytest.mark.versions(torch=True)

@@ -32,7 +32,7 @@ def beside(worker: Worker) -> dict[str, object]:
     if not worker.spare:
         worker.meet("made")  # who dies while others still connect is another test's
     if worker.spare:
-        assert worker.comm.standby
+        assert worker.comm._standby
     elif worker.rank == 2:
         kill_self()
     else:
@@ -42,7 +42,7 @@ def beside(worker: Worker) -> dict[str, object]:
     forming = worker.comm._forming
     assert forming is not None
     until(forming.settled.is_set, "groups that formed in the back")
-    unreal = worker.spare and worker.comm.standby  # until it is asked for, nothing has moved in
+    unreal = worker.spare and worker.comm._standby  # until it is asked for, nothing has moved in
     report = worker.comm.reform(1, _none)
     x = torch.full((2,), float(worker.rank))
     dist.all_reduce(x, group=tp)
@@ -85,11 +85,11 @@ def superseded(worker: Worker) -> dict[str, object]:
         else:  # its training thread was building its model, and goes on to
             x = torch.ones(2)
             dist.all_reduce(x)
-            out["builds"] = worker.comm.standby
+            out["builds"] = worker.comm._standby
     worker.meet("second")
     worker.comm.begin_reform(2, worker.store)
     worker.comm.reform(2, worker.store)
-    return {"right": _all_reduce_is_right(worker), "standby": worker.comm.standby, **out}
+    return {"right": _all_reduce_is_right(worker), "standby": worker.comm._standby, **out}
 
 
 def test_an_epoch_that_is_over_before_its_groups_are_needed_leaves_nothing_behind() -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import fake_nccl
 from comm_processes import Worker, run, worker_main
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.comm import AbortReport
+from deadpool_megatron.comm.reports import AbortReport
 from deadpool_megatron.recovery import Patience, Session, UnexplainedError, rejoin
 from waiting import until
 

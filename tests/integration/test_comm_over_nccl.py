@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 import fake_nccl
 from comm_processes import Worker, kill_self, run, worker_main
-from deadpool_megatron.comm import CommunicatorAborted, CommunicatorError, ReformError
+from deadpool_megatron.comm import ReformError
 from deadpool_megatron.comm.inplace import bindings
 from deadpool_megatron.comm.nccl import Exchanging
+from deadpool_megatron.comm.reports import CommunicatorAborted, CommunicatorError
 from waiting import until
 
 

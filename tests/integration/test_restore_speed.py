@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from deadpool_megatron.vault import Deadlines, SlotWriter, Vault, VaultServer, Version, fetch
+from deadpool_megatron.vault import SlotWriter, Vault, VaultServer, Version, fetch
+from deadpool_megatron.vault.wire import Deadlines
 
 SECRET = bytes(range(32))
 SIZE = 256 << 20

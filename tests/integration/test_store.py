@@ -19,7 +19,6 @@ from deadpool_megatron.cluster.coordinator.saved_state import Memory
 from deadpool_megatron.cluster.store import (
     Deposed,
     EmbeddedStore,
-    Entry,
     EtcdStore,
     Guard,
     Lease,
@@ -27,6 +26,7 @@ from deadpool_megatron.cluster.store import (
     StoreDamaged,
     StoreError,
 )
+from deadpool_megatron.cluster.store.base import Entry
 from etcds import need_etcd
 from waiting import until
 

@@ -17,23 +17,21 @@ import pytest
 
 from deadpool_megatron.vault import (
     ChecksumMismatch,
-    DeadlinePassed,
-    Deadlines,
     NotHeld,
-    Refused,
     Replicator,
     SlotWriter,
     StaleEpoch,
     Target,
-    TransferFailed,
     Vault,
     VaultError,
     VaultServer,
     Version,
     fetch,
 )
+from deadpool_megatron.vault.errors import DeadlinePassed, Refused, TransferFailed
 from deadpool_megatron.vault.frames import Begin, Begun, Bytes, Refusal
-from deadpool_megatron.vault.wire import connect
+from deadpool_megatron.vault.wire import Deadlines, connect
+from vault_processes import failures
 from waiting import until
 
 SECRET = bytes(range(32))
@@ -208,7 +206,7 @@ def test_the_wrong_secret_gets_nothing_and_writes_nothing(nodes: Callable[..., N
     theirs = stranger.writer(5)
     stranger.replicator.set_targets(0, {5: [Target(*owner.address)]})
     stranger.write(theirs, 0, 1)
-    until(lambda: 5 in stranger.replicator.failures())
+    until(lambda: 5 in failures(stranger.replicator))
     assert 5 not in owner.vault.holdings().ranks
     assert owner.server.refused_members >= 2
 
@@ -259,7 +257,7 @@ def test_a_zombie_of_an_older_epoch_is_refused_and_cut_off(nodes: Callable[..., 
     peer.server.set_epoch(1)
     writer.complete()
     zombie.replicator.notify(0)
-    until(lambda: "epoch 1" in zombie.replicator.failures().get(0, ""))
+    until(lambda: "epoch 1" in failures(zombie.replicator).get(0, ""))
     assert zombie.commits.empty()
     assert peer.vault.holdings().ranks[0] == ()
     assert peer.server.refusals["stale epoch"] > 0
@@ -318,7 +316,7 @@ def test_a_peer_that_dies_and_comes_back_elsewhere_gets_the_committed_version_ag
     owner.vault.set_committed(0, 1)
     first.close()
     assert owner.write(writer, 0, 2)  # the worker is not disturbed
-    until(lambda: 0 in owner.replicator.failures())
+    until(lambda: 0 in failures(owner.replicator))
     owner.server.set_epoch(1)
     owner.replicator.set_targets(1, {0: [Target(*second.address)]})
     until(lambda: [h.generation for h in second.vault.holdings().ranks.get(0, ())] == [1])
@@ -338,7 +336,7 @@ def test_a_peer_that_accepts_and_then_says_nothing_costs_the_worker_nothing(node
         for generation in (0, 1):
             assert owner.write(writer, 0, generation)
             until(lambda owner=owner: bool(owner.vault.holdings().ranks[0]))
-    until(lambda: "1 s" in owner.replicator.failures().get(0, ""))
+    until(lambda: "1 s" in failures(owner.replicator).get(0, ""))
     with pytest.raises(DeadlinePassed):
         fetch(Vault("unused", 9), SECRET, silent.getsockname()[:2], 0, 0, Version(0, 1), SHORT)
     silent.close()
@@ -429,7 +427,7 @@ def test_a_shard_of_another_size_takes_the_place_of_one_nobody_needs_only(nodes:
     owner.commits.get()
     owner.vault.drop(0)
     assert owner.write(owner.writer(unique=5000), 0, 2)
-    until(lambda: "another size" in owner.replicator.failures().get(0, ""))
+    until(lambda: "another size" in failures(owner.replicator).get(0, ""))
     peer.vault.set_committed(0, 2)  # now (0, 1) is no longer needed
     assert owner.commits.get() == (0, 0, 2)
 

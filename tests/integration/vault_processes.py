@@ -17,19 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from deadpool_megatron.vault import (
-    Deadlines,
-    DirectFailed,
-    Replicator,
-    SlotWriter,
-    Target,
-    Vault,
-    VaultError,
-    VaultServer,
-    Version,
-)
+from deadpool_megatron.vault import Replicator, SlotWriter, Target, Vault, VaultError, VaultServer, Version
 from deadpool_megatron.vault.direct import Direct
+from deadpool_megatron.vault.errors import DirectFailed
 from deadpool_megatron.vault.transfer import fetch
+from deadpool_megatron.vault.wire import Deadlines
 
 SECRET = bytes(range(32))
 NEVER_S = 3600.0  # longer than any test
@@ -38,6 +30,12 @@ NEVER_S = 3600.0  # longer than any test
 def content(seed: int, size: int) -> np.ndarray:
     """The unique state of a generation in these tests."""
     return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+
+
+def failures(replicator: Replicator) -> dict[int, str]:
+    """Why the last attempt to send failed, by rank; ranks whose last attempt went well have no entry."""
+    with replicator._changed:
+        return {s.rank: s.failure for senders in replicator._senders.values() for s in senders if s.failure}
 
 
 class _Node:
@@ -157,7 +155,7 @@ class _Node:
         return len(self.direct.lost)
 
     def failures(self, rank: int) -> str:
-        return self.replicator.failures().get(rank, "")
+        return failures(self.replicator).get(rank, "")
 
     def refusals(self) -> dict[str, int]:
         return self.server.refusals

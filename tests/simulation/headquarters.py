@@ -18,7 +18,8 @@ from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
 from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.job import JobSpec
 from deadpool_megatron.cluster.link.link import Hub
-from deadpool_megatron.cluster.store import Deposed, Entry, Guard, Lease, Store, Watch
+from deadpool_megatron.cluster.store import Deposed, Guard, Lease, Store
+from deadpool_megatron.cluster.store.base import Entry, Watch
 from deadpool_megatron.durable import Lease as DirectoryLease
 from deadpool_megatron.durable import this_process
 from deadpool_megatron.durable.lease import BEAT_S, take

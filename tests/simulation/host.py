@@ -22,7 +22,7 @@ from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.config import DeadpoolConfig
-from deadpool_megatron.vault import TransferFailed
+from deadpool_megatron.vault.errors import TransferFailed
 from deadpool_megatron.vault.words import Words
 from simulation.durable import DIRECTORY, SimulatedDurability
 from simulation.network import Link

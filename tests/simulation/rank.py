@@ -12,7 +12,8 @@ import numpy as np
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.recovery import Calls, EpochClosed, Redo
+from deadpool_megatron.recovery import EpochClosed, Redo
+from deadpool_megatron.recovery.redo import Calls
 from deadpool_megatron.vault import (
     CONSTANT,
     ChecksumMismatch,

@@ -24,18 +24,19 @@ from deadpool_megatron.vault import (
     StaleEpoch,
     Stripes,
     Target,
-    TransferFailed,
     Vault,
     VaultError,
     Version,
     WordPlan,
     constants_of,
 )
-from deadpool_megatron.vault.arena import Arena, Slot
+from deadpool_megatron.vault.arena import Arena, Slot, _header
 from deadpool_megatron.vault.coder import Coder
+from deadpool_megatron.vault.errors import TransferFailed
 from deadpool_megatron.vault.frames import Begin, Share
 from deadpool_megatron.vault.intake import Intake
 from deadpool_megatron.vault.keeper import Keeper
+from deadpool_megatron.vault.leftovers import PAGE
 from deadpool_megatron.vault.rebuild import decode_part, record_of
 from deadpool_megatron.vault.sender import next_slot
 from deadpool_megatron.vault.stripes import Filling, PartOf, cut, parts_of
@@ -319,6 +320,13 @@ class _Stream:
         return chunk
 
 
+def _in_process(path: str, rank: int, kind: Kind, unique_bytes: int, small_capacity: int, chunk_bytes: int) -> Arena:
+    """An arena in memory of this process: no file, and nothing to attach to."""
+    memory = bytearray(Arena.size(rank, kind, unique_bytes, small_capacity, chunk_bytes))
+    memory[:PAGE] = _header(rank, kind, unique_bytes, small_capacity, chunk_bytes, len(memory)).tobytes()
+    return Arena(path, memory)
+
+
 class SimulatedShards(Shards):
     """Of one node. What production does in threads happens in virtual time, everything else as it is there."""
 
@@ -327,7 +335,7 @@ class SimulatedShards(Shards):
         self.node = host.node
         scheme = Scheme.parse(host.cluster.job.redundancy)
         chunk_bytes = CHUNK if scheme.mirror else PARITY_CHUNK
-        self.vault = Vault("sim", host.node, "/sim", chunk_bytes, create=Arena.in_process)
+        self.vault = Vault("sim", host.node, "/sim", chunk_bytes, create=_in_process)
         self.stripes = None if scheme.mirror else _Stripes(scheme.k, scheme.m)
         self.server = _Server(self.vault, self.stripes)  # type: ignore[assignment]
         self._peers = {}

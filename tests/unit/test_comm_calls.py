@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from deadpool_megatron.comm import CommunicatorAborted
 from deadpool_megatron.comm.calls import Calls
 from deadpool_megatron.comm.methods import Messages
+from deadpool_megatron.comm.reports import CommunicatorAborted
 from deadpool_megatron.comm.waits import Poison
 from waiting import until
 

@@ -8,8 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from deadpool_megatron.comm import nccl_environment
-from deadpool_megatron.comm.nccl import Aborts, options_for, set_environment
+from deadpool_megatron.comm.nccl import NCCL_ENVIRONMENT, Aborts, options_for, set_environment
 from deadpool_megatron.comm.table import GroupRecord
 
 pytestmark = pytest.mark.versions(torch=True)
@@ -66,11 +65,8 @@ def test_an_abort_that_fails_keeps_no_other_from_its_end(caplog: pytest.LogCaptu
 
 
 def test_environment_keeps_the_watchdog_from_killing_survivors() -> None:
-    environment = nccl_environment()
-    assert environment["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
-    assert environment["NCCL_RUNTIME_CONNECT"] == "0"  # nor the training thread from hearing of an abort
-    environment.clear()
-    assert nccl_environment()  # a copy each time
+    assert NCCL_ENVIRONMENT["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert NCCL_ENVIRONMENT["NCCL_RUNTIME_CONNECT"] == "0"  # nor the training thread from hearing of an abort
 
 
 def test_what_a_script_exports_is_overridden_with_one_line_in_the_log(
@@ -79,7 +75,7 @@ def test_what_a_script_exports_is_overridden_with_one_line_in_the_log(
     monkeypatch.setattr(os, "environ", {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "NCCL_NVLS_ENABLE": "0"})
     for _ in range(2):  # each group that is made
         set_environment()
-    assert nccl_environment().items() <= os.environ.items()
+    assert NCCL_ENVIRONMENT.items() <= os.environ.items()
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("TORCH_NCCL_ASYNC_ERROR_HANDLING=1 is overridden with 0")
 

@@ -14,8 +14,8 @@ import torch
 
 from deadpool_megatron.comm.nccl import Connecting
 from deadpool_megatron.comm.table import GroupRecord
-from deadpool_megatron.snapshot import CopyError, CudaCopyEngine, PinError, ShardPlan, cuda_engine
-from deadpool_megatron.snapshot.engine import CopyTotals
+from deadpool_megatron.snapshot import CudaCopyEngine, ShardPlan, cuda_engine
+from deadpool_megatron.snapshot.engine import CopyError, CopyTotals, PinError
 
 
 def test_the_publisher_works_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,18 +20,16 @@ from safetensors import safe_open
 from deadpool_megatron.durable import (
     FORMAT,
     Coordinate,
-    Damaged,
     DurableError,
     Item,
     Layout,
     Manifest,
-    NotFit,
     Unreadable,
     directory_name,
     find,
     open_store,
 )
-from deadpool_megatron.durable.errors import Cancelled
+from deadpool_megatron.durable.errors import Cancelled, Damaged, NotFit
 from deadpool_megatron.durable.files import (
     prune,
     read_manifest,

@@ -18,8 +18,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from deadpool_megatron.durable import DurableError, Lease, Taken, begin, go_on, open_store, start, this_process
-from deadpool_megatron.durable.lease import BEAT_S, WATCH_S, Owner, check_owner, take
+from deadpool_megatron.durable import DurableError, Lease, begin, go_on, open_store, start, this_process
+from deadpool_megatron.durable.lease import BEAT_S, WATCH_S, Owner, Taken, check_owner, take
 from deadpool_megatron.durable.store import Store
 from waiting import until
 

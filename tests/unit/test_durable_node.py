@@ -135,7 +135,7 @@ def test_a_copy_that_is_not_what_it_was_is_told_of_before_the_drain_has_failed(n
     assert isinstance(failed, r.FetchFailed) and isinstance(told, r.ShardsDrained) and told.error
     assert (failed.rank, failed.source, failed.generation, failed.version_epoch) == (1, failed.node, 5, 0)
     node.durability.drain(r.DrainShards(f"{NAME}2", 0, 5, 0.0), [0, 1])
-    node.shards.set_epoch(1)
+    node.shards.server.set_epoch(1)
     node.news(Done)
     assert isinstance(node.sent[-1], r.ShardsDrained) and not isinstance(node.sent[-2], r.FetchFailed), "epoch is over"
 
@@ -199,7 +199,7 @@ def test_a_coordinate_that_moves_away_leaves_no_memory_and_no_thread_behind(node
     job.declare(
         r.Declare(1, "resume", "test", [], [1], moved, vaults, [[0, 1], [2, 0]], [UNIQUE] * 4, [1 << 16] * 4, None, 3)
     )
-    node.shards.set_epoch(1)
+    node.shards.server.set_epoch(1)
     told = node.durability._drainer._told
     assert (Stage, 1) in told and node.shards.path_of(1)
     upkeep.committed_to(r.CommittedTo(1, (1, 5), 5))

@@ -18,7 +18,6 @@ def _rank(rank: int, directory: str) -> None:
     from deadpool_megatron.megatron.comparison import Unequal
     from deadpool_megatron.megatron.frozen import _TRIES, ChangedInMemory, Frozen
     from deadpool_megatron.vault import ConstantsWriter, Vault, constants_of
-    from deadpool_megatron.vault.arena import Arena
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=RANKS)
     parallel_state.initialize_model_parallel()  # both ranks are replicas of one another
@@ -29,7 +28,7 @@ def _rank(rank: int, directory: str) -> None:
     torch.nn.init.constant_(model.bias, 1.0)
     frozen.look()
     right = frozen.expected = frozen.digests
-    vault = Vault("frozen", rank, "/nowhere", create=Arena.in_process)
+    vault = Vault("frozen", rank, directory)
     vault.allocate_own(constants_of(rank), frozen.plan.nbytes, 1)
     arena = vault.arena(constants_of(rank), "own")
     assert arena is not None

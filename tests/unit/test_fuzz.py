@@ -26,17 +26,9 @@ from deadpool_megatron.cluster.agent.uplink import Uplink
 from deadpool_megatron.cluster.coordinator.validate import misfit
 from deadpool_megatron.cluster.link.link import Hub, Spoke
 from deadpool_megatron.config import DeadpoolConfig
-from deadpool_megatron.vault import (
-    Deadlines,
-    Malformed,
-    SlotWriter,
-    Vault,
-    VaultError,
-    VaultServer,
-    Version,
-    frames,
-    wire,
-)
+from deadpool_megatron.vault import SlotWriter, Vault, VaultError, VaultServer, Version, frames, wire
+from deadpool_megatron.vault.errors import Malformed
+from deadpool_megatron.vault.wire import Deadlines
 from simulated import SimulatedJob
 
 PATIENT = Deadlines(connect=60.0, idle=60.0, late=0.0)

@@ -16,18 +16,10 @@ import pytest
 from deadpool_megatron import cli
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.watch import Watch
-from deadpool_megatron.observe import (
-    EVENTS,
-    LOGS,
-    RECOVERIES,
-    STATUS,
-    NodeLog,
-    RunDirectory,
-    read_events,
-    read_node_logs,
-)
+from deadpool_megatron.observe import EVENTS, LOGS, STATUS, NodeLog, RunDirectory, read_events
 from deadpool_megatron.observe.narrative import paragraph
 from deadpool_megatron.observe.recoveries import Story, recoveries
+from deadpool_megatron.observe.rundir import RECOVERIES, read_node_logs
 from deadpool_megatron.observe.timeline import deaths, timeline
 from deadpool_megatron.observe.trace import chrome_trace
 from machines import free_port

@@ -14,19 +14,8 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.cluster.agent.watch import Watch
-from deadpool_megatron.observe import (
-    ERROR,
-    EVENTS,
-    JOB,
-    LOGS,
-    RECOVERIES,
-    STATUS,
-    RunDirectory,
-    follow_events,
-    read_events,
-    rundir,
-)
-from deadpool_megatron.observe.rundir import NodeLog
+from deadpool_megatron.observe import ERROR, EVENTS, JOB, LOGS, STATUS, RunDirectory, follow_events, read_events, rundir
+from deadpool_megatron.observe.rundir import RECOVERIES, NodeLog
 from waiting import until
 
 

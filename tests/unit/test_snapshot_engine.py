@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from deadpool_megatron.snapshot import CopyError, HostCopyEngine, Pacing, ShardPlan, Snapshotter
+from deadpool_megatron.snapshot import HostCopyEngine, Pacing, ShardPlan, Snapshotter
+from deadpool_megatron.snapshot.engine import CopyError
 from deadpool_megatron.vault import ChecksumMismatch, NotHeld, SlotWriter, Vault, VaultError, Version
 
 MIB = 1 << 20

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from deadpool_megatron.snapshot import SmallStateError, capture_host_rng, decode, encode, restore_host_rng
+from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng
+from deadpool_megatron.snapshot.small import SmallStateError
 
 
 def test_every_supported_value_comes_back_with_its_type() -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from deadpool_megatron.vault import (
     EMPTY,
-    Deadlines,
     Slot,
     StaleEpoch,
     Vault,
@@ -27,7 +26,7 @@ from deadpool_megatron.vault.frames import Begin, Refusal
 from deadpool_megatron.vault.intake import Intakes
 from deadpool_megatron.vault.keeper import Keeper
 from deadpool_megatron.vault.transfer import own_slot
-from deadpool_megatron.vault.wire import Channel
+from deadpool_megatron.vault.wire import Channel, Deadlines
 
 SECRET = bytes(32)
 

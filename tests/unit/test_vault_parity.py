@@ -29,7 +29,6 @@ from deadpool_megatron.vault import (
     CONSTANT,
     ChecksumMismatch,
     ConstantsWriter,
-    Deadlines,
     Slot,
     SlotWriter,
     Target,
@@ -39,6 +38,7 @@ from deadpool_megatron.vault import (
     transfer,
 )
 from deadpool_megatron.vault.coder import Coder
+from deadpool_megatron.vault.wire import Deadlines
 from waiting import until
 
 SECRET = bytes(range(32))
@@ -217,7 +217,7 @@ def test_after_a_swap_the_spare_and_its_parity_are_whole_again_and_the_next_node
     gone = job.shards.pop(1)
     job.epoch = 1
     for shards in job.shards.values():
-        shards.set_epoch(1)
+        shards.server.set_epoch(1)
     before = {word.ids for word in job.words}
     job.groups = replace(job.groups, {1: 3}, job.scheme)
     job.assignment = placing.replace_nodes(job.assignment, {1: 3})
@@ -374,7 +374,7 @@ def test_a_keeper_that_has_lost_what_never_changes_gets_it_again_in_the_next_epo
         kept.find(constants_of(0), CONSTANT)
     job.epoch = 1
     for shards in job.shards.values():
-        shards.set_epoch(1)
+        shards.server.set_epoch(1)
     job.aim()
     _at_keepers(job, 0)
     assert bytes(kept.find(constants_of(0), CONSTANT)[1].unique) == content
@@ -424,7 +424,7 @@ def test_a_copy_that_has_changed_at_its_owner_does_not_keep_newer_ones_from_bein
     kept.give_up(kept.turn)  # its scrubber was there first: the owner sends it again
     job.epoch = 1
     for shards in job.shards.values():
-        shards.set_epoch(1)
+        shards.server.set_epoch(1)
     job.aim()
     job.write(2)
     job.committed(2)

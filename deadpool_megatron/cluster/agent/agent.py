@@ -308,7 +308,7 @@ class Agent:
                 if late and record.anew and recovery is not None:
                     self._start_over(recovery)
                 elif late and self._shards is not None:
-                    self._shards.set_epoch(record.epoch)
+                    self._shards.server.set_epoch(record.epoch)
             case r.Departed():
                 self._job.departed(record)
             case r.ExitNotice() if not self._s.config.deadpool:

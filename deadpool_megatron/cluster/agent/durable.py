@@ -21,7 +21,6 @@ from deadpool_megatron.durable import (
     FORMAT,
     Answer,
     Cancel,
-    Coordinate,
     Describe,
     Done,
     Drain,
@@ -345,7 +344,7 @@ class NodeDurability:
             record.name,
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             len(record.shards),
-            tuple(Coordinate(c.rank, c.tp, c.pp, c.dp, c.cp, c.ep) for c in record.coordinates),
+            tuple(record.coordinates),
             tuple(record.shards),
             job,
         )

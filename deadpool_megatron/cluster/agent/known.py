@@ -50,17 +50,8 @@ class KnownJob:
         if late and record.anew:
             self.declared = None
             self._tables = Tables()
-        old = self._tables
-        self._hold(
-            Tables(
-                record.version,
-                record.assignment if late else old.assignment,
-                record.vaults,
-                old.groups,
-                old.unique_bytes,
-                old.small_capacity,
-            )
-        )
+        assignment = record.assignment if late else self._tables.assignment
+        self._hold(replace(self._tables, version=record.version, assignment=assignment, vaults=record.vaults))
         return late
 
     def place(self, record: r.Placement) -> None:

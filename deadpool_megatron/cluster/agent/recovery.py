@@ -79,7 +79,7 @@ class NodeRecovery:
         """The start begins anew, in an epoch that the job has been told already."""
         self._done = {}
         self._holding = False
-        self._shards.set_epoch(self._job.epoch)
+        self._shards.server.set_epoch(self._job.epoch)
         self._upkeep.replan(sizes_known=False)
         self._crew.start_over()
 
@@ -88,7 +88,7 @@ class NodeRecovery:
         self._job.declare(record)
         self._done = {}
         self._holding = False
-        self._shards.set_epoch(record.epoch)
+        self._shards.server.set_epoch(record.epoch)
         here, workers = self._job.ranks, self._crew.workers
         for worker in list(workers.values()):
             if worker.rank is None or worker.retired:
@@ -125,7 +125,7 @@ class NodeRecovery:
         aims = job.targets() or {}
         for local, rank in job.ranks.items():
             if local in self._crew.workers:
-                shards.set_near(rank, self._crew.workers[local].numa)
+                shards.vault.set_near(rank, self._crew.workers[local].numa)
             source = record.sources.get(rank)
             keepers = aims.get(constants_of(rank), ())
             if rank in record.rebuilds:

@@ -194,17 +194,6 @@ class Shards:
             )
         return info.path
 
-    def set_near(self, rank: int, numa: int) -> None:
-        """The NUMA node of the worker that has, or takes over, ``rank``; memory for its shard is made there.
-
-        A spare's memory is made when its shard is fetched, before its worker can ask for any.
-        """
-        self.vault.set_near(rank, numa)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Refuse whatever belongs to an older epoch from now on."""
-        self.server.set_epoch(epoch)
-
     def set_targets(self, epoch: int, targets: Mapping[int, Sequence[Target]]) -> None:
         """Where each own rank's shards go."""
         self._replicator.set_targets(epoch, targets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.observe import NodeLog
@@ -13,14 +13,6 @@ from deadpool_megatron.vault import Vault, unpack
 
 if TYPE_CHECKING:
     from deadpool_megatron.observe.metrics import NodeMetrics
-
-_STEPS: Final[dict[type, str]] = {
-    r.Offer: "aborted",
-    r.NodeReady: "prepared",
-    r.NodeFormed: "reformed",
-    r.NodeRestored: "restored",
-    r.NodeResumed: "resumed",
-}
 
 
 class Watch:
@@ -113,7 +105,7 @@ class Watch:
 
     def sent(self, record: r.AgentRecord) -> None:
         """The agent has told the coordinator something."""
-        step = _STEPS.get(type(record))
+        step = r.STEPS.get(type(record))
         m = self._metrics
         if step is not None:
             self._log.write("step", epoch=getattr(record, "epoch", 0), step=step)

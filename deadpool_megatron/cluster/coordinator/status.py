@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from deadpool_megatron.cluster import records as r
-
-_STEPS: Final[dict[type, str]] = {
-    r.Offer: "aborted",
-    r.NodeReady: "prepared",
-    r.NodeFormed: "reformed",
-    r.NodeRestored: "restored",
-    r.NodeResumed: "resumed",
-}
 
 
 class Progress:
@@ -27,7 +19,7 @@ class Progress:
         if isinstance(record, r.Committed):
             self._committed[record.node] = record.generation
             return None
-        step = _STEPS.get(type(record))
+        step = r.STEPS.get(type(record))
         if step is None:
             return None
         epoch, node = int(getattr(record, "epoch", 0)), int(getattr(record, "node", -1))

@@ -108,8 +108,8 @@ class Core:
             r.NodeArrived: self._recoveries.arrived,
             r.NodeReady: self._node_ready,
             r.NodeFormed: lambda record: self._recoveries.formed(record, self._now),
-            r.NodeRestored: lambda record: self._recoveries.restored(record, self._now),
-            r.NodeResumed: lambda record: self._recoveries.resumed(record, self._now),
+            r.NodeRestored: lambda record: self._recoveries.got_on(record, self._now),
+            r.NodeResumed: lambda record: self._recoveries.got_on(record, self._now),
             r.Committed: lambda record: self._returning.committed(record, self._now),
             r.Covered: self._recoveries.covered,
             r.NoRoom: seen.no_room,
@@ -636,7 +636,7 @@ class Core:
     def _new_epoch(self, replaced: list[int]) -> None:
         self.seen.moved(replaced)
         self._finished.clear()
-        self._suspicions.explained()
+        self._suspicions.ended()
         self._ends.new_epoch()
         self._drains.forget()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.accounting import SnapshotAccount
 from deadpool_megatron.cluster.core.effects import Answer, Effects, Send, Stop, emit
@@ -47,23 +49,13 @@ class Observations:
         first = head.iterated(record)
         yield emit(
             "iteration",
-            node=record.node,
-            rank=record.rank,
-            iteration=record.iteration,
-            losses={k: float.fromhex(v) for k, v in record.losses.items()},
-            losses_hex=record.losses,
-            grad_norm=float.fromhex(record.grad_norm) if record.grad_norm is not None else None,
-            grad_norm_hex=record.grad_norm,
-            seconds=record.seconds,
-            blocked_s=record.blocked_s,
-            copied_bytes=record.copied_bytes,
-            skipped_generations=record.skipped_generations,
-            stall_s=record.stall_s,
-            device_stall_s=record.device_stall_s,
-            copied_s=record.copied_s,
-            copy_bandwidth=record.copy_bandwidth,
-            sent_bytes=record.sent_bytes,
-            send_bandwidth=record.send_bandwidth,
+            **msgspec.structs.asdict(record)
+            | {
+                "losses": {k: float.fromhex(v) for k, v in record.losses.items()},
+                "losses_hex": record.losses,
+                "grad_norm": float.fromhex(record.grad_norm) if record.grad_norm is not None else None,
+                "grad_norm_hex": record.grad_norm,
+            },
             commit_s=self.snapshots.iterated(record, now),
         )
         if first and self._lag.iterated(head.iteration - head.committed, head.held_back_by, now) and self.lag:

@@ -390,11 +390,12 @@ class Recoveries:
             yield emit("reformed", groups=groups, changed=changed, of=of)
             yield from self._check_restored(recovery, now)
 
-    def restored(self, record: r.NodeRestored, now: float) -> Effects:
-        """A node has its parameters back."""
+    def got_on(self, record: r.NodeRestored | r.NodeResumed, now: float) -> Effects:
+        """A node has its parameters back, or trains again."""
         recovery = self.of(record.epoch)
         if recovery is not None:
-            recovery.restored(record.node)
+            tell = recovery.restored if isinstance(record, r.NodeRestored) else recovery.resumed
+            tell(record.node)
             yield from self._check_restored(recovery, now)
 
     def compared(self, record: r.Compared, now: float) -> Effects:
@@ -415,13 +416,6 @@ class Recoveries:
             yield emit("compared", iteration=record.iteration, seconds=seconds)
         else:
             recovery.compared_s = seconds
-            yield from self._check_restored(recovery, now)
-
-    def resumed(self, record: r.NodeResumed, now: float) -> Effects:
-        """A node trains again."""
-        recovery = self.of(record.epoch)
-        if recovery is not None:
-            recovery.resumed(record.node)
             yield from self._check_restored(recovery, now)
 
     def _check_restored(self, recovery: Recovery, now: float) -> Effects:

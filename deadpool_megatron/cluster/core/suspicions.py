@@ -95,11 +95,8 @@ class Suspicions:
         """An iteration has ended: errors far apart do not add up over the life of a job."""
         self._failures = 0
 
-    def explained(self) -> None:
-        """A new epoch: its ranks are judged by what they say in it."""
-        self.ended()
-
     def ended(self) -> None:
-        """Training is over: who still waits for a peer waits for one that has left."""
+        """An epoch is over, whose ranks are judged by what they say in it; or training is, and who still waits for a
+        peer waits for one that has left."""
         self._error = None
         self._stalls = StallJudge(self._state.job.world_size)

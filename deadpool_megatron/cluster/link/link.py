@@ -64,6 +64,16 @@ def _unlimited(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Context[zmq.Socke
     return context
 
 
+def monitored(monitor: zmq.Socket[bytes]) -> Iterator[tuple[int, int]]:
+    """What has become of connections since the last look, in order: each event and its descriptor."""
+    while True:
+        try:
+            event = recv_monitor_message(monitor, zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        yield int(event["event"]), int(event["value"])
+
+
 def _heartbeats(socket: zmq.Socket[bytes], every_s: float, within_s: float) -> None:
     """Ask the other end for a sign of life; no answer in time ends the connection.
 
@@ -178,21 +188,11 @@ class Hub:
                 self._new.add(name)
             on_packet(identity, body.bytes)
         # Always, also if there was none: the end of the one before is there when a connection's first packet is.
-        events = self._events()
+        events = list(monitored(self._monitor))
         for index, (event, fd) in enumerate(events):
             if event == zmq.EVENT_DISCONNECTED:
                 self._ended(fd, events[index + 1 :].count((zmq.EVENT_ACCEPTED, fd)), on_gone)
         self._new.clear()
-
-    def _events(self) -> list[tuple[int, int]]:
-        """What has become of which descriptors, in order."""
-        events: list[tuple[int, int]] = []
-        while True:
-            try:
-                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
-            except zmq.Again:
-                return events
-            events.append((int(event["event"]), int(event["value"])))
 
     def _ended(self, fd: int, later: int, on_gone: Callable[[bytes], None]) -> None:
         """The oldest connection with this descriptor has ended, and so many newer ones have had it since."""
@@ -263,17 +263,13 @@ class Spoke:
 
     def changed(self) -> bool:
         """Look at the ``monitor`` socket: True when the connection has come up or gone since the last look."""
-        before = self.connected
         news = False
-        while True:
-            try:
-                event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
-            except zmq.Again:
-                return news or before != self.connected
+        for event, _ in monitored(self.monitor):
             news = True
-            up = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self.ended += self.connected and not up
             self.connected = up
+        return news
 
     def send(self, packet: bytes, timeout_s: float = 10.0) -> bool:
         """Send one packet once the connection is up; False when it did not come up in time."""

@@ -1,8 +1,9 @@
-"""Ports of this machine: waiting for one that is taken for a moment."""
+"""Ports and addresses of this machine."""
 
 from __future__ import annotations
 
 import errno
+import socket
 import time
 from collections.abc import Callable
 
@@ -31,3 +32,10 @@ def once_free[T](listen: Callable[[], T], patience_s: float) -> T:
             if err.errno != errno.EADDRINUSE or time.monotonic() >= end:
                 raise
         time.sleep(_LOOK_S)
+
+
+def address_towards(address: str) -> str:
+    """The address of this machine that packets to ``address`` leave from; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))
+        return str(probe.getsockname()[0])

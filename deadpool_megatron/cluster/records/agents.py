@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -177,6 +177,16 @@ class NodeResumed(Record, frozen=True):
     epoch: int
     node: int
     iteration: int
+
+
+# A recovery's, in order, and how they are called wherever they are shown.
+STEPS: Final[dict[type, str]] = {
+    Offer: "aborted",
+    NodeReady: "prepared",
+    NodeFormed: "reformed",
+    NodeRestored: "restored",
+    NodeResumed: "resumed",
+}
 
 
 class Committed(Record, frozen=True):

@@ -67,36 +67,32 @@ def _body(packet: bytes, sender: str) -> bytes:
     return body
 
 
+def _decode[T](decoder: msgspec.msgpack.Decoder[T], sender: str, packet: bytes) -> T:
+    """The record in a packet that ``sender`` has sent. Raises RecordError."""
+    try:
+        return decoder.decode(_body(packet, sender))
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
+        raise RecordError(f"malformed record from {sender}: {err}") from None
+
+
 def decode_from_agent(packet: bytes) -> AgentRecord:
     """Decode what an agent (or `deadpool inject`) sent. Raises RecordError."""
-    try:
-        return _from_agent.decode(_body(packet, "agent"))
-    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
-        raise RecordError(f"malformed record from agent: {err}") from None
+    return _decode(_from_agent, "agent", packet)
 
 
 def decode_from_coordinator(packet: bytes) -> CoordinatorRecord:
     """Decode what the coordinator sent. Raises RecordError."""
-    try:
-        return _from_coordinator.decode(_body(packet, "coordinator"))
-    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
-        raise RecordError(f"malformed record from coordinator: {err}") from None
+    return _decode(_from_coordinator, "coordinator", packet)
 
 
 def decode_from_worker(packet: bytes) -> WorkerRecord:
     """Decode what a worker sent. Raises RecordError."""
-    try:
-        return _from_worker.decode(_body(packet, "worker"))
-    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
-        raise RecordError(f"malformed record from worker: {err}") from None
+    return _decode(_from_worker, "worker", packet)
 
 
 def decode_to_worker(packet: bytes) -> WorkerTold:
     """Decode what the agent told this worker. Raises RecordError."""
-    try:
-        return _to_worker.decode(_body(packet, "agent"))
-    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
-        raise RecordError(f"malformed record from agent: {err}") from None
+    return _decode(_to_worker, "agent", packet)
 
 
 def _names(union: object, without: Collection[str] = ()) -> list[str]:

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from deadpool_megatron.durable.format import Coordinate
+
 Purpose = Literal["resume", "save", "drain"]
 SideEffectKind = Literal["log", "evaluation", "save"]
 Stall = Literal["waiting", "busy", "silent"]
@@ -51,15 +53,7 @@ class Share(Value, frozen=True):
     version_epoch: int
 
 
-class CoordinateInfo(Value, frozen=True, gc=False):
-    """The parallel indices of one coordinate."""
-
-    rank: int
-    tp: int
-    pp: int
-    dp: int
-    cp: int = 0
-    ep: int = 0
+CoordinateInfo = Coordinate  # on the wire as in a manifest
 
 
 FaultKind = Literal[

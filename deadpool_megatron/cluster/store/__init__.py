@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deadpool_megatron.cluster.store.base import Deposed, Entry, Guard, Lease, Store, StoreDamaged, StoreError, Watch
+from deadpool_megatron.cluster.store.base import Deposed, Guard, Lease, Store, StoreDamaged, StoreError
 from deadpool_megatron.cluster.store.embedded import EmbeddedStore
 from deadpool_megatron.cluster.store.etcd import EtcdStore
 from deadpool_megatron.cluster.store.gateway import PASSWORD, StoreAddress
@@ -14,7 +14,6 @@ __all__ = [
     "PASSWORD",
     "Deposed",
     "EmbeddedStore",
-    "Entry",
     "EtcdStore",
     "Guard",
     "Lease",
@@ -22,7 +21,6 @@ __all__ = [
     "StoreAddress",
     "StoreDamaged",
     "StoreError",
-    "Watch",
     "check_address",
     "open_store",
     "towards",

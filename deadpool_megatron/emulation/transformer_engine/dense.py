@@ -6,6 +6,7 @@ Sources: transformer_engine/pytorch/csrc/extensions/{gemm,normalization,activati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -424,10 +425,7 @@ def scaled_aligned_causal_masked_softmax_forward(x: Tensor, scale: float) -> Ten
     return torch.softmax((x.float() * scale).masked_fill(later, float("-inf")), -1).to(x.dtype)
 
 
-@kernel
-def scaled_upper_triang_masked_softmax_forward(x: Tensor, scale: float) -> Tensor:
-    answer: Tensor = scaled_aligned_causal_masked_softmax_forward(x, scale)
-    return answer
+offer("scaled_upper_triang_masked_softmax_forward", scaled_aligned_causal_masked_softmax_forward)
 
 
 def _softmax_backward(grad: Tensor, y: Tensor, scale: float) -> Tensor:
@@ -509,29 +507,5 @@ def _rope(
     return (y if int(qkv_format) == _SBHD else y.transpose(0, 1)).contiguous()
 
 
-@kernel
-def fused_rope_forward(
-    input: Tensor,
-    freqs: Tensor,
-    start_positions: Tensor | None,
-    qkv_format: int,
-    interleaved: bool,
-    cu_seqlens: Tensor | None,
-    cp_size: int,
-    cp_rank: int,
-) -> Tensor:
-    return _rope(input, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, cp_rank, False)
-
-
-@kernel
-def fused_rope_backward(
-    grad: Tensor,
-    freqs: Tensor,
-    start_positions: Tensor | None,
-    qkv_format: int,
-    interleaved: bool,
-    cu_seqlens: Tensor | None,
-    cp_size: int,
-    cp_rank: int,
-) -> Tensor:
-    return _rope(grad, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, cp_rank, True)
+offer("fused_rope_forward", partial(_rope, backward=False))
+offer("fused_rope_backward", partial(_rope, backward=True))

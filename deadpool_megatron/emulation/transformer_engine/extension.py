@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from deadpool_megatron.emulation.device import constant
 from deadpool_megatron.emulation.transformer_engine import (
     attention,
     dense,
@@ -20,11 +21,9 @@ from deadpool_megatron.emulation.transformer_engine import enums as _enums
 from deadpool_megatron.emulation.transformer_engine.kernels import KERNELS
 from deadpool_megatron.emulation.transformer_engine.userbuffers import (  # noqa: F401 - the extension has them
     CommOverlap,
-    CommOverlapBase,
     CommOverlapCore,
     CommOverlapHelper,
     CommOverlapP2P,
-    CommOverlapP2PBase,
 )
 
 _KERNEL_MODULES = (attention, dense, experts, optimizer, quantization, scales, userbuffers)
@@ -43,13 +42,6 @@ class FP8TensorMeta:
 grouped_mlp_experimental = types.SimpleNamespace()
 
 
-def _always(value: Any) -> Callable[..., Any]:
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        return value
-
-    return answer
-
-
 def get_cublasLt_version() -> int:
     """From 130300 on Transformer Engine splits the rows of grouped GEMMs on the device (a Blackwell's), as CUDA graphs
     need it; the emulation has that in 16 bits only, so it has to be asked for."""
@@ -57,14 +49,14 @@ def get_cublasLt_version() -> int:
 
 
 # Versions that allow every feature that Transformer Engine asks them about.
-get_cudnn_version = _always(92400)
-get_grouped_gemm_setup_workspace_size = _always(1)
-get_num_cublas_streams = _always(4)
-get_stream_priority_range = _always((0, -5))
-device_supports_multicast = _always(True)
-ubuf_built_with_mpi = _always(False)
-nvte_built_with_cublasmp = _always(False)
-ep_zero_copy_supported = _always(False)
+get_cudnn_version = constant(92400)
+get_grouped_gemm_setup_workspace_size = constant(1)
+get_num_cublas_streams = constant(4)
+get_stream_priority_range = constant((0, -5))
+device_supports_multicast = constant(True)
+ubuf_built_with_mpi = constant(False)
+nvte_built_with_cublasmp = constant(False)
+ep_zero_copy_supported = constant(False)
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:

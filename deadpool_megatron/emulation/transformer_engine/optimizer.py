@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deadpool_megatron.emulation.transformer_engine.formats import to_fp8
-from deadpool_megatron.emulation.transformer_engine.kernels import kernel
+from deadpool_megatron.emulation.transformer_engine.kernels import kernel, offer
 
 Lists = Sequence[Sequence[Tensor]]
 _ADAM_W = 1
@@ -114,9 +114,7 @@ def multi_tensor_adam_capturable_master(
     multi_tensor_adam(chunk_size, noop_flag, tensor_lists, *settings)
 
 
-@kernel
-def multi_tensor_adam_capturable(chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, *rest: Tensor) -> None:
-    multi_tensor_adam_capturable_master(chunk_size, noop_flag, tensor_lists, *rest)
+offer("multi_tensor_adam_capturable", multi_tensor_adam_capturable_master)
 
 
 @kernel
@@ -129,9 +127,7 @@ def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, 
         target.copy_(value)
 
 
-@kernel
-def multi_tensor_scale_tensor(chunk_size: int, noop_flag: Tensor, tensor_lists: Lists, scale: Tensor) -> None:
-    multi_tensor_scale(chunk_size, noop_flag, tensor_lists, scale)
+offer("multi_tensor_scale_tensor", multi_tensor_scale)
 
 
 @kernel

@@ -32,7 +32,7 @@ from deadpool_megatron.emulation.transformer_engine.formats import (
     to_fp4,
     to_fp8,
 )
-from deadpool_megatron.emulation.transformer_engine.kernels import kernel
+from deadpool_megatron.emulation.transformer_engine.kernels import kernel, offer
 
 BLOCK, MX_BLOCK, FP4_BLOCK = 128, 32, 16
 # The extension calls it from C++: whoever replaces torch's Python methods later is passed by.
@@ -476,8 +476,4 @@ def multi_tensor_swizzle_scales_for_gemm_(tensors: Sequence[Any], rowwise_usage:
         swizzle_scales_for_gemm_(tensor)
 
 
-@kernel
-def multi_tensor_swizzle_scales_for_gemm_unchecked_(
-    tensors: Sequence[Any], rowwise_usage: bool, columnwise_usage: bool
-) -> None:
-    multi_tensor_swizzle_scales_for_gemm_(tensors, rowwise_usage, columnwise_usage)
+offer("multi_tensor_swizzle_scales_for_gemm_unchecked_", multi_tensor_swizzle_scales_for_gemm_)

@@ -41,11 +41,25 @@ class CommOverlapHelper:
 class CommOverlapCore:
     """A buffer (rows, columns) of 16-bit numbers, or of FP8 as bytes, that the kernels of the ranks work on."""
 
-    _chunks: int
-
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, helper: CommOverlapHelper, tp_size: int) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        helper: CommOverlapHelper,
+        tp_size: int,
+        comm_type: Any = None,
+        *,
+        atomic_gemm: bool = False,
+        **_: Any,
+    ) -> None:
+        if atomic_gemm:
+            raise NotImplementedError(
+                "the emulation has no atomic GEMMs: leave atomic_gemm out of --tp-comm-overlap-cfg"
+            )
         rows, columns = shape
         self._link, self._size = helper.link, tp_size
+        # In rings, what arrives is kept apart until all of it is added up.
+        self._chunks = 2 * tp_size - 1 if self.is_p2p_overlap() and comm_type == _RS else tp_size
         self._buffer = torch.empty(rows // tp_size * self._chunks, columns, dtype=dtype)
 
     def is_fp8_ubuf(self) -> bool:
@@ -104,53 +118,12 @@ class CommOverlapCore:
         graphs.noted(reduce)
 
 
-class CommOverlapBase(CommOverlapCore): ...
-
-
-class CommOverlapP2PBase(CommOverlapCore): ...
-
-
-def _no_atomics(atomic_gemm: bool) -> None:
-    if atomic_gemm:
-        raise NotImplementedError("the emulation has no atomic GEMMs: leave atomic_gemm out of --tp-comm-overlap-cfg")
-
-
-class CommOverlap(CommOverlapBase):
+class CommOverlap(CommOverlapCore):
     """For bulk overlap, where GEMM and communication have nothing to do with one another, and for pipelines."""
 
-    def __init__(
-        self,
-        buffer_shape: Sequence[int],
-        buffer_dtype: torch.dtype,
-        helper: CommOverlapHelper,
-        tp_size: int,
-        *,
-        atomic_gemm: bool = False,
-        **_: Any,
-    ) -> None:
-        _no_atomics(atomic_gemm)
-        self._chunks = tp_size
-        super().__init__(buffer_shape, buffer_dtype, helper, tp_size)
 
-
-class CommOverlapP2P(CommOverlapP2PBase):
+class CommOverlapP2P(CommOverlapCore):
     """For rings, in which each rank sends chunks to the next."""
-
-    def __init__(
-        self,
-        buffer_shape: Sequence[int],
-        buffer_dtype: torch.dtype,
-        helper: CommOverlapHelper,
-        tp_size: int,
-        comm_type: Any,
-        *,
-        atomic_gemm: bool = False,
-        **_: Any,
-    ) -> None:
-        _no_atomics(atomic_gemm)
-        # What arrives is kept apart until all of it is added up.
-        self._chunks = 2 * tp_size - 1 if comm_type == _RS else tp_size
-        super().__init__(buffer_shape, buffer_dtype, helper, tp_size)
 
     def is_p2p_overlap(self) -> bool:
         return True
