@@ -20,7 +20,7 @@ from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.durable import FORMAT, Coordinate, Lease, Manifest, directory_name, this_process
+from deadpool_megatron.durable import FORMAT, Coordinate, Lease, Manifest, Unreadable, directory_name, this_process
 from deadpool_megatron.durable.files import seal, write_constants, write_shard
 from deadpool_megatron.durable.lease import LOOK_S, WATCH_S, Taken, Taking
 from deadpool_megatron.vault import VaultFull
@@ -333,7 +333,13 @@ class Rival:
         world.say("rival", "takes the directory over")
         if owner is not None and owner.job == "sim" and not owner.ended and silent < WATCH_S:
             raise Violation(f"the directory is taken from a job that renewed it {silent:.1f} s ago")
-        self.run = Run(self._seed, self._profile, beside=first, lease=lease)
+        try:
+            self.run = Run(self._seed, self._profile, beside=first, lease=lease)
+        except Unreadable as err:  # it ends with 77: nothing begins from zero beside what there is
+            world.say("rival", str(err))
+            self.refused = True
+            if whole := first.oracle.directory.whole():
+                raise Violation(f"a job is refused for damage beside generations that are whole: {whole}") from None
 
 
 @contextlib.contextmanager
