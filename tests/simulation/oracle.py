@@ -50,10 +50,6 @@ class DirectoryOracle:
         """A file of this generation has changed."""
         self._damaged.add(name)
 
-    def whole(self) -> list[str]:
-        """Generations that the user was told are durable, and that nothing has happened to."""
-        return [] if "constants" in self._damaged else [name for _, name in self._durable if name not in self._damaged]
-
     def found(self, there: DirectoryOracle) -> None:
         """This job has taken over what another one has left."""
         self._durable, self._damaged = list(there._durable), set(there._damaged)

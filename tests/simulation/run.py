@@ -338,8 +338,8 @@ class Rival:
         except Unreadable as err:  # it ends with 77: nothing begins from zero beside what there is
             world.say("rival", str(err))
             self.refused = True
-            if whole := first.oracle.directory.whole():
-                raise Violation(f"a job is refused for damage beside generations that are whole: {whole}") from None
+            if (whole := first.oracle.directory.whole()) is not None:
+                raise Violation(f"a job is refused for damage, and generation {whole} is whole: {err}") from None
 
 
 @contextlib.contextmanager
