@@ -232,17 +232,17 @@ class Jobs:
         script: Path = EXAMPLE,
         deadpool: bool = True,
         extra: dict[str, str] | None = None,
-        held: bool = False,
+        held: bool | str = False,
     ) -> Job:
         """Start a job; with ``deadpool`` its state hashes are written at the end.
 
-        ``held``: it does not begin iteration 0 before `Job.arm` or `Job.hold` lets it.
+        ``held``: it does not begin iteration 0 before `Job.arm` or `Job.hold` lets it; ``wait``: nor its script.
         """
         run_dir = self.directory / name
         if held:
             extra = {"PACE_FILE": f"{run_dir}.pace", "SCRIPT": str(script)} | (extra or {})
             script = PACED
-            set_pace(Path(extra["PACE_FILE"]), "hold 0")
+            set_pace(Path(extra["PACE_FILE"]), held if isinstance(held, str) else "hold 0")
         ours = ["--deadpool", "--deadpool-state-hash", f"{run_dir}.hash.json"] if deadpool else []
         job = Job(run_dir, launch, [str(script), *flags, *ours], extra)
         self._jobs.append(job)

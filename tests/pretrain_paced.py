@@ -2,7 +2,8 @@
 
 Sleeping leaves processors to others while a test waits for new spares, and spends no iterations on it. At ``hold N`` a
 rank waits before it begins iteration N (from 0), until the file says otherwise: so a test can arm a fault for an
-iteration that cannot be over. Neither changes a number. The environment has the file, and the script (`SCRIPT`).
+iteration that cannot be over. At ``wait`` it waits before the script begins. Nothing of it changes a number. The
+environment has the file, and the script (`SCRIPT`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def paced(kind: type) -> None:
 
 for model in (GPTModel, BertModel, T5Model, *([HybridModel] if HybridModel else [])):
     paced(model)
+while _pace.read_text() == "wait":
+    time.sleep(0.01)
 sys.argv[0] = _script
 sys.path.insert(0, str(Path(_script).parent))
 runpy.run_path(_script, run_name="__main__")

@@ -76,7 +76,7 @@ def _started(job: Job) -> bool:
 
 def test_a_node_lost_at_the_start_costs_the_start_and_a_spare(jobs: Jobs) -> None:
     calm = jobs.start("calm", launch_flags(2, 0, 1), FLAGS).finished()
-    job = jobs.start("killed", launch_flags(3, 1, 1), FLAGS, held=True)
+    job = jobs.start("killed", launch_flags(3, 1, 1), FLAGS, held="wait")
     job.until("all agents", lambda: _started(job))
     job.kill_node(0)
     job.until_event("started_over")
@@ -87,7 +87,7 @@ def test_a_node_lost_at_the_start_costs_the_start_and_a_spare(jobs: Jobs) -> Non
 
 
 def test_a_node_lost_at_the_start_without_a_spare_ends_in_a_code_that_is_queued_again(jobs: Jobs) -> None:
-    job = jobs.start("killed", launch_flags(2, 0, 1), FLAGS, held=True)
+    job = jobs.start("killed", launch_flags(2, 0, 1), FLAGS, held="wait")
     job.until("all agents", lambda: _started(job))
     job.kill_node(0)
     assert job.wait() == Exit.NO_SPARE
