@@ -217,6 +217,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_survives_a_kill(jobs: Jobs) -> Non
 def test_a_job_that_was_killed_whole_goes_on_from_its_durable_directory_which_becomes_a_checkpoint(jobs: Jobs) -> None:
     store = jobs.directory / "store"
     more = ["--deadpool-durable-dir", str(store), "--deadpool-durable-interval", "2", "--deadpool-resume", "auto"]
+    more += ["--deadpool-durable-keep", "9"]  # the one to export, too
     want = undisturbed(launch_flags(2, 0, 1), [], BRIDGE)
     job = _start(jobs, "ended", more, 2, 0)
     job.hold(6)

@@ -342,7 +342,8 @@ class Core:
             message += self._durability.hint
         code = int(code)
         for fault in self._armed:
-            if (fault.iteration or 0) > self.iteration + 1:  # the next one may have begun
+            # The end of the last one may have been told in an epoch that was over by then, and the next one has begun.
+            if (fault.iteration or 0) > self.iteration + 2:
                 text = f"the fault {fault.kind} of node {fault.node} was for iteration {fault.iteration}, and the job "
                 text += f"ended before it: its last iteration was {self.iteration}"
                 yield emit("never_struck", node=fault.node, iteration=fault.iteration, message=text)
