@@ -118,7 +118,16 @@ def test_slurm_and_kubernetes_number_the_nodes_and_a_secret_file_needs_no_shared
 
 
 def test_the_coordinator_may_run_on_a_machine_of_its_own_and_gives_the_jobs_code(machines: Machines) -> None:
-    script = _script(machines, "import os, sys\nsys.exit(5 if os.environ['RANK'] == '1' else 0)\n")
+    script = _script(
+        machines,
+        "import os, pathlib, sys, time\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    pathlib.Path(__file__).with_name('up-0').touch()\n"
+        "    sys.exit(0)\n"
+        "while not pathlib.Path(__file__).with_name('up-0').exists():\n"  # a node that comes later finds no job
+        "    time.sleep(0.01)\n"
+        "sys.exit(5)\n",
+    )
     line = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{machines.port}"]
     for n in (0, 1):
         machines.start([*line, "--node-rank", str(n), "--no-coordinator"], script)

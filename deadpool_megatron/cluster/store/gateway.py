@@ -130,7 +130,8 @@ class Gateway:
                 try:
                     answer = self._once(endpoint, path, body, share)
                 except _Elsewhere as err:
-                    why = str(err)
+                    if not why or "timed out" not in str(err):  # the last try has only what is left of the time
+                        why = str(err)
                     continue
                 self._first = which
                 return answer
