@@ -16,9 +16,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.link.reach import reached
+from deadpool_megatron.cluster.link.reach import CONNECT_S, reached
 
-_CONNECT_S = 1.0
 _MOST_ASKED = 64  # of a job cut one to three, a node of the larger part finds itself cut off once in 100,000 times
 
 
@@ -72,7 +71,7 @@ class Fence:
                 self._ask_at = now + self._lease / 8
                 return now - self._alone_since >= self._lease / 2
         if now >= self._ask_at:
-            self._ask_at = now + self._lease + _CONNECT_S
+            self._ask_at = now + self._lease + CONNECT_S
             others = [a for node, a in vaults.items() if node != self._node]
             if len(others) > _MOST_ASKED:
                 others = self._chance.sample(others, _MOST_ASKED)

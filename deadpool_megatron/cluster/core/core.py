@@ -248,7 +248,7 @@ class Core:
         now_or_never = fault.iteration is None and not fault.point
         if fault.kind == "corrupt" and not self.job.deadpool:
             return "the job runs without --deadpool, so it keeps no copies", []
-        if fault.kind == "corrupt" and now_or_never and all(slot.node != fault.node for slot in self.assignment):
+        if fault.kind == "corrupt" and now_or_never and not self.members.holds(fault.node):
             return f"node {fault.node} has no copy of its own now: it is a spare", []
         if fault.iteration is not None and fault.iteration <= self.iteration:
             return f"iteration {fault.iteration} is over: the job is past iteration {self.iteration}", []
@@ -292,7 +292,7 @@ class Core:
         if self._state.phase is not Phase.RUNNING:
             return f"not now, the job is {self.phase.value}; try again in a moment", -1, []
         node = self.members.add_spare(was)
-        self.protection.label(node, self.protection.labels(was))
+        self.protection.succeeds(node, was)
         self._arrivals.expect({node}, now)
         return "", node, self._run(_just(Persist()), now)
 
@@ -402,7 +402,7 @@ class Core:
         kept = parts["now"]
         self.members.load(parts["members"], now)
         for node, state in self.nodes.items():
-            self.protection.label(node, self.protection.labels(state.was))
+            self.protection.succeeds(node, state.was)
         self._state.phase = _RESTORED.get(kept["phase"], Phase.RUNNING)
         self._state.end = tuple(kept["end"]) if kept["end"] else None
         self._layout.load(parts.get("layout"), kept["can_rescue"])

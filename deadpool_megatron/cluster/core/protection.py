@@ -66,9 +66,14 @@ class Protection:
             self._labels[node] = {**labels, **self._labels.get(node, {})}
             self._exact = None
 
-    def labels(self, node: int | None) -> Mapping[str, str]:
+    def labels(self, node: int) -> Mapping[str, str]:
         """The failure domains of a node, by kind."""
-        return self._labels.get(-1 if node is None else node, {})
+        return self._labels.get(node, {})
+
+    def succeeds(self, node: int, was: int | None) -> None:
+        """``node`` is the machine of the lost node ``was``, if of any: its failure domains are the same."""
+        if was is not None:
+            self.label(node, self.labels(was))
 
     def begin(
         self,

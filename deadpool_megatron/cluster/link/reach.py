@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
-_CONNECT_S: Final = 1.0
+CONNECT_S: Final = 1.0
 # No descriptor, memory or port was left here: nobody has been asked.
 _OWN: Final = {
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EADDRNOTAVAIL,
@@ -24,7 +24,7 @@ def reached(places: Sequence[tuple[str, int]]) -> int:
 
     def ask(place: tuple[str, int]) -> None:
         try:
-            socket.create_connection(place, _CONNECT_S).close()
+            socket.create_connection(place, CONNECT_S).close()
         except OSError as err:
             if err.errno not in _OWN:
                 return
@@ -39,5 +39,5 @@ def reached(places: Sequence[tuple[str, int]]) -> int:
     except RuntimeError:  # no thread was left
         answers += [True] * (len(threads) - begun)
     for thread in threads[:begun]:
-        thread.join(2 * _CONNECT_S)
+        thread.join(2 * CONNECT_S)
     return len(answers)
