@@ -181,6 +181,17 @@ def test_the_embedded_stores_host_is_killed_and_comes_back_and_the_job_goes_on(m
     assert "coordinator_back" in events and "detected" not in events
 
 
+def _without_machine_0(machines: Machines, committed: int) -> tuple[MachinesJob, int]:
+    """A job that trains, and has lost that machine once a generation was committed; the worker of rank 1."""
+    job = MachinesJob(machines)
+    job.process = machines.started[1]
+    job.until_event("training")
+    job.until("a commit", lambda: job.status()["generation"]["committed"] >= committed)
+    survivor = job.pids()[1]
+    machines.kill_tree(0)
+    return job, survivor
+
+
 @pytest.mark.timeout(400)
 def test_the_machine_of_node_0_comes_back_with_its_coordinator_and_becomes_a_spare(machines: Machines) -> None:
     """The same command given again, as a batch system would: the others train on without a coordinator meanwhile."""
@@ -190,12 +201,7 @@ def test_the_machine_of_node_0_comes_back_with_its_coordinator_and_becomes_a_spa
     set_pace(machines.pace, 0.2)
     for n in range(3):
         machines.start([*line, "--node-rank", str(n)], [str(PACED), *flags, "--deadpool"])
-    job = MachinesJob(machines)
-    job.process = machines.started[1]
-    job.until_event("training")
-    job.until("a commit", lambda: job.status()["generation"]["committed"] >= 2)
-    survivor = job.pids()[1]
-    machines.kill_tree(0)
+    job, survivor = _without_machine_0(machines, committed=2)
     machines.start([*line, "--node-rank", "0"], [str(PACED), *flags, "--deadpool"])
     assert job.until_event("joined")["node"] == 3
     assert [e["lost"] for e in job.events("declared")] == [[0]]
@@ -222,12 +228,7 @@ def test_training_loses_the_machine_of_node_0_which_leads_and_ends_bitwise_equal
         machines.until("the first leader", lambda: known_place(store))
     place = known_place(store)
     assert place is not None and place.host == "127.0.0.1"
-    job = MachinesJob(machines)
-    job.process = machines.started[1]
-    job.until_event("training")
-    job.until("a commit", lambda: job.status()["generation"]["committed"] >= 5)
-    survivor = job.pids()[1]
-    machines.kill_tree(0)
+    job, survivor = _without_machine_0(machines, committed=5)
     assert [machines.code(n) for n in (1, 2)] == [0, 0], job.log_tails()
     assert [e["lost"] for e in job.events("declared")] == [[0]]
     assert job.events("coordinator_back") and job.pids()[1] == survivor

@@ -280,13 +280,19 @@ def test_a_coordinator_that_is_started_again_in_a_directory_that_was_taken_does_
     assert lease.renew()
 
 
+def _hanging(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The manifest of a durable directory that is soon taken to hang: whoever opens it waits for a writer."""
+    monkeypatch.setattr(start, "_HANGS_S", 0.05)
+    manifest = directory / "generation-000000000007-job-1" / "manifest.json"
+    manifest.parent.mkdir()
+    os.mkfifo(manifest)
+    return manifest
+
+
 def test_a_new_job_that_waits_for_a_directory_that_hangs_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "_HANGS_S", 0.05)
-    manifest, said = tmp_path / "generation-000000000007-job-1" / "manifest.json", list[str]()
-    manifest.parent.mkdir()
-    os.mkfifo(manifest)
+    manifest, said = _hanging(tmp_path, monkeypatch), list[str]()
 
     def told(line: str) -> None:
         said.append(line)
@@ -301,10 +307,7 @@ def test_a_new_job_that_waits_for_a_directory_that_hangs_says_so(
 def test_a_coordinator_that_is_started_again_does_not_wait_for_a_directory_that_hangs_and_owns_it_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start, "_HANGS_S", 0.05)
-    manifest, said = tmp_path / "generation-000000000007-job-1" / "manifest.json", list[str]()
-    manifest.parent.mkdir()
-    os.mkfifo(manifest)  # whoever opens it waits for a writer
+    manifest, said = _hanging(tmp_path, monkeypatch), list[str]()
     usable, lease = go_on(str(tmp_path), owner("job"), 2, said.append)
     assert usable == () and lease is not None
     assert said == [f"{tmp_path} has not answered for 0.05 s; the job goes on with what it knows to be durable there"]
