@@ -69,7 +69,13 @@ deadpool_uv() (
         [[ -z "${!name:-}" ]] || export "${name?}"
     done
     # Without this, uv warns when it cannot link from its cache.
-    cache="$("$uv" cache dir)" && mkdir -p "$cache"
+    cache="$("$uv" cache dir)"
+    if ! { mkdir -p "$cache" 2>/dev/null && [[ -w "$cache" ]]; }; then # HOME may be read-only
+        cache="$tools-cache"
+        mkdir -p "$cache" && export UV_CACHE_DIR="$cache"
+    fi
+    # An index that stumbles for a minute costs a minute.
+    export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-180}" UV_HTTP_RETRIES="${UV_HTTP_RETRIES:-8}"
     [[ "$(stat -c %d "$cache")" == "$(stat -c %d "$DEADPOOL_ROOT")" ]] || export UV_LINK_MODE="${UV_LINK_MODE:-copy}"
     exec "$uv" "$@"
 )
@@ -82,7 +88,8 @@ _deadpool_make_uv() {
     echo "deadpool: no uv on PATH: installing uv $_deadpool_uv_version into ${tools##*/}" >&2
     {
         "$python" -m venv --clear "$tools" &&
-            "$tools/bin/python" -m pip --disable-pip-version-check --no-input install "uv==$_deadpool_uv_version"
+            "$tools/bin/python" -m pip --disable-pip-version-check --no-input --retries 8 --timeout 60 \
+                install "uv==$_deadpool_uv_version"
     } >"$log" 2>&1 || _deadpool_trouble "uv could not be installed: $(tail -n 1 "$log") (all of it: $log)"
 }
 

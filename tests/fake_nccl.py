@@ -69,6 +69,7 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
     manners: ClassVar[Manners] = Manners()
     _queued: ClassVar[threading.Condition] = threading.Condition()
     at_work: ClassVar[int] = 0  # operations that are queued or under way
+    awaited: ClassVar[int] = 0  # threads that wait for them
     _alive: ClassVar[list[FakeNccl]] = []  # pybind knows a Python object only as long as somebody holds it
 
     def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
@@ -220,7 +221,9 @@ class FakeNccl(bindings.ProcessGroupGloo):  # type: ignore[misc]
     def synchronize(cls) -> None:
         """The host waits for the device, as for ``.item()``."""
         with cls._queued:
+            cls.awaited += 1
             cls._queued.wait_for(lambda: not cls.at_work)
+            cls.awaited -= 1
 
     def _get_sequence_number_for_group(self) -> int:
         return self._count

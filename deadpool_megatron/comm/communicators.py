@@ -198,7 +198,10 @@ class Communicators:
             established = self._connections.established()
             quiet = [record for record in self._records() if not self._quiet.against(record, established)]
             if quiet and not already and not self._left.is_set():
-                threading.Thread(target=self._end_quiet_too, name="deadpool-abort", daemon=True).start()
+                ends = threading.Thread(
+                    target=self._end_quiet_too, args=[self._left], name="deadpool-abort", daemon=True
+                )
+                ends.start()
             closed = self._connections.shutdown(frozenset().union(*(record.connections for record in quiet)))
             backends = self._backends("nccl")
             if backends and self._calls.wait_outside(_INSIDE_S):
@@ -215,14 +218,14 @@ class Communicators:
         _log.info("communicators of epoch %d aborted: %s", self.epoch, report)
         return report
 
-    def _end_quiet_too(self) -> None:
+    def _end_quiet_too(self, left: threading.Event) -> None:
         """The training thread may begin operations on a quiet group and wait for them in C++, where it cannot see
         that the epoch is over."""
-        if self._left.wait(_QUIET_S):
+        if left.wait(_QUIET_S):
             return
         with self._abort_lock:  # `reform` waits for it
             with self._state_lock:
-                if self._left.is_set():
+                if left.is_set():
                     return
             closed = self._connections.shutdown()
             deadline = time.monotonic() + _ABORT_DEADLINE_S
@@ -355,7 +358,7 @@ class Communicators:
                 self._forming = None
                 self.epoch = epoch
                 self._standby = False
-                self._left.clear()
+                self._left = threading.Event()  # a late thread of the broken epoch looks at the one that is set
                 self._poison.set = False
         finally:
             dead += [backend for _, new in forming.formed for _, _, backend in new.backends]

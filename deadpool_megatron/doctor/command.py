@@ -89,7 +89,8 @@ def _meet(options: argparse.Namespace) -> list[Any]:
 
     meeting = threading.Thread(target=hold, name="doctor-meeting", daemon=True)
     meeting.start()
-    listening.wait(options.deadline)
+    if not listening.wait(options.deadline):
+        raise MeetingError(f"{target}: no meeting point could be opened within {options.deadline:g} s; try again")
     if errors:
         raise errors[0]
     try:

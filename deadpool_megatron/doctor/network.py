@@ -182,8 +182,9 @@ def join_meeting(endpoint: str, node: int, address: str, secret: bytes, deadline
     with socket.create_server((address, 0), backlog=64) as server:
         spoke = Spoke(endpoint, _name(node).decode(), secret, _LEASE_S)
         try:
-            spoke.send(msgspec.msgpack.encode(Here(node, address, server.getsockname()[1])))
             end = time.monotonic() + deadline_s
+            # The meeting point may begin after this node: what cannot be sent in time gets no answer, either.
+            spoke.send(msgspec.msgpack.encode(Here(node, address, server.getsockname()[1])), deadline_s)
             while True:
                 packet = spoke.receive(max(0.0, end - time.monotonic()))
                 if packet is None:

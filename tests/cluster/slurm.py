@@ -37,6 +37,14 @@ def why_not() -> str:
     return ""
 
 
+def _first_job(*taken: int) -> int:
+    """A job number such that none of the next ones has a port of the cluster's own (`scripts/slurm/run.sh`)."""
+    while True:
+        first = random.randrange(1, 1_000_000)
+        if not {20_000 + (first + more) % 10_000 for more in range(20)} & set(taken):
+            return first
+
+
 class Slurm:
     """A cluster of nodes n1 to n``nodes``; `end` ends all of it, whatever has happened."""
 
@@ -68,7 +76,7 @@ class Slurm:
             "TaskPlugin=task/none",
             "MpiDefault=none",
             # The batch scripts take a port from it: another test run on this machine has other jobs.
-            f"FirstJobId={random.randrange(1, 1_000_000)}",
+            f"FirstJobId={_first_job(ctld, *ports)}",
             "SelectType=select/linear",
             "SlurmdParameters=config_overrides",
             "AccountingStorageType=accounting_storage/none",

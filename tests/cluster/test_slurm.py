@@ -13,7 +13,7 @@ import pytest
 
 import slurm
 from docs_commands import commands
-from jobs import ROOT, Job, Jobs, assert_same_training, launch_flags
+from jobs import PACED, ROOT, Job, Jobs, assert_same_training, launch_flags, set_pace
 
 pytestmark = [pytest.mark.skipif(bool(slurm.why_not()), reason=slurm.why_not()), pytest.mark.timeout(600)]
 
@@ -92,18 +92,27 @@ def test_a_node_that_slurm_marks_down_is_replaced_and_the_run_ends_bitwise_equal
     cluster: slurm.Slurm, checkout: Path, tmp_path: Path
 ) -> None:
     # Three nodes train and one waits; node 1 (n2) dies, node 2 prints, the batch script is on node 0 (n1).
-    iterations = 24
+    # The job is held until the spare is there, and slow until n2 is killed: a busy machine's may take long for both.
+    iterations, pace, examples = 24, checkout / "pace", checkout / "examples"
+    examples.unlink()
+    examples.mkdir()
+    (examples / "cpu_tiny.args").symlink_to(ROOT / "examples" / "cpu_tiny.args")
+    (examples / "pretrain_gpt.py").symlink_to(PACED)
+    set_pace(pace, "hold 0")
     more = ["--train-iters", str(iterations), "--global-batch-size", "6"]
     number = cluster.command(
         *["sbatch", "--parsable", "--nodes=4", "scripts/slurm/pretrain_tiny.sbatch", *more],
         *["--deadpool-state-hash", str(checkout / "hash.json")],
         directory=checkout,
+        PACE_FILE=str(pace),
     )
     job = SlurmJob(cluster, number, checkout)
     job.until_event("parked")
+    set_pace(pace, 0.5)
     job.until("iteration 3", lambda: [e for e in job.events("iteration") if e["iteration"] >= 3])
     before = job.pids()
     cluster.kill_node("n2")
+    set_pace(pace, 0)
     job.until_event("resumed")
     ended = _ended(cluster, number)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), job.log_tails()

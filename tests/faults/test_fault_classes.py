@@ -30,7 +30,7 @@ def small(iterations: int) -> list[str]:
     """Four coordinates, PP2 x DP2, on four nodes of one slot."""
     flags = tiny_gpt("1f1b", iters=iterations)
     flags[flags.index("--tensor-model-parallel-size") + 1] = "1"
-    return [*flags, "--deadpool-hang-floor", "4", "--deadpool-lease", "2"]
+    return [*flags, "--deadpool-hang-floor", "4", "--deadpool-lease", "6"]
 
 
 @pytest.fixture(scope="module")

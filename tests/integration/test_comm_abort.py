@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 
-from comm_processes import Worker, run, worker_main
+from comm_processes import NEVER_S, Worker, run, worker_main
+from deadpool_megatron.comm import communicators
 from deadpool_megatron.comm.reports import CommunicatorAborted
 from waiting import until
 
@@ -201,6 +202,7 @@ def stopped_peer(worker: Worker) -> dict[str, list[float]]:
     """Round after round: the victim joins an operation, is stopped in it, the others must come out on abort.
 
     Seconds until they did, by operation; under "healthy" what the large all-reduce takes between ranks that run."""
+    communicators._ABORT_DEADLINE_S = NEVER_S  # an abort that leaves a wait stuck does not come back
     worker.init()
     funcol.wait_tensor(funcol.broadcast(torch.ones(1), 0, dist.group.WORLD))  # the first one imports for seconds
     worker.watch()
@@ -262,6 +264,7 @@ KILLED_IN = ["isend_large", "recv_half", "broadcast", "gather"]
 
 def dead_peer(worker: Worker) -> dict[str, float]:
     """The victim is killed with a message half transmitted; a spare takes over; the next victim is the spare."""
+    communicators._ABORT_DEADLINE_S = NEVER_S  # as above
     turn = 0
     if worker.spare:
         turn = int(os.environ["ID"]) - WORLD + 1

@@ -106,6 +106,10 @@ def more_groups(worker: Worker) -> str:
     worker.comm.abort()
     worker.meet("aborted")
     worker.comm.begin_reform(1, worker.store)
+    forming = worker.comm._forming
+    assert forming is not None
+    until(forming.settled.is_set, "groups that formed")
+    worker.meet("formed")  # who is told ends its connections, and no peer may still be making them
     digest = worker.comm.table_digest
     worker.comm.table_digest = lambda: digest() + "more"
     try:

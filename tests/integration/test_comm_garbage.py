@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 import fake_nccl
-from comm_processes import Worker, run, worker_main
+from comm_processes import NEVER_S, Worker, run, worker_main
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.comm import communicators
 from deadpool_megatron.comm.reports import AbortReport
 from deadpool_megatron.recovery import Patience, Session, UnexplainedError, rejoin
 from waiting import until
@@ -85,7 +86,8 @@ class Agent:
 
     def declare_when_blocked(self, epoch: int) -> None:
         """The other rank does not come: once the operation is queued it stays."""
-        until(lambda: fake_nccl.FakeNccl.at_work, "an operation under way", 0.001)
+        nccl = fake_nccl.FakeNccl
+        until(lambda: nccl.awaited and nccl.at_work, "a wait for an operation under way", 0.001)
         self.declare(epoch)
 
     def serve(self) -> None:
@@ -175,6 +177,7 @@ def lost_device(agent: Agent, session: Session, trained: Trained, epoch: int) ->
 
 
 def garbage(worker: Worker) -> list[str]:
+    communicators._ABORT_DEADLINE_S = NEVER_S  # an abort that leaves a communicator stuck does not come back
     manners = fake_nccl.install()
     worker.init()
     group = dist.new_group([0, 1], backend="nccl")

@@ -1,11 +1,14 @@
 """Only what changed is re-formed: a group that lost nobody and in which nothing is under way keeps its backend and its
 connections; anything else is not kept, whoever of its members knows of it."""
 
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from comm_processes import Worker, exchange, kill_self, run, worker_main
+from comm_processes import NEVER_S, Worker, exchange, kill_self, run, worker_main
+from deadpool_megatron.comm import communicators
 from deadpool_megatron.comm.inplace import pointee
 
 pytestmark = pytest.mark.versions(torch=True)
@@ -56,6 +59,7 @@ def backends(groups: Groups) -> dict[str, int]:
 
 def one_lost(worker: Worker) -> dict[str, dict[str, str]]:
     """The victim dies while the others wait for it in WORLD; then nobody dies and everything is quiet; then again."""
+    communicators._QUIET_S = NEVER_S  # a training thread always comes out here, however late it may be
     if worker.spare:
         worker.store.wait(["fault/0"])
         worker.become(int(worker.store.get("victim/0")))
@@ -123,6 +127,36 @@ def test_groups_that_lost_nobody_and_are_quiet_are_kept_and_only_those() -> None
         assert {what.split()[0] for what in seen["loud"].values()} == {"swapped"}
 
 
+def late_look(worker: Worker) -> float:
+    """The thread that would end quiet groups is not scheduled until the next epoch has its connections."""
+    go = threading.Event()
+
+    class Late(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            go.wait()
+            return False  # it had not come out
+
+    worker.init()
+    worker.comm._left = Late()
+    group = dist.new_group([0, 1])
+    dist.all_reduce(torch.ones(1), group=group)
+    worker.idle()
+    worker.meet("made")
+    worker.comm.abort()
+    (late,) = [each for each in threading.enumerate() if each.name == "deadpool-abort"]
+    worker.comm.reform(1, worker.store)
+    go.set()
+    late.join()
+    worker.meet("looked")
+    dist.all_reduce(x := torch.ones(1), group=group)
+    worker.meet("end")
+    return x.item()
+
+
+def test_a_late_look_at_a_broken_epoch_ends_no_connection_of_the_next_one() -> None:
+    assert run(__file__, "late_look", world=2) == {0: 2.0, 1: 2.0}
+
+
 def still_at_work(worker: Worker) -> str:
     """A rank waits in C++, on a group that was quiet when the abort came: nothing of ours sees that it waits."""
     worker.init()
@@ -149,4 +183,4 @@ def test_who_waits_on_a_quiet_group_is_freed_all_the_same() -> None:
 
 
 if __name__ == "__main__":
-    worker_main({"one_lost": one_lost, "still_at_work": still_at_work})
+    worker_main({"one_lost": one_lost, "late_look": late_look, "still_at_work": still_at_work})

@@ -107,9 +107,11 @@ def lost_while_forming(worker: Worker) -> int:
         until(lambda: names["tp"] in manners.connecting[2:], "a communicator that is made")
         worker.comm.abort(1)
 
-    threading.Thread(target=declare, daemon=True).start()
+    declaring = threading.Thread(target=declare, daemon=True)
+    declaring.start()
     with pytest.raises(ReformError, match=r"aborted while forming|not all members of group"):
         worker.comm.reform(1, worker.store)
+    declaring.join()
     until(lambda: set(manners.aborted) >= {names["tp"], names["dp"]}, "the abort of what was made")
     worker.meet("aborted")  # a communicator that comes up now would be a good one to a rank that has not heard yet
     manners.stuck.clear()

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from comm_processes import NEVER_S, Worker, exchange, kill_self, run, until_retired, worker_main
-from deadpool_megatron.comm import ReformError, gloo
+from deadpool_megatron.comm import ReformError, communicators, gloo
+from waiting import until
 
 pytestmark = pytest.mark.versions(torch=True)
 
@@ -100,6 +101,7 @@ def twenty_four_groups(worker: Worker) -> dict[str, object]:
         if epoch in (2, MANY):
             seen[str(epoch)] = footprint()
     kept = []
+    communicators._QUIET_S = NEVER_S  # a training thread always comes out here, however late it may be
     for epoch in range(MANY + 1, MANY + KEPT + 1):
         for group in groups:
             dist.all_reduce(torch.ones(4), group=group)
@@ -155,9 +157,17 @@ def failing_to_form(worker: Worker) -> str:
         worker.meet("made")
         worker.comm.abort()
         if worker.rank == 0:
-            threading.Timer(0.5, worker.comm.abort, (1,)).start()
+
+            def end() -> None:
+                until(lambda: worker.comm._forming_epoch == 1, "the begin of epoch 1")
+                time.sleep(0.5)  # in a wait for the other rank by now
+                worker.comm.abort(1)
+
+            ending = threading.Thread(target=end, daemon=True)
+            ending.start()
             with pytest.raises(ReformError, match="aborted while forming"):
                 worker.comm.reform(1, worker.store)
+            ending.join()
             assert worker.comm.poisoned
             with pytest.raises(ReformError, match="not after"):
                 worker.comm.reform(1, worker.store)

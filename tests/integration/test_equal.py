@@ -447,7 +447,7 @@ def test_replicas_are_compared_every_so_many_iterations_and_what_differs_is_name
 # ---- the same error again
 
 _FAILING = """
-import errno, os, runpy
+import errno, os, runpy, time
 from pathlib import Path
 from megatron.core.models.gpt import GPTModel
 from megatron.training import get_args
@@ -465,6 +465,8 @@ runpy.run_path("EXAMPLE", run_name="__main__")
 _ONCE_EACH = """flag = Path("DIRECTORY", "raised-" + rank)
     if at and rank in ("0", "1") and not flag.exists():
         flag.touch()
+        while not all(Path("DIRECTORY", "raised-" + each).exists() for each in "01"):
+            time.sleep(0.01)
         raise OSError(errno.EIO, os.strerror(errno.EIO), "/scratch/data_text_document.bin")"""
 _ALWAYS = """if at and rank == "0":
         raise RuntimeError(f"DataLoader worker (pid {os.getpid()}) is killed by signal: Killed.")"""

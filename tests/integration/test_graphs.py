@@ -28,8 +28,11 @@ def test_nodes_lost_while_a_graph_is_replayed_and_after_it_was_captured_anew(job
     said = "".join(path.read_text() for path in (job.run_dir / "logs").glob("*.log") if not path.is_symlink())
     assert said.count("CUDA graph capture done for training") >= 3
     assert_same_training(job, want, ITERATIONS, 3)
-    copied = [event for event in job.events("iteration") if event["copied_bytes"]]
-    assert len({event["iteration"] for event in copied}) == ITERATIONS, "a generation of every iteration"
+    before, told = 0, job.events("iteration")  # of rank 2, which lives through both losses
+    for event in told:  # a generation is skipped, and counted, where the one before is not committed yet
+        assert event["copied_bytes"] or event["skipped_generations"] > before, event
+        before = event["skipped_generations"]
+    assert any(event["copied_bytes"] for event in told if event["iteration"] > 1), "of a replayed one"
 
 
 _LAYERS = ["--cuda-graph-impl", "transformer_engine", "--logging-level", "20", "--cuda-graph-warmup-steps"]

@@ -119,16 +119,25 @@ def test_without_deadpool_a_patched_script_is_the_script(ranks: Ranks) -> None:
 
 @pytest.mark.versions(torch=True)
 @pytest.mark.timeout(120)
-def test_torchruns_do_not_wait_for_one_that_has_failed_once_they_are_let_go(ranks: Ranks) -> None:
+def test_torchruns_do_not_wait_for_one_that_has_failed_once_they_are_let_go(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = ranks.directory / "script.py"
     script.write_text(
-        "import json, os\njson.dump(dict(os.environ), open('env', 'w'))\nos._exit(os.environ['RANK'] == '1')\n"
+        "import json, os\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    with open('env', 'w') as file:\n"
+        "        json.dump(dict(os.environ), file)\n"
+        "os._exit(os.environ['RANK'] == '1')\n"
     )
+    monkeypatch.setenv("LOGLEVEL", "INFO")
     _torchruns(ranks, 3, [str(script)], slots=1)
     assert ranks.code(1) == 1
+    waiting = "seconds for other agents to finish"
+    ranks.until("the others to wait", lambda: all(waiting in ranks.output(rank) for rank in (0, 2)))
     let_torchrun_go(json.loads((ranks.directory / "env").read_text()))
     assert ranks.codes() == [0, 1, 0]
-    assert "exit barrier" not in ranks.outputs()
+    assert "Error waiting on exit barrier" not in ranks.outputs()
 
 
 # ---- upstream's own script

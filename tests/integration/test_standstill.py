@@ -11,7 +11,7 @@ from flags import duo_gpt
 from jobs import Job, Jobs, launch_flags, undisturbed
 
 ITERATIONS = 8
-LEASE_S = 2.0
+LEASE_S = 4.0
 FLAGS = [*duo_gpt("data", iters=ITERATIONS), "--deadpool-lease", str(LEASE_S)]
 
 

@@ -282,6 +282,7 @@ class Headquarters:
             self.world.clock,
             self.world.chance,
             lease=lease,
+            worked=lambda: 0.0,
         )
         try:
             self.coordinator.begin(lambda port: None)

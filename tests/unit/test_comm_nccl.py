@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from deadpool_megatron.comm.nccl import NCCL_ENVIRONMENT, Aborts, options_for, set_environment
 from deadpool_megatron.comm.table import GroupRecord
+from waiting import until
 
 pytestmark = pytest.mark.versions(torch=True)
 
@@ -51,6 +52,7 @@ def test_an_abort_that_hangs_costs_the_deadline_and_no_more() -> None:
     hangs = [Abortable(for_ever=release) for _ in range(3)]
     aborts = Aborts()
     assert aborts.run(hangs, time.monotonic() + 0.2) == (0, 3)  # waiting for one of them would never end
+    until(lambda: all(hang.called for hang in hangs), "their threads")
     assert aborts.run(hangs, time.monotonic()) == (0, 3)
     assert [hang.called for hang in hangs] == [1, 1, 1]  # the second call has joined the first
     release.set()

@@ -244,12 +244,12 @@ def test_an_order_to_read_that_comes_again_does_not_cut_off_the_reading(
 
     def slowly(*of: Any) -> Any:
         begun.set()
-        assert goes_on.wait(10.0)
+        assert goes_on.wait()
         return read(*of)
 
     monkeypatch.setattr(loading, "read_shard", slowly)
     node.durability.load(r.LoadShards(NAME, 5), [0, 1])
-    assert begun.wait(10.0)
+    assert begun.wait()
     node.durability.load(r.LoadShards(NAME, 5), [0, 1])
     goes_on.set()
     node.news(Loaded)

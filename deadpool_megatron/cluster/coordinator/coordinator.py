@@ -85,11 +85,12 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
         chance: random.Random | None = None,
         lease: Lease | None = None,
+        worked: Callable[[], float] = time.thread_time,
     ) -> None:
         """``guard``: of the leadership in this term; without it ``store`` takes no write.
 
-        ``lease``: of the durable directory, kept by its own thread. ``hub``, ``run``, ``clock`` (seconds, monotonic)
-        and ``chance`` are those of ``settings`` and this machine unless given.
+        ``lease``: of the durable directory, kept by its own thread. ``hub``, ``run``, ``clock`` (seconds, monotonic),
+        ``chance`` and ``worked`` (seconds of processor time) are those of ``settings`` and this machine unless given.
         """
         self._core = Core(job, r.Address(settings.host, settings.store_port))
         self._memory = Memory(store, guard)
@@ -111,7 +112,8 @@ class Coordinator:
         self._interrupted: Exit | None = None
         self._preempted = False
         self._status_due = 0.0
-        self._status_gap = _STATUS_INTERVAL_S  # seconds from one to the next, in a job of this size
+        self._worked = worked
+        self._status_cost = 0.0  # seconds of processor time that the last one took, in a job of this size
         self._status_stale = True
 
     def interrupt(self, code: Exit = Exit.INTERRUPTED) -> None:
@@ -420,8 +422,9 @@ class Coordinator:
                 print(f"deadpool: --deadpool-state-hash {path}: {err.strerror}", file=sys.stderr, flush=True)
 
     def _write_status(self) -> None:
-        begun = self._clock.now()
-        core = self._core
+        begun, core = self._worked(), self._core
+        gap = max(_STATUS_INTERVAL_S, self._status_cost / (_STATUS_SHARE / (1 if core.recovery is None else 4)))
+        self._status_due = self._clock.now() + gap
         coordinates: list[dict[str, Any]] = []
         for rank, slot in enumerate(core.assignment):
             info = core.coordinates.get(rank)
@@ -469,15 +472,12 @@ class Coordinator:
                 "snapshot": core.seen.snapshots.summary(),
                 "coordinator_pid": os.getpid(),
                 "coordinator_host": _HOST,
-                "again_s": self._status_gap + _STATUS_SIGN_OF_LIFE_S,
+                "again_s": gap + _STATUS_SIGN_OF_LIFE_S,
                 "control": {"store_writes": self._memory.writes, "store_bytes": self._memory.written_bytes},
             }
         )
         self._status_stale = False
-        now = self._clock.now()
-        share = _STATUS_SHARE / 4 if core.recovery is not None else _STATUS_SHARE
-        self._status_gap = max(_STATUS_INTERVAL_S, (now - begun) / share)
-        self._status_due = now + self._status_gap
+        self._status_cost = self._worked() - begun  # not what it waited for: a directory may hang for a second
 
 
 def _die() -> None:
