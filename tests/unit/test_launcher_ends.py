@@ -76,13 +76,13 @@ def test_a_coordinator_whose_run_directory_hangs_goes_on(tmp_path: Path) -> None
     assert json.loads((tmp_path / "status.json").read_text())["phase"] == "ended"
 
 
-def test_a_directory_that_hangs_for_a_second_does_not_make_the_status_a_rare_one() -> None:
+def test_a_directory_that_hangs_for_a_moment_does_not_make_the_status_a_rare_one() -> None:
     now, worked, written = [100.0], [0.0], []
     run, hub = MagicMock(), MagicMock(port=1, refused=0)
 
     def write(status: dict[str, Any]) -> None:
         written.append((now[0], status["again_s"]))
-        now[0] += 1.0  # it hangs
+        now[0] += 0.3  # it hangs
         worked[0] += 0.0001
 
     run.status.side_effect = write
@@ -93,12 +93,10 @@ def test_a_directory_that_hangs_for_a_second_does_not_make_the_status_a_rare_one
         *(MagicMock(), MagicMock(), Guard("leader", 1), hub, run, lambda: now[0]),
         worked=lambda: worked[0],
     )
-    for number in range(2):
-        coordinator._packet(b"node-%d@job" % number, r.encode(r.Join(number, 7, "h", 1, [8])))
+    for _ in range(60):
         coordinator.turn(0.0)
-        now[0] += 0.1
-    (first, again_s), (second, _) = written
-    assert second - first <= again_s - 5.0 + 1.1, "the next one comes as soon as there is something to say"
+        now[0] += 0.5
+    assert len(written) >= 5 and {again_s for _, again_s in written} == {5.2}, written
 
 
 def test_the_user_can_end_a_job_whose_store_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
