@@ -39,8 +39,6 @@ def resolve(host: str, until: float, interrupted: Callable[[], bool]) -> str:
     while True:
         try:
             return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
-        except ValueError:  # as of a..b: no name service is asked
-            raise LaunchError(f"--rdzv-endpoint {host}: not the name of a host, nor an address") from None
         except OSError as err:
             why = f"--rdzv-endpoint {host}: {err.strerror or err}"
             if time.monotonic() >= until:

@@ -36,6 +36,7 @@ from deadpool_megatron.launcher.processes import (
 )
 from deadpool_megatron.launcher.tee import Tee, show_end
 from deadpool_megatron.observe.commands import add_run_dir
+from deadpool_megatron.options import count
 from deadpool_megatron.vault import clean_leftovers
 
 LOCALHOST = "127.0.0.1"
@@ -125,15 +126,21 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _whose(text: str) -> str:
     """Of --tee. Raises ArgumentTypeError."""
-    if text not in ("all", "none") and not text.isdecimal():
+    if text not in ("all", "none") and not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is neither all nor none nor a rank")
     return text
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--local-nodes", type=int, default=1, metavar="N", help="nodes on this machine, spares included (default: 1)")
-    add("--spare-nodes", type=int, default=0, metavar="S", help="how many of them are warm spares (default: 0)")
+    add(
+        "--local-nodes",
+        type=count(1),
+        default=1,
+        metavar="N",
+        help="nodes on this machine, spares included (default: 1)",
+    )
+    add("--spare-nodes", type=count(), default=0, metavar="S", help="how many of them are warm spares (default: 0)")
     add(
         *("--nproc-per-node", "--nproc_per_node"),
         default="1",
