@@ -8,14 +8,17 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import zmq
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.link.link import Spoke, monitored
-from deadpool_megatron.launcher.agent_options import AgentPlan
 from deadpool_megatron.launcher.plan import LaunchError
 from deadpool_megatron.launcher.secret import SecretSource
+
+if TYPE_CHECKING:
+    from deadpool_megatron.launcher.agent_options import AgentPlan
 
 _ASK_AGAIN_S = 5.0
 _SILENT_S, _SAY_AGAIN_S = 10.0, 60.0
