@@ -142,7 +142,7 @@ def never_fails(stands_still: bool = True) -> None:
 
 def until_unread() -> None:
     """Put one in the place of ``sys.stdout`` that raises `Unread` once nobody reads it any more."""
-    _put("stdout", _Read(1, "w", closefd=False), sys.stdout.line_buffering)
+    _put("stdout", _Read(1, "w", closefd=False), bool(sys.stdout.line_buffering))
 
 
 def _put(name: str, raw: io.RawIOBase, line_buffering: bool) -> None:
