@@ -10,10 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import zmq
-
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.link.link import Spoke, monitored
+from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.launcher.plan import LaunchError
 from deadpool_megatron.launcher.secret import SecretSource
 
@@ -172,7 +170,7 @@ def _why_no_answer(
 class Lifeline:
     """The connection to the coordinator, kept open to notice its end.
 
-    ``fd`` is to be polled; `look` is called when it is readable.
+    ``fd`` is to be polled.
     """
 
     def __init__(self, spoke: Spoke) -> None:
@@ -181,9 +179,10 @@ class Lifeline:
         self.gone_since: float | None = None
 
     def look(self, now: float) -> None:
-        """Take in what has happened to the connection."""
-        for event, _ in monitored(self.fd):
-            self.gone_since = (self.gone_since or now) if event == zmq.EVENT_DISCONNECTED else None
+        """Take in what has happened to the connection; call often."""
+        self._spoke.changed()
+        self._spoke.look()
+        self.gone_since = None if self._spoke.connected else self.gone_since or now
 
     def close(self) -> None:
         self._spoke.close()

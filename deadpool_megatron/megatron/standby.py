@@ -23,7 +23,7 @@ from deadpool_megatron.vault import numa_node_of_device, numa_node_of_process
 
 _KEY = "deadpool/job"
 _PACKAGES = ("megatron", "torch", "transformer_engine", "apex", "numpy")
-# Variables of the device, its kernels and communication: all that a spare needs of a loop's before its script sets them.
+# Variables of the device, its kernels and communication: what a spare needs before its script sets all of them.
 _DEVICE = (
     *("CUBLAS", "CUDA_", "CUDNN_", "FI_", "GLOO_", "KMP_", "MKL_", "NCCL_", "NVSHMEM_", "NVTE_", "OFI_", "OMP_"),
     *("PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TRITON_", "UCX_"),
