@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from deadpool_megatron import __version__
 from deadpool_megatron.cluster.records.exits import Exit
@@ -22,22 +22,30 @@ from deadpool_megatron.intree import patching
 from deadpool_megatron.launcher import add_agent_arguments, run_agent, run_coordinator
 from deadpool_megatron.launcher import local as launch
 from deadpool_megatron.observe import commands as observe_commands
+from deadpool_megatron.options import Parser
+from deadpool_megatron.output import Unread, never_fails, until_unread
 from deadpool_megatron.planning import add_plan_arguments, run_plan
 from deadpool_megatron.simulate.command import add_simulate_arguments, run_simulate
+
+# What ends with these goes on whether anybody reads of it or not.
+_JOBS: Final = (["launch"], ["agent"], ["coordinator"], ["join"], ["export"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is sys.__stdout__:  # else somebody in this process reads it
+        never_fails() if arguments[:1] in _JOBS else until_unread()
     try:
-        code = _main(argv)
+        code = _main(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # who reads has had enough, as in `deadpool plan ... | head`
+    except Unread:  # as in `deadpool plan ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """Says of a flag that stands before the script where it belongs."""
 
     of_a_script = False
@@ -48,8 +56,7 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def _main(argv: Sequence[str] | None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def _main(arguments: list[str]) -> int:
     parser = _Parser(prog="deadpool", description="Megatron-LM training that survives lost nodes.")
     parser.of_a_script = arguments[:1] in (["launch"], ["agent"], ["coordinator"])
     parser.add_argument("--version", action="version", version=f"deadpool {__version__}")

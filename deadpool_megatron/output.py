@@ -1,4 +1,7 @@
-"""Output that stops nobody: neither a full disk, nor a terminal that is gone or held, nor a file system that hangs."""
+"""Output that stops nobody: neither a full disk, nor a terminal that is gone or held, nor a file system that hangs.
+
+What a command prints for a reader stops when the reader does: `until_unread`.
+"""
 
 from __future__ import annotations
 
@@ -88,6 +91,18 @@ class _Raw(io.FileIO):
             return memoryview(data).nbytes
 
 
+class Unread(BaseException):
+    """Who reads stdout has had enough. No OSError, which commands answer as one of the files they were given."""
+
+
+class _Read(io.FileIO):
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise Unread from None
+
+
 class _Beside(io.RawIOBase):
     """The same, on a thread of its own; so is what is too much to wait for a reader who stands still."""
 
@@ -121,8 +136,17 @@ def never_fails(stands_still: bool = True) -> None:
     Without ``stands_still`` who writes to stderr does not wait for a reader who does not read.
     """
     for name, fd in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        stream.flush()
         raw = _Raw(fd, "w", closefd=False)
-        out = io.BufferedWriter(raw if stands_still or fd == 1 else _Beside(raw))
-        setattr(sys, name, io.TextIOWrapper(out, stream.encoding, stream.errors, line_buffering=True))
+        _put(name, raw if stands_still or fd == 1 else _Beside(raw), line_buffering=True)
+
+
+def until_unread() -> None:
+    """Put one in the place of ``sys.stdout`` that raises `Unread` once nobody reads it any more."""
+    _put("stdout", _Read(1, "w", closefd=False), bool(sys.stdout.line_buffering))
+
+
+def _put(name: str, raw: io.RawIOBase, line_buffering: bool) -> None:
+    stream = getattr(sys, name)
+    stream.flush()
+    out = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=line_buffering)
+    setattr(sys, name, out)

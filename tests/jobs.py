@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from deadpool_bench.harness import jobs
 from deadpool_bench.harness.fork_server import ForkServer
 from deadpool_bench.harness.ports import free_ports
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.emulation import environment as emulated
 from deadpool_megatron.forking import FORK_SERVER, fork_module
 from deadpool_megatron.jobs.descendants import Descendants
@@ -32,6 +33,7 @@ from fair_clock import CLOCK
 
 __all__ = [
     "BRIDGE",
+    "ENDED_BY",
     "EXAMPLE",
     "PACED",
     "PROVEN",
@@ -53,6 +55,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "pretrain_gpt.py"
 PACED = ROOT / "tests" / "pretrain_paced.py"
 BRIDGE = ROOT / "tests" / "pretrain_bridge.py"
+# By signal to a command: its exit code, and what the job says.
+ENDED_BY = {signal.SIGINT: (Exit.INTERRUPTED, "interrupted"), signal.SIGTERM: (Exit.TERMINATED, "ended by SIGTERM")}
 # Ten processes that import torch on two cores that others use too.
 START_S = 180.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 from deadpool_megatron import support
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.compat import UserError
+from deadpool_megatron.options import Parser, count
 from deadpool_megatron.planning.files import PlanError, load
 
 _REFUSED = 1
@@ -28,7 +28,7 @@ def run_check(arguments: Sequence[str]) -> int:
 
 
 def _check(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="deadpool check",
         usage="deadpool check [--config FILE] [--nproc-per-node N] [SCRIPT] [MEGATRON FLAGS ...]\n"
         "       deadpool check --recipe NAME [--nodes N] [--nproc-per-node N] [SECTION.FIELD=VALUE ...]\n"
@@ -41,7 +41,7 @@ def _check(arguments: Sequence[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="a run's YAML file, as `deadpool plan` takes it")
     parser.add_argument(
         "--nproc-per-node",
-        type=int,
+        type=count(1),
         metavar="N",
         help="workers a node, for what must stay inside of one "
         f"(default: those of --config, else {support.PROCESSES_PER_NODE})",
@@ -53,15 +53,13 @@ def _check(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--recipes", action="store_true", help="judge all of Megatron-Bridge's performance recipes")
     parser.add_argument(
-        "--nodes", type=int, metavar="N", help="nodes that train, of a recipe (default: what its name says)"
+        "--nodes", type=count(1), metavar="N", help="nodes that train, of a recipe (default: what its name says)"
     )
     parser.add_argument("--table", action="store_true", help="print all features and refusals, in Markdown")
     options, flags = parser.parse_known_args(list(arguments))
     if options.table:
         return _table()
     processes = options.nproc_per_node
-    if processes is not None and processes < 1:
-        parser.error("--nproc-per-node: at least 1")
     if options.recipes:
         return _recipes(processes)
     if options.recipe is not None:

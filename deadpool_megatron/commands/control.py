@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.launcher.processes import Processes, metrics_port
 from deadpool_megatron.observe import EVENTS, JOB, EventTail, NotWhole, read_whole
 from deadpool_megatron.observe.commands import add_run_dir
+from deadpool_megatron.options import count, host_name, number
 
 _ANSWER_S = 10.0
 _POLL_S = 0.05
@@ -109,7 +109,7 @@ def inject(options: argparse.Namespace) -> int:
     fault = r.Fault(
         options.fault, node, options.local, options.at_iteration, options.at_tick, options.at or "", options.seconds
     )
-    if fault.kind == "slow" and not 0 < fault.seconds < math.inf:
+    if fault.kind == "slow" and not fault.seconds:
         return _fail("--fault slow needs --seconds, how much longer a microbatch takes from then on")
     if fault.kind in ("raise", "hang", "slow") and fault.iteration is None and not fault.point:
         return _fail(f"--fault {fault.kind} happens on the training thread: say where with --at-iteration or --at")
@@ -174,7 +174,7 @@ def join(options: argparse.Namespace) -> int:
     for tries in range(1, _TRIES + 1):
         try:
             job = _job(options.run_dir)
-            reply = _ask(job, options.run_dir, r.AddSpare(options.host))
+            reply = _ask(job, options.run_dir, r.AddSpare(options.host or ""))
             break
         except _NoJob as err:
             if not err.cut or tries == _TRIES:
@@ -209,7 +209,7 @@ def add_commands(commands: Any) -> None:
     command.set_defaults(run=inject)
     add = command.add_argument
     add_run_dir(command)
-    add("--node", type=int, metavar="N", help="the node (not for abort and kill-coordinator)")
+    add("--node", type=count(), metavar="N", help="the node (not for abort and kill-coordinator)")
     add(
         "--fault",
         choices=typing.get_args(r.FaultKind),
@@ -220,17 +220,17 @@ def add_commands(commands: Any) -> None:
         "bytes of its newest copy in the vault are overwritten; abort: nobody dies, all communicators are aborted and "
         "re-formed",
     )
-    add("--local", type=int, default=0, metavar="I", help="local index of the worker (default: 0)")
-    add("--at-iteration", type=int, metavar="K", help="in iteration K (from 0; default: now)")
+    add("--local", type=count(), default=0, metavar="I", help="local index of the worker (default: 0)")
+    add("--at-iteration", type=count(), metavar="K", help="in iteration K (from 0; default: now)")
     add(
         "--at-tick",
-        type=int,
+        type=count(1),
         default=1,
         metavar="T",
         help="at the T-th forward or backward pass of that iteration (default: 1, the first)",
     )
     add("--at", metavar="POINT", help="when the process passes this crash point (see --list)")
-    add("--seconds", type=float, default=0.0, metavar="S", help="for slow")
+    add("--seconds", type=number(), default=0.0, metavar="S", help="for slow")
     add("--list", action="store_true", help="show all crash points")
 
     command = commands.add_parser(
@@ -238,9 +238,9 @@ def add_commands(commands: Any) -> None:
     )
     command.set_defaults(run=drain)
     add_run_dir(command)
-    command.add_argument("--node", type=int, required=True, metavar="N", help="the node")
+    command.add_argument("--node", type=count(), required=True, metavar="N", help="the node")
     command.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="seconds to wait for it (default: 600)"
+        "--timeout", type=number(), default=600.0, metavar="S", help="seconds to wait for it (default: 600)"
     )
 
     command = commands.add_parser("join", help="add this machine to a running job as a new spare node")
@@ -248,7 +248,7 @@ def add_commands(commands: Any) -> None:
     add_run_dir(command)
     command.add_argument(
         "--host",
-        default="",
+        type=host_name,
         metavar="ADDRESS",
         help="address at which the other nodes reach this one (default: the job's)",
     )

@@ -22,6 +22,7 @@ from deadpool_megatron.emulation import has_transformer_engine
 from deadpool_megatron.jobs.job import JobError
 from deadpool_megatron.observe.recoveries import recoveries
 from deadpool_megatron.observe.tables import make_console
+from deadpool_megatron.options import Parser, count
 
 
 def _example(name: str) -> str:
@@ -31,18 +32,22 @@ def _example(name: str) -> str:
 
 
 def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Train a tiny GPT with Megatron, kill a node in the middle of an iteration, and show that nothing "
         "is different from the same run without the kill. Needs no GPU.",
     )
-    parser.add_argument("--node", type=int, default=0, metavar="N", help="the victim (default: 0, the node of rank 0)")
-    parser.add_argument("--iteration", type=int, default=6, metavar="K", help="in iteration K, from 0 (default: 6)")
     parser.add_argument(
-        "--tick", type=int, default=4, metavar="T", help="at its T-th forward or backward pass (default: 4)"
+        "--node", type=count(), default=0, metavar="N", help="the victim (default: 0, the node of rank 0)"
     )
-    parser.add_argument("--iterations", type=int, default=12, metavar="M", help="iterations of a run (default: 12)")
-    parser.add_argument("--active-nodes", type=int, default=4, metavar="A", help="nodes that train (default: 4)")
+    parser.add_argument("--iteration", type=count(), default=6, metavar="K", help="in iteration K, from 0 (default: 6)")
+    parser.add_argument(
+        "--tick", type=count(1), default=4, metavar="T", help="at its T-th forward or backward pass (default: 4)"
+    )
+    parser.add_argument(
+        "--iterations", type=count(2), default=12, metavar="M", help="iterations of a run (default: 12)"
+    )
+    parser.add_argument("--active-nodes", type=count(2), default=4, metavar="A", help="nodes that train (default: 4)")
     parser.add_argument("--run-dir", default="runs/demo", metavar="DIR", help="both runs' files (default: runs/demo)")
     parser.add_argument(
         "--script", default=_example("pretrain_gpt.py"), metavar="FILE", help="training script (default: %(default)s)"
@@ -52,12 +57,10 @@ def _parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
         "--flags", default=flags, metavar="FILE", help="its flags, in shell syntax (default: %(default)s)"
     )
     options = parser.parse_args(argv)
-    if not 0 <= options.node < options.active_nodes:
+    if options.node >= options.active_nodes:
         parser.error(f"--node {options.node}: the nodes that train are 0 to {options.active_nodes - 1}")
-    if options.iterations < 2 or not 0 <= options.iteration < options.iterations:
+    if options.iteration >= options.iterations:
         parser.error(f"--iteration {options.iteration}: a run has iterations 0 to {options.iterations - 1}")
-    if options.tick < 1:
-        parser.error(f"--tick {options.tick}: passes are counted from 1")
     for path in (options.script, options.flags):
         if not Path(path).is_file():
             parser.error(f"{path} does not exist")

@@ -10,37 +10,53 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from deadpool_megatron.options import count, host_name, number
+
 _USAGE = 2
-_MOST = 1e6  # GiB, MiB or seconds
+_MOST = 10**6  # GiB, MiB or seconds
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `deadpool doctor`."""
     add = parser.add_argument
     add("--shm-directory", default="/dev/shm", metavar="DIR", help="where the vaults will be (default: /dev/shm)")
-    add("--vault-gib", type=float, default=0.0, metavar="G", help="GiB the vault of a node takes (default: not known)")
+    add(
+        "--vault-gib",
+        type=number(0, _MOST),
+        default=0.0,
+        metavar="G",
+        help="GiB the vault of a node takes (default: not known)",
+    )
     add("--meet", metavar="HOST:PORT", help="measure between nodes: where node 0 is; run this on every node")
-    add("--nnodes", type=int, metavar="N", help="with --meet: how many nodes (default: SLURM_JOB_NUM_NODES)")
-    add("--node-rank", type=int, metavar="I", help="with --meet: this one's number (default: SLURM_NODEID)")
-    add("--address", metavar="IP", help="with --meet: this node's address (default: the one towards HOST)")
+    add("--nnodes", type=count(1), metavar="N", help="with --meet: how many nodes (default: SLURM_JOB_NUM_NODES)")
+    add("--node-rank", type=count(), metavar="I", help="with --meet: this one's number (default: SLURM_NODEID)")
+    add(
+        "--address",
+        type=host_name,
+        metavar="IP",
+        help="with --meet: this node's address (default: the one towards HOST)",
+    )
     add("--secret-file", metavar="FILE", help="with --meet: 64 hex digits, the same on all nodes")
-    add("--mib", type=int, default=256, metavar="M", help="with --meet: MiB sent over each link (default: 256)")
-    add("--deadline", type=float, default=120.0, metavar="S", help="with --meet: seconds to wait (default: 120)")
+    add(
+        "--mib",
+        type=count(1, _MOST),
+        default=256,
+        metavar="M",
+        help="with --meet: MiB sent over each link (default: 256)",
+    )
+    add(
+        "--deadline",
+        type=number(1e-3, _MOST),
+        default=120.0,
+        metavar="S",
+        help="with --meet: seconds to wait (default: 120)",
+    )
 
 
 def run_doctor(options: argparse.Namespace) -> int:
     """`deadpool doctor` after parsing; 1 when this machine is not fit for a run."""
     from deadpool_megatron.doctor.machine import Finding, check_machine, show_findings
     from deadpool_megatron.doctor.network import MeetingError
-
-    for flag, value, least in (
-        ("--vault-gib", options.vault_gib, 0.0),
-        ("--mib", options.mib, 1),
-        ("--deadline", options.deadline, 1e-3),
-    ):
-        if not least <= value <= _MOST:
-            print(f"deadpool: {flag} {value:g}: must be between {least:g} and {_MOST:g}", file=sys.stderr)
-            return _USAGE
 
     def findings() -> Iterator[Finding]:
         yield from check_machine(options.shm_directory, int(options.vault_gib * (1 << 30)))
@@ -49,8 +65,6 @@ def run_doctor(options: argparse.Namespace) -> int:
 
     try:
         return int(show_findings(findings(), print) > 0)
-    except BrokenPipeError:  # who reads has had enough: the command line's own matter
-        raise
     except (MeetingError, OSError, ValueError) as err:
         print(f"deadpool: --meet {options.meet}: {err}", file=sys.stderr)
         return _USAGE

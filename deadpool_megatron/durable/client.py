@@ -16,7 +16,7 @@ from .orders import DEAF_TO, Answer, Cancel, Describe, Done, Drain, Order, Seal,
 
 
 class DrainerProcess:
-    """One drainer, started when it is first needed and again when it died.
+    """One drainer, started when it is first needed and again when it died or was ended (`kill`).
 
     Args:
         on_answer: called with each `Staged` and `Done`, from a thread of this object; must not block. Every `Drain` and
@@ -54,10 +54,13 @@ class DrainerProcess:
         """Order a drain or a seal."""
         name, sealed = order.name if isinstance(order, Drain) else order.manifest.name, isinstance(order, Seal)
         with self._lock:
-            error = self._start() if self._process is None else ""
+            error = ""
+            if self._process is None:
+                error = self._start(order)
+            else:
+                self._orders.put(order)
             if not error:
                 self._waiting[name, sealed] = order
-                self._orders.put(order)
         if error:
             self._on_answer(Staged(name))
             self._on_answer(Done(name, sealed, (), error))
@@ -67,6 +70,13 @@ class DrainerProcess:
         with self._lock:
             if self._process is not None:
                 self._orders.put(order)
+
+    def kill(self) -> None:
+        """End a process that hangs. Its orders are answered when it is gone, and the next one starts another."""
+        with self._lock:
+            process = self._process
+        if process is not None:
+            process.kill()
 
     def close(self) -> None:
         """End the process. What was under way has no manifest and so does not count."""
@@ -81,8 +91,9 @@ class DrainerProcess:
 
     # ---- with the lock held
 
-    def _start(self) -> str:
-        """Why it cannot be started; empty when it is."""
+    def _start(self, first: Drain | Seal | None = None) -> str:
+        """Why it cannot be started; empty when it is. ``first`` comes before all that needs the directory, which may
+        hang: the shards that a drain copies out have their slots held meanwhile."""
         if self._closed:
             return "this node ends"
         before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)  # inherited, until the process ignores them
@@ -98,8 +109,10 @@ class DrainerProcess:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._process, self._orders = process, queue.SimpleQueue()
-        for order in self._told.values():
-            self._orders.put(order)
+        told = self._told.values()
+        for order in [*(o for o in told if isinstance(o, Stage)), first, *(o for o in told if isinstance(o, Describe))]:
+            if order is not None:
+                self._orders.put(order)
         try:
             threading.Thread(target=_write, args=(process, self._orders), name="drainer-orders", daemon=True).start()
             threading.Thread(target=self._listen, args=(process, self._orders), name="drainer", daemon=True).start()

@@ -269,8 +269,6 @@ def run(options: argparse.Namespace) -> int:
         return 0
     except PatchError as err:
         print(f"deadpool: {err}", file=sys.stderr)
-    except BrokenPipeError:  # who reads has had enough: the command line's own matter
-        raise
     except OSError as err:
         print(f"deadpool: {err.filename}: {err.strerror}", file=sys.stderr)
     return Exit.USAGE

@@ -10,6 +10,7 @@ from deadpool_megatron.cluster.store import EMBEDDED
 from deadpool_megatron.config import from_script_arguments
 from deadpool_megatron.launcher.local import add_common_arguments
 from deadpool_megatron.launcher.plan import LaunchError, LaunchPlan, check, whole
+from deadpool_megatron.options import count, host_name, number
 
 DEFAULT_PORT = 29500
 _JOIN_S = 300.0
@@ -48,7 +49,7 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deadpool agent` (and `deadpool coordinator`, which is started with the same)."""
     add = parser.add_argument
     add("--nnodes", metavar="N", help="nodes of the job, spares included (default: 1)")
-    add("--spare-nodes", type=int, default=0, metavar="S", help="how many of them are warm spares (default: 0)")
+    add("--spare-nodes", type=count(), default=0, metavar="S", help="how many of them are warm spares (default: 0)")
     add("--nproc-per-node", "--nproc_per_node", metavar="P", help="workers (devices) a node: a number, or gpu")
     add(
         "--node-rank",
@@ -133,10 +134,17 @@ def _endpoint(
         return "", whole(port, "--rdzv-endpoint port") if port else 0
     if not host:
         raise LaunchError(f"--nnodes {nodes} needs --rdzv-endpoint HOST:PORT, the same on every node")
-    number = whole(port, "--rdzv-endpoint port") if port else DEFAULT_PORT
-    if not 0 < number < 65536:
-        raise LaunchError(f"--rdzv-endpoint {host}:{number}: a port is between 1 and 65535")
-    return host.strip("[]"), number
+    at = whole(port, "--rdzv-endpoint port") if port else DEFAULT_PORT
+    if not 0 < at < 65536:
+        raise LaunchError(f"--rdzv-endpoint {host}:{at}: a port is between 1 and 65535")
+    return _host(host.strip("[]"), "--rdzv-endpoint"), at
+
+
+def _host(text: str, flag: str) -> str:
+    try:
+        return host_name(text)
+    except argparse.ArgumentTypeError as err:
+        raise LaunchError(f"{flag}: {err}") from None
 
 
 def _seconds(conf: str) -> dict[str, float]:
@@ -146,11 +154,9 @@ def _seconds(conf: str) -> dict[str, float]:
         key, _, value = (x.strip() for x in pair.partition("="))
         if key in waits:
             try:
-                waits[key] = float(value)
-            except ValueError:
-                waits[key] = 0.0
-            if not 0 < waits[key] < float("inf"):
-                raise LaunchError(f"--rdzv-conf {pair}: expected a number of seconds above 0")
+                waits[key] = number(1e-3)(value)
+            except argparse.ArgumentTypeError as err:
+                raise LaunchError(f"--rdzv-conf {pair}: the seconds {err}") from None
     return waits
 
 
@@ -183,6 +189,7 @@ def check_agent(options: argparse.Namespace, environ: Mapping[str, str]) -> Agen
     shown = None
     if options.local_ranks_filter:
         shown = frozenset(whole(x, "--local-ranks-filter") for x in options.local_ranks_filter.split(","))
+    local_addr = options.local_addr or environ.get("PET_LOCAL_ADDR")
     waits = _seconds(options.rdzv_conf or environ.get("PET_RDZV_CONF", ""))
     launch = check(options, nodes, "--nnodes", host, log_dir)
     return AgentPlan(
@@ -193,7 +200,7 @@ def check_agent(options: argparse.Namespace, environ: Mapping[str, str]) -> Agen
         job_name,
         waits["join_timeout"],
         waits["coordinator_timeout"],
-        options.local_addr or environ.get("PET_LOCAL_ADDR"),
+        _host(local_addr, "--local-addr") if local_addr else None,
         options.secret_file,
         shown,
         options.adopt,

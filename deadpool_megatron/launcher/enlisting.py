@@ -8,14 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-
-import zmq
+from typing import TYPE_CHECKING
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.link.link import Spoke, monitored
-from deadpool_megatron.launcher.agent_options import AgentPlan
+from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.launcher.plan import LaunchError
 from deadpool_megatron.launcher.secret import SecretSource
+
+if TYPE_CHECKING:
+    from deadpool_megatron.launcher.agent_options import AgentPlan
 
 _ASK_AGAIN_S = 5.0
 _SILENT_S, _SAY_AGAIN_S = 10.0, 60.0
@@ -39,8 +40,6 @@ def resolve(host: str, until: float, interrupted: Callable[[], bool]) -> str:
     while True:
         try:
             return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
-        except ValueError:  # as of a..b: no name service is asked
-            raise LaunchError(f"--rdzv-endpoint {host}: not the name of a host, nor an address") from None
         except OSError as err:
             why = f"--rdzv-endpoint {host}: {err.strerror or err}"
             if time.monotonic() >= until:
@@ -171,7 +170,7 @@ def _why_no_answer(
 class Lifeline:
     """The connection to the coordinator, kept open to notice its end.
 
-    ``fd`` is to be polled; `look` is called when it is readable.
+    ``fd`` is to be polled.
     """
 
     def __init__(self, spoke: Spoke) -> None:
@@ -180,9 +179,10 @@ class Lifeline:
         self.gone_since: float | None = None
 
     def look(self, now: float) -> None:
-        """Take in what has happened to the connection."""
-        for event, _ in monitored(self.fd):
-            self.gone_since = (self.gone_since or now) if event == zmq.EVENT_DISCONNECTED else None
+        """Take in what has happened to the connection; call often."""
+        self._spoke.changed()
+        self._spoke.look()
+        self.gone_since = None if self._spoke.connected else self.gone_since or now
 
     def close(self) -> None:
         self._spoke.close()

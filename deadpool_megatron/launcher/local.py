@@ -18,14 +18,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 from deadpool_megatron.cluster.notices import WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.cluster.store import open_store
+from deadpool_megatron.cluster.store import EMBEDDED, StoreError, open_store
 from deadpool_megatron.cluster.store.leadership import Leadership
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.config import ConfigError
+from deadpool_megatron.launcher.enlisting import Waiting
 from deadpool_megatron.launcher.plan import LaunchError, LaunchPlan, check, check_transport, visible_gpus
 from deadpool_megatron.launcher.processes import (
     CoordinatorProcess,
@@ -36,9 +39,11 @@ from deadpool_megatron.launcher.processes import (
 )
 from deadpool_megatron.launcher.tee import Tee, show_end
 from deadpool_megatron.observe.commands import add_run_dir
+from deadpool_megatron.options import count
 from deadpool_megatron.vault import clean_leftovers
 
 LOCALHOST = "127.0.0.1"
+_STORE_S = 300.0  # that an etcd is waited for, as by `deadpool agent`
 
 
 def _devices(plan: LaunchPlan) -> list[str | None]:
@@ -65,8 +70,7 @@ def launch(plan: LaunchPlan) -> int:
     store = open_store(plan.config.store, plan.run_dir, job_id)
     leadership = Leadership(store, plan.config.lease)
     try:
-        if leadership.take() is None:
-            raise LaunchError(f"--run-dir {plan.run_dir}: another job runs there; give each its own")
+        _lead(plan, leadership)
         coordinator = CoordinatorProcess(processes, coordinator_settings(plan, job_id, secret, alone=True), leadership)
         interrupted: list[int] = []
         preempted = [False]
@@ -84,8 +88,8 @@ def launch(plan: LaunchPlan) -> int:
 
         for signum in (signal.SIGINT, signal.SIGTERM, *WARNINGS):
             signal.signal(signum, on_signal)
-        if not coordinator.port:
-            return coordinator.wait()[0] or Exit.FAILED
+        if (end := coordinator.begun()) is not None:
+            return end[0] or Exit.FAILED
         for node in range(plan.nodes):
             address = (LOCALHOST, coordinator.port)
             processes.start(
@@ -107,6 +111,22 @@ def launch(plan: LaunchPlan) -> int:
         clean_leftovers(plan.shm_directory)  # a killed agent could not free its vault
 
 
+def _lead(plan: LaunchPlan, leadership: Leadership) -> None:
+    """Raises LaunchError where another job leads, StoreError once an etcd was waited for in vain."""
+    until = time.monotonic() + (_STORE_S if plan.config.store != EMBEDDED else 0.0)
+    waiting = Waiting(until)
+    while True:
+        try:
+            if leadership.take() is None:
+                raise LaunchError(f"--run-dir {plan.run_dir}: another job runs there; give each its own")
+            return
+        except StoreError as err:
+            if time.monotonic() >= until:
+                raise
+            waiting.because(partial(str, err))
+        time.sleep(0.2)  # once, at the start
+
+
 def _tee(plan: LaunchPlan) -> Tee | None:
     if plan.tee == "none":
         return None
@@ -125,15 +145,21 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _whose(text: str) -> str:
     """Of --tee. Raises ArgumentTypeError."""
-    if text not in ("all", "none") and not text.isdecimal():
+    if text not in ("all", "none") and not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is neither all nor none nor a rank")
     return text
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--local-nodes", type=int, default=1, metavar="N", help="nodes on this machine, spares included (default: 1)")
-    add("--spare-nodes", type=int, default=0, metavar="S", help="how many of them are warm spares (default: 0)")
+    add(
+        "--local-nodes",
+        type=count(1),
+        default=1,
+        metavar="N",
+        help="nodes on this machine, spares included (default: 1)",
+    )
+    add("--spare-nodes", type=count(), default=0, metavar="S", help="how many of them are warm spares (default: 0)")
     add(
         *("--nproc-per-node", "--nproc_per_node"),
         default="1",

@@ -29,11 +29,15 @@ from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.link.ports import once_free, patience_s
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, TERMINATE, WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, open_store
+from deadpool_megatron.cluster.store import EMBEDDED, Deposed, Guard, StoreError, open_store
 from deadpool_megatron.durable import DurableError, Lease, Unreadable, begin, go_on, this_process
 from deadpool_megatron.launcher.processes import CoordinatorStart, DurableStart
 from deadpool_megatron.output import never_fails
 from deadpool_megatron.vault import VaultError
+
+
+class _NotBegun(Exception):
+    """The store has ceased to answer before the job began; the message is one line."""
 
 
 def _coordinator(start: CoordinatorStart) -> int:
@@ -49,6 +53,9 @@ def _coordinator(start: CoordinatorStart) -> int:
         except Deposed:
             at_the_end.pop_all()  # the job goes on
             print("another node leads the job now", flush=True)
+            return Exit.DEPOSED
+        except _NotBegun as err:  # whoever leads then starts one
+            _say(str(err))
             return Exit.DEPOSED
 
 
@@ -112,7 +119,7 @@ def _coordinate(start: CoordinatorStart, lease: Lease | None) -> int:
     for signum in ends:
         signal.signal(signum, lambda signum, frame: coordinator.interrupt(Exit.TERMINATED))
     signal.signal(INTERRUPT, lambda signum, frame: coordinator.interrupt())
-    code, message = _serve(coordinator, store_port)
+    code, message = _serve(coordinator, store_port, url != EMBEDDED and not start.resume)
     print(message, flush=True)
     return code
 
@@ -125,8 +132,10 @@ def _in_use(directory: str) -> None:
         fcntl.flock(os.open(directory, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
-def _serve(coordinator: Coordinator, store_port: int) -> tuple[int, str]:
+def _serve(coordinator: Coordinator, store_port: int, may_wait: bool = False) -> tuple[int, str]:
     """To the end of the job; the exit code and the message that goes with it.
+
+    Raises _NotBegun where whoever started this process waits for the store (``may_wait``).
 
     An error of the coordinator's own is none: what it has decided is kept, and a process that is ended by a signal is
     started again and goes on from there.
@@ -142,7 +151,9 @@ def _serve(coordinator: Coordinator, store_port: int) -> tuple[int, str]:
         return coordinator.run(announce)
     except Deposed:
         raise
-    except Exception:
+    except Exception as err:
+        if isinstance(err, StoreError) and may_wait and not listens:
+            raise _NotBegun(str(err)) from None
         if listens and not coordinator.finished and not coordinator.interrupted:
             traceback.print_exc()
             os.kill(os.getpid(), signal.SIGKILL)

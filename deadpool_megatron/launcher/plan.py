@@ -19,6 +19,7 @@ from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.compat import check_version
 from deadpool_megatron.config import DeadpoolConfig, from_script_arguments
 from deadpool_megatron.observe import LOGS
+from deadpool_megatron.options import digits
 from deadpool_megatron.vault import VaultError, choose_transport
 
 
@@ -57,7 +58,7 @@ class LaunchPlan:
 def whole(text: str, flag: str) -> int:
     """A number of the command line. Raises LaunchError."""
     try:
-        return int(text)
+        return digits(text)
     except ValueError:
         raise LaunchError(f"{flag} {text}: not a whole number") from None
 
@@ -123,8 +124,6 @@ def check(
         raise LaunchError(f"{nodes_flag} {nodes}: at least 1 node is needed")
     if slots < 1:
         raise LaunchError(f"--nproc-per-node {slots}: at least 1 worker a node is needed")
-    if spares < 0:
-        raise LaunchError(f"--spare-nodes {spares}: must be 0 or more")
     if spares >= nodes:
         raise LaunchError(
             f"--spare-nodes {spares} leaves no node to train: {nodes_flag} {nodes} counts all nodes, spares included"

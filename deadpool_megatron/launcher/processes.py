@@ -429,14 +429,25 @@ class CoordinatorProcess:
         message = self.process.stdout.read().decode().strip() or "the coordinator cannot be started again"
         return self.process.wait() or Exit.FAILED, message
 
+    def begun(self) -> tuple[int, str] | None:
+        """None once it listens; else how it has ended. As `wait` it waits for a store that does not answer."""
+        end: tuple[int, str] | None = None
+        while not self._listens and end is None:
+            end = self._over()
+        return end
+
     def wait(self) -> tuple[int, str]:
         """Its exit code and message, once the job is over. Where nobody else can lead, it leads again if deposed."""
-        while True:
-            end = self.revive()
-            if end is None:
-                continue
-            if end[0] != Exit.DEPOSED or self._interrupted or self._others_lead:
-                return end
-            if self._leadership.campaign(1, lambda: bool(self._interrupted)) is None:
-                return code_of(self._interrupted), "interrupted while the store did not answer"
-            self.process = self._start()
+        while (end := self._over()) is None:
+            pass
+        return end
+
+    def _over(self) -> tuple[int, str] | None:
+        """When this process has ended: how the job did, or None where another one goes on with it."""
+        end = self.revive()
+        if end is None or end[0] != Exit.DEPOSED or self._interrupted or self._others_lead:
+            return end
+        if self._leadership.campaign(1, lambda: bool(self._interrupted)) is None:
+            return code_of(self._interrupted), "interrupted while the store did not answer"
+        self.process = self._start()
+        return None

@@ -238,9 +238,7 @@ class Serving:
         signals.preempt = hosted.preempt if hosted is not None else lambda: main.send_signal(PREEMPT)
         while main.poll() is None and not self._seat_changes():
             for fd, _ in poller.poll(1000):
-                if self._lifeline is not None and fd is self._lifeline.fd:
-                    self._lifeline.look(self._clock.now())
-                elif fd == signals.socket.fileno():
+                if fd == signals.socket.fileno():
                     signals.socket.recv(64)
                 elif self._seat is not None and fd == self._seat.fd:
                     self._won = self._seat.won() or self._won
@@ -253,6 +251,8 @@ class Serving:
                     if agent.poll() == Exit.USAGE and hosted is not None and not self._why:
                         self._why = "this machine's agent could not start, so there is no job"
                         hosted.interrupt()
+            if self._lifeline is not None and hosted is None:
+                self._lifeline.look(self._clock.now())
             self._look_for_coordinator()
             if len(signals.caught) > self._passed_on:
                 self._passed_on = len(signals.caught)

@@ -23,6 +23,12 @@ from deadpool_megatron.vault import numa_node_of_device, numa_node_of_process
 
 _KEY = "deadpool/job"
 _PACKAGES = ("megatron", "torch", "transformer_engine", "apex", "numpy")
+# Variables of the device, its kernels and communication: what a spare needs before its script sets all of them.
+_DEVICE = (
+    *("CUBLAS", "CUDA_", "CUDNN_", "FI_", "GLOO_", "KMP_", "MKL_", "NCCL_", "NVSHMEM_", "NVTE_", "OFI_", "OMP_"),
+    *("PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TRITON_", "UCX_"),
+)
+_SECRET = ("CREDENTIAL", "KEY", "PASS", "SECRET", "TOKEN")
 _PARKED = timedelta(days=365)
 _LOOK_S, _AGAIN_S = 5.0, 1.0  # between looks whether it is still there; until another try
 
@@ -117,7 +123,7 @@ class RunningJob(msgspec.Struct, frozen=True):
     Attributes:
         groups: the digest of the table of groups that its workers have made.
         begun: when it began, as `Host.begun`.
-        environment: the variables that its loop has set.
+        environment: the variables that its loop has set; spares are told those of the device.
         modules: what a worker that trains has imported by now.
     """
 
@@ -127,13 +133,27 @@ class RunningJob(msgspec.Struct, frozen=True):
     modules: list[str] = []
 
 
+def _for_all_to_read(job: RunningJob) -> RunningJob:
+    """What the rendezvous store may have of it, whoever writes there: anybody may read it, and write.
+
+    A recipe's variables may be secrets (W&B's, Hugging Face's key). The script sets them itself when it takes over.
+    """
+    environment = {
+        name: value
+        for name, value in job.environment.items()
+        if name.startswith(_DEVICE) and not any(word in name for word in _SECRET)
+    }
+    modules = [name for name in job.modules if name.split(".")[0] in _PACKAGES]
+    return msgspec.structs.replace(job, environment=environment, modules=modules)
+
+
 def publish_job(store: Callable[[], Store], job: RunningJob) -> None:
     """Tell the spares of the job, and which modules this process has imported.
 
     A thread keeps it told, since the store forgets it when it is started again. ``store`` makes a client of its own.
     """
-    names = sorted(n for n, m in sys.modules.items() if m is not None and n.split(".")[0] in _PACKAGES)
-    text = msgspec.json.encode(msgspec.structs.replace(job, modules=names)).decode()
+    names = sorted(n for n, m in sys.modules.items() if m is not None)
+    text = msgspec.json.encode(_for_all_to_read(msgspec.structs.replace(job, modules=names))).decode()
 
     def work() -> None:
         client: Store | None = None
@@ -161,7 +181,7 @@ def follow_job(store: Callable[[], Store], learn: Callable[[RunningJob], None]) 
             with contextlib.suppress(RuntimeError):  # the server is away, or has moved
                 client = store()
                 client.wait([_KEY], _PARKED)
-                job = msgspec.json.decode(client.get(_KEY), type=RunningJob)
+                job = _for_all_to_read(msgspec.json.decode(client.get(_KEY), type=RunningJob))
                 break
             time.sleep(_AGAIN_S)
         learn(job)

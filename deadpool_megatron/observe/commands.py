@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deadpool_megatron.options import count
+
 RUN_DIR = "runs/latest"
 COMMANDS = ("status", "timeline", "report", "page")
 _USAGE = 2
@@ -29,7 +31,9 @@ def add_commands(commands: Any) -> None:
     report.add_argument("--out", metavar="FILE", help="the file (default: report.html in the run directory)")
     page = commands.add_parser("page", help="status and report as a live page for a browser on this machine")
     add_run_dir(page)
-    page.add_argument("--port", type=int, default=8470, metavar="P", help="on 127.0.0.1 (default: 8470; 0: any)")
+    page.add_argument(
+        "--port", type=count(0, 65535), default=8470, metavar="P", help="on 127.0.0.1 (default: 8470; 0: any)"
+    )
 
 
 def add_run_dir(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +54,6 @@ def run_command(options: argparse.Namespace) -> int:
             return 0
         run = Path(options.run_dir)
         if options.command == "page":
-            if not 0 <= options.port < 65536:
-                print(f"deadpool: --port {options.port}: a port is between 0 (any) and 65535", file=sys.stderr)
-                return _USAGE
             from deadpool_megatron.observe.page import serve
 
             serve(run, options.port)
@@ -61,8 +62,6 @@ def run_command(options: argparse.Namespace) -> int:
             written = write_timeline(run, Path(options.out) if options.out else run / "timeline")
         else:
             written = [write_report(run, Path(options.out) if options.out else run / "report.html")]
-    except BrokenPipeError:  # who reads has had enough: the command line's own matter
-        raise
     except (NoStatus, NoRun, OSError) as err:
         print(f"deadpool: {err}", file=sys.stderr)
         return _USAGE

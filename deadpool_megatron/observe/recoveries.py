@@ -239,8 +239,11 @@ class Story:
         if name == "stuck":
             self._stuck[event["rank"]] = event["t"] - event.get("seconds", 0.0)
         if name == "declared" and self.spares is not None:
-            self.spares -= set(event.get("nodes", ()))
-            self.active = list(event.get("nodes", ()))
+            nodes = list(event.get("nodes", ()))
+            # A healthy node that gave way to a spare is one itself, with fresh workers.
+            self.spares |= set(self.active) - set(event.get("lost", ()))
+            self.spares -= set(nodes)
+            self.active = nodes
         now = self._now
         if now is None:
             return None

@@ -18,7 +18,7 @@ import pytest
 
 from deadpool_megatron.cluster.records.exits import Exit
 from flags import duo_gpt, tiny_gpt
-from jobs import EXAMPLE, PACED, ROOT, Jobs, assert_same_training, launch_flags, set_pace, undisturbed
+from jobs import ENDED_BY, EXAMPLE, PACED, ROOT, Jobs, assert_same_training, launch_flags, set_pace, undisturbed
 from machines import Machines, MachinesJob, torchrun_environments
 
 DUMP = (
@@ -200,15 +200,13 @@ def _sleeping(machines: Machines, *more: str) -> None:
     assert len(machines.processes()) == 9
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", ENDED_BY)
 def test_an_interrupt_where_the_coordinator_is_ends_the_job_on_every_machine(
     machines: Machines, signum: signal.Signals
 ) -> None:
     _sleeping(machines)
     machines.started[0].send_signal(signum)
-    code, word = {
-        signal.SIGINT: (Exit.INTERRUPTED, "interrupted"), signal.SIGTERM: (Exit.TERMINATED, "ended by SIGTERM")
-    }[signum]  # fmt: skip
+    code, word = ENDED_BY[signum]
     assert machines.codes() == [code, code]
     machines.until_gone()
     assert word in machines.output(0) and word in machines.output(1)

@@ -18,7 +18,7 @@ import pytest
 from deadpool_megatron.cluster.records.exits import Exit, what_to_do
 from deadpool_megatron.observe import ERROR
 from flags import duo_gpt, tiny_gpt
-from jobs import Job, Jobs, launch_flags
+from jobs import ENDED_BY, Job, Jobs, launch_flags
 
 
 def _plain(jobs: Jobs, program: str, *more: str, nodes: int = 2, slots: int = 2) -> Job:
@@ -125,14 +125,11 @@ def _agents(job: Job) -> bool:
     return all(node["agent_pid"] for node in job.status()["nodes"])
 
 
-ENDS = {signal.SIGINT: (Exit.INTERRUPTED, "interrupted"), signal.SIGTERM: (Exit.TERMINATED, "ended by SIGTERM")}
-
-
-@pytest.mark.parametrize("signum", ENDS)
+@pytest.mark.parametrize("signum", ENDED_BY)
 def test_an_interrupt_ends_every_process_the_workers_children_included(jobs: Jobs, signum: signal.Signals) -> None:
     job = _sleeping(jobs, children=True)
     job.process.send_signal(signum)
-    code, word = ENDS[signum]
+    code, word = ENDED_BY[signum]
     assert job.wait() == code
     job.until_gone(60)
     (said,) = _said(job)

@@ -302,6 +302,29 @@ def test_who_sits_between_can_neither_change_nor_repeat_nor_keep_for_later_what_
         between.close()
 
 
+def test_nonsense_from_who_has_the_coordinators_port_for_a_while_keeps_no_agent_away_for_ever() -> None:
+    """ZeroMQ connects again after a broken connection, and not after one over which nonsense came."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        spoke = Spoke(f"127.0.0.1:{port}", "node-1", SECRET, LEASE_S)
+        with other.accept()[0] as connection:
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(100))
+            until(spoke.changed, "the end of that connection")
+    hub = Hub("127.0.0.1", port, SECRET, LEASE_S, patience_s=60.0)
+
+    def up() -> bool:
+        spoke.look()
+        spoke.changed()
+        hub.wait(0.01, lambda who, what: None, lambda who: None)
+        return spoke.connected
+
+    try:
+        until(up, "another connection")
+    finally:
+        spoke.close(linger_ms=0)
+        hub.close()
+
+
 def test_a_killed_agent_is_noticed_by_the_end_of_its_connection_and_not_by_its_silence() -> None:
     room = Room(3600.0)
     try:

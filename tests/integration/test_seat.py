@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from deadpool_bench.control_plane.etcd import EtcdMembers
+from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import EtcdStore, StoreError
-from deadpool_megatron.launcher import add_agent_arguments, agent
+from deadpool_megatron.launcher import add_agent_arguments, agent, local
 from deadpool_megatron.launcher.agent_options import AgentPlan, check_agent
 from deadpool_megatron.launcher.enlisting import Interrupted
-from deadpool_megatron.launcher.processes import Processes
+from deadpool_megatron.launcher.processes import CoordinatorProcess, Processes, coordinator_settings
 from deadpool_megatron.launcher.seat import Seat
 from deadpool_megatron.launcher.secret import SecretSource
 from etcds import need_etcd
@@ -103,3 +104,34 @@ def test_a_store_that_goes_away_before_the_coordinator_starts_is_waited_for_too(
     place, hosted, code = host.find_or_start(0, time.monotonic() + 1e6, _Back(etcd))
     assert (place, hosted is not None, code) == (None, True, 0) and taken == [True] and len(started) == 1
     assert seat.leadership.guard is not None
+
+
+def _starts(plan: AgentPlan, seat: Seat, processes: Processes) -> CoordinatorProcess:
+    settings = coordinator_settings(plan.launch, "job-1", bytes(32), "127.0.0.1", 0, 60.0, plan.job_name)
+    return CoordinatorProcess(processes, settings, seat.leadership)
+
+
+def test_a_first_coordinator_that_finds_the_store_away_is_no_end_and_another_one_begins(
+    etcd: EtcdMembers, seat: Seat, plan: AgentPlan
+) -> None:
+    """It goes away behind the back of who leads: while the coordinator's process starts."""
+    processes = Processes()
+    assert seat.take()
+    etcd.kill(0)
+    try:
+        hosted = _starts(plan, seat, processes)
+        assert not hosted.port and hosted.process.wait() == Exit.DEPOSED
+        etcd.start(0)
+        assert hosted.begun() is None and hosted.port
+    finally:
+        processes.end(5.0)
+
+
+def test_launch_waits_for_a_store_that_is_away(
+    etcd: EtcdMembers, seat: Seat, plan: AgentPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    etcd.kill(0)
+    back = _Back(etcd)
+    monkeypatch.setattr(local.time, "sleep", lambda seconds: back())
+    local._lead(plan.launch, seat.leadership)
+    assert back.looks >= 4 and seat.leadership.guard is not None

@@ -204,6 +204,9 @@ class _Drainer(DrainerProcess):
         if self._process is not None:
             self._process.die()
 
+    def kill(self) -> None:
+        self.die()
+
     def die(self) -> None:
         """Its process is killed; the agent answers for it."""
         if self._process is None:

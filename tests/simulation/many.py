@@ -6,7 +6,9 @@ import gc
 import hashlib
 import json
 import multiprocessing
+import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -15,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deadpool_megatron.launcher.processes import end_with_parent
 from simulation.faults import DURABLE_KINDS, KINDS, Profile
 from simulation.run import simulate
 
@@ -83,6 +86,14 @@ def _run(task: tuple[int, int, Profile | None, bool]) -> Block:
     }  # fmt: skip
 
 
+def _begin(parent: int) -> None:
+    """Of a child: it ends with the process that the user has started, however that ends."""
+    end_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    _quiet()
+
+
 def _quiet() -> None:
     gc.collect()
     gc.freeze()  # what the imports made is looked at no more
@@ -115,7 +126,8 @@ def many(
     tasks = [(at, min(_BLOCK, first + seeds - at)) for at in range(first, first + seeds, _BLOCK)]
     yield from (done[task] for task in tasks if task in done)
     left = [(*task, profile, stop) for task in tasks if task not in done]
-    with multiprocessing.get_context("fork").Pool(processes, _quiet) if processes > 1 else _Here() as pool:
+    fork = multiprocessing.get_context("fork")
+    with fork.Pool(processes, _begin, (os.getpid(),)) if processes > 1 else _Here() as pool:
         for block in pool.imap_unordered(_run, left):
             if results is not None:
                 with results.open("a") as file:

@@ -36,6 +36,10 @@ REFUSED = {
     "no python": (f"--nnodes 2 --no-python {HERE}", "--no-python"),
     "port": ("--nnodes 2 --rdzv-endpoint h:70000", "h:70000: a port is between"),
     "port in words": ("--nnodes 2 --rdzv-endpoint h:x", "--rdzv-endpoint port x: not a whole number"),
+    "no node": (f"--nnodes 0 {HERE}", "--nnodes 0: at least 1 node"),
+    "no host": ("--nnodes 2 --rdzv-endpoint a..b:29400", "--rdzv-endpoint: must be the name of a host or an IPv4"),
+    "no address": (f"--nnodes 2 --local-addr 10.0.0.256 {HERE}", "--local-addr: must be the name of a host or an IPv4"),
+    "wait for ever": (f"--nnodes 2 --rdzv-conf join_timeout=inf {HERE}", "join_timeout=inf: the seconds must be a num"),
     "wait": (f"--nnodes 2 --rdzv-conf join_timeout=soon {HERE}", "--rdzv-conf join_timeout=soon"),
     "only spares": (f"--nnodes 2 --spare-nodes 2 {HERE}", "--nnodes 2 counts all nodes, spares included"),
 }

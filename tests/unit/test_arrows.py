@@ -31,10 +31,11 @@ BELOW = {
     "snapshot": {"vault", "points"},
     "comm": set[str](),
     "recovery": {"comm", "vault", "output", "points", "cluster.records"},
-    "observe": {"", "cluster.records", "output"},
+    "observe": {"", "cluster.records", "options", "output"},
     "output": set[str](),
     "forking": set[str](),
     "jobs": {"forking", "observe"},
+    "options": set[str](),
     "points": set[str](),
     "yaml_file": set[str](),
     "compat": set[str](),
@@ -46,8 +47,8 @@ BELOW = {
     },
     "megatron.lm": {"config", "megatron"},
     "megatron.bridge": {"compat", "config", "megatron", "support"},
-    "simulate": {"observe"},
-    "doctor": {"compat", "cluster.link"},
+    "simulate": {"observe", "options"},
+    "doctor": {"compat", "cluster.link", "options"},
 }
 # The rooms of training loops, and the packages that each is the only one to import.
 LOOPS = {"megatron.lm": "megatron.training", "megatron.bridge": "megatron.bridge"}

@@ -16,6 +16,7 @@ from deadpool_megatron.doctor import machine
 from deadpool_megatron.launcher import local
 from deadpool_megatron.launcher.secret import SecretSource
 from deadpool_megatron.observe import RunDirectory
+from deadpool_megatron.options import Parser, host_name
 from deadpool_megatron.planning.files import PlanError, load
 from test_screen import status_of
 
@@ -71,6 +72,15 @@ def test_who_stops_reading_a_status_gets_no_line_either(tmp_path: Path) -> None:
     assert status.stderr.read() == b"" and status.wait() == 141
 
 
+def test_a_job_whose_output_nobody_reads_ends_as_it_ends(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("print('a line')")
+    command = [sys.executable, "-m", "deadpool_megatron.cli", "launch", "--emulate-cpu", "--run-dir", "run", "train.py"]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    assert job.stdout is not None and job.stderr is not None
+    job.stdout.close()
+    assert job.stderr.read() == b"" and job.wait() == 0
+
+
 @pytest.mark.parametrize("text", ["", '{"phase": "tr', "{}", "[]", "\0\0"])
 @pytest.mark.parametrize("command", ["status", "inject", "drain", "join"])
 def test_a_file_that_was_copied_in_part_is_one_line(
@@ -96,17 +106,63 @@ def test_every_command_takes_the_run_directory_alike(
     assert "elsewhere" in capsys.readouterr().err
 
 
+_NUMBERS = {  # commands with what they need besides, and their options that are numbers
+    "launch train.py": "--local-nodes --spare-nodes",
+    "agent train.py": "--spare-nodes",
+    "inject --node 1": "--node --local --at-iteration --at-tick --seconds",
+    "drain --node 1": "--node --timeout",
+    "page": "--port",
+    "simulate": "--gpus --failures-per-1000-node-days --trace-nodes --days --runs --spares --seed --repair --save",
+    "check": "--nproc-per-node --nodes",
+    "doctor": "--vault-gib --nnodes --node-rank --mib --deadline",
+    "demo": "--node --iteration --tick --iterations --active-nodes",
+}
+
+
+@pytest.mark.parametrize("command", _NUMBERS)
+def test_what_is_no_number_that_an_option_can_have_is_one_line_with_its_name(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *more = command.split()
+    for option in _NUMBERS[command].split():
+        for value in ("nan", "inf", "-1", "", "two", "\u0663", "1_0", "1e400"):
+            with pytest.raises(SystemExit) as end:
+                cli.main([name, f"{option}={value}", *more])
+            said = capsys.readouterr().err
+            assert end.value.code == 2 and said.startswith(f"deadpool: {option}: must be ") and said.count("\n") == 1
+
+
+def test_every_number_on_a_command_line_is_judged_by_that_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[argparse.ArgumentParser] = []
+    monkeypatch.setattr(Parser, "parse_args", lambda self, *given: parsers.append(self) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        cli.main([])
+    (commands,) = (a for a in parsers[0]._actions if isinstance(a, argparse._SubParsersAction))
+    for name, parser in commands.choices.items():
+        if name != "plan":  # the whole of its file is judged, with what is given there
+            assert not [a for a in parser._actions if a.type in (int, float)], name
+
+
+@pytest.mark.parametrize("host", ["a..b", "", "\u00fc", "a b", "host:80", "::1", "10.0.0.256", "-a", "x" * 64])
+def test_what_can_be_no_host_is_one_line(host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["join", "--run-dir", str(tmp_path), f"--host={host}"])
+    assert capsys.readouterr().err == f"deadpool: --host: must be the name of a host or an IPv4 address, not {host!r}\n"
+
+
+def test_hosts_by_all_their_names_are_taken() -> None:
+    for name in ("localhost", "10.0.0.1", "node-0.job_7", "a.b.example.org.", "3com", "job-coordinator-0-0.job"):
+        assert host_name(name) == name
+
+
 def _launch(*options: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     local.add_launch_arguments(parser)
     return parser.parse_args([*options, "script.py"])
 
 
-@pytest.mark.parametrize("seconds", ["0", "nan", "inf"])
-def test_a_fault_that_would_last_for_ever_or_no_time_is_refused(
-    seconds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fault = ["--node", "0", "--fault", "slow", "--at-iteration", "1", "--seconds", seconds]
+def test_a_fault_that_would_last_no_time_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fault = ["--node", "0", "--fault", "slow", "--at-iteration", "1", "--seconds", "0"]
     assert cli.main(["inject", "--run-dir", str(tmp_path), *fault]) == 2
     assert "--fault slow needs --seconds" in capsys.readouterr().err
 

@@ -323,7 +323,7 @@ def test_who_ends_because_a_neighbour_was_lost_is_not_counted_against_its_node()
 def _ends_by_a_peer(job: SimulatedJob, node: int, local: int, pid: int, epoch: int) -> None:
     """A worker that has lost a peer, and of whose loss nobody has told it in time."""
     rank = 2 * node + local
-    error = f"Error{pid}", "gloo.py:1", "Connection closed by peer", ""  # (the same one again would end the job)
+    error = f"Error{pid}", "gloo.py:1", "Connection closed by peer", ""  # (the same one too often would end the job)
     job.feed(r.PeerError(epoch, node, rank, error[2]))
     job.feed(r.WorkerFailed(node, local, rank, "training", epoch, 4, 0, *error, communication=True))
     job.feed(r.WorkerExited(node, local, rank, pid, 1, epoch))
@@ -342,6 +342,21 @@ def test_who_has_lost_a_peer_and_was_told_too_late_is_not_counted_against_its_no
     job.recover()
     assert job.core.phase is Phase.RUNNING and [n for n, s in job.core.nodes.items() if s.gone] == [0]
     assert not any(state.deaths for state in job.core.nodes.values())
+
+
+def test_who_loses_a_peer_at_one_iteration_again_has_no_error_of_its_own_until_that_is_too_often() -> None:
+    """As when the coordinator hangs, a node is lost meanwhile, and both come again before the iteration has ended."""
+    job = SimulatedJob(nodes=4, spares=0).train()
+    job.iterate(4)
+    error = "RuntimeError", "gloo.py:1", "Connection closed by peer", ""
+    for again in range(job.core.job.transient_retries + 2):
+        assert job.core.phase is Phase.RUNNING and job.finish is None
+        epoch = job.core.epoch
+        job.feed(r.WorkerFailed(2, 1, 5, "training", epoch, 5, 0, *error, communication=True))
+        job.feed(r.WorkerExited(2, 1, 5, 70 + again, 1, epoch))
+        if not job.finish:
+            job.recover()
+    assert job.end[0] == Exit.REPEATED_ERROR
 
 
 @pytest.mark.parametrize("gets_on", [False, True])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from typing import Any
+
+import pytest
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.core import Core
@@ -173,6 +176,32 @@ def test_a_stuck_rank_is_ended_and_made_good_and_those_that_wait_for_it_are_left
     job.feed(r.WorkerExited(1, 0, 2, 9, -9))
     job.recover()
     assert job.core.phase is Phase.RUNNING
+
+
+@pytest.mark.parametrize("others", ["waiting", "busy"])
+@pytest.mark.parametrize("state", ["silent", "busy"])
+@pytest.mark.parametrize("spares", [0, 1])
+def test_when_all_ranks_of_a_node_stand_still_they_are_made_good_together_and_their_node_stays(
+    others: Any, state: Any, spares: int
+) -> None:
+    """As when its disk hangs, or an operator stops them; the others wait, on a device or in a communication."""
+    job = SimulatedJob(nodes=3 + spares, spares=spares).train()
+    here = [rank for rank in range(6) if job.core.assignment[rank].node == 1]
+    for rank in {*range(6)} - {*here}:
+        job.feed(r.Stalled(0, job.core.assignment[rank].node, rank, 5, 30.0, others))
+    for rank in here:
+        job.feed(r.Stalled(0, 1, rank, 5, 30.0, state))
+    job.wait(5.0)
+    if (state, others) == ("busy", "busy"):  # nobody can be told from those that wait
+        assert job.told(r.Declare)[-1].replaced == [] and not job.told(r.EndStuck)
+        return
+    assert job.told(r.EndStuck) == [r.EndStuck(0, rank) for rank in here]
+    assert {message.node for message in job.sent[-2:]} == {1}
+    for local, rank in enumerate(here):
+        job.feed(r.WorkerExited(1, local, rank, 9 + local, -9))
+    job.recover()
+    assert job.core.phase is Phase.RUNNING and not job.core.nodes[1].gone and len(job.core.nodes[1].deaths) == 1
+    assert job.core.nodes[1].role == ("spare" if spares else "active")
 
 
 def test_a_stuck_rank_is_named_again_when_nobody_has_heard_of_it() -> None:

@@ -159,7 +159,8 @@ def test_a_drain_that_takes_too_long_is_given_up_and_told() -> None:
     it = job(deadline=30.0)
     run(it, range(5))
     it.wait(31.0)
-    assert "--deadpool-durable-deadline (30 s)" in it.events("durable_failed")[0]["message"]
+    (failed,) = it.events("durable_failed")
+    assert "nodes 0, 1, 2 took longer than --deadpool-durable-deadline (30 s)" in failed["message"]
     assert it.core.phase is Phase.RUNNING
     run(it, range(5, 9))
     assert len(names(it)) == 2

@@ -425,6 +425,25 @@ def test_a_drainer_that_dies_fails_its_drain_and_the_next_one_has_a_new_one(node
 
 
 @pytest.mark.timeout(60)
+def test_another_drainer_copies_shards_out_before_it_touches_a_directory_that_hangs(
+    node: Node, silent: socket.socket
+) -> None:
+    node.directory = f"ftp://127.0.0.1:{silent.getsockname()[1]}/generations"
+    node.stage()
+    node.drainer.tell(Describe(node.directory, 0, LAYOUT, ""))
+    silent.accept()[0].close()
+    node.drainer.kill()
+    until(lambda: node.drainer._process is None, "its end")
+    assert node.capture(1)
+    node.drain(1)
+    with silent.accept()[0]:  # it is at the directory
+        process = node.drainer._process
+        assert process is not None
+        process.send_signal(signal.SIGSTOP)
+        assert isinstance(node.answers.get(), Staged)
+
+
+@pytest.mark.timeout(60)
 def test_a_drainer_that_reads_nothing_holds_up_nobody(node: Node) -> None:
     """It stands still: its start hangs in a file system, say. A layout is longer than what a pipe takes."""
     node.stage()

@@ -152,38 +152,95 @@ def test_an_attempt_that_is_given_up_frees_the_slots(nodes: list[Node]) -> None:
     assert node.capture(7) == [True, True]
 
 
-def test_a_drainer_that_hangs_costs_one_wait_and_later_drains_fail_at_once_until_it_answers(nodes: list[Node]) -> None:
-    node, now = nodes[0], [0.0]
-    node.durability._now = lambda: now[0]  # type: ignore[method-assign]
+class _Clock:
+    """The time a node's durable tier goes by, moved by the test."""
+
+    def __init__(self, node: Node) -> None:
+        self.now = 0.0
+        node.durability._now = lambda: self.now  # type: ignore[method-assign]
+
+
+def _commit(node: Node, generation: int) -> list[bool]:
+    taken = node.capture(generation)
+    node.shards.vault.set_committed(0, generation)
+    return taken
+
+
+def test_a_drainer_that_hangs_costs_one_wait_and_the_next_drain_has_another(nodes: list[Node]) -> None:
+    node = nodes[0]
+    clock = _Clock(node)
     node.begin()
     process = node.durability._drainer._process
     assert process is not None
     process.send_signal(signal.SIGSTOP)
-
-    def commit(generation: int) -> list[bool]:
-        taken = node.capture(generation)
-        node.shards.vault.set_committed(0, generation)
-        return taken
-
-    commit(5)
+    _commit(node, 5)
     node.durability.drain(r.DrainShards(NAME, 0, 5, 0.0), [0, 1])
-    commit(6)
-    now[0] = 59.0
+    _commit(node, 6)
+    clock.now = 59.0
     node.durability.look()
     assert node.capture(7) == [False, False] and not node.sent
-    now[0] = 61.0
+    clock.now = 61.0
     node.durability.look()
     node.durability.look()
     (told,) = node.sent
-    assert isinstance(told, r.ShardsDrained) and "its drainer hangs" in told.error
-    assert commit(7) == [True, True]
+    assert isinstance(told, r.ShardsDrained) and "its drainer hung and was ended" in told.error
+    assert _commit(node, 7) == [True, True]
     node.durability.give_up(r.GiveUpDrain(NAME, 1))
-    node.durability.drain(r.DrainShards(f"{NAME}2", 0, 7, 0.0), [0, 1])
-    assert node.sent[-1].name == f"{NAME}2" and "its drainer still hangs" in node.sent[-1].error
-    assert commit(8) == commit(9) == [True, True]
-    process.send_signal(signal.SIGCONT)
     assert node.news(Done).error
-    node.durable(9, f"{NAME}3")
+    node.durable(7, f"{NAME}2")
+    assert node.durability._drainer._process is not process
+
+
+def test_while_a_drainer_that_hangs_cannot_be_ended_drains_fail_at_once(
+    nodes: list[Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that waits in the kernel for a disk, and dies when that answers."""
+    node = nodes[0]
+    clock = _Clock(node)
+    node.begin()
+    process = node.durability._drainer._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(process, "kill", lambda: None)
+    _commit(node, 5)
+    node.durability.drain(r.DrainShards(NAME, 0, 5, 0.0), [0, 1])
+    clock.now = 61.0
+    node.durability.look()
+    node.durability.drain(r.DrainShards(f"{NAME}2", 0, 5, 0.0), [0, 1])
+    assert node.sent[-1].name == f"{NAME}2" and "cannot be ended" in node.sent[-1].error
+    assert [_commit(node, generation) for generation in (6, 7, 8)] == [[True, True]] * 3
+    os.kill(process.pid, signal.SIGKILL)
+    assert node.news(Done).error
+    node.durable(8, f"{NAME}3")
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_drainer_that_does_not_give_up_what_it_writes_is_ended_before_the_next_drain(
+    nodes: list[Node], hangs: bool
+) -> None:
+    """Its shards are copied, so no slot waits for it."""
+    node = nodes[0]
+    clock = _Clock(node)
+    node.begin()
+    _commit(node, 5)
+    node.durability.drain(r.DrainShards(NAME, 0, 5, 600.0), [0, 1])
+    node.news(Staged)
+    process = node.durability._drainer._process
+    assert process is not None
+    clock.now = 1e4
+    node.durability.look()  # it may take its time until it is to give up
+    process.send_signal(signal.SIGSTOP)
+    node.durability.give_up(r.GiveUpDrain(NAME, 0))
+    if not hangs:
+        process.send_signal(signal.SIGCONT)
+        assert node.news(Done).error
+    clock.now += 61.0
+    node.durability.look()
+    if hangs:
+        assert "ended (-9)" in node.news(Done).error
+    assert _commit(node, 6) == [True, True]
+    node.durable(6, f"{NAME}2")
+    assert (node.durability._drainer._process is not process) == hangs
 
 
 def test_a_coordinate_that_moves_away_leaves_no_memory_and_no_thread_behind(nodes: list[Node]) -> None:

@@ -164,6 +164,27 @@ def test_a_spare_that_was_drained_is_none_that_is_left() -> None:
     assert "no spare node left" in (text := paragraph(recovery, 1, story)) and "bring a spare node soon" in text
 
 
+def test_a_healthy_node_that_gave_way_to_a_spare_is_a_spare_that_is_left_and_a_drained_one_is_none() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.iterate(4)
+    job.commit(5)
+    job.feed(r.WorkerExited(1, 0, 2, 77, -9))
+    job.recover()
+    job.park()
+    job.iterate(6)
+    _, actions = job.core.drain(2, job.now)
+    job.take(actions)
+    job.wait(60.0)
+    job.recover()
+    story = Story()
+    for event in [{"t": 0.0, "event": "started", "nodes": 5, "spares": 2}, *events_of(job)]:
+        story.take(event)
+    ended, drained = story.recoveries
+    assert ended.new_nodes == [3] and ended.spares_left == 2
+    assert "2 spare nodes left" in (text := paragraph(ended, 1, story)) and "bring a spare" not in text
+    assert drained.spares_left == 1 == len([n for n in job.core.nodes.values() if n.role == "spare"])
+
+
 def test_a_node_that_keeps_both_copies_itself_promises_nothing(tmp_path: Path) -> None:
     """``--alone``."""
     alone = {"groups": [], "survives_now": 0, "survives_when_full": 0, "full": False, "not_covered_yet": []}

@@ -1,4 +1,4 @@
-"""What spares are told of the job outlives the store it is told through."""
+"""What spares are told of the job outlives the store it is told through, and is no secret: anybody may read that."""
 
 import os
 import subprocess
@@ -41,9 +41,14 @@ def main() -> None:
 
     server = serve()
     job = RunningJob("groups", 1764450000.123456, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
-    publish_job(connect, job)
+    secrets = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "OUR_DATA", "NCCL_OUR_TOKEN", "LD_PRELOAD"), "s3cr3t")
+    publish_job(connect, msgspec.structs.replace(job, environment={**job.environment, **secrets}))
     told = _learn(connect)
+    assert b"s3cr3t" not in server.get(standby._KEY)
     assert msgspec.structs.replace(told, modules=[]) == job and "torch" in told.modules
+    stranger = RunningJob("groups", 0.0, secrets, ["antigravity", "torch.nn"])
+    server.set(standby._KEY, msgspec.json.encode(stranger).decode())
+    assert _learn(connect) == RunningJob("groups", 0.0, {}, ["torch.nn"])
     server.set("first server", "")
     del server
     server = serve()

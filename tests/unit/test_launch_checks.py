@@ -28,11 +28,10 @@ def plan(tmp_path: Path, options: str, script: str = "") -> LaunchPlan:
 
 
 REFUSED = {
-    "no node": ("--local-nodes 0", "", "--local-nodes 0: at least 1 node"),
     "no worker": ("--nproc-per-node 0", "", "--nproc-per-node 0: at least 1 worker"),
+    "workers in other digits": ("--nproc-per-node ٢", "", "--nproc-per-node ٢: not a whole number"),
     "workers in words": ("--nproc_per_node two", "", "--nproc-per-node two: not a whole number"),
     "no such module": ("-m", "", "there is no such module here"),
-    "fewer than no spares": ("--local-nodes 3 --spare-nodes -1", "--deadpool", "--spare-nodes -1: must be 0 or more"),
     "only spares": ("--local-nodes 3 --spare-nodes 3", "--deadpool", "--spare-nodes 3 leaves no node to train"),
     "spares for nothing": ("--local-nodes 3 --spare-nodes 1", "", "--spare-nodes 1 needs --deadpool"),
     "one active node": ("--local-nodes 2 --spare-nodes 1", "--deadpool", "one active node has no peer"),

@@ -69,8 +69,9 @@ def test_another_run_in_the_directory_begins_anew(live: page.LivePage) -> None:
 
 @pytest.mark.parametrize("port", ["99999", "-1"])
 def test_a_port_that_is_none_is_one_line(port: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["page", "--run-dir", str(tmp_path), "--port", port]) == 2
-    assert capsys.readouterr().err == f"deadpool: --port {port}: a port is between 0 (any) and 65535\n"
+    with pytest.raises(SystemExit) as end:
+        cli.main(["page", "--run-dir", str(tmp_path), "--port", port])
+    assert end.value.code == 2 and capsys.readouterr().err == f"deadpool: --port: must be 0 to 65535, not {port}\n"
 
 
 def test_nobody_else_reads_it_and_nobody_writes(live: page.LivePage) -> None:

@@ -6,20 +6,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.jobs.descendants import has_ended
 from simulation import many, simulate
 from simulation.faults import Profile
 from simulation.mutants import MUTANTS
 from simulation.run import Run
+from waiting import until
 
+_TESTS = Path(__file__).parents[1]
 _BATCHES, _RUNS = 6, 125
 
 # By fix that is taken back, a run that finds it missing: seed, and the kinds of faults that are drawn (none: all).
@@ -221,3 +228,23 @@ def test_a_seed_is_one_run_to_the_message() -> None:
     first, again = (simulate(3, trace=True) for _ in range(2))
     assert len(first.trace) > 300 and first.trace == again.trace
     assert simulate(4, trace=True).trace != first.trace
+
+
+@pytest.mark.timeout(60)
+def test_who_kills_the_command_leaves_none_of_its_processes() -> None:
+    command = [sys.executable, "-m", "simulation", "--mixed", "--seeds", "100000", "--processes", "2"]
+    children: list[psutil.Process] = []
+    running = psutil.Popen(command, cwd=_TESTS, stdout=subprocess.DEVNULL)
+    try:
+        until(lambda: len(running.children()) == 2, "its two processes")
+        children = running.children()
+        until(lambda: all(sum(child.cpu_times()[:2]) > 0.2 for child in children), "that they have begun")
+        for child in children:
+            child.suspend()  # (else they end by themselves when they have something to say)
+        running.kill()
+        until(lambda: all(map(has_ended, children)), "their end")
+    finally:
+        for process in [*running.children(), *children, running]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        running.wait()

@@ -77,6 +77,30 @@ def test_when_most_ranks_look_busy_nobody_is_blamed() -> None:
     assert judge.verdict(10.0 + SETTLE_S) == ([], True)
 
 
+@pytest.mark.parametrize("silent", [(2,), (2, 3)])
+def test_what_does_not_answer_is_named_also_where_all_others_look_busy_as_on_a_device(silent: tuple[int, ...]) -> None:
+    """One rank, or all of a node; the busy ones told of themselves first, since nobody had to wait for their answer."""
+    judge = StallJudge(6)
+    for rank in {*range(6)} - {*silent}:
+        judge.report(stalled(rank, "busy"), 10.0)
+    named = []
+    for rank in silent:
+        judge.report(stalled(rank, "silent"), 12.0)
+        ranks, communication = judge.verdict(12.0)
+        assert not communication
+        named += ranks
+    assert named == list(silent)
+
+
+def test_when_most_ranks_do_not_answer_nobody_is_blamed() -> None:
+    judge = StallJudge(4)
+    for rank in range(2):
+        judge.report(stalled(rank, "silent"), 10.0)
+        judge.verdict(10.0)
+    judge.report(stalled(2, "silent"), 10.0)
+    assert judge.verdict(10.0) == ([], True)
+
+
 def test_old_reports_count_for_nothing() -> None:
     judge = StallJudge(2)
     judge.report(stalled(0, "waiting"), 10.0)

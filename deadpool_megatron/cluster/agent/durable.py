@@ -7,6 +7,7 @@ of `Shards`, like the vault's.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -57,6 +58,7 @@ _log = logging.getLogger(__name__)
 _PATIENCE_S = 20.0  # with a directory that cannot be read; below what a recovery has for it
 _PAUSE_S = 1.0
 _COPY_S, _COPY_RATE = 60.0, 0.5e9  # a drainer that needs longer to copy shards out hangs: seconds, bytes a second
+_ANSWER_S = 60.0  # and one that has not given up by then what it was told to
 _WHY = "does the file system of the durable directory answer there?"
 _SAID = 50  # differing settings that are named
 
@@ -92,7 +94,8 @@ class NodeDurability:
         self._granted: set[int] = set()  # holders whose memory is here
         self._placed = False
         self._pinned = ""
-        self._uncopied: dict[str, float] = {}  # drains whose shards the drainer still has to copy, and until when
+        self._due: dict[str, float] = {}  # by drain that is not done: when it has to be copied or let go of
+        self._late: set[str] = set()  # drains for which it was ended, and is not gone yet
         self._takes: dict[int, Take] = {}  # of the newest drain
         self._takes_epoch = 0
         self._resume: int | None = None
@@ -297,10 +300,10 @@ class NodeDurability:
 
     def drain(self, record: r.DrainShards, ranks: Iterable[int]) -> None:
         """Write this node's shards of a committed version. Their slots stay until they are copied out, or `look` finds
-        that the drainer hangs. While it does nothing more is kept for it.
+        that the drainer hangs. While it cannot be ended nothing more is kept for it.
         """
-        if self._hanging():
-            self._send(r.ShardsDrained(self._node, record.name, [], f"its drainer still hangs: {_WHY}"))
+        if self._late:
+            self._send(r.ShardsDrained(self._node, record.name, [], f"its drainer hangs and cannot be ended: {_WHY}"))
             return
 
         def epoch(rank: int) -> int:
@@ -314,20 +317,22 @@ class NodeDurability:
         self._takes, self._takes_epoch = {take.rank: take for take in takes}, self._shards.vault.epoch
         self._pinned = record.name
         nbytes = sum(arena.info.unique_bytes for arena in self._shards.vault.arenas() if arena.info.kind == "own")
-        self._uncopied[record.name] = self._now() + _COPY_S + nbytes / _COPY_RATE
+        self._due[record.name] = self._now() + _COPY_S + nbytes / _COPY_RATE
         self._shards.vault.pin()
         self._drainer.give(Drain(self._directory, record.name, record.seconds, takes, self._job))
 
-    def _hanging(self) -> bool:
-        return any(self._now() >= until for until in self._uncopied.values())
-
     def look(self) -> None:
-        """Call often. A drainer that hangs, in a directory that does, costs commits a minute and not more."""
-        if self._pinned and self._now() >= self._uncopied[self._pinned]:
+        """Call often. A drainer that hangs, in a directory that does or in its driver, costs commits a minute and not
+        more: it is ended, and the next drain has another one."""
+        late = {name for name, until in self._due.items() if self._now() >= until} - self._late
+        if not late:
+            return
+        self._late |= late
+        self._drainer.kill()
+        if self._pinned in late:
             name = self._pinned
             self._release(name)
-            self._drainer.cancel(Cancel(self._directory, name, False, self._job))
-            self._send(r.ShardsDrained(self._node, name, [], f"its drainer hangs: {_WHY}"))
+            self._send(r.ShardsDrained(self._node, name, [], f"its drainer hung and was ended: {_WHY}"))
 
     def _constants(self, rank: int) -> tuple[str, Layout | None] | None:
         holder = constants_of(rank)
@@ -353,6 +358,8 @@ class NodeDurability:
     def give_up(self, record: r.GiveUpDrain) -> None:
         """An attempt is over."""
         self._release(record.name)
+        if record.name in self._due:
+            self._due[record.name] = min(self._due[record.name], self._now() + _ANSWER_S)
         self._drainer.cancel(Cancel(self._directory, record.name, record.remover == self._node, self._job))
 
     def _release(self, name: str) -> None:
@@ -364,9 +371,12 @@ class NodeDurability:
         """The drainer, or the thread that loads, is through with something."""
         match news:
             case Staged():
+                if news.name == self._pinned:
+                    self._due[news.name] = math.inf
                 self._release(news.name)
-                self._uncopied.pop(news.name, None)
             case Done(sealed=False):
+                self._due.pop(news.name, None)
+                self._late.discard(news.name)
                 if (take := self._takes.get(news.unusable)) is not None:
                     self._give_up_copy(take, news.error)
                 elif is_constants(news.unusable):

@@ -78,6 +78,7 @@ class Uplink:
 
     def follow(self) -> None:
         """Call often: while the coordinator is gone it is looked for where a new one would say that it listens."""
+        self._spoke.look()
         if self._follower is None:
             return
         if self._spoke.connected:

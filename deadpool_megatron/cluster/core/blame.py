@@ -75,8 +75,11 @@ class Blame:
         """Before the last recovery such an error was raised at this iteration, here in the code or by this rank.
 
         Its text says nothing: it may have a process id or a host name in it. What several ranks raise at once is one
-        error: the recovery that makes it good is still to come.
+        error: the recovery that makes it good is still to come. All who lose a peer raise the same, whatever became of
+        it, so such an error is nobody's own as long as it is forgiven (`anothers`).
         """
+        if record.communication and len(self._broken | {record.epoch}) <= self._retries:
+            return False
         places = (record.place, f"rank {record.rank}")
         return any([self._repeats(record.epoch, record.iteration, record.kind, place) for place in places])
 

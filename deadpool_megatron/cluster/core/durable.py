@@ -79,6 +79,12 @@ class _Loading:
     told_s: float = 0.0  # how long it had taken when the user was told
 
 
+def _named(nodes: Sequence[int]) -> str:
+    named = "node " if len(nodes) == 1 else "nodes "
+    more = f" and {len(nodes) - _MOST_NAMED} more" if len(nodes) > _MOST_NAMED else ""
+    return named + ", ".join(map(str, nodes[:_MOST_NAMED])) + more
+
+
 class Durability:
     """Not thread-safe: one caller. Times are seconds of a monotonic clock.
 
@@ -250,15 +256,13 @@ class Durability:
             yield Lose(set(nodes), f"it has not read {what} within {self._load_s:g} s: does that directory hang there?")
             return
         loading.told_s = waited
-        named = "node " if len(nodes) == 1 else "nodes "
-        named += ", ".join(map(str, nodes[:_MOST_NAMED]))
-        named += f" and {len(nodes) - _MOST_NAMED} more" if len(nodes) > _MOST_NAMED else ""
         yield emit(
             "durable_loading",
             iteration=self._complete[0][0],
             nodes=nodes,
             seconds=round(waited, 3),
-            message=f"{waited:.0f} s and no answer of {named}, to read {what}; after {self._load_s:g} s a node is lost",
+            message=f"{waited:.0f} s and no answer of {_named(nodes)}, to read {what}; after {self._load_s:g} s a node "
+            "is lost",
         )
 
     # ---- draining
@@ -485,9 +489,11 @@ class Durability:
         if self._spec is None:
             return
         if self._attempt is not None and now >= self._attempt.deadline:
-            yield from self._fail(
-                f"it took longer than --deadpool-durable-deadline ({self._spec.deadline:g} s)", assignment
-            )
+            nodes, what = sorted(self._attempt.waiting), "shards"
+            if self._attempt.sealing is not None:
+                nodes, what = [self._attempt.sealing], "manifest"
+            deadline = f"--deadpool-durable-deadline ({self._spec.deadline:g} s)"
+            yield from self._fail(f"{_named(nodes)} took longer than {deadline} to write the {what}", assignment)
         if self._preempted is not None and self.leave is None and now >= self._preempted:
             newest = "there is none" if self.newest is None else f"the newest is generation {self.newest}"
             self.leave = (

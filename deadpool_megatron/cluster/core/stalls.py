@@ -18,7 +18,8 @@ class StallJudge:
 
     Who waits inside a communication waits for somebody else; the one that does not is stuck. What looks "busy" may wait
     on a device, so it is judged only when others had time to report: when more than half of all ranks are busy, it is
-    the communication that is stuck. The same holds when every rank waits.
+    the communication that is stuck. The same holds when every rank waits. Who is "silent" needs no such comparison, and
+    is what the busy ones wait for, be it one rank or all of a node.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -30,8 +31,10 @@ class StallJudge:
     def report(self, record: r.Stalled, now: float) -> None:
         """A rank makes no progress; repeated every few seconds while that is so."""
         self._reports[record.rank] = (record.state, now)
-        if self._to_judge(record.rank, now) and self.due is None and record.state != "waiting":
-            self.due = now if record.state == "silent" else now + SETTLE_S
+        if self._to_judge(record.rank, now) and record.state == "silent":
+            self.due = now
+        elif self._to_judge(record.rank, now) and self.due is None and record.state != "waiting":
+            self.due = now + SETTLE_S
         elif len(self._fresh(now)) == self._world_size:
             self.due = now
 
@@ -39,7 +42,8 @@ class StallJudge:
         """(ranks that are stuck and not yet named, whether the communication itself is stuck)."""
         self.due = None
         fresh = self._fresh(now)
-        guilty = sorted(rank for rank, state in fresh.items() if state != "waiting")
+        silent, busy = (sorted(n for n, state in fresh.items() if state == kind) for kind in ("silent", "busy"))
+        guilty = silent or busy
         if len(guilty) > self._world_size // 2 or (not guilty and len(fresh) == self._world_size):
             return [], True
         named = [rank for rank in guilty if self._to_judge(rank, now)]

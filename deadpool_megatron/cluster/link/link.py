@@ -17,6 +17,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
+from typing import Final
 
 import zmq
 import zmq.auth.thread
@@ -28,6 +29,8 @@ from deadpool_megatron.cluster.link.ports import once_free
 
 SECRET_BYTES = 32
 _NOBLOCK, _SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)  # (as enumerations they cost more than the calls)
+_UP: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED
+_AGAIN_S: Final = 1.0  # from the end of a connection that ZeroMQ does not try again to another try of ours
 _SRCFD = int(zmq.SRCFD)
 _LEAST_PATIENCE_S = 1.5
 _SLACK = 0.01  # of a lease; a frozen node is noticed by two timers, one after the other
@@ -256,20 +259,35 @@ class Spoke:
         self.socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing waits for a connection: the other end may have a new state
         self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        self.monitor = self.socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self.monitor = self.socket.get_monitor_socket(_UP | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
         self.connected = False
         self.ended = 0  # how often a connection has, that was up
-        self.socket.connect(f"tcp://{endpoint}")
+        self._address = f"tcp://{endpoint}"
+        self._given_up: float | None = None  # since when nobody tries to connect, as far as is known
+        self.socket.connect(self._address)
 
     def changed(self) -> bool:
         """Look at the ``monitor`` socket: True when the connection has come up or gone since the last look."""
         news = False
         for event, _ in monitored(self.monitor):
+            self._given_up = time.monotonic() if event == zmq.EVENT_DISCONNECTED else None
+            if event == zmq.EVENT_CONNECT_RETRIED:
+                continue
             news = True
-            up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            up = event == _UP
             self.ended += self.connected and not up
             self.connected = up
         return news
+
+    def look(self) -> None:
+        """Call often: connect again after nonsense, after which ZeroMQ does not (session_base_t::engine_error).
+
+        Whoever has the coordinator's port while that is away may talk it: it is no reason to stay away for ever.
+        """
+        if self._given_up is not None and time.monotonic() - self._given_up > _AGAIN_S:
+            self._given_up = None
+            self.socket.disconnect(self._address)
+            self.socket.connect(self._address)
 
     def send(self, packet: bytes, timeout_s: float = 10.0) -> bool:
         """Send one packet once the connection is up; False when it did not come up in time."""
