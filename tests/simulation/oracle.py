@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Oracle", "Violation"]
 
 _MASK = (1 << 60) - 1
-_FEW = 8
+_FEW, _FEW_S = 8, 3.0  # iterations may be shorter than the way of a generation
 _END_S = 12.0
 _PEACE_S = 4.0  # after the last fault: what waits before it tries again has tried
 
@@ -122,7 +122,7 @@ class Oracle:
         self._undrained: Counter[str] = Counter()  # drains that failed in peace, by whose constants had changed
         self._resumed = False  # from a durable generation
         self.committed = -1
-        self._since = 0  # iterations in peace since the last commit
+        self._since, self._since_s = 0, 0.0  # iterations in peace since the last commit, and when that was
         self._ended_at = 0.0  # the last iteration
         self.iteration = -1
         self.ends: dict[int, tuple[int, int]] = {}  # by rank: epoch it finished in, value
@@ -290,12 +290,16 @@ class Oracle:
         """While nothing goes wrong, generations are committed every few iterations.
 
         An iteration in which a message is late does not count: the generation at which all are to meet is two ahead of
-        the newest one begun, so who hears of it more than an iteration later than the others misses it, rightly.
+        the newest one begun, so who hears of it more than an iteration later than the others misses it, rightly. Nor does
+        one in which slots stay for a drain that has no memory to copy them to.
         """
         world = self._cluster.world
         late, self._ended_at = world.late_at >= self._ended_at, world.now
+        late |= any(host.shards.vault._pinned for host in self._cluster.hosts)
         self._since = 0 if not self._peace else self._since if late else self._since + 1
-        if self._since > _FEW:
+        if self._since == 0:
+            self._since_s = world.now
+        if self._since > _FEW and world.now - self._since_s > _FEW_S:
             raise Violation(f"{_FEW} iterations in peace, and nothing was committed since generation {self.committed}")
 
     def _committed(self, version: Version) -> None:
@@ -305,7 +309,7 @@ class Oracle:
             if rank not in held.copies:
                 raise Violation(f"generation {generation} is committed, and nobody has it of rank {rank}")
         self.safe = held
-        self.committed, self._since = generation, 0
+        self.committed, self._since, self._since_s = generation, 0, self._cluster.world.now
 
     def _held(self, generation: int, wanted: Callable[[Host, Version], bool]) -> _Held:
         """What vaults have of a generation."""
@@ -447,7 +451,7 @@ class Oracle:
                 raise Violation(f"back to durable generation {generation}, although {durable} is there")
         elif self.safe is not None and generation > self.safe.generation:
             self._moves_on(generation)
-        self._since = 0
+        self._since, self._since_s = 0, self._cluster.world.now
 
     def _healthy(self) -> list[int]:
         left = {node for node, state in self._cluster.hq.core.nodes.items() if state.role == "left"}
