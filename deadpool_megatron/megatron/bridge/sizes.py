@@ -174,7 +174,7 @@ def _built(model: Any, groups: Any) -> list[Any]:
     return list(chunks)
 
 
-class _NoMemory(TorchFunctionMode):
+class _NoMemory(TorchFunctionMode):  # type: ignore[misc]  # torch has no types for it
     """Weights whose device is given are made on the meta device too: some layers name the current one and fill them."""
 
     def __torch_function__(
