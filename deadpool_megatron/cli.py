@@ -16,6 +16,7 @@ from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.commands import control
 from deadpool_megatron.commands.check import run_check
 from deadpool_megatron.commands.export import add_export_arguments, run_export
+from deadpool_megatron.commands.plan import run_plan
 from deadpool_megatron.config import schema
 from deadpool_megatron.doctor.command import add_doctor_arguments, run_doctor
 from deadpool_megatron.intree import patching
@@ -24,7 +25,6 @@ from deadpool_megatron.launcher import local as launch
 from deadpool_megatron.observe import commands as observe_commands
 from deadpool_megatron.options import Parser
 from deadpool_megatron.output import Unread, never_fails, until_unread
-from deadpool_megatron.planning import add_plan_arguments, run_plan
 from deadpool_megatron.simulate.command import add_simulate_arguments, run_simulate
 
 # What ends with these goes on whether anybody reads of it or not.
@@ -75,7 +75,7 @@ def _main(arguments: list[str]) -> int:
     add("agent", agent, add_agent_arguments, run_agent)
     alone = "run the coordinator alone, with the same options as the agents (which get --no-coordinator)"
     add("coordinator", alone, add_agent_arguments, run_coordinator)
-    add("plan", "what a run needs and survives, and why it cannot work", add_plan_arguments, run_plan)
+    commands.add_parser("plan", help="what a run needs and survives, and why it cannot work")
     observe_commands.add_commands(commands)
     add("export", "turn a durable generation into one of Megatron's own checkpoints", add_export_arguments, run_export)
     control.add_commands(commands)
@@ -98,6 +98,8 @@ def _main(arguments: list[str]) -> int:
     commands.add_parser("schema", help="print the JSON schema of the YAML file of --deadpool-config")
     if arguments[:1] == ["check"]:  # what follows are Megatron's flags
         return run_check(arguments[1:])
+    if arguments[:1] == ["plan"]:  # a recipe's overrides
+        return run_plan(arguments[1:])
     if arguments[:1] == ["demo"]:
         from deadpool_megatron.demo import main as run_demo
 

@@ -85,3 +85,10 @@ def tiny(name: str) -> ConfigContainer:
     cfg.checkpoint.save = cfg.checkpoint.load = None
     cfg.dist.distributed_backend = "gloo"
     return cfg
+
+
+def __getattr__(name: str) -> Any:
+    """That of a name, as a function without arguments: ``bridge_recipes:NAME``."""
+    if not hasattr(recipes, name):
+        raise AttributeError(name)
+    return lambda: tiny(name)

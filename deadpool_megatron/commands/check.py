@@ -117,7 +117,7 @@ def _recipe(name: str, overrides: Sequence[str], nodes: int | None, processes: i
     recipe = recipes.read(name, overrides, nodes, processes)
     print(f"{name}: {recipe.world_size} processes, {recipe.per_node} a node")
     for note in recipes.notes(recipe):
-        print(note)
+        print(f"note: {note}")
     return _judged(recipe.values, recipe.per_node, recipe.refused, ())
 
 

@@ -53,7 +53,7 @@ def read(name: str, overrides: Sequence[str], nodes: int | None, per_node: int |
         return recipes.build(name, overrides, nodes, per_node)
 
 
-def _refusals(recipe: Recipe) -> list[Refusal]:
+def refusals(recipe: Recipe) -> list[Refusal]:
     """All that a swap cannot carry of a recipe; numbers are left out."""
     found = support.used(recipe.values, recipe.per_node)
     refused = [each for each in found if each.evidence is support.Evidence.REFUSED]
@@ -62,11 +62,11 @@ def _refusals(recipe: Recipe) -> list[Refusal]:
 
 
 def notes(recipe: Recipe) -> Iterator[str]:
-    """What is to be known of how a recipe was read, a line each."""
+    """What is to be known of how a recipe was read, one by one."""
     for name in recipe.assumed:
         yield _copied(name)
     if recipe.complaint:
-        yield f"note: Megatron-Bridge would not train this recipe as it is here: {recipe.complaint}"
+        yield f"Megatron-Bridge would not train this recipe as it is here: {recipe.complaint}"
 
 
 def judge_all(per_node: int | None) -> Iterable[str]:
@@ -86,7 +86,7 @@ def judge_all(per_node: int | None) -> Iterable[str]:
                 unread.append(str(err))
                 continue
             assumed |= recipe.assumed.keys()
-            if found := _refusals(recipe):
+            if found := refusals(recipe):
                 refused[name] = found
             else:
                 accepted.append(name)
@@ -107,11 +107,11 @@ def judge_all(per_node: int | None) -> Iterable[str]:
     for name, found in sorted(refused.items()):
         yield f"refused: {name}: {', '.join(dict.fromkeys(flag for flag, _ in found))}"
     yield from (f"not read: {line}" for line in unread)
-    yield from (_copied(name) for name in sorted(assumed))
+    yield from (f"note: {_copied(name)}" for name in sorted(assumed))
 
 
 def _copied(name: str) -> str:
-    return f"note: the architecture of {name} is DeadPool's own copy: the hub and its cache do not have it here"
+    return f"the architecture of {name} is DeadPool's own copy: the hub and its cache do not have it here"
 
 
 def _stay_offline() -> None:

@@ -1,7 +1,6 @@
 """What a run needs of memory, copying and network, and why it cannot work where it cannot.
 
-Sizes are bytes, times seconds. Activation memory follows Korthikanti et al., "Reducing Activation Recomputation in
-Large Transformer Models" (2022), as `megatron.training.theoretical_memory_usage` does, with the gate of SwiGLU counted.
+Sizes are bytes, times seconds.
 """
 
 from __future__ import annotations
@@ -14,25 +13,41 @@ from deadpool_megatron.cluster.placement.domains import parse_domains
 from deadpool_megatron.cluster.placement.groups import parallel_groups, place
 from deadpool_megatron.cluster.placement.redundancy import Scheme, cost, tolerated
 from deadpool_megatron.planning.files import PlanError, RunFile
-from deadpool_megatron.planning.model import Flags, Layout, Model, layout, model
+from deadpool_megatron.planning.model import Counted, Layout, Model
+from deadpool_megatron.planning.workload import Workload, of_flags
 
 # Device context, communicators, fragmentation: what a device of 80 GB has been seen to lose, and no model has.
 _RESERVE = 4e9
 _SMALL = 1 << 20  # small state of a coordinate, well rounded up
-# Bytes a parameter: fp32 main parameter and two moments, or one.
-_STATE = {"adam": 12}
-_STATE_OTHERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One device of a pipeline stage: its parameters, and bytes. ``unique``: what it copies a generation."""
+
+    parameters: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    unique: float
+
+    @property
+    def all(self) -> float:
+        """What is there at once."""
+        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The arithmetic of a run. Per device: the most any of them needs; "mean" over all.
+    """The arithmetic of a run. Per device: the most any of them needs; "mean" over all; ``stages`` has each.
 
-    ``drainer_node``: a copy of a node's own shards beside its vault, on their way to the durable directory.
+    ``operations``: floating-point operations of an iteration. ``drainer_node``: a copy of a node's own shards beside
+    its vault, on their way to the durable directory.
     """
 
     sizes: Layout
-    model: Model
+    model: Model | Counted
     weights: float
     gradients: float
     optimizer: float
@@ -42,6 +57,7 @@ class Budget:
     unique: float
     unique_mean: float
     weights_mean: float
+    operations: float
     iteration_s: float
     copy_s: float
     vault_node: float
@@ -53,77 +69,76 @@ class Budget:
     ranks_touched: int
     tolerated: str
     warnings: tuple[str, ...]
+    stages: tuple[Stage, ...]
 
 
-def budget(run: RunFile) -> Budget:
-    """Do the arithmetic. Raises PlanError with the reason where the run cannot work."""
-    where, cluster, flags = run.name, run.cluster, run.megatron
+def budget(run: RunFile, workload: Workload | None = None) -> Budget:
+    """Do the arithmetic, for what the flags of the file say where no ``workload`` is given. Raises PlanError with the
+    reason where the run cannot work."""
+    where, cluster = run.name, run.cluster
     if run.deadpool.deadpool and cluster.nodes < 2:
         raise PlanError(f"{where}: one node that trains has no peer to keep its shards: 2 or more are needed")
-    _supported(run)
-    sizes = layout(where, flags, cluster.gpus)
-    gpt = model(where, flags, sizes)
-    number, on = Flags(where, flags).number, Flags(where, flags).on
-    micro, batch = number("micro-batch-size"), number("global-batch-size")
-    if batch % (micro * sizes.dp):
-        raise PlanError(
-            f"{where}: global-batch-size {batch} is not a multiple of micro-batch-size {micro} x DP {sizes.dp}"
-        )
-    microbatches = batch // (micro * sizes.dp)
-    half = on("bf16") or on("fp16")
-    each_weight = 2 if half else 4
-    each_gradient = 2 if on("fp16") or on("grad-reduce-in-bf16") else 4
-    divided = on("use-distributed-optimizer")
-    shards = [gpt.stage(i, sizes) for i in range(sizes.pp)]
-    each_state = _STATE.get(str(flags.get("optimizer", "adam")), _STATE_OTHERS)
+    work = workload or of_flags(run)
+    sizes = work.sizes
     # State that all replicas hold is copied a part a replica.
-    unique = [each_state * s.unique(sizes) for s in shards]
-    held = [s.dense + s.expert for s in shards]
-    # In fp32 the main parameter is the model's own.
-    own_state = each_state if half else each_state - 4
-    state = [own_state * (s.unique(sizes) if divided else s.dense + s.expert) for s in shards]
-    acting = [_activations(run, gpt, sizes, i, micro, microbatches) for i in range(sizes.pp)]
-    totals = [h * (each_weight + each_gradient) + s + a for h, s, a in zip(held, state, acting, strict=True)]
-    worst = max(range(sizes.pp), key=totals.__getitem__)
-    device = totals[worst] + _RESERVE
+    unique = [work.state * s.unique(sizes) for s in work.shards]
+    trained = [s.dense + s.expert for s in work.shards]
+    held = [t + s.frozen for t, s in zip(trained, work.shards, strict=True)]
+    state = [
+        work.own_state * (s.unique(sizes) if work.divided else t) for t, s in zip(trained, work.shards, strict=True)
+    ]
+    stages = tuple(
+        Stage(h, h * work.weight, t * work.gradient, s, a, u)
+        for h, t, s, a, u in zip(held, trained, state, work.activations, unique, strict=True)
+    )
+    worst = max(range(sizes.pp), key=lambda index: stages[index].all)
+    most = stages[worst]
+    device = most.all + _RESERVE
+    warnings = list(work.notes)
     if device > cluster.gpu_memory * 1e9:
-        raise PlanError(
-            f"{where}: a device of stage {worst} needs {device / 1e9:.1f} GB (weights and gradients "
-            f"{held[worst] * (each_weight + each_gradient) / 1e9:.1f}, optimizer {state[worst] / 1e9:.1f}, activations "
-            f"{acting[worst] / 1e9:.1f}, reserve {_RESERVE / 1e9:.0f}) and has {cluster.gpu_memory:g}: split more, "
-            "recompute, or take smaller microbatches"
+        full = (
+            f"a device of stage {worst} needs {device / 1e9:.1f} GB (weights and gradients "
+            f"{(most.weights + most.gradients) / 1e9:.1f}, optimizer {most.optimizer / 1e9:.1f}, activations "
+            f"{most.activations / 1e9:.1f}, reserve {_RESERVE / 1e9:.0f}) and has {cluster.gpu_memory:g}"
         )
-    iteration_s = _iteration(run, gpt, batch)
+        if not work.estimated:
+            raise PlanError(f"{where}: {full}: split more, recompute, or take smaller microbatches")
+        warnings.append(f"{full}, by an estimate that knows nothing of fused kernels, FP8 activations and graphs")
+    iteration_s = work.operations / (cluster.gpus * cluster.tflops * 1e12 * cluster.utilisation)
     interval = run.deadpool.snapshot_interval
     copy_s = max(unique) / (cluster.pcie * 1e9)
     scheme = Scheme.parse(run.deadpool.redundancy)
     # A node's devices may be of several stages; the largest count, which is what its vault must have room for.
     price = cost(scheme, int(max(unique)) + _SMALL, cluster.gpus_per_node)
+    # Constants: once in the own vault, once with each keeper, and sent once.
+    constants = max(s.frozen for s in work.shards) * work.weight * cluster.gpus_per_node * (1 + scheme.m)
     share = price.network_bytes / (cluster.network * 1e9 * iteration_s * interval)
     changed, touched = _disturbed(cluster.gpus_per_node, sizes)
     out = Budget(
         sizes=sizes,
-        model=gpt,
-        weights=held[worst] * each_weight,
-        gradients=held[worst] * each_gradient,
-        optimizer=state[worst],
-        activations=acting[worst],
+        model=work.model,
+        weights=most.weights,
+        gradients=most.gradients,
+        optimizer=most.optimizer,
+        activations=most.activations,
         device=device,
-        state_bytes=each_state,
+        state_bytes=work.state,
         unique=max(unique),
         unique_mean=sum(unique) / sizes.pp,
-        weights_mean=sum(held) * each_weight / sizes.pp,
+        weights_mean=sum(held) * work.weight / sizes.pp,
+        operations=work.operations,
         iteration_s=iteration_s,
         copy_s=copy_s,
-        vault_node=price.memory_bytes,
+        vault_node=price.memory_bytes + constants,
         drainer_node=(int(max(unique)) + _SMALL) * cluster.gpus_per_node if run.deadpool.durable_dir else 0.0,
         sent_node=price.network_bytes,
         network_share=share,
-        spare_device=max(u + h * each_weight for u, h in zip(unique, held, strict=True)),
+        spare_device=max(s.unique + s.weights for s in stages),
         groups_changed=changed,
         ranks_touched=touched,
         tolerated=_tolerated(run, sizes, scheme),
-        warnings=_warnings(share, copy_s / (iteration_s * interval)),
+        warnings=(*warnings, *_warnings(share, copy_s / (iteration_s * interval))),
+        stages=stages,
     )
     _refuse(run, out, scheme)
     return out
@@ -163,47 +178,6 @@ def _warnings(share: float, copy_share: float) -> tuple[str, ...]:
     if share > 0.3:
         out.append("the peers' copies take more than 30 % of the network: training may feel it")
     return tuple(out)
-
-
-def _supported(run: RunFile) -> None:
-    """Flags that no swap can carry are refused as at the start of a job."""
-    from deadpool_megatron.compat import UserError
-    from deadpool_megatron.support import attribute_of, check_arguments
-
-    values = {attribute_of(flag): value for flag, value in run.megatron.items()}
-    try:
-        check_arguments(values, run.cluster.gpus_per_node)
-    except UserError as err:
-        raise PlanError(f"{run.name}: {err}") from None
-
-
-def _activations(run: RunFile, gpt: Model, sizes: Layout, stage: int, micro: int, microbatches: int) -> float:
-    """Of the microbatches that are under way on a stage at once, and the logits of one."""
-    flags = run.megatron
-    tokens = gpt.seq * micro / sizes.cp
-    h, t = gpt.hidden, sizes.tp
-    wide = gpt.topk * gpt.expert_ffn if gpt.experts else gpt.ffn
-    block = (8 * h + (6 if gpt.gated else 4) * wide) / t
-    along = t if Flags(run.name, flags).on("sequence-parallel") else 1
-    around = 10 * h / along
-    layer = tokens * (around + block)
-    if flags.get("recompute-granularity") == "full":
-        kept, once = 2 * tokens * h / along, layer
-    else:
-        kept, once = layer, 0.0
-    under_way: float = min(sizes.pp - stage, microbatches)
-    if sizes.chunks > 1:
-        under_way *= 1 + (sizes.pp - 1) / (sizes.pp * sizes.chunks)
-    logits = tokens * gpt.vocab / t * 6 if stage == sizes.pp - 1 else 0.0  # bf16, and fp32 in the loss
-    return kept * gpt.stages[stage] * under_way + once + logits
-
-
-def _iteration(run: RunFile, gpt: Model, batch: int) -> float:
-    """From the operations of a forward and a backward pass and the share of the peak that is reached."""
-    attention = 12 * gpt.layers * gpt.heads * gpt.head_size * gpt.seq / 2  # causal: half of the square
-    operations = batch * gpt.seq * (6 * gpt.active + attention)
-    cluster = run.cluster
-    return operations / (cluster.gpus * cluster.tflops * 1e12 * cluster.utilisation)
 
 
 def _coordinates(sizes: Layout) -> dict[int, r.CoordinateInfo]:

@@ -126,10 +126,11 @@ def load(path: str, cluster: Mapping[str, Any] | None = None, deadpool: Mapping[
         data = read_yaml(path)
     except NotRead as err:
         raise PlanError(f"{path}: {err}") from None
-    return _run_file(path, data, cluster or {}, deadpool or {})
+    return run_file(path, data, cluster or {}, deadpool or {})
 
 
-def _run_file(path: str, data: Any, changed: Mapping[str, Any], more: Mapping[str, Any]) -> RunFile:
+def run_file(path: str, data: Any, changed: Mapping[str, Any], more: Mapping[str, Any]) -> RunFile:
+    """What a file that says ``data`` is, read as `load` does. ``path``: where, in front of errors."""
     sections = ["cluster", "megatron", "deadpool"]
     if not isinstance(data, dict) or not isinstance(data.get("cluster"), dict):
         raise PlanError(f"{path}: expected the sections {', '.join(sections)}")

@@ -14,13 +14,15 @@ from deadpool_megatron.planning.files import PlanError
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Parallel sizes of a run. ``chunks``: model chunks a stage (virtual pipeline)."""
+    """Parallel sizes of a run. ``etp``: ways in which an expert is split; ``chunks``: model chunks a stage (virtual
+    pipeline)."""
 
     world: int
     tp: int
     pp: int
     cp: int
     ep: int
+    etp: int
     chunks: int
 
     @property
@@ -30,8 +32,16 @@ class Layout:
 
     @property
     def expert_dp(self) -> int:
-        """Replicas of an expert, which is split as Megatron's default has it: as many ways as everything else."""
-        return self.world // (self.pp * self.ep * self.tp)
+        """Replicas of an expert."""
+        return self.world // (self.pp * self.ep * self.etp)
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Parameters of a model that was counted as it is built: all, each once, and those that a token meets."""
+
+    parameters: int
+    active_parameters: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,30 +93,31 @@ class Model:
             dense += self.norm * self.hidden
             if not (self.tied and first):
                 dense += self.vocab * self.hidden // tp  # tied, on another stage than the first: a copy
-        one = self._mlp(self.expert_ffn, tp) if self.experts else 0
+        one = self._mlp(self.expert_ffn, sizes.etp) if self.experts else 0
         return Shard(dense, self.stages[index] * one * self.experts // sizes.ep)
 
     @property
-    def total(self) -> int:
-        """All parameters, each once."""
-        alone = Layout(1, 1, 1, 1, 1, 1)
+    def parameters(self) -> int:
+        """All of them, each once."""
+        alone = Layout(1, 1, 1, 1, 1, 1, 1)
         whole = Model(**{**{k: getattr(self, k) for k in self.__slots__}, "stages": (self.layers,)})
         shard = whole.stage(0, alone)
         return shard.dense + shard.expert
 
     @property
-    def active(self) -> int:
-        """Parameters a token meets: of the experts only the chosen ones."""
+    def active_parameters(self) -> int:
+        """Those that a token meets: of the experts only the chosen ones."""
         unused = self.layers * (self.experts - self.topk) * self._mlp(self.expert_ffn, 1) if self.experts else 0
-        return self.total - unused
+        return self.parameters - unused
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Parameters of one rank before the distributed optimizer divides their state."""
+    """Parameters of one rank before the distributed optimizer divides their state. ``frozen``: not trained."""
 
     dense: int
     expert: int
+    frozen: int = 0
 
     def unique(self, sizes: Layout) -> int:
         """Of them, those whose optimizer state this rank alone holds."""
@@ -141,14 +152,7 @@ def layout(where: str, flags: Mapping[str, Any], world: int) -> Layout:
     tp, pp, cp, ep = (
         f.number(f"{kind}-parallel-size", 1) for kind in ("tensor-model", "pipeline-model", "context", "expert-model")
     )
-    whole = tp * pp * cp
-    if world % whole:
-        raise PlanError(f"{where}: {world} GPUs that train are not a multiple of TP {tp} x PP {pp} x CP {cp} = {whole}")
     etp = f.number("expert-tensor-parallel-size", tp)
-    if etp != tp:
-        raise PlanError(f"{where}: megatron: expert-tensor-parallel-size other than TP is not planned here")
-    if ep > 1 and world % (pp * ep * etp):
-        raise PlanError(f"{where}: {world} GPUs that train are not a multiple of PP {pp} x EP {ep} x TP {etp}")
     layers = f.number("num-layers")
     chunks = 1
     if "num-layers-per-virtual-pipeline-stage" in flags:
@@ -156,7 +160,19 @@ def layout(where: str, flags: Mapping[str, Any], world: int) -> Layout:
         if pp < 2 or layers % (pp * each):
             raise PlanError(f"{where}: {layers} layers are not a multiple of PP {pp} x {each} layers a virtual stage")
         chunks = layers // (pp * each)
-    return Layout(world, tp, pp, cp, ep, chunks)
+    return divided(where, Layout(world, tp, pp, cp, ep, etp, chunks))
+
+
+def divided(where: str, sizes: Layout) -> Layout:
+    """The same. Raises PlanError where they do not divide the processes."""
+    s = sizes
+    for ways, said in (
+        (s.tp * s.pp * s.cp, f"TP {s.tp} x PP {s.pp} x CP {s.cp}"),
+        (s.pp * s.ep * s.etp, f"PP {s.pp} x EP {s.ep} x expert TP {s.etp}"),
+    ):
+        if s.world % ways:
+            raise PlanError(f"{where}: {s.world} GPUs that train are not a multiple of {said} = {ways}")
+    return sizes
 
 
 def model(where: str, flags: Mapping[str, Any], sizes: Layout) -> Model:

@@ -1,31 +1,16 @@
-"""`deadpool plan`: the arithmetic of a run as text, JSON, or the flags it stands for."""
+"""The arithmetic of a run as text, and as numbers for programs."""
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import sys
 from dataclasses import asdict
 from typing import Any
 
-from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.observe import strict_json
-from deadpool_megatron.planning.budget import Budget, budget
-from deadpool_megatron.planning.files import PlanError, RunFile, load
+from deadpool_megatron.planning.budget import Budget
+from deadpool_megatron.planning.files import RunFile
 from deadpool_megatron.planning.spares import Spares, spares
 
 # Abort, agreement, groups and warm-up of a recovery at some hundreds of devices: assumed, not measured.
 _CONTROL_S = 10.0
-
-
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="file of a run: see configs/")
-    parser.add_argument("--nodes", type=int, metavar="N", help="another number of nodes that train than in the file")
-    parser.add_argument("--spare-nodes", type=int, metavar="S", help="another number of spares than in the file")
-    parser.add_argument("--redundancy", metavar="R", help="another --deadpool-redundancy than in the file")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="the numbers, for programs: bytes and seconds")
-    how.add_argument("--flags", action="store_true", help="check, then print the flags of the training script instead")
 
 
 def recovery_s(run: RunFile, plan: Budget) -> float:
@@ -34,47 +19,32 @@ def recovery_s(run: RunFile, plan: Budget) -> float:
     return run.deadpool.lease + _CONTROL_S + transfer + 1.5 * plan.iteration_s
 
 
-def run_plan(options: argparse.Namespace) -> int:
-    try:
-        changed = {"nodes": options.nodes, "spare_nodes": options.spare_nodes}
-        ours = {"redundancy": options.redundancy} if options.redundancy else {}
-        run = load(options.config, {k: v for k, v in changed.items() if v is not None}, ours)
-        plan = budget(run)
-    except PlanError as err:
-        print(f"deadpool: {err}", file=sys.stderr)
-        return Exit.USAGE
-    worth = spares(run.cluster, recovery_s(run, plan))
-    if options.flags:
-        print("\n".join(shlex.quote(flag) for flag in run.flags()))
-    elif options.json:
-        print(strict_json(_numbers(run, plan, worth), indent=1))
-    else:
-        print("\n".join(_text(run, plan, worth)))
-    return 0
-
-
-def _numbers(run: RunFile, plan: Budget, worth: Spares) -> dict[str, Any]:
-    sizes = plan.sizes
+def numbers(run: RunFile, plan: Budget) -> dict[str, Any]:
+    """All of them, by name."""
+    sizes, counted = plan.sizes, plan.model
+    parameters = {"parameters": counted.parameters, "active_parameters": counted.active_parameters}
     return {
         **asdict(plan),
-        "model": {**asdict(plan.model), "parameters": plan.model.total, "active_parameters": plan.model.active},
+        "model": {**asdict(counted), **parameters},
         "sizes": {**asdict(sizes), "dp": sizes.dp},
-        "spares": asdict(worth),
+        "spares": asdict(spares(run.cluster, recovery_s(run, plan))),
         "recovery_s": recovery_s(run, plan),
     }
 
 
-def _text(run: RunFile, plan: Budget, worth: Spares) -> list[str]:
+def text(run: RunFile, plan: Budget) -> list[str]:
+    """All of it, line by line."""
     c, s, m = run.cluster, plan.sizes, plan.model
+    worth = spares(c, recovery_s(run, plan))
     layout = [f"TP{s.tp}", f"PP{s.pp}", f"DP{s.dp}"]
     layout += [f"CP{s.cp}"] * (s.cp > 1) + [f"EP{s.ep}"] * (s.ep > 1)
-    active = f" ({_count(m.active)} a token)" if m.active != m.total else ""
+    active = f" ({_count(m.active_parameters)} a token)" if m.active_parameters != m.parameters else ""
     interval = run.deadpool.snapshot_interval
     span = plan.iteration_s * interval
     each = "an iteration" if interval == 1 else f"every {interval} iterations"
     rate = f"{c.utilisation:.0%} of {c.tflops:g} TFLOP/s"
     return [
-        f"{run.name}: {_count(m.total)} parameters{active} on {c.nodes} nodes of {c.gpus_per_node}, "
+        f"{run.name}: {_count(m.parameters)} parameters{active} on {c.nodes} nodes of {c.gpus_per_node}, "
         f"{' x '.join(layout)}; {c.spare_nodes} spare",
         "",
         f"a device, the fullest stage          {_gb(plan.device)} of {c.gpu_memory:g} GB",

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.observe import LOGS
 from jobs import BRIDGE, Job, Jobs, assert_same_checkpoint, assert_same_training, launch_flags, set_pace, undisturbed
 
 pytestmark = [
@@ -278,9 +283,21 @@ def test_what_is_not_supported_is_refused_by_name(settings: list[str], said: str
     assert said in job.output
 
 
+def _deadpool(*words: str) -> subprocess.CompletedProcess[str]:
+    """Beside the tests' recipes."""
+    command = [sys.executable, "-m", "deadpool_megatron.cli", *words]
+    return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+
+
 def _check(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deadpool_megatron.cli", "check", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return _deadpool("check", *words)
+
+
+def _plan(*words: str) -> dict[str, Any]:
+    done = _deadpool("plan", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    numbers: dict[str, Any] = json.loads(done.stdout)
+    return numbers
 
 
 def test_a_recipe_by_name_is_judged_as_the_job_it_makes_would_be() -> None:
@@ -329,3 +346,90 @@ def test_all_performance_recipes_are_judged_in_one_command() -> None:
     assert of == 411 and accepted + len(refused) + len(unread) == of
     assert accepted >= 371 and "deepseek_v3_pretrain_64gpu_gb300_bf16_fsdp_config" in refused
     assert unread and all("nemotron_3_super" in line and "te_quant.cfg" in line for line in unread)
+
+
+# ---- `deadpool plan --recipe`
+
+_DIVIDED = [
+    *("model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2", "model.sequence_parallel=true"),
+    "model.context_parallel_size=1",
+]
+_LLAMA = {
+    **{"num-layers": 32, "hidden-size": 4096, "ffn-hidden-size": 14336, "num-attention-heads": 32},
+    **{"group-query-attention": True, "num-query-groups": 8, "vocab-size": 128256, "seq-length": 8192},
+    **{"max-position-embeddings": 8192, "swiglu": True, "normalization": "RMSNorm", "position-embedding-type": "rope"},
+    **{"disable-bias-linear": True, "untie-embeddings-and-output-weights": True, "bf16": True},
+    **{"tensor-model-parallel-size": 2, "pipeline-model-parallel-size": 2, "sequence-parallel": True},
+    **{"use-distributed-optimizer": True, "grad-reduce-in-bf16": True},
+    **{"micro-batch-size": 1, "global-batch-size": 128},
+}
+
+
+def _cluster(path: Path, **sections: Any) -> str:
+    """A file for two nodes of two devices, so slow that copying takes no time beside an iteration of any model."""
+    cluster = {"nodes": 2, "gpus_per_node": 2, "gpu_memory": 80, "host_memory": 2048, "tflops": 1e-3, "network": 100}
+    path.write_text(yaml.safe_dump({"cluster": cluster, "deadpool": {"deadpool": True}, **sections}))
+    return str(path)
+
+
+def test_a_recipe_has_the_numbers_of_the_flags_that_say_the_same(tmp_path: Path) -> None:
+    """Counted in the model that Bridge builds, and by formula, stage by stage."""
+    words = ["--nodes", "2", "--nproc-per-node", "4"]
+    recipe = _plan("--recipe", "llama3_8b_pretrain_8gpu_h100_bf16_config", *words, *_DIVIDED)
+    flags = _plan("--config", _cluster(tmp_path / "run.yaml", megatron=_LLAMA), *words)
+    assert recipe["sizes"] == flags["sizes"]
+    assert recipe["model"]["parameters"] == flags["model"]["parameters"] == 8_030_261_248  # as published
+    for counted, computed in zip(recipe["stages"], flags["stages"], strict=True):
+        assert 0 < counted.pop("activations") <= computed.pop("activations")  # with the true width of keys and values
+        assert counted == computed
+    # Looking up an embedding is no operation; by flags it is counted as one.
+    assert recipe["operations"] == pytest.approx(flags["operations"], rel=0.1)
+    assert any(note.startswith("assumed of the cluster") for note in recipe["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters", "active", "stages"),
+    [
+        ("qwen3_30b_a3b_pretrain_16gpu_h100_bf16_config", 30_532_122_624, 3_353_032_704, 1),
+        # 671.03e9 are published, without the layer that predicts the next but one token.
+        ("deepseek_v3_pretrain_1024gpu_h100_bf16_config", 682_636_472_320, 38_240_382_976, 8),
+    ],
+)
+def test_parameters_of_experts_are_the_published_ones_whatever_the_layout(
+    recipe: str, parameters: int, active: int, stages: int
+) -> None:
+    plan = _plan("--recipe", recipe)
+    assert plan["model"] == {"parameters": parameters, "active_parameters": active}
+    sizes = plan["sizes"]
+    assert sizes["ep"] > 1 and len(plan["stages"]) == sizes["pp"] == stages
+    # Each expert's state is held once, and that of everything else too.
+    copied = sum(stage["unique"] for stage in plan["stages"]) * sizes["world"] / sizes["pp"]
+    assert copied == pytest.approx(plan["state_bytes"] * parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["llama3_8b_pretrain_config", "gpt_oss_20b_pretrain_config",
+                                  "qwen3_30b_a3b_pretrain_config", "deepseek_v3_pretrain_config_32nodes"])  # fmt: skip
+def test_what_a_plan_says_is_copied_is_what_the_job_finds(name: str, jobs: Jobs, tmp_path: Path) -> None:
+    """Each rank says what it has to copy by the parameters it trains and the optimizer's state there is."""
+    job = undisturbed(launch_flags(2, 0, 2), [f"recipe={name}", *RECIPES[name]], BRIDGE)
+    logs = "".join(path.read_text() for path in (job.run_dir / LOGS).glob("rank-*.log"))
+    found = [int(count.replace(",", "")) for count in re.findall(r"pieces; ([\d,]+) by the arithmetic", logs)]
+    plan = _plan("--recipe", f"bridge_recipes:{name}", "--config", _cluster(tmp_path / "run.yaml"), *RECIPES[name])
+    planned = [stage["unique"] for stage in plan["stages"] for _ in range(4 // len(plan["stages"]))]
+    assert sorted(found) == pytest.approx(sorted(planned), abs=2 * plan["state_bytes"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["llama3_8b_pretrain_8gpu_h100_bf16_config"], "one node that trains has no peer"),
+        (["llama3_8b_pretrain_8gpu_r100_bf16_config"], "what a node of r100 has is not known here: give --config"),
+        (["nemotron_3_super_pretrain_64gpu_h100_bf16_config"], "Super-120B-A12B-BF16 is not known here"),
+        (["nemotronh_4b_pretrain_config", "tokenizer.tokenizer_type=HuggingFaceTokenizer"], "give model.vocab_size=N"),
+        (["llama3_8b_pretrain_config", "dist.lazy_mpu_init=true"], "dist.lazy_mpu_init: not supported with --deadpool"),
+    ],
+)
+def test_a_recipe_that_cannot_be_planned_is_answered_in_one_line(words: list[str], said: str) -> None:
+    done = _deadpool("plan", "--recipe", *words)
+    assert done.returncode == Exit.USAGE and said in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout

@@ -290,8 +290,8 @@ class Oracle:
         """While nothing goes wrong, generations are committed every few iterations.
 
         An iteration in which a message is late does not count: the generation at which all are to meet is two ahead of
-        the newest one begun, so who hears of it more than an iteration later than the others misses it, rightly. Nor does
-        one in which slots stay for a drain that has no memory to copy them to.
+        the newest one begun, so who hears of it more than an iteration later than the others misses it, rightly.
+        Nor does one in which slots stay for a drain that has no memory to copy them to.
         """
         world = self._cluster.world
         late, self._ended_at = world.late_at >= self._ended_at, world.now

@@ -30,8 +30,7 @@ def _words(command: str) -> list[str]:
 
 
 class _Parsed(Exception):
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+    pass
 
 
 CASES = [(page.name, command) for page in PAGES for command in commands(page, "deadpool")]
@@ -48,28 +47,25 @@ def test_a_documented_command_is_one_that_deadpool_takes(
     parse = argparse.ArgumentParser.parse_args
 
     def parse_only(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-        raise _Parsed(parse(parser, words))
+        parse(parser, words)
+        raise _Parsed
 
-    if _words(command)[0] == "check":  # it starts nothing
+    if _words(command)[0] in ("check", "plan"):  # they start nothing
         monkeypatch.chdir(ROOT)
         without_bridge = "--recipe" in command and find_spec("megatron.bridge") is None
         assert cli.main(_words(command)) == (Exit.USAGE if without_bridge else 0)
-        assert not without_bridge or "install megatron-bridge" in capsys.readouterr().err
+        said = capsys.readouterr()
+        assert "install megatron-bridge" in said.err if without_bridge else said.out
         return
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
         try:
             cli.main(_words(command))
-        except _Parsed as parsed:
-            options = parsed.options
+        except _Parsed:
+            pass
         except SystemExit as ended:
             if ended.code:
                 pytest.fail(f"{command}: {capsys.readouterr().err}")
-            return  # --help
-    if options.command == "plan":
-        monkeypatch.chdir(ROOT)
-        assert cli.main(_words(command)) == 0
-        assert capsys.readouterr().out
 
 
 def test_the_agents_of_the_page_for_ones_own_job_could_start(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.config import from_script_arguments
 from deadpool_megatron.planning.budget import Budget, budget
 from deadpool_megatron.planning.files import PlanError, RunFile, load
-from deadpool_megatron.planning.model import layout, model
+from deadpool_megatron.planning.model import Counted, Layout, Shard, layout, model
 from deadpool_megatron.planning.spares import spares
+from deadpool_megatron.planning.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -84,8 +86,12 @@ def test_the_small_file_is_the_demos_job() -> None:
 
 def test_65b_on_512_devices_is_the_arithmetic_it_was_designed_by() -> None:
     plan = budget(load(str(LARGE)))
-    assert plan.model.total == pytest.approx(65e9, rel=0.01)
-    assert plan.unique_mean == pytest.approx(12 * plan.model.total / 512, rel=0.001) == pytest.approx(1.52e9, rel=0.01)
+    assert plan.model.parameters == pytest.approx(65e9, rel=0.01)
+    assert (
+        plan.unique_mean
+        == pytest.approx(12 * plan.model.parameters / 512, rel=0.001)
+        == pytest.approx(1.52e9, rel=0.01)
+    )
     assert plan.weights_mean == pytest.approx(2.03e9, rel=0.01)
     assert plan.unique_mean / 25e9 == pytest.approx(0.061, rel=0.01)
     assert plan.iteration_s == pytest.approx(11, rel=0.1)
@@ -113,14 +119,16 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 out = []
 for case in json.loads(sys.argv[1]):
-    tp, pp, stage = case["tp"], case["pp"], case["stage"]
+    tp, pp, stage, ep, etp = case["tp"], case["pp"], case["stage"], case["ep"], case["etp"]
     dist.init_process_group("fake", store=FakeStore(), rank=stage * tp, world_size=tp * pp)
-    ps.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
+    ps.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp,
+                                 create_gloo_process_groups=False)
     config = TransformerConfig(
         num_layers=case["layers"], hidden_size=64, num_attention_heads=8, ffn_hidden_size=case["ffn"],
         num_query_groups=case["groups"], gated_linear_unit=case["gated"], add_bias_linear=case["bias"],
         normalization=case["norm"], num_moe_experts=case["experts"], use_cpu_initialization=True,
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32)
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32,
+        expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
     spec = get_gpt_layer_local_spec(num_experts=case["experts"], moe_grouped_gemm=False, normalization=case["norm"])
     model = GPTModel(config, spec, case["vocab"], 32, pre_process=stage == 0, post_process=stage == pp - 1,
                      share_embeddings_and_output_weights=case["tied"], position_embedding_type=case["positions"])
@@ -133,7 +141,7 @@ print(json.dumps(out))
 
 def _case(tp: int = 1, pp: int = 1, stage: int = 0, **more: Any) -> dict[str, Any]:
     plain = {"layers": 4, "ffn": 256, "groups": 8, "gated": False, "bias": True, "norm": "LayerNorm", "experts": None}
-    plain |= {"vocab": 1024, "tied": True, "positions": "learned_absolute"}
+    plain |= {"vocab": 1024, "tied": True, "positions": "learned_absolute", "ep": 1, "etp": tp}
     return plain | {"tp": tp, "pp": pp, "stage": stage} | more
 
 
@@ -147,6 +155,7 @@ CASES = [
     _case(**LLAMA),
     _case(tp=2, pp=2, stage=1, **LLAMA),
     _case(**(LLAMA | {"experts": 4})),
+    _case(tp=2, ep=2, etp=1, **(LLAMA | {"experts": 4})),
 ]
 
 
@@ -164,7 +173,8 @@ def test_parameters_are_counted_as_megatron_builds_them() -> None:
             "ffn-hidden-size": case["ffn"], "group-query-attention": True, "num-query-groups": case["groups"],
             "max-position-embeddings": 32, "vocab-size": case["vocab"], "normalization": case["norm"],
             "tensor-model-parallel-size": case["tp"], "pipeline-model-parallel-size": case["pp"],
-            "position-embedding-type": case["positions"],
+            "position-embedding-type": case["positions"], "expert-model-parallel-size": case["ep"],
+            "expert-tensor-parallel-size": case["etp"],
         }  # fmt: skip
         if case["experts"]:
             flags["num-experts"] = case["experts"]
@@ -177,6 +187,50 @@ def test_parameters_are_counted_as_megatron_builds_them() -> None:
         sizes = layout("test", flags, case["tp"] * case["pp"])
         shard = model("test", flags, sizes).stage(case["stage"], sizes)
         assert shard.dense + shard.expert == real, case
+
+
+def _work(stages: int = 2, **more: Any) -> Workload:
+    """Of a model of a million parameters a stage, on 128 nodes of 4."""
+    plain: dict[str, Any] = {
+        "sizes": Layout(512, 1, stages, 1, 1, 1, 1),
+        "model": Counted(stages * 10**6, stages * 10**6),
+        "shards": (Shard(10**6, 0),) * stages,
+        "activations": (5e6,) * stages,
+        "operations": 1e20,
+        **{"weight": 2, "gradient": 4, "state": 12, "own_state": 12, "divided": True},
+    }
+    return Workload(**(plain | more))
+
+
+def test_each_stage_has_its_numbers_and_the_fullest_one_is_the_devices() -> None:
+    run = load(str(LARGE))
+    plan = budget(run, _work(shards=(Shard(10**6, 0), Shard(2 * 10**6, 10**6))))
+    first, last = plan.stages
+    assert (first.parameters, first.weights, first.gradients) == (10**6, 2e6, 4e6)
+    # Experts, on every rank of a stage here, have as many replicas as all else.
+    assert last.unique == last.optimizer == 12 * (-(-2 * 10**6 // 256) + -(-(10**6) // 256))
+    assert plan.device - 4e9 == last.all == 6e6 + 12e6 + last.optimizer + 5e6
+    assert plan.iteration_s == pytest.approx(1e20 / (512 * 312e12 * 0.45))
+    of_flags = budget(run)
+    assert sum(s.parameters for s in of_flags.stages) * 8 == pytest.approx(of_flags.model.parameters, rel=0.001)
+    assert max(s.activations for s in of_flags.stages) == of_flags.activations
+
+
+def test_frozen_parameters_are_kept_once_with_each_keeper_and_nothing_else_is_copied_of_them() -> None:
+    run = load(str(LARGE))
+    trained, frozen = budget(run, _work()), budget(run, _work(shards=(Shard(10**6, 0), Shard(10**6, 0, 10**6))))
+    assert frozen.unique == trained.unique and frozen.sent_node == trained.sent_node
+    assert frozen.vault_node - trained.vault_node == 2 * 8 * 2e6
+    assert frozen.stages[1].weights == 4e6 and frozen.stages[1].gradients == 4e6
+    assert frozen.spare_device == trained.spare_device + 2e6
+
+
+def test_an_estimate_that_is_too_large_is_told_and_refuses_nothing() -> None:
+    run = load(str(LARGE))
+    with pytest.raises(PlanError, match="a device of stage 1 needs"):
+        budget(run, _work(activations=(5e6, 90e9)))
+    plan = budget(run, _work(activations=(5e6, 90e9), estimated=True, notes=("first",)))
+    assert plan.warnings[0] == "first" and plan.warnings[1].startswith("a device of stage 1 needs 94.0 GB")
 
 
 def test_more_spares_pay_the_more_often_nodes_fail_and_none_pays_where_none_fails(tmp_path: Path) -> None:
@@ -267,6 +321,34 @@ def test_the_command_prints_text_json_or_flags(capsys: pytest.CaptureFixture[str
     assert set(Budget.__slots__) <= set(numbers) and numbers["model"]["parameters"] > 65e9
     assert cli.main(["plan", "--config", str(LARGE), "--flags"]) == 0
     assert capsys.readouterr().out.split() == load(str(LARGE)).flags()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "one of --config and --recipe is required"),
+        (["--config", "FILE", "model.seq_length=1"], "unrecognized arguments: model.seq_length=1"),
+        (["--recipe", "some", "--verbos"], "unrecognized arguments: --verbos"),
+        (["--recipe", "some", "--flags"], "--flags: a recipe of Megatron-Bridge has none"),
+        (["--recipe", "some", "--nodes", "0"], "--nodes: must be 1 to 1000000000, not 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", *words])
+    assert ended.value.code == Exit.USAGE and capsys.readouterr().err.splitlines()[-1].endswith(said)
+
+
+def test_a_recipe_takes_the_cluster_of_a_file_and_no_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--recipe", "some", "--config", str(LARGE)]) == Exit.USAGE
+    assert capsys.readouterr().err == f"deadpool: {LARGE}: megatron: the recipe says this: leave the section out\n"
+
+
+@pytest.mark.skipif(find_spec("megatron.bridge") is not None, reason="Megatron-Bridge is in this environment")
+def test_without_megatron_bridge_a_recipe_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--recipe", "llama3_8b_pretrain_config"]) == Exit.USAGE
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and "install megatron-bridge" in said.err and not said.out
 
 
 def test_the_numbers_are_json_and_finite_whatever_fails_how_often(

@@ -30,8 +30,27 @@ def _dense(hidden: int, ffn: int, layers: int, heads: int, groups: int, vocab: i
     }
 
 
-_QWEN3_30B: Final = {**_dense(2048, 6144, 48, 32, 4, 151936), "head_dim": 128, "moe_intermediate_size": 768}
-_QWEN3_235B: Final = {**_dense(4096, 12288, 94, 64, 4, 151936), "head_dim": 128, "moe_intermediate_size": 1536}
+def _qwen35(hidden: int, layers: int, experts: int, chosen: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "linear_num_value_heads": 64,
+        "moe_intermediate_size": 1024,
+        "shared_expert_intermediate_size": 1024,
+        "num_experts": experts,
+        "num_experts_per_tok": chosen,
+    }
+
+
+def _seeing(text: dict[str, Any]) -> dict[str, Any]:
+    """A language model with the class's vision encoder, which speaks its width."""
+    return {"text_config": text, "vision_config": {"out_hidden_size": text["hidden_size"]}}
+
+
+_OF_128: Final = {"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8}
+_QWEN3_30B: Final = {**_dense(2048, 6144, 48, 32, 4, 151936), **_OF_128, "moe_intermediate_size": 768}
+_QWEN3_235B: Final = {**_dense(4096, 12288, 94, 64, 4, 151936), **_OF_128, "moe_intermediate_size": 1536}
 _YARN: Final = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 16, "original_max_position_embeddings": 65536}
 # By name on the hub: transformers' class of the config, the architecture, and the numbers in which the model differs
 # from that class's defaults.
@@ -42,11 +61,11 @@ _KNOWN: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
     "Qwen/Qwen3-30B-A3B": (*_QWEN3, _QWEN3_30B),
     "Qwen/Qwen3-235B-A22B": (*_QWEN3, _QWEN3_235B),
     "Qwen/Qwen3-Next-80B-A3B-Instruct": ("Qwen3NextConfig", "Qwen3NextForCausalLM", {}),
-    "Qwen/Qwen3-VL-30B-A3B-Instruct": (*_QWEN3_VL, {"text_config": _QWEN3_30B}),
-    "Qwen/Qwen3-VL-235B-A22B-Instruct": (*_QWEN3_VL, {"text_config": _QWEN3_235B}),
-    "Qwen/Qwen3.5-35B-A3B": (*_QWEN35, {}),
-    "Qwen/Qwen3.5-122B-A10B": (*_QWEN35, {}),
-    "Qwen/Qwen3.5-397B-A17B": (*_QWEN35, {}),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": (*_QWEN3_VL, _seeing(_QWEN3_30B)),
+    "Qwen/Qwen3-VL-235B-A22B-Instruct": (*_QWEN3_VL, _seeing(_QWEN3_235B)),
+    "Qwen/Qwen3.5-35B-A3B": (*_QWEN35, _seeing({"hidden_size": 2048})),
+    "Qwen/Qwen3.5-122B-A10B": (*_QWEN35, _seeing(_qwen35(3072, 48, 256, 8))),
+    "Qwen/Qwen3.5-397B-A17B": (*_QWEN35, _seeing(_qwen35(4096, 60, 512, 10))),
     "deepseek-ai/DeepSeek-V3": (*_LATENT, {"num_nextn_predict_layers": 1}),
     "deepseek-ai/DeepSeek-V4-Flash": (*_V4, {"rope_scaling": _YARN}),
     "deepseek-ai/DeepSeek-V4-Pro": (*_V4, {"rope_scaling": _YARN}),
@@ -64,8 +83,15 @@ _KNOWN: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
     "zai-org/GLM-5.1": (*_GLM, {}),
     "zai-org/GLM-5.2": (*_GLM, {}),
 }
+# Sizes of tokenizers' vocabularies, by name on the hub.
+_VOCABULARIES: Final = {"nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": 131072}
 # Of these the kind of model is known here, and its size is not.
-_SIZES_UNKNOWN: Final = ("Qwen/Qwen3.5-", "deepseek-ai/DeepSeek-V4-Pro", "nvidia/NVIDIA-Nemotron-3-", "zai-org/GLM-5.")
+_SIZES_UNKNOWN: Final = ("deepseek-ai/DeepSeek-V4-Pro", "nvidia/NVIDIA-Nemotron-3-", "zai-org/GLM-5.")
+
+
+def vocabulary(tokenizer: str | None) -> int | None:
+    """Of a tokenizer that cannot be had; None where it is not known here either."""
+    return _VOCABULARIES.get(tokenizer or "")
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ class Recipe:
         cfg: Bridge's ``ConfigContainer``.
         values: its settings by the names of Megatron-LM's ``args``.
         refused: settings of Bridge's own that are not supported, and why.
+        machine: that its name says; "" where it says none.
         world_size: processes that train.
         per_node: processes a node.
         assumed: architectures that were not read from the hub, by name: whether their size is the model's.
@@ -50,6 +51,7 @@ class Recipe:
     cfg: Any
     values: dict[str, Any]
     refused: list[tuple[str, str]]
+    machine: str
     world_size: int
     per_node: int
     assumed: dict[str, bool]
@@ -89,7 +91,8 @@ def build(
         name: of a performance recipe or of one of the library, as Bridge's ``run_recipe.py`` takes it, or
             ``module:function`` of one's own.
         overrides: ``section.field=value``, in Hydra's style.
-        nodes: that train; else as many as take the processes that the name says, or the fewest that the layout takes.
+        nodes: that train; else as many as take the processes that the name says, or the fewest that the layout fills,
+            but two, so that one can be lost.
         per_node: processes a node; else of the machine that the name says, else 8.
         function: of that name, where it has been found already.
 
@@ -103,14 +106,15 @@ def build(
             cfg = (function or _find(name))()
             if overrides:
                 _override(cfg, overrides)
-            world_size = nodes * per_node if nodes else published or _fewest(cfg)
+            filled = math.lcm(fewest(cfg.model), per_node)
+            world_size = nodes * per_node if nodes else published or max(filled, 2 * per_node)
             os.environ["WORLD_SIZE"] = str(world_size)
             complaint = _set_up(cfg)
-            return Recipe(name, cfg, values(cfg), refusals(cfg), world_size, per_node, assumed, complaint)
+            return Recipe(name, cfg, values(cfg), refusals(cfg), machine, world_size, per_node, assumed, complaint)
         except UserError as err:
             raise UserError(f"recipe {name}: {err}") from None
         except Exception as err:  # noqa: BLE001 - whatever Bridge, Megatron or the recipe cannot do here
-            raise UserError(f"recipe {name}: {_told(err)}") from None
+            raise UserError(f"recipe {name}: {told(err)}") from None
 
 
 def _published(name: str) -> tuple[int, str]:
@@ -157,8 +161,8 @@ def _override(cfg: Any, overrides: Sequence[str]) -> None:
         cfg.model.seq_length = cfg.dataset.seq_length  # as Bridge's run_recipe.py does
 
 
-def _fewest(cfg: Any) -> int:
-    model = cfg.model
+def fewest(model: Any) -> int:
+    """Processes that the layout of a model takes at least."""
     stages: int = model.pipeline_model_parallel_size
     tensors = model.tensor_model_parallel_size
     experts = (model.expert_model_parallel_size or 1) * (model.expert_tensor_parallel_size or tensors)
@@ -183,11 +187,12 @@ def _set_up(cfg: Any) -> str:
     try:
         cfg.validate()
     except (AssertionError, ValueError) as err:
-        return _told(err)
+        return told(err)
     return ""
 
 
-def _told(err: Exception) -> str:
+def told(err: Exception) -> str:
+    """An exception in one line."""
     return f"{type(err).__name__}: {next(iter(str(err).strip().splitlines()), '')}"
 
 
