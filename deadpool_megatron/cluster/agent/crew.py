@@ -12,17 +12,25 @@ from deadpool_megatron.cluster.agent.workers import Worker
 class Crew:
     """One worker process a slot, and in a rescue one in each extra slot. Used by the agent's thread only.
 
+    On a spare node others can be beside them, each of which rehearses one coordinate that its slot may take over. If it
+    does, that process takes the place of the parked one; if it takes over another coordinate, they make room.
+
     Args:
         job: what this node knows of the job.
+        rehearsals: how many coordinates a slot rehearses.
 
     Attributes:
         workers: by local index, the newest process of each slot, alive or not.
+        beside: the processes that rehearse, and those that have to leave a slot to another one and have not ended yet.
     """
 
-    def __init__(self, job: KnownJob, processes: WorkerProcesses) -> None:
+    def __init__(self, job: KnownJob, processes: WorkerProcesses, rehearsals: int = 0) -> None:
         self._job = job
         self._processes = processes
+        self._rehearsals = rehearsals
+        self._given_up: set[tuple[int, int]] = set()  # (local, rank) whose rehearsal has ended
         self.workers: dict[int, Worker] = {}
+        self.beside: list[Worker] = []
 
     # ---- the processes
 
@@ -60,6 +68,7 @@ class Crew:
 
     def start_over(self) -> None:
         """The start begins anew: fresh processes wherever there is a coordinate, or was one."""
+        self._end(each for each in self.beside if each.local in self._job.ranks)
         for local, worker in list(self.workers.items()):
             if worker.rank is not None or local in self._job.ranks:
                 self.renew(local)
@@ -74,6 +83,29 @@ class Crew:
         worker.exited = True
         return worker.exit_code
 
+    def rehearse(self) -> None:
+        """Have the slots of a spare node rehearse, once all of them are parked: that comes first."""
+        if self._job.ranks or not all(each.parked for each in self.workers.values()):
+            return
+        there = {(each.local, each.rehearses) for each in self.beside if not each.retired} | self._given_up
+        for local in self.workers:
+            for rank in self._job.likely(local, self._rehearsals):
+                if (local, rank) not in there and not self._processes.adopted(local):
+                    self.beside.append(self._processes.start(local, None, rank))
+
+    def rehearsed(self) -> list[int]:
+        """The coordinates that this node can take over at once."""
+        return sorted(each.rehearses for each in self.beside if each.parked and each.rehearses is not None)
+
+    def left(self, worker: Worker) -> int:
+        """One of those beside has ended; its exit code. Who has not been ended is not started again."""
+        self.reap(worker)
+        if not worker.retired and worker.rehearses is not None:
+            self._given_up.add((worker.local, worker.rehearses))
+        self.beside.remove(worker)
+        worker.close()
+        return worker.exit_code or 0
+
     def signal(self, signum: int) -> None:
         """To every worker that trains; 0 for none."""
         for worker in self.workers.values() if signum else ():
@@ -82,8 +114,9 @@ class Crew:
 
     def end(self, at_once: bool, told: bool) -> None:
         """End all workers; see `WorkerProcesses.end`. Blocks until they have."""
+        self._processes.end(self.beside, True, told)  # these have nothing to finish
         self._processes.end(self.workers.values(), at_once, told)
-        for worker in self.workers.values():
+        for worker in (*self.workers.values(), *self.beside):
             worker.close()
 
     # ---- their coordinates
@@ -105,12 +138,42 @@ class Crew:
         )
 
     def give_coordinates(self) -> list[Worker]:
-        """Have parked workers hold the coordinates the assignment has for them; the workers that hold one now."""
+        """Have parked workers hold the coordinates the assignment has for them; the workers that hold one now.
+
+        Who has rehearsed has its memory. Who has not waits for that of those who have to make room, until `left`.
+        """
         out: list[Worker] = []
         for local, rank in self._job.ranks.items():
             worker = self.workers.get(local)
             if worker is not None and worker.parked and worker.rank is None and not worker.retired:
+                worker = self._chosen(worker, rank)
+                if worker.rehearses is None and self._waits_for_room(local):
+                    continue
                 worker.rank = rank
-                self._processes.link_log(local, rank)
+                self._processes.link_log(worker, rank)
                 out.append(worker)
         return out
+
+    def _chosen(self, parked: Worker, rank: int) -> Worker:
+        """Who takes over a coordinate in the slot of a parked worker. All others are ended."""
+        others = [each for each in self.beside if each.local == parked.local]
+        for each in others:
+            if each.parked and each.rehearses == rank and not each.retired and not each.exited:
+                self.beside.remove(each)
+                self.beside.append(parked)
+                others = [parked, *(other for other in others if other is not each)]
+                self.workers[parked.local] = parked = each
+                break
+        self._end(others)
+        return parked
+
+    def _waits_for_room(self, local: int) -> bool:
+        return self._processes.share_devices and any(
+            each.local == local and each.rehearses is not None for each in self.beside
+        )
+
+    def _end(self, workers: Iterable[Worker]) -> None:
+        for worker in workers:
+            if not worker.retired:
+                worker.retired = True
+                self._processes.kill(worker)

@@ -95,6 +95,7 @@ class Core:
         self._handlers: dict[type, Callable[[Any], Effects]] = {
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
+            r.Rehearsed: self._start.rehearsed,
             r.Registered: self._register,
             r.WorkerExited: self._worker_exited,
             r.WorkerFailed: self._ends.failed,
