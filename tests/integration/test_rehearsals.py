@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,20 @@ def test_a_rehearsal_is_seen_by_nobody_and_who_has_rehearsed_another_role_takes_
     assert [_log_of(job, 1, epoch) for epoch in (1, 2)] == ["spare-node3-0-rank-1.log", "spare-node2-0.log"]
     want = undisturbed(launch_flags(2, slots=1), flags)
     assert_same_training(job, want, ITERATIONS, rank=1, mute=frozenset({1, 4}))
+
+
+@pytest.mark.timeout(300)
+def test_the_spare_of_a_planned_move_rehearses_the_node_before_anybody_holds_still(jobs: Jobs) -> None:
+    flags = duo_gpt("data", iters=ITERATIONS)
+    job = jobs.start("drained", launch_flags(3, 1, slots=1), [*flags, "--deadpool-rehearsals", "1"], held=True)
+    _wait_for(job, {2: [0]})
+    with ThreadPoolExecutor(1) as aside:
+        done = aside.submit(job.command, "drain", "--node", "1", timeout_s=200.0)
+        job.until_event("leaving")
+        assert [e["ranks"] for e in job.events("rehearsed")][-1] == [1]
+        job.hold(None)
+        assert done.result().returncode == 0, done.result().stderr
+    job.finished()
+    assert [e["nodes"] for e in job.events("declared")] == [[0, 2]]
+    assert _log_of(job, 1, 1) == "spare-node2-0-rank-1.log"
+    assert_same_training(job, undisturbed(launch_flags(2, slots=1), flags), ITERATIONS, rank=1)

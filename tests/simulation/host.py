@@ -205,7 +205,7 @@ class Host:
         known = self.known = KnownJob(node, job.active_nodes, job.slots_per_node, Scheme.parse(job.redundancy))
         self.shards = SimulatedShards(self)
         self.processes = _Processes(self)
-        self.crew = Crew(known, self.processes, cluster.rehearsals)
+        self.crew = Crew(known, self.processes, cluster.job.rehearsals)
         fence = Fence(node, job.deadlines.lease, self._ask, random.Random(world.chance.random()))
         self.link = Link(world, cluster.network, self, cluster.hq, job.deadlines.lease)
         self.watch = _Blind()

@@ -103,7 +103,7 @@ class Run:
             durable = DurableSpec(DIRECTORY, name, interval, keep, 20.0, 20.0, resume=True)
             self.job = replace(self.job, durable=durable)
         draws = random.Random(f"rehearsals {seed}")
-        self.rehearsals = draws.choice((1, 2)) if draws.random() < REHEARSALS_SHARE else 0
+        self.job = replace(self.job, rehearsals=draws.choice((1, 2)) if draws.random() < REHEARSALS_SHARE else 0)
         self.constants = beside is not None and beside.constants
         if beside is None:
             self._draw_shards(profile, seed)

@@ -71,6 +71,72 @@ def test_a_rehearsal_of_a_rank_that_the_job_has_not_is_refused() -> None:
     assert not misfit(r.Rehearsed(4, [0, 7]), 8, 0)
 
 
+# ---- a planned move
+
+
+def _drain(job: SimulatedJob, node: int) -> None:
+    error, actions = job.core.drain(node, job.now)
+    assert not error
+    job.take(actions)
+
+
+def test_a_node_is_drained_once_a_spare_has_rehearsed_what_it_does() -> None:
+    job = SimulatedJob(nodes=6, spares=2, rehearsals=1).train()
+    job.iterate(0)
+    _drain(job, 1)
+    assert [(s.node, s.record) for s in job.sent if isinstance(s.record, r.Rehearse)] == [(4, r.Rehearse({0: 2, 1: 3}))]
+    job.feed(r.Rehearsed(4, [2]))
+    assert not job.told(r.Hold) and not job.events("leaving"), "training goes on meanwhile"
+    job.feed(r.Rehearsed(4, [2, 3]))
+    assert len(job.told(r.Hold)) == 1
+    for node in range(4):
+        job.feed(r.NodeHeld(0, node, job.told(r.Hold)[0].iteration, False))
+    assert job.active == [0, 4, 2, 3]
+
+
+def test_who_is_known_to_a_spare_already_is_drained_at_once_and_so_is_everybody_without_rehearsals() -> None:
+    job = SimulatedJob(nodes=6, spares=2, rehearsals=1).train()
+    job.iterate(0)
+    job.feed(r.Rehearsed(5, [2, 3]))
+    _drain(job, 1)
+    assert job.told(r.Hold) and not job.told(r.Rehearse)
+    job = SimulatedJob(nodes=6, spares=2).train()
+    job.iterate(0)
+    _drain(job, 1)
+    assert job.told(r.Hold) and not job.told(r.Rehearse)
+
+
+@pytest.mark.parametrize("end", ["fails", "lost", "late", "recovery"])
+def test_a_drain_goes_on_without_a_rehearsal_that_does_not_come(end: str) -> None:
+    job = SimulatedJob(nodes=6, spares=2, rehearsals=1).train()
+    job.iterate(0)
+    _drain(job, 1)
+    if end == "fails":
+        job.feed(r.Rehearsed(4, [], "out of memory"))
+    elif end == "lost":
+        job.lose(4)
+    elif end == "late":
+        job.wait(job.core.job.deadlines.build - 1.0)
+        assert not job.told(r.Hold)
+        job.wait(2.0)
+    else:
+        job.lose(3)
+        assert not job.told(r.Hold), "not in a recovery"
+        job.recover()
+    job.wait(0.0)
+    assert len(job.told(r.Hold)) == 1 and "node 1 is being drained" in job.core.cannot_drain(0)[0]
+
+
+def test_a_node_that_is_lost_while_its_drain_waits_is_drained_no_more() -> None:
+    job = SimulatedJob(nodes=6, spares=2, rehearsals=1).train()
+    job.iterate(0)
+    _drain(job, 1)
+    job.lose(1)
+    job.recover()
+    job.wait(0.0)
+    assert not job.told(r.Hold) and job.core.cannot_drain(0)[0] == ""
+
+
 # ---- the processes of a node
 
 
@@ -158,6 +224,24 @@ def test_a_rehearsal_that_has_ended_by_itself_is_not_begun_again(node: Callable[
     spare.leave(first)
     spare.crew.rehearse()
     assert spare.crew.beside == [second]
+
+
+def test_a_slot_that_is_asked_for_another_coordinate_rehearses_that_once_there_is_room(
+    node: Callable[..., _Node],
+) -> None:
+    spare = node()
+    first, second = spare.park()
+    first.parked = second.parked = True
+    spare.crew.rehearse({0: 1})
+    assert spare.crew.rehearsed() == [1] and first.retired and spare.crew.beside == [first, second]
+    second.parked = False
+    spare.crew.rehearse({0: 0})
+    for each in (first, second):
+        assert spare.crew.rehearsed() == []
+        spare.leave(each)
+        spare.crew.rehearse()
+    (now,) = spare.crew.beside
+    assert now.rehearses == 0 and not now.retired
 
 
 def test_a_start_that_begins_anew_ends_the_rehearsals_of_a_node_that_is_in_it(node: Callable[..., _Node]) -> None:

@@ -278,6 +278,7 @@ class Agent:
             self._tell_rehearsed(f"rank {worker.rehearses} is rehearsed no more: {failed}; see {worker.log}")
         elif self._recovery is not None:
             self._recovery.renewed()
+            self._crew.rehearse()  # there is room
 
     def _exited(self, worker: Worker, code: int) -> r.WorkerExited:
         words = self._processes.last_words(worker) if code else []
@@ -347,6 +348,10 @@ class Agent:
             case r.Respawn():
                 if self._crew.workers[record.local].exited:
                     self._crew.renew(record.local)
+            case r.Rehearse():
+                self._crew.rehearse(record.ranks)
+                if not self._crew.can_rehearse or self._crew.rehearsed():
+                    self._tell_rehearsed("" if self._crew.can_rehearse else f"node {self._s.node} cannot rehearse now")
             case r.EndStuck():
                 if self._lookout is not None:
                     self._lookout.end_stuck(record)

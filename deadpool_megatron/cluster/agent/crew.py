@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
@@ -28,6 +28,7 @@ class Crew:
         self._job = job
         self._processes = processes
         self._rehearsals = rehearsals
+        self._asked: dict[int, list[int]] = {}  # by local index, what it rehearses in the place of what is likely
         self._given_up: set[tuple[int, int]] = set()  # (local, rank) whose rehearsal has ended
         self.workers: dict[int, Worker] = {}
         self.beside: list[Worker] = []
@@ -83,19 +84,36 @@ class Crew:
         worker.exited = True
         return worker.exit_code
 
-    def rehearse(self) -> None:
-        """Have the slots of a spare node rehearse, once all of them are parked: that comes first."""
-        if self._job.ranks or not all(each.parked for each in self.workers.values()):
+    @property
+    def can_rehearse(self) -> bool:
+        """This is a spare node, all of whose workers are parked, which its agent has started."""
+        parked = all(each.parked and not self._processes.adopted(local) for local, each in self.workers.items())
+        return parked and not self._job.ranks
+
+    def rehearse(self, asked: Mapping[int, int] | None = None) -> None:
+        """Have the slots of a spare node rehearse, where they can: to be parked comes first.
+
+        ``asked``: these coordinates by local index, from now on, in the place of those that are likely.
+        """
+        if asked is not None:
+            self._asked = {local: [rank] for local, rank in asked.items()}
+            self._given_up.clear()
+        if not self.can_rehearse:
             return
-        there = {(each.local, each.rehearses) for each in self.beside if not each.retired} | self._given_up
         for local in self.workers:
-            for rank in self._job.likely(local, self._rehearsals):
-                if (local, rank) not in there and not self._processes.adopted(local):
+            wanted = self._asked.get(local) or self._job.likely(local, self._rehearsals)
+            self._end(each for each in self.beside if each.local == local and each.rehearses not in (None, *wanted))
+            if self._waits_for_room(local):
+                continue
+            there = {(each.local, each.rehearses) for each in self.beside if not each.retired} | self._given_up
+            for rank in wanted:
+                if (local, rank) not in there:
                     self.beside.append(self._processes.start(local, None, rank))
 
     def rehearsed(self) -> list[int]:
         """The coordinates that this node can take over at once."""
-        return sorted(each.rehearses for each in self.beside if each.parked and each.rehearses is not None)
+        there = (each.rehearses for each in self.beside if each.parked and not each.retired)
+        return sorted(rank for rank in there if rank is not None)
 
     def left(self, worker: Worker) -> int:
         """One of those beside has ended; its exit code. Who has not been ended is not started again."""
@@ -149,6 +167,7 @@ class Crew:
                 worker = self._chosen(worker, rank)
                 if worker.rehearses is None and self._waits_for_room(local):
                     continue
+                self._asked.pop(local, None)
                 worker.rank = rank
                 self._processes.link_log(worker, rank)
                 out.append(worker)
@@ -168,8 +187,9 @@ class Crew:
         return parked
 
     def _waits_for_room(self, local: int) -> bool:
+        """Somebody who has to make room has not ended yet, and holds memory of the slot's device."""
         return self._processes.share_devices and any(
-            each.local == local and each.rehearses is not None for each in self.beside
+            each.local == local and each.retired and each.rehearses is not None for each in self.beside
         )
 
     def _end(self, workers: Iterable[Worker]) -> None:
