@@ -121,6 +121,7 @@ def test_a_drain_goes_on_without_a_rehearsal_that_does_not_come(end: str) -> Non
         job.wait(2.0)
     else:
         job.lose(3)
+        job.wait(1.0)
         assert not job.told(r.Hold), "not in a recovery"
         job.recover()
     job.wait(0.0)
@@ -308,7 +309,7 @@ def _data_sets() -> None:
     assert kept(lambda args: Data() if args.iteration >= 0 else None, 0)
     assert not kept(lambda args: Data() if args.iteration >= 0 else None, 5), "it looks at the position"
     assert not kept(lambda args: Data() if vars(args)["seed"] else None, 5), "it may have looked at anything"
-    assert not kept(lambda args: setattr(args, "padded", args.iteration) or Data(), 5), "others look at what it sets"
+    assert not kept(lambda args: setattr(args, "padded", 1) or Data(), 5), "others look at what it sets"
     assert not kept(lambda args: iter([1]), 5), "what stands somewhere"
     assert not kept(lambda args: Data(), 5, "external"), "so does this, and it is not even begun"
     ours = DataSets()

@@ -49,7 +49,7 @@ class Drains:
     def due(self) -> float | None:
         """When `tick` has something to do; None when nothing is under way."""
         drain = self._drain
-        if drain is None or (drain.rehearses is not None and self._state.phase is not Phase.RUNNING):
+        if drain is None or (drain.rehearses is not None and not self._trains):
             return None
         return drain.deadline
 
@@ -71,10 +71,15 @@ class Drains:
     def rehearsed(self, record: r.Rehearsed, now: float) -> Effects:
         """A spare has set up coordinates, or cannot: the move goes on."""
         drain = self._drain
-        if drain is None or drain.rehearses != record.node or self._state.phase is not Phase.RUNNING:
+        if drain is None or drain.rehearses != record.node or not self._trains:
             return
         if record.why or self._known(drain.node):
             yield from self._hold(drain.node, now)
+
+    @property
+    def _trains(self) -> bool:
+        """No recovery is under way, nor the end."""
+        return self._state.phase is Phase.RUNNING and self._recoveries.current is None
 
     def _known(self, node: int) -> bool:
         """A spare has rehearsed all that the node does."""
