@@ -42,7 +42,6 @@ DURABLE_SHARE = 0.2  # of the runs have a durable directory
 RIVALS_SHARE = 0.1  # of those with a durable directory have another job that wants it
 RUN_DISK_SHARE = 0.1  # write a run directory, on a disk with troubles
 SHARDS_SHARE = 0.1  # have parity, constants or failure domains
-REHEARSALS_SHARE = 0.15  # have spares that rehearse
 _RIVAL = "rival"
 _LONGEST_S = 900.0  # of virtual time, after which a run hangs
 _SHAPES = ((3, 1, 1), (4, 1, 1), (3, 1, 2), (4, 1, 2), (4, 2, 1), (4, 2, 2), (5, 1, 1), (5, 2, 1), (3, 0, 1), (4, 0, 2))
@@ -102,8 +101,8 @@ class Run:
             interval, keep = self.draws.randint(2, 8), self.draws.randint(1, 3)
             durable = DurableSpec(DIRECTORY, name, interval, keep, 20.0, 20.0, resume=True)
             self.job = replace(self.job, durable=durable)
-        draws = random.Random(f"rehearsals {seed}")
-        self.job = replace(self.job, rehearsals=draws.choice((1, 2)) if draws.random() < REHEARSALS_SHARE else 0)
+        if profile.rehearsals:
+            self.job = replace(self.job, rehearsals=random.Random(f"rehearsals {seed}").randint(1, 2))
         self.constants = beside is not None and beside.constants
         if beside is None:
             self._draw_shards(profile, seed)

@@ -163,6 +163,7 @@ class _Node:
     def take(self, rank: int) -> list[Worker]:
         """The coordinate is this node's; who holds one now."""
         self.job.ranks = {0: rank}
+        self.crew.choose()
         return self.crew.give_coordinates()
 
     def leave(self, worker: Worker) -> None:
@@ -201,15 +202,39 @@ def test_who_has_rehearsed_the_coordinate_takes_the_slot_and_all_others_end(node
     assert spare.crew.beside == [], "a node that trains rehearses nothing"
 
 
+def test_who_has_rehearsed_takes_the_slot_of_one_that_is_not_parked_or_has_died(node: Callable[..., _Node]) -> None:
+    """At once: what has been told to one that is in the slot, another one does not hear."""
+    for dies in (False, True):
+        spare = node()
+        first, _ = spare.park()
+        first.parked, parked = True, spare.crew.workers[0]
+        parked.parked = False
+        if dies:
+            spare.crew._processes.kill(parked)
+            spare.crew.reap(parked)  # waits for its end
+        assert spare.take(0) == [first] and spare.crew.workers == {0: first}
+        assert (parked in spare.crew.beside) is not dies
+
+
+def test_a_rehearsal_that_was_not_through_when_the_coordinate_was_given_is_over(node: Callable[..., _Node]) -> None:
+    spare = node(**{EMULATE: "1"})
+    first, _ = spare.park()
+    parked = spare.crew.workers[0]
+    parked.parked = False
+    assert spare.take(0) == [] and first.retired
+    first.parked = parked.parked = True
+    assert spare.crew.give_coordinates() == [parked]
+
+
 def test_who_has_not_rehearsed_waits_until_those_that_share_its_device_have_ended(node: Callable[..., _Node]) -> None:
     spare = node()
     first, second = spare.park()
     first.parked = True  # the one for this rank is not that far
     assert spare.take(1) == []
     spare.leave(first)
-    assert spare.take(1) == []
+    assert spare.crew.give_coordinates() == []
     spare.leave(second)
-    assert spare.take(1) == [spare.crew.workers[0]] and spare.crew.workers[0].rehearses is None
+    assert spare.crew.give_coordinates() == [spare.crew.workers[0]] and spare.crew.workers[0].rehearses is None
 
 
 def test_where_there_are_no_devices_nobody_waits(node: Callable[..., _Node]) -> None:

@@ -155,6 +155,29 @@ class Crew:
             for local in self._job.ranks
         )
 
+    def choose(self) -> None:
+        """Put those that have rehearsed what their slots have been given into these slots; end the others.
+
+        To be called before anything of the epoch is told to whoever is in a slot: another one would not have heard it.
+        """
+        for local, rank in self._job.ranks.items():
+            held = self.workers.get(local)
+            if held is not None and held.rank is not None:
+                continue
+            others = [each for each in self.beside if each.local == local]
+            for each in others:
+                if each.parked and each.rehearses == rank and not each.retired and not each.exited:
+                    others.remove(each)
+                    self.beside.remove(each)
+                    self.workers[local] = each
+                    if held is not None and not held.exited:
+                        others.append(held)
+                        self.beside.append(held)
+                    elif held is not None:
+                        held.close()
+                    break
+            self._end(others)
+
     def give_coordinates(self) -> list[Worker]:
         """Have parked workers hold the coordinates the assignment has for them; the workers that hold one now.
 
@@ -164,7 +187,6 @@ class Crew:
         for local, rank in self._job.ranks.items():
             worker = self.workers.get(local)
             if worker is not None and worker.parked and worker.rank is None and not worker.retired:
-                worker = self._chosen(worker, rank)
                 if worker.rehearses is None and self._waits_for_room(local):
                     continue
                 self._asked.pop(local, None)
@@ -172,19 +194,6 @@ class Crew:
                 self._processes.link_log(worker, rank)
                 out.append(worker)
         return out
-
-    def _chosen(self, parked: Worker, rank: int) -> Worker:
-        """Who takes over a coordinate in the slot of a parked worker. All others are ended."""
-        others = [each for each in self.beside if each.local == parked.local]
-        for each in others:
-            if each.parked and each.rehearses == rank and not each.retired and not each.exited:
-                self.beside.remove(each)
-                self.beside.append(parked)
-                others = [parked, *(other for other in others if other is not each)]
-                self.workers[parked.local] = parked = each
-                break
-        self._end(others)
-        return parked
 
     def _waits_for_room(self, local: int) -> bool:
         """Somebody who has to make room has not ended yet, and holds memory of the slot's device."""

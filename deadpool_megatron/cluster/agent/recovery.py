@@ -90,6 +90,8 @@ class NodeRecovery:
         self._holding = False
         self._shards.server.set_epoch(record.epoch)
         here, workers = self._job.ranks, self._crew.workers
+        if not self._drains:
+            self._crew.choose()
         for worker in list(workers.values()):
             if worker.rank is None or worker.retired:
                 continue
