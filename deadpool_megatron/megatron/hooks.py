@@ -35,7 +35,7 @@ from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.muster import Muster, meet_before_launches, meet_before_replays
 from deadpool_megatron.megatron.registration import register_nothing
 from deadpool_megatron.megatron.reset import forget_strategies
-from deadpool_megatron.megatron.standby import RunningJob, publish_job
+from deadpool_megatron.megatron.standby import RunningJob, numa_node, publish_job
 from deadpool_megatron.megatron.trainer import MegatronTrainer
 from deadpool_megatron.megatron.userbuffers import Userbuffers
 from deadpool_megatron.megatron.writers import Series
@@ -258,7 +258,7 @@ class Hooks:
     def _end_rehearsal(self, call: Call) -> None:
         """Wait, with all there that can be, until the coordinate is this worker's: from then on as any spare."""
         self.host.rehearse_data(call)
-        self.session.step("rehearsed", 0, torch.distributed.get_rank())
+        self.session.step("rehearsed", 0, torch.distributed.get_rank(), numa=numa_node())
         self.session.wait_take_over()
         points.reach("take-over.rehearsed")
         self.rehearses = False

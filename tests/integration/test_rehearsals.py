@@ -89,6 +89,7 @@ def test_the_spare_of_a_planned_move_rehearses_the_node_before_anybody_holds_sti
         assert [e["ranks"] for e in job.events("rehearsed")][-1] == [1]
         job.hold(None)
         assert done.result().returncode == 0, done.result().stderr
+        assert "node 2 sets up what node 1 does" in done.result().stdout
     job.finished()
     assert [e["nodes"] for e in job.events("declared")] == [[0, 2]]
     assert _log_of(job, 1, 1) == "spare-node2-0-rank-1.log"

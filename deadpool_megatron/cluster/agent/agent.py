@@ -243,7 +243,7 @@ class Agent:
         if isinstance(record, r.WorkerFailed):
             worker.failed = record
         elif isinstance(record, r.WorkerStep) and record.step == "rehearsed" and not worker.retired:
-            worker.parked = True
+            worker.parked, worker.numa = True, record.numa
             self._tell_rehearsed()
 
     def _tell_rehearsed(self, why: str = "") -> None:
