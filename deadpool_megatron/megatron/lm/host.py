@@ -208,12 +208,13 @@ class MegatronLM(Host):
         arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
     def not_rehearsed(self) -> str:
-        args = _args()
-        if args.log_progress and args.rank == 0:
+        args = vars(_args())
+        if args.get("log_progress") and args["rank"] == 0:
             return "--log-progress, whose file has a line for each start"
-        if args.enable_one_logger and args.rank == args.world_size - 1 and importlib.util.find_spec("one_logger"):
+        last = args["rank"] == args["world_size"] - 1
+        if last and args.get("enable_one_logger") and importlib.util.find_spec("one_logger"):
             return "one_logger (--no-one-logger), which is told of each start"
-        return "--adlr-autoresume" if args.adlr_autoresume else ""
+        return "--adlr-autoresume" if args.get("adlr_autoresume") else ""
 
     def rehearse_data(self, build: Call) -> None:
         self._data_sets.build_ahead(build, _args())
