@@ -337,8 +337,11 @@ def _data_sets() -> None:
     assert not kept(lambda args: setattr(args, "padded", 1) or Data(), 5), "others look at what it sets"
     assert not kept(lambda args: iter([1]), 5), "what stands somewhere"
     assert not kept(lambda args: Data(), 5, "external"), "so does this, and it is not even begun"
-    ours = DataSets()
-    ours.build_ahead(call(lambda provider: provider(None), fails), argparse.Namespace(dataloader_type="single"))
+    ours, args = DataSets(), argparse.Namespace(dataloader_type="single")
+    ours.build_ahead(call(lambda provider: provider(None), fails), args)
+    seen: list[list[float]] = []
+    ours.build_ahead(call(lambda provider: seen.append(draw()), fails), args)
+    assert seen == [draw()], "whoever has no data sets draws what there would have been without it"
 
 
 def test_data_sets_built_ahead_are_taken_if_all_that_they_were_built_from_is_the_same() -> None:

@@ -49,6 +49,8 @@ class DataSets:
             pass
         except Exception as err:  # noqa: BLE001 - the user's code: if it fails again it fails the take-over, as ever
             print(f"deadpool: data sets are not built ahead of time: {err}", file=sys.stderr, flush=True)
+        else:
+            self._rewind()  # this rank has none, or the script has another function in the place of `build`
         finally:
             self._ahead = False
             vars(args).clear()
