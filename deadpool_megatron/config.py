@@ -57,6 +57,11 @@ class DeadpoolConfig:
     form_deadline: float = _setting(20.0, "seconds that forming one process group may take")
     build_deadline: float = _setting(600.0, "seconds a spare has to build the model of the coordinate it takes over")
     operation_timeout: float = _setting(600.0, "seconds a single Gloo operation may take")
+    rehearsals: int = _setting(
+        0,
+        "nodes whose coordinates each spare node sets up ahead of time, in a process more for each of its workers, "
+        "which holds as much memory as a training rank",
+    )
     snapshot_interval: int = _setting(1, "take a generation every this many iterations")
     slice_bytes: int = _setting(4 << 20, "bytes copied in one slice between two microbatches")
     copy_bandwidth: float = _setting(
@@ -178,6 +183,7 @@ class DeadpoolConfig:
         for name, least, what in (
             ("wait_for_spare", 0, "0 minutes or more and finite"),
             ("spare_nodes", 0, "0 or more nodes"),
+            ("rehearsals", 0, "0 or more nodes"),
             ("snapshot_interval", 1, "1 or more iterations"),
             ("copy_bandwidth", 0, "0 (no limit) or more bytes a second, and finite"),
             ("send_bandwidth", 0, "0 (no limit) or more bytes a second, and finite"),
@@ -225,6 +231,7 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_EMULATED_CUBLASLT",
     "DEADPOOL_EMULATE_CPU",
     "DEADPOOL_EPOCH",
+    "DEADPOOL_REHEARSES",
     "DEADPOOL_MODE",
     "DEADPOOL_SETTINGS",
     "DEADPOOL_CONTROL_FD",

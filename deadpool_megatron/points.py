@@ -54,6 +54,7 @@ POINTS: Final[dict[str, tuple[Where, str]]] = {
     "recovery.re-formed": ("worker", "groups are formed, parameters are not gathered"),
     "recovery.synchronized": ("worker", "parameters are gathered"),
     "recovery.compared": ("worker", "all ranks have compared what they hold"),
+    "take-over.rehearsed": ("worker", "a spare is given the coordinate that it has rehearsed"),
     "take-over.building": ("worker", "a spare begins to build the model of its coordinate"),
     "take-over.built": ("worker", "a spare has built its model"),
     "checksum.chunk": ("agent", "a chunk of the own copy is about to be checksummed"),

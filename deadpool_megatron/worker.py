@@ -34,8 +34,10 @@ from deadpool_megatron.cluster.agent.workers import (
     ADOPTED,
     CONTROL_FD,
     DOORBELL_FD,
+    EMULATE,
     EPOCH,
     PARENT_PID,
+    REHEARSES,
     STACKS_FILE,
     STACKS_SIGNAL,
 )
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
     from deadpool_megatron.megatron import Hooks
 
 MODE = "DEADPOOL_MODE"  # "plain" or "deadpool"
-EMULATE = "DEADPOOL_EMULATE_CPU"
 CONFIG = "DEADPOOL_SETTINGS"  # the resolved settings, as JSON
 _PR_SET_PDEATHSIG = 1
 
@@ -170,7 +171,8 @@ def _install(standby: bool, script: str) -> Hooks:
         communicators.prepare(store())  # connections now and then take seconds: not in a recovery
     page = PulsePage(int(os.environ[PULSE_FD]))
     doorbell = int(os.environ[DOORBELL_FD])
-    hooks = Hooks(host_of(script), session, communicators, config, doorbell, store, connect, standby, page)
+    rehearses = REHEARSES in os.environ
+    hooks = Hooks(host_of(script), session, communicators, config, doorbell, store, connect, standby, page, rehearses)
     hooks.install()
     session.call_on_arm(arm)
     session.is_waiting = hooks.is_waiting
@@ -180,20 +182,27 @@ def _install(standby: bool, script: str) -> Hooks:
 
 
 def _park(hooks: Hooks, script: str) -> None:
-    """Make warm what may be warm, and become the coordinate that this worker is given."""
+    """Make warm what may be warm, and become the coordinate that this worker is given.
+
+    Who rehearses one goes on as soon as the job trains: the script comes to where it waits for its state to be there.
+    """
     from deadpool_megatron.megatron import RunningJob, WarmUp, follow_job, numa_node
 
-    warm_up, session = WarmUp(script, hooks.host), hooks.session
+    warm_up, session, rehearses = WarmUp(script, hooks.host), hooks.session, os.environ.get(REHEARSES)
 
     def learn(job: RunningJob) -> None:
         hooks.learn_job(job)
-        if warm_up.learn(job.environment):
+        if warm_up.learn(job.environment) and rehearses is None:
             session.step("parked", 0, numa=numa_node())  # once more: the device is known now
 
-    follow_job(hooks.connect, learn)  # of its own: a blocked wait blocks every user of a client
+    known = follow_job(hooks.connect, learn)  # of its own: a blocked wait blocks every user of a client
     warm_up.begin()
-    session.step("parked", 0, numa=numa_node())
-    os.environ["RANK"] = str(session.wait_take_over().rank)
+    if rehearses is None:
+        session.step("parked", 0, numa=numa_node())
+        os.environ["RANK"] = str(session.wait_take_over().rank)
+    else:
+        known.join()
+        os.environ["RANK"] = rehearses
     warm_up.end()
 
 

@@ -181,6 +181,10 @@ ELSEWHERE: Final[dict[str, str]] = {
     "worker.leaving": "only where another launcher has started the workers, as their last message",
     "coordinator.enlisted": "only while `deadpool agent` nodes come, and those ask again",
     "agent.shards-loaded": "a moment after the start, before a command can arm it (test_durable_core loses a node)",
+    "step.rehearsed": "only with --deadpool-rehearsals (test_rehearsals.py), and who rehearses has nothing to lose",
+    "agent.rehearsed": "only with --deadpool-rehearsals (test_rehearsals.py loses spares), and told again",
+    "coordinator.rehearse": "only with --deadpool-rehearsals: a drain goes on with the next one (test_simulated_jobs)",
+    "take-over.rehearsed": "only with --deadpool-rehearsals: test_rehearsals.py",
     "agent.behind": "only an agent that has missed an epoch's declaration asks for the whole of it",
     "coordinator.give-up-drain": "after a drain that failed, when nothing waits for the answer",
 }

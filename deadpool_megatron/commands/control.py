@@ -153,6 +153,8 @@ def drain(options: argparse.Namespace) -> int:
         time.sleep(10 * _POLL_S)
     while time.monotonic() < end:
         for event in events.read():
+            if event["event"] == "rehearsing":
+                print(f"deadpool: node {event['node']} sets up what node {options.node} does, while training goes on")
             if event["event"] == "left" and event["node"] == options.node:
                 print(f"deadpool: node {options.node} is drained and may be taken away")
                 return Exit.OK

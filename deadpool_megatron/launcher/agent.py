@@ -278,4 +278,5 @@ def _tee(plan: AgentPlan, node: int) -> Tee | None:
     names = {f"spare-node{node}-{i}" for i in slots}
     if node < launch.nodes - launch.spare_nodes:
         names |= {f"rank-{node * launch.slots_per_node + i}" for i in slots}
-    return Tee(Path(launch.log_dir), names.__contains__)
+    # (that of who has rehearsed a coordinate, too: it goes on there)
+    return Tee(Path(launch.log_dir), lambda log: log in names or log.rpartition("-rank-")[0] in names)

@@ -118,6 +118,7 @@ def coordinator_settings(
         on_preempt=c.deadpool and c.on_preempt,
         snapshot_interval=c.snapshot_interval,
         wait_for_spare_s=60 * c.wait_for_spare,
+        rehearsals=c.rehearsals,
     )
     agent = agent_settings(plan, -1, job_id, secret, (plan.host, 0), 0, plan.host, store_name=store_name)
     return CoordinatorStart(

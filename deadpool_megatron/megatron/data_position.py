@@ -46,7 +46,7 @@ class DataPosition:
         if saved is None:
             return call()
         fields.put(_found(saved, fields, first))
-        iterators = _build(call)
+        iterators = build_here(call)
         fields.put(saved)  # a spare's are not those that the others have agreed on by broadcast
         return iterators
 
@@ -60,7 +60,7 @@ class DataPosition:
         for number, call in enumerate(self._calls):
             fields.put(_found(saved, fields, number == 0))
             with _alone():
-                built.append(_build(call))
+                built.append(build_here(call))
         fields.put(saved)
         return [[each[0] for each in built], [each[1] for each in built]]
 
@@ -78,7 +78,7 @@ def _saved_args(at: r.Generation) -> dict[str, Any]:
     return saved
 
 
-def _build(call: Call) -> Any:
+def build_here(call: Call) -> Any:
     """Upstream's iterators. Where this node lacks the index of a data set, it is made here.
 
     Upstream's rank 0 makes those files when a job starts, for itself and for whoever sees its file system; a node that

@@ -35,7 +35,7 @@ from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.muster import Muster, meet_before_launches, meet_before_replays
 from deadpool_megatron.megatron.registration import register_nothing
 from deadpool_megatron.megatron.reset import forget_strategies
-from deadpool_megatron.megatron.standby import RunningJob, publish_job
+from deadpool_megatron.megatron.standby import RunningJob, numa_node, publish_job
 from deadpool_megatron.megatron.trainer import MegatronTrainer
 from deadpool_megatron.megatron.userbuffers import Userbuffers
 from deadpool_megatron.megatron.writers import Series
@@ -67,6 +67,7 @@ class Hooks:
         connect: makes another one.
         standby: this process is a spare taking over a coordinate.
         page: where the agent sees the progress.
+        rehearses: this spare sets up a coordinate that it may be given later: `build_iterators` waits for that.
     """
 
     host: Host
@@ -78,6 +79,7 @@ class Hooks:
     connect: Callable[[], torch.distributed.Store]
     standby: bool
     page: PulsePage
+    rehearses: bool = False
     trainer: MegatronTrainer | None = None
     phase: str = "setup"
     iteration: int = -1
@@ -90,6 +92,7 @@ class Hooks:
     _groups: str = ""
     _begun: float | None = None
     _series: Series = field(default_factory=Series)
+    _postponed: list[Callable[[], Any]] = field(default_factory=list)
 
     def install(self) -> None:
         """Put the hooks in place. Raises UserError for a version that is not supported."""
@@ -140,11 +143,17 @@ class Hooks:
     def initialize(self, call: Callable[[], Any]) -> Any:
         """Process groups are made, settings are final before it."""
         host = self.host
-        if self.standby:
+        if self.standby and not self.rehearses:
             points.reach("take-over.building")
         check_environment(os.environ)
         processes = int(os.environ["LOCAL_WORLD_SIZE"])
         check_arguments(host.args, processes, ADOPTED in os.environ)
+        if self.config.rehearsals and not host.can_rehearse:
+            raise UserError(
+                "--deadpool-rehearsals: only Megatron-LM's own training loop can be rehearsed; leave it out"
+            )
+        if self.rehearses and (why := host.not_rehearsed()):
+            raise UserError(f"not rehearsed with {why}")
         if self.standby:
             host.load_nothing()  # it would be read by collectives
         if flex_in_graphs(host.args):
@@ -160,14 +169,29 @@ class Hooks:
                 print("deadpool: --use-nccl-ub is left out: no buffer is registered with a communicator", flush=True)
             if flags := not_looked_at(host.flags):
                 print(f"deadpool: nobody has looked at what a lost node does to {', '.join(flags)}", flush=True)
+        self._unless_rehearsed(self._introduce)
+        if self.config.resume != "none" and not self.standby:
+            self._resumes()
+        return result
+
+    def _introduce(self) -> None:
+        """Tell the agent what it has to know of this coordinate by the time that the model is built."""
         if self.standby and self.communicators.table_digest() == self._groups:
             # All groups of the job are there: they can form while the model is built and the lost shard comes.
             self.session.stand_by(torch.distributed.get_rank())
         if self.config.durable_dir:
-            self.session.describe("job", torch.distributed.get_rank(), describe_job(host.args))
-        if self.config.resume != "none" and not self.standby:
-            self._resumes()
-        return result
+            self.session.describe("job", torch.distributed.get_rank(), describe_job(self.host.args))
+
+    def open_outlet(self, call: Call) -> None:
+        """A writer or a logger is made, with a file or a service behind it: who rehearses has none."""
+        self._unless_rehearsed(call)
+
+    def _unless_rehearsed(self, act: Callable[[], Any]) -> None:
+        """What others see of this coordinate, so that it is done once the coordinate is this worker's."""
+        if self.rehearses:
+            self._postponed.append(act)
+        else:
+            act()
 
     def make_userbuffers(self, call: Call) -> None:
         """Of Transformer Engine, which upstream makes in its set-up: inside of a node."""
@@ -209,6 +233,8 @@ class Hooks:
         if not self.standby:
             with self._begun_with():
                 return self._data.build(call, fields, self.durable)
+        if self.rehearses:
+            self._end_rehearsal(call)
         while True:
             agreed = self._agreed()
             if self._begun is not None:
@@ -228,6 +254,18 @@ class Hooks:
             if self.durable is not None:
                 self.session.refuse(self.durable, err, self._patience)
             raise
+
+    def _end_rehearsal(self, call: Call) -> None:
+        """Wait, with all there that can be, until the coordinate is this worker's: from then on as any spare."""
+        self.host.rehearse_data(call)
+        self.session.step("rehearsed", 0, torch.distributed.get_rank(), numa=numa_node())
+        self.session.wait_take_over()
+        points.reach("take-over.rehearsed")
+        self.rehearses = False
+        self.host.wake_timers()
+        for act in reversed(self._postponed):  # the agent is told first: all others wait for it
+            act()
+        self._postponed.clear()
 
     def _agreed(self) -> r.Generation:
         while True:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -77,9 +78,12 @@ class Host(ABC):
         upstream: the release that is known to have all that the hooks replace, for whoever lacks some of it.
         fields: there once `Hooks.initialize` has made its call, before a checkpoint is loaded.
         brings_environment: the loop sets variables of the environment before it brings up the device.
+        can_rehearse: all that its set-up does outside of the process goes through `Hooks.open_outlet`, or is named by
+            `not_rehearsed`.
     """
 
     brings_environment: ClassVar[bool] = False
+    can_rehearse: ClassVar[bool] = False
     upstream: str
     fields: Fields
 
@@ -143,6 +147,21 @@ class Host(ABC):
     @abstractmethod
     def warm_up(self) -> None:
         """Run once what is slow the first time. In a process that waits to be given a coordinate."""
+
+    def not_rehearsed(self) -> str:
+        """The flag by which the set-up of this coordinate does what others see; empty: there is none."""
+        return ""
+
+    def rehearse_data(self, build: Call) -> None:
+        """Do ahead of time what of ``build``, which makes the data iterators, depends on no generation. It leaves
+        nothing behind that is seen elsewhere."""
+        return
+
+    def wake_timers(self) -> None:
+        """This process has waited: what is being timed begins now."""
+        for timer in self.timers._timers.values():
+            if timer._started:
+                timer._start_time = time.time()
 
     @abstractmethod
     def load_nothing(self) -> None:

@@ -170,7 +170,7 @@ def publish_job(store: Callable[[], Store], job: RunningJob) -> None:
     threading.Thread(target=work, name="deadpool-publish", daemon=True).start()
 
 
-def follow_job(store: Callable[[], Store], learn: Callable[[RunningJob], None]) -> None:
+def follow_job(store: Callable[[], Store], learn: Callable[[RunningJob], None]) -> threading.Thread:
     """Import what the others have imported, in a thread, once it is known; ``learn`` is told before.
 
     ``store`` makes a client of its own.
@@ -191,4 +191,6 @@ def follow_job(store: Callable[[], Store], learn: Callable[[RunningJob], None]) 
                 with contextlib.suppress(ImportError, RuntimeError, AttributeError):
                     importlib.import_module(name)
 
-    threading.Thread(target=work, name="deadpool-warm", daemon=True).start()
+    thread = threading.Thread(target=work, name="deadpool-warm", daemon=True)
+    thread.start()
+    return thread

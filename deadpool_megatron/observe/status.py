@@ -291,6 +291,8 @@ class JobView:
         cold = [n for n in self.nodes if n.state == "starting"]
         words = [f"{count_text(len(ready), 'spare')} parked warm ({named(ready)})"] if ready else []
         words += [f"{count_text(len(cold), 'spare')} starting ({named(cold)})"] if cold else []
+        ranks = {rank for spare in self.status["spares"] for rank in spare.get("rehearsed", ())}
+        words += [f"{ranks_text(ranks)} rehearsed"] if ranks else []
         none = "none left: bring one (deadpool join)" if self.status["epoch"] else "none"
         return Text(f"spares: {', '.join(words) or none}", "" if words or not self.status["epoch"] else "yellow")
 

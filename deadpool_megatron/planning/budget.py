@@ -43,7 +43,8 @@ class Budget:
     """The arithmetic of a run. Per device: the most any of them needs; "mean" over all; ``stages`` has each.
 
     ``operations``: floating-point operations of an iteration. ``drainer_node``: a copy of a node's own shards beside
-    its vault, on their way to the durable directory.
+    its vault, on their way to the durable directory. ``rehearsals``: on a device of a spare, of all that it rehearses,
+    and of one of them that trains.
     """
 
     sizes: Layout
@@ -65,6 +66,7 @@ class Budget:
     sent_node: float
     network_share: float
     spare_device: float
+    rehearsals: float
     groups_changed: tuple[int, int]
     ranks_touched: int
     tolerated: str
@@ -134,6 +136,7 @@ def budget(run: RunFile, workload: Workload | None = None) -> Budget:
         sent_node=price.network_bytes,
         network_share=share,
         spare_device=max(s.unique + s.weights for s in stages),
+        rehearsals=_rehearsals(run, device, most.activations),
         groups_changed=changed,
         ranks_touched=touched,
         tolerated=_tolerated(run, sizes, scheme),
@@ -144,8 +147,19 @@ def budget(run: RunFile, workload: Workload | None = None) -> Budget:
     return out
 
 
+def _rehearsals(run: RunFile, device: float, activations: float) -> float:
+    """What trains at last stands beside those that make room for it, and the parked worker."""
+    count = run.deadpool.rehearsals
+    return count * (device - activations) + activations + _RESERVE if count else 0.0
+
+
 def _refuse(run: RunFile, out: Budget, scheme: Scheme) -> None:
     where, cluster = run.name, run.cluster
+    if out.rehearsals > cluster.gpu_memory * 1e9:
+        raise PlanError(
+            f"{where}: rehearsals {run.deadpool.rehearsals} needs {out.rehearsals / 1e9:.1f} GB of a spare's device, "
+            f"which has {cluster.gpu_memory:g}: rehearse fewer nodes"
+        )
     if out.vault_node > cluster.shm_bytes:
         raise PlanError(
             f"{where}: the vault of a node needs {out.vault_node / 1e9:.1f} GB of shared memory and /dev/shm has "

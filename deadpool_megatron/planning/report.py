@@ -66,11 +66,21 @@ def text(run: RunFile, plan: Budget) -> list[str]:
         f"{c.network:g} GB/s",
         f"a spare receives                     {_gb(plan.spare_device)} a device, "
         f"{_time(plan.spare_device * c.gpus_per_node / (c.network * 1e9))} a node",
+        *_rehearsals(run, plan),
         f"the loss of a node                   changes {plan.groups_changed[0]} of {plan.groups_changed[1]} groups, "
         f"touches {plan.ranks_touched} of {s.world} ranks",
         f"tolerated at once                    {plan.tolerated}",
         *_spares_text(run, plan, worth),
         *(f"note: {warning}" for warning in plan.warnings),
+    ]
+
+
+def _rehearsals(run: RunFile, plan: Budget) -> list[str]:
+    if not plan.rehearsals:
+        return []
+    return [
+        f"rehearsals of a spare                {_gb(plan.rehearsals)} of {run.cluster.gpu_memory:g} GB of a device, "
+        f"{run.deadpool.rehearsals} at rest and one that trains"
     ]
 
 

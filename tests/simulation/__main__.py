@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--rivals", action="store_true", help="and another job that wants it")
     parser.add_argument("--shards", action="store_true", help="give every run parity, constants or failure domains")
     parser.add_argument("--restarts", action="store_true", help="every recovery needs other processes")
+    parser.add_argument("--rehearsals", action="store_true", help="spares set up coordinates ahead of time")
     parser.add_argument("--replaced", type=float, default=0.0, help="how likely a packet is lost with its connection")
     args = parser.parse_args()
     profile = Profile(
@@ -42,6 +43,7 @@ def main() -> int:
         shards=args.shards or None,
         rivals=args.rivals or None,
         restarts=args.restarts,
+        rehearsals=args.rehearsals,
         replaced=args.replaced,
     )
     if args.mixed and profile != Profile():

@@ -30,6 +30,7 @@ class Profile:
         shards: the same of parity, constants and failure domains.
         rivals: the same of another job that wants the durable directory.
         restarts: every recovery needs other processes, on all nodes.
+        rehearsals: spares set up coordinates ahead of time.
         replaced: how likely a packet's connection is replaced just after it was sent.
     """
 
@@ -39,6 +40,7 @@ class Profile:
     shards: bool | None = None
     rivals: bool | None = None
     restarts: bool = False
+    rehearsals: bool = False
     replaced: float = 0.0
 
 

@@ -130,16 +130,20 @@ class _Processes(WorkerProcesses):
         self._host = host
         self.ranks: dict[int, Rank] = {}  # by pid
 
+    @property
+    def share_devices(self) -> bool:
+        return True
+
     def adopted(self, local: int) -> bool:
         return False
 
     def all_started(self) -> None:
         return
 
-    def start(self, local: int, rank: int | None) -> Worker:
+    def start(self, local: int, rank: int | None, rehearses: int | None = None) -> Worker:
         host = self._host
         pid = host.cluster.new_pid()
-        worker = _Worker(local, _Process(pid), -1, None, -1, rank, _Page())  # type: ignore[arg-type]
+        worker = _Worker(local, _Process(pid), -1, None, -1, rank, _Page(), rehearses)  # type: ignore[arg-type]
         self.ranks[pid] = sim = Rank(host, worker)
         worker.control = _Control(sim)  # type: ignore[assignment]
         sim.start()
@@ -172,7 +176,7 @@ class _Processes(WorkerProcesses):
     def stacks_file(self, local: int) -> Path:
         return Path("stacks")
 
-    def link_log(self, local: int, rank: int) -> None:
+    def link_log(self, worker: Worker, rank: int) -> None:
         return
 
 
@@ -201,7 +205,7 @@ class Host:
         known = self.known = KnownJob(node, job.active_nodes, job.slots_per_node, Scheme.parse(job.redundancy))
         self.shards = SimulatedShards(self)
         self.processes = _Processes(self)
-        self.crew = Crew(known, self.processes)
+        self.crew = Crew(known, self.processes, cluster.job.rehearsals)
         fence = Fence(node, job.deadlines.lease, self._ask, random.Random(world.chance.random()))
         self.link = Link(world, cluster.network, self, cluster.hq, job.deadlines.lease)
         self.watch = _Blind()

@@ -33,6 +33,7 @@ MIX: dict[str, tuple[int, Profile]] = {
     "--restarts": (1, Profile(restarts=True)),
 }
 _TURNS = [flags for flags, (share, _) in MIX.items() for _ in range(share)]
+_REHEARSED = 0.2  # of them have spares that rehearse besides
 _BLOCK = 200  # runs
 _COLLECT = 50
 Block = dict[str, Any]  # a line of the file
@@ -42,7 +43,8 @@ def mixed(seed: int) -> tuple[str, Profile]:
     """The kind of this seed's run, as flags, and its profile: every second one has few kinds of faults, so that these
     meet each other more often than where all are drawn."""
     flags = _TURNS[seed % len(_TURNS)]
-    profile = MIX[flags][1]
+    rehearsed = random.Random(f"rehearsed {seed}").random() < _REHEARSED
+    profile = replace(MIX[flags][1], rehearsals=rehearsed)
     few = random.Random(f"few {seed}")
     if few.random() < 0.5:
         return flags, profile

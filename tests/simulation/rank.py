@@ -234,16 +234,19 @@ class Rank:
     def _life(self) -> Script:
         rejoining = self.rank is None
         if self.rank is None:
+            rehearses = self.worker.rehearses
             yield from self._pause(0.2, 1.5)
-            self.step("parked", 0)
+            self.step("parked" if rehearses is None else "rehearsed", 0)
             yield from self._wait(lambda: self._taken is not None)
-            assert self._taken is not None
+            assert self._taken is not None and rehearses in (None, self._taken.rank)
             self.rank = self._taken.rank
-            yield from self._pause(0.05, 0.3)
+            if rehearses is None:
+                yield from self._pause(0.05, 0.3)
             if self.world.chance.random() < 0.7:
                 self._stands_by = True
                 self.say(r.Arrived(self.declared_epoch, self.rank, None))
-            yield from self._pause(0.1, 0.8)
+            if rehearses is None:
+                yield from self._pause(0.1, 0.8)
             while True:  # its data begin where the job stands
                 agreed = yield from self._agreed()
                 readable = yield from self._is_readable(agreed)

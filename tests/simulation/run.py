@@ -101,6 +101,8 @@ class Run:
             interval, keep = self.draws.randint(2, 8), self.draws.randint(1, 3)
             durable = DurableSpec(DIRECTORY, name, interval, keep, 20.0, 20.0, resume=True)
             self.job = replace(self.job, durable=durable)
+        if profile.rehearsals:
+            self.job = replace(self.job, rehearsals=random.Random(f"rehearsals {seed}").randint(1, 2))
         self.constants = beside is not None and beside.constants
         if beside is None:
             self._draw_shards(profile, seed)

@@ -157,7 +157,8 @@ def _agent(workers: dict[int, Any]) -> tuple[Agent, list[r.AgentRecord]]:
     told: list[r.AgentRecord] = []
     settings = MagicMock(node=0, active_nodes=2, durable_dir="", adopt="", host="host")
     settings.config.hang_floor, settings.config.lease = 0, 5.0
-    crew, shards = MagicMock(workers=workers), MagicMock()
+    crew, shards = MagicMock(workers=workers, beside=[]), MagicMock()
+    crew.rehearsed.return_value = []
     crew.mine.return_value, shards.server.port = {}, 1
     job = KnownJob(0, 2, 2, Scheme.parse("1"))
     agent = Agent(

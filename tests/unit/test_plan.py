@@ -385,6 +385,20 @@ def test_a_node_with_room_for_the_vault_alone_is_refused_with_the_durable_direct
     assert "\n" not in str(refused.value)
 
 
+def test_a_spares_device_has_room_for_what_it_rehearses_or_the_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert budget(_changed(tmp_path)).rehearsals == 0
+    plans = {k: budget(_changed(tmp_path, {"gpu_memory": 800}, {"rehearsals": k})) for k in (1, 2)}
+    at_rest = plans[1].device - plans[1].activations
+    assert plans[2].rehearsals - plans[1].rehearsals == pytest.approx(at_rest) and plans[1].rehearsals > plans[1].device
+    run = _changed(tmp_path, {"gpu_memory": 800}, {"rehearsals": 2})
+    assert cli.main(["plan", "--config", run.name]) == 0
+    assert "GB of 800 GB of a device, 2 at rest and one that trains" in capsys.readouterr().out
+    with pytest.raises(PlanError, match=r"rehearsals 9 needs .* rehearse fewer nodes"):
+        budget(_changed(tmp_path, deadpool={"rehearsals": 9}))
+
+
 def test_the_report_names_what_the_drainer_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = _changed(tmp_path, deadpool={"durable_dir": "/durable"})
     for path, said in ((run.name, True), (str(LARGE), False)):

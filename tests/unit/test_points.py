@@ -137,6 +137,7 @@ _HOOKED = {
     "load_checkpoint": "",
     "cyclic_iter": "",
     "build_train_valid_test_data_iterators": "",
+    "build_train_valid_test_datasets": "",
     "checkpoint_and_decide_exit": "",
 }
 

@@ -34,7 +34,7 @@ def test_a_run_directory_that_cannot_be_written_ends_no_worker_and_no_agent(
     (tmp_path / "file").touch()
     ours = processes(tmp_path / "file" / "logs", "import time; print('here', flush=True); time.sleep(600)")
     worker = ours.start(0, None)
-    ours.link_log(0, 3)
+    ours.link_log(worker, 3)
     ours.keep_stacks(worker)
     assert worker.process.wait() == -STACKS_SIGNAL  # it has been told to show them, and has no handler here
     assert ours.reap(worker) == -STACKS_SIGNAL
@@ -61,9 +61,9 @@ def test_a_log_that_cannot_be_linked_ends_no_take_over(tmp_path: Path, monkeypat
     ours = processes(tmp_path, "print('here')")
     worker = ours.start(0, None)
     (tmp_path / "rank-3.epoch-0.log").mkdir()  # so that it cannot be replaced
-    ours.link_log(0, 3)
+    ours.link_log(worker, 3)
     assert ours.reap(worker) == 0
-    ours.link_log(0, 4)
+    ours.link_log(worker, 4)
     assert (tmp_path / "rank-4.epoch-0.log").read_text() == "here\n"
     worker.close()
 

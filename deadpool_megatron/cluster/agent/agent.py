@@ -164,6 +164,8 @@ class Agent:
                 self.send(worker.failed)
             if worker.exited and worker.exit_code is not None:
                 self.send(self._exited(worker, worker.exit_code))
+        if self._crew.rehearsed():
+            self._tell_rehearsed()
         if (last := self._commits.last) is not None:
             self.send(last)  # without it nobody could ever overwrite a slot again
         for record in self._hashes:
@@ -180,6 +182,9 @@ class Agent:
         recovery, lookout, upkeep, node = self._recovery, self._lookout, self._upkeep, self._s.node
         if recovery is None or lookout is None or upkeep is None:
             return  # without DeadPool workers have nothing to say
+        if worker in self._crew.beside:
+            self._from_beside(worker, record)
+            return
         match record:
             case r.WorkerStep():
                 if record.step == "parked":
@@ -233,6 +238,17 @@ class Agent:
                 # Who it is about the agent knows best: a worker cannot speak for another node.
                 self.send(msgspec.structs.replace(record, node=node))
 
+    def _from_beside(self, worker: Worker, record: r.WorkerRecord) -> None:
+        """A worker that holds no slot has said something: only how its rehearsal went is of interest."""
+        if isinstance(record, r.WorkerFailed):
+            worker.failed = record
+        elif isinstance(record, r.WorkerStep) and record.step == "rehearsed" and not worker.retired:
+            worker.parked, worker.numa = True, record.numa
+            self._tell_rehearsed()
+
+    def _tell_rehearsed(self, why: str = "") -> None:
+        self.send(r.Rehearsed(self._s.node, self._crew.rehearsed(), why))
+
     def rang(self, worker: Worker) -> None:
         """A worker has written more of its shard."""
         if worker.rank is not None and self._shards is not None:
@@ -241,6 +257,9 @@ class Agent:
 
     def ended(self, worker: Worker) -> None:
         """A worker's process has ended."""
+        if worker in self._crew.beside:
+            self._left(worker)
+            return
         code = self._crew.reap(worker)
         if not worker.retired:
             self.send(self._exited(worker, code))
@@ -250,6 +269,16 @@ class Agent:
             self.introduce()  # the coordinator knows other processes
         if self._recovery is not None:
             self._recovery.renewed()
+
+    def _left(self, worker: Worker) -> None:
+        """One that held no slot has ended: by itself, or to make room for who takes over."""
+        code = self._crew.left(worker)
+        if not worker.retired:
+            failed = worker.failed.message if worker.failed is not None else f"it ended with {code}"
+            self._tell_rehearsed(f"rank {worker.rehearses} is rehearsed no more: {failed}; see {worker.log}")
+        elif self._recovery is not None:
+            self._recovery.renewed()
+            self._crew.rehearse()  # there is room
 
     def _exited(self, worker: Worker, code: int) -> r.WorkerExited:
         words = self._processes.last_words(worker) if code else []
@@ -319,6 +348,10 @@ class Agent:
             case r.Respawn():
                 if self._crew.workers[record.local].exited:
                     self._crew.renew(record.local)
+            case r.Rehearse():
+                self._crew.rehearse(record.ranks)
+                if not self._crew.can_rehearse or self._crew.rehearsed():
+                    self._tell_rehearsed("" if self._crew.can_rehearse else f"node {self._s.node} cannot rehearse now")
             case r.EndStuck():
                 if self._lookout is not None:
                     self._lookout.end_stuck(record)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
@@ -12,17 +12,26 @@ from deadpool_megatron.cluster.agent.workers import Worker
 class Crew:
     """One worker process a slot, and in a rescue one in each extra slot. Used by the agent's thread only.
 
+    On a spare node others can be beside them, each of which rehearses one coordinate that its slot may take over. If it
+    does, that process takes the place of the parked one; if it takes over another coordinate, they make room.
+
     Args:
         job: what this node knows of the job.
+        rehearsals: how many coordinates a slot rehearses.
 
     Attributes:
         workers: by local index, the newest process of each slot, alive or not.
+        beside: the processes that rehearse, and those that have to leave a slot to another one and have not ended yet.
     """
 
-    def __init__(self, job: KnownJob, processes: WorkerProcesses) -> None:
+    def __init__(self, job: KnownJob, processes: WorkerProcesses, rehearsals: int = 0) -> None:
         self._job = job
         self._processes = processes
+        self._rehearsals = rehearsals
+        self._asked: dict[int, list[int]] = {}  # by local index, what it rehearses in the place of what is likely
+        self._given_up: set[tuple[int, int]] = set()  # (local, rank) whose rehearsal has ended
         self.workers: dict[int, Worker] = {}
+        self.beside: list[Worker] = []
 
     # ---- the processes
 
@@ -60,6 +69,7 @@ class Crew:
 
     def start_over(self) -> None:
         """The start begins anew: fresh processes wherever there is a coordinate, or was one."""
+        self._end(each for each in self.beside if each.local in self._job.ranks)
         for local, worker in list(self.workers.items()):
             if worker.rank is not None or local in self._job.ranks:
                 self.renew(local)
@@ -74,6 +84,46 @@ class Crew:
         worker.exited = True
         return worker.exit_code
 
+    @property
+    def can_rehearse(self) -> bool:
+        """This is a spare node, all of whose workers are parked, which its agent has started."""
+        parked = all(each.parked and not self._processes.adopted(local) for local, each in self.workers.items())
+        return parked and not self._job.ranks
+
+    def rehearse(self, asked: Mapping[int, int] | None = None) -> None:
+        """Have the slots of a spare node rehearse, where they can: to be parked comes first.
+
+        ``asked``: these coordinates by local index, from now on, in the place of those that are likely.
+        """
+        if asked is not None:
+            self._asked = {local: [rank] for local, rank in asked.items()}
+            self._given_up.clear()
+        if not self.can_rehearse:
+            return
+        for local in self.workers:
+            wanted = self._asked.get(local) or self._job.likely(local, self._rehearsals)
+            self._end(each for each in self.beside if each.local == local and each.rehearses not in (None, *wanted))
+            if self._waits_for_room(local):
+                continue
+            there = {(each.local, each.rehearses) for each in self.beside if not each.retired} | self._given_up
+            for rank in wanted:
+                if (local, rank) not in there:
+                    self.beside.append(self._processes.start(local, None, rank))
+
+    def rehearsed(self) -> list[int]:
+        """The coordinates that this node can take over at once."""
+        there = (each.rehearses for each in self.beside if each.parked and not each.retired)
+        return sorted(rank for rank in there if rank is not None)
+
+    def left(self, worker: Worker) -> int:
+        """One of those beside has ended; its exit code. Who has not been ended is not started again."""
+        self.reap(worker)
+        if not worker.retired and worker.rehearses is not None:
+            self._given_up.add((worker.local, worker.rehearses))
+        self.beside.remove(worker)
+        worker.close()
+        return worker.exit_code or 0
+
     def signal(self, signum: int) -> None:
         """To every worker that trains; 0 for none."""
         for worker in self.workers.values() if signum else ():
@@ -82,8 +132,9 @@ class Crew:
 
     def end(self, at_once: bool, told: bool) -> None:
         """End all workers; see `WorkerProcesses.end`. Blocks until they have."""
+        self._processes.end(self.beside, True, told)  # these have nothing to finish
         self._processes.end(self.workers.values(), at_once, told)
-        for worker in self.workers.values():
+        for worker in (*self.workers.values(), *self.beside):
             worker.close()
 
     # ---- their coordinates
@@ -104,13 +155,54 @@ class Crew:
             for local in self._job.ranks
         )
 
+    def choose(self) -> None:
+        """Put those that have rehearsed what their slots have been given into these slots; end the others.
+
+        To be called before anything of the epoch is told to whoever is in a slot: another one would not have heard it.
+        """
+        for local, rank in self._job.ranks.items():
+            held = self.workers.get(local)
+            if held is not None and held.rank is not None:
+                continue
+            others = [each for each in self.beside if each.local == local]
+            for each in others:
+                if each.parked and each.rehearses == rank and not each.retired and not each.exited:
+                    others.remove(each)
+                    self.beside.remove(each)
+                    self.workers[local] = each
+                    if held is not None and not held.exited:
+                        others.append(held)
+                        self.beside.append(held)
+                    elif held is not None:
+                        held.close()
+                    break
+            self._end(others)
+
     def give_coordinates(self) -> list[Worker]:
-        """Have parked workers hold the coordinates the assignment has for them; the workers that hold one now."""
+        """Have parked workers hold the coordinates the assignment has for them; the workers that hold one now.
+
+        Who has rehearsed has its memory. Who has not waits for that of those who have to make room, until `left`.
+        """
         out: list[Worker] = []
         for local, rank in self._job.ranks.items():
             worker = self.workers.get(local)
             if worker is not None and worker.parked and worker.rank is None and not worker.retired:
+                if worker.rehearses is None and self._waits_for_room(local):
+                    continue
+                self._asked.pop(local, None)
                 worker.rank = rank
-                self._processes.link_log(local, rank)
+                self._processes.link_log(worker, rank)
                 out.append(worker)
         return out
+
+    def _waits_for_room(self, local: int) -> bool:
+        """Somebody who has to make room has not ended yet, and holds memory of the slot's device."""
+        return self._processes.share_devices and any(
+            each.local == local and each.retired and each.rehearses is not None for each in self.beside
+        )
+
+    def _end(self, workers: Iterable[Worker]) -> None:
+        for worker in workers:
+            if not worker.retired:
+                worker.retired = True
+                self._processes.kill(worker)

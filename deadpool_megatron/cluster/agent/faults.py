@@ -32,7 +32,7 @@ class Faults:
                 return
         if fault.point or fault.iteration is not None:
             self._armed.append(record)
-            for worker in self._crew.workers.values():
+            for worker in (*self._crew.workers.values(), *self._crew.beside):
                 worker.send(record)
             return
         self._strike(fault)
@@ -50,13 +50,13 @@ class Faults:
         points.announce(fault.kind, f"node {self._node}", sys.stderr)
         match fault.kind:
             case "kill":
-                for each in workers.values():
+                for each in (*workers.values(), *self._crew.beside):
                     end_group(each.pid, signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
             case "kill-agent":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop-agent":
-                for each in workers.values():
+                for each in (*workers.values(), *self._crew.beside):
                     end_group(each.pid, signal.SIGSTOP)
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "kill-worker" if worker is not None:

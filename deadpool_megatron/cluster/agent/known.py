@@ -31,6 +31,7 @@ class KnownJob:
 
     def __init__(self, node: int, active_nodes: int, slots_per_node: int, scheme: Scheme) -> None:
         self.node = node
+        self._active_nodes, self._slots_per_node = active_nodes, slots_per_node
         self.epoch = 0
         self.declared: r.Declare | None = None
         self.rendezvous: r.Address | None = None
@@ -87,6 +88,15 @@ class KnownJob:
         """What this node keeps of others (see `cluster.placement.duties`)."""
         t = self._tables
         return kept_for_others(self.node, t.groups, self._scheme, t.assignment, t.unique_bytes, t.small_capacity)
+
+    def likely(self, local: int, count: int) -> list[int]:
+        """The coordinates that a slot of this node, a spare, rehearses: of as many nodes as ``count`` says.
+
+        No node is likelier to be lost than another, so each spare takes the next ones in turn. A coordinate stays with
+        those of its first node wherever they move, so this does not change while the job lives.
+        """
+        first, nodes = (self.node - self._active_nodes) * count, self._active_nodes
+        return [(first + i) % nodes * self._slots_per_node + local for i in range(min(count, nodes))]
 
     def _hold(self, tables: Tables) -> None:
         self._tables = tables

@@ -62,7 +62,7 @@ class AgentProcess:
             else None
         )
         processes = WorkerProcesses(settings, self._job, self._poller, lambda: self._terminated)
-        self._crew = Crew(self._job, processes)
+        self._crew = Crew(self._job, processes, settings.config.rehearsals)
         self._watch = Watch(
             settings.node,
             settings.job_id,
@@ -125,7 +125,7 @@ class AgentProcess:
         self._job.rendezvous = self._uplink.moved(fds) or self._job.rendezvous
         for told in self._uplink.records(fds):
             agent.from_coordinator(told)
-        for worker in list(self._crew.workers.values()):
+        for worker in [*self._crew.workers.values(), *self._crew.beside]:
             if worker.doorbell in fds and worker.rank is not None and self._shards is not None:
                 os.eventfd_read(worker.doorbell)
                 agent.rang(worker)

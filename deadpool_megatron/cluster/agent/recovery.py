@@ -90,6 +90,8 @@ class NodeRecovery:
         self._holding = False
         self._shards.server.set_epoch(record.epoch)
         here, workers = self._job.ranks, self._crew.workers
+        if not self._drains:
+            self._crew.choose()
         for worker in list(workers.values()):
             if worker.rank is None or worker.retired:
                 continue
@@ -217,6 +219,8 @@ class NodeRecovery:
             return  # agents do all there is to do
         for worker in self._crew.give_coordinates():
             assert worker.rank is not None
+            if worker.rehearses is not None:  # another process than was told of
+                self._send(r.WorkerReady(self._job.node, worker.local, worker.pid))
             if self._job.declared is not None:
                 worker.send(self._job.declared)  # one started since then has not heard of it
             self._faults.send_bugs(worker)
@@ -273,6 +277,7 @@ class NodeRecovery:
             if first:
                 self._send(r.WorkerReady(node, worker.local, worker.pid))
                 self.take_over()
+                self._crew.rehearse()
             return
         worker.reached[record.step] = record.epoch
         if record.step == "formed":

@@ -18,8 +18,10 @@ from deadpool_megatron.cluster.agent.pinning import Pinning
 from deadpool_megatron.cluster.agent.pulse import shared_page
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.agent.workers import (
+    EMULATE,
     EPOCH,
     ERROR_FILE,
+    REHEARSES,
     STACKS_FILE,
     Worker,
     ask_for_stacks,
@@ -60,12 +62,17 @@ class WorkerProcesses:
         self._muster = shared_page("muster")
         self._pinning = Pinning(settings.slots_per_node if settings.pin else 0)
 
+    @property
+    def share_devices(self) -> bool:
+        """Those of one slot take memory from one another, which is theirs until they have ended."""
+        return EMULATE not in self._s.environment
+
     def adopted(self, local: int) -> bool:
         """Somebody else starts the worker of this slot, and starts it once."""
         return self._adoption is not None and local < self._s.slots_per_node
 
-    def start(self, local: int, rank: int | None) -> Worker:
-        """Start the worker of a slot, or take it in. Raises AdoptionError."""
+    def start(self, local: int, rank: int | None, rehearses: int | None = None) -> Worker:
+        """Start the worker of a slot, or take it in; or start one that rehearses. Raises AdoptionError."""
         env = dict(self._s.environment)
         env["LOCAL_RANK"] = str(local)
         env["LOCAL_WORLD_SIZE"] = str(self._s.slots_per_node)
@@ -79,15 +86,18 @@ class WorkerProcesses:
         if rank is not None:
             env["RANK"] = str(rank)
             env[EPOCH] = str(self._job.epoch)  # not 0 when the start begins anew
+        if rehearses is not None:
+            env[REHEARSES] = str(rehearses)
         if self._adoption is not None and self.adopted(local):
             ours = {k: v for k, v in env.items() if os.environ.get(k) != v}
             worker = self._adoption.take(local, rank, ours, self._muster, self._given_up)
         else:
-            env[ERROR_FILE] = str(self._log_dir / f"error-node{self._s.node}-{local}.json")
-            log = self._log_dir / f"rank-{rank}.log" if rank is not None else self._spare_log(local)
+            place = f"node{self._s.node}-{local}" + (f"-rank-{rehearses}" if rehearses is not None else "")
+            env[ERROR_FILE] = str(self._log_dir / f"error-{place}.json")
+            log = self._log_dir / (f"rank-{rank}.log" if rank is not None else f"spare-{place}.log")
             with self._pinning.unpinned():
                 worker = start_worker(self._s.command, env, local, rank, log, self._muster)
-            worker.log = str(log)
+            worker.log, worker.rehearses = str(log), rehearses
         for fd in _descriptors(worker):
             self._poller.register(fd, zmq.POLLIN)
         return worker
@@ -166,21 +176,18 @@ class WorkerProcesses:
         """Where a worker that is stuck shows the stacks of its threads."""
         return self._log_dir / f"stacks-node{self._s.node}-{local}.txt"
 
-    def link_log(self, local: int, rank: int) -> None:
+    def link_log(self, worker: Worker, rank: int) -> None:
         """A parked worker has a coordinate now: its log is found under that too."""
-        target = self._spare_log(local)
+        target = Path(worker.log)
         link = self._log_dir / f"rank-{rank}.epoch-{self._job.epoch}.log"
 
         def make() -> None:
             with contextlib.suppress(OSError):  # a full or read-only disk ends no take-over
-                if target.exists():  # an adopted worker writes where its launcher wants it
+                if worker.log and target.exists():  # an adopted one writes where its launcher wants it
                     link.unlink(missing_ok=True)
                     link.symlink_to(target.name)
 
         self._files.do(make)
-
-    def _spare_log(self, local: int) -> Path:
-        return self._log_dir / f"spare-node{self._s.node}-{local}.log"
 
 
 def _descriptors(worker: Worker) -> tuple[int, int, int]:

@@ -29,6 +29,8 @@ PARENT_PID = "DEADPOOL_AGENT_PID"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun has a worker write its error, as JSON
 ADOPTED = "DEADPOOL_ADOPTED"  # set in a worker that its agent has not started
 EPOCH = "DEADPOOL_EPOCH"  # in which a worker with a coordinate begins
+REHEARSES = "DEADPOOL_REHEARSES"  # the coordinate that a worker without one sets up ahead of time
+EMULATE = "DEADPOOL_EMULATE_CPU"  # workers have no devices
 STACKS_FILE = "DEADPOOL_STACKS_FILE"
 STACKS_SIGNAL = signal.SIGRTMIN + 5  # Megatron and its users may have handlers for the ones with names
 _MAX_PACKET = 1 << 17
@@ -48,7 +50,10 @@ class Process(Protocol):
 
 @dataclass(slots=True)
 class Worker:
-    """One worker process as its agent sees it. ``rank`` is None while it is parked; ``numa``: node of its device."""
+    """One worker process as its agent sees it. ``rank`` is None while it is parked; ``numa``: node of its device.
+
+    ``rehearses``: the coordinate that it sets up ahead of time, the only one it can take over; then it is parked.
+    """
 
     local: int
     process: Process
@@ -57,6 +62,7 @@ class Worker:
     doorbell: int
     rank: int | None
     page: PulsePage
+    rehearses: int | None = None
     parked: bool = False
     numa: int = -1
     in_loop: bool = False

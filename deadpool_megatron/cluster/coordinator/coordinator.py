@@ -461,6 +461,7 @@ class Coordinator:
                         "node": n,
                         "pids": [s.pids[i] for i in sorted(s.pids)],
                         "state": "parked" if len(s.parked) >= core.job.slots_per_node else "starting",
+                        "rehearsed": sorted(s.rehearsed),
                     }
                     for n, s in sorted(core.nodes.items())
                     if s.role == "spare"

@@ -57,6 +57,9 @@ def misfit(record: r.AgentRecord, world_size: int, epoch: int) -> str:
             return f"{name} with port {record.vault_port} and {len(record.worker_pids)} workers" if bad else ""
         case r.Offer():
             return _offer(record, world_size, epoch)
+        case r.Rehearsed():
+            stray = [rank for rank in record.ranks if not 0 <= rank < world_size]
+            return f"{name} of rank {stray[0]}, and the job has ranks 0 to {world_size - 1}" if stray else ""
     return ""
 
 

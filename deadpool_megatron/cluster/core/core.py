@@ -95,6 +95,7 @@ class Core:
         self._handlers: dict[type, Callable[[Any], Effects]] = {
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
+            r.Rehearsed: self._rehearsed,
             r.Registered: self._register,
             r.WorkerExited: self._worker_exited,
             r.WorkerFailed: self._ends.failed,
@@ -358,7 +359,7 @@ class Core:
         self._state.phase, self._recoveries.current, self._state.end = Phase.ENDED, None, (code, message)
         yield Persist(("now",))  # refused to a coordinator that was deposed: it must not end the job
         self._suspicions.ended()
-        self._drains.forget()
+        self._drains.forget(over=True)
         self._arrivals.clear()
         self._returning.end()
 
@@ -471,6 +472,10 @@ class Core:
         yield from self._start.worker_ready(record)
         yield from self._look_for_spare(record.node)
 
+    def _rehearsed(self, record: r.Rehearsed) -> Effects:
+        yield from self._start.rehearsed(record)
+        yield from self._drains.rehearsed(record, self._now)
+
     def _look_for_spare(self, node: int) -> Effects:
         if self._recoveries.spare_came():
             yield from self._declare(f"node {node} has come as a spare")
@@ -516,7 +521,7 @@ class Core:
         elif self._state.phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
             self._state.phase, self._recoveries.current = Phase.FINISHING, None
             self._suspicions.ended()
-            self._drains.forget()
+            self._drains.forget(over=True)
             yield Persist()
             yield Send(None, r.AllFinished(self.epoch))
 
@@ -588,6 +593,7 @@ class Core:
         hit = fresh & involved
         awaited = {node for node in fresh if not self.nodes[node].agent_pid}
         self._arrivals.without(fresh)
+        self._drains.lost(fresh)
         for node in sorted(fresh):
             yield emit("detected", node=node, cause=cause, ranks=self.members.ranks_of(node))
             yield Send(node, r.Stop(Exit.FENCED, f"node {node} is out of the job: {cause}"))

@@ -44,7 +44,7 @@ class JobSpec:
     ``worker_deaths``: workers a healthy node may lose in 24 hours before it counts as bad itself. ``on_preempt``: when
     the machines are wanted soon, the newest generation is made durable and the job leaves. ``snapshot_interval``:
     iterations from one generation to the next. ``wait_for_spare_s``: how long a job without spares waits for one before
-    it ends.
+    it ends. ``rehearsals``: of how many nodes each spare sets up the coordinates ahead of time.
     """
 
     nodes: int
@@ -60,6 +60,7 @@ class JobSpec:
     on_preempt: bool = False
     snapshot_interval: int = 1
     wait_for_spare_s: float = 0.0
+    rehearsals: int = 0
 
     @property
     def active_nodes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ class NodeState:
     name: str = ""  # of its machine
     trained: bool = False  # its workers have told what job this is
     was: int | None = None  # the lost node whose machine it is
+    rehearsed: frozenset[int] = frozenset()  # coordinates that it has set up ahead of time
 
     @property
     def gone(self) -> bool:
@@ -82,6 +84,17 @@ class Members:
         """Every worker of the node is parked."""
         return len(self.nodes[node].parked) >= self.job.slots_per_node
 
+    def rehearsed(self, nodes: Iterable[int]) -> dict[int, list[int]]:
+        """By node, the parked spares that have rehearsed all that it holds."""
+        spares = [(n, ranks) for n in self.ready_spares() if (ranks := self.nodes[n].rehearsed)]
+        if not spares:
+            return {}
+        return {
+            node: [spare for spare, ranks in spares if ranks.issuperset(self.ranks_of(node))]
+            for node in nodes
+            if self.holds(node)
+        }
+
     def missing(self) -> set[int]:
         """Nodes whose agent has not joined yet."""
         self._absent = {n for n in self._absent if n in self.nodes and not self.nodes[n].agent_pid}
@@ -133,7 +146,7 @@ class Members:
         """Spares take over the coordinates of other nodes; a healthy node that gave way becomes a spare itself."""
         self.assignment = placing.replace_nodes(self.assignment, taken_by)
         for node, spare in taken_by.items():
-            self.nodes[spare].role = "active"
+            self.nodes[spare].role, self.nodes[spare].rehearsed = "active", frozenset()
             if self.nodes[node].role == "active":
                 self.nodes[node].role = "spare"
                 self.nodes[node].parked.clear()

@@ -176,7 +176,8 @@ class Recoveries:
 
     def _taken_by(self, out_of_use: set[int]) -> dict[int, int] | None:
         members, vacant = self._state.members, {node for node, _ in self.vacant}
-        return placing.refill(members.assignment, out_of_use, vacant, members.ready_spares(), members.cold_spares())
+        ready, cold, fit = members.ready_spares(), members.cold_spares(), members.rehearsed(out_of_use | vacant)
+        return placing.refill(members.assignment, out_of_use, vacant, ready, cold, fit)
 
     def _call_drains_off(self, out_of_use: set[int]) -> Effects:
         """There are not spares enough: a node that is drained and still there, and healthy, is worth more than none."""

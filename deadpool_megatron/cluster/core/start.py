@@ -112,6 +112,13 @@ class Start:
             if len(state.parked) == self._state.job.slots_per_node:
                 yield emit("parked", node=record.node)
 
+    def rehearsed(self, record: r.Rehearsed) -> Effects:
+        """A spare has set up coordinates ahead of time."""
+        state = self._state.members.nodes[record.node]
+        if state.role == "spare":
+            state.rehearsed = frozenset(record.ranks)
+            yield emit("rehearsed", node=record.node, ranks=sorted(record.ranks), cause=record.why)
+
     def registered(self, record: r.Registered) -> Answer[bool]:
         """A rank is about to train; True when all are, and are the same job."""
         self._state.layout.register(record)

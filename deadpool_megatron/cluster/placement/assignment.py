@@ -11,8 +11,11 @@ Example, 3 nodes of 2 slots with 1 spare: ranks 0-3 live on nodes 0 and 1. Node 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from deadpool_megatron.cluster.records import SlotAddress
+
+_NOBODY: Final[Mapping[int, Sequence[int]]] = {}
 
 
 def initial(active_nodes: int, slots_per_node: int) -> list[SlotAddress]:
@@ -30,10 +33,32 @@ def ranks_of(assignment: Sequence[SlotAddress], node: int) -> dict[int, int]:
     return {slot.local: rank for rank, slot in enumerate(assignment) if slot.node == node}
 
 
-def choose_spares(lost: Iterable[int], spares: Sequence[int]) -> dict[int, int] | None:
-    """A spare for each lost node, lowest number first; None when there are too few."""
+def choose_spares(
+    lost: Iterable[int], spares: Sequence[int], rehearsed: Mapping[int, Sequence[int]] = _NOBODY
+) -> dict[int, int] | None:
+    """A spare for each lost node, one that has rehearsed it or else the first in order; None when there are too few.
+
+    Example, spare 6 has rehearsed what node 1 does::
+
+        >>> choose_spares([0, 1], [5, 6, 7], {1: [6]})
+        {0: 5, 1: 6}
+    """
     lost = sorted(lost)
-    return dict(zip(lost, spares, strict=False)) if len(lost) <= len(spares) else None
+    if len(lost) > len(spares):
+        return None
+    taken = _fitting(lost, spares, rehearsed)
+    left = (spare for spare in spares if spare not in taken.values())
+    return {node: taken[node] if node in taken else next(left) for node in lost}
+
+
+def _fitting(nodes: Iterable[int], spares: Sequence[int], rehearsed: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    """A spare for each of these nodes that one has rehearsed, which is still to be had."""
+    taken: dict[int, int] = {}
+    for node in nodes:
+        fit = (spare for spare in rehearsed.get(node, ()) if spare in spares and spare not in taken.values())
+        if (spare := next(fit, None)) is not None:
+            taken[node] = spare
+    return taken
 
 
 def refill(
@@ -42,13 +67,14 @@ def refill(
     vacant: Iterable[int],
     ready: Sequence[int],
     cold: Sequence[int],
+    rehearsed: Mapping[int, Sequence[int]] = _NOBODY,
 ) -> dict[int, int] | None:
     """Which node takes over which: by node that gives up its coordinates the spare that gets them.
 
     Lost nodes come first and take any spare, a parked one before one that still starts. A healthy node with a vacant
     slot (a worker of it died) gives way to a parked spare, which has the model within a second, and becomes a spare
     itself; without one it is not in the answer: it starts a process in the vacant slot, which takes a cold start.
-    None when there are fewer spares than lost nodes.
+    None when there are fewer spares than lost nodes. ``rehearsed``: by node, spares that can take it over at once.
 
     Example, node 1 is lost and a worker of node 0 has died, spares 4 (parked) and 5 (starting)::
 
@@ -57,12 +83,12 @@ def refill(
     """
     active = set(nodes_of(assignment))
     gone = sorted(set(lost) & active)
-    taken = choose_spares(gone, [*ready, *cold])
+    taken = choose_spares(gone, [*ready, *cold], rehearsed)
     if taken is None:
         return None
     left = [spare for spare in ready if spare not in taken.values()]
-    half = sorted((set(vacant) & active) - set(gone))
-    return taken | dict(zip(half, left, strict=False))
+    half = sorted((set(vacant) & active) - set(gone))[: len(left)]
+    return taken | (choose_spares(half, left, rehearsed) or {})
 
 
 def replace_nodes(assignment: Sequence[SlotAddress], taken_by: Mapping[int, int]) -> list[SlotAddress]:

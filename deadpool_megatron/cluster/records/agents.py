@@ -47,6 +47,14 @@ class WorkerReady(Record, frozen=True):
     pid: int
 
 
+class Rehearsed(Record, frozen=True):
+    """The coordinates that a spare node has set up ahead of time. ``why``: one of them is not, or not any more."""
+
+    node: int
+    ranks: list[int]
+    why: str = ""
+
+
 class Registered(Record, frozen=True):
     """A coordinate has built its model and is about to train."""
 
@@ -422,6 +430,7 @@ class AddSpare(Record, frozen=True):
 AgentRecord = (
     Join
     | WorkerReady
+    | Rehearsed
     | Registered
     | WorkerExited
     | WorkerFailed

@@ -154,6 +154,12 @@ class Respawn(Record, frozen=True):
     local: int
 
 
+class Rehearse(Record, frozen=True):
+    """A spare node is to set up these coordinates ahead of time, by local index, and no others."""
+
+    ranks: dict[int, int]
+
+
 class Hold(Record, frozen=True):
     """Every worker waits at the start of ``iteration`` for the next epoch: a planned move."""
 
@@ -221,6 +227,7 @@ CoordinatorRecord = (
     | LoadShards
     | ResumeAt
     | Respawn
+    | Rehearse
     | Hold
     | ExitNotice
     | EndStuck

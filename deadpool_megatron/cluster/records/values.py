@@ -11,7 +11,7 @@ from deadpool_megatron.durable.format import Coordinate
 Purpose = Literal["resume", "save", "drain"]
 SideEffectKind = Literal["log", "evaluation", "save"]
 Stall = Literal["waiting", "busy", "silent"]
-Step = Literal["parked", "ready", "formed", "restored", "resumed", "finished"]
+Step = Literal["parked", "rehearsed", "ready", "formed", "restored", "resumed", "finished"]
 
 
 class Record(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

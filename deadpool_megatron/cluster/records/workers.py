@@ -17,7 +17,8 @@ from deadpool_megatron.cluster.records.values import Record, SideEffectKind, Ste
 
 
 class WorkerStep(Record, frozen=True):
-    """A worker reached a step of the protocol. With "parked": ``numa`` is the NUMA node of its device, -1 for any."""
+    """A worker reached a step of the protocol. ``numa``: the NUMA node of its device, where it may
+    take over a coordinate from then on ("parked", "rehearsed"); -1 for any."""
 
     step: Step
     epoch: int

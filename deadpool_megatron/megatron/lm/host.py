@@ -9,6 +9,7 @@ Every hook replaces a module global that upstream looks up at call time:
                                           ``load_checkpoint``: fields of ``args`` that come out of one are state;
                                           left out where a durable generation has everything
                                           ``build_train_valid_test_data_iterators``: a spare's data position
+                                          ``build_train_valid_test_datasets``: those of a rehearsal, if the same
                                           ``cyclic_iter``: one whose position can be told
                                           ``train``: the loop that recovers and goes on
                                           ``pretrain``: nobody leaves before everybody is through
@@ -20,6 +21,8 @@ Every hook replaces a module global that upstream looks up at call time:
                                           ``maybe_finalize_async_save``: done once for an iteration, and again
                                           after a recovery where they come after ``train``; so is
                                           ``print_datetime``
+``training.global_vars``                  ``_set_tensorboard_writer``, ``_set_wandb_writer``, ``_set_one_logger``:
+                                          not in a rehearsal
 ``training.initialize``                   ``_initialize_tp_communicators``: userbuffers made inside of a node
 ========================================  ===============================================================
 """
@@ -27,6 +30,7 @@ Every hook replaces a module global that upstream looks up at call time:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -36,6 +40,7 @@ from deadpool_megatron import config as settings
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.hooks import Hooks
 from deadpool_megatron.megatron.host import Call, Host
+from deadpool_megatron.megatron.lm.data_sets import DataSets
 from deadpool_megatron.megatron.lm.run_args import RunArgs
 from deadpool_megatron.megatron.replay import Passes
 from deadpool_megatron.megatron.writers import is_over, may_be_missing
@@ -44,10 +49,12 @@ from deadpool_megatron.megatron.writers import is_over, may_be_missing
 class MegatronLM(Host):
     """Settings and counters are the process's ``args``, writers and timers its global variables."""
 
+    can_rehearse = True
     fields: RunArgs
 
     def __init__(self) -> None:
         self._running: Call | None = None  # of train
+        self._data_sets = DataSets()
 
     # ---- the loop calls us
 
@@ -94,11 +101,14 @@ class MegatronLM(Host):
 
         for name in ("_set_tensorboard_writer", "_set_wandb_writer"):
             may_be_missing(global_vars, name, lambda: hooks.standby)
+        for name in ("_set_tensorboard_writer", "_set_wandb_writer", "_set_one_logger"):
+            self.replace(global_vars, name, hooks.open_outlet)
         self.take_settings(hooks.config)
         self.replace(training, "initialize_megatron", initialize)
         self.replace(setup, "_initialize_tp_communicators", hooks.make_userbuffers)
         self.replace(training, "load_checkpoint", lambda call: hooks.load_checkpoint(call, call.first()))
         self.replace(training, "build_train_valid_test_data_iterators", hooks.build_iterators)
+        self.replace(training, "build_train_valid_test_datasets", lambda call: self._data_sets.build(call, _args()))
         self.replace(training, "cyclic_iter", lambda call: Passes(call.first()))
         self.replace(training, "pretrain", pretrain)
         megatron.training.pretrain = training.pretrain  # the name that scripts import
@@ -196,6 +206,18 @@ class MegatronLM(Host):
 
         factory._get_field_docstrings = remembered
         arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+    def not_rehearsed(self) -> str:
+        args = vars(_args())
+        if args.get("log_progress") and args["rank"] == 0:
+            return "--log-progress, whose file has a line for each start"
+        last = args["rank"] == args["world_size"] - 1
+        if last and args.get("enable_one_logger") and importlib.util.find_spec("one_logger"):
+            return "one_logger (--no-one-logger), which is told of each start"
+        return "--adlr-autoresume" if args.get("adlr_autoresume") else ""
+
+    def rehearse_data(self, build: Call) -> None:
+        self._data_sets.build_ahead(build, _args())
 
     def load_nothing(self) -> None:
         args = _args()

@@ -1,0 +1,348 @@
+"""Who rehearses which coordinate, who takes over, and who makes room; data sets that are built ahead of time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.crew import Crew
+from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.settings import AgentSettings
+from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
+from deadpool_megatron.cluster.agent.workers import EMULATE, Worker
+from deadpool_megatron.cluster.coordinator.validate import misfit
+from deadpool_megatron.cluster.placement.redundancy import Scheme
+from deadpool_megatron.config import DeadpoolConfig
+from emulated import emulated_process, in_emulation  # noqa: F401
+from simulated import SimulatedJob
+from waiting import until
+
+# ---- which
+
+
+def _roles(active: int, spares: int, slots: int, count: int) -> list[list[int]]:
+    """By spare, the coordinates of its slots."""
+    jobs = [KnownJob(active + spare, active, slots, Scheme.parse("1")) for spare in range(spares)]
+    return [[rank for local in range(slots) for rank in job.likely(local, count)] for job in jobs]
+
+
+def test_spares_rehearse_one_node_after_the_other_and_as_many_as_they_are_asked_to() -> None:
+    assert _roles(4, 2, 2, 1) == [[0, 1], [2, 3]]
+    assert _roles(4, 2, 2, 2) == [[0, 2, 1, 3], [4, 6, 5, 7]]
+    assert _roles(2, 3, 1, 1) == [[0], [1], [0]]
+    assert _roles(2, 1, 1, 5) == [[0, 1]]
+    assert _roles(4, 2, 2, 0) == [[], []]
+
+
+# ---- the coordinator's choice
+
+
+def test_the_spare_that_has_rehearsed_a_lost_node_takes_it_over() -> None:
+    job = SimulatedJob(nodes=6, spares=3).train()
+    job.feed(r.Rehearsed(5, [2, 3]))
+    job.feed(r.Rehearsed(4, [4]))  # half of node 2: as good as nothing
+    assert [(e["node"], e["ranks"]) for e in job.events("rehearsed")] == [(5, [2, 3]), (4, [4])]
+    job.lose(1)
+    assert job.active == [0, 5, 2]
+    job.recover()
+    job.lose(2)
+    assert job.active == [0, 5, 3], "the lowest of those that have not"
+
+
+def test_a_rehearsal_that_is_over_counts_no_more() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.feed(r.Rehearsed(4, [2, 3]))
+    job.feed(r.Rehearsed(4, [3], "rank 2 is rehearsed no more"))
+    job.lose(1)
+    assert job.active == [0, 3, 2]
+
+
+def test_a_rehearsal_of_a_rank_that_the_job_has_not_is_refused() -> None:
+    assert misfit(r.Rehearsed(4, [0, 8]), 8, 0) == "Rehearsed of rank 8, and the job has ranks 0 to 7"
+    assert not misfit(r.Rehearsed(4, [0, 7]), 8, 0)
+
+
+# ---- a planned move
+
+
+def _drain(job: SimulatedJob, node: int) -> None:
+    error, actions = job.core.drain(node, job.now)
+    assert not error
+    job.take(actions)
+
+
+def test_a_node_is_drained_once_a_spare_has_rehearsed_what_it_does() -> None:
+    job = SimulatedJob(nodes=6, spares=2, rehearsals=1).train()
+    job.iterate(0)
+    _drain(job, 1)
+    assert [(s.node, s.record) for s in job.sent if isinstance(s.record, r.Rehearse)] == [(4, r.Rehearse({0: 2, 1: 3}))]
+    job.feed(r.Rehearsed(4, [2]))
+    assert not job.told(r.Hold) and not job.events("leaving"), "training goes on meanwhile"
+    job.feed(r.Rehearsed(4, [2, 3]))
+    assert len(job.told(r.Hold)) == 1
+    for node in range(4):
+        job.feed(r.NodeHeld(0, node, job.told(r.Hold)[0].iteration, False))
+    assert job.active == [0, 4, 2, 3]
+
+
+def test_who_is_known_to_a_spare_already_is_drained_at_once_and_so_is_everybody_without_rehearsals() -> None:
+    job = SimulatedJob(nodes=6, spares=2, rehearsals=1).train()
+    job.iterate(0)
+    job.feed(r.Rehearsed(5, [2, 3]))
+    _drain(job, 1)
+    assert job.told(r.Hold) and not job.told(r.Rehearse)
+    job = SimulatedJob(nodes=6, spares=2).train()
+    job.iterate(0)
+    _drain(job, 1)
+    assert job.told(r.Hold) and not job.told(r.Rehearse)
+
+
+@pytest.mark.parametrize("end", ["fails", "lost", "late", "recovery"])
+def test_a_drain_goes_on_without_a_rehearsal_that_does_not_come(end: str) -> None:
+    job = SimulatedJob(nodes=6, spares=2, rehearsals=1).train()
+    job.iterate(0)
+    _drain(job, 1)
+    if end == "fails":
+        job.feed(r.Rehearsed(4, [], "out of memory"))
+    elif end == "lost":
+        job.lose(4)
+    elif end == "late":
+        job.wait(job.core.job.deadlines.build - 1.0)
+        assert not job.told(r.Hold)
+        job.wait(2.0)
+    else:
+        job.lose(3)
+        job.wait(1.0)
+        assert not job.told(r.Hold), "not in a recovery"
+        job.recover()
+    job.wait(0.0)
+    assert len(job.told(r.Hold)) == 1 and "node 1 is being drained" in job.core.cannot_drain(0)[0]
+
+
+def test_a_node_that_is_lost_while_its_drain_waits_is_drained_no_more() -> None:
+    job = SimulatedJob(nodes=6, spares=2, rehearsals=1).train()
+    job.iterate(0)
+    _drain(job, 1)
+    job.lose(1)
+    job.recover()
+    job.wait(0.0)
+    assert not job.told(r.Hold) and job.core.cannot_drain(0)[0] == ""
+
+
+# ---- the processes of a node
+
+
+class _Node:
+    """A spare of one slot in a job of two nodes, with real processes that do nothing; it rehearses both ranks."""
+
+    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
+        command = [sys.executable, "-c", "import time; time.sleep(600)"]
+        at = "127.0.0.1"
+        settings = AgentSettings(
+            DeadpoolConfig(), "j", 2, 1, 2, at, f"{at}:1", bytes(32), str(directory), command, environment
+        )
+        self.job = KnownJob(2, 2, 1, Scheme.parse("1"))
+        self.crew = Crew(self.job, WorkerProcesses(settings, self.job, zmq.Poller(), lambda: False), 2)
+        self.crew.start(1)
+
+    def park(self) -> list[Worker]:
+        """Its worker is parked; those that rehearse now, by rank."""
+        self.crew.workers[0].parked = True
+        self.crew.rehearse()
+        return list(self.crew.beside)
+
+    def take(self, rank: int) -> list[Worker]:
+        """The coordinate is this node's; who holds one now."""
+        self.job.ranks = {0: rank}
+        self.crew.choose()
+        return self.crew.give_coordinates()
+
+    def leave(self, worker: Worker) -> None:
+        """It has ended."""
+        until(lambda: worker.process.poll() is not None)
+        self.crew.left(worker)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Callable[..., _Node]]:
+    made: list[_Node] = []
+
+    def make(**environment: str) -> _Node:
+        made.append(_Node(tmp_path, os.environ | environment))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.crew.end(at_once=True, told=False)
+
+
+def test_who_has_rehearsed_the_coordinate_takes_the_slot_and_all_others_end(node: Callable[..., _Node]) -> None:
+    spare = node()
+    assert spare.crew.rehearsed() == []
+    first, second = spare.park()
+    parked = spare.crew.workers[0]
+    assert (first.rehearses, second.rehearses) == (0, 1)
+    first.parked = second.parked = True
+    assert spare.crew.rehearsed() == [0, 1]
+    assert spare.take(1) == [second], "at once: it has its memory"
+    assert spare.crew.workers == {0: second} and spare.crew.beside == [first, parked]
+    for each in (first, parked):
+        spare.leave(each)
+    assert spare.crew.beside == [] and second.process.poll() is None
+    spare.crew.rehearse()
+    assert spare.crew.beside == [], "a node that trains rehearses nothing"
+
+
+def test_who_has_rehearsed_takes_the_slot_of_one_that_is_not_parked_or_has_died(node: Callable[..., _Node]) -> None:
+    """At once: what has been told to one that is in the slot, another one does not hear."""
+    for dies in (False, True):
+        spare = node()
+        first, _ = spare.park()
+        first.parked, parked = True, spare.crew.workers[0]
+        parked.parked = False
+        if dies:
+            spare.crew._processes.kill(parked)
+            spare.crew.reap(parked)  # waits for its end
+        assert spare.take(0) == [first] and spare.crew.workers == {0: first}
+        assert (parked in spare.crew.beside) is not dies
+
+
+def test_a_rehearsal_that_was_not_through_when_the_coordinate_was_given_is_over(node: Callable[..., _Node]) -> None:
+    spare = node(**{EMULATE: "1"})
+    first, _ = spare.park()
+    parked = spare.crew.workers[0]
+    parked.parked = False
+    assert spare.take(0) == [] and first.retired
+    first.parked = parked.parked = True
+    assert spare.crew.give_coordinates() == [parked]
+
+
+def test_who_has_not_rehearsed_waits_until_those_that_share_its_device_have_ended(node: Callable[..., _Node]) -> None:
+    spare = node()
+    first, second = spare.park()
+    first.parked = True  # the one for this rank is not that far
+    assert spare.take(1) == []
+    spare.leave(first)
+    assert spare.crew.give_coordinates() == []
+    spare.leave(second)
+    assert spare.crew.give_coordinates() == [spare.crew.workers[0]] and spare.crew.workers[0].rehearses is None
+
+
+def test_where_there_are_no_devices_nobody_waits(node: Callable[..., _Node]) -> None:
+    spare = node(**{EMULATE: "1"})
+    spare.park()
+    assert spare.take(1) == [spare.crew.workers[0]]
+
+
+def test_a_rehearsal_that_has_ended_by_itself_is_not_begun_again(node: Callable[..., _Node]) -> None:
+    spare = node()
+    first, second = spare.park()
+    first.process.kill()  # type: ignore[attr-defined]
+    spare.leave(first)
+    spare.crew.rehearse()
+    assert spare.crew.beside == [second]
+
+
+def test_a_slot_that_is_asked_for_another_coordinate_rehearses_that_once_there_is_room(
+    node: Callable[..., _Node],
+) -> None:
+    spare = node()
+    first, second = spare.park()
+    first.parked = second.parked = True
+    spare.crew.rehearse({0: 1})
+    assert spare.crew.rehearsed() == [1] and first.retired and spare.crew.beside == [first, second]
+    second.parked = False
+    spare.crew.rehearse({0: 0})
+    for each in (first, second):
+        assert spare.crew.rehearsed() == []
+        spare.leave(each)
+        spare.crew.rehearse()
+    (now,) = spare.crew.beside
+    assert now.rehearses == 0 and not now.retired
+
+
+def test_a_start_that_begins_anew_ends_the_rehearsals_of_a_node_that_is_in_it(node: Callable[..., _Node]) -> None:
+    spare = node()
+    rehearsing = spare.park()
+    spare.job.ranks = {0: 1}
+    spare.crew.start_over()
+    assert all(each.retired for each in rehearsing)
+
+
+# ---- data sets
+
+
+@in_emulation
+def _data_sets() -> None:
+    import inspect
+
+    import numpy as np
+    import torch
+
+    from deadpool_megatron.megatron.host import Call
+    from deadpool_megatron.megatron.lm.data_sets import DataSets
+
+    class Data(torch.utils.data.Dataset[int]):
+        pass
+
+    def call(function: Callable[..., Any], *given: Any) -> Call:
+        return Call(function, inspect.signature(function).bind(*given))
+
+    def draw() -> list[float]:
+        return [random.random(), np.random.rand(), torch.rand(1).item(), torch.rand(1, device="cuda").item()]
+
+    def kept(provider: Callable[[argparse.Namespace], Any], at: int, kind: str = "single") -> bool:
+        """The data sets of the rehearsal are those of a generation of iteration ``at``; else they are built anew, with
+        the random numbers that there would have been without it."""
+        args = argparse.Namespace(seed=7, iteration=0, dataloader_type=kind, do_train=None)
+        built: list[tuple[Any, list[float]]] = []
+        ours = DataSets()
+
+        def build(given: Any) -> Any:
+            built.append((given(args), draw()))
+            return built[-1][0]
+
+        def iterators(given: Any) -> Any:
+            sets = ours.build(call(build, given), args)
+            args.do_train = True
+            return sets
+
+        before = dict(vars(args)), type(args)
+        ours.build_ahead(call(iterators, provider), args)
+        assert (dict(vars(args)), type(args)) == before
+        args.iteration = at
+        sets = iterators(provider)
+        if len(built) == 1:
+            return kind != "external" and sets is built[0][0]
+        assert sets is built[1][0] and built[0][1] == built[1][1]
+        return False
+
+    def fails(args: argparse.Namespace) -> Any:
+        raise ValueError("no such file")
+
+    data = Data()
+    assert kept(lambda args: (data, [Data(), None], None) if args.seed == 7 else None, 5)
+    assert kept(lambda args: Data() if args.iteration >= 0 else None, 0)
+    assert not kept(lambda args: Data() if args.iteration >= 0 else None, 5), "it looks at the position"
+    assert not kept(lambda args: Data() if vars(args)["seed"] else None, 5), "it may have looked at anything"
+    assert not kept(lambda args: setattr(args, "padded", 1) or Data(), 5), "others look at what it sets"
+    assert not kept(lambda args: iter([1]), 5), "what stands somewhere"
+    assert not kept(lambda args: Data(), 5, "external"), "so does this, and it is not even begun"
+    ours, args = DataSets(), argparse.Namespace(dataloader_type="single")
+    ours.build_ahead(call(lambda provider: provider(None), fails), args)
+    seen: list[list[float]] = []
+    ours.build_ahead(call(lambda provider: seen.append(draw()), fails), args)
+    assert seen == [draw()], "whoever has no data sets draws what there would have been without it"
+
+
+def test_data_sets_built_ahead_are_taken_if_all_that_they_were_built_from_is_the_same() -> None:
+    _data_sets()
