@@ -71,7 +71,7 @@ def test_interrupted_demo_leaves_no_process(tmp_path: Path) -> None:
     [
         (["--node", "4"], "--node 4: the nodes that train are 0 to 3"),
         (["--iteration", "12"], "--iteration 12: a run has iterations 0 to 11"),
-        (["--tick", "0"], "--tick 0"),
+        (["--tick", "0"], "--tick: must be 1 to "),
         (["--script", "nowhere.py"], "nowhere.py does not exist"),
     ],
 )
