@@ -8,7 +8,7 @@ import fcntl
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ import torch
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.megatron.host import Call, Fields
-from deadpool_megatron.snapshot import decode
+from deadpool_megatron.snapshot import capture_host_rng, decode, restore_host_rng
 from deadpool_megatron.vault import SlotWriter, Version
 
 # What upstream's first call replaces by a number of its own (``--full-validation``), after it has used it.
@@ -97,6 +97,17 @@ def build_here(call: Call) -> Any:
             return call()
         finally:
             torch.distributed.get_rank = get_rank
+
+
+def random_numbers() -> Callable[[], None]:
+    """Sets Python's, numpy's and torch's (CPU and device) to where they are now."""
+    host, device = capture_host_rng(), torch.cuda.get_rng_state()
+
+    def restore() -> None:
+        restore_host_rng(host)
+        torch.cuda.set_rng_state(device)
+
+    return restore
 
 
 @contextlib.contextmanager

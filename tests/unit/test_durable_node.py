@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,15 @@ class _Clock:
         node.durability._now = lambda: self.now  # type: ignore[method-assign]
 
 
+def _with_a_drainer_that_hangs(node: Node) -> subprocess.Popen[bytes]:
+    """The node has begun, and this is its drainer, which is stopped."""
+    node.begin()
+    process = node.durability._drainer._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
 def _commit(node: Node, generation: int) -> list[bool]:
     taken = node.capture(generation)
     node.shards.vault.set_committed(0, generation)
@@ -169,10 +179,7 @@ def _commit(node: Node, generation: int) -> list[bool]:
 def test_a_drainer_that_hangs_costs_one_wait_and_the_next_drain_has_another(nodes: list[Node]) -> None:
     node = nodes[0]
     clock = _Clock(node)
-    node.begin()
-    process = node.durability._drainer._process
-    assert process is not None
-    process.send_signal(signal.SIGSTOP)
+    process = _with_a_drainer_that_hangs(node)
     _commit(node, 5)
     node.durability.drain(r.DrainShards(NAME, 0, 5, 0.0), [0, 1])
     _commit(node, 6)
@@ -197,10 +204,7 @@ def test_while_a_drainer_that_hangs_cannot_be_ended_drains_fail_at_once(
     """As one that waits in the kernel for a disk, and dies when that answers."""
     node = nodes[0]
     clock = _Clock(node)
-    node.begin()
-    process = node.durability._drainer._process
-    assert process is not None
-    process.send_signal(signal.SIGSTOP)
+    process = _with_a_drainer_that_hangs(node)
     monkeypatch.setattr(process, "kill", lambda: None)
     _commit(node, 5)
     node.durability.drain(r.DrainShards(NAME, 0, 5, 0.0), [0, 1])

@@ -30,6 +30,14 @@ def events_of(job: SimulatedJob) -> list[dict[str, Any]]:
     return [{"t": 1000 + i / 10, "event": e.event, **e.fields} for i, e in enumerate(job.emitted)]
 
 
+def _story(job: SimulatedJob, **started: int) -> Story:
+    """As its events tell it; ``started``: of the nodes that it began with, where the story counts them."""
+    story = Story()
+    for event in [*([{"t": 0.0, "event": "started", **started}] if started else []), *events_of(job)]:
+        story.take(event)
+    return story
+
+
 def told(job: SimulatedJob) -> tuple[Recovery, str]:
     """The last recovery and its paragraph."""
     story = Story()
@@ -97,9 +105,7 @@ def test_a_stuck_rank_reads_as_stuck_and_not_as_killed_and_its_detection_is_coun
     assert job.events("stuck")[0]["seconds"] == 30.0
     job.feed(r.WorkerExited(2, 1, 5, 77, -9))
     job.recover()
-    story = Story()
-    for event in events_of(job):
-        story.take(event)
+    story = _story(job)
     (recovery,) = story.recoveries
     text = paragraph(recovery, 1, story)
     assert "signal 9" not in text and "rank 5 is stuck: no progress for 30.0 s" in text
@@ -119,9 +125,7 @@ def test_a_worker_that_raised_is_told_with_its_error_and_only_a_killed_one_with_
     job.recover()
     job.feed(r.WorkerExited(2, 0, 4, 12, -9))
     job.recover()
-    story = Story()
-    for event in events_of(job):
-        story.take(event)
+    story = _story(job)
     first, second = (paragraph(one, 1, story) for one in story.recoveries)
     assert "rank 2 ended (exit code 1): ValueError: no" in first and "kernel log" not in first
     assert "rank 4 ended (signal 9)" in second and "kernel log" in second
@@ -142,9 +146,7 @@ def test_a_fault_that_the_job_never_came_to_is_named_at_its_end() -> None:
 def test_a_spare_that_lost_a_worker_is_still_a_spare() -> None:
     job = SimulatedJob().train()
     job.feed(r.WorkerExited(3, 0, None, 77, -9))
-    story = Story()
-    for event in [{"t": 0.0, "event": "started", "nodes": 4, "spares": 1}, *events_of(job)]:
-        story.take(event)
+    story = _story(job, nodes=4, spares=1)
     assert story.spares == {3} and not story.lost
 
 
@@ -156,9 +158,7 @@ def test_a_spare_that_was_drained_is_none_that_is_left() -> None:
     job.take(actions)
     job.lose(1)
     job.recover()
-    story = Story()
-    for event in [{"t": 0.0, "event": "started", "nodes": 5, "spares": 2}, *events_of(job)]:
-        story.take(event)
+    story = _story(job, nodes=5, spares=2)
     (recovery,) = story.recoveries
     assert recovery.new_nodes == [3] and recovery.spares_left == 0
     assert "no spare node left" in (text := paragraph(recovery, 1, story)) and "bring a spare node soon" in text
@@ -176,9 +176,7 @@ def test_a_healthy_node_that_gave_way_to_a_spare_is_a_spare_that_is_left_and_a_d
     job.take(actions)
     job.wait(60.0)
     job.recover()
-    story = Story()
-    for event in [{"t": 0.0, "event": "started", "nodes": 5, "spares": 2}, *events_of(job)]:
-        story.take(event)
+    story = _story(job, nodes=5, spares=2)
     ended, drained = story.recoveries
     assert ended.new_nodes == [3] and ended.spares_left == 2
     assert "2 spare nodes left" in (text := paragraph(ended, 1, story)) and "bring a spare" not in text
@@ -194,9 +192,7 @@ def test_a_node_that_keeps_both_copies_itself_promises_nothing(tmp_path: Path) -
     job = SimulatedJob(nodes=1, spares=0).train()
     job.feed(r.WorkerExited(0, 0, 0, 77, -9))
     job.recover()
-    story = Story()
-    for event in events_of(job):
-        story.take(event)
+    story = _story(job)
     story.committed = story.recoveries[0].generation or 0
     story.committed_epoch = job.core.epoch
     assert "is committed again, all of it on one node" in paragraph(story.recoveries[0], 1, story)

@@ -6,16 +6,14 @@ builds them has looked at something that differs then. Whether it has is found b
 
 from __future__ import annotations
 
-import random
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, Final
 
-import numpy as np
 import torch
 
-from deadpool_megatron.megatron.data_position import build_here
+from deadpool_megatron.megatron.data_position import build_here, random_numbers
 from deadpool_megatron.megatron.host import Call
 from deadpool_megatron.megatron.optimizer_state import is_plain
 
@@ -41,7 +39,7 @@ class DataSets:
         """
         if args.dataloader_type == "external":
             return  # not data sets, but what stands somewhere in them
-        before, self._rewind = dict(vars(args)), _random_numbers()
+        before, self._rewind = dict(vars(args)), random_numbers()
         self._ahead = True
         try:
             build_here(iterators)
@@ -114,16 +112,3 @@ def _indexed(sets: Any) -> bool:
 
 def _same(now: Any, then: Any) -> bool:
     return now is then or (is_plain(now) and is_plain(then) and type(now) is type(then) and bool(now == then))
-
-
-def _random_numbers() -> Callable[[], None]:
-    """Sets Python's, numpy's and torch's (CPU and device) to where they are now."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state()
-
-    def restore() -> None:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        torch.cuda.set_rng_state(states[3])
-
-    return restore
