@@ -18,16 +18,16 @@ from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.comparison import Unequal
 from deadpool_megatron.megatron.low_precision import is_quantized
 from deadpool_megatron.snapshot import ShardPlan, host_bytes, slot_views
-from deadpool_megatron.vault import CONSTANT, ChecksumMismatch, ConstantsWriter, VaultError
+from deadpool_megatron.vault import CONSTANT, ConstantsWriter, VaultError
 
 _log = logging.getLogger(__name__)
 _BUCKET_BYTES: Final = 64 << 20
-_LACKS, _HAS, _CHANGED = range(3)
+_LACKS, _HAS, _NEXT = range(3)
 _TRIES: Final = 3
 
 
-class ChangedInMemory(RuntimeError):
-    """The own vault's copy is not what it was: in the next epoch its agent brings a keeper's. As a peer's error."""
+class NotInVault(RuntimeError):
+    """The own vault does not have them as they were: in the next epoch its agent asks all others. As a peer's error."""
 
 
 def frozen_parameters(model: list[Any]) -> list[tuple[str, torch.nn.Parameter]]:
@@ -115,20 +115,19 @@ class Frozen:
     def synchronize(self) -> None:
         """Make them `expected` on every rank. Collective over the replicas of each.
 
-        Raises Unequal where neither the own vault nor a replica has those that training began with; ChangedInMemory.
+        Raises NotInVault where neither the own vault nor a replica has those that training began with; Unequal where
+        this has been so in several epochs.
         """
-        changed = False
+        again = False
         if self.digests != self.expected:
             try:
                 self.take()
             except VaultError as err:
-                writer = self._writer
-                lost = isinstance(err, ChecksumMismatch) or (writer is not None and writer.arena.slots[0].damaged)
-                changed = lost and self._tries < _TRIES
+                again = self._tries < _TRIES
                 _log.info("frozen parameters come from a replica: %s", err)
         received = False
         for i, (group, parameters) in enumerate(self._sets):
-            here = _HAS if self.digests[i] == self.expected[i] else _CHANGED if changed else _LACKS
+            here = _HAS if self.digests[i] == self.expected[i] else _NEXT if again else _LACKS
             flag = torch.tensor([here], dtype=torch.int32, device=parameters[0][1].device)
             flags = [torch.empty_like(flag) for _ in range(group.size())]
             torch.distributed.all_gather(flags, flag, group=group)
@@ -136,9 +135,11 @@ class Frozen:
             if all(each == _HAS for each in have):
                 continue
             received = True
-            if _HAS not in have and _CHANGED in have:
+            if _HAS not in have and _NEXT in have:
                 self._tries += 1
-                raise ChangedInMemory(f"parameters that no optimizer holds (the first one: {parameters[0][0]}) changed")
+                raise NotInVault(
+                    f"parameters that no optimizer holds (the first: {parameters[0][0]}) are in no vault near"
+                )
             if _HAS not in have:
                 raise Unequal(
                     f"{len(parameters)} parameters that no optimizer holds (the first one: {parameters[0][0]}) are not "

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agent import commits, fetching, shards
+from deadpool_megatron.cluster.agent import commits, fetching
 from deadpool_megatron.cluster.agent import durable as node_durable
 from deadpool_megatron.cluster.agent.commits import Commits
 from deadpool_megatron.cluster.agent.crew import Crew
@@ -437,14 +437,9 @@ def _words_of_older_placements_are_forgotten(patch: Patch) -> None:
     patch.setattr(Protection, "dump", lambda self: dump(self) | {"words": []})
 
 
-def _constants_are_asked_for_where_they_belong_now(patch: Patch) -> None:
-    """With failure domains a swap may move a rank's keepers: the ones of before have its constants."""
-    patch.setattr(shards, "nodes_with_constants", lambda parts, k: [])
-
-
 def _constants_are_asked_for_where_they_should_be(patch: Patch) -> None:
     """Found by the simulation: one of two keepers had changed bytes, and the other one was not asked."""
-    patch.setattr(fetching.Search, "failed", lambda self: None)
+    patch.setattr(fetching.Search, "widen", lambda self: None)
 
 
 def _constants_are_asked_for_three_times(patch: Patch) -> None:
@@ -589,7 +584,6 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "11 watch": _nobody_watches_whether_an_owner_lives,
     "heard again": _who_was_away_hears_nothing_again,
     "old words": _words_of_older_placements_are_forgotten,
-    "constants beside": _constants_are_asked_for_where_they_belong_now,
     "own constants": _own_constants_are_taken_for_whole,
     "constants everywhere": _constants_are_asked_for_where_they_should_be,
     "constants tries": _constants_are_asked_for_three_times,

@@ -16,7 +16,6 @@ from deadpool_megatron.recovery import EpochClosed, Redo
 from deadpool_megatron.recovery.redo import Calls
 from deadpool_megatron.vault import (
     CONSTANT,
-    ChecksumMismatch,
     ConstantsWriter,
     SlotWriter,
     VaultError,
@@ -578,9 +577,7 @@ class Rank:
         yield from self._meet("synchronize", 0, 0)
         if (err := self._take_constants()) is not None:  # and there is no replica
             self._tries += 1
-            assert self._constants_writer is not None
-            changed = isinstance(err, ChecksumMismatch) or self._constants_writer.arena.slots[0].damaged
-            if changed and self._tries <= _TRIES:
+            if self._tries <= _TRIES:
                 raise Broken
             self.host.cluster.oracle.without_constants(self)
             raise Dies(f"no vault has the constants of rank {self.rank}: {err}", Exit.UNEQUAL)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agent import shards
 from deadpool_megatron.cluster.agent.fetching import Attempts, Search
 from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
 from deadpool_megatron.cluster.placement.redundancy import Scheme
@@ -474,7 +473,10 @@ class SimulatedShards(Shards):
     ) -> None:
         if self._host.cluster.constants:
             others = [vault.host for node, vault in vaults.items() if node != self.node]
-            self._search(Search(places, self._host.world.now, others), epoch, rank, partial(then, *args))
+            search = Search(places, self._host.world.now, others)
+            if self.vault.arena(constants_of(rank), "own") is not None:
+                search.widen()
+            self._search(search, epoch, rank, partial(then, *args))
         else:
             self._host.later(0.001, 0.01, then, *args)
 
@@ -498,7 +500,7 @@ class SimulatedShards(Shards):
                 return
             except VaultError as err:
                 self._host.world.say(f"n{self._host.node}", f"constants of rank {rank}: {err}")
-                search.failed()
+                search.widen()
             else:
                 then()
                 return
@@ -532,7 +534,7 @@ class SimulatedShards(Shards):
         version = Version(max(share.version_epoch for part in parts for share in part), generation)
         done = FetchDone(rank, epoch, generation, parts[0][0].node, tuple(version), "", parts[0][0].version_epoch)
         assert self.stripes is not None
-        near = [vaults[node].host for node in shards.nodes_with_constants(parts, self.stripes.coder.k)]
+        near = [vaults[share.node].host for share in parts[0]]
         attempts = Attempts([parts], self._host.world.now)
         near += [each.host for each in keepers]
         self._constants_first(epoch, rank, near, vaults, self._ask_shares, attempts, parts, done, version)

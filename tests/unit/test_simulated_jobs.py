@@ -77,7 +77,6 @@ MISSED_DURABLE: dict[str, tuple[int, tuple[str, ...]]] = {
 # The same with parity, constants, or failure domains.
 MISSED_SHARDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "old words": (1419, ()),
-    "constants beside": (85, ()),
     "share refused": (309, ()),
     "own constants": (10720, ()),
     "constants registered": (179, ()),
@@ -131,6 +130,7 @@ FOUND = (
     (39241, many.mixed(39241)[1]),
     (74589, many.mixed(74589)[1]),
     (78768, many.mixed(78768)[1]),
+    (617321, many.mixed(617321)[1]),
     (600538, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600841, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600947, Profile(durable=True, shards=True, only=_FEW_KINDS)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from deadpool_megatron.cluster import records as r
 from deadpool_megatron.vault import VaultError
 
 _PATIENCE_S = 10.0  # for a shard whose holder cannot be reached; a holder that is gone ends the epoch sooner
@@ -61,19 +60,12 @@ class Attempts[Place]:
         return pause
 
 
-def nodes_with_constants(parts: Sequence[Sequence[r.Share]], k: int) -> list[int]:
-    """Nodes that keep the constants of a rank whose shard is rebuilt from ``parts``, as it was placed when these came.
-
-    Constants are whole at the keepers of the stripe in which the rank's node comes first: who has parity of part 0.
-    """
-    return [share.node for share in parts[0] if share.share >= k]
-
-
 class Search[Place]:
     """All places, again and again for a while, until one has given what may be nowhere.
 
     Args:
-        everybody: asked as well once one of the places has it, or may have it, and cannot give it.
+        everybody: asked as well once one of the places may have it and cannot give it (its bytes have changed, or it
+            cannot be reached).
 
     Attributes:
         left: who has not said yet that it does not have it.
@@ -96,7 +88,7 @@ class Search[Place]:
         """This one does not have it."""
         self.left.remove(place)
 
-    def failed(self) -> None:
-        """One has changed bytes, or cannot be reached."""
+    def widen(self) -> None:
+        """It is somewhere: ask everybody."""
         self.left += self._more
         self._more = []

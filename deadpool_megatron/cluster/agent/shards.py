@@ -13,7 +13,7 @@ from typing import Any
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agent.fetching import Attempts, Search, nodes_with_constants
+from deadpool_megatron.cluster.agent.fetching import Attempts, Search
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.vault import (
     CONSTANT,
@@ -387,7 +387,7 @@ class Shards:
                     raise RebuildFailed(f"node {gone.node} has no vault", gone.node, gone.holder)
                 pieces = [[_piece(share, generation, vaults[share.node]) for share in part] for part in parts]
                 coder = self.stripes.coder
-                near = [vaults[node] for node in nodes_with_constants(parts, coder.k)]
+                near = [vaults[share.node] for share in parts[0]]  # who has parity of it has them whole
                 self._fetch_constants(rank, epoch, [*_places(near), *_places(keepers)], vaults)
                 _patiently(
                     [pieces], lambda those: rebuild(self.vault, self._secret, rank, epoch, version, those[0], coder)
@@ -422,10 +422,15 @@ class Shards:
         """Blocks. Where no vault and no durable directory gives them, the rank has none, or its worker has to have them
         from a replica.
 
+        Where memory for them is here, the rank has some: then all vaults are asked. A node that was to keep them may
+        not have had them yet, and one that has left its coordinates still does.
+
         Raises VaultFull.
         """
         others = _places([vault for node, vault in vaults.items() if node != self.node])
         search = Search(places, time.monotonic(), others)
+        if self.vault.arena(constants_of(rank), "own") is not None:
+            search.widen()
         while (pause := search.pause(time.monotonic())) is not None:
             time.sleep(pause)
             for place in list(search.left):
@@ -440,7 +445,7 @@ class Shards:
                     raise
                 except VaultError as err:
                     _log.warning("rank %d: its constants cannot be had from %s: %s", rank, place, err)
-                    search.failed()
+                    search.widen()
         if self.durable_constants is not None:
             self.durable_constants(rank, epoch)
 
