@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
 from deadpool_megatron.observe.report import NoRun, report_text
+from deadpool_megatron.observe.rundir import STATUS
 from deadpool_megatron.observe.status import JobView, NoStatus
 from deadpool_megatron.observe.strict_json import strict_json
 
@@ -138,6 +139,8 @@ def serve(run_dir: Path, port: int) -> None:
     """Until Ctrl-C. Raises OSError."""
     with LivePage(run_dir, port) as page:
         print(
-            f"deadpool: {run_dir} is shown at http://{_HOST}:{page.server_port}/ (from elsewhere: ssh -L)", flush=True
+            f"deadpool: {run_dir} is shown at http://{_HOST}:{page.server_port}/ (from elsewhere: ssh -L)"
+            + ("" if (run_dir / STATUS).exists() else "; no job has begun there yet"),
+            flush=True,
         )
         page.serve_forever()

@@ -74,6 +74,16 @@ def test_a_port_that_is_none_is_one_line(port: str, tmp_path: Path, capsys: pyte
     assert end.value.code == 2 and capsys.readouterr().err == f"deadpool: --port: must be 0 to 65535, not {port}\n"
 
 
+def test_a_directory_without_a_job_is_told(
+    live: page.LivePage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(page.LivePage, "serve_forever", lambda self: None)
+    for told in (True, False):
+        page.serve(live.run_dir, 0)
+        assert ("no job has begun there yet" in capsys.readouterr().out) is told
+        _write(live, None)
+
+
 def test_nobody_else_reads_it_and_nobody_writes(live: page.LivePage) -> None:
     _write(live, None)
     assert live.server_address[0] == "127.0.0.1"
