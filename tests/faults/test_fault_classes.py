@@ -17,7 +17,6 @@ import pytest
 
 from deadpool_bench.harness.jobs import fork_cli
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.forking import Process
 from deadpool_megatron.jobs.descendants import has_ended
 from flags import tiny_gpt
 from jobs import PACED, Jobs, environment, launch_flags, set_pace, undisturbed
@@ -52,7 +51,7 @@ class Drama:
         set_pace(self._pace, WAITING_S)
         paced = {"PACE_FILE": str(self._pace)}
         self.job = jobs.start(name, launch_flags(nodes, spares, 1), small(iterations), PACED, extra=paced)
-        self.joined: list[Process] = []
+        self.joined: list[subprocess.Popen[bytes]] = []
         self.parked(spares)
 
     def command(self, *command: str) -> str:
