@@ -32,14 +32,6 @@ def small(iterations: int) -> list[str]:
     return [*flags, "--deadpool-hang-floor", "4", "--deadpool-lease", "6"]
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    """All jobs of this module."""
-    jobs = Jobs(tmp_path_factory.mktemp("faults"))
-    yield jobs
-    jobs.end()
-
-
 class Drama:
     """A job with parked spares, and the faults that are done to it.
 
