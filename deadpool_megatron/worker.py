@@ -42,7 +42,6 @@ from deadpool_megatron.cluster.agent.workers import (
     STACKS_SIGNAL,
 )
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.forking import FORK_SERVER
 from deadpool_megatron.output import never_fails
 
 if TYPE_CHECKING:
@@ -56,8 +55,8 @@ _PR_SET_PDEATHSIG = 1
 def _die_with_agent() -> None:
     """Ask the kernel to end this process when its agent ends: an agent's death fences its node.
 
-    The kernel does that for children; an adopted worker leaves when its control socket ends, and a fork server ends its
-    own. The same for what it forks (data loaders, checkpoint writers): they hold its sockets, and they write.
+    The kernel does that for children; an adopted worker leaves when its control socket ends. The same for what it forks
+    (data loaders, checkpoint writers): they hold its sockets, and they write.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     by_main_thread = [True]
@@ -70,7 +69,7 @@ def _die_with_agent() -> None:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     os.register_at_fork(before=before_fork, after_in_child=in_child)
-    if ADOPTED in os.environ or FORK_SERVER in os.environ:
+    if ADOPTED in os.environ:
         return
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[PARENT_PID]):

@@ -61,12 +61,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         del config.stash[_real_stderr]
 
 
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    """Jobs of one test, ended with it."""
-    all_jobs = Jobs(tmp_path)
+def _jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """Jobs in a directory of their own, ended with their test, or their module."""
+    all_jobs = Jobs(tmp_path_factory.mktemp("jobs"))
     yield all_jobs
     all_jobs.end()
+
+
+jobs = pytest.fixture(_jobs, name="jobs")
+module_jobs = pytest.fixture(_jobs, scope="module", name="module_jobs")
 
 
 def limit_of(item: pytest.Item) -> float:

@@ -23,7 +23,6 @@ import psutil
 
 from crash_cases import Case
 from deadpool_bench.harness.jobs import fork_cli
-from deadpool_megatron.forking import Process
 from deadpool_megatron.jobs.descendants import Descendants
 from deadpool_megatron.observe import LOGS, EventTail
 from deadpool_megatron.vault import PREFIX, Arena
@@ -90,7 +89,7 @@ class Gauntlet:
         )
         self.results: list[Result] = []
         self._spares = spares
-        self._joined: list[Process] = []
+        self._joined: list[subprocess.Popen[Any]] = []
         self._family = Descendants()
         self._errors = open(jobs.directory / f"{name}.joined.out", "wb")  # noqa: SIM115 - closed in `end`
         self._tail = EventTail(self.job.run_dir)
@@ -137,7 +136,7 @@ class Gauntlet:
             self.job.failed(f"{command}: {done.stderr}")
         return done
 
-    def background(self, *command: str) -> Process:
+    def background(self, *command: str) -> subprocess.Popen[Any]:
         """The same without waiting."""
         line = [command[0], "--run-dir", str(self.job.run_dir), *command[1:]]
         process = fork_cli(

@@ -23,10 +23,10 @@ from typing import Any, NoReturn
 
 from deadpool_bench.harness import jobs
 from deadpool_bench.harness.fork_server import ForkServer
+from deadpool_bench.harness.forking import FORK_SERVER, fork_module
 from deadpool_bench.harness.ports import free_ports
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.emulation import environment as emulated
-from deadpool_megatron.forking import FORK_SERVER, fork_module
 from deadpool_megatron.jobs.descendants import Descendants
 from deadpool_megatron.observe import LOGS
 from fair_clock import CLOCK

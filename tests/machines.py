@@ -56,7 +56,8 @@ class Machines:
     ) -> None:
         """Start the next one; ``prefix`` makes it run somewhere else."""
         # A fork server is in the network of the tests.
-        self.start_command([*prefix, *CLI, command, *options, *script], env, forked=not prefix)
+        cli = CLI if prefix else (sys.executable, "-m", "deadpool_bench.harness.forking")
+        self.start_command([*prefix, *cli, command, *options, *script], env, forked=not prefix)
 
     def start_command(self, command: Sequence[str], env: dict[str, str] | None = None, forked: bool = False) -> None:
         """Start any command as the next one; ``forked``: as of `jobs.environment`."""

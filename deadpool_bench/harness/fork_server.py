@@ -1,9 +1,9 @@
 """``python -m deadpool_bench.harness.fork_server SOCKET [SCRIPT]``: processes under test without their imports.
 
 To import torch and Megatron costs a process more than all it does in a short job. This process imports them once, warms
-what is slow the first time, and forks all processes of emulated jobs from then on; `deadpool_megatron.forking` is the
-other side. Without a script it has torch and our packages alone, and no emulation. It ends with the process that
-started it, and its children with it.
+what is slow the first time, and forks all processes of emulated jobs from then on; `forking` is the other side. Without
+a script it has torch and our packages alone, and no emulation. It ends with the process that started it, and its
+children with it.
 
 What needs other modules than this process has (a checkout of Megatron, other versions, no emulation) or another network
 or control group must be started as ever.
@@ -32,9 +32,10 @@ from typing import NoReturn
 
 import msgspec
 
+from deadpool_bench.harness import forking
+from deadpool_bench.harness.forking import MAX_REQUEST, Forked, ForkRequest
 from deadpool_bench.paths import importing
 from deadpool_megatron.cluster import notices
-from deadpool_megatron.forking import MAX_REQUEST, Forked, ForkRequest
 from deadpool_megatron.jobs.descendants import VARIABLE, WORD_LENGTH
 
 _PR_SET_PDEATHSIG = 1
@@ -104,7 +105,7 @@ class _Child:
         self.pidfd = os.pidfd_open(pid)
         self.connection = connection
         self.death_signal = death_signal
-        self.reaped = False
+        self.ended = self.alone = False  # it is over; its parent has ended, or has waited for it
 
 
 class _Children:
@@ -125,12 +126,10 @@ class _Children:
                     request = self._accept()
                     if request is not None:
                         return request
-                elif key.fd == child.pidfd and not child.reaped:
+                elif key.fd == child.pidfd:
                     self._ended(child)
-                elif not child.reaped:  # its parent has ended
-                    self._selector.unregister(child.connection)
-                    if child.death_signal:
-                        signal.pidfd_send_signal(child.pidfd, child.death_signal)
+                else:
+                    self._left_alone(child)
 
     def _accept(self) -> tuple[ForkRequest, list[int]] | None:
         connection, _ = self._listener.accept()
@@ -151,20 +150,33 @@ class _Children:
         self._selector.register(child.pidfd, selectors.EVENT_READ, child)
         self._selector.register(connection, selectors.EVENT_READ, child)
         with contextlib.suppress(OSError):  # its parent has ended: that is seen at the connection
-            socket.send_fds(connection, [msgspec.json.encode(Forked(pid))], [child.pidfd])
+            connection.send(msgspec.json.encode(Forked(pid)))
         return None
 
     def _ended(self, child: _Child) -> None:
-        child.reaped = True
-        self._living.remove(child)
         self._selector.unregister(child.pidfd)
-        if child.connection in self._selector.get_map():
-            self._selector.unregister(child.connection)
-        code = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+        child.ended = True
+        end = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
+        assert end is not None
+        code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
         with contextlib.suppress(OSError):  # its parent has ended before
             child.connection.send(str(code).encode())
-        child.connection.close()
-        os.close(child.pidfd)
+        self._reap(child)
+
+    def _left_alone(self, child: _Child) -> None:
+        self._selector.unregister(child.connection)
+        child.alone = True
+        if child.death_signal and not child.ended:
+            signal.pidfd_send_signal(child.pidfd, child.death_signal)
+        self._reap(child)
+
+    def _reap(self, child: _Child) -> None:
+        """Its id is its own, as a child's is, until its parent has waited for it."""
+        if child.ended and child.alone:
+            os.waitpid(child.pid, 0)
+            self._living.remove(child)
+            child.connection.close()
+            os.close(child.pidfd)
 
     def _forget(self) -> None:
         """In a child: it must hold nothing of its siblings' open."""
@@ -245,6 +257,15 @@ def _become(request: ForkRequest, descriptors: Sequence[int], word: _Environment
     os.environ.update(request.environment)
     os.environ.update({name: str(fd) for name, fd in zip(request.descriptors, descriptors[3:], strict=True)})
     sys.argv[1:] = request.arguments
+    _take_for_parent(request.parent)
+    forking.install()
+
+
+def _take_for_parent(pid: int) -> None:
+    """`os.getppid` gives this process, here; what this process forks has this one for its parent."""
+    real = os.getppid
+    os.getppid = lambda: pid
+    os.register_at_fork(after_in_child=lambda: setattr(os, "getppid", real))
 
 
 def main() -> str:

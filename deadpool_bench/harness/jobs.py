@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from deadpool_megatron.forking import FORK_SERVER, Process, fork_module
+from deadpool_bench.harness.forking import FORK_SERVER, fork_module
 from deadpool_megatron.jobs import job
 from deadpool_megatron.observe import LOGS, read_events
 from deadpool_megatron.vault import PREFIX, Arena
@@ -28,7 +28,7 @@ _LOOK_S = 0.5  # at the clock, while the end of a process is waited for
 
 def fork_cli(
     arguments: Sequence[str], environment: Mapping[str, str], directory: Path | None = None, **streams: Any
-) -> Process:
+) -> subprocess.Popen[Any]:
     """As `job.start_cli`; the command comes out of the fork server that the environment names, if it names one."""
     if server := environment.get(FORK_SERVER):
         return fork_module(server, job.CLI[2], arguments, environment, directory=directory, **streams)

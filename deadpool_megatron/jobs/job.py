@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from deadpool_megatron.forking import Process
 from deadpool_megatron.jobs.descendants import Descendants
 from deadpool_megatron.observe import EVENTS, STATUS, follow_events
 
@@ -65,7 +64,7 @@ class Job:
     """
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
-    start: Callable[..., Process] = staticmethod(start_cli)
+    start: Callable[..., subprocess.Popen[Any]] = staticmethod(start_cli)
 
     def __init__(
         self,

@@ -30,10 +30,9 @@ from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import PASSWORD
 from deadpool_megatron.cluster.store.leadership import Leadership
 from deadpool_megatron.config import DeadpoolConfig
-from deadpool_megatron.forking import FORK_SERVER, Process, fork_module
 from deadpool_megatron.launcher.plan import LaunchPlan, value_of
 
-_NODE = "deadpool_megatron.launcher.node"
+NODE_MODULE = "deadpool_megatron.launcher.node"
 # Not for workers: the job's secret, and the file that holds it.
 SECRET_VARIABLES = ("DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE", PASSWORD)
 # What does not end a process that does not listen to it yet. A coordinator is told again when it does.
@@ -272,32 +271,31 @@ def _begin(signum: int, ignored: Sequence[int]) -> None:
         end_with_parent(signum)
 
 
+def start_node(role: str, signum: int, **extra: Any) -> subprocess.Popen[bytes]:
+    """The process of `Processes.start`, its stdin a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", NODE_MODULE, role],
+        stdin=subprocess.PIPE,
+        preexec_fn=partial(_begin, signum, HELD_BACK[role]),
+        start_new_session=True,
+        **extra,
+    )
+
+
 class Processes:
     """The children of a command, ended by their ids. They end by themselves when it is killed."""
 
     def __init__(self) -> None:
-        self.all: list[Process] = []
+        self.all: list[subprocess.Popen[bytes]] = []
 
     def start(
         self, role: str, settings: AgentSettings | CoordinatorStart, signum: int = signal.SIGTERM, **extra: Any
-    ) -> Process:
+    ) -> subprocess.Popen[bytes]:
         """Start ``coordinator`` or ``agent``. From the main thread: the child ends with the thread that made it.
 
         ``signum`` is what it gets then; 0: it lives on.
         """
-        process: Process
-        if server := os.environ.get(FORK_SERVER):
-            process = fork_module(
-                server, _NODE, [role], os.environ, stdin=subprocess.PIPE, death_signal=signum, **extra
-            )
-        else:
-            process = subprocess.Popen(
-                [sys.executable, "-m", _NODE, role],
-                stdin=subprocess.PIPE,
-                preexec_fn=partial(_begin, signum, HELD_BACK[role]),
-                start_new_session=True,
-                **extra,
-            )
+        process = start_node(role, signum, **extra)
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(settings))
         process.stdin.close()
@@ -351,7 +349,7 @@ class CoordinatorProcess:
         self.port = self.store_port = 0
         self.process = self._start()
 
-    def _start(self) -> Process:
+    def _start(self) -> subprocess.Popen[bytes]:
         guard = self._leadership.guard
         assert guard is not None, "who does not lead starts no coordinator"
         self._settings = replace(self._settings, guard=(guard.key, guard.revision))

@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +24,6 @@ from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import open_store
 from deadpool_megatron.cluster.store.leadership import Follower, Place
-from deadpool_megatron.forking import Process, open_pidfd
 from deadpool_megatron.launcher.agent_options import AgentPlan
 from deadpool_megatron.launcher.enlisting import Lifeline
 from deadpool_megatron.launcher.plan import LaunchError
@@ -84,7 +84,7 @@ class Serving:
         plan: AgentPlan,
         signals: Signals,
         hosted: CoordinatorProcess | None,
-        agent: Process | None = None,
+        agent: subprocess.Popen[bytes] | None = None,
         lifeline: Lifeline | None = None,
     ) -> None:
         self._plan = plan
@@ -223,11 +223,11 @@ class Serving:
             self._left = True
             self.agent_left_well()
 
-    def _until_end(self, main: Process) -> None:
+    def _until_end(self, main: subprocess.Popen[bytes]) -> None:
         """Until ``main`` has ended, or the seat changes. Notes why this command made it end, if it did."""
         signals, hosted, agent = self._signals, self._hosted, self._agent
         poller = zmq.Poller()
-        ends = {open_pidfd(p): p for p in (main, agent) if p is not None and p.poll() is None}
+        ends = {os.pidfd_open(p.pid): p for p in (main, agent) if p is not None and p.poll() is None}
         for fd in [*ends, signals.socket.fileno()]:
             poller.register(fd, zmq.POLLIN)
         if self._lifeline is not None and hosted is None:
@@ -266,7 +266,7 @@ class Serving:
         for fd in ends:
             os.close(fd)
 
-    def _give_up(self, main: Process) -> None:
+    def _give_up(self, main: subprocess.Popen[bytes]) -> None:
         gone_since = self._lifeline.gone_since if self._lifeline is not None and self._hosted is None else None
         if gone_since is not None and not self._why and self._clock.now() - gone_since > self._plan.gone_s:
             self._why = f"the coordinator has been gone for {self._plan.gone_s:g} s; the job is over"

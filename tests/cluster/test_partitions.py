@@ -138,13 +138,11 @@ def _namespace(pid: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    jobs = Jobs(tmp_path_factory.mktemp("partitions"))
-    pace = jobs.directory / "pace"
+def undisturbed(module_jobs: Jobs) -> Job:
+    pace = module_jobs.directory / "pace"
     pace.write_text("0")
-    job = jobs.start("calm", launch_flags(2, 0, 1), FLAGS, PACED, extra={"PACE_FILE": str(pace)})
-    yield job.finished()
-    jobs.end()
+    job = module_jobs.start("calm", launch_flags(2, 0, 1), FLAGS, PACED, extra={"PACE_FILE": str(pace)})
+    return job.finished()
 
 
 @pytest.fixture

@@ -34,13 +34,6 @@ SAVED = ("worker.shard-ready", "agent.saved")
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    jobs = Jobs(tmp_path_factory.mktemp("ends"))
-    yield jobs
-    jobs.end()
-
-
-@pytest.fixture(scope="module")
 def rows() -> Iterator[list[dict[str, Any]]]:
     """What became of each; with what only other ways of starting a job pass."""
     rows = [_row(name, "", f"not passed here: {why}", False) for name, why in ELSEWHERE.items()]
@@ -49,12 +42,12 @@ def rows() -> Iterator[list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def calm(jobs: Jobs) -> Job:
+def calm(module_jobs: Jobs) -> Job:
     """The undisturbed run; it leaves durable generations behind, and so takes its time."""
-    pace = jobs.directory / "pace"
+    pace = module_jobs.directory / "pace"
     pace.write_text("0.3")
-    flags = [*FLAGS, *_durable(jobs.directory / "durable")]
-    job = jobs.start("calm", launch_flags(2, 0, 1), flags, PACED, extra={"PACE_FILE": str(pace)}).finished()
+    flags = [*FLAGS, *_durable(module_jobs.directory / "durable")]
+    job = module_jobs.start("calm", launch_flags(2, 0, 1), flags, PACED, extra={"PACE_FILE": str(pace)}).finished()
     assert job.events("durable"), "no generation was drained before the end"
     return job
 
@@ -69,10 +62,10 @@ def _row(point: str, role: str, outcome: str, equal: bool) -> dict[str, Any]:
     return {**row, **nothing}
 
 
-def _start(point: str, jobs: Jobs, directory: Path) -> Job:
+def _start(point: str, jobs: Jobs, calm: Job, directory: Path) -> Job:
     flags, spares = list(FLAGS), 1
     if point in RESUMED:
-        flags += [*_durable(jobs.directory / "durable"), "--deadpool-resume", "auto"]
+        flags += [*_durable(calm.run_dir.parent / "durable"), "--deadpool-resume", "auto"]
     if point == "agent.no-room":
         flags += ["--deadpool-host-memory", "2000000"]  # enough for the own shard, too little for a peer's
     if point == "agent.preemption-notice":
@@ -103,7 +96,7 @@ def _arm(point: str, job: Job) -> None:
 def test_a_crash_at_the_start_or_the_end_ends_well_or_with_a_clear_line(
     point: str, jobs: Jobs, calm: Job, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    job = _start(point, jobs, tmp_path)
+    job = _start(point, jobs, calm, tmp_path)
     _arm(point, job)
     if point in SAVED:
         job.kill_node(1)

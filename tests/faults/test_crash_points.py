@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,14 +31,6 @@ SETTINGS = {
     "around": (SOME, AROUND),
     "around-async": (SOME, [*AROUND, "--async-save"]),
 }
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    """All jobs of this module."""
-    jobs = Jobs(tmp_path_factory.mktemp("points"))
-    yield jobs
-    jobs.end()
 
 
 class Calm:
@@ -62,9 +54,9 @@ class Calm:
 
 
 @pytest.fixture(scope="module")
-def calm(jobs: Jobs) -> Calm:
+def calm(module_jobs: Jobs) -> Calm:
     """What to compare with."""
-    return Calm(jobs)
+    return Calm(module_jobs)
 
 
 def run(name: str, cases: Sequence[Case], jobs: Jobs, calm: Calm, iterations: int, more: Sequence[str]) -> Job:

@@ -17,7 +17,6 @@ import pytest
 
 from deadpool_bench.harness.jobs import fork_cli
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.forking import Process
 from deadpool_megatron.jobs.descendants import has_ended
 from flags import tiny_gpt
 from jobs import PACED, Jobs, environment, launch_flags, set_pace, undisturbed
@@ -33,14 +32,6 @@ def small(iterations: int) -> list[str]:
     return [*flags, "--deadpool-hang-floor", "4", "--deadpool-lease", "6"]
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    """All jobs of this module."""
-    jobs = Jobs(tmp_path_factory.mktemp("faults"))
-    yield jobs
-    jobs.end()
-
-
 class Drama:
     """A job with parked spares, and the faults that are done to it.
 
@@ -52,7 +43,7 @@ class Drama:
         set_pace(self._pace, WAITING_S)
         paced = {"PACE_FILE": str(self._pace)}
         self.job = jobs.start(name, launch_flags(nodes, spares, 1), small(iterations), PACED, extra=paced)
-        self.joined: list[Process] = []
+        self.joined: list[subprocess.Popen[bytes]] = []
         self.parked(spares)
 
     def command(self, *command: str) -> str:

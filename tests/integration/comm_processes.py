@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deadpool_bench.harness.forking import fork_module
 from deadpool_megatron.comm import Communicators
 from deadpool_megatron.comm.table import backend_of
-from deadpool_megatron.forking import Process, fork_module
 from jobs import torch_server
 from waiting import until
 
@@ -162,7 +162,7 @@ def run(
         INSTALL=json.dumps(NO_DEADLINES | (install or {})),
         **(env or {}),
     )
-    processes: dict[int, Process] = {}
+    processes: dict[int, subprocess.Popen[bytes]] = {}
     for i in range(world + spares):
         mine = dict(base, ID=str(i), RANK=str(i))
         if i >= world:

@@ -249,13 +249,6 @@ def test_with_preemption_notices_a_command_s_end_is_no_notice(machines: Machines
 # ---- training
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("agents"))
-    yield all_jobs
-    all_jobs.end()
-
-
 @pytest.mark.timeout(300)
 def test_training_under_agents_loses_a_machine_takes_it_back_as_a_spare_and_ends_bitwise_equal(
     machines: Machines, jobs: Jobs

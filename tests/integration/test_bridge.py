@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -66,13 +65,6 @@ RECIPES = {
     ],
     "nemotronh_4b_pretrain_config": [],
 }
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("bridge"))
-    yield all_jobs
-    all_jobs.end()
 
 
 def _start(jobs: Jobs, name: str, overrides: list[str], nodes: int, spares: int, slots: int = 1) -> Job:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,6 @@ from deadpool_megatron.vault import PREFIX, Arena, Version
 from flags import tiny_gpt
 from jobs import EXAMPLE, ROOT, Job, Jobs, alone, assert_same_checkpoint, launch_flags
 from machines import Machines, MachinesJob
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("durable"))
-    yield all_jobs
-    all_jobs.end()
-
 
 ITERATIONS = 24
 SMALL = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
@@ -61,17 +52,17 @@ SAVED = 4
 
 
 @pytest.fixture(scope="module")
-def undisturbed(jobs: Jobs) -> Job:
+def undisturbed(module_jobs: Jobs) -> Job:
     """Saves Megatron's own checkpoints too, so that an exported one can be compared."""
-    save = ["--save", str(jobs.directory / "own"), "--save-interval", "1", "--ckpt-format", "torch_dist"]
-    return jobs.start("undisturbed", launch_flags(2, 0, 1), [*flags(), *save]).finished(300)
+    save = ["--save", str(module_jobs.directory / "own"), "--save-interval", "1", "--ckpt-format", "torch_dist"]
+    return module_jobs.start("undisturbed", launch_flags(2, 0, 1), [*flags(), *save]).finished(300)
 
 
 @pytest.fixture(scope="module")
-def killed(jobs: Jobs) -> Path:
+def killed(module_jobs: Jobs) -> Path:
     """The durable directory of a job of which nothing is left."""
-    store = jobs.directory / "store"
-    job = jobs.start("killed", launch_flags(2, 0, 1), [*flags(), *durable(store, SAVED)], held=True)
+    store = module_jobs.directory / "store"
+    job = module_jobs.start("killed", launch_flags(2, 0, 1), [*flags(), *durable(store, SAVED)], held=True)
     job.hold(2 * SAVED + 2)
     until_durable(job, SAVED)
     job.kill_everything()
@@ -174,7 +165,7 @@ def _global_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_an_exported_generation_is_the_checkpoint_megatron_itself_saves_and_loads_at_another_layout(
     jobs: Jobs, undisturbed: Job, killed: Path, tmp_path: Path
 ) -> None:
-    exported, own = tmp_path / "exported", jobs.directory / "own"
+    exported, own = tmp_path / "exported", undisturbed.run_dir.parent / "own"
     # A generation that a busy machine skips is not drained, the next one is.
     generation = int(max(killed.glob("*/manifest.json")).parent.name.split("-")[1])
     command = [sys.executable, "-m", "deadpool_megatron.cli", "export", "--durable-dir", str(killed)]

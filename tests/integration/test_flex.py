@@ -6,7 +6,6 @@ the loss finds its neighbour further on, about to launch a kernel alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,13 +78,6 @@ def _extra(name: str) -> dict[str, str]:
     if "pages" in name:
         extra |= {"DEADPOOL_EMULATED_CUBLASLT": "130300", "NVTE_CUTEDSL_FUSED_GROUPED_MLP": "1"}
     return extra
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("flex"))
-    yield all_jobs
-    all_jobs.end()
 
 
 @pytest.mark.timeout(300)

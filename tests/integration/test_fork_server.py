@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,15 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deadpool_bench.harness import forking
+from deadpool_bench.harness.forking import FORK_SERVER
+from deadpool_megatron.cluster.agent import workers
 from deadpool_megatron.cluster.agent.pulse import shared_page
 from deadpool_megatron.cluster.agent.workers import (
     PARENT_PID,
     STACKS_FILE,
-    WORKER_MODULE,
     Worker,
     start_worker,
 )
-from deadpool_megatron.forking import FORK_SERVER
 from deadpool_megatron.jobs.descendants import Descendants
 from jobs import environment
 
@@ -39,7 +41,7 @@ def start(directory: Path, ending: str, environment: Mapping[str, str]) -> Worke
     script = directory / "script.py"
     script.write_text(SCRIPT)
     env = {**environment, STACKS_FILE: str(directory / "stacks")}
-    command = [sys.executable, "-m", WORKER_MODULE, str(script), ending]
+    command = [sys.executable, "-m", "deadpool_megatron.worker", str(script), ending]
     shared = shared_page("muster")
     try:
         return start_worker(command, env, 0, None, directory / "log", shared)
@@ -51,8 +53,13 @@ def start(directory: Path, ending: str, environment: Mapping[str, str]) -> Worke
     ("ending", "code"),
     [("sys.exit(7)", 7), ("os.kill(os.getpid(), signal.SIGSEGV)", -signal.SIGSEGV), ("1 / 0", 1), ("", 0)],
 )
-def test_the_agent_learns_how_a_forked_worker_ended(tmp_path: Path, ending: str, code: int) -> None:
+def test_the_agent_learns_how_a_forked_worker_ended(
+    tmp_path: Path, ending: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "start_process", forking._start_worker)
     worker = start(tmp_path, ending, environment({"A_WORD": "of its own"}, forked=True))
+    select.select([worker.pidfd], [], [])
+    os.close(os.pidfd_open(worker.pid))  # nobody has waited for it, so its id is its own
     assert worker.process.wait() == code and worker.process.poll() == code
     lines = (tmp_path / "log").read_text().splitlines()
     found = json.loads(lines[0])
@@ -66,6 +73,7 @@ def test_a_forked_worker_is_found_by_the_word_in_its_environment_and_ends_with_i
     descendants = Descendants()
     code = f"""\
 import signal, test_fork_server as t
+t.forking.install()
 worker = t.start(t.Path({str(tmp_path)!r}), 'signal.pause()', t.os.environ)
 signal.pause()
 """

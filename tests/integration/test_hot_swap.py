@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,13 +31,6 @@ from jobs import (
 
 # 4 microbatches a rank: 4 forward and 4 backward passes an iteration.
 FIRST_TICK, STEADY_TICK, LAST_TICK = 1, 4, 8
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("hot-swap"))
-    yield all_jobs
-    all_jobs.end()
 
 
 def _armed_kills(job: Job, *kills: tuple[int, int, int], until: int | None = None) -> dict[int, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from flags import tiny_gpt
@@ -30,13 +28,6 @@ _KINDS = {
     "lion-sharded": (2, ["--bf16", *_SHARDED, "--optimizer", "lion"]),
 }
 _IN_EVERY_CI = "bf16-replicated"
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("optimizers"))
-    yield all_jobs
-    all_jobs.end()
 
 
 def _flags(own: list[str]) -> list[str]:

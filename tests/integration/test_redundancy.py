@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from deadpool_megatron.cluster.records.exits import Exit
@@ -12,13 +10,6 @@ from jobs import Job, Jobs, launch_flags, undisturbed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 ITERATIONS = 7
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("redundancy"))
-    yield all_jobs
-    all_jobs.end()
 
 
 def _flags(nodes: int, redundancy: str, *more: str) -> list[str]:

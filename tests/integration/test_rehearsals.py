@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,13 +11,6 @@ from flags import duo_gpt, tiny_gpt
 from jobs import Job, Jobs, assert_same_training, launch_flags, undisturbed
 
 ITERATIONS = 8
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("rehearsals"))
-    yield all_jobs
-    all_jobs.end()
 
 
 def _rehearsed(job: Job) -> dict[int, list[int]]:

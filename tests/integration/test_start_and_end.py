@@ -26,14 +26,10 @@ def _evaluations(job: Job) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
+def saved(module_jobs: Jobs) -> tuple[Job, Path]:
     """The run in which nothing happens, and where it has saved."""
-    jobs = Jobs(tmp_path_factory.mktemp("calm"))
-    save = jobs.directory / "save"
-    try:
-        return jobs.start("calm", launch_flags(2, 0, 1), [*FLAGS, *_AFTER, "--save", str(save)]).finished(), save
-    finally:
-        jobs.end()
+    save = module_jobs.directory / "save"
+    return module_jobs.start("calm", launch_flags(2, 0, 1), [*FLAGS, *_AFTER, "--save", str(save)]).finished(), save
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ one after the other, and each role is taken over by a spare. The run ends bit fo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -137,13 +136,6 @@ _COPIES = re.compile(r"copies ([\d,]+) bytes of unique state a generation, in \d
 _BLACKWELL = {"DEADPOOL_EMULATED_CAPABILITY": "10.0"}
 _OLD_OFFLOADING = {"NVTE_CPU_OFFLOAD_V1": "1"}  # Megatron wants it for offloading of its own
 _GROUPED_MLP = {"NVTE_CUTEDSL_FUSED_GROUPED_MLP": "1"}  # without it Megatron refuses experts with the operation fuser
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("transformer-engine"))
-    yield all_jobs
-    all_jobs.end()
 
 
 @pytest.mark.timeout(300)

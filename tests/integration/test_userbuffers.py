@@ -5,8 +5,6 @@ Survivors keep their buffers, spares make their own. Two processes of a node, or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from deadpool_megatron.cluster.records.exits import Exit
@@ -62,13 +60,6 @@ _SETTINGS = {
     "FP8": "{proj_fprop: {method: pipeline, fp8_buf: true}, fc2_fprop: {method: pipeline, fp8_buf: true}}",
 }
 _OTHER_MODELS = ROOT / "tests" / "pretrain_other_models.py"
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("userbuffers"))
-    yield all_jobs
-    all_jobs.end()
 
 
 def _flags(name: str, jobs: Jobs) -> list[str]:

@@ -472,15 +472,12 @@ class SimulatedShards(Shards):
         *args: Any,
     ) -> None:
         if self._host.cluster.constants:
-            others = [vault.host for node, vault in vaults.items() if node != self.node]
-            search = Search(places, self._host.world.now, others)
-            if self.vault.arena(constants_of(rank), "own") is not None:
-                search.widen()
-            self._search(search, epoch, rank, partial(then, *args))
+            search = self._search(rank, places, vaults, lambda vault: vault.host, self._host.world.now)
+            self._look(search, epoch, rank, partial(then, *args))
         else:
             self._host.later(0.001, 0.01, then, *args)
 
-    def _search(self, search: Search[str], epoch: int, rank: int, then: Callable[[], None]) -> None:
+    def _look(self, search: Search[str], epoch: int, rank: int, then: Callable[[], None]) -> None:
         pause = search.pause(self._host.world.now)
         if pause is None:
             if self.durable_constants is not None:
@@ -504,7 +501,7 @@ class SimulatedShards(Shards):
             else:
                 then()
                 return
-        self._search(search, epoch, rank, then)
+        self._look(search, epoch, rank, then)
 
     def _bring(self, giver: Host, holder: int, epoch: int) -> None:
         if epoch < self.vault.epoch:

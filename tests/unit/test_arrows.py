@@ -24,7 +24,7 @@ BELOW = {
     },
     "cluster.agent": {
         *("cluster.placement", "cluster.records", "cluster.link", "cluster.store", "cluster.notices"),
-        *("config", "durable", "vault", "observe", "output", "points", "forking"),
+        *("config", "durable", "vault", "observe", "output", "points"),
     },
     "vault": {"points"},
     "durable": {"vault"},
@@ -33,8 +33,7 @@ BELOW = {
     "recovery": {"comm", "vault", "output", "points", "cluster.records"},
     "observe": {"", "cluster.records", "options", "output"},
     "output": set[str](),
-    "forking": set[str](),
-    "jobs": {"forking", "observe"},
+    "jobs": {"observe"},
     "options": set[str](),
     "points": set[str](),
     "yaml_file": set[str](),

@@ -42,7 +42,7 @@ def test_no_bench_and_no_equipment_of_tests_is_installed(installed: Path) -> Non
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"deadpool_megatron"}
     modules = {path.relative_to(installed) for path in installed.rglob("*.py") if "examples" not in path.parts}
     assert modules == {path.relative_to(ROOT) for path in (ROOT / "deadpool_megatron").rglob("*.py")}
-    benches = {"bench", "harness", "baselines", "gpu_kit", "control_plane", "fork_server.py", "timed.py", "kills.py"}
+    benches = {"bench", "harness", "baselines", "gpu_kit", "control_plane", "forking.py", "timed.py", "kills.py"}
     assert not [path for path in modules if benches & set(path.parts)]
 
 

@@ -142,7 +142,7 @@ class Shards:
     ) -> None:
         self.node = node
         self._secret = secret
-        self.leftovers = clean_leftovers(directory)
+        clean_leftovers(directory)
         self.vault = Vault(job_id, node, directory, limit_bytes=host_memory)
         parity = scheme is not None and not scheme.mirror
         self.stripes = Stripes(scheme.k, scheme.m, self.vault.chunk_bytes) if scheme is not None and parity else None
@@ -422,15 +422,9 @@ class Shards:
         """Blocks. Where no vault and no durable directory gives them, the rank has none, or its worker has to have them
         from a replica.
 
-        Where memory for them is here, the rank has some: then all vaults are asked. A node that was to keep them may
-        not have had them yet, and one that has left its coordinates still does.
-
         Raises VaultFull.
         """
-        others = _places([vault for node, vault in vaults.items() if node != self.node])
-        search = Search(places, time.monotonic(), others)
-        if self.vault.arena(constants_of(rank), "own") is not None:
-            search.widen()
+        search = self._search(rank, places, vaults, _place, time.monotonic())
         while (pause := search.pause(time.monotonic())) is not None:
             time.sleep(pause)
             for place in list(search.left):
@@ -448,6 +442,23 @@ class Shards:
                     search.widen()
         if self.durable_constants is not None:
             self.durable_constants(rank, epoch)
+
+    def _search[Place](
+        self,
+        rank: int,
+        places: Sequence[Place],
+        vaults: Mapping[int, r.Address],
+        place_of: Callable[[r.Address], Place],
+        now: float,
+    ) -> Search[Place]:
+        """For constants: where memory for them is here, the rank has some, and all vaults are asked.
+
+        A node that was to keep them may not have had them yet, and one that has left its coordinates still does.
+        """
+        search = Search(places, now, [place_of(vault) for node, vault in vaults.items() if node != self.node])
+        if self.vault.arena(constants_of(rank), "own") is not None:
+            search.widen()
+        return search
 
     def close(self) -> None:
         """Stop all threads and free the memory."""
@@ -475,8 +486,12 @@ def _patiently[Place](places: Sequence[Place], ask: Callable[[Sequence[Place]], 
         time.sleep(pause)
 
 
+def _place(of: r.Address | Target) -> _Place:
+    return of.host, of.port
+
+
 def _places(those: Iterable[r.Address | Target]) -> list[_Place]:
-    return [(each.host, each.port) for each in those]
+    return [_place(each) for each in those]
 
 
 def _piece(share: r.Share, generation: int, at: r.Address) -> Piece:

@@ -15,13 +15,10 @@ from typing import BinaryIO, Protocol
 
 import msgspec
 
-from deadpool_megatron import forking
 from deadpool_megatron.cluster import notices
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.pulse import PULSE_FD, PulsePage
-from deadpool_megatron.forking import FORK_SERVER, fork_module, open_pidfd
 
-WORKER_MODULE = "deadpool_megatron.worker"  # python -m
 CONTROL_FD = "DEADPOOL_CONTROL_FD"
 DOORBELL_FD = "DEADPOOL_DOORBELL_FD"
 MUSTER_FD = "DEADPOOL_MUSTER_FD"  # memory that all workers of a node share
@@ -131,33 +128,26 @@ def start_worker(
     env = dict(environment)
     env[PARENT_PID] = str(os.getpid())
     descriptors = {PULSE_FD: page.fd, CONTROL_FD: theirs.fileno(), DOORBELL_FD: doorbell, MUSTER_FD: muster}
-    process: forking.Process
     with _output(log) as out:
-        if server := env.get(FORK_SERVER):
-            arguments = command[command.index(WORKER_MODULE) + 1 :]
-            process = fork_module(
-                server,
-                WORKER_MODULE,
-                arguments,
-                env,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                descriptors=descriptors,
-                death_signal=signal.SIGKILL,
-            )
-        else:
-            with notices.held():
-                process = subprocess.Popen(
-                    list(command),
-                    env=env | {name: str(fd) for name, fd in descriptors.items()},
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=tuple(descriptors.values()),
-                    start_new_session=True,
-                )
+        process = start_process(command, env, descriptors, out)
     theirs.close()
-    return Worker(local, process, open_pidfd(process), ours, doorbell, rank, page)
+    return Worker(local, process, os.pidfd_open(process.pid), ours, doorbell, rank, page)
+
+
+def start_process(
+    command: Sequence[str], environment: Mapping[str, str], descriptors: Mapping[str, int], out: BinaryIO
+) -> subprocess.Popen[bytes]:
+    """Start a worker's process, which finds the number of each of ``descriptors`` in a variable of its environment."""
+    with notices.held():
+        return subprocess.Popen(
+            command,
+            env={**environment, **{name: str(fd) for name, fd in descriptors.items()}},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            pass_fds=tuple(descriptors.values()),
+            start_new_session=True,
+        )
 
 
 def _output(log: Path) -> BinaryIO:

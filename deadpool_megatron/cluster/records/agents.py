@@ -6,16 +6,20 @@ from typing import Final, Literal
 
 import msgspec
 
-from deadpool_megatron.cluster.records.durability import (
-    GenerationSealed,
-    PreemptionNotice,
-    ShardsDrained,
-    ShardsLoaded,
+from deadpool_megatron.cluster.records.durability import DurableReport
+from deadpool_megatron.cluster.records.values import (
+    CoordinateInfo,
+    Fault,
+    OfNode,
+    OfNodeInEpoch,
+    OfRank,
+    Record,
+    SideEffectKind,
+    Stall,
 )
-from deadpool_megatron.cluster.records.values import CoordinateInfo, Fault, Record, SideEffectKind, Stall
 
 
-class Join(Record, frozen=True):
+class Join(OfNode, frozen=True):
     """An agent is up, its vault listens and its workers are started.
 
     Told again whenever the connection to the coordinator comes back: ``epoch`` is the one the agent stands in and
@@ -25,7 +29,6 @@ class Join(Record, frozen=True):
     newest of this epoch that a rank here has told; -1: none. ``name``: of the node, for people.
     """
 
-    node: int
     pid: int
     host: str
     vault_port: int
@@ -39,26 +42,23 @@ class Join(Record, frozen=True):
     name: str = ""
 
 
-class WorkerReady(Record, frozen=True):
+class WorkerReady(OfNode, frozen=True):
     """A worker has imported everything; on a spare node it is parked now."""
 
-    node: int
     local: int
     pid: int
 
 
-class Rehearsed(Record, frozen=True):
+class Rehearsed(OfNode, frozen=True):
     """The coordinates that a spare node has set up ahead of time. ``why``: one of them is not, or not any more."""
 
-    node: int
     ranks: list[int]
     why: str = ""
 
 
-class Registered(Record, frozen=True):
+class Registered(OfNode, frozen=True):
     """A coordinate has built its model and is about to train."""
 
-    node: int
     local: int
     coordinate: CoordinateInfo
     unique_bytes: int
@@ -73,13 +73,12 @@ class Registered(Record, frozen=True):
     """It may wait for other nodes where nothing frees it but its end: a recovery needs another process."""
 
 
-class WorkerExited(Record, frozen=True):
+class WorkerExited(OfNode, frozen=True):
     """A worker process ended: ``code`` as from waitpid, negative for a signal. ``epoch``: that of its agent.
 
     ``log``: path of its log on its node; ``words``: the lines of it that say why, where it ended with an error.
     """
 
-    node: int
     local: int
     rank: int | None
     pid: int
@@ -89,14 +88,13 @@ class WorkerExited(Record, frozen=True):
     words: list[str] = msgspec.field(default_factory=list)
 
 
-class WorkerFailed(Record, frozen=True):
+class WorkerFailed(OfNode, frozen=True):
     """A worker ends because of an exception of its own (not of a lost peer).
 
     ``epoch``: the one it trained in. ``code``: with which the job ends at once; 0: as recoveries decide. ``kind``: the
     exception's type; ``place``: the line of code that raised it. ``communication``: a lost peer may have caused it.
     """
 
-    node: int
     local: int
     rank: int | None
     phase: Literal["setup", "training", "tail"]
@@ -110,16 +108,14 @@ class WorkerFailed(Record, frozen=True):
     communication: bool = False
 
 
-class PeerError(Record, frozen=True):
+class PeerError(OfNodeInEpoch, frozen=True):
     """A survivor saw a communication error: a hint that a peer is gone, never proof."""
 
-    epoch: int
-    node: int
     rank: int
     text: str
 
 
-class Offer(Record, frozen=True):
+class Offer(OfNodeInEpoch, frozen=True):
     """All workers of a node have left their step; what the node can give, by rank.
 
     ``live`` are generations, ``own`` and ``peer`` versions (epoch, generation) complete in the node's vault; so are
@@ -128,8 +124,6 @@ class Offer(Record, frozen=True):
     was computed.
     """
 
-    epoch: int
-    node: int
     live: dict[int, int | None]
     own: dict[int, list[tuple[int, int]]]
     peer: dict[int, list[tuple[int, int]]]
@@ -138,32 +132,21 @@ class Offer(Record, frozen=True):
     live_epochs: dict[int, int] = msgspec.field(default_factory=dict)
 
 
-class NodeArrived(Record, frozen=True):
+class NodeArrived(OfNodeInEpoch, frozen=True):
     """The workers that took over coordinates on this node can form their groups now."""
 
-    epoch: int
-    node: int
 
-
-class Behind(Record, frozen=True):
+class Behind(OfNodeInEpoch, frozen=True):
     """The agent does not hold what a `Changed` was a change of: it needs the whole."""
 
-    epoch: int
-    node: int
 
-
-class NodeReady(Record, frozen=True):
+class NodeReady(OfNodeInEpoch, frozen=True):
     """All workers of a node hold the agreed generation and wait for the groups of the epoch."""
 
-    epoch: int
-    node: int
 
-
-class NodeFormed(Record, frozen=True):
+class NodeFormed(OfNodeInEpoch, frozen=True):
     """All workers of a node have re-formed their groups."""
 
-    epoch: int
-    node: int
     groups: int
     """Of one rank."""
     changed: int = 0
@@ -172,18 +155,13 @@ class NodeFormed(Record, frozen=True):
     """All groups, summed over the node's ranks."""
 
 
-class NodeRestored(Record, frozen=True):
+class NodeRestored(OfNodeInEpoch, frozen=True):
     """All workers of a node have the complete state of the agreed generation, 16-bit parameters included."""
 
-    epoch: int
-    node: int
 
-
-class NodeResumed(Record, frozen=True):
+class NodeResumed(OfNodeInEpoch, frozen=True):
     """All workers of a node run again."""
 
-    epoch: int
-    node: int
     iteration: int
 
 
@@ -197,47 +175,40 @@ STEPS: Final[dict[type, str]] = {
 }
 
 
-class Committed(Record, frozen=True):
+class Committed(OfNodeInEpoch, frozen=True):
     """Every coordinate of the node has committed this generation (own vault and peer vault complete).
 
     ``apart``: they have not, and cannot: one has committed this generation, which another one has skipped.
     """
 
-    epoch: int
-    node: int
     generation: int
     apart: bool = False
 
 
-class Covered(Record, frozen=True):
+class Covered(OfNodeInEpoch, frozen=True):
     """The shards of a node's coordinates of the generation that is kept are complete wherever they belong."""
 
-    epoch: int
-    node: int
     generation: int
 
 
-class NoRoom(Record, frozen=True):
+class NoRoom(OfNode, frozen=True):
     """The memory that the placement wants on this node is not there; one line for the user."""
 
-    node: int
     message: str
 
 
-class Refusals(Record, frozen=True):
+class Refusals(OfNode, frozen=True):
     """How much the node's vault and agent have refused so far, by reason."""
 
-    node: int
     counts: dict[str, int]
 
 
-class VaultMemory(Record, frozen=True):
+class VaultMemory(OfNode, frozen=True):
     """All memory of the node's vault is taken: its bytes, and how many of them are in huge pages.
 
     ``numa_nodes``: of the machine; with one there is nothing to choose. ``transport``: tcp or nixl, ``why`` for people.
     """
 
-    node: int
     nbytes: int
     huge_bytes: int
     numa_nodes: int = 1
@@ -245,17 +216,15 @@ class VaultMemory(Record, frozen=True):
     why: str = ""
 
 
-class DamagedCopy(Record, frozen=True):
+class DamagedCopy(OfNodeInEpoch, frozen=True):
     """A copy in the node's vault has changed in memory. ``holder`` is a rank, or for parity a word."""
 
-    epoch: int
-    node: int
     holder: int
     kind: Literal["own", "peer", "parity"]
     generation: int
 
 
-class Iteration(Record, frozen=True):
+class Iteration(OfRank, frozen=True):
     """The coordinate that knows the loss has finished an iteration.
 
     ``losses`` are hexadecimal floats (exact); ``blocked_s`` is the time this rank's training thread spent in
@@ -264,10 +233,6 @@ class Iteration(Record, frozen=True):
     second while it was sending, the agent adds.
     """
 
-    node: int
-    rank: int
-    epoch: int
-    iteration: int
     losses: dict[str, str]
     grad_norm: str | None
     seconds: float
@@ -282,7 +247,7 @@ class Iteration(Record, frozen=True):
     send_bandwidth: float = 0.0
 
 
-class FetchFailed(Record, frozen=True):
+class FetchFailed(OfNodeInEpoch, frozen=True):
     """The shard of a lost coordinate could not be had from the source that was named.
 
     ``version_epoch``: the version's; -1 where any version of the generation may be meant. ``own``: the fault is the
@@ -291,8 +256,6 @@ class FetchFailed(Record, frozen=True):
     rank whose part it is, or the word whose parity; -1: a whole copy.
     """
 
-    epoch: int
-    node: int
     rank: int
     source: int
     generation: int
@@ -303,72 +266,57 @@ class FetchFailed(Record, frozen=True):
     share: int = -1
 
 
-class Finished(Record, frozen=True):
+class Finished(OfNodeInEpoch, frozen=True):
     """All workers of a node have finished training."""
 
-    epoch: int
-    node: int
 
-
-class StateHash(Record, frozen=True):
+class StateHash(OfNode, frozen=True):
     """SHA-256 digests of one coordinate's state at the end, by part."""
 
-    node: int
     rank: int
     digests: dict[str, str]
 
 
-class Saved(Record, frozen=True):
+class Saved(OfNodeInEpoch, frozen=True):
     """All workers of a node have written Megatron's checkpoint of the agreed generation."""
 
-    epoch: int
-    node: int
     iteration: int
     directory: str
 
 
-class Stalled(Record, frozen=True):
+class Stalled(OfNodeInEpoch, frozen=True):
     """A worker has made no progress for ``seconds``, far longer than its own pace explains.
 
     ``state``: "waiting" inside a communication, for somebody else; "busy" in code of its own; "silent" when not even
     its watcher thread answers (stopped, or stuck in a call that holds the interpreter).
     """
 
-    epoch: int
-    node: int
     rank: int
     iteration: int
     seconds: float
     state: Stall
 
 
-class Pace(Record, frozen=True):
+class Pace(OfNode, frozen=True):
     """Seconds a microbatch's forward pass took of late, mean by rank of the node."""
 
-    node: int
     iteration: int
     forward_s: dict[int, float]
 
 
-class NodeHeld(Record, frozen=True):
+class NodeHeld(OfNodeInEpoch, frozen=True):
     """All workers of a node wait at the start of ``iteration`` with its generation in the own vault.
 
     ``missed``: at least one was past it already.
     """
 
-    epoch: int
-    node: int
     iteration: int
     missed: bool
 
 
-class SideEffect(Record, frozen=True):
+class SideEffect(OfRank, frozen=True):
     """What is to be done once for an iteration has been done: a line of the log, an evaluation, a checkpoint."""
 
-    node: int
-    rank: int
-    epoch: int
-    iteration: int
     act: SideEffectKind
 
 
@@ -379,16 +327,12 @@ class Unlike(Record, frozen=True):
     ranks: list[int]
 
 
-class Compared(Record, frozen=True):
+class Compared(OfRank, frozen=True):
     """All ranks have compared what they must hold alike, after a recovery or because it was time to.
 
     ``unlike``: what differed; ``equal``: nothing does any more. Rank 0 tells, and every rank that was unlike others.
     """
 
-    node: int
-    rank: int
-    epoch: int
-    iteration: int
     seconds: float
     unlike: list[Unlike]
     equal: bool
@@ -415,10 +359,8 @@ class Enlist(Record, frozen=True):
     flags: list[str]
 
 
-class Drain(Record, frozen=True):
+class Drain(OfNode, frozen=True):
     """`deadpool drain` asks that a node's coordinates move to a spare at the next step boundary."""
-
-    node: int
 
 
 class AddSpare(Record, frozen=True):
@@ -427,43 +369,10 @@ class AddSpare(Record, frozen=True):
     host: str
 
 
-AgentRecord = (
-    Join
-    | WorkerReady
-    | Rehearsed
-    | Registered
-    | WorkerExited
-    | WorkerFailed
-    | PeerError
-    | Offer
-    | Behind
-    | NodeArrived
-    | NodeReady
-    | NodeFormed
-    | NodeRestored
-    | NodeResumed
-    | Committed
-    | Covered
-    | DamagedCopy
-    | NoRoom
-    | Refusals
-    | VaultMemory
-    | Iteration
-    | FetchFailed
-    | Finished
-    | StateHash
-    | Saved
-    | Inject
-    | Enlist
-    | ShardsDrained
-    | GenerationSealed
-    | ShardsLoaded
-    | PreemptionNotice
-    | Drain
-    | AddSpare
-    | Stalled
-    | Pace
-    | NodeHeld
-    | SideEffect
-    | Compared
-)
+WorkerNews = WorkerReady | Rehearsed | Registered | WorkerExited | WorkerFailed | PeerError
+RecoveryNews = Offer | Behind | NodeArrived | NodeReady | NodeFormed | NodeRestored | NodeResumed
+VaultNews = Committed | Covered | DamagedCopy | NoRoom | Refusals | VaultMemory
+TrainingNews = Iteration | FetchFailed | Finished | StateHash | Saved
+CommandRequest = Inject | Enlist | Drain | AddSpare
+Observation = Stalled | Pace | NodeHeld | SideEffect | Compared
+AgentRecord = Join | WorkerNews | RecoveryNews | VaultNews | TrainingNews | DurableReport | CommandRequest | Observation

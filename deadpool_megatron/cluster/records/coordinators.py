@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
-from deadpool_megatron.cluster.records.durability import (
-    DrainShards,
-    GiveUpDrain,
-    LoadShards,
-    ResumeAt,
-    SealGeneration,
-)
+from deadpool_megatron.cluster.records.durability import DurableOrder
 from deadpool_megatron.cluster.records.values import (
     Address,
     Fault,
+    OfEpoch,
+    OfNode,
     Purpose,
     Record,
     Share,
@@ -23,25 +19,23 @@ from deadpool_megatron.cluster.records.values import (
 )
 
 
-class Roster(Record, frozen=True):
+class Roster(OfEpoch, frozen=True):
     """The job is complete: the assignment by rank (left out of the first one, of epoch 0) and the vault addresses.
 
     ``anew``: a node was lost before there was anything to go on from, so workers that have a coordinate, or had one,
     end, and those of the assignment begin the script from its first line.
     """
 
-    epoch: int
     assignment: list[SlotAddress]
     vaults: dict[int, Address]
     version: int = 0
     anew: bool = False
 
 
-class Placement(Record, frozen=True):
+class Placement(OfEpoch, frozen=True):
     """Every coordinate has built its model: the protection groups of nodes (see `cluster.placement.redundancy`), and by
     rank the bytes of unique state and the room for small state of its shard."""
 
-    epoch: int
     groups: list[list[int]]
     unique_bytes: list[int]
     small_capacity: list[int]
@@ -54,10 +48,9 @@ class Departed(Record, frozen=True):
     nodes: list[int]
 
 
-class Declare(Record, frozen=True):
+class Declare(OfEpoch, frozen=True):
     """Epoch ``epoch`` begins; every communicator of an older one is dead."""
 
-    epoch: int
     purpose: Purpose
     reason: str
     lost_nodes: list[int]
@@ -73,13 +66,12 @@ class Declare(Record, frozen=True):
     """Of the tables (see `cluster.records.tables`)."""
 
 
-class Changed(Record, frozen=True):
+class Changed(OfEpoch, frozen=True):
     """`Declare` for who holds the tables of version ``base``: what is different in those of ``version``.
 
     ``moved`` and ``vaults`` by rank and node, ``gone`` nodes without a vault now, ``groups`` by index.
     """
 
-    epoch: int
     purpose: Purpose
     reason: str
     lost_nodes: list[int]
@@ -93,7 +85,7 @@ class Changed(Record, frozen=True):
     rendezvous: Address | None = None
 
 
-class Agree(Record, frozen=True):
+class Agree(OfEpoch, frozen=True):
     """The generation to go on from and, by rank that does not hold it, where its shard comes from.
 
     ``rebuilds``: by rank of which no whole copy is left, for each part of its shard the shares to rebuild it from.
@@ -102,7 +94,6 @@ class Agree(Record, frozen=True):
     ``held``: every shard of it is in some vault, so it may be kept in the place of what was committed last.
     """
 
-    epoch: int
     generation: int
     sources: dict[int, Source]
     done: dict[SideEffectKind, int]
@@ -111,28 +102,23 @@ class Agree(Record, frozen=True):
     held: bool = True
 
 
-class Form(Record, frozen=True):
+class Form(OfEpoch, frozen=True):
     """Every rank has arrived: form the groups of this epoch, while state is brought and restored."""
 
-    epoch: int
 
-
-class CommittedTo(Record, frozen=True):
+class CommittedTo(OfEpoch, frozen=True):
     """What the vaults keep: the newest version the whole job has committed, and the floor of the current epoch.
 
     ``kept`` is (epoch, generation), None before the first commit; nothing below generation ``floor`` but ``kept``
     will ever be committed in this epoch (see `vault.discipline`).
     """
 
-    epoch: int
     kept: tuple[int, int] | None
     floor: int
 
 
-class AllFinished(Record, frozen=True):
+class AllFinished(OfEpoch, frozen=True):
     """Every coordinate has finished training; what follows in the script may run."""
-
-    epoch: int
 
 
 class Stop(Record, frozen=True):
@@ -160,10 +146,9 @@ class Rehearse(Record, frozen=True):
     ranks: dict[int, int]
 
 
-class Hold(Record, frozen=True):
+class Hold(OfEpoch, frozen=True):
     """Every worker waits at the start of ``iteration`` for the next epoch: a planned move."""
 
-    epoch: int
     iteration: int
 
 
@@ -171,10 +156,9 @@ class ExitNotice(Record, frozen=True):
     """The machines are wanted soon: what Megatron does on its exit signal is to be done now."""
 
 
-class EndStuck(Record, frozen=True):
+class EndStuck(OfEpoch, frozen=True):
     """A worker is stuck: keep its stack traces, then end it."""
 
-    epoch: int
     rank: int
 
 
@@ -188,13 +172,12 @@ class InjectReply(Record, frozen=True):
     later: bool = False
 
 
-class Enlisted(Record, frozen=True):
+class Enlisted(OfNode, frozen=True):
     """The answer to `Enlist`: the node's number, the job's name, the port of the rendezvous store.
 
     ``error`` is empty, or says in one line why there is no place for this agent.
     """
 
-    node: int
     job_id: str
     store_port: int
     error: str
@@ -207,29 +190,9 @@ class SpareAdded(Record, frozen=True):
     node: int
 
 
-CoordinatorRecord = (
-    Roster
-    | Placement
-    | Departed
-    | Declare
-    | Changed
-    | Agree
-    | Form
-    | CommittedTo
-    | AllFinished
-    | Stop
-    | Arm
-    | InjectReply
-    | Enlisted
-    | DrainShards
-    | SealGeneration
-    | GiveUpDrain
-    | LoadShards
-    | ResumeAt
-    | Respawn
-    | Rehearse
-    | Hold
-    | ExitNotice
-    | EndStuck
-    | SpareAdded
-)
+MembershipOrder = Roster | Placement | Departed
+RecoveryOrder = Declare | Changed | Agree | Form | CommittedTo
+JobOrder = AllFinished | Stop | Arm
+NodeOrder = Respawn | Rehearse | Hold | ExitNotice | EndStuck
+CommandReply = InjectReply | Enlisted
+CoordinatorRecord = MembershipOrder | RecoveryOrder | JobOrder | CommandReply | DurableOrder | NodeOrder | SpareAdded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from deadpool_megatron.cluster.records.values import CoordinateInfo, Record
+from deadpool_megatron.cluster.records.values import CoordinateInfo, OfNode, Record
 from deadpool_megatron.durable import ShardFile
 
 # ---- coordinator -> agents
@@ -54,42 +54,41 @@ class ResumeAt(Record, frozen=True):
     generation: int
 
 
+DurableOrder = DrainShards | SealGeneration | GiveUpDrain | LoadShards | ResumeAt
+
 # ---- agent -> coordinator
 
 
-class ShardsDrained(Record, frozen=True):
+class ShardsDrained(OfNode, frozen=True):
     """A node's part of a drain has ended; ``error`` is empty when all of its shards are written."""
 
-    node: int
     name: str
     shards: list[ShardFile]
     error: str
 
 
-class GenerationSealed(Record, frozen=True):
+class GenerationSealed(OfNode, frozen=True):
     """The manifest is written, or is not (``error``; ``unsure``: it may be); ``problems`` are lesser ones."""
 
-    node: int
     name: str
     error: str
     problems: list[str]
     unsure: bool = False
 
 
-class ShardsLoaded(Record, frozen=True):
+class ShardsLoaded(OfNode, frozen=True):
     """A node has its shards of a durable generation in its vault, or could not read them (``error``)."""
 
-    node: int
     name: str
     error: str
     epoch: int = 0
 
 
-class PreemptionNotice(Record, frozen=True):
+class PreemptionNotice(OfNode, frozen=True):
     """This node was told (SIGTERM) that the job has to leave the machine soon."""
 
-    node: int
 
+DurableReport = ShardsDrained | GenerationSealed | ShardsLoaded | PreemptionNotice
 
 # ---- worker -> agent
 

@@ -18,6 +18,32 @@ class Record(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """A message: told from the others by its name."""
 
 
+class OfNode(Record, frozen=True):
+    """What a node says of itself, or is asked for."""
+
+    node: int
+
+
+class OfEpoch(Record, frozen=True):
+    """What counts in one epoch only."""
+
+    epoch: int
+
+
+class OfNodeInEpoch(OfEpoch, frozen=True):
+    """What a node says in one epoch."""
+
+    node: int
+
+
+class OfRank(OfNode, frozen=True):
+    """What a coordinate says of an iteration."""
+
+    rank: int
+    epoch: int
+    iteration: int
+
+
 class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A part of a message. Those of which there is one for each rank are not looked at by the collector."""
 

@@ -13,7 +13,7 @@ from deadpool_megatron.cluster.records.agents import (
 )
 from deadpool_megatron.cluster.records.coordinators import AllFinished, Arm, Declare, ExitNotice, Form, Hold, Stop
 from deadpool_megatron.cluster.records.durability import Described
-from deadpool_megatron.cluster.records.values import Record, SideEffectKind, Step
+from deadpool_megatron.cluster.records.values import OfEpoch, Record, SideEffectKind, Step
 
 
 class WorkerStep(Record, frozen=True):
@@ -37,22 +37,20 @@ class ArenaRequest(Record, frozen=True):
     numa: int = -1
 
 
-class Arrived(Record, frozen=True):
+class Arrived(OfEpoch, frozen=True):
     """A worker's training thread has left its step. ``live`` is the generation its live state is, None when torn.
 
     ``live_epoch``: in which that state was computed.
     """
 
-    epoch: int
     rank: int
     live: int | None
     live_epoch: int = 0
 
 
-class ShardReady(Record, frozen=True):
+class ShardReady(OfEpoch, frozen=True):
     """A worker has saved the checkpoint of the agreed generation."""
 
-    epoch: int
     iteration: int
     directory: str
 
@@ -63,10 +61,9 @@ class Leaving(Record, frozen=True):
     code: int
 
 
-class Held(Record, frozen=True):
+class Held(OfEpoch, frozen=True):
     """A worker waits at the start of ``iteration``, its generation in the vault; ``missed``: it was past it."""
 
-    epoch: int
     iteration: int
     missed: bool
 
@@ -78,33 +75,18 @@ class Whereabouts(Record, frozen=True):
     waiting: bool
 
 
-class Unreadable(Record, frozen=True):
+class Unreadable(OfEpoch, frozen=True):
     """The copy of the agreed generation in the own vault could not be used."""
 
-    epoch: int
     generation: int
     version_epoch: int
     why: str
 
 
-WorkerRecord = (
-    WorkerStep
-    | ArenaRequest
-    | Arrived
-    | ShardReady
-    | Leaving
-    | Registered
-    | WorkerFailed
-    | PeerError
-    | Iteration
-    | StateHash
-    | Described
-    | Held
-    | Whereabouts
-    | SideEffect
-    | Compared
-    | Unreadable
-)
+WorkerState = WorkerStep | ArenaRequest | Arrived | ShardReady | Leaving
+WorkerReport = Registered | WorkerFailed | PeerError | Iteration | StateHash
+WorkerAnswer = Described | Held | Whereabouts | SideEffect | Compared | Unreadable
+WorkerRecord = WorkerState | WorkerReport | WorkerAnswer
 
 
 class ArenaGranted(Record, frozen=True):
@@ -120,14 +102,13 @@ class ArenaRefused(Record, frozen=True):
     message: str
 
 
-class TakeOver(Record, frozen=True):
+class TakeOver(OfEpoch, frozen=True):
     """A parked worker becomes a coordinate."""
 
-    epoch: int
     rank: int
 
 
-class Generation(Record, frozen=True):
+class Generation(OfEpoch, frozen=True):
     """The agreed generation is in the arena at ``path`` as version (``version_epoch``, ``generation``).
 
     ``version_epoch`` is -1 when this rank's vault does not hold it (its live state does). ``constants``: a durable
@@ -135,7 +116,6 @@ class Generation(Record, frozen=True):
     one line for the user, or none.
     """
 
-    epoch: int
     generation: int
     version_epoch: int
     path: str
@@ -155,18 +135,5 @@ class KeepWaiting(Record, frozen=True):
     """The coordinator is away, so nobody can declare an epoch: who waits for one has not waited in vain."""
 
 
-WorkerTold = (
-    Where
-    | KeepWaiting
-    | Hold
-    | ArenaGranted
-    | ArenaRefused
-    | TakeOver
-    | Generation
-    | Declare
-    | Form
-    | AllFinished
-    | ExitNotice
-    | Stop
-    | Arm
-)
+FromCoordinator = Hold | Declare | Form | AllFinished | ExitNotice | Stop | Arm
+WorkerTold = Where | KeepWaiting | ArenaGranted | ArenaRefused | TakeOver | Generation | FromCoordinator

@@ -4,12 +4,13 @@
 
     parent (`fork_module`)                           fork server
     module, environment, its descriptors  -------->  forks; the child runs the module
-                                          <--------  pid, and a pidfd
+                                          <--------  pid
                                           <--------  exit code, once the child has ended
+    waits: the connection ends            -------->  reaps the child
     ends: the connection ends             -------->  signals the child as its parent wants
 
-The parent's process is not the parent of the child, and for all else nothing differs. Used where `FORK_SERVER` is in
-the environment: by tests, which have the server, for everything a job under test consists of.
+The parent's process is not the parent of the child, and for all else nothing differs. `install` has a process of the
+product start its own there; ``python -m deadpool_bench.harness.forking`` is the `deadpool` command with that done.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import msgspec
+
+from deadpool_megatron.cluster.agent import workers
+from deadpool_megatron.launcher import processes
 
 # The server's UNIX socket, in the environment of what it starts. Not DEADPOOL_...: no setting of the product.
 FORK_SERVER = "WORKER_FORK_SERVER"
@@ -38,6 +43,7 @@ class ForkRequest(msgspec.Struct):
         arguments: of ``python -m module``.
         descriptors: the variables that name its descriptors, in the order in which these come along after stdin, stdout
             and stderr.
+        parent: the process that it takes for its parent.
         death_signal: what it gets when its parent ends; 0: nothing.
     """
 
@@ -46,70 +52,45 @@ class ForkRequest(msgspec.Struct):
     environment: dict[str, str]
     directory: str
     descriptors: list[str]
+    parent: int
     death_signal: int
 
 
 class Forked(msgspec.Struct):
-    """The server's answer; a pidfd comes along."""
+    """The server's answer."""
 
     pid: int
 
 
-class ForkedProcess:
-    """What is used of a `subprocess.Popen`, for a process that is not a child; its exit code comes over a connection.
+class ForkedProcess(subprocess.Popen[bytes]):
+    """A process that is not a child; its exit code comes over a connection.
 
     It must be kept as long as the process is to live: the connection ends with it.
     """
 
-    def __init__(self, pid: int, pidfd: int, connection: socket.socket) -> None:
+    def __init__(
+        self, args: Sequence[str], pid: int, connection: socket.socket, ours: Sequence[IO[bytes] | None]
+    ) -> None:
+        self.args = args
         self.pid = pid
-        self.returncode: int | None = None
-        self.stdin: IO[bytes] | None = None
-        self.stdout: IO[bytes] | None = None
-        self._pidfd = pidfd
+        self.returncode = None
+        self.stdin, self.stdout, self.stderr = ours
         self._connection = connection
 
     def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it lives."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(0)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Block until it has ended; the exit code. A server that is gone has taken its children along.
-
-        Raises:
-            subprocess.TimeoutExpired: it lives after ``timeout`` seconds.
-        """
+        """As of Popen. A server that is gone has taken its children along."""
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
             packet = self._connection.recv(32)
             self.returncode = int(packet) if packet else -signal.SIGKILL
             self._connection.close()
-            os.close(self._pidfd)
         return self.returncode
-
-    def send_signal(self, signum: int) -> None:
-        """Send a signal, unless it has ended."""
-        if self.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signum)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-Process = subprocess.Popen[Any] | ForkedProcess
-
-
-def open_pidfd(process: Process) -> int:
-    """A pidfd of a process that nobody has waited for, though it may have ended; the caller's to close."""
-    # The fork server reaps its children at once, so by then the id can be nobody's.
-    return os.dup(process._pidfd) if isinstance(process, ForkedProcess) else os.pidfd_open(process.pid)
 
 
 def fork_module(
@@ -162,12 +143,47 @@ def fork_module(
             dict(environment),
             os.fspath(directory or os.getcwd()),
             list(descriptors),
+            os.getpid(),
             death_signal,
         )
         socket.send_fds(connection, [msgspec.json.encode(request)], [*theirs, *descriptors.values()])
-    answer, pidfds, _, _ = socket.recv_fds(connection, MAX_REQUEST, 1)
-    if not answer or not pidfds:
+    answer = connection.recv(MAX_REQUEST)
+    if not answer:
         raise ConnectionError(f"the fork server at {server} has ended")
-    process = ForkedProcess(msgspec.json.decode(answer, type=Forked).pid, pidfds[0], connection)
-    process.stdin, process.stdout = ours[:2]
-    return process
+    return ForkedProcess([module, *arguments], msgspec.json.decode(answer, type=Forked).pid, connection, ours)
+
+
+def _start_node(role: str, signum: int, **extra: Any) -> ForkedProcess:
+    """As `processes.start_node`."""
+    server, module = os.environ[FORK_SERVER], processes.NODE_MODULE
+    return fork_module(server, module, [role], os.environ, stdin=subprocess.PIPE, death_signal=signum, **extra)
+
+
+def _start_worker(
+    command: Sequence[str], environment: Mapping[str, str], descriptors: Mapping[str, int], out: BinaryIO
+) -> ForkedProcess:
+    """As `workers.start_process`; ``command`` is ``python -m module``."""
+    return fork_module(
+        environment[FORK_SERVER],
+        command[2],
+        command[3:],
+        environment,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        descriptors=descriptors,
+        death_signal=signal.SIGKILL,
+    )
+
+
+def install() -> None:
+    """Where the environment names a fork server, nodes and workers that this process starts come out of it."""
+    if FORK_SERVER in os.environ:
+        processes.start_node = _start_node
+        workers.start_process = _start_worker
+
+
+if __name__ == "__main__":
+    install()
+    from deadpool_megatron.cli import main
+
+    sys.exit(main())
