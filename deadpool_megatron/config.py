@@ -134,6 +134,11 @@ class DeadpoolConfig:
         "failure domains of the nodes, so that no copy is in the domain of its owner: racks as 0-3=r1,4-7=r2, or a "
         "YAML file with any kinds; without it Slurm's switches, where its topology is known",
     )
+    nvlink_domains: str = _setting(
+        "",
+        "NVLink domains of the nodes, as --deadpool-domains: a spare comes from the lost node's where tensor or expert "
+        "parallelism spans nodes of it, and no copy is kept in the domain of its owner",
+    )
 
     scrub_rate: int = _setting(
         64 << 20,

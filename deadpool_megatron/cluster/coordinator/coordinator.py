@@ -86,13 +86,14 @@ class Coordinator:
         chance: random.Random | None = None,
         lease: Lease | None = None,
         worked: Callable[[], float] = time.thread_time,
+        unix: Callable[[], float] = time.time,
     ) -> None:
         """``guard``: of the leadership in this term; without it ``store`` takes no write.
 
         ``lease``: of the durable directory, kept by its own thread. ``hub``, ``run``, ``clock`` (seconds, monotonic),
-        ``chance`` and ``worked`` (seconds of processor time) are those of ``settings`` and this machine unless given.
+        ``chance``, ``worked`` (seconds of processor time) and ``unix`` (seconds since 1970) are those of ``settings``
+        and this machine unless given.
         """
-        self._core = Core(job, r.Address(settings.host, settings.store_port))
         self._memory = Memory(store, guard)
         self._progress = Progress()
         self._settings = settings
@@ -100,6 +101,7 @@ class Coordinator:
         self._lease = lease
         patience, silence_s = patience_s(again=settings.resume), job.deadlines.lease
         self._clock = AwakeClock(max(_LONGEST_PASS_S, silence_s / 2), clock)  # less than the silence that means gone
+        self._core = Core(job, r.Address(settings.host, settings.store_port), unix() - self._clock.now())
         self._hub = hub or Hub(settings.bind, settings.port, settings.secret, silence_s, patience)
         self.port = self._hub.port
         self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume, aside=True)
@@ -452,7 +454,7 @@ class Coordinator:
                 "epoch": core.epoch,
                 "iteration": core.iteration,
                 "nodes": [
-                    {"node": n, "name": s.name, "agent_pid": s.agent_pid, "role": s.role}
+                    {"node": n, "name": s.name, "agent_pid": s.agent_pid, "role": s.role, **self._known_of(n)}
                     for n, s in sorted(core.nodes.items())
                 ],
                 "coordinates": coordinates,
@@ -466,6 +468,7 @@ class Coordinator:
                     for n, s in sorted(core.nodes.items())
                     if s.role == "spare"
                 ],
+                "covered": core.covered,
                 "generation": {"committed": core.committed, "durable": core.durable},
                 "protection": core.protection.status(),
                 "behind": asdict(core.seen.lag) if core.seen.lag is not None else None,
@@ -479,6 +482,17 @@ class Coordinator:
         )
         self._status_stale = False
         self._status_cost = self._worked() - begun  # not what it waited for: a directory may hang for a second
+
+    def _known_of(self, node: int) -> dict[str, Any]:
+        """What is not the same of all nodes: left out where there is nothing to say."""
+        failures, core = self._core.nodes[node].record.failures, self._core
+        out: dict[str, Any] = {}
+        if failures:
+            out["failures"] = [[each.when, each.kind, each.cause] for each in failures]
+            out["lemon"] = core.members.failures(node) > 0
+        if labels := core.protection.labels(node):
+            out["domains"] = dict(labels)
+        return out
 
 
 def _die() -> None:

@@ -175,9 +175,7 @@ class Recoveries:
         return Stop(Exit.NO_SPARE, f"{self._end} and no checkpoint could be saved: {why}")
 
     def _taken_by(self, out_of_use: set[int]) -> dict[int, int] | None:
-        members, vacant = self._state.members, {node for node, _ in self.vacant}
-        ready, cold, fit = members.ready_spares(), members.cold_spares(), members.rehearsed(out_of_use | vacant)
-        return placing.refill(members.assignment, out_of_use, vacant, ready, cold, fit)
+        return self._state.spares.for_lost(out_of_use, {node for node, _ in self.vacant})
 
     def _call_drains_off(self, out_of_use: set[int]) -> Effects:
         """There are not spares enough: a node that is drained and still there, and healthy, is worth more than none."""
