@@ -89,7 +89,7 @@ class Agent:
         self._shards = shards
         self._crew = crew
         self._processes = processes
-        self._faults = Faults(settings.node, crew, shards)
+        self._faults = Faults(settings.node, crew, shards, self.send)
         self._watch = watch
         self._durable = (
             durability(

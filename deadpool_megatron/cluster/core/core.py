@@ -107,6 +107,7 @@ class Core:
             r.Registered: self._register,
             r.WorkerExited: self._worker_exited,
             r.WorkerFailed: self._ends.failed,
+            r.MachineSign: self._ends.sign,
             r.PeerError: self._peer_error,
             r.Stalled: self._stalled,
             r.Pace: lambda record: seen.paced(record, self._now),
@@ -255,6 +256,8 @@ class Core:
         if not 0 <= fault.local < self.job.slots_per_node:
             return f"there is no worker {fault.local} on a node: {self.job.slots_per_node} are numbered from 0", []
         now_or_never = fault.iteration is None and not fault.point
+        if fault.kind == "sign" and not self.job.deadpool:
+            return "the job runs without --deadpool, so it blames nobody", []
         if fault.kind == "corrupt" and not self.job.deadpool:
             return "the job runs without --deadpool, so it keeps no copies", []
         if fault.kind == "corrupt" and now_or_never and not self.members.holds(fault.node):

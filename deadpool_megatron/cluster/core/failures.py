@@ -12,14 +12,16 @@ DEATHS_S: Final = 24 * 3600.0
 """Ends of workers that lie further apart do not add up against their node: jobs go on for months."""
 LEMON_S: Final = 30 * DEATHS_S
 """A machine that failed within this time is taken as a spare only where no other one is there."""
+_DEATHS: Final = ("worker", "memory")
 _MOST: Final = 32  # failures of one machine that are kept, the newest
 
 
 class Failure(NamedTuple):
     """One failure of a node.
 
-    ``kind``: ``lost`` (the node itself), ``worker`` (a worker of it has ended), ``memory`` (what it held has changed).
-    ``epoch``: in which it happened; None where none counts.
+    ``kind``: ``lost`` (the node itself), ``worker`` (a worker of it has ended), ``memory`` (what it held has changed),
+    ``sign`` (its machine has told of a fault, see `cluster.core.signs`). ``epoch``: in which it happened; None where
+    none counts.
     """
 
     when: float
@@ -42,11 +44,15 @@ class FailureRecord:
 
     def deaths(self, now: float) -> int:
         """How often workers have ended of late, or memory has changed."""
-        return sum(each.kind != "lost" and now - each.when < DEATHS_S for each in self.failures)
+        return sum(each.kind in _DEATHS and now - each.when < DEATHS_S for each in self.failures)
 
     def recent(self, now: float) -> int:
         """Failures for which the machine is a lemon."""
         return sum(now - each.when < LEMON_S for each in self.failures)
+
+    def forgive(self, since: float) -> None:
+        """Workers that have ended since then did so for a fault elsewhere."""
+        self.failures = [each for each in self.failures if each.kind != "worker" or each.when < since]
 
     def inherit(self, others: Iterable[FailureRecord]) -> None:
         """The machine had other numbers before."""

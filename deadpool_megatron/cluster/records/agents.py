@@ -110,6 +110,19 @@ class WorkerFailed(Record, frozen=True):
     communication: bool = False
 
 
+class MachineSign(Record, frozen=True):
+    """The machine of a node tells of a fault: an Xid of the NVIDIA driver.
+
+    ``device``: its PCI address, as the driver writes it; ``after``: the Xid that the driver says it follows; 0: none.
+    """
+
+    node: int
+    xid: int
+    device: str = ""
+    text: str = ""
+    after: int = 0
+
+
 class PeerError(Record, frozen=True):
     """A survivor saw a communication error: a hint that a peer is gone, never proof."""
 
@@ -434,6 +447,7 @@ AgentRecord = (
     | Registered
     | WorkerExited
     | WorkerFailed
+    | MachineSign
     | PeerError
     | Offer
     | Behind
