@@ -12,13 +12,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.coordinator.drain_sources import Drains
 from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
 from deadpool_megatron.cluster.coordinator.saved_state import Memory
 from deadpool_megatron.cluster.coordinator.status import Progress
@@ -54,7 +55,8 @@ class CoordinatorSettings:
 
     ``store_port`` is that of the rendezvous store beside it. ``resume``: go on where a coordinator that is gone left
     off. ``elected``: another node may lead one day. ``agent``: settings of an agent of this job but for its node, for
-    `deadpool join`.
+    `deadpool join`. ``drain_from``: who says that nodes are to be taken away (see `drain_sources`), asked every
+    ``drain_poll_s`` seconds.
     """
 
     host: str
@@ -68,6 +70,8 @@ class CoordinatorSettings:
     resume: bool = False
     elected: bool = False
     agent: Mapping[str, Any] = field(default_factory=dict)
+    drain_from: Sequence[str] = ()
+    drain_poll_s: float = 10.0
 
 
 class Coordinator:
@@ -114,6 +118,7 @@ class Coordinator:
         self._interrupted: Exit | None = None
         self._preempted = False
         self._status_due = 0.0
+        self._drains = Drains(settings.drain_from, settings.drain_poll_s) if settings.drain_from else None
         self._worked = worked
         self._status_cost = 0.0  # seconds of processor time that the last one took, in a job of this size
         self._status_stale = True
@@ -189,6 +194,10 @@ class Coordinator:
         self._memory.check()
         self._run.flush()
         self._do(self._core.tick(self._clock.now()))
+        if self._drains is not None and self._finish is None:
+            for node, why in self._drains.due(self._core, self._clock.now()):
+                self._run.event("drain_wanted", epoch=self._core.epoch, node=node, cause=why)
+                self._do(self._core.drain(node, self._clock.now())[1])
         if self._lease is not None and self._lease.lost is not None:
             why, self._lease = str(self._lease.lost), None
             self._do(self._core.durable_taken(why, self._clock.now()))
