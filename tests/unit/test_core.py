@@ -341,7 +341,7 @@ def test_who_has_lost_a_peer_and_was_told_too_late_is_not_counted_against_its_no
     job.lose(0)
     job.recover()
     assert job.core.phase is Phase.RUNNING and [n for n, s in job.core.nodes.items() if s.gone] == [0]
-    assert not any(state.record.failures for state in job.core.nodes.values())
+    assert not any(state.record.deaths(job.now) for state in job.core.nodes.values())
 
 
 def test_who_loses_a_peer_at_one_iteration_again_has_no_error_of_its_own_until_that_is_too_often() -> None:
