@@ -110,6 +110,7 @@ GROUPS: Final[dict[str, list[Case]]] = {
             Case("agent.worker-exited", trigger="own-worker"),
             Case("agent.refusals", trigger="garbage", rank=1),
             Case("agent.damaged-copy", trigger="corrupt", rank=2),
+            Case("agent.machine-sign", trigger="sign", rank=3),
             Case("agent.worker-ready", "spare", "spare-worker"),
             Case("step.parked", "spare", "starting-worker"),
             Case("worker.worker-failed", trigger="bug", rank=1),

@@ -173,6 +173,7 @@ def agent_settings(
         metrics_port=metrics_port(c, node, host),
         exit_signal=_exit_signal(plan.arguments),
         pin=c.deadpool and c.pin_agents and not _shared(host),  # they would all choose the same processors
+        kernel_log="" if _shared(host) or plan.emulate_cpu else "/dev/kmsg",  # nor is it said whose device it is
     )
 
 

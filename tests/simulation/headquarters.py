@@ -283,6 +283,7 @@ class Headquarters:
             self.world.chance,
             lease=lease,
             worked=lambda: 0.0,
+            unix=self.world.clock,
         )
         try:
             self.coordinator.begin(lambda port: None)

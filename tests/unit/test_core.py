@@ -316,7 +316,7 @@ def test_who_ends_because_a_neighbour_was_lost_is_not_counted_against_its_node()
     for pid in range(3 * job.core.job.worker_deaths):
         job.feed(r.WorkerExited(2, 1, 5, 70 + pid, Exit.NEIGHBOUR_LOST))
         job.recover()
-    assert job.core.nodes[2].role == "active" and not job.core.nodes[2].deaths
+    assert job.core.nodes[2].role == "active" and not job.core.nodes[2].record.failures
     assert f"exit code {Exit.NEIGHBOUR_LOST}" in job.events("detected")[-1]["cause"]
 
 
@@ -341,7 +341,7 @@ def test_who_has_lost_a_peer_and_was_told_too_late_is_not_counted_against_its_no
     job.lose(0)
     job.recover()
     assert job.core.phase is Phase.RUNNING and [n for n, s in job.core.nodes.items() if s.gone] == [0]
-    assert not any(state.deaths for state in job.core.nodes.values())
+    assert not any(state.record.deaths(job.now) for state in job.core.nodes.values())
 
 
 def test_who_loses_a_peer_at_one_iteration_again_has_no_error_of_its_own_until_that_is_too_often() -> None:

@@ -200,7 +200,9 @@ def test_when_all_ranks_of_a_node_stand_still_they_are_made_good_together_and_th
     for local, rank in enumerate(here):
         job.feed(r.WorkerExited(1, local, rank, 9 + local, -9))
     job.recover()
-    assert job.core.phase is Phase.RUNNING and not job.core.nodes[1].gone and len(job.core.nodes[1].deaths) == 1
+    assert (
+        job.core.phase is Phase.RUNNING and not job.core.nodes[1].gone and len(job.core.nodes[1].record.failures) == 1
+    )
     assert job.core.nodes[1].role == ("spare" if spares else "active")
 
 
@@ -478,7 +480,7 @@ def test_what_one_node_was_told_as_committed_stays_so_for_all_when_the_coordinat
 
 
 def test_deaths_that_are_days_apart_do_not_make_a_bad_node() -> None:
-    """A job goes on for months. A coordinator that starts again counts those on record as of now."""
+    """A job goes on for months. A coordinator that starts again knows when each was."""
     job = SimulatedJob(nodes=3, spares=0).train()
     most = job.core.job.worker_deaths
     for pid in range(3 * most):
@@ -487,7 +489,11 @@ def test_deaths_that_are_days_apart_do_not_make_a_bad_node() -> None:
         job.recover()
     assert job.core.nodes[2].role == "active"
     restarted(job)
-    job.now += 24 * 3600.0 - 1.0
+    job.now += 9 * 3600.0
+    job.feed(r.WorkerExited(2, 1, 5, 98, -9, job.core.epoch))
+    job.recover()
+    assert job.core.nodes[2].role == "active", "the one before the last two is a day old"
+    job.now += 3600.0
     job.feed(r.WorkerExited(2, 1, 5, 99, -9, job.core.epoch))
     assert job.core.nodes[2].role == "lost" and "its workers ended 4 times" in job.events("detected")[-1]["cause"]
 
@@ -497,14 +503,14 @@ def test_ends_of_processes_count_once_and_only_for_the_coordinate_they_have() ->
     job = SimulatedJob(nodes=5, spares=2).train()
     ends = [r.WorkerExited(1, local, 2 + local, 70 + local, -9) for local in range(2)]
     job.feed(ends[0])
-    assert job.core.nodes[1].role == "spare" and len(job.core.nodes[1].deaths) == 1
+    assert job.core.nodes[1].role == "spare" and len(job.core.nodes[1].record.failures) == 1
     restarted(job, come_back=False)
     job.sent.clear()
     for node in job.core.nodes:
         job.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [], {}, 0, False))
         for end in ends if node == 1 else ():
             job.feed(end)
-    assert len(job.core.nodes[1].deaths) == 1 and not job.told(r.Respawn) and job.core.epoch == 2
+    assert len(job.core.nodes[1].record.failures) == 1 and not job.told(r.Respawn) and job.core.epoch == 2
 
 
 def test_the_end_of_a_process_whose_number_another_one_had_in_its_slot_counts() -> None:

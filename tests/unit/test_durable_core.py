@@ -727,7 +727,7 @@ def test_who_writes_the_manifest_knows_what_job_it_is() -> None:
     it.core.members.hand_over({0: 2})
     assert it.active == [2, 1] and it.core.members.writer() == 1, "no worker of node 2 has told"
     again = Members(it.core.job)
-    again.load(json.loads(json.dumps(it.core.members.dump())), it.now)
+    again.load(json.loads(json.dumps(it.core.members.dump())))
     assert again.writer() == 1
 
 

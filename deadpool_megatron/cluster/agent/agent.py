@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from typing import Final
 
 import msgspec
 
@@ -51,6 +52,9 @@ from deadpool_megatron.cluster.placement.domains import slurm_labels
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import Done, Staged
 from deadpool_megatron.vault import is_constants, numa_nodes, owner_of
+
+MACHINE: Final = "DEADPOOL_MACHINE"
+"""The variable that names the machine of a node, where its own name does not: a pod's may run anywhere."""
 
 
 class Agent:
@@ -89,7 +93,7 @@ class Agent:
         self._shards = shards
         self._crew = crew
         self._processes = processes
-        self._faults = Faults(settings.node, crew, shards)
+        self._faults = Faults(settings.node, crew, shards, self.send)
         self._watch = watch
         self._durable = (
             durability(
@@ -150,7 +154,7 @@ class Agent:
                 not self._s.adopt,
                 self._commits.kept,
                 self._iteration,
-                os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+                os.environ.get(MACHINE) or os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
             )
         )
         for worker in workers.values():

@@ -12,13 +12,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.coordinator.drain_sources import Drains
 from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
 from deadpool_megatron.cluster.coordinator.saved_state import Memory
 from deadpool_megatron.cluster.coordinator.status import Progress
@@ -54,7 +55,8 @@ class CoordinatorSettings:
 
     ``store_port`` is that of the rendezvous store beside it. ``resume``: go on where a coordinator that is gone left
     off. ``elected``: another node may lead one day. ``agent``: settings of an agent of this job but for its node, for
-    `deadpool join`.
+    `deadpool join`. ``drain_from``: who says that nodes are to be taken away (see `drain_sources`), asked every
+    ``drain_poll_s`` seconds.
     """
 
     host: str
@@ -68,6 +70,8 @@ class CoordinatorSettings:
     resume: bool = False
     elected: bool = False
     agent: Mapping[str, Any] = field(default_factory=dict)
+    drain_from: Sequence[str] = ()
+    drain_poll_s: float = 10.0
 
 
 class Coordinator:
@@ -86,13 +90,14 @@ class Coordinator:
         chance: random.Random | None = None,
         lease: Lease | None = None,
         worked: Callable[[], float] = time.thread_time,
+        unix: Callable[[], float] = time.time,
     ) -> None:
         """``guard``: of the leadership in this term; without it ``store`` takes no write.
 
         ``lease``: of the durable directory, kept by its own thread. ``hub``, ``run``, ``clock`` (seconds, monotonic),
-        ``chance`` and ``worked`` (seconds of processor time) are those of ``settings`` and this machine unless given.
+        ``chance``, ``worked`` (seconds of processor time) and ``unix`` (seconds since 1970) are those of ``settings``
+        and this machine unless given.
         """
-        self._core = Core(job, r.Address(settings.host, settings.store_port))
         self._memory = Memory(store, guard)
         self._progress = Progress()
         self._settings = settings
@@ -100,6 +105,7 @@ class Coordinator:
         self._lease = lease
         patience, silence_s = patience_s(again=settings.resume), job.deadlines.lease
         self._clock = AwakeClock(max(_LONGEST_PASS_S, silence_s / 2), clock)  # less than the silence that means gone
+        self._core = Core(job, r.Address(settings.host, settings.store_port), unix() - self._clock.now())
         self._hub = hub or Hub(settings.bind, settings.port, settings.secret, silence_s, patience)
         self.port = self._hub.port
         self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume, aside=True)
@@ -112,6 +118,7 @@ class Coordinator:
         self._interrupted: Exit | None = None
         self._preempted = False
         self._status_due = 0.0
+        self._drains = Drains(settings.drain_from, settings.drain_poll_s) if settings.drain_from else None
         self._worked = worked
         self._status_cost = 0.0  # seconds of processor time that the last one took, in a job of this size
         self._status_stale = True
@@ -187,6 +194,10 @@ class Coordinator:
         self._memory.check()
         self._run.flush()
         self._do(self._core.tick(self._clock.now()))
+        if self._drains is not None and self._finish is None:
+            for node, why in self._drains.due(self._core, self._clock.now()):
+                self._run.event("drain_wanted", epoch=self._core.epoch, node=node, cause=why)
+                self._do(self._core.drain(node, self._clock.now())[1])
         if self._lease is not None and self._lease.lost is not None:
             why, self._lease = str(self._lease.lost), None
             self._do(self._core.durable_taken(why, self._clock.now()))
@@ -452,7 +463,7 @@ class Coordinator:
                 "epoch": core.epoch,
                 "iteration": core.iteration,
                 "nodes": [
-                    {"node": n, "name": s.name, "agent_pid": s.agent_pid, "role": s.role}
+                    {"node": n, "name": s.name, "agent_pid": s.agent_pid, "role": s.role, **self._known_of(n)}
                     for n, s in sorted(core.nodes.items())
                 ],
                 "coordinates": coordinates,
@@ -466,6 +477,7 @@ class Coordinator:
                     for n, s in sorted(core.nodes.items())
                     if s.role == "spare"
                 ],
+                "covered": core.covered,
                 "generation": {"committed": core.committed, "durable": core.durable},
                 "protection": core.protection.status(),
                 "behind": asdict(core.seen.lag) if core.seen.lag is not None else None,
@@ -479,6 +491,17 @@ class Coordinator:
         )
         self._status_stale = False
         self._status_cost = self._worked() - begun  # not what it waited for: a directory may hang for a second
+
+    def _known_of(self, node: int) -> dict[str, Any]:
+        """What is not the same of all nodes: left out where there is nothing to say."""
+        failures, core = self._core.nodes[node].record.failures, self._core
+        out: dict[str, Any] = {}
+        if failures:
+            out["failures"] = [[each.when, each.kind, each.cause] for each in failures]
+            out["lemon"] = core.members.failures(node) > 0
+        if labels := core.protection.labels(node):
+            out["domains"] = dict(labels)
+        return out
 
 
 def _die() -> None:

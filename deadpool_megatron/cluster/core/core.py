@@ -50,6 +50,7 @@ from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.returning import Returning
+from deadpool_megatron.cluster.core.spares import Spares
 from deadpool_megatron.cluster.core.start import Start
 from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.core.suspicions import Suspicions
@@ -70,9 +71,13 @@ def _just(effect: Effect) -> Effects:
 class Core:
     """Membership, epochs, agreement and the end of one job. Not thread-safe: one caller."""
 
-    def __init__(self, job: JobSpec, rendezvous: r.Address | None = None) -> None:
-        """``rendezvous``: where the store listens that process groups are re-formed over."""
+    def __init__(self, job: JobSpec, rendezvous: r.Address | None = None, since_1970: float = 0.0) -> None:
+        """``rendezvous``: where the store listens that process groups are re-formed over.
+
+        ``since_1970``: seconds, what a time of this clock is more in seconds since 1970.
+        """
         self.job = job
+        self._since_1970 = since_1970
         self._actions: list[Action] = []
         self._now = 0.0
         self.members = Members(job)
@@ -80,7 +85,10 @@ class Core:
         self._layout = Layout(job.world_size)
         self._progress = Progress(self.members.active())
         self._durability = Durability(job.durable)
-        self._state = JobState(job, self.members, self._layout, self._progress, self.protection, self._durability)
+        spares = Spares(self.members, self._layout, self.protection)
+        self._state = JobState(
+            job, self.members, self._layout, self._progress, self.protection, self._durability, spares
+        )
         self._recoveries = Recoveries(self._state, rendezvous)
         self._arrivals = Arrivals(job.deadlines.join)
         self._drains = Drains(self._state, self._recoveries)
@@ -99,6 +107,7 @@ class Core:
             r.Registered: self._register,
             r.WorkerExited: self._worker_exited,
             r.WorkerFailed: self._ends.failed,
+            r.MachineSign: self._ends.sign,
             r.PeerError: self._peer_error,
             r.Stalled: self._stalled,
             r.Pace: lambda record: seen.paced(record, self._now),
@@ -200,7 +209,7 @@ class Core:
         """A record came from an agent. ``now`` is a monotonic time in seconds."""
         if self.members.gone(getattr(record, "node", -1)) and not isinstance(record, r.Join):
             return []  # a node that was declared lost has no say any more
-        self._now = now
+        self._at(now)
         return self._run(self._handlers[type(record)](record), now)
 
     def node_lost(self, node: int, cause: str, now: float) -> list[Action]:
@@ -247,6 +256,8 @@ class Core:
         if not 0 <= fault.local < self.job.slots_per_node:
             return f"there is no worker {fault.local} on a node: {self.job.slots_per_node} are numbered from 0", []
         now_or_never = fault.iteration is None and not fault.point
+        if fault.kind == "sign" and not self.job.deadpool:
+            return "the job runs without --deadpool, so it blames nobody", []
         if fault.kind == "corrupt" and not self.job.deadpool:
             return "the job runs without --deadpool, so it keeps no copies", []
         if fault.kind == "corrupt" and now_or_never and not self.members.holds(fault.node):
@@ -303,10 +314,18 @@ class Core:
         newest = self._durability.newest
         return -1 if newest is None else newest
 
+    @property
+    def covered(self) -> list[str]:
+        """How many losses of each domain spares of the same domain cover, in words."""
+        return self._state.spares.covered()
+
     # ---- effects
 
+    def _at(self, now: float) -> None:
+        self._now, self.members.unix_s = now, now + self._since_1970
+
     def _run(self, effects: Effects, now: float) -> list[Action]:
-        self._now = now
+        self._at(now)
         if self._state.phase is not Phase.ENDED:
             self._carry_out(effects)
         actions, self._actions = self._actions, []
@@ -401,7 +420,8 @@ class Core:
     def restored(self, parts: dict[str, Any], now: float) -> list[Action]:
         """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit."""
         kept = parts["now"]
-        self.members.load(parts["members"], now)
+        self._at(now)
+        self.members.load(parts["members"])
         for node, state in self.nodes.items():
             self.protection.succeeds(node, state.was)
         self._state.phase = _RESTORED.get(kept["phase"], Phase.RUNNING)
@@ -597,6 +617,7 @@ class Core:
         for node in sorted(fresh):
             yield emit("detected", node=node, cause=cause, ranks=self.members.ranks_of(node))
             yield Send(node, r.Stop(Exit.FENCED, f"node {node} is out of the job: {cause}"))
+            self.members.failed(node, "lost", cause)
             self.members.depart(node, "lost")
             self._recoveries.helpers.discard(node)
         if not hit:
@@ -653,7 +674,7 @@ class Core:
                 yield from self._lose({record.node}, record.why)  # another spare may have room
             elif why := (yield from self._recoveries.no_room(record)):
                 yield from self._declare(why)
-        elif self._changes_what_is_loaded(record) and self._ends.changed(record.node, self._now):
+        elif self._changes_what_is_loaded(record) and self._ends.changed(record.node, record.why):
             yield from self._lose({record.node}, f"its memory changes what is read into it: {record.why}")
         elif why := (yield from self._recoveries.fetch_failed(record)):
             yield from self._declare(why)

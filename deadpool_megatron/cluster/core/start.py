@@ -16,7 +16,6 @@ from deadpool_megatron.cluster.core.effects import Answer, Effects, Persist, Sen
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.members import NodeState
 from deadpool_megatron.cluster.core.state import JobState
-from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.records.exits import Exit
 
 
@@ -40,6 +39,9 @@ class Start:
         state.respawns = record.respawns
         state.name = record.name or state.name
         self._state.protection.label(record.node, record.domains)
+        if first:
+            self._state.members.recognise(record.node)
+            self._state.protection.succeeds(record.node, state.was)
         return first
 
     def send_roster(self) -> Effects:
@@ -65,7 +67,14 @@ class Start:
     def came_later(self, record: r.Join) -> Effects:
         """An agent that the job did not begin with has joined."""
         yield Send(record.node, self._roster())
-        yield emit("joined", node=record.node, host=record.host, name=record.name)
+        members = self._state.members
+        state, more = members.nodes[record.node], {}
+        if state.was is not None:
+            times = members.failures(record.node)
+            more["message"] = f"the machine of node {state.was}" + (
+                f", a lemon: it failed {times} times" if times else ""
+            )
+        yield emit("joined", node=record.node, host=record.host, name=record.name, **more)
         yield Persist()
 
     def _roster(self) -> r.Roster:
@@ -79,8 +88,7 @@ class Start:
         """The start begins anew, with a spare for each node that is lost. False: there is none, and the job ends."""
         members = self._state.members
         lost = [node for node in members.active() if members.gone(node)]
-        spares = [*members.ready_spares(), *members.cold_spares(), *members.coming_spares()]
-        taken_by = placing.choose_spares(lost, spares)
+        taken_by = self._state.spares.for_start(lost)
         why = f"node {lost[0]} was lost" if lost else "a worker ended"
         why += f" before the first generation was committed ({reason})"
         if taken_by is None:

@@ -108,6 +108,18 @@ class WorkerFailed(OfNode, frozen=True):
     communication: bool = False
 
 
+class MachineSign(OfNode, frozen=True):
+    """The machine of a node tells of a fault: an Xid of the NVIDIA driver.
+
+    ``device``: its PCI address, as the driver writes it; ``after``: the Xid that the driver says it follows; 0: none.
+    """
+
+    xid: int
+    device: str = ""
+    text: str = ""
+    after: int = 0
+
+
 class PeerError(OfNodeInEpoch, frozen=True):
     """A survivor saw a communication error: a hint that a peer is gone, never proof."""
 
@@ -369,7 +381,7 @@ class AddSpare(Record, frozen=True):
     host: str
 
 
-WorkerNews = WorkerReady | Rehearsed | Registered | WorkerExited | WorkerFailed | PeerError
+WorkerNews = WorkerReady | Rehearsed | Registered | WorkerExited | WorkerFailed | MachineSign | PeerError
 RecoveryNews = Offer | Behind | NodeArrived | NodeReady | NodeFormed | NodeRestored | NodeResumed
 VaultNews = Committed | Covered | DamagedCopy | NoRoom | Refusals | VaultMemory
 TrainingNews = Iteration | FetchFailed | Finished | StateHash | Saved
