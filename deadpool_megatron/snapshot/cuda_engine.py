@@ -62,7 +62,6 @@ class CudaCopyEngine:
 
     def __init__(self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.totals = CopyTotals()
-        self.trace: list[tuple[float, float, int]] | None = None
         self._clock = clock
         self._device = device or torch.device("cuda", torch.cuda.current_device())
         with torch.cuda.device(self._device):
@@ -240,8 +239,6 @@ class CudaCopyEngine:
                 now = self._clock()
                 self.totals.landed_bytes += landed.nbytes
                 self.totals.busy_s += now - max(landed_at, landed.asked_at)
-                if self.trace is not None:
-                    self.trace.append((max(landed_at, landed.asked_at), now, landed.nbytes))
                 landed_at = now
                 writer = self._writer
                 if writer is None or landed.turn != self._turn or writer.slot is None or self._failure is not None:
