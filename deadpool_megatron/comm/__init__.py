@@ -11,9 +11,4 @@ from deadpool_megatron.comm.reports import (
     is_communication_error,
 )
 
-__all__ = [
-    "Communicators",
-    "ReformError",
-    "is_communication_error",
-    "warm_up",
-]
+__all__ = ["Communicators", "ReformError", "is_communication_error", "warm_up"]

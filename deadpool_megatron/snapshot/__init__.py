@@ -7,17 +7,5 @@ from .plan import ShardPlan
 from .small import capture_host_rng, decode, encode, host_bytes, restore_host_rng
 from .snapshotter import Snapshotter
 
-__all__ = [
-    "CopyEngine",
-    "CudaCopyEngine",
-    "HostCopyEngine",
-    "Pacing",
-    "ShardPlan",
-    "Snapshotter",
-    "capture_host_rng",
-    "decode",
-    "encode",
-    "host_bytes",
-    "restore_host_rng",
-    "slot_views",
-]
+__all__ = ["CopyEngine", "CudaCopyEngine", "HostCopyEngine", "Pacing", "ShardPlan", "Snapshotter", "capture_host_rng"]
+__all__ += ["decode", "encode", "host_bytes", "restore_host_rng", "slot_views"]
