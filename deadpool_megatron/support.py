@@ -166,11 +166,7 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
         "its state is not known (soap replaces its tensors instead of updating them in place; adaptive_muon has never "
         "been run)",
     ),
-    (
-        "--experimental-attention-variant",
-        _other_than("dsa", "gated_delta_net"),
-        "never run",
-    ),
+    ("--experimental-attention-variant", _other_than("dsa", "gated_delta_net"), "never run"),
     (
         "--moe-flex-dispatcher-backend",
         _is("ncclep"),

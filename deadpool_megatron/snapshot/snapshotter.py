@@ -51,13 +51,7 @@ class Snapshotter:
         engine: how to copy.
     """
 
-    def __init__(
-        self,
-        plan: ShardPlan,
-        writer: SlotWriter,
-        engine: CopyEngine,
-        pacing: Pacing | None = None,
-    ) -> None:
+    def __init__(self, plan: ShardPlan, writer: SlotWriter, engine: CopyEngine, pacing: Pacing | None = None) -> None:
         if plan.nbytes != writer.unique_bytes:
             raise VaultError(
                 f"the shard has {plan.nbytes} bytes but its arena {writer.unique_bytes}: ask for a new arena"

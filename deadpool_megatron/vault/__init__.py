@@ -6,14 +6,7 @@ own arena with a `SlotWriter`; `fetch` brings a lost shard back; `CommitLedger` 
 
 from .arena import Arena, Kind, Slot
 from .discipline import CommitLedger, Told
-from .errors import (
-    ChecksumMismatch,
-    NotHeld,
-    StaleEpoch,
-    VaultError,
-    VaultFull,
-    as_vault_error,
-)
+from .errors import ChecksumMismatch, NotHeld, StaleEpoch, VaultError, VaultFull, as_vault_error
 from .leftovers import PREFIX, clean_leftovers, process_alive, process_start
 from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_nodes, parse_cpus
 from .pace import SendPace

@@ -23,12 +23,7 @@ class Keeper:
         refused_epochs: how often something of an older epoch was refused that cannot have been on its way any more.
     """
 
-    def __init__(
-        self,
-        vault: Vault,
-        stripes: Stripes | None = None,
-        late_s: float = 0.0,
-    ) -> None:
+    def __init__(self, vault: Vault, stripes: Stripes | None = None, late_s: float = 0.0) -> None:
         """``late_s``: what was right when it was sent comes within so many seconds after a new epoch has begun."""
         self._vault = vault
         self._stripes = stripes

@@ -79,13 +79,7 @@ class _Stream:
 
 
 def rebuild(
-    vault: Vault,
-    secret: bytes,
-    rank: int,
-    epoch: int,
-    version: Version,
-    parts: Sequence[Sequence[Piece]],
-    coder: Coder,
+    vault: Vault, secret: bytes, rank: int, epoch: int, version: Version, parts: Sequence[Sequence[Piece]], coder: Coder
 ) -> int:
     """Rebuild ``version`` of ``rank``'s shard in its own arena here; returns its bytes.
 
