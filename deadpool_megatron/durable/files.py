@@ -51,7 +51,7 @@ class Found:
         return ", ".join(f"{n}{there[n]}" for n in sorted(there, reverse=True)) or "none"
 
 
-class _Told:
+class _Digest:
     """The digest and length of a file's blocks, taken as they pass."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class _Told:
             yield block
 
     @property
-    def digest(self) -> str:
+    def hex(self) -> str:
         return self._hash.hexdigest()
 
 
@@ -94,14 +94,14 @@ def write_shard(
     """
     if len(unique) != layout.unique_bytes:
         raise DurableError(f"rank {rank}'s shard has {len(unique)} bytes, its layout says {layout.unique_bytes}")
-    told, name = _Told(), shard_name(rank)
+    told, name = _Digest(), shard_name(rank)
 
     def blocks() -> Iterable[memoryview | bytes]:
         yield from told.each(_blocks(encode_header(rank, generation, layout, len(small)), layout, unique, small))
         verify()
 
     _write(store, f"{directory}/{name}", blocks(), moved)
-    return ShardFile(rank, name, told.nbytes, told.digest, layout.digest)
+    return ShardFile(rank, name, told.nbytes, told.hex, layout.digest)
 
 
 def write_constants(
@@ -112,9 +112,9 @@ def write_constants(
     What the store has is read whole: a damaged file would stay for all generations that come. One that cannot be read
     may be whole, and is left alone.
     """
-    told = _Told()
+    told = _Digest()
     blocks = [*told.each(_blocks(encode_header(0, 0, layout, 0), layout, unique, b""))]
-    file = ConstantsFile(told.nbytes, told.digest, layout.digest)
+    file = ConstantsFile(told.nbytes, told.hex, layout.digest)
     if not _has(store, file, moved):
         _write(store, file.path, _as_told(blocks, file), moved)
     return file
@@ -122,16 +122,16 @@ def write_constants(
 
 def _as_told(blocks: Iterable[memoryview | bytes], file: ConstantsFile) -> Iterable[memoryview | bytes]:
     """The blocks, which may change in memory after their digest was made. Raises DurableError."""
-    told = _Told()
+    told = _Digest()
     yield from told.each(blocks)
-    if told.digest != file.xxh3_128:
+    if told.hex != file.xxh3_128:
         raise DurableError(f"{file.path} has changed in memory while it was written")
 
 
 def _has(store: Store, file: ConstantsFile, moved: Callable[[int], None]) -> bool:
     if store.size(file.path) != file.nbytes:
         return False
-    told = _Told()
+    told = _Digest()
     try:
         with contextlib.closing(store.open(file.path)) as there:
             for _ in told.each(iter(lambda: there.read(_BLOCK), b"")):
@@ -140,7 +140,7 @@ def _has(store: Store, file: ConstantsFile, moved: Callable[[int], None]) -> boo
         return False
     except OSError as err:
         raise OSError(f"{store.root}/{file.path} cannot be read: {err}") from None
-    return told.digest == file.xxh3_128
+    return told.hex == file.xxh3_128
 
 
 def write_layout(store: Store, holder: int, layout: Layout) -> None:
@@ -291,7 +291,7 @@ def _read(
     check: Callable[[], None],
 ) -> ShardHeader:
     where = f"{store.root}/{name}"
-    told = _Told()
+    told = _Digest()
     with contextlib.closing(store.open(name)) as file:
 
         def fill(view: memoryview) -> None:
@@ -315,6 +315,6 @@ def _read(
         for item in header.layout.items:
             fill(unique[item.offset : item.offset + item.nbytes])
         fill(small)
-    if told.digest != told_of.xxh3_128:
+    if told.hex != told_of.xxh3_128:
         raise Damaged(f"{where} has changed since it was written: its checksum does not fit")
     return header
