@@ -33,12 +33,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deadpool_megatron.cluster.agent.pinning import pin_threads
-from deadpool_megatron.snapshot import COPIER
+from deadpool_megatron.snapshot.engine import COPIER, CopyTotals
 from deadpool_megatron.vault import parse_cpus
 
 
@@ -55,6 +55,52 @@ def _agent_cpu_s() -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+class _Timeline:
+    """When passes begin, and when slices land in the vault, in the next iteration of a trainer; seconds, bytes.
+
+    Attributes:
+        marks: (moment, what begins) of the training thread.
+        copies: (begin, end, bytes) of each slice.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.marks: list[tuple[float, str]] = []
+        self.copies: list[tuple[float, float, int]] = []
+        marked = {
+            "begin": (trainer, "begin"),
+            "forward": (trainer, "tick"),
+            "gate": (trainer._snapshotter, "gate"),
+            "end": (trainer, "end"),
+        }
+        for what, (owner, name) in marked.items():
+            setattr(owner, name, self._marking(what, getattr(owner, name)))
+        trainer._engine.totals = _Landings(trainer._engine.totals, self.copies)
+
+    def _marking(self, what: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            if not self.marks or self.marks[-1][1] != "end":  # after that the gate is passed once more
+                self.marks.append((time.perf_counter(), "backward" if kwargs.get("backward") else what))
+            return method(*args, **kwargs)
+
+        return marked
+
+
+class _Landings(CopyTotals):
+    """An engine's totals, which grow by a slice's bytes and then by its time."""
+
+    def __init__(self, totals: CopyTotals, copies: list[tuple[float, float, int]]) -> None:
+        self._copies: list[tuple[float, float, int]] | None = None
+        super().__init__(**asdict(totals))
+        self._before, self._copies = self.landed_bytes, copies
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "busy_s" and self._copies is not None:
+            now = time.perf_counter()
+            self._copies.append((now - (value - self.busy_s), now, self.landed_bytes - self._before))
+            self._before = self.landed_bytes
+        super().__setattr__(name, value)
+
+
 @dataclass(slots=True)
 class _Recorder:
     out: Path
@@ -68,6 +114,7 @@ class _Recorder:
     _on: bool | None = None
     _agent_s: float = 0.0
     _began: tuple[int, float, float] | None = None
+    _timeline: _Timeline | None = None
     _path: Path | None = None  # None once the job was disturbed
 
     def __post_init__(self) -> None:
@@ -93,7 +140,7 @@ class _Recorder:
             self._move_copier()
             self._rows, self._number, self._on, self._agent_s = [], number, on, _agent_cpu_s()
         if _is_last(iteration) and _trainer() is not None:
-            _trainer().trace()
+            self._timeline = _Timeline(_trainer())
         self._began = (iteration, time.perf_counter(), time.process_time())
 
     def _move_copier(self) -> None:
@@ -126,9 +173,8 @@ class _Recorder:
 
     def end(self) -> None:
         """Write the timeline, if there is one."""
-        trainer = _trainer()
-        if trainer is not None:
-            self._write(timeline=trainer.traced())
+        if self._timeline is not None:
+            self._write(timeline={"marks": self._timeline.marks, "copies": self._timeline.copies})
 
     def _write(self, **what: Any) -> None:
         if self._path:

@@ -127,8 +127,7 @@ class DeadpoolConfig:
     )
 
     redundancy: str = _setting(
-        "1",
-        "copies of each shard on other nodes: 1, 2, or k+m (Reed-Solomon, m parity shares for k nodes)",
+        "1", "copies of each shard on other nodes: 1, 2, or k+m (Reed-Solomon, m parity shares for k nodes)"
     )
     domains: str = _setting(
         "",

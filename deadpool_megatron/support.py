@@ -166,11 +166,7 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
         "its state is not known (soap replaces its tensors instead of updating them in place; adaptive_muon has never "
         "been run)",
     ),
-    (
-        "--experimental-attention-variant",
-        _other_than("dsa", "gated_delta_net"),
-        "never run",
-    ),
+    ("--experimental-attention-variant", _other_than("dsa", "gated_delta_net"), "never run"),
     (
         "--moe-flex-dispatcher-backend",
         _is("ncclep"),
@@ -499,6 +495,11 @@ def _typed(word: str) -> int | str:
     return int(word) if word.isdecimal() else word
 
 
+def refused(values: Values, processes: int = PROCESSES_PER_NODE) -> list[Feature]:
+    """What of a job's flags a swap cannot carry, on nodes of so many processes."""
+    return [each for each in used(values, processes) if each.evidence is Evidence.REFUSED]
+
+
 def check_environment(environ: Mapping[str, str]) -> None:
     """Raises UserError that names the first variable that selects process groups that are not supported."""
     for name, why in _UNSUPPORTED_SETTINGS:
@@ -512,15 +513,15 @@ def check_environment(environ: Mapping[str, str]) -> None:
 def check_arguments(values: Values, processes: int = PROCESSES_PER_NODE, adopted: bool = False) -> None:
     """Raises UserError that names the flags of all modes that are not supported on nodes of so many processes, which
     another launcher has started where they are ``adopted``."""
-    refused = [each for each in used(values, processes) if each.evidence is Evidence.REFUSED]
-    here = [f" (here: {value})" if (value := each.value(values)) else "" for each in refused]
-    if len(refused) == 1:
+    found = refused(values, processes)
+    here = [f" (here: {value})" if (value := each.value(values)) else "" for each in found]
+    if len(found) == 1:
         raise UserError(
-            f"{refused[0].flag} is not supported with --deadpool yet{here[0]}: {refused[0].because}; leave it out, or "
+            f"{found[0].flag} is not supported with --deadpool yet{here[0]}: {found[0].because}; leave it out, or "
             "run without --deadpool"
         )
-    if refused:
-        said = ", ".join(each.flag + value for each, value in zip(refused, here, strict=True))
+    if found:
+        said = ", ".join(each.flag + value for each, value in zip(found, here, strict=True))
         raise UserError(f"{said} are not supported with --deadpool yet; leave them out, or run without --deadpool")
     if adopted and waits_for_nodes(values, processes):
         raise UserError(

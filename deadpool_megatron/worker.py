@@ -109,7 +109,7 @@ def _rendezvous_under(prefix: str) -> None:
     rendezvous._create_c10d_store = created
 
 
-def _install(standby: bool, script: str) -> Hooks:
+def _install(standby: bool, script: str, rehearses: bool) -> Hooks:
     """Import torch and Megatron, wrap process groups, connect to the agent, install the hooks."""
     import torch.distributed as dist
 
@@ -170,7 +170,6 @@ def _install(standby: bool, script: str) -> Hooks:
         communicators.prepare(store())  # connections now and then take seconds: not in a recovery
     page = PulsePage(int(os.environ[PULSE_FD]))
     doorbell = int(os.environ[DOORBELL_FD])
-    rehearses = REHEARSES in os.environ
     hooks = Hooks(host_of(script), session, communicators, config, doorbell, store, connect, standby, page, rehearses)
     hooks.install()
     session.call_on_arm(arm)
@@ -180,14 +179,14 @@ def _install(standby: bool, script: str) -> Hooks:
     return hooks
 
 
-def _park(hooks: Hooks, script: str) -> None:
+def _park(hooks: Hooks, script: str, rehearses: str | None) -> None:
     """Make warm what may be warm, and become the coordinate that this worker is given.
 
     Who rehearses one goes on as soon as the job trains: the script comes to where it waits for its state to be there.
     """
     from deadpool_megatron.megatron import RunningJob, WarmUp, follow_job, numa_node
 
-    warm_up, session, rehearses = WarmUp(script, hooks.host), hooks.session, os.environ.get(REHEARSES)
+    warm_up, session = WarmUp(script, hooks.host), hooks.session
 
     def learn(job: RunningJob) -> None:
         hooks.learn_job(job)
@@ -301,9 +300,10 @@ def main() -> int:
 
     try:
         with _recorded():
-            hooks = _install(standby, script)
+            rehearses = os.environ.get(REHEARSES)
+            hooks = _install(standby, script, rehearses is not None)
             if standby:
-                _park(hooks, script)
+                _park(hooks, script, rehearses)
             _run_script(script, module, hooks.host.arguments_for_script(arguments))
     except SystemExit as exit_:
         if exit_.code not in (None, 0) and hooks is not None and hooks.phase == "setup":

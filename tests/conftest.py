@@ -11,6 +11,7 @@ import faulthandler
 import os
 import resource
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,6 +142,24 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     finally:
         watchdog.end()
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a tmpfs with options as of mount(8); skips the test where that cannot be done."""
+    where = tmp_path / "mounted"
+    where.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(where)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"a file system with {options} cannot be mounted here: {done.stderr.strip()}")
+        return where
+
+    yield mount
+    if where.is_mount():
+        subprocess.run(["umount", "-l", str(where)], check=True)
 
 
 @pytest.fixture

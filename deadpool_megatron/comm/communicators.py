@@ -76,12 +76,7 @@ class Communicators:
 
     @classmethod
     def install(
-        cls,
-        *,
-        standby: bool,
-        keep: bool = True,
-        form_timeout_s: float = 20.0,
-        operation_timeout_s: float = 30.0,
+        cls, *, standby: bool, keep: bool = True, form_timeout_s: float = 20.0, operation_timeout_s: float = 30.0
     ) -> "Communicators":
         """Take charge of every process group that this process will make.
 

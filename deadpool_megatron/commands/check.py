@@ -94,14 +94,14 @@ def _words(given: Sequence[str]) -> list[str]:
 
 def _judged(values: Mapping[str, Any], processes: int, more: Sequence[tuple[str, str]], notes: Iterable[str]) -> int:
     """Print what is known of each feature, or what is refused, ``more`` besides. Returns the exit code."""
-    features = support.used(values, processes)
-    refused = [each for each in features if each.evidence is support.Evidence.REFUSED]
+    refused = support.refused(values, processes)
     for each in refused:
         print(f"refused: {' '.join((each.flag, each.value(values))).strip()}: {each.because}")
     for setting, because in more:
         print(f"refused: {setting}: {because}")
     if refused or more:
         return _REFUSED
+    features = support.used(values, processes)
     width = max((len(each.name) for each in features), default=0)
     for each in features:
         print(f"{each.name:<{width}}  {each.evidence}: {each.because}")

@@ -35,7 +35,7 @@ from deadpool_megatron.planning import (
 
 if TYPE_CHECKING:
     from deadpool_megatron.megatron.bridge.recipes import Recipe
-    from deadpool_megatron.megatron.bridge.sizes import Counted as CountedRecipe
+    from deadpool_megatron.megatron.bridge.sizes import RecipeSizes
 
 
 def run_plan(arguments: Sequence[str]) -> int:
@@ -158,7 +158,7 @@ def _assumed(name: str, recipe: Recipe, options: argparse.Namespace) -> tuple[Ru
     )
 
 
-def _workload(name: str, recipe: Recipe, counted: CountedRecipe, notes: Sequence[str]) -> Workload:
+def _workload(name: str, recipe: Recipe, counted: RecipeSizes, notes: Sequence[str]) -> Workload:
     v = recipe.values
     tp = v["tensor_model_parallel_size"]
     sizes = divided(

@@ -55,9 +55,7 @@ def read(name: str, overrides: Sequence[str], nodes: int | None, per_node: int |
 
 def refusals(recipe: Recipe) -> list[Refusal]:
     """All that a swap cannot carry of a recipe; numbers are left out."""
-    found = support.used(recipe.values, recipe.per_node)
-    refused = [each for each in found if each.evidence is support.Evidence.REFUSED]
-    named = ((each, each.value(recipe.values)) for each in refused)
+    named = ((each, each.value(recipe.values)) for each in support.refused(recipe.values, recipe.per_node))
     return [*((e.flag if not v or v.isdecimal() else f"{e.flag} {v}", e.because) for e, v in named), *recipe.refused]
 
 

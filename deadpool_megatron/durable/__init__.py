@@ -15,35 +15,7 @@ from .orders import Answer, Cancel, Describe, Done, Drain, Seal, Stage, Staged, 
 from .start import begin, go_on
 from .store import Store, open_store
 
-__all__ = [
-    "FORMAT",
-    "Answer",
-    "Cancel",
-    "Coordinate",
-    "Describe",
-    "Done",
-    "Drain",
-    "DrainerProcess",
-    "DurableError",
-    "Item",
-    "Layout",
-    "Lease",
-    "Manifest",
-    "NoRoom",
-    "Seal",
-    "ShardFile",
-    "Stage",
-    "Staged",
-    "Store",
-    "Take",
-    "Unreachable",
-    "Unreadable",
-    "begin",
-    "directory_name",
-    "find",
-    "go_on",
-    "load_constants",
-    "load_shards",
-    "open_store",
-    "this_process",
-]
+__all__ = ["FORMAT", "Answer", "Cancel", "Coordinate", "Describe", "Done", "Drain", "DrainerProcess", "DurableError"]
+__all__ += ["Item", "Layout", "Lease", "Manifest", "NoRoom", "Seal", "ShardFile", "Stage", "Staged", "Store", "Take"]
+__all__ += ["Unreachable", "Unreadable", "begin", "directory_name", "find", "go_on", "load_constants", "load_shards"]
+__all__ += ["open_store", "this_process"]

@@ -43,20 +43,11 @@ class _Pace:
         keep_waiting: looked at between sleeps of a tenth of a second; False ends the wait at once.
     """
 
-    def __init__(
-        self,
-        total: int,
-        seconds: float,
-        keep_waiting: Callable[[], bool] = lambda: True,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, total: int, seconds: float, keep_waiting: Callable[[], bool]) -> None:
         self._total = max(1, total)
         self._seconds = seconds
         self._keep_waiting = keep_waiting
-        self._clock = clock
-        self._sleep = sleep
-        self._start = clock()
+        self._start = time.monotonic()
         self._done = 0
 
     def moved(self, nbytes: int) -> None:
@@ -64,10 +55,10 @@ class _Pace:
         self._done += nbytes
         due = self._start + self._seconds * min(1.0, self._done / self._total)
         while self._keep_waiting():
-            left = due - self._clock()
+            left = due - time.monotonic()
             if left <= 0:
                 return
-            self._sleep(min(left, 0.1))
+            time.sleep(min(left, 0.1))
 
 
 class _Drainer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -51,6 +51,27 @@ class Found:
         return ", ".join(f"{n}{there[n]}" for n in sorted(there, reverse=True)) or "none"
 
 
+class _Digest:
+    """The digest and length of a file's blocks, taken as they pass."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+        self.nbytes = 0
+
+    def update(self, block: memoryview | bytes) -> None:
+        self._hash.update(block)
+        self.nbytes += len(block)
+
+    def each[Block: memoryview | bytes](self, blocks: Iterable[Block]) -> Iterator[Block]:
+        for block in blocks:
+            self.update(block)
+            yield block
+
+    @property
+    def hex(self) -> str:
+        return self._hash.hexdigest()
+
+
 def write_shard(
     store: Store,
     directory: str,
@@ -73,20 +94,14 @@ def write_shard(
     """
     if len(unique) != layout.unique_bytes:
         raise DurableError(f"rank {rank}'s shard has {len(unique)} bytes, its layout says {layout.unique_bytes}")
-    told = xxhash.xxh3_128()
-    nbytes = 0
-    name = shard_name(rank)
+    told, name = _Digest(), shard_name(rank)
 
     def blocks() -> Iterable[memoryview | bytes]:
-        nonlocal nbytes
-        for block in _blocks(encode_header(rank, generation, layout, len(small)), layout, unique, small):
-            told.update(block)
-            nbytes += len(block)
-            yield block
+        yield from told.each(_blocks(encode_header(rank, generation, layout, len(small)), layout, unique, small))
         verify()
 
     _write(store, f"{directory}/{name}", blocks(), moved)
-    return ShardFile(rank, name, nbytes, told.hexdigest(), layout.digest)
+    return ShardFile(rank, name, told.nbytes, told.hex, layout.digest)
 
 
 def write_constants(
@@ -97,13 +112,9 @@ def write_constants(
     What the store has is read whole: a damaged file would stay for all generations that come. One that cannot be read
     may be whole, and is left alone.
     """
-    told = xxhash.xxh3_128()
-    nbytes = 0
-    blocks = [*_blocks(encode_header(0, 0, layout, 0), layout, unique, b"")]
-    for block in blocks:
-        told.update(block)
-        nbytes += len(block)
-    file = ConstantsFile(nbytes, told.hexdigest(), layout.digest)
+    told = _Digest()
+    blocks = [*told.each(_blocks(encode_header(0, 0, layout, 0), layout, unique, b""))]
+    file = ConstantsFile(told.nbytes, told.hex, layout.digest)
     if not _has(store, file, moved):
         _write(store, file.path, _as_told(blocks, file), moved)
     return file
@@ -111,28 +122,25 @@ def write_constants(
 
 def _as_told(blocks: Iterable[memoryview | bytes], file: ConstantsFile) -> Iterable[memoryview | bytes]:
     """The blocks, which may change in memory after their digest was made. Raises DurableError."""
-    told = xxhash.xxh3_128()
-    for block in blocks:
-        told.update(block)
-        yield block
-    if told.hexdigest() != file.xxh3_128:
+    told = _Digest()
+    yield from told.each(blocks)
+    if told.hex != file.xxh3_128:
         raise DurableError(f"{file.path} has changed in memory while it was written")
 
 
 def _has(store: Store, file: ConstantsFile, moved: Callable[[int], None]) -> bool:
     if store.size(file.path) != file.nbytes:
         return False
-    told = xxhash.xxh3_128()
+    told = _Digest()
     try:
         with contextlib.closing(store.open(file.path)) as there:
-            while block := there.read(_BLOCK):
-                told.update(block)
+            for _ in told.each(iter(lambda: there.read(_BLOCK), b"")):
                 moved(0)
     except FileNotFoundError:
         return False
     except OSError as err:
         raise OSError(f"{store.root}/{file.path} cannot be read: {err}") from None
-    return told.hexdigest() == file.xxh3_128
+    return told.hex == file.xxh3_128
 
 
 def write_layout(store: Store, holder: int, layout: Layout) -> None:
@@ -283,19 +291,18 @@ def _read(
     check: Callable[[], None],
 ) -> ShardHeader:
     where = f"{store.root}/{name}"
-    told = xxhash.xxh3_128()
+    told = _Digest()
     with contextlib.closing(store.open(name)) as file:
 
         def fill(view: memoryview) -> None:
-            done = 0
-            while done < len(view):
+            while view:
                 check()
-                block = file.read(min(_BLOCK, len(view) - done))
+                block = file.read(min(_BLOCK, len(view)))
                 if not block:
-                    raise Damaged(f"{where} ends {len(view) - done} bytes early")
-                view[done : done + len(block)] = block
-                done += len(block)
-            told.update(view)
+                    raise Damaged(f"{where} ends {len(view)} bytes early")
+                view[: len(block)] = block
+                told.update(view[: len(block)])  # as it lies in memory
+                view = view[len(block) :]
 
         start = bytearray(8)
         fill(memoryview(start))
@@ -308,6 +315,6 @@ def _read(
         for item in header.layout.items:
             fill(unique[item.offset : item.offset + item.nbytes])
         fill(small)
-    if told.hexdigest() != told_of.xxh3_128:
+    if told.hex != told_of.xxh3_128:
         raise Damaged(f"{where} has changed since it was written: its checksum does not fit")
     return header

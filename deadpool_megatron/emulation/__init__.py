@@ -9,14 +9,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-__all__ = [
-    "EmulationError",
-    "environment",
-    "find_transformer_engine",
-    "has_transformer_engine",
-    "install",
-    "is_installed",
-]
+__all__ = ["EmulationError", "environment", "find_transformer_engine", "has_transformer_engine", "install"]
+__all__ += ["is_installed"]
 
 _installed = False
 

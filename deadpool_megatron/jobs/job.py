@@ -35,12 +35,7 @@ def start_cli(
     In a session of its own: Ctrl-C reaches only the caller, which then ends the command in order.
     """
     return subprocess.Popen(
-        [*CLI, *arguments],
-        stdin=subprocess.DEVNULL,
-        env=environment,
-        cwd=directory,
-        start_new_session=True,
-        **streams,
+        [*CLI, *arguments], stdin=subprocess.DEVNULL, env=environment, cwd=directory, start_new_session=True, **streams
     )
 
 

@@ -21,13 +21,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 from deadpool_megatron.megatron.frozen import Frozen
 from deadpool_megatron.megatron.host import Host
-from deadpool_megatron.megatron.low_precision import (
-    first_module,
-    put_first_module,
-    register,
-    registered,
-    scaling_state,
-)
+from deadpool_megatron.megatron.low_precision import first_module, put_first_module, register, registered, scaling_state
 from deadpool_megatron.megatron.optimizer_state import Numbers, members, plain_fields, put_fields
 from deadpool_megatron.megatron.sums import cumulative, put_cumulative
 from deadpool_megatron.snapshot import capture_host_rng, decode, encode, restore_host_rng

@@ -144,7 +144,6 @@ class MegatronTrainer:
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
         self.paused = False
-        self._trace: list[tuple[float, str]] | None = None
         MegatronTrainer.latest = self
         optimizer.step_with_ready_grads = self._gated(optimizer.step_with_ready_grads)
 
@@ -237,7 +236,6 @@ class MegatronTrainer:
             self._blocked = 0.0
             return
         session = self._session
-        self._mark("begin")
         every = self._config.check_replicas
         if every and iteration % every == 0 and iteration > self._began:
             self._look_at_replicas(iteration)
@@ -293,7 +291,6 @@ class MegatronTrainer:
         if self.paused or self._graphed:
             return
         start = time.perf_counter()
-        self._mark("backward" if backward else "forward")
         self._ticks += 1
         self._page.beat()
         if self._fault is not None and self._ticks >= self._fault.tick:
@@ -336,7 +333,6 @@ class MegatronTrainer:
 
         def step_with_ready_grads(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            self._mark("gate")
             if self._graphed:
                 self._page.beat()
             self._snapshotter.gate()
@@ -355,7 +351,6 @@ class MegatronTrainer:
         points.reach("iteration.after")
         self.at_rest.end()
         self._page.leave()
-        self._mark("end")
         self.check()
         if self.paused:
             return
@@ -416,19 +411,6 @@ class MegatronTrainer:
     def account(self) -> dict[str, Any]:
         """What this rank's last iteration has cost and copied so far, `SnapshotStats` and ``blocked_s``."""
         return {**asdict(self._snapshotter.account()), "blocked_s": self._blocked}
-
-    def trace(self) -> None:
-        """Note when passes begin and slices land in the next iteration, for `traced`."""
-        self._trace = []
-        self._engine.trace = []
-
-    def traced(self) -> dict[str, Any]:
-        """Times in seconds: (moment, what begins) of the training thread, (begin, end, bytes) of each slice copied."""
-        return {"marks": self._trace or [], "copies": self._engine.trace or []}
-
-    def _mark(self, what: str) -> None:
-        if self._trace is not None:
-            self._trace.append((time.perf_counter(), what))
 
     def look_at_device(self) -> None:
         """Raises torch.AcceleratorError when a kernel has failed, whoever has met that first: NCCL says it in words of

@@ -16,18 +16,5 @@ from deadpool_megatron.observe.rundir import (
 )
 from deadpool_megatron.observe.strict_json import strict_json
 
-__all__ = [
-    "ERROR",
-    "EVENTS",
-    "JOB",
-    "LOGS",
-    "STATUS",
-    "EventTail",
-    "NodeLog",
-    "NotWhole",
-    "RunDirectory",
-    "follow_events",
-    "read_events",
-    "read_whole",
-    "strict_json",
-]
+__all__ = ["ERROR", "EVENTS", "JOB", "LOGS", "STATUS", "EventTail", "NodeLog", "NotWhole", "RunDirectory"]
+__all__ += ["follow_events", "read_events", "read_whole", "strict_json"]

@@ -16,6 +16,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.text import Text
 
+from deadpool_megatron.cluster.records.values import few_nodes
 from deadpool_megatron.observe.narrative import ranks_text
 from deadpool_megatron.observe.tables import DOING, RECOVERING
 
@@ -77,9 +78,7 @@ def nodes_of(status: Mapping[str, Any]) -> list[Node]:
 
 def named(nodes: Sequence[Node]) -> str:
     """A few nodes by number and name, the rest counted."""
-    shown = ", ".join(f"{n.number} ({n.name})" if n.name else str(n.number) for n in nodes[:_NAMED])
-    more = f" and {len(nodes) - _NAMED} more" if len(nodes) > _NAMED else ""
-    return f"node{'s' if len(nodes) > 1 else ''} {shown}{more}"
+    return few_nodes([f"{n.number} ({n.name})" if n.name else n.number for n in nodes], _NAMED)
 
 
 def waits_for(nodes: Iterable[Node]) -> list[Node]:

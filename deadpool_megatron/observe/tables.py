@@ -88,10 +88,7 @@ def _cell(
 
 
 def grid_table(
-    console: Console,
-    status: Mapping[str, Any],
-    lost: Iterable[int] = (),
-    moved: Iterable[int] = (),
+    console: Console, status: Mapping[str, Any], lost: Iterable[int] = (), moved: Iterable[int] = ()
 ) -> RenderableType | None:
     """The coordinates as a grid, pipeline stages down and data-parallel replicas across.
 

@@ -7,23 +7,5 @@ from deadpool_megatron.planning.model import Counted, Layout, Shard, divided
 from deadpool_megatron.planning.report import numbers, text
 from deadpool_megatron.planning.workload import MAIN, Workload, microbatches, moments, under_way
 
-__all__ = [
-    "MAIN",
-    "USUAL",
-    "Counted",
-    "Layout",
-    "PlanError",
-    "RunFile",
-    "Shard",
-    "Workload",
-    "budget",
-    "divided",
-    "load",
-    "machine",
-    "microbatches",
-    "moments",
-    "numbers",
-    "run_file",
-    "text",
-    "under_way",
-]
+__all__ = ["MAIN", "USUAL", "Counted", "Layout", "PlanError", "RunFile", "Shard", "Workload", "budget", "divided"]
+__all__ += ["load", "machine", "microbatches", "moments", "numbers", "run_file", "text", "under_way"]

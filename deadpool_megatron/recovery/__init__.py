@@ -4,13 +4,4 @@ from deadpool_megatron.recovery.protocol import Patience, UnexplainedError, rejo
 from deadpool_megatron.recovery.redo import Redo
 from deadpool_megatron.recovery.session import EpochClosed, Refused, Session, Superseded
 
-__all__ = [
-    "EpochClosed",
-    "Patience",
-    "Redo",
-    "Refused",
-    "Session",
-    "Superseded",
-    "UnexplainedError",
-    "rejoin",
-]
+__all__ = ["EpochClosed", "Patience", "Redo", "Refused", "Session", "Superseded", "UnexplainedError", "rejoin"]

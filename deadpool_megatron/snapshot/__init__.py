@@ -1,24 +1,11 @@
 """The snapshot: what of a coordinate's state is copied, when, and how it gets into the vault."""
 
 from .cuda_engine import CudaCopyEngine
-from .engine import COPIER, CopyEngine, HostCopyEngine, slot_views
+from .engine import CopyEngine, HostCopyEngine, slot_views
 from .pacing import Pacing
 from .plan import ShardPlan
 from .small import capture_host_rng, decode, encode, host_bytes, restore_host_rng
 from .snapshotter import Snapshotter
 
-__all__ = [
-    "COPIER",
-    "CopyEngine",
-    "CudaCopyEngine",
-    "HostCopyEngine",
-    "Pacing",
-    "ShardPlan",
-    "Snapshotter",
-    "capture_host_rng",
-    "decode",
-    "encode",
-    "host_bytes",
-    "restore_host_rng",
-    "slot_views",
-]
+__all__ = ["CopyEngine", "CudaCopyEngine", "HostCopyEngine", "Pacing", "ShardPlan", "Snapshotter", "capture_host_rng"]
+__all__ += ["decode", "encode", "host_bytes", "restore_host_rng", "slot_views"]

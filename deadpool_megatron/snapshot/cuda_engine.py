@@ -15,7 +15,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -60,10 +59,8 @@ class CudaCopyEngine:
         device: the device of the tensors; None for the current one.
     """
 
-    def __init__(self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.totals = CopyTotals()
-        self.trace: list[tuple[float, float, int]] | None = None
-        self._clock = clock
         self._device = device or torch.device("cuda", torch.cuda.current_device())
         with torch.cuda.device(self._device):
             self._stream = torch.cuda.Stream(priority=_PRIORITY)
@@ -171,7 +168,7 @@ class CudaCopyEngine:
         event.record(self._stream)
         before = self._ends[first - 1] if first else 0
         end = self._ends[last - 1] if last else 0
-        self._queue.put(_Landed(self._turn, event, end, end - before, self._clock(), completes))
+        self._queue.put(_Landed(self._turn, event, end, end - before, time.perf_counter(), completes))
         return event
 
     def give_up(self) -> None:
@@ -237,11 +234,9 @@ class CudaCopyEngine:
                 continue
             try:
                 landed.event.synchronize()
-                now = self._clock()
+                now = time.perf_counter()
                 self.totals.landed_bytes += landed.nbytes
                 self.totals.busy_s += now - max(landed_at, landed.asked_at)
-                if self.trace is not None:
-                    self.trace.append((max(landed_at, landed.asked_at), now, landed.nbytes))
                 landed_at = now
                 writer = self._writer
                 if writer is None or landed.turn != self._turn or writer.slot is None or self._failure is not None:

@@ -56,7 +56,6 @@ class CopyEngine(Protocol):
     """
 
     totals: CopyTotals
-    trace: list[tuple[float, float, int]] | None  # when it is a list, (begin, end, bytes) of each slice is appended
 
     def bind(self, plan: ShardPlan, writer: SlotWriter) -> None:
         """Make everything that is made once: views of both slots, registrations. May block and allocate. What a device
@@ -121,7 +120,6 @@ class HostCopyEngine:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.totals = CopyTotals()
-        self.trace: list[tuple[float, float, int]] | None = None
         self._clock = clock
         self._writer: SlotWriter | None = None
         self._sources: list[torch.Tensor] = []
@@ -221,8 +219,6 @@ class HostCopyEngine:
         if work.first < work.last:
             totals.landed_bytes += self._ends[work.last - 1] - before
             totals.busy_s += now - start
-            if self.trace is not None:
-                self.trace.append((start, now, self._ends[work.last - 1] - before))
         if work.completes:
             writer.complete()
             totals.complete_at = now

@@ -60,13 +60,7 @@ def capture_host_rng() -> dict[str, Any]:
     state = numpy["state"]
     return {
         "python": [version, array.array("I", words).tobytes(), gauss],
-        "numpy": [
-            numpy["bit_generator"],
-            state["key"].tobytes(),
-            state["pos"],
-            numpy["has_gauss"],
-            numpy["gauss"],
-        ],
+        "numpy": [numpy["bit_generator"], state["key"].tobytes(), state["pos"], numpy["has_gauss"], numpy["gauss"]],
         "torch": torch.get_rng_state().numpy().tobytes(),
     }
 

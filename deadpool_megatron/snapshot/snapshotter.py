@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from deadpool_megatron import points
@@ -50,17 +49,9 @@ class Snapshotter:
         plan: what to copy. Its size must be that of the arena.
         writer: the own arena.
         engine: how to copy.
-        clock: for tests.
     """
 
-    def __init__(
-        self,
-        plan: ShardPlan,
-        writer: SlotWriter,
-        engine: CopyEngine,
-        pacing: Pacing | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    def __init__(self, plan: ShardPlan, writer: SlotWriter, engine: CopyEngine, pacing: Pacing | None = None) -> None:
         if plan.nbytes != writer.unique_bytes:
             raise VaultError(
                 f"the shard has {plan.nbytes} bytes but its arena {writer.unique_bytes}: ask for a new arena"
@@ -69,7 +60,6 @@ class Snapshotter:
         self._writer = writer
         self._engine = engine
         self._pacing = pacing or Pacing()
-        self._clock = clock
         self._ends = [segment.end for segment in plan.segments]
         self._next = self._last = len(self._ends)  # segments still to be asked for: [next, last)
         self._asked = 0  # bytes of this generation asked for
@@ -86,7 +76,7 @@ class Snapshotter:
         ``busy`` is that of `tick`. A generation that was not gated is given up. Raises StaleEpoch, VaultError (small
         state too large), CopyError.
         """
-        start = self._clock()
+        start = time.perf_counter()
         if self._open:
             self.give_up()
         self._engine.settle()
@@ -107,7 +97,7 @@ class Snapshotter:
                 self._engine.finish()
             else:
                 self._ask(start, busy)
-        stats.open_s = self._clock() - start
+        stats.open_s = time.perf_counter() - start
         return slot is not None
 
     def tick(self, busy: bool = False) -> None:
@@ -117,12 +107,12 @@ class Snapshotter:
         """
         stats = self.stats
         stats.ticks += 1
-        start = self._clock()
+        start = time.perf_counter()
         self._say_busy(busy and self._pacing.avoids)
         if not self._open:
             return
         self._ask(start, busy)
-        stats.tick_s += self._clock() - start
+        stats.tick_s += time.perf_counter() - start
 
     def gate(self) -> None:
         """Copy the rest. After it the tensors may change. Without effect when no generation is open."""
@@ -130,13 +120,13 @@ class Snapshotter:
         self._say_busy(False)
         if not self._open:
             return
-        start = self._clock()
+        start = time.perf_counter()
         self._pacing.close(start)
         if self._next < self._last:
             self._copy(self._plan.nbytes)
         self._engine.gate()
         self._open = False
-        stats.gate_s = self._clock() - start
+        stats.gate_s = time.perf_counter() - start
 
     def account(self) -> SnapshotStats:
         """`stats` with what is known of the copies by now."""

@@ -6,14 +6,7 @@ own arena with a `SlotWriter`; `fetch` brings a lost shard back; `CommitLedger` 
 
 from .arena import Arena, Kind, Slot
 from .discipline import CommitLedger, Told
-from .errors import (
-    ChecksumMismatch,
-    NotHeld,
-    StaleEpoch,
-    VaultError,
-    VaultFull,
-    as_vault_error,
-)
+from .errors import ChecksumMismatch, NotHeld, StaleEpoch, VaultError, VaultFull, as_vault_error
 from .leftovers import PREFIX, clean_leftovers, process_alive, process_start
 from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_nodes, parse_cpus
 from .pace import SendPace
@@ -29,53 +22,10 @@ from .vault import Vault, small_capacity
 from .version import CONSTANT, EMPTY, MAX_GENERATION, Version, constants_of, is_constants, owner_of, unpack
 from .writer import ConstantsWriter, SlotWriter
 
-__all__ = [
-    "CONSTANT",
-    "EMPTY",
-    "MAX_GENERATION",
-    "PREFIX",
-    "Arena",
-    "ChecksumMismatch",
-    "CommitLedger",
-    "ConstantsWriter",
-    "Kind",
-    "NotHeld",
-    "PartTo",
-    "Piece",
-    "RebuildFailed",
-    "Replicator",
-    "Scrubber",
-    "SendPace",
-    "Slot",
-    "SlotWriter",
-    "StaleEpoch",
-    "Stripes",
-    "Target",
-    "Told",
-    "Vault",
-    "VaultError",
-    "VaultFull",
-    "VaultServer",
-    "Version",
-    "WordPlan",
-    "as_vault_error",
-    "choose_transport",
-    "clean_leftovers",
-    "constants_of",
-    "fetch",
-    "huge_bytes",
-    "is_constants",
-    "make_transport",
-    "numa_node_of_device",
-    "numa_node_of_process",
-    "numa_nodes",
-    "own_copy",
-    "owner_of",
-    "parse_cpus",
-    "process_alive",
-    "process_start",
-    "rebuild",
-    "small_capacity",
-    "store_shard",
-    "unpack",
-]
+__all__ = ["CONSTANT", "EMPTY", "MAX_GENERATION", "PREFIX", "Arena", "ChecksumMismatch", "CommitLedger"]
+__all__ += ["ConstantsWriter", "Kind", "NotHeld", "PartTo", "Piece", "RebuildFailed", "Replicator", "Scrubber"]
+__all__ += ["SendPace", "Slot", "SlotWriter", "StaleEpoch", "Stripes", "Target", "Told", "Vault", "VaultError"]
+__all__ += ["VaultFull", "VaultServer", "Version", "WordPlan", "as_vault_error", "choose_transport", "clean_leftovers"]
+__all__ += ["constants_of", "fetch", "huge_bytes", "is_constants", "make_transport", "numa_node_of_device"]
+__all__ += ["numa_node_of_process", "numa_nodes", "own_copy", "owner_of", "parse_cpus", "process_alive"]
+__all__ += ["process_start", "rebuild", "small_capacity", "store_shard", "unpack"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from .arena import Arena, Slot
 from .discipline import choose, is_free
@@ -23,18 +23,12 @@ class Keeper:
         refused_epochs: how often something of an older epoch was refused that cannot have been on its way any more.
     """
 
-    def __init__(
-        self,
-        vault: Vault,
-        stripes: Stripes | None = None,
-        late_s: float = 0.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, vault: Vault, stripes: Stripes | None = None, late_s: float = 0.0) -> None:
         """``late_s``: what was right when it was sent comes within so many seconds after a new epoch has begun."""
         self._vault = vault
         self._stripes = stripes
         self._late_s = late_s
-        self._clock = clock
+        self._clock = time.monotonic
         self._entered = -math.inf
         self.plan: Mapping[int, int | None] | None = None
         self.refused_epochs = 0

@@ -160,11 +160,7 @@ class Sender:
     def _connected(self, target: Target, aim: int) -> Channel:
         if self._channel is None:
             channel = connect(
-                target.host,
-                target.port,
-                self._secret,
-                self._deadlines,
-                lambda: self._stopping or self._aim != aim,
+                target.host, target.port, self._secret, self._deadlines, lambda: self._stopping or self._aim != aim
             )
             with self._changed:
                 self._channel = channel

@@ -59,9 +59,9 @@ def choose_transport(
     raise VaultError(f"--deadpool-transport nixl: {missing}")
 
 
-def make_transport(wanted: str, name: str, directory: Path = _DEVICES) -> tuple[Direct | None, Transport]:
+def make_transport(wanted: str, name: str) -> tuple[Direct | None, Transport]:
     """`choose_transport`, and start nixl under ``name`` where it says so. Raises VaultError when it was asked for."""
-    chosen = choose_transport(wanted, directory)
+    chosen = choose_transport(wanted)
     if chosen.name == "tcp":
         return None, chosen
     os.environ.setdefault(_UCX_TLS, _RDMA_ONLY)

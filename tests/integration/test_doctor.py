@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
 
@@ -75,17 +76,13 @@ def test_too_little_shared_memory_is_found(tmp_path: Path) -> None:
     assert missing[f"shared memory {tmp_path / 'none'}"].state == "fail"
 
 
-def test_shared_memory_that_the_machine_has_room_for_is_to_be_mounted_larger(tmp_path: Path) -> None:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(tmp_path)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    try:
-        found = {f.what: f for f in check_machine(str(tmp_path), 32 << 20)}
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-    memory = found[f"shared memory {tmp_path}"]
-    assert memory.state == "fail" and memory.mend.startswith(f"mount -o remount,size=1G {tmp_path}")
+def test_shared_memory_that_the_machine_has_room_for_is_to_be_mounted_larger(
+    mounted: Callable[[str], Path],
+) -> None:
+    small = mounted("size=16m")
+    found = {f.what: f for f in check_machine(str(small), 32 << 20)}
+    memory = found[f"shared memory {small}"]
+    assert memory.state == "fail" and memory.mend.startswith(f"mount -o remount,size=1G {small}")
 
 
 def test_the_output_is_aligned_at_80_columns_and_the_exit_code_says_whether_to_start() -> None:

@@ -34,7 +34,7 @@ def test_a_shard_of_which_a_copy_has_failed_is_not_completed(monkeypatch: pytest
     engine: Any = object.__new__(CudaCopyEngine)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     engine._device, engine._queue, engine._publisher = None, queue.SimpleQueue(), None
-    engine._failure, engine._turn, engine.trace, engine._clock = None, 4, None, lambda: 0.0
+    engine._failure, engine._turn = None, 4
     engine.totals = CopyTotals()
     done: list[str] = []
     engine._writer = SimpleNamespace(slot=SLOT, complete=lambda: done.append("complete"), publish=done.append)

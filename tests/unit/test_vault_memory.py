@@ -6,10 +6,9 @@ import contextlib
 import ctypes
 import os
 import queue
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -135,21 +134,13 @@ def test_other_threads_run_while_memory_is_cleared() -> None:
         os.close(fd)
 
 
-def test_pages_are_huge_where_the_file_system_gives_them(tmp_path: Path) -> None:
-    mount = ["mount", "-t", "tmpfs", "-o", "huge=advise,size=64m", "none", str(tmp_path)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"a file system with huge pages cannot be mounted here: {done.stderr.strip()}")
-    try:
-        vault = Vault("h", 0, str(tmp_path))
-        arena = vault.arena(0, vault.allocate_own(0, 16 << 20, 4096).kind)
-        assert arena is not None
-        huge = huge_bytes(arena.path)
-        assert huge >= 24 << 20, f"only {huge} bytes of {arena.info.total_bytes} are in huge pages"
-        vault.close()
-    finally:
-        del arena
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+def test_pages_are_huge_where_the_file_system_gives_them(mounted: Callable[[str], Path]) -> None:
+    vault = Vault("h", 0, str(mounted("huge=advise,size=64m")))
+    arena = vault.arena(0, vault.allocate_own(0, 16 << 20, 4096).kind)
+    assert arena is not None
+    huge = huge_bytes(arena.path)
+    assert huge >= 24 << 20, f"only {huge} bytes of {arena.info.total_bytes} are in huge pages"
+    vault.close()
 
 
 def _policy_now() -> int:

@@ -28,7 +28,6 @@ from deadpool_megatron.vault import Version
 _SHARE = 0.5
 _LOAD_S = 600.0  # beyond `DurableSpec.deadline`, for a node to read its shards before training
 _SAY_S = 60.0  # that the start waits for a directory; again after twice as long, and so on
-_MOST_NAMED = 8
 _NOBODY = -1  # in the place of the node that removes an attempt
 
 
@@ -77,12 +76,6 @@ class _Loading:
     waiting: set[int]
     since: float | None = None  # not before `Durability.judge_loading` has seen it
     told_s: float = 0.0  # how long it had taken when the user was told
-
-
-def _named(nodes: Sequence[int]) -> str:
-    named = "node " if len(nodes) == 1 else "nodes "
-    more = f" and {len(nodes) - _MOST_NAMED} more" if len(nodes) > _MOST_NAMED else ""
-    return named + ", ".join(map(str, nodes[:_MOST_NAMED])) + more
 
 
 class Durability:
@@ -261,8 +254,8 @@ class Durability:
             iteration=self._complete[0][0],
             nodes=nodes,
             seconds=round(waited, 3),
-            message=f"{waited:.0f} s and no answer of {_named(nodes)}, to read {what}; after {self._load_s:g} s a node "
-            "is lost",
+            message=f"{waited:.0f} s and no answer of {r.few_nodes(nodes)}, to read {what}; after {self._load_s:g} s a "
+            "node is lost",
         )
 
     # ---- draining
@@ -493,7 +486,7 @@ class Durability:
             if self._attempt.sealing is not None:
                 nodes, what = [self._attempt.sealing], "manifest"
             deadline = f"--deadpool-durable-deadline ({self._spec.deadline:g} s)"
-            yield from self._fail(f"{_named(nodes)} took longer than {deadline} to write the {what}", assignment)
+            yield from self._fail(f"{r.few_nodes(nodes)} took longer than {deadline} to write the {what}", assignment)
         if self._preempted is not None and self.leave is None and now >= self._preempted:
             newest = "there is none" if self.newest is None else f"the newest is generation {self.newest}"
             self.leave = (

@@ -17,15 +17,8 @@ from deadpool_megatron.cluster.records.coordinators import CoordinatorRecord
 from deadpool_megatron.cluster.records.values import Step
 from deadpool_megatron.cluster.records.workers import WorkerRecord, WorkerTold
 
-__all__ = [
-    "VERSION",
-    "RecordError",
-    "decode_from_agent",
-    "decode_from_coordinator",
-    "decode_from_worker",
-    "decode_to_worker",
-    "encode",
-]
+__all__ = ["VERSION", "RecordError", "decode_from_agent", "decode_from_coordinator", "decode_from_worker"]
+__all__ += ["decode_to_worker", "encode"]
 
 VERSION = b"\x0a"
 # What grows with the job is mostly alike from node to node: it shrinks to a tenth, once for all that it is sent to.

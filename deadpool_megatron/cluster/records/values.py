@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -60,6 +61,12 @@ class SlotAddress(Value, frozen=True, gc=False):
 
     node: int
     local: int
+
+
+def few_nodes(called: Sequence[object], most: int = 8) -> str:
+    """``node 1``, ``nodes 1, 2 and 7 more``: no more than ``most`` by number or name, the rest counted."""
+    more = f" and {len(called) - most} more" if len(called) > most else ""
+    return f"node{'s' if len(called) > 1 else ''} {', '.join(map(str, called[:most]))}{more}"
 
 
 class Source(Value, frozen=True):

@@ -9,22 +9,8 @@ from deadpool_megatron.cluster.store.embedded import EmbeddedStore
 from deadpool_megatron.cluster.store.etcd import EtcdStore
 from deadpool_megatron.cluster.store.gateway import PASSWORD, StoreAddress
 
-__all__ = [
-    "EMBEDDED",
-    "PASSWORD",
-    "Deposed",
-    "EmbeddedStore",
-    "EtcdStore",
-    "Guard",
-    "Lease",
-    "Store",
-    "StoreAddress",
-    "StoreDamaged",
-    "StoreError",
-    "check_address",
-    "open_store",
-    "towards",
-]
+__all__ = ["EMBEDDED", "PASSWORD", "Deposed", "EmbeddedStore", "EtcdStore", "Guard", "Lease", "Store", "StoreAddress"]
+__all__ += ["StoreDamaged", "StoreError", "check_address", "open_store", "towards"]
 
 EMBEDDED = "embedded"
 _DIRECTORY = "store"

@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from deadpool_megatron.emulation import graphs
-from deadpool_megatron.emulation.transformer_engine.enums import (
-    NVTE_Fused_Attn_Backend,
-    NVTE_QKV_Format,
-)
+from deadpool_megatron.emulation.transformer_engine.enums import NVTE_Fused_Attn_Backend, NVTE_QKV_Format
 from deadpool_megatron.emulation.transformer_engine.formats import E4M3, E5M2, from_e8m0, from_fp8
 from deadpool_megatron.emulation.transformer_engine.kernels import kernel
 from deadpool_megatron.emulation.transformer_engine.quantization import MX_BLOCK

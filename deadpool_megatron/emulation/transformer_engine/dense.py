@@ -188,14 +188,7 @@ class _Groups:
 
 @kernel
 def te_general_grouped_gemm_for_discrete_in(
-    A: Sequence[Any],
-    transa: bool,
-    B: Any,
-    transb: bool,
-    out: Any,
-    bias: Any,
-    bias_scale: Any,
-    *_: Any,
+    A: Sequence[Any], transa: bool, B: Any, transb: bool, out: Any, bias: Any, bias_scale: Any, *_: Any
 ) -> Any:
     """Of each weight in ``A`` with its group of ``B``."""
     assert bias is None and bias_scale is None, "the emulation's grouped GEMM has no bias"
@@ -314,13 +307,7 @@ def rmsnorm_bwd(
 
 @kernel
 def rmsnorm_bwd_add(
-    dz: Tensor,
-    x: Tensor,
-    add: Tensor,
-    rsigma: Tensor,
-    gamma: Tensor,
-    sm_margin: int,
-    zero_centered_gamma: bool,
+    dz: Tensor, x: Tensor, add: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin: int, zero_centered_gamma: bool
 ) -> tuple[Tensor, Tensor]:
     """As `rmsnorm_bwd`, with the gradient ``add`` of a residual branch added to the input's."""
     dx, dgamma = _norm_backward(matrix(dz), matrix(x), rsigma, gamma, zero_centered_gamma)

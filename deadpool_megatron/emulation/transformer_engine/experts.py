@@ -171,11 +171,7 @@ def fused_moe_aux_loss_fwd_graph_safe(probs: Tensor, *rest: Tensor) -> tuple[Ten
 
 @kernel
 def fused_moe_aux_loss_bwd(
-    Const_buf: Tensor,
-    tokens_per_expert: Tensor,
-    num_rows: int,
-    num_cols: int,
-    grad_aux_loss: Tensor,
+    Const_buf: Tensor, tokens_per_expert: Tensor, num_rows: int, num_cols: int, grad_aux_loss: Tensor
 ) -> Tensor:
     row = Const_buf.float() * tokens_per_expert.float() * grad_aux_loss.float()
     return row.reshape(1, -1).expand(num_rows, num_cols).contiguous().to(grad_aux_loss.dtype)

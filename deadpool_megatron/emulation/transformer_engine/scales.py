@@ -125,14 +125,7 @@ def mxfp8_scaling_compute_partial_amax(
 
 @kernel
 def mxfp8_scaling_partial_cast(
-    input: Tensor,
-    out_row: Tensor,
-    out_col: Tensor,
-    inv_row: Tensor,
-    inv_col: Tensor,
-    rows: int,
-    cols: int,
-    start: int,
+    input: Tensor, out_row: Tensor, out_col: Tensor, inv_row: Tensor, inv_col: Tensor, rows: int, cols: int, start: int
 ) -> None:
     x = input.float().reshape(-1)
     for out, inverse, block in ((out_row, inv_row, (1, MX_BLOCK)), (out_col, inv_col, (MX_BLOCK, 1))):

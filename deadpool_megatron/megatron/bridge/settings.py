@@ -70,11 +70,7 @@ _REFUSED: Final[tuple[_Refusal, ...]] = (
         "its copies are looked for by collectives; never run",
     ),
     ("checkpoint.custom_manager_class", lambda cfg: cfg.checkpoint.custom_manager_class, "never run"),
-    (
-        "model: MegatronMIMOProvider",
-        lambda cfg: "MIMO" in type(cfg.model).__name__,
-        "another training loop",
-    ),
+    ("model: MegatronMIMOProvider", lambda cfg: "MIMO" in type(cfg.model).__name__, "another training loop"),
 )
 
 

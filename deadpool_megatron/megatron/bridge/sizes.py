@@ -56,7 +56,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class RecipeSizes:
     """A recipe's model.
 
     Attributes:
@@ -72,7 +72,7 @@ class Counted:
     stages: tuple[Stage, ...]
 
 
-def count(recipe: Recipe) -> Counted:
+def count(recipe: Recipe) -> RecipeSizes:
     """Build the model of a recipe, every stage of it and once whole. Raises UserError where that cannot be done."""
     from megatron.bridge.training.utils.flop_utils import num_floating_point_operations
 
@@ -107,7 +107,7 @@ def count(recipe: Recipe) -> Counted:
         raise UserError(f"recipe {recipe.name}: {err}") from None
     except Exception as err:  # noqa: BLE001 - whatever Bridge or Megatron cannot build here
         raise UserError(f"recipe {recipe.name}: its model cannot be built here: {told(err)}") from None
-    return Counted(parameters, parameters - round(routed * idle), float(operations), tuple(stages))
+    return RecipeSizes(parameters, parameters - round(routed * idle), float(operations), tuple(stages))
 
 
 def _set_vocabulary(recipe: Recipe) -> None:
