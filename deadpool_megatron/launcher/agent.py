@@ -38,7 +38,15 @@ from deadpool_megatron.cluster.store.leadership import Place, known_place
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.config import ConfigError
 from deadpool_megatron.launcher.agent_options import AgentPlan, check_agent
-from deadpool_megatron.launcher.enlisting import Interrupted, Lifeline, Moved, Waiting, enlist, is_ours, resolve
+from deadpool_megatron.launcher.enlisting import (
+    Interrupted,
+    Lifeline,
+    Moved,
+    Waiting,
+    enlist,
+    is_ours,
+    resolve,
+)
 from deadpool_megatron.launcher.plan import LaunchError, check_transport
 from deadpool_megatron.launcher.processes import CoordinatorProcess, Processes, agent_settings, coordinator_settings
 from deadpool_megatron.launcher.seat import Seat, job_lives

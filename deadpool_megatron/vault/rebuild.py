@@ -79,7 +79,14 @@ class _Stream:
 
 
 def rebuild(
-    vault: Vault, secret: bytes, rank: int, epoch: int, version: Version, parts: Sequence[Sequence[Piece]], coder: Coder
+    vault: Vault,
+    secret: bytes,
+    rank: int,
+    epoch: int,
+    version: Version,
+    parts: Sequence[Sequence[Piece]],
+    coder: Coder,
+    deadlines: Deadlines | None = None,
 ) -> int:
     """Rebuild ``version`` of ``rank``'s shard in its own arena here; returns its bytes.
 
@@ -88,7 +95,7 @@ def rebuild(
     """
     if epoch < vault.epoch:
         raise StaleEpoch(f"rebuild of rank {rank} in epoch {epoch}, but node {vault.node} is in epoch {vault.epoch}")
-    patience = Deadlines()
+    patience = deadlines or Deadlines()
     with vault.intakes.begin(rank, f"rank {rank}", epoch, 2 * patience.idle) as intake:
         held = own_copy(vault, rank, version)
         if held is not None:

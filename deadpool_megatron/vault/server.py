@@ -11,7 +11,16 @@ from contextlib import contextmanager, suppress
 
 from .arena import Kind
 from .direct import Direct, Reader
-from .errors import ChecksumMismatch, DirectFailed, LandingLost, Malformed, NotHeld, Refused, VaultError, VaultFull
+from .errors import (
+    ChecksumMismatch,
+    DirectFailed,
+    LandingLost,
+    Malformed,
+    NotHeld,
+    Refused,
+    VaultError,
+    VaultFull,
+)
 from .frames import NO_DIRECT, Begin, Begun, Fetch, Refusal, Share
 from .intake import Intakes
 from .keeper import Keeper
