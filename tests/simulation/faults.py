@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from simulation.host import Host
     from simulation.run import Run
 
-__all__ = ["CONTROL_KINDS", "DURABLE_KINDS", "KINDS", "Faults", "Profile"]
+__all__ = ["DURABLE_KINDS", "KINDS", "PACKET_KINDS", "Faults", "Profile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,9 @@ class Faults:
         if cluster.job.durable is not None:
             self._draw_durable()
         draws = cluster.packets
-        if cluster.control:
-            for name in draws.choices(cluster.control, k=draws.randint(1, 4)):
-                self._wait(*self._when(draws), name, partial(CONTROL_KINDS[name], self))
+        if cluster.packet_kinds:
+            for name in draws.choices(cluster.packet_kinds, k=draws.randint(1, 4)):
+                self._wait(*self._when(draws), name, partial(PACKET_KINDS[name], self))
 
     def _when(self, chance: Random) -> tuple[str, int, float]:
         """For which event a fault waits, how often, and seconds after it."""
@@ -99,6 +99,16 @@ class Faults:
         for host in draws.sample(there, min(len(there), draws.choice((1, 1, 2, 10)))):
             self.struck[-1] += f" n{host.node}"
             host.link.reset(draws.random() < 0.5, draws.uniform(0.05, 0.3))
+
+    def _garble(self) -> None:
+        """For a while what is read of shards is changed on the way, or by who reads it; not twice in a row."""
+        network, draws = self._cluster.network, self._cluster.packets
+        network.garbling = draws.uniform(0.3, 1.0)
+
+        def over() -> None:
+            network.garbling = 0.0
+
+        self._until(draws.uniform(1.0, 15.0), over)
 
     def _reset_control_and_lose(self) -> None:
         """The same, and about then a node is lost, or a worker."""
@@ -557,9 +567,10 @@ KINDS: dict[str, tuple[int, Callable[[Faults], None]]] = {
     "join": (3, Faults._join),
     "join, and the coordinator dies": (1, Faults._join_and_crash),
 }
-CONTROL_KINDS: dict[str, Callable[[Faults], None]] = {
+PACKET_KINDS: dict[str, Callable[[Faults], None]] = {
     "reset control": Faults._reset_control,
     "reset control, and a loss": Faults._reset_control_and_lose,
+    "garbled reads": Faults._garble,
 }
 DURABLE_KINDS: dict[str, Callable[[Faults], None]] = {
     "full directory": Faults._full_directory,

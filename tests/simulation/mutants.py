@@ -201,6 +201,17 @@ def _the_end_of_a_connection_is_that_of_its_node(patch: Patch) -> None:
     patch.setattr(Core, "node_away", before)
 
 
+def _one_complaint_condemns_a_copy(patch: Patch) -> None:
+    """What arrives changed once is refused for good, though it was the fault of who has read it."""
+    failed = Attempts.failed
+
+    def before(self: Attempts[Any], err: Any, now: float) -> float | None:
+        self.doubted = True
+        return failed(self, err, now)
+
+    patch.setattr(Attempts, "failed", before)
+
+
 def _one_moment_without_a_majority_is_enough(patch: Patch) -> None:
     """Found by the simulation: a short cut ended a spare, as the coordinator was away and it asked just then."""
     cut_off = Fence.cut_off
@@ -575,6 +586,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "broken new": _a_broken_copy_keeps_its_slot,
     "all back": _the_end_is_looked_for_while_agents_come_back,
     "reset": _the_end_of_a_connection_is_that_of_its_node,
+    "one complaint": _one_complaint_condemns_a_copy,
     "one moment": _one_moment_without_a_majority_is_enough,
     "told before": _what_was_told_as_committed_is_forgotten,
     "departed": _a_node_that_has_left_is_counted_until_the_next_epoch,

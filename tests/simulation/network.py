@@ -29,6 +29,7 @@ class Network:
         self.mute: set[int] = set()  # nothing that these nodes send arrives
         self.deaf: set[int] = set()  # nothing arrives at these
         self.resets = 0.0  # how likely a connection for shards breaks
+        self.garbling = 0.0  # how likely what is read of a shard arrives changed, at the first try
         self.on_heal: list[Callable[[], None]] = []
 
     def passes(self, source: int, target: int) -> bool:
@@ -42,6 +43,10 @@ class Network:
     def breaks(self) -> bool:
         """This connection is reset."""
         return self.resets > 0 and self._world.chance.random() < self.resets
+
+    def garbles(self) -> bool:
+        """This one does."""
+        return self.garbling > 0 and self._world.chance.random() < self.garbling
 
     def replaces(self) -> bool:
         """This connection between agent and coordinator is replaced now."""

@@ -26,7 +26,7 @@ from deadpool_megatron.durable.files import seal, write_constants, write_shard
 from deadpool_megatron.durable.lease import LOOK_S, WATCH_S, Taken, Taking
 from deadpool_megatron.vault import VaultFull
 from simulation.durable import CONSTANTS_LAYOUT, DIRECTORY, LAYOUT, Directory
-from simulation.faults import CONTROL_KINDS, Faults, Profile
+from simulation.faults import PACKET_KINDS, Faults, Profile
 from simulation.headquarters import Headquarters, RunDisk
 from simulation.host import Host
 from simulation.meetings import Meetings
@@ -40,7 +40,7 @@ __all__ = ["Outcome", "Run", "Violation", "simulate"]
 
 DEADLINES = Deadlines(lease=5.0, abort=15.0, build=40.0, form=10.0, join=30.0)
 DURABLE_SHARE = 0.2  # of the runs have a durable directory
-CONTROL_SHARE = 0.2  # have connections to the coordinator that are reset
+PACKET_SHARE = 0.2  # have packets changed, or connections to the coordinator that are reset
 RIVALS_SHARE = 0.1  # of those with a durable directory have another job that wants it
 RUN_DISK_SHARE = 0.1  # write a run directory, on a disk with troubles
 SHARDS_SHARE = 0.1  # have parity, constants or failure domains
@@ -95,8 +95,8 @@ class Run:
         self.iterations = chance.randint(14, 36) + (0 if beside is None else beside.iterations)
         self.draws = random.Random(f"durable {seed}")  # of its own as well
         self.packets = random.Random(f"packets {seed}")  # likewise
-        share = self.packets.random() < CONTROL_SHARE
-        self.control = [k for k in CONTROL_KINDS if (k in profile.only if profile.only else share)]
+        share = self.packets.random() < PACKET_SHARE
+        self.packet_kinds = [k for k in PACKET_KINDS if (k in profile.only if profile.only else share)]
         self.name = name = "sim" if beside is None else _RIVAL
         self.directory = Directory(world, name, None if beside is None else beside.directory)
         self.rival: Rival | None = None
@@ -136,7 +136,7 @@ class Run:
             lease,
             self._draw_run_disk(seed, beside),
             self._refuses,
-            random.Random(f"ports {seed}") if self.control else None,
+            random.Random(f"ports {seed}") if self.packet_kinds else None,
         )
         for node in range(self.job.nodes):
             self.add_host(node)
