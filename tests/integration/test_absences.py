@@ -21,11 +21,13 @@ from middleman import Middleman
 from waiting import until
 
 _LISTENS = """
-import socket, time
+import socket
 with socket.create_server(("127.0.0.1", 0)) as listener:
     print(listener.getsockname()[1], flush=True)
-    held = [listener.accept()[0]]
-    time.sleep(600)
+    held = []
+    while True:
+        held.append(listener.accept()[0])
+        held[-1].sendall(b"hello")
 """
 
 
@@ -42,19 +44,22 @@ def _port(listener: subprocess.Popen[str]) -> int:
     return int(listener.stdout.readline())
 
 
-def test_a_process_that_is_killed_is_found_dead_by_its_port_and_one_that_is_stopped_is_not(
-    listener: subprocess.Popen[str],
-) -> None:
+def _everybody(node: int) -> bool:
+    return True
+
+
+def test_a_port_tells_who_lives_and_who_is_dead_and_of_who_is_stopped_nothing(listener: subprocess.Popen[str]) -> None:
     vault = r.Address("127.0.0.1", _port(listener))
     absences = Absences()
-    listener.send_signal(signal.SIGSTOP)
     absences.began(3, vault)
+    assert until(lambda: absences.answers(_everybody), "a word", 0.01) == [(3, False)]
+    listener.send_signal(signal.SIGSTOP)
     absences.over(3)
     absences.began(3, vault)
-    assert absences.asks and not absences.ended(lambda node: True)
+    assert absences.asks and not absences.answers(_everybody)
     listener.kill()
-    assert until(lambda: absences.ended(lambda node: True), "the refusal", 0.01) == [3]
-    assert not absences.asks and not absences.ended(lambda node: True)
+    assert until(lambda: absences.answers(_everybody), "the refusal", 0.01) == [(3, True)]
+    assert not absences.asks and not absences.answers(_everybody)
 
 
 def test_who_is_not_awaited_any_more_and_who_has_no_port_is_not_asked(listener: subprocess.Popen[str]) -> None:
@@ -63,13 +68,14 @@ def test_who_is_not_awaited_any_more_and_who_has_no_port_is_not_asked(listener: 
     absences.began(1, r.Address("127.0.0.1", 0))
     assert not absences.asks
     absences.began(2, vault)
-    assert not absences.ended(lambda node: False) and not absences.asks
+    assert not absences.answers(lambda node: False) and not absences.asks
 
 
 def test_asking_ends_when_it_is_stopped(listener: subprocess.Popen[str]) -> None:
-    port, stopped, said = _port(listener), threading.Event(), list[bool]()
-    asking = threading.Thread(target=lambda: said.append(until_refused(("127.0.0.1", port), stopped)))
+    port, stopped, heard, said = _port(listener), threading.Event(), threading.Event(), list[bool]()
+    asking = threading.Thread(target=lambda: said.append(until_refused(("127.0.0.1", port), stopped, heard.set)))
     asking.start()
+    heard.wait()
     stopped.set()
     asking.join()
     assert said == [False]

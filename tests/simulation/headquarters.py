@@ -224,7 +224,7 @@ class Headquarters:
         lease: of the durable directory, where it is this job's already.
         run_disk: of the run directory; None: nothing is written.
         seen: called with each event of the job's log.
-        refuses: whether nobody listens at an agent's port, and this machine hears so.
+        answers: whether an agent's port refuses, or says a word; None: neither.
         ports: how long it takes to hear it; None: at once.
     """
 
@@ -238,7 +238,7 @@ class Headquarters:
         seen: Callable[[str, dict[str, Any]], None],
         lease: DirectoryLease | None = None,
         run_disk: RunDisk | None = None,
-        refuses: Callable[[r.Address], bool] = lambda vault: False,
+        answers: Callable[[r.Address], bool | None] = lambda vault: None,
         ports: random.Random | None = None,
     ) -> None:
         self.world = world
@@ -247,7 +247,7 @@ class Headquarters:
         self._links = links
         self._all_links = all_links
         self._seen = seen
-        self._refuses, self._ports = refuses, ports
+        self._answers, self._ports = answers, ports
         self.disk = _Disk(world)
         self.process = Process(world, "coordinator")
         self.lives = 0
@@ -357,18 +357,19 @@ class Headquarters:
         self.hub.ends.append((f"node-{node}@job".encode(), number))
         self._soon()
 
-    def _ask_port(self, vault: r.Address, refused: Callable[[], None]) -> Callable[[], None]:
+    def _ask_port(self, vault: r.Address, tell: Callable[[bool], None]) -> Callable[[], None]:
         """As the thread of `Absences`."""
         process, stopped, ports = self.process, threading.Event(), self._ports or random.Random(0)
 
-        def look() -> None:
+        def look(told: bool = False) -> None:
             if stopped.is_set():
                 return
-            if self._refuses(vault):
-                refused()
+            refused = self._answers(vault)
+            if refused or (refused is False and not told):
+                tell(refused)
                 self._soon()
-            else:
-                process.later(ports.uniform(0.01, 0.1), look)
+            if not refused:
+                process.later(ports.uniform(0.01, 0.1), look, told or refused is not None)
 
         if self._ports is None:
             look()

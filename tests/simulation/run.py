@@ -135,7 +135,7 @@ class Run:
             self._event,
             lease,
             self._draw_run_disk(seed, beside),
-            self._refuses,
+            self._answers,
             random.Random(f"ports {seed}") if self.packet_kinds else None,
         )
         for node in range(self.job.nodes):
@@ -228,9 +228,9 @@ class Run:
         """By its address."""
         return self._by_node[int(host.removeprefix("n"))]
 
-    def _refuses(self, vault: r.Address) -> bool:
+    def _answers(self, vault: r.Address) -> bool | None:
         host = self.at(vault.host)
-        return not host.alive and self.network.both(HQ, host.node)
+        return None if host.process.frozen or not self.network.both(HQ, host.node) else not host.alive
 
     def lives(self, node: int) -> bool:
         """Its agent is there."""

@@ -435,6 +435,16 @@ def test_an_agent_that_does_not_connect_again_is_lost_soon_and_each_in_its_own_t
     assert it.events("declared")[0]["reason"] == "its agent is gone or silent"
 
 
+def test_an_agent_that_is_known_to_live_has_a_lease_to_connect_again() -> None:
+    it = SimulatedJob().train()
+    away(it, 1)
+    it.take(it.core.node_lives(1, it.now))
+    it.wait(0.9 * DEADLINES.lease)
+    assert not it.events("detected")
+    it.wait(0.2 * DEADLINES.lease)
+    assert [event["node"] for event in it.events("detected")] == [1]
+
+
 def test_a_loss_while_another_agent_connects_again_is_declared_when_that_hears_of_it() -> None:
     it = SimulatedJob().train()
     it.commit(5)

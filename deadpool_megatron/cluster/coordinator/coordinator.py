@@ -46,7 +46,6 @@ _GATHER_S_A_NODE = 2e-5  # about what a packet and its answer cost
 _STATUS_INTERVAL_S = 0.2
 _STATUS_SIGN_OF_LIFE_S = 5.0  # written anew although nothing has changed
 _HOST = socket.gethostname()
-_GONE = "its agent is gone or silent"
 _STATUS_FIRST = frozenset({"training", "resumed"})  # who reads of these finds in status.json who holds what now
 _STATUS_SHARE = 0.005  # of the coordinator's time that writing it may take, in large jobs
 
@@ -192,8 +191,8 @@ class Coordinator:
         """One turn of the loop: what comes within ``timeout`` seconds, and what is due."""
         self._hub.wait(timeout, self._packet, self._gone)
         self._tell_standstill()
-        for node in self._absences.ended(self._core.awaits):
-            self._do(self._core.node_lost(node, _GONE, self._clock.now()))
+        for node, refused in self._absences.answers(self._core.awaits):
+            self._do((self._core.node_lost if refused else self._core.node_lives)(node, self._clock.now()))
         self._memory.check()
         self._run.flush()
         self._do(self._core.tick(self._clock.now()))

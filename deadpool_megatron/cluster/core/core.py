@@ -208,12 +208,18 @@ class Core:
         self._now = now
         return self._run(self._handlers[type(record)](record), now)
 
-    def node_lost(self, node: int, cause: str, now: float) -> list[Action]:
+    def node_lost(self, node: int, now: float, cause: str = "its agent is gone or silent") -> list[Action]:
         """The agent of a node is gone for certain."""
         return self._run(self._lose({node}, cause), now)
 
+    def node_lives(self, node: int, now: float) -> list[Action]:
+        """The agent of a node that is away lives, and can be reached: it has the rest of a lease."""
+        if self._returning.awaits(node):
+            self._returning.also(node, now + self.job.deadlines.lease, stood_still=False)
+        return []
+
     def node_away(self, node: int, now: float, stood_still: bool = False) -> list[Action]:
-        """The connection of a node's agent has ended: it has time to come back.
+        """The connection of a node's agent has ended: it has a little time to come back.
 
         Args:
             stood_still: it may have ended long ago, while nobody here could have heard it.
@@ -222,7 +228,7 @@ class Core:
         if self._state.phase is Phase.ENDED or state is None or state.gone:
             return []
         if not state.agent_pid:
-            return self.node_lost(node, "its agent is gone or silent", now)
+            return self.node_lost(node, now)
         lease = self.job.deadlines.lease
         self._returning.also(node, now + (lease + _RETURN_S if stood_still else ABSENCE * lease), stood_still)
         return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -46,11 +46,12 @@ def reached(places: Sequence[tuple[str, int]]) -> int:
     return len(answers)
 
 
-def until_refused(place: tuple[str, int], stopped: threading.Event) -> bool:
+def until_refused(place: tuple[str, int], stopped: threading.Event, said: Callable[[], None]) -> bool:
     """Whether nobody listens there any more: waits until that is so, or it is ``stopped``.
 
     Holds a connection, which ends with the process that has taken it, perhaps just before its port is closed. What
-    cannot be asked, or does not answer, is no refusal. Blocks for a second after it is stopped, at most.
+    cannot be asked, or does not answer, is no refusal. Calls ``said`` when a word has come. Blocks for a second after
+    it is stopped, at most.
     """
     while not stopped.is_set():
         try:
@@ -60,6 +61,7 @@ def until_refused(place: tuple[str, int], stopped: threading.Event) -> bool:
                     with suppress(TimeoutError):
                         if not held.recv(1024):
                             break
+                        said()
         except ConnectionRefusedError:
             return not stopped.is_set()
         except OSError:
