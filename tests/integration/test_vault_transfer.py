@@ -328,9 +328,9 @@ def test_a_holder_that_is_told_of_a_complaint_gives_up_what_has_changed_and_give
     assert found == [(0, "own", Version(0, 5))] and not owner.vault.holdings().ranks[0]
 
 
-@pytest.mark.parametrize(("times", "comes"), [(2, True), (8, False)])
+@pytest.mark.parametrize(("times", "comes"), [(4, True), (8, False)])
 def test_one_complaint_condemns_no_copy(nodes: Callable[..., Node], times: int, comes: bool) -> None:
-    """The first connection asks only; each try then has two."""
+    """The first two connections ask only; each try then has two."""
     owner = nodes(chunk_bytes=1 << 20)
     owner.write(owner.writer(), 0, 5)
     until(lambda: owner.vault.holdings().ranks[0])
