@@ -71,7 +71,7 @@ class SimulatedJob:
 
     def lose(self, node: int, cause: str = "its agent is gone or silent") -> None:
         """The connection of a node ends."""
-        self.take(self.core.node_lost(node, self.now, cause))
+        self.take(self.core.node_lost(node, cause, self.now))
 
     def wait(self, seconds: float) -> None:
         """Time passes; the Core is woken when it asked for it and at the end."""

@@ -196,7 +196,7 @@ def _the_end_of_a_connection_is_that_of_its_node(patch: Patch) -> None:
     away = Core.node_away
 
     def before(self: Core, node: int, now: float, stood_still: bool = False) -> Any:
-        return away(self, node, now, True) if stood_still else self.node_lost(node, now)
+        return away(self, node, now, True) if stood_still else self.node_lost(node, "gone", now)
 
     patch.setattr(Core, "node_away", before)
 

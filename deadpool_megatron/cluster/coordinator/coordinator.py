@@ -24,7 +24,7 @@ from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
 from deadpool_megatron.cluster.coordinator.saved_state import Memory
 from deadpool_megatron.cluster.coordinator.status import Progress
 from deadpool_megatron.cluster.coordinator.validate import misfit
-from deadpool_megatron.cluster.core.core import ABSENCE, Core
+from deadpool_megatron.cluster.core.core import ABSENCE, GONE, Core
 from deadpool_megatron.cluster.core.effects import Action, Emit, Finish, Keep, Send
 from deadpool_megatron.cluster.core.job import JobSpec, Phase
 from deadpool_megatron.cluster.core.protection import in_words
@@ -192,7 +192,8 @@ class Coordinator:
         self._hub.wait(timeout, self._packet, self._gone)
         self._tell_standstill()
         for node, refused in self._absences.answers(self._core.awaits):
-            self._do((self._core.node_lost if refused else self._core.node_lives)(node, self._clock.now()))
+            now = self._clock.now()
+            self._do(self._core.node_lost(node, GONE, now) if refused else self._core.node_lives(node, now))
         self._memory.check()
         self._run.flush()
         self._do(self._core.tick(self._clock.now()))

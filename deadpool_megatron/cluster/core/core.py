@@ -61,6 +61,7 @@ _COARSE = {Phase.STARTING: "starting", Phase.FINISHING: "finishing"}
 # A job that had ended when its coordinator did: somebody may not have been told.
 _RESTORED = {"starting": Phase.STARTING, "finishing": Phase.FINISHING, "ended": Phase.FINISHING}
 _RETURN_S = 5.0  # beyond the lease, for agents to find a coordinator that starts again
+GONE: Final = "its agent is gone or silent"
 ABSENCE: Final = 0.25  # of the lease, for an agent whose connection has ended to connect again
 
 
@@ -208,7 +209,7 @@ class Core:
         self._now = now
         return self._run(self._handlers[type(record)](record), now)
 
-    def node_lost(self, node: int, now: float, cause: str = "its agent is gone or silent") -> list[Action]:
+    def node_lost(self, node: int, cause: str, now: float) -> list[Action]:
         """The agent of a node is gone for certain."""
         return self._run(self._lose({node}, cause), now)
 
@@ -228,7 +229,7 @@ class Core:
         if self._state.phase is Phase.ENDED or state is None or state.gone:
             return []
         if not state.agent_pid:
-            return self.node_lost(node, now)
+            return self.node_lost(node, GONE, now)
         lease = self.job.deadlines.lease
         self._returning.also(node, now + (lease + _RETURN_S if stood_still else ABSENCE * lease), stood_still)
         return []
