@@ -11,7 +11,7 @@ from typing import Final
 
 CONNECT_S: Final = 1.0
 _LOOK_S: Final = 0.2
-_AGAIN_S: Final = 0.01
+_AGAIN_S: Final = 0.002
 # No descriptor, memory or port was left here: nobody has been asked.
 _OWN: Final = {
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EADDRNOTAVAIL,
@@ -53,9 +53,11 @@ def until_refused(place: tuple[str, int], stopped: threading.Event, said: Callab
     cannot be asked, or does not answer, is no refusal. Calls ``said`` when a word has come. Blocks for a second after
     it is stopped, at most.
     """
+    pause = _AGAIN_S
     while not stopped.is_set():
         try:
             with socket.create_connection(place, CONNECT_S) as held:
+                pause = _AGAIN_S
                 held.settimeout(_LOOK_S)
                 while not stopped.is_set():
                     with suppress(TimeoutError):
@@ -66,5 +68,6 @@ def until_refused(place: tuple[str, int], stopped: threading.Event, said: Callab
             return not stopped.is_set()
         except OSError:
             pass
-        stopped.wait(_AGAIN_S)
+        stopped.wait(pause)
+        pause = min(2 * pause, _LOOK_S)
     return False
