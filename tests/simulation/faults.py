@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from typing import TYPE_CHECKING
 
 from deadpool_megatron.cluster import records as r
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from simulation.host import Host
     from simulation.run import Run
 
-__all__ = ["DURABLE_KINDS", "KINDS", "Faults", "Profile"]
+__all__ = ["DURABLE_KINDS", "KINDS", "PACKET_KINDS", "Faults", "Profile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +70,53 @@ class Faults:
         chance, cluster = self._cluster.world.chance, self._cluster
         names = [name for name in KINDS if not self.profile.only or name in self.profile.only]
         weights = [KINDS[name][0] for name in names]
-        for _ in range(chance.randint(0, self.profile.most)):
+        for _ in range(chance.randint(0, self.profile.most) if names else 0):
             name = chance.choices(names, weights)[0]
-            when = chance.choice(_WHEN)
-            if when == "started":
-                count, most = 1, 2.0
-            elif when == "committed":
-                count, most = 1, 0.3 * cluster.iterations
-            elif when == "iteration":  # near the end
-                count, most = cluster.iterations - chance.randint(0, 3), 2.0
-            else:  # in a recovery, or soon after one: those seconds are the interesting ones
-                count, most = chance.randint(1, 3), 1.0
-            self._wait(when, count, chance.uniform(0.0, most), name, partial(KINDS[name][1], self))
+            self._wait(*self._when(chance), name, partial(KINDS[name][1], self))
         if cluster.job.durable is not None:
             self._draw_durable()
+        draws = cluster.packets
+        if cluster.packet_kinds:
+            for name in draws.choices(cluster.packet_kinds, k=draws.randint(1, 4)):
+                self._wait(*self._when(draws), name, partial(PACKET_KINDS[name], self))
+
+    def _when(self, chance: Random) -> tuple[str, int, float]:
+        """For which event a fault waits, how often, and seconds after it."""
+        when = chance.choice(_WHEN)
+        if when == "started":
+            count, most = 1, 2.0
+        elif when == "committed":
+            count, most = 1, 0.3 * self._cluster.iterations
+        elif when == "iteration":  # near the end
+            count, most = self._cluster.iterations - chance.randint(0, 3), 2.0
+        else:  # in a recovery, or soon after one: those seconds are the interesting ones
+            count, most = chance.randint(1, 3), 1.0
+        return when, count, chance.uniform(0.0, most)
+
+    def _reset_control(self) -> None:
+        """Of some nodes, the connections to the coordinator; each comes again. No node is hurt."""
+        draws, there = self._cluster.packets, [host for host in self._cluster.hosts if host.alive]
+        for host in draws.sample(there, min(len(there), draws.choice((1, 1, 2, 10)))):
+            self.struck[-1] += f" n{host.node}"
+            host.link.reset(draws.random() < 0.5, draws.uniform(0.05, 0.3))
+
+    def _garble(self) -> None:
+        """For a while what is read of shards is changed on the way, or by who reads it; not twice in a row."""
+        network, draws = self._cluster.network, self._cluster.packets
+        network.garbling = draws.uniform(0.3, 1.0)
+
+        def over() -> None:
+            network.garbling = 0.0
+
+        self._until(draws.uniform(1.0, 15.0), over)
+
+    def _reset_control_and_lose(self) -> None:
+        """The same, and about then a node is lost, or a worker."""
+        cluster = self._cluster
+        draws, lose = cluster.packets, cluster.packets.choice((self._kill_node, self._lose_node, self._kill_worker))
+        first, then = draws.sample((self._reset_control, lose), 2)
+        first()
+        self._until(draws.uniform(0.0, 0.3), then)
 
     def _draw_durable(self) -> None:
         """Of its own chance, so that other runs stay as they are."""
@@ -532,6 +566,11 @@ KINDS: dict[str, tuple[int, Callable[[Faults], None]]] = {
     "drain, and the spare dies": (2, Faults._drain_and_kill_spare),
     "join": (3, Faults._join),
     "join, and the coordinator dies": (1, Faults._join_and_crash),
+}
+PACKET_KINDS: dict[str, Callable[[Faults], None]] = {
+    "reset control": Faults._reset_control,
+    "reset control, and a loss": Faults._reset_control_and_lose,
+    "garbled reads": Faults._garble,
 }
 DURABLE_KINDS: dict[str, Callable[[Faults], None]] = {
     "full directory": Faults._full_directory,

@@ -184,11 +184,32 @@ def _the_end_is_looked_for_while_agents_come_back(patch: Patch) -> None:
     look = Core._look_for_end
 
     def before(self: Core) -> Effects:
-        expected, self._returning._expected = self._returning._expected, set()
+        expected, self._returning._expected = self._returning._expected, {}
         yield from look(self)
         self._returning._expected = expected
 
     patch.setattr(Core, "_look_for_end", before)
+
+
+def _the_end_of_a_connection_is_that_of_its_node(patch: Patch) -> None:
+    """A connection to the coordinator that is reset costs its node."""
+    away = Core.node_away
+
+    def before(self: Core, node: int, now: float, stood_still: bool = False) -> Any:
+        return away(self, node, now, True) if stood_still else self.node_lost(node, "gone", now)
+
+    patch.setattr(Core, "node_away", before)
+
+
+def _one_complaint_condemns_a_copy(patch: Patch) -> None:
+    """What arrives changed once is refused for good, though it was the fault of who has read it."""
+    failed = Attempts.failed
+
+    def before(self: Attempts[Any], err: Any, now: float) -> float | None:
+        self.doubted = True
+        return failed(self, err, now)
+
+    patch.setattr(Attempts, "failed", before)
 
 
 def _one_moment_without_a_majority_is_enough(patch: Patch) -> None:
@@ -564,6 +585,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "joins late": _who_is_about_to_join_is_too_late,
     "broken new": _a_broken_copy_keeps_its_slot,
     "all back": _the_end_is_looked_for_while_agents_come_back,
+    "reset": _the_end_of_a_connection_is_that_of_its_node,
+    "one complaint": _one_complaint_condemns_a_copy,
     "one moment": _one_moment_without_a_majority_is_enough,
     "told before": _what_was_told_as_committed_is_forgotten,
     "departed": _a_node_that_has_left_is_counted_until_the_next_epoch,

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.cluster.placement.redundancy import Scheme
@@ -25,11 +26,11 @@ from deadpool_megatron.durable.files import seal, write_constants, write_shard
 from deadpool_megatron.durable.lease import LOOK_S, WATCH_S, Taken, Taking
 from deadpool_megatron.vault import VaultFull
 from simulation.durable import CONSTANTS_LAYOUT, DIRECTORY, LAYOUT, Directory
-from simulation.faults import Faults, Profile
+from simulation.faults import PACKET_KINDS, Faults, Profile
 from simulation.headquarters import Headquarters, RunDisk
 from simulation.host import Host
 from simulation.meetings import Meetings
-from simulation.network import Link, Network
+from simulation.network import HQ, Link, Network
 from simulation.oracle import Oracle, Violation
 from simulation.rank import constants, whole
 from simulation.rank import state as packed
@@ -39,6 +40,7 @@ __all__ = ["Outcome", "Run", "Violation", "simulate"]
 
 DEADLINES = Deadlines(lease=5.0, abort=15.0, build=40.0, form=10.0, join=30.0)
 DURABLE_SHARE = 0.2  # of the runs have a durable directory
+PACKET_SHARE = 0.2  # have packets changed, or connections to the coordinator that are reset
 RIVALS_SHARE = 0.1  # of those with a durable directory have another job that wants it
 RUN_DISK_SHARE = 0.1  # write a run directory, on a disk with troubles
 SHARDS_SHARE = 0.1  # have parity, constants or failure domains
@@ -92,6 +94,9 @@ class Run:
         self._until = world.now + _LONGEST_S
         self.iterations = chance.randint(14, 36) + (0 if beside is None else beside.iterations)
         self.draws = random.Random(f"durable {seed}")  # of its own as well
+        self.packets = random.Random(f"packets {seed}")  # likewise
+        share = self.packets.random() < PACKET_SHARE
+        self.packet_kinds = [k for k in PACKET_KINDS if (k in profile.only if profile.only else share)]
         self.name = name = "sim" if beside is None else _RIVAL
         self.directory = Directory(world, name, None if beside is None else beside.directory)
         self.rival: Rival | None = None
@@ -130,6 +135,8 @@ class Run:
             self._event,
             lease,
             self._draw_run_disk(seed, beside),
+            self._answers,
+            random.Random(f"ports {seed}") if self.packet_kinds else None,
         )
         for node in range(self.job.nodes):
             self.add_host(node)
@@ -220,6 +227,10 @@ class Run:
     def at(self, host: str) -> Host:
         """By its address."""
         return self._by_node[int(host.removeprefix("n"))]
+
+    def _answers(self, vault: r.Address) -> bool | None:
+        host = self.at(vault.host)
+        return None if host.process.frozen or not self.network.both(HQ, host.node) else not host.alive
 
     def lives(self, node: int) -> bool:
         """Its agent is there."""

@@ -408,6 +408,83 @@ def test_a_spare_whose_workers_are_warm_is_taken_before_one_that_still_imports()
     assert job.active == [4, 3, 2]
 
 
+def away(it: SimulatedJob, *nodes: int) -> None:
+    for node in nodes:
+        it.take(it.core.node_away(node, it.now))
+
+
+def test_an_agent_that_connects_again_in_time_costs_nothing() -> None:
+    it = SimulatedJob().train()
+    away(it, 1)
+    it.wait(0.2 * DEADLINES.lease)
+    it.join([1])
+    it.wait(2 * DEADLINES.lease)
+    assert it.events("reconnected") and not it.events("detected") and it.core.epoch == 0
+    assert len(it.told(r.Placement, 1)) == 1, "what was told meanwhile it hears again"
+
+
+def test_an_agent_that_does_not_connect_again_is_lost_soon_and_each_in_its_own_time() -> None:
+    it = SimulatedJob(nodes=6, spares=2).train()
+    away(it, 1)
+    it.wait(0.2 * DEADLINES.lease)
+    away(it, 2)
+    it.wait(0.1 * DEADLINES.lease)
+    assert [event["node"] for event in it.events("detected")] == [1]
+    it.join([2])
+    assert [event["lost"] for event in it.events("declared")] == [[1]]
+    assert it.events("declared")[0]["reason"] == "its agent is gone or silent"
+
+
+def test_an_agent_that_is_known_to_live_has_a_lease_to_connect_again() -> None:
+    it = SimulatedJob().train()
+    away(it, 1)
+    it.take(it.core.node_lives(1, it.now))
+    it.wait(0.9 * DEADLINES.lease)
+    assert not it.events("detected")
+    it.wait(0.2 * DEADLINES.lease)
+    assert [event["node"] for event in it.events("detected")] == [1]
+
+
+def test_a_loss_while_another_agent_connects_again_is_declared_when_that_hears_of_it() -> None:
+    it = SimulatedJob().train()
+    it.commit(5)
+    away(it, 0, 1)
+    it.lose(1)
+    assert not it.told(r.Declare)
+    it.join([0])
+    assert [event["lost"] for event in it.events("declared")] == [[1]]
+    it.recover()
+    assert it.core.phase is Phase.RUNNING
+
+
+def test_a_spare_that_is_lost_is_not_waited_for_any_more() -> None:
+    it = SimulatedJob().train()
+    away(it, 3)
+    it.lose(3)
+    assert not it.core.awaits_agents and it.core.epoch == 0
+
+
+def test_who_was_away_in_a_recovery_begins_it_again_with_the_others() -> None:
+    it = SimulatedJob().train()
+    it.commit(5)
+    it.lose(0)
+    away(it, 1)
+    it.join([1])  # its agent is still in epoch 0
+    assert [event["lost"] for event in it.events("declared")] == [[0], []]
+    it.recover()
+    assert it.core.phase is Phase.RUNNING
+
+
+def test_no_deadline_passes_while_an_agent_may_connect_again() -> None:
+    it = SimulatedJob().train()
+    it.commit(5)
+    it.lose(0)
+    it.wait(DEADLINES.abort - 0.1)
+    away(it, 1)
+    it.wait(0.2)
+    assert [event["node"] for event in it.events("detected")] == [0]
+
+
 def test_a_node_that_comes_back_after_its_loss_is_told_to_go() -> None:
     job = SimulatedJob().train()
     job.lose(1)

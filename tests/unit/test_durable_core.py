@@ -558,7 +558,7 @@ def test_agents_that_were_away_while_the_coordinator_stood_still_hear_once_more_
     told = r.ResumeAt if loaded else r.LoadShards
     before = len(it.told(told)), len(it.told(r.Roster))
     for node in range(3):
-        it.core.node_away(node, it.now)
+        it.core.node_away(node, it.now, stood_still=True)
     for node in range(3):
         assert (len(it.told(told)), len(it.told(r.Roster))) == before
         it.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [10 * node, 10 * node + 1]))

@@ -224,6 +224,7 @@ def _hosted(
         return started[-1]
 
     monkeypatch.setattr(processes, "replace", lambda settings, **changes: settings)
+    monkeypatch.setattr(processes, "StoreWatch", lambda *of: SimpleNamespace(end=lambda: None, why=""))
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     leadership = SimpleNamespace(guard=Guard("leader", 1))

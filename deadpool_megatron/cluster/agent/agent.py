@@ -115,6 +115,7 @@ class Agent:
             self._upkeep = Upkeep(job, shards, self._durable)
             self._recovery = NodeRecovery(job, crew, shards, self._upkeep, self._faults, self.send)
             self._lookout = Lookout(settings, job, crew, self._recovery, processes, fence, self.send, clock)
+        self._covered: r.Covered | None = None  # told last
         self._hashes: list[r.StateHash] = []
         self._done: dict[r.SideEffectKind, r.SideEffect] = {}  # the newest of each kind that a rank here has told
         self._iteration = -1  # the newest of this epoch that a rank here has told
@@ -172,6 +173,8 @@ class Agent:
             self._tell_rehearsed()
         if (last := self._commits.last) is not None:
             self.send(last)  # without it nobody could ever overwrite a slot again
+        if self._covered is not None and self._covered.epoch == self._job.epoch:
+            self.send(self._covered)  # it counts once
         for record in self._hashes:
             self.send(record)
         for done in self._done.values():
@@ -316,6 +319,7 @@ class Agent:
     def _rank_committed(self, event: RankCommitted) -> None:
         covered = self._commits.covered(event.rank, event.generation)
         if covered is not None:
+            self._covered = covered
             self.send(covered)
         if event.epoch != self._job.epoch:
             return

@@ -167,7 +167,7 @@ class NodeRecovery:
             node, tried = self._job.node, event.tried
             # (a copy of its own that was found broken is given up, and another one may come in its place)
             here = event.source == node and event.share < 0 and not event.own
-            gone = here and not self._shards.has(event.rank, (tried, event.generation))
+            gone = event.gone or (here and not self._shards.has(event.rank, (tried, event.generation)))
             self._send(
                 r.FetchFailed(
                     event.epoch, node, event.rank, event.source, event.generation, event.error, tried, event.own, gone,

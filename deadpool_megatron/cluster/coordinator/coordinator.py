@@ -19,12 +19,13 @@ from typing import Any
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.coordinator.absences import Absences, Ask
 from deadpool_megatron.cluster.coordinator.drain_sources import Drains
 from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
 from deadpool_megatron.cluster.coordinator.saved_state import Memory
 from deadpool_megatron.cluster.coordinator.status import Progress
 from deadpool_megatron.cluster.coordinator.validate import misfit
-from deadpool_megatron.cluster.core.core import Core
+from deadpool_megatron.cluster.core.core import ABSENCE, GONE, Core
 from deadpool_megatron.cluster.core.effects import Action, Emit, Finish, Keep, Send
 from deadpool_megatron.cluster.core.job import JobSpec, Phase
 from deadpool_megatron.cluster.core.protection import in_words
@@ -39,6 +40,7 @@ from deadpool_megatron.observe import RunDirectory
 
 _FAREWELL_S = 10.0
 _LONGEST_PASS_S = 0.75
+_LOOK_FOR_ANSWERS_S = 0.005  # of ports that were asked: an absence is short, and rare
 _MOST_REFUSALS_TOLD = 100
 _GATHER_S = (0.003, 0.02)
 _GATHER_S_A_NODE = 2e-5  # about what a packet and its answer cost
@@ -91,12 +93,13 @@ class Coordinator:
         lease: Lease | None = None,
         worked: Callable[[], float] = time.thread_time,
         unix: Callable[[], float] = time.time,
+        ask: Ask | None = None,
     ) -> None:
         """``guard``: of the leadership in this term; without it ``store`` takes no write.
 
         ``lease``: of the durable directory, kept by its own thread. ``hub``, ``run``, ``clock`` (seconds, monotonic),
         ``chance``, ``worked`` (seconds of processor time) and ``unix`` (seconds since 1970) are those of ``settings``
-        and this machine unless given.
+        and this machine unless given. ``ask``: see `Absences`.
         """
         self._memory = Memory(store, guard)
         self._progress = Progress()
@@ -106,7 +109,9 @@ class Coordinator:
         patience, silence_s = patience_s(again=settings.resume), job.deadlines.lease
         self._clock = AwakeClock(max(_LONGEST_PASS_S, silence_s / 2), clock)  # less than the silence that means gone
         self._core = Core(job, r.Address(settings.host, settings.store_port), unix() - self._clock.now())
-        self._hub = hub or Hub(settings.bind, settings.port, settings.secret, silence_s, patience)
+        # Who falls silent loses its connection first, and is lost when it has not come back: within the lease, both.
+        self._hub = hub or Hub(settings.bind, settings.port, settings.secret, (1 - ABSENCE) * silence_s, patience)
+        self._absences = Absences(ask)
         self.port = self._hub.port
         self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume, aside=True)
         self._finish: Finish | None = None
@@ -184,13 +189,17 @@ class Coordinator:
         """Seconds until there is something to do if nothing comes; half a second at most."""
         deadline = self._core.next_deadline()
         now = self._clock.now()
-        timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
+        most = _LOOK_FOR_ANSWERS_S if self._absences.asks else 0.5
+        timeout = most if deadline is None else min(most, max(0.0, deadline - now))
         return min(timeout, max(0.0, self._status_due - now)) if self._status_stale else timeout
 
     def turn(self, timeout: float) -> None:
         """One turn of the loop: what comes within ``timeout`` seconds, and what is due."""
         self._hub.wait(timeout, self._packet, self._gone)
         self._tell_standstill()
+        for node, refused in self._absences.answers(self._core.awaits):
+            now = self._clock.now()
+            self._do(self._core.node_lost(node, GONE, now) if refused else self._core.node_lives(node, now))
         self._memory.check()
         self._run.flush()
         self._do(self._core.tick(self._clock.now()))
@@ -221,6 +230,7 @@ class Coordinator:
             self._run.error(self._finish.code, self._finish.message)
         self._write_status()
         self._run.close()
+        self._absences.close()
         self._hub.close()
         return self._finish.code, self._finish.message
 
@@ -264,6 +274,7 @@ class Coordinator:
             return  # a node that was declared lost has no say any more
         self._connected.add(node)
         if isinstance(record, r.Join):
+            self._absences.over(node)
             self._broadcast.joined(node)
         elif isinstance(record, r.Behind):
             if whole := self._broadcast.behind(node):
@@ -352,11 +363,12 @@ class Coordinator:
         if not number.isdecimal() or identity != self._identity(int(number)):
             return
         node = int(number)
-        self._connected.discard(node)
-        if self._clock.just_woke(self._core.job.deadlines.lease):
-            self._do(self._core.node_away(node, self._clock.now()))
-        else:
-            self._do(self._core.node_lost(node, "its agent is gone or silent", self._clock.now()))
+        now, stood_still = self._clock.now(), self._clock.just_woke(self._core.job.deadlines.lease)
+        self._do(self._core.node_away(node, now, stood_still))
+        if not self._core.awaits(node):
+            self._connected.discard(node)
+        elif (vault := self._core.nodes[node].vault) is not None:
+            self._absences.began(node, vault)
 
     def _do(self, actions: list[Action], step: dict[str, Any] | None = None) -> None:
         if not actions and step is None:

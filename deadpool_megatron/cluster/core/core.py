@@ -18,7 +18,7 @@ What has been decided is kept (`Keep`) before anybody is told, so a coordinator 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.arrivals import Arrivals
@@ -62,6 +62,8 @@ _COARSE = {Phase.STARTING: "starting", Phase.FINISHING: "finishing"}
 # A job that had ended when its coordinator did: somebody may not have been told.
 _RESTORED = {"starting": Phase.STARTING, "finishing": Phase.FINISHING, "ended": Phase.FINISHING}
 _RETURN_S = 5.0  # beyond the lease, for agents to find a coordinator that starts again
+GONE: Final = "its agent is gone or silent"
+ABSENCE: Final = 0.25  # of the lease, for an agent whose connection has ended to connect again
 
 
 def _just(effect: Effect) -> Effects:
@@ -160,6 +162,10 @@ class Core:
         """Agents that were there may come back, and none of them is given up yet."""
         return self._returning.waits
 
+    def awaits(self, node: int) -> bool:
+        """The agent of this node was there, may come back, and is not given up yet."""
+        return self._returning.awaits(node)
+
     @property
     def recovery(self) -> Recovery | None:
         """The recovery under way, if any."""
@@ -198,8 +204,8 @@ class Core:
             times.append(self._suspicions.due)
             if self._state.phase is Phase.STARTING:
                 times.append(self._durability.loading_due)
-        if self.recovery is not None:
-            times.append(self.recovery.deadline)
+            if self.recovery is not None:
+                times.append(self.recovery.deadline)
         known = [t for t in times if t is not None]
         return min(known) if known else None
 
@@ -213,13 +219,28 @@ class Core:
         return self._run(self._handlers[type(record)](record), now)
 
     def node_lost(self, node: int, cause: str, now: float) -> list[Action]:
-        """The lease or the connection of a node ended."""
+        """The agent of a node is gone for certain."""
         return self._run(self._lose({node}, cause), now)
 
-    def node_away(self, node: int, now: float) -> list[Action]:
-        """The connection of a node has ended while nobody here could have heard it: it has time to come back."""
-        if self._state.phase is not Phase.ENDED and not self.members.gone(node):
-            self._returning.also(node, now + self.job.deadlines.lease + _RETURN_S)
+    def node_lives(self, node: int, now: float) -> list[Action]:
+        """The agent of a node that is away lives, and can be reached: it has the rest of a lease."""
+        if self._returning.awaits(node):
+            self._returning.also(node, now + self.job.deadlines.lease, stood_still=False)
+        return []
+
+    def node_away(self, node: int, now: float, stood_still: bool = False) -> list[Action]:
+        """The connection of a node's agent has ended: it has a little time to come back.
+
+        Args:
+            stood_still: it may have ended long ago, while nobody here could have heard it.
+        """
+        state = self.nodes.get(node)
+        if self._state.phase is Phase.ENDED or state is None or state.gone:
+            return []
+        if not state.agent_pid:
+            return self.node_lost(node, GONE, now)
+        lease = self.job.deadlines.lease
+        self._returning.also(node, now + (lease + _RETURN_S if stood_still else ABSENCE * lease), stood_still)
         return []
 
     def tick(self, now: float) -> list[Action]:
@@ -284,7 +305,7 @@ class Core:
             return f"node {node} is being drained already", False
         if self.phase is not Phase.RUNNING or under_way is not None or self._returning.waits:
             what = f"node {under_way} is being drained" if under_way is not None else self.phase.value
-            what = "the coordinator has just come back" if self._returning.waits else what
+            what = self._returning.why if self._returning.waits else what
             soon = self._state.phase in (Phase.STARTING, Phase.RUNNING)
             return f"not now, the job is busy: {what}; try again in a moment", soon
         if role == "active" and not self.members.ready_spares():
@@ -457,7 +478,10 @@ class Core:
         same = state.pids == dict(enumerate(record.worker_pids))  # else it tells of the workers of a new start
         first = self._start.joined(state, record)
         awaited = self._arrivals.without({record.node})
-        if self._returning.awaits(record.node):
+        connects_again = self._returning.awaits(record.node) and not self._returning.was_away
+        if connects_again:
+            yield emit("reconnected", node=record.node)
+        if self._returning.awaits(record.node) and self._returning.was_away:
             yield from self._returning.back(record, self._now)
         elif self._state.phase is Phase.STARTING:
             if first:
@@ -475,6 +499,10 @@ class Core:
             yield Send(record.node, r.Departed(sorted(self.members.departed)))
         if self.members.holds(record.node) and record.epoch == self.epoch and not self._returning.defers_commits:
             yield from self.seen.catch_up(record.node)
+        if connects_again:
+            self._returning.without({record.node})
+            if not self._returning.waits:
+                yield from self._returning.all_back(self._now)
 
     def _has_missed(self, record: r.Join) -> bool:
         """Another connection has taken the place of one whose end nobody noticed: what went over that is lost."""
@@ -606,12 +634,16 @@ class Core:
     # ---- losses
 
     def _lose(self, nodes: set[int], cause: str) -> Effects:
+        waited = self._returning.waits
         fresh = {n for n in nodes if not self.members.gone(n)}
         if not fresh:
+            yield from self._wait_no_more_for(nodes, waited)
             return
         involved = set(self.members.active()) | (self.recovery.givers if self.recovery is not None else frozenset())
         hit = fresh & involved
         awaited = {node for node in fresh if not self.nodes[node].agent_pid}
+        if waited and hit:
+            self._returning.remember(f"node {min(hit)} was lost" if self._returning.was_away else cause)
         self._arrivals.without(fresh)
         self._drains.lost(fresh)
         for node in sorted(fresh):
@@ -625,19 +657,23 @@ class Core:
             if awaited and self._state.phase is Phase.STARTING:
                 yield from self._start.send_roster()  # it was the one the others waited for
             yield Persist()
+            yield from self._wait_no_more_for(fresh, waited)
             return
         if not self.job.deadpool:
             yield from self._stop(Exit.FAILED, f"node {sorted(hit)[0]} was lost and DeadPool is off: {cause}")
             return
         if self._state.phase is Phase.FINISHING:  # everything is saved: the others leave, and that is a good end
             yield Persist()
+            yield from self._wait_no_more_for(fresh, waited)
             yield from self._look_for_end()
             return
-        if not self._returning.waits:
+        if not waited:
             yield from self._declare(cause)
-            return
-        self._returning.without(fresh)
-        if not self._returning.waits:
+        yield from self._wait_no_more_for(fresh, waited)
+
+    def _wait_no_more_for(self, lost: set[int], waited: bool) -> Effects:
+        self._returning.without(lost)
+        if waited and not self._returning.waits:
             yield from self._returning.all_back(self._now)
 
     def _declare(self, reason: str) -> Effects:
@@ -708,13 +744,15 @@ class Core:
         if not self._returning.waits:
             yield from self._suspicions.judge_errors(self._now)
             yield from self._durability.judge_loading(self._now)
-        if self._returning.due is not None and self._now >= self._returning.due:
-            yield from self._returning.all_back(self._now)
+        if away := self._returning.late(self._now):
+            yield from self._lose(away, self._returning.why_lost)
         yield from self._drains.tick(self._now)
         if self.phase is Phase.RUNNING and not self._returning.waits:
             yield from self._suspicions.judge_stalls(self._now)
         recovery = self.recovery
-        if recovery is not None and recovery.deadline is not None and self._now >= recovery.deadline:
+        if recovery is None or self._returning.waits:  # what is missing may have been lost with a connection
+            return
+        if recovery.deadline is not None and self._now >= recovery.deadline:
             recovery.deadline = self._still_to_come() if recovery.phase is Phase.WAITING else None
             late_nodes = recovery.late()
             if recovery.phase is Phase.WAITING and recovery.deadline is None:

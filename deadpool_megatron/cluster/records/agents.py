@@ -263,9 +263,9 @@ class FetchFailed(OfNodeInEpoch, frozen=True):
     """The shard of a lost coordinate could not be had from the source that was named.
 
     ``version_epoch``: the version's; -1 where any version of the generation may be meant. ``own``: the fault is the
-    node's, which has no memory for it; the source may be good. ``gone``: the copy was its own, and has been given up
-    since it was offered. ``share``: what the source gave was to rebuild it, and says nothing of a whole copy there: the
-    rank whose part it is, or the word whose parity; -1: a whole copy.
+    node's, which has no memory for it; the source may be good. ``gone``: whoever had the copy has given it up since it
+    was offered. ``share``: what the source gave was to rebuild it, and says nothing of a whole copy there: the rank
+    whose part it is, or the word whose parity; -1: a whole copy.
     """
 
     rank: int
