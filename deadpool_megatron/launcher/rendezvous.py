@@ -9,11 +9,11 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import threading
 from typing import Final
 
 from deadpool_megatron.cluster.link.awake import AwakeClock
-from deadpool_megatron.forking import Process, open_pidfd
 
 # Of torch's TCPStore (TCPStoreBackend.hpp): VALIDATE with its magic number, then GETNUMKEYS, whose answer is a number.
 _QUESTION: Final = struct.pack("<BIB", 0, 0x3C85F7CE, 7)
@@ -42,9 +42,9 @@ class StoreWatch:
         why: once it has ended the process, in words; empty before.
     """
 
-    def __init__(self, process: Process, port: int, lease_s: float) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], port: int, lease_s: float) -> None:
         self.why = ""
-        self._pidfd = open_pidfd(process)
+        self._pidfd = os.pidfd_open(process.pid)
         self._port = port
         self._every_s = lease_s / 2
         self._patience_s = _PATIENCE * lease_s
