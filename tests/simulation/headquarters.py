@@ -224,6 +224,9 @@ class Headquarters:
         lease: of the durable directory, where it is this job's already.
         run_disk: of the run directory; None: nothing is written.
         seen: called with each event of the job's log.
+
+    Attributes:
+        torn: the last one died in the middle of something, so that what it did last may not be in the log.
     """
 
     def __init__(
@@ -246,6 +249,7 @@ class Headquarters:
         self.disk = _Disk(world)
         self.process = Process(world, "coordinator")
         self.lives = 0
+        self.torn = False
         self.ended: tuple[int, str] | None = None
         self._enlistment = Enlistment(job, [], "job", 1)
         self._lease = lease
@@ -380,6 +384,7 @@ class Headquarters:
         """SIGKILL, now."""
         if self.process.alive and self.ended is None:
             self._crashed()
+            self.torn = False
 
     def crash_soon(self, kind: int, count: int) -> None:
         """It dies at a write to the store (0), or in the middle of telling the agents (1)."""
@@ -391,6 +396,7 @@ class Headquarters:
     def _crashed(self) -> None:
         world = self.world
         world.say("hq", "the coordinator is dead")
+        self.torn = True
         self.disk.fuse = None
         self.process.die()
         self.process = Process(world, "coordinator")

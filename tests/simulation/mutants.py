@@ -534,6 +534,16 @@ def _an_offer_comes_before_who_is_to_take_it(patch: Patch) -> None:
     patch.setattr(Crew, "renewing", lambda self, slots: False)
 
 
+def _a_drain_is_forgotten_by_the_next_coordinator(patch: Patch) -> None:
+    """Who was told that a node is being drained waited for nothing."""
+    patch.setattr(Drains, "load", lambda self, kept: None)
+
+
+def _a_drain_is_forgotten_in_a_recovery(patch: Patch) -> None:
+    """The same, where another node was replaced meanwhile."""
+    patch.setattr(Drains, "forget", Drains.ended)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "renewing": _an_offer_comes_before_who_is_to_take_it,
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
@@ -595,5 +605,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "constants anew": _constants_count_as_kept_for_ever,
     "constants first": _a_rank_commits_without_its_constants,
     "share refused": _a_share_that_was_refused_is_asked_for_again,
+    "drain kept": _a_drain_is_forgotten_by_the_next_coordinator,
+    "drain goes on": _a_drain_is_forgotten_in_a_recovery,
     "begins again": _what_a_job_begins_with_must_be_whole,
 }

@@ -183,10 +183,9 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """When `tick` has to be called at the latest, in the clock of ``now``."""
-        times = [part.due for part in (self._arrivals, self._returning, self._drains)]
-        times.append(self._durability.next_deadline())
+        times = [self._arrivals.due, self._returning.due, self._durability.next_deadline()]
         if not self._returning.waits:  # who is not back may be the loss that explains an error
-            times.append(self._suspicions.due)
+            times += [self._suspicions.due, self._drains.due]
             if self._state.phase is Phase.STARTING:
                 times.append(self._durability.loading_due)
         if self.recovery is not None:
@@ -359,7 +358,7 @@ class Core:
         self._state.phase, self._recoveries.current, self._state.end = Phase.ENDED, None, (code, message)
         yield Persist(("now",))  # refused to a coordinator that was deposed: it must not end the job
         self._suspicions.ended()
-        self._drains.forget(over=True)
+        self._drains.ended()
         self._arrivals.clear()
         self._returning.end()
 
@@ -395,6 +394,7 @@ class Core:
             "done": self._progress.done,
             "end": self._state.end,
             "durable": self._durability.dump(),
+            "drain": self._drains.dump(),
             **self._recoveries.dump(),
         }
 
@@ -408,6 +408,7 @@ class Core:
         self._state.end = tuple(kept["end"]) if kept["end"] else None
         self._layout.load(parts.get("layout"), kept["can_rescue"])
         self._recoveries.load(kept)
+        self._drains.load(kept["drain"])
         self._ends.load(kept)
         self._start.epoch = kept["start_epoch"]
         head = self._progress
@@ -429,6 +430,10 @@ class Core:
 
     def _join(self, record: r.Join) -> Effects:
         state = self.nodes.get(record.node)
+        if state is not None and state.role == "left":  # the coordinator before this one ended before it could say so
+            yield emit("left", node=record.node)
+            yield Send(record.node, self._may_leave(record.node))
+            return
         if state is None or state.gone:
             yield Send(record.node, r.Stop(Exit.FENCED, f"node {record.node} is not part of this job (any more)"))
             return
@@ -521,7 +526,8 @@ class Core:
         elif self._state.phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
             self._state.phase, self._recoveries.current = Phase.FINISHING, None
             self._suspicions.ended()
-            self._drains.forget(over=True)
+            yield from self._drains.call_off("training has finished")
+            yield from self._recoveries.let_helpers_go()
             yield Persist()
             yield Send(None, r.AllFinished(self.epoch))
 
@@ -567,9 +573,15 @@ class Core:
     def _node_held(self, record: r.NodeHeld) -> Effects:
         if record.epoch == self.epoch and self.phase is Phase.RUNNING:
             yield from self._drains.held(record)
+            if not self._returning.waits:
+                yield from self._drains.tick(self._now)
+
+    @staticmethod
+    def _may_leave(node: int) -> r.Stop:
+        return r.Stop(Exit.OK, f"node {node} is drained and may be taken away")
 
     def _let_go(self, node: int) -> Effects:
-        yield Send(node, r.Stop(Exit.OK, f"node {node} is drained and may be taken away"))
+        yield Send(node, self._may_leave(node))
         self.members.depart(node, "left")
         yield Send(None, r.Departed([node]))
         self._arrivals.without({node})
@@ -689,7 +701,8 @@ class Core:
             yield from self._durability.judge_loading(self._now)
         if self._returning.due is not None and self._now >= self._returning.due:
             yield from self._returning.all_back(self._now)
-        yield from self._drains.tick(self._now)
+        if self.phase is Phase.RUNNING and not self._returning.waits:
+            yield from self._drains.tick(self._now)
         if self.phase is Phase.RUNNING and not self._returning.waits:
             yield from self._suspicions.judge_stalls(self._now)
         recovery = self.recovery

@@ -429,7 +429,7 @@ class Recoveries:
             self.current = None
             self.vacant.clear()
             yield emit("resumed", iteration=recovery.generation)
-            yield from self._let_helpers_go()
+            yield from self.let_helpers_go()
             yield Persist()
 
     def covered(self, record: r.Covered) -> Effects:
@@ -470,9 +470,9 @@ class Recoveries:
         self.current = None
         self.vacant.clear()
         self._refused.clear()
-        yield from self._let_helpers_go()
+        yield from self.let_helpers_go()
 
-    def _let_helpers_go(self) -> Effects:
+    def let_helpers_go(self) -> Effects:
         """Nobody needs their shards any more."""
         for node in sorted(self.helpers):
             if self._state.members.nodes[node].role == "leaving":
