@@ -104,7 +104,10 @@ class Faults:
                 )
 
     def draw_moves(self, draws: random.Random) -> None:
-        """A drain, and while it is under way the coordinator dies, or nodes and workers are lost, or both."""
+        """A drain, and while it is under way the coordinator dies, or nodes and workers are lost, or both. In some runs
+        the coordinator dies before the job has begun, too."""
+        if draws.random() < 0.2:
+            self._cluster.anybody.later(draws.uniform(0.0, 1.0), self._kill_coordinator)
 
         def drain() -> None:
             self._drain()

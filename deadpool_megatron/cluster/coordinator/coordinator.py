@@ -165,7 +165,7 @@ class Coordinator:
             if kept is not None:
                 self._do(self._core.restored(kept, self._clock.now()))
         else:
-            self._memory.clear()
+            self._memory.begin(self._core.dump())
         self._write_status()
         host, store_port = self._settings.host, self._settings.store_port
         self._memory.publish_place(host, self.port, store_port, self._settings.job_id, self._settings.resume)
