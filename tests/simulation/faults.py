@@ -287,8 +287,6 @@ class Faults:
         workers = host.workers() if host is not None else []
         if workers:
             worker, seconds = self._cluster.world.chance.choice(workers), self._long_or_short()
-            if seconds > 0.6 * self._cluster.job.deadlines.abort:  # in a recovery a phase's deadline costs its node
-                self._hurt(worker.host, f"worker frozen for {seconds:.1f} s")
             worker.process.freeze()
             self._until(seconds, worker.process.thaw)
 

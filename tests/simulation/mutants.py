@@ -30,6 +30,7 @@ from deadpool_megatron.cluster.core.planned_moves import Drains
 from deadpool_megatron.cluster.core.progress import Progress
 from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
+from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.start import Start
 from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.link.awake import AwakeClock
@@ -544,6 +545,11 @@ def _a_drain_is_forgotten_in_a_recovery(patch: Patch) -> None:
     patch.setattr(Drains, "forget", Drains.ended)
 
 
+def _a_rank_that_hangs_in_a_recovery_costs_its_node(patch: Patch) -> None:
+    """The phase's deadline is the end of it, whatever another process in its slot could do."""
+    patch.setattr(Recovery, "remind", lambda self, late, now: None)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "renewing": _an_offer_comes_before_who_is_to_take_it,
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
@@ -607,5 +613,6 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "share refused": _a_share_that_was_refused_is_asked_for_again,
     "drain kept": _a_drain_is_forgotten_by_the_next_coordinator,
     "drain goes on": _a_drain_is_forgotten_in_a_recovery,
+    "hangs": _a_rank_that_hangs_in_a_recovery_costs_its_node,
     "begins again": _what_a_job_begins_with_must_be_whole,
 }

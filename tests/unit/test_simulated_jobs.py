@@ -56,6 +56,7 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "told before": (1367, ("kill worker", "kill coordinator", "crash coordinator soon")),
     "9": (1, ()),
     "9 again": (206, ()),
+    "hangs": (29, ("freeze worker", "kill worker")),
     "live alone": (44, ("kill worker", "kill node", "slow link")),
 }
 _NO_COPY = ("every copy damaged", "kill node", "lose node", "damaged file", "unreadable directory")

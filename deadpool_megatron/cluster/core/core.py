@@ -187,7 +187,7 @@ class Core:
         if not self._returning.waits:  # who is not back may be the loss that explains an error
             times += [self._suspicions.due, self._drains.due]
             if self._state.phase is Phase.STARTING:
-                times.append(self._durability.loading_due)
+                times += [self._durability.loading_due, self._start.due]
         if self.recovery is not None:
             times.append(self.recovery.deadline)
         known = [t for t in times if t is not None]
@@ -699,6 +699,8 @@ class Core:
         if not self._returning.waits:
             yield from self._suspicions.judge_errors(self._now)
             yield from self._durability.judge_loading(self._now)
+        if self._state.phase is Phase.STARTING and (late := self._start.late(self._now)):
+            yield from self._remind(late, ends=False)
         if self._returning.due is not None and self._now >= self._returning.due:
             yield from self._returning.all_back(self._now)
         if self.phase is Phase.RUNNING and not self._returning.waits:
@@ -715,8 +717,20 @@ class Core:
                 "it took too long", late_nodes >= set(self.members.active())
             ):
                 yield from self._declare("the checkpoint was not saved in time")
+            elif (ends := recovery.remind(late_nodes, self._now)) is not None:
+                yield from self._remind(late_nodes & recovery.active, ends)
             elif late_nodes:
                 yield from self._lose(late_nodes, f"missed the deadline of phase '{recovery.phase.value}'")
+
+    def _remind(self, late: set[int], ends: bool) -> Effects:
+        """The others wait for these nodes: what their workers do is to be found in a file, and perhaps to be ended."""
+        phase, nodes = self.phase.value, sorted(late)
+        files = ", ".join(f"stacks-node{node}-*.txt" for node in nodes)
+        text = f"node {', '.join(map(str, nodes))} has missed the deadline of phase '{phase}'; what its workers do "
+        text += f"is in {files} beside their logs{', and those that hang are ended and begin anew' * ends}"
+        for node in nodes:
+            yield Send(node, r.KeepStacks(self.epoch, ends))
+        yield emit("late", nodes=nodes, phase=phase, ends=ends, message=text)
 
     def _still_to_come(self) -> float | None:
         """Until when a spare may join that has said that it does; None when there is none."""

@@ -178,6 +178,13 @@ class EndStuck(Record, frozen=True):
     rank: int
 
 
+class KeepStacks(Record, frozen=True):
+    """The others wait for workers of this node: keep their stack traces, and ``end`` them, so that new ones begin."""
+
+    epoch: int
+    end: bool
+
+
 class InjectReply(Record, frozen=True):
     """What became of an `Inject` or a `Drain`: ``error`` is empty when it was accepted.
 
@@ -231,5 +238,6 @@ CoordinatorRecord = (
     | Hold
     | ExitNotice
     | EndStuck
+    | KeepStacks
     | SpareAdded
 )
