@@ -528,10 +528,13 @@ class Faults:
                 self._cluster.anybody.later(0.05, self._ask_to_drain, host, math.inf, True)
 
     def awaited(self) -> None:
-        """The job waits for a spare; in half of the runs one comes, in time or too late."""
+        """The job waits for a spare; in half of the runs one comes, in time or too late; in some the coordinator dies
+        meanwhile."""
         chance = self._cluster.patience
         if self._cluster.job.wait_for_spare_s and chance.random() < 0.5:
             self._until(chance.uniform(0.0, 1.2 * self._cluster.job.wait_for_spare_s), self._join)
+        if self._cluster.job.wait_for_spare_s and chance.random() < 0.5:
+            self._until(chance.uniform(0.3, 1.0) * self._cluster.job.wait_for_spare_s, self._kill_coordinator)
 
     def _join(self) -> None:
         """As `deadpool join`."""

@@ -287,6 +287,7 @@ class Headquarters:
             self.world.chance,
             lease=lease,
             worked=lambda: 0.0,
+            wall=self.world.clock,
         )
         try:
             self.coordinator.begin(lambda port: None)

@@ -550,6 +550,12 @@ def _a_rank_that_hangs_in_a_recovery_costs_its_node(patch: Patch) -> None:
     patch.setattr(Recovery, "remind", lambda self, late, now: None)
 
 
+def _the_wait_for_a_spare_begins_anew(patch: Patch) -> None:
+    """With each coordinator."""
+    load = Recoveries.load
+    patch.setattr(Recoveries, "load", lambda self, kept, now: load(self, {**kept, "waits_s": None}, now))
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "renewing": _an_offer_comes_before_who_is_to_take_it,
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
@@ -614,5 +620,6 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "drain kept": _a_drain_is_forgotten_by_the_next_coordinator,
     "drain goes on": _a_drain_is_forgotten_in_a_recovery,
     "hangs": _a_rank_that_hangs_in_a_recovery_costs_its_node,
+    "wait kept": _the_wait_for_a_spare_begins_anew,
     "begins again": _what_a_job_begins_with_must_be_whole,
 }

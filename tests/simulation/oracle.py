@@ -27,6 +27,7 @@ _MASK = (1 << 60) - 1
 _FEW, _FEW_S = 8, 3.0  # iterations may be shorter than the way of a generation
 _END_S = 12.0
 _DRAIN_S = 8.0
+_WAIT_S = 20.0  # for the next coordinator to come, and agents back to it
 _PEACE_S = 4.0  # after the last fault: what waits before it tries again has tried
 
 
@@ -505,6 +506,10 @@ class Oracle:
         """Nobody healthy is given up, and every phase has its deadline."""
         core = self._cluster.hq.core
         self._look_at_drains()
+        wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
+        waits = core.phase is Phase.WAITING and since is not None and not core.members.coming_spares()
+        if waits and self._cluster.world.now > (since or 0.0) + wait + _WAIT_S:
+            raise Violation(f"a spare is waited for longer than {wait:.0f} s, since {since:.0f}")
         for node, state in core.nodes.items():
             if state.role == "lost" and node not in self.hurt.keys() | self._drained and self._cluster.came(node):
                 raise Violation(f"node {node} is healthy, and was given up")

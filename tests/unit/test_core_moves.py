@@ -833,6 +833,19 @@ def test_when_no_spare_comes_in_time_the_job_saves_and_ends_as_without_the_wait(
     assert job.told(r.Declare)[-1].purpose == "save" and job.core.epoch == 2
 
 
+def test_a_coordinator_that_starts_again_waits_for_a_spare_no_longer_than_the_one_before() -> None:
+    job = _waiting()
+    job.wait(300)
+    restarted(job, settled=False)
+    for node in (0, 2):
+        job.offer(node)
+    assert job.core.phase is Phase.WAITING and job.core.epoch == 2 and len(job.events("waiting")) == 1
+    job.wait(298)
+    assert job.core.phase is Phase.WAITING
+    job.wait(3)
+    assert job.told(r.Declare)[-1].purpose == "save"
+
+
 def test_another_loss_while_a_spare_is_waited_for_makes_the_wait_no_longer() -> None:
     job = _waiting()
     job.wait(300)

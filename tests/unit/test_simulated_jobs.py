@@ -109,6 +109,7 @@ RARE = {
     "has left",
     "joins late",
     "all back",
+    "wait kept",
 }
 
 

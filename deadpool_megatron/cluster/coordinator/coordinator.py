@@ -86,11 +86,13 @@ class Coordinator:
         chance: random.Random | None = None,
         lease: Lease | None = None,
         worked: Callable[[], float] = time.thread_time,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         """``guard``: of the leadership in this term; without it ``store`` takes no write.
 
         ``lease``: of the durable directory, kept by its own thread. ``hub``, ``run``, ``clock`` (seconds, monotonic),
-        ``chance`` and ``worked`` (seconds of processor time) are those of ``settings`` and this machine unless given.
+        ``chance``, ``worked`` (seconds of processor time) and ``wall`` (unix seconds, of all machines) are those of
+        ``settings`` and this machine unless given.
         """
         self._core = Core(job, r.Address(settings.host, settings.store_port))
         self._memory = Memory(store, guard)
@@ -113,6 +115,7 @@ class Coordinator:
         self._preempted = False
         self._status_due = 0.0
         self._worked = worked
+        self._wall = wall
         self._status_cost = 0.0  # seconds of processor time that the last one took, in a job of this size
         self._status_stale = True
 
@@ -163,6 +166,9 @@ class Coordinator:
         if self._settings.resume:
             kept = self._memory.read()
             if kept is not None:
+                if (until := kept["now"].get("waits_until")) is not None:
+                    left = min(kept["now"]["waits_s"], max(0.0, until - self._wall()))
+                    kept["now"]["waits_s"] = left
                 self._do(self._core.restored(kept, self._clock.now()))
         else:
             self._memory.begin(self._core.dump())
@@ -355,7 +361,10 @@ class Coordinator:
         decided = time.time()
         kept = [action for action in actions if isinstance(action, Keep)]
         if kept:
-            self._memory.write({name: part for action in kept for name, part in action.parts.items()})
+            parts = {name: part for action in kept for name, part in action.parts.items()}
+            if (now := parts.get("now", {})).get("waits_s") is not None:  # whoever reads it has no clock but the wall's
+                parts["now"] = {**now, "waits_until": self._wall() + now["waits_s"]}
+            self._memory.write(parts)
             points.reach("coordinator.persisted")
         for action in actions:
             if isinstance(action, Send):

@@ -395,11 +395,14 @@ class Core:
             "end": self._state.end,
             "durable": self._durability.dump(),
             "drain": self._drains.dump(),
-            **self._recoveries.dump(),
+            **self._recoveries.dump(self._now),
         }
 
     def restored(self, parts: dict[str, Any], now: float) -> list[Action]:
-        """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit."""
+        """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit.
+
+        ``waits_s`` of `dump` is to be what is left of it now.
+        """
         kept = parts["now"]
         self.members.load(parts["members"], now)
         for node, state in self.nodes.items():
@@ -407,7 +410,7 @@ class Core:
         self._state.phase = _RESTORED.get(kept["phase"], Phase.RUNNING)
         self._state.end = tuple(kept["end"]) if kept["end"] else None
         self._layout.load(parts.get("layout"), kept["can_rescue"])
-        self._recoveries.load(kept)
+        self._recoveries.load(kept, now)
         self._drains.load(kept["drain"])
         self._ends.load(kept)
         self._start.epoch = kept["start_epoch"]

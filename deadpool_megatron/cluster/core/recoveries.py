@@ -482,9 +482,10 @@ class Recoveries:
 
     # ---- a coordinator that starts again
 
-    def dump(self) -> dict[str, Any]:
-        """What it has to know, as JSON types."""
+    def dump(self, now: float) -> dict[str, Any]:
+        """What it has to know, as JSON types. ``waits_s``: for so long a spare is still waited for."""
         return {
+            "waits_s": None if self._waits_until is None else max(0.0, self._waits_until - now),
             "recovering": self.current is not None,
             "purpose": self._purpose,
             "no_spare": self._end,
@@ -494,8 +495,9 @@ class Recoveries:
             "helpers": sorted(self.helpers),
         }
 
-    def load(self, kept: dict[str, Any]) -> None:
+    def load(self, kept: dict[str, Any], now: float) -> None:
         """Restore what `dump` gave. A recovery that was under way is not continued."""
+        self._waits_until = None if kept["waits_s"] is None else now + kept["waits_s"]
         self._purpose = kept["purpose"]
         self._end = kept["no_spare"]
         self._not_saved = kept["not_saved"]
