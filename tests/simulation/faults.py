@@ -68,6 +68,7 @@ class Faults:
         # for which event of the log, how often, seconds after it, what
         self._waiting: list[tuple[str, int, float, str, Callable[[], None]]] = []
         self._seen: Counter[str] = Counter()
+        self._upsets: random.Random | None = None
         self._every: dict[str, Callable[[], None]] = {}  # what happens each time
 
     def draw(self) -> None:
@@ -105,7 +106,8 @@ class Faults:
 
     def draw_moves(self, draws: random.Random) -> None:
         """A drain, and while it is under way the coordinator dies, or nodes and workers are lost, or both. In some runs
-        the coordinator dies before the job has begun, too."""
+        the coordinator dies before the job has begun, too, or while a spare is waited for."""
+        self._upsets = draws
         if draws.random() < 0.2:
             self._cluster.anybody.later(draws.uniform(0.0, 1.0), self._kill_coordinator)
 
@@ -528,13 +530,13 @@ class Faults:
                 self._cluster.anybody.later(0.05, self._ask_to_drain, host, math.inf, True)
 
     def awaited(self) -> None:
-        """The job waits for a spare; in half of the runs one comes, in time or too late; in some the coordinator dies
-        meanwhile."""
+        """The job waits for a spare; in half of the runs one comes, in time or too late."""
         chance = self._cluster.patience
         if self._cluster.job.wait_for_spare_s and chance.random() < 0.5:
             self._until(chance.uniform(0.0, 1.2 * self._cluster.job.wait_for_spare_s), self._join)
-        if self._cluster.job.wait_for_spare_s and chance.random() < 0.5:
-            self._until(chance.uniform(0.3, 1.0) * self._cluster.job.wait_for_spare_s, self._kill_coordinator)
+        draws = self._upsets
+        if draws is not None and self._cluster.job.wait_for_spare_s and draws.random() < 0.7:
+            self._until(draws.uniform(0.3, 1.0) * self._cluster.job.wait_for_spare_s, self._kill_coordinator)
 
     def _join(self) -> None:
         """As `deadpool join`."""

@@ -346,7 +346,7 @@ def _what_cannot_be_read_at_once_is_given_up(patch: Patch) -> None:
 def _why_nothing_goes_on_is_forgotten(patch: Patch) -> None:
     """A coordinator that starts again while the last generation is drained does not know why the job ends."""
     dump = Recoveries.dump
-    patch.setattr(Recoveries, "dump", lambda self: dump(self) | {"no_spare": ""})
+    patch.setattr(Recoveries, "dump", lambda self, now: dump(self, now) | {"no_spare": ""})
 
 
 def _a_failed_read_is_taken_for_nonsense(patch: Patch) -> None:

@@ -507,7 +507,7 @@ class Oracle:
         core = self._cluster.hq.core
         self._look_at_drains()
         wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
-        waits = core.phase is Phase.WAITING and since is not None and not core.members.coming_spares()
+        waits = wait and core.phase is Phase.WAITING and since is not None and not core.members.coming_spares()
         if waits and self._cluster.world.now > (since or 0.0) + wait + _WAIT_S:
             raise Violation(f"a spare is waited for longer than {wait:.0f} s, since {since:.0f}")
         for node, state in core.nodes.items():
