@@ -187,6 +187,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "coordinator.rehearse": "only with --deadpool-rehearsals: a drain goes on with the next one (test_simulated_jobs)",
     "take-over.rehearsed": "only with --deadpool-rehearsals: test_rehearsals.py",
     "agent.behind": "only an agent that has missed an epoch's declaration asks for the whole of it",
+    "coordinator.keep-stacks": "only where a worker hangs past a deadline, and told again in the next epoch",
     "coordinator.give-up-drain": "after a drain that failed, when nothing waits for the answer",
 }
 

@@ -149,37 +149,62 @@ def drain(options: argparse.Namespace) -> int:
     """`deadpool drain` after parsing: returns when the node may be taken away."""
     events = EventTail(options.run_dir)
     events.read()  # those from now on: another machine's clock would not tell which they are
-    end = time.monotonic() + options.timeout
-    told, asked = "", False
+    try:
+        _drained(options, events)
+    except _NoJob as err:
+        return _fail(str(err))
+    print(f"deadpool: node {options.node} is drained and may be taken away")
+    return Exit.OK
+
+
+def _drained(options: argparse.Namespace, events: EventTail) -> None:
+    """Until the node is. Raises `_NoJob`: it is not."""
+    node, end = options.node, time.monotonic() + options.timeout
+    left = _ask_to_drain(options, end)
+    while not left:
+        if time.monotonic() >= end:
+            raise _NoJob(f"node {node} is not drained after {options.timeout:g} s; see {options.run_dir}/{EVENTS}")
+        asks = False
+        for event in events.read():
+            name, here = event["event"], event.get("node") == node
+            asks = asks or name == "coordinator_back"
+            if name == "rehearsing":
+                print(f"deadpool: node {event['node']} sets up what node {node} does, while training goes on")
+            elif name == "left" and here:
+                return
+            elif name == "detected" and here and "local" not in event:  # else it is one worker's end
+                raise _NoJob(f"node {node} was lost while it was drained: {event['cause']}")
+            elif name == "stays" and here:
+                raise _NoJob(f"node {node} is not drained, training goes on: {event['cause']}")
+            elif name in ("stopped", "finished"):
+                raise _NoJob(f"the job ended before node {node} was drained")
+        if asks:  # what the coordinator before this one did last it may not have written down
+            left = _ask_to_drain(options, end, again=True)
+        time.sleep(_POLL_S)
+
+
+def _ask_to_drain(options: argparse.Namespace, end: float, again: bool = False) -> bool:
+    """Ask until the node is being drained; True when it is already. Raises `_NoJob`: it cannot be.
+
+    Args:
+        again: a coordinator that has ended may have heard it.
+    """
+    told = ""
     while True:
         try:
             _ask(_job(options.run_dir), options.run_dir, r.Drain(options.node))
-            break
+            return False
         except _NoJob as err:
-            if asked and str(err).endswith("already"):
-                break  # it was heard, by a coordinator that ended before it answered
-            asked = asked or err.cut
+            why = str(err)
+            if again and why.endswith(("is being drained already", "has left already")):
+                return why.endswith("has left already")
+            again = again or err.cut
             if not err.later or time.monotonic() >= end:
-                return _fail(str(err))
-            if str(err) != told:
-                told = str(err)
+                raise
+            if why != told:
+                told = why
                 print(f"deadpool: waiting: {told}", file=sys.stderr)
         time.sleep(10 * _POLL_S)
-    while time.monotonic() < end:
-        for event in events.read():
-            if event["event"] == "rehearsing":
-                print(f"deadpool: node {event['node']} sets up what node {options.node} does, while training goes on")
-            if event["event"] == "left" and event["node"] == options.node:
-                print(f"deadpool: node {options.node} is drained and may be taken away")
-                return Exit.OK
-            if event["event"] == "detected" and event["node"] == options.node:
-                return _fail(f"node {options.node} was lost while it was drained: {event['cause']}")
-            if event["event"] == "stays" and event["node"] == options.node:
-                return _fail(f"node {options.node} is not drained, training goes on: {event['cause']}")
-            if event["event"] in ("stopped", "finished"):
-                return _fail(f"the job ended before node {options.node} was drained")
-        time.sleep(_POLL_S)
-    return _fail(f"node {options.node} is not drained after {options.timeout:g} s; see {options.run_dir}/{EVENTS}")
 
 
 # ---- join

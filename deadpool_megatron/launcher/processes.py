@@ -410,8 +410,10 @@ class CoordinatorProcess:
             if code < 0 and (over := self._died_of(-code)) is not None:  # before it listened
                 return over
             # Nobody has decided that the job ends, and what has ended the one before, want of memory perhaps, may pass.
-            if code == Exit.DEPOSED or self._interrupted or time.monotonic() - began > self._RESTARTS_S:
+            if code == Exit.DEPOSED or self._interrupted:
                 return max(code, int(Exit.FAILED)), message
+            if time.monotonic() - began > self._RESTARTS_S:
+                return Exit.RECOVERY_FAILED, message
             time.sleep(pause)
             pause *= 2
         # Whoever was told meanwhile, or was told and has died of something else, has told nobody.
@@ -426,7 +428,8 @@ class CoordinatorProcess:
         now = time.monotonic()
         self._died = [t for t in self._died if now - t < self._RESTARTS_S] + [now]
         if len(self._died) > self._RESTARTS:
-            return Exit.FAILED, f"the coordinator was ended by signal {signum} again and again; the job is over"
+            text = f"the coordinator was ended by signal {signum} again and again; the job is over"
+            return Exit.RECOVERY_FAILED, text
         why = why or f"the coordinator was ended by signal {signum}"
         print(f"deadpool: {why}; it is started again", file=sys.stderr)
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ class Profile:
         rivals: the same of another job that wants the durable directory.
         restarts: every recovery needs other processes, on all nodes.
         rehearsals: spares set up coordinates ahead of time.
+        moves: every run has drains that something happens to, or none has; None: drawn.
         replaced: how likely a packet's connection is replaced just after it was sent.
     """
 
@@ -42,9 +45,11 @@ class Profile:
     rivals: bool | None = None
     restarts: bool = False
     rehearsals: bool = False
+    moves: bool | None = None
     replaced: float = 0.0
 
 
+_UPSETS = ("kill coordinator", "kill coordinator", "crash coordinator soon", "kill node", "lose node", "kill worker")
 _WHEN = ("started", "committed", "committed", "committed", "iteration", "declared", "agreed", "resumed")
 
 
@@ -60,9 +65,11 @@ class Faults:
         self.kinds: Counter[str] = Counter()  # of these
         self._silent: dict[int, tuple[float, float]] = {}  # by node, the last time nothing was heard of it
         self.drained: set[int] = set()  # nodes that the user wants to take away
+        self.asking: set[int] = set()  # those of them about which the coordinator is asked now
         # for which event of the log, how often, seconds after it, what
         self._waiting: list[tuple[str, int, float, str, Callable[[], None]]] = []
         self._seen: Counter[str] = Counter()
+        self._upsets: random.Random | None = None
         self._every: dict[str, Callable[[], None]] = {}  # what happens each time
 
     def draw(self) -> None:
@@ -130,6 +137,23 @@ class Faults:
                 self._wait(
                     draws.choice(("committed", "declared")), count, seconds, name, partial(DURABLE_KINDS[name], self)
                 )
+
+    def draw_moves(self, draws: random.Random) -> None:
+        """A drain, and while it is under way the coordinator dies, or nodes and workers are lost, or both. In some runs
+        the coordinator dies before the job has begun, too, or while a spare is waited for."""
+        self._upsets = draws
+        if draws.random() < 0.2:
+            self._cluster.anybody.later(draws.uniform(0.0, 1.0), self._kill_coordinator)
+
+        def drain() -> None:
+            self._drain()
+            for name in draws.choices(_UPSETS, k=draws.randint(1, 3)):
+                self.pending += 1
+                seconds = draws.uniform(0.0, draws.choice((0.3, 3.0)))
+                self._cluster.anybody.later(seconds, self._strike, name, partial(KINDS[name][1], self))
+
+        for _ in range(draws.randint(1, 2)):
+            self._wait("committed", draws.randint(1, 8), draws.uniform(0.0, 1.0), "drain that is upset", drain)
 
     def change_what_is_read(self) -> None:
         """In the memory of one node what it has read from the durable directory changes, each time."""
@@ -299,8 +323,6 @@ class Faults:
         workers = host.workers() if host is not None else []
         if workers:
             worker, seconds = self._cluster.world.chance.choice(workers), self._long_or_short()
-            if seconds > 0.6 * self._cluster.job.deadlines.abort:  # in a recovery a phase's deadline costs its node
-                self._hurt(worker.host, f"worker frozen for {seconds:.1f} s")
             worker.process.freeze()
             self._until(seconds, worker.process.thaw)
 
@@ -511,25 +533,44 @@ class Faults:
             self.struck[-1] += f" n{host.node}"
             self._ask_to_drain(host, self._cluster.world.now + 60.0)
 
-    def _ask_to_drain(self, host: Host, until: float) -> None:
-        """As `deadpool drain --timeout 60`."""
-        cluster = self._cluster
-        self.drained.add(host.node)
+    def _ask_to_drain(self, host: Host, until: float, again: bool = False) -> None:
+        """As `deadpool drain --timeout 60`. ``again``: a coordinator that has ended may have heard it."""
+        cluster, node = self._cluster, host.node
+        self.drained.add(node)
+        self.asking.add(node)
+        cluster.oracle.drain_asked(node)
 
-        def answered(reply: object) -> None:
-            if reply is None or (isinstance(reply, r.InjectReply) and reply.later):
-                if cluster.world.now < until:
-                    cluster.anybody.later(0.5, self._ask_to_drain, host, until)
-            elif isinstance(reply, r.InjectReply) and reply.error:
-                cluster.oracle.refused_drain(host, reply.error)
+        def answered(reply: r.InjectReply | r.SpareAdded | None) -> None:
+            later = reply is None or (isinstance(reply, r.InjectReply) and reply.later)
+            if later and cluster.world.now < until:
+                cluster.anybody.later(0.5, self._ask_to_drain, host, until, again or reply is None)
+                return
+            self.asking.discard(node)
+            error = "" if reply is None else reply.error
+            if reply is None or error:
+                if not (again and error.endswith("being drained already")):
+                    cluster.oracle.drain_ends(node)
+                    cluster.oracle.refused_drain(host, error)
+            else:
+                cluster.oracle.drain_begins(node)
 
-        cluster.hq.ask(r.Drain(host.node), answered)
+        cluster.hq.ask(r.Drain(node), answered)
+
+    def came_back(self) -> None:
+        """The coordinator has started again: who waits for a drain asks what has become of it, where the log may not
+        say so. (Where it must, a drain is to go on whether it is asked for or not.)"""
+        for host in self._cluster.hosts if self._cluster.hq.torn else ():
+            if host.node in self._cluster.oracle.drains and host.node not in self.asking:
+                self._cluster.anybody.later(0.05, self._ask_to_drain, host, math.inf, True)
 
     def awaited(self) -> None:
         """The job waits for a spare; in half of the runs one comes, in time or too late."""
         chance = self._cluster.patience
         if self._cluster.job.wait_for_spare_s and chance.random() < 0.5:
             self._until(chance.uniform(0.0, 1.2 * self._cluster.job.wait_for_spare_s), self._join)
+        draws = self._upsets
+        if draws is not None and self._cluster.job.wait_for_spare_s and draws.random() < 0.7:
+            self._until(draws.uniform(0.3, 1.0) * self._cluster.job.wait_for_spare_s, self._kill_coordinator)
 
     def _join(self) -> None:
         """As `deadpool join`."""

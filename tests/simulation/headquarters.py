@@ -226,6 +226,9 @@ class Headquarters:
         seen: called with each event of the job's log.
         answers: whether an agent's port refuses, or says a word; None: neither.
         ports: how long it takes to hear it; None: at once.
+
+    Attributes:
+        torn: the last one died in the middle of something, so that what it did last may not be in the log.
     """
 
     def __init__(
@@ -251,6 +254,7 @@ class Headquarters:
         self.disk = _Disk(world)
         self.process = Process(world, "coordinator")
         self.lives = 0
+        self.torn = False
         self.ended: tuple[int, str] | None = None
         self._enlistment = Enlistment(job, [], "job", 1)
         self._lease = lease
@@ -407,6 +411,7 @@ class Headquarters:
         """SIGKILL, now."""
         if self.process.alive and self.ended is None:
             self._crashed()
+            self.torn = False
 
     def crash_soon(self, kind: int, count: int) -> None:
         """It dies at a write to the store (0), or in the middle of telling the agents (1)."""
@@ -418,6 +423,7 @@ class Headquarters:
     def _crashed(self) -> None:
         world = self.world
         world.say("hq", "the coordinator is dead")
+        self.torn = True
         self.disk.fuse = None
         self.process.die()
         self.process = Process(world, "coordinator")

@@ -30,6 +30,7 @@ from deadpool_megatron.cluster.core.planned_moves import Drains
 from deadpool_megatron.cluster.core.progress import Progress
 from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
+from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.start import Start
 from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.link.awake import AwakeClock
@@ -366,7 +367,7 @@ def _what_cannot_be_read_at_once_is_given_up(patch: Patch) -> None:
 def _why_nothing_goes_on_is_forgotten(patch: Patch) -> None:
     """A coordinator that starts again while the last generation is drained does not know why the job ends."""
     dump = Recoveries.dump
-    patch.setattr(Recoveries, "dump", lambda self: dump(self) | {"no_spare": ""})
+    patch.setattr(Recoveries, "dump", lambda self, now: dump(self, now) | {"no_spare": ""})
 
 
 def _a_failed_read_is_taken_for_nonsense(patch: Patch) -> None:
@@ -555,6 +556,27 @@ def _an_offer_comes_before_who_is_to_take_it(patch: Patch) -> None:
     patch.setattr(Crew, "renewing", lambda self, slots: False)
 
 
+def _a_drain_is_forgotten_by_the_next_coordinator(patch: Patch) -> None:
+    """Who was told that a node is being drained waited for nothing."""
+    patch.setattr(Drains, "load", lambda self, kept: None)
+
+
+def _a_drain_is_forgotten_in_a_recovery(patch: Patch) -> None:
+    """The same, where another node was replaced meanwhile."""
+    patch.setattr(Drains, "forget", Drains.ended)
+
+
+def _a_rank_that_hangs_in_a_recovery_costs_its_node(patch: Patch) -> None:
+    """The phase's deadline is the end of it, whatever another process in its slot could do."""
+    patch.setattr(Recovery, "remind", lambda self, late, now: None)
+
+
+def _the_wait_for_a_spare_begins_anew(patch: Patch) -> None:
+    """With each coordinator."""
+    load = Recoveries.load
+    patch.setattr(Recoveries, "load", lambda self, kept, now: load(self, {**kept, "waits_s": None}, now))
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "renewing": _an_offer_comes_before_who_is_to_take_it,
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
@@ -618,5 +640,9 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "constants anew": _constants_count_as_kept_for_ever,
     "constants first": _a_rank_commits_without_its_constants,
     "share refused": _a_share_that_was_refused_is_asked_for_again,
+    "drain kept": _a_drain_is_forgotten_by_the_next_coordinator,
+    "drain goes on": _a_drain_is_forgotten_in_a_recovery,
+    "hangs": _a_rank_that_hangs_in_a_recovery_costs_its_node,
+    "wait kept": _the_wait_for_a_spare_begins_anew,
     "begins again": _what_a_job_begins_with_must_be_whole,
 }

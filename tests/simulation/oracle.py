@@ -26,6 +26,8 @@ __all__ = ["Oracle", "Violation"]
 _MASK = (1 << 60) - 1
 _FEW, _FEW_S = 8, 3.0  # iterations may be shorter than the way of a generation
 _END_S = 12.0
+_DRAIN_S = 8.0
+_WAIT_S = 20.0  # for the next coordinator to come, and agents back to it
 _PEACE_S = 4.0  # after the last fault: what waits before it tries again has tried
 
 
@@ -99,6 +101,7 @@ class Oracle:
 
     Attributes:
         hurt: nodes that something happened to which may cost them, and what.
+        drains: nodes that are being drained, as the user was told, and the last time something was in the way of that.
     """
 
     def __init__(self, cluster: Run) -> None:
@@ -110,6 +113,8 @@ class Oracle:
         self.directory = DirectoryOracle(cluster)
         self._goes_back: int | None = None  # to this durable generation
         self._drained: set[int] = set()  # and replaced
+        self.drains: dict[int, float] = {}
+        self._drain_told: set[int] = set()
         self._through: dict[int, set[int]] = {}  # by epoch, ranks that have finished in it
         self._done_at: float | None = None  # all of them
         self._back_at = 0.0  # the coordinator, which then waits for those that it knows
@@ -246,6 +251,11 @@ class Oracle:
                 self._committed(Version(fields["epoch"], fields["iteration"]))
             case "coordinator_back":
                 self._back_at = world.now
+                self._cluster.faults.came_back()
+            case "left":
+                self.drain_ends(fields["node"])
+            case "detected" if "local" not in fields:
+                self.drain_ends(fields["node"])
             case "durable_failed":
                 self._not_drained(fields["message"])
             case "durable":
@@ -255,6 +265,7 @@ class Oracle:
                 self._goes_back = fields["iteration"]
             case "stays":
                 self._drained.discard(fields["node"])
+                self.drain_ends(fields["node"])
             case "joined":
                 wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
                 if since is not None and world.now > since + wait:
@@ -428,6 +439,37 @@ class Oracle:
         if 2 * (1 + sum(not self._gone(n) for n in others)) <= 1 + len(others):
             self.hurt.setdefault(node, "half of the nodes are gone")
 
+    def drain_asked(self, node: int) -> None:
+        """What is told from now on is the answer."""
+        self._drain_told.discard(node)
+
+    def drain_begins(self, node: int) -> None:
+        """The user was told that a node is being drained."""
+        if node not in self._drain_told:
+            self.drains[node] = self._cluster.world.now
+
+    def drain_ends(self, node: int) -> None:
+        """The user was told what has become of it, perhaps before the answer."""
+        self._drain_told.add(node)
+        self.drains.pop(node, None)
+
+    def _look_at_drains(self) -> None:
+        """One that nothing is in the way of does not take for ever."""
+        cluster, now = self._cluster, self._cluster.world.now
+        core = cluster.hq.core
+        trains = core.phase is Phase.RUNNING and not core.awaits_agents and not self._through
+        for node, since in self.drains.items():
+            if not trains or not self._peace or node in self.hurt or not self._spares(node):
+                self.drains[node] = now
+            elif now > since + _DRAIN_S:
+                raise Violation(f"node {node} is being drained for {now - since:.0f} s in peace")
+
+    def _spares(self, node: int) -> list[Host]:
+        """Healthy nodes that could take over."""
+        no_use = self.hurt.keys() | self._drained | self._cluster.faults.drained
+        hosts = self._cluster.hosts
+        return [h for h in hosts if h.node not in no_use and h.node != node and h.link.ever and not h.known.ranks]
+
     def refused_drain(self, host: Host, error: str) -> None:
         """A drain was refused for good: rightly, unless a healthy spare is there or on its way."""
         cluster = self._cluster
@@ -463,6 +505,11 @@ class Oracle:
     def look(self) -> None:
         """Nobody healthy is given up, and every phase has its deadline."""
         core = self._cluster.hq.core
+        self._look_at_drains()
+        wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
+        waits = wait and core.phase is Phase.WAITING and since is not None and not core.members.coming_spares()
+        if waits and self._cluster.world.now > (since or 0.0) + wait + _WAIT_S:
+            raise Violation(f"a spare is waited for longer than {wait:.0f} s, since {since:.0f}")
         for node, state in core.nodes.items():
             if state.role == "lost" and node not in self.hurt.keys() | self._drained and self._cluster.came(node):
                 raise Violation(f"node {node} is healthy, and was given up")
@@ -497,6 +544,8 @@ class Oracle:
         if code and message.startswith((";", ",", " ")):
             raise Violation(f"ended with {code}, and nothing says why: {message}")
         if code == 0:
+            if silent := self.drains.keys() - cluster.faults.asking:
+                raise Violation(f"nodes {sorted(silent)} were to be drained, and nobody says what became of that")
             if self._tracked is None:
                 raise Violation("the job ended well, and its last checkpoint is not whole")
             for rank in range(cluster.job.world_size):

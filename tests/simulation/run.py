@@ -43,6 +43,7 @@ DURABLE_SHARE = 0.2  # of the runs have a durable directory
 PACKET_SHARE = 0.2  # have packets changed, or connections to the coordinator that are reset
 RIVALS_SHARE = 0.1  # of those with a durable directory have another job that wants it
 RUN_DISK_SHARE = 0.1  # write a run directory, on a disk with troubles
+MOVES_SHARE = 0.1  # have drains that something happens to
 SHARDS_SHARE = 0.1  # have parity, constants or failure domains
 _RIVAL = "rival"
 _LONGEST_S = 900.0  # of virtual time, after which a run hangs
@@ -155,6 +156,10 @@ class Run:
             self.saving_fails = draws.choice(("error", "hangs"))
         if self.job.durable is not None and draws.random() < 0.1:
             self.faults.change_what_is_read()
+        moves = random.Random(f"moves {seed}")
+        only, share = self.faults.profile.only, moves.random() < MOVES_SHARE
+        if self.faults.profile.moves or (share and self.faults.profile.moves is None and (not only or "drain" in only)):
+            self.faults.draw_moves(moves)
         self.full_for_a_moment = draws.random() < 0.05  # when the first rank writes its part of the last checkpoint
 
     def _draw_run_disk(self, seed: int, beside: Run | None) -> RunDisk | None:

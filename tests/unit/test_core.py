@@ -231,6 +231,9 @@ def test_a_spare_that_never_arrives_or_never_has_its_shard_is_lost_alone(late: s
         if node != spare:
             job.feed(r.NodeReady(1, node))
     job.wait(DEADLINES.build + 0.001)
+    told = [(s.node, s.record) for s in job.sent if isinstance(s.record, r.KeepStacks)]
+    assert told == [(spare, r.KeepStacks(1, False))]
+    job.wait(DEADLINES.abort + 0.001)
     assert [n for n, s in job.core.nodes.items() if s.role == "lost"] == [1, spare] and job.core.epoch == 2
     job.recover()
     assert job.core.phase is Phase.RUNNING
@@ -634,11 +637,44 @@ def test_whoever_misses_the_deadline_of_a_phase_is_lost_and_only_they(phase: str
     job.wait(due - job.now - 0.001)
     assert job.core.epoch == 1
     job.wait(0.001)
+    (late,) = job.events("late")
+    assert (late["nodes"], late["phase"], late["ends"]) == ([slow], phase, phase != "restoring")
+    assert f"stacks-node{slow}-*.txt" in late["message"] and job.core.epoch == 1
+    assert [s.node for s in job.sent if isinstance(s.record, r.KeepStacks)] == [slow]
+    due = job.core.next_deadline()
+    assert due is not None
+    job.wait(due - job.now)
     assert job.core.nodes[slow].role == "lost" and job.core.epoch == 2
     assert [n for n, s in job.core.nodes.items() if s.role == "lost"] == [1, slow]
     assert f"missed the deadline of phase '{phase}'" in job.events("detected")[-1]["cause"]
     job.recover()
     assert job.core.phase is Phase.RUNNING
+
+
+@pytest.mark.parametrize("phase", ["aborting", "re-forming"])
+def test_a_worker_that_hangs_in_a_recovery_costs_an_epoch_and_no_node(phase: str) -> None:
+    """It is no node's fault at first; where it comes again and no iteration has ended, it is."""
+    job = SimulatedJob(nodes=3, spares=0).train()
+    job.commit(5)
+    job.take(job.core.inject(r.Fault("abort", -1, 0, None, 1, "", 0.0), job.now)[1])
+    for turn in range(5):
+        epoch = job.core.epoch
+        if phase == "re-forming":
+            job.arrive()
+            job.prepare()
+        for node in (0, 2):
+            job.offer(node)
+            job.feed(r.NodeFormed(epoch, node, 1))
+        due = job.core.next_deadline()
+        assert due is not None and job.core.phase.value == phase
+        job.wait(due - job.now)
+        assert job.told(r.KeepStacks)[-1] == r.KeepStacks(epoch, True)
+        job.feed(r.WorkerExited(1, 0, 2, 100 + turn, -9, epoch))
+        if turn < 4:
+            assert "hung in a recovery" in job.events("detected")[-1]["cause"] and job.core.epoch == epoch + 1
+            assert job.told(r.Declare)[-1].replaced == [2] and len(job.core.nodes[1].deaths) == turn
+            job.feed(r.WorkerReady(1, 0, 101 + turn))
+    assert job.core.nodes[1].role == "lost"
 
 
 def test_a_parked_spare_that_is_lost_disturbs_nobody_and_is_never_chosen() -> None:
@@ -666,7 +702,7 @@ def test_nobody_waits_for_ever_for_an_agent_that_never_joins(missing: int, goes_
     assert job.core.nodes[missing].role != "lost"
     job.wait(2)
     if goes_on:
-        assert len(job.told(r.Roster)) == 1 and job.finish is None and job.core.next_deadline() is None
+        assert len(job.told(r.Roster)) == 1 and job.finish is None
     else:
         (roster,) = job.told(r.Roster)
         assert roster.anew and roster.epoch == 1 and job.active == [0, 3, 2]

@@ -363,6 +363,9 @@ class Agent:
             case r.EndStuck():
                 if self._lookout is not None:
                     self._lookout.end_stuck(record)
+            case r.KeepStacks() if self._recovery is not None and self._lookout is not None:
+                if record.epoch == self._job.epoch:
+                    self._lookout.keep_stacks(self._recovery.late(), record.end)
             case r.Arm():
                 self._faults.arm(record)
             case r.Stop():

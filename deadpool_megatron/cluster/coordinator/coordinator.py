@@ -125,6 +125,7 @@ class Coordinator:
         self._status_due = 0.0
         self._drains = Drains(settings.drain_from, settings.drain_poll_s) if settings.drain_from else None
         self._worked = worked
+        self._unix = unix
         self._status_cost = 0.0  # seconds of processor time that the last one took, in a job of this size
         self._status_stale = True
 
@@ -175,9 +176,12 @@ class Coordinator:
         if self._settings.resume:
             kept = self._memory.read()
             if kept is not None:
+                if (until := kept["now"].get("waits_until")) is not None:
+                    left = min(kept["now"]["waits_s"], max(0.0, until - self._unix()))
+                    kept["now"]["waits_s"] = left
                 self._do(self._core.restored(kept, self._clock.now()))
         else:
-            self._memory.clear()
+            self._memory.begin(self._core.dump())
         self._write_status()
         host, store_port = self._settings.host, self._settings.store_port
         self._memory.publish_place(host, self.port, store_port, self._settings.job_id, self._settings.resume)
@@ -378,7 +382,10 @@ class Coordinator:
         decided = time.time()
         kept = [action for action in actions if isinstance(action, Keep)]
         if kept:
-            self._memory.write({name: part for action in kept for name, part in action.parts.items()})
+            parts = {name: part for action in kept for name, part in action.parts.items()}
+            if (now := parts.get("now", {})).get("waits_s") is not None:  # whoever reads it has no clock but the wall's
+                parts["now"] = {**now, "waits_until": self._unix() + now["waits_s"]}
+            self._memory.write(parts)
             points.reach("coordinator.persisted")
         for action in actions:
             if isinstance(action, Send):
@@ -398,7 +405,7 @@ class Coordinator:
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
                 if (
-                    action.event.startswith(("durable", "waiting", "started_over", "never_struck"))
+                    action.event.startswith(("durable", "waiting", "late", "started_over", "never_struck"))
                     and "message" in action.fields
                 ):
                     print(f"deadpool: {action.fields['message']}", file=sys.stderr, flush=True)

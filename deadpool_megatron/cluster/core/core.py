@@ -198,12 +198,11 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """When `tick` has to be called at the latest, in the clock of ``now``."""
-        times = [part.due for part in (self._arrivals, self._returning, self._drains)]
-        times.append(self._durability.next_deadline())
+        times = [self._arrivals.due, self._returning.due, self._durability.next_deadline()]
         if not self._returning.waits:  # who is not back may be the loss that explains an error
-            times.append(self._suspicions.due)
+            times += [self._suspicions.due, self._drains.due]
             if self._state.phase is Phase.STARTING:
-                times.append(self._durability.loading_due)
+                times += [self._durability.loading_due, self._start.due]
             if self.recovery is not None:
                 times.append(self.recovery.deadline)
         known = [t for t in times if t is not None]
@@ -399,7 +398,7 @@ class Core:
         self._state.phase, self._recoveries.current, self._state.end = Phase.ENDED, None, (code, message)
         yield Persist(("now",))  # refused to a coordinator that was deposed: it must not end the job
         self._suspicions.ended()
-        self._drains.forget(over=True)
+        self._drains.ended()
         self._arrivals.clear()
         self._returning.end()
 
@@ -435,11 +434,15 @@ class Core:
             "done": self._progress.done,
             "end": self._state.end,
             "durable": self._durability.dump(),
-            **self._recoveries.dump(),
+            "drain": self._drains.dump(),
+            **self._recoveries.dump(self._now),
         }
 
     def restored(self, parts: dict[str, Any], now: float) -> list[Action]:
-        """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit."""
+        """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit.
+
+        ``waits_s`` of `dump` is to be what is left of it now.
+        """
         kept = parts["now"]
         self._at(now)
         self.members.load(parts["members"])
@@ -448,7 +451,8 @@ class Core:
         self._state.phase = _RESTORED.get(kept["phase"], Phase.RUNNING)
         self._state.end = tuple(kept["end"]) if kept["end"] else None
         self._layout.load(parts.get("layout"), kept["can_rescue"])
-        self._recoveries.load(kept)
+        self._recoveries.load(kept, now)
+        self._drains.load(kept["drain"])
         self._ends.load(kept)
         self._start.epoch = kept["start_epoch"]
         head = self._progress
@@ -470,6 +474,10 @@ class Core:
 
     def _join(self, record: r.Join) -> Effects:
         state = self.nodes.get(record.node)
+        if state is not None and state.role == "left":  # the coordinator before this one ended before it could say so
+            yield emit("left", node=record.node)
+            yield Send(record.node, self._may_leave(record.node))
+            return
         if state is None or state.gone:
             yield Send(record.node, r.Stop(Exit.FENCED, f"node {record.node} is not part of this job (any more)"))
             return
@@ -569,7 +577,8 @@ class Core:
         elif self._state.phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
             self._state.phase, self._recoveries.current = Phase.FINISHING, None
             self._suspicions.ended()
-            self._drains.forget(over=True)
+            yield from self._drains.call_off("training has finished")
+            yield from self._recoveries.let_helpers_go()
             yield Persist()
             yield Send(None, r.AllFinished(self.epoch))
 
@@ -615,9 +624,15 @@ class Core:
     def _node_held(self, record: r.NodeHeld) -> Effects:
         if record.epoch == self.epoch and self.phase is Phase.RUNNING:
             yield from self._drains.held(record)
+            if not self._returning.waits:
+                yield from self._drains.tick(self._now)
+
+    @staticmethod
+    def _may_leave(node: int) -> r.Stop:
+        return r.Stop(Exit.OK, f"node {node} is drained and may be taken away")
 
     def _let_go(self, node: int) -> Effects:
-        yield Send(node, r.Stop(Exit.OK, f"node {node} is drained and may be taken away"))
+        yield Send(node, self._may_leave(node))
         self.members.depart(node, "left")
         yield Send(None, r.Departed([node]))
         self._arrivals.without({node})
@@ -744,9 +759,12 @@ class Core:
         if not self._returning.waits:
             yield from self._suspicions.judge_errors(self._now)
             yield from self._durability.judge_loading(self._now)
+        if self._state.phase is Phase.STARTING and (late := self._start.late(self._now)):
+            yield from self._remind(late, ends=False)
         if away := self._returning.late(self._now):
             yield from self._lose(away, self._returning.why_lost)
-        yield from self._drains.tick(self._now)
+        if self.phase is Phase.RUNNING and not self._returning.waits:
+            yield from self._drains.tick(self._now)
         if self.phase is Phase.RUNNING and not self._returning.waits:
             yield from self._suspicions.judge_stalls(self._now)
         recovery = self.recovery
@@ -761,8 +779,20 @@ class Core:
                 "it took too long", late_nodes >= set(self.members.active())
             ):
                 yield from self._declare("the checkpoint was not saved in time")
+            elif (ends := recovery.remind(late_nodes, self._now)) is not None:
+                yield from self._remind(late_nodes & recovery.active, ends)
             elif late_nodes:
                 yield from self._lose(late_nodes, f"missed the deadline of phase '{recovery.phase.value}'")
+
+    def _remind(self, late: set[int], ends: bool) -> Effects:
+        """The others wait for these nodes: what their workers do is to be found in a file, and perhaps to be ended."""
+        phase, nodes = self.phase.value, sorted(late)
+        files = ", ".join(f"stacks-node{node}-*.txt" for node in nodes)
+        text = f"node {', '.join(map(str, nodes))} has missed the deadline of phase '{phase}'; what its workers do "
+        text += f"is in {files} beside their logs{', and those that hang are ended and begin anew' * ends}"
+        for node in nodes:
+            yield Send(node, r.KeepStacks(self.epoch, ends))
+        yield emit("late", nodes=nodes, phase=phase, ends=ends, message=text)
 
     def _still_to_come(self) -> float | None:
         """Until when a spare may join that has said that it does; None when there is none."""

@@ -429,7 +429,7 @@ class Recoveries:
             self.current = None
             self._none_vacant()
             yield emit("resumed", iteration=recovery.generation)
-            yield from self._let_helpers_go()
+            yield from self.let_helpers_go()
             yield Persist()
 
     def covered(self, record: r.Covered) -> Effects:
@@ -470,13 +470,13 @@ class Recoveries:
         self.current = None
         self._none_vacant()
         self._refused.clear()
-        yield from self._let_helpers_go()
+        yield from self.let_helpers_go()
 
     def _none_vacant(self) -> None:
         self.vacant.clear()
         self.in_place.clear()
 
-    def _let_helpers_go(self) -> Effects:
+    def let_helpers_go(self) -> Effects:
         """Nobody needs their shards any more."""
         for node in sorted(self.helpers):
             if self._state.members.nodes[node].role == "leaving":
@@ -486,9 +486,10 @@ class Recoveries:
 
     # ---- a coordinator that starts again
 
-    def dump(self) -> dict[str, Any]:
-        """What it has to know, as JSON types."""
+    def dump(self, now: float) -> dict[str, Any]:
+        """What it has to know, as JSON types. ``waits_s``: for so long a spare is still waited for."""
         return {
+            "waits_s": None if self._waits_until is None else max(0.0, self._waits_until - now),
             "recovering": self.current is not None,
             "purpose": self._purpose,
             "no_spare": self._end,
@@ -499,8 +500,9 @@ class Recoveries:
             "helpers": sorted(self.helpers),
         }
 
-    def load(self, kept: dict[str, Any]) -> None:
+    def load(self, kept: dict[str, Any], now: float) -> None:
         """Restore what `dump` gave. A recovery that was under way is not continued."""
+        self._waits_until = None if kept["waits_s"] is None else now + kept["waits_s"]
         self._purpose = kept["purpose"]
         self._end = kept["no_spare"]
         self._not_saved = kept["not_saved"]

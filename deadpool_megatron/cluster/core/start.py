@@ -27,6 +27,9 @@ class Start:
         self._snapshots = snapshots
         self.epoch = 0
         """In which the start is, or was."""
+        self._told = False  # to all that they may begin
+        self.due: float | None = None
+        """When who is not about to train is late; None where nobody is any more, or not yet."""
 
     # ---- agents
 
@@ -49,6 +52,7 @@ class Start:
         if self._state.members.complete():
             job = self._state.job
             yield Send(None, self._roster())
+            self._told = True
             if not self.epoch:
                 names = [state.name for _, state in sorted(self._state.members.nodes.items())]
                 sizes = {"nodes": job.nodes, "spares": job.spare_nodes, "world_size": job.world_size}
@@ -60,9 +64,20 @@ class Start:
         """To one (None: to all) who was away, and may have missed the roster, or where training begins."""
         members = self._state.members
         if members.complete():
+            self._told = self._told or node is None
             if roster:
                 yield Send(node, self._roster())
             yield from self._state.durability.start_again(members.active(), members.epoch, node)
+
+    def late(self, now: float) -> set[int]:
+        """Nodes with ranks that are not about to train, a while after all could begin; once a start."""
+        if self._told and self._state.job.deadpool:
+            self._told, self.due = False, now + self._state.job.deadlines.build
+        if self.due is None or now < self.due:
+            return set()
+        self.due, there = None, self._state.layout.coordinates
+        assignment = self._state.members.assignment
+        return {slot.node for rank, slot in enumerate(assignment) if rank not in there}
 
     def came_later(self, record: r.Join) -> Effects:
         """An agent that the job did not begin with has joined."""
@@ -103,6 +118,7 @@ class Start:
         members.hand_over(taken_by)
         members.epoch += 1
         self.epoch = members.epoch
+        self._told, self.due = False, None
         self._state.layout.forget()
         self._state.progress.start_over(members.active(), members.epoch)
         message = f"{why}: the job begins anew on nodes {', '.join(map(str, members.active()))}"

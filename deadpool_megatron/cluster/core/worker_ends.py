@@ -29,6 +29,7 @@ class WorkerEnds:
         self._suspicions = suspicions
         self._blame = Blame(state.job.worker_deaths, state.job.transient_retries)
         self._left: set[tuple[int, int]] = set()
+        self._late: set[int] = set()  # nodes whose workers hung in a recovery, since an iteration has ended last
         # by node and local index, of the last process that has ended: an agent that was away tells of it again
         self._known: dict[tuple[int, int], int] = {}
 
@@ -72,6 +73,9 @@ class WorkerEnds:
             yield emit("detected", node=record.node, cause=f"{who} ended ({how})", ranks=[], local=record.local)
         elif node.role == "active":
             stuck = self._suspicions.why_ended(record.node, record.local)
+            if self._was_late(record):
+                stuck = f"{who} hung in a recovery; DeadPool has ended it, and what it did is in "
+                stuck += f"stacks-node{record.node}-{record.local}.txt beside its log"
             error = self._blame.why(record)
             ended = f"{who} ended ({how}){': ' * bool(error)}{error}"
             yield from self._refill(node, record, stuck or ended)
@@ -103,10 +107,11 @@ class WorkerEnds:
             return  # it has been replaced already
         verdict = self._signs.judge(record, self._blame.by_a_peer(record))
         follows = verdict.blamed is Blamed.FOLLOWS
-        if self._blame.anothers(record) or follows:
-            to_blame = not node.respawns
-        else:
-            to_blame = self._died(node, "worker", cause, record.epoch)
+        nobodys = self._blame.anothers(record) or follows
+        if self._was_late(record):  # a communication that nothing ends, perhaps: the first time that is no node's fault
+            nobodys = nobodys or node.node not in self._late
+            self._late.add(node.node)
+        to_blame = not node.respawns if nobodys else self._died(node, "worker", cause, record.epoch)
         iteration = self._state.progress.iteration
         if self._blame.crashed_again(record, self._state.members.epoch, iteration) and not self._signs.tells(node.node):
             again = f"after iteration {iteration} again, so no spare is spent on it; see its log"
@@ -146,6 +151,11 @@ class WorkerEnds:
         node.role = "leaving"
         return True
 
+    def _was_late(self, record: r.WorkerExited) -> bool:
+        """It was ended because the others waited for it."""
+        recovery = self._recoveries.of(record.epoch)
+        return recovery is not None and record.node in recovery.ending and record.code < 0
+
     def begun(self, record: r.WorkerReady) -> None:
         """A process has begun: the number of one that has ended may come again."""
         self._blame.begun(record)
@@ -175,6 +185,7 @@ class WorkerEnds:
     def got_on(self, iteration: int) -> None:
         """This iteration has ended for the first time."""
         self._blame.passed(iteration)
+        self._late.clear()
 
     def changed(self, node: int, why: str) -> bool:
         """The memory of a node has changed what it held: as a worker's end. True when it is one too many."""
