@@ -657,6 +657,10 @@ def test_a_worker_that_hangs_in_a_recovery_costs_an_epoch_and_no_node(phase: str
     job = SimulatedJob(nodes=3, spares=0).train()
     job.commit(5)
     job.take(job.core.inject(r.Fault("abort", -1, 0, None, 1, "", 0.0), job.now)[1])
+
+    def deaths() -> int:
+        return job.core.nodes[1].record.deaths(job.core.members.unix_s)
+
     for turn in range(5):
         epoch = job.core.epoch
         if phase == "re-forming":
@@ -672,7 +676,7 @@ def test_a_worker_that_hangs_in_a_recovery_costs_an_epoch_and_no_node(phase: str
         job.feed(r.WorkerExited(1, 0, 2, 100 + turn, -9, epoch))
         if turn < 4:
             assert "hung in a recovery" in job.events("detected")[-1]["cause"] and job.core.epoch == epoch + 1
-            assert job.told(r.Declare)[-1].replaced == [2] and len(job.core.nodes[1].deaths) == turn
+            assert job.told(r.Declare)[-1].replaced == [2] and deaths() == turn
             job.feed(r.WorkerReady(1, 0, 101 + turn))
     assert job.core.nodes[1].role == "lost"
 
