@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from deadpool_megatron.launcher import rendezvous
 from deadpool_megatron.launcher.rendezvous import StoreWatch, ask
 from waiting import until
 
@@ -30,6 +31,11 @@ def store() -> Iterator[tuple[subprocess.Popen[str], int]]:
     yield process, int(process.stdout.readline())
     process.kill()
     process.wait()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_LEAST_S", 0.0)
 
 
 def test_a_store_that_answers_is_left_alone_and_one_that_hangs_is_ended(
