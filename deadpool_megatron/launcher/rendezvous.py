@@ -18,7 +18,9 @@ from deadpool_megatron.cluster.link.awake import AwakeClock
 # Of torch's TCPStore (TCPStoreBackend.hpp): VALIDATE with its magic number, then GETNUMKEYS, whose answer is a number.
 _QUESTION: Final = struct.pack("<BIB", 0, 0x3C85F7CE, 7)
 _LOOK_S: Final = 0.5
+_ANSWER_S: Final = 2.0
 _PATIENCE: Final = 3.0  # leases: a coordinator that wakes sooner has stood still, and goes on by itself
+_LEAST_S = 10.0  # for a busy machine's sake
 
 
 def ask(port: int, within_s: float) -> bytes:
@@ -32,7 +34,8 @@ def ask(port: int, within_s: float) -> bytes:
 class StoreWatch:
     """Asks twice in a lease, in a thread, from the first answer on: before it, torch may still be imported.
 
-    Ends the process that has the store when that has not answered for three leases in which this one ran.
+    Ends the process that has the store when that has not answered for three leases (ten seconds at least) in which this
+    one ran.
 
     Args:
         port: where the store listens.
@@ -47,7 +50,7 @@ class StoreWatch:
         self._pidfd = os.pidfd_open(process.pid)
         self._port = port
         self._every_s = lease_s / 2
-        self._patience_s = _PATIENCE * lease_s
+        self._patience_s = max(_PATIENCE * lease_s, _LEAST_S)
         self._lock = threading.Lock()
         self._over = threading.Event()
         threading.Thread(target=self._watch, name="deadpool-store-watch", daemon=True).start()
@@ -60,7 +63,7 @@ class StoreWatch:
                 os.close(self._pidfd)
 
     def _watch(self) -> None:
-        clock = AwakeClock(4 * _LOOK_S)
+        clock = AwakeClock(_LOOK_S + 2 * _ANSWER_S + _LOOK_S)
         heard: float | None = None
         due = 0.0
         while not self._over.wait(_LOOK_S):
@@ -68,7 +71,7 @@ class StoreWatch:
             if now < due:
                 continue
             try:
-                if ask(self._port, _LOOK_S) or heard is not None:
+                if ask(self._port, _ANSWER_S) or heard is not None:
                     heard, due = now, now + self._every_s
             except TimeoutError:
                 pass

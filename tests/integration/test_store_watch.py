@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from deadpool_megatron.launcher import rendezvous
 from deadpool_megatron.launcher.rendezvous import StoreWatch, ask
 from waiting import until
 
@@ -32,15 +33,20 @@ def store() -> Iterator[tuple[subprocess.Popen[str], int]]:
     process.wait()
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_LEAST_S", 0.0)
+
+
 def test_a_store_that_answers_is_left_alone_and_one_that_hangs_is_ended(
     store: tuple[subprocess.Popen[str], int],
 ) -> None:
     process, port = store
     assert len(ask(port, 60.0)) == 8, "this torch's store understands the question"
     asked: list[int] = []
-    watch = StoreWatch(process, port, 0.5)
+    watch = StoreWatch(process, port, 1.5)
     try:
-        for _ in range(6):  # longer than it would be waited for
+        for _ in range(15):  # longer than it would be waited for
             asked.append(len(ask(port, 60.0)))
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(0.4)
