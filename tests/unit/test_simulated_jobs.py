@@ -56,6 +56,7 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "told before": (1367, ("kill worker", "kill coordinator", "crash coordinator soon")),
     "9": (1, ()),
     "9 again": (206, ()),
+    "lemon": (12, ()),
     "live alone": (44, ("kill worker", "kill node", "slow link")),
 }
 _NO_COPY = ("every copy damaged", "kill node", "lose node", "damaged file", "unreadable directory")
@@ -150,14 +151,23 @@ def test_no_fault_breaks_a_promise_where_every_recovery_needs_other_processes() 
     assert sum(run.epochs for run in runs) > 20
 
 
+def test_no_fault_breaks_a_promise_where_one_gpu_takes_others_along() -> None:
+    runs = [simulate(seed, Profile(signs=True)) for seed in range(60)]
+    assert not [(run.seed, run.violation) for run in runs if run.violation]
+    assert sum(run.kinds["rack"] for run in runs) > 30
+
+
 def test_no_fault_breaks_a_promise_where_what_is_told_is_lost_with_a_connection_that_is_replaced() -> None:
     runs = [simulate(seed, replace(many.mixed(seed)[1], replaced=0.01)) for seed in range(80)]
     assert not [(run.seed, run.violation) for run in runs if run.violation]
 
 
+# The same where a GPU is at fault.
+MISSED_SIGNS: dict[str, tuple[int, tuple[str, ...]]] = {"follows": (4, ())}
 MISSED_RESTARTS: dict[str, tuple[int, tuple[str, ...]]] = {"renewing": (114, ())}
 MODES = {
     Profile(restarts=True): MISSED_RESTARTS,
+    Profile(signs=True): MISSED_SIGNS,
     Profile(durable=False, shards=False, rivals=False): MISSED,
     Profile(durable=True, shards=False, rivals=False): MISSED_DURABLE,
     Profile(shards=True, rivals=False): MISSED_SHARDS,
