@@ -50,7 +50,7 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "departed": (20071, ()),
     "comes back": (105619, ()),
     "one end": (8655, ()),
-    "ends once": (1191, ("kill worker", "kill coordinator", "crash coordinator soon")),
+    "ends once": (1414, ("kill worker", "kill coordinator", "crash coordinator soon")),
     "broken new": (201, ("damage", "kill node", "freeze node")),
     "one moment": (6526, ()),
     "told before": (1367, ("kill worker", "kill coordinator", "crash coordinator soon")),
