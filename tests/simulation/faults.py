@@ -35,6 +35,7 @@ class Profile:
         restarts: every recovery needs other processes, on all nodes.
         rehearsals: spares set up coordinates ahead of time.
         moves: every run has drains that something happens to, or none has; None: drawn.
+        signs: one machine's GPU is at fault, and takes others along.
         replaced: how likely a packet's connection is replaced just after it was sent.
     """
 
@@ -46,6 +47,7 @@ class Profile:
     restarts: bool = False
     rehearsals: bool = False
     moves: bool | None = None
+    signs: bool = False
     replaced: float = 0.0
 
 
@@ -66,6 +68,7 @@ class Faults:
         self._silent: dict[int, tuple[float, float]] = {}  # by node, the last time nothing was heard of it
         self.drained: set[int] = set()  # nodes that the user wants to take away
         self.asking: set[int] = set()  # those of them about which the coordinator is asked now
+        self.culprits: set[int] = set()  # nodes whose machine is at fault
         # for which event of the log, how often, seconds after it, what
         self._waiting: list[tuple[str, int, float, str, Callable[[], None]]] = []
         self._seen: Counter[str] = Counter()
@@ -80,6 +83,10 @@ class Faults:
         for _ in range(chance.randint(0, self.profile.most) if names else 0):
             name = chance.choices(names, weights)[0]
             self._wait(*self._when(chance), name, partial(KINDS[name][1], self))
+        if self.profile.signs:
+            for _ in range(cluster.signs.randint(1, 2)):
+                count, seconds = cluster.signs.randint(1, 6), cluster.signs.uniform(0.0, 1.0)
+                self._wait(cluster.signs.choice(("committed", "declared")), count, seconds, "rack", self._rack)
         if cluster.job.durable is not None:
             self._draw_durable()
         draws = cluster.packets
@@ -124,6 +131,30 @@ class Faults:
         first, then = draws.sample((self._reset_control, lose), 2)
         first()
         self._until(draws.uniform(0.0, 0.3), then)
+
+    def _rack(self) -> None:
+        """One GPU is at fault: its machine tells of it, the others of their links, and workers of all of them end."""
+        cluster, chance = self._cluster, self._cluster.signs
+        there = [host for host in cluster.hosts if host.alive and host.known.ranks]
+        if len(there) < 2:
+            return
+        hit = chance.sample(there, chance.randint(2, len(there)))
+        self.culprits.add(hit[0].node)
+        self.struck[-1] += f" n{hit[0].node}, follow: {[host.node for host in hit[1:]]}"
+        for host in hit:
+            after = chance.uniform(0.0, 0.5)
+            self._until(after, partial(self._tells, host, 149 if host is hit[0] else 145))
+            self._until(after + chance.uniform(0.02, 0.8), partial(self._ends, host))
+
+    @staticmethod
+    def _tells(host: Host, xid: int) -> None:
+        if host.alive and not host.process.frozen:
+            host.agent.sign(r.MachineSign(host.node, xid))
+
+    def _ends(self, host: Host) -> None:
+        workers = [worker for worker in host.workers() if worker.rank is not None]
+        if host.alive and workers:
+            self._cluster.signs.choice(workers).die(-9)
 
     def _draw_durable(self) -> None:
         """Of its own chance, so that other runs stay as they are."""

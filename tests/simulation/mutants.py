@@ -25,12 +25,14 @@ from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.durable import Durability
 from deadpool_megatron.cluster.core.effects import Answer, Declare, Effects, Stop
 from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.core.members import Members
 from deadpool_megatron.cluster.core.observations import Observations
 from deadpool_megatron.cluster.core.planned_moves import Drains
 from deadpool_megatron.cluster.core.progress import Progress
 from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.recovering import Recovery
+from deadpool_megatron.cluster.core.signs import Blamed, Signs, Verdict
 from deadpool_megatron.cluster.core.start import Start
 from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.link.awake import AwakeClock
@@ -577,6 +579,15 @@ def _the_wait_for_a_spare_begins_anew(patch: Patch) -> None:
     patch.setattr(Recoveries, "load", lambda self, kept, now: load(self, {**kept, "waits_s": None}, now))
 
 
+def _what_follows_spends_a_spare(patch: Patch) -> None:
+    """Every end of a worker is its own node's."""
+    patch.setattr(Signs, "judge", lambda self, record, by_peer: Verdict(Blamed.UNKNOWN))
+
+
+def _a_spare_that_failed_is_as_good_as_any(patch: Patch) -> None:
+    patch.setattr(Members, "failures", lambda self, node: 0)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "renewing": _an_offer_comes_before_who_is_to_take_it,
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
@@ -644,5 +655,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "drain goes on": _a_drain_is_forgotten_in_a_recovery,
     "hangs": _a_rank_that_hangs_in_a_recovery_costs_its_node,
     "wait kept": _the_wait_for_a_spare_begins_anew,
+    "follows": _what_follows_spends_a_spare,
+    "lemon": _a_spare_that_failed_is_as_good_as_any,
     "begins again": _what_a_job_begins_with_must_be_whole,
 }

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Oracle", "Violation"]
 
+_SIGN_S = 50.0  # so long at least a sign is known
 _MASK = (1 << 60) - 1
 _FEW, _FEW_S = 8, 3.0  # iterations may be shorter than the way of a generation
 _END_S = 12.0
@@ -119,6 +120,9 @@ class Oracle:
         self._done_at: float | None = None  # all of them
         self._back_at = 0.0  # the coordinator, which then waits for those that it knows
         self._deaths: Counter[int] = Counter()
+        self._active = list(range(cluster.job.active_nodes))  # nodes, as was declared last
+        self._linked: dict[int, float] = {}  # by node, when the coordinator has heard of its links last
+        self._ended_alone: set[int] = set()  # nodes of which a worker has ended with no such sign
         self._broken: dict[tuple[int, int], Slot] = {}  # by slot and turn
         self._trains: dict[tuple[int, int], int] = {}
         self.safe: _Held | None = None
@@ -234,21 +238,27 @@ class Oracle:
             case "declared":
                 self._done_at = None
                 self.declared.append((world.now, fields["epoch"], fields["reason"]))
-                drained = re.search(r"node (\d+) is drained$", fields["reason"])
+                drained = re.search(r"node (\d+) is (?:drained$|at fault)", fields["reason"])
                 if fields["purpose"] == "resume" and drained:
                     self._drained.add(int(drained[1]))
+                if fields["purpose"] == "resume" and not drained:
+                    self._rightly_taken(fields["nodes"])
+                self._active = fields["nodes"]
                 if fields["purpose"] in ("save", "drain") and self.saving is None:
                     self.saving = self._healthy()
                     self._waited()
                 if len(self.declared) > 1 and self.declared[-1][1] <= self.declared[-2][1]:
                     raise Violation(f"epoch {fields['epoch']} is declared after {self.declared[-2][1]}")
             case "started_over":
+                self._active = fields["nodes"]
                 if self.committed >= 0:
                     raise Violation(f"the job begins anew, although generation {self.committed} was committed")
             case "agreed":
                 self._agreed(fields["iteration"])
             case "committed":
                 self._committed(Version(fields["epoch"], fields["iteration"]))
+            case "sign" if fields["role"] == "link":
+                self._linked[fields["node"]] = world.now
             case "coordinator_back":
                 self._back_at = world.now
                 self._cluster.faults.came_back()
@@ -275,6 +285,18 @@ class Oracle:
                 self._cluster.faults.awaited()
             case "resumed":
                 self._since, self._waits_since = 0, None
+
+    def _rightly_taken(self, nodes: list[int]) -> None:
+        """No spare is spent on who only follows, and none is one that failed while another one is there."""
+        core, now = self._cluster.hq.core, self._cluster.world.now
+        for node in {*self._active} - {*nodes} - self.hurt.keys() - self._drained - self._cluster.faults.culprits:
+            if now - self._linked.get(node, -_SIGN_S) < _SIGN_S and node not in self._ended_alone:
+                raise Violation(f"node {node} gives way, and what ended there has its cause elsewhere")
+        fresh = [n for n, s in core.nodes.items() if s.role == "spare" and not s.record.failures]
+        fresh = [n for n in fresh if core.members.parked(n) and n not in self._active]
+        for node in {*nodes} - {*self._active}:
+            if core.nodes[node].record.failures and fresh and self._active:
+                raise Violation(f"node {node}, which failed before, takes over, and node {fresh[0]} is parked")
 
     def _waited(self) -> None:
         """The job is to end for want of a spare: has it waited for one as long as it was told to?"""
@@ -429,6 +451,8 @@ class Oracle:
     def dies(self, node: int) -> None:
         """A worker has ended that nobody wanted to end; a node that loses many counts as bad itself."""
         self._deaths[node] += 1
+        if self._cluster.world.now - self._linked.get(node, -_SIGN_S) >= _SIGN_S:
+            self._ended_alone.add(node)
         if self._deaths[node] > self._cluster.job.worker_deaths:
             self.hurt.setdefault(node, "its workers die")
 

@@ -91,6 +91,7 @@ class Run:
         self.patience = random.Random(f"patience {seed}")  # of its own, so that a seed's other draws stay
         wait = self.patience.uniform(10.0, 60.0) if self.patience.random() < 0.2 else 0.0
         self.job = JobSpec(nodes, spares, slots, True, DEADLINES, redundancy=redundancy, wait_for_spare_s=wait)
+        self.signs = random.Random(f"signs {seed}")
         self.over = False  # and judged
         self._until = world.now + _LONGEST_S
         self.iterations = chance.randint(14, 36) + (0 if beside is None else beside.iterations)
@@ -304,7 +305,7 @@ class Run:
     def _drained(self) -> None:
         """A node that the user has taken away is none that the job may count on."""
         for node, state in self.hq.core.nodes.items():
-            if state.role in ("leaving", "left") and node not in self.faults.drained:
+            if state.role in ("leaving", "left") and node not in self.faults.drained | self.faults.culprits:
                 raise Violation(f"node {node} is taken away, and nobody asked for it")
             if state.role == "left":
                 self.oracle.hurt.setdefault(node, "drained")

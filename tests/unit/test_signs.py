@@ -102,6 +102,16 @@ def test_a_cause_in_another_nvlink_domain_explains_no_link() -> None:
     assert deaths(job, 1) == 0 and deaths(job, 2) == 1
 
 
+def test_a_node_that_is_lost_explains_the_links_of_others() -> None:
+    job = rack()
+    job.lose(0)
+    tells(job, 1, 145)
+    dies(job, 1)
+    dies(job, 2)
+    assert deaths(job, 1) == 0 and deaths(job, 2) == 1
+    assert [slot.node for slot in job.core.assignment[::2]] == [4, 1, 5, 3]
+
+
 def test_a_cause_is_forgotten_after_a_while() -> None:
     job = rack()
     tells(job, 0, 149)

@@ -51,13 +51,14 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "departed": (20071, ()),
     "comes back": (105619, ()),
     "one end": (8655, ()),
-    "ends once": (1191, ("kill worker", "kill coordinator", "crash coordinator soon")),
+    "ends once": (1414, ("kill worker", "kill coordinator", "crash coordinator soon")),
     "broken new": (201, ("damage", "kill node", "freeze node")),
     "one moment": (6526, ()),
     "told before": (1367, ("kill worker", "kill coordinator", "crash coordinator soon")),
     "9": (1, ()),
     "9 again": (206, ()),
     "hangs": (29, ("freeze worker", "kill worker")),
+    "lemon": (12, ()),
     "live alone": (44, ("kill worker", "kill node", "slow link")),
 }
 _NO_COPY = ("every copy damaged", "kill node", "lose node", "damaged file", "unreadable directory")
@@ -160,16 +161,25 @@ def test_no_fault_breaks_a_promise_where_every_recovery_needs_other_processes() 
     assert sum(run.epochs for run in runs) > 20
 
 
+def test_no_fault_breaks_a_promise_where_one_gpu_takes_others_along() -> None:
+    runs = [simulate(seed, Profile(signs=True)) for seed in range(60)]
+    assert not [(run.seed, run.violation) for run in runs if run.violation]
+    assert sum(run.kinds["rack"] for run in runs) > 30
+
+
 def test_no_fault_breaks_a_promise_where_what_is_told_is_lost_with_a_connection_that_is_replaced() -> None:
     runs = [simulate(seed, replace(many.mixed(seed)[1], replaced=0.01)) for seed in range(80)]
     assert not [(run.seed, run.violation) for run in runs if run.violation]
 
 
+# The same where a GPU is at fault.
+MISSED_SIGNS: dict[str, tuple[int, tuple[str, ...]]] = {"follows": (4, ())}
 MISSED_RESTARTS: dict[str, tuple[int, tuple[str, ...]]] = {"renewing": (114, ())}
 # The same where drains are upset.
 MISSED_MOVES: dict[str, tuple[int, tuple[str, ...]]] = {"drain kept": (7, ()), "drain goes on": (0, ())}
 MODES = {
     Profile(restarts=True, moves=False): MISSED_RESTARTS,
+    Profile(signs=True, moves=False): MISSED_SIGNS,
     Profile(durable=False, shards=False, rivals=False, moves=False): MISSED,
     Profile(durable=True, shards=False, rivals=False, moves=False): MISSED_DURABLE,
     Profile(shards=True, rivals=False, moves=False): MISSED_SHARDS,

@@ -53,6 +53,7 @@ from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import Done, Staged
 from deadpool_megatron.vault import is_constants, numa_nodes, owner_of
 
+_SIGN_S: Final = 60.0  # so long a sign may explain what ends (`cluster.core.signs`)
 MACHINE: Final = "DEADPOOL_MACHINE"
 """The variable that names the machine of a node, where its own name does not: a pod's may run anywhere."""
 
@@ -93,7 +94,7 @@ class Agent:
         self._shards = shards
         self._crew = crew
         self._processes = processes
-        self._faults = Faults(settings.node, crew, shards, self.send)
+        self._faults = Faults(settings.node, crew, shards, self.sign)
         self._watch = watch
         self._durable = (
             durability(
@@ -116,6 +117,8 @@ class Agent:
             self._recovery = NodeRecovery(job, crew, shards, self._upkeep, self._faults, self.send)
             self._lookout = Lookout(settings, job, crew, self._recovery, processes, fence, self.send, clock)
         self._covered: r.Covered | None = None  # told last
+        self._clock = clock
+        self._signs: dict[int, tuple[float, r.MachineSign]] = {}  # the newest of each number, and when it came
         self._hashes: list[r.StateHash] = []
         self._done: dict[r.SideEffectKind, r.SideEffect] = {}  # the newest of each kind that a rank here has told
         self._iteration = -1  # the newest of this epoch that a rank here has told
@@ -125,6 +128,11 @@ class Agent:
         points.reach_record("agent", record)
         self._post(r.encode(record))
         self._watch.sent(record)
+
+    def sign(self, record: r.MachineSign) -> None:
+        """The machine tells of a fault."""
+        self._signs[record.xid] = self._clock(), record
+        self.send(record)
 
     def look(self, connected: bool) -> None:
         """Call often. ``connected``: to the coordinator."""
@@ -158,6 +166,9 @@ class Agent:
                 os.environ.get(MACHINE) or os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
             )
         )
+        for when, sign in self._signs.values():  # before the ends of workers that they explain
+            if self._clock() - when < _SIGN_S:
+                self.send(sign)
         for worker in workers.values():
             if worker.parked and worker.rank is None and not worker.exited:
                 self.send(r.WorkerReady(node, worker.local, worker.pid))

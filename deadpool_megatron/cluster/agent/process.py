@@ -154,7 +154,7 @@ class AgentProcess:
             return
         fd = log.fd
         for xid in log.read():
-            self._agent.send(r.MachineSign(self._s.node, xid.xid, xid.device, xid.text, xid.after))
+            self._agent.sign(r.MachineSign(self._s.node, xid.xid, xid.device, xid.text, xid.after))
         if log.fd is None:
             self._poller.unregister(fd)
 

@@ -133,12 +133,14 @@ class Signs:
         node = record.node
         if own := self._cause(node, CAUSE_S):
             return Verdict(Blamed.CAUSE, own)
-        ends_for_a_peer = by_peer or record.code == -signal.SIGABRT
-        culprits = [n for n in self._members.nodes if n != node and self._cause(n, SPREAD_S)]
-        for culprit in culprits:
-            if ends_for_a_peer or self._explained(node, culprit):
-                return Verdict(Blamed.FOLLOWS, f"{self._cause(culprit, SPREAD_S)} on {self._members.called(culprit)}")
-        first = self._died_first(record)
+        for_a_peer = by_peer or record.code == -signal.SIGABRT
+        others = [n for n, state in self._members.nodes.items() if n != node and state.record.failures]
+        for culprit in others:
+            explained = self._explained(node, culprit)
+            cause = self._cause(culprit, SPREAD_S, ("sign", "lost") if explained else ("sign",))
+            if cause and (for_a_peer or explained):
+                return Verdict(Blamed.FOLLOWS, f"{cause} on {self._members.called(culprit)}")
+        first = next((n for n in others if self._died(n, record.epoch)), None)
         if first is not None and record.code == -signal.SIGABRT:  # as NCCL's watchdog ends a process
             return Verdict(Blamed.FOLLOWS, f"the end of a worker of {self._members.called(first)}")
         if Role.LINK in self._roles(node):
@@ -149,13 +151,13 @@ class Signs:
         """The machine has told of a cause or a link: what ends there of late is no fault of the script's."""
         return bool(self._cause(node, CAUSE_S)) or Role.LINK in self._roles(node)
 
-    def _cause(self, node: int, within_s: float) -> str:
-        """The cause that the machine of a node has told of late; empty when there is none."""
+    def _cause(self, node: int, within_s: float, kinds: tuple[str, ...] = ("sign",)) -> str:
+        """The cause that the machine of a node has told of late (or its loss); empty when there is none."""
         now = self._members.unix_s
         recent = [
             each.cause
             for each in self._members.nodes[node].record.failures
-            if each.kind == "sign" and now - each.when < within_s
+            if each.kind in kinds and now - each.when < within_s
         ]
         return recent[-1] if recent else ""
 
@@ -169,11 +171,7 @@ class Signs:
         same = here is None or there is None or here == there
         return same and bool(self._roles(node) & {Role.LINK, Role.FOLLOWS})
 
-    def _died_first(self, record: r.WorkerExited) -> int | None:
-        """Another node of which a worker has ended in this epoch before."""
-        for node, state in self._members.nodes.items():
-            if node != record.node and any(
-                each.kind == "worker" and each.epoch == record.epoch for each in state.record.failures
-            ):
-                return node
-        return None
+    def _died(self, node: int, epoch: int) -> bool:
+        """A worker of the node has ended in this epoch."""
+        failures = self._members.nodes[node].record.failures
+        return any(each.kind == "worker" and each.epoch == epoch for each in failures)

@@ -45,8 +45,8 @@ class Spares:
     def covered(self) -> list[str]:
         """How many losses of each domain spares of the same domain cover, in words."""
         members = self._members
-        labels = {node: self._protection.labels(node) for node in members.present()}
-        return covered(labels, frozenset(members.active()), members.spares())
+        labels = {node: known for node in members.present() if (known := self._protection.labels(node))}
+        return covered(labels, frozenset(members.active()), frozenset(members.spares())) if labels else []
 
     def _prefer(self, lost: Iterable[int], vacant: Iterable[int]) -> placing.Preference:
         members, labels = self._members, self._protection.labels
