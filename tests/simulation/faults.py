@@ -112,6 +112,8 @@ class Faults:
         draws, there = self._cluster.packets, [host for host in self._cluster.hosts if host.alive]
         for host in draws.sample(there, min(len(there), draws.choice((1, 1, 2, 10)))):
             self.struck[-1] += f" n{host.node}"
+            if host.process.frozen:
+                self._hurt(host, "its connection is reset while it is frozen")
             host.link.reset(draws.random() < 0.5, draws.uniform(0.05, 0.3))
 
     def _garble(self) -> None:
@@ -327,7 +329,8 @@ class Faults:
             since = now
         until = max(until, now + seconds)
         self._silent[host.node] = since, until
-        return until - since > 0.38 * self._cluster.job.deadlines.lease
+        # (an agent whose connection has just been reset has less time)
+        return until - since > (0.38 if host.link.up else 0.1) * self._cluster.job.deadlines.lease
 
     # ---- what
 
