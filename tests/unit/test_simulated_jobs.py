@@ -81,7 +81,6 @@ MISSED_SHARDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "own constants": (10720, ()),
     "constants registered": (179, ()),
     "constants everywhere": (31322, ()),
-    "constants tries": (312, ("resets", "kill worker", "kill node", "drain")),
 }
 # The same with both: the durable directory has constants too.
 MISSED_BOTH: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -95,7 +94,7 @@ MISSED_RIVALS: dict[str, tuple[int, tuple[str, ...]]] = {
     "11 watch": (4, ()),
 }
 # One run in thousands misses these, so a test of their own holds them: `test_core.py`, `test_core_moves.py`,
-# `test_known_and_commits.py`, `test_durable_core.py`.
+# `test_known_and_commits.py`, `test_durable_core.py`, `test_fetching.py`.
 RARE = {
     "1 nodes",
     "refused twice",
@@ -105,6 +104,7 @@ RARE = {
     "looks again",
     "constants anew",
     "constants first",
+    "constants tries",
     "has left",
     "joins late",
     "all back",
