@@ -66,7 +66,10 @@ def add_overhead_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes", type=float, metavar="M", help="end by then, at least 1, with the blocks that are whole (no limit)"
     )
     parser.add_argument(
-        "--cores", metavar="W:A", help="workers on processors W, agents on A (as in 0-5,8:6-7; default: all on all)"
+        "--cores",
+        metavar="W:A",
+        help="workers on processors W, agents and the thread of each worker that "
+        "copies into the vault on A (as in 0-5,8:6-7; default: all on all)",
     )
     parser.add_argument("--trace", action="store_true", help="keep torch's profile of one iteration of rank 0")
     parser.add_argument("--out", metavar="DIR", help="write overhead.json, times and pictures there")
@@ -121,7 +124,7 @@ class _Bench:
             "BENCH_TIMED_BLOCK": str(o.block),
             "BENCH_TIMED_WARMUP": str(o.warmup),
             "BENCH_TIMED_TRACE": str(int(o.trace and what == "snapshot")),
-            "BENCH_TIMED_CORES": o.cores.split(":")[0] if o.cores else "",
+            "BENCH_TIMED_CORES": o.cores or "",
         }
         with Job(self.base / name, launch, [*script, *(["--deadpool"] if deadpool else [])], environment) as job:
             self._wait(job, times, grown)

@@ -17,7 +17,8 @@ Read from the environment:
 * ``BENCH_TIMED_WHAT``: ``snapshot``, ``checkpoint`` or ``nothing`` (no blocks)
 * ``BENCH_TIMED_BLOCK``: iterations a block, ``BENCH_TIMED_WARMUP``: iterations before the first block
 * ``BENCH_TIMED_TRACE``: 1 to trace one iteration of rank 0 with torch's profiler (a GPU's timeline), at the end
-* ``BENCH_TIMED_CORES``: processors this process moves to, as in ``0-3,8``; without it, it stays where it is
+* ``BENCH_TIMED_CORES``: processors this process moves to, as in ``0-3,8``, and after a colon those of the thread that
+  copies into the vault; without it, all stay where they are
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import os
 import runpy
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -36,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from deadpool_megatron.cluster.agent.pinning import pin_threads
-from deadpool_megatron.snapshot.engine import CopyTotals
+from deadpool_megatron.snapshot.engine import COPIER, CopyTotals
 from deadpool_megatron.vault import parse_cpus
 
 
@@ -106,6 +108,7 @@ class _Recorder:
     block: int
     warmup: int
     trace: bool
+    copier: str  # processors of the thread that copies into the vault; empty: where the others are
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _number: int = -2  # of the block; none has begun
     _on: bool | None = None
@@ -134,10 +137,16 @@ class _Recorder:
             on = self.what != "nothing" and block_is_on(iteration, self.warmup, self.block)
             if on != self._on:
                 self._switch(on)
+            self._move_copier()
             self._rows, self._number, self._on, self._agent_s = [], number, on, _agent_cpu_s()
         if _is_last(iteration) and _trainer() is not None:
             self._timeline = _Timeline(_trainer())
         self._began = (iteration, time.perf_counter(), time.process_time())
+
+    def _move_copier(self) -> None:
+        for thread in threading.enumerate() if self.copier else ():
+            if thread.name == COPIER and thread.native_id is not None:
+                os.sched_setaffinity(thread.native_id, parse_cpus(self.copier))
 
     def _ended(self) -> None:
         """The iteration that has begun is over: its times, and what DeadPool says of it."""
@@ -207,14 +216,16 @@ def _is_last(iteration: int) -> bool:
 def main() -> None:
     """Run the script named on the command line, timed."""
     env = os.environ
+    cores, _, copier = env.get("BENCH_TIMED_CORES", "").partition(":")
     recorder = _Recorder(
         Path(env["BENCH_TIMED_OUT"]),
         env["BENCH_TIMED_WHAT"],
         int(env["BENCH_TIMED_BLOCK"]),
         int(env["BENCH_TIMED_WARMUP"]),
         env.get("BENCH_TIMED_TRACE") == "1",
+        copier,
     )
-    if cores := env.get("BENCH_TIMED_CORES"):
+    if cores:
         pin_threads(parse_cpus(cores))
     script = sys.argv[1]
     sys.argv = sys.argv[1:]

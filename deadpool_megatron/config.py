@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -133,6 +134,17 @@ class DeadpoolConfig:
         "failure domains of the nodes, so that no copy is in the domain of its owner: racks as 0-3=r1,4-7=r2, or a "
         "YAML file with any kinds; without it Slurm's switches, where its topology is known",
     )
+    nvlink_domains: str = _setting(
+        "",
+        "NVLink domains of the nodes, as --deadpool-domains: a spare comes from the lost node's where tensor or expert "
+        "parallelism spans nodes of it, and no copy is kept in the domain of its owner",
+    )
+    drain_from: str = _setting(
+        "",
+        "who says that nodes are to be taken away, as with deadpool drain: any of slurm (drained or down), kubernetes "
+        "(cordoned), file:PATH (a name or number a line), and the URL of an HTTP hook, separated by commas",
+    )
+    drain_poll: float = _setting(10.0, "seconds from one look at each of them to the next")
 
     scrub_rate: int = _setting(
         64 << 20,
@@ -148,7 +160,13 @@ class DeadpoolConfig:
             check_address(self.store)
         except ValueError as err:
             raise ConfigError(f"--deadpool-store: {err}") from None
+        for entry in self.drain_sources:
+            if entry not in ("slurm", "kubernetes") and not re.match(r"(file:|https?://)\S", entry):
+                raise ConfigError(
+                    f"--deadpool-drain-from: {entry!r} is none of slurm, kubernetes, file:PATH, http://... and https://..."
+                )
         for name in (
+            "drain_poll",
             "lease",
             "abort_deadline",
             "form_deadline",
@@ -206,6 +224,11 @@ class DeadpoolConfig:
         if self.export and self.resume == "none":
             raise ConfigError("--deadpool-export needs --deadpool-resume: auto, or the number of a generation")
 
+    @property
+    def drain_sources(self) -> list[str]:
+        """The entries of ``drain_from``."""
+        return [entry.strip() for entry in self.drain_from.split(",") if entry.strip()]
+
     def flags(self) -> list[str]:
         """This configuration as command-line flags; only what differs from the defaults."""
         out: list[str] = []
@@ -225,12 +248,35 @@ class DeadpoolConfig:
 _PREFIX = "deadpool_"
 # Variables of our name that are no settings: what agents tell their workers, what scripts and tests are told.
 OTHER_VARIABLES: typing.Final = (
-    *("DEADPOOL_CONFIG", "DEADPOOL_SECRET", "DEADPOOL_SECRET_FILE", "DEADPOOL_STORE_PASSWORD", "DEADPOOL_EMULATE_CPU"),
-    *("DEADPOOL_EMULATED_CAPABILITY", "DEADPOOL_EMULATED_CUBLASLT", "DEADPOOL_MODE", "DEADPOOL_SETTINGS"),
-    *("DEADPOOL_NODE", "DEADPOOL_EPOCH", "DEADPOOL_REHEARSES", "DEADPOOL_ADOPTED", "DEADPOOL_AGENT_PID"),
-    *("DEADPOOL_CONTROL_FD", "DEADPOOL_DOORBELL_FD", "DEADPOOL_PULSE_FD", "DEADPOOL_MUSTER_FD", "DEADPOOL_STACKS_FILE"),
-    *("DEADPOOL_ROOT", "DEADPOOL_FREE_GB", "DEADPOOL_UPSTREAM", "DEADPOOL_UPSTREAM_GIT", "DEADPOOL_TEST_COORDINATES"),
-    *("DEADPOOL_TEST_FAULTS", "DEADPOOL_TEST_SEED", "DEADPOOL_TEST_RESULTS", "DEADPOOL_TEST_MEGATRON"),
+    "DEADPOOL_CONFIG",
+    "DEADPOOL_EMULATED_CAPABILITY",
+    "DEADPOOL_EMULATED_CUBLASLT",
+    "DEADPOOL_EMULATE_CPU",
+    "DEADPOOL_EPOCH",
+    "DEADPOOL_REHEARSES",
+    "DEADPOOL_MODE",
+    "DEADPOOL_SETTINGS",
+    "DEADPOOL_CONTROL_FD",
+    "DEADPOOL_DOORBELL_FD",
+    "DEADPOOL_PULSE_FD",
+    "DEADPOOL_MUSTER_FD",
+    "DEADPOOL_STACKS_FILE",
+    "DEADPOOL_AGENT_PID",
+    "DEADPOOL_ADOPTED",
+    "DEADPOOL_NODE",
+    "DEADPOOL_MACHINE",
+    "DEADPOOL_SECRET",
+    "DEADPOOL_SECRET_FILE",
+    "DEADPOOL_STORE_PASSWORD",
+    "DEADPOOL_ROOT",
+    "DEADPOOL_FREE_GB",
+    "DEADPOOL_UPSTREAM",
+    "DEADPOOL_UPSTREAM_GIT",
+    "DEADPOOL_TEST_COORDINATES",
+    "DEADPOOL_TEST_FAULTS",
+    "DEADPOOL_TEST_SEED",
+    "DEADPOOL_TEST_RESULTS",
+    "DEADPOOL_TEST_MEGATRON",
 )
 _UNITS = ("seconds", "minutes", "bytes", "iterations", "generations", "times", "nodes", "port")
 

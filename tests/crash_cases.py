@@ -110,6 +110,7 @@ GROUPS: Final[dict[str, list[Case]]] = {
             Case("agent.worker-exited", trigger="own-worker"),
             Case("agent.refusals", trigger="garbage", rank=1),
             Case("agent.damaged-copy", trigger="corrupt", rank=2),
+            Case("agent.machine-sign", trigger="sign", rank=3),
             Case("agent.worker-ready", "spare", "spare-worker"),
             Case("step.parked", "spare", "starting-worker"),
             Case("worker.worker-failed", trigger="bug", rank=1),
@@ -186,6 +187,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "coordinator.rehearse": "only with --deadpool-rehearsals: a drain goes on with the next one (test_simulated_jobs)",
     "take-over.rehearsed": "only with --deadpool-rehearsals: test_rehearsals.py",
     "agent.behind": "only an agent that has missed an epoch's declaration asks for the whole of it",
+    "coordinator.keep-stacks": "only where a worker hangs past a deadline, and told again in the next epoch",
     "coordinator.give-up-drain": "after a drain that failed, when nothing waits for the answer",
 }
 

@@ -308,6 +308,8 @@ class Gauntlet:
                 self.command("inject", "--fault", "kill-coordinator")
             case "corrupt":
                 self.command("inject", "--node", mine, "--fault", "corrupt")
+            case "sign":
+                self.command("inject", "--node", mine, "--sign", "xid:63")
             case "starting-worker":
                 pass  # done before it was armed
             case "damaged-source":

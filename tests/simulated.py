@@ -106,11 +106,12 @@ class SimulatedJob:
 
     # ---- a healthy job
 
-    def join(self, nodes: Iterable[int] | None = None) -> None:
-        """Agents come up."""
+    def join(self, nodes: Iterable[int] | None = None, name: str = "") -> None:
+        """Agents come up; ``name``: of their machine."""
         slots = self.core.job.slots_per_node
         for node in range(self.core.job.nodes) if nodes is None else nodes:
-            self.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [10 * node + i for i in range(slots)]))
+            pids = [10 * node + i for i in range(slots)]
+            self.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, pids, name=name))
 
     def park(self, nodes: Iterable[int] | None = None) -> None:
         """Spares become warm."""
@@ -127,9 +128,10 @@ class SimulatedJob:
         told = (1 << 20, 1 << 10, digest, self.can_rescue, 0, epoch, True, self.restarts)
         self.feed(r.Registered(slot.node, slot.local, info, *told))
 
-    def train(self) -> SimulatedJob:
-        """Up to the first iteration."""
-        self.join()
+    def train(self, name: str = "") -> SimulatedJob:
+        """Up to the first iteration; ``name``: of each node's machine, with its number for ``{}``."""
+        for node in range(self.core.job.nodes):
+            self.join([node], name.format(node))
         self.park()
         for rank in range(self.core.job.world_size):
             self.register(rank)

@@ -202,8 +202,8 @@ class Swarm:
 
     def _introduce(self, agent: _Agent) -> None:
         pids = [1 + agent.node * self._s.slots + i for i in range(self._s.slots)]
-        # Their vaults have one address each, though nothing listens there.
-        host = f"10.{agent.node >> 16 & 255}.{agent.node >> 8 & 255}.{agent.node & 255}"
+        # Their vaults have one address each, of this machine: nothing listens there, as at a node that has ended.
+        host = f"127.{64 + (agent.node >> 16 & 63)}.{agent.node >> 8 & 255}.{agent.node & 255}"
         port = 40000 + agent.node % 20000
         self._send(agent, r.Join(agent.node, 1 + agent.node, host, port, pids, {}, agent.epoch, agent.settled))
         agent.introduced += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from deadpool_megatron.options import count, host_name, number
 
 _ANSWER_S = 10.0
 _POLL_S = 0.05
+_SIGN = re.compile(r"xid:[1-9]\d{0,2}")
 _TRIES = 5  # of a request that may be made twice
 
 
@@ -103,11 +105,23 @@ def inject(options: argparse.Namespace) -> int:
         for name, (where, what) in points.POINTS.items():
             print(f"{name:{width}}  {where:11}  {what}")
         return Exit.OK
-    if options.node is None and options.fault not in ("abort", "kill-coordinator"):
-        return _fail(f"--fault {options.fault} needs --node")
+    if options.node is None and (options.sign or options.fault) not in ("abort", "kill-coordinator"):
+        return _fail(f"--{'sign' if options.sign else 'fault'} {options.sign or options.fault} needs --node")
     node = -1 if options.node is None else options.node
+    kind: r.FaultKind = "sign" if options.sign else options.fault
+    if kind == "sign" and not _SIGN.fullmatch(options.sign or ""):
+        return _fail(f"--sign {options.sign or '(none given)'}: not the sign of a machine, as in xid:149")
+    if kind == "sign" and (options.at_iteration is not None or options.at):
+        return _fail("--sign is told at once: without --at-iteration and --at")
     fault = r.Fault(
-        options.fault, node, options.local, options.at_iteration, options.at_tick, options.at or "", options.seconds
+        kind,
+        node,
+        options.local,
+        options.at_iteration,
+        options.at_tick,
+        options.at or "",
+        options.seconds,
+        options.sign or "",
     )
     if fault.kind == "slow" and not fault.seconds:
         return _fail("--fault slow needs --seconds, how much longer a microbatch takes from then on")
@@ -124,7 +138,7 @@ def inject(options: argparse.Namespace) -> int:
     if fault.point:
         when = f"at {fault.point}" + ("" if fault.iteration is None else f", iteration {fault.iteration} or later")
     place = "" if options.node is None else f" on node {options.node}"
-    print(f"deadpool: {options.fault}{place}, {when}")
+    print(f"deadpool: {options.sign or options.fault}{place}, {when}")
     return Exit.OK
 
 
@@ -135,37 +149,62 @@ def drain(options: argparse.Namespace) -> int:
     """`deadpool drain` after parsing: returns when the node may be taken away."""
     events = EventTail(options.run_dir)
     events.read()  # those from now on: another machine's clock would not tell which they are
-    end = time.monotonic() + options.timeout
-    told, asked = "", False
+    try:
+        _drained(options, events)
+    except _NoJob as err:
+        return _fail(str(err))
+    print(f"deadpool: node {options.node} is drained and may be taken away")
+    return Exit.OK
+
+
+def _drained(options: argparse.Namespace, events: EventTail) -> None:
+    """Until the node is. Raises `_NoJob`: it is not."""
+    node, end = options.node, time.monotonic() + options.timeout
+    left = _ask_to_drain(options, end)
+    while not left:
+        if time.monotonic() >= end:
+            raise _NoJob(f"node {node} is not drained after {options.timeout:g} s; see {options.run_dir}/{EVENTS}")
+        asks = False
+        for event in events.read():
+            name, here = event["event"], event.get("node") == node
+            asks = asks or name == "coordinator_back"
+            if name == "rehearsing":
+                print(f"deadpool: node {event['node']} sets up what node {node} does, while training goes on")
+            elif name == "left" and here:
+                return
+            elif name == "detected" and here and "local" not in event:  # else it is one worker's end
+                raise _NoJob(f"node {node} was lost while it was drained: {event['cause']}")
+            elif name == "stays" and here:
+                raise _NoJob(f"node {node} is not drained, training goes on: {event['cause']}")
+            elif name in ("stopped", "finished"):
+                raise _NoJob(f"the job ended before node {node} was drained")
+        if asks:  # what the coordinator before this one did last it may not have written down
+            left = _ask_to_drain(options, end, again=True)
+        time.sleep(_POLL_S)
+
+
+def _ask_to_drain(options: argparse.Namespace, end: float, again: bool = False) -> bool:
+    """Ask until the node is being drained; True when it is already. Raises `_NoJob`: it cannot be.
+
+    Args:
+        again: a coordinator that has ended may have heard it.
+    """
+    told = ""
     while True:
         try:
             _ask(_job(options.run_dir), options.run_dir, r.Drain(options.node))
-            break
+            return False
         except _NoJob as err:
-            if asked and str(err).endswith("already"):
-                break  # it was heard, by a coordinator that ended before it answered
-            asked = asked or err.cut
+            why = str(err)
+            if again and why.endswith(("is being drained already", "has left already")):
+                return why.endswith("has left already")
+            again = again or err.cut
             if not err.later or time.monotonic() >= end:
-                return _fail(str(err))
-            if str(err) != told:
-                told = str(err)
+                raise
+            if why != told:
+                told = why
                 print(f"deadpool: waiting: {told}", file=sys.stderr)
         time.sleep(10 * _POLL_S)
-    while time.monotonic() < end:
-        for event in events.read():
-            if event["event"] == "rehearsing":
-                print(f"deadpool: node {event['node']} sets up what node {options.node} does, while training goes on")
-            if event["event"] == "left" and event["node"] == options.node:
-                print(f"deadpool: node {options.node} is drained and may be taken away")
-                return Exit.OK
-            if event["event"] == "detected" and event["node"] == options.node:
-                return _fail(f"node {options.node} was lost while it was drained: {event['cause']}")
-            if event["event"] == "stays" and event["node"] == options.node:
-                return _fail(f"node {options.node} is not drained, training goes on: {event['cause']}")
-            if event["event"] in ("stopped", "finished"):
-                return _fail(f"the job ended before node {options.node} was drained")
-        time.sleep(_POLL_S)
-    return _fail(f"node {options.node} is not drained after {options.timeout:g} s; see {options.run_dir}/{EVENTS}")
 
 
 # ---- join
@@ -219,8 +258,8 @@ def add_commands(commands: Any) -> None:
         help="kill: SIGKILL for the agent and all its workers (default); kill-worker, kill-agent, kill-coordinator: "
         "for one process; stop, stop-agent: SIGSTOP for a worker or the whole node; hang: a worker's training thread "
         "sleeps; raise: an error in its code; crash: SIGSEGV; slow: every microbatch takes --seconds longer; corrupt: "
-        "bytes of its newest copy in the vault are overwritten; abort: nobody dies, all communicators are aborted and "
-        "re-formed",
+        "bytes of its newest copy in the vault are overwritten; sign: nothing fails (see --sign); abort: nobody dies, "
+        "all communicators are aborted and re-formed",
     )
     add("--local", type=count(), default=0, metavar="I", help="local index of the worker (default: 0)")
     add("--at-iteration", type=count(), metavar="K", help="in iteration K (from 0; default: now)")
@@ -233,6 +272,12 @@ def add_commands(commands: Any) -> None:
     )
     add("--at", metavar="POINT", help="when the process passes this crash point (see --list)")
     add("--seconds", type=number(), default=0.0, metavar="S", help="for slow")
+    add(
+        "--sign",
+        metavar="SIGN",
+        help="nothing fails, but the node's machine tells of this sign, as xid:149, which decides whom the next "
+        "minute's failures are blamed on",
+    )
     add("--list", action="store_true", help="show all crash points")
 
     command = commands.add_parser(

@@ -42,6 +42,7 @@ from deadpool_megatron.launcher.enlisting import (
     Interrupted,
     Lifeline,
     Moved,
+    Unreached,
     Waiting,
     enlist,
     is_ours,
@@ -112,6 +113,19 @@ class _Host:
                     return None, hosted, code
             self.seat.leadership.resign()
         return place, None, 0
+
+    def gone_on(self, hosted: CoordinatorProcess) -> tuple[int, str] | None:
+        """The coordinator here has ended, or leads no more (then it is ended): how the job has. None: it is there
+        again; with `Exit.DEPOSED` `find_or_start` is to look for another one, who may be here again.
+        """
+        end: tuple[int, str] | None = (Exit.DEPOSED, "")
+        if self.seat.leadership.lost:
+            hosted.kill()
+        else:
+            end = hosted.revive()
+        if end is not None and end[0] == Exit.DEPOSED:
+            self.seat.leadership.resign()
+        return end
 
 
 @contextlib.contextmanager
@@ -205,13 +219,22 @@ def _agent(plan: AgentPlan, signals: Signals) -> int:
         place: Place | None = None
 
         def moved() -> bool:
+            if hosted is not None and seat is not None:
+                return seat.leadership.lost or hosted.process.poll() is not None
             with contextlib.suppress(StoreError):
                 return place is not None and seat is not None and seat.place() != place
             return False
 
+        led = False  # there was a coordinator once: what is wrong since then may pass
         while True:
-            if host is not None:
-                place, hosted, code = host.find_or_start(plan.endpoint[1], until, signals.interrupted)
+            if host is not None and hosted is None:
+                try:
+                    place, hosted, code = host.find_or_start(plan.endpoint[1], until, signals.interrupted)
+                except (StoreError, LaunchError) as err:
+                    if not led:
+                        raise
+                    return _nobody_leads(plan, err)
+                led = moves
                 if place is not None:
                     address, port = place.host, place.port
                 elif hosted is not None:
@@ -222,7 +245,17 @@ def _agent(plan: AgentPlan, signals: Signals) -> int:
                 answer, secret, spoke = enlist(plan, address, port, source, until, signals.interrupted, moved)
                 break
             except Moved:
-                continue
+                if hosted is None or host is None:
+                    continue
+                end = host.gone_on(hosted)
+                if end is not None and end[0] != Exit.DEPOSED:
+                    show_end(*end, plan.launch.run_dir)
+                    return end[0]
+                hosted = hosted if end is None else None
+            except Unreached as err:
+                if not led:
+                    raise
+                return _nobody_leads(plan, err)
             except Interrupted:
                 if hosted is None:
                     raise
@@ -262,6 +295,12 @@ def _agent(plan: AgentPlan, signals: Signals) -> int:
         where = "" if serving.hosts else f"node {answer.node}: "
         show_end(code, message and where + message, plan.launch.run_dir)
         return code
+
+
+def _nobody_leads(plan: AgentPlan, why: Exception) -> int:
+    """The job had a coordinator: the same command may have more luck later."""
+    show_end(Exit.RECOVERY_FAILED, str(why), plan.launch.run_dir)
+    return Exit.RECOVERY_FAILED
 
 
 def _join(thread: threading.Thread) -> None:

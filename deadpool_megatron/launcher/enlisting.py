@@ -27,6 +27,10 @@ class Interrupted(Exception):
     """The user wants the end before the job has begun."""
 
 
+class Unreached(LaunchError):
+    """Nobody listens where the coordinator is to be."""
+
+
 class Moved(Exception):
     """The coordinator is not where it was asked for a place any more."""
 
@@ -88,7 +92,8 @@ def enlist(
 ) -> tuple[r.Enlisted, bytes, Spoke]:
     """Ask the coordinator for a place until it answers; returns its answer, the secret, and the open connection.
 
-    Raises LaunchError at ``until`` (monotonic seconds) or when there is no place, Interrupted, Moved once ``moved``.
+    Raises LaunchError at ``until`` (monotonic seconds; `Unreached` where nobody listens) or when there is no place,
+    Interrupted, Moved once ``moved``.
     """
     job = plan.launch
     token = secrets.token_hex(8)
@@ -141,17 +146,25 @@ def enlist(
     finally:
         if spoke is not None:
             spoke.close()
-    raise LaunchError(_why_no_answer(address, port, plan.join_s, secret is None, source, knows))
+    why = _why_no_answer(address, port, plan.join_s, secret is None, source, knows)
+    raise (Unreached if _unreached(address, port) else LaunchError)(why)
+
+
+def _unreached(address: str, port: int) -> str:
+    """Why nobody can be spoken to there; may be empty."""
+    try:
+        socket.create_connection((address, port), 3.0).close()
+    except OSError as err:
+        return err.strerror or str(err)
+    return ""
 
 
 def _why_no_answer(
     address: str, port: int, waited_s: float, no_secret: bool, source: SecretSource, connected: bool
 ) -> str:
-    try:
-        socket.create_connection((address, port), 3.0).close()
-    except OSError as err:
+    if unreached := _unreached(address, port):
         return (
-            f"nothing listens at {address}:{port} ({err.strerror or err}) after {waited_s:.0f} s: is node 0 (or "
+            f"nothing listens at {address}:{port} ({unreached}) after {waited_s:.0f} s: is node 0 (or "
             "`deadpool coordinator`) up, and --rdzv-endpoint its address?"
         )
     if no_secret:

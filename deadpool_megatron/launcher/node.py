@@ -99,6 +99,8 @@ def _coordinate(start: CoordinatorStart, lease: Lease | None) -> int:
                 start.resume,
                 url != EMBEDDED,
                 msgspec.to_builtins(joining),
+                config.drain_sources if config.deadpool else (),
+                config.drain_poll,
             ),
             Enlistment(start.job, config.flags(), agent.job_id, store_port),
             store,

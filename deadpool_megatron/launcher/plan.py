@@ -159,7 +159,7 @@ def check(
         if not os.access(options.shm_directory, os.W_OK | os.X_OK):
             raise LaunchError(f"--shm-directory {options.shm_directory} does not exist or cannot be written to")
         _check_megatron(Path(script).resolve().parent)
-    domains = _domains(config.domains, nodes)
+    domains = _domains(config, nodes)
     run_dir = Path(options.run_dir).absolute()
     return LaunchPlan(
         nodes,
@@ -204,11 +204,14 @@ def check_transport(config: DeadpoolConfig) -> None:
             raise LaunchError(str(err)) from None
 
 
-def _domains(text: str, nodes: int) -> Labels:
+def _domains(config: DeadpoolConfig, nodes: int) -> Labels:
+    flag = "--deadpool-domains"
     try:
-        return parse_domains(text, nodes)
+        parse_domains(config.domains, nodes)
+        flag = "--deadpool-nvlink-domains"
+        return parse_domains(config.domains, nodes, config.nvlink_domains)
     except ValueError as err:
-        raise LaunchError(f"--deadpool-domains: {err}") from None
+        raise LaunchError(f"{flag}: {err}") from None
 
 
 def _check_megatron(beside: Path) -> None:

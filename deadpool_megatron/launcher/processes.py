@@ -31,6 +31,7 @@ from deadpool_megatron.cluster.store import PASSWORD
 from deadpool_megatron.cluster.store.leadership import Leadership
 from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.launcher.plan import LaunchPlan, value_of
+from deadpool_megatron.launcher.rendezvous import StoreWatch
 
 NODE_MODULE = "deadpool_megatron.launcher.node"
 # Not for workers: the job's secret, and the file that holds it.
@@ -173,6 +174,7 @@ def agent_settings(
         metrics_port=metrics_port(c, node, host),
         exit_signal=_exit_signal(plan.arguments),
         pin=c.deadpool and c.pin_agents and not _shared(host),  # they would all choose the same processors
+        kernel_log="" if _shared(host) or plan.emulate_cpu else "/dev/kmsg",  # nor is it said whose device it is
     )
 
 
@@ -323,7 +325,7 @@ def code_of(signum: int) -> Exit:
 
 
 class CoordinatorProcess:
-    """The coordinator as a child; started again, where it listened, when a signal has ended it.
+    """The coordinator as a child; started again, where it listened, when a signal has ended it, or when it hangs.
 
     Its state lies in the store and with the agents, so training does not notice. More than ``_RESTARTS`` times
     within ``_RESTARTS_S`` seconds is no accident: then the job ends. ``port`` is 0 when it could not start.
@@ -346,6 +348,7 @@ class CoordinatorProcess:
         self._died: list[float] = []
         self._interrupted = 0  # by which signal to the command
         self._preempted = self._listens = False
+        self._watch: StoreWatch | None = None
         self.port = self.store_port = 0
         self.process = self._start()
 
@@ -361,7 +364,16 @@ class CoordinatorProcess:
         if self._listens:  # else it has ended, with its last words
             self.port, self.store_port = map(int, told)
             self._settings = replace(self._settings, port=self.port, store_port=self.store_port, resume=True)
+            self._watch = StoreWatch(process, self.store_port, self._settings.agent.config.lease)
         return process
+
+    def _watch_no_more(self) -> str:
+        """Why the watch has ended the process; empty when it has not."""
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return ""
+        watch.end()
+        return watch.why
 
     def interrupt(self, signum: int = signal.SIGINT) -> None:
         """The user wants the end, and has sent SIGINT or SIGTERM; safe in a signal handler."""
@@ -377,6 +389,7 @@ class CoordinatorProcess:
 
     def kill(self) -> None:
         """End the process at once, for good: somebody else leads, or is to."""
+        self._watch_no_more()
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -386,9 +399,10 @@ class CoordinatorProcess:
         assert self.process.stdout is not None
         message = self.process.stdout.read().decode().strip()
         code = self.process.wait()
+        why = self._watch_no_more()
         if code >= 0 or self._interrupted:
             return code, message
-        if (over := self._died_of(-code)) is not None:
+        if (over := self._died_of(-code, why)) is not None:
             return over
         began, pause = time.monotonic(), _AGAIN_S
         while (failed := self._start_again()) is not None:
@@ -396,8 +410,10 @@ class CoordinatorProcess:
             if code < 0 and (over := self._died_of(-code)) is not None:  # before it listened
                 return over
             # Nobody has decided that the job ends, and what has ended the one before, want of memory perhaps, may pass.
-            if code == Exit.DEPOSED or self._interrupted or time.monotonic() - began > self._RESTARTS_S:
+            if code == Exit.DEPOSED or self._interrupted:
                 return max(code, int(Exit.FAILED)), message
+            if time.monotonic() - began > self._RESTARTS_S:
+                return Exit.RECOVERY_FAILED, message
             time.sleep(pause)
             pause *= 2
         # Whoever was told meanwhile, or was told and has died of something else, has told nobody.
@@ -407,13 +423,15 @@ class CoordinatorProcess:
             self.interrupt(self._interrupted)
         return None
 
-    def _died_of(self, signum: int) -> tuple[int, str] | None:
+    def _died_of(self, signum: int, why: str = "") -> tuple[int, str] | None:
         """One more has been ended by a signal: how the job ends if it is one too many."""
         now = time.monotonic()
         self._died = [t for t in self._died if now - t < self._RESTARTS_S] + [now]
         if len(self._died) > self._RESTARTS:
-            return Exit.FAILED, f"the coordinator was ended by signal {signum} again and again; the job is over"
-        print(f"deadpool: the coordinator was ended by signal {signum}; it is started again", file=sys.stderr)
+            text = f"the coordinator was ended by signal {signum} again and again; the job is over"
+            return Exit.RECOVERY_FAILED, text
+        why = why or f"the coordinator was ended by signal {signum}"
+        print(f"deadpool: {why}; it is started again", file=sys.stderr)
         return None
 
     def _start_again(self) -> tuple[int, str] | None:

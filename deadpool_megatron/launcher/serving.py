@@ -150,7 +150,7 @@ class Serving:
         code = main.wait()
         self._agent_left(code)
         if self._why:
-            return Exit.FAILED, self._why
+            return Exit.RECOVERY_FAILED, self._why
         if self._signals.caught:
             return self._signals.code, "interrupted; the job goes on without this node while there are spares"
         if code < 0:

@@ -1,4 +1,4 @@
-"""The commands that look at a run: `deadpool status`, `timeline`, `report` and `page`."""
+"""The commands that look at a run: `deadpool status`, `nodes`, `timeline`, `report` and `page`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from deadpool_megatron.options import count
 
 RUN_DIR = "runs/latest"
-COMMANDS = ("status", "timeline", "report", "page")
+COMMANDS = ("status", "nodes", "timeline", "report", "page")
 _USAGE = 2
 
 
@@ -23,6 +23,9 @@ def add_commands(commands: Any) -> None:
     status.add_argument(
         "--detail", action="store_true", help="every coordinate, process and phase, in a pager on a terminal"
     )
+    nodes = commands.add_parser("nodes", help="the machines of a job: what each does, and what has failed there")
+    add_run_dir(nodes)
+    nodes.add_argument("--json", action="store_true", help="as JSON")
     timeline = commands.add_parser("timeline", help="pictures of a run's recoveries, and a trace for Perfetto")
     add_run_dir(timeline)
     timeline.add_argument("--out", metavar="DIR", help="where the files go (default: timeline in the run directory)")
@@ -45,12 +48,16 @@ def add_run_dir(parser: argparse.ArgumentParser) -> None:
 
 def run_command(options: argparse.Namespace) -> int:
     """Run one of them; returns the exit code. Pictures and terminals are imported only here."""
+    from deadpool_megatron.observe.nodes import NoNodes, show_nodes
     from deadpool_megatron.observe.report import NoRun, write_report, write_timeline
     from deadpool_megatron.observe.status import NoStatus, show_status
 
     try:
         if options.command == "status":
             show_status(options.run_dir, options.json, options.watch, options.detail)
+            return 0
+        if options.command == "nodes":
+            show_nodes(options.run_dir, options.json)
             return 0
         run = Path(options.run_dir)
         if options.command == "page":
@@ -62,7 +69,7 @@ def run_command(options: argparse.Namespace) -> int:
             written = write_timeline(run, Path(options.out) if options.out else run / "timeline")
         else:
             written = [write_report(run, Path(options.out) if options.out else run / "report.html")]
-    except (NoStatus, NoRun, OSError) as err:
+    except (NoStatus, NoNodes, NoRun, OSError) as err:
         print(f"deadpool: {err}", file=sys.stderr)
         return _USAGE
     except KeyboardInterrupt:  # the way out of --watch

@@ -259,6 +259,7 @@ class JobView:
             full = (self.status.get("protection") or {}).get("full", True)
             out.append(Text(f"protection: {self.protection()}", "" if full else "yellow"))
             out.append(self._spares())
+            out += [Text(line) for line in self.status.get("covered", ())]
         if known := self._known():
             out += self._in_short(known[-1], len(known))
         return out

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.placement import assignment as placing
-from deadpool_megatron.cluster.placement.domains import parse_domains
+from deadpool_megatron.cluster.placement.domains import Labels, covered, parse_domains
 from deadpool_megatron.cluster.placement.groups import parallel_groups, place
 from deadpool_megatron.cluster.placement.redundancy import Scheme, cost, tolerated
 from deadpool_megatron.planning.files import PlanError, RunFile
@@ -44,7 +44,7 @@ class Budget:
 
     ``operations``: floating-point operations of an iteration. ``drainer_node``: a copy of a node's own shards beside
     its vault, on their way to the durable directory. ``rehearsals``: on a device of a spare, of all that it rehearses,
-    and of one of them that trains.
+    and of one of them that trains. ``covered``: losses of each domain that a spare of it makes good, in words.
     """
 
     sizes: Layout
@@ -70,6 +70,7 @@ class Budget:
     groups_changed: tuple[int, int]
     ranks_touched: int
     tolerated: str
+    covered: list[str]
     warnings: tuple[str, ...]
     stages: tuple[Stage, ...]
 
@@ -140,6 +141,7 @@ def budget(run: RunFile, workload: Workload | None = None) -> Budget:
         groups_changed=changed,
         ranks_touched=touched,
         tolerated=_tolerated(run, sizes, scheme),
+        covered=_covered(run),
         warnings=(*warnings, *_warnings(share, copy_s / (iteration_s * interval))),
         stages=stages,
     )
@@ -216,11 +218,21 @@ def _disturbed(slots: int, sizes: Layout) -> tuple[tuple[int, int], int]:
     return (len(changed), sum(len(ranks) > 1 for ranks in members.values())), len(set().union(*changed, lost))
 
 
-def _tolerated(run: RunFile, sizes: Layout, scheme: Scheme) -> str:
+def _labels(run: RunFile) -> Labels:
+    nodes = run.cluster.nodes + run.cluster.spare_nodes
     try:
-        labels = parse_domains(run.deadpool.domains, run.cluster.nodes + run.cluster.spare_nodes)
+        return parse_domains(run.deadpool.domains, nodes, run.deadpool.nvlink_domains)
     except ValueError as err:
         raise PlanError(f"{run.name}: {err}") from None
+
+
+def _tolerated(run: RunFile, sizes: Layout, scheme: Scheme) -> str:
+    labels = _labels(run)
     assignment = placing.initial(run.cluster.nodes, run.cluster.gpus_per_node)
     groups = place(range(run.cluster.nodes), scheme, parallel_groups(assignment, _coordinates(sizes)), labels)
     return tolerated(groups, scheme, labels).sentence
+
+
+def _covered(run: RunFile) -> list[str]:
+    trains, spares = run.cluster.nodes, run.cluster.spare_nodes
+    return covered(_labels(run), range(trains), range(trains, trains + spares))

@@ -70,6 +70,7 @@ def text(run: RunFile, plan: Budget) -> list[str]:
         f"the loss of a node                   changes {plan.groups_changed[0]} of {plan.groups_changed[1]} groups, "
         f"touches {plan.ranks_touched} of {s.world} ranks",
         f"tolerated at once                    {plan.tolerated}",
+        *(f"spares                               {sentence}" for sentence in plan.covered),
         *_spares_text(run, plan, worth),
         *(f"note: {warning}" for warning in plan.warnings),
     ]

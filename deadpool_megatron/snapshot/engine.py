@@ -23,6 +23,7 @@ from deadpool_megatron.vault import Slot, SlotWriter
 
 from .plan import Segment, ShardPlan
 
+COPIER: Final = "deadpool-copier"  # the thread that copies in the background
 _INLINE: Final = 1 << 20  # bytes that are copied sooner than a thread is woken
 
 
@@ -140,7 +141,7 @@ class HostCopyEngine:
         self._sources = [segment.tensor for segment in plan.segments]
         self._ends = [segment.end for segment in plan.segments]
         self._places = [slot_views(plan, slot) for slot in writer.arena.slots]
-        self._thread = threading.Thread(target=self._run, name="deadpool-copier", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=COPIER, daemon=True)
         self._thread.start()
 
     def begin(self, slot: Slot) -> None:

@@ -8,10 +8,14 @@ class VaultError(RuntimeError):
 
     ``broken``: it may pass, as a connection that ends does, and says nothing of what was asked for.
     ``own``: the fault is of the process that asked.
+    ``changed``: what has come is not what was written. Once, that may be the memory or the link of who has read it.
+    ``gone``: whoever had it has found so itself, and offers it no more.
     """
 
     broken = False
     own = False
+    changed = False
+    gone = False
 
 
 class VaultFull(VaultError):
@@ -36,8 +40,16 @@ class NotHeld(VaultError):
     """The vault asked does not hold that version of that rank's shard, or not completely."""
 
 
+class GivenUp(NotHeld):
+    """The vault asked has read its copy again, and that has changed in memory."""
+
+    gone = True
+
+
 class ChecksumMismatch(VaultError):
     """Bytes of a shard are not those that were written; they must not be used."""
+
+    changed = True
 
 
 class Refused(VaultError):

@@ -119,7 +119,7 @@ class Fetch(_Frame, frozen=True):
     """Restorer to holder: send this version. Part ``part`` of ``parts`` of its chunks; part 0 has the small state.
 
     With ``parity`` it is the parity of the word ``rank`` that is wanted, and its records in the place of a small state.
-    ``direct``: I can read through a window.
+    ``direct``: I can read through a window. ``doubted``: it has arrived changed before.
     """
 
     rank: Unsigned
@@ -129,6 +129,7 @@ class Fetch(_Frame, frozen=True):
     parts: Annotated[int, msgspec.Meta(ge=1, le=64)]
     parity: bool = False
     direct: bool = False
+    doubted: bool = False
 
 
 class Found(_Frame, frozen=True):

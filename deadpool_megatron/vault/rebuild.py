@@ -46,11 +46,12 @@ class Piece:
 class RebuildFailed(VaultError):
     """A share could not be had: ``node`` should have given it, and it is of ``holder`` (see `Piece`)."""
 
-    def __init__(self, message: str, node: int, holder: int, broken: bool = False) -> None:
+    def __init__(self, message: str, node: int, holder: int, because: VaultError | None = None) -> None:
         super().__init__(message)
         self.node = node
         self.holder = holder
-        self.broken = broken
+        if because is not None:
+            self.broken, self.changed, self.gone = because.broken, because.changed, because.gone
 
 
 @dataclass(slots=True)
@@ -87,11 +88,13 @@ def rebuild(
     parts: Sequence[Sequence[Piece]],
     coder: Coder,
     deadlines: Deadlines | None = None,
+    doubted: bool = False,
 ) -> int:
     """Rebuild ``version`` of ``rank``'s shard in its own arena here; returns its bytes.
 
-    ``parts[i]`` are k shares of the word of part i, at least one of them parity. Blocks for the transfer; to fail, some
-    deadline without progress must have passed. Raises RebuildFailed, StaleEpoch, VaultFull.
+    ``parts[i]`` are k shares of the word of part i, at least one of them parity. ``doubted``: some have arrived changed
+    before, so who has them reads them first. Blocks for the transfer; to fail, some deadline without progress must have
+    passed. Raises RebuildFailed, StaleEpoch, VaultFull.
     """
     if epoch < vault.epoch:
         raise StaleEpoch(f"rebuild of rank {rank} in epoch {epoch}, but node {vault.node} is in epoch {vault.epoch}")
@@ -100,7 +103,7 @@ def rebuild(
         held = own_copy(vault, rank, version)
         if held is not None:
             return len(held.unique) + held.small_bytes
-        work = _Rebuild(intake, vault, secret, rank, epoch, coder, patience)
+        work = _Rebuild(intake, vault, secret, rank, epoch, coder, patience, doubted)
         try:
             first = work.open(parts[0])
             mine = record_of(first, rank)
@@ -129,8 +132,17 @@ def record_of(streams: Sequence[Stream], rank: int) -> PartOf:
 
 class _Rebuild:
     def __init__(
-        self, intake: Intake, vault: Vault, secret: bytes, rank: int, epoch: int, coder: Coder, deadlines: Deadlines
+        self,
+        intake: Intake,
+        vault: Vault,
+        secret: bytes,
+        rank: int,
+        epoch: int,
+        coder: Coder,
+        deadlines: Deadlines,
+        doubted: bool,
     ) -> None:
+        self._doubted = doubted
         self._intake = intake
         self._vault, self._secret, self._rank, self._epoch = vault, secret, rank, epoch
         self._coder, self._deadlines = coder, deadlines
@@ -165,7 +177,7 @@ class _Rebuild:
             if err.own:
                 raise
             why = f"share {piece.share} of node {piece.node}: {err}"
-            raise RebuildFailed(why, piece.node, piece.holder, err.broken) from None
+            raise RebuildFailed(why, piece.node, piece.holder, err) from None
 
     def _open(self, piece: Piece) -> _Stream:
         channel = connect(piece.host, piece.port, self._secret, self._deadlines, lambda: self._intake.is_cut)
@@ -174,7 +186,9 @@ class _Rebuild:
         self._intake.add(channel.shut)
         k, parity = self._coder.k, piece.share >= self._coder.k
         part, parts = (0, 1) if parity else (piece.share, k)
-        found = ask(channel, Fetch(self._epoch, piece.holder, *piece.version, part, parts, parity))
+        found = ask(
+            channel, Fetch(self._epoch, piece.holder, *piece.version, part, parts, parity, doubted=self._doubted)
+        )
         size = self._coder.chunk_bytes
         chunks = cut(-(-found.unique_bytes // size), part, parts)
         extra = 1 if part == 0 else 0
@@ -224,7 +238,7 @@ def decode_part(
             except VaultError as err:
                 piece = stream.piece
                 why = f"share {piece.share} of node {piece.node}: {err}"
-                raise RebuildFailed(why, piece.node, piece.holder, err.broken) from None
+                raise RebuildFailed(why, piece.node, piece.holder, err) from None
         check()
         into = slot.chunk(index)
         into[:] = coder.rebuild(part, shares)[: len(into)]

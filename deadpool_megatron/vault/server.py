@@ -14,6 +14,7 @@ from .direct import Direct, Reader
 from .errors import (
     ChecksumMismatch,
     DirectFailed,
+    GivenUp,
     LandingLost,
     Malformed,
     NotHeld,
@@ -26,14 +27,20 @@ from .intake import Intakes
 from .keeper import Keeper
 from .receiving import receive_shard, receive_share
 from .stripes import Stripes
-from .transfer import give
+from .transfer import give, read_doubted
 from .vault import Vault
 from .version import Version, is_constants
 from .wire import Channel, Deadlines, accept, check_secret
 
 _log = logging.getLogger(__name__)
 _AGAIN_S = 0.1  # after a connection that could not be taken
-_CODES = {NotHeld: "not-held", VaultFull: "no-room", ChecksumMismatch: "checksum", DirectFailed: NO_DIRECT}
+_CODES = {
+    GivenUp: "given-up",
+    NotHeld: "not-held",
+    VaultFull: "no-room",
+    ChecksumMismatch: "checksum",
+    DirectFailed: NO_DIRECT,
+}
 _LEVELS = {"not-planned": logging.DEBUG}  # the sender warns if it lasts
 _BY_EPOCH = ("stale-epoch", "not-planned", "wrong-size")  # what is refused as nodes enter an epoch one by one
 
@@ -49,6 +56,7 @@ class VaultServer:
         stripes: the parity this node keeps, with a k+m redundancy.
         direct: to read what peers offer, and let them read, without a copy through the connection.
         on_full: called with one line when memory for what is to be kept here cannot be had; any thread.
+        on_damaged: called with holder, kind and version of what was found changed when it was to be given; any thread.
     """
 
     def __init__(
@@ -61,8 +69,10 @@ class VaultServer:
         stripes: Stripes | None = None,
         direct: Direct | None = None,
         on_full: Callable[[str], None] = lambda why: None,
+        on_damaged: Callable[[int, Kind, Version], None] = lambda holder, kind, version: None,
     ) -> None:
         self._vault = vault
+        self._on_damaged = on_damaged
         self._on_full = on_full
         self._secret = check_secret(secret)
         self._deadlines = deadlines or Deadlines()
@@ -266,4 +276,6 @@ class VaultServer:
         vault = self._vault
         kinds: tuple[Kind, ...] = ("parity",) if wanted.parity else ("own", "peer")
         arena, slot = vault.find(wanted.rank, Version(wanted.version_epoch, wanted.generation), kinds)
+        if wanted.doubted:
+            read_doubted(arena, slot, self._on_damaged)
         give(channel, vault, wanted, arena, slot, self._direct)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 import msgspec
 import xxhash
 
-from .arena import Arena, Slot
+from .arena import Arena, Kind, Slot
 from .direct import Direct, Reader
 from .errors import (
     ChecksumMismatch,
     DirectFailed,
+    GivenUp,
     LandingLost,
     Malformed,
     NotHeld,
@@ -107,14 +108,16 @@ def fetch(
     streams: int = 2,
     others: Sequence[tuple[str, int]] = (),
     direct: Direct | None = None,
+    doubted: bool = False,
 ) -> int:
     """Bring a version of ``rank``'s shard into this vault's own arena, every chunk verified; returns its bytes.
 
     ``source`` is another node's vault (host, port), or this vault itself when it keeps the peer copy. ``others`` hold
     the very same version; all send a part at the same time, over ``streams`` connections or more. With ``direct`` the
-    bytes are read where the holder allows it, and sent as without it when that fails. The arena is made when there is
-    none. The worker of ``rank`` must not be writing. Blocks for the transfer; to fail, some deadline without progress
-    must have passed. Raises NotHeld, ChecksumMismatch, Refused, StaleEpoch, DeadlinePassed, TransferFailed, VaultFull.
+    bytes are read where the holder allows it, and sent as without it when that fails. ``doubted``: they have arrived
+    changed before, so the holder reads its copy first. The arena is made when there is none. The worker of ``rank``
+    must not be writing. Blocks for the transfer; to fail, some deadline without progress must have passed. Raises
+    NotHeld, GivenUp, ChecksumMismatch, Refused, StaleEpoch, DeadlinePassed, TransferFailed, VaultFull.
     """
     version = Version(*version)
     if epoch < vault.epoch:
@@ -127,7 +130,7 @@ def fetch(
         if isinstance(source, Vault):
             return _copy(intake, vault, source, rank, version)
         places = [source, *others]
-        wanted = Fetch(epoch, rank, *version, 0, max(streams, len(places)), direct=direct is not None)
+        wanted = Fetch(epoch, rank, *version, 0, max(streams, len(places)), direct=direct is not None, doubted=doubted)
         try:
             return _fetch(intake, vault, secret, places, wanted, patience, direct)
         except DirectFailed as err:
@@ -204,6 +207,17 @@ def side_by_side(name: str, parts: int, do: Callable[[int], None]) -> None:
     do(0)
     for thread in threads:
         thread.join()
+
+
+def read_doubted(arena: Arena, slot: Slot, damaged: Callable[[int, Kind, Version], None]) -> None:
+    """Who asks for what is in ``slot`` says that it has arrived changed: has it changed here?
+
+    Blocks for the time of reading it. Calls ``damaged`` with holder, kind and version, and raises GivenUp, if so.
+    """
+    version, info = slot.version, arena.info
+    if version is not None and not slot.recheck():
+        damaged(info.rank, info.kind, version)
+        raise GivenUp(f"{version} of {info.kind} {info.rank} has changed in memory at its holder, and is given up")
 
 
 def give(channel: Channel, vault: Vault, wanted: Fetch, arena: Arena, slot: Slot, direct: Direct | None = None) -> None:

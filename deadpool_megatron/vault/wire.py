@@ -27,7 +27,17 @@ from typing import Final
 
 import msgspec
 
-from .errors import DeadlinePassed, Malformed, NotHeld, OwnFault, Refused, StaleEpoch, TransferFailed, VaultError
+from .errors import (
+    DeadlinePassed,
+    GivenUp,
+    Malformed,
+    NotHeld,
+    OwnFault,
+    Refused,
+    StaleEpoch,
+    TransferFailed,
+    VaultError,
+)
 from .frames import Frame, Refusal
 
 _MAGIC: Final = b"DPVAULT3"
@@ -171,6 +181,8 @@ def raise_refusal(frame: Frame) -> None:
     if isinstance(frame, Refusal):
         if frame.code == "stale-epoch":
             raise StaleEpoch(frame.message)
+        if frame.code == "given-up":
+            raise GivenUp(frame.message)
         if frame.code == "not-held":
             raise NotHeld(frame.message)
         raise Refused(frame.message, frame.code)

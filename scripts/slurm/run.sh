@@ -65,7 +65,7 @@ kill -TERM "$agents" 2>/dev/null || true
 wait "$agents" || true
 
 # 74: left in good order, state drained; 75: no spare left, checkpoint saved; 76: not saved; 77: more nodes lost than the
-# redundancy covers; 78: network. The next start gets a whole allocation again and goes on from what is on disk.
+# redundancy covers; 78: network, etcd. The next start gets a whole allocation again and goes on from what is on disk.
 case $requeue:$code in
     never:*) ;;
     time:0) ;;

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import slurm
+from deadpool_megatron.cluster.coordinator.drain_sources import Slurm as Source
+from deadpool_megatron.cluster.coordinator.drain_sources import SourceError
 from docs_commands import commands
 from jobs import PACED, ROOT, Job, Jobs, assert_same_training, launch_flags, set_pace
 
@@ -88,18 +90,18 @@ def _undisturbed(directory: Path, nodes: int, more: list[str]) -> Job:
         jobs.end()
 
 
-def test_a_node_that_slurm_marks_down_is_replaced_and_the_run_ends_bitwise_equal(
-    cluster: slurm.Slurm, checkout: Path, tmp_path: Path
-) -> None:
-    # Three nodes train and one waits; node 1 (n2) dies, node 2 prints, the batch script is on node 0 (n1).
-    # The job is held until the spare is there, and slow until n2 is killed: a busy machine's may take long for both.
-    iterations, pace, examples = 24, checkout / "pace", checkout / "examples"
+def _held(cluster: slurm.Slurm, checkout: Path, *more: str) -> tuple[SlurmJob, Path]:
+    """Three nodes train and one waits; node 1 is n2, node 2 prints, the batch script is on node 0 (n1).
+
+    The job is held until the spare is there, and slow until the test lets it go: a busy machine takes long for both. It
+    is past iteration 3; with it comes the file of its pace.
+    """
+    pace, examples = checkout / "pace", checkout / "examples"
     examples.unlink()
     examples.mkdir()
     (examples / "cpu_tiny.args").symlink_to(ROOT / "examples" / "cpu_tiny.args")
     (examples / "pretrain_gpt.py").symlink_to(PACED)
     set_pace(pace, "hold 0")
-    more = ["--train-iters", str(iterations), "--global-batch-size", "6"]
     number = cluster.command(
         *["sbatch", "--parsable", "--nodes=4", "scripts/slurm/pretrain_tiny.sbatch", *more],
         *["--deadpool-state-hash", str(checkout / "hash.json")],
@@ -110,11 +112,20 @@ def test_a_node_that_slurm_marks_down_is_replaced_and_the_run_ends_bitwise_equal
     job.until_event("parked")
     set_pace(pace, 0.5)
     job.until("iteration 3", lambda: [e for e in job.events("iteration") if e["iteration"] >= 3])
+    return job, pace
+
+
+def test_a_node_that_slurm_marks_down_is_replaced_and_the_run_ends_bitwise_equal(
+    cluster: slurm.Slurm, checkout: Path, tmp_path: Path
+) -> None:
+    iterations = 24
+    more = ["--train-iters", str(iterations), "--global-batch-size", "6"]
+    job, pace = _held(cluster, checkout, *more)
     before = job.pids()
     cluster.kill_node("n2")
     set_pace(pace, 0)
     job.until_event("resumed")
-    ended = _ended(cluster, number)
+    ended = _ended(cluster, job.number)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), job.log_tails()
     cluster.until("n2 marked down by Slurm", lambda: cluster.states()["n2"] == "down")
     assert [e["lost"] for e in job.events("declared")] == [[1]]
@@ -123,6 +134,39 @@ def test_a_node_that_slurm_marks_down_is_replaced_and_the_run_ends_bitwise_equal
 
     assert_same_training(job, _undisturbed(tmp_path, 3, more), iterations, rank=2)
     cluster.restart_node("n2")
+
+
+def test_scontrol_tells_who_is_drained(cluster: slurm.Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    assert Source({"SLURM_JOB_NODELIST": "n[1-3]"}).ask() == {}
+    for name in ("n2", "n4"):
+        cluster.command("scontrol", "update", f"NodeName={name}", "State=DRAIN", "Reason=its fan is loud")
+    try:
+        (told,) = Source({"SLURM_JOB_NODELIST": "n[1-3]"}).ask().items()
+        assert told[0] == "n2" and told[1].startswith("Slurm has it as IDLE+DRAIN")
+        assert told[1].endswith("(its fan is loud)")
+        assert [*Source({}).ask()] == ["n2", "n4"]
+    finally:
+        cluster.command("scontrol", "update", "NodeName=n2,n4", "State=RESUME")
+    with pytest.raises(SourceError, match="scontrol"):
+        Source({"SLURM_JOB_NODELIST": "nobody"}).ask()
+
+
+@pytest.mark.slow
+def test_a_node_that_slurm_drains_is_moved_out_while_it_is_healthy(cluster: slurm.Slurm, checkout: Path) -> None:
+    more = ["--train-iters", "40", "--global-batch-size", "6"]
+    job, pace = _held(cluster, checkout, *more, "--deadpool-drain-from", "slurm", "--deadpool-drain-poll", "1")
+    cluster.command("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=its fan is loud")
+    try:
+        job.until("node 1 has left", lambda: [e for e in job.events("left") if e["node"] == 1])
+        set_pace(pace, 0)
+        ended = _ended(cluster, job.number)
+        assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), job.log_tails()
+    finally:
+        cluster.command("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
+    assert "DRAIN (its fan is loud)" in job.events("drain_wanted")[0]["cause"]
+    assert [e["lost"] for e in job.events("declared")] == [[1]] and job.events("declared")[0]["nodes"] == [0, 3, 2]
 
 
 @pytest.mark.slow

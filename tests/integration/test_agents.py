@@ -222,7 +222,7 @@ def test_a_command_that_is_killed_takes_its_machines_processes_along(machines: M
 def test_agents_whose_coordinator_is_gone_for_good_end_by_themselves_and_say_so(machines: Machines) -> None:
     _sleeping(machines, "--rdzv-conf", "coordinator_timeout=2")
     machines.kill_tree(0)
-    assert machines.code(1) == Exit.FAILED
+    assert machines.code(1) == Exit.RECOVERY_FAILED
     assert "the coordinator has been gone for 2 s" in machines.output(1)
     machines.until_gone()
 
@@ -238,7 +238,7 @@ def test_with_preemption_notices_a_command_s_end_is_no_notice(machines: Machines
     machines.until("two sleeping workers", lambda: len(list(machines.directory.glob("up-*"))) == 2)
     if gone == "the coordinator":
         machines.kill_tree(0)
-        assert machines.code(1) == Exit.FAILED
+        assert machines.code(1) == Exit.RECOVERY_FAILED
         assert "the coordinator has been gone for 2 s" in machines.output(1)
     else:
         machines.started[1].kill()

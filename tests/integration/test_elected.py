@@ -100,6 +100,29 @@ def test_the_coordinators_machine_is_killed_and_another_one_leads_without_anybod
     assert all(f"node {first} was lost" in machines.output(n) for n in left)
 
 
+def test_an_etcd_that_is_away_for_longer_than_a_lease_before_the_job_has_begun_costs_nothing(
+    machines: Machines, etcd: EtcdMembers
+) -> None:
+    """Node 0 leads, and waits for node 1."""
+    script = machines.directory / "script.py"
+    script.write_text(SCRIPT)
+    env = {"DEADPOOL_STORE": etcd.url, "DEADPOOL_LEASE": "2"}
+    line = ["--nnodes", "2", "--rdzv-id", "job"]
+    store = EtcdStore(etcd.url, "/deadpool/job/", 20.0)
+    machines.start([*line, "--node-rank", "0", "--local-addr", "127.0.0.1"], [str(script)], env)
+    machines.until("a coordinator", lambda: known_place(store))
+    machines.until("its node", lambda: list(machines.run_dir.glob("node-0.jsonl")))
+    for member in range(3):
+        etcd.kill(member)
+    time.sleep(6.0)  # a lease, by whatever clock
+    for member in range(3):
+        etcd.start(member)
+    machines.start([*line, "--node-rank", "1", "--local-addr", "127.0.0.2"], [str(script)], env)
+    machines.until("workers", lambda: len(list(machines.directory.glob("up-*"))) == 2)
+    (machines.directory / "finish").touch()
+    assert [machines.code(n) for n in range(2)] == [0, 0], machines.outputs()
+
+
 def test_a_command_that_comes_while_a_dead_leaders_lease_lasts_does_not_stay_at_its_address(
     machines: Machines, etcd: EtcdMembers
 ) -> None:

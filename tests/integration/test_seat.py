@@ -135,3 +135,47 @@ def test_launch_waits_for_a_store_that_is_away(
     monkeypatch.setattr(local.time, "sleep", lambda seconds: back())
     local._lead(plan.launch, seat.leadership)
     assert back.looks >= 4 and seat.leadership.guard is not None
+
+
+def test_a_job_that_has_not_begun_is_gone_on_with_by_another_node_when_the_store_was_away(
+    etcd: EtcdMembers, seat: Seat, plan: AgentPlan
+) -> None:
+    """Its coordinator listens, and has decided nothing yet."""
+    other = Seat(plan, EtcdStore(etcd.url, "/deadpool/job/", 0.3))
+    processes = Processes()
+    assert seat.take()
+    try:
+        hosted = _starts(plan, seat, processes)
+        assert hosted.port
+        etcd.kill(0)
+        seat.leadership.resign()  # what keeps its lease alive; etcd hears no more of it
+        hosted.kill()
+        etcd.start(0)
+        other.campaign()
+        while not other.won():
+            time.sleep(0.05)
+        assert other.leadership.guard is not None
+    finally:
+        processes.end(5.0)
+        other.close()
+
+
+def test_a_coordinator_that_is_deposed_before_its_node_has_a_place_is_followed_by_another_one(
+    etcd: EtcdMembers, seat: Seat, plan: AgentPlan
+) -> None:
+    host = agent._Host(plan, "127.0.0.1", Processes(), SecretSource("", {}, plan.launch.run_dir, plan.job_name), seat)
+    until = time.monotonic() + 1e6
+    try:
+        place, hosted, _ = host.find_or_start(0, until, lambda: False)
+        assert place is None and hosted is not None
+        lease = seat.leadership._lease
+        assert lease is not None
+        etcd.kill(0)
+        assert lease.lost.wait(60.0)
+        assert host.gone_on(hosted) == (Exit.DEPOSED, "") and hosted.process.poll() is not None
+        place, hosted, _ = host.find_or_start(0, until, _Back(etcd))
+        assert place is None and hosted is not None and hosted.port
+        hosted.process.kill()
+        assert host.gone_on(hosted) is None and hosted.process.poll() is None, "started again"
+    finally:
+        host.processes.end(5.0)

@@ -41,7 +41,9 @@ def test_a_standstill_costs_no_node_and_no_iteration(leases: float, everybody: b
     job.hold(4)
     job.until_event("committed")
     _stand_still(job, leases, everybody)
-    if leases > 1:
+    if leases > 3 and not everybody:
+        job.until_event("coordinator_back")  # its launcher has started another one
+    elif leases > 1:
         job.until_event("stood_still")
     job.hold(None)
     job.finished()
@@ -64,5 +66,23 @@ def test_a_node_that_is_lost_while_the_coordinator_stands_still_is_replaced(jobs
     job.until_event("declared")
     job.hold(None)
     job.finished()
+    assert [e["node"] for e in job.events("detected")] == [0]
+    assert job.hashes() == calm.hashes()
+
+
+def test_a_coordinator_that_never_wakes_is_started_again_and_the_recovery_goes_through(jobs: Jobs) -> None:
+    """With it stands the store over which process groups are formed."""
+    calm = undisturbed(launch_flags(2, 0, 1), FLAGS)
+    flags = [*FLAGS[:-1], "2"]  # the lease
+    job = jobs.start("hangs", launch_flags(3, 1, 1), flags, held=True)
+    job.until_event("started")
+    job.hold(4)
+    job.until_event("committed")
+    job.signal_process(job.status()["coordinator_pid"], signal.SIGSTOP)
+    job.kill_node(0)
+    job.hold(None)
+    job.finished()
+    assert len(job.events("coordinator_back")) == 1
+    assert "the rendezvous store in it, has not answered for" in job.output
     assert [e["node"] for e in job.events("detected")] == [0]
     assert job.hashes() == calm.hashes()

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.shards import Damaged, FetchDone, Shards
 from deadpool_megatron.vault import (
     ChecksumMismatch,
     NotHeld,
@@ -28,7 +30,7 @@ from deadpool_megatron.vault import (
     Version,
     fetch,
 )
-from deadpool_megatron.vault.errors import DeadlinePassed, Refused, TransferFailed
+from deadpool_megatron.vault.errors import DeadlinePassed, GivenUp, Refused, TransferFailed
 from deadpool_megatron.vault.frames import Begin, Begun, Bytes, Refusal
 from deadpool_megatron.vault.wire import Deadlines, connect
 from vault_processes import failures
@@ -307,6 +309,63 @@ def test_a_changed_byte_in_the_source_vault_is_never_restored(nodes: Callable[..
         assert restored is None or restored.find(Version(0, 1)) is None
 
 
+def test_a_holder_that_is_told_of_a_complaint_gives_up_what_has_changed_and_gives_again_what_has_not(
+    nodes: Callable[..., Node],
+) -> None:
+    owner, spare = nodes(), nodes()
+    found: list[tuple[int, str, Version]] = []
+    owner.server._on_damaged = lambda *what: found.append(what)
+    writer = owner.writer()
+    owner.write(writer, 0, 5)
+    until(lambda: owner.vault.holdings().ranks[0])
+    assert fetch(spare.vault, SECRET, owner.address, 0, 0, Version(0, 5), PATIENT, doubted=True) > UNIQUE
+    assert not found
+    spare.vault.drop(0, "own")
+    _, slot = owner.vault.find(0, Version(0, 5))
+    slot.unique[1000] ^= 1
+    with pytest.raises(GivenUp, match="changed in memory at its holder"):
+        fetch(spare.vault, SECRET, owner.address, 0, 0, Version(0, 5), PATIENT, doubted=True)
+    assert found == [(0, "own", Version(0, 5))] and not owner.vault.holdings().ranks[0]
+
+
+@pytest.mark.parametrize(("times", "comes"), [(4, True), (8, False)])
+def test_one_complaint_condemns_no_copy(nodes: Callable[..., Node], times: int, comes: bool) -> None:
+    """The first two connections ask only; each try then has two."""
+    owner = nodes(chunk_bytes=1 << 20)
+    owner.write(owner.writer(), 0, 5)
+    until(lambda: owner.vault.holdings().ranks[0])
+    between = FlippingProxy(owner.address, 200_000, times, back=True)
+    spare = Shards(f"y{os.getpid()}", 9, SECRET, "127.0.0.1")
+    try:
+        spare.fetch(0, 0, 5, r.Source(0, 0, []), r.Address(*between.address))
+        done = spare.events.get()
+        assert isinstance(done, FetchDone)
+        assert (done.version == (0, 5)) is comes and bool(done.error) is not comes
+        assert owner.vault.holdings().ranks[0], "it is good, whoever complains"
+    finally:
+        spare.close()
+        between.close()
+
+
+def test_a_copy_that_has_changed_is_found_out_by_its_holder_and_told_as_gone() -> None:
+    owner = Shards(f"z{os.getpid()}", 0, SECRET, "127.0.0.1")
+    spare = Shards(f"z{os.getpid()}", 1, SECRET, "127.0.0.1")
+    try:
+        writer = SlotWriter(owner.allocate(0, UNIQUE, 100))
+        assert writer.open(0, 5, b"small") is not None
+        writer.buffer[:] = content(5, writer.unique_bytes)
+        writer.complete()
+        assert owner.holdings()[0] == {0: [(0, 5)]}
+        owner.corrupt(0)
+        spare.fetch(0, 0, 5, r.Source(0, 0, []), r.Address("127.0.0.1", owner.server.port))
+        done = spare.events.get()
+        assert isinstance(done, FetchDone) and done.version is None and done.gone
+        assert owner.events.get() == Damaged(0, "own", 5) and not owner.holdings()[0]
+    finally:
+        spare.close()
+        owner.close()
+
+
 def test_a_peer_that_dies_and_comes_back_elsewhere_gets_the_committed_version_again(nodes: Callable[..., Node]) -> None:
     owner, first, second = nodes(), nodes(), nodes()
     writer = owner.writer()
@@ -573,25 +632,26 @@ def _raw_seconds(vault: Vault, size: int) -> float:
 
 
 class FlippingProxy:
-    """Passes bytes on both ways and changes one bit of the first connection, once."""
+    """Passes bytes on both ways and changes one bit of the first connections, on the way there or ``back``."""
 
-    def __init__(self, target: tuple[str, int], flip_at: int) -> None:
-        self._target, self._flip_at = target, flip_at
+    def __init__(self, target: tuple[str, int], flip_at: int, times: int = 1, back: bool = False) -> None:
+        self._target, self._flip_at, self._times, self._back = target, flip_at, times, back
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        flip = self._flip_at
         while True:
+            self._times -= 1
+            flip = self._flip_at if self._times >= 0 else -1
+            there, back = (-1, flip) if self._back else (flip, -1)
             try:
                 near, _ = self._listener.accept()
             except OSError:
                 return
             far = socket.create_connection(self._target)
-            threading.Thread(target=self._pass, args=(far, near, -1), daemon=True).start()
-            threading.Thread(target=self._pass, args=(near, far, flip), daemon=True).start()
-            flip = -1
+            threading.Thread(target=self._pass, args=(far, near, back), daemon=True).start()
+            threading.Thread(target=self._pass, args=(near, far, there), daemon=True).start()
 
     @staticmethod
     def _pass(source: socket.socket, target: socket.socket, flip: int) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from typing import TYPE_CHECKING
 
 from deadpool_megatron.cluster import records as r
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from simulation.host import Host
     from simulation.run import Run
 
-__all__ = ["DURABLE_KINDS", "KINDS", "Faults", "Profile"]
+__all__ = ["DURABLE_KINDS", "KINDS", "PACKET_KINDS", "Faults", "Profile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class Profile:
         rivals: the same of another job that wants the durable directory.
         restarts: every recovery needs other processes, on all nodes.
         rehearsals: spares set up coordinates ahead of time.
+        moves: every run has drains that something happens to, or none has; None: drawn.
+        signs: one machine's GPU is at fault, and takes others along.
         replaced: how likely a packet's connection is replaced just after it was sent.
     """
 
@@ -41,9 +46,12 @@ class Profile:
     rivals: bool | None = None
     restarts: bool = False
     rehearsals: bool = False
+    moves: bool | None = None
+    signs: bool = False
     replaced: float = 0.0
 
 
+_UPSETS = ("kill coordinator", "kill coordinator", "crash coordinator soon", "kill node", "lose node", "kill worker")
 _WHEN = ("started", "committed", "committed", "committed", "iteration", "declared", "agreed", "resumed")
 
 
@@ -59,9 +67,12 @@ class Faults:
         self.kinds: Counter[str] = Counter()  # of these
         self._silent: dict[int, tuple[float, float]] = {}  # by node, the last time nothing was heard of it
         self.drained: set[int] = set()  # nodes that the user wants to take away
+        self.asking: set[int] = set()  # those of them about which the coordinator is asked now
+        self.culprits: set[int] = set()  # nodes whose machine is at fault
         # for which event of the log, how often, seconds after it, what
         self._waiting: list[tuple[str, int, float, str, Callable[[], None]]] = []
         self._seen: Counter[str] = Counter()
+        self._upsets: random.Random | None = None
         self._every: dict[str, Callable[[], None]] = {}  # what happens each time
 
     def draw(self) -> None:
@@ -69,20 +80,81 @@ class Faults:
         chance, cluster = self._cluster.world.chance, self._cluster
         names = [name for name in KINDS if not self.profile.only or name in self.profile.only]
         weights = [KINDS[name][0] for name in names]
-        for _ in range(chance.randint(0, self.profile.most)):
+        for _ in range(chance.randint(0, self.profile.most) if names else 0):
             name = chance.choices(names, weights)[0]
-            when = chance.choice(_WHEN)
-            if when == "started":
-                count, most = 1, 2.0
-            elif when == "committed":
-                count, most = 1, 0.3 * cluster.iterations
-            elif when == "iteration":  # near the end
-                count, most = cluster.iterations - chance.randint(0, 3), 2.0
-            else:  # in a recovery, or soon after one: those seconds are the interesting ones
-                count, most = chance.randint(1, 3), 1.0
-            self._wait(when, count, chance.uniform(0.0, most), name, partial(KINDS[name][1], self))
+            self._wait(*self._when(chance), name, partial(KINDS[name][1], self))
+        if self.profile.signs:
+            for _ in range(cluster.signs.randint(1, 2)):
+                count, seconds = cluster.signs.randint(1, 6), cluster.signs.uniform(0.0, 1.0)
+                self._wait(cluster.signs.choice(("committed", "declared")), count, seconds, "rack", self._rack)
         if cluster.job.durable is not None:
             self._draw_durable()
+        draws = cluster.packets
+        if cluster.packet_kinds:
+            for name in draws.choices(cluster.packet_kinds, k=draws.randint(1, 4)):
+                self._wait(*self._when(draws), name, partial(PACKET_KINDS[name], self))
+
+    def _when(self, chance: Random) -> tuple[str, int, float]:
+        """For which event a fault waits, how often, and seconds after it."""
+        when = chance.choice(_WHEN)
+        if when == "started":
+            count, most = 1, 2.0
+        elif when == "committed":
+            count, most = 1, 0.3 * self._cluster.iterations
+        elif when == "iteration":  # near the end
+            count, most = self._cluster.iterations - chance.randint(0, 3), 2.0
+        else:  # in a recovery, or soon after one: those seconds are the interesting ones
+            count, most = chance.randint(1, 3), 1.0
+        return when, count, chance.uniform(0.0, most)
+
+    def _reset_control(self) -> None:
+        """Of some nodes, the connections to the coordinator; each comes again. No node is hurt."""
+        draws, there = self._cluster.packets, [host for host in self._cluster.hosts if host.alive]
+        for host in draws.sample(there, min(len(there), draws.choice((1, 1, 2, 10)))):
+            self.struck[-1] += f" n{host.node}"
+            host.link.reset(draws.random() < 0.5, draws.uniform(0.05, 0.3))
+
+    def _garble(self) -> None:
+        """For a while what is read of shards is changed on the way, or by who reads it; not twice in a row."""
+        network, draws = self._cluster.network, self._cluster.packets
+        network.garbling = draws.uniform(0.3, 1.0)
+
+        def over() -> None:
+            network.garbling = 0.0
+
+        self._until(draws.uniform(1.0, 15.0), over)
+
+    def _reset_control_and_lose(self) -> None:
+        """The same, and about then a node is lost, or a worker."""
+        cluster = self._cluster
+        draws, lose = cluster.packets, cluster.packets.choice((self._kill_node, self._lose_node, self._kill_worker))
+        first, then = draws.sample((self._reset_control, lose), 2)
+        first()
+        self._until(draws.uniform(0.0, 0.3), then)
+
+    def _rack(self) -> None:
+        """One GPU is at fault: its machine tells of it, the others of their links, and workers of all of them end."""
+        cluster, chance = self._cluster, self._cluster.signs
+        there = [host for host in cluster.hosts if host.alive and host.known.ranks]
+        if len(there) < 2:
+            return
+        hit = chance.sample(there, chance.randint(2, len(there)))
+        self.culprits.add(hit[0].node)
+        self.struck[-1] += f" n{hit[0].node}, follow: {[host.node for host in hit[1:]]}"
+        for host in hit:
+            after = chance.uniform(0.0, 0.5)
+            self._until(after, partial(self._tells, host, 149 if host is hit[0] else 145))
+            self._until(after + chance.uniform(0.02, 0.8), partial(self._ends, host))
+
+    @staticmethod
+    def _tells(host: Host, xid: int) -> None:
+        if host.alive and not host.process.frozen:
+            host.agent.sign(r.MachineSign(host.node, xid))
+
+    def _ends(self, host: Host) -> None:
+        workers = [worker for worker in host.workers() if worker.rank is not None]
+        if host.alive and workers:
+            self._cluster.signs.choice(workers).die(-9)
 
     def _draw_durable(self) -> None:
         """Of its own chance, so that other runs stay as they are."""
@@ -96,6 +168,23 @@ class Faults:
                 self._wait(
                     draws.choice(("committed", "declared")), count, seconds, name, partial(DURABLE_KINDS[name], self)
                 )
+
+    def draw_moves(self, draws: random.Random) -> None:
+        """A drain, and while it is under way the coordinator dies, or nodes and workers are lost, or both. In some runs
+        the coordinator dies before the job has begun, too, or while a spare is waited for."""
+        self._upsets = draws
+        if draws.random() < 0.2:
+            self._cluster.anybody.later(draws.uniform(0.0, 1.0), self._kill_coordinator)
+
+        def drain() -> None:
+            self._drain()
+            for name in draws.choices(_UPSETS, k=draws.randint(1, 3)):
+                self.pending += 1
+                seconds = draws.uniform(0.0, draws.choice((0.3, 3.0)))
+                self._cluster.anybody.later(seconds, self._strike, name, partial(KINDS[name][1], self))
+
+        for _ in range(draws.randint(1, 2)):
+            self._wait("committed", draws.randint(1, 8), draws.uniform(0.0, 1.0), "drain that is upset", drain)
 
     def change_what_is_read(self) -> None:
         """In the memory of one node what it has read from the durable directory changes, each time."""
@@ -265,8 +354,6 @@ class Faults:
         workers = host.workers() if host is not None else []
         if workers:
             worker, seconds = self._cluster.world.chance.choice(workers), self._long_or_short()
-            if seconds > 0.6 * self._cluster.job.deadlines.abort:  # in a recovery a phase's deadline costs its node
-                self._hurt(worker.host, f"worker frozen for {seconds:.1f} s")
             worker.process.freeze()
             self._until(seconds, worker.process.thaw)
 
@@ -477,25 +564,44 @@ class Faults:
             self.struck[-1] += f" n{host.node}"
             self._ask_to_drain(host, self._cluster.world.now + 60.0)
 
-    def _ask_to_drain(self, host: Host, until: float) -> None:
-        """As `deadpool drain --timeout 60`."""
-        cluster = self._cluster
-        self.drained.add(host.node)
+    def _ask_to_drain(self, host: Host, until: float, again: bool = False) -> None:
+        """As `deadpool drain --timeout 60`. ``again``: a coordinator that has ended may have heard it."""
+        cluster, node = self._cluster, host.node
+        self.drained.add(node)
+        self.asking.add(node)
+        cluster.oracle.drain_asked(node)
 
-        def answered(reply: object) -> None:
-            if reply is None or (isinstance(reply, r.InjectReply) and reply.later):
-                if cluster.world.now < until:
-                    cluster.anybody.later(0.5, self._ask_to_drain, host, until)
-            elif isinstance(reply, r.InjectReply) and reply.error:
-                cluster.oracle.refused_drain(host, reply.error)
+        def answered(reply: r.InjectReply | r.SpareAdded | None) -> None:
+            later = reply is None or (isinstance(reply, r.InjectReply) and reply.later)
+            if later and cluster.world.now < until:
+                cluster.anybody.later(0.5, self._ask_to_drain, host, until, again or reply is None)
+                return
+            self.asking.discard(node)
+            error = "" if reply is None else reply.error
+            if reply is None or error:
+                if not (again and error.endswith("being drained already")):
+                    cluster.oracle.drain_ends(node)
+                    cluster.oracle.refused_drain(host, error)
+            else:
+                cluster.oracle.drain_begins(node)
 
-        cluster.hq.ask(r.Drain(host.node), answered)
+        cluster.hq.ask(r.Drain(node), answered)
+
+    def came_back(self) -> None:
+        """The coordinator has started again: who waits for a drain asks what has become of it, where the log may not
+        say so. (Where it must, a drain is to go on whether it is asked for or not.)"""
+        for host in self._cluster.hosts if self._cluster.hq.torn else ():
+            if host.node in self._cluster.oracle.drains and host.node not in self.asking:
+                self._cluster.anybody.later(0.05, self._ask_to_drain, host, math.inf, True)
 
     def awaited(self) -> None:
         """The job waits for a spare; in half of the runs one comes, in time or too late."""
         chance = self._cluster.patience
         if self._cluster.job.wait_for_spare_s and chance.random() < 0.5:
             self._until(chance.uniform(0.0, 1.2 * self._cluster.job.wait_for_spare_s), self._join)
+        draws = self._upsets
+        if draws is not None and self._cluster.job.wait_for_spare_s and draws.random() < 0.7:
+            self._until(draws.uniform(0.3, 1.0) * self._cluster.job.wait_for_spare_s, self._kill_coordinator)
 
     def _join(self) -> None:
         """As `deadpool join`."""
@@ -532,6 +638,11 @@ KINDS: dict[str, tuple[int, Callable[[Faults], None]]] = {
     "drain, and the spare dies": (2, Faults._drain_and_kill_spare),
     "join": (3, Faults._join),
     "join, and the coordinator dies": (1, Faults._join_and_crash),
+}
+PACKET_KINDS: dict[str, Callable[[Faults], None]] = {
+    "reset control": Faults._reset_control,
+    "reset control, and a loss": Faults._reset_control_and_lose,
+    "garbled reads": Faults._garble,
 }
 DURABLE_KINDS: dict[str, Callable[[Faults], None]] = {
     "full directory": Faults._full_directory,

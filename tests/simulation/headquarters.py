@@ -224,6 +224,11 @@ class Headquarters:
         lease: of the durable directory, where it is this job's already.
         run_disk: of the run directory; None: nothing is written.
         seen: called with each event of the job's log.
+        answers: whether an agent's port refuses, or says a word; None: neither.
+        ports: how long it takes to hear it; None: at once.
+
+    Attributes:
+        torn: the last one died in the middle of something, so that what it did last may not be in the log.
     """
 
     def __init__(
@@ -236,6 +241,8 @@ class Headquarters:
         seen: Callable[[str, dict[str, Any]], None],
         lease: DirectoryLease | None = None,
         run_disk: RunDisk | None = None,
+        answers: Callable[[r.Address], bool | None] = lambda vault: None,
+        ports: random.Random | None = None,
     ) -> None:
         self.world = world
         self.job = job
@@ -243,9 +250,11 @@ class Headquarters:
         self._links = links
         self._all_links = all_links
         self._seen = seen
+        self._answers, self._ports = answers, ports
         self.disk = _Disk(world)
         self.process = Process(world, "coordinator")
         self.lives = 0
+        self.torn = False
         self.ended: tuple[int, str] | None = None
         self._enlistment = Enlistment(job, [], "job", 1)
         self._lease = lease
@@ -283,6 +292,8 @@ class Headquarters:
             self.world.chance,
             lease=lease,
             worked=lambda: 0.0,
+            unix=self.world.clock,
+            ask=self._ask_port,
         )
         try:
             self.coordinator.begin(lambda port: None)
@@ -351,6 +362,26 @@ class Headquarters:
         self.hub.ends.append((f"node-{node}@job".encode(), number))
         self._soon()
 
+    def _ask_port(self, vault: r.Address, tell: Callable[[bool], None]) -> Callable[[], None]:
+        """As the thread of `Absences`."""
+        process, stopped, ports = self.process, threading.Event(), self._ports or random.Random(0)
+
+        def look(told: bool = False) -> None:
+            if stopped.is_set():
+                return
+            refused = self._answers(vault)
+            if refused or (refused is False and not told):
+                tell(refused)
+                self._soon()
+            if not refused:
+                process.later(ports.uniform(0.01, 0.1), look, told or refused is not None)
+
+        if self._ports is None:
+            look()
+        else:
+            process.later(ports.uniform(0.0005, 0.01), look)
+        return stopped.set
+
     def _soon(self) -> None:
         if self._due > self.world.now + 0.003:
             self._arm(0.003)
@@ -380,6 +411,7 @@ class Headquarters:
         """SIGKILL, now."""
         if self.process.alive and self.ended is None:
             self._crashed()
+            self.torn = False
 
     def crash_soon(self, kind: int, count: int) -> None:
         """It dies at a write to the store (0), or in the middle of telling the agents (1)."""
@@ -391,6 +423,7 @@ class Headquarters:
     def _crashed(self) -> None:
         world = self.world
         world.say("hq", "the coordinator is dead")
+        self.torn = True
         self.disk.fuse = None
         self.process.die()
         self.process = Process(world, "coordinator")

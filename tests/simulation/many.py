@@ -34,6 +34,7 @@ MIX: dict[str, tuple[int, Profile]] = {
 }
 _TURNS = [flags for flags, (share, _) in MIX.items() for _ in range(share)]
 _REHEARSED = 0.2  # of them have spares that rehearse besides
+_SIGNS = 0.2  # of them have a GPU at fault besides
 _BLOCK = 200  # runs
 _COLLECT = 50
 Block = dict[str, Any]  # a line of the file
@@ -44,7 +45,8 @@ def mixed(seed: int) -> tuple[str, Profile]:
     meet each other more often than where all are drawn."""
     flags = _TURNS[seed % len(_TURNS)]
     rehearsed = random.Random(f"rehearsed {seed}").random() < _REHEARSED
-    profile = replace(MIX[flags][1], rehearsals=rehearsed)
+    signs = random.Random(f"has signs {seed}").random() < _SIGNS
+    profile = replace(MIX[flags][1], rehearsals=rehearsed, signs=signs)
     few = random.Random(f"few {seed}")
     if few.random() < 0.5:
         return flags, profile

@@ -25,11 +25,14 @@ from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.durable import Durability
 from deadpool_megatron.cluster.core.effects import Answer, Declare, Effects, Stop
 from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.core.members import Members
 from deadpool_megatron.cluster.core.observations import Observations
 from deadpool_megatron.cluster.core.planned_moves import Drains
 from deadpool_megatron.cluster.core.progress import Progress
 from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
+from deadpool_megatron.cluster.core.recovering import Recovery
+from deadpool_megatron.cluster.core.signs import Blamed, Signs, Verdict
 from deadpool_megatron.cluster.core.start import Start
 from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.link.awake import AwakeClock
@@ -184,11 +187,32 @@ def _the_end_is_looked_for_while_agents_come_back(patch: Patch) -> None:
     look = Core._look_for_end
 
     def before(self: Core) -> Effects:
-        expected, self._returning._expected = self._returning._expected, set()
+        expected, self._returning._expected = self._returning._expected, {}
         yield from look(self)
         self._returning._expected = expected
 
     patch.setattr(Core, "_look_for_end", before)
+
+
+def _the_end_of_a_connection_is_that_of_its_node(patch: Patch) -> None:
+    """A connection to the coordinator that is reset costs its node."""
+    away = Core.node_away
+
+    def before(self: Core, node: int, now: float, stood_still: bool = False) -> Any:
+        return away(self, node, now, True) if stood_still else self.node_lost(node, "gone", now)
+
+    patch.setattr(Core, "node_away", before)
+
+
+def _one_complaint_condemns_a_copy(patch: Patch) -> None:
+    """What arrives changed once is refused for good, though it was the fault of who has read it."""
+    failed = Attempts.failed
+
+    def before(self: Attempts[Any], err: Any, now: float) -> float | None:
+        self.doubted = True
+        return failed(self, err, now)
+
+    patch.setattr(Attempts, "failed", before)
 
 
 def _one_moment_without_a_majority_is_enough(patch: Patch) -> None:
@@ -345,7 +369,7 @@ def _what_cannot_be_read_at_once_is_given_up(patch: Patch) -> None:
 def _why_nothing_goes_on_is_forgotten(patch: Patch) -> None:
     """A coordinator that starts again while the last generation is drained does not know why the job ends."""
     dump = Recoveries.dump
-    patch.setattr(Recoveries, "dump", lambda self: dump(self) | {"no_spare": ""})
+    patch.setattr(Recoveries, "dump", lambda self, now: dump(self, now) | {"no_spare": ""})
 
 
 def _a_failed_read_is_taken_for_nonsense(patch: Patch) -> None:
@@ -534,6 +558,36 @@ def _an_offer_comes_before_who_is_to_take_it(patch: Patch) -> None:
     patch.setattr(Crew, "renewing", lambda self, slots: False)
 
 
+def _a_drain_is_forgotten_by_the_next_coordinator(patch: Patch) -> None:
+    """Who was told that a node is being drained waited for nothing."""
+    patch.setattr(Drains, "load", lambda self, kept: None)
+
+
+def _a_drain_is_forgotten_in_a_recovery(patch: Patch) -> None:
+    """The same, where another node was replaced meanwhile."""
+    patch.setattr(Drains, "forget", Drains.ended)
+
+
+def _a_rank_that_hangs_in_a_recovery_costs_its_node(patch: Patch) -> None:
+    """The phase's deadline is the end of it, whatever another process in its slot could do."""
+    patch.setattr(Recovery, "remind", lambda self, late, now: None)
+
+
+def _the_wait_for_a_spare_begins_anew(patch: Patch) -> None:
+    """With each coordinator."""
+    load = Recoveries.load
+    patch.setattr(Recoveries, "load", lambda self, kept, now: load(self, {**kept, "waits_s": None}, now))
+
+
+def _what_follows_spends_a_spare(patch: Patch) -> None:
+    """Every end of a worker is its own node's."""
+    patch.setattr(Signs, "judge", lambda self, record, by_peer: Verdict(Blamed.UNKNOWN))
+
+
+def _a_spare_that_failed_is_as_good_as_any(patch: Patch) -> None:
+    patch.setattr(Members, "failures", lambda self, node: 0)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "renewing": _an_offer_comes_before_who_is_to_take_it,
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
@@ -564,6 +618,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "joins late": _who_is_about_to_join_is_too_late,
     "broken new": _a_broken_copy_keeps_its_slot,
     "all back": _the_end_is_looked_for_while_agents_come_back,
+    "reset": _the_end_of_a_connection_is_that_of_its_node,
+    "one complaint": _one_complaint_condemns_a_copy,
     "one moment": _one_moment_without_a_majority_is_enough,
     "told before": _what_was_told_as_committed_is_forgotten,
     "departed": _a_node_that_has_left_is_counted_until_the_next_epoch,
@@ -595,5 +651,11 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "constants anew": _constants_count_as_kept_for_ever,
     "constants first": _a_rank_commits_without_its_constants,
     "share refused": _a_share_that_was_refused_is_asked_for_again,
+    "drain kept": _a_drain_is_forgotten_by_the_next_coordinator,
+    "drain goes on": _a_drain_is_forgotten_in_a_recovery,
+    "hangs": _a_rank_that_hangs_in_a_recovery_costs_its_node,
+    "wait kept": _the_wait_for_a_spare_begins_anew,
+    "follows": _what_follows_spends_a_spare,
+    "lemon": _a_spare_that_failed_is_as_good_as_any,
     "begins again": _what_a_job_begins_with_must_be_whole,
 }

@@ -6,13 +6,14 @@ import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from deadpool_megatron.cluster.core.core import ABSENCE
 from simulation.world import Pipe, World
 
 if TYPE_CHECKING:
     from simulation.headquarters import Headquarters
     from simulation.host import Host
 
-__all__ = ["Link", "Network"]
+__all__ = ["HQ", "Link", "Network"]
 
 HQ = -1  # the coordinator's machine
 
@@ -28,6 +29,7 @@ class Network:
         self.mute: set[int] = set()  # nothing that these nodes send arrives
         self.deaf: set[int] = set()  # nothing arrives at these
         self.resets = 0.0  # how likely a connection for shards breaks
+        self.garbling = 0.0  # how likely what is read of a shard arrives changed, at the first try
         self.on_heal: list[Callable[[], None]] = []
 
     def passes(self, source: int, target: int) -> bool:
@@ -41,6 +43,10 @@ class Network:
     def breaks(self) -> bool:
         """This connection is reset."""
         return self.resets > 0 and self._world.chance.random() < self.resets
+
+    def garbles(self) -> bool:
+        """This one does."""
+        return self.garbling > 0 and self._world.chance.random() < self.garbling
 
     def replaces(self) -> bool:
         """This connection between agent and coordinator is replaced now."""
@@ -106,6 +112,20 @@ class Link:
             self._world.say(f"n{self._host.node}", "its connection is replaced")
             self.connect()
 
+    def reset(self, lost: bool, seconds: float) -> None:
+        """Somebody between the two ends the connection; the agent tries again so many seconds later.
+
+        ``lost``: what is on its way to the coordinator does not arrive.
+        """
+        if self.up and self.heard and self._network.both(self._host.node, HQ):
+            self._world.say(f"n{self._host.node}", "its connection is reset")
+            self.up = False
+            if lost:
+                self._ended(self._accepted)
+            else:
+                self._up.send(self._hq.process, self._ended, self._accepted)
+            self._host.process.later(seconds, self.connect)
+
     def close_agents_end(self) -> None:
         """The agent's end is gone: it died where the machine lives on, or it gave the connection up."""
         self.up = False
@@ -155,7 +175,9 @@ class Link:
         chance = self._world.chance
         if self.heard and self._silent_since is None and not up:
             self._silent_since = now
-            self._world.push(now + self._lease * chance.uniform(0.4, 1.0), self._hq.process, self._silent, now)
+            lost = chance.uniform(0.4, 1.0)  # is it, if it does not come back
+            silent = self._lease * max(0.45, lost - ABSENCE)
+            self._world.push(now + silent, self._hq.process, self._silent, now)
         if self.up and self._unanswered_since is None and not down:
             self._unanswered_since = now
             self._world.push(now + self._lease * chance.uniform(1.0, 2.0), host.process, self._unanswered, now)

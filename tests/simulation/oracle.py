@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Oracle", "Violation"]
 
+_SIGN_S = 50.0  # so long at least a sign is known
 _MASK = (1 << 60) - 1
 _FEW, _FEW_S = 8, 3.0  # iterations may be shorter than the way of a generation
 _END_S = 12.0
+_DRAIN_S = 8.0
+_WAIT_S = 20.0  # for the next coordinator to come, and agents back to it
 _PEACE_S = 4.0  # after the last fault: what waits before it tries again has tried
 
 
@@ -99,6 +102,7 @@ class Oracle:
 
     Attributes:
         hurt: nodes that something happened to which may cost them, and what.
+        drains: nodes that are being drained, as the user was told, and the last time something was in the way of that.
     """
 
     def __init__(self, cluster: Run) -> None:
@@ -110,10 +114,15 @@ class Oracle:
         self.directory = DirectoryOracle(cluster)
         self._goes_back: int | None = None  # to this durable generation
         self._drained: set[int] = set()  # and replaced
+        self.drains: dict[int, float] = {}
+        self._drain_told: set[int] = set()
         self._through: dict[int, set[int]] = {}  # by epoch, ranks that have finished in it
         self._done_at: float | None = None  # all of them
         self._back_at = 0.0  # the coordinator, which then waits for those that it knows
         self._deaths: Counter[int] = Counter()
+        self._active = list(range(cluster.job.active_nodes))  # nodes, as was declared last
+        self._linked: dict[int, float] = {}  # by node, when the coordinator has heard of its links last
+        self._ended_alone: set[int] = set()  # nodes of which a worker has ended with no such sign
         self._broken: dict[tuple[int, int], Slot] = {}  # by slot and turn
         self._trains: dict[tuple[int, int], int] = {}
         self.safe: _Held | None = None
@@ -229,23 +238,34 @@ class Oracle:
             case "declared":
                 self._done_at = None
                 self.declared.append((world.now, fields["epoch"], fields["reason"]))
-                drained = re.search(r"node (\d+) is drained$", fields["reason"])
+                drained = re.search(r"node (\d+) is (?:drained$|at fault)", fields["reason"])
                 if fields["purpose"] == "resume" and drained:
                     self._drained.add(int(drained[1]))
+                if fields["purpose"] == "resume" and not drained:
+                    self._rightly_taken(fields["nodes"])
+                self._active = fields["nodes"]
                 if fields["purpose"] in ("save", "drain") and self.saving is None:
                     self.saving = self._healthy()
                     self._waited()
                 if len(self.declared) > 1 and self.declared[-1][1] <= self.declared[-2][1]:
                     raise Violation(f"epoch {fields['epoch']} is declared after {self.declared[-2][1]}")
             case "started_over":
+                self._active = fields["nodes"]
                 if self.committed >= 0:
                     raise Violation(f"the job begins anew, although generation {self.committed} was committed")
             case "agreed":
                 self._agreed(fields["iteration"])
             case "committed":
                 self._committed(Version(fields["epoch"], fields["iteration"]))
+            case "sign" if fields["role"] == "link":
+                self._linked[fields["node"]] = world.now
             case "coordinator_back":
                 self._back_at = world.now
+                self._cluster.faults.came_back()
+            case "left":
+                self.drain_ends(fields["node"])
+            case "detected" if "local" not in fields:
+                self.drain_ends(fields["node"])
             case "durable_failed":
                 self._not_drained(fields["message"])
             case "durable":
@@ -255,6 +275,7 @@ class Oracle:
                 self._goes_back = fields["iteration"]
             case "stays":
                 self._drained.discard(fields["node"])
+                self.drain_ends(fields["node"])
             case "joined":
                 wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
                 if since is not None and world.now > since + wait:
@@ -264,6 +285,18 @@ class Oracle:
                 self._cluster.faults.awaited()
             case "resumed":
                 self._since, self._waits_since = 0, None
+
+    def _rightly_taken(self, nodes: list[int]) -> None:
+        """No spare is spent on who only follows, and none is one that failed while another one is there."""
+        core, now = self._cluster.hq.core, self._cluster.world.now
+        for node in {*self._active} - {*nodes} - self.hurt.keys() - self._drained - self._cluster.faults.culprits:
+            if now - self._linked.get(node, -_SIGN_S) < _SIGN_S and node not in self._ended_alone:
+                raise Violation(f"node {node} gives way, and what ended there has its cause elsewhere")
+        fresh = [n for n, s in core.nodes.items() if s.role == "spare" and not s.record.failures]
+        fresh = [n for n in fresh if core.members.parked(n) and n not in self._active]
+        for node in {*nodes} - {*self._active}:
+            if core.nodes[node].record.failures and fresh and self._active:
+                raise Violation(f"node {node}, which failed before, takes over, and node {fresh[0]} is parked")
 
     def _waited(self) -> None:
         """The job is to end for want of a spare: has it waited for one as long as it was told to?"""
@@ -418,6 +451,8 @@ class Oracle:
     def dies(self, node: int) -> None:
         """A worker has ended that nobody wanted to end; a node that loses many counts as bad itself."""
         self._deaths[node] += 1
+        if self._cluster.world.now - self._linked.get(node, -_SIGN_S) >= _SIGN_S:
+            self._ended_alone.add(node)
         if self._deaths[node] > self._cluster.job.worker_deaths:
             self.hurt.setdefault(node, "its workers die")
 
@@ -427,6 +462,37 @@ class Oracle:
         others = [n for n in others if self._cluster.came(n)]  # of the others nobody knows where they are
         if 2 * (1 + sum(not self._gone(n) for n in others)) <= 1 + len(others):
             self.hurt.setdefault(node, "half of the nodes are gone")
+
+    def drain_asked(self, node: int) -> None:
+        """What is told from now on is the answer."""
+        self._drain_told.discard(node)
+
+    def drain_begins(self, node: int) -> None:
+        """The user was told that a node is being drained."""
+        if node not in self._drain_told:
+            self.drains[node] = self._cluster.world.now
+
+    def drain_ends(self, node: int) -> None:
+        """The user was told what has become of it, perhaps before the answer."""
+        self._drain_told.add(node)
+        self.drains.pop(node, None)
+
+    def _look_at_drains(self) -> None:
+        """One that nothing is in the way of does not take for ever."""
+        cluster, now = self._cluster, self._cluster.world.now
+        core = cluster.hq.core
+        trains = core.phase is Phase.RUNNING and not core.awaits_agents and not self._through
+        for node, since in self.drains.items():
+            if not trains or not self._peace or node in self.hurt or not self._spares(node):
+                self.drains[node] = now
+            elif now > since + _DRAIN_S:
+                raise Violation(f"node {node} is being drained for {now - since:.0f} s in peace")
+
+    def _spares(self, node: int) -> list[Host]:
+        """Healthy nodes that could take over."""
+        no_use = self.hurt.keys() | self._drained | self._cluster.faults.drained
+        hosts = self._cluster.hosts
+        return [h for h in hosts if h.node not in no_use and h.node != node and h.link.ever and not h.known.ranks]
 
     def refused_drain(self, host: Host, error: str) -> None:
         """A drain was refused for good: rightly, unless a healthy spare is there or on its way."""
@@ -463,6 +529,11 @@ class Oracle:
     def look(self) -> None:
         """Nobody healthy is given up, and every phase has its deadline."""
         core = self._cluster.hq.core
+        self._look_at_drains()
+        wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
+        waits = wait and core.phase is Phase.WAITING and since is not None and not core.members.coming_spares()
+        if waits and self._cluster.world.now > (since or 0.0) + wait + _WAIT_S:
+            raise Violation(f"a spare is waited for longer than {wait:.0f} s, since {since:.0f}")
         for node, state in core.nodes.items():
             if state.role == "lost" and node not in self.hurt.keys() | self._drained and self._cluster.came(node):
                 raise Violation(f"node {node} is healthy, and was given up")
@@ -497,6 +568,8 @@ class Oracle:
         if code and message.startswith((";", ",", " ")):
             raise Violation(f"ended with {code}, and nothing says why: {message}")
         if code == 0:
+            if silent := self.drains.keys() - cluster.faults.asking:
+                raise Violation(f"nodes {sorted(silent)} were to be drained, and nobody says what became of that")
             if self._tracked is None:
                 raise Violation("the job ended well, and its last checkpoint is not whole")
             for rank in range(cluster.job.world_size):

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
 from deadpool_megatron.cluster.placement.redundancy import Scheme
@@ -25,11 +26,11 @@ from deadpool_megatron.durable.files import seal, write_constants, write_shard
 from deadpool_megatron.durable.lease import LOOK_S, WATCH_S, Taken, Taking
 from deadpool_megatron.vault import VaultFull
 from simulation.durable import CONSTANTS_LAYOUT, DIRECTORY, LAYOUT, Directory
-from simulation.faults import Faults, Profile
+from simulation.faults import PACKET_KINDS, Faults, Profile
 from simulation.headquarters import Headquarters, RunDisk
 from simulation.host import Host
 from simulation.meetings import Meetings
-from simulation.network import Link, Network
+from simulation.network import HQ, Link, Network
 from simulation.oracle import Oracle, Violation
 from simulation.rank import constants, whole
 from simulation.rank import state as packed
@@ -39,8 +40,10 @@ __all__ = ["Outcome", "Run", "Violation", "simulate"]
 
 DEADLINES = Deadlines(lease=5.0, abort=15.0, build=40.0, form=10.0, join=30.0)
 DURABLE_SHARE = 0.2  # of the runs have a durable directory
+PACKET_SHARE = 0.2  # have packets changed, or connections to the coordinator that are reset
 RIVALS_SHARE = 0.1  # of those with a durable directory have another job that wants it
 RUN_DISK_SHARE = 0.1  # write a run directory, on a disk with troubles
+MOVES_SHARE = 0.1  # have drains that something happens to
 SHARDS_SHARE = 0.1  # have parity, constants or failure domains
 _RIVAL = "rival"
 _LONGEST_S = 900.0  # of virtual time, after which a run hangs
@@ -88,10 +91,14 @@ class Run:
         self.patience = random.Random(f"patience {seed}")  # of its own, so that a seed's other draws stay
         wait = self.patience.uniform(10.0, 60.0) if self.patience.random() < 0.2 else 0.0
         self.job = JobSpec(nodes, spares, slots, True, DEADLINES, redundancy=redundancy, wait_for_spare_s=wait)
+        self.signs = random.Random(f"signs {seed}")
         self.over = False  # and judged
         self._until = world.now + _LONGEST_S
         self.iterations = chance.randint(14, 36) + (0 if beside is None else beside.iterations)
         self.draws = random.Random(f"durable {seed}")  # of its own as well
+        self.packets = random.Random(f"packets {seed}")  # likewise
+        share = self.packets.random() < PACKET_SHARE
+        self.packet_kinds = [k for k in PACKET_KINDS if (k in profile.only if profile.only else share)]
         self.name = name = "sim" if beside is None else _RIVAL
         self.directory = Directory(world, name, None if beside is None else beside.directory)
         self.rival: Rival | None = None
@@ -130,6 +137,8 @@ class Run:
             self._event,
             lease,
             self._draw_run_disk(seed, beside),
+            self._answers,
+            random.Random(f"ports {seed}") if self.packet_kinds else None,
         )
         for node in range(self.job.nodes):
             self.add_host(node)
@@ -148,6 +157,10 @@ class Run:
             self.saving_fails = draws.choice(("error", "hangs"))
         if self.job.durable is not None and draws.random() < 0.1:
             self.faults.change_what_is_read()
+        moves = random.Random(f"moves {seed}")
+        only, share = self.faults.profile.only, moves.random() < MOVES_SHARE
+        if self.faults.profile.moves or (share and self.faults.profile.moves is None and (not only or "drain" in only)):
+            self.faults.draw_moves(moves)
         self.full_for_a_moment = draws.random() < 0.05  # when the first rank writes its part of the last checkpoint
 
     def _draw_run_disk(self, seed: int, beside: Run | None) -> RunDisk | None:
@@ -221,6 +234,10 @@ class Run:
         """By its address."""
         return self._by_node[int(host.removeprefix("n"))]
 
+    def _answers(self, vault: r.Address) -> bool | None:
+        host = self.at(vault.host)
+        return None if host.process.frozen or not self.network.both(HQ, host.node) else not host.alive
+
     def lives(self, node: int) -> bool:
         """Its agent is there."""
         host = self._by_node.get(node)
@@ -288,7 +305,7 @@ class Run:
     def _drained(self) -> None:
         """A node that the user has taken away is none that the job may count on."""
         for node, state in self.hq.core.nodes.items():
-            if state.role in ("leaving", "left") and node not in self.faults.drained:
+            if state.role in ("leaving", "left") and node not in self.faults.drained | self.faults.culprits:
                 raise Violation(f"node {node} is taken away, and nobody asked for it")
             if state.role == "left":
                 self.oracle.hurt.setdefault(node, "drained")

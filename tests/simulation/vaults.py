@@ -39,7 +39,7 @@ from deadpool_megatron.vault.leftovers import PAGE
 from deadpool_megatron.vault.rebuild import decode_part, record_of
 from deadpool_megatron.vault.sender import next_slot
 from deadpool_megatron.vault.stripes import Filling, PartOf, cut, parts_of
-from deadpool_megatron.vault.transfer import finish, own_copy, own_slot
+from deadpool_megatron.vault.transfer import finish, own_copy, own_slot, read_doubted
 from deadpool_megatron.vault.version import EMPTY, unpack
 
 if TYPE_CHECKING:
@@ -417,6 +417,8 @@ class SimulatedShards(Shards):
                 found.append(
                     giver.shards.vault.find(rank, version, ("own", "peer") if giver is not host else ("peer", "own"))
                 )
+                if attempts.doubted and giver is not host:
+                    read_doubted(*found[-1], giver.shards._damaged)
             arena, slot = found[0]
             if self.vault.arena(rank, "own") is None:
                 host.cluster.check_room(host, rank)
@@ -447,6 +449,8 @@ class SimulatedShards(Shards):
             small = slot.small_bytes
             _copy_bytes(slot, into)
             into.verify(small)
+            if not attempts.doubted and self._host.cluster.network.garbles():
+                raise ChecksumMismatch("what was read has arrived changed")
             finish(into, small)
             intake.left.set()
         except VaultError as err:
@@ -551,7 +555,7 @@ class SimulatedShards(Shards):
                 intake.left.set()
                 self.report(done)
                 return
-            streams = [[self._open(done, share) for share in part] for part in parts]
+            streams = [[self._open(done, share, attempts.doubted) for share in part] for part in parts]
             mine = record_of(streams[0], rank)
             if self.vault.arena(rank, "own") is None:
                 host.cluster.check_room(host, rank)
@@ -562,7 +566,7 @@ class SimulatedShards(Shards):
             return
         host.later(0.01, 0.4, self._decode, attempts, parts, done, version, streams, into, intake)
 
-    def _open(self, done: FetchDone, share: r.Share) -> _Stream:
+    def _open(self, done: FetchDone, share: r.Share, doubted: bool) -> _Stream:
         host, k = self._host, self.stripes.coder.k if self.stripes is not None else 0
         version = Version(share.version_epoch, done.generation)
         piece = Piece(share.share, share.holder, version, share.node, f"n{share.node}", 1)
@@ -571,11 +575,13 @@ class SimulatedShards(Shards):
             host.reach(giver)
             giver.shards.server.keeper.check_epoch(done.epoch, f"fetch of rank {done.rank}")
             kinds: tuple[Kind, ...] = ("parity",) if share.share >= k else ("own", "peer")
-            _, slot = giver.shards.vault.find(share.holder, version, kinds)
+            arena, slot = giver.shards.vault.find(share.holder, version, kinds)
+            if doubted:
+                read_doubted(arena, slot, giver.shards._damaged)
             return _Stream(piece, slot, partial(host.reach, giver), k)
         except VaultError as err:
             why = f"share {share.share} of node {share.node}: {err}"
-            raise RebuildFailed(why, share.node, share.holder, err.broken) from None
+            raise RebuildFailed(why, share.node, share.holder, err) from None
 
     def _decode(
         self,
@@ -590,6 +596,9 @@ class SimulatedShards(Shards):
         assert self.stripes is not None
         try:
             intake.check()
+            if not attempts.doubted and self._host.cluster.network.garbles():
+                first = parts[0][0]
+                raise RebuildFailed("garbled", first.node, first.holder, ChecksumMismatch("a share arrived changed"))
             mine = record_of(streams[0], done.rank)
             into.small[: len(mine.small)] = mine.small
             into.sums[0] = xxhash.xxh3_64_intdigest(mine.small)

@@ -29,6 +29,7 @@ COMMANDS = [
         "coordinator",
         "plan",
         "status",
+        "nodes",
         "timeline",
         "report",
         "page",

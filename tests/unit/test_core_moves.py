@@ -200,7 +200,9 @@ def test_when_all_ranks_of_a_node_stand_still_they_are_made_good_together_and_th
     for local, rank in enumerate(here):
         job.feed(r.WorkerExited(1, local, rank, 9 + local, -9))
     job.recover()
-    assert job.core.phase is Phase.RUNNING and not job.core.nodes[1].gone and len(job.core.nodes[1].deaths) == 1
+    assert (
+        job.core.phase is Phase.RUNNING and not job.core.nodes[1].gone and len(job.core.nodes[1].record.failures) == 1
+    )
     assert job.core.nodes[1].role == ("spare" if spares else "active")
 
 
@@ -478,7 +480,7 @@ def test_what_one_node_was_told_as_committed_stays_so_for_all_when_the_coordinat
 
 
 def test_deaths_that_are_days_apart_do_not_make_a_bad_node() -> None:
-    """A job goes on for months. A coordinator that starts again counts those on record as of now."""
+    """A job goes on for months. A coordinator that starts again knows when each was."""
     job = SimulatedJob(nodes=3, spares=0).train()
     most = job.core.job.worker_deaths
     for pid in range(3 * most):
@@ -487,7 +489,11 @@ def test_deaths_that_are_days_apart_do_not_make_a_bad_node() -> None:
         job.recover()
     assert job.core.nodes[2].role == "active"
     restarted(job)
-    job.now += 24 * 3600.0 - 1.0
+    job.now += 9 * 3600.0
+    job.feed(r.WorkerExited(2, 1, 5, 98, -9, job.core.epoch))
+    job.recover()
+    assert job.core.nodes[2].role == "active", "the one before the last two is a day old"
+    job.now += 3600.0
     job.feed(r.WorkerExited(2, 1, 5, 99, -9, job.core.epoch))
     assert job.core.nodes[2].role == "lost" and "its workers ended 4 times" in job.events("detected")[-1]["cause"]
 
@@ -497,14 +503,14 @@ def test_ends_of_processes_count_once_and_only_for_the_coordinate_they_have() ->
     job = SimulatedJob(nodes=5, spares=2).train()
     ends = [r.WorkerExited(1, local, 2 + local, 70 + local, -9) for local in range(2)]
     job.feed(ends[0])
-    assert job.core.nodes[1].role == "spare" and len(job.core.nodes[1].deaths) == 1
+    assert job.core.nodes[1].role == "spare" and len(job.core.nodes[1].record.failures) == 1
     restarted(job, come_back=False)
     job.sent.clear()
     for node in job.core.nodes:
         job.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [], {}, 0, False))
         for end in ends if node == 1 else ():
             job.feed(end)
-    assert len(job.core.nodes[1].deaths) == 1 and not job.told(r.Respawn) and job.core.epoch == 2
+    assert len(job.core.nodes[1].record.failures) == 1 and not job.told(r.Respawn) and job.core.epoch == 2
 
 
 def test_the_end_of_a_process_whose_number_another_one_had_in_its_slot_counts() -> None:
@@ -644,16 +650,146 @@ def test_a_node_that_was_about_to_join_joins_the_new_coordinator_and_hides_no_lo
     assert job.core.nodes[1].role == "lost" and job.told(r.Declare)[-1].replaced == [2, 3]
 
 
-def test_nodes_that_hold_still_for_a_drain_the_coordinator_died_in_are_set_free() -> None:
+def drain(job: SimulatedJob, node: int) -> None:
+    error, actions = job.core.drain(node, job.now)
+    assert not error
+    job.take(actions)
+
+
+def test_a_drain_goes_on_with_a_coordinator_that_has_started_again() -> None:
+    """Some may hold still already: all are told the same iteration again, unless it is over."""
     job = SimulatedJob().train()
     job.iterate(4)
-    job.take(job.core.drain(1, job.now)[1])
+    drain(job, 1)
+    restarted(job, come_back=False)
+    job.wait(1.0)
+    assert len(job.told(r.Hold)) == 1, "not before all of them can hear it"
+    all_come_back(job)
+    job.wait(0.0)
+    assert len(job.told(r.Hold)) == 2 and len({told.iteration for told in job.told(r.Hold)}) == 1
     restarted(job)
-    assert not job.told(r.Declare)
+    job.iterate(job.told(r.Hold)[-1].iteration)  # of which nobody had heard
+    job.wait(0.0)
+    assert len({told.iteration for told in job.told(r.Hold)}) == 2
     at = hold(job)
-    assert len(job.told(r.Declare)) == 1 and job.told(r.Declare)[-1].replaced == []
     job.recover(at)
-    assert job.core.phase is Phase.RUNNING and job.core.nodes[1].role == "active"
+    assert job.core.nodes[1].role == "left" and len(job.told(r.Declare)) == 1
+
+
+def test_who_holds_still_already_is_told_by_no_new_coordinator_to_hold_still_later() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    drain(job, 1)
+    restarted(job)
+    at = hold(job)  # before it has told anything
+    assert job.told(r.Declare)[-1].replaced == [2, 3] and {told.iteration for told in job.told(r.Hold)} == {at}
+    job.recover(at)
+    assert job.core.nodes[1].role == "left"
+
+
+def test_nodes_that_hold_still_for_a_drain_that_no_coordinator_knows_are_set_free() -> None:
+    job = SimulatedJob().train()
+    job.feed(r.NodeHeld(0, 0, 7, False))
+    assert job.told(r.Declare)[-1].replaced == []
+    job.recover()
+    assert job.core.phase is Phase.RUNNING
+
+
+def test_a_drain_that_waits_for_a_rehearsal_goes_on_with_a_coordinator_that_has_started_again() -> None:
+    job = SimulatedJob(rehearsals=1).train()
+    drain(job, 1)
+    restarted(job)
+    job.wait(0.0)
+    assert [s.node for s in job.sent if isinstance(s.record, r.Rehearse)] == [3, 3] and not job.told(r.Hold)
+    job.feed(r.Rehearsed(3, [2, 3]))
+    hold(job)
+    assert job.told(r.Declare)[-1].replaced == [2, 3]
+
+
+def test_a_drain_goes_on_after_a_recovery_that_replaces_another_node() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.iterate(4)
+    drain(job, 1)
+    job.lose(2)
+    job.wait(10.0)
+    assert job.active == [0, 1, 3] and len(job.told(r.Hold)) == 1
+    job.recover()
+    job.wait(0.0)
+    hold(job)
+    assert job.active == [0, 4, 3]
+    job.recover()
+    assert job.core.nodes[1].role == "left" and not job.events("stays")
+
+
+def test_a_drain_goes_on_when_the_coordinator_dies_in_the_recovery_that_came_between() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.iterate(4)
+    drain(job, 1)
+    job.lose(2)
+    restarted(job, settled=False)
+    job.recover()
+    job.wait(0.0)
+    assert job.told(r.Hold)[-1].epoch == job.core.epoch == 2
+
+
+def test_a_drain_whose_spare_takes_another_place_is_called_off_with_one_line() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    drain(job, 1)
+    job.lose(2)
+    job.recover()
+    job.wait(0.0)
+    assert job.events("stays") == [{"epoch": 1, "node": 1, "cause": "no parked spare is left to take over"}]
+    assert len(job.told(r.Declare)) == 1 and job.core.next_deadline() is None
+
+
+def test_a_drain_waits_for_its_spare_whose_worker_starts_again() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    drain(job, 1)
+    job.feed(r.WorkerExited(3, 0, None, 30, -9))
+    at = hold(job)
+    assert job.told(r.Declare)[-1].replaced == [], "nobody holds still for that"
+    job.recover(at)
+    job.wait(100.0)
+    assert len(job.told(r.Hold)) == 1
+    job.feed(r.WorkerReady(3, 0, 31))
+    job.wait(0.0)
+    hold(job)
+    assert job.told(r.Declare)[-1].replaced == [2, 3] and not job.events("stays")
+
+
+def test_a_node_that_gives_way_before_it_is_drained_leaves_when_nobody_needs_its_shards() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    drain(job, 1)
+    job.feed(r.WorkerExited(1, 0, 2, 10, -9))
+    job.wait(1.0)
+    assert job.core.nodes[1].role == "spare"
+    job.recover()
+    job.wait(0.0)
+    assert job.events("left")[-1]["node"] == 1 and job.told(r.Stop, node=1)[0].code == Exit.OK
+
+
+def test_a_drain_that_training_does_not_wait_for_is_called_off() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    drain(job, 1)
+    for node in job.active:
+        job.feed(r.Finished(0, node))
+    assert job.core.phase is Phase.FINISHING and job.events("stays")[0]["cause"] == "training has finished"
+
+
+def test_a_drained_node_that_did_not_hear_that_it_may_leave_hears_it_from_the_next_coordinator() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    drain(job, 1)
+    at = hold(job)
+    job.recover(at)
+    restarted(job)
+    before = len(job.events("left"))
+    job.feed(r.Join(1, 1, "h", 1, [1, 2], {}, 1, True))
+    assert job.told(r.Stop, node=1)[-1].code == Exit.OK and len(job.events("left")) == before + 1
 
 
 def test_a_placement_nobody_heard_since_the_coordinator_died_is_told_again() -> None:
@@ -701,6 +837,19 @@ def test_when_no_spare_comes_in_time_the_job_saves_and_ends_as_without_the_wait(
     assert job.core.phase is Phase.WAITING
     job.wait(2)
     assert job.told(r.Declare)[-1].purpose == "save" and job.core.epoch == 2
+
+
+def test_a_coordinator_that_starts_again_waits_for_a_spare_no_longer_than_the_one_before() -> None:
+    job = _waiting()
+    job.wait(300)
+    restarted(job, settled=False)
+    for node in (0, 2):
+        job.offer(node)
+    assert job.core.phase is Phase.WAITING and job.core.epoch == 2 and len(job.events("waiting")) == 1
+    job.wait(298)
+    assert job.core.phase is Phase.WAITING
+    job.wait(3)
+    assert job.told(r.Declare)[-1].purpose == "save"
 
 
 def test_another_loss_while_a_spare_is_waited_for_makes_the_wait_no_longer() -> None:

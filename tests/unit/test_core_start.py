@@ -132,6 +132,26 @@ def _nobody_has_anything(job: SimulatedJob) -> list[Action]:
     return actions
 
 
+def test_a_start_that_stands_still_leaves_stacks_once_and_loses_nobody() -> None:
+    job = SimulatedJob()
+    job.join()
+    job.park()
+    for rank in (0, 1, 2):
+        job.register(rank)
+    job.wait(1.0)
+    job.wait(DEADLINES.build - 1.1)
+    assert not job.events("late")
+    job.wait(2 * DEADLINES.build)
+    (late,) = job.events("late")
+    assert (late["nodes"], late["phase"], late["ends"]) == ([1, 2], "starting", False)
+    assert "stacks-node1-*.txt, stacks-node2-*.txt" in late["message"]
+    assert [(s.node, s.record) for s in job.sent if isinstance(s.record, r.KeepStacks)] == [
+        (1, r.KeepStacks(0, False)),
+        (2, r.KeepStacks(0, False)),
+    ]
+    assert job.core.phase is Phase.STARTING and not [n for n, s in job.core.nodes.items() if s.gone]
+
+
 def test_a_node_that_is_drained_when_the_start_begins_anew_leaves() -> None:
     """It has no coordinate any more, and no recovery ends that would let it go."""
     job = SimulatedJob().train()

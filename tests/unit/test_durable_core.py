@@ -558,7 +558,7 @@ def test_agents_that_were_away_while_the_coordinator_stood_still_hear_once_more_
     told = r.ResumeAt if loaded else r.LoadShards
     before = len(it.told(told)), len(it.told(r.Roster))
     for node in range(3):
-        it.core.node_away(node, it.now)
+        it.core.node_away(node, it.now, stood_still=True)
     for node in range(3):
         assert (len(it.told(told)), len(it.told(r.Roster))) == before
         it.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [10 * node, 10 * node + 1]))
@@ -727,7 +727,7 @@ def test_who_writes_the_manifest_knows_what_job_it_is() -> None:
     it.core.members.hand_over({0: 2})
     assert it.active == [2, 1] and it.core.members.writer() == 1, "no worker of node 2 has told"
     again = Members(it.core.job)
-    again.load(json.loads(json.dumps(it.core.members.dump())), it.now)
+    again.load(json.loads(json.dumps(it.core.members.dump())))
     assert again.writer() == 1
 
 

@@ -178,6 +178,20 @@ def test_what_was_done_once_is_told_again_to_a_coordinator_that_may_have_started
     assert [each for each in told if isinstance(each, r.SideEffect)] == [r.SideEffect(0, 3, 0, 5, "log")]
 
 
+def test_that_a_node_is_redundant_again_is_told_again_in_its_epoch() -> None:
+    """Else the job counts it as lost, in what it says may be lost, until the next recovery."""
+    agent, told = _agent({})
+    agent._job.ranks = {0: 0}
+    agent._commits.agreed(r.Agree(0, 5, {}, {}))
+    agent.happened(RankCommitted(0, 0, 5))
+    told.clear()
+    agent.introduce()
+    assert [each for each in told if isinstance(each, r.Covered)] == [r.Covered(0, 0, 5)]
+    agent._job.epoch, told[:] = 1, []
+    agent.introduce()
+    assert not [each for each in told if isinstance(each, r.Covered)]
+
+
 def test_the_error_of_a_worker_that_has_not_ended_yet_is_told_again() -> None:
     """Without it nobody knows that a lost peer may have caused its end, which ends the job while it starts."""
     worker = MagicMock(local=0, rank=0, pid=7, parked=False, exited=False, registered=None, broken=None)

@@ -21,13 +21,14 @@ import pytest
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.coordinator.coordinator import Coordinator, CoordinatorSettings
 from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
-from deadpool_megatron.cluster.coordinator.saved_state import Memory
+from deadpool_megatron.cluster.coordinator.saved_state import Memory, read_state
 from deadpool_megatron.cluster.core.job import JobSpec
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.cluster.store import Guard, StoreError
+from deadpool_megatron.cluster.store import EMBEDDED, Guard, StoreError, open_store
 from deadpool_megatron.cluster.store.gateway import Gateway, StoreAddress
+from deadpool_megatron.cluster.store.leadership import Leadership
 from deadpool_megatron.launcher import node, processes
 from deadpool_megatron.launcher.processes import CoordinatorProcess
 from deadpool_megatron.launcher.serving import Serving
@@ -56,6 +57,23 @@ def test_a_job_ends_as_it_has_although_its_hashes_cannot_be_written(
     coordinator._core.seen.state_hashes[0] = {"all": "digest"}
     assert coordinator.end()[0] == Exit.INTERRUPTED
     assert "hash.json: No such file or directory" in capsys.readouterr().err
+
+
+def test_whoever_leads_next_goes_on_with_a_job_that_has_not_begun(tmp_path: Path) -> None:
+    """Its coordinator listens, and agents come to it: no other one would know of the job."""
+    store = open_store(EMBEDDED, str(tmp_path), "job")
+    guard = Leadership(store, 2.0).take()
+    assert guard is not None
+    job, told, hub = JobSpec(2, 0, 1, True, DEADLINES), list[Any](), MagicMock(port=1)
+    for resume in (False, True):
+        settings = CoordinatorSettings("h", "h", 1, bytes(32), "run", job_id="job", resume=resume)
+        coordinator = Coordinator(job, settings, MagicMock(), store, guard, hub=hub, run=MagicMock())
+        coordinator.begin(lambda port: told.append(read_state(store)))
+        coordinator._packet(b"node-0@job", r.encode(r.Join(0, 7, "h", 1, [8])))
+    assert all(state["now"]["phase"] == "starting" for state in told) and not hub.send.called
+    coordinator._packet(b"node-1@job", r.encode(r.Join(1, 7, "h", 1, [8])))
+    assert [call.args[0] for call in hub.send.call_args_list] == [b"node-0@job", b"node-1@job"]
+    store.close()
 
 
 def test_a_coordinator_whose_run_directory_hangs_goes_on(tmp_path: Path) -> None:
@@ -224,6 +242,7 @@ def _hosted(
         return started[-1]
 
     monkeypatch.setattr(processes, "replace", lambda settings, **changes: settings)
+    monkeypatch.setattr(processes, "StoreWatch", lambda *of: SimpleNamespace(end=lambda: None, why=""))
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     leadership = SimpleNamespace(guard=Guard("leader", 1))
@@ -238,7 +257,7 @@ def test_a_coordinator_that_cannot_be_started_again_at_once_is_tried_again(monke
     assert hosted.revive() is None and len(started) == 2
     hosted, started = _hosted(100, monkeypatch)
     code, message = hosted.revive() or (0, "")
-    assert code == Exit.FAILED and "cannot be started again" in message and len(started) == 1
+    assert code == Exit.RECOVERY_FAILED and "cannot be started again" in message and len(started) == 1
 
 
 def test_one_that_is_killed_before_it_listens_counts_as_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +265,7 @@ def test_one_that_is_killed_before_it_listens_counts_as_killed(monkeypatch: pyte
     assert hosted.revive() is None and len(started) == 2
     hosted, started = _hosted(5, monkeypatch, killed=True)
     code, message = hosted.revive() or (0, "")
-    assert code == Exit.FAILED and "by signal 9 again and again" in message and len(started) == 1
+    assert code == Exit.RECOVERY_FAILED and "by signal 9 again and again" in message and len(started) == 1
 
 
 def test_a_notice_ends_no_process_that_does_not_listen_to_it_yet_and_the_word_to_end_an_agent_at_once() -> None:

@@ -312,6 +312,15 @@ def test_a_file_that_is_no_run_is_refused_by_name(tmp_path: Path, capsys: pytest
     assert cli.main(["plan", "--config", str(tmp_path / "nowhere")]) == Exit.USAGE
 
 
+def test_it_is_said_how_many_losses_of_each_domain_spares_cover(tmp_path: Path) -> None:
+    """64 nodes train; 64 and 65 are spares."""
+    domains = {"domains": "0-64=r1", "nvlink_domains": "0-31=n1,32-63=n2,64-65=n1"}
+    plan = budget(_changed(tmp_path, deadpool=domains))
+    said = "losses that spares of the same nvlink domain cover: n1 2, none of n2"
+    assert plan.covered == [said, "losses that spares of the same rack domain cover: r1 1"]
+    assert not budget(load(str(LARGE))).covered
+
+
 def test_the_command_prints_text_json_or_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--config", str(LARGE)]) == 0
     text = capsys.readouterr().out

@@ -96,6 +96,12 @@ def shown(run_dir: Path, size: tuple[int, int], status: dict[str, Any], events: 
     return lines
 
 
+def test_what_spares_cover_is_said_and_fits(tmp_path: Path) -> None:
+    covered = "losses that spares of the same nvlink domain cover: " + ", ".join(f"rack{n:03} 2" for n in range(12))
+    lines = shown(tmp_path, (80, 24), {**status_of(256), "covered": [covered]}, events_of(256))
+    assert any(line.startswith("losses that spares of the same nvlink domain cover: rack000 2") for line in lines)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("total", NODES)
 def test_a_healthy_job_of_any_size_fits_and_says_that_it_trains_and_is_protected(

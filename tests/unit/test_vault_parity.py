@@ -260,7 +260,8 @@ def test_a_shard_that_was_changed_in_memory_is_never_built_into_another(jobs: Ca
     job.shards[3].rebuild(0, 0, 1, agreed.rebuilds[0], vaults)
     event = job.shards[3].events.get()
     assert isinstance(event, FetchDone) and event.version is None
-    assert event.source == share.node and "arrived changed" in event.error
+    assert event.source == share.node and event.gone and "has changed in memory at its holder" in event.error
+    assert job.shards[share.node].events.get() == Damaged(share.holder, "own", 1)
     assert not job.shards[3].vault.holdings().ranks.get(0)
 
 

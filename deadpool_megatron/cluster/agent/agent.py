@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from typing import Final
 
 import msgspec
 
@@ -51,6 +52,10 @@ from deadpool_megatron.cluster.placement.domains import slurm_labels
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import Done, Staged
 from deadpool_megatron.vault import is_constants, numa_nodes, owner_of
+
+_SIGN_S: Final = 60.0  # so long a sign may explain what ends (`cluster.core.signs`)
+MACHINE: Final = "DEADPOOL_MACHINE"
+"""The variable that names the machine of a node, where its own name does not: a pod's may run anywhere."""
 
 
 class Agent:
@@ -89,7 +94,7 @@ class Agent:
         self._shards = shards
         self._crew = crew
         self._processes = processes
-        self._faults = Faults(settings.node, crew, shards)
+        self._faults = Faults(settings.node, crew, shards, self.sign)
         self._watch = watch
         self._durable = (
             durability(
@@ -111,6 +116,9 @@ class Agent:
             self._upkeep = Upkeep(job, shards, self._durable)
             self._recovery = NodeRecovery(job, crew, shards, self._upkeep, self._faults, self.send)
             self._lookout = Lookout(settings, job, crew, self._recovery, processes, fence, self.send, clock)
+        self._covered: r.Covered | None = None  # told last
+        self._clock = clock
+        self._signs: dict[int, tuple[float, r.MachineSign]] = {}  # the newest of each number, and when it came
         self._hashes: list[r.StateHash] = []
         self._done: dict[r.SideEffectKind, r.SideEffect] = {}  # the newest of each kind that a rank here has told
         self._iteration = -1  # the newest of this epoch that a rank here has told
@@ -120,6 +128,11 @@ class Agent:
         points.reach_record("agent", record)
         self._post(r.encode(record))
         self._watch.sent(record)
+
+    def sign(self, record: r.MachineSign) -> None:
+        """The machine tells of a fault."""
+        self._signs[record.xid] = self._clock(), record
+        self.send(record)
 
     def look(self, connected: bool) -> None:
         """Call often. ``connected``: to the coordinator."""
@@ -150,9 +163,12 @@ class Agent:
                 not self._s.adopt,
                 self._commits.kept,
                 self._iteration,
-                os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+                os.environ.get(MACHINE) or os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
             )
         )
+        for when, sign in self._signs.values():  # before the ends of workers that they explain
+            if self._clock() - when < _SIGN_S:
+                self.send(sign)
         for worker in workers.values():
             if worker.parked and worker.rank is None and not worker.exited:
                 self.send(r.WorkerReady(node, worker.local, worker.pid))
@@ -168,6 +184,8 @@ class Agent:
             self._tell_rehearsed()
         if (last := self._commits.last) is not None:
             self.send(last)  # without it nobody could ever overwrite a slot again
+        if self._covered is not None and self._covered.epoch == self._job.epoch:
+            self.send(self._covered)  # it counts once
         for record in self._hashes:
             self.send(record)
         for done in self._done.values():
@@ -312,6 +330,7 @@ class Agent:
     def _rank_committed(self, event: RankCommitted) -> None:
         covered = self._commits.covered(event.rank, event.generation)
         if covered is not None:
+            self._covered = covered
             self.send(covered)
         if event.epoch != self._job.epoch:
             return
@@ -355,6 +374,9 @@ class Agent:
             case r.EndStuck():
                 if self._lookout is not None:
                     self._lookout.end_stuck(record)
+            case r.KeepStacks() if self._recovery is not None and self._lookout is not None:
+                if record.epoch == self._job.epoch:
+                    self._lookout.keep_stacks(self._recovery.late(), record.end)
             case r.Arm():
                 self._faults.arm(record)
             case r.Stop():

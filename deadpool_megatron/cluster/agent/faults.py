@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
@@ -16,7 +17,11 @@ from deadpool_megatron.cluster.agent.workers import Worker, end_group
 class Faults:
     """The faults of one node, and how each strikes."""
 
-    def __init__(self, node: int, crew: Crew, shards: Shards | None) -> None:
+    def __init__(
+        self, node: int, crew: Crew, shards: Shards | None, tell: Callable[[r.MachineSign], None] | None = None
+    ) -> None:
+        """``tell``: what the machine is said to tell goes to the coordinator."""
+        self._tell = tell
         self._node = node
         self._crew = crew
         self._shards = shards
@@ -67,6 +72,8 @@ class Faults:
                 end_group(worker.pid, signal.SIGSTOP)
             case "corrupt" if worker is not None and worker.rank is not None and self._shards is not None:
                 self._shards.corrupt(worker.rank)
+            case "sign" if self._tell is not None:
+                self._tell(r.MachineSign(self._node, int(fault.sign.removeprefix("xid:")), text="injected"))
             case _:
                 if worker is not None:
                     worker.send(r.Arm(fault))

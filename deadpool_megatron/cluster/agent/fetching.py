@@ -13,7 +13,8 @@ _PAUSE_S = 0.05
 class Attempts[Place]:
     """All holders at once, then the first alone; if a connection broke, the others one by one, then all that again.
 
-    A connection that breaks says nothing of the copy. Any other error of the first holder is the outcome.
+    A connection that breaks says nothing of the copy. Nor does one complaint that it has arrived changed: the first
+    holder is asked once more then. Any other error of that one is the outcome.
 
     Args:
         places: who holds the version; at least one.
@@ -28,6 +29,8 @@ class Attempts[Place]:
         self._left: list[list[Place]] = []
         self.error: VaultError | None = None
         """What the first holder alone said last."""
+        self.doubted = False
+        """What the first holder alone has given has arrived changed."""
         self._round()
 
     def _round(self) -> None:
@@ -48,6 +51,10 @@ class Attempts[Place]:
             return 0.0
         if asked == [self._places[0]] and len(self._left) == len(self._places) - 1:
             self.error = err
+            if err.changed and not self.doubted:
+                self.doubted = True
+                self._left.insert(0, asked)
+                return 0.0
             if not err.broken:
                 return None
         if self._left:

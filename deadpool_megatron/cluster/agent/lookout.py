@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -55,10 +55,9 @@ class Lookout:
         self._send = send
         self._fence = fence
         self._clock = AwakeClock(max(8 * LOOK_S, settings.config.lease / 2), clock)
-        self._stuck: StuckWatch | None = None
-        if settings.config.hang_floor > 0:
-            rule = StallRule(settings.config.hang_factor, settings.config.hang_floor, settings.config.hang_outside)
-            self._stuck = StuckWatch(rule, settings.config.lease, processes, self._stalled)
+        self._looks = settings.config.hang_floor > 0  # for workers that make no progress
+        rule = StallRule(settings.config.hang_factor, settings.config.hang_floor, settings.config.hang_outside)
+        self._stuck = StuckWatch(rule, settings.config.lease, processes, self._stalled)
         self._pace_s = pace_every_s(settings.active_nodes)
         self._due = self._pace_due = self._wait_due = 0.0
         self._wait_s = settings.config.lease / 2
@@ -80,36 +79,42 @@ class Lookout:
             for worker in self._crew.mine().values():
                 if worker.waits(self._job.epoch) or not self._recovery.settled:
                     worker.send(r.KeepWaiting())
-        if self._stuck is None:
-            return ""
+        unkillable = self._stuck.finish(now)
+        if unkillable or not self._looks:
+            return f"a stuck worker of node {self._job.node} cannot be killed" if unkillable else ""
         mine, epoch = self._crew.mine(), self._job.epoch
         # One that has finished waits for the others, for as long as their last checkpoint takes.
         mine = {rank: worker for rank, worker in mine.items() if worker.reached.get("finished", -1) != epoch}
         if self._job.declared is None or self._recovery.settled:  # a recovery's pace is another
             self._stuck.look(mine, now)
-        unkillable = self._stuck.finish(now)
         if now >= self._pace_due:
             self._pace_due = now + self._pace_s
             paces = self._stuck.paces(mine)
             if paces:
                 self._send(r.Pace(self._job.node, max(w.page.iteration for w in mine.values()), paces))
-        return f"a stuck worker of node {self._job.node} cannot be killed" if unkillable else ""
+        return ""
 
     def _stalled(self, worker: Worker, record: r.Stalled) -> None:
         self._send(msgspec.structs.replace(record, epoch=self._job.epoch, node=self._job.node))
 
     def restart(self) -> None:
         """Ignore the gap that a recovery causes."""
-        if self._stuck is not None:
-            self._stuck.restart(self._clock.now())
+        self._stuck.restart(self._clock.now())
 
     def answered(self, worker: Worker, record: r.Whereabouts) -> None:
         """A worker that was asked says where its training thread is."""
-        if self._stuck is not None:
-            self._stuck.answered(worker, record, self._clock.now())
+        self._stuck.answered(worker, record, self._clock.now())
 
     def end_stuck(self, record: r.EndStuck) -> None:
         """The coordinator has judged a worker: keep its stacks, then end it."""
         stuck = self._crew.mine().get(record.rank) if record.epoch == self._job.epoch else None
-        if stuck is not None and self._stuck is not None:
+        if stuck is not None:
             self._stuck.end(stuck, self._clock.now())
+
+    def keep_stacks(self, late: Iterable[Worker], end: bool) -> None:
+        """The others wait for these workers: keep their stacks; ``end``: and end them."""
+        for worker in late:
+            if end:
+                self._stuck.end(worker, self._clock.now())
+            else:
+                self._stuck.processes.keep_stacks(worker)

@@ -18,6 +18,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.agent import Agent
 from deadpool_megatron.cluster.agent.crew import Crew
 from deadpool_megatron.cluster.agent.fence import Fence
+from deadpool_megatron.cluster.agent.kernel_log import KernelLog
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.lookout import LOOK_S
 from deadpool_megatron.cluster.agent.settings import AgentSettings
@@ -76,6 +77,9 @@ class AgentProcess:
         )
         if self._shards is not None:
             self._poller.register(self._shards.wake_fd, zmq.POLLIN)
+        self._kernel_log = KernelLog(settings.kernel_log) if settings.kernel_log and settings.config.deadpool else None
+        if self._kernel_log is not None and self._kernel_log.fd is not None:
+            self._poller.register(self._kernel_log.fd, zmq.POLLIN)
         self._refusals: dict[str, int] = {}
         self._refusals_due = 0.0
 
@@ -101,6 +105,8 @@ class AgentProcess:
             agent.close()
             if self._shards is not None:
                 self._shards.close()
+            if self._kernel_log is not None:
+                self._kernel_log.close()
             self._uplink.close()
             self._watch.close()
         return 128 + signal.SIGTERM if agent.code is None else agent.code
@@ -138,8 +144,19 @@ class AgentProcess:
             os.eventfd_read(self._shards.wake_fd)
             while not self._shards.events.empty():
                 agent.happened(self._shards.events.get())
+        self._read_kernel_log(fds)
         self._uplink.follow()
         agent.look(self._uplink.connected)
+
+    def _read_kernel_log(self, fds: set[object]) -> None:
+        log = self._kernel_log
+        if log is None or log.fd is None or log.fd not in fds:
+            return
+        fd = log.fd
+        for xid in log.read():
+            self._agent.sign(r.MachineSign(self._s.node, xid.xid, xid.device, xid.text, xid.after))
+        if log.fd is None:
+            self._poller.unregister(fd)
 
     def _report_refusals(self) -> None:
         """Once a second, if anything was refused since."""

@@ -167,7 +167,7 @@ class NodeRecovery:
             node, tried = self._job.node, event.tried
             # (a copy of its own that was found broken is given up, and another one may come in its place)
             here = event.source == node and event.share < 0 and not event.own
-            gone = here and not self._shards.has(event.rank, (tried, event.generation))
+            gone = event.gone or (here and not self._shards.has(event.rank, (tried, event.generation)))
             self._send(
                 r.FetchFailed(
                     event.epoch, node, event.rank, event.source, event.generation, event.error, tried, event.own, gone,
@@ -297,6 +297,19 @@ class NodeRecovery:
                 self._send(r.NodeResumed(epoch, node, record.number))
             case "finished":
                 self._send(r.Finished(epoch, node))
+
+    def late(self) -> list[Worker]:
+        """The workers of this node that the others wait for, in a recovery or at the start."""
+        epoch, mine = self._job.epoch, self._crew.mine().values()
+        if self._job.declared is None:
+            return [worker for worker in mine if worker.registered is None]
+        if self._offered != epoch:
+            gone = [each for each in mine if each.arrived is not None and each.arrived.epoch == epoch]
+            return [worker for worker in mine if worker.in_loop and worker not in gone]
+        for step in ("ready", "formed", "resumed"):
+            if late := [worker for worker in mine if worker.reached.get(step, -1) != epoch]:
+                return late
+        return []
 
     def saved(self, worker: Worker, record: r.ShardReady) -> None:
         """A worker has saved its part of Megatron's checkpoint, the last thing a job without spares does."""

@@ -23,6 +23,7 @@ class AgentSettings:
         metrics_port: 0 for none.
         exit_signal: what workers in plain mode get when the machines are wanted soon; 0 for nothing.
         pin: the agent binds itself to processors that its workers do not need.
+        kernel_log: where the machine's Xids are read; empty: nowhere.
     """
 
     config: DeadpoolConfig
@@ -43,6 +44,7 @@ class AgentSettings:
     metrics_port: int = 0
     exit_signal: int = 0
     pin: bool = False
+    kernel_log: str = ""
 
     @property
     def world_size(self) -> int:

@@ -64,6 +64,7 @@ class FetchDone:
     """A shard has arrived (``error`` empty, ``version`` set) or could not be had.
 
     ``tried``: the epoch in which what was asked for at ``source`` was written. ``own``: the fault is this node's.
+    ``gone``: who had it has found that it has changed, and offers it no more.
     ``share``: it was to be rebuilt, and ``source`` gave a share: of this rank's part, or word's parity; -1: a copy.
     """
 
@@ -76,11 +77,12 @@ class FetchDone:
     tried: int = -1
     own: bool = False
     share: int = -1
+    gone: bool = False
 
     @classmethod
     def failed(cls, rank: int, epoch: int, version: Version, source: int, tried: int, err: VaultError) -> FetchDone:
         """It could not be had, because of ``err``."""
-        return cls(rank, epoch, version.generation, source, None, str(err), tried, err.own)
+        return cls(rank, epoch, version.generation, source, None, str(err), tried, err.own, gone=err.gone)
 
     @classmethod
     def not_rebuilt(
@@ -149,8 +151,9 @@ class Shards:
         name = f"{job_id}-{node}-{os.getpid()}-{os.urandom(4).hex()}"
         self._direct, self.transport = make_transport(transport, name)
         self.server = VaultServer(
-            self.vault, secret, host, stripes=self.stripes, direct=self._direct, on_full=self._no_room
-        )
+            self.vault, secret, host, stripes=self.stripes, direct=self._direct, on_full=self._no_room,
+            on_damaged=self._damaged,
+        )  # fmt: skip
         self.server.start()
         self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # ShardsEvent, and what others tell
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -337,10 +340,10 @@ class Shards:
         """
         version = Version(source.version_epoch, generation)
 
-        def bring(places: Sequence[_Place]) -> None:
+        def bring(places: Sequence[_Place], doubted: bool) -> None:
             fetch(
                 self.vault, self._secret, places[0], rank, epoch, version, direct=self._direct,
-                others=[place for place in places[1:] if not isinstance(place, Vault)],
+                others=[place for place in places[1:] if not isinstance(place, Vault)], doubted=doubted,
             )  # fmt: skip
 
         def work() -> None:
@@ -390,7 +393,10 @@ class Shards:
                 near = [vaults[share.node] for share in parts[0]]  # who has parity of it has them whole
                 self._fetch_constants(rank, epoch, [*_places(near), *_places(keepers)], vaults)
                 _patiently(
-                    [pieces], lambda those: rebuild(self.vault, self._secret, rank, epoch, version, those[0], coder)
+                    [pieces],
+                    lambda those, doubted: rebuild(
+                        self.vault, self._secret, rank, epoch, version, those[0], coder, doubted=doubted
+                    ),
                 )
             except Exception as err:  # noqa: BLE001 - as in `fetch`
                 done = FetchDone.not_rebuilt(rank, epoch, version, parts, as_vault_error(err))
@@ -469,19 +475,19 @@ class Shards:
         self.vault.close()
 
 
-def _patiently[Place](places: Sequence[Place], ask: Callable[[Sequence[Place]], object]) -> None:
+def _patiently[Place](places: Sequence[Place], ask: Callable[[Sequence[Place], bool], object]) -> None:
     """Ask these holders, over new connections, as `Attempts` says. Raises what the first one alone raised last."""
     attempts = Attempts(places, time.monotonic())
     while True:
         try:
-            ask(attempts.asked)
+            ask(attempts.asked, attempts.doubted)
             return
         except VaultError as err:
             pause = attempts.failed(err, time.monotonic())
             if pause is None:
                 assert attempts.error is not None
                 raise attempts.error from None
-            if pause:
+            if pause or err.changed:
                 _log.warning("%s; trying again", err)
         time.sleep(pause)
 

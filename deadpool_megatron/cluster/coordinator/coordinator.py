@@ -12,18 +12,20 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.coordinator.absences import Absences, Ask
+from deadpool_megatron.cluster.coordinator.drain_sources import Drains
 from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
 from deadpool_megatron.cluster.coordinator.saved_state import Memory
 from deadpool_megatron.cluster.coordinator.status import Progress
 from deadpool_megatron.cluster.coordinator.validate import misfit
-from deadpool_megatron.cluster.core.core import Core
+from deadpool_megatron.cluster.core.core import ABSENCE, GONE, Core
 from deadpool_megatron.cluster.core.effects import Action, Emit, Finish, Keep, Send
 from deadpool_megatron.cluster.core.job import JobSpec, Phase
 from deadpool_megatron.cluster.core.protection import in_words
@@ -38,6 +40,7 @@ from deadpool_megatron.observe import RunDirectory
 
 _FAREWELL_S = 10.0
 _LONGEST_PASS_S = 0.75
+_LOOK_FOR_ANSWERS_S = 0.005  # of ports that were asked: an absence is short, and rare
 _MOST_REFUSALS_TOLD = 100
 _GATHER_S = (0.003, 0.02)
 _GATHER_S_A_NODE = 2e-5  # about what a packet and its answer cost
@@ -54,7 +57,8 @@ class CoordinatorSettings:
 
     ``store_port`` is that of the rendezvous store beside it. ``resume``: go on where a coordinator that is gone left
     off. ``elected``: another node may lead one day. ``agent``: settings of an agent of this job but for its node, for
-    `deadpool join`.
+    `deadpool join`. ``drain_from``: who says that nodes are to be taken away (see `drain_sources`), asked every
+    ``drain_poll_s`` seconds.
     """
 
     host: str
@@ -68,6 +72,8 @@ class CoordinatorSettings:
     resume: bool = False
     elected: bool = False
     agent: Mapping[str, Any] = field(default_factory=dict)
+    drain_from: Sequence[str] = ()
+    drain_poll_s: float = 10.0
 
 
 class Coordinator:
@@ -86,13 +92,15 @@ class Coordinator:
         chance: random.Random | None = None,
         lease: Lease | None = None,
         worked: Callable[[], float] = time.thread_time,
+        unix: Callable[[], float] = time.time,
+        ask: Ask | None = None,
     ) -> None:
         """``guard``: of the leadership in this term; without it ``store`` takes no write.
 
         ``lease``: of the durable directory, kept by its own thread. ``hub``, ``run``, ``clock`` (seconds, monotonic),
-        ``chance`` and ``worked`` (seconds of processor time) are those of ``settings`` and this machine unless given.
+        ``chance``, ``worked`` (seconds of processor time) and ``unix`` (seconds since 1970) are those of ``settings``
+        and this machine unless given. ``ask``: see `Absences`.
         """
-        self._core = Core(job, r.Address(settings.host, settings.store_port))
         self._memory = Memory(store, guard)
         self._progress = Progress()
         self._settings = settings
@@ -100,7 +108,10 @@ class Coordinator:
         self._lease = lease
         patience, silence_s = patience_s(again=settings.resume), job.deadlines.lease
         self._clock = AwakeClock(max(_LONGEST_PASS_S, silence_s / 2), clock)  # less than the silence that means gone
-        self._hub = hub or Hub(settings.bind, settings.port, settings.secret, silence_s, patience)
+        self._core = Core(job, r.Address(settings.host, settings.store_port), unix() - self._clock.now())
+        # Who falls silent loses its connection first, and is lost when it has not come back: within the lease, both.
+        self._hub = hub or Hub(settings.bind, settings.port, settings.secret, (1 - ABSENCE) * silence_s, patience)
+        self._absences = Absences(ask)
         self.port = self._hub.port
         self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume, aside=True)
         self._finish: Finish | None = None
@@ -112,7 +123,9 @@ class Coordinator:
         self._interrupted: Exit | None = None
         self._preempted = False
         self._status_due = 0.0
+        self._drains = Drains(settings.drain_from, settings.drain_poll_s) if settings.drain_from else None
         self._worked = worked
+        self._unix = unix
         self._status_cost = 0.0  # seconds of processor time that the last one took, in a job of this size
         self._status_stale = True
 
@@ -163,9 +176,12 @@ class Coordinator:
         if self._settings.resume:
             kept = self._memory.read()
             if kept is not None:
+                if (until := kept["now"].get("waits_until")) is not None:
+                    left = min(kept["now"]["waits_s"], max(0.0, until - self._unix()))
+                    kept["now"]["waits_s"] = left
                 self._do(self._core.restored(kept, self._clock.now()))
         else:
-            self._memory.clear()
+            self._memory.begin(self._core.dump())
         self._write_status()
         host, store_port = self._settings.host, self._settings.store_port
         self._memory.publish_place(host, self.port, store_port, self._settings.job_id, self._settings.resume)
@@ -177,16 +193,24 @@ class Coordinator:
         """Seconds until there is something to do if nothing comes; half a second at most."""
         deadline = self._core.next_deadline()
         now = self._clock.now()
-        timeout = 0.5 if deadline is None else min(0.5, max(0.0, deadline - now))
+        most = _LOOK_FOR_ANSWERS_S if self._absences.asks else 0.5
+        timeout = most if deadline is None else min(most, max(0.0, deadline - now))
         return min(timeout, max(0.0, self._status_due - now)) if self._status_stale else timeout
 
     def turn(self, timeout: float) -> None:
         """One turn of the loop: what comes within ``timeout`` seconds, and what is due."""
         self._hub.wait(timeout, self._packet, self._gone)
         self._tell_standstill()
+        for node, refused in self._absences.answers(self._core.awaits):
+            now = self._clock.now()
+            self._do(self._core.node_lost(node, GONE, now) if refused else self._core.node_lives(node, now))
         self._memory.check()
         self._run.flush()
         self._do(self._core.tick(self._clock.now()))
+        if self._drains is not None and self._finish is None:
+            for node, why in self._drains.due(self._core, self._clock.now()):
+                self._run.event("drain_wanted", epoch=self._core.epoch, node=node, cause=why)
+                self._do(self._core.drain(node, self._clock.now())[1])
         if self._lease is not None and self._lease.lost is not None:
             why, self._lease = str(self._lease.lost), None
             self._do(self._core.durable_taken(why, self._clock.now()))
@@ -210,6 +234,7 @@ class Coordinator:
             self._run.error(self._finish.code, self._finish.message)
         self._write_status()
         self._run.close()
+        self._absences.close()
         self._hub.close()
         return self._finish.code, self._finish.message
 
@@ -253,6 +278,7 @@ class Coordinator:
             return  # a node that was declared lost has no say any more
         self._connected.add(node)
         if isinstance(record, r.Join):
+            self._absences.over(node)
             self._broadcast.joined(node)
         elif isinstance(record, r.Behind):
             if whole := self._broadcast.behind(node):
@@ -341,11 +367,12 @@ class Coordinator:
         if not number.isdecimal() or identity != self._identity(int(number)):
             return
         node = int(number)
-        self._connected.discard(node)
-        if self._clock.just_woke(self._core.job.deadlines.lease):
-            self._do(self._core.node_away(node, self._clock.now()))
-        else:
-            self._do(self._core.node_lost(node, "its agent is gone or silent", self._clock.now()))
+        now, stood_still = self._clock.now(), self._clock.just_woke(self._core.job.deadlines.lease)
+        self._do(self._core.node_away(node, now, stood_still))
+        if not self._core.awaits(node):
+            self._connected.discard(node)
+        elif (vault := self._core.nodes[node].vault) is not None:
+            self._absences.began(node, vault)
 
     def _do(self, actions: list[Action], step: dict[str, Any] | None = None) -> None:
         if not actions and step is None:
@@ -355,7 +382,10 @@ class Coordinator:
         decided = time.time()
         kept = [action for action in actions if isinstance(action, Keep)]
         if kept:
-            self._memory.write({name: part for action in kept for name, part in action.parts.items()})
+            parts = {name: part for action in kept for name, part in action.parts.items()}
+            if (now := parts.get("now", {})).get("waits_s") is not None:  # whoever reads it has no clock but the wall's
+                parts["now"] = {**now, "waits_until": self._unix() + now["waits_s"]}
+            self._memory.write(parts)
             points.reach("coordinator.persisted")
         for action in actions:
             if isinstance(action, Send):
@@ -375,7 +405,7 @@ class Coordinator:
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
                 if (
-                    action.event.startswith(("durable", "waiting", "started_over", "never_struck"))
+                    action.event.startswith(("durable", "waiting", "late", "started_over", "never_struck"))
                     and "message" in action.fields
                 ):
                     print(f"deadpool: {action.fields['message']}", file=sys.stderr, flush=True)
@@ -452,7 +482,7 @@ class Coordinator:
                 "epoch": core.epoch,
                 "iteration": core.iteration,
                 "nodes": [
-                    {"node": n, "name": s.name, "agent_pid": s.agent_pid, "role": s.role}
+                    {"node": n, "name": s.name, "agent_pid": s.agent_pid, "role": s.role, **self._known_of(n)}
                     for n, s in sorted(core.nodes.items())
                 ],
                 "coordinates": coordinates,
@@ -466,6 +496,7 @@ class Coordinator:
                     for n, s in sorted(core.nodes.items())
                     if s.role == "spare"
                 ],
+                "covered": core.covered,
                 "generation": {"committed": core.committed, "durable": core.durable},
                 "protection": core.protection.status(),
                 "behind": asdict(core.seen.lag) if core.seen.lag is not None else None,
@@ -479,6 +510,17 @@ class Coordinator:
         )
         self._status_stale = False
         self._status_cost = self._worked() - begun  # not what it waited for: a directory may hang for a second
+
+    def _known_of(self, node: int) -> dict[str, Any]:
+        """What is not the same of all nodes: left out where there is nothing to say."""
+        failures, core = self._core.nodes[node].record.failures, self._core
+        out: dict[str, Any] = {}
+        if failures:
+            out["failures"] = [[each.when, each.kind, each.cause] for each in failures]
+            out["lemon"] = core.members.failures(node) > 0
+        if labels := core.protection.labels(node):
+            out["domains"] = dict(labels)
+        return out
 
 
 def _die() -> None:

@@ -61,15 +61,24 @@ class Memory:
         if self._deposed:
             raise Deposed("the leadership is over")
 
+    def begin(self, parts: Mapping[str, Any]) -> None:
+        """Forget all, and put these. Whoever leads next goes on from them, also where nothing else comes. Raises
+        StoreError."""
+        self.clear()
+        self._put(parts, lambda act: act())
+
     def write(self, parts: Mapping[str, Any]) -> None:
         """Put those parts that have changed, all at once. Values are JSON types."""
+        self._put(parts, self._insist)
+
+    def _put(self, parts: Mapping[str, Any], how: Callable[[Callable[[], int]], int]) -> None:
         values = {}
         for name, part in parts.items():
             value = zlib.compress(_encoder.encode(part), 1)
             if self._written.get(name) != value:
                 self._written[name] = values[STATE + name] = value
         if values:
-            self._insist(lambda: self._store.put(values, guard=self._guard))
+            how(lambda: self._store.put(values, guard=self._guard))
             self.writes += 1
             self.written_bytes += sum(map(len, values.values()))
 

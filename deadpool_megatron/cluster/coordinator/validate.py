@@ -55,6 +55,8 @@ def misfit(record: r.AgentRecord, world_size: int, epoch: int) -> str:
         case r.Join():
             bad = not 0 <= record.vault_port < 65536 or len(record.worker_pids) > _MOST_LOCALS
             return f"{name} with port {record.vault_port} and {len(record.worker_pids)} workers" if bad else ""
+        case r.MachineSign():
+            return "" if 0 < record.xid < 1024 and 0 <= record.after < 1024 else f"{name} with Xid {record.xid}"
         case r.Offer():
             return _offer(record, world_size, epoch)
         case r.Rehearsed():

@@ -20,7 +20,6 @@ _MEANINGS = {  # upstream's rerun state machine: every rank leaves with one of t
 }
 _LEAVES = "builtins.SystemExit"
 _LINES = 8  # of a traceback
-_REMEMBERED_S = 24 * 3600.0  # a death that long ago says nothing of its node: jobs go on for months
 _WHEN = {Phase.STARTING: "before training began", Phase.FINISHING: "after training had finished"}
 
 
@@ -35,7 +34,7 @@ def _who(rank: int | None, local: int) -> str:
 
 
 class Blame:
-    """Remembers errors, and how often the workers of a healthy node have died.
+    """Remembers errors, and knows how often the workers of a healthy node may die.
 
     Args:
         worker_deaths: workers a node may lose in 24 hours before it counts as bad itself.
@@ -50,16 +49,9 @@ class Blame:
         self._errors: dict[tuple[int, str, str], int] = {}
         self._last: dict[tuple[int, int], r.WorkerFailed] = {}  # by node and local index
 
-    def died(self, node: NodeState, now: float, epoch: int | None = None) -> bool:
-        """Workers of a node have died. True when the node is to blame, or has nobody to make it good.
-
-        Args:
-            epoch: in which a worker that trains has died: those of one node in one epoch had one cause, and count once.
-        """
-        if epoch is None or epoch != node.died_in:
-            node.deaths = [*(when for when in node.deaths if now - when < _REMEMBERED_S), now]
-        node.died_in = epoch
-        return len(node.deaths) > self._worker_deaths or not node.respawns
+    def too_often(self, node: NodeState, unix_s: float) -> bool:
+        """One more worker of a node has died: the node is to blame, or has nobody to make it good."""
+        return node.record.deaths(unix_s) > self._worker_deaths or not node.respawns
 
     def crashed_again(self, record: r.WorkerExited, epoch: int, iteration: int) -> bool:
         """It died of its own doing, and did so after the same iteration before."""

@@ -18,7 +18,7 @@ What has been decided is kept (`Keep`) before anybody is told, so a coordinator 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.arrivals import Arrivals
@@ -50,6 +50,7 @@ from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.returning import Returning
+from deadpool_megatron.cluster.core.spares import Spares
 from deadpool_megatron.cluster.core.start import Start
 from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.core.suspicions import Suspicions
@@ -61,6 +62,8 @@ _COARSE = {Phase.STARTING: "starting", Phase.FINISHING: "finishing"}
 # A job that had ended when its coordinator did: somebody may not have been told.
 _RESTORED = {"starting": Phase.STARTING, "finishing": Phase.FINISHING, "ended": Phase.FINISHING}
 _RETURN_S = 5.0  # beyond the lease, for agents to find a coordinator that starts again
+GONE: Final = "its agent is gone or silent"
+ABSENCE: Final = 0.25  # of the lease, for an agent whose connection has ended to connect again
 
 
 def _just(effect: Effect) -> Effects:
@@ -70,9 +73,13 @@ def _just(effect: Effect) -> Effects:
 class Core:
     """Membership, epochs, agreement and the end of one job. Not thread-safe: one caller."""
 
-    def __init__(self, job: JobSpec, rendezvous: r.Address | None = None) -> None:
-        """``rendezvous``: where the store listens that process groups are re-formed over."""
+    def __init__(self, job: JobSpec, rendezvous: r.Address | None = None, since_1970: float = 0.0) -> None:
+        """``rendezvous``: where the store listens that process groups are re-formed over.
+
+        ``since_1970``: seconds, what a time of this clock is more in seconds since 1970.
+        """
         self.job = job
+        self._since_1970 = since_1970
         self._actions: list[Action] = []
         self._now = 0.0
         self.members = Members(job)
@@ -80,7 +87,10 @@ class Core:
         self._layout = Layout(job.world_size)
         self._progress = Progress(self.members.active())
         self._durability = Durability(job.durable)
-        self._state = JobState(job, self.members, self._layout, self._progress, self.protection, self._durability)
+        spares = Spares(self.members, self._layout, self.protection)
+        self._state = JobState(
+            job, self.members, self._layout, self._progress, self.protection, self._durability, spares
+        )
         self._recoveries = Recoveries(self._state, rendezvous)
         self._arrivals = Arrivals(job.deadlines.join)
         self._drains = Drains(self._state, self._recoveries)
@@ -99,6 +109,7 @@ class Core:
             r.Registered: self._register,
             r.WorkerExited: self._worker_exited,
             r.WorkerFailed: self._ends.failed,
+            r.MachineSign: self._ends.sign,
             r.PeerError: self._peer_error,
             r.Stalled: self._stalled,
             r.Pace: lambda record: seen.paced(record, self._now),
@@ -151,6 +162,10 @@ class Core:
         """Agents that were there may come back, and none of them is given up yet."""
         return self._returning.waits
 
+    def awaits(self, node: int) -> bool:
+        """The agent of this node was there, may come back, and is not given up yet."""
+        return self._returning.awaits(node)
+
     @property
     def recovery(self) -> Recovery | None:
         """The recovery under way, if any."""
@@ -183,14 +198,13 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """When `tick` has to be called at the latest, in the clock of ``now``."""
-        times = [part.due for part in (self._arrivals, self._returning, self._drains)]
-        times.append(self._durability.next_deadline())
+        times = [self._arrivals.due, self._returning.due, self._durability.next_deadline()]
         if not self._returning.waits:  # who is not back may be the loss that explains an error
-            times.append(self._suspicions.due)
+            times += [self._suspicions.due, self._drains.due]
             if self._state.phase is Phase.STARTING:
-                times.append(self._durability.loading_due)
-        if self.recovery is not None:
-            times.append(self.recovery.deadline)
+                times += [self._durability.loading_due, self._start.due]
+            if self.recovery is not None:
+                times.append(self.recovery.deadline)
         known = [t for t in times if t is not None]
         return min(known) if known else None
 
@@ -200,17 +214,32 @@ class Core:
         """A record came from an agent. ``now`` is a monotonic time in seconds."""
         if self.members.gone(getattr(record, "node", -1)) and not isinstance(record, r.Join):
             return []  # a node that was declared lost has no say any more
-        self._now = now
+        self._at(now)
         return self._run(self._handlers[type(record)](record), now)
 
     def node_lost(self, node: int, cause: str, now: float) -> list[Action]:
-        """The lease or the connection of a node ended."""
+        """The agent of a node is gone for certain."""
         return self._run(self._lose({node}, cause), now)
 
-    def node_away(self, node: int, now: float) -> list[Action]:
-        """The connection of a node has ended while nobody here could have heard it: it has time to come back."""
-        if self._state.phase is not Phase.ENDED and not self.members.gone(node):
-            self._returning.also(node, now + self.job.deadlines.lease + _RETURN_S)
+    def node_lives(self, node: int, now: float) -> list[Action]:
+        """The agent of a node that is away lives, and can be reached: it has the rest of a lease."""
+        if self._returning.awaits(node):
+            self._returning.also(node, now + self.job.deadlines.lease, stood_still=False)
+        return []
+
+    def node_away(self, node: int, now: float, stood_still: bool = False) -> list[Action]:
+        """The connection of a node's agent has ended: it has a little time to come back.
+
+        Args:
+            stood_still: it may have ended long ago, while nobody here could have heard it.
+        """
+        state = self.nodes.get(node)
+        if self._state.phase is Phase.ENDED or state is None or state.gone:
+            return []
+        if not state.agent_pid:
+            return self.node_lost(node, GONE, now)
+        lease = self.job.deadlines.lease
+        self._returning.also(node, now + (lease + _RETURN_S if stood_still else ABSENCE * lease), stood_still)
         return []
 
     def tick(self, now: float) -> list[Action]:
@@ -247,6 +276,8 @@ class Core:
         if not 0 <= fault.local < self.job.slots_per_node:
             return f"there is no worker {fault.local} on a node: {self.job.slots_per_node} are numbered from 0", []
         now_or_never = fault.iteration is None and not fault.point
+        if fault.kind == "sign" and not self.job.deadpool:
+            return "the job runs without --deadpool, so it blames nobody", []
         if fault.kind == "corrupt" and not self.job.deadpool:
             return "the job runs without --deadpool, so it keeps no copies", []
         if fault.kind == "corrupt" and now_or_never and not self.members.holds(fault.node):
@@ -273,7 +304,7 @@ class Core:
             return f"node {node} is being drained already", False
         if self.phase is not Phase.RUNNING or under_way is not None or self._returning.waits:
             what = f"node {under_way} is being drained" if under_way is not None else self.phase.value
-            what = "the coordinator has just come back" if self._returning.waits else what
+            what = self._returning.why if self._returning.waits else what
             soon = self._state.phase in (Phase.STARTING, Phase.RUNNING)
             return f"not now, the job is busy: {what}; try again in a moment", soon
         if role == "active" and not self.members.ready_spares():
@@ -303,10 +334,18 @@ class Core:
         newest = self._durability.newest
         return -1 if newest is None else newest
 
+    @property
+    def covered(self) -> list[str]:
+        """How many losses of each domain spares of the same domain cover, in words."""
+        return self._state.spares.covered()
+
     # ---- effects
 
+    def _at(self, now: float) -> None:
+        self._now, self.members.unix_s = now, now + self._since_1970
+
     def _run(self, effects: Effects, now: float) -> list[Action]:
-        self._now = now
+        self._at(now)
         if self._state.phase is not Phase.ENDED:
             self._carry_out(effects)
         actions, self._actions = self._actions, []
@@ -359,7 +398,7 @@ class Core:
         self._state.phase, self._recoveries.current, self._state.end = Phase.ENDED, None, (code, message)
         yield Persist(("now",))  # refused to a coordinator that was deposed: it must not end the job
         self._suspicions.ended()
-        self._drains.forget(over=True)
+        self._drains.ended()
         self._arrivals.clear()
         self._returning.end()
 
@@ -395,19 +434,25 @@ class Core:
             "done": self._progress.done,
             "end": self._state.end,
             "durable": self._durability.dump(),
-            **self._recoveries.dump(),
+            "drain": self._drains.dump(),
+            **self._recoveries.dump(self._now),
         }
 
     def restored(self, parts: dict[str, Any], now: float) -> list[Action]:
-        """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit."""
+        """Go on where a coordinator that is gone left off; the agents are expected back within the lease and a bit.
+
+        ``waits_s`` of `dump` is to be what is left of it now.
+        """
         kept = parts["now"]
-        self.members.load(parts["members"], now)
+        self._at(now)
+        self.members.load(parts["members"])
         for node, state in self.nodes.items():
             self.protection.succeeds(node, state.was)
         self._state.phase = _RESTORED.get(kept["phase"], Phase.RUNNING)
         self._state.end = tuple(kept["end"]) if kept["end"] else None
         self._layout.load(parts.get("layout"), kept["can_rescue"])
-        self._recoveries.load(kept)
+        self._recoveries.load(kept, now)
+        self._drains.load(kept["drain"])
         self._ends.load(kept)
         self._start.epoch = kept["start_epoch"]
         head = self._progress
@@ -429,6 +474,10 @@ class Core:
 
     def _join(self, record: r.Join) -> Effects:
         state = self.nodes.get(record.node)
+        if state is not None and state.role == "left":  # the coordinator before this one ended before it could say so
+            yield emit("left", node=record.node)
+            yield Send(record.node, self._may_leave(record.node))
+            return
         if state is None or state.gone:
             yield Send(record.node, r.Stop(Exit.FENCED, f"node {record.node} is not part of this job (any more)"))
             return
@@ -437,7 +486,10 @@ class Core:
         same = state.pids == dict(enumerate(record.worker_pids))  # else it tells of the workers of a new start
         first = self._start.joined(state, record)
         awaited = self._arrivals.without({record.node})
-        if self._returning.awaits(record.node):
+        connects_again = self._returning.awaits(record.node) and not self._returning.was_away
+        if connects_again:
+            yield emit("reconnected", node=record.node)
+        if self._returning.awaits(record.node) and self._returning.was_away:
             yield from self._returning.back(record, self._now)
         elif self._state.phase is Phase.STARTING:
             if first:
@@ -455,6 +507,10 @@ class Core:
             yield Send(record.node, r.Departed(sorted(self.members.departed)))
         if self.members.holds(record.node) and record.epoch == self.epoch and not self._returning.defers_commits:
             yield from self.seen.catch_up(record.node)
+        if connects_again:
+            self._returning.without({record.node})
+            if not self._returning.waits:
+                yield from self._returning.all_back(self._now)
 
     def _has_missed(self, record: r.Join) -> bool:
         """Another connection has taken the place of one whose end nobody noticed: what went over that is lost."""
@@ -521,7 +577,8 @@ class Core:
         elif self._state.phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
             self._state.phase, self._recoveries.current = Phase.FINISHING, None
             self._suspicions.ended()
-            self._drains.forget(over=True)
+            yield from self._drains.call_off("training has finished")
+            yield from self._recoveries.let_helpers_go()
             yield Persist()
             yield Send(None, r.AllFinished(self.epoch))
 
@@ -567,9 +624,15 @@ class Core:
     def _node_held(self, record: r.NodeHeld) -> Effects:
         if record.epoch == self.epoch and self.phase is Phase.RUNNING:
             yield from self._drains.held(record)
+            if not self._returning.waits:
+                yield from self._drains.tick(self._now)
+
+    @staticmethod
+    def _may_leave(node: int) -> r.Stop:
+        return r.Stop(Exit.OK, f"node {node} is drained and may be taken away")
 
     def _let_go(self, node: int) -> Effects:
-        yield Send(node, r.Stop(Exit.OK, f"node {node} is drained and may be taken away"))
+        yield Send(node, self._may_leave(node))
         self.members.depart(node, "left")
         yield Send(None, r.Departed([node]))
         self._arrivals.without({node})
@@ -586,17 +649,22 @@ class Core:
     # ---- losses
 
     def _lose(self, nodes: set[int], cause: str) -> Effects:
+        waited = self._returning.waits
         fresh = {n for n in nodes if not self.members.gone(n)}
         if not fresh:
+            yield from self._wait_no_more_for(nodes, waited)
             return
         involved = set(self.members.active()) | (self.recovery.givers if self.recovery is not None else frozenset())
         hit = fresh & involved
         awaited = {node for node in fresh if not self.nodes[node].agent_pid}
+        if waited and hit:
+            self._returning.remember(f"node {min(hit)} was lost" if self._returning.was_away else cause)
         self._arrivals.without(fresh)
         self._drains.lost(fresh)
         for node in sorted(fresh):
             yield emit("detected", node=node, cause=cause, ranks=self.members.ranks_of(node))
             yield Send(node, r.Stop(Exit.FENCED, f"node {node} is out of the job: {cause}"))
+            self.members.failed(node, "lost", cause)
             self.members.depart(node, "lost")
             self._recoveries.helpers.discard(node)
         if not hit:
@@ -604,19 +672,23 @@ class Core:
             if awaited and self._state.phase is Phase.STARTING:
                 yield from self._start.send_roster()  # it was the one the others waited for
             yield Persist()
+            yield from self._wait_no_more_for(fresh, waited)
             return
         if not self.job.deadpool:
             yield from self._stop(Exit.FAILED, f"node {sorted(hit)[0]} was lost and DeadPool is off: {cause}")
             return
         if self._state.phase is Phase.FINISHING:  # everything is saved: the others leave, and that is a good end
             yield Persist()
+            yield from self._wait_no_more_for(fresh, waited)
             yield from self._look_for_end()
             return
-        if not self._returning.waits:
+        if not waited:
             yield from self._declare(cause)
-            return
-        self._returning.without(fresh)
-        if not self._returning.waits:
+        yield from self._wait_no_more_for(fresh, waited)
+
+    def _wait_no_more_for(self, lost: set[int], waited: bool) -> Effects:
+        self._returning.without(lost)
+        if waited and not self._returning.waits:
             yield from self._returning.all_back(self._now)
 
     def _declare(self, reason: str) -> Effects:
@@ -653,7 +725,7 @@ class Core:
                 yield from self._lose({record.node}, record.why)  # another spare may have room
             elif why := (yield from self._recoveries.no_room(record)):
                 yield from self._declare(why)
-        elif self._changes_what_is_loaded(record) and self._ends.changed(record.node, self._now):
+        elif self._changes_what_is_loaded(record) and self._ends.changed(record.node, record.why):
             yield from self._lose({record.node}, f"its memory changes what is read into it: {record.why}")
         elif why := (yield from self._recoveries.fetch_failed(record)):
             yield from self._declare(why)
@@ -687,13 +759,18 @@ class Core:
         if not self._returning.waits:
             yield from self._suspicions.judge_errors(self._now)
             yield from self._durability.judge_loading(self._now)
-        if self._returning.due is not None and self._now >= self._returning.due:
-            yield from self._returning.all_back(self._now)
-        yield from self._drains.tick(self._now)
+        if self._state.phase is Phase.STARTING and (late := self._start.late(self._now)):
+            yield from self._remind(late, ends=False)
+        if away := self._returning.late(self._now):
+            yield from self._lose(away, self._returning.why_lost)
+        if self.phase is Phase.RUNNING and not self._returning.waits:
+            yield from self._drains.tick(self._now)
         if self.phase is Phase.RUNNING and not self._returning.waits:
             yield from self._suspicions.judge_stalls(self._now)
         recovery = self.recovery
-        if recovery is not None and recovery.deadline is not None and self._now >= recovery.deadline:
+        if recovery is None or self._returning.waits:  # what is missing may have been lost with a connection
+            return
+        if recovery.deadline is not None and self._now >= recovery.deadline:
             recovery.deadline = self._still_to_come() if recovery.phase is Phase.WAITING else None
             late_nodes = recovery.late()
             if recovery.phase is Phase.WAITING and recovery.deadline is None:
@@ -702,8 +779,20 @@ class Core:
                 "it took too long", late_nodes >= set(self.members.active())
             ):
                 yield from self._declare("the checkpoint was not saved in time")
+            elif (ends := recovery.remind(late_nodes, self._now)) is not None:
+                yield from self._remind(late_nodes & recovery.active, ends)
             elif late_nodes:
                 yield from self._lose(late_nodes, f"missed the deadline of phase '{recovery.phase.value}'")
+
+    def _remind(self, late: set[int], ends: bool) -> Effects:
+        """The others wait for these nodes: what their workers do is to be found in a file, and perhaps to be ended."""
+        phase, nodes = self.phase.value, sorted(late)
+        files = ", ".join(f"stacks-node{node}-*.txt" for node in nodes)
+        text = f"node {', '.join(map(str, nodes))} has missed the deadline of phase '{phase}'; what its workers do "
+        text += f"is in {files} beside their logs{', and those that hang are ended and begin anew' * ends}"
+        for node in nodes:
+            yield Send(node, r.KeepStacks(self.epoch, ends))
+        yield emit("late", nodes=nodes, phase=phase, ends=ends, message=text)
 
     def _still_to_come(self) -> float | None:
         """Until when a spare may join that has said that it does; None when there is none."""

@@ -28,10 +28,12 @@ class Layout:
         self._registered: dict[int, r.Registered] = {}
         self._digests: Counter[str] = Counter()
         self._sizes: tuple[list[int], list[int]] = ([], [])
+        self._close: dict[int, frozenset[int]] = {}
 
     def register(self, record: r.Registered) -> None:
         """A rank is about to train, for the first time or after it has taken over a coordinate."""
         rank = record.coordinate.rank
+        self._close = {}
         self.coordinates[rank] = record.coordinate
         self.stages[rank] = record.coordinate.pp
         before = self._registered.get(rank)
@@ -51,7 +53,23 @@ class Layout:
             known.clear()
         self.can_rescue = self.repeatable = True
         self.restarts = False
-        self._sizes = ([], [])
+        self._sizes, self._close = ([], []), {}
+
+    def close_to(self, rank: int) -> frozenset[int]:
+        """The ranks of its tensor- and expert-parallel groups, which exchange the most; looked up when needed."""
+        if not self._close:
+            groups: dict[tuple[object, ...], set[int]] = {}
+            of: dict[int, list[set[int]]] = {}
+            seen: Counter[tuple[int, int]] = Counter()
+            for each, c in sorted(self.coordinates.items()):
+                # Megatron numbers expert ranks alike in every group, so the n-th of each number are together.
+                keys = ("tp", c.pp, c.dp, c.cp), ("ep", c.pp, seen[c.pp, c.ep])
+                seen[c.pp, c.ep] += 1
+                of[each] = [groups.setdefault(key, set()) for key in keys]
+                for group in of[each]:
+                    group.add(each)
+            self._close = {each: frozenset(mine[0] | mine[1]) for each, mine in of.items()}
+        return self._close.get(rank, frozenset())
 
     @property
     def differs(self) -> bool:

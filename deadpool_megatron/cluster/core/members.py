@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.failures import FailureRecord
 from deadpool_megatron.cluster.core.job import JobSpec
 from deadpool_megatron.cluster.placement import assignment as placing
 
@@ -23,12 +24,11 @@ class NodeState:
     vault: r.Address | None = None
     pids: dict[int, int] = field(default_factory=dict)
     parked: set[int] = field(default_factory=set)
-    deaths: list[float] = field(default_factory=list)  # when workers of it have died, in the clock of `Core`
-    died_in: int | None = None  # the epoch of the last of them
+    record: FailureRecord = field(default_factory=FailureRecord)
     respawns: bool = True
     name: str = ""  # of its machine
     trained: bool = False  # its workers have told what job this is
-    was: int | None = None  # the lost node whose machine it is
+    was: int | None = None  # the node that its machine was before
     rehearsed: frozenset[int] = frozenset()  # coordinates that it has set up ahead of time
 
     @property
@@ -43,6 +43,8 @@ class Members:
     def __init__(self, job: JobSpec) -> None:
         self.job = job
         self.epoch = 0
+        self.unix_s = 0.0
+        """When the event that is handled now has come, in seconds since 1970."""
         self._first = placing.initial(job.active_nodes, job.slots_per_node)
         self.assignment = self._first
         self._active: tuple[list[r.SlotAddress], list[int], frozenset[int]] = ([], [], frozenset())
@@ -68,17 +70,26 @@ class Members:
             nodes = placing.nodes_of(self.assignment)
             self._active = self.assignment, nodes, frozenset(nodes)
 
+    def spares(self) -> list[int]:
+        """Every spare, in the order in which they are taken where nothing else counts: lemons last."""
+        spares = [n for n, s in self.nodes.items() if s.role == "spare"]
+        return sorted(spares, key=lambda n: (self.failures(n), n))
+
     def ready_spares(self) -> list[int]:
-        """Spares all of whose workers are parked, lowest number first."""
-        return [n for n, s in sorted(self.nodes.items()) if s.role == "spare" and self.parked(n)]
+        """Spares all of whose workers are parked."""
+        return [n for n in self.spares() if self.parked(n)]
 
     def cold_spares(self) -> list[int]:
         """Spares whose workers still start: worth waiting for, but the last resort."""
-        return [n for n, s in sorted(self.nodes.items()) if s.role == "spare" and s.agent_pid and not self.parked(n)]
+        return [n for n in self.spares() if self.nodes[n].agent_pid and not self.parked(n)]
 
     def coming_spares(self) -> list[int]:
         """Spares whose agent has not joined yet."""
-        return [n for n, s in sorted(self.nodes.items()) if s.role == "spare" and not s.agent_pid]
+        return [n for n in self.spares() if not self.nodes[n].agent_pid]
+
+    def failures(self, node: int) -> int:
+        """How often the machine of a node has failed of late; more than never: it is a lemon."""
+        return self.nodes[node].record.recent(self.unix_s)
 
     def parked(self, node: int) -> bool:
         """Every worker of the node is parked."""
@@ -151,6 +162,27 @@ class Members:
                 self.nodes[node].role = "spare"
                 self.nodes[node].parked.clear()
 
+    def failed(self, node: int, kind: str, cause: str, epoch: int | None = None) -> None:
+        """One more line for the record of a node, whatever becomes of it (see `cluster.core.failures`)."""
+        self.nodes[node].record.add(self.unix_s, kind, cause, epoch)
+
+    def recognise(self, node: int) -> list[int]:
+        """The numbers that the machine of a node had before, which gives it their record; it has just told its name.
+
+        A name tells one machine from another only where no other node of the job has the same.
+        """
+        state = self.nodes[node]
+        before = {state.was} - {None}
+        if state.name and any(self.nodes[n].name == state.name for n in self.departed):
+            same = {n for n, s in self.nodes.items() if n != node and s.name == state.name}
+            if all(self.nodes[n].gone for n in same):
+                before |= same
+        known = sorted(n for n in before if n is not None)
+        if known:
+            state.was = known[-1]
+            state.record.inherit(self.nodes[n].record for n in known)
+        return known
+
     def depart(self, node: int, role: str) -> None:
         """A node is ``lost``, or has ``left``."""
         self.nodes[node].role = role
@@ -185,7 +217,7 @@ class Members:
                     s.agent_pid,
                     [s.vault.host, s.vault.port] if s.vault else None,
                     list(s.pids.items()),
-                    len(s.deaths),
+                    s.record.dump(),
                     s.trained,
                     s.name,
                     s.was,
@@ -194,8 +226,8 @@ class Members:
             ],
         }
 
-    def load(self, kept: dict[str, Any], now: float) -> None:
-        """The opposite of `dump`. Who is parked is told again by the agents; workers have died just now."""
+    def load(self, kept: dict[str, Any]) -> None:
+        """The opposite of `dump`. Who is parked is told again by the agents."""
         self.epoch = kept["epoch"]
         assignment = list(self._first)
         for rank, node, local in kept["moved"]:
@@ -208,12 +240,12 @@ class Members:
                 agent_pid,
                 r.Address(*vault) if vault else None,
                 dict(map(tuple, pids)),
-                deaths=[now] * deaths,
+                record=FailureRecord.load(record),
                 trained=trained,
                 name=name,
                 was=was,
             )
-            for node, role, agent_pid, vault, pids, deaths, trained, name, was in kept["nodes"]
+            for node, role, agent_pid, vault, pids, record, trained, name, was in kept["nodes"]
         }
         self._absent = set(self.nodes)
         self.departed = [node for node, state in self.nodes.items() if state.gone]

@@ -7,7 +7,9 @@
                                                                    '-- the spare is gone: an epoch with the same nodes,
                                                                        the drain is called off
 
-With ``--deadpool-rehearsals`` a spare sets up the coordinates of the node first, while training goes on.
+With ``--deadpool-rehearsals`` a spare sets up the coordinates of the node first, while training goes on. Where a
+recovery or another coordinator comes between, or the spare starts again, the move begins anew as soon as it can: once
+accepted it ends with the event ``left``, or with one that says why not (``stays``; or its node is lost).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import math
 from dataclasses import dataclass, field
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.effects import Declare, Effects, LetGo, Send, emit
+from deadpool_megatron.cluster.core.effects import Declare, Effects, LetGo, Persist, Send, emit
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.state import JobState
@@ -26,9 +28,14 @@ _HOLD_NOTICE_S = 0.5  # what a message to the slowest worker may take
 
 @dataclass(slots=True)
 class _Drain:
+    """``deadline`` 0: there is something to do as soon as the job trains."""
+
     node: int
-    deadline: float
-    rehearses: int | None = None  # the spare that is to know the node first, while that is waited for
+    deadline: float = 0.0
+    asked: bool = False  # a spare to rehearse the node; one that does not is not waited for again
+    rehearses: int | None = None  # that spare, while it is waited for
+    iteration: int | None = None  # at whose begin all hold still
+    told: bool = False  # to all, by this coordinator
     held: set[int] = field(default_factory=set)
 
 
@@ -47,26 +54,17 @@ class Drains:
 
     @property
     def due(self) -> float | None:
-        """When `tick` has something to do; None when nothing is under way."""
+        """When `tick` has something to do; None when nothing is under way, or has to wait."""
         drain = self._drain
-        if drain is None or (drain.rehearses is not None and not self._trains):
+        if drain is None or not self._trains:
             return None
-        return drain.deadline
+        waits = not drain.told and not drain.deadline and self._spare_starts(drain)
+        return None if waits else drain.deadline
 
     def begin(self, node: int, now: float) -> Effects:
         """A node is to be taken away. A spare may go at once."""
-        if self._state.members.nodes[node].role == "spare":
-            yield emit("left", node=node)
-            yield LetGo(node)
-            return
-        members, job = self._state.members, self._state.job
-        if job.rehearsals and not self._known(node):
-            spare, ranks = members.ready_spares()[0], members.ranks_of(node)
-            self._drain = _Drain(node, now + job.deadlines.build, spare)
-            yield emit("rehearsing", node=spare, ranks=ranks)
-            yield Send(spare, r.Rehearse({members.assignment[rank].local: rank for rank in ranks}))
-        else:
-            yield from self._hold(node, now)
+        self._drain = _Drain(node)
+        yield from self._go_on(self._drain, now)
 
     def rehearsed(self, record: r.Rehearsed, now: float) -> Effects:
         """A spare has set up coordinates, or cannot: the move goes on."""
@@ -74,7 +72,7 @@ class Drains:
         if drain is None or drain.rehearses != record.node or not self._trains:
             return
         if record.why or self._known(drain.node):
-            yield from self._hold(drain.node, now)
+            yield from self._hold(drain, now)
 
     @property
     def _trains(self) -> bool:
@@ -85,58 +83,112 @@ class Drains:
         """A spare has rehearsed all that the node does."""
         return bool(self._state.members.rehearsed([node]).get(node))
 
-    def _hold(self, node: int, now: float) -> Effects:
-        pace = self._state.progress.pace
-        ahead = 2 + math.ceil(_HOLD_NOTICE_S / pace) if pace > 0 else 3
-        iteration = self._state.progress.iteration + ahead
-        self._drain = _Drain(node, now + self._state.job.deadlines.abort + ahead * pace)
-        yield emit("leaving", node=node, iteration=iteration)
-        yield Send(None, r.Hold(self._state.members.epoch, iteration))
+    def _spare_starts(self, drain: _Drain) -> bool:
+        """No spare can take over yet, but one will."""
+        members = self._state.members
+        if members.ready_spares() or not members.holds(drain.node):
+            return False
+        return bool(members.cold_spares() or members.coming_spares())
+
+    def _go_on(self, drain: _Drain, now: float) -> Effects:
+        state, node = self._state, drain.node
+        members, job = state.members, state.job
+        if members.nodes[node].role == "spare":  # it may have given way to one
+            self._drain = None
+            yield emit("left", node=node)
+            yield LetGo(node)
+        elif not members.ready_spares():
+            yield from self.call_off("no parked spare is left to take over")
+        elif job.rehearsals and not drain.asked and not self._known(node):
+            spare, ranks = members.ready_spares()[0], members.ranks_of(node)
+            drain.asked, drain.rehearses, drain.deadline = True, spare, now + job.deadlines.build
+            yield emit("rehearsing", node=spare, ranks=ranks)
+            yield Send(spare, r.Rehearse({members.assignment[rank].local: rank for rank in ranks}))
+            yield Persist(("now",))
+        else:
+            yield from self._hold(drain, now)
+
+    def _hold(self, drain: _Drain, now: float) -> Effects:
+        pace, last = self._state.progress.pace, self._state.progress.iteration
+        # Where a coordinator before this one has told an iteration, some may hold still there already.
+        if drain.iteration is None or drain.iteration <= last:
+            drain.iteration = last + (2 + math.ceil(_HOLD_NOTICE_S / pace) if pace > 0 else 3)
+            drain.held.clear()
+        drain.rehearses, drain.told = None, True
+        drain.deadline = now + self._state.job.deadlines.abort + (drain.iteration - last) * pace
+        yield emit("leaving", node=drain.node, iteration=drain.iteration)
+        yield Send(None, r.Hold(self._state.members.epoch, drain.iteration))
+        yield Persist(("now",))
 
     def held(self, record: r.NodeHeld) -> Effects:
-        """A node of this epoch holds still."""
+        """A node of this epoch holds still; `tick` may have something to do."""
         drain = self._drain
-        if drain is None or drain.rehearses is not None:  # who told everybody to hold still is gone, and nobody would
+        if drain is None or drain.iteration is None:  # who told everybody to is gone, and nobody else would
             yield Declare(f"node {record.node} holds still for a drain that was begun by another coordinator")
             return
         drain.held.add(record.node)
         # Who was past the boundary already is brought back by an ordinary recovery, at the cost of an iteration.
         if record.missed or drain.held >= set(self._state.members.active()):
-            yield from self._move_out(drain)
+            drain.told, drain.deadline = True, 0.0
 
     def tick(self, now: float) -> Effects:
-        """Stop waiting for nodes that missed the hold deadline, or for a rehearsal that does not come."""
+        """Go on, where that was not possible before; stop waiting for nodes that missed the hold deadline, or for a
+        rehearsal that does not come."""
         drain = self._drain
         if drain is None or self.due is None or now < drain.deadline:
             return
-        if drain.rehearses is None:
+        if drain.told:
             yield from self._move_out(drain)
-        elif not self._state.members.holds(drain.node):
-            self._drain = None  # it has been lost, or has given way
         else:
-            yield from self._hold(drain.node, now)
+            yield from self._go_on(drain, now)
 
     def _move_out(self, drain: _Drain) -> Effects:
-        self._drain = None
-        if not self._state.members.ready_spares():
+        members = self._state.members
+        if self._spare_starts(drain):  # again, perhaps: all go on from where they hold still, and it is waited for
+            yield Declare(f"node {drain.node} is not drained yet: its spare is starting")
+        elif not members.ready_spares():
             # The node is healthy: to give it up without anybody in its place would end the job.
             cause = "no parked spare is left to take over"
-            yield emit("stays", node=drain.node, cause=cause)
-            yield Declare(f"node {drain.node} is not drained: {cause}")  # all go on from where they hold still
-            return
-        self._state.members.nodes[drain.node].role = "leaving"
-        self._recoveries.helpers.add(drain.node)
-        yield Declare(f"node {drain.node} is drained")
-
-    def lost(self, nodes: set[int]) -> None:
-        """These nodes are gone: nobody waits for a rehearsal there."""
-        if self._drain is not None and self._drain.rehearses in nodes:
-            self._drain.deadline = 0.0
-
-    def forget(self, over: bool = False) -> None:
-        """A new epoch, or the end (``over``): nobody holds still any more. A move that waits for a rehearsal goes on,
-        with what there is then."""
-        if self._drain is not None and self._drain.rehearses is not None and not over:
-            self._drain.deadline = 0.0
+            yield from self.call_off(cause)
+            yield Declare(f"node {drain.node} is not drained: {cause}")
         else:
             self._drain = None
+            members.nodes[drain.node].role = "leaving"
+            self._recoveries.helpers.add(drain.node)
+            yield Declare(f"node {drain.node} is drained")
+
+    def call_off(self, cause: str) -> Effects:
+        """Whoever is to be taken away stays."""
+        if self._drain is not None:
+            yield emit("stays", node=self._drain.node, cause=cause)
+            self._drain = None
+            yield Persist(("now",))
+
+    def lost(self, nodes: set[int]) -> None:
+        """These nodes are gone: there is nothing left to drain, or nobody waits for a rehearsal there."""
+        if self._drain is None:
+            return
+        if self._drain.node in nodes:
+            self._drain = None
+        elif self._drain.rehearses in nodes:
+            self._drain.rehearses, self._drain.deadline = None, 0.0
+
+    def forget(self) -> None:
+        """A new epoch: nobody holds still any more, and the move begins again with what there is then."""
+        if self._drain is not None:
+            self._drain = _Drain(self._drain.node, asked=self._drain.asked)
+
+    def ended(self) -> None:
+        """The job is over."""
+        self._drain = None
+
+    # ---- a coordinator that starts again
+
+    def dump(self) -> list[int | None] | None:
+        """The node and the iteration, as JSON types."""
+        return None if self._drain is None else [self._drain.node, self._drain.iteration]
+
+    def load(self, kept: list[int | None] | None) -> None:
+        """The opposite. What was under way begins again once all agents are back."""
+        if kept is not None and kept[0] is not None:
+            self._drain = _Drain(kept[0], iteration=kept[1])

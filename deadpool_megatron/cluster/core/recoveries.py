@@ -35,6 +35,8 @@ class Recoveries:
         """Nodes that hold no coordinate and have shards to give."""
         self.vacant: set[tuple[int, int]] = set()
         """Slots (node, local) of healthy nodes whose worker has died."""
+        self.in_place: set[int] = set()
+        """Of their nodes, those for which no spare is spent: what ended there has its cause elsewhere."""
         self._purpose: r.Purpose = "resume"
         self._refused: set[RefusedCopy] = set()
         self._generation = -1
@@ -175,9 +177,7 @@ class Recoveries:
         return Stop(Exit.NO_SPARE, f"{self._end} and no checkpoint could be saved: {why}")
 
     def _taken_by(self, out_of_use: set[int]) -> dict[int, int] | None:
-        members, vacant = self._state.members, {node for node, _ in self.vacant}
-        ready, cold, fit = members.ready_spares(), members.cold_spares(), members.rehearsed(out_of_use | vacant)
-        return placing.refill(members.assignment, out_of_use, vacant, ready, cold, fit)
+        return self._state.spares.for_lost(out_of_use, {node for node, _ in self.vacant} - self.in_place)
 
     def _call_drains_off(self, out_of_use: set[int]) -> Effects:
         """There are not spares enough: a node that is drained and still there, and healthy, is worth more than none."""
@@ -427,9 +427,9 @@ class Recoveries:
             recovery.compared_s = None
         if recovery.over:
             self.current = None
-            self.vacant.clear()
+            self._none_vacant()
             yield emit("resumed", iteration=recovery.generation)
-            yield from self._let_helpers_go()
+            yield from self.let_helpers_go()
             yield Persist()
 
     def covered(self, record: r.Covered) -> Effects:
@@ -468,11 +468,15 @@ class Recoveries:
     def start_over(self) -> Effects:
         """The start begins anew: nothing of a recovery counts any more."""
         self.current = None
-        self.vacant.clear()
+        self._none_vacant()
         self._refused.clear()
-        yield from self._let_helpers_go()
+        yield from self.let_helpers_go()
 
-    def _let_helpers_go(self) -> Effects:
+    def _none_vacant(self) -> None:
+        self.vacant.clear()
+        self.in_place.clear()
+
+    def let_helpers_go(self) -> Effects:
         """Nobody needs their shards any more."""
         for node in sorted(self.helpers):
             if self._state.members.nodes[node].role == "leaving":
@@ -482,23 +486,27 @@ class Recoveries:
 
     # ---- a coordinator that starts again
 
-    def dump(self) -> dict[str, Any]:
-        """What it has to know, as JSON types."""
+    def dump(self, now: float) -> dict[str, Any]:
+        """What it has to know, as JSON types. ``waits_s``: for so long a spare is still waited for."""
         return {
+            "waits_s": None if self._waits_until is None else max(0.0, self._waits_until - now),
             "recovering": self.current is not None,
             "purpose": self._purpose,
             "no_spare": self._end,
             "not_saved": self._not_saved,
             "refused": sorted(self._refused),
             "vacant": sorted(self.vacant),
+            "in_place": sorted(self.in_place),
             "helpers": sorted(self.helpers),
         }
 
-    def load(self, kept: dict[str, Any]) -> None:
+    def load(self, kept: dict[str, Any], now: float) -> None:
         """Restore what `dump` gave. A recovery that was under way is not continued."""
+        self._waits_until = None if kept["waits_s"] is None else now + kept["waits_s"]
         self._purpose = kept["purpose"]
         self._end = kept["no_spare"]
         self._not_saved = kept["not_saved"]
         self._refused = {(rank, node, g, epoch, share) for rank, node, g, epoch, share in kept["refused"]}
         self.vacant = {(node, local) for node, local in kept["vacant"]}
+        self.in_place = set(kept["in_place"])
         self.helpers = set(kept["helpers"])

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.job import Deadlines, Phase
 
+_STACKS_S = 3.0  # for a message, and for a process to write them
+
 
 class Recovery:
     """One epoch's recovery. Every method says whether the phase it belongs to is complete now.
@@ -48,6 +50,8 @@ class Recovery:
         self.deadline: float | None = now + deadlines.abort
         self._arrived: set[int] = set()
         self._told_to_form = False
+        self._reminded: set[Phase] = set()
+        self.ending: set[int] = set()  # nodes that were told to end workers which are late
         self._ready: set[int] = set()
         self._formed: set[int] = set()
         self._restored: set[int] = set()
@@ -163,6 +167,21 @@ class Recovery:
         if self.phase is Phase.RESTORING and self.purpose == "save" and self.restored_reported:
             through = self._saved
         return set(self.active) - through
+
+    def remind(self, late: set[int], now: float) -> bool | None:
+        """These nodes are late. The first time in a phase (else None) they get more time, to keep stacks of workers;
+        and where True to end those that hang, since a process that begins anew is cheaper than a node.
+
+        Not of who builds a model: that would take as long once more.
+        """
+        saves = self.purpose == "save" and self.restored_reported
+        if not late & self.active or self.phase in self._reminded or self.purpose == "drain" or saves:
+            return None
+        self._reminded.add(self.phase)
+        ends = self.phase is not Phase.PREPARING
+        self.deadline = now + (self._deadlines.abort if ends else _STACKS_S)
+        self.ending |= late if ends else set()
+        return ends
 
     def _enter(self, phase: Phase, deadline: float) -> None:
         self.phase = phase

@@ -1,8 +1,10 @@
-"""Agents come back to a coordinator that has started again, or that wakes after a standstill. Pure.
+"""Agents come back: to a coordinator that has started again or stood still, or over another connection. Pure.
 
 ::
 
     begin(nodes), also(node) .. each Join says which epoch its node was in .. all_back -> one epoch, or none
+
+The end of a connection is not the end of a node: a reset, or one packet that was changed on its way, ends it too.
 
 Until all are back, or given up, nothing is decided that somebody would not hear of: what asks for a new epoch is
 remembered, and what is committed is counted once every holder of a coordinate is back.
@@ -13,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.effects import Declare, Effects, EndIfFinished, Lose, Send, StartOver, Stop
+from deadpool_megatron.cluster.core.effects import Declare, Effects, EndIfFinished, Send, StartOver, Stop
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.observations import Observations
 from deadpool_megatron.cluster.core.recoveries import Recoveries
@@ -29,9 +31,9 @@ class Returning:
         self._recoveries = recoveries
         self._start = start
         self._seen = seen
-        self._expected: set[int] = set()
+        self._expected: dict[int, float] = {}  # until when
         self._unsettled = ""
-        self._until = 0.0
+        self._was_away = False
         self._commits: list[r.Committed] | None = None
         """Reported while agents come back to a coordinator that has started again; None: they count at once."""
 
@@ -39,15 +41,30 @@ class Returning:
 
     def begin(self, nodes: Iterable[int], unsettled: str, until: float) -> None:
         """These agents were there, and have until then; ``unsettled``: what was under way already, may be empty."""
-        self._expected = set(nodes)
+        self._expected = dict.fromkeys(nodes, until)
         self._unsettled = unsettled
-        self._until = until
+        self._was_away = bool(self._expected)
         self._commits = [] if self._expected else None
 
-    def also(self, node: int, until: float) -> None:
-        """The connection of this one ended while the coordinator stood still; it has until then to come back."""
-        self._expected.add(node)
-        self._until = until
+    def also(self, node: int, until: float, stood_still: bool) -> None:
+        """The connection of this one has ended; ``stood_still``: while nobody here could have heard it."""
+        self._expected[node] = max(until, self._expected.get(node, until))
+        self._was_away = self._was_away or stood_still
+
+    @property
+    def was_away(self) -> bool:
+        """The coordinator itself was: whoever comes back may have missed what others have, too."""
+        return self._was_away
+
+    @property
+    def why(self) -> str:
+        """What is waited for, in words."""
+        return "the coordinator has just come back" if self._was_away else "an agent connects again"
+
+    @property
+    def why_lost(self) -> str:
+        """What became of who did not come."""
+        return "its agent has not come back to the coordinator" if self._was_away else "its agent is gone or silent"
 
     @property
     def waits(self) -> bool:
@@ -56,8 +73,12 @@ class Returning:
 
     @property
     def due(self) -> float | None:
-        """When those who are not back are given up; None when all are."""
-        return self._until if self._expected else None
+        """When the first of those who are not back is given up; None when all are."""
+        return min(self._expected.values(), default=None)
+
+    def late(self, now: float) -> set[int]:
+        """Who is not back, and has had its time."""
+        return {node for node, until in self._expected.items() if now >= until}
 
     def awaits(self, node: int) -> bool:
         """This one is not back."""
@@ -65,22 +86,23 @@ class Returning:
 
     def without(self, nodes: Iterable[int]) -> None:
         """Back, or lost."""
-        self._expected -= set(nodes)
+        for node in nodes:
+            self._expected.pop(node, None)
 
     def remember(self, unsettled: str) -> None:
         """Something that an epoch has to settle when all are back. The first is what is told."""
         self._unsettled = self._unsettled or unsettled
 
-    def end(self) -> tuple[set[int], str]:
-        """Nobody is waited for any more. Who has not come back, and what an epoch has to settle."""
-        missing, self._expected = self._expected, set()
+    def end(self) -> str:
+        """Nobody is waited for any more. What an epoch has to settle."""
         unsettled, self._unsettled = self._unsettled, ""
-        return missing, unsettled
+        self._expected, self._was_away = {}, False
+        return unsettled
 
     # ---- they come
 
     def back(self, record: r.Join, now: float) -> Effects:
-        """The agent of a node is back."""
+        """The agent of a node is back, and the coordinator was away."""
         self.without({record.node})
         if self._recoveries.missed_by(record):
             self.remember(f"node {record.node} was in the middle of epoch {record.epoch}")
@@ -90,22 +112,22 @@ class Returning:
             yield from self._count_commits(now)
 
     def all_back(self, now: float) -> Effects:
-        """All are there, or those who are not have had their time."""
-        state, members = self._state, self._state.members
-        missing, unsettled = self.end()
+        """All are there, or lost."""
+        state, members, was_away = self._state, self._state.members, self._was_away
+        prefix = "the coordinator was away and " if was_away else ""
+        unsettled = self.end()
         epoch = members.epoch
         if state.end is not None:
             yield Stop(*state.end)
             return
-        if missing:
-            yield Lose(missing, "its agent has not come back to the coordinator")
         if state.phase is Phase.FINISHING:
-            yield Send(None, r.AllFinished(members.epoch))
+            if was_away:
+                yield Send(None, r.AllFinished(members.epoch))
             yield EndIfFinished()  # all may have left already
         elif state.phase is Phase.STARTING:
             if unsettled and epoch == members.epoch:
-                yield StartOver(f"the coordinator was away and {unsettled}")
-            else:
+                yield StartOver(f"{prefix}{unsettled}")
+            elif was_away:
                 yield from self._start.send_again()
         yield from self._count_commits(now)
         if members.epoch != epoch or state.phase is not Phase.RUNNING:
@@ -114,8 +136,8 @@ class Returning:
         lost = [node for node in members.active() if members.gone(node)]
         if unsettled or lost or (self._recoveries.vacant and trains):
             why = unsettled or (f"node {lost[0]} was lost" if lost else "a worker died")
-            yield Declare(f"the coordinator was away and {why}")
-        elif trains and self._start.placement_holds:
+            yield Declare(f"{prefix}{why}")
+        elif was_away and trains and self._start.placement_holds:
             yield self._start.placement()  # who heard it hears the same again
         yield EndIfFinished()
 

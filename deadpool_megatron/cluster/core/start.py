@@ -16,7 +16,6 @@ from deadpool_megatron.cluster.core.effects import Answer, Effects, Persist, Sen
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.members import NodeState
 from deadpool_megatron.cluster.core.state import JobState
-from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.records.exits import Exit
 
 
@@ -28,6 +27,9 @@ class Start:
         self._snapshots = snapshots
         self.epoch = 0
         """In which the start is, or was."""
+        self._told = False  # to all that they may begin
+        self.due: float | None = None
+        """When who is not about to train is late; None where nobody is any more, or not yet."""
 
     # ---- agents
 
@@ -40,6 +42,9 @@ class Start:
         state.respawns = record.respawns
         state.name = record.name or state.name
         self._state.protection.label(record.node, record.domains)
+        if first:
+            self._state.members.recognise(record.node)
+            self._state.protection.succeeds(record.node, state.was)
         return first
 
     def send_roster(self) -> Effects:
@@ -47,6 +52,7 @@ class Start:
         if self._state.members.complete():
             job = self._state.job
             yield Send(None, self._roster())
+            self._told = True
             if not self.epoch:
                 names = [state.name for _, state in sorted(self._state.members.nodes.items())]
                 sizes = {"nodes": job.nodes, "spares": job.spare_nodes, "world_size": job.world_size}
@@ -58,14 +64,32 @@ class Start:
         """To one (None: to all) who was away, and may have missed the roster, or where training begins."""
         members = self._state.members
         if members.complete():
+            self._told = self._told or node is None
             if roster:
                 yield Send(node, self._roster())
             yield from self._state.durability.start_again(members.active(), members.epoch, node)
 
+    def late(self, now: float) -> set[int]:
+        """Nodes with ranks that are not about to train, a while after all could begin; once a start."""
+        if self._told and self._state.job.deadpool:
+            self._told, self.due = False, now + self._state.job.deadlines.build
+        if self.due is None or now < self.due:
+            return set()
+        self.due, there = None, self._state.layout.coordinates
+        assignment = self._state.members.assignment
+        return {slot.node for rank, slot in enumerate(assignment) if rank not in there}
+
     def came_later(self, record: r.Join) -> Effects:
         """An agent that the job did not begin with has joined."""
         yield Send(record.node, self._roster())
-        yield emit("joined", node=record.node, host=record.host, name=record.name)
+        members = self._state.members
+        state, more = members.nodes[record.node], {}
+        if state.was is not None:
+            times = members.failures(record.node)
+            more["message"] = f"the machine of node {state.was}" + (
+                f", a lemon: it failed {times} times" if times else ""
+            )
+        yield emit("joined", node=record.node, host=record.host, name=record.name, **more)
         yield Persist()
 
     def _roster(self) -> r.Roster:
@@ -79,8 +103,7 @@ class Start:
         """The start begins anew, with a spare for each node that is lost. False: there is none, and the job ends."""
         members = self._state.members
         lost = [node for node in members.active() if members.gone(node)]
-        spares = [*members.ready_spares(), *members.cold_spares(), *members.coming_spares()]
-        taken_by = placing.choose_spares(lost, spares)
+        taken_by = self._state.spares.for_start(lost)
         why = f"node {lost[0]} was lost" if lost else "a worker ended"
         why += f" before the first generation was committed ({reason})"
         if taken_by is None:
@@ -95,6 +118,7 @@ class Start:
         members.hand_over(taken_by)
         members.epoch += 1
         self.epoch = members.epoch
+        self._told, self.due = False, None
         self._state.layout.forget()
         self._state.progress.start_over(members.active(), members.epoch)
         message = f"{why}: the job begins anew on nodes {', '.join(map(str, members.active()))}"

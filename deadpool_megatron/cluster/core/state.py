@@ -10,11 +10,12 @@ from deadpool_megatron.cluster.core.layout import Layout
 from deadpool_megatron.cluster.core.members import Members
 from deadpool_megatron.cluster.core.progress import Progress
 from deadpool_megatron.cluster.core.protection import Protection
+from deadpool_megatron.cluster.core.spares import Spares
 
 
 @dataclass(slots=True)
 class JobState:
-    """What the job is, who is in it, what its ranks plan, how far it is, what protects it.
+    """What the job is, who is in it, what its ranks plan, how far it is, what protects it, who takes over.
 
     Attributes:
         phase: where the job stands, apart from recoveries: it is RUNNING during one. `Core` alone changes it.
@@ -27,5 +28,6 @@ class JobState:
     progress: Progress
     protection: Protection
     durability: Durability
+    spares: Spares
     phase: Phase = Phase.STARTING
     end: tuple[int, str] | None = None

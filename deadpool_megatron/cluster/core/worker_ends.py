@@ -6,10 +6,11 @@ from typing import Any
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.blame import Blame, how_it_ended
-from deadpool_megatron.cluster.core.effects import Declare, Effects, Lose, Send, Stop, emit
+from deadpool_megatron.cluster.core.effects import Declare, Effects, Lose, Persist, Send, Stop, emit
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.members import NodeState
 from deadpool_megatron.cluster.core.recoveries import Recoveries
+from deadpool_megatron.cluster.core.signs import Blamed, Role, Signs, role_of
 from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.core.suspicions import Suspicions
 from deadpool_megatron.cluster.records.exits import Exit, of_script
@@ -22,11 +23,13 @@ class WorkerEnds:
     """Of one job, through all its epochs."""
 
     def __init__(self, state: JobState, recoveries: Recoveries, suspicions: Suspicions) -> None:
+        self._signs = Signs(state.members, state.protection)
         self._state = state
         self._recoveries = recoveries
         self._suspicions = suspicions
         self._blame = Blame(state.job.worker_deaths, state.job.transient_retries)
         self._left: set[tuple[int, int]] = set()
+        self._late: set[int] = set()  # nodes whose workers hung in a recovery, since an iteration has ended last
         # by node and local index, of the last process that has ended: an agent that was away tells of it again
         self._known: dict[tuple[int, int], int] = {}
 
@@ -58,7 +61,7 @@ class WorkerEnds:
                 yield Stop(Exit.OK, "")
         elif node.role == "spare" and deadpool:
             if record.rank is None:  # else its agent renews it as soon as it hears that the coordinate is another's
-                yield from self._spare_exited(node, record.local, how, now)
+                yield from self._spare_exited(node, record.local, how)
         elif not deadpool or (phase in _BESIDE_TRAINING and record.code > 0):
             where = self._state.members.called(record.node)
             end = Stop(of_script(record.code), self._blame.fatal(record, phase, deadpool, where))
@@ -70,19 +73,31 @@ class WorkerEnds:
             yield emit("detected", node=record.node, cause=f"{who} ended ({how})", ranks=[], local=record.local)
         elif node.role == "active":
             stuck = self._suspicions.why_ended(record.node, record.local)
+            if self._was_late(record):
+                stuck = f"{who} hung in a recovery; DeadPool has ended it, and what it did is in "
+                stuck += f"stacks-node{record.node}-{record.local}.txt beside its log"
             error = self._blame.why(record)
             ended = f"{who} ended ({how}){': ' * bool(error)}{error}"
-            yield from self._refill(node, record, stuck or ended, now)
+            yield from self._refill(node, record, stuck or ended)
 
-    def _spare_exited(self, node: NodeState, local: int, how: str, now: float) -> Effects:
+    def _died(self, node: NodeState, kind: str, cause: str, epoch: int | None = None) -> bool:
+        """True when that was once too often."""
+        members = self._state.members
+        members.failed(node.node, kind, cause, epoch)
+        return self._blame.too_often(node, members.unix_s)
+
+    def _spare_exited(self, node: NodeState, local: int, how: str) -> Effects:
         node.parked.discard(local)
-        if self._blame.died(node, now):
-            yield Lose({node.node}, f"its workers ended {len(node.deaths)} times, the last with {how}")
+        cause = f"spare worker {local} ended ({how})"
+        if self._died(node, "worker", cause):
+            times = node.record.deaths(self._state.members.unix_s)
+            yield Lose({node.node}, f"its workers ended {times} times, the last with {how}")
             return
-        yield emit("detected", node=node.node, cause=f"spare worker {local} ended ({how})", ranks=[], local=local)
+        yield emit("detected", node=node.node, cause=cause, ranks=[], local=local)
+        yield Persist()
         yield Send(node.node, r.Respawn(local))
 
-    def _refill(self, node: NodeState, record: r.WorkerExited, cause: str, now: float) -> Effects:
+    def _refill(self, node: NodeState, record: r.WorkerExited, cause: str) -> Effects:
         """A worker died, its node is healthy: a spare takes over, or a new process in the same slot."""
         here = r.SlotAddress(record.node, record.local)
         assignment = self._state.members.assignment
@@ -90,22 +105,56 @@ class WorkerEnds:
         rank = assignment.index(here) if record.rank is None and here in assignment else record.rank
         if rank is None or assignment[rank] != here:
             return  # it has been replaced already
-        to_blame = not node.respawns if self._blame.anothers(record) else self._blame.died(node, now, record.epoch)
+        verdict = self._signs.judge(record, self._blame.by_a_peer(record))
+        follows = verdict.blamed is Blamed.FOLLOWS
+        nobodys = self._blame.anothers(record) or follows
+        if self._was_late(record):  # a communication that nothing ends, perhaps: the first time that is no node's fault
+            nobodys = nobodys or node.node not in self._late
+            self._late.add(node.node)
+        to_blame = not node.respawns if nobodys else self._died(node, "worker", cause, record.epoch)
         iteration = self._state.progress.iteration
-        if self._blame.crashed_again(record, self._state.members.epoch, iteration):
+        if self._blame.crashed_again(record, self._state.members.epoch, iteration) and not self._signs.tells(node.node):
             again = f"after iteration {iteration} again, so no spare is spent on it; see its log"
             yield Stop(Exit.REPEATED_ERROR, f"{cause} {again}")
             return
-        if to_blame:
-            deaths = len(node.deaths)
+        leaves = verdict.blamed is Blamed.CAUSE and self._leaves(node)
+        if to_blame and not leaves:
+            deaths = node.record.deaths(self._state.members.unix_s)
             again = f"its workers ended {deaths} times, the last time: " if deaths > 1 else ""
             yield Lose({node.node}, again + cause)
             return
+        if verdict.why:
+            cause += f", after {verdict.why}"
         yield emit("detected", node=record.node, rank=rank, local=record.local, cause=cause, ranks=[rank])
         self._recoveries.vacant.add((record.node, record.local))
+        if follows or verdict.blamed is Blamed.LINK:
+            self._recoveries.in_place.add(record.node)
+        else:
+            self._recoveries.in_place.discard(record.node)
         if record.code > 0:
             self._recoveries.not_saved(cause)
-        yield Declare(cause)
+        yield Declare(f"node {node.node} is at fault: {cause}" if leaves else cause)
+
+    def sign(self, record: r.MachineSign) -> Effects:
+        """A machine tells of a fault. Of a node that has lost a worker already it is the cause, and replaced."""
+        yield from self._signs.took(record)
+        node, vacant = self._state.members.nodes[record.node], {n for n, _ in self._recoveries.vacant}
+        if role_of(record) is Role.CAUSE and node.node in vacant and self._leaves(node):
+            yield Declare(f"node {node.node} is at fault: Xid {record.xid}")
+
+    def _leaves(self, node: NodeState) -> bool:
+        """A node at fault gives its shards, then leaves the job, if a spare is there for it."""
+        members = self._state.members
+        spares = [*members.ready_spares(), *members.cold_spares()]
+        if not spares or node.role != "active" or self._recoveries.ends or not node.respawns:
+            return False
+        node.role = "leaving"
+        return True
+
+    def _was_late(self, record: r.WorkerExited) -> bool:
+        """It was ended because the others waited for it."""
+        recovery = self._recoveries.of(record.epoch)
+        return recovery is not None and record.node in recovery.ending and record.code < 0
 
     def begun(self, record: r.WorkerReady) -> None:
         """A process has begun: the number of one that has ended may come again."""
@@ -123,7 +172,7 @@ class WorkerEnds:
             yield Stop(record.code, record.message)
         elif not self._state.job.deadpool or self._state.phase is not Phase.RUNNING or self._recoveries.drains:
             return
-        elif self._blame.failed_again(record):
+        elif self._blame.failed_again(record) and not self._signs.tells(record.node):
             if self._recoveries.not_saved(f"{who} raised the same error again: {record.message}", by_all=True):
                 yield Declare(f"{who} could not save its part of the checkpoint")
                 return
@@ -136,10 +185,11 @@ class WorkerEnds:
     def got_on(self, iteration: int) -> None:
         """This iteration has ended for the first time."""
         self._blame.passed(iteration)
+        self._late.clear()
 
-    def changed(self, node: int, now: float) -> bool:
+    def changed(self, node: int, why: str) -> bool:
         """The memory of a node has changed what it held: as a worker's end. True when it is one too many."""
-        return self._blame.died(self._state.members.nodes[node], now)
+        return self._died(self._state.members.nodes[node], "memory", why)
 
     def dump(self) -> dict[str, Any]:
         """The errors, whose end has been counted, and who has left, for a coordinator that starts again."""

@@ -30,7 +30,7 @@ from deadpool_megatron.cluster.link.ports import once_free
 SECRET_BYTES = 32
 _NOBLOCK, _SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)  # (as enumerations they cost more than the calls)
 _UP: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED
-_AGAIN_S: Final = 1.0  # from the end of a connection that ZeroMQ does not try again to another try of ours
+_AGAIN_S: Final = 0.1  # from the end of a connection that ZeroMQ does not try again to another try of ours
 _SRCFD = int(zmq.SRCFD)
 _LEAST_PATIENCE_S = 1.5
 _SLACK = 0.01  # of a lease; a frozen node is noticed by two timers, one after the other

@@ -10,12 +10,16 @@ Example, 3 nodes of 2 slots with 1 spare: ranks 0-3 live on nodes 0 and 1. Node 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from deadpool_megatron.cluster.records import SlotAddress
 
-_NOBODY: Final[Mapping[int, Sequence[int]]] = {}
+type Preference = Callable[[int, int], tuple[int, ...]]
+"""Of a node and a spare for it: the smaller, the better the spare suits the node."""
+
+
+def _as_they_come(node: int, spare: int) -> tuple[int, ...]:
+    return ()
 
 
 def initial(active_nodes: int, slots_per_node: int) -> list[SlotAddress]:
@@ -34,31 +38,26 @@ def ranks_of(assignment: Sequence[SlotAddress], node: int) -> dict[int, int]:
 
 
 def choose_spares(
-    lost: Iterable[int], spares: Sequence[int], rehearsed: Mapping[int, Sequence[int]] = _NOBODY
+    lost: Iterable[int], spares: Sequence[int], prefer: Preference = _as_they_come
 ) -> dict[int, int] | None:
-    """A spare for each lost node, one that has rehearsed it or else the first in order; None when there are too few.
+    """A spare for each lost node: the pairs that ``prefer`` puts first, of equals the first in order.
 
-    Example, spare 6 has rehearsed what node 1 does::
+    None when there are too few. Example, spare 6 suits node 1 best::
 
-        >>> choose_spares([0, 1], [5, 6, 7], {1: [6]})
+        >>> choose_spares([0, 1], [5, 6, 7], lambda node, spare: ((node, spare) != (1, 6),))
         {0: 5, 1: 6}
     """
     lost = sorted(lost)
     if len(lost) > len(spares):
         return None
-    taken = _fitting(lost, spares, rehearsed)
-    left = (spare for spare in spares if spare not in taken.values())
-    return {node: taken[node] if node in taken else next(left) for node in lost}
-
-
-def _fitting(nodes: Iterable[int], spares: Sequence[int], rehearsed: Mapping[int, Sequence[int]]) -> dict[int, int]:
-    """A spare for each of these nodes that one has rehearsed, which is still to be had."""
+    pairs = sorted((prefer(node, spare), node, position) for node in lost for position, spare in enumerate(spares))
     taken: dict[int, int] = {}
-    for node in nodes:
-        fit = (spare for spare in rehearsed.get(node, ()) if spare in spares and spare not in taken.values())
-        if (spare := next(fit, None)) is not None:
-            taken[node] = spare
-    return taken
+    used: set[int] = set()
+    for _, node, position in pairs:
+        if node not in taken and position not in used:
+            taken[node] = spares[position]
+            used.add(position)
+    return dict(sorted(taken.items()))
 
 
 def refill(
@@ -67,14 +66,14 @@ def refill(
     vacant: Iterable[int],
     ready: Sequence[int],
     cold: Sequence[int],
-    rehearsed: Mapping[int, Sequence[int]] = _NOBODY,
+    prefer: Preference = _as_they_come,
 ) -> dict[int, int] | None:
     """Which node takes over which: by node that gives up its coordinates the spare that gets them.
 
-    Lost nodes come first and take any spare, a parked one before one that still starts. A healthy node with a vacant
-    slot (a worker of it died) gives way to a parked spare, which has the model within a second, and becomes a spare
-    itself; without one it is not in the answer: it starts a process in the vacant slot, which takes a cold start.
-    None when there are fewer spares than lost nodes. ``rehearsed``: by node, spares that can take it over at once.
+    Lost nodes come first and take any spare, of those that ``prefer`` makes equal a parked one. A healthy node with a
+    vacant slot (a worker of it died) gives way to a parked spare, which has the model within a second, and becomes a
+    spare itself; without one it is not in the answer: it starts a process in the vacant slot, which takes a cold start.
+    None when there are fewer spares than lost nodes.
 
     Example, node 1 is lost and a worker of node 0 has died, spares 4 (parked) and 5 (starting)::
 
@@ -83,12 +82,12 @@ def refill(
     """
     active = set(nodes_of(assignment))
     gone = sorted(set(lost) & active)
-    taken = choose_spares(gone, [*ready, *cold], rehearsed)
+    taken = choose_spares(gone, [*ready, *cold], prefer)
     if taken is None:
         return None
     left = [spare for spare in ready if spare not in taken.values()]
     half = sorted((set(vacant) & active) - set(gone))[: len(left)]
-    return taken | (choose_spares(half, left, rehearsed) or {})
+    return taken | (choose_spares(half, left, prefer) or {})
 
 
 def replace_nodes(assignment: Sequence[SlotAddress], taken_by: Mapping[int, int]) -> list[SlotAddress]:

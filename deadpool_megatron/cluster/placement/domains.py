@@ -11,26 +11,38 @@ Nodes are numbered as everywhere, spares included; a node that is not named is i
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Final
 
 from deadpool_megatron.yaml_file import NotRead, read_yaml
 
 Labels = dict[int, dict[str, str]]
+NVLINK: Final = "nvlink"
+"""The kind of domain whose nodes reach each other's GPUs over NVLink. They may fail together too."""
+_MOST_NAMED: Final = 12
 _KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 
 
-def parse_domains(text: str, nodes: int | None = None) -> Labels:
+def parse_domains(text: str, nodes: int | None = None, nvlink: str = "") -> Labels:
     """By node its labels by kind. Raises ValueError in one clear line.
 
     Args:
         text: what ``--deadpool-domains`` got.
         nodes: how many the job has, spares included, where that is known.
+        nvlink: what ``--deadpool-nvlink-domains`` got, in the same forms; a file names the one kind ``nvlink``.
     """
-    labels = _inline(text) if "=" in text else _file(text) if text else {}
+    labels = _read(text, "rack")
+    for node, of_node in _read(nvlink, NVLINK).items():
+        if set(of_node) != {NVLINK}:
+            raise ValueError(f"NVLink domains {nvlink}: the only kind here is {NVLINK}, as in {NVLINK}: {{n1: 0-15}}")
+        _put(labels, node, NVLINK, of_node[NVLINK], nvlink)
     if nodes is not None and (stray := [node for node in labels if node >= nodes]):
         raise ValueError(f"failure domains: there is no node {min(stray)}: the job has nodes 0 to {nodes - 1}")
     return labels
+
+
+def _read(text: str, kind: str) -> Labels:
+    return _inline(text, kind) if "=" in text else _file(text) if text else {}
 
 
 def _file(text: str) -> Labels:
@@ -52,14 +64,14 @@ def _file(text: str) -> Labels:
     return out
 
 
-def _inline(text: str) -> Labels:
+def _inline(text: str, kind: str) -> Labels:
     out: Labels = {}
     for part in text.split(","):
         nodes, _, label = part.partition("=")
         if not label.strip():
-            raise ValueError(f"failure domains: {part!r} is not of the form NODES=RACK, as in 0-3=r1")
+            raise ValueError(f"failure domains: {part!r} is not of the form NODES=NAME, as in 0-3=r1")
         for node in _nodes(nodes, "failure domains"):
-            _put(out, node, "rack", label.strip(), part)
+            _put(out, node, kind, label.strip(), part)
     return out
 
 
@@ -78,6 +90,32 @@ def _nodes(value: Any, where: str) -> list[int]:
             raise ValueError(f"{where}: {item!r} is not a node or a range of nodes, as in 0-3")
         out += range(int(found[1]), int(found[2] or found[1]) + 1)
     return out
+
+
+def covered(labels: Mapping[int, Mapping[str, str]], trains: Collection[int], spares: Collection[int]) -> list[str]:
+    """How many losses of each domain a spare of the same domain covers: a sentence for each kind, NVLink's first.
+
+    Args:
+        trains: the nodes that hold coordinates.
+        spares: those that may take over.
+    """
+    by_kind: dict[str, dict[str, list[int]]] = {}
+    for node, of_node in sorted(labels.items()):
+        for kind, name in of_node.items():
+            counts = by_kind.setdefault(kind, {}).setdefault(name, [0, 0])
+            counts[0] += node in trains
+            counts[1] += node in spares
+    sentences = []
+    for kind in sorted(by_kind, key=lambda kind: (kind != NVLINK, kind)):
+        losses = {name: min(counts) for name, counts in by_kind[kind].items() if counts[0]}
+        some = [f"{name} {count}" for name, count in losses.items() if count]
+        none = [name for name, count in losses.items() if not count]
+        some = [*some[:_MOST_NAMED], *(["..."] if len(some) > _MOST_NAMED else [])]
+        without = ", ".join([*none[:_MOST_NAMED], *(["..."] if len(none) > _MOST_NAMED else [])])
+        if losses:
+            words = [*some, *([f"none of {without}"] if none else [])]
+            sentences.append(f"losses that spares of the same {kind} domain cover: {', '.join(words)}")
+    return sentences
 
 
 def slurm_labels(environ: Mapping[str, str]) -> dict[str, str]:

@@ -108,6 +108,18 @@ class WorkerFailed(OfNode, frozen=True):
     communication: bool = False
 
 
+class MachineSign(OfNode, frozen=True):
+    """The machine of a node tells of a fault: an Xid of the NVIDIA driver.
+
+    ``device``: its PCI address, as the driver writes it; ``after``: the Xid that the driver says it follows; 0: none.
+    """
+
+    xid: int
+    device: str = ""
+    text: str = ""
+    after: int = 0
+
+
 class PeerError(OfNodeInEpoch, frozen=True):
     """A survivor saw a communication error: a hint that a peer is gone, never proof."""
 
@@ -251,9 +263,9 @@ class FetchFailed(OfNodeInEpoch, frozen=True):
     """The shard of a lost coordinate could not be had from the source that was named.
 
     ``version_epoch``: the version's; -1 where any version of the generation may be meant. ``own``: the fault is the
-    node's, which has no memory for it; the source may be good. ``gone``: the copy was its own, and has been given up
-    since it was offered. ``share``: what the source gave was to rebuild it, and says nothing of a whole copy there: the
-    rank whose part it is, or the word whose parity; -1: a whole copy.
+    node's, which has no memory for it; the source may be good. ``gone``: whoever had the copy has given it up since it
+    was offered. ``share``: what the source gave was to rebuild it, and says nothing of a whole copy there: the rank
+    whose part it is, or the word whose parity; -1: a whole copy.
     """
 
     rank: int
@@ -369,7 +381,7 @@ class AddSpare(Record, frozen=True):
     host: str
 
 
-WorkerNews = WorkerReady | Rehearsed | Registered | WorkerExited | WorkerFailed | PeerError
+WorkerNews = WorkerReady | Rehearsed | Registered | WorkerExited | WorkerFailed | MachineSign | PeerError
 RecoveryNews = Offer | Behind | NodeArrived | NodeReady | NodeFormed | NodeRestored | NodeResumed
 VaultNews = Committed | Covered | DamagedCopy | NoRoom | Refusals | VaultMemory
 TrainingNews = Iteration | FetchFailed | Finished | StateHash | Saved

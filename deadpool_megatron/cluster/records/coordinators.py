@@ -162,6 +162,13 @@ class EndStuck(OfEpoch, frozen=True):
     rank: int
 
 
+class KeepStacks(Record, frozen=True):
+    """The others wait for workers of this node: keep their stack traces, and ``end`` them, so that new ones begin."""
+
+    epoch: int
+    end: bool
+
+
 class InjectReply(Record, frozen=True):
     """What became of an `Inject` or a `Drain`: ``error`` is empty when it was accepted.
 
@@ -193,6 +200,6 @@ class SpareAdded(Record, frozen=True):
 MembershipOrder = Roster | Placement | Departed
 RecoveryOrder = Declare | Changed | Agree | Form | CommittedTo
 JobOrder = AllFinished | Stop | Arm
-NodeOrder = Respawn | Rehearse | Hold | ExitNotice | EndStuck
+NodeOrder = Respawn | Rehearse | Hold | ExitNotice | EndStuck | KeepStacks
 CommandReply = InjectReply | Enlisted
 CoordinatorRecord = MembershipOrder | RecoveryOrder | JobOrder | CommandReply | DurableOrder | NodeOrder | SpareAdded

@@ -101,6 +101,7 @@ FaultKind = Literal[
     "crash",
     "slow",
     "corrupt",
+    "sign",
     "abort",
 ]
 
@@ -119,6 +120,7 @@ class Fault(Value, frozen=True):
     crash               the worker dies of SIGSEGV
     slow                every microbatch of the worker takes ``seconds`` longer from now on
     corrupt             bytes of the worker's newest complete own copy are overwritten in the vault
+    sign                the machine tells of ``sign``, as xid:149, as if its kernel log had it
     abort               nobody dies: the communicators are aborted and re-formed with the same assignment
     ==================  =========================================================================================
 
@@ -134,3 +136,4 @@ class Fault(Value, frozen=True):
     tick: int = 1
     point: str = ""
     seconds: float = 0.0
+    sign: str = ""

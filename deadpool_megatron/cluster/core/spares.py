@@ -1,0 +1,77 @@
+"""Which spare takes the place of which node. Pure.
+
+What counts, in this order:
+
+1. a machine that has not failed of late, before a *lemon*; of lemons the one that failed least;
+2. one whose workers are parked, before one that still starts (for a node that is only moved, this comes first);
+3. the NVLink domain of the node, where a tensor- or expert-parallel group spans nodes of that domain: what it sends
+   has no other way that is as fast;
+4. one that has rehearsed what the node does;
+5. the failure domains of the node, so that nobody's copies have to move;
+6. the lowest number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from deadpool_megatron.cluster.core.layout import Layout
+from deadpool_megatron.cluster.core.members import Members
+from deadpool_megatron.cluster.core.protection import Protection
+from deadpool_megatron.cluster.placement import assignment as placing
+from deadpool_megatron.cluster.placement.domains import NVLINK, covered
+
+
+class Spares:
+    """Chooses among the spares of one job."""
+
+    def __init__(self, members: Members, layout: Layout, protection: Protection) -> None:
+        self._members = members
+        self._layout = layout
+        self._protection = protection
+
+    def for_lost(self, lost: Iterable[int], vacant: Iterable[int]) -> dict[int, int] | None:
+        """Who takes over which ``lost`` node, and which node with a ``vacant`` slot; see `placing.refill`."""
+        members = self._members
+        ready, cold = members.ready_spares(), members.cold_spares()
+        return placing.refill(members.assignment, lost, vacant, ready, cold, self._prefer(lost, vacant))
+
+    def for_start(self, lost: Iterable[int]) -> dict[int, int] | None:
+        """The same before training has begun, when a spare is as good whose agent is still to come."""
+        members = self._members
+        spares = [*members.ready_spares(), *members.cold_spares(), *members.coming_spares()]
+        return placing.choose_spares(lost, spares, self._prefer(lost, ()))
+
+    def covered(self) -> list[str]:
+        """How many losses of each domain spares of the same domain cover, in words."""
+        members = self._members
+        labels = {node: known for node in members.present() if (known := self._protection.labels(node))}
+        return covered(labels, frozenset(members.active()), frozenset(members.spares())) if labels else []
+
+    def _prefer(self, lost: Iterable[int], vacant: Iterable[int]) -> placing.Preference:
+        members, labels = self._members, self._protection.labels
+        fit = members.rehearsed({*lost, *vacant})
+        tied = {node: self._is_tied(node) for node in {*lost, *vacant}}
+
+        def prefer(node: int, spare: int) -> tuple[int, ...]:
+            own, others = labels(node), labels(spare)
+            lemon, cold = members.failures(spare), int(not members.parked(spare))
+            first = (cold, lemon) if members.nodes[node].role == "leaving" else (lemon, cold)
+            apart = tied[node] and own[NVLINK] != others.get(NVLINK)
+            far = sum(others.get(kind) != label for kind, label in own.items())
+            return (*first, int(apart), int(spare not in fit.get(node, ())), far)
+
+        return prefer
+
+    def _is_tied(self, node: int) -> bool:
+        """A tensor- or expert-parallel group spans this node and another one of its NVLink domain."""
+        labels, assignment = self._protection.labels, self._members.assignment
+        domain = labels(node).get(NVLINK)
+        if domain is None:
+            return False
+        if not self._layout.coordinates:
+            return True  # it may be, and nothing is lost by it
+        others = {
+            assignment[peer].node for rank in self._members.ranks_of(node) for peer in self._layout.close_to(rank)
+        }
+        return any(labels(other).get(NVLINK) == domain for other in others - {node})
