@@ -471,7 +471,7 @@ def _constants_are_asked_for_three_times(patch: Patch) -> None:
     patch.setattr(fetching.Search, "pause", lambda self, now: self.tries.pop(0) if self.left and self.tries else None)
     init = fetching.Search.__init__
 
-    def before(self: Any, places: Any, now: float, everybody: Any) -> None:
+    def before(self: Any, places: Any, now: float, everybody: Any = ()) -> None:
         init(self, places, now, everybody)
         self.tries = [0.0, 0.1, 0.5]
 

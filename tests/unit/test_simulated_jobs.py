@@ -83,7 +83,6 @@ MISSED_SHARDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "own constants": (10720, ()),
     "constants registered": (395, ()),
     "constants everywhere": (31322, ()),
-    "constants tries": (312, ("resets", "kill worker", "kill node", "drain")),
 }
 # The same with both: the durable directory has constants too.
 MISSED_BOTH: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -97,7 +96,7 @@ MISSED_RIVALS: dict[str, tuple[int, tuple[str, ...]]] = {
     "11 watch": (4, ()),
 }
 # One run in thousands misses these, so a test of their own holds them: `test_core.py`, `test_core_moves.py`,
-# `test_known_and_commits.py`, `test_durable_core.py`, `test_agreement.py`, `test_vault_parity.py`.
+# `test_known_and_commits.py`, `test_durable_core.py`, `test_agreement.py`, `test_vault_parity.py`, `test_fetching.py`.
 RARE = {
     "3",
     "share refused",
@@ -109,6 +108,7 @@ RARE = {
     "looks again",
     "constants anew",
     "constants first",
+    "constants tries",
     "has left",
     "joins late",
     "all back",
