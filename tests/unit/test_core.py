@@ -674,9 +674,15 @@ def test_a_worker_that_hangs_in_a_recovery_costs_an_epoch_and_no_node(phase: str
         job.wait(due - job.now)
         assert job.told(r.KeepStacks)[-1] == r.KeepStacks(epoch, True)
         job.feed(r.WorkerExited(1, 0, 2, 100 + turn, -9, epoch))
+        if turn == 0:  # the other one of the node hung too
+            job.feed(r.WorkerExited(1, 1, 3, 100 + turn, -9, epoch))
+            job.feed(r.WorkerReady(1, 1, 200))
+            assert "rank 3 hung in a recovery" in job.events("detected")[-1]["cause"] and not deaths()
+            job.feed(r.WorkerReady(1, 0, 101))
+            continue
         if turn < 4:
             assert "hung in a recovery" in job.events("detected")[-1]["cause"] and job.core.epoch == epoch + 1
-            assert job.told(r.Declare)[-1].replaced == [2] and deaths() == turn
+            assert job.told(r.Declare)[-1].replaced == [2, 3] and deaths() == turn
             job.feed(r.WorkerReady(1, 0, 101 + turn))
     assert job.core.nodes[1].role == "lost"
 

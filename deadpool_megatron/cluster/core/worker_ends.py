@@ -29,7 +29,8 @@ class WorkerEnds:
         self._suspicions = suspicions
         self._blame = Blame(state.job.worker_deaths, state.job.transient_retries)
         self._left: set[tuple[int, int]] = set()
-        self._late: set[int] = set()  # nodes whose workers hung in a recovery, since an iteration has ended last
+        # nodes whose workers hung in a recovery, since an iteration has ended last, and the first epoch they did
+        self._late: dict[int, int] = {}
         # by node and local index, of the last process that has ended: an agent that was away tells of it again
         self._known: dict[tuple[int, int], int] = {}
 
@@ -109,8 +110,7 @@ class WorkerEnds:
         follows = verdict.blamed is Blamed.FOLLOWS
         nobodys = self._blame.anothers(record) or follows
         if self._was_late(record):  # a communication that nothing ends, perhaps: the first time that is no node's fault
-            nobodys = nobodys or node.node not in self._late
-            self._late.add(node.node)
+            nobodys = nobodys or self._late.setdefault(node.node, record.epoch) == record.epoch
         to_blame = not node.respawns if nobodys else self._died(node, "worker", cause, record.epoch)
         iteration = self._state.progress.iteration
         if self._blame.crashed_again(record, self._state.members.epoch, iteration) and not self._signs.tells(node.node):
@@ -154,7 +154,8 @@ class WorkerEnds:
     def _was_late(self, record: r.WorkerExited) -> bool:
         """It was ended because the others waited for it."""
         recovery = self._recoveries.of(record.epoch)
-        return recovery is not None and record.node in recovery.ending and record.code < 0
+        ended = record.node in recovery.ending if recovery is not None else self._late.get(record.node) == record.epoch
+        return ended and record.code < 0
 
     def begun(self, record: r.WorkerReady) -> None:
         """A process has begun: the number of one that has ended may come again."""
