@@ -110,7 +110,7 @@ class WorkerEnds:
         follows = verdict.blamed is Blamed.FOLLOWS
         nobodys = self._blame.anothers(record) or follows
         if self._was_late(record):  # a communication that nothing ends, perhaps: the first time that is no node's fault
-            nobodys = nobodys or self._late.setdefault(node.node, record.epoch) == record.epoch
+            nobodys = self._late.setdefault(node.node, record.epoch) == record.epoch or nobodys
         to_blame = not node.respawns if nobodys else self._died(node, "worker", cause, record.epoch)
         iteration = self._state.progress.iteration
         if self._blame.crashed_again(record, self._state.members.epoch, iteration) and not self._signs.tells(node.node):
