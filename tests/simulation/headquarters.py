@@ -229,6 +229,7 @@ class Headquarters:
 
     Attributes:
         torn: the last one died in the middle of something, so that what it did last may not be in the log.
+        died_at: when.
     """
 
     def __init__(
@@ -255,6 +256,7 @@ class Headquarters:
         self.process = Process(world, "coordinator")
         self.lives = 0
         self.torn = False
+        self.died_at = 0.0
         self.ended: tuple[int, str] | None = None
         self._enlistment = Enlistment(job, [], "job", 1)
         self._lease = lease
@@ -423,7 +425,7 @@ class Headquarters:
     def _crashed(self) -> None:
         world = self.world
         world.say("hq", "the coordinator is dead")
-        self.torn = True
+        self.torn, self.died_at = True, world.now
         self.disk.fuse = None
         self.process.die()
         self.process = Process(world, "coordinator")

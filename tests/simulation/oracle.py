@@ -260,6 +260,8 @@ class Oracle:
             case "sign" if fields["role"] == "link":
                 self._linked[fields["node"]] = world.now
             case "coordinator_back":
+                if self._cluster.hq.torn and self._waits_since is None:  # that a wait began may have been its last word
+                    self._waits_since = self._cluster.hq.died_at
                 self._back_at = world.now
                 self._cluster.faults.came_back()
             case "left":
