@@ -270,8 +270,9 @@ class Oracle:
                 wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
                 if since is not None and world.now > since + wait:
                     self._late.add(fields["node"])
-            case "waiting":
-                self._waits_since = world.now
+            case "waiting" if self._waits_since is None:  # else by another coordinator
+                since = world.now + 60 * fields["minutes"] - self._cluster.job.wait_for_spare_s
+                self._waits_since = min(world.now, since)
                 self._cluster.faults.awaited()
             case "resumed":
                 self._since, self._waits_since = 0, None
