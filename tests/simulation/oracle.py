@@ -282,8 +282,9 @@ class Oracle:
                 wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
                 if since is not None and world.now > since + wait:
                     self._late.add(fields["node"])
-            case "waiting":
-                self._waits_since = world.now
+            case "waiting" if self._waits_since is None:  # else by another coordinator
+                since = world.now + 60 * fields["minutes"] - self._cluster.job.wait_for_spare_s
+                self._waits_since = min(world.now, since)
                 self._cluster.faults.awaited()
             case "resumed":
                 self._since, self._waits_since = 0, None
@@ -482,12 +483,13 @@ class Oracle:
     def _look_at_drains(self) -> None:
         """One that nothing is in the way of does not take for ever."""
         cluster, now = self._cluster, self._cluster.world.now
-        core = cluster.hq.core
+        core, job = cluster.hq.core, cluster.job
+        patience = _DRAIN_S + (job.deadlines.build if job.rehearsals else 0.0)  # for a rehearsal
         trains = core.phase is Phase.RUNNING and not core.awaits_agents and not self._through
         for node, since in self.drains.items():
             if not trains or not self._peace or node in self.hurt or not self._spares(node):
                 self.drains[node] = now
-            elif now > since + _DRAIN_S:
+            elif now > since + patience:
                 raise Violation(f"node {node} is being drained for {now - since:.0f} s in peace")
 
     def _spares(self, node: int) -> list[Host]:

@@ -34,8 +34,8 @@ class _Drain:
     deadline: float = 0.0
     asked: bool = False  # a spare to rehearse the node; one that does not is not waited for again
     rehearses: int | None = None  # that spare, while it is waited for
-    iteration: int | None = None  # at whose begin all hold still
-    told: bool = False  # to all, by this coordinator
+    iteration: int | None = None  # at whose begin all were told to hold still
+    holds: bool = False  # they were, or do so already
     held: set[int] = field(default_factory=set)
 
 
@@ -58,13 +58,14 @@ class Drains:
         drain = self._drain
         if drain is None or not self._trains:
             return None
-        waits = not drain.told and not drain.deadline and self._spare_starts(drain)
+        waits = not drain.holds and not drain.deadline and self._spare_starts(drain)
         return None if waits else drain.deadline
 
     def begin(self, node: int, now: float) -> Effects:
         """A node is to be taken away. A spare may go at once."""
         self._drain = _Drain(node)
         yield from self._go_on(self._drain, now)
+        yield Persist(("now",))
 
     def rehearsed(self, record: r.Rehearsed, now: float) -> Effects:
         """A spare has set up coordinates, or cannot: the move goes on."""
@@ -104,32 +105,29 @@ class Drains:
             drain.asked, drain.rehearses, drain.deadline = True, spare, now + job.deadlines.build
             yield emit("rehearsing", node=spare, ranks=ranks)
             yield Send(spare, r.Rehearse({members.assignment[rank].local: rank for rank in ranks}))
-            yield Persist(("now",))
         else:
             yield from self._hold(drain, now)
 
     def _hold(self, drain: _Drain, now: float) -> Effects:
-        pace, last = self._state.progress.pace, self._state.progress.iteration
-        # Where a coordinator before this one has told an iteration, some may hold still there already.
-        if drain.iteration is None or drain.iteration <= last:
-            drain.iteration = last + (2 + math.ceil(_HOLD_NOTICE_S / pace) if pace > 0 else 3)
-            drain.held.clear()
-        drain.rehearses, drain.told = None, True
-        drain.deadline = now + self._state.job.deadlines.abort + (drain.iteration - last) * pace
+        pace = self._state.progress.pace
+        ahead = 2 + math.ceil(_HOLD_NOTICE_S / pace) if pace > 0 else 3
+        drain.iteration, drain.rehearses, drain.holds = self._state.progress.iteration + ahead, None, True
+        drain.deadline = now + self._state.job.deadlines.abort + ahead * pace
         yield emit("leaving", node=drain.node, iteration=drain.iteration)
         yield Send(None, r.Hold(self._state.members.epoch, drain.iteration))
-        yield Persist(("now",))
 
     def held(self, record: r.NodeHeld) -> Effects:
         """A node of this epoch holds still; `tick` may have something to do."""
         drain = self._drain
-        if drain is None or drain.iteration is None:  # who told everybody to is gone, and nobody else would
+        if drain is None:  # who told everybody to is gone, and nobody else would
             yield Declare(f"node {record.node} holds still for a drain that was begun by another coordinator")
             return
         drain.held.add(record.node)
-        # Who was past the boundary already is brought back by an ordinary recovery, at the cost of an iteration.
-        if record.missed or drain.held >= set(self._state.members.active()):
-            drain.told, drain.deadline = True, 0.0
+        # Who was past the boundary already is brought back by an ordinary recovery, at the cost of an iteration. Some
+        # may be so where a coordinator before this one has told another boundary.
+        another = record.missed or record.iteration != drain.iteration
+        if another or drain.held >= set(self._state.members.active()):
+            drain.holds, drain.deadline = True, 0.0
 
     def tick(self, now: float) -> Effects:
         """Go on, where that was not possible before; stop waiting for nodes that missed the hold deadline, or for a
@@ -137,7 +135,7 @@ class Drains:
         drain = self._drain
         if drain is None or self.due is None or now < drain.deadline:
             return
-        if drain.told:
+        if drain.holds:
             yield from self._move_out(drain)
         else:
             yield from self._go_on(drain, now)
@@ -184,11 +182,11 @@ class Drains:
 
     # ---- a coordinator that starts again
 
-    def dump(self) -> list[int | None] | None:
-        """The node and the iteration, as JSON types."""
-        return None if self._drain is None else [self._drain.node, self._drain.iteration]
+    def dump(self) -> int | None:
+        """The node, as JSON types."""
+        return self.node
 
-    def load(self, kept: list[int | None] | None) -> None:
+    def load(self, kept: int | None) -> None:
         """The opposite. What was under way begins again once all agents are back."""
-        if kept is not None and kept[0] is not None:
-            self._drain = _Drain(kept[0], iteration=kept[1])
+        if kept is not None:
+            self._drain = _Drain(kept)

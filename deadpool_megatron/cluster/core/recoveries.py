@@ -41,6 +41,7 @@ class Recoveries:
         self._refused: set[RefusedCopy] = set()
         self._generation = -1
         self._waits_until: float | None = None
+        self._wait_told = False  # by this coordinator
         self._end = ""  # why the job cannot go on, once it only saves or drains what it has
         self._placed: list[r.SlotAddress] | None = None  # how coordinates were placed when it came to that
         self._not_saved = ""  # why Megatron's checkpoint could not be written
@@ -129,13 +130,15 @@ class Recoveries:
             return False
         elif patience and self._purpose == "resume" and (self._waits_until is None or now < self._waits_until):
             if self._waits_until is None:
-                self._waits_until = now + patience
+                self._waits_until, self._wait_told = now + patience, False
+            if not self._wait_told:
+                minutes, self._wait_told = (self._waits_until - now) / 60, True
                 yield emit(
                     "waiting",
                     lost=sorted(out_of_use),
-                    minutes=patience / 60,
+                    minutes=minutes,
                     message=f"no spare is left for node {min(out_of_use)} ({reason}); the others keep their state and "
-                    f"wait {patience / 60:g} minutes for one to come (deadpool join)",
+                    f"wait {minutes:.4g} minutes for one to come (deadpool join)",
                 )
         elif out_of_use or self._purpose != "resume":
             self._waits_until = None
