@@ -7,12 +7,25 @@ agents nor Megatron.
 
 from .client import DrainerProcess
 from .errors import DurableError, NoRoom, Unreachable, Unreadable
-from .files import find
-from .format import FORMAT, Coordinate, Item, Layout, Manifest, ShardFile, directory_name
+from .files import find, read_constants_items, read_items, read_manifest
+from .format import (
+    FORMAT,
+    Coordinate,
+    Item,
+    Layout,
+    Manifest,
+    Piece,
+    ShardFile,
+    differing,
+    directory_name,
+    not_fit,
+    settings_note,
+)
 from .lease import Lease, this_process
 from .loading import load_constants, load_shards
 from .orders import Answer, Cancel, Describe, Done, Drain, Seal, Stage, Staged, Take
-from .start import begin, go_on
+from .recut import read_recut
+from .start import Survey, begin, go_on
 from .store import Store, open_store
 
 __all__ = [
@@ -30,20 +43,29 @@ __all__ = [
     "Lease",
     "Manifest",
     "NoRoom",
+    "Piece",
     "Seal",
     "ShardFile",
     "Stage",
     "Staged",
     "Store",
+    "Survey",
     "Take",
     "Unreachable",
     "Unreadable",
     "begin",
+    "differing",
     "directory_name",
     "find",
     "go_on",
     "load_constants",
     "load_shards",
+    "not_fit",
     "open_store",
+    "read_constants_items",
+    "read_items",
+    "read_manifest",
+    "read_recut",
+    "settings_note",
     "this_process",
 ]

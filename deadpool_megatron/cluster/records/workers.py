@@ -132,7 +132,7 @@ class Generation(Record, frozen=True):
 
     ``version_epoch`` is -1 when this rank's vault does not hold it (its live state does). ``constants``: a durable
     generation's constants are in the own vault as well. ``live``: a live state of this generation is it too. ``note``:
-    one line for the user, or none.
+    one line for the user, or none. ``recut``: as of `ResumeAt`; ``path`` is empty then.
     """
 
     epoch: int
@@ -143,6 +143,7 @@ class Generation(Record, frozen=True):
     constants: bool = False
     live: bool = True
     note: str = ""
+    recut: str = ""
 
 
 class Where(Record, frozen=True):

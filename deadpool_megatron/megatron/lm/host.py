@@ -50,6 +50,7 @@ class MegatronLM(Host):
     """Settings and counters are the process's ``args``, writers and timers its global variables."""
 
     can_rehearse = True
+    can_recut = True
     fields: RunArgs
 
     def __init__(self) -> None:
