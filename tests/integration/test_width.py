@@ -10,7 +10,7 @@ from itertools import chain
 
 import pytest
 
-from flags import tiny_gpt, with_value
+from flags import plain_optimizer, tiny_gpt, with_value
 from jobs import ROOT, Job, Jobs, launch_flags
 
 ITERATIONS, SAVED = 8, 3
@@ -41,13 +41,20 @@ class Widths:
         self.flags = list(flags)
         self._ranks = ranks
         self.store = jobs.directory / f"{name}-store"
+        self._started: dict[str, Job] = {}
 
     def start(self, name: str, width: int, *more: str, held: bool = False) -> Job:
         samples = self._jobs.directory / f"{self._name}-{name}-samples"
         samples.mkdir()
         extra = {"SAMPLES": str(samples)}
         launch = launch_flags(width, 0, self._ranks)
-        return self._jobs.start(f"{self._name}-{name}", launch, [*self.flags, *more], SAMPLES, extra=extra, held=held)
+        job = self._jobs.start(f"{self._name}-{name}", launch, [*self.flags, *more], SAMPLES, extra=extra, held=held)
+        self._started[name] = job
+        return job
+
+    def job(self, name: str) -> Job:
+        """One that was started."""
+        return self._started[name]
 
     def samples(self, name: str) -> dict[int, list[list[int]]]:
         """By iteration, what each process drew, in its order; processes that drew nothing are left out."""
@@ -95,21 +102,53 @@ def assert_same_from(job: Job, want: Job, first: int) -> None:
     assert len(ours) == len(theirs) and all(ours[rank][part] == theirs[rank][part] for rank in ours for part in parts)
 
 
-def goes_on(it: Widths, before: int, after: Sequence[int], undisturbed: dict[int, list[list[int]]]) -> None:
+def goes_on(it: Widths, before: int, after: Sequence[int]) -> Job:
+    """The last of the jobs that went on, after all was compared."""
+    it.start("undisturbed", before).finished(300)
     generation = it.durable(before)
+    undisturbed = it.samples("undisturbed")
     for width in after:
         job = it.resumed(f"at-{width}", width).finished(300)
         assert f"training goes on from durable generation {generation}" in job.output
-        want = it.from_checkpoint(f"loaded-{width}", width).finished(300)
-        assert_same_from(job, want, generation)
+        assert_same_from(job, it.from_checkpoint(f"loaded-{width}", width).finished(300), generation)
         samples = it.samples(f"at-{width}")
         assert min(samples) == generation and max(samples) == ITERATIONS - 1
         for iteration, drawn in samples.items():
             assert sorted(chain(*drawn)) == sorted(chain(*undisturbed[iteration]))
+    return job
 
 
-@pytest.mark.timeout(400)
-def test_fewer_and_more_replicas_go_on_from_a_durable_generation_as_from_megatrons_checkpoint(jobs: Jobs) -> None:
-    it = Widths(jobs, "data", flags(), 1)
-    it.start("undisturbed", 2).finished(300)
-    goes_on(it, 2, [1, 4], it.samples("undisturbed"))
+@pytest.mark.timeout(500)
+def test_three_replicas_go_on_from_a_durable_generation_of_two_with_the_same_samples_in_each_global_batch(
+    jobs: Jobs,
+) -> None:
+    """Eight samples over three replicas, each of which weighs what it weighed; FP32, so that this can be seen."""
+    exact = [flag for flag in flags(*EXACT) if flag != "--bf16"]
+    it = Widths(jobs, "uneven", exact, 1)
+    job = goes_on(it, 2, [3])
+    drawn = it.samples("at-3")[ITERATIONS - 1]
+    assert sorted(map(len, drawn)) == [2, 3, 3]
+    want = {iteration: rest for iteration, *rest in it.job("undisturbed").exact()}
+    for iteration, losses, norm in job.exact():
+        expected, expected_norm = want[iteration]
+        assert float.fromhex(losses["lm loss"]) == pytest.approx(float.fromhex(expected["lm loss"]), rel=1e-5)
+        assert float.fromhex(norm) == pytest.approx(float.fromhex(expected_norm), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "more", "ranks", "after"),
+    [
+        ("data", SMALL, 1, [1, 4]),
+        ("replicated", ["plain", *SMALL], 1, [1, 3, 4]),
+        ("tokens", [*SMALL, "--calculate-per-token-loss"], 1, [3]),
+        ("pipeline", [], 4, [1]),
+    ],
+)
+def test_fewer_and_more_replicas_go_on_from_a_durable_generation_as_from_megatrons_checkpoint(
+    jobs: Jobs, name: str, more: list[str], ranks: int, after: list[int]
+) -> None:
+    plain = "plain" in more
+    given = [*with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2), *(flag for flag in more if flag != "plain")]
+    goes_on(Widths(jobs, name, plain_optimizer(given) if plain else given, ranks), 2, after)
