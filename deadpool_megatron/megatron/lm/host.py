@@ -28,6 +28,9 @@ Every hook replaces a module global that upstream looks up at call time:
                                           not in a rehearsal
 ``training.initialize``                   ``_initialize_tp_communicators``: userbuffers made inside of a node
 ========================================  ===============================================================
+
+In megatron.core, for `dealing`: ``num_microbatches_calculator._build_num_microbatches_calculator``, and, where counts
+differ, ``schedules.forward_step_calc_loss``.
 """
 
 from __future__ import annotations
