@@ -18,7 +18,8 @@ def _recorded(kind: Any) -> None:
     draw = kind.__getitem__
 
     def __getitem__(self: Any, number: int | None) -> Any:
-        iteration = getattr(get_args(), "curr_iteration", 0)
+        args = get_args()
+        iteration = max(args.iteration, getattr(args, "curr_iteration", 0))  # the first draw comes before the loop
         with (Path(os.environ["SAMPLES"]) / f"rank-{torch.distributed.get_rank()}").open("a") as file:
             file.write(f"{iteration} {number}\n")
         return draw(self, number)
