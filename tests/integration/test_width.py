@@ -47,7 +47,8 @@ class Widths:
         samples = self._jobs.directory / f"{self._name}-{name}-samples"
         samples.mkdir()
         extra = {"SAMPLES": str(samples)}
-        launch = launch_flags(width, 0, self._ranks)
+        slots = min(2, self._ranks)
+        launch = launch_flags(width * self._ranks // slots, 0, slots)
         job = self._jobs.start(f"{self._name}-{name}", launch, [*self.flags, *more], SAMPLES, extra=extra, held=held)
         self._started[name] = job
         return job
@@ -138,17 +139,17 @@ def test_three_replicas_go_on_from_a_durable_generation_of_two_with_the_same_sam
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("name", "more", "ranks", "after"),
+    ("name", "more", "ranks", "before", "after"),
     [
-        ("data", SMALL, 1, [1, 4]),
-        ("replicated", ["plain", *SMALL], 1, [1, 3, 4]),
-        ("tokens", [*SMALL, "--calculate-per-token-loss"], 1, [3]),
-        ("pipeline", [], 4, [1]),
+        ("pipeline", [], 4, 2, [1]),
+        ("replicated", ["plain", *SMALL], 1, 4, [2, 3]),
+        ("tokens", [*SMALL, "--calculate-per-token-loss"], 1, 2, [3]),
+        ("data", SMALL, 1, 3, [2, 4]),
     ],
 )
 def test_fewer_and_more_replicas_go_on_from_a_durable_generation_as_from_megatrons_checkpoint(
-    jobs: Jobs, name: str, more: list[str], ranks: int, after: list[int]
+    jobs: Jobs, name: str, more: list[str], ranks: int, before: int, after: list[int]
 ) -> None:
     plain = "plain" in more
     given = [*with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2), *(flag for flag in more if flag != "plain")]
-    goes_on(Widths(jobs, name, plain_optimizer(given) if plain else given, ranks), 2, after)
+    goes_on(Widths(jobs, name, plain_optimizer(given) if plain else given, ranks), before, after)
