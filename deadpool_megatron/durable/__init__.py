@@ -7,15 +7,29 @@ agents nor Megatron.
 
 from .client import DrainerProcess
 from .errors import DurableError, NoRoom, Unreachable, Unreadable
-from .files import find
-from .format import FORMAT, Coordinate, Item, Layout, Manifest, ShardFile, directory_name
+from .files import find, read_constants_items, read_items, read_manifest
+from .format import (
+    FORMAT,
+    Coordinate,
+    Item,
+    Layout,
+    Manifest,
+    Piece,
+    ShardFile,
+    differing,
+    directory_name,
+    not_fit,
+    settings_note,
+)
 from .lease import Lease, this_process
 from .loading import load_constants, load_shards
 from .orders import Answer, Cancel, Describe, Done, Drain, Seal, Stage, Staged, Take
-from .start import begin, go_on
+from .recut import read_recut
+from .start import Survey, begin, go_on
 from .store import Store, open_store
 
 __all__ = ["FORMAT", "Answer", "Cancel", "Coordinate", "Describe", "Done", "Drain", "DrainerProcess", "DurableError"]
-__all__ += ["Item", "Layout", "Lease", "Manifest", "NoRoom", "Seal", "ShardFile", "Stage", "Staged", "Store", "Take"]
-__all__ += ["Unreachable", "Unreadable", "begin", "directory_name", "find", "go_on", "load_constants", "load_shards"]
-__all__ += ["open_store", "this_process"]
+__all__ += ["Item", "Layout", "Lease", "Manifest", "NoRoom", "Piece", "Seal", "ShardFile", "Stage", "Staged", "Store"]
+__all__ += ["Survey", "Take", "Unreachable", "Unreadable", "begin", "differing", "directory_name", "find", "go_on"]
+__all__ += ["load_constants", "load_shards", "not_fit", "open_store", "read_constants_items", "read_items"]
+__all__ += ["read_manifest", "read_recut", "settings_note", "this_process"]

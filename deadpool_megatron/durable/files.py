@@ -13,6 +13,7 @@ from .errors import Damaged, DurableError
 from .format import (
     MANIFEST,
     ConstantsFile,
+    Item,
     Layout,
     Manifest,
     ShardFile,
@@ -29,6 +30,9 @@ from .format import (
 from .store import Store
 
 _BLOCK = 4 << 20
+
+type _Place = Callable[[ShardHeader], tuple[Callable[[Item], memoryview], memoryview]]
+"""Given the header, says where the bytes of each item go, asked in their order, and those of the small state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +273,61 @@ def read_shard(
 
     Raises Damaged (the memory holds garbage then), OSError.
     """
-    return _read(store, f"{directory}/{shard.file}", shard.rank, shard, place, check)
+    return _read(store, f"{directory}/{shard.file}", shard.rank, shard, _in_one_range(place), check)
+
+
+def read_items(store: Store, directory: str, shard: ShardFile, take: Callable[[Item, memoryview], None]) -> bytes:
+    """Read one coordinate's file an item at a time, with no more memory than the largest one; returns its small state.
+
+    Args:
+        take: given each item and its bytes, which it has until it returns.
+
+    Raises Damaged, when all has been taken, for a file that has changed; OSError.
+    """
+    return _one_by_one(store, f"{directory}/{shard.file}", shard.rank, shard, take)
+
+
+def read_constants_items(store: Store, file: ConstantsFile, take: Callable[[Item, memoryview], None]) -> None:
+    """Read what never changes, as `read_items`."""
+    _one_by_one(store, file.path, 0, file, take)
+
+
+def _one_by_one(
+    store: Store, name: str, rank: int, told_of: ShardFile | ConstantsFile, take: Callable[[Item, memoryview], None]
+) -> bytes:
+    memory, small = bytearray(), bytearray()
+    read: Item | None = None  # its bytes are in ``memory``
+
+    def hand_over() -> None:
+        if read is not None:
+            take(read, memoryview(memory)[: read.nbytes])
+
+    def next_one(item: Item) -> memoryview:
+        nonlocal read
+        hand_over()
+        read = item
+        return memoryview(memory)[: item.nbytes]
+
+    def place(header: ShardHeader) -> tuple[Callable[[Item], memoryview], memoryview]:
+        nonlocal memory, small
+        memory = bytearray(max((item.nbytes for item in header.layout.items), default=0))
+        small = bytearray(header.small_bytes)
+        return next_one, memoryview(small)
+
+    _read(store, name, rank, told_of, place, lambda: None)
+    hand_over()
+    return bytes(small)
+
+
+def read_header(store: Store, directory: str, shard: ShardFile) -> ShardHeader:
+    """What one coordinate's file consists of. Raises Damaged, OSError."""
+    where = f"{store.root}/{directory}/{shard.file}"
+    with contextlib.closing(store.open(f"{directory}/{shard.file}")) as file:
+        start = file.read(8)
+        rest = bytearray()
+        while len(rest) < (length := header_length(start, where)) and (block := file.read(length - len(rest))):
+            rest += block
+    return parse_header(start, bytes(rest), where)
 
 
 def read_constants(
@@ -279,7 +337,15 @@ def read_constants(
     check: Callable[[], None] = lambda: None,
 ) -> ShardHeader:
     """Read what never changes, as `read_shard`."""
-    return _read(store, file.path, 0, file, place, check)
+    return _read(store, file.path, 0, file, _in_one_range(place), check)
+
+
+def _in_one_range(place: Callable[[ShardHeader], tuple[memoryview, memoryview]]) -> _Place:
+    def each(header: ShardHeader) -> tuple[Callable[[Item], memoryview], memoryview]:
+        unique, small = place(header)
+        return lambda item: unique[item.offset : item.offset + item.nbytes], small
+
+    return each
 
 
 def _read(
@@ -287,7 +353,7 @@ def _read(
     name: str,
     rank: int,
     told_of: ShardFile | ConstantsFile,
-    place: Callable[[ShardHeader], tuple[memoryview, memoryview]],
+    place: _Place,
     check: Callable[[], None],
 ) -> ShardHeader:
     where = f"{store.root}/{name}"
@@ -311,9 +377,9 @@ def _read(
         header = parse_header(bytes(start), bytes(rest), where)
         if header.rank != rank or header.layout.digest != told_of.layout or header.nbytes != told_of.nbytes:
             raise Damaged(f"{where} is not the file its manifest describes")
-        unique, small = place(header)
+        place_of, small = place(header)
         for item in header.layout.items:
-            fill(unique[item.offset : item.offset + item.nbytes])
+            fill(place_of(item))
         fill(small)
     if told.hex != told_of.xxh3_128:
         raise Damaged(f"{where} has changed since it was written: its checksum does not fit")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,14 +37,26 @@ class _Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
 
-class Item(_Value, frozen=True):
-    """One tensor of a shard: ``nbytes`` bytes at ``offset`` of the unique state. ``dtype`` as safetensors names it."""
+class Piece(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """``nbytes`` bytes of ``tensor``, from its byte ``at`` on, whichever rank has them at a width of the job."""
+
+    tensor: str
+    at: int
+    nbytes: int
+
+
+class Item(_Value, frozen=True, omit_defaults=True):
+    """One tensor of a shard: ``nbytes`` bytes at ``offset`` of the unique state. ``dtype`` as safetensors names it.
+
+    ``pieces``: what it consists of, end to end, so that it can be cut anew (`recut`); empty where that cannot be.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    pieces: tuple[Piece, ...] = ()
 
 
 class Layout(_Value, frozen=True):
@@ -109,6 +121,35 @@ class Manifest(_Value, frozen=True):
     shards: tuple[ShardFile, ...]
     job: dict[str, Any]
     digest: str = ""
+
+
+_SAID: Final = 50  # differing settings that are named
+
+
+def differing(manifest: Manifest, job: Mapping[str, Any], part: str) -> dict[str, tuple[Any, Any]]:
+    """Of what both jobs tell of themselves: values in the durable generation and in the one that goes on from it."""
+    there, here = manifest.job.get(part, {}), job.get(part, {})
+    return {name: (there[name], here[name]) for name in there if name in here and there[name] != here[name]}
+
+
+def settings_note(manifest: Manifest, job: Mapping[str, Any]) -> str:
+    """One line for the user about settings that are not those of the generation; empty where all are."""
+    others = [f"{name} {a} -> {b}" for name, (a, b) in differing(manifest, job, "settings").items()]
+    if not others:
+        return ""
+    more = f" and {len(others) - _SAID} more" if len(others) > _SAID else ""
+    return (
+        f"not the settings of durable generation {manifest.generation}, which training goes on from: "
+        f"{', '.join(others[:_SAID])}{more}"
+    )
+
+
+def not_fit(generation: int, directory: str, why: str) -> str:
+    """One line for the user: a generation is not this job's."""
+    return (
+        f"durable generation {generation} in {directory} is not of this job: {why}; give the flags of that job, or "
+        "another --deadpool-durable-dir, or turn it into a Megatron checkpoint (deadpool export) and --load that"
+    )
 
 
 def directory_name(generation: int, job: str, epoch: int) -> str:
@@ -191,6 +232,7 @@ def encode_header(rank: int, generation: int, layout: Layout, small_bytes: int) 
         "unique_bytes": layout.unique_bytes,
         "layout": layout.digest,
         "offsets": [item.offset for item in layout.items],
+        "pieces": [msgspec.to_builtins(item.pieces) for item in layout.items],
     }
     header: dict[str, Any] = {"__metadata__": {"deadpool": json.dumps(told)}}
     at = 0
@@ -212,11 +254,13 @@ def parse_header(start: bytes, rest: bytes, where: str) -> ShardHeader:
         offsets: Sequence[int] = told["offsets"]
         items: list[Item] = []
         at = 0
-        for (name, entry), offset in zip(header.items(), offsets, strict=True):
+        pieces = told.get("pieces", [()] * len(offsets))  # not in files of earlier versions
+        for (name, entry), offset, made_of in zip(header.items(), offsets, pieces, strict=True):
             begin, end = entry["data_offsets"]
             if begin != at or end < begin or offset < 0 or offset + end - begin > told["unique_bytes"]:
                 raise ValueError(f"tensor {name} is out of place")
-            items.append(Item(name, entry["dtype"], tuple(entry["shape"]), offset, end - begin))
+            cut = msgspec.convert(made_of, tuple[Piece, ...])
+            items.append(Item(name, entry["dtype"], tuple(entry["shape"]), offset, end - begin, cut))
             at = end
         begin, end = small["data_offsets"]
         if begin != at or end < begin:
@@ -224,7 +268,7 @@ def parse_header(start: bytes, rest: bytes, where: str) -> ShardHeader:
         layout = Layout(told["unique_bytes"], told["layout"], tuple(items))
         data = 8 + header_length(start, where)
         return ShardHeader(told["rank"], told["generation"], layout, end - begin, data, data + end)
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError) as err:  # msgspec's are ValueErrors
         raise Damaged(f"{where} has no readable header: {err}") from None
 
 

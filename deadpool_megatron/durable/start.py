@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 from .errors import DurableError, NotFit, Unreadable
 from .files import find
+from .format import Manifest
 from .lease import Lease, Owner, take
 from .store import LocalStore, Store, open_store
 
@@ -23,11 +24,14 @@ class Survey(NamedTuple):
         usable: (generation, name) of those to begin with, newest first.
         remarks: lines for the user.
         others: generations that are there besides the one that was asked for.
+        recut: (generation, name) of one of another number of replicas, in the place of ``usable``: ranks read what they
+            need of it themselves.
     """
 
     usable: tuple[tuple[int, str], ...]
     remarks: tuple[str, ...]
     others: tuple[int, ...] = ()
+    recut: tuple[int, str] | None = None
 
 
 def open_directory(url: str) -> Store:
@@ -84,9 +88,7 @@ def begin(
     return found, lease
 
 
-def go_on(
-    url: str, owner: Owner | None, world_size: int, say: Callable[[str], None]
-) -> tuple[tuple[tuple[int, str], ...], Lease | None]:
+def go_on(url: str, owner: Owner | None, world_size: int, say: Callable[[str], None]) -> tuple[Survey, Lease | None]:
     """As `begin`, for a coordinator that takes the place of one that is gone: the directory is its job's.
 
     Its job trains, whatever is wrong with the directory, and waits for this coordinator: what cannot be read is not
@@ -94,11 +96,11 @@ def go_on(
     """
     store = open_store(url)
     lease = None if owner is None else Lease(store, 0, owner)
-    usable: tuple[tuple[int, str], ...] = ()
+    found = Survey((), ())
 
     def look() -> None:
-        nonlocal usable
-        usable = look_again(store, lease, world_size, say)
+        nonlocal found
+        found = look_again(store, lease, world_size, say)
         if lease is not None:
             lease.keep()
 
@@ -107,20 +109,18 @@ def go_on(
     thread.join(_HANGS_S)
     if thread.is_alive():
         say(f"{store.root} has not answered for {_HANGS_S:g} s; the job goes on with what it knows to be durable there")
-    return usable, lease
+    return found, lease
 
 
-def look_again(
-    store: Store, lease: Lease | None, world_size: int, say: Callable[[str], None]
-) -> tuple[tuple[int, str], ...]:
-    """(generation, name) of what the job can go back to, newest first."""
+def look_again(store: Store, lease: Lease | None, world_size: int, say: Callable[[str], None]) -> Survey:
+    """What the job can go back to."""
     try:
         store.check()
         if lease is None or lease.renew():
-            return survey(store, "auto", world_size, -1, False)[0]
+            return survey(store, "auto", world_size, -1, False)
     except (DurableError, OSError) as err:
         say(f"{err}; the job goes on, and cannot go back to what is durable there")
-    return ()
+    return Survey((), ())
 
 
 def survey(store: Store, resume: str, world_size: int, newer_than: int, writes: bool) -> Survey:
@@ -181,11 +181,20 @@ def survey(store: Store, resume: str, world_size: int, newer_than: int, writes: 
         )
     if not complete:
         remarks.append(f"no durable generation in {store.root} yet: training begins as without it")
-    elif complete[0].world_size != world_size:
-        raise NotFit(
-            f"durable generation {complete[0].generation} in {store.root} is of {complete[0].world_size} ranks, this "
-            f"job has {world_size}: start with as many, or turn it into a Megatron checkpoint (deadpool export) and "
-            "--load that"
-        )
+    elif (first := complete[0]).world_size != world_size:
+        what = f"durable generation {first.generation} in {store.root} is of {first.world_size} ranks, this job has"
+        if not can_recut(first, world_size):
+            raise NotFit(
+                f"{what} {world_size}: start with as many, or turn it into a Megatron checkpoint (deadpool export) and "
+                "--load that"
+            )
+        remarks.append(f"{what} {world_size}: its shards are cut anew")
+        return Survey((), tuple(remarks), tuple(others), (first.generation, first.name))
     fitting = [m for m in complete if m.world_size == world_size]
     return Survey(tuple((m.generation, m.name) for m in fitting), tuple(remarks), tuple(others))
+
+
+def can_recut(manifest: Manifest, world_size: int) -> bool:
+    """Whether so many ranks can be the same model with another number of replicas; experts are not cut."""
+    replicas = 1 + max(c.dp for c in manifest.coordinates)
+    return not any(c.ep for c in manifest.coordinates) and world_size % (manifest.world_size // replicas) == 0

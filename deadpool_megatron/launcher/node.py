@@ -178,10 +178,11 @@ def _durable(start: DurableStart, world_size: int, job_id: str, again: bool) -> 
     if again:
         # Its attempts are others than those of any one before, in whatever container with its own process ids.
         spec = replace(spec, job=f"{spec.job}r{secrets.token_hex(4)}")
-        usable, lease = go_on(spec.directory, owner, world_size, _say)
-        return replace(spec, complete=usable, resume=start.resume != "none"), lease
-    found, lease = begin(spec.directory, owner, start.resume, world_size, start.newer_than, _say)
-    return replace(spec, complete=found.usable, resume=start.resume != "none", others=found.others), lease
+        found, lease = go_on(spec.directory, owner, world_size, _say)
+    else:
+        found, lease = begin(spec.directory, owner, start.resume, world_size, start.newer_than, _say)
+    resume = start.resume != "none"
+    return replace(spec, complete=found.usable, resume=resume, others=found.others, recut=found.recut), lease
 
 
 def _say(line: str) -> None:

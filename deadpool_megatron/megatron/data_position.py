@@ -32,11 +32,11 @@ class DataPosition:
     def __init__(self) -> None:
         self._calls: list[Call] = []
 
-    def build(self, call: Call, fields: Fields, at: r.Generation | None) -> Any:
+    def build(self, call: Call, fields: Fields, at: r.Generation | bytes | None) -> Any:
         """What upstream's call returns (train, validation and test data), at the position of a generation.
 
         Args:
-            at: the generation, in the own vault; None: where ``fields`` stand.
+            at: the generation, in the own vault, or its small state; None: where ``fields`` stand.
 
         Raises VaultError when the vault does not hold it as it was written; nothing has been built then.
         """
@@ -70,10 +70,13 @@ def _found(saved: dict[str, Any], fields: Fields, first: bool) -> dict[str, Any]
     return saved | {name: fields.settings[name] for name in _REPLACED if first and name in saved}
 
 
-def _saved_args(at: r.Generation) -> dict[str, Any]:
-    writer = SlotWriter(at.path)
-    small, _ = writer.read(Version(at.version_epoch, at.generation))
-    writer.close()
+def _saved_args(at: r.Generation | bytes) -> dict[str, Any]:
+    if isinstance(at, bytes):
+        small = at
+    else:
+        writer = SlotWriter(at.path)
+        small, _ = writer.read(Version(at.version_epoch, at.generation))
+        writer.close()
     saved: dict[str, Any] = decode(small)["args"]
     return saved
 

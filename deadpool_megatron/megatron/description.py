@@ -6,14 +6,16 @@ import os
 import sys
 from collections.abc import Mapping
 from importlib import metadata
+from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
 import torch
 
 from deadpool_megatron import __version__
-from deadpool_megatron.durable import Item, Layout
-from deadpool_megatron.megatron.same_model import model_of, other_settings
+from deadpool_megatron.durable import Item, Layout, Piece
+from deadpool_megatron.megatron.pieces import pieces_in
+from deadpool_megatron.megatron.same_model import batch_of, model_of, other_settings
 from deadpool_megatron.snapshot import ShardPlan
 
 # The names that the safetensors format has for dtypes; bytes for any other.
@@ -40,11 +42,12 @@ def _module() -> str:
 
 
 def describe_job(args: Mapping[str, Any]) -> bytes:
-    """The job as JSON: ``model`` and ``settings`` (`same_model`), ``command`` (for `deadpool export`), ``versions``."""
+    """The job as JSON: ``model``, ``settings``, ``batch`` (`same_model`), ``command`` (for an export), ``versions``."""
     return msgspec.json.encode(
         {
             "model": model_of(args),
             "settings": other_settings(args),
+            "batch": batch_of(args),
             "command": {
                 "directory": os.getcwd(),
                 "script": sys.argv[0],
@@ -61,11 +64,11 @@ def describe_job(args: Mapping[str, Any]) -> bytes:
     )
 
 
-def describe_layout(plan: ShardPlan) -> bytes:
-    """The shard's tensors as JSON (`durable.Layout`)."""
+def layout_of(plan: ShardPlan, pieces: Mapping[str, tuple[Piece, ...]] = MappingProxyType({})) -> Layout:
+    """The shard's tensors; ``pieces`` as of `pieces_of`."""
     items = []
     for name, tensor, offset, nbytes in plan.items():
         dtype = _DTYPES.get(tensor.dtype)
         shape = tuple(tensor.shape) if dtype is not None else (nbytes,)
-        items.append(Item(name, dtype or "U8", shape, offset, nbytes))
-    return msgspec.json.encode(Layout(plan.nbytes, plan.digest(), tuple(items)))
+        items.append(Item(name, dtype or "U8", shape, offset, nbytes, pieces_in(name, nbytes, pieces)))
+    return Layout(plan.nbytes, plan.digest(), tuple(items))

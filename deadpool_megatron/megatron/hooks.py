@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 
 from deadpool_megatron import config as settings
@@ -38,6 +39,7 @@ from deadpool_megatron.megatron.reset import forget_strategies
 from deadpool_megatron.megatron.standby import RunningJob, numa_node, publish_job
 from deadpool_megatron.megatron.trainer import MegatronTrainer
 from deadpool_megatron.megatron.userbuffers import Userbuffers
+from deadpool_megatron.megatron.width import OtherWidth
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import EpochClosed, Patience, Redo, Session, Superseded, UnexplainedError, rejoin
 from deadpool_megatron.support import (
@@ -84,6 +86,7 @@ class Hooks:
     phase: str = "setup"
     iteration: int = -1
     durable: r.Generation | None = None
+    other_width: OtherWidth | None = None
     _data: DataPosition = field(default_factory=DataPosition)
     _redo: Redo | None = None
     _userbuffers: Userbuffers | None = None
@@ -209,9 +212,18 @@ class Hooks:
         """The agent says which durable generation there is, once it has brought this rank's shard into its vault."""
         agreed = self.session.wait_generation(self.session.joined_epoch)
         if agreed.generation >= 0:
+            note = agreed.note
+            if agreed.recut:
+                if not self.host.can_recut:
+                    raise UserError(
+                        f"durable generation {agreed.generation} is of another number of replicas, at which only "
+                        "Megatron-LM's own training loop goes on: start with as many as it has"
+                    )
+                other = self.other_width = OtherWidth(self.config.durable_dir, agreed.recut, self.host.args)
+                agreed, note = msgspec.structs.replace(agreed, constants=other.constants), other.note
             self.durable = agreed
-            if agreed.note and torch.distributed.get_rank() == 0:
-                print(f"deadpool: {agreed.note}", flush=True)
+            if note and torch.distributed.get_rank() == 0:
+                print(f"deadpool: {note}", flush=True)
         elif self.config.export:
             raise UserError(f"--deadpool-export: there is no durable generation in {self.config.durable_dir}")
         if self.config.export:
@@ -232,7 +244,8 @@ class Hooks:
             return None, None, None  # nothing is trained, so no data are needed
         if not self.standby:
             with self._begun_with():
-                return self._data.build(call, fields, self.durable)
+                other = self.other_width
+                return self._data.build(call, fields, self.durable if other is None else other.small)
         if self.rehearses:
             self._end_rehearsal(call)
         while True:
@@ -302,7 +315,8 @@ class Hooks:
             can_rescue = True
         if self.durable is not None:
             with self._begun_with():
-                trainer.resume(self.durable)
+                trainer.resume(self.durable, self.other_width)
+                self.other_width = None
         restarts = waits_for_nodes(args, int(os.environ["LOCAL_WORLD_SIZE"]))
         trainer.register(can_rescue and not restarts, restarts)
         if trainer.rank == 0:

@@ -80,10 +80,12 @@ class Host(ABC):
         brings_environment: the loop sets variables of the environment before it brings up the device.
         can_rehearse: all that its set-up does outside of the process goes through `Hooks.open_outlet`, or is named by
             `not_rehearsed`.
+        can_recut: it draws the samples of a global batch in the same order at every data-parallel width.
     """
 
     brings_environment: ClassVar[bool] = False
     can_rehearse: ClassVar[bool] = False
+    can_recut: ClassVar[bool] = False
     upstream: str
     fields: Fields
 

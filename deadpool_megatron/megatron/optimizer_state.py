@@ -29,13 +29,15 @@ class StateTensor:
     """One live tensor of an optimizer's state.
 
     ``replicas`` is the process group over which all hold the same bits, None for a tensor that is this rank's alone.
-    ``main`` says that it is a main parameter; else it is the inner optimizer's state of one.
+    ``main`` says that it is a main parameter; else it is the inner optimizer's state of one. ``parameter`` is the one
+    in the inner optimizer.
     """
 
     name: str
     tensor: torch.Tensor
     main: bool
     replicas: torch.distributed.ProcessGroup | None
+    parameter: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,18 +135,26 @@ def _prepare_fused_adam(inner: Any) -> None:
 
 
 def _one_tensor_of_steps(inner: Any) -> list[tuple[str, torch.Tensor]]:
-    found: dict[tuple[torch.device, torch.dtype], list[dict[str, Any]]] = {}
-    for _, _, parameter in _parameters(inner):
-        state = inner.state.get(parameter, {})
-        if torch.is_tensor(state.get("step")):
-            found.setdefault((state["step"].device, state["step"].dtype), []).append(state)
     out = []
-    for (device, dtype), states in found.items():
+    for name, parameters in counted_parameters(inner).items():
+        states = [inner.state[parameter] for parameter in parameters]
         flat = torch.stack([state["step"].reshape(()) for state in states]).clone()
         for i, state in enumerate(states):
             state["step"] = flat[i].view(state["step"].shape)
-        out.append((f"steps.{device.type}.{str(dtype).removeprefix('torch.')}", flat))
+        out.append((name, flat))
     return out
+
+
+def counted_parameters(inner: Any) -> dict[str, list[torch.Tensor]]:
+    """Parameters whose steps are counted in tensors, by the name of the tensor that has their counters in this order:
+    one a device and dtype."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for _, _, parameter in _parameters(inner):
+        step = inner.state.get(parameter, {}).get("step")
+        if torch.is_tensor(step):
+            name = f"steps.{step.device.type}.{str(step.dtype).removeprefix('torch.')}"
+            found.setdefault(name, []).append(parameter)
+    return found
 
 
 def step_counters(optimizer: Any) -> list[float]:
@@ -187,12 +197,13 @@ def state_tensors(optimizer: Any) -> list[StateTensor]:
             state = inner.state.get(parameter, {})
             name = f"optimizer{m}.{name}"
             if _main_copy(state) is None:
-                out.append(StateTensor(f"{name}.main", parameter.data, True, over))
+                out.append(StateTensor(f"{name}.main", parameter.data, True, over, parameter))
             for key, value in sorted(state.items()):
                 if torch.is_tensor(value):
                     if key != "step":
                         for part, plain in plain_tensors(value):
-                            rest.append(StateTensor(f"{name}.{key}{part}", plain, value is _main_copy(state), over))
+                            main = value is _main_copy(state)
+                            rest.append(StateTensor(f"{name}.{key}{part}", plain, main, over, parameter))
                 elif value is not None and not isinstance(value, (int, float)):
                     raise UserError(
                         f"optimizer {type(inner).__name__}: its state {key!r} is a {type(value).__name__}, which is "
@@ -200,7 +211,7 @@ def state_tensors(optimizer: Any) -> list[StateTensor]:
                     )
             # Transformer Engine's FusedAdam: the scales of 8- and 16-bit states
             for key, scale in sorted(getattr(inner, "_scales", {}).get(parameter, {}).items()):
-                rest.append(StateTensor(f"{name}.{key}.scale", scale, False, over))
+                rest.append(StateTensor(f"{name}.{key}.scale", scale, False, over, parameter))
         out += rest
     return out
 

@@ -84,6 +84,10 @@ _FREE: Final = re.compile(
         )
     )
 )
+# Of which samples a global batch consists.
+_BATCH: Final = ("global_batch_size", "rampup_batch_size", "step_batch_size_schedule")
+# What follows from the number of replicas.
+WIDTH: Final = frozenset(("world_size", "data_parallel_size"))
 _NOTHING: Final = object()
 _JSON_BITS: Final = 63
 
@@ -108,6 +112,12 @@ def _plain(value: Any) -> Any:
 def model_of(args: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same."""
     values = {name: _plain(args.get(name)) for name in MODEL}
+    return {name: value for name, value in values.items() if value is not _NOTHING}
+
+
+def batch_of(args: Mapping[str, Any]) -> dict[str, Any]:
+    """What a global batch consists of: free where only the job is another one, not where only its width is."""
+    values = {name: _plain(args.get(name)) for name in _BATCH}
     return {name: value for name, value in values.items() if value is not _NOTHING}
 
 

@@ -24,7 +24,7 @@ from deadpool_megatron.compat import UserError
 from deadpool_megatron.config import DeadpoolConfig
 from deadpool_megatron.megatron.at_rest import AtRest
 from deadpool_megatron.megatron.comparison import Comparison, Difference, Unequal
-from deadpool_megatron.megatron.description import describe_layout
+from deadpool_megatron.megatron.description import layout_of
 from deadpool_megatron.megatron.faults import strike
 from deadpool_megatron.megatron.frozen import Frozen
 from deadpool_megatron.megatron.graphs import Graphs
@@ -34,12 +34,14 @@ from deadpool_megatron.megatron.loss_report import LossReport
 from deadpool_megatron.megatron.low_precision import prepare_scaling
 from deadpool_megatron.megatron.muster import Muster
 from deadpool_megatron.megatron.once import Once
+from deadpool_megatron.megatron.pieces import pieces_of
 from deadpool_megatron.megatron.replay import ReplayIterator
 from deadpool_megatron.megatron.reset import end_unfinished_saves, reset_after_abort, synchronize_parameters
 from deadpool_megatron.megatron.small_state import SmallState, positions, unlike
 from deadpool_megatron.megatron.standby import numa_node
 from deadpool_megatron.megatron.state_hash import digests
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
+from deadpool_megatron.megatron.width import OtherWidth
 from deadpool_megatron.recovery import EpochClosed, Refused, Session, Superseded
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
 from deadpool_megatron.vault import ConstantsWriter, SlotWriter, Version, constants_of
@@ -114,9 +116,9 @@ class MegatronTrainer:
             flush=True,
         )
         if config.durable_dir:
-            session.describe("layout", self.rank, describe_layout(self._plan))
+            session.describe("layout", self.rank, _json(layout_of(self._plan, pieces_of(model, optimizer))))
             if self._frozen:
-                session.describe("constants", self.rank, describe_layout(self._frozen.plan))
+                session.describe("constants", self.rank, _json(layout_of(self._frozen.plan)))
         self._writer = SlotWriter(self._memory(self.rank, self._plan.nbytes, len(self._small)), doorbell)
         if self._frozen:
             path = self._memory(constants_of(self.rank), self._frozen.plan.nbytes, 0)
@@ -188,11 +190,19 @@ class MegatronTrainer:
         algorithms = os.environ.get("NCCL_ALGO", "")
         return bool(self._host.args["deterministic_mode"]) and algorithms in ("Ring", "Tree", "^NVLS")
 
-    def resume(self, at: r.Generation) -> None:
-        """Begin with a durable generation that is in the own vault. Collective; raises what a broken one raises."""
+    def resume(self, at: r.Generation, other: OtherWidth | None = None) -> None:
+        """Begin with a durable generation that is in the own vault, or one of another width. Collective; raises what a
+        broken one raises."""
         self.adopt_iterators(at.generation)
-        self.restore(at)
-        if at.constants:
+        if other is None:
+            self.restore(at)
+        else:
+            other.fill(self._plan, self._model, self._optimizer)
+            self._take_up(at, other.small)
+        if other is not None and at.constants:
+            other.fill_constants(self._frozen.plan)
+            self._frozen.look()
+        elif at.constants:
             self._frozen.take()
         self.synchronize()
         if not self._config.export:  # which has no data iterators
@@ -448,7 +458,11 @@ class MegatronTrainer:
         else:
             small = self._snapshotter.restore(Version(agreed.version_epoch, generation))
             self.live_epoch = agreed.version_epoch
-        self.live_generation = None
+        self._take_up(agreed, small)
+
+    def _take_up(self, agreed: r.Generation, small: bytes) -> None:
+        """The tensors are those of the agreed generation: so is all else."""
+        generation, self.live_generation = agreed.generation, None
         # Data first: building iterators and drawing from them moves random numbers, which the small state puts back.
         if not all(replay.remembers(generation) for replay in self._replays):
             fresh = list(_flatten(self._rebuild(agreed)))
@@ -540,6 +554,9 @@ class MegatronTrainer:
             self._slow_s = fault.seconds
         else:
             strike(fault)
+
+
+_json = msgspec.json.encode
 
 
 def _on_device() -> bool:

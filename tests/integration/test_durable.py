@@ -148,9 +148,12 @@ def test_a_job_of_another_model_or_with_nothing_said_is_refused_with_the_way_out
     assert len([line for line in wider.output.splitlines() if "stood still" not in line]) <= 2
     relu = jobs.start("relu", launch_flags(2, 0, 1), [*flags(), "--squared-relu", *more])
     assert relu.wait() == Exit.USAGE and "squared_relu is False in it and True here" in relu.output
-    ranks = jobs.start("ranks", launch_flags(4, 0, 1), [*flags(), *more])
-    assert ranks.wait() == Exit.USAGE
-    assert "is of 2 ranks, this job has 4" in ranks.output
+    other = jobs.start("other", launch_flags(4, 0, 1), [*flags(), "--tensor-model-parallel-size", "2", *more])
+    assert other.wait() == Exit.USAGE, other.log_tails()
+    assert "tensor_model_parallel_size is 1 in it and 2 here" in other.output
+    batch = jobs.start("batch", launch_flags(4, 0, 1), [*flags(), "--global-batch-size", "32", *more])
+    assert batch.wait() == Exit.USAGE, batch.log_tails()
+    assert "global_batch_size is 16 in it and 32 here" in batch.output
 
 
 def _global_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -313,13 +313,13 @@ class Headquarters:
         if self.lives:
             spec = replace(spec, job=f"{spec.job}r{self.lives}")
             lease = DirectoryLease(store, 0, owner)
-            usable = look_again(store, lease, world_size, lambda line: self.world.say("hq", line))
+            found = look_again(store, lease, world_size, lambda line: self.world.say("hq", line))
         else:
             lease = self._lease or take(store, owner, lambda line: None, self.world.clock)
-            usable = survey(store, "auto", world_size, -1, True).usable
+            found = survey(store, "auto", world_size, -1, True)
         self._lease = lease
         self._renew(self.process, lease)
-        return replace(self.job, durable=replace(spec, complete=usable)), lease
+        return replace(self.job, durable=replace(spec, complete=found.usable)), lease
 
     def _renew(self, process: Process, lease: DirectoryLease) -> None:
         """As the thread of `Lease.keep`."""

@@ -44,7 +44,7 @@ BELOW = {
         *("", "cluster.records", "cluster.agent", "comm", "compat", "config", "durable", "emulation", "points"),
         *("recovery", "snapshot", "support", "vault"),
     },
-    "megatron.lm": {"config", "megatron"},
+    "megatron.lm": {"compat", "config", "megatron"},
     "megatron.bridge": {"compat", "config", "megatron", "support"},
     "simulate": {"observe", "options"},
     "doctor": {"compat", "cluster.link", "options"},

@@ -396,6 +396,27 @@ def test_the_first_job_of_all_begins_without() -> None:
     assert loading(()).told(r.ResumeAt) == [r.ResumeAt(-1)]
 
 
+def test_a_generation_of_another_number_of_replicas_is_left_to_the_ranks_and_stays_until_there_is_another() -> None:
+    it = SimulatedJob(nodes=3, spares=0, durable=spec(keep=2, resume=True, recut=(8, "wider")))
+    it.join()
+    assert it.told(r.ResumeAt) == [r.ResumeAt(8, "wider")] and not it.told(r.LoadShards)
+    assert it.events("durable_resumed")[0]["iteration"] == 8
+    for rank in range(6):
+        it.register(rank)
+    run(it, range(8, 13))
+    name = it.told(r.DrainShards)[0].name
+    for node in range(3):
+        drained(it, name, node)
+    assert it.told(r.SealGeneration)[0].keep == ["wider"]
+
+
+def test_a_job_that_went_on_at_another_width_and_must_end_says_what_is_durable() -> None:
+    recut = spec(resume=True, recut=(8, "wider"))
+    it = SimulatedJob(nodes=2, spares=0, can_rescue=False, durable=recut).train()
+    it.lose(0)
+    assert it.end[1].endswith("generation 8 is durable in /durable: start the job again with --deadpool-resume auto")
+
+
 # ---- another job's directory
 
 

@@ -57,7 +57,9 @@ def unique_bytes() -> bytes:
     return bytes(flat)
 
 
-def write(store: Store, generation: int, ranks: int = 2, attempt: int = 1, sealed: bool = True) -> str:
+def write(
+    store: Store, generation: int, ranks: int = 2, attempt: int = 1, sealed: bool = True, experts: int = 1
+) -> str:
     name = directory_name(generation, "job", attempt)
     view = memoryview(unique_bytes())
     shards = [write_shard(store, name, rank, generation, LAYOUT, view, SMALL_STATE % rank) for rank in range(ranks)]
@@ -68,7 +70,7 @@ def write(store: Store, generation: int, ranks: int = 2, attempt: int = 1, seale
         name,
         "2026-11-21T12:00:00Z",
         ranks,
-        tuple(Coordinate(rank, 0, 0, rank) for rank in range(ranks)),
+        tuple(Coordinate(rank, 0, 0, rank, 0, rank % experts) for rank in range(ranks)),
         tuple(shards),
         {"model": {"hidden_size": 64}},
     )
@@ -332,7 +334,7 @@ def test_nothing_begins_from_zero_beside_generations_that_cannot_be_read(store: 
         survey(store, "auto", 2, 50, True)
     with pytest.raises(DurableError, match=r"of an earlier job: give --deadpool-resume auto"):
         survey(store, "none", 2, -1, True)
-    usable, remarks, _ = survey(store, "auto", 2, 61, True)
+    usable, remarks, *_ = survey(store, "auto", 2, 61, True)
     assert (
         usable == () and "generation 60 " in remarks[-1] and "older than the checkpoint of iteration 61" in remarks[-1]
     )
@@ -350,16 +352,21 @@ def test_one_that_was_asked_for_and_cannot_be_read_is_named_with_the_others(stor
 
 
 def test_auto_begins_with_the_newest_and_says_so_when_there_is_none(tmp_path: Path) -> None:
-    usable, remarks, _ = survey(open_directory(str(tmp_path / "new")), "auto", 2, -1, True)
+    usable, remarks, *_ = survey(open_directory(str(tmp_path / "new")), "auto", 2, -1, True)
     assert usable == () and "no durable generation" in remarks[0]
     store = LocalStore(str(tmp_path / "new"))
     names = [write(store, g) for g in (40, 60)]
-    assert survey(store, "auto", 2, -1, True) == (((60, names[1]), (40, names[0])), (), ())
+    assert survey(store, "auto", 2, -1, True) == (((60, names[1]), (40, names[0])), (), (), None)
 
 
-def test_a_generation_of_another_number_of_ranks_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    write(LocalStore(str(tmp_path)), 40, ranks=2)
-    with pytest.raises(NotFit, match=r"generation 40 .* of 2 ranks, this job has 4: .*deadpool export"):
+def test_a_generation_of_another_number_of_replicas_is_cut_anew_and_what_cannot_be_is_refused_with_the_way_out(
+    tmp_path: Path,
+) -> None:
+    name = write(LocalStore(str(tmp_path)), 40, ranks=2)
+    usable, remarks, _, recut = survey(open_directory(str(tmp_path)), "auto", 4, -1, True)
+    assert recut == (40, name) and not usable and "of 2 ranks, this job has 4: its shards are cut anew" in remarks[-1]
+    write(LocalStore(str(tmp_path)), 60, ranks=2, experts=2)
+    with pytest.raises(NotFit, match=r"generation 60 .* of 2 ranks, this job has 4: .*deadpool export"):
         survey(open_directory(str(tmp_path)), "auto", 4, -1, True)
 
 
@@ -372,7 +379,7 @@ def test_a_job_that_would_start_anew_beside_old_generations_is_refused(tmp_path:
 def test_one_generation_can_be_asked_for_by_its_number(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     names = [write(store, g) for g in (40, 60)]
-    assert survey(store, "40", 2, -1, False) == (((40, names[0]),), (), (60,))
+    assert survey(store, "40", 2, -1, False) == (((40, names[0]),), (), (60,), None)
     with pytest.raises(DurableError, match="no durable generation 50; it has 60, 40"):
         survey(store, "50", 2, -1, False)
     with pytest.raises(DurableError, match="has generation 60 besides 40"):
@@ -381,7 +388,7 @@ def test_one_generation_can_be_asked_for_by_its_number(tmp_path: Path) -> None:
 
 def test_a_newer_checkpoint_of_megatrons_goes_before_an_older_durable_generation(tmp_path: Path) -> None:
     write(LocalStore(str(tmp_path)), 40)
-    usable, remarks, _ = survey(open_directory(str(tmp_path)), "auto", 2, 50, True)
+    usable, remarks, *_ = survey(open_directory(str(tmp_path)), "auto", 2, 50, True)
     assert usable == () and "older than the checkpoint of iteration 50" in remarks[0]
     assert survey(open_directory(str(tmp_path)), "auto", 2, 40, True)[0]
 

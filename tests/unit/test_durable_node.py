@@ -285,6 +285,13 @@ def test_a_new_job_finds_its_shards_in_its_vault_before_it_begins(drained: list[
         assert not node.durability.refusal(rank)
 
 
+def test_a_rank_of_a_job_of_another_width_is_told_which_generation_to_read(nodes: list[Node]) -> None:
+    node = nodes[0]
+    node.begin()
+    node.durability.resume_at(5, NAME)
+    assert node.durability.begin(0, 0) == r.Generation(0, 5, -1, "", {}, recut=NAME)
+
+
 def test_a_job_that_only_reads_has_no_drainer_with_its_memory_and_describes_nothing(
     nodes: list[Node], tmp_path: Path
 ) -> None:

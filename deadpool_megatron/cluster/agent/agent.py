@@ -443,7 +443,7 @@ class Agent:
             case r.LoadShards():
                 durable.load(record, ranks)
             case r.ResumeAt():
-                durable.resume_at(record.generation)
+                durable.resume_at(record.generation, record.recut)
                 for worker in self._crew.mine().values():
                     self._begin(worker)
 

@@ -36,9 +36,12 @@ from deadpool_megatron.durable import (
     Store,
     Take,
     Unreachable,
+    differing,
     load_constants,
     load_shards,
+    not_fit,
     open_store,
+    settings_note,
 )
 from deadpool_megatron.vault import CONSTANT, Version, constants_of, is_constants, small_capacity
 
@@ -60,7 +63,6 @@ _PAUSE_S = 1.0
 _COPY_S, _COPY_RATE = 60.0, 0.5e9  # a drainer that needs longer to copy shards out hangs: seconds, bytes a second
 _ANSWER_S = 60.0  # and one that has not given up by then what it was told to
 _WHY = "does the file system of the durable directory answer there?"
-_SAID = 50  # differing settings that are named
 
 
 class NodeDurability:
@@ -99,6 +101,7 @@ class NodeDurability:
         self._takes: dict[int, Take] = {}  # of the newest drain
         self._takes_epoch = 0
         self._resume: int | None = None
+        self._recut = ""
         self._epoch = 0  # of the versions that were loaded before training
         self._manifest: Manifest | None = None  # of what was loaded before training
         self._loaded: dict[int, str] = {}  # by rank, and holder of constants, digest of its layout
@@ -221,11 +224,7 @@ class NodeDurability:
 
     def _not_fit(self, why: str) -> str:
         generation = self._manifest.generation if self._manifest is not None else -1
-        return (
-            f"durable generation {generation} in {self._directory} is not of this job: {why}; give the flags of that "
-            "job, or another --deadpool-durable-dir, or turn it into a Megatron checkpoint (deadpool export) and "
-            "--load that"
-        )
+        return not_fit(generation, self._directory, why)
 
     # ---- the start of training
 
@@ -253,9 +252,9 @@ class NodeDurability:
         self._epoch = epoch
         self._read(record.name, epoch, versions, loaded, ended)
 
-    def resume_at(self, generation: int) -> None:
-        """Training begins with this generation (-1: with none)."""
-        self._resume = generation
+    def resume_at(self, generation: int, recut: str = "") -> None:
+        """Training begins with this generation (-1: with none), which ranks read themselves out of ``recut``."""
+        self._resume, self._recut = generation, recut
         if generation < 0:
             self._loaded.clear()
             self._manifest = None
@@ -276,25 +275,16 @@ class NodeDurability:
             return None
         if self._resume < 0:
             return r.Generation(epoch, -1, -1, "", {})
+        if self._recut:
+            return r.Generation(epoch, self._resume, -1, "", {}, recut=self._recut)
         note = ""
         if self._manifest is not None:
-            for name, (there, here) in self._differing("model", rank).items():
+            for name, (there, here) in differing(self._manifest, self._jobs[rank], "model").items():
                 return self._not_fit(f"{name} is {there} in it and {here} here")
-            if others := [f"{name} {a} -> {b}" for name, (a, b) in self._differing("settings", rank).items()]:
-                more = f" and {len(others) - _SAID} more" if len(others) > _SAID else ""
-                note = (
-                    f"not the settings of durable generation {self._resume}, which training goes on from: "
-                    f"{', '.join(others[:_SAID])}{more}"
-                )
+            note = settings_note(self._manifest, self._jobs[rank])
         with_constants = constants_of(rank) in self._loaded
         path = self._shards.path_of(rank)
         return r.Generation(epoch, self._resume, self._epoch, path, {}, with_constants, note=note)
-
-    def _differing(self, part: str, rank: int) -> dict[str, tuple[Any, Any]]:
-        """Of what both jobs tell of themselves: values in the durable generation and here."""
-        assert self._manifest is not None
-        there, here = self._manifest.job.get(part, {}), self._jobs[rank].get(part, {})
-        return {name: (there[name], here[name]) for name in there if name in here and there[name] != here[name]}
 
     # ---- draining
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.effects import Answer, Effects, Lose, Persist, Send, emit
+from deadpool_megatron.cluster.core.effects import Answer, Effects, Emit, Lose, Persist, Send, emit
 from deadpool_megatron.durable import ShardFile, directory_name
 from deadpool_megatron.vault import Version
 
@@ -45,6 +45,7 @@ class DurableSpec:
         complete: (generation, name) of those that are there at the start, newest first.
         resume: training begins with the newest of them.
         others: generations that are there too, and were not asked for; for messages.
+        recut: (generation, name) of one of another number of replicas, which training begins with instead.
     """
 
     directory: str
@@ -56,6 +57,7 @@ class DurableSpec:
     complete: Sequence[tuple[int, str]] = ()
     resume: bool = False
     others: Sequence[int] = ()
+    recut: tuple[int, str] | None = None
 
 
 @dataclass(slots=True)
@@ -115,12 +117,13 @@ class Durability:
     @property
     def hint(self) -> str:
         """What to do with the durable generation when the job ends, as the end of a sentence; may be empty."""
-        if self._spec is None or not (self._complete or self._unsure):
+        if self._spec is None or not (self._complete or self._unsure or self._spec.recut):
             return ""
         if self._unsure:
             return f"; what is durable in {self._spec.directory} a new job finds with --deadpool-resume auto"
+        newest = self._complete[0][0] if self._complete or self._spec.recut is None else self._spec.recut[0]
         return (
-            f"; generation {self.newest} is durable in {self._spec.directory}: start the job again with "
+            f"; generation {newest} is durable in {self._spec.directory}: start the job again with "
             "--deadpool-resume auto"
         )
 
@@ -155,7 +158,7 @@ class Durability:
         elif self._loading is not None:
             yield Send(node, r.LoadShards(self._loading.name, self._complete[0][0], self._epoch))
         elif self._resumes_at is not None:
-            yield Send(node, r.ResumeAt(self._resumes_at))
+            yield Send(node, r.ResumeAt(self._resumes_at, self._recut))
 
     def dump(self) -> list[tuple[int, str]]:
         """What is durable, for a coordinator that starts again and may not be able to look."""
@@ -172,8 +175,18 @@ class Durability:
         self._begun = not starting
         self._last = self.newest or 0
 
+    @property
+    def _recut(self) -> str:
+        recut = self._spec.recut if self._spec is not None else None
+        return "" if recut is None else recut[1]
+
     def _load(self, active: Iterable[int]) -> Effects:
-        if self._complete:
+        if self._spec is not None and self._spec.recut is not None:
+            generation, name = self._spec.recut
+            self._last = self._resumes_at = generation
+            yield Send(None, r.ResumeAt(generation, name))
+            yield self._resumed(generation, name)
+        elif self._complete:
             generation, name = self._complete[0]
             self._loading = _Loading(name, set(active))
             yield Send(None, r.LoadShards(name, generation, self._epoch))
@@ -209,13 +222,13 @@ class Durability:
             self._loading = None
             self._last = self._resumes_at = generation
             yield Send(None, r.ResumeAt(generation))
-            yield emit(
-                "durable_resumed",
-                iteration=generation,
-                name=name,
-                message=f"training goes on from durable generation {generation} in {self._spec.directory}",
-            )
+            yield self._resumed(generation, name)
         return ""
+
+    def _resumed(self, generation: int, name: str) -> Emit:
+        assert self._spec is not None
+        message = f"training goes on from durable generation {generation} in {self._spec.directory}"
+        return emit("durable_resumed", iteration=generation, name=name, message=message)
 
     @property
     def loading_due(self) -> float | None:
@@ -321,7 +334,8 @@ class Durability:
             yield from self._fail(f"nobody has written the shard of rank {missing[0]}", assignment)
             return
         attempt.sealing = writer
-        keep = [name for _, name in self._complete[: self._spec.keep - 1]]
+        there = [name for _, name in self._complete] + [self._recut] * bool(self._recut)
+        keep = there[: self._spec.keep - 1]
         yield Send(
             attempt.sealing,
             r.SealGeneration(

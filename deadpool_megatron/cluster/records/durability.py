@@ -49,9 +49,14 @@ class LoadShards(Record, frozen=True):
 
 
 class ResumeAt(Record, frozen=True):
-    """Training begins with this durable generation, which every vault holds; -1: with none."""
+    """Training begins with this durable generation, which every vault holds; -1: with none.
+
+    ``recut``: the name of its directory where it is of another number of replicas; no vault holds it then, and ranks
+    read what they need of it.
+    """
 
     generation: int
+    recut: str = ""
 
 
 DurableOrder = DrainShards | SealGeneration | GiveUpDrain | LoadShards | ResumeAt

@@ -113,7 +113,7 @@ class Generation(OfEpoch, frozen=True):
 
     ``version_epoch`` is -1 when this rank's vault does not hold it (its live state does). ``constants``: a durable
     generation's constants are in the own vault as well. ``live``: a live state of this generation is it too. ``note``:
-    one line for the user, or none.
+    one line for the user, or none. ``recut``: as of `ResumeAt`; ``path`` is empty then.
     """
 
     generation: int
@@ -123,6 +123,7 @@ class Generation(OfEpoch, frozen=True):
     constants: bool = False
     live: bool = True
     note: str = ""
+    recut: str = ""
 
 
 class Where(Record, frozen=True):

@@ -4,12 +4,15 @@ Every hook replaces a module global that upstream looks up at call time:
 
 ========================================  ===============================================================
 ``training.arguments``                    ``add_megatron_arguments``: the group ``deadpool`` in ``--help``
+                                          ``validate_args``: an evaluation that the replicas divide
 ``training.yaml_arguments``               ``load_yaml``: our settings in the namespace of ``--yaml-cfg`` too
 ``training.training``                     ``initialize_megatron``: checks before anything is built
                                           ``load_checkpoint``: fields of ``args`` that come out of one are state;
                                           left out where a durable generation has everything
                                           ``build_train_valid_test_data_iterators``: a spare's data position
                                           ``build_train_valid_test_datasets``: those of a rehearsal, if the same
+                                          ``build_train_valid_test_data_loaders``: microbatches that the replicas do
+                                          not divide (`dealing`)
                                           ``cyclic_iter``: one whose position can be told
                                           ``train``: the loop that recovers and goes on
                                           ``pretrain``: nobody leaves before everybody is through
@@ -25,6 +28,9 @@ Every hook replaces a module global that upstream looks up at call time:
                                           not in a rehearsal
 ``training.initialize``                   ``_initialize_tp_communicators``: userbuffers made inside of a node
 ========================================  ===============================================================
+
+In megatron.core, for `dealing`: ``num_microbatches_calculator._build_num_microbatches_calculator``, and, where counts
+differ, ``schedules.forward_step_calc_loss``.
 """
 
 from __future__ import annotations
@@ -41,6 +47,7 @@ from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.hooks import Hooks
 from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.lm.data_sets import DataSets
+from deadpool_megatron.megatron.lm.dealing import Dealing
 from deadpool_megatron.megatron.lm.run_args import RunArgs
 from deadpool_megatron.megatron.replay import Passes
 from deadpool_megatron.megatron.writers import is_over, may_be_missing
@@ -50,11 +57,13 @@ class MegatronLM(Host):
     """Settings and counters are the process's ``args``, writers and timers its global variables."""
 
     can_rehearse = True
+    can_recut = True
     fields: RunArgs
 
     def __init__(self) -> None:
         self._running: Call | None = None  # of train
         self._data_sets = DataSets()
+        self._dealing = Dealing(self)
 
     # ---- the loop calls us
 
@@ -73,6 +82,7 @@ class MegatronLM(Host):
             def initialized() -> Any:
                 result = call()
                 self.fields = RunArgs(_args())
+                self._dealing.check(self.args)
                 return result
 
             return hooks.initialize(initialized)
@@ -104,6 +114,7 @@ class MegatronLM(Host):
         for name in ("_set_tensorboard_writer", "_set_wandb_writer", "_set_one_logger"):
             self.replace(global_vars, name, hooks.open_outlet)
         self.take_settings(hooks.config)
+        self._dealing.install()
         self.replace(training, "initialize_megatron", initialize)
         self.replace(setup, "_initialize_tp_communicators", hooks.make_userbuffers)
         self.replace(training, "load_checkpoint", lambda call: hooks.load_checkpoint(call, call.first()))

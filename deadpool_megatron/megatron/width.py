@@ -1,0 +1,169 @@
+"""A durable generation of another number of replicas: what this rank takes of it, which it reads itself.
+
+No vault holds it, since nobody but the rank knows what its shard will consist of. The optimizer's tensors come from the
+shards of all replicas that had them (`durable.recut`); all else is alike on replicas, and comes from the first one, as
+Megatron's own checkpoints have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+import torch
+from megatron.core import parallel_state
+
+from deadpool_megatron.compat import UserError
+from deadpool_megatron.durable import (
+    DurableError,
+    Item,
+    Layout,
+    differing,
+    not_fit,
+    open_store,
+    read_constants_items,
+    read_items,
+    read_manifest,
+    read_recut,
+    settings_note,
+)
+from deadpool_megatron.megatron.description import describe_job, layout_of
+from deadpool_megatron.megatron.pieces import pieces_of
+from deadpool_megatron.megatron.same_model import WIDTH
+from deadpool_megatron.snapshot import ShardPlan, decode, encode
+
+_SMALL: Final = "small."  # copies of what a device holds besides the optimizer's state (`small_state`)
+# By the name of a setting: a value with which the samples of a batch, or the state of a rank, follow from the width.
+_BOUND: Final = (
+    ("num_experts", bool),
+    ("data_parallel_random_init", bool),
+    ("decrease_batch_size_if_needed", bool),
+    ("dataloader_type", lambda value: value != "single"),
+)
+
+
+class OtherWidth:
+    """One rank's view of such a generation.
+
+    Args:
+        directory: the durable directory; ``name``: the generation's in it.
+        args: Megatron's.
+
+    Attributes:
+        small: the small state.
+        note: one line for the user, or none.
+        constants: it has parameters that no optimizer holds.
+
+    Blocks for the disk. Raises UserError, in one line, for what cannot go on at another width.
+    """
+
+    def __init__(self, directory: str, name: str, args: Mapping[str, Any]) -> None:
+        self._store = open_store(directory)
+        self._where = f"{self._store.root}/{name}"
+        try:
+            self._manifest = manifest = read_manifest(self._store, name)
+        except (DurableError, OSError) as err:
+            raise self._unreadable(err) from None
+        job = msgspec.json.decode(describe_job(args))
+        for setting, bound in _BOUND:
+            if bound(value := args.get(setting)):
+                raise self._not_fit(f"with {setting} {value} it has to have as many replicas as that job")
+        for part in ("model", "batch"):
+            for setting, (there, here) in differing(manifest, job, part).items():
+                if setting not in WIDTH:
+                    raise self._not_fit(f"{setting} is {there} in it and {here} here")
+        self.note = settings_note(manifest, job)
+        mine = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
+        cp = parallel_state.get_context_parallel_rank()
+        alike = [c for c in manifest.coordinates if (c.tp, c.pp) == mine]
+        alike.sort(key=lambda c: (c.cp != cp, c.dp, c.rank))
+        self._ranks = [c.rank for c in alike]
+        twin = manifest.shards[self._ranks[0]]
+        self._constants = twin.constants
+        self._staged: dict[str, bytes] = {}
+
+        def take(item: Item, data: memoryview) -> None:
+            if item.name.startswith(_SMALL):
+                self._staged[item.name] = bytes(data)
+
+        try:
+            self.small = self._with_all_steps(read_items(self._store, name, twin, take))
+        except (DurableError, OSError) as err:
+            raise self._unreadable(err) from None
+
+    @property
+    def constants(self) -> bool:
+        """See above."""
+        return self._constants is not None
+
+    def _not_fit(self, why: str) -> UserError:
+        return UserError(not_fit(self._manifest.generation, self._store.root, why))
+
+    def _unreadable(self, err: Exception) -> UserError:
+        return UserError(
+            f"{self._where} cannot be read: {err}; ask for another generation (--deadpool-resume), or start with "
+            "Megatron's last checkpoint (--load) and another --deadpool-durable-dir"
+        )
+
+    def _with_all_steps(self, data: bytes) -> bytes:
+        """A fused optimizer counts no steps in a group of which this rank has nothing, and may have something now."""
+        state = decode(data)
+        for numbers in state["numbers"]:
+            if numbers["own"]:
+                raise self._not_fit("the optimizer keeps numbers of single parameters, which are not cut anew")
+            groups = numbers["groups"]
+            if steps := [group["step"] for group in groups if group.get("step") is not None]:
+                for group in groups:
+                    group["step"] = max(steps)
+        return encode(state)
+
+    def fill(self, plan: ShardPlan, model: list[Any], optimizer: Any) -> None:
+        """Make the tensors of this rank's shard those of the generation. Blocks for the disk. Raises UserError."""
+        tensors = {name: tensor for name, tensor, _, _ in plan.items()}
+
+        def put(name: str, at: int, data: memoryview) -> None:
+            tensor = tensors[name]
+            if not tensor.is_contiguous():
+                raise self._not_fit(f"{name} is not contiguous")
+            flat = tensor.view(-1).view(torch.uint8)
+            flat[at : at + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
+
+        layout = layout_of(plan, pieces_of(model, optimizer))
+        self._put_alike([item for item in layout.items if item.name.startswith(_SMALL)], put)
+        rest = tuple(item for item in layout.items if not item.name.startswith(_SMALL))
+        wanted = Layout(layout.unique_bytes, layout.digest, rest)
+        try:
+            read_recut(self._store, self._manifest, self._ranks, wanted, put)
+        except (DurableError, OSError) as err:
+            raise self._unreadable(err) from None
+        self._staged.clear()
+
+    def _put_alike(self, items: list[Item], put: Any) -> None:
+        for item in items:
+            data = self._staged.get(item.name, b"")
+            if len(data) != item.nbytes:
+                raise self._not_fit(f"{item.name} has {len(data)} bytes in it and {item.nbytes} here")
+            if data:
+                put(item.name, 0, memoryview(bytearray(data)))
+
+    def fill_constants(self, plan: ShardPlan) -> None:
+        """Likewise of parameters that no optimizer holds."""
+        tensors = {name: tensor for name, tensor, _, _ in plan.items()}
+        if self._constants is None:
+            return
+
+        def take(item: Item, data: memoryview) -> None:
+            tensor = tensors.pop(item.name, None)
+            if tensor is None or tensor.numel() * tensor.element_size() != len(data):
+                raise self._not_fit("it has other frozen parameters")
+            if data:
+                tensor.copy_(torch.frombuffer(bytearray(data), dtype=tensor.dtype).view(tensor.shape))
+
+        try:
+            with torch.no_grad():
+                read_constants_items(self._store, self._constants, take)
+        except (DurableError, OSError) as err:
+            raise self._unreadable(err) from None
+        if tensors:
+            raise self._not_fit("it has other frozen parameters")

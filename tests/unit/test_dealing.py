@@ -1,0 +1,65 @@
+"""Microbatches that no number of replicas divides: who gets which, and what is counted and weighed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deadpool_megatron.compat import UserError
+from deadpool_megatron.megatron.lm.dealing import Count, Dealing, _uneven
+
+
+class Sampler:
+    """What upstream's has."""
+
+    def __init__(self, consumed: int, total: int, micro: int, rank: int) -> None:
+        self.consumed_samples, self.total_samples, self.micro_batch_size = consumed, total, micro
+        self.data_parallel_rank = rank
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 5, 7])
+def test_the_samples_of_each_global_batch_are_the_same_at_every_width(micro: int, replicas: int) -> None:
+    batch = 8 * micro
+    kind = _uneven(Sampler, batch, replicas)
+    drawn: list[list[list[int]]] = [list(kind(batch, 5 * batch + 3, micro, rank)) for rank in range(replicas)]  # type: ignore[call-arg]
+    counts = [8 // replicas + (rank < 8 % replicas) for rank in range(replicas)]
+    for number in range(4):
+        mine = [each[number * count : (number + 1) * count] for each, count in zip(drawn, counts, strict=True)]
+        # the j-th microbatch of all is replica j % W's
+        whole = [mine[j % replicas][j // replicas] for j in range(8)]
+        assert sum(whole, []) == list(range(batch * (number + 1), batch * (number + 2)))  # noqa: RUF017
+    assert [len(each) for each in drawn] == [4 * count for count in counts]
+
+
+def test_what_upstream_counts_for_all_replicas_is_exact_on_each() -> None:
+    for mine in (3, 2):
+        count = Count(mine, 8, 3)
+        assert count == mine and list(range(count)) == list(range(mine))
+        for product in (3 * 1 * count, count * 1 * 3, 1 * 3 * 1 * count, count * 2 * 3 // 2):
+            assert product == 8 and type(product) is int
+        assert count.mean == 8 / 3
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        ({"virtual_pipeline_model_parallel_size": 2}, "an interleaved pipeline schedule cannot do"),
+        ({"num_experts": 4}, "experts cannot do"),
+        ({"dataloader_type": "cyclic"}, "only --dataloader-type single"),
+    ],
+)
+def test_what_cannot_be_dealt_is_refused_in_one_line(args: dict[str, Any], why: str) -> None:
+    dealing = Dealing(SimpleNamespace())  # type: ignore[arg-type]
+    given = {"dataloader_type": "single", "rank": 1}
+    dealing.check(given | args)  # nothing to deal
+    dealing._batch, dealing._microbatches, dealing._replicas = 8, 8, 3
+    dealing.check(given)
+    with pytest.raises(UserError, match=f"--global-batch-size 8 is 8 microbatches, which 3 replicas .*{why}") as told:
+        dealing.check(given | args)
+    assert "\n" not in str(told.value)
+    dealing._microbatches = 2
+    with pytest.raises(UserError, match="fewer than replicas"):
+        dealing.check(given)

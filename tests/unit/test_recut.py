@@ -1,0 +1,114 @@
+"""Shards of W replicas become those of any other number, every byte where it belongs."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from deadpool_megatron.durable import FORMAT, Coordinate, Item, Layout, Manifest, Piece, ShardFile, read_recut
+from deadpool_megatron.durable.errors import Damaged, NotFit
+from deadpool_megatron.durable.files import read_header, write_shard
+from deadpool_megatron.durable.format import directory_name
+from deadpool_megatron.durable.recut import cut
+from deadpool_megatron.durable.start import can_recut
+from deadpool_megatron.durable.store import LocalStore
+
+NAME = directory_name(40, "job", 1)
+SIZES = {"embedding": 700, "norm": 4, "matrix": 256, "bias": 20}  # elements
+ELEMENT = 4
+
+
+def content(tensor: str) -> bytes:
+    return random.Random(tensor).randbytes(SIZES[tensor.split(".")[0]] * ELEMENT)
+
+
+def replica(rank: int, width: int, pad: int = 16) -> tuple[Layout, bytes]:
+    """Two buckets, each cut evenly as the distributed optimizer does: padded to a multiple of the width."""
+    items, unique = [], bytearray()
+
+    def add(name: str, pieces: tuple[Piece, ...], data: bytes) -> None:
+        items.append(Item(name, "U8", (len(data),), len(unique), len(data), pieces))
+        unique.extend(data + bytes(-len(data) % 64))
+
+    counted = []
+    for bucket in (("matrix", "bias"), ("embedding", "norm")):
+        total = sum(SIZES[tensor] for tensor in bucket)
+        part = -(-total // (pad * width)) * pad
+        at = 0
+        for tensor in bucket:
+            begin, end = max(at, rank * part), min(at + SIZES[tensor], (rank + 1) * part)
+            if begin < end:
+                counted.append(tensor)
+                for kind in ("main", "exp_avg"):
+                    whole = f"{tensor}.{kind}"
+                    first, nbytes = (begin - at) * ELEMENT, (end - begin) * ELEMENT
+                    data = content(whole)[first : first + nbytes]
+                    add(f"group0.{len(counted)}.{kind}", (Piece(whole, first, nbytes),), data)
+            at += SIZES[tensor]
+    steps = b"".join(len(tensor).to_bytes(ELEMENT, "little") for tensor in counted)
+    add("steps", tuple(Piece(f"{tensor}.step", 0, ELEMENT) for tensor in counted), steps)
+    return Layout(len(unique), f"digest-{rank}-{width}", tuple(items)), bytes(unique)
+
+
+def saved(store: LocalStore, width: int) -> Manifest:
+    shards: list[ShardFile] = []
+    for rank in range(width):
+        layout, unique = replica(rank, width)
+        shards.append(write_shard(store, NAME, rank, 40, layout, memoryview(unique), b"small %d" % rank))
+    coordinates = tuple(Coordinate(rank, 0, 0, rank) for rank in range(width))
+    return Manifest(FORMAT, 40, 0, NAME, "", width, coordinates, tuple(shards), {})
+
+
+@pytest.mark.parametrize("before", [1, 2, 3, 7])
+@pytest.mark.parametrize("after", [1, 2, 3, 5, 8])
+def test_shards_of_any_number_of_replicas_become_those_of_any_other(tmp_path: Path, before: int, after: int) -> None:
+    store = LocalStore(str(tmp_path))
+    manifest = saved(store, before)
+    for rank in range(after):
+        layout, want = replica(rank, after)
+        got = bytearray(len(want))
+        places = {item.name: item for item in layout.items}
+
+        def put(name: str, at: int, data: memoryview, got: bytearray = got, places: dict[str, Item] = places) -> None:
+            got[places[name].offset + at : places[name].offset + at + len(data)] = data
+
+        read_recut(store, manifest, range(before), layout, put)
+        assert bytes(got) == want
+
+
+def test_what_a_shard_consists_of_is_in_its_file(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    manifest = saved(store, 2)
+    assert read_header(store, NAME, manifest.shards[1]).layout == replica(1, 2)[0]
+
+
+def test_what_nobody_has_or_what_says_of_no_piece_is_refused_by_its_name() -> None:
+    shards = [replica(rank, 2)[0] for rank in range(2)]
+    lacking = Layout(0, "", tuple(item for item in shards[1].items if item.name != "group0.2.main"))
+    with pytest.raises(NotFit, match=r"no shard has byte \d+ of .*\.main"):
+        cut(replica(0, 1)[0], [shards[0], lacking])
+    scale = Layout(4, "", (Item("optimizer0.group0.0.exp_avg.scale", "F32", (), 0, 4),))
+    with pytest.raises(NotFit, match=r"exp_avg\.scale cannot be cut anew"):
+        cut(scale, shards)
+
+
+def test_a_file_that_has_changed_is_found(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    manifest = saved(store, 2)
+    file = tmp_path / NAME / manifest.shards[1].file
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(Damaged, match="checksum"):
+        read_recut(store, manifest, range(2), replica(0, 1)[0], lambda name, at, data: None)
+
+
+def test_only_whole_replicas_of_dense_models_can_be_more_or_fewer() -> None:
+    def of(width: int, ranks: int, experts: int = 1) -> Manifest:
+        coordinates = [Coordinate(d * ranks + t, t, 0, d, 0, d % experts) for d in range(width) for t in range(ranks)]
+        return Manifest(FORMAT, 40, 0, NAME, "", width * ranks, tuple(coordinates), (), {})
+
+    assert can_recut(of(2, 4), 4) and can_recut(of(2, 4), 12) and not can_recut(of(2, 4), 6)
+    assert not can_recut(of(2, 4, experts=2), 4)
