@@ -174,7 +174,7 @@ def _who_has_left_is_forgotten(patch: Patch) -> None:
 
 def _who_is_about_to_join_is_too_late(patch: Patch) -> None:
     """Found by the simulation: `deadpool join` was answered, and the job ended before that agent was there."""
-    patch.setattr(Core, "_still_to_come", lambda self: None)
+    patch.setattr(Core, "_recovery_due", lambda self: self.recovery.deadline if self.recovery is not None else None)
 
 
 def _a_broken_copy_keeps_its_slot(patch: Patch) -> None:

@@ -863,3 +863,17 @@ def test_another_loss_while_a_spare_is_waited_for_makes_the_wait_no_longer() -> 
     assert job.core.phase is Phase.WAITING  # one is too few
     job.wait(301)
     assert job.told(r.Declare)[-1].purpose == "save"
+
+
+def test_a_spare_that_comes_after_the_wait_and_is_too_few_makes_it_no_longer() -> None:
+    job = _waiting()
+    job.wait(300)
+    job.lose(2)
+    job.offer(0)
+    job.wait(299)
+    job.take(job.core.add_spare("host", job.now)[2])
+    job.wait(2)
+    assert job.core.phase is Phase.WAITING  # it has said that it comes
+    job.join([3])
+    job.wait(1)
+    assert job.told(r.Declare)[-1].purpose == "save"

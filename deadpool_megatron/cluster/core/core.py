@@ -203,8 +203,7 @@ class Core:
             times += [self._suspicions.due, self._drains.due]
             if self._state.phase is Phase.STARTING:
                 times += [self._durability.loading_due, self._start.due]
-            if self.recovery is not None:
-                times.append(self.recovery.deadline)
+            times.append(self._recovery_due())
         known = [t for t in times if t is not None]
         return min(known) if known else None
 
@@ -770,10 +769,10 @@ class Core:
         recovery = self.recovery
         if recovery is None or self._returning.waits:  # what is missing may have been lost with a connection
             return
-        if recovery.deadline is not None and self._now >= recovery.deadline:
-            recovery.deadline = self._still_to_come() if recovery.phase is Phase.WAITING else None
+        if (due := self._recovery_due()) is not None and self._now >= due:
+            recovery.deadline = None
             late_nodes = recovery.late()
-            if recovery.phase is Phase.WAITING and recovery.deadline is None:
+            if recovery.phase is Phase.WAITING:
                 yield from self._declare("no spare has come in time")
             elif late_nodes and self._recoveries.not_saved(
                 "it took too long", late_nodes >= set(self.members.active())
@@ -794,6 +793,9 @@ class Core:
             yield Send(node, r.KeepStacks(self.epoch, ends))
         yield emit("late", nodes=nodes, phase=phase, ends=ends, message=text)
 
-    def _still_to_come(self) -> float | None:
-        """Until when a spare may join that has said that it does; None when there is none."""
-        return self._arrivals.due if self.members.coming_spares() else None
+    def _recovery_due(self) -> float | None:
+        """The deadline of the recovery's phase. A spare that has said that it joins is waited for, too."""
+        due = self.recovery.deadline if self.recovery is not None else None
+        if due is not None and self.phase is Phase.WAITING and self.members.coming_spares():
+            return max(due, self._arrivals.due or due)
+        return due
