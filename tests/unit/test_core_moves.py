@@ -252,6 +252,19 @@ def restarted(job: SimulatedJob, settled: bool = True, come_back: bool = True) -
     return job
 
 
+def test_the_end_of_a_process_counts_once_whoever_is_told_of_it_again() -> None:
+    """An agent tells each coordinator of workers that have ended; counted each time, its healthy node would be lost."""
+    job = SimulatedJob(spares=0, nodes=3).train()
+    job.commit(5)
+    gone = r.WorkerExited(0, 0, 0, 0, -9, 0)
+    job.feed(gone)
+    deaths = len(job.core.nodes[0].deaths)
+    for _ in range(2):
+        restarted(job)
+        job.feed(gone)
+    assert len(job.core.nodes[0].deaths) == deaths == 1
+
+
 def test_a_machine_that_comes_back_under_a_new_number_is_in_its_rack_again() -> None:
     domains = parse_domains("0-1=r1,2-3=r2")
     job = SimulatedJob(nodes=5, spares=1, slots=1, domains=domains).train()

@@ -618,6 +618,15 @@ def test_before_a_job_ends_for_want_of_a_spare_the_newest_generation_is_made_dur
     assert "generation 5 is durable in /durable: start the job again with --deadpool-resume auto" in message
 
 
+def test_a_spare_that_is_there_takes_a_part_when_the_job_ends_for_want_of_another() -> None:
+    it = SimulatedJob(nodes=5, spares=1, can_rescue=False, durable=spec(interval=100)).train()
+    run(it, range(6))
+    for node in (0, 1):
+        it.take(it.core.node_away(node, it.now))
+    it.wait(0.3 * DEADLINES.lease)
+    assert it.told(r.Declare)[-1].purpose == "drain" and sorted(it.active) == [2, 3, 4]
+
+
 def test_what_is_durable_already_is_not_drained_again() -> None:
     it = without_a_spare(complete=((5, "there"),))
     gather(it)

@@ -45,13 +45,11 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "12": (12, ("drain", "kill worker")),
     "early end": (21, ("kill worker",)),
     "kept late": (9, ("join, and the coordinator dies", "kill node")),
-    "broken own": (35, ("damaged source",)),
     "stale fetch": (945, ()),
     "given up": (12, ("damaged source",)),
     "departed": (20071, ()),
     "comes back": (105619, ()),
     "one end": (8655, ()),
-    "ends once": (1414, ("kill worker", "kill coordinator", "crash coordinator soon")),
     "broken new": (201, ("damage", "kill node", "freeze node")),
     "one moment": (6526, ()),
     "told before": (1367, ("kill worker", "kill coordinator", "crash coordinator soon")),
@@ -70,7 +68,6 @@ MISSED_DURABLE: dict[str, tuple[int, tuple[str, ...]]] = {
     "10 save": (483, ()),
     "10 copy": (1022, ("damage", "damaged source", "kill node", "lose node")),
     "reads for ever": (5, ()),
-    "10 spares": (10441, ()),
     "10 drain": (44, ("kill node", "lose node", "kill worker")),
     "goes back": (16, _NO_COPY),
     "11": (29, ("another owner", "kill node")),
@@ -99,6 +96,8 @@ MISSED_RIVALS: dict[str, tuple[int, tuple[str, ...]]] = {
 # `test_known_and_commits.py`, `test_durable_core.py`, `test_agreement.py`, `test_vault_parity.py`, `test_fetching.py`.
 RARE = {
     "3",
+    "10 spares",
+    "ends once",
     "share refused",
     "1 nodes",
     "refused twice",
@@ -177,7 +176,10 @@ MISSED_SIGNS: dict[str, tuple[int, tuple[str, ...]]] = {"follows": (4, ())}
 MISSED_RESTARTS: dict[str, tuple[int, tuple[str, ...]]] = {"renewing": (114, ())}
 # The same where drains are upset.
 MISSED_MOVES: dict[str, tuple[int, tuple[str, ...]]] = {"drain kept": (7, ()), "drain goes on": (0, ())}
+# Whatever else a seed draws.
+MISSED_ANY: dict[str, tuple[int, tuple[str, ...]]] = {"broken own": (35, ("damaged source",))}
 MODES = {
+    Profile(): MISSED_ANY,
     Profile(restarts=True, moves=False): MISSED_RESTARTS,
     Profile(signs=True, moves=False): MISSED_SIGNS,
     Profile(durable=False, shards=False, rivals=False, moves=False): MISSED,
