@@ -330,7 +330,10 @@ class Faults:
         until = max(until, now + seconds)
         self._silent[host.node] = since, until
         # (an agent whose connection has just been reset has less time)
-        return until - since > (0.38 if host.link.up else 0.1) * self._cluster.job.deadlines.lease
+        return (
+            until - since
+            > (0.38 if host.link.up or not host.link.was_reset else 0.1) * self._cluster.job.deadlines.lease
+        )
 
     # ---- what
 

@@ -73,6 +73,7 @@ class Link:
         self.up = False  # at the agent's end
         self.heard = False  # at the coordinator's end
         self.ever = False
+        self.was_reset = False  # by somebody in between, when it ended last
         self.late_up = self.late_down = 0.0  # seconds that packets take longer
         self._number = 0
         self._accepted = 0
@@ -94,6 +95,7 @@ class Link:
             self._number += 1
             self._accepted = self._number
             self.heard = self.up = self.ever = True
+            self.was_reset = False
             self._stuck_up.clear()
             self._stuck_down.clear()
             self._silent_since = self._unanswered_since = None
@@ -119,7 +121,7 @@ class Link:
         """
         if self.up and self.heard and self._network.both(self._host.node, HQ):
             self._world.say(f"n{self._host.node}", "its connection is reset")
-            self.up = False
+            self.up, self.was_reset = False, True
             if lost:
                 self._ended(self._accepted)
             else:
