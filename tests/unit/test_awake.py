@@ -42,7 +42,7 @@ def _back(job: SimulatedJob, node: int, settled: bool = True, epoch: int | None 
 
 def _away(job: SimulatedJob, *nodes: int) -> None:
     for node in nodes:
-        job.take(job.core.node_away(node, job.now))
+        job.take(job.core.node_away(node, job.now, stood_still=True))
 
 
 def test_nodes_that_come_back_after_a_standstill_have_lost_nothing() -> None:

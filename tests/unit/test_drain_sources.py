@@ -193,11 +193,13 @@ def test_a_drain_that_is_called_off_is_tried_again_after_a_while(tmp_path: Path)
     drains = _drains(tmp_path / "drain")
     until(lambda: bool(drains._sources.wanted()), "the file is read")
     assert _look(drains, job) == [0]
-    job.core.nodes[3].parked.clear()
+    job.lose(3)
     job.wait(31.0)
     assert job.events("stays") and job.core.nodes[0].role == "active"
     job.recover(3)
-    job.park()
+    job.take(job.core.add_spare("", job.now)[2])
+    job.join([4])
+    job.park([4])
     drains._begun[0] = job.now
     assert _look(drains, job, 20.0) == []
     assert _look(drains, job, 20.0) == [0]
