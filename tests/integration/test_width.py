@@ -43,12 +43,12 @@ class Widths:
         self.store = jobs.directory / f"{name}-store"
         self._started: dict[str, Job] = {}
 
-    def start(self, name: str, width: int, *more: str, held: bool = False) -> Job:
+    def start(self, name: str, width: int, *more: str, held: bool = False, spares: int = 0) -> Job:
         samples = self._jobs.directory / f"{self._name}-{name}-samples"
         samples.mkdir()
         extra = {"SAMPLES": str(samples)}
         slots = min(2, self._ranks)
-        launch = launch_flags(width * self._ranks // slots, 0, slots)
+        launch = launch_flags(width * self._ranks // slots + spares, spares, slots)
         job = self._jobs.start(f"{self._name}-{name}", launch, [*self.flags, *more], SAMPLES, extra=extra, held=held)
         self._started[name] = job
         return job
@@ -78,9 +78,9 @@ class Widths:
         job.kill_everything()
         return int(max(self.store.glob("generation-*/manifest.json")).parent.name.split("-")[1])
 
-    def resumed(self, name: str, width: int, *more: str) -> Job:
+    def resumed(self, name: str, width: int, held: bool = False, spares: int = 0) -> Job:
         ours = ["--deadpool-durable-dir", str(self.store), "--deadpool-resume", "auto"]
-        return self.start(name, width, *ours, "--deadpool-durable-interval", "1000", *more)
+        return self.start(name, width, *ours, "--deadpool-durable-interval", "1000", held=held, spares=spares)
 
     def from_checkpoint(self, name: str, width: int) -> Job:
         """The same out of Megatron's own checkpoint, which `deadpool export` makes and Megatron cuts anew."""
@@ -134,6 +134,19 @@ def test_three_replicas_go_on_from_a_durable_generation_of_two_with_the_same_sam
         expected, expected_norm = want[iteration]
         assert float.fromhex(losses["lm loss"]) == pytest.approx(float.fromhex(expected["lm loss"]), rel=1e-5)
         assert float.fromhex(norm) == pytest.approx(float.fromhex(expected_norm), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_node_that_is_lost_at_the_new_width_is_replaced_bitwise_with_what_it_was_dealt(jobs: Jobs) -> None:
+    it = Widths(jobs, "lost", flags(), 1)
+    generation = it.durable(2)
+    want = it.resumed("whole", 3).finished(300)
+    job = it.resumed("swapped", 3, held=True, spares=1)
+    job.arm((1, generation + 2, 2))
+    job.finished(300)
+    assert job.events("resumed") and {each[0]: each for each in job.exact()} == {each[0]: each for each in want.exact()}
+    assert job.hashes() == want.hashes()
 
 
 @pytest.mark.slow
