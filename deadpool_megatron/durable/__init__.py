@@ -6,7 +6,7 @@ agents nor Megatron.
 """
 
 from .client import DrainerProcess
-from .errors import DurableError, NoRoom, Unreachable, Unreadable
+from .errors import DurableError, NoRoom, NotFit, Unreachable, Unreadable
 from .files import find, read_constants_items, read_items, read_manifest
 from .format import (
     FORMAT,
@@ -43,6 +43,7 @@ __all__ = [
     "Lease",
     "Manifest",
     "NoRoom",
+    "NotFit",
     "Piece",
     "Seal",
     "ShardFile",
