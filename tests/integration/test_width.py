@@ -16,7 +16,8 @@ from jobs import ROOT, Job, Jobs, launch_flags
 ITERATIONS, SAVED = 8, 3
 SAMPLES = ROOT / "tests" / "pretrain_samples.py"
 SMALL = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
-# (with dropout a sample's numbers follow from the replica that has it)
+# With dropout a sample's numbers follow from the replica that has it, and from the seed that a loader draws first when a
+# checkpoint has been loaded: emulated devices have the host's random numbers.
 EXACT = ["--attention-dropout", "0", "--hidden-dropout", "0"]
 RESHAPED = ["--ckpt-format", "torch_dist", "--dist-ckpt-optim-fully-reshardable"]
 
@@ -57,6 +58,11 @@ class Widths:
         """One that was started."""
         return self._started[name]
 
+    def drew(self, name: str) -> set[str]:
+        """The ranks that have a loader."""
+        there = (self._jobs.directory / f"{self._name}-{name}-samples").iterdir()
+        return {file.name.removeprefix("rank-") for file in there}
+
     def samples(self, name: str) -> dict[int, list[list[int]]]:
         """By iteration, what each process drew, in its order; processes that drew nothing are left out."""
         out: dict[int, list[list[int]]] = {}
@@ -95,12 +101,13 @@ class Widths:
         return self.start(name, width, "--load", str(checkpoint), *RESHAPED)
 
 
-def assert_same_from(job: Job, want: Job, first: int) -> None:
+def assert_same_from(job: Job, want: Job, first: int, drew: set[str]) -> None:
     """Every iteration, and all state at the end but the seed that a loader draws: a checkpoint knows nothing of it."""
     assert job.exact()[0][0] == first and job.exact() == want.exact()
     ours, theirs = job.hashes(), want.hashes()
     parts = ("params", "main_params", "moments", "steps")
     assert len(ours) == len(theirs) and all(ours[rank][part] == theirs[rank][part] for rank in ours for part in parts)
+    assert all(ours[rank]["rng"] == theirs[rank]["rng"] for rank in ours if rank not in drew)
 
 
 def goes_on(it: Widths, before: int, after: Sequence[int]) -> Job:
@@ -111,7 +118,8 @@ def goes_on(it: Widths, before: int, after: Sequence[int]) -> Job:
     for width in after:
         job = it.resumed(f"at-{width}", width).finished(300)
         assert f"training goes on from durable generation {generation}" in job.output
-        assert_same_from(job, it.from_checkpoint(f"loaded-{width}", width).finished(300), generation)
+        loaded = it.from_checkpoint(f"loaded-{width}", width).finished(300)
+        assert_same_from(job, loaded, generation, it.drew(f"at-{width}"))
         samples = it.samples(f"at-{width}")
         assert min(samples) == generation and max(samples) == ITERATIONS - 1
         for iteration, drawn in samples.items():
@@ -164,5 +172,9 @@ def test_fewer_and_more_replicas_go_on_from_a_durable_generation_as_from_megatro
     jobs: Jobs, name: str, more: list[str], ranks: int, before: int, after: list[int]
 ) -> None:
     plain = "plain" in more
-    given = [*with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2), *(flag for flag in more if flag != "plain")]
+    given = [
+        *with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2),
+        *EXACT,
+        *(flag for flag in more if flag != "plain"),
+    ]
     goes_on(Widths(jobs, name, plain_optimizer(given) if plain else given, ranks), before, after)
