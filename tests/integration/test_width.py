@@ -16,8 +16,8 @@ from jobs import ROOT, Job, Jobs, launch_flags
 ITERATIONS, SAVED = 8, 3
 SAMPLES = ROOT / "tests" / "pretrain_samples.py"
 SMALL = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
-# With dropout a sample's numbers follow from the replica that has it, and from the seed that a loader draws first when a
-# checkpoint has been loaded: emulated devices have the host's random numbers.
+# With dropout a sample's numbers follow from the replica that has it, and from the seed that a loader draws first when
+# a checkpoint has been loaded: emulated devices have the host's random numbers.
 EXACT = ["--attention-dropout", "0", "--hidden-dropout", "0"]
 RESHAPED = ["--ckpt-format", "torch_dist", "--dist-ckpt-optim-fully-reshardable"]
 
