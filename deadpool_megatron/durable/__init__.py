@@ -6,7 +6,7 @@ agents nor Megatron.
 """
 
 from .client import DrainerProcess
-from .errors import DurableError, NoRoom, Unreachable, Unreadable
+from .errors import DurableError, NoRoom, NotFit, Unreachable, Unreadable
 from .files import find, read_constants_items, read_items, read_manifest
 from .format import (
     FORMAT,
@@ -29,7 +29,7 @@ from .start import Survey, begin, go_on
 from .store import Store, open_store
 
 __all__ = ["FORMAT", "Answer", "Cancel", "Coordinate", "Describe", "Done", "Drain", "DrainerProcess", "DurableError"]
-__all__ += ["Item", "Layout", "Lease", "Manifest", "NoRoom", "Piece", "Seal", "ShardFile", "Stage", "Staged", "Store"]
-__all__ += ["Survey", "Take", "Unreachable", "Unreadable", "begin", "differing", "directory_name", "find", "go_on"]
-__all__ += ["load_constants", "load_shards", "not_fit", "open_store", "read_constants_items", "read_items"]
+__all__ += ["Item", "Layout", "Lease", "Manifest", "NoRoom", "NotFit", "Piece", "Seal", "ShardFile", "Stage", "Staged"]
+__all__ += ["Store", "Survey", "Take", "Unreachable", "Unreadable", "begin", "differing", "directory_name", "find"]
+__all__ += ["go_on", "load_constants", "load_shards", "not_fit", "open_store", "read_constants_items", "read_items"]
 __all__ += ["read_manifest", "read_recut", "settings_note", "this_process"]

@@ -82,7 +82,10 @@ def read_recut(
     then), OSError.
     """
     shards = [manifest.shards[rank] for rank in ranks]
-    copies = cut(wanted, [_layout(store, manifest, shard) for shard in shards])
+    layouts = [_layout(store, manifest, shard) for shard in shards]
+    if not any(item.pieces for layout in layouts for item in layout.items):
+        raise NotFit("it does not say what its shards consist of, as those of earlier versions do not")
+    copies = cut(wanted, layouts)
     for shard, out in zip(shards, copies, strict=True):
         by_item: dict[str, list[Copy]] = {}
         for copy in out:

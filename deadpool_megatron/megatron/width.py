@@ -19,6 +19,7 @@ from deadpool_megatron.durable import (
     DurableError,
     Item,
     Layout,
+    NotFit,
     differing,
     not_fit,
     open_store,
@@ -135,6 +136,8 @@ class OtherWidth:
         wanted = Layout(layout.unique_bytes, layout.digest, rest)
         try:
             read_recut(self._store, self._manifest, self._ranks, wanted, put)
+        except NotFit as err:
+            raise self._not_fit(str(err)) from None
         except (DurableError, OSError) as err:
             raise self._unreadable(err) from None
         self._staged.clear()

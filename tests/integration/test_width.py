@@ -16,7 +16,8 @@ from jobs import ROOT, Job, Jobs, launch_flags
 ITERATIONS, SAVED = 8, 3
 SAMPLES = ROOT / "tests" / "pretrain_samples.py"
 SMALL = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
-# (with dropout a sample's numbers follow from the replica that has it)
+# With dropout a sample's numbers follow from the replica that has it, and from the seed that a loader draws first when
+# a checkpoint has been loaded: emulated devices have the host's random numbers.
 EXACT = ["--attention-dropout", "0", "--hidden-dropout", "0"]
 RESHAPED = ["--ckpt-format", "torch_dist", "--dist-ckpt-optim-fully-reshardable"]
 
@@ -43,12 +44,12 @@ class Widths:
         self.store = jobs.directory / f"{name}-store"
         self._started: dict[str, Job] = {}
 
-    def start(self, name: str, width: int, *more: str, held: bool = False) -> Job:
+    def start(self, name: str, width: int, *more: str, held: bool = False, spares: int = 0) -> Job:
         samples = self._jobs.directory / f"{self._name}-{name}-samples"
         samples.mkdir()
         extra = {"SAMPLES": str(samples)}
         slots = min(2, self._ranks)
-        launch = launch_flags(width * self._ranks // slots, 0, slots)
+        launch = launch_flags(width * self._ranks // slots + spares, spares, slots)
         job = self._jobs.start(f"{self._name}-{name}", launch, [*self.flags, *more], SAMPLES, extra=extra, held=held)
         self._started[name] = job
         return job
@@ -56,6 +57,11 @@ class Widths:
     def job(self, name: str) -> Job:
         """One that was started."""
         return self._started[name]
+
+    def drew(self, name: str) -> set[str]:
+        """The ranks that have a loader."""
+        there = (self._jobs.directory / f"{self._name}-{name}-samples").iterdir()
+        return {file.name.removeprefix("rank-") for file in there}
 
     def samples(self, name: str) -> dict[int, list[list[int]]]:
         """By iteration, what each process drew, in its order; processes that drew nothing are left out."""
@@ -78,9 +84,9 @@ class Widths:
         job.kill_everything()
         return int(max(self.store.glob("generation-*/manifest.json")).parent.name.split("-")[1])
 
-    def resumed(self, name: str, width: int, *more: str) -> Job:
+    def resumed(self, name: str, width: int, held: bool = False, spares: int = 0) -> Job:
         ours = ["--deadpool-durable-dir", str(self.store), "--deadpool-resume", "auto"]
-        return self.start(name, width, *ours, "--deadpool-durable-interval", "1000", *more)
+        return self.start(name, width, *ours, "--deadpool-durable-interval", "1000", held=held, spares=spares)
 
     def from_checkpoint(self, name: str, width: int) -> Job:
         """The same out of Megatron's own checkpoint, which `deadpool export` makes and Megatron cuts anew."""
@@ -95,12 +101,13 @@ class Widths:
         return self.start(name, width, "--load", str(checkpoint), *RESHAPED)
 
 
-def assert_same_from(job: Job, want: Job, first: int) -> None:
+def assert_same_from(job: Job, want: Job, first: int, drew: set[str]) -> None:
     """Every iteration, and all state at the end but the seed that a loader draws: a checkpoint knows nothing of it."""
     assert job.exact()[0][0] == first and job.exact() == want.exact()
     ours, theirs = job.hashes(), want.hashes()
     parts = ("params", "main_params", "moments", "steps")
     assert len(ours) == len(theirs) and all(ours[rank][part] == theirs[rank][part] for rank in ours for part in parts)
+    assert all(ours[rank]["rng"] == theirs[rank]["rng"] for rank in ours if rank not in drew)
 
 
 def goes_on(it: Widths, before: int, after: Sequence[int]) -> Job:
@@ -111,7 +118,8 @@ def goes_on(it: Widths, before: int, after: Sequence[int]) -> Job:
     for width in after:
         job = it.resumed(f"at-{width}", width).finished(300)
         assert f"training goes on from durable generation {generation}" in job.output
-        assert_same_from(job, it.from_checkpoint(f"loaded-{width}", width).finished(300), generation)
+        loaded = it.from_checkpoint(f"loaded-{width}", width).finished(300)
+        assert_same_from(job, loaded, generation, it.drew(f"at-{width}"))
         samples = it.samples(f"at-{width}")
         assert min(samples) == generation and max(samples) == ITERATIONS - 1
         for iteration, drawn in samples.items():
@@ -137,6 +145,19 @@ def test_three_replicas_go_on_from_a_durable_generation_of_two_with_the_same_sam
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_node_that_is_lost_at_the_new_width_is_replaced_bitwise_with_what_it_was_dealt(jobs: Jobs) -> None:
+    it = Widths(jobs, "lost", flags(), 1)
+    generation = it.durable(2)
+    want = it.resumed("whole", 3).finished(300)
+    job = it.resumed("swapped", 3, held=True, spares=1)
+    job.arm((1, generation + 2, 2))
+    job.finished(300)
+    assert job.events("resumed") and {each[0]: each for each in job.exact()} == {each[0]: each for each in want.exact()}
+    assert job.hashes() == want.hashes()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "more", "ranks", "before", "after"),
@@ -151,5 +172,9 @@ def test_fewer_and_more_replicas_go_on_from_a_durable_generation_as_from_megatro
     jobs: Jobs, name: str, more: list[str], ranks: int, before: int, after: list[int]
 ) -> None:
     plain = "plain" in more
-    given = [*with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2), *(flag for flag in more if flag != "plain")]
+    given = [
+        *with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2),
+        *EXACT,
+        *(flag for flag in more if flag != "plain"),
+    ]
     goes_on(Widths(jobs, name, plain_optimizer(given) if plain else given, ranks), before, after)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from deadpool_megatron.durable import FORMAT, Coordinate, Item, Layout, Manifest, Piece, ShardFile, read_recut
@@ -52,10 +53,13 @@ def replica(rank: int, width: int, pad: int = 16) -> tuple[Layout, bytes]:
     return Layout(len(unique), f"digest-{rank}-{width}", tuple(items)), bytes(unique)
 
 
-def saved(store: LocalStore, width: int) -> Manifest:
+def saved(store: LocalStore, width: int, says: bool = True) -> Manifest:
     shards: list[ShardFile] = []
     for rank in range(width):
         layout, unique = replica(rank, width)
+        if not says:
+            items = tuple(msgspec.structs.replace(item, pieces=()) for item in layout.items)
+            layout = msgspec.structs.replace(layout, items=items)
         shards.append(write_shard(store, NAME, rank, 40, layout, memoryview(unique), b"small %d" % rank))
     coordinates = tuple(Coordinate(rank, 0, 0, rank) for rank in range(width))
     return Manifest(FORMAT, 40, 0, NAME, "", width, coordinates, tuple(shards), {})
@@ -92,6 +96,14 @@ def test_what_nobody_has_or_what_says_of_no_piece_is_refused_by_its_name() -> No
     scale = Layout(4, "", (Item("optimizer0.group0.0.exp_avg.scale", "F32", (), 0, 4),))
     with pytest.raises(NotFit, match=r"exp_avg\.scale cannot be cut anew"):
         cut(scale, shards)
+
+
+def test_a_generation_of_an_earlier_version_is_refused_since_it_does_not_say_what_it_consists_of(
+    tmp_path: Path,
+) -> None:
+    store = LocalStore(str(tmp_path))
+    with pytest.raises(NotFit, match="does not say what its shards consist of"):
+        read_recut(store, saved(store, 2, says=False), range(2), replica(0, 1)[0], lambda name, at, data: None)
 
 
 def test_a_file_that_has_changed_is_found(tmp_path: Path) -> None:
