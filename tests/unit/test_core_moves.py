@@ -258,11 +258,11 @@ def test_the_end_of_a_process_counts_once_whoever_is_told_of_it_again() -> None:
     job.commit(5)
     gone = r.WorkerExited(0, 0, 0, 0, -9, 0)
     job.feed(gone)
-    deaths = len(job.core.nodes[0].deaths)
+    deaths = job.core.nodes[0].record.deaths(job.core.members.unix_s)
     for _ in range(2):
         restarted(job)
         job.feed(gone)
-    assert len(job.core.nodes[0].deaths) == deaths == 1
+    assert job.core.nodes[0].record.deaths(job.core.members.unix_s) == deaths == 1
 
 
 def test_a_machine_that_comes_back_under_a_new_number_is_in_its_rack_again() -> None:
