@@ -186,7 +186,7 @@ def test_a_coordinator_that_is_killed_is_started_again_but_not_for_ever(jobs: Jo
         assert job.pids() == workers
         os.kill(killed, signal.SIGKILL)
         job.until("another coordinator", lambda k=killed: job.process.poll() is not None or _coordinator(job) != k, 30)
-    assert job.wait() == Exit.FAILED
+    assert job.wait() == Exit.RECOVERY_FAILED
     again = "deadpool: the coordinator was ended by signal 9; it is started again"
     over = "deadpool: the coordinator was ended by signal 9 again and again; the job is over"
     assert _said(job) == [*[again] * 5, over]
