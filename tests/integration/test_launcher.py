@@ -190,7 +190,7 @@ def test_a_coordinator_that_is_killed_is_started_again_but_not_for_ever(jobs: Jo
     again = "deadpool: the coordinator was ended by signal 9; it is started again"
     over = "deadpool: the coordinator was ended by signal 9 again and again; the job is over"
     assert _said(job) == [*[again] * 5, over]
-    assert job.output.endswith(f"deadpool: {what_to_do(Exit.FAILED)}\n")
+    assert job.output.endswith(f"deadpool: {what_to_do(Exit.RECOVERY_FAILED)}\n")
     job.until_gone(60)
 
 
