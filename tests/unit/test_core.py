@@ -639,7 +639,8 @@ def test_whoever_misses_the_deadline_of_a_phase_is_lost_and_only_they(phase: str
     job.wait(0.001)
     (late,) = job.events("late")
     assert (late["nodes"], late["phase"], late["ends"]) == ([slow], phase, phase != "restoring")
-    assert f"stacks-node{slow}-*.txt" in late["message"] and job.core.epoch == 1
+    assert f"node {slow} missed" in late["message"] and "stacks-node*-*.txt" in late["message"]
+    assert job.core.epoch == 1
     assert [s.node for s in job.sent if isinstance(s.record, r.KeepStacks)] == [slow]
     due = job.core.next_deadline()
     assert due is not None
@@ -1279,3 +1280,19 @@ def test_a_communication_error_before_training_is_the_workers_own_and_ends_nothi
         job.feed(r.Join(node, 1, "h", 1, [1, 2]))
     job.feed(r.PeerError(0, 0, 0, "connection closed by peer"))
     assert job.core.phase is Phase.STARTING and job.core.next_deadline() is None
+
+
+def test_who_has_restored_is_not_late_while_others_restore() -> None:
+    job = SimulatedJob(nodes=3, spares=0).train()
+    job.commit(5)
+    job.take(job.core.inject(r.Fault("abort", -1, 0, None, 1, "", 0.0), job.now)[1])
+    job.arrive()
+    job.prepare()
+    job.form()
+    assert job.core.phase is Phase.RESTORING
+    for node in (0, 2):
+        job.feed(r.NodeRestored(1, node))
+    due = job.core.next_deadline()
+    assert due is not None
+    job.wait(due - job.now)
+    assert [s.node for s in job.sent if isinstance(s.record, r.KeepStacks)] == [1]

@@ -714,6 +714,7 @@ def test_a_drain_that_waits_for_a_rehearsal_goes_on_with_a_coordinator_that_has_
     job.wait(0.0)
     assert [s.node for s in job.sent if isinstance(s.record, r.Rehearse)] == [3, 3] and not job.told(r.Hold)
     job.feed(r.Rehearsed(3, [2, 3]))
+    job.wait(0.0)
     hold(job)
     assert job.told(r.Declare)[-1].replaced == [2, 3]
 
@@ -890,3 +891,77 @@ def test_a_spare_that_comes_after_the_wait_and_is_too_few_makes_it_no_longer() -
     job.join([3])
     job.wait(1)
     assert job.told(r.Declare)[-1].purpose == "save"
+
+
+def _connects_again(job: SimulatedJob, node: int) -> None:
+    job.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [10 * node, 10 * node + 1], epoch=job.core.epoch))
+
+
+def test_a_connection_that_ends_and_comes_again_does_not_end_the_wait_for_a_spare_that_comes() -> None:
+    job = _waiting()
+    job.wait(590)
+    job.take(job.core.add_spare("host", job.now)[2])
+    job.wait(20)
+    assert job.core.phase is Phase.WAITING
+    job.take(job.core.node_away(2, job.now))
+    _connects_again(job, 2)
+    assert job.told(r.Declare)[-1].purpose == "resume"
+
+
+def test_a_node_that_leaves_while_its_agent_is_away_is_not_waited_for() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    drain(job, 1)
+    hold(job)
+    job.take(job.core.node_away(1, job.now))
+    job.recover()
+    assert job.core.nodes[1].role == "left" and not job.core.awaits(1)
+
+
+def test_who_connects_again_hears_that_all_are_to_hold_still() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    drain(job, 1)
+    job.take(job.core.node_away(2, job.now))
+    _connects_again(job, 2)
+    holds = [s for s in job.sent if isinstance(s.record, r.Hold)]
+    assert [s.node for s in holds] == [None, 2] and holds[0].record == holds[1].record
+
+
+def test_nobody_is_told_to_hold_still_while_an_agent_is_away() -> None:
+    job = SimulatedJob(rehearsals=1).train()
+    drain(job, 1)
+    job.take(job.core.node_away(2, job.now))
+    job.feed(r.Rehearsed(3, [2, 3]))
+    job.wait(0.0)
+    assert not job.told(r.Hold)
+    _connects_again(job, 2)
+    job.wait(0.0)
+    assert job.told(r.Hold)
+
+
+def test_the_process_of_a_spare_is_begun_again_where_the_word_of_it_was_lost() -> None:
+    job = SimulatedJob().train()
+    gone = r.WorkerExited(3, 0, None, 30, -9)
+    job.feed(gone)
+    restarted(job)
+    before = len(job.told(r.Respawn))
+    job.feed(gone)
+    assert len(job.told(r.Respawn)) == before + 1
+
+
+def test_of_several_nodes_that_hang_in_a_recovery_none_is_at_fault() -> None:
+    job = SimulatedJob(nodes=4, spares=0).train()
+    job.commit(5)
+    job.take(job.core.inject(r.Fault("abort", -1, 0, None, 1, "", 0.0), job.now)[1])
+    job.arrive()
+    job.prepare()
+    due = job.core.next_deadline()
+    assert due is not None and job.core.phase is Phase.FORMING
+    job.wait(due - job.now)
+    assert job.told(r.KeepStacks)[-1].end
+    restarted(job, settled=False)
+    for node in range(4):
+        job.feed(r.WorkerExited(node, 0, 2 * node, 10 * node, -9, 1))
+    assert not any(state.record.failures for state in job.core.nodes.values())
+    assert all("hung in a recovery" in event["cause"] for event in job.events("detected"))

@@ -221,3 +221,23 @@ def test_the_driver_says_itself_what_follows_and_an_unknown_number_blames_nobody
     assert job.events("sign")[-1]["cause"] == "Xid 999: something new (GPU 0000:5a:00)"
     dies(job, 1)
     assert job.core.nodes[1].role == "spare"
+
+
+def test_a_spare_that_never_trained_takes_no_blame_for_others() -> None:
+    job = rack()
+    tells(job, 4, 79)
+    dies(job, 1, -int(signal.SIGABRT))
+    assert deaths(job, 1) == 1
+
+
+def test_a_fault_at_the_start_leaves_its_node_where_it_is() -> None:
+    """Nobody has shards of it to give; its worker begins again, and ends of workers are counted as ever."""
+    job = SimulatedJob(nodes=4, spares=1)
+    job.join()
+    job.park()
+    tells(job, 1, 79)
+    dies(job, 1, -int(signal.SIGABRT))
+    assert job.core.nodes[1].role == "active" and job.core.phase is Phase.STARTING and job.core.epoch == 1
+    sent = len(job.sent)
+    job.feed(r.WorkerExited(1, 0, 2, 999, -6, 1))
+    assert len(job.sent) > sent

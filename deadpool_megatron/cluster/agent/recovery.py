@@ -306,7 +306,8 @@ class NodeRecovery:
         if self._offered != epoch:
             gone = [each for each in mine if each.arrived is not None and each.arrived.epoch == epoch]
             return [worker for worker in mine if worker.in_loop and worker not in gone]
-        for step in ("ready", "formed", "resumed"):
+        saves = self._job.declared.purpose == "save"
+        for step in ("ready", "formed", "restored") if saves else ("ready", "formed", "restored", "resumed"):
             if late := [worker for worker in mine if worker.reached.get(step, -1) != epoch]:
                 return late
         return []

@@ -20,7 +20,7 @@ from deadpool_megatron.cluster.link.reach import until_refused
 Ask = Callable[[r.Address, Callable[[bool], None]], Callable[[], None]]
 """Asks an address until it refuses: calls what it is given with False for each word that is said, and then with True,
 in any thread. Returns what ends the asking."""
-_MOST_ASKED: Final = 64  # at a time; the lease decides over the rest
+_MOST_ASKED: Final = 64  # at a time
 
 
 class Absences:
@@ -33,6 +33,7 @@ class Absences:
     def __init__(self, ask: Ask | None = None) -> None:
         self._ask = ask or _ask_over_tcp
         self._asked: dict[int, tuple[object, Callable[[], None]]] = {}  # by node: which question, and what ends it
+        self._heard: set[int] = set()  # nodes whose word has come: more of them say nothing new
         self._answers: queue.SimpleQueue[tuple[int, object, bool]] = queue.SimpleQueue()
 
     @property
@@ -40,18 +41,25 @@ class Absences:
         """An answer may come."""
         return bool(self._asked)
 
-    def began(self, node: int, vault: r.Address) -> None:
-        """The connection of this node's agent has ended; its vault listens there (port 0: it has none)."""
+    def began(self, node: int, vault: r.Address) -> bool:
+        """The connection of this node's agent has ended; its vault listens there (port 0: it has none).
+
+        False: too many are asked, as after a reset of all connections at once, so the lease decides over this one.
+        """
         self.over(node)
-        if vault.port and len(self._asked) < _MOST_ASKED:
+        if len(self._asked) >= _MOST_ASKED:
+            return False
+        if vault.port:
             which = object()  # an answer of an earlier absence says nothing of this one
             self._asked[node] = which, self._ask(vault, lambda refused: self._answers.put((node, which, refused)))
+        return True
 
     def over(self, node: int) -> None:
         """It is back, or lost."""
         if node in self._asked:
             _, stop = self._asked.pop(node)
             stop()
+            self._heard.discard(node)
 
     def answers(self, awaits: Callable[[int], bool]) -> list[tuple[int, bool]]:
         """Of nodes that are still away, by ``awaits``, what was found out: whether the agent has ended, or it lives."""
@@ -60,10 +68,12 @@ class Absences:
         out: list[tuple[int, bool]] = []
         while not self._answers.empty():
             node, which, refused = self._answers.get()
-            if self._asked.get(node, (None,))[0] is which:
-                out.append((node, refused))
-                if refused:
-                    self.over(node)
+            if self._asked.get(node, (None,))[0] is not which or (node in self._heard and not refused):
+                continue
+            out.append((node, refused))
+            self._heard.add(node)
+            if refused:
+                self.over(node)
         return out
 
     def close(self) -> None:

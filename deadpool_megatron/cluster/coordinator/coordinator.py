@@ -371,8 +371,8 @@ class Coordinator:
         self._do(self._core.node_away(node, now, stood_still))
         if not self._core.awaits(node):
             self._connected.discard(node)
-        elif (vault := self._core.nodes[node].vault) is not None:
-            self._absences.began(node, vault)
+        elif (vault := self._core.nodes[node].vault) is not None and not self._absences.began(node, vault):
+            self._do(self._core.node_lives(node, now))
 
     def _do(self, actions: list[Action], step: dict[str, Any] | None = None) -> None:
         if not actions and step is None:

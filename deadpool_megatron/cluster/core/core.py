@@ -521,6 +521,7 @@ class Core:
             yield Send(node, r.AllFinished(self.epoch))
         elif self._start.placement_holds and self.recovery is None:
             yield self._start.placement(node)
+        yield from self._drains.again(node)
 
     def _worker_ready(self, record: r.WorkerReady) -> Effects:
         self._ends.begun(record)
@@ -529,7 +530,7 @@ class Core:
 
     def _rehearsed(self, record: r.Rehearsed) -> Effects:
         yield from self._start.rehearsed(record)
-        yield from self._drains.rehearsed(record, self._now)
+        self._drains.rehearsed(record)
 
     def _look_for_spare(self, node: int) -> Effects:
         if self._recoveries.spare_came():
@@ -635,7 +636,9 @@ class Core:
         self.members.depart(node, "left")
         yield Send(None, r.Departed([node]))
         self._arrivals.without({node})
+        self._drains.lost({node})
         yield Persist()
+        yield from self._wait_no_more_for({node}, self._returning.waits)
 
     # ---- ends of processes
 
@@ -786,9 +789,10 @@ class Core:
     def _remind(self, late: set[int], ends: bool) -> Effects:
         """The others wait for these nodes: what their workers do is to be found in a file, and perhaps to be ended."""
         phase, nodes = self.phase.value, sorted(late)
-        files = ", ".join(f"stacks-node{node}-*.txt" for node in nodes)
-        text = f"node {', '.join(map(str, nodes))} has missed the deadline of phase '{phase}'; what its workers do "
-        text += f"is in {files} beside their logs{', and those that hang are ended and begin anew' * ends}"
+        text = f"{r.few_nodes(nodes)} missed the deadline of phase '{phase}'; what the workers do is in "
+        text += f"stacks-node*-*.txt beside their logs{', and those that hang are ended and begin anew' * ends}"
+        if ends:
+            self._ends.ends_late(late)
         for node in nodes:
             yield Send(node, r.KeepStacks(self.epoch, ends))
         yield emit("late", nodes=nodes, phase=phase, ends=ends, message=text)

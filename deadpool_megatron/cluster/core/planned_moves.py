@@ -67,13 +67,19 @@ class Drains:
         yield from self._go_on(self._drain, now)
         yield Persist(("now",))
 
-    def rehearsed(self, record: r.Rehearsed, now: float) -> Effects:
-        """A spare has set up coordinates, or cannot: the move goes on."""
+    def rehearsed(self, record: r.Rehearsed) -> None:
+        """A spare has set up coordinates, or cannot: the move goes on, with the next `tick`."""
         drain = self._drain
         if drain is None or drain.rehearses != record.node or not self._trains:
             return
         if record.why or self._known(drain.node):
-            yield from self._hold(drain, now)
+            drain.rehearses, drain.deadline = None, 0.0
+
+    def again(self, node: int) -> Effects:
+        """That all are to hold still may have been lost with this node's connection."""
+        drain = self._drain
+        if drain is not None and drain.holds and drain.iteration is not None:
+            yield Send(node, r.Hold(self._state.members.epoch, drain.iteration))
 
     @property
     def _trains(self) -> bool:

@@ -128,11 +128,15 @@ class Recoveries:
         elif state.progress.fresh and out_of_use:
             yield StartOver(reason)
             return False
-        elif patience and self._purpose == "resume" and (self._waits_until is None or now < self._waits_until):
+        elif (
+            patience
+            and self._purpose == "resume"
+            and (self._waits_until is None or now < self._waits_until or members.coming_spares())
+        ):
             if self._waits_until is None:
                 self._waits_until, self._wait_told = now + patience, False
             if not self._wait_told:
-                minutes, self._wait_told = (self._waits_until - now) / 60, True
+                minutes, self._wait_told = max(0.0, self._waits_until - now) / 60, True
                 yield emit(
                     "waiting",
                     lost=sorted(out_of_use),

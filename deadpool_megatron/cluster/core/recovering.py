@@ -51,7 +51,6 @@ class Recovery:
         self._arrived: set[int] = set()
         self._told_to_form = False
         self._reminded: set[Phase] = set()
-        self.ending: set[int] = set()  # nodes that were told to end workers which are late
         self._ready: set[int] = set()
         self._formed: set[int] = set()
         self._restored: set[int] = set()
@@ -164,7 +163,9 @@ class Recovery:
         if self.phase is Phase.ARRIVING:
             return set(self.givers) - self.offers.keys()
         through = {Phase.PREPARING: self._ready, Phase.FORMING: self._formed}.get(self.phase, self._resumed)
-        if self.phase is Phase.RESTORING and self.purpose == "save" and self.restored_reported:
+        if self.phase is Phase.RESTORING and not self.restored_reported:
+            through = self._restored
+        elif self.phase is Phase.RESTORING and self.purpose == "save":
             through = self._saved
         return set(self.active) - through
 
@@ -180,7 +181,6 @@ class Recovery:
         self._reminded.add(self.phase)
         ends = self.phase is not Phase.PREPARING
         self.deadline = now + (self._deadlines.abort if ends else _STACKS_S)
-        self.ending |= late if ends else set()
         return ends
 
     def _enter(self, phase: Phase, deadline: float) -> None:

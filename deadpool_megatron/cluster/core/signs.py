@@ -123,7 +123,7 @@ class Signs:
         known = members.nodes[record.node].record.failures
         if not any(each.kind == "sign" and each.cause == what and now - each.when < SPREAD_S for each in known):
             members.failed(record.node, "sign", what)
-            for node in self._seen:
+            for node in self._seen if members.nodes[record.node].trained else ():
                 if node != record.node and self._explained(node, record.node):
                     members.nodes[node].record.forgive(now - SPREAD_S)
             yield Persist()
@@ -134,7 +134,7 @@ class Signs:
         if own := self._cause(node, CAUSE_S):
             return Verdict(Blamed.CAUSE, own)
         for_a_peer = by_peer or record.code == -signal.SIGABRT
-        others = [n for n, state in self._members.nodes.items() if n != node and state.record.failures]
+        others = [n for n, s in self._members.nodes.items() if n != node and s.trained and s.record.failures]
         for culprit in others:
             explained = self._explained(node, culprit)
             cause = self._cause(culprit, SPREAD_S, ("sign", "lost") if explained else ("sign",))

@@ -29,7 +29,9 @@ class WorkerEnds:
         self._suspicions = suspicions
         self._blame = Blame(state.job.worker_deaths, state.job.transient_retries)
         self._left: set[tuple[int, int]] = set()
-        # nodes whose workers hung in a recovery, since an iteration has ended last, and the first epoch they did
+        # Nodes that were told to end workers which hung in a recovery, since the last iteration: in which epoch last,
+        # with the slots renewed since; and in which one first.
+        self._ending: dict[int, tuple[int, set[int]]] = {}
         self._late: dict[int, int] = {}
         # by node and local index, of the last process that has ended: an agent that was away tells of it again
         self._known: dict[tuple[int, int], int] = {}
@@ -49,6 +51,8 @@ class WorkerEnds:
         node = self._state.members.nodes[record.node]
         who, how = how_it_ended(record)
         if self._known.get((record.node, record.local)) == record.pid:
+            if node.role == "spare" and record.rank is None and record.local not in node.parked:
+                yield Send(node.node, r.Respawn(record.local))  # which may have been lost with a connection
             return
         self._known[record.node, record.local] = record.pid
         over = phase is Phase.FINISHING and deadpool
@@ -110,18 +114,20 @@ class WorkerEnds:
         follows = verdict.blamed is Blamed.FOLLOWS
         nobodys = self._blame.anothers(record) or follows
         if self._was_late(record):  # a communication that nothing ends, perhaps: the first time that is no node's fault
-            nobodys = self._late.setdefault(node.node, record.epoch) == record.epoch or nobodys
+            epoch, _ = self._ending[node.node]
+            nobodys = self._late.setdefault(node.node, epoch) == epoch or nobodys
         to_blame = not node.respawns if nobodys else self._died(node, "worker", cause, record.epoch)
         iteration = self._state.progress.iteration
-        if self._blame.crashed_again(record, self._state.members.epoch, iteration) and not self._signs.tells(node.node):
-            again = f"after iteration {iteration} again, so no spare is spent on it; see its log"
-            yield Stop(Exit.REPEATED_ERROR, f"{cause} {again}")
+        again = self._blame.crashed_again(record, self._state.members.epoch, iteration)
+        if again and not follows and not self._signs.tells(node.node):
+            where = f"after iteration {iteration} again, so no spare is spent on it; see its log"
+            yield Stop(Exit.REPEATED_ERROR, f"{cause} {where}")
             return
         leaves = verdict.blamed is Blamed.CAUSE and self._leaves(node)
         if to_blame and not leaves:
             deaths = node.record.deaths(self._state.members.unix_s)
-            again = f"its workers ended {deaths} times, the last time: " if deaths > 1 else ""
-            yield Lose({node.node}, again + cause)
+            often = f"its workers ended {deaths} times, the last time: " if deaths > 1 else ""
+            yield Lose({node.node}, often + cause)
             return
         if verdict.why:
             cause += f", after {verdict.why}"
@@ -146,20 +152,27 @@ class WorkerEnds:
         """A node at fault gives its shards, then leaves the job, if a spare is there for it."""
         members = self._state.members
         spares = [*members.ready_spares(), *members.cold_spares()]
+        if self._state.phase is not Phase.RUNNING or self._state.progress.fresh:
+            return False  # nobody has shards of its yet
         if not spares or node.role != "active" or self._recoveries.ends or not node.respawns:
             return False
         node.role = "leaving"
         return True
 
+    def ends_late(self, nodes: set[int]) -> None:
+        """These nodes are told to end workers that the others wait for."""
+        self._ending |= {node: (self._state.members.epoch, set()) for node in nodes}
+
     def _was_late(self, record: r.WorkerExited) -> bool:
-        """It was ended because the others waited for it."""
-        recovery = self._recoveries.of(record.epoch)
-        ended = record.node in recovery.ending if recovery is not None else self._late.get(record.node) == record.epoch
-        return ended and record.code < 0
+        """It was ended because the others waited for it. (The first of them to end begins another epoch.)"""
+        epoch, renewed = self._ending.get(record.node, (0, None))
+        return record.code < 0 and renewed is not None and record.epoch >= epoch and record.local not in renewed
 
     def begun(self, record: r.WorkerReady) -> None:
         """A process has begun: the number of one that has ended may come again."""
         self._blame.begun(record)
+        if record.node in self._ending:
+            self._ending[record.node][1].add(record.local)
         if self._known.get((record.node, record.local)) == record.pid:
             del self._known[record.node, record.local]
 
@@ -187,6 +200,7 @@ class WorkerEnds:
         """This iteration has ended for the first time."""
         self._blame.passed(iteration)
         self._late.clear()
+        self._ending.clear()
 
     def changed(self, node: int, why: str) -> bool:
         """The memory of a node has changed what it held: as a worker's end. True when it is one too many."""
@@ -195,10 +209,14 @@ class WorkerEnds:
     def dump(self) -> dict[str, Any]:
         """The errors, whose end has been counted, and who has left, for a coordinator that starts again."""
         ended = sorted((*slot, pid) for slot, pid in self._known.items())
-        return {"errors": self._blame.dump(), "ended": ended, "left": sorted(self._left)}
+        late = sorted(self._late.items()), [(n, e, sorted(slots)) for n, (e, slots) in sorted(self._ending.items())]
+        return {"errors": self._blame.dump(), "ended": ended, "left": sorted(self._left), "late": late}
 
     def load(self, kept: dict[str, Any]) -> None:
         """The opposite."""
         self._blame.load(kept["errors"])
         self._known = {(node, local): pid for node, local, pid in kept["ended"]}
         self._left = {(node, local) for node, local in kept["left"]}
+        late, ending = kept["late"]
+        self._late = dict(late)
+        self._ending = {node: (epoch, set(slots)) for node, epoch, slots in ending}
