@@ -162,10 +162,9 @@ class EndStuck(OfEpoch, frozen=True):
     rank: int
 
 
-class KeepStacks(Record, frozen=True):
+class KeepStacks(OfEpoch, frozen=True):
     """The others wait for workers of this node: keep their stack traces, and ``end`` them, so that new ones begin."""
 
-    epoch: int
     end: bool
 
 
