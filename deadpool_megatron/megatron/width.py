@@ -30,7 +30,7 @@ from deadpool_megatron.durable import (
     settings_note,
 )
 from deadpool_megatron.megatron.description import describe_job, layout_of
-from deadpool_megatron.megatron.pieces import pieces_of
+from deadpool_megatron.megatron.pieces import pieces_of, trained_parameters
 from deadpool_megatron.megatron.same_model import WIDTH
 from deadpool_megatron.snapshot import ShardPlan, decode, encode
 
@@ -135,7 +135,7 @@ class OtherWidth:
         rest = tuple(item for item in layout.items if not item.name.startswith(_SMALL))
         wanted = Layout(layout.unique_bytes, layout.digest, rest)
         try:
-            read_recut(self._store, self._manifest, self._ranks, wanted, put)
+            read_recut(self._store, self._manifest, self._ranks, wanted, trained_parameters(model), put)
         except NotFit as err:
             raise self._not_fit(str(err)) from None
         except (DurableError, OSError) as err:
@@ -149,16 +149,19 @@ class OtherWidth:
                 raise self._not_fit(f"{item.name} has {len(data)} bytes in it and {item.nbytes} here")
             if data:
                 put(item.name, 0, memoryview(bytearray(data)))
+        if left := self._staged.keys() - {item.name for item in items}:
+            raise self._not_fit(f"{min(left)} is in it, and not in this job")
 
     def fill_constants(self, plan: ShardPlan) -> None:
         """Likewise of parameters that no optimizer holds."""
         tensors = {name: tensor for name, tensor, _, _ in plan.items()}
         if self._constants is None:
             return
+        here = {item.name: (item.dtype, item.shape) for item in layout_of(plan).items}
 
         def take(item: Item, data: memoryview) -> None:
             tensor = tensors.pop(item.name, None)
-            if tensor is None or tensor.numel() * tensor.element_size() != len(data):
+            if tensor is None or here[item.name] != (item.dtype, item.shape):
                 raise self._not_fit("it has other frozen parameters")
             if data:
                 tensor.copy_(torch.frombuffer(bytearray(data), dtype=tensor.dtype).view(tensor.shape))

@@ -48,6 +48,8 @@ def test_what_upstream_counts_for_all_replicas_is_exact_on_each() -> None:
     [
         ({"virtual_pipeline_model_parallel_size": 2}, "an interleaved pipeline schedule cannot do"),
         ({"num_experts": 4}, "experts cannot do"),
+        ({"te_precision_config_file": "precision.yaml"}, "--te-precision-config-file cannot do"),
+        ({"fp8": "hybrid", "fp8_recipe": "delayed"}, "delayed scaling of FP8 cannot do .*--tp-only-amax-red"),
         ({"dataloader_type": "cyclic"}, "only --dataloader-type single"),
     ],
 )
@@ -57,6 +59,8 @@ def test_what_cannot_be_dealt_is_refused_in_one_line(args: dict[str, Any], why: 
     dealing.check(given | args)  # nothing to deal
     dealing._batch, dealing._microbatches, dealing._replicas = 8, 8, 3
     dealing.check(given)
+    dealing.check(given | {"fp8": "hybrid", "fp8_recipe": "delayed", "tp_only_amax_red": True})
+    dealing.check(given | {"fp8": "hybrid", "fp8_recipe": "tensorwise"})
     with pytest.raises(UserError, match=f"--global-batch-size 8 is 8 microbatches, which 3 replicas .*{why}") as told:
         dealing.check(given | args)
     assert "\n" not in str(told.value)

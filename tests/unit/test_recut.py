@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from deadpool_megatron.durable import FORMAT, Coordinate, Item, Layout, Manifest, Piece, ShardFile, read_recut
 from deadpool_megatron.durable.errors import Damaged, NotFit
@@ -15,6 +18,8 @@ from deadpool_megatron.durable.format import directory_name
 from deadpool_megatron.durable.recut import cut
 from deadpool_megatron.durable.start import can_recut
 from deadpool_megatron.durable.store import LocalStore
+from deadpool_megatron.megatron import optimizer_state
+from deadpool_megatron.megatron.pieces import pieces_of, trained_parameters
 
 NAME = directory_name(40, "job", 1)
 SIZES = {"embedding": 700, "norm": 4, "matrix": 256, "bias": 20}  # elements
@@ -22,7 +27,7 @@ ELEMENT = 4
 
 
 def content(tensor: str) -> bytes:
-    return random.Random(tensor).randbytes(SIZES[tensor.split(".")[0]] * ELEMENT)
+    return random.Random(tensor).randbytes(SIZES[tensor.partition("/")[0]] * ELEMENT)
 
 
 def replica(rank: int, width: int, pad: int = 16) -> tuple[Layout, bytes]:
@@ -43,13 +48,13 @@ def replica(rank: int, width: int, pad: int = 16) -> tuple[Layout, bytes]:
             if begin < end:
                 counted.append(tensor)
                 for kind in ("main", "exp_avg"):
-                    whole = f"{tensor}.{kind}"
+                    whole = f"{tensor}/{kind}"
                     first, nbytes = (begin - at) * ELEMENT, (end - begin) * ELEMENT
                     data = content(whole)[first : first + nbytes]
                     add(f"group0.{len(counted)}.{kind}", (Piece(whole, first, nbytes),), data)
             at += SIZES[tensor]
     steps = b"".join(len(tensor).to_bytes(ELEMENT, "little") for tensor in counted)
-    add("steps", tuple(Piece(f"{tensor}.step", 0, ELEMENT) for tensor in counted), steps)
+    add("steps", tuple(Piece(f"{tensor}/step", 0, ELEMENT) for tensor in counted), steps)
     return Layout(len(unique), f"digest-{rank}-{width}", tuple(items)), bytes(unique)
 
 
@@ -78,7 +83,7 @@ def test_shards_of_any_number_of_replicas_become_those_of_any_other(tmp_path: Pa
         def put(name: str, at: int, data: memoryview, got: bytearray = got, places: dict[str, Item] = places) -> None:
             got[places[name].offset + at : places[name].offset + at + len(data)] = data
 
-        read_recut(store, manifest, range(before), layout, put)
+        read_recut(store, manifest, range(before), layout, SIZES, put)
         assert bytes(got) == want
 
 
@@ -91,11 +96,45 @@ def test_what_a_shard_consists_of_is_in_its_file(tmp_path: Path) -> None:
 def test_what_nobody_has_or_what_says_of_no_piece_is_refused_by_its_name() -> None:
     shards = [replica(rank, 2)[0] for rank in range(2)]
     lacking = Layout(0, "", tuple(item for item in shards[1].items if item.name != "group0.2.main"))
-    with pytest.raises(NotFit, match=r"no shard has byte \d+ of .*\.main"):
-        cut(replica(0, 1)[0], [shards[0], lacking])
+    with pytest.raises(NotFit, match=r"no shard has byte \d+ of .*/main"):
+        cut(replica(0, 1)[0], [shards[0], lacking], SIZES)
     scale = Layout(4, "", (Item("optimizer0.group0.0.exp_avg.scale", "F32", (), 0, 4),))
     with pytest.raises(NotFit, match=r"exp_avg\.scale cannot be cut anew"):
-        cut(scale, shards)
+        cut(scale, shards, SIZES)
+
+
+def test_what_only_the_old_model_has_is_refused_by_its_name_though_all_of_the_new_one_is_there() -> None:
+    shards = [replica(rank, 2)[0] for rank in range(2)]
+    whole = replica(0, 1)[0]
+    with pytest.raises(NotFit, match=r"bias/\w+ is in it, and not in this job"):
+        cut(Layout(0, "", ()), shards, SIZES.keys() - {"bias"})
+    plain = tuple(item for item in whole.items if not item.name.endswith(".exp_avg"))
+    with pytest.raises(NotFit, match="matrix/exp_avg is in it"):  # another optimizer
+        cut(Layout(0, "", plain), shards, SIZES)
+
+
+def _adam(model: torch.nn.Module) -> SimpleNamespace:
+    inner = torch.optim.Adam(model.parameters())
+    sum(p.sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+    inner.step()
+    return SimpleNamespace(optimizer=inner)
+
+
+def test_a_parameter_of_another_shape_is_another_tensor_though_its_bytes_would_do(monkeypatch: Any) -> None:
+    monkeypatch.setattr(optimizer_state, "_replicas", lambda member, group: None)
+
+    def layout(*size: int) -> tuple[Layout, frozenset[str]]:
+        model = torch.nn.Linear(*size, bias=False)
+        pieces = pieces_of([model], _adam(model))
+        items = tuple(Item(name, "U8", (), 0, sum(p.nbytes for p in its), its) for name, its in pieces.items())
+        return Layout(0, "", items), trained_parameters([model])
+
+    large, names = layout(16, 8)
+    assert cut(large, [large], names)
+    for size in ((16, 4), (8, 16)):
+        small, names = layout(*size)
+        with pytest.raises(NotFit, match=r"0\.weight\[8x16\]/.* is in it, and not in this job"):
+            cut(small, [large], names)
 
 
 def test_a_generation_of_an_earlier_version_is_refused_since_it_does_not_say_what_it_consists_of(
@@ -103,7 +142,7 @@ def test_a_generation_of_an_earlier_version_is_refused_since_it_does_not_say_wha
 ) -> None:
     store = LocalStore(str(tmp_path))
     with pytest.raises(NotFit, match="does not say what its shards consist of"):
-        read_recut(store, saved(store, 2, says=False), range(2), replica(0, 1)[0], lambda name, at, data: None)
+        read_recut(store, saved(store, 2, says=False), range(2), replica(0, 1)[0], SIZES, lambda name, at, data: None)
 
 
 def test_a_file_that_has_changed_is_found(tmp_path: Path) -> None:
@@ -114,7 +153,7 @@ def test_a_file_that_has_changed_is_found(tmp_path: Path) -> None:
     data[-20] ^= 1
     file.write_bytes(data)
     with pytest.raises(Damaged, match="checksum"):
-        read_recut(store, manifest, range(2), replica(0, 1)[0], lambda name, at, data: None)
+        read_recut(store, manifest, range(2), replica(0, 1)[0], SIZES, lambda name, at, data: None)
 
 
 def test_only_whole_replicas_of_dense_models_can_be_more_or_fewer() -> None:

@@ -22,7 +22,9 @@ _EVEN: Final = (
     ("mtp_num_layers", "--mtp-num-layers"),
     ("hybrid_context_parallel", "--hybrid-context-parallel"),
     ("perform_rl_step", "--perform-rl-step"),
+    ("te_precision_config_file", "--te-precision-config-file"),  # which may have delayed scaling
 )
+_DELAYED: Final = "--tp-only-amax-red, or another --fp8-recipe"
 _SAMPLER: Final = "MegatronPretrainingSampler"
 
 
@@ -108,6 +110,9 @@ class Dealing:
         for name, said in _EVEN:
             if args.get(name):
                 raise UserError(f"{what}, and {said} cannot do with counts that differ; use a number that divides it")
+        if args.get("fp8") and args.get("fp8_recipe") == "delayed" and not args.get("tp_only_amax_red"):
+            # Replicas reduce the largest values after each microbatch.
+            raise UserError(f"{what}, and delayed scaling of FP8 cannot do with counts that differ; give {_DELAYED}")
         if args.get("dataloader_type") != "single":
             raise UserError(f"{what}, which only --dataloader-type single can be dealt for")
         if args.get("rank") == 0:
