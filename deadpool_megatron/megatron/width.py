@@ -40,6 +40,7 @@ _BOUND: Final = (
     ("num_experts", bool),
     ("data_parallel_random_init", bool),
     ("decrease_batch_size_if_needed", bool),
+    ("full_validation", bool),  # its number of iterations follows from the width
     ("dataloader_type", lambda value: value != "single"),
 )
 

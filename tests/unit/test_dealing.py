@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from megatron.core import pipeline_parallel
 
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.lm.dealing import Count, Dealing, _uneven
@@ -67,3 +69,29 @@ def test_what_cannot_be_dealt_is_refused_in_one_line(args: dict[str, Any], why: 
     dealing._microbatches = 2
     with pytest.raises(UserError, match="fewer than replicas"):
         dealing.check(given)
+
+
+def test_a_loss_that_is_averaged_over_replicas_in_each_microbatch_is_refused_after_the_first(monkeypatch: Any) -> None:
+    schedules = SimpleNamespace(forward_step_calc_loss=None)
+    monkeypatch.setattr(pipeline_parallel, "schedules", schedules)
+    reported: list[dict[str, torch.Tensor]] = []
+    hooks: list[Any] = []
+    Dealing(SimpleNamespace(replace=lambda module, name, hook: hooks.append(hook)))._weigh()  # type: ignore[arg-type]
+
+    class Loss(dict[str, Any]):
+        def __call__(self) -> str:
+            self["forward_data_store"].append(reported[-1])
+            return "the loss"
+
+    def step(count: int, report: dict[str, torch.Tensor]) -> Loss:
+        reported.append(report)
+        call = Loss(num_microbatches=count, forward_data_store=[])
+        assert hooks[0](call) == "the loss"
+        return call
+
+    sums, average = {"lm loss": torch.tensor([3.0, 2.0])}, {"sop loss": torch.tensor(1.5)}
+    assert step(Count(3, 8, 3), sums)["num_microbatches"] == 8 / 3
+    assert step(4, average)["num_microbatches"] == 4  # as upstream deals them
+    with pytest.raises(UserError, match="loss function reports sop loss as an average") as told:
+        step(Count(3, 8, 3), average)
+    assert "\n" not in str(told.value)

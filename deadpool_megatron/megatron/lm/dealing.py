@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+import torch
+
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.host import Call, Host
 
@@ -71,6 +73,20 @@ class _Calculator:
         whole: int = self._one.get()
         each, more = divmod(whole, self._replicas)
         return Count(each + (_replica() < more), whole, self._replicas)
+
+
+def _check_report(store: list[Any]) -> None:
+    """Scripts that report plain averages make them with a collective for each microbatch; sums need none.
+
+    All replicas have a first microbatch, so they all come here. Raises UserError.
+    """
+    newest = store[-1] if store else None
+    for name, value in newest.items() if isinstance(newest, dict) else ():
+        if torch.is_tensor(value) and value.numel() == 1:
+            raise UserError(
+                f"the script's loss function reports {name} as an average, and may communicate for that in each "
+                "microbatch, of which replicas have counts that differ; use a --global-batch-size that they divide"
+            )
 
 
 def _replica() -> int:
@@ -144,9 +160,12 @@ class Dealing:
 
         def loss(call: Call) -> Any:
             count = call["num_microbatches"]
-            if isinstance(count, Count):
-                call["num_microbatches"] = count.mean
-            return call()
+            if not isinstance(count, Count):
+                return call()
+            call["num_microbatches"] = count.mean
+            out = call()
+            _check_report(call["forward_data_store"])
+            return out
 
         self._host.replace(schedules, "forward_step_calc_loss", loss)
 
