@@ -11,15 +11,17 @@ import msgspec
 import pytest
 import torch
 
+from deadpool_megatron.compat import UserError
 from deadpool_megatron.durable import FORMAT, Coordinate, Item, Layout, Manifest, Piece, ShardFile, read_recut
 from deadpool_megatron.durable.errors import Damaged, NotFit
 from deadpool_megatron.durable.files import read_header, write_shard
-from deadpool_megatron.durable.format import directory_name
+from deadpool_megatron.durable.format import MANIFEST, directory_name, encode_manifest
 from deadpool_megatron.durable.recut import cut
 from deadpool_megatron.durable.start import can_recut
 from deadpool_megatron.durable.store import LocalStore
 from deadpool_megatron.megatron import optimizer_state
 from deadpool_megatron.megatron.pieces import pieces_of, trained_parameters
+from deadpool_megatron.megatron.width import OtherWidth
 
 NAME = directory_name(40, "job", 1)
 SIZES = {"embedding": 700, "norm": 4, "matrix": 256, "bias": 20}  # elements
@@ -154,6 +156,20 @@ def test_a_file_that_has_changed_is_found(tmp_path: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(Damaged, match="checksum"):
         read_recut(store, manifest, range(2), replica(0, 1)[0], SIZES, lambda name, at, data: None)
+
+
+def generation(directory: Path, monkeypatch: Any) -> str:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    manifest = saved(LocalStore(str(directory)), 2)
+    (directory / NAME / MANIFEST).write_bytes(encode_manifest(manifest))
+    return str(directory)
+
+
+def test_what_follows_from_the_width_is_refused_at_another(tmp_path: Path, monkeypatch: Any) -> None:
+    directory = generation(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="with full_validation True it has to have as many replicas") as told:
+        OtherWidth(directory, NAME, {"full_validation": True, "dataloader_type": "single"})
+    assert "\n" not in str(told.value)
 
 
 def test_only_whole_replicas_of_dense_models_can_be_more_or_fewer() -> None:
