@@ -99,6 +99,8 @@ def read_recut(
     Blocks for the disk; only files with something wanted are read. Raises NotFit, Damaged (what was put is garbage
     then), OSError.
     """
+    if wanted.items and not any(item.pieces for item in wanted.items):
+        raise NotFit("this optimizer's state is not cut anew")
     shards = [manifest.shards[rank] for rank in ranks]
     layouts = [_layout(store, manifest, shard) for shard in shards]
     if not any(item.pieces for layout in layouts for item in layout.items):

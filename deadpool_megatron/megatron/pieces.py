@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+import torch
+
 from deadpool_megatron.durable import Piece
 from deadpool_megatron.megatron.optimizer_state import Member, counted_parameters, members, state_tensors
 
@@ -66,7 +68,12 @@ def _origins(member: Member, names: Mapping[int, str], parameters: list[Any]) ->
         return out  # whole parameters are dealt to ranks
     if not hasattr(optimizer, "model_param_group_index_map"):
         return {id(getattr(p, "main_param", p)): (names[id(p)], 0) for p in parameters}
+    dtypes: dict[int, set[torch.dtype]] = {}
+    for parameter, (group, _) in optimizer.model_param_group_index_map.items():
+        dtypes.setdefault(group, set()).add(parameter.dtype)
     for parameter, (group, order) in optimizer.model_param_group_index_map.items():
+        if len(dtypes[group]) > 1:
+            continue  # the inner optimizer has them in another order, by dtype
         held = member.inner.param_groups[group]["params"][order]
         span = optimizer._get_model_param_range_map(parameter)["param"]
         if span.end - span.start == held.numel():

@@ -95,3 +95,34 @@ def test_a_loss_that_is_averaged_over_replicas_in_each_microbatch_is_refused_aft
     with pytest.raises(UserError, match="loss function reports sop loss as an average") as told:
         step(Count(3, 8, 3), average)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "evaluated"),
+    [
+        ({}, 6),
+        ({"decrease_batch_size_if_needed": True}, None),
+        ({"rampup_batch_size": [2, 2, 16]}, None),
+        ({"step_batch_size_schedule": "0:8"}, None),
+        ({"micro_batch_size": 3}, None),
+    ],
+)
+def test_only_where_it_deals_unevenly_has_an_evaluation_another_batch(more: dict[str, Any], evaluated: int) -> None:
+    sizes = {f"{name}_parallel_size": 1 for name in ("tensor_model", "pipeline_model", "context")}
+    given = {
+        "global_batch_size": 8,
+        "micro_batch_size": 1,
+        "eval_global_batch_size": None,
+        "eval_micro_batch_size": None,
+    }
+    args = SimpleNamespace(world_size=3, **{**sizes, **given, **more})
+
+    class Validate:
+        def first(self) -> SimpleNamespace:
+            return args
+
+        def __call__(self) -> None:
+            pass
+
+    Dealing(SimpleNamespace())._validate(Validate())  # type: ignore[arg-type]
+    assert args.eval_global_batch_size == evaluated

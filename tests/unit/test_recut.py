@@ -19,8 +19,10 @@ from deadpool_megatron.durable.format import MANIFEST, directory_name, encode_ma
 from deadpool_megatron.durable.recut import cut
 from deadpool_megatron.durable.start import can_recut
 from deadpool_megatron.durable.store import LocalStore
-from deadpool_megatron.megatron import optimizer_state
-from deadpool_megatron.megatron.pieces import pieces_of, trained_parameters
+from deadpool_megatron.megatron import optimizer_state, width
+from deadpool_megatron.megatron.optimizer_state import Member
+from deadpool_megatron.megatron.pieces import _origins, pieces_of, trained_parameters
+from deadpool_megatron.megatron.same_model import batch_of
 from deadpool_megatron.megatron.width import OtherWidth
 
 NAME = directory_name(40, "job", 1)
@@ -170,6 +172,68 @@ def test_what_follows_from_the_width_is_refused_at_another(tmp_path: Path, monke
     with pytest.raises(UserError, match="with full_validation True it has to have as many replicas") as told:
         OtherWidth(directory, NAME, {"full_validation": True, "dataloader_type": "single"})
     assert "\n" not in str(told.value)
+
+
+def test_a_passing_error_of_the_disk_ends_no_start_and_a_lasting_one_says_what_to_move(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    directory = generation(tmp_path, monkeypatch)
+    monkeypatch.setattr(width, "_AGAIN_S", 0.0)
+    failures = [OSError(5, "Input/output error")]
+    read = width.read_manifest
+
+    def fails(*args: Any) -> Manifest:
+        if failures:
+            raise failures.pop()
+        return read(*args)
+
+    monkeypatch.setattr(width, "read_manifest", fails)
+    with pytest.raises(UserError, match="full_validation"):  # it has been read
+        OtherWidth(directory, NAME, {"full_validation": True})
+    monkeypatch.setattr(width, "_PATIENCE_S", 0.0)
+    failures.append(OSError(5, "Input/output error"))
+    with pytest.raises(UserError, match=f"{NAME} cannot be read: .*; move that directory away") as told:
+        OtherWidth(directory, NAME, {"full_validation": True})
+    assert "\n" not in str(told.value)
+
+
+def test_no_more_validation_samples_are_counted_than_batches_of_the_new_size_had() -> None:
+    saved = {"iteration": 85, "consumed_valid_samples": 8 * 5 * 8}
+    args = {"eval_global_batch_size": 6, "eval_iters": 5, "eval_interval": 10}
+    width._put_valid_samples(saved, args)
+    assert saved["consumed_valid_samples"] == 8 * 5 * 6
+    width._put_valid_samples(saved, args | {"eval_global_batch_size": 8})
+    assert saved["consumed_valid_samples"] == 8 * 5 * 6
+    width._put_valid_samples(saved, args | {"eval_iters": 0})
+    assert saved["consumed_valid_samples"] == 8 * 5 * 6
+
+
+def test_with_a_step_schedule_the_batch_size_of_the_moment_is_not_compared() -> None:
+    assert batch_of({"global_batch_size": 8}) == batch_of({"global_batch_size": 8, "step_batch_size_schedule": None})
+    schedule = {"step_batch_size_schedule": "0:8 100:16"}
+    assert batch_of({"global_batch_size": 8} | schedule) == batch_of({"global_batch_size": 16} | schedule)
+
+
+def test_state_of_an_optimizer_that_has_no_pieces_is_refused_as_that(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    scale = Layout(4, "", (Item("optimizer0.group0.0.momentum_buffer", "F32", (), 0, 4),))
+    with pytest.raises(NotFit, match="this optimizer's state is not cut anew"):
+        read_recut(store, saved(store, 2), range(2), scale, SIZES, lambda name, at, data: None)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_group_of_several_dtypes_says_of_no_piece_since_its_order_is_another_inside(mixed: bool) -> None:
+    model = torch.nn.ParameterList([torch.zeros(4, dtype=torch.bfloat16), torch.zeros(4)])
+    if not mixed:
+        model[1] = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    inner = torch.optim.Adam([torch.nn.Parameter(torch.zeros(4)) for _ in model])
+    optimizer = SimpleNamespace(
+        optimizer=inner,
+        model_param_group_index_map={p: (0, order) for order, p in enumerate(model)},
+        _get_model_param_range_map=lambda parameter: {"param": SimpleNamespace(start=0, end=4)},
+    )
+    origins = _origins(Member(optimizer), {id(p): name for name, p in model.named_parameters()}, list(model))
+    assert sorted(origins.values()) == ([] if mixed else [("0", 0), ("1", 0)])
 
 
 def test_only_whole_replicas_of_dense_models_can_be_more_or_fewer() -> None:

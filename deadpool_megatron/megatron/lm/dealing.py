@@ -27,6 +27,8 @@ _EVEN: Final = (
     ("te_precision_config_file", "--te-precision-config-file"),  # which may have delayed scaling
 )
 _DELAYED: Final = "--tp-only-amax-red, or another --fp8-recipe"
+# With these upstream deals itself what replicas do not divide, or refuses it.
+_SCHEDULES: Final = ("step_batch_size_schedule", "rampup_batch_size", "decrease_batch_size_if_needed")
 _SAMPLER: Final = "MegatronPretrainingSampler"
 
 
@@ -141,9 +143,8 @@ class Dealing:
 
     def _calculator(self, call: Call) -> Any:
         batch, micro, replicas = (call[n] for n in ("global_batch_size", "micro_batch_size", "data_parallel_size"))
-        schedules = ("step_batch_size_schedule", "rampup_batch_size", "decrease_batch_size_if_needed")
         if (
-            any(call.get(name) for name in schedules)
+            any(call.get(name) for name in _SCHEDULES)
             or batch is None
             or batch % micro
             or batch % (micro * replicas) == 0
@@ -172,12 +173,14 @@ class Dealing:
     def _validate(self, call: Call) -> Any:
         """Evaluation, which is no part of training, takes as many samples as can be dealt evenly."""
         args = call.first()
+        if any(getattr(args, name, None) for name in _SCHEDULES):
+            return call()
         batch, micro = getattr(args, "global_batch_size", None), getattr(args, "micro_batch_size", None)
         if batch and micro and hasattr(args, "eval_global_batch_size") and args.eval_global_batch_size is None:
             ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
             replicas = max(1, args.world_size // ranks)
             even = (args.eval_micro_batch_size or micro) * replicas
-            if batch % (micro * replicas):
+            if batch % micro == 0 and batch % (micro * replicas):
                 args.eval_global_batch_size = max(even, batch // even * even)
         return call()
 
