@@ -38,7 +38,10 @@ class _Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """``nbytes`` bytes of ``tensor``, from its byte ``at`` on, whichever rank has them at a width of the job."""
+    """``nbytes`` bytes of ``tensor``, from its byte ``at`` on, whichever rank has them at a width of the job.
+
+    ``tensor`` is ``parameter/kind``: state of one kind of a parameter of the model.
+    """
 
     tensor: str
     at: int

@@ -7,7 +7,7 @@ consists (`format.Piece`), the same at every width; here the pieces are matched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from .errors import Damaged, NotFit
@@ -34,10 +34,11 @@ class _Held(NamedTuple):
     offset: int
 
 
-def cut(wanted: Layout, shards: Sequence[Layout]) -> list[list[Copy]]:
+def cut(wanted: Layout, shards: Sequence[Layout], parameters: Collection[str]) -> list[list[Copy]]:
     """Of each old shard, what goes into the wanted one. What several of them hold comes from the first.
 
-    Raises NotFit, with the name of the first tensor that cannot be put together.
+    ``parameters`` are all of the new model, also those of which ``wanted`` has nothing. Raises NotFit, with the name of
+    the first tensor that cannot be put together, or that nobody would take.
     """
     held: dict[str, list[_Held]] = {}
     for index, layout in enumerate(shards):
@@ -47,6 +48,7 @@ def cut(wanted: Layout, shards: Sequence[Layout]) -> list[list[Copy]]:
                 end = piece.at + piece.nbytes
                 held.setdefault(piece.tensor, []).append(_Held(piece.at, end, index, item.name, offset))
                 offset += piece.nbytes
+    _none_left(wanted, held, parameters)
     out: list[list[Copy]] = [[] for _ in shards]
     for item in wanted.items:
         at = 0
@@ -65,27 +67,45 @@ def cut(wanted: Layout, shards: Sequence[Layout]) -> list[list[Copy]]:
     return out
 
 
+def _none_left(wanted: Layout, held: Collection[str], parameters: Collection[str]) -> None:
+    """What only the old job has, as layers that are gone, makes another model of what is there."""
+    here = {piece.tensor for item in wanted.items for piece in item.pieces}
+    taken = {_parameter(tensor) for tensor in here}
+    for tensor in held:
+        parameter = _parameter(tensor)
+        if parameter not in parameters or (parameter in taken and tensor not in here):
+            raise NotFit(f"{tensor} is in it, and not in this job")
+
+
+def _parameter(tensor: str) -> str:
+    return tensor.partition("/")[0]
+
+
 def read_recut(
     store: Store,
     manifest: Manifest,
     ranks: Sequence[int],
     wanted: Layout,
+    parameters: Collection[str],
     put: Callable[[str, int, memoryview], None],
 ) -> None:
     """Read a shard that is cut anew out of those of ``ranks``, one tensor of one of them at a time.
 
     Args:
         ranks: of the generation, those that hold the same part of the model.
+        parameters: as of `cut`.
         put: given an item of ``wanted``, where in it, and bytes, which it has until it returns.
 
     Blocks for the disk; only files with something wanted are read. Raises NotFit, Damaged (what was put is garbage
     then), OSError.
     """
+    if wanted.items and not any(item.pieces for item in wanted.items):
+        raise NotFit("this optimizer's state is not cut anew")
     shards = [manifest.shards[rank] for rank in ranks]
     layouts = [_layout(store, manifest, shard) for shard in shards]
     if not any(item.pieces for layout in layouts for item in layout.items):
         raise NotFit("it does not say what its shards consist of, as those of earlier versions do not")
-    copies = cut(wanted, layouts)
+    copies = cut(wanted, layouts, parameters)
     for shard, out in zip(shards, copies, strict=True):
         by_item: dict[str, list[Copy]] = {}
         for copy in out:

@@ -1,7 +1,8 @@
 """Of which bytes of which tensor the items of a shard consist, whatever the data-parallel width.
 
 An item is named by its place in the optimizer, which depends on what this rank holds. Its pieces are named by the
-model's parameter and the kind of state: so a shard can be cut anew for another number of replicas (`durable.recut`).
+model's parameter, its whole shape and the kind of state: so a shard can be cut anew for another number of replicas
+(`durable.recut`), and not for a parameter of another shape.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any, Final
+
+import torch
 
 from deadpool_megatron.durable import Piece
 from deadpool_megatron.megatron.optimizer_state import Member, counted_parameters, members, state_tensors
@@ -21,7 +24,7 @@ def pieces_of(model: list[Any], optimizer: Any) -> dict[str, tuple[Piece, ...]]:
 
     The optimizer's state must have been made (`UniqueState`).
     """
-    names = {id(p): f"{c}.{name}" for c, chunk in enumerate(model) for name, p in chunk.named_parameters()}
+    names = _names(model)
     parameters = [p for chunk in model for p in chunk.parameters()]
     origins: dict[int, tuple[str, int]] = {}
     out: dict[str, tuple[Piece, ...]] = {}
@@ -31,16 +34,30 @@ def pieces_of(model: list[Any], optimizer: Any) -> dict[str, tuple[Piece, ...]]:
             if all(id(each) in origins for each in counted):
                 steps = [(origins[id(each)][0], member.inner.state[each]["step"]) for each in counted]
                 out[f"optimizer{m}.{counter}"] = tuple(
-                    Piece(f"{name}.step:{step.dtype}", 0, step.element_size()) for name, step in steps
+                    Piece(f"{name}/step:{step.dtype}", 0, step.element_size()) for name, step in steps
                 )
     for each in state_tensors(optimizer):
         whole = each.tensor.numel() == each.parameter.numel() and not each.name.endswith(".scale")
         if whole and id(each.parameter) in origins:
             name, first = origins[id(each.parameter)]
             kind, size = each.name.split(".", 3)[3], each.tensor.element_size()
-            tensor = f"{name}.{kind}:{each.tensor.dtype}"
+            tensor = f"{name}/{kind}:{each.tensor.dtype}"
             out[each.name] = (Piece(tensor, first * size, each.tensor.numel() * size),)
     return out
+
+
+def _names(model: list[Any]) -> dict[int, str]:
+    return {
+        id(p): f"{c}.{name}[{'x'.join(map(str, p.shape))}]"
+        for c, chunk in enumerate(model)
+        for name, p in chunk.named_parameters()
+    }
+
+
+def trained_parameters(model: list[Any]) -> frozenset[str]:
+    """What comes before the slash in the pieces' tensors, of the whole model: also what other replicas hold."""
+    names = _names(model)
+    return frozenset(names[id(p)] for chunk in model for p in chunk.parameters() if p.requires_grad)
 
 
 def _origins(member: Member, names: Mapping[int, str], parameters: list[Any]) -> dict[int, tuple[str, int]]:
@@ -51,7 +68,12 @@ def _origins(member: Member, names: Mapping[int, str], parameters: list[Any]) ->
         return out  # whole parameters are dealt to ranks
     if not hasattr(optimizer, "model_param_group_index_map"):
         return {id(getattr(p, "main_param", p)): (names[id(p)], 0) for p in parameters}
+    dtypes: dict[int, set[torch.dtype]] = {}
+    for parameter, (group, _) in optimizer.model_param_group_index_map.items():
+        dtypes.setdefault(group, set()).add(parameter.dtype)
     for parameter, (group, order) in optimizer.model_param_group_index_map.items():
+        if len(dtypes[group]) > 1:
+            continue  # the inner optimizer has them in another order, by dtype
         held = member.inner.param_groups[group]["params"][order]
         span = optimizer._get_model_param_range_map(parameter)["param"]
         if span.end - span.start == held.numel():

@@ -117,7 +117,8 @@ def model_of(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def batch_of(args: Mapping[str, Any]) -> dict[str, Any]:
     """What a global batch consists of: free where only the job is another one, not where only its width is."""
-    values = {name: _plain(args.get(name)) for name in _BATCH}
+    scheduled = args.get("step_batch_size_schedule")  # then the size is where the schedule stands
+    values = {name: _plain(args.get(name)) for name in _BATCH if not (scheduled and name == "global_batch_size")}
     return {name: value for name, value in values.items() if value is not _NOTHING}
 
 

@@ -7,8 +7,9 @@ Megatron's own checkpoints have it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
 import msgspec
 import torch
@@ -30,7 +31,7 @@ from deadpool_megatron.durable import (
     settings_note,
 )
 from deadpool_megatron.megatron.description import describe_job, layout_of
-from deadpool_megatron.megatron.pieces import pieces_of
+from deadpool_megatron.megatron.pieces import pieces_of, trained_parameters
 from deadpool_megatron.megatron.same_model import WIDTH
 from deadpool_megatron.snapshot import ShardPlan, decode, encode
 
@@ -40,8 +41,20 @@ _BOUND: Final = (
     ("num_experts", bool),
     ("data_parallel_random_init", bool),
     ("decrease_batch_size_if_needed", bool),
+    ("full_validation", bool),  # its number of iterations follows from the width
     ("dataloader_type", lambda value: value != "single"),
 )
+_PATIENCE_S: Final = 10.0  # with a directory that cannot be read
+_AGAIN_S: Final = 0.5
+_T = TypeVar("_T")
+
+
+def _put_valid_samples(saved: dict[str, Any], args: Mapping[str, Any]) -> None:
+    """Of a batch of evaluation that has become smaller the data end sooner: no more are drawn than such ones had."""
+    batch, each, interval = (args.get(n) for n in ("eval_global_batch_size", "eval_iters", "eval_interval"))
+    if batch and each and interval:
+        drawn = saved["iteration"] // interval * each * batch
+        saved["consumed_valid_samples"] = min(saved["consumed_valid_samples"], drawn)
 
 
 class OtherWidth:
@@ -62,10 +75,7 @@ class OtherWidth:
     def __init__(self, directory: str, name: str, args: Mapping[str, Any]) -> None:
         self._store = open_store(directory)
         self._where = f"{self._store.root}/{name}"
-        try:
-            self._manifest = manifest = read_manifest(self._store, name)
-        except (DurableError, OSError) as err:
-            raise self._unreadable(err) from None
+        self._manifest = manifest = self._read(lambda: read_manifest(self._store, name))
         job = msgspec.json.decode(describe_job(args))
         for setting, bound in _BOUND:
             if bound(value := args.get(setting)):
@@ -88,10 +98,10 @@ class OtherWidth:
             if item.name.startswith(_SMALL):
                 self._staged[item.name] = bytes(data)
 
-        try:
-            self.small = self._with_all_steps(read_items(self._store, name, twin, take))
-        except (DurableError, OSError) as err:
-            raise self._unreadable(err) from None
+        state = decode(self._read(lambda: read_items(self._store, name, twin, take)))
+        self._with_all_steps(state)
+        _put_valid_samples(state["args"], args)
+        self.small = encode(state)
 
     @property
     def constants(self) -> bool:
@@ -101,15 +111,29 @@ class OtherWidth:
     def _not_fit(self, why: str) -> UserError:
         return UserError(not_fit(self._manifest.generation, self._store.root, why))
 
+    def _read(self, act: Callable[[], _T]) -> _T:
+        """Again after an OSError, which may pass, for a while; ``act`` begins from its start."""
+        end = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return act()
+            except NotFit as err:
+                raise self._not_fit(str(err)) from None
+            except DurableError as err:
+                raise self._unreadable(err) from None
+            except OSError as err:
+                if time.monotonic() >= end:
+                    raise self._unreadable(err) from None
+            time.sleep(_AGAIN_S)
+
     def _unreadable(self, err: Exception) -> UserError:
         return UserError(
-            f"{self._where} cannot be read: {err}; ask for another generation (--deadpool-resume), or start with "
-            "Megatron's last checkpoint (--load) and another --deadpool-durable-dir"
+            f"{self._where} cannot be read: {err}; move that directory away to start from the generation before it, or "
+            "start with Megatron's last checkpoint (--load) and another --deadpool-durable-dir"
         )
 
-    def _with_all_steps(self, data: bytes) -> bytes:
+    def _with_all_steps(self, state: dict[str, Any]) -> None:
         """A fused optimizer counts no steps in a group of which this rank has nothing, and may have something now."""
-        state = decode(data)
         for numbers in state["numbers"]:
             if numbers["own"]:
                 raise self._not_fit("the optimizer keeps numbers of single parameters, which are not cut anew")
@@ -117,7 +141,6 @@ class OtherWidth:
             if steps := [group["step"] for group in groups if group.get("step") is not None]:
                 for group in groups:
                     group["step"] = max(steps)
-        return encode(state)
 
     def fill(self, plan: ShardPlan, model: list[Any], optimizer: Any) -> None:
         """Make the tensors of this rank's shard those of the generation. Blocks for the disk. Raises UserError."""
@@ -134,12 +157,8 @@ class OtherWidth:
         self._put_alike([item for item in layout.items if item.name.startswith(_SMALL)], put)
         rest = tuple(item for item in layout.items if not item.name.startswith(_SMALL))
         wanted = Layout(layout.unique_bytes, layout.digest, rest)
-        try:
-            read_recut(self._store, self._manifest, self._ranks, wanted, put)
-        except NotFit as err:
-            raise self._not_fit(str(err)) from None
-        except (DurableError, OSError) as err:
-            raise self._unreadable(err) from None
+        trained = trained_parameters(model)
+        self._read(lambda: read_recut(self._store, self._manifest, self._ranks, wanted, trained, put))
         self._staged.clear()
 
     def _put_alike(self, items: list[Item], put: Any) -> None:
@@ -149,24 +168,26 @@ class OtherWidth:
                 raise self._not_fit(f"{item.name} has {len(data)} bytes in it and {item.nbytes} here")
             if data:
                 put(item.name, 0, memoryview(bytearray(data)))
+        if left := self._staged.keys() - {item.name for item in items}:
+            raise self._not_fit(f"{min(left)} is in it, and not in this job")
 
     def fill_constants(self, plan: ShardPlan) -> None:
         """Likewise of parameters that no optimizer holds."""
         tensors = {name: tensor for name, tensor, _, _ in plan.items()}
-        if self._constants is None:
+        if (constants := self._constants) is None:
             return
+        taken: set[str] = set()
+        here = {item.name: (item.dtype, item.shape) for item in layout_of(plan).items}
 
         def take(item: Item, data: memoryview) -> None:
-            tensor = tensors.pop(item.name, None)
-            if tensor is None or tensor.numel() * tensor.element_size() != len(data):
+            tensor = tensors.get(item.name)
+            if tensor is None or here[item.name] != (item.dtype, item.shape):
                 raise self._not_fit("it has other frozen parameters")
+            taken.add(item.name)
             if data:
                 tensor.copy_(torch.frombuffer(bytearray(data), dtype=tensor.dtype).view(tensor.shape))
 
-        try:
-            with torch.no_grad():
-                read_constants_items(self._store, self._constants, take)
-        except (DurableError, OSError) as err:
-            raise self._unreadable(err) from None
-        if tensors:
+        with torch.no_grad():
+            self._read(lambda: read_constants_items(self._store, constants, take))
+        if tensors.keys() - taken:
             raise self._not_fit("it has other frozen parameters")

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from megatron.core import pipeline_parallel
 
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.lm.dealing import Count, Dealing, _uneven
@@ -48,6 +50,8 @@ def test_what_upstream_counts_for_all_replicas_is_exact_on_each() -> None:
     [
         ({"virtual_pipeline_model_parallel_size": 2}, "an interleaved pipeline schedule cannot do"),
         ({"num_experts": 4}, "experts cannot do"),
+        ({"te_precision_config_file": "precision.yaml"}, "--te-precision-config-file cannot do"),
+        ({"fp8": "hybrid", "fp8_recipe": "delayed"}, "delayed scaling of FP8 cannot do .*--tp-only-amax-red"),
         ({"dataloader_type": "cyclic"}, "only --dataloader-type single"),
     ],
 )
@@ -57,9 +61,68 @@ def test_what_cannot_be_dealt_is_refused_in_one_line(args: dict[str, Any], why: 
     dealing.check(given | args)  # nothing to deal
     dealing._batch, dealing._microbatches, dealing._replicas = 8, 8, 3
     dealing.check(given)
+    dealing.check(given | {"fp8": "hybrid", "fp8_recipe": "delayed", "tp_only_amax_red": True})
+    dealing.check(given | {"fp8": "hybrid", "fp8_recipe": "tensorwise"})
     with pytest.raises(UserError, match=f"--global-batch-size 8 is 8 microbatches, which 3 replicas .*{why}") as told:
         dealing.check(given | args)
     assert "\n" not in str(told.value)
     dealing._microbatches = 2
     with pytest.raises(UserError, match="fewer than replicas"):
         dealing.check(given)
+
+
+def test_a_loss_that_is_averaged_over_replicas_in_each_microbatch_is_refused_after_the_first(monkeypatch: Any) -> None:
+    schedules = SimpleNamespace(forward_step_calc_loss=None)
+    monkeypatch.setattr(pipeline_parallel, "schedules", schedules)
+    reported: list[dict[str, torch.Tensor]] = []
+    hooks: list[Any] = []
+    Dealing(SimpleNamespace(replace=lambda module, name, hook: hooks.append(hook)))._weigh()  # type: ignore[arg-type]
+
+    class Loss(dict[str, Any]):
+        def __call__(self) -> str:
+            self["forward_data_store"].append(reported[-1])
+            return "the loss"
+
+    def step(count: int, report: dict[str, torch.Tensor]) -> Loss:
+        reported.append(report)
+        call = Loss(num_microbatches=count, forward_data_store=[])
+        assert hooks[0](call) == "the loss"
+        return call
+
+    sums, average = {"lm loss": torch.tensor([3.0, 2.0])}, {"sop loss": torch.tensor(1.5)}
+    assert step(Count(3, 8, 3), sums)["num_microbatches"] == 8 / 3
+    assert step(4, average)["num_microbatches"] == 4  # as upstream deals them
+    with pytest.raises(UserError, match="loss function reports sop loss as an average") as told:
+        step(Count(3, 8, 3), average)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "evaluated"),
+    [
+        ({}, 6),
+        ({"decrease_batch_size_if_needed": True}, None),
+        ({"rampup_batch_size": [2, 2, 16]}, None),
+        ({"step_batch_size_schedule": "0:8"}, None),
+        ({"micro_batch_size": 3}, None),
+    ],
+)
+def test_only_where_it_deals_unevenly_has_an_evaluation_another_batch(more: dict[str, Any], evaluated: int) -> None:
+    sizes = {f"{name}_parallel_size": 1 for name in ("tensor_model", "pipeline_model", "context")}
+    given = {
+        "global_batch_size": 8,
+        "micro_batch_size": 1,
+        "eval_global_batch_size": None,
+        "eval_micro_batch_size": None,
+    }
+    args = SimpleNamespace(world_size=3, **{**sizes, **given, **more})
+
+    class Validate:
+        def first(self) -> SimpleNamespace:
+            return args
+
+        def __call__(self) -> None:
+            pass
+
+    Dealing(SimpleNamespace())._validate(Validate())  # type: ignore[arg-type]
+    assert args.eval_global_batch_size == evaluated

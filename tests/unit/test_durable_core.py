@@ -410,6 +410,21 @@ def test_a_generation_of_another_number_of_replicas_is_left_to_the_ranks_and_sta
     assert it.told(r.SealGeneration)[0].keep == ["wider"]
 
 
+def test_a_coordinator_that_cannot_look_before_training_still_begins_at_another_width_not_from_zero() -> None:
+    before = SimulatedJob(nodes=4, spares=1, durable=spec(resume=True, recut=(8, "wider")))
+    before.join()
+    it = again(again(before, ()), ())
+    assert it.told(r.ResumeAt) == [r.ResumeAt(8, "wider")] and not it.told(r.LoadShards)
+
+
+def test_what_a_job_at_another_width_has_itself_made_durable_comes_first_for_a_coordinator_that_cannot_look() -> None:
+    before = SimulatedJob(nodes=4, spares=1, durable=spec(resume=True, recut=(8, "wider"))).train()
+    run(before, range(8, 13))
+    own = make_durable(before)
+    it = again(before, ())
+    assert it.core._durability.fallback() == (12, own)
+
+
 def test_a_job_that_went_on_at_another_width_and_must_end_says_what_is_durable() -> None:
     recut = spec(resume=True, recut=(8, "wider"))
     it = SimulatedJob(nodes=2, spares=0, can_rescue=False, durable=recut).train()

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
+import torch
 
+from deadpool_megatron.compat import UserError
 from deadpool_megatron.durable import FORMAT, Coordinate, Item, Layout, Manifest, Piece, ShardFile, read_recut
 from deadpool_megatron.durable.errors import Damaged, NotFit
 from deadpool_megatron.durable.files import read_header, write_shard
-from deadpool_megatron.durable.format import directory_name
+from deadpool_megatron.durable.format import MANIFEST, directory_name, encode_manifest
 from deadpool_megatron.durable.recut import cut
 from deadpool_megatron.durable.start import can_recut
 from deadpool_megatron.durable.store import LocalStore
+from deadpool_megatron.megatron import optimizer_state, width
+from deadpool_megatron.megatron.optimizer_state import Member
+from deadpool_megatron.megatron.pieces import _origins, pieces_of, trained_parameters
+from deadpool_megatron.megatron.same_model import batch_of
+from deadpool_megatron.megatron.width import OtherWidth
 
 NAME = directory_name(40, "job", 1)
 SIZES = {"embedding": 700, "norm": 4, "matrix": 256, "bias": 20}  # elements
@@ -22,7 +31,7 @@ ELEMENT = 4
 
 
 def content(tensor: str) -> bytes:
-    return random.Random(tensor).randbytes(SIZES[tensor.split(".")[0]] * ELEMENT)
+    return random.Random(tensor).randbytes(SIZES[tensor.partition("/")[0]] * ELEMENT)
 
 
 def replica(rank: int, width: int, pad: int = 16) -> tuple[Layout, bytes]:
@@ -43,13 +52,13 @@ def replica(rank: int, width: int, pad: int = 16) -> tuple[Layout, bytes]:
             if begin < end:
                 counted.append(tensor)
                 for kind in ("main", "exp_avg"):
-                    whole = f"{tensor}.{kind}"
+                    whole = f"{tensor}/{kind}"
                     first, nbytes = (begin - at) * ELEMENT, (end - begin) * ELEMENT
                     data = content(whole)[first : first + nbytes]
                     add(f"group0.{len(counted)}.{kind}", (Piece(whole, first, nbytes),), data)
             at += SIZES[tensor]
     steps = b"".join(len(tensor).to_bytes(ELEMENT, "little") for tensor in counted)
-    add("steps", tuple(Piece(f"{tensor}.step", 0, ELEMENT) for tensor in counted), steps)
+    add("steps", tuple(Piece(f"{tensor}/step", 0, ELEMENT) for tensor in counted), steps)
     return Layout(len(unique), f"digest-{rank}-{width}", tuple(items)), bytes(unique)
 
 
@@ -78,7 +87,7 @@ def test_shards_of_any_number_of_replicas_become_those_of_any_other(tmp_path: Pa
         def put(name: str, at: int, data: memoryview, got: bytearray = got, places: dict[str, Item] = places) -> None:
             got[places[name].offset + at : places[name].offset + at + len(data)] = data
 
-        read_recut(store, manifest, range(before), layout, put)
+        read_recut(store, manifest, range(before), layout, SIZES, put)
         assert bytes(got) == want
 
 
@@ -91,11 +100,45 @@ def test_what_a_shard_consists_of_is_in_its_file(tmp_path: Path) -> None:
 def test_what_nobody_has_or_what_says_of_no_piece_is_refused_by_its_name() -> None:
     shards = [replica(rank, 2)[0] for rank in range(2)]
     lacking = Layout(0, "", tuple(item for item in shards[1].items if item.name != "group0.2.main"))
-    with pytest.raises(NotFit, match=r"no shard has byte \d+ of .*\.main"):
-        cut(replica(0, 1)[0], [shards[0], lacking])
+    with pytest.raises(NotFit, match=r"no shard has byte \d+ of .*/main"):
+        cut(replica(0, 1)[0], [shards[0], lacking], SIZES)
     scale = Layout(4, "", (Item("optimizer0.group0.0.exp_avg.scale", "F32", (), 0, 4),))
     with pytest.raises(NotFit, match=r"exp_avg\.scale cannot be cut anew"):
-        cut(scale, shards)
+        cut(scale, shards, SIZES)
+
+
+def test_what_only_the_old_model_has_is_refused_by_its_name_though_all_of_the_new_one_is_there() -> None:
+    shards = [replica(rank, 2)[0] for rank in range(2)]
+    whole = replica(0, 1)[0]
+    with pytest.raises(NotFit, match=r"bias/\w+ is in it, and not in this job"):
+        cut(Layout(0, "", ()), shards, SIZES.keys() - {"bias"})
+    plain = tuple(item for item in whole.items if not item.name.endswith(".exp_avg"))
+    with pytest.raises(NotFit, match="matrix/exp_avg is in it"):  # another optimizer
+        cut(Layout(0, "", plain), shards, SIZES)
+
+
+def _adam(model: torch.nn.Module) -> SimpleNamespace:
+    inner = torch.optim.Adam(model.parameters())
+    sum(p.sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+    inner.step()
+    return SimpleNamespace(optimizer=inner)
+
+
+def test_a_parameter_of_another_shape_is_another_tensor_though_its_bytes_would_do(monkeypatch: Any) -> None:
+    monkeypatch.setattr(optimizer_state, "_replicas", lambda member, group: None)
+
+    def layout(*size: int) -> tuple[Layout, frozenset[str]]:
+        model = torch.nn.Linear(*size, bias=False)
+        pieces = pieces_of([model], _adam(model))
+        items = tuple(Item(name, "U8", (), 0, sum(p.nbytes for p in its), its) for name, its in pieces.items())
+        return Layout(0, "", items), trained_parameters([model])
+
+    large, names = layout(16, 8)
+    assert cut(large, [large], names)
+    for size in ((16, 4), (8, 16)):
+        small, names = layout(*size)
+        with pytest.raises(NotFit, match=r"0\.weight\[8x16\]/.* is in it, and not in this job"):
+            cut(small, [large], names)
 
 
 def test_a_generation_of_an_earlier_version_is_refused_since_it_does_not_say_what_it_consists_of(
@@ -103,7 +146,7 @@ def test_a_generation_of_an_earlier_version_is_refused_since_it_does_not_say_wha
 ) -> None:
     store = LocalStore(str(tmp_path))
     with pytest.raises(NotFit, match="does not say what its shards consist of"):
-        read_recut(store, saved(store, 2, says=False), range(2), replica(0, 1)[0], lambda name, at, data: None)
+        read_recut(store, saved(store, 2, says=False), range(2), replica(0, 1)[0], SIZES, lambda name, at, data: None)
 
 
 def test_a_file_that_has_changed_is_found(tmp_path: Path) -> None:
@@ -114,7 +157,83 @@ def test_a_file_that_has_changed_is_found(tmp_path: Path) -> None:
     data[-20] ^= 1
     file.write_bytes(data)
     with pytest.raises(Damaged, match="checksum"):
-        read_recut(store, manifest, range(2), replica(0, 1)[0], lambda name, at, data: None)
+        read_recut(store, manifest, range(2), replica(0, 1)[0], SIZES, lambda name, at, data: None)
+
+
+def generation(directory: Path, monkeypatch: Any) -> str:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    manifest = saved(LocalStore(str(directory)), 2)
+    (directory / NAME / MANIFEST).write_bytes(encode_manifest(manifest))
+    return str(directory)
+
+
+def test_what_follows_from_the_width_is_refused_at_another(tmp_path: Path, monkeypatch: Any) -> None:
+    directory = generation(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="with full_validation True it has to have as many replicas") as told:
+        OtherWidth(directory, NAME, {"full_validation": True, "dataloader_type": "single"})
+    assert "\n" not in str(told.value)
+
+
+def test_a_passing_error_of_the_disk_ends_no_start_and_a_lasting_one_says_what_to_move(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    directory = generation(tmp_path, monkeypatch)
+    monkeypatch.setattr(width, "_AGAIN_S", 0.0)
+    failures = [OSError(5, "Input/output error")]
+    read = width.read_manifest
+
+    def fails(*args: Any) -> Manifest:
+        if failures:
+            raise failures.pop()
+        return read(*args)
+
+    monkeypatch.setattr(width, "read_manifest", fails)
+    with pytest.raises(UserError, match="full_validation"):  # it has been read
+        OtherWidth(directory, NAME, {"full_validation": True})
+    monkeypatch.setattr(width, "_PATIENCE_S", 0.0)
+    failures.append(OSError(5, "Input/output error"))
+    with pytest.raises(UserError, match=f"{NAME} cannot be read: .*; move that directory away") as told:
+        OtherWidth(directory, NAME, {"full_validation": True})
+    assert "\n" not in str(told.value)
+
+
+def test_no_more_validation_samples_are_counted_than_batches_of_the_new_size_had() -> None:
+    saved = {"iteration": 85, "consumed_valid_samples": 8 * 5 * 8}
+    args = {"eval_global_batch_size": 6, "eval_iters": 5, "eval_interval": 10}
+    width._put_valid_samples(saved, args)
+    assert saved["consumed_valid_samples"] == 8 * 5 * 6
+    width._put_valid_samples(saved, args | {"eval_global_batch_size": 8})
+    assert saved["consumed_valid_samples"] == 8 * 5 * 6
+    width._put_valid_samples(saved, args | {"eval_iters": 0})
+    assert saved["consumed_valid_samples"] == 8 * 5 * 6
+
+
+def test_with_a_step_schedule_the_batch_size_of_the_moment_is_not_compared() -> None:
+    assert batch_of({"global_batch_size": 8}) == batch_of({"global_batch_size": 8, "step_batch_size_schedule": None})
+    schedule = {"step_batch_size_schedule": "0:8 100:16"}
+    assert batch_of({"global_batch_size": 8} | schedule) == batch_of({"global_batch_size": 16} | schedule)
+
+
+def test_state_of_an_optimizer_that_has_no_pieces_is_refused_as_that(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    scale = Layout(4, "", (Item("optimizer0.group0.0.momentum_buffer", "F32", (), 0, 4),))
+    with pytest.raises(NotFit, match="this optimizer's state is not cut anew"):
+        read_recut(store, saved(store, 2), range(2), scale, SIZES, lambda name, at, data: None)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_group_of_several_dtypes_says_of_no_piece_since_its_order_is_another_inside(mixed: bool) -> None:
+    model = torch.nn.ParameterList([torch.zeros(4, dtype=torch.bfloat16), torch.zeros(4)])
+    if not mixed:
+        model[1] = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    inner = torch.optim.Adam([torch.nn.Parameter(torch.zeros(4)) for _ in model])
+    optimizer = SimpleNamespace(
+        optimizer=inner,
+        model_param_group_index_map={p: (0, order) for order, p in enumerate(model)},
+        _get_model_param_range_map=lambda parameter: {"param": SimpleNamespace(start=0, end=4)},
+    )
+    origins = _origins(Member(optimizer), {id(p): name for name, p in model.named_parameters()}, list(model))
+    assert sorted(origins.values()) == ([] if mixed else [("0", 0), ("1", 0)])
 
 
 def test_only_whole_replicas_of_dense_models_can_be_more_or_fewer() -> None:

@@ -28,6 +28,7 @@ from deadpool_megatron.vault import Version
 _SHARE = 0.5
 _LOAD_S = 600.0  # beyond `DurableSpec.deadline`, for a node to read its shards before training
 _SAY_S = 60.0  # that the start waits for a directory; again after twice as long, and so on
+_RECUT = "recut"  # marks one of another number of replicas
 _NOBODY = -1  # in the place of the node that removes an attempt
 
 
@@ -90,6 +91,7 @@ class Durability:
     def __init__(self, spec: DurableSpec | None) -> None:
         self._spec = spec
         self._complete: list[tuple[int, str]] = list(spec.complete) if spec is not None else []
+        self._recut = spec.recut if spec is not None else None  # until there is one of this job's own
         self._unsure: list[tuple[int, str]] = []  # newer ones that may be complete, newest first
         self._attempt: _Attempt | None = None
         self._attempts = 0
@@ -117,11 +119,11 @@ class Durability:
     @property
     def hint(self) -> str:
         """What to do with the durable generation when the job ends, as the end of a sentence; may be empty."""
-        if self._spec is None or not (self._complete or self._unsure or self._spec.recut):
+        if self._spec is None or not (self._complete or self._unsure or self._recut):
             return ""
         if self._unsure:
             return f"; what is durable in {self._spec.directory} a new job finds with --deadpool-resume auto"
-        newest = self._complete[0][0] if self._complete or self._spec.recut is None else self._spec.recut[0]
+        newest = self._complete[0][0] if self._complete or self._recut is None else self._recut[0]
         return (
             f"; generation {newest} is durable in {self._spec.directory}: start the job again with "
             "--deadpool-resume auto"
@@ -158,31 +160,32 @@ class Durability:
         elif self._loading is not None:
             yield Send(node, r.LoadShards(self._loading.name, self._complete[0][0], self._epoch))
         elif self._resumes_at is not None:
-            yield Send(node, r.ResumeAt(self._resumes_at, self._recut))
+            yield Send(node, r.ResumeAt(self._resumes_at, self._recut[1] if self._recut is not None else ""))
 
-    def dump(self) -> list[tuple[int, str]]:
+    def dump(self) -> list[tuple[int, str] | tuple[int, str, str]]:
         """What is durable, for a coordinator that starts again and may not be able to look."""
-        return [*self._unsure, *self._complete]
+        recut = [] if self._recut is None else [(*self._recut, _RECUT)]
+        return [*self._unsure, *self._complete, *recut]
 
-    def restored(self, starting: bool, known: Iterable[tuple[int, str]]) -> None:
+    def restored(self, starting: bool, known: Iterable[Sequence[Any]]) -> None:
         """A coordinator takes the place of one that is gone: what was under way is not known any more.
 
         While the job is ``starting``, `start` says once more where it begins; later it has begun. ``known``: from
         `dump`; it counts where the directory could not be looked into.
         """
         if self._spec is not None and not self._complete:
-            self._complete = [(generation, name) for generation, name in known]
+            # Where it was not looked into: workers that begin now must begin where the others have.
+            for generation, name, *kind in known:
+                if kind != [_RECUT]:
+                    self._complete.append((generation, name))
+                elif self._recut is None:
+                    self._recut = (generation, name)
         self._begun = not starting
         self._last = self.newest or 0
 
-    @property
-    def _recut(self) -> str:
-        recut = self._spec.recut if self._spec is not None else None
-        return "" if recut is None else recut[1]
-
     def _load(self, active: Iterable[int]) -> Effects:
-        if self._spec is not None and self._spec.recut is not None:
-            generation, name = self._spec.recut
+        if self._recut is not None and not self._complete:
+            generation, name = self._recut
             self._last = self._resumes_at = generation
             yield Send(None, r.ResumeAt(generation, name))
             yield self._resumed(generation, name)
@@ -334,7 +337,7 @@ class Durability:
             yield from self._fail(f"nobody has written the shard of rank {missing[0]}", assignment)
             return
         attempt.sealing = writer
-        there = [name for _, name in self._complete] + [self._recut] * bool(self._recut)
+        there = [name for _, name in self._complete] + ([self._recut[1]] if self._recut is not None else [])
         keep = there[: self._spec.keep - 1]
         yield Send(
             attempt.sealing,

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+import torch
+
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.host import Call, Host
 
@@ -22,7 +24,11 @@ _EVEN: Final = (
     ("mtp_num_layers", "--mtp-num-layers"),
     ("hybrid_context_parallel", "--hybrid-context-parallel"),
     ("perform_rl_step", "--perform-rl-step"),
+    ("te_precision_config_file", "--te-precision-config-file"),  # which may have delayed scaling
 )
+_DELAYED: Final = "--tp-only-amax-red, or another --fp8-recipe"
+# With these upstream deals itself what replicas do not divide, or refuses it.
+_SCHEDULES: Final = ("step_batch_size_schedule", "rampup_batch_size", "decrease_batch_size_if_needed")
 _SAMPLER: Final = "MegatronPretrainingSampler"
 
 
@@ -71,6 +77,20 @@ class _Calculator:
         return Count(each + (_replica() < more), whole, self._replicas)
 
 
+def _check_report(store: list[Any]) -> None:
+    """Scripts that report plain averages make them with a collective for each microbatch; sums need none.
+
+    All replicas have a first microbatch, so they all come here. Raises UserError.
+    """
+    newest = store[-1] if store else None
+    for name, value in newest.items() if isinstance(newest, dict) else ():
+        if torch.is_tensor(value) and value.numel() == 1:
+            raise UserError(
+                f"the script's loss function reports {name} as an average, and may communicate for that in each "
+                "microbatch, of which replicas have counts that differ; use a --global-batch-size that they divide"
+            )
+
+
 def _replica() -> int:
     from megatron.core import parallel_state
 
@@ -108,6 +128,9 @@ class Dealing:
         for name, said in _EVEN:
             if args.get(name):
                 raise UserError(f"{what}, and {said} cannot do with counts that differ; use a number that divides it")
+        if args.get("fp8") and args.get("fp8_recipe") == "delayed" and not args.get("tp_only_amax_red"):
+            # Replicas reduce the largest values after each microbatch.
+            raise UserError(f"{what}, and delayed scaling of FP8 cannot do with counts that differ; give {_DELAYED}")
         if args.get("dataloader_type") != "single":
             raise UserError(f"{what}, which only --dataloader-type single can be dealt for")
         if args.get("rank") == 0:
@@ -120,9 +143,8 @@ class Dealing:
 
     def _calculator(self, call: Call) -> Any:
         batch, micro, replicas = (call[n] for n in ("global_batch_size", "micro_batch_size", "data_parallel_size"))
-        schedules = ("step_batch_size_schedule", "rampup_batch_size", "decrease_batch_size_if_needed")
         if (
-            any(call.get(name) for name in schedules)
+            any(call.get(name) for name in _SCHEDULES)
             or batch is None
             or batch % micro
             or batch % (micro * replicas) == 0
@@ -139,21 +161,26 @@ class Dealing:
 
         def loss(call: Call) -> Any:
             count = call["num_microbatches"]
-            if isinstance(count, Count):
-                call["num_microbatches"] = count.mean
-            return call()
+            if not isinstance(count, Count):
+                return call()
+            call["num_microbatches"] = count.mean
+            out = call()
+            _check_report(call["forward_data_store"])
+            return out
 
         self._host.replace(schedules, "forward_step_calc_loss", loss)
 
     def _validate(self, call: Call) -> Any:
         """Evaluation, which is no part of training, takes as many samples as can be dealt evenly."""
         args = call.first()
+        if any(getattr(args, name, None) for name in _SCHEDULES):
+            return call()
         batch, micro = getattr(args, "global_batch_size", None), getattr(args, "micro_batch_size", None)
         if batch and micro and hasattr(args, "eval_global_batch_size") and args.eval_global_batch_size is None:
             ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
             replicas = max(1, args.world_size // ranks)
             even = (args.eval_micro_batch_size or micro) * replicas
-            if batch % (micro * replicas):
+            if batch % micro == 0 and batch % (micro * replicas):
                 args.eval_global_batch_size = max(even, batch // even * even)
         return call()
 
