@@ -103,6 +103,7 @@ _WHILE: Final = {
     "join": "a node joins",
     "coordinator": "the coordinator starts again",
     "hang": "a rank hangs",
+    "sign": "its machine tells of a fault",
     "bug": "its code raises",
     "garbage": "garbage is sent to it",
     "corrupt": "its copy is damaged",
