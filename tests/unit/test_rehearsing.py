@@ -86,8 +86,10 @@ def test_a_node_is_drained_once_a_spare_has_rehearsed_what_it_does() -> None:
     _drain(job, 1)
     assert [(s.node, s.record) for s in job.sent if isinstance(s.record, r.Rehearse)] == [(4, r.Rehearse({0: 2, 1: 3}))]
     job.feed(r.Rehearsed(4, [2]))
+    job.wait(0.0)
     assert not job.told(r.Hold) and not job.events("leaving"), "training goes on meanwhile"
     job.feed(r.Rehearsed(4, [2, 3]))
+    job.wait(0.0)
     assert len(job.told(r.Hold)) == 1
     for node in range(4):
         job.feed(r.NodeHeld(0, node, job.told(r.Hold)[0].iteration, False))
