@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,6 @@ from flags import tiny_gpt
 from jobs import Jobs, assert_same_training, launch_flags, set_pace, undisturbed
 
 ITERATIONS = 16
-
-
-@pytest.fixture
-def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path)
-    yield all_jobs
-    all_jobs.end()
 
 
 @pytest.mark.timeout(400)
@@ -39,7 +31,7 @@ def test_the_node_at_fault_is_replaced_who_follows_stays_and_who_is_named_in_a_f
     job.until("both signs", lambda: len(job.events("sign")) == 2)
     job.hold(None)
     job.until("node 0 has left", lambda: [e for e in job.events("left") if e["node"] == 0])
-    pace = tmp_path / "blame.pace"
+    pace = jobs.directory / "blame.pace"
     set_pace(pace, 0.3)
     nodes: list[dict[str, Any]] = json.loads(job.command("nodes", "--json").stdout)
     kinds = {node["node"]: [failure["kind"] for failure in node["failures"]] for node in nodes}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from deadpool_megatron.cluster.records.exits import Exit
@@ -11,13 +9,6 @@ from flags import duo_gpt
 from jobs import Jobs, assert_same_training, launch_flags, undisturbed
 
 ITERATIONS = 8
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("hangs"))
-    yield all_jobs
-    all_jobs.end()
 
 
 @pytest.mark.timeout(300)

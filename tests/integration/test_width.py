@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import pytest
@@ -20,13 +20,6 @@ SMALL = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", 
 # a checkpoint has been loaded: emulated devices have the host's random numbers.
 EXACT = ["--attention-dropout", "0", "--hidden-dropout", "0"]
 RESHAPED = ["--ckpt-format", "torch_dist", "--dist-ckpt-optim-fully-reshardable"]
-
-
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory.mktemp("width"))
-    yield all_jobs
-    all_jobs.end()
 
 
 def flags(*more: str) -> list[str]:

@@ -79,9 +79,10 @@ class Lookout:
             for worker in self._crew.mine().values():
                 if worker.waits(self._job.epoch) or not self._recovery.settled:
                     worker.send(r.KeepWaiting())
-        unkillable = self._stuck.finish(now)
-        if unkillable or not self._looks:
-            return f"a stuck worker of node {self._job.node} cannot be killed" if unkillable else ""
+        if self._stuck.finish(now):
+            return f"a stuck worker of node {self._job.node} cannot be killed"
+        if not self._looks:
+            return ""
         mine, epoch = self._crew.mine(), self._job.epoch
         # One that has finished waits for the others, for as long as their last checkpoint takes.
         mine = {rank: worker for rank, worker in mine.items() if worker.reached.get("finished", -1) != epoch}
