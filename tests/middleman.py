@@ -25,6 +25,7 @@ class Middleman:
         self._chance = random.Random(1)
         self._open: list[socket.socket] = []
         self._cut: set[socket.socket] = set()
+        self._kept: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def meddle(self, way: str, how: str) -> None:
@@ -36,9 +37,15 @@ class Middleman:
         """It has."""
         return self._meddling is None
 
-    def reset(self) -> None:
-        """The newest connection, at both ends, with whatever is on its way."""
-        for each in self._open:
+    def reset(self, hub_hears: bool = True) -> None:
+        """The newest connection, at both ends, with whatever is on its way.
+
+        ``hub_hears``: False: only at the agent's end, so that its next connection takes the place of one that stays.
+        """
+        agent, hub = self._open
+        if not hub_hears:
+            self._kept.add(hub)
+        for each in (agent, hub) if hub_hears else (agent,):
             self._cut.add(each)
             with contextlib.suppress(OSError):
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -82,7 +89,8 @@ class Middleman:
         with contextlib.suppress(OSError):
             if source in self._cut:
                 source.close()
-                target.close()
+                if target not in self._kept:
+                    target.close()
             else:
                 target.shutdown(socket.SHUT_WR)
 

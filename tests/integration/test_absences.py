@@ -109,12 +109,11 @@ def test_control_connections_that_are_reset_or_garbled_cost_no_node(machines: Ma
     job = MachinesJob(machines)
     try:
         job.until_event("training")
-        for number, fault in enumerate(
-            [None, None, *((way, how) for how in ("changed", "of another length") for way in ("to hub", "to agent"))]
-        ):
-            job.hold(4 * number + 4)
-            if fault is None:
-                between.reset()
+        meddled = [(way, how) for how in ("changed", "of another length") for way in ("to hub", "to agent")]
+        for number, fault in enumerate([True, True, False, *meddled]):
+            job.hold(4 * number + 2)
+            if isinstance(fault, bool):
+                between.reset(hub_hears=fault)
             else:
                 between.meddle(*fault)
             again = number + 1

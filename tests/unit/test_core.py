@@ -426,6 +426,15 @@ def test_an_agent_that_connects_again_in_time_costs_nothing() -> None:
     assert len(it.told(r.Placement, 1)) == 1, "what was told meanwhile it hears again"
 
 
+def test_a_connection_that_takes_the_place_of_one_whose_end_nobody_has_noticed_is_told_too() -> None:
+    it = SimulatedJob().train()
+    assert not it.events("reconnected")
+    it.join([1])
+    assert [event["node"] for event in it.events("reconnected")] == [1]
+    it.wait(2 * DEADLINES.lease)
+    assert not it.events("detected") and it.core.epoch == 0
+
+
 def test_an_agent_that_does_not_connect_again_is_lost_soon_and_each_in_its_own_time() -> None:
     it = SimulatedJob(nodes=6, spares=2).train()
     away(it, 1)

@@ -486,7 +486,8 @@ class Core:
         first = self._start.joined(state, record)
         awaited = self._arrivals.without({record.node})
         connects_again = self._returning.awaits(record.node) and not self._returning.was_away
-        if connects_again:
+        replaces = same and not first and not self._returning.awaits(record.node)  # one whose end nobody has noticed
+        if connects_again or replaces:
             yield emit("reconnected", node=record.node)
         if self._returning.awaits(record.node) and self._returning.was_away:
             yield from self._returning.back(record, self._now)
