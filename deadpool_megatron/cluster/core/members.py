@@ -30,6 +30,7 @@ class NodeState:
     trained: bool = False  # its workers have told what job this is
     was: int | None = None  # the node that its machine was before
     rehearsed: frozenset[int] = frozenset()  # coordinates that it has set up ahead of time
+    standbys: dict[int, int] = field(default_factory=dict)  # by local index, who can take the place of its worker
 
     @property
     def gone(self) -> bool:
@@ -158,6 +159,7 @@ class Members:
         self.assignment = placing.replace_nodes(self.assignment, taken_by)
         for node, spare in taken_by.items():
             self.nodes[spare].role, self.nodes[spare].rehearsed = "active", frozenset()
+            self.nodes[node].standbys = {}
             if self.nodes[node].role == "active":
                 self.nodes[node].role = "spare"
                 self.nodes[node].parked.clear()
