@@ -145,7 +145,7 @@ FOUND = (
 
 @pytest.mark.parametrize(("seed", "profile"), FOUND, ids=[str(seed) for seed, _ in FOUND])
 def test_what_was_found_stays_mended(seed: int, profile: Profile) -> None:
-    assert not simulate(seed, replace(profile, moves=False)).violation
+    assert not simulate(seed, replace(profile, moves=False, standbys=False)).violation
 
 
 def test_no_fault_breaks_a_promise_where_drains_are_upset() -> None:
@@ -158,6 +158,12 @@ def test_no_fault_breaks_a_promise_where_every_recovery_needs_other_processes() 
     runs = [simulate(seed, Profile(restarts=True)) for seed in range(60)]
     assert not [(run.seed, run.violation) for run in runs if run.violation]
     assert sum(run.epochs for run in runs) > 20
+
+
+def test_no_fault_breaks_a_promise_where_processes_stand_by() -> None:
+    runs = [simulate(seed, Profile(standbys=True, restarts=seed % 8 == 0)) for seed in range(80)]
+    assert not [(run.seed, run.violation) for run in runs if run.violation]
+    assert sum(run.kinds["ends at once"] for run in runs) > 60
 
 
 def test_no_fault_breaks_a_promise_where_one_gpu_takes_others_along() -> None:
