@@ -179,6 +179,11 @@ def test_no_fault_breaks_a_promise_where_what_is_told_is_lost_with_a_connection_
 
 # The same where a GPU is at fault.
 MISSED_SIGNS: dict[str, tuple[int, tuple[str, ...]]] = {"follows": (4, ())}
+# The same where processes stand by.
+MISSED_STANDBYS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "stands by": (1, ("kill worker",)),
+    "takes in": (62, ("kill worker",)),
+}
 MISSED_RESTARTS: dict[str, tuple[int, tuple[str, ...]]] = {"renewing": (114, ())}
 # The same where drains are upset.
 MISSED_MOVES: dict[str, tuple[int, tuple[str, ...]]] = {"drain kept": (7, ()), "drain goes on": (0, ())}
@@ -188,6 +193,7 @@ MODES = {
     Profile(): MISSED_ANY,
     Profile(restarts=True, moves=False): MISSED_RESTARTS,
     Profile(signs=True, moves=False): MISSED_SIGNS,
+    Profile(standbys=True, moves=False): MISSED_STANDBYS,
     Profile(durable=False, shards=False, rivals=False, moves=False): MISSED,
     Profile(durable=True, shards=False, rivals=False, moves=False): MISSED_DURABLE,
     Profile(shards=True, rivals=False, moves=False): MISSED_SHARDS,
