@@ -220,7 +220,7 @@ class Rank:
             return
         self.process.die()
         self.worker.process.code = code  # type: ignore[attr-defined]
-        stands_by = self.worker.standby and self.rank is None
+        stands_by = self.worker.standby and any(each is self.worker for each in self.host.crew.beside)
         if code and not self.worker.retired and not stands_by and self.host.alive:
             self.host.cluster.oracle.dies(self.host.node)
         self.world.say(f"rank {self.rank} (n{self.host.node})", f"pid {self.worker.pid} ends with {code}")
