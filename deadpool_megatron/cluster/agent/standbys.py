@@ -65,8 +65,11 @@ class Standbys:
     def ready(self, local: int) -> Worker | None:
         """The process that can take this slot now."""
         rank = self._job.ranks.get(local)
-        ready = (each for each in self._mine() if each.local == local and each.parked and not each.exited)
-        return next((each for each in ready if rank is not None and each.rehearses in (None, rank)), None)
+        for each in self._mine():
+            fits = each.local == local and rank is not None and each.rehearses in (None, rank)
+            if fits and each.parked and each.process.poll() is None:  # (it may have ended with the worker)
+                return each
+        return None
 
     def take(self, local: int) -> Worker | None:
         """The same, which holds the slot from now on."""
