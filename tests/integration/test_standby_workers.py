@@ -65,9 +65,10 @@ def test_who_stands_by_takes_the_place_of_rank_0_and_neither_a_spare_nor_the_sur
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_workers_that_end_at_once_are_replaced_in_one_epoch_also_all_but_one(jobs: Jobs) -> None:
-    """TP2 x PP2 x DP2. One worker of each node, rank 0 among them; then every worker but the last."""
+    """TP2 x PP2 x DP2. One worker of each node, rank 0 among them; then every worker but the last. Those that stand by
+    have set up their coordinates."""
     flags = tiny_gpt(iters=ITERATIONS)
-    more = [*STANDBY, "--deadpool-lease", "20"]  # standing still is no silence
+    more = ["--deadpool-standby-workers", "coordinate", "--deadpool-lease", "20"]  # standing still is no silence
     job = jobs.start("at-once", launch_flags(4), [*flags, *more], held=True)
     _wait_for(job, 8)
     job.hold(3)

@@ -99,6 +99,22 @@ def test_a_node_whose_workers_die_four_times_is_replaced_although_others_stand_b
         job.iterate(10 + time)
 
 
+def test_one_that_hung_in_a_recovery_and_was_ended_is_replaced_in_the_same_epoch() -> None:
+    job = _job(spares=0)
+    job.take(job.core.inject(r.Fault("abort", -1, 0, None, 1, "", 0.0), job.now)[1])
+    for node in (0, 2, 3):
+        _offer(job, node)
+    due = job.core.next_deadline()
+    assert due is not None
+    job.wait(due - job.now)
+    assert job.told(r.KeepStacks)[-1] == r.KeepStacks(1, True)
+    _dies(job, 1, 0, epoch=1)
+    assert job.core.epoch == 1 and job.core.nodes[1].record.deaths(job.now) == 0
+    assert "hung in a recovery" in job.events("detected")[-1]["cause"]
+    _offer(job, 1)
+    assert job.events("agreed")
+
+
 def test_the_next_coordinator_knows_who_is_replaced_by_whom_stands_by() -> None:
     job = _job()
     _dies(job, 1, 0)
@@ -224,6 +240,7 @@ def test_one_that_could_not_set_up_its_coordinate_waits_without_it_the_next_time
     here.crew.standbys.left(first, "out of memory")
     (second,) = here.look()
     assert (second.local, second.rehearses) == (0, None)
+    assert here.crew.rehearsed() == []
 
 
 def test_they_end_with_the_coordinates_of_their_node_and_where_the_start_begins_anew(

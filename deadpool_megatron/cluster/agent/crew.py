@@ -119,7 +119,7 @@ class Crew:
 
     def rehearsed(self) -> list[int]:
         """The coordinates that this node can take over at once."""
-        there = (each.rehearses for each in self.beside if each.parked and not each.retired)
+        there = (each.rehearses for each in self.beside if each.parked and not each.retired and not each.standby)
         return sorted(rank for rank in there if rank is not None)
 
     def left(self, worker: Worker) -> int:
