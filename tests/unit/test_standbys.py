@@ -235,12 +235,13 @@ def test_one_that_could_not_set_up_its_coordinate_waits_without_it_the_next_time
     here = node("coordinate")
     (first,) = here.look()
     assert first.rehearses == 0
+    first.parked = True
+    assert here.crew.standbys.pids() == {0: first.pid} and here.crew.rehearsed() == []
     here.ends(first)
     here.crew.left(first)
     here.crew.standbys.left(first, "out of memory")
     (second,) = here.look()
     assert (second.local, second.rehearses) == (0, None)
-    assert here.crew.rehearsed() == []
 
 
 def test_they_end_with_the_coordinates_of_their_node_and_where_the_start_begins_anew(
