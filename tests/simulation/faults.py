@@ -116,6 +116,22 @@ class Faults:
                 self._hurt(host, "its connection is reset while it is frozen")
             host.link.reset(draws.random() < 0.5, draws.uniform(0.05, 0.3))
 
+    def _drop_control(self) -> None:
+        """Something between a node and the coordinator forgets their connection, without a word. No node is hurt."""
+        there = [host for host in self._cluster.hosts if host.alive and not host.process.frozen]
+        for host in self._cluster.packets.sample(there, min(len(there), 1)):
+            self.struck[-1] += f" n{host.node}"
+            host.link.drop()
+        self._until(2.1 * self._cluster.job.deadlines.lease, lambda: None)  # by then the agents have noticed
+
+    def _lose_machine_of_coordinator(self) -> None:
+        """Nobody answers for a machine that is gone, and another one has its coordinator."""
+        for host in self._cluster.hosts:
+            if host.alive and not host.process.frozen:
+                host.link.drop()
+        self._cluster.hq.crash()
+        self._until(2.1 * self._cluster.job.deadlines.lease, lambda: None)
+
     def _garble(self) -> None:
         """For a while what is read of shards is changed on the way, or by who reads it; not twice in a row."""
         network, draws = self._cluster.network, self._cluster.packets
@@ -330,10 +346,7 @@ class Faults:
         until = max(until, now + seconds)
         self._silent[host.node] = since, until
         # (an agent whose connection has just been reset has less time)
-        return (
-            until - since
-            > (0.38 if host.link.up or not host.link.was_reset else 0.1) * self._cluster.job.deadlines.lease
-        )
+        return until - since > (0.1 if host.link.unsteady else 0.38) * self._cluster.job.deadlines.lease
 
     # ---- what
 
@@ -648,6 +661,8 @@ KINDS: dict[str, tuple[int, Callable[[Faults], None]]] = {
 PACKET_KINDS: dict[str, Callable[[Faults], None]] = {
     "reset control": Faults._reset_control,
     "reset control, and a loss": Faults._reset_control_and_lose,
+    "drop control": Faults._drop_control,
+    "lose machine of coordinator": Faults._lose_machine_of_coordinator,
     "garbled reads": Faults._garble,
 }
 DURABLE_KINDS: dict[str, Callable[[Faults], None]] = {

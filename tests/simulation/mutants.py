@@ -204,6 +204,17 @@ def _the_end_of_a_connection_is_that_of_its_node(patch: Patch) -> None:
     patch.setattr(Core, "node_away", before)
 
 
+def _who_lives_has_one_lease(patch: Patch) -> None:
+    """An agent that has not noticed yet that its connection was dropped is given up."""
+
+    def before(self: Core, node: int, now: float) -> list[Any]:
+        if self._returning.awaits(node):
+            self._returning.also(node, now + self.job.deadlines.lease, stood_still=False)
+        return []
+
+    patch.setattr(Core, "node_lives", before)
+
+
 def _one_complaint_condemns_a_copy(patch: Patch) -> None:
     """What arrives changed once is refused for good, though it was the fault of who has read it."""
     failed = Attempts.failed
@@ -619,6 +630,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "broken new": _a_broken_copy_keeps_its_slot,
     "all back": _the_end_is_looked_for_while_agents_come_back,
     "reset": _the_end_of_a_connection_is_that_of_its_node,
+    "dropped": _who_lives_has_one_lease,
     "one complaint": _one_complaint_condemns_a_copy,
     "one moment": _one_moment_without_a_majority_is_enough,
     "told before": _what_was_told_as_committed_is_forgotten,

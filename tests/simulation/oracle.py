@@ -243,6 +243,9 @@ class Oracle:
                     self._drained.add(int(drained[1]))
                 if fields["purpose"] == "resume" and not drained:
                     self._rightly_taken(fields["nodes"])
+                came = fields["purpose"] == "resume" and {*fields["nodes"]} - {*self._active}
+                if came and self._cluster.hq.core.phase is not Phase.WAITING:  # the next wait is another one
+                    self._waits_since = None
                 self._active = fields["nodes"]
                 if fields["purpose"] in ("save", "drain") and self.saving is None:
                     self.saving = self._healthy()

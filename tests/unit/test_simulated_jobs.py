@@ -37,6 +37,7 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "4": (7, ("drain, and the spare dies",)),
     "5": (278, ()),
     "reset": (0, ("reset control",)),
+    "dropped": (188, ("drop control",)),
     "one complaint": (30, ("garbled reads", "kill worker", "kill node")),
     "7": (0, ()),
     "8": (3, ()),

@@ -64,6 +64,7 @@ _RESTORED = {"starting": Phase.STARTING, "finishing": Phase.FINISHING, "ended": 
 _RETURN_S = 5.0  # beyond the lease, for agents to find a coordinator that starts again
 GONE: Final = "its agent is gone or silent"
 ABSENCE: Final = 0.25  # of the lease, for an agent whose connection has ended to connect again
+_NOTICES: Final = 2.0  # leases until the pings of an agent (`Spoke`) find that nothing comes back over a connection
 
 
 def _just(effect: Effect) -> Effects:
@@ -221,9 +222,9 @@ class Core:
         return self._run(self._lose({node}, cause), now)
 
     def node_lives(self, node: int, now: float) -> list[Action]:
-        """The agent of a node that is away lives, and can be reached: it has the rest of a lease."""
+        """The agent of a node that is away lives, and can be reached: it has time to notice that it is away."""
         if self._returning.awaits(node):
-            self._returning.also(node, now + self.job.deadlines.lease, stood_still=False)
+            self._returning.also(node, now + _NOTICES * self.job.deadlines.lease, stood_still=False)
         return []
 
     def node_away(self, node: int, now: float, stood_still: bool = False) -> list[Action]:
@@ -464,7 +465,7 @@ class Core:
             )
         self._durability.restored(self._state.phase is Phase.STARTING, kept["durable"])
         there = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
-        until = now + self.job.deadlines.lease + _RETURN_S
+        until = now + max(self.job.deadlines.lease + _RETURN_S, _NOTICES * self.job.deadlines.lease + 1.0)
         self._returning.begin(there, "a recovery was under way" if kept["recovering"] else "", until)
         self._arrivals.expect(self.members.missing(), now)
         return self._run(_just(emit("coordinator_back", nodes=sorted(there))), now)
