@@ -34,6 +34,7 @@ class Profile:
         rivals: the same of another job that wants the durable directory.
         restarts: every recovery needs other processes, on all nodes.
         rehearsals: spares set up coordinates ahead of time.
+        checks: spares are checked, and some of them fail.
         moves: every run has drains that something happens to, or none has; None: drawn.
         signs: one machine's GPU is at fault, and takes others along.
         replaced: how likely a packet's connection is replaced just after it was sent.
@@ -46,6 +47,7 @@ class Profile:
     rivals: bool | None = None
     restarts: bool = False
     rehearsals: bool = False
+    checks: bool = False
     moves: bool | None = None
     signs: bool = False
     replaced: float = 0.0
@@ -87,6 +89,10 @@ class Faults:
             for _ in range(cluster.signs.randint(1, 2)):
                 count, seconds = cluster.signs.randint(1, 6), cluster.signs.uniform(0.0, 1.0)
                 self._wait(cluster.signs.choice(("committed", "declared")), count, seconds, "rack", self._rack)
+        if self.profile.checks:
+            spares = [host for host in cluster.hosts if not host.known.ranks]
+            for host in cluster.checks.sample(spares, cluster.checks.randint(0, len(spares))):
+                self._wait(*self._when(cluster.checks), "bad spare", partial(self._turn_bad, host))
         if cluster.job.durable is not None:
             self._draw_durable()
         draws = cluster.packets
@@ -106,6 +112,11 @@ class Faults:
         else:  # in a recovery, or soon after one: those seconds are the interesting ones
             count, most = chance.randint(1, 3), 1.0
         return when, count, chance.uniform(0.0, most)
+
+    def _turn_bad(self, host: Host) -> None:
+        """Its checks find something from now on."""
+        self.struck[-1] += f" n{host.node}"
+        host.bad = True
 
     def _reset_control(self) -> None:
         """Of some nodes, the connections to the coordinator; each comes again. No node is hurt."""

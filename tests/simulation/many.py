@@ -34,6 +34,7 @@ MIX: dict[str, tuple[int, Profile]] = {
 }
 _TURNS = [flags for flags, (share, _) in MIX.items() for _ in range(share)]
 _REHEARSED = 0.2  # of them have spares that rehearse besides
+_CHECKED = 0.2  # of them have spares that are checked besides
 _SIGNS = 0.2  # of them have a GPU at fault besides
 _BLOCK = 200  # runs
 _COLLECT = 50
@@ -46,7 +47,8 @@ def mixed(seed: int) -> tuple[str, Profile]:
     flags = _TURNS[seed % len(_TURNS)]
     rehearsed = random.Random(f"rehearsed {seed}").random() < _REHEARSED
     signs = random.Random(f"has signs {seed}").random() < _SIGNS
-    profile = replace(MIX[flags][1], rehearsals=rehearsed, signs=signs)
+    checks = random.Random(f"has checks {seed}").random() < _CHECKED
+    profile = replace(MIX[flags][1], rehearsals=rehearsed, signs=signs, checks=checks)
     few = random.Random(f"few {seed}")
     if few.random() < 0.5:
         return flags, profile

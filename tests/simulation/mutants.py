@@ -599,6 +599,10 @@ def _a_spare_that_failed_is_as_good_as_any(patch: Patch) -> None:
     patch.setattr(Members, "failures", lambda self, node: 0)
 
 
+def _a_spare_that_fails_its_check_is_as_good_as_any(patch: Patch) -> None:
+    patch.setattr(Members, "unfit", lambda self, node: False)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "renewing": _an_offer_comes_before_who_is_to_take_it,
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
@@ -669,5 +673,6 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "wait kept": _the_wait_for_a_spare_begins_anew,
     "follows": _what_follows_spends_a_spare,
     "lemon": _a_spare_that_failed_is_as_good_as_any,
+    "unfit": _a_spare_that_fails_its_check_is_as_good_as_any,
     "begins again": _what_a_job_begins_with_must_be_whole,
 }

@@ -167,6 +167,12 @@ def test_no_fault_breaks_a_promise_where_one_gpu_takes_others_along() -> None:
     assert sum(run.kinds["rack"] for run in runs) > 30
 
 
+def test_no_fault_breaks_a_promise_where_spares_are_checked_and_some_fail() -> None:
+    runs = [simulate(seed, Profile(checks=True)) for seed in range(60)]
+    assert not [(run.seed, run.violation) for run in runs if run.violation]
+    assert sum(run.kinds["bad spare"] for run in runs) > 10
+
+
 def test_no_fault_breaks_a_promise_where_what_is_told_is_lost_with_a_connection_that_is_replaced() -> None:
     runs = [simulate(seed, replace(many.mixed(seed)[1], replaced=0.01)) for seed in range(80)]
     assert not [(run.seed, run.violation) for run in runs if run.violation]
@@ -174,6 +180,7 @@ def test_no_fault_breaks_a_promise_where_what_is_told_is_lost_with_a_connection_
 
 # The same where a GPU is at fault.
 MISSED_SIGNS: dict[str, tuple[int, tuple[str, ...]]] = {"follows": (4, ())}
+MISSED_CHECKS: dict[str, tuple[int, tuple[str, ...]]] = {"unfit": (150, ())}
 MISSED_RESTARTS: dict[str, tuple[int, tuple[str, ...]]] = {"renewing": (114, ())}
 # The same where drains are upset.
 MISSED_MOVES: dict[str, tuple[int, tuple[str, ...]]] = {"drain kept": (7, ()), "drain goes on": (0, ())}
@@ -183,6 +190,7 @@ MODES = {
     Profile(): MISSED_ANY,
     Profile(restarts=True, moves=False): MISSED_RESTARTS,
     Profile(signs=True, moves=False): MISSED_SIGNS,
+    Profile(checks=True): MISSED_CHECKS,
     Profile(durable=False, shards=False, rivals=False, moves=False): MISSED,
     Profile(durable=True, shards=False, rivals=False, moves=False): MISSED_DURABLE,
     Profile(shards=True, rivals=False, moves=False): MISSED_SHARDS,

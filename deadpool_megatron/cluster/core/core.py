@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.arrivals import Arrivals
+from deadpool_megatron.cluster.core.checks import SpareChecks
 from deadpool_megatron.cluster.core.durable import Durability
 from deadpool_megatron.cluster.core.effects import (
     Action,
@@ -95,6 +96,7 @@ class Core:
         self._recoveries = Recoveries(self._state, rendezvous)
         self._arrivals = Arrivals(job.deadlines.join)
         self._drains = Drains(self._state, self._recoveries)
+        self._checks = SpareChecks(self._state)
         self._suspicions = Suspicions(self._state)
         self._ends = WorkerEnds(self._state, self._recoveries, self._suspicions)
         self.seen = seen = Observations(self._state)
@@ -107,6 +109,7 @@ class Core:
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
             r.Rehearsed: self._rehearsed,
+            r.SpareChecked: self._checks.answered,
             r.Registered: self._register,
             r.WorkerExited: self._worker_exited,
             r.WorkerFailed: self._ends.failed,
@@ -202,6 +205,8 @@ class Core:
         times = [self._arrivals.due, self._returning.due, self._durability.next_deadline()]
         if not self._returning.waits:  # who is not back may be the loss that explains an error
             times += [self._suspicions.due, self._drains.due]
+            if self.phase is Phase.RUNNING:
+                times.append(self._checks.due)
             if self._state.phase is Phase.STARTING:
                 times += [self._durability.loading_due, self._start.due]
             times.append(self._recovery_due())
@@ -278,6 +283,12 @@ class Core:
         now_or_never = fault.iteration is None and not fault.point
         if fault.kind == "sign" and not self.job.deadpool:
             return "the job runs without --deadpool, so it blames nobody", []
+        if fault.kind == "fail-check":
+            if not self.job.spare_check_s:
+                return "spares are not checked in this job: --deadpool-spare-check is 0", []
+            if self.nodes[fault.node].role != "spare":
+                return f"node {fault.node} is no spare: only spares are checked", []
+            self._checks.ask_at(fault.node, now)
         if fault.kind == "corrupt" and not self.job.deadpool:
             return "the job runs without --deadpool, so it keeps no copies", []
         if fault.kind == "corrupt" and now_or_never and not self.members.holds(fault.node):
@@ -490,6 +501,7 @@ class Core:
         replaces = same and not first and not self._returning.awaits(record.node)  # one whose end nobody has noticed
         if connects_again or replaces:
             yield emit("reconnected", node=record.node)
+        self._checks.ask_at(record.node, self._now)  # an answer may have been lost with a connection
         if self._returning.awaits(record.node) and self._returning.was_away:
             yield from self._returning.back(record, self._now)
         elif self._state.phase is Phase.STARTING:
@@ -528,6 +540,7 @@ class Core:
     def _worker_ready(self, record: r.WorkerReady) -> Effects:
         self._ends.begun(record)
         yield from self._start.worker_ready(record)
+        self._checks.ask_at(record.node, self._now)
         yield from self._look_for_spare(record.node)
 
     def _rehearsed(self, record: r.Rehearsed) -> Effects:
@@ -770,6 +783,7 @@ class Core:
         if self.phase is Phase.RUNNING and not self._returning.waits:
             yield from self._drains.tick(self._now)
         if self.phase is Phase.RUNNING and not self._returning.waits:
+            yield from self._checks.tick(self._now)
             yield from self._suspicions.judge_stalls(self._now)
         recovery = self.recovery
         if recovery is None or self._returning.waits:  # what is missing may have been lost with a connection
