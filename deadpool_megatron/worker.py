@@ -118,7 +118,7 @@ def _install(standby: bool, script: str, rehearses: bool) -> Hooks:
     from deadpool_megatron import config as settings
     from deadpool_megatron.comm import Communicators, ReformError
     from deadpool_megatron.hosts import host_of
-    from deadpool_megatron.megatron import Hooks, arm
+    from deadpool_megatron.megatron import Hooks, SelfChecks, arm
     from deadpool_megatron.recovery import Session
 
     config = msgspec.json.decode(os.environ[CONFIG], type=settings.DeadpoolConfig)
@@ -169,6 +169,7 @@ def _install(standby: bool, script: str, rehearses: bool) -> Hooks:
             return client
 
     if standby:
+        session.on_check = SelfChecks(session).begin
         communicators.prepare(store())  # connections now and then take seconds: not in a recovery
     page = PulsePage(int(os.environ[PULSE_FD]))
     doorbell = int(os.environ[DOORBELL_FD])

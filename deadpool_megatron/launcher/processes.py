@@ -119,6 +119,7 @@ def coordinator_settings(
         snapshot_interval=c.snapshot_interval,
         wait_for_spare_s=60 * c.wait_for_spare,
         rehearsals=c.rehearsals,
+        spare_check_s=c.spare_check if c.deadpool else 0.0,
     )
     agent = agent_settings(plan, -1, job_id, secret, (plan.host, 0), 0, plan.host, store_name=store_name)
     return CoordinatorStart(

@@ -333,6 +333,10 @@ class JobView:
         gone = [n for n in self.nodes if n.state == "lost"]
         if gone:
             out.append(Text(f"lost: {named(gone)}", "red"))
+        unfit = {spare["node"]: spare["unfit"] for spare in self.status["spares"] if spare.get("unfit")}
+        if failing := [n for n in self.nodes if n.number in unfit]:
+            why = unfit[failing[0].number]
+            out.append(Text(f"failed the last check, and taken last: {named(failing)}: {why}", "yellow"))
         refused = self.status.get("refused") or {}
         if strange := int(refused.get("malformed", 0)) + sum((refused.get("vaults") or {}).values()):
             out.append(Text(f"{strange} packets or copies were refused: is anybody else on this network?", "yellow"))

@@ -97,6 +97,7 @@ class Session:
         self._agent_reads = True
         self._on_arm: Callable[[r.Fault], None] = lambda fault: None
         self.is_waiting: Callable[[], bool] = lambda: False
+        self.on_check: Callable[[r.Check], None] = lambda order: None
         self.on_exit_notice: Callable[[], None] = lambda: None
         self.on_replaced: Callable[[list[int]], None] = lambda ranks: None
         self.declared_epoch = epoch
@@ -118,6 +119,9 @@ class Session:
     def _take(self, record: r.WorkerTold) -> None:
         if isinstance(record, r.Where):
             self.tell(r.Whereabouts(record.query, self.is_waiting()))
+            return
+        if isinstance(record, r.Check):
+            _attempt(self.on_check, record)
             return
         if isinstance(record, r.ExitNotice):
             _attempt(self.on_exit_notice)

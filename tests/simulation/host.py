@@ -193,6 +193,7 @@ class Host:
         self.news = Pipe(world, 0.0001, 0.002)  # from the vault's threads
         self.durability: SimulatedDurability
         self.drainers: list[Process] = []
+        self.bad = False  # its checks find something
         self.room = True  # there is memory for shards that are fetched
         config = DeadpoolConfig(
             True, lease=job.deadlines.lease, redundancy=job.redundancy, hang_floor=cluster.hang_floor,

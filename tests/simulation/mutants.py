@@ -204,6 +204,17 @@ def _the_end_of_a_connection_is_that_of_its_node(patch: Patch) -> None:
     patch.setattr(Core, "node_away", before)
 
 
+def _who_lives_has_one_lease(patch: Patch) -> None:
+    """An agent that has not noticed yet that its connection was dropped is given up."""
+
+    def before(self: Core, node: int, now: float) -> list[Any]:
+        if self._returning.awaits(node):
+            self._returning.also(node, now + self.job.deadlines.lease, stood_still=False)
+        return []
+
+    patch.setattr(Core, "node_lives", before)
+
+
 def _one_complaint_condemns_a_copy(patch: Patch) -> None:
     """What arrives changed once is refused for good, though it was the fault of who has read it."""
     failed = Attempts.failed
@@ -600,6 +611,10 @@ def _who_stands_by_waits_for_an_epoch_that_does_not_come(patch: Patch) -> None:
     patch.setattr(NodeRecovery, "ended", lambda self, worker: None)
 
 
+def _a_spare_that_fails_its_check_is_as_good_as_any(patch: Patch) -> None:
+    patch.setattr(Members, "unfit", lambda self, node: False)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "renewing": _an_offer_comes_before_who_is_to_take_it,
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
@@ -631,6 +646,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "broken new": _a_broken_copy_keeps_its_slot,
     "all back": _the_end_is_looked_for_while_agents_come_back,
     "reset": _the_end_of_a_connection_is_that_of_its_node,
+    "dropped": _who_lives_has_one_lease,
     "one complaint": _one_complaint_condemns_a_copy,
     "one moment": _one_moment_without_a_majority_is_enough,
     "told before": _what_was_told_as_committed_is_forgotten,
@@ -671,5 +687,6 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "stands by": _a_spare_is_spent_although_another_process_stands_by,
     "takes in": _who_stands_by_waits_for_an_epoch_that_does_not_come,
     "lemon": _a_spare_that_failed_is_as_good_as_any,
+    "unfit": _a_spare_that_fails_its_check_is_as_good_as_any,
     "begins again": _what_a_job_begins_with_must_be_whole,
 }

@@ -114,6 +114,7 @@ class Oracle:
         self.directory = DirectoryOracle(cluster)
         self._goes_back: int | None = None  # to this durable generation
         self._drained: set[int] = set()  # and replaced
+        self._unfit: set[int] = set()  # spares, as the user was told
         self.drains: dict[int, float] = {}
         self._drain_told: set[int] = set()
         self._through: dict[int, set[int]] = {}  # by epoch, ranks that have finished in it
@@ -244,6 +245,11 @@ class Oracle:
                     self._drained.add(int(drained[1]))
                 if fields["purpose"] == "resume" and not drained:
                     self._rightly_taken(fields["nodes"])
+                came = {*fields["nodes"]} - {*self._active}
+                self._best_taken(came)
+                resumes = fields["purpose"] == "resume" and self._cluster.hq.core.phase is not Phase.WAITING
+                if came and resumes:  # the next wait is another one
+                    self._waits_since = None
                 self._active = fields["nodes"]
                 if fields["purpose"] in ("save", "drain") and self.saving is None:
                     self.saving = self._healthy()
@@ -258,6 +264,8 @@ class Oracle:
                 self._agreed(fields["iteration"])
             case "committed":
                 self._committed(Version(fields["epoch"], fields["iteration"]))
+            case "unfit":
+                self._unfit.add(fields["node"])
             case "sign" if fields["role"] == "link":
                 self._linked[fields["node"]] = world.now
             case "coordinator_back":
@@ -513,6 +521,14 @@ class Oracle:
         here = host.alive and host.node not in self.hurt and host.known.ranks and not self.ends
         if here and spares and cluster.hq.ended is None and "no parked spare" in error:
             raise Violation(f"node {host.node} is not drained ({error}), and node {spares[0].node} is a spare")
+
+    def _best_taken(self, taken: set[int]) -> None:
+        """Who has failed a check takes over only where nobody else is parked."""
+        core = self._cluster.hq.core
+        better = [node for node in core.members.ready_spares() if node not in self._unfit]
+        if better and (bad := taken & self._unfit):
+            raise Violation(f"node {min(bad)} has failed its check and takes over, and node {better[0]} is parked")
+        self._unfit -= taken
 
     def _agreed(self, generation: int) -> None:
         if self.safe is not None and generation < self.safe.generation:

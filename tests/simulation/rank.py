@@ -194,6 +194,9 @@ class Rank:
             case r.Where():
                 self.say(r.Whereabouts(record.query, self._waits))
                 return
+            case r.Check():
+                self.process.later(self.world.delay(0.005, 0.5), self._self_check, record)
+                return
             case r.Declare() if record.epoch > self.declared_epoch:
                 self.declared_epoch, self.declared = record.epoch, record
                 if self._stands_by and self.rank is not None:
@@ -213,6 +216,9 @@ class Rank:
             case r.Hold():
                 self._hold = record
         self.poke()
+
+    def _self_check(self, order: r.Check) -> None:
+        self.say(r.Checked(order.number, "a wrong result" * self.host.bad))
 
     def die(self, code: int, silently: bool = False) -> None:
         """The process ends. ``silently``: its machine is gone, so its peers' connections just stay quiet."""

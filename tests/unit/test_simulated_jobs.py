@@ -37,6 +37,7 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "4": (7, ("drain, and the spare dies",)),
     "5": (278, ()),
     "reset": (0, ("reset control",)),
+    "dropped": (188, ("drop control",)),
     "one complaint": (30, ("garbled reads", "kill worker", "kill node")),
     "7": (0, ()),
     "8": (3, ()),
@@ -172,6 +173,12 @@ def test_no_fault_breaks_a_promise_where_one_gpu_takes_others_along() -> None:
     assert sum(run.kinds["rack"] for run in runs) > 30
 
 
+def test_no_fault_breaks_a_promise_where_spares_are_checked_and_some_fail() -> None:
+    runs = [simulate(seed, Profile(checks=True)) for seed in range(60)]
+    assert not [(run.seed, run.violation) for run in runs if run.violation]
+    assert sum(run.kinds["bad spare"] for run in runs) > 10
+
+
 def test_no_fault_breaks_a_promise_where_what_is_told_is_lost_with_a_connection_that_is_replaced() -> None:
     runs = [simulate(seed, replace(many.mixed(seed)[1], replaced=0.01)) for seed in range(80)]
     assert not [(run.seed, run.violation) for run in runs if run.violation]
@@ -184,6 +191,7 @@ MISSED_STANDBYS: dict[str, tuple[int, tuple[str, ...]]] = {
     "stands by": (1, ("kill worker",)),
     "takes in": (62, ("kill worker",)),
 }
+MISSED_CHECKS: dict[str, tuple[int, tuple[str, ...]]] = {"unfit": (150, ())}
 MISSED_RESTARTS: dict[str, tuple[int, tuple[str, ...]]] = {"renewing": (114, ())}
 # The same where drains are upset.
 MISSED_MOVES: dict[str, tuple[int, tuple[str, ...]]] = {"drain kept": (7, ()), "drain goes on": (0, ())}
@@ -194,6 +202,7 @@ MODES = {
     Profile(restarts=True, moves=False): MISSED_RESTARTS,
     Profile(signs=True, moves=False): MISSED_SIGNS,
     Profile(standbys=True, moves=False): MISSED_STANDBYS,
+    Profile(checks=True): MISSED_CHECKS,
     Profile(durable=False, shards=False, rivals=False, moves=False): MISSED,
     Profile(durable=True, shards=False, rivals=False, moves=False): MISSED_DURABLE,
     Profile(shards=True, rivals=False, moves=False): MISSED_SHARDS,

@@ -8,6 +8,7 @@
                                    NodeRecovery   this node's part in a recovery
                                    Upkeep         what the vault sends, keeps and frees  -->  vault (Shards)
                                    Commits        what this node has committed (pure)
+                                   Checkup        could this spare take over
                                    Lookout        is it cut off, is a worker stuck
                                    Faults         what tests have strike it
 """
@@ -26,6 +27,7 @@ import msgspec
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.adoption import AdoptedProcess
+from deadpool_megatron.cluster.agent.checkup import Checkup
 from deadpool_megatron.cluster.agent.commits import Commits
 from deadpool_megatron.cluster.agent.crew import Crew
 from deadpool_megatron.cluster.agent.durable import DurableNews, Loaded, NodeDurability
@@ -38,6 +40,7 @@ from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.agent.shards import (
     Damaged,
     FetchDone,
+    Looked,
     RankCommitted,
     Reserved,
     ReserveFailed,
@@ -112,9 +115,11 @@ class Agent:
         self._upkeep: Upkeep | None = None
         self._recovery: NodeRecovery | None = None
         self._lookout: Lookout | None = None
+        self._checkup: Checkup | None = None
         if shards is not None:
             self._upkeep = Upkeep(job, shards, self._durable)
             self._recovery = NodeRecovery(job, crew, shards, self._upkeep, self._faults, self.send)
+            self._checkup = Checkup(job, crew, shards, self.send)
             self._lookout = Lookout(settings, job, crew, self._recovery, processes, fence, self.send, clock)
         self._covered: r.Covered | None = None  # told last
         self._clock = clock
@@ -205,7 +210,8 @@ class Agent:
     def from_worker(self, worker: Worker, record: r.WorkerRecord) -> None:
         """A worker has said something."""
         recovery, lookout, upkeep, node = self._recovery, self._lookout, self._upkeep, self._s.node
-        if recovery is None or lookout is None or upkeep is None:
+        checkup = self._checkup
+        if recovery is None or lookout is None or upkeep is None or checkup is None:
             return  # without DeadPool workers have nothing to say
         if worker in self._crew.beside:
             self._from_beside(worker, record)
@@ -220,6 +226,8 @@ class Agent:
                 if is_constants(record.rank):
                     self._commits.has_constants(record.rank)
                 upkeep.grant(worker, record)
+            case r.Checked():
+                checkup.answered(worker, record)
             case r.Arrived():
                 recovery.arrived(worker, record)
             case r.Registered():
@@ -340,6 +348,8 @@ class Agent:
                 self._recovery.restore_constants(owner_of(event.holder))
             case Damaged():
                 self.send(r.DamagedCopy(self._job.epoch, self._s.node, event.holder, event.kind, event.generation))
+            case Looked() if self._checkup is not None:
+                self._checkup.looked(event)
             case RankCommitted():
                 for due in self._commits.due(event):
                     self._rank_committed(due)
@@ -390,6 +400,8 @@ class Agent:
                 self._crew.rehearse(record.ranks)
                 if not self._crew.can_rehearse or self._crew.rehearsed():
                     self._tell_rehearsed("" if self._crew.can_rehearse else f"node {self._s.node} cannot rehearse now")
+            case r.CheckSpare() if self._checkup is not None:
+                self._checkup.begin(record)
             case r.EndStuck():
                 if self._lookout is not None:
                     self._lookout.end_stuck(record)

@@ -492,6 +492,8 @@ class Coordinator:
                         "pids": [s.pids[i] for i in sorted(s.pids)],
                         "state": "parked" if len(s.parked) >= core.job.slots_per_node else "starting",
                         "rehearsed": sorted(s.rehearsed),
+                        "checked": s.checked,
+                        "unfit": s.unfit,
                     }
                     for n, s in sorted(core.nodes.items())
                     if s.role == "spare"

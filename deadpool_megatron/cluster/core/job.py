@@ -44,7 +44,8 @@ class JobSpec:
     ``worker_deaths``: workers a healthy node may lose in 24 hours before it counts as bad itself. ``on_preempt``: when
     the machines are wanted soon, the newest generation is made durable and the job leaves. ``snapshot_interval``:
     iterations from one generation to the next. ``wait_for_spare_s``: how long a job without spares waits for one before
-    it ends. ``rehearsals``: of how many nodes each spare sets up the coordinates ahead of time.
+    it ends. ``rehearsals``: of how many nodes each spare sets up the coordinates ahead of time. ``spare_check_s``: from
+    one check of a parked spare to the next; 0: none.
     """
 
     nodes: int
@@ -61,6 +62,7 @@ class JobSpec:
     snapshot_interval: int = 1
     wait_for_spare_s: float = 0.0
     rehearsals: int = 0
+    spare_check_s: float = 0.0
 
     @property
     def active_nodes(self) -> int:

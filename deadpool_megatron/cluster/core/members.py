@@ -31,6 +31,8 @@ class NodeState:
     was: int | None = None  # the node that its machine was before
     rehearsed: frozenset[int] = frozenset()  # coordinates that it has set up ahead of time
     standbys: dict[int, int] = field(default_factory=dict)  # by local index, who can take the place of its worker
+    checked: bool = False  # as a spare, once at least
+    unfit: str = ""  # why it has failed its last check
 
     @property
     def gone(self) -> bool:
@@ -72,9 +74,9 @@ class Members:
             self._active = self.assignment, nodes, frozenset(nodes)
 
     def spares(self) -> list[int]:
-        """Every spare, in the order in which they are taken where nothing else counts: lemons last."""
+        """Every spare, in the order in which they are taken where nothing else counts: lemons late, the unfit last."""
         spares = [n for n, s in self.nodes.items() if s.role == "spare"]
-        return sorted(spares, key=lambda n: (self.failures(n), n))
+        return sorted(spares, key=lambda n: (self.unfit(n), self.failures(n), n))
 
     def ready_spares(self) -> list[int]:
         """Spares all of whose workers are parked."""
@@ -91,6 +93,10 @@ class Members:
     def failures(self, node: int) -> int:
         """How often the machine of a node has failed of late; more than never: it is a lemon."""
         return self.nodes[node].record.recent(self.unix_s)
+
+    def unfit(self, node: int) -> bool:
+        """It has failed its last check."""
+        return bool(self.nodes[node].unfit)
 
     def parked(self, node: int) -> bool:
         """Every worker of the node is parked."""
@@ -158,7 +164,8 @@ class Members:
         """Spares take over the coordinates of other nodes; a healthy node that gave way becomes a spare itself."""
         self.assignment = placing.replace_nodes(self.assignment, taken_by)
         for node, spare in taken_by.items():
-            self.nodes[spare].role, self.nodes[spare].rehearsed = "active", frozenset()
+            taken = self.nodes[spare]
+            taken.role, taken.rehearsed, taken.unfit = "active", frozenset(), ""
             self.nodes[node].standbys = {}
             if self.nodes[node].role == "active":
                 self.nodes[node].role = "spare"
@@ -223,6 +230,7 @@ class Members:
                     s.trained,
                     s.name,
                     s.was,
+                    s.unfit,
                 ]
                 for s in self.nodes.values()
             ],
@@ -246,8 +254,9 @@ class Members:
                 trained=trained,
                 name=name,
                 was=was,
+                unfit=unfit,
             )
-            for node, role, agent_pid, vault, pids, record, trained, name, was in kept["nodes"]
+            for node, role, agent_pid, vault, pids, record, trained, name, was, unfit in kept["nodes"]
         }
         self._absent = set(self.nodes)
         self.departed = [node for node, state in self.nodes.items() if state.gone]

@@ -63,6 +63,18 @@ class Standbys(OfNode, frozen=True):
     why: str = ""
 
 
+class SpareChecked(OfNode, frozen=True):
+    """A spare node has looked whether it could take over: ``why`` it could not, in one line; empty: it could.
+
+    ``seconds``: of the whole check; ``link_s``: of the slowest exchange with a partner's vault, there and back.
+    """
+
+    number: int
+    why: str = ""
+    seconds: float = 0.0
+    link_s: float = 0.0
+
+
 class Registered(OfNode, frozen=True):
     """A coordinate has built its model and is about to train."""
 
@@ -391,7 +403,17 @@ class AddSpare(Record, frozen=True):
     host: str
 
 
-WorkerNews = WorkerReady | Rehearsed | Standbys | Registered | WorkerExited | WorkerFailed | MachineSign | PeerError
+WorkerNews = (
+    WorkerReady
+    | Rehearsed
+    | Standbys
+    | SpareChecked
+    | Registered
+    | WorkerExited
+    | WorkerFailed
+    | MachineSign
+    | PeerError
+)
 RecoveryNews = Offer | Behind | NodeArrived | NodeReady | NodeFormed | NodeRestored | NodeResumed
 VaultNews = Committed | Covered | DamagedCopy | NoRoom | Refusals | VaultMemory
 TrainingNews = Iteration | FetchFailed | Finished | StateHash | Saved
