@@ -21,7 +21,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -113,10 +112,8 @@ def _rendezvous_under(prefix: str) -> None:
 
 def _install(standby: bool, script: str, rehearses: bool) -> Hooks:
     """Import torch and Megatron, wrap process groups, connect to the agent, install the hooks."""
-    import torch.distributed as dist
-
     from deadpool_megatron import config as settings
-    from deadpool_megatron.comm import Communicators, ReformError
+    from deadpool_megatron.comm import Communicators, ReformError, StoreClients
     from deadpool_megatron.hosts import host_of
     from deadpool_megatron.megatron import Hooks, SelfChecks, arm
     from deadpool_megatron.recovery import Session
@@ -147,33 +144,13 @@ def _install(standby: bool, script: str, rehearses: bool) -> Hooks:
     def place() -> tuple[str, int]:
         return session.rendezvous or (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 
-    def connect() -> dist.Store:
-        host, port = place()
-        return dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=config.form_deadline))
-
-    clients: dict[tuple[str, int], Any] = {}
-    one_at_a_time = threading.Lock()
-
-    def store() -> dist.Store:
-        """The client of the rendezvous store; a new one when the server has been started again, or has moved."""
-        with one_at_a_time:  # the training thread, and one that forms groups
-            here = place()
-            if here in clients:
-                try:
-                    clients[here].check(["deadpool/alive"])
-                except RuntimeError:  # the connection is gone with the server
-                    clients.clear()
-            if here not in clients:
-                clients[here] = connect()
-            client: dist.Store = clients[here]
-            return client
-
+    store = StoreClients(place, config.form_deadline)
     if standby:
         session.on_check = SelfChecks(session).begin
         communicators.prepare(store())  # connections now and then take seconds: not in a recovery
     page = PulsePage(int(os.environ[PULSE_FD]))
     doorbell = int(os.environ[DOORBELL_FD])
-    hooks = Hooks(host_of(script), session, communicators, config, doorbell, store, connect, standby, page, rehearses)
+    hooks = Hooks(host_of(script), session, communicators, config, doorbell, store, standby, page, rehearses)
     hooks.install()
     session.call_on_arm(arm)
     session.is_waiting = hooks.is_waiting
@@ -197,7 +174,7 @@ def _park(hooks: Hooks, script: str, rehearses: str | None) -> None:
         if warm_up.learn(job.environment) and rehearses is None:
             session.step("parked", 0, numa=numa_node())  # once more: the device is known now
 
-    known = follow_job(hooks.connect, learn)  # of its own: a blocked wait blocks every user of a client
+    known = follow_job(hooks.store.connect, learn)  # of its own: a blocked wait blocks every user of a client
     warm_up.begin()
     if rehearses is None:
         session.step("parked", 0, numa=numa_node())
