@@ -184,7 +184,7 @@ BAD_VALUES: dict[str, list[object]] = {
 GOOD_VALUES: dict[str, list[object]] = {
     "cuda_graph_impl": [None, "none", "full_iteration", "transformer_engine"],
     "optimizer": ["adam", "sgd", "muon"],
-    "experimental_attention_variant": ["dsa", "gated_delta_net", None],
+    "experimental_attention_variant": ["dsa", "gated_delta_net", "gdn", None],
     "moe_flex_dispatcher_backend": ["deepep", "hybridep", None],
     "fp8_recipe": ["delayed", "tensorwise", "blockwise", "mxfp8", None],
     "fp4_recipe": ["nvfp4", None],
