@@ -13,9 +13,16 @@ if [[ "${1:-}" == main ]]; then
     scratch="$(mktemp -d)"
     trap 'rm -rf "$scratch"' EXIT
     # Before the installed ones on the path; compiled helpers are the installed one's.
-    tree="$(PYTHONPATH=tests python -c 'import sys; from pathlib import Path; from upstream import bridge
-print(bridge(Path(sys.argv[1])))' "$scratch")"
-    export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}"
+    trees="$(PYTHONPATH=tests python - "$scratch" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from upstream import MAIN, bridge, checkout
+
+print(bridge(Path(sys.argv[1])), checkout(MAIN, Path(sys.argv[1])), sep=":")
+PYTHON
+)"
+    export PYTHONPATH="$trees${PYTHONPATH:+:$PYTHONPATH}"
 fi
 python -c 'from importlib.util import find_spec; print("==", find_spec("megatron.bridge").origin)'
 # Nothing is fetched: the tiny models have no files.

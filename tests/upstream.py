@@ -63,8 +63,9 @@ def checkout(name: str, directory: Path) -> Path:
 
 
 def bridge(directory: Path) -> Path:
-    """Megatron-Bridge's main and Megatron-LM's, in one tree."""
-    tree = checkout(MAIN, directory)
+    """Megatron-Bridge's main, to be put on the path before an installed one."""
+    tree = directory / "bridge"
+    tree.mkdir(parents=True)
     archive = _git("DEADPOOL_BRIDGE_GIT", "Megatron-Bridge", "archive", f"{BRIDGE_MAIN}:src", "megatron/bridge")
     subprocess.run(["tar", "x", "-C", str(tree)], input=archive, check=True)
     return tree
