@@ -63,6 +63,12 @@ class DeadpoolConfig:
         "nodes whose coordinates each spare node sets up ahead of time, in a process more for each of its workers, "
         "which holds as much memory as a training rank",
     )
+    standby_workers: str = _setting(
+        "none",
+        "what a process beside each worker has ready, to take its place if it ends and its node lives: imports (no "
+        "memory of a device), device (a context there), or coordinate (the model too: as much memory as the worker)",
+        ("none", "imports", "device", "coordinate"),
+    )
     spare_check: float = _setting(
         600.0,
         "seconds from one check of a parked spare node (device, a short computation and copy, memory, its links) to "
@@ -260,6 +266,7 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_EMULATE_CPU",
     "DEADPOOL_EPOCH",
     "DEADPOOL_REHEARSES",
+    "DEADPOOL_STANDBY",
     "DEADPOOL_MODE",
     "DEADPOOL_SETTINGS",
     "DEADPOOL_CONTROL_FD",

@@ -1,7 +1,8 @@
 """``python -m deadpool_megatron.worker SCRIPT [ARGS]``: one worker process, started by its agent.
 
-Active workers run the script at once. A spare's worker imports everything the script will need, brings up the device,
-parks, and runs the same script as the coordinate it is given, under torch's ``fake`` backend until it joins the rest.
+Active workers run the script at once. A spare's worker, or one that stands by, imports everything the script needs,
+brings up the device, parks, and runs the same script as the coordinate it is given, under torch's ``fake`` backend
+until it joins the rest.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from deadpool_megatron.cluster.agent.workers import (
     REHEARSES,
     STACKS_FILE,
     STACKS_SIGNAL,
+    STANDBY,
 )
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.output import never_fails
@@ -164,7 +166,8 @@ def _park(hooks: Hooks, script: str, rehearses: str | None) -> None:
     """
     from deadpool_megatron.megatron import RunningJob, WarmUp, follow_job, numa_node
 
-    warm_up, session = WarmUp(script, hooks.host), hooks.session
+    # The device is another process's until this one takes its place.
+    warm_up, session = WarmUp(script, hooks.host, os.environ.get(STANDBY) != "imports"), hooks.session
 
     def learn(job: RunningJob) -> None:
         hooks.learn_job(job)

@@ -184,6 +184,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "agent.shards-loaded": "a moment after the start, before a command can arm it (test_durable_core loses a node)",
     "step.rehearsed": "only with --deadpool-rehearsals (test_rehearsals.py), and who rehearses has nothing to lose",
     "agent.rehearsed": "only with --deadpool-rehearsals (test_rehearsals.py loses spares), and told again",
+    "agent.standbys": "only with --deadpool-standby-workers, and told again (test_simulated_jobs)",
     "coordinator.rehearse": "only with --deadpool-rehearsals: a drain goes on with the next one (test_simulated_jobs)",
     "take-over.rehearsed": "only with --deadpool-rehearsals: test_rehearsals.py",
     "worker.checked": "only parked spares send it, and it is asked again (test_checked_spares, test_simulated_jobs)",

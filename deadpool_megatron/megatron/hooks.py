@@ -153,6 +153,10 @@ class Hooks:
             raise UserError(
                 "--deadpool-rehearsals: only Megatron-LM's own training loop can be rehearsed; leave it out"
             )
+        if self.config.standby_workers == "coordinate" and not host.can_rehearse:
+            raise UserError(
+                "--deadpool-standby-workers coordinate: only with Megatron-LM's own training loop; take device instead"
+            )
         if self.rehearses and (why := host.not_rehearsed()):
             raise UserError(f"not rehearsed with {why}")
         if self.standby:

@@ -295,7 +295,10 @@ class JobView:
         ranks = {rank for spare in self.status["spares"] for rank in spare.get("rehearsed", ())}
         words += [f"{ranks_text(ranks)} rehearsed"] if ranks else []
         none = "none left: bring one (deadpool join)" if self.status["epoch"] else "none"
-        return Text(f"spares: {', '.join(words) or none}", "" if words or not self.status["epoch"] else "yellow")
+        standbys = sum(len(node.get("standbys", ())) for node in self.status["nodes"])
+        beside = f"; a process stands by for {standbys} of {len(self.status['coordinates'])} workers" * bool(standbys)
+        style = "" if words or not self.status["epoch"] else "yellow"
+        return Text(f"spares: {', '.join(words) or none}{beside}", style)
 
     def _in_short(self, last: Recovery, count: int) -> list[Text]:
         """The last recovery in two lines."""

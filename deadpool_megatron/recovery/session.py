@@ -136,6 +136,8 @@ class Session:
             _attempt(self._on_declare, record.epoch)
             if (rank := self._standing_by) is not None:
                 self.tell(r.Arrived(record.epoch, rank, None))
+        elif isinstance(record, r.Declare) and record.epoch == self.declared_epoch:
+            _attempt(self.on_replaced, record.replaced)  # a worker of this node has ended since, and is replaced too
         elif isinstance(record, r.Form) and record.epoch == self.declared_epoch:
             _attempt(self._on_form, record.epoch)
         with self._news:

@@ -34,6 +34,7 @@ class Profile:
         rivals: the same of another job that wants the durable directory.
         restarts: every recovery needs other processes, on all nodes.
         rehearsals: spares set up coordinates ahead of time.
+        standbys: processes stand by for the workers, and several workers end at once.
         checks: spares are checked, and some of them fail.
         moves: every run has drains that something happens to, or none has; None: drawn.
         signs: one machine's GPU is at fault, and takes others along.
@@ -47,6 +48,7 @@ class Profile:
     rivals: bool | None = None
     restarts: bool = False
     rehearsals: bool = False
+    standbys: bool = False
     checks: bool = False
     moves: bool | None = None
     signs: bool = False
@@ -89,6 +91,9 @@ class Faults:
             for _ in range(cluster.signs.randint(1, 2)):
                 count, seconds = cluster.signs.randint(1, 6), cluster.signs.uniform(0.0, 1.0)
                 self._wait(cluster.signs.choice(("committed", "declared")), count, seconds, "rack", self._rack)
+        if self.profile.standbys:
+            for _ in range(cluster.standing.randint(1, 3)):
+                self._wait(*self._when(cluster.standing), "ends at once", self._end_at_once)
         if self.profile.checks:
             spares = [host for host in cluster.hosts if not host.known.ranks]
             for host in cluster.checks.sample(spares, cluster.checks.randint(0, len(spares))):
@@ -184,6 +189,21 @@ class Faults:
         workers = [worker for worker in host.workers() if worker.rank is not None]
         if host.alive and workers:
             self._cluster.signs.choice(workers).die(-9)
+
+    def _end_at_once(self) -> None:
+        """Any number of workers of any nodes, those that stand by perhaps among them."""
+        cluster, chance = self._cluster, self._cluster.standing
+        waits = chance.random() < 0.3
+        there = [
+            worker
+            for host in cluster.hosts
+            for worker in host.workers()
+            if host.alive and host.known.ranks and (waits or worker.rank is not None)
+        ]
+        hit = chance.sample(there, chance.randint(1, len(there))) if there else []
+        self.struck[-1] += f" {sorted({worker.host.node for worker in hit})}"
+        for worker in hit:
+            worker.die(-9)
 
     def _draw_durable(self) -> None:
         """Of its own chance, so that other runs stay as they are."""

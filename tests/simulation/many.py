@@ -34,6 +34,7 @@ MIX: dict[str, tuple[int, Profile]] = {
 }
 _TURNS = [flags for flags, (share, _) in MIX.items() for _ in range(share)]
 _REHEARSED = 0.2  # of them have spares that rehearse besides
+_STANDBYS = 0.25  # of them have processes that stand by
 _CHECKED = 0.2  # of them have spares that are checked besides
 _SIGNS = 0.2  # of them have a GPU at fault besides
 _BLOCK = 200  # runs
@@ -47,8 +48,9 @@ def mixed(seed: int) -> tuple[str, Profile]:
     flags = _TURNS[seed % len(_TURNS)]
     rehearsed = random.Random(f"rehearsed {seed}").random() < _REHEARSED
     signs = random.Random(f"has signs {seed}").random() < _SIGNS
+    standbys = random.Random(f"standbys {seed}").random() < _STANDBYS
     checks = random.Random(f"has checks {seed}").random() < _CHECKED
-    profile = replace(MIX[flags][1], rehearsals=rehearsed, signs=signs, checks=checks)
+    profile = replace(MIX[flags][1], rehearsals=rehearsed, signs=signs, standbys=standbys, checks=checks)
     few = random.Random(f"few {seed}")
     if few.random() < 0.5:
         return flags, profile

@@ -599,6 +599,18 @@ def _a_spare_that_failed_is_as_good_as_any(patch: Patch) -> None:
     patch.setattr(Members, "failures", lambda self, node: 0)
 
 
+def _a_spare_is_spent_although_another_process_stands_by(patch: Patch) -> None:
+    def taken_by(self: Recoveries, out_of_use: set[int]) -> dict[int, int] | None:
+        return self._state.spares.for_lost(out_of_use, {node for node, _ in self.vacant})
+
+    patch.setattr(Recoveries, "_taken_by", taken_by)
+
+
+def _who_stands_by_waits_for_an_epoch_that_does_not_come(patch: Patch) -> None:
+    """A worker that ends before its node has offered is replaced in the next epoch, which the core does not declare."""
+    patch.setattr(NodeRecovery, "ended", lambda self, worker: None)
+
+
 def _a_spare_that_fails_its_check_is_as_good_as_any(patch: Patch) -> None:
     patch.setattr(Members, "unfit", lambda self, node: False)
 
@@ -672,6 +684,8 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "hangs": _a_rank_that_hangs_in_a_recovery_costs_its_node,
     "wait kept": _the_wait_for_a_spare_begins_anew,
     "follows": _what_follows_spends_a_spare,
+    "stands by": _a_spare_is_spent_although_another_process_stands_by,
+    "takes in": _who_stands_by_waits_for_an_epoch_that_does_not_come,
     "lemon": _a_spare_that_failed_is_as_good_as_any,
     "unfit": _a_spare_that_fails_its_check_is_as_good_as_any,
     "begins again": _what_a_job_begins_with_must_be_whole,

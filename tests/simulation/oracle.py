@@ -124,6 +124,7 @@ class Oracle:
         self._active = list(range(cluster.job.active_nodes))  # nodes, as was declared last
         self._linked: dict[int, float] = {}  # by node, when the coordinator has heard of its links last
         self._ended_alone: set[int] = set()  # nodes of which a worker has ended with no such sign
+        self._stood_by: dict[int, bool] = {}  # by node, for everybody who ended there in this recovery
         self._broken: dict[tuple[int, int], Slot] = {}  # by slot and turn
         self._trains: dict[tuple[int, int], int] = {}
         self.safe: _Held | None = None
@@ -276,6 +277,9 @@ class Oracle:
                 self.drain_ends(fields["node"])
             case "detected" if "local" not in fields:
                 self.drain_ends(fields["node"])
+            case "detected":
+                node = fields["node"]
+                self._stood_by[node] = fields.get("stood_by", False) and self._stood_by.get(node, True)
             case "durable_failed":
                 self._not_drained(fields["message"])
             case "durable":
@@ -296,6 +300,7 @@ class Oracle:
                 self._cluster.faults.awaited()
             case "resumed":
                 self._since, self._waits_since = 0, None
+                self._stood_by.clear()
 
     def _rightly_taken(self, nodes: list[int]) -> None:
         """No spare is spent on who only follows, and none is one that failed while another one is there."""
@@ -303,6 +308,8 @@ class Oracle:
         for node in {*self._active} - {*nodes} - self.hurt.keys() - self._drained - self._cluster.faults.culprits:
             if now - self._linked.get(node, -_SIGN_S) < _SIGN_S and node not in self._ended_alone:
                 raise Violation(f"node {node} gives way, and what ended there has its cause elsewhere")
+            if self._stood_by.get(node):
+                raise Violation(f"node {node} gives way, and another process stood by for everybody who ended there")
         fresh = [n for n, s in core.nodes.items() if s.role == "spare" and not s.record.failures]
         fresh = [n for n in fresh if core.members.parked(n) and n not in self._active]
         for node in {*nodes} - {*self._active}:

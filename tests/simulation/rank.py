@@ -226,7 +226,8 @@ class Rank:
             return
         self.process.die()
         self.worker.process.code = code  # type: ignore[attr-defined]
-        if code and not self.worker.retired and self.host.alive:
+        stands_by = self.worker.standby and any(each is self.worker for each in self.host.crew.beside)
+        if code and not self.worker.retired and not stands_by and self.host.alive:
             self.host.cluster.oracle.dies(self.host.node)
         self.world.say(f"rank {self.rank} (n{self.host.node})", f"pid {self.worker.pid} ends with {code}")
         if not silently and self.rank is not None and not (code == 0 and self.finished):

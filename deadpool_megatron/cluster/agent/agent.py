@@ -124,6 +124,7 @@ class Agent:
         self._covered: r.Covered | None = None  # told last
         self._clock = clock
         self._signs: dict[int, tuple[float, r.MachineSign]] = {}  # the newest of each number, and when it came
+        self._standbys: dict[int, int] = {}  # told last, by local index
         self._hashes: list[r.StateHash] = []
         self._done: dict[r.SideEffectKind, r.SideEffect] = {}  # the newest of each kind that a rank here has told
         self._iteration = -1  # the newest of this epoch that a rank here has told
@@ -143,6 +144,10 @@ class Agent:
         """Call often. ``connected``: to the coordinator."""
         if self._durable is not None:
             self._durable.look()
+        if self._recovery is not None:
+            self._crew.standbys.look(self._crew.workers.values(), self._recovery.calm, self._clock())
+            if self._crew.standbys.pids() != self._standbys:
+                self._tell_standbys()
         if self._lookout is not None and (why := self._lookout.look(connected)):
             print(f"deadpool: {why}", file=sys.stderr)
             self.code = Exit.FENCED
@@ -187,6 +192,8 @@ class Agent:
                 self.send(self._exited(worker, worker.exit_code))
         if self._crew.rehearsed():
             self._tell_rehearsed()
+        if self._standbys:
+            self._tell_standbys()
         if (last := self._commits.last) is not None:
             self.send(last)  # without it nobody could ever overwrite a slot again
         if self._covered is not None and self._covered.epoch == self._job.epoch:
@@ -265,15 +272,22 @@ class Agent:
                 self.send(msgspec.structs.replace(record, node=node))
 
     def _from_beside(self, worker: Worker, record: r.WorkerRecord) -> None:
-        """A worker that holds no slot has said something: only how its rehearsal went is of interest."""
+        """A worker that holds no slot has said something: only how its rehearsal went is of interest, or that it can
+        stand by."""
         if isinstance(record, r.WorkerFailed):
             worker.failed = record
+        elif worker.standby and isinstance(record, r.WorkerStep) and record.step in ("parked", "rehearsed"):
+            worker.parked, worker.numa = True, record.numa
         elif isinstance(record, r.WorkerStep) and record.step == "rehearsed" and not worker.retired:
             worker.parked, worker.numa = True, record.numa
             self._tell_rehearsed()
 
     def _tell_rehearsed(self, why: str = "") -> None:
         self.send(r.Rehearsed(self._s.node, self._crew.rehearsed(), why))
+
+    def _tell_standbys(self, why: str = "") -> None:
+        self._standbys = self._crew.standbys.pids()
+        self.send(r.Standbys(self._s.node, self._standbys, why))
 
     def rang(self, worker: Worker) -> None:
         """A worker has written more of its shard."""
@@ -289,6 +303,8 @@ class Agent:
         code = self._crew.reap(worker)
         if not worker.retired:
             self.send(self._exited(worker, code))
+            if self._recovery is not None:
+                self._recovery.ended(worker)
             return
         self._crew.renew(worker.local)
         if self._job.declared is None and not self._crew.renewing(self._crew.workers):
@@ -299,8 +315,10 @@ class Agent:
     def _left(self, worker: Worker) -> None:
         """One that held no slot has ended: by itself, or to make room for who takes over."""
         code = self._crew.left(worker)
-        if not worker.retired:
-            failed = worker.failed.message if worker.failed is not None else f"it ended with {code}"
+        failed = worker.failed.message if worker.failed is not None else f"it ended with {code}"
+        if worker.standby and not worker.retired:
+            self._tell_standbys(f"{self._crew.standbys.left(worker, failed)}; see {worker.log}")
+        elif not worker.retired:
             self._tell_rehearsed(f"rank {worker.rehearses} is rehearsed no more: {failed}; see {worker.log}")
         elif self._recovery is not None:
             self._recovery.renewed()
@@ -309,7 +327,8 @@ class Agent:
     def _exited(self, worker: Worker, code: int) -> r.WorkerExited:
         words = self._processes.last_words(worker) if code else []
         here = self._s.node, worker.local, worker.rank, worker.pid
-        return r.WorkerExited(*here, code, self._job.epoch, worker.log, words)
+        stands_by = self._crew.standbys.ready(worker.local) is not None
+        return r.WorkerExited(*here, code, self._job.epoch, worker.log, words, stands_by)
 
     # ---- events of the vault
 

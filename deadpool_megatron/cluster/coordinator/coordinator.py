@@ -520,6 +520,8 @@ class Coordinator:
         if failures:
             out["failures"] = [[each.when, each.kind, each.cause] for each in failures]
             out["lemon"] = core.members.failures(node) > 0
+        if standbys := core.nodes[node].standbys:
+            out["standbys"] = {str(local): pid for local, pid in standbys.items()}
         if labels := core.protection.labels(node):
             out["domains"] = dict(labels)
         return out

@@ -109,6 +109,7 @@ class Core:
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
             r.Rehearsed: self._rehearsed,
+            r.Standbys: self._start.stands_by,
             r.SpareChecked: self._checks.answered,
             r.Registered: self._register,
             r.WorkerExited: self._worker_exited,
@@ -661,7 +662,8 @@ class Core:
         of_old_start = self._state.phase is Phase.STARTING and record.epoch != self.epoch
         if of_old_start and record.rank is not None:
             return  # else it is a spare's, and those go on through all starts
-        yield from self._ends.exited(record, self._now)
+        if taken_in := (yield from self._ends.exited(record, self._now)):
+            self.seen.moved(taken_in)
 
     # ---- losses
 

@@ -30,6 +30,7 @@ class NodeState:
     trained: bool = False  # its workers have told what job this is
     was: int | None = None  # the node that its machine was before
     rehearsed: frozenset[int] = frozenset()  # coordinates that it has set up ahead of time
+    standbys: dict[int, int] = field(default_factory=dict)  # by local index, who can take the place of its worker
     checked: bool = False  # as a spare, once at least
     unfit: str = ""  # why it has failed its last check
 
@@ -165,6 +166,7 @@ class Members:
         for node, spare in taken_by.items():
             taken = self.nodes[spare]
             taken.role, taken.rehearsed, taken.unfit = "active", frozenset(), ""
+            self.nodes[node].standbys = {}
             if self.nodes[node].role == "active":
                 self.nodes[node].role = "spare"
                 self.nodes[node].parked.clear()

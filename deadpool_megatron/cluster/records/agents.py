@@ -56,6 +56,13 @@ class Rehearsed(OfNode, frozen=True):
     why: str = ""
 
 
+class Standbys(OfNode, frozen=True):
+    """By local index, the processes that can take the place of a worker of the node. ``why``: one has ended."""
+
+    pids: dict[int, int]
+    why: str = ""
+
+
 class SpareChecked(OfNode, frozen=True):
     """A spare node has looked whether it could take over: ``why`` it could not, in one line; empty: it could.
 
@@ -89,6 +96,8 @@ class WorkerExited(OfNode, frozen=True):
     """A worker process ended: ``code`` as from waitpid, negative for a signal. ``epoch``: that of its agent.
 
     ``log``: path of its log on its node; ``words``: the lines of it that say why, where it ended with an error.
+    ``stands_by``: another process of the node takes its place at once, in the epoch that the node has not made its
+    offer for yet or, where there is none, in the next one.
     """
 
     local: int
@@ -98,6 +107,7 @@ class WorkerExited(OfNode, frozen=True):
     epoch: int = 0
     log: str = ""
     words: list[str] = msgspec.field(default_factory=list)
+    stands_by: bool = False
 
 
 class WorkerFailed(OfNode, frozen=True):
@@ -393,7 +403,17 @@ class AddSpare(Record, frozen=True):
     host: str
 
 
-WorkerNews = WorkerReady | Rehearsed | SpareChecked | Registered | WorkerExited | WorkerFailed | MachineSign | PeerError
+WorkerNews = (
+    WorkerReady
+    | Rehearsed
+    | Standbys
+    | SpareChecked
+    | Registered
+    | WorkerExited
+    | WorkerFailed
+    | MachineSign
+    | PeerError
+)
 RecoveryNews = Offer | Behind | NodeArrived | NodeReady | NodeFormed | NodeRestored | NodeResumed
 VaultNews = Committed | Covered | DamagedCopy | NoRoom | Refusals | VaultMemory
 TrainingNews = Iteration | FetchFailed | Finished | StateHash | Saved
