@@ -491,6 +491,7 @@ class Coordinator:
                         "node": n,
                         "pids": [s.pids[i] for i in sorted(s.pids)],
                         "state": "parked" if len(s.parked) >= core.job.slots_per_node else "starting",
+                        "rehearses": sorted(s.rehearses),
                         "rehearsed": sorted(s.rehearsed),
                         "checked": s.checked,
                         "unfit": s.unfit,

@@ -50,6 +50,7 @@ from deadpool_megatron.cluster.core.progress import Progress
 from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.recovering import Recovery
+from deadpool_megatron.cluster.core.rehearsals import Rehearsals
 from deadpool_megatron.cluster.core.returning import Returning
 from deadpool_megatron.cluster.core.spares import Spares
 from deadpool_megatron.cluster.core.start import Start
@@ -97,6 +98,7 @@ class Core:
         self._arrivals = Arrivals(job.deadlines.join)
         self._drains = Drains(self._state, self._recoveries)
         self._checks = SpareChecks(self._state)
+        self._rehearsals = Rehearsals(self._state)
         self._suspicions = Suspicions(self._state)
         self._ends = WorkerEnds(self._state, self._recoveries, self._suspicions)
         self.seen = seen = Observations(self._state)
@@ -207,7 +209,7 @@ class Core:
         if not self._returning.waits:  # who is not back may be the loss that explains an error
             times += [self._suspicions.due, self._drains.due]
             if self.phase is Phase.RUNNING:
-                times.append(self._checks.due)
+                times += [self._checks.due, self._rehearsals.due]
             if self._state.phase is Phase.STARTING:
                 times += [self._durability.loading_due, self._start.due]
             times.append(self._recovery_due())
@@ -503,6 +505,8 @@ class Core:
         if connects_again or replaces:
             yield emit("reconnected", node=record.node)
         self._checks.ask_at(record.node, self._now)  # an answer may have been lost with a connection
+        if not first:
+            self._rehearsals.again(record.node)
         if self._returning.awaits(record.node) and self._returning.was_away:
             yield from self._returning.back(record, self._now)
         elif self._state.phase is Phase.STARTING:
@@ -542,6 +546,7 @@ class Core:
         self._ends.begun(record)
         yield from self._start.worker_ready(record)
         self._checks.ask_at(record.node, self._now)
+        self._rehearsals.changed()
         yield from self._look_for_spare(record.node)
 
     def _rehearsed(self, record: r.Rehearsed) -> Effects:
@@ -737,6 +742,7 @@ class Core:
         self._suspicions.ended()
         self._ends.new_epoch()
         self._drains.forget()
+        self._rehearsals.changed()
 
     def _fetch_failed(self, record: r.FetchFailed) -> Effects:
         if record.own and record.epoch == self.epoch:
@@ -786,6 +792,7 @@ class Core:
             yield from self._drains.tick(self._now)
         if self.phase is Phase.RUNNING and not self._returning.waits:
             yield from self._checks.tick(self._now)
+            yield from self._rehearsals.tick(self._drains.rehearses)
             yield from self._suspicions.judge_stalls(self._now)
         recovery = self.recovery
         if recovery is None or self._returning.waits:  # what is missing may have been lost with a connection

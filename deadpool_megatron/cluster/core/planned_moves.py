@@ -53,6 +53,11 @@ class Drains:
         return self._drain.node if self._drain is not None else None
 
     @property
+    def rehearses(self) -> int | None:
+        """The spare that sets up what the node does, while it is waited for."""
+        return self._drain.rehearses if self._drain is not None else None
+
+    @property
     def due(self) -> float | None:
         """When `tick` has something to do; None when nothing is under way, or has to wait."""
         drain = self._drain
@@ -111,7 +116,8 @@ class Drains:
             assert spare is not None  # one is parked
             drain.asked, drain.rehearses, drain.deadline = True, spare, now + job.deadlines.build
             yield emit("rehearsing", node=spare, ranks=ranks)
-            yield Send(spare, r.Rehearse({members.assignment[rank].local: rank for rank in ranks}))
+            members.nodes[spare].rehearses = frozenset(ranks)
+            yield Send(spare, r.Rehearse({members.assignment[rank].local: [rank] for rank in ranks}))
         else:
             yield from self._hold(drain, now)
 

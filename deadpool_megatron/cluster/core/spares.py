@@ -14,7 +14,7 @@ What counts, in this order:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from deadpool_megatron.cluster.core.layout import Layout
 from deadpool_megatron.cluster.core.members import Members
@@ -68,10 +68,15 @@ class Spares:
             bad, cold = (int(members.unfit(spare)), members.failures(spare)), int(not members.parked(spare))
             first = (cold, *bad) if moved or members.nodes[node].role == "leaving" else (*bad, cold)
             apart = tied[node] and own[NVLINK] != others.get(NVLINK)
-            far = sum(others.get(kind) != label for kind, label in own.items())
-            return (*first, int(apart), int(spare not in fit.get(node, ())), far)
+            return (*first, int(apart), int(spare not in fit.get(node, ())), _far(own, others))
 
         return prefer
+
+    def apart(self, node: int, spare: int) -> tuple[int, int]:
+        """How little a spare suits a node by their domains, NVLink's first; (0, 0): it is of the same ones."""
+        own, others = self._protection.labels(node), self._protection.labels(spare)
+        tied = self._is_tied(node) and own[NVLINK] != others.get(NVLINK)
+        return int(tied), _far(own, others)
 
     def _is_tied(self, node: int) -> bool:
         """A tensor- or expert-parallel group spans this node and another one of its NVLink domain."""
@@ -85,3 +90,8 @@ class Spares:
             assignment[peer].node for rank in self._members.ranks_of(node) for peer in self._layout.close_to(rank)
         }
         return any(labels(other).get(NVLINK) == domain for other in others - {node})
+
+
+def _far(own: Mapping[str, str], others: Mapping[str, str]) -> int:
+    """In how many of a node's failure domains a spare is not."""
+    return sum(others.get(kind) != label for kind, label in own.items())
