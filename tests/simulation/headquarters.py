@@ -313,7 +313,7 @@ class Headquarters:
         if self.lives:
             spec = replace(spec, job=f"{spec.job}r{self.lives}")
             lease = DirectoryLease(store, 0, owner)
-            found = look_again(store, lease, world_size, lambda line: self.world.say("hq", line))
+            found = look_again(store, lease, "auto", world_size, -1, lambda line: self.world.say("hq", line))
         else:
             lease = self._lease or take(store, owner, lambda line: None, self.world.clock)
             found = survey(store, "auto", world_size, -1, True)

@@ -254,9 +254,9 @@ class Core:
         """Time has passed."""
         return self._run(self._check_deadlines(), now)
 
-    def interrupted(self, now: float, code: Exit = Exit.INTERRUPTED) -> list[Action]:
-        """The user asked for the end, or (`Exit.TERMINATED`) a batch system did."""
-        how = "interrupted" if code == Exit.INTERRUPTED else "ended by SIGTERM"
+    def interrupted(self, now: float, code: Exit = Exit.INTERRUPTED, how: str = "") -> list[Action]:
+        """The user asked for the end, or (`Exit.TERMINATED`) a batch system did, unless ``how`` says what else."""
+        how = how or ("interrupted" if code == Exit.INTERRUPTED else "ended by SIGTERM")
         return self._run(self._stop(code, f"{how}: every process of the job is ended"), now)
 
     def preempted(self, now: float) -> list[Action]:
@@ -306,6 +306,21 @@ class Core:
         """A node is to be taken away. Returns the reason it cannot, or an empty string."""
         why, _ = self.cannot_drain(node)
         return why, [] if why else self._run(self._drains.begin(node, now), now)
+
+    def cancel_drain(self, node: int, now: float) -> tuple[str, list[Action]]:
+        """A node is not to be taken away any more. Returns the reason it cannot stay, or an empty string."""
+        error = self._no_such_node(node)
+        if not error and self.nodes[node].role == "leaving":
+            error = f"node {node} is replaced already, and leaves when it has given its shards"
+        elif not error and self._drains.node != node:
+            error = f"node {node} is not being drained"
+        return error, [] if error else self._run(self._drains.cancel(node), now)
+
+    @property
+    def drain_under_way(self) -> tuple[int, str] | None:
+        """The node that is being drained, and what that waits for, in words."""
+        node = self._drains.node
+        return None if node is None else (node, self._drains.state)
 
     def cannot_drain(self, node: int) -> tuple[str, bool]:
         """Why a node cannot be taken away now (empty: it can), and whether that may pass by itself."""
