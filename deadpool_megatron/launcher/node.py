@@ -124,9 +124,9 @@ def _coordinate(start: CoordinatorStart, lease: Lease | None) -> int:
     try:
         code, message = _serve(coordinator, store_port, url != EMBEDDED and not start.resume)
     except Deposed:
-        if not start.alone:
+        if not (start.alone and (coordinator.orphaned or coordinator.interrupted)):
             raise
-        code, message = coordinator.abandoned("its launcher was killed")  # nobody else leads, nor will
+        code, message = coordinator.abandoned()  # nobody else leads, nor will
     print(message, flush=True)
     return code
 

@@ -219,19 +219,29 @@ class Coordinator:
             self._preempted = False
             self._do(self._core.preempted(self._clock.now()))
         if self._interrupted is not None and self._finish is None:
-            how = "its launcher was killed" * (os.getppid() != self._parent)  # by which this process gets SIGTERM
-            self._do(self._core.interrupted(self._clock.now(), self._interrupted, how))
+            self._do(self._core.interrupted(self._clock.now(), self._interrupted, self._how))
         now = self._clock.now()
         if now >= self._status_due + (0.0 if self._status_stale else _STATUS_SIGN_OF_LIFE_S):
             self._write_status()
 
-    def abandoned(self, how: str) -> tuple[int, str]:
+    @property
+    def orphaned(self) -> bool:
+        """Whoever has started this process is gone."""
+        return os.getppid() != self._parent
+
+    @property
+    def _how(self) -> str:
+        """What has ended the job, where SIGTERM (or its own fate) has come from the end of its launcher."""
+        return "its launcher was killed" * self.orphaned
+
+    def abandoned(self) -> tuple[int, str]:
         """Instead of `end`, when the leadership is over and nobody has it any more: whoever can be told is told.
 
         What this coordinator decides is kept by no store from now on.
         """
-        actions = self._core.interrupted(self._clock.now(), Exit.TERMINATED, how)
-        code, message = self._core.end or (Exit.TERMINATED, how)
+        actions = self._core.interrupted(self._clock.now(), Exit.TERMINATED, self._how)
+        assert self._core.end is not None
+        code, message = self._core.end
         if not actions:  # it had been decided, and told to nobody
             actions = [
                 Emit("stopped", {"epoch": self._core.epoch, "code": int(code), "message": message}),
