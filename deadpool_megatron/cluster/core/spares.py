@@ -20,7 +20,7 @@ from deadpool_megatron.cluster.core.layout import Layout
 from deadpool_megatron.cluster.core.members import Members
 from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.placement import assignment as placing
-from deadpool_megatron.cluster.placement.domains import NVLINK, covered
+from deadpool_megatron.cluster.placement.domains import NVLINK, covered, whole
 
 
 class Spares:
@@ -53,10 +53,17 @@ class Spares:
         return placing.choose_spares(lost, spares, self._prefer(lost, ()))
 
     def covered(self) -> list[str]:
-        """How many losses of each domain spares of the same domain cover, in words."""
+        """How many losses of each domain spares of the same domain cover, and which whole ones, in words."""
         members = self._members
         labels = {node: known for node in members.present() if (known := self._protection.labels(node))}
-        return covered(labels, frozenset(members.active()), frozenset(members.spares())) if labels else []
+        if not labels:
+            return []
+        trains, spares = frozenset(members.active()), frozenset(members.spares())
+        lines = covered(labels, trains, spares)
+        if self._protection.groups:
+            uncopied = {kind: bad for kind, (_, bad) in self._protection.exact.domains.items()}
+            lines += whole(labels, trains, spares, uncopied)
+        return lines
 
     def _prefer(self, lost: Iterable[int], vacant: Iterable[int], moved: bool = False) -> placing.Preference:
         members, labels = self._members, self._protection.labels
