@@ -46,6 +46,31 @@ _LAST_S: Final = 10.0
 _MOST_LINES: Final = 10_000  # of a node's log, that wait
 
 
+class Thinned:
+    """Which events of a long run are written: all but some of `_THINNED`."""
+
+    def __init__(self) -> None:
+        self._count = 0  # of `_THINNED`, written since `_every` was doubled
+        self._every = 1
+        self._around = 0
+        self._held: dict[str, bytes] = {}  # of each kind the newest one, while it is left out
+
+    def lines(self, event: str, iteration: int, line: bytes) -> list[bytes]:
+        """The lines that are to be in the file with this one; none, where it is left out of it for now."""
+        if event not in _THINNED:
+            lines, self._held, self._around = [*self._held.values(), line], {}, _AROUND
+            return lines
+        self._held.pop(event, None)
+        if self._around == 0 and iteration % self._every:
+            self._held[event] = line
+            return []
+        self._around = max(0, self._around - 1)
+        self._count += 1
+        if self._count >= _WHOLE:
+            self._count, self._every = 0, 2 * self._every
+        return [line]
+
+
 class RunDirectory:
     """Writer of a run directory. Raises OSError when it cannot be made.
 
@@ -70,10 +95,7 @@ class RunDirectory:
             self._open_events()  # else it may have become read-only: what is noted waits
         # Of events, not written yet; may begin in the middle of a line, or end one that a dead writer has left.
         self._waiting = bytearray(b"\n" if _is_cut(self.path / EVENTS) else b"")
-        self._thinned = 0  # events of `_THINNED` that were written since `_every` was doubled
-        self._every = 1
-        self._around = 0
-        self._held: dict[str, bytes] = {}  # of each kind the newest one, while it is left out
+        self._thinned = Thinned()
         self._dropped = 0
         self._newest: dict[str, bytes] = {}  # by file that is replaced as a whole, what is to be in it
         self._told: list[str] = []  # of recoveries, not written yet
@@ -118,7 +140,7 @@ class RunDirectory:
         record = {"t": time.time(), "event": event, **fields}
         line = strict_json(record).encode() + b"\n"
         with self._lock:
-            for each in self._to_write(event, fields.get("iteration", 0), line):
+            for each in self._thinned.lines(event, fields.get("iteration", 0), line):
                 if len(self._waiting) < _MOST_WAITING:
                     self._waiting += each
                 else:
@@ -133,22 +155,6 @@ class RunDirectory:
             print(wrapped, file=sys.stderr, flush=True)
         if len(self._waiting) > _AT_ONCE and EVENTS not in self._failing:
             self.flush()
-
-    def _to_write(self, event: str, iteration: int, line: bytes) -> list[bytes]:
-        """The lines that are to be in the file with this one; none, where it is left out of it for now."""
-        if event not in _THINNED:
-            lines, self._held, self._around = [*self._held.values(), line], {}, _AROUND
-            return lines
-        if self._around == 0 and iteration % self._every:
-            self._held.pop(event, None)
-            self._held[event] = line
-            return []
-        self._held.pop(event, None)
-        self._around = max(0, self._around - 1)
-        self._thinned += 1
-        if self._thinned >= _WHOLE:
-            self._thinned, self._every = 0, 2 * self._every
-        return [line]
 
     def flush(self) -> None:
         """Write out all so far."""

@@ -298,7 +298,7 @@ class JobView:
         ranks = {rank for spare in self.status["spares"] for rank in spare.get("rehearsed", ())}
         words += [f"{ranks_text(ranks)} rehearsed"] if ranks else []
         begun = {rank for spare in self.status["spares"] for rank in spare.get("rehearses", ())} - ranks
-        words += [f"{ranks_text(begun)} being rehearsed"] if begun else []
+        words += [f"{ranks_text(begun)} to be rehearsed"] if begun else []
         none = "none left: bring one (deadpool join)" if self.status["epoch"] else "none"
         standbys = sum(len(node.get("standbys", ())) for node in self.status["nodes"])
         beside = f"; a process stands by for {standbys} of {len(self.status['coordinates'])} workers" * bool(standbys)

@@ -26,6 +26,7 @@ from deadpool_megatron.durable.lease import BEAT_S, take
 from deadpool_megatron.durable.start import look_again, survey
 from deadpool_megatron.observe import RunDirectory
 from deadpool_megatron.observe.recoveries import Story
+from deadpool_megatron.observe.rundir import Thinned
 from simulation.durable import Directory
 from simulation.network import Link
 from simulation.world import Process, World
@@ -160,7 +161,7 @@ class _Log(RunDirectory):
         self._disk = disk
         self.noted = self._dropped = 0
         self.path = Path("run")
-        self._waiting = bytearray()
+        self._waiting, self._thinned = bytearray(), Thinned()
         self._newest, self._told, self._lock, self._aside = {}, [], threading.Lock(), None
         self._failing = set()
         self._story = Story()

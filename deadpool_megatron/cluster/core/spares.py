@@ -14,7 +14,7 @@ What counts, in this order:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from deadpool_megatron.cluster.core.layout import Layout
 from deadpool_megatron.cluster.core.members import Members
@@ -79,13 +79,15 @@ class Spares:
 
         return prefer
 
-    def apart(self, node: int, spare: int) -> tuple[int, int]:
-        """How little a spare suits a node by their domains, NVLink's first; (0, 0): it is of the same ones."""
+    def apart(self, node: int, spare: int, ranks: Collection[int]) -> tuple[int, int]:
+        """How little a spare suits a node of these ranks by their domains, NVLink's first; (0, 0): they are alike."""
         own, others = self._protection.labels(node), self._protection.labels(spare)
-        tied = self._is_tied(node) and own[NVLINK] != others.get(NVLINK)
+        if not own:
+            return 0, 0
+        tied = own.get(NVLINK) != others.get(NVLINK) and self._is_tied(node, ranks)
         return int(tied), _far(own, others)
 
-    def _is_tied(self, node: int) -> bool:
+    def _is_tied(self, node: int, ranks: Collection[int] | None = None) -> bool:
         """A tensor- or expert-parallel group spans this node and another one of its NVLink domain."""
         labels, assignment = self._protection.labels, self._members.assignment
         domain = labels(node).get(NVLINK)
@@ -93,9 +95,8 @@ class Spares:
             return False
         if not self._layout.coordinates:
             return True  # it may be, and nothing is lost by it
-        others = {
-            assignment[peer].node for rank in self._members.ranks_of(node) for peer in self._layout.close_to(rank)
-        }
+        mine = self._members.ranks_of(node) if ranks is None else ranks
+        others = {assignment[peer].node for rank in mine for peer in self._layout.close_to(rank)}
         return any(labels(other).get(NVLINK) == domain for other in others - {node})
 
 
