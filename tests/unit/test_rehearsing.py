@@ -71,8 +71,19 @@ def test_rehearsals_are_spread_over_the_pipeline_stages_and_only_who_is_to_do_an
 
 def test_a_spare_rehearses_what_it_would_be_taken_for() -> None:
     """By rack; by NVLink domain where a group spans one, even if another spare does the same."""
-    assert _planned(_staged("0-1=r1,2-3=r2,4=r2,5=r1,6=r2")) == {4: [2], 5: [0], 6: [3]}
+    assert _planned(_staged("0-1=r1,2-3=r2,4=r2,5=r1,6=r2")) == {4: [2], 5: [1], 6: [3]}
     assert _planned(_staged(nvlink="0-1=n1,2-3=n2,4-6=n2", tp=2)) == {4: [2], 5: [3], 6: [2]}
+
+
+def test_in_whatever_order_spares_are_parked_each_goes_on_with_what_it_has_begun_where_that_is_as_good() -> None:
+    job = SimulatedJob(nodes=5, spares=3, rehearsals=1)
+    job.join()
+    for rank in range(4):
+        job.register(rank)
+    for spare in (4, 3, 2):
+        job.park([spare])
+        job.wait(0.0)
+    assert _planned(job) == {2: [0, 1], 3: [2, 3], 4: [0, 1]} and not _told(job)
 
 
 def test_what_a_spare_knows_it_keeps_and_the_next_one_takes_what_nobody_knows() -> None:
@@ -89,8 +100,11 @@ def test_what_a_spare_knows_it_keeps_and_the_next_one_takes_what_nobody_knows() 
     job.join([node])
     job.park([node])
     job.wait(0.0)
-    assert not error and _planned(job) == {4: [0], 6: [1], node: [2]}
-    assert _told(job)[-1] == (node, r.Rehearse({0: [2]}))
+    assert not error and _planned(job) == {4: [0], 6: [1], node: [3]} and len(_told(job)) == 2, "it has begun with 3"
+    job.feed(r.WorkerExited(4, 0, None, 40, -9))
+    job.feed(r.WorkerReady(4, 0, 41))
+    job.wait(0.0)
+    assert _planned(job) == {4: [0], 6: [1], node: [3]} and len(_told(job)) == 2
 
 
 def test_a_spare_that_connects_again_is_told_again_and_the_next_coordinator_knows_what_they_do() -> None:

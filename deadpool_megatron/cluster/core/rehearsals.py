@@ -68,8 +68,8 @@ class Rehearsals:
 
     def _plan(self, of: Mapping[int, list[int]], without: int | None) -> dict[int, list[int]]:
         """By spare, the nodes whose coordinates it rehearses. ``of``: the ranks of each node that trains."""
-        members, stages = self._state.members, self._state.layout.stages
-        count = min(self._state.job.rehearsals, len(of))
+        members, job, stages = self._state.members, self._state.job, self._state.layout.stages
+        count = min(job.rehearsals, len(of))
         stage = {node: stages.get(ranks[0], 0) for node, ranks in of.items()}
         nodes, by_stage = Counter[int](), Counter[int]()
         spares = [spare for spare in members.ready_spares() if spare != without]
@@ -88,9 +88,12 @@ class Rehearsals:
             holders = dict.fromkeys(members.assignment[rank].node for rank in sorted(known))
             kept = [node for node in holders if known.issuperset(of[node])]
 
-            def worth(node: int, near: Near = near, kept: list[int] = kept) -> tuple[int, ...]:
+            turns = placing.in_turn(spare, job.active_nodes, job.rehearsals)  # it has begun with these
+            begun = {*kept, *(members.assignment[node * job.slots_per_node].node for node in turns)}
+
+            def worth(node: int, near: Near = near, begun: set[int] = begun) -> tuple[int, ...]:
                 tied, far = near[node]
-                return (tied, nodes[node], far, int(node not in kept), by_stage[stage[node]], of[node][0])
+                return (tied, nodes[node], far, by_stage[stage[node]], int(node not in begun), of[node][0])
 
             # (nothing is worth more than these, and in a large job most spares have nothing else to do)
             mine = [node for node in kept if not nodes[node] and near[node] == least[domains]][:count]
