@@ -94,14 +94,13 @@ class KnownJob:
         t = self._tables
         return kept_for_others(self.node, t.groups, self._scheme, t.assignment, t.unique_bytes, t.small_capacity)
 
-    def likely(self, local: int, count: int) -> list[int]:
-        """The coordinates that a slot of this node, a spare, rehearses: of as many nodes as ``count`` says.
+    def in_turn(self, local: int, count: int) -> list[int]:
+        """The coordinates that a slot of this node, a spare, rehearses until the coordinator says others.
 
-        No node is likelier to be lost than another, so each spare takes the next ones in turn. A coordinate stays with
-        those of its first node wherever they move, so this does not change while the job lives.
+        A coordinate stays with those of its first node wherever they move.
         """
-        first, nodes = (self.node - self._active_nodes) * count, self._active_nodes
-        return [(first + i) % nodes * self._slots_per_node + local for i in range(min(count, nodes))]
+        nodes = placing.in_turn(self.node, self._active_nodes, count)
+        return [node * self._slots_per_node + local for node in nodes]
 
     def _hold(self, tables: Tables) -> None:
         self._tables = tables
