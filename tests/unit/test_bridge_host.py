@@ -149,7 +149,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What a spare has done: what it has imported and, with the variables it had then, when its device came up."""
     done: list[str] = []
     monkeypatch.setattr(standby, "_import_all", lambda script: done.append(f"imports {script}"))
-    monkeypatch.setattr(standby, "_bring_up", lambda host: done.append(f"device {os.environ.get('TEST_LIMIT')}"))
+    monkeypatch.setattr(standby, "_bring_up", lambda host, whole: done.append(f"device {os.environ.get('TEST_LIMIT')}"))
     monkeypatch.setenv("TEST_LIMIT", "")  # and taken back at the end
     monkeypatch.delenv("TEST_LIMIT")
     monkeypatch.setenv("TEST_LAUNCHER", "launcher's")
@@ -181,7 +181,7 @@ def test_a_take_over_waits_for_a_device_that_comes_up_and_begins_no_other(
 ) -> None:
     begun, may = threading.Event(), threading.Event()
 
-    def bring_up(host: object) -> None:
+    def bring_up(host: object, whole: bool) -> None:
         begun.set()
         may.wait()
         order.append("up")

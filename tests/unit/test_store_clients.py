@@ -32,7 +32,7 @@ def _kept_alive(port: int) -> list[tuple[int, int]]:
     out = []
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as each:
-            if each.getpeername()[1] == port:
+            if each.family in (socket.AF_INET, socket.AF_INET6) and each.getpeername()[1] == port:
                 idle = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
                 out.append((each.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), idle))
     return out
