@@ -111,6 +111,20 @@ def test_for_how_many_workers_a_process_stands_by_is_said(tmp_path: Path) -> Non
     assert lines[2].endswith(f"; a process stands by for {2 * SLOTS} of {len(status['coordinates'])} workers")
 
 
+def test_who_is_drained_what_is_to_be_rehearsed_and_who_has_failed_its_check_is_said(
+    tmp_path: Path,
+) -> None:
+    status = status_of(256)
+    status["drains"] = [{"node": n, "state": "waits for a spare that is starting"} for n in range(9)]
+    first = status["spares"][0]
+    first |= {"unfit": "worker 0: a product of matrices is wrong", "rehearses": [0, 1], "rehearsed": [0]}
+    lines = shown(tmp_path, (100, 40), status, events_of(256))
+    assert "being drained: node 0: waits for a spare that is starting" in lines
+    assert sum(line.startswith("being drained") for line in lines) == 3
+    assert any("0 rehearsed, 1 to be rehearsed" in line for line in lines)
+    assert any(line.startswith("failed the last check, and taken last: node") and "a product" in line for line in lines)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("total", NODES)
 def test_a_healthy_job_of_any_size_fits_and_says_that_it_trains_and_is_protected(
