@@ -27,7 +27,7 @@ from deadpool_megatron.cluster.coordinator.status import Progress
 from deadpool_megatron.cluster.coordinator.validate import misfit
 from deadpool_megatron.cluster.core.core import ABSENCE, GONE, Core
 from deadpool_megatron.cluster.core.effects import Action, Emit, Finish, Keep, Send
-from deadpool_megatron.cluster.core.job import JobSpec, Phase
+from deadpool_megatron.cluster.core.job import JobSpec, Phase, gather_s
 from deadpool_megatron.cluster.core.protection import in_words
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.link.link import Hub, agent_identity
@@ -42,8 +42,6 @@ _FAREWELL_S = 10.0
 _LONGEST_PASS_S = 0.75
 _LOOK_FOR_ANSWERS_S = 0.005  # of ports that were asked: an absence is short, and rare
 _MOST_REFUSALS_TOLD = 100
-_GATHER_S = (0.003, 0.02)
-_GATHER_S_A_NODE = 2e-5  # about what a packet and its answer cost
 _STATUS_INTERVAL_S = 0.2
 _STATUS_SIGN_OF_LIFE_S = 5.0  # written anew although nothing has changed
 _HOST = socket.gethostname()
@@ -143,7 +141,7 @@ class Coordinator:
         """Serve the job. ``announce`` is called with the port once the coordinator listens."""
         self.begin(announce)
         core, woke = self._core, 0.0
-        gather = min(max(_GATHER_S[0], _GATHER_S_A_NODE * core.job.nodes), _GATHER_S[1])
+        gather = gather_s(core.job.nodes)
         while self._finish is None:
             timeout = self.timeout()
             if core.phase is Phase.RUNNING and self._clock.now() - woke < gather:
