@@ -17,7 +17,7 @@ What has been decided is kept (`Keep`) before anybody is told, so a coordinator 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from deadpool_megatron.cluster import records as r
@@ -110,7 +110,7 @@ class Core:
         self._finished: set[int] = set()
         self._noticed = False
         self._armed: list[r.Fault] = []  # for an iteration
-        self._handlers: dict[type, Callable[[Any], Effects]] = {
+        self._handlers: dict[type, Callable[[Any], Iterable[Effect]]] = {
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
             r.Rehearsed: self._rehearsed,
@@ -227,7 +227,8 @@ class Core:
         if self.members.gone(getattr(record, "node", -1)) and not isinstance(record, r.Join):
             return []  # a node that was declared lost has no say any more
         self._at(now)
-        return self._run(self._handlers[type(record)](record), now)
+        effects = self._handlers[type(record)](record)
+        return self._run(effects, now) if effects else []
 
     def node_lost(self, node: int, cause: str, now: float) -> list[Action]:
         """The agent of a node is gone for certain."""
@@ -377,14 +378,14 @@ class Core:
     def _at(self, now: float) -> None:
         self._now, self.members.unix_s = now, now + self._since_1970
 
-    def _run(self, effects: Effects, now: float) -> list[Action]:
+    def _run(self, effects: Iterable[Effect], now: float) -> list[Action]:
         self._at(now)
         if self._state.phase is not Phase.ENDED:
             self._carry_out(effects)
         actions, self._actions = self._actions, []
         return actions
 
-    def _carry_out(self, effects: Effects) -> None:
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
             match effect:
                 case Emit(event, fields):

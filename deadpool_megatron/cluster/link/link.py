@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
 import hmac
 import itertools
 import os
@@ -38,6 +39,7 @@ _NOBLOCK, _SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)  # (as enumerations they
 _UP: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED
 _AGAIN_S: Final = 0.1  # from the end of a connection that ZeroMQ does not try again to another try of ours
 _SRCFD = int(zmq.SRCFD)
+_send = zmq.backend.Socket.send  # (past the wrapper, as for what is received)
 _LEAST_PATIENCE_S = 1.5
 _BEAT = 0.25  # of its lease, from one ping of an agent to the next
 _MOST_BEAT = 1 / 3  # of the hub's, which may be shorter than theirs by that much
@@ -152,7 +154,7 @@ class Hub:
         patient_s = max((1 - _MOST_BEAT) * lease_s - 2 * self.look_s, min(lease_s, _LEAST_PATIENCE_S))
         self.silence_s = _MOST_BEAT * lease_s + patient_s
         self._look_at = time.monotonic() + self.look_s
-        self._due: dict[int, tuple[str, float]] = {}  # by descriptor: of which connection, and when to look at it
+        self._due: list[tuple[float, int, str]] = []  # heap: when to look at which connection, by descriptor and name
         _given_up(self.socket, patient_s)
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         once_free(lambda: self.socket.bind(f"tcp://{host}:{port}"), patience_s)
@@ -183,25 +185,29 @@ class Hub:
         timeout_s = max(0.0, min(timeout_s, self._look_at - time.monotonic()))
         ready = dict(self._poller.poll(int(timeout_s * 1000) + 1))
         # Packets first: what a node sent before it died still counts.
+        receive, get = self.socket.recv, Frame.get
         while self.socket in ready:
             # (part by part, and past pyzmq's wrappers: with recv_multipart this takes four times as long)
             try:
-                identity = self.socket.recv(_NOBLOCK)
+                identity = receive(_NOBLOCK)
             except zmq.Again:
                 break
-            body = self.socket.recv(copy=False)
-            whole = not body.more  # (CURVE does not authenticate this flag)
-            while body.more:
-                body = self.socket.recv(copy=False)
+            body = receive(copy=False)
+            whole = True
+            while body.more:  # (CURVE does not authenticate this flag)
+                whole, body = False, receive(copy=False)
             # (names that begin with 0 are ZeroMQ's: of ends without one, or whose place a newer connection has taken)
             if not whole or identity.startswith(b"\0"):
                 self.refused += 1
                 continue
-            fd = Frame.get(body, _SRCFD)
-            assert isinstance(fd, int)
-            connections, name = self._connections.setdefault(fd, []), str(body.get("User-Id"))
+            fd, name = get(body, _SRCFD), get(body, "User-Id")
+            assert isinstance(fd, int) and isinstance(name, str)
+            connections = self._connections.get(fd)
+            if connections is None:
+                connections = self._connections[fd] = []
             if not connections or connections[-1][0] != name:
                 connections.append((name, identity))
+                heapq.heappush(self._due, (time.monotonic() + self.silence_s, fd, name))
                 self._new.add(name)
             on_packet(identity, body.bytes)
         # Always, also if there was none: the end of the one before is there when a connection's first packet is.
@@ -216,17 +222,14 @@ class Hub:
     def _end_silent_ones(self, now: float) -> None:
         """What ends here is heard of as the end of any other connection."""
         self._look_at = now + self.look_s
-        for fd, connections in self._connections.items():
-            if not connections:
-                continue
-            name = connections[-1][0]
-            known, due = self._due.get(fd, ("", 0.0))
-            if known == name and now < due:
-                continue
-            silent_s = _silent_s(fd)
-            if silent_s >= self.silence_s:
+        while self._due and self._due[0][0] <= now:
+            _, fd, name = heapq.heappop(self._due)
+            connections = self._connections[fd]
+            if not connections or connections[-1][0] != name:
+                continue  # it has ended
+            if (silent_s := _silent_s(fd)) >= self.silence_s:
                 _shut_down(fd, self.silence_s)
-            self._due[fd] = name, now + max(0.0, self.silence_s - silent_s)
+            heapq.heappush(self._due, (now + max(self.look_s, self.silence_s - silent_s), fd, name))
 
     def _ended(self, fd: int, later: int, on_gone: Callable[[bytes], None]) -> None:
         """The oldest connection with this descriptor has ended, and so many newer ones have had it since."""
@@ -239,8 +242,8 @@ class Hub:
 
     def send(self, identity: bytes, packet: bytes) -> None:
         """Send to one agent; silently nothing when it is not connected (ROUTER drops)."""
-        self.socket.send(identity, _SNDMORE)
-        self.socket.send(packet)
+        _send(self.socket, identity, _SNDMORE)
+        _send(self.socket, packet)
 
     def farewell(self, to: Iterable[bytes], within_s: float, on_packet: Callable[[bytes, bytes], None]) -> None:
         """Last words are sent: handle what still comes until all of ``to`` have left, ``within_s`` seconds at most."""
