@@ -51,10 +51,8 @@ def mixed(seed: int) -> tuple[str, Profile]:
     signs = random.Random(f"has signs {seed}").random() < _SIGNS
     standbys = random.Random(f"standbys {seed}").random() < _STANDBYS
     checks = random.Random(f"has checks {seed}").random() < _CHECKED
-    together = random.Random(f"together {seed}").random() < _TOGETHER
-    profile = replace(
-        MIX[flags][1], rehearsals=rehearsed, signs=signs, standbys=standbys, checks=checks, together=together
-    )
+    profile = replace(MIX[flags][1], rehearsals=rehearsed, signs=signs, standbys=standbys, checks=checks)
+    profile = replace(profile, together=random.Random(f"together {seed}").random() < _TOGETHER)
     few = random.Random(f"few {seed}")
     if few.random() < 0.5:
         return flags, profile

@@ -17,7 +17,6 @@ MAX_SHARD_BYTES: Final = 1 << 46
 _MOST_LOCALS: Final = 4096  # a node's slots and those it has rescued
 _RANKS: Final = ("rank", "holder")
 _MOST_COUNT: Final = MAX_GENERATION * 64
-_LOOKED_INTO: Final = frozenset({r.Registered, r.Join, r.MachineSign, r.Offer, r.Rehearsed})
 _COUNTS: Final = ("source", "generation", "iteration", "pid", "groups", "nbytes", "huge_bytes")  # -1: none
 
 
@@ -51,7 +50,7 @@ def misfit(record: r.AgentRecord, world_size: int, epoch: int) -> str:
             return f"{kind.__name__} of epoch {value}, and the job is in epoch {epoch}"
         elif what == "rank" and (value < 0 or (field == "rank" and value >= world_size)):
             return f"{kind.__name__} of {field} {value}, and the job has ranks 0 to {world_size - 1}"
-    return _misfit_within(record, world_size, epoch) if kind in _LOOKED_INTO else ""
+    return _misfit_within(record, world_size, epoch)
 
 
 def _misfit_within(record: r.AgentRecord, world_size: int, epoch: int) -> str:

@@ -47,8 +47,8 @@ class JobSpec:
     the machines are wanted soon, the newest generation is made durable and the job leaves. ``snapshot_interval``:
     iterations from one generation to the next. ``wait_for_spare_s``: how long a job without spares waits for one before
     it ends. ``rehearsals``: of how many nodes each spare sets up the coordinates ahead of time. ``spare_check_s``: from
-    one check of a parked spare to the next; 0: none. ``gather_s``: workers that end within so many seconds of one another
-    are one epoch.
+    one check of a parked spare to the next; 0: none. ``gather_s``: workers that end within so many seconds of one
+    another are one epoch.
     """
 
     nodes: int
