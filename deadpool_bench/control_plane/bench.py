@@ -1,7 +1,8 @@
 """`deadpool bench control`: what the control part of a recovery takes, against the number of agents.
 
 The coordinator, the store and every socket are real; the agents are simulated (`swarm`), so what is measured is the
-protocol alone. One node of many is killed; a run is timed from that moment::
+protocol alone. One node of many is killed, or many workers of some nodes end and are started again in place; a run is
+timed from that moment::
 
     killed | detected | every agent has the new epoch | every agent has the agreement | every node says it trains
 """
@@ -17,13 +18,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from deadpool_bench.control_plane.decisions import Decisions, dealt
 from deadpool_bench.control_plane.etcd import EtcdMembers, cpu_s
 from deadpool_bench.control_plane.swarm import SwarmSettings
 from deadpool_bench.paths import importing
@@ -31,7 +33,7 @@ from deadpool_bench.pictures import draw_control
 from deadpool_bench.progress import progress, step
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.settings import AgentSettings
-from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
+from deadpool_megatron.cluster.core.job import Deadlines, JobSpec, gather_s
 from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.cluster.notices import INTERRUPT
 from deadpool_megatron.cluster.store import EMBEDDED, StoreError, open_store
@@ -44,6 +46,7 @@ from deadpool_megatron.observe.figures import MissingPlots
 _START_S: Final = 240.0
 _RECOVER_S: Final = 120.0
 _PROCESSES: Final = 2
+_RESTARTS_A_NODE: Final = 4
 _STORES: Final = ("embedded", "etcd")
 
 
@@ -75,6 +78,7 @@ class SimulatedCluster:
         self._processes = Processes()
         self._swarms: list[subprocess.Popen[bytes]] = []
         self._where: dict[int, int] = {}
+        self._killed: set[int] = set()
         self.run_dir = directory / "run"
         name = secrets.token_hex(4)
         self.store = open_store(store, self.run_dir, name)
@@ -82,7 +86,7 @@ class SimulatedCluster:
         if self.leadership.take() is None:
             raise StoreError("somebody else leads this job")
         deadlines = Deadlines(lease, abort, 2 * abort, abort, _START_S)
-        job = JobSpec(active + spares, spares, slots, True, deadlines)
+        job = JobSpec(active + spares, spares, slots, True, deadlines, gather_s=gather_s(active + spares))
         secret = bytes.fromhex(self._secret)
         agent = AgentSettings(DeadpoolConfig(True), name, -1, slots, active, "127.0.0.1", "", secret)
         settings = CoordinatorStart(job, agent, str(self.run_dir), (store, name), "127.0.0.1")
@@ -115,16 +119,26 @@ class SimulatedCluster:
 
     def tell(self, command: str, swarms: Sequence[int] | None = None, timeout_s: float = _START_S) -> list[Any]:
         """A command for some of the processes (all of them); their answers."""
-        chosen = [self._swarms[i] for i in (range(len(self._swarms)) if swarms is None else swarms)]
-        for swarm in chosen:
+        chosen = range(len(self._swarms)) if swarms is None else swarms
+        self.post(command, chosen)
+        return self.answers(chosen, timeout_s)
+
+    def post(self, command: str, swarms: Sequence[int]) -> None:
+        """A command for some of the processes; their `answers` follow."""
+        for i in swarms:
+            swarm = self._swarms[i]
             assert swarm.stdin is not None
             swarm.stdin.write(command.encode() + b"\n")
             swarm.stdin.flush()
+
+    def answers(self, swarms: Sequence[int], timeout_s: float = _START_S) -> list[Any]:
+        """What each of these answers to one command."""
         out = []
-        for swarm in chosen:
+        for i in swarms:
+            swarm = self._swarms[i]
             assert swarm.stdout is not None
             if not select.select([swarm.stdout], [], [], timeout_s)[0]:
-                raise TimeoutError(f"simulated agents do not answer {command!r} within {timeout_s:g} s")
+                raise TimeoutError(f"simulated agents do not answer within {timeout_s:g} s")
             out.append(json.loads(swarm.stdout.readline()))
         return out
 
@@ -137,8 +151,19 @@ class SimulatedCluster:
 
     def kill(self, node: int) -> float:
         """A node's connection ends, as by SIGKILL; when that was, in unix seconds."""
+        self._killed.add(node)
         at: float = self.tell(f"kill {node}", [self._where[node]])[0]["t"]
         return at
+
+    def restart(self, workers: int) -> float:
+        """So many workers end at once, four a node, and new ones take their places; since when."""
+        there = [node for node in range(self.active) if node not in self._killed]
+        by_swarm: dict[int, list[str]] = {}
+        for node, locals_ in dealt(workers, _RESTARTS_A_NODE, there).items():
+            by_swarm.setdefault(self._where[node], []).append(f"{node}:{','.join(map(str, locals_))}")
+        for swarm, words in by_swarm.items():
+            self.post(f"restart {' '.join(words)}", [swarm])
+        return float(min(answer["t"] for answer in self.answers([*by_swarm])))
 
     def until(self, event: str, count: int, timeout_s: float) -> dict[str, Any]:
         """The ``count``-th event of that name. Raises TimeoutError."""
@@ -230,33 +255,48 @@ def _measure(directory: Path, agents: int, store: str, options: argparse.Namespa
         started_s = cluster.start()
         steady = _steady(cluster, options.steady, etcd)
         for run in range(options.runs):
-            before, store_before = cluster.totals(), etcd.cpu_s() if etcd else 0.0
             victim = (run * 37 + 11) % cluster.active  # not the same protection group twice
-            at = cluster.kill(victim)
-            resumed = cluster.until("resumed", run + 1, _RECOVER_S)
-            time.sleep(1.0)  # the last records, and a status
-            cluster.until("declared", run + 1, 1.0)
-            after, seen = cluster.totals(), cluster.seen()
-            detected = next(e for e in cluster.of("detected") if e["node"] == victim)
-            epoch = resumed["epoch"]
-            told, agreed = (seen[f"{what}-{epoch}"] for what in ("declare", "agree"))
-            kills.append(
-                {
-                    "detect_s": detected["t"] - at,
-                    "notify_s": told[1] - detected["t"],
-                    "agree_s": agreed[1] - told[1],
-                    "rest_s": resumed["t"] - agreed[1],
-                    "total_s": resumed["t"] - at,
-                    "told": told[2],
-                    "records": after["records"] - before["records"],
-                    "wire_bytes": after["wire_bytes"] - before["wire_bytes"],
-                    "coordinator_cpu_s": after["coordinator_cpu_s"] - before["coordinator_cpu_s"],
-                    "store_cpu_s": (etcd.cpu_s() if etcd else 0.0) - store_before,
-                    "store_bytes": after["store_bytes"] - before["store_bytes"],
-                }
-            )
+            kills.append(_timed(cluster, etcd, lambda victim=victim: cluster.kill(victim)))  # type: ignore[misc]
             _say(agents, store, kills[-1])
-    return {"agents": agents, "store": store, "start_s": started_s, "steady": steady, "kills": kills}
+        restarts = []
+        for _ in range(options.runs if options.restarts else 0):
+            restarts.append(_timed(cluster, etcd, lambda: cluster.restart(options.restarts)))
+            _say(agents, f"{store}, {options.restarts} workers", restarts[-1])
+    return {
+        "agents": agents,
+        "store": store,
+        "start_s": started_s,
+        "steady": steady,
+        "kills": kills,
+        "restarts": restarts,
+    }
+
+
+def _timed(cluster: SimulatedCluster, etcd: EtcdMembers | None, strike: Callable[[], float]) -> dict[str, float]:
+    """One recovery, from the fault to the last node that trains, and what it cost. ``strike``: when the fault was."""
+    before, store_before = cluster.totals(), etcd.cpu_s() if etcd else 0.0
+    epochs, recoveries, known = len(cluster.of("declared")), len(cluster.of("resumed")), len(cluster.of("detected"))
+    at = strike()
+    resumed = cluster.until("resumed", recoveries + 1, _RECOVER_S)
+    time.sleep(1.0)  # the last records, and a status
+    cluster.until("declared", epochs + 1, 1.0)
+    after, seen = cluster.totals(), cluster.seen()
+    detected, epoch = cluster.of("detected")[known], resumed["epoch"]
+    told, agreed = (seen[f"{what}-{epoch}"] for what in ("declare", "agree"))
+    return {
+        "detect_s": detected["t"] - at,
+        "notify_s": told[1] - detected["t"],
+        "agree_s": agreed[1] - told[1],
+        "rest_s": resumed["t"] - agreed[1],
+        "total_s": resumed["t"] - at,
+        "epochs": len(cluster.of("declared")) - epochs,
+        "told": told[2],
+        "records": after["records"] - before["records"],
+        "wire_bytes": after["wire_bytes"] - before["wire_bytes"],
+        "coordinator_cpu_s": after["coordinator_cpu_s"] - before["coordinator_cpu_s"],
+        "store_cpu_s": (etcd.cpu_s() if etcd else 0.0) - store_before,
+        "store_bytes": after["store_bytes"] - before["store_bytes"],
+    }
 
 
 def _steady(cluster: SimulatedCluster, seconds: float, etcd: EtcdMembers | None) -> dict[str, float]:
@@ -288,7 +328,8 @@ def _say(agents: int, store: str, kill: dict[str, float]) -> None:
     parts = ", ".join(f"{what} {1e3 * kill[what + '_s']:.0f}" for what in ("detect", "notify", "agree", "total"))
     print(
         f"  {agents} agents, {store}: {parts} ms; {kill['records'] / agents:.1f} records and "
-        f"{kill['wire_bytes'] / agents:.0f} bytes an agent; coordinator {kill['coordinator_cpu_s']:.2f} CPU s",
+        f"{kill['wire_bytes'] / agents:.0f} bytes an agent; coordinator {kill['coordinator_cpu_s']:.2f} CPU s; "
+        f"epochs: {kill['epochs']:.0f}",
         flush=True,
     )
 
@@ -304,6 +345,14 @@ def add_control_arguments(parser: argparse.ArgumentParser) -> None:
     add("--etcd-members", type=int, default=1, metavar="M", help="servers of the etcd store (default: 1)")
     add("--slots", type=int, default=8, metavar="P", help="ranks a node (default: 8)")
     add("--runs", type=int, default=5, metavar="K", help="nodes killed, one after the other, a size (default: 5)")
+    add(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="W",
+        help="workers that end at once, 4 a node, after that (default: 0)",
+    )
+    add("--decisions", action="store_true", help="what the coordinator alone takes of a processor, without sockets")
     add("--steady", type=float, default=20.0, metavar="S", help="seconds of failure-free time measured (default: 20)")
     add("--iteration", type=float, default=5.0, metavar="S", help="seconds an iteration takes then (default: 5)")
     add("--lease", type=float, default=5.0, metavar="S", help="as --deadpool-lease (default: 5)")
@@ -325,6 +374,8 @@ def run_control(options: argparse.Namespace) -> int:
         if unknown := [store for store in stores if store not in _STORES]:
             raise ValueError(f"--stores {unknown[0]}: there are {' and '.join(_STORES)}")
         out = Path(options.out).absolute()
+        if options.decisions:
+            return _decisions(out, sizes, options)
         results = []
         with progress("agents", sum(sizes) * len(stores)):
             for agents in sizes:
@@ -346,18 +397,40 @@ def run_control(options: argparse.Namespace) -> int:
     return 0
 
 
+def _decisions(out: Path, sizes: Sequence[int], options: argparse.Namespace) -> int:
+    rows = ["| agents | one node's commit | a node killed | workers ended at once |", "|---|---|---|---|"]
+    for agents in sizes:
+        directory = out / f"decisions-{agents}-{os.getpid()}"
+        directory.mkdir(parents=True)
+        job = Decisions(directory, agents - options.runs, options.runs, options.slots)
+        commit_s = job.commits()
+        victims = [(run * 37 + 11) % len(job.nodes) for run in range(options.runs)]
+        kills = [job.kill(victim) for victim in victims]
+        there = [node for node in job.nodes if node not in victims]
+        ended = dealt(options.restarts, _RESTARTS_A_NODE, there) if options.restarts else {}
+        restarts = [job.restart(ended) for _ in range(options.runs)] if ended else []
+        job.close()
+        cells = [f"{1e3 * statistics.median(each):.0f} ms" if each else "" for each in (kills, restarts)]
+        rows.append(f"| {agents} | {1e6 * commit_s:.1f} us | {cells[0]} | {cells[1]} |")
+    print("\n".join(rows))
+    return 0
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The results in Markdown: medians, and in brackets the least and the most."""
     lines = ["| agents | store | detected | all notified | agreed | total | CPU of the coordinator | bytes an agent |"]
     lines.append("|" + "---|" * 8)
     for each in results:
-        row = [str(each["agents"]), each["store"]]
-        for what in ("detect_s", "notify_s", "agree_s", "total_s"):
-            values = [1e3 * kill[what] for kill in each["kills"]]
-            row.append(f"{statistics.median(values):.0f} ms ({min(values):.0f} to {max(values):.0f})")
-        row.append(f"{statistics.median(kill['coordinator_cpu_s'] for kill in each['kills']):.2f} s")
-        row.append(f"{statistics.median(kill['wire_bytes'] for kill in each['kills']) / each['agents']:.0f}")
-        lines.append("| " + " | ".join(row) + " |")
+        for what, runs in (("", each["kills"]), (" (workers)", each.get("restarts", ()))):
+            if not runs:
+                continue
+            row = [str(each["agents"]) + what, each["store"]]
+            for phase in ("detect_s", "notify_s", "agree_s", "total_s"):
+                values = [1e3 * run[phase] for run in runs]
+                row.append(f"{statistics.median(values):.0f} ms ({min(values):.0f} to {max(values):.0f})")
+            row.append(f"{statistics.median(run['coordinator_cpu_s'] for run in runs):.2f} s")
+            row.append(f"{statistics.median(run['wire_bytes'] for run in runs) / each['agents']:.0f}")
+            lines.append("| " + " | ".join(row) + " |")
     if any(each["steady"] for each in results):
         lines += [
             "",

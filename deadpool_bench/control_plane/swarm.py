@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import zmq
@@ -32,6 +32,9 @@ from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.placement.redundancy import Scheme, holders
 from deadpool_megatron.cluster.records.tables import Tables, apply
 
+_MOST_PIDS: Final = 1 << 22
+_MOST_VERSIONS: Final = 64
+_LINK_XID: Final = 145  # of a link: whose end it is told at is not to blame (`cluster.core.signs`)
 _TCP_INFO_BYTES: Final = 136  # up to tcpi_bytes_received
 
 
@@ -61,12 +64,20 @@ def _decode(packet: bytes) -> r.CoordinatorRecord:
     return r.decode_from_coordinator(packet)
 
 
-class _Agent:
-    """One node. Its ranks follow from the assignment, as a real agent's do."""
+class _Placed(NamedTuple):
+    """One version of what all know, and what of it is each node's: its ranks, and those whose copies it keeps."""
+
+    tables: Tables
+    ranks: dict[int, list[int]]
+    keeps: dict[int, list[int]]
+
+
+class Agent:
+    """One simulated node. Its ranks follow from the assignment, as a real agent's do."""
 
     __slots__ = (
-        "alive", "epoch", "forming", "generation", "held", "introduced", "keeps", "node", "ranks", "ready", "settled",
-        "spoke", "version",
+        "alive", "ended", "epoch", "forming", "generation", "held", "introduced", "keeps", "node", "ranks", "ready",
+        "restarts", "settled", "spoke", "version",
     )  # fmt: skip
 
     def __init__(self, node: int, ranks: list[int], spoke: Spoke) -> None:
@@ -77,6 +88,8 @@ class _Agent:
         self.version = 0
         self.generation = 5
         self.introduced = 0
+        self.restarts = 0
+        self.ended: set[int] = set()  # workers, by local index, that are to be started again
         self.held: list[int] = []  # ranks whose shards it has, own and kept for others
         self.keeps: list[int] = []
         self.settled = True
@@ -92,15 +105,15 @@ class Swarm:
         self._context = zmq.Context(io_threads=1)
         self._context.set(zmq.MAX_SOCKETS, 4 * len(settings.nodes) + 16)
         self._epoll = select.epoll()
-        self._by_fd: dict[int, _Agent] = {}
-        self.agents: dict[int, _Agent] = {}
+        self._by_fd: dict[int, Agent] = {}
+        self.agents: dict[int, Agent] = {}
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._order = 0
         self.loss = settings.loss
         self._touched: set[int] = set()
         self._random = random.Random(settings.seed)
         self._tables = Tables()
-        self._keeps: dict[int, list[int]] = {}  # by node, whose copies it keeps
+        self._placed: dict[int, _Placed] = {}  # by version: where epochs follow soon, not all agents are in the newest
         self._scheme = Scheme.parse("1")
         self._seen: dict[str, list[float]] = {}  # by record and epoch: first and last time, and how many
         self.sent = self.received = self.dropped = 0
@@ -119,14 +132,14 @@ class Swarm:
             if agent is None:
                 others.append(fd)
             elif agent.alive:
-                self._serve(agent)
+                self.serve(agent)
         now = time.monotonic()
         while self._later and self._later[0][0] <= now:
             heapq.heappop(self._later)[2]()
         touched, self._touched = self._touched, set()
         for node in touched:
             if (agent := self.agents.get(node)) is not None:
-                self._serve(agent)  # sending takes what the descriptor has to tell
+                self.serve(agent)  # sending takes what the descriptor has to tell
         return others
 
     def also(self, fd: int) -> None:
@@ -135,7 +148,6 @@ class Swarm:
 
     def start(self, nodes: list[int]) -> None:
         """Agents connect."""
-        slots = self._s.slots
         for node in nodes:
             spoke = Spoke(
                 self._s.endpoint,
@@ -144,15 +156,20 @@ class Swarm:
                 self._s.lease,
                 self._context,
             )
-            active = node < self._s.active
-            agent = _Agent(node, list(range(node * slots, (node + 1) * slots)) if active else [], spoke)
-            self.agents[node] = agent
+            agent = self.add(node, spoke)
             for each in (spoke.socket, spoke.monitor):
                 fd = each.getsockopt(zmq.FD)
                 assert isinstance(fd, int)
                 self._by_fd[fd] = agent
                 self._epoll.register(fd, select.EPOLLIN)
-            self._serve(agent)
+            self.serve(agent)
+
+    def add(self, node: int, spoke: Spoke) -> Agent:
+        """An agent, with its end of a connection."""
+        slots, active = self._s.slots, node < self._s.active
+        agent = Agent(node, list(range(node * slots, (node + 1) * slots)) if active else [], spoke)
+        self.agents[node] = agent
+        return agent
 
     def kill(self, node: int) -> float:
         """The node is gone, as by SIGKILL: its connection ends. Returns the time."""
@@ -167,7 +184,18 @@ class Swarm:
         agent.spoke.close(linger_ms=0)
         return at
 
-    def _serve(self, agent: _Agent) -> None:
+    def restart(self, node: int, locals_: list[int]) -> None:
+        """Workers of a node end, as where a link of its machine fails: new ones take their place."""
+        agent = self.agents[node]
+        agent.ended |= {*locals_}
+        agent.restarts += 1  # the processes that begin now have other numbers than those that end
+        self._send(agent, r.MachineSign(node, _LINK_XID))
+        for local in locals_:
+            pid = 1 + node * self._s.slots + local + agent.restarts * _MOST_PIDS
+            self._send(agent, r.WorkerExited(node, local, agent.ranks[local], pid, -9, agent.epoch))
+        self.serve(agent)
+
+    def serve(self, agent: Agent) -> None:
         """Until nothing is left: a ZeroMQ descriptor tells of news once."""
         spoke = agent.spoke
         while agent.alive:
@@ -185,7 +213,7 @@ class Swarm:
         self._order += 1
         heapq.heappush(self._later, (time.monotonic() + seconds, self._order, do))
 
-    def _send(self, agent: _Agent, record: r.AgentRecord) -> None:
+    def _send(self, agent: Agent, record: r.AgentRecord) -> None:
         if not agent.alive or (self.loss and self._random.random() < self.loss):
             return
         self.sent += 1
@@ -200,7 +228,7 @@ class Swarm:
 
     # ---- an agent's part
 
-    def _introduce(self, agent: _Agent) -> None:
+    def _introduce(self, agent: Agent) -> None:
         pids = [1 + agent.node * self._s.slots + i for i in range(self._s.slots)]
         # Their vaults have one address each, of this machine: nothing listens there, as at a node that has ended.
         host = f"127.{64 + (agent.node >> 16 & 63)}.{agent.node >> 8 & 255}.{agent.node & 255}"
@@ -211,7 +239,7 @@ class Swarm:
             for local, pid in enumerate(pids):
                 self._send(agent, r.WorkerReady(agent.node, local, pid))
 
-    def _register(self, agent: _Agent) -> None:
+    def _register(self, agent: Agent) -> None:
         world = self._s.active * self._s.slots
         for local, rank in enumerate(agent.ranks):
             # TP 8, PP 8, the rest DP, as Megatron numbers ranks
@@ -222,7 +250,7 @@ class Swarm:
             size = (3 << 30) + (info.pp << 20)
             self._send(agent, r.Registered(agent.node, local, info, size, 40000, "groups", False))
 
-    def _told(self, agent: _Agent, record: r.CoordinatorRecord) -> None:
+    def _told(self, agent: Agent, record: r.CoordinatorRecord) -> None:
         match record:
             case r.Roster():
                 agent.version = record.version
@@ -261,7 +289,7 @@ class Swarm:
             case r.CommittedTo():
                 self._note("committed-to")
 
-    def _does(self, agent: _Agent, step: Callable[[], None], epoch: int) -> None:
+    def _does(self, agent: Agent, step: Callable[[], None], epoch: int) -> None:
         """A step of a recovery, by an agent that holds a coordinate."""
         if not agent.ranks or epoch != agent.epoch:
             return
@@ -270,23 +298,25 @@ class Swarm:
 
     def _place(self, tables: Tables) -> None:
         self._tables = tables
-        self._keeps = {}
         of_node: dict[int, list[int]] = {}
         for rank, slot in enumerate(tables.assignment):
             of_node.setdefault(slot.node, []).append(rank)
-        self._ranks = of_node
+        keeps: dict[int, list[int]] = {}
         for ward, keepers in holders(tables.groups, self._scheme).items():
             for keeper in keepers:
-                self._keeps.setdefault(keeper, []).extend(of_node.get(ward, ()))
+                keeps.setdefault(keeper, []).extend(of_node.get(ward, ()))
+        self._placed[tables.version] = _Placed(tables, of_node, keeps)
+        while len(self._placed) > _MOST_VERSIONS:
+            del self._placed[next(iter(self._placed))]
 
-    def _declared(self, agent: _Agent, record: r.Declare | r.Changed) -> None:
+    def _declared(self, agent: Agent, record: r.Declare | r.Changed) -> None:
         if record.epoch <= agent.epoch:
             return
         if isinstance(record, r.Changed) and record.base != agent.version:
             self._send(agent, r.Behind(record.epoch, agent.node))
             return
-        if self._tables.version != record.version:
-            whole = apply(record, self._tables) if isinstance(record, r.Changed) else record
+        if record.version not in self._placed:
+            whole = apply(record, self._placed[record.base].tables) if isinstance(record, r.Changed) else record
             assert whole is not None
             self._place(
                 Tables(
@@ -301,30 +331,33 @@ class Swarm:
         self._note(f"declare-{record.epoch}")
         agent.epoch, agent.version = record.epoch, record.version
         held = agent.held
-        agent.ranks = self._ranks.get(agent.node, [])
+        agent.ranks = self._placed[record.version].ranks.get(agent.node, [])
         agent.settled = not agent.ranks
         # (a vault has two slots: others may not have committed this node's newest generation yet)
         version = [(0, g) for g in (agent.generation - 1, agent.generation) if g >= 0]
         offer = r.Offer(
             record.epoch,
             agent.node,
-            {rank: agent.generation if rank in held else None for rank in agent.ranks},
+            {
+                rank: agent.generation if rank in held and local not in agent.ended else None
+                for local, rank in enumerate(agent.ranks)
+            },
             dict.fromkeys(held, version),
             dict.fromkeys(agent.keeps, version),
         )
         if agent.ranks or held:
             self._does(agent, lambda: self._send(agent, offer), record.epoch)
 
-    def _prepare(self, agent: _Agent, epoch: int) -> None:
+    def _prepare(self, agent: Agent, epoch: int) -> None:
         agent.ready = epoch
         self._send(agent, r.NodeReady(epoch, agent.node))
         self._resume(agent, epoch)
 
-    def _form(self, agent: _Agent, epoch: int) -> None:
+    def _form(self, agent: Agent, epoch: int) -> None:
         agent.forming = epoch
         self._resume(agent, epoch)
 
-    def _resume(self, agent: _Agent, epoch: int) -> None:
+    def _resume(self, agent: Agent, epoch: int) -> None:
         """Once it has both its shards and its groups."""
         if agent.ready != epoch or agent.forming != epoch:
             return
@@ -334,20 +367,22 @@ class Swarm:
         self._send(agent, r.NodeResumed(epoch, agent.node, agent.generation))
         self._has_shards(agent)
         agent.settled = True
+        agent.ended.clear()
         self._note(f"resumed-{epoch}")
 
-    def _has_shards(self, agent: _Agent) -> None:
+    def _has_shards(self, agent: Agent) -> None:
         """It has what this placement gives it."""
-        agent.held, agent.keeps = agent.ranks, self._keeps.get(agent.node, [])
+        placed = self._placed[agent.version]
+        agent.held, agent.keeps = agent.ranks, placed.keeps.get(agent.node, [])
 
     # ---- failure-free
 
-    def _live(self, agent: _Agent) -> None:
+    def _live(self, agent: Agent) -> None:
         """From the first step on: its pace now and then, each at another moment."""
         if self._s.iteration_s and agent.ranks:
             self._after(self._random.random() * pace_every_s(self._s.active), lambda: self._pace(agent))
 
-    def _pace(self, agent: _Agent) -> None:
+    def _pace(self, agent: Agent) -> None:
         if not agent.alive:
             return
         self._after(pace_every_s(self._s.active), lambda: self._pace(agent))
@@ -371,23 +406,30 @@ class Swarm:
                 )
             self._after(
                 self._random.random() * self._s.iteration_s / 2,
-                lambda agent=agent: self._commit(agent, iteration),  # type: ignore[misc]
+                lambda agent=agent: self.commit(agent, iteration),  # type: ignore[misc]
             )
 
-    def _commit(self, agent: _Agent, generation: int) -> None:
+    def commit(self, agent: Agent, generation: int) -> None:
+        """All ranks of a node have committed a generation."""
         agent.generation = generation
         self._send(agent, r.Committed(agent.epoch, agent.node, generation))
 
     # ---- commands
 
     def command(self, line: str) -> dict[str, Any] | None:
-        """``start``, ``kill N``, ``iterate S`` (seconds), ``lose SHARE``, ``report``, ``end``; None: it is the end."""
+        """``start``, ``kill N``, ``restart N:L,... ...`` (workers by node), ``iterate S`` (seconds), ``lose SHARE``,
+        ``report``, ``end``; None: it is the end."""
         word, *arguments = line.split()
         match word:
             case "start":
                 self.start(self._s.nodes)
             case "kill":
                 return {"t": self.kill(int(arguments[0]))}
+            case "restart":
+                at = time.time()
+                for node, _, locals_ in (each.partition(":") for each in arguments):
+                    self.restart(int(node), [int(local) for local in locals_.split(",")])
+                return {"t": at}
             case "iterate":
                 self._until = time.monotonic() + float(arguments[0])
                 self._tick()

@@ -24,7 +24,7 @@ import msgspec
 from deadpool_megatron.cluster import notices
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.core.durable import DurableSpec
-from deadpool_megatron.cluster.core.job import Deadlines, JobSpec
+from deadpool_megatron.cluster.core.job import Deadlines, JobSpec, gather_s
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, TERMINATE
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.cluster.store import PASSWORD
@@ -122,6 +122,7 @@ def coordinator_settings(
         wait_for_spare_s=60 * c.wait_for_spare,
         rehearsals=c.rehearsals,
         spare_check_s=c.spare_check if c.deadpool else 0.0,
+        gather_s=gather_s(plan.nodes),
     )
     agent = agent_settings(plan, -1, job_id, secret, (plan.host, 0), 0, plan.host, store_name=store_name)
     return CoordinatorStart(

@@ -164,4 +164,6 @@ def paragraph(r: Recovery, number: int, story: Story) -> str:
             f"{head}No spare was left, so the survivors saved Megatron's checkpoint of iteration {r.generation} to "
             f"{r.directory} and the job ended. {_sentence(what_to_do(Exit.NO_SPARE_SAVED))}."
         )
+    if r.end == "started_over":
+        return f"{head}{_sentence(r.end_message)}. {_what_next(r)}"
     return head + _who_took_over(r) + _what_was_lost(r) + _how_long(r) + _what_is_left(r, story) + _what_next(r)

@@ -30,8 +30,9 @@ class Recovery:
 
     ``times`` are unix seconds by phase, in order; of a phase that was gone through again, the last time. ``steps`` are
     unix seconds by node and phase, as each node told it (its newest epoch). ``sources`` says by rank which node's vault
-    gave its shard. ``end`` is ``"resumed"``, ``"saved"`` or ``"stopped"``, None while it is under way. ``redone`` is
-    the unix time at which the first iteration after it was complete, None before that.
+    gave its shard. ``end`` is ``"resumed"``, ``"saved"``, ``"stopped"`` or ``"started_over"`` (anew, since nothing was
+    committed yet), None while it is under way. ``redone`` is the unix time at which the first iteration after it was
+    complete, None before that.
 
     ``progress`` is the last completed iteration before the loss (-1: none), ``pace_s`` the usual seconds of one,
     ``taken_over`` says by lost node which node has its coordinates now, ``spares_left`` how many nodes are spare after
@@ -136,7 +137,7 @@ class Recovery:
             self.replaced = sorted({*self.replaced, *event.get("replaced", ())})
             self.restarts = self.restarts or event.get("restarts", False)
             nodes = list(event.get("nodes", ()))
-            before, self.active = self.active, nodes
+            before, self.active = set(self.active), nodes
             self.new_nodes += [n for n in nodes if before and n not in before and n not in self.new_nodes]
             self.steps.clear()
             for later in PHASES[PHASES.index("declared") :]:
@@ -244,7 +245,7 @@ class Story:
             self._leaves(event["node"])
         if name == "stuck":
             self._stuck[event["rank"]] = event["t"] - event.get("seconds", 0.0)
-        if name == "declared" and self.spares is not None:
+        if name in ("declared", "started_over") and self.spares is not None:
             nodes = list(event.get("nodes", ()))
             # A healthy node that gave way to a spare is one itself, with fresh workers.
             self.spares |= set(self.active) - set(event.get("lost", ()))
@@ -259,7 +260,7 @@ class Story:
             now._phase(event)
         elif name == "step" and event.get("epoch") == now.epoch:
             now.steps.setdefault(event["node"], {})[event["step"]] = event["t"]
-        if name not in ("resumed", "saved", "stopped"):
+        if name not in ("resumed", "saved", "stopped", "started_over"):
             return interrupted
         now.end = name
         if name != "resumed":

@@ -138,7 +138,7 @@ class RunDirectory:
         ``recoveries.log`` and to stderr.
         """
         record = {"t": time.time(), "event": event, **fields}
-        line = strict_json(record).encode() + b"\n"
+        line = msgspec.json.encode(record) + b"\n"  # (as `strict_json`; thousands of nodes tell of each step)
         with self._lock:
             for each in self._thinned.lines(event, fields.get("iteration", 0), line):
                 if len(self._waiting) < _MOST_WAITING:

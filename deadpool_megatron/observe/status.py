@@ -363,6 +363,7 @@ def _how(r: Recovery) -> str:
         "resumed": f"resumed from iteration {r.generation}",
         "saved": f"a checkpoint of iteration {r.generation} was saved, the job ended",
         "stopped": "the job ended",
+        "started_over": "the job began anew",
     }[r.end]
 
 

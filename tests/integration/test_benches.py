@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deadpool_bench.control_plane.decisions import Decisions, dealt
 from flags import tiny_gpt
 from jobs import EXAMPLE, ROOT
 from waiting import until
@@ -36,7 +37,7 @@ def test_a_bench_and_the_processes_it_starts_are_found_where_the_package_alone_i
     site = tmp_path / "site"
     site.mkdir()
     (site / "deadpool_megatron").symlink_to(ROOT / "deadpool_megatron")
-    small = ["--agents", "16", "--stores", "embedded", "--runs", "1", "--steady", "0"]
+    small = ["--agents", "16", "--stores", "embedded", "--runs", "1", "--restarts", "6", "--steady", "0"]
     done = subprocess.run(
         [*BENCH, "control", *small, "--out", str(tmp_path / "out")],
         capture_output=True,
@@ -47,7 +48,18 @@ def test_a_bench_and_the_processes_it_starts_are_found_where_the_package_alone_i
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads((tmp_path / "out" / "control.json").read_text())
-    assert found["agents"] == 16 and len(found["kills"]) == 1
+    assert found["agents"] == 16 and len(found["kills"]) == len(found["restarts"]) == 1
+
+
+def test_workers_of_many_nodes_that_end_at_once_are_one_recovery(tmp_path: Path) -> None:
+    """The real coordinator without sockets, as `bench control --decisions` times it."""
+    job = Decisions(tmp_path, active=15, spares=1, slots=4)
+    assert job.commits() > 0
+    assert job.restart(dealt(60, 4, [*job.nodes])) > 0
+    assert job.core.epoch == 1 and job.core.nodes[15].role == "spare", "in place: no spare is spent"
+    assert job.kill(3) > 0
+    assert job.core.epoch == 2 and job.core.nodes[15].role == "active"
+    job.close()
 
 
 @pytest.mark.slow

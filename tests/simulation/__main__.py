@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--standbys", action="store_true", help="processes stand by, and workers end at once")
     parser.add_argument("--checks", action="store_true", help="spares are checked, and some fail")
     parser.add_argument("--moves", action="store_true", help="every run has drains that something happens to")
+    parser.add_argument("--together", action="store_true", help="workers of several nodes die within a moment")
     parser.add_argument("--signs", action="store_true", help="a GPU is at fault, and its machine tells so")
     parser.add_argument("--replaced", type=float, default=0.0, help="how likely a packet is lost with its connection")
     args = parser.parse_args()
@@ -52,6 +53,7 @@ def main() -> int:
         checks=args.checks,
         moves=args.moves or None,
         signs=args.signs,
+        together=args.together,
         replaced=args.replaced,
     )
     if args.mixed and profile != Profile():

@@ -38,6 +38,7 @@ class Profile:
         checks: spares are checked, and some of them fail.
         moves: every run has drains that something happens to, or none has; None: drawn.
         signs: one machine's GPU is at fault, and takes others along.
+        together: workers of several nodes die at about the same time.
         replaced: how likely a packet's connection is replaced just after it was sent.
     """
 
@@ -52,6 +53,7 @@ class Profile:
     checks: bool = False
     moves: bool | None = None
     signs: bool = False
+    together: bool = False
     replaced: float = 0.0
 
 
@@ -98,6 +100,9 @@ class Faults:
             spares = [host for host in cluster.hosts if not host.known.ranks]
             for host in cluster.checks.sample(spares, cluster.checks.randint(0, len(spares))):
                 self._wait(*self._when(cluster.checks), "bad spare", partial(self._turn_bad, host))
+        if self.profile.together:
+            for _ in range(cluster.together.randint(1, 3)):
+                self._wait(*self._when(cluster.together), "workers together", self._kill_workers)
         if cluster.job.durable is not None:
             self._draw_durable()
         draws = cluster.packets
@@ -179,6 +184,15 @@ class Faults:
             after = chance.uniform(0.0, 0.5)
             self._until(after, partial(self._tells, host, 149 if host is hit[0] else 145))
             self._until(after + chance.uniform(0.02, 0.8), partial(self._ends, host))
+
+    def _kill_workers(self) -> None:
+        """Some of all nodes' die, within a moment of which half is long for the coordinator."""
+        chance, cluster = self._cluster.together, self._cluster
+        there = [worker for host in cluster.hosts if host.alive for worker in host.workers()]
+        workers = [worker for worker in there if worker.rank is not None]
+        for worker in chance.sample(workers, min(len(workers), chance.randint(2, 6))):
+            self.struck[-1] += f" {worker.rank}"
+            self._until(chance.uniform(0.0, 2 * cluster.job.gather_s), partial(worker.die, -9))
 
     @staticmethod
     def _tells(host: Host, xid: int) -> None:

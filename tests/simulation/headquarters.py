@@ -96,7 +96,7 @@ class _Hub(Hub):
 
     def wait(
         self,
-        timeout_s: float | None,
+        timeout_s: float,
         on_packet: Callable[[bytes, bytes], None],
         on_gone: Callable[[bytes], None],
     ) -> None:

@@ -37,6 +37,7 @@ _REHEARSED = 0.2  # of them have spares that rehearse besides
 _STANDBYS = 0.25  # of them have processes that stand by
 _CHECKED = 0.2  # of them have spares that are checked besides
 _SIGNS = 0.2  # of them have a GPU at fault besides
+_TOGETHER = 0.2  # of them lose workers by the dozen besides
 _BLOCK = 200  # runs
 _COLLECT = 50
 Block = dict[str, Any]  # a line of the file
@@ -51,6 +52,7 @@ def mixed(seed: int) -> tuple[str, Profile]:
     standbys = random.Random(f"standbys {seed}").random() < _STANDBYS
     checks = random.Random(f"has checks {seed}").random() < _CHECKED
     profile = replace(MIX[flags][1], rehearsals=rehearsed, signs=signs, standbys=standbys, checks=checks)
+    profile = replace(profile, together=random.Random(f"together {seed}").random() < _TOGETHER)
     few = random.Random(f"few {seed}")
     if few.random() < 0.5:
         return flags, profile

@@ -615,7 +615,33 @@ def _a_spare_that_fails_its_check_is_as_good_as_any(patch: Patch) -> None:
     patch.setattr(Members, "unfit", lambda self, node: False)
 
 
+def _a_recovery_may_end_before_who_ended_in_it_is_replaced(patch: Patch) -> None:
+    """Whoever ends is gathered with others, in a recovery too."""
+    soon = Core._declare_soon
+
+    def before(self: Core, reason: str) -> Effects:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Core, "phase", property(lambda core: Phase.RUNNING))
+            effects = list(soon(self, reason))
+        yield from effects
+
+    patch.setattr(Core, "_declare_soon", before)
+
+
+def _the_end_does_not_wait_for_who_has_just_ended(patch: Patch) -> None:
+    look = Core._look_for_end
+
+    def before(self: Core) -> Effects:
+        soon, self._soon = self._soon, None
+        yield from look(self)
+        self._soon = self._soon or soon
+
+    patch.setattr(Core, "_look_for_end", before)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
+    "together": _a_recovery_may_end_before_who_ended_in_it_is_replaced,
+    "together end": _the_end_does_not_wait_for_who_has_just_ended,
     "renewing": _an_offer_comes_before_who_is_to_take_it,
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
     "1 nodes": _who_comes_back_does_not_hear_the_floor,

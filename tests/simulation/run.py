@@ -116,6 +116,9 @@ class Run:
             self.job = replace(self.job, durable=durable)
         if profile.rehearsals:
             self.job = replace(self.job, rehearsals=random.Random(f"rehearsals {seed}").randint(1, 2))
+        self.together = random.Random(f"together {seed}, what")
+        if profile.together:
+            self.job = replace(self.job, gather_s=self.together.choice((0.003, 0.02, 0.1)))
         self.constants = beside is not None and beside.constants
         if beside is None:
             self._draw_shards(profile, seed)

@@ -1305,3 +1305,69 @@ def test_who_has_restored_is_not_late_while_others_restore() -> None:
     assert due is not None
     job.wait(due - job.now)
     assert [s.node for s in job.sent if isinstance(s.record, r.KeepStacks)] == [1]
+
+
+# ---- workers that end together
+
+
+def _ends(job: SimulatedJob, node: int, local: int) -> None:
+    rank = job.core.assignment.index(SlotAddress(node, local))
+    job.feed(r.WorkerExited(node, local, rank, 10 * node + local, -9, job.core.epoch))
+
+
+def test_workers_of_many_nodes_that_end_within_a_moment_are_one_epoch() -> None:
+    job = SimulatedJob(nodes=16, spares=1, slots=4, gather_s=0.02).train()
+    job.commit(0)
+    for node in range(15):
+        for local in range(4):
+            _ends(job, node, local)
+    assert not job.events("declared"), "more may end"
+    job.wait(0.02)
+    (declared,) = job.events("declared")
+    assert declared["replaced"] == list(range(60)) and declared["reason"] == job.events("detected")[0]["cause"]
+    assert job.core.next_deadline() == pytest.approx(job.now + DEADLINES.abort)
+
+
+def test_one_that_ends_alone_is_replaced_when_the_moment_is_over_and_not_later_however_many_follow() -> None:
+    job = SimulatedJob(nodes=8, spares=1, slots=2, gather_s=0.02).train()
+    job.commit(0)
+    _ends(job, 0, 0)
+    assert job.core.next_deadline() == pytest.approx(job.now + 0.02)
+    for node in range(1, 6):
+        job.wait(0.018)
+        _ends(job, node, 0)
+    assert not job.events("declared")
+    job.wait(0.011)
+    assert len(job.events("declared")) == 1
+
+
+def test_in_a_recovery_nobody_waits_for_more_ends() -> None:
+    """When it is over nothing may be vacant any more."""
+    job = SimulatedJob(nodes=4, spares=1, slots=2, gather_s=0.02).train()
+    job.commit(0)
+    _ends(job, 0, 0)
+    job.wait(0.02)
+    _ends(job, 1, 0)
+    assert len(job.events("declared")) == 2
+
+
+def test_a_node_that_is_lost_meanwhile_is_in_the_same_epoch() -> None:
+    job = SimulatedJob(nodes=4, spares=1, slots=2, gather_s=0.02).train()
+    job.commit(0)
+    _ends(job, 0, 0)
+    job.lose(1)
+    job.wait(1.0)
+    (declared,) = job.events("declared")
+    assert declared["lost"] == [1] and set(declared["replaced"]) == {0, 2, 3}
+
+
+def test_training_does_not_end_while_a_worker_that_has_just_ended_is_not_replaced() -> None:
+    job = SimulatedJob(nodes=4, spares=1, slots=2, gather_s=0.02).train()
+    job.commit(0)
+    job.feed(r.Finished(0, 0))
+    job.feed(r.Finished(0, 1))
+    _ends(job, 0, 0)
+    job.feed(r.Finished(0, 2))
+    assert not job.told(r.AllFinished)
+    job.wait(0.02)
+    assert job.events("declared") and job.core.phase is Phase.ARRIVING

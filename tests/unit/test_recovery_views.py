@@ -62,6 +62,20 @@ def _paragraph(events: list[dict[str, Any]]) -> str:
     return paragraph(done[-1], len(done), story)
 
 
+def test_a_start_that_began_anew_is_over_and_says_so() -> None:
+    events: list[dict[str, Any]] = [
+        {"t": 10.0, "event": "started", "epoch": 0, "nodes": 3, "spares": 1, "world_size": 2},
+        {"t": 12.0, "event": "detected", "epoch": 0, "node": 0, "cause": "its agent is gone or silent", "ranks": [0]},
+        {"t": 12.1, "event": "started_over", "epoch": 1, "lost": [0], "nodes": [1, 2], "reason": "gone"}
+        | {"message": "node 0 was lost before the first generation was committed: the job begins anew on nodes 2, 1"},
+    ]
+    story = Story()
+    (done,) = [each for each in map(story.take, events) if each is not None]
+    assert done.end == "started_over" and story.under_way is None and story.spares == set()
+    text = paragraph(done, 1, story)
+    assert "node 0 failed" in text and "begins anew on nodes 2, 1" in text and "What to do: look at node 0" in text
+
+
 def test_the_paragraph_says_what_failed_how_it_was_seen_what_was_lost_who_took_over_and_what_to_do() -> None:
     text = _paragraph(story_of_a_run())
     for said in (

@@ -113,6 +113,7 @@ RARE = {
     "joins late",
     "all back",
     "wait kept",
+    "together",
 }
 
 
@@ -146,7 +147,7 @@ FOUND = (
 
 @pytest.mark.parametrize(("seed", "profile"), FOUND, ids=[str(seed) for seed, _ in FOUND])
 def test_what_was_found_stays_mended(seed: int, profile: Profile) -> None:
-    assert not simulate(seed, replace(profile, moves=False, standbys=False)).violation
+    assert not simulate(seed, replace(profile, moves=False, standbys=False, together=False)).violation
 
 
 def test_no_fault_breaks_a_promise_where_drains_are_upset() -> None:
@@ -184,6 +185,12 @@ def test_no_fault_breaks_a_promise_where_what_is_told_is_lost_with_a_connection_
     assert not [(run.seed, run.violation) for run in runs if run.violation]
 
 
+def test_no_fault_breaks_a_promise_where_workers_die_together() -> None:
+    runs = [simulate(seed, Profile(together=True)) for seed in range(40)]
+    assert not [(run.seed, run.violation) for run in runs if run.violation]
+    assert sum(run.kinds["workers together"] for run in runs) > 40
+
+
 # The same where a GPU is at fault.
 MISSED_SIGNS: dict[str, tuple[int, tuple[str, ...]]] = {"follows": (4, ())}
 # The same where processes stand by.
@@ -193,6 +200,8 @@ MISSED_STANDBYS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 MISSED_CHECKS: dict[str, tuple[int, tuple[str, ...]]] = {"unfit": (150, ())}
 MISSED_RESTARTS: dict[str, tuple[int, tuple[str, ...]]] = {"renewing": (114, ())}
+# The same where workers die together.
+MISSED_TOGETHER: dict[str, tuple[int, tuple[str, ...]]] = {"together end": (148, ())}
 # The same where drains are upset.
 MISSED_MOVES: dict[str, tuple[int, tuple[str, ...]]] = {"drain kept": (7, ()), "drain goes on": (0, ())}
 # Whatever else a seed draws.
@@ -209,6 +218,7 @@ MODES = {
     Profile(durable=True, shards=True, moves=False): MISSED_BOTH,
     Profile(durable=True, shards=False, rivals=True, moves=False): MISSED_RIVALS,
     Profile(moves=True): MISSED_MOVES,
+    Profile(together=True): MISSED_TOGETHER,
 }
 
 

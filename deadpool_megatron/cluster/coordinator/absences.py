@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
 from deadpool_megatron.cluster import records as r
@@ -23,6 +24,14 @@ in any thread. Returns what ends the asking."""
 _MOST_ASKED: Final = 64  # at a time
 
 
+@dataclass(slots=True, eq=False)
+class _Question:
+    """Asked during one absence of a node."""
+
+    stop: Callable[[], None] = lambda: None
+    lives: bool = False  # its word has come
+
+
 class Absences:
     """One thread uses it.
 
@@ -32,9 +41,8 @@ class Absences:
 
     def __init__(self, ask: Ask | None = None) -> None:
         self._ask = ask or _ask_over_tcp
-        self._asked: dict[int, tuple[object, Callable[[], None]]] = {}  # by node: which question, and what ends it
-        self._heard: set[int] = set()  # nodes whose word has come: more of them say nothing new
-        self._answers: queue.SimpleQueue[tuple[int, object, bool]] = queue.SimpleQueue()
+        self._asked: dict[int, _Question] = {}  # by node
+        self._answers: queue.SimpleQueue[tuple[int, _Question, bool]] = queue.SimpleQueue()
 
     @property
     def asks(self) -> bool:
@@ -50,16 +58,14 @@ class Absences:
         if len(self._asked) >= _MOST_ASKED:
             return False
         if vault.port:
-            which = object()  # an answer of an earlier absence says nothing of this one
-            self._asked[node] = which, self._ask(vault, lambda refused: self._answers.put((node, which, refused)))
+            question = self._asked[node] = _Question()
+            question.stop = self._ask(vault, lambda refused: self._answers.put((node, question, refused)))
         return True
 
     def over(self, node: int) -> None:
         """It is back, or lost."""
         if node in self._asked:
-            _, stop = self._asked.pop(node)
-            stop()
-            self._heard.discard(node)
+            self._asked.pop(node).stop()
 
     def answers(self, awaits: Callable[[int], bool]) -> list[tuple[int, bool]]:
         """Of nodes that are still away, by ``awaits``, what was found out: whether the agent has ended, or it lives."""
@@ -67,11 +73,12 @@ class Absences:
             self.over(node)
         out: list[tuple[int, bool]] = []
         while not self._answers.empty():
-            node, which, refused = self._answers.get()
-            if self._asked.get(node, (None,))[0] is not which or (node in self._heard and not refused):
+            node, question, refused = self._answers.get()
+            # (an answer of an earlier absence says nothing of this one, and more than one word says nothing new)
+            if self._asked.get(node) is not question or (question.lives and not refused):
                 continue
             out.append((node, refused))
-            self._heard.add(node)
+            question.lives = True
             if refused:
                 self.over(node)
         return out

@@ -27,7 +27,7 @@ from deadpool_megatron.cluster.coordinator.status import Progress
 from deadpool_megatron.cluster.coordinator.validate import misfit
 from deadpool_megatron.cluster.core.core import ABSENCE, GONE, Core
 from deadpool_megatron.cluster.core.effects import Action, Emit, Finish, Keep, Send
-from deadpool_megatron.cluster.core.job import JobSpec, Phase
+from deadpool_megatron.cluster.core.job import JobSpec, Phase, gather_s
 from deadpool_megatron.cluster.core.protection import in_words
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.link.link import Hub, agent_identity
@@ -38,16 +38,16 @@ from deadpool_megatron.cluster.store import Guard, Store, StoreError
 from deadpool_megatron.durable import Lease
 from deadpool_megatron.observe import RunDirectory
 
+_OF_TOOLS = (r.Inject, r.Drain, r.AddSpare)  # (a union would be made for every packet)
 _FAREWELL_S = 10.0
 _LONGEST_PASS_S = 0.75
 _LOOK_FOR_ANSWERS_S = 0.005  # of ports that were asked: an absence is short, and rare
 _MOST_REFUSALS_TOLD = 100
-_GATHER_S = (0.003, 0.02)
-_GATHER_S_A_NODE = 2e-5  # about what a packet and its answer cost
 _STATUS_INTERVAL_S = 0.2
 _STATUS_SIGN_OF_LIFE_S = 5.0  # written anew although nothing has changed
 _HOST = socket.gethostname()
 _STATUS_FIRST = frozenset({"training", "resumed"})  # who reads of these finds in status.json who holds what now
+_STATUS_WAITS = 5  # times what it takes, from a declaration on
 _STATUS_SHARE = 0.005  # of the coordinator's time that writing it may take, in large jobs
 
 
@@ -74,6 +74,17 @@ class CoordinatorSettings:
     agent: Mapping[str, Any] = field(default_factory=dict)
     drain_from: Sequence[str] = ()
     drain_poll_s: float = 10.0
+
+
+class _Identities(dict[int, bytes]):
+    """By node, the name of its agent's end: asked for with every packet."""
+
+    def __init__(self, job_id: str) -> None:
+        self._job_id = job_id
+
+    def __missing__(self, node: int) -> bytes:
+        self[node] = agent_identity(self._job_id, node).encode()
+        return self[node]
 
 
 class Coordinator:
@@ -116,7 +127,7 @@ class Coordinator:
         self._run = run or RunDirectory(settings.run_dir, fresh=not settings.resume, aside=True)
         self._finish: Finish | None = None
         self._refused = 0
-        self._identities: dict[int, bytes] = {}
+        self._identities = _Identities(settings.job_id)
         self._broadcast = Broadcast(chance)
         self._no_places_until = self._clock.now() + silence_s if settings.resume else 0.0
         self._connected: set[int] = set()
@@ -143,7 +154,7 @@ class Coordinator:
         """Serve the job. ``announce`` is called with the port once the coordinator listens."""
         self.begin(announce)
         core, woke = self._core, 0.0
-        gather = min(max(_GATHER_S[0], _GATHER_S_A_NODE * core.job.nodes), _GATHER_S[1])
+        gather = gather_s(core.job.nodes)
         while self._finish is None:
             timeout = self.timeout()
             if core.phase is Phase.RUNNING and self._clock.now() - woke < gather:
@@ -284,7 +295,7 @@ class Coordinator:
             self._refuse(str(err))
             return
         now = self._clock.now()
-        if isinstance(record, r.Inject | r.Drain | r.AddSpare):
+        if isinstance(record, _OF_TOOLS):
             self._request(identity, record, now)
             return
         if isinstance(record, r.Enlist):
@@ -292,7 +303,7 @@ class Coordinator:
             return
         node = record.node
         state = self._core.nodes.get(node)
-        if identity != self._identity(node):
+        if identity != self._identities[node]:
             self._refuse(f"{identity!r} speaks for node {node}")
             if isinstance(record, r.Join) and identity.startswith(b"node-"):  # it would try for ever
                 why = f"node {node} is of a run of this job that is over; job {self._settings.job_id} runs now"
@@ -385,17 +396,11 @@ class Coordinator:
             self._run.event("refused", epoch=self._core.epoch, cause=cause)
         self._status_stale = True
 
-    def _identity(self, node: int) -> bytes:
-        identity = self._identities.get(node)
-        if identity is None:
-            identity = self._identities[node] = agent_identity(self._settings.job_id, node).encode()
-        return identity
-
     def _gone(self, identity: bytes) -> None:
         name = identity.decode(errors="replace")
         self._enlistment.left(name.removeprefix("enlist-"))
         number = name.removeprefix("node-").partition("@")[0]
-        if not number.isdecimal() or identity != self._identity(int(number)):
+        if not number.isdecimal() or identity != self._identities[int(number)]:
             return
         node = int(number)
         now, stood_still = self._clock.now(), self._clock.just_woke(self._core.job.deadlines.lease)
@@ -423,9 +428,12 @@ class Coordinator:
                 points.reach_record("coordinator", action.record)
                 nodes = [action.node] if action.node is not None else self._core.members.present()
                 for node, packet in self._broadcast.packets(action.record, nodes):
-                    self._hub.send(self._identity(node), packet)
-        if any(isinstance(action, Emit) and action.event in _STATUS_FIRST for action in actions):
+                    self._hub.send(self._identities[node], packet)
+        events = {action.event for action in actions if isinstance(action, Emit)}
+        if events & _STATUS_FIRST:
             self._write_status()
+        elif "declared" in events:  # what thousands of nodes say next does not wait for it
+            self._status_due = max(self._status_due, self._clock.now() + _STATUS_WAITS * self._status_cost)
         if step is not None:
             self._run.note("step", t=decided, **step)
         for action in actions:
@@ -468,7 +476,7 @@ class Coordinator:
             elif isinstance(record, r.Join) and self._finish is not None:  # it may not have heard of the end
                 self._reply(identity, r.Stop(self._finish.code, self._finish.message))
 
-        self._hub.farewell(map(self._identity, left), _FAREWELL_S, last_words)
+        self._hub.farewell(map(self._identities.__getitem__, left), _FAREWELL_S, last_words)
 
     def _write_state_hash(self) -> None:
         path, hashes = self._settings.state_hash, self._core.seen.state_hashes

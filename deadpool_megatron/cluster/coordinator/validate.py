@@ -7,6 +7,7 @@ refused here is counted and has no effect.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Final
 
 from deadpool_megatron.cluster import records as r
@@ -15,15 +16,17 @@ from deadpool_megatron.vault import MAX_GENERATION
 MAX_SHARD_BYTES: Final = 1 << 46
 _MOST_LOCALS: Final = 4096  # a node's slots and those it has rescued
 _RANKS: Final = ("rank", "holder")
+_MOST_COUNT: Final = MAX_GENERATION * 64
 _COUNTS: Final = ("source", "generation", "iteration", "pid", "groups", "nbytes", "huge_bytes")  # -1: none
 
 
 @functools.cache
-def _fields(kind: type) -> list[tuple[str, ...]]:
-    """Of a record's kind, those fields that are an epoch to be checked, a rank, a slot, a count."""
+def _checks(kind: type) -> list[tuple[str, str]]:
+    """Fields of a record's kind that are looked at, with what each is: an epoch, a rank, a slot, a count."""
     # (what an agent that comes back says of its own epoch is for the core to judge)
     known = frozenset(getattr(kind, "__struct_fields__", ())) - ({"epoch"} if kind is r.Join else frozenset())
-    return [tuple(f for f in each if f in known) for each in (("epoch",), _RANKS, ("local",), _COUNTS)]
+    what = {"epoch": "epoch", **dict.fromkeys(_RANKS, "rank"), "local": "local", **dict.fromkeys(_COUNTS, "count")}
+    return [(field, of) for field, of in what.items() if field in known]
 
 
 def misfit(record: r.AgentRecord, world_size: int, epoch: int) -> str:
@@ -32,23 +35,26 @@ def misfit(record: r.AgentRecord, world_size: int, epoch: int) -> str:
     Args:
         epoch: the current one; nobody can speak of a later one.
     """
+    kind = type(record)
+    for field, what in _checks(kind):
+        value = getattr(record, field)
+        if what == "count":
+            if not -1 <= value <= _MOST_COUNT:
+                return f"{kind.__name__} with {field} {value}"
+        elif what == "local":
+            if not 0 <= value < _MOST_LOCALS:
+                return f"{kind.__name__} of local worker {value}"
+        elif value is None:
+            continue
+        elif what == "epoch" and not 0 <= value <= epoch:
+            return f"{kind.__name__} of epoch {value}, and the job is in epoch {epoch}"
+        elif what == "rank" and (value < 0 or (field == "rank" and value >= world_size)):
+            return f"{kind.__name__} of {field} {value}, and the job has ranks 0 to {world_size - 1}"
+    return _misfit_within(record, world_size, epoch)
+
+
+def _misfit_within(record: r.AgentRecord, world_size: int, epoch: int) -> str:
     name = type(record).__name__
-    epochs, ranks, locals_, counts = _fields(type(record))
-    for field in epochs:
-        told = getattr(record, field)
-        if told is not None and not 0 <= told <= epoch:
-            return f"{name} of epoch {told}, and the job is in epoch {epoch}"
-    for field in ranks:
-        rank = getattr(record, field)
-        if rank is not None and (rank < 0 or (field == "rank" and rank >= world_size)):
-            return f"{name} of {field} {rank}, and the job has ranks 0 to {world_size - 1}"
-    for field in locals_:
-        if not 0 <= (local := getattr(record, field)) < _MOST_LOCALS:
-            return f"{name} of local worker {local}"
-    for field in counts:
-        number = getattr(record, field)
-        if not -1 <= number <= MAX_GENERATION * 64:
-            return f"{name} with {field} {number}"
     match record:
         case r.Registered():
             return _registered(record, world_size)
@@ -82,7 +88,11 @@ def _offer(record: r.Offer, world_size: int, epoch: int) -> str:
     if stray:
         return f"Offer of rank {stray[0]}, and the job has ranks 0 to {world_size - 1}"
     for held in (record.own, record.peer, record.parity):
+        last: Sequence[tuple[int, int]] = ()
         for versions in held.values():
+            if versions == last:
+                continue
+            last = versions
             for written, generation in versions:
                 if not (0 <= written <= epoch and 0 <= generation <= MAX_GENERATION):
                     return f"Offer of generation {generation} of epoch {written}, and the job is in epoch {epoch}"

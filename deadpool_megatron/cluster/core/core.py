@@ -17,7 +17,7 @@ What has been decided is kept (`Keep`) before anybody is told, so a coordinator 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from deadpool_megatron.cluster import records as r
@@ -27,6 +27,7 @@ from deadpool_megatron.cluster.core.durable import Durability
 from deadpool_megatron.cluster.core.effects import (
     Action,
     Declare,
+    DeclareSoon,
     Effect,
     Effects,
     Emit,
@@ -63,6 +64,7 @@ from deadpool_megatron.vault import Version
 _COARSE = {Phase.STARTING: "starting", Phase.FINISHING: "finishing"}
 # A job that had ended when its coordinator did: somebody may not have been told.
 _RESTORED = {"starting": Phase.STARTING, "finishing": Phase.FINISHING, "ended": Phase.FINISHING}
+_MOST_GATHERED: Final = 5  # times the time in which one more is waited for
 _RETURN_S = 5.0  # beyond the lease, for agents to find a coordinator that starts again
 GONE: Final = "its agent is gone or silent"
 ABSENCE: Final = 0.25  # of the lease, for an agent whose connection has ended to connect again
@@ -104,10 +106,11 @@ class Core:
         self.seen = seen = Observations(self._state)
         self._start = Start(self._state, seen.snapshots)
         self._returning = Returning(self._state, self._recoveries, self._start, seen)
+        self._soon: tuple[str, float, float] | None = None  # why an epoch is due, when, and when at the latest
         self._finished: set[int] = set()
         self._noticed = False
         self._armed: list[r.Fault] = []  # for an iteration
-        self._handlers: dict[type, Callable[[Any], Effects]] = {
+        self._handlers: dict[type, Callable[[Any], Iterable[Effect]]] = {
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
             r.Rehearsed: self._rehearsed,
@@ -213,6 +216,7 @@ class Core:
             if self._state.phase is Phase.STARTING:
                 times += [self._durability.loading_due, self._start.due]
             times.append(self._recovery_due())
+            times.append(self._soon[1] if self._soon is not None else None)
         known = [t for t in times if t is not None]
         return min(known) if known else None
 
@@ -223,7 +227,8 @@ class Core:
         if self.members.gone(getattr(record, "node", -1)) and not isinstance(record, r.Join):
             return []  # a node that was declared lost has no say any more
         self._at(now)
-        return self._run(self._handlers[type(record)](record), now)
+        effects = self._handlers[type(record)](record)
+        return self._run(effects, now) if effects else []
 
     def node_lost(self, node: int, cause: str, now: float) -> list[Action]:
         """The agent of a node is gone for certain."""
@@ -373,14 +378,14 @@ class Core:
     def _at(self, now: float) -> None:
         self._now, self.members.unix_s = now, now + self._since_1970
 
-    def _run(self, effects: Effects, now: float) -> list[Action]:
+    def _run(self, effects: Iterable[Effect], now: float) -> list[Action]:
         self._at(now)
         if self._state.phase is not Phase.ENDED:
             self._carry_out(effects)
         actions, self._actions = self._actions, []
         return actions
 
-    def _carry_out(self, effects: Effects) -> None:
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
             match effect:
                 case Emit(event, fields):
@@ -389,6 +394,8 @@ class Core:
                     self._actions.append(Keep({name: self._part(name) for name in parts}))
                 case Declare(reason):
                     self._carry_out(self._declare(reason))
+                case DeclareSoon(reason):
+                    self._carry_out(self._declare_soon(reason))
                 case StartOver(reason):
                     self._carry_out(self._start_over(reason))
                 case Lose(nodes, cause):
@@ -426,6 +433,7 @@ class Core:
         yield Finish(code, message)
         self._state.phase, self._recoveries.current, self._state.end = Phase.ENDED, None, (code, message)
         yield Persist(("now",))  # refused to a coordinator that was deposed: it must not end the job
+        self._soon = None
         self._suspicions.ended()
         self._drains.ended()
         self._arrivals.clear()
@@ -606,8 +614,8 @@ class Core:
             yield from self._look_for_end()
 
     def _look_for_end(self) -> Effects:
-        if self._returning.waits:
-            return  # who is still to come back may have lost a worker
+        if self._returning.waits or self._soon is not None:
+            return  # who is still to come back may have lost a worker, or one has ended just now
         if self._state.phase is Phase.FINISHING and self._ends.all_left():
             yield from self._stop(Exit.OK, "")
         elif self._state.phase is Phase.RUNNING and all(map(self._finished.__contains__, self.members.active())):
@@ -730,7 +738,16 @@ class Core:
         if waited and not self._returning.waits:
             yield from self._returning.all_back(self._now)
 
+    def _declare_soon(self, reason: str) -> Effects:
+        """What is vacant by then is filled in one epoch. (In a recovery, by its end nothing may be vacant any more.)"""
+        if self.phase is not Phase.RUNNING or self._returning.waits or not self.job.gather_s:
+            yield from self._declare(reason)
+            return
+        first, _, latest = self._soon or (reason, 0.0, self._now + _MOST_GATHERED * self.job.gather_s)
+        self._soon = first, min(self._now + self.job.gather_s, latest), latest
+
     def _declare(self, reason: str) -> Effects:
+        self._soon = None
         if self._returning.waits:  # whoever is not back yet would not hear of it: when all are (`Returning.all_back`)
             self._returning.remember(reason)
             return
@@ -796,6 +813,8 @@ class Core:
             self._arrivals.expect(self.members.missing(), self._now)
         if late := self._arrivals.late(self._now):
             yield from self._lose(late, self._arrivals.why_late)
+        if self._soon is not None and self._now >= self._soon[1]:
+            yield from self._declare(self._soon[0])
         if not self._returning.waits:
             yield from self._suspicions.judge_errors(self._now)
             yield from self._durability.judge_loading(self._now)

@@ -66,6 +66,13 @@ class Declare:
 
 
 @dataclass(frozen=True, slots=True)
+class DeclareSoon:
+    """The same, with what else ends within a moment (`JobSpec.gather_s`): processes die by the dozen of one cause."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StartOver:
     """Nothing is committed that the job could go on from: it begins anew."""
 
@@ -100,7 +107,7 @@ class EndIfFinished:
     """Every active node may be through with training: if so, the job finishes."""
 
 
-Effect = Action | Persist | Declare | StartOver | Lose | LetGo | Stop | EndIfFinished
+Effect = Action | Persist | Declare | DeclareSoon | StartOver | Lose | LetGo | Stop | EndIfFinished
 type Answer[T] = Generator[Effect, None, T]
 type Effects = Answer[None]
 

@@ -23,6 +23,8 @@ class Phase(Enum):
     ENDED = "ended"
 
 
+_GATHER_S = (0.003, 0.02)
+_GATHER_S_A_NODE = 2e-5  # about what a packet and its answer cost
 RECOVERING = frozenset({Phase.ARRIVING, Phase.PREPARING, Phase.FORMING, Phase.RESTORING, Phase.WAITING})
 
 
@@ -45,7 +47,8 @@ class JobSpec:
     the machines are wanted soon, the newest generation is made durable and the job leaves. ``snapshot_interval``:
     iterations from one generation to the next. ``wait_for_spare_s``: how long a job without spares waits for one before
     it ends. ``rehearsals``: of how many nodes each spare sets up the coordinates ahead of time. ``spare_check_s``: from
-    one check of a parked spare to the next; 0: none.
+    one check of a parked spare to the next; 0: none. ``gather_s``: workers that end within so many seconds of one
+    another are one epoch.
     """
 
     nodes: int
@@ -63,6 +66,7 @@ class JobSpec:
     wait_for_spare_s: float = 0.0
     rehearsals: int = 0
     spare_check_s: float = 0.0
+    gather_s: float = 0.0
 
     @property
     def active_nodes(self) -> int:
@@ -73,3 +77,8 @@ class JobSpec:
     def world_size(self) -> int:
         """Number of coordinates."""
         return self.active_nodes * self.slots_per_node
+
+
+def gather_s(nodes: int) -> float:
+    """For how long the news of many nodes are gathered, in seconds: some at a time cost less than one by one."""
+    return min(max(_GATHER_S[0], _GATHER_S_A_NODE * nodes), _GATHER_S[1])

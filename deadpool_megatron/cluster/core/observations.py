@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.accounting import SnapshotAccount
-from deadpool_megatron.cluster.core.effects import Answer, Effects, Send, Stop, emit
+from deadpool_megatron.cluster.core.effects import Answer, Effect, Effects, Send, Stop, emit
 from deadpool_megatron.cluster.core.lag import Lag, LagJudge
 from deadpool_megatron.cluster.core.stalls import StragglerJudge
 from deadpool_megatron.cluster.core.state import JobState
@@ -68,11 +70,12 @@ class Observations:
             )
         return first
 
-    def committed(self, record: r.Committed, now: float, training: bool) -> Effects:
-        """A node has committed a generation in this epoch."""
+    def committed(self, record: r.Committed, now: float, training: bool) -> Iterable[Effect]:
+        """A node has committed a generation in this epoch. (Of a thousand nodes one changes what is to be told.)"""
         told, by_all = self._state.progress.node_committed(record)
-        if told is None:
-            return
+        return self._all_are_told(told, by_all, now, training) if told is not None else ()
+
+    def _all_are_told(self, told: Told, by_all: bool, now: float, training: bool) -> Effects:
         yield self._told(None, told)
         if by_all and told.kept is not None:
             seconds = self.snapshots.committed(told.kept.generation, now)

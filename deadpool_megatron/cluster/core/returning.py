@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.effects import Declare, Effects, EndIfFinished, Send, StartOver, Stop
+from deadpool_megatron.cluster.core.effects import Declare, Effect, Effects, EndIfFinished, Send, StartOver, Stop
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.observations import Observations
 from deadpool_megatron.cluster.core.recoveries import Recoveries
@@ -148,13 +148,14 @@ class Returning:
         """What is committed, and what can never be, follows from what all say: an active agent is not back yet."""
         return self._commits is not None
 
-    def committed(self, record: r.Committed, now: float) -> Effects:
+    def committed(self, record: r.Committed, now: float) -> Iterable[Effect]:
         """A node of the current epoch has committed a generation."""
         if self._commits is not None:
             self._commits.append(record)
         elif record.epoch == self._state.members.epoch:
             training = self._state.phase is Phase.RUNNING and self._recoveries.current is None
-            yield from self._seen.committed(record, now, training)
+            return self._seen.committed(record, now, training)
+        return ()
 
     def _count_commits(self, now: float) -> Effects:
         if self._commits is not None and not any(map(self._state.members.holds, self._expected)):

@@ -6,7 +6,17 @@ from typing import Any
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.blame import Blame, how_it_ended
-from deadpool_megatron.cluster.core.effects import Answer, Declare, Effects, Lose, Persist, Send, Stop, emit
+from deadpool_megatron.cluster.core.effects import (
+    Answer,
+    Declare,
+    DeclareSoon,
+    Effects,
+    Lose,
+    Persist,
+    Send,
+    Stop,
+    emit,
+)
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.members import NodeState
 from deadpool_megatron.cluster.core.recoveries import Recoveries
@@ -153,7 +163,7 @@ class WorkerEnds:
         if joins and not leaves:
             yield Persist()
             return [rank]
-        yield Declare(f"node {node.node} is at fault: {cause}" if leaves else cause)
+        yield DeclareSoon(f"node {node.node} is at fault: {cause}" if leaves else cause)
         return []
 
     def sign(self, record: r.MachineSign) -> Effects:
@@ -161,7 +171,7 @@ class WorkerEnds:
         yield from self._signs.took(record)
         node, vacant = self._state.members.nodes[record.node], {n for n, _ in self._recoveries.vacant}
         if role_of(record) is Role.CAUSE and node.node in vacant and self._leaves(node):
-            yield Declare(f"node {node.node} is at fault: Xid {record.xid}")
+            yield DeclareSoon(f"node {node.node} is at fault: Xid {record.xid}")
 
     def _leaves(self, node: NodeState) -> bool:
         """A node at fault gives its shards, then leaves the job, if a spare is there for it."""

@@ -1,19 +1,26 @@
-"""Authenticated message sockets between agents and the coordinator: ZeroMQ with CURVE and its own heartbeats.
+"""Authenticated message sockets between agents and the coordinator: ZeroMQ with CURVE, and signs of life.
 
 Every key derives from the job's secret, so a peer that completes the CURVE handshake has proved that it belongs to the
 job. From then on each packet is authenticated under its connection's own keys and count: who sits between can lose a
 packet or end the connection, and can neither change a packet, repeat it, nor keep it for later. A node's silence,
 noticed within the lease, and the end of its connection both reach the coordinator as one thing: the connection of that
 node is gone.
+
+Only an agent pings, ZeroMQ's thread in it, and hears the answers. The coordinator asks nobody: its kernel notes when
+something has come over a connection (TCP_INFO), and what has been silent for too long it shuts down. A ping of its own
+would double the packets, and ZeroMQ looks for the timer of each answer among those of all connections.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
+import heapq
 import hmac
 import itertools
+import os
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -32,9 +39,13 @@ _NOBLOCK, _SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)  # (as enumerations they
 _UP: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED
 _AGAIN_S: Final = 0.1  # from the end of a connection that ZeroMQ does not try again to another try of ours
 _SRCFD = int(zmq.SRCFD)
+_send = zmq.backend.Socket.send  # (past the wrapper, as for what is received)
 _LEAST_PATIENCE_S = 1.5
-_SLACK = 0.01  # of a lease; a frozen node is noticed by two timers, one after the other
-_PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30
+_BEAT = 0.25  # of its lease, from one ping of an agent to the next
+_MOST_BEAT = 1 / 3  # of the hub's, which may be shorter than theirs by that much
+_LOOKS = 32  # in the time within which a silent node is noticed
+_TCP_INFO: Final = struct.Struct("=B51xI")  # state, and milliseconds since data came (linux/tcp.h)
+_ESTABLISHED: Final = 1
 
 
 def check_secret(secret: bytes) -> bytes:
@@ -77,32 +88,35 @@ def monitored(monitor: zmq.Socket[bytes]) -> Iterator[tuple[int, int]]:
         yield int(event["event"]), int(event["value"])
 
 
-def _heartbeats(socket: zmq.Socket[bytes], every_s: float, within_s: float) -> None:
-    """Ask the other end for a sign of life; no answer in time ends the connection.
-
-    Each end pings on its own: HEARTBEAT_TTL is reset by any later packet, so a peer that freezes right after one would
-    never be missed.
-    """
-    socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(every_s * 1000)))
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(200, int(within_s * 1000)))
+def _given_up(socket: zmq.Socket[bytes], within_s: float) -> None:
+    """What has been sent and is not received in this time ends the connection, and what is left does soon after."""
     socket.setsockopt(zmq.TCP_MAXRT, max(200, int(within_s * 1000)))
     socket.setsockopt(zmq.LINGER, 1000)
 
 
-@contextlib.contextmanager
-def _late_timers(slack_s: float) -> Iterator[None]:
-    """Threads that are started meanwhile may be woken by a timer up to ``slack_s`` seconds late (prctl(2)).
-
-    Of a thousand connections each has timers of its own. A thread that is late for some handles them at once, and from
-    then on they are due together: it wakes, and calls the kernel, that much less often. Data wakes it as ever.
-    """
-    prctl = ctypes.CDLL(None).prctl
-    before = prctl(_PR_GET_TIMERSLACK)
-    prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(int(slack_s * 1e9)))
+def _silent_s(fd: int) -> float:
+    """Seconds since something came over this connection; 0 for what is none (any more)."""
     try:
-        yield
-    finally:
-        prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(max(0, before)))  # 0: the default, for kernels that do not tell
+        # (of a known family: asking the kernel for it takes longer than the rest)
+        each = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fd)
+        try:
+            state, silent_ms = _TCP_INFO.unpack(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+        finally:
+            each.detach()
+    except (OSError, struct.error):
+        return 0.0
+    return silent_ms / 1e3 if state == _ESTABLISHED else 0.0
+
+
+def _shut_down(fd: int, silent_s: float) -> None:
+    """End a connection if it has been silent for so long. Another one may have its number meanwhile, so look again."""
+    try:
+        held = os.dup(fd)
+    except OSError:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, held) as each, contextlib.suppress(OSError):
+        if _silent_s(held) >= silent_s:
+            each.shutdown(socket.SHUT_RDWR)
 
 
 class _Authenticator(zmq.auth.thread.ThreadAuthenticator):
@@ -124,9 +138,7 @@ class Hub:
         """``patience_s``: how long to wait for the port while it is in use. Raises zmq.ZMQError."""
         self._context = _unlimited(zmq.Context())
         self._auth = _Authenticator(self._context)
-        slack_s = _SLACK * lease_s
-        with _late_timers(slack_s):
-            self._auth.start()  # and with its sockets, the first ones, the thread that has all connections
+        self._auth.start()
         client_public, _ = _keypair(secret, "client")
         # Called by the authenticator's thread for every handshake: members have the one client key of the job.
         member = SimpleNamespace(callback=lambda domain, key: hmac.compare_digest(key, client_public))
@@ -137,10 +149,13 @@ class Hub:
         self.socket.curve_publickey = public
         self.socket.curve_secretkey = private
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        # Often, and so that a node that falls silent at any moment is known of within the lease: it costs time. A very
-        # short lease may be passed, for a busy machine's sake.
-        patient_s = max(2 / 3 * lease_s - 2 * slack_s, min(lease_s, _LEAST_PATIENCE_S))
-        _heartbeats(self.socket, lease_s / 3, patient_s)
+        self.look_s = lease_s / _LOOKS
+        # (a very short lease may be passed, for a busy machine's sake)
+        patient_s = max((1 - _MOST_BEAT) * lease_s - 2 * self.look_s, min(lease_s, _LEAST_PATIENCE_S))
+        self.silence_s = _MOST_BEAT * lease_s + patient_s
+        self._look_at = time.monotonic() + self.look_s
+        self._due: list[tuple[float, int, str]] = []  # heap: when to look at which connection, by descriptor and name
+        _given_up(self.socket, patient_s)
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         once_free(lambda: self.socket.bind(f"tcp://{host}:{port}"), patience_s)
         endpoint = self.socket.getsockopt(zmq.LAST_ENDPOINT)
@@ -157,37 +172,42 @@ class Hub:
 
     def wait(
         self,
-        timeout_s: float | None,
+        timeout_s: float,
         on_packet: Callable[[bytes, bytes], None],
         on_gone: Callable[[bytes], None],
     ) -> None:
-        """Handle what arrives within ``timeout_s`` seconds (None: wait for something).
+        """Handle what arrives within ``timeout_s`` seconds; sooner back where connections are to be looked at.
 
         Args:
             on_packet: called with (identity, packet) for each packet.
             on_gone: called with the identity of each connection that ended or fell silent.
         """
-        ready = dict(self._poller.poll(None if timeout_s is None else max(0, int(timeout_s * 1000) + 1)))
+        timeout_s = max(0.0, min(timeout_s, self._look_at - time.monotonic()))
+        ready = dict(self._poller.poll(int(timeout_s * 1000) + 1))
         # Packets first: what a node sent before it died still counts.
+        receive, get = self.socket.recv, Frame.get
         while self.socket in ready:
             # (part by part, and past pyzmq's wrappers: with recv_multipart this takes four times as long)
             try:
-                identity = self.socket.recv(_NOBLOCK)
+                identity = receive(_NOBLOCK)
             except zmq.Again:
                 break
-            body = self.socket.recv(copy=False)
-            whole = not body.more  # (CURVE does not authenticate this flag)
-            while body.more:
-                body = self.socket.recv(copy=False)
+            body = receive(copy=False)
+            whole = True
+            while body.more:  # (CURVE does not authenticate this flag)
+                whole, body = False, receive(copy=False)
             # (names that begin with 0 are ZeroMQ's: of ends without one, or whose place a newer connection has taken)
             if not whole or identity.startswith(b"\0"):
                 self.refused += 1
                 continue
-            fd = Frame.get(body, _SRCFD)
-            assert isinstance(fd, int)
-            connections, name = self._connections.setdefault(fd, []), str(body.get("User-Id"))
+            fd, name = get(body, _SRCFD), get(body, "User-Id")
+            assert isinstance(fd, int) and isinstance(name, str)
+            connections = self._connections.get(fd)
+            if connections is None:
+                connections = self._connections[fd] = []
             if not connections or connections[-1][0] != name:
                 connections.append((name, identity))
+                heapq.heappush(self._due, (time.monotonic() + self.silence_s, fd, name))
                 self._new.add(name)
             on_packet(identity, body.bytes)
         # Always, also if there was none: the end of the one before is there when a connection's first packet is.
@@ -196,6 +216,20 @@ class Hub:
             if event == zmq.EVENT_DISCONNECTED:
                 self._ended(fd, events[index + 1 :].count((zmq.EVENT_ACCEPTED, fd)), on_gone)
         self._new.clear()
+        if (now := time.monotonic()) >= self._look_at:
+            self._end_silent_ones(now)
+
+    def _end_silent_ones(self, now: float) -> None:
+        """What ends here is heard of as the end of any other connection."""
+        self._look_at = now + self.look_s
+        while self._due and self._due[0][0] <= now:
+            _, fd, name = heapq.heappop(self._due)
+            connections = self._connections[fd]
+            if not connections or connections[-1][0] != name:
+                continue  # it has ended
+            if (silent_s := _silent_s(fd)) >= self.silence_s:
+                _shut_down(fd, self.silence_s)
+            heapq.heappush(self._due, (now + max(self.look_s, self.silence_s - silent_s), fd, name))
 
     def _ended(self, fd: int, later: int, on_gone: Callable[[bytes], None]) -> None:
         """The oldest connection with this descriptor has ended, and so many newer ones have had it since."""
@@ -208,8 +242,8 @@ class Hub:
 
     def send(self, identity: bytes, packet: bytes) -> None:
         """Send to one agent; silently nothing when it is not connected (ROUTER drops)."""
-        self.socket.send(identity, _SNDMORE)
-        self.socket.send(packet)
+        _send(self.socket, identity, _SNDMORE)
+        _send(self.socket, packet)
 
     def farewell(self, to: Iterable[bytes], within_s: float, on_packet: Callable[[bytes, bytes], None]) -> None:
         """Last words are sent: handle what still comes until all of ``to`` have left, ``within_s`` seconds at most."""
@@ -255,7 +289,11 @@ class Spoke:
         self.socket.curve_serverkey = server_public
         self.socket.curve_publickey = public
         self.socket.curve_secretkey = private
-        _heartbeats(self.socket, lease_s, lease_s)  # a frozen coordinator costs nothing as long as nothing else fails
+        # A frozen coordinator costs nothing as long as nothing else fails. (HEARTBEAT_TTL would not do in the place of
+        # what the hub does: any later packet takes it back, so that who freezes right after one is never missed.)
+        self.socket.setsockopt(zmq.HEARTBEAT_IVL, max(50, int(_BEAT * lease_s * 1000)))
+        self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(200, int(1.5 * lease_s * 1000)))
+        _given_up(self.socket, lease_s)
         self.socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing waits for a connection: the other end may have a new state
         self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)

@@ -61,51 +61,30 @@ def agree(
     Raises:
         NoCommonGeneration: redundancy is exceeded.
     """
-    local: list[dict[_Key, Source | None]] = []  # a source where not any version will do
-    remote = _givers(len(assignment), offers, refused, repeatable)
-    for rank, slot in enumerate(assignment):
-        here = offers.get(slot.node)
-        held: dict[_Key, Source | None] = {}
-        if here is not None:
-            doubted = {g for r, node, g, _, share in refused if (r, node, share) == (rank, slot.node, -1)}
-            for epoch, g in sorted(here.own.get(rank, ())):
-                if _usable(refused, rank, slot.node, g, epoch):
-                    exact = g in doubted or not repeatable
-                    held[_key(epoch, g, repeatable)] = Source(slot.node, epoch, []) if exact else None
-            live = here.live.get(rank)
-            if live is not None and live not in doubted:
-                held[_key(here.live_epochs.get(rank, 0), live, repeatable)] = None
-        local.append(held)
+    ranks = len(assignment)
     shares = _Shares(offers, refused, words, repeatable)
-    common: set[_Key] | None = None
-    missing: list[int] = []
-    for rank, (held, givers) in enumerate(zip(local, remote, strict=True)):
-        available = held.keys() | givers.keys() | shares.known(rank)
-        if not available:
-            missing.append(rank)
-        if common is None:
-            common = available
-        else:
-            common &= available
-    if not common:
-        raise NoCommonGeneration(missing)
-    key = max(common)
-    sources: dict[int, Source] = {}
+    vaults = _in_vaults(offers, refused, repeatable)
+    live = _live(assignment, offers, refused, repeatable)
+    known: set[int] = set().union(*vaults.values(), *live.values())
+    rebuilt = {rank: shares.known(rank) for rank in range(ranks)} if shares.any else {}
+    keys = vaults.keys() | live.keys() | set().union(*rebuilt.values())
+    key = next((each for each in sorted(keys, reverse=True) if _has_all(each, ranks, vaults, live, rebuilt)), None)
+    if key is None:
+        raise NoCommonGeneration([rank for rank in range(ranks) if rank not in known and not rebuilt.get(rank)])
+    sources, lacking = _own(key, assignment, offers, refused, live.get(key, set()), repeatable)
     rebuilds: dict[int, list[list[Share]]] = {}
-    for rank, givers in enumerate(remote):
-        if key in local[rank]:
-            own = local[rank][key]
-            if own is not None:
-                sources[rank] = own
-        elif key not in givers:
+    givers = _givers(key, lacking, offers, refused, repeatable)
+    for rank in lacking:
+        if rank not in givers:
             rebuilds[rank] = shares.parts(rank, key)
         else:
             # Several sources share the load: each rank begins with another one, and fetches from all at once.
-            node, epoch = first = givers[key][rank % len(givers[key])]
-            same = [other for other, written in givers[key] if (other, written) != first and written == epoch]
+            node, epoch = first = givers[rank][rank % len(givers[rank])]
+            same = [other for other, written in givers[rank] if (other, written) != first and written == epoch]
             sources[rank] = Source(node, epoch, same)
-    in_vaults = all(key in givers or shares.parts(rank, key) for rank, givers in enumerate(remote))
-    return Agreement(key[1], sources, rebuilds, in_vaults)
+    held = vaults.get(key, set())
+    in_vaults = all(rank in held or shares.parts(rank, key) for rank in range(ranks))
+    return Agreement(key[1], dict(sorted(sources.items())), rebuilds, in_vaults)
 
 
 def _key(epoch: int, generation: int, repeatable: bool) -> _Key:
@@ -115,26 +94,106 @@ def _key(epoch: int, generation: int, repeatable: bool) -> _Key:
 def _usable(
     refused: frozenset[RefusedCopy], rank: int, node: int, generation: int, epoch: int, share: int = -1
 ) -> bool:
-    return refused.isdisjoint((rank, node, generation, any_or_it, share) for any_or_it in (epoch, ANY_EPOCH))
+    return not refused or refused.isdisjoint(
+        (rank, node, generation, any_or_it, share) for any_or_it in (epoch, ANY_EPOCH)
+    )
+
+
+def _has_all(
+    key: _Key,
+    ranks: int,
+    vaults: Mapping[_Key, set[int]],
+    live: Mapping[_Key, set[int]],
+    rebuilt: Mapping[int, set[_Key]],
+) -> bool:
+    """Every coordinate can have it."""
+    there = vaults.get(key, set()) | live.get(key, set())
+    return all(rank in there or key in rebuilt.get(rank, ()) for rank in range(ranks))
+
+
+def _in_vaults(offers: Mapping[int, Offer], refused: frozenset[RefusedCopy], repeatable: bool) -> dict[_Key, set[int]]:
+    """By key, the ranks of which some vault holds it whole. What most ranks have is the same, and is looked at once."""
+    out: dict[_Key, set[int]] = {}
+    doubted = {rank for rank, *_ in refused}
+    for node, offer in offers.items():
+        for held in (offer.own, offer.peer):
+            last: Sequence[tuple[int, int]] = ()
+            sets: list[set[int]] = []
+            for rank, versions in held.items():
+                if rank in doubted:
+                    good = (v for v in versions if _usable(refused, rank, node, v[1], v[0]))
+                    for epoch, g in good:
+                        out.setdefault(_key(epoch, g, repeatable), set()).add(rank)
+                    continue
+                if versions != last:
+                    last = versions
+                    sets = [out.setdefault(_key(epoch, g, repeatable), set()) for epoch, g in versions]
+                for each in sets:
+                    each.add(rank)
+    return out
+
+
+def _live(
+    assignment: Sequence[SlotAddress], offers: Mapping[int, Offer], refused: frozenset[RefusedCopy], repeatable: bool
+) -> dict[_Key, set[int]]:
+    """By key, the ranks whose workers hold it."""
+    out: dict[_Key, set[int]] = {}
+    doubted = {(rank, node, g) for rank, node, g, _, share in refused if share == -1}
+    last: _Key | None = None
+    ranks: set[int] = set()
+    for node, offer in offers.items():
+        for rank, g in offer.live.items():
+            if g is None or assignment[rank].node != node or (doubted and (rank, node, g) in doubted):
+                continue
+            key = (ANY_EPOCH, g) if repeatable else (offer.live_epochs.get(rank, 0), g)
+            if key != last:
+                last, ranks = key, out.setdefault(key, set())
+            ranks.add(rank)
+    return out
+
+
+def _own(
+    key: _Key,
+    assignment: Sequence[SlotAddress],
+    offers: Mapping[int, Offer],
+    refused: frozenset[RefusedCopy],
+    live: set[int],
+    repeatable: bool,
+) -> tuple[dict[int, Source], list[int]]:
+    """By rank that has it in its own vault and nowhere else, which version where not any will do; and who has none."""
+    sources: dict[int, Source] = {}
+    lacking: list[int] = []
+    for rank, slot in enumerate(assignment):
+        if rank in live:
+            continue
+        here = offers.get(slot.node)
+        good = [
+            epoch
+            for epoch, g in (here.own.get(rank, ()) if here is not None else ())
+            if _key(epoch, g, repeatable) == key and _usable(refused, rank, slot.node, g, epoch)
+        ]
+        if not good:
+            lacking.append(rank)
+        elif not repeatable or any((rank, slot.node, key[1], -1) == (r, n, g, share) for r, n, g, _, share in refused):
+            sources[rank] = Source(slot.node, max(good), [])
+    return sources, lacking
 
 
 def _givers(
-    ranks: int, offers: Mapping[int, Offer], refused: frozenset[RefusedCopy], repeatable: bool
-) -> list[dict[_Key, list[tuple[int, int]]]]:
-    """By rank and key, the nodes whose vaults hold it and the epoch it was written in, lowest number first."""
-    out: list[dict[_Key, list[tuple[int, int]]]] = [{} for _ in range(ranks)]
-    for node in sorted(offers):
-        offer = offers[node]
-        newest: dict[tuple[int, _Key], int] = {}
-        for held in (offer.own, offer.peer):
-            for rank, versions in held.items():
-                for epoch, g in versions:
-                    if _usable(refused, rank, node, g, epoch):
-                        key = _key(epoch, g, repeatable)
-                        newest[rank, key] = max(epoch, newest.get((rank, key), -1))
-        for (rank, key), epoch in newest.items():
-            if rank < ranks:
-                out[rank].setdefault(key, []).append((node, epoch))
+    key: _Key, lacking: Iterable[int], offers: Mapping[int, Offer], refused: frozenset[RefusedCopy], repeatable: bool
+) -> dict[int, list[tuple[int, int]]]:
+    """By rank, the nodes whose vaults hold it and the epoch it was written in, lowest number first."""
+    out: dict[int, list[tuple[int, int]]] = {}
+    wanted = set(lacking)
+    for node in sorted(offers) if wanted else ():
+        newest: dict[int, int] = {}
+        for held in (offers[node].own, offers[node].peer):
+            for rank in wanted & held.keys():
+                for epoch, g in held[rank]:
+                    if _key(epoch, g, repeatable) == key and _usable(refused, rank, node, g, epoch):
+                        newest[rank] = max(epoch, newest.get(rank, -1))
+        for rank, epoch in newest.items():
+            out.setdefault(rank, []).append((node, epoch))
     return out
 
 
@@ -149,6 +208,7 @@ class _Shares:
         for word in words:
             for part, rank in enumerate(word.ranks):
                 self._words.setdefault(rank, {}).setdefault(part, []).append(word)
+        self.any = bool(self._words)
         # by (is parity, rank or word) and key: by node the epochs it was written in
         self._held: dict[tuple[bool, int], dict[_Key, dict[int, list[int]]]] = {}
         for node in sorted(offers) if self._words else ():
