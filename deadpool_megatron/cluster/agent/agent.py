@@ -350,9 +350,13 @@ class Agent:
         recovery, upkeep = self._recovery, self._upkeep
         match record:
             case r.Roster():
+                before = self._job.world_size
                 late = self._job.roster(record)
+                resized = self._job.world_size != before
                 if late:
                     self._watch.entered(record.epoch, len(self._job.ranks))
+                if resized and recovery is not None:
+                    recovery.resized()
                 if late and record.anew and recovery is not None:
                     self._start_over(recovery)
                 elif late and self._shards is not None:
@@ -415,12 +419,15 @@ class Agent:
                 recovery.asked_again()
             return
         self._new_epoch()
+        if len(record.assignment) != self._job.world_size:  # it has missed a start with fewer
+            recovery.resized()
         recovery.declare(record)
         self._watch.entered(record.epoch, len(self._job.ranks), record.reason)
 
     def _start_over(self, recovery: NodeRecovery) -> None:
         self._new_epoch()
         self._done.clear()
+        self._hashes.clear()
         if self._durable is not None:
             self._durable.start_over()
         recovery.start_over()

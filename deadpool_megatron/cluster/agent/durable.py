@@ -255,7 +255,7 @@ class NodeDurability:
     def resume_at(self, generation: int, recut: str = "") -> None:
         """Training begins with this generation (-1: with none), which ranks read themselves out of ``recut``."""
         self._resume, self._recut = generation, recut
-        if generation < 0:
+        if generation < 0 or recut:
             self._loaded.clear()
             self._manifest = None
 

@@ -73,6 +73,13 @@ class StartOver:
 
 
 @dataclass(frozen=True, slots=True)
+class Shrink:
+    """Too few nodes are left for the replicas that there are: the job begins anew with fewer, from what is durable."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lose:
     """These nodes are out of the job."""
 
@@ -100,7 +107,7 @@ class EndIfFinished:
     """Every active node may be through with training: if so, the job finishes."""
 
 
-Effect = Action | Persist | Declare | StartOver | Lose | LetGo | Stop | EndIfFinished
+Effect = Action | Persist | Declare | StartOver | Shrink | Lose | LetGo | Stop | EndIfFinished
 type Answer[T] = Generator[Effect, None, T]
 type Effects = Answer[None]
 

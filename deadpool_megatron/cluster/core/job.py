@@ -44,7 +44,8 @@ class JobSpec:
     ``worker_deaths``: workers a healthy node may lose in 24 hours before it counts as bad itself. ``on_preempt``: when
     the machines are wanted soon, the newest generation is made durable and the job leaves. ``snapshot_interval``:
     iterations from one generation to the next. ``wait_for_spare_s``: how long a job without spares waits for one before
-    it ends. ``rehearsals``: of how many nodes each spare sets up the coordinates ahead of time.
+    it ends. ``rehearsals``: of how many nodes each spare sets up the coordinates ahead of time. ``when_out_of_spares``:
+    "save", "shrink" or "wait", as the setting.
     """
 
     nodes: int
@@ -61,13 +62,14 @@ class JobSpec:
     snapshot_interval: int = 1
     wait_for_spare_s: float = 0.0
     rehearsals: int = 0
+    when_out_of_spares: str = "save"
 
     @property
     def active_nodes(self) -> int:
-        """Nodes that train at first."""
+        """Nodes that train at first; fewer may, later on."""
         return self.nodes - self.spare_nodes
 
     @property
     def world_size(self) -> int:
-        """Number of coordinates."""
+        """Number of coordinates at first; never more."""
         return self.active_nodes * self.slots_per_node

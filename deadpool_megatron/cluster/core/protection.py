@@ -47,7 +47,7 @@ class Protection:
     """
 
     def __init__(self, redundancy: str = "1", labels: Mapping[int, Mapping[str, str]] | None = None) -> None:
-        self.scheme = Scheme.parse(redundancy)
+        self._wanted = self.scheme = Scheme.parse(redundancy)
         self.groups: Groups = ()
         self._exact: Tolerated | None = None
         self._labels = {node: dict(of_node) for node, of_node in (labels or {}).items()}
@@ -90,8 +90,10 @@ class Protection:
             placed: from `dump`, as it was placed already (a coordinator that starts again).
         """
         self._nodes = placing.nodes_of(assignment)
+        self.scheme = self._wanted.fitting(len(self._nodes))
         self._shard_bytes, self._slots_per_node = shard_bytes, slots_per_node
         if placed is None:
+            self._words = {}
             self.groups = place(self._nodes, self.scheme, parallel_groups(assignment, coordinates), self._labels)
         else:
             self.groups = tuple(tuple(group) for group in placed["groups"])
@@ -99,6 +101,17 @@ class Protection:
         self._decided(assignment)
         self._bare, self._covered = set(self._nodes), set()
         return self.groups
+
+    def alone(self, assignment: Sequence[SlotAddress]) -> None:
+        """One node trains, so that nothing is protected."""
+        self._nodes, self._words, self._bare, self._covered = placing.nodes_of(assignment), {}, set(), set()
+        self.groups, self.scheme, self.covers = (), self._wanted.fitting(1), "no node"
+        self._decided(assignment)
+
+    @property
+    def told(self) -> list[list[int]]:
+        """The groups as agents are told of them: a node that trains alone commits what it has itself."""
+        return [list(group) for group in self.groups] or ([list(self._nodes)] if len(self._nodes) == 1 else [])
 
     def moved(
         self, assignment: Sequence[SlotAddress], coordinates: Mapping[int, CoordinateInfo], one_to_one: bool = True
