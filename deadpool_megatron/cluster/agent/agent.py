@@ -104,6 +104,7 @@ class Agent:
                 shards,
                 self.send,
                 not settings.config.export,
+                lambda: job.world_size,
             )
             if shards is not None and settings.durable_dir
             else None
