@@ -28,8 +28,11 @@ class Shrinking:
         self.job = self._start(name, nodes, self._store, "--deadpool-when-out-of-spares", "shrink", held=True)
 
     def _start(self, name: str, nodes: int, store: Path, *more: str, held: bool = False) -> Job:
+        alone = ["--alone"] * (nodes == 1)  # the launcher begins none that nothing protects
         ours = ["--deadpool-durable-dir", str(store), "--deadpool-durable-interval", "1000", *more]
-        return self._jobs.start(name, launch_flags(nodes, 0, self._slots), [*self._flags, *ours], EXAMPLE, held=held)
+        return self._jobs.start(
+            name, [*launch_flags(nodes, 0, self._slots), *alone], [*self._flags, *ours], EXAMPLE, held=held
+        )
 
     def described(self, ranks: int) -> None:
         """Until a lost node's shards can be written by another one, of so many ranks."""
@@ -69,11 +72,11 @@ class Shrinking:
 def test_a_job_that_loses_all_nodes_but_one_ends_bitwise_as_one_of_that_width(jobs: Jobs) -> None:
     it = Shrinking(jobs, "narrower", [*with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2), *SMALL], 3)
     job = it.job
-    job.arm((1, 2, 2), (0, 5, 2), until=1)
+    job.arm((1, 2, 2), until=1)
     it.described(3)
     job.hold(4)
     job.until_event("shrunk")
     it.described(2)
-    job.hold(None)
+    job.arm((0, 5, 2))  # in the workers that the new start has begun with
     job.finished(300)
     assert [(e["width"], e["was"], e["nodes"]) for e in it.compare()] == [(2, 3, [0, 2]), (1, 2, [2])]

@@ -405,7 +405,7 @@ class Coordinator:
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
                 if (
-                    action.event.startswith(("durable", "waiting", "late", "started_over", "never_struck"))
+                    action.event.startswith(("durable", "waiting", "late", "started_over", "shrunk", "never_struck"))
                     and "message" in action.fields
                 ):
                     print(f"deadpool: {action.fields['message']}", file=sys.stderr, flush=True)
