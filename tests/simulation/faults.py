@@ -36,6 +36,7 @@ class Profile:
         rehearsals: spares set up coordinates ahead of time.
         moves: every run has drains that something happens to, or none has; None: drawn.
         signs: one machine's GPU is at fault, and takes others along.
+        shrinks: what has a durable directory goes on with fewer replicas when no spare is left.
         replaced: how likely a packet's connection is replaced just after it was sent.
     """
 
@@ -48,6 +49,7 @@ class Profile:
     rehearsals: bool = False
     moves: bool | None = None
     signs: bool = False
+    shrinks: bool = False
     replaced: float = 0.0
 
 

@@ -108,6 +108,14 @@ class Run:
             interval, keep = self.draws.randint(2, 8), self.draws.randint(1, 3)
             durable = DurableSpec(DIRECTORY, name, interval, keep, 20.0, 20.0, resume=True)
             self.job = replace(self.job, durable=durable)
+        self.replica, self.widths = 1, list[int]()
+        shrinks = random.Random(f"shrinks {seed}")  # of its own again
+        if profile.shrinks and self.job.durable is not None and beside is None:
+            self.job = replace(self.job, when_out_of_spares="shrink")
+            self.replica = shrinks.choice([n for n in (1, 1, 2) if self.job.world_size % n == 0])
+            width = self.job.world_size // self.replica
+            even = shrinks.random() < 0.2  # other numbers of replicas would have counts of microbatches that differ
+            self.widths = [each for each in range(1, width) if not even or width % each == 0]
         if profile.rehearsals:
             self.job = replace(self.job, rehearsals=random.Random(f"rehearsals {seed}").randint(1, 2))
         self.constants = beside is not None and beside.constants
@@ -200,7 +208,7 @@ class Run:
         durable = f", durable every {job.durable.interval}" if job.durable is not None else ""
         return (
             f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}{waits}"
-            f"{durable}{', constants' * self.constants}{', racks' * bool(job.domains)}"
+            f"{durable}{f', shrinks by {self.replica}' * bool(self.widths)}{', constants' * self.constants}{', racks' * bool(job.domains)}"
             f"{', a save ' * bool(self.saving_fails)}{self.saving_fails}"
         )
 
@@ -247,6 +255,11 @@ class Run:
         """Its agent has ever been there."""
         host = self._by_node.get(node)
         return host is not None and host.link.ever
+
+    def place(self, rank: int, epoch: int) -> r.CoordinateInfo:
+        """Where a rank is in the layout: pipelines of so many stages as a replica has ranks."""
+        width = self.oracle.ranks(epoch) // self.replica
+        return r.CoordinateInfo(rank, 0, rank // width, rank % width)
 
     def add_host(self, node: int) -> None:
         """A machine comes up."""

@@ -147,6 +147,7 @@ class Start:
             width=width,
             was=was,
             iteration=base[0],
+            name=base[1],
             lost=lost,
             nodes=members.active(),
             spares=spares,
