@@ -168,7 +168,8 @@ class Oracle:
         self.iteration = -1
         self.ends: dict[int, tuple[int, int]] = {}  # by rank: epoch it finished in, value
         self.declared: list[tuple[float, int, str]] = []
-        self._checkpoint: dict[int, int] = {}  # the last one, by rank: the value that its part has
+        # The last one, by the epoch since when there are as many ranks, and by rank: the value that its part has.
+        self._checkpoint: dict[int, dict[int, int]] = {}
         self._tracked: dict[int, int] | None = None  # as it is on disk when the tracker file says that it is whole
         self.training = False
         self.given_up = 0  # generations that were, rightly
@@ -203,8 +204,7 @@ class Oracle:
         self._eras.append(_Era(epoch, base[0], [values]))
         self.committed, self.iteration, self.safe = -1, base[0] - 1, None
         self.saving = self._tracked = self._done_at = self._waits_since = None
-        for known in (self._checkpoint, self.ends):
-            known.clear()
+        self.ends.clear()
         self._since, self._since_s = 0, self._cluster.world.now
 
     @staticmethod
@@ -219,7 +219,7 @@ class Oracle:
 
     def _right(self, rank: Rank, generation: int, when: str) -> None:
         assert rank.rank is not None
-        if rank.value != self.value(rank.rank, generation, rank.joined):
+        if rank.value != self.value(rank.rank, generation, max(rank.joined, rank.declared_epoch)):
             raise Violation(f"rank {rank.rank} has wrong numbers {when} of iteration {generation}")
 
     def begins(self, rank: Rank, iteration: int) -> None:
@@ -249,14 +249,17 @@ class Oracle:
         """A rank has written its part of Megatron's last checkpoint, which is none any more until all have."""
         assert rank.rank is not None
         self._right(rank, self._cluster.iterations, "in the last checkpoint")
-        self._checkpoint[rank.rank] = rank.value
+        self._checkpoint.setdefault(self._era(rank.joined).epoch, {})[rank.rank] = rank.value
 
     def tracks(self, rank: Rank) -> None:
         """The tracker file says that it is whole."""
-        missing = set(range(self.ranks(rank.joined))) - self._checkpoint.keys()
+        era = self._era(rank.joined)
+        parts = self._checkpoint.get(era.epoch, {})
+        missing = set(range(era.ranks)) - parts.keys()
         if missing:
             raise Violation(f"rank {rank.rank} takes the last checkpoint for whole without ranks {sorted(missing)}")
-        self._tracked = dict(self._checkpoint)
+        if era is self._eras[-1]:
+            self._tracked = dict(parts)
 
     def finished(self, rank: Rank) -> None:
         """A rank has come to the end of training."""
@@ -311,6 +314,7 @@ class Oracle:
                 self._active = fields["nodes"]
                 self._shrunk(fields)
             case "started_over":
+                self._era(fields["epoch"])  # it may have become narrower before, and nobody was there to write so
                 self._active = fields["nodes"]
                 if self.committed >= 0:
                     raise Violation(f"the job begins anew, although generation {self.committed} was committed")
@@ -368,9 +372,7 @@ class Oracle:
         here = [node for node in here if node not in self._cluster.faults.drained | self._cluster.faults.culprits]
         most = self._fits(len(here), fields["was"])
         if fields["width"] < most:
-            raise Violation(
-                f"{fields['width']} replicas are left of {fields['was']}, and nodes {here} could hold {most}"
-            )
+            raise Violation(f"{fields['width']} of {fields['was']} replicas go on, and nodes {here} could hold {most}")
         free = set(here) - set(fields["nodes"]) - set(fields["spares"])
         if free:
             raise Violation(f"nodes {sorted(free)} are healthy, and neither train nor are spares")

@@ -155,6 +155,8 @@ class Run:
         self._draw_rare(seed)
         draws = random.Random(f"rival {seed}")
         share = draws.random() < RIVALS_SHARE
+        if profile.shrinks:
+            return
         if beside is None and self.job.durable is not None and (profile.rivals or (share and profile.rivals is None)):
             self.rival = Rival(self, seed, profile, draws.uniform(0.0, 40.0))
 
@@ -206,9 +208,10 @@ class Run:
         job = self.job
         waits = f", waits {job.wait_for_spare_s:.0f} s for a spare" if job.wait_for_spare_s else ""
         durable = f", durable every {job.durable.interval}" if job.durable is not None else ""
+        durable += f", replicas of {self.replica} become fewer" * bool(self.widths)
         return (
             f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}{waits}"
-            f"{durable}{f', shrinks by {self.replica}' * bool(self.widths)}{', constants' * self.constants}{', racks' * bool(job.domains)}"
+            f"{durable}{', constants' * self.constants}{', racks' * bool(job.domains)}"
             f"{', a save ' * bool(self.saving_fails)}{self.saving_fails}"
         )
 

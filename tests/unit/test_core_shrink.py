@@ -84,7 +84,7 @@ def test_one_loss_after_the_other_costs_one_replica_each_down_to_one_and_then_th
         assert len(it.active) == width
         begin(it)
         it.commit(5)
-    assert it.told(r.Placement)[-1].groups == [[2]]  # nobody keeps its copies
+    assert it.told(r.Placement)[-1].groups == [[2, 2]]  # nobody else keeps its copies
     it.lose(2)
     code, message = it.end
     assert code == Exit.NO_SPARE and "generation 5 is durable" in message

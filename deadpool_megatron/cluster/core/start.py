@@ -238,7 +238,6 @@ class Start:
 
     def placement(self, node: int | None = None) -> Send:
         """Who keeps whose shards, in the first epoch; in later ones that comes with the declaration."""
-        groups = self._state.protection.told
-        if self._state.job.active_nodes == 1:  # for measurements: its copies are sent, too
-            groups = [groups[0] * 2]
-        return Send(node, r.Placement(self._state.members.epoch, groups, *self._state.layout.sizes))
+        return Send(
+            node, r.Placement(self._state.members.epoch, self._state.protection.told, *self._state.layout.sizes)
+        )
