@@ -30,8 +30,8 @@ class Recovery:
 
     ``times`` are unix seconds by phase, in order; of a phase that was gone through again, the last time. ``steps`` are
     unix seconds by node and phase, as each node told it (its newest epoch). ``sources`` says by rank which node's vault
-    gave its shard. ``end`` is ``"resumed"``, ``"saved"`` or ``"stopped"``, None while it is under way. ``redone`` is
-    the unix time at which the first iteration after it was complete, None before that.
+    gave its shard. ``end`` is ``"resumed"``, ``"shrunk"``, ``"saved"`` or ``"stopped"``, None while it is under way.
+    ``redone`` is the unix time at which the first iteration after it was complete, None before that.
 
     ``progress`` is the last completed iteration before the loss (-1: none), ``pace_s`` the usual seconds of one,
     ``taken_over`` says by lost node which node has its coordinates now, ``spares_left`` how many nodes are spare after
@@ -63,6 +63,7 @@ class Recovery:
     names: dict[int, str] = field(default_factory=dict)  # of machines, by node, where there are several
     stuck_since: float | None = None
     directory: str = ""
+    replicas: tuple[int, int] = (0, 0)  # that go on, and that there were, where they became fewer
     redone: float | None = None
     redone_iteration: int | None = None
     spares_left: int | None = None
@@ -244,6 +245,9 @@ class Story:
             self.spares |= set(self.active) - set(event.get("lost", ()))
             self.spares -= set(nodes)
             self.active = nodes
+        if name == "shrunk":
+            self.active = list(event.get("nodes", ()))
+            self.spares = set(event.get("spares", ()))
         now = self._now
         if now is None:
             return None
@@ -253,9 +257,11 @@ class Story:
             now._phase(event)
         elif name == "step" and event.get("epoch") == now.epoch:
             now.steps.setdefault(event["node"], {})[event["step"]] = event["t"]
-        if name not in ("resumed", "saved", "stopped"):
+        if name not in ("resumed", "shrunk", "saved", "stopped"):
             return interrupted
         now.end = name
+        if name == "shrunk":
+            now.generation, now.replicas = event.get("iteration"), (event.get("width", 0), event.get("was", 0))
         if name != "resumed":
             now.times.setdefault(name, event["t"])
             now.end_code = event.get("code", 0)
@@ -263,7 +269,7 @@ class Story:
         now.spares_left = None if self.spares is None else len(self.spares - self.lost)
         self.recoveries.append(now)
         self._now = None
-        if name == "resumed":
+        if name in ("resumed", "shrunk"):
             self._awaits_iteration = now
             return None
         return now

@@ -1,4 +1,4 @@
-"""The promise: without a spare a job goes on with as many replicas as its nodes can hold, and begins with what is newest."""
+"""The promise: without a spare a job goes on with as many replicas as its nodes can hold, from what is newest."""
 
 from __future__ import annotations
 

@@ -345,7 +345,7 @@ class Agent:
     def from_coordinator(self, record: r.CoordinatorRecord) -> None:
         """The coordinator has said something."""
         self._act(record)
-        self._watch.received(record, len(self._job.ranks))
+        self._watch.received(record, len(self._job.ranks), self._job.world_size)
 
     def _act(self, record: r.CoordinatorRecord) -> None:
         recovery, upkeep = self._recovery, self._upkeep

@@ -497,6 +497,7 @@ class Coordinator:
                     if s.role == "spare"
                 ],
                 "covered": core.covered,
+                "replicas": core.replicas,
                 "generation": {"committed": core.committed, "durable": core.durable},
                 "protection": core.protection.status(),
                 "behind": asdict(core.seen.lag) if core.seen.lag is not None else None,

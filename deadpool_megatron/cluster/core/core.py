@@ -336,6 +336,12 @@ class Core:
         return -1 if newest is None else newest
 
     @property
+    def replicas(self) -> tuple[int, int]:
+        """Data-parallel replicas now, and at first; 0 before the ranks have told."""
+        layout = self._layout
+        return layout.width, self.job.world_size // layout.replica if layout.replica else 0
+
+    @property
     def covered(self) -> list[str]:
         """How many losses of each domain spares of the same domain cover, in words."""
         return self._state.spares.covered()
