@@ -35,6 +35,7 @@ MIX: dict[str, tuple[int, Profile]] = {
 _TURNS = [flags for flags, (share, _) in MIX.items() for _ in range(share)]
 _REHEARSED = 0.2  # of them have spares that rehearse besides
 _SIGNS = 0.2  # of them have a GPU at fault besides
+_SHRINKS = 0.4  # of those with a durable directory that nobody else wants have fewer replicas when no spare is left
 _BLOCK = 200  # runs
 _COLLECT = 50
 Block = dict[str, Any]  # a line of the file
@@ -46,7 +47,9 @@ def mixed(seed: int) -> tuple[str, Profile]:
     flags = _TURNS[seed % len(_TURNS)]
     rehearsed = random.Random(f"rehearsed {seed}").random() < _REHEARSED
     signs = random.Random(f"has signs {seed}").random() < _SIGNS
-    profile = replace(MIX[flags][1], rehearsals=rehearsed, signs=signs)
+    narrows = bool(MIX[flags][1].durable) and not MIX[flags][1].rivals
+    shrinks = narrows and random.Random(f"has fewer {seed}").random() < _SHRINKS
+    profile = replace(MIX[flags][1], rehearsals=rehearsed, signs=signs, shrinks=shrinks)
     few = random.Random(f"few {seed}")
     if few.random() < 0.5:
         return flags, profile

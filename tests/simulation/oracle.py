@@ -316,8 +316,9 @@ class Oracle:
             case "started_over":
                 self._era(fields["epoch"])  # it may have become narrower before, and nobody was there to write so
                 self._active = fields["nodes"]
-                if self.committed >= 0:
+                if self.committed >= 0 and not (self._cluster.widths and self.lost()):
                     raise Violation(f"the job begins anew, although generation {self.committed} was committed")
+                self.committed, self.safe = -1, None
             case "agreed":
                 self._agreed(fields["iteration"])
             case "committed":

@@ -284,7 +284,10 @@ class Recoveries:
             fallback = state.durability.fallback()
             if fallback is None and (state.progress.fresh or state.durability.only_recut):
                 lost = members.lost()
-                yield StartOver(f"node {max(lost)} was lost" if lost else "communication failed")
+                why = f"node {max(lost)} was lost" if lost else "communication failed"
+                if state.progress.committed >= 0:
+                    why = f"more nodes were lost than the redundancy covers, which is {state.protection.covers}"
+                yield StartOver(why)
                 return
             if fallback is None:
                 yield Stop(Exit.GENERATION_LOST, self._nothing_left(missing))
