@@ -45,11 +45,11 @@ class DirectoryOracle:
         self._cluster = cluster
         self._durable: list[tuple[int, str]] = []  # as told, newest first
         self._damaged: set[str] = set()
-        self._trouble_until = -1.0
+        self.trouble_until = -1.0
 
     def begins(self, what: str, seconds: float) -> None:
         """Something is wrong with it for so long."""
-        self._trouble_until = max(self._trouble_until, self._cluster.world.now + seconds)
+        self.trouble_until = max(self.trouble_until, self._cluster.world.now + seconds)
 
     def damages(self, name: str) -> None:
         """A file of this generation has changed."""
@@ -82,7 +82,7 @@ class DirectoryOracle:
 
     def in_peace(self, seconds: float) -> bool:
         """Nothing was wrong with it for so long."""
-        return not self._cluster.directory.taken and self._cluster.world.now > self._trouble_until + seconds
+        return not self._cluster.directory.taken and self._cluster.world.now > self.trouble_until + seconds
 
 
 @dataclass(slots=True)
@@ -173,6 +173,7 @@ class Oracle:
         self._tracked: dict[int, int] | None = None  # as it is on disk when the tracker file says that it is whole
         self.training = False
         self.given_up = 0  # generations that were, rightly
+        self._drain_began = 0.0  # the newest drain
         self.saving: list[int] | None = None  # who was healthy when it was found that no spare is left
         self._waits_since: float | None = None  # for a spare
         self._late: set[int] = set()  # who came when the wait was over, and may not have been counted on
@@ -334,6 +335,8 @@ class Oracle:
                 self.drain_ends(fields["node"])
             case "detected" if "local" not in fields:
                 self.drain_ends(fields["node"])
+            case "draining":
+                self._drain_began = world.now
             case "durable_failed":
                 self._not_drained(fields["message"])
             case "durable":
@@ -651,6 +654,8 @@ class Oracle:
         assert spec is not None
         if self.safe is None or self.lost() or not self.directory.in_peace(spec.deadline):
             return
+        if self.directory.trouble_until >= self._drain_began:
+            return  # of which the coordinator may have heard long after
         if self._cluster.constants and not all(map(self._with_constants, range(self.ranks()))):
             return  # a generation is of no use without them
         if not self.directory.made(self.safe.generation):
