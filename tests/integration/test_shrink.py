@@ -80,3 +80,35 @@ def test_a_job_that_loses_all_nodes_but_one_ends_bitwise_as_one_of_that_width(jo
     job.arm((0, 5, 2))  # in the workers that the new start has begun with
     job.finished(300)
     assert [(e["width"], e["was"], e["nodes"]) for e in it.compare()] == [(2, 3, [0, 2]), (1, 2, [2])]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_the_healthy_nodes_of_a_replica_that_leaves_are_spares_and_the_next_loss_is_a_swap(
+    jobs: Jobs, replicas: int
+) -> None:
+    """Pipelines of two nodes: of the second replica one is lost, and the other one takes the next one's place."""
+    it = Shrinking(jobs, f"swapped-{replicas}", tiny_gpt(iters=ITERATIONS), 2 * replicas, 2)
+    job = it.job
+    job.arm((1, 2, 2), until=1)
+    it.described(4 * replicas)
+    job.hold(4)
+    (event,) = job.until("the shrink", lambda: job.events("shrunk"))
+    assert event["width"] == replicas - 1 and event["spares"] == [replicas + 1]
+    job.until_event("parked")
+    job.arm((0, 5, 2))
+    job.finished(600)
+    assert len(it.compare()) == 1 and job.events("resumed")
+    swapped = job.events("declared")[-1]
+    assert swapped["purpose"] == "resume" and replicas + 1 in swapped["nodes"] and 0 not in swapped["nodes"]
+
+
+def test_what_cannot_shrink_is_refused_before_anything_begins(jobs: Jobs) -> None:
+    flags = [*with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2), *SMALL]
+    ours = ["--deadpool-when-out-of-spares", "shrink"]
+    job = jobs.start("nowhere", launch_flags(2, 0, 1), [*flags, *ours])
+    assert job.wait() == 2 and "shrink needs --deadpool-durable-dir" in job.output
+    ours += ["--deadpool-durable-dir", str(jobs.directory / "store")]
+    job = jobs.start("sampled", launch_flags(2, 0, 1), [*flags, *ours, "--dataloader-type", "cyclic"])
+    assert job.wait() == 2 and "with dataloader_type cyclic a job has to keep its number of replicas" in job.output

@@ -101,7 +101,8 @@ MISSED_SHRINKS: dict[str, tuple[int, tuple[str, ...]]] = {
     "width kept": (32, ()),
 }
 # One run in thousands misses these, so a test of their own holds them: `test_core.py`, `test_core_moves.py`,
-# `test_known_and_commits.py`, `test_durable_core.py`, `test_core_shrink.py`, `test_agreement.py`, `test_vault_parity.py`, `test_fetching.py`.
+# `test_core_shrink.py`, `test_known_and_commits.py`, `test_durable_core.py`, `test_agreement.py`,
+# `test_vault_parity.py`, `test_fetching.py`.
 RARE = {
     "3",
     "10 spares",
