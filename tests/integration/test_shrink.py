@@ -105,10 +105,7 @@ def test_the_healthy_nodes_of_a_replica_that_leaves_are_spares_and_the_next_loss
 
 
 def test_what_cannot_shrink_is_refused_before_anything_begins(jobs: Jobs) -> None:
-    flags = [*with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2), *SMALL]
-    ours = ["--deadpool-when-out-of-spares", "shrink"]
-    job = jobs.start("nowhere", launch_flags(2, 0, 1), [*flags, *ours])
-    assert job.wait() == 2 and "shrink needs --deadpool-durable-dir" in job.output
-    ours += ["--deadpool-durable-dir", str(jobs.directory / "store")]
-    job = jobs.start("sampled", launch_flags(2, 0, 1), [*flags, *ours, "--dataloader-type", "cyclic"])
+    flags = [*with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2), *SMALL, "--dataloader-type", "cyclic"]
+    ours = ["--deadpool-when-out-of-spares", "shrink", "--deadpool-durable-dir", str(jobs.directory / "store")]
+    job = jobs.start("sampled", launch_flags(2, 0, 1), [*flags, *ours])
     assert job.wait() == 2 and "with dataloader_type cyclic a job has to keep its number of replicas" in job.output
