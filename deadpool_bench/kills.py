@@ -21,6 +21,7 @@ from deadpool_megatron.observe.recoveries import PHASES
 START_S: Final = 600.0
 RECOVER_S: Final = 180.0
 Fault = Literal["kill", "stop", "kill-and-copies"]
+_A_JOB: Final = 2  # blows to workers: a node that loses some more often counts as bad itself
 _DURABLE_INTERVAL: Final = 5  # generations; as many iterations are lost at most, and what was committed meanwhile
 
 
@@ -100,8 +101,19 @@ def _victims(job: Job, rng: random.Random, count: int) -> list[int]:
     return picked
 
 
-def one(job: Job, rng: random.Random, count: int = 1, fault: Fault = "kill", frozen: Sequence[int] = ()) -> Recovery:
+def one(
+    job: Job,
+    rng: random.Random,
+    count: int = 1,
+    fault: Fault = "kill",
+    frozen: Sequence[int] = (),
+    workers: int = 0,
+    stand_by: bool = False,
+) -> Recovery:
     """Strike ``count`` random active nodes at a random moment of an iteration, once the job runs steadily.
+
+    ``workers``: kill so many random workers at once in the place of nodes; ``stand_by``: once another process stands by
+    for each of them.
 
     ``stop`` freezes a node in the place of killing it, so that only its silence tells. ``kill-and-copies`` spoils all
     copies of its shards in other nodes' memory first, which restoring finds by the checksums. ``frozen`` are processes
@@ -112,11 +124,14 @@ def one(job: Job, rng: random.Random, count: int = 1, fault: Fault = "kill", fro
     if not frozen:
         parked = partial(_parked, job, count)
         job.until("warm spares", parked, START_S)
+    if stand_by:
+        job.until("processes that stand by", partial(_all_stood_by, job), START_S)
     before = job.status()
     reports = job.events("iteration")
     usual = statistics.median(e["seconds"] for e in reports[-3:])
     blocked = statistics.mean(e["blocked_s"] / e["seconds"] for e in (reports[1:] or reports))
-    victims = _victims(job, rng, count)
+    struck = rng.sample(before["coordinates"], workers)
+    victims = sorted({c["node"] for c in struck}) if workers else _victims(job, rng, count)
     time.sleep(rng.uniform(0.0, usual))
     at = job.events("iteration")[-1]["iteration"] + 1
     if fault == "kill-and-copies":
@@ -124,7 +139,12 @@ def one(job: Job, rng: random.Random, count: int = 1, fault: Fault = "kill", fro
         job.signal_nodes(signal.SIGSTOP, *victims)  # nothing newer arrives while the copies are spoilt
         if not job.spoil_copies(*ranks):
             job.failed(f"no copies of ranks {ranks} to spoil")
-    moment = job.signal_nodes(signal.SIGSTOP if fault == "stop" else signal.SIGKILL, *victims)
+    if workers:
+        moment = time.time()
+        for each in struck:
+            job.signal_process(each["pid"], signal.SIGKILL)
+    else:
+        moment = job.signal_nodes(signal.SIGSTOP if fault == "stop" else signal.SIGKILL, *victims)
     for pid in frozen:
         job.signal_process(pid, signal.SIGCONT)
     epoch = before["epoch"]
@@ -154,6 +174,11 @@ def _parked(job: Job, count: int) -> bool:
     return len([s for s in job.status()["spares"] if s["state"] == "parked"]) >= count
 
 
+def _all_stood_by(job: Job) -> bool:
+    status = job.status()
+    return sum(len(n.get("standbys", {})) for n in status["nodes"]) == len(status["coordinates"])
+
+
 def _first_after(job: Job, epoch: int) -> list[dict[str, Any]]:
     return [e for e in job.events("iteration") if e["epoch"] > epoch][:1]
 
@@ -170,6 +195,7 @@ def recoveries(
     fault: Fault = "kill",
     cold: bool = False,
     durable: bool = False,
+    workers: int = 0,
 ) -> list[Recovery]:
     """``kills`` recoveries, over as many jobs as their spares allow.
 
@@ -180,9 +206,11 @@ def recoveries(
         count: nodes struck at once.
         durable: committed generations are drained to a directory beside the job's; struck once there is one.
         cold: the spare's workers are kept from importing anything until the blow. One recovery a job.
+        workers: killed at once in the place of nodes; there is one spare then.
     """
     rng = random.Random(f"{options.seed}-{name}")
-    a_job = 1 if cold else max(1, options.spares_per_job // count)
+    a_job = 1 if cold else _A_JOB if workers else max(1, options.spares_per_job // count)
+    stand_by = "--deadpool-standby-workers" in (*options.arguments, *arguments)
     out: list[Recovery] = []
     number = 0
     while len(out) < kills:
@@ -191,14 +219,14 @@ def recoveries(
         if durable:
             script += ["--deadpool-durable-dir", str(base / f"{name}-{number}-durable")]
             script += ["--deadpool-durable-interval", str(_DURABLE_INTERVAL)]
-        spares = count * min(a_job, kills - len(out))
+        spares = 1 if workers else count * min(a_job, kills - len(out))
         with Job(base / f"{name}-{number}", launch_options(options, spares, active), script) as job:
             frozen = _freeze_spares(job) if cold else []
             job.until("first iteration", partial(job.events, "iteration"), START_S)
             if durable:
                 job.until("durable generation", partial(job.events, "durable"), RECOVER_S)
             for _ in range(min(a_job, kills - len(out))):
-                out.append(one(job, rng, count, fault, frozen))
+                out.append(one(job, rng, count, fault, frozen, workers, stand_by))
                 say(f"{name} {len(out)}: node {out[-1].nodes}, disturbance {out[-1].disturbance_s:.3f} s")
                 step()
     return out

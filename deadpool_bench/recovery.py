@@ -37,6 +37,7 @@ def add_recovery_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mtbf", type=float, default=4.0, metavar="H", help="hours between failures, to choose the best (default: 4)")
     add("--active-nodes", type=int, default=4, metavar="N", help="nodes that train (default: 4)")
     add("--nproc-per-node", type=int, default=2, metavar="P", help="workers a node (default: 2)")
+    add("--workers", type=int, default=0, metavar="W", help="workers to kill at once, and no node (default: a node)")
     add("--spares-per-job", type=int, default=1, metavar="S", help="spares, kills a job (default: 1)")
     add("--seed", type=int, default=0, help="of the moments and victims (default: 0)")
     add("--emulate-cpu", action="store_true", help="emulate CUDA on the CPU")
@@ -83,7 +84,7 @@ def run_recovery(options: argparse.Namespace) -> int:
             for turn in range(rounds):
                 # Alternated: some kills, a restart, some kills ...
                 share = options.kills * (turn + 1) // rounds - options.kills * turn // rounds
-                kills += recoveries(options, base, f"deadpool-{turn}", share)
+                kills += recoveries(options, base, f"deadpool-{turn}", share, workers=options.workers)
                 if turn < options.torchft:
                     for settings in SETTINGS:
                         name = "-".join(["torchft", *settings.name.replace(",", "").split(), str(turn)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 SUPPORTED: Final = ("0.18", "0.19", "0.20")
-BRIDGES: Final = ("0.6.",)  # of megatron-bridge
+BRIDGES: Final = ("0.6.", "0.7.")  # of megatron-bridge
 
 
 class UserError(Exception):

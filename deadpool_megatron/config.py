@@ -63,6 +63,17 @@ class DeadpoolConfig:
         "nodes whose coordinates each spare node sets up ahead of time, in a process more for each of its workers, "
         "which holds as much memory as a training rank",
     )
+    standby_workers: str = _setting(
+        "none",
+        "what a process beside each worker has ready, to take its place if it ends and its node lives: imports (no "
+        "memory of a device), device (a context there), or coordinate (the model too: as much memory as the worker)",
+        ("none", "imports", "device", "coordinate"),
+    )
+    spare_check: float = _setting(
+        600.0,
+        "seconds from one check of a parked spare node (device, a short computation and copy, memory, its links) to "
+        "the next; one that fails it is the last to be taken; 0: spares are not checked",
+    )
     snapshot_interval: int = _setting(1, "take a generation every this many iterations")
     slice_bytes: int = _setting(4 << 20, "bytes copied in one slice between two microbatches")
     copy_bandwidth: float = _setting(
@@ -209,6 +220,7 @@ class DeadpoolConfig:
             ("wait_for_spare", 0, "0 minutes or more and finite"),
             ("spare_nodes", 0, "0 or more nodes"),
             ("rehearsals", 0, "0 or more nodes"),
+            ("spare_check", 0, "0 (never) or more seconds, and finite"),
             ("snapshot_interval", 1, "1 or more iterations"),
             ("copy_bandwidth", 0, "0 (no limit) or more bytes a second, and finite"),
             ("send_bandwidth", 0, "0 (no limit) or more bytes a second, and finite"),
@@ -271,6 +283,7 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_EMULATE_CPU",
     "DEADPOOL_EPOCH",
     "DEADPOOL_REHEARSES",
+    "DEADPOOL_STANDBY",
     "DEADPOOL_MODE",
     "DEADPOOL_SETTINGS",
     "DEADPOOL_CONTROL_FD",
@@ -287,6 +300,7 @@ OTHER_VARIABLES: typing.Final = (
     "DEADPOOL_STORE_PASSWORD",
     "DEADPOOL_ROOT",
     "DEADPOOL_FREE_GB",
+    "DEADPOOL_BRIDGE_GIT",
     "DEADPOOL_UPSTREAM",
     "DEADPOOL_UPSTREAM_GIT",
     "DEADPOOL_TEST_COORDINATES",

@@ -87,6 +87,7 @@ _GRAPHS = "tests/integration/test_graphs.py"
 _FLEX = "tests/integration/test_flex.py"
 _OVERLAP = "tests/integration/test_userbuffers.py"
 
+_GDN: Final = ("gated_delta_net", "gdn")  # the same layer; its second name is that of 0.20
 _ACCEPTED: Final = (
     # layout
     ("tensor parallelism", "--tensor-model-parallel-size", _above_one, _SWAPS),
@@ -118,7 +119,7 @@ _ACCEPTED: Final = (
     ("layers of Transformer Engine", "--transformer-impl transformer_engine", _is("transformer_engine"), _TE),
     ("multi-latent attention", "--multi-latent-attention", bool, _TE),
     ("sparse attention", "--experimental-attention-variant dsa", _is("dsa"), _TE),
-    ("gated delta nets", "--experimental-attention-variant gated_delta_net", _is("gated_delta_net"), _TE),
+    ("gated delta nets (gdn in 0.20)", "--experimental-attention-variant gated_delta_net", _is(*_GDN), _TE),
     ("multi-token prediction", "--mtp-num-layers", bool, _TE),
     ("operation fuser", "--use-transformer-engine-op-fuser", bool, _TE),
     ("recomputation", "--recompute-granularity", bool, _TE),
@@ -166,7 +167,7 @@ _REFUSED: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
         "its state is not known (soap replaces its tensors instead of updating them in place; adaptive_muon has never "
         "been run)",
     ),
-    ("--experimental-attention-variant", _other_than("dsa", "gated_delta_net"), "never run"),
+    ("--experimental-attention-variant", _other_than("dsa", *_GDN), "never run"),
     (
         "--moe-flex-dispatcher-backend",
         _is("ncclep"),

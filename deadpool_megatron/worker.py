@@ -1,7 +1,8 @@
 """``python -m deadpool_megatron.worker SCRIPT [ARGS]``: one worker process, started by its agent.
 
-Active workers run the script at once. A spare's worker imports everything the script will need, brings up the device,
-parks, and runs the same script as the coordinate it is given, under torch's ``fake`` backend until it joins the rest.
+Active workers run the script at once. A spare's worker, or one that stands by, imports everything the script needs,
+brings up the device, parks, and runs the same script as the coordinate it is given, under torch's ``fake`` backend
+until it joins the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -40,6 +40,7 @@ from deadpool_megatron.cluster.agent.workers import (
     REHEARSES,
     STACKS_FILE,
     STACKS_SIGNAL,
+    STANDBY,
 )
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.output import never_fails
@@ -111,12 +112,10 @@ def _rendezvous_under(prefix: str) -> None:
 
 def _install(standby: bool, script: str, rehearses: bool) -> Hooks:
     """Import torch and Megatron, wrap process groups, connect to the agent, install the hooks."""
-    import torch.distributed as dist
-
     from deadpool_megatron import config as settings
-    from deadpool_megatron.comm import Communicators, ReformError
+    from deadpool_megatron.comm import Communicators, ReformError, StoreClients
     from deadpool_megatron.hosts import host_of
-    from deadpool_megatron.megatron import Hooks, arm
+    from deadpool_megatron.megatron import Hooks, SelfChecks, arm
     from deadpool_megatron.recovery import Session
 
     config = msgspec.json.decode(os.environ[CONFIG], type=settings.DeadpoolConfig)
@@ -145,32 +144,13 @@ def _install(standby: bool, script: str, rehearses: bool) -> Hooks:
     def place() -> tuple[str, int]:
         return session.rendezvous or (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 
-    def connect() -> dist.Store:
-        host, port = place()
-        return dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=config.form_deadline))
-
-    clients: dict[tuple[str, int], Any] = {}
-    one_at_a_time = threading.Lock()
-
-    def store() -> dist.Store:
-        """The client of the rendezvous store; a new one when the server has been started again, or has moved."""
-        with one_at_a_time:  # the training thread, and one that forms groups
-            here = place()
-            if here in clients:
-                try:
-                    clients[here].check(["deadpool/alive"])
-                except RuntimeError:  # the connection is gone with the server
-                    clients.clear()
-            if here not in clients:
-                clients[here] = connect()
-            client: dist.Store = clients[here]
-            return client
-
+    store = StoreClients(place, config.form_deadline)
     if standby:
+        session.on_check = SelfChecks(session).begin
         communicators.prepare(store())  # connections now and then take seconds: not in a recovery
     page = PulsePage(int(os.environ[PULSE_FD]))
     doorbell = int(os.environ[DOORBELL_FD])
-    hooks = Hooks(host_of(script), session, communicators, config, doorbell, store, connect, standby, page, rehearses)
+    hooks = Hooks(host_of(script), session, communicators, config, doorbell, store, standby, page, rehearses)
     hooks.install()
     session.call_on_arm(arm)
     session.is_waiting = hooks.is_waiting
@@ -186,14 +166,15 @@ def _park(hooks: Hooks, script: str, rehearses: str | None) -> None:
     """
     from deadpool_megatron.megatron import RunningJob, WarmUp, follow_job, numa_node
 
-    warm_up, session = WarmUp(script, hooks.host), hooks.session
+    # The device is another process's until this one takes its place.
+    warm_up, session = WarmUp(script, hooks.host, os.environ.get(STANDBY) != "imports"), hooks.session
 
     def learn(job: RunningJob) -> None:
         hooks.learn_job(job)
         if warm_up.learn(job.environment) and rehearses is None:
             session.step("parked", 0, numa=numa_node())  # once more: the device is known now
 
-    known = follow_job(hooks.connect, learn)  # of its own: a blocked wait blocks every user of a client
+    known = follow_job(hooks.store.connect, learn)  # of its own: a blocked wait blocks every user of a client
     warm_up.begin()
     if rehearses is None:
         session.step("parked", 0, numa=numa_node())

@@ -49,9 +49,9 @@ checkout() {
 import sys
 from pathlib import Path
 
-from upstream import VERSIONS, checkout
+from upstream import MAIN, checkout
 
-checkout(next(name for name in VERSIONS if name.startswith("main")), Path(sys.argv[1])).rename(Path(sys.argv[1], "main"))
+checkout(MAIN, Path(sys.argv[1])).rename(Path(sys.argv[1], "main"))
 PYTHON
     export PYTHONPATH="$1/main${PYTHONPATH:+:$PYTHONPATH}"
 }

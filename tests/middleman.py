@@ -26,6 +26,7 @@ class Middleman:
         self._open: list[socket.socket] = []
         self._cut: set[socket.socket] = set()
         self._kept: set[socket.socket] = set()
+        self._dropped: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def meddle(self, way: str, how: str) -> None:
@@ -50,6 +51,10 @@ class Middleman:
             with contextlib.suppress(OSError):
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 each.shutdown(socket.SHUT_RD)
+
+    def drop(self) -> None:
+        """From now on nothing that either end of the newest connection says comes to the other, its end neither."""
+        self._dropped.update(self._open)
 
     def hang_up(self) -> None:
         """Both hear all that was sent, and then the end."""
@@ -76,6 +81,8 @@ class Middleman:
         held, mine = b"", len(self.past[way])
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
+                if source in self._dropped:
+                    continue
                 out = [held, data]
                 if not spared and self._meddling is not None and self._meddling[0] == way:
                     how, self._meddling = self._meddling[1], None
@@ -87,6 +94,8 @@ class Middleman:
                 self.past[way].append(data)
                 target.sendall(b"".join(reversed(out)))
         with contextlib.suppress(OSError):
+            if source in self._dropped:
+                return
             if source in self._cut:
                 source.close()
                 if target not in self._kept:

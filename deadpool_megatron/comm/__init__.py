@@ -7,5 +7,6 @@ as ever.
 from deadpool_megatron.comm.communicators import Communicators
 from deadpool_megatron.comm.nccl import warm_up
 from deadpool_megatron.comm.reports import ReformError, is_communication_error
+from deadpool_megatron.comm.store_clients import StoreClients
 
-__all__ = ["Communicators", "ReformError", "is_communication_error", "warm_up"]
+__all__ = ["Communicators", "ReformError", "StoreClients", "is_communication_error", "warm_up"]

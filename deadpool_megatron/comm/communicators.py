@@ -30,10 +30,11 @@ from torch._C._distributed_c10d import Store
 from deadpool_megatron.comm import gloo, nccl, seam
 from deadpool_megatron.comm.calls import Calls
 from deadpool_megatron.comm.connections import GlooConnections
-from deadpool_megatron.comm.forming import Forming, FormingPlan, own_client
+from deadpool_megatron.comm.forming import Forming, FormingPlan
 from deadpool_megatron.comm.inplace import InPlace, Replacement, c10d
 from deadpool_megatron.comm.quiet import Quiet
 from deadpool_megatron.comm.reports import AbortReport, CommunicatorError, GroupReport, ReformError, ReformReport
+from deadpool_megatron.comm.store_clients import own_client
 from deadpool_megatron.comm.table import GroupRecord, GroupTable, backend_of
 from deadpool_megatron.comm.waits import Poison, Waits
 

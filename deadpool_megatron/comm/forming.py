@@ -17,6 +17,7 @@ from deadpool_megatron.comm.inplace import Replacement, c10d
 from deadpool_megatron.comm.methods import Messages, Verdict, Word, decode_verdict, decode_words, encode, verdict
 from deadpool_megatron.comm.quiet import Quiet
 from deadpool_megatron.comm.reports import ReformError
+from deadpool_megatron.comm.store_clients import answers, own_client
 from deadpool_megatron.comm.table import GroupRecord, backend_of
 
 _LOOK_EVERY_S = 0.05  # whether the epoch is over, while communicators are made
@@ -35,15 +36,6 @@ class FormingPlan:
     operation_timeout_s: float
     cuda_device: int | None  # the training thread's
     calls: Calls  # know how groups have been used in ways that their sequence numbers do not tell
-
-
-def own_client(store: Any) -> Any:
-    """Another connection to the same server. Takes a millisecond, or seconds: TCPStore looks up names for each new
-    connection, and a lost packet to the name server costs its time-out (5 s seen)."""
-    try:
-        return store.clone()
-    except (NotImplementedError, AttributeError, RuntimeError):
-        return store  # stores without connections (HashStore) have no clone
 
 
 class Forming(threading.Thread):
@@ -115,7 +107,8 @@ class Forming(threading.Thread):
         self._abort_lock.release()
         store, prepared = self._make_store(), self._prepared
         self.store = store
-        client = self.client = prepared[1] if prepared is not None and prepared[0] is store else own_client(store)
+        ready = prepared is not None and prepared[0] is store and answers(prepared[1])
+        client = self.client = prepared[1] if prepared is not None and ready else own_client(store)
         usual_timeout = client.timeout
         client.set_timeout(timedelta(seconds=self._left()))
         store = c10d.PrefixStore(f"deadpool/epoch/{plan.epoch}", client)

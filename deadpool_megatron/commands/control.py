@@ -123,6 +123,8 @@ def inject(options: argparse.Namespace) -> int:
         options.seconds,
         options.sign or "",
     )
+    if fault.kind == "fail-check" and (options.at_iteration is not None or options.at):
+        return _fail("--fault fail-check is armed at once: without --at-iteration and --at")
     if fault.kind == "slow" and not fault.seconds:
         return _fail("--fault slow needs --seconds, how much longer a microbatch takes from then on")
     if fault.kind in ("raise", "hang", "slow") and fault.iteration is None and not fault.point:
@@ -258,8 +260,8 @@ def add_commands(commands: Any) -> None:
         help="kill: SIGKILL for the agent and all its workers (default); kill-worker, kill-agent, kill-coordinator: "
         "for one process; stop, stop-agent: SIGSTOP for a worker or the whole node; hang: a worker's training thread "
         "sleeps; raise: an error in its code; crash: SIGSEGV; slow: every microbatch takes --seconds longer; corrupt: "
-        "bytes of its newest copy in the vault are overwritten; sign: nothing fails (see --sign); abort: nobody dies, "
-        "all communicators are aborted and re-formed",
+        "bytes of its newest copy in the vault are overwritten; fail-check: a spare's worker fails its checks; sign: "
+        "nothing fails (see --sign); abort: nobody dies, all communicators are aborted and re-formed",
     )
     add("--local", type=count(), default=0, metavar="I", help="local index of the worker (default: 0)")
     add("--at-iteration", type=count(), metavar="K", help="in iteration K (from 0; default: now)")

@@ -314,7 +314,7 @@ def _tee(plan: AgentPlan, node: int) -> Tee | None:
     if launch.tee == "none":
         return None
     slots = [i for i in range(launch.slots_per_node) if plan.local_ranks is None or i in plan.local_ranks]
-    names = {f"spare-node{node}-{i}" for i in slots}
+    names = {f"{kind}-node{node}-{i}" for i in slots for kind in ("spare", "standby")}
     if node < launch.nodes - launch.spare_nodes:
         names |= {f"rank-{node * launch.slots_per_node + i}" for i in slots}
     # (that of who has rehearsed a coordinate, too: it goes on there)

@@ -192,6 +192,11 @@ def check_agent(options: argparse.Namespace, environ: Mapping[str, str]) -> Agen
     local_addr = options.local_addr or environ.get("PET_LOCAL_ADDR")
     waits = _seconds(options.rdzv_conf or environ.get("PET_RDZV_CONF", ""))
     launch = check(options, nodes, "--nnodes", host, log_dir)
+    if options.adopt and launch.config.standby_workers != "none":
+        raise LaunchError(
+            "--deadpool-standby-workers: another launcher starts the workers, each of them once; leave it out, or "
+            "start the job with deadpool agent"
+        )
     return AgentPlan(
         launch,
         (host, port),

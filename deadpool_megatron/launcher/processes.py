@@ -122,6 +122,7 @@ def coordinator_settings(
         wait_for_spare_s=60 * c.wait_for_spare,
         rehearsals=c.rehearsals,
         when_out_of_spares=c.when_out_of_spares,
+        spare_check_s=c.spare_check if c.deadpool else 0.0,
     )
     agent = agent_settings(plan, -1, job_id, secret, (plan.host, 0), 0, plan.host, store_name=store_name)
     return CoordinatorStart(

@@ -26,7 +26,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.pulse import PulsePage
 from deadpool_megatron.cluster.agent.workers import ADOPTED
 from deadpool_megatron.cluster.records.exits import Exit
-from deadpool_megatron.comm import Communicators, is_communication_error
+from deadpool_megatron.comm import Communicators, StoreClients, is_communication_error
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.data_position import DataPosition
@@ -65,8 +65,7 @@ class Hooks:
         communicators: this process's groups.
         config: the job's settings.
         doorbell: the eventfd the agent listens to.
-        store: makes (or returns) the client of the rendezvous store for re-forming.
-        connect: makes another one.
+        store: clients of the rendezvous store.
         standby: this process is a spare taking over a coordinate.
         page: where the agent sees the progress.
         rehearses: this spare sets up a coordinate that it may be given later: `build_iterators` waits for that.
@@ -77,8 +76,7 @@ class Hooks:
     communicators: Communicators
     config: settings.DeadpoolConfig
     doorbell: int
-    store: Callable[[], torch.distributed.Store]
-    connect: Callable[[], torch.distributed.Store]
+    store: StoreClients
     standby: bool
     page: PulsePage
     rehearses: bool = False
@@ -155,6 +153,10 @@ class Hooks:
             raise UserError(
                 "--deadpool-rehearsals: only Megatron-LM's own training loop can be rehearsed; leave it out"
             )
+        if self.config.standby_workers == "coordinate" and not host.can_rehearse:
+            raise UserError(
+                "--deadpool-standby-workers coordinate: only with Megatron-LM's own training loop; take device instead"
+            )
         if self.rehearses and (why := host.not_rehearsed()):
             raise UserError(f"not rehearsed with {why}")
         if self.standby:
@@ -201,7 +203,7 @@ class Hooks:
         if "transformer_engine_torch" not in sys.modules:
             call()  # says what is missing
             return
-        self._userbuffers = Userbuffers(call, self.connect, self.config.form_deadline)
+        self._userbuffers = Userbuffers(call, self.store.connect, self.config.form_deadline)
         self._userbuffers.meet_before_launches(self._muster)
         if self.standby:
             self._userbuffers.promise()
@@ -321,7 +323,7 @@ class Hooks:
         trainer.register(can_rescue and not restarts, restarts)
         if trainer.rank == 0:
             job = RunningJob(self.communicators.table_digest(), self.host.begun, dict(self.host.environment()))
-            publish_job(self.connect, job)
+            publish_job(self.store.connect, job)
         if not self.standby:
             self.communicators.prepare(self.store())  # connecting takes seconds now and then: not in a recovery
         self.phase = "training"

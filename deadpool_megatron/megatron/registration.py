@@ -1,8 +1,9 @@
 """Buffers of parameters and gradients are registered with no communicator, ``--use-nccl-ub`` or not.
 
 Upstream registers them where the model is built, by collectives over the data-parallel group, in which a spare would be
-alone; and a registration is gone with its communicator. It spares NCCL copies and multiprocessors, and is no part of
-what is computed.
+alone. A registration is gone with its communicator, and (so `megatron.training` says where it deregisters its pools) an
+abort of one with symmetric windows, which Megatron makes, ends the process: each recovery would. It spares NCCL copies
+and multiprocessors, and is no part of what is computed.
 """
 
 from __future__ import annotations

@@ -44,10 +44,13 @@ class WarmUp:
 
     Where their loop sets variables before it brings up the device (`Host.brings_environment`), this one's device, with
     its allocator and NCCL, comes up when they are known and set: they are read then, and not again.
+
+    Args:
+        device: it may hold memory of its device; else the script brings that up when it takes over.
     """
 
-    def __init__(self, script: str, host: Host) -> None:
-        self._script, self._host = script, host
+    def __init__(self, script: str, host: Host, device: bool = True) -> None:
+        self._script, self._host, self._device = script, host, device
         self._one_at_a_time = threading.Lock()  # imports of two threads could meet half-way
         self._taking_over = False
 
@@ -56,7 +59,7 @@ class WarmUp:
         with self._one_at_a_time:
             _import_all(self._script)
             if not self._host.brings_environment:
-                _bring_up(self._host)
+                _bring_up(self._host, self._device)
 
     def learn(self, environment: Mapping[str, str]) -> bool:
         """What the loop of those that train has set; whether the device came up for it. From another thread."""
@@ -65,7 +68,7 @@ class WarmUp:
                 return False
             for name, value in environment.items():
                 os.environ.setdefault(name, value)  # as the loop does: what the launcher says comes first
-            _bring_up(self._host)
+            _bring_up(self._host, self._device)
             return True
 
     def end(self) -> None:
@@ -80,14 +83,15 @@ def _import_all(script: str) -> None:
             importlib.import_module(name)
 
 
-def _bring_up(host: Host) -> None:
+def _bring_up(host: Host, device: bool = True) -> None:
     """The device, NCCL with its first communicator, the optimizer's lazy import of torch._dynamo (3 s), a first
     backward pass, and what the host knows of."""
-    if torch.cuda.is_available():
+    device = device and torch.cuda.is_available()
+    if device:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if torch.distributed.is_nccl_available() and not emulation.is_installed():
             comm.warm_up(torch.device("cuda", torch.cuda.current_device()))
-    weight = torch.nn.Parameter(torch.zeros(8, 8, device="cuda" if torch.cuda.is_available() else "cpu"))
+    weight = torch.nn.Parameter(torch.zeros(8, 8, device="cuda" if device else "cpu"))
     optimizer = torch.optim.AdamW([weight])
     (weight @ weight).sum().backward()
     optimizer.step()

@@ -34,12 +34,19 @@ def show_nodes(run_dir: str | Path, as_json: bool) -> None:
     nodes = nodes_of(status)
     if as_json:
         known = {node["node"]: node for node in status["nodes"]}
-        print(strict_json([_as_json(node, known[node.number]) for node in nodes], indent=1))
+        unfit = _unfit(status)
+        told = [_as_json(node, known[node.number]) | {"unfit": unfit.get(node.number, "")} for node in nodes]
+        print(strict_json(told, indent=1))
         return
     console = make_console()
-    console.print(_table(console, nodes, status["nodes"]))
+    console.print(_table(console, nodes, status["nodes"], _unfit(status)))
     for line in status.get("covered", ()):
         console.print(line)
+
+
+def _unfit(status: Mapping[str, Any]) -> dict[int, str]:
+    """By spare, why it has failed its last check."""
+    return {spare["node"]: spare["unfit"] for spare in status["spares"] if spare.get("unfit")}
 
 
 def _as_json(node: Node, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +61,7 @@ def _as_json(node: Node, told: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _table(console: Console, nodes: list[Node], told: list[Mapping[str, Any]]) -> Table:
+def _table(console: Console, nodes: list[Node], told: list[Mapping[str, Any]], unfit: Mapping[int, str]) -> Table:
     known = {node["node"]: node for node in told}
     table = new_table(console, title="nodes")
     domains = any(node.get("domains") for node in told)
@@ -66,6 +73,8 @@ def _table(console: Console, nodes: list[Node], told: list[Mapping[str, Any]]) -
         state = Text(node.state)
         if mine.get("lemon") and node.state in ("spare", "starting"):
             state.append(", lemon", "yellow")
+        if node.number in unfit:
+            state.append(", unfit", "red")
         where = [" ".join(f"{kind} {name}" for kind, name in (mine.get("domains") or {}).items())] if domains else []
         table.add_row(str(node.number), mine.get("name", ""), state, *where, _failures(mine.get("failures") or ()))
     return table

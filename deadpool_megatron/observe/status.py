@@ -297,7 +297,10 @@ class JobView:
         ranks = {rank for spare in self.status["spares"] for rank in spare.get("rehearsed", ())}
         words += [f"{ranks_text(ranks)} rehearsed"] if ranks else []
         none = "none left: bring one (deadpool join)" if self.status["epoch"] else "none"
-        return Text(f"spares: {', '.join(words) or none}", "" if words or not self.status["epoch"] else "yellow")
+        standbys = sum(len(node.get("standbys", ())) for node in self.status["nodes"])
+        beside = f"; a process stands by for {standbys} of {len(self.status['coordinates'])} workers" * bool(standbys)
+        style = "" if words or not self.status["epoch"] else "yellow"
+        return Text(f"spares: {', '.join(words) or none}{beside}", style)
 
     def _in_short(self, last: Recovery, count: int) -> list[Text]:
         """The last recovery in two lines."""
@@ -332,6 +335,10 @@ class JobView:
         gone = [n for n in self.nodes if n.state == "lost"]
         if gone:
             out.append(Text(f"lost: {named(gone)}", "red"))
+        unfit = {spare["node"]: spare["unfit"] for spare in self.status["spares"] if spare.get("unfit")}
+        if failing := [n for n in self.nodes if n.number in unfit]:
+            why = unfit[failing[0].number]
+            out.append(Text(f"failed the last check, and taken last: {named(failing)}: {why}", "yellow"))
         refused = self.status.get("refused") or {}
         if strange := int(refused.get("malformed", 0)) + sum((refused.get("vaults") or {}).values()):
             out.append(Text(f"{strange} packets or copies were refused: is anybody else on this network?", "yellow"))

@@ -18,6 +18,8 @@ from deadpool_megatron.planning.workload import Workload, of_flags
 
 # Device context, communicators, fragmentation: what a device of 80 GB has been seen to lose, and no model has.
 _RESERVE = 4e9
+_CONTEXT = 1e9  # on a device, of a process that has brought it up and nothing else: an estimate
+_PROCESS = 1.5e9  # of host memory, of a process that has imported torch, Megatron and their kernels: an estimate
 _SMALL = 1 << 20  # small state of a coordinate, well rounded up
 
 
@@ -44,7 +46,8 @@ class Budget:
 
     ``operations``: floating-point operations of an iteration. ``drainer_node``: a copy of a node's own shards beside
     its vault, on their way to the durable directory. ``rehearsals``: on a device of a spare, of all that it rehearses,
-    and of one of them that trains. ``covered``: losses of each domain that a spare of it makes good, in words.
+    and of one of them that trains. ``standby_device``, ``standby_node``: on a device, and of the host memory of a node,
+    of the processes that stand by. ``covered``: losses of each domain that a spare of it makes good, in words.
     """
 
     sizes: Layout
@@ -67,6 +70,8 @@ class Budget:
     network_share: float
     spare_device: float
     rehearsals: float
+    standby_device: float
+    standby_node: float
     groups_changed: tuple[int, int]
     ranks_touched: int
     tolerated: str
@@ -138,6 +143,8 @@ def budget(run: RunFile, workload: Workload | None = None) -> Budget:
         network_share=share,
         spare_device=max(s.unique + s.weights for s in stages),
         rehearsals=_rehearsals(run, device, most.activations),
+        standby_device=_standby(run, device, most.activations),
+        standby_node=_PROCESS * cluster.gpus_per_node if run.deadpool.standby_workers != "none" else 0.0,
         groups_changed=changed,
         ranks_touched=touched,
         tolerated=_tolerated(run, sizes, scheme),
@@ -155,6 +162,12 @@ def _rehearsals(run: RunFile, device: float, activations: float) -> float:
     return count * (device - activations) + activations + _RESERVE if count else 0.0
 
 
+def _standby(run: RunFile, device: float, activations: float) -> float:
+    """Of a device, while another process trains on it."""
+    levels = {"device": _CONTEXT, "coordinate": device - activations - _RESERVE + _CONTEXT}
+    return levels.get(run.deadpool.standby_workers, 0.0)
+
+
 def _refuse(run: RunFile, out: Budget, scheme: Scheme) -> None:
     where, cluster = run.name, run.cluster
     if out.rehearsals > cluster.gpu_memory * 1e9:
@@ -162,16 +175,22 @@ def _refuse(run: RunFile, out: Budget, scheme: Scheme) -> None:
             f"{where}: rehearsals {run.deadpool.rehearsals} needs {out.rehearsals / 1e9:.1f} GB of a spare's device, "
             f"which has {cluster.gpu_memory:g}: rehearse fewer nodes"
         )
+    if out.device <= cluster.gpu_memory * 1e9 < out.device + out.standby_device:
+        raise PlanError(
+            f"{where}: standby_workers {run.deadpool.standby_workers} needs {out.standby_device / 1e9:.1f} GB of a "
+            f"device beside the {out.device / 1e9:.1f} of the worker, and it has {cluster.gpu_memory:g}: take imports"
+        )
     if out.vault_node > cluster.shm_bytes:
         raise PlanError(
             f"{where}: the vault of a node needs {out.vault_node / 1e9:.1f} GB of shared memory and /dev/shm has "
             f"{cluster.shm_bytes / 1e9:.1f}: use more data parallelism, enlarge /dev/shm, or name a "
             "larger --shm-directory"
         )
-    if out.vault_node + out.drainer_node > cluster.host_memory * 1e9:
+    if out.vault_node + out.drainer_node + out.standby_node > cluster.host_memory * 1e9:
         drainer = f" and its drainer (durable_dir) {out.drainer_node / 1e9:.1f}" if out.drainer_node else ""
+        standbys = f", processes that stand by {out.standby_node / 1e9:.1f}" if out.standby_node else ""
         raise PlanError(
-            f"{where}: the vault of a node needs {out.vault_node / 1e9:.1f} GB{drainer}, and the node has "
+            f"{where}: the vault of a node needs {out.vault_node / 1e9:.1f} GB{drainer}{standbys}, and the node has "
             f"{cluster.host_memory:g}: use more data parallelism or nodes with more memory"
         )
     if cluster.nodes < scheme.size:

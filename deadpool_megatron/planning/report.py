@@ -67,6 +67,7 @@ def text(run: RunFile, plan: Budget) -> list[str]:
         f"a spare receives                     {_gb(plan.spare_device)} a device, "
         f"{_time(plan.spare_device * c.gpus_per_node / (c.network * 1e9))} a node",
         *_rehearsals(run, plan),
+        *_standbys(run, plan),
         f"the loss of a node                   changes {plan.groups_changed[0]} of {plan.groups_changed[1]} groups, "
         f"touches {plan.ranks_touched} of {s.world} ranks",
         f"tolerated at once                    {plan.tolerated}",
@@ -82,6 +83,16 @@ def _rehearsals(run: RunFile, plan: Budget) -> list[str]:
     return [
         f"rehearsals of a spare                {_gb(plan.rehearsals)} of {run.cluster.gpu_memory:g} GB of a device, "
         f"{run.deadpool.rehearsals} at rest and one that trains"
+    ]
+
+
+def _standbys(run: RunFile, plan: Budget) -> list[str]:
+    if not plan.standby_node:
+        return []
+    held = f"{_gb(plan.standby_device)} of each device" if plan.standby_device else "nothing of a device"
+    return [
+        f"processes that stand by              about {_gb(plan.standby_node)} of a node's host memory, {held} "
+        f"(standby_workers {run.deadpool.standby_workers})"
     ]
 
 

@@ -97,6 +97,7 @@ class Session:
         self._agent_reads = True
         self._on_arm: Callable[[r.Fault], None] = lambda fault: None
         self.is_waiting: Callable[[], bool] = lambda: False
+        self.on_check: Callable[[r.Check], None] = lambda order: None
         self.on_exit_notice: Callable[[], None] = lambda: None
         self.on_replaced: Callable[[list[int]], None] = lambda ranks: None
         self.declared_epoch = epoch
@@ -119,6 +120,9 @@ class Session:
         if isinstance(record, r.Where):
             self.tell(r.Whereabouts(record.query, self.is_waiting()))
             return
+        if isinstance(record, r.Check):
+            _attempt(self.on_check, record)
+            return
         if isinstance(record, r.ExitNotice):
             _attempt(self.on_exit_notice)
             return
@@ -132,6 +136,8 @@ class Session:
             _attempt(self._on_declare, record.epoch)
             if (rank := self._standing_by) is not None:
                 self.tell(r.Arrived(record.epoch, rank, None))
+        elif isinstance(record, r.Declare) and record.epoch == self.declared_epoch:
+            _attempt(self.on_replaced, record.replaced)  # a worker of this node has ended since, and is replaced too
         elif isinstance(record, r.Form) and record.epoch == self.declared_epoch:
             _attempt(self._on_form, record.epoch)
         with self._news:

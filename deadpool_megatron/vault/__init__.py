@@ -12,20 +12,21 @@ from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_
 from .pace import SendPace
 from .rebuild import Piece, RebuildFailed, rebuild
 from .replicator import Replicator
+from .scratch import Scratch
 from .scrub import Scrubber
 from .sender import PartTo, Target
 from .server import VaultServer
 from .stripes import Stripes, WordPlan
-from .transfer import fetch, own_copy, store_shard
+from .transfer import exchange, fetch, own_copy, store_shard
 from .transport import choose_transport, make_transport
 from .vault import Vault, small_capacity
 from .version import CONSTANT, EMPTY, MAX_GENERATION, Version, constants_of, is_constants, owner_of, unpack
 from .writer import ConstantsWriter, SlotWriter
 
 __all__ = ["CONSTANT", "EMPTY", "MAX_GENERATION", "PREFIX", "Arena", "ChecksumMismatch", "CommitLedger"]
-__all__ += ["ConstantsWriter", "Kind", "NotHeld", "PartTo", "Piece", "RebuildFailed", "Replicator", "Scrubber"]
-__all__ += ["SendPace", "Slot", "SlotWriter", "StaleEpoch", "Stripes", "Target", "Told", "Vault", "VaultError"]
-__all__ += ["VaultFull", "VaultServer", "Version", "WordPlan", "as_vault_error", "choose_transport", "clean_leftovers"]
-__all__ += ["constants_of", "fetch", "huge_bytes", "is_constants", "make_transport", "numa_node_of_device"]
-__all__ += ["numa_node_of_process", "numa_nodes", "own_copy", "owner_of", "parse_cpus", "process_alive"]
-__all__ += ["process_start", "rebuild", "small_capacity", "store_shard", "unpack"]
+__all__ += ["ConstantsWriter", "Kind", "NotHeld", "PartTo", "Piece", "RebuildFailed", "Replicator", "Scratch"]
+__all__ += ["Scrubber", "SendPace", "Slot", "SlotWriter", "StaleEpoch", "Stripes", "Target", "Told", "Vault"]
+__all__ += ["VaultError", "VaultFull", "VaultServer", "Version", "WordPlan", "as_vault_error", "choose_transport"]
+__all__ += ["clean_leftovers", "constants_of", "exchange", "fetch", "huge_bytes", "is_constants", "make_transport"]
+__all__ += ["numa_node_of_device", "numa_node_of_process", "numa_nodes", "own_copy", "owner_of", "parse_cpus"]
+__all__ += ["process_alive", "process_start", "rebuild", "small_capacity", "store_shard", "unpack"]

@@ -76,11 +76,14 @@ _making: Final[dict[int, int]] = {}  # by descriptor, bytes of the arenas whose 
 _making_lock: Final = threading.Lock()
 
 
-def _free_bytes(directory: str) -> int:
-    """Bytes that can really be had there: what the file system allows, and what the machine's memory does.
+def free_bytes(directory: str) -> int:
+    """Bytes that can really be had there, less what arenas that are being made still lack."""
+    with _making_lock:
+        return _free_bytes(directory)
 
-    Less what those of `_making` still lack; their lock is held.
-    """
+
+def _free_bytes(directory: str) -> int:
+    """What the file system allows, and what the machine's memory does; the lock of `_making` is held."""
     stat = os.statvfs(directory)
     free = stat.f_bavail * stat.f_frsize
     with open("/proc/meminfo") as meminfo:

@@ -149,6 +149,13 @@ class Sent(_Frame, frozen=True):
     intact: bool
 
 
+class Echo(_Frame, frozen=True):
+    """Send these bytes back: ``nbytes`` of payload follow, there and back, with their checksum ``sum``."""
+
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=16 << 20)]
+    sum: Word
+
+
 class Refusal(_Frame, frozen=True):
     """The other side will not: ``code`` for programs, ``message`` for people."""
 
@@ -156,4 +163,4 @@ class Refusal(_Frame, frozen=True):
     message: Text
 
 
-Frame = Begin | Share | Begun | Bytes | Taken | Complete | Stored | Fetch | Found | Sent | Refusal
+Frame = Begin | Share | Begun | Bytes | Taken | Complete | Stored | Fetch | Found | Sent | Echo | Refusal

@@ -22,7 +22,7 @@ from .errors import (
     VaultError,
     VaultFull,
 )
-from .frames import NO_DIRECT, Begin, Begun, Fetch, Refusal, Share
+from .frames import NO_DIRECT, Begin, Begun, Echo, Fetch, Refusal, Share
 from .intake import Intakes
 from .keeper import Keeper
 from .receiving import receive_shard, receive_share
@@ -208,6 +208,10 @@ class VaultServer:
                     self._keep_share(channel, frame)
                 elif isinstance(frame, Fetch):
                     self._give(channel, frame)
+                elif isinstance(frame, Echo):
+                    payload = bytearray(frame.nbytes)
+                    channel.fill(memoryview(payload))
+                    channel.send(frame, memoryview(payload))
                 else:
                     raise Malformed(f"unexpected {type(frame).__name__} frame")
             except (Refused, NotHeld, VaultFull, ChecksumMismatch, DirectFailed) as err:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from .errors import (
     VaultError,
     as_vault_error,
 )
-from .frames import Fetch, Found, Sent, Taken
+from .frames import Echo, Fetch, Found, Sent, Taken
 from .intake import Intake
 from .stripes import cut
 from .vault import Vault
@@ -95,6 +96,30 @@ def telling(channel: Channel, taken: Callable[[int], Taken]) -> Callable[[int], 
             channel.send(taken(done))
 
     return checked
+
+
+def exchange(
+    place: tuple[str, int], secret: bytes, epoch: int, nbytes: int, deadlines: Deadlines | None = None
+) -> float:
+    """Send bytes to another node's vault and get them back; the seconds it took once connected.
+
+    Blocks, as long as there is progress. Raises DeadlinePassed, TransferFailed, Refused, OwnFault, ChecksumMismatch.
+    """
+    channel = connect(*place, check_secret(secret), deadlines or Deadlines())
+    try:
+        payload, begun = os.urandom(nbytes), time.perf_counter()
+        channel.send(Echo(epoch, nbytes, xxhash.xxh3_64_intdigest(payload)), memoryview(payload))
+        answer = channel.receive()
+        raise_refusal(answer)
+        if not isinstance(answer, Echo) or answer.nbytes != nbytes:
+            raise Malformed(f"unexpected {type(answer).__name__} frame")
+        back = bytearray(nbytes)
+        channel.fill(memoryview(back))
+        if xxhash.xxh3_64_intdigest(back) != answer.sum:
+            raise ChecksumMismatch(f"{nbytes} bytes came back changed")
+        return time.perf_counter() - begun
+    finally:
+        channel.close()
 
 
 def fetch(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import msgspec
 import xxhash
 
-from .arena import KINDS, Arena, ArenaInfo, Kind, Slot
+from .arena import KINDS, Arena, ArenaInfo, Kind, Slot, free_bytes
 from .errors import ChecksumMismatch, NotHeld, StaleEpoch, VaultError, VaultFull
 from .intake import Intakes
 from .leftovers import PREFIX
@@ -149,6 +149,13 @@ class Vault:
                 f"{self.limit_bytes} in use that --deadpool-host-memory allows"
             )
         self._reserved[key] = total
+
+    def lacks(self, nbytes: int) -> str:
+        """Why all arenas together could not have ``nbytes``, in one line; empty: they could, as far as is known now."""
+        if self.limit_bytes and nbytes > self.limit_bytes:
+            return f"a node needs {nbytes} bytes for shards, and --deadpool-host-memory allows {self.limit_bytes}"
+        free = free_bytes(self.directory) + self.bytes_allocated
+        return f"a node needs {nbytes} bytes for shards, and {self.directory} has {free}" if nbytes > free else ""
 
     def _insert(self, key: tuple[int, Kind], arena: Arena) -> None:
         """What has been told while it was made holds for it, too. Under the lock."""

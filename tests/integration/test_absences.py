@@ -92,7 +92,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
 
 
 @pytest.mark.timeout(300)
-def test_control_connections_that_are_reset_or_garbled_cost_no_node(machines: Machines) -> None:
+def test_control_connections_that_are_reset_garbled_or_dropped_cost_no_node(machines: Machines) -> None:
     """There is no spare: whoever is taken for lost ends the job."""
     iterations = 30
     flags = [*tiny_gpt("none", iters=iterations), "--tensor-model-parallel-size", "1"]
@@ -110,14 +110,20 @@ def test_control_connections_that_are_reset_or_garbled_cost_no_node(machines: Ma
     try:
         job.until_event("training")
         meddled = [(way, how) for how in ("changed", "of another length") for way in ("to hub", "to agent")]
-        for number, fault in enumerate([True, True, False, *meddled]):
-            job.hold(4 * number + 2)
-            if isinstance(fault, bool):
-                between.reset(hub_hears=fault)
-            else:
-                between.meddle(*fault)
+        for number, fault in enumerate(["reset", "reset", "reset for the agent", "drop", *meddled]):
+            job.hold(3 * number + 2)
+            match fault:
+                case "drop":
+                    between.drop()
+                case str():
+                    between.reset(hub_hears=fault == "reset")
+                case _:
+                    between.meddle(*fault)
             again = number + 1
-            machines.until(f"{fault}", lambda again=again: len(job.events("reconnected")) >= again)
+            machines.until(
+                f"{fault}",
+                lambda again=again: len(job.events("reconnected")) >= again or job.process.poll() is not None,
+            )
         job.hold(None)
         assert machines.codes() == [0, 0], machines.outputs()
     finally:

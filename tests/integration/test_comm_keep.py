@@ -1,15 +1,17 @@
 """Only what changed is re-formed: a group that lost nobody and in which nothing is under way keeps its backend and its
 connections; anything else is not kept, whoever of its members knows of it."""
 
+import os
 import threading
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from comm_processes import NEVER_S, Worker, exchange, kill_self, run, worker_main
+from comm_processes import LOOPBACK, NEVER_S, Worker, exchange, kill_self, run, worker_main
 from deadpool_megatron.comm import communicators
 from deadpool_megatron.comm.inplace import pointee
+from middleman import Middleman
 
 pytestmark = pytest.mark.versions(torch=True)
 
@@ -182,5 +184,24 @@ def test_who_waits_on_a_quiet_group_is_freed_all_the_same() -> None:
     assert results[0] == "RuntimeError", "it was not refused, it was in there"
 
 
+def forgotten(worker: Worker) -> float:
+    """What lies between has forgotten the connection that was prepared for the next epoch: it had been idle."""
+    worker.init()
+    between = Middleman(int(os.environ["STORE"]))
+    store = dist.TCPStore(LOOPBACK, between.port, None, False)
+    worker.comm.prepare(store)
+    between.drop()  # the newest one, which is that
+    worker.comm.abort()
+    worker.comm.reform(1, store)
+    dist.all_reduce(x := torch.ones(1))
+    worker.meet("end")
+    return x.item()
+
+
+def test_a_connection_to_the_store_that_was_forgotten_holds_up_nobody() -> None:
+    assert run(__file__, "forgotten", world=2, install={"form_timeout_s": 60.0}) == {0: 2.0, 1: 2.0}
+
+
 if __name__ == "__main__":
-    worker_main({"one_lost": one_lost, "late_look": late_look, "still_at_work": still_at_work})
+    scenarios = {"one_lost": one_lost, "late_look": late_look, "still_at_work": still_at_work, "forgotten": forgotten}
+    worker_main(scenarios)

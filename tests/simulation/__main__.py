@@ -35,6 +35,8 @@ def main() -> int:
     parser.add_argument("--shards", action="store_true", help="give every run parity, constants or failure domains")
     parser.add_argument("--restarts", action="store_true", help="every recovery needs other processes")
     parser.add_argument("--rehearsals", action="store_true", help="spares set up coordinates ahead of time")
+    parser.add_argument("--standbys", action="store_true", help="processes stand by, and workers end at once")
+    parser.add_argument("--checks", action="store_true", help="spares are checked, and some fail")
     parser.add_argument("--moves", action="store_true", help="every run has drains that something happens to")
     parser.add_argument("--signs", action="store_true", help="a GPU is at fault, and its machine tells so")
     parser.add_argument("--shrinks", action="store_true", help="fewer replicas go on when no spare is left")
@@ -47,6 +49,8 @@ def main() -> int:
         rivals=args.rivals or None,
         restarts=args.restarts,
         rehearsals=args.rehearsals,
+        standbys=args.standbys,
+        checks=args.checks,
         moves=args.moves or None,
         signs=args.signs,
         shrinks=args.shrinks,

@@ -34,6 +34,8 @@ class Profile:
         rivals: the same of another job that wants the durable directory.
         restarts: every recovery needs other processes, on all nodes.
         rehearsals: spares set up coordinates ahead of time.
+        standbys: processes stand by for the workers, and several workers end at once.
+        checks: spares are checked, and some of them fail.
         moves: every run has drains that something happens to, or none has; None: drawn.
         signs: one machine's GPU is at fault, and takes others along.
         shrinks: what has a durable directory goes on with fewer replicas when no spare is left.
@@ -47,6 +49,8 @@ class Profile:
     rivals: bool | None = None
     restarts: bool = False
     rehearsals: bool = False
+    standbys: bool = False
+    checks: bool = False
     moves: bool | None = None
     signs: bool = False
     shrinks: bool = False
@@ -89,6 +93,13 @@ class Faults:
             for _ in range(cluster.signs.randint(1, 2)):
                 count, seconds = cluster.signs.randint(1, 6), cluster.signs.uniform(0.0, 1.0)
                 self._wait(cluster.signs.choice(("committed", "declared")), count, seconds, "rack", self._rack)
+        if self.profile.standbys:
+            for _ in range(cluster.standing.randint(1, 3)):
+                self._wait(*self._when(cluster.standing), "ends at once", self._end_at_once)
+        if self.profile.checks:
+            spares = [host for host in cluster.hosts if not host.known.ranks]
+            for host in cluster.checks.sample(spares, cluster.checks.randint(0, len(spares))):
+                self._wait(*self._when(cluster.checks), "bad spare", partial(self._turn_bad, host))
         if cluster.job.durable is not None:
             self._draw_durable()
         draws = cluster.packets
@@ -109,6 +120,11 @@ class Faults:
             count, most = chance.randint(1, 3), 1.0
         return when, count, chance.uniform(0.0, most)
 
+    def _turn_bad(self, host: Host) -> None:
+        """Its checks find something from now on."""
+        self.struck[-1] += f" n{host.node}"
+        host.bad = True
+
     def _reset_control(self) -> None:
         """Of some nodes, the connections to the coordinator; each comes again. No node is hurt."""
         draws, there = self._cluster.packets, [host for host in self._cluster.hosts if host.alive]
@@ -117,6 +133,22 @@ class Faults:
             if host.process.frozen:
                 self._hurt(host, "its connection is reset while it is frozen")
             host.link.reset(draws.random() < 0.5, draws.uniform(0.05, 0.3))
+
+    def _drop_control(self) -> None:
+        """Something between a node and the coordinator forgets their connection, without a word. No node is hurt."""
+        there = [host for host in self._cluster.hosts if host.alive and not host.process.frozen]
+        for host in self._cluster.packets.sample(there, min(len(there), 1)):
+            self.struck[-1] += f" n{host.node}"
+            host.link.drop()
+        self._until(2.1 * self._cluster.job.deadlines.lease, lambda: None)  # by then the agents have noticed
+
+    def _lose_machine_of_coordinator(self) -> None:
+        """Nobody answers for a machine that is gone, and another one has its coordinator."""
+        for host in self._cluster.hosts:
+            if host.alive and not host.process.frozen:
+                host.link.drop()
+        self._cluster.hq.crash()
+        self._until(2.1 * self._cluster.job.deadlines.lease, lambda: None)
 
     def _garble(self) -> None:
         """For a while what is read of shards is changed on the way, or by who reads it; not twice in a row."""
@@ -159,6 +191,21 @@ class Faults:
         workers = [worker for worker in host.workers() if worker.rank is not None]
         if host.alive and workers:
             self._cluster.signs.choice(workers).die(-9)
+
+    def _end_at_once(self) -> None:
+        """Any number of workers of any nodes, those that stand by perhaps among them."""
+        cluster, chance = self._cluster, self._cluster.standing
+        waits = chance.random() < 0.3
+        there = [
+            worker
+            for host in cluster.hosts
+            for worker in host.workers()
+            if host.alive and host.known.ranks and (waits or worker.rank is not None)
+        ]
+        hit = chance.sample(there, chance.randint(1, len(there))) if there else []
+        self.struck[-1] += f" {sorted({worker.host.node for worker in hit})}"
+        for worker in hit:
+            worker.die(-9)
 
     def _draw_durable(self) -> None:
         """Of its own chance, so that other runs stay as they are."""
@@ -332,10 +379,7 @@ class Faults:
         until = max(until, now + seconds)
         self._silent[host.node] = since, until
         # (an agent whose connection has just been reset has less time)
-        return (
-            until - since
-            > (0.38 if host.link.up or not host.link.was_reset else 0.1) * self._cluster.job.deadlines.lease
-        )
+        return until - since > (0.1 if host.link.unsteady else 0.38) * self._cluster.job.deadlines.lease
 
     # ---- what
 
@@ -650,6 +694,8 @@ KINDS: dict[str, tuple[int, Callable[[Faults], None]]] = {
 PACKET_KINDS: dict[str, Callable[[Faults], None]] = {
     "reset control": Faults._reset_control,
     "reset control, and a loss": Faults._reset_control_and_lose,
+    "drop control": Faults._drop_control,
+    "lose machine of coordinator": Faults._lose_machine_of_coordinator,
     "garbled reads": Faults._garble,
 }
 DURABLE_KINDS: dict[str, Callable[[Faults], None]] = {

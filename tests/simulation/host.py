@@ -140,10 +140,10 @@ class _Processes(WorkerProcesses):
     def all_started(self) -> None:
         return
 
-    def start(self, local: int, rank: int | None, rehearses: int | None = None) -> Worker:
+    def start(self, local: int, rank: int | None, rehearses: int | None = None, standby: bool = False) -> Worker:
         host = self._host
         pid = host.cluster.new_pid()
-        worker = _Worker(local, _Process(pid), -1, None, -1, rank, _Page(), rehearses)  # type: ignore[arg-type]
+        worker = _Worker(local, _Process(pid), -1, None, -1, rank, _Page(), rehearses, standby)  # type: ignore[arg-type]
         self.ranks[pid] = sim = Rank(host, worker)
         worker.control = _Control(sim)  # type: ignore[assignment]
         sim.start()
@@ -193,6 +193,7 @@ class Host:
         self.news = Pipe(world, 0.0001, 0.002)  # from the vault's threads
         self.durability: SimulatedDurability
         self.drainers: list[Process] = []
+        self.bad = False  # its checks find something
         self.room = True  # there is memory for shards that are fetched
         config = DeadpoolConfig(
             True, lease=job.deadlines.lease, redundancy=job.redundancy, hang_floor=cluster.hang_floor,
@@ -205,7 +206,7 @@ class Host:
         known = self.known = KnownJob(node, job.active_nodes, job.slots_per_node, Scheme.parse(job.redundancy))
         self.shards = SimulatedShards(self)
         self.processes = _Processes(self)
-        self.crew = Crew(known, self.processes, cluster.job.rehearsals)
+        self.crew = Crew(known, self.processes, cluster.job.rehearsals, cluster.standby_workers)
         fence = Fence(node, job.deadlines.lease, self._ask, random.Random(world.chance.random()))
         self.link = Link(world, cluster.network, self, cluster.hq, job.deadlines.lease)
         self.watch = _Blind()

@@ -34,6 +34,8 @@ MIX: dict[str, tuple[int, Profile]] = {
 }
 _TURNS = [flags for flags, (share, _) in MIX.items() for _ in range(share)]
 _REHEARSED = 0.2  # of them have spares that rehearse besides
+_STANDBYS = 0.25  # of them have processes that stand by
+_CHECKED = 0.2  # of them have spares that are checked besides
 _SIGNS = 0.2  # of them have a GPU at fault besides
 _SHRINKS = 0.4  # of those with a durable directory that nobody else wants have fewer replicas when no spare is left
 _BLOCK = 200  # runs
@@ -49,7 +51,11 @@ def mixed(seed: int) -> tuple[str, Profile]:
     signs = random.Random(f"has signs {seed}").random() < _SIGNS
     narrows = bool(MIX[flags][1].durable) and not MIX[flags][1].rivals
     shrinks = narrows and random.Random(f"has fewer {seed}").random() < _SHRINKS
-    profile = replace(MIX[flags][1], rehearsals=rehearsed, signs=signs, shrinks=shrinks)
+    standbys = random.Random(f"standbys {seed}").random() < _STANDBYS
+    checks = random.Random(f"has checks {seed}").random() < _CHECKED
+    profile = replace(
+        MIX[flags][1], rehearsals=rehearsed, signs=signs, standbys=standbys, checks=checks, shrinks=shrinks
+    )
     few = random.Random(f"few {seed}")
     if few.random() < 0.5:
         return flags, profile

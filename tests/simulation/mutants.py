@@ -207,6 +207,17 @@ def _the_end_of_a_connection_is_that_of_its_node(patch: Patch) -> None:
     patch.setattr(Core, "node_away", before)
 
 
+def _who_lives_has_one_lease(patch: Patch) -> None:
+    """An agent that has not noticed yet that its connection was dropped is given up."""
+
+    def before(self: Core, node: int, now: float) -> list[Any]:
+        if self._returning.awaits(node):
+            self._returning.also(node, now + self.job.deadlines.lease, stood_still=False)
+        return []
+
+    patch.setattr(Core, "node_lives", before)
+
+
 def _one_complaint_condemns_a_copy(patch: Patch) -> None:
     """What arrives changed once is refused for good, though it was the fault of who has read it."""
     failed = Attempts.failed
@@ -634,6 +645,22 @@ def _a_shrink_is_still_under_way_when_it_is_over(patch: Patch) -> None:
     patch.setattr(Recoveries, "start_over", before)
 
 
+def _a_spare_is_spent_although_another_process_stands_by(patch: Patch) -> None:
+    def taken_by(self: Recoveries, out_of_use: set[int]) -> dict[int, int] | None:
+        return self._state.spares.for_lost(out_of_use, {node for node, _ in self.vacant})
+
+    patch.setattr(Recoveries, "_taken_by", taken_by)
+
+
+def _who_stands_by_waits_for_an_epoch_that_does_not_come(patch: Patch) -> None:
+    """A worker that ends before its node has offered is replaced in the next epoch, which the core does not declare."""
+    patch.setattr(NodeRecovery, "ended", lambda self, worker: None)
+
+
+def _a_spare_that_fails_its_check_is_as_good_as_any(patch: Patch) -> None:
+    patch.setattr(Members, "unfit", lambda self, node: False)
+
+
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "narrowest": _one_replica_goes_on,
     "wider copies": _what_was_written_by_a_wider_job_counts,
@@ -671,6 +698,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "broken new": _a_broken_copy_keeps_its_slot,
     "all back": _the_end_is_looked_for_while_agents_come_back,
     "reset": _the_end_of_a_connection_is_that_of_its_node,
+    "dropped": _who_lives_has_one_lease,
     "one complaint": _one_complaint_condemns_a_copy,
     "one moment": _one_moment_without_a_majority_is_enough,
     "told before": _what_was_told_as_committed_is_forgotten,
@@ -708,6 +736,9 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "hangs": _a_rank_that_hangs_in_a_recovery_costs_its_node,
     "wait kept": _the_wait_for_a_spare_begins_anew,
     "follows": _what_follows_spends_a_spare,
+    "stands by": _a_spare_is_spent_although_another_process_stands_by,
+    "takes in": _who_stands_by_waits_for_an_epoch_that_does_not_come,
     "lemon": _a_spare_that_failed_is_as_good_as_any,
+    "unfit": _a_spare_that_fails_its_check_is_as_good_as_any,
     "begins again": _what_a_job_begins_with_must_be_whole,
 }

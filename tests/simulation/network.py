@@ -77,6 +77,7 @@ class Link:
         self.late_up = self.late_down = 0.0  # seconds that packets take longer
         self._number = 0
         self._accepted = 0
+        self._dropped = 0  # the one that somebody in between has forgotten
         self._up = Pipe(world, 0.0005, 0.02, far=True)
         self._down = Pipe(world, 0.0005, 0.02, far=True)
         self._stuck_up: list[tuple[int, bytes]] = []
@@ -128,10 +129,27 @@ class Link:
                 self._up.send(self._hq.process, self._ended, self._accepted)
             self._host.process.later(seconds, self.connect)
 
+    def drop(self) -> None:
+        """From now on nothing comes through this connection, its end neither, as after a firewall forgets it."""
+        if self.up and self.heard and self._network.both(self._host.node, HQ):
+            self._world.say(f"n{self._host.node}", "its connection is dropped")
+            self._dropped, self.was_reset = self._number, True
+            self._stuck_up.clear()
+            self._stuck_down.clear()
+            self.look()
+
+    @property
+    def unsteady(self) -> bool:
+        """The agent has to connect again, whether it knows it or not."""
+        return self.was_reset and (not self.up or self._number == self._dropped)
+
+    def _passes(self, source: int, target: int) -> bool:
+        return self._number != self._dropped and self._network.passes(source, target)
+
     def close_agents_end(self) -> None:
         """The agent's end is gone: it died where the machine lives on, or it gave the connection up."""
         self.up = False
-        if self._network.passes(self._host.node, HQ):
+        if self._passes(self._host.node, HQ):
             number = self._accepted
             self._up.send(self._hq.process, self._ended, number)
         if self._host.alive:
@@ -140,7 +158,7 @@ class Link:
     def close_hubs_end(self) -> None:
         """The coordinator's end is gone."""
         self.heard = False
-        if self._network.passes(HQ, self._host.node):
+        if self._passes(HQ, self._host.node):
             self._down.send(self._host.process, self._hung_up, self._number)
 
     def _hung_up(self, number: int) -> None:
@@ -159,8 +177,8 @@ class Link:
     def look(self) -> None:
         """Something that may stop heartbeats has begun or ended."""
         host, now = self._host, self._world.now
-        up = host.alive and not host.process.frozen and self._network.passes(host.node, HQ)
-        down = self._hq.listens and self._network.passes(HQ, host.node)
+        up = host.alive and not host.process.frozen and self._passes(host.node, HQ)
+        down = self._hq.listens and self._passes(HQ, host.node)
         if self._network.passes(host.node, HQ):
             stuck, self._stuck_up = self._stuck_up, []
             for number, packet in stuck:
@@ -169,7 +187,7 @@ class Link:
             stuck, self._stuck_down = self._stuck_down, []
             for number, packet in stuck:
                 self._down.send(host.process, self._arrive_down, number, packet)
-        if self.up and not self.heard and self._network.both(host.node, HQ):
+        if self.up and not self.heard and self._number != self._dropped and self._network.both(host.node, HQ):
             self._down.send(host.process, self._hung_up, self._number)  # its packets are answered with a reset
         if up and down:
             self._silent_since = self._unanswered_since = None
@@ -210,7 +228,7 @@ class Link:
             self._world.push(self._world.now, self._host.process, self._replace)
 
     def _arrive_up(self, number: int, packet: bytes) -> None:
-        if number != self._accepted or not self.heard:
+        if number == self._dropped or number != self._accepted or not self.heard:
             return
         if self._stuck_up or not self._network.passes(self._host.node, HQ):
             self._stuck_up.append((number, packet))
@@ -224,7 +242,7 @@ class Link:
             self._perhaps_replace()
 
     def _arrive_down(self, number: int, packet: bytes) -> None:
-        if number != self._number or not self.up:
+        if number == self._dropped or number != self._number or not self.up:
             return
         if self._stuck_down or not self._network.passes(HQ, self._host.node):
             self._stuck_down.append((number, packet))

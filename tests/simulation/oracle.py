@@ -146,6 +146,7 @@ class Oracle:
         self.directory = DirectoryOracle(cluster)
         self._goes_back: int | None = None  # to this durable generation
         self._drained: set[int] = set()  # and replaced
+        self._unfit: set[int] = set()  # spares, as the user was told
         self.drains: dict[int, float] = {}
         self._drain_told: set[int] = set()
         self._through: dict[int, set[int]] = {}  # by epoch, ranks that have finished in it
@@ -155,6 +156,7 @@ class Oracle:
         self._active = list(range(cluster.job.active_nodes))  # nodes, as was declared last
         self._linked: dict[int, float] = {}  # by node, when the coordinator has heard of its links last
         self._ended_alone: set[int] = set()  # nodes of which a worker has ended with no such sign
+        self._stood_by: dict[int, bool] = {}  # by node, for everybody who ended there in this recovery
         self._broken: dict[tuple[int, int], Slot] = {}  # by slot and turn
         self._trains: dict[tuple[int, int], int] = {}
         self.safe: _Held | None = None
@@ -305,6 +307,11 @@ class Oracle:
                     self._drained.add(int(drained[1]))
                 if fields["purpose"] == "resume" and not drained:
                     self._rightly_taken(fields["nodes"])
+                came = {*fields["nodes"]} - {*self._active}
+                self._best_taken(came)
+                resumes = fields["purpose"] == "resume" and self._cluster.hq.core.phase is not Phase.WAITING
+                if came and resumes:  # the next wait is another one
+                    self._waits_since = None
                 self._active = fields["nodes"]
                 if fields["purpose"] in ("save", "drain") and self.saving is None:
                     self.saving = self._healthy()
@@ -324,6 +331,8 @@ class Oracle:
                 self._agreed(fields["iteration"])
             case "committed":
                 self._committed(Version(fields["epoch"], fields["iteration"]))
+            case "unfit":
+                self._unfit.add(fields["node"])
             case "sign" if fields["role"] == "link":
                 self._linked[fields["node"]] = world.now
             case "coordinator_back":
@@ -337,6 +346,9 @@ class Oracle:
                 self.drain_ends(fields["node"])
             case "draining":
                 self._drain_began = world.now
+            case "detected":
+                node = fields["node"]
+                self._stood_by[node] = fields.get("stood_by", False) and self._stood_by.get(node, True)
             case "durable_failed":
                 self._not_drained(fields["message"])
             case "durable":
@@ -357,6 +369,7 @@ class Oracle:
                 self._cluster.faults.awaited()
             case "resumed":
                 self._since, self._waits_since = 0, None
+                self._stood_by.clear()
 
     def _fits(self, nodes: int, most: int) -> int:
         """The most replicas that so many nodes can hold, and no more than ``most``."""
@@ -387,6 +400,8 @@ class Oracle:
         for node in {*self._active} - {*nodes} - self.hurt.keys() - self._drained - self._cluster.faults.culprits:
             if now - self._linked.get(node, -_SIGN_S) < _SIGN_S and node not in self._ended_alone:
                 raise Violation(f"node {node} gives way, and what ended there has its cause elsewhere")
+            if self._stood_by.get(node):
+                raise Violation(f"node {node} gives way, and another process stood by for everybody who ended there")
         fresh = [n for n, s in core.nodes.items() if s.role == "spare" and not s.record.failures]
         fresh = [n for n in fresh if core.members.parked(n) and n not in self._active]
         for node in {*nodes} - {*self._active}:
@@ -602,6 +617,14 @@ class Oracle:
         here = host.alive and host.node not in self.hurt and host.known.ranks and not self.ends
         if here and spares and cluster.hq.ended is None and "no parked spare" in error:
             raise Violation(f"node {host.node} is not drained ({error}), and node {spares[0].node} is a spare")
+
+    def _best_taken(self, taken: set[int]) -> None:
+        """Who has failed a check takes over only where nobody else is parked."""
+        core = self._cluster.hq.core
+        better = [node for node in core.members.ready_spares() if node not in self._unfit]
+        if better and (bad := taken & self._unfit):
+            raise Violation(f"node {min(bad)} has failed its check and takes over, and node {better[0]} is parked")
+        self._unfit -= taken
 
     def _agreed(self, generation: int) -> None:
         if self.safe is not None and generation < self.safe.generation:

@@ -196,6 +196,9 @@ class Rank:
             case r.Where():
                 self.say(r.Whereabouts(record.query, self._waits))
                 return
+            case r.Check():
+                self.process.later(self.world.delay(0.005, 0.5), self._self_check, record)
+                return
             case r.Declare() if record.epoch > self.declared_epoch:
                 self.declared_epoch, self.declared = record.epoch, record
                 if self._stands_by and self.rank is not None:
@@ -216,13 +219,17 @@ class Rank:
                 self._hold = record
         self.poke()
 
+    def _self_check(self, order: r.Check) -> None:
+        self.say(r.Checked(order.number, "a wrong result" * self.host.bad))
+
     def die(self, code: int, silently: bool = False) -> None:
         """The process ends. ``silently``: its machine is gone, so its peers' connections just stay quiet."""
         if not self.process.alive:
             return
         self.process.die()
         self.worker.process.code = code  # type: ignore[attr-defined]
-        if code and not self.worker.retired and self.host.alive:
+        stands_by = self.worker.standby and any(each is self.worker for each in self.host.crew.beside)
+        if code and not self.worker.retired and not stands_by and self.host.alive:
             self.host.cluster.oracle.dies(self.host.node)
         self.world.say(f"rank {self.rank} (n{self.host.node})", f"pid {self.worker.pid} ends with {code}")
         if not silently and self.rank is not None and not (code == 0 and self.finished):

@@ -92,6 +92,12 @@ class Run:
         wait = self.patience.uniform(10.0, 60.0) if self.patience.random() < 0.2 else 0.0
         self.job = JobSpec(nodes, spares, slots, True, DEADLINES, redundancy=redundancy, wait_for_spare_s=wait)
         self.signs = random.Random(f"signs {seed}")
+        self.standing = random.Random(f"standing {seed}")
+        levels = ("device", "coordinate")
+        self.standby_workers = self.standing.choice(levels) if profile.standbys else "none"
+        self.checks = random.Random(f"checks {seed}")
+        if profile.checks:
+            self.job = replace(self.job, spare_check_s=self.checks.uniform(0.5, 5.0))
         self.over = False  # and judged
         self._until = world.now + _LONGEST_S
         self.iterations = chance.randint(14, 36) + (0 if beside is None else beside.iterations)

@@ -11,7 +11,7 @@ import xxhash
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.fetching import Attempts, Search
-from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
+from deadpool_megatron.cluster.agent.shards import FetchDone, Looked, Shards
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.vault import (
     CONSTANT,
@@ -20,6 +20,7 @@ from deadpool_megatron.vault import (
     NotHeld,
     Piece,
     RebuildFailed,
+    Scratch,
     StaleEpoch,
     Stripes,
     Target,
@@ -326,6 +327,18 @@ def _in_process(path: str, rank: int, kind: Kind, unique_bytes: int, small_capac
     return Arena(path, memory)
 
 
+class _Scratch(Scratch):
+    """Without memory: a worker says what it has found."""
+
+    copied = True
+
+    def __init__(self) -> None:
+        self.path = ""
+
+    def close(self) -> None:
+        return
+
+
 class SimulatedShards(Shards):
     """Of one node. What production does in threads happens in virtual time, everything else as it is there."""
 
@@ -370,6 +383,22 @@ class SimulatedShards(Shards):
             version = slot.version
             if version is not None and not slot.recheck():
                 self._damaged(rank, "own", version)
+
+    def scratch(self) -> Scratch:
+        return _Scratch()
+
+    def check(self, number: int, memory_bytes: int, partners: Mapping[int, r.Address]) -> None:
+        self._host.later(0.01, 1.0, self._check, number, partners)
+
+    def _check(self, number: int, partners: Mapping[int, r.Address]) -> None:
+        missed = 0
+        for at in partners.values():
+            try:
+                self._host.reach(self._host.cluster.at(at.host))
+            except TransferFailed:
+                missed += 1
+        why = "partners are not reached" if 2 * missed > len(partners) else ""
+        self.report(Looked(number, why, 0.001))
 
     def close(self) -> None:
         self.vault.close()

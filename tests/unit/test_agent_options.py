@@ -53,6 +53,13 @@ def test_what_cannot_work_is_refused_in_one_line(case: str, tmp_path: Path) -> N
     assert why in str(refused.value) and "\n" not in str(refused.value)
 
 
+def test_who_does_not_start_the_workers_has_none_stand_by_for_them(tmp_path: Path) -> None:
+    script = "--deadpool --deadpool-standby-workers imports"
+    assert plan(tmp_path, f"--nnodes 2 {HERE}", script).launch.config.standby_workers == "imports"
+    with pytest.raises(LaunchError, match="--deadpool-standby-workers: another launcher starts the workers"):
+        plan(tmp_path, f"--nnodes 2 --adopt x {HERE}", script)
+
+
 def test_the_names_of_torchrun_mean_what_they_mean_there(tmp_path: Path) -> None:
     made = plan(
         tmp_path,

@@ -34,7 +34,7 @@ def _a_process_that_came_later(directory: Path) -> None:
     host.fields = None
     session: Any = SimpleNamespace(declared_epoch=1, wait_generation=lambda epoch: "generation")
     page: Any = None
-    spare = Hooks(host, session, page, settings.DeadpoolConfig(), -1, page, page, True, page)
+    spare = Hooks(host, session, page, settings.DeadpoolConfig(), -1, page, True, page)
     spare._data = SimpleNamespace(build=lambda call, fields, at: "data")  # type: ignore[assignment]
     now = time.time()
     assert not over(), "its own begin was just now"

@@ -447,11 +447,11 @@ def test_an_agent_that_does_not_connect_again_is_lost_soon_and_each_in_its_own_t
     assert it.events("declared")[0]["reason"] == "its agent is gone or silent"
 
 
-def test_an_agent_that_is_known_to_live_has_a_lease_to_connect_again() -> None:
+def test_an_agent_that_is_known_to_live_has_two_leases_to_notice_that_its_connection_has_ended() -> None:
     it = SimulatedJob().train()
     away(it, 1)
     it.take(it.core.node_lives(1, it.now))
-    it.wait(0.9 * DEADLINES.lease)
+    it.wait(1.9 * DEADLINES.lease)
     assert not it.events("detected")
     it.wait(0.2 * DEADLINES.lease)
     assert [event["node"] for event in it.events("detected")] == [1]

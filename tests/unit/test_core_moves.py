@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -250,6 +251,18 @@ def restarted(job: SimulatedJob, settled: bool = True, come_back: bool = True) -
     if come_back:
         all_come_back(job, settled)
     return job
+
+
+def test_agents_have_time_to_notice_that_the_machine_of_the_coordinator_is_gone() -> None:
+    """Their pings find it within two leases, where a new coordinator may be there after less than one."""
+    job = SimulatedJob().train()
+    lease = 30.0
+    job.core.job = replace(job.core.job, deadlines=replace(DEADLINES, lease=lease))
+    restarted(job, come_back=False)
+    job.wait(2 * lease)
+    all_come_back(job)
+    job.wait(lease)
+    assert not job.events("detected") and job.core.phase is Phase.RUNNING
 
 
 def test_the_end_of_a_process_counts_once_whoever_is_told_of_it_again() -> None:

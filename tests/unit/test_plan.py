@@ -408,6 +408,22 @@ def test_a_spares_device_has_room_for_what_it_rehearses_or_the_run_is_refused(
         budget(_changed(tmp_path, deadpool={"rehearsals": 9}))
 
 
+def test_the_plan_says_what_processes_that_stand_by_take_and_refuses_what_does_not_fit_beside_the_worker(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none, imports, device, whole = (
+        budget(_changed(tmp_path, {"gpu_memory": 800}, {"standby_workers": level}))
+        for level in ("none", "imports", "device", "coordinate")
+    )
+    assert none.standby_node == none.standby_device == imports.standby_device == 0 < imports.standby_node
+    assert 0 < device.standby_device < whole.standby_device < whole.device
+    run = _changed(tmp_path, {"gpu_memory": 800}, {"standby_workers": "imports"})
+    assert cli.main(["plan", "--config", run.name]) == 0
+    assert "of a node's host memory, nothing of a device (standby_workers imports)" in capsys.readouterr().out
+    with pytest.raises(PlanError, match=r"standby_workers coordinate needs .* beside the .* of the worker"):
+        budget(_changed(tmp_path, {"gpu_memory": whole.device / 1e9 + 1}, {"standby_workers": "coordinate"}))
+
+
 def test_the_report_names_what_the_drainer_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = _changed(tmp_path, deadpool={"durable_dir": "/durable"})
     for path, said in ((run.name, True), (str(LARGE), False)):

@@ -132,6 +132,19 @@ def test_a_worker_replaced_in_its_slot_does_not_count_its_node_as_lost() -> None
     assert story.lost == set()
 
 
+def test_the_paragraph_says_when_who_took_over_had_stood_by_also_for_one_that_ended_a_moment_later() -> None:
+    events = story_of_a_run()
+    at = next(i for i, e in enumerate(events) if e["event"] == "declared")
+    events[at - 1] |= {"rank": 0, "local": 0, "stood_by": True}
+    events[at] |= {"lost": [], "nodes": [0, 1]}
+    later = {**events[at - 1], "t": 12.15, "node": 1, "rank": 1, "ranks": [1]}
+    text = _paragraph([*events[: at + 1], later, *events[at + 1 :]])
+    assert "Processes that stood by in their own slots took over ranks 0-1" in text
+    assert "Other slots took over rank 0" in _paragraph(
+        [*events[: at - 1], {**events[at - 1], "stood_by": False}, *events[at:]]
+    )
+
+
 def test_every_node_has_its_bars_and_detection_begins_at_the_strike(tmp_path: Path) -> None:
     (tmp_path / LOGS).mkdir()
     (tmp_path / LOGS / "rank-0.log").write_text("x\ndeadpool: fault kill strikes node 0 at 11.75\n")

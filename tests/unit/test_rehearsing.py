@@ -96,6 +96,20 @@ def test_a_node_is_drained_once_a_spare_has_rehearsed_what_it_does() -> None:
     assert job.active == [0, 4, 2, 3]
 
 
+def test_the_spare_that_takes_the_node_rehearses_it() -> None:
+    """By failure domain node 5 does; node 4 has the lower number."""
+    racks = {node: {"rack": f"r{node % 2}"} for node in range(6)}
+    job = SimulatedJob(nodes=6, spares=2, rehearsals=1, domains=racks).train()
+    job.iterate(0)
+    _drain(job, 1)
+    assert [s.node for s in job.sent if isinstance(s.record, r.Rehearse)] == [5]
+    job.feed(r.Rehearsed(5, [2, 3]))
+    job.wait(0.0)
+    for node in range(4):
+        job.feed(r.NodeHeld(0, node, job.told(r.Hold)[0].iteration, False))
+    assert job.active == [0, 5, 2, 3]
+
+
 def test_who_is_known_to_a_spare_already_is_drained_at_once_and_so_is_everybody_without_rehearsals() -> None:
     job = SimulatedJob(nodes=6, spares=2, rehearsals=1).train()
     job.iterate(0)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import msgspec
 import pytest
 import torch
 
@@ -214,6 +215,15 @@ def test_an_older_declaration_changes_nothing(line: Line) -> None:
     line.tell(r.Arm(r.Fault("kill", 0)))
     until(lambda: line.session.armed, "a fault")
     assert line.heard == [2] and line.session.declared_epoch == 2
+
+
+def test_the_same_declaration_once_more_names_who_has_ended_since_and_aborts_nothing(line: Line) -> None:
+    named: list[list[int]] = []
+    line.session.on_replaced = named.append
+    line.tell(declare(1))
+    line.tell(msgspec.structs.replace(declare(1), replaced=[3]))
+    until(lambda: named == [[], [3]], "who is replaced")
+    assert line.heard == [1] and line.session.declared_epoch == 1
 
 
 AGREED = r.Generation(1, 5, 0, "/arena", {})

@@ -203,7 +203,7 @@ def test_the_next_coordinator_knows_the_cause_and_who_is_started_again_in_place(
     dies(job, 1)
     core = Core(job.core.job)
     core.restored(job.core.dump(), job.now)
-    assert core._recoveries.in_place == {1}
+    assert core._recoveries.in_place == {(1, 0)}
     assert core._ends._signs._cause(0, SPREAD_S) == "Xid 149: NVLink NETIR error"
 
 

@@ -37,6 +37,7 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "4": (7, ("drain, and the spare dies",)),
     "5": (278, ()),
     "reset": (0, ("reset control",)),
+    "dropped": (188, ("drop control",)),
     "one complaint": (30, ("garbled reads", "kill worker", "kill node")),
     "7": (0, ()),
     "8": (3, ()),
@@ -155,7 +156,7 @@ FOUND = (
 
 @pytest.mark.parametrize(("seed", "profile"), FOUND, ids=[str(seed) for seed, _ in FOUND])
 def test_what_was_found_stays_mended(seed: int, profile: Profile) -> None:
-    assert not simulate(seed, replace(profile, moves=False)).violation
+    assert not simulate(seed, replace(profile, moves=False, standbys=False)).violation
 
 
 def test_no_fault_breaks_a_promise_where_drains_are_upset() -> None:
@@ -176,10 +177,22 @@ def test_no_fault_breaks_a_promise_where_every_recovery_needs_other_processes() 
     assert sum(run.epochs for run in runs) > 20
 
 
+def test_no_fault_breaks_a_promise_where_processes_stand_by() -> None:
+    runs = [simulate(seed, Profile(standbys=True, restarts=seed % 8 == 0)) for seed in range(80)]
+    assert not [(run.seed, run.violation) for run in runs if run.violation]
+    assert sum(run.kinds["ends at once"] for run in runs) > 60
+
+
 def test_no_fault_breaks_a_promise_where_one_gpu_takes_others_along() -> None:
     runs = [simulate(seed, Profile(signs=True)) for seed in range(60)]
     assert not [(run.seed, run.violation) for run in runs if run.violation]
     assert sum(run.kinds["rack"] for run in runs) > 30
+
+
+def test_no_fault_breaks_a_promise_where_spares_are_checked_and_some_fail() -> None:
+    runs = [simulate(seed, Profile(checks=True)) for seed in range(60)]
+    assert not [(run.seed, run.violation) for run in runs if run.violation]
+    assert sum(run.kinds["bad spare"] for run in runs) > 10
 
 
 def test_no_fault_breaks_a_promise_where_what_is_told_is_lost_with_a_connection_that_is_replaced() -> None:
@@ -189,6 +202,12 @@ def test_no_fault_breaks_a_promise_where_what_is_told_is_lost_with_a_connection_
 
 # The same where a GPU is at fault.
 MISSED_SIGNS: dict[str, tuple[int, tuple[str, ...]]] = {"follows": (4, ())}
+# The same where processes stand by.
+MISSED_STANDBYS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "stands by": (1, ("kill worker",)),
+    "takes in": (62, ("kill worker",)),
+}
+MISSED_CHECKS: dict[str, tuple[int, tuple[str, ...]]] = {"unfit": (150, ())}
 MISSED_RESTARTS: dict[str, tuple[int, tuple[str, ...]]] = {"renewing": (114, ())}
 # The same where drains are upset.
 MISSED_MOVES: dict[str, tuple[int, tuple[str, ...]]] = {"drain kept": (7, ()), "drain goes on": (0, ())}
@@ -198,6 +217,8 @@ MODES = {
     Profile(): MISSED_ANY,
     Profile(restarts=True, moves=False): MISSED_RESTARTS,
     Profile(signs=True, moves=False): MISSED_SIGNS,
+    Profile(standbys=True, moves=False): MISSED_STANDBYS,
+    Profile(checks=True): MISSED_CHECKS,
     Profile(durable=False, shards=False, rivals=False, moves=False): MISSED,
     Profile(durable=True, shards=False, rivals=False, moves=False): MISSED_DURABLE,
     Profile(shards=True, rivals=False, moves=False): MISSED_SHARDS,

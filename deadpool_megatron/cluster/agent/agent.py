@@ -8,6 +8,7 @@
                                    NodeRecovery   this node's part in a recovery
                                    Upkeep         what the vault sends, keeps and frees  -->  vault (Shards)
                                    Commits        what this node has committed (pure)
+                                   Checkup        could this spare take over
                                    Lookout        is it cut off, is a worker stuck
                                    Faults         what tests have strike it
 """
@@ -26,6 +27,7 @@ import msgspec
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.adoption import AdoptedProcess
+from deadpool_megatron.cluster.agent.checkup import Checkup
 from deadpool_megatron.cluster.agent.commits import Commits
 from deadpool_megatron.cluster.agent.crew import Crew
 from deadpool_megatron.cluster.agent.durable import DurableNews, Loaded, NodeDurability
@@ -38,6 +40,7 @@ from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.agent.shards import (
     Damaged,
     FetchDone,
+    Looked,
     RankCommitted,
     Reserved,
     ReserveFailed,
@@ -113,13 +116,16 @@ class Agent:
         self._upkeep: Upkeep | None = None
         self._recovery: NodeRecovery | None = None
         self._lookout: Lookout | None = None
+        self._checkup: Checkup | None = None
         if shards is not None:
             self._upkeep = Upkeep(job, shards, self._durable)
             self._recovery = NodeRecovery(job, crew, shards, self._upkeep, self._faults, self.send)
+            self._checkup = Checkup(job, crew, shards, self.send)
             self._lookout = Lookout(settings, job, crew, self._recovery, processes, fence, self.send, clock)
         self._covered: r.Covered | None = None  # told last
         self._clock = clock
         self._signs: dict[int, tuple[float, r.MachineSign]] = {}  # the newest of each number, and when it came
+        self._standbys: dict[int, int] = {}  # told last, by local index
         self._hashes: list[r.StateHash] = []
         self._done: dict[r.SideEffectKind, r.SideEffect] = {}  # the newest of each kind that a rank here has told
         self._iteration = -1  # the newest of this epoch that a rank here has told
@@ -139,6 +145,10 @@ class Agent:
         """Call often. ``connected``: to the coordinator."""
         if self._durable is not None:
             self._durable.look()
+        if self._recovery is not None:
+            self._crew.standbys.look(self._crew.workers.values(), self._recovery.calm, self._clock())
+            if self._crew.standbys.pids() != self._standbys:
+                self._tell_standbys()
         if self._lookout is not None and (why := self._lookout.look(connected)):
             print(f"deadpool: {why}", file=sys.stderr)
             self.code = Exit.FENCED
@@ -183,6 +193,8 @@ class Agent:
                 self.send(self._exited(worker, worker.exit_code))
         if self._crew.rehearsed():
             self._tell_rehearsed()
+        if self._standbys:
+            self._tell_standbys()
         if (last := self._commits.last) is not None:
             self.send(last)  # without it nobody could ever overwrite a slot again
         if self._covered is not None and self._covered.epoch == self._job.epoch:
@@ -199,7 +211,8 @@ class Agent:
     def from_worker(self, worker: Worker, record: r.WorkerRecord) -> None:
         """A worker has said something."""
         recovery, lookout, upkeep, node = self._recovery, self._lookout, self._upkeep, self._s.node
-        if recovery is None or lookout is None or upkeep is None:
+        checkup = self._checkup
+        if recovery is None or lookout is None or upkeep is None or checkup is None:
             return  # without DeadPool workers have nothing to say
         if worker in self._crew.beside:
             self._from_beside(worker, record)
@@ -214,6 +227,8 @@ class Agent:
                 if is_constants(record.rank):
                     self._commits.has_constants(record.rank)
                 upkeep.grant(worker, record)
+            case r.Checked():
+                checkup.answered(worker, record)
             case r.Arrived():
                 recovery.arrived(worker, record)
             case r.Registered():
@@ -258,15 +273,22 @@ class Agent:
                 self.send(msgspec.structs.replace(record, node=node))
 
     def _from_beside(self, worker: Worker, record: r.WorkerRecord) -> None:
-        """A worker that holds no slot has said something: only how its rehearsal went is of interest."""
+        """A worker that holds no slot has said something: only how its rehearsal went is of interest, or that it can
+        stand by."""
         if isinstance(record, r.WorkerFailed):
             worker.failed = record
+        elif worker.standby and isinstance(record, r.WorkerStep) and record.step in ("parked", "rehearsed"):
+            worker.parked, worker.numa = True, record.numa
         elif isinstance(record, r.WorkerStep) and record.step == "rehearsed" and not worker.retired:
             worker.parked, worker.numa = True, record.numa
             self._tell_rehearsed()
 
     def _tell_rehearsed(self, why: str = "") -> None:
         self.send(r.Rehearsed(self._s.node, self._crew.rehearsed(), why))
+
+    def _tell_standbys(self, why: str = "") -> None:
+        self._standbys = self._crew.standbys.pids()
+        self.send(r.Standbys(self._s.node, self._standbys, why))
 
     def rang(self, worker: Worker) -> None:
         """A worker has written more of its shard."""
@@ -282,6 +304,8 @@ class Agent:
         code = self._crew.reap(worker)
         if not worker.retired:
             self.send(self._exited(worker, code))
+            if self._recovery is not None:
+                self._recovery.ended(worker)
             return
         self._crew.renew(worker.local)
         if self._job.declared is None and not self._crew.renewing(self._crew.workers):
@@ -292,8 +316,10 @@ class Agent:
     def _left(self, worker: Worker) -> None:
         """One that held no slot has ended: by itself, or to make room for who takes over."""
         code = self._crew.left(worker)
-        if not worker.retired:
-            failed = worker.failed.message if worker.failed is not None else f"it ended with {code}"
+        failed = worker.failed.message if worker.failed is not None else f"it ended with {code}"
+        if worker.standby and not worker.retired:
+            self._tell_standbys(f"{self._crew.standbys.left(worker, failed)}; see {worker.log}")
+        elif not worker.retired:
             self._tell_rehearsed(f"rank {worker.rehearses} is rehearsed no more: {failed}; see {worker.log}")
         elif self._recovery is not None:
             self._recovery.renewed()
@@ -302,7 +328,8 @@ class Agent:
     def _exited(self, worker: Worker, code: int) -> r.WorkerExited:
         words = self._processes.last_words(worker) if code else []
         here = self._s.node, worker.local, worker.rank, worker.pid
-        return r.WorkerExited(*here, code, self._job.epoch, worker.log, words)
+        stands_by = self._crew.standbys.ready(worker.local) is not None
+        return r.WorkerExited(*here, code, self._job.epoch, worker.log, words, stands_by)
 
     # ---- events of the vault
 
@@ -322,6 +349,8 @@ class Agent:
                 self._recovery.restore_constants(owner_of(event.holder))
             case Damaged():
                 self.send(r.DamagedCopy(self._job.epoch, self._s.node, event.holder, event.kind, event.generation))
+            case Looked() if self._checkup is not None:
+                self._checkup.looked(event)
             case RankCommitted():
                 for due in self._commits.due(event):
                     self._rank_committed(due)
@@ -376,6 +405,8 @@ class Agent:
                 self._crew.rehearse(record.ranks)
                 if not self._crew.can_rehearse or self._crew.rehearsed():
                     self._tell_rehearsed("" if self._crew.can_rehearse else f"node {self._s.node} cannot rehearse now")
+            case r.CheckSpare() if self._checkup is not None:
+                self._checkup.begin(record)
             case r.EndStuck():
                 if self._lookout is not None:
                     self._lookout.end_stuck(record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.agent.standbys import Standbys
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker
 
@@ -13,18 +14,21 @@ class Crew:
     """One worker process a slot, and in a rescue one in each extra slot. Used by the agent's thread only.
 
     On a spare node others can be beside them, each of which rehearses one coordinate that its slot may take over. If it
-    does, that process takes the place of the parked one; if it takes over another coordinate, they make room.
+    does, that process takes the place of the parked one; if it takes over another coordinate, they make room. On a node
+    that holds coordinates `standbys` are beside them.
 
     Args:
         job: what this node knows of the job.
         rehearsals: how many coordinates a slot rehearses.
+        standby: how far those are set up that stand by.
 
     Attributes:
         workers: by local index, the newest process of each slot, alive or not.
-        beside: the processes that rehearse, and those that have to leave a slot to another one and have not ended yet.
+        beside: the processes that rehearse or stand by, and those that have to leave a slot to another one and have not
+            ended yet.
     """
 
-    def __init__(self, job: KnownJob, processes: WorkerProcesses, rehearsals: int = 0) -> None:
+    def __init__(self, job: KnownJob, processes: WorkerProcesses, rehearsals: int = 0, standby: str = "none") -> None:
         self._job = job
         self._processes = processes
         self._rehearsals = rehearsals
@@ -32,6 +36,7 @@ class Crew:
         self._given_up: set[tuple[int, int]] = set()  # (local, rank) whose rehearsal has ended
         self.workers: dict[int, Worker] = {}
         self.beside: list[Worker] = []
+        self.standbys = Standbys(job, processes, standby, self.beside)
 
     # ---- the processes
 
@@ -49,7 +54,8 @@ class Crew:
     def renew(self, local: int) -> None:
         """A fresh process in a slot, once the one that is there has ended (it is ended now).
 
-        It is parked, or where the job has not begun to train begins at once as the coordinate that the slot has.
+        It is parked, or where the job has not begun to train begins at once as the coordinate that the slot has. Where
+        one stands by for the slot, it is that one.
         """
         old = self.workers.get(local)
         if self._processes.adopted(local):
@@ -65,11 +71,12 @@ class Crew:
             del self.workers[local]  # it is closed even if no other one can be started
             old.close()
         rank = self._job.ranks.get(local) if self._job.declared is None else None
-        self.workers[local] = self._processes.start(local, rank)
+        there = self.standbys.take(local) if rank is None else None
+        self.workers[local] = there or self._processes.start(local, rank)
 
     def start_over(self) -> None:
         """The start begins anew: fresh processes wherever there is a coordinate, or was one."""
-        self._end(each for each in self.beside if each.local in self._job.ranks)
+        self._end(each for each in self.beside if each.local in self._job.ranks or each.standby)
         for local, worker in list(self.workers.items()):
             if worker.rank is not None or local in self._job.ranks:
                 self.renew(local)
@@ -118,17 +125,21 @@ class Crew:
 
     def rehearsed(self) -> list[int]:
         """The coordinates that this node can take over at once."""
-        there = (each.rehearses for each in self.beside if each.parked and not each.retired)
+        there = (each.rehearses for each in self.beside if each.parked and not each.retired and not each.standby)
         return sorted(rank for rank in there if rank is not None)
 
     def left(self, worker: Worker) -> int:
         """One of those beside has ended; its exit code. Who has not been ended is not started again."""
         self.reap(worker)
-        if not worker.retired and worker.rehearses is not None:
+        if not worker.retired and worker.rehearses is not None and not worker.standby:
             self._given_up.add((worker.local, worker.rehearses))
         self.beside.remove(worker)
         worker.close()
         return worker.exit_code or 0
+
+    def end_standbys(self) -> None:
+        """Nobody here holds a coordinate any more, or all begin anew."""
+        self._end(each for each in self.beside if each.standby)
 
     def signal(self, signum: int) -> None:
         """To every worker that trains; 0 for none."""
@@ -170,7 +181,7 @@ class Crew:
             held = self.workers.get(local)
             if held is not None and held.rank is not None:
                 continue
-            others = [each for each in self.beside if each.local == local]
+            others = [each for each in self.beside if each.local == local and not each.standby]
             for each in others:
                 if each.parked and each.rehearses == rank and not each.retired and not each.exited:
                     others.remove(each)

@@ -37,7 +37,10 @@ class Faults:
                 return
         if fault.point or fault.iteration is not None:
             self._armed.append(record)
-            for worker in (*self._crew.workers.values(), *self._crew.beside):
+            # The fault of a worker is not that of who takes its place: it would strike twice.
+            own = fault.point.startswith("take-over.")
+            beside = [each for each in self._crew.beside if own or not each.standby]
+            for worker in (*self._crew.workers.values(), *beside):
                 worker.send(record)
             return
         self._strike(fault)

@@ -79,6 +79,11 @@ class KnownJob:
         sizes = record.unique_bytes, record.small_capacity
         self._hold(Tables(record.version, record.assignment, record.vaults, record.groups, *sizes))
 
+    def also_replaced(self, rank: int) -> None:
+        """A coordinate of this node gets a new worker in the epoch that has been declared."""
+        if self.declared is not None and rank not in self.declared.replaced:
+            self.declared = msgspec.structs.replace(self.declared, replaced=sorted([*self.declared.replaced, rank]))
+
     def targets(self) -> Mapping[int, list[Target]] | None:
         """By rank of this node, and holder of its constants, the vaults they go to; None before the first placement."""
         t = self._tables

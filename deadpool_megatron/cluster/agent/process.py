@@ -63,7 +63,8 @@ class AgentProcess:
             else None
         )
         processes = WorkerProcesses(settings, self._job, self._poller, lambda: self._terminated)
-        self._crew = Crew(self._job, processes, settings.config.rehearsals)
+        config = settings.config
+        self._crew = Crew(self._job, processes, config.rehearsals, config.standby_workers)
         self._watch = Watch(
             settings.node,
             settings.job_id,

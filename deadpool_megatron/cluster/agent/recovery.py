@@ -69,6 +69,13 @@ class NodeRecovery:
         return not self._job.ranks or self._crew.all_reached("resumed")
 
     @property
+    def calm(self) -> bool:
+        """The workers that hold coordinates here train, and no recovery is under way."""
+        mine, epoch = self._crew.mine().values(), self._job.epoch
+        trains = all(each.in_loop and each.reached.get("finished", -1) != epoch for each in mine)
+        return self.settled and trains and len(mine) == len(self._job.ranks)
+
+    @property
     def _drains(self) -> bool:
         """The job ends, and only what is in memory is made durable."""
         return self._job.declared is not None and self._job.declared.purpose == "drain"
@@ -97,6 +104,8 @@ class NodeRecovery:
         here, workers = self._job.ranks, self._crew.workers
         if not self._drains:
             self._crew.choose()
+        if not here:
+            self._crew.end_standbys()
         for worker in list(workers.values()):
             if worker.rank is None or worker.retired:
                 continue
@@ -105,6 +114,8 @@ class NodeRecovery:
             restarts = worker.registered is not None and worker.registered.restarts
             if here.get(worker.local) != worker.rank or restarts:
                 self._crew.renew(worker.local)
+            elif worker.exited:  # which nobody may have known who declared the epoch
+                self._job.also_replaced(worker.rank)
         assert self._job.declared is not None
         for worker in self._crew.mine().values():
             worker.send(self._job.declared)
@@ -115,6 +126,22 @@ class NodeRecovery:
                 self._crew.renew(local)
         self.take_over()
         self._maybe_offer()
+
+    def ended(self, worker: Worker) -> None:
+        """A worker has ended by itself. If this node has not offered yet, who stands by takes the slot in this epoch.
+
+        The coordinator, which hears of the end before the offer, knows by that that it needs no other epoch.
+        """
+        job, local = self._job, worker.local
+        if job.declared is None or self._drains or self._offered == job.epoch or local not in job.ranks:
+            return
+        if self._crew.standbys.ready(local) is None:
+            return
+        job.also_replaced(job.ranks[local])
+        for neighbour in self._crew.mine().values():
+            neighbour.send(job.declared)  # whose kernels may wait for the one that has ended
+        self._crew.renew(local)
+        self.renewed()
 
     def asked_again(self) -> None:
         """The epoch's declaration has come once more: what a node without coordinates has offered was lost."""
@@ -224,7 +251,7 @@ class NodeRecovery:
             return  # agents do all there is to do
         for worker in self._crew.give_coordinates():
             assert worker.rank is not None
-            if worker.rehearses is not None:  # another process than was told of
+            if worker.rehearses is not None or worker.standby:  # another process than was told of
                 self._send(r.WorkerReady(self._job.node, worker.local, worker.pid))
             if self._job.declared is not None:
                 worker.send(self._job.declared)  # one started since then has not heard of it

@@ -23,6 +23,7 @@ from deadpool_megatron.vault import (
     Piece,
     RebuildFailed,
     Replicator,
+    Scratch,
     Scrubber,
     SendPace,
     StaleEpoch,
@@ -37,6 +38,7 @@ from deadpool_megatron.vault import (
     as_vault_error,
     clean_leftovers,
     constants_of,
+    exchange,
     fetch,
     huge_bytes,
     is_constants,
@@ -46,6 +48,7 @@ from deadpool_megatron.vault import (
 )
 
 _log = logging.getLogger(__name__)
+_EXCHANGED = 1 << 20  # bytes there and back: more than what passes where large packets are lost
 _Place = tuple[str, int] | Vault
 _Held = dict[int, list[tuple[int, int]]]  # versions (epoch, generation), by rank or word
 
@@ -120,7 +123,19 @@ class Damaged:
     generation: int
 
 
-ShardsEvent = RankCommitted | FetchDone | ReserveFailed | Reserved | Damaged
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What a check (of this number) has found outside of the workers: ``why`` this spare could not take over.
+
+    ``link_s``: seconds of the slowest exchange with a partner.
+    """
+
+    number: int
+    why: str
+    link_s: float
+
+
+ShardsEvent = RankCommitted | FetchDone | ReserveFailed | Reserved | Damaged | Looked
 
 
 class Shards:
@@ -234,6 +249,34 @@ class Shards:
             self.report(Reserved(self.vault.bytes_allocated, huge))
 
         threading.Thread(target=work, name="vault-reserve", daemon=True).start()
+
+    def scratch(self) -> Scratch:
+        """Memory for a worker to copy through. Raises OSError."""
+        return Scratch(self.vault.directory)
+
+    def check(self, number: int, memory_bytes: int, partners: Mapping[int, r.Address]) -> None:
+        """Could this vault hold so many bytes, and does it reach others? In a thread; comes as `Looked`.
+
+        A partner that is not reached may be at fault itself: half of them have to be.
+        """
+
+        def work() -> None:
+            why, slowest, errors = "", 0.0, []
+            try:
+                why = self.vault.lacks(memory_bytes)
+                for node, at in partners.items():
+                    try:
+                        seconds = exchange((at.host, at.port), self._secret, self.vault.epoch, _EXCHANGED)
+                        slowest = max(slowest, seconds)
+                    except VaultError as err:
+                        errors.append(f"node {node}: {err}")
+            except Exception as err:  # noqa: BLE001 - what nobody hears of is waited for until the deadline
+                why = f"{type(err).__name__}: {err}"
+            if 2 * len(errors) > len(partners):
+                why = why or f"{len(errors)} of {len(partners)} partners not reached: {errors[0]}"
+            self.report(Looked(number, why, slowest))
+
+        threading.Thread(target=work, name="spare-check", daemon=True).start()
 
     def sent(self, rank: int) -> tuple[int, float]:
         """Bytes of a rank's shards sent since the last call, and the bytes a second while they were."""

@@ -118,6 +118,10 @@ class Watch:
         match record:
             case r.WorkerReady():
                 self._log.write("worker_ready", local=record.local, pid=record.pid)
+            case r.Standbys():
+                self._log.write("standbys", pids=sorted(record.pids.values()), why=record.why)
+                if m is not None:
+                    m.standbys.set(len(record.pids))
             case r.WorkerExited():
                 self._log.write("worker_exited", local=record.local, rank=record.rank, pid=record.pid, code=record.code)
                 if m is not None:

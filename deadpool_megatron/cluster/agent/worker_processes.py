@@ -23,6 +23,7 @@ from deadpool_megatron.cluster.agent.workers import (
     ERROR_FILE,
     REHEARSES,
     STACKS_FILE,
+    STANDBY,
     Worker,
     ask_for_stacks,
     end_group,
@@ -71,8 +72,8 @@ class WorkerProcesses:
         """Somebody else starts the worker of this slot, and starts it once."""
         return self._adoption is not None and local < self._s.slots_per_node
 
-    def start(self, local: int, rank: int | None, rehearses: int | None = None) -> Worker:
-        """Start the worker of a slot, or take it in; or start one that rehearses. Raises AdoptionError."""
+    def start(self, local: int, rank: int | None, rehearses: int | None = None, standby: bool = False) -> Worker:
+        """Start the worker of a slot, or take it in; or one that rehearses, or stands by. Raises AdoptionError."""
         env = dict(self._s.environment)
         env["LOCAL_RANK"] = str(local)
         env["LOCAL_WORLD_SIZE"] = str(self._s.slots_per_node)
@@ -88,16 +89,19 @@ class WorkerProcesses:
             env[EPOCH] = str(self._job.epoch)  # not 0 when the start begins anew
         if rehearses is not None:
             env[REHEARSES] = str(rehearses)
+        if standby:
+            env[STANDBY] = self._s.config.standby_workers
         if self._adoption is not None and self.adopted(local):
             ours = {k: v for k, v in env.items() if os.environ.get(k) != v}
             worker = self._adoption.take(local, rank, ours, self._muster, self._given_up)
         else:
             place = f"node{self._s.node}-{local}" + (f"-rank-{rehearses}" if rehearses is not None else "")
-            env[ERROR_FILE] = str(self._log_dir / f"error-{place}.json")
-            log = self._log_dir / (f"rank-{rank}.log" if rank is not None else f"spare-{place}.log")
+            kind = "standby" if standby else "spare"
+            env[ERROR_FILE] = str(self._log_dir / f"error-{'standby-' * standby}{place}.json")
+            log = self._log_dir / (f"rank-{rank}.log" if rank is not None else f"{kind}-{place}.log")
             with self._pinning.unpinned():
                 worker = start_worker(self._s.command, env, local, rank, log, self._muster)
-            worker.log, worker.rehearses = str(log), rehearses
+            worker.log, worker.rehearses, worker.standby = str(log), rehearses, standby
         for fd in _descriptors(worker):
             self._poller.register(fd, zmq.POLLIN)
         return worker

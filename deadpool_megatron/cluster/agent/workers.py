@@ -27,6 +27,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun has a worker write its 
 ADOPTED = "DEADPOOL_ADOPTED"  # set in a worker that its agent has not started
 EPOCH = "DEADPOOL_EPOCH"  # in which a worker with a coordinate begins
 REHEARSES = "DEADPOOL_REHEARSES"  # the coordinate that a worker without one sets up ahead of time
+STANDBY = "DEADPOOL_STANDBY"  # set in a process that waits for a slot of its own node; how far it is set up
 EMULATE = "DEADPOOL_EMULATE_CPU"  # workers have no devices
 STACKS_FILE = "DEADPOOL_STACKS_FILE"
 STACKS_SIGNAL = signal.SIGRTMIN + 5  # Megatron and its users may have handlers for the ones with names
@@ -50,6 +51,7 @@ class Worker:
     """One worker process as its agent sees it. ``rank`` is None while it is parked; ``numa``: node of its device.
 
     ``rehearses``: the coordinate that it sets up ahead of time, the only one it can take over; then it is parked.
+    ``standby``: it was started beside the worker of its slot, to take its place.
     """
 
     local: int
@@ -60,6 +62,7 @@ class Worker:
     rank: int | None
     page: PulsePage
     rehearses: int | None = None
+    standby: bool = False
     parked: bool = False
     numa: int = -1
     in_loop: bool = False

@@ -492,6 +492,8 @@ class Coordinator:
                         "pids": [s.pids[i] for i in sorted(s.pids)],
                         "state": "parked" if len(s.parked) >= core.job.slots_per_node else "starting",
                         "rehearsed": sorted(s.rehearsed),
+                        "checked": s.checked,
+                        "unfit": s.unfit,
                     }
                     for n, s in sorted(core.nodes.items())
                     if s.role == "spare"
@@ -519,6 +521,8 @@ class Coordinator:
         if failures:
             out["failures"] = [[each.when, each.kind, each.cause] for each in failures]
             out["lemon"] = core.members.failures(node) > 0
+        if standbys := core.nodes[node].standbys:
+            out["standbys"] = {str(local): pid for local, pid in standbys.items()}
         if labels := core.protection.labels(node):
             out["domains"] = dict(labels)
         return out

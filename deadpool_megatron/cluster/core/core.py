@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.arrivals import Arrivals
+from deadpool_megatron.cluster.core.checks import SpareChecks
 from deadpool_megatron.cluster.core.durable import Durability
 from deadpool_megatron.cluster.core.effects import (
     Action,
@@ -66,6 +67,7 @@ _RESTORED = {"starting": Phase.STARTING, "finishing": Phase.FINISHING, "ended": 
 _RETURN_S = 5.0  # beyond the lease, for agents to find a coordinator that starts again
 GONE: Final = "its agent is gone or silent"
 ABSENCE: Final = 0.25  # of the lease, for an agent whose connection has ended to connect again
+_NOTICES: Final = 2.0  # leases until the pings of an agent (`Spoke`) find that nothing comes back over a connection
 
 
 def _just(effect: Effect) -> Effects:
@@ -96,6 +98,7 @@ class Core:
         self._recoveries = Recoveries(self._state, rendezvous)
         self._arrivals = Arrivals(job.deadlines.join)
         self._drains = Drains(self._state, self._recoveries)
+        self._checks = SpareChecks(self._state)
         self._suspicions = Suspicions(self._state)
         self._ends = WorkerEnds(self._state, self._recoveries, self._suspicions)
         self.seen = seen = Observations(self._state)
@@ -108,6 +111,8 @@ class Core:
             r.Join: self._join,
             r.WorkerReady: self._worker_ready,
             r.Rehearsed: self._rehearsed,
+            r.Standbys: self._start.stands_by,
+            r.SpareChecked: self._checks.answered,
             r.Registered: self._register,
             r.WorkerExited: self._worker_exited,
             r.WorkerFailed: self._ends.failed,
@@ -203,6 +208,8 @@ class Core:
         times = [self._arrivals.due, self._returning.due, self._durability.next_deadline()]
         if not self._returning.waits:  # who is not back may be the loss that explains an error
             times += [self._suspicions.due, self._drains.due]
+            if self.phase is Phase.RUNNING:
+                times.append(self._checks.due)
             if self._state.phase is Phase.STARTING:
                 times += [self._durability.loading_due, self._start.due]
             times.append(self._recovery_due())
@@ -223,9 +230,9 @@ class Core:
         return self._run(self._lose({node}, cause), now)
 
     def node_lives(self, node: int, now: float) -> list[Action]:
-        """The agent of a node that is away lives, and can be reached: it has the rest of a lease."""
+        """The agent of a node that is away lives, and can be reached: it has time to notice that it is away."""
         if self._returning.awaits(node):
-            self._returning.also(node, now + self.job.deadlines.lease, stood_still=False)
+            self._returning.also(node, now + _NOTICES * self.job.deadlines.lease, stood_still=False)
         return []
 
     def node_away(self, node: int, now: float, stood_still: bool = False) -> list[Action]:
@@ -279,6 +286,12 @@ class Core:
         now_or_never = fault.iteration is None and not fault.point
         if fault.kind == "sign" and not self.job.deadpool:
             return "the job runs without --deadpool, so it blames nobody", []
+        if fault.kind == "fail-check":
+            if not self.job.spare_check_s:
+                return "spares are not checked in this job: --deadpool-spare-check is 0", []
+            if self.nodes[fault.node].role != "spare":
+                return f"node {fault.node} is no spare: only spares are checked", []
+            self._checks.ask_at(fault.node, now)
         if fault.kind == "corrupt" and not self.job.deadpool:
             return "the job runs without --deadpool, so it keeps no copies", []
         if fault.kind == "corrupt" and now_or_never and not self.members.holds(fault.node):
@@ -474,7 +487,7 @@ class Core:
             )
         self._durability.restored(self._state.phase is Phase.STARTING, kept["durable"])
         there = {n for n, s in self.nodes.items() if not s.gone and s.agent_pid}
-        until = now + self.job.deadlines.lease + _RETURN_S
+        until = now + max(self.job.deadlines.lease + _RETURN_S, _NOTICES * self.job.deadlines.lease + 1.0)
         self._returning.begin(there, "a recovery was under way" if kept["recovering"] else "", until)
         self._arrivals.expect(self.members.missing(), now)
         return self._run(_just(emit("coordinator_back", nodes=sorted(there))), now)
@@ -499,6 +512,7 @@ class Core:
         replaces = same and not first and not self._returning.awaits(record.node)  # one whose end nobody has noticed
         if connects_again or replaces:
             yield emit("reconnected", node=record.node)
+        self._checks.ask_at(record.node, self._now)  # an answer may have been lost with a connection
         if self._returning.awaits(record.node) and self._returning.was_away:
             yield from self._returning.back(record, self._now)
         elif self._state.phase is Phase.STARTING:
@@ -537,6 +551,7 @@ class Core:
     def _worker_ready(self, record: r.WorkerReady) -> Effects:
         self._ends.begun(record)
         yield from self._start.worker_ready(record)
+        self._checks.ask_at(record.node, self._now)
         yield from self._look_for_spare(record.node)
 
     def _rehearsed(self, record: r.Rehearsed) -> Effects:
@@ -658,7 +673,8 @@ class Core:
         of_old_start = self._state.phase is Phase.STARTING and record.epoch != self.epoch
         if of_old_start and record.rank is not None:
             return  # else it is a spare's, and those go on through all starts
-        yield from self._ends.exited(record, self._now)
+        if taken_in := (yield from self._ends.exited(record, self._now)):
+            self.seen.moved(taken_in)
 
     # ---- losses
 
@@ -781,6 +797,7 @@ class Core:
         if self.phase is Phase.RUNNING and not self._returning.waits:
             yield from self._drains.tick(self._now)
         if self.phase is Phase.RUNNING and not self._returning.waits:
+            yield from self._checks.tick(self._now)
             yield from self._suspicions.judge_stalls(self._now)
         recovery = self.recovery
         if recovery is None or self._returning.waits:  # what is missing may have been lost with a connection

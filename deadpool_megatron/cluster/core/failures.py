@@ -20,8 +20,8 @@ class Failure(NamedTuple):
     """One failure of a node.
 
     ``kind``: ``lost`` (the node itself), ``worker`` (a worker of it has ended), ``memory`` (what it held has changed),
-    ``sign`` (its machine has told of a fault, see `cluster.core.signs`). ``epoch``: in which it happened; None where
-    none counts.
+    ``sign`` (its machine has told of a fault, see `cluster.core.signs`), ``check`` (as a spare it has failed one).
+    ``epoch``: in which it happened; None where none counts.
     """
 
     when: float

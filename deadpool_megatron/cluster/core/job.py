@@ -44,8 +44,8 @@ class JobSpec:
     ``worker_deaths``: workers a healthy node may lose in 24 hours before it counts as bad itself. ``on_preempt``: when
     the machines are wanted soon, the newest generation is made durable and the job leaves. ``snapshot_interval``:
     iterations from one generation to the next. ``wait_for_spare_s``: how long a job without spares waits for one before
-    it ends. ``rehearsals``: of how many nodes each spare sets up the coordinates ahead of time. ``when_out_of_spares``:
-    "save", "shrink" or "wait", as the setting.
+    it ends. ``rehearsals``: of how many nodes each spare sets up the coordinates ahead of time. ``spare_check_s``: from
+    one check of a parked spare to the next; 0: none. ``when_out_of_spares``: "save", "shrink" or "wait".
     """
 
     nodes: int
@@ -63,6 +63,7 @@ class JobSpec:
     wait_for_spare_s: float = 0.0
     rehearsals: int = 0
     when_out_of_spares: str = "save"
+    spare_check_s: float = 0.0
 
     @property
     def active_nodes(self) -> int:

@@ -30,6 +30,9 @@ class NodeState:
     trained: bool = False  # its workers have told what job this is
     was: int | None = None  # the node that its machine was before
     rehearsed: frozenset[int] = frozenset()  # coordinates that it has set up ahead of time
+    standbys: dict[int, int] = field(default_factory=dict)  # by local index, who can take the place of its worker
+    checked: bool = False  # as a spare, once at least
+    unfit: str = ""  # why it has failed its last check
 
     @property
     def gone(self) -> bool:
@@ -73,9 +76,9 @@ class Members:
             self._active = self.assignment, nodes, frozenset(nodes)
 
     def spares(self) -> list[int]:
-        """Every spare, in the order in which they are taken where nothing else counts: lemons last."""
+        """Every spare, in the order in which they are taken where nothing else counts: lemons late, the unfit last."""
         spares = [n for n, s in self.nodes.items() if s.role == "spare"]
-        return sorted(spares, key=lambda n: (self.failures(n), n))
+        return sorted(spares, key=lambda n: (self.unfit(n), self.failures(n), n))
 
     def ready_spares(self) -> list[int]:
         """Spares all of whose workers are parked."""
@@ -92,6 +95,10 @@ class Members:
     def failures(self, node: int) -> int:
         """How often the machine of a node has failed of late; more than never: it is a lemon."""
         return self.nodes[node].record.recent(self.unix_s)
+
+    def unfit(self, node: int) -> bool:
+        """It has failed its last check."""
+        return bool(self.nodes[node].unfit)
 
     def parked(self, node: int) -> bool:
         """Every worker of the node is parked."""
@@ -154,9 +161,9 @@ class Members:
         return next((node for node in active if self.nodes[node].trained), active[0])
 
     def healthy(self) -> list[int]:
-        """Nodes whose agent is there, and that are not to leave: first those that are no lemons."""
+        """Nodes whose agent is there, and that are not to leave: first those that are no lemons, the unfit last."""
         there = [n for n, s in self.nodes.items() if s.agent_pid and s.role in ("active", "spare")]
-        return sorted(there, key=lambda n: (self.failures(n), not self.parked(n), n))
+        return sorted(there, key=lambda n: (self.unfit(n), self.failures(n), not self.parked(n), n))
 
     @property
     def world_size(self) -> int:
@@ -175,13 +182,16 @@ class Members:
             state, holds = self.nodes[node], self.holds(node)
             if state.role == "active" and not holds:
                 state.parked.clear()
-            state.role, state.rehearsed = "active" if holds else "spare", frozenset()
+            state.role, state.rehearsed, state.standbys = "active" if holds else "spare", frozenset(), {}
+            state.unfit = "" if holds else state.unfit
 
     def hand_over(self, taken_by: dict[int, int]) -> None:
         """Spares take over the coordinates of other nodes; a healthy node that gave way becomes a spare itself."""
         self.assignment = placing.replace_nodes(self.assignment, taken_by)
         for node, spare in taken_by.items():
-            self.nodes[spare].role, self.nodes[spare].rehearsed = "active", frozenset()
+            taken = self.nodes[spare]
+            taken.role, taken.rehearsed, taken.unfit = "active", frozenset(), ""
+            self.nodes[node].standbys = {}
             if self.nodes[node].role == "active":
                 self.nodes[node].role = "spare"
                 self.nodes[node].parked.clear()
@@ -247,6 +257,7 @@ class Members:
                     s.trained,
                     s.name,
                     s.was,
+                    s.unfit,
                 ]
                 for s in self.nodes.values()
             ],
@@ -272,8 +283,9 @@ class Members:
                 trained=trained,
                 name=name,
                 was=was,
+                unfit=unfit,
             )
-            for node, role, agent_pid, vault, pids, record, trained, name, was in kept["nodes"]
+            for node, role, agent_pid, vault, pids, record, trained, name, was, unfit in kept["nodes"]
         }
         self._absent = set(self.nodes)
         self.departed = [node for node, state in self.nodes.items() if state.gone]

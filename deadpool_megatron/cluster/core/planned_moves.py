@@ -107,7 +107,8 @@ class Drains:
         elif not members.ready_spares():
             yield from self.call_off("no parked spare is left to take over")
         elif job.rehearsals and not drain.asked and not self._known(node):
-            spare, ranks = members.ready_spares()[0], members.ranks_of(node)
+            spare, ranks = state.spares.for_move(node), members.ranks_of(node)
+            assert spare is not None  # one is parked
             drain.asked, drain.rehearses, drain.deadline = True, spare, now + job.deadlines.build
             yield emit("rehearsing", node=spare, ranks=ranks)
             yield Send(spare, r.Rehearse({members.assignment[rank].local: rank for rank in ranks}))

@@ -15,6 +15,7 @@ import msgspec
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.effects import Answer, Effects, LetGo, Persist, Send, Shrink, StartOver, Stop, emit
+from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.placement import assignment as placing
@@ -37,8 +38,8 @@ class Recoveries:
         """Nodes that hold no coordinate and have shards to give."""
         self.vacant: set[tuple[int, int]] = set()
         """Slots (node, local) of healthy nodes whose worker has died."""
-        self.in_place: set[int] = set()
-        """Of their nodes, those for which no spare is spent: what ended there has its cause elsewhere."""
+        self.in_place: set[tuple[int, int]] = set()
+        """Of them, those for which no spare is spent: another process stands by there, or the cause is elsewhere."""
         self._purpose: r.Purpose = "resume"
         self._refused: set[RefusedCopy] = set()
         self._generation = -1
@@ -193,7 +194,7 @@ class Recoveries:
         return Stop(Exit.NO_SPARE, f"{self._end} and no checkpoint could be saved: {why}")
 
     def _taken_by(self, out_of_use: set[int]) -> dict[int, int] | None:
-        return self._state.spares.for_lost(out_of_use, {node for node, _ in self.vacant} - self.in_place)
+        return self._state.spares.for_lost(out_of_use, {node for node, _ in self.vacant - self.in_place})
 
     def _call_drains_off(self, out_of_use: set[int]) -> Effects:
         """There are not spares enough: a node that is drained and still there, and healthy, is worth more than none."""
@@ -203,6 +204,17 @@ class Recoveries:
                 state.role = "active" if members.holds(node) else "spare"
                 out_of_use.discard(node)
                 yield emit("stays", node=node, cause="no parked spare is left to take over")
+
+    def takes_in(self, node: int) -> bool:
+        """Who ended on this node, and has another process standing by, is replaced in the epoch that is under way.
+
+        It had not left its step in that epoch, so it ended with the others or before them. The node has not made its
+        offer, and makes it without that worker's live state.
+        """
+        current = self.current
+        if current is None or current.phase is not Phase.ARRIVING or self.ends:
+            return False
+        return node in current.active and node not in current.offers
 
     def missed_by(self, record: r.Join) -> bool:
         """An agent that is there again has not heard of the epoch, or what it has said since is lost."""
@@ -538,7 +550,7 @@ class Recoveries:
         self._not_saved = kept["not_saved"]
         self._refused = {(rank, node, g, epoch, share) for rank, node, g, epoch, share in kept["refused"]}
         self.vacant = {(node, local) for node, local in kept["vacant"]}
-        self.in_place = set(kept["in_place"])
+        self.in_place = {(node, local) for node, local in kept["in_place"]}
         self.helpers = set(kept["helpers"])
 
 

@@ -2,13 +2,14 @@
 
 What counts, in this order:
 
-1. a machine that has not failed of late, before a *lemon*; of lemons the one that failed least;
-2. one whose workers are parked, before one that still starts (for a node that is only moved, this comes first);
-3. the NVLink domain of the node, where a tensor- or expert-parallel group spans nodes of that domain: what it sends
+1. one that has not failed its last check (`cluster.core.checks`), before one that has;
+2. a machine that has not failed of late, before a *lemon*; of lemons the one that failed least;
+3. one whose workers are parked, before one that still starts (for a node that is only moved, this comes first);
+4. the NVLink domain of the node, where a tensor- or expert-parallel group spans nodes of that domain: what it sends
    has no other way that is as fast;
-4. one that has rehearsed what the node does;
-5. the failure domains of the node, so that nobody's copies have to move;
-6. the lowest number.
+5. one that has rehearsed what the node does;
+6. the failure domains of the node, so that nobody's copies have to move;
+7. the lowest number.
 """
 
 from __future__ import annotations
@@ -31,10 +32,19 @@ class Spares:
         self._protection = protection
 
     def for_lost(self, lost: Iterable[int], vacant: Iterable[int]) -> dict[int, int] | None:
-        """Who takes over which ``lost`` node, and which node with a ``vacant`` slot; see `placing.refill`."""
+        """Who takes over which ``lost`` node, and which node with a ``vacant`` slot; see `placing.refill`.
+
+        A vacant slot is filled in place rather than by a spare that has failed its check.
+        """
         members = self._members
-        ready, cold = members.ready_spares(), members.cold_spares()
-        return placing.refill(members.assignment, lost, vacant, ready, cold, self._prefer(lost, vacant))
+        ready = [spare for spare in members.ready_spares() if not members.unfit(spare)]
+        rest = [*members.cold_spares(), *(spare for spare in members.ready_spares() if members.unfit(spare))]
+        return placing.refill(members.assignment, lost, vacant, ready, rest, self._prefer(lost, vacant))
+
+    def for_move(self, node: int) -> int | None:
+        """The parked spare that takes over a healthy node; None when there is none."""
+        taken = placing.choose_spares([node], self._members.ready_spares(), self._prefer([node], (), moved=True))
+        return taken[node] if taken is not None else None
 
     def for_start(self, lost: Iterable[int]) -> dict[int, int] | None:
         """The same before training has begun, when a spare is as good whose agent is still to come."""
@@ -48,15 +58,15 @@ class Spares:
         labels = {node: known for node in members.present() if (known := self._protection.labels(node))}
         return covered(labels, frozenset(members.active()), frozenset(members.spares())) if labels else []
 
-    def _prefer(self, lost: Iterable[int], vacant: Iterable[int]) -> placing.Preference:
+    def _prefer(self, lost: Iterable[int], vacant: Iterable[int], moved: bool = False) -> placing.Preference:
         members, labels = self._members, self._protection.labels
         fit = members.rehearsed({*lost, *vacant})
         tied = {node: self._is_tied(node) for node in {*lost, *vacant}}
 
         def prefer(node: int, spare: int) -> tuple[int, ...]:
             own, others = labels(node), labels(spare)
-            lemon, cold = members.failures(spare), int(not members.parked(spare))
-            first = (cold, lemon) if members.nodes[node].role == "leaving" else (lemon, cold)
+            bad, cold = (int(members.unfit(spare)), members.failures(spare)), int(not members.parked(spare))
+            first = (cold, *bad) if moved or members.nodes[node].role == "leaving" else (*bad, cold)
             apart = tied[node] and own[NVLINK] != others.get(NVLINK)
             far = sum(others.get(kind) != label for kind, label in own.items())
             return (*first, int(apart), int(spare not in fit.get(node, ())), far)

@@ -193,6 +193,11 @@ class Start:
             state.rehearsed = frozenset(record.ranks)
             yield emit("rehearsed", node=record.node, ranks=sorted(record.ranks), cause=record.why)
 
+    def stands_by(self, record: r.Standbys) -> Effects:
+        """Who can take the place of a worker of an active node, which is not decided by it: see `WorkerExited`."""
+        self._state.members.nodes[record.node].standbys = record.pids
+        yield emit("standbys", node=record.node, locals=sorted(record.pids), cause=record.why)
+
     def registered(self, record: r.Registered) -> Answer[bool]:
         """A rank is about to train; True when all are, and are the same job."""
         self._state.layout.register(record)

@@ -6,7 +6,7 @@ from typing import Any
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.blame import Blame, how_it_ended
-from deadpool_megatron.cluster.core.effects import Declare, Effects, Lose, Persist, Send, Stop, emit
+from deadpool_megatron.cluster.core.effects import Answer, Declare, Effects, Lose, Persist, Send, Stop, emit
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.members import NodeState
 from deadpool_megatron.cluster.core.recoveries import Recoveries
@@ -45,15 +45,18 @@ class WorkerEnds:
         members = self._state.members
         return {(s.node, s.local) for s in members.assignment if not members.gone(s.node)} <= self._left
 
-    def exited(self, record: r.WorkerExited, now: float) -> Effects:
-        """A worker process has ended. The job ends well with the last one, when all have left in order."""
+    def exited(self, record: r.WorkerExited, now: float) -> Answer[list[int]]:
+        """A worker process has ended. The job ends well with the last one, when all have left in order.
+
+        The ranks that get new workers in the epoch that is under way.
+        """
         deadpool, phase = self._state.job.deadpool, self._state.phase
         node = self._state.members.nodes[record.node]
         who, how = how_it_ended(record)
         if self._known.get((record.node, record.local)) == record.pid:
             if node.role == "spare" and record.rank is None and record.local not in node.parked:
                 yield Send(node.node, r.Respawn(record.local))  # which may have been lost with a connection
-            return
+            return []
         self._known[record.node, record.local] = record.pid
         over = phase is Phase.FINISHING and deadpool
         if (record.code == 0 and phase in _BESIDE_TRAINING) or (record.code < 0 and over):
@@ -83,7 +86,8 @@ class WorkerEnds:
                 stuck += f"stacks-node{record.node}-{record.local}.txt beside its log"
             error = self._blame.why(record)
             ended = f"{who} ended ({how}){': ' * bool(error)}{error}"
-            yield from self._refill(node, record, stuck or ended)
+            return (yield from self._refill(node, record, stuck or ended))
+        return []
 
     def _died(self, node: NodeState, kind: str, cause: str, epoch: int | None = None) -> bool:
         """True when that was once too often."""
@@ -102,44 +106,55 @@ class WorkerEnds:
         yield Persist()
         yield Send(node.node, r.Respawn(local))
 
-    def _refill(self, node: NodeState, record: r.WorkerExited, cause: str) -> Effects:
-        """A worker died, its node is healthy: a spare takes over, or a new process in the same slot."""
+    def _refill(self, node: NodeState, record: r.WorkerExited, cause: str) -> Answer[list[int]]:
+        """A worker died, its node is healthy: another process of the node, which stands by, or a spare takes over, or a
+        new process in the same slot."""
         here = r.SlotAddress(record.node, record.local)
         assignment = self._state.members.assignment
         # (a fresh process may end before it has taken over the coordinate of its slot)
         rank = assignment.index(here) if record.rank is None and here in assignment else record.rank
         if rank is None or assignment[rank] != here:
-            return  # it has been replaced already
+            return []  # it has been replaced already
+        joins = record.stands_by and self._recoveries.takes_in(node.node)
         verdict = self._signs.judge(record, self._blame.by_a_peer(record))
         follows = verdict.blamed is Blamed.FOLLOWS
         nobodys = self._blame.anothers(record) or follows
         if self._was_late(record):  # a communication that nothing ends, perhaps: the first time that is no node's fault
             epoch, _ = self._ending[node.node]
             nobodys = self._late.setdefault(node.node, epoch) == epoch or nobodys
-        to_blame = not node.respawns if nobodys else self._died(node, "worker", cause, record.epoch)
+        # (those of one node that end at once count once, whoever hears of the next epoch first)
+        epoch = min(record.epoch, self._state.members.epoch - 1) if joins else record.epoch
+        to_blame = not node.respawns if nobodys else self._died(node, "worker", cause, epoch)
         iteration = self._state.progress.iteration
         again = self._blame.crashed_again(record, self._state.members.epoch, iteration)
         if again and not follows and not self._signs.tells(node.node):
             where = f"after iteration {iteration} again, so no spare is spent on it; see its log"
             yield Stop(Exit.REPEATED_ERROR, f"{cause} {where}")
-            return
+            return []
         leaves = verdict.blamed is Blamed.CAUSE and self._leaves(node)
         if to_blame and not leaves:
             deaths = node.record.deaths(self._state.members.unix_s)
             often = f"its workers ended {deaths} times, the last time: " if deaths > 1 else ""
             yield Lose({node.node}, often + cause)
-            return
+            return []
         if verdict.why:
             cause += f", after {verdict.why}"
-        yield emit("detected", node=record.node, rank=rank, local=record.local, cause=cause, ranks=[rank])
-        self._recoveries.vacant.add((record.node, record.local))
-        if follows or verdict.blamed is Blamed.LINK:
-            self._recoveries.in_place.add(record.node)
+        stood_by = record.stands_by and not leaves
+        more = {"stood_by": True} if stood_by else {}
+        yield emit("detected", node=record.node, rank=rank, local=record.local, cause=cause, ranks=[rank], **more)
+        slot = (record.node, record.local)
+        self._recoveries.vacant.add(slot)
+        if follows or verdict.blamed is Blamed.LINK or stood_by:
+            self._recoveries.in_place.add(slot)
         else:
-            self._recoveries.in_place.discard(record.node)
+            self._recoveries.in_place.discard(slot)
         if record.code > 0:
             self._recoveries.not_saved(cause)
+        if joins and not leaves:
+            yield Persist()
+            return [rank]
         yield Declare(f"node {node.node} is at fault: {cause}" if leaves else cause)
+        return []
 
     def sign(self, record: r.MachineSign) -> Effects:
         """A machine tells of a fault. Of a node that has lost a worker already it is the cause, and replaced."""

@@ -56,6 +56,25 @@ class Rehearsed(OfNode, frozen=True):
     why: str = ""
 
 
+class Standbys(OfNode, frozen=True):
+    """By local index, the processes that can take the place of a worker of the node. ``why``: one has ended."""
+
+    pids: dict[int, int]
+    why: str = ""
+
+
+class SpareChecked(OfNode, frozen=True):
+    """A spare node has looked whether it could take over: ``why`` it could not, in one line; empty: it could.
+
+    ``seconds``: of the whole check; ``link_s``: of the slowest exchange with a partner's vault, there and back.
+    """
+
+    number: int
+    why: str = ""
+    seconds: float = 0.0
+    link_s: float = 0.0
+
+
 class Registered(OfNode, frozen=True):
     """A coordinate has built its model and is about to train."""
 
@@ -79,6 +98,8 @@ class WorkerExited(OfNode, frozen=True):
     """A worker process ended: ``code`` as from waitpid, negative for a signal. ``epoch``: that of its agent.
 
     ``log``: path of its log on its node; ``words``: the lines of it that say why, where it ended with an error.
+    ``stands_by``: another process of the node takes its place at once, in the epoch that the node has not made its
+    offer for yet or, where there is none, in the next one.
     """
 
     local: int
@@ -88,6 +109,7 @@ class WorkerExited(OfNode, frozen=True):
     epoch: int = 0
     log: str = ""
     words: list[str] = msgspec.field(default_factory=list)
+    stands_by: bool = False
 
 
 class WorkerFailed(OfNode, frozen=True):
@@ -383,7 +405,17 @@ class AddSpare(Record, frozen=True):
     host: str
 
 
-WorkerNews = WorkerReady | Rehearsed | Registered | WorkerExited | WorkerFailed | MachineSign | PeerError
+WorkerNews = (
+    WorkerReady
+    | Rehearsed
+    | Standbys
+    | SpareChecked
+    | Registered
+    | WorkerExited
+    | WorkerFailed
+    | MachineSign
+    | PeerError
+)
 RecoveryNews = Offer | Behind | NodeArrived | NodeReady | NodeFormed | NodeRestored | NodeResumed
 VaultNews = Committed | Covered | DamagedCopy | NoRoom | Refusals | VaultMemory
 TrainingNews = Iteration | FetchFailed | Finished | StateHash | Saved

@@ -146,6 +146,17 @@ class Rehearse(Record, frozen=True):
     ranks: dict[int, int]
 
 
+class CheckSpare(Record, frozen=True):
+    """A parked spare node is to look whether it could take over now; the answer is a `SpareChecked` of that number.
+
+    ``memory_bytes``: that its vault would have to hold. ``partners``: nodes whose vaults it exchanges some bytes with.
+    """
+
+    number: int
+    memory_bytes: int
+    partners: list[int]
+
+
 class Hold(OfEpoch, frozen=True):
     """Every worker waits at the start of ``iteration`` for the next epoch: a planned move."""
 
@@ -199,6 +210,6 @@ class SpareAdded(Record, frozen=True):
 MembershipOrder = Roster | Placement | Departed
 RecoveryOrder = Declare | Changed | Agree | Form | CommittedTo
 JobOrder = AllFinished | Stop | Arm
-NodeOrder = Respawn | Rehearse | Hold | ExitNotice | EndStuck | KeepStacks
+NodeOrder = Respawn | Rehearse | CheckSpare | Hold | ExitNotice | EndStuck | KeepStacks
 CommandReply = InjectReply | Enlisted
 CoordinatorRecord = MembershipOrder | RecoveryOrder | JobOrder | CommandReply | DurableOrder | NodeOrder | SpareAdded

@@ -101,6 +101,7 @@ FaultKind = Literal[
     "crash",
     "slow",
     "corrupt",
+    "fail-check",
     "sign",
     "abort",
 ]
@@ -120,6 +121,7 @@ class Fault(Value, frozen=True):
     crash               the worker dies of SIGSEGV
     slow                every microbatch of the worker takes ``seconds`` longer from now on
     corrupt             bytes of the worker's newest complete own copy are overwritten in the vault
+    fail-check          from now on the worker, parked on a spare node, finds a wrong result when it is checked
     sign                the machine tells of ``sign``, as xid:149, as if its kernel log had it
     abort               nobody dies: the communicators are aborted and re-formed with the same assignment
     ==================  =========================================================================================

@@ -55,6 +55,13 @@ class ShardReady(OfEpoch, frozen=True):
     directory: str
 
 
+class Checked(Record, frozen=True):
+    """The answer to `Check`: ``why`` this process could not train, in one line; empty: it could."""
+
+    number: int
+    why: str = ""
+
+
 class Leaving(Record, frozen=True):
     """The last word of a worker that its agent has not started, and so cannot wait for: its exit code."""
 
@@ -83,7 +90,7 @@ class Unreadable(OfEpoch, frozen=True):
     why: str
 
 
-WorkerState = WorkerStep | ArenaRequest | Arrived | ShardReady | Leaving
+WorkerState = WorkerStep | ArenaRequest | Arrived | ShardReady | Checked | Leaving
 WorkerReport = Registered | WorkerFailed | PeerError | Iteration | StateHash
 WorkerAnswer = Described | Held | Whereabouts | SideEffect | Compared | Unreadable
 WorkerRecord = WorkerState | WorkerReport | WorkerAnswer
@@ -133,9 +140,17 @@ class Where(Record, frozen=True):
     query: int
 
 
+class Check(Record, frozen=True):
+    """A parked worker is to compute a little, and to copy the first half of the file ``path`` over its device into the
+    second one."""
+
+    number: int
+    path: str
+
+
 class KeepWaiting(Record, frozen=True):
     """The coordinator is away, so nobody can declare an epoch: who waits for one has not waited in vain."""
 
 
 FromCoordinator = Hold | Declare | Form | AllFinished | ExitNotice | Stop | Arm
-WorkerTold = Where | KeepWaiting | ArenaGranted | ArenaRefused | TakeOver | Generation | FromCoordinator
+WorkerTold = Where | KeepWaiting | Check | ArenaGranted | ArenaRefused | TakeOver | Generation | FromCoordinator

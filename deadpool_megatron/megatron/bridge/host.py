@@ -47,7 +47,7 @@ class MegatronBridge(Host):
     """Settings, counters, writers, timers and asynchronous checkpoints belong to one ``GlobalState``."""
 
     brings_environment = True
-    upstream = "megatron-bridge 0.6.2"
+    upstream = "megatron-bridge 0.6.2 or 0.7.0"
 
     def __init__(self) -> None:
         self._state: Any = None
@@ -58,20 +58,28 @@ class MegatronBridge(Host):
     # ---- the loop calls us
 
     def install(self, hooks: Hooks) -> None:
-        from megatron.bridge import package_info
-        from megatron.bridge.data import loaders
-        from megatron.bridge.training import (
-            checkpointing,
-            eval,
-            initialize,
-            inprocess_restart,
-            pretrain,
-            pretrain_megatron_mimo,
-            setup,
-        )
-        from megatron.bridge.training import train as loop
-        from megatron.bridge.training.state import GlobalState
-        from megatron.core.datasets import utils as dataset_utils
+        from megatron.core import package_info as core
+
+        try:
+            from megatron.bridge import package_info
+            from megatron.bridge.data import loaders
+            from megatron.bridge.training import (
+                checkpointing,
+                eval,
+                initialize,
+                inprocess_restart,
+                pretrain,
+                pretrain_megatron_mimo,
+                setup,
+            )
+            from megatron.bridge.training import train as loop
+            from megatron.bridge.training.state import GlobalState
+            from megatron.core.datasets import utils as dataset_utils
+        except ImportError as err:
+            raise UserError(
+                f"megatron-bridge cannot be imported with megatron-core {core.__version__}: {err}; 0.6 runs with "
+                "megatron-core 0.19, 0.7 with 0.20"
+            ) from None
 
         version = str(package_info.__version__)
         if not version.startswith(BRIDGES):
