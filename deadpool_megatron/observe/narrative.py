@@ -79,7 +79,7 @@ def _who_took_over(r: Recovery) -> str:
     sources = sorted(set(r.sources.values()))
     came = f", with the shards out of the vault{'s' if len(sources) > 1 else ''} of {_several('node', sources)}"
     who = f"{_nodes(r, r.new_nodes)}, until then spare," if r.new_nodes else "Other slots"
-    if not r.new_nodes and {*r.replaced} <= r.stood_by:
+    if not r.new_nodes and {*r.replaced} <= {*r.stood_by}:
         who = "Processes that stood by in their own slots"
     if who.startswith("node"):
         who = who.capitalize()

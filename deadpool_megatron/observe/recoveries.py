@@ -44,7 +44,7 @@ class Recovery:
     causes: dict[int, str] = field(default_factory=dict)
     ranks: list[int] = field(default_factory=list)
     replaced: list[int] = field(default_factory=list)
-    stood_by: set[int] = field(default_factory=set)  # ranks for which another process of their node did
+    stood_by: list[int] = field(default_factory=list)  # ranks for which another process of their node did
     restarts: bool = False
     reason: str = ""
     purpose: str = "resume"
@@ -124,10 +124,10 @@ class Recovery:
             self.causes.setdefault(event["node"], event.get("cause", ""))
             self.ranks = sorted({*self.ranks, *event.get("ranks", ())})
             if event.get("stood_by"):
-                self.stood_by |= {*event["ranks"]}
+                self.stood_by = sorted({*self.stood_by, *event["ranks"]})
                 self.replaced = sorted({*self.replaced, *event["ranks"]})
             else:
-                self.stood_by -= {*event.get("ranks", ())}
+                self.stood_by = sorted({*self.stood_by} - {*event.get("ranks", ())})
             if _is_node(event) and event.get("ranks") and event["node"] not in self.lost:
                 self.lost.append(event["node"])  # the job may end before anything is declared
         elif name == "declared":
