@@ -23,7 +23,7 @@ from deadpool_megatron.cluster.link.link import Spoke
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, WARNINGS
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.launcher.processes import Processes, metrics_port
-from deadpool_megatron.observe import EVENTS, JOB, EventTail, NotWhole, read_whole
+from deadpool_megatron.observe import JOB, EventTail, NotWhole, read_whole
 from deadpool_megatron.observe.commands import add_run_dir
 from deadpool_megatron.options import count, host_name, number
 
@@ -148,7 +148,14 @@ def inject(options: argparse.Namespace) -> int:
 
 
 def drain(options: argparse.Namespace) -> int:
-    """`deadpool drain` after parsing: returns when the node may be taken away."""
+    """`deadpool drain` after parsing: returns when the node may be taken away, with ``--cancel`` when it stays."""
+    if options.cancel:
+        try:
+            _ask(_job(options.run_dir), options.run_dir, r.Drain(options.node, cancel=True))
+        except _NoJob as err:
+            return _fail(str(err))
+        print(f"deadpool: node {options.node} stays")
+        return Exit.OK
     events = EventTail(options.run_dir)
     events.read()  # those from now on: another machine's clock would not tell which they are
     try:
@@ -165,7 +172,10 @@ def _drained(options: argparse.Namespace, events: EventTail) -> None:
     left = _ask_to_drain(options, end)
     while not left:
         if time.monotonic() >= end:
-            raise _NoJob(f"node {node} is not drained after {options.timeout:g} s; see {options.run_dir}/{EVENTS}")
+            raise _NoJob(
+                f"node {node} is not drained after {options.timeout:g} s, and the job goes on to try; deadpool status "
+                f"says what it waits for, deadpool drain --node {node} --cancel calls it off"
+            )
         asks = False
         for event in events.read():
             name, here = event["event"], event.get("node") == node
@@ -291,6 +301,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument(
         "--timeout", type=number(), default=600.0, metavar="S", help="seconds to wait for it (default: 600)"
     )
+    command.add_argument("--cancel", action="store_true", help="the node stays: call off a drain that is under way")
 
     command = commands.add_parser("join", help="add this machine to a running job as a new spare node")
     command.set_defaults(run=join)

@@ -88,7 +88,9 @@ def begin(
     return found, lease
 
 
-def go_on(url: str, owner: Owner | None, world_size: int, say: Callable[[str], None]) -> tuple[Survey, Lease | None]:
+def go_on(
+    url: str, owner: Owner | None, resume: str, world_size: int, newer_than: int, say: Callable[[str], None]
+) -> tuple[Survey, Lease | None]:
     """As `begin`, for a coordinator that takes the place of one that is gone: the directory is its job's.
 
     Its job trains, whatever is wrong with the directory, and waits for this coordinator: what cannot be read is not
@@ -100,7 +102,7 @@ def go_on(url: str, owner: Owner | None, world_size: int, say: Callable[[str], N
 
     def look() -> None:
         nonlocal found
-        found = look_again(store, lease, world_size, say)
+        found = look_again(store, lease, resume, world_size, newer_than, say)
         if lease is not None:
             lease.keep()
 
@@ -112,12 +114,20 @@ def go_on(url: str, owner: Owner | None, world_size: int, say: Callable[[str], N
     return found, lease
 
 
-def look_again(store: Store, lease: Lease | None, world_size: int, say: Callable[[str], None]) -> Survey:
-    """What the job can go back to."""
+def look_again(
+    store: Store, lease: Lease | None, resume: str, world_size: int, newer_than: int, say: Callable[[str], None]
+) -> Survey:
+    """What the job can go back to: nothing that it was not to begin with, and what it has written since."""
     try:
         store.check()
         if lease is None or lease.renew():
-            return survey(store, "auto", world_size, -1, False)
+            if resume.isdecimal() and lease is None:  # which writes none of its own
+                return survey(store, resume, world_size, newer_than, False)
+            found = survey(store, "auto", world_size, -1, False)
+            first = max(newer_than, int(resume) if resume.isdecimal() else -1)
+            usable = tuple((generation, name) for generation, name in found.usable if generation >= first)
+            recut = found.recut if found.recut is not None and found.recut[0] >= first else None
+            return found._replace(usable=usable, recut=recut)
     except (DurableError, OSError) as err:
         say(f"{err}; the job goes on, and cannot go back to what is durable there")
     return Survey((), ())

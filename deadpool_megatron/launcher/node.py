@@ -122,7 +122,12 @@ def _coordinate(start: CoordinatorStart, lease: Lease | None) -> int:
     for signum in ends:
         signal.signal(signum, lambda signum, frame: coordinator.interrupt(Exit.TERMINATED))
     signal.signal(INTERRUPT, lambda signum, frame: coordinator.interrupt())
-    code, message = _serve(coordinator, store_port, url != EMBEDDED and not start.resume)
+    try:
+        code, message = _serve(coordinator, store_port, url != EMBEDDED and not start.resume)
+    except Deposed:
+        if not (start.alone and (coordinator.orphaned or coordinator.interrupted)):
+            raise
+        code, message = coordinator.abandoned()  # nobody else leads, nor will
     print(message, flush=True)
     return code
 
@@ -179,7 +184,7 @@ def _durable(start: DurableStart, world_size: int, job_id: str, again: bool) -> 
     if again:
         # Its attempts are others than those of any one before, in whatever container with its own process ids.
         spec = replace(spec, job=f"{spec.job}r{secrets.token_hex(4)}")
-        found, lease = go_on(spec.directory, owner, world_size, _say)
+        found, lease = go_on(spec.directory, owner, start.resume, world_size, start.newer_than, _say)
     else:
         found, lease = begin(spec.directory, owner, start.resume, world_size, start.newer_than, _say)
     resume = start.resume != "none" or start.shrinks

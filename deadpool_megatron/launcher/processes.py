@@ -73,6 +73,7 @@ class CoordinatorStart:
         store_port: where the rendezvous store of the process groups listens; 0 for any.
         resume: go on where a coordinator that is gone left off.
         guard: of the leadership; goes with every write.
+        alone: all of the job ends with the process that starts this one.
     """
 
     job: JobSpec
@@ -86,6 +87,7 @@ class CoordinatorStart:
     durable: DurableStart | None = None
     resume: bool = False
     guard: tuple[str, int] = ("", 0)
+    alone: bool = False
 
 
 def coordinator_settings(
@@ -134,6 +136,7 @@ def coordinator_settings(
         bind,
         port,
         durable=_durable(plan, job_id, alone),
+        alone=alone,
     )
 
 

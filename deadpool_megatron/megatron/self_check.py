@@ -13,6 +13,7 @@ import xxhash
 from deadpool_megatron import emulation
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.recovery import Session
+from deadpool_megatron.vault import Scratch
 
 _SIZE: Final = 256
 _KNOWN: Final = 0x0981A7306CFCA931  # xxh3 of the product below, as 32-bit integers
@@ -57,7 +58,7 @@ def check(path: str, add: int = 0) -> str:
     """Why this process could not train, in one line; empty: it could.
 
     Args:
-        path: a file of two halves; the first one is copied to the device, and from there into the second one.
+        path: of a `Scratch`: its first half is copied to the device, and from there into the second one.
         add: to the result of the computation, for trials.
     """
     device = torch.device("cpu")
@@ -74,10 +75,9 @@ def _check(path: str, add: int, device: torch.device) -> str:
     if digest != _KNOWN:
         return f"a product of matrices on {device} is wrong: {digest:016x} in the place of {_KNOWN:016x}"
     with open(path, "r+b") as file:
-        host = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
-    half = len(host) // 2
-    there = host[:half].to(device, copy=True)
-    host[half:].copy_(there)
+        source, target = Scratch.halves(memoryview(mmap.mmap(file.fileno(), 0)))
+    there = torch.frombuffer(source, dtype=torch.uint8).to(device, copy=True)
+    torch.frombuffer(target, dtype=torch.uint8).copy_(there)
     return ""
 
 

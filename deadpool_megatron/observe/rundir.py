@@ -33,6 +33,9 @@ LOGS: Final = "logs"
 RECOVERIES: Final = "recoveries.log"
 ERROR: Final = "error.json"
 ATTEMPTS: Final = "attempts"
+_THINNED: Final = frozenset({"iteration", "committed"})
+_WHOLE: Final = 100_000  # of these that are written one by one; then every second one, as many fourths, and so on
+_AROUND: Final = 4  # of them that are written after any other event, so that a recovery has what followed it
 _COLUMNS: Final = 80
 _AT_ONCE: Final = 1 << 16
 _MOST_WAITING: Final = 16 << 20
@@ -41,6 +44,31 @@ _PATIENCE_S: Final = 1.0
 _SAY_AFTER_S: Final = 10.0
 _LAST_S: Final = 10.0
 _MOST_LINES: Final = 10_000  # of a node's log, that wait
+
+
+class Thinned:
+    """Which events of a long run are written: all but some of `_THINNED`."""
+
+    def __init__(self) -> None:
+        self._count = 0  # of `_THINNED`, written since `_every` was doubled
+        self._every = 1
+        self._around = 0
+        self._held: dict[str, bytes] = {}  # of each kind the newest one, while it is left out
+
+    def lines(self, event: str, iteration: int, line: bytes) -> list[bytes]:
+        """The lines that are to be in the file with this one; none, where it is left out of it for now."""
+        if event not in _THINNED:
+            lines, self._held, self._around = [*self._held.values(), line], {}, _AROUND
+            return lines
+        self._held.pop(event, None)
+        if self._around == 0 and iteration % self._every:
+            self._held[event] = line
+            return []
+        self._around = max(0, self._around - 1)
+        self._count += 1
+        if self._count >= _WHOLE:
+            self._count, self._every = 0, 2 * self._every
+        return [line]
 
 
 class RunDirectory:
@@ -67,6 +95,7 @@ class RunDirectory:
             self._open_events()  # else it may have become read-only: what is noted waits
         # Of events, not written yet; may begin in the middle of a line, or end one that a dead writer has left.
         self._waiting = bytearray(b"\n" if _is_cut(self.path / EVENTS) else b"")
+        self._thinned = Thinned()
         self._dropped = 0
         self._newest: dict[str, bytes] = {}  # by file that is replaced as a whole, what is to be in it
         self._told: list[str] = []  # of recoveries, not written yet
@@ -104,15 +133,18 @@ class RunDirectory:
     def note(self, event: str, **fields: Any) -> None:
         """The same, to be read from the next `flush` on: thousands of nodes tell the same step within a second.
 
-        After each recovery a paragraph on it goes to ``recoveries.log`` and to stderr.
+        Of a long run's iterations and commits not all are written (`_WHOLE`), so that the file stays small; the last
+        one before any other event is, and those after it. After each recovery a paragraph on it goes to
+        ``recoveries.log`` and to stderr.
         """
         record = {"t": time.time(), "event": event, **fields}
         line = strict_json(record).encode() + b"\n"
         with self._lock:
-            if len(self._waiting) < _MOST_WAITING:
-                self._waiting += line
-            else:
-                self._dropped += 1
+            for each in self._thinned.lines(event, fields.get("iteration", 0), line):
+                if len(self._waiting) < _MOST_WAITING:
+                    self._waiting += each
+                else:
+                    self._dropped += 1
         done = self._story.take(record)
         if done is not None:
             text = paragraph(done, len(self._story.recoveries), self._story)

@@ -27,6 +27,7 @@ from deadpool_megatron.observe.tables import grid_table, make_console, nodes_tab
 
 _NEEDED: Final = ("t", "phase", "epoch", "iteration", "generation", "nodes", "coordinates", "spares")
 _SHOWN_EVENTS = 15
+_MOST_DRAINS: Final = 3  # lines
 _PLAIN_HEIGHT = 50  # lines, where there is no terminal
 _ALARMS: Final = ("straggler", "damaged", "unlike", "no_room", "durable_failed", "durable_taken", "worker_error")
 _REFRESH_S = 0.25
@@ -260,6 +261,8 @@ class JobView:
             out.append(Text(f"protection: {self.protection()}", "" if full else "yellow"))
             out.append(self._spares())
             out += [Text(line) for line in self.status.get("covered", ())]
+            for drain in self.status.get("drains", ())[:_MOST_DRAINS]:
+                out.append(Text(f"being drained: node {drain['node']}: {drain['state']}", "magenta"))
         if known := self._known():
             out += self._in_short(known[-1], len(known))
         return out
@@ -296,6 +299,8 @@ class JobView:
         words += [f"{count_text(len(cold), 'spare')} starting ({named(cold)})"] if cold else []
         ranks = {rank for spare in self.status["spares"] for rank in spare.get("rehearsed", ())}
         words += [f"{ranks_text(ranks)} rehearsed"] if ranks else []
+        begun = {rank for spare in self.status["spares"] for rank in spare.get("rehearses", ())} - ranks
+        words += [f"{ranks_text(begun)} to be rehearsed"] if begun else []
         none = "none left: bring one (deadpool join)" if self.status["epoch"] else "none"
         standbys = sum(len(node.get("standbys", ())) for node in self.status["nodes"])
         beside = f"; a process stands by for {standbys} of {len(self.status['coordinates'])} workers" * bool(standbys)

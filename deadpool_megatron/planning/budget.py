@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.placement import assignment as placing
-from deadpool_megatron.cluster.placement.domains import Labels, covered, parse_domains
+from deadpool_megatron.cluster.placement.domains import Labels, covered, parse_domains, whole
 from deadpool_megatron.cluster.placement.groups import parallel_groups, place
-from deadpool_megatron.cluster.placement.redundancy import Scheme, cost, tolerated
+from deadpool_megatron.cluster.placement.redundancy import Scheme, Tolerated, cost, tolerated
 from deadpool_megatron.planning.files import PlanError, RunFile
 from deadpool_megatron.planning.model import Counted, Layout, Model
 from deadpool_megatron.planning.workload import Workload, of_flags
@@ -47,7 +47,8 @@ class Budget:
     ``operations``: floating-point operations of an iteration. ``drainer_node``: a copy of a node's own shards beside
     its vault, on their way to the durable directory. ``rehearsals``: on a device of a spare, of all that it rehearses,
     and of one of them that trains. ``standby_device``, ``standby_node``: on a device, and of the host memory of a node,
-    of the processes that stand by. ``covered``: losses of each domain that a spare of it makes good, in words.
+    of the processes that stand by. ``covered``: losses of each domain that a spare of it makes good, and whole domains,
+    in words.
     """
 
     sizes: Layout
@@ -122,6 +123,7 @@ def budget(run: RunFile, workload: Workload | None = None) -> Budget:
     constants = max(s.frozen for s in work.shards) * work.weight * cluster.gpus_per_node * (1 + scheme.m)
     share = price.network_bytes / (cluster.network * 1e9 * iteration_s * interval)
     changed, touched = _disturbed(cluster.gpus_per_node, sizes)
+    copies = _tolerated(run, sizes, scheme)
     out = Budget(
         sizes=sizes,
         model=work.model,
@@ -147,8 +149,8 @@ def budget(run: RunFile, workload: Workload | None = None) -> Budget:
         standby_node=_PROCESS * cluster.gpus_per_node if run.deadpool.standby_workers != "none" else 0.0,
         groups_changed=changed,
         ranks_touched=touched,
-        tolerated=_tolerated(run, sizes, scheme),
-        covered=_covered(run),
+        tolerated=copies.sentence,
+        covered=_covered(run, copies),
         warnings=(*warnings, *_warnings(share, copy_s / (iteration_s * interval))),
         stages=stages,
     )
@@ -245,13 +247,15 @@ def _labels(run: RunFile) -> Labels:
         raise PlanError(f"{run.name}: {err}") from None
 
 
-def _tolerated(run: RunFile, sizes: Layout, scheme: Scheme) -> str:
+def _tolerated(run: RunFile, sizes: Layout, scheme: Scheme) -> Tolerated:
     labels = _labels(run)
     assignment = placing.initial(run.cluster.nodes, run.cluster.gpus_per_node)
     groups = place(range(run.cluster.nodes), scheme, parallel_groups(assignment, _coordinates(sizes)), labels)
-    return tolerated(groups, scheme, labels).sentence
+    return tolerated(groups, scheme, labels)
 
 
-def _covered(run: RunFile) -> list[str]:
-    trains, spares = run.cluster.nodes, run.cluster.spare_nodes
-    return covered(_labels(run), range(trains), range(trains, trains + spares))
+def _covered(run: RunFile, copies: Tolerated) -> list[str]:
+    labels, trains = _labels(run), range(run.cluster.nodes)
+    spares = range(len(trains), len(trains) + run.cluster.spare_nodes)
+    uncopied = {kind: bad for kind, (_, bad) in copies.domains.items()}
+    return covered(labels, trains, spares) + whole(labels, trains, spares, uncopied)

@@ -21,7 +21,7 @@ def test_a_device_computes_what_is_known_and_what_it_copies_arrives(
 
     monkeypatch.setenv("LOCAL_RANK", "0")
     torch.cuda.init()
-    state, scratch = torch.cuda.get_rng_state(), Scratch(str(tmp_path))
+    state, scratch = torch.cuda.get_rng_state(), Scratch(str(tmp_path / "scratch"))
     assert self_check.check(scratch.path) == "" and scratch.copied
     assert "on cuda:0 is wrong" in self_check.check(scratch.path, add=1)
     assert torch.equal(torch.cuda.get_rng_state(), state)

@@ -154,6 +154,21 @@ def test_a_worker_whose_neighbour_is_lost_ends_too_and_both_come_back(backend: s
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_a_neighbour_that_ends_too_has_another_process_standing_by_and_no_spare_is_spent(jobs: Jobs) -> None:
+    flags = default_gpt(*_CASES["hybridep"].split(), iters=5)
+    want = undisturbed(launch_flags(2, 0, 2), flags)
+    job = jobs.start("stood-by", launch_flags(3, 1, 2), [*flags, "--deadpool-standby-workers", "device"], held=True)
+    job.until_event("training")
+    job.until("standbys", lambda: [len(n.get("standbys", ())) for n in job.status()["nodes"]] == [2, 2, 0])
+    job.arm((0, 2, 3, "--fault", "kill-worker"))
+    job.finished()
+    assert {tuple(event["nodes"]) for event in job.events("declared")} == {(0, 1)}
+    assert [(event["rank"], event["stood_by"]) for event in job.events("detected")] == [(0, True), (1, True)]
+    assert_same_training(job, want, 5, rank=3, mute=frozenset({1, 2}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_who_waits_for_a_neighbour_is_not_taken_for_the_one_that_hangs(jobs: Jobs) -> None:
     flags = default_gpt(*_CASES["hybridep"].split(), "--deadpool-hang-floor", "8", iters=30)
     want = undisturbed(launch_flags(2, 0, 2), flags)

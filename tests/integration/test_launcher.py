@@ -175,6 +175,9 @@ def test_when_the_launcher_is_killed_its_agents_and_workers_end_by_themselves(jo
     job.process.kill()
     job.process.wait()
     job.until_gone(60)
+    end = job.status()["end"]
+    assert job.status()["phase"] == "ended" and end["code"] == Exit.TERMINATED
+    assert end["message"].endswith("every process of the job is ended") and job.events("stopped")
 
 
 def test_a_coordinator_that_is_killed_is_started_again_but_not_for_ever(jobs: Jobs) -> None:

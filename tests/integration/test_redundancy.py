@@ -57,6 +57,21 @@ def test_one_node_more_than_may_be_lost_ends_the_job_with_the_sentence(jobs: Job
     assert "more nodes were lost than the redundancy covers, which is any 1 node; any 2 nodes but these" in said
 
 
+def test_a_whole_rack_that_is_lost_at_once_with_its_spare_goes_on_on_the_other_ones_spares(jobs: Jobs) -> None:
+    """Two nodes of each rack train. Of the one that is lost the spare goes a moment later; the other one has two."""
+    want = undisturbed(launch_flags(4, 0, 1), _flags(4, "1"))
+    domains = ("--deadpool-domains", "0-1=r1,2-3=r2,4=r1,5-6=r2")
+    job = jobs.start("a-rack", launch_flags(7, 3, 1), _flags(4, "1", *domains), held=True)
+    assert job.until_event("placed")["tolerated"].endswith("; any 1 rack")
+    job.until("spares", lambda: [spare["state"] for spare in job.status()["spares"]] == ["parked"] * 3)
+    job.until("status", lambda: "a whole rack lost at once, its spares too: r1" in job.command("status").stdout)
+    assert job.command("inject", "--node", "4", "--at", "agent.node-arrived").returncode == 0  # as it takes over
+    _lost_at_once(job, (0, 1))
+    job.finished()
+    assert {node for each in job.events("declared") for node in each["lost"]} == {0, 1, 4}
+    assert {c["node"] for c in job.status()["coordinates"]} == {2, 3, 5, 6} and job.hashes() == want.hashes()
+
+
 def test_pairs_are_split_over_the_racks_that_the_user_names(jobs: Jobs) -> None:
     job = jobs.start("racks", launch_flags(4, 0, 1), _flags(4, "1", "--deadpool-domains", "0-1=r1,2-3=r2")).finished()
     (placed,) = job.events("placed")

@@ -46,7 +46,8 @@ def _end_at_once(job: Job, victims: list[int], hold: int | None) -> None:
 @pytest.mark.timeout(300)
 def test_who_stands_by_takes_the_place_of_rank_0_and_neither_a_spare_nor_the_survivor_moves(jobs: Jobs) -> None:
     flags = duo_gpt("pipeline", iters=ITERATIONS)
-    job = jobs.start("killed", launch_flags(3, 1, slots=1), [*flags, *STANDBY], held=True)
+    more = ["--deadpool-standby-workers", "imports"]
+    job = jobs.start("killed", launch_flags(3, 1, slots=1), [*flags, *more], held=True)
     standbys, before = _wait_for(job, 2), job.pids()
     job.arm((0, 3, 2, "--fault", "kill-worker"), until=5)
     job.until_event("resumed", epoch=1)

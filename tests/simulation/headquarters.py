@@ -27,6 +27,7 @@ from deadpool_megatron.durable.lease import BEAT_S, take
 from deadpool_megatron.durable.start import look_again, survey
 from deadpool_megatron.observe import RunDirectory
 from deadpool_megatron.observe.recoveries import Story
+from deadpool_megatron.observe.rundir import Thinned
 from simulation.durable import Directory
 from simulation.network import Link
 from simulation.world import Process, World
@@ -161,7 +162,7 @@ class _Log(RunDirectory):
         self._disk = disk
         self.noted = self._dropped = 0
         self.path = Path("run")
-        self._waiting = bytearray()
+        self._waiting, self._thinned = bytearray(), Thinned()
         self._newest, self._told, self._lock, self._aside = {}, [], threading.Lock(), None
         self._failing = set()
         self._story = Story()
@@ -316,7 +317,7 @@ class Headquarters:
         if self.lives:
             spec = replace(spec, job=f"{spec.job}r{self.lives}")
             lease = DirectoryLease(store, 0, owner)
-            found = look_again(store, lease, world_size, lambda line: self.world.say("hq", line))
+            found = look_again(store, lease, "auto", world_size, -1, lambda line: self.world.say("hq", line))
         else:
             lease = self._lease or take(store, owner, lambda line: None, self.world.clock)
             found = survey(store, "auto", world_size, -1, True)

@@ -384,7 +384,7 @@ class SimulatedShards(Shards):
             if version is not None and not slot.recheck():
                 self._damaged(rank, "own", version)
 
-    def scratch(self) -> Scratch:
+    def scratch(self, local: int) -> Scratch:
         return _Scratch()
 
     def check(self, number: int, memory_bytes: int, partners: Mapping[int, r.Address]) -> None:

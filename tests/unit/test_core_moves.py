@@ -976,3 +976,70 @@ def test_of_several_nodes_that_hang_in_a_recovery_none_is_at_fault() -> None:
         job.feed(r.WorkerExited(node, 0, 2 * node, 10 * node, -9, 1))
     assert not any(state.record.failures for state in job.core.nodes.values())
     assert all("hung in a recovery" in event["cause"] for event in job.events("detected"))
+
+
+# ---- a drain that is cancelled
+
+
+def cancel(job: SimulatedJob, node: int) -> str:
+    error, actions = job.core.cancel_drain(node, job.now)
+    job.take(actions)
+    return error
+
+
+def test_a_drain_that_waits_for_a_spare_without_end_can_be_called_off() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    drain(job, 1)
+    job.feed(r.WorkerExited(3, 0, None, 30, -9))  # the spare starts again
+    hold(job)
+    job.recover()
+    job.wait(3600.0)
+    assert job.core.drain_under_way == (1, "waits for a spare that is starting")
+    epoch = job.core.epoch
+    assert cancel(job, 1) == ""
+    assert job.events("stays")[-1]["cause"] == "the drain was cancelled"
+    assert job.core.epoch == epoch and job.core.drain_under_way is None
+    job.feed(r.WorkerReady(3, 0, 31))
+    job.wait(10.0)
+    assert job.active == [0, 1, 2] and job.core.cannot_drain(2) == ("", False)
+
+
+def test_nodes_that_hold_still_for_a_drain_that_is_cancelled_are_set_free() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    drain(job, 1)
+    assert job.core.drain_under_way == (1, f"all hold still at iteration {job.told(r.Hold)[0].iteration}")
+    job.feed(r.NodeHeld(0, 0, job.told(r.Hold)[0].iteration, False))
+    assert cancel(job, 1) == ""
+    assert job.told(r.Declare)[-1].replaced == [] and "cancelled" in job.told(r.Declare)[-1].reason
+    job.feed(r.NodeHeld(0, 2, job.told(r.Hold)[0].iteration, False))
+    job.recover()
+    assert job.core.phase is Phase.RUNNING and job.active == [0, 1, 2] and job.core.epoch == 1
+
+
+def test_a_drain_is_cancelled_while_a_spare_rehearses_and_in_a_recovery_without_another_epoch() -> None:
+    job = SimulatedJob(nodes=5, spares=2, rehearsals=1).train()
+    drain(job, 1)
+    assert job.core.drain_under_way == (1, "node 3 sets up what it does")
+    assert cancel(job, 1) == "" and not job.told(r.Hold)
+    drain(job, 1)
+    job.lose(2)
+    assert job.core.drain_under_way == (1, "waits until the job trains")
+    assert cancel(job, 1) == ""
+    job.recover()
+    job.wait(10.0)
+    assert job.core.epoch == 1 and job.core.nodes[1].role == "active" and not job.told(r.Hold)
+
+
+def test_what_is_not_being_drained_or_is_replaced_already_cannot_be_called_off() -> None:
+    job = SimulatedJob().train()
+    job.iterate(4)
+    assert cancel(job, 1) == "node 1 is not being drained"
+    assert cancel(job, 9).startswith("there is no node 9")
+    drain(job, 1)
+    assert cancel(job, 2) == "node 2 is not being drained"
+    hold(job)
+    assert cancel(job, 1) == "node 1 is replaced already, and leaves when it has given its shards"
+    job.recover()
+    assert cancel(job, 1) == "node 1 has left already"

@@ -184,6 +184,10 @@ def test_who_is_named_is_drained_one_after_the_other_and_spares_first(
     assert "node 4 is drained: broken" in shown[0] and "node 0 is drained: drain names it" in shown[1]
     assert [line for line in shown if "node 1 is to be drained" in line] == [shown[2]], "said once"
     assert "add one with deadpool join" in shown[2]
+    assert [*drains.refused] == [1] and "add one with deadpool join" in drains.refused[1]
+    (tmp_path / "drain").write_text("")
+    until(lambda: not drains._sources.wanted(), "the file is read again")
+    assert _look(drains, job) == [] and not drains.refused
 
 
 def test_a_drain_that_is_called_off_is_tried_again_after_a_while(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from deadpool_megatron.durable import (
     directory_name,
     find,
     open_store,
+    this_process,
 )
 from deadpool_megatron.durable.errors import Cancelled, Damaged, NotFit
 from deadpool_megatron.durable.files import (
@@ -40,7 +41,8 @@ from deadpool_megatron.durable.files import (
     write_shard,
 )
 from deadpool_megatron.durable.format import MANIFEST, SMALL, shard_name
-from deadpool_megatron.durable.start import open_directory, survey
+from deadpool_megatron.durable.lease import Lease, take
+from deadpool_megatron.durable.start import look_again, open_directory, survey
 from deadpool_megatron.durable.store import LocalStore, ObjectStore, Reading, Store
 
 WEIGHT = torch.arange(35, dtype=torch.float32).reshape(5, 7)
@@ -398,3 +400,21 @@ def test_a_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> No
         survey(open_directory(str(tmp_path / "no" / "where")), "none", 2, -1, True)
     with pytest.raises(DurableError, match="durable-dir nowhere://x"):
         survey(open_directory("nowhere://x"), "none", 2, -1, True)
+
+
+def test_a_coordinator_that_is_started_again_finds_what_its_job_was_to_begin_with_and_has_written_since(
+    tmp_path: Path,
+) -> None:
+    store = LocalStore(str(tmp_path))
+    old, new = ((generation, write(store, generation)) for generation in (40, 60))
+
+    def found(lease: Lease | None, resume: str, newer_than: int = -1) -> tuple[tuple[int, str], ...]:
+        return look_again(store, lease, resume, 2, newer_than, pytest.fail).usable
+
+    assert found(None, "40") == (old,), "an export of an older one"
+    lease = take(store, this_process("job"), pytest.fail)
+    assert found(lease, "60") == (new,), "what is older was not asked for"
+    assert found(lease, "40") == (new, old), "the newer one is this job's own"
+    assert found(lease, "auto", 50) == (new,), "it has begun with a checkpoint of 50"
+    assert found(lease, "auto") == (new, old)
+    lease.end()

@@ -237,7 +237,7 @@ def test_a_coordinator_that_is_started_again_goes_on_without_its_directory_and_h
 ) -> None:
     said: list[str] = []
     there = tmp_path / "there"
-    found, lease = go_on(str(there), owner("job"), 2, said.append)
+    found, lease = go_on(str(there), owner("job"), "auto", 2, -1, said.append)
     assert found.usable == () and lease is not None and not there.exists()
     assert said == [
         f"--deadpool-durable-dir {there} is not there (any more); the job goes on, and cannot go back to what is "
@@ -275,7 +275,7 @@ def test_of_a_coordinator_that_goes_on_and_another_job_that_takes_over_one_has_t
 
 def test_a_coordinator_that_is_started_again_in_a_directory_that_was_taken_does_not_use_it(tmp_path: Path) -> None:
     lease = taken(open_store(str(tmp_path)), "second")
-    found, mine = go_on(str(tmp_path), owner("first"), 2, pytest.fail)
+    found, mine = go_on(str(tmp_path), owner("first"), "auto", 2, -1, pytest.fail)
     assert found.usable == () and mine is not None and mine.lost is not None
     assert lease.renew()
 
@@ -308,7 +308,7 @@ def test_a_coordinator_that_is_started_again_does_not_wait_for_a_directory_that_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest, said = _hanging(tmp_path, monkeypatch), list[str]()
-    found, lease = go_on(str(tmp_path), owner("job"), 2, said.append)
+    found, lease = go_on(str(tmp_path), owner("job"), "auto", 2, -1, said.append)
     assert found.usable == () and lease is not None
     assert said == [f"{tmp_path} has not answered for 0.05 s; the job goes on with what it knows to be durable there"]
     manifest.open("wb").close()

@@ -317,7 +317,12 @@ def test_it_is_said_how_many_losses_of_each_domain_spares_cover(tmp_path: Path) 
     domains = {"domains": "0-64=r1", "nvlink_domains": "0-31=n1,32-63=n2,64-65=n1"}
     plan = budget(_changed(tmp_path, deadpool=domains))
     said = "losses that spares of the same nvlink domain cover: n1 2, none of n2"
-    assert plan.covered == [said, "losses that spares of the same rack domain cover: r1 1"]
+    assert plan.covered == [
+        said,
+        "losses that spares of the same rack domain cover: r1 1",
+        "a whole nvlink lost at once, its spares too: not n1 (32 nodes, 1 spares elsewhere), n2 (32 nodes, 3 spares "
+        "elsewhere)",
+    ]
     assert not budget(load(str(LARGE))).covered
 
 

@@ -20,6 +20,7 @@ from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import EMULATE, Worker
 from deadpool_megatron.cluster.coordinator.validate import misfit
+from deadpool_megatron.cluster.placement.domains import parse_domains
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.config import DeadpoolConfig
 from emulated import emulated_process, in_emulation  # noqa: F401
@@ -32,7 +33,7 @@ from waiting import until
 def _roles(active: int, spares: int, slots: int, count: int) -> list[list[int]]:
     """By spare, the coordinates of its slots."""
     jobs = [KnownJob(active + spare, active, slots, Scheme.parse("1")) for spare in range(spares)]
-    return [[rank for local in range(slots) for rank in job.likely(local, count)] for job in jobs]
+    return [[rank for local in range(slots) for rank in job.in_turn(local, count)] for job in jobs]
 
 
 def test_spares_rehearse_one_node_after_the_other_and_as_many_as_they_are_asked_to() -> None:
@@ -41,6 +42,91 @@ def test_spares_rehearse_one_node_after_the_other_and_as_many_as_they_are_asked_
     assert _roles(2, 3, 1, 1) == [[0], [1], [0]]
     assert _roles(2, 1, 1, 5) == [[0, 1]]
     assert _roles(4, 2, 2, 0) == [[], []]
+
+
+def _planned(job: SimulatedJob) -> dict[int, list[int]]:
+    """By spare, the coordinates it is to rehearse."""
+    return {node: sorted(state.rehearses) for node, state in job.core.nodes.items() if state.rehearses}
+
+
+def _staged(domains: str = "", nvlink: str = "", tp: int = 1, **more: Any) -> SimulatedJob:
+    """Four nodes of one rank each in two stages train, three are spares, which rehearse one each."""
+    labels = parse_domains(domains, 7, nvlink)
+    job = SimulatedJob(nodes=7, spares=3, slots=1, domains=labels, rehearsals=1, **more)
+    job.join()
+    job.park()
+    for rank in range(4):
+        info = r.CoordinateInfo(rank, rank % tp, rank // 2, rank // tp)
+        job.feed(r.Registered(rank, 0, info, 1 << 20, 1 << 10, "groups", True, 0, 0, True, False))
+    job._groups = job.core.protection.groups
+    job.wait(0.0)
+    return job
+
+
+def test_rehearsals_are_spread_over_the_pipeline_stages_and_only_who_is_to_do_another_one_is_told() -> None:
+    job = _staged()
+    assert _planned(job) == {4: [0], 5: [2], 6: [1]}
+    assert _told(job) == [(5, r.Rehearse({0: [2]})), (6, r.Rehearse({0: [1]}))]
+
+
+def test_a_spare_rehearses_what_it_would_be_taken_for() -> None:
+    """By rack; by NVLink domain where a group spans one, even if another spare does the same."""
+    assert _planned(_staged("0-1=r1,2-3=r2,4=r2,5=r1,6=r2")) == {4: [2], 5: [1], 6: [3]}
+    assert _planned(_staged(nvlink="0-1=n1,2-3=n2,4-6=n2", tp=2)) == {4: [2], 5: [3], 6: [2]}
+
+
+def test_in_whatever_order_spares_are_parked_each_goes_on_with_what_it_has_begun_where_that_is_as_good() -> None:
+    job = SimulatedJob(nodes=5, spares=3, rehearsals=1)
+    job.join()
+    for rank in range(4):
+        job.register(rank)
+    for spare in (4, 3, 2):
+        job.park([spare])
+        job.wait(0.0)
+    assert _planned(job) == {2: [0, 1], 3: [2, 3], 4: [0, 1]} and not _told(job)
+
+
+def test_what_a_spare_knows_it_keeps_and_the_next_one_takes_what_nobody_knows() -> None:
+    job = _staged()
+    for node, rank in ((4, 0), (5, 2), (6, 1)):
+        job.feed(r.Rehearsed(node, [rank]))
+    job.lose(2)
+    assert job.core.assignment[2].node == 5
+    job.recover()
+    job.wait(0.0)
+    assert _planned(job) == {4: [0], 6: [1]} and len(_told(job)) == 2
+    error, node, actions = job.core.add_spare("h", job.now)
+    job.take(actions)
+    job.join([node])
+    job.park([node])
+    job.wait(0.0)
+    assert not error and _planned(job) == {4: [0], 6: [1], node: [3]} and len(_told(job)) == 2, "it has begun with 3"
+    job.feed(r.WorkerExited(4, 0, None, 40, -9))
+    job.feed(r.WorkerReady(4, 0, 41))
+    job.wait(0.0)
+    assert _planned(job) == {4: [0], 6: [1], node: [3]} and len(_told(job)) == 2
+
+
+def test_a_spare_that_connects_again_is_told_again_and_the_next_coordinator_knows_what_they_do() -> None:
+    job = _staged()
+    job.join([5])
+    job.wait(0.0)
+    assert [node for node, _ in _told(job)] == [5, 6, 5]
+    kept = job.core.dump()
+    after = SimulatedJob(nodes=7, spares=3, slots=1, rehearsals=1)
+    after.take(after.core.restored(kept, after.now))
+    assert _planned(after) == _planned(job)
+
+
+def test_the_spare_of_a_planned_move_is_left_alone_meanwhile() -> None:
+    job = _staged()
+    job.iterate(0)
+    _drain(job, 3)
+    assert _told(job)[-1] == (4, r.Rehearse({0: [3]}))
+    count = len(_told(job))
+    job.feed(r.WorkerReady(6, 0, 61))
+    job.wait(0.0)
+    assert len(_told(job)) == count and _planned(job)[4] == [3]
 
 
 # ---- the coordinator's choice
@@ -80,11 +166,15 @@ def _drain(job: SimulatedJob, node: int) -> None:
     job.take(actions)
 
 
+def _told(job: SimulatedJob) -> list[tuple[int | None, r.Rehearse]]:
+    return [(s.node, s.record) for s in job.sent if isinstance(s.record, r.Rehearse)]
+
+
 def test_a_node_is_drained_once_a_spare_has_rehearsed_what_it_does() -> None:
     job = SimulatedJob(nodes=6, spares=2, rehearsals=1).train()
     job.iterate(0)
     _drain(job, 1)
-    assert [(s.node, s.record) for s in job.sent if isinstance(s.record, r.Rehearse)] == [(4, r.Rehearse({0: 2, 1: 3}))]
+    assert _told(job) == [(4, r.Rehearse({0: [2], 1: [3]}))]
     job.feed(r.Rehearsed(4, [2]))
     job.wait(0.0)
     assert not job.told(r.Hold) and not job.events("leaving"), "training goes on meanwhile"
@@ -274,10 +364,10 @@ def test_a_slot_that_is_asked_for_another_coordinate_rehearses_that_once_there_i
     spare = node()
     first, second = spare.park()
     first.parked = second.parked = True
-    spare.crew.rehearse({0: 1})
+    spare.crew.rehearse({0: [1]})
     assert spare.crew.rehearsed() == [1] and first.retired and spare.crew.beside == [first, second]
     second.parked = False
-    spare.crew.rehearse({0: 0})
+    spare.crew.rehearse({0: [0]})
     for each in (first, second):
         assert spare.crew.rehearsed() == []
         spare.leave(each)

@@ -264,3 +264,23 @@ def test_a_line_that_a_dead_writer_left_unfinished_spoils_no_other(tmp_path: Pat
     run.event("second")
     assert [e["event"] for e in read_events(tmp_path)] == ["first", "second"]
     run.close()
+
+
+def test_of_a_long_run_not_every_iteration_is_written_but_those_around_everything_else_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rundir, "_WHOLE", 40)
+    run = RunDirectory(tmp_path)
+    for iteration in range(3000):
+        if iteration == 2500:
+            run.note("detected", epoch=0, node=1, cause="gone", ranks=[1])
+        run.note("iteration", t=float(iteration), epoch=0, iteration=iteration, seconds=1.0)
+        run.note("committed", t=iteration + 0.5, epoch=0, iteration=iteration)
+    run.event("finished", epoch=0, iteration=2999)
+    told = read_events(tmp_path)
+    iterations = [e["iteration"] for e in told if e["event"] == "iteration"]
+    assert iterations[:20] == list(range(20)) and {2499, 2500, 2501, 2999} <= {*iterations}
+    assert len(told) < 40 * 10 and iterations == sorted(iterations)
+    at = [e["event"] for e in told].index("detected")
+    assert [(e["event"], e["iteration"]) for e in told[at - 2 : at]] == [("iteration", 2499), ("committed", 2499)]
+    run.close()

@@ -102,6 +102,15 @@ def test_what_spares_cover_is_said_and_fits(tmp_path: Path) -> None:
     assert any(line.startswith("losses that spares of the same nvlink domain cover: rack000 2") for line in lines)
 
 
+def test_for_how_many_workers_a_process_stands_by_is_said(tmp_path: Path) -> None:
+    status = status_of(16)
+    assert "stands by" not in "\n".join(shown(tmp_path, (200, 50), status, events_of(16)))
+    for node in status["nodes"][:2]:
+        node["standbys"] = {str(local): 4711 for local in range(SLOTS)}
+    lines = shown(tmp_path, (200, 50), status, events_of(16))
+    assert lines[2].endswith(f"; a process stands by for {2 * SLOTS} of {len(status['coordinates'])} workers")
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("total", NODES)
 def test_a_healthy_job_of_any_size_fits_and_says_that_it_trains_and_is_protected(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.checks import DEADLINE_S
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.megatron import self_check
-from deadpool_megatron.vault import Scratch, Vault, VaultServer, exchange
+from deadpool_megatron.vault import Scratch, Vault, VaultServer, clean_leftovers, exchange
 from deadpool_megatron.vault.errors import ChecksumMismatch, Refused, TransferFailed
 from deadpool_megatron.vault.frames import Echo
 from deadpool_megatron.vault.wire import Deadlines, accept
@@ -198,7 +199,7 @@ def test_an_injected_failure_is_looked_for_at_once() -> None:
 
 
 def test_a_worker_computes_what_is_known_and_copies_over_its_device(tmp_path: Path) -> None:
-    scratch = Scratch(str(tmp_path))
+    scratch = Scratch(str(tmp_path / "scratch"))
     assert not scratch.copied
     state = torch.get_rng_state()
     assert self_check.check(scratch.path) == "" and scratch.copied
@@ -206,6 +207,19 @@ def test_a_worker_computes_what_is_known_and_copies_over_its_device(tmp_path: Pa
     assert "a product of matrices on cpu is wrong" in self_check.check(scratch.path, add=1)
     scratch.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_an_agent_that_was_killed_has_left_of_a_check_is_cleared_away(tmp_path: Path) -> None:
+    path = tmp_path / "deadpool-job-3-check-0"
+    scratch = Scratch(str(path))
+    assert clean_leftovers(str(tmp_path)) == [] and path.exists(), "it is in use"
+    left = os.open(path, os.O_RDWR)  # as when its agent is gone: nobody holds the lock
+    scratch._mapped.close()
+    os.close(scratch._fd)
+    assert clean_leftovers(str(tmp_path)) == [path.name]
+    os.close(left)
+    Scratch(str(path)).close()
+    assert not path.exists()
 
 
 def test_the_product_is_what_integers_give() -> None:

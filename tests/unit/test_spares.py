@@ -8,7 +8,7 @@ import pytest
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.layout import Layout
-from deadpool_megatron.cluster.placement.domains import covered, parse_domains
+from deadpool_megatron.cluster.placement.domains import covered, parse_domains, whole
 from simulated import SimulatedJob
 
 
@@ -100,6 +100,7 @@ def test_it_is_said_how_many_losses_of_each_domain_are_covered() -> None:
     assert job.core.covered == [
         "losses that spares of the same nvlink domain cover: n1 2, none of n2",
         "losses that spares of the same rack domain cover: none of r1",
+        "a whole nvlink lost at once, its spares too: n2; not n1 (2 nodes, 0 spares elsewhere)",
     ]
     job.lose(4)
     job.lose(5)
@@ -108,6 +109,28 @@ def test_it_is_said_how_many_losses_of_each_domain_are_covered() -> None:
     many = {node: {"rack": f"r{node:03}"} for node in range(100)}
     (line,) = covered(many, range(100), [])
     assert line.endswith("r011, ...")
+
+
+def test_it_is_said_which_whole_domains_may_be_lost_with_copies_and_with_spares() -> None:
+    """Each shard has a copy in the other rack; a rack takes its own spares along."""
+    job = SimulatedJob(nodes=7, spares=3, slots=1, domains=parse_domains("0-1=r1,2-3=r2,4-5=r1,6=r2", 7)).train()
+    line = "a whole rack lost at once, its spares too: "
+    assert job.core.covered[-1] == f"{line}r2; not r1 (2 nodes, 1 spares elsewhere)"
+    job.lose(5)
+    assert job.core.covered[-1] == f"{line}not r1 (2 nodes, 1 spares elsewhere), r2 (2 nodes, 1 spares elsewhere)"
+    alike = whole({node: {"rack": f"r{node % 3}"} for node in range(12)}, range(6), range(6, 12), {"rack": ["r1"]})
+    assert alike == [f"{line}r0, r2; not r1 (its shards have no copy elsewhere)"]
+    assert whole({node: {"rack": "r1"} for node in range(4)}, range(3), [3], {}) == []
+
+
+def test_a_rack_that_is_lost_at_once_with_its_spare_goes_to_the_spares_of_the_other() -> None:
+    domains = parse_domains("0-1=r1,2-3=r2,4=r1,5-6=r2", 7)
+    job = SimulatedJob(nodes=7, spares=3, slots=1, domains=domains).train()
+    job.commit(5)
+    for node in (0, 1, 4):  # the spare that suits them best is gone, too
+        job.lose(node)
+    job.recover()
+    assert sorted(job.active) == [2, 3, 5, 6] and job.finish is None
 
 
 def test_nvlink_domains_have_their_own_flag_and_forms(tmp_path: Any) -> None:

@@ -214,7 +214,7 @@ def test_who_stands_by_takes_the_slot_and_the_next_one_is_started_when_all_is_ca
     assert [each.local for each in here.look()] == [1, 0]
 
 
-def test_one_that_ends_is_replaced_three_times_and_then_no_more(node: Callable[..., _Node]) -> None:
+def test_one_that_ends_is_replaced_and_after_three_in_a_row_not_for_an_hour(node: Callable[..., _Node]) -> None:
     here = node()
     for time in range(3):
         (each,) = here.look()
@@ -222,9 +222,12 @@ def test_one_that_ends_is_replaced_three_times_and_then_no_more(node: Callable[.
         here.crew.left(each)
         told = here.crew.standbys.left(each, "it ended with -9")
         assert ("another one is started" in told) is (time < 2), told
-    assert "no other one is started after 3 in a row" in told
+    assert "none is started for an hour after 3 in a row" in told
     (other,) = here.look()
     assert other.local == 1
+    other.parked = True
+    here.now += 3600.0
+    assert [each.local for each in here.look()] == [1, 0]
 
 
 def test_without_the_flag_nobody_stands_by(node: Callable[..., _Node]) -> None:

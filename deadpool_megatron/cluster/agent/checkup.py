@@ -45,7 +45,7 @@ class Checkup:
         self._number, self._begun, self._looked, self._why = order.number, time.monotonic(), None, ""
         try:
             for local in workers:
-                self._open[local] = self._shards.scratch()
+                self._open[local] = self._shards.scratch(local)
         except OSError as err:
             self._why = f"no memory for a check: {err.strerror}"
             self._close()

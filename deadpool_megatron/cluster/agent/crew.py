@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.standbys import Standbys
@@ -32,7 +32,7 @@ class Crew:
         self._job = job
         self._processes = processes
         self._rehearsals = rehearsals
-        self._asked: dict[int, list[int]] = {}  # by local index, what it rehearses in the place of what is likely
+        self._asked: dict[int, Sequence[int]] = {}  # by local index, what it rehearses in the place of those in turn
         self._given_up: set[tuple[int, int]] = set()  # (local, rank) whose rehearsal has ended
         self.workers: dict[int, Worker] = {}
         self.beside: list[Worker] = []
@@ -103,18 +103,18 @@ class Crew:
         parked = all(each.parked and not self._processes.adopted(local) for local, each in self.workers.items())
         return parked and not self._job.ranks
 
-    def rehearse(self, asked: Mapping[int, int] | None = None) -> None:
+    def rehearse(self, asked: Mapping[int, Sequence[int]] | None = None) -> None:
         """Have the slots of a spare node rehearse, where they can: to be parked comes first.
 
-        ``asked``: these coordinates by local index, from now on, in the place of those that are likely.
+        ``asked``: these coordinates by local index, from now on, in the place of those in turn.
         """
-        if asked is not None:
-            self._asked = {local: [rank] for local, rank in asked.items()}
+        if asked is not None and asked != self._asked:
+            self._asked = dict(asked)
             self._given_up.clear()
         if not self.can_rehearse:
             return
         for local in self.workers:
-            wanted = self._asked.get(local) or self._job.likely(local, self._rehearsals)
+            wanted = self._asked.get(local) or self._job.in_turn(local, self._rehearsals)
             self._end(each for each in self.beside if each.local == local and each.rehearses not in (None, *wanted))
             if self._waits_for_room(local):
                 continue

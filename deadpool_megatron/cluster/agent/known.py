@@ -108,15 +108,13 @@ class KnownJob:
     def _fitting(self) -> Scheme:
         return self._scheme.fitting(self.active_nodes)
 
-    def likely(self, local: int, count: int) -> list[int]:
-        """The coordinates that a slot of this node, a spare, rehearses: of as many nodes as ``count`` says.
+    def in_turn(self, local: int, count: int) -> list[int]:
+        """The coordinates that a slot of this node, a spare, rehearses until the coordinator says others.
 
-        No node is likelier to be lost than another, so each spare takes the next ones in turn. A coordinate stays with
-        those of its first node wherever they move, so this does not change while the job lives.
+        A coordinate stays with those of its first node wherever they move.
         """
-        nodes = self.active_nodes
-        first = (self.node - nodes) * count
-        return [(first + i) % nodes * self._slots_per_node + local for i in range(min(count, nodes))]
+        nodes = placing.in_turn(self.node, self.active_nodes, count)
+        return [node * self._slots_per_node + local for node in nodes]
 
     def _hold(self, tables: Tables) -> None:
         self._tables = tables

@@ -18,6 +18,7 @@ from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.vault import (
     CONSTANT,
     EMPTY,
+    PREFIX,
     Kind,
     NotHeld,
     Piece,
@@ -250,9 +251,9 @@ class Shards:
 
         threading.Thread(target=work, name="vault-reserve", daemon=True).start()
 
-    def scratch(self) -> Scratch:
+    def scratch(self, local: int) -> Scratch:
         """Memory for a worker to copy through. Raises OSError."""
-        return Scratch(self.vault.directory)
+        return Scratch(f"{self.vault.directory}/{PREFIX}{self.vault.job_id}-{self.node}-check-{local}")
 
     def check(self, number: int, memory_bytes: int, partners: Mapping[int, r.Address]) -> None:
         """Could this vault hold so many bytes, and does it reach others? In a thread; comes as `Looked`.

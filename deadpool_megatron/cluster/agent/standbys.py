@@ -6,7 +6,7 @@
          ^                                                                      |
          '----------------------- the recovery is over -------------------------'
 
-One that ends before it was needed costs nothing. Another one is started, a few times in a row; then none.
+One that ends before it was needed costs nothing. Another one is started, a few times; then none for an hour.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from deadpool_megatron.cluster.agent.workers import Worker
 
 CALM_S: Final = 2.0
 """So long a node has trained before it starts one: imports take processors from the iteration that is redone."""
-_MOST_ENDS: Final = 3  # of one slot, in a row
+_MOST_ENDS: Final = 3  # of one slot, in this time:
+_ENDS_S: Final = 3600.0
 
 
 class Standbys:
@@ -36,7 +37,8 @@ class Standbys:
         self._processes = processes
         self._level = level
         self._beside = beside
-        self._ends: dict[int, int] = {}  # by local index, how many have ended since the last that took the slot
+        self._ends: dict[int, list[float]] = {}  # by local index, when one ended since the last that took the slot
+        self._now = 0.0  # at the last look
         self._calm_since: float | None = None
 
     def look(self, workers: Iterable[Worker], calm: bool, now: float) -> None:
@@ -44,6 +46,7 @@ class Standbys:
 
         One at a time, since all of them take memory bandwidth and processors from those that train.
         """
+        self._now = now
         if self._level == "none" or not calm or not self._job.ranks:
             self._calm_since = None
             return
@@ -54,10 +57,11 @@ class Standbys:
         there = {each.local for each in mine}
         for worker in workers:
             local = worker.local
-            wanted = local in self._job.ranks and local not in there and self._ends.get(local, 0) < _MOST_ENDS
+            ends = self._recent_ends(local)
+            wanted = local in self._job.ranks and local not in there and len(ends) < _MOST_ENDS
             if wanted and not self._processes.adopted(local):
                 # Where a coordinate could not be set up ahead of time, the next one waits without.
-                ahead = self._level == "coordinate" and not self._ends.get(local)
+                ahead = self._level == "coordinate" and not ends
                 rehearses = self._job.ranks[local] if ahead else None
                 self._beside.append(self._processes.start(local, None, rehearses, standby=True))
                 return
@@ -85,9 +89,13 @@ class Standbys:
 
     def left(self, worker: Worker, how: str) -> str:
         """One has ended by itself; what that means, in a line."""
-        ends = self._ends[worker.local] = self._ends.get(worker.local, 0) + 1
-        then = "another one is started" if ends < _MOST_ENDS else f"no other one is started after {ends} in a row"
+        ends = self._ends[worker.local] = [*self._recent_ends(worker.local), self._now]
+        more = len(ends) < _MOST_ENDS
+        then = "another one is started" if more else f"none is started for an hour after {len(ends)} in a row"
         return f"the process that stood by for local worker {worker.local} has ended: {how}; {then}"
+
+    def _recent_ends(self, local: int) -> list[float]:
+        return [when for when in self._ends.get(local, ()) if self._now - when < _ENDS_S]
 
     def _mine(self) -> list[Worker]:
         return [each for each in self._beside if each.standby and not each.retired]

@@ -121,6 +121,7 @@ class Coordinator:
         self._no_places_until = self._clock.now() + silence_s if settings.resume else 0.0
         self._connected: set[int] = set()
         self._interrupted: Exit | None = None
+        self._parent = os.getppid()
         self._preempted = False
         self._status_due = 0.0
         self._drains = Drains(settings.drain_from, settings.drain_poll_s) if settings.drain_from else None
@@ -218,10 +219,37 @@ class Coordinator:
             self._preempted = False
             self._do(self._core.preempted(self._clock.now()))
         if self._interrupted is not None and self._finish is None:
-            self._do(self._core.interrupted(self._clock.now(), self._interrupted))
+            self._do(self._core.interrupted(self._clock.now(), self._interrupted, self._how))
         now = self._clock.now()
         if now >= self._status_due + (0.0 if self._status_stale else _STATUS_SIGN_OF_LIFE_S):
             self._write_status()
+
+    @property
+    def orphaned(self) -> bool:
+        """Whoever has started this process is gone."""
+        return os.getppid() != self._parent
+
+    @property
+    def _how(self) -> str:
+        """What has ended the job, where SIGTERM (or its own fate) has come from the end of its launcher."""
+        return "its launcher was killed" * self.orphaned
+
+    def abandoned(self) -> tuple[int, str]:
+        """Instead of `end`, when the leadership is over and nobody has it any more: whoever can be told is told.
+
+        What this coordinator decides is kept by no store from now on.
+        """
+        actions = self._core.interrupted(self._clock.now(), Exit.TERMINATED, self._how)
+        assert self._core.end is not None
+        code, message = self._core.end
+        if not actions:  # it had been decided, and told to nobody
+            actions = [
+                Emit("stopped", {"epoch": self._core.epoch, "code": int(code), "message": message}),
+                Send(None, r.Stop(code, message)),
+                Finish(int(code), message),
+            ]
+        self._do([action for action in actions if not isinstance(action, Keep)])
+        return self.end()
 
     def end(self) -> tuple[int, str]:
         """After the last one; the exit code and the message that goes with it."""
@@ -326,6 +354,9 @@ class Coordinator:
                         fault=fault.kind,
                         point=fault.point,
                     )
+            case r.Drain() if record.cancel:
+                error, actions = core.cancel_drain(record.node, now)
+                reply = r.InjectReply(error)
             case r.Drain():
                 error, actions = core.drain(record.node, now)
                 reply = r.InjectReply(error, bool(error) and core.cannot_drain(record.node)[1])
@@ -491,6 +522,7 @@ class Coordinator:
                         "node": n,
                         "pids": [s.pids[i] for i in sorted(s.pids)],
                         "state": "parked" if len(s.parked) >= core.job.slots_per_node else "starting",
+                        "rehearses": sorted(s.rehearses),
                         "rehearsed": sorted(s.rehearsed),
                         "checked": s.checked,
                         "unfit": s.unfit,
@@ -498,6 +530,7 @@ class Coordinator:
                     for n, s in sorted(core.nodes.items())
                     if s.role == "spare"
                 ],
+                "drains": self._pending_drains(),
                 "covered": core.covered,
                 "replicas": core.replicas,
                 "generation": {"committed": core.committed, "durable": core.durable},
@@ -513,6 +546,13 @@ class Coordinator:
         )
         self._status_stale = False
         self._status_cost = self._worked() - begun  # not what it waited for: a directory may hang for a second
+
+    def _pending_drains(self) -> list[dict[str, Any]]:
+        """Nodes that are to be taken away: the one whose turn it is, and those that `drain_sources` name besides."""
+        now, wanted = self._core.drain_under_way, self._drains.refused if self._drains is not None else {}
+        under_way = [] if now is None else [{"node": now[0], "state": now[1]}]
+        others = [{"node": node, "state": why} for node, why in wanted.items() if now is None or node != now[0]]
+        return under_way + others
 
     def _known_of(self, node: int) -> dict[str, Any]:
         """What is not the same of all nodes: left out where there is nothing to say."""

@@ -219,7 +219,8 @@ class Drains:
         self._sources = DrainSources([source(entry) for entry in sources], interval_s, _say)
         self._look_at = 0.0
         self._begun: dict[int, float] = {}  # by node, when its drain was begun last
-        self._refused: dict[int, str] = {}
+        self.refused: dict[int, str] = {}
+        """Why a node is not drained yet that is to be."""
 
     def due(self, core: Core, now: float) -> Iterator[tuple[int, str]]:
         """A node that is to be drained now, and why. ``now``: seconds, in the clock of ``core``."""
@@ -229,6 +230,9 @@ class Drains:
         wanted = self._sources.wanted() if core.phase is Phase.RUNNING else {}
         # Spares first: one that is to be taken away is not to take over from another node before.
         nodes = sorted(core.nodes.items(), key=lambda item: (item[1].role != "spare", item[0])) if wanted else []
+        if core.phase is Phase.RUNNING:
+            named = {node for node, state in nodes if not state.gone and (state.name in wanted or str(node) in wanted)}
+            self.refused = {node: why for node, why in self.refused.items() if node in named}
         for node, state in nodes:
             why = wanted.get(state.name) or wanted.get(str(node))
             if why is None or state.gone or state.role == "leaving":
@@ -237,12 +241,12 @@ class Drains:
                 continue  # it was called off a moment ago, or is under way
             refusal, soon = core.cannot_drain(node)
             if refusal:
-                if not soon and self._refused.get(node) != refusal:
-                    self._refused[node] = refusal
+                if not soon and self.refused.get(node) != refusal:
+                    self.refused[node] = refusal
                     _say(f"node {node} is to be drained ({why}), but {refusal}; it is tried again")
                 continue
             self._begun[node] = now
-            self._refused.pop(node, None)
+            self.refused.pop(node, None)
             _say(f"node {node} is drained: {why}")
             yield node, why
             return

@@ -52,6 +52,7 @@ from deadpool_megatron.cluster.core.progress import Progress
 from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.recovering import Recovery
+from deadpool_megatron.cluster.core.rehearsals import Rehearsals
 from deadpool_megatron.cluster.core.returning import Returning
 from deadpool_megatron.cluster.core.spares import Spares
 from deadpool_megatron.cluster.core.start import Start
@@ -99,6 +100,7 @@ class Core:
         self._arrivals = Arrivals(job.deadlines.join)
         self._drains = Drains(self._state, self._recoveries)
         self._checks = SpareChecks(self._state)
+        self._rehearsals = Rehearsals(self._state)
         self._suspicions = Suspicions(self._state)
         self._ends = WorkerEnds(self._state, self._recoveries, self._suspicions)
         self.seen = seen = Observations(self._state)
@@ -209,7 +211,7 @@ class Core:
         if not self._returning.waits:  # who is not back may be the loss that explains an error
             times += [self._suspicions.due, self._drains.due]
             if self.phase is Phase.RUNNING:
-                times.append(self._checks.due)
+                times += [self._checks.due, self._rehearsals.due]
             if self._state.phase is Phase.STARTING:
                 times += [self._durability.loading_due, self._start.due]
             times.append(self._recovery_due())
@@ -254,9 +256,9 @@ class Core:
         """Time has passed."""
         return self._run(self._check_deadlines(), now)
 
-    def interrupted(self, now: float, code: Exit = Exit.INTERRUPTED) -> list[Action]:
-        """The user asked for the end, or (`Exit.TERMINATED`) a batch system did."""
-        how = "interrupted" if code == Exit.INTERRUPTED else "ended by SIGTERM"
+    def interrupted(self, now: float, code: Exit = Exit.INTERRUPTED, how: str = "") -> list[Action]:
+        """The user asked for the end, or (`Exit.TERMINATED`) a batch system did, unless ``how`` says what else."""
+        how = how or ("interrupted" if code == Exit.INTERRUPTED else "ended by SIGTERM")
         return self._run(self._stop(code, f"{how}: every process of the job is ended"), now)
 
     def preempted(self, now: float) -> list[Action]:
@@ -306,6 +308,21 @@ class Core:
         """A node is to be taken away. Returns the reason it cannot, or an empty string."""
         why, _ = self.cannot_drain(node)
         return why, [] if why else self._run(self._drains.begin(node, now), now)
+
+    def cancel_drain(self, node: int, now: float) -> tuple[str, list[Action]]:
+        """A node is not to be taken away any more. Returns the reason it cannot stay, or an empty string."""
+        error = self._no_such_node(node)
+        if not error and self.nodes[node].role == "leaving":
+            error = f"node {node} is replaced already, and leaves when it has given its shards"
+        elif not error and self._drains.node != node:
+            error = f"node {node} is not being drained"
+        return error, [] if error else self._run(self._drains.cancel(node), now)
+
+    @property
+    def drain_under_way(self) -> tuple[int, str] | None:
+        """The node that is being drained, and what that waits for, in words."""
+        node = self._drains.node
+        return None if node is None else (node, self._drains.state)
 
     def cannot_drain(self, node: int) -> tuple[str, bool]:
         """Why a node cannot be taken away now (empty: it can), and whether that may pass by itself."""
@@ -513,6 +530,8 @@ class Core:
         if connects_again or replaces:
             yield emit("reconnected", node=record.node)
         self._checks.ask_at(record.node, self._now)  # an answer may have been lost with a connection
+        if not first:
+            self._rehearsals.again(record.node)
         if self._returning.awaits(record.node) and self._returning.was_away:
             yield from self._returning.back(record, self._now)
         elif self._state.phase is Phase.STARTING:
@@ -552,6 +571,7 @@ class Core:
         self._ends.begun(record)
         yield from self._start.worker_ready(record)
         self._checks.ask_at(record.node, self._now)
+        self._rehearsals.changed()
         yield from self._look_for_spare(record.node)
 
     def _rehearsed(self, record: r.Rehearsed) -> Effects:
@@ -749,6 +769,7 @@ class Core:
         self._suspicions.ended()
         self._ends.new_epoch()
         self._drains.forget()
+        self._rehearsals.changed()
 
     def _fetch_failed(self, record: r.FetchFailed) -> Effects:
         if record.own and record.epoch == self.epoch:
@@ -798,6 +819,7 @@ class Core:
             yield from self._drains.tick(self._now)
         if self.phase is Phase.RUNNING and not self._returning.waits:
             yield from self._checks.tick(self._now)
+            yield from self._rehearsals.tick(self._drains.rehearses)
             yield from self._suspicions.judge_stalls(self._now)
         recovery = self.recovery
         if recovery is None or self._returning.waits:  # what is missing may have been lost with a connection

@@ -31,6 +31,7 @@ class NodeState:
     was: int | None = None  # the node that its machine was before
     rehearsed: frozenset[int] = frozenset()  # coordinates that it has set up ahead of time
     standbys: dict[int, int] = field(default_factory=dict)  # by local index, who can take the place of its worker
+    rehearses: frozenset[int] = frozenset()  # those that it is to; none: those of `placing.in_turn`
     checked: bool = False  # as a spare, once at least
     unfit: str = ""  # why it has failed its last check
 
@@ -170,6 +171,11 @@ class Members:
         """Number of coordinates now."""
         return len(self.assignment)
 
+    @property
+    def width_nodes(self) -> int:
+        """Nodes that all coordinates fill: as many train, but for a time in which the job only saves what it has."""
+        return len(self.assignment) // self.job.slots_per_node
+
     # ---- changes
 
     def place(self, assignment: list[r.SlotAddress]) -> None:
@@ -183,6 +189,7 @@ class Members:
             if state.role == "active" and not holds:
                 state.parked.clear()
             state.role, state.rehearsed, state.standbys = "active" if holds else "spare", frozenset(), {}
+            state.rehearses = frozenset()
             state.unfit = "" if holds else state.unfit
 
     def hand_over(self, taken_by: dict[int, int]) -> None:
@@ -190,7 +197,7 @@ class Members:
         self.assignment = placing.replace_nodes(self.assignment, taken_by)
         for node, spare in taken_by.items():
             taken = self.nodes[spare]
-            taken.role, taken.rehearsed, taken.unfit = "active", frozenset(), ""
+            taken.role, taken.rehearsed, taken.rehearses, taken.unfit = "active", frozenset(), frozenset(), ""
             self.nodes[node].standbys = {}
             if self.nodes[node].role == "active":
                 self.nodes[node].role = "spare"
@@ -258,6 +265,7 @@ class Members:
                     s.name,
                     s.was,
                     s.unfit,
+                    sorted(s.rehearses),
                 ]
                 for s in self.nodes.values()
             ],
@@ -284,8 +292,9 @@ class Members:
                 name=name,
                 was=was,
                 unfit=unfit,
+                rehearses=frozenset(rehearses),
             )
-            for node, role, agent_pid, vault, pids, record, trained, name, was, unfit in kept["nodes"]
+            for node, role, agent_pid, vault, pids, record, trained, name, was, unfit, rehearses in kept["nodes"]
         }
         self._absent = set(self.nodes)
         self.departed = [node for node, state in self.nodes.items() if state.gone]

@@ -53,6 +53,11 @@ class Drains:
         return self._drain.node if self._drain is not None else None
 
     @property
+    def rehearses(self) -> int | None:
+        """The spare that sets up what the node does, while it is waited for."""
+        return self._drain.rehearses if self._drain is not None else None
+
+    @property
     def due(self) -> float | None:
         """When `tick` has something to do; None when nothing is under way, or has to wait."""
         drain = self._drain
@@ -111,7 +116,8 @@ class Drains:
             assert spare is not None  # one is parked
             drain.asked, drain.rehearses, drain.deadline = True, spare, now + job.deadlines.build
             yield emit("rehearsing", node=spare, ranks=ranks)
-            yield Send(spare, r.Rehearse({members.assignment[rank].local: rank for rank in ranks}))
+            members.nodes[spare].rehearses = frozenset(ranks)
+            yield Send(spare, r.Rehearse({members.assignment[rank].local: [rank] for rank in ranks}))
         else:
             yield from self._hold(drain, now)
 
@@ -161,6 +167,29 @@ class Drains:
             members.nodes[drain.node].role = "leaving"
             self._recoveries.helpers.add(drain.node)
             yield Declare(f"node {drain.node} is drained")
+
+    @property
+    def state(self) -> str:
+        """What the drain under way waits for, in words; empty when there is none."""
+        drain = self._drain
+        if drain is None:
+            return ""
+        if not self._trains:
+            return "waits until the job trains"
+        if drain.holds:
+            return f"all hold still at iteration {drain.iteration}"
+        if drain.rehearses is not None:
+            return f"node {drain.rehearses} sets up what it does"
+        return "waits for a spare that is starting" if self._spare_starts(drain) else "begins"
+
+    def cancel(self, node: int) -> Effects:
+        """The user wants the node that is being drained to stay; who holds still for it is set free."""
+        assert self._drain is not None and self._drain.node == node
+        holds = self._drain.holds and self._trains
+        cause = "the drain was cancelled"
+        yield from self.call_off(cause)
+        if holds:
+            yield Declare(f"node {node} is not drained: {cause}")
 
     def call_off(self, cause: str) -> Effects:
         """Whoever is to be taken away stays."""

@@ -14,13 +14,13 @@ What counts, in this order:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from deadpool_megatron.cluster.core.layout import Layout
 from deadpool_megatron.cluster.core.members import Members
 from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.placement import assignment as placing
-from deadpool_megatron.cluster.placement.domains import NVLINK, covered
+from deadpool_megatron.cluster.placement.domains import NVLINK, covered, whole
 
 
 class Spares:
@@ -53,10 +53,17 @@ class Spares:
         return placing.choose_spares(lost, spares, self._prefer(lost, ()))
 
     def covered(self) -> list[str]:
-        """How many losses of each domain spares of the same domain cover, in words."""
+        """How many losses of each domain spares of the same domain cover, and which whole ones, in words."""
         members = self._members
         labels = {node: known for node in members.present() if (known := self._protection.labels(node))}
-        return covered(labels, frozenset(members.active()), frozenset(members.spares())) if labels else []
+        if not labels:
+            return []
+        trains, spares = frozenset(members.active()), frozenset(members.spares())
+        lines = covered(labels, trains, spares)
+        if self._protection.groups:
+            uncopied = {kind: bad for kind, (_, bad) in self._protection.exact.domains.items()}
+            lines += whole(labels, trains, spares, uncopied)
+        return lines
 
     def _prefer(self, lost: Iterable[int], vacant: Iterable[int], moved: bool = False) -> placing.Preference:
         members, labels = self._members, self._protection.labels
@@ -68,12 +75,19 @@ class Spares:
             bad, cold = (int(members.unfit(spare)), members.failures(spare)), int(not members.parked(spare))
             first = (cold, *bad) if moved or members.nodes[node].role == "leaving" else (*bad, cold)
             apart = tied[node] and own[NVLINK] != others.get(NVLINK)
-            far = sum(others.get(kind) != label for kind, label in own.items())
-            return (*first, int(apart), int(spare not in fit.get(node, ())), far)
+            return (*first, int(apart), int(spare not in fit.get(node, ())), _far(own, others))
 
         return prefer
 
-    def _is_tied(self, node: int) -> bool:
+    def apart(self, node: int, spare: int, ranks: Collection[int]) -> tuple[int, int]:
+        """How little a spare suits a node of these ranks by their domains, NVLink's first; (0, 0): they are alike."""
+        own, others = self._protection.labels(node), self._protection.labels(spare)
+        if not own:
+            return 0, 0
+        tied = own.get(NVLINK) != others.get(NVLINK) and self._is_tied(node, ranks)
+        return int(tied), _far(own, others)
+
+    def _is_tied(self, node: int, ranks: Collection[int] | None = None) -> bool:
         """A tensor- or expert-parallel group spans this node and another one of its NVLink domain."""
         labels, assignment = self._protection.labels, self._members.assignment
         domain = labels(node).get(NVLINK)
@@ -81,7 +95,11 @@ class Spares:
             return False
         if not self._layout.coordinates:
             return True  # it may be, and nothing is lost by it
-        others = {
-            assignment[peer].node for rank in self._members.ranks_of(node) for peer in self._layout.close_to(rank)
-        }
+        mine = self._members.ranks_of(node) if ranks is None else ranks
+        others = {assignment[peer].node for rank in mine for peer in self._layout.close_to(rank)}
         return any(labels(other).get(NVLINK) == domain for other in others - {node})
+
+
+def _far(own: Mapping[str, str], others: Mapping[str, str]) -> int:
+    """In how many of a node's failure domains a spare is not."""
+    return sum(others.get(kind) != label for kind, label in own.items())

@@ -190,7 +190,8 @@ class Start:
         """A spare has set up coordinates ahead of time."""
         state = self._state.members.nodes[record.node]
         if state.role == "spare":
-            state.rehearsed = frozenset(record.ranks)
+            there = self._state.members.world_size  # of a wider job they may be more
+            state.rehearsed = frozenset(rank for rank in record.ranks if rank < there)
             yield emit("rehearsed", node=record.node, ranks=sorted(record.ranks), cause=record.why)
 
     def stands_by(self, record: r.Standbys) -> Effects:

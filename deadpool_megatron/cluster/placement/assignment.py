@@ -27,6 +27,12 @@ def initial(active_nodes: int, slots_per_node: int) -> list[SlotAddress]:
     return [SlotAddress(node, local) for node in range(active_nodes) for local in range(slots_per_node)]
 
 
+def in_turn(spare: int, active_nodes: int, count: int) -> list[int]:
+    """The nodes of epoch 0 that a spare stands for where nothing tells them apart: each takes the next ``count``."""
+    first = (spare - active_nodes) * count
+    return [(first + i) % active_nodes for i in range(min(count, active_nodes))]
+
+
 def nodes_of(assignment: Sequence[SlotAddress]) -> list[int]:
     """The nodes that hold a coordinate, each once, in the order of their first coordinate."""
     return list(dict.fromkeys(slot.node for slot in assignment))

@@ -118,6 +118,44 @@ def covered(labels: Mapping[int, Mapping[str, str]], trains: Collection[int], sp
     return sentences
 
 
+def whole(
+    labels: Mapping[int, Mapping[str, str]],
+    trains: Collection[int],
+    spares: Collection[int],
+    uncopied: Mapping[str, Collection[str]],
+) -> list[str]:
+    """Which domains may be lost as a whole, their spares with them: a sentence for each kind of two domains or more.
+
+    Args:
+        trains, spares: as of `covered`.
+        uncopied: by kind, the domains without which some shard has no copy left.
+    """
+    by_kind: dict[str, dict[str, set[int]]] = {}
+    for node, of_node in labels.items():
+        for kind, name in of_node.items():
+            by_kind.setdefault(kind, {}).setdefault(name, set()).add(node)
+    sentences = []
+    for kind in sorted(by_kind, key=lambda kind: (kind != NVLINK, kind)):
+        may, must_not = [], []
+        domains = {name: inside for name, inside in sorted(by_kind[kind].items()) if inside & {*trains}}
+        for name, inside in domains.items():
+            needed, there = len(inside & {*trains}), len({*spares} - inside)
+            if name in uncopied.get(kind, ()):
+                must_not.append(f"{name} (its shards have no copy elsewhere)")
+            elif needed > there:
+                must_not.append(f"{name} ({needed} nodes, {there} spares elsewhere)")
+            else:
+                may.append(name)
+        if len(domains) > 1:
+            words = [*_few(may), *([f"not {', '.join(_few(must_not))}"] if must_not else [])]
+            sentences.append(f"a whole {kind} lost at once, its spares too: {'; '.join(words)}")
+    return sentences
+
+
+def _few(names: list[str]) -> list[str]:
+    return [", ".join([*names[:_MOST_NAMED], *(["..."] if len(names) > _MOST_NAMED else [])])] if names else []
+
+
 def slurm_labels(environ: Mapping[str, str]) -> dict[str, str]:
     """The labels of the node this runs on, from Slurm's topology plugin (topology/tree); empty without one.
 

@@ -396,7 +396,12 @@ class Enlist(Record, frozen=True):
 
 
 class Drain(OfNode, frozen=True):
-    """`deadpool drain` asks that a node's coordinates move to a spare at the next step boundary."""
+    """`deadpool drain` asks that a node's coordinates move to a spare at the next step boundary.
+
+    ``cancel``: they are to stay, where that was asked before.
+    """
+
+    cancel: bool = False
 
 
 class AddSpare(Record, frozen=True):

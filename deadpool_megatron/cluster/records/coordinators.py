@@ -143,7 +143,7 @@ class Respawn(Record, frozen=True):
 class Rehearse(Record, frozen=True):
     """A spare node is to set up these coordinates ahead of time, by local index, and no others."""
 
-    ranks: dict[int, int]
+    ranks: dict[int, list[int]]
 
 
 class CheckSpare(Record, frozen=True):

@@ -141,7 +141,7 @@ class Where(Record, frozen=True):
 
 
 class Check(Record, frozen=True):
-    """A parked worker is to compute a little, and to copy the first half of the file ``path`` over its device into the
+    """A parked worker is to compute a little, and to copy the first half of a `vault.Scratch` over its device into the
     second one."""
 
     number: int
