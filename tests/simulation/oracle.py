@@ -44,7 +44,7 @@ class DirectoryOracle:
     def __init__(self, cluster: Run) -> None:
         self._cluster = cluster
         self._durable: list[tuple[int, str]] = []  # as told, newest first
-        self._damaged: set[str] = set()
+        self.damaged: set[str] = set()
         self.trouble_until = -1.0
 
     def begins(self, what: str, seconds: float) -> None:
@@ -53,11 +53,11 @@ class DirectoryOracle:
 
     def damages(self, name: str) -> None:
         """A file of this generation has changed."""
-        self._damaged.add(name)
+        self.damaged.add(name)
 
     def found(self, there: DirectoryOracle) -> None:
         """This job has taken over what another one has left."""
-        self._durable, self._damaged = list(there._durable), set(there._damaged)
+        self._durable, self.damaged = list(there._durable), set(there.damaged)
 
     def durable(self, generation: int, name: str) -> None:
         """The user is told that a generation is durable."""
@@ -76,7 +76,7 @@ class DirectoryOracle:
         directory = self._cluster.directory
         for generation, name in self._durable:
             pruned = directory.taken and f"{name}/{MANIFEST}" not in directory.data  # by the job that has it now
-            if name not in self._damaged and not pruned:
+            if name not in self.damaged and not pruned:
                 return generation
         return None
 
@@ -722,7 +722,11 @@ class Oracle:
             return
         if code == Exit.UNEQUAL and self.constants_gone:
             return
-        if code == Exit.USAGE and "cut anew" in message and not self.directory.in_peace(20.0):
+        if (
+            code == Exit.USAGE
+            and "cut anew" in message
+            and (self.directory.damaged or not self.directory.in_peace(20.0))
+        ):
             return
         broke = cluster.faults.kinds["broken groups"] - self._breaks > cluster.job.transient_retries
         if code == Exit.RECOVERY_FAILED and "with every node alive" in message and (broke or self._none_left()):
