@@ -178,7 +178,10 @@ def _park(hooks: Hooks, script: str, rehearses: str | None) -> None:
     warm_up.begin()
     if rehearses is None:
         session.step("parked", 0, numa=numa_node())
-        os.environ["RANK"] = str(session.wait_take_over().rank)
+        taken = session.wait_take_over()
+        os.environ["RANK"] = str(taken.rank)
+        if taken.world_size:  # fewer than when this process was started, perhaps
+            os.environ["WORLD_SIZE"] = str(taken.world_size)
     else:
         known.join()
         os.environ["RANK"] = rehearses

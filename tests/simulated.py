@@ -35,9 +35,10 @@ class SimulatedJob:
         retries: int = 3,
         can_rescue: bool = True,
         durable: DurableSpec | None = None,
+        replica: int = 1,
         **more: Any,
     ) -> None:
-        """``more``: of `JobSpec`."""
+        """``replica``: pipeline stages, each of one rank; ``more``: of `JobSpec`."""
         preempt = durable is not None
         self.core = Core(
             JobSpec(nodes, spares, slots, deadpool, DEADLINES, retries, durable=durable, on_preempt=preempt, **more)
@@ -45,6 +46,8 @@ class SimulatedJob:
         self.now = 100.0
         self.can_rescue = can_rescue
         self.restarts = False
+        self.replica = replica
+        self.written = 0  # the epoch of what vaults hold
         self.sent: list[Send] = []
         self.emitted: list[Emit] = []
         self.finish: Finish | None = None
@@ -123,9 +126,12 @@ class SimulatedJob:
     def register(self, rank: int, digest: str = "groups") -> None:
         """A coordinate is about to train."""
         slot = self.core.assignment[rank]
-        info = r.CoordinateInfo(rank, 0, 0, rank)
+        width = len(self.core.assignment) // self.replica
+        info = r.CoordinateInfo(rank, 0, rank // width, rank % width)
         epoch = self.core.epoch
-        told = (1 << 20, 1 << 10, digest, self.can_rescue, 0, epoch, True, self.restarts)
+        shrinks = self.core.job.when_out_of_spares == "shrink"
+        widths = list(range(1, width)) if shrinks and rank == 0 else []
+        told = (1 << 20, 1 << 10, digest, self.can_rescue, 0, epoch, True, self.restarts, widths)
         self.feed(r.Registered(slot.node, slot.local, info, *told))
 
     def train(self, name: str = "") -> SimulatedJob:
@@ -133,14 +139,14 @@ class SimulatedJob:
         for node in range(self.core.job.nodes):
             self.join([node], name.format(node))
         self.park()
-        for rank in range(self.core.job.world_size):
+        for rank in range(len(self.core.assignment)):
             self.register(rank)
         self._groups = self.core.protection.groups
         return self
 
     def iterate(self, iteration: int) -> None:
         """The last rank has finished an iteration."""
-        rank = self.core.job.world_size - 1
+        rank = len(self.core.assignment) - 1
         node = self.core.assignment[rank].node
         loss = {"lm loss": (0.5).hex()}
         self.feed(r.Iteration(node, rank, self.core.epoch, iteration, loss, (1.5).hex(), 0.1, 0.0, 1 << 20, 0))
@@ -159,7 +165,7 @@ class SimulatedJob:
         keepers = holders(self._groups, self.core.protection.scheme)
         wards = [ward for ward, nodes in keepers.items() if node in nodes]
         peer = {rank for ward in wards for rank in placing.ranks_of(before, ward).values()}
-        version = [(0, generation)]
+        version = [(self.written, generation)]
         self.feed(
             r.Offer(
                 self.core.epoch,

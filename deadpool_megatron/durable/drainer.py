@@ -70,6 +70,7 @@ class _Drainer:
         self._unstaged: dict[int, str] = {}
         self._cancelled: set[str] = set()
         self._kept: dict[str, ConstantsFile] = {}  # by arena, what the store was seen to have
+        self._ranks = 0  # that the job has
 
     # ---- the thread that reads
 
@@ -87,6 +88,8 @@ class _Drainer:
     def work(self) -> None:
         """Whatever goes wrong, drivers of stores included, is an answer: a drain that is not answered is waited for."""
         while (order := self._orders.get()) is not None:
+            if isinstance(order, Stage | Describe | Drain):
+                self._of(order.ranks)
             match order:
                 case Stage():
                     self._stage(order)
@@ -95,7 +98,7 @@ class _Drainer:
                 case Describe():
                     with contextlib.suppress(Exception):  # it may never be needed
                         _check(store := open_store(order.directory), order.job)
-                        write_layout(store, order.rank, order.layout)
+                        write_layout(store, order.rank, order.layout, order.ranks)
                 case Drain():
                     self._drain(order)
                 case Seal():
@@ -107,6 +110,13 @@ class _Drainer:
                             store = open_store(order.directory)
                             _check(store, order.job)
                             remove_attempt(store, order.name)
+
+    def _of(self, ranks: int) -> None:
+        """The job has so many ranks now: what is known of those of another number is of no use."""
+        if ranks != self._ranks:
+            self._ranks = ranks
+            for known in (self._staging, self._layouts, self._unstaged, self._kept):
+                known.clear()
 
     def _tell(self, answer: Answer) -> None:
         self._out.write(msgspec.json.encode(answer) + b"\n")
@@ -191,7 +201,7 @@ class _Drainer:
     def _layout(self, store: Store, rank: int) -> Layout:
         if rank not in self._layouts:
             try:
-                self._layouts[rank] = read_layout(store, rank)
+                self._layouts[rank] = read_layout(store, rank, self._ranks)
             except OSError:
                 raise DurableError(f"rank {rank} has not told what its shard consists of") from None
         return self._layouts[rank]
@@ -201,7 +211,7 @@ class _Drainer:
         if take.constants is None:
             return None
         path, layout = take.constants
-        layout = layout or read_layout(store, constants_of(take.rank))
+        layout = layout or read_layout(store, constants_of(take.rank), self._ranks)
         known = self._kept.get(path)
         if known is None or store.size(known.path) != known.nbytes:
             arena = Arena.attach(path)

@@ -147,14 +147,14 @@ def _has(store: Store, file: ConstantsFile, moved: Callable[[int], None]) -> boo
     return told.hex == file.xxh3_128
 
 
-def write_layout(store: Store, holder: int, layout: Layout) -> None:
-    """Keep what a rank's shard, or a holder's constants, consist of; the newest job's. Raises OSError."""
-    _write(store, layout_name(holder), [msgspec.json.encode(layout)])
+def write_layout(store: Store, holder: int, layout: Layout, ranks: int = 0) -> None:
+    """Keep what a rank's shard, or a holder's constants, consist of; of the newest job of so many. Raises OSError."""
+    _write(store, layout_name(holder, ranks), [msgspec.json.encode(layout)])
 
 
-def read_layout(store: Store, holder: int) -> Layout:
+def read_layout(store: Store, holder: int, ranks: int = 0) -> Layout:
     """What `write_layout` has written. Raises OSError, Damaged."""
-    name = layout_name(holder)
+    name = layout_name(holder, ranks)
     with contextlib.closing(store.open(name)) as f:
         try:
             return msgspec.json.decode(f.read(), type=Layout)

@@ -166,9 +166,9 @@ def generation_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def layout_name(holder: int) -> str:
-    """Where it is kept what the shard of a rank, or a holder's constants, consist of."""
-    return f"{LAYOUTS}/{holder}.json"
+def layout_name(holder: int, ranks: int = 0) -> str:
+    """Where it is kept what the shard of a rank, or a holder's constants, consist of, in a job of so many ranks."""
+    return f"{LAYOUTS}/{holder}{f'-of-{ranks}' if ranks else ''}.json"
 
 
 def shard_name(rank: int) -> str:

@@ -18,11 +18,15 @@ class _Record(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 
 
 class Stage(_Record, frozen=True):
-    """A coordinate lives on this node: make its staging memory (``nbytes``) and remember its layout."""
+    """A coordinate lives on this node: make its staging memory (``nbytes``) and remember its layout.
+
+    ``ranks``: how many the job has, in this and other orders; shards of another number are others.
+    """
 
     rank: int
     nbytes: int
     layout: Layout
+    ranks: int = 0
 
 
 class Unstage(_Record, frozen=True):
@@ -41,6 +45,7 @@ class Describe(_Record, frozen=True):
     rank: int
     layout: Layout
     job: str = ""
+    ranks: int = 0
 
 
 class Take(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,6 +73,7 @@ class Drain(_Record, frozen=True):
     seconds: float
     shards: tuple[Take, ...]
     job: str = ""
+    ranks: int = 0
 
 
 class Seal(_Record, frozen=True):

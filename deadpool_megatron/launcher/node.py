@@ -25,6 +25,7 @@ from deadpool_megatron.cluster.agent.process import AgentProcess
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.coordinator.coordinator import Coordinator, CoordinatorSettings
 from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
+from deadpool_megatron.cluster.coordinator.saved_state import Memory
 from deadpool_megatron.cluster.core.durable import DurableSpec
 from deadpool_megatron.cluster.link.ports import once_free, patience_s
 from deadpool_megatron.cluster.notices import INTERRUPT, PREEMPT, TERMINATE, WARNINGS
@@ -43,7 +44,7 @@ class _NotBegun(Exception):
 def _coordinator(start: CoordinatorStart) -> int:
     lease: Lease | None = None
     if start.durable is not None:
-        spec, lease = _durable(start.durable, start.job.world_size, start.agent.job_id, start.resume)
+        spec, lease = _durable(start.durable, _world_size(start), start.agent.job_id, start.resume)
         start = replace(start, job=replace(start.job, durable=spec))
     with contextlib.ExitStack() as at_the_end:
         if lease is not None:
@@ -186,8 +187,15 @@ def _durable(start: DurableStart, world_size: int, job_id: str, again: bool) -> 
         found, lease = go_on(spec.directory, owner, start.resume, world_size, start.newer_than, _say)
     else:
         found, lease = begin(spec.directory, owner, start.resume, world_size, start.newer_than, _say)
-    resume = start.resume != "none"
+    resume = start.resume != "none" or start.shrinks
     return replace(spec, complete=found.usable, resume=resume, others=found.others, recut=found.recut), lease
+
+
+def _world_size(start: CoordinatorStart) -> int:
+    """Ranks of the job now: fewer than at first where a coordinator goes on with one that has fewer replicas."""
+    url, name = start.store
+    kept = Memory(open_store(url, start.run_dir, name), Guard(*start.guard)).read() if start.resume else None
+    return start.job.world_size if kept is None else int(kept["members"]["world_size"])
 
 
 def _say(line: str) -> None:

@@ -51,6 +51,7 @@ class DurableStart:
         writes: this job owns the directory.
         launcher: the process with which all of the job ends; 0: none.
         newer_than: only a generation after this iteration is worth more than the checkpoint that is loaded.
+        shrinks: with fewer replicas the job begins anew with what is there, whatever it began with.
     """
 
     spec: DurableSpec
@@ -58,6 +59,7 @@ class DurableStart:
     writes: bool
     launcher: int
     newer_than: int
+    shrinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ def coordinator_settings(
         snapshot_interval=c.snapshot_interval,
         wait_for_spare_s=60 * c.wait_for_spare,
         rehearsals=c.rehearsals,
+        when_out_of_spares=c.when_out_of_spares,
         spare_check_s=c.spare_check if c.deadpool else 0.0,
         gather_s=gather_s(plan.nodes),
     )
@@ -214,7 +217,8 @@ def _durable(plan: LaunchPlan, job_id: str, alone: bool) -> DurableStart | None:
     )
     launcher = os.getpid() if alone else 0
     newer_than = -1 if c.export else _checkpoint_to_load(plan.arguments)  # an export is of what is durable
-    return DurableStart(spec, c.resume, not c.export, launcher, newer_than)
+    shrinks = c.when_out_of_spares == "shrink"
+    return DurableStart(spec, c.resume, not c.export, launcher, newer_than, shrinks)
 
 
 def _checkpoint_to_load(arguments: Sequence[str]) -> int:

@@ -175,7 +175,7 @@ class Hooks:
             if flags := not_looked_at(host.flags):
                 print(f"deadpool: nobody has looked at what a lost node does to {', '.join(flags)}", flush=True)
         self._unless_rehearsed(self._introduce)
-        if self.config.resume != "none" and not self.standby:
+        if (self.config.resume != "none" or self.config.when_out_of_spares == "shrink") and not self.standby:
             self._resumes()
         return result
 

@@ -98,6 +98,10 @@ class Host(ABC):
     def args(self) -> Mapping[str, Any]:
         """Settings and counters of now, by the names of Megatron-LM's ``args``. Empty before there are any."""
 
+    def deals(self, replicas: int) -> bool:
+        """Where it `can_recut`: so many replicas can have the samples of each global batch."""
+        return False
+
     @property
     @abstractmethod
     def begun(self) -> float:

@@ -41,7 +41,7 @@ from deadpool_megatron.megatron.small_state import SmallState, positions, unlike
 from deadpool_megatron.megatron.standby import numa_node
 from deadpool_megatron.megatron.state_hash import digests
 from deadpool_megatron.megatron.unique_state import UniqueState, expected_bytes
-from deadpool_megatron.megatron.width import OtherWidth
+from deadpool_megatron.megatron.width import OtherWidth, widths_below
 from deadpool_megatron.recovery import EpochClosed, Refused, Session, Superseded
 from deadpool_megatron.snapshot import CopyEngine, CudaCopyEngine, HostCopyEngine, Pacing, ShardPlan, Snapshotter
 from deadpool_megatron.vault import ConstantsWriter, SlotWriter, Version, constants_of
@@ -116,7 +116,8 @@ class MegatronTrainer:
             flush=True,
         )
         if config.durable_dir:
-            session.describe("layout", self.rank, _json(layout_of(self._plan, pieces_of(model, optimizer))))
+            self._layout = layout_of(self._plan, pieces_of(model, optimizer))
+            session.describe("layout", self.rank, _json(self._layout))
             if self._frozen:
                 session.describe("constants", self.rank, _json(layout_of(self._frozen.plan)))
         self._writer = SlotWriter(self._memory(self.rank, self._plan.nbytes, len(self._small)), doorbell)
@@ -156,7 +157,10 @@ class MegatronTrainer:
             raise UserError(str(err)) from None
 
     def register(self, can_rescue: bool, restarts: bool) -> None:
-        """Tell who this is, once, before training. See `Registered`."""
+        """Tell who this is, once, before training. See `Registered`. Raises UserError for what the job is to do, and
+        cannot."""
+        shrinks = self._config.when_out_of_spares == "shrink"
+        widths = widths_below(self._host, self._layout, self._small) if shrinks else []
         self._session.tell(
             r.Registered(
                 0,
@@ -176,6 +180,7 @@ class MegatronTrainer:
                 self._expected,
                 repeatable=self._repeatable(),
                 restarts=restarts,
+                widths=widths if self.rank == 0 else [],
             )
         )
 

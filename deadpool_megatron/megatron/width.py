@@ -31,22 +31,52 @@ from deadpool_megatron.durable import (
     settings_note,
 )
 from deadpool_megatron.megatron.description import describe_job, layout_of
+from deadpool_megatron.megatron.host import Host
 from deadpool_megatron.megatron.pieces import pieces_of, trained_parameters
 from deadpool_megatron.megatron.same_model import WIDTH
 from deadpool_megatron.snapshot import ShardPlan, decode, encode
 
 _SMALL: Final = "small."  # copies of what a device holds besides the optimizer's state (`small_state`)
 # By the name of a setting: a value with which the samples of a batch, or the state of a rank, follow from the width.
-_BOUND: Final = (
+_BOUND: Final[tuple[tuple[str, Callable[[Any], bool]], ...]] = (
     ("num_experts", bool),
     ("data_parallel_random_init", bool),
     ("decrease_batch_size_if_needed", bool),
     ("full_validation", bool),  # its number of iterations follows from the width
     ("dataloader_type", lambda value: value != "single"),
 )
+# Likewise: what `widths_below` does not follow.
+_SCHEDULED: Final[tuple[tuple[str, Callable[[Any], bool]], ...]] = (
+    ("rampup_batch_size", bool),
+    ("step_batch_size_schedule", bool),
+)
 _PATIENCE_S: Final = 10.0  # with a directory that cannot be read
 _AGAIN_S: Final = 0.5
 _T = TypeVar("_T")
+
+
+def widths_below(host: Host, layout: Layout, small: bytes) -> list[int]:
+    """Smaller numbers of replicas that this job can go on with, each from a generation of this one.
+
+    Args:
+        layout: of this rank's shard, with its pieces; ``small``: its small state.
+
+    Raises UserError where there are none, whatever the number.
+    """
+    args = host.args
+    why = "" if host.can_recut else "only Megatron-LM's own training loop goes on with another number of replicas"
+    for setting, bound in (*_BOUND, *_SCHEDULED):
+        if not why and bound(value := args.get(setting)):
+            why = f"with {setting} {value} a job has to keep its number of replicas"
+    items = [item for item in layout.items if not item.name.startswith(_SMALL)]
+    if not why and any(not item.pieces for item in items):
+        why = "this optimizer's state is not cut anew"
+    if not why and any(numbers["own"] for numbers in decode(small)["numbers"]):
+        why = "the optimizer keeps numbers of single parameters, which are not cut anew"
+    if why:
+        raise UserError(f"--deadpool-when-out-of-spares shrink: {why}; use save, or wait")
+    replicas = parallel_state.get_data_parallel_world_size()
+    return [width for width in range(1, replicas) if host.deals(width)]
 
 
 def _put_valid_samples(saved: dict[str, Any], args: Mapping[str, Any]) -> None:

@@ -52,6 +52,7 @@ class NodeMetrics:
         info.info({"node": str(node), "job_id": job_id, "version": __version__})
         self.spare = gauge("node_spare", "1 while this node is a spare, 0 while it holds coordinates.")
         self.coordinates = gauge("node_coordinates", "Coordinates this node holds.")
+        self.job_coordinates = gauge("job_coordinates", "Coordinates of the whole job: fewer when it has shrunk.")
         self.standbys = gauge("standby_workers", "Processes that can take the place of a worker of this node now.")
         self.epoch = gauge("epoch", "Number of the assignment this node works under.")
         self.committed = gauge("committed_generation", "Newest generation committed by the whole job.")

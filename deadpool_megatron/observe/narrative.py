@@ -79,7 +79,7 @@ def _who_took_over(r: Recovery) -> str:
     sources = sorted(set(r.sources.values()))
     came = f", with the shards out of the vault{'s' if len(sources) > 1 else ''} of {_several('node', sources)}"
     who = f"{_nodes(r, r.new_nodes)}, until then spare," if r.new_nodes else "Other slots"
-    if not r.new_nodes and {*r.replaced} <= r.stood_by:
+    if not r.new_nodes and {*r.replaced} <= {*r.stood_by}:
         who = "Processes that stood by in their own slots"
     if who.startswith("node"):
         who = who.capitalize()
@@ -93,7 +93,8 @@ def _what_was_lost(r: Recovery) -> str:
     what = f"Training went on from the start of iteration {r.generation}"
     if repeated == 0:
         return f"{what}; only the interrupted iteration was begun again, no completed one is lost. "
-    return f"{what}; {count_text(repeated, 'completed iteration')} had to be done again, bit for bit the same. "
+    same = "" if r.end == "shrunk" else ", bit for bit the same"  # sums of fewer replicas are in another order
+    return f"{what}; {count_text(repeated, 'completed iteration')} had to be done again{same}. "
 
 
 def _how_long(r: Recovery) -> str:
@@ -136,7 +137,9 @@ def _what_next(r: Recovery) -> str:
         todo.append(f"look at the log of {_several('rank', r.ranks)}{kernel}")
     else:
         todo.append("look at the network; the peer_error events say who saw what")
-    if r.spares_left == 0:
+    if r.spares_left == 0 and r.end == "shrunk":
+        todo.append("bring a spare node soon: the next loss costs another replica")
+    elif r.spares_left == 0:
         todo.append("bring a spare node soon: the next loss ends the job (with a checkpoint, where one can be saved)")
     return f"What to do: {'; '.join(todo)}."
 
@@ -166,4 +169,8 @@ def paragraph(r: Recovery, number: int, story: Story) -> str:
         )
     if r.end == "started_over":
         return f"{head}{_sentence(r.end_message)}. {_what_next(r)}"
+    if r.end == "shrunk":
+        width, was = r.replicas
+        taken = f"No spare was left: the job began anew with {width} of {was} data-parallel replicas, from disk. "
+        return head + taken + _what_was_lost(r) + _how_long(r) + _what_is_left(r, story) + _what_next(r)
     return head + _who_took_over(r) + _what_was_lost(r) + _how_long(r) + _what_is_left(r, story) + _what_next(r)

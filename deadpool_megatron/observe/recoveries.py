@@ -30,9 +30,9 @@ class Recovery:
 
     ``times`` are unix seconds by phase, in order; of a phase that was gone through again, the last time. ``steps`` are
     unix seconds by node and phase, as each node told it (its newest epoch). ``sources`` says by rank which node's vault
-    gave its shard. ``end`` is ``"resumed"``, ``"saved"``, ``"stopped"`` or ``"started_over"`` (anew, since nothing was
-    committed yet), None while it is under way. ``redone`` is the unix time at which the first iteration after it was
-    complete, None before that.
+    gave its shard. ``end`` is ``"resumed"``, ``"shrunk"``, ``"saved"``, ``"stopped"`` or ``"started_over"`` (anew, for
+    nothing was committed yet), None while it is under way. ``redone`` is the unix time at which the first iteration
+    after it was complete, None before that.
 
     ``progress`` is the last completed iteration before the loss (-1: none), ``pace_s`` the usual seconds of one,
     ``taken_over`` says by lost node which node has its coordinates now, ``spares_left`` how many nodes are spare after
@@ -45,7 +45,7 @@ class Recovery:
     causes: dict[int, str] = field(default_factory=dict)
     ranks: list[int] = field(default_factory=list)
     replaced: list[int] = field(default_factory=list)
-    stood_by: set[int] = field(default_factory=set)  # ranks for which another process of their node did
+    stood_by: list[int] = field(default_factory=list)  # ranks for which another process of their node did
     restarts: bool = False
     reason: str = ""
     purpose: str = "resume"
@@ -65,6 +65,7 @@ class Recovery:
     names: dict[int, str] = field(default_factory=dict)  # of machines, by node, where there are several
     stuck_since: float | None = None
     directory: str = ""
+    replicas: tuple[int, int] = (0, 0)  # that go on, and that there were, where they became fewer
     redone: float | None = None
     redone_iteration: int | None = None
     spares_left: int | None = None
@@ -124,10 +125,10 @@ class Recovery:
             self.causes.setdefault(event["node"], event.get("cause", ""))
             self.ranks = sorted({*self.ranks, *event.get("ranks", ())})
             if event.get("stood_by"):
-                self.stood_by |= {*event["ranks"]}
+                self.stood_by = sorted({*self.stood_by, *event["ranks"]})
                 self.replaced = sorted({*self.replaced, *event["ranks"]})
             else:
-                self.stood_by -= {*event.get("ranks", ())}
+                self.stood_by = sorted({*self.stood_by} - {*event.get("ranks", ())})
             if _is_node(event) and event.get("ranks") and event["node"] not in self.lost:
                 self.lost.append(event["node"])  # the job may end before anything is declared
         elif name == "declared":
@@ -251,6 +252,9 @@ class Story:
             self.spares |= set(self.active) - set(event.get("lost", ()))
             self.spares -= set(nodes)
             self.active = nodes
+        if name == "shrunk":
+            self.active = list(event.get("nodes", ()))
+            self.spares = set(event.get("spares", ()))
         now = self._now
         if now is None:
             return None
@@ -260,9 +264,11 @@ class Story:
             now._phase(event)
         elif name == "step" and event.get("epoch") == now.epoch:
             now.steps.setdefault(event["node"], {})[event["step"]] = event["t"]
-        if name not in ("resumed", "saved", "stopped", "started_over"):
+        if name not in ("resumed", "shrunk", "saved", "stopped", "started_over"):
             return interrupted
         now.end = name
+        if name == "shrunk":
+            now.generation, now.replicas = event.get("iteration"), (event.get("width", 0), event.get("was", 0))
         if name != "resumed":
             now.times.setdefault(name, event["t"])
             now.end_code = event.get("code", 0)
@@ -270,7 +276,7 @@ class Story:
         now.spares_left = None if self.spares is None else len(self.spares - self.lost)
         self.recoveries.append(now)
         self._now = None
-        if name == "resumed":
+        if name in ("resumed", "shrunk"):
             self._awaits_iteration = now
             return None
         return now

@@ -283,6 +283,8 @@ class JobView:
             recovers = self.story.under_way is not None
             line.append(status["phase"], "bold red" if recovers else "bold green" if iteration >= 0 else "bold")
         line.append(f", epoch {status['epoch']}")
+        width, full = status.get("replicas") or (0, 0)
+        line.append(f", {width} of {full} replicas" if width < full else "", "yellow")
         line.append(f", last iteration {iteration}" if iteration >= 0 else ", no iteration yet")
         if self.story.pace_s is not None and not self.over:
             line.append(f", {seconds_text(self.story.pace_s)} each")
@@ -361,6 +363,7 @@ def _how(r: Recovery) -> str:
     return {
         None: "under way",
         "resumed": f"resumed from iteration {r.generation}",
+        "shrunk": f"{r.replicas[0]} of {r.replicas[1]} replicas went on from iteration {r.generation}",
         "saved": f"a checkpoint of iteration {r.generation} was saved, the job ended",
         "stopped": "the job ended",
         "started_over": "the job began anew",

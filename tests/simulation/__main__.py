@@ -40,11 +40,12 @@ def main() -> int:
     parser.add_argument("--moves", action="store_true", help="every run has drains that something happens to")
     parser.add_argument("--together", action="store_true", help="workers of several nodes die within a moment")
     parser.add_argument("--signs", action="store_true", help="a GPU is at fault, and its machine tells so")
+    parser.add_argument("--shrinks", action="store_true", help="fewer replicas go on when no spare is left")
     parser.add_argument("--replaced", type=float, default=0.0, help="how likely a packet is lost with its connection")
     args = parser.parse_args()
     profile = Profile(
         only=tuple(args.only),
-        durable=args.durable or args.rivals or None,
+        durable=args.durable or args.rivals or args.shrinks or None,
         shards=args.shards or None,
         rivals=args.rivals or None,
         restarts=args.restarts,
@@ -54,6 +55,7 @@ def main() -> int:
         moves=args.moves or None,
         signs=args.signs,
         together=args.together,
+        shrinks=args.shrinks,
         replaced=args.replaced,
     )
     if args.mixed and profile != Profile():

@@ -175,6 +175,7 @@ class _Drainer(DrainerProcess):
         self._staging: dict[int, Staging] = {}
         self._layouts: dict[int, Layout] = {}
         self._kept: dict[str, ConstantsFile] = {}
+        self._ranks = 0
 
     # ---- the agent's side
 
@@ -255,6 +256,10 @@ class _Drainer(DrainerProcess):
 
     def _carry_out(self, order: Any) -> None:
         store = self._host.cluster.directory
+        if isinstance(order, Stage | Describe | Drain) and order.ranks != self._ranks:  # as `durable.drainer`
+            self._ranks = order.ranks
+            for known in (self._staging, self._layouts, self._kept):
+                known.clear()
         try:
             match order:
                 case Stage():
@@ -265,7 +270,7 @@ class _Drainer(DrainerProcess):
                     self._layouts.pop(order.rank, None)
                 case Describe():
                     check_owner(store, order.job)
-                    write_layout(store, order.rank, order.layout)
+                    write_layout(store, order.rank, order.layout, order.ranks)
                 case Drain():
                     self._drain(order)
                     return
@@ -316,9 +321,9 @@ class _Drainer(DrainerProcess):
             assert generation is not None
             take = order.shards[index]
             staging = self._staging[take.rank]
-            layout = self._layouts.get(take.rank) or read_layout(store, take.rank)
+            layout = self._layouts.get(take.rank) or read_layout(store, take.rank, order.ranks)
             shard = write_shard(store, order.name, staging.rank, generation, layout, staging.unique, staging.small)
-            constants = self._constants(store, take)
+            constants = self._constants(store, take, order.ranks)
             shards.append(msgspec.structs.replace(shard, constants=constants))
         except ChecksumMismatch as err:
             self._end(Done(order.name, False, (), str(err), unusable=constants_of(take.rank)))
@@ -328,13 +333,13 @@ class _Drainer(DrainerProcess):
             return
         self._later(self._write, order, index + 1, shards)
 
-    def _constants(self, store: Directory, take: Take) -> ConstantsFile | None:
+    def _constants(self, store: Directory, take: Take, ranks: int) -> ConstantsFile | None:
         """As `durable.drainer`."""
         if take.constants is None:
             return None
         path, layout = take.constants
         holder = constants_of(take.rank)
-        layout = layout or read_layout(store, holder)
+        layout = layout or read_layout(store, holder, ranks)
         known = self._kept.get(path)
         if known is None or store.size(known.path) != known.nbytes:
             arena = self._host.shards.vault.arena(holder, "own")

@@ -39,6 +39,7 @@ class Profile:
         moves: every run has drains that something happens to, or none has; None: drawn.
         signs: one machine's GPU is at fault, and takes others along.
         together: workers of several nodes die at about the same time.
+        shrinks: what has a durable directory goes on with fewer replicas when no spare is left.
         replaced: how likely a packet's connection is replaced just after it was sent.
     """
 
@@ -54,6 +55,7 @@ class Profile:
     moves: bool | None = None
     signs: bool = False
     together: bool = False
+    shrinks: bool = False
     replaced: float = 0.0
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.coordinator.coordinator import Coordinator, CoordinatorSettings
 from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
+from deadpool_megatron.cluster.coordinator.saved_state import read_state
 from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.job import JobSpec
 from deadpool_megatron.cluster.link.link import Hub
@@ -310,7 +311,9 @@ class Headquarters:
         spec, store = self.job.durable, self.directory
         if spec is None:
             return self.job, None
-        owner, world_size = this_process(spec.job), self.job.world_size
+        kept = read_state(self.disk) if self.lives else None
+        world_size = self.job.world_size if kept is None else kept["members"]["world_size"]
+        owner = this_process(spec.job)
         if self.lives:
             spec = replace(spec, job=f"{spec.job}r{self.lives}")
             lease = DirectoryLease(store, 0, owner)
@@ -320,7 +323,7 @@ class Headquarters:
             found = survey(store, "auto", world_size, -1, True)
         self._lease = lease
         self._renew(self.process, lease)
-        return replace(self.job, durable=replace(spec, complete=found.usable)), lease
+        return replace(self.job, durable=replace(spec, complete=found.usable, recut=found.recut)), lease
 
     def _renew(self, process: Process, lease: DirectoryLease) -> None:
         """As the thread of `Lease.keep`."""

@@ -48,7 +48,7 @@ class _Blind(Watch):
     def entered(self, epoch: int, coordinates: int, reason: str = "") -> None:
         self.epochs.append(epoch)
 
-    def received(self, record: Any, ranks: int) -> None:
+    def received(self, record: Any, ranks: int, of: int) -> None:
         return
 
     def rang(self, rank: int) -> None:

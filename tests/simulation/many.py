@@ -38,6 +38,7 @@ _STANDBYS = 0.25  # of them have processes that stand by
 _CHECKED = 0.2  # of them have spares that are checked besides
 _SIGNS = 0.2  # of them have a GPU at fault besides
 _TOGETHER = 0.2  # of them lose workers by the dozen besides
+_SHRINKS = 0.4  # of those with a durable directory that nobody else wants have fewer replicas when no spare is left
 _BLOCK = 200  # runs
 _COLLECT = 50
 Block = dict[str, Any]  # a line of the file
@@ -49,9 +50,13 @@ def mixed(seed: int) -> tuple[str, Profile]:
     flags = _TURNS[seed % len(_TURNS)]
     rehearsed = random.Random(f"rehearsed {seed}").random() < _REHEARSED
     signs = random.Random(f"has signs {seed}").random() < _SIGNS
+    narrows = bool(MIX[flags][1].durable) and not MIX[flags][1].rivals
+    shrinks = narrows and random.Random(f"has fewer {seed}").random() < _SHRINKS
     standbys = random.Random(f"standbys {seed}").random() < _STANDBYS
     checks = random.Random(f"has checks {seed}").random() < _CHECKED
-    profile = replace(MIX[flags][1], rehearsals=rehearsed, signs=signs, standbys=standbys, checks=checks)
+    profile = replace(
+        MIX[flags][1], rehearsals=rehearsed, signs=signs, standbys=standbys, checks=checks, shrinks=shrinks
+    )
     profile = replace(profile, together=random.Random(f"together {seed}").random() < _TOGETHER)
     few = random.Random(f"few {seed}")
     if few.random() < 0.5:

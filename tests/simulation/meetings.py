@@ -62,7 +62,8 @@ class Meetings:
 
     def _try(self, meeting: _Meeting) -> None:
         cluster = self._cluster
-        if meeting.complete or len(meeting.entered) < cluster.job.world_size or meeting.epoch in self._broken:
+        missing = len(meeting.entered) < cluster.oracle.ranks(meeting.epoch)
+        if meeting.complete or missing or meeting.epoch in self._broken:
             return
         nodes = sorted({rank.host.node for rank in meeting.entered.values()})
         if not all(cluster.network.both(a, b) for a, b in combinations(nodes, 2)):

@@ -19,8 +19,10 @@ from deadpool_megatron.cluster.agent.fetching import Attempts
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.recovery import NodeRecovery
 from deadpool_megatron.cluster.agent.shards import FetchDone
+from deadpool_megatron.cluster.agent.upkeep import Upkeep
 from deadpool_megatron.cluster.coordinator import coordinator
 from deadpool_megatron.cluster.coordinator.coordinator import Coordinator
+from deadpool_megatron.cluster.core import recoveries
 from deadpool_megatron.cluster.core.core import Core
 from deadpool_megatron.cluster.core.durable import Durability
 from deadpool_megatron.cluster.core.effects import Answer, Declare, Effects, Stop
@@ -34,6 +36,7 @@ from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.signs import Blamed, Signs, Verdict
 from deadpool_megatron.cluster.core.start import Start
+from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.core.worker_ends import WorkerEnds
 from deadpool_megatron.cluster.link.awake import AwakeClock
 from deadpool_megatron.cluster.placement import agreement
@@ -44,7 +47,7 @@ from deadpool_megatron.recovery import Redo
 from deadpool_megatron.vault import CommitLedger, Vault, Version, is_constants
 from deadpool_megatron.vault.arena import Slot
 from deadpool_megatron.vault.intake import Intake, Intakes
-from simulation import durable, vaults
+from simulation import durable, headquarters, vaults
 
 __all__ = ["MUTANTS"]
 
@@ -599,6 +602,49 @@ def _a_spare_that_failed_is_as_good_as_any(patch: Patch) -> None:
     patch.setattr(Members, "failures", lambda self, node: 0)
 
 
+def _one_replica_goes_on(patch: Patch) -> None:
+    """Whatever is left, the smallest number of replicas goes on."""
+    fewer = JobState.fewer
+    patch.setattr(JobState, "fewer", lambda self: min([*self.layout.widths, fewer(self)]) if fewer(self) else 0)
+
+
+def _what_was_written_by_a_wider_job_counts(patch: Patch) -> None:
+    """Offers of older epochs stand, and vaults keep what they have."""
+    patch.setattr(recoveries, "_written_since", lambda epoch, held: dict(held))
+    patch.setattr(Upkeep, "empty", lambda self: None)
+
+
+def _a_durable_generation_of_another_width_is_none(patch: Patch) -> None:
+    """A loss before the first commit of the new width ends the job."""
+    patch.setattr(Durability, "only_recut", property(lambda self: False))
+
+
+def _the_next_coordinator_forgets_the_width(patch: Patch) -> None:
+    """It takes the job for as wide as at first, and looks for such a generation."""
+    patch.setattr(headquarters, "read_state", lambda store: None)
+
+
+def _a_shrink_ends_with_the_last_drain(patch: Patch) -> None:
+    """The newest generation is durable, and nobody goes on."""
+
+    def before(self: Recoveries) -> Effects:
+        yield self._unsaved()
+
+    patch.setattr(Recoveries, "last_drained", before)
+
+
+def _a_shrink_is_still_under_way_when_it_is_over(patch: Patch) -> None:
+    """What came of the last epochs of the wider job is not forgotten: the next loss only drains."""
+
+    def before(self: Recoveries) -> Effects:
+        self.current = None
+        self._none_vacant()
+        self._refused.clear()
+        yield from self.let_helpers_go()
+
+    patch.setattr(Recoveries, "start_over", before)
+
+
 def _a_spare_is_spent_although_another_process_stands_by(patch: Patch) -> None:
     def taken_by(self: Recoveries, out_of_use: set[int]) -> dict[int, int] | None:
         return self._state.spares.for_lost(out_of_use, {node for node, _ in self.vacant})
@@ -642,6 +688,12 @@ def _the_end_does_not_wait_for_who_has_just_ended(patch: Patch) -> None:
 MUTANTS: dict[str, Callable[[Patch], None]] = {
     "together": _a_recovery_may_end_before_who_ended_in_it_is_replaced,
     "together end": _the_end_does_not_wait_for_who_has_just_ended,
+    "narrowest": _one_replica_goes_on,
+    "wider copies": _what_was_written_by_a_wider_job_counts,
+    "only recut": _a_durable_generation_of_another_width_is_none,
+    "width kept": _the_next_coordinator_forgets_the_width,
+    "goes on": _a_shrink_ends_with_the_last_drain,
+    "shrink over": _a_shrink_is_still_under_way_when_it_is_over,
     "renewing": _an_offer_comes_before_who_is_to_take_it,
     "1 ranks": _ranks_apart_are_told_of_by_nobody,
     "1 nodes": _who_comes_back_does_not_hear_the_floor,

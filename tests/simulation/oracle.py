@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.placement.redundancy import Scheme
@@ -42,20 +44,20 @@ class DirectoryOracle:
     def __init__(self, cluster: Run) -> None:
         self._cluster = cluster
         self._durable: list[tuple[int, str]] = []  # as told, newest first
-        self._damaged: set[str] = set()
-        self._trouble_until = -1.0
+        self.damaged: set[str] = set()
+        self.trouble_until = -1.0
 
     def begins(self, what: str, seconds: float) -> None:
         """Something is wrong with it for so long."""
-        self._trouble_until = max(self._trouble_until, self._cluster.world.now + seconds)
+        self.trouble_until = max(self.trouble_until, self._cluster.world.now + seconds)
 
     def damages(self, name: str) -> None:
         """A file of this generation has changed."""
-        self._damaged.add(name)
+        self.damaged.add(name)
 
     def found(self, there: DirectoryOracle) -> None:
         """This job has taken over what another one has left."""
-        self._durable, self._damaged = list(there._durable), set(there._damaged)
+        self._durable, self.damaged = list(there._durable), set(there.damaged)
 
     def durable(self, generation: int, name: str) -> None:
         """The user is told that a generation is durable."""
@@ -74,13 +76,13 @@ class DirectoryOracle:
         directory = self._cluster.directory
         for generation, name in self._durable:
             pruned = directory.taken and f"{name}/{MANIFEST}" not in directory.data  # by the job that has it now
-            if name not in self._damaged and not pruned:
+            if name not in self.damaged and not pruned:
                 return generation
         return None
 
     def in_peace(self, seconds: float) -> bool:
         """Nothing was wrong with it for so long."""
-        return not self._cluster.directory.taken and self._cluster.world.now > self._trouble_until + seconds
+        return not self._cluster.directory.taken and self._cluster.world.now > self.trouble_until + seconds
 
 
 @dataclass(slots=True)
@@ -97,6 +99,36 @@ class _Held:
     words: dict[tuple[int, ...], list[tuple[int, int, Slot, int]]] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Era:
+    """A number of ranks, and the numbers that a run of so many has.
+
+    Attributes:
+        epoch: since when.
+        first: the generation that it began with.
+        values: by generation from that one on, by rank.
+    """
+
+    epoch: int
+    first: int
+    values: list[list[int]]
+
+    @property
+    def ranks(self) -> int:
+        """How many."""
+        return len(self.values[0])
+
+    def at(self, generation: int) -> list[int]:
+        """By rank, what the undisturbed run has there."""
+        while len(self.values) <= generation - self.first:
+            last = self.values[-1]
+            total = sum(last) & _MASK
+            self.values.append([Oracle.after(value, total) for value in last])
+        if generation < self.first:
+            raise Violation(f"generation {generation} of {self.ranks} ranks, which began with {self.first}")
+        return self.values[generation - self.first]
+
+
 class Oracle:
     """Of one run.
 
@@ -108,7 +140,7 @@ class Oracle:
     def __init__(self, cluster: Run) -> None:
         self._cluster = cluster
         world_size = cluster.job.world_size
-        self._values = [[rank * 7919 + 1 for rank in range(world_size)]]
+        self._eras = [_Era(0, 0, [[rank * 7919 + 1 for rank in range(world_size)]])]
         self.hurt: dict[int, str] = {}
         self._rows: dict[int, int] = {}  # by word
         self.directory = DirectoryOracle(cluster)
@@ -138,23 +170,50 @@ class Oracle:
         self.iteration = -1
         self.ends: dict[int, tuple[int, int]] = {}  # by rank: epoch it finished in, value
         self.declared: list[tuple[float, int, str]] = []
-        self._checkpoint: dict[int, int] = {}  # the last one, by rank: the value that its part has
+        # The last one, by the epoch since when there are as many ranks, and by rank: the value that its part has.
+        self._checkpoint: dict[int, dict[int, int]] = {}
         self._tracked: dict[int, int] | None = None  # as it is on disk when the tracker file says that it is whole
         self.training = False
         self.given_up = 0  # generations that were, rightly
+        self._drain_began = 0.0  # the newest drain
         self.saving: list[int] | None = None  # who was healthy when it was found that no spare is left
         self._waits_since: float | None = None  # for a spare
         self._late: set[int] = set()  # who came when the wait was over, and may not have been counted on
 
     # ---- numbers
 
-    def value(self, rank: int, generation: int) -> int:
-        """What the undisturbed run has there."""
-        while len(self._values) <= generation:
-            last = self._values[-1]
-            total = sum(last) & _MASK
-            self._values.append([self.after(value, total) for value in last])
-        return self._values[generation][rank]
+    def value(self, rank: int, generation: int, epoch: int = 0) -> int:
+        """What the undisturbed run has there, of as many ranks as in this epoch."""
+        return self._era(epoch).at(generation)[rank]
+
+    def ranks(self, epoch: int | None = None) -> int:
+        """How many the job has in an epoch; None: now."""
+        return (self._eras[-1] if epoch is None else self._era(epoch)).ranks
+
+    def _era(self, epoch: int) -> _Era:
+        if epoch and (resized := self._cluster.hq.core.members.resized) > self._eras[-1].epoch and epoch >= resized:
+            self._narrower(resized)
+        return next(era for era in reversed(self._eras) if era.epoch <= epoch)
+
+    def _narrower(self, epoch: int) -> None:
+        """Somebody knows that the job has fewer ranks since this epoch; perhaps not by the log, whose writer died."""
+        core = self._cluster.hq.core
+        base = core._durability._recut
+        assert base is not None
+        file = self._cluster.directory.data.get(f"{base[1]}/{MANIFEST}")
+        written = msgspec.json.decode(file)["epoch"] if file is not None else self._eras[-1].epoch
+        before = next(era for era in reversed(self._eras) if era.epoch <= written).at(base[0])
+        values = [self.recut(before, rank) for rank in range(len(core.assignment))]
+        self._eras.append(_Era(epoch, base[0], [values]))
+        self.committed, self.iteration, self.safe = -1, base[0] - 1, None
+        self.saving = self._tracked = self._done_at = self._waits_since = None
+        self.ends.clear()
+        self._since, self._since_s = 0, self._cluster.world.now
+
+    @staticmethod
+    def recut(values: Sequence[int], rank: int) -> int:
+        """What a rank has of a generation of another number of ranks."""
+        return (sum(values) * 31 + rank * 7919 + 1) & _MASK
 
     @staticmethod
     def after(value: int, total: int) -> int:
@@ -163,7 +222,7 @@ class Oracle:
 
     def _right(self, rank: Rank, generation: int, when: str) -> None:
         assert rank.rank is not None
-        if rank.value != self.value(rank.rank, generation):
+        if rank.value != self.value(rank.rank, generation, max(rank.joined, rank.declared_epoch)):
             raise Violation(f"rank {rank.rank} has wrong numbers {when} of iteration {generation}")
 
     def begins(self, rank: Rank, iteration: int) -> None:
@@ -186,21 +245,24 @@ class Oracle:
         assert rank.rank is not None
         self._through.setdefault(rank.joined, set()).add(rank.rank)
         newest = self.declared[-1][1] if self.declared else 0
-        if rank.joined == newest and len(self._through[newest]) == self._cluster.job.world_size:
+        if rank.joined == newest and len(self._through[newest]) == self.ranks(newest):
             self._done_at = self._cluster.world.now
 
     def writes(self, rank: Rank) -> None:
         """A rank has written its part of Megatron's last checkpoint, which is none any more until all have."""
         assert rank.rank is not None
         self._right(rank, self._cluster.iterations, "in the last checkpoint")
-        self._checkpoint[rank.rank] = rank.value
+        self._checkpoint.setdefault(self._era(rank.joined).epoch, {})[rank.rank] = rank.value
 
     def tracks(self, rank: Rank) -> None:
         """The tracker file says that it is whole."""
-        missing = set(range(self._cluster.job.world_size)) - self._checkpoint.keys()
+        era = self._era(rank.joined)
+        parts = self._checkpoint.get(era.epoch, {})
+        missing = set(range(era.ranks)) - parts.keys()
         if missing:
             raise Violation(f"rank {rank.rank} takes the last checkpoint for whole without ranks {sorted(missing)}")
-        self._tracked = dict(self._checkpoint)
+        if era is self._eras[-1]:
+            self._tracked = dict(parts)
 
     def finished(self, rank: Rank) -> None:
         """A rank has come to the end of training."""
@@ -256,10 +318,15 @@ class Oracle:
                     self._waited()
                 if len(self.declared) > 1 and self.declared[-1][1] <= self.declared[-2][1]:
                     raise Violation(f"epoch {fields['epoch']} is declared after {self.declared[-2][1]}")
-            case "started_over":
+            case "shrunk":
                 self._active = fields["nodes"]
-                if self.committed >= 0:
+                self._shrunk(fields)
+            case "started_over":
+                self._era(fields["epoch"])  # it may have become narrower before, and nobody was there to write so
+                self._active = fields["nodes"]
+                if self.committed >= 0 and not (self._cluster.widths and self.lost()):
                     raise Violation(f"the job begins anew, although generation {self.committed} was committed")
+                self.committed, self.safe = -1, None
             case "agreed":
                 self._agreed(fields["iteration"])
             case "committed":
@@ -277,6 +344,8 @@ class Oracle:
                 self.drain_ends(fields["node"])
             case "detected" if "local" not in fields:
                 self.drain_ends(fields["node"])
+            case "draining":
+                self._drain_began = world.now
             case "detected":
                 node = fields["node"]
                 self._stood_by[node] = fields.get("stood_by", False) and self._stood_by.get(node, True)
@@ -301,6 +370,29 @@ class Oracle:
             case "resumed":
                 self._since, self._waits_since = 0, None
                 self._stood_by.clear()
+
+    def _fits(self, nodes: int, most: int) -> int:
+        """The most replicas that so many nodes can hold, and no more than ``most``."""
+        cluster = self._cluster
+        slots, replica = cluster.job.slots_per_node, cluster.replica
+        for width in range(most, 0, -1):
+            wanted, rest = divmod(width * replica, slots)
+            if (width == most or width in cluster.widths) and not rest and 0 < wanted <= nodes:
+                return width
+        return 0
+
+    def _shrunk(self, fields: dict[str, Any]) -> None:
+        """Fewer replicas: no fewer than the healthy nodes can hold."""
+        core = self._cluster.hq.core
+        self._era(fields["epoch"])
+        here = [node for node in self._healthy() if core.nodes[node].agent_pid]
+        here = [node for node in here if node not in self._cluster.faults.drained | self._cluster.faults.culprits]
+        most = self._fits(len(here), fields["was"])
+        if fields["width"] < most:
+            raise Violation(f"{fields['width']} of {fields['was']} replicas go on, and nodes {here} could hold {most}")
+        free = set(here) - set(fields["nodes"]) - set(fields["spares"])
+        if free:
+            raise Violation(f"nodes {sorted(free)} are healthy, and neither train nor are spares")
 
     def _rightly_taken(self, nodes: list[int]) -> None:
         """No spare is spent on who only follows, and none is one that failed while another one is there."""
@@ -356,7 +448,7 @@ class Oracle:
     def _committed(self, version: Version) -> None:
         generation = version.generation
         held = self._held(generation, lambda host, there: there == version)
-        for rank in range(self._cluster.job.world_size):
+        for rank in range(self.ranks(version.epoch)):
             if rank not in held.copies:
                 raise Violation(f"generation {generation} is committed, and nobody has it of rank {rank}")
         self.safe = held
@@ -383,10 +475,14 @@ class Oracle:
 
     def _moves_on(self, generation: int) -> None:
         """What is agreed takes the place of what was committed where vaults have all of it: that may be overwritten."""
+        since = self._eras[-1].epoch
         held = self._held(
-            generation, lambda host, version: version.generation == generation and not self._gone(host.node)
+            generation,
+            lambda host, version: (
+                version.generation == generation and version.epoch >= since and not self._gone(host.node)
+            ),
         )
-        if held.copies.keys() >= set(range(self._cluster.job.world_size)):
+        if held.copies.keys() >= set(range(self.ranks())):
             self.safe = held
 
     def lost(self) -> str:
@@ -448,7 +544,7 @@ class Oracle:
 
     def _none_left(self) -> bool:
         """Nobody has constants of some rank any more: each process that needs them finds so, a new one each time."""
-        ranks = range(self._cluster.job.world_size)
+        ranks = range(self.ranks())
         durable = self._cluster.job.durable is not None and self.directory.whole() is not None
         return self._cluster.constants and not durable and not all(map(self._with_constants, ranks))
 
@@ -581,12 +677,24 @@ class Oracle:
         assert spec is not None
         if self.safe is None or self.lost() or not self.directory.in_peace(spec.deadline):
             return
-        if self._cluster.constants and not all(map(self._with_constants, range(self._cluster.job.world_size))):
+        if self.directory.trouble_until >= self._drain_began:
+            return  # of which the coordinator may have heard long after
+        if self._cluster.constants and not all(map(self._with_constants, range(self.ranks()))):
             return  # a generation is of no use without them
         if not self.directory.made(self.safe.generation):
             raise Violation(
                 f"ended for want of a spare ({message}), and generation {self.safe.generation} was not made durable"
             )
+
+    def _could_not_shrink(self, code: int, message: str) -> None:
+        """The job has ended for want of a spare: no replica is left, or nothing that one could begin with."""
+        cluster = self._cluster
+        spec = cluster.job.durable
+        assert spec is not None
+        durable = self.directory.whole() is not None and self.directory.in_peace(spec.deadline)
+        width = self._fits(len(self._healthy()), self.ranks() // cluster.replica)
+        if durable and width and self.training:
+            raise Violation(f"ended with {code} ({message}), and {width} replicas could have gone on")
 
     def end(self, code: int, message: str) -> None:
         """The job has ended: is that covered by what happened?"""
@@ -599,18 +707,26 @@ class Oracle:
                 raise Violation(f"nodes {sorted(silent)} were to be drained, and nobody says what became of that")
             if self._tracked is None:
                 raise Violation("the job ended well, and its last checkpoint is not whole")
-            for rank in range(cluster.job.world_size):
+            for rank in range(self.ranks()):
                 if rank not in self.ends and len(healthy) == len(cluster.hosts):
                     raise Violation(f"the job ended well, and rank {rank} never finished")
             return
         if code in (Exit.NO_SPARE, Exit.NO_SPARE_SAVED):
             healthy = healthy if self.saving is None else self.saving
-            if len(healthy) >= cluster.job.active_nodes:
+            if len(healthy) >= self.ranks() // cluster.job.slots_per_node:
                 raise Violation(f"ended with {code} ({message}), and {len(healthy)} nodes are healthy: {healthy}")
             if code == Exit.NO_SPARE and cluster.job.durable is not None:
                 self._drained_at_last(message)
+            if cluster.job.when_out_of_spares == "shrink":
+                self._could_not_shrink(code, message)
             return
         if code == Exit.UNEQUAL and self.constants_gone:
+            return
+        if (
+            code == Exit.USAGE
+            and "cut anew" in message
+            and (self.directory.damaged or not self.directory.in_peace(20.0))
+        ):
             return
         broke = cluster.faults.kinds["broken groups"] - self._breaks > cluster.job.transient_retries
         if code == Exit.RECOVERY_FAILED and "with every node alive" in message and (broke or self._none_left()):

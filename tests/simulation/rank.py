@@ -12,6 +12,7 @@ import numpy as np
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.durable import DurableError, read_items, read_manifest
 from deadpool_megatron.recovery import EpochClosed, Redo
 from deadpool_megatron.recovery.redo import Calls
 from deadpool_megatron.vault import (
@@ -32,6 +33,7 @@ __all__ = ["UNIQUE_BYTES", "Broken", "Rank"]
 
 UNIQUE_BYTES = 4096
 _OWN_ERROR_S = 0.5  # as that of the hooks
+_PATIENCE_S = 10.0  # as that of `OtherWidth`
 _TRIES = 3  # as that of `Frozen`
 _LAYOUT, _CONSTANTS_LAYOUT = msgspec.json.encode(LAYOUT), msgspec.json.encode(CONSTANTS_LAYOUT)
 _STATE = struct.Struct("<qQ")  # generation, value
@@ -270,7 +272,9 @@ class Rank:
             if self.host.cluster.constants:
                 self.say(r.Described("constants", self.rank, 0, 1, _CONSTANTS_LAYOUT))
         yield from self._request_arena()
-        if not rejoining and self._generation is not None and self._generation.generation >= 0:
+        if not rejoining and self._generation is not None and self._generation.recut:
+            yield from self._cut_anew(self._generation)
+        elif not rejoining and self._generation is not None and self._generation.generation >= 0:
             yield from self._restore(self._generation)
             if self._generation.constants and (err := self._take_constants()) is not None:
                 yield from self._refuse(self._generation, str(err))
@@ -278,18 +282,19 @@ class Rank:
             r.Registered(
                 0,
                 0,
-                r.CoordinateInfo(self.rank, 0, 0, self.rank),
+                self.host.cluster.place(self.rank, self.joined),
                 UNIQUE_BYTES,
                 16,
                 "same",
                 self.host.cluster.can_rescue,
                 restarts=self.host.cluster.restarts,
+                widths=self.host.cluster.widths if self.rank == 0 else [],
             )
         )
         if not rejoining:
             self.constants = True
             if self._small_generation < 0:
-                self.value = self.host.cluster.oracle.value(self.rank, 0)
+                self.value = self.host.cluster.oracle.value(self.rank, 0, self.joined)
             try:
                 yield from self._first_generation()
             except EpochClosed:
@@ -358,7 +363,7 @@ class Rank:
             cluster.oracle.tracks(self)
         yield from self._meet("tracker", iterations, 0)
         self._check()
-        if self.rank == cluster.job.world_size - 1:
+        if self.rank == cluster.oracle.ranks(self.joined) - 1:
             self.say(r.SideEffect(0, self.rank, self.joined, iterations, "save"))
 
     def _all_through(self) -> Script:
@@ -504,7 +509,7 @@ class Rank:
         yield from self._meet("parameters", iteration, 0)
         page.leave()
         self._small_generation = iteration + 1
-        if self.rank == cluster.job.world_size - 1:
+        if self.rank == cluster.oracle.ranks(self.joined) - 1:
             seconds = self.world.now - begun
             self.say(r.Iteration(0, self.rank, self.joined, iteration, {"lm loss": "0x1p-1"}, None, seconds, 0.0, 0, 0))
         yield from self._pause(0.0005, 0.03)
@@ -604,6 +609,28 @@ class Rank:
         self.say(r.Unreadable(agreed.epoch, agreed.generation, agreed.version_epoch, why))
         yield from self._await_newer(agreed.epoch, "unreadable")
         raise EpochClosed
+
+    def _cut_anew(self, agreed: r.Generation) -> Script:
+        """As `OtherWidth`: out of the shards of all ranks that there were."""
+        cluster, until = self.host.cluster, self.world.now + _PATIENCE_S
+        assert self.rank is not None
+        while True:
+            yield from self._pause(0.005, 0.1)
+            try:
+                manifest = read_manifest(cluster.directory, agreed.recut)
+                states = [
+                    _STATE.unpack(read_items(cluster.directory, agreed.recut, shard, lambda *item: None)[: _STATE.size])
+                    for shard in manifest.shards
+                ]
+                break
+            except (DurableError, OSError) as err:
+                if isinstance(err, DurableError) or self.world.now > until:
+                    raise Dies(f"what is to be cut anew cannot be read: {err}", Exit.USAGE) from None
+                yield 0.5, None
+        assert all(generation == agreed.generation for generation, _ in states), "wrong shards"
+        self.value = cluster.oracle.recut([value for _, value in states], self.rank)
+        self.live = self._small_generation = agreed.generation
+        cluster.oracle.restored(self, agreed.generation)
 
     def _restore(self, agreed: r.Generation) -> Script:
         generation = agreed.generation

@@ -114,6 +114,14 @@ class Run:
             interval, keep = self.draws.randint(2, 8), self.draws.randint(1, 3)
             durable = DurableSpec(DIRECTORY, name, interval, keep, 20.0, 20.0, resume=True)
             self.job = replace(self.job, durable=durable)
+        self.replica, self.widths = 1, list[int]()
+        shrinks = random.Random(f"shrinks {seed}")  # of its own again
+        if profile.shrinks and self.job.durable is not None and beside is None:
+            self.job = replace(self.job, when_out_of_spares="shrink")
+            self.replica = shrinks.choice([n for n in (1, 1, 2) if self.job.world_size % n == 0])
+            width = self.job.world_size // self.replica
+            even = shrinks.random() < 0.2  # other numbers of replicas would have counts of microbatches that differ
+            self.widths = [each for each in range(1, width) if not even or width % each == 0]
         if profile.rehearsals:
             self.job = replace(self.job, rehearsals=random.Random(f"rehearsals {seed}").randint(1, 2))
         self.together = random.Random(f"together {seed}, what")
@@ -156,6 +164,8 @@ class Run:
         self._draw_rare(seed)
         draws = random.Random(f"rival {seed}")
         share = draws.random() < RIVALS_SHARE
+        if profile.shrinks:
+            return
         if beside is None and self.job.durable is not None and (profile.rivals or (share and profile.rivals is None)):
             self.rival = Rival(self, seed, profile, draws.uniform(0.0, 40.0))
 
@@ -207,6 +217,7 @@ class Run:
         job = self.job
         waits = f", waits {job.wait_for_spare_s:.0f} s for a spare" if job.wait_for_spare_s else ""
         durable = f", durable every {job.durable.interval}" if job.durable is not None else ""
+        durable += f", replicas of {self.replica} become fewer" * bool(self.widths)
         return (
             f"{job.active_nodes}+{job.spare_nodes} nodes x {job.slots_per_node}, redundancy {job.redundancy}{waits}"
             f"{durable}{', constants' * self.constants}{', racks' * bool(job.domains)}"
@@ -256,6 +267,11 @@ class Run:
         """Its agent has ever been there."""
         host = self._by_node.get(node)
         return host is not None and host.link.ever
+
+    def place(self, rank: int, epoch: int) -> r.CoordinateInfo:
+        """Where a rank is in the layout: pipelines of so many stages as a replica has ranks."""
+        width = self.oracle.ranks(epoch) // self.replica
+        return r.CoordinateInfo(rank, 0, rank // width, rank % width)
 
     def add_host(self, node: int) -> None:
         """A machine comes up."""

@@ -10,7 +10,7 @@ import torch
 from megatron.core import pipeline_parallel
 
 from deadpool_megatron.compat import UserError
-from deadpool_megatron.megatron.lm.dealing import Count, Dealing, _uneven
+from deadpool_megatron.megatron.lm.dealing import Count, Dealing, _uneven, deals
 
 
 class Sampler:
@@ -126,3 +126,10 @@ def test_only_where_it_deals_unevenly_has_an_evaluation_another_batch(more: dict
 
     Dealing(SimpleNamespace())._validate(Validate())  # type: ignore[arg-type]
     assert args.eval_global_batch_size == evaluated
+
+
+def test_so_many_replicas_can_have_a_global_batch_as_the_schedule_lets_them() -> None:
+    args = {"global_batch_size": 12, "micro_batch_size": 2, "dataloader_type": "single"}
+    assert [width for width in range(1, 9) if deals(args, width)] == [1, 2, 3, 4, 5, 6]
+    interleaved = {**args, "virtual_pipeline_model_parallel_size": 2}
+    assert [width for width in range(1, 9) if deals(interleaved, width)] == [1, 2, 3, 6]

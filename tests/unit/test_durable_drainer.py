@@ -48,7 +48,7 @@ from deadpool_megatron.durable import (
     open_store,
     this_process,
 )
-from deadpool_megatron.durable.files import write_shard
+from deadpool_megatron.durable.files import write_layout, write_shard
 from deadpool_megatron.durable.lease import take
 from deadpool_megatron.durable.orders import DEAF_TO
 from deadpool_megatron.durable.staging import Staging
@@ -304,6 +304,21 @@ def test_memory_for_a_coordinate_that_is_here_no_more_is_given_back_for_good(nod
     until(lambda: node.drainer._process is None, "the end of the drainer")
     node.durable(1)
     assert holds() < large, "the next one is not told of it"
+
+
+def test_what_a_shard_of_a_wider_job_consists_of_is_nothing_to_a_narrower_one(node: Node, tmp_path: Path) -> None:
+    """Both ranks have the number; its own node has died before it said what its shard consists of."""
+    store = LocalStore(str(tmp_path))
+    wide = Layout(UNIQUE, "wide", LAYOUT.items)
+    write_layout(store, 0, wide, 3)
+    assert node.capture(1)
+    name = directory_name(1, "job", 1)
+    drained = []
+    for ranks in (3, 2):
+        node.drainer.give(Drain(node.directory, name, 0.0, (Take(0, node.path, 0, 1),), node.job, ranks))
+        drained.append(node.done())
+    assert [shard.layout for shard in drained[0].shards] == ["wide"]
+    assert not drained[1].shards and "has not told what its shard consists of" in drained[1].error
 
 
 def test_an_older_generation_stays_when_the_disk_is_full(node: Node) -> None:

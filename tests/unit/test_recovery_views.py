@@ -103,6 +103,15 @@ def test_the_paragraph_asks_for_a_spare_when_none_is_left_and_says_when_shards_a
     assert "until the next generation is committed, the loss of another node may lose shards" in text
 
 
+def test_a_job_that_goes_on_with_fewer_replicas_says_so_and_what_the_next_loss_costs() -> None:
+    of = {"width": 1, "was": 2, "iteration": 2, "nodes": [1], "spares": []}
+    shrunk = {"t": 13.2, "event": "shrunk", "epoch": 2, **of}
+    text = _paragraph([*story_of_a_run(spares=0)[:6], shrunk, _iteration(20.0, 2, 2)])
+    assert "the job began anew with 1 of 2 data-parallel replicas" in text
+    assert "1 completed iteration had to be done again. " in text and "bit for bit" not in text
+    assert "the next loss costs another replica" in text
+
+
 def test_a_job_that_could_not_go_on_says_so_in_its_paragraph() -> None:
     stopped = {"t": 12.5, "event": "stopped", "epoch": 1, "code": 77, "message": "more nodes were lost than ..."}
     text = _paragraph([*story_of_a_run()[:6], stopped])
@@ -339,7 +348,7 @@ def test_the_endpoint_serves_what_the_agent_said_and_heard(watch: Callable[..., 
     one = watch(port)
     one.entered(3, 2, "gone")
     one.sent(r.NodeResumed(3, 1, 7))
-    one.received(r.CommittedTo(3, (3, 7), 8), 2)
+    one.received(r.CommittedTo(3, (3, 7), 8), 2, 6)
     for blocked, copied in ((0.25, 100), (0.5, 50)):
         one.sent(r.Iteration(1, 0, 3, 7, {}, None, 0.5, blocked, copied, 0))
     text = _scrape(port)
@@ -347,6 +356,7 @@ def test_the_endpoint_serves_what_the_agent_said_and_heard(watch: Callable[..., 
         "deadpool_epoch 3.0",
         "deadpool_node_coordinates 2.0",
         "deadpool_node_spare 0.0",
+        "deadpool_job_coordinates 6.0",
         "deadpool_committed_generation 7.0",
         "deadpool_blocked_seconds_total 0.75",
         "deadpool_snapshot_bytes_total 150.0",
@@ -389,7 +399,7 @@ def test_a_taken_port_costs_a_line_and_not_the_node(
     watch(port)
     second = watch(port)
     assert f"--deadpool-metrics-port {port}" in capsys.readouterr().err
-    second.received(r.CommittedTo(0, (0, 1), 0), 1)
+    second.received(r.CommittedTo(0, (0, 1), 0), 1, 6)
     watch(65536)  # of the second of several nodes on a machine, where 65535 was asked for
     assert "--deadpool-metrics-port 65536: " in capsys.readouterr().err
 

@@ -107,6 +107,7 @@ class Agent:
                 shards,
                 self.send,
                 not settings.config.export,
+                lambda: job.world_size,
             )
             if shards is not None and settings.durable_dir
             else None
@@ -373,15 +374,19 @@ class Agent:
     def from_coordinator(self, record: r.CoordinatorRecord) -> None:
         """The coordinator has said something."""
         self._act(record)
-        self._watch.received(record, len(self._job.ranks))
+        self._watch.received(record, len(self._job.ranks), self._job.world_size)
 
     def _act(self, record: r.CoordinatorRecord) -> None:
         recovery, upkeep = self._recovery, self._upkeep
         match record:
             case r.Roster():
+                before = self._job.world_size
                 late = self._job.roster(record)
+                resized = self._job.world_size != before
                 if late:
                     self._watch.entered(record.epoch, len(self._job.ranks))
+                if resized and recovery is not None:
+                    recovery.resized()
                 if late and record.anew and recovery is not None:
                     self._start_over(recovery)
                 elif late and self._shards is not None:
@@ -446,12 +451,15 @@ class Agent:
                 recovery.asked_again()
             return
         self._new_epoch()
+        if len(record.assignment) != self._job.world_size:  # it has missed a start with fewer
+            recovery.resized()
         recovery.declare(record)
         self._watch.entered(record.epoch, len(self._job.ranks), record.reason)
 
     def _start_over(self, recovery: NodeRecovery) -> None:
         self._new_epoch()
         self._done.clear()
+        self._hashes.clear()
         if self._durable is not None:
             self._durable.start_over()
         recovery.start_over()

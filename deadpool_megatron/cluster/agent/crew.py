@@ -81,6 +81,12 @@ class Crew:
             if worker.rank is not None or local in self._job.ranks:
                 self.renew(local)
 
+    def rehearse_anew(self) -> None:
+        """There are fewer coordinates than before: what has been rehearsed is none of them."""
+        self._asked.clear()
+        self._given_up.clear()
+        self._end(self.beside)
+
     def renewing(self, slots: Iterable[int]) -> bool:
         """In one of these slots somebody has not ended yet whose place a fresh process takes."""
         return any(local in self.workers and self.workers[local].retired for local in slots)

@@ -72,6 +72,7 @@ class NodeDurability:
         directory: the durable directory; ``job``: whose it must be.
         send: sends a record to the coordinator.
         drains: the job writes generations; else it only reads.
+        ranks: how many the job has.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class NodeDurability:
         shards: Shards,
         send: Callable[[r.AgentRecord], None],
         drains: bool = True,
+        ranks: Callable[[], int] = lambda: 0,
     ) -> None:
+        self._ranks = ranks
         self._node = node
         self._job = job
         self._directory = directory
@@ -205,7 +208,7 @@ class NodeDurability:
         if self._placed:
             self._describe(rank, layout)
         if not is_constants(rank):  # those stay, so they are written from where they are
-            self._drainer.tell(Stage(rank, layout.unique_bytes + small_capacity, layout))
+            self._drainer.tell(Stage(rank, layout.unique_bytes + small_capacity, layout, self._ranks()))
 
     def placed(self) -> None:
         """The job has its placement, and so its directory: another node may have to write what is here one day."""
@@ -220,7 +223,7 @@ class NodeDurability:
         self._granted &= holders
 
     def _describe(self, holder: int, layout: Layout) -> None:
-        self._drainer.tell(Describe(self._directory, holder, layout, self._job))
+        self._drainer.tell(Describe(self._directory, holder, layout, self._job, self._ranks()))
 
     def _not_fit(self, why: str) -> str:
         generation = self._manifest.generation if self._manifest is not None else -1
@@ -255,7 +258,7 @@ class NodeDurability:
     def resume_at(self, generation: int, recut: str = "") -> None:
         """Training begins with this generation (-1: with none), which ranks read themselves out of ``recut``."""
         self._resume, self._recut = generation, recut
-        if generation < 0:
+        if generation < 0 or recut:
             self._loaded.clear()
             self._manifest = None
 
@@ -309,7 +312,7 @@ class NodeDurability:
         nbytes = sum(arena.info.unique_bytes for arena in self._shards.vault.arenas() if arena.info.kind == "own")
         self._due[record.name] = self._now() + _COPY_S + nbytes / _COPY_RATE
         self._shards.vault.pin()
-        self._drainer.give(Drain(self._directory, record.name, record.seconds, takes, self._job))
+        self._drainer.give(Drain(self._directory, record.name, record.seconds, takes, self._job, self._ranks()))
 
     def look(self) -> None:
         """Call often. A drainer that hangs, in a directory that does or in its driver, costs commits a minute and not

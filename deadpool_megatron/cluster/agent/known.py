@@ -31,7 +31,7 @@ class KnownJob:
 
     def __init__(self, node: int, active_nodes: int, slots_per_node: int, scheme: Scheme) -> None:
         self.node = node
-        self._active_nodes, self._slots_per_node = active_nodes, slots_per_node
+        self._slots_per_node = slots_per_node
         self.epoch = 0
         self.declared: r.Declare | None = None
         self.rendezvous: r.Address | None = None
@@ -87,19 +87,33 @@ class KnownJob:
     def targets(self) -> Mapping[int, list[Target]] | None:
         """By rank of this node, and holder of its constants, the vaults they go to; None before the first placement."""
         t = self._tables
-        return targets(self.node, t.groups, self._scheme, t.assignment, t.vaults) if t.groups else None
+        return targets(self.node, t.groups, self._fitting, t.assignment, t.vaults) if t.groups else None
 
     def kept_for_others(self) -> tuple[dict[int, tuple[int, int]], dict[int, WordPlan], set[int]]:
         """What this node keeps of others (see `cluster.placement.duties`)."""
         t = self._tables
-        return kept_for_others(self.node, t.groups, self._scheme, t.assignment, t.unique_bytes, t.small_capacity)
+        return kept_for_others(self.node, t.groups, self._fitting, t.assignment, t.unique_bytes, t.small_capacity)
+
+    @property
+    def world_size(self) -> int:
+        """Number of coordinates now."""
+        return len(self._tables.assignment)
+
+    @property
+    def active_nodes(self) -> int:
+        """Nodes that hold coordinates, but for a time in which the job only saves what it has."""
+        return self.world_size // self._slots_per_node
+
+    @property
+    def _fitting(self) -> Scheme:
+        return self._scheme.fitting(self.active_nodes)
 
     def in_turn(self, local: int, count: int) -> list[int]:
         """The coordinates that a slot of this node, a spare, rehearses until the coordinator says others.
 
         A coordinate stays with those of its first node wherever they move.
         """
-        nodes = placing.in_turn(self.node, self._active_nodes, count)
+        nodes = placing.in_turn(self.node, self.active_nodes, count)
         return [node * self._slots_per_node + local for node in nodes]
 
     def _hold(self, tables: Tables) -> None:

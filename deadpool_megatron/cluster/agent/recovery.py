@@ -90,6 +90,11 @@ class NodeRecovery:
         self._upkeep.replan(sizes_known=False)
         self._crew.start_over()
 
+    def resized(self) -> None:
+        """There are fewer coordinates than before: what is in memory is of others that had their numbers."""
+        self._upkeep.empty()
+        self._crew.rehearse_anew()
+
     def declare(self, record: r.Declare) -> None:
         """A new epoch begins."""
         self._job.declare(record)
@@ -251,7 +256,7 @@ class NodeRecovery:
             if self._job.declared is not None:
                 worker.send(self._job.declared)  # one started since then has not heard of it
             self._faults.send_bugs(worker)
-            worker.send(r.TakeOver(self._job.epoch, worker.rank))
+            worker.send(r.TakeOver(self._job.epoch, worker.rank, self._job.world_size))
 
     def renewed(self) -> None:
         """A fresh process has been started in the place of one that has ended."""

@@ -55,6 +55,12 @@ class Upkeep:
         if sizes_known:
             self._plan()
 
+    def empty(self) -> None:
+        """Nothing of what is here has a use any more."""
+        self._shards.keep_only(set(), set(), set())
+        if self._durable is not None:
+            self._durable.keep_only(set())
+
     def aim(self) -> None:
         """Tell the replicator where the shards of each own rank go."""
         aims = self._job.targets()

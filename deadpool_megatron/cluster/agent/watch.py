@@ -157,8 +157,9 @@ class Watch:
             self._metrics.epoch.set(epoch)
             self._metrics.recovering.set(1 if reason and coordinates else 0)
 
-    def received(self, record: r.CoordinatorRecord, coordinates: int) -> None:
-        """The coordinator has told the agent something; ``coordinates`` is how many this node holds after it."""
+    def received(self, record: r.CoordinatorRecord, coordinates: int, of: int) -> None:
+        """The coordinator has told the agent something; ``coordinates`` is how many ``of`` all this node holds after
+        it."""
         m = self._metrics
         match record:
             case r.Agree():
@@ -175,4 +176,5 @@ class Watch:
                 pass
         if m is not None:
             m.coordinates.set(coordinates)
+            m.job_coordinates.set(of)
             m.spare.set(0 if coordinates else 1)

@@ -77,9 +77,9 @@ class WorkerProcesses:
         env = dict(self._s.environment)
         env["LOCAL_RANK"] = str(local)
         env["LOCAL_WORLD_SIZE"] = str(self._s.slots_per_node)
-        env["WORLD_SIZE"] = str(self._s.world_size)
+        env["WORLD_SIZE"] = str(self._job.world_size)
         env["GROUP_RANK"] = str(self._s.node)
-        env["GROUP_WORLD_SIZE"] = str(self._s.active_nodes)
+        env["GROUP_WORLD_SIZE"] = str(self._job.active_nodes)
         env["DEADPOOL_NODE"] = str(self._s.node)
         if self._job.rendezvous is not None:
             env["MASTER_ADDR"], env["MASTER_PORT"] = self._job.rendezvous.host, str(self._job.rendezvous.port)

@@ -444,7 +444,7 @@ class Coordinator:
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
                 if (
-                    action.event.startswith(("durable", "waiting", "late", "started_over", "never_struck"))
+                    action.event.startswith(("durable", "waiting", "late", "started_over", "shrunk", "never_struck"))
                     and "message" in action.fields
                 ):
                     print(f"deadpool: {action.fields['message']}", file=sys.stderr, flush=True)
@@ -540,6 +540,7 @@ class Coordinator:
                 ],
                 "drains": self._pending_drains(),
                 "covered": core.covered,
+                "replicas": core.replicas,
                 "generation": {"committed": core.committed, "durable": core.durable},
                 "protection": core.protection.status(),
                 "behind": asdict(core.seen.lag) if core.seen.lag is not None else None,

@@ -7,6 +7,7 @@ Failure-free a job goes STARTING -> RUNNING -> FINISHING -> ENDED. What takes it
 
     RUNNING --node lost, worker dead, drain--> declare(e+1) -> ... agree(g) ... form(e+1) ... -> RUNNING
     STARTING, or nothing committed --node lost, worker dead--> STARTING in e+1, all workers from the script's first line
+    RUNNING --node lost, no spare, shrinks--> declare(e+1) -> the newest is durable -> STARTING in e+2, fewer replicas
 
 A loss in any phase of a recovery declares the next epoch and starts again. Every phase has a deadline; who misses it
 counts as lost. Records of an epoch other than the current one are ignored.
@@ -38,6 +39,7 @@ from deadpool_megatron.cluster.core.effects import (
     Lose,
     Persist,
     Send,
+    Shrink,
     StartOver,
     Stop,
     emit,
@@ -369,6 +371,12 @@ class Core:
         return -1 if newest is None else newest
 
     @property
+    def replicas(self) -> tuple[int, int]:
+        """Data-parallel replicas now, and at first; 0 before the ranks have told."""
+        layout = self._layout
+        return layout.width, self.job.world_size // layout.replica if layout.replica else 0
+
+    @property
     def covered(self) -> list[str]:
         """How many losses of each domain spares of the same domain cover, in words."""
         return self._state.spares.covered()
@@ -398,6 +406,8 @@ class Core:
                     self._carry_out(self._declare_soon(reason))
                 case StartOver(reason):
                     self._carry_out(self._start_over(reason))
+                case Shrink(reason):
+                    self._carry_out(self._start_over(reason, shrinks=True))
                 case Lose(nodes, cause):
                     self._carry_out(self._lose(nodes, cause))
                 case LetGo(node):
@@ -487,7 +497,7 @@ class Core:
             self.protection.succeeds(node, state.was)
         self._state.phase = _RESTORED.get(kept["phase"], Phase.RUNNING)
         self._state.end = tuple(kept["end"]) if kept["end"] else None
-        self._layout.load(parts.get("layout"), kept["can_rescue"])
+        self._layout.load(parts.get("layout"), kept["can_rescue"], self.members.world_size)
         self._recoveries.load(kept, now)
         self._drains.load(kept["drain"])
         self._ends.load(kept)
@@ -581,7 +591,8 @@ class Core:
             yield from self._declare(f"node {node} has come as a spare")
 
     def _register(self, record: r.Registered) -> Effects:
-        if self._state.phase is Phase.STARTING and record.epoch != self.epoch:
+        starting = self._state.phase is Phase.STARTING
+        if (starting and record.epoch != self.epoch) or record.coordinate.rank >= self.members.world_size:
             return  # of a start that is over
         if (yield from self._start.registered(record)) and self._state.phase is Phase.STARTING:
             self._state.phase = Phase.RUNNING
@@ -758,13 +769,14 @@ class Core:
         if replaced is not None:
             self._new_epoch(replaced)
 
-    def _start_over(self, reason: str) -> Effects:
-        """Nothing is committed that the job could go on from, so it begins anew."""
-        if not (yield from self._start.over(reason)):
+    def _start_over(self, reason: str, shrinks: bool = False) -> Effects:
+        """Nothing is committed that the job could go on from, so it begins anew; or with fewer replicas."""
+        start, placed = self._start, self._recoveries.placed
+        if not (yield from start.smaller(reason, placed) if shrinks else start.over(reason)):
             return
         self._state.phase = Phase.STARTING
         yield from self._recoveries.start_over()
-        self._new_epoch(list(range(self.job.world_size)))
+        self._new_epoch(list(range(self.members.world_size)))
         yield Persist(("now", "members", "layout"))
         yield from self._start.send_roster()
 

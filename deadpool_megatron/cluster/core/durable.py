@@ -133,6 +133,28 @@ class Durability:
         """The durable generation to go on from when memory cannot answer."""
         return next(iter([*self._unsure, *self._complete]), None)
 
+    @property
+    def base(self) -> tuple[int, str] | None:
+        """The newest durable generation, at whatever width: what fewer replicas can begin with.
+
+        None where there is none, or it is not certain which one is the newest, and where the job is to leave.
+        """
+        if self._unsure or self._preempted is not None:
+            return None
+        return next(iter([*self._complete, *([self._recut] if self._recut is not None else [])]), None)
+
+    @property
+    def only_recut(self) -> bool:
+        """What is durable is of another number of replicas: a new start alone goes on from there."""
+        return self._recut is not None and not (self._unsure or self._complete)
+
+    def begin_anew(self, resized: bool) -> None:
+        """The start begins anew from `base`; ``resized``: with another number of ranks."""
+        if resized and self._complete:
+            self._recut, self._complete = self._complete[0], []
+        self._attempt, self._kept, self._first = None, None, None
+        self._retry = self.last_is_over = False
+
     def bad(self, name: str, why: str) -> Effects:
         """A durable generation could not be read: it does not count any more."""
         for generation, known in self._complete:

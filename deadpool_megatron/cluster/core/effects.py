@@ -80,6 +80,13 @@ class StartOver:
 
 
 @dataclass(frozen=True, slots=True)
+class Shrink:
+    """Too few nodes are left for the replicas that there are: the job begins anew with fewer, from what is durable."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lose:
     """These nodes are out of the job."""
 
@@ -107,7 +114,7 @@ class EndIfFinished:
     """Every active node may be through with training: if so, the job finishes."""
 
 
-Effect = Action | Persist | Declare | DeclareSoon | StartOver | Lose | LetGo | Stop | EndIfFinished
+Effect = Action | Persist | Declare | DeclareSoon | StartOver | Shrink | Lose | LetGo | Stop | EndIfFinished
 type Answer[T] = Generator[Effect, None, T]
 type Effects = Answer[None]
 

@@ -47,8 +47,8 @@ class JobSpec:
     the machines are wanted soon, the newest generation is made durable and the job leaves. ``snapshot_interval``:
     iterations from one generation to the next. ``wait_for_spare_s``: how long a job without spares waits for one before
     it ends. ``rehearsals``: of how many nodes each spare sets up the coordinates ahead of time. ``spare_check_s``: from
-    one check of a parked spare to the next; 0: none. ``gather_s``: workers that end within so many seconds of one
-    another are one epoch.
+    one check of a parked spare to the next; 0: none. ``when_out_of_spares``: "save", "shrink" or "wait". ``gather_s``:
+    workers that end within so many seconds of one another are one epoch.
     """
 
     nodes: int
@@ -65,17 +65,18 @@ class JobSpec:
     snapshot_interval: int = 1
     wait_for_spare_s: float = 0.0
     rehearsals: int = 0
+    when_out_of_spares: str = "save"
     spare_check_s: float = 0.0
     gather_s: float = 0.0
 
     @property
     def active_nodes(self) -> int:
-        """Nodes that train at first."""
+        """Nodes that train at first; fewer may, later on."""
         return self.nodes - self.spare_nodes
 
     @property
     def world_size(self) -> int:
-        """Number of coordinates."""
+        """Number of coordinates at first; never more."""
         return self.active_nodes * self.slots_per_node
 
 

@@ -11,7 +11,7 @@ from deadpool_megatron.vault import small_capacity
 
 
 class Layout:
-    """Grows until all ranks are known, then stays as it is for the life of the job."""
+    """Grows until all ranks are known, then stays as it is until the start begins anew, perhaps with fewer ranks."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
@@ -25,6 +25,10 @@ class Layout:
         """Generations of one number are the same bits, whichever epoch they were computed in."""
         self.restarts = False
         """A recovery needs other processes, on all nodes."""
+        self.replica = 0
+        """Ranks of one data-parallel replica, the same at every width; 0: not known yet."""
+        self.widths: list[int] = []
+        """Numbers of replicas below that of the start that the job can go on with."""
         self._registered: dict[int, r.Registered] = {}
         self._digests: Counter[str] = Counter()
         self._sizes: tuple[list[int], list[int]] = ([], [])
@@ -46,9 +50,13 @@ class Layout:
         if before is not None:
             self._digests[before.table_digest] -= 1
             self._digests = +self._digests
+        self.widths = self.widths or list(record.widths)
+        if not self.replica and self.complete:
+            self.replica = self._world_size // (1 + max(each.dp for each in self.coordinates.values()))
 
-    def forget(self) -> None:
-        """The start begins anew: all ranks register again."""
+    def forget(self, world_size: int) -> None:
+        """The start begins anew, with so many ranks: all register again."""
+        self._world_size = world_size
         for known in (self.coordinates, self.stages, self._registered, self._digests, self._cannot_rescue):
             known.clear()
         self.can_rescue = self.repeatable = True
@@ -86,6 +94,11 @@ class Layout:
         return self._registered.values()
 
     @property
+    def width(self) -> int:
+        """Data-parallel replicas; 0: not known yet."""
+        return self._world_size // self.replica if self.replica else 0
+
+    @property
     def known(self) -> bool:
         """The sizes of all shards are known."""
         return bool(self._sizes[0])
@@ -110,14 +123,18 @@ class Layout:
             "sizes": self._sizes,
             "repeatable": self.repeatable,
             "restarts": self.restarts,
+            "replica": self.replica,
+            "widths": self.widths,
         }
 
-    def load(self, kept: dict[str, Any] | None, can_rescue: bool) -> None:
+    def load(self, kept: dict[str, Any] | None, can_rescue: bool, world_size: int) -> None:
         """The opposite; None when no layout was known yet."""
+        self._world_size = world_size
         for tp, pp, dp, cp, ep, rank in kept["coordinates"] if kept else ():
             self.coordinates[rank] = r.CoordinateInfo(rank, tp, pp, dp, cp, ep)
             self.stages[rank] = pp
         self._sizes = kept["sizes"] if kept else ([], [])
         self.repeatable = kept["repeatable"] if kept else True
         self.restarts = kept["restarts"] if kept else False
+        self.replica, self.widths = (kept["replica"], list(kept["widths"])) if kept else (0, [])
         self.can_rescue = can_rescue

@@ -51,6 +51,8 @@ class Members:
         """When the event that is handled now has come, in seconds since 1970."""
         self._first = placing.initial(job.active_nodes, job.slots_per_node)
         self.assignment = self._first
+        self.resized = 0
+        """The epoch since when there are as many coordinates as now: what was written before is of others."""
         self._active: tuple[list[r.SlotAddress], list[int], frozenset[int]] = ([], [], frozenset())
         self.nodes = {n: NodeState(n, "active" if n < job.active_nodes else "spare") for n in range(job.nodes)}
         self._absent = set(self.nodes)  # and perhaps some who are not any more
@@ -159,7 +161,36 @@ class Members:
         active = self.active()
         return next((node for node in active if self.nodes[node].trained), active[0])
 
+    def healthy(self) -> list[int]:
+        """Nodes whose agent is there, and that are not to leave: first those that are no lemons, the unfit last."""
+        there = [n for n, s in self.nodes.items() if s.agent_pid and s.role in ("active", "spare")]
+        return sorted(there, key=lambda n: (self.unfit(n), self.failures(n), not self.parked(n), n))
+
+    @property
+    def world_size(self) -> int:
+        """Number of coordinates now."""
+        return len(self.assignment)
+
+    @property
+    def width_nodes(self) -> int:
+        """Nodes that all coordinates fill: as many train, but for a time in which the job only saves what it has."""
+        return len(self.assignment) // self.job.slots_per_node
+
     # ---- changes
+
+    def place(self, assignment: list[r.SlotAddress]) -> None:
+        """All coordinates, perhaps fewer than before, are placed anew; healthy nodes that have none are spares."""
+        if len(assignment) != len(self._first):
+            self._first = placing.initial(len(assignment) // self.job.slots_per_node, self.job.slots_per_node)
+            self.resized = self.epoch + 1
+        self.assignment = assignment
+        for node in self.healthy():
+            state, holds = self.nodes[node], self.holds(node)
+            if state.role == "active" and not holds:
+                state.parked.clear()
+            state.role, state.rehearsed, state.standbys = "active" if holds else "spare", frozenset(), {}
+            state.rehearses = frozenset()
+            state.unfit = "" if holds else state.unfit
 
     def hand_over(self, taken_by: dict[int, int]) -> None:
         """Spares take over the coordinates of other nodes; a healthy node that gave way becomes a spare itself."""
@@ -212,9 +243,11 @@ class Members:
     # ---- a coordinator that starts again
 
     def dump(self) -> dict[str, Any]:
-        """Everything, as JSON types. Of the assignment what differs from that of epoch 0."""
+        """Everything, as JSON types. Of the assignment what differs from that of a first start."""
         return {
             "epoch": self.epoch,
+            "world_size": len(self._first),
+            "resized": self.resized,
             "moved": [
                 [rank, slot.node, slot.local]
                 for rank, (slot, first) in enumerate(zip(self.assignment, self._first, strict=True))
@@ -240,7 +273,9 @@ class Members:
 
     def load(self, kept: dict[str, Any]) -> None:
         """The opposite of `dump`. Who is parked is told again by the agents."""
-        self.epoch = kept["epoch"]
+        self.epoch, self.resized = kept["epoch"], kept["resized"]
+        slots = self.job.slots_per_node
+        self._first = placing.initial(kept["world_size"] // slots, slots)
         assignment = list(self._first)
         for rank, node, local in kept["moved"]:
             assignment[rank] = r.SlotAddress(node, local)

@@ -47,7 +47,7 @@ class Protection:
     """
 
     def __init__(self, redundancy: str = "1", labels: Mapping[int, Mapping[str, str]] | None = None) -> None:
-        self.scheme = Scheme.parse(redundancy)
+        self._wanted = self.scheme = Scheme.parse(redundancy)
         self.groups: Groups = ()
         self._exact: Tolerated | None = None
         self._labels = {node: dict(of_node) for node, of_node in (labels or {}).items()}
@@ -59,6 +59,7 @@ class Protection:
         self._covered: set[int] = set()
         self._shard_bytes = 0
         self._slots_per_node = 1
+        self._alone = False  # one node trains
 
     def label(self, node: int, labels: Mapping[str, str]) -> None:
         """What a node says of its own failure domains; what the user said comes first."""
@@ -90,8 +91,10 @@ class Protection:
             placed: from `dump`, as it was placed already (a coordinator that starts again).
         """
         self._nodes = placing.nodes_of(assignment)
+        self.scheme, self._alone = self._wanted.fitting(len(self._nodes)), len(self._nodes) == 1
         self._shard_bytes, self._slots_per_node = shard_bytes, slots_per_node
         if placed is None:
+            self._words = {}
             self.groups = place(self._nodes, self.scheme, parallel_groups(assignment, coordinates), self._labels)
         else:
             self.groups = tuple(tuple(group) for group in placed["groups"])
@@ -100,11 +103,23 @@ class Protection:
         self._bare, self._covered = set(self._nodes), set()
         return self.groups
 
+    def alone(self, assignment: Sequence[SlotAddress]) -> None:
+        """One node trains, so that nothing is protected."""
+        self._nodes, self._words, self._bare, self._covered = placing.nodes_of(assignment), {}, set(), set()
+        self.groups, self.scheme, self.covers, self._alone = (), self._wanted.fitting(1), "no node", True
+        self._decided(assignment)
+
+    @property
+    def told(self) -> list[list[int]]:
+        """The groups as agents are told of them: a node that trains alone keeps its own copies."""
+        return [list(group) for group in self.groups] or ([self._nodes * 2] if self._alone else [])
+
     def moved(
         self, assignment: Sequence[SlotAddress], coordinates: Mapping[int, CoordinateInfo], one_to_one: bool = True
     ) -> Groups:
         """A new epoch: spares took lost nodes' places. Not ``one_to_one``: survivors hold lost coordinates too."""
         nodes = placing.nodes_of(assignment)
+        self._alone = one_to_one and len(nodes) == 1
         one_to_one = one_to_one and len(nodes) == len(self._nodes) and bool(self.groups)
         # (not in the way of a recovery where nothing depends on it)
         shared = parallel_groups(assignment, coordinates) if self._labels or not one_to_one else {}

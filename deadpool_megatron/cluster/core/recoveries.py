@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.effects import Answer, Effects, LetGo, Persist, Send, StartOver, Stop, emit
+from deadpool_megatron.cluster.core.effects import Answer, Effects, LetGo, Persist, Send, Shrink, StartOver, Stop, emit
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.state import JobState
@@ -65,7 +67,7 @@ class Recoveries:
         if not (yield from self._place(out_of_use, reason, now)):
             return None
         members.epoch += 1
-        groups = state.protection.moved(members.assignment, state.layout.coordinates, self._purpose == "resume")
+        state.protection.moved(members.assignment, state.layout.coordinates, self._purpose == "resume")
         self.vacant = {(node, local) for node, local in self.vacant if node in members.active()}
         replaced = [
             rank
@@ -82,6 +84,7 @@ class Recoveries:
             replaced=replaced,
             restarts=state.layout.restarts,
             nodes=members.active(),
+            width=state.layout.width,
             reason=reason,
             purpose=self._purpose,
         )
@@ -95,7 +98,7 @@ class Recoveries:
             replaced,
             members.assignment,
             members.vaults(),
-            [list(group) for group in groups],
+            state.protection.told,
             *state.layout.sizes,
             self._rendezvous,
         )
@@ -113,7 +116,7 @@ class Recoveries:
         if taken_by is None and self._purpose == "resume":
             yield from self._call_drains_off(out_of_use)
             taken_by = self._taken_by(out_of_use)
-        patience = state.job.wait_for_spare_s
+        patience = math.inf if state.job.when_out_of_spares == "wait" else state.job.wait_for_spare_s
         if members.coming_spares():  # who has said that it joins is waited for in any case
             patience = max(patience, state.job.deadlines.join)
         there = {node for node in members.present() if members.nodes[node].agent_pid}
@@ -141,16 +144,17 @@ class Recoveries:
                 yield emit(
                     "waiting",
                     lost=sorted(out_of_use),
-                    minutes=minutes,
+                    minutes=minutes if minutes < math.inf else None,
                     message=f"no spare is left for node {min(out_of_use)} ({reason}); the others keep their state and "
-                    f"wait {minutes:.4g} minutes for one to come (deadpool join)",
+                    f"wait {f'{minutes:.4g} minutes ' * (minutes < math.inf)}for one to come (deadpool join)",
                 )
         elif out_of_use or self._purpose != "resume":
             self._waits_until = None
             if out_of_use:  # else what ends the job is what ended it in the epoch before
                 self._end = f"no spare is left for node {min(out_of_use)} ({reason})"
             plan = self._rescue(there)
-            if plan is not None and state.layout.can_rescue and not self._not_saved:
+            shrinks = self._purpose != "save" and state.can_shrink()
+            if plan is not None and state.layout.can_rescue and not self._not_saved and not shrinks:
                 self._purpose = "save"
             elif plan is not None and state.durability.can_drain:
                 self._purpose = "drain"
@@ -159,6 +163,11 @@ class Recoveries:
                 return False
             members.assignment = plan
         return True
+
+    @property
+    def placed(self) -> list[r.SlotAddress]:
+        """How coordinates are placed, or were before the job came to save, or to drain, what it has."""
+        return self._placed or self._state.members.assignment
 
     def _rescue(self, there: set[int]) -> list[r.SlotAddress] | None:
         """Where the coordinates are while what there is of them is saved: with spares too, as far as these go."""
@@ -245,6 +254,10 @@ class Recoveries:
     def offer(self, record: r.Offer, now: float) -> Effects:
         """A node has left its step, and says what it can give."""
         recovery = self.of(record.epoch)
+        since = self._state.members.resized
+        if since:  # shards of a wider job have the numbers of these, and are others
+            own, peer, parity = (_written_since(since, held) for held in (record.own, record.peer, record.parity))
+            record = msgspec.structs.replace(record, own=own, peer=peer, parity=parity)
         if recovery is None or not recovery.offered(record):
             return
         yield emit("aborted")
@@ -274,13 +287,19 @@ class Recoveries:
             if others:
                 return
         if agreement is None:
+            if self._purpose == "drain" and state.can_shrink() and state.durability.base is not None:
+                yield Shrink(self._end)
+                return
             if self._purpose == "drain":
                 yield Stop(Exit.NO_SPARE, f"{self._end}, and no generation is complete in memory")
                 return
             fallback = state.durability.fallback()
-            if fallback is None and state.progress.fresh:
+            if fallback is None and (state.progress.fresh or state.durability.only_recut):
                 lost = members.lost()
-                yield StartOver(f"node {max(lost)} was lost" if lost else "communication failed")
+                why = f"node {max(lost)} was lost" if lost else "communication failed"
+                if state.progress.committed >= 0:
+                    why = f"more nodes were lost than the redundancy covers, which is {state.protection.covers}"
+                yield StartOver(why)
                 return
             if fallback is None:
                 yield Stop(Exit.GENERATION_LOST, self._nothing_left(missing))
@@ -394,8 +413,9 @@ class Recoveries:
                 yield from self._check_formed(recovery, now)
 
     def last_drained(self) -> Effects:
-        """The newest generation is durable, or could not be made so: the end."""
-        yield self._unsaved()
+        """The newest generation is durable, or could not be made so: the end, or a beginning with fewer replicas."""
+        goes_on = self._state.can_shrink() and self._state.durability.base is not None
+        yield Shrink(self._end) if goes_on else self._unsaved()
 
     def formed(self, record: r.NodeFormed, now: float) -> Effects:
         """A node has its groups."""
@@ -488,7 +508,10 @@ class Recoveries:
         """The start begins anew: nothing of a recovery counts any more."""
         self.current = None
         self._none_vacant()
-        self._refused.clear()
+        for known in (self._refused, self._full):
+            known.clear()
+        self._purpose, self._placed, self._waits_until = "resume", None, None
+        self._end = self._not_saved = self._durable_name = ""
         yield from self.let_helpers_go()
 
     def _none_vacant(self) -> None:
@@ -529,3 +552,7 @@ class Recoveries:
         self.vacant = {(node, local) for node, local in kept["vacant"]}
         self.in_place = {(node, local) for node, local in kept["in_place"]}
         self.helpers = set(kept["helpers"])
+
+
+def _written_since(epoch: int, held: Mapping[int, Sequence[tuple[int, int]]]) -> dict[int, list[tuple[int, int]]]:
+    return {rank: [each for each in versions if each[0] >= epoch] for rank, versions in held.items()}

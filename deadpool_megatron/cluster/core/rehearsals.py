@@ -53,7 +53,7 @@ class Rehearsals:
             of.setdefault(slot.node, []).append(rank)
         for spare, nodes in self._plan(of, without).items():
             state, wanted = members.nodes[spare], frozenset(rank for node in nodes for rank in of[node])
-            in_turn = placing.in_turn(spare, job.active_nodes, job.rehearsals)
+            in_turn = placing.in_turn(spare, members.width_nodes, job.rehearsals)
             now = state.rehearses or {node * slots + local for node in in_turn for local in range(slots)}
             changed |= state.rehearses != wanted
             state.rehearses = wanted
@@ -88,7 +88,7 @@ class Rehearsals:
             holders = dict.fromkeys(members.assignment[rank].node for rank in sorted(known))
             kept = [node for node in holders if known.issuperset(of[node])]
 
-            turns = placing.in_turn(spare, job.active_nodes, job.rehearsals)  # it has begun with these
+            turns = placing.in_turn(spare, members.width_nodes, job.rehearsals)  # it has begun with these
             begun = {*kept, *(members.assignment[node * job.slots_per_node].node for node in turns)}
 
             def worth(node: int, near: Near = near, begun: set[int] = begun) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from deadpool_megatron.cluster.core.effects import Answer, Effects, Persist, Sen
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.members import NodeState
 from deadpool_megatron.cluster.core.state import JobState
+from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.records.exits import Exit
 
 
@@ -106,24 +107,73 @@ class Start:
         taken_by = self._state.spares.for_start(lost)
         why = f"node {lost[0]} was lost" if lost else "a worker ended"
         why += f" before the first generation was committed ({reason})"
+        if self._state.progress.committed >= 0:
+            why = reason  # what is durable is of more replicas than there are now, and nobody but a new start reads it
+        if taken_by is None and self._state.can_shrink() and self._state.durability.base is not None:
+            return (yield from self.smaller(f"{why}, and no spare is left", members.assignment))
         if taken_by is None:
             yield Stop(Exit.NO_SPARE, f"{why}, and no spare is left to begin anew with: start the job again")
             return False
-        fixed = [node for node in members.present() if not members.nodes[node].respawns]
-        if fixed:
-            yield Stop(
-                Exit.NO_SPARE, f"{why}, and another launcher starts the workers, so that it has to start them again"
-            )
+        if (yield from self._fixed(why)):
             return False
         members.hand_over(taken_by)
-        members.epoch += 1
-        self.epoch = members.epoch
-        self._told, self.due = False, None
-        self._state.layout.forget()
-        self._state.progress.start_over(members.active(), members.epoch)
+        self._begin_anew(False)
         message = f"{why}: the job begins anew on nodes {', '.join(map(str, members.active()))}"
         yield emit("started_over", lost=lost, nodes=members.active(), reason=reason, message=message)
         return True
+
+    def smaller(self, why: str, before: list[r.SlotAddress]) -> Answer[bool]:
+        """The job begins anew with as many replicas as its nodes can hold, from the newest durable generation. False:
+        they hold none, and the job ends.
+
+        Args:
+            before: how coordinates were placed.
+        """
+        state, members, layout = self._state, self._state.members, self._state.layout
+        base, width, was = state.durability.base, state.fewer(), layout.width
+        lost = [node for node in placing.nodes_of(before) if members.gone(node)]
+        nodes = placing.nodes_for(width, layout.replica, state.job.slots_per_node) if width else None
+        replicas = {rank: each.dp for rank, each in layout.coordinates.items()}
+        plan = placing.fewer(before, replicas, members.healthy(), nodes or 1, state.job.slots_per_node)
+        if base is None or nodes is None or plan is None:
+            yield Stop(Exit.NO_SPARE, f"{why}, and too few nodes are left for one data-parallel replica")
+            return False
+        if (yield from self._fixed(why)):
+            return False
+        members.place(plan)
+        self._begin_anew(width != was)
+        spares = members.spares()
+        free = f"; {r.few_nodes(spares)} {'is a spare' if len(spares) == 1 else 'are spares'} now" if spares else ""
+        yield emit(
+            "shrunk",
+            width=width,
+            was=was,
+            iteration=base[0],
+            name=base[1],
+            lost=lost,
+            nodes=members.active(),
+            spares=spares,
+            reason=why,
+            message=f"{why}: the job goes on with {width} of {was} data-parallel replicas, from durable generation "
+            f"{base[0]}, on {r.few_nodes(members.active())}{free}",
+        )
+        return True
+
+    def _fixed(self, why: str) -> Answer[bool]:
+        members = self._state.members
+        if all(members.nodes[node].respawns for node in members.present()):
+            return False
+        yield Stop(Exit.NO_SPARE, f"{why}, and another launcher starts the workers, so that it has to start them again")
+        return True
+
+    def _begin_anew(self, resized: bool) -> None:
+        members = self._state.members
+        members.epoch += 1
+        self.epoch = members.epoch
+        self._told, self.due = False, None
+        self._state.durability.begin_anew(resized)
+        self._state.layout.forget(members.world_size)
+        self._state.progress.start_over(members.active(), members.epoch)
 
     # ---- workers
 
@@ -140,7 +190,8 @@ class Start:
         """A spare has set up coordinates ahead of time."""
         state = self._state.members.nodes[record.node]
         if state.role == "spare":
-            state.rehearsed = frozenset(record.ranks)
+            there = self._state.members.world_size  # of a wider job they may be more
+            state.rehearsed = frozenset(rank for rank in record.ranks if rank < there)
             yield emit("rehearsed", node=record.node, ranks=sorted(record.ranks), cause=record.why)
 
     def stands_by(self, record: r.Standbys) -> Effects:
@@ -167,6 +218,7 @@ class Start:
             self._snapshots.registered(each)
         yield emit(
             "training",
+            width=self._state.layout.width,
             unique_bytes=unique_bytes,
             planned_bytes=self._snapshots.planned_bytes,
             expected_bytes=self._snapshots.expected_bytes,
@@ -177,7 +229,8 @@ class Start:
     def _protect(self) -> Effects:
         """Every coordinate is known: say who keeps whose shards, and what may be lost from then on."""
         members, layout, protection = self._state.members, self._state.layout, self._state.protection
-        if self._state.job.active_nodes == 1:  # for measurements: nothing is protected
+        if len(members.active()) == 1:  # nobody keeps a copy
+            protection.alone(members.assignment)
             yield self.placement()
             return
         protection.begin(members.assignment, layout.coordinates, layout.largest, self._state.job.slots_per_node)
@@ -193,7 +246,6 @@ class Start:
 
     def placement(self, node: int | None = None) -> Send:
         """Who keeps whose shards, in the first epoch; in later ones that comes with the declaration."""
-        groups = [list(group) for group in self._state.protection.groups]
-        if self._state.job.active_nodes == 1:
-            groups = [[0, 0]]
-        return Send(node, r.Placement(self._state.members.epoch, groups, *self._state.layout.sizes))
+        return Send(
+            node, r.Placement(self._state.members.epoch, self._state.protection.told, *self._state.layout.sizes)
+        )

@@ -25,7 +25,7 @@ class Suspicions:
         self._failures = 0
         self._error: tuple[float, str, Stop | None] | None = None
         """When it counts, its text, and how the job ends if it is one too many."""
-        self._stalls = StallJudge(state.job.world_size)
+        self._stalls = StallJudge(state.members.world_size)
         self._told: dict[int, r.Stalled] = {}
         self._ended: dict[tuple[int, int], str] = {}  # by node and local index, the worker's end that was asked for
 
@@ -99,4 +99,4 @@ class Suspicions:
         """An epoch is over, whose ranks are judged by what they say in it; or training is, and who still waits for a
         peer waits for one that has left."""
         self._error = None
-        self._stalls = StallJudge(self._state.job.world_size)
+        self._stalls = StallJudge(self._state.members.world_size)

@@ -132,3 +132,51 @@ def rescue(
             free[node] += 1
         out.append(slot)
     return out
+
+
+def nodes_for(width: int, replica: int, slots_per_node: int) -> int | None:
+    """How many nodes so many replicas of ``replica`` ranks fill; None where they leave a part of one empty."""
+    nodes, rest = divmod(width * replica, slots_per_node)
+    return None if rest or not nodes else nodes
+
+
+def fewer(
+    assignment: Sequence[SlotAddress],
+    replicas: Mapping[int, int],
+    there: Iterable[int],
+    nodes: int,
+    slots_per_node: int,
+) -> list[SlotAddress] | None:
+    """The assignment of fewer replicas, on ``nodes`` of those that are ``there``; None where there are not so many.
+
+    Replicas of which every node is there stay on their nodes, as many as there is room for; those that are broken give
+    theirs, then nodes that had no coordinate. Nodes keep the order of their first coordinates.
+
+    Args:
+        assignment: the one before, by rank.
+        replicas: by rank, which replica it is in; empty where that is not known.
+        there: nodes that may hold coordinates, in the order in which those without one are taken.
+
+    Example, TP1 x PP2 x DP3 on 6 nodes: with node 1 lost, replica 1 leaves, and its node 4 is free::
+
+        >>> [s.node for s in fewer(initial(6, 1), {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2}, [0, 2, 3, 4, 5], 4, 1)]
+        [0, 2, 3, 5]
+    """
+    order = list(there)
+    before = nodes_of([slot for slot in assignment if slot.local < slots_per_node])
+    healthy = [node for node in before if node in order]
+    healthy += [node for node in order if node not in healthy]
+    if len(healthy) < nodes:
+        return None
+    of: dict[int, set[int]] = {}
+    for rank, slot in enumerate(assignment):
+        if rank in replicas:
+            of.setdefault(replicas[rank], set()).add(slot.node if slot.local < slots_per_node else -1)
+    taken: set[int] = set()
+    for _, whole in sorted(of.items()):
+        if whole <= set(healthy) and len(taken | whole) <= nodes:
+            taken |= whole
+    rest = [node for node in healthy if node not in taken]
+    taken |= set(rest[: nodes - len(taken)])
+    chosen = [node for node in healthy if node in taken]
+    return [SlotAddress(node, local) for node in chosen for local in range(slots_per_node)]

@@ -54,6 +54,10 @@ class Scheme:
         """Nodes of a stripe, which is the fewest that can train with this redundancy."""
         return self.k + self.m
 
+    def fitting(self, nodes: int) -> Scheme:
+        """What so many nodes can have of it: where they are fewer than a stripe, as many copies as go with them."""
+        return self if self.size <= nodes else Scheme(1, max(1, min(self.m, nodes - 1)))
+
     @property
     def mirror(self) -> bool:
         """Plain copies, no parity."""

@@ -90,6 +90,8 @@ class Registered(OfNode, frozen=True):
     """Training the same generation once more gives the same bits."""
     restarts: bool = False
     """It may wait for other nodes where nothing frees it but its end: a recovery needs another process."""
+    widths: list[int] = msgspec.field(default_factory=list)
+    """Told by rank 0: smaller numbers of data-parallel replicas that the job can go on with."""
 
 
 class WorkerExited(OfNode, frozen=True):

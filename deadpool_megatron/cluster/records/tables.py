@@ -100,6 +100,9 @@ class Broadcast:
             self._has = dict.fromkeys(nodes, record.version)
             if record.epoch == 0:  # everybody knows the first assignment without being told
                 record = msgspec.structs.replace(record, assignment=[])
+        elif isinstance(record, r.Roster):
+            for node in nodes:  # it forgets the tables it had
+                self._has.pop(node, None)
         elif isinstance(record, r.Placement):
             old = self._sent
             record = msgspec.structs.replace(record, version=self._fresh())

@@ -110,9 +110,10 @@ class ArenaRefused(Record, frozen=True):
 
 
 class TakeOver(OfEpoch, frozen=True):
-    """A parked worker becomes a coordinate."""
+    """A parked worker becomes a coordinate, of ``world_size``; 0: of as many as its environment says."""
 
     rank: int
+    world_size: int = 0
 
 
 class Generation(OfEpoch, frozen=True):

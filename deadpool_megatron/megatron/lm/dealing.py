@@ -97,6 +97,25 @@ def _replica() -> int:
     return parallel_state.get_data_parallel_rank() if parallel_state.model_parallel_is_initialized() else 0
 
 
+def uneven(args: Mapping[str, Any]) -> str:
+    """Why replicas of this job cannot have counts of microbatches that differ, and what to do; empty: they can."""
+    for name, said in _EVEN:
+        if args.get(name):
+            return f"{said} cannot do with counts that differ; use a number that divides it"
+    if args.get("fp8") and args.get("fp8_recipe") == "delayed" and not args.get("tp_only_amax_red"):
+        # Replicas reduce the largest values after each microbatch.
+        return f"delayed scaling of FP8 cannot do with counts that differ; give {_DELAYED}"
+    if args.get("dataloader_type") != "single":
+        return "only --dataloader-type single can be dealt with counts that differ"
+    return ""
+
+
+def deals(args: Mapping[str, Any], replicas: int) -> bool:
+    """Whether so many replicas can have the microbatches of each global batch, in counts that differ by one at most."""
+    microbatches, rest = divmod(args["global_batch_size"], args["micro_batch_size"])
+    return not rest and microbatches >= replicas and (microbatches % replicas == 0 or not uneven(args))
+
+
 class Dealing:
     """Of one worker process. Inactive where upstream deals evenly."""
 
@@ -125,14 +144,8 @@ class Dealing:
         )
         if self._microbatches < self._replicas:
             raise UserError(f"{what}: there are fewer than replicas; use fewer nodes, or a smaller --micro-batch-size")
-        for name, said in _EVEN:
-            if args.get(name):
-                raise UserError(f"{what}, and {said} cannot do with counts that differ; use a number that divides it")
-        if args.get("fp8") and args.get("fp8_recipe") == "delayed" and not args.get("tp_only_amax_red"):
-            # Replicas reduce the largest values after each microbatch.
-            raise UserError(f"{what}, and delayed scaling of FP8 cannot do with counts that differ; give {_DELAYED}")
-        if args.get("dataloader_type") != "single":
-            raise UserError(f"{what}, which only --dataloader-type single can be dealt for")
+        if why := uneven(args):
+            raise UserError(f"{what}, and {why}")
         if args.get("rank") == 0:
             fewest, more = divmod(self._microbatches, self._replicas)
             print(

@@ -47,7 +47,7 @@ from deadpool_megatron.megatron.adapters import current
 from deadpool_megatron.megatron.hooks import Hooks
 from deadpool_megatron.megatron.host import Call, Host
 from deadpool_megatron.megatron.lm.data_sets import DataSets
-from deadpool_megatron.megatron.lm.dealing import Dealing
+from deadpool_megatron.megatron.lm.dealing import Dealing, deals
 from deadpool_megatron.megatron.lm.run_args import RunArgs
 from deadpool_megatron.megatron.replay import Passes
 from deadpool_megatron.megatron.writers import is_over, may_be_missing
@@ -64,6 +64,9 @@ class MegatronLM(Host):
         self._running: Call | None = None  # of train
         self._data_sets = DataSets()
         self._dealing = Dealing(self)
+
+    def deals(self, replicas: int) -> bool:
+        return deals(self.args, replicas)
 
     # ---- the loop calls us
 

@@ -1,0 +1,111 @@
+"""Without a spare a job goes on with fewer replicas, bit for bit as one of that width from the same generation."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flags import tiny_gpt, with_value
+from jobs import EXAMPLE, Job, Jobs, launch_flags
+
+ITERATIONS = 7
+SMALL = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+
+
+class Shrinking:
+    """A job that loses nodes, and those that begin at its widths with what was durable then."""
+
+    def __init__(self, jobs: Jobs, name: str, flags: Sequence[str], nodes: int, slots: int = 1) -> None:
+        self._jobs = jobs
+        self._name = name
+        self._flags = list(flags)
+        self._slots = slots
+        self._store = jobs.directory / f"{name}-store"
+        self.job = self._start(name, nodes, self._store, "--deadpool-when-out-of-spares", "shrink", held=True)
+
+    def _start(self, name: str, nodes: int, store: Path, *more: str, held: bool = False) -> Job:
+        alone = ["--alone"] * (nodes == 1)  # the launcher begins none that nothing protects
+        ours = ["--deadpool-durable-dir", str(store), "--deadpool-durable-interval", "1000", *more]
+        return self._jobs.start(
+            name, [*launch_flags(nodes, 0, self._slots), *alone], [*self._flags, *ours], EXAMPLE, held=held
+        )
+
+    def described(self, ranks: int) -> None:
+        """Until a lost node's shards can be written by another one, of so many ranks."""
+        self.job.until("layouts", lambda: len(list(self._store.glob(f"layouts/*-of-{ranks}.json"))) == ranks)
+
+    def from_the_same(self, event: dict[str, Any]) -> Job:
+        """A run of that width that begins with that generation."""
+        store = self._jobs.directory / f"{self._name}-store-{event['width']}"
+        store.mkdir()
+        for file in self._store.iterdir():
+            other = file.name.startswith("generation-") and int(file.name.split("-")[1]) != event["iteration"]
+            if file.is_dir() and not other:
+                shutil.copytree(file, store / file.name)
+        name, nodes = f"{self._name}-at-{event['width']}", len(event["nodes"])
+        return self._start(name, nodes, store, "--deadpool-resume", "auto").finished(300)
+
+    def compare(self) -> list[dict[str, Any]]:
+        """Each time that it became narrower; all that came after is compared."""
+        events = self.job.events("shrunk")
+        for event in events:
+            want = self.from_the_same(event)
+            last = event is events[-1]
+            epochs = [e["epoch"] for e in events if e["epoch"] > event["epoch"]] or [1 << 30]
+            got = [
+                (e["iteration"], e["losses_hex"], e["grad_norm_hex"])
+                for e in self.job.events("iteration")
+                if event["epoch"] <= e["epoch"] < min(epochs)
+            ]
+            assert got and got[0][0] == event["iteration"] == want.exact()[0][0]
+            assert set(map(str, got)) <= set(map(str, want.exact()))
+            if last:
+                assert got[-1] == want.exact()[-1] and self.job.hashes() == want.hashes()
+        return events
+
+
+@pytest.mark.timeout(400)
+def test_a_job_that_loses_all_nodes_but_one_ends_bitwise_as_one_of_that_width(jobs: Jobs) -> None:
+    it = Shrinking(jobs, "narrower", [*with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2), *SMALL], 3)
+    job = it.job
+    job.arm((1, 2, 2), until=1)
+    it.described(3)
+    job.hold(4)
+    job.until_event("shrunk")
+    it.described(2)
+    job.arm((0, 5, 2))  # in the workers that the new start has begun with
+    job.finished(300)
+    assert [(e["width"], e["was"], e["nodes"]) for e in it.compare()] == [(2, 3, [0, 2]), (1, 2, [2])]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_the_healthy_nodes_of_a_replica_that_leaves_are_spares_and_the_next_loss_is_a_swap(
+    jobs: Jobs, replicas: int
+) -> None:
+    """Pipelines of two nodes: of the second replica one is lost, and the other one takes the next one's place."""
+    it = Shrinking(jobs, f"swapped-{replicas}", tiny_gpt(iters=ITERATIONS), 2 * replicas, 2)
+    job = it.job
+    job.arm((1, 2, 2), until=1)
+    it.described(4 * replicas)
+    job.hold(4)
+    (event,) = job.until("the shrink", lambda: job.events("shrunk"))
+    assert event["width"] == replicas - 1 and event["spares"] == [replicas + 1]
+    job.until_event("parked")
+    job.arm((0, 5, 2))
+    job.finished(600)
+    assert len(it.compare()) == 1 and job.events("resumed")
+    swapped = job.events("declared")[-1]
+    assert swapped["purpose"] == "resume" and replicas + 1 in swapped["nodes"] and 0 not in swapped["nodes"]
+
+
+def test_what_cannot_shrink_is_refused_before_anything_begins(jobs: Jobs) -> None:
+    flags = [*with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2), *SMALL, "--dataloader-type", "cyclic"]
+    ours = ["--deadpool-when-out-of-spares", "shrink", "--deadpool-durable-dir", str(jobs.directory / "store")]
+    job = jobs.start("sampled", launch_flags(2, 0, 1), [*flags, *ours])
+    assert job.wait() == 2 and "with dataloader_type cyclic a job has to keep its number of replicas" in job.output

@@ -1,0 +1,318 @@
+"""The promise: without a spare a job goes on with as many replicas as its nodes can hold, from what is newest."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.core.core import Core
+from deadpool_megatron.cluster.core.durable import DurableSpec
+from deadpool_megatron.cluster.core.effects import Keep
+from deadpool_megatron.cluster.core.job import Phase
+from deadpool_megatron.cluster.placement import assignment as placing
+from deadpool_megatron.cluster.records.exits import Exit
+from deadpool_megatron.durable import ShardFile
+from simulated import SimulatedJob
+
+
+def job(nodes: int = 3, spares: int = 0, slots: int = 1, replica: int = 1, **more: Any) -> SimulatedJob:
+    """Has committed generation 5."""
+    spec = DurableSpec("/durable", "job", 100, resume=True)
+    it = SimulatedJob(nodes, spares, slots, durable=spec, replica=replica, when_out_of_spares="shrink", **more)
+    it.train()
+    it.commit(5)
+    return it
+
+
+def drain(it: SimulatedJob, error: str = "") -> None:
+    """What a recovery does up to the end of its last drain."""
+    it.arrive()
+    it.prepare()
+    write(it, error)
+
+
+def write(it: SimulatedJob, error: str = "") -> None:
+    """The drain under way comes to its end."""
+    name = it.told(r.DrainShards)[-1].name
+    for node in it.active:
+        ranks = placing.ranks_of(it.core.assignment, node).values()
+        shards = [ShardFile(rank, f"rank-{rank:05d}.safetensors", 100, "0", "layout") for rank in ranks]
+        it.feed(r.ShardsDrained(node, name, [] if error else shards, error))
+        if error:
+            return
+    seal = next(each for each in reversed(it.sent) if isinstance(each.record, r.SealGeneration))
+    assert seal.node is not None
+    it.feed(r.GenerationSealed(seal.node, name, "", []))
+
+
+def begin(it: SimulatedJob) -> None:
+    """The new start comes to its first iteration."""
+    for rank in range(len(it.core.assignment)):
+        it.register(rank)
+    it.park()
+    assert it.core.phase is Phase.RUNNING
+    it.resume()
+    it.written = it.core.epoch
+
+
+def test_a_replica_leaves_with_the_node_that_nobody_replaces_and_the_others_begin_with_the_newest_generation() -> None:
+    it = job()
+    it.lose(1)
+    declared = it.told(r.Declare)[-1]
+    assert declared.purpose == "drain" and it.finish is None
+    drain(it)
+    assert it.finish is None and it.core.phase is Phase.STARTING and it.active == [0, 2]
+    roster, resume = it.told(r.Roster)[-1], it.told(r.ResumeAt)[-1]
+    assert roster.anew and len(roster.assignment) == 2 and roster.epoch == it.core.epoch == 2
+    assert resume.generation == 5 and resume.recut == it.told(r.DrainShards)[-1].name
+    (event,) = it.events("shrunk")
+    assert (event["width"], event["was"], event["iteration"], event["lost"]) == (2, 3, 5, [1])
+    begin(it)
+    assert it.told(r.Placement)[-1].unique_bytes == [1 << 20] * 2 and it.events("training")[-1]["width"] == 2
+    it.commit(6)
+    assert it.core.committed == 6
+
+
+def test_one_loss_after_the_other_costs_one_replica_each_down_to_one_and_then_the_job_ends() -> None:
+    it = job()
+    for width, node in ((2, 0), (1, 1)):
+        it.lose(node)
+        drain(it)
+        assert len(it.active) == width
+        begin(it)
+        it.commit(5)
+    assert it.told(r.Placement)[-1].groups == [[2, 2]]  # nobody else keeps its copies
+    it.lose(2)
+    code, message = it.end
+    assert code == Exit.NO_SPARE and "generation 5 is durable" in message
+
+
+def test_the_healthy_nodes_of_the_replica_that_leaves_are_spares_at_once_and_the_next_loss_is_a_swap() -> None:
+    """Two pipelines of four nodes."""
+    it = job(nodes=8, slots=1, replica=4)
+    it.lose(3)  # of the second replica, with nodes 1, 5, and 7
+    drain(it)
+    assert it.active == [0, 2, 4, 6] and it.events("shrunk")[0]["spares"] == [1, 5, 7]
+    begin(it)
+    it.commit(5)
+    it.lose(4)
+    assert it.told(r.Declare)[-1].purpose == "resume" and it.active == [0, 2, 1, 6]
+    it.recover()
+    assert it.core.phase is Phase.RUNNING and len(it.events("shrunk")) == 1
+
+
+def test_several_nodes_lost_at_once_cost_no_more_replicas_than_the_others_cannot_hold() -> None:
+    it = job(nodes=9, spares=1, replica=2)
+    (pair,) = (group for group in it.core.protection.groups if 0 in group)
+    for node in (0, next(node for node in (1, 2, 3) if node not in pair)):  # of two replicas; one is replaced
+        it.lose(node)
+    drain(it)
+    assert it.events("shrunk")[0]["width"] == 3 and len(it.active) == 6
+    assert len(it.events("shrunk")[0]["spares"]) == 1
+
+
+def test_nodes_hold_whole_replicas_and_are_full_or_the_job_ends() -> None:
+    it = job(nodes=4, slots=2)  # two replicas a node
+    it.lose(1)
+    drain(it)
+    assert it.events("shrunk")[0]["width"] == 6 and len(it.active) == 3
+    it = job(nodes=3, slots=2, replica=3, can_rescue=False)  # one would take one node and a half
+    it.lose(1)
+    drain(it)
+    assert it.end[0] == Exit.NO_SPARE
+
+
+def test_a_node_lost_in_the_last_drain_or_in_the_new_start_costs_no_more_than_the_nodes_can_no_longer_hold() -> None:
+    it = job(nodes=4)
+    it.lose(1)
+    it.arrive()
+    it.prepare()
+    it.lose(0)
+    assert it.told(r.Declare)[-1].purpose == "drain" and it.finish is None
+    drain(it)
+    assert it.active == [2, 3]
+    it.register(0)
+    it.lose(3)
+    assert it.core.phase is Phase.STARTING and it.active == [2] and it.finish is None
+    assert [each["width"] for each in it.events("shrunk")] == [2, 1]
+    assert it.told(r.ResumeAt)[-1].generation == 5
+    begin(it)
+
+
+def test_a_node_lost_before_the_first_commit_of_the_new_width_has_the_job_begin_there_once_more() -> None:
+    it = job(nodes=8, replica=2)
+    it.lose(0)
+    drain(it)
+    begin(it)
+    it.iterate(5)
+    (spare,) = it.events("shrunk")[0]["spares"]
+    it.lose(1)
+    for node in sorted(it.core.recovery.givers if it.core.recovery is not None else ()):
+        it.feed(r.Offer(it.core.epoch, node, {}, {}, {}, arrived=True))
+    assert it.core.phase is Phase.STARTING and spare in it.active and len(it.events("shrunk")) == 1
+    assert it.told(r.ResumeAt)[-1].generation == 5 and it.told(r.ResumeAt)[-1].recut
+
+
+def test_what_was_written_by_a_wider_job_is_nothing_to_go_on_from() -> None:
+    it = job(nodes=4, replica=2)
+    it.lose(3)
+    drain(it)
+    begin(it)
+    assert it.active == [0, 2]
+    it.iterate(5)
+    it.lose(2)
+    old = {0: [(0, 5)], 1: [(0, 5)]}
+    for node in sorted(it.core.recovery.givers if it.core.recovery is not None else ()):
+        it.feed(r.Offer(it.core.epoch, node, {}, old, old, arrived=True))
+    assert not it.told(r.Agree)[1:] and it.core.phase is Phase.STARTING
+
+
+def test_a_generation_that_cannot_be_made_durable_gives_way_to_the_one_before_or_the_job_ends() -> None:
+    it = job()
+    it.lose(1)
+    drain(it, "no space left")
+    assert it.end[0] == Exit.NO_SPARE and "no checkpoint could be saved" in it.end[1]
+    it = job()
+    it.commit(100)
+    write(it)
+    it.commit(101)
+    it.lose(1)
+    it.arrive(101)
+    it.prepare()
+    write(it, "no space left")
+    assert it.finish is None and it.events("shrunk")[0]["iteration"] == 100
+
+
+def test_a_wait_for_a_spare_comes_first_and_a_spare_that_comes_costs_no_replica() -> None:
+    it = job(wait_for_spare_s=60.0)
+    it.lose(1)
+    it.arrive()
+    assert it.core.phase is Phase.WAITING
+    it.wait(61.0)
+    assert it.told(r.Declare)[-1].purpose == "drain"
+    drain(it)
+    assert it.events("shrunk")[0]["width"] == 2
+    it = job(wait_for_spare_s=60.0)
+    it.lose(1)
+    it.arrive()
+    _, node, actions = it.core.add_spare("host", it.now)
+    it.take(actions)
+    it.join([node])
+    it.park([node])
+    it.recover()
+    assert not it.events("shrunk") and it.active == [0, node, 2]
+
+
+def test_without_end_a_job_waits_for_a_node_to_come() -> None:
+    it = SimulatedJob(3, 0, 1, when_out_of_spares="wait").train()
+    it.commit(5)
+    it.lose(1)
+    it.arrive()
+    it.wait(1e6)
+    assert it.core.phase is Phase.WAITING and it.finish is None and it.events("waiting")[0]["minutes"] is None
+    _, node, actions = it.core.add_spare("host", it.now)
+    it.take(actions)
+    it.join([node])
+    it.park([node])
+    it.recover()
+    assert it.active == [0, node, 2] and it.core.phase is Phase.RUNNING
+
+
+def test_saving_is_what_a_job_does_that_was_not_asked_to_shrink() -> None:
+    it = SimulatedJob(3, 0, 1, durable=DurableSpec("/durable", "job", 100, resume=True), can_rescue=False).train()
+    it.commit(5)
+    it.lose(1)
+    drain(it)
+    assert it.end[0] == Exit.NO_SPARE and "durable" in it.end[1]
+
+
+def test_a_job_that_another_launcher_has_started_cannot_begin_anew_and_ends_as_ever() -> None:
+    spec = DurableSpec("/durable", "job", 100, resume=True)
+    it = SimulatedJob(3, 0, 1, durable=spec, when_out_of_spares="shrink", can_rescue=False)
+    for node in range(3):
+        it.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [node], respawns=False))
+    for rank in range(3):
+        it.register(rank)
+    it._groups = it.core.protection.groups
+    it.commit(5)
+    it.lose(1)
+    drain(it)
+    assert it.end[0] == Exit.NO_SPARE
+
+
+# ---- a coordinator that starts again
+
+
+def restarted(it: SimulatedJob, stored: dict[str, Any]) -> SimulatedJob:
+    """Another coordinator, with the agents back in the epoch that they were told."""
+    kept = json.loads(json.dumps(stored))
+    again = SimulatedJob(
+        it.core.job.nodes, it.core.job.spare_nodes, 1, durable=it.core.job.durable, replica=it.replica,
+        when_out_of_spares="shrink",
+    )  # fmt: skip
+    again.core = Core(it.core.job)
+    again.take(again.core.restored(kept, it.now))
+    again.now = it.now
+    return again
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_coordinator_that_takes_over_in_the_last_drain_or_in_the_new_start_goes_on_with_it(cut: int) -> None:
+    it = job()
+    it.lose(1)
+    it.arrive()
+    it.prepare()
+    if cut:
+        write(it)
+    again = restarted(it, it.core.dump())
+    for node in (0, 2):
+        again.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [10 * node], epoch=1))
+    again._held, again._groups = it._held, it._groups
+    if not cut:
+        assert again.told(r.Declare)[-1].purpose == "drain"
+        drain(again)
+    assert again.core.phase is Phase.STARTING and again.active == [0, 2] and len(again.core.assignment) == 2
+    assert again.told(r.ResumeAt)[-1].generation == 5 and again.told(r.ResumeAt)[-1].recut
+    begin(again)
+    assert again.core.epoch >= 2
+
+
+def test_a_coordinator_that_takes_over_a_narrower_job_knows_its_width() -> None:
+    it = job(nodes=4)
+    it.lose(1)
+    drain(it)
+    begin(it)
+    it.commit(6)
+    stored = it.core.dump()
+    again = restarted(it, stored)
+    for node in (0, 2, 3):
+        pids = [10 * node]
+        again.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, pids, epoch=it.core.epoch, kept=(2, 6)))
+    assert again.core.phase is Phase.RUNNING and again.active == [0, 2, 3]
+    again._held, again._groups = list(again.core.assignment), again.core.protection.groups
+    again.written = it.core.epoch
+    again.lose(0)
+    again.arrive(6)
+    again.prepare()
+    write(again)
+    assert again.events("shrunk")[0]["width"] == 2 and again.events("shrunk")[0]["was"] == 3
+
+
+def test_the_width_is_kept_before_anybody_is_told_of_it() -> None:
+    it = job()
+    it.lose(1)
+    it.arrive()
+    it.prepare()
+    name = it.told(r.DrainShards)[-1].name
+    for node in it.active:
+        ranks = placing.ranks_of(it.core.assignment, node).values()
+        shards = [ShardFile(rank, "file", 100, "0", "layout") for rank in ranks]
+        it.feed(r.ShardsDrained(node, name, shards, ""))
+    seal = next(each for each in reversed(it.sent) if isinstance(each.record, r.SealGeneration))
+    assert seal.node is not None
+    actions = it.core.received(r.GenerationSealed(seal.node, name, "", []), it.now)
+    kept = [each for each in actions if isinstance(each, Keep)]
+    assert kept[-1].parts["members"]["world_size"] == 2
