@@ -339,7 +339,10 @@ class Oracle:
                 if self._cluster.hq.torn and self._waits_since is None:  # that a wait began may have been its last word
                     self._waits_since = self._cluster.hq.died_at
                 self._back_at = world.now
+                self._active = self._cluster.hq.core.members.active()  # it may have died of declaring them
                 self._cluster.faults.came_back()
+            case "stood_still" if self._waits_since is not None:  # nobody is late for that
+                self._waits_since += min(fields["seconds"], world.now - self._waits_since)
             case "left":
                 self.drain_ends(fields["node"])
             case "detected" if "local" not in fields:
@@ -655,6 +658,7 @@ class Oracle:
         self._look_at_drains()
         wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
         waits = wait and core.phase is Phase.WAITING and since is not None and not core.members.coming_spares()
+        waits = waits and not self._cluster.hq.process.frozen
         if waits and self._cluster.world.now > (since or 0.0) + wait + _WAIT_S:
             raise Violation(f"a spare is waited for longer than {wait:.0f} s, since {since:.0f}")
         for node, state in core.nodes.items():

@@ -967,6 +967,30 @@ def test_a_checkpoint_that_fails_with_the_same_error_again_ends_the_job_for_want
     assert "rank 5 raised the same error again: no space left" in message
 
 
+def test_the_error_of_a_try_to_save_that_is_over_does_not_end_the_next_one() -> None:
+    job = _rescued()
+
+    def fails(epoch: int) -> None:
+        slot = job.core.assignment[5]
+        job.feed(r.WorkerFailed(slot.node, slot.local, 5, "training", epoch, 7, 0, "OSError", "save.py", "full", ""))
+        job.feed(r.WorkerExited(slot.node, slot.local, 5, 50 + epoch, 1, epoch))
+
+    def saves() -> int:
+        for step in (lambda: job.arrive(7), job.prepare, job.form, job.restore):
+            step()
+        return job.core.epoch
+
+    fails(saves())
+    second = saves()
+    slot = job.core.assignment[4]
+    job.feed(r.WorkerExited(slot.node, slot.local, 4, 99, -9, second))
+    assert job.core.epoch == second + 1
+    fails(second)
+    assert job.finish is None and job.told(r.Declare)[-1].purpose == "save"
+    fails(saves())
+    assert job.end[0] == Exit.NO_SPARE and "raised the same error again" in job.end[1]
+
+
 def test_without_a_spare_and_without_a_way_to_save_the_job_says_what_is_missing() -> None:
     job = SimulatedJob(nodes=3, spares=0, can_rescue=False).train()
     job.commit(0)

@@ -212,6 +212,8 @@ class WorkerEnds:
         elif not self._state.job.deadpool or self._state.phase is not Phase.RUNNING or self._recoveries.drains:
             return
         elif self._blame.failed_again(record) and not self._signs.tells(record.node):
+            if self._recoveries.ends and record.epoch < self._state.members.epoch:
+                return  # of a try to save that is over, and another one has begun
             if self._recoveries.not_saved(f"{who} raised the same error again: {record.message}", by_all=True):
                 yield Declare(f"{who} could not save its part of the checkpoint")
                 return
