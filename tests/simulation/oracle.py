@@ -68,7 +68,7 @@ class DirectoryOracle:
     def made(self, generation: int) -> bool:
         """This generation, or a newer one, was made durable: the user was told so, or it has its manifest."""
         names = [name.split("/")[0] for name in self._cluster.directory.data if name.endswith(MANIFEST)]
-        found = [generation_of(name) or -1 for name in names]
+        found = [found for name in names if (found := generation_of(name)) is not None]
         return max([*found, *(told for told, _ in self._durable)], default=-1) >= generation
 
     def whole(self) -> int | None:
