@@ -147,6 +147,7 @@ FOUND = (
     (74589, many.mixed(74589)[1]),
     (78768, many.mixed(78768)[1]),
     (617321, many.mixed(617321)[1]),
+    (802150, many.mixed(802150)[1]),
     (600538, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600841, Profile(durable=True, shards=True, only=_FEW_KINDS)),
     (600947, Profile(durable=True, shards=True, only=_FEW_KINDS)),

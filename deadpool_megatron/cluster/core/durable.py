@@ -437,6 +437,7 @@ class Durability:
 
         So is one whose shards are not all written yet: survivors may have to use their slots now.
         """
+        self.last_is_over = False
         attempt = self._attempt
         if attempt is None or attempt.sealing not in (None, *lost):
             return

@@ -89,6 +89,11 @@ class Returning:
         for node in nodes:
             self._expected.pop(node, None)
 
+    @property
+    def owes(self) -> bool:
+        """An epoch has to begin as soon as all are back."""
+        return bool(self._expected and self._unsettled)
+
     def remember(self, unsettled: str) -> None:
         """Something that an epoch has to settle when all are back. The first is what is told."""
         self._unsettled = self._unsettled or unsettled
