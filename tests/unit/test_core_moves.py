@@ -577,6 +577,20 @@ def test_a_node_that_has_said_that_it_joins_is_waited_for() -> None:
     assert len(job.told(r.Declare)) == 2 and job.finish is not None, "it has not come"
 
 
+def test_who_has_said_that_it_joins_and_is_late_makes_the_wait_no_longer() -> None:
+    job = SimulatedJob(nodes=3, spares=0, wait_for_spare_s=1.0).train()
+    job.commit(1)
+    job.take(job.core.add_spare("", job.now)[2])
+    job.wait(DEADLINES.join - 10)
+    job.lose(1)
+    job.offer(0)
+    job.offer(2)
+    job.wait(9)
+    assert job.core.phase is Phase.WAITING
+    job.wait(2)
+    assert job.told(r.Declare)[-1].purpose == "save"
+
+
 def test_nobody_waits_for_a_spare_when_no_node_is_left_that_keeps_state() -> None:
     job = SimulatedJob(nodes=2, spares=0, wait_for_spare_s=600.0).train()
     job.commit(1)

@@ -116,10 +116,9 @@ class Recoveries:
         if taken_by is None and self._purpose == "resume":
             yield from self._call_drains_off(out_of_use)
             taken_by = self._taken_by(out_of_use)
-        patience = math.inf if state.job.when_out_of_spares == "wait" else state.job.wait_for_spare_s
-        if members.coming_spares():  # who has said that it joins is waited for in any case
-            patience = max(patience, state.job.deadlines.join)
         there = {node for node in members.present() if members.nodes[node].agent_pid}
+        coming = bool(members.coming_spares() and there)  # is waited for in any case, until it is late
+        patience = math.inf if state.job.when_out_of_spares == "wait" else state.job.wait_for_spare_s
         if not there:
             patience = 0.0  # nobody is left whose state could be kept
         if taken_by is None or self._purpose != "resume":
@@ -132,15 +131,14 @@ class Recoveries:
         elif state.progress.fresh and out_of_use:
             yield StartOver(reason)
             return False
-        elif (
-            patience
-            and self._purpose == "resume"
-            and (self._waits_until is None or now < self._waits_until or members.coming_spares())
+        elif self._purpose == "resume" and (
+            coming or (patience and (self._waits_until is None or now < self._waits_until))
         ):
             if self._waits_until is None:
                 self._waits_until, self._wait_told = now + patience, False
             if not self._wait_told:
-                minutes, self._wait_told = max(0.0, self._waits_until - now) / 60, True
+                until = max(self._waits_until, now + coming * state.job.deadlines.join)
+                minutes, self._wait_told = (until - now) / 60, True
                 yield emit(
                     "waiting",
                     lost=sorted(out_of_use),
