@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import os
 import platform
@@ -454,12 +455,8 @@ class Coordinator:
 
     def _what_runs(self) -> dict[str, Any]:
         """The script with its arguments, and the versions of this node, for the report."""
-        versions = {"Python": platform.python_version()}
-        for name in ("deadpool-megatron", "torch", "megatron-core"):
-            with contextlib.suppress(metadata.PackageNotFoundError):
-                versions[name] = metadata.version(name)
         command = list(self._settings.agent.get("command", ()))
-        return {"command": command[3:], "versions": versions}  # without python -m deadpool_megatron.worker
+        return {"command": command[3:], "versions": _versions()}  # without python -m deadpool_megatron.worker
 
     def _say_goodbye(self) -> None:
         """Wait until every agent has ended its workers and left, within a deadline."""
@@ -574,6 +571,16 @@ class Coordinator:
         if labels := core.protection.labels(node):
             out["domains"] = dict(labels)
         return out
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Of what runs on this node."""
+    versions = {"Python": platform.python_version()}
+    for name in ("deadpool-megatron", "torch", "megatron-core"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _die() -> None:
