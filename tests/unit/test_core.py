@@ -949,14 +949,16 @@ def test_a_checkpoint_that_is_not_saved_in_time_ends_the_job() -> None:
     assert job.end[0] == Exit.NO_SPARE
 
 
-def test_a_checkpoint_that_fails_with_the_same_error_again_ends_the_job_for_want_of_a_spare() -> None:
+@pytest.mark.parametrize("slow_link", [False, True], ids=["", "before all are known to have restored"])
+def test_a_checkpoint_that_fails_with_the_same_error_again_ends_the_job_for_want_of_a_spare(slow_link: bool) -> None:
     job = _rescued()
-    for _ in range(2):
+    for again in range(2):
         assert job.finish is None and job.told(r.Declare)[-1].purpose == "save"
         job.arrive(7)
         job.prepare()
         job.form()
-        job.restore()
+        if not (again and slow_link):
+            job.restore()
         node, local = job.core.assignment[5].node, job.core.assignment[5].local
         epoch = job.core.epoch
         error = r.WorkerFailed(node, local, 5, "training", epoch, 7, 0, "OSError", "save.py", "no space left", "")

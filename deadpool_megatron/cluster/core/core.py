@@ -850,7 +850,7 @@ class Core:
             late_nodes = recovery.late()
             if recovery.phase is Phase.WAITING:
                 yield from self._declare("no spare has come in time")
-            elif late_nodes and self._recoveries.not_saved(
+            elif (late_nodes and recovery.restored_reported) and self._recoveries.not_saved(
                 "it took too long", late_nodes >= set(self.members.active())
             ):
                 yield from self._declare("the checkpoint was not saved in time")

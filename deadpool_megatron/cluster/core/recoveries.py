@@ -494,10 +494,9 @@ class Recoveries:
 
         True: an epoch has to begin that makes the generation durable instead, or (``by_all``) ends the job.
         """
-        recovery = self.current
-        # (who was away knows no more whether all had been restored: an error that comes back is enough then)
-        saves = self._purpose == "save" and (by_all if recovery is None else recovery.restored_reported)
-        if not saves or not (by_all or self._state.durability.can_drain):
+        # (the word that all have been restored may be on its way still, or was told to a coordinator that has died)
+        restored = by_all or (self.current is not None and self.current.restored_reported)
+        if self._purpose != "save" or not restored or not (by_all or self._state.durability.can_drain):
             return False
         self._not_saved = why
         return True
