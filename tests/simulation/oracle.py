@@ -178,6 +178,7 @@ class Oracle:
         self._drain_began = 0.0  # the newest drain
         self.saving: list[int] | None = None  # who was healthy when it was found that no spare is left
         self._waits_since: float | None = None  # for a spare
+        self._waits_perhaps = False  # it is not known whether it waits
         self._late: set[int] = set()  # who came when the wait was over, and may not have been counted on
 
     # ---- numbers
@@ -337,7 +338,7 @@ class Oracle:
                 self._linked[fields["node"]] = world.now
             case "coordinator_back":
                 if self._cluster.hq.torn and self._waits_since is None:  # that a wait began may have been its last word
-                    self._waits_since = self._cluster.hq.died_at
+                    self._waits_since, self._waits_perhaps = self._cluster.hq.died_at, True
                 self._back_at = world.now
                 self._active = self._cluster.hq.core.members.active()  # it may have died of declaring them
                 self._cluster.faults.came_back()
@@ -366,9 +367,11 @@ class Oracle:
                 wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
                 if since is not None and world.now > since + wait:
                     self._late.add(fields["node"])
-            case "waiting" if self._waits_since is None:  # else by another coordinator
+            case "waiting" if self._waits_since is None or self._waits_perhaps:  # else by another coordinator
                 since = world.now + 60 * fields["minutes"] - self._cluster.job.wait_for_spare_s
-                self._waits_since = min(world.now, since)
+                if self._waits_since is None or not self._cluster.hq.core.members.coming_spares():
+                    self._waits_since = min(world.now, since)
+                self._waits_perhaps = False
                 self._cluster.faults.awaited()
             case "resumed":
                 self._since, self._waits_since = 0, None
