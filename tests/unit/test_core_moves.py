@@ -577,6 +577,21 @@ def test_a_node_that_has_said_that_it_joins_is_waited_for() -> None:
     assert len(job.told(r.Declare)) == 2 and job.finish is not None, "it has not come"
 
 
+def test_all_hold_still_soon_also_where_training_went_far_back() -> None:
+    job = SimulatedJob(nodes=5, spares=2).train()
+    job.commit(5)
+    job.iterate(20)
+    job.lose(1)
+    job.recover()
+    job.park()
+    drain(job, 0)
+    assert 5 < job.told(r.Hold)[-1].iteration < 15
+    drained = SimulatedJob(nodes=5, spares=2).train()
+    drained.iterate(20)
+    drain(drained, 0)
+    assert drained.told(r.Hold)[-1].iteration > 20
+
+
 def test_who_has_said_that_it_joins_and_is_late_makes_the_wait_no_longer() -> None:
     job = SimulatedJob(nodes=3, spares=0, wait_for_spare_s=1.0).train()
     job.commit(1)

@@ -504,6 +504,7 @@ class Core:
         self._start.epoch = kept["start_epoch"]
         head = self._progress
         head.committed, head.iteration, head.done = kept["committed"], kept["iteration"], kept["done"]
+        head.reached = head.iteration
         head.fresh = self._state.phase is Phase.STARTING  # else what was trained since may not be on record
         head.count_anew(self.members.active(), self.epoch)
         if self._layout.known:

@@ -124,7 +124,7 @@ class Drains:
     def _hold(self, drain: _Drain, now: float) -> Effects:
         pace = self._state.progress.pace
         ahead = 2 + math.ceil(_HOLD_NOTICE_S / pace) if pace > 0 else 3
-        drain.iteration, drain.rehearses, drain.holds = self._state.progress.iteration + ahead, None, True
+        drain.iteration, drain.rehearses, drain.holds = self._state.progress.reached + ahead, None, True
         drain.deadline = now + self._state.job.deadlines.abort + ahead * pace
         yield emit("leaving", node=drain.node, iteration=drain.iteration)
         yield Send(None, r.Hold(self._state.members.epoch, drain.iteration))

@@ -20,6 +20,8 @@ class Progress:
     def __init__(self, active: Iterable[int]) -> None:
         self.iteration = -1
         self.committed = -1
+        self.reached = -1
+        """The newest iteration that has ended in this epoch, which may have begun far before `iteration`."""
         self.fresh = True
         """Nothing has been trained or committed, for certain: beginning anew loses nothing."""
         self.pace = 0.0
@@ -34,6 +36,7 @@ class Progress:
         self.pace = record.seconds
         self._ledger.progress(record.iteration + 1)
         self.fresh = False
+        self.reached = record.iteration
         if record.iteration <= self.iteration:
             return False
         self.iteration = record.iteration
@@ -62,7 +65,8 @@ class Progress:
         if kept is not None and self._ledger.adopt(kept):
             self._kept, self.committed, self.fresh = kept, kept.generation, False
         if iteration > self.iteration:
-            self.iteration, self.fresh = iteration, False
+            self.iteration = self.reached = iteration
+            self.fresh = False
 
     def held_back_by(self) -> str:
         """What the next commit waits for, in words."""
@@ -80,13 +84,13 @@ class Progress:
 
     def go_on(self, active: Iterable[int], epoch: int, generation: int) -> None:
         """In this epoch the job goes on from a generation that is committed."""
-        self.committed = generation
+        self.committed = self.reached = generation
         self.fresh = False
         self.count_anew(active, epoch)
 
     def start_over(self, active: Iterable[int], epoch: int) -> None:
         """The job begins to train anew."""
-        self.iteration = self.committed = -1
+        self.iteration = self.committed = self.reached = -1
         self.fresh = True
         self.done.clear()
         self.count_anew(active, epoch)
