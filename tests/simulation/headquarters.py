@@ -232,6 +232,7 @@ class Headquarters:
     Attributes:
         torn: the last one died in the middle of something, so that what it did last may not be in the log.
         died_at: when.
+        knows_directory: this one could look what is durable.
     """
 
     def __init__(
@@ -259,6 +260,7 @@ class Headquarters:
         self.lives = 0
         self.torn = False
         self.died_at = 0.0
+        self.knows_directory = True
         self.ended: tuple[int, str] | None = None
         self._enlistment = Enlistment(job, [], "job", 1)
         self._lease = lease
@@ -317,13 +319,18 @@ class Headquarters:
         if self.lives:
             spec = replace(spec, job=f"{spec.job}r{self.lives}")
             lease = DirectoryLease(store, 0, owner)
-            found = look_again(store, lease, "auto", world_size, -1, lambda line: self.world.say("hq", line))
+            self.knows_directory = True
+            found = look_again(store, lease, "auto", world_size, -1, self._could_not_look)
         else:
             lease = self._lease or take(store, owner, lambda line: None, self.world.clock)
             found = survey(store, "auto", world_size, -1, True)
         self._lease = lease
         self._renew(self.process, lease)
         return replace(self.job, durable=replace(spec, complete=found.usable, recut=found.recut)), lease
+
+    def _could_not_look(self, line: str) -> None:
+        self.knows_directory = False
+        self.world.say("hq", line)
 
     def _renew(self, process: Process, lease: DirectoryLease) -> None:
         """As the thread of `Lease.keep`."""

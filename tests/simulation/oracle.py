@@ -744,7 +744,7 @@ class Oracle:
                 raise Violation(
                     f"ended with {code} ({message}), and generation {self.safe and self.safe.generation} is there"
                 )
-            if self.directory.whole() is not None:
+            if self.directory.whole() is not None and cluster.hq.knows_directory:  # else the user was told so
                 raise Violation(f"ended with {code} ({message}), and generation {self.directory.whole()} is durable")
             return
         raise Violation(f"ended with {code}: {message}")

@@ -268,6 +268,7 @@ def test_a_durable_generation_that_cannot_be_read_gives_way_to_the_one_before() 
     it.arrive(9)
     code, message = it.end
     assert code == Exit.GENERATION_LOST and "more nodes were lost than the redundancy covers" in message
+    assert message.endswith("what is durable in /durable a new job finds with --deadpool-resume auto"), "perhaps others"
 
 
 def test_a_node_that_changes_what_is_durable_in_memory_condemns_no_durable_generation_and_is_lost_in_the_end() -> None:

@@ -93,6 +93,7 @@ class Durability:
         self._complete: list[tuple[int, str]] = list(spec.complete) if spec is not None else []
         self._recut = spec.recut if spec is not None else None  # until there is one of this job's own
         self._unsure: list[tuple[int, str]] = []  # newer ones that may be complete, newest first
+        self._was_durable = bool(self._complete)  # at some time something was
         self._attempt: _Attempt | None = None
         self._attempts = 0
         self._first: tuple[float, int] | None = None  # when the first generation was committed, and which
@@ -119,9 +120,10 @@ class Durability:
     @property
     def hint(self) -> str:
         """What to do with the durable generation when the job ends, as the end of a sentence; may be empty."""
-        if self._spec is None or not (self._complete or self._unsure or self._recut):
+        known = self._complete or self._unsure or self._recut
+        if self._spec is None or not (known or (self._was_durable and self._loading is None)):
             return ""
-        if self._unsure:
+        if self._unsure or not (self._complete or self._recut):  # there may be others than what was known, and failed
             return f"; what is durable in {self._spec.directory} a new job finds with --deadpool-resume auto"
         newest = self._complete[0][0] if self._complete or self._recut is None else self._recut[0]
         return (
@@ -200,6 +202,7 @@ class Durability:
             for generation, name, *kind in known:
                 if kind != [_RECUT]:
                     self._complete.append((generation, name))
+                    self._was_durable = True
                 elif self._recut is None:
                     self._recut = (generation, name)
         self._begun = not starting
@@ -385,6 +388,7 @@ class Durability:
             return
         generation = attempt.version.generation
         self._complete = [(generation, attempt.name), *self._complete[: self._spec.keep - 1]]
+        self._was_durable = True
         self._unsure.clear()
         yield Persist()
         self._attempt = None
