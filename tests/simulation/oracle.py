@@ -729,6 +729,8 @@ class Oracle:
             return
         if code == Exit.UNEQUAL and self.constants_gone:
             return
+        if code == 1 and "for a moment" in message and not self.training:
+            return  # an error of the script, of which a coordinator hears that was frozen since before training began
         if (
             code == Exit.USAGE
             and "cut anew" in message
