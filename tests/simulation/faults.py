@@ -669,6 +669,29 @@ class Faults:
         if draws is not None and self._cluster.job.wait_for_spare_s and draws.random() < 0.7:
             self._until(draws.uniform(0.3, 1.0) * self._cluster.job.wait_for_spare_s, self._kill_coordinator)
 
+    def narrowed(self) -> None:
+        """Fewer replicas go on; in most runs machines come again, and something may happen to what becomes of that."""
+        cluster, chance = self._cluster, self._cluster.again
+        upset = (self._kill_worker, self._kill_node, self._kill_coordinator)
+        for _ in range(chance.choice((0, 1, 1, 2, 3))):
+            self._until(chance.uniform(0.2, 10.0), self._come_back)
+        if chance.random() < 0.4:
+            self.pending += 1
+            cluster.anybody.later(chance.uniform(1.0, 20.0), self._strike, "once narrower", chance.choice(upset))
+
+    def _come_back(self) -> None:
+        """As `deadpool join`, once more where the job is busy."""
+        cluster = self._cluster
+
+        def answered(reply: object) -> None:
+            if not isinstance(reply, r.SpareAdded) or reply.error:
+                if not cluster.hq.ended:
+                    self._until(1.0, self._come_back)
+            else:
+                cluster.anybody.later(cluster.again.uniform(0.1, 2.0), cluster.add_host, reply.node)
+
+        cluster.hq.ask(r.AddSpare("again"), answered)
+
     def _join(self) -> None:
         """As `deadpool join`."""
         cluster = self._cluster

@@ -604,8 +604,13 @@ def _a_spare_that_failed_is_as_good_as_any(patch: Patch) -> None:
 
 def _one_replica_goes_on(patch: Patch) -> None:
     """Whatever is left, the smallest number of replicas goes on."""
-    fewer = JobState.fewer
-    patch.setattr(JobState, "fewer", lambda self: min([*self.layout.widths, fewer(self)]) if fewer(self) else 0)
+    most = JobState.replicas
+    patch.setattr(JobState, "replicas", lambda self: min([*self.layout.widths, most(self)]) if most(self) else 0)
+
+
+def _what_has_become_narrower_stays_so(patch: Patch) -> None:
+    """Whoever comes."""
+    patch.setattr(JobState, "can_grow", lambda self: False)
 
 
 def _what_was_written_by_a_wider_job_counts(patch: Patch) -> None:
@@ -689,6 +694,7 @@ MUTANTS: dict[str, Callable[[Patch], None]] = {
     "together": _a_recovery_may_end_before_who_ended_in_it_is_replaced,
     "together end": _the_end_does_not_wait_for_who_has_just_ended,
     "narrowest": _one_replica_goes_on,
+    "stays narrow": _what_has_become_narrower_stays_so,
     "wider copies": _what_was_written_by_a_wider_job_counts,
     "only recut": _a_durable_generation_of_another_width_is_none,
     "width kept": _the_next_coordinator_forgets_the_width,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ _MASK = (1 << 60) - 1
 _FEW, _FEW_S = 8, 3.0  # iterations may be shorter than the way of a generation
 _END_S = 12.0
 _DRAIN_S = 8.0
+_ROOM_S = 6.0  # until a generation is committed, and written
+_ROOM_PEACE_S = 40.0  # what could not be written before is not tried again at once
 _WAIT_S = 20.0  # for the next coordinator to come, and agents back to it
 _PEACE_S = 4.0  # after the last fault: what waits before it tries again has tried
 
@@ -178,6 +181,7 @@ class Oracle:
         self._drain_began = 0.0  # the newest drain
         self.saving: list[int] | None = None  # who was healthy when it was found that no spare is left
         self._waits_since: float | None = None  # for a spare
+        self._room_since = 0.0  # for replicas that are away
         self._waits_perhaps = False  # it is not known whether it waits
         self._late: set[int] = set()  # who came when the wait was over, and may not have been counted on
 
@@ -201,8 +205,9 @@ class Oracle:
         core = self._cluster.hq.core
         base = core._durability._recut
         assert base is not None
-        file = self._cluster.directory.data.get(f"{base[1]}/{MANIFEST}")
-        written = msgspec.json.decode(file)["epoch"] if file is not None else self._eras[-1].epoch
+        written = self._eras[-1].epoch
+        with contextlib.suppress(KeyError, msgspec.DecodeError):  # it has been removed, or a fault has changed it
+            written = msgspec.json.decode(self._cluster.directory.data[f"{base[1]}/{MANIFEST}"])["epoch"]
         before = next(era for era in reversed(self._eras) if era.epoch <= written).at(base[0])
         values = [self.recut(before, rank) for rank in range(len(core.assignment))]
         self._eras.append(_Era(epoch, base[0], [values]))
@@ -319,9 +324,11 @@ class Oracle:
                     self._waited()
                 if len(self.declared) > 1 and self.declared[-1][1] <= self.declared[-2][1]:
                     raise Violation(f"epoch {fields['epoch']} is declared after {self.declared[-2][1]}")
-            case "shrunk":
+            case "shrunk" | "grown":
                 self._active = fields["nodes"]
-                self._shrunk(fields)
+                self._resized(fields)
+                if event == "shrunk":
+                    self._cluster.faults.narrowed()
             case "started_over":
                 self._era(fields["epoch"])  # it may have become narrower before, and nobody was there to write so
                 self._active = fields["nodes"]
@@ -387,8 +394,8 @@ class Oracle:
                 return width
         return 0
 
-    def _shrunk(self, fields: dict[str, Any]) -> None:
-        """Fewer replicas: no fewer than the healthy nodes can hold."""
+    def _resized(self, fields: dict[str, Any]) -> None:
+        """Fewer replicas, or more: no fewer than the healthy nodes can hold."""
         core = self._cluster.hq.core
         self._era(fields["epoch"])
         here = [node for node in self._healthy() if core.nodes[node].agent_pid]
@@ -659,6 +666,7 @@ class Oracle:
         """Nobody healthy is given up, and every phase has its deadline."""
         core = self._cluster.hq.core
         self._look_at_drains()
+        self._look_for_room()
         wait, since = self._cluster.job.wait_for_spare_s, self._waits_since
         waits = wait and core.phase is Phase.WAITING and since is not None and not core.members.coming_spares()
         waits = waits and not self._cluster.hq.process.frozen
@@ -675,6 +683,20 @@ class Oracle:
             raise Violation("two coordinates are in one slot")
         if core.recovery is not None and core.next_deadline() is None:
             raise Violation(f"phase {core.phase.value} has no deadline")
+
+    def _look_for_room(self) -> None:
+        """In peace replicas come back when there are nodes for them."""
+        cluster, core = self._cluster, self._cluster.hq.core
+        room = 0
+        peace = cluster.widths and core.phase is Phase.RUNNING and self._peace and self._done_at is None
+        if peace and self.directory.in_peace(_ROOM_PEACE_S) and not self.drains:
+            spares = [n for n in self._healthy() if core.members.parked(n) and n not in self._active]
+            there = [*self._active, *(n for n in spares if core.nodes[n].role == "spare" and n not in self._unfit)]
+            room = self._fits(len(there), cluster.job.world_size // cluster.replica)
+        if room <= self.ranks() // cluster.replica:
+            self._room_since = cluster.world.now
+        elif cluster.world.now > self._room_since + _ROOM_S:
+            raise Violation(f"there has been room for {room} replicas since {self._room_since:.0f} s, and they stay away")
 
     # ---- the end
 

@@ -116,12 +116,14 @@ class Run:
             self.job = replace(self.job, durable=durable)
         self.replica, self.widths = 1, list[int]()
         shrinks = random.Random(f"shrinks {seed}")  # of its own again
+        self.again = random.Random(f"again {seed}")
         if profile.shrinks and self.job.durable is not None and beside is None:
             self.job = replace(self.job, when_out_of_spares="shrink")
             self.replica = shrinks.choice([n for n in (1, 1, 2) if self.job.world_size % n == 0])
             width = self.job.world_size // self.replica
             even = shrinks.random() < 0.2  # other numbers of replicas would have counts of microbatches that differ
             self.widths = [each for each in range(1, width) if not even or width % each == 0]
+            self.iterations += shrinks.randint(0, 30)
         if profile.rehearsals:
             self.job = replace(self.job, rehearsals=random.Random(f"rehearsals {seed}").randint(1, 2))
         self.together = random.Random(f"together {seed}, what")

@@ -316,3 +316,125 @@ def test_the_width_is_kept_before_anybody_is_told_of_it() -> None:
     actions = it.core.received(r.GenerationSealed(seal.node, name, "", []), it.now)
     kept = [each for each in actions if isinstance(each, Keep)]
     assert kept[-1].parts["members"]["world_size"] == 2
+
+
+# ---- nodes that come again
+
+
+def narrower(nodes: int = 3, **more: Any) -> SimulatedJob:
+    """Has lost node 1, and trains with as many replicas as the others hold."""
+    it = job(nodes, **more)
+    it.lose(1)
+    drain(it)
+    begin(it)
+    it.commit(6)
+    return it
+
+
+def come(it: SimulatedJob) -> int:
+    """A node joins, and is parked."""
+    _, node, actions = it.core.add_spare("host", it.now)
+    it.take(actions)
+    it.join([node])
+    it.park([node])
+    return node
+
+
+def test_a_replica_comes_back_with_a_node_from_the_next_generation_which_becomes_durable_at_once() -> None:
+    it = narrower()
+    assert not it.told(r.DrainShards)[1:]
+    node = come(it)
+    it.commit(7)
+    assert it.told(r.DrainShards)[-1].generation == 7 and it.core.phase is Phase.RUNNING
+    it.commit(8)
+    write(it)
+    assert it.core.phase is Phase.STARTING and it.active == [0, 2, node] and it.told(r.Roster)[-1].anew
+    (event,) = it.events("grown")
+    assert (event["width"], event["was"], event["iteration"], event["spares"]) == (3, 2, 7, [])
+    assert it.told(r.ResumeAt)[-1].generation == 7 and it.told(r.ResumeAt)[-1].recut == it.told(r.DrainShards)[-1].name
+    begin(it)
+    it.commit(8)
+    assert it.told(r.Placement)[-1].unique_bytes == [1 << 20] * 3
+    it.lose(node)
+    assert it.told(r.Declare)[-1].purpose == "drain"
+    it.arrive(8)
+    it.prepare()
+    write(it)
+    assert it.events("shrunk")[-1]["width"] == 2 and it.told(r.ResumeAt)[-1].generation == 8
+
+
+def test_nodes_that_fill_no_replica_are_spares_until_there_are_enough() -> None:
+    it = narrower(nodes=4, replica=2)
+    assert it.active == [0, 2] and it.core.members.spares() == [3]
+    it.lose(0)
+    it.recover()
+    assert it.active == [3, 2] and not it.events("grown")
+    come(it)
+    it.commit(7)
+    assert len(it.told(r.DrainShards)) == 1
+    come(it)
+    it.commit(8)
+    write(it)
+    assert it.events("grown")[0]["width"] == 2 and len(it.active) == 4
+
+
+def test_a_spare_that_is_not_parked_or_has_failed_its_check_brings_no_replica_back() -> None:
+    it = narrower()
+    _, node, actions = it.core.add_spare("host", it.now)
+    it.take(actions)
+    it.join([node])
+    it.commit(7)
+    assert len(it.told(r.DrainShards)) == 1
+    it.park([node])
+    it.core.nodes[node].unfit = "a wrong result"
+    it.commit(8)
+    assert len(it.told(r.DrainShards)) == 1
+
+
+def test_what_comes_between_puts_growing_off_and_what_cannot_be_written_is_not_tried_at_each_commit() -> None:
+    it = narrower()
+    come(it)
+    it.commit(7)
+    write(it, "no space left")
+    it.commit(8)
+    assert len(it.told(r.DrainShards)) == 2 and it.core.phase is Phase.RUNNING
+    it.wait(31)
+    it.commit(9)
+    name = it.told(r.DrainShards)[-1].name
+    it.feed(r.WorkerExited(0, 0, 0, 4711, -9, it.core.epoch))
+    recovering = it.core.recovery is not None
+    it.feed(r.GenerationSealed(0, name, "", []))
+    assert recovering and not it.events("grown")
+
+
+def test_a_job_that_has_all_its_replicas_does_not_grow() -> None:
+    it = job(nodes=4, spares=1)
+    it.commit(6)
+    come(it)
+    it.commit(7)
+    assert not it.told(r.DrainShards)
+
+
+def test_a_node_lost_in_the_start_of_a_wider_job_has_it_begin_at_the_width_before_from_the_same_generation() -> None:
+    it = narrower()
+    node = come(it)
+    it.commit(7)
+    write(it)
+    it.register(0)
+    it.lose(node)
+    assert it.core.phase is Phase.STARTING and it.active == [0, 2] and it.finish is None
+    assert it.told(r.ResumeAt)[-1].generation == 7
+    begin(it)
+    it.commit(8)
+
+
+def test_a_coordinator_that_takes_over_in_the_start_of_a_wider_job_knows_its_width() -> None:
+    it = narrower()
+    node = come(it)
+    it.commit(7)
+    write(it)
+    again = restarted(it, it.core.dump())
+    for each in (0, 2, node):
+        again.feed(r.Join(each, 1000 + each, "127.0.0.1", 2000 + each, [10 * each], epoch=it.core.epoch))
+    assert again.core.phase is Phase.STARTING and again.active == [0, 2, node] and len(again.core.assignment) == 3
+    assert again.told(r.ResumeAt)[-1].generation == 7 and again.told(r.ResumeAt)[-1].recut

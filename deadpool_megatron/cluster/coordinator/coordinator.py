@@ -47,6 +47,7 @@ _MOST_REFUSALS_TOLD = 100
 _STATUS_INTERVAL_S = 0.2
 _STATUS_SIGN_OF_LIFE_S = 5.0  # written anew although nothing has changed
 _HOST = socket.gethostname()
+_TOLD = ("durable", "waiting", "late", "started_over", "shrunk", "grown", "never_struck")  # on the terminal, too
 _STATUS_FIRST = frozenset({"training", "resumed"})  # who reads of these finds in status.json who holds what now
 _STATUS_WAITS = 5  # times what it takes, from a declaration on
 _STATUS_SHARE = 0.005  # of the coordinator's time that writing it may take, in large jobs
@@ -444,10 +445,7 @@ class Coordinator:
                 if action.event == "placed":
                     for line in in_words(action.fields):
                         print(f"[deadpool] {line}", file=sys.stderr, flush=True)
-                if (
-                    action.event.startswith(("durable", "waiting", "late", "started_over", "shrunk", "never_struck"))
-                    and "message" in action.fields
-                ):
+                if action.event.startswith(_TOLD) and "message" in action.fields:
                     print(f"deadpool: {action.fields['message']}", file=sys.stderr, flush=True)
             elif isinstance(action, Finish):
                 self._finish = action

@@ -38,8 +38,8 @@ from deadpool_megatron.cluster.core.effects import (
     LetGo,
     Lose,
     Persist,
+    Resize,
     Send,
-    Shrink,
     StartOver,
     Stop,
     emit,
@@ -373,8 +373,7 @@ class Core:
     @property
     def replicas(self) -> tuple[int, int]:
         """Data-parallel replicas now, and at first; 0 before the ranks have told."""
-        layout = self._layout
-        return layout.width, self.job.world_size // layout.replica if layout.replica else 0
+        return self._layout.width, self._state.widest
 
     @property
     def covered(self) -> list[str]:
@@ -406,8 +405,8 @@ class Core:
                     self._carry_out(self._declare_soon(reason))
                 case StartOver(reason):
                     self._carry_out(self._start_over(reason))
-                case Shrink(reason):
-                    self._carry_out(self._start_over(reason, shrinks=True))
+                case Resize(reason):
+                    self._carry_out(self._start_over(reason, resized=True))
                 case Lose(nodes, cause):
                     self._carry_out(self._lose(nodes, cause))
                 case LetGo(node):
@@ -654,6 +653,16 @@ class Core:
     def _generation_sealed(self, record: r.GenerationSealed) -> Effects:
         yield from self._durability.sealed(record, self.assignment, self._now)
         yield from self._leave_if_drained()
+        base = self._durability.base
+        if base is not None and base[1] == record.name and self._trains_alone and self._state.can_grow():
+            spares = r.few_nodes(self.members.ready_spares())
+            yield Resize(f"there is room for more of the {self._state.widest} replicas again (spare {spares})")
+
+    @property
+    def _trains_alone(self) -> bool:
+        """All train: no node is about to be replaced, nobody is awaited, and nobody is through with training."""
+        waits = self._returning.waits or self._soon is not None or self._drains.node is not None
+        return self.phase is Phase.RUNNING and not waits and not self._finished
 
     def _durable_taken(self, why: str) -> Effects:
         yield from self._durability.taken(why)
@@ -772,10 +781,10 @@ class Core:
         if replaced is not None:
             self._new_epoch(replaced)
 
-    def _start_over(self, reason: str, shrinks: bool = False) -> Effects:
-        """Nothing is committed that the job could go on from, so it begins anew; or with fewer replicas."""
+    def _start_over(self, reason: str, resized: bool = False) -> Effects:
+        """Nothing is committed that the job could go on from, so it begins anew; or with fewer replicas, or more."""
         start, placed = self._start, self._recoveries.placed
-        if not (yield from start.smaller(reason, placed) if shrinks else start.over(reason)):
+        if not (yield from start.resized(reason, placed) if resized else start.over(reason)):
             return
         self._state.phase = Phase.STARTING
         yield from self._recoveries.start_over()

@@ -28,6 +28,7 @@ from deadpool_megatron.vault import Version
 _SHARE = 0.5
 _LOAD_S = 600.0  # beyond `DurableSpec.deadline`, for a node to read its shards before training
 _SAY_S = 60.0  # that the start waits for a directory; again after twice as long, and so on
+_WANTED_AGAIN_S = 30.0  # what could not be written at once is tried again
 _RECUT = "recut"  # marks one of another number of replicas
 _NOBODY = -1  # in the place of the node that removes an attempt
 
@@ -99,6 +100,7 @@ class Durability:
         self._first: tuple[float, int] | None = None  # when the first generation was committed, and which
         self._last = 0  # the generation of the last drain, whatever became of it
         self._retry = False
+        self._wanted_again = -math.inf
         self._kept: Version | None = None
         self._loading: _Loading | None = None
         self._begun = False
@@ -301,8 +303,10 @@ class Durability:
 
     # ---- draining
 
-    def committed(self, kept: Version, active: Sequence[int], now: float, training: bool = True) -> Effects:
-        """The whole job has committed ``kept``; drain it when it is due.
+    def committed(
+        self, kept: Version, active: Sequence[int], now: float, training: bool = True, wanted: bool = False
+    ) -> Effects:
+        """The whole job has committed ``kept``; drain it when it is due, or at once where it is ``wanted``.
 
         Not while ``training`` is False: vaults commit what a spare fetches before its worker has said what that is.
         """
@@ -325,6 +329,9 @@ class Durability:
             since, generation = self._first
             pace = (now - since) / max(1, kept.generation - generation)
             yield from self._begin(kept, active, now, _SHARE * spec.interval * max(0.0, pace))
+        elif wanted and now >= self._wanted_again:
+            self._wanted_again = now + _WANTED_AGAIN_S
+            yield from self._begin(kept, active, now, 0.0)
 
     def _begin(
         self, version: Version, active: Sequence[int], now: float, seconds: float, last: bool = False

@@ -80,8 +80,9 @@ class StartOver:
 
 
 @dataclass(frozen=True, slots=True)
-class Shrink:
-    """Too few nodes are left for the replicas that there are: the job begins anew with fewer, from what is durable."""
+class Resize:
+    """The nodes hold fewer data-parallel replicas than there are, or more: the job begins anew with as many, from what
+    is durable."""
 
     reason: str
 
@@ -114,7 +115,7 @@ class EndIfFinished:
     """Every active node may be through with training: if so, the job finishes."""
 
 
-Effect = Action | Persist | Declare | DeclareSoon | StartOver | Shrink | Lose | LetGo | Stop | EndIfFinished
+Effect = Action | Persist | Declare | DeclareSoon | StartOver | Resize | Lose | LetGo | Stop | EndIfFinished
 type Answer[T] = Generator[Effect, None, T]
 type Effects = Answer[None]
 

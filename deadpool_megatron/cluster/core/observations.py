@@ -84,7 +84,8 @@ class Observations:
             yield emit("committed", iteration=told.kept.generation, seconds=seconds)
             if self._state.protection.committed():
                 yield emit("protected", survives=self._state.protection.degree, iteration=told.kept.generation)
-            yield from self._state.durability.committed(told.kept, self._state.members.active(), now, training)
+            state = self._state
+            yield from state.durability.committed(told.kept, state.members.active(), now, training, state.can_grow())
 
     def catch_up(self, node: int | None) -> Effects:
         """A node (None: all) was away: what was told meanwhile it has not heard, and without it could skip for ever."""

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.effects import Answer, Effects, LetGo, Persist, Send, Shrink, StartOver, Stop, emit
+from deadpool_megatron.cluster.core.effects import Answer, Effects, LetGo, Persist, Resize, Send, StartOver, Stop, emit
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.state import JobState
@@ -286,7 +286,7 @@ class Recoveries:
                 return
         if agreement is None:
             if self._purpose == "drain" and state.can_shrink() and state.durability.base is not None:
-                yield Shrink(self._end)
+                yield Resize(self._end)
                 return
             if self._purpose == "drain":
                 yield Stop(Exit.NO_SPARE, f"{self._end}, and no generation is complete in memory")
@@ -413,7 +413,7 @@ class Recoveries:
     def last_drained(self) -> Effects:
         """The newest generation is durable, or could not be made so: the end, or a beginning with fewer replicas."""
         goes_on = self._state.can_shrink() and self._state.durability.base is not None
-        yield Shrink(self._end) if goes_on else self._unsaved()
+        yield Resize(self._end) if goes_on else self._unsaved()
 
     def formed(self, record: r.NodeFormed, now: float) -> Effects:
         """A node has its groups."""

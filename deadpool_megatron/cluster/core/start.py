@@ -110,7 +110,7 @@ class Start:
         if self._state.progress.committed >= 0:
             why = reason  # what is durable is of more replicas than there are now, and nobody but a new start reads it
         if taken_by is None and self._state.can_shrink() and self._state.durability.base is not None:
-            return (yield from self.smaller(f"{why}, and no spare is left", members.assignment))
+            return (yield from self.resized(f"{why}, and no spare is left", members.assignment))
         if taken_by is None:
             yield Stop(Exit.NO_SPARE, f"{why}, and no spare is left to begin anew with: start the job again")
             return False
@@ -122,7 +122,7 @@ class Start:
         yield emit("started_over", lost=lost, nodes=members.active(), reason=reason, message=message)
         return True
 
-    def smaller(self, why: str, before: list[r.SlotAddress]) -> Answer[bool]:
+    def resized(self, why: str, before: list[r.SlotAddress]) -> Answer[bool]:
         """The job begins anew with as many replicas as its nodes can hold, from the newest durable generation. False:
         they hold none, and the job ends.
 
@@ -130,11 +130,11 @@ class Start:
             before: how coordinates were placed.
         """
         state, members, layout = self._state, self._state.members, self._state.layout
-        base, width, was = state.durability.base, state.fewer(), layout.width
+        base, width, was = state.durability.base, state.replicas(), layout.width
         lost = [node for node in placing.nodes_of(before) if members.gone(node)]
         nodes = placing.nodes_for(width, layout.replica, state.job.slots_per_node) if width else None
         replicas = {rank: each.dp for rank, each in layout.coordinates.items()}
-        plan = placing.fewer(before, replicas, members.healthy(), nodes or 1, state.job.slots_per_node)
+        plan = placing.resize(before, replicas, members.healthy(), nodes or 1, state.job.slots_per_node)
         if base is None or nodes is None or plan is None:
             yield Stop(Exit.NO_SPARE, f"{why}, and too few nodes are left for one data-parallel replica")
             return False
@@ -145,7 +145,7 @@ class Start:
         spares = members.spares()
         free = f"; {r.few_nodes(spares)} {'is a spare' if len(spares) == 1 else 'are spares'} now" if spares else ""
         yield emit(
-            "shrunk",
+            "grown" if width > was else "shrunk",
             width=width,
             was=was,
             iteration=base[0],
@@ -154,8 +154,8 @@ class Start:
             nodes=members.active(),
             spares=spares,
             reason=why,
-            message=f"{why}: the job goes on with {width} of {was} data-parallel replicas, from durable generation "
-            f"{base[0]}, on {r.few_nodes(members.active())}{free}",
+            message=f"{why}: the job goes on with {width} {'instead ' * (width > was)}of {was} data-parallel replicas, "
+            f"from durable generation {base[0]}, on {r.few_nodes(members.active())}{free}",
         )
         return True
 

@@ -38,12 +38,38 @@ class JobState:
         will be, durable."""
         there = self.members.present()
         wanted = self.job.when_out_of_spares == "shrink" and self.durability.can_drain
-        return wanted and self.fewer() > 0 and all(self.members.nodes[node].respawns for node in there)
+        return wanted and self.replicas() > 0 and all(self.members.nodes[node].respawns for node in there)
 
-    def fewer(self) -> int:
-        """The most replicas, and no more than there are, that the nodes which are there can hold; 0: none."""
-        nodes, layout = len(self.members.healthy()), self.layout
-        for width in sorted({w for w in (*layout.widths, layout.width) if 0 < w <= layout.width}, reverse=True):
+    def can_grow(self) -> bool:
+        """The job has fewer replicas than at first, and more than it has now would fit on the nodes that train and the
+        spares that are parked and fit."""
+        layout, members = self.layout, self.members
+        if self.job.when_out_of_spares != "shrink" or not 0 < layout.width < self.widest:
+            return False
+        grows = self.durability.can_drain and self._fitting(self._at_hand()) > layout.width
+        return grows and all(members.nodes[node].respawns for node in members.present())
+
+    def _at_hand(self) -> int:
+        members = self.members
+        trains = [node for node in members.active() if members.nodes[node].role == "active"]
+        return len(trains) + len([node for node in members.ready_spares() if not members.unfit(node)])
+
+    @property
+    def widest(self) -> int:
+        """Replicas at first; 0: not known yet."""
+        return self.job.world_size // self.layout.replica if self.layout.replica else 0
+
+    def replicas(self) -> int:
+        """The most replicas, and no more than at first, that the healthy nodes can hold; 0: none.
+
+        Nodes that are not parked, or not fit, keep a replica in the job where they have to, and bring none back.
+        """
+        most, width = self._fitting(len(self.members.healthy())), self.layout.width
+        return most if most <= width else max(width, self._fitting(self._at_hand()))
+
+    def _fitting(self, nodes: int) -> int:
+        layout = self.layout
+        for width in sorted({*layout.widths, layout.width, self.widest}, reverse=True):
             wanted = placing.nodes_for(width, layout.replica, self.job.slots_per_node)
             if wanted is not None and wanted <= nodes:
                 return width

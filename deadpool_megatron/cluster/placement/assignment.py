@@ -140,14 +140,14 @@ def nodes_for(width: int, replica: int, slots_per_node: int) -> int | None:
     return None if rest or not nodes else nodes
 
 
-def fewer(
+def resize(
     assignment: Sequence[SlotAddress],
     replicas: Mapping[int, int],
     there: Iterable[int],
     nodes: int,
     slots_per_node: int,
 ) -> list[SlotAddress] | None:
-    """The assignment of fewer replicas, on ``nodes`` of those that are ``there``; None where there are not so many.
+    """The assignment of fewer replicas, or more, on ``nodes`` of those that are ``there``; None where there are less.
 
     Replicas of which every node is there stay on their nodes, as many as there is room for; those that are broken give
     theirs, then nodes that had no coordinate. Nodes keep the order of their first coordinates.
@@ -159,7 +159,7 @@ def fewer(
 
     Example, TP1 x PP2 x DP3 on 6 nodes: with node 1 lost, replica 1 leaves, and its node 4 is free::
 
-        >>> [s.node for s in fewer(initial(6, 1), {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2}, [0, 2, 3, 4, 5], 4, 1)]
+        >>> [s.node for s in resize(initial(6, 1), {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2}, [0, 2, 3, 4, 5], 4, 1)]
         [0, 2, 3, 5]
     """
     order = list(there)
