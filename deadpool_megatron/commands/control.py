@@ -69,7 +69,7 @@ def _ask(job: dict[str, Any], run_dir: str, record: msgspec.Struct) -> r.InjectR
     reply = r.decode_from_coordinator(packet)
     assert isinstance(reply, r.InjectReply | r.SpareAdded)
     if reply.error:
-        raise _NoJob(reply.error, isinstance(reply, r.InjectReply) and reply.later)
+        raise _NoJob(reply.error, reply.later)
     return reply
 
 
@@ -223,15 +223,23 @@ def _ask_to_drain(options: argparse.Namespace, end: float, again: bool = False) 
 
 
 def join(options: argparse.Namespace) -> int:
-    """`deadpool join` after parsing: runs an agent as a new spare of the job, to its end."""
-    for tries in range(1, _TRIES + 1):
+    """`deadpool join` after parsing: runs an agent as a new spare of the job, to its end.
+
+    A job that is starting, perhaps anew with fewer replicas, is waited for.
+    """
+    cuts, told = 0, ""
+    while True:
         try:
             job = _job(options.run_dir)
             reply = _ask(job, options.run_dir, r.AddSpare(options.host or ""))
             break
         except _NoJob as err:
-            if not err.cut or tries == _TRIES:
+            cuts += err.cut
+            if not err.later or cuts == _TRIES:
                 return _fail(str(err))
+            if not err.cut and str(err) != told:
+                told = str(err)
+                print(f"deadpool: waiting: {told}", file=sys.stderr)
         # A number that was given meanwhile is forgotten when nobody comes with it.
         time.sleep(10 * _POLL_S)
     assert isinstance(reply, r.SpareAdded)

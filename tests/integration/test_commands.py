@@ -96,3 +96,25 @@ def test_who_waits_for_a_drain_asks_the_coordinator_that_has_started_again(
     thread.join()
     captured = capsys.readouterr()
     assert said in captured.out + captured.err
+
+
+def test_who_joins_waits_for_a_job_that_is_starting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hub = _listens(tmp_path)
+    starting, ended = "not now, the job is starting; try again in a moment", "not now, the job is finishing"
+    replies = [r.SpareAdded(starting, -1, later=True), r.SpareAdded(starting, -1, later=True), r.SpareAdded(ended, -1)]
+
+    def asked(who: bytes, what: bytes) -> None:
+        assert r.decode_from_agent(what) == r.AddSpare("")
+        hub.send(who, r.encode(replies.pop(0)))
+
+    def serve() -> None:
+        while replies:
+            hub.wait(0.2, asked, lambda who: None)
+        hub.wait(1.0, asked, lambda who: None)  # until the answer is out
+        hub.close()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    assert main(["join", "--run-dir", str(tmp_path)]) == Exit.USAGE
+    thread.join()
+    assert capsys.readouterr().err.splitlines() == [f"deadpool: waiting: {starting}", f"deadpool: {ended}"]

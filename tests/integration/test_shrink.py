@@ -1,16 +1,20 @@
-"""Without a spare a job goes on with fewer replicas, bit for bit as one of that width from the same generation."""
+"""Without a spare a job goes on with fewer replicas, and with more when nodes come, bit for bit as one of that width
+from the same generation."""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deadpool_bench.harness.jobs import fork_cli
+from deadpool_megatron.cluster.records.exits import Exit
 from flags import tiny_gpt, with_value
-from jobs import EXAMPLE, Job, Jobs, launch_flags
+from jobs import EXAMPLE, Job, Jobs, environment, launch_flags
 
 ITERATIONS = 7
 SMALL = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
@@ -50,8 +54,8 @@ class Shrinking:
         return self._start(name, nodes, store, "--deadpool-resume", "auto").finished(300)
 
     def compare(self) -> list[dict[str, Any]]:
-        """Each time that it became narrower; all that came after is compared."""
-        events = self.job.events("shrunk")
+        """Each time that it became narrower, or wider; all that came after is compared."""
+        events = sorted([*self.job.events("shrunk"), *self.job.events("grown")], key=lambda event: event["epoch"])
         for event in events:
             want = self.from_the_same(event)
             last = event is events[-1]
@@ -80,6 +84,24 @@ def test_a_job_that_loses_all_nodes_but_one_ends_bitwise_as_one_of_that_width(jo
     job.arm((0, 5, 2))  # in the workers that the new start has begun with
     job.finished(300)
     assert [(e["width"], e["was"], e["nodes"]) for e in it.compare()] == [(2, 3, [0, 2]), (1, 2, [2])]
+
+
+@pytest.mark.timeout(400)
+def test_a_replica_comes_back_with_a_node_and_training_goes_on_bitwise_as_one_of_that_width(jobs: Jobs) -> None:
+    it = Shrinking(jobs, "wider", [*with_value(tiny_gpt(iters=12), "--num-layers", 2), *SMALL], 2)
+    job = it.job
+    job.arm((1, 2, 2), until=1)
+    it.described(2)
+    job.hold(4)
+    job.until_event("shrunk")
+    joined = fork_cli(["join", "--run-dir", str(job.run_dir)], environment(forked=True), stdout=subprocess.DEVNULL)
+    job.until_event("parked")
+    job.hold(8)  # what is committed on the way becomes durable meanwhile
+    job.until_event("grown")
+    job.hold(None)
+    job.finished(300)
+    assert joined.wait() == Exit.OK
+    assert [(e["event"], e["width"], e["nodes"]) for e in it.compare()] == [("shrunk", 1, [0]), ("grown", 2, [0, 2])]
 
 
 @pytest.mark.slow

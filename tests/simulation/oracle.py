@@ -696,7 +696,9 @@ class Oracle:
         if room <= self.ranks() // cluster.replica:
             self._room_since = cluster.world.now
         elif cluster.world.now > self._room_since + _ROOM_S:
-            raise Violation(f"there has been room for {room} replicas since {self._room_since:.0f} s, and they stay away")
+            raise Violation(
+                f"there has been room for {room} replicas since {self._room_since:.0f} s, and they stay away"
+            )
 
     # ---- the end
 

@@ -577,6 +577,19 @@ def test_a_node_that_has_said_that_it_joins_is_waited_for() -> None:
     assert len(job.told(r.Declare)) == 2 and job.finish is not None, "it has not come"
 
 
+def test_who_hears_of_a_drain_too_late_is_not_waited_for_until_the_end_of_an_abort() -> None:
+    job = SimulatedJob().train()
+    job.commit(4)
+    job.iterate(4)
+    drain(job, 1)
+    iteration = job.told(r.Hold)[-1].iteration
+    job.feed(r.NodeHeld(0, 0, iteration, False))
+    job.wait(1)
+    assert not job.told(r.Declare)
+    job.wait(2)
+    assert job.told(r.Declare)[-1].reason == "node 1 is drained" and job.active == [0, 3, 2]
+
+
 def test_all_hold_still_soon_also_where_training_went_far_back() -> None:
     job = SimulatedJob(nodes=5, spares=2).train()
     job.commit(5)

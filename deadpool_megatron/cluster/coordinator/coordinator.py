@@ -375,7 +375,7 @@ class Coordinator:
                 reply = r.InjectReply(error, bool(error) and core.cannot_drain(record.node)[1])
             case r.AddSpare():
                 error, node, actions = core.add_spare(record.host, now)
-                reply = r.SpareAdded(error, node)
+                reply = r.SpareAdded(error, node, later=core.phase is Phase.STARTING)
         self._do(actions)  # first: a node that was promised a place has one, whatever becomes of this process
         self._reply(identity, reply)
 

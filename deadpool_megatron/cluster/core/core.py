@@ -690,7 +690,7 @@ class Core:
 
     def _node_held(self, record: r.NodeHeld) -> Effects:
         if record.epoch == self.epoch and self.phase is Phase.RUNNING:
-            yield from self._drains.held(record)
+            yield from self._drains.held(record, self._now)
             if not self._returning.waits:
                 yield from self._drains.tick(self._now)
 

@@ -24,6 +24,7 @@ from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.state import JobState
 
 _HOLD_NOTICE_S = 0.5  # what a message to the slowest worker may take
+_HOLD_LATE_S = 2.0  # after the first node, until all hold still or do not
 
 
 @dataclass(slots=True)
@@ -129,7 +130,7 @@ class Drains:
         yield emit("leaving", node=drain.node, iteration=drain.iteration)
         yield Send(None, r.Hold(self._state.members.epoch, drain.iteration))
 
-    def held(self, record: r.NodeHeld) -> Effects:
+    def held(self, record: r.NodeHeld, now: float) -> Effects:
         """A node of this epoch holds still; `tick` may have something to do."""
         drain = self._drain
         if drain is None:  # who told everybody to is gone, and nobody else would
@@ -141,6 +142,8 @@ class Drains:
         another = record.missed or record.iteration != drain.iteration
         if another or drain.held >= set(self._state.members.active()):
             drain.holds, drain.deadline = True, 0.0
+        else:  # who heard of it too late waits for this one in the step after the boundary, and never gets there
+            drain.deadline = min(drain.deadline, now + 2 * self._state.progress.pace + _HOLD_LATE_S)
 
     def tick(self, now: float) -> Effects:
         """Go on, where that was not possible before; stop waiting for nodes that missed the hold deadline, or for a

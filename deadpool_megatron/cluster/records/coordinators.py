@@ -201,10 +201,14 @@ class Enlisted(OfNode, frozen=True):
 
 
 class SpareAdded(Record, frozen=True):
-    """The answer to `AddSpare`: the number the new node has, or why it cannot come."""
+    """The answer to `AddSpare`: the number the new node has, or why it cannot come.
+
+    ``later``: it can in a while.
+    """
 
     error: str
     node: int
+    later: bool = False
 
 
 MembershipOrder = Roster | Placement | Departed
