@@ -341,12 +341,17 @@ class Oracle:
                 self._committed(Version(fields["epoch"], fields["iteration"]))
             case "unfit":
                 self._unfit.add(fields["node"])
+            case "checked":
+                self._unfit.discard(fields["node"])
             case "sign" if fields["role"] == "link":
                 self._linked[fields["node"]] = world.now
             case "coordinator_back":
                 if self._cluster.hq.torn and self._waits_since is None:  # that a wait began may have been its last word
                     self._waits_since, self._waits_perhaps = self._cluster.hq.died_at, True
                 self._back_at = world.now
+                if self._cluster.hq.torn:
+                    # (of an end that has been counted nothing may have been written)
+                    self._stood_by |= dict.fromkeys(self._cluster.hq.core.nodes, False)
                 self._active = self._cluster.hq.core.members.active()  # it may have died of declaring them
                 self._cluster.faults.came_back()
             case "stood_still" if self._waits_since is not None:  # nobody is late for that
@@ -609,9 +614,11 @@ class Oracle:
         cluster, now = self._cluster, self._cluster.world.now
         core, job = cluster.hq.core, cluster.job
         patience = _DRAIN_S + (job.deadlines.build if job.rehearsals else 0.0)  # for a rehearsal
-        trains = core.phase is Phase.RUNNING and not core.awaits_agents and not self._through
+        trains = core.phase is Phase.RUNNING and not core.awaits_agents
+        trains = trains and self.iteration + 1 < cluster.iterations  # else it is over, and is not yet saved
         for node, since in self.drains.items():
-            if not trains or not self._peace or node in self.hurt or not self._spares(node):
+            parked = any(core.members.parked(host.node) for host in self._spares(node))
+            if not trains or not self._peace or node in self.hurt or not parked:
                 self.drains[node] = now
             elif now > since + patience:
                 raise Violation(f"node {node} is being drained for {now - since:.0f} s in peace")
