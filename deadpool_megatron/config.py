@@ -116,8 +116,8 @@ class DeadpoolConfig:
         "save",
         "what a lost node costs when no spare is left, and none has come in the time of --deadpool-wait-for-spare: the "
         "job (save: a checkpoint, or the newest generation on disk, and it ends), a data-parallel replica or more "
-        "(shrink: it goes on with as many as the nodes can hold; needs --deadpool-durable-dir), or time (wait: without "
-        "end, for deadpool join)",
+        "(shrink: it goes on with as many as the nodes can hold, and with more again when nodes join; needs "
+        "--deadpool-durable-dir), or time (wait: without end, for deadpool join)",
         ("save", "shrink", "wait"),
     )
     metrics_port: int = _setting(

@@ -138,7 +138,7 @@ def _what_next(r: Recovery) -> str:
     else:
         todo.append("look at the network; the peer_error events say who saw what")
     if r.spares_left == 0 and r.end == "shrunk":
-        todo.append("bring a spare node soon: the next loss costs another replica")
+        todo.append("bring a node (deadpool join), and the replica comes back; the next loss costs another one")
     elif r.spares_left == 0:
         todo.append("bring a spare node soon: the next loss ends the job (with a checkpoint, where one can be saved)")
     return f"What to do: {'; '.join(todo)}."

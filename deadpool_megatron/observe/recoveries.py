@@ -252,7 +252,7 @@ class Story:
             self.spares |= set(self.active) - set(event.get("lost", ()))
             self.spares -= set(nodes)
             self.active = nodes
-        if name == "shrunk":
+        if name in ("shrunk", "grown"):
             self.active = list(event.get("nodes", ()))
             self.spares = set(event.get("spares", ()))
         now = self._now

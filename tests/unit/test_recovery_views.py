@@ -109,7 +109,15 @@ def test_a_job_that_goes_on_with_fewer_replicas_says_so_and_what_the_next_loss_c
     text = _paragraph([*story_of_a_run(spares=0)[:6], shrunk, _iteration(20.0, 2, 2)])
     assert "the job began anew with 1 of 2 data-parallel replicas" in text
     assert "1 completed iteration had to be done again. " in text and "bit for bit" not in text
-    assert "the next loss costs another replica" in text
+    assert "the replica comes back; the next loss costs another one" in text
+
+
+def test_a_replica_that_comes_back_has_taken_the_spares_that_it_needs() -> None:
+    story = Story()
+    of = {"width": 2, "was": 1, "iteration": 4, "nodes": [1, 2], "spares": [3]}
+    for event in [*story_of_a_run(spares=0)[:6], {"t": 15.0, "event": "grown", "epoch": 3, **of}]:
+        story.take(event)
+    assert (story.active, story.spares) == ([1, 2], {3})
 
 
 def test_a_job_that_could_not_go_on_says_so_in_its_paragraph() -> None:
