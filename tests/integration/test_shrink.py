@@ -3,8 +3,11 @@ from the same generation."""
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ class Shrinking:
         self._flags = list(flags)
         self._slots = slots
         self._store = jobs.directory / f"{name}-store"
+        self.joined: list[subprocess.Popen[bytes]] = []
         self.job = self._start(name, nodes, self._store, "--deadpool-when-out-of-spares", "shrink", held=True)
 
     def _start(self, name: str, nodes: int, store: Path, *more: str, held: bool = False) -> Job:
@@ -37,6 +41,17 @@ class Shrinking:
         return self._jobs.start(
             name, [*launch_flags(nodes, 0, self._slots), *alone], [*self._flags, *ours], EXAMPLE, held=held
         )
+
+    def join(self) -> None:
+        """A node comes, in the background."""
+        command = ["join", "--run-dir", str(self.job.run_dir)]
+        self.joined.append(fork_cli(command, environment(forked=True), stdout=subprocess.DEVNULL))
+
+    def ended(self) -> None:
+        """The job trains to its last iteration, and all nodes leave it."""
+        self.job.hold(None)
+        self.job.finished(300)
+        assert {process.wait() for process in self.joined} <= {Exit.OK, Exit.FAILED}  # those that were lost
 
     def described(self, ranks: int) -> None:
         """Until a lost node's shards can be written by another one, of so many ranks."""
@@ -53,10 +68,15 @@ class Shrinking:
         name, nodes = f"{self._name}-at-{event['width']}", len(event["nodes"])
         return self._start(name, nodes, store, "--deadpool-resume", "auto").finished(300)
 
-    def compare(self) -> list[dict[str, Any]]:
-        """Each time that it became narrower, or wider; all that came after is compared."""
-        events = sorted([*self.job.events("shrunk"), *self.job.events("grown")], key=lambda event: event["epoch"])
-        for event in events:
+    def resized(self) -> list[dict[str, Any]]:
+        """Each time that it became narrower, or wider."""
+        events = [*self.job.events("shrunk"), *self.job.events("grown")]
+        return sorted(events, key=lambda event: event["epoch"])  # type: ignore[no-any-return]
+
+    def compare(self, newest: int = 9) -> list[dict[str, Any]]:
+        """What came after each of these, but for the oldest, is compared."""
+        events = self.resized()
+        for event in events[-newest:]:
             want = self.from_the_same(event)
             last = event is events[-1]
             epochs = [e["epoch"] for e in events if e["epoch"] > event["epoch"]] or [1 << 30]
@@ -94,13 +114,11 @@ def test_a_replica_comes_back_with_a_node_and_training_goes_on_bitwise_as_one_of
     it.described(2)
     job.hold(4)
     job.until_event("shrunk")
-    joined = fork_cli(["join", "--run-dir", str(job.run_dir)], environment(forked=True), stdout=subprocess.DEVNULL)
+    it.join()
     job.until_event("parked")
     job.hold(8)  # what is committed on the way becomes durable meanwhile
     job.until_event("grown")
-    job.hold(None)
-    job.finished(300)
-    assert joined.wait() == Exit.OK
+    it.ended()
     assert [(e["event"], e["width"], e["nodes"]) for e in it.compare()] == [("shrunk", 1, [0]), ("grown", 2, [0, 2])]
 
 
@@ -124,6 +142,45 @@ def test_the_healthy_nodes_of_a_replica_that_leaves_are_spares_and_the_next_loss
     assert len(it.compare()) == 1 and job.events("resumed")
     swapped = job.events("declared")[-1]
     assert swapped["purpose"] == "resume" and replicas + 1 in swapped["nodes"] and 0 not in swapped["nodes"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_soak_of_losses_and_joins_never_ends_before_its_last_iteration(jobs: Jobs) -> None:
+    """At any time, in starts too, as long as a node is left; 0 to 2 spares.
+
+    DEADPOOL_TEST_FAULTS=100 DEADPOOL_TEST_SEED=1 python -m pytest -m slow -s tests/integration/test_shrink.py -k soak
+    """
+    seed = int(os.environ.get("DEADPOOL_TEST_SEED", random.SystemRandom().randrange(1 << 30)))
+    moves = int(os.environ.get("DEADPOOL_TEST_FAULTS", "40"))
+    print(f"seed {seed}, {moves} losses and joins")
+    rng = random.Random(seed)
+    it = Shrinking(jobs, "soak", [*with_value(tiny_gpt(iters=6 * moves + 10), "--num-layers", 2), *SMALL], 3)
+    job = it.job
+    job.arm((1, 2, 2), until=1)
+    it.described(3)
+    job.hold(4)
+    job.until_event("shrunk")  # from then on something is durable
+    lost = {1}
+    for move in range(moves):
+        job.hold(6 * (move + 1))
+        time.sleep(rng.choice((0.0, rng.uniform(0.0, 1.0), rng.uniform(0.0, 6.0))))
+        nodes = {0, 2, *(event["node"] for event in job.events("joined"))} - lost
+        if len(nodes) > 1 and (len(nodes) > 4 or rng.random() < 0.5):
+            node = rng.choice(sorted(nodes))
+            lost.add(node)
+            print(f"{move}: node {node} is lost, and {sorted(nodes - lost)} stay", flush=True)
+            said = job.command("inject", "--node", str(node))
+            assert said.returncode == 0, said.stderr
+            job.until("the loss", lambda node=node: node in {event["node"] for event in job.events("detected")})
+        elif len(nodes) < 5:
+            print(f"{move}: a node joins {sorted(nodes)}", flush=True)
+            before = len(job.events("joined"))
+            it.join()
+            job.until("it to join", lambda before=before: len(job.events("joined")) > before)
+    it.ended()
+    events = it.compare(newest=1)
+    print(f"widths: {', '.join(str(event['width']) for event in events)}")
 
 
 def test_what_cannot_shrink_is_refused_before_anything_begins(jobs: Jobs) -> None:

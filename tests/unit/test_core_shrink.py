@@ -15,7 +15,7 @@ from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import ShardFile
-from simulated import SimulatedJob
+from simulated import DEADLINES, SimulatedJob
 
 
 def job(nodes: int = 3, spares: int = 0, slots: int = 1, replica: int = 1, **more: Any) -> SimulatedJob:
@@ -361,6 +361,45 @@ def test_a_replica_comes_back_with_a_node_from_the_next_generation_which_becomes
     it.prepare()
     write(it)
     assert it.events("shrunk")[-1]["width"] == 2 and it.told(r.ResumeAt)[-1].generation == 8
+
+
+def test_a_node_that_has_said_that_it_joins_is_not_waited_for_by_a_new_start_and_is_told_when_it_comes() -> None:
+    it = job(nodes=4)
+    _, coming, actions = it.core.add_spare("host", it.now)
+    it.take(actions)
+    it.lose(1)
+    it.arrive()
+    it.wait(DEADLINES.join + 1)  # it does not come in time for a swap
+    drain(it)
+    begin(it)
+    _, coming, actions = it.core.add_spare("host", it.now)
+    it.take(actions)
+    come(it)
+    it.commit(6)
+    write(it)
+    assert it.core.phase is Phase.STARTING and it.told(r.Roster)[-1].epoch == it.core.epoch
+    it.join([coming])
+    assert it.events("joined")[-1]["node"] == coming and it.told(r.Roster)[-1].epoch == it.core.epoch
+    begin(it)
+
+
+def test_each_replica_that_comes_back_has_its_generation_at_once() -> None:
+    it = job(nodes=4)
+    it.lose(1)
+    drain(it)
+    begin(it)
+    it.lose(2)
+    it.arrive(5)
+    it.prepare()
+    write(it)
+    begin(it)
+    it.commit(6)
+    for width, generation in ((3, 7), (4, 8)):
+        come(it)
+        it.commit(generation)
+        write(it)
+        assert it.events("grown")[-1]["width"] == width
+        begin(it)
 
 
 def test_nodes_that_fill_no_replica_are_spares_until_there_are_enough() -> None:

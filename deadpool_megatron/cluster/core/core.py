@@ -543,7 +543,9 @@ class Core:
         if self._returning.awaits(record.node) and self._returning.was_away:
             yield from self._returning.back(record, self._now)
         elif self._state.phase is Phase.STARTING:
-            if first:
+            if first and self._start.epoch and not self.members.holds(record.node):
+                yield from self._start.came_later(record)
+            elif first:
                 yield from self._start.send_roster()
             else:
                 yield from self._start.send_again(record.node, same or record.epoch < self.epoch)

@@ -158,6 +158,7 @@ class Durability:
             self._recut, self._complete = self._complete[0], []
         self._attempt, self._kept, self._first = None, None, None
         self._retry = self.last_is_over = False
+        self._wanted_again = -math.inf
 
     def bad(self, name: str, why: str) -> Effects:
         """A durable generation could not be read: it does not count any more."""
@@ -398,7 +399,7 @@ class Durability:
         self._was_durable = True
         self._unsure.clear()
         yield Persist()
-        self._attempt = None
+        self._attempt, self._wanted_again = None, -math.inf
         self.last_is_over = attempt.last
         fields: dict[str, Any] = {"problems": record.problems} if record.problems else {}
         if record.problems:

@@ -50,7 +50,7 @@ class Start:
 
     def send_roster(self) -> Effects:
         """To all, once everybody who is not lost has joined."""
-        if self._state.members.complete():
+        if self._all_are_there:
             job = self._state.job
             yield Send(None, self._roster())
             self._told = True
@@ -64,11 +64,17 @@ class Start:
     def send_again(self, node: int | None = None, roster: bool = True) -> Effects:
         """To one (None: to all) who was away, and may have missed the roster, or where training begins."""
         members = self._state.members
-        if members.complete():
+        if self._all_are_there:
             self._told = self._told or node is None
             if roster:
                 yield Send(node, self._roster())
             yield from self._state.durability.start_again(members.active(), members.epoch, node)
+
+    @property
+    def _all_are_there(self) -> bool:
+        """A start that begins anew waits for no spare that is still to join."""
+        members = self._state.members
+        return members.complete() or (self.epoch > 0 and all(members.nodes[n].agent_pid for n in members.active()))
 
     def late(self, now: float) -> set[int]:
         """Nodes with ranks that are not about to train, a while after all could begin; once a start."""
