@@ -314,6 +314,24 @@ def test_an_agent_that_has_come_back_before_its_end_is_heard_of_is_not_gone(room
     assert room.gone == [b"node-1"]
 
 
+def test_the_end_of_who_has_the_descriptor_of_a_tool_that_has_just_left_is_heard_of(room: Room) -> None:
+    """The tool's words, its end, and the next connection, over which nothing has come yet, are seen in one turn."""
+    for number in range(3):
+        tool = Spoke(room.endpoint, f"tool-{number}", SECRET, LEASE_S)
+        assert tool.send(b"a question", 60)
+        tool.close()
+        time.sleep(0.2)  # until its descriptor is free
+        spoke = Spoke(room.endpoint, f"node-{number}", SECRET, LEASE_S)
+        while not spoke.connected:
+            spoke.changed()
+        room.serve(lambda: len(room.heard) == 2 * number + 1)  # noqa: B023
+        assert spoke.send(b"I am here", 60)
+        room.serve(lambda: len(room.heard) == 2 * number + 2)  # noqa: B023
+        spoke.close()
+        room.serve(lambda: len(room.gone) == 2 * number + 2)  # noqa: B023
+    assert room.gone == [name for number in range(3) for name in (f"tool-{number}".encode(), f"node-{number}".encode())]
+
+
 def test_a_record_for_who_is_not_there_is_dropped(room: Room) -> None:
     room.hub.send(b"node-9", b"anybody")
 

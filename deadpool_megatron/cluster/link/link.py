@@ -23,6 +23,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Final
 
@@ -131,6 +132,15 @@ class _Authenticator(zmq.auth.thread.ThreadAuthenticator):
         return str(next(self._count))
 
 
+@dataclass(slots=True)
+class _Connection:
+    """One over which packets have come, ``seen`` first in that turn of its hub. ``name``: a number that grows."""
+
+    name: int
+    identity: bytes
+    seen: int
+
+
 class Hub:
     """The coordinator's end: one ROUTER socket, one connection an agent. One thread uses it."""
 
@@ -154,7 +164,7 @@ class Hub:
         patient_s = max((1 - _MOST_BEAT) * lease_s - 2 * self.look_s, min(lease_s, _LEAST_PATIENCE_S))
         self.silence_s = _MOST_BEAT * lease_s + patient_s
         self._look_at = time.monotonic() + self.look_s
-        self._due: list[tuple[float, int, str]] = []  # heap: when to look at which connection, by descriptor and name
+        self._due: list[tuple[float, int, int]] = []  # heap: when to look at which connection, by descriptor and name
         _given_up(self.socket, patient_s)
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         once_free(lambda: self.socket.bind(f"tcp://{host}:{port}"), patience_s)
@@ -162,10 +172,12 @@ class Hub:
         assert isinstance(endpoint, bytes)
         self.port = int(endpoint.decode().rsplit(":", 1)[1])
         self.refused = 0  # packets of several parts, or of nobody
-        # By descriptor, name of the connection and identity of its end, in the order they came: the kernel gives the
-        # number of a closed one to the next connection, of the same node perhaps, before we hear of the end.
-        self._connections: dict[int, list[tuple[str, bytes]]] = {}
-        self._new: set[str] = set()  # names first seen since the ends of connections were last looked at
+        # By descriptor. The kernel gives the number of a closed one to the next connection, of the same node perhaps,
+        # before we hear of the end, and over some nothing ever comes.
+        self._connections: dict[int, _Connection] = {}
+        self._open: dict[int, int] = {}  # by descriptor, the turn in which we heard that a connection has it now
+        self._newest: dict[bytes, int] = {}  # by identity, the name of its newest connection
+        self._turn = 0
         self._poller = zmq.Poller()
         self._poller.register(self.socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -183,6 +195,8 @@ class Hub:
             on_gone: called with the identity of each connection that ended or fell silent.
         """
         timeout_s = max(0.0, min(timeout_s, self._look_at - time.monotonic()))
+        self._turn += 1
+        ended: list[_Connection] = []
         ready = dict(self._poller.poll(int(timeout_s * 1000) + 1))
         # Packets first: what a node sent before it died still counts.
         receive, get = self.socket.recv, Frame.get
@@ -200,22 +214,25 @@ class Hub:
             if not whole or identity.startswith(b"\0"):
                 self.refused += 1
                 continue
-            fd, name = get(body, _SRCFD), get(body, "User-Id")
-            assert isinstance(fd, int) and isinstance(name, str)
-            connections = self._connections.get(fd)
-            if connections is None:
-                connections = self._connections[fd] = []
-            if not connections or connections[-1][0] != name:
-                connections.append((name, identity))
-                heapq.heappush(self._due, (time.monotonic() + self.silence_s, fd, name))
-                self._new.add(name)
+            fd, user = get(body, _SRCFD), get(body, "User-Id")
+            assert isinstance(fd, int) and isinstance(user, str)
+            known, name = self._connections.get(fd), int(user)
+            if known is None or known.name != name:
+                new = _Connection(name, identity, self._turn)
+                self._newest[identity] = max(name, self._newest.get(identity, name))
+                if known is not None and known.name > name:  # which is read before what was left of the one before
+                    ended.append(new)
+                else:
+                    ended += [known] * (known is not None)
+                    self._connections[fd] = new
+                    heapq.heappush(self._due, (time.monotonic() + self.silence_s, fd, name))
             on_packet(identity, body.bytes)
-        # Always, also if there was none: the end of the one before is there when a connection's first packet is.
-        events = list(monitored(self._monitor))
-        for index, (event, fd) in enumerate(events):
-            if event == zmq.EVENT_DISCONNECTED:
-                self._ended(fd, events[index + 1 :].count((zmq.EVENT_ACCEPTED, fd)), on_gone)
-        self._new.clear()
+        # Always, also if there was none: that a connection begins is told when its first packet is there.
+        ended += self._look_for_ends()
+        for each in ended:
+            if self._newest.get(each.identity) == each.name:
+                del self._newest[each.identity]
+                on_gone(each.identity)
         if (now := time.monotonic()) >= self._look_at:
             self._end_silent_ones(now)
 
@@ -224,21 +241,29 @@ class Hub:
         self._look_at = now + self.look_s
         while self._due and self._due[0][0] <= now:
             _, fd, name = heapq.heappop(self._due)
-            connections = self._connections[fd]
-            if not connections or connections[-1][0] != name:
+            known = self._connections.get(fd)
+            if known is None or known.name != name:
                 continue  # it has ended
             if (silent_s := _silent_s(fd)) >= self.silence_s:
                 _shut_down(fd, self.silence_s)
             heapq.heappush(self._due, (now + max(self.look_s, self.silence_s - silent_s), fd, name))
 
-    def _ended(self, fd: int, later: int, on_gone: Callable[[bytes], None]) -> None:
-        """The oldest connection with this descriptor has ended, and so many newer ones have had it since."""
-        connections = self._connections.get(fd, [])
-        if not connections or (connections[0][0] in self._new and len(connections) <= later):
-            return  # nothing has come over it
-        _, gone = connections.pop(0)
-        if not any(identity == gone for each in self._connections.values() for _, identity in each):
-            on_gone(gone)
+    def _look_for_ends(self) -> Iterator[_Connection]:
+        """Those that nobody has their descriptor any more, or that another connection has had since.
+
+        One that began in the turn in which a packet has come may be the packet's own, or one after it: then what comes
+        next over it tells.
+        """
+        changed = set()
+        for event, fd in monitored(self._monitor):
+            changed.add(fd)
+            if event == zmq.EVENT_ACCEPTED:
+                self._open[fd] = self._turn
+            else:
+                self._open.pop(fd, None)
+        for fd in changed & self._connections.keys():
+            if self._open.get(fd, self._turn + 1) > self._connections[fd].seen:
+                yield self._connections.pop(fd)
 
     def send(self, identity: bytes, packet: bytes) -> None:
         """Send to one agent; silently nothing when it is not connected (ROUTER drops)."""
