@@ -223,7 +223,8 @@ class Hub:
                 if known is not None and known.name > name:  # which is read before what was left of the one before
                     ended.append(new)
                 else:
-                    ended += [known] * (known is not None)
+                    if known is not None:
+                        ended.append(known)
                     self._connections[fd] = new
                     heapq.heappush(self._due, (time.monotonic() + self.silence_s, fd, name))
             on_packet(identity, body.bytes)
