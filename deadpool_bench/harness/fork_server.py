@@ -138,11 +138,18 @@ class _Children:
             connection.close()
             return None
         request = msgspec.json.decode(packet, type=ForkRequest)
+        begun, begins = os.pipe()
         pid = os.fork()
         if not pid:
+            os.setsid()
+            os.close(begun)
+            os.close(begins)
             connection.close()
             self._forget()
             return request, fds
+        os.close(begins)
+        os.read(begun, 1)  # until it has a process group, which its parent may want to end at once
+        os.close(begun)
         for fd in fds:
             os.close(fd)
         child = _Child(pid, connection, request.death_signal)
@@ -245,7 +252,6 @@ def _run(module: str) -> NoReturn:
 def _become(request: ForkRequest, descriptors: Sequence[int], word: _EnvironmentWord) -> None:
     """Make this child what Popen would have made."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.setsid()
     # Above all numbers that will be written over.
     descriptors = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in descriptors]
     for number in range(3):
