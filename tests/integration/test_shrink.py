@@ -145,6 +145,24 @@ def test_the_healthy_nodes_of_a_replica_that_leaves_are_spares_and_the_next_loss
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_replica_of_several_nodes_comes_back_with_one_node(jobs: Jobs) -> None:
+    """TP2 x PP2 x DP2 on four nodes: the healthy node of the broken replica has stayed as a spare."""
+    it = Shrinking(jobs, "pipelines", tiny_gpt(iters=12), 4, 2)
+    job = it.job
+    job.arm((1, 2, 2), until=1)
+    it.described(8)
+    job.hold(4)
+    job.until_event("shrunk")
+    it.join()
+    job.until("both spares", lambda: len(job.events("parked")) == 2)
+    job.hold(8)
+    job.until_event("grown")
+    it.ended()
+    assert [(e["width"], e["spares"]) for e in it.compare()] == [(1, [3]), (2, [])]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_soak_of_losses_and_joins_never_ends_before_its_last_iteration(jobs: Jobs) -> None:
     """At any time, in starts too, as long as a node is left; 0 to 2 spares.

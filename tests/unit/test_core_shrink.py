@@ -402,6 +402,24 @@ def test_each_replica_that_comes_back_has_its_generation_at_once() -> None:
         begin(it)
 
 
+def test_who_asks_again_where_a_start_begins_hears_of_the_generation_that_all_begin_with() -> None:
+    """The job was wider, went on with what was cut anew for it, and begins at the same width with one of its own."""
+    it = narrower()
+    it.lose(0)
+    it.arrive(6)
+    it.prepare()
+    come(it)
+    write(it)
+    assert it.core.phase is Phase.STARTING and len(it.active) == 2 and it.events("shrunk")[-1]["was"] == 2
+    for each in it.active:
+        it.feed(r.ShardsLoaded(each, it.told(r.LoadShards)[-1].name, "", it.core.epoch))
+    told = it.told(r.ResumeAt)[-1]
+    assert (told.generation, told.recut) == (6, "")
+    for each in it.active:
+        it.feed(r.Join(each, 1000 + each, "127.0.0.1", 2000 + each, [99], epoch=it.core.epoch))
+        assert it.told(r.ResumeAt)[-1] == told
+
+
 def test_nodes_that_fill_no_replica_are_spares_until_there_are_enough() -> None:
     it = narrower(nodes=4, replica=2)
     assert it.active == [0, 2] and it.core.members.spares() == [3]

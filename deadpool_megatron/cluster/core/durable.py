@@ -105,7 +105,7 @@ class Durability:
         self._loading: _Loading | None = None
         self._begun = False
         self._epoch = 0
-        self._resumes_at: int | None = None  # as told; -1: with nothing durable
+        self._resumes_at: r.ResumeAt | None = None  # as told
         self._preempted: float | None = None  # until when the job may stay
         self._taken = ""  # why nothing is drained any more: the directory is another job's
         self.leave: str | None = None
@@ -187,7 +187,7 @@ class Durability:
         elif self._loading is not None:
             yield Send(node, r.LoadShards(self._loading.name, self._complete[0][0], self._epoch))
         elif self._resumes_at is not None:
-            yield Send(node, r.ResumeAt(self._resumes_at, self._recut[1] if self._recut is not None else ""))
+            yield Send(node, self._resumes_at)
 
     def dump(self) -> list[tuple[int, str] | tuple[int, str, str]]:
         """What is durable, for a coordinator that starts again and may not be able to look."""
@@ -214,16 +214,16 @@ class Durability:
     def _load(self, active: Iterable[int]) -> Effects:
         if self._recut is not None and not self._complete:
             generation, name = self._recut
-            self._last = self._resumes_at = generation
-            yield Send(None, r.ResumeAt(generation, name))
+            self._last, self._resumes_at = generation, r.ResumeAt(generation, name)
+            yield Send(None, self._resumes_at)
             yield self._resumed(generation, name)
         elif self._complete:
             generation, name = self._complete[0]
             self._loading = _Loading(name, set(active))
             yield Send(None, r.LoadShards(name, generation, self._epoch))
         else:
-            self._loading, self._resumes_at = None, -1
-            yield Send(None, r.ResumeAt(-1))
+            self._loading, self._resumes_at = None, r.ResumeAt(-1)
+            yield Send(None, self._resumes_at)
 
     def loaded(self, record: r.ShardsLoaded, active: Iterable[int]) -> Answer[str]:
         """A node has its shards, or not. Returns why the job cannot start, or an empty string."""
@@ -251,8 +251,8 @@ class Durability:
         if not waiting:
             generation = self._complete[0][0]
             self._loading = None
-            self._last = self._resumes_at = generation
-            yield Send(None, r.ResumeAt(generation))
+            self._last, self._resumes_at = generation, r.ResumeAt(generation)
+            yield Send(None, self._resumes_at)
             yield self._resumed(generation, name)
         return ""
 
