@@ -414,6 +414,7 @@ class MegatronTrainer:
         stats = self._snapshotter.account()
         return {
             "epoch": self._session.joined_epoch,
+            "replicas": parallel_state.get_data_parallel_world_size(),
             "blocked-seconds": self._blocked,
             "stall-seconds": stats.gate_s,
             "device-stall-seconds": stats.device_stall_s,

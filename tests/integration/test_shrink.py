@@ -80,11 +80,9 @@ class Shrinking:
             want = self.from_the_same(event)
             last = event is events[-1]
             epochs = [e["epoch"] for e in events if e["epoch"] > event["epoch"]] or [1 << 30]
-            got = [
-                (e["iteration"], e["losses_hex"], e["grad_norm_hex"])
-                for e in self.job.events("iteration")
-                if event["epoch"] <= e["epoch"] < min(epochs)
-            ]
+            since = [e for e in self.job.events("iteration") if event["epoch"] <= e["epoch"] < min(epochs)]
+            assert {e["replicas"] for e in since} == {event["width"]}
+            got = [(e["iteration"], e["losses_hex"], e["grad_norm_hex"]) for e in since]
             assert got and got[0][0] == event["iteration"] == want.exact()[0][0]
             assert set(map(str, got)) <= set(map(str, want.exact()))
             if last:

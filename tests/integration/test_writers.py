@@ -33,6 +33,7 @@ def test_tensorboard_gets_our_series_also_from_the_spare_that_took_the_writer_ov
     # What the lost node logged last may have died in the queue of its writer's thread.
     assert set(range(1, 9)) - {4} <= set(series["lm loss"]) <= set(range(1, 9))
     assert all(value >= 0 for value in series["deadpool/blocked-seconds"].values())
+    assert set(series["deadpool/replicas"].values()) == {2}
     assert series["deadpool/epoch"][2] == 0 and series["deadpool/epoch"][8] == 1
     assert series["deadpool/recoveries"][8] == 1 and series["deadpool/last-recovery-seconds"][8] > 0
     # An iteration whose generation was skipped has copied nothing: no slot was free, the agents were slow.

@@ -59,6 +59,7 @@ class Observations:
                 "grad_norm_hex": record.grad_norm,
             },
             commit_s=self.snapshots.iterated(record, now),
+            replicas=self._state.layout.width,
         )
         if first and self._lag.iterated(head.iteration - head.committed, head.held_back_by, now) and self.lag:
             yield emit(
