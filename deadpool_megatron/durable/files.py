@@ -253,7 +253,7 @@ def find(store: Store) -> Found:
             continue
         except DurableError as err:
             damaged[name] = str(err)
-    complete.sort(key=lambda m: (m.generation, m.written), reverse=True)
+    complete.sort(key=lambda m: (m.generation, m.written, m.epoch), reverse=True)
     return Found(tuple(complete), damaged)
 
 

@@ -195,7 +195,7 @@ def _refuse(run: RunFile, out: Budget, scheme: Scheme) -> None:
             f"{where}: the vault of a node needs {out.vault_node / 1e9:.1f} GB{drainer}{standbys}, and the node has "
             f"{cluster.host_memory:g}: use more data parallelism or nodes with more memory"
         )
-    if cluster.nodes < scheme.size:
+    if run.deadpool.deadpool and cluster.nodes < scheme.size:
         raise PlanError(f"{where}: redundancy {scheme} needs {scheme.size} nodes that train, not {cluster.nodes}")
     interval = run.deadpool.snapshot_interval
     available = out.iteration_s * interval

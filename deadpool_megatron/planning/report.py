@@ -7,6 +7,7 @@ from typing import Any
 
 from deadpool_megatron.planning.budget import Budget
 from deadpool_megatron.planning.files import RunFile
+from deadpool_megatron.planning.narrower import Narrower, narrower
 from deadpool_megatron.planning.spares import Spares, spares
 
 # Abort, agreement, groups and warm-up of a recovery at some hundreds of devices: assumed, not measured.
@@ -29,6 +30,7 @@ def numbers(run: RunFile, plan: Budget) -> dict[str, Any]:
         "sizes": {**asdict(sizes), "dp": sizes.dp},
         "spares": asdict(spares(run.cluster, recovery_s(run, plan))),
         "recovery_s": recovery_s(run, plan),
+        "narrower": [asdict(each) for each in narrower(run, plan)],
     }
 
 
@@ -72,6 +74,7 @@ def text(run: RunFile, plan: Budget) -> list[str]:
         f"touches {plan.ranks_touched} of {s.world} ranks",
         f"tolerated at once                    {plan.tolerated}",
         *(f"spares                               {sentence}" for sentence in plan.covered),
+        *_narrower(narrower(run, plan)),
         *_spares_text(run, plan, worth),
         *(f"note: {warning}" for warning in plan.warnings),
     ]
@@ -103,6 +106,21 @@ def _drainer(run: RunFile, plan: Budget) -> list[str]:
     return [
         f"its drainer to the durable directory {_gb(plan.drainer_node)} more, a copy of its own shards: "
         f"{_gb(whole)} of {run.cluster.host_memory:g} GB host memory"
+    ]
+
+
+def _narrower(widths: list[Narrower]) -> list[str]:
+    if not widths:
+        return []
+    fit = [each for each in widths if not each.why_not]
+    bad = [f"with {each.replicas} {each.why_not}" for each in widths if each.why_not]
+    if not fit:
+        return [f"fewer replicas                       none fit, so when_out_of_spares is save: {bad[0]}"]
+    least = fit[-1]
+    return [
+        f"fewer replicas (when_out_of_spares)  {least.replicas} or more fit, on {least.nodes} nodes or more: with "
+        f"{least.replicas} a device needs {_gb(least.device)}, the vault of a node {_gb(least.vault_node)}",
+        *(f"                                     {why}" for why in bad),
     ]
 
 

@@ -15,9 +15,11 @@ import yaml
 from deadpool_megatron import cli
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.config import from_script_arguments
+from deadpool_megatron.planning import report
 from deadpool_megatron.planning.budget import Budget, budget
 from deadpool_megatron.planning.files import PlanError, RunFile, load
 from deadpool_megatron.planning.model import Counted, Layout, Shard, layout, model
+from deadpool_megatron.planning.narrower import narrower
 from deadpool_megatron.planning.spares import spares
 from deadpool_megatron.planning.workload import Workload
 
@@ -434,3 +436,46 @@ def test_the_report_names_what_the_drainer_takes(tmp_path: Path, capsys: pytest.
     for path, said in ((run.name, True), (str(LARGE), False)):
         assert cli.main(["plan", "--config", path]) == 0
         assert ("its drainer to the durable directory" in capsys.readouterr().out) is said
+
+
+_SHRINKS = {"when_out_of_spares": "shrink", "durable_dir": "/durable"}
+
+
+def test_a_run_that_may_become_narrower_is_told_how_far_its_memory_lets_it(tmp_path: Path) -> None:
+    run = _changed(tmp_path, cluster={"gpu_memory": 23}, deadpool=_SHRINKS)
+    plan = budget(run)
+    widths = narrower(run, plan)
+    fit = [each for each in widths if not each.why_not]
+    assert [each.replicas for each in widths] == [*range(plan.sizes.dp - 1, plan.sizes.dp - 1 - len(widths), -1)]
+    assert fit and widths[-1].why_not and len(widths) == len(fit) + 1, "down to the first that does not fit"
+    replica = plan.sizes.world // plan.sizes.dp
+    assert all(each.nodes * run.cluster.gpus_per_node == each.replicas * replica for each in widths)
+    # Each device holds the optimizer's state of a larger part of its parameters, and nothing else grows.
+    least = fit[-1]
+    more = plan.optimizer * (plan.sizes.dp / least.replicas - 1)
+    assert least.device - plan.device == pytest.approx(more, rel=1e-6)
+    assert least.vault_node > plan.vault_node
+    (line,) = [line for line in report.text(run, plan) if line.startswith("fewer replicas")]
+    assert f"{least.replicas} or more fit" in line
+
+
+def test_a_run_that_fits_at_its_full_width_alone_says_so(tmp_path: Path) -> None:
+    device = budget(_changed(tmp_path)).device / 1e9
+    run = _changed(tmp_path, cluster={"gpu_memory": round(device + 0.01, 2)}, deadpool=_SHRINKS)
+    (line,) = [line for line in report.text(run, budget(run)) if line.startswith("fewer replicas")]
+    assert "none fit, so when_out_of_spares is save" in line and "a device of stage" in line
+
+
+def test_one_node_that_holds_a_whole_replica_goes_on_alone(tmp_path: Path) -> None:
+    small = {"tensor_model_parallel_size": 8, "pipeline_model_parallel_size": 1, "num_layers": 4}
+    run = _changed(tmp_path, cluster={"nodes": 4}, deadpool=_SHRINKS, **small)
+    assert [(each.replicas, each.nodes, each.why_not) for each in narrower(run, budget(run))] == [
+        (3, 3, ""),
+        (2, 2, ""),
+        (1, 1, ""),
+    ]
+
+
+def test_a_run_that_does_not_shrink_has_one_width(tmp_path: Path) -> None:
+    run = _changed(tmp_path)
+    assert narrower(run, budget(run)) == []

@@ -198,10 +198,12 @@ class Durability:
         """A coordinator takes the place of one that is gone: what was under way is not known any more.
 
         While the job is ``starting``, `start` says once more where it begins; later it has begun. ``known``: from
-        `dump`; it counts where the directory could not be looked into.
+        `dump`; it counts where the directory could not be looked into, and while the job is starting: workers that
+        begin now must begin where the others have, and the directory may have another one of that number.
         """
+        if starting:
+            self._complete, self._recut = [], None
         if self._spec is not None and not self._complete:
-            # Where it was not looked into: workers that begin now must begin where the others have.
             for generation, name, *kind in known:
                 if kind != [_RECUT]:
                     self._complete.append((generation, name))
