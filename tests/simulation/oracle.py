@@ -698,7 +698,8 @@ class Oracle:
         peace = cluster.widths and core.phase is Phase.RUNNING and self._peace and self._done_at is None
         if peace and self.directory.in_peace(_ROOM_PEACE_S) and not self.drains:
             spares = [n for n in self._healthy() if core.members.parked(n) and n not in self._active]
-            there = [*self._active, *(n for n in spares if core.nodes[n].role == "spare" and n not in self._unfit)]
+            spares = [n for n in spares if core.nodes[n].role == "spare" and n not in self._unfit]
+            there = [*self._active, *(n for n in spares if core.members.failures(n) < 2)]
             room = self._fits(len(there), cluster.job.world_size // cluster.replica)
         if room <= self.ranks() // cluster.replica:
             self._room_since = cluster.world.now

@@ -436,6 +436,19 @@ def test_nodes_that_fill_no_replica_are_spares_until_there_are_enough() -> None:
     assert it.events("grown")[0]["width"] == 2 and len(it.active) == 4
 
 
+def test_a_machine_that_fails_again_and_again_brings_no_replica_back() -> None:
+    for times, grows in ((1, True), (2, False)):
+        it = narrower()
+        _, node, actions = it.core.add_spare("host", it.now)
+        it.take(actions)
+        it.join([node])
+        for _ in range(times):
+            it.core.members.failed(node, "lost", "its agent is gone or silent")
+        it.park([node])
+        it.commit(7)
+        assert (len(it.told(r.DrainShards)) == 2) is grows
+
+
 def test_a_spare_that_is_not_parked_or_has_failed_its_check_brings_no_replica_back() -> None:
     it = narrower()
     _, node, actions = it.core.add_spare("host", it.now)

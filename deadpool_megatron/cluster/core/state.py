@@ -13,6 +13,8 @@ from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.spares import Spares
 from deadpool_megatron.cluster.placement import assignment as placing
 
+_TOO_OFTEN = 2  # has a machine failed of late that is to bring a replica back: each time costs two new starts
+
 
 @dataclass(slots=True)
 class JobState:
@@ -42,7 +44,7 @@ class JobState:
 
     def can_grow(self) -> bool:
         """The job has fewer replicas than at first, and more than it has now would fit on the nodes that train and the
-        spares that are parked and fit."""
+        spares that are parked, fit, and have not failed again and again."""
         layout, members = self.layout, self.members
         if self.job.when_out_of_spares != "shrink" or not 0 < layout.width < self.widest:
             return False
@@ -52,7 +54,8 @@ class JobState:
     def _at_hand(self) -> int:
         members = self.members
         trains = [node for node in members.active() if members.nodes[node].role == "active"]
-        return len(trains) + len([node for node in members.ready_spares() if not members.unfit(node)])
+        ready = [node for node in members.ready_spares() if not members.unfit(node)]
+        return len(trains) + len([node for node in ready if members.failures(node) < _TOO_OFTEN])
 
     @property
     def widest(self) -> int:
