@@ -22,22 +22,22 @@ def recovery_s(run: RunFile, plan: Budget) -> float:
 
 def numbers(run: RunFile, plan: Budget) -> dict[str, Any]:
     """All of them, by name."""
-    sizes, counted = plan.sizes, plan.model
+    sizes, counted, widths = plan.sizes, plan.model, narrower(run, plan)
     parameters = {"parameters": counted.parameters, "active_parameters": counted.active_parameters}
     return {
         **asdict(plan),
         "model": {**asdict(counted), **parameters},
         "sizes": {**asdict(sizes), "dp": sizes.dp},
-        "spares": asdict(spares(run.cluster, recovery_s(run, plan))),
+        "spares": asdict(_worth(run, plan, widths)),
         "recovery_s": recovery_s(run, plan),
-        "narrower": [asdict(each) for each in narrower(run, plan)],
+        "narrower": [asdict(each) for each in widths],
     }
 
 
 def text(run: RunFile, plan: Budget) -> list[str]:
     """All of it, line by line."""
-    c, s, m = run.cluster, plan.sizes, plan.model
-    worth = spares(c, recovery_s(run, plan))
+    c, s, m, widths = run.cluster, plan.sizes, plan.model, narrower(run, plan)
+    worth = _worth(run, plan, widths)
     layout = [f"TP{s.tp}", f"PP{s.pp}", f"DP{s.dp}"]
     layout += [f"CP{s.cp}"] * (s.cp > 1) + [f"EP{s.ep}"] * (s.ep > 1)
     active = f" ({_count(m.active_parameters)} a token)" if m.active_parameters != m.parameters else ""
@@ -74,7 +74,7 @@ def text(run: RunFile, plan: Budget) -> list[str]:
         f"touches {plan.ranks_touched} of {s.world} ranks",
         f"tolerated at once                    {plan.tolerated}",
         *(f"spares                               {sentence}" for sentence in plan.covered),
-        *_narrower(narrower(run, plan)),
+        *_narrower(widths),
         *_spares_text(run, plan, worth),
         *(f"note: {warning}" for warning in plan.warnings),
     ]
@@ -107,6 +107,11 @@ def _drainer(run: RunFile, plan: Budget) -> list[str]:
         f"its drainer to the durable directory {_gb(plan.drainer_node)} more, a copy of its own shards: "
         f"{_gb(whole)} of {run.cluster.host_memory:g} GB host memory"
     ]
+
+
+def _worth(run: RunFile, plan: Budget, widths: list[Narrower]) -> Spares:
+    goes_on = any(not each.why_not for each in widths)
+    return spares(run.cluster, recovery_s(run, plan), plan.sizes.dp if goes_on else 0)
 
 
 def _narrower(widths: list[Narrower]) -> list[str]:

@@ -2,8 +2,9 @@
 
 Nodes fail independently, at a constant rate. A lost node is out for a time R; a failure finds no spare when as many
 others as there are spares are out (Poisson with mean rate x R). With a spare a failure costs a recovery; without one a
-restart, half a checkpoint interval of lost work, and the wait for a replacement. What counts is training done for each
-node paid for, with S spares
+restart, half a checkpoint interval of lost work, and the wait for a replacement; or, of a job that goes on with a
+replica fewer, two restarts and that replica's share of the wait. What counts is training done for each node paid for,
+with S spares
 
     goodput(S) = N / (N + S) / (1 + failures an hour x mean hours a failure costs)
 """
@@ -38,10 +39,17 @@ def _none_left(mean_out: float, count: int) -> float:
     return max(0.0, 1.0 - few)
 
 
-def spares(cluster: Cluster, recovery_s: float) -> Spares:
-    """Do the arithmetic for up to a number of spares beyond which more only cost."""
+def spares(cluster: Cluster, recovery_s: float, replicas: int = 0) -> Spares:
+    """Do the arithmetic for up to a number of spares beyond which more only cost.
+
+    Args:
+        replicas: of a job that goes on with one fewer where no spare is left; 0: it stops.
+    """
     rate = cluster.nodes * cluster.failures / 1000 / 24  # an hour
-    without = (cluster.restart_minutes + cluster.checkpoint_minutes / 2) / 60 + cluster.replace_hours
+    if replicas:
+        without = 2 * cluster.restart_minutes / 60 + cluster.replace_hours / replicas
+    else:
+        without = (cluster.restart_minutes + cluster.checkpoint_minutes / 2) / 60 + cluster.replace_hours
     with_spare = recovery_s / 3600
     mean_out = rate * cluster.replace_hours
     goodput = []

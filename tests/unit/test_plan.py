@@ -476,6 +476,16 @@ def test_one_node_that_holds_a_whole_replica_goes_on_alone(tmp_path: Path) -> No
     ]
 
 
+def test_spares_are_worth_less_where_the_job_goes_on_without_them(tmp_path: Path) -> None:
+    cluster = _changed(tmp_path).cluster
+    stops, shrinks = spares(cluster, 30.0), spares(cluster, 30.0, replicas=8)
+    assert shrinks.cost_without_hours == 2 * cluster.restart_minutes / 60 + cluster.replace_hours / 8
+    assert shrinks.goodput[0] > stops.goodput[0] and shrinks.best < stops.best
+    run = _changed(tmp_path, deadpool=_SHRINKS)
+    plan = budget(run)
+    assert report.numbers(run, plan)["spares"]["best"] < report.numbers(_changed(tmp_path), plan)["spares"]["best"]
+
+
 def test_a_run_that_does_not_shrink_has_one_width(tmp_path: Path) -> None:
     run = _changed(tmp_path)
     assert narrower(run, budget(run)) == []
