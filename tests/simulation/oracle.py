@@ -337,6 +337,7 @@ class Oracle:
                 self.committed, self.safe = -1, None
             case "agreed":
                 self._agreed(fields["iteration"])
+                self._goes_back = None
             case "committed":
                 self._committed(Version(fields["epoch"], fields["iteration"]))
             case "unfit":
