@@ -15,11 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from deadpool_bench.harness.jobs import fork_cli
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.jobs.descendants import has_ended
 from flags import tiny_gpt
-from jobs import PACED, Jobs, environment, launch_flags, set_pace, undisturbed
+from jobs import PACED, Jobs, launch_flags, set_pace, undisturbed
 
 FEW, MANY = 140, 260
 WAITING_S = "0.2"  # that a forward pass sleeps: a second an iteration
@@ -55,8 +54,7 @@ class Drama:
 
     def join(self) -> None:
         """A new node, in the background."""
-        command = ["join", "--run-dir", str(self.job.run_dir)]
-        self.joined.append(fork_cli(command, environment(forked=True), stdout=subprocess.DEVNULL))
+        self.joined.append(self.job.join())
 
     def parked(self, spares: int) -> None:
         """Until so many spares are parked."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,20 @@ def _ends_when_asked(run_dir: Path) -> threading.Thread:
         hub.close()
 
     thread = threading.Thread(target=serve)
+    thread.start()
+    return thread
+
+
+def _answers(hub: Hub, replies: Sequence[object], asked: Callable[[bytes, bytes], None]) -> threading.Thread:
+    """A coordinator that is ``asked`` until that has taken all ``replies``, and ends."""
+
+    def serve() -> None:
+        while replies:
+            hub.wait(0.2, asked, lambda who: None)
+        hub.wait(1.0, asked, lambda who: None)  # until the answer is out
+        hub.close()
+
+    thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     return thread
 
@@ -84,14 +99,7 @@ def test_who_waits_for_a_drain_asks_the_coordinator_that_has_started_again(
             f.write("".join(json.dumps({"t": 0.0, "epoch": 0, **line}) + "\n" for line in lines))
         hub.send(who, r.encode(r.InjectReply(error)))
 
-    def serve() -> None:
-        while replies:
-            hub.wait(0.2, asked, lambda who: None)
-        hub.wait(1.0, asked, lambda who: None)  # until the answer is out
-        hub.close()
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
+    thread = _answers(hub, replies, asked)
     assert main(["drain", "--run-dir", str(tmp_path), "--node", "1", "--timeout", "30"]) == code
     thread.join()
     captured = capsys.readouterr()
@@ -107,14 +115,7 @@ def test_who_joins_waits_for_a_job_that_is_starting(tmp_path: Path, capsys: pyte
         assert r.decode_from_agent(what) == r.AddSpare("")
         hub.send(who, r.encode(replies.pop(0)))
 
-    def serve() -> None:
-        while replies:
-            hub.wait(0.2, asked, lambda who: None)
-        hub.wait(1.0, asked, lambda who: None)  # until the answer is out
-        hub.close()
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
+    thread = _answers(hub, replies, asked)
     assert main(["join", "--run-dir", str(tmp_path)]) == Exit.USAGE
     thread.join()
     assert capsys.readouterr().err.splitlines() == [f"deadpool: waiting: {starting}", f"deadpool: {ended}"]

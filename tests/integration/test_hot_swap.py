@@ -9,12 +9,10 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from deadpool_bench.harness.jobs import fork_cli
 from deadpool_megatron.cluster.records.exits import Exit, what_to_do
 from flags import duo_gpt, tiny_gpt, with_value
 from jobs import (
@@ -24,7 +22,6 @@ from jobs import (
     alone,
     assert_same_checkpoint,
     assert_same_training,
-    environment,
     launch_flags,
     undisturbed,
 )
@@ -217,7 +214,7 @@ def test_without_a_spare_the_others_keep_their_state_until_one_joins(jobs: Jobs)
     job.hold(None)
     job.until_event("waiting")
     job.until("the others to wait", lambda: job.status()["phase"] == "waiting for a spare")
-    joined = fork_cli(["join", "--run-dir", str(job.run_dir)], environment(forked=True), stdout=subprocess.DEVNULL)
+    joined = job.join()
     job.finished()
     assert joined.wait() == Exit.OK
     assert [e["purpose"] for e in job.events("declared")] == ["resume", "resume"]

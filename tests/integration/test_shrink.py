@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from deadpool_bench.harness.jobs import fork_cli
 from deadpool_megatron.cluster.records.exits import Exit
 from flags import tiny_gpt, with_value
-from jobs import EXAMPLE, Job, Jobs, environment, launch_flags
+from jobs import EXAMPLE, Job, Jobs, launch_flags
 
 ITERATIONS = 7
 SMALL = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
@@ -44,14 +43,19 @@ class Shrinking:
 
     def join(self) -> None:
         """A node comes, in the background."""
-        command = ["join", "--run-dir", str(self.job.run_dir)]
-        self.joined.append(fork_cli(command, environment(forked=True), stdout=subprocess.DEVNULL))
+        self.joined.append(self.job.join())
 
     def ended(self) -> None:
         """The job trains to its last iteration, and all nodes leave it."""
         self.job.hold(None)
         self.job.finished(300)
         assert {process.wait() for process in self.joined} <= {Exit.OK, Exit.FAILED}  # those that were lost
+
+    def lose_node_1(self, ranks: int) -> None:
+        """With its iteration 2, of so many ranks; the others go on to the begin of iteration 4."""
+        self.job.arm((1, 2, 2), until=1)
+        self.described(ranks)
+        self.job.hold(4)
 
     def described(self, ranks: int) -> None:
         """Until a lost node's shards can be written by another one, of so many ranks."""
@@ -68,14 +72,9 @@ class Shrinking:
         name, nodes = f"{self._name}-at-{event['width']}", len(event["nodes"])
         return self._start(name, nodes, store, "--deadpool-resume", "auto").finished(300)
 
-    def resized(self) -> list[dict[str, Any]]:
-        """Each time that it became narrower, or wider."""
-        events = [*self.job.events("shrunk"), *self.job.events("grown")]
-        return sorted(events, key=lambda event: event["epoch"])  # type: ignore[no-any-return]
-
     def compare(self, newest: int = 9) -> list[dict[str, Any]]:
-        """What came after each of these, but for the oldest, is compared."""
-        events = self.resized()
+        """Each time that it became narrower, or wider; what came after each of the ``newest`` is compared."""
+        events = sorted([*self.job.events("shrunk"), *self.job.events("grown")], key=lambda event: event["epoch"])
         for event in events[-newest:]:
             want = self.from_the_same(event)
             last = event is events[-1]
@@ -94,9 +93,7 @@ class Shrinking:
 def test_a_job_that_loses_all_nodes_but_one_ends_bitwise_as_one_of_that_width(jobs: Jobs) -> None:
     it = Shrinking(jobs, "narrower", [*with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2), *SMALL], 3)
     job = it.job
-    job.arm((1, 2, 2), until=1)
-    it.described(3)
-    job.hold(4)
+    it.lose_node_1(3)
     job.until_event("shrunk")
     it.described(2)
     job.arm((0, 5, 2))  # in the workers that the new start has begun with
@@ -108,9 +105,7 @@ def test_a_job_that_loses_all_nodes_but_one_ends_bitwise_as_one_of_that_width(jo
 def test_a_replica_comes_back_with_a_node_and_training_goes_on_bitwise_as_one_of_that_width(jobs: Jobs) -> None:
     it = Shrinking(jobs, "wider", [*with_value(tiny_gpt(iters=12), "--num-layers", 2), *SMALL], 2)
     job = it.job
-    job.arm((1, 2, 2), until=1)
-    it.described(2)
-    job.hold(4)
+    it.lose_node_1(2)
     job.until_event("shrunk")
     it.join()
     job.until_event("parked")
@@ -129,9 +124,7 @@ def test_the_healthy_nodes_of_a_replica_that_leaves_are_spares_and_the_next_loss
     """Pipelines of two nodes: of the second replica one is lost, and the other one takes the next one's place."""
     it = Shrinking(jobs, f"swapped-{replicas}", tiny_gpt(iters=ITERATIONS), 2 * replicas, 2)
     job = it.job
-    job.arm((1, 2, 2), until=1)
-    it.described(4 * replicas)
-    job.hold(4)
+    it.lose_node_1(4 * replicas)
     (event,) = job.until("the shrink", lambda: job.events("shrunk"))
     assert event["width"] == replicas - 1 and event["spares"] == [replicas + 1]
     job.until_event("parked")
@@ -148,9 +141,7 @@ def test_a_replica_of_several_nodes_comes_back_with_one_node(jobs: Jobs) -> None
     """TP2 x PP2 x DP2 on four nodes: the healthy node of the broken replica has stayed as a spare."""
     it = Shrinking(jobs, "pipelines", tiny_gpt(iters=12), 4, 2)
     job = it.job
-    job.arm((1, 2, 2), until=1)
-    it.described(8)
-    job.hold(4)
+    it.lose_node_1(8)
     job.until_event("shrunk")
     it.join()
     job.until("both spares", lambda: len(job.events("parked")) == 2)
@@ -173,9 +164,7 @@ def test_a_soak_of_losses_and_joins_never_ends_before_its_last_iteration(jobs: J
     rng = random.Random(seed)
     it = Shrinking(jobs, "soak", [*with_value(tiny_gpt(iters=6 * moves + 10), "--num-layers", 2), *SMALL], 3)
     job = it.job
-    job.arm((1, 2, 2), until=1)
-    it.described(3)
-    job.hold(4)
+    it.lose_node_1(3)
     job.until_event("shrunk")  # from then on something is durable
     lost = {1}
     for move in range(moves):

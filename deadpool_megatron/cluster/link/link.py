@@ -250,7 +250,7 @@ class Hub:
             heapq.heappush(self._due, (now + max(self.look_s, self.silence_s - silent_s), fd, name))
 
     def _look_for_ends(self) -> Iterator[_Connection]:
-        """Those that nobody has their descriptor any more, or that another connection has had since.
+        """Connections whose descriptor none has any more, or another one has now.
 
         One that began in the turn in which a packet has come may be the packet's own, or one after it: then what comes
         next over it tells.
