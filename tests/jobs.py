@@ -250,7 +250,7 @@ class Jobs:
         run_dir = self.directory / name
         if held:
             extra = {"PACE_FILE": f"{run_dir}.pace", "SCRIPT": str(script)} | (extra or {})
-            script = PACED
+            script = PACED if script != BRIDGE else BRIDGE  # which paces itself
             set_pace(Path(extra["PACE_FILE"]), held if isinstance(held, str) else "hold 0")
         ours = ["--deadpool", "--deadpool-state-hash", f"{run_dir}.hash.json"] if deadpool else []
         job = Job(run_dir, launch, [str(script), *flags, *ours], extra)

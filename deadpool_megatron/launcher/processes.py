@@ -115,7 +115,7 @@ def coordinator_settings(
         plan.spare_nodes,
         plan.slots_per_node,
         c.deadpool,
-        Deadlines(c.lease, c.abort_deadline, c.build_deadline, c.form_deadline, join_s),
+        Deadlines(lease=c.lease, abort=c.abort_deadline, build=c.build_deadline, form=c.form_deadline, join=join_s),
         c.transient_retries,
         c.redundancy,
         plan.domains,
@@ -208,12 +208,12 @@ def _durable(plan: LaunchPlan, job_id: str, alone: bool) -> DurableStart | None:
     if not (c.deadpool and c.durable_dir):
         return None
     spec = DurableSpec(
-        c.durable_dir,
-        re.sub("[^A-Za-z0-9]", "", job_id),
-        0 if c.export else c.durable_interval,
-        c.durable_keep,
-        c.durable_deadline,
-        c.preempt_deadline,
+        directory=c.durable_dir,
+        job=re.sub("[^A-Za-z0-9]", "", job_id),
+        interval=0 if c.export else c.durable_interval,
+        keep=c.durable_keep,
+        deadline=c.durable_deadline,
+        preempt_deadline=c.preempt_deadline,
     )
     launcher = os.getpid() if alone else 0
     newer_than = -1 if c.export else _checkpoint_to_load(plan.arguments)  # an export is of what is durable

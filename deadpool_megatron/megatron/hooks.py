@@ -216,11 +216,6 @@ class Hooks:
         if agreed.generation >= 0:
             note = agreed.note
             if agreed.recut:
-                if not self.host.can_recut:
-                    raise UserError(
-                        f"durable generation {agreed.generation} is of another number of replicas, at which only "
-                        "Megatron-LM's own training loop goes on: start with as many as it has"
-                    )
                 other = self.other_width = OtherWidth(self.config.durable_dir, agreed.recut, self.host.args)
                 agreed, note = msgspec.structs.replace(agreed, constants=other.constants), other.note
             self.durable = agreed

@@ -80,12 +80,10 @@ class Host(ABC):
         brings_environment: the loop sets variables of the environment before it brings up the device.
         can_rehearse: all that its set-up does outside of the process goes through `Hooks.open_outlet`, or is named by
             `not_rehearsed`.
-        can_recut: it draws the samples of a global batch in the same order at every data-parallel width.
     """
 
     brings_environment: ClassVar[bool] = False
     can_rehearse: ClassVar[bool] = False
-    can_recut: ClassVar[bool] = False
     upstream: str
     fields: Fields
 
@@ -99,8 +97,11 @@ class Host(ABC):
         """Settings and counters of now, by the names of Megatron-LM's ``args``. Empty before there are any."""
 
     def deals(self, replicas: int) -> bool:
-        """Where it `can_recut`: so many replicas can have the samples of each global batch."""
-        return False
+        """So many replicas can have the samples of each global batch, those of an evaluation too, and they are the
+        samples of any other number of replicas."""
+        args = self.args
+        batches = [(args[f"{kind}global_batch_size"], args[f"{kind}micro_batch_size"]) for kind in ("", "eval_")]
+        return not any(batch % (micro * replicas) for batch, micro in batches)
 
     @property
     @abstractmethod

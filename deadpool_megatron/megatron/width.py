@@ -64,10 +64,12 @@ def widths_below(host: Host, layout: Layout, small: bytes) -> list[int]:
     Raises UserError where there are none, whatever the number.
     """
     args = host.args
-    why = "" if host.can_recut else "only Megatron-LM's own training loop goes on with another number of replicas"
+    why = ""
     for setting, bound in (*_BOUND, *_SCHEDULED):
         if not why and bound(value := args.get(setting)):
             why = f"with {setting} {value} a job has to keep its number of replicas"
+    if not why and not host.deals(1):
+        why = "without --global-batch-size the batch follows from the number of replicas"
     items = [item for item in layout.items if not item.name.startswith(_SMALL)]
     if not why and any(not item.pieces for item in items):
         why = "this optimizer's state is not cut anew"
@@ -79,11 +81,11 @@ def widths_below(host: Host, layout: Layout, small: bytes) -> list[int]:
     return [width for width in range(1, replicas) if host.deals(width)]
 
 
-def _put_valid_samples(saved: dict[str, Any], args: Mapping[str, Any]) -> None:
+def _put_valid_samples(saved: dict[str, Any], args: Mapping[str, Any], iteration: int) -> None:
     """Of a batch of evaluation that has become smaller the data end sooner: no more are drawn than such ones had."""
     batch, each, interval = (args.get(n) for n in ("eval_global_batch_size", "eval_iters", "eval_interval"))
     if batch and each and interval:
-        drawn = saved["iteration"] // interval * each * batch
+        drawn = iteration // interval * each * batch
         saved["consumed_valid_samples"] = min(saved["consumed_valid_samples"], drawn)
 
 
@@ -130,7 +132,7 @@ class OtherWidth:
 
         state = decode(self._read(lambda: read_items(self._store, name, twin, take)))
         self._with_all_steps(state)
-        _put_valid_samples(state["args"], args)
+        _put_valid_samples(state["args"], args, manifest.generation)
         self.small = encode(state)
 
     @property

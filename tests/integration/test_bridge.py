@@ -32,6 +32,7 @@ from jobs import (
     set_pace,
     undisturbed,
 )
+from shrinking import Shrinking
 from upstream import bridge
 
 pytestmark = [
@@ -81,10 +82,7 @@ RECIPES = {
 
 def _start(jobs: Jobs, name: str, overrides: list[str], nodes: int, spares: int, slots: int = 1) -> Job:
     """Held at its first iteration."""
-    pace = jobs.directory / f"{name}.pace"
-    set_pace(pace, "hold 0")
-    launch = launch_flags(nodes + spares, spares, slots)
-    return jobs.start(name, launch, overrides, BRIDGE, extra={"PACE_FILE": str(pace)})
+    return jobs.start(name, launch_flags(nodes + spares, spares, slots), overrides, BRIDGE, held=True)
 
 
 def _survives(jobs: Jobs, name: str, overrides: list[str], *lost: tuple[int, int, int], slots: int = 1) -> Job:
@@ -261,6 +259,19 @@ def test_without_a_spare_the_survivors_save_bridges_checkpoint(jobs: Jobs) -> No
     saved = int((jobs.directory / "rescued.saved" / "latest_checkpointed_iteration.txt").read_text())
     assert 1 <= saved <= 3
     _same_checkpoint(jobs, saved, rescued, calm)
+
+
+def test_without_a_spare_a_replica_is_left_out_and_comes_back_with_a_node(jobs: Jobs) -> None:
+    it = Shrinking(jobs, "narrower", ["train.train_iters=12"], 2, script=BRIDGE)
+    job = it.job
+    it.lose_node_1(2)
+    job.until_event("shrunk")
+    it.join()
+    job.until_event("parked")
+    job.hold(8)
+    job.until_event("grown")
+    it.ended()
+    assert [(e["event"], e["width"], e["nodes"]) for e in it.compare()] == [("shrunk", 1, [0]), ("grown", 2, [0, 2])]
 
 
 def test_a_run_under_deadpool_prints_what_bridge_prints_without_it(jobs: Jobs) -> None:

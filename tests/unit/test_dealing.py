@@ -108,6 +108,38 @@ def test_a_loss_that_is_averaged_over_replicas_in_each_microbatch_is_refused_aft
     ],
 )
 def test_only_where_it_deals_unevenly_has_an_evaluation_another_batch(more: dict[str, Any], evaluated: int) -> None:
+    assert _validated(more).eval_global_batch_size == evaluated
+
+
+@pytest.mark.parametrize(
+    ("more", "evaluated"),
+    [
+        ({"eval_global_batch_size": 8}, 6),  # which the user has chosen for another number of replicas
+        ({"eval_global_batch_size": 9}, 9),
+        ({"eval_global_batch_size": 1}, 3),
+        ({"global_batch_size": 12, "eval_micro_batch_size": 3}, 9),
+        ({"global_batch_size": 12}, None),
+    ],
+)
+@pytest.mark.parametrize("yaml", [False, True])
+def test_a_job_that_may_become_narrower_evaluates_what_its_replicas_divide(
+    more: dict[str, Any], evaluated: int, yaml: bool
+) -> None:
+    assert _validated(more, resizes=True, yaml=yaml).eval_global_batch_size == evaluated
+
+
+def test_a_batch_that_follows_from_the_number_of_replicas_is_no_fixed_one() -> None:
+    dealing = Dealing(SimpleNamespace())  # type: ignore[arg-type]
+    _validated({}, dealing=dealing)
+    assert dealing.fixed
+    _validated({"global_batch_size": None}, dealing=dealing)
+    assert not dealing.fixed
+
+
+def _validated(
+    more: dict[str, Any], resizes: bool = False, yaml: bool = False, dealing: Dealing | None = None
+) -> SimpleNamespace:
+    """The arguments of three replicas, as upstream's validation gets them."""
     sizes = {f"{name}_parallel_size": 1 for name in ("tensor_model", "pipeline_model", "context")}
     given = {
         "global_batch_size": 8,
@@ -115,7 +147,8 @@ def test_only_where_it_deals_unevenly_has_an_evaluation_another_batch(more: dict
         "eval_global_batch_size": None,
         "eval_micro_batch_size": None,
     }
-    args = SimpleNamespace(world_size=3, **{**sizes, **given, **more})
+    layout = {"model_parallel": SimpleNamespace(**sizes)} if yaml else sizes
+    args = SimpleNamespace(world_size=3, **{**layout, **given, **more})
 
     class Validate:
         def first(self) -> SimpleNamespace:
@@ -124,8 +157,10 @@ def test_only_where_it_deals_unevenly_has_an_evaluation_another_batch(more: dict
         def __call__(self) -> None:
             pass
 
-    Dealing(SimpleNamespace())._validate(Validate())  # type: ignore[arg-type]
-    assert args.eval_global_batch_size == evaluated
+    dealing = dealing or Dealing(SimpleNamespace())  # type: ignore[arg-type]
+    dealing.resizes = resizes
+    dealing._validate(Validate())  # type: ignore[arg-type]
+    return args
 
 
 def test_so_many_replicas_can_have_a_global_batch_as_the_schedule_lets_them() -> None:

@@ -198,13 +198,13 @@ def test_a_passing_error_of_the_disk_ends_no_start_and_a_lasting_one_says_what_t
 
 
 def test_no_more_validation_samples_are_counted_than_batches_of_the_new_size_had() -> None:
-    saved = {"iteration": 85, "consumed_valid_samples": 8 * 5 * 8}
+    saved = {"consumed_valid_samples": 8 * 5 * 8}
     args = {"eval_global_batch_size": 6, "eval_iters": 5, "eval_interval": 10}
-    width._put_valid_samples(saved, args)
+    width._put_valid_samples(saved, args, 85)
     assert saved["consumed_valid_samples"] == 8 * 5 * 6
-    width._put_valid_samples(saved, args | {"eval_global_batch_size": 8})
+    width._put_valid_samples(saved, args | {"eval_global_batch_size": 8}, 85)
     assert saved["consumed_valid_samples"] == 8 * 5 * 6
-    width._put_valid_samples(saved, args | {"eval_iters": 0})
+    width._put_valid_samples(saved, args | {"eval_iters": 0}, 85)
     assert saved["consumed_valid_samples"] == 8 * 5 * 6
 
 

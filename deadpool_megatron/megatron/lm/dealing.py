@@ -9,6 +9,7 @@ sums, so nothing has to be done.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -117,10 +118,17 @@ def deals(args: Mapping[str, Any], replicas: int) -> bool:
 
 
 class Dealing:
-    """Of one worker process. Inactive where upstream deals evenly."""
+    """Of one worker process. Inactive where upstream deals evenly.
+
+    Attributes:
+        resizes: the job may go on with another number of replicas, whatever sizes it was given for its own.
+        fixed: its global batch does not follow from the number of replicas.
+    """
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self.resizes = False
+        self.fixed = True
         self._batch = 0
         self._microbatches = 0
         self._replicas = 0
@@ -128,10 +136,11 @@ class Dealing:
     def install(self) -> None:
         """Hook into what upstream computes from the global batch."""
         from megatron.core import num_microbatches_calculator
-        from megatron.training import arguments, training
+        from megatron.training import arguments, training, yaml_arguments
 
         self._host.replace(num_microbatches_calculator, "_build_num_microbatches_calculator", self._calculator)
         self._host.replace(arguments, "validate_args", self._validate)
+        self._host.replace(yaml_arguments, "validate_yaml", self._validate)
         self._host.replace(training, "build_train_valid_test_data_loaders", self._loaders)
 
     def check(self, args: Mapping[str, Any]) -> None:
@@ -188,13 +197,21 @@ class Dealing:
         args = call.first()
         if any(getattr(args, name, None) for name in _SCHEDULES):
             return call()
-        batch, micro = getattr(args, "global_batch_size", None), getattr(args, "micro_batch_size", None)
-        if batch and micro and hasattr(args, "eval_global_batch_size") and args.eval_global_batch_size is None:
-            ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+        parallel = getattr(args, "model_parallel", None)  # of a YAML file
+        batch, micro, given, given_micro = (
+            getattr(args, f"{kind}_batch_size", None) for kind in ("global", "micro", "eval_global", "eval_micro")
+        )
+        self.fixed = batch is not None
+        if batch and micro and (parallel is not None or hasattr(args, "eval_global_batch_size")):
+            ranks = math.prod(
+                getattr(parallel or args, f"{kind}_parallel_size")
+                for kind in ("tensor_model", "pipeline_model", "context")
+            )
             replicas = max(1, args.world_size // ranks)
-            even = (args.eval_micro_batch_size or micro) * replicas
-            if batch % micro == 0 and batch % (micro * replicas):
-                args.eval_global_batch_size = max(even, batch // even * even)
+            even = (given_micro or micro) * replicas
+            uneven = given is None and batch % micro == 0 and batch % (micro * replicas) > 0
+            if (uneven or self.resizes) and (given or batch) % even:
+                args.eval_global_batch_size = max(even, (given or batch) // even * even)
         return call()
 
     def _loaders(self, call: Call) -> Any:

@@ -6,6 +6,7 @@ Every hook replaces a module global that upstream looks up at call time:
 ``training.arguments``                    ``add_megatron_arguments``: the group ``deadpool`` in ``--help``
                                           ``validate_args``: an evaluation that the replicas divide
 ``training.yaml_arguments``               ``load_yaml``: our settings in the namespace of ``--yaml-cfg`` too
+                                          ``validate_yaml``: as ``validate_args``
 ``training.training``                     ``initialize_megatron``: checks before anything is built
                                           ``load_checkpoint``: fields of ``args`` that come out of one are state;
                                           left out where a durable generation has everything
@@ -57,7 +58,6 @@ class MegatronLM(Host):
     """Settings and counters are the process's ``args``, writers and timers its global variables."""
 
     can_rehearse = True
-    can_recut = True
     fields: RunArgs
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class MegatronLM(Host):
         self._dealing = Dealing(self)
 
     def deals(self, replicas: int) -> bool:
-        return deals(self.args, replicas)
+        return self._dealing.fixed and deals(self.args, replicas)
 
     # ---- the loop calls us
 
@@ -139,6 +139,8 @@ class MegatronLM(Host):
     def take_settings(self, config: settings.DeadpoolConfig) -> None:
         """Let upstream's parser have them."""
         from megatron.training import arguments, yaml_arguments
+
+        self._dealing.resizes = config.when_out_of_spares == "shrink"
 
         def load_yaml(call: Call) -> Any:
             """Upstream drops the namespace of the command line for the file's."""
