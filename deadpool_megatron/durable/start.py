@@ -205,6 +205,9 @@ def survey(store: Store, resume: str, world_size: int, newer_than: int, writes: 
 
 
 def can_recut(manifest: Manifest, world_size: int) -> bool:
-    """Whether so many ranks can be the same model with another number of replicas; experts are not cut."""
-    replicas = 1 + max(c.dp for c in manifest.coordinates)
-    return not any(c.ep for c in manifest.coordinates) and world_size % (manifest.world_size // replicas) == 0
+    """Whether so many ranks can be the same model with another number of replicas, all experts among them."""
+    replicas, contexts, places = (
+        1 + max(getattr(c, kind) for c in manifest.coordinates) for kind in ("dp", "cp", "ep")
+    )
+    width, rest = divmod(world_size, manifest.world_size // replicas)
+    return not rest and width * contexts % places == 0

@@ -2,7 +2,8 @@
 
 An item is named by its place in the optimizer, which depends on what this rank holds. Its pieces are named by the
 model's parameter, its whole shape and the kind of state: so a shard can be cut anew for another number of replicas
-(`durable.recut`), and not for a parameter of another shape.
+(`durable.recut`), and not for a parameter of another shape. Experts have the same names on each of their ranks, so the
+rank's place among those is part of the name: replicas of the rest hold experts of several places.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
+from megatron.core import parallel_state
 
 from deadpool_megatron.durable import Piece
 from deadpool_megatron.megatron.optimizer_state import Member, counted_parameters, members, state_tensors
@@ -46,18 +48,23 @@ def pieces_of(model: list[Any], optimizer: Any) -> dict[str, tuple[Piece, ...]]:
     return out
 
 
-def _names(model: list[Any]) -> dict[int, str]:
-    return {
-        id(p): f"{c}.{name}[{'x'.join(map(str, p.shape))}]"
+def _names(model: list[Any], place: int | None = None) -> dict[int, str]:
+    """Of experts those of another place, if one is given: the same models have the same ones there."""
+    names = {
+        id(p): (f"{c}.{name}[{'x'.join(map(str, p.shape))}]", getattr(p, "allreduce", True))
         for c, chunk in enumerate(model)
         for name, p in chunk.named_parameters()
     }
+    if place is None and not all(dense for _, dense in names.values()):
+        place = parallel_state.get_expert_model_parallel_rank()
+    return {which: name if dense else f"{name}@{place}" for which, (name, dense) in names.items()}
 
 
 def trained_parameters(model: list[Any]) -> frozenset[str]:
     """What comes before the slash in the pieces' tensors, of the whole model: also what other replicas hold."""
-    names = _names(model)
-    return frozenset(names[id(p)] for chunk in model for p in chunk.parameters() if p.requires_grad)
+    trained = [id(p) for chunk in model for p in chunk.parameters() if p.requires_grad]
+    places = max(1, parallel_state.get_expert_model_parallel_world_size())  # 0 without groups
+    return frozenset(names[which] for place in range(places) for names in [_names(model, place)] for which in trained)
 
 
 def _origins(member: Member, names: Mapping[int, str], parameters: list[Any]) -> dict[int, tuple[str, int]]:

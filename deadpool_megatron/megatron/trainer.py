@@ -157,10 +157,11 @@ class MegatronTrainer:
             raise UserError(str(err)) from None
 
     def register(self, can_rescue: bool, restarts: bool) -> None:
-        """Tell who this is, once, before training. See `Registered`. Raises UserError for what the job is to do, and
-        cannot."""
-        shrinks = self._config.when_out_of_spares == "shrink"
-        widths = widths_below(self._host, self._layout, self._small) if shrinks else []
+        """Tell who this is, once, before training. See `Registered`, and `widths_below`. Raises UserError for what the
+        job is to do, and cannot."""
+        widths: list[int] = []
+        if self._config.when_out_of_spares == "shrink":
+            widths = widths_below(self._host, self._layout, self._small, first=self._session.joined_epoch == 0)
         self._session.tell(
             r.Registered(
                 0,

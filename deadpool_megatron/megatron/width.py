@@ -39,7 +39,6 @@ from deadpool_megatron.snapshot import ShardPlan, decode, encode
 _SMALL: Final = "small."  # copies of what a device holds besides the optimizer's state (`small_state`)
 # By the name of a setting: a value with which the samples of a batch, or the state of a rank, follow from the width.
 _BOUND: Final[tuple[tuple[str, Callable[[Any], bool]], ...]] = (
-    ("num_experts", bool),
     ("data_parallel_random_init", bool),
     ("decrease_batch_size_if_needed", bool),
     ("full_validation", bool),  # its number of iterations follows from the width
@@ -55,16 +54,17 @@ _AGAIN_S: Final = 0.5
 _T = TypeVar("_T")
 
 
-def widths_below(host: Host, layout: Layout, small: bytes) -> list[int]:
+def widths_below(host: Host, layout: Layout, small: bytes, first: bool) -> list[int]:
     """Smaller numbers of replicas that this job can go on with, each from a generation of this one.
 
     Args:
         layout: of this rank's shard, with its pieces; ``small``: its small state.
+        first: the job begins; later its number may be the smallest one.
 
-    Raises UserError where there are none, whatever the number.
+    Raises UserError where there are none, whatever the number, or none from the first.
     """
     args = host.args
-    why = ""
+    why = _experts_cut_otherwise(args)
     for setting, bound in (*_BOUND, *_SCHEDULED):
         if not why and bound(value := args.get(setting)):
             why = f"with {setting} {value} a job has to keep its number of replicas"
@@ -75,10 +75,23 @@ def widths_below(host: Host, layout: Layout, small: bytes) -> list[int]:
         why = "this optimizer's state is not cut anew"
     if not why and any(numbers["own"] for numbers in decode(small)["numbers"]):
         why = "the optimizer keeps numbers of single parameters, which are not cut anew"
+    replicas, places = parallel_state.get_data_parallel_world_size(), args.get("expert_model_parallel_size") or 1
+    contexts = parallel_state.get_context_parallel_world_size()
+    widths = [width for width in range(1, replicas) if width * contexts % places == 0 and host.deals(width)]
+    if not why and not widths and replicas > 1 and first:
+        why = f"expert_model_parallel_size {places} takes all replicas, so that each expert is in one only"
     if why:
         raise UserError(f"--deadpool-when-out-of-spares shrink: {why}; use save, or wait")
-    replicas = parallel_state.get_data_parallel_world_size()
-    return [width for width in range(1, replicas) if host.deals(width)]
+    return widths
+
+
+def _experts_cut_otherwise(args: Mapping[str, Any]) -> str:
+    """Why replicas of experts are not found among those of the rest; empty: they are."""
+    tensor, experts = (args.get(f"{kind}_parallel_size") or 1 for kind in ("tensor_model", "expert_tensor"))
+    if args.get("num_experts") and args.get("expert_tensor_parallel_size") and experts != tensor:
+        sizes = f"expert_tensor_parallel_size {experts} and tensor_model_parallel_size {tensor}"
+        return f"with {sizes} experts are not cut anew"
+    return ""
 
 
 def _put_valid_samples(saved: dict[str, Any], args: Mapping[str, Any], iteration: int) -> None:
@@ -109,6 +122,8 @@ class OtherWidth:
         self._where = f"{self._store.root}/{name}"
         self._manifest = manifest = self._read(lambda: read_manifest(self._store, name))
         job = msgspec.json.decode(describe_job(args))
+        if why := _experts_cut_otherwise(args):
+            raise self._not_fit(why)
         for setting, bound in _BOUND:
             if bound(value := args.get(setting)):
                 raise self._not_fit(f"with {setting} {value} it has to have as many replicas as that job")
@@ -118,9 +133,11 @@ class OtherWidth:
                     raise self._not_fit(f"{setting} is {there} in it and {here} here")
         self.note = settings_note(manifest, job)
         mine = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
-        cp = parallel_state.get_context_parallel_rank()
+        cp, ep = parallel_state.get_context_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
         alike = [c for c in manifest.coordinates if (c.tp, c.pp) == mine]
-        alike.sort(key=lambda c: (c.cp != cp, c.dp, c.rank))
+        alike.sort(key=lambda c: (c.ep != ep, c.cp != cp, c.dp, c.rank))
+        if not alike or alike[0].ep != ep:
+            raise self._not_fit("no rank in it has the same layers and experts")
         self._ranks = [c.rank for c in alike]
         twin = manifest.shards[self._ranks[0]]
         self._constants = twin.constants

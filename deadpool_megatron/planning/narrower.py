@@ -36,7 +36,8 @@ def narrower(run: RunFile, plan: Budget) -> list[Narrower]:
     replica = sizes.world // sizes.dp
     for replicas in range(sizes.dp - 1, 0, -1):
         nodes = placing.nodes_for(replicas, replica, run.cluster.gpus_per_node)
-        if nodes is not None and not (out and out[-1].why_not):
+        whole = replicas * sizes.cp % sizes.ep == 0  # all experts are there
+        if nodes is not None and whole and not (out and out[-1].why_not):
             out.append(_one(run, replicas, nodes))
     return out
 

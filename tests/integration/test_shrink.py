@@ -80,6 +80,22 @@ def test_a_replica_of_several_nodes_comes_back_with_one_node(jobs: Jobs) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_replicas_of_experts_leave_and_come_back_as_many_as_hold_all_experts(jobs: Jobs) -> None:
+    """Four replicas of two places of experts: without one node there are two, and the third node is a spare."""
+    it = Shrinking(jobs, "experts", [*tiny_gpt(moe=True, iters=12), *SMALL], 4)
+    job = it.job
+    it.lose_node_1(4)
+    job.until_event("shrunk")
+    it.join()
+    job.until("both spares", lambda: len(job.events("parked")) == 2)
+    job.hold(8)
+    job.until_event("grown")
+    it.ended()
+    assert [(e["width"], len(e["nodes"]), len(e["spares"])) for e in it.compare()] == [(2, 2, 1), (4, 4, 0)]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_soak_of_losses_and_joins_never_ends_before_its_last_iteration(jobs: Jobs) -> None:
     """At any time, in starts too, as long as a node is left; 0 to 2 spares.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from deadpool_megatron.compat import UserError
 from deadpool_megatron.durable import FORMAT, Coordinate, Item, Layout, Manifest, Piece, ShardFile, read_recut
@@ -21,9 +23,10 @@ from deadpool_megatron.durable.start import can_recut
 from deadpool_megatron.durable.store import LocalStore
 from deadpool_megatron.megatron import optimizer_state, width
 from deadpool_megatron.megatron.optimizer_state import Member
-from deadpool_megatron.megatron.pieces import _origins, pieces_of, trained_parameters
+from deadpool_megatron.megatron.pieces import _names, _origins, pieces_of, trained_parameters
 from deadpool_megatron.megatron.same_model import batch_of
 from deadpool_megatron.megatron.width import OtherWidth
+from deadpool_megatron.snapshot import encode
 
 NAME = directory_name(40, "job", 1)
 SIZES = {"embedding": 700, "norm": 4, "matrix": 256, "bias": 20}  # elements
@@ -236,10 +239,76 @@ def test_a_group_of_several_dtypes_says_of_no_piece_since_its_order_is_another_i
     assert sorted(origins.values()) == ([] if mixed else [("0", 0), ("1", 0)])
 
 
-def test_only_whole_replicas_of_dense_models_can_be_more_or_fewer() -> None:
+def test_only_whole_replicas_with_all_experts_can_be_more_or_fewer() -> None:
     def of(width: int, ranks: int, experts: int = 1) -> Manifest:
         coordinates = [Coordinate(d * ranks + t, t, 0, d, 0, d % experts) for d in range(width) for t in range(ranks)]
         return Manifest(FORMAT, 40, 0, NAME, "", width * ranks, tuple(coordinates), (), {})
 
     assert can_recut(of(2, 4), 4) and can_recut(of(2, 4), 12) and not can_recut(of(2, 4), 6)
-    assert not can_recut(of(2, 4, experts=2), 4)
+    assert not can_recut(of(2, 4, experts=2), 4) and can_recut(of(2, 4, experts=2), 16)
+    assert [world for world in range(1, 9) if can_recut(of(4, 1, experts=2), world)] == [2, 4, 6, 8]
+
+
+def test_experts_of_another_place_are_other_tensors_of_the_same_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("rank", 1), ("world_size", 3)):
+        monkeypatch.setattr(parallel_state, f"get_expert_model_parallel_{name}", lambda value=value: value)
+    model = torch.nn.ParameterDict({"dense": torch.nn.Parameter(torch.zeros(2)), "expert": torch.zeros(4)})
+    model["expert"] = torch.nn.Parameter(torch.zeros(4))
+    model["expert"].allreduce = False
+    assert sorted(_names([model]).values()) == ["0.dense[2]", "0.expert[4]@1"]
+    assert trained_parameters([model]) == {"0.dense[2]", *(f"0.expert[4]@{place}" for place in range(3))}
+
+
+def test_each_rank_takes_its_own_experts_and_finds_those_of_others_in_order() -> None:
+    parameters = {"dense", "expert@0", "expert@1"}
+
+    def shard(*pieces: tuple[str, int, int]) -> Layout:
+        items = [
+            Item(f"item{i}", "U8", (n,), 0, n, (Piece(f"{t}/main", at, n),)) for i, (t, at, n) in enumerate(pieces)
+        ]
+        return Layout(0, "", tuple(items))
+
+    four = [shard(("dense", 2 * d, 2), (f"expert@{d % 2}", 4 * (d // 2), 4)) for d in range(4)]
+    for place in range(2):
+        mine = cut(shard(("dense", 4 * place, 4), (f"expert@{place}", 0, 8)), four, parameters)
+        assert [[copy.item for copy in copies if copy.to == "item1"] for copies in mine] == [
+            ["item1"] if d % 2 == place else [] for d in range(4)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("more", "replicas", "found"),
+    [
+        ({}, 4, [1, 2, 3]),
+        ({"num_experts": 4, "expert_model_parallel_size": 2}, 4, [2]),
+        ({"num_experts": 4, "expert_model_parallel_size": 2}, 2, "expert_model_parallel_size 2 takes all replicas"),
+        (
+            {"num_experts": 4, "expert_tensor_parallel_size": 1, "tensor_model_parallel_size": 2},
+            4,
+            "expert_tensor_parallel_size 1 and tensor_model_parallel_size 2 experts are not cut",
+        ),
+        ({"dataloader_type": "cyclic"}, 4, "with dataloader_type cyclic"),
+        ({"global_batch_size": 0}, 4, "without --global-batch-size"),
+    ],
+)
+def test_which_smaller_numbers_of_replicas_hold_the_model(
+    more: dict[str, Any], replicas: int, found: list[int] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda: replicas)
+    monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 1)
+    args = {"dataloader_type": "single", "global_batch_size": 12, **more}
+    host: Any = SimpleNamespace(args=args, deals=lambda width: args["global_batch_size"] > 0)
+    if isinstance(found, list):
+        assert width.widths_below(host, Layout(0, "", ()), encode({"numbers": []}), True) == found
+    else:
+        with pytest.raises(UserError, match=re.escape(found)) as told:
+            width.widths_below(host, Layout(0, "", ()), encode({"numbers": []}), True)
+        assert "\n" not in str(told.value) and str(told.value).endswith("use save, or wait")
+
+
+def test_a_job_that_has_become_as_narrow_as_its_experts_let_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 1)
+    args = {"dataloader_type": "single", "num_experts": 4, "expert_model_parallel_size": 2}
+    host: Any = SimpleNamespace(args=args, deals=lambda width: True)
+    assert width.widths_below(host, Layout(0, "", ()), encode({"numbers": []}), False) == []
