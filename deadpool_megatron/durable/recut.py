@@ -37,8 +37,9 @@ class _Held(NamedTuple):
 def cut(wanted: Layout, shards: Sequence[Layout], parameters: Collection[str]) -> list[list[Copy]]:
     """Of each old shard, what goes into the wanted one. What several of them hold comes from the first.
 
-    ``parameters`` are all of the new model, also those of which ``wanted`` has nothing. Raises NotFit, with the name of
-    the first tensor that cannot be put together, or that nobody would take.
+    ``parameters`` are all of the new model, also those of which ``wanted`` has nothing, and tensors of them that may be
+    another rank's. Raises NotFit, with the name of the first tensor that cannot be put together, or that nobody would
+    take.
     """
     held: dict[str, list[_Held]] = {}
     for index, layout in enumerate(shards):
@@ -73,7 +74,7 @@ def _none_left(wanted: Layout, held: Collection[str], parameters: Collection[str
     taken = {_parameter(tensor) for tensor in here}
     for tensor in held:
         parameter = _parameter(tensor)
-        if parameter not in parameters or (parameter in taken and tensor not in here):
+        if parameter not in parameters or (parameter in taken and tensor not in here and tensor not in parameters):
             raise NotFit(f"{tensor} is in it, and not in this job")
 
 

@@ -202,12 +202,14 @@ class OtherWidth:
             flat = tensor.view(-1).view(torch.uint8)
             flat[at : at + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
 
-        layout = layout_of(plan, pieces_of(model, optimizer))
+        pieces = pieces_of(model, optimizer)
+        layout = layout_of(plan, pieces)
         self._put_alike([item for item in layout.items if item.name.startswith(_SMALL)], put)
         rest = tuple(item for item in layout.items if not item.name.startswith(_SMALL))
         wanted = Layout(layout.unique_bytes, layout.digest, rest)
-        trained = trained_parameters(model)
-        self._read(lambda: read_recut(self._store, self._manifest, self._ranks, wanted, trained, put))
+        # A replicated optimizer has all state on each rank, which writes a part that may end in a parameter.
+        known = trained_parameters(model) | {piece.tensor for each in pieces.values() for piece in each}
+        self._read(lambda: read_recut(self._store, self._manifest, self._ranks, wanted, known, put))
         self._staged.clear()
 
     def _put_alike(self, items: list[Item], put: Any) -> None:

@@ -159,15 +159,21 @@ def test_a_node_that_is_lost_at_the_new_width_is_replaced_bitwise_with_what_it_w
         ("replicated", ["plain", *SMALL], 1, 4, [2, 3]),
         ("tokens", [*SMALL, "--calculate-per-token-loss"], 1, 2, [3]),
         ("data", SMALL, 1, 3, [2, 4]),
+        ("experts", ["experts", *SMALL], 1, 4, [2]),
+        ("experts replicated", ["experts", "plain", *SMALL], 1, 2, [4]),
     ],
 )
 def test_fewer_and_more_replicas_go_on_from_a_durable_generation_as_from_megatrons_checkpoint(
     jobs: Jobs, name: str, more: list[str], ranks: int, before: int, after: list[int]
 ) -> None:
-    plain = "plain" in more
+    words = {"plain", "experts"}.intersection(more)
     given = [
-        *with_value(tiny_gpt(iters=ITERATIONS), "--num-layers", 2),
+        *with_value(tiny_gpt(iters=ITERATIONS, moe="experts" in words), "--num-layers", 2),
         *EXACT,
-        *(flag for flag in more if flag != "plain"),
+        *(flag for flag in more if flag not in words),
     ]
-    goes_on(Widths(jobs, name, plain_optimizer(given) if plain else given, ranks), before, after)
+    goes_on(
+        Widths(jobs, name.replace(" ", "-"), plain_optimizer(given) if "plain" in words else given, ranks),
+        before,
+        after,
+    )

@@ -276,6 +276,19 @@ def test_each_rank_takes_its_own_experts_and_finds_those_of_others_in_order() ->
         ]
 
 
+def test_a_part_of_replicated_state_may_end_between_two_tensors_of_one_parameter() -> None:
+    """Each rank of a replicated optimizer has all of it, and writes an equal part."""
+
+    def shard(*tensors: str) -> Layout:
+        made_of = [(Piece(f"bias/{tensor}", 0, 80),) for tensor in tensors]
+        return Layout(0, "", tuple(Item(f"item{i}", "U8", (80,), 0, 80, each) for i, each in enumerate(made_of)))
+
+    whole = shard("main", "exp_avg")
+    with pytest.raises(NotFit, match="bias/exp_avg is in it, and not in this job"):
+        cut(shard("main"), [whole], {"bias"})
+    assert cut(shard("main"), [whole], {"bias", "bias/main", "bias/exp_avg"})
+
+
 @pytest.mark.parametrize(
     ("more", "replicas", "found"),
     [
