@@ -277,6 +277,7 @@ class DeadpoolConfig:
 _PREFIX = "deadpool_"
 # Variables of our name that are no settings: what agents tell their workers, what scripts and tests are told.
 OTHER_VARIABLES: typing.Final = (
+    "DEADPOOL_BEGAN",
     "DEADPOOL_CONFIG",
     "DEADPOOL_EMULATED_CAPABILITY",
     "DEADPOOL_EMULATED_CUBLASLT",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -205,9 +206,11 @@ def survey(store: Store, resume: str, world_size: int, newer_than: int, writes: 
 
 
 def can_recut(manifest: Manifest, world_size: int) -> bool:
-    """Whether so many ranks can be the same model with another number of replicas, all experts among them."""
+    """Whether so many ranks can be the same model with another number of replicas, all experts among them, and in whole
+    instances of the distributed optimizer."""
     replicas, contexts, places = (
         1 + max(getattr(c, kind) for c in manifest.coordinates) for kind in ("dp", "cp", "ep")
     )
     width, rest = divmod(world_size, manifest.world_size // replicas)
-    return not rest and width * contexts % places == 0
+    instances = manifest.job.get("model", {}).get("num_distributed_optimizer_instances") or 1
+    return not rest and width * contexts % math.lcm(places, instances) == 0

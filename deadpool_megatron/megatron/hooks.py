@@ -24,7 +24,7 @@ from deadpool_megatron import config as settings
 from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.pulse import PulsePage
-from deadpool_megatron.cluster.agent.workers import ADOPTED
+from deadpool_megatron.cluster.agent.workers import ADOPTED, BEGAN
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.comm import Communicators, StoreClients, is_communication_error
 from deadpool_megatron.compat import UserError
@@ -161,6 +161,8 @@ class Hooks:
             raise UserError(f"not rehearsed with {why}")
         if self.standby:
             host.load_nothing()  # it would be read by collectives
+        elif began := float(os.environ.get(BEGAN, "0")):
+            host.begun = began
         if flex_in_graphs(host.args):
             from megatron.core.transformer.moe import fused_a2a
 

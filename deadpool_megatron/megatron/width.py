@@ -7,6 +7,7 @@ Megatron's own checkpoints have it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
@@ -75,11 +76,17 @@ def widths_below(host: Host, layout: Layout, small: bytes, first: bool) -> list[
         why = "this optimizer's state is not cut anew"
     if not why and any(numbers["own"] for numbers in decode(small)["numbers"]):
         why = "the optimizer keeps numbers of single parameters, which are not cut anew"
-    replicas, places = parallel_state.get_data_parallel_world_size(), args.get("expert_model_parallel_size") or 1
-    contexts = parallel_state.get_context_parallel_world_size()
-    widths = [width for width in range(1, replicas) if width * contexts % places == 0 and host.deals(width)]
+    replicas, contexts = parallel_state.get_data_parallel_world_size(), parallel_state.get_context_parallel_world_size()
+    names = ("expert_model_parallel_size", "num_distributed_optimizer_instances")  # each divides replicas
+    places, instances = (args.get(name) or 1 for name in names)
+    whole = math.lcm(places, instances)
+    widths = [width for width in range(1, replicas) if width * contexts % whole == 0 and host.deals(width)]
     if not why and not widths and replicas > 1 and first:
-        why = f"expert_model_parallel_size {places} takes all replicas, so that each expert is in one only"
+        why = (
+            f"expert_model_parallel_size {places} takes all replicas, so that each expert is in one only"
+            if places > 1
+            else f"num_distributed_optimizer_instances {instances} divides no smaller number of replicas"
+        )
     if why:
         raise UserError(f"--deadpool-when-out-of-spares shrink: {why}; use save, or wait")
     return widths

@@ -278,14 +278,15 @@ class Rank:
             yield from self._restore(self._generation)
             if self._generation.constants and (err := self._take_constants()) is not None:
                 yield from self._refuse(self._generation, str(err))
+        epoch = max(self.joined, self._taken.epoch if self._taken is not None else 0)
         self.say(
             r.Registered(
                 0,
                 0,
-                self.host.cluster.place(self.rank, self.joined),
+                self.host.cluster.place(self.rank, epoch),
                 UNIQUE_BYTES,
                 16,
-                "same",
+                f"groups of {self.host.cluster.oracle.ranks(epoch)}",
                 self.host.cluster.can_rescue,
                 restarts=self.host.cluster.restarts,
                 widths=self.host.cluster.widths if self.rank == 0 else [],

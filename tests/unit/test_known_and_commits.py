@@ -172,7 +172,7 @@ def test_what_was_done_once_is_told_again_to_a_coordinator_that_may_have_started
     """One that is gone took what it had heard with it: after the next loss a line would be printed twice."""
     agent, told = _agent({})
     for iteration in (4, 5):
-        agent.from_worker(MagicMock(), r.SideEffect(0, 3, 0, iteration, "log"))
+        agent.from_worker(MagicMock(retired=False), r.SideEffect(0, 3, 0, iteration, "log"))
     told.clear()
     agent.introduce()
     assert [each for each in told if isinstance(each, r.SideEffect)] == [r.SideEffect(0, 3, 0, 5, "log")]
@@ -194,7 +194,7 @@ def test_that_a_node_is_redundant_again_is_told_again_in_its_epoch() -> None:
 
 def test_the_error_of_a_worker_that_has_not_ended_yet_is_told_again() -> None:
     """Without it nobody knows that a lost peer may have caused its end, which ends the job while it starts."""
-    worker = MagicMock(local=0, rank=0, pid=7, parked=False, exited=False, registered=None, broken=None)
+    worker = MagicMock(local=0, rank=0, pid=7, parked=False, exited=False, retired=False, registered=None, broken=None)
     agent, told = _agent({0: worker})
     agent.from_worker(worker, r.WorkerFailed(0, 0, 0, "setup", 0, -1, 0, "k", "p", "reset by peer", "", True))
     agent.introduce()
@@ -203,7 +203,7 @@ def test_the_error_of_a_worker_that_has_not_ended_yet_is_told_again() -> None:
 
 def test_a_spares_worker_that_knows_its_device_later_is_parked_once() -> None:
     """Megatron-Bridge's: its device comes up with the environment of the job."""
-    worker = MagicMock(local=0, rank=None, pid=7, parked=False, numa=-1)
+    worker = MagicMock(local=0, rank=None, pid=7, parked=False, retired=False, numa=-1)
     agent, told = _agent({0: worker})
     for numa in (-1, 1):
         agent.from_worker(worker, r.WorkerStep("parked", 0, numa=numa))

@@ -217,6 +217,8 @@ class Agent:
         if worker in self._crew.beside:
             self._from_beside(worker, record)
             return
+        if worker.retired and not isinstance(record, r.Leaving):
+            return  # written before it was ended, perhaps of another number of coordinates
         match record:
             case r.WorkerStep():
                 if record.step == "parked":

@@ -81,6 +81,11 @@ class Crew:
             if worker.rank is not None or local in self._job.ranks:
                 self.renew(local)
 
+    def idle(self) -> list[Worker]:
+        """Those that are parked and hold no coordinate."""
+        there = [each for each in self.workers.values() if not each.exited and not each.retired]
+        return [each for each in there if each.parked and each.rank is None]
+
     def rehearse_anew(self) -> None:
         """There are fewer coordinates than before: what has been rehearsed is none of them."""
         self._asked.clear()

@@ -27,6 +27,7 @@ class KnownJob:
         declared: the newest `Declare`, for the workers: without the tables, which grow with the job, while a worker's
             socket takes whole packets only.
         rendezvous: where the store of the process groups listens, once that is elsewhere than at the start.
+        began: when the job did, in seconds since 1970; 0 until that was told.
     """
 
     def __init__(self, node: int, active_nodes: int, slots_per_node: int, scheme: Scheme) -> None:
@@ -35,6 +36,7 @@ class KnownJob:
         self.epoch = 0
         self.declared: r.Declare | None = None
         self.rendezvous: r.Address | None = None
+        self.began = 0.0
         self._scheme = scheme
         self._hold(Tables(assignment=placing.initial(active_nodes, slots_per_node)))
 
@@ -46,6 +48,7 @@ class KnownJob:
     def roster(self, record: r.Roster) -> bool:
         """The job is complete. True when it has a history, and so an epoch that this node has not heard of."""
         late = record.epoch > self.epoch
+        self.began = record.began
         if late:
             self.epoch = record.epoch
         if late and record.anew:

@@ -89,6 +89,8 @@ class NodeRecovery:
         self._shards.server.set_epoch(self._job.epoch)
         self._upkeep.replan(sizes_known=False)
         self._crew.start_over()
+        for worker in self._crew.idle():  # which the coordinator may not count, where the node had coordinates
+            self._send(r.WorkerReady(self._job.node, worker.local, worker.pid))
 
     def resized(self) -> None:
         """There are fewer coordinates than before: what is in memory is of others that had their numbers."""

@@ -18,6 +18,7 @@ from deadpool_megatron.cluster.agent.pinning import Pinning
 from deadpool_megatron.cluster.agent.pulse import shared_page
 from deadpool_megatron.cluster.agent.settings import AgentSettings
 from deadpool_megatron.cluster.agent.workers import (
+    BEGAN,
     EMULATE,
     EPOCH,
     ERROR_FILE,
@@ -87,6 +88,8 @@ class WorkerProcesses:
         if rank is not None:
             env["RANK"] = str(rank)
             env[EPOCH] = str(self._job.epoch)  # not 0 when the start begins anew
+            if self._job.epoch:
+                env[BEGAN] = str(self._job.began)
         if rehearses is not None:
             env[REHEARSES] = str(rehearses)
         if standby:

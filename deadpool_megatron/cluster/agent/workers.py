@@ -26,6 +26,7 @@ PARENT_PID = "DEADPOOL_AGENT_PID"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun has a worker write its error, as JSON
 ADOPTED = "DEADPOOL_ADOPTED"  # set in a worker that its agent has not started
 EPOCH = "DEADPOOL_EPOCH"  # in which a worker with a coordinate begins
+BEGAN = "DEADPOOL_BEGAN"  # when the job of one that begins anew did, in seconds since 1970
 REHEARSES = "DEADPOOL_REHEARSES"  # the coordinate that a worker without one sets up ahead of time
 STANDBY = "DEADPOOL_STANDBY"  # set in a process that waits for a slot of its own node; how far it is set up
 EMULATE = "DEADPOOL_EMULATE_CPU"  # workers have no devices

@@ -477,6 +477,7 @@ class Core:
             "iteration": self.iteration,
             **self._ends.dump(),
             "start_epoch": self._start.epoch,
+            "began": self._start.began,
             "done": self._progress.done,
             "end": self._state.end,
             "durable": self._durability.dump(),
@@ -500,7 +501,7 @@ class Core:
         self._recoveries.load(kept, now)
         self._drains.load(kept["drain"])
         self._ends.load(kept)
-        self._start.epoch = kept["start_epoch"]
+        self._start.epoch, self._start.began = kept["start_epoch"], kept["began"]
         head = self._progress
         head.committed, head.iteration, head.done = kept["committed"], kept["iteration"], kept["done"]
         head.reached = head.iteration
@@ -791,6 +792,7 @@ class Core:
         self._state.phase = Phase.STARTING
         yield from self._recoveries.start_over()
         self._new_epoch(list(range(self.members.world_size)))
+        self.seen.state_hashes.clear()
         yield Persist(("now", "members", "layout"))
         yield from self._start.send_roster()
 

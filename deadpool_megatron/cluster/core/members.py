@@ -179,13 +179,16 @@ class Members:
     # ---- changes
 
     def place(self, assignment: list[r.SlotAddress]) -> None:
-        """All coordinates, perhaps fewer than before, are placed anew; healthy nodes that have none are spares."""
+        """All coordinates, perhaps fewer than before, are placed anew; healthy nodes that have none are spares, those
+        that are still to join too."""
         if len(assignment) != len(self._first):
             self._first = placing.initial(len(assignment) // self.job.slots_per_node, self.job.slots_per_node)
             self.resized = self.epoch + 1
         self.assignment = assignment
-        for node in self.healthy():
-            state, holds = self.nodes[node], self.holds(node)
+        for node, state in self.nodes.items():
+            holds = self.holds(node)
+            if state.role not in ("active", "spare"):
+                continue
             if state.role == "active" and not holds:
                 state.parked.clear()
             state.role, state.rehearsed, state.standbys = "active" if holds else "spare", frozenset(), {}

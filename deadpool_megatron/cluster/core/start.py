@@ -28,6 +28,8 @@ class Start:
         self._snapshots = snapshots
         self.epoch = 0
         """In which the start is, or was."""
+        self.began = 0.0
+        """When the job did, in seconds since 1970; 0: not yet."""
         self._told = False  # to all that they may begin
         self.due: float | None = None
         """When who is not about to train is late; None where nobody is any more, or not yet."""
@@ -52,6 +54,7 @@ class Start:
         """To all, once everybody who is not lost has joined."""
         if self._all_are_there:
             job = self._state.job
+            self.began = self.began or self._state.members.unix_s
             yield Send(None, self._roster())
             self._told = True
             if not self.epoch:
@@ -102,7 +105,7 @@ class Start:
     def _roster(self) -> r.Roster:
         members = self._state.members
         anew = members.epoch == self.epoch > 0
-        return r.Roster(members.epoch, members.assignment, members.vaults(), anew=anew)
+        return r.Roster(members.epoch, members.assignment, members.vaults(), anew=anew, began=self.began)
 
     # ---- once more
 
@@ -187,7 +190,7 @@ class Start:
         """A worker without a coordinate is parked, or one with a coordinate is there again."""
         state = self._state.members.nodes[record.node]
         state.pids[record.local] = record.pid
-        if state.role == "spare":
+        if state.role == "spare" and record.local not in state.parked:
             state.parked.add(record.local)
             if len(state.parked) == self._state.job.slots_per_node:
                 yield emit("parked", node=record.node)

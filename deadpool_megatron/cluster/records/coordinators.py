@@ -23,13 +23,15 @@ class Roster(OfEpoch, frozen=True):
     """The job is complete: the assignment by rank (left out of the first one, of epoch 0) and the vault addresses.
 
     ``anew``: a node was lost before there was anything to go on from, so workers that have a coordinate, or had one,
-    end, and those of the assignment begin the script from its first line.
+    end, and those of the assignment begin the script from its first line. ``began``: when the job did, in seconds since
+    1970; 0: unknown.
     """
 
     assignment: list[SlotAddress]
     vaults: dict[int, Address]
     version: int = 0
     anew: bool = False
+    began: float = 0.0
 
 
 class Placement(OfEpoch, frozen=True):
