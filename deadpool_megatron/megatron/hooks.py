@@ -161,8 +161,7 @@ class Hooks:
             raise UserError(f"not rehearsed with {why}")
         if self.standby:
             host.load_nothing()  # it would be read by collectives
-        elif began := float(os.environ.get(BEGAN, "0")):
-            host.begun = began
+        self._goes_on()
         if flex_in_graphs(host.args):
             from megatron.core.transformer.moe import fused_a2a
 
@@ -180,6 +179,11 @@ class Hooks:
         if (self.config.resume != "none" or self.config.when_out_of_spares == "shrink") and not self.standby:
             self._resumes()
         return result
+
+    def _goes_on(self) -> None:
+        """A job that begins anew has what is left of its allotted time (``--exit-duration-in-mins``)."""
+        if began := float(os.environ.get(BEGAN, "0")):
+            self.host.begun = began
 
     def _introduce(self) -> None:
         """Tell the agent what it has to know of this coordinate by the time that the model is built."""

@@ -93,7 +93,7 @@ def _what_was_lost(r: Recovery) -> str:
     what = f"Training went on from the start of iteration {r.generation}"
     if repeated == 0:
         return f"{what}; only the interrupted iteration was begun again, no completed one is lost. "
-    same = "" if r.end == "shrunk" else ", bit for bit the same"  # sums of fewer replicas are in another order
+    same = "" if r.replicas[0] else ", bit for bit the same"  # sums of other replicas are in another order
     return f"{what}; {count_text(repeated, 'completed iteration')} had to be done again{same}. "
 
 
@@ -169,8 +169,9 @@ def paragraph(r: Recovery, number: int, story: Story) -> str:
         )
     if r.end == "started_over":
         return f"{head}{_sentence(r.end_message)}. {_what_next(r)}"
-    if r.end == "shrunk":
+    if r.end in ("shrunk", "grown"):
         width, was = r.replicas
-        taken = f"No spare was left: the job began anew with {width} of {was} data-parallel replicas, from disk. "
+        why, of = ("No spare was left", "of") if width < was else ("Nodes had come", "instead of")
+        taken = f"{why}: the job began anew with {width} {of} {was} data-parallel replicas, from disk. "
         return head + taken + _what_was_lost(r) + _how_long(r) + _what_is_left(r, story) + _what_next(r)
     return head + _who_took_over(r) + _what_was_lost(r) + _how_long(r) + _what_is_left(r, story) + _what_next(r)

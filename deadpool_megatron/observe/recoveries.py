@@ -65,7 +65,7 @@ class Recovery:
     names: dict[int, str] = field(default_factory=dict)  # of machines, by node, where there are several
     stuck_since: float | None = None
     directory: str = ""
-    replicas: tuple[int, int] = (0, 0)  # that go on, and that there were, where they became fewer
+    replicas: tuple[int, int] = (0, 0)  # that go on, and that there were, where they became fewer or more
     redone: float | None = None
     redone_iteration: int | None = None
     spares_left: int | None = None
@@ -264,10 +264,10 @@ class Story:
             now._phase(event)
         elif name == "step" and event.get("epoch") == now.epoch:
             now.steps.setdefault(event["node"], {})[event["step"]] = event["t"]
-        if name not in ("resumed", "shrunk", "saved", "stopped", "started_over"):
+        if name not in ("resumed", "shrunk", "grown", "saved", "stopped", "started_over"):
             return interrupted
         now.end = name
-        if name == "shrunk":
+        if name in ("shrunk", "grown"):
             now.generation, now.replicas = event.get("iteration"), (event.get("width", 0), event.get("was", 0))
         if name != "resumed":
             now.times.setdefault(name, event["t"])
@@ -276,7 +276,7 @@ class Story:
         now.spares_left = None if self.spares is None else len(self.spares - self.lost)
         self.recoveries.append(now)
         self._now = None
-        if name in ("resumed", "shrunk"):
+        if name in ("resumed", "shrunk", "grown"):
             self._awaits_iteration = now
             return None
         return now

@@ -364,6 +364,7 @@ def _how(r: Recovery) -> str:
         None: "under way",
         "resumed": f"resumed from iteration {r.generation}",
         "shrunk": f"{r.replicas[0]} of {r.replicas[1]} replicas went on from iteration {r.generation}",
+        "grown": f"{r.replicas[0]} instead of {r.replicas[1]} replicas went on from iteration {r.generation}",
         "saved": f"a checkpoint of iteration {r.generation} was saved, the job ended",
         "stopped": "the job ended",
         "started_over": "the job began anew",

@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
+import pytest
+
+from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent import worker_processes
+from deadpool_megatron.cluster.agent.known import KnownJob
+from deadpool_megatron.cluster.placement.redundancy import Scheme
 from emulated import emulated_process, in_emulation  # noqa: F401
 
 
 @in_emulation
 def _a_process_that_came_later(directory: Path) -> None:
+    import os
     import time
 
     import torch
@@ -42,7 +50,28 @@ def _a_process_that_came_later(directory: Path) -> None:
         spare.learn_job(RunningJob("groups", begun, {}))
         assert spare.build_iterators(page) == "data"
         assert host.begun == begun and over() is (begun < now)
+    for begun in (now - 600 * 60, now):
+        os.environ["DEADPOOL_BEGAN"] = str(begun)
+        Hooks(host, session, page, settings.DeadpoolConfig(), -1, page, False, page)._goes_on()
+        assert host.begun == begun and over() is (begun < now)
 
 
 def test_it_is_over_for_a_spare_when_it_is_for_the_job(tmp_path: Path) -> None:
     _a_process_that_came_later(tmp_path)
+
+
+def test_workers_of_a_new_start_are_told_when_the_job_began(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        worker_processes, "start_worker", lambda command, env, *_: told.append(env) or MagicMock(pidfd=0)
+    )
+    monkeypatch.setattr(worker_processes, "_descriptors", lambda worker: [])
+    settings: Any = SimpleNamespace(
+        environment={}, slots_per_node=1, node=0, adopt="", pin=False, command=[], log_dir=str(tmp_path)
+    )
+    job = KnownJob(0, 2, 1, Scheme.parse("1"))
+    processes = worker_processes.WorkerProcesses(settings, job, MagicMock(), lambda: False)
+    for epoch in (0, 4):
+        job.roster(r.Roster(epoch, [r.SlotAddress(0, 0)], {}, 1, anew=bool(epoch), began=1234.5))
+        processes.start(0, 0)
+    assert [env.get("DEADPOOL_BEGAN") for env in told] == [None, "1234.5"]

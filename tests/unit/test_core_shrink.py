@@ -511,3 +511,165 @@ def test_a_coordinator_that_takes_over_in_the_start_of_a_wider_job_knows_its_wid
         again.feed(r.Join(each, 1000 + each, "127.0.0.1", 2000 + each, [10 * each], epoch=it.core.epoch))
     assert again.core.phase is Phase.STARTING and again.active == [0, 2, node] and len(again.core.assignment) == 3
     assert again.told(r.ResumeAt)[-1] == it.told(r.ResumeAt)[-1] and again.told(r.ResumeAt)[-1].generation == 7
+
+
+def test_what_is_drained_at_leisure_gives_way_to_a_newer_generation_that_brings_a_replica_back() -> None:
+    it = narrower()
+    it.wait(600.0)
+    it.commit(100)
+    slow = it.told(r.DrainShards)[-1]
+    assert slow.generation == 100 and slow.seconds > 0
+    it.commit(101)
+    assert it.told(r.DrainShards)[-1] is slow
+    come(it)
+    it.commit(102)
+    assert it.told(r.GiveUpDrain)[-1].name == slow.name
+    assert (it.told(r.DrainShards)[-1].generation, it.told(r.DrainShards)[-1].seconds) == (102, 0.0)
+    write(it)
+    assert it.events("grown")[0]["iteration"] == 102
+
+
+def test_a_spare_that_had_coordinates_for_the_last_drain_only_is_counted_as_parked_when_it_says_so() -> None:
+    """Of three pipelines two nodes are lost at once, and one spare is there."""
+    it = job(nodes=7, spares=1, replica=2)
+    (pair,) = (group for group in it.core.protection.groups if 0 in group)
+    for node in (0, next(node for node in range(1, 6) if node not in pair)):
+        it.take(it.core.node_away(node, it.now))
+    it.wait(2.0)
+    assert it.told(r.Declare)[-1].purpose == "drain" and it.core.nodes[6].role == "active"
+    drain(it)
+    assert it.active and 6 in it.core.members.spares() and not it.core.members.ready_spares()
+    for _ in range(2):  # its agent tells, and tells once more when it connects again
+        it.feed(r.WorkerReady(6, 0, 60))
+    assert it.core.members.ready_spares() == [6] and len([e for e in it.events("parked") if e["node"] == 6]) == 2
+    begin(it)
+    assert it.core.cannot_drain(it.active[0]) == ("", False)
+
+
+def test_a_node_still_to_join_that_a_start_has_given_coordinates_is_a_spare_where_it_has_none_any_more() -> None:
+    it = narrower(nodes=5)
+    _, coming, actions = it.core.add_spare("host", it.now)
+    it.take(actions)
+    come(it)
+    it.commit(7)
+    write(it)
+    it.lose(2)
+    assert coming in it.active and it.core.phase is Phase.STARTING
+    it.lose(3)
+    assert coming not in it.active and it.core.nodes[coming].role == "spare"
+    it.join([coming])
+    it.park([coming])
+    begin(it)
+    assert it.core.members.ready_spares() == [coming]
+
+
+@pytest.mark.parametrize("error", ["of the script", "of the user"])
+def test_a_node_that_comes_and_cannot_set_up_is_lost_and_the_job_begins_as_narrow_as_it_was(error: str) -> None:
+    it = narrower()
+    node = come(it)
+    it.commit(7)
+    write(it)
+    assert it.core.phase is Phase.STARTING and node in it.active
+    if error == "of the script":
+        it.feed(r.WorkerExited(node, 0, 2, 10 * node, 1, it.core.epoch))
+    else:
+        it.feed(
+            r.WorkerFailed(node, 0, 2, "setup", 0, -1, Exit.USAGE, "", "", "/durable cannot be read: not mounted", "")
+        )
+    assert it.finish is None and it.core.phase is Phase.STARTING and it.active == [0, 2]
+    assert it.events("shrunk")[-1]["lost"] == [node] and it.told(r.ResumeAt)[-1].generation == 7
+    begin(it)
+    it.commit(8)
+    assert it.core.committed == 8
+
+
+def test_an_error_on_a_node_that_had_trained_ends_a_new_start() -> None:
+    it = narrower()
+    come(it)
+    it.commit(7)
+    write(it)
+    it.feed(r.WorkerExited(2, 0, 1, 20, 1, it.core.epoch))
+    assert it.end[0] == Exit.FAILED
+
+
+def sealing(keep: int = 2) -> tuple[SimulatedJob, str, int]:
+    """Generation 100 is durable, and the manifest of 200 is being written: its name, and by which node."""
+    spec = DurableSpec("/durable", "job", 100, keep=keep, resume=True)
+    it = SimulatedJob(4, 0, 1, durable=spec, replica=1, when_out_of_spares="shrink").train()
+    it.commit(5)
+    it.commit(100)
+    write(it)
+    it.commit(200)
+    name = it.told(r.DrainShards)[-1].name
+    for node in it.active:
+        ranks = placing.ranks_of(it.core.assignment, node).values()
+        it.feed(
+            r.ShardsDrained(node, name, [ShardFile(x, f"rank-{x:05d}.safetensors", 1, "0", "l") for x in ranks], "")
+        )
+    seal = next(each for each in reversed(it.sent) if isinstance(each.record, r.SealGeneration))
+    assert seal.node is not None
+    return it, name, seal.node
+
+
+@pytest.mark.parametrize("error", ["", "no space left"])
+def test_a_manifest_that_nobody_waits_for_any_more_counts_as_its_writer_says(error: str) -> None:
+    it, name, writer = sealing()
+    it.commit(201)
+    it.lose(next(node for node in it.active if node != writer))
+    it.arrive(201)
+    it.prepare()
+    it.feed(r.GenerationSealed(writer, name, error, []))
+    write(it, "no space left")
+    assert it.finish is None and it.events("shrunk")[-1]["iteration"] == (100 if error else 200)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_manifest_that_is_being_written_is_waited_for_where_memory_has_nothing_newer(keep: int) -> None:
+    """Who writes it removes what is older."""
+    it, name, writer = sealing(keep)
+    for node in next(group for group in it.core.protection.groups if writer not in group):
+        it.take(it.core.node_away(node, it.now))
+    it.wait(2.0)
+    assert it.core.recovery is not None
+    for node in sorted(it.core.recovery.givers):
+        it.feed(r.Offer(it.core.epoch, node, {}, {}, {}, arrived=True))
+    assert not it.events("shrunk") and it.finish is None
+    it.feed(r.GenerationSealed(writer, name, "", []))
+    assert it.events("shrunk")[-1]["iteration"] == 200 and it.told(r.ResumeAt)[-1].recut == name
+
+
+def test_what_is_durable_of_another_width_is_shown_and_said() -> None:
+    it = narrower()
+    assert it.core.durable == 5
+    it.commit(100)
+    write(it, "no space left")
+    assert "generation 5 stays durable" in it.events("durable_failed")[-1]["message"]
+
+
+def test_a_preemption_of_a_narrower_job_that_has_not_begun_leaves_at_once_and_names_what_is_durable() -> None:
+    it = job()
+    it.lose(1)
+    drain(it)
+    it.take(it.core.preempted(it.now))
+    code, message = it.end
+    assert code == Exit.PREEMPTED and "generation 5 is durable" in message
+
+
+def test_hashes_of_ranks_that_the_job_has_no_more_are_forgotten() -> None:
+    it = job()
+    for rank in range(3):
+        it.feed(r.StateHash(rank, rank, {"params": "of three"}))
+    it.lose(1)
+    drain(it)
+    begin(it)
+    assert it.core.seen.state_hashes == {}
+
+
+def test_a_new_start_is_told_when_the_job_began_also_by_a_coordinator_that_takes_over() -> None:
+    it = job()
+    began = it.told(r.Roster)[0].began
+    it.wait(100.0)
+    it.lose(1)
+    drain(it)
+    assert it.told(r.Roster)[-1].began == began
+    assert restarted(it, it.core.dump()).core._start.began == began

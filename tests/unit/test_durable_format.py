@@ -368,8 +368,8 @@ def test_a_generation_of_another_number_of_replicas_is_cut_anew_and_what_cannot_
     usable, remarks, _, recut = survey(open_directory(str(tmp_path)), "auto", 4, -1, True)
     assert recut == (40, name) and not usable and "of 2 ranks, this job has 4: its shards are cut anew" in remarks[-1]
     write(LocalStore(str(tmp_path)), 60, ranks=2, experts=2)
-    with pytest.raises(NotFit, match=r"generation 60 .* of 2 ranks, this job has 4: .*deadpool export"):
-        survey(open_directory(str(tmp_path)), "auto", 4, -1, True)
+    with pytest.raises(NotFit, match=r"generation 60 .* of 2 ranks, this job has 3: .*deadpool export"):
+        survey(open_directory(str(tmp_path)), "auto", 3, -1, True)
 
 
 def test_a_job_that_would_start_anew_beside_old_generations_is_refused(tmp_path: Path) -> None:

@@ -208,3 +208,21 @@ def test_a_spares_worker_that_knows_its_device_later_is_parked_once() -> None:
     for numa in (-1, 1):
         agent.from_worker(worker, r.WorkerStep("parked", 0, numa=numa))
     assert [type(each) for each in told].count(r.WorkerReady) == 1 and worker.parked and worker.numa == 1
+
+
+def test_a_worker_that_is_being_ended_has_no_say_any_more() -> None:
+    """It may have registered with the groups of another number of replicas just before its end was ordered."""
+    worker = MagicMock(local=0, rank=0, pid=7, parked=False, retired=True, registered=None)
+    agent, told = _agent({0: worker})
+    coordinate = r.CoordinateInfo(0, 0, 0, 0)
+    agent.from_worker(worker, r.Registered(0, 0, coordinate, 64, 16, "groups of 3", False))
+    agent.from_worker(worker, r.WorkerFailed(0, 0, 0, "setup", 0, -1, 2, "k", "p", "not of this job", "", False))
+    assert not told
+
+
+def test_a_new_start_tells_again_who_is_parked_on_a_node_that_had_coordinates_for_a_while() -> None:
+    told: list[r.AgentRecord] = []
+    crew = MagicMock()
+    crew.idle.return_value = [MagicMock(local=0, pid=70)]
+    NodeRecovery(KnownJob(3, 2, 1, Scheme.parse("1")), crew, *[MagicMock()] * 3, told.append).start_over()
+    assert told == [r.WorkerReady(3, 0, 70)]

@@ -367,7 +367,7 @@ class Core:
     @property
     def durable(self) -> int:
         """The newest durable generation; -1 when there is none."""
-        newest = self._durability.newest
+        newest = self._durability.newest_at_any_width
         return -1 if newest is None else newest
 
     @property
@@ -657,7 +657,8 @@ class Core:
         yield from self._durability.sealed(record, self.assignment, self._now)
         yield from self._leave_if_drained()
         base = self._durability.base
-        if base is not None and base[1] == record.name and self._trains_alone and self._state.can_grow():
+        wanted = base is not None and base[1] == record.name and self._durability.wanted_is_durable
+        if wanted and self._trains_alone and self._state.can_grow():
             spares = r.few_nodes(self.members.ready_spares())
             yield Resize(f"there is room for more of the {self._state.widest} replicas again (spare {spares})")
 

@@ -72,6 +72,7 @@ class _Attempt:
     shards: dict[int, ShardFile] = field(default_factory=dict)
     sealing: int | None = None  # the node that writes the manifest
     last: bool = False  # the job ends when this is over
+    wanted: bool = False  # at once, for a start with more replicas
 
 
 @dataclass(slots=True)
@@ -109,6 +110,8 @@ class Durability:
         self._preempted: float | None = None  # until when the job may stay
         self._taken = ""  # why nothing is drained any more: the directory is another job's
         self.leave: str | None = None
+        self.wanted_is_durable = False
+        """The newest generation has become so for a start with more replicas."""
         self.last_is_over = False
         """The generation that the job ends with is durable, or could not be made so."""
 
@@ -120,6 +123,11 @@ class Durability:
         return self._complete[0][0] if self._complete else None
 
     @property
+    def newest_at_any_width(self) -> int | None:
+        """Likewise, where that may be of another number of replicas."""
+        return self.newest if self._complete or self._recut is None else self._recut[0]
+
+    @property
     def hint(self) -> str:
         """What to do with the durable generation when the job ends, as the end of a sentence; may be empty."""
         known = self._complete or self._unsure or self._recut
@@ -127,9 +135,8 @@ class Durability:
             return ""
         if self._unsure or not (self._complete or self._recut):  # there may be others than what was known, and failed
             return f"; what is durable in {self._spec.directory} a new job finds with --deadpool-resume auto"
-        newest = self._complete[0][0] if self._complete or self._recut is None else self._recut[0]
         return (
-            f"; generation {newest} is durable in {self._spec.directory}: start the job again with "
+            f"; generation {self.newest_at_any_width} is durable in {self._spec.directory}: start the job again with "
             "--deadpool-resume auto"
         )
 
@@ -323,26 +330,39 @@ class Durability:
                 self._last = kept.generation
         if self._taken or not training:
             return
-        newest = self.newest
-        if self._attempt is not None or (newest is not None and kept.generation <= newest):
+        newest, attempt = self.newest, self._attempt
+        if newest is not None and kept.generation <= newest:
+            return
+        wanted = wanted and now >= self._wanted_again
+        if wanted and attempt is not None and not attempt.wanted and attempt.sealing is None:
+            yield Send(None, r.GiveUpDrain(attempt.name, active[0]))  # it takes its time, and is older
+            self._attempt = attempt = None
+        if attempt is not None:
             return
         if self._preempted is not None:
             yield from self._begin(kept, active, now, 0.0)
+        elif wanted:
+            self._wanted_again = now + _WANTED_AGAIN_S
+            yield from self._begin(kept, active, now, 0.0, wanted=True)
         elif spec.interval and (self._retry or kept.generation // spec.interval > self._last // spec.interval):
             since, generation = self._first
             pace = (now - since) / max(1, kept.generation - generation)
             yield from self._begin(kept, active, now, _SHARE * spec.interval * max(0.0, pace))
-        elif wanted and now >= self._wanted_again:
-            self._wanted_again = now + _WANTED_AGAIN_S
-            yield from self._begin(kept, active, now, 0.0)
 
     def _begin(
-        self, version: Version, active: Sequence[int], now: float, seconds: float, last: bool = False
+        self,
+        version: Version,
+        active: Sequence[int],
+        now: float,
+        seconds: float,
+        last: bool = False,
+        wanted: bool = False,
     ) -> Effects:
         assert self._spec is not None
         self._attempts += 1
         name = directory_name(version.generation, self._spec.job, self._attempts)
-        self._attempt = _Attempt(name, version, now, now + self._spec.deadline, set(active), last=last)
+        deadline = now + self._spec.deadline
+        self._attempt = _Attempt(name, version, now, deadline, set(active), last=last, wanted=wanted)
         self._last = version.generation
         self._retry = False
         yield Send(None, r.DrainShards(name, version.epoch, version.generation, seconds))
@@ -389,7 +409,10 @@ class Durability:
     def sealed(self, record: r.GenerationSealed, assignment: Sequence[r.SlotAddress], now: float) -> Effects:
         """The manifest is written, or is not."""
         attempt = self._attempt
-        if attempt is None or attempt.name != record.name or self._spec is None:
+        if self._spec is None:
+            return
+        if attempt is None or attempt.name != record.name:
+            yield from self._sure(record)
             return
         if record.error:
             if not record.unsure:
@@ -402,7 +425,7 @@ class Durability:
         self._unsure.clear()
         yield Persist()
         self._attempt, self._wanted_again = None, -math.inf
-        self.last_is_over = attempt.last
+        self.last_is_over, self.wanted_is_durable = attempt.last, attempt.wanted
         fields: dict[str, Any] = {"problems": record.problems} if record.problems else {}
         if record.problems:
             fields["message"] = f"generation {generation} is durable, but {record.problems[0]}"
@@ -427,7 +450,7 @@ class Durability:
         yield Send(None, r.GiveUpDrain(attempt.name, remover))
         self.last_is_over = attempt.last and not retry
         generation = attempt.version.generation
-        newest = self.newest
+        newest = self.newest_at_any_width
         goes_on = "the job ends" if attempt.last else "training goes on"
         stays = "there is no durable generation yet" if newest is None else f"generation {newest} stays durable"
         yield from self._failed(
@@ -442,6 +465,31 @@ class Durability:
         if attempt is not None and attempt.sealing is not None:
             self._unsure.insert(0, (attempt.version.generation, attempt.name))
             yield Persist()
+
+    def _sure(self, record: r.GenerationSealed) -> Effects:
+        """Who was to write a manifest that nobody waited for any more has answered."""
+        assert self._spec is not None
+        found = next((each for each in self._unsure if each[1] == record.name), None)
+        if found is None or record.unsure:
+            return
+        newer = self._unsure[: self._unsure.index(found)]
+        if record.error:
+            self._unsure.remove(found)
+        else:
+            self._unsure, self._was_durable = newer, True
+            self._complete = [found, *self._complete[: self._spec.keep - 1]]
+            yield emit("durable", iteration=found[0], name=found[1])
+        yield Persist()
+
+    @property
+    def sealing(self) -> bool:
+        """A manifest is being written: soon a newer generation is durable, and older ones may go."""
+        return self._attempt is not None and self._attempt.sealing is not None
+
+    def sealed_last(self) -> None:
+        """That is the last one; `last_is_over` says when."""
+        assert self._attempt is not None
+        self._attempt.last = True
 
     def _failed(self, generation: int, message: str, **fields: Any) -> Effects:
         yield emit("durable_failed", iteration=generation, message=message, **fields)
@@ -509,6 +557,8 @@ class Durability:
             self._attempt = attempt = None
         if attempt is None and self._kept is not None:
             yield from self._drained_last(-math.inf, assignment, now)
+        elif self.only_recut and self._kept is None:
+            self._leaves()
 
     def _drained_last(self, begun: float, assignment: Sequence[r.SlotAddress], now: float) -> Effects:
         """Leave, or drain what is newer than a drain that had ``begun`` before the order to leave came."""
@@ -517,7 +567,12 @@ class Durability:
         if begun < noticed and self._kept is not None and self._kept.generation != self.newest:
             yield from self._begin(self._kept, sorted({slot.node for slot in assignment}), now, 0.0)
             return
-        self.leave = f"preempted: generation {self.newest} is durable in {self._spec.directory}, and the job has left"
+        self._leaves()
+
+    def _leaves(self) -> None:
+        assert self._spec is not None
+        newest = self.newest_at_any_width
+        self.leave = f"preempted: generation {newest} is durable in {self._spec.directory}, and the job has left"
 
     def _leave_undrained(self) -> None:
         self.leave = f"preempted: no newer generation could be made durable: {self._taken}"
@@ -542,7 +597,8 @@ class Durability:
             deadline = f"--deadpool-durable-deadline ({self._spec.deadline:g} s)"
             yield from self._fail(f"{r.few_nodes(nodes)} took longer than {deadline} to write the {what}", assignment)
         if self._preempted is not None and self.leave is None and now >= self._preempted:
-            newest = "there is none" if self.newest is None else f"the newest is generation {self.newest}"
+            there = self.newest_at_any_width
+            newest = "there is none" if there is None else f"the newest is generation {there}"
             self.leave = (
                 f"preempted: draining took longer than --deadpool-preempt-deadline ({self._spec.preempt_deadline:g} s) "
                 f"and no newer generation is durable in {self._spec.directory}; {newest}"

@@ -166,6 +166,10 @@ class Members:
         there = [n for n, s in self.nodes.items() if s.agent_pid and s.role in ("active", "spare")]
         return sorted(there, key=lambda n: (self.unfit(n), self.failures(n), not self.parked(n), n))
 
+    def newcomer(self, node: int) -> bool:
+        """It is given coordinates by a start with another number of them, and has had none before."""
+        return bool(self.resized) and not self.nodes[node].trained
+
     @property
     def world_size(self) -> int:
         """Number of coordinates now."""

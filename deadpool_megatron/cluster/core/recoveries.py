@@ -285,6 +285,10 @@ class Recoveries:
             if others:
                 return
         if agreement is None:
+            if self._purpose == "drain" and state.can_shrink() and state.durability.sealing:
+                recovery.deadline = None  # that has its own
+                state.durability.sealed_last()
+                return
             if self._purpose == "drain" and state.can_shrink() and state.durability.base is not None:
                 yield Resize(self._end)
                 return

@@ -83,7 +83,9 @@ class WorkerEnds:
         elif not deadpool or (phase in _BESIDE_TRAINING and record.code > 0):
             where = self._state.members.called(record.node)
             end = Stop(of_script(record.code), self._blame.fatal(record, phase, deadpool, where))
-            if phase is Phase.STARTING and self._blame.by_a_peer(record):
+            if deadpool and self._is_newcomers(record.node):
+                yield Lose({record.node}, end.message)
+            elif phase is Phase.STARTING and self._blame.by_a_peer(record):
                 self._suspicions.unless_explained(end.message, end, now)
             else:
                 yield end
@@ -98,6 +100,12 @@ class WorkerEnds:
             ended = f"{who} ended ({how}){': ' * bool(error)}{error}"
             return (yield from self._refill(node, record, stuck or ended))
         return []
+
+    def _is_newcomers(self, node: int) -> bool:
+        """Only this node has not done before what the job begins with now: the fault may be its own, and without it the
+        job begins as the one that it was."""
+        state = self._state
+        return state.phase is Phase.STARTING and state.members.newcomer(node)
 
     def _died(self, node: NodeState, kind: str, cause: str, epoch: int | None = None) -> bool:
         """True when that was once too often."""
@@ -207,7 +215,9 @@ class WorkerEnds:
         yield emit(
             "worker_error", node=record.node, rank=record.rank, iteration=record.iteration, message=record.message
         )
-        if record.code:
+        if record.code and self._is_newcomers(record.node):
+            yield Lose({record.node}, record.message)
+        elif record.code:
             yield Stop(record.code, record.message)
         elif not self._state.job.deadpool or self._state.phase is not Phase.RUNNING or self._recoveries.drains:
             return
