@@ -25,14 +25,14 @@ class Survey(NamedTuple):
         usable: (generation, name) of those to begin with, newest first.
         remarks: lines for the user.
         others: generations that are there besides the one that was asked for.
-        recut: (generation, name) of one of another number of replicas, in the place of ``usable``: ranks read what they
-            need of it themselves.
+        recut: likewise, in the place of ``usable`` where the newest is of another number of replicas: ranks read what
+            they need of it themselves.
     """
 
     usable: tuple[tuple[int, str], ...]
     remarks: tuple[str, ...]
     others: tuple[int, ...] = ()
-    recut: tuple[int, str] | None = None
+    recut: tuple[tuple[int, str], ...] = ()
 
 
 def open_directory(url: str) -> Store:
@@ -126,8 +126,7 @@ def look_again(
                 return survey(store, resume, world_size, newer_than, False)
             found = survey(store, "auto", world_size, -1, False)
             first = max(newer_than, int(resume) if resume.isdecimal() else -1)
-            usable = tuple((generation, name) for generation, name in found.usable if generation >= first)
-            recut = found.recut if found.recut is not None and found.recut[0] >= first else None
+            usable, recut = (tuple(each for each in there if each[0] >= first) for there in (found.usable, found.recut))
             return found._replace(usable=usable, recut=recut)
     except (DurableError, OSError) as err:
         say(f"{err}; the job goes on, and cannot go back to what is durable there")
@@ -200,7 +199,8 @@ def survey(store: Store, resume: str, world_size: int, newer_than: int, writes: 
                 "--load that"
             )
         remarks.append(f"{what} {world_size}: its shards are cut anew")
-        return Survey((), tuple(remarks), tuple(others), (first.generation, first.name))
+        fitting = [m for m in complete if can_recut(m, world_size)]
+        return Survey((), tuple(remarks), tuple(others), tuple((m.generation, m.name) for m in fitting))
     fitting = [m for m in complete if m.world_size == world_size]
     return Survey(tuple((m.generation, m.name) for m in fitting), tuple(remarks), tuple(others))
 

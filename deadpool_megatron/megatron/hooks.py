@@ -39,7 +39,7 @@ from deadpool_megatron.megatron.reset import forget_strategies
 from deadpool_megatron.megatron.standby import RunningJob, numa_node, publish_job
 from deadpool_megatron.megatron.trainer import MegatronTrainer
 from deadpool_megatron.megatron.userbuffers import Userbuffers
-from deadpool_megatron.megatron.width import OtherWidth
+from deadpool_megatron.megatron.width import CannotRead, OtherWidth
 from deadpool_megatron.megatron.writers import Series
 from deadpool_megatron.recovery import EpochClosed, Patience, Redo, Session, Superseded, UnexplainedError, rejoin
 from deadpool_megatron.support import (
@@ -221,10 +221,11 @@ class Hooks:
         agreed = self.session.wait_generation(self.session.joined_epoch)
         if agreed.generation >= 0:
             note = agreed.note
-            if agreed.recut:
-                other = self.other_width = OtherWidth(self.config.durable_dir, agreed.recut, self.host.args)
-                agreed, note = msgspec.structs.replace(agreed, constants=other.constants), other.note
             self.durable = agreed
+            if agreed.recut:
+                with self._begun_with():
+                    other = self.other_width = OtherWidth(self.config.durable_dir, agreed.recut, self.host.args)
+                self.durable, note = msgspec.structs.replace(agreed, constants=other.constants), other.note
             if note and torch.distributed.get_rank() == 0:
                 print(f"deadpool: {note}", flush=True)
         elif self.config.export:
@@ -263,12 +264,14 @@ class Hooks:
 
     @contextlib.contextmanager
     def _begun_with(self) -> Iterator[None]:
-        """A durable copy that has changed in memory since it was read is told of, and the start begins anew."""
+        """A durable copy that has changed in memory since it was read is told of, and the start begins anew: so it does
+        where what a rank reads itself cannot be read, once it is known whether others can."""
         try:
             yield
-        except VaultError as err:
+        except (VaultError, CannotRead) as err:
             if self.durable is not None:
-                self.session.refuse(self.durable, err, self._patience)
+                patience = self.config.build_deadline if isinstance(err, CannotRead) else self._patience
+                self.session.refuse(self.durable, err, patience)
             raise
 
     def _end_rehearsal(self, call: Call) -> None:

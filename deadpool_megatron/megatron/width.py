@@ -109,6 +109,10 @@ def _put_valid_samples(saved: dict[str, Any], args: Mapping[str, Any], iteration
         saved["consumed_valid_samples"] = min(saved["consumed_valid_samples"], drawn)
 
 
+class CannotRead(UserError):
+    """A generation that is there; another one may do."""
+
+
 class OtherWidth:
     """One rank's view of such a generation.
 
@@ -121,7 +125,8 @@ class OtherWidth:
         note: one line for the user, or none.
         constants: it has parameters that no optimizer holds.
 
-    Blocks for the disk. Raises UserError, in one line, for what cannot go on at another width.
+    Blocks for the disk. Raises UserError, in one line, for what cannot go on at another width, CannotRead for what
+    cannot be read.
     """
 
     def __init__(self, directory: str, name: str, args: Mapping[str, Any]) -> None:
@@ -182,11 +187,8 @@ class OtherWidth:
                     raise self._unreadable(err) from None
             time.sleep(_AGAIN_S)
 
-    def _unreadable(self, err: Exception) -> UserError:
-        return UserError(
-            f"{self._where} cannot be read: {err}; move that directory away to start from the generation before it, or "
-            "start with Megatron's last checkpoint (--load) and another --deadpool-durable-dir"
-        )
+    def _unreadable(self, err: Exception) -> CannotRead:
+        return CannotRead(f"{self._where} cannot be read: {err}")
 
     def _with_all_steps(self, state: dict[str, Any]) -> None:
         """A fused optimizer counts no steps in a group of which this rank has nothing, and may have something now."""

@@ -196,15 +196,21 @@ class Oracle:
         return (self._eras[-1] if epoch is None else self._era(epoch)).ranks
 
     def _era(self, epoch: int) -> _Era:
-        if epoch and (resized := self._cluster.hq.core.members.resized) > self._eras[-1].epoch and epoch >= resized:
-            self._narrower(resized)
+        if epoch and epoch >= (since := self._begun_anew()) > self._eras[-1].epoch:
+            self._narrower(since)
         return next(era for era in reversed(self._eras) if era.epoch <= epoch)
+
+    def _begun_anew(self) -> int:
+        """Since which epoch there are as many ranks, and since they began with another generation: 0 for ever."""
+        core = self._cluster.hq.core
+        resized, durability = core.members.resized, core._durability
+        other = durability.only_recut and durability.base[0] != self._eras[-1].first  # what it began with was damaged
+        return max(resized, core._start.epoch) if resized > self._eras[-1].epoch or (resized and other) else 0
 
     def _narrower(self, epoch: int) -> None:
         """Somebody knows that the job has fewer ranks since this epoch; perhaps not by the log, whose writer died."""
         core = self._cluster.hq.core
-        base = core._durability._recut
-        assert base is not None
+        base = core._durability._recut[0]
         written = self._eras[-1].epoch
         with contextlib.suppress(KeyError, msgspec.DecodeError):  # it has been removed, or a fault has changed it
             written = msgspec.json.decode(self._cluster.directory.data[f"{base[1]}/{MANIFEST}"])["epoch"]
@@ -382,7 +388,8 @@ class Oracle:
                     self._late.add(fields["node"])
             case "waiting" if self._waits_since is None or self._waits_perhaps:  # else by another coordinator
                 since = world.now + 60 * fields["minutes"] - self._cluster.job.wait_for_spare_s
-                if self._waits_since is None or not self._cluster.hq.core.members.coming_spares():
+                new = self._waits_since is None or since >= world.now - 1e-6  # the one before, if any, was never told
+                if new or not self._cluster.hq.core.members.coming_spares():
                     self._waits_since = min(world.now, since)
                 self._waits_perhaps = False
                 self._cluster.faults.awaited()
@@ -764,11 +771,9 @@ class Oracle:
             return
         if code == 1 and "for a moment" in message and not self.training:
             return  # an error of the script, of which a coordinator hears that was frozen since before training began
-        if (
-            code == Exit.USAGE
-            and "cut anew" in message
-            and (self.directory.damaged or not self.directory.in_peace(20.0))
-        ):
+        if code == Exit.USAGE and "no other durable generation is there" in message:
+            if self.directory.whole() is not None and self.directory.in_peace(20.0):
+                raise Violation(f"ended with {code} ({message}), and generation {self.directory.whole()} is durable")
             return
         broke = cluster.faults.kinds["broken groups"] - self._breaks > cluster.job.transient_retries
         if code == Exit.RECOVERY_FAILED and "with every node alive" in message and (broke or self._none_left()):

@@ -626,7 +626,7 @@ class Rank:
                 break
             except (DurableError, OSError) as err:
                 if isinstance(err, DurableError) or self.world.now > until:
-                    raise Dies(f"what is to be cut anew cannot be read: {err}", Exit.USAGE) from None
+                    yield from self._refuse(agreed, str(err))
                 yield 0.5, None
         assert all(generation == agreed.generation for generation, _ in states), "wrong shards"
         self.value = cluster.oracle.recut([value for _, value in states], self.rank)

@@ -506,7 +506,7 @@ def test_a_coordinator_that_takes_over_in_the_start_of_a_wider_job_knows_its_wid
     write(it)
     # It is written at two widths: what comes first in the directory is not what the others begin with.
     assert it.core.job.durable is not None
-    again = restarted(it, it.core.dump(), replace(it.core.job.durable, recut=(7, "another"), complete=((7, "own"),)))
+    again = restarted(it, it.core.dump(), replace(it.core.job.durable, recut=((7, "another"),), complete=((7, "own"),)))
     for each in (0, 2, node):
         again.feed(r.Join(each, 1000 + each, "127.0.0.1", 2000 + each, [10 * each], epoch=it.core.epoch))
     assert again.core.phase is Phase.STARTING and again.active == [0, 2, node] and len(again.core.assignment) == 3
@@ -673,3 +673,50 @@ def test_a_new_start_is_told_when_the_job_began_also_by_a_coordinator_that_takes
     drain(it)
     assert it.told(r.Roster)[-1].began == began
     assert restarted(it, it.core.dump()).core._start.began == began
+
+
+def cannot_read(it: SimulatedJob, node: int, rank: int) -> None:
+    generation = it.told(r.ResumeAt)[-1].generation
+    it.feed(r.FetchFailed(it.core.epoch, node, rank, -1, generation, "/durable/x cannot be read: it is damaged"))
+
+
+def test_a_durable_generation_that_ranks_cannot_read_gives_way_to_the_one_before_it() -> None:
+    it = narrower()
+    it.commit(100)
+    write(it)
+    come(it)
+    it.commit(101)
+    write(it)
+    assert it.told(r.ResumeAt)[-1].generation == 101
+    cannot_read(it, 0, 0)
+    it.feed(r.FetchFailed(it.core.epoch - 1, 2, 1, -1, 101, "which the news of the new start has not reached"))
+    assert it.core.phase is Phase.STARTING and it.told(r.ResumeAt)[-1].generation == 100
+    assert len(it.core.assignment) == 3 and it.told(r.Roster)[-1].epoch == it.core.epoch
+    cannot_read(it, 0, 0)
+    assert it.end[0] == Exit.USAGE and "no other durable generation is there" in it.end[1]
+
+
+def test_a_node_that_comes_and_cannot_read_is_lost_once_all_others_can() -> None:
+    it = narrower()
+    node = come(it)
+    it.commit(7)
+    write(it)
+    cannot_read(it, node, 2)
+    it.register(0)
+    assert it.finish is None and node in it.active
+    it.register(1)
+    assert it.events("shrunk")[-1]["lost"] == [node] and it.active == [0, 2]
+    assert it.told(r.ResumeAt)[-1].generation == 7
+    begin(it)
+
+
+def test_a_node_that_comes_is_not_lost_where_what_it_cannot_read_is_damaged() -> None:
+    it = narrower()
+    node = come(it)
+    it.commit(7)
+    write(it)
+    cannot_read(it, node, 2)
+    it.register(0)
+    cannot_read(it, 2, 1)
+    assert node in it.active and it.told(r.ResumeAt)[-1].generation == 5
+    begin(it)

@@ -398,7 +398,7 @@ def test_the_first_job_of_all_begins_without() -> None:
 
 
 def test_a_generation_of_another_number_of_replicas_is_left_to_the_ranks_and_stays_until_there_is_another() -> None:
-    it = SimulatedJob(nodes=3, spares=0, durable=spec(keep=2, resume=True, recut=(8, "wider")))
+    it = SimulatedJob(nodes=3, spares=0, durable=spec(keep=2, resume=True, recut=((8, "wider"),)))
     it.join()
     assert it.told(r.ResumeAt) == [r.ResumeAt(8, "wider")] and not it.told(r.LoadShards)
     assert it.events("durable_resumed")[0]["iteration"] == 8
@@ -412,14 +412,14 @@ def test_a_generation_of_another_number_of_replicas_is_left_to_the_ranks_and_sta
 
 
 def test_a_coordinator_that_cannot_look_before_training_still_begins_at_another_width_not_from_zero() -> None:
-    before = SimulatedJob(nodes=4, spares=1, durable=spec(resume=True, recut=(8, "wider")))
+    before = SimulatedJob(nodes=4, spares=1, durable=spec(resume=True, recut=((8, "wider"),)))
     before.join()
     it = again(again(before, ()), ())
     assert it.told(r.ResumeAt) == [r.ResumeAt(8, "wider")] and not it.told(r.LoadShards)
 
 
 def test_what_a_job_at_another_width_has_itself_made_durable_comes_first_for_a_coordinator_that_cannot_look() -> None:
-    before = SimulatedJob(nodes=4, spares=1, durable=spec(resume=True, recut=(8, "wider"))).train()
+    before = SimulatedJob(nodes=4, spares=1, durable=spec(resume=True, recut=((8, "wider"),))).train()
     run(before, range(8, 13))
     own = make_durable(before)
     it = again(before, ())
@@ -427,7 +427,7 @@ def test_what_a_job_at_another_width_has_itself_made_durable_comes_first_for_a_c
 
 
 def test_a_job_that_went_on_at_another_width_and_must_end_says_what_is_durable() -> None:
-    recut = spec(resume=True, recut=(8, "wider"))
+    recut = spec(resume=True, recut=((8, "wider"),))
     it = SimulatedJob(nodes=2, spares=0, can_rescue=False, durable=recut).train()
     it.lose(0)
     assert it.end[1].endswith("generation 8 is durable in /durable: start the job again with --deadpool-resume auto")

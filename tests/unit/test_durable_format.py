@@ -358,7 +358,7 @@ def test_auto_begins_with_the_newest_and_says_so_when_there_is_none(tmp_path: Pa
     assert usable == () and "no durable generation" in remarks[0]
     store = LocalStore(str(tmp_path / "new"))
     names = [write(store, g) for g in (40, 60)]
-    assert survey(store, "auto", 2, -1, True) == (((60, names[1]), (40, names[0])), (), (), None)
+    assert survey(store, "auto", 2, -1, True) == (((60, names[1]), (40, names[0])), (), (), ())
 
 
 def test_a_generation_of_another_number_of_replicas_is_cut_anew_and_what_cannot_be_is_refused_with_the_way_out(
@@ -366,7 +366,9 @@ def test_a_generation_of_another_number_of_replicas_is_cut_anew_and_what_cannot_
 ) -> None:
     name = write(LocalStore(str(tmp_path)), 40, ranks=2)
     usable, remarks, _, recut = survey(open_directory(str(tmp_path)), "auto", 4, -1, True)
-    assert recut == (40, name) and not usable and "of 2 ranks, this job has 4: its shards are cut anew" in remarks[-1]
+    assert (
+        recut == ((40, name),) and not usable and "of 2 ranks, this job has 4: its shards are cut anew" in remarks[-1]
+    )
     write(LocalStore(str(tmp_path)), 60, ranks=2, experts=2)
     with pytest.raises(NotFit, match=r"generation 60 .* of 2 ranks, this job has 3: .*deadpool export"):
         survey(open_directory(str(tmp_path)), "auto", 3, -1, True)
@@ -381,7 +383,7 @@ def test_a_job_that_would_start_anew_beside_old_generations_is_refused(tmp_path:
 def test_one_generation_can_be_asked_for_by_its_number(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     names = [write(store, g) for g in (40, 60)]
-    assert survey(store, "40", 2, -1, False) == (((40, names[0]),), (), (60,), None)
+    assert survey(store, "40", 2, -1, False) == (((40, names[0]),), (), (60,), ())
     with pytest.raises(DurableError, match="no durable generation 50; it has 60, 40"):
         survey(store, "50", 2, -1, False)
     with pytest.raises(DurableError, match="has generation 60 besides 40"):

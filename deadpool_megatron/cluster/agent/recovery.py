@@ -242,10 +242,12 @@ class NodeRecovery:
         """The copy that was handed out could not be used: as good as one that could not be fetched from here."""
         node = self._job.node
         if record.epoch == self._job.epoch and worker.rank is not None:
-            rank, generation = worker.rank, record.generation
-            worker.broken = r.FetchFailed(record.epoch, node, rank, node, generation, record.why, record.version_epoch)
+            rank, generation, version_epoch = worker.rank, record.generation, record.version_epoch
+            source = node if version_epoch >= 0 else -1
+            worker.broken = r.FetchFailed(record.epoch, node, rank, source, generation, record.why, version_epoch)
             self._send(worker.broken)
-            self._shards.recheck(worker.rank)
+            if version_epoch >= 0:
+                self._shards.recheck(worker.rank)
 
     def take_over(self) -> None:
         """Have parked workers become the coordinates that the assignment has for them."""

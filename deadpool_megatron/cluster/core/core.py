@@ -815,6 +815,8 @@ class Core:
             yield from self._lose({record.node}, f"its memory changes what is read into it: {record.why}")
         elif why := (yield from self._recoveries.fetch_failed(record)):
             yield from self._declare(why)
+        elif self._state.phase is Phase.STARTING and record.epoch == self.epoch and record.source < 0:
+            yield from self._start.unreadable(record)
         elif self._state.phase is Phase.STARTING and record.epoch == self.epoch:
             yield from self._declare(f"the durable copy of rank {record.rank} on node {record.node}: {record.why}")
 

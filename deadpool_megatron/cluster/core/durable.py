@@ -47,7 +47,7 @@ class DurableSpec:
         complete: (generation, name) of those that are there at the start, newest first.
         resume: training begins with the newest of them.
         others: generations that are there too, and were not asked for; for messages.
-        recut: (generation, name) of one of another number of replicas, which training begins with instead.
+        recut: likewise, where the newest is of another number of replicas: training begins with one of these instead.
     """
 
     directory: str
@@ -59,7 +59,7 @@ class DurableSpec:
     complete: Sequence[tuple[int, str]] = ()
     resume: bool = False
     others: Sequence[int] = ()
-    recut: tuple[int, str] | None = None
+    recut: Sequence[tuple[int, str]] = ()
 
 
 @dataclass(slots=True)
@@ -93,7 +93,8 @@ class Durability:
     def __init__(self, spec: DurableSpec | None) -> None:
         self._spec = spec
         self._complete: list[tuple[int, str]] = list(spec.complete) if spec is not None else []
-        self._recut = spec.recut if spec is not None else None  # until there is one of this job's own
+        # Those that there were when the number of replicas became another one: a start alone goes on from them.
+        self._recut: list[tuple[int, str]] = list(spec.recut) if spec is not None else []
         self._unsure: list[tuple[int, str]] = []  # newer ones that may be complete, newest first
         self._was_durable = bool(self._complete)  # at some time something was
         self._attempt: _Attempt | None = None
@@ -125,7 +126,7 @@ class Durability:
     @property
     def newest_at_any_width(self) -> int | None:
         """Likewise, where that may be of another number of replicas."""
-        return self.newest if self._complete or self._recut is None else self._recut[0]
+        return next((generation for generation, _ in [*self._complete, *self._recut]), None)
 
     @property
     def hint(self) -> str:
@@ -152,28 +153,28 @@ class Durability:
         """
         if self._unsure or self._preempted is not None:
             return None
-        return next(iter([*self._complete, *([self._recut] if self._recut is not None else [])]), None)
+        return next(iter([*self._complete, *self._recut]), None)
 
     @property
     def only_recut(self) -> bool:
         """What is durable is of another number of replicas: a new start alone goes on from there."""
-        return self._recut is not None and not (self._unsure or self._complete)
+        return bool(self._recut) and not (self._unsure or self._complete)
 
     def begin_anew(self, resized: bool) -> None:
         """The start begins anew from `base`; ``resized``: with another number of ranks."""
-        if resized and self._complete:
-            self._recut, self._complete = self._complete[0], []
+        if resized:
+            self._recut, self._complete = [*self._complete, *self._recut], []
         self._attempt, self._kept, self._first = None, None, None
         self._retry = self.last_is_over = False
         self._wanted_again = -math.inf
 
     def bad(self, name: str, why: str) -> Effects:
         """A durable generation could not be read: it does not count any more."""
-        for generation, known in self._complete:
+        for generation, known in (*self._complete, *self._recut):
             if known == name:
                 yield from self._failed(generation, f"durable generation {generation} cannot be used: {why}")
-        self._complete = [one for one in self._complete if one[1] != name]
-        self._unsure = [one for one in self._unsure if one[1] != name]
+        for there in (self._complete, self._recut, self._unsure):
+            there[:] = [one for one in there if one[1] != name]
 
     # ---- the start
 
@@ -198,8 +199,7 @@ class Durability:
 
     def dump(self) -> list[tuple[int, str] | tuple[int, str, str]]:
         """What is durable, for a coordinator that starts again and may not be able to look."""
-        recut = [] if self._recut is None else [(*self._recut, _RECUT)]
-        return [*self._unsure, *self._complete, *recut]
+        return [*self._unsure, *self._complete, *((*each, _RECUT) for each in self._recut)]
 
     def restored(self, starting: bool, known: Iterable[Sequence[Any]]) -> None:
         """A coordinator takes the place of one that is gone: what was under way is not known any more.
@@ -209,20 +209,20 @@ class Durability:
         begin now must begin where the others have, and the directory may have another one of that number.
         """
         if starting:
-            self._complete, self._recut = [], None
+            self._complete, self._recut = [], []
         if self._spec is not None and not self._complete:
             for generation, name, *kind in known:
                 if kind != [_RECUT]:
                     self._complete.append((generation, name))
                     self._was_durable = True
-                elif self._recut is None:
-                    self._recut = (generation, name)
+                elif (generation, name) not in self._recut:
+                    self._recut.append((generation, name))
         self._begun = not starting
         self._last = self.newest or 0
 
     def _load(self, active: Iterable[int]) -> Effects:
-        if self._recut is not None and not self._complete:
-            generation, name = self._recut
+        if self._recut and not self._complete:
+            generation, name = self._recut[0]
             self._last, self._resumes_at = generation, r.ResumeAt(generation, name)
             yield Send(None, self._resumes_at)
             yield self._resumed(generation, name)
@@ -392,8 +392,7 @@ class Durability:
             yield from self._fail(f"nobody has written the shard of rank {missing[0]}", assignment)
             return
         attempt.sealing = writer
-        there = [name for _, name in self._complete] + ([self._recut[1]] if self._recut is not None else [])
-        keep = there[: self._spec.keep - 1]
+        keep = [name for _, name in (*self._complete, *self._recut)][: self._spec.keep - 1]
         yield Send(
             attempt.sealing,
             r.SealGeneration(
@@ -420,8 +419,7 @@ class Durability:
             yield from self._fail(f"node {record.node}: {record.error}", assignment)
             return
         generation = attempt.version.generation
-        self._complete = [(generation, attempt.name), *self._complete[: self._spec.keep - 1]]
-        self._was_durable = True
+        self._is_durable((generation, attempt.name))
         self._unsure.clear()
         yield Persist()
         self._attempt, self._wanted_again = None, -math.inf
@@ -466,6 +464,14 @@ class Durability:
             self._unsure.insert(0, (attempt.version.generation, attempt.name))
             yield Persist()
 
+    def _is_durable(self, newest: tuple[int, str]) -> None:
+        """Who has sealed it has removed older ones."""
+        assert self._spec is not None
+        older = self._spec.keep - 1
+        self._recut = self._recut[: max(0, older - len(self._complete))]
+        self._complete = [newest, *self._complete[:older]]
+        self._was_durable = True
+
     def _sure(self, record: r.GenerationSealed) -> Effects:
         """Who was to write a manifest that nobody waited for any more has answered."""
         assert self._spec is not None
@@ -476,8 +482,8 @@ class Durability:
         if record.error:
             self._unsure.remove(found)
         else:
-            self._unsure, self._was_durable = newer, True
-            self._complete = [found, *self._complete[: self._spec.keep - 1]]
+            self._unsure = newer
+            self._is_durable(found)
             yield emit("durable", iteration=found[0], name=found[1])
         yield Persist()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.accounting import SnapshotAccount
-from deadpool_megatron.cluster.core.effects import Answer, Effects, Persist, Send, Stop, emit
+from deadpool_megatron.cluster.core.effects import Answer, Effects, Lose, Persist, Send, StartOver, Stop, emit
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.members import NodeState
 from deadpool_megatron.cluster.core.state import JobState
@@ -31,6 +31,7 @@ class Start:
         self.began = 0.0
         """When the job did, in seconds since 1970; 0: not yet."""
         self._told = False  # to all that they may begin
+        self._unread: dict[int, str] = {}  # by node, why it cannot read what all begin with
         self.due: float | None = None
         """When who is not about to train is late; None where nobody is any more, or not yet."""
 
@@ -85,8 +86,12 @@ class Start:
             self._told, self.due = False, now + self._state.job.deadlines.build
         if self.due is None or now < self.due:
             return set()
-        self.due, there = None, self._state.layout.coordinates
-        assignment = self._state.members.assignment
+        self.due = None
+        return self._not_registered()
+
+    def _not_registered(self) -> set[int]:
+        """Nodes with ranks that are not about to train."""
+        there, assignment = self._state.layout.coordinates, self._state.members.assignment
         return {slot.node for rank, slot in enumerate(assignment) if rank not in there}
 
     def came_later(self, record: r.Join) -> Effects:
@@ -108,6 +113,30 @@ class Start:
         return r.Roster(members.epoch, members.assignment, members.vaults(), anew=anew, began=self.began)
 
     # ---- once more
+
+    def unreadable(self, record: r.FetchFailed) -> Effects:
+        """A rank cannot read what it begins with, of a durable generation of another number of replicas."""
+        self._unread[record.node] = record.why
+        yield from self._judge_unread()
+
+    def _judge_unread(self) -> Effects:
+        """That a node cannot read which has never had a coordinate may be its own fault: if all others can, it is."""
+        state, members = self._state, self._state.members
+        damaged = next((why for node, why in self._unread.items() if not members.newcomer(node)), "")
+        base = state.durability.base
+        if damaged and base is not None:
+            yield from state.durability.bad(base[1], damaged)
+            if state.durability.base is not None:
+                yield StartOver(f"durable generation {base[0]} cannot be used")
+                return
+            yield Stop(
+                Exit.USAGE,
+                f"{damaged}; no other durable generation is there: start with Megatron's last checkpoint (--load) and "
+                "another --deadpool-durable-dir, or none",
+            )
+        elif self._unread and self._not_registered() <= self._unread.keys():
+            node, why = next(iter(self._unread.items()))
+            yield Lose({node}, why)
 
     def over(self, reason: str) -> Answer[bool]:
         """The start begins anew, with a spare for each node that is lost. False: there is none, and the job ends."""
@@ -180,6 +209,7 @@ class Start:
         members.epoch += 1
         self.epoch = members.epoch
         self._told, self.due = False, None
+        self._unread.clear()
         self._state.durability.begin_anew(resized)
         self._state.layout.forget(members.world_size)
         self._state.progress.start_over(members.active(), members.epoch)
@@ -219,6 +249,7 @@ class Start:
                 "ranks do not run the same script with the same flags",
             )
             return False
+        yield from self._judge_unread()
         return self._state.layout.complete
 
     def train(self, unique_bytes: int) -> Effects:

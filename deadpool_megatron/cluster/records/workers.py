@@ -83,7 +83,8 @@ class Whereabouts(Record, frozen=True):
 
 
 class Unreadable(OfEpoch, frozen=True):
-    """The copy of the agreed generation in the own vault could not be used."""
+    """The copy of the agreed generation in the own vault could not be used; of a durable one that is of another number
+    of replicas (``version_epoch`` -1) what the rank was to read of it."""
 
     generation: int
     version_epoch: int
