@@ -28,7 +28,7 @@ from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.adoption import AdoptedProcess
 from deadpool_megatron.cluster.agent.checkup import Checkup
-from deadpool_megatron.cluster.agent.commits import Commits
+from deadpool_megatron.cluster.agent.commits import Commits, Upkeep
 from deadpool_megatron.cluster.agent.crew import Crew
 from deadpool_megatron.cluster.agent.durable import DurableNews, Loaded, NodeDurability
 from deadpool_megatron.cluster.agent.faults import Faults
@@ -47,7 +47,6 @@ from deadpool_megatron.cluster.agent.shards import (
     Shards,
     ShardsEvent,
 )
-from deadpool_megatron.cluster.agent.upkeep import Upkeep
 from deadpool_megatron.cluster.agent.watch import Watch
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker
