@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.arrivals import Arrivals
 from deadpool_megatron.cluster.core.checks import SpareChecks
 from deadpool_megatron.cluster.core.durable import Durability
 from deadpool_megatron.cluster.core.effects import (
@@ -54,7 +53,7 @@ from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.rehearsals import Rehearsals
-from deadpool_megatron.cluster.core.returning import Returning
+from deadpool_megatron.cluster.core.returning import Arrivals, Returning
 from deadpool_megatron.cluster.core.spares import Spares
 from deadpool_megatron.cluster.core.start import Start
 from deadpool_megatron.cluster.core.state import JobState
