@@ -130,7 +130,7 @@ class Core:
             r.Offer: lambda record: self._recoveries.offer(record, self._now),
             r.NodeArrived: self._recoveries.arrived,
             r.NodeReady: self._node_ready,
-            r.NodeFormed: lambda record: self._recoveries.formed(record, self._now),
+            r.NodeFormed: lambda record: self._recoveries.got_on(record, self._now),
             r.NodeRestored: lambda record: self._recoveries.got_on(record, self._now),
             r.NodeResumed: lambda record: self._recoveries.got_on(record, self._now),
             r.Committed: lambda record: self._returning.committed(record, self._now),
@@ -616,7 +616,7 @@ class Core:
             yield from self.seen.did(record)
 
     def _node_ready(self, record: r.NodeReady) -> Effects:
-        yield from self._recoveries.ready(record, self._now)
+        yield from self._recoveries.got_on(record, self._now)
         yield from self._leave_if_drained()
 
     def _node_finished(self, record: r.Finished) -> Effects:
