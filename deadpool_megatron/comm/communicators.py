@@ -27,15 +27,23 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from deadpool_megatron.comm import gloo, nccl, seam
+from deadpool_megatron.comm import nccl
 from deadpool_megatron.comm.calls import Calls
 from deadpool_megatron.comm.connections import GlooConnections
-from deadpool_megatron.comm.forming import Forming, FormingPlan
+from deadpool_megatron.comm.forming import Forming, FormingPlan, set_operation_timeout
 from deadpool_megatron.comm.inplace import InPlace, Replacement, c10d
 from deadpool_megatron.comm.quiet import Quiet
 from deadpool_megatron.comm.reports import AbortReport, CommunicatorError, GroupReport, ReformError, ReformReport
 from deadpool_megatron.comm.store_clients import own_client
-from deadpool_megatron.comm.table import GroupRecord, GroupTable, backend_of
+from deadpool_megatron.comm.table import (
+    Create,
+    GroupRecord,
+    GroupTable,
+    backend_of,
+    no_rendezvous,
+    pretend,
+    watch_groups,
+)
 from deadpool_megatron.comm.waits import Poison, Waits
 
 _log = logging.getLogger(__name__)
@@ -97,9 +105,9 @@ class Communicators:
             raise CommunicatorError("process groups exist: call Communicators.install before init_process_group")
         self = cls(standby=standby, keep=keep, form_timeout_s=form_timeout_s, operation_timeout_s=operation_timeout_s)
         self._waits.install()
-        seam.watch_groups(self._on_group, lambda: self._standby)
+        watch_groups(self._on_group, lambda: self._standby)
         if standby:
-            seam.no_rendezvous(lambda: self._standby)
+            no_rendezvous(lambda: self._standby)
         cls._installed = self
         if not self._in_place.exact:
             _log.warning("torch %s: backends cannot be exchanged, dead ones stay in memory", torch.__version__)
@@ -134,7 +142,7 @@ class Communicators:
 
     # -- creation --------------------------------------------------------------------------------------------------
 
-    def _on_group(self, record: GroupRecord, create: seam.Create) -> Any:
+    def _on_group(self, record: GroupRecord, create: Create) -> Any:
         if self._poison.set:
             raise self._poison.error()
         if torch.cuda.is_available():
@@ -152,7 +160,7 @@ class Communicators:
         formed = record.real and record.group is not None and "gloo" in record.backend_of_device.values()
         if formed and record.timeout.total_seconds() > self._operation_timeout_s:
             # Only now, not for the forming itself: ranks may come minutes apart at start.
-            gloo.set_operation_timeout(backend_of(record, "gloo"), self._operation_timeout_s)
+            set_operation_timeout(backend_of(record, "gloo"), self._operation_timeout_s)
         return group
 
     # -- abort -----------------------------------------------------------------------------------------------------
@@ -387,7 +395,7 @@ class Communicators:
             group.bound_device_id = record.bound_device
         donor = self._in_place.replace(group, new, fresh_group=not record.real)
         record.real = True
-        seam.pretend(record, new.store)
+        pretend(record, new.store)
         group._set_group_name(record.name)  # these two live in the backend
         group._set_group_desc(record.desc)
         return donor

@@ -1,5 +1,6 @@
 """Building the backends of a new epoch, away from the training thread so that nothing can hold that for long."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -10,10 +11,10 @@ from typing import Any
 
 import torch
 
-from deadpool_megatron.comm import gloo, nccl
+from deadpool_megatron.comm import nccl
 from deadpool_megatron.comm.calls import Calls
 from deadpool_megatron.comm.connections import GlooConnections, GlooDevice
-from deadpool_megatron.comm.inplace import Replacement, c10d
+from deadpool_megatron.comm.inplace import Replacement, bindings, c10d
 from deadpool_megatron.comm.methods import Messages, Verdict, Word, decode_verdict, decode_words, encode, verdict
 from deadpool_megatron.comm.quiet import Quiet
 from deadpool_megatron.comm.reports import ReformError
@@ -127,7 +128,7 @@ class Forming(threading.Thread):
         for record in ended:
             begun = time.monotonic()
             if not devices and "gloo" in record.backend_of_device.values():
-                devices, self.devices = gloo.create_devices(self._connections)
+                devices, self.devices = create_devices(self._connections)
             self.formed.append((record, self._replacement(record, store, devices)))
             self.connections[record.name] = frozenset(self._connections.fresh(self.devices, seen))
             self.slowest = max(self.slowest, (time.monotonic() - begun, f"{record.desc} {record.name}"))
@@ -240,7 +241,7 @@ class Forming(threading.Thread):
         group_rank = record.ranks.index(self.plan.rank)
         types = c10d.ProcessGroup.BackendType
         if kind == "gloo":
-            return types.GLOO, gloo.build(
+            return types.GLOO, build_gloo(
                 record, store, group_rank, devices, self._left(), self.plan.operation_timeout_s
             )
         if kind == "nccl":
@@ -250,3 +251,39 @@ class Forming(threading.Thread):
         raise ReformError(
             f"group {record.desc} {record.name}: backend {kind!r} cannot be re-formed (gloo and nccl can)"
         )
+
+
+def create_devices(connections: GlooConnections) -> tuple[list[Any], frozenset[GlooDevice]]:
+    """Gloo devices as torch itself would choose them (GLOO_SOCKET_IFNAME, else the address of the host name), and what
+    they are to `connections`."""
+    gloo = bindings.ProcessGroupGloo
+    with connections.watching() as fresh:
+        if names := os.environ.get("GLOO_SOCKET_IFNAME"):
+            devices = [gloo.create_device(interface=name) for name in names.split(",") if name]
+        else:
+            devices = [gloo.create_default_device()]
+    return devices, frozenset(fresh)
+
+
+def build_gloo(
+    record: GroupRecord, store: Any, rank: int, devices: list[Any], form_timeout_s: float, operation_timeout_s: float
+) -> Any:
+    """A connected ProcessGroupGloo of this group. Blocks until all members have come, `form_timeout_s` at most.
+
+    Raises RuntimeError (torch's) on time-out or when a member is lost while connecting.
+    """
+    gloo = bindings.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = devices
+    options._timeout = timedelta(seconds=form_timeout_s)
+    backend = gloo(store, rank, len(record.ranks), options)
+    set_operation_timeout(backend, operation_timeout_s)
+    backend.options.global_ranks_in_group = list(record.ranks)
+    backend.options.group_name = record.name
+    backend._set_sequence_number_for_group()
+    return backend
+
+
+def set_operation_timeout(backend: Any, seconds: float) -> None:
+    """Time-out of each later operation: the floor under everything that abort cannot free."""
+    backend._set_default_timeout(timedelta(seconds=seconds))

@@ -2,10 +2,9 @@
 
 from .cuda_engine import CudaCopyEngine
 from .engine import CopyEngine, HostCopyEngine, slot_views
-from .pacing import Pacing
 from .plan import ShardPlan
 from .small import capture_host_rng, decode, encode, host_bytes, restore_host_rng
-from .snapshotter import Snapshotter
+from .snapshotter import Pacing, Snapshotter
 
 __all__ = ["CopyEngine", "CudaCopyEngine", "HostCopyEngine", "Pacing", "ShardPlan", "Snapshotter", "capture_host_rng"]
 __all__ += ["decode", "encode", "host_bytes", "restore_host_rng", "slot_views"]

@@ -9,12 +9,11 @@ from .discipline import CommitLedger, Told
 from .errors import ChecksumMismatch, NotHeld, StaleEpoch, VaultError, VaultFull, as_vault_error
 from .leftovers import PREFIX, clean_leftovers, process_alive, process_start
 from .memory import huge_bytes, numa_node_of_device, numa_node_of_process, numa_nodes, parse_cpus
-from .pace import SendPace
 from .rebuild import Piece, RebuildFailed, rebuild
 from .replicator import Replicator
 from .scratch import Scratch
 from .scrub import Scrubber
-from .sender import PartTo, Target
+from .sender import PartTo, SendPace, Target
 from .server import VaultServer
 from .stripes import Stripes, WordPlan
 from .transfer import exchange, fetch, own_copy, store_shard

@@ -18,8 +18,7 @@ from deadpool_megatron import points
 
 from .arena import Slot
 from .direct import Direct
-from .pace import SendPace
-from .sender import Sender, Target
+from .sender import Sender, SendPace, Target
 from .vault import Vault
 from .version import Version
 from .wire import Deadlines, check_secret

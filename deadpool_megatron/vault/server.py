@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from .arena import Kind
+from deadpool_megatron import points
+
+from .arena import Kind, Slot
 from .direct import Direct, Reader
 from .errors import (
     ChecksumMismatch,
@@ -22,12 +24,24 @@ from .errors import (
     VaultError,
     VaultFull,
 )
-from .frames import NO_DIRECT, Begin, Begun, Echo, Fetch, Refusal, Share
+from .frames import (
+    NO_DIRECT,
+    Begin,
+    Begun,
+    Bytes,
+    Complete,
+    Echo,
+    Fetch,
+    Refusal,
+    Sent,
+    Share,
+    Stored,
+    Taken,
+)
 from .intake import Intakes
 from .keeper import Keeper
-from .receiving import receive_shard, receive_share
-from .stripes import Stripes
-from .transfer import give, read_doubted
+from .stripes import Filling, Stripes
+from .transfer import give, read_doubted, read_entries, take_entry, telling
 from .vault import Vault
 from .version import Version, is_constants
 from .wire import Channel, Deadlines, accept, check_secret
@@ -246,10 +260,58 @@ class VaultServer:
                 reader = Reader(self._direct, channel, begin.window, arena)
             channel.send(Begun(vault.epoch, False, direct=reader is not None))
             try:
-                receive_shard(channel, vault, slot, reader, what, lambda epoch: self._keeper.check_epoch(epoch, what))
+                self._receive_shard(channel, slot, reader, what)
             except LandingLost:
                 vault.drop(begin.rank, "peer")
                 raise
+
+    def _receive_shard(self, channel: Channel, slot: Slot, reader: Reader | None, what: str) -> None:
+        """Fill an opened slot to the end of the version, each chunk verified; read by ``reader`` if there is one.
+
+        Raises Refused (StaleEpoch for a frame of an epoch that is over), Malformed, ChecksumMismatch, TransferFailed,
+        DeadlinePassed; the slot stays incomplete then. LandingLost: its arena must not be used again.
+        """
+        done, table = 0, 1 + slot.chunks
+        while True:
+            frame = channel.receive(wait=True)
+            self._keeper.check_epoch(frame.epoch, what)
+            if isinstance(frame, Begin):
+                raise Refused("the transfer before was not ended", "protocol")
+            if isinstance(frame, Complete):
+                if done != table:
+                    raise Refused(f"{what} ended after {done} of {table} parts", "protocol")
+                self._keeper.check_epoch(frame.epoch, what)
+                slot.mark_complete()
+                slot.seal()
+                points.reach("peer-receive.complete")
+                channel.send(Stored(self._vault.epoch))
+                return
+            if not isinstance(frame, Bytes) or frame.first != done or done + len(frame.sums) > table:
+                raise Malformed(f"unexpected {type(frame).__name__} frame in a shard")
+            try:
+                if reader is not None:
+                    self._read(channel, slot, reader, frame)
+                else:
+                    for entry, expected in enumerate(frame.sums, frame.first):
+                        take_entry(channel, slot, slot.small_bytes, entry, expected)
+            except ChecksumMismatch as err:
+                raise ChecksumMismatch(f"{what}: {err}") from None
+            done += len(frame.sums)
+            points.reach("peer-receive.chunk")
+
+    def _read(self, channel: Channel, slot: Slot, reader: Reader, frame: Bytes) -> None:
+        epoch = self._vault.epoch
+        entries = range(frame.first, frame.first + len(frame.sums))
+        progress = telling(channel, lambda done: Taken(epoch, frame.first + done))
+        try:
+            read_entries(reader, slot, slot.small_bytes, entries, frame.sums, progress)
+        except ChecksumMismatch:
+            # the owner may have opened its slot again; then it does not answer but leaves
+            channel.send(Taken(epoch, frame.first, changed=True))
+            if not isinstance(channel.receive(), Sent):
+                raise Malformed("no answer whether the slot that was read is still the same") from None
+            raise
+        channel.send(Taken(epoch, entries.stop))
 
     @contextmanager
     def _writing(self, channel: Channel, what: tuple[int, ...], epoch: int) -> Iterator[None]:
@@ -269,7 +331,25 @@ class VaultServer:
                 channel.send(Begun(vault.epoch, True))
                 return
             channel.send(Begun(vault.epoch, False, filling.done(share.part)))
-            receive_share(channel, vault, share, filling, what, lambda epoch: self._keeper.check_epoch(epoch, what))
+            self._receive_share(channel, share, filling, what)
+
+    def _receive_share(self, channel: Channel, share: Share, filling: Filling, what: str) -> None:
+        """Add one part to a word's parity as it comes. Raises as `_receive_shard`; what is in stays in."""
+        scratch = memoryview(bytearray(max(self._vault.chunk_bytes, share.small_bytes)))
+        while True:
+            frame = channel.receive(wait=True)
+            self._keeper.check_epoch(frame.epoch, what)
+            if isinstance(frame, Complete):
+                filling.complete(share.part)
+                channel.send(Stored(self._vault.epoch))
+                return
+            done, table = filling.done(share.part), filling.entries(share.part)
+            if not isinstance(frame, Bytes) or frame.first != done or done + len(frame.sums) > table:
+                raise Malformed(f"unexpected {type(frame).__name__} frame in a shard")
+            for entry, expected in enumerate(frame.sums, frame.first):
+                view = scratch[: filling.entry_bytes(share.part, entry, share.small_bytes)]
+                channel.fill(view)
+                filling.add(share.part, entry, view, expected)
 
     # ---- giving a shard back
 

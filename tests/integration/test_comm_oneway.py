@@ -15,8 +15,8 @@ SCRIPT = """
     import sys, threading
     import torch
     import torch.distributed as dist
-    from deadpool_megatron.comm import gloo
     from deadpool_megatron.comm.connections import GlooConnections
+    from deadpool_megatron.comm.forming import build_gloo, create_devices
     from deadpool_megatron.comm.table import GroupRecord
     from deadpool_megatron.comm.waits import Poison, Waits
     from datetime import timedelta
@@ -27,8 +27,8 @@ SCRIPT = """
 
     def form(rank):
         record = GroupRecord("1", (0, 1), "", "gloo", {"cpu": "gloo"}, timedelta(seconds=60))
-        devices, _ = gloo.create_devices(GlooConnections())
-        groups[rank] = gloo.build(record, store, rank, devices, float(sys.argv[1]), float(sys.argv[2]))
+        devices, _ = create_devices(GlooConnections())
+        groups[rank] = build_gloo(record, store, rank, devices, float(sys.argv[1]), float(sys.argv[2]))
 
     threads = [threading.Thread(target=form, args=(rank,)) for rank in (0, 1)]
     [t.start() for t in threads]

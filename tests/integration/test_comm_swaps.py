@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from comm_processes import NEVER_S, Worker, exchange, kill_self, run, until_retired, worker_main
-from deadpool_megatron.comm import ReformError, communicators, gloo
+from deadpool_megatron.comm import ReformError, communicators, forming
 from waiting import until
 
 pytestmark = pytest.mark.versions(torch=True)
@@ -269,17 +269,17 @@ def left_behind(worker: Worker) -> str:
     worker.meet("made")
     worker.comm.abort()
     if worker.rank == 1:
-        build = gloo.build
+        build = forming.build_gloo
 
         def absent(*args: object) -> None:
             worker.store.clone().set("absent", b"1")
             threading.Event().wait()
 
-        gloo.build = absent  # type: ignore[assignment]
+        forming.build_gloo = absent  # type: ignore[assignment]
         threading.Thread(target=lambda: (worker.store.clone().wait(["given up"]), worker.comm.abort())).start()
         with pytest.raises(ReformError):
             worker.comm.reform(1, worker.store)
-        gloo.build = build
+        forming.build_gloo = build
     else:
         threading.Thread(
             target=lambda: (worker.store.clone().wait(["absent"]), time.sleep(0.5), worker.comm.abort())

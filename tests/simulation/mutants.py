@@ -12,14 +12,13 @@ import pytest
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent import commits, fetching
 from deadpool_megatron.cluster.agent import durable as node_durable
-from deadpool_megatron.cluster.agent.commits import Commits
+from deadpool_megatron.cluster.agent.commits import Commits, Upkeep
 from deadpool_megatron.cluster.agent.crew import Crew
 from deadpool_megatron.cluster.agent.fence import Fence
 from deadpool_megatron.cluster.agent.fetching import Attempts
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.recovery import NodeRecovery
 from deadpool_megatron.cluster.agent.shards import FetchDone
-from deadpool_megatron.cluster.agent.upkeep import Upkeep
 from deadpool_megatron.cluster.coordinator import coordinator
 from deadpool_megatron.cluster.coordinator.coordinator import Coordinator
 from deadpool_megatron.cluster.core import recoveries

@@ -17,10 +17,10 @@ import pytest
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent import durable
+from deadpool_megatron.cluster.agent.commits import Upkeep
 from deadpool_megatron.cluster.agent.durable import Loaded, NodeDurability
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
-from deadpool_megatron.cluster.agent.upkeep import Upkeep
 from deadpool_megatron.cluster.placement.redundancy import Scheme
 from deadpool_megatron.durable import Done, DurableError, Item, Layout, Stage, Staged, files, load_shards, loading
 from deadpool_megatron.vault import SlotWriter, Version, small_capacity

@@ -6,7 +6,7 @@ import pytest
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.core import Core
-from deadpool_megatron.cluster.core.failures import LEMON_S, FailureRecord
+from deadpool_megatron.cluster.core.members import LEMON_S, FailureRecord
 from simulated import SimulatedJob
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.lag import LagJudge
+from deadpool_megatron.cluster.core.observations import LagJudge
 from simulated import SimulatedJob
 
 

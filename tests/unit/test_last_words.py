@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agent.last_words import last_words
+from deadpool_megatron.cluster.agent.worker_processes import last_words
 from deadpool_megatron.cluster.agent.workers import ERROR_FILE
 from deadpool_megatron.launcher.tee import show_end
 from deadpool_megatron.observe import ERROR, RunDirectory

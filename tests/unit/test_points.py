@@ -142,6 +142,7 @@ _HOOKED = {
     "_build_num_microbatches_calculator": "",
     "forward_step_calc_loss": "",
     "validate_args": "",
+    "validate_yaml": "",
     "checkpoint_and_decide_exit": "",
 }
 

@@ -8,7 +8,7 @@ import pytest
 
 from deadpool_bench.ratio import compare, spread
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.accounting import SnapshotAccount
+from deadpool_megatron.cluster.core.observations import SnapshotAccount
 from deadpool_megatron.observe.status import snapshot_lines
 
 

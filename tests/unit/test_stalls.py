@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.agent.gaps import Pulse, StallRule
-from deadpool_megatron.cluster.core.stalls import FRESH_S, SETTLE_S, StallJudge, StragglerJudge
+from deadpool_megatron.cluster.agent.lookout import Pulse, StallRule
+from deadpool_megatron.cluster.core.observations import StragglerJudge
+from deadpool_megatron.cluster.core.suspicions import FRESH_S, SETTLE_S, StallJudge
 
 RULE = StallRule(factor=10.0, floor=2.0, outside=60.0)
 

@@ -28,7 +28,7 @@ from deadpool_megatron import points
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.agent.adoption import AdoptedProcess
 from deadpool_megatron.cluster.agent.checkup import Checkup
-from deadpool_megatron.cluster.agent.commits import Commits
+from deadpool_megatron.cluster.agent.commits import Commits, Upkeep
 from deadpool_megatron.cluster.agent.crew import Crew
 from deadpool_megatron.cluster.agent.durable import DurableNews, Loaded, NodeDurability
 from deadpool_megatron.cluster.agent.faults import Faults
@@ -42,19 +42,16 @@ from deadpool_megatron.cluster.agent.shards import (
     FetchDone,
     Looked,
     RankCommitted,
-    Reserved,
-    ReserveFailed,
     Shards,
     ShardsEvent,
 )
-from deadpool_megatron.cluster.agent.upkeep import Upkeep
 from deadpool_megatron.cluster.agent.watch import Watch
 from deadpool_megatron.cluster.agent.worker_processes import WorkerProcesses
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.cluster.placement.domains import slurm_labels
 from deadpool_megatron.cluster.records.exits import Exit
 from deadpool_megatron.durable import Done, Staged
-from deadpool_megatron.vault import is_constants, numa_nodes, owner_of
+from deadpool_megatron.vault import is_constants, owner_of
 
 _SIGN_S: Final = 60.0  # so long a sign may explain what ends (`cluster.core.signs`)
 MACHINE: Final = "DEADPOOL_MACHINE"
@@ -342,11 +339,8 @@ class Agent:
             case Staged() | Done() | Loaded():
                 if self._durable is not None:
                     self._durable.handle(event)
-            case ReserveFailed():
-                self.send(r.NoRoom(self._s.node, event.message))
-            case Reserved():
-                way, nodes = self._shards.transport, max(1, len(numa_nodes()))
-                self.send(r.VaultMemory(self._s.node, event.nbytes, event.huge_bytes, nodes, way.name, way.why))
+            case r.NoRoom() | r.VaultMemory():
+                self.send(event)
             case Damaged() if is_constants(event.holder):
                 self._recovery.restore_constants(owner_of(event.holder))
             case Damaged():

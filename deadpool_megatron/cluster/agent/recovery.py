@@ -19,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from deadpool_megatron.cluster import records as r
+from deadpool_megatron.cluster.agent.commits import Upkeep
 from deadpool_megatron.cluster.agent.crew import Crew
 from deadpool_megatron.cluster.agent.faults import Faults
 from deadpool_megatron.cluster.agent.known import KnownJob
 from deadpool_megatron.cluster.agent.shards import FetchDone, Shards
-from deadpool_megatron.cluster.agent.upkeep import Upkeep
 from deadpool_megatron.cluster.agent.workers import Worker
 from deadpool_megatron.vault import constants_of
 

@@ -44,6 +44,7 @@ from deadpool_megatron.vault import (
     huge_bytes,
     is_constants,
     make_transport,
+    numa_nodes,
     rebuild,
     small_capacity,
 )
@@ -101,21 +102,6 @@ class FetchDone:
 
 
 @dataclass(frozen=True, slots=True)
-class ReserveFailed:
-    """The memory for what this node is to keep for others is not there; one line for the user."""
-
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Reserved:
-    """All memory of the plan is taken: bytes of all arenas, and how many of them are in huge pages."""
-
-    nbytes: int
-    huge_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Damaged:
     """A copy (of a rank, or parity of a word) has changed in memory and is not used any more."""
 
@@ -136,7 +122,7 @@ class Looked:
     link_s: float
 
 
-ShardsEvent = RankCommitted | FetchDone | ReserveFailed | Reserved | Damaged | Looked
+ShardsEvent = RankCommitted | FetchDone | r.NoRoom | r.VaultMemory | Damaged | Looked
 
 
 class Shards:
@@ -194,7 +180,7 @@ class Shards:
     def _no_room(self, why: str) -> None:
         """Before the first commit nothing is protected, so it is an error of the user's; later it's a copy less."""
         if self.vault.kept == EMPTY:
-            self.report(ReserveFailed(why))
+            self.report(r.NoRoom(self.node, why))
 
     def _damaged(self, holder: int, kind: Kind, version: Version) -> None:
         if kind != "peer" or not is_constants(holder):  # kept constants are sent anew in the next epoch
@@ -234,7 +220,7 @@ class Shards:
             self.stripes.plan(dict(words))
 
     def reserve(self) -> None:
-        """Take the memory for what is planned, in a thread. A failure comes as a `ReserveFailed`."""
+        """Take the memory for what is planned, in a thread. Comes as `VaultMemory`, a failure as `NoRoom`."""
 
         def work() -> None:
             size = self.vault.chunk_bytes
@@ -244,10 +230,11 @@ class Shards:
                 for word, plan in self.stripes.plans.items() if self.stripes is not None else ():
                     self.vault.allocate_parity(word, plan.chunks(size) * size, plan.records_bytes(size))
             except (VaultError, OSError) as err:
-                self.report(ReserveFailed(str(err)))
+                self.report(r.NoRoom(self.node, str(err)))
                 return
             huge = huge_bytes(*(arena.path for arena in self.vault.arenas()))
-            self.report(Reserved(self.vault.bytes_allocated, huge))
+            nodes, way = max(1, len(numa_nodes())), self.transport
+            self.report(r.VaultMemory(self.node, self.vault.bytes_allocated, huge, nodes, way.name, way.why))
 
         threading.Thread(target=work, name="vault-reserve", daemon=True).start()
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Final
 
 import zmq
 
 from deadpool_megatron.cluster.agent.adoption import AdoptedProcess, Adoption
 from deadpool_megatron.cluster.agent.known import KnownJob
-from deadpool_megatron.cluster.agent.last_words import last_words
 from deadpool_megatron.cluster.agent.pinning import Pinning
 from deadpool_megatron.cluster.agent.pulse import shared_page
 from deadpool_megatron.cluster.agent.settings import AgentSettings
@@ -24,12 +25,10 @@ from deadpool_megatron.cluster.agent.workers import (
     ERROR_FILE,
     REHEARSES,
     STACKS_FILE,
+    STACKS_SIGNAL,
     STANDBY,
     Worker,
-    ask_for_stacks,
     end_group,
-    is_stopped,
-    kernel_says,
     start_worker,
 )
 from deadpool_megatron.output import Aside
@@ -37,6 +36,11 @@ from deadpool_megatron.output import Aside
 _TERM_GRACE_S = 5.0
 _MOST_FILES = 100
 _PATIENCE_S = 1.0
+_READ: Final = 1 << 14  # bytes of the end of a log
+_LINES: Final = 8
+_COLUMNS: Final = 500
+_USAGE: Final = re.compile(r"^\S+: error: ")  # argparse's line; above it is the usage, hundreds of lines in Megatron
+_TRACEBACK: Final = "Traceback (most recent call last):"
 
 
 class WorkerProcesses:
@@ -132,19 +136,33 @@ class WorkerProcesses:
         return code
 
     def is_stopped(self, worker: Worker) -> bool:
-        """It is stopped by a signal."""
-        return is_stopped(worker.pid)
+        """It is stopped by a signal (state T of proc(5))."""
+        try:
+            stat = Path(f"/proc/{worker.pid}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] == "T"
 
     def keep_stacks(self, worker: Worker) -> None:
-        """Write down what a stuck worker is doing."""
-        text, file = kernel_says(worker.pid), self.stacks_file(worker.local)
+        """Write down what a stuck worker is doing: what /proc has of it, then, by itself, the stacks of its threads.
+
+        A stopped worker is let run for that: its epoch is over for it, so nothing it does can count any more.
+        """
+        text, file = "", self.stacks_file(worker.local)
+        for name in ("status", "wchan", "syscall"):
+            with contextlib.suppress(OSError):
+                path = Path(f"/proc/{worker.pid}/{name}")
+                text += f"--- {path}\n{path.read_text().rstrip()}\n"
+        text += "--- Python stacks, innermost call first\n"
 
         def keep() -> None:
             with contextlib.suppress(OSError), open(file, "a") as f:  # a full disk is no reason to keep a stuck worker
                 f.write(text)
 
         self._files.do(keep)
-        ask_for_stacks(worker.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.pid, STACKS_SIGNAL)
+            os.kill(worker.pid, signal.SIGCONT)
 
     def last_words(self, worker: Worker) -> list[str]:
         """What its log ends with; nothing where there is none, or it cannot be read soon."""
@@ -199,3 +217,26 @@ class WorkerProcesses:
 
 def _descriptors(worker: Worker) -> tuple[int, int, int]:
     return worker.pidfd, worker.control.fileno(), worker.doorbell
+
+
+def last_words(log: str) -> list[str]:
+    """What a worker has left behind when it ended with an error: the end of its log, for who does not look there.
+
+    The lines that say why, last one last: an error of argparse, or the end of the last traceback, or of the log.
+    """
+    try:
+        with open(Path(log), "rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - _READ))
+            text = f.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = [line.rstrip()[:_COLUMNS] for line in text.splitlines() if line.strip()]
+    for line in lines[-_LINES:]:
+        if _USAGE.match(line):
+            return [line]
+    begins = [i for i, line in enumerate(lines) if line.endswith(_TRACEBACK)]
+    if begins:  # what is printed at exit comes after it
+        inside = lines[begins[-1] + 1 :]
+        end = next((i for i, line in enumerate(inside) if not line.startswith((" ", "\t"))), len(inside) - 1)
+        return inside[max(0, end + 1 - _LINES) : end + 1]
+    return lines[-_LINES:]

@@ -167,31 +167,3 @@ def end_group(pid: int, signum: signal.Signals) -> None:
     """Signal a worker's whole process group: a forked data loader worker would keep its sockets open."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signum)
-
-
-def is_stopped(pid: int) -> bool:
-    """The process is stopped by a signal (state T of proc(5))."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] == "T"
-
-
-def kernel_says(pid: int) -> str:
-    """What there is in /proc of a worker that is stuck, and the head of what it adds itself."""
-    text = ""
-    for name in ("status", "wchan", "syscall"):
-        with contextlib.suppress(OSError):
-            text += f"--- /proc/{pid}/{name}\n{Path(f'/proc/{pid}/{name}').read_text().rstrip()}\n"
-    return f"{text}--- Python stacks, innermost call first\n"
-
-
-def ask_for_stacks(pid: int) -> None:
-    """Have a stuck worker write the stacks of its threads to its file for them.
-
-    A stopped worker is let run for that: its epoch is over for it, so nothing it does can count any more.
-    """
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, STACKS_SIGNAL)
-        os.kill(pid, signal.SIGCONT)

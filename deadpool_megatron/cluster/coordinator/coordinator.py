@@ -24,7 +24,6 @@ from deadpool_megatron.cluster.coordinator.absences import Absences, Ask
 from deadpool_megatron.cluster.coordinator.drain_sources import Drains
 from deadpool_megatron.cluster.coordinator.enlistment import Enlistment
 from deadpool_megatron.cluster.coordinator.saved_state import Memory
-from deadpool_megatron.cluster.coordinator.status import Progress
 from deadpool_megatron.cluster.coordinator.validate import misfit
 from deadpool_megatron.cluster.core.core import ABSENCE, GONE, Core
 from deadpool_megatron.cluster.core.effects import Action, Emit, Finish, Keep, Send
@@ -115,7 +114,8 @@ class Coordinator:
         and this machine unless given. ``ask``: see `Absences`.
         """
         self._memory = Memory(store, guard)
-        self._progress = Progress()
+        self._steps: dict[int, tuple[int, str]] = {}  # by node, the last step of a recovery, and of which epoch
+        self._committed: dict[int, int] = {}  # by node, the newest generation that all its coordinates have committed
         self._settings = settings
         self._enlistment = enlistment
         self._lease = lease
@@ -325,8 +325,22 @@ class Coordinator:
             if whole := self._broadcast.behind(node):
                 self._hub.send(identity, whole)
             return
-        step = self._progress.took(record)
+        step = self._took(record)
         self._do(self._core.received(record, now), step)
+
+    def _took(self, record: r.AgentRecord) -> dict[str, Any] | None:
+        """What a node has told of its own progress, for the status; the fields of a ``step`` event if it is one."""
+        if isinstance(record, r.Committed):
+            self._committed[record.node] = record.generation
+            return None
+        step = r.STEPS.get(type(record))
+        if step is None:
+            return None
+        epoch, node = int(getattr(record, "epoch", 0)), int(getattr(record, "node", -1))
+        if self._steps.get(node, (-1, ""))[0] > epoch:
+            return None
+        self._steps[node] = (epoch, step)
+        return {"epoch": epoch, "node": node, "step": step}
 
     def _enlist(self, identity: bytes, record: r.Enlist, now: float) -> None:
         if now < self._no_places_until or self._core.awaits_agents:
@@ -493,6 +507,7 @@ class Coordinator:
         for rank, slot in enumerate(core.assignment):
             info = core.coordinates.get(rank)
             state = core.nodes[slot.node]
+            epoch, step = self._steps.get(slot.node, (-1, ""))
             coordinates.append(
                 {
                     "rank": rank,
@@ -503,8 +518,8 @@ class Coordinator:
                     "local_rank": slot.local,
                     "pid": state.pids.get(slot.local),
                     "state": "lost" if state.gone else core.phase.value,
-                    "step": self._progress.step(slot.node, core.epoch),
-                    "generation": self._progress.generation(slot.node),
+                    "step": step if epoch == core.epoch else None,
+                    "generation": self._committed.get(slot.node),
                 }
             )
         self._run.status(

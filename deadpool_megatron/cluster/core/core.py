@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.arrivals import Arrivals
 from deadpool_megatron.cluster.core.checks import SpareChecks
 from deadpool_megatron.cluster.core.durable import Durability
 from deadpool_megatron.cluster.core.effects import (
@@ -54,7 +53,7 @@ from deadpool_megatron.cluster.core.protection import Protection
 from deadpool_megatron.cluster.core.recoveries import Recoveries
 from deadpool_megatron.cluster.core.recovering import Recovery
 from deadpool_megatron.cluster.core.rehearsals import Rehearsals
-from deadpool_megatron.cluster.core.returning import Returning
+from deadpool_megatron.cluster.core.returning import Arrivals, Returning
 from deadpool_megatron.cluster.core.spares import Spares
 from deadpool_megatron.cluster.core.start import Start
 from deadpool_megatron.cluster.core.state import JobState
@@ -131,7 +130,7 @@ class Core:
             r.Offer: lambda record: self._recoveries.offer(record, self._now),
             r.NodeArrived: self._recoveries.arrived,
             r.NodeReady: self._node_ready,
-            r.NodeFormed: lambda record: self._recoveries.formed(record, self._now),
+            r.NodeFormed: lambda record: self._recoveries.got_on(record, self._now),
             r.NodeRestored: lambda record: self._recoveries.got_on(record, self._now),
             r.NodeResumed: lambda record: self._recoveries.got_on(record, self._now),
             r.Committed: lambda record: self._returning.committed(record, self._now),
@@ -618,7 +617,7 @@ class Core:
             yield from self.seen.did(record)
 
     def _node_ready(self, record: r.NodeReady) -> Effects:
-        yield from self._recoveries.ready(record, self._now)
+        yield from self._recoveries.got_on(record, self._now)
         yield from self._leave_if_drained()
 
     def _node_finished(self, record: r.Finished) -> Effects:

@@ -396,49 +396,26 @@ class Recoveries:
         """The workers that took over coordinates on a node can form their groups."""
         recovery = self.of(record.epoch)
         if recovery is not None:
-            recovery.arrived(record.node)
+            recovery.reached("arrived", record.node)
             yield from self._check_arrived(recovery)
 
     def _check_arrived(self, recovery: Recovery) -> Effects:
         if self._purpose != "drain" and recovery.may_form():
             yield Send(None, r.Form(self._state.members.epoch))
 
-    def ready(self, record: r.NodeReady, now: float) -> Effects:
-        """A node holds the agreed generation."""
-        recovery = self.of(record.epoch)
-        if recovery is not None and recovery.ready(record.node, now):
-            yield emit("prepared", iteration=recovery.generation)
-            if self._purpose == "drain":
-                recovery.deadline = None  # a drain has its own
-                yield from self._state.durability.drain_last(recovery.generation, self._state.members.active(), now)
-            else:
-                yield from self._check_formed(recovery, now)
-
     def last_drained(self) -> Effects:
         """The newest generation is durable, or could not be made so: the end, or a beginning with fewer replicas."""
         goes_on = self._state.can_shrink() and self._state.durability.base is not None
         yield Resize(self._end) if goes_on else self._unsaved()
 
-    def formed(self, record: r.NodeFormed, now: float) -> Effects:
-        """A node has its groups."""
+    def got_on(self, record: r.NodeReady | r.NodeFormed | r.NodeRestored | r.NodeResumed, now: float) -> Effects:
+        """A node holds the agreed generation, has its groups, has its parameters back, or trains again."""
         recovery = self.of(record.epoch)
         if recovery is not None:
-            recovery.formed(record.node, record.groups, record.changed, record.of)
-            yield from self._check_formed(recovery, now)
-
-    def _check_formed(self, recovery: Recovery, now: float) -> Effects:
-        if recovery.all_formed(now):
-            groups, changed, of = recovery.groups
-            yield emit("reformed", groups=groups, changed=changed, of=of)
-            yield from self._check_restored(recovery, now)
-
-    def got_on(self, record: r.NodeRestored | r.NodeResumed, now: float) -> Effects:
-        """A node has its parameters back, or trains again."""
-        recovery = self.of(record.epoch)
-        if recovery is not None:
-            tell = recovery.restored if isinstance(record, r.NodeRestored) else recovery.resumed
-            tell(record.node)
-            yield from self._check_restored(recovery, now)
+            if isinstance(record, r.NodeFormed):
+                recovery.formed[record.node] = (record.groups, record.changed, record.of)
+            recovery.reached(r.STEPS[type(record)], record.node)
+            yield from self._advance(recovery, now)
 
     def compared(self, record: r.Compared, now: float) -> Effects:
         """All ranks have compared what they hold: at the end of a recovery, or because it was time to."""
@@ -458,11 +435,19 @@ class Recoveries:
             yield emit("compared", iteration=record.iteration, seconds=seconds)
         else:
             recovery.compared_s = seconds
-            yield from self._check_restored(recovery, now)
+            yield from self._advance(recovery, now)
 
-    def _check_restored(self, recovery: Recovery, now: float) -> Effects:
-        if recovery.all_restored(now):
-            yield emit("restored", iteration=recovery.generation)
+    def _advance(self, recovery: Recovery, now: float) -> Effects:
+        while step := recovery.advance(now):
+            if step == "reformed":
+                groups, changed, of = recovery.groups
+                yield emit("reformed", groups=groups, changed=changed, of=of)
+            else:
+                yield emit(step, iteration=recovery.generation)
+            if step == "prepared" and self._purpose == "drain":
+                recovery.deadline = None  # a drain has its own
+                yield from self._state.durability.drain_last(recovery.generation, self._state.members.active(), now)
+                return
         if recovery.restored_reported and recovery.compared_s is not None:
             yield emit("compared", iteration=recovery.generation, seconds=recovery.compared_s)
             recovery.compared_s = None
@@ -483,7 +468,7 @@ class Recoveries:
     def saved(self, record: r.Saved) -> Effects:
         """A node has written Megatron's checkpoint, since no spare was left."""
         recovery = self.of(record.epoch)
-        if recovery is not None and recovery.saved(record.node):
+        if recovery is not None and recovery.reached("saved", record.node):
             members = self._state.members
             yield emit("saved", iteration=record.iteration, directory=record.directory)
             yield Stop(

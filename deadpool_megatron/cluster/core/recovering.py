@@ -12,16 +12,19 @@ nothing of an old one can be mistaken for news.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
+from typing import Final
 
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.job import Deadlines, Phase
 
 _STACKS_S = 3.0  # for a message, and for a process to write them
+_ENDS_WITH: Final = {Phase.PREPARING: "prepared", Phase.FORMING: "reformed", Phase.RESTORING: "restored"}
 
 
 class Recovery:
-    """One epoch's recovery. Every method says whether the phase it belongs to is complete now.
+    """One epoch's recovery. Each node goes through the steps of `cluster.records.STEPS`, and ``arrived`` and ``saved``.
 
     Args:
         active: nodes that hold a coordinate in this epoch.
@@ -48,17 +51,13 @@ class Recovery:
         self._deadlines = deadlines
         self.waits_until = waits_until
         self.deadline: float | None = now + deadlines.abort
-        self._arrived: set[int] = set()
+        self._at: defaultdict[str, set[int]] = defaultdict(set)  # by step, who has reached it
         self._told_to_form = False
         self._reminded: set[Phase] = set()
-        self._ready: set[int] = set()
-        self._formed: set[int] = set()
-        self._restored: set[int] = set()
-        self._resumed: set[int] = set()
-        self._saved: set[int] = set()
         self.restored_reported = False
         self.compared_s: float | None = None  # what comparing all ranks took, not told yet
-        self._groups: dict[int, tuple[int, int, int]] = {}
+        self.formed: dict[int, tuple[int, int, int]] = {}
+        """By node: groups of one rank; re-formed, and all, summed over its ranks."""
 
     def offered(self, record: r.Offer) -> bool:
         """A node has left its step and says what it can give."""
@@ -66,7 +65,7 @@ class Recovery:
             return False
         self.offers[record.node] = record
         if record.arrived:
-            self._arrived.add(record.node)
+            self.reached("arrived", record.node)
         return self.offers.keys() >= self.givers
 
     def ask(self, others: Iterable[int], now: float) -> list[int]:
@@ -87,74 +86,48 @@ class Recovery:
         self.generation = generation
         self._enter(Phase.PREPARING, now + self._deadlines.build)
 
-    def arrived(self, node: int) -> None:
-        """A node can form its groups."""
-        self._arrived.add(node)
+    def reached(self, step: str, node: int) -> bool:
+        """A node is through a step; True when all are that hold a coordinate."""
+        self._at[step].add(node)
+        return self._at[step] >= self.active
 
     def may_form(self) -> bool:
         """True once, when it is agreed what to go on from and every node can form its groups."""
-        if self.phase is Phase.ARRIVING or self._told_to_form or not self._arrived >= self.active:
+        if self.phase is Phase.ARRIVING or self._told_to_form or not self._at["arrived"] >= self.active:
             return False
         self._told_to_form = True
         return True
 
-    def ready(self, node: int, now: float) -> bool:
-        """A node holds the agreed generation."""
-        self._ready.add(node)
-        if self.phase is Phase.PREPARING and self._ready >= self.active:
+    def advance(self, now: float) -> str | None:
+        """The step that all are through now, once each, and in order: the next one begins. Call until it is None."""
+        step = _ENDS_WITH.get(self.phase)
+        if step is None or self.restored_reported or not self._at[step] >= self.active:
+            return None
+        if self.phase is Phase.PREPARING:
             self._enter(Phase.FORMING, now + 3 * self._deadlines.form)
-            return True
-        return False
-
-    def formed(self, node: int, groups: int, changed: int = 0, of: int = 0) -> None:
-        """A node has its groups: so many of one rank; `changed` re-formed, `of` in all, summed over its ranks."""
-        self._groups[node] = (groups, changed, of)
-        self._formed.add(node)
+        elif self.phase is Phase.FORMING:
+            self._enter(Phase.RESTORING, now + self._deadlines.abort + self._deadlines.form)
+        else:
+            self.restored_reported = True
+            if self.purpose == "save":
+                self.deadline = now + self._deadlines.build
+        return step
 
     @property
     def groups(self) -> tuple[int, int, int]:
         """Groups of one rank; re-formed, and all, summed over all ranks that have told so far."""
-        a_rank, changed, of = zip(*self._groups.values(), strict=True)
+        a_rank, changed, of = zip(*self.formed.values(), strict=True)
         return max(a_rank), sum(changed), sum(of)
-
-    def all_formed(self, now: float) -> bool:
-        """True once, when every node has its groups."""
-        if self.phase is Phase.FORMING and self._formed >= self.active:
-            self._enter(Phase.RESTORING, now + self._deadlines.abort + self._deadlines.form)
-            return True
-        return False
-
-    def restored(self, node: int) -> None:
-        """A node has its parameters back."""
-        self._restored.add(node)
-
-    def resumed(self, node: int) -> None:
-        """A node trains again."""
-        self._resumed.add(node)
 
     def waits_for(self, node: int) -> bool:
         """A node is to say what it has, or that it trains."""
         asked = self.phase is Phase.ARRIVING and node in self.givers and node not in self.offers
-        return asked or (node in self.active and node not in self._resumed)
-
-    def all_restored(self, now: float) -> bool:
-        """True once, when every node has its parameters back."""
-        if self.phase is not Phase.RESTORING or self.restored_reported or not self._restored >= self.active:
-            return False
-        self.restored_reported = True
-        if self.purpose == "save":
-            self.deadline = now + self._deadlines.build
-        return True
+        return asked or (node in self.active and node not in self._at["resumed"])
 
     @property
     def over(self) -> bool:
         """Every node trains again."""
-        return self.purpose == "resume" and self.restored_reported and self._resumed >= self.active
-
-    def saved(self, node: int) -> bool:
-        """A node has written Megatron's checkpoint."""
-        self._saved.add(node)
-        return self._saved >= self.active
+        return self.purpose == "resume" and self.restored_reported and self._at["resumed"] >= self.active
 
     def late(self) -> set[int]:
         """Who has not come to the end of the current phase."""
@@ -162,12 +135,10 @@ class Recovery:
             return set()
         if self.phase is Phase.ARRIVING:
             return set(self.givers) - self.offers.keys()
-        through = {Phase.PREPARING: self._ready, Phase.FORMING: self._formed}.get(self.phase, self._resumed)
-        if self.phase is Phase.RESTORING and not self.restored_reported:
-            through = self._restored
-        elif self.phase is Phase.RESTORING and self.purpose == "save":
-            through = self._saved
-        return set(self.active) - through
+        step = _ENDS_WITH[self.phase]
+        if self.restored_reported:
+            step = "saved" if self.purpose == "save" else "resumed"
+        return set(self.active) - self._at[step]
 
     def remind(self, late: set[int], now: float) -> bool | None:
         """These nodes are late. The first time in a phase (else None) they get more time, to keep stacks of workers;

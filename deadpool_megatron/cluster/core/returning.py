@@ -1,6 +1,6 @@
-"""Agents come back: to a coordinator that has started again or stood still, or over another connection. Pure.
+"""Agents that are to join, and agents that come back. Pure.
 
-::
+They come back to a coordinator that has started again or stood still, or over another connection::
 
     begin(nodes), also(node) .. each Join says which epoch its node was in .. all_back -> one epoch, or none
 
@@ -23,15 +23,67 @@ from deadpool_megatron.cluster.core.start import Start
 from deadpool_megatron.cluster.core.state import JobState
 
 
-class Returning:
+class Awaited:
+    """Agents that are to come, each until a moment of its own."""
+
+    def __init__(self) -> None:
+        self._expected: dict[int, float] = {}  # until when
+
+    def without(self, nodes: Iterable[int]) -> bool:
+        """They have come, or are not awaited any more; True when one of them was."""
+        return any([self._expected.pop(node, None) is not None for node in nodes])
+
+    @property
+    def due(self) -> float | None:
+        """When the first of them is late; None when nobody is awaited."""
+        return min(self._expected.values(), default=None)
+
+    def late(self, now: float) -> set[int]:
+        """Whose time is over."""
+        return {node for node, until in self._expected.items() if now >= until}
+
+
+class Arrivals(Awaited):
+    """Who is still to join, at the start of the job and later.
+
+    Args:
+        join_s: seconds that an agent has to join.
+    """
+
+    def __init__(self, join_s: float) -> None:
+        super().__init__()
+        self._join_s = join_s
+        self._begun = False
+
+    def expect(self, nodes: Iterable[int], now: float) -> None:
+        """These are to come from now on."""
+        self._begun = True
+        self._expected |= dict.fromkeys(nodes, now + self._join_s)
+
+    @property
+    def begun(self) -> bool:
+        """Somebody was ever awaited: the time of those that begin with the job runs."""
+        return self._begun
+
+    def clear(self) -> None:
+        """Nobody is awaited any more."""
+        self._expected.clear()
+
+    @property
+    def why_late(self) -> str:
+        """What is said of them."""
+        return f"its agent has not joined within {self._join_s:g} s"
+
+
+class Returning(Awaited):
     """Who is expected back. Without effect from the moment all are there or given up."""
 
     def __init__(self, state: JobState, recoveries: Recoveries, start: Start, seen: Observations) -> None:
+        super().__init__()
         self._state = state
         self._recoveries = recoveries
         self._start = start
         self._seen = seen
-        self._expected: dict[int, float] = {}  # until when
         self._unsettled = ""
         self._was_away = False
         self._commits: list[r.Committed] | None = None
@@ -71,23 +123,9 @@ class Returning:
         """Somebody is not back."""
         return bool(self._expected)
 
-    @property
-    def due(self) -> float | None:
-        """When the first of those who are not back is given up; None when all are."""
-        return min(self._expected.values(), default=None)
-
-    def late(self, now: float) -> set[int]:
-        """Who is not back, and has had its time."""
-        return {node for node, until in self._expected.items() if now >= until}
-
     def awaits(self, node: int) -> bool:
         """This one is not back."""
         return node in self._expected
-
-    def without(self, nodes: Iterable[int]) -> None:
-        """Back, or lost."""
-        for node in nodes:
-            self._expected.pop(node, None)
 
     @property
     def owes(self) -> bool:

@@ -11,10 +11,10 @@ takes the place, and all workers begin the script from its first line, in an epo
 from __future__ import annotations
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.accounting import SnapshotAccount
 from deadpool_megatron.cluster.core.effects import Answer, Effects, Lose, Persist, Send, StartOver, Stop, emit
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.members import NodeState
+from deadpool_megatron.cluster.core.observations import SnapshotAccount
 from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.placement import assignment as placing
 from deadpool_megatron.cluster.records.exits import Exit

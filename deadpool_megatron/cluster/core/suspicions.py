@@ -6,13 +6,17 @@ then is one of the communication. It costs an epoch (at the start: another start
 
 from __future__ import annotations
 
+import math
+
 from deadpool_megatron.cluster import records as r
 from deadpool_megatron.cluster.core.effects import Declare, Effects, Send, Stop, emit
 from deadpool_megatron.cluster.core.job import Phase
-from deadpool_megatron.cluster.core.stalls import StallJudge
 from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.records.exits import Exit
 
+SETTLE_S = 3.0
+FRESH_S = 15.0
+_HEEDED_S = 30.0  # who has been named is ended by then, or its node has left: else its agent has not heard of it
 _BEYOND_LEASE_S = 1.0
 _STATES = {"silent": "and it does not answer: stopped, or held by the kernel", "busy": "and it waits for nobody"}
 
@@ -100,3 +104,47 @@ class Suspicions:
         peer waits for one that has left."""
         self._error = None
         self._stalls = StallJudge(self._state.members.world_size)
+
+
+class StallJudge:
+    """One epoch's account of ranks without progress.
+
+    Who waits inside a communication waits for somebody else; the one that does not is stuck. What looks "busy" may wait
+    on a device, so it is judged only when others had time to report: when more than half of all ranks are busy, it is
+    the communication that is stuck. The same holds when every rank waits. Who is "silent" needs no such comparison, and
+    is what the busy ones wait for, be it one rank or all of a node.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._reports: dict[int, tuple[r.Stall, float]] = {}
+        self._judged: dict[int, float] = {}  # by rank that was named, when
+        self.due: float | None = None
+
+    def report(self, record: r.Stalled, now: float) -> None:
+        """A rank makes no progress; repeated every few seconds while that is so."""
+        self._reports[record.rank] = (record.state, now)
+        if self._to_judge(record.rank, now) and record.state == "silent":
+            self.due = now
+        elif self._to_judge(record.rank, now) and self.due is None and record.state != "waiting":
+            self.due = now + SETTLE_S
+        elif len(self._fresh(now)) == self._world_size:
+            self.due = now
+
+    def verdict(self, now: float) -> tuple[list[int], bool]:
+        """(ranks that are stuck and not yet named, whether the communication itself is stuck)."""
+        self.due = None
+        fresh = self._fresh(now)
+        silent, busy = (sorted(n for n, state in fresh.items() if state == kind) for kind in ("silent", "busy"))
+        guilty = silent or busy
+        if len(guilty) > self._world_size // 2 or (not guilty and len(fresh) == self._world_size):
+            return [], True
+        named = [rank for rank in guilty if self._to_judge(rank, now)]
+        self._judged |= dict.fromkeys(named, now)
+        return named, False
+
+    def _to_judge(self, rank: int, now: float) -> bool:
+        return now >= self._judged.get(rank, -math.inf) + _HEEDED_S
+
+    def _fresh(self, now: float) -> dict[int, r.Stall]:
+        return {rank: state for rank, (state, at) in self._reports.items() if now - at < FRESH_S}
