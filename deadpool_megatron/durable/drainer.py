@@ -32,6 +32,7 @@ from .store import Store, open_store
 
 _PR_SET_PDEATHSIG = 1
 _NICE = 10
+_AGAIN_S = 5.0
 
 
 class _Pace:
@@ -69,6 +70,7 @@ class _Drainer:
         self._layouts: dict[int, Layout] = {}
         self._unstaged: dict[int, str] = {}
         self._cancelled: set[str] = set()
+        self._undescribed: dict[int, Describe] = {}  # of which the store has nothing yet
         self._kept: dict[str, ConstantsFile] = {}  # by arena, what the store was seen to have
         self._ranks = 0  # that the job has
 
@@ -87,7 +89,7 @@ class _Drainer:
 
     def work(self) -> None:
         """Whatever goes wrong, drivers of stores included, is an answer: a drain that is not answered is waited for."""
-        while (order := self._orders.get()) is not None:
+        while (order := self._next()) is not None:
             if isinstance(order, Stage | Describe | Drain):
                 self._of(order.ranks)
             match order:
@@ -96,9 +98,11 @@ class _Drainer:
                 case Unstage():
                     self._unstage(order.rank)
                 case Describe():
+                    self._undescribed[order.rank] = order
                     with contextlib.suppress(Exception):  # it may never be needed
                         _check(store := open_store(order.directory), order.job)
                         write_layout(store, order.rank, order.layout, order.ranks)
+                        del self._undescribed[order.rank]
                 case Drain():
                     self._drain(order)
                 case Seal():
@@ -111,11 +115,18 @@ class _Drainer:
                             _check(store, order.job)
                             remove_attempt(store, order.name)
 
+    def _next(self) -> Order | None:
+        """Beside them, what a store that was full or away did not take is tried again."""
+        try:
+            return self._orders.get(timeout=_AGAIN_S if self._undescribed else None)
+        except queue.Empty:
+            return self._undescribed.pop(next(iter(self._undescribed)))  # in turn
+
     def _of(self, ranks: int) -> None:
         """The job has so many ranks now: what is known of those of another number is of no use."""
         if ranks != self._ranks:
             self._ranks = ranks
-            for known in (self._staging, self._layouts, self._unstaged, self._kept):
+            for known in (self._staging, self._layouts, self._unstaged, self._undescribed, self._kept):
                 known.clear()
 
     def _tell(self, answer: Answer) -> None:
@@ -134,7 +145,7 @@ class _Drainer:
         self._layouts[order.rank] = order.layout
 
     def _unstage(self, rank: int) -> None:
-        for known in (self._staging, self._layouts, self._unstaged):
+        for known in (self._staging, self._layouts, self._unstaged, self._undescribed):
             known.pop(rank, None)
 
     def _drain(self, order: Drain) -> None:

@@ -30,7 +30,7 @@ from deadpool_megatron.durable import (
     Staged,
     Take,
 )
-from deadpool_megatron.durable.drainer import constants_in
+from deadpool_megatron.durable.drainer import _AGAIN_S, constants_in
 from deadpool_megatron.durable.files import (
     prune,
     read_layout,
@@ -269,8 +269,12 @@ class _Drainer(DrainerProcess):
                     self._staging.pop(order.rank, None)
                     self._layouts.pop(order.rank, None)
                 case Describe():
-                    check_owner(store, order.job)
-                    write_layout(store, order.rank, order.layout, order.ranks)
+                    try:
+                        check_owner(store, order.job)
+                        write_layout(store, order.rank, order.layout, order.ranks)
+                    except (OSError, DurableError):
+                        assert self._process is not None
+                        self._process.later(_AGAIN_S, self._describe_again, order)
                 case Drain():
                     self._drain(order)
                     return
@@ -285,6 +289,10 @@ class _Drainer(DrainerProcess):
         except (OSError, VaultError, DurableError):
             pass
         self._end()
+
+    def _describe_again(self, order: Describe) -> None:
+        if self._knows.get((Describe, order.rank)) == order and order.ranks == self._ranks:
+            self._put(order)
 
     def _drain(self, order: Drain) -> None:
         store, error, unusable = self._host.cluster.directory, "", -1

@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -505,6 +506,30 @@ def test_whatever_a_driver_raises_a_drain_and_a_seal_are_answered(node: Node, mo
     here.work()
     answers = [msgspec.json.decode(line, type=Answer) for line in out.getvalue().splitlines()]
     assert [each.error for each in answers if isinstance(each, Done)] == ["no credentials"] * 2
+
+
+def test_a_layout_that_a_full_store_did_not_take_is_written_when_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it nobody else could write this rank's shard, when its node is lost."""
+    written: list[int] = []
+    there = [OSError(errno.ENOSPC, "No space left on device")] * 3
+
+    def write(store: object, rank: int, layout: Layout, ranks: int) -> None:
+        if there:
+            raise there.pop()
+        written.append(rank)
+
+    monkeypatch.setattr(drainer, "open_store", lambda url: None)
+    monkeypatch.setattr(drainer, "_check", lambda store, job: None)
+    monkeypatch.setattr(drainer, "write_layout", write)
+    monkeypatch.setattr(drainer, "_AGAIN_S", 0.01)
+    here = drainer._Drainer(io.BytesIO())
+    for rank in range(2):
+        here._orders.put(Describe("x", rank, LAYOUT, "job", 2))
+    thread = threading.Thread(target=here.work, daemon=True)
+    thread.start()
+    until(lambda: sorted(written) == [0, 1], "both layouts")
+    here._orders.put(None)
+    thread.join()
 
 
 def test_what_a_driver_raises_in_the_middle_of_a_file_may_pass() -> None:

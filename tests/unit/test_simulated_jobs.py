@@ -35,7 +35,7 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "2 tries": (12, ("resets", "kill worker")),
     "2 own": (3, ("full spare", "kill worker")),
     "4": (7, ("drain, and the spare dies",)),
-    "5": (828, ()),
+    "5": (881, ()),
     "reset": (0, ("reset control",)),
     "dropped": (188, ("drop control",)),
     "one complaint": (30, ("garbled reads", "kill worker", "kill node")),
@@ -98,7 +98,7 @@ MISSED_SHRINKS: dict[str, tuple[int, tuple[str, ...]]] = {
     "narrowest": (6, ()),
     "stays narrow": (56, ()),
     "goes on": (55, ()),
-    "shrink over": (49, ()),
+    "shrink over": (59, ()),
     "only recut": (458, ()),
     "width kept": (579, ()),
 }
