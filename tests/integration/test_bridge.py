@@ -306,6 +306,14 @@ def test_a_bridge_that_the_megatron_core_is_too_old_for_is_named(jobs: Jobs, tmp
     assert said in job.output and "is_gated_delta_net_variant" in job.output
 
 
+def _transformer() -> str:
+    """Where the layout of a GPT is: configs of models that are to be built have it apart, providers (0.6) do not."""
+    found = find_spec("megatron.bridge")
+    assert found is not None and found.origin is not None
+    apart = (Path(found.origin).parent / "models" / "gpt" / "model_config.py").exists()
+    return "model.transformer" if apart else "model"
+
+
 def _deadpool(*words: str) -> subprocess.CompletedProcess[str]:
     """Beside the tests' recipes."""
     command = [sys.executable, "-m", "deadpool_megatron.cli", *words]
@@ -325,7 +333,7 @@ def _plan(*words: str) -> dict[str, Any]:
 
 def test_a_recipe_by_name_is_judged_as_the_job_it_makes_would_be() -> None:
     """With overrides; where Bridge turns a setting on by itself (overlaps) that counts, too."""
-    layout = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]
+    layout = [f"{_transformer()}.tensor_model_parallel_size=2", f"{_transformer()}.sequence_parallel=true"]
     done = _check("--recipe", "llama3_8b_low_precision_pretrain_config", "--nodes", "2", *layout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "llama3_8b_low_precision_pretrain_config: 16 processes, 8 a node" in done.stdout
@@ -379,10 +387,8 @@ def test_all_performance_recipes_are_judged_in_one_command() -> None:
 
 # ---- `deadpool plan --recipe`
 
-_DIVIDED = [
-    *("model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2", "model.sequence_parallel=true"),
-    "model.context_parallel_size=1",
-]
+_DIVIDED = ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true",
+            "context_parallel_size=1"]  # fmt: skip
 _LLAMA = {
     **{"num-layers": 32, "hidden-size": 4096, "ffn-hidden-size": 14336, "num-attention-heads": 32},
     **{"group-query-attention": True, "num-query-groups": 8, "vocab-size": 128256, "seq-length": 8192},
@@ -404,7 +410,12 @@ def _cluster(path: Path, **sections: Any) -> str:
 def test_a_recipe_has_the_numbers_of_the_flags_that_say_the_same(tmp_path: Path) -> None:
     """Counted in the model that Bridge builds, and by formula, stage by stage."""
     words = ["--nodes", "2", "--nproc-per-node", "4"]
-    recipe = _plan("--recipe", "llama3_8b_pretrain_8gpu_h100_bf16_config", *words, *_DIVIDED)
+    recipe = _plan(
+        "--recipe",
+        "llama3_8b_pretrain_8gpu_h100_bf16_config",
+        *words,
+        *(f"{_transformer()}.{each}" for each in _DIVIDED),
+    )
     flags = _plan("--config", _cluster(tmp_path / "run.yaml", megatron=_LLAMA), *words)
     assert recipe["sizes"] == flags["sizes"]
     assert recipe["model"]["parameters"] == flags["model"]["parameters"] == 8_030_261_248  # as published

@@ -529,6 +529,17 @@ def test_what_is_drained_at_leisure_gives_way_to_a_newer_generation_that_brings_
     assert it.events("grown")[0]["iteration"] == 102
 
 
+def test_what_a_preempted_job_drains_is_not_given_up_for_a_replica_that_could_come_back() -> None:
+    it = narrower()
+    it.commit(7)
+    it.take(it.core.preempted(it.now))
+    last = it.told(r.DrainShards)[-1]
+    assert last.generation == 7
+    come(it)
+    it.commit(8)
+    assert it.told(r.DrainShards)[-1] is last and not it.told(r.GiveUpDrain)
+
+
 def test_a_spare_that_had_coordinates_for_the_last_drain_only_is_counted_as_parked_when_it_says_so() -> None:
     """Of three pipelines two nodes are lost at once, and one spare is there."""
     it = job(nodes=7, spares=1, replica=2)
@@ -720,3 +731,13 @@ def test_a_node_that_comes_is_not_lost_where_what_it_cannot_read_is_damaged() ->
     cannot_read(it, 2, 1)
     assert node in it.active and it.told(r.ResumeAt)[-1].generation == 5
     begin(it)
+
+
+def test_where_another_launcher_starts_workers_the_user_is_told_what_to_move_away() -> None:
+    spec = DurableSpec("/durable", "job", 100, resume=True, recut=((101, "newest"), (100, "before")))
+    it = SimulatedJob(3, 0, 1, durable=spec)
+    for node in range(3):
+        it.feed(r.Join(node, 1000 + node, "127.0.0.1", 2000 + node, [99], respawns=False))
+    assert it.told(r.ResumeAt)[-1] == r.ResumeAt(101, "newest")
+    cannot_read(it, 0, 0)
+    assert it.end[0] == Exit.USAGE and "move that directory away to start from generation 100" in it.end[1]

@@ -333,7 +333,7 @@ class Durability:
         newest, attempt = self.newest, self._attempt
         if newest is not None and kept.generation <= newest:
             return
-        wanted = wanted and now >= self._wanted_again
+        wanted = wanted and now >= self._wanted_again and self._preempted is None
         if wanted and attempt is not None and not attempt.wanted and attempt.sealing is None:
             yield Send(None, r.GiveUpDrain(attempt.name, active[0]))  # it takes its time, and is older
             self._attempt = attempt = None

@@ -126,14 +126,15 @@ class Start:
         base = state.durability.base
         if damaged and base is not None:
             yield from state.durability.bad(base[1], damaged)
-            if state.durability.base is not None:
+            older, fixed = state.durability.base, self._another_launches
+            if older is not None and not fixed:
                 yield StartOver(f"durable generation {base[0]} cannot be used")
                 return
-            yield Stop(
-                Exit.USAGE,
-                f"{damaged}; no other durable generation is there: start with Megatron's last checkpoint (--load) and "
-                "another --deadpool-durable-dir, or none",
-            )
+            way_out = "no other durable generation is there: "
+            if older is not None:
+                way_out = f"move that directory away to start from generation {older[0]}, or "
+            way_out += "start with Megatron's last checkpoint (--load) and another --deadpool-durable-dir, or none"
+            yield Stop(Exit.USAGE, f"{damaged}; {way_out}")
         elif self._unread and self._not_registered() <= self._unread.keys():
             node, why = next(iter(self._unread.items()))
             yield Lose({node}, why)
@@ -198,11 +199,15 @@ class Start:
         return True
 
     def _fixed(self, why: str) -> Answer[bool]:
-        members = self._state.members
-        if all(members.nodes[node].respawns for node in members.present()):
+        if not self._another_launches:
             return False
         yield Stop(Exit.NO_SPARE, f"{why}, and another launcher starts the workers, so that it has to start them again")
         return True
+
+    @property
+    def _another_launches(self) -> bool:
+        members = self._state.members
+        return not all(members.nodes[node].respawns for node in members.present())
 
     def _begin_anew(self, resized: bool) -> None:
         members = self._state.members

@@ -84,8 +84,8 @@ def count(recipe: Recipe) -> RecipeSizes:
         )
     cfg = recipe.cfg
     model = cfg.model
-    if not hasattr(model, "provide_distributed_model"):
-        raise UserError(f"recipe {recipe.name}: models of a {type(model).__name__} are not counted, only of providers")
+    if not (hasattr(model, "provide_distributed_model") or hasattr(model, "get_builder_cls")):
+        raise UserError(f"recipe {recipe.name}: nobody knows how the model of a {type(model).__name__} is built")
     try:
         if model.output_layer_init_method is None:  # Bridge's checks of the data, which come first, found something
             model.finalize()
@@ -160,18 +160,24 @@ def _groups(model: Any, world: int, stage: int) -> Iterator[Any]:
 
 def _built(model: Any, groups: Any) -> list[Any]:
     """The chunks of one rank. Hooks that Bridge would run on them (they read weights) are not."""
-    provider = copy.deepcopy(model)
+    model = _copied(model)
     for name, value in _UNFUSED.items():
-        setattr(provider, name, value)
+        setattr(model, name, value)
+    how = {"wrap_with_ddp": False, "mixed_precision_wrapper": None, "pg_collection": groups}
     with _NoMemory():
-        chunks = provider.provide_distributed_model(
-            wrap_with_ddp=False,
-            init_model_with_meta_device=True,
-            pre_wrap_hook=[],
-            mixed_precision_wrapper=None,
-            pg_collection=groups,
-        )
-    return list(chunks)
+        if not hasattr(model, "get_builder_cls"):
+            return list(model.provide_distributed_model(init_model_with_meta_device=True, pre_wrap_hook=[], **how))
+        model.init_model_with_meta_device, model.pre_wrap_hooks = True, []
+        return list(model.get_builder_cls()(model).build_distributed_models(**how))
+
+
+def _copied(model: Any) -> Any:
+    """(A config with its layers' apart hands on to those what it has not, ``__deepcopy__`` too.)"""
+    if "transformer" not in vars(model):
+        return copy.deepcopy(model)
+    out = copy.copy(model)
+    out.transformer = copy.deepcopy(model.transformer)
+    return out
 
 
 class _NoMemory(TorchFunctionMode):  # type: ignore[misc]  # torch has no types for it
@@ -187,7 +193,7 @@ class _NoMemory(TorchFunctionMode):  # type: ignore[misc]  # torch has no types 
 
 def _undivided(model: Any) -> Any:
     """The same model on one rank but for its experts, of which that has one; its vocabulary padded as if divided."""
-    whole = copy.deepcopy(model)
+    whole = _copied(model)
     whole.make_vocab_size_divisible_by *= model.tensor_model_parallel_size
     for kind in ("tensor_model", "pipeline_model", "context"):
         setattr(whole, f"{kind}_parallel_size", 1)
