@@ -151,13 +151,17 @@ def _for_all_to_read(job: RunningJob) -> RunningJob:
     return msgspec.structs.replace(job, environment=environment, modules=modules)
 
 
+def _imported() -> list[str]:
+    """Names of modules. A spare's other thread may still import some (`follow_job`): a copy is made in one step."""
+    return sorted(name for name, module in sys.modules.copy().items() if module is not None)
+
+
 def publish_job(store: Callable[[], Store], job: RunningJob) -> None:
     """Tell the spares of the job, and which modules this process has imported.
 
     A thread keeps it told, since the store forgets it when it is started again. ``store`` makes a client of its own.
     """
-    names = sorted(n for n, m in sys.modules.items() if m is not None)
-    text = msgspec.json.encode(_for_all_to_read(msgspec.structs.replace(job, modules=names))).decode()
+    text = msgspec.json.encode(_for_all_to_read(msgspec.structs.replace(job, modules=_imported()))).decode()
 
     def work() -> None:
         client: Store | None = None

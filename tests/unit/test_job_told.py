@@ -7,8 +7,11 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
+import pytest
 import torch.distributed as dist
 
 from deadpool_megatron.megatron import standby
@@ -66,3 +69,16 @@ def test_a_spare_that_comes_after_the_store_was_started_again_learns_of_the_job_
 
 if __name__ == "__main__":
     main()
+
+
+def test_a_spare_that_still_imports_tells_the_job_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its other thread does: who looks at what is imported may find another number of modules with each."""
+
+    class Growing(dict[str, object]):
+        def items(self) -> Any:
+            for each in super().items():
+                self[f"later{len(self)}"] = None
+                yield each
+
+    monkeypatch.setattr(standby, "sys", SimpleNamespace(modules=Growing(there=object(), gone=None)))
+    assert standby._imported() == ["there"]
