@@ -35,7 +35,7 @@ MISSED: dict[str, tuple[int, tuple[str, ...]]] = {
     "2 tries": (12, ("resets", "kill worker")),
     "2 own": (3, ("full spare", "kill worker")),
     "4": (7, ("drain, and the spare dies",)),
-    "5": (881, ()),
+    "5": (383, ("freeze coordinator",)),
     "reset": (0, ("reset control",)),
     "dropped": (188, ("drop control",)),
     "one complaint": (30, ("garbled reads", "kill worker", "kill node")),
