@@ -209,7 +209,8 @@ def _failed(hooks: Hooks | None, error: BaseException, tell: Callable[[r.WorkerF
     message = lines[0] if code else f"{type(error).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}"
     trace = "".join(traceback.format_exception(error))
     phase: Any = hooks.phase if hooks is not None else "setup"
-    epoch, iteration = (hooks.session.joined_epoch, hooks.iteration) if hooks is not None else (0, -1)
+    begins = int(os.environ.get(EPOCH, "0"))
+    epoch, iteration = (hooks.session.joined_epoch, hooks.iteration) if hooks is not None else (begins, -1)
     kind, place = f"{type(error).__module__}.{type(error).__qualname__}", _place(error)
     told = r.WorkerFailed(
         0,

@@ -585,10 +585,18 @@ def test_a_node_that_comes_and_cannot_set_up_is_lost_and_the_job_begins_as_narro
         it.feed(r.WorkerExited(node, 0, 2, 10 * node, 1, it.core.epoch))
     else:
         it.feed(
-            r.WorkerFailed(node, 0, 2, "setup", 0, -1, Exit.USAGE, "", "", "/durable cannot be read: not mounted", "")
+            r.WorkerFailed(
+                node, 0, 2, "setup", it.core.epoch, -1, Exit.USAGE, "", "", "/durable cannot be read: not mounted", ""
+            )
         )
     assert it.finish is None and it.core.phase is Phase.STARTING and it.active == [0, 2]
     assert it.events("shrunk")[-1]["lost"] == [node] and it.told(r.ResumeAt)[-1].generation == 7
+    before = it.core.epoch - 1
+    it.feed(
+        r.WorkerFailed(0, 0, 0, "setup", before, -1, Exit.USAGE, "", "", "the same, told when that start was over", "")
+    )
+    it.feed(r.WorkerExited(2, 0, 1, 20, 1, before))
+    assert it.finish is None
     begin(it)
     it.commit(8)
     assert it.core.committed == 8

@@ -222,6 +222,9 @@ class WorkerEnds:
         yield emit(
             "worker_error", node=record.node, rank=record.rank, iteration=record.iteration, message=record.message
         )
+        state = self._state
+        if state.phase is Phase.STARTING and record.epoch != state.members.epoch and record.rank is not None:
+            return  # of a start that is over
         if record.code and self._is_newcomers(record.node):
             yield Lose({record.node}, record.message)
         elif record.code:
