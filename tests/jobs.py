@@ -383,8 +383,8 @@ def assert_same_training(got: Job, want: Job, iterations: int, rank: int, mute: 
         if hashes.get(coordinate, {}).get(part) != digest
     ]
     if any(event["lost"] for event in got.events("declared")) and got.events("resumed"):
-        shown = want if "--yaml-cfg" in got.flags else got  # what a file says is not read here
-        PROVEN.append((shown.flags, shown.slots))
+        plain = "--yaml-cfg" not in getattr(got, "flags", ["--yaml-cfg"])  # what a file says is not read here
+        PROVEN.append((got.flags, got.slots) if plain else (want.flags, want.slots))
 
 
 def survives(
