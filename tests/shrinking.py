@@ -38,6 +38,16 @@ class Shrinking:
         """A node comes, in the background."""
         self.joined.append(self.job.join())
 
+    def shrinks_and_grows(self, ranks: int, spares: int) -> None:
+        """Node 1 of so many ranks is lost, and another one joins, so that there are ``spares``; to the job's end."""
+        self.lose_node_1(ranks)
+        self.job.until_event("shrunk")
+        self.join()
+        self.job.until("the spares", lambda: len(self.job.events("parked")) == spares)
+        self.job.hold(8)  # what is committed on the way becomes durable meanwhile
+        self.job.until_event("grown")
+        self.ended()
+
     def ended(self) -> None:
         """The job trains to its last iteration, and all nodes leave it."""
         self.job.hold(None)

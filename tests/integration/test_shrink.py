@@ -32,14 +32,7 @@ def test_a_job_that_loses_all_nodes_but_one_ends_bitwise_as_one_of_that_width(jo
 @pytest.mark.timeout(400)
 def test_a_replica_comes_back_with_a_node_and_training_goes_on_bitwise_as_one_of_that_width(jobs: Jobs) -> None:
     it = Shrinking(jobs, "wider", [*with_value(tiny_gpt(iters=12), "--num-layers", 2), *SMALL], 2)
-    job = it.job
-    it.lose_node_1(2)
-    job.until_event("shrunk")
-    it.join()
-    job.until_event("parked")
-    job.hold(8)  # what is committed on the way becomes durable meanwhile
-    job.until_event("grown")
-    it.ended()
+    it.shrinks_and_grows(2, 1)
     assert [(e["event"], e["width"], e["nodes"]) for e in it.compare()] == [("shrunk", 1, [0]), ("grown", 2, [0, 2])]
 
 
@@ -68,14 +61,7 @@ def test_the_healthy_nodes_of_a_replica_that_leaves_are_spares_and_the_next_loss
 def test_a_replica_of_several_nodes_comes_back_with_one_node(jobs: Jobs) -> None:
     """TP2 x PP2 x DP2 on four nodes: the healthy node of the broken replica has stayed as a spare."""
     it = Shrinking(jobs, "pipelines", tiny_gpt(iters=12), 4, 2)
-    job = it.job
-    it.lose_node_1(8)
-    job.until_event("shrunk")
-    it.join()
-    job.until("both spares", lambda: len(job.events("parked")) == 2)
-    job.hold(8)
-    job.until_event("grown")
-    it.ended()
+    it.shrinks_and_grows(8, 2)
     assert [(e["width"], e["spares"]) for e in it.compare()] == [(1, [3]), (2, [])]
 
 
@@ -84,14 +70,7 @@ def test_a_replica_of_several_nodes_comes_back_with_one_node(jobs: Jobs) -> None
 def test_replicas_of_experts_leave_and_come_back_as_many_as_hold_all_experts(jobs: Jobs) -> None:
     """Four replicas of two places of experts: without one node there are two, and the third node is a spare."""
     it = Shrinking(jobs, "experts", [*tiny_gpt(moe=True, iters=12), *SMALL], 4)
-    job = it.job
-    it.lose_node_1(4)
-    job.until_event("shrunk")
-    it.join()
-    job.until("both spares", lambda: len(job.events("parked")) == 2)
-    job.hold(8)
-    job.until_event("grown")
-    it.ended()
+    it.shrinks_and_grows(4, 2)
     assert [(e["width"], len(e["nodes"]), len(e["spares"])) for e in it.compare()] == [(2, 2, 1), (4, 4, 0)]
 
 

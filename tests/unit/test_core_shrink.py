@@ -486,11 +486,17 @@ def test_a_job_that_has_all_its_replicas_does_not_grow() -> None:
     assert not it.told(r.DrainShards)
 
 
-def test_a_node_lost_in_the_start_of_a_wider_job_has_it_begin_at_the_width_before_from_the_same_generation() -> None:
+def growing() -> tuple[SimulatedJob, int]:
+    """A new start is under way, from generation 7, with a node more."""
     it = narrower()
     node = come(it)
     it.commit(7)
     write(it)
+    return it, node
+
+
+def test_a_node_lost_in_the_start_of_a_wider_job_has_it_begin_at_the_width_before_from_the_same_generation() -> None:
+    it, node = growing()
     it.register(0)
     it.lose(node)
     assert it.core.phase is Phase.STARTING and it.active == [0, 2] and it.finish is None
@@ -500,10 +506,7 @@ def test_a_node_lost_in_the_start_of_a_wider_job_has_it_begin_at_the_width_befor
 
 
 def test_a_coordinator_that_takes_over_in_the_start_of_a_wider_job_knows_its_width() -> None:
-    it = narrower()
-    node = come(it)
-    it.commit(7)
-    write(it)
+    it, node = growing()
     # It is written at two widths: what comes first in the directory is not what the others begin with.
     assert it.core.job.durable is not None
     again = restarted(it, it.core.dump(), replace(it.core.job.durable, recut=((7, "another"),), complete=((7, "own"),)))
@@ -576,10 +579,7 @@ def test_a_node_still_to_join_that_a_start_has_given_coordinates_is_a_spare_wher
 
 @pytest.mark.parametrize("error", ["of the script", "of the user"])
 def test_a_node_that_comes_and_cannot_set_up_is_lost_and_the_job_begins_as_narrow_as_it_was(error: str) -> None:
-    it = narrower()
-    node = come(it)
-    it.commit(7)
-    write(it)
+    it, node = growing()
     assert it.core.phase is Phase.STARTING and node in it.active
     if error == "of the script":
         it.feed(r.WorkerExited(node, 0, 2, 10 * node, 1, it.core.epoch))
@@ -716,10 +716,7 @@ def test_a_durable_generation_that_ranks_cannot_read_gives_way_to_the_one_before
 
 
 def test_a_node_that_comes_and_cannot_read_is_lost_once_all_others_can() -> None:
-    it = narrower()
-    node = come(it)
-    it.commit(7)
-    write(it)
+    it, node = growing()
     cannot_read(it, node, 2)
     it.register(0)
     assert it.finish is None and node in it.active
@@ -730,10 +727,7 @@ def test_a_node_that_comes_and_cannot_read_is_lost_once_all_others_can() -> None
 
 
 def test_a_node_that_comes_is_not_lost_where_what_it_cannot_read_is_damaged() -> None:
-    it = narrower()
-    node = come(it)
-    it.commit(7)
-    write(it)
+    it, node = growing()
     cannot_read(it, node, 2)
     it.register(0)
     cannot_read(it, 2, 1)

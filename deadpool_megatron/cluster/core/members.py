@@ -204,6 +204,11 @@ class Members:
         """Nodes that are in the job."""
         return [n for n, s in self.nodes.items() if not s.gone]
 
+    @property
+    def can_begin_anew(self) -> bool:
+        """The agents of all nodes start their workers, so that they can start them again: no other launcher does."""
+        return all(self.nodes[node].respawns for node in self.present())
+
     def called(self, node: int) -> str:
         """A node by its number and its machine's name, as people are told of it."""
         name = self.nodes[node].name

@@ -126,8 +126,8 @@ class Start:
         base = state.durability.base
         if damaged and base is not None:
             yield from state.durability.bad(base[1], damaged)
-            older, fixed = state.durability.base, self._another_launches
-            if older is not None and not fixed:
+            older = state.durability.base
+            if older is not None and members.can_begin_anew:
                 yield StartOver(f"durable generation {base[0]} cannot be used")
                 return
             way_out = "no other durable generation is there: "
@@ -199,15 +199,10 @@ class Start:
         return True
 
     def _fixed(self, why: str) -> Answer[bool]:
-        if not self._another_launches:
+        if self._state.members.can_begin_anew:
             return False
         yield Stop(Exit.NO_SPARE, f"{why}, and another launcher starts the workers, so that it has to start them again")
         return True
-
-    @property
-    def _another_launches(self) -> bool:
-        members = self._state.members
-        return not all(members.nodes[node].respawns for node in members.present())
 
     def _begin_anew(self, resized: bool) -> None:
         members = self._state.members

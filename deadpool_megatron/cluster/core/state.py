@@ -38,9 +38,8 @@ class JobState:
     def can_shrink(self) -> bool:
         """The job goes on with fewer replicas if spares run out: its nodes can hold some, which begin with what is, or
         will be, durable."""
-        there = self.members.present()
         wanted = self.job.when_out_of_spares == "shrink" and self.durability.can_drain
-        return wanted and self.replicas() > 0 and all(self.members.nodes[node].respawns for node in there)
+        return wanted and self.replicas() > 0 and self.members.can_begin_anew
 
     def can_grow(self) -> bool:
         """The job has fewer replicas than at first, and more than it has now would fit on the nodes that train and the
@@ -49,7 +48,7 @@ class JobState:
         if self.job.when_out_of_spares != "shrink" or not 0 < layout.width < self.widest:
             return False
         grows = self.durability.can_drain and self._fitting(self._at_hand()) > layout.width
-        return grows and all(members.nodes[node].respawns for node in members.present())
+        return grows and members.can_begin_anew
 
     def _at_hand(self) -> int:
         members = self.members
