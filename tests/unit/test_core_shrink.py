@@ -602,6 +602,28 @@ def test_a_node_that_comes_and_cannot_set_up_is_lost_and_the_job_begins_as_narro
     assert it.core.committed == 8
 
 
+def test_a_node_that_comes_is_not_lost_for_an_error_that_the_loss_of_another_explains() -> None:
+    it, node = growing()
+    epoch = it.core.epoch
+    it.feed(r.WorkerFailed(node, 0, 2, "setup", epoch, -1, 0, "DistBackendError", "", "closed", "", communication=True))
+    it.feed(r.WorkerExited(node, 0, 2, 10 * node, 1, epoch))
+    assert it.finish is None and node in it.active
+    it.lose(2)
+    assert node in it.active and it.events("shrunk")[-1]["lost"] == [2] and it.active == [0, node]
+    begin(it)
+
+
+def test_a_node_that_comes_is_lost_for_an_error_of_communication_that_nothing_explains_twice() -> None:
+    it, node = growing()
+    for _ in range(it.core.job.transient_retries + 1):
+        epoch = it.core.epoch
+        assert node in it.active and it.core.phase is Phase.STARTING
+        it.feed(r.WorkerFailed(node, 0, 2, "setup", epoch, -1, 0, "Error", "", "closed", "", communication=True))
+        it.feed(r.WorkerExited(node, 0, 2, 10 * node + epoch, 1, epoch))
+        it.wait(DEADLINES.lease + 2)
+    assert it.finish is None and it.events("shrunk")[-1]["lost"] == [node] and it.active == [0, 2]
+
+
 def test_an_error_on_a_node_that_had_trained_ends_a_new_start() -> None:
     it = narrower()
     come(it)
@@ -732,6 +754,16 @@ def test_a_node_that_comes_is_not_lost_where_what_it_cannot_read_is_damaged() ->
     it.register(0)
     cannot_read(it, 2, 1)
     assert node in it.active and it.told(r.ResumeAt)[-1].generation == 5
+    begin(it)
+
+
+def test_what_no_node_can_read_is_damaged_also_where_all_of_them_have_just_come() -> None:
+    it, _ = growing()
+    assert it.told(r.ResumeAt)[-1].generation == 7
+    for rank, slot in enumerate(it.core.assignment):
+        it.core.members.nodes[slot.node].trained = False  # as when one node is left, and that has just come
+        cannot_read(it, slot.node, rank)
+    assert it.finish is None and not it.events("shrunk")[1:] and it.told(r.ResumeAt)[-1].generation == 5
     begin(it)
 
 

@@ -120,9 +120,10 @@ class Start:
         yield from self._judge_unread()
 
     def _judge_unread(self) -> Effects:
-        """That a node cannot read which has never had a coordinate may be its own fault: if all others can, it is."""
+        """That a node cannot read which has never had a coordinate may be its own fault: if any other can, it is."""
         state, members = self._state, self._state.members
-        damaged = next((why for node, why in self._unread.items() if not members.newcomer(node)), "")
+        nobody_can = self._unread.keys() >= set(members.active())
+        damaged = next((why for node, why in self._unread.items() if nobody_can or not members.newcomer(node)), "")
         base = state.durability.base
         if damaged and base is not None:
             yield from state.durability.bad(base[1], damaged)

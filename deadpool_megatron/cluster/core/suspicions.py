@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from deadpool_megatron.cluster import records as r
-from deadpool_megatron.cluster.core.effects import Declare, Effects, Send, Stop, emit
+from deadpool_megatron.cluster.core.effects import Declare, Effects, Lose, Send, Stop, emit
 from deadpool_megatron.cluster.core.job import Phase
 from deadpool_megatron.cluster.core.state import JobState
 from deadpool_megatron.cluster.records.exits import Exit
@@ -27,8 +27,8 @@ class Suspicions:
     def __init__(self, state: JobState) -> None:
         self._state = state
         self._failures = 0
-        self._error: tuple[float, str, Stop | None] | None = None
-        """When it counts, its text, and how the job ends if it is one too many."""
+        self._error: tuple[float, str, Lose | Stop | None] | None = None
+        """When it counts, its text, and what follows if it is one too many."""
         self._stalls = StallJudge(state.members.world_size)
         self._told: dict[int, r.Stalled] = {}
         self._ended: dict[tuple[int, int], str] = {}  # by node and local index, the worker's end that was asked for
@@ -46,7 +46,7 @@ class Suspicions:
             if self._state.phase is Phase.RUNNING:  # else the worker ends with its error: `unless_explained`
                 self.unless_explained(record.text, None, now)
 
-    def unless_explained(self, text: str, end: Stop | None, now: float) -> None:
+    def unless_explained(self, text: str, end: Lose | Stop | None, now: float) -> None:
         """An error of communication counts, unless a loss explains it; ``end``: what follows if it is one too many."""
         if self._error is None:
             self._error = now + self._state.job.deadlines.lease + _BEYOND_LEASE_S, text, end
@@ -85,7 +85,7 @@ class Suspicions:
         if all_of_them:
             yield from self._failed("every rank waits in a communication and none gets on", None)
 
-    def _failed(self, text: str, end: Stop | None) -> Effects:
+    def _failed(self, text: str, end: Lose | Stop | None) -> Effects:
         self._failures += 1
         if self._failures > self._state.job.transient_retries:
             yield end or Stop(

@@ -89,11 +89,11 @@ class WorkerEnds:
                 yield from self._spare_exited(node, record.local, how)
         elif not deadpool or (phase in _BESIDE_TRAINING and record.code > 0):
             where = self._state.members.called(record.node)
-            end = Stop(of_script(record.code), self._blame.fatal(record, phase, deadpool, where))
-            if deadpool and self._is_newcomers(record.node):
-                yield Lose({record.node}, end.message)
-            elif phase is Phase.STARTING and self._blame.by_a_peer(record):
-                self._suspicions.unless_explained(end.message, end, now)
+            why = self._blame.fatal(record, phase, deadpool, where)
+            theirs = deadpool and self._is_newcomers(record.node)
+            end = Lose({record.node}, why) if theirs else Stop(of_script(record.code), why)
+            if phase is Phase.STARTING and self._blame.by_a_peer(record):
+                self._suspicions.unless_explained(why, end, now)
             else:
                 yield end
         elif self._recoveries.drains:
